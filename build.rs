@@ -1,0 +1,57 @@
+//! Generates the wire types from `proto/`, without `protoc`: protox parses for tonic, ttrpc-codegen parses for itself.
+
+use std::{error::Error, fs, path::PathBuf};
+
+/// gRPC both ways: the plugin serves these, and the host module calls them.
+const NOMAD: &[&str] = &[
+    "goplugin/plugin.proto",
+    "nomad/hclspec.proto",
+    "nomad/structs.proto",
+    "nomad/base.proto",
+    "nomad/driver.proto",
+    "google/status.proto",
+];
+
+/// gRPC, client only.
+const CONTAINERD: &[&str] = &[
+    "containerd/types.proto",
+    "containerd/version.proto",
+    "containerd/content.proto",
+    "containerd/snapshots.proto",
+    "containerd/diff.proto",
+    "containerd/images.proto",
+    "containerd/leases.proto",
+];
+
+/// Messages of the shim's Task service; the calls themselves are made by name (`src/shim/client.rs`).
+const SHIM: &[&str] = &["proto/shim/task.proto", "proto/shim/runc_options.proto"];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    println!("cargo:rerun-if-changed=build.rs");
+
+    tonic_prost_build::configure().include_file("nomad_side.rs").compile_fds(protox::compile(NOMAD, ["proto"])?)?;
+    tonic_prost_build::configure()
+        .build_server(false)
+        .include_file("containerd_side.rs")
+        .compile_fds(protox::compile(CONTAINERD, ["proto"])?)?;
+
+    let out = PathBuf::from(std::env::var("OUT_DIR")?).join("shim");
+    fs::create_dir_all(&out)?;
+    ttrpc_codegen::Codegen::new()
+        .out_dir(&out)
+        .inputs(SHIM)
+        .include("proto")
+        .rust_protobuf()
+        .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(true))
+        .run()?;
+    // `include!` refuses inner attributes and inner doc comments, which the generated mod.rs opens with.
+    let front = out.join("mod.rs");
+    let kept: Vec<String> = fs::read_to_string(&front)?
+        .lines()
+        .filter(|line| !line.starts_with("#!") && !line.starts_with("//!"))
+        .map(str::to_owned)
+        .collect();
+    fs::write(&front, kept.join("\n"))?;
+    Ok(())
+}
