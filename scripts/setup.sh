@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Installs what building, the demo and the tests need. The Makefile, CI, `make test-fresh` and the Vagrantfile all
+# come through here, so that what it says is what works. Quick when nothing is missing: it looks for commands first
+# and asks the package manager only for what is not there.
+#
+#   scripts/setup.sh            everything for `make demo` and `make test`
+#   scripts/setup.sh fresh      also what `make test-fresh` needs on the outside (debootstrap)
+set -euo pipefail
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+[ "$(uname -s)" = Linux ] || die "this driver runs on Linux only"
+[ "$(id -u)" = 0 ] || die "needs root: containers, mounts and cgroups are made (try: sudo make ...)"
+
+# command → Debian package. Commands are looked for, so that a containerd or runc from elsewhere is left alone.
+declare -A package_of=(
+  [cc]=gcc [make]=make [git]=git
+  [containerd]=containerd [containerd-shim-runc-v2]=containerd [ctr]=containerd
+  [runc]=runc [crun]=crun
+  [docker-registry]=docker-registry [umoci]=umoci [skopeo]=skopeo [htpasswd]=apache2-utils
+  [ip]=iproute2 [openssl]=openssl [jq]=jq
+)
+[ "${1:-}" != fresh ] || package_of[debootstrap]=debootstrap
+
+missing=()
+for command in "${!package_of[@]}"; do
+  command -v "$command" >/dev/null || missing+=("${package_of[$command]}")
+done
+# A dynamic busybox is no use inside an image that holds nothing else.
+if ! busybox true 2>/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then missing+=(busybox-static); fi
+[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
+# aws-lc-sys compiles C and wants the C library's headers.
+[ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+
+if [ ${#missing[@]} -gt 0 ]; then
+  command -v apt-get >/dev/null || die "missing: ${missing[*]} (Debian package names); install them with this system's package manager"
+  readarray -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+  say "installing ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq || say "the package lists could not all be refreshed; going on with those that could"
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+# Rust: what is there if it is new enough, else the distribution's rustup, else a plain word about it.
+want=1.88
+new_enough() {
+  command -v cargo >/dev/null || return 1
+  local have; have=$(cargo --version 2>/dev/null | awk '{print $2}') || return 1
+  [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -n1)" = "$want" ]
+}
+if ! new_enough; then
+  if command -v rustup >/dev/null || { command -v apt-get >/dev/null && apt-get install -y -qq rustup >/dev/null 2>&1; }; then
+    say "asking rustup for the stable toolchain"
+    rustup default stable >/dev/null
+  fi
+  new_enough || die "Rust $want or newer is needed (found: $(cargo --version 2>/dev/null || echo none)); install it with rustup, or from your distribution, and run this again"
+fi
+
+# crun refuses a hybrid host (cgroup v1 with a cgroup2 mounted beside it) while any controller is left unclaimed by v1.
+# Mounting the unclaimed ones changes no existing hierarchy. A cgroup v2 host, which is what users have, skips this.
+if [ -d /sys/fs/cgroup/memory ] && [ ! -e /sys/fs/cgroup/cgroup.controllers ]; then
+  for controller in hugetlb perf_event net_cls net_prio; do
+    grep -q "^$controller[[:space:]].*1$" /proc/cgroups || continue
+    mountpoint -q "/sys/fs/cgroup/$controller" && continue
+    grep -qE " - cgroup .*\b$controller\b" /proc/self/mountinfo && continue
+    mkdir -p "/sys/fs/cgroup/$controller"
+    mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller" 2>/dev/null ||
+      { rmdir "/sys/fs/cgroup/$controller" 2>/dev/null; say "note: cgroup v1 controller $controller could not be mounted; crun may refuse this host"; }
+  done
+fi

@@ -1,0 +1,35 @@
+//! A HashiCorp Nomad task driver that keeps images in containerd's store and starts containers through containerd's
+//! shims, without containerd on the start path. `docs/ARCHITECTURE.md` follows a task through these modules.
+
+pub mod cgroup;
+pub mod cli;
+pub mod containerd;
+pub mod cookie;
+pub mod duration;
+pub mod fault;
+pub mod host;
+pub mod ids;
+pub mod image;
+pub mod overlay;
+pub mod pb;
+pub mod places;
+pub mod plugin;
+pub mod rootfs;
+pub mod shim;
+pub mod task;
+
+/// An error with all its causes, as one line for people.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let part = inner.to_string();
+        // Wrappers that repeat their cause's words add nothing.
+        if !text.ends_with(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
+        cause = inner.source();
+    }
+    text
+}
