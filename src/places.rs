@@ -1,0 +1,159 @@
+//! Where things live on disk. Every path of ours is made here and nowhere else.
+
+use std::{
+    fs, io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+};
+
+use crate::ids::{ContainerId, Digest, DriverName};
+
+/// Longest path a unix socket can have (`sun_path` less its terminator, unix(7)).
+pub const SOCKET_PATH_MAX: usize = 107;
+
+/// Why a directory of ours can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PlacesError {
+    /// A directory could not be made.
+    #[error("create directory {path}")]
+    Create {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Shims' sockets would not fit under the run directory.
+    #[error("state.run_dir {0} is too long: sockets below it would pass {SOCKET_PATH_MAX} bytes; use a shorter path")]
+    TooLong(PathBuf),
+}
+
+/// The directories of one driver on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    run: PathBuf,
+    state: PathBuf,
+}
+
+impl Places {
+    /// Below `run` and `state`.
+    pub fn new(run: impl Into<PathBuf>, state: impl Into<PathBuf>) -> Self {
+        Self { run: run.into(), state: state.into() }
+    }
+
+    /// The defaults of a driver called `name`.
+    pub fn of(name: &DriverName) -> Self {
+        Self::new(Self::run_parent().join(name.as_str()), Self::state_parent().join(name.as_str()))
+    }
+
+    /// Where the default run directories of all drivers on this host are.
+    pub fn run_parent() -> PathBuf {
+        PathBuf::from("/run/nomad-driver-shim")
+    }
+
+    /// Where the default state directories of all drivers on this host are.
+    pub fn state_parent() -> PathBuf {
+        PathBuf::from("/var/lib/nomad-driver-shim")
+    }
+
+    /// Makes the directories that must be there before anything starts.
+    ///
+    /// # Errors
+    /// When one can't be made, or sockets would not fit.
+    pub fn create(&self) -> Result<(), PlacesError> {
+        if self.shim("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
+            return Err(PlacesError::TooLong(self.run.clone()));
+        }
+        for path in [self.tasks(), self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.images()] {
+            make_dir(&path).map_err(|source| PlacesError::Create { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// The run directory.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// The state directory.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Held by the one live plugin of this run directory.
+    pub fn lock(&self) -> PathBuf {
+        self.run.join("lock")
+    }
+
+    /// Task records.
+    pub fn tasks(&self) -> PathBuf {
+        self.run.join("tasks")
+    }
+
+    /// One task's record.
+    pub fn record(&self, id: &ContainerId) -> PathBuf {
+        self.tasks().join(format!("{id}.json"))
+    }
+
+    /// OCI bundles.
+    pub fn bundles(&self) -> PathBuf {
+        self.run.join("bundles")
+    }
+
+    /// One task's bundle.
+    pub fn bundle(&self, id: &ContainerId) -> PathBuf {
+        self.bundles().join(id.as_str())
+    }
+
+    /// Where a task's root file system is mounted.
+    pub fn rootfs(&self, id: &ContainerId) -> PathBuf {
+        self.bundle(id).join("rootfs")
+    }
+
+    /// Directories of the shims.
+    pub fn shims(&self) -> PathBuf {
+        self.run.join("shims")
+    }
+
+    /// One shim's directory: its working directory, socket, log and identity.
+    pub fn shim(&self, shim: &str) -> PathBuf {
+        self.shims().join(shim)
+    }
+
+    /// State roots of the OCI runtimes, one each.
+    pub fn runtimes(&self) -> PathBuf {
+        self.run.join("runtimes")
+    }
+
+    /// One OCI runtime's state root; shims append their namespace.
+    pub fn runtime_root(&self, runtime: &str) -> PathBuf {
+        self.runtimes().join(runtime)
+    }
+
+    /// Writable layers.
+    pub fn uppers(&self) -> PathBuf {
+        self.state.join("uppers")
+    }
+
+    /// One task's writable layer: `upper` and `work` below it.
+    pub fn upper(&self, id: &ContainerId) -> PathBuf {
+        self.uppers().join(id.as_str())
+    }
+
+    /// Image records.
+    pub fn images(&self) -> PathBuf {
+        self.state.join("images")
+    }
+
+    /// Eight hexadecimal digits that tell this state directory's leases and views from another's in one containerd.
+    pub fn identity(&self) -> String {
+        Digest::of(self.state.as_os_str().as_encoded_bytes()).short()[..8].to_owned()
+    }
+}
+
+/// Makes `path` and its parents, listable by us alone (0711: a task that is not root passes through to its bundle).
+///
+/// # Errors
+/// As mkdir(2).
+pub fn make_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
+}
