@@ -1,0 +1,251 @@
+//! The content store: blobs by digest.
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Streaming};
+
+use super::{CALL, Client, ContainerdError, Labels, LeaseId, MESSAGE_MAX};
+use crate::{
+    ids::Digest,
+    pb::services::content::v1::{
+        AbortRequest, Info, InfoRequest, ReadContentRequest, UpdateRequest, WriteAction, WriteContentRequest,
+        WriteContentResponse, content_client::ContentClient,
+    },
+};
+
+/// How much goes into one write message. containerd takes up to 16 MiB; a quarter keeps both ends' buffers small.
+const CHUNK: usize = 1 << 20;
+
+impl Client {
+    fn content(&self) -> ContentClient<tonic::transport::Channel> {
+        ContentClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_MAX)
+    }
+
+    /// The size and labels of a blob, if it is there.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn blob(&self, digest: &Digest) -> Result<Option<(i64, Labels)>, ContainerdError> {
+        let request = self.request(None, InfoRequest { digest: digest.to_string() });
+        match self.call("Content.Info", digest.as_str(), self.content().info(request)).await {
+            Ok(answer) => Ok(answer.info.map(|info| (info.size, info.labels))),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A whole blob. Meant for manifests and configurations: more than `limit` bytes are refused.
+    ///
+    /// # Errors
+    /// As containerd, and when the blob is larger.
+    pub async fn read_blob(&self, digest: &Digest, limit: usize) -> Result<Vec<u8>, ContainerdError> {
+        let subject = digest.as_str();
+        let request = self.request(None, ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 });
+        let mut stream = self.call("Content.Read", subject, self.content().read(request)).await?;
+        let mut bytes = Vec::new();
+        while let Some(part) = self.message("Content.Read", subject, &mut stream).await? {
+            bytes.extend_from_slice(&part.data);
+            if bytes.len() > limit {
+                let problem = format!("larger than {limit} bytes");
+                return Err(ContainerdError::Nonsense { call: "Content.Read", subject: subject.to_owned(), problem });
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Stores a small blob whole; one that is there already only gets the labels.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn write_blob(&self, lease: &LeaseId, bytes: &[u8], labels: Labels) -> Result<Digest, ContainerdError> {
+        let digest = Digest::of(bytes);
+        let size = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
+        let mut writer = self.open_blob(lease, &digest, size).await?;
+        if let Some(writer) = &mut writer {
+            writer.write(bytes).await?;
+        }
+        match writer {
+            Some(writer) => writer.commit(labels).await?,
+            None => self.keep_blob(lease, &digest, labels).await?,
+        }
+        Ok(digest)
+    }
+
+    /// Puts a blob that is there already under the lease and adds labels to it.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn keep_blob(&self, lease: &LeaseId, digest: &Digest, labels: Labels) -> Result<(), ContainerdError> {
+        self.add_to_lease(lease, "content", digest.as_str()).await?;
+        if labels.is_empty() {
+            return Ok(());
+        }
+        let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
+        let info = Info { digest: digest.to_string(), labels, ..Default::default() };
+        let request = UpdateRequest { info: Some(info), update_mask: Some(prost_types::FieldMask { paths }) };
+        self.call("Content.Update", digest.as_str(), self.content().update(self.request(None, request))).await.map(drop)
+    }
+
+    /// Opens a blob for writing from its start; None when it is there already.
+    ///
+    /// # Errors
+    /// As containerd; when somebody else is writing the same blob, once they have held it for long.
+    pub async fn open_blob(
+        &self,
+        lease: &LeaseId,
+        digest: &Digest,
+        size: i64,
+    ) -> Result<Option<BlobWriter>, ContainerdError> {
+        let reference = format!("nomad-driver-shim-{digest}");
+        let mut patience = tokio::time::interval(std::time::Duration::from_millis(250));
+        let deadline = tokio::time::Instant::now() + CALL;
+        loop {
+            match self.try_open_blob(lease, digest, size, &reference).await {
+                Err(ContainerdError::Refused { source, .. })
+                    if source.code == Code::Unavailable && tokio::time::Instant::now() < deadline =>
+                {
+                    // Another writer holds the reference (another driver's pull of the same layer); it ends or commits.
+                    patience.tick().await;
+                }
+                Err(error) if error.is_already_exists() => return Ok(None),
+                other => return other.map(Some),
+            }
+        }
+    }
+
+    async fn try_open_blob(
+        &self,
+        lease: &LeaseId,
+        digest: &Digest,
+        size: i64,
+        reference: &str,
+    ) -> Result<BlobWriter, ContainerdError> {
+        const CALL_NAME: &str = "Content.Write";
+        let (send, receive) = mpsc::channel(4);
+        let stat = WriteContentRequest {
+            action: WriteAction::Stat.into(),
+            r#ref: reference.to_owned(),
+            total: size,
+            expected: digest.to_string(),
+            ..Default::default()
+        };
+        // The first message has to be on its way before containerd answers the call at all.
+        if send.send(stat).await.is_err() {
+            unreachable!("the receiver is held right here");
+        }
+        let request = self.request(Some(lease), ReceiverStream::new(receive));
+        let answers = self.call(CALL_NAME, digest.as_str(), self.content().write(request)).await?;
+        let mut writer = BlobWriter {
+            client: self.clone(),
+            digest: digest.clone(),
+            reference: reference.to_owned(),
+            size,
+            offset: 0,
+            send,
+            answers,
+        };
+        let answer = writer.answer().await?;
+        if answer.offset > 0 {
+            // A cut-off download of earlier: what is there was never checked by us, so start over.
+            drop(writer);
+            let abort = self.request(None, AbortRequest { r#ref: reference.to_owned() });
+            self.call("Content.Abort", reference, self.content().abort(abort)).await?;
+            return Box::pin(self.try_open_blob(lease, digest, size, reference)).await;
+        }
+        Ok(writer)
+    }
+
+    pub(super) async fn message<T>(
+        &self,
+        call: &'static str,
+        subject: &str,
+        stream: &mut Streaming<T>,
+    ) -> Result<Option<T>, ContainerdError> {
+        match tokio::time::timeout(CALL, stream.message()).await {
+            Ok(Ok(message)) => Ok(message),
+            Ok(Err(status)) => Err(self.refused(call, subject, status)),
+            Err(_) => Err(ContainerdError::Late { call, subject: subject.to_owned(), after: CALL }),
+        }
+    }
+}
+
+/// A blob being written. Dropped before `commit`, nothing of it is seen by anyone (`abandon` frees its space at once).
+#[derive(Debug)]
+pub struct BlobWriter {
+    client: Client,
+    digest: Digest,
+    reference: String,
+    size: i64,
+    offset: i64,
+    send: mpsc::Sender<WriteContentRequest>,
+    answers: Streaming<WriteContentResponse>,
+}
+
+impl BlobWriter {
+    /// Appends `bytes`.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ContainerdError> {
+        for data in bytes.chunks(CHUNK) {
+            let message = WriteContentRequest {
+                action: WriteAction::Write.into(),
+                r#ref: self.reference.clone(),
+                offset: self.offset,
+                data: data.to_vec(),
+                ..Default::default()
+            };
+            self.offset += i64::try_from(data.len()).unwrap_or(i64::MAX);
+            // A closed stream shows itself, with its reason, in the answer.
+            let _ = self.send.send(message).await;
+            let answer = self.answer().await?;
+            if answer.offset != self.offset {
+                let problem = format!("at offset {} where {} was written", answer.offset, self.offset);
+                return Err(self.nonsense(problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the blob: containerd checks size and digest, and keeps it under the lease.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn commit(mut self, labels: Labels) -> Result<(), ContainerdError> {
+        let message = WriteContentRequest {
+            action: WriteAction::Commit.into(),
+            r#ref: self.reference.clone(),
+            total: self.size,
+            offset: self.offset,
+            expected: self.digest.to_string(),
+            labels,
+            ..Default::default()
+        };
+        let _ = self.send.send(message).await;
+        match self.answer().await {
+            Err(error) if !error.is_already_exists() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives up: what was written is thrown away.
+    pub async fn abandon(self) {
+        let Self { client, reference, send, answers, .. } = self;
+        drop((send, answers));
+        let request = client.request(None, AbortRequest { r#ref: reference.clone() });
+        if let Err(error) = client.call("Content.Abort", &reference, client.content().abort(request)).await {
+            tracing::debug!(%error, "an abandoned download is left to containerd's own collection");
+        }
+    }
+
+    async fn answer(&mut self) -> Result<WriteContentResponse, ContainerdError> {
+        match self.client.message("Content.Write", self.digest.as_str(), &mut self.answers).await? {
+            Some(answer) => Ok(answer),
+            None => Err(self.nonsense("the stream ended before its answer".to_owned())),
+        }
+    }
+
+    fn nonsense(&self, problem: String) -> ContainerdError {
+        ContainerdError::Nonsense { call: "Content.Write", subject: self.digest.to_string(), problem }
+    }
+}
