@@ -1,0 +1,270 @@
+//! Looks through a layer while it is downloaded: its uncompressed digest, and whether any entry climbs out of the root.
+
+use std::{
+    fmt,
+    io::{self, BufReader, Read},
+    thread,
+};
+
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{mpsc, oneshot};
+
+use super::confine;
+use crate::ids::Digest;
+
+/// Why a layer was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerProblem {
+    /// An entry would land outside of the container's root.
+    #[error("entry {entry:?} climbs out of the image's root")]
+    Climbs {
+        /// Its name.
+        entry: String,
+    },
+    /// A hard link would.
+    #[error("entry {entry:?} is a hard link to {target:?}, which climbs out of the image's root")]
+    LinkClimbs {
+        /// Its name.
+        entry: String,
+        /// Its target.
+        target: String,
+    },
+    /// The compressed stream or the archive ends early.
+    #[error("it is cut off")]
+    Truncated,
+    /// Neither gzip, zstd nor tar.
+    #[error("it can't be unpacked")]
+    Unreadable {
+        /// In the decoder's words.
+        source: io::Error,
+    },
+    /// Not what the configuration says.
+    #[error("its uncompressed digest is {actual}, the image's config says {expected}")]
+    DiffId {
+        /// By the configuration.
+        expected: Digest,
+        /// By its bytes.
+        actual: Digest,
+    },
+    /// More than a layer can reasonably be.
+    #[error("it unpacks to more than {} GiB", UNPACKED_MAX >> 30)]
+    TooLarge,
+    /// The looking itself failed.
+    #[error("the thread that reads it ended")]
+    Thread,
+}
+
+/// Some thousand-fold compression fits a layer of a megabyte into a disk's worth of zeroes.
+const UNPACKED_MAX: u64 = 256 << 30;
+/// Downloaded chunks that wait for the reader.
+const BACKLOG: usize = 16;
+
+/// A scan under way: feed it with the compressed bytes, then `finish`.
+pub struct Scan {
+    feed: mpsc::Sender<Vec<u8>>,
+    verdict: oneshot::Receiver<Result<Digest, LayerProblem>>,
+}
+
+impl fmt::Debug for Scan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scan").finish_non_exhaustive()
+    }
+}
+
+impl Scan {
+    /// Starts a confined thread that reads.
+    pub fn start() -> Self {
+        let (feed, receive) = mpsc::channel(BACKLOG);
+        let (tell, verdict) = oneshot::channel();
+        let spawned = thread::Builder::new().name("layer".to_owned()).spawn(move || {
+            if let Err(error) = confine::this_thread() {
+                tracing::warn!(%error, "layers are read without confinement");
+            }
+            let _ = tell.send(read(Feed { receive, chunk: Vec::new(), at: 0 }));
+        });
+        if let Err(error) = spawned {
+            // The verdict's sender is gone with the closure: `finish` says so.
+            tracing::warn!(%error, "no thread for reading layers");
+        }
+        Self { feed, verdict }
+    }
+
+    /// Hands over the next compressed bytes. A reader that has seen enough to refuse takes no more; that is no error.
+    pub async fn feed(&self, bytes: Vec<u8>) {
+        let _ = self.feed.send(bytes).await;
+    }
+
+    /// All bytes were fed: the digest of the uncompressed stream, unless the layer is refused.
+    ///
+    /// # Errors
+    /// Why the layer is refused.
+    pub async fn finish(self) -> Result<Digest, LayerProblem> {
+        drop(self.feed);
+        self.verdict.await.unwrap_or(Err(LayerProblem::Thread))
+    }
+}
+
+/// The channel as a blocking reader.
+struct Feed {
+    receive: mpsc::Receiver<Vec<u8>>,
+    chunk: Vec<u8>,
+    at: usize,
+}
+
+impl Read for Feed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.chunk.len() {
+            match self.receive.blocking_recv() {
+                Some(chunk) => (self.chunk, self.at) = (chunk, 0),
+                None => return Ok(0),
+            }
+        }
+        let count = buffer.len().min(self.chunk.len() - self.at);
+        buffer[..count].copy_from_slice(&self.chunk[self.at..self.at + count]);
+        self.at += count;
+        Ok(count)
+    }
+}
+
+/// Hashes and counts what passes.
+struct Hashing<R> {
+    inner: R,
+    hash: Sha256,
+    count: u64,
+}
+
+impl<R: Read> Read for Hashing<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.hash.update(&buffer[..count]);
+        self.count += count as u64;
+        if self.count > UNPACKED_MAX {
+            return Err(io::Error::from(io::ErrorKind::FileTooLarge));
+        }
+        Ok(count)
+    }
+}
+
+fn read(input: impl Read + 'static) -> Result<Digest, LayerProblem> {
+    let mut input = BufReader::with_capacity(256 << 10, input);
+    let plain: Box<dyn Read> = match io::BufRead::fill_buf(&mut input).map_err(problem)? {
+        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(input).map_err(problem)?),
+        _ => Box::new(input),
+    };
+    let mut archive = tar::Archive::new(Hashing { inner: plain, hash: Sha256::new(), count: 0 });
+    for entry in archive.entries().map_err(problem)? {
+        let entry = entry.map_err(problem)?;
+        let name = entry.path_bytes();
+        if climbs(&name) {
+            return Err(LayerProblem::Climbs { entry: String::from_utf8_lossy(&name).into_owned() });
+        }
+        if entry.header().entry_type().is_hard_link()
+            && let Some(target) = entry.link_name_bytes()
+            && climbs(&target)
+        {
+            let (entry, target) = (String::from_utf8_lossy(&name), String::from_utf8_lossy(&target));
+            return Err(LayerProblem::LinkClimbs { entry: entry.into_owned(), target: target.into_owned() });
+        }
+    }
+    // What follows the end-of-archive marker (padding) counts toward the digest too.
+    let mut rest = archive.into_inner();
+    io::copy(&mut rest, &mut io::sink()).map_err(problem)?;
+    Ok(Digest::from_hash(&rest.hash.finalize()))
+}
+
+fn problem(source: io::Error) -> LayerProblem {
+    match source.kind() {
+        io::ErrorKind::UnexpectedEof => LayerProblem::Truncated,
+        io::ErrorKind::FileTooLarge => LayerProblem::TooLarge,
+        // The tar crate reports a header that is cut off in words only.
+        _ if source.to_string().contains("failed to read entire block") => LayerProblem::Truncated,
+        _ => LayerProblem::Unreadable { source },
+    }
+}
+
+/// Does a path, read from the root downwards, ever go above it? (`a/../b` does not; `a/../../b` does.)
+fn climbs(path: &[u8]) -> bool {
+    let mut depth = 0_i64;
+    for part in path.split(|&byte| byte == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => depth -= 1,
+            _ => depth += 1,
+        }
+        if depth < 0 {
+            return true;
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Write as _;
+
+    fn archive(entries: &[(&str, tar::EntryType, &str)]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (name, kind, link) in entries {
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(*kind);
+            header.set_size(0);
+            header.set_mode(0o644);
+            // Written raw: the crate's own setter refuses what we want to see refused.
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
+            header.set_cksum();
+            builder.append(&header, io::empty()).expect("in memory");
+        }
+        builder.into_inner().expect("in memory")
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).expect("in memory");
+        encoder.finish().expect("in memory")
+    }
+
+    #[test]
+    fn the_digest_is_that_of_the_plain_archive_however_it_is_packed() {
+        let plain = archive(&[("bin/", tar::EntryType::Directory, ""), ("bin/sh", tar::EntryType::Regular, "")]);
+        let expected = Digest::of(&plain);
+        for packed in [plain.clone(), gzip(&plain), zstd::encode_all(&plain[..], 1).expect("in memory")] {
+            assert_eq!(read(io::Cursor::new(packed)).expect("a good layer"), expected);
+        }
+        let half = plain.len() / 2;
+        let members = [gzip(&plain[..half]), gzip(&plain[half..])].concat();
+        assert_eq!(read(io::Cursor::new(members)).expect("several gzip members"), expected);
+    }
+
+    #[test]
+    fn climbing_entries_are_named() {
+        for name in ["../x", "a/../../x", "/../x"] {
+            let layer = archive(&[(name, tar::EntryType::Regular, "")]);
+            let problem = read(io::Cursor::new(layer)).expect_err("refused");
+            assert!(matches!(&problem, LayerProblem::Climbs { entry } if entry == name), "{problem:?}");
+        }
+        let layer = archive(&[("x", tar::EntryType::Link, "../../etc/shadow")]);
+        assert!(matches!(read(io::Cursor::new(layer)), Err(LayerProblem::LinkClimbs { .. })));
+        let fine = archive(&[("a/../b", tar::EntryType::Regular, ""), ("l", tar::EntryType::Symlink, "../../../x")]);
+        assert!(read(io::Cursor::new(fine)).is_ok(), "a symlink's target is resolved inside the root");
+    }
+
+    #[test]
+    fn cut_off_layers_are_named() {
+        let plain = archive(&[("a", tar::EntryType::Regular, ""), ("b", tar::EntryType::Regular, "")]);
+        let packed = gzip(&plain);
+        let cut = packed[..packed.len() - 12].to_vec();
+        assert!(matches!(read(io::Cursor::new(cut)), Err(LayerProblem::Truncated)));
+        assert!(matches!(read(io::Cursor::new(plain[..700].to_vec())), Err(LayerProblem::Truncated)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+            let _ = read(io::Cursor::new(bytes));
+        }
+    }
+}

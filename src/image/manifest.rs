@@ -1,0 +1,232 @@
+//! Reading indexes, manifests and configurations, with nothing taken on trust.
+
+use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os};
+
+use super::{ImageError, Reference};
+use crate::{ids::Digest, pb::types};
+
+/// A layer as its manifest describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Digest of the compressed bytes.
+    pub digest: Digest,
+    /// Their number.
+    pub size: u64,
+    /// How they are packed.
+    pub media_type: String,
+}
+
+impl Layer {
+    /// As containerd wants it.
+    pub fn descriptor(&self) -> types::Descriptor {
+        types::Descriptor {
+            media_type: self.media_type.clone(),
+            digest: self.digest.to_string(),
+            size: i64::try_from(self.size).unwrap_or(i64::MAX),
+            ..Default::default()
+        }
+    }
+}
+
+/// A manifest with its digests checked for form.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    /// The configuration's digest.
+    pub config: Digest,
+    /// The layers, lowest first.
+    pub layers: Vec<Layer>,
+}
+
+/// What a target turned out to be.
+#[derive(Debug)]
+pub enum Document {
+    /// A list of manifests, of which this one is for our platform.
+    Index(Digest),
+    /// One image.
+    Manifest(Manifest),
+}
+
+/// Layers we can unpack. Others (foreign, encrypted, artifacts) are refused by name.
+const LAYER_TYPES: [&str; 6] = [
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.v1.tar+gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd",
+];
+
+/// Kernel's limit on lower directories is 500 (`OVL_MAX_STACK`); docker's on layers is 127.
+pub const LAYERS_MAX: usize = 127;
+
+/// Reads what `media_type` says, or what the document itself says where the registry was silent.
+///
+/// # Errors
+/// When it makes no sense or has nothing for this host.
+pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Document, ImageError> {
+    let digest = Digest::of(bytes);
+    let malformed = |what: &'static str, problem: String| ImageError::Malformed {
+        image: image.to_string(),
+        what,
+        digest: digest.clone(),
+        problem,
+    };
+    let value: serde_json::Value =
+        serde_json::from_slice(bytes).map_err(|error| malformed("manifest", format!("no JSON: {error}")))?;
+    let declared = value.get("mediaType").and_then(serde_json::Value::as_str).unwrap_or_default();
+    let kind = if declared.is_empty() { media_type } else { declared };
+    if value.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
+        return Err(malformed("manifest", "schema version 1, which registries gave up; rebuild the image".to_owned()));
+    }
+    let is_index = kind == MediaType::ImageIndex.as_ref()
+        || kind == "application/vnd.docker.distribution.manifest.list.v2+json"
+        || (value.get("manifests").is_some() && value.get("layers").is_none());
+    if is_index {
+        let index: ImageIndex = serde_json::from_value(value).map_err(|error| malformed("index", error.to_string()))?;
+        let chosen = choose(image, &index)?;
+        let chosen = Digest::new(chosen.digest().as_ref()).map_err(|error| malformed("index", error.to_string()))?;
+        return Ok(Document::Index(chosen));
+    }
+    let manifest: ImageManifest =
+        serde_json::from_value(value).map_err(|error| malformed("manifest", error.to_string()))?;
+    let config = manifest.config();
+    match config.media_type() {
+        MediaType::ImageConfig => {}
+        MediaType::Other(other) if other == "application/vnd.docker.container.image.v1+json" => {}
+        other => return Err(malformed("manifest", format!("no container image: its config is of type {other}"))),
+    }
+    let digest_of = |descriptor: &Descriptor| {
+        Digest::new(descriptor.digest().as_ref()).map_err(|error| malformed("manifest", error.to_string()))
+    };
+    let layers = manifest
+        .layers()
+        .iter()
+        .map(|layer| {
+            let media_type = layer.media_type().to_string();
+            if !LAYER_TYPES.contains(&media_type.as_str()) {
+                return Err(malformed("manifest", format!("layer {} is of type {media_type}", layer.digest())));
+            }
+            Ok(Layer { digest: digest_of(layer)?, size: layer.size(), media_type })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    if layers.len() > LAYERS_MAX {
+        return Err(malformed("manifest", format!("{} layers; {LAYERS_MAX} is the most", layers.len())));
+    }
+    Ok(Document::Manifest(Manifest { config: digest_of(config)?, layers }))
+}
+
+/// Reads a configuration and its layers' uncompressed digests.
+///
+/// # Errors
+/// When it makes no sense, or counts other layers than the manifest.
+pub fn parse_config(
+    image: &Reference,
+    manifest: &Manifest,
+    bytes: &[u8],
+) -> Result<(ImageConfiguration, Vec<Digest>), ImageError> {
+    let malformed = |problem: String| ImageError::Malformed {
+        image: image.to_string(),
+        what: "config",
+        digest: manifest.config.clone(),
+        problem,
+    };
+    let config: ImageConfiguration = serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
+    let diffs = config
+        .rootfs()
+        .diff_ids()
+        .iter()
+        .map(|diff| Digest::new(diff).map_err(|error| malformed(error.to_string())))
+        .collect::<Result<Vec<_>, _>>()?;
+    if diffs.len() != manifest.layers.len() {
+        return Err(malformed(format!("it has {} diff_ids for {} layers", diffs.len(), manifest.layers.len())));
+    }
+    Ok((config, diffs))
+}
+
+/// The manifest of an index that fits this host best.
+fn choose<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor, ImageError> {
+    let wanted = host_arch();
+    let fits = |descriptor: &&Descriptor| {
+        descriptor
+            .platform()
+            .as_ref()
+            .is_none_or(|platform| *platform.os() == Os::Linux && *platform.architecture() == wanted)
+    };
+    // arm64 is "v8" where a variant is given at all; amd64's variants (v2, v3) may not run here, so plain ones first.
+    let rank = |descriptor: &&Descriptor| {
+        let variant = descriptor.platform().as_ref().and_then(|platform| platform.variant().clone());
+        match variant.as_deref() {
+            None => 0,
+            Some("v8") => 1,
+            Some(_) => 2,
+        }
+    };
+    index.manifests().iter().filter(fits).min_by_key(rank).ok_or_else(|| {
+        let mut offered: Vec<String> = index
+            .manifests()
+            .iter()
+            .filter_map(|descriptor| descriptor.platform().as_ref())
+            .map(|platform| format!("{}/{}", platform.os(), platform.architecture()))
+            .collect();
+        offered.dedup();
+        ImageError::Platform {
+            image: image.to_string(),
+            wanted: format!("linux/{wanted}"),
+            offered: if offered.is_empty() { "none".to_owned() } else { offered.join(", ") },
+        }
+    })
+}
+
+/// This host's architecture in the image spec's words (Go's).
+pub fn host_arch() -> Arch {
+    match std::env::consts::ARCH {
+        "x86_64" => Arch::Amd64,
+        "aarch64" => Arch::ARM64,
+        other => Arch::from(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn reference() -> Reference {
+        Reference::parse("registry.example/app:1").expect("a reference")
+    }
+
+    fn manifest(layer_type: &str) -> String {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        format!(
+            r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":1}},
+               "layers":[{{"mediaType":"{layer_type}","digest":"{digest}","size":7}}]}}"#
+        )
+    }
+
+    #[test]
+    fn a_manifest_is_read_and_strange_layers_are_named() {
+        let good = manifest("application/vnd.oci.image.layer.v1.tar+zstd");
+        assert!(matches!(parse(&reference(), "", good.as_bytes()), Ok(Document::Manifest(m)) if m.layers[0].size == 7));
+        let foreign = manifest("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip");
+        let error = parse(&reference(), "", foreign.as_bytes()).expect_err("refused").to_string();
+        assert!(error.contains("foreign.diff"), "{error}");
+    }
+
+    #[test]
+    fn an_index_without_our_platform_says_what_it_has() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let index = format!(
+            r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{digest}","size":1,
+                "platform":{{"os":"linux","architecture":"s390x"}}}}]}}"#
+        );
+        let error = parse(&reference(), "", index.as_bytes()).expect_err("refused").to_string();
+        assert!(error.contains("linux/s390x"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_document_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse(&reference(), "", &bytes);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! From an image's name to directories that can be mounted: references, registries, the pull into containerd's store,
+//! and the records that let a task start without asking anybody.
+
+mod auth;
+mod confine;
+mod layer;
+mod manifest;
+mod pull;
+mod record;
+mod reference;
+mod registry;
+mod store;
+mod unpack;
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+pub use auth::Credentials;
+pub use layer::LayerProblem;
+pub use pull::{Progress, PullEvent};
+pub use record::{ImageConfig, ImageRecord};
+pub use reference::{Reference, ReferenceError};
+pub use store::{ImageStore, PullRequest};
+
+use crate::{containerd::ContainerdError, ids::Digest};
+
+/// Why an image can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The registry doesn't know it.
+    #[error("image {image} was not found: {registry} says {detail}")]
+    NotFound {
+        /// As asked for.
+        image: String,
+        /// Who said so.
+        registry: String,
+        /// In its words.
+        detail: String,
+    },
+    /// The registry knows us not, or well enough.
+    #[error("pull access denied for {image}: {registry} says {detail}; check the name, and `auth` for a private image")]
+    Denied {
+        /// As asked for.
+        image: String,
+        /// Who said so.
+        registry: String,
+        /// In its words.
+        detail: String,
+    },
+    /// The registry did not answer.
+    #[error("registry {registry} is out of reach")]
+    Unreachable {
+        /// Which.
+        registry: String,
+        /// Why.
+        source: reqwest::Error,
+    },
+    /// The registry answered something else.
+    #[error("registry {registry} answered {status} to {request}: {detail}")]
+    Answer {
+        /// Which.
+        registry: String,
+        /// What it was asked.
+        request: String,
+        /// The HTTP status.
+        status: u16,
+        /// In its words.
+        detail: String,
+    },
+    /// A download was cut off.
+    #[error("download of {digest} from {registry} broke off after {received} of {size} bytes")]
+    Interrupted {
+        /// Whence.
+        registry: String,
+        /// What.
+        digest: Digest,
+        /// How far it came.
+        received: u64,
+        /// How far it should have come.
+        size: u64,
+        /// Why, where the transport says.
+        source: Option<reqwest::Error>,
+    },
+    /// Time is up.
+    #[error("pull of image {image} did not end within image_pull_timeout = {after:?}")]
+    Timeout {
+        /// As asked for.
+        image: String,
+        /// The limit.
+        after: Duration,
+    },
+    /// What came is not what its name says.
+    #[error("{what} of image {image} has digest {actual}, not {expected}")]
+    WrongDigest {
+        /// As asked for.
+        image: String,
+        /// Manifest, config or layer.
+        what: &'static str,
+        /// Its name.
+        expected: Digest,
+        /// What it is.
+        actual: Digest,
+    },
+    /// A manifest, index or configuration that makes no sense.
+    #[error("{what} {digest} of image {image} is malformed: {problem}")]
+    Malformed {
+        /// As asked for.
+        image: String,
+        /// Manifest, index or config.
+        what: &'static str,
+        /// Its digest.
+        digest: Digest,
+        /// What is wrong.
+        problem: String,
+    },
+    /// An index without our platform.
+    #[error("image {image} has no manifest for {wanted}; it has {offered}")]
+    Platform {
+        /// As asked for.
+        image: String,
+        /// What this host is.
+        wanted: String,
+        /// What there is.
+        offered: String,
+    },
+    /// A layer that is refused.
+    #[error("layer {digest} of image {image} is refused")]
+    Layer {
+        /// As asked for.
+        image: String,
+        /// Which.
+        digest: Digest,
+        /// Why.
+        source: LayerProblem,
+    },
+    /// A snapshotter whose mounts we can't stack on.
+    #[error(
+        "snapshotter {snapshotter} gives mounts of type {kind:?} for image {image}: use overlayfs or native (containerd.snapshotter)"
+    )]
+    Snapshotter {
+        /// As asked for.
+        image: String,
+        /// Which.
+        snapshotter: String,
+        /// What it gave.
+        kind: String,
+    },
+    /// containerd said no.
+    #[error(transparent)]
+    Containerd(#[from] ContainerdError),
+    /// A file of ours.
+    #[error("image record {path}")]
+    Record {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The HTTP client could not be made.
+    #[error("set up HTTPS (trust store: SSL_CERT_FILE, or the system's)")]
+    Client {
+        /// Why.
+        source: reqwest::Error,
+    },
+}
+
+impl ImageError {
+    /// Is another try likely to end better? Decides whether Nomad's restart policy may act.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::Interrupted { .. } | Self::Timeout { .. } | Self::Record { .. } => true,
+            Self::Answer { status, .. } => *status == 429 || *status >= 500,
+            Self::Containerd(error) => error.is_transient(),
+            _ => false,
+        }
+    }
+}
+
+/// Errors are shared by all who waited for the same pull.
+pub type SharedError = Arc<ImageError>;

@@ -1,0 +1,241 @@
+//! The pull side of a registry's HTTP API (OCI distribution spec 1.1).
+
+use std::{error::Error as _, sync::Mutex, time::Duration};
+
+use reqwest::{Method, Response, StatusCode, header};
+
+use super::{
+    ImageError, Reference,
+    auth::{Challenge, Credentials, TokenAnswer, parse_challenge},
+};
+use crate::ids::Digest;
+
+/// All that we can make sense of, best first.
+const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
+    application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
+/// A registry that does not take a connection in this time is away.
+const CONNECT: Duration = Duration::from_secs(15);
+/// A download that gives no byte for so long has stalled.
+const STALL: Duration = Duration::from_secs(60);
+/// Distribution's own limit on manifests.
+const MANIFEST_MAX: usize = 4 << 20;
+/// How often a busy (429) or failing (5xx) registry is asked again.
+const RETRIES: u32 = 2;
+
+/// An HTTP client for all registries: the system's trust store or `SSL_CERT_FILE`, proxies from the environment.
+///
+/// # Errors
+/// When the trust store can't be loaded.
+pub fn http_client() -> Result<reqwest::Client, ImageError> {
+    reqwest::Client::builder()
+        .connect_timeout(CONNECT)
+        .read_timeout(STALL)
+        .user_agent(concat!("nomad-driver-shim/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .map_err(|source| ImageError::Client { source })
+}
+
+/// One repository at one registry, with what it told us about scheme and authorization.
+#[derive(Debug)]
+pub struct Registry<'a> {
+    http: &'a reqwest::Client,
+    reference: &'a Reference,
+    credentials: Option<&'a Credentials>,
+    learnt: Mutex<Learnt>,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Learnt {
+    plain_http: bool,
+    authorization: Option<String>,
+}
+
+impl<'a> Registry<'a> {
+    /// Credentials that are for another registry are left out here, once for all.
+    pub fn new(http: &'a reqwest::Client, reference: &'a Reference, credentials: Option<&'a Credentials>) -> Self {
+        let credentials = credentials.filter(|credentials| credentials.are_for(reference.registry()));
+        Self { http, reference, credentials, learnt: Mutex::default() }
+    }
+
+    /// A manifest or index by tag or digest: its media type and bytes. The digest is for the caller to check.
+    ///
+    /// # Errors
+    /// When it can't be had.
+    pub async fn manifest(&self, target: &str) -> Result<(String, Vec<u8>), ImageError> {
+        let mut response = self.get(&format!("manifests/{target}"), Some(ACCEPT)).await?;
+        let media_type = response
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .and_then(|value| value.to_str().ok())
+            .map(|value| value.split(';').next().unwrap_or(value).trim().to_owned())
+            .unwrap_or_default();
+        let mut bytes = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|source| self.unreachable(source))? {
+            bytes.extend_from_slice(&chunk);
+            if bytes.len() > MANIFEST_MAX {
+                return Err(ImageError::Malformed {
+                    image: self.reference.to_string(),
+                    what: "manifest",
+                    digest: Digest::of(&bytes),
+                    problem: format!("larger than {MANIFEST_MAX} bytes"),
+                });
+            }
+        }
+        Ok((media_type, bytes))
+    }
+
+    /// A blob's body, to be streamed.
+    ///
+    /// # Errors
+    /// When it can't be had.
+    pub async fn blob(&self, digest: &Digest) -> Result<Response, ImageError> {
+        self.get(&format!("blobs/{digest}"), None).await
+    }
+
+    /// The registry's name, for messages.
+    pub fn name(&self) -> &str {
+        self.reference.registry()
+    }
+
+    async fn get(&self, path: &str, accept: Option<&str>) -> Result<Response, ImageError> {
+        let mut authorized = false;
+        let mut tries = 0;
+        loop {
+            let learnt = self.learnt();
+            let scheme = if learnt.plain_http { "http" } else { "https" };
+            let (host, repository) = (self.reference.api_host(), self.reference.repository());
+            let mut request = self.http.request(Method::GET, format!("{scheme}://{host}/v2/{repository}/{path}"));
+            if let Some(accept) = accept {
+                request = request.header(header::ACCEPT, accept);
+            }
+            if let Some(authorization) = &learnt.authorization {
+                request = request.header(header::AUTHORIZATION, authorization);
+            }
+            let response = match request.send().await {
+                Ok(response) => response,
+                // A registry on this host may do without TLS, and shows it by answering something else to our hello.
+                Err(error) if !learnt.plain_http && self.reference.is_loopback() && speaks_no_tls(&error) => {
+                    self.learn(|learnt| learnt.plain_http = true);
+                    continue;
+                }
+                Err(source) => return Err(self.unreachable(source)),
+            };
+            match response.status() {
+                status if status.is_success() => return Ok(response),
+                StatusCode::UNAUTHORIZED if !authorized => {
+                    authorized = true;
+                    let authorization = self.authorize(&response).await?;
+                    self.learn(|learnt| learnt.authorization = authorization);
+                }
+                status if (status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error()) && tries < RETRIES => {
+                    tries += 1;
+                    tokio::time::sleep(retry_after(&response).unwrap_or(Duration::from_millis(300) * tries)).await;
+                }
+                status => return Err(self.refused(path, status, response).await),
+            }
+        }
+    }
+
+    fn learnt(&self) -> Learnt {
+        self.learnt.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    fn learn(&self, change: impl FnOnce(&mut Learnt)) {
+        change(&mut self.learnt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    }
+
+    /// Answers a 401: what to put into `Authorization` from now on.
+    async fn authorize(&self, response: &Response) -> Result<Option<String>, ImageError> {
+        let challenges = response.headers().get_all(header::WWW_AUTHENTICATE);
+        let challenge = challenges.iter().filter_map(|value| value.to_str().ok()).find_map(parse_challenge);
+        match challenge {
+            Some(Challenge::Basic) => Ok(self.credentials.map(basic)),
+            Some(Challenge::Bearer { realm, parameters }) => {
+                // Without a scope the token would be good for nothing; some registries leave it out of the challenge.
+                let mut query = parameters;
+                if !query.iter().any(|(key, _)| key == "scope") {
+                    query.push(("scope".to_owned(), format!("repository:{}:pull", self.reference.repository())));
+                }
+                let address = reqwest::Url::parse_with_params(&realm, &query).map_err(|error| ImageError::Answer {
+                    registry: self.name().to_owned(),
+                    request: "authentication".to_owned(),
+                    status: 401,
+                    detail: format!("a token realm that is no URL ({realm:?}): {error}"),
+                })?;
+                let mut request = self.http.get(address);
+                if let Some(credentials) = self.credentials {
+                    request = request.header(header::AUTHORIZATION, basic(credentials));
+                }
+                let response = request.send().await.map_err(|source| self.unreachable(source))?;
+                let status = response.status();
+                if !status.is_success() {
+                    return Err(self.refused("token", status, response).await);
+                }
+                let body = response.bytes().await.map_err(|source| self.unreachable(source))?;
+                let token = serde_json::from_slice::<TokenAnswer>(&body).ok().and_then(TokenAnswer::token);
+                let token = token.ok_or_else(|| ImageError::Answer {
+                    registry: self.name().to_owned(),
+                    request: "authentication".to_owned(),
+                    status: status.as_u16(),
+                    detail: "no token in the token server's answer".to_owned(),
+                })?;
+                Ok(Some(format!("Bearer {token}")))
+            }
+            None => Ok(None),
+        }
+    }
+
+    async fn refused(&self, request: &str, status: StatusCode, response: Response) -> ImageError {
+        let body = response.bytes().await.unwrap_or_default();
+        let detail = error_detail(&body).unwrap_or_else(|| status.to_string());
+        let (image, registry) = (self.reference.to_string(), self.name().to_owned());
+        match status {
+            StatusCode::NOT_FOUND => ImageError::NotFound { image, registry, detail },
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => ImageError::Denied { image, registry, detail },
+            _ => ImageError::Answer { registry, request: request.to_owned(), status: status.as_u16(), detail },
+        }
+    }
+
+    fn unreachable(&self, source: reqwest::Error) -> ImageError {
+        ImageError::Unreachable { registry: self.name().to_owned(), source: source.without_url() }
+    }
+}
+
+fn basic(credentials: &Credentials) -> String {
+    use base64::Engine as _;
+    let pair = format!("{}:{}", credentials.username, credentials.password);
+    format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair))
+}
+
+fn retry_after(response: &Response) -> Option<Duration> {
+    let seconds = response.headers().get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
+    // A registry may ask for minutes; the pull's own deadline decides whether that is worth waiting for.
+    Some(Duration::from_secs(seconds))
+}
+
+/// Did the other end answer our TLS hello with something that is no TLS at all? (A bad certificate does not count.)
+fn speaks_no_tls(error: &reqwest::Error) -> bool {
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // rustls wraps itself into an io::Error on the way up, whose `source` skips the error that it carries.
+        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        let tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>()).or_else(|| error.downcast_ref());
+        if let Some(tls) = tls {
+            return matches!(tls, rustls::Error::InvalidMessage(_));
+        }
+        cause = match inner {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    false
+}
+
+/// The text of a registry's error body (distribution spec, "error codes"): `CODE: message`, with the first one only.
+fn error_detail(body: &[u8]) -> Option<String> {
+    let value: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let first = value.get("errors")?.get(0)?;
+    let code = first.get("code")?.as_str()?;
+    let message = first.get("message").and_then(serde_json::Value::as_str).unwrap_or_default();
+    Some(if message.is_empty() { code.to_owned() } else { format!("{code}: {message}") })
+}

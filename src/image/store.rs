@@ -1,0 +1,290 @@
+//! The images of one driver: records in memory, and pulls of which the same one never runs twice.
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt as _,
+    future::{Shared, WeakShared},
+};
+
+use super::{
+    Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedError,
+    manifest::{self, Document, Manifest},
+    pull::{self, CONFIG_MAX, Fetched, PullLease, Source},
+    record::Parts,
+    registry::http_client,
+    unpack,
+};
+use crate::{
+    containerd::{Client, Labels, LeaseId},
+    ids::{ChainId, Digest},
+    pb::types::Descriptor,
+    places::Places,
+};
+
+/// Manifests that `ctr` stored; distribution's limit again.
+const MANIFEST_MAX: usize = 4 << 20;
+
+type PullResult = Result<Arc<ImageRecord>, SharedError>;
+type Flight = Pin<Box<dyn Future<Output = PullResult> + Send>>;
+
+/// What a pull is asked with.
+#[derive(Debug, Clone)]
+pub struct PullRequest {
+    /// The image.
+    pub reference: Reference,
+    /// Who we are to its registry.
+    pub credentials: Option<Credentials>,
+    /// How long the caller waits.
+    pub timeout: Duration,
+    /// Who hears of it (of the pull that is joined, the first caller).
+    pub progress: Progress,
+}
+
+/// The images of one driver. Cheap to clone.
+#[derive(Clone)]
+pub struct ImageStore(Arc<Inner>);
+
+struct Inner {
+    places: Places,
+    client: Client,
+    http: OnceLock<reqwest::Client>,
+    records: Mutex<HashMap<String, Arc<ImageRecord>>>,
+    flights: Mutex<HashMap<(Reference, Option<Credentials>), WeakShared<Flight>>>,
+}
+
+impl std::fmt::Debug for ImageStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImageStore").field("places", &self.0.places).finish_non_exhaustive()
+    }
+}
+
+impl ImageStore {
+    /// Reads the records; containerd is not asked.
+    ///
+    /// # Errors
+    /// When the directory of the records can't be read.
+    pub fn open(places: &Places, client: Client) -> Result<Self, ImageError> {
+        let records = ImageRecord::load_all(&places.images())?
+            .into_iter()
+            .map(|record| (record.reference.clone(), Arc::new(record)))
+            .collect();
+        Ok(Self(Arc::new(Inner {
+            places: places.clone(),
+            client,
+            http: OnceLock::new(),
+            records: Mutex::new(records),
+            flights: Mutex::default(),
+        })))
+    }
+
+    /// The record of an image that is here.
+    pub fn cached(&self, reference: &Reference) -> Option<Arc<ImageRecord>> {
+        lock(&self.0.records).get(&reference.to_string()).cloned()
+    }
+
+    /// All records, by name.
+    pub fn records(&self) -> Vec<Arc<ImageRecord>> {
+        let mut records: Vec<_> = lock(&self.0.records).values().cloned().collect();
+        records.sort_by(|a, b| a.reference.cmp(&b.reference));
+        records
+    }
+
+    /// Forgets a record whose directories turned out to be gone (containerd's store was wiped), so that the next
+    /// caller pulls.
+    pub fn forget(&self, record: &ImageRecord) {
+        lock(&self.0.records).remove(&record.reference);
+        if let Err(error) = record.forget(&self.0.places.images()) {
+            tracing::warn!(%error, "stale image record");
+        }
+    }
+
+    /// Has the image pulled, if it must be, and waits for it. Callers that want the same image with the same
+    /// credentials share one pull; it goes on as long as one of them waits.
+    ///
+    /// # Errors
+    /// When the image can't be had in the caller's time.
+    pub async fn pull(&self, request: PullRequest) -> PullResult {
+        let PullRequest { reference, credentials, timeout, progress } = request;
+        let flight = {
+            let mut flights = lock(&self.0.flights);
+            flights.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
+            let key = (reference.clone(), credentials.clone());
+            match flights.get(&key).and_then(WeakShared::upgrade) {
+                Some(flight) => flight,
+                None => {
+                    let (store, reference) = (self.clone(), reference.clone());
+                    let work = async move { store.run(&reference, credentials.as_ref(), &progress).await };
+                    let flight: Shared<Flight> = (Box::pin(work) as Flight).shared();
+                    if let Some(weak) = flight.downgrade() {
+                        flights.insert(key, weak);
+                    }
+                    flight
+                }
+            }
+        };
+        tokio::time::timeout(timeout, flight)
+            .await
+            .unwrap_or_else(|_| Err(Arc::new(ImageError::Timeout { image: reference.to_string(), after: timeout })))
+    }
+
+    async fn run(&self, reference: &Reference, credentials: Option<&Credentials>, progress: &Progress) -> PullResult {
+        let name = reference.to_string();
+        let client = &self.0.client;
+        let work = async {
+            let lease = PullLease::begin(client).await?;
+            let local = self.local(reference, progress, lease.id()).await?;
+            let (fetched, chain) = match local {
+                Some(found) => found,
+                None => {
+                    let source = Source { client, http: self.http()?, credentials, progress };
+                    let fetched = pull::fetch(&source, reference, lease.id()).await?;
+                    let chain = self.unpack(reference, &fetched, progress, lease.id()).await?;
+                    client.set_image(&name, fetched.target.clone()).await?;
+                    (fetched, chain)
+                }
+            };
+            let record = self.keep(reference, &fetched, chain).await?;
+            lease.end().await?;
+            Ok::<_, ImageError>(record)
+        };
+        let record = work.await.map_err(Arc::new)?;
+        lock(&self.0.records).insert(name, record.clone());
+        Ok(record)
+    }
+
+    /// An image that containerd has already, whoever pulled it, if it is whole for this host.
+    async fn local(
+        &self,
+        reference: &Reference,
+        progress: &Progress,
+        lease: &LeaseId,
+    ) -> Result<Option<(Fetched, Option<ChainId>)>, ImageError> {
+        let Some(target) = self.0.client.image(&reference.to_string()).await? else { return Ok(None) };
+        match self.read_local(reference, target).await {
+            Ok(fetched) => match self.unpack(reference, &fetched, progress, lease).await {
+                Ok(chain) => Ok(Some((fetched, chain))),
+                Err(ImageError::Containerd(error)) if error.is_not_found() => Ok(None),
+                Err(error) => Err(error),
+            },
+            // Blobs are missing (another platform was pulled, or only the metadata): the registry has them.
+            Err(ImageError::Containerd(error)) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn read_local(&self, reference: &Reference, target: Descriptor) -> Result<Fetched, ImageError> {
+        let client = &self.0.client;
+        let digest_of = |text: &str| {
+            Digest::new(text).map_err(|error| ImageError::Malformed {
+                image: reference.to_string(),
+                what: "image record of containerd",
+                digest: Digest::of(text.as_bytes()),
+                problem: error.to_string(),
+            })
+        };
+        let digest = digest_of(&target.digest)?;
+        let mut document =
+            manifest::parse(reference, &target.media_type, &client.read_blob(&digest, MANIFEST_MAX).await?)?;
+        if let Document::Index(chosen) = document {
+            document = manifest::parse(reference, "", &client.read_blob(&chosen, MANIFEST_MAX).await?)?;
+        }
+        let Document::Manifest(manifest) = document else {
+            let problem = "it points to another index".to_owned();
+            return Err(ImageError::Malformed { image: reference.to_string(), what: "index", digest, problem });
+        };
+        let config = client.read_blob(&manifest.config, CONFIG_MAX).await?;
+        Ok(Fetched { target, manifest, config })
+    }
+
+    async fn unpack(
+        &self,
+        reference: &Reference,
+        fetched: &Fetched,
+        progress: &Progress,
+        lease: &LeaseId,
+    ) -> Result<Option<ChainId>, ImageError> {
+        let Manifest { layers, config } = &fetched.manifest;
+        let (_, diffs) = manifest::parse_config(reference, &fetched.manifest, &fetched.config)?;
+        let layers: Vec<_> = layers.iter().cloned().zip(diffs).collect();
+        let client = &self.0.client;
+        let chain = unpack::unpack(client, reference, lease, &layers, progress).await?;
+        if let Some(chain) = &chain {
+            // What keeps the unpacked layers as long as the image is there, for every other user of containerd.
+            let label = format!("containerd.io/gc.ref.snapshot.{}", client.snapshotter());
+            client.keep_blob(lease, config, Labels::from([(label, chain.to_string())])).await?;
+        }
+        Ok(chain)
+    }
+
+    /// Puts a view of the layers under a lease of ours, and writes the record.
+    async fn keep(
+        &self,
+        reference: &Reference,
+        fetched: &Fetched,
+        chain: Option<ChainId>,
+    ) -> Result<Arc<ImageRecord>, ImageError> {
+        let Inner { places, client, .. } = &*self.0;
+        let (configuration, _) = manifest::parse_config(reference, &fetched.manifest, &fetched.config)?;
+        let digest = Digest::new(&fetched.target.digest).map_err(|error| ImageError::Malformed {
+            image: reference.to_string(),
+            what: "target",
+            digest: fetched.manifest.config.clone(),
+            problem: error.to_string(),
+        })?;
+        // One lease and one view for each stack of layers and driver, however many names lead to it.
+        let stack = chain.as_ref().map_or("empty", ChainId::as_str).trim_start_matches("sha256:");
+        let name = format!("nomad-driver-shim-{}-{}", places.identity(), &stack[..stack.len().min(20)]);
+        let lease = LeaseId(name.clone());
+        let (view, stack) = match &chain {
+            Some(chain) => {
+                client.create_lease(&lease, None).await?;
+                let mounts = client.view_snapshot(&lease, &name, chain).await?;
+                (Some(name), unpack::stack_of(client, reference, &mounts)?)
+            }
+            None => (None, unpack::Stack { lowers: vec![self.empty_layer()?], options: Vec::new() }),
+        };
+        let parts = Parts {
+            digest,
+            chain_id: chain,
+            lease: lease.0,
+            view,
+            size: fetched.manifest.layers.iter().map(|layer| layer.size).sum(),
+        };
+        let mut record = ImageRecord::new(reference, parts, ImageConfig::from(&configuration));
+        let scratch = places.images();
+        let reading = stack.clone();
+        let read = tokio::task::spawn_blocking(move || unpack::accounts(&reading, &scratch));
+        (record.passwd, record.group) = read
+            .await
+            .map_err(|join| ImageError::Record { path: places.images(), source: std::io::Error::other(join) })??;
+        (record.lowers, record.overlay_options) = (stack.lowers, stack.options);
+        record.save(&places.images())?;
+        Ok(Arc::new(record))
+    }
+
+    /// What an image without layers is mounted over.
+    fn empty_layer(&self) -> Result<std::path::PathBuf, ImageError> {
+        let path = self.0.places.images().join("empty");
+        crate::places::make_dir(&path).map_err(|source| ImageError::Record { path: path.clone(), source })?;
+        Ok(path)
+    }
+
+    fn http(&self) -> Result<&reqwest::Client, ImageError> {
+        if let Some(client) = self.0.http.get() {
+            return Ok(client);
+        }
+        // Reading the trust store takes milliseconds: done at the first pull, never at start-up.
+        let client = http_client()?;
+        Ok(self.0.http.get_or_init(|| client))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,174 @@
+//! From blobs to directories: layers applied into containerd's snapshotter, and the view that keeps them.
+
+use std::{
+    fs,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    mount::{MntFlags, umount2},
+};
+
+use super::{
+    ImageError, Reference,
+    manifest::Layer,
+    pull::{Progress, PullEvent},
+};
+use crate::{
+    containerd::{Client, Labels, LeaseId},
+    ids::{ChainId, Digest, random_hex},
+    pb::types::Mount,
+};
+
+/// Accounts files are a few kilobytes; nobody's has a megabyte.
+const ACCOUNTS_MAX: u64 = 1 << 20;
+
+/// Makes sure that all layers are unpacked: the name of the whole stack, None for an image without layers.
+///
+/// # Errors
+/// When containerd can't unpack one, or unpacks something else than the configuration says.
+pub async fn unpack(
+    client: &Client,
+    reference: &Reference,
+    lease: &LeaseId,
+    layers: &[(Layer, Digest)],
+    progress: &Progress,
+) -> Result<Option<ChainId>, ImageError> {
+    let chains: Vec<ChainId> = layers
+        .iter()
+        .scan(None, |parent: &mut Option<ChainId>, (_, diff)| {
+            *parent = Some(ChainId::next(parent.as_ref(), diff));
+            parent.clone()
+        })
+        .collect();
+    let Some(top) = chains.last() else { return Ok(None) };
+    if !client.has_snapshot(top.as_str()).await? {
+        for (n, ((layer, diff), chain)) in layers.iter().zip(&chains).enumerate() {
+            if !client.has_snapshot(chain.as_str()).await? {
+                let parent = n.checked_sub(1).map(|below| &chains[below]);
+                apply(client, reference, lease, Step { layer, diff, parent, chain }).await?;
+            }
+            progress.tell(PullEvent::Unpacked(n + 1, layers.len()));
+        }
+    }
+    Ok(Some(top.clone()))
+}
+
+struct Step<'a> {
+    layer: &'a Layer,
+    diff: &'a Digest,
+    parent: Option<&'a ChainId>,
+    chain: &'a ChainId,
+}
+
+async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: Step<'_>) -> Result<(), ImageError> {
+    let Step { layer, diff, parent, chain } = step;
+    let labels = Labels::from([("containerd.io/snapshot.ref".to_owned(), chain.to_string())]);
+    // A fresh key: two pulls may unpack the same layer at the same time, and the slower one's commit says so.
+    let key = format!("extract-{} {chain}", random_hex(8));
+    let mounts = client.prepare_snapshot(lease, &key, parent, labels.clone()).await?;
+    let outcome = async {
+        let actual = client.apply_layer(layer.descriptor(), mounts).await?;
+        if actual != *diff {
+            return Err(ImageError::Layer {
+                image: reference.to_string(),
+                digest: layer.digest.clone(),
+                source: super::LayerProblem::DiffId { expected: diff.clone(), actual },
+            });
+        }
+        client.commit_snapshot(lease, &key, chain, labels).await.map_err(ImageError::from)
+    }
+    .await;
+    match outcome {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            if let Err(left) = client.remove_snapshot(&key).await {
+                tracing::debug!(error = %left, "a half-unpacked layer is left to containerd's own collection");
+            }
+            match &error {
+                ImageError::Containerd(inner) if inner.is_already_exists() => Ok(()),
+                _ => Err(error),
+            }
+        }
+    }
+}
+
+/// Where a view's layers are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stack {
+    /// Read-only directories, topmost first.
+    pub lowers: Vec<PathBuf>,
+    /// Other options the snapshotter wants on an overlay.
+    pub options: Vec<String>,
+}
+
+/// Reads a view's mounts: one read-only bind, or an overlay without an upper directory.
+///
+/// # Errors
+/// When the snapshotter gives anything else.
+pub fn stack_of(client: &Client, reference: &Reference, mounts: &[Mount]) -> Result<Stack, ImageError> {
+    let refused = |kind: &str| ImageError::Snapshotter {
+        image: reference.to_string(),
+        snapshotter: client.snapshotter().to_owned(),
+        kind: kind.to_owned(),
+    };
+    let [mount] = mounts else { return Err(refused(&format!("{} mounts", mounts.len()))) };
+    match mount.r#type.as_str() {
+        "bind" => Ok(Stack { lowers: vec![PathBuf::from(&mount.source)], options: Vec::new() }),
+        "overlay" => {
+            let mut stack = Stack { lowers: Vec::new(), options: Vec::new() };
+            for option in &mount.options {
+                match option.split_once('=') {
+                    Some(("lowerdir", list)) => stack.lowers = list.split(':').map(PathBuf::from).collect(),
+                    Some(("upperdir" | "workdir", _)) => return Err(refused("overlay with an upper directory")),
+                    _ => stack.options.push(option.clone()),
+                }
+            }
+            if stack.lowers.is_empty() { Err(refused("overlay without directories")) } else { Ok(stack) }
+        }
+        other => Err(refused(other)),
+    }
+}
+
+/// The image's passwd and group files as its processes would see them, read through a mount that is gone afterwards.
+///
+/// # Errors
+/// When the layers can't be mounted or a file can't be read. An image without them has empty ones.
+pub fn accounts(stack: &Stack, scratch: &Path) -> Result<(String, String), ImageError> {
+    let path = scratch.join(format!("view-{}", random_hex(8)));
+    let inner = || -> io::Result<(String, String)> {
+        if let [only] = &stack.lowers[..] {
+            return Ok((read_beneath(only, "etc/passwd")?, read_beneath(only, "etc/group")?));
+        }
+        fs::create_dir(&path)?;
+        let read = crate::overlay::mount_read_only(&stack.lowers, &stack.options, &path).and_then(|()| {
+            let both = read_beneath(&path, "etc/passwd").and_then(|a| Ok((a, read_beneath(&path, "etc/group")?)));
+            umount2(&path, MntFlags::MNT_DETACH)?;
+            both
+        });
+        fs::remove_dir(&path)?;
+        read
+    };
+    inner().map_err(|source| ImageError::Record { path: path.clone(), source })
+}
+
+/// Reads a file with every symlink resolved inside `root`; a missing one is empty.
+fn read_beneath(root: &Path, name: &str) -> io::Result<String> {
+    let root = fs::File::open(root)?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = match openat2(&root, name, how) {
+        Ok(fd) => fs::File::from(fd),
+        Err(nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ELOOP) => return Ok(String::new()),
+        Err(errno) => return Err(errno.into()),
+    };
+    if !file.metadata()?.is_file() {
+        return Ok(String::new());
+    }
+    let mut bytes = Vec::new();
+    file.take(ACCOUNTS_MAX).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}

@@ -1,0 +1,118 @@
+//! overlayfs through mount(2): many layers, short options.
+//!
+//! mount(2) takes one page (4096 bytes) of options. A few dozen layers fit as absolute paths; beyond that the paths
+//! are written relative to their common parent, and a thread of its own, with its own working directory
+//! (`CLONE_FS` undone), makes the call. The newer mount API is not used: `fsconfig` strings end at 256 bytes, and
+//! `lowerdir+` needs Linux 6.5 (docs/decisions/003).
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+
+/// The kernel copies one page of options and cuts the rest off (mount(2)).
+const OPTIONS_MAX: usize = 4095;
+
+/// Mounts `lowers` (topmost first) with a writable layer at `target`.
+///
+/// # Errors
+/// As mount(2); `InvalidInput` when a path has a character that overlayfs reads as a separator.
+pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, target: &Path) -> io::Result<()> {
+    let layers =
+        [format!("upperdir={}", text(&upper.join("upper"))?), format!("workdir={}", text(&upper.join("work"))?)];
+    overlay(lowers, &[&layers[..], options].concat(), MsFlags::empty(), target)
+}
+
+/// Mounts two or more `lowers` (topmost first) read-only at `target`.
+///
+/// # Errors
+/// As [`mount_writable`].
+pub fn mount_read_only(lowers: &[PathBuf], options: &[String], target: &Path) -> io::Result<()> {
+    overlay(lowers, options, MsFlags::MS_RDONLY, target)
+}
+
+fn overlay(lowers: &[PathBuf], options: &[String], flags: MsFlags, target: &Path) -> io::Result<()> {
+    let absolute = lowers.iter().map(|lower| text(lower)).collect::<io::Result<Vec<_>>>()?;
+    let data = join(&absolute, options);
+    if data.len() <= OPTIONS_MAX {
+        return call(target, flags, &data);
+    }
+    let parent = common_parent(lowers);
+    let relative: Vec<&str> = absolute
+        .iter()
+        .map(|lower| lower.strip_prefix(text(&parent)?).map(|rest| rest.trim_start_matches('/')).ok_or_else(too_long))
+        .collect::<io::Result<_>>()?;
+    let data = join(&relative, options);
+    if data.len() > OPTIONS_MAX {
+        return Err(too_long());
+    }
+    std::thread::scope(|scope| {
+        let mounted = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_FS)?;
+            nix::unistd::chdir(&parent)?;
+            call(target, flags, &data)
+        });
+        mounted.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+    })
+}
+
+fn call(target: &Path, flags: MsFlags, data: &str) -> io::Result<()> {
+    Ok(mount(Some("overlay"), target, Some("overlay"), flags, Some(data))?)
+}
+
+fn join<T: AsRef<str>>(lowers: &[T], options: &[String]) -> String {
+    let mut data = String::from("lowerdir=");
+    for (n, lower) in lowers.iter().enumerate() {
+        if n > 0 {
+            data.push(':');
+        }
+        data.push_str(lower.as_ref());
+    }
+    for option in options {
+        data.push(',');
+        data.push_str(option);
+    }
+    data
+}
+
+fn common_parent(paths: &[PathBuf]) -> PathBuf {
+    let mut parent = paths.first().and_then(|path| path.parent()).unwrap_or(Path::new("/")).to_owned();
+    while !paths.iter().all(|path| path.starts_with(&parent)) && parent.pop() {}
+    parent
+}
+
+fn text(path: &Path) -> io::Result<&str> {
+    let text = path.to_str().filter(|text| !text.contains([':', ',', '\\']));
+    text.ok_or_else(|| {
+        let problem = format!("overlayfs can't take the path {}: it has a colon, comma or backslash", path.display());
+        io::Error::new(io::ErrorKind::InvalidInput, problem)
+    })
+}
+
+fn too_long() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "the image's layers do not fit into one page of mount options")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_parents_are_found() {
+        let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
+        assert_eq!(common_parent(&paths(&["/s/1/fs", "/s/22/fs"])), Path::new("/s"));
+        assert_eq!(common_parent(&paths(&["/a/1/fs", "/b/1/fs"])), Path::new("/"));
+    }
+
+    #[test]
+    fn separators_in_paths_are_refused_by_name() {
+        let error =
+            mount_writable(&[PathBuf::from("/a:b")], &[], Path::new("/u"), Path::new("/t")).expect_err("refused");
+        assert!(error.to_string().contains("/a:b"), "{error}");
+    }
+}
