@@ -1,0 +1,164 @@
+//! The bundle: a directory with `config.json`, the files we mount into the container, and the root file system.
+//!
+//! What is made here is undone here, each step for itself and harmless when there is nothing to undo.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use nix::mount::{MntFlags, umount2};
+use oci_spec::runtime::Spec;
+
+use super::RootfsError;
+use crate::{fault, overlay};
+
+/// Where one task's files are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BundlePaths {
+    /// The bundle.
+    pub bundle: PathBuf,
+    /// The writable layer: `upper` and `work` below it.
+    pub upper: PathBuf,
+}
+
+/// The layers of an image.
+#[derive(Debug, Clone, Copy)]
+pub struct Layers<'a> {
+    /// Read-only directories, topmost first.
+    pub lowers: &'a [PathBuf],
+    /// Further overlay options.
+    pub options: &'a [String],
+}
+
+impl BundlePaths {
+    /// Where the root file system is mounted.
+    pub fn rootfs(&self) -> PathBuf {
+        self.bundle.join("rootfs")
+    }
+
+    /// The hosts file.
+    pub fn hosts(&self) -> PathBuf {
+        self.bundle.join("hosts")
+    }
+
+    /// The resolv.conf file.
+    pub fn resolv_conf(&self) -> PathBuf {
+        self.bundle.join("resolv.conf")
+    }
+
+    /// Makes the directories and mounts the layers.
+    ///
+    /// # Errors
+    /// When anything can't be made; `LayersGone` when the image's directories have vanished.
+    pub fn mount(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
+        let rootfs = self.rootfs();
+        for directory in [&rootfs, &self.upper.join("upper"), &self.upper.join("work")] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o711)
+                .create(directory)
+                .map_err(|source| file("create", directory, source))?;
+        }
+        // The container's "/" has the mode of the upper directory, which every image has at 0755.
+        let upper = self.upper.join("upper");
+        let mode = layers
+            .lowers
+            .first()
+            .and_then(|lower| fs::metadata(lower).ok())
+            .map_or(0o755, |lower| lower.permissions().mode());
+        fs::set_permissions(&upper, fs::Permissions::from_mode(mode & 0o7777))
+            .map_err(|source| file("set the mode of", &upper, source))?;
+        overlay::mount_writable(layers.lowers, layers.options, &self.upper, &rootfs).map_err(|source| {
+            let gone = source.kind() == io::ErrorKind::NotFound && layers.lowers.iter().any(|lower| !lower.exists());
+            if gone { RootfsError::LayersGone { source } } else { RootfsError::Mount { path: rootfs.clone(), source } }
+        })
+    }
+
+    /// Writes a file that is mounted into the container, readable for all.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn write(&self, path: &Path, text: &str) -> Result<(), RootfsError> {
+        fs::write(path, text).map_err(|source| file("write", path, source))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o644))
+            .map_err(|source| file("set the mode of", path, source))
+    }
+
+    /// Writes `config.json`. Readable by us alone: it holds the task's environment, secrets included.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn write_spec(&self, spec: &Spec) -> Result<(), RootfsError> {
+        use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
+        let path = self.bundle.join("config.json");
+        let bytes = serde_json::to_vec(spec).map_err(|error| file("encode", &path, error.into()))?;
+        fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|mut config| config.write_all(&bytes))
+            .map_err(|source| file("write", &path, source))
+    }
+
+    /// Unmounts the root file system, however often it is mounted.
+    ///
+    /// # Errors
+    /// As umount2(2); not mounted and not there are fine.
+    pub fn unmount(&self) -> Result<(), RootfsError> {
+        if fault::skipped("unmount") {
+            return Ok(());
+        }
+        let rootfs = self.rootfs();
+        loop {
+            match umount2(&rootfs, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                Ok(()) => {}
+                // EINVAL: not a mount point.
+                Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
+                Err(errno) => return Err(file("unmount", &rootfs, errno.into())),
+            }
+        }
+    }
+
+    /// Removes the bundle. The root file system must be unmounted: a directory that still is a mount point makes this
+    /// fail before anything below it is touched.
+    ///
+    /// # Errors
+    /// As the file system; not there is fine.
+    pub fn remove(&self) -> Result<(), RootfsError> {
+        let rootfs = self.rootfs();
+        match fs::remove_dir(&rootfs) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(file("remove", &rootfs, source)),
+            _ => {}
+        }
+        if fault::skipped("bundle") {
+            return Ok(());
+        }
+        remove_all(&self.bundle)
+    }
+
+    /// Removes the writable layer.
+    ///
+    /// # Errors
+    /// As the file system; not there is fine.
+    pub fn remove_upper(&self) -> Result<(), RootfsError> {
+        if fault::skipped("upper") {
+            return Ok(());
+        }
+        remove_all(&self.upper)
+    }
+}
+
+fn remove_all(path: &Path) -> Result<(), RootfsError> {
+    match fs::remove_dir_all(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file("remove", path, source)),
+        _ => Ok(()),
+    }
+}
+
+fn file(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
+    RootfsError::File { doing, path: path.to_owned(), source }
+}

@@ -1,0 +1,182 @@
+//! Linux capabilities by name (capabilities(7)): defaults, what a job adds and drops, what an operator allows.
+
+use std::{collections::BTreeSet, str::FromStr as _};
+
+use caps::Capability;
+use oci_spec::runtime::Capability as OciCapability;
+
+use crate::ids::Flavor;
+
+/// A capability that no kernel knows.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} is not a capability such as NET_ADMIN, nor ALL")]
+pub struct CapabilityError(String);
+
+/// A set of capabilities, in the kernel's order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Capabilities(BTreeSet<u8>);
+
+/// One entry of `cap_add` or `cap_drop`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CapabilityRequest {
+    /// Every one there is.
+    All,
+    /// This one.
+    One(Capability),
+}
+
+/// Reads `NET_ADMIN`, `CAP_NET_ADMIN`, `net_admin` or `ALL`.
+///
+/// # Errors
+/// When the name is unknown.
+pub fn parse_capability(name: &str) -> Result<CapabilityRequest, CapabilityError> {
+    let upper = name.trim().to_ascii_uppercase();
+    if upper == "ALL" || upper == "CAP_ALL" {
+        return Ok(CapabilityRequest::All);
+    }
+    let full = if upper.starts_with("CAP_") { upper } else { format!("CAP_{upper}") };
+    Capability::from_str(&full).map(CapabilityRequest::One).map_err(|_| CapabilityError(name.to_owned()))
+}
+
+/// Docker's default capabilities without `NET_RAW`, which allows ARP spoofing on a shared bridge.
+const SECURE: [Capability; 13] = [
+    Capability::CAP_CHOWN,
+    Capability::CAP_DAC_OVERRIDE,
+    Capability::CAP_FSETID,
+    Capability::CAP_FOWNER,
+    Capability::CAP_MKNOD,
+    Capability::CAP_SETGID,
+    Capability::CAP_SETUID,
+    Capability::CAP_SETFCAP,
+    Capability::CAP_SETPCAP,
+    Capability::CAP_NET_BIND_SERVICE,
+    Capability::CAP_SYS_CHROOT,
+    Capability::CAP_KILL,
+    Capability::CAP_AUDIT_WRITE,
+];
+
+/// What a job may add under our own name when the operator says nothing: nothing beyond the defaults, as docker's
+/// driver does.
+pub fn default_allowed() -> Capabilities {
+    Capabilities::of(SECURE)
+}
+
+impl Capabilities {
+    /// A set of these.
+    pub fn of(list: impl IntoIterator<Item = Capability>) -> Self {
+        Self(list.into_iter().map(|capability| capability.index()).collect())
+    }
+
+    /// A set as named in a configuration.
+    ///
+    /// # Errors
+    /// When a name is unknown.
+    pub fn parse(names: &[String]) -> Result<Self, CapabilityError> {
+        let mut set = Self::default();
+        for name in names {
+            match parse_capability(name)? {
+                CapabilityRequest::All => set = Self::of(caps::all()),
+                CapabilityRequest::One(one) => {
+                    set.0.insert(one.index());
+                }
+            }
+        }
+        Ok(set)
+    }
+
+    /// What a container has by default.
+    pub fn defaults(flavor: Flavor) -> Self {
+        let mut set = Self::of(SECURE);
+        if flavor == Flavor::DropIn {
+            set.0.insert(Capability::CAP_NET_RAW.index());
+        }
+        set
+    }
+
+    /// All that this very process could hand on: a runtime can't give what its caller's bounding set lacks.
+    pub fn of_this_process() -> Self {
+        caps::read(None, caps::CapSet::Bounding).map_or_else(|_| Self::default(), Self::of)
+    }
+
+    /// Adds, then drops, in docker's sense: `ALL` in `drop` empties the set before anything is added.
+    #[must_use]
+    pub fn adjusted(mut self, add: &[CapabilityRequest], drop: &[CapabilityRequest]) -> Self {
+        if drop.contains(&CapabilityRequest::All) {
+            self.0.clear();
+        }
+        for request in add {
+            match request {
+                CapabilityRequest::All => self.0.extend(caps::all().iter().map(Capability::index)),
+                CapabilityRequest::One(one) => {
+                    self.0.insert(one.index());
+                }
+            }
+        }
+        for request in drop {
+            if let CapabilityRequest::One(one) = request {
+                self.0.remove(&one.index());
+            }
+        }
+        self
+    }
+
+    /// Only those that `limit` has too.
+    #[must_use]
+    pub fn within(self, limit: &Self) -> Self {
+        Self(self.0.intersection(&limit.0).copied().collect())
+    }
+
+    /// The first of `requests` that is not in the set, by name.
+    pub fn first_missing(&self, requests: &[CapabilityRequest]) -> Option<String> {
+        requests.iter().find_map(|request| match request {
+            CapabilityRequest::All => {
+                (!caps::all().iter().all(|one| self.0.contains(&one.index()))).then(|| "ALL".into())
+            }
+            CapabilityRequest::One(one) => (!self.0.contains(&one.index())).then(|| one.to_string()),
+        })
+    }
+
+    /// As the OCI spec names them.
+    pub fn to_oci(&self) -> oci_spec::runtime::Capabilities {
+        caps::all()
+            .into_iter()
+            .filter(|capability| self.0.contains(&capability.index()))
+            .filter_map(|capability| OciCapability::from_str(capability.to_string().trim_start_matches("CAP_")).ok())
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(names: &[&str]) -> Vec<CapabilityRequest> {
+        names.iter().map(|name| parse_capability(name).expect("known")).collect()
+    }
+
+    #[test]
+    fn every_capability_of_the_kernel_has_an_oci_name() {
+        let all = Capabilities::of(caps::all());
+        assert_eq!(all.to_oci().len(), caps::all().len());
+    }
+
+    #[test]
+    fn names_come_in_any_spelling() {
+        assert_eq!(parse(&["NET_ADMIN", "CAP_NET_ADMIN", "net_admin"]), vec![parse(&["NET_ADMIN"])[0]; 3]);
+        assert_eq!(parse_capability("CAP_FLY"), Err(CapabilityError("CAP_FLY".to_owned())));
+    }
+
+    #[test]
+    fn dropping_all_leaves_what_is_added() {
+        let set = Capabilities::defaults(Flavor::Secure).adjusted(&parse(&["net_raw"]), &parse(&["all"]));
+        assert_eq!(set, Capabilities::of([Capability::CAP_NET_RAW]));
+        let set = Capabilities::defaults(Flavor::Secure).adjusted(&parse(&["ALL"]), &parse(&["SYS_ADMIN"]));
+        assert_eq!(set.0.len(), caps::all().len() - 1);
+    }
+
+    #[test]
+    fn the_old_driver_had_fourteen_and_ours_has_no_raw_sockets() {
+        assert_eq!(Capabilities::defaults(Flavor::DropIn).0.len(), 14);
+        assert!(!Capabilities::defaults(Flavor::Secure).0.contains(&Capability::CAP_NET_RAW.index()));
+    }
+}

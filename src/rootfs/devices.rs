@@ -1,0 +1,95 @@
+//! The host's device nodes, which a privileged container gets all of.
+
+use std::{
+    fs, io,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
+
+use super::RootfsError;
+
+/// Directories below /dev that a container has of its own.
+const OWN: [&str; 6] = ["pts", "shm", "fd", "mqueue", "console", ".lxc"];
+
+/// All character and block devices below `/dev`, as containerd's `HostDevices` finds them.
+///
+/// # Errors
+/// When `/dev` can't be read.
+pub fn of_the_host() -> Result<Vec<LinuxDevice>, RootfsError> {
+    let mut devices = Vec::new();
+    walk(Path::new("/dev"), &mut devices).map_err(|source| RootfsError::File {
+        doing: "list devices below",
+        path: PathBuf::from("/dev"),
+        source,
+    })?;
+    Ok(devices)
+}
+
+/// A device for one task.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceRequest<'a> {
+    /// On the host.
+    pub host_path: &'a Path,
+    /// In the container.
+    pub task_path: &'a Path,
+    /// Of `rwm`; empty for all of them.
+    pub access: &'a str,
+}
+
+/// Nodes and access rules for the devices that Nomad gave to a task.
+///
+/// # Errors
+/// When one is missing or no device.
+pub fn of_the_task<'a>(
+    requests: impl Iterator<Item = DeviceRequest<'a>>,
+) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
+    requests
+        .map(|request| {
+            let failed = |source| RootfsError::File { doing: "use device", path: request.host_path.to_owned(), source };
+            let metadata = fs::metadata(request.host_path).map_err(failed)?;
+            let device = node(request.task_path.to_owned(), &metadata)
+                .ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidInput, "it is no device")))?;
+            let access = if request.access.is_empty() { "rwm" } else { request.access };
+            Ok((device, access.to_owned()))
+        })
+        .collect()
+}
+
+fn node(path: PathBuf, metadata: &fs::Metadata) -> Option<LinuxDevice> {
+    let kind = metadata.file_type();
+    let device_type = match () {
+        () if kind.is_char_device() => LinuxDeviceType::C,
+        () if kind.is_block_device() => LinuxDeviceType::B,
+        () => return None,
+    };
+    LinuxDeviceBuilder::default()
+        .path(path)
+        .typ(device_type)
+        .major(i64::from(libc::major(metadata.rdev())))
+        .minor(i64::from(libc::minor(metadata.rdev())))
+        .file_mode(metadata.mode() & 0o7777)
+        .uid(metadata.uid())
+        .gid(metadata.gid())
+        .build()
+        .ok()
+}
+
+fn walk(directory: &Path, devices: &mut Vec<LinuxDevice>) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let path = entry.path();
+        if OWN.iter().any(|own| entry.file_name() == *own) {
+            continue;
+        }
+        // lstat: symlinks (/dev/stdin, /dev/cdrom) are the runtime's or the image's business.
+        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
+        if metadata.is_dir() {
+            walk(&path, devices)?;
+        } else {
+            devices.extend(node(path, &metadata));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! What a task's process will see: the OCI spec, made by pure functions from plain inputs, and the bundle that holds
+//! it, with the root file system mounted by us.
+
+pub mod bundle;
+mod capabilities;
+mod defaults;
+pub mod devices;
+pub mod mounts;
+pub mod network;
+mod process;
+mod resources;
+mod spec;
+mod users;
+
+use std::{io, path::PathBuf};
+
+pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
+pub use process::Command;
+pub use resources::{MemoryMax, Resources};
+pub use spec::{ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, build};
+pub use users::UserError;
+
+/// Why no spec or bundle could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// Neither job nor image says what to run.
+    #[error("nothing to run: the image has neither ENTRYPOINT nor CMD; set `command`, `args` or `entrypoint`")]
+    NoCommand,
+    /// A user or group that the image doesn't have.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// A working directory that is no absolute path.
+    #[error("cwd {0:?} is not an absolute path")]
+    Cwd(String),
+    /// A part of the OCI spec was refused by its own builder.
+    #[error("OCI spec")]
+    Spec(#[from] oci_spec::OciSpecError),
+    /// A mount's source.
+    #[error("mounts: source {source_path:?}")]
+    Source {
+        /// As the job has it.
+        source_path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A mount's source that may not be mounted.
+    #[error(
+        "mounts: source {source_path:?} is outside of the task's and allocation's directories; an operator can open it with security {{ allow_paths }}"
+    )]
+    SourceOutside {
+        /// As the job has it.
+        source_path: String,
+    },
+    /// A file or directory of the bundle.
+    #[error("bundle: {doing} {path}")]
+    File {
+        /// What was done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The root file system can't be mounted because layers are gone.
+    #[error("the image's unpacked layers are gone from containerd's store")]
+    LayersGone {
+        /// By mount(2).
+        source: io::Error,
+    },
+    /// The root file system can't be mounted.
+    #[error("mount the root file system at {path}")]
+    Mount {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}

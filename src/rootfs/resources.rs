@@ -1,0 +1,104 @@
+//! Nomad's resources as the OCI spec's limits.
+
+use oci_spec::runtime::{
+    LinuxCpuBuilder, LinuxDeviceCgroup, LinuxMemoryBuilder, LinuxResources, LinuxResourcesBuilder,
+};
+
+use super::RootfsError;
+
+/// What Nomad allots to a task.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// CPU in MHz, used as the shares weight; 0 when unknown.
+    pub cpu_shares: u64,
+    /// The job's `memory` in bytes; 0 when unknown.
+    pub memory: u64,
+    /// The job's `memory_max`.
+    pub memory_max: MemoryMax,
+    /// Reserved cores as a list such as `0-1,4`; empty for the share pool.
+    pub cpuset_cpus: String,
+}
+
+/// The job's `memory_max` (Nomad: 0 unset, −1 no limit).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MemoryMax {
+    /// `memory` is the limit.
+    #[default]
+    Unset,
+    /// No limit at all.
+    Unlimited,
+    /// So many bytes.
+    Bytes(u64),
+}
+
+/// The kernel's bounds on cpu.shares (Documentation/admin-guide/cgroup-v1, `MIN_SHARES`, `MAX_SHARES`).
+const SHARES: std::ops::RangeInclusive<u64> = 2..=262_144;
+
+/// Limits: `memory` is the hard limit unless `memory_max` is set, then it is what is reserved. No swap beyond the limit
+/// where the kernel can count it.
+///
+/// # Errors
+/// When the spec's own builders refuse.
+pub fn build(
+    resources: &Resources,
+    counts_swap: bool,
+    devices: Vec<LinuxDeviceCgroup>,
+) -> Result<LinuxResources, RootfsError> {
+    let (limit, reservation) = match (resources.memory_max, resources.memory) {
+        (MemoryMax::Unset, 0) => (None, None),
+        (MemoryMax::Unset, memory) => (Some(memory), None),
+        (MemoryMax::Bytes(max), memory) => (Some(max), Some(memory).filter(|&memory| memory > 0)),
+        (MemoryMax::Unlimited, memory) => (None, Some(memory).filter(|&memory| memory > 0)),
+    };
+    let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+    let mut memory = LinuxMemoryBuilder::default();
+    if let Some(limit) = limit {
+        memory = memory.limit(signed(limit));
+        if counts_swap {
+            memory = memory.swap(signed(limit));
+        }
+    }
+    if let Some(reservation) = reservation {
+        memory = memory.reservation(signed(reservation));
+    }
+    let mut cpu = LinuxCpuBuilder::default();
+    if resources.cpu_shares > 0 {
+        cpu = cpu.shares(resources.cpu_shares.clamp(*SHARES.start(), *SHARES.end()));
+    }
+    if !resources.cpuset_cpus.is_empty() {
+        cpu = cpu.cpus(resources.cpuset_cpus.clone());
+    }
+    Ok(LinuxResourcesBuilder::default().devices(devices).memory(memory.build()?).cpu(cpu.build()?).build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_follows_nomads_rules() {
+        const MB: u64 = 1 << 20;
+        let limits = |memory, memory_max| {
+            let resources = Resources { memory, memory_max, ..Default::default() };
+            let built = build(&resources, true, Vec::new()).expect("builds");
+            let memory = built.memory().clone().expect("set");
+            (memory.limit(), memory.reservation(), memory.swap())
+        };
+        assert_eq!(limits(64 * MB, MemoryMax::Unset), (Some(67_108_864), None, Some(67_108_864)));
+        assert_eq!(
+            limits(64 * MB, MemoryMax::Bytes(128 * MB)),
+            (Some(134_217_728), Some(67_108_864), Some(134_217_728))
+        );
+        assert_eq!(limits(64 * MB, MemoryMax::Unlimited), (None, Some(67_108_864), None));
+        assert_eq!(limits(0, MemoryMax::Unset), (None, None, None));
+    }
+
+    #[test]
+    fn shares_stay_within_the_kernels_bounds() {
+        for (mhz, shares) in [(1, Some(2)), (500, Some(500)), (1_000_000, Some(262_144)), (0, None)] {
+            let resources = Resources { cpu_shares: mhz, ..Default::default() };
+            let cpu = build(&resources, false, Vec::new()).expect("builds").cpu().clone().expect("set");
+            assert_eq!(cpu.shares(), shares);
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! The OCI runtime spec of a task: a pure function of its inputs.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use oci_spec::runtime::{
+    LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDevice, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
+    Mount, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
+    UserBuilder,
+};
+
+use super::{
+    Capabilities, Command, Resources, RootfsError,
+    defaults::{self, MASKED_PATHS, READONLY_PATHS},
+    process, resources, users,
+};
+use crate::ids::Flavor;
+
+/// The version of the OCI runtime spec that runc 1.1 and crun 1.8 speak.
+const OCI_VERSION: &str = "1.0.2";
+
+/// What the image says.
+#[derive(Debug, Clone, Copy)]
+pub struct ImageDefaults<'a> {
+    /// ENTRYPOINT.
+    pub entrypoint: &'a [String],
+    /// CMD.
+    pub cmd: &'a [String],
+    /// ENV.
+    pub env: &'a [String],
+    /// USER.
+    pub user: &'a str,
+    /// WORKDIR.
+    pub working_dir: &'a str,
+    /// Its passwd file.
+    pub passwd: &'a str,
+    /// Its group file.
+    pub group: &'a str,
+}
+
+/// Whose network the task sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetworkNamespace {
+    /// Its own, with loopback only.
+    Private,
+    /// The host's.
+    Host,
+    /// The one that Nomad made for the group.
+    Path(PathBuf),
+}
+
+/// How far the task is let.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Privilege {
+    /// As far as its capabilities go.
+    Confined,
+    /// Everything the driver may, with these devices of the host.
+    Privileged {
+        /// The host's devices.
+        devices: Vec<LinuxDevice>,
+    },
+}
+
+/// May the root file system be written to?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RootMode {
+    /// Into the task's own layer.
+    Writable,
+    /// No.
+    ReadOnly,
+}
+
+/// All that a spec is made of.
+#[derive(Debug)]
+pub struct SpecInput<'a> {
+    /// Whose defaults hold.
+    pub flavor: Flavor,
+    /// The image's part.
+    pub image: ImageDefaults<'a>,
+    /// The job's command.
+    pub command: &'a Command,
+    /// The job's working directory.
+    pub cwd: Option<&'a str>,
+    /// The job's user; empty for the image's.
+    pub user: &'a str,
+    /// Nomad's environment.
+    pub env: &'a BTreeMap<String, String>,
+    /// UTS host name.
+    pub hostname: &'a str,
+    /// Root file system.
+    pub root: RootMode,
+    /// What the process can do.
+    pub capabilities: Capabilities,
+    /// Privileged or not.
+    pub privilege: Privilege,
+    /// Network.
+    pub network: NetworkNamespace,
+    /// The job's mounts, then Nomad's, then ours, in the order of mounting.
+    pub mounts: Vec<Mount>,
+    /// Devices that Nomad gave to the task, with what it may do to them.
+    pub devices: Vec<(LinuxDevice, String)>,
+    /// Limits.
+    pub resources: &'a Resources,
+    /// Can the kernel count swap?
+    pub counts_swap: bool,
+    /// Where the limits are.
+    pub cgroup: &'a str,
+    /// For people and tools that look at the container.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Builds the spec. The root file system is expected at `rootfs` in the bundle.
+///
+/// # Errors
+/// When there is nothing to run, the user is unknown or a path is not absolute.
+pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
+    let privileged = matches!(input.privilege, Privilege::Privileged { .. });
+    let cwd = match input.cwd {
+        Some(cwd) => cwd,
+        None if input.image.working_dir.is_empty() => "/",
+        None => input.image.working_dir,
+    };
+    if !cwd.starts_with('/') {
+        return Err(RootfsError::Cwd(cwd.to_owned()));
+    }
+    let user = if input.user.is_empty() { input.image.user } else { input.user };
+    let ids = users::resolve(user, input.image.passwd, input.image.group)?;
+    let process = ProcessBuilder::default()
+        .terminal(false)
+        .user(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(ids.groups).build()?)
+        .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
+        .env(process::environment(input.image.env, input.env, input.flavor))
+        .cwd(PathBuf::from(cwd))
+        .no_new_privileges(!privileged)
+        // Never the agent's own score, which is often set to survive its tasks.
+        .oom_score_adj(0)
+        // The crate has limits of its own.
+        .rlimits(rlimits(input.flavor)?)
+        .capabilities(capability_sets(&input.capabilities)?);
+
+    let mut mounts = defaults::mounts(input.flavor, privileged)?;
+    mounts.extend(input.mounts);
+
+    let (nodes, mut rules) = (input.devices, defaults::device_rules(privileged)?);
+    for (device, access) in &nodes {
+        rules.push(defaults::allow_device(device, access)?);
+    }
+    let resources = resources::build(input.resources, input.counts_swap, rules)?;
+    let mut devices: Vec<LinuxDevice> = nodes.into_iter().map(|(device, _)| device).collect();
+    let mut linux = LinuxBuilder::default()
+        .cgroups_path(PathBuf::from(input.cgroup))
+        .namespaces(namespaces(&input.network)?)
+        .resources(resources)
+        .masked_paths(Vec::<String>::new())
+        .readonly_paths(Vec::<String>::new());
+    match input.privilege {
+        Privilege::Confined => {
+            linux = linux
+                .masked_paths(MASKED_PATHS.map(str::to_owned).to_vec())
+                .readonly_paths(READONLY_PATHS.map(str::to_owned).to_vec());
+        }
+        Privilege::Privileged { devices: host } => devices.extend(host),
+    }
+    if !devices.is_empty() {
+        linux = linux.devices(devices);
+    }
+    Ok(SpecBuilder::default()
+        .version(OCI_VERSION)
+        .root(RootBuilder::default().path("rootfs").readonly(input.root == RootMode::ReadOnly).build()?)
+        .hostname(input.hostname)
+        .process(process.build()?)
+        .mounts(mounts)
+        .annotations(input.annotations.into_iter().collect::<std::collections::HashMap<_, _>>())
+        .linux(linux.build()?)
+        .build()?)
+}
+
+/// Inheritable and ambient stay empty: with them, a set-user-id program run by another user would keep too much
+/// (CVE-2022-24769).
+fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::LinuxCapabilities, RootfsError> {
+    let none = oci_spec::runtime::Capabilities::default();
+    Ok(LinuxCapabilitiesBuilder::default()
+        .bounding(capabilities.to_oci())
+        .effective(capabilities.to_oci())
+        .permitted(capabilities.to_oci())
+        .inheritable(none.clone())
+        .ambient(none)
+        .build()?)
+}
+
+fn rlimits(flavor: Flavor) -> Result<Vec<PosixRlimit>, RootfsError> {
+    Ok(match flavor {
+        Flavor::Secure => Vec::new(),
+        Flavor::DropIn => {
+            vec![
+                PosixRlimitBuilder::default()
+                    .typ(PosixRlimitType::RlimitNofile)
+                    .soft(1024_u64)
+                    .hard(1024_u64)
+                    .build()?,
+            ]
+        }
+    })
+}
+
+fn namespaces(network: &NetworkNamespace) -> Result<Vec<LinuxNamespace>, RootfsError> {
+    let own = [LinuxNamespaceType::Pid, LinuxNamespaceType::Ipc, LinuxNamespaceType::Uts, LinuxNamespaceType::Mount];
+    let mut namespaces = Vec::new();
+    for kind in own {
+        namespaces.push(LinuxNamespaceBuilder::default().typ(kind).build()?);
+    }
+    let net = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network);
+    match network {
+        NetworkNamespace::Host => {}
+        NetworkNamespace::Private => namespaces.push(net.build()?),
+        NetworkNamespace::Path(path) => namespaces.push(net.path(path.clone()).build()?),
+    }
+    Ok(namespaces)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn build_with(change: impl FnOnce(&mut SpecInput<'_>)) -> Result<Value, RootfsError> {
+        let (entrypoint, cmd, env) = (Vec::new(), vec!["sh".to_owned()], vec!["A=1".to_owned()]);
+        let (command, task_env, resources) = (Command::default(), BTreeMap::new(), Resources::default());
+        let mut input = SpecInput {
+            flavor: Flavor::Secure,
+            image: ImageDefaults {
+                entrypoint: &entrypoint,
+                cmd: &cmd,
+                env: &env,
+                user: "",
+                working_dir: "",
+                passwd: "user:x:1000:1000::/:\n",
+                group: "",
+            },
+            command: &command,
+            cwd: None,
+            user: "",
+            env: &task_env,
+            hostname: "host",
+            root: RootMode::Writable,
+            capabilities: Capabilities::defaults(Flavor::Secure),
+            privilege: Privilege::Confined,
+            network: NetworkNamespace::Private,
+            mounts: Vec::new(),
+            devices: Vec::new(),
+            resources: &resources,
+            counts_swap: true,
+            cgroup: "/nomad/a.t",
+            annotations: BTreeMap::new(),
+        };
+        change(&mut input);
+        build(input).map(|spec| serde_json::to_value(spec).expect("a spec is JSON"))
+    }
+
+    #[test]
+    fn nothing_of_the_crates_own_defaults_slips_in() {
+        let spec = build_with(|_| {}).expect("builds");
+        assert_eq!(spec["hostname"], "host");
+        assert_eq!(spec["process"]["args"], json!(["sh"]));
+        assert_eq!(spec["process"]["cwd"], "/");
+        assert_eq!(spec["process"]["noNewPrivileges"], true);
+        assert_eq!(spec["process"]["oomScoreAdj"], 0);
+        assert_eq!(spec["process"]["rlimits"], json!([]));
+        assert_eq!(spec["root"], json!({"path": "rootfs", "readonly": false}));
+        assert_eq!(spec["linux"]["cgroupsPath"], "/nomad/a.t");
+        assert_eq!(spec["linux"]["maskedPaths"].as_array().map(Vec::len), Some(MASKED_PATHS.len()));
+        let kinds: Vec<_> =
+            spec["linux"]["namespaces"].as_array().expect("a list").iter().map(|n| n["type"].clone()).collect();
+        assert_eq!(kinds, ["pid", "ipc", "uts", "mount", "network"]);
+    }
+
+    #[test]
+    fn networks_are_private_shared_or_the_hosts() {
+        let net = |network| {
+            let spec = build_with(|input| input.network = network).expect("builds");
+            let namespaces = spec["linux"]["namespaces"].as_array().expect("a list").clone();
+            namespaces.into_iter().find(|namespace| namespace["type"] == "network")
+        };
+        assert_eq!(net(NetworkNamespace::Host), None);
+        assert_eq!(net(NetworkNamespace::Path("/run/netns/x".into())).expect("joined")["path"], "/run/netns/x");
+    }
+
+    #[test]
+    fn privileged_takes_the_masks_off() {
+        let spec = build_with(|input| input.privilege = Privilege::Privileged { devices: Vec::new() }).expect("builds");
+        assert_eq!(spec["linux"]["maskedPaths"], json!([]));
+        assert_eq!(spec["process"]["noNewPrivileges"], false);
+        assert_eq!(spec["linux"]["resources"]["devices"][0]["allow"], true);
+    }
+
+    #[test]
+    fn bad_users_and_directories_are_named() {
+        let error = build_with(|input| input.user = "ghost").expect_err("refused").to_string();
+        assert!(error.contains("ghost"), "{error}");
+        let error = build_with(|input| input.cwd = Some("tmp")).expect_err("refused").to_string();
+        assert!(error.contains("tmp"), "{error}");
+    }
+
+    #[test]
+    fn the_old_name_keeps_the_old_defaults() {
+        let spec = build_with(|input| input.flavor = Flavor::DropIn).expect("builds");
+        assert_eq!(spec["process"]["rlimits"], json!([{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}]));
+        assert!(spec["mounts"].as_array().expect("a list").iter().any(|mount| mount["destination"] == "/run"));
+    }
+}
