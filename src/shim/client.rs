@@ -1,0 +1,265 @@
+//! Typed calls of the Task service over one ttrpc connection, with a deadline on each but `wait`.
+//!
+//! Shims before 2.0 serve `containerd.task.v2.Task`, those since `v3`; the messages are the same, so the service's name
+//! is all that differs, and it is found out once per connection.
+
+use std::{path::Path, time::Duration};
+
+use protobuf::{Message, MessageField, well_known_types::any::Any};
+use ttrpc::{Error as TtrpcError, proto::Request};
+
+use super::{ShimError, UNIMPLEMENTED};
+use crate::pb::shim as wire;
+
+/// runc needs 12 to 20 ms when idle; a loaded machine with a cold disk has been seen to take seconds.
+const CREATE: Duration = Duration::from_secs(60);
+/// `runc start`: 3 to 6 ms.
+const START: Duration = Duration::from_secs(30);
+/// Spawns the runtime too.
+const KILL: Duration = Duration::from_secs(30);
+/// The shim drains output for up to 10 s before it answers.
+const DELETE: Duration = Duration::from_secs(45);
+/// Answered from memory.
+const QUICK: Duration = Duration::from_secs(10);
+
+/// Which Task service a shim serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TaskApi {
+    /// Shims 1.x, and gVisor's.
+    V2,
+    /// Shims since 2.0.
+    V3,
+}
+
+impl TaskApi {
+    const fn service(self) -> &'static str {
+        match self {
+            Self::V2 => "containerd.task.v2.Task",
+            Self::V3 => "containerd.task.v3.Task",
+        }
+    }
+}
+
+/// What `create` needs.
+#[derive(Debug, Clone)]
+pub struct CreateTask<'a> {
+    /// The container.
+    pub id: &'a str,
+    /// Its bundle, root file system mounted.
+    pub bundle: &'a Path,
+    /// A FIFO for standard output, or empty for none; then `stderr` must be empty too.
+    pub stdout: &'a str,
+    /// A FIFO for standard error.
+    pub stderr: &'a str,
+    /// The OCI runtime's binary.
+    pub runtime_binary: &'a Path,
+    /// The OCI runtime's state root; the shim appends its namespace.
+    pub runtime_root: &'a Path,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// 0 to 255; 128 + n for a death by signal n.
+    pub code: u32,
+    /// Seconds and nanoseconds since the epoch, by the shim's clock.
+    pub at: Option<(i64, i32)>,
+}
+
+/// Whom a signal goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kill {
+    /// The container's first process.
+    Init,
+    /// Every process of the container.
+    All,
+}
+
+/// A connection to one shim. Cheap to clone; calls on it run side by side.
+#[derive(Clone)]
+pub struct Client {
+    inner: ttrpc::asynchronous::Client,
+    api: TaskApi,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("api", &self.api).finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// Connects to a shim's socket and finds out which service it serves, `hint` first. Answers within 10 s even if
+    /// the shim is still starting: the kernel takes the connection as soon as the socket listens.
+    ///
+    /// # Errors
+    /// When nobody answers, or neither service is there.
+    pub async fn connect(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
+        let gone = |error: std::io::Error| ShimError::Gone { call: "Connect", detail: error.to_string() };
+        let stream = tokio::time::timeout(QUICK, tokio::net::UnixStream::connect(socket))
+            .await
+            .map_err(|_| ShimError::Late { call: "Connect", after: QUICK })?
+            .map_err(gone)?;
+        let inner = ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
+        let order = match hint {
+            Some(TaskApi::V2) => [TaskApi::V2, TaskApi::V3],
+            _ => [TaskApi::V3, TaskApi::V2],
+        };
+        for api in order {
+            let client = Self { inner: inner.clone(), api };
+            let request = wire::ConnectRequest::new();
+            match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(QUICK)).await {
+                Ok(_) => return Ok(client),
+                Err(ShimError::Refused { code: UNIMPLEMENTED, .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(ShimError::NoService(order[0].service(), order[1].service()))
+    }
+
+    /// Which service it serves.
+    pub fn api(&self) -> TaskApi {
+        self.api
+    }
+
+    /// Makes the container, its process waiting to be started: the process's pid.
+    ///
+    /// # Errors
+    /// With the runtime's words when it can't be made.
+    pub async fn create(&self, task: &CreateTask<'_>) -> Result<u32, ShimError> {
+        let options = wire::RuncOptions {
+            binary_name: task.runtime_binary.to_string_lossy().into_owned(),
+            root: task.runtime_root.to_string_lossy().into_owned(),
+            ..Default::default()
+        };
+        let options = Any {
+            type_url: "containerd.runc.v1.Options".to_owned(),
+            value: options.write_to_bytes().map_err(|error| encoding("Create", &error))?,
+            ..Default::default()
+        };
+        let request = wire::CreateTaskRequest {
+            id: task.id.to_owned(),
+            bundle: task.bundle.to_string_lossy().into_owned(),
+            stdout: task.stdout.to_owned(),
+            stderr: task.stderr.to_owned(),
+            options: MessageField::some(options),
+            ..Default::default()
+        };
+        let answer: wire::CreateTaskResponse = self.call("Create", &request, Some(CREATE)).await?;
+        Ok(answer.pid)
+    }
+
+    /// Lets the container's process go.
+    ///
+    /// # Errors
+    /// With the runtime's words.
+    pub async fn start(&self, id: &str) -> Result<(), ShimError> {
+        let request = wire::StartRequest { id: id.to_owned(), ..Default::default() };
+        self.call::<_, wire::StartResponse>("Start", &request, Some(START)).await.map(drop)
+    }
+
+    /// Waits until the container's process has ended, however long that takes.
+    ///
+    /// # Errors
+    /// `Gone` when the shim dies first.
+    pub async fn wait(&self, id: &str) -> Result<Exit, ShimError> {
+        let request = wire::WaitRequest { id: id.to_owned(), ..Default::default() };
+        let answer: wire::WaitResponse = self.call("Wait", &request, None).await?;
+        let at = answer.exited_at.as_ref().map(|time| (time.seconds, time.nanos));
+        Ok(Exit { code: answer.exit_status, at })
+    }
+
+    /// Sends a signal. A process that has ended already is fine.
+    ///
+    /// # Errors
+    /// With the runtime's words.
+    pub async fn kill(&self, id: &str, signal: i32, whom: Kill) -> Result<(), ShimError> {
+        let request = wire::KillRequest {
+            id: id.to_owned(),
+            signal: signal.cast_unsigned(),
+            all: whom == Kill::All,
+            ..Default::default()
+        };
+        match self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes an ended (or never started) container from shim and runtime. One that is gone is fine.
+    ///
+    /// # Errors
+    /// With the runtime's words.
+    pub async fn delete(&self, id: &str) -> Result<(), ShimError> {
+        let request = wire::DeleteRequest { id: id.to_owned(), ..Default::default() };
+        match self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Does the shim hold this container, and is its process alive?
+    ///
+    /// # Errors
+    /// When it can't be asked.
+    pub async fn is_running(&self, id: &str) -> Result<bool, ShimError> {
+        let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
+        match self.call::<_, wire::StateResponse>("State", &request, Some(QUICK)).await {
+            Ok(state) => Ok(state.status.enum_value() == Ok(wire::Status::RUNNING)),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks the shim to end, which it does if it holds no container. It often closes before it answers.
+    ///
+    /// # Errors
+    /// When it refuses.
+    pub async fn shutdown(&self, id: &str) -> Result<(), ShimError> {
+        let request = wire::ShutdownRequest { id: id.to_owned(), now: true, ..Default::default() };
+        match self.call::<_, wire::Empty>("Shutdown", &request, Some(QUICK)).await {
+            Ok(_) | Err(ShimError::Gone { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn call<Q: Message, A: Message>(
+        &self,
+        call: &'static str,
+        request: &Q,
+        limit: Option<Duration>,
+    ) -> Result<A, ShimError> {
+        let request = Request {
+            service: self.api.service().to_owned(),
+            method: call.to_owned(),
+            payload: request.write_to_bytes().map_err(|error| encoding(call, &error))?,
+            // 0 waits for ever. The shim gets the deadline too, but some calls ignore it: the outer one always holds.
+            timeout_nano: limit.map_or(0, |limit| i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX)),
+            ..Default::default()
+        };
+        let answer = match limit {
+            Some(limit) => tokio::time::timeout(limit, self.inner.request(request))
+                .await
+                .unwrap_or_else(|_| Err(TtrpcError::RpcStatus(deadline_status()))),
+            None => self.inner.request(request).await,
+        };
+        let answer = answer.map_err(|error| match error {
+            TtrpcError::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {
+                ShimError::Late { call, after: limit.unwrap_or_default() }
+            }
+            TtrpcError::RpcStatus(status) => {
+                ShimError::Refused { call, code: status.code.value(), message: status.message }
+            }
+            other => ShimError::Gone { call, detail: other.to_string() },
+        })?;
+        A::parse_from_bytes(&answer.payload).map_err(|error| encoding(call, &error))
+    }
+}
+
+fn deadline_status() -> ttrpc::Status {
+    ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "no answer")
+}
+
+fn encoding(call: &'static str, error: &protobuf::Error) -> ShimError {
+    ShimError::Gone { call, detail: format!("message not understood: {error}") }
+}

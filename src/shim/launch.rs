@@ -1,0 +1,271 @@
+//! Starting a shim: its daemon stage is exec'ed directly with our listening socket as descriptor 3, which is the same
+//! for every containerd from 1.6 to 2.4 (the `start` helper's three dialects are not needed).
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::{fs::PermissionsExt as _, net::UnixListener},
+    },
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+use super::{Client, ShimError, TaskApi};
+use crate::{
+    ids::random_hex,
+    places::{Places, make_dir},
+};
+
+/// A shim that was asked to end does so in about 2 ms.
+const END: Duration = Duration::from_secs(5);
+
+/// How shims are started.
+#[derive(Debug)]
+pub struct Launcher {
+    binary: PathBuf,
+    namespace: String,
+    places: Places,
+    /// `cgroup.procs` of the group that shims belong in, one for each hierarchy.
+    cgroup: Vec<PathBuf>,
+    /// The service this binary turned out to serve: 0 unknown, 2, 3.
+    api: AtomicU8,
+}
+
+/// A running shim that we started. Its directory goes with `end`.
+#[derive(Debug)]
+pub struct Shim {
+    id: String,
+    dir: PathBuf,
+    client: Client,
+    pidfd: OwnedFd,
+    ended: watch::Receiver<bool>,
+}
+
+impl Launcher {
+    /// Shims from `binary`, in `namespace`, each with a directory below `places`.
+    pub fn new(binary: PathBuf, namespace: String, places: Places, cgroup: Vec<PathBuf>) -> Self {
+        Self { binary, namespace, places, cgroup, api: AtomicU8::new(0) }
+    }
+
+    /// The program.
+    pub fn binary(&self) -> &Path {
+        &self.binary
+    }
+
+    /// The namespace that ends up below the runtimes' state roots.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    fn hint(&self) -> Option<TaskApi> {
+        match self.api.load(Ordering::Relaxed) {
+            2 => Some(TaskApi::V2),
+            3 => Some(TaskApi::V3),
+            _ => None,
+        }
+    }
+
+    /// Starts a shim and waits until it answers.
+    ///
+    /// # Errors
+    /// When it can't be started or does not answer; nothing is left behind then.
+    pub async fn launch(self: &Arc<Self>) -> Result<Shim, ShimError> {
+        let id = random_hex(6);
+        let dir = self.places.shim(&id);
+        let this = self.clone();
+        let (spawn_id, spawn_dir) = (id.clone(), dir.clone());
+        let spawned = tokio::task::spawn_blocking(move || this.spawn(&spawn_id, &spawn_dir)).await;
+        let spawned = spawned.unwrap_or_else(|join| {
+            Err(ShimError::Spawn { binary: self.binary.clone(), source: io::Error::other(join) })
+        });
+        let (mut child, pidfd) = match spawned {
+            Ok(spawned) => spawned,
+            Err(error) => {
+                remove_dir(&dir);
+                return Err(error);
+            }
+        };
+        let (tell, ended) = watch::channel(false);
+        tokio::spawn(async move {
+            // Our child: reaped the moment it dies, and everybody who waits for its end is told.
+            if let Err(error) = child.wait().await {
+                tracing::warn!(%error, "a shim could not be waited for");
+            }
+            tell.send_replace(true);
+        });
+        match Client::connect(&dir.join("sock"), self.hint()).await {
+            Ok(client) => {
+                self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
+                Ok(Shim { id, dir, client, pidfd, ended })
+            }
+            Err(error) => {
+                let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+                tracing::warn!(shim = id, log = log.trim(), "a shim did not come up");
+                signal(&pidfd, libc::SIGKILL);
+                remove_dir(&dir);
+                Err(error)
+            }
+        }
+    }
+
+    fn spawn(&self, id: &str, dir: &Path) -> Result<(tokio::process::Child, OwnedFd), ShimError> {
+        let failed = |doing, path: &Path| {
+            let (id, path) = (id.to_owned(), path.to_owned());
+            move |source| ShimError::File { id, doing, path, source }
+        };
+        make_dir(dir).map_err(failed("create", dir))?;
+        let (socket, log) = (dir.join("sock"), dir.join("log"));
+        let listener = UnixListener::bind(&socket).map_err(failed("listen at", &socket))?;
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
+        // A plain file: a FIFO would need a reader for the shim's whole life. The shim opens it by this name itself.
+        let log_file = File::create(&log).map_err(failed("create", &log))?;
+        let mut command = tokio::process::Command::new(&self.binary);
+        command
+            .args(["-namespace", &self.namespace, "-id", id, "-address"])
+            .arg(self.places.run())
+            .current_dir(dir)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            // What containerd sets: more threads are of no use to a shim, and cost memory.
+            .env("GOMAXPROCS", "4")
+            .env("TTRPC_ADDRESS", "")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log_file)
+            .kill_on_drop(false);
+        // Well above 3, so that making descriptor 3 in the child can't close it.
+        let listener = duplicate_above(&listener, 10).map_err(failed("keep", &socket))?;
+        let raw = listener.as_raw_fd();
+        // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open until
+        // then (`listener` outlives the spawn). The runtime's own epoll descriptor and the like occupy 3 in this
+        // process, so std's error pipe is not there.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::setsid() < 0 || libc::dup2(raw, 3) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                // Everything of ours is close-on-exec from birth; this is for descriptors inherited from the agent.
+                // Kernels before 5.11 don't know the flag and answer EINVAL.
+                libc::close_range(4, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: self.binary.clone(), source })?;
+        drop(listener);
+        let pid = child.id().unwrap_or_default();
+        let pidfd = pidfd_open(pid).inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
+        self.place(pid);
+        Ok((child, pidfd))
+    }
+
+    /// Moves a shim out of the agent's cgroup, so that stopping the agent's service does not end it, and makes the
+    /// kernel's OOM killer prefer it to us.
+    fn place(&self, pid: u32) {
+        for procs in &self.cgroup {
+            if let Err(error) = fs::write(procs, pid.to_string()) {
+                tracing::warn!(path = %procs.display(), %error, "the shim stays in the agent's cgroup");
+            }
+        }
+        let own = fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse::<i32>().ok());
+        if let Some(own) = own {
+            let score = (own + 1).min(1000).to_string();
+            if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score) {
+                tracing::debug!(%error, "the shim keeps our OOM score");
+            }
+        }
+    }
+}
+
+impl Shim {
+    /// Its name, which is its directory's.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Calls go through this.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Has it died?
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+
+    /// Ends a shim that holds no container, by force if it does not go, and removes its directory.
+    pub async fn end(mut self) {
+        if !self.has_ended() && self.client.shutdown(&self.id).await.is_err() {
+            signal(&self.pidfd, libc::SIGKILL);
+        }
+        if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
+            signal(&self.pidfd, libc::SIGKILL);
+            let _ = tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await;
+        }
+        remove_dir(&self.dir);
+    }
+
+    /// Ends an idle shim at once, without asking: for a plugin that is told to leave.
+    pub fn kill(self) {
+        signal(&self.pidfd, libc::SIGKILL);
+        remove_dir(&self.dir);
+    }
+}
+
+/// Ends a shim that another instance of us left behind and that holds no container we want, by its directory.
+pub async fn end_stray(dir: &Path) {
+    if let Ok(client) = Client::connect(&dir.join("sock"), None).await
+        && let Err(error) = client.shutdown("").await
+    {
+        tracing::warn!(dir = %dir.display(), %error, "a stray shim does not end");
+        return;
+    }
+    remove_dir(dir);
+}
+
+fn remove_dir(dir: &Path) {
+    if crate::fault::skipped("shim-dir") {
+        return;
+    }
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(dir = %dir.display(), %error, "a shim's directory stays");
+        }
+        _ => {}
+    }
+}
+
+fn duplicate_above(listener: &UnixListener, lowest: i32) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl on a descriptor that is open; the result is a new descriptor that nobody else has.
+    let fd = unsafe { libc::fcntl(listener.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just made, and ours alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A descriptor that names this very process, however its number is used later (pidfd_open(2), Linux 5.3).
+fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes a number and flags and gives a new close-on-exec descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: just made, and ours alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn signal(pidfd: &OwnedFd, number: i32) {
+    // SAFETY: a signal to the process that the descriptor names; no memory is passed. ESRCH for a dead one is fine.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), number, std::ptr::null::<u8>(), 0) };
+}

@@ -1,0 +1,88 @@
+//! Shims: started by us, spoken to over ttrpc, without containerd.
+//!
+//! A shim is a small program (`containerd-shim-runc-v2`) that calls the OCI runtime and stays as the parent of the
+//! container's process. Any running one takes `Create` for any container, which is what the pool lives on.
+
+mod cleanup;
+mod client;
+mod launch;
+mod pool;
+pub mod stdio;
+
+use std::{io, path::PathBuf, time::Duration};
+
+pub use cleanup::{DeadTask, delete_dead};
+pub use client::{Client, CreateTask, Exit, Kill, TaskApi};
+pub use launch::{Launcher, Shim, end_stray};
+pub use pool::Pool;
+
+/// Why a shim did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ShimError {
+    /// Its directory, socket or log.
+    #[error("shim {id}: {doing} {path}")]
+    File {
+        /// Which shim.
+        id: String,
+        /// What was done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The program.
+    #[error("start shim {binary}; it comes with containerd")]
+    Spawn {
+        /// Which program.
+        binary: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection to it broke: it died, or never lived.
+    #[error("shim: {call}: connection lost ({detail})")]
+    Gone {
+        /// The call.
+        call: &'static str,
+        /// The transport's words.
+        detail: String,
+    },
+    /// It did not answer in time.
+    #[error("shim: {call}: no answer in {} s", after.as_secs())]
+    Late {
+        /// The call.
+        call: &'static str,
+        /// How long we waited.
+        after: Duration,
+    },
+    /// It answered no, mostly with the OCI runtime's words.
+    #[error("{message}")]
+    Refused {
+        /// The call.
+        call: &'static str,
+        /// A gRPC code.
+        code: i32,
+        /// Its words.
+        message: String,
+    },
+    /// Neither service version is served.
+    #[error("shim serves neither {0} nor {1}")]
+    NoService(&'static str, &'static str),
+}
+
+/// gRPC's NOT_FOUND.
+const NOT_FOUND: i32 = 5;
+/// gRPC's UNIMPLEMENTED.
+const UNIMPLEMENTED: i32 = 12;
+
+impl ShimError {
+    /// Does the shim not know the container or process (any more)?
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { code: NOT_FOUND, .. })
+    }
+
+    /// Is it likely to go away by itself?
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Gone { .. } | Self::Late { .. } | Self::File { .. })
+    }
+}
