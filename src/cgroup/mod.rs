@@ -1,0 +1,241 @@
+//! cgroups of version 1 and 2: where tasks and shims go, and what the kernel says of them afterwards.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::{fault, ids::ContainerId};
+
+/// Where the hierarchies are mounted on any Linux that Nomad supports.
+const ROOT: &str = "/sys/fs/cgroup";
+/// Group of our shims and helpers, beside Nomad's.
+const OWN: &str = "nomad-driver-shim";
+/// Linux's limit on a file name.
+const NAME_MAX: usize = 255;
+
+/// Which cgroup interface this host uses for resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CgroupMode {
+    /// Version 1, or a hybrid whose controllers are on version 1.
+    V1,
+    /// Version 2 only.
+    V2,
+}
+
+/// Why a cgroup could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cgroup: {doing} {path}")]
+pub struct CgroupError {
+    doing: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The cgroup hierarchies of this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cgroups {
+    mode: CgroupMode,
+    /// Mount points of all hierarchies, controllers and systemd's alike.
+    hierarchies: Vec<PathBuf>,
+}
+
+/// A task's cgroup, relative to each hierarchy's root, with a leading slash: the OCI spec's `cgroupsPath`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CgroupPath(String);
+
+impl CgroupPath {
+    /// A path that was recorded before.
+    pub fn recorded(path: &str) -> Self {
+        Self(path.to_owned())
+    }
+
+    /// The path as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    fn below(&self, hierarchy: &Path) -> PathBuf {
+        hierarchy.join(self.0.trim_start_matches('/'))
+    }
+}
+
+impl Cgroups {
+    /// Looks at what is mounted.
+    ///
+    /// # Errors
+    /// When `/proc/self/mountinfo` can't be read.
+    pub fn detect() -> Result<Self, CgroupError> {
+        let path = PathBuf::from("/proc/self/mountinfo");
+        let text =
+            fs::read_to_string(&path).map_err(|source| CgroupError { doing: "read", path: path.clone(), source })?;
+        Ok(Self::from_mountinfo(&text))
+    }
+
+    /// proc_pid_mountinfo(5): the fifth field is the mount point, the first after ` - ` the type.
+    fn from_mountinfo(text: &str) -> Self {
+        let mut hierarchies = Vec::new();
+        let mut mode = CgroupMode::V1;
+        for line in text.lines() {
+            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let kind = right.split(' ').next().unwrap_or_default();
+            if !matches!(kind, "cgroup" | "cgroup2") {
+                continue;
+            }
+            let Some(point) = left.split(' ').nth(4).map(PathBuf::from) else { continue };
+            // Containers and sandboxes may have mounted others elsewhere; runtimes only look here.
+            if !point.starts_with(ROOT) {
+                continue;
+            }
+            if kind == "cgroup2" && point == Path::new(ROOT) {
+                mode = CgroupMode::V2;
+            }
+            if !hierarchies.contains(&point) {
+                hierarchies.push(point);
+            }
+        }
+        Self { mode, hierarchies }
+    }
+
+    /// Version 1 (hybrid included) or 2.
+    pub fn mode(&self) -> CgroupMode {
+        self.mode
+    }
+
+    /// Mount points of all hierarchies.
+    pub fn hierarchies(&self) -> &[PathBuf] {
+        &self.hierarchies
+    }
+
+    /// Where a task's limits go. On v2 it is the scope that Nomad made (`cpuset_cgroup`), so that its partitions hold
+    /// and its `cgroup.kill` works; on v1 `/<parent>/<alloc>.<task>` in every hierarchy. Without Nomad's word (an
+    /// agent that manages no cgroups) the paths are those it would have chosen.
+    pub fn task_path(&self, cpuset_cgroup: &str, alloc_id: &str, task: &str, id: &ContainerId) -> CgroupPath {
+        let given = Path::new(cpuset_cgroup).strip_prefix(ROOT).ok();
+        let name = format!("{alloc_id}.{task}");
+        let fits = name.len() + ".scope".len() <= NAME_MAX && !alloc_id.is_empty() && !name.contains(['/', '\0']);
+        let name = if fits { name } else { id.to_string() };
+        match self.mode {
+            CgroupMode::V2 => match given {
+                Some(path) if cpuset_cgroup.ends_with(".scope") => CgroupPath(format!("/{}", path.display())),
+                _ => CgroupPath(format!("/nomad.slice/{name}.scope")),
+            },
+            CgroupMode::V1 => {
+                // `/sys/fs/cgroup/cpuset/<parent>/share`: the parent's name is the operator's choice.
+                let parent = given.and_then(|path| path.iter().nth(1)).and_then(|part| part.to_str());
+                CgroupPath(format!("/{}/{name}", parent.unwrap_or("nomad")))
+            }
+        }
+    }
+
+    /// Makes the group of our shims in every hierarchy: the files that move a process there.
+    ///
+    /// # Errors
+    /// When a group can't be made.
+    pub fn own_group(&self) -> Result<Vec<PathBuf>, CgroupError> {
+        let mut procs = Vec::new();
+        for hierarchy in &self.hierarchies {
+            let path = hierarchy.join(OWN);
+            match fs::create_dir(&path) {
+                Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(CgroupError { doing: "create", path, source });
+                }
+                _ => {}
+            }
+            // A v1 cpuset takes no process before it has CPUs and memory nodes (cgroup-v1/cpusets.rst).
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                let (own, parent) = (path.join(file), hierarchy.join(file));
+                if self.mode == CgroupMode::V1
+                    && own.exists()
+                    && fs::read_to_string(&own).is_ok_and(|text| text.trim().is_empty())
+                {
+                    let copy = fs::read_to_string(&parent).and_then(|value| fs::write(&own, value.trim()));
+                    copy.map_err(|source| CgroupError { doing: "set", path: own, source })?;
+                }
+            }
+            procs.push(path.join("cgroup.procs"));
+        }
+        Ok(procs)
+    }
+
+    /// Can the kernel account swap? (On v1 a boot option; on v2 it always can.)
+    pub fn counts_swap(&self) -> bool {
+        self.mode == CgroupMode::V2 || Path::new(ROOT).join("memory/memory.memsw.limit_in_bytes").exists()
+    }
+
+    /// How often the OOM killer has struck in a task's cgroup; None when the kernel does not say, or the group is gone.
+    pub fn oom_kills(&self, task: &CgroupPath) -> Option<u64> {
+        let file = match self.mode {
+            CgroupMode::V1 => task.below(&Path::new(ROOT).join("memory")).join("memory.oom_control"),
+            CgroupMode::V2 => task.below(Path::new(ROOT)).join("memory.events"),
+        };
+        let text = fs::read_to_string(file).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+    }
+
+    /// Removes what the runtime left of a task's cgroup. Not there is fine.
+    ///
+    /// # Errors
+    /// When a group still has processes.
+    pub fn remove(&self, task: &CgroupPath) -> Result<(), CgroupError> {
+        if fault::skipped("cgroup") {
+            return Ok(());
+        }
+        for hierarchy in &self.hierarchies {
+            remove_tree(&task.below(hierarchy))?;
+        }
+        Ok(())
+    }
+}
+
+/// Groups are removed from the leaves up; their files go with them.
+fn remove_tree(path: &Path) -> Result<(), CgroupError> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(CgroupError { doing: "read", path: path.to_owned(), source }),
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(CgroupError { doing: "remove", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::TaskId;
+
+    const HYBRID: &str = "30 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
+        31 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+        32 30 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+        33 30 0:29 / /elsewhere rw - cgroup cgroup rw,cpu\n";
+    const UNIFIED: &str = "31 30 0:27 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n";
+
+    #[test]
+    fn hybrid_counts_as_version_one() {
+        let hybrid = Cgroups::from_mountinfo(HYBRID);
+        assert_eq!((hybrid.mode(), hybrid.hierarchies().len()), (CgroupMode::V1, 2));
+        assert_eq!(Cgroups::from_mountinfo(UNIFIED).mode(), CgroupMode::V2);
+    }
+
+    #[test]
+    fn tasks_go_where_nomad_says() {
+        let id = ContainerId::derive("a1", "web", &TaskId("a1/web/0".to_owned()));
+        let path = |cgroups: &Cgroups, given: &str, task: &str| cgroups.task_path(given, "a1", task, &id).0;
+        let (v1, v2) = (Cgroups::from_mountinfo(HYBRID), Cgroups::from_mountinfo(UNIFIED));
+        let scope = "/sys/fs/cgroup/nomad.slice/share.slice/a1.web.scope";
+        assert_eq!(path(&v2, scope, "web"), "/nomad.slice/share.slice/a1.web.scope");
+        assert_eq!(path(&v2, "", "web"), "/nomad.slice/a1.web.scope");
+        assert_eq!(path(&v1, "/sys/fs/cgroup/cpuset/own/share", "web"), "/own/a1.web");
+        assert_eq!(path(&v1, "", "web"), "/nomad/a1.web");
+        assert_eq!(path(&v1, "", &"x".repeat(300)), format!("/nomad/{id}"));
+    }
+}
