@@ -1,0 +1,569 @@
+//! All tasks of one plugin: who they are, what state they are in, and what can be asked of them.
+//!
+//! The map is locked only to look things up. What takes time happens outside of it, per task.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs::{self, File},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use tokio::sync::watch;
+
+use super::{
+    EventHub, ExitRecord, Phases, Record, RecordState, Runtimes, Settings, StartRequest, TaskError, TaskHandle,
+    load_records,
+    record::millis,
+    signal, start,
+    undo::{KILL_GRACE, ShimHandle, undo},
+};
+use crate::{
+    cgroup::{CgroupPath, Cgroups},
+    containerd,
+    ids::TaskId,
+    image::ImageStore,
+    shim::{self, Client, DeadTask, Kill, Launcher, Pool, ShimError},
+};
+
+/// A plugin that was told to leave is gone well within this.
+const LOCK: Duration = Duration::from_secs(5);
+/// When a cleanup that failed is tried again. Nomad never asks a second time.
+const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
+
+/// What the parts of the engine share.
+pub struct Shared {
+    pub(super) settings: Settings,
+    pub(super) cgroups: Cgroups,
+    pub(super) runtimes: Runtimes,
+    pub(super) images: ImageStore,
+    pub(super) pool: Pool,
+    pub(super) events: EventHub,
+    tasks: Mutex<HashMap<TaskId, Slot>>,
+    /// Tasks of an earlier instance of us that nobody has asked for yet.
+    leftovers: Mutex<HashMap<TaskId, Record>>,
+    _lock: Flock<File>,
+}
+
+#[derive(Clone)]
+enum Slot {
+    /// StartTask is at work.
+    Starting,
+    Task(Arc<Task>),
+}
+
+/// A task that runs or has ended.
+struct Task {
+    record: Mutex<Record>,
+    /// Taken by whoever destroys it.
+    shim: tokio::sync::Mutex<Option<ShimHandle>>,
+    client: Option<Client>,
+    pid: u32,
+    started_at: SystemTime,
+    phases: Phases,
+    exit: watch::Sender<Option<ExitRecord>>,
+}
+
+/// A task that `start` has just started.
+pub struct Running {
+    pub(super) record: Record,
+    pub(super) shim: ShimHandle,
+    pub(super) pid: u32,
+    pub(super) started_at: SystemTime,
+    pub(super) phases: Phases,
+}
+
+/// What `InspectTask` tells.
+#[derive(Debug, Clone)]
+pub struct Inspection {
+    /// The task's name.
+    pub name: String,
+    /// When its process was started.
+    pub started_at: SystemTime,
+    /// How it ended, if it has.
+    pub exit: Option<ExitRecord>,
+    /// Where it is.
+    pub record: Record,
+    /// Its process on the host.
+    pub pid: u32,
+    /// How long the start's parts took.
+    pub phases: Phases,
+}
+
+/// The engine. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine(Arc<Shared>);
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("name", &self.0.settings.name).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Makes the directories, takes the lock, reads the records, and undoes what an earlier instance left half done.
+    ///
+    /// # Errors
+    /// When another plugin holds the lock, or the host can't be used at all.
+    pub async fn open(settings: Settings, events: EventHub) -> Result<Self, TaskError> {
+        let places = settings.places.clone();
+        places.create()?;
+        let lock = take_lock(&places).await?;
+        let cgroups = Cgroups::detect()?;
+        let group = cgroups.own_group()?;
+        let runtimes = Runtimes::find(&settings, &places.bundles()).await;
+        let containerd = &settings.containerd;
+        let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
+        let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
+        let binary = super::runtime::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
+        let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
+        let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
+        let records = load_records(&places.tasks())?;
+        let engine = Self(Arc::new(Shared {
+            settings,
+            cgroups,
+            runtimes,
+            images,
+            pool,
+            events,
+            tasks: Mutex::default(),
+            leftovers: Mutex::default(),
+            _lock: lock,
+        }));
+        engine.sort_out(records).await;
+        Ok(engine)
+    }
+
+    /// Half-made starts were never told to Nomad: they go. The others wait for `RecoverTask` or `DestroyTask`. Shims
+    /// that no record names were idle ones.
+    async fn sort_out(&self, records: Vec<Record>) {
+        let places = &self.0.settings.places;
+        let named: HashSet<&str> = records.iter().map(|record| record.shim.as_str()).collect();
+        let strays: Vec<_> =
+            fs::read_dir(places.shims()).map(|entries| entries.flatten().collect()).unwrap_or_default();
+        for stray in strays.iter().filter(|stray| !named.contains(stray.file_name().to_string_lossy().as_ref())) {
+            shim::end_stray(&stray.path()).await;
+        }
+        for record in &records {
+            if record.state == RecordState::Intended {
+                tracing::warn!(task = %record.task_id, "an earlier plugin left a half-made start; undoing it");
+                self.undo_leftover(record).await;
+            } else {
+                self.leftovers().insert(record.task_id.clone(), record.clone());
+            }
+        }
+    }
+
+    async fn undo_leftover(&self, record: &Record) {
+        let shim = self.find_shim(record).await;
+        if let Err(error) = undo(&self.0, record, shim).await {
+            tracing::error!(task = %record.task_id, error = %crate::chain(&error), "remains of an earlier plugin stay");
+        }
+    }
+
+    async fn find_shim(&self, record: &Record) -> ShimHandle {
+        if !record.is_current() {
+            return ShimHandle::Gone;
+        }
+        let socket = self.0.settings.places.shim(&record.shim).join("sock");
+        Client::connect(&socket, None).await.map_or(ShimHandle::Gone, ShimHandle::Found)
+    }
+
+    /// The settings it was opened with.
+    pub fn settings(&self) -> &Settings {
+        &self.0.settings
+    }
+
+    /// The runtimes of this host.
+    pub fn runtimes(&self) -> &Runtimes {
+        &self.0.runtimes
+    }
+
+    /// Is the shim's program there?
+    pub fn shim_is_installed(&self) -> bool {
+        super::runtime::which(self.0.pool.launcher().binary()).is_some()
+    }
+
+    /// Starts shims ahead.
+    pub fn warm_up(&self) {
+        self.0.pool.refill();
+    }
+
+    /// Starts a task; it runs when this returns. A predecessor of the same allocation and name goes first.
+    ///
+    /// # Errors
+    /// When it can't be started; nothing is left of it then.
+    pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
+        let id = request.task_id.clone();
+        if id.0.is_empty() || self.tasks().contains_key(&id) {
+            return Err(TaskError::AlreadyStarted(id.0));
+        }
+        self.tasks().insert(id.clone(), Slot::Starting);
+        let slot = Reserved { engine: self, id: &id };
+        self.clear_predecessors(&request).await?;
+        let began = start::start(&self.0, &request).await;
+        self.0.pool.refill();
+        let running = began?;
+        let handle = TaskHandle { container_id: running.record.container_id.clone() };
+        let phases = running.phases;
+        tracing::info!(
+            task = %id, image = running.record.image, runtime = running.record.runtime, pid = running.pid,
+            pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
+            shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
+            start_us = micros(phases.start), "started"
+        );
+        let client = running.shim.client().cloned();
+        let task = Arc::new(Task {
+            record: Mutex::new(running.record),
+            shim: tokio::sync::Mutex::new(Some(running.shim)),
+            client,
+            pid: running.pid,
+            started_at: running.started_at,
+            phases,
+            exit: watch::Sender::new(None),
+        });
+        slot.fill(task.clone());
+        tokio::spawn(watch_exit(self.0.clone(), task));
+        Ok(handle)
+    }
+
+    /// A new attempt of an allocation's task means that whatever is left of the old one is not wanted: Nomad gave up on
+    /// it, or died before it knew of it.
+    async fn clear_predecessors(&self, request: &StartRequest) -> Result<(), TaskError> {
+        let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
+        let leftovers: Vec<Record> = {
+            let mut leftovers = self.leftovers();
+            let ids: Vec<_> = leftovers.values().filter(|r| same(r)).map(|r| r.task_id.clone()).collect();
+            ids.iter().filter_map(|id| leftovers.remove(id)).collect()
+        };
+        for record in leftovers {
+            tracing::warn!(task = %record.task_id, new = %request.task_id, "replaces a task of an earlier plugin");
+            let shim = self.find_shim(&record).await;
+            undo(&self.0, &record, shim).await?;
+        }
+        if request.alloc_id.is_empty() {
+            return Ok(());
+        }
+        let olds: Vec<TaskId> = self
+            .tasks()
+            .values()
+            .filter_map(|slot| match slot {
+                Slot::Task(task) => Some(task.record()),
+                Slot::Starting => None,
+            })
+            .filter(same)
+            .map(|record| record.task_id)
+            .collect();
+        for old in olds {
+            tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
+            self.destroy(&old, Force::Yes).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes over a task of an earlier instance of us.
+    ///
+    /// # Errors
+    /// When it is unknown, or nothing can be told of how it ended.
+    pub async fn recover(&self, id: &TaskId) -> Result<(), TaskError> {
+        if self.tasks().contains_key(id) {
+            return Ok(());
+        }
+        let unrecoverable = |problem: &str| TaskError::Unrecoverable { id: id.clone(), problem: problem.to_owned() };
+        let record = self.leftovers().get(id).cloned().ok_or_else(|| unrecoverable("no record of it on this host"))?;
+        let shim = self.find_shim(&record).await;
+        let (pid, started_at, exit) = match &record.state {
+            RecordState::Exited(exit) => (0, exit.started_at, Some(exit.clone())),
+            RecordState::Running { pid, started_at } | RecordState::Stopping { pid, started_at, .. } => {
+                if shim.client().is_none() {
+                    return Err(unrecoverable("its shim is gone; how it ended is not known"));
+                }
+                (*pid, *started_at, None)
+            }
+            RecordState::Intended => return Err(unrecoverable("it was never started")),
+        };
+        let client = shim.client().cloned();
+        let watched = exit.is_none();
+        let task = Arc::new(Task {
+            record: Mutex::new(record),
+            shim: tokio::sync::Mutex::new(Some(shim)),
+            client,
+            pid,
+            started_at: SystemTime::UNIX_EPOCH + Duration::from_millis(started_at),
+            phases: Phases::default(),
+            exit: watch::Sender::new(exit),
+        });
+        self.leftovers().remove(id);
+        self.tasks().insert(id.clone(), Slot::Task(task.clone()));
+        if watched {
+            tokio::spawn(watch_exit(self.0.clone(), task));
+        }
+        tracing::info!(task = %id, pid, "recovered");
+        Ok(())
+    }
+
+    /// Waits until the task has ended: how. Any number may wait, before and after the end.
+    ///
+    /// # Errors
+    /// When it is unknown.
+    pub async fn wait(&self, id: &TaskId) -> Result<ExitRecord, TaskError> {
+        let task = self.find(id)?;
+        let mut exit = task.exit.subscribe();
+        let ended = exit.wait_for(Option::is_some).await.map(|exit| exit.clone());
+        ended.ok().flatten().ok_or_else(|| TaskError::NotFound(id.clone()))
+    }
+
+    /// Stops a task: `signal`, else what the image says, else SIGTERM; after `timeout` SIGKILL to all of it. Returns
+    /// when it has ended. One that has ended already, or is unknown, is fine: Nomad would retry an error for minutes.
+    ///
+    /// # Errors
+    /// When it survives SIGKILL.
+    pub async fn stop(&self, id: &TaskId, timeout: Duration, wanted: &str) -> Result<(), TaskError> {
+        let Ok(task) = self.find(id) else {
+            tracing::debug!(task = %id, "stop of a task that is not here");
+            return Ok(());
+        };
+        if task.exit.borrow().is_some() {
+            return Ok(());
+        }
+        let record = task.record();
+        let number = match wanted {
+            "" => record.stop_signal,
+            name => signal::parse(name).unwrap_or_else(|error| {
+                tracing::warn!(task = %id, %error, "kill_signal; using the image's");
+                record.stop_signal
+            }),
+        };
+        task.mark_stopping(&self.0, timeout);
+        let mut exit = task.exit.subscribe();
+        let Some(client) = &task.client else { return Err(TaskError::NotFound(id.clone())) };
+        let name = record.container_id.as_str();
+        if !timeout.is_zero() {
+            if let Err(error) = client.kill(name, number, Kill::Init).await {
+                tracing::warn!(task = %id, %error, "the stop signal could not be sent");
+            }
+            if tokio::time::timeout(timeout, exit.wait_for(Option::is_some)).await.is_ok() {
+                return Ok(());
+            }
+        }
+        task.end_by_force(id, client).await
+    }
+
+    /// Sends a signal to the task's first process.
+    ///
+    /// # Errors
+    /// When the signal's name is unknown, or the task is or has ended.
+    pub async fn signal(&self, id: &TaskId, name: &str) -> Result<(), TaskError> {
+        let number = signal::parse(name)?;
+        let task = self.find(id)?;
+        let ended = task.exit.borrow().is_some();
+        let Some(client) = task.client.as_ref().filter(|_| !ended) else { return Err(TaskError::NotFound(id.clone())) };
+        let container = task.record().container_id;
+        client
+            .kill(container.as_str(), number, Kill::Init)
+            .await
+            .map_err(|source| TaskError::Shim { doing: "send the signal", source })
+    }
+
+    /// Removes a task and all it left. A running one must be forced.
+    ///
+    /// # Errors
+    /// When it is unknown, or runs and is not forced, or something of it can't be removed (which is then retried).
+    pub async fn destroy(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
+        let task = match self.find(id) {
+            Ok(task) => task,
+            Err(unknown) => return self.destroy_leftover(id).await.unwrap_or(Err(unknown)),
+        };
+        if force == Force::No && task.exit.borrow().is_none() {
+            return Err(TaskError::StillRunning(id.clone()));
+        }
+        // Whoever comes second waits here, and then finds nothing to do.
+        let mut shim = task.shim.lock().await;
+        if task.exit.borrow().is_none()
+            && let Some(client) = &task.client
+        {
+            // Waiters get their answer before the task is forgotten.
+            task.end_by_force(id, client).await?;
+        }
+        let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
+        let record = task.record();
+        let outcome = undo(&self.0, &record, shim).await;
+        self.tasks().remove(id);
+        if outcome.is_err() {
+            self.retry_undo(record);
+        }
+        outcome
+    }
+
+    async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
+        let record = self.leftovers().remove(id)?;
+        let shim = self.find_shim(&record).await;
+        Some(undo(&self.0, &record, shim).await)
+    }
+
+    fn retry_undo(&self, record: Record) {
+        let engine = self.clone();
+        tokio::spawn(async move {
+            for pause in RETRIES {
+                tokio::time::sleep(pause).await;
+                let shim = engine.find_shim(&record).await;
+                if undo(&engine.0, &record, shim).await.is_ok() {
+                    return;
+                }
+            }
+            // Its record stays: the next start of this task, or the next plugin, tries again.
+            engine.leftovers().insert(record.task_id.clone(), record);
+        });
+    }
+
+    /// What is known of a task.
+    ///
+    /// # Errors
+    /// When it is unknown.
+    pub fn inspect(&self, id: &TaskId) -> Result<Inspection, TaskError> {
+        let task = self.find(id)?;
+        let record = task.record();
+        let exit = task.exit.borrow().clone();
+        Ok(Inspection {
+            name: record.name.clone(),
+            started_at: task.started_at,
+            exit,
+            record,
+            pid: task.pid,
+            phases: task.phases,
+        })
+    }
+
+    /// Ends what only we use: the idle shims. Tasks go on.
+    pub fn close(&self) {
+        self.0.pool.close();
+    }
+
+    fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {
+        match self.tasks().get(id) {
+            Some(Slot::Task(task)) => Ok(task.clone()),
+            Some(Slot::Starting) | None => Err(TaskError::NotFound(id.clone())),
+        }
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<TaskId, Slot>> {
+        self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Record>> {
+        self.0.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `DestroyTask`'s flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Force {
+    /// Kill it first.
+    Yes,
+    /// Refuse when it runs.
+    No,
+}
+
+/// A task id that is being started; freed when the start fails.
+struct Reserved<'a> {
+    engine: &'a Engine,
+    id: &'a TaskId,
+}
+
+impl Reserved<'_> {
+    fn fill(self, task: Arc<Task>) {
+        self.engine.tasks().insert(self.id.clone(), Slot::Task(task));
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        let mut tasks = self.engine.tasks();
+        if matches!(tasks.get(self.id), Some(Slot::Starting)) {
+            tasks.remove(self.id);
+        }
+    }
+}
+
+impl Task {
+    fn record(&self) -> Record {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_state(&self, shared: &Shared, state: RecordState) {
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        record.state = state;
+        if let Err(error) = record.save(&shared.settings.places.record(&record.container_id)) {
+            tracing::error!(task = %record.task_id, error = %crate::chain(&error), "its record is out of date");
+        }
+    }
+
+    fn mark_stopping(&self, shared: &Shared, timeout: Duration) {
+        let deadline = millis(SystemTime::now() + timeout);
+        self.set_state(shared, RecordState::Stopping { pid: self.pid, started_at: millis(self.started_at), deadline });
+    }
+
+    async fn end_by_force(&self, id: &TaskId, client: &Client) -> Result<(), TaskError> {
+        let container = self.record().container_id;
+        match client.kill(container.as_str(), libc::SIGKILL, Kill::All).await {
+            // A dead shim is the watcher's business: it ends the container and tells.
+            Ok(()) | Err(ShimError::Gone { .. }) => {}
+            Err(source) => return Err(TaskError::Shim { doing: "kill the container", source }),
+        }
+        let mut exit = self.exit.subscribe();
+        match tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some)).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
+        }
+    }
+}
+
+/// Waits for a task's end, notes it on disk, and tells all who wait.
+async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
+    let record = task.record();
+    let id = record.container_id.as_str();
+    let outcome = match &task.client {
+        Some(client) => client.wait(id).await,
+        None => Err(ShimError::Gone { call: "Wait", detail: "no connection".to_owned() }),
+    };
+    // Before the cgroup goes: it is all that remembers.
+    let oom_killed = shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0);
+    let (code, error) = match outcome {
+        Ok(exit) => (i32::try_from(exit.code).unwrap_or(255), None),
+        Err(error) => {
+            // Nobody watches the container any more, and its output is cut: it must not run on.
+            let bundle = shared.settings.places.bundle(&record.container_id);
+            if let Err(left) = shim::delete_dead(shared.pool.launcher(), DeadTask { id, bundle: &bundle }).await {
+                tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
+            }
+            (128 + libc::SIGKILL, Some(format!("the task's shim died, and the task was killed ({error})")))
+        }
+    };
+    let exit =
+        ExitRecord { code, oom_killed, error, started_at: millis(task.started_at), at: millis(SystemTime::now()) };
+    tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "exited");
+    task.set_state(&shared, RecordState::Exited(exit.clone()));
+    task.exit.send_replace(Some(exit));
+}
+
+async fn take_lock(places: &crate::places::Places) -> Result<Flock<File>, TaskError> {
+    let path = places.lock();
+    let failed = |source| TaskError::Lock { path: places.lock(), source };
+    let deadline = tokio::time::Instant::now() + LOCK;
+    loop {
+        let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, nix::Error::EWOULDBLOCK)) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err((_, nix::Error::EWOULDBLOCK)) => return Err(TaskError::Held(path)),
+            Err((_, errno)) => return Err(failed(errno.into())),
+        }
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,244 @@
+//! Tasks: their states, their records, and the one place where images, root file systems, shims and cgroups meet.
+
+mod engine;
+mod events;
+mod record;
+mod runtime;
+mod settings;
+mod signal;
+mod start;
+mod undo;
+
+use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
+
+pub use engine::{Engine, Force, Inspection};
+pub use events::{EventHub, TaskEvent};
+pub use record::{ExitRecord, Record, RecordError, RecordState, TaskHandle, load_all as load_records};
+pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works, which};
+pub use settings::{ContainerdSettings, SecuritySettings, Settings, ShimSettings};
+pub use signal::parse as parse_signal;
+pub use start::Phases;
+
+use crate::{
+    cgroup::CgroupError,
+    ids::TaskId,
+    image::{Credentials, Reference, ReferenceError, SharedError},
+    places::PlacesError,
+    rootfs::{
+        CapabilityRequest, Command, NetworkNamespace, Resources, RootMode, RootfsError, mounts::MountRequest,
+        network::Dns,
+    },
+    shim::{ShimError, stdio::StdioError},
+};
+
+/// Why something could not be done to a task.
+#[derive(Debug, thiserror::Error)]
+pub enum TaskError {
+    /// Nomad never uses an id twice.
+    #[error("task with ID {0:?} already started")]
+    AlreadyStarted(String),
+    /// Upstream's own text for it.
+    #[error("task not found for given id")]
+    NotFound(TaskId),
+    /// `DestroyTask` without force.
+    #[error("task {0} is still running; stop it first, or destroy it with force")]
+    StillRunning(TaskId),
+    /// A signal that no Linux knows.
+    #[error("invalid signal: {0:?} is neither a name such as SIGHUP nor a number from 1 to 64")]
+    Signal(String),
+    /// SIGKILL did not end it.
+    #[error("task {id} is still there {} s after SIGKILL; a process of it hangs in the kernel", after.as_secs())]
+    Unkillable {
+        /// Which.
+        id: TaskId,
+        /// How long we waited.
+        after: Duration,
+    },
+    /// The image can't be had.
+    #[error(transparent)]
+    Image(#[from] SharedImageError),
+    /// The image's name.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// Spec, bundle or root file system.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
+    /// The shim or the runtime.
+    #[error("{doing}")]
+    Shim {
+        /// What was asked of it.
+        doing: &'static str,
+        /// What it answered.
+        source: ShimError,
+    },
+    /// The log FIFOs.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// cgroups.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The runtime's name.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// Our own records.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// Our own directories.
+    #[error(transparent)]
+    Places(#[from] PlacesError),
+    /// Another plugin of the same name lives on this host.
+    #[error(
+        "another plugin holds {0}; one driver name can have one live plugin on a host (link the binary under another name for a second one)"
+    )]
+    Held(PathBuf),
+    /// The lock could not be taken.
+    #[error("lock {path}")]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A handle that leads to nothing.
+    #[error("task {id} can't be recovered: {problem}")]
+    Unrecoverable {
+        /// Which.
+        id: TaskId,
+        /// Why.
+        problem: String,
+    },
+    /// A worker thread is gone.
+    #[error("internal: a worker ended early")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+/// An image error as others share it.
+#[derive(Debug, Clone)]
+pub struct SharedImageError(pub SharedError);
+
+impl std::fmt::Display for SharedImageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for SharedImageError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source()
+    }
+}
+
+impl TaskError {
+    /// Is another try likely to end better? Decides whether Nomad's restart policy may act.
+    pub fn is_recoverable(&self) -> bool {
+        match self {
+            Self::Image(error) => error.0.is_transient(),
+            Self::Shim { source, .. } => source.is_transient(),
+            Self::Rootfs(error) => {
+                matches!(error, RootfsError::File { .. } | RootfsError::Mount { .. } | RootfsError::LayersGone { .. })
+            }
+            Self::Cgroup(_)
+            | Self::Record(_)
+            | Self::Places(_)
+            | Self::Held(_)
+            | Self::Lock { .. }
+            | Self::Worker(_) => true,
+            Self::Unkillable { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// The checked options of a job's `config` block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskOptions {
+    /// `image`.
+    pub image: Reference,
+    /// `image_pull_timeout`.
+    pub image_pull_timeout: Duration,
+    /// `auth`.
+    pub auth: Option<Credentials>,
+    /// `command`, `args`, `entrypoint`.
+    pub command: Command,
+    /// `cwd`.
+    pub cwd: Option<String>,
+    /// `hostname`.
+    pub hostname: Option<String>,
+    /// `readonly_rootfs`.
+    pub root: RootMode,
+    /// `mounts`.
+    pub mounts: Vec<MountRequest>,
+    /// `host_network`.
+    pub host_network: bool,
+    /// `privileged`.
+    pub privileged: bool,
+    /// `cap_add`.
+    pub cap_add: Vec<CapabilityRequest>,
+    /// `cap_drop`.
+    pub cap_drop: Vec<CapabilityRequest>,
+    /// `runtime`.
+    pub runtime: Option<String>,
+}
+
+/// A volume that Nomad itself mounts into the task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// On the host.
+    pub host_path: PathBuf,
+    /// In the container.
+    pub task_path: PathBuf,
+    /// May the task write?
+    pub readonly: bool,
+    /// An option for mount(8): `rprivate`, `rslave`, `rshared`.
+    pub propagation: &'static str,
+}
+
+/// A device that Nomad's device plugins gave to the task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskDevice {
+    /// On the host.
+    pub host_path: PathBuf,
+    /// In the container.
+    pub task_path: PathBuf,
+    /// Of `rwm`.
+    pub access: String,
+}
+
+/// All that a start is asked with, checked for form.
+#[derive(Debug, Clone)]
+pub struct StartRequest {
+    /// Nomad's id of this attempt.
+    pub task_id: TaskId,
+    /// The task's name.
+    pub name: String,
+    /// The allocation.
+    pub alloc_id: String,
+    /// The allocation's directory on the host.
+    pub alloc_dir: PathBuf,
+    /// FIFO for standard output.
+    pub stdout: PathBuf,
+    /// FIFO for standard error.
+    pub stderr: PathBuf,
+    /// The whole environment.
+    pub env: BTreeMap<String, String>,
+    /// The job's `user`.
+    pub user: String,
+    /// The job's `config`.
+    pub options: TaskOptions,
+    /// Limits.
+    pub resources: Resources,
+    /// The cgroup that Nomad made or means.
+    pub cpuset_cgroup: String,
+    /// The group's network.
+    pub network: NetworkNamespace,
+    /// The group's `dns`.
+    pub dns: Dns,
+    /// The group's address and host name, where Nomad knows them.
+    pub group_host: Option<(String, String)>,
+    /// Host and CSI volumes.
+    pub volumes: Vec<Volume>,
+    /// Devices of device plugins.
+    pub devices: Vec<TaskDevice>,
+    /// For people and tools that look at the container.
+    pub annotations: BTreeMap<String, String>,
+}

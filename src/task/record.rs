@@ -1,0 +1,291 @@
+//! Records of tasks on disk: written before anything is made, so that whatever was made can be found and undone.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{ContainerId, TaskId};
+
+/// The form of the record's file.
+const VERSION: u32 = 1;
+
+/// Why a record could not be kept.
+#[derive(Debug, thiserror::Error)]
+#[error("task record: {doing} {path}")]
+pub struct RecordError {
+    doing: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// A task as its next finder needs to know it. All names of what is made follow from `container_id`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    version: u32,
+    /// The kernel's boot id: after a reboot nothing of it runs any more.
+    pub boot_id: String,
+    /// Nomad's id.
+    pub task_id: TaskId,
+    /// The task's name.
+    pub name: String,
+    /// Its allocation.
+    pub alloc_id: String,
+    /// The container.
+    pub container_id: ContainerId,
+    /// Its image.
+    pub image: String,
+    /// The runtime's name.
+    pub runtime: String,
+    /// The shim's directory name.
+    pub shim: String,
+    /// Its cgroup.
+    pub cgroup: String,
+    /// The signal that asks it to stop.
+    pub stop_signal: i32,
+    /// How far it came.
+    pub state: RecordState,
+}
+
+/// What a record is made of besides its own bookkeeping.
+#[derive(Debug, Clone)]
+pub struct Intent {
+    /// Nomad's id.
+    pub task_id: TaskId,
+    /// The task's name.
+    pub name: String,
+    /// Its allocation.
+    pub alloc_id: String,
+    /// The container.
+    pub container_id: ContainerId,
+    /// Its image.
+    pub image: String,
+    /// The runtime's name.
+    pub runtime: String,
+    /// The shim's directory name.
+    pub shim: String,
+    /// Its cgroup.
+    pub cgroup: String,
+    /// The signal that asks it to stop.
+    pub stop_signal: i32,
+}
+
+/// How far a task came.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+pub enum RecordState {
+    /// About to be made.
+    Intended,
+    /// Its process runs.
+    Running {
+        /// On the host.
+        pid: u32,
+        /// Milliseconds since the epoch.
+        started_at: u64,
+    },
+    /// It was asked to stop.
+    Stopping {
+        /// On the host.
+        pid: u32,
+        /// Milliseconds since the epoch.
+        started_at: u64,
+        /// When it is killed; milliseconds since the epoch.
+        deadline: u64,
+    },
+    /// It has ended, and is not yet destroyed.
+    Exited(ExitRecord),
+}
+
+/// How a task ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// 0 to 255; 128 + n for a death by signal n.
+    pub code: i32,
+    /// Did the OOM killer strike in its cgroup?
+    pub oom_killed: bool,
+    /// Why the code is not the process's own, when it is not.
+    pub error: Option<String>,
+    /// When it was started; milliseconds since the epoch.
+    pub started_at: u64,
+    /// When it ended; milliseconds since the epoch.
+    pub at: u64,
+}
+
+/// What Nomad keeps for us and gives back to `RecoverTask` (its `driver_state`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskHandle {
+    /// The container.
+    pub container_id: ContainerId,
+}
+
+impl TaskHandle {
+    /// The handle's version; 1 is the old driver's.
+    pub const VERSION: i32 = 2;
+
+    /// For Nomad's keeping.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::json!(self).to_string().into_bytes()
+    }
+
+    /// From Nomad's keeping.
+    ///
+    /// # Errors
+    /// When it is not ours.
+    pub fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(bytes)
+    }
+}
+
+impl Record {
+    /// An intent of this boot.
+    ///
+    /// # Errors
+    /// When the kernel does not tell its boot id.
+    pub fn new(intent: Intent) -> Result<Self, RecordError> {
+        let Intent { task_id, name, alloc_id, container_id, image, runtime, shim, cgroup, stop_signal } = intent;
+        Ok(Self {
+            version: VERSION,
+            boot_id: boot_id()?,
+            task_id,
+            name,
+            alloc_id,
+            container_id,
+            image,
+            runtime,
+            shim,
+            cgroup,
+            stop_signal,
+            state: RecordState::Intended,
+        })
+    }
+
+    /// Is it of this boot?
+    pub fn is_current(&self) -> bool {
+        boot_id().is_ok_and(|boot| boot == self.boot_id)
+    }
+
+    /// Writes the record, whole or not at all. No fsync: after a crash of the host nothing of it runs.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn save(&self, path: &Path) -> Result<(), RecordError> {
+        let draft = path.with_extension("tmp");
+        let failed = |doing| {
+            let path = path.to_owned();
+            move |source: io::Error| RecordError { doing, path, source }
+        };
+        let bytes = serde_json::to_vec(self).map_err(|error| failed("encode")(error.into()))?;
+        fs::write(&draft, bytes).map_err(failed("write"))?;
+        fs::rename(&draft, path).map_err(failed("rename"))
+    }
+
+    /// Removes a record. One that is gone is fine.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn remove(path: &Path) -> Result<(), RecordError> {
+        if crate::fault::skipped("record") {
+            return Ok(());
+        }
+        match fs::remove_file(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(RecordError { doing: "remove", path: path.to_owned(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// All records of a directory. One that can't be read is renamed to `.bad` and reported; the rest goes on.
+///
+/// # Errors
+/// When the directory itself can't be read.
+pub fn load_all(directory: &Path) -> Result<Vec<Record>, RecordError> {
+    let unreadable = |source| RecordError { doing: "list", path: directory.to_owned(), source };
+    let mut records = Vec::new();
+    for entry in fs::read_dir(directory).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("json") => {}
+            // A write that was cut off; its predecessor, if any, is whole.
+            Some("tmp") => {
+                let _ = fs::remove_file(&path);
+                continue;
+            }
+            _ => continue,
+        }
+        let record = fs::read(&path).map_err(|error| error.to_string()).and_then(|bytes| {
+            let record: Record = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
+            if record.version == VERSION { Ok(record) } else { Err(format!("version {}", record.version)) }
+        });
+        match record {
+            Ok(record) => records.push(record),
+            Err(problem) => {
+                tracing::error!(path = %path.display(), problem, "task record set aside");
+                if let Err(error) = fs::rename(&path, path.with_extension("bad")) {
+                    tracing::error!(path = %path.display(), %error, "it could not even be renamed");
+                }
+            }
+        }
+    }
+    Ok(records)
+}
+
+/// Milliseconds since the epoch.
+pub fn millis(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn boot_id() -> Result<String, RecordError> {
+    static BOOT: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    if let Some(boot) = BOOT.get() {
+        return Ok(boot.clone());
+    }
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let text = fs::read_to_string(path).map_err(|source| RecordError { doing: "read", path: path.into(), source })?;
+    Ok(BOOT.get_or_init(|| text.trim().to_owned()).clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        let task_id = TaskId("a/web/1".to_owned());
+        Record::new(Intent {
+            container_id: ContainerId::derive("a", "web", &task_id),
+            task_id,
+            name: "web".to_owned(),
+            alloc_id: "a".to_owned(),
+            image: "app".to_owned(),
+            runtime: "runc".to_owned(),
+            shim: "s".to_owned(),
+            cgroup: "/nomad/a.web".to_owned(),
+            stop_signal: 15,
+        })
+        .expect("a boot id")
+    }
+
+    #[test]
+    fn records_come_back_and_torn_ones_are_set_aside() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let mut record = record();
+        let path = directory.path().join("x.json");
+        record.save(&path).expect("saved");
+        record.state = RecordState::Exited(ExitRecord { code: 7, oom_killed: true, error: None, started_at: 1, at: 2 });
+        record.save(&path).expect("saved again");
+        for (name, text) in [("torn.json", "{\"version\":1"), ("empty.json", ""), ("future.json", "{\"version\":9}")] {
+            fs::write(directory.path().join(name), text).expect("written");
+        }
+        fs::write(directory.path().join("cut.tmp"), "{").expect("written");
+        assert_eq!(load_all(directory.path()).expect("read"), vec![record.clone()]);
+        assert!(record.is_current());
+        for name in ["torn.bad", "empty.bad", "future.bad"] {
+            assert!(directory.path().join(name).exists(), "{name}");
+        }
+        assert!(!directory.path().join("cut.tmp").exists());
+    }
+}

@@ -1,0 +1,226 @@
+//! OCI runtimes by name, and which one is taken when a job names none.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use super::Settings;
+use crate::ids::random_hex;
+
+/// `crun create` on a loaded machine; a quiet one needs 10 ms.
+const PROBE: Duration = Duration::from_secs(10);
+
+/// Why a runtime can't be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RuntimeError {
+    /// Not configured.
+    #[error("runtime {name:?} is not configured; there is {known}")]
+    Unknown {
+        /// As the job has it.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// Not allowed.
+    #[error("runtime {name:?} is not among allow_runtimes = {allowed}")]
+    NotAllowed {
+        /// As the job has it.
+        name: String,
+        /// What is.
+        allowed: String,
+    },
+    /// Not installed.
+    #[error("runtime {name:?}: {binary} is not installed")]
+    Missing {
+        /// Its name.
+        name: String,
+        /// Its program.
+        binary: String,
+    },
+    /// None at all.
+    #[error("neither crun nor runc is installed")]
+    None,
+}
+
+/// A runtime that can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Runtime {
+    /// Its name.
+    pub name: String,
+    /// Its program, as an absolute path.
+    pub binary: PathBuf,
+}
+
+/// The runtimes of this host.
+#[derive(Debug, Clone)]
+pub struct Runtimes {
+    configured: BTreeMap<String, PathBuf>,
+    allowed: Option<Vec<String>>,
+    default: Result<Runtime, String>,
+}
+
+/// Names of the old driver and containerd that mean "runc's shim, whatever its binary".
+const SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
+
+impl Runtimes {
+    /// Finds the default: the one the operator named, else crun where it works on this host, else runc.
+    pub async fn find(settings: &Settings, scratch: &Path) -> Self {
+        let configured = settings.runtimes.clone();
+        let installed = |name: &str| {
+            let binary = configured.get(name)?;
+            Some(Runtime { name: name.to_owned(), binary: which(binary)? })
+        };
+        let default = match &settings.default_runtime {
+            Some(name) => installed(name).ok_or_else(|| {
+                let binary = configured.get(name).map_or_else(|| name.clone(), |path| path.display().to_string());
+                RuntimeError::Missing { name: name.clone(), binary }.to_string()
+            }),
+            None => {
+                let crun = match installed("crun") {
+                    Some(crun) => match crun_works(&crun.binary, scratch).await {
+                        Ok(()) => Some(crun),
+                        Err(problem) => {
+                            tracing::info!(problem, "crun does not work on this host; runc is the default");
+                            None
+                        }
+                    },
+                    None => None,
+                };
+                crun.or_else(|| installed("runc")).ok_or_else(|| RuntimeError::None.to_string())
+            }
+        };
+        Self { configured, allowed: settings.allow_runtimes.clone(), default }
+    }
+
+    /// The default.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn default_runtime(&self) -> Result<&Runtime, &str> {
+        self.default.as_ref().map_err(String::as_str)
+    }
+
+    /// The runtime a job asks for.
+    ///
+    /// # Errors
+    /// When it is not configured, not allowed or not installed: never another one instead.
+    pub fn choose(&self, wanted: Option<&str>) -> Result<Runtime, RuntimeError> {
+        let name = match wanted {
+            Some(name) if !SHIM_NAMES.contains(&name) => name,
+            _ => {
+                return self.default.clone().map_err(|_| RuntimeError::None).and_then(|default| self.allow(default));
+            }
+        };
+        let Some(binary) = self.configured.get(name) else {
+            let known = self.configured.keys().map(String::as_str).chain(SHIM_NAMES).collect::<Vec<_>>().join(", ");
+            return Err(RuntimeError::Unknown { name: name.to_owned(), known });
+        };
+        let missing = || RuntimeError::Missing { name: name.to_owned(), binary: binary.display().to_string() };
+        self.allow(Runtime { name: name.to_owned(), binary: which(binary).ok_or_else(missing)? })
+    }
+
+    fn allow(&self, runtime: Runtime) -> Result<Runtime, RuntimeError> {
+        match &self.allowed {
+            Some(allowed) if !allowed.contains(&runtime.name) => {
+                Err(RuntimeError::NotAllowed { name: runtime.name, allowed: format!("{allowed:?}") })
+            }
+            _ => Ok(runtime),
+        }
+    }
+
+    /// All that are installed, for node attributes.
+    pub fn installed(&self) -> Vec<Runtime> {
+        let with = |(name, binary): (&String, &PathBuf)| Some(Runtime { name: name.clone(), binary: which(binary)? });
+        self.configured.iter().filter_map(with).collect()
+    }
+}
+
+/// A program by path or by name in PATH.
+pub fn which(program: &Path) -> Option<PathBuf> {
+    let executable = |path: &Path| {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+    };
+    if program.components().count() > 1 {
+        return executable(program).then(|| program.to_owned());
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(program)).find(|path| executable(path))
+}
+
+/// Does crun work here? It refuses hybrid cgroup hosts in part, old kernels, and what its build left out, so it is
+/// asked: a container whose program is missing must fail for just that reason, which crun finds after everything else.
+///
+/// # Errors
+/// Its own words when it fails for another reason.
+pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<(), String> {
+    let id = format!("probe-{}", random_hex(6));
+    let bundle = scratch.join(&id);
+    let outcome = probe(binary, &bundle, &id).await;
+    if let Err(error) = fs::remove_dir_all(&bundle) {
+        tracing::debug!(%error, "the probe's bundle stays");
+    }
+    outcome
+}
+
+async fn probe(binary: &Path, bundle: &Path, id: &str) -> Result<(), String> {
+    let text = |error: std::io::Error| error.to_string();
+    fs::create_dir_all(bundle.join("rootfs/proc")).map_err(text)?;
+    let namespaces: Vec<_> =
+        ["pid", "mount", "ipc", "uts"].iter().map(|kind| serde_json::json!({ "type": kind })).collect();
+    let spec = serde_json::json!({
+        "ociVersion": "1.0.2",
+        "root": { "path": "rootfs" },
+        "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/missing"], "cwd": "/", "env": [] },
+        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+        "linux": { "namespaces": namespaces, "cgroupsPath": format!("/nomad-driver-shim-{id}") },
+    });
+    fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
+    let root = bundle.join("state");
+    let run = |arguments: &[&str]| {
+        let mut command = tokio::process::Command::new(binary);
+        command.arg("--root").arg(&root).args(arguments).current_dir(bundle).stdin(Stdio::null()).kill_on_drop(true);
+        tokio::time::timeout(PROBE, command.output())
+    };
+    let output = run(&["run", "--bundle", ".", id]).await.map_err(|_| "it hangs".to_owned())?.map_err(text)?;
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    // Gone by itself after a failed `run`; asked for in case this version leaves something.
+    let _ = run(&["delete", "--force", id]).await;
+    if said.contains("executable file") || said.contains("No such file or directory") && said.contains("/missing") {
+        Ok(())
+    } else {
+        Err(said)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runtimes(allowed: Option<&[&str]>) -> Runtimes {
+        let shell = Runtime { name: "runc".to_owned(), binary: PathBuf::from("/bin/sh") };
+        Runtimes {
+            configured: BTreeMap::from([
+                ("runc".to_owned(), PathBuf::from("/bin/sh")),
+                ("kata".to_owned(), PathBuf::from("/no/such")),
+            ]),
+            allowed: allowed.map(|names| names.iter().map(|name| (*name).to_owned()).collect()),
+            default: Ok(shell),
+        }
+    }
+
+    #[test]
+    fn a_named_runtime_is_that_one_or_none() {
+        let all = runtimes(None);
+        assert_eq!(all.choose(None).map(|r| r.name), Ok("runc".to_owned()));
+        assert_eq!(all.choose(Some("io.containerd.runc.v2")).map(|r| r.name), Ok("runc".to_owned()));
+        assert!(matches!(all.choose(Some("kata")), Err(RuntimeError::Missing { .. })));
+        assert!(matches!(all.choose(Some("runsc")), Err(RuntimeError::Unknown { .. })));
+        assert!(matches!(runtimes(Some(&["crun"])).choose(Some("runc")), Err(RuntimeError::NotAllowed { .. })));
+        assert!(matches!(runtimes(Some(&["crun"])).choose(None), Err(RuntimeError::NotAllowed { .. })));
+    }
+}

@@ -1,0 +1,127 @@
+//! Undoing a task: every step for itself, in the reverse order of making, harmless when there is nothing to undo.
+//!
+//! A failed start, a destroy and the remains of a crashed plugin all come through here, so there is one list of what
+//! there is to undo, and the tests of any of them guard it.
+
+use std::time::Duration;
+
+use super::{Record, TaskError, engine::Shared};
+use crate::{
+    cgroup::CgroupPath,
+    rootfs::bundle::BundlePaths,
+    shim::{self, Client, DeadTask, Kill, Shim, ShimError},
+};
+
+/// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
+pub const KILL_GRACE: Duration = Duration::from_secs(30);
+
+/// Where a task's shim is.
+#[derive(Debug)]
+pub enum ShimHandle {
+    /// Started by this process.
+    Owned(Shim),
+    /// Started by an earlier instance of us, connected to anew.
+    Found(Client),
+    /// Dead, or never started.
+    Gone,
+}
+
+impl ShimHandle {
+    /// A connection, if the shim lives.
+    pub fn client(&self) -> Option<&Client> {
+        match self {
+            Self::Owned(shim) if shim.has_ended() => None,
+            Self::Owned(shim) => Some(shim.client()),
+            Self::Found(client) => Some(client),
+            Self::Gone => None,
+        }
+    }
+}
+
+/// Removes everything of a task. Goes on past failures and reports the first; the record stays until all is done, so
+/// that another try knows what to look for.
+///
+/// # Errors
+/// The first step that failed.
+pub async fn undo(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<(), TaskError> {
+    let places = &shared.settings.places;
+    let id = &record.container_id;
+    let bundle = BundlePaths { bundle: places.bundle(id), upper: places.upper(id) };
+    let mut first: Result<(), TaskError> = Ok(());
+    let mut note = |step: &'static str, outcome: Result<(), TaskError>| {
+        if let Err(error) = outcome {
+            tracing::warn!(task = %record.task_id, step, error = %crate::chain(&error), "undo");
+            if first.is_ok() {
+                first = Err(error);
+            }
+        }
+    };
+
+    note("container", end_container(shared, record, &shim, &bundle).await);
+    note("shim", end_shim(shared, record, shim).await);
+    let cgroups = shared.cgroups.clone();
+    let cgroup = CgroupPath::recorded(&record.cgroup);
+    let files = tokio::task::spawn_blocking(move || {
+        [
+            ("unmount", bundle.unmount().map_err(TaskError::from)),
+            ("bundle", bundle.remove().map_err(TaskError::from)),
+            ("upper", bundle.remove_upper().map_err(TaskError::from)),
+            ("cgroup", cgroups.remove(&cgroup).map_err(TaskError::from)),
+        ]
+    });
+    match files.await {
+        Ok(steps) => steps.into_iter().for_each(|(step, outcome)| note(step, outcome)),
+        Err(error) => note("files", Err(error.into())),
+    }
+    first?;
+    Ok(Record::remove(&places.record(id))?)
+}
+
+async fn end_container(
+    shared: &Shared,
+    record: &Record,
+    shim: &ShimHandle,
+    bundle: &BundlePaths,
+) -> Result<(), TaskError> {
+    if crate::fault::skipped("container") {
+        return Ok(());
+    }
+    let id = record.container_id.as_str();
+    let failed = |doing| move |source| TaskError::Shim { doing, source };
+    if let Some(client) = shim.client() {
+        match end_through(client, id).await {
+            // It died under our hands: what it left is the dead-shim case.
+            Err(ShimError::Gone { .. }) => {}
+            Err(error) => return Err(failed("end the container")(error)),
+            Ok(()) => return Ok(()),
+        }
+    }
+    let dead = DeadTask { id, bundle: &bundle.bundle };
+    shim::delete_dead(shared.pool.launcher(), dead).await.map_err(failed("clean up after a dead shim"))
+}
+
+async fn end_through(client: &Client, id: &str) -> Result<(), ShimError> {
+    // A container that was created and never started is not running, and `delete` takes it as it is.
+    if client.is_running(id).await? {
+        client.kill(id, libc::SIGKILL, Kill::All).await?;
+        match tokio::time::timeout(KILL_GRACE, client.wait(id)).await {
+            Ok(Err(error)) if !error.is_not_found() => return Err(error),
+            Ok(_) => {}
+            Err(_) => return Err(ShimError::Late { call: "Wait", after: KILL_GRACE }),
+        }
+    }
+    client.delete(id).await
+}
+
+async fn end_shim(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<(), TaskError> {
+    if crate::fault::skipped("shim") {
+        return Ok(());
+    }
+    match shim {
+        ShimHandle::Owned(shim) => shim.end().await,
+        ShimHandle::Found(_) | ShimHandle::Gone => {
+            shim::end_stray(&shared.settings.places.shim(&record.shim)).await;
+        }
+    }
+    Ok(())
+}
