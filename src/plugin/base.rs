@@ -1,0 +1,49 @@
+//! The base service: who we are, what can be configured. Nothing here touches anything shared: Nomad starts three
+//! processes of us at each agent start, two of them only for this, while tasks of a live one run.
+
+use tonic::{Request, Response, Status};
+
+use super::{config, driver::DriverService, options::PLUGIN, schema, status};
+use crate::pb::base::{
+    ConfigSchemaRequest, ConfigSchemaResponse, PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest,
+    SetConfigResponse, base_plugin_server::BasePlugin,
+};
+
+/// The driver API version of every Nomad since 0.9.
+const API: &str = "v0.1.0";
+
+/// The base service.
+#[derive(Debug)]
+pub struct Base {
+    driver: DriverService,
+}
+
+impl Base {
+    /// For the plugin that `driver` serves.
+    pub fn new(driver: DriverService) -> Self {
+        Self { driver }
+    }
+}
+
+#[tonic::async_trait]
+impl BasePlugin for Base {
+    async fn plugin_info(&self, _: Request<PluginInfoRequest>) -> Result<Response<PluginInfoResponse>, Status> {
+        Ok(Response::new(PluginInfoResponse {
+            r#type: PluginType::Driver.into(),
+            plugin_api_versions: vec![API.to_owned()],
+            plugin_version: concat!("v", env!("CARGO_PKG_VERSION")).to_owned(),
+            name: self.driver.name().to_string(),
+        }))
+    }
+
+    async fn config_schema(&self, _: Request<ConfigSchemaRequest>) -> Result<Response<ConfigSchemaResponse>, Status> {
+        Ok(Response::new(ConfigSchemaResponse { spec: Some(schema::of(PLUGIN)) }))
+    }
+
+    async fn set_config(&self, request: Request<SetConfigRequest>) -> Result<Response<SetConfigResponse>, Status> {
+        let settings = config::settings(self.driver.name(), &request.get_ref().msgpack_config)
+            .map_err(|error| status::of_config(&error))?;
+        self.driver.configure(settings);
+        Ok(Response::new(SetConfigResponse {}))
+    }
+}

@@ -1,0 +1,398 @@
+//! Typed configuration: from decoded values to settings and task options, with every fault in one message.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
+
+use super::{
+    decode::{Values, decode},
+    options::{PLUGIN, TASK},
+};
+use crate::{
+    duration,
+    ids::{DriverName, Flavor},
+    image::{Credentials, Reference},
+    places::Places,
+    rootfs::{
+        Capabilities, CapabilityRequest, Command, RootMode, default_allowed,
+        mounts::{MountKind, MountRequest},
+        parse_capability,
+    },
+    task::{ContainerdSettings, SecuritySettings, Settings, ShimSettings, TaskOptions},
+};
+
+/// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
+const HOSTNAME_MAX: usize = 64;
+/// More idle shims than this are a mistake: 150 MB.
+const POOL_MAX: i64 = 64;
+
+/// A configuration with all its faults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    what: &'static str,
+    faults: Vec<String>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.faults[..] {
+            [only] => write!(f, "{}: {only}", self.what),
+            many => {
+                write!(f, "{}: {} problems", self.what, many.len())?;
+                many.iter().enumerate().try_for_each(|(n, fault)| write!(f, "; ({}) {fault}", n + 1))
+            }
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+fn finish<T>(what: &'static str, value: Option<T>, faults: Vec<String>) -> Result<T, ConfigError> {
+    match value {
+        Some(value) if faults.is_empty() => Ok(value),
+        _ => Err(ConfigError { what, faults }),
+    }
+}
+
+/// Reads the agent's plugin configuration.
+///
+/// # Errors
+/// With everything that is wrong with it.
+pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError> {
+    let mut faults = Vec::new();
+    let values = decode(PLUGIN, bytes, &mut faults);
+    let empty = Values::default();
+    let block = |name: &str| values.block(name).unwrap_or(&empty);
+    let (containerd, state, shim, security) = (block("containerd"), block("state"), block("shim"), block("security"));
+
+    let path = |block: &Values, name: &str, option: &str, default: PathBuf, faults: &mut Vec<String>| {
+        let path = block.filled(option).map_or(default, PathBuf::from);
+        if !path.is_absolute() {
+            faults.push(format!("{name}.{option} = {:?} is not an absolute path", path.display()));
+        }
+        path
+    };
+    let defaults = Places::of(name);
+    let places = Places::new(
+        path(state, "state", "run_dir", defaults.run().to_owned(), &mut faults),
+        path(state, "state", "state_dir", defaults.state().to_owned(), &mut faults),
+    );
+    let address = path(containerd, "containerd", "address", "/run/containerd/containerd.sock".into(), &mut faults);
+    let pool = shim.number("pool").unwrap_or(2);
+    if !(0..=POOL_MAX).contains(&pool) {
+        faults.push(format!("shim.pool = {pool} is not between 0 and {POOL_MAX}"));
+    }
+    let mut runtimes: BTreeMap<String, PathBuf> =
+        ["crun", "runc"].iter().map(|name| ((*name).to_owned(), PathBuf::from(name))).collect();
+    for (label, runtime) in values.labelled("runtime") {
+        runtimes.insert(label.clone(), PathBuf::from(runtime.text("binary").unwrap_or_default()));
+    }
+    if let Some(old) = values.filled("containerd_runtime")
+        && !["io.containerd.runc.v2", "io.containerd.runc.v1"].contains(&old)
+    {
+        faults.push(format!("containerd_runtime = {old:?} is not supported; use io.containerd.runc.v2"));
+    }
+    if let Some(interval) = values.filled("stats_interval")
+        && let Err(error) = duration::parse(interval)
+    {
+        faults.push(format!("stats_interval: {error}"));
+    }
+    let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
+    let default_runtime = values.filled("default_runtime").map(str::to_owned);
+    let allow_runtimes = values.list("allow_runtimes").map(<[String]>::to_vec);
+    for (option, runtime) in default_runtime
+        .iter()
+        .map(|name| ("default_runtime", name))
+        .chain(allow_runtimes.iter().flatten().map(|name| ("allow_runtimes", name)))
+    {
+        if !runtimes.contains_key(runtime) {
+            faults.push(format!("{option}: runtime {runtime:?} is not configured; there is {known}"));
+        }
+    }
+    let drop_in = name.flavor() == Flavor::DropIn;
+    let allow_caps = match security.list("allow_caps") {
+        None if drop_in => None,
+        None => Some(default_allowed()),
+        Some(names) => match Capabilities::parse(names) {
+            Ok(allowed) => Some(allowed),
+            Err(error) => {
+                faults.push(format!("security.allow_caps: {error}"));
+                None
+            }
+        },
+    };
+    let allow_paths: Vec<PathBuf> =
+        security.list("allow_paths").unwrap_or_default().iter().map(PathBuf::from).collect();
+    for path in allow_paths.iter().filter(|path| !path.is_absolute()) {
+        faults.push(format!("security.allow_paths: {:?} is not an absolute path", path.display()));
+    }
+    let settings = Settings {
+        name: name.clone(),
+        enabled: values.flag("enabled").unwrap_or(true),
+        places,
+        containerd: ContainerdSettings {
+            address,
+            namespace: containerd.filled("namespace").unwrap_or("nomad").to_owned(),
+            snapshotter: containerd.filled("snapshotter").unwrap_or("overlayfs").to_owned(),
+        },
+        shim: ShimSettings {
+            binary: shim.filled("binary").unwrap_or("containerd-shim-runc-v2").into(),
+            pool: usize::try_from(pool).unwrap_or_default(),
+        },
+        runtimes,
+        default_runtime,
+        allow_runtimes,
+        auth: credentials(values.block("auth")),
+        security: SecuritySettings {
+            allow_privileged: values.flag("allow_privileged").unwrap_or(drop_in),
+            allow_caps,
+            allow_paths,
+            allow_host_network: security.flag("allow_host_namespaces").unwrap_or(drop_in),
+        },
+    };
+    finish("plugin config", Some(settings), faults)
+}
+
+fn credentials(block: Option<&Values>) -> Option<Credentials> {
+    let block = block?;
+    Some(Credentials {
+        username: block.filled("username")?.to_owned(),
+        password: block.filled("password")?.to_owned(),
+        server: block.filled("server_address").map(str::to_owned),
+    })
+}
+
+/// What of a job's surroundings its options can conflict with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupNetwork {
+    /// Nomad made a namespace for the group.
+    Namespace,
+    /// It did not.
+    None,
+}
+
+/// Reads a job's `config` block and checks it against what the operator allows.
+///
+/// # Errors
+/// With everything that is wrong with it.
+pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> Result<TaskOptions, ConfigError> {
+    let mut faults = Vec::new();
+    let values = decode(TASK, bytes, &mut faults);
+    let flavor = settings.name.flavor();
+    let flag = |name: &str| values.flag(name).unwrap_or(false);
+
+    let image = match values.text("image") {
+        // Its absence has been noted.
+        None => None,
+        Some(image) => Reference::parse(image).map_err(|error| faults.push(crate::chain(&error))).ok(),
+    };
+    let timeout = values.filled("image_pull_timeout").unwrap_or("5m");
+    let image_pull_timeout = duration::parse(timeout).unwrap_or_else(|error| {
+        faults.push(format!("image_pull_timeout: {error}"));
+        Duration::ZERO
+    });
+    let command = Command {
+        command: values.filled("command").map(str::to_owned),
+        args: values.list("args").unwrap_or_default().to_vec(),
+        entrypoint: values.list("entrypoint").unwrap_or_default().to_vec(),
+    };
+    if command.command.is_some() && !command.entrypoint.is_empty() {
+        faults.push("command and entrypoint exclude each other; only one of them can be set".to_owned());
+    }
+    let cwd = values.filled("cwd").map(str::to_owned);
+    if let Some(relative) = cwd.as_deref().filter(|cwd| !cwd.starts_with('/')) {
+        faults.push(format!("cwd = {relative:?} is not an absolute path"));
+    }
+    let hostname = values.filled("hostname").map(str::to_owned);
+    if let Some(long) = hostname.as_deref().filter(|name| name.len() > HOSTNAME_MAX || name.contains('\0')) {
+        faults.push(format!("hostname = {long:?} is longer than {HOSTNAME_MAX} bytes"));
+    }
+    if flag("privileged") && !settings.security.allow_privileged {
+        faults.push(
+            "privileged = true: privileged jobs are not allowed on this node (plugin option allow_privileged)"
+                .to_owned(),
+        );
+    }
+    if flag("host_network") && group == GroupNetwork::Namespace {
+        faults.push(
+            "host_network = true and a group network (bridge, cni or none) exclude each other; remove one of them"
+                .to_owned(),
+        );
+    }
+    if flag("host_network") && !settings.security.allow_host_network {
+        faults.push(
+            "host_network = true is not allowed on this node (plugin option security { allow_host_namespaces })"
+                .to_owned(),
+        );
+    }
+    let mut capabilities = |option: &str| -> Vec<CapabilityRequest> {
+        let names = values.list(option).unwrap_or_default();
+        names
+            .iter()
+            .filter_map(|name| parse_capability(name).map_err(|error| faults.push(format!("{option}: {error}"))).ok())
+            .collect()
+    };
+    let (cap_add, cap_drop) = (capabilities("cap_add"), capabilities("cap_drop"));
+    if let Some(missing) = settings.security.allow_caps.as_ref().and_then(|allowed| allowed.first_missing(&cap_add)) {
+        faults
+            .push(format!("cap_add: {missing} is not allowed on this node (plugin option security {{ allow_caps }})"));
+    }
+    let mounts = values
+        .blocks("mounts")
+        .iter()
+        .enumerate()
+        .filter_map(|(n, block)| mount(block, flavor).map_err(|fault| faults.push(format!("mounts[{n}].{fault}"))).ok())
+        .collect();
+
+    let options = image.map(|image| TaskOptions {
+        image,
+        image_pull_timeout,
+        auth: credentials(values.block("auth")),
+        command,
+        cwd,
+        hostname,
+        root: if flag("readonly_rootfs") { RootMode::ReadOnly } else { RootMode::Writable },
+        mounts,
+        host_network: flag("host_network"),
+        privileged: flag("privileged"),
+        cap_add,
+        cap_drop,
+        runtime: values.filled("runtime").map(str::to_owned),
+    });
+    finish("task config", options, faults)
+}
+
+fn mount(block: &Values, flavor: Flavor) -> Result<MountRequest, String> {
+    // A missing target was noted by the decoder; the empty one here is not told twice.
+    let target = block.text("target").unwrap_or("/-").to_owned();
+    if !target.starts_with('/') || target.split('/').any(|part| part == "..") || target.trim_matches('/').is_empty() {
+        return Err(format!("target = {target:?} is not an absolute path below the root"));
+    }
+    let kind = block.filled("type").unwrap_or("volume");
+    let source = block.filled("source");
+    let options = block.list("options").unwrap_or_default().to_vec();
+    let kind = match kind {
+        "bind" | "volume" => {
+            let source = source.ok_or_else(|| format!("source is required for type {kind:?}"))?;
+            if flavor == Flavor::DropIn && options.is_empty() {
+                return Err(format!(
+                    "options must not be empty for type {kind:?}; use [\"rbind\", \"ro\"] or [\"rbind\", \"rw\"]"
+                ));
+            }
+            MountKind::Bind { source: source.to_owned() }
+        }
+        other if other == "tmpfs" || flavor == Flavor::DropIn => {
+            MountKind::FileSystem { kind: other.to_owned(), source: source.unwrap_or(other).to_owned() }
+        }
+        other => return Err(format!("type = {other:?} is not bind, volume or tmpfs")),
+    };
+    Ok(MountRequest { kind, target, options })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rmpv::Value as Wire;
+
+    fn encode(entries: &[(&str, Wire)]) -> Vec<u8> {
+        let map = Wire::Map(entries.iter().map(|(key, value)| (Wire::from(*key), value.clone())).collect());
+        let mut bytes = Vec::new();
+        rmpv::encode::write_value(&mut bytes, &map).expect("in memory");
+        bytes
+    }
+
+    fn named(name: &str) -> Settings {
+        settings(&DriverName::new(name).expect("a name"), &[]).expect("defaults are valid")
+    }
+
+    fn list(items: &[&str]) -> Wire {
+        Wire::Array(items.iter().map(|item| Wire::from(*item)).collect())
+    }
+
+    #[test]
+    fn our_own_name_is_closed_and_the_old_one_open() {
+        let (ours, old) = (named("shim"), named("containerd-driver"));
+        assert!(
+            !ours.security.allow_privileged && !ours.security.allow_host_network && ours.security.allow_caps.is_some()
+        );
+        assert!(old.security.allow_privileged && old.security.allow_host_network && old.security.allow_caps.is_none());
+        assert_eq!(ours.places.run(), std::path::Path::new("/run/nomad-driver-shim/shim"));
+    }
+
+    #[test]
+    fn conflicts_and_gates_are_told_together() {
+        let bytes = encode(&[
+            ("image", Wire::from("Not An Image")),
+            ("image_pull_timeout", Wire::from("soon")),
+            ("command", Wire::from("a")),
+            ("entrypoint", list(&["b"])),
+            ("cwd", Wire::from("tmp")),
+            ("hostname", Wire::from("h".repeat(65))),
+            ("privileged", Wire::from(true)),
+            ("host_network", Wire::from(true)),
+            ("cap_add", list(&["NET_ADMIN", "FLY"])),
+        ]);
+        let error = task_options(&named("shim"), GroupNetwork::Namespace, &bytes).expect_err("refused").to_string();
+        for part in [
+            "10 problems",
+            "Not An Image",
+            "image_pull_timeout",
+            "exclude each other; only one",
+            "cwd",
+            "hostname",
+            "privileged jobs are not allowed",
+            "group network",
+            "allow_host_namespaces",
+            "FLY",
+            "NET_ADMIN is not allowed",
+        ] {
+            assert!(error.contains(part), "{part:?} in {error}");
+        }
+        let old = task_options(
+            &named("containerd-driver"),
+            GroupNetwork::None,
+            &encode(&[
+                ("image", Wire::from("redis")),
+                ("privileged", Wire::from(true)),
+                ("cap_add", list(&["SYS_ADMIN"])),
+                ("entrypoint", list(&[])),
+                ("command", Wire::from("x")),
+            ]),
+        );
+        assert!(old.is_ok(), "{old:?}");
+    }
+
+    #[test]
+    fn mounts_are_checked_by_kind() {
+        let check = |name: &str, entries: &[(&str, Wire)]| {
+            let mount = Wire::Map(entries.iter().map(|(key, value)| (Wire::from(*key), value.clone())).collect());
+            let bytes = encode(&[("image", Wire::from("a")), ("mounts", Wire::Array(vec![mount]))]);
+            task_options(&named(name), GroupNetwork::None, &bytes)
+                .map(|options| options.mounts)
+                .map_err(|e| e.to_string())
+        };
+        let target = ("target", Wire::from("/t"));
+        assert!(check("shim", &[target.clone(), ("source", Wire::from("local/x"))]).is_ok());
+        assert!(
+            check("containerd-driver", &[target.clone(), ("source", Wire::from("local/x"))])
+                .expect_err("no options")
+                .contains("options")
+        );
+        assert!(check("shim", std::slice::from_ref(&target)).expect_err("no source").contains("source is required"));
+        assert!(check("shim", &[target.clone(), ("type", Wire::from("nfs"))]).expect_err("kind").contains("nfs"));
+        assert!(check("shim", &[target, ("type", Wire::from("tmpfs"))]).is_ok());
+        assert!(check("shim", &[("target", Wire::from("/a/../..")), ("type", Wire::from("tmpfs"))]).is_err());
+    }
+
+    #[test]
+    fn a_bad_plugin_configuration_names_its_options() {
+        let bytes = encode(&[
+            ("shim", Wire::Map(vec![(Wire::from("pool"), Wire::from(1000))])),
+            ("state", Wire::Map(vec![(Wire::from("run_dir"), Wire::from("relative"))])),
+            ("default_runtime", Wire::from("kata")),
+            ("stats_interval", Wire::from("often")),
+        ]);
+        let error = settings(&DriverName::new("shim").expect("a name"), &bytes).expect_err("refused").to_string();
+        for part in ["shim.pool = 1000", "state.run_dir", "kata", "stats_interval"] {
+            assert!(error.contains(part), "{part:?} in {error}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Between Nomad's messages and our own types.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use super::config::{self, ConfigError, GroupNetwork};
+use crate::{
+    ids::TaskId,
+    pb::driver as wire,
+    rootfs::{MemoryMax, NetworkNamespace, Resources, network::Dns},
+    task::{ExitRecord, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
+};
+
+/// Go's zero time, which is how "not yet" is said (0001-01-01T00:00:00Z).
+const ZERO_TIME: prost_types::Timestamp = prost_types::Timestamp { seconds: -62_135_596_800, nanos: 0 };
+
+/// Reads what Nomad asks to be started.
+///
+/// # Errors
+/// With everything that is wrong with its `config`.
+pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<StartRequest, ConfigError> {
+    let network = match &task.network_isolation_spec {
+        Some(spec) if !spec.path.is_empty() => NetworkNamespace::Path(PathBuf::from(&spec.path)),
+        _ => NetworkNamespace::Private,
+    };
+    let group = match network {
+        NetworkNamespace::Path(_) => GroupNetwork::Namespace,
+        _ => GroupNetwork::None,
+    };
+    let hosts = task.network_isolation_spec.as_ref().and_then(|spec| spec.hosts_config.as_ref());
+    let group_host = hosts.filter(|hosts| !hosts.address.is_empty() && !hosts.hostname.is_empty());
+    let dns = task.dns.clone().unwrap_or_default();
+    let (resources, cpuset_cgroup) = resources(task.resources.as_ref());
+    let named = [
+        ("com.hashicorp.nomad.alloc_id", &task.alloc_id),
+        ("com.hashicorp.nomad.job_id", &task.job_id),
+        ("com.hashicorp.nomad.job_name", &task.job_name),
+        ("com.hashicorp.nomad.namespace", &task.namespace),
+        ("com.hashicorp.nomad.node_id", &task.node_id),
+        ("com.hashicorp.nomad.node_name", &task.node_name),
+        ("com.hashicorp.nomad.task_group_name", &task.task_group_name),
+        ("com.hashicorp.nomad.task_name", &task.name),
+    ];
+    let annotations: BTreeMap<String, String> = named
+        .iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(key, value)| ((*key).to_owned(), (*value).clone()))
+        .collect();
+    Ok(StartRequest {
+        task_id: TaskId(task.id.clone()),
+        name: task.name.clone(),
+        alloc_id: task.alloc_id.clone(),
+        alloc_dir: PathBuf::from(&task.alloc_dir),
+        stdout: PathBuf::from(&task.stdout_path),
+        stderr: PathBuf::from(&task.stderr_path),
+        env: task.env.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+        user: task.user.clone(),
+        options: config::task_options(settings, group, &task.msgpack_driver_config)?,
+        resources,
+        cpuset_cgroup,
+        network,
+        dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
+        group_host: group_host.map(|hosts| (hosts.address.clone(), hosts.hostname.clone())),
+        volumes: task.mounts.iter().map(volume).collect(),
+        devices: task
+            .devices
+            .iter()
+            .map(|device| TaskDevice {
+                host_path: PathBuf::from(&device.host_path),
+                task_path: PathBuf::from(&device.task_path),
+                access: device.cgroup_permissions.clone(),
+            })
+            .collect(),
+        annotations,
+    })
+}
+
+fn volume(mount: &wire::Mount) -> Volume {
+    Volume {
+        host_path: PathBuf::from(&mount.host_path),
+        task_path: PathBuf::from(&mount.task_path),
+        readonly: mount.readonly,
+        propagation: match mount.propagation_mode.as_str() {
+            "host-to-task" => "rslave",
+            "bidirectional" => "rshared",
+            _ => "rprivate",
+        },
+    }
+}
+
+fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
+    let allocated = resources.and_then(|resources| resources.allocated_resources.as_ref());
+    let linux = resources.and_then(|resources| resources.linux_resources.as_ref());
+    let memory = allocated.and_then(|allocated| allocated.memory.as_ref());
+    let megabytes = |count: i64| u64::try_from(count).unwrap_or(0) << 20;
+    let shares = linux.map(|linux| linux.cpu_shares).filter(|&shares| shares > 0);
+    let shares = shares.or_else(|| allocated.and_then(|allocated| allocated.cpu.as_ref()).map(|cpu| cpu.cpu_shares));
+    let resources = Resources {
+        cpu_shares: shares.and_then(|shares| u64::try_from(shares).ok()).unwrap_or(0),
+        memory: memory.map_or(0, |memory| megabytes(memory.memory_mb)),
+        memory_max: match memory.map_or(0, |memory| memory.memory_max_mb) {
+            -1 => MemoryMax::Unlimited,
+            max if max > 0 => MemoryMax::Bytes(megabytes(max)),
+            _ => MemoryMax::Unset,
+        },
+        cpuset_cpus: linux.map(|linux| linux.cpuset_cpus.clone()).unwrap_or_default(),
+    };
+    (resources, linux.map(|linux| linux.cpuset_cgroup.clone()).unwrap_or_default())
+}
+
+/// How a task ended. Deaths by signal keep 128 + n in the code and 0 as the signal, as upstream's container drivers do.
+pub fn exit_result(exit: &ExitRecord) -> wire::ExitResult {
+    wire::ExitResult { exit_code: exit.code, signal: 0, oom_killed: exit.oom_killed }
+}
+
+/// A time that is always there.
+pub fn timestamp(time: Option<SystemTime>) -> prost_types::Timestamp {
+    time.map_or(ZERO_TIME, prost_types::Timestamp::from)
+}
+
+/// A time from a record.
+pub fn from_millis(millis: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+}
+
+/// A duration that may be absent or negative; both are zero.
+pub fn duration(duration: Option<prost_types::Duration>) -> Duration {
+    duration.and_then(|duration| Duration::try_from(duration).ok()).unwrap_or_default()
+}
+
+/// An event for Nomad.
+pub fn event(event: TaskEvent) -> wire::DriverTaskEvent {
+    wire::DriverTaskEvent {
+        task_id: event.task_id.0,
+        alloc_id: event.alloc_id,
+        task_name: event.task_name,
+        timestamp: Some(event.at.into()),
+        message: event.message,
+        annotations: event.annotations,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn not_yet_is_gos_zero_time() {
+        assert_eq!(timestamp(None).to_string(), "0001-01-01T00:00:00Z");
+    }
+
+    #[test]
+    fn sloppy_harnesses_leave_things_out() {
+        let (none, cgroup) = resources(None);
+        assert_eq!((none, cgroup.as_str()), (Resources::default(), ""));
+        assert_eq!(duration(None), Duration::ZERO);
+        assert_eq!(duration(Some(prost_types::Duration { seconds: -1, nanos: 0 })), Duration::ZERO);
+    }
+}

@@ -1,0 +1,336 @@
+//! From Nomad's msgpack to checked values, by the option tables. All faults are collected, none stops the others.
+//!
+//! Nomad decodes a job against our schema and sends every key, absent ones as nil; numbers come as any integer form, a
+//! float or text, texts may come as binary, and older helpers wrap a single block into an array.
+
+use std::collections::BTreeMap;
+
+use rmpv::Value as Wire;
+
+use super::options::{Kind, Presence, Row};
+
+/// A decoded option.
+#[derive(Clone, PartialEq)]
+enum Value {
+    Text(String),
+    Flag(bool),
+    Number(i64),
+    List(Vec<String>),
+    Block(Values),
+    Blocks(Vec<Values>),
+    Labelled(BTreeMap<String, Values>),
+}
+
+/// Decoded options by name; those that were absent and have no default are not there.
+#[derive(Clone, Default, PartialEq)]
+pub struct Values(BTreeMap<&'static str, Value>);
+
+impl Values {
+    /// A text.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        match self.0.get(name) {
+            Some(Value::Text(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// A text that is not empty; HCL's `""` mostly means "not set".
+    pub fn filled(&self, name: &str) -> Option<&str> {
+        self.text(name).filter(|text| !text.is_empty())
+    }
+
+    /// A flag.
+    pub fn flag(&self, name: &str) -> Option<bool> {
+        match self.0.get(name) {
+            Some(Value::Flag(flag)) => Some(*flag),
+            _ => None,
+        }
+    }
+
+    /// A number.
+    pub fn number(&self, name: &str) -> Option<i64> {
+        match self.0.get(name) {
+            Some(Value::Number(number)) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// A list; None when it is absent.
+    pub fn list(&self, name: &str) -> Option<&[String]> {
+        match self.0.get(name) {
+            Some(Value::List(list)) => Some(list),
+            _ => None,
+        }
+    }
+
+    /// A block.
+    pub fn block(&self, name: &str) -> Option<&Self> {
+        match self.0.get(name) {
+            Some(Value::Block(block)) => Some(block),
+            _ => None,
+        }
+    }
+
+    /// Blocks, in order.
+    pub fn blocks(&self, name: &str) -> &[Self] {
+        match self.0.get(name) {
+            Some(Value::Blocks(blocks)) => blocks,
+            _ => &[],
+        }
+    }
+
+    /// Labelled blocks.
+    pub fn labelled(&self, name: &str) -> impl Iterator<Item = (&String, &Self)> {
+        let blocks = match self.0.get(name) {
+            Some(Value::Labelled(blocks)) => Some(blocks),
+            _ => None,
+        };
+        blocks.into_iter().flatten()
+    }
+}
+
+/// Decodes `bytes` by `rows`. Empty input means that everything is absent.
+///
+/// Every fault is named by its option's path; values that may be secret are not repeated.
+pub fn decode(rows: &'static [Row], bytes: &[u8], faults: &mut Vec<String>) -> Values {
+    let wire = if bytes.is_empty() {
+        Wire::Map(Vec::new())
+    } else {
+        match rmpv::decode::read_value(&mut &bytes[..]) {
+            Ok(wire) => wire,
+            Err(error) => {
+                faults.push(format!("config is not msgpack: {error}"));
+                return Values::default();
+            }
+        }
+    };
+    let mut path = String::new();
+    object(rows, &wire, &mut path, faults).unwrap_or_default()
+}
+
+fn object(rows: &'static [Row], wire: &Wire, path: &mut String, faults: &mut Vec<String>) -> Option<Values> {
+    let entries = match wire {
+        Wire::Map(entries) => entries.as_slice(),
+        Wire::Nil => &[],
+        other => {
+            let name = if path.is_empty() { "config" } else { path.as_str() };
+            faults.push(format!("{name} must be a block, not {}", kind_of(other)));
+            return None;
+        }
+    };
+    let mut given: BTreeMap<String, &Wire> = BTreeMap::new();
+    for (key, value) in entries {
+        match text(key) {
+            Some(key) => drop(given.insert(key, value)),
+            None => faults.push(format!("{path}: an option's name is {}", kind_of(key))),
+        }
+    }
+    for name in given.keys().filter(|name| !rows.iter().any(|row| row.name == *name)) {
+        faults.push(format!("unknown option {}{}", join(path, name), nearest(rows, name)));
+    }
+    let mut values = Values::default();
+    for row in rows {
+        let length = path.len();
+        *path = join(path, row.name);
+        match given.get(row.name) {
+            None | Some(Wire::Nil) => match row.presence {
+                Presence::Required => faults.push(format!("{path} is required")),
+                Presence::Default(literal) => drop(values.0.insert(row.name, literal_value(row.kind, literal))),
+                Presence::Optional => {}
+            },
+            Some(wire) => {
+                if let Some(value) = value(row.kind, wire, path, faults) {
+                    values.0.insert(row.name, value);
+                }
+            }
+        }
+        path.truncate(length);
+    }
+    Some(values)
+}
+
+fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -> Option<Value> {
+    let mut wrong = |wanted: &str| {
+        faults.push(format!("{path} must be {wanted}, not {}", kind_of(wire)));
+        None
+    };
+    match kind {
+        Kind::Text => text(wire).map(Value::Text).or_else(|| wrong("a string")),
+        Kind::Flag => wire.as_bool().map(Value::Flag).or_else(|| wrong("true or false")),
+        Kind::Number => number(wire).map(Value::Number).or_else(|| wrong("a whole number")),
+        Kind::List => match wire {
+            Wire::Array(items) => {
+                let texts: Option<Vec<String>> = items.iter().map(text).collect();
+                texts.map(Value::List).or_else(|| wrong("a list of strings"))
+            }
+            _ => wrong("a list of strings"),
+        },
+        Kind::Block(rows) => match wire {
+            Wire::Array(items) if items.is_empty() => None,
+            Wire::Array(items) if items.len() == 1 => object(rows, &items[0], path, faults).map(Value::Block),
+            other => object(rows, other, path, faults).map(Value::Block),
+        },
+        Kind::Blocks(rows) => {
+            let items = match wire {
+                Wire::Array(items) => items.as_slice(),
+                single @ Wire::Map(_) => std::slice::from_ref(single),
+                _ => return wrong("a list of blocks"),
+            };
+            let mut blocks = Vec::new();
+            for (n, item) in items.iter().enumerate() {
+                let length = path.len();
+                path.push_str(&format!("[{n}]"));
+                blocks.extend(object(rows, item, path, faults));
+                path.truncate(length);
+            }
+            Some(Value::Blocks(blocks))
+        }
+        Kind::Labelled(rows) => {
+            let Wire::Map(entries) = wire else { return wrong("labelled blocks") };
+            let mut blocks = BTreeMap::new();
+            for (label, item) in entries {
+                let Some(label) = text(label) else { continue };
+                let length = path.len();
+                path.push_str(&format!("[{label:?}]"));
+                if let Some(block) = object(rows, item, path, faults) {
+                    blocks.insert(label, block);
+                }
+                path.truncate(length);
+            }
+            Some(Value::Labelled(blocks))
+        }
+    }
+}
+
+/// Our own tables' defaults, which are texts with quotes, flags and numbers.
+fn literal_value(kind: Kind, literal: &str) -> Value {
+    match kind {
+        Kind::Flag => Value::Flag(literal == "true"),
+        Kind::Number => Value::Number(literal.parse().unwrap_or_default()),
+        _ => Value::Text(literal.trim_matches('"').to_owned()),
+    }
+}
+
+fn text(wire: &Wire) -> Option<String> {
+    match wire {
+        Wire::String(text) => text.as_str().map(str::to_owned),
+        Wire::Binary(bytes) => String::from_utf8(bytes.clone()).ok(),
+        _ => None,
+    }
+}
+
+/// Integral floats and decimal texts count: HCL's numbers arrive in whichever form holds them exactly.
+fn number(wire: &Wire) -> Option<i64> {
+    if let Some(number) = wire.as_i64() {
+        return Some(number);
+    }
+    let float = wire.as_f64().filter(|_| matches!(wire, Wire::F32(_) | Wire::F64(_)));
+    if let Some(float) = float {
+        let whole = float.fract() == 0.0 && float.abs() < 9.0e18;
+        #[allow(clippy::cast_possible_truncation, reason = "whole and in range, as just checked")]
+        return whole.then_some(float as i64);
+    }
+    text(wire)?.parse().ok()
+}
+
+fn kind_of(wire: &Wire) -> &'static str {
+    match wire {
+        Wire::Nil => "nothing",
+        Wire::Boolean(_) => "a bool",
+        Wire::Integer(_) | Wire::F32(_) | Wire::F64(_) => "a number",
+        Wire::String(_) | Wire::Binary(_) => "a string",
+        Wire::Array(_) => "a list",
+        Wire::Map(_) => "a block",
+        Wire::Ext(..) => "an extension value",
+    }
+}
+
+fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+}
+
+/// "did you mean": the option whose letters differ least, if it is near.
+fn nearest(rows: &[Row], name: &str) -> String {
+    let near = rows.iter().map(|row| (distance(row.name, name), row.name)).min().filter(|(distance, _)| *distance <= 2);
+    near.map(|(_, name)| format!(" (did you mean {name}?)")).unwrap_or_default()
+}
+
+/// Levenshtein's distance.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, &y) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        host::encode_raw,
+        plugin::options::{PLUGIN, TASK},
+    };
+    use proptest::prelude::*;
+
+    #[test]
+    fn all_faults_are_named_at_once() {
+        let mut faults = Vec::new();
+        let config = serde_json::json!({
+            "commmand": "x", "args": "not a list", "privileged": "yes", "mounts": [{"type": "bind"}], "zzzzzzz": 1,
+        });
+        decode(TASK, &encode_raw(&config), &mut faults);
+        let text = faults.join("; ");
+        for part in [
+            "unknown option commmand (did you mean command?)",
+            "unknown option zzzzzzz",
+            "args must be a list of strings, not a string",
+            "privileged must be true or false, not a string",
+            "mounts[0].target is required",
+            "image is required",
+        ] {
+            assert!(text.contains(part), "{part:?} in {text}");
+        }
+        assert_eq!(faults.len(), 6, "{text}");
+    }
+
+    #[test]
+    fn nomads_many_encodings_are_taken() {
+        let mut faults = Vec::new();
+        let config =
+            serde_json::json!({"image": "a", "args": null, "auth": [{"username": "u", "password": "p"}], "mounts": []});
+        let values = decode(TASK, &encode_raw(&config), &mut faults);
+        assert!(faults.is_empty(), "{faults:?}");
+        assert_eq!(values.block("auth").and_then(|auth| auth.text("username")), Some("u"));
+        assert_eq!(values.text("image_pull_timeout"), Some("5m"));
+        assert_eq!(values.list("args"), None);
+        let binary = Wire::Map(vec![(Wire::from("image"), Wire::Binary(b"b".to_vec()))]);
+        let mut bytes = Vec::new();
+        rmpv::encode::write_value(&mut bytes, &binary).expect("in memory");
+        assert_eq!(decode(TASK, &bytes, &mut faults).text("image"), Some("b"));
+        let values = decode(
+            PLUGIN,
+            &encode_raw(&serde_json::json!({"shim": {"pool": 3.0}, "runtime": {"x": {"binary": "/x"}}})),
+            &mut faults,
+        );
+        assert_eq!(values.block("shim").and_then(|shim| shim.number("pool")), Some(3));
+        assert_eq!(values.labelled("runtime").count(), 1);
+        assert!(faults.is_empty(), "{faults:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let mut faults = Vec::new();
+            decode(TASK, &bytes, &mut faults);
+            decode(PLUGIN, &bytes, &mut faults);
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! The driver service: decode, hand to the engine, encode. Bodies that make or undo something run as tasks of their
+//! own, so that a call dropped by a dying agent finishes all the same.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::broadcast::error::RecvError;
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{config, convert, fingerprint, options::TASK, schema, status};
+use crate::{
+    ids::{DriverName, TaskId},
+    pb::driver::{self as wire, driver_server::Driver},
+    task::{Engine, EventHub, Force, Inspection, Settings, TaskError, TaskHandle},
+};
+
+/// The pool is filled this long after `Init`: an `Init` may come to a process that lives 12 ms.
+const WARM_UP: Duration = Duration::from_secs(2);
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The driver service. Cheap to clone.
+#[derive(Clone)]
+pub struct DriverService(Arc<Inner>);
+
+struct Inner {
+    name: DriverName,
+    settings: Mutex<Option<Settings>>,
+    /// Opened at the first real work; an opening that failed is tried again by the next call.
+    engine: tokio::sync::Mutex<Option<Engine>>,
+    events: EventHub,
+}
+
+impl fmt::Debug for DriverService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DriverService").field("name", &self.0.name).finish_non_exhaustive()
+    }
+}
+
+impl DriverService {
+    /// A driver that has done nothing yet.
+    pub fn new(name: DriverName) -> Self {
+        Self(Arc::new(Inner {
+            name,
+            settings: Mutex::default(),
+            engine: tokio::sync::Mutex::default(),
+            events: EventHub::default(),
+        }))
+    }
+
+    /// Its name in job files.
+    pub fn name(&self) -> &DriverName {
+        &self.0.name
+    }
+
+    /// Keeps settings for the first real work; the last ones before it win.
+    pub fn configure(&self, settings: Settings) {
+        *self.0.settings.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings);
+    }
+
+    /// The settings; the defaults when Nomad set none.
+    ///
+    /// # Errors
+    /// Never for a host that calls `SetConfig`.
+    pub fn settings(&self) -> Result<Settings, Status> {
+        let set = self.0.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match set {
+            Some(settings) => Ok(settings),
+            None => config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error)),
+        }
+    }
+
+    /// The engine, opened now if it is not yet.
+    ///
+    /// # Errors
+    /// When it can't be opened.
+    pub async fn engine(&self) -> Result<Engine, Status> {
+        let mut engine = self.0.engine.lock().await;
+        if let Some(engine) = &*engine {
+            return Ok(engine.clone());
+        }
+        let settings = self.settings()?;
+        if !settings.enabled {
+            return Err(Status::failed_precondition("the driver is disabled (plugin option enabled = false)"));
+        }
+        let opened = Engine::open(settings, self.0.events.clone()).await.map_err(|error| {
+            tracing::error!(error = %crate::chain(&error), "the driver can't work");
+            status::of(&error)
+        })?;
+        Ok(engine.insert(opened).clone())
+    }
+
+    /// Ends what only we use. Tasks go on.
+    pub fn close(&self) {
+        // Whoever is opening the engine right now has no shims yet.
+        if let Ok(engine) = self.0.engine.try_lock()
+            && let Some(engine) = &*engine
+        {
+            engine.close();
+        }
+    }
+
+    async fn known(&self, id: &str) -> Result<(Engine, TaskId), Status> {
+        Ok((self.engine().await?, TaskId(id.to_owned())))
+    }
+}
+
+/// Runs `body` to its end whatever becomes of the caller.
+async fn to_the_end<T: Send + 'static>(
+    body: impl Future<Output = Result<T, Status>> + Send + 'static,
+) -> Result<T, Status> {
+    match tokio::spawn(body).await {
+        Ok(outcome) => outcome,
+        Err(join) => Err(Status::internal(format!("a handler ended early: {join}"))),
+    }
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "the shape map_err wants")]
+fn refuse(error: TaskError) -> Status {
+    status::of(&error)
+}
+
+fn unsupported(what: &str) -> Status {
+    Status::unimplemented(format!("{what} is not supported by this driver"))
+}
+
+#[tonic::async_trait]
+impl Driver for DriverService {
+    type FingerprintStream = Answers<wire::FingerprintResponse>;
+    type TaskStatsStream = Answers<wire::TaskStatsResponse>;
+    type TaskEventsStream = Answers<wire::DriverTaskEvent>;
+    type ExecTaskStreamingStream = Answers<wire::ExecTaskStreamingResponse>;
+
+    async fn init(&self, _: Request<wire::InitRequest>) -> Result<Response<wire::InitResponse>, Status> {
+        let this = self.clone();
+        // An error here would make the agent kill us; the fingerprint tells it instead, and each call tries again.
+        if self.settings()?.enabled && this.engine().await.is_ok() {
+            tokio::spawn(async move {
+                tokio::time::sleep(WARM_UP).await;
+                if let Ok(engine) = this.engine().await {
+                    engine.warm_up();
+                }
+            });
+        }
+        Ok(Response::new(wire::InitResponse {}))
+    }
+
+    async fn task_config_schema(
+        &self,
+        _: Request<wire::TaskConfigSchemaRequest>,
+    ) -> Result<Response<wire::TaskConfigSchemaResponse>, Status> {
+        Ok(Response::new(wire::TaskConfigSchemaResponse { spec: Some(schema::of(TASK)) }))
+    }
+
+    async fn capabilities(
+        &self,
+        _: Request<wire::CapabilitiesRequest>,
+    ) -> Result<Response<wire::CapabilitiesResponse>, Status> {
+        use wire::network_isolation_spec::NetworkIsolationMode as Mode;
+        let capabilities = wire::DriverCapabilities {
+            send_signals: true,
+            exec: false,
+            fs_isolation: wire::driver_capabilities::FsIsolation::Image.into(),
+            network_isolation_modes: vec![Mode::Group.into(), Mode::Task.into()],
+            ..Default::default()
+        };
+        Ok(Response::new(wire::CapabilitiesResponse { capabilities: Some(capabilities) }))
+    }
+
+    async fn fingerprint(
+        &self,
+        _: Request<wire::FingerprintRequest>,
+    ) -> Result<Response<Self::FingerprintStream>, Status> {
+        let (send, receive) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(fingerprint::run(self.clone(), send));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    async fn recover_task(
+        &self,
+        request: Request<wire::RecoverTaskRequest>,
+    ) -> Result<Response<wire::RecoverTaskResponse>, Status> {
+        let request = request.into_inner();
+        // Nomad leaves `task_id` empty; the id is in the handle's configuration.
+        let handle = request.handle.ok_or_else(|| Status::invalid_argument("no handle to recover from"))?;
+        let id = TaskId(handle.config.map(|config| config.id).unwrap_or_default());
+        let unrecoverable = |problem: String| refuse(TaskError::Unrecoverable { id: id.clone(), problem });
+        if handle.version != TaskHandle::VERSION {
+            let problem =
+                format!("its handle has version {}, this driver's is {}", handle.version, TaskHandle::VERSION);
+            return Err(unrecoverable(problem));
+        }
+        TaskHandle::decode(&handle.driver_state)
+            .map_err(|error| unrecoverable(format!("its handle is torn: {error}")))?;
+        let engine = self.engine().await?;
+        let id = id.clone();
+        to_the_end(async move { engine.recover(&id).await.map_err(refuse) }).await?;
+        Ok(Response::new(wire::RecoverTaskResponse {}))
+    }
+
+    async fn start_task(
+        &self,
+        request: Request<wire::StartTaskRequest>,
+    ) -> Result<Response<wire::StartTaskResponse>, Status> {
+        let task = request.into_inner().task.ok_or_else(|| Status::invalid_argument("no task to start"))?;
+        let request = convert::start_request(&self.settings()?, &task).map_err(|error| status::of_config(&error))?;
+        let this = self.clone();
+        let started = to_the_end(async move {
+            let engine = this.engine().await?;
+            Box::pin(engine.start(request)).await.map_err(refuse)
+        });
+        let handle = started.await?;
+        Ok(Response::new(wire::StartTaskResponse {
+            handle: Some(wire::TaskHandle {
+                version: TaskHandle::VERSION,
+                config: Some(task),
+                state: wire::TaskState::Running.into(),
+                driver_state: handle.encode(),
+            }),
+            ..Default::default()
+        }))
+    }
+
+    async fn wait_task(
+        &self,
+        request: Request<wire::WaitTaskRequest>,
+    ) -> Result<Response<wire::WaitTaskResponse>, Status> {
+        let (engine, id) = self.known(&request.into_inner().task_id).await?;
+        let exit = engine.wait(&id).await.map_err(refuse)?;
+        Ok(Response::new(wire::WaitTaskResponse {
+            result: Some(convert::exit_result(&exit)),
+            err: exit.error.unwrap_or_default(),
+        }))
+    }
+
+    async fn stop_task(
+        &self,
+        request: Request<wire::StopTaskRequest>,
+    ) -> Result<Response<wire::StopTaskResponse>, Status> {
+        let request = request.into_inner();
+        let (engine, id) = self.known(&request.task_id).await?;
+        let timeout = convert::duration(request.timeout);
+        to_the_end(async move { engine.stop(&id, timeout, &request.signal).await.map_err(refuse) }).await?;
+        Ok(Response::new(wire::StopTaskResponse {}))
+    }
+
+    async fn destroy_task(
+        &self,
+        request: Request<wire::DestroyTaskRequest>,
+    ) -> Result<Response<wire::DestroyTaskResponse>, Status> {
+        let request = request.into_inner();
+        let (engine, id) = self.known(&request.task_id).await?;
+        let force = if request.force { Force::Yes } else { Force::No };
+        to_the_end(async move { engine.destroy(&id, force).await.map_err(refuse) }).await?;
+        Ok(Response::new(wire::DestroyTaskResponse {}))
+    }
+
+    async fn inspect_task(
+        &self,
+        request: Request<wire::InspectTaskRequest>,
+    ) -> Result<Response<wire::InspectTaskResponse>, Status> {
+        let (engine, id) = self.known(&request.into_inner().task_id).await?;
+        let inspection = engine.inspect(&id).map_err(refuse)?;
+        let exit = inspection.exit.as_ref();
+        let state = if exit.is_some() { wire::TaskState::Exited } else { wire::TaskState::Running };
+        // Nomad's client dereferences result and both times without looking.
+        let task = wire::TaskStatus {
+            id: id.0,
+            name: inspection.name.clone(),
+            state: state.into(),
+            started_at: Some(convert::timestamp(Some(inspection.started_at))),
+            completed_at: Some(convert::timestamp(exit.map(|exit| convert::from_millis(exit.at)))),
+            result: Some(exit.map(convert::exit_result).unwrap_or_default()),
+        };
+        Ok(Response::new(wire::InspectTaskResponse {
+            task: Some(task),
+            driver: Some(wire::TaskDriverStatus { attributes: attributes(&inspection) }),
+            network_override: None,
+        }))
+    }
+
+    async fn task_stats(&self, _: Request<wire::TaskStatsRequest>) -> Result<Response<Self::TaskStatsStream>, Status> {
+        Err(unsupported("TaskStats"))
+    }
+
+    async fn task_events(
+        &self,
+        _: Request<wire::TaskEventsRequest>,
+    ) -> Result<Response<Self::TaskEventsStream>, Status> {
+        let mut events = self.0.events.listen();
+        let (send, receive) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            loop {
+                let event = tokio::select! {
+                    event = events.recv() => event,
+                    () = send.closed() => return,
+                };
+                match event {
+                    Ok(event) => {
+                        if send.send(Ok(convert::event(event))).await.is_err() {
+                            return;
+                        }
+                    }
+                    Err(RecvError::Lagged(missed)) => tracing::warn!(missed, "a slow listener missed task events"),
+                    Err(RecvError::Closed) => return,
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    async fn shutdown(&self, _: Request<wire::ShutdownRequest>) -> Result<Response<wire::ShutdownResponse>, Status> {
+        // Records are written as things happen; there is nothing to flush, and tasks stay.
+        Ok(Response::new(wire::ShutdownResponse {}))
+    }
+
+    async fn signal_task(
+        &self,
+        request: Request<wire::SignalTaskRequest>,
+    ) -> Result<Response<wire::SignalTaskResponse>, Status> {
+        let request = request.into_inner();
+        let (engine, id) = self.known(&request.task_id).await?;
+        engine.signal(&id, &request.signal).await.map_err(refuse)?;
+        Ok(Response::new(wire::SignalTaskResponse {}))
+    }
+
+    async fn exec_task(&self, _: Request<wire::ExecTaskRequest>) -> Result<Response<wire::ExecTaskResponse>, Status> {
+        Err(unsupported("ExecTask"))
+    }
+
+    async fn exec_task_streaming(
+        &self,
+        _: Request<Streaming<wire::ExecTaskStreamingRequest>>,
+    ) -> Result<Response<Self::ExecTaskStreamingStream>, Status> {
+        Err(unsupported("ExecTaskStreaming"))
+    }
+
+    async fn create_network(
+        &self,
+        _: Request<wire::CreateNetworkRequest>,
+    ) -> Result<Response<wire::CreateNetworkResponse>, Status> {
+        Err(unsupported("CreateNetwork"))
+    }
+
+    async fn destroy_network(
+        &self,
+        _: Request<wire::DestroyNetworkRequest>,
+    ) -> Result<Response<wire::DestroyNetworkResponse>, Status> {
+        Err(unsupported("DestroyNetwork"))
+    }
+}
+
+/// What `InspectTask` adds for people, and for `run --time`.
+fn attributes(inspection: &Inspection) -> HashMap<String, String> {
+    let Inspection { record, phases, pid, .. } = inspection;
+    let millis = |duration: Duration| format!("{:.3}", duration.as_secs_f64() * 1000.0);
+    HashMap::from([
+        ("container_id".to_owned(), record.container_id.to_string()),
+        ("image".to_owned(), record.image.clone()),
+        ("runtime".to_owned(), record.runtime.clone()),
+        ("cgroup".to_owned(), record.cgroup.clone()),
+        ("pid".to_owned(), pid.to_string()),
+        ("phase.image_ms".to_owned(), millis(phases.image)),
+        ("phase.shim_ms".to_owned(), millis(phases.shim)),
+        ("phase.shim_pooled".to_owned(), phases.pooled.to_string()),
+        ("phase.bundle_ms".to_owned(), millis(phases.bundle)),
+        ("phase.create_ms".to_owned(), millis(phases.create)),
+        ("phase.start_ms".to_owned(), millis(phases.start)),
+        ("phase.total_ms".to_owned(), millis(phases.total)),
+    ])
+}

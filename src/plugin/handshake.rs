@@ -1,0 +1,252 @@
+//! go-plugin's handshake and the life of the plugin process: cookie, versions, socket, the one line on stdout, and
+//! leaving at once when asked.
+
+use std::{
+    env, fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, watch},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Server, server::Connected};
+
+use super::{
+    base::Base,
+    driver::DriverService,
+    goplugin::{Broker, Controller, Stdio},
+    tls::{self, TlsError},
+};
+use crate::{
+    cookie::{MAGIC_COOKIE, MAGIC_COOKIE_KEY},
+    ids::{DriverName, random_hex},
+    pb::{
+        base::base_plugin_server::BasePluginServer,
+        driver::driver_server::DriverServer,
+        goplugin::{
+            grpc_broker_server::GrpcBrokerServer, grpc_controller_server::GrpcControllerServer,
+            grpc_stdio_server::GrpcStdioServer,
+        },
+    },
+    places::SOCKET_PATH_MAX,
+};
+
+/// The application protocol of every Nomad since 0.9.
+const PROTOCOL: &str = "2";
+/// A TLS hello takes a millisecond on a local socket.
+const TLS_HELLO: Duration = Duration::from_secs(10);
+/// Lets the answer to `Shutdown` out before the connection goes.
+const LAST_WORDS: Duration = Duration::from_millis(10);
+
+/// Why the plugin can't serve.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The host speaks something else.
+    #[error("the host offers plugin protocol versions {0:?}; this plugin speaks {PROTOCOL} (Nomad 0.9 and newer)")]
+    Version(String),
+    /// The socket.
+    #[error("plugin socket {path}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The directory for it.
+    #[error(
+        "plugin socket {0} would pass {SOCKET_PATH_MAX} bytes; set TMPDIR or PLUGIN_UNIX_SOCKET_DIR to a shorter path"
+    )]
+    TooLong(PathBuf),
+    /// Its group.
+    #[error("PLUGIN_UNIX_SOCKET_GROUP {0:?} is neither a group nor a number")]
+    Group(String),
+    /// AutoMTLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The line.
+    #[error("write the handshake line")]
+    Line(#[source] io::Error),
+    /// The server.
+    #[error("serve")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+/// Were we started by Nomad (or another host that knows the cookie)?
+pub fn is_plugin() -> bool {
+    env::var(MAGIC_COOKIE_KEY).is_ok_and(|cookie| cookie == MAGIC_COOKIE)
+}
+
+/// Serves as a plugin called `name` until the host asks us to leave.
+///
+/// # Errors
+/// When the handshake can't be made.
+pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
+    let offered = env::var("PLUGIN_PROTOCOL_VERSIONS").unwrap_or_else(|_| PROTOCOL.to_owned());
+    if !offered.split(',').any(|version| version.trim() == PROTOCOL) {
+        return Err(HandshakeError::Version(offered));
+    }
+    ignore_interrupt();
+    let tls = env::var("PLUGIN_CLIENT_CERT").ok().filter(|pem| !pem.is_empty());
+    let tls = tls.map(|pem| tls::server(&pem)).transpose()?;
+    let (listener, socket) = listen()?;
+    let guard = SocketFile(socket.clone());
+
+    let (leave, mut leaving) = watch::channel(false);
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    health_reporter.set_service_status("plugin", tonic_health::ServingStatus::Serving).await;
+    let driver = DriverService::new(name.clone());
+    // The host takes messages of up to 2 GiB; our answers are small, its requests as large as a job makes them.
+    let server = Server::builder()
+        .add_service(health)
+        .add_service(GrpcBrokerServer::new(Broker))
+        .add_service(GrpcStdioServer::new(Stdio))
+        .add_service(GrpcControllerServer::new(Controller { leave }))
+        .add_service(BasePluginServer::new(Base::new(driver.clone())).max_decoding_message_size(usize::MAX))
+        .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(usize::MAX));
+    let acceptor = tls.as_ref().map(|tls| TlsAcceptor::from(tls.config.clone()));
+    let serving = server.serve_with_incoming(accept(listener, acceptor));
+
+    let certificate = tls.map(|tls| tls.certificate).unwrap_or_default();
+    let multiplexing = if env::var_os("PLUGIN_MULTIPLEX_GRPC").is_some() { "|false" } else { "" };
+    print_line(&format!("1|{PROTOCOL}|unix|{}|grpc|{certificate}{multiplexing}\n", socket.display()))?;
+    tracing::debug!(%name, version = env!("CARGO_PKG_VERSION"), "serving");
+
+    let terminated = async {
+        // systemd stopping the agent's whole cgroup: go without touching tasks, as Go plugins do.
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => drop(signal.recv().await),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        outcome = serving => outcome?,
+        _ = leaving.wait_for(|leave| *leave) => {}
+        () = terminated => {}
+    }
+    driver.close();
+    tokio::time::sleep(LAST_WORDS).await;
+    drop(guard);
+    Ok(())
+}
+
+/// A terminal's Ctrl-C goes to the whole process group; only the agent may act on it.
+fn ignore_interrupt() {
+    // SAFETY: ignoring a signal installs no handler and touches no memory.
+    unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
+}
+
+#[allow(clippy::print_stdout, reason = "the one line that belongs there")]
+fn print_line(line: &str) -> Result<(), HandshakeError> {
+    use io::Write as _;
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()).map_err(HandshakeError::Line)
+}
+
+/// Removes the socket's file at the end, however we end.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn listen() -> Result<(UnixListener, PathBuf), HandshakeError> {
+    let directory =
+        env::var_os("PLUGIN_UNIX_SOCKET_DIR").filter(|dir| !dir.is_empty()).map_or_else(env::temp_dir, PathBuf::from);
+    let path = directory.join(format!("plugin-{}", random_hex(6)));
+    if path.as_os_str().len() > SOCKET_PATH_MAX {
+        return Err(HandshakeError::TooLong(path));
+    }
+    let failed = |source| HandshakeError::Socket { path: path.clone(), source };
+    let listener = UnixListener::bind(&path).map_err(failed)?;
+    let mut mode = 0o600;
+    if let Some(group) = env::var("PLUGIN_UNIX_SOCKET_GROUP").ok().filter(|group| !group.is_empty()) {
+        let known = nix::unistd::Group::from_name(&group).ok().flatten().map(|group| group.gid.as_raw());
+        let gid = known.or_else(|| group.parse().ok()).ok_or(HandshakeError::Group(group))?;
+        std::os::unix::fs::chown(&path, None, Some(gid)).map_err(failed)?;
+        mode = 0o660;
+    }
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(failed)?;
+    Ok((listener, path))
+}
+
+/// Connections as they come, TLS done. A client that is slow or wrong with its hello keeps nobody else waiting.
+fn accept(listener: UnixListener, tls: Option<TlsAcceptor>) -> ReceiverStream<io::Result<Stream>> {
+    let (send, receive) = mpsc::channel(16);
+    tokio::spawn(async move {
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of descriptors, most likely: that passes.
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let (send, tls) = (send.clone(), tls.clone());
+            tokio::spawn(async move {
+                let stream = match tls {
+                    None => Stream::Plain(stream),
+                    Some(tls) => match tokio::time::timeout(TLS_HELLO, tls.accept(stream)).await {
+                        Ok(Ok(stream)) => Stream::Tls(Box::new(stream)),
+                        Ok(Err(error)) => return tracing::warn!(%error, "TLS client refused"),
+                        Err(_) => return tracing::warn!("TLS client too slow"),
+                    },
+                };
+                let _ = send.send(Ok(stream)).await;
+            });
+        }
+    });
+    ReceiverStream::new(receive)
+}
+
+/// A connection from the host.
+enum Stream {
+    Plain(UnixStream),
+    Tls(Box<TlsStream<UnixStream>>),
+}
+
+impl Connected for Stream {
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! All that Nomad sees: handshake, services, schemas, typed configuration, fingerprint, events, logs.
+
+mod base;
+mod config;
+mod convert;
+mod decode;
+mod driver;
+mod fingerprint;
+mod goplugin;
+mod handshake;
+mod hclog;
+mod options;
+mod schema;
+mod status;
+mod tls;
+
+pub use config::{ConfigError, settings};
+pub use handshake::{HandshakeError, is_plugin, serve};
+pub use hclog::Hclog;
+pub use options::{Kind, PLUGIN, Presence, Row, TASK};

@@ -1,0 +1,78 @@
+//! Errors as Nomad reads them: one place decides code, text and whether the restart policy may try again.
+
+use prost::Message as _;
+use tonic::{Code, Status};
+
+use super::config::ConfigError;
+use crate::{
+    pb::{rpc, structs::RecoverableError},
+    task::TaskError,
+};
+
+/// How Nomad finds the detail.
+const RECOVERABLE: &str = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
+
+/// A task's error. `Unavailable` and `Canceled` are never used: Nomad reads them as "the plugin is going away".
+pub fn of(error: &TaskError) -> Status {
+    let text = crate::chain(error);
+    if error.is_recoverable() {
+        return recoverable(&text);
+    }
+    let code = match error {
+        TaskError::NotFound(_) => Code::NotFound,
+        TaskError::AlreadyStarted(_) => Code::AlreadyExists,
+        TaskError::Signal(_) | TaskError::Reference(_) | TaskError::Runtime(_) => Code::InvalidArgument,
+        _ => Code::Unknown,
+    };
+    Status::new(code, text)
+}
+
+/// A configuration's error: trying again changes nothing.
+pub fn of_config(error: &ConfigError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+/// An error that may pass: `FailedPrecondition` with Nomad's detail first (protocol reference 4.1).
+pub fn recoverable(text: &str) -> Status {
+    let detail = prost_types::Any {
+        type_url: RECOVERABLE.to_owned(),
+        value: RecoverableError { recoverable: true }.encode_to_vec(),
+    };
+    let details =
+        rpc::Status { code: Code::FailedPrecondition as i32, message: text.to_owned(), details: vec![detail] };
+    Status::with_details(Code::FailedPrecondition, text, details.encode_to_vec().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{host::is_recoverable, ids::TaskId, shim::ShimError};
+
+    #[test]
+    fn each_kind_of_error_has_its_code() {
+        let id = || TaskId("a/b/1".to_owned());
+        let gone = ShimError::Gone { call: "Create", detail: "x".to_owned() };
+        let refused = ShimError::Refused { call: "Create", code: 2, message: "exec: not found".to_owned() };
+        for (error, code, again) in [
+            (TaskError::NotFound(id()), Code::NotFound, false),
+            (TaskError::AlreadyStarted("x".to_owned()), Code::AlreadyExists, false),
+            (TaskError::StillRunning(id()), Code::Unknown, false),
+            (TaskError::Signal("X".to_owned()), Code::InvalidArgument, false),
+            (TaskError::Shim { doing: "create", source: gone }, Code::FailedPrecondition, true),
+            (TaskError::Shim { doing: "create", source: refused }, Code::Unknown, false),
+            (TaskError::Held("/x".into()), Code::FailedPrecondition, true),
+        ] {
+            let status = of(&error);
+            assert_eq!((status.code(), is_recoverable(&status)), (code, again), "{error:?}");
+        }
+        assert_eq!(of(&TaskError::NotFound(id())).message(), "task not found for given id");
+    }
+
+    #[test]
+    fn the_detail_has_the_bytes_that_the_reference_gives() {
+        let status = recoverable("x");
+        let decoded = rpc::Status::decode(status.details()).expect("our own bytes");
+        assert_eq!((decoded.code, decoded.message.as_str()), (9, "x"));
+        assert_eq!(decoded.details[0].value, [0x08, 0x01]);
+    }
+}
