@@ -1,0 +1,133 @@
+//! Configurations the way Nomad sends them: decoded by the plugin's schema, then msgpack with every key present.
+
+use rmpv::Value as Wire;
+use serde_json::Value as Json;
+
+use crate::pb::hclspec::{Spec, spec::Block};
+
+/// A configuration that the schema does not take; Nomad refuses it before the plugin hears of it.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("config: {0}")]
+pub struct ConfigMismatch(String);
+
+/// Decodes `json` by `spec` and encodes the result. A missing schema takes no configuration.
+///
+/// # Errors
+/// When something is unknown, missing or of the wrong kind, as in Nomad.
+pub fn encode(spec: Option<&Spec>, json: &Json) -> Result<Vec<u8>, ConfigMismatch> {
+    let value = match spec {
+        Some(spec) => decode(spec, "", Some(json).filter(|json| !json.is_null()))?,
+        None => Wire::Map(Vec::new()),
+    };
+    Ok(pack(&value))
+}
+
+/// Encodes `json` as it is, past any schema: what a broken host might send.
+pub fn encode_raw(json: &Json) -> Vec<u8> {
+    pack(&convert(json))
+}
+
+fn pack(value: &Wire) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Err(error) = rmpv::encode::write_value(&mut bytes, value) {
+        tracing::error!(%error, "writing to memory can't fail");
+    }
+    bytes
+}
+
+fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMismatch> {
+    let mismatch = |problem: String| ConfigMismatch(problem);
+    match &spec.block {
+        Some(Block::Object(object)) => {
+            let empty = serde_json::Map::new();
+            let given = match json {
+                Some(Json::Object(map)) => map,
+                None => &empty,
+                Some(_) => return Err(mismatch(format!("{name}: a block is wanted"))),
+            };
+            if let Some(unknown) = given.keys().find(|key| !object.attributes.contains_key(*key)) {
+                return Err(mismatch(format!("{name}: unsupported argument {unknown:?}")));
+            }
+            let mut keys: Vec<&String> = object.attributes.keys().collect();
+            keys.sort();
+            let entries = keys.into_iter().map(|key| {
+                let value = given.get(key).filter(|value| !value.is_null());
+                Ok((Wire::from(key.as_str()), decode(&object.attributes[key], key, value)?))
+            });
+            entries.collect::<Result<Vec<_>, _>>().map(Wire::Map)
+        }
+        Some(Block::Attr(attr)) => match json {
+            None if attr.required => Err(mismatch(format!("missing required argument {name:?}"))),
+            None => Ok(Wire::Nil),
+            Some(value) => coerce(&attr.r#type, name, value),
+        },
+        Some(Block::Default(default)) => {
+            let primary = default.primary.as_deref().map(|spec| decode(spec, name, json)).transpose()?;
+            match (primary, default.default.as_deref()) {
+                (Some(Wire::Nil) | None, Some(fallback)) => decode(fallback, name, None),
+                (primary, _) => Ok(primary.unwrap_or(Wire::Nil)),
+            }
+        }
+        Some(Block::Literal(literal)) => {
+            let value = serde_json::from_str(&literal.value).map_err(|error| mismatch(format!("{name}: {error}")))?;
+            Ok(convert(&value))
+        }
+        Some(Block::BlockValue(block)) => match (json, block.nested.as_deref()) {
+            (None, _) => Ok(Wire::Nil),
+            (Some(Json::Array(items)), Some(nested)) if items.len() == 1 => decode(nested, name, items.first()),
+            (Some(value), Some(nested)) => decode(nested, name, Some(value)),
+            (Some(_), None) => Err(mismatch(format!("{name}: schema without a nested block"))),
+        },
+        Some(Block::BlockList(list)) => {
+            let items: Vec<&Json> = match json {
+                None => Vec::new(),
+                Some(Json::Array(items)) => items.iter().collect(),
+                Some(single) => vec![single],
+            };
+            let nested =
+                list.nested.as_deref().ok_or_else(|| mismatch(format!("{name}: schema without a nested block")))?;
+            items.into_iter().map(|item| decode(nested, name, Some(item))).collect::<Result<_, _>>().map(Wire::Array)
+        }
+        Some(Block::BlockMap(map)) => {
+            let Some(Json::Object(blocks)) = json else { return Ok(Wire::Map(Vec::new())) };
+            let nested =
+                map.nested.as_deref().ok_or_else(|| mismatch(format!("{name}: schema without a nested block")))?;
+            let entries = blocks
+                .iter()
+                .map(|(label, block)| Ok((Wire::from(label.as_str()), decode(nested, name, Some(block))?)));
+            entries.collect::<Result<_, _>>().map(Wire::Map)
+        }
+        _ => Err(mismatch(format!("{name}: a kind of schema that this host does not know"))),
+    }
+}
+
+/// HCL's conversions between scalars, and nothing beyond them.
+fn coerce(kind: &str, name: &str, value: &Json) -> Result<Wire, ConfigMismatch> {
+    let wrong = || ConfigMismatch(format!("{name}: {kind} is wanted"));
+    match (kind, value) {
+        ("string", Json::Number(number)) => Ok(Wire::from(number.to_string())),
+        ("string", Json::Bool(flag)) => Ok(Wire::from(flag.to_string())),
+        ("bool", Json::String(text)) => text.parse::<bool>().map(Wire::from).map_err(|_| wrong()),
+        ("number", Json::String(text)) => text.parse::<i64>().map(Wire::from).map_err(|_| wrong()),
+        ("string", Json::String(_)) | ("bool", Json::Bool(_)) | ("number", Json::Number(_)) => Ok(convert(value)),
+        ("list(string)", Json::Array(items)) => {
+            items.iter().map(|item| coerce("string", name, item)).collect::<Result<_, _>>().map(Wire::Array)
+        }
+        _ => Err(wrong()),
+    }
+}
+
+fn convert(json: &Json) -> Wire {
+    match json {
+        Json::Null => Wire::Nil,
+        Json::Bool(flag) => Wire::Boolean(*flag),
+        Json::Number(number) => {
+            number.as_i64().map_or_else(|| Wire::F64(number.as_f64().unwrap_or_default()), Wire::from)
+        }
+        Json::String(text) => Wire::from(text.as_str()),
+        Json::Array(items) => Wire::Array(items.iter().map(convert).collect()),
+        Json::Object(map) => {
+            Wire::Map(map.iter().map(|(key, value)| (Wire::from(key.as_str()), convert(value))).collect())
+        }
+    }
+}

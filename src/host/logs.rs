@@ -1,0 +1,89 @@
+//! What Nomad's logmon does with a task's FIFOs: each is opened for reading, blocking, in a thread of its own, as soon
+//! as it is there, and read until its last writer has gone.
+
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read as _, Write},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+
+/// Where collected output goes.
+pub enum Output {
+    /// Into memory.
+    Keep,
+    /// To a writer.
+    To(Box<dyn Write + Send>),
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Keep => "Keep",
+            Self::To(_) => "To(..)",
+        })
+    }
+}
+
+/// A reader of one FIFO.
+#[derive(Debug)]
+pub struct Collector {
+    text: Arc<Mutex<Vec<u8>>>,
+    first: Arc<Mutex<Option<Instant>>>,
+    ended: watch::Receiver<bool>,
+}
+
+impl Collector {
+    /// Starts to read.
+    pub fn start(fifo: &Path, output: Output) -> Self {
+        let (text, first) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(None)));
+        let (tell, ended) = watch::channel(false);
+        let (fifo, kept, began) = (fifo.to_owned(), text.clone(), first.clone());
+        thread::spawn(move || {
+            if let Err(error) = read(&fifo, output, &kept, &began) {
+                tracing::warn!(fifo = %fifo.display(), %error, "log collector");
+            }
+            tell.send_replace(true);
+        });
+        Self { text, first, ended }
+    }
+
+    /// What has come so far, if it is kept.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
+    /// When the first byte came.
+    pub fn first_byte(&self) -> Option<Instant> {
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the end of the stream: how long that took; None when it did not come in time.
+    pub async fn ended(&self, limit: Duration) -> Option<Duration> {
+        let began = Instant::now();
+        let mut ended = self.ended.clone();
+        let waited = tokio::time::timeout(limit, ended.wait_for(|ended| *ended)).await;
+        waited.ok().map(|_| began.elapsed())
+    }
+}
+
+fn read(fifo: &Path, mut output: Output, kept: &Mutex<Vec<u8>>, first: &Mutex<Option<Instant>>) -> io::Result<()> {
+    let mut file = File::open(fifo)?;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(());
+        }
+        first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+        match &mut output {
+            Output::Keep => kept.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..count]),
+            Output::To(writer) => writer.write_all(&buffer[..count]).and_then(|()| writer.flush())?,
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! Nomad's side of the plugin protocol: starts a driver plugin through the real handshake and calls it as an agent does.
+//!
+//! Used by `run`, the tests, and whoever wants to drive a driver without an agent. It knows only the wire: any Nomad
+//! driver plugin will do.
+
+mod alloc;
+mod config;
+mod logs;
+mod tls;
+
+use std::{
+    ffi::OsString,
+    io,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use hyper_util::rt::TokioIo;
+use prost::Message as _;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tonic::{
+    Code, Status,
+    transport::{Channel, Endpoint},
+};
+
+pub use alloc::{Alloc, TaskDirs};
+pub use config::{ConfigMismatch, encode, encode_raw};
+pub use logs::{Collector, Output};
+
+use crate::{
+    cookie::{MAGIC_COOKIE, MAGIC_COOKIE_KEY},
+    pb::{
+        base::{
+            ConfigSchemaRequest, PluginInfoRequest, PluginInfoResponse, SetConfigRequest,
+            base_plugin_client::BasePluginClient,
+        },
+        driver::{InitRequest, driver_client::DriverClient},
+        goplugin::{Empty, grpc_controller_client::GrpcControllerClient},
+        rpc,
+        structs::RecoverableError,
+    },
+};
+
+/// Nomad's own limit on the handshake line.
+const HANDSHAKE: Duration = Duration::from_secs(60);
+/// How long Nomad waits for a plugin that it asked to leave, before it kills it.
+const LEAVE: Duration = Duration::from_secs(2);
+
+/// Why a plugin could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The program.
+    #[error("start plugin {program}")]
+    Spawn {
+        /// Which.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It said nothing, or something else.
+    #[error("plugin {program}: {problem}; its stderr: {stderr}")]
+    Handshake {
+        /// Which.
+        program: PathBuf,
+        /// What was wrong.
+        problem: String,
+        /// What it wrote.
+        stderr: String,
+    },
+    /// The connection.
+    #[error("connect to the plugin")]
+    Connect(#[from] tonic::transport::Error),
+    /// TLS.
+    #[error("TLS with the plugin")]
+    Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A call.
+    #[error("{call}: {}", status.message())]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// The answer.
+        status: Box<Status>,
+    },
+    /// A configuration that its schema does not take.
+    #[error(transparent)]
+    Config(#[from] ConfigMismatch),
+    /// A directory or FIFO.
+    #[error("{path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// How a plugin is started.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// The program.
+    pub program: PathBuf,
+    /// The name it is called by, when that is not its path.
+    pub arg0: Option<OsString>,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Added to our environment.
+    pub env: Vec<(String, String)>,
+    /// Ask for AutoMTLS, as go-plugin hosts other than Nomad do.
+    pub tls: bool,
+}
+
+impl Launch {
+    /// `program`, as Nomad would start it.
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into(), arg0: None, args: Vec::new(), env: Vec::new(), tls: false }
+    }
+}
+
+/// A running plugin.
+#[derive(Debug)]
+pub struct Plugin {
+    child: tokio::process::Child,
+    channel: Channel,
+    socket: PathBuf,
+    stderr: Arc<Mutex<String>>,
+    readers: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// How a plugin left.
+#[derive(Debug)]
+pub struct Left {
+    /// Its status; None when it had to be killed.
+    pub status: Option<ExitStatus>,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl Plugin {
+    /// Starts a plugin and shakes hands.
+    ///
+    /// # Errors
+    /// When it does not start, says the wrong thing, or can't be reached.
+    pub async fn launch(launch: &Launch) -> Result<Self, HostError> {
+        let program = launch.program.clone();
+        let identity = if launch.tls { Some(tls::Identity::new()?) } else { None };
+        let mut command = tokio::process::Command::new(&program);
+        command
+            .args(&launch.args)
+            .env(MAGIC_COOKIE_KEY, MAGIC_COOKIE)
+            .env("PLUGIN_PROTOCOL_VERSIONS", "2")
+            .env("PLUGIN_MIN_PORT", "10000")
+            .env("PLUGIN_MAX_PORT", "25000")
+            .envs(launch.env.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        if let Some(arg0) = &launch.arg0 {
+            command.arg0(arg0);
+        }
+        if let Some(identity) = &identity {
+            command.env("PLUGIN_CLIENT_CERT", identity.pem());
+        }
+        let mut child = command.spawn().map_err(|source| HostError::Spawn { program: program.clone(), source })?;
+        let stderr = Arc::new(Mutex::new(String::new()));
+        let mut readers = Vec::new();
+        if let Some(pipe) = child.stderr.take() {
+            let stderr = stderr.clone();
+            readers.push(tokio::spawn(async move {
+                let mut lines = BufReader::new(pipe).lines();
+                while let Ok(Some(line)) = lines.next_line().await {
+                    let mut all = stderr.lock().unwrap_or_else(PoisonError::into_inner);
+                    all.push_str(&line);
+                    all.push('\n');
+                }
+            }));
+        }
+        let refused = |problem: String| {
+            let stderr = stderr.lock().unwrap_or_else(PoisonError::into_inner).trim().to_owned();
+            HostError::Handshake { program: program.clone(), problem, stderr }
+        };
+        let pipe = child.stdout.take().ok_or_else(|| refused("no stdout".to_owned()))?;
+        let mut lines = BufReader::new(pipe).lines();
+        let line = match tokio::time::timeout(HANDSHAKE, lines.next_line()).await {
+            Ok(Ok(Some(line))) => line,
+            Ok(Ok(None)) => {
+                let _ = child.wait().await;
+                for reader in readers {
+                    let _ = reader.await;
+                }
+                return Err(refused("it ended without a handshake".to_owned()));
+            }
+            Ok(Err(error)) => return Err(refused(error.to_string())),
+            Err(_) => return Err(refused(format!("no handshake in {} s", HANDSHAKE.as_secs()))),
+        };
+        // Drained for as long as it lives: a full pipe would block it.
+        readers.push(tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} }));
+        let (socket, certificate) = parse_line(&line).map_err(refused)?;
+        let channel = connect(&socket, identity, certificate).await?;
+        Ok(Self { child, channel, socket, stderr, readers })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Its socket, by which another host could reattach.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// What it has written to stderr so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The connection, for services that have no method here.
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// The driver service.
+    pub fn driver(&self) -> DriverClient<Channel> {
+        DriverClient::new(self.channel.clone()).max_decoding_message_size(usize::MAX)
+    }
+
+    /// The base service.
+    pub fn base(&self) -> BasePluginClient<Channel> {
+        BasePluginClient::new(self.channel.clone())
+    }
+
+    /// Who it is.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn info(&self) -> Result<PluginInfoResponse, HostError> {
+        let answer = self.base().plugin_info(PluginInfoRequest {}).await;
+        answer.map(tonic::Response::into_inner).map_err(called("PluginInfo"))
+    }
+
+    /// Configures it as an agent does: the configuration is decoded by its schema, then sent, then `Init` is called.
+    ///
+    /// # Errors
+    /// When the schema or the plugin refuses it.
+    pub async fn configure(&self, config: &serde_json::Value) -> Result<(), HostError> {
+        let schema =
+            self.base().config_schema(ConfigSchemaRequest {}).await.map_err(called("ConfigSchema"))?.into_inner();
+        let msgpack_config = encode(schema.spec.as_ref(), config)?;
+        let request =
+            SetConfigRequest { msgpack_config, plugin_api_version: "v0.1.0".to_owned(), ..Default::default() };
+        self.base().set_config(request).await.map_err(called("SetConfig"))?;
+        match self.driver().init(InitRequest {}).await {
+            Err(status) if status.code() != Code::Unimplemented => Err(called("Init")(status)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks it to leave as an agent does, and kills it when it has not within 2 s.
+    pub async fn leave(mut self) -> Left {
+        let began = Instant::now();
+        let _ = GrpcControllerClient::new(self.channel.clone()).shutdown(Empty {}).await;
+        let status = tokio::time::timeout(LEAVE, self.child.wait()).await.ok().and_then(Result::ok);
+        let took = began.elapsed();
+        if status.is_none() {
+            let _ = self.child.kill().await;
+        }
+        // The agent waits for the end of both pipes: a child that inherited them would show here.
+        for reader in self.readers {
+            let _ = tokio::time::timeout(LEAVE, reader).await;
+        }
+        Left { status, took }
+    }
+
+    /// Kills it with SIGKILL.
+    pub async fn kill(mut self) {
+        let _ = self.child.kill().await;
+    }
+}
+
+/// A failed call's status, with the call's name.
+pub fn called(call: &'static str) -> impl Fn(Status) -> HostError {
+    move |status| HostError::Call { call, status: Box::new(status) }
+}
+
+/// May Nomad's restart policy act on this error? (Nomad's rule: protocol reference 4.1.)
+pub fn is_recoverable(status: &Status) -> bool {
+    if status.code() != Code::FailedPrecondition {
+        return false;
+    }
+    let first = rpc::Status::decode(status.details()).ok().and_then(|status| status.details.into_iter().next());
+    first.is_some_and(|any| {
+        any.type_url.ends_with("hashicorp.nomad.plugins.shared.structs.RecoverableError")
+            && RecoverableError::decode(&any.value[..]).is_ok_and(|error| error.recoverable)
+    })
+}
+
+/// `1|2|unix|<path>|grpc|<certificate>`.
+fn parse_line(line: &str) -> Result<(PathBuf, String), String> {
+    let fields: Vec<&str> = line.trim_end().split('|').collect();
+    match fields[..] {
+        ["1", "2", "unix", socket, "grpc", ref rest @ ..] => {
+            Ok((PathBuf::from(socket), rest.first().copied().unwrap_or_default().to_owned()))
+        }
+        _ => Err(format!("handshake line {line:?}")),
+    }
+}
+
+async fn connect(socket: &Path, identity: Option<tls::Identity>, certificate: String) -> Result<Channel, HostError> {
+    let endpoint = Endpoint::from_static("http://unused");
+    let path = socket.to_owned();
+    let channel = match identity {
+        None => {
+            endpoint
+                .connect_with_connector(tower::service_fn(move |_| {
+                    let path = path.clone();
+                    async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+                }))
+                .await?
+        }
+        Some(identity) => {
+            let connector = identity.connector(&certificate)?;
+            endpoint
+                .connect_with_connector(tower::service_fn(move |_| {
+                    let (path, connector) = (path.clone(), connector.clone());
+                    async move {
+                        let stream = tokio::net::UnixStream::connect(path).await?;
+                        let name = rustls::pki_types::ServerName::try_from("localhost").map_err(io::Error::other)?;
+                        connector.connect(name, stream).await.map(TokioIo::new)
+                    }
+                }))
+                .await?
+        }
+    };
+    Ok(channel)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handshake_lines_are_read_as_nomad_reads_them() {
+        assert_eq!(parse_line("1|2|unix|/tmp/x|grpc|"), Ok((PathBuf::from("/tmp/x"), String::new())));
+        assert_eq!(parse_line("1|2|unix|/tmp/x|grpc|abc|false"), Ok((PathBuf::from("/tmp/x"), "abc".to_owned())));
+        assert!(parse_line("1|1|unix|/tmp/x|grpc|").is_err());
+        assert!(parse_line("hello").is_err());
+    }
+}

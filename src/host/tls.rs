@@ -1,0 +1,51 @@
+//! The host's half of go-plugin's AutoMTLS, with a certificate like go-plugin's own: P-521, marked as a CA.
+
+use std::sync::Arc;
+
+use base64::Engine as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::TlsConnector;
+
+use super::HostError;
+
+/// A certificate for one connection.
+pub struct Identity {
+    certificate: rcgen::Certificate,
+    key: rcgen::KeyPair,
+}
+
+fn failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> HostError {
+    HostError::Tls(error.into())
+}
+
+impl Identity {
+    /// A fresh one.
+    pub fn new() -> Result<Self, HostError> {
+        let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P521_SHA512).map_err(failed)?;
+        let mut parameters = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).map_err(failed)?;
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        Ok(Self { certificate: parameters.self_signed(&key).map_err(failed)?, key })
+    }
+
+    /// For `PLUGIN_CLIENT_CERT`.
+    pub fn pem(&self) -> String {
+        self.certificate.pem()
+    }
+
+    /// Connects only to the holder of the certificate in the handshake line.
+    pub fn connector(self, server: &str) -> Result<TlsConnector, HostError> {
+        let server = base64::engine::general_purpose::STANDARD_NO_PAD.decode(server).map_err(failed)?;
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from(server)).map_err(failed)?;
+        let key = PrivateKeyDer::try_from(self.key.serialize_der()).map_err(failed)?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(failed)?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(vec![self.certificate.der().clone()], key)
+            .map_err(failed)?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(TlsConnector::from(Arc::new(config)))
+    }
+}
