@@ -1,0 +1,34 @@
+# What a developer and CI call. Everything that is installed comes through scripts/setup.sh.
+CARGO ?= cargo
+IMAGE ?=
+
+.PHONY: demo test test-unit test-fresh lint build setup clean
+
+setup:
+	@scripts/setup.sh
+
+## Runs a real container through the real plugin. IMAGE=registry/name takes any image, COMMAND="..." any command.
+demo: setup
+	@scripts/demo.sh $(IMAGE)
+
+## All tests: unit, property, behaviour against real parts.
+test: setup
+	@$(CARGO) test --locked
+
+## In a bare chroot: only Debian, the Rust toolchain and this source.
+test-fresh:
+	@scripts/setup.sh fresh
+	@scripts/test-fresh.sh
+
+lint:
+	@$(CARGO) fmt --check
+	@$(CARGO) clippy --locked --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null; then cargo deny --offline check licenses bans sources; \
+	 else echo "lint: cargo-deny is not installed (cargo install cargo-deny --locked); skipped"; fi
+
+## The program as it is installed.
+build: setup
+	@$(CARGO) build --release --locked
+
+clean:
+	@$(CARGO) clean

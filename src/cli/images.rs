@@ -1,0 +1,61 @@
+//! `images`: what the store holds, and which of it can be started without asking anybody.
+
+use std::collections::HashMap;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{CliError, Common, Store, print, table};
+
+/// List images
+#[derive(Args, Debug)]
+pub struct Images {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Images {
+    /// Prints the list.
+    ///
+    /// # Errors
+    /// When containerd can't be asked.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let store = Store::open(common).await?;
+        let outcome = self.list(&store, common).await;
+        store.close().await;
+        outcome
+    }
+
+    async fn list(&self, store: &Store, common: &Common) -> Result<u8, CliError> {
+        let ready: HashMap<String, u64> =
+            store.images(common)?.records().iter().map(|record| (record.reference.clone(), record.size)).collect();
+        let mut images = store.client.images().await?;
+        images.sort_by(|a, b| a.0.cmp(&b.0));
+        if self.json {
+            let list: Vec<_> = images
+                .iter()
+                .map(|(name, target)| {
+                    json!({
+                        "name": name, "digest": target.digest, "media_type": target.media_type,
+                        "size": ready.get(name), "ready": ready.contains_key(name),
+                    })
+                })
+                .collect();
+            print(&format!("{}\n", json!(list)))?;
+            return Ok(0);
+        }
+        let rows: Vec<Vec<String>> = images
+            .iter()
+            .map(|(name, target)| {
+                let digest = target.digest.trim_start_matches("sha256:");
+                let size =
+                    ready.get(name).map_or_else(|| "-".to_owned(), |size| indicatif::HumanBytes(*size).to_string());
+                let state = if ready.contains_key(name) { "yes" } else { "no" };
+                vec![name.clone(), digest.chars().take(12).collect(), size, state.to_owned()]
+            })
+            .collect();
+        print(&table::render(&["IMAGE", "DIGEST", "SIZE", "READY"], &rows))?;
+        Ok(0)
+    }
+}

@@ -1,0 +1,93 @@
+//! `ps`: the tasks of all drivers on this host, from their records, whether an agent lives or not.
+
+use std::{fs, path::Path};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{CliError, Common, print, say, table};
+use crate::task::{Record, RecordState, load_records};
+
+/// List the tasks of all drivers on this host
+#[derive(Args, Debug)]
+pub struct Ps {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Ps {
+    /// Prints the list.
+    ///
+    /// # Errors
+    /// When output fails. A run directory that can't be read is told and passed over.
+    pub fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let mut records: Vec<(String, Record)> = Vec::new();
+        let drivers =
+            fs::read_dir(&common.run_dir).map(|entries| entries.flatten().collect()).unwrap_or_else(|_| Vec::new());
+        for driver in drivers {
+            let tasks = driver.path().join("tasks");
+            if !tasks.is_dir() {
+                continue;
+            }
+            let name = driver.file_name().to_string_lossy().into_owned();
+            match load_records(&tasks) {
+                Ok(found) => records.extend(found.into_iter().map(|record| (name.clone(), record))),
+                Err(error) => say(&format!("nomad-driver-shim: {}", crate::chain(&error))),
+            }
+        }
+        records.sort_by(|a, b| (&a.0, &a.1.task_id).cmp(&(&b.0, &b.1.task_id)));
+        if self.json {
+            let list: Vec<_> = records
+                .iter()
+                .map(|(driver, record)| {
+                    json!({
+                        "driver": driver, "task_id": record.task_id, "name": record.name, "alloc_id": record.alloc_id,
+                        "container_id": record.container_id, "image": record.image, "runtime": record.runtime,
+                        "cgroup": record.cgroup, "state": state(record), "pid": pid(record),
+                    })
+                })
+                .collect();
+            print(&format!("{}\n", json!(list)))?;
+            return Ok(0);
+        }
+        let rows: Vec<Vec<String>> = records
+            .iter()
+            .map(|(driver, record)| {
+                let pid = pid(record).map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+                let alloc = record.alloc_id.chars().take(8).collect();
+                vec![
+                    driver.clone(),
+                    alloc,
+                    record.name.clone(),
+                    state(record),
+                    pid,
+                    record.runtime.clone(),
+                    record.image.clone(),
+                ]
+            })
+            .collect();
+        print(&table::render(&["DRIVER", "ALLOC", "TASK", "STATE", "PID", "RUNTIME", "IMAGE"], &rows))?;
+        Ok(0)
+    }
+}
+
+fn pid(record: &Record) -> Option<u32> {
+    match record.state {
+        RecordState::Running { pid, .. } | RecordState::Stopping { pid, .. } => Some(pid),
+        RecordState::Intended | RecordState::Exited(_) => None,
+    }
+}
+
+/// The record's word, checked against the kernel's.
+fn state(record: &Record) -> String {
+    let alive = |pid: u32| record.is_current() && Path::new("/proc").join(pid.to_string()).exists();
+    match &record.state {
+        RecordState::Intended => "starting".to_owned(),
+        RecordState::Running { pid, .. } if alive(*pid) => "running".to_owned(),
+        RecordState::Stopping { pid, .. } if alive(*pid) => "stopping".to_owned(),
+        RecordState::Running { .. } | RecordState::Stopping { .. } => "gone".to_owned(),
+        RecordState::Exited(exit) if exit.oom_killed => format!("exited ({}, OOM)", exit.code),
+        RecordState::Exited(exit) => format!("exited ({})", exit.code),
+    }
+}

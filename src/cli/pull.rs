@@ -1,0 +1,88 @@
+//! `pull`: an image into the store, with a bar for each layer on a terminal.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use clap::Args;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use super::{CliError, Common, Store, is_interactive, print};
+use crate::{
+    ids::Digest,
+    image::{Credentials, Progress, PullEvent, PullRequest, Reference},
+};
+
+/// Pull an image
+#[derive(Args, Debug)]
+pub struct Pull {
+    /// The image
+    image: String,
+    /// Registry credentials, USER:PASSWORD
+    #[arg(long, value_name = "USER:PASSWORD", env = "NOMAD_DRIVER_SHIM_AUTH", hide_env_values = true)]
+    auth: Option<String>,
+    /// Give up after this many seconds
+    #[arg(long, default_value_t = 1800)]
+    timeout: u64,
+}
+
+impl Pull {
+    /// Pulls it and prints its name and digest.
+    ///
+    /// # Errors
+    /// When it can't be had.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let reference = Reference::parse(&self.image)?;
+        let credentials = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
+            None => None,
+            Some(Some((username, password))) => {
+                Some(Credentials { username: username.to_owned(), password: password.to_owned(), server: None })
+            }
+            Some(None) => return Err(CliError::Usage("--auth wants USER:PASSWORD".to_owned())),
+        };
+        let store = Store::open(common).await?;
+        let outcome = async {
+            let images = store.images(common)?;
+            let progress = if is_interactive() { bars() } else { Progress::default() };
+            let request = PullRequest { reference, credentials, timeout: Duration::from_secs(self.timeout), progress };
+            let record = images.pull(request).await.map_err(CliError::Image)?;
+            print(&format!("{}@{}\n", record.reference, record.digest))?;
+            Ok(0)
+        };
+        let outcome = outcome.await;
+        store.close().await;
+        outcome
+    }
+}
+
+/// A bar for each layer, and a line for the unpacking.
+fn bars() -> Progress {
+    let all = MultiProgress::new();
+    let style = ProgressStyle::with_template("{prefix:12} {wide_bar} {bytes:>10} / {total_bytes:10}");
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+    let layers: Mutex<HashMap<Digest, ProgressBar>> = Mutex::default();
+    let unpacking = all.add(ProgressBar::new_spinner());
+    Progress::to(move |event| match event {
+        PullEvent::Resolved(digest) => unpacking.set_message(format!("{digest}")),
+        PullEvent::Layer { digest, done, size } => {
+            let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
+            let bar = layers.entry(digest).or_insert_with_key(|digest| {
+                let bar = all.insert_before(&unpacking, ProgressBar::new(size).with_style(style.clone()));
+                bar.set_prefix(digest.short().to_owned());
+                bar
+            });
+            bar.set_position(done);
+            if done >= size {
+                bar.finish();
+            }
+        }
+        PullEvent::Unpacked(done, of) => {
+            unpacking.set_message(format!("unpacked {done} of {of}"));
+            if done == of {
+                unpacking.finish();
+            }
+        }
+    })
+}

@@ -1,0 +1,379 @@
+//! `run`: one task through the whole real path. This very binary is started as a plugin and driven as Nomad would.
+
+use std::{
+    io::Write,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{CliError, Common, Store, say};
+use crate::{
+    host::{Alloc, Collector, Launch, Output, Plugin, called, encode},
+    ids::random_hex,
+    pb::driver::{
+        DestroyTaskRequest, InspectTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest,
+        WaitTaskRequest,
+    },
+};
+
+/// Between the first Ctrl-C and SIGKILL, as docker's.
+const STOP: prost_types::Duration = prost_types::Duration { seconds: 10, nanos: 0 };
+/// What is still in the pipes after the exit.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Run a command in a new container
+#[derive(Args, Debug)]
+pub struct Run {
+    /// The image: redis:7, registry.example:5000/app@sha256:...
+    image: String,
+    /// The command and its arguments; they replace the image's CMD
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+    /// The task's name
+    #[arg(long, default_value = "run")]
+    name: String,
+    /// OCI runtime: crun, runc
+    #[arg(long)]
+    runtime: Option<String>,
+    /// Replace the image's ENTRYPOINT and CMD
+    #[arg(long)]
+    entrypoint: Option<String>,
+    /// An environment variable, KEY=VALUE
+    #[arg(long, short, value_name = "KEY=VALUE")]
+    env: Vec<String>,
+    /// A mount: type=bind,source=/host,target=/in,ro
+    #[arg(long, value_name = "SPEC")]
+    mount: Vec<String>,
+    /// User: name, uid, uid:gid
+    #[arg(long, short, default_value = "")]
+    user: String,
+    /// Working directory
+    #[arg(long, short = 'w')]
+    workdir: Option<String>,
+    /// Host name
+    #[arg(long)]
+    hostname: Option<String>,
+    /// Make the root file system read-only
+    #[arg(long)]
+    read_only: bool,
+    /// Use the host's network
+    #[arg(long)]
+    host_network: bool,
+    /// Take (nearly) all confinement away
+    #[arg(long)]
+    privileged: bool,
+    /// Add a capability
+    #[arg(long, value_name = "CAP")]
+    cap_add: Vec<String>,
+    /// Drop a capability
+    #[arg(long, value_name = "CAP")]
+    cap_drop: Vec<String>,
+    /// Registry credentials, USER:PASSWORD
+    #[arg(long, value_name = "USER:PASSWORD", env = "NOMAD_DRIVER_SHIM_AUTH", hide_env_values = true)]
+    auth: Option<String>,
+    /// Further options of the task's config block, as JSON
+    #[arg(long, value_name = "JSON")]
+    config: Option<String>,
+    /// Print how long each phase took
+    #[arg(long)]
+    time: bool,
+}
+
+/// docker's exit codes for a start that failed, by what the runtime said.
+pub fn start_failure(message: &str) -> u8 {
+    let missing = ["no such file or directory", "not found in $PATH", "executable file not found", "executable file `"];
+    let create = message.contains("create the container") || message.contains("start the container");
+    if create && message.to_ascii_lowercase().contains("permission denied") {
+        126
+    } else if create && missing.iter().any(|text| message.contains(text)) {
+        127
+    } else {
+        super::OURS
+    }
+}
+
+impl Run {
+    /// Runs it: the task's own exit code.
+    ///
+    /// # Errors
+    /// When it could not be started.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let config = self.task_config()?;
+        // Refused before a containerd is started for it.
+        crate::image::Reference::parse(&self.image)?;
+        let began = Instant::now();
+        let store = Store::open(common).await?;
+        let containerd = began.elapsed();
+        let id = format!("run-{}", random_hex(6));
+        let places = common.places(&id);
+        let session = Session { run: &self, config, id: &id, address: store.address.clone(), common };
+        let outcome = Box::pin(session.execute(containerd)).await;
+        // Our own run directory, and what a killed plugin may have left in it.
+        let _ = std::fs::remove_dir_all(places.run());
+        store.close().await;
+        outcome
+    }
+
+    fn task_config(&self) -> Result<serde_json::Value, CliError> {
+        let mut config = json!({
+            "image": self.image,
+            "image_pull_timeout": "30m",
+            "readonly_rootfs": self.read_only,
+            "host_network": self.host_network,
+            "privileged": self.privileged,
+        });
+        let list = |items: &[String]| (!items.is_empty()).then(|| json!(items));
+        let (command, args) = match (&self.entrypoint, self.command.split_first()) {
+            (None, Some((command, args))) => (Some(command.clone()), args.to_vec()),
+            _ => (None, self.command.clone()),
+        };
+        let mut mounts = Vec::new();
+        for spec in &self.mount {
+            mounts.push(mount(spec).map_err(CliError::Usage)?);
+        }
+        let auth = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
+            None => None,
+            Some(Some((username, password))) => Some(json!({ "username": username, "password": password })),
+            Some(None) => return Err(CliError::Usage("--auth wants USER:PASSWORD".to_owned())),
+        };
+        let options = [
+            ("command", command.map(|command| json!(command))),
+            ("args", list(&args)),
+            ("entrypoint", self.entrypoint.as_ref().map(|entrypoint| json!([entrypoint]))),
+            ("cwd", self.workdir.as_ref().map(|cwd| json!(cwd))),
+            ("hostname", self.hostname.as_ref().map(|name| json!(name))),
+            ("runtime", self.runtime.as_ref().map(|name| json!(name))),
+            ("cap_add", list(&self.cap_add)),
+            ("cap_drop", list(&self.cap_drop)),
+            ("mounts", (!mounts.is_empty()).then(|| json!(mounts))),
+            ("auth", auth),
+        ];
+        for (name, value) in options {
+            if let Some(value) = value {
+                config[name] = value;
+            }
+        }
+        if let Some(text) = &self.config {
+            let more: serde_json::Map<String, serde_json::Value> =
+                serde_json::from_str(text).map_err(|error| CliError::Usage(format!("--config: {error}")))?;
+            for (name, value) in more {
+                config[name] = value;
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// `type=bind,source=/a,target=/b,ro` as a `mounts` block.
+fn mount(spec: &str) -> Result<serde_json::Value, String> {
+    let mut block = serde_json::Map::new();
+    let mut options = Vec::new();
+    for part in spec.split(',') {
+        match part.split_once('=') {
+            Some(("type", kind)) => drop(block.insert("type".to_owned(), json!(kind))),
+            Some(("source" | "src", path)) => drop(block.insert("source".to_owned(), json!(path))),
+            Some(("target" | "dst" | "destination", path)) => drop(block.insert("target".to_owned(), json!(path))),
+            _ => options.push(part),
+        }
+    }
+    if !block.contains_key("target") {
+        return Err(format!("--mount {spec:?} has no target=..."));
+    }
+    block.entry("type").or_insert_with(|| json!("bind"));
+    block.insert("options".to_owned(), json!(options));
+    Ok(block.into())
+}
+
+/// One run.
+struct Session<'a> {
+    run: &'a Run,
+    config: serde_json::Value,
+    id: &'a str,
+    address: PathBuf,
+    common: &'a Common,
+}
+
+impl Session<'_> {
+    async fn execute(self, containerd: Duration) -> Result<u8, CliError> {
+        let places = self.common.places(self.id);
+        let began = Instant::now();
+        let mut launch = Launch::new(std::env::current_exe()?);
+        launch.args = vec!["--name".to_owned(), "shim".to_owned()];
+        let plugin = Plugin::launch(&launch).await?;
+        // Whoever types this is root already: nothing is closed to them.
+        let settings = json!({
+            "allow_privileged": true,
+            "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
+            "containerd": { "address": self.address, "namespace": self.common.namespace },
+            "state": { "run_dir": places.run(), "state_dir": places.state() },
+            "shim": { "pool": 0 },
+        });
+        let outcome = match plugin.configure(&settings).await {
+            Ok(()) => {
+                let handshake = began.elapsed();
+                self.task(&plugin, containerd, handshake, &places.run().join("alloc")).await
+            }
+            Err(error) => Err(error.into()),
+        };
+        if outcome.is_err() && std::env::var_os("NOMAD_DRIVER_SHIM_LOG").is_some() {
+            say(plugin.stderr().trim_end());
+        }
+        plugin.leave().await;
+        outcome
+    }
+
+    async fn task(
+        &self,
+        plugin: &Plugin,
+        containerd: Duration,
+        handshake: Duration,
+        allocs: &std::path::Path,
+    ) -> Result<u8, CliError> {
+        let run = self.run;
+        let mut driver = plugin.driver();
+        let schema = driver.task_config_schema(TaskConfigSchemaRequest {}).await.map_err(called("TaskConfigSchema"))?;
+        let config = encode(schema.into_inner().spec.as_ref(), &self.config).map_err(crate::host::HostError::from)?;
+        let alloc = Alloc::create(allocs, self.id)?;
+        let dirs = alloc.task(&run.name)?;
+        let mut task = dirs.config("1", config);
+        // No limits on a command that somebody typed.
+        task.resources = None;
+        task.user.clone_from(&run.user);
+        for pair in &run.env {
+            let (key, value) =
+                pair.split_once('=').ok_or_else(|| CliError::Usage(format!("--env {pair:?} has no =")))?;
+            task.env.insert(key.to_owned(), value.to_owned());
+        }
+        let stdout = Collector::start(&dirs.stdout, to(std::io::stdout()));
+        let stderr = Collector::start(&dirs.stderr, to(std::io::stderr()));
+        let began = Instant::now();
+        let task_id = task.id.clone();
+        driver.start_task(StartTaskRequest { task: Some(task) }).await.map_err(called("StartTask"))?;
+        let started = began.elapsed();
+        let exit = self.wait(&mut driver.clone(), &task_id).await;
+        let lasted = began.elapsed();
+        stdout.ended(DRAIN).await;
+        stderr.ended(DRAIN).await;
+        if run.time {
+            let inspect = InspectTaskRequest { task_id: task_id.clone() };
+            let answer = driver.inspect_task(inspect).await.map_err(called("InspectTask"))?.into_inner();
+            let first = stdout.first_byte().or(stderr.first_byte()).map(|first| first.duration_since(began));
+            let phases = answer.driver.map(|driver| driver.attributes).unwrap_or_default();
+            say(&timing(
+                &phases,
+                &[
+                    ("containerd ready", Some(containerd)),
+                    ("plugin handshake and Init", Some(handshake)),
+                    ("StartTask", Some(started)),
+                    ("first byte of output", first),
+                    ("exit seen", Some(lasted)),
+                ],
+            ));
+        }
+        let request = DestroyTaskRequest { task_id, force: true };
+        let destroyed = driver.destroy_task(request).await.map_err(called("DestroyTask"));
+        let code = exit?;
+        destroyed?;
+        alloc.remove()?;
+        Ok(code)
+    }
+
+    /// The task's exit code. Ctrl-C and SIGTERM stop the task; a second one is left to the stop's own deadline.
+    async fn wait(
+        &self,
+        driver: &mut crate::pb::driver::driver_client::DriverClient<tonic::transport::Channel>,
+        task_id: &str,
+    ) -> Result<u8, CliError> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let mut waiting = driver.clone();
+        let wait = waiting.wait_task(WaitTaskRequest { task_id: task_id.to_owned() });
+        tokio::pin!(wait);
+        let answer = tokio::select! {
+            answer = &mut wait => answer,
+            _ = interrupt.recv() => self.stop(driver, task_id, wait).await,
+            _ = terminate.recv() => self.stop(driver, task_id, wait).await,
+        };
+        let answer = answer.map_err(called("WaitTask"))?.into_inner();
+        if !answer.err.is_empty() {
+            say(&format!("nomad-driver-shim: {}", answer.err));
+        }
+        let result = answer.result.unwrap_or_default();
+        if result.oom_killed {
+            say("nomad-driver-shim: the kernel's OOM killer struck");
+        }
+        Ok(u8::try_from(result.exit_code).unwrap_or(super::OURS))
+    }
+
+    async fn stop<T>(
+        &self,
+        driver: &mut crate::pb::driver::driver_client::DriverClient<tonic::transport::Channel>,
+        task_id: &str,
+        wait: impl Future<Output = T>,
+    ) -> T {
+        let request = StopTaskRequest { task_id: task_id.to_owned(), timeout: Some(STOP), signal: String::new() };
+        if let Err(status) = driver.stop_task(request).await {
+            say(&format!("nomad-driver-shim: stop: {}", status.message()));
+        }
+        wait.await
+    }
+}
+
+fn to(writer: impl Write + Send + 'static) -> Output {
+    Output::To(Box::new(writer))
+}
+
+/// The phases, those of the plugin below StartTask.
+fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Option<Duration>)]) -> String {
+    let mut text = String::from("phase                              ms\n");
+    for (name, took) in steps {
+        let took = took.map_or_else(|| "-".to_owned(), |took| format!("{:.2}", took.as_secs_f64() * 1000.0));
+        text.push_str(&format!("{name:28} {took:>8}\n"));
+        if *name == "StartTask" {
+            let pooled = phases.get("phase.shim_pooled").is_some_and(|pooled| pooled == "true");
+            let shim = if pooled { "shim (one waited)" } else { "shim (started now)" };
+            let parts = [
+                ("image", "image_ms"),
+                (shim, "shim_ms"),
+                ("record, rootfs, bundle", "bundle_ms"),
+                ("shim: Create", "create_ms"),
+                ("shim: Start", "start_ms"),
+            ];
+            for (label, key) in parts {
+                let value = phases.get(&format!("phase.{key}")).and_then(|value| value.parse::<f64>().ok());
+                text.push_str(&format!("  {label:26} {:>8.2}\n", value.unwrap_or_default()));
+            }
+        }
+    }
+    text.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_starts_have_dockers_codes() {
+        let prefix = "create the container: OCI runtime create failed: ";
+        for (message, code) in [
+            ("exec: \"/x\": stat /x: no such file or directory", 127),
+            ("executable file `/x` not found in $PATH: No such file or directory", 127),
+            ("exec: \"/etc/passwd\": permission denied", 126),
+            ("open executable: Permission denied", 126),
+            ("cgroups: something else", 125),
+        ] {
+            assert_eq!(start_failure(&format!("{prefix}{message}")), code, "{message}");
+        }
+        assert_eq!(start_failure("image x was not found: no such file or directory"), 125);
+    }
+
+    #[test]
+    fn mounts_are_read_as_dockers() {
+        let block = mount("type=bind,src=/a,dst=/b,ro").expect("a mount");
+        assert_eq!(block, json!({"type": "bind", "source": "/a", "target": "/b", "options": ["ro"]}));
+        assert!(mount("source=/a").is_err());
+    }
+}

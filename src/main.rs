@@ -1,0 +1,56 @@
+//! `nomad-driver-shim`: a Nomad driver plugin when Nomad starts it, a command line otherwise.
+
+use std::process::ExitCode;
+
+use nomad_driver_shim::{chain, cli, ids::DriverName, plugin};
+use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+fn main() -> ExitCode {
+    // One crypto library for the registry client and AutoMTLS; a second call would fail, and there is none.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(4).max_blocking_threads(64).enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&format!("start the runtime: {error}")),
+    };
+    let code = if plugin::is_plugin() { runtime.block_on(run_plugin()) } else { runtime.block_on(cli::main()) };
+    // Nothing that still runs may keep us: the agent waits 2 s, then kills.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run_plugin() -> ExitCode {
+    // The agent filters by its own level, which a plugin is not told.
+    let filter = EnvFilter::try_from_env("NOMAD_DRIVER_SHIM_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,nomad_driver_shim=debug"));
+    tracing_subscriber::registry().with(plugin::Hclog.with_filter(filter)).init();
+    let name = match driver_name() {
+        Ok(name) => name,
+        Err(problem) => return fail(&problem),
+    };
+    match plugin::serve(name).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&chain(&error)),
+    }
+}
+
+/// `--name NAME` from the plugin's `args`, else what we are called.
+fn driver_name() -> Result<DriverName, String> {
+    let mut arguments = std::env::args();
+    let argv0 = arguments.next().unwrap_or_default();
+    let arguments: Vec<String> = arguments.collect();
+    let name = match &arguments[..] {
+        [] => DriverName::from_argv0(&argv0),
+        [flag, name] if flag == "--name" => DriverName::new(name),
+        [one] if one.starts_with("--name=") => DriverName::new(&one["--name=".len()..]),
+        other => return Err(format!("plugin args {other:?}: only --name NAME is known")),
+    };
+    name.map_err(|error| error.to_string())
+}
+
+#[allow(clippy::print_stderr, reason = "the last word of a program that can't go on")]
+fn fail(problem: &str) -> ExitCode {
+    eprintln!("nomad-driver-shim: {problem}");
+    ExitCode::FAILURE
+}
