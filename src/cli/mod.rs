@@ -24,7 +24,7 @@ use crate::{
         private::{self, Hold, PrivateError},
     },
     image::{ImageError, ImageStore, SharedError},
-    places::{Places, PlacesError},
+    places::{Places, PlacesError, make_dir},
 };
 
 /// Errors of ours, as docker's.
@@ -215,7 +215,8 @@ impl Store {
     /// The image records that the command line's runs share.
     fn images(&self, common: &Common) -> Result<ImageStore, CliError> {
         let places = common.places("cli");
-        places.create()?;
+        let images = places.images();
+        make_dir(&images).map_err(|source| PlacesError::Create { path: images, source })?;
         Ok(ImageStore::open(&places, self.client.clone())?)
     }
 }

@@ -8,6 +8,7 @@ use std::{
 
 use clap::Args;
 use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{CliError, Common, Store, say};
 use crate::{
@@ -249,11 +250,13 @@ impl Session<'_> {
         }
         let stdout = Collector::start(&dirs.stdout, to(std::io::stdout()));
         let stderr = Collector::start(&dirs.stderr, to(std::io::stderr()));
+        // From here on an interrupt stops the task, even one that comes before we know that it runs.
+        let mut interrupts = Interrupts::listen()?;
         let began = Instant::now();
         let task_id = task.id.clone();
         driver.start_task(StartTaskRequest { task: Some(task) }).await.map_err(called("StartTask"))?;
         let started = began.elapsed();
-        let exit = self.wait(&mut driver.clone(), &task_id).await;
+        let exit = self.wait(&mut driver.clone(), &task_id, &mut interrupts).await;
         let lasted = began.elapsed();
         stdout.ended(DRAIN).await;
         stderr.ended(DRAIN).await;
@@ -286,16 +289,14 @@ impl Session<'_> {
         &self,
         driver: &mut crate::pb::driver::driver_client::DriverClient<tonic::transport::Channel>,
         task_id: &str,
+        interrupts: &mut Interrupts,
     ) -> Result<u8, CliError> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         let mut waiting = driver.clone();
         let wait = waiting.wait_task(WaitTaskRequest { task_id: task_id.to_owned() });
         tokio::pin!(wait);
         let answer = tokio::select! {
             answer = &mut wait => answer,
-            _ = interrupt.recv() => self.stop(driver, task_id, wait).await,
-            _ = terminate.recv() => self.stop(driver, task_id, wait).await,
+            () = interrupts.next() => self.stop(driver, task_id, wait).await,
         };
         let answer = answer.map_err(called("WaitTask"))?.into_inner();
         if !answer.err.is_empty() {
@@ -319,6 +320,22 @@ impl Session<'_> {
             say(&format!("nomad-driver-shim: stop: {}", status.message()));
         }
         wait.await
+    }
+}
+
+/// Ctrl-C and SIGTERM.
+struct Interrupts(Signal, Signal);
+
+impl Interrupts {
+    fn listen() -> Result<Self, CliError> {
+        Ok(Self(signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?))
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.0.recv() => {}
+            _ = self.1.recv() => {}
+        }
     }
 }
 

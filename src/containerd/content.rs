@@ -60,30 +60,36 @@ impl Client {
     pub async fn write_blob(&self, lease: &LeaseId, bytes: &[u8], labels: Labels) -> Result<Digest, ContainerdError> {
         let digest = Digest::of(bytes);
         let size = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
-        let mut writer = self.open_blob(lease, &digest, size).await?;
-        if let Some(writer) = &mut writer {
-            writer.write(bytes).await?;
-        }
-        match writer {
-            Some(writer) => writer.commit(labels).await?,
-            None => self.keep_blob(lease, &digest, labels).await?,
+        while !self.keep_blob(lease, &digest, labels.clone()).await? {
+            let Some(mut writer) = self.open_blob(lease, &digest, size).await? else { continue };
+            if !writer.is_complete() {
+                writer.write(bytes).await?;
+            }
+            writer.commit(labels).await?;
+            break;
         }
         Ok(digest)
     }
 
-    /// Puts a blob that is there already under the lease and adds labels to it.
+    /// Puts a blob that is there already under the lease and adds labels to it: false when it is not there (any more:
+    /// the garbage collector may be at work on what an earlier pull left).
     ///
     /// # Errors
     /// As containerd.
-    pub async fn keep_blob(&self, lease: &LeaseId, digest: &Digest, labels: Labels) -> Result<(), ContainerdError> {
+    pub async fn keep_blob(&self, lease: &LeaseId, digest: &Digest, labels: Labels) -> Result<bool, ContainerdError> {
+        // The lease first: what the collector has not taken by now, it won't take.
         self.add_to_lease(lease, "content", digest.as_str()).await?;
         if labels.is_empty() {
-            return Ok(());
+            return Ok(self.blob(digest).await?.is_some());
         }
         let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
         let info = Info { digest: digest.to_string(), labels, ..Default::default() };
         let request = UpdateRequest { info: Some(info), update_mask: Some(prost_types::FieldMask { paths }) };
-        self.call("Content.Update", digest.as_str(), self.content().update(self.request(None, request))).await.map(drop)
+        match self.call("Content.Update", digest.as_str(), self.content().update(self.request(None, request))).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Opens a blob for writing from its start; None when it is there already.
@@ -145,12 +151,20 @@ impl Client {
             answers,
         };
         let answer = writer.answer().await?;
-        if answer.offset > 0 {
+        // All of it is there already, in another namespace (containerd shares blobs): only the commit is missing.
+        if answer.offset == size {
+            writer.offset = size;
+        }
+        if answer.offset != writer.offset {
             // A cut-off download of earlier: what is there was never checked by us, so start over.
             drop(writer);
             let abort = self.request(None, AbortRequest { r#ref: reference.to_owned() });
             self.call("Content.Abort", reference, self.content().abort(abort)).await?;
-            return Box::pin(self.try_open_blob(lease, digest, size, reference)).await;
+            return Err(ContainerdError::Refused {
+                call: CALL_NAME,
+                subject: digest.to_string(),
+                source: super::Refusal { code: Code::Unavailable, message: "a stale download was thrown away".into() },
+            });
         }
         Ok(writer)
     }
@@ -182,6 +196,11 @@ pub struct BlobWriter {
 }
 
 impl BlobWriter {
+    /// Is all of it there, so that only `commit` is left to do?
+    pub fn is_complete(&self) -> bool {
+        self.offset == self.size
+    }
+
     /// Appends `bytes`.
     ///
     /// # Errors

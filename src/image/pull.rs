@@ -280,17 +280,21 @@ impl Download<'_> {
         let tell = |done| self.source.progress.tell(PullEvent::Layer { digest: digest.clone(), done, size: *size });
         let client = self.source.client;
         let labels = Labels::from([("containerd.io/uncompressed".to_owned(), self.diff.to_string())]);
-        if client.blob(digest).await?.is_some() {
-            client.keep_blob(lease, digest, labels).await?;
-            tell(*size);
-            return Ok(());
-        }
-        let Some(mut writer) = client.open_blob(lease, digest, i64::try_from(*size).unwrap_or(i64::MAX)).await? else {
-            // Somebody else's pull of the same layer has just ended well.
-            client.keep_blob(lease, digest, labels).await?;
-            tell(*size);
-            return Ok(());
+        let mut writer = loop {
+            if client.keep_blob(lease, digest, labels.clone()).await? {
+                tell(*size);
+                return Ok(());
+            }
+            // None: somebody else's pull of the same layer has just ended well.
+            let writer = client.open_blob(lease, digest, i64::try_from(*size).unwrap_or(i64::MAX)).await?;
+            if let Some(writer) = writer {
+                break writer;
+            }
         };
+        if writer.is_complete() {
+            tell(*size);
+            return Ok(writer.commit(labels).await?);
+        }
         match self.stream(&mut writer, &tell).await {
             Ok(()) => Ok(writer.commit(labels).await?),
             Err(error) => {

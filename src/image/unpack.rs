@@ -44,9 +44,9 @@ pub async fn unpack(
         })
         .collect();
     let Some(top) = chains.last() else { return Ok(None) };
-    if !client.has_snapshot(top.as_str()).await? {
+    if !kept(client, lease, top).await? {
         for (n, ((layer, diff), chain)) in layers.iter().zip(&chains).enumerate() {
-            if !client.has_snapshot(chain.as_str()).await? {
+            if !kept(client, lease, chain).await? {
                 let parent = n.checked_sub(1).map(|below| &chains[below]);
                 apply(client, reference, lease, Step { layer, diff, parent, chain }).await?;
             }
@@ -54,6 +54,13 @@ pub async fn unpack(
         }
     }
     Ok(Some(top.clone()))
+}
+
+/// Is there an unpacked stack of this name? If so it is under the lease from now on; the lease comes first, since the
+/// garbage collector may be at work on what an earlier pull left.
+async fn kept(client: &Client, lease: &LeaseId, chain: &ChainId) -> Result<bool, ImageError> {
+    client.add_to_lease(lease, &client.snapshot_kind(), chain.as_str()).await?;
+    Ok(client.has_snapshot(chain.as_str()).await?)
 }
 
 struct Step<'a> {

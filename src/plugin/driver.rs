@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    path::Path,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -17,7 +18,7 @@ use super::{config, convert, fingerprint, options::TASK, schema, status};
 use crate::{
     ids::{DriverName, TaskId},
     pb::driver::{self as wire, driver_server::Driver},
-    task::{Engine, EventHub, Force, Inspection, Settings, TaskError, TaskHandle},
+    task::{Engine, EventHub, Force, Inspection, Settings, TaskError, TaskHandle, give_up_logs},
 };
 
 /// The pool is filled this long after `Init`: an `Init` may come to a process that lives 12 ms.
@@ -104,6 +105,12 @@ impl DriverService {
         {
             engine.close();
         }
+    }
+
+    async fn start(&self, task: &wire::TaskConfig) -> Result<TaskHandle, Status> {
+        let request = convert::start_request(&self.settings()?, task).map_err(|error| status::of_config(&error))?;
+        let engine = self.engine().await?;
+        Box::pin(engine.start(request)).await.map_err(refuse)
     }
 
     async fn known(&self, id: &str) -> Result<(Engine, TaskId), Status> {
@@ -209,13 +216,19 @@ impl Driver for DriverService {
         request: Request<wire::StartTaskRequest>,
     ) -> Result<Response<wire::StartTaskResponse>, Status> {
         let task = request.into_inner().task.ok_or_else(|| Status::invalid_argument("no task to start"))?;
-        let request = convert::start_request(&self.settings()?, &task).map_err(|error| status::of_config(&error))?;
         let this = self.clone();
-        let started = to_the_end(async move {
-            let engine = this.engine().await?;
-            Box::pin(engine.start(request)).await.map_err(refuse)
+        let handle = to_the_end({
+            let task = task.clone();
+            async move {
+                let outcome = Box::pin(this.start(&task)).await;
+                if outcome.is_err() {
+                    let paths = [&task.alloc_dir, &task.stdout_path, &task.stderr_path].map(Path::new);
+                    give_up_logs(paths[0], paths[1], paths[2]);
+                }
+                outcome
+            }
         });
-        let handle = started.await?;
+        let handle = handle.await?;
         Ok(Response::new(wire::StartTaskResponse {
             handle: Some(wire::TaskHandle {
                 version: TaskHandle::VERSION,

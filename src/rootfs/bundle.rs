@@ -4,11 +4,14 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::{
+        fd::{AsRawFd as _, BorrowedFd},
+        unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::Spec;
 
 use super::RootfsError;
@@ -104,7 +107,43 @@ impl BundlePaths {
             .map_err(|source| file("write", &path, source))
     }
 
-    /// Unmounts the root file system, however often it is mounted.
+    /// Where the job's n-th mount is bound before the runtime takes it.
+    pub fn pinned(&self, n: usize) -> PathBuf {
+        self.pins().join(n.to_string())
+    }
+
+    fn pins(&self) -> PathBuf {
+        self.bundle.join("mounts")
+    }
+
+    /// Binds an open file or directory to its place in the bundle, with all that is mounted below it.
+    ///
+    /// # Errors
+    /// As mount(2).
+    pub fn pin(&self, n: usize, source: BorrowedFd<'_>) -> Result<(), RootfsError> {
+        let target = self.pinned(n);
+        let bound = || -> io::Result<()> {
+            let from = PathBuf::from(format!("/proc/self/fd/{}", source.as_raw_fd()));
+            fs::create_dir_all(self.pins())?;
+            if fs::metadata(&from)?.is_dir() {
+                fs::create_dir(&target)?
+            } else {
+                drop(fs::File::create(&target)?)
+            }
+            Ok(mount(Some(&from), &target, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?)
+        };
+        bound().map_err(|source| file("bind a mount's source to", &target, source))
+    }
+
+    /// What is or may be mounted.
+    fn mount_points(&self) -> Vec<PathBuf> {
+        let pins = fs::read_dir(self.pins()).map(|entries| entries.flatten().map(|entry| entry.path()).collect());
+        let mut points: Vec<PathBuf> = pins.unwrap_or_default();
+        points.push(self.rootfs());
+        points
+    }
+
+    /// Unmounts the root file system and the job's sources, however often they are mounted.
     ///
     /// # Errors
     /// As umount2(2); not mounted and not there are fine.
@@ -112,27 +151,35 @@ impl BundlePaths {
         if fault::skipped("unmount") {
             return Ok(());
         }
-        let rootfs = self.rootfs();
-        loop {
-            match umount2(&rootfs, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                Ok(()) => {}
-                // EINVAL: not a mount point.
-                Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
-                Err(errno) => return Err(file("unmount", &rootfs, errno.into())),
+        for point in self.mount_points() {
+            loop {
+                match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                    Ok(()) => {}
+                    // EINVAL: not a mount point.
+                    Err(nix::Error::EINVAL | nix::Error::ENOENT) => break,
+                    Err(errno) => return Err(file("unmount", &point, errno.into())),
+                }
             }
         }
+        Ok(())
     }
 
-    /// Removes the bundle. The root file system must be unmounted: a directory that still is a mount point makes this
-    /// fail before anything below it is touched.
+    /// Removes the bundle. Nothing may be mounted in it: a mount point can't be removed, and that is tried first, so
+    /// that what is mounted (the host's own directories among it) is never descended into.
     ///
     /// # Errors
     /// As the file system; not there is fine.
     pub fn remove(&self) -> Result<(), RootfsError> {
-        let rootfs = self.rootfs();
-        match fs::remove_dir(&rootfs) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(file("remove", &rootfs, source)),
-            _ => {}
+        for point in self.mount_points() {
+            let removed = match fs::symlink_metadata(&point) {
+                Ok(metadata) if metadata.is_dir() => fs::remove_dir(&point),
+                Ok(_) => fs::remove_file(&point),
+                Err(error) => Err(error),
+            };
+            match removed {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(file("remove", &point, source)),
+                _ => {}
+            }
         }
         if fault::skipped("bundle") {
             return Ok(());

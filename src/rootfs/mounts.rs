@@ -3,10 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::{
-        fd::{AsRawFd as _, OwnedFd},
-        unix::fs::OpenOptionsExt as _,
-    },
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
     path::{Component, Path, PathBuf},
 };
 
@@ -53,13 +50,22 @@ pub struct AllocDirs<'a> {
     pub task: &'a str,
 }
 
-/// A mount for the spec, and the descriptor that pins its source until the runtime has mounted it.
+/// A mount whose source has been found.
 #[derive(Debug)]
-pub struct ResolvedMount {
-    /// For the spec; a bind's source is `/proc/<our pid>/fd/N`, which nobody can swap.
-    pub mount: Mount,
-    /// Keeps that path good.
-    pub pin: Option<OwnedFd>,
+pub enum ResolvedMount {
+    /// To be passed on as it is.
+    FileSystem(Mount),
+    /// A file or directory, held so that nobody can swap it. The bundle binds it to a place of ours, from where the
+    /// runtime takes it: a path through `/proc/<pid>/fd` would lie in our mount namespace, and runtimes mount from
+    /// another.
+    Bind {
+        /// What was found.
+        source: OwnedFd,
+        /// Where it goes in the container.
+        target: String,
+        /// fstab-style options.
+        options: Vec<String>,
+    },
 }
 
 /// Finds every source. Relative ones lie below the task's directory (`local/…`, `secrets/…`) or are `alloc/…`;
@@ -76,25 +82,24 @@ pub fn resolve(
     requests
         .iter()
         .map(|request| {
-            let (kind, source, pin) = match &request.kind {
-                MountKind::FileSystem { kind, source } => (kind.as_str(), source.clone(), None),
-                MountKind::Bind { source } => {
-                    let fd = open_source(source, dirs, flavor, allow_paths)?;
-                    let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
-                    ("bind", path, Some(fd))
-                }
-            };
             let mut options = request.options.clone();
-            if pin.is_some() && !options.iter().any(|option| option == "bind" || option == "rbind") {
-                options.push("rbind".to_owned());
+            match &request.kind {
+                MountKind::FileSystem { kind, source } => Ok(ResolvedMount::FileSystem(
+                    MountBuilder::default()
+                        .destination(PathBuf::from(&request.target))
+                        .typ(kind.as_str())
+                        .source(PathBuf::from(source))
+                        .options(options)
+                        .build()?,
+                )),
+                MountKind::Bind { source } => {
+                    if !options.iter().any(|option| option == "bind" || option == "rbind") {
+                        options.push("rbind".to_owned());
+                    }
+                    let source = open_source(source, dirs, flavor, allow_paths)?;
+                    Ok(ResolvedMount::Bind { source, target: request.target.clone(), options })
+                }
             }
-            let mount = MountBuilder::default()
-                .destination(PathBuf::from(&request.target))
-                .typ(kind)
-                .source(PathBuf::from(source))
-                .options(options)
-                .build()?;
-            Ok(ResolvedMount { mount, pin })
         })
         .collect()
 }
@@ -171,8 +176,8 @@ mod tests {
         let whole = alloc.path().join("alloc/data");
         for source in ["local/file", "local/in", "alloc/data", "local", whole.to_str().expect("utf-8")] {
             let resolved = resolve(source, Flavor::Secure, &[]).expect(source);
-            let options = resolved[0].mount.options().clone().expect("set");
-            assert_eq!(options, ["ro", "rbind"]);
+            let ResolvedMount::Bind { options, .. } = &resolved[0] else { panic!("a bind") };
+            assert_eq!(*options, ["ro", "rbind"]);
         }
         for source in ["local/out", "../other", "private", "local/../../x", outside.path().to_str().expect("utf-8")] {
             assert!(resolve(source, Flavor::Secure, &[]).is_err(), "{source}");

@@ -124,9 +124,13 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     }
     let user = if input.user.is_empty() { input.image.user } else { input.user };
     let ids = users::resolve(user, input.image.passwd, input.image.group)?;
+    // The primary group is among them: without it, a program that drops it could still act with its rights
+    // (CVE-2022-36109).
+    let groups: Vec<u32> =
+        std::iter::once(ids.gid).chain(ids.groups.iter().copied().filter(|group| *group != ids.gid)).collect();
     let process = ProcessBuilder::default()
         .terminal(false)
-        .user(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(ids.groups).build()?)
+        .user(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(groups).build()?)
         .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
         .env(process::environment(input.image.env, input.env, input.flavor))
         .cwd(PathBuf::from(cwd))

@@ -52,8 +52,8 @@ enum Stream {
 pub struct Stdio {
     stdout: Stream,
     stderr: Stream,
-    /// Read ends that keep the shim from waiting for a reader; Nomad's collector has its own.
-    readers: Vec<File>,
+    /// Read ends that keep the shim from waiting for a reader; Nomad's collector has its own. Held, never read.
+    _readers: Vec<File>,
 }
 
 impl Stdio {
@@ -70,7 +70,7 @@ impl Stdio {
                 readers.push(reader.map_err(|source| StdioError::Open { path: path.into(), source })?);
             }
         }
-        Ok(Self { stdout, stderr, readers })
+        Ok(Self { stdout, stderr, _readers: readers })
     }
 
     /// What the shim is to open: both streams or neither, as it insists.
@@ -84,26 +84,16 @@ impl Stdio {
 
     /// The shim has both open (it holds read ends too): ours are no longer needed.
     pub fn handed_over(self) {}
-
-    /// Nothing was started: lets Nomad's collector see the end of both streams at once. It waits four seconds for
-    /// somebody to open them otherwise.
-    pub fn give_up(self) {
-        for stream in [&self.stdout, &self.stderr] {
-            if let Some(path) = stream.path() {
-                // Fails with ENXIO when no reader is there: then nobody waits either.
-                let _ = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path);
-            }
-        }
-        drop(self.readers);
-    }
 }
 
-/// For a start that failed before the streams were even opened.
+/// Nothing was started: lets Nomad's collector see the end of both streams at once. It waits four seconds for somebody
+/// to open them otherwise.
 pub fn give_up(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     for path in [stdout, stderr] {
         if let Ok(stream) = open(alloc_dir, path)
             && let Some(path) = stream.path()
         {
+            // Fails with ENXIO when no reader is there: then nobody waits either.
             let _ = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path);
         }
     }
@@ -167,7 +157,7 @@ mod tests {
         let stdio = Stdio::open(alloc.path(), &path("good"), Path::new("/dev/null")).expect("opens");
         let (stdout, stderr) = stdio.paths();
         assert!(stdout.starts_with("/proc/") && stderr == "/dev/null", "{stdout} {stderr}");
-        stdio.give_up();
+        stdio.handed_over();
 
         for (name, kind) in [("file", "plain file"), ("link", "symbolic link")] {
             let error = Stdio::open(alloc.path(), &path(name), Path::new("")).expect_err("refused").to_string();

@@ -9,7 +9,12 @@ mod signal;
 mod start;
 mod undo;
 
-use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 pub use engine::{Engine, Force, Inspection};
 pub use events::{EventHub, TaskEvent};
@@ -28,7 +33,10 @@ use crate::{
         CapabilityRequest, Command, NetworkNamespace, Resources, RootMode, RootfsError, mounts::MountRequest,
         network::Dns,
     },
-    shim::{ShimError, stdio::StdioError},
+    shim::{
+        ShimError,
+        stdio::{self, StdioError},
+    },
 };
 
 /// Why something could not be done to a task.
@@ -147,6 +155,11 @@ impl TaskError {
             _ => false,
         }
     }
+}
+
+/// A start failed, wherever: lets whoever reads the task's log FIFOs see their end.
+pub fn give_up_logs(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
+    stdio::give_up(alloc_dir, stdout, stderr);
 }
 
 /// The checked options of a job's `config` block.

@@ -169,7 +169,10 @@ pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<(), String> {
 
 async fn probe(binary: &Path, bundle: &Path, id: &str) -> Result<(), String> {
     let text = |error: std::io::Error| error.to_string();
-    fs::create_dir_all(bundle.join("rootfs/proc")).map_err(text)?;
+    // crun makes links in /dev, and expects the directory.
+    for directory in ["rootfs/proc", "rootfs/dev"] {
+        fs::create_dir_all(bundle.join(directory)).map_err(text)?;
+    }
     let namespaces: Vec<_> =
         ["pid", "mount", "ipc", "uts"].iter().map(|kind| serde_json::json!({ "type": kind })).collect();
     let spec = serde_json::json!({

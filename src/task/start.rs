@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    os::fd::AsFd as _,
     path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -52,14 +53,6 @@ pub struct Phases {
 
 /// Starts a task: on success its process runs; on failure nothing is left.
 pub async fn start(shared: &Arc<Shared>, request: &StartRequest) -> Result<Running, TaskError> {
-    let outcome = attempt(shared, request).await;
-    if outcome.is_err() {
-        stdio::give_up(&request.alloc_dir, &request.stdout, &request.stderr);
-    }
-    outcome
-}
-
-async fn attempt(shared: &Arc<Shared>, request: &StartRequest) -> Result<Running, TaskError> {
     let began = Instant::now();
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
@@ -142,7 +135,8 @@ async fn made(
             Ok(Running { record, shim: ShimHandle::Owned(shim), pid, started_at, phases })
         }
         Err(error) => {
-            stdio.give_up();
+            // Not given up yet: another try may follow, and the reader must not take this for the end.
+            drop(stdio);
             if let Err(left) = undo(shared, &record, ShimHandle::Owned(shim)).await {
                 // The record is still there: the next start of this task, or the next plugin, tries again.
                 tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
@@ -243,6 +237,11 @@ impl Plan<'_> {
     ) -> Result<(), TaskError> {
         let layers = Layers { lowers: &self.image.lowers, options: &self.image.overlay_options };
         paths.mount(layers)?;
+        for (n, resolved) in self.resolved.iter().enumerate() {
+            if let ResolvedMount::Bind { source, .. } = resolved {
+                paths.pin(n, source.as_fd())?;
+            }
+        }
         let own = self.request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
         paths.write(&paths.hosts(), &network::hosts(own))?;
         paths.write(&paths.resolv_conf(), &self.request.dns.render(&system_dns(self.request)))?;
@@ -300,13 +299,22 @@ impl Plan<'_> {
     /// The job's own mounts, Nomad's volumes, then what every task has: so nobody hides `/secrets` by accident.
     fn mounts(&self, shared: &Shared, flavor: Flavor) -> Result<Vec<Mount>, TaskError> {
         let Self { request, .. } = self;
-        let mut mounts: Vec<Mount> = self.resolved.iter().map(|resolved| resolved.mount.clone()).collect();
+        let places = &shared.settings.places;
+        let paths = BundlePaths { bundle: places.bundle(&self.container_id), upper: places.upper(&self.container_id) };
+        let mut mounts = Vec::new();
+        for (n, resolved) in self.resolved.iter().enumerate() {
+            mounts.push(match resolved {
+                ResolvedMount::FileSystem(mount) => mount.clone(),
+                ResolvedMount::Bind { target, options, .. } => {
+                    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+                    bind(&paths.pinned(n), Path::new(target), &options)?
+                }
+            });
+        }
         for volume in &request.volumes {
             let mode = if volume.readonly { "ro" } else { "rw" };
             mounts.push(bind(&volume.host_path, &volume.task_path, &["rbind", mode, volume.propagation])?);
         }
-        let places = &shared.settings.places;
-        let paths = BundlePaths { bundle: places.bundle(&self.container_id), upper: places.upper(&self.container_id) };
         mounts.push(bind(&paths.resolv_conf(), Path::new("/etc/resolv.conf"), &["rbind", "ro"])?);
         // The old driver let a task edit its hosts file; some images' entry points do.
         mounts.push(bind(&paths.hosts(), Path::new("/etc/hosts"), &["rbind", "rw"])?);

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Proves the two commands on a machine that has nothing: a Debian (or Ubuntu) made by debootstrap, with make, this
+# host's trust store and the Rust toolchain added, and a fresh clone of this source. Everything else must come from
+# the project's own set-up script.
+#
+#   scripts/test-fresh.sh [SUITE]      SUITE defaults to this host's
+#
+# Runs in mount and process namespaces of its own: whatever it starts ends with it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+suite=${1:-$(. /etc/os-release && echo "$VERSION_CODENAME")}
+root=${FRESH_ROOT:-/var/tmp/nomad-driver-shim-fresh}
+say() { printf '\ntest-fresh: %s\n' "$*" >&2; }
+
+if [ "${IN_NAMESPACE:-}" != yes ]; then
+  export IN_NAMESPACE=yes
+  exec unshare --mount --propagation private --pid --fork --kill-child "$0" "$suite"
+fi
+
+rm -rf --one-file-system "$root"
+mkdir -p "$root"
+say "debootstrap of $suite in $root"
+debootstrap --variant=minbase --include=make,ca-certificates "$suite" "$root" > "$root.log" 2>&1 || { tail -n 20 "$root.log" >&2; exit 1; }
+
+say "adding the Rust toolchain and this source ($(git rev-parse --short HEAD))"
+mkdir -p "$root/opt/rust"
+mount --bind -o ro "$(rustc --print sysroot)" "$root/opt/rust"
+cp /etc/resolv.conf "$root/etc/resolv.conf"
+cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
+git clone --quiet . "$root/src"
+
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/run"
+
+inside() {
+  chroot "$root" /usr/bin/env -i HOME=/root TERM="${TERM:-dumb}" RUST_BACKTRACE=0 \
+    PATH=/opt/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt \
+    sh -c "cd /src && $1"
+}
+took() { say "$1 took $(( $(date +%s) - $2 )) s"; }
+
+began=$(date +%s)
+inside "make demo"
+took "make demo, from nothing," "$began"
+began=$(date +%s)
+inside "make demo"
+took "make demo, the second time," "$began"
+began=$(date +%s)
+inside "make test"
+took "make test" "$began"
+say "green"

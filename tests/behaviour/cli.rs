@@ -1,0 +1,208 @@
+//! The command line.
+
+use std::{
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+};
+
+use nomad_driver_shim::ids::random_hex;
+
+use crate::support::{Image, leak, program, services, services::root};
+
+struct Cli {
+    dir: PathBuf,
+    namespace: String,
+}
+
+impl Cli {
+    fn new() -> Self {
+        let id = random_hex(4);
+        Self { dir: root().join(&id), namespace: format!("cli-{id}") }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command
+            .args(arguments)
+            .env("NOMAD_DRIVER_SHIM_ADDRESS", &services().containerd)
+            .env("NOMAD_DRIVER_SHIM_NAMESPACE", &self.namespace)
+            .env("NOMAD_DRIVER_SHIM_RUN_DIR", self.dir.join("run"))
+            .env("NOMAD_DRIVER_SHIM_STATE_DIR", self.dir.join("state"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    async fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = self.command(arguments);
+        tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
+    }
+
+    /// Nothing of `run` stays: no run directory, no mount, no writable layer.
+    fn assert_clean(&self) {
+        assert_eq!(leak::entries(&self.dir.join("run")), Vec::<String>::new());
+        assert_eq!(leak::entries(&self.dir.join("state/cli/uppers")), Vec::<String>::new());
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(self.dir.to_str().unwrap()));
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+async fn busybox() -> String {
+    Image::busybox().push(&services().registry, "test/busybox:1").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn run_exits_with_the_tasks_code_and_gives_its_output() {
+    let (cli, image) = (Cli::new(), busybox().await);
+    let output = cli
+        .run(&["run", "--env", "A=b", "--user", "1000", &image, "sh", "-c", "echo $A; id -u; echo e >&2; exit 7"])
+        .await;
+    assert_eq!(
+        (output.status.code(), text(&output.stdout), text(&output.stderr)),
+        (Some(7), "b\n1000\n".into(), "e\n".into())
+    );
+    cli.assert_clean();
+    let output = cli.run(&["run", "--time", &image, "true"]).await;
+    assert_eq!(output.status.code(), Some(0));
+    for phase in ["StartTask", "image", "shim: Create", "shim: Start", "first byte"] {
+        assert!(text(&output.stderr).contains(phase), "{}", text(&output.stderr));
+    }
+    cli.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_have_dockers_codes_and_one_clear_line() {
+    let (cli, image) = (Cli::new(), busybox().await);
+    let none = format!("{}/no/such:1", services().registry);
+    let private = {
+        Image::busybox().push(&services().basic_backdoor, "private/app:1").await;
+        format!("{}/private/app:1", services().basic_registry)
+    };
+    for (arguments, code, words) in [
+        (&["run", &image, "/no/such"][..], 127, "/no/such"),
+        (&["run", "--runtime", "runc", &image, "/no/such"], 127, "/no/such"),
+        (&["run", &image, "/etc/not-executable"], 126, "ermission denied"),
+        (&["run", "--runtime", "runc", &image, "/etc/not-executable"], 126, "ermission denied"),
+        (&["run", &none], 125, "not found"),
+        (&["run", "--user", "ghost", &image], 125, "ghost"),
+        (&["run", "127.0.0.1:1/x"], 125, "out of reach"),
+        (&["run", &private], 125, "pull access denied"),
+        (&["run", "Not An Image"], 125, "Not An Image"),
+        (&["run", "--env", "nonsense", &image], 125, "nonsense"),
+        (&["run", "--runtime", "kata", &image], 125, "kata"),
+        (&["pull", &none], 125, "not found"),
+        (&["run"], 125, "IMAGE"),
+        (&["no-such-command"], 125, "no-such-command"),
+    ] {
+        let output = cli.run(arguments).await;
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(words), "{arguments:?}: {stderr}");
+        if words != "IMAGE" && words != "no-such-command" {
+            assert_eq!(stderr.lines().count(), 1, "{arguments:?}: {stderr}");
+        }
+        assert!(output.stdout.is_empty());
+    }
+    cli.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_stops_the_task() {
+    let (cli, image) = (Cli::new(), busybox().await);
+    let script = "trap 'echo stopped; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
+    let mut child = cli.command(&["run", &image, "sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdout = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut stdout, &mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), nix::sys::signal::Signal::SIGINT)
+        .unwrap();
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut stdout, &mut rest).unwrap();
+    assert_eq!((rest.as_str(), child.wait().unwrap().code()), ("stopped\n", Some(9)));
+    cli.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pull_images_and_ps_list_what_there_is() {
+    let (cli, image) = (Cli::new(), busybox().await);
+    let output = cli.run(&["pull", &image]).await;
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).starts_with(&format!("{image}@sha256:")));
+    let images: serde_json::Value = serde_json::from_slice(&cli.run(&["images", "--json"]).await.stdout).unwrap();
+    assert_eq!((images[0]["name"].as_str(), images[0]["ready"].as_bool()), (Some(image.as_str()), Some(true)));
+    assert!(text(&cli.run(&["images"]).await.stdout).contains(&image));
+
+    let mut child = cli
+        .command(&["run", "--name", "sleeper", &image, "sh", "-c", "echo ready; sleep 600"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
+    let tasks: serde_json::Value = serde_json::from_slice(&cli.run(&["ps", "--json"]).await.stdout).unwrap();
+    assert_eq!((tasks[0]["name"].as_str(), tasks[0]["state"].as_str()), (Some("sleeper"), Some("running")), "{tasks}");
+    assert!(text(&cli.run(&["ps"]).await.stdout).contains("sleeper"));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)
+        .unwrap();
+    child.wait().unwrap();
+    assert_eq!(text(&cli.run(&["ps", "--json"]).await.stdout), "[]\n");
+    cli.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_knows_this_host() {
+    let cli = Cli::new();
+    let output = cli.run(&["doctor", "--json"]).await;
+    let findings: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(output.status.success(), "{findings:#}");
+    for what in ["root", "cgroups", "overlayfs", "shim", "runc", "crun", "containerd"] {
+        let finding = findings.as_array().unwrap().iter().find(|finding| finding["what"] == what);
+        assert_ne!(finding.unwrap_or_else(|| panic!("{what}"))["verdict"], "MISSING", "{findings:#}");
+    }
+    let mut command = cli.command(&["doctor"]);
+    let bare = tokio::task::spawn_blocking(move || {
+        command.env("PATH", "/nowhere").env("NOMAD_DRIVER_SHIM_ADDRESS", "/no/such.sock").output().unwrap()
+    });
+    let bare = bare.await.unwrap();
+    assert_eq!(bare.status.code(), Some(1));
+    assert!(text(&bare.stdout).contains("install containerd"), "{}", text(&bare.stdout));
+}
+
+/// Without a containerd on the system, one of our own is started, shared by those who need it, and ended by the last.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_private_containerd_comes_and_goes() {
+    assert!(
+        !std::path::Path::new("/run/containerd/containerd.sock").exists(),
+        "this test wants a host without a running containerd"
+    );
+    let (cli, image) = (Cli::new(), busybox().await);
+    let private = |arguments: &[&str]| {
+        let mut command = cli.command(arguments);
+        command.env_remove("NOMAD_DRIVER_SHIM_ADDRESS");
+        command
+    };
+    let children: Vec<_> = (0..3)
+        .map(|n| {
+            private(&["run", &image, "sh", "-c", &format!("sleep 0.{n}; exit {n}")])
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for (n, child) in children.into_iter().enumerate() {
+        let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+        assert_eq!(output.status.code(), i32::try_from(n).ok(), "{}", text(&output.stderr));
+    }
+    assert!(!cli.dir.join("run/containerd/pid").exists(), "the last one ended it");
+    let lines: Vec<_> = leak::entries(std::path::Path::new("/proc"))
+        .into_iter()
+        .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok())
+        .filter(|line| line.contains(cli.dir.to_str().unwrap()))
+        .collect();
+    assert!(lines.is_empty(), "{lines:?}");
+    assert!(cli.dir.join("state/containerd").exists(), "its store stays");
+}

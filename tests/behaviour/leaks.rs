@@ -1,0 +1,106 @@
+//! The leak checker itself: green when all is undone, red when any one undo is left out.
+
+use serde_json::json;
+
+use crate::support::{Env, EnvOptions, leak};
+
+/// Runs and destroys a task in a plugin whose fault switch leaves out `step`: what the checker says.
+async fn leaks_without(step: &str) -> Vec<String> {
+    let options =
+        EnvOptions { env: vec![("NOMAD_DRIVER_SHIM_SKIP".to_owned(), step.to_owned())], ..EnvOptions::default() };
+    let mut env = Env::with(options).await;
+    let task = env.sh("sleep 600").await;
+    let outcome = env.destroy(&task).await;
+    let mut leaks = leak::while_alive(&env).await;
+    assert!(!leaks.is_empty(), "nothing noticed without {step}");
+    assert!(env.plugin().stderr().contains("left out by the fault switch"), "the switch must fire: {step}");
+    drop(outcome);
+    env.plugin.take().unwrap().leave().await;
+    leaks.extend(leak::afterwards(&env).await);
+    clean(&env).await;
+    leaks
+}
+
+/// A plugin without the fault undoes what is left, which shows that undoing works from the record alone.
+async fn clean(env: &Env) {
+    for line in std::fs::read_to_string("/proc/self/mountinfo")
+        .unwrap()
+        .lines()
+        .filter(|line| line.contains(env.dir.to_str().unwrap()))
+    {
+        let point = line.split(' ').nth(4).unwrap();
+        nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+    for hierarchy in nomad_driver_shim::cgroup::Cgroups::detect().unwrap().hierarchies() {
+        for alloc in &env.allocs {
+            let group = hierarchy.join("nomad").join(format!("{}.web", alloc.id));
+            let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+            for pid in procs.lines().map(|pid| pid.parse().unwrap()) {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            }
+            crate::support::eventually("the cgroup is gone", async || match std::fs::remove_dir(&group) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            })
+            .await;
+        }
+    }
+    for (pid, line) in shims(env) {
+        assert!(line.contains("containerd-shim"), "{line}");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+}
+
+fn shims(env: &Env) -> Vec<(i32, String)> {
+    leak::entries(std::path::Path::new("/proc"))
+        .into_iter()
+        .filter_map(|pid| {
+            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+            (line.contains(env.dir.to_str().unwrap()) && line.contains("-namespace"))
+                .then(|| (pid.parse().unwrap(), line))
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_undo_that_is_left_out_is_noticed() {
+    for (step, sign) in [
+        // A shim that deletes a container unmounts its root, too; with neither, it shows.
+        ("container,unmount", "mount: "),
+        ("container", " state of "),
+        ("bundle", "run/bundles/"),
+        ("upper", "state/uppers/"),
+        ("record", "run/tasks/"),
+        ("shim", "shims: "),
+        ("shim-dir", "shim"),
+    ] {
+        let leaks = leaks_without(step).await;
+        assert!(leaks.iter().any(|leak| leak.contains(sign)), "{step}: {sign:?} not in {leaks:#?}");
+    }
+}
+
+/// What a crashed plugin left is undone by the next one, from its records.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destroy_after_a_crash_undoes_by_the_record() {
+    let mut env = Env::new().await;
+    let task = env.sh("sleep 600").await;
+    env.kill_plugin().await;
+    env.start_plugin().await;
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+/// Half a start, as a crash between two steps leaves it: an intent on disk, nothing or some of it made.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_made_start_is_undone_at_the_next_opening() {
+    let mut env = Env::new().await;
+    let task = env.sh("sleep 600").await;
+    let id = env.attribute(&task, "container_id").await;
+    env.kill_plugin().await;
+    let path = env.dir.join("run/tasks").join(format!("{id}.json"));
+    let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    record["state"] = json!({"is": "intended"});
+    std::fs::write(&path, record.to_string()).unwrap();
+    env.start_plugin().await;
+    env.finish().await;
+}

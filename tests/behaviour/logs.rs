@@ -1,0 +1,95 @@
+//! A task's output and Nomad's log FIFOs.
+
+use std::{fs, path::Path, time::Duration};
+
+use serde_json::json;
+
+use crate::support::Env;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_line_is_lost_at_the_end() {
+    let mut env = Env::new().await;
+    let (code, out, _) = {
+        let task = env.sh("i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done").await;
+        env.finish_task(task).await
+    };
+    assert_eq!(code, 0);
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines.len(), 20000);
+    assert!(lines.iter().enumerate().all(|(n, line)| *line == format!("line {n}")), "in order");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disabled_logs_go_nowhere() {
+    let mut env = Env::new().await;
+    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo lost; readlink /proc/self/fd/1; exit 2"]});
+    let mut task = env.prepare(config).await;
+    task.config.stdout_path = "/dev/null".to_owned();
+    task.config.stderr_path = "/dev/null".to_owned();
+    env.try_start(&mut task).await.unwrap();
+    assert_eq!(env.wait(&task).await.exit_code, 2);
+    env.destroy(&task).await.unwrap();
+    release(&task.dirs.stdout);
+    release(&task.dirs.stderr);
+    env.finish().await;
+}
+
+/// Lets a collector that nobody wrote to go.
+fn release(fifo: &Path) {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    drop(fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(fifo));
+}
+
+/// The log directory is writable from inside the task: what it puts in a FIFO's place must not be written to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_symlink_in_place_of_a_fifo_leaves_its_target_untouched() {
+    let mut env = Env::new().await;
+    let target = env.dir.join("precious");
+    fs::write(&target, "untouched").unwrap();
+    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo gotcha"]});
+    let mut task = env.prepare(config).await;
+    let logs = task.dirs.alloc_dir.join("alloc/logs");
+    for swap in ["file", "directory"] {
+        release(&task.dirs.stdout);
+        match swap {
+            "file" => {
+                fs::remove_file(&task.dirs.stdout).unwrap();
+                std::os::unix::fs::symlink(&target, &task.dirs.stdout).unwrap();
+            }
+            _ => {
+                fs::remove_file(&task.dirs.stdout).unwrap();
+                fs::rename(&logs, env.dir.join("elsewhere")).unwrap();
+                std::os::unix::fs::symlink(env.dir.join("elsewhere"), &logs).unwrap();
+                nix::unistd::mkfifo(&task.dirs.stdout, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            }
+        }
+        let error = env.try_start(&mut task).await.unwrap_err();
+        assert!(error.message().contains("log FIFO"), "{swap}: {error:?}");
+        assert_eq!(fs::read_to_string(&target).unwrap(), "untouched");
+    }
+    release(&env.dir.join("elsewhere").join(task.dirs.stderr.file_name().unwrap()));
+    env.finish().await;
+}
+
+/// Nomad's log collector opens both FIFOs and waits for somebody to write. After a failed start it waits four seconds,
+/// unless it sees both ends opened and closed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_start_does_not_make_the_log_collector_wait() {
+    let mut env = Env::new().await;
+    let good = env.busybox().await;
+    for config in [
+        json!({"image": good, "command": "/no/such"}),
+        json!({"image": "127.0.0.1:1/no/such:1"}),
+        json!({"image": good, "no_such_option": 1}),
+        json!({"image": good, "runtime": "no-such"}),
+    ] {
+        let mut task = env.prepare(config.clone()).await;
+        env.try_start(&mut task).await.unwrap_err();
+        for stream in [&task.stdout, &task.stderr] {
+            let waited = stream.ended(Duration::from_secs(2)).await;
+            assert!(waited.is_some(), "the collector still waits after {config}");
+        }
+    }
+    env.finish().await;
+}

@@ -1,0 +1,20 @@
+//! Behaviour tests: the built binary, through the real handshake, with real containerd, shims, runtimes and registry.
+//!
+//! One file a behaviour; what they share is in `support`. They need root and what `scripts/setup.sh` installs; a
+//! missing part is a failure, never a skip.
+#![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "tests")]
+
+mod support;
+
+mod cli;
+mod failures;
+mod handshake;
+mod images;
+mod leaks;
+mod lifecycle;
+mod logs;
+mod many;
+mod options;
+mod recovery;
+mod stop;
+mod structure;

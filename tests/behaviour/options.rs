@@ -1,0 +1,359 @@
+//! Each option of a task, seen from inside the container or from the kernel.
+
+use std::fs;
+
+use nomad_driver_shim::pb::driver::{Mount, NetworkIsolationSpec};
+use serde_json::{Value, json};
+
+use crate::support::{Env, EnvOptions, Image, services};
+
+fn sh(image: &str, script: &str) -> Value {
+    json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})
+}
+
+fn with(mut config: Value, key: &str, value: Value) -> Value {
+    config[key] = value;
+    config
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn command_args_and_entrypoint_follow_dockers_rules() {
+    let mut env = Env::new().await;
+    let image = Image::busybox()
+        .with_config("Entrypoint", json!(["/bin/echo", "entry"]))
+        .with_config("Cmd", json!(["cmd"]))
+        .push(&services().registry, "test/entrypoint:1")
+        .await;
+    for (options, expected) in [
+        (json!({}), "entry cmd"),
+        (json!({"args": ["a", "b"]}), "entry a b"),
+        (json!({"command": "c"}), "entry c"),
+        (json!({"command": "c", "args": ["a"]}), "entry c a"),
+        (json!({"entrypoint": ["/bin/echo", "own"], "args": ["a"]}), "own a"),
+        (json!({"entrypoint": []}), "entry cmd"),
+        (json!({"entrypoint": [""], "args": ["/bin/echo", "only"]}), "only"),
+    ] {
+        let mut config = options.clone();
+        config["image"] = json!(image);
+        let (code, out, _) = env.run(config).await;
+        assert_eq!((code, out.trim_end()), (0, expected), "{options}");
+    }
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cwd_hostname_user_and_environment() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let script = "pwd; hostname; id; echo $FROM_IMAGE $FROM_JOB; echo $PATH; grep '^NoNewPrivs' /proc/self/status";
+    let config = with(with(sh(&image, script), "cwd", json!("/made/by/runtime")), "hostname", json!("thehost"));
+    let mut task = env.prepare(config).await;
+    task.config.env.insert("FROM_JOB".to_owned(), "a b\nc".to_owned());
+    task.config.env.insert("PATH".to_owned(), "/bin:/job".to_owned());
+    task.config.user = "user".to_owned();
+    env.try_start(&mut task).await.unwrap();
+    let (code, out, err) = env.finish_task(task).await;
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(
+        lines,
+        [
+            "/made/by/runtime",
+            "thehost",
+            "uid=1000(user) gid=1001(user) groups=1001(user),2000(extra)",
+            "yes a b c",
+            "/bin:/job",
+            "NoNewPrivs:\t1"
+        ]
+    );
+    for (user, expected) in [
+        ("1234:5678", "uid=1234 gid=5678"),
+        ("user:extra", "uid=1000(user) gid=2000(extra)"),
+        ("", "uid=0(root) gid=0(root)"),
+    ] {
+        let mut task = env.prepare(sh(&image, "id")).await;
+        task.config.user = user.to_owned();
+        env.try_start(&mut task).await.unwrap();
+        let (_, out, _) = env.finish_task(task).await;
+        assert!(out.starts_with(expected), "{user}: {out}");
+    }
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alloc_local_and_secrets_are_the_hosts_directories_and_private_is_not_there() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let script = "cat /secrets/token; echo a > /alloc/data/a; echo l > /local/l; ls -d /private /web 2>&1; ls /";
+    let mut task = env.prepare(sh(&image, script)).await;
+    let task_dir = task.dirs.alloc_dir.join("web");
+    fs::write(task_dir.join("secrets/token"), "t0ken\n").unwrap();
+    env.try_start(&mut task).await.unwrap();
+    let alloc = task.dirs.alloc_dir.clone();
+    let (_, out, _) = env.finish_task(task).await;
+    assert!(out.starts_with("t0ken\n") && out.contains("/private: No such file"), "{out}");
+    assert_eq!(fs::read_to_string(alloc.join("alloc/data/a")).unwrap(), "a\n");
+    assert_eq!(fs::read_to_string(task_dir.join("local/l")).unwrap(), "l\n");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_root_is_the_tasks_own_or_read_only() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    assert_eq!(env.run(sh(&image, "echo x > /bin/new && cat /bin/new")).await, (0, "x\n".to_owned(), String::new()));
+    let (code, _, err) = env.run(with(sh(&image, "echo x > /bin/new"), "readonly_rootfs", json!(true))).await;
+    assert!(code != 0 && err.contains("Read-only file system"), "{code} {err}");
+    assert_eq!(env.run(sh(&image, "ls /bin/new")).await.0, 1, "the first task's file is not in the image");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_of_each_kind() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let mounts = json!([
+        {"type": "bind", "source": "local/config", "target": "/etc/app.conf", "options": ["ro"]},
+        {"type": "volume", "source": "alloc/data", "target": "/shared", "options": ["rbind", "rw"]},
+        {"type": "tmpfs", "target": "/scratch", "options": ["size=1m", "nosuid"]},
+    ]);
+    let script = "cat /etc/app.conf; echo no > /etc/app.conf; echo yes > /shared/f; df -k /scratch | tail -1 | awk '{print $1, $2}'";
+    for runtime in ["crun", "runc"] {
+        let config = with(with(sh(&image, script), "mounts", mounts.clone()), "runtime", json!(runtime));
+        let mut task = env.prepare(config).await;
+        fs::write(task.dirs.alloc_dir.join("web/local/config"), "configured\n").unwrap();
+        env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        let alloc = task.dirs.alloc_dir.clone();
+        let (_, out, err) = env.finish_task(task).await;
+        assert_eq!(out, "configured\ntmpfs 1024\n", "{runtime}");
+        assert!(err.contains("Read-only file system"), "{runtime}: {err}");
+        assert_eq!(fs::read_to_string(alloc.join("alloc/data/f")).unwrap(), "yes\n");
+    }
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_do_not_leave_the_tasks_directories() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let outside = env.dir.join("outside");
+    fs::create_dir_all(&outside).unwrap();
+    for source in ["../../other", "private/x", "local/link", "local/missing", outside.to_str().unwrap()] {
+        let mounts = json!([{"type": "bind", "source": source, "target": "/m", "options": ["rw"]}]);
+        let mut task = env.prepare(with(sh(&image, "true"), "mounts", mounts)).await;
+        std::os::unix::fs::symlink(&outside, task.dirs.alloc_dir.join("web/local/link")).unwrap();
+        let error = env.try_start(&mut task).await.unwrap_err();
+        assert!(error.message().contains("mounts: source"), "{source}: {error:?}");
+    }
+    env.finish().await;
+    let config = json!({"security": {"allow_paths": [outside]}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mounts = json!([{"type": "bind", "source": outside, "target": "/m", "options": ["rw"]}]);
+    assert_eq!(env.run(with(sh(&image, "touch /m/made"), "mounts", mounts)).await.0, 0);
+    assert!(outside.join("made").exists());
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_of_nomad_are_mounted() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let volume = env.dir.join("volume");
+    fs::create_dir_all(&volume).unwrap();
+    fs::write(volume.join("f"), "from the host\n").unwrap();
+    let mut task = env
+        .prepare(sh(&image, "cat /rw/f; echo w > /rw/w; echo w > /ro/w2; grep -c ' /rw .*master' /proc/self/mountinfo"))
+        .await;
+    for (task_path, readonly, propagation) in [("/rw", false, "host-to-task"), ("/ro", true, "private")] {
+        task.config.mounts.push(Mount {
+            task_path: task_path.to_owned(),
+            host_path: volume.to_str().unwrap().to_owned(),
+            readonly,
+            propagation_mode: propagation.to_owned(),
+            ..Default::default()
+        });
+    }
+    env.try_start(&mut task).await.unwrap();
+    let (_, out, err) = env.finish_task(task).await;
+    assert!(out.starts_with("from the host\n") && err.contains("Read-only file system"), "{out} {err}");
+    assert!(volume.join("w").exists() && !volume.join("w2").exists());
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_network_is_private_the_groups_or_the_hosts() {
+    let config = json!({"security": {"allow_host_namespaces": true}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let image = env.busybox().await;
+    let script = "readlink /proc/self/ns/net; ip -o link | wc -l; ip -o addr show lo | grep -c 127.0.0.1";
+    let host = fs::read_link("/proc/self/ns/net").unwrap().to_string_lossy().into_owned();
+    let (_, private, _) = env.run(sh(&image, script)).await;
+    assert!(!private.contains(&host) && private.ends_with("\n1\n1\n"), "its own, with lo up: {private}");
+    let (_, shared, _) = env.run(with(sh(&image, "readlink /proc/self/ns/net"), "host_network", json!(true))).await;
+    assert_eq!(shared.trim_end(), host);
+
+    let name = format!("nds-{}", env.namespace);
+    crate::support::services::run(std::process::Command::new("ip").args(["netns", "add", &name]));
+    let path = format!("/run/netns/{name}");
+    let group = NetworkIsolationSpec { mode: 1, path: path.clone(), ..Default::default() };
+    let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap());
+    let mut task = env.prepare(sh(&image, "readlink /proc/self/ns/net")).await;
+    task.config.network_isolation_spec = Some(group.clone());
+    env.try_start(&mut task).await.unwrap();
+    let (_, out, _) = env.finish_task(task).await;
+    let mut conflict = env.prepare(with(sh(&image, "true"), "host_network", json!(true))).await;
+    conflict.config.network_isolation_spec = Some(group);
+    let error = env.try_start(&mut conflict).await.unwrap_err();
+    crate::support::services::run(std::process::Command::new("ip").args(["netns", "del", &name]));
+    assert_eq!(out.trim_end(), format!("net:[{inode}]"));
+    assert!(error.message().contains("exclude each other"), "{error:?}");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_are_resolved_as_the_group_or_the_host_says() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let script = "cat /etc/resolv.conf; grep -c localhost /etc/hosts; echo x > /etc/resolv.conf";
+    let mut task = env.prepare(sh(&image, script)).await;
+    task.config.dns = Some(nomad_driver_shim::pb::driver::DnsConfig {
+        servers: vec!["127.0.0.1".to_owned()],
+        searches: vec!["internal.corp".to_owned()],
+        options: vec!["ndots:2".to_owned()],
+    });
+    env.try_start(&mut task).await.unwrap();
+    let (_, out, err) = env.finish_task(task).await;
+    assert_eq!(out, "nameserver 127.0.0.1\nsearch internal.corp\noptions ndots:2\n2\n");
+    assert!(err.contains("Read-only file system"), "{err}");
+    env.finish().await;
+}
+
+/// The bits of `CapEff`.
+async fn capabilities(env: &mut Env, image: &str, options: Value) -> u64 {
+    let mut config = sh(image, "grep CapEff /proc/self/status");
+    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    let (code, out, err) = env.run(config).await;
+    assert_eq!(code, 0, "{err}");
+    u64::from_str_radix(out.split_whitespace().nth(1).unwrap(), 16).unwrap()
+}
+
+const CHOWN: u64 = 1;
+const NET_RAW: u64 = 1 << 13;
+const NET_ADMIN: u64 = 1 << 12;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn capabilities_are_the_defaults_changed_by_the_job() {
+    let config = json!({"security": {"allow_caps": ["ALL"]}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let image = env.busybox().await;
+    let default = capabilities(&mut env, &image, json!({})).await;
+    assert_eq!((default.count_ones(), default & NET_RAW, default & CHOWN), (13, 0, CHOWN));
+    let changed = capabilities(&mut env, &image, json!({"cap_add": ["net_admin"], "cap_drop": ["CAP_CHOWN"]})).await;
+    assert_eq!(changed, default & !CHOWN | NET_ADMIN);
+    assert_eq!(capabilities(&mut env, &image, json!({"cap_add": ["NET_RAW"], "cap_drop": ["ALL"]})).await, NET_RAW);
+    env.finish().await;
+
+    let mut env = Env::new().await;
+    let mut task = env.prepare(with(sh(&image, "true"), "cap_add", json!(["NET_ADMIN"]))).await;
+    let error = env.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().contains("NET_ADMIN is not allowed"), "{error:?}");
+    env.finish().await;
+
+    let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let old = capabilities(&mut env, &image, json!({"cap_add": []})).await;
+    assert_eq!((old.count_ones(), old & NET_RAW), (14, NET_RAW), "the old driver's fourteen");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_is_for_those_whom_the_operator_lets() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let privileged = with(
+        sh(
+            &image,
+            "grep CapBnd /proc/self/status; ls -l /dev/loop-control /dev/kmsg; echo x > /proc/sys/kernel/domainname && echo wrote",
+        ),
+        "privileged",
+        json!(true),
+    );
+    let mut task = env.prepare(privileged.clone()).await;
+    let error = env.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().to_lowercase().contains("privileged jobs are not allowed"), "{error:?}");
+    env.finish().await;
+    for runtime in ["crun", "runc"] {
+        let mut env =
+            Env::with(EnvOptions { config: json!({"allow_privileged": true}), ..EnvOptions::default() }).await;
+        let (_, out, err) = env.run(with(privileged.clone(), "runtime", json!(runtime))).await;
+        let own = fs::read_to_string("/proc/self/status").unwrap();
+        let own = own.lines().find(|line| line.starts_with("CapBnd")).unwrap();
+        assert!(out.contains(own) && out.contains("/dev/kmsg") && out.contains("wrote"), "{runtime}: {out}{err}");
+        env.finish().await;
+    }
+    let mut env = Env::new().await;
+    let (_, out, _) = env
+        .run(sh(
+            &image,
+            "echo x > /proc/sys/kernel/domainname || echo refused; ls /dev/kmsg; cat /proc/kcore | head -c1 | wc -c",
+        ))
+        .await;
+    assert_eq!(out, "refused\n0\n", "without it, neither sysctls nor devices nor memory");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_runtime_is_the_jobs_choice_and_never_another() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    for (wanted, expected) in [
+        (json!("crun"), "crun"),
+        (json!("runc"), "runc"),
+        (json!("io.containerd.runc.v2"), "crun"),
+        (json!(null), "crun"),
+    ] {
+        let task = env.start(with(sh(&image, "sleep 600"), "runtime", wanted.clone())).await;
+        assert_eq!(env.attribute(&task, "runtime").await, expected, "{wanted}");
+        env.destroy(&task).await.unwrap();
+    }
+    let mut task = env.prepare(with(sh(&image, "true"), "runtime", json!("kata"))).await;
+    let error = env.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().contains("kata") && error.message().contains("crun, runc"), "{error:?}");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_are_in_the_kernels_files() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let mut task = env.prepare(sh(&image, "sleep 600")).await;
+    let resources = task.config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap();
+    let memory = resources.memory.as_mut().unwrap();
+    (memory.memory_mb, memory.memory_max_mb) = (32, 48);
+    env.try_start(&mut task).await.unwrap();
+    let cgroup = env.attribute(&task, "cgroup").await;
+    assert_eq!(cgroup, format!("/nomad/{}.web", task.dirs.alloc_id), "on cgroup v1");
+    let read = |controller: &str, file: &str| {
+        fs::read_to_string(format!("/sys/fs/cgroup/{controller}{cgroup}/{file}")).unwrap().trim().to_owned()
+    };
+    assert_eq!(read("memory", "memory.limit_in_bytes"), (48 << 20).to_string());
+    assert_eq!(read("memory", "memory.soft_limit_in_bytes"), (32 << 20).to_string());
+    assert_eq!(read("cpu", "cpu.shares"), "100");
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+/// Names that Nomad allows always start: spaces, dots, double dashes, 200 characters.
+#[tokio::test(flavor = "multi_thread")]
+async fn any_name_of_nomads_starts() {
+    use nomad_driver_shim::{host::Alloc, ids::random_hex};
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    for name in ["with space", "a--b..c", "ünï", &"x".repeat(120)] {
+        let alloc = Alloc::create(&env.dir.join("allocs"), &format!("{}-{}", env.namespace, random_hex(4))).unwrap();
+        env.allocs.push(alloc.clone());
+        let mut task = env.prepare_in(alloc.task(name).unwrap(), "1", sh(&image, "hostname | wc -c")).await;
+        env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{name}: {}", status.message()));
+        assert_eq!(env.finish_task(task).await.0, 0, "{name}");
+    }
+    env.finish().await;
+}

@@ -1,0 +1,88 @@
+//! The architecture's arrows: plugin → task → {shim, rootfs, image, cgroup} → containerd, and never back.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+/// What each module may name, besides itself and the leaves that everybody may.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("cli", &["host", "task", "image", "containerd", "cgroup", "plugin"]),
+    ("plugin", &["task", "image", "rootfs", "containerd"]),
+    ("task", &["shim", "rootfs", "image", "cgroup", "containerd"]),
+    ("shim", &[]),
+    ("rootfs", &[]),
+    ("image", &["containerd"]),
+    ("cgroup", &[]),
+    ("containerd", &[]),
+    ("host", &[]),
+];
+
+const LEAVES: &[&str] = &["chain", "cookie", "duration", "fault", "ids", "overlay", "pb", "places"];
+
+#[test]
+fn arrows_point_one_way() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let modules: BTreeMap<&str, &[&str]> = ARROWS.iter().copied().collect();
+    let mut wrong = Vec::new();
+    for entry in fs::read_dir(&source).unwrap().flatten().filter(|entry| entry.path().is_dir()) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let allowed = modules.get(name.as_str()).unwrap_or_else(|| panic!("src/{name} is not in the list of arrows"));
+        for file in files(&entry.path()) {
+            let text = fs::read_to_string(&file).unwrap();
+            // What only tests use says nothing about the architecture.
+            let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+            for used in uses(text) {
+                let known = used == name || LEAVES.contains(&used.as_str()) || allowed.contains(&used.as_str());
+                if !known {
+                    wrong.push(format!("{} uses {used}", file.strip_prefix(&source).unwrap().display()));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// First path segments after `crate::`, in plain and in braced use.
+fn uses(text: &str) -> Vec<String> {
+    let ident = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices("crate::") {
+        let rest = &text[at + "crate::".len()..];
+        let Some(inside) = rest.strip_prefix('{') else {
+            found.push(ident(rest));
+            continue;
+        };
+        let (mut depth, mut item) = (0, String::new());
+        for c in inside.chars() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => found.push(ident(std::mem::take(&mut item).trim())),
+                _ => {}
+            }
+            if depth == 0 && c != ',' {
+                item.push(c);
+            }
+        }
+        found.push(ident(item.trim()));
+    }
+    found.retain(|name| !name.is_empty());
+    found
+}
+
+fn files(directory: &Path) -> Vec<std::path::PathBuf> {
+    let entries = fs::read_dir(directory).unwrap().flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn the_list_of_uses_is_read_right() {
+    let text = "use crate::{\n    a::{b, c},\n    d,\n};\nuse crate::e::f;\nlet x = crate::g(1);";
+    assert_eq!(uses(text), ["a", "d", "e", "g"]);
+}
+
+/// A release build has no switch that leaves out a step.
+#[test]
+fn fault_switches_are_compiled_out_of_release_builds() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/fault.rs")).unwrap();
+    assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn skipped(_name: &str) -> bool {\n    false\n}"));
+}

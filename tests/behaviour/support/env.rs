@@ -1,0 +1,236 @@
+//! One plugin with its own directories and its own containerd namespace, and the tasks that a test runs in it.
+
+use std::{path::PathBuf, time::Duration};
+
+use nomad_driver_shim::{
+    host::{Alloc, Collector, Launch, Output, Plugin, TaskDirs, encode, encode_raw},
+    ids::random_hex,
+    pb::driver::{
+        DestroyTaskRequest, ExitResult, InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, StartTaskRequest,
+        StopTaskRequest, TaskConfig, TaskConfigSchemaRequest, TaskHandle, WaitTaskRequest, WaitTaskResponse,
+    },
+};
+use serde_json::{Value, json};
+use tonic::Status;
+
+use super::{Image, PATIENCE, leak, program, services, services::root};
+
+/// What a test wants different.
+pub struct EnvOptions {
+    /// Merged over the plugin's configuration.
+    pub config: Value,
+    /// Added to the plugin's environment.
+    pub env: Vec<(String, String)>,
+    /// The driver's name.
+    pub name: &'static str,
+}
+
+impl Default for EnvOptions {
+    fn default() -> Self {
+        Self { config: json!({}), env: Vec::new(), name: "shim" }
+    }
+}
+
+pub struct Env {
+    pub plugin: Option<Plugin>,
+    pub dir: PathBuf,
+    pub namespace: String,
+    pub config: Value,
+    launch: Launch,
+    /// Allocations made, for the leak checker.
+    pub allocs: Vec<Alloc>,
+}
+
+/// A task and its collected output.
+pub struct Task {
+    pub id: String,
+    pub dirs: TaskDirs,
+    pub config: TaskConfig,
+    pub stdout: Collector,
+    pub stderr: Collector,
+    pub handle: Option<TaskHandle>,
+}
+
+impl Env {
+    pub async fn new() -> Self {
+        Self::with(EnvOptions::default()).await
+    }
+
+    pub async fn with(options: EnvOptions) -> Self {
+        let id = random_hex(4);
+        let dir = root().join(&id);
+        std::fs::create_dir_all(&dir).unwrap();
+        let namespace = format!("test-{id}");
+        let mut config = json!({
+            "containerd": {"address": services().containerd, "namespace": namespace},
+            "state": {"run_dir": dir.join("run"), "state_dir": dir.join("state")},
+            "shim": {"pool": 1},
+        });
+        merge(&mut config, &options.config);
+        let mut launch = Launch::new(program());
+        launch.args = vec!["--name".to_owned(), options.name.to_owned()];
+        launch.env = options.env;
+        launch.env.push(("PLUGIN_UNIX_SOCKET_DIR".to_owned(), dir.to_str().unwrap().to_owned()));
+        let mut this = Self { plugin: None, dir, namespace, config, launch, allocs: Vec::new() };
+        this.start_plugin().await;
+        this
+    }
+
+    pub async fn start_plugin(&mut self) {
+        let plugin = Plugin::launch(&self.launch).await.unwrap();
+        plugin.configure(&self.config).await.unwrap();
+        self.plugin = Some(plugin);
+    }
+
+    /// As `kill -9` does; its socket stays, as it would.
+    pub async fn kill_plugin(&mut self) {
+        let plugin = self.plugin.take().unwrap();
+        let socket = plugin.socket().to_owned();
+        plugin.kill().await;
+        std::fs::remove_file(socket).unwrap();
+    }
+
+    pub fn plugin(&self) -> &Plugin {
+        self.plugin.as_ref().unwrap()
+    }
+
+    pub fn driver(&self) -> nomad_driver_shim::pb::driver::driver_client::DriverClient<tonic::transport::Channel> {
+        self.plugin().driver()
+    }
+
+    /// The busybox image in the real registry.
+    pub async fn busybox(&self) -> String {
+        static NAME: tokio::sync::OnceCell<String> = tokio::sync::OnceCell::const_new();
+        NAME.get_or_init(async || Image::busybox().push(&services().registry, "test/busybox:1").await).await.clone()
+    }
+
+    /// A task of a new allocation, ready to be started, with readers on its FIFOs.
+    pub async fn prepare(&mut self, config: Value) -> Task {
+        let alloc = Alloc::create(&self.dir.join("allocs"), &format!("{}-{}", self.namespace, random_hex(4))).unwrap();
+        self.allocs.push(alloc.clone());
+        let dirs = alloc.task("web").unwrap();
+        self.prepare_in(dirs, "1", config).await
+    }
+
+    pub async fn prepare_in(&self, dirs: TaskDirs, attempt: &str, config: Value) -> Task {
+        let schema = self.driver().task_config_schema(TaskConfigSchemaRequest {}).await.unwrap().into_inner();
+        let msgpack = encode(schema.spec.as_ref(), &config).unwrap_or_else(|_| encode_raw(&config));
+        let config = dirs.config(attempt, msgpack);
+        let (stdout, stderr) =
+            (Collector::start(&dirs.stdout, Output::Keep), Collector::start(&dirs.stderr, Output::Keep));
+        Task { id: config.id.clone(), dirs, config, stdout, stderr, handle: None }
+    }
+
+    pub async fn try_start(&self, task: &mut Task) -> Result<(), Status> {
+        let request = StartTaskRequest { task: Some(task.config.clone()) };
+        let answer = self.driver().start_task(request).await?.into_inner();
+        task.handle = answer.handle;
+        Ok(())
+    }
+
+    /// A running task of a new allocation.
+    pub async fn start(&mut self, config: Value) -> Task {
+        let mut task = self.prepare(config).await;
+        self.try_start(&mut task)
+            .await
+            .unwrap_or_else(|status| panic!("{}\n{}", status.message(), self.plugin().stderr()));
+        task
+    }
+
+    /// A running shell in busybox.
+    pub async fn sh(&mut self, script: &str) -> Task {
+        let config = json!({"image": self.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+        self.start(config).await
+    }
+
+    /// Runs a task to its end and destroys it: exit code, stdout, stderr.
+    pub async fn run(&mut self, config: Value) -> (i32, String, String) {
+        let task = self.start(config).await;
+        self.finish_task(task).await
+    }
+
+    pub async fn finish_task(&self, task: Task) -> (i32, String, String) {
+        let code = self.wait(&task).await.exit_code;
+        let (out, err) = task.output().await;
+        self.destroy(&task).await.unwrap();
+        (code, out, err)
+    }
+
+    pub async fn try_wait(&self, id: &str) -> Result<WaitTaskResponse, Status> {
+        let request = WaitTaskRequest { task_id: id.to_owned() };
+        let mut driver = self.driver();
+        tokio::time::timeout(PATIENCE, driver.wait_task(request))
+            .await
+            .expect("WaitTask hangs")
+            .map(tonic::Response::into_inner)
+    }
+
+    pub async fn wait(&self, task: &Task) -> ExitResult {
+        self.try_wait(&task.id).await.unwrap().result.unwrap()
+    }
+
+    pub async fn stop(&self, task: &Task, timeout: Duration, signal: &str) -> Result<(), Status> {
+        let timeout = Some(prost_types::Duration::try_from(timeout).unwrap());
+        let request = StopTaskRequest { task_id: task.id.clone(), timeout, signal: signal.to_owned() };
+        self.driver().stop_task(request).await.map(drop)
+    }
+
+    pub async fn destroy(&self, task: &Task) -> Result<(), Status> {
+        self.destroy_with(task, true).await
+    }
+
+    pub async fn destroy_with(&self, task: &Task, force: bool) -> Result<(), Status> {
+        self.driver().destroy_task(DestroyTaskRequest { task_id: task.id.clone(), force }).await.map(drop)
+    }
+
+    pub async fn inspect(&self, id: &str) -> Result<InspectTaskResponse, Status> {
+        self.driver().inspect_task(InspectTaskRequest { task_id: id.to_owned() }).await.map(tonic::Response::into_inner)
+    }
+
+    pub async fn attribute(&self, task: &Task, name: &str) -> String {
+        self.inspect(&task.id).await.unwrap().driver.unwrap().attributes[name].clone()
+    }
+
+    pub async fn signal(&self, task: &Task, signal: &str) -> Result<(), Status> {
+        let request = SignalTaskRequest { task_id: task.id.clone(), signal: signal.to_owned() };
+        self.driver().signal_task(request).await.map(drop)
+    }
+
+    /// Checks that nothing is left, lets the plugin leave, and checks again.
+    pub async fn finish(mut self) {
+        let leaks = leak::while_alive(&self).await;
+        assert!(leaks.is_empty(), "left while the plugin lives: {leaks:#?}\n{}", self.plugin().stderr());
+        let left = self.plugin.take().unwrap().leave().await;
+        assert!(left.status.is_some_and(|status| status.success()), "{left:?}");
+        let leaks = leak::afterwards(&self).await;
+        assert!(leaks.is_empty(), "left after the plugin: {leaks:#?}");
+    }
+}
+
+impl Task {
+    /// Both streams, to their ends.
+    pub async fn output(&self) -> (String, String) {
+        for stream in [&self.stdout, &self.stderr] {
+            assert!(stream.ended(PATIENCE).await.is_some(), "no end of the task's output");
+        }
+        (self.stdout.text(), self.stderr.text())
+    }
+
+    /// Waits until the task has written `text`.
+    pub async fn says(&self, text: &str) {
+        super::eventually(&format!("output {text:?}"), async || {
+            let seen = self.stdout.text();
+            if seen.contains(text) { Ok(()) } else { Err(seen) }
+        })
+        .await;
+    }
+}
+
+fn merge(into: &mut Value, from: &Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            from.iter().for_each(|(key, value)| merge(into.entry(key).or_insert(Value::Null), value));
+        }
+        (into, from) => *into = from.clone(),
+    }
+}

@@ -1,0 +1,184 @@
+//! The leak checker: what is left in the kernel, in containerd and on disk, of one environment.
+//!
+//! Everything an environment makes carries its directory or its allocations' ids in its name, so tests can run side by
+//! side and each sees only its own.
+
+use std::{fs, path::Path};
+
+use nomad_driver_shim::{cgroup::Cgroups, containerd::Client};
+
+use super::{Env, services};
+
+/// While the plugin lives and has no tasks. Polled: the last teardown may still be under way.
+pub async fn while_alive(env: &Env) -> Vec<String> {
+    polled(async || {
+        let mut leaks = kernel(env);
+        leaks.extend(on_disk(env));
+        leaks.extend(in_containerd(env).await);
+        leaks.extend(descriptors(env));
+        let idle = entries(&env.dir.join("run/shims"));
+        let pool = env.config["shim"]["pool"].as_u64().unwrap_or(2);
+        if idle.len() as u64 > pool {
+            leaks.push(format!("shims: {} for a pool of {pool}: {idle:?}", idle.len()));
+        }
+        // Each idle shim is one process; nothing else of ours may live besides the plugin.
+        let plugin = env.plugin().pid().map(|pid| pid.to_string()).unwrap_or_default();
+        let others: Vec<_> = processes(env).into_iter().filter(|(pid, _)| *pid != plugin).collect();
+        if others.len() != idle.len() {
+            leaks.push(format!("processes: {others:?} for {} idle shims", idle.len()));
+        }
+        leaks
+    })
+    .await
+}
+
+/// After the plugin has left.
+pub async fn afterwards(env: &Env) -> Vec<String> {
+    polled(async || {
+        let mut leaks = kernel(env);
+        leaks.extend(on_disk(env));
+        leaks.extend(processes(env).into_iter().map(|(pid, line)| format!("process {pid}: {line}")));
+        leaks.extend(entries(&env.dir.join("run/shims")).into_iter().map(|shim| format!("shim directory {shim}")));
+        let sockets = entries(&env.dir).into_iter().filter(|name| name.starts_with("plugin-"));
+        leaks.extend(sockets.map(|name| format!("plugin socket {name}")));
+        leaks
+    })
+    .await
+}
+
+async fn polled(look: impl AsyncFn() -> Vec<String>) -> Vec<String> {
+    let mut leaks = Vec::new();
+    for _ in 0..150 {
+        leaks = look().await;
+        if leaks.is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    leaks
+}
+
+/// Mounts, cgroups of every hierarchy, and processes in them.
+fn kernel(env: &Env) -> Vec<String> {
+    let dir = env.dir.to_str().unwrap();
+    let mut leaks: Vec<String> = fs::read_to_string("/proc/self/mountinfo")
+        .unwrap()
+        .lines()
+        .filter(|line| line.contains(dir))
+        .map(|line| format!("mount: {line}"))
+        .collect();
+    for hierarchy in Cgroups::detect().unwrap().hierarchies() {
+        find_dirs(hierarchy, &mut |path| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if env.allocs.iter().any(|alloc| name.contains(&alloc.id)) || name.contains(&env.namespace) {
+                leaks.push(format!("cgroup: {}", path.display()));
+            }
+        });
+    }
+    for pid in pids() {
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        if env.allocs.iter().any(|alloc| groups.contains(&alloc.id)) {
+            leaks.push(format!("process {pid} in a task's cgroup"));
+        }
+    }
+    for name in entries(Path::new("/run/netns")) {
+        if env.allocs.iter().any(|alloc| name.contains(&alloc.id)) {
+            leaks.push(format!("network namespace {name}"));
+        }
+    }
+    leaks
+}
+
+/// Processes that carry the environment's directory: the plugin, its shims, their runtimes.
+fn processes(env: &Env) -> Vec<(String, String)> {
+    let dir = env.dir.to_str().unwrap();
+    pids()
+        .into_iter()
+        .filter_map(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+            let socket = env.plugin.as_ref().and_then(|plugin| plugin.pid()).map(|pid| pid.to_string());
+            let ours = line.contains(dir) || cwd.starts_with(dir) || socket == Some(pid.clone());
+            // A process that is being reaped has neither.
+            ours.then_some((pid, line))
+        })
+        .collect()
+}
+
+/// Records, bundles, writable layers, runtimes' states, allocations' generated files.
+fn on_disk(env: &Env) -> Vec<String> {
+    let mut leaks = Vec::new();
+    for place in ["run/tasks", "run/bundles", "state/uppers"] {
+        leaks.extend(entries(&env.dir.join(place)).into_iter().map(|name| format!("{place}/{name}")));
+    }
+    for runtime in entries(&env.dir.join("run/runtimes")) {
+        let root = env.dir.join("run/runtimes").join(&runtime).join(&env.namespace);
+        leaks.extend(entries(&root).into_iter().map(|id| format!("{runtime} state of {id}")));
+    }
+    leaks
+}
+
+/// Leases and snapshots that no image record claims.
+async fn in_containerd(env: &Env) -> Vec<String> {
+    let records: Vec<serde_json::Value> = entries(&env.dir.join("state/images"))
+        .into_iter()
+        .filter(|name| name.ends_with(".json"))
+        .map(|name| serde_json::from_slice(&fs::read(env.dir.join("state/images").join(name)).unwrap()).unwrap())
+        .collect();
+    let claimed = |key: &str, field: &str| records.iter().any(|record| record[field] == key);
+    let client = Client::new(&services().containerd, &env.namespace, "overlayfs");
+    let mut leaks = Vec::new();
+    for lease in client.leases().await.unwrap_or_default() {
+        if !claimed(&lease, "lease") {
+            leaks.push(format!("lease {lease}"));
+        }
+    }
+    for key in client.snapshot_keys().await.unwrap_or_default() {
+        // Unpacked layers stay with their image; everything else must be a record's view.
+        if !key.starts_with("sha256:") && !claimed(&key, "view") {
+            leaks.push(format!("snapshot {key}"));
+        }
+    }
+    leaks
+}
+
+/// What the plugin has open: no FIFO, directory, file or namespace of a task; two descriptors for each idle shim.
+fn descriptors(env: &Env) -> Vec<String> {
+    let Some(pid) = env.plugin().pid() else { return vec!["the plugin is gone".to_owned()] };
+    let dir = env.dir.to_str().unwrap();
+    let idle = entries(&env.dir.join("run/shims")).len();
+    let mut pidfds = 0;
+    let mut leaks = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+        let target = fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
+        if target.contains("pidfd") {
+            pidfds += 1;
+        } else if target.contains(dir) && !target.ends_with("run/lock") || target.starts_with("net:") {
+            leaks.push(format!("descriptor of the plugin: {target}"));
+        }
+    }
+    // tokio watches each child by a pidfd of its own, beside ours.
+    if pidfds > 2 * idle {
+        leaks.push(format!("descriptors of the plugin: {pidfds} pidfds for {idle} idle shims"));
+    }
+    leaks
+}
+
+pub fn entries(path: &Path) -> Vec<String> {
+    let names = fs::read_dir(path)
+        .map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect());
+    names.unwrap_or_default()
+}
+
+fn pids() -> Vec<String> {
+    entries(Path::new("/proc")).into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())).collect()
+}
+
+fn find_dirs(path: &Path, visit: &mut impl FnMut(&Path)) {
+    let Ok(found) = fs::read_dir(path) else { return };
+    for entry in found.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        visit(&entry.path());
+        find_dirs(&entry.path(), visit);
+    }
+}

@@ -1,0 +1,33 @@
+//! What the behaviour tests share.
+
+pub mod env;
+pub mod fake_registry;
+pub mod image;
+pub mod leak;
+pub mod services;
+
+pub use env::{Env, EnvOptions, Task};
+pub use image::{Entry, Image, Layer, Packing};
+pub use services::services;
+
+use std::time::Duration;
+
+/// Far more than anything takes on a busy machine; a test that gets here has failed.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Polls until `check` holds, and says what it saw when it never does.
+pub async fn eventually<T: std::fmt::Debug>(what: &str, mut check: impl AsyncFnMut() -> Result<(), T>) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        match check().await {
+            Ok(()) => return,
+            Err(seen) if tokio::time::Instant::now() > deadline => panic!("{what}: never; last seen {seen:?}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+/// The program under test.
+pub fn program() -> std::path::PathBuf {
+    env!("CARGO_BIN_EXE_nomad-driver-shim").into()
+}
