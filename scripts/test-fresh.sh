@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 suite=${1:-$(. /etc/os-release && echo "$VERSION_CODENAME")}
 root=${FRESH_ROOT:-/var/tmp/nomad-driver-shim-fresh}
+main() {
 say() { printf '\ntest-fresh: %s\n' "$*" >&2; }
 
 if [ "${IN_NAMESPACE:-}" != yes ]; then
@@ -23,19 +24,23 @@ say "debootstrap of $suite in $root"
 debootstrap --variant=minbase --include=make,ca-certificates "$suite" "$root" > "$root.log" 2>&1 || { tail -n 20 "$root.log" >&2; exit 1; }
 
 say "adding the Rust toolchain and this source ($(git rev-parse --short HEAD))"
-mkdir -p "$root/opt/rust"
+# A root that is no mount point is no root for containers: runtimes remount "/" and pivot away from it.
+mount --bind "$root" "$root"
+mkdir -p "$root/opt/rust" "$root/old"
 mount --bind -o ro "$(rustc --print sysroot)" "$root/opt/rust"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 git clone --quiet . "$root/src"
-
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/run"
+cd "$root"
+pivot_root . old
+umount -l /old
 
 inside() {
-  chroot "$root" /usr/bin/env -i HOME=/root TERM="${TERM:-dumb}" RUST_BACKTRACE=0 \
+  /usr/bin/env -i HOME=/root TERM="${TERM:-dumb}" RUST_BACKTRACE=0 \
     PATH=/opt/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt CARGO_HTTP_CAINFO=/etc/ssl/certs/ca-certificates.crt \
     sh -c "cd /src && $1"
@@ -52,3 +57,7 @@ began=$(date +%s)
 inside "make test"
 took "make test" "$began"
 say "green"
+}
+
+# Read whole before it runs: its file is out of sight once the root has changed.
+main "$@"
