@@ -5,6 +5,7 @@
     missing_docs,
     clippy::all,
     clippy::pedantic,
+    clippy::unwrap_used,
     reason = "generated code is documented in proto/ and not held to our style"
 )]
 

@@ -127,7 +127,7 @@ async fn examine(common: &Common) -> Vec<Finding> {
             }
         },
         None if runc.is_some() => {
-            find("crun", Verdict::Note, "not in PATH; with it, starts take half the time of runc's".into())
+            find("crun", Verdict::Note, "not in PATH; with it, starts take half the time of runc's".into());
         }
         None => find("crun", Verdict::Bad, "neither crun nor runc is in PATH; install crun".into()),
     }

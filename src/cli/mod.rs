@@ -63,7 +63,7 @@ pub struct Common {
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Run a command in a new container, through the whole real path: plugin, handshake, StartTask
-    Run(run::Run),
+    Run(Box<run::Run>),
     /// Pull an image
     Pull(pull::Pull),
     /// List images

@@ -23,8 +23,7 @@ impl Ps {
     /// When output fails. A run directory that can't be read is told and passed over.
     pub fn execute(self, common: &Common) -> Result<u8, CliError> {
         let mut records: Vec<(String, Record)> = Vec::new();
-        let drivers =
-            fs::read_dir(&common.run_dir).map(|entries| entries.flatten().collect()).unwrap_or_else(|_| Vec::new());
+        let drivers = fs::read_dir(&common.run_dir).map_or_else(|_| Vec::new(), |entries| entries.flatten().collect());
         for driver in drivers {
             let tasks = driver.path().join("tasks");
             if !tasks.is_dir() {

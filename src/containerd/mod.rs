@@ -312,7 +312,9 @@ impl Client {
 
     fn refused(&self, call: &'static str, subject: &str, status: Status) -> ContainerdError {
         // containerd says Unavailable for a locked ingest too; without a transport error below it, it did answer.
-        let transport = std::error::Error::source(&status).is_some_and(|source| source.is::<tonic::transport::Error>());
+        let transport = std::error::Error::source(&status)
+            .and_then(|source| source.downcast_ref::<tonic::transport::Error>())
+            .is_some();
         if transport {
             let mut message = status.message().to_owned();
             let mut cause = std::error::Error::source(&status).and_then(std::error::Error::source);

@@ -31,6 +31,8 @@ use crate::{
 const MANIFEST_MAX: usize = 4 << 20;
 
 type PullResult = Result<Arc<ImageRecord>, SharedError>;
+/// Callers with other credentials get their own answer.
+type FlightKey = (Reference, Option<Credentials>);
 type Flight = Pin<Box<dyn Future<Output = PullResult> + Send>>;
 
 /// What a pull is asked with.
@@ -55,7 +57,7 @@ struct Inner {
     client: Client,
     http: OnceLock<reqwest::Client>,
     records: Mutex<HashMap<String, Arc<ImageRecord>>>,
-    flights: Mutex<HashMap<(Reference, Option<Credentials>), WeakShared<Flight>>>,
+    flights: Mutex<HashMap<FlightKey, WeakShared<Flight>>>,
 }
 
 impl std::fmt::Debug for ImageStore {

@@ -126,9 +126,9 @@ impl BundlePaths {
             let from = PathBuf::from(format!("/proc/self/fd/{}", source.as_raw_fd()));
             fs::create_dir_all(self.pins())?;
             if fs::metadata(&from)?.is_dir() {
-                fs::create_dir(&target)?
+                fs::create_dir(&target)?;
             } else {
-                drop(fs::File::create(&target)?)
+                drop(fs::File::create(&target)?);
             }
             Ok(mount(Some(&from), &target, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?)
         };

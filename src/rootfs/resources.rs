@@ -81,7 +81,7 @@ mod tests {
         let limits = |memory, memory_max| {
             let resources = Resources { memory, memory_max, ..Default::default() };
             let built = build(&resources, true, Vec::new()).expect("builds");
-            let memory = built.memory().clone().expect("set");
+            let memory = built.memory().expect("set");
             (memory.limit(), memory.reservation(), memory.swap())
         };
         assert_eq!(limits(64 * MB, MemoryMax::Unset), (Some(67_108_864), None, Some(67_108_864)));

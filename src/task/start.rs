@@ -57,14 +57,20 @@ pub async fn start(shared: &Arc<Shared>, request: &StartRequest) -> Result<Runni
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     let resolved = resolve_mounts(shared, request)?;
-    let image = image(shared, request).await?;
-    match made(shared, request, &runtime, &image, &resolved, began).await {
+    let image = self::image(shared, request).await?;
+    let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
+    let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
+    let mut plan = Plan { request, runtime, image, resolved, container_id, cgroup };
+    match made(shared, &plan, began).await {
         // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. })) => {
-            tracing::warn!(image = image.reference, "its layers are gone from containerd's store; pulling it again");
-            shared.images.forget(&image);
-            let image = self::image(shared, request).await?;
-            made(shared, request, &runtime, &image, &resolved, began).await
+            tracing::warn!(
+                image = plan.image.reference,
+                "its layers are gone from containerd's store; pulling it again"
+            );
+            shared.images.forget(&plan.image);
+            plan.image = self::image(shared, request).await?;
+            made(shared, &plan, began).await
         }
         other => other,
     }
@@ -99,18 +105,9 @@ async fn image(shared: &Shared, request: &StartRequest) -> Result<Arc<ImageRecor
 }
 
 /// From here on there is something to undo.
-async fn made(
-    shared: &Arc<Shared>,
-    request: &StartRequest,
-    runtime: &Runtime,
-    image: &ImageRecord,
-    resolved: &[ResolvedMount],
-    began: Instant,
-) -> Result<Running, TaskError> {
+async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<Running, TaskError> {
+    let request = plan.request;
     let mut phases = Phases { image: began.elapsed(), ..Phases::default() };
-    let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
-    let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
-    let plan = Plan { request, runtime, image, resolved, container_id, cgroup };
     // The spec is pure: a bad user or an empty command shows before anything is made.
     let spec = plan.spec(shared)?;
     let stdio = stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?;
@@ -127,8 +124,8 @@ async fn made(
             return Err(error);
         }
     };
-    let run = run(shared, &plan, &spec, &shim, &stdio, &mut record, &mut phases);
-    match Box::pin(run).await {
+    let parts = Parts { spec: &spec, shim: &shim, stdio: &stdio };
+    match Box::pin(run(shared, plan, parts, &mut record, &mut phases)).await {
         Ok((pid, started_at)) => {
             stdio.handed_over();
             phases.total = began.elapsed();
@@ -146,16 +143,21 @@ async fn made(
     }
 }
 
-#[allow(clippy::too_many_arguments, reason = "the parts of one step, each needed once")]
+/// What one start works with.
+struct Parts<'a> {
+    spec: &'a oci_spec::runtime::Spec,
+    shim: &'a Shim,
+    stdio: &'a stdio::Stdio,
+}
+
 async fn run(
     shared: &Arc<Shared>,
     plan: &Plan<'_>,
-    spec: &oci_spec::runtime::Spec,
-    shim: &Shim,
-    stdio: &stdio::Stdio,
+    parts: Parts<'_>,
     record: &mut Record,
     phases: &mut Phases,
 ) -> Result<(u32, SystemTime), TaskError> {
+    let Parts { spec, shim, stdio } = parts;
     let step = Instant::now();
     let places = &shared.settings.places;
     let paths = BundlePaths { bundle: places.bundle(&plan.container_id), upper: places.upper(&plan.container_id) };
@@ -194,9 +196,9 @@ async fn run(
 /// What is known about a task before anything is made.
 struct Plan<'a> {
     request: &'a StartRequest,
-    runtime: &'a Runtime,
-    image: &'a ImageRecord,
-    resolved: &'a [ResolvedMount],
+    runtime: Runtime,
+    image: Arc<ImageRecord>,
+    resolved: Vec<ResolvedMount>,
     container_id: ContainerId,
     cgroup: crate::cgroup::CgroupPath,
 }

@@ -2,7 +2,14 @@
 //!
 //! One file a behaviour; what they share is in `support`. They need root and what `scripts/setup.sh` installs; a
 //! missing part is a failure, never a skip.
-#![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::too_many_arguments,
+    clippy::zombie_processes,
+    missing_docs,
+    reason = "tests; what they start ends with them"
+)]
 
 mod support;
 

@@ -98,7 +98,7 @@ fn processes(env: &Env) -> Vec<(String, String)> {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
             let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-            let socket = env.plugin.as_ref().and_then(|plugin| plugin.pid()).map(|pid| pid.to_string());
+            let socket = env.plugin.as_ref().and_then(nomad_driver_shim::host::Plugin::pid).map(|pid| pid.to_string());
             let ours = line.contains(dir) || cwd.starts_with(dir) || socket == Some(pid.clone());
             // A process that is being reaped has neither.
             ours.then_some((pid, line))
