@@ -33,7 +33,9 @@ pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, targ
 /// # Errors
 /// As [`mount_writable`].
 pub fn mount_read_only(lowers: &[PathBuf], options: &[String], target: &Path) -> io::Result<()> {
-    overlay(lowers, options, MsFlags::MS_RDONLY, target)
+    // For looking at, not for running: no device of the image works there.
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    overlay(lowers, options, flags, target)
 }
 
 fn overlay(lowers: &[PathBuf], options: &[String], flags: MsFlags, target: &Path) -> io::Result<()> {

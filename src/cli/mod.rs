@@ -98,6 +98,9 @@ pub enum CliError {
     /// Our own directories.
     #[error(transparent)]
     Places(#[from] PlacesError),
+    /// Ctrl-C, before the task ran.
+    #[error("interrupted")]
+    Interrupted,
     /// An option.
     #[error("{0}")]
     Usage(String),

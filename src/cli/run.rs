@@ -18,10 +18,13 @@ use crate::{
         DestroyTaskRequest, InspectTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest,
         WaitTaskRequest,
     },
+    task::load_records,
 };
 
 /// Between the first Ctrl-C and SIGKILL, as docker's.
 const STOP: prost_types::Duration = prost_types::Duration { seconds: 10, nanos: 0 };
+/// Create and Start take a tenth of this even on a busy machine.
+const ABOUT_TO_RUN: Duration = Duration::from_secs(2);
 /// What is still in the pipes after the exit.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -109,11 +112,9 @@ impl Run {
         let store = Store::open(common).await?;
         let containerd = began.elapsed();
         let id = format!("run-{}", random_hex(6));
-        let places = common.places(&id);
         let session = Session { run: &self, config, id: &id, address: store.address.clone(), common };
         let outcome = Box::pin(session.execute(containerd)).await;
-        // Our own run directory, and what a killed plugin may have left in it.
-        let _ = std::fs::remove_dir_all(places.run());
+        session.clear_up().await;
         store.close().await;
         outcome
     }
@@ -198,21 +199,11 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    async fn execute(self, containerd: Duration) -> Result<u8, CliError> {
+    async fn execute(&self, containerd: Duration) -> Result<u8, CliError> {
         let places = self.common.places(self.id);
         let began = Instant::now();
-        let mut launch = Launch::new(std::env::current_exe()?);
-        launch.args = vec!["--name".to_owned(), "shim".to_owned()];
-        let plugin = Plugin::launch(&launch).await?;
-        // Whoever types this is root already: nothing is closed to them.
-        let settings = json!({
-            "allow_privileged": true,
-            "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
-            "containerd": { "address": self.address, "namespace": self.common.namespace },
-            "state": { "run_dir": places.run(), "state_dir": places.state() },
-            "shim": { "pool": 0 },
-        });
-        let outcome = match plugin.configure(&settings).await {
+        let plugin = self.plugin().await?;
+        let outcome = match plugin.configure(&self.settings()).await {
             Ok(()) => {
                 let handshake = began.elapsed();
                 self.task(&plugin, containerd, handshake, &places.run().join("alloc")).await
@@ -224,6 +215,54 @@ impl Session<'_> {
         }
         plugin.leave().await;
         outcome
+    }
+
+    async fn plugin(&self) -> Result<Plugin, CliError> {
+        let mut launch = Launch::new(std::env::current_exe()?);
+        launch.args = vec!["--name".to_owned(), "shim".to_owned()];
+        Ok(Plugin::launch(&launch).await?)
+    }
+
+    fn settings(&self) -> serde_json::Value {
+        let places = self.common.places(self.id);
+        // Whoever types this is root already: nothing is closed to them.
+        json!({
+            "allow_privileged": true,
+            "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
+            "containerd": { "address": self.address, "namespace": self.common.namespace },
+            "state": { "run_dir": places.run(), "state_dir": places.state() },
+            "shim": { "pool": 0 },
+        })
+    }
+
+    /// Removes the run directory. A plugin that died, or was left in the middle of a start, has left a record there;
+    /// then another one undoes it first.
+    async fn clear_up(&self) {
+        let places = self.common.places(self.id);
+        let remains = || load_records(&places.tasks()).unwrap_or_default();
+        if !remains().is_empty()
+            && let Ok(plugin) = self.plugin().await
+        {
+            if plugin.configure(&self.settings()).await.is_ok() {
+                for record in remains() {
+                    let request = DestroyTaskRequest { task_id: record.task_id.0, force: true };
+                    if let Err(status) = plugin.driver().destroy_task(request).await {
+                        say(&format!("nomad-driver-shim: clean up: {}", status.message()));
+                    }
+                }
+            }
+            plugin.leave().await;
+        }
+        // Never into what is mounted: that may be the host's own.
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let run = places.run().to_string_lossy();
+        if !remains().is_empty() || mounts.is_empty() || mounts.contains(&*run) {
+            say(&format!("nomad-driver-shim: something could not be removed; it is in {run}"));
+        } else if let Err(error) = std::fs::remove_dir_all(places.run())
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            say(&format!("nomad-driver-shim: {run}: {error}"));
+        }
     }
 
     async fn task(
@@ -254,7 +293,18 @@ impl Session<'_> {
         let mut interrupts = Interrupts::listen()?;
         let began = Instant::now();
         let task_id = task.id.clone();
-        driver.start_task(StartTaskRequest { task: Some(task) }).await.map_err(called("StartTask"))?;
+        let mut starting = driver.clone();
+        let start = starting.start_task(StartTaskRequest { task: Some(task) });
+        tokio::pin!(start);
+        let answer = tokio::select! {
+            answer = &mut start => Some(answer),
+            () = interrupts.next() => {
+                // Its container may be about to run: then it is stopped in order. A pull is not waited for.
+                interrupts.again = true;
+                tokio::time::timeout(ABOUT_TO_RUN, &mut start).await.ok()
+            }
+        };
+        answer.ok_or(CliError::Interrupted)?.map_err(called("StartTask"))?;
         let started = began.elapsed();
         let exit = self.wait(&mut driver.clone(), &task_id, &mut interrupts).await;
         let lasted = began.elapsed();
@@ -324,17 +374,26 @@ impl Session<'_> {
 }
 
 /// Ctrl-C and SIGTERM.
-struct Interrupts(Signal, Signal);
+struct Interrupts {
+    interrupt: Signal,
+    terminate: Signal,
+    /// One that has come already and still counts.
+    again: bool,
+}
 
 impl Interrupts {
     fn listen() -> Result<Self, CliError> {
-        Ok(Self(signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?))
+        let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        Ok(Self { interrupt, terminate, again: false })
     }
 
     async fn next(&mut self) {
+        if std::mem::take(&mut self.again) {
+            return;
+        }
         tokio::select! {
-            _ = self.0.recv() => {}
-            _ = self.1.recv() => {}
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
         }
     }
 }

@@ -8,13 +8,15 @@ use super::{CALL, Client, ContainerdError, Labels, LeaseId, MESSAGE_MAX};
 use crate::{
     ids::Digest,
     pb::services::content::v1::{
-        AbortRequest, Info, InfoRequest, ReadContentRequest, UpdateRequest, WriteAction, WriteContentRequest,
-        WriteContentResponse, content_client::ContentClient,
+        AbortRequest, Info, InfoRequest, ReadContentRequest, ReadContentResponse, UpdateRequest, WriteAction,
+        WriteContentRequest, WriteContentResponse, content_client::ContentClient,
     },
 };
 
 /// How much goes into one write message. containerd takes up to 16 MiB; a quarter keeps both ends' buffers small.
 const CHUNK: usize = 1 << 20;
+/// Gigabytes on a slow disk.
+const COMMIT: std::time::Duration = std::time::Duration::from_secs(10 * 60);
 
 impl Client {
     fn content(&self) -> ContentClient<tonic::transport::Channel> {
@@ -95,7 +97,7 @@ impl Client {
     /// Opens a blob for writing from its start; None when it is there already.
     ///
     /// # Errors
-    /// As containerd; when somebody else is writing the same blob, once they have held it for long.
+    /// As containerd. While somebody else writes the same blob, this waits.
     pub async fn open_blob(
         &self,
         lease: &LeaseId,
@@ -104,28 +106,30 @@ impl Client {
     ) -> Result<Option<BlobWriter>, ContainerdError> {
         let reference = format!("nomad-driver-shim-{digest}");
         let mut patience = tokio::time::interval(std::time::Duration::from_millis(250));
-        let deadline = tokio::time::Instant::now() + CALL;
+        let mut stale = Stale::Refuse;
         loop {
-            match self.try_open_blob(lease, digest, size, &reference).await {
-                Err(ContainerdError::Refused { source, .. })
-                    if source.code == Code::Unavailable && tokio::time::Instant::now() < deadline =>
-                {
-                    // Another writer holds the reference (another driver's pull of the same layer); it ends or commits.
+            match self.try_open_blob(lease, digest, size, (&reference, stale)).await {
+                // Another writer holds the reference: another image's pull of the same layer, which ends or commits.
+                // How long that may take is the pull's own deadline to say.
+                Err(ContainerdError::Refused { source, .. }) if source.code == Code::Unavailable => {
                     patience.tick().await;
                 }
                 Err(error) if error.is_already_exists() => return Ok(None),
-                other => return other.map(Some),
+                Ok(None) => stale = Stale::Accept,
+                Ok(writer) => return Ok(writer),
+                Err(error) => return Err(error),
             }
         }
     }
 
+    /// None when there was a stale ingest, which has been thrown away.
     async fn try_open_blob(
         &self,
         lease: &LeaseId,
         digest: &Digest,
         size: i64,
-        reference: &str,
-    ) -> Result<BlobWriter, ContainerdError> {
+        (reference, stale): (&str, Stale),
+    ) -> Result<Option<BlobWriter>, ContainerdError> {
         const CALL_NAME: &str = "Content.Write";
         let (send, receive) = mpsc::channel(4);
         let stat = WriteContentRequest {
@@ -151,22 +155,29 @@ impl Client {
             answers,
         };
         let answer = writer.answer().await?;
-        // All of it is there already, in another namespace (containerd shares blobs): only the commit is missing.
-        if answer.offset == size {
+        if answer.offset == 0 {
+            return Ok(Some(writer));
+        }
+        if answer.offset == size && stale == Stale::Accept {
+            // Still whole after it was thrown away: containerd has it for another namespace and shares it.
             writer.offset = size;
+            return Ok(Some(writer));
         }
-        if answer.offset != writer.offset {
-            // A cut-off download of earlier: what is there was never checked by us, so start over.
-            drop(writer);
-            let abort = self.request(None, AbortRequest { r#ref: reference.to_owned() });
-            self.call("Content.Abort", reference, self.content().abort(abort)).await?;
-            return Err(ContainerdError::Refused {
-                call: CALL_NAME,
-                subject: digest.to_string(),
-                source: super::Refusal { code: Code::Unavailable, message: "a stale download was thrown away".into() },
-            });
-        }
-        Ok(writer)
+        // A cut-off download of earlier, perhaps of ours, which nobody has looked through: start over.
+        drop(writer);
+        let abort = self.request(None, AbortRequest { r#ref: reference.to_owned() });
+        self.call("Content.Abort", reference, self.content().abort(abort)).await?;
+        Ok(None)
+    }
+
+    /// Opens a blob for reading, piece by piece.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn blob_reader(&self, digest: &Digest) -> Result<BlobReader, ContainerdError> {
+        let request = self.request(None, ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 });
+        let stream = self.call("Content.Read", digest.as_str(), self.content().read(request)).await?;
+        Ok(BlobReader { client: self.clone(), digest: digest.clone(), stream })
     }
 
     pub(super) async fn message<T>(
@@ -175,12 +186,48 @@ impl Client {
         subject: &str,
         stream: &mut Streaming<T>,
     ) -> Result<Option<T>, ContainerdError> {
-        match tokio::time::timeout(CALL, stream.message()).await {
+        self.message_within(CALL, call, subject, stream).await
+    }
+
+    async fn message_within<T>(
+        &self,
+        limit: std::time::Duration,
+        call: &'static str,
+        subject: &str,
+        stream: &mut Streaming<T>,
+    ) -> Result<Option<T>, ContainerdError> {
+        match tokio::time::timeout(limit, stream.message()).await {
             Ok(Ok(message)) => Ok(message),
             Ok(Err(status)) => Err(self.refused(call, subject, status)),
-            Err(_) => Err(ContainerdError::Late { call, subject: subject.to_owned(), after: CALL }),
+            Err(_) => Err(ContainerdError::Late { call, subject: subject.to_owned(), after: limit }),
         }
     }
+}
+
+/// A blob being read.
+#[derive(Debug)]
+pub struct BlobReader {
+    client: Client,
+    digest: Digest,
+    stream: Streaming<ReadContentResponse>,
+}
+
+impl BlobReader {
+    /// The next piece; None at the end.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, ContainerdError> {
+        let part = self.client.message("Content.Read", self.digest.as_str(), &mut self.stream).await?;
+        Ok(part.map(|part| part.data))
+    }
+}
+
+/// What to do with an ingest that has bytes already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stale {
+    Refuse,
+    Accept,
 }
 
 /// A blob being written. Dropped before `commit`, nothing of it is seen by anyone (`abandon` frees its space at once).
@@ -241,7 +288,8 @@ impl BlobWriter {
             ..Default::default()
         };
         let _ = self.send.send(message).await;
-        match self.answer().await {
+        // containerd syncs the whole blob to disk before it answers.
+        match self.answer_within(COMMIT).await {
             Err(error) if !error.is_already_exists() => Err(error),
             _ => Ok(()),
         }
@@ -258,7 +306,12 @@ impl BlobWriter {
     }
 
     async fn answer(&mut self) -> Result<WriteContentResponse, ContainerdError> {
-        match self.client.message("Content.Write", self.digest.as_str(), &mut self.answers).await? {
+        self.answer_within(CALL).await
+    }
+
+    async fn answer_within(&mut self, limit: std::time::Duration) -> Result<WriteContentResponse, ContainerdError> {
+        let subject = self.digest.as_str();
+        match self.client.message_within(limit, "Content.Write", subject, &mut self.answers).await? {
             Some(answer) => Ok(answer),
             None => Err(self.nonsense("the stream ended before its answer".to_owned())),
         }

@@ -111,7 +111,9 @@ impl ContainerdError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::Late { .. } => true,
-            Self::Refused { source, .. } => matches!(source.code, Code::ResourceExhausted | Code::Aborted),
+            Self::Refused { source, .. } => {
+                matches!(source.code, Code::ResourceExhausted | Code::Aborted | Code::Unavailable)
+            }
             Self::Nonsense { .. } => false,
         }
     }

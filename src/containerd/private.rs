@@ -108,24 +108,28 @@ pub async fn hold(root: &Path, run: &Path) -> Result<Hold, PrivateError> {
     fs::create_dir_all(root).map_err(file(root))?;
     fs::create_dir_all(run).map_err(file(run))?;
     let path = run.join("lock");
-    let handle = File::options().create(true).append(true).open(&path).map_err(file(&path))?;
-    let lock_error = |(_, errno): (File, nix::Error)| PrivateError::File { path: path.clone(), source: errno.into() };
-    // Waiting happens off the runtime's workers: another program may be starting the daemon right now.
-    let exclusive = tokio::task::spawn_blocking(move || match Flock::lock(handle, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok((lock, true)),
-        Err((handle, nix::Error::EWOULDBLOCK)) => Flock::lock(handle, FlockArg::LockShared).map(|lock| (lock, false)),
-        Err(other) => Err(other),
-    });
-    let (lock, alone) = match exclusive.await {
-        Ok(result) => result.map_err(lock_error)?,
-        Err(join) => return Err(PrivateError::File { path, source: io::Error::other(join) }),
-    };
-    if alone && client(run).version().await.is_err() {
-        start(root, run).await?;
+    loop {
+        let shared = lock(&path, FlockArg::LockShared).await?;
+        if client(run).version().await.is_ok() {
+            return Ok(Hold { lock: Some(shared), run: run.to_owned() });
+        }
+        // Nobody there, or somebody is just ending it. Starting is for one at a time, with nobody else using it.
+        drop(shared);
+        let exclusive = lock(&path, FlockArg::LockExclusive).await?;
+        if client(run).version().await.is_err() {
+            start(root, run).await?;
+        }
+        // Between this lock and the next a last user may end the daemon again; then it is started once more.
+        drop(exclusive);
     }
-    lock.relock(FlockArg::LockShared)
-        .map_err(|errno| PrivateError::File { path: path.clone(), source: errno.into() })?;
-    Ok(Hold { lock: Some(lock), run: run.to_owned() })
+}
+
+/// Waits for the lock off the runtime's workers: another program may be starting the daemon right now.
+async fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, PrivateError> {
+    let failed = |source| PrivateError::File { path: path.to_owned(), source };
+    let handle = File::options().create(true).append(true).open(path).map_err(failed)?;
+    let locked = tokio::task::spawn_blocking(move || Flock::lock(handle, how).map_err(|(_, errno)| errno)).await;
+    locked.map_err(|join| failed(io::Error::other(join)))?.map_err(|errno| failed(errno.into()))
 }
 
 fn client(run: &Path) -> Client {
@@ -152,25 +156,28 @@ async fn start(root: &Path, run: &Path) -> Result<(), PrivateError> {
         .process_group(0)
         .spawn()
         .map_err(|source| PrivateError::Spawn { program: program.to_owned(), source })?;
-    let pid_path = run.join("pid");
-    fs::write(&pid_path, child.id().to_string()).map_err(file(&pid_path))?;
-    let client = client(run);
-    let deadline = tokio::time::Instant::now() + START;
-    loop {
-        match client.version().await {
-            Ok(_) => break,
-            Err(source) => {
-                let ended = matches!(child.try_wait(), Ok(Some(_)));
-                if ended || tokio::time::Instant::now() > deadline {
-                    return Err(PrivateError::Silent { log: log_path, source });
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        }
+    let up = wait_until_up(run, &mut child, &log_path).await;
+    if up.is_err() {
+        let _ = child.kill();
     }
     // Reaped here for as long as we live; it may well outlive us.
     std::thread::spawn(move || child.wait());
-    Ok(())
+    up
+}
+
+async fn wait_until_up(run: &Path, child: &mut std::process::Child, log: &Path) -> Result<(), PrivateError> {
+    let pid = run.join("pid");
+    fs::write(&pid, child.id().to_string()).map_err(|source| PrivateError::File { path: pid, source })?;
+    let client = client(run);
+    let deadline = tokio::time::Instant::now() + START;
+    loop {
+        let Err(source) = client.version().await else { return Ok(()) };
+        let ended = matches!(child.try_wait(), Ok(Some(_)));
+        if ended || tokio::time::Instant::now() > deadline {
+            return Err(PrivateError::Silent { log: log.to_owned(), source });
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Ends the daemon whose pid we recorded, after checking that it is the one.

@@ -128,7 +128,9 @@ impl Client {
             key: key.to_owned(),
             labels,
         };
-        self.call("Snapshots.Commit", name.as_str(), self.snapshots().commit(self.request(Some(lease), request))).await
+        // The snapshotter counts every file of the layer before it answers.
+        let request = self.request(Some(lease), request);
+        self.within(APPLY, "Snapshots.Commit", name.as_str(), self.snapshots().commit(request)).await
     }
 
     /// Removes a snapshot.

@@ -261,8 +261,11 @@ impl Plugin {
     /// Asks it to leave as an agent does, and kills it when it has not within 2 s.
     pub async fn leave(mut self) -> Left {
         let began = Instant::now();
-        let _ = GrpcControllerClient::new(self.channel.clone()).shutdown(Empty {}).await;
-        let status = tokio::time::timeout(LEAVE, self.child.wait()).await.ok().and_then(Result::ok);
+        let leave = async {
+            let _ = GrpcControllerClient::new(self.channel.clone()).shutdown(Empty {}).await;
+            self.child.wait().await
+        };
+        let status = tokio::time::timeout(LEAVE, leave).await.ok().and_then(Result::ok);
         let took = began.elapsed();
         if status.is_none() {
             let _ = self.child.kill().await;

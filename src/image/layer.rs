@@ -9,7 +9,7 @@ use std::{
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
-use super::confine;
+use super::{confine, extensions::Extensions};
 use crate::ids::Digest;
 
 /// Why a layer was refused.
@@ -49,6 +49,9 @@ pub enum LayerProblem {
     /// More than a layer can reasonably be.
     #[error("it unpacks to more than {} GiB", UNPACKED_MAX >> 30)]
     TooLarge,
+    /// A name or attribute of more than a megabyte.
+    #[error("an entry's name or attributes take more than 1 MiB")]
+    LongName,
     /// The looking itself failed.
     #[error("the thread that reads it ended")]
     Thread,
@@ -131,6 +134,7 @@ struct Hashing<R> {
     inner: R,
     hash: Sha256,
     count: u64,
+    extensions: Extensions,
 }
 
 impl<R: Read> Read for Hashing<R> {
@@ -141,18 +145,26 @@ impl<R: Read> Read for Hashing<R> {
         if self.count > UNPACKED_MAX {
             return Err(io::Error::from(io::ErrorKind::FileTooLarge));
         }
+        if self.extensions.follow(&buffer[..count]).is_err() {
+            return Err(io::Error::from(io::ErrorKind::QuotaExceeded));
+        }
         Ok(count)
     }
 }
 
-fn read(input: impl Read + 'static) -> Result<Digest, LayerProblem> {
-    let mut input = BufReader::with_capacity(256 << 10, input);
-    let plain: Box<dyn Read> = match io::BufRead::fill_buf(&mut input).map_err(problem)? {
+fn read(mut input: impl Read + 'static) -> Result<Digest, LayerProblem> {
+    // The first chunk of a download can be of any size; the magic number may be in two.
+    let mut magic = Vec::new();
+    input.by_ref().take(4).read_to_end(&mut magic).map_err(problem)?;
+    let packing = magic.clone();
+    let input = BufReader::with_capacity(256 << 10, io::Cursor::new(magic).chain(input));
+    let plain: Box<dyn Read> = match packing[..] {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(input).map_err(problem)?),
         _ => Box::new(input),
     };
-    let mut archive = tar::Archive::new(Hashing { inner: plain, hash: Sha256::new(), count: 0 });
+    let mut archive =
+        tar::Archive::new(Hashing { inner: plain, hash: Sha256::new(), count: 0, extensions: Extensions::default() });
     for entry in archive.entries().map_err(problem)? {
         let entry = entry.map_err(problem)?;
         let name = entry.path_bytes();
@@ -177,6 +189,7 @@ fn problem(source: io::Error) -> LayerProblem {
     match source.kind() {
         io::ErrorKind::UnexpectedEof => LayerProblem::Truncated,
         io::ErrorKind::FileTooLarge => LayerProblem::TooLarge,
+        io::ErrorKind::QuotaExceeded => LayerProblem::LongName,
         // The tar crate reports a header that is cut off in words only.
         _ if source.to_string().contains("failed to read entire block") => LayerProblem::Truncated,
         _ => LayerProblem::Unreadable { source },
@@ -259,6 +272,16 @@ mod tests {
         let cut = packed[..packed.len() - 12].to_vec();
         assert!(matches!(read(io::Cursor::new(cut)), Err(LayerProblem::Truncated)));
         assert!(matches!(read(io::Cursor::new(plain[..700].to_vec())), Err(LayerProblem::Truncated)));
+    }
+
+    #[test]
+    fn a_name_of_gigabytes_is_refused_before_it_is_read() {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(1 << 34);
+        header.set_cksum();
+        let bomb = io::Cursor::new(header.as_bytes().to_vec()).chain(io::repeat(b'a').take(1 << 34));
+        assert!(matches!(read(bomb), Err(LayerProblem::LongName)));
     }
 
     proptest! {

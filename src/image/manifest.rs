@@ -59,6 +59,41 @@ const LAYER_TYPES: [&str; 6] = [
 /// Kernel's limit on lower directories is 500 (`OVL_MAX_STACK`); docker's on layers is 127.
 pub const LAYERS_MAX: usize = 127;
 
+const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+
+fn value_of(image: &Reference, bytes: &[u8]) -> Result<serde_json::Value, ImageError> {
+    serde_json::from_slice(bytes).map_err(|error| ImageError::Malformed {
+        image: image.to_string(),
+        what: "manifest",
+        digest: Digest::of(bytes),
+        problem: format!("no JSON: {error}"),
+    })
+}
+
+/// What a document is: by its own word, else the registry's, else by what it holds.
+///
+/// # Errors
+/// When it is no JSON, or could be read as either kind (CVE-2021-41190: one digest must not mean two images).
+pub fn kind(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<String, ImageError> {
+    let value = value_of(image, bytes)?;
+    let (manifests, layers) = (value.get("manifests").is_some(), value.get("layers").is_some());
+    if manifests && (layers || value.get("config").is_some()) {
+        return Err(ImageError::Malformed {
+            image: image.to_string(),
+            what: "manifest",
+            digest: Digest::of(bytes),
+            problem: "both an index and a manifest".to_owned(),
+        });
+    }
+    let declared = value.get("mediaType").and_then(serde_json::Value::as_str).unwrap_or_default();
+    let known = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
+    let said = [declared, media_type].into_iter().find(|kind| known.contains(kind));
+    Ok(said.unwrap_or(if manifests { OCI_INDEX } else { OCI_MANIFEST }).to_owned())
+}
+
 /// Reads what `media_type` says, or what the document itself says where the registry was silent.
 ///
 /// # Errors
@@ -71,16 +106,12 @@ pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Docume
         digest: digest.clone(),
         problem,
     };
-    let value: serde_json::Value =
-        serde_json::from_slice(bytes).map_err(|error| malformed("manifest", format!("no JSON: {error}")))?;
-    let declared = value.get("mediaType").and_then(serde_json::Value::as_str).unwrap_or_default();
-    let kind = if declared.is_empty() { media_type } else { declared };
+    let value = value_of(image, bytes)?;
     if value.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
         return Err(malformed("manifest", "schema version 1, which registries gave up; rebuild the image".to_owned()));
     }
-    let is_index = kind == MediaType::ImageIndex.as_ref()
-        || kind == "application/vnd.docker.distribution.manifest.list.v2+json"
-        || (value.get("manifests").is_some() && value.get("layers").is_none());
+    let kind = kind(image, media_type, bytes)?;
+    let is_index = kind == OCI_INDEX || kind == DOCKER_LIST;
     if is_index {
         let index: ImageIndex = serde_json::from_value(value).map_err(|error| malformed("index", error.to_string()))?;
         let chosen = choose(image, &index)?;
@@ -153,13 +184,13 @@ fn choose<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor
             .is_none_or(|platform| *platform.os() == Os::Linux && *platform.architecture() == wanted)
     };
     // arm64 is "v8" where a variant is given at all; amd64's variants (v2, v3) may not run here, so plain ones first.
+    // An entry without a platform may be anything, and comes last.
     let rank = |descriptor: &&Descriptor| {
-        let variant = descriptor.platform().as_ref().and_then(|platform| platform.variant().clone());
-        match variant.as_deref() {
+        descriptor.platform().as_ref().map_or(3, |platform| match platform.variant().as_deref() {
             None => 0,
             Some("v8") => 1,
             Some(_) => 2,
-        }
+        })
     };
     index.manifests().iter().filter(fits).min_by_key(rank).ok_or_else(|| {
         let mut offered: Vec<String> = index

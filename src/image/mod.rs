@@ -3,6 +3,7 @@
 
 mod auth;
 mod confine;
+mod extensions;
 mod layer;
 mod manifest;
 mod pull;

@@ -27,6 +27,9 @@ const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// Configurations are kilobytes; this only ends nonsense.
 pub(super) const CONFIG_MAX: usize = 8 << 20;
 
+/// containerd's label on a layer: the digest of what it unpacks to.
+const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+
 /// What a pull tells while it goes on.
 #[derive(Debug, Clone)]
 pub enum PullEvent {
@@ -161,11 +164,13 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
     }
     source.progress.tell(PullEvent::Resolved(digest.clone()));
 
+    let media_type = manifest::kind(reference, &media_type, &bytes)?;
     let (index, manifest_bytes, manifest_type, manifest) = match manifest::parse(reference, &media_type, &bytes)? {
         Document::Manifest(manifest) => (None, bytes, media_type, manifest),
         Document::Index(chosen) => {
             let (manifest_type, inner) = registry.manifest(chosen.as_str()).await?;
             check(reference, "manifest", &chosen, &Digest::of(&inner))?;
+            let manifest_type = manifest::kind(reference, &manifest_type, &inner)?;
             match manifest::parse(reference, &manifest_type, &inner)? {
                 Document::Manifest(manifest) => (Some((bytes, media_type, chosen)), inner, manifest_type, manifest),
                 Document::Index(_) => {
@@ -279,9 +284,9 @@ impl Download<'_> {
         let Layer { digest, size, .. } = self.layer;
         let tell = |done| self.source.progress.tell(PullEvent::Layer { digest: digest.clone(), done, size: *size });
         let client = self.source.client;
-        let labels = Labels::from([("containerd.io/uncompressed".to_owned(), self.diff.to_string())]);
+        let labels = Labels::from([(UNCOMPRESSED.to_owned(), self.diff.to_string())]);
         let mut writer = loop {
-            if client.keep_blob(lease, digest, labels.clone()).await? {
+            if self.is_here(lease, &labels).await? {
                 tell(*size);
                 return Ok(());
             }
@@ -292,8 +297,13 @@ impl Download<'_> {
             }
         };
         if writer.is_complete() {
+            writer.commit(Labels::new()).await?;
+            // Another namespace's, and so not looked through by us.
+            if !self.is_here(lease, &labels).await? {
+                return Err(self.interrupted(0, None));
+            }
             tell(*size);
-            return Ok(writer.commit(labels).await?);
+            return Ok(());
         }
         match self.stream(&mut writer, &tell).await {
             Ok(()) => Ok(writer.commit(labels).await?),
@@ -304,29 +314,62 @@ impl Download<'_> {
         }
     }
 
+    /// Is the layer in the store, and what this image's configuration says it is? Its label tells; one without a label
+    /// is looked through. Believing the configuration would let it name somebody else's unpacked layers.
+    async fn is_here(&self, lease: &LeaseId, labels: &Labels) -> Result<bool, ImageError> {
+        let client = self.source.client;
+        let digest = &self.layer.digest;
+        if !client.keep_blob(lease, digest, Labels::new()).await? {
+            return Ok(false);
+        }
+        let Some((_, stored)) = client.blob(digest).await? else { return Ok(false) };
+        let actual = match stored.get(UNCOMPRESSED) {
+            Some(label) if label == self.diff.as_str() => return Ok(true),
+            Some(label) => Digest::new(label).unwrap_or_else(|_| Digest::of(label.as_bytes())),
+            None => {
+                let scan = Scan::start();
+                let mut reader = client.blob_reader(digest).await?;
+                while let Some(bytes) = reader.next().await? {
+                    scan.feed(bytes).await;
+                }
+                scan.finish().await.map_err(|source| self.refused(source))?
+            }
+        };
+        if actual != *self.diff {
+            return Err(self.refused(LayerProblem::DiffId { expected: self.diff.clone(), actual }));
+        }
+        Ok(client.keep_blob(lease, digest, labels.clone()).await?)
+    }
+
+    fn interrupted(&self, received: u64, source: Option<reqwest::Error>) -> ImageError {
+        ImageError::Interrupted {
+            registry: self.registry.name().to_owned(),
+            digest: self.layer.digest.clone(),
+            received,
+            size: self.layer.size,
+            source: source.map(reqwest::Error::without_url),
+        }
+    }
+
+    fn refused(&self, source: LayerProblem) -> ImageError {
+        ImageError::Layer { image: self.reference.to_string(), digest: self.layer.digest.clone(), source }
+    }
+
     async fn stream(
         &self,
         writer: &mut crate::containerd::BlobWriter,
         tell: &(impl Fn(u64) + Sync),
     ) -> Result<(), ImageError> {
         let Layer { digest, size, .. } = self.layer;
-        let interrupted = |received, source: Option<reqwest::Error>| ImageError::Interrupted {
-            registry: self.registry.name().to_owned(),
-            digest: digest.clone(),
-            received,
-            size: *size,
-            source: source.map(reqwest::Error::without_url),
-        };
-        let refused = |source| ImageError::Layer { image: self.reference.to_string(), digest: digest.clone(), source };
         let mut response = self.registry.blob(digest).await?;
         let scan = Scan::start();
         let mut hash = <sha2::Sha256 as sha2::Digest>::new();
         let mut received = 0_u64;
-        while let Some(chunk) = response.chunk().await.map_err(|error| interrupted(received, Some(error)))? {
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.interrupted(received, Some(error)))? {
             received += chunk.len() as u64;
             if received > *size {
                 // Never write past what the manifest promised.
-                return Err(interrupted(received, None));
+                return Err(self.interrupted(received, None));
             }
             sha2::Digest::update(&mut hash, &chunk);
             scan.feed(chunk.to_vec()).await;
@@ -334,13 +377,13 @@ impl Download<'_> {
             tell(received);
         }
         if received < *size {
-            return Err(interrupted(received, None));
+            return Err(self.interrupted(received, None));
         }
         let actual = Digest::from_hash(&sha2::Digest::finalize(hash));
         check(self.reference, "layer", digest, &actual)?;
-        let diff = scan.finish().await.map_err(refused)?;
+        let diff = scan.finish().await.map_err(|source| self.refused(source))?;
         if diff != *self.diff {
-            return Err(refused(LayerProblem::DiffId { expected: self.diff.clone(), actual: diff }));
+            return Err(self.refused(LayerProblem::DiffId { expected: self.diff.clone(), actual: diff }));
         }
         Ok(())
     }

@@ -19,6 +19,12 @@ const CONNECT: Duration = Duration::from_secs(15);
 const STALL: Duration = Duration::from_secs(60);
 /// Distribution's own limit on manifests.
 const MANIFEST_MAX: usize = 4 << 20;
+/// Error bodies are a line of JSON.
+const ERROR_MAX: usize = 64 << 10;
+/// Tokens are a few kilobytes.
+const TOKEN_MAX: usize = 1 << 20;
+/// What of a registry's words goes into ours.
+const DETAIL_MAX: usize = 300;
 /// How often a busy (429) or failing (5xx) registry is asked again.
 const RETRIES: u32 = 2;
 
@@ -122,7 +128,8 @@ impl<'a> Registry<'a> {
             };
             match response.status() {
                 status if status.is_success() => return Ok(response),
-                StatusCode::UNAUTHORIZED if !authorized => {
+                // Only the registry itself is answered: behind a redirect there may be somebody else.
+                StatusCode::UNAUTHORIZED if !authorized && self.is_from_us(&response, scheme) => {
                     authorized = true;
                     let authorization = self.authorize(&response).await?;
                     self.learn(|learnt| learnt.authorization = authorization);
@@ -134,6 +141,11 @@ impl<'a> Registry<'a> {
                 status => return Err(self.refused(path, status, response).await),
             }
         }
+    }
+
+    fn is_from_us(&self, response: &Response, scheme: &str) -> bool {
+        let asked = reqwest::Url::parse(&format!("{scheme}://{}/", self.reference.api_host()));
+        asked.is_ok_and(|asked| asked.origin() == response.url().origin())
     }
 
     fn learnt(&self) -> Learnt {
@@ -162,6 +174,14 @@ impl<'a> Registry<'a> {
                     status: 401,
                     detail: format!("a token realm that is no URL ({realm:?}): {error}"),
                 })?;
+                if address.scheme() != "https" && !self.reference.is_loopback() {
+                    return Err(ImageError::Answer {
+                        registry: self.name().to_owned(),
+                        request: "authentication".to_owned(),
+                        status: 401,
+                        detail: format!("a token realm without TLS ({realm:?}); credentials are not sent there"),
+                    });
+                }
                 let mut request = self.http.get(address);
                 if let Some(credentials) = self.credentials {
                     request = request.header(header::AUTHORIZATION, basic(credentials));
@@ -171,7 +191,7 @@ impl<'a> Registry<'a> {
                 if !status.is_success() {
                     return Err(self.refused("token", status, response).await);
                 }
-                let body = response.bytes().await.map_err(|source| self.unreachable(source))?;
+                let body = body(response, TOKEN_MAX).await.map_err(|source| self.unreachable(source))?;
                 let token = serde_json::from_slice::<TokenAnswer>(&body).ok().and_then(TokenAnswer::token);
                 let token = token.ok_or_else(|| ImageError::Answer {
                     registry: self.name().to_owned(),
@@ -186,7 +206,7 @@ impl<'a> Registry<'a> {
     }
 
     async fn refused(&self, request: &str, status: StatusCode, response: Response) -> ImageError {
-        let body = response.bytes().await.unwrap_or_default();
+        let body = body(response, ERROR_MAX).await.unwrap_or_default();
         let detail = error_detail(&body).unwrap_or_else(|| status.to_string());
         let (image, registry) = (self.reference.to_string(), self.name().to_owned());
         match status {
@@ -199,6 +219,18 @@ impl<'a> Registry<'a> {
     fn unreachable(&self, source: reqwest::Error) -> ImageError {
         ImageError::Unreachable { registry: self.name().to_owned(), source: source.without_url() }
     }
+}
+
+/// A small body; what is beyond `limit` is left unread.
+async fn body(mut response: Response, limit: usize) -> Result<Vec<u8>, reqwest::Error> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = response.chunk().await? {
+        bytes.extend_from_slice(&chunk[..chunk.len().min(limit - bytes.len())]);
+        if bytes.len() == limit {
+            break;
+        }
+    }
+    Ok(bytes)
 }
 
 fn basic(credentials: &Credentials) -> String {
@@ -237,5 +269,6 @@ fn error_detail(body: &[u8]) -> Option<String> {
     let first = value.get("errors")?.get(0)?;
     let code = first.get("code")?.as_str()?;
     let message = first.get("message").and_then(serde_json::Value::as_str).unwrap_or_default();
-    Some(if message.is_empty() { code.to_owned() } else { format!("{code}: {message}") })
+    let detail = if message.is_empty() { code.to_owned() } else { format!("{code}: {message}") };
+    Some(detail.chars().map(|c| if c.is_control() { ' ' } else { c }).take(DETAIL_MAX).collect())
 }

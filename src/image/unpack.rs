@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{self, Read as _},
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
 
@@ -165,16 +166,19 @@ pub fn accounts(stack: &Stack, scratch: &Path) -> Result<(String, String), Image
 fn read_beneath(root: &Path, name: &str) -> io::Result<String> {
     let root = fs::File::open(root)?;
     let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let file = match openat2(&root, name, how) {
+    // Named first and looked at, opened second: a stranger's image may have a device there, and opening some devices
+    // does things to the host.
+    let named = match openat2(&root, name, how) {
         Ok(fd) => fs::File::from(fd),
         Err(nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ELOOP) => return Ok(String::new()),
         Err(errno) => return Err(errno.into()),
     };
-    if !file.metadata()?.is_file() {
+    if !named.metadata()?.is_file() {
         return Ok(String::new());
     }
+    let file = fs::File::open(format!("/proc/self/fd/{}", named.as_raw_fd()))?;
     let mut bytes = Vec::new();
     file.take(ACCOUNTS_MAX).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())

@@ -24,6 +24,52 @@ const HOSTNAME_MAX: usize = 64;
 /// More idle shims than this are a mistake: 150 MB.
 const POOL_MAX: i64 = 64;
 
+/// What a job may say of a bind, under our own name (mount(8)).
+const BIND_OPTIONS: &[&str] = &[
+    "bind",
+    "rbind",
+    "ro",
+    "rw",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "exec",
+    "noexec",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "shared",
+    "rshared",
+];
+/// And of a tmpfs (tmpfs(5)); those with `=` take a value.
+const TMPFS_OPTIONS: &[&str] = &[
+    "ro",
+    "rw",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "exec",
+    "noexec",
+    "noatime",
+    "relatime",
+    "size=",
+    "mode=",
+    "uid=",
+    "gid=",
+    "nr_inodes=",
+    "nr_blocks=",
+];
+
 /// A configuration with all its faults.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
@@ -269,20 +315,40 @@ fn mount(block: &Values, flavor: Flavor) -> Result<MountRequest, String> {
     let kind = block.filled("type").unwrap_or("volume");
     let source = block.filled("source");
     let options = block.list("options").unwrap_or_default().to_vec();
+    // Runtimes take anything with these options for a bind, whatever its type says.
+    let binds = options.iter().any(|option| option == "bind" || option == "rbind");
     let kind = match kind {
-        "bind" | "volume" => {
-            let source = source.ok_or_else(|| format!("source is required for type {kind:?}"))?;
+        "bind" | "volume" => None,
+        _ if binds => None,
+        other if other == "tmpfs" || flavor == Flavor::DropIn => Some(other),
+        other => return Err(format!("type = {other:?} is not bind, volume or tmpfs")),
+    };
+    if flavor == Flavor::Secure {
+        let allowed = if kind.is_none() { BIND_OPTIONS } else { TMPFS_OPTIONS };
+        let known = |option: &str| {
+            allowed.iter().any(|known| {
+                known
+                    .strip_suffix('=')
+                    .map_or(option == *known, |key| option.split_once('=').is_some_and(|(name, _)| name == key))
+            })
+        };
+        if let Some(strange) = options.iter().find(|option| !known(option)) {
+            return Err(format!("options: {strange:?} is not one of {}", allowed.join(", ")));
+        }
+    }
+    let kind = match kind {
+        None => {
+            let source = source.ok_or_else(|| "source is required for a bind".to_owned())?;
             if flavor == Flavor::DropIn && options.is_empty() {
-                return Err(format!(
-                    "options must not be empty for type {kind:?}; use [\"rbind\", \"ro\"] or [\"rbind\", \"rw\"]"
-                ));
+                return Err(
+                    "options must not be empty for a bind; use [\"rbind\", \"ro\"] or [\"rbind\", \"rw\"]".to_owned()
+                );
             }
             MountKind::Bind { source: source.to_owned() }
         }
-        other if other == "tmpfs" || flavor == Flavor::DropIn => {
-            MountKind::FileSystem { kind: other.to_owned(), source: source.unwrap_or(other).to_owned() }
-        }
-        other => return Err(format!("type = {other:?} is not bind, volume or tmpfs")),
+        // A tmpfs has no source; what a job writes there must not mean anything.
+        Some("tmpfs") => MountKind::FileSystem { kind: "tmpfs".to_owned(), source: "tmpfs".to_owned() },
+        Some(other) => MountKind::FileSystem { kind: other.to_owned(), source: source.unwrap_or(other).to_owned() },
     };
     Ok(MountRequest { kind, target, options })
 }
@@ -380,6 +446,20 @@ mod tests {
         assert!(check("shim", &[target.clone(), ("type", Wire::from("nfs"))]).expect_err("kind").contains("nfs"));
         assert!(check("shim", &[target, ("type", Wire::from("tmpfs"))]).is_ok());
         assert!(check("shim", &[("target", Wire::from("/a/../..")), ("type", Wire::from("tmpfs"))]).is_err());
+        let target = ("target", Wire::from("/t"));
+        // A "tmpfs" with the options of a bind is one, and checked as one; strange options are refused.
+        for name in ["shim", "containerd-driver"] {
+            let disguised = [
+                target.clone(),
+                ("type", Wire::from("tmpfs")),
+                ("source", Wire::from("/")),
+                ("options", list(&["rbind", "rw"])),
+            ];
+            let mounts = check(name, &disguised).expect("a bind");
+            assert_eq!(mounts[0].kind, MountKind::Bind { source: "/".to_owned() });
+        }
+        let strange = [target, ("type", Wire::from("tmpfs")), ("options", list(&["size=1m", "lowerdir=/"]))];
+        assert!(check("shim", &strange).expect_err("an option").contains("lowerdir"));
     }
 
     #[test]

@@ -135,12 +135,17 @@ impl BundlePaths {
         bound().map_err(|source| file("bind a mount's source to", &target, source))
     }
 
-    /// What is or may be mounted.
-    fn mount_points(&self) -> Vec<PathBuf> {
-        let pins = fs::read_dir(self.pins()).map(|entries| entries.flatten().map(|entry| entry.path()).collect());
-        let mut points: Vec<PathBuf> = pins.unwrap_or_default();
+    /// What is or may be mounted. A listing that fails is an error: taken for "nothing", the removal would descend.
+    fn mount_points(&self) -> Result<Vec<PathBuf>, RootfsError> {
+        let pins = self.pins();
+        let listed = match fs::read_dir(&pins) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+            Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>(),
+        };
+        let mut points = listed.map_err(|source| file("list", &pins, source))?;
         points.push(self.rootfs());
-        points
+        Ok(points)
     }
 
     /// Unmounts the root file system and the job's sources, however often they are mounted.
@@ -151,15 +156,8 @@ impl BundlePaths {
         if fault::skipped("unmount") {
             return Ok(());
         }
-        for point in self.mount_points() {
-            loop {
-                match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                    Ok(()) => {}
-                    // EINVAL: not a mount point.
-                    Err(nix::Error::EINVAL | nix::Error::ENOENT) => break,
-                    Err(errno) => return Err(file("unmount", &point, errno.into())),
-                }
-            }
+        for point in self.mount_points()? {
+            unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())
     }
@@ -170,7 +168,7 @@ impl BundlePaths {
     /// # Errors
     /// As the file system; not there is fine.
     pub fn remove(&self) -> Result<(), RootfsError> {
-        for point in self.mount_points() {
+        for point in self.mount_points()?.into_iter().chain([self.pins()]) {
             let removed = match fs::symlink_metadata(&point) {
                 Ok(metadata) if metadata.is_dir() => fs::remove_dir(&point),
                 Ok(_) => fs::remove_file(&point),
@@ -196,6 +194,25 @@ impl BundlePaths {
             return Ok(());
         }
         remove_all(&self.upper)
+    }
+}
+
+/// Unmounts whatever is mounted at `point`, layer by layer.
+fn unmount_all(point: &Path) -> io::Result<()> {
+    loop {
+        // A bind of the host's directory is a peer of it, and a lazy unmount reaches peers: what is mounted below the
+        // host's own directory would go with ours (mount_namespaces(7)). As a slave it hears and does not speak.
+        match mount(None::<&str>, point, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>) {
+            Ok(()) => {}
+            // EINVAL: not a mount point.
+            Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+        match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 

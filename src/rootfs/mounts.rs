@@ -3,8 +3,11 @@
 use std::{
     fs::File,
     io,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt as _},
-    path::{Component, Path, PathBuf},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::OpenOptionsExt as _,
+    },
+    path::{Path, PathBuf},
 };
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -111,32 +114,49 @@ fn open_source(
     allow_paths: &[PathBuf],
 ) -> Result<OwnedFd, RootfsError> {
     let failed = |error: io::Error| RootfsError::Source { source_path: source.to_owned(), source: error };
+    let outside = || RootfsError::SourceOutside { source_path: source.to_owned() };
     let path = Path::new(source);
-    if !path.is_absolute() {
-        let (root, below) = match path.strip_prefix("alloc") {
-            Ok(below) => (dirs.alloc.join("alloc"), below),
-            Err(_) => (dirs.alloc.join(dirs.task), path),
-        };
-        if below.components().next() == Some(Component::Normal("private".as_ref())) {
-            return Err(RootfsError::SourceOutside { source_path: source.to_owned() });
+    if path.is_absolute() {
+        if flavor == Flavor::DropIn {
+            // As the old driver: any path of the host, symlinks followed.
+            return open_path(path).map_err(failed);
         }
-        return open_beneath(&root, below).map_err(failed);
+        if let Some(root) = allow_paths.iter().find(|root| path.starts_with(root)) {
+            return open_beneath(root, path.strip_prefix(root).unwrap_or(path)).map_err(failed);
+        }
+        let below = path.strip_prefix(dirs.alloc).map_err(|_| outside())?;
+        let fd = open_beneath(dirs.alloc, below).map_err(failed)?;
+        return if is_the_tasks(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) };
     }
-    if flavor == Flavor::DropIn {
-        // As the old driver: any path of the host, symlinks followed.
-        let opened = File::options().read(true).custom_flags(libc::O_PATH).open(path);
-        return opened.map(OwnedFd::from).map_err(failed);
-    }
-    let roots = [dirs.alloc.to_owned()];
-    let root = roots.iter().chain(allow_paths).find(|root| path.starts_with(root));
-    let root = root.ok_or_else(|| RootfsError::SourceOutside { source_path: source.to_owned() })?;
-    open_beneath(root, path.strip_prefix(root).unwrap_or(path)).map_err(failed)
+    let (root, below) = match path.strip_prefix("alloc") {
+        Ok(below) => (dirs.alloc.join("alloc"), below),
+        Err(_) => (dirs.alloc.join(dirs.task), path),
+    };
+    let fd = open_beneath(&root, below).map_err(failed)?;
+    if is_the_tasks(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) }
+}
+
+/// Is it in one of the directories that the task sees anyway? Asked of what was opened, not of how it was written:
+/// `private` is Nomad's own, and the other tasks' secrets are theirs.
+fn is_the_tasks(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
+    let opened = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    let alloc = std::fs::canonicalize(dirs.alloc)?;
+    let task = alloc.join(dirs.task);
+    let seen = [alloc.join("alloc"), task.join("local"), task.join("secrets"), task.join("tmp")];
+    Ok(seen.iter().any(|directory| opened.starts_with(directory)))
+}
+
+/// A descriptor that only names a file: nothing is read, and a FIFO or device is not waited for.
+fn open_path(path: &Path) -> io::Result<OwnedFd> {
+    File::options().read(true).custom_flags(libc::O_PATH).open(path).map(OwnedFd::from)
 }
 
 /// Opens `below` without ever leaving `root`, whatever symlinks stand in the way (openat2(2), Linux 5.6).
 fn open_beneath(root: &Path, below: &Path) -> io::Result<OwnedFd> {
-    let root = File::open(root)?;
-    let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
+    let root = open_path(root)?;
+    if below.as_os_str().is_empty() {
+        return Ok(root);
+    }
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -179,12 +199,30 @@ mod tests {
             let ResolvedMount::Bind { options, .. } = &resolved[0] else { panic!("a bind") };
             assert_eq!(*options, ["ro", "rbind"]);
         }
-        for source in ["local/out", "../other", "private", "local/../../x", outside.path().to_str().expect("utf-8")] {
+        std::os::unix::fs::symlink("../private", alloc.path().join("web/local/sly")).expect("linked");
+        let private = alloc.path().join("web/private");
+        let private = private.to_str().expect("utf-8");
+        for source in [
+            "local/out",
+            "../other",
+            "private",
+            "./private",
+            "local/../private",
+            "local/sly",
+            ".",
+            private,
+            "local/../../x",
+            outside.path().to_str().expect("utf-8"),
+        ] {
             assert!(resolve(source, Flavor::Secure, &[]).is_err(), "{source}");
         }
         let outside_text = outside.path().to_str().expect("utf-8");
         assert!(resolve(outside_text, Flavor::Secure, &[outside.path().to_owned()]).is_ok());
         assert!(resolve(outside_text, Flavor::DropIn, &[]).is_ok());
         assert!(resolve("local/missing", Flavor::DropIn, &[]).is_err());
+        let fifo = outside.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("made");
+        let fifo_text = fifo.to_str().expect("utf-8");
+        assert!(resolve(fifo_text, Flavor::Secure, std::slice::from_ref(&fifo)).is_ok(), "not waited for");
     }
 }

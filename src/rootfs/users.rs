@@ -58,20 +58,22 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
         None => (user, None),
     };
     let user = if user.is_empty() { "0" } else { user };
-    let by_name = passwd_lines(passwd).find(|entry| entry.name == user);
-    let entry = match (by_name, user.parse::<u32>()) {
-        (Some(entry), _) => Ok(entry),
-        (None, Ok(uid)) => Err(passwd_lines(passwd).find(|entry| entry.uid == uid).ok_or(uid)),
-        (None, Err(_)) => return Err(UserError::User(user.to_owned())),
-    };
-    let (uid, gid, name) = match entry {
-        Ok(entry) | Err(Ok(entry)) => (entry.uid, entry.gid, entry.name),
-        Err(Err(uid)) => (uid, 0, ""),
+    // A number is always one, even if an image has a user of that name: who forces `1000` must not get root.
+    let (uid, gid, name) = match number(user) {
+        Some(uid) => {
+            let entry = passwd_lines(passwd).find(|entry| entry.uid == uid);
+            (uid, entry.as_ref().map_or(0, |entry| entry.gid), entry.map_or("", |entry| entry.name))
+        }
+        None => {
+            let entry = passwd_lines(passwd).find(|entry| entry.name == user);
+            let entry = entry.ok_or_else(|| UserError::User(user.to_owned()))?;
+            (entry.uid, entry.gid, entry.name)
+        }
     };
     match wanted_group {
         Some(wanted) => {
-            let known = group_lines(group).find(|(name, _, _)| *name == wanted).map(|(_, gid, _)| gid);
-            let gid = known.or_else(|| wanted.parse().ok()).ok_or_else(|| UserError::Group(wanted.to_owned()))?;
+            let known = || group_lines(group).find(|(name, _, _)| *name == wanted).map(|(_, gid, _)| gid);
+            let gid = number(wanted).or_else(known).ok_or_else(|| UserError::Group(wanted.to_owned()))?;
             Ok(Ids { uid, gid, groups: Vec::new() })
         }
         None => {
@@ -80,6 +82,11 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
             Ok(Ids { uid, gid, groups: groups.collect() })
         }
     }
+}
+
+/// An id. Docker's limit: beyond it there is (uid_t)-1, which means "leave as it is" to the kernel.
+fn number(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id <= i32::MAX.cast_unsigned())
 }
 
 #[cfg(test)]
@@ -99,7 +106,8 @@ mod tests {
         assert_eq!(resolve("4242"), Ok(Ids { uid: 4242, gid: 0, groups: vec![] }));
         assert_eq!(resolve("user:extra"), Ok(Ids { uid: 1000, gid: 2000, groups: vec![] }));
         assert_eq!(resolve("4242:4243"), Ok(Ids { uid: 4242, gid: 4243, groups: vec![] }));
-        assert_eq!(resolve("77"), Ok(Ids { uid: 5, gid: 6, groups: vec![] }), "a name that looks like a number");
+        assert_eq!(resolve("77"), Ok(Ids { uid: 77, gid: 0, groups: vec![] }), "a number, though a user is called so");
+        assert_eq!(resolve("4294967295"), Err(UserError::User("4294967295".to_owned())), "(uid_t)-1");
         assert_eq!(resolve("nobody"), Err(UserError::User("nobody".to_owned())));
         assert_eq!(resolve("user:none"), Err(UserError::Group("none".to_owned())));
     }

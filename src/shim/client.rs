@@ -198,15 +198,14 @@ impl Client {
         }
     }
 
-    /// Does the shim hold this container, and is its process alive?
+    /// Is the container's process alive?
     ///
     /// # Errors
-    /// When it can't be asked.
+    /// When it can't be asked; "not found" when the shim does not hold the container.
     pub async fn is_running(&self, id: &str) -> Result<bool, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
         match self.call::<_, wire::StateResponse>("State", &request, Some(QUICK)).await {
             Ok(state) => Ok(state.status.enum_value() == Ok(wire::Status::RUNNING)),
-            Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error),
         }
     }

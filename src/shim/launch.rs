@@ -220,15 +220,34 @@ impl Shim {
     }
 }
 
-/// Ends a shim that another instance of us left behind and that holds no container we want, by its directory.
-pub async fn end_stray(dir: &Path) {
-    if let Ok(client) = Client::connect(&dir.join("sock"), None).await
-        && let Err(error) = client.shutdown("").await
-    {
-        tracing::warn!(dir = %dir.display(), %error, "a stray shim does not end");
-        return;
+/// Ends a shim that another instance of us left behind, by its directory: true when it is gone. One that holds a
+/// container answers and stays; then its directory stays too, since its socket is the only way to it.
+pub async fn end_stray(dir: &Path) -> bool {
+    let socket = dir.join("sock");
+    let deadline = tokio::time::Instant::now() + END;
+    let mut asked = false;
+    loop {
+        match tokio::time::timeout(END, tokio::net::UnixStream::connect(&socket)).await {
+            Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
+                remove_dir(dir);
+                return true;
+            }
+            Ok(Ok(_)) if !asked => {
+                asked = true;
+                if let Ok(client) = Client::connect(&socket, None).await
+                    && let Err(error) = client.shutdown("").await
+                {
+                    tracing::warn!(dir = %dir.display(), %error, "a stray shim refuses to end");
+                }
+            }
+            _ => {}
+        }
+        if tokio::time::Instant::now() > deadline {
+            tracing::warn!(dir = %dir.display(), "a stray shim does not end; it may still hold a container");
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    remove_dir(dir);
 }
 
 fn remove_dir(dir: &Path) {

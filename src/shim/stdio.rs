@@ -13,6 +13,7 @@ use std::{
         unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -86,15 +87,26 @@ impl Stdio {
     pub fn handed_over(self) {}
 }
 
+/// A reader that is about to open its end has done so within this.
+const LATE_READER: Duration = Duration::from_millis(500);
+
 /// Nothing was started: lets Nomad's collector see the end of both streams at once. It waits four seconds for somebody
-/// to open them otherwise.
+/// to open them otherwise. Must be called inside of a runtime.
 pub fn give_up(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     for path in [stdout, stderr] {
-        if let Ok(stream) = open(alloc_dir, path)
-            && let Some(path) = stream.path()
-        {
-            // Fails with ENXIO when no reader is there: then nobody waits either.
-            let _ = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let Ok(stream) = open(alloc_dir, path) else { continue };
+        let Some(path) = stream.path() else { continue };
+        let write = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&path);
+        if !write.is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO)) {
+            continue;
+        }
+        // No reader yet: we failed faster than the collector opens. Both ends held for a moment let it in, and their
+        // end is what it then sees.
+        if let Ok(held) = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path) {
+            tokio::spawn(async move {
+                tokio::time::sleep(LATE_READER).await;
+                drop(held);
+            });
         }
     }
 }

@@ -3,7 +3,7 @@
 //! The map is locked only to look things up. What takes time happens outside of it, per task.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     fs::{self, File},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -17,7 +17,7 @@ use super::{
     load_records,
     record::millis,
     signal, start,
-    undo::{KILL_GRACE, ShimHandle, undo},
+    undo::{KILL_GRACE, RETRIES, ShimHandle, find_shim, undo_or_keep},
 };
 use crate::{
     cgroup::{CgroupPath, Cgroups},
@@ -29,8 +29,9 @@ use crate::{
 
 /// A plugin that was told to leave is gone well within this.
 const LOCK: Duration = Duration::from_secs(5);
-/// When a cleanup that failed is tried again. Nomad never asks a second time.
-const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
+
+/// Held by whoever starts or undoes an attempt of one allocation's task.
+type Turn = Arc<tokio::sync::Mutex<()>>;
 
 /// What the parts of the engine share.
 pub struct Shared {
@@ -43,6 +44,8 @@ pub struct Shared {
     tasks: Mutex<HashMap<TaskId, Slot>>,
     /// Tasks of an earlier instance of us that nobody has asked for yet.
     leftovers: Mutex<HashMap<TaskId, Record>>,
+    /// One at a time for each allocation and task: an attempt that is being made, or being undone.
+    turns: Mutex<HashMap<(String, String), Turn>>,
     _lock: Flock<File>,
 }
 
@@ -129,45 +132,51 @@ impl Engine {
             events,
             tasks: Mutex::default(),
             leftovers: Mutex::default(),
+            turns: Mutex::default(),
             _lock: lock,
         }));
-        engine.sort_out(records).await;
+        engine.sort_out(records);
         Ok(engine)
     }
 
     /// Half-made starts were never told to Nomad: they go. The others wait for `RecoverTask` or `DestroyTask`. Shims
-    /// that no record names were idle ones.
-    async fn sort_out(&self, records: Vec<Record>) {
+    /// that no record names were idle ones. What takes time is done in the background, side by side: Nomad waits for
+    /// `Init` without a deadline.
+    fn sort_out(&self, records: Vec<Record>) {
         let places = &self.0.settings.places;
-        let named: HashSet<&str> = records.iter().map(|record| record.shim.as_str()).collect();
-        let strays: Vec<_> =
-            fs::read_dir(places.shims()).map(|entries| entries.flatten().collect()).unwrap_or_default();
-        for stray in strays.iter().filter(|stray| !named.contains(stray.file_name().to_string_lossy().as_ref())) {
-            shim::end_stray(&stray.path()).await;
+        let named: HashSet<String> = records.iter().map(|record| record.shim.clone()).collect();
+        match fs::read_dir(places.shims()) {
+            Ok(strays) => strays
+                .flatten()
+                .filter(|stray| !named.contains(stray.file_name().to_string_lossy().as_ref()))
+                .for_each(|stray| drop(tokio::spawn(async move { shim::end_stray(&stray.path()).await }))),
+            Err(error) => tracing::warn!(%error, "list the shims of an earlier plugin"),
         }
-        for record in &records {
-            if record.state == RecordState::Intended {
-                tracing::warn!(task = %record.task_id, "an earlier plugin left a half-made start; undoing it");
-                self.undo_leftover(record).await;
-            } else {
-                self.leftovers().insert(record.task_id.clone(), record.clone());
+        for record in records {
+            let half_made = record.state == RecordState::Intended;
+            let (id, engine) = (record.task_id.clone(), self.clone());
+            let turn = self.turn(&record.alloc_id, &record.name);
+            self.0.keep(record);
+            if half_made {
+                tracing::warn!(task = %id, "an earlier plugin left a half-made start; undoing it");
+                tokio::spawn(async move {
+                    let _turn = turn.lock().await;
+                    if let Some(outcome) = engine.destroy_leftover(&id).await
+                        && let Err(error) = outcome
+                    {
+                        tracing::error!(task = %id, error = %crate::chain(&error), "remains of an earlier plugin stay");
+                    }
+                });
             }
         }
     }
 
-    async fn undo_leftover(&self, record: &Record) {
-        let shim = self.find_shim(record).await;
-        if let Err(error) = undo(&self.0, record, shim).await {
-            tracing::error!(task = %record.task_id, error = %crate::chain(&error), "remains of an earlier plugin stay");
-        }
-    }
-
-    async fn find_shim(&self, record: &Record) -> ShimHandle {
-        if !record.is_current() {
-            return ShimHandle::Gone;
-        }
-        let socket = self.0.settings.places.shim(&record.shim).join("sock");
-        Client::connect(&socket, None).await.map_or(ShimHandle::Gone, ShimHandle::Found)
+    /// Who starts or undoes an attempt of this allocation's task holds this meanwhile.
+    fn turn(&self, alloc_id: &str, name: &str) -> Turn {
+        let mut turns = self.0.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that nobody holds or waits for any more.
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        turns.entry((alloc_id.to_owned(), name.to_owned())).or_default().clone()
     }
 
     /// The settings it was opened with.
@@ -196,11 +205,14 @@ impl Engine {
     /// When it can't be started; nothing is left of it then.
     pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let id = request.task_id.clone();
-        if id.0.is_empty() || self.tasks().contains_key(&id) {
-            return Err(TaskError::AlreadyStarted(id.0));
+        match self.tasks().entry(id.clone()) {
+            Entry::Vacant(free) if !id.0.is_empty() => drop(free.insert(Slot::Starting)),
+            _ => return Err(TaskError::AlreadyStarted(id.0)),
         }
-        self.tasks().insert(id.clone(), Slot::Starting);
         let slot = Reserved { engine: self, id: &id };
+        // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.
+        let turn = self.turn(&request.alloc_id, &request.name);
+        let _turn = turn.lock().await;
         self.clear_predecessors(&request).await?;
         let began = start::start(&self.0, &request).await;
         self.0.pool.refill();
@@ -213,7 +225,7 @@ impl Engine {
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
             start_us = micros(phases.start), "started"
         );
-        let client = running.shim.client().cloned();
+        let client = running.shim.any_client().cloned();
         let task = Arc::new(Task {
             record: Mutex::new(running.record),
             shim: tokio::sync::Mutex::new(Some(running.shim)),
@@ -232,15 +244,11 @@ impl Engine {
     /// it, or died before it knew of it.
     async fn clear_predecessors(&self, request: &StartRequest) -> Result<(), TaskError> {
         let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
-        let leftovers: Vec<Record> = {
-            let mut leftovers = self.leftovers();
-            let ids: Vec<_> = leftovers.values().filter(|r| same(r)).map(|r| r.task_id.clone()).collect();
-            ids.iter().filter_map(|id| leftovers.remove(id)).collect()
-        };
-        for record in leftovers {
-            tracing::warn!(task = %record.task_id, new = %request.task_id, "replaces a task of an earlier plugin");
-            let shim = self.find_shim(&record).await;
-            undo(&self.0, &record, shim).await?;
+        let leftovers: Vec<TaskId> =
+            self.leftovers().values().filter(|record| same(record)).map(|record| record.task_id.clone()).collect();
+        for old in leftovers {
+            tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
+            self.destroy_leftover(&old).await.unwrap_or(Ok(()))?;
         }
         if request.alloc_id.is_empty() {
             return Ok(());
@@ -257,7 +265,11 @@ impl Engine {
             .collect();
         for old in olds {
             tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
-            self.destroy(&old, Force::Yes).await?;
+            match self.destroy(&old, Force::Yes).await {
+                // Somebody else, most likely the old agent's own call, was faster.
+                Ok(()) | Err(TaskError::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
@@ -272,7 +284,7 @@ impl Engine {
         }
         let unrecoverable = |problem: &str| TaskError::Unrecoverable { id: id.clone(), problem: problem.to_owned() };
         let record = self.leftovers().get(id).cloned().ok_or_else(|| unrecoverable("no record of it on this host"))?;
-        let shim = self.find_shim(&record).await;
+        let shim = find_shim(&self.0, &record).await;
         let (pid, started_at, exit) = match &record.state {
             RecordState::Exited(exit) => (0, exit.started_at, Some(exit.clone())),
             RecordState::Running { pid, started_at } | RecordState::Stopping { pid, started_at, .. } => {
@@ -369,8 +381,27 @@ impl Engine {
     /// Removes a task and all it left. A running one must be forced.
     ///
     /// # Errors
-    /// When it is unknown, or runs and is not forced, or something of it can't be removed (which is then retried).
+    /// When it is unknown, or runs and is not forced, or something of it can't be removed. The latter is tried again in
+    /// the background: Nomad never asks twice.
     pub async fn destroy(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
+        let outcome = self.destroy_once(id, force).await;
+        // Killed in vain, and so still in the map; everything else is kept as a leftover and tried again from there.
+        if force == Force::Yes && outcome.is_err() && self.find(id).is_ok() {
+            let (engine, id) = (self.clone(), id.clone());
+            tokio::spawn(async move {
+                for pause in RETRIES {
+                    tokio::time::sleep(pause).await;
+                    match engine.destroy_once(&id, Force::Yes).await {
+                        Ok(()) | Err(TaskError::NotFound(_)) => return,
+                        Err(error) => tracing::warn!(task = %id, error = %crate::chain(&error), "destroy, once more"),
+                    }
+                }
+            });
+        }
+        outcome
+    }
+
+    async fn destroy_once(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
         let task = match self.find(id) {
             Ok(task) => task,
             Err(unknown) => return self.destroy_leftover(id).await.unwrap_or(Err(unknown)),
@@ -387,34 +418,15 @@ impl Engine {
             task.end_by_force(id, client).await?;
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
-        let record = task.record();
-        let outcome = undo(&self.0, &record, shim).await;
+        let outcome = undo_or_keep(&self.0, &task.record(), shim).await;
         self.tasks().remove(id);
-        if outcome.is_err() {
-            self.retry_undo(record);
-        }
         outcome
     }
 
     async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
-        let record = self.leftovers().remove(id)?;
-        let shim = self.find_shim(&record).await;
-        Some(undo(&self.0, &record, shim).await)
-    }
-
-    fn retry_undo(&self, record: Record) {
-        let engine = self.clone();
-        tokio::spawn(async move {
-            for pause in RETRIES {
-                tokio::time::sleep(pause).await;
-                let shim = engine.find_shim(&record).await;
-                if undo(&engine.0, &record, shim).await.is_ok() {
-                    return;
-                }
-            }
-            // Its record stays: the next start of this task, or the next plugin, tries again.
-            engine.leftovers().insert(record.task_id.clone(), record);
-        });
+        let record = self.0.take_leftover(id)?;
+        let shim = find_shim(&self.0, &record).await;
+        Some(undo_or_keep(&self.0, &record, shim).await)
     }
 
     /// What is known of a task.
@@ -456,6 +468,18 @@ impl Engine {
     }
 }
 
+impl Shared {
+    /// Keeps in mind what is still to be undone or taken over.
+    pub(super) fn keep(&self, record: Record) {
+        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner).insert(record.task_id.clone(), record);
+    }
+
+    /// Takes it, so that nobody else does.
+    pub(super) fn take_leftover(&self, id: &TaskId) -> Option<Record> {
+        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
+    }
+}
+
 /// `DestroyTask`'s flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Force {
@@ -493,6 +517,10 @@ impl Task {
 
     fn set_state(&self, shared: &Shared, state: RecordState) {
         let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        // How it ended is the last word, whoever comes later.
+        if matches!(record.state, RecordState::Exited(_)) {
+            return;
+        }
         record.state = state;
         if let Err(error) = record.save(&shared.settings.places.record(&record.container_id)) {
             tracing::error!(task = %record.task_id, error = %crate::chain(&error), "its record is out of date");

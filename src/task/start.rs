@@ -17,7 +17,7 @@ use super::{
     record::{Intent, millis},
     runtime::Runtime,
     signal,
-    undo::{ShimHandle, undo},
+    undo::{ShimHandle, undo_or_keep},
 };
 use crate::{
     ids::{ContainerId, Flavor},
@@ -134,8 +134,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
         Err(error) => {
             // Not given up yet: another try may follow, and the reader must not take this for the end.
             drop(stdio);
-            if let Err(left) = undo(shared, &record, ShimHandle::Owned(shim)).await {
-                // The record is still there: the next start of this task, or the next plugin, tries again.
+            if let Err(left) = undo_or_keep(shared, &record, ShimHandle::Owned(shim)).await {
                 tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
             }
             Err(error)

@@ -3,7 +3,7 @@
 //! A failed start, a destroy and the remains of a crashed plugin all come through here, so there is one list of what
 //! there is to undo, and the tests of any of them guard it.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use super::{Record, TaskError, engine::Shared};
 use crate::{
@@ -14,6 +14,8 @@ use crate::{
 
 /// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
 pub const KILL_GRACE: Duration = Duration::from_secs(30);
+/// When a cleanup that failed is tried again.
+pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
 
 /// Where a task's shim is.
 #[derive(Debug)]
@@ -27,6 +29,15 @@ pub enum ShimHandle {
 }
 
 impl ShimHandle {
+    /// The connection, whether it still works or not.
+    pub fn any_client(&self) -> Option<&Client> {
+        match self {
+            Self::Owned(shim) => Some(shim.client()),
+            Self::Found(client) => Some(client),
+            Self::Gone => None,
+        }
+    }
+
     /// A connection, if the shim lives.
     pub fn client(&self) -> Option<&Client> {
         match self {
@@ -57,7 +68,10 @@ pub async fn undo(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<
         }
     };
 
-    note("container", end_container(shared, record, &shim, &bundle).await);
+    // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
+    end_container(shared, record, &shim, &bundle).await.inspect_err(|error| {
+        tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(error), "undo");
+    })?;
     note("shim", end_shim(shared, record, shim).await);
     let cgroups = shared.cgroups.clone();
     let cgroup = CgroupPath::recorded(&record.cgroup);
@@ -93,16 +107,28 @@ async fn end_container(
             // It died under our hands: what it left is the dead-shim case.
             Err(ShimError::Gone { .. }) => {}
             Err(error) => return Err(failed("end the container")(error)),
-            Ok(()) => return Ok(()),
+            Ok(Known::Yes) => return Ok(()),
+            // A Create that was cut off: the runtime may have it all the same.
+            Ok(Known::No) => {}
         }
     }
     let dead = DeadTask { id, bundle: &bundle.bundle };
     shim::delete_dead(shared.pool.launcher(), dead).await.map_err(failed("clean up after a dead shim"))
 }
 
-async fn end_through(client: &Client, id: &str) -> Result<(), ShimError> {
+/// Did the shim know the container?
+enum Known {
+    Yes,
+    No,
+}
+
+async fn end_through(client: &Client, id: &str) -> Result<Known, ShimError> {
+    let running = match client.is_running(id).await {
+        Err(error) if error.is_not_found() => return Ok(Known::No),
+        other => other?,
+    };
     // A container that was created and never started is not running, and `delete` takes it as it is.
-    if client.is_running(id).await? {
+    if running {
         client.kill(id, libc::SIGKILL, Kill::All).await?;
         match tokio::time::timeout(KILL_GRACE, client.wait(id)).await {
             Ok(Err(error)) if !error.is_not_found() => return Err(error),
@@ -110,7 +136,8 @@ async fn end_through(client: &Client, id: &str) -> Result<(), ShimError> {
             Err(_) => return Err(ShimError::Late { call: "Wait", after: KILL_GRACE }),
         }
     }
-    client.delete(id).await
+    client.delete(id).await?;
+    Ok(Known::Yes)
 }
 
 async fn end_shim(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<(), TaskError> {
@@ -120,8 +147,46 @@ async fn end_shim(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<
     match shim {
         ShimHandle::Owned(shim) => shim.end().await,
         ShimHandle::Found(_) | ShimHandle::Gone => {
-            shim::end_stray(&shared.settings.places.shim(&record.shim)).await;
+            let dir = shared.settings.places.shim(&record.shim);
+            if !shim::end_stray(&dir).await {
+                let source = ShimError::Late { call: "Shutdown", after: KILL_GRACE };
+                return Err(TaskError::Shim { doing: "end the shim", source });
+            }
         }
     }
     Ok(())
+}
+
+/// Undoes, and where that fails keeps the task in mind and tries again in the background: Nomad never asks twice.
+///
+/// # Errors
+/// What failed at the first try.
+pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: ShimHandle) -> Result<(), TaskError> {
+    let outcome = undo(shared, record, shim).await;
+    if outcome.is_err() {
+        let (shared, record) = (shared.clone(), record.clone());
+        shared.keep(record.clone());
+        tokio::spawn(async move {
+            for pause in RETRIES {
+                tokio::time::sleep(pause).await;
+                // Somebody else took it: a new attempt of the task, or its destroy.
+                let Some(record) = shared.take_leftover(&record.task_id) else { return };
+                let shim = find_shim(&shared, &record).await;
+                if undo(&shared, &record, shim).await.is_ok() {
+                    return;
+                }
+                shared.keep(record);
+            }
+        });
+    }
+    outcome
+}
+
+/// The shim of a record, if it still lives.
+pub async fn find_shim(shared: &Shared, record: &Record) -> ShimHandle {
+    if !record.is_current() {
+        return ShimHandle::Gone;
+    }
+    let socket = shared.settings.places.shim(&record.shim).join("sock");
+    Client::connect(&socket, None).await.map_or(ShimHandle::Gone, ShimHandle::Found)
 }

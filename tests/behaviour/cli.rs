@@ -126,6 +126,32 @@ async fn an_interrupt_stops_the_task() {
     cli.assert_clean();
 }
 
+/// The plugin dies under a running task with a directory of the host bound into it: that directory stays as it is, and
+/// everything else goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_that_dies_leaves_the_hosts_directories_alone() {
+    let (cli, image) = (Cli::new(), busybox().await);
+    let precious = cli.dir.join("precious");
+    std::fs::create_dir_all(&precious).unwrap();
+    std::fs::write(precious.join("file"), "untouched").unwrap();
+    let mount = format!("type=bind,source={},target=/m", precious.display());
+    let arguments = ["run", "--mount", &mount, &image, "sh", "-c", "cat /m/file; sleep 600"];
+    let mut child = cli.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut text = [0; 9];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut text).unwrap();
+    assert_eq!(&text, b"untouched");
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
+    let plugin = children
+        .split_whitespace()
+        .find(|pid| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("--name")));
+    let plugin: i32 = plugin.unwrap_or_else(|| panic!("{children}")).parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(plugin), nix::sys::signal::Signal::SIGKILL).unwrap();
+    let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    assert_eq!(status.code(), Some(125));
+    assert_eq!(std::fs::read_to_string(precious.join("file")).unwrap(), "untouched");
+    cli.assert_clean();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn pull_images_and_ps_list_what_there_is() {
     let (cli, image) = (Cli::new(), busybox().await);

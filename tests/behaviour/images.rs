@@ -272,3 +272,61 @@ async fn the_native_snapshotter_works_too() {
     assert_eq!(prints(&mut env, &name, "echo native").await, "native\n");
     env.finish().await;
 }
+
+/// A password goes to the registry it is for, not to whom the registry's answers lead.
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_do_not_follow_a_redirect() {
+    let mut env = Env::new().await;
+    let (registry, thief) = (FakeRegistry::start().await, FakeRegistry::start().await);
+    thief.challenge(&format!(r#"Bearer realm="http://{}/token""#, thief.address));
+    thief.set("/elsewhere", Answer { wants: Some("Bearer x".to_owned()), ..Answer::ok("", vec![]) });
+    let location = ("location".to_owned(), format!("http://{}/elsewhere", thief.address));
+    registry.set("/v2/app/manifests/1", Answer { status: 307, headers: vec![location], ..Answer::ok("", vec![]) });
+    let auth = json!({"username": "tester", "password": "secret"});
+    let mut task = env.prepare(json!({"image": format!("{}/app:1", registry.address), "auth": auth})).await;
+    let error = env.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().contains("pull access denied"), "{error:?}");
+    assert_eq!(thief.requests(), ["/elsewhere"], "no token was asked for");
+    env.finish().await;
+}
+
+/// A configuration that claims another image's layers must not be given them.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_gets_layers_by_claiming_them() {
+    let mut env = Env::new().await;
+    let registry = &services().registry;
+    let secret = Layer::new(&[Entry::file("secret", "s3cret")], Packing::Gzip);
+    let private = Image { layers: vec![secret.clone()], ..Image::busybox() }.push(registry, "test/private:1").await;
+    let mut task = env.prepare(json!({"image": private, "command": "/none"})).await;
+    env.try_start(&mut task).await.unwrap_err();
+    // Public bytes, under the private layer's name.
+    let public = Layer { diff_id: secret.diff_id, ..Layer::busybox().clone() };
+    let claiming = Image { layers: vec![public], ..Image::busybox() }.push(registry, "test/claiming:1").await;
+    for _ in 0..2 {
+        let mut task = env.prepare(json!({"image": claiming})).await;
+        let error = env.try_start(&mut task).await.unwrap_err();
+        assert!(error.message().contains("uncompressed digest"), "{error:?}");
+    }
+    assert_eq!(
+        prints(&mut env, &Image::busybox().push(registry, "test/busybox:1").await, "echo unharmed").await,
+        "unharmed\n"
+    );
+    env.finish().await;
+}
+
+/// Devices in a stranger's image are not opened while it is looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_accounts_file_that_is_a_device_is_passed_over() {
+    let mut env = Env::new().await;
+    let fifo = Entry { kind: tar::EntryType::Fifo, ..Entry::file("etc/group", "") };
+    let device = Entry { kind: tar::EntryType::Char, ..Entry::file("etc/passwd", "") };
+    let busybox =
+        ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| std::path::Path::new(path).exists()).unwrap();
+    let layer = Layer::new(
+        &[Entry::dir("bin"), Entry::file("bin/sh", std::fs::read(busybox).unwrap()), Entry::dir("etc"), device, fifo],
+        Packing::Gzip,
+    );
+    let name = Image { layers: vec![layer], ..Image::busybox() }.push(&services().registry, "test/devices:1").await;
+    assert_eq!(prints(&mut env, &name, "echo fine").await, "fine\n");
+    env.finish().await;
+}

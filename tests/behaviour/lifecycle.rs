@@ -237,3 +237,29 @@ async fn a_dropped_call_is_finished() {
     env.destroy(&task).await.unwrap();
     env.finish().await;
 }
+
+/// The agent died during a StartTask (a long pull, say), and the next one asks for the same task under a new id while
+/// the first call is still at work: in the end there is one container, the new one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_waits_for_the_one_that_a_dead_agent_left_behind() {
+    use crate::support::{
+        Entry, Image, Layer, Packing,
+        fake_registry::{Answer, FakeRegistry},
+    };
+    let mut env = Env::new().await;
+    let registry = FakeRegistry::start().await;
+    let noise = nomad_driver_shim::ids::random_hex(8);
+    let image = Image::busybox().with_layer(Layer::new(&[Entry::file("noise", noise)], Packing::Gzip));
+    let slow = registry.serve(&image, |_, answer| Answer { delay: Duration::from_millis(400), ..answer });
+    let config = json!({"image": slow, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let mut first = env.prepare(config.clone()).await;
+    let dropped = tokio::time::timeout(Duration::from_millis(100), env.try_start(&mut first)).await;
+    assert!(dropped.is_err());
+    let mut second = env.prepare_in(first.dirs.clone(), "2", config).await;
+    env.try_start(&mut second).await.unwrap();
+    assert_eq!(env.inspect(&first.id).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(env.inspect(&second.id).await.unwrap().task.unwrap().state, TaskState::Running as i32);
+    assert_eq!(crate::support::leak::entries(&env.dir.join("run/tasks")).len(), 1);
+    env.destroy(&second).await.unwrap();
+    env.finish().await;
+}

@@ -357,3 +357,40 @@ async fn any_name_of_nomads_starts() {
     }
     env.finish().await;
 }
+
+/// A lazy unmount reaches the peers of a shared mount: what is mounted below the host's own directory must stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_binds_end_leaves_the_hosts_mounts_alone() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    let none = None::<&str>;
+    let source = crate::support::services::root().join("shared-source");
+    fs::create_dir_all(&source).unwrap();
+    mount(Some("tmpfs"), &source, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mount(none, &source, none, MsFlags::MS_SHARED, none).unwrap();
+    let below = source.join("below");
+    fs::create_dir_all(&below).unwrap();
+    mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    fs::write(below.join("f"), "there").unwrap();
+
+    let config = json!({"security": {"allow_paths": [source]}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mounts = json!([{"type": "bind", "source": source, "target": "/m", "options": ["rbind", "ro"]}]);
+    let image = env.busybox().await;
+    let (_, out, _) = env.run(with(sh(&image, "cat /m/below/f"), "mounts", mounts)).await;
+    let after = fs::read_to_string(below.join("f"));
+    env.finish().await;
+    umount2(&source, MntFlags::MNT_DETACH).unwrap();
+    assert_eq!((out.as_str(), after.unwrap().as_str()), ("there", "there"));
+}
+
+/// A "tmpfs" with a bind's options would be a bind to the runtime, of any path of the host.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bind_in_disguise_is_checked_as_one() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let mounts = json!([{"type": "tmpfs", "source": "/", "target": "/host", "options": ["rbind", "rw"]}]);
+    let mut task = env.prepare(with(sh(&image, "ls /host"), "mounts", mounts)).await;
+    let error = env.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().contains("mounts: source \"/\" is outside"), "{error:?}");
+    env.finish().await;
+}
