@@ -3,7 +3,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{config, driver::DriverService, options::PLUGIN, schema, status};
+use super::{config, options::PLUGIN, schema, service::DriverService, status};
 use crate::pb::base::{
     ConfigSchemaRequest, ConfigSchemaResponse, PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest,
     SetConfigResponse, base_plugin_server::BasePlugin,

@@ -1,24 +1,17 @@
 //! The driver service: decode, hand to the engine, encode. Bodies that make or undo something run as tasks of their
 //! own, so that a call dropped by a dying agent finishes all the same.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    path::Path,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, path::Path, pin::Pin, time::Duration};
 
 use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{config, convert, fingerprint, options::TASK, schema, status};
+use super::{convert, fingerprint, options::TASK, schema, service::DriverService, status};
 use crate::{
-    ids::{DriverName, TaskId},
+    ids::TaskId,
     pb::driver::{self as wire, driver_server::Driver},
-    task::{Engine, EventHub, Force, Inspection, Settings, TaskError, TaskHandle, give_up_logs},
+    task::{Engine, Force, Inspection, TaskError, TaskHandle, give_up_logs},
 };
 
 /// The pool is filled this long after `Init`: an `Init` may come to a process that lives 12 ms.
@@ -26,87 +19,7 @@ const WARM_UP: Duration = Duration::from_secs(2);
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// The driver service. Cheap to clone.
-#[derive(Clone)]
-pub struct DriverService(Arc<Inner>);
-
-struct Inner {
-    name: DriverName,
-    settings: Mutex<Option<Settings>>,
-    /// Opened at the first real work; an opening that failed is tried again by the next call.
-    engine: tokio::sync::Mutex<Option<Engine>>,
-    events: EventHub,
-}
-
-impl fmt::Debug for DriverService {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DriverService").field("name", &self.0.name).finish_non_exhaustive()
-    }
-}
-
 impl DriverService {
-    /// A driver that has done nothing yet.
-    pub fn new(name: DriverName) -> Self {
-        Self(Arc::new(Inner {
-            name,
-            settings: Mutex::default(),
-            engine: tokio::sync::Mutex::default(),
-            events: EventHub::default(),
-        }))
-    }
-
-    /// Its name in job files.
-    pub fn name(&self) -> &DriverName {
-        &self.0.name
-    }
-
-    /// Keeps settings for the first real work; the last ones before it win.
-    pub fn configure(&self, settings: Settings) {
-        *self.0.settings.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings);
-    }
-
-    /// The settings; the defaults when Nomad set none.
-    ///
-    /// # Errors
-    /// Never for a host that calls `SetConfig`.
-    pub fn settings(&self) -> Result<Settings, Status> {
-        let set = self.0.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match set {
-            Some(settings) => Ok(settings),
-            None => config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error)),
-        }
-    }
-
-    /// The engine, opened now if it is not yet.
-    ///
-    /// # Errors
-    /// When it can't be opened.
-    pub async fn engine(&self) -> Result<Engine, Status> {
-        let mut engine = self.0.engine.lock().await;
-        if let Some(engine) = &*engine {
-            return Ok(engine.clone());
-        }
-        let settings = self.settings()?;
-        if !settings.enabled {
-            return Err(Status::failed_precondition("the driver is disabled (plugin option enabled = false)"));
-        }
-        let opened = Engine::open(settings, self.0.events.clone()).await.map_err(|error| {
-            tracing::error!(error = %crate::chain(&error), "the driver can't work");
-            status::of(&error)
-        })?;
-        Ok(engine.insert(opened).clone())
-    }
-
-    /// Ends what only we use. Tasks go on.
-    pub fn close(&self) {
-        // Whoever is opening the engine right now has no shims yet.
-        if let Ok(engine) = self.0.engine.try_lock()
-            && let Some(engine) = &*engine
-        {
-            engine.close();
-        }
-    }
-
     async fn start(&self, task: &wire::TaskConfig) -> Result<TaskHandle, Status> {
         let request = convert::start_request(&self.settings()?, task).map_err(|error| status::of_config(&error))?;
         let engine = self.engine().await?;
@@ -306,7 +219,7 @@ impl Driver for DriverService {
         &self,
         _: Request<wire::TaskEventsRequest>,
     ) -> Result<Response<Self::TaskEventsStream>, Status> {
-        let mut events = self.0.events.listen();
+        let mut events = self.listen();
         let (send, receive) = tokio::sync::mpsc::channel(16);
         tokio::spawn(async move {
             loop {

@@ -6,7 +6,7 @@ use std::{collections::HashMap, time::Duration};
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::driver::DriverService;
+use super::service::DriverService;
 use crate::{
     containerd::Client,
     ids::{DROP_IN_NAME, DriverName},

@@ -21,8 +21,8 @@ use tonic::transport::{Server, server::Connected};
 
 use super::{
     base::Base,
-    driver::DriverService,
     goplugin::{Broker, Controller, Stdio},
+    service::DriverService,
     tls::{self, TlsError},
 };
 use crate::{

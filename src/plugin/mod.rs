@@ -11,6 +11,7 @@ mod handshake;
 mod hclog;
 mod options;
 mod schema;
+mod service;
 mod status;
 mod tls;
 

@@ -16,6 +16,7 @@ use super::{
     EventHub, ExitRecord, Phases, Record, RecordState, Runtimes, Settings, StartRequest, TaskError, TaskHandle,
     load_records,
     record::millis,
+    shared::Shared,
     signal, start,
     undo::{KILL_GRACE, RETRIES, ShimHandle, find_shim, undo_or_keep},
 };
@@ -33,17 +34,10 @@ const LOCK: Duration = Duration::from_secs(5);
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
 
-/// What the parts of the engine share.
-pub struct Shared {
-    pub(super) settings: Settings,
-    pub(super) cgroups: Cgroups,
-    pub(super) runtimes: Runtimes,
-    pub(super) images: ImageStore,
-    pub(super) pool: Pool,
-    pub(super) events: EventHub,
+/// What an engine is.
+struct Inner {
+    shared: Arc<Shared>,
     tasks: Mutex<HashMap<TaskId, Slot>>,
-    /// Tasks of an earlier instance of us that nobody has asked for yet.
-    leftovers: Mutex<HashMap<TaskId, Record>>,
     /// One at a time for each allocation and task: an attempt that is being made, or being undone.
     turns: Mutex<HashMap<(String, String), Turn>>,
     _lock: Flock<File>,
@@ -68,15 +62,6 @@ struct Task {
     exit: watch::Sender<Option<ExitRecord>>,
 }
 
-/// A task that `start` has just started.
-pub struct Running {
-    pub(super) record: Record,
-    pub(super) shim: ShimHandle,
-    pub(super) pid: u32,
-    pub(super) started_at: SystemTime,
-    pub(super) phases: Phases,
-}
-
 /// What `InspectTask` tells.
 #[derive(Debug, Clone)]
 pub struct Inspection {
@@ -96,11 +81,11 @@ pub struct Inspection {
 
 /// The engine. Cheap to clone.
 #[derive(Clone)]
-pub struct Engine(Arc<Shared>);
+pub struct Engine(Arc<Inner>);
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("name", &self.0.settings.name).finish_non_exhaustive()
+        f.debug_struct("Engine").field("name", &self.0.shared.settings.name).finish_non_exhaustive()
     }
 }
 
@@ -123,18 +108,9 @@ impl Engine {
         let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
         let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
         let records = load_records(&places.tasks())?;
-        let engine = Self(Arc::new(Shared {
-            settings,
-            cgroups,
-            runtimes,
-            images,
-            pool,
-            events,
-            tasks: Mutex::default(),
-            leftovers: Mutex::default(),
-            turns: Mutex::default(),
-            _lock: lock,
-        }));
+        let shared =
+            Arc::new(Shared { settings, cgroups, runtimes, images, pool, events, leftovers: Mutex::default() });
+        let engine = Self(Arc::new(Inner { shared, tasks: Mutex::default(), turns: Mutex::default(), _lock: lock }));
         engine.sort_out(records);
         Ok(engine)
     }
@@ -143,7 +119,7 @@ impl Engine {
     /// that no record names were idle ones. What takes time is done in the background, side by side: Nomad waits for
     /// `Init` without a deadline.
     fn sort_out(&self, records: Vec<Record>) {
-        let places = &self.0.settings.places;
+        let places = &self.0.shared.settings.places;
         let named: HashSet<String> = records.iter().map(|record| record.shim.clone()).collect();
         match fs::read_dir(places.shims()) {
             Ok(strays) => strays
@@ -156,7 +132,7 @@ impl Engine {
             let half_made = record.state == RecordState::Intended;
             let (id, engine) = (record.task_id.clone(), self.clone());
             let turn = self.turn(&record.alloc_id, &record.name);
-            self.0.keep(record);
+            self.0.shared.keep(record);
             if half_made {
                 tracing::warn!(task = %id, "an earlier plugin left a half-made start; undoing it");
                 tokio::spawn(async move {
@@ -181,22 +157,22 @@ impl Engine {
 
     /// The settings it was opened with.
     pub fn settings(&self) -> &Settings {
-        &self.0.settings
+        &self.0.shared.settings
     }
 
     /// The runtimes of this host.
     pub fn runtimes(&self) -> &Runtimes {
-        &self.0.runtimes
+        &self.0.shared.runtimes
     }
 
     /// Is the shim's program there?
     pub fn shim_is_installed(&self) -> bool {
-        super::runtime::which(self.0.pool.launcher().binary()).is_some()
+        super::runtime::which(self.0.shared.pool.launcher().binary()).is_some()
     }
 
     /// Starts shims ahead.
     pub fn warm_up(&self) {
-        self.0.pool.refill();
+        self.0.shared.pool.refill();
     }
 
     /// Starts a task; it runs when this returns. A predecessor of the same allocation and name goes first.
@@ -214,8 +190,8 @@ impl Engine {
         let turn = self.turn(&request.alloc_id, &request.name);
         let _turn = turn.lock().await;
         self.clear_predecessors(&request).await?;
-        let began = start::start(&self.0, &request).await;
-        self.0.pool.refill();
+        let began = start::start(&self.0.shared, &request).await;
+        self.0.shared.pool.refill();
         let running = began?;
         let handle = TaskHandle { container_id: running.record.container_id.clone() };
         let phases = running.phases;
@@ -236,7 +212,7 @@ impl Engine {
             exit: watch::Sender::new(None),
         });
         slot.fill(task.clone());
-        tokio::spawn(watch_exit(self.0.clone(), task));
+        tokio::spawn(watch_exit(self.0.shared.clone(), task));
         Ok(handle)
     }
 
@@ -284,7 +260,7 @@ impl Engine {
         }
         let unrecoverable = |problem: &str| TaskError::Unrecoverable { id: id.clone(), problem: problem.to_owned() };
         let record = self.leftovers().get(id).cloned().ok_or_else(|| unrecoverable("no record of it on this host"))?;
-        let shim = find_shim(&self.0, &record).await;
+        let shim = find_shim(&self.0.shared, &record).await;
         let (pid, started_at, exit) = match &record.state {
             RecordState::Exited(exit) => (0, exit.started_at, Some(exit.clone())),
             RecordState::Running { pid, started_at } | RecordState::Stopping { pid, started_at, .. } => {
@@ -309,7 +285,7 @@ impl Engine {
         self.leftovers().remove(id);
         self.tasks().insert(id.clone(), Slot::Task(task.clone()));
         if watched {
-            tokio::spawn(watch_exit(self.0.clone(), task));
+            tokio::spawn(watch_exit(self.0.shared.clone(), task));
         }
         tracing::info!(task = %id, pid, "recovered");
         Ok(())
@@ -347,7 +323,7 @@ impl Engine {
                 record.stop_signal
             }),
         };
-        task.mark_stopping(&self.0, timeout);
+        task.mark_stopping(&self.0.shared, timeout);
         let mut exit = task.exit.subscribe();
         let Some(client) = &task.client else { return Err(TaskError::NotFound(id.clone())) };
         let name = record.container_id.as_str();
@@ -418,15 +394,15 @@ impl Engine {
             task.end_by_force(id, client).await?;
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
-        let outcome = undo_or_keep(&self.0, &task.record(), shim).await;
+        let outcome = undo_or_keep(&self.0.shared, &task.record(), shim).await;
         self.tasks().remove(id);
         outcome
     }
 
     async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
-        let record = self.0.take_leftover(id)?;
-        let shim = find_shim(&self.0, &record).await;
-        Some(undo_or_keep(&self.0, &record, shim).await)
+        let record = self.0.shared.take_leftover(id)?;
+        let shim = find_shim(&self.0.shared, &record).await;
+        Some(undo_or_keep(&self.0.shared, &record, shim).await)
     }
 
     /// What is known of a task.
@@ -449,7 +425,7 @@ impl Engine {
 
     /// Ends what only we use: the idle shims. Tasks go on.
     pub fn close(&self) {
-        self.0.pool.close();
+        self.0.shared.pool.close();
     }
 
     fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {
@@ -464,19 +440,7 @@ impl Engine {
     }
 
     fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Record>> {
-        self.0.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Shared {
-    /// Keeps in mind what is still to be undone or taken over.
-    pub(super) fn keep(&self, record: Record) {
-        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner).insert(record.task_id.clone(), record);
-    }
-
-    /// Takes it, so that nobody else does.
-    pub(super) fn take_leftover(&self, id: &TaskId) -> Option<Record> {
-        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
+        self.0.shared.leftovers()
     }
 }
 

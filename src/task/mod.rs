@@ -5,6 +5,7 @@ mod events;
 mod record;
 mod runtime;
 mod settings;
+mod shared;
 mod signal;
 mod start;
 mod undo;

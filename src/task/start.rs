@@ -13,9 +13,9 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::{
     Record, RecordState, StartRequest, TaskError, TaskEvent,
-    engine::{Running, Shared},
     record::{Intent, millis},
     runtime::Runtime,
+    shared::Shared,
     signal,
     undo::{ShimHandle, undo_or_keep},
 };
@@ -49,6 +49,15 @@ pub struct Phases {
     pub start: Duration,
     /// All of it.
     pub total: Duration,
+}
+
+/// A task that has just been started.
+pub struct Running {
+    pub(super) record: Record,
+    pub(super) shim: ShimHandle,
+    pub(super) pid: u32,
+    pub(super) started_at: SystemTime,
+    pub(super) phases: Phases,
 }
 
 /// Starts a task: on success its process runs; on failure nothing is left.

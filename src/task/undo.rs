@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{Record, TaskError, engine::Shared};
+use super::{Record, TaskError, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
     rootfs::bundle::BundlePaths,

@@ -1,0 +1,101 @@
+//! What the plugin's services share: who we are, the settings, and the engine, which is opened at the first real work.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tonic::Status;
+
+use super::{config, status};
+use crate::{
+    ids::DriverName,
+    task::{Engine, EventHub, Settings},
+};
+
+/// The driver service. Cheap to clone.
+#[derive(Clone)]
+pub struct DriverService(Arc<Inner>);
+
+struct Inner {
+    name: DriverName,
+    settings: Mutex<Option<Settings>>,
+    /// Opened at the first real work; an opening that failed is tried again by the next call.
+    engine: tokio::sync::Mutex<Option<Engine>>,
+    events: EventHub,
+}
+
+impl fmt::Debug for DriverService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DriverService").field("name", &self.0.name).finish_non_exhaustive()
+    }
+}
+
+impl DriverService {
+    /// A driver that has done nothing yet.
+    pub fn new(name: DriverName) -> Self {
+        Self(Arc::new(Inner {
+            name,
+            settings: Mutex::default(),
+            engine: tokio::sync::Mutex::default(),
+            events: EventHub::default(),
+        }))
+    }
+
+    /// Its name in job files.
+    pub fn name(&self) -> &DriverName {
+        &self.0.name
+    }
+
+    /// Keeps settings for the first real work; the last ones before it win.
+    pub fn configure(&self, settings: Settings) {
+        *self.0.settings.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings);
+    }
+
+    /// The settings; the defaults when Nomad set none.
+    ///
+    /// # Errors
+    /// Never for a host that calls `SetConfig`.
+    pub fn settings(&self) -> Result<Settings, Status> {
+        let set = self.0.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match set {
+            Some(settings) => Ok(settings),
+            None => config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error)),
+        }
+    }
+
+    /// The engine, opened now if it is not yet.
+    ///
+    /// # Errors
+    /// When it can't be opened.
+    pub async fn engine(&self) -> Result<Engine, Status> {
+        let mut engine = self.0.engine.lock().await;
+        if let Some(engine) = &*engine {
+            return Ok(engine.clone());
+        }
+        let settings = self.settings()?;
+        if !settings.enabled {
+            return Err(Status::failed_precondition("the driver is disabled (plugin option enabled = false)"));
+        }
+        let opened = Engine::open(settings, self.0.events.clone()).await.map_err(|error| {
+            tracing::error!(error = %crate::chain(&error), "the driver can't work");
+            status::of(&error)
+        })?;
+        Ok(engine.insert(opened).clone())
+    }
+
+    /// Ends what only we use. Tasks go on.
+    pub fn close(&self) {
+        // Whoever is opening the engine right now has no shims yet.
+        if let Ok(engine) = self.0.engine.try_lock()
+            && let Some(engine) = &*engine
+        {
+            engine.close();
+        }
+    }
+
+    /// Task events from now on.
+    pub fn listen(&self) -> tokio::sync::broadcast::Receiver<crate::task::TaskEvent> {
+        self.0.events.listen()
+    }
+}
