@@ -23,7 +23,7 @@ test-fresh:
 lint:
 	@$(CARGO) fmt --check
 	@$(CARGO) clippy --locked --all-targets -- -D warnings
-	@if command -v cargo-deny >/dev/null; then cargo deny --offline check licenses bans sources; \
+	@if command -v cargo-deny >/dev/null; then cargo deny check licenses bans sources; \
 	 else echo "lint: cargo-deny is not installed (cargo install cargo-deny --locked); skipped"; fi
 
 ## The program as it is installed.

@@ -31,19 +31,16 @@ async fn clean(env: &Env) {
         let point = line.split(' ').nth(4).unwrap();
         nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH).unwrap();
     }
-    for hierarchy in nomad_driver_shim::cgroup::Cgroups::detect().unwrap().hierarchies() {
-        for alloc in &env.allocs {
-            let group = hierarchy.join("nomad").join(format!("{}.web", alloc.id));
-            let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-            for pid in procs.lines().map(|pid| pid.parse().unwrap()) {
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-            }
-            crate::support::eventually("the cgroup is gone", async || match std::fs::remove_dir(&group) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            })
-            .await;
+    for group in leak::cgroups(env) {
+        let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+        for pid in procs.lines().map(|pid| pid.parse().unwrap()) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
+        crate::support::eventually("the cgroup is gone", async || match std::fs::remove_dir(&group) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        })
+        .await;
     }
     for (pid, line) in shims(env) {
         assert!(line.contains("containerd-shim"), "{line}");

@@ -34,7 +34,7 @@ async fn two_hundred_rounds_leave_nothing() {
             let _permit = permits.acquire().await.unwrap();
             let stopped = n % 3 == 0;
             let script = if stopped {
-                format!("echo {n}; trap 'exit 42' TERM; while :; do sleep 0.02; done")
+                format!("trap 'exit 42' TERM; echo {n}; while :; do sleep 0.02; done")
             } else {
                 format!("echo {n}; exit {}", n % 100)
             };

@@ -331,13 +331,26 @@ async fn limits_are_in_the_kernels_files() {
     (memory.memory_mb, memory.memory_max_mb) = (32, 48);
     env.try_start(&mut task).await.unwrap();
     let cgroup = env.attribute(&task, "cgroup").await;
-    assert_eq!(cgroup, format!("/nomad/{}.web", task.dirs.alloc_id), "on cgroup v1");
     let read = |controller: &str, file: &str| {
-        fs::read_to_string(format!("/sys/fs/cgroup/{controller}{cgroup}/{file}")).unwrap().trim().to_owned()
+        let path = format!("/sys/fs/cgroup/{controller}{cgroup}/{file}");
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}")).trim().to_owned()
     };
-    assert_eq!(read("memory", "memory.limit_in_bytes"), (48 << 20).to_string());
-    assert_eq!(read("memory", "memory.soft_limit_in_bytes"), (32 << 20).to_string());
-    assert_eq!(read("cpu", "cpu.shares"), "100");
+    let (limit, reserved) = ((48 << 20).to_string(), (32 << 20).to_string());
+    match nomad_driver_shim::cgroup::Cgroups::detect().unwrap().mode() {
+        nomad_driver_shim::cgroup::CgroupMode::V1 => {
+            assert_eq!(cgroup, format!("/nomad/{}.web", task.dirs.alloc_id));
+            assert_eq!(read("memory", "memory.limit_in_bytes"), limit);
+            assert_eq!(read("memory", "memory.soft_limit_in_bytes"), reserved);
+            assert_eq!(read("cpu", "cpu.shares"), "100");
+        }
+        nomad_driver_shim::cgroup::CgroupMode::V2 => {
+            assert_eq!(cgroup, format!("/nomad.slice/{}.web.scope", task.dirs.alloc_id));
+            assert_eq!((read("", "memory.max"), read("", "memory.low")), (limit, reserved));
+            assert_eq!(read("", "memory.swap.max"), "0");
+            // Runtimes differ in how they turn shares into a weight; a tenth of the default is less in all.
+            assert!(read("", "cpu.weight").parse::<u64>().unwrap() < 100);
+        }
+    }
     env.destroy(&task).await.unwrap();
     env.finish().await;
 }

@@ -3,7 +3,10 @@
 //! Everything an environment makes carries its directory or its allocations' ids in its name, so tests can run side by
 //! side and each sees only its own.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nomad_driver_shim::{cgroup::Cgroups, containerd::Client};
 
@@ -67,14 +70,7 @@ fn kernel(env: &Env) -> Vec<String> {
         .filter(|line| line.contains(dir))
         .map(|line| format!("mount: {line}"))
         .collect();
-    for hierarchy in Cgroups::detect().unwrap().hierarchies() {
-        find_dirs(hierarchy, &mut |path| {
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            if env.allocs.iter().any(|alloc| name.contains(&alloc.id)) || name.contains(&env.namespace) {
-                leaks.push(format!("cgroup: {}", path.display()));
-            }
-        });
-    }
+    leaks.extend(cgroups(env).into_iter().map(|path| format!("cgroup: {}", path.display())));
     for pid in pids() {
         let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         if env.allocs.iter().any(|alloc| groups.contains(&alloc.id)) {
@@ -87,6 +83,20 @@ fn kernel(env: &Env) -> Vec<String> {
         }
     }
     leaks
+}
+
+/// Tasks' cgroups in every hierarchy.
+pub fn cgroups(env: &Env) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for hierarchy in Cgroups::detect().unwrap().hierarchies() {
+        find_dirs(hierarchy, &mut |path| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if env.allocs.iter().any(|alloc| name.contains(&alloc.id)) || name.contains(&env.namespace) {
+                found.push(path.to_owned());
+            }
+        });
+    }
+    found
 }
 
 /// Processes that carry the environment's directory: the plugin, its shims, their runtimes.
