@@ -417,6 +417,7 @@ fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Op
                 ("record, rootfs, bundle", "bundle_ms"),
                 ("shim: Create", "create_ms"),
                 ("shim: Start", "start_ms"),
+                ("all of it, in the plugin", "total_ms"),
             ];
             for (label, key) in parts {
                 let value = phases.get(&format!("phase.{key}")).and_then(|value| value.parse::<f64>().ok());

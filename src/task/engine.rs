@@ -24,7 +24,7 @@ use crate::{
     cgroup::{CgroupPath, Cgroups},
     containerd,
     ids::TaskId,
-    image::ImageStore,
+    image::{ImageStore, Reference},
     shim::{self, Client, DeadTask, Kill, Launcher, Pool, ShimError},
 };
 
@@ -95,6 +95,8 @@ impl Engine {
     /// # Errors
     /// When another plugin holds the lock, or the host can't be used at all.
     pub async fn open(settings: Settings, events: EventHub) -> Result<Self, TaskError> {
+        // Beside the rest: nobody waits for it, unless a start comes that very moment.
+        drop(tokio::task::spawn_blocking(Reference::prepare));
         let places = settings.places.clone();
         places.create()?;
         let lock = take_lock(&places).await?;
