@@ -245,7 +245,7 @@ impl Session<'_> {
         {
             if plugin.configure(&self.settings()).await.is_ok() {
                 for record in remains() {
-                    let request = DestroyTaskRequest { task_id: record.task_id.0, force: true };
+                    let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
                     if let Err(status) = plugin.driver().destroy_task(request).await {
                         say(&format!("nomad-driver-shim: clean up: {}", status.message()));
                     }

@@ -239,7 +239,7 @@ impl Engine {
                 Slot::Starting => None,
             })
             .filter(same)
-            .map(|record| record.task_id)
+            .map(|record| record.intent.task_id)
             .collect();
         for old in olds {
             tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
@@ -349,7 +349,7 @@ impl Engine {
         let task = self.find(id)?;
         let ended = task.exit.borrow().is_some();
         let Some(client) = task.client.as_ref().filter(|_| !ended) else { return Err(TaskError::NotFound(id.clone())) };
-        let container = task.record().container_id;
+        let container = task.record().intent.container_id;
         client
             .kill(container.as_str(), number, Kill::Init)
             .await
@@ -499,7 +499,7 @@ impl Task {
     }
 
     async fn end_by_force(&self, id: &TaskId, client: &Client) -> Result<(), TaskError> {
-        let container = self.record().container_id;
+        let container = self.record().intent.container_id;
         match client.kill(container.as_str(), libc::SIGKILL, Kill::All).await {
             // A dead shim is the watcher's business: it ends the container and tells.
             Ok(()) | Err(ShimError::Gone { .. }) => {}

@@ -28,30 +28,22 @@ pub struct Record {
     version: u32,
     /// The kernel's boot id: after a reboot nothing of it runs any more.
     pub boot_id: String,
-    /// Nomad's id.
-    pub task_id: TaskId,
-    /// The task's name.
-    pub name: String,
-    /// Its allocation.
-    pub alloc_id: String,
-    /// The container.
-    pub container_id: ContainerId,
-    /// Its image.
-    pub image: String,
-    /// The runtime's name.
-    pub runtime: String,
-    /// The shim's directory name.
-    pub shim: String,
-    /// Its cgroup.
-    pub cgroup: String,
-    /// The signal that asks it to stop.
-    pub stop_signal: i32,
+    /// Who it is and what belongs to it; fixed before anything is made.
+    #[serde(flatten)]
+    pub intent: Intent,
     /// How far it came.
     pub state: RecordState,
 }
 
+impl std::ops::Deref for Record {
+    type Target = Intent;
+    fn deref(&self) -> &Intent {
+        &self.intent
+    }
+}
+
 /// What a record is made of besides its own bookkeeping.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {
     /// Nomad's id.
     pub task_id: TaskId,
@@ -145,21 +137,7 @@ impl Record {
     /// # Errors
     /// When the kernel does not tell its boot id.
     pub fn new(intent: Intent) -> Result<Self, RecordError> {
-        let Intent { task_id, name, alloc_id, container_id, image, runtime, shim, cgroup, stop_signal } = intent;
-        Ok(Self {
-            version: VERSION,
-            boot_id: boot_id()?,
-            task_id,
-            name,
-            alloc_id,
-            container_id,
-            image,
-            runtime,
-            shim,
-            cgroup,
-            stop_signal,
-            state: RecordState::Intended,
-        })
+        Ok(Self { version: VERSION, boot_id: boot_id()?, intent, state: RecordState::Intended })
     }
 
     /// Is it of this boot?
