@@ -1,4 +1,5 @@
-//! Switches by which tests take out a step, to see that the checks notice. Compiled out of release builds.
+//! Switches by which tests take out a step or end the plugin in the middle of one, to see that the checks notice and
+//! that the next plugin copes. Compiled out of release builds.
 
 /// Is the step `name` to be left out? Set `NOMAD_DRIVER_SHIM_SKIP` to a comma-separated list of step names.
 #[cfg(debug_assertions)]
@@ -15,3 +16,18 @@ pub fn skipped(name: &str) -> bool {
 pub const fn skipped(_name: &str) -> bool {
     false
 }
+
+/// Ends this process with SIGKILL when `NOMAD_DRIVER_SHIM_KILL_AT` names this point.
+#[cfg(debug_assertions)]
+#[allow(clippy::print_stderr, reason = "the last word, which a test looks for")]
+pub fn point(name: &str) {
+    if std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
+        eprintln!("killed at {name} by the fault switch");
+        // SAFETY: a signal to ourselves; no memory is passed.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
+}
+
+/// Nothing, in a release build.
+#[cfg(not(debug_assertions))]
+pub const fn point(_name: &str) {}

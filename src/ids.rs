@@ -114,6 +114,13 @@ impl ContainerId {
         Self(if prefix.is_empty() { format!("task-{hash}") } else { format!("{prefix}-{hash}") })
     }
 
+    /// The container that a file or directory of ours is named after; None for a name that we never gave.
+    pub fn from_file_name(name: &str) -> Option<Self> {
+        let ours =
+            name.len() <= 64 && name.contains('-') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        ours.then(|| Self(name.to_owned()))
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0

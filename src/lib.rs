@@ -4,6 +4,7 @@
 pub mod cgroup;
 pub mod cli;
 pub mod containerd;
+pub mod control;
 pub mod cookie;
 pub mod duration;
 pub mod fault;
@@ -14,6 +15,7 @@ pub mod overlay;
 pub mod pb;
 pub mod places;
 pub mod plugin;
+pub mod process;
 pub mod rootfs;
 pub mod shim;
 pub mod task;

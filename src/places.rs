@@ -84,6 +84,11 @@ impl Places {
         self.run.join("lock")
     }
 
+    /// Where the live plugin takes requests of the command line and of its successor.
+    pub fn control(&self) -> PathBuf {
+        self.run.join("control.sock")
+    }
+
     /// Task records.
     pub fn tasks(&self) -> PathBuf {
         self.run.join("tasks")
@@ -107,6 +112,11 @@ impl Places {
     /// Where a task's root file system is mounted.
     pub fn rootfs(&self, id: &ContainerId) -> PathBuf {
         self.bundle(id).join("rootfs")
+    }
+
+    /// Names of the processes that were exec'd in a task and may still run.
+    pub fn execs(&self, id: &ContainerId) -> PathBuf {
+        self.bundle(id).join("execs")
     }
 
     /// Directories of the shims.

@@ -1,12 +1,12 @@
 //! `ps`: the tasks of all drivers on this host, from their records, whether an agent lives or not.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use clap::Args;
 use serde_json::json;
 
 use super::{CliError, Common, print, say, table};
-use crate::task::{Record, RecordState, load_records};
+use crate::task::{Record, RecordState, read_records};
 
 /// List the tasks of all drivers on this host
 #[derive(Args, Debug)]
@@ -30,8 +30,8 @@ impl Ps {
                 continue;
             }
             let name = driver.file_name().to_string_lossy().into_owned();
-            match load_records(&tasks) {
-                Ok(found) => records.extend(found.into_iter().map(|record| (name.clone(), record))),
+            match read_records(&tasks) {
+                Ok(found) => records.extend(found.good.into_iter().map(|record| (name.clone(), record))),
                 Err(error) => say(&format!("nomad-driver-shim: {}", crate::chain(&error))),
             }
         }
@@ -72,21 +72,19 @@ impl Ps {
 }
 
 fn pid(record: &Record) -> Option<u32> {
-    match record.state {
-        RecordState::Running { pid, .. } | RecordState::Stopping { pid, .. } => Some(pid),
-        RecordState::Intended | RecordState::Exited(_) => None,
-    }
+    record.state.run().map(|run| run.process.pid)
 }
 
 /// The record's word, checked against the kernel's.
-fn state(record: &Record) -> String {
-    let alive = |pid: u32| record.is_current() && Path::new("/proc").join(pid.to_string()).exists();
+pub fn state(record: &Record) -> String {
+    let alive = record.is_current() && record.state.run().is_some_and(|run| run.process.is_alive());
     match &record.state {
         RecordState::Intended => "starting".to_owned(),
-        RecordState::Running { pid, .. } if alive(*pid) => "running".to_owned(),
-        RecordState::Stopping { pid, .. } if alive(*pid) => "stopping".to_owned(),
-        RecordState::Running { .. } | RecordState::Stopping { .. } => "gone".to_owned(),
+        RecordState::Running(_) if alive => "running".to_owned(),
+        RecordState::Stopping { .. } if alive => "stopping".to_owned(),
+        RecordState::Running(_) | RecordState::Stopping { .. } => "gone".to_owned(),
         RecordState::Exited(exit) if exit.oom_killed => format!("exited ({}, OOM)", exit.code),
         RecordState::Exited(exit) => format!("exited ({})", exit.code),
+        RecordState::Destroying => "destroying".to_owned(),
     }
 }

@@ -18,7 +18,7 @@ use crate::{
         DestroyTaskRequest, InspectTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest,
         WaitTaskRequest,
     },
-    task::load_records,
+    task::read_records,
 };
 
 /// Between the first Ctrl-C and SIGKILL, as docker's.
@@ -239,7 +239,7 @@ impl Session<'_> {
     /// then another one undoes it first.
     async fn clear_up(&self) {
         let places = self.common.places(self.id);
-        let remains = || load_records(&places.tasks()).unwrap_or_default();
+        let remains = || read_records(&places.tasks()).unwrap_or_default().good;
         if !remains().is_empty()
             && let Ok(plugin) = self.plugin().await
         {

@@ -143,6 +143,9 @@ pub struct LeaseId(pub String);
 /// containerd's own name for a lease's expiry (an RFC 3339 time), after which its garbage collector drops it.
 const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
 
+/// Our note on an image's name: which state directory's pull made it.
+const LABEL_OWNER: &str = "nomad-driver-shim/owner";
+
 impl Client {
     /// A client for the socket at `address`. Nothing is dialled yet.
     pub fn new(address: &Path, namespace: &str, snapshotter: &str) -> Self {
@@ -256,12 +259,40 @@ impl Client {
         Ok(answer.images.into_iter().filter_map(|image| Some((image.name, image.target?))).collect())
     }
 
-    /// Makes `name` stand for `target`, whatever it stood for before.
+    /// Who made the image called `name`, if it was one of us.
     ///
     /// # Errors
     /// As containerd.
-    pub async fn set_image(&self, name: &str, target: Descriptor) -> Result<(), ContainerdError> {
-        let image = images::Image { name: name.to_owned(), target: Some(target), ..Default::default() };
+    pub async fn image_owner(&self, name: &str) -> Result<Option<String>, ContainerdError> {
+        let mut client = ImagesClient::new(self.channel.clone());
+        let request = self.request(None, images::GetImageRequest { name: name.to_owned() });
+        match self.call("Images.Get", name, client.get(request)).await {
+            Ok(answer) => Ok(answer.image.and_then(|image| image.labels.get(LABEL_OWNER).cloned())),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Forgets a name; what only it held is collected afterwards.
+    ///
+    /// # Errors
+    /// As containerd; a name that is gone already is fine.
+    pub async fn delete_image(&self, name: &str) -> Result<(), ContainerdError> {
+        let mut client = ImagesClient::new(self.channel.clone());
+        let request = self.request(None, images::DeleteImageRequest { name: name.to_owned(), sync: false });
+        match self.call("Images.Delete", name, client.delete(request)).await {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes `name` stand for `target`, whatever it stood for before. `owner` is noted if the name is new.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn set_image(&self, name: &str, target: Descriptor, owner: &str) -> Result<(), ContainerdError> {
+        let labels = Labels::from([(LABEL_OWNER.to_owned(), owner.to_owned())]);
+        let image = images::Image { name: name.to_owned(), target: Some(target), labels, ..Default::default() };
         let mut client = ImagesClient::new(self.channel.clone());
         let request = self.request(None, images::CreateImageRequest { image: Some(image.clone()) });
         match self.call("Images.Create", name, client.create(request)).await {

@@ -121,7 +121,8 @@ impl Launch {
 /// A running plugin.
 #[derive(Debug)]
 pub struct Plugin {
-    child: tokio::process::Child,
+    /// None for one that another host started.
+    child: Option<tokio::process::Child>,
     channel: Channel,
     socket: PathBuf,
     stderr: Arc<Mutex<String>>,
@@ -199,12 +200,41 @@ impl Plugin {
         readers.push(tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} }));
         let (socket, certificate) = parse_line(&line).map_err(refused)?;
         let channel = connect(&socket, identity, certificate).await?;
-        Ok(Self { child, channel, socket, stderr, readers })
+        Ok(Self { child: Some(child), channel, socket, stderr, readers })
     }
 
-    /// Its process.
+    /// Connects to a plugin that another host has started and left running, as a new agent does.
+    ///
+    /// # Errors
+    /// When it can't be reached.
+    pub async fn reattach(socket: &Path) -> Result<Self, HostError> {
+        let channel = connect(socket, None, String::new()).await?;
+        let readers = Vec::new();
+        Ok(Self { child: None, channel, socket: socket.to_owned(), stderr: Arc::default(), readers })
+    }
+
+    /// Leaves it running, as an agent that dies does: its pipes break. It can be waited for, should it end.
+    pub fn abandon(mut self) -> Option<tokio::process::Child> {
+        for reader in self.readers.drain(..) {
+            reader.abort();
+        }
+        self.child.take()
+    }
+
+    /// Its process, if we started it.
     pub fn pid(&self) -> Option<u32> {
-        self.child.id()
+        self.child.as_ref()?.id()
+    }
+
+    /// Waits for its end: how it ended.
+    ///
+    /// # Errors
+    /// When it is not ours to wait for.
+    pub async fn ended(&mut self) -> io::Result<ExitStatus> {
+        match &mut self.child {
+            Some(child) => child.wait().await,
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Its socket, by which another host could reattach.
@@ -263,12 +293,15 @@ impl Plugin {
         let began = Instant::now();
         let leave = async {
             let _ = GrpcControllerClient::new(self.channel.clone()).shutdown(Empty {}).await;
-            self.child.wait().await
+            match &mut self.child {
+                Some(child) => child.wait().await.ok(),
+                None => None,
+            }
         };
-        let status = tokio::time::timeout(LEAVE, leave).await.ok().and_then(Result::ok);
+        let status = tokio::time::timeout(LEAVE, leave).await.ok().flatten();
         let took = began.elapsed();
-        if status.is_none() {
-            let _ = self.child.kill().await;
+        if let (None, Some(child)) = (status, &mut self.child) {
+            let _ = child.kill().await;
         }
         // The agent waits for the end of both pipes: a child that inherited them would show here.
         for reader in self.readers {
@@ -279,7 +312,9 @@ impl Plugin {
 
     /// Kills it with SIGKILL.
     pub async fn kill(mut self) {
-        let _ = self.child.kill().await;
+        if let Some(child) = &mut self.child {
+            let _ = child.kill().await;
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! and the records that let a task start without asking anybody.
 
 mod auth;
+mod collect;
 mod confine;
 mod extensions;
 mod layer;
@@ -144,6 +145,18 @@ pub enum ImageError {
         snapshotter: String,
         /// What it gave.
         kind: String,
+    },
+    /// Not to be removed.
+    #[error("image {image} is in use by a task")]
+    InUse {
+        /// As asked for.
+        image: String,
+    },
+    /// Nothing to be removed.
+    #[error("image {image} is not here")]
+    NotHere {
+        /// As asked for.
+        image: String,
     },
     /// containerd said no.
     #[error(transparent)]

@@ -138,6 +138,19 @@ impl ImageRecord {
         }
     }
 
+    /// A task has just stopped using it. Kept as the file's time: `keep` is counted from there.
+    pub fn touch(&self, directory: &Path) {
+        let now = fs::File::options().append(true).open(Self::path(directory, &self.reference));
+        if let Err(error) = now.and_then(|file| file.set_modified(std::time::SystemTime::now())) {
+            tracing::debug!(image = self.reference, %error, "time of last use");
+        }
+    }
+
+    /// When a task last used it, or it was pulled; None when the record is not on disk.
+    pub fn last_used(&self, directory: &Path) -> Option<std::time::SystemTime> {
+        fs::metadata(Self::path(directory, &self.reference)).and_then(|file| file.modified()).ok()
+    }
+
     /// All records of a directory. One that can't be read is renamed to `.bad` and reported; the rest goes on.
     ///
     /// # Errors

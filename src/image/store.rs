@@ -52,12 +52,14 @@ pub struct PullRequest {
 #[derive(Clone)]
 pub struct ImageStore(Arc<Inner>);
 
-struct Inner {
-    places: Places,
-    client: Client,
+pub(super) struct Inner {
+    pub(super) places: Places,
+    pub(super) client: Client,
     http: OnceLock<reqwest::Client>,
-    records: Mutex<HashMap<String, Arc<ImageRecord>>>,
+    pub(super) records: Mutex<HashMap<String, Arc<ImageRecord>>>,
     flights: Mutex<HashMap<FlightKey, WeakShared<Flight>>>,
+    /// Held while a lease and its record are made or removed: several names may share a lease.
+    pub(super) leases: tokio::sync::Mutex<()>,
 }
 
 impl std::fmt::Debug for ImageStore {
@@ -82,12 +84,29 @@ impl ImageStore {
             http: OnceLock::new(),
             records: Mutex::new(records),
             flights: Mutex::default(),
+            leases: tokio::sync::Mutex::default(),
         })))
+    }
+
+    pub(super) fn inner(&self) -> &Inner {
+        &self.0
     }
 
     /// The record of an image that is here.
     pub fn cached(&self, reference: &Reference) -> Option<Arc<ImageRecord>> {
-        lock(&self.0.records).get(&reference.to_string()).cloned()
+        self.by_name(&reference.to_string())
+    }
+
+    /// The record of an image by its completed name.
+    pub fn by_name(&self, name: &str) -> Option<Arc<ImageRecord>> {
+        lock(&self.0.records).get(name).cloned()
+    }
+
+    /// A task that used it is gone.
+    pub fn touch(&self, name: &str) {
+        if let Some(record) = self.by_name(name) {
+            record.touch(&self.0.places.images());
+        }
     }
 
     /// All records, by name.
@@ -147,7 +166,7 @@ impl ImageStore {
                     let source = Source { client, http: self.http()?, credentials, progress };
                     let fetched = pull::fetch(&source, reference, lease.id()).await?;
                     let chain = self.unpack(reference, &fetched, progress, lease.id()).await?;
-                    client.set_image(&name, fetched.target.clone()).await?;
+                    client.set_image(&name, fetched.target.clone(), &self.0.places.identity()).await?;
                     (fetched, chain)
                 }
             };
@@ -155,9 +174,7 @@ impl ImageStore {
             lease.end().await?;
             Ok::<_, ImageError>(record)
         };
-        let record = work.await.map_err(Arc::new)?;
-        lock(&self.0.records).insert(name, record.clone());
-        Ok(record)
+        work.await.map_err(Arc::new)
     }
 
     /// An image that containerd has already, whoever pulled it, if it is whole for this host.
@@ -243,6 +260,7 @@ impl ImageStore {
         let stack = chain.as_ref().map_or("empty", ChainId::as_str).trim_start_matches("sha256:");
         let name = format!("nomad-driver-shim-{}-{}", places.identity(), &stack[..stack.len().min(20)]);
         let lease = LeaseId(name.clone());
+        let _changing = self.0.leases.lock().await;
         let (view, stack) = match &chain {
             Some(chain) => {
                 client.create_lease(&lease, None).await?;
@@ -267,7 +285,9 @@ impl ImageStore {
             .map_err(|join| ImageError::Record { path: places.images(), source: std::io::Error::other(join) })??;
         (record.lowers, record.overlay_options) = (stack.lowers, stack.options);
         record.save(&places.images())?;
-        Ok(Arc::new(record))
+        let record = Arc::new(record);
+        lock(&self.0.records).insert(record.reference.clone(), record.clone());
+        Ok(record)
     }
 
     /// What an image without layers is mounted over.
@@ -287,6 +307,6 @@ impl ImageStore {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

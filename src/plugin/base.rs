@@ -3,7 +3,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{config, options::PLUGIN, schema, service::DriverService, status};
+use super::{config, convert, options::PLUGIN, schema, service::DriverService, status};
 use crate::pb::base::{
     ConfigSchemaRequest, ConfigSchemaResponse, PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest,
     SetConfigResponse, base_plugin_server::BasePlugin,
@@ -41,8 +41,11 @@ impl BasePlugin for Base {
     }
 
     async fn set_config(&self, request: Request<SetConfigRequest>) -> Result<Response<SetConfigResponse>, Status> {
-        let settings = config::settings(self.driver.name(), &request.get_ref().msgpack_config)
-            .map_err(|error| status::of_config(&error))?;
+        let request = request.into_inner();
+        let mut settings =
+            config::settings(self.driver.name(), &request.msgpack_config).map_err(|error| status::of_config(&error))?;
+        let topology = request.nomad_config.and_then(|config| config.driver).and_then(|driver| driver.topology);
+        settings.compute = convert::compute(topology.as_ref());
         self.driver.configure(settings);
         Ok(Response::new(SetConfigResponse {}))
     }

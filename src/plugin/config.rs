@@ -16,7 +16,7 @@ use crate::{
         mounts::{MountKind, MountRequest},
         parse_capability,
     },
-    task::{ContainerdSettings, SecuritySettings, Settings, ShimSettings, TaskOptions},
+    task::{Compute, ContainerdSettings, SecuritySettings, Settings, ShimSettings, TaskOptions},
 };
 
 /// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
@@ -108,6 +108,15 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     let empty = Values::default();
     let block = |name: &str| values.block(name).unwrap_or(&empty);
     let (containerd, state, shim, security) = (block("containerd"), block("state"), block("shim"), block("security"));
+    let span = |block: &Values, name: &str, option: &str, default: &str, faults: &mut Vec<String>| {
+        duration::parse(block.filled(option).unwrap_or(default)).unwrap_or_else(|error| {
+            faults.push(format!("{name}.{option}: {error}"));
+            Duration::ZERO
+        })
+    };
+    let grace = span(state, "state", "grace", "5m", &mut faults);
+    let orphan_timeout = span(state, "state", "orphan_timeout", "10m", &mut faults);
+    let keep_images = span(block("image"), "image", "keep", "24h", &mut faults);
 
     let path = |block: &Values, name: &str, option: &str, default: PathBuf, faults: &mut Vec<String>| {
         let path = block.filled(option).map_or(default, PathBuf::from);
@@ -136,11 +145,9 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     {
         faults.push(format!("containerd_runtime = {old:?} is not supported; use io.containerd.runc.v2"));
     }
-    if let Some(interval) = values.filled("stats_interval")
-        && let Err(error) = duration::parse(interval)
-    {
-        faults.push(format!("stats_interval: {error}"));
-    }
+    let stats_interval = values.filled("stats_interval").and_then(|interval| {
+        duration::parse(interval).map_err(|error| faults.push(format!("stats_interval: {error}"))).ok()
+    });
     let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
     let default_runtime = values.filled("default_runtime").map(str::to_owned);
     let allow_runtimes = values.list("allow_runtimes").map(<[String]>::to_vec);
@@ -186,6 +193,11 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         runtimes,
         default_runtime,
         allow_runtimes,
+        grace,
+        orphan_timeout,
+        stats_interval,
+        compute: Compute::default(),
+        keep_images,
         auth: credentials(values.block("auth")),
         security: SecuritySettings {
             allow_privileged: values.flag("allow_privileged").unwrap_or(drop_in),

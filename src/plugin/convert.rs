@@ -9,9 +9,9 @@ use std::{
 use super::config::{self, ConfigError, GroupNetwork};
 use crate::{
     ids::TaskId,
-    pb::driver as wire,
+    pb::{base as pb, driver as wire},
     rootfs::{MemoryMax, NetworkNamespace, Resources, network::Dns},
-    task::{ExitRecord, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
+    task::{Compute, ExitRecord, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
 };
 
 /// Go's zero time, which is how "not yet" is said (0001-01-01T00:00:00Z).
@@ -111,6 +111,29 @@ fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
     (resources, linux.map(|linux| linux.cpuset_cgroup.clone()).unwrap_or_default())
 }
 
+/// What this node's processors can do: the operator's word, else the sum over all cores, else (agents before 1.7, and
+/// the validation pass, send nothing) what this host's own files say.
+pub fn compute(topology: Option<&pb::ClientTopology>) -> Compute {
+    let Some(topology) = topology.filter(|topology| !topology.cores.is_empty()) else { return host_compute() };
+    let speed = |core: &pb::ClientTopologyCore| {
+        [core.base_speed, core.max_speed, core.guess_speed].into_iter().find(|&mhz| mhz > 0).unwrap_or(0)
+    };
+    let total_mhz = match topology.override_total_compute {
+        0 => topology.cores.iter().map(speed).sum(),
+        told => told,
+    };
+    Compute { total_mhz, cores: u32::try_from(topology.cores.len()).unwrap_or(u32::MAX) }
+}
+
+fn host_compute() -> Compute {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mhz = text.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok());
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a clock rate in megahertz")]
+    let per_core = mhz.unwrap_or(0.0).max(0.0) as u64;
+    Compute { total_mhz: per_core * cores as u64, cores: u32::try_from(cores).unwrap_or(1) }
+}
+
 /// How a task ended. Deaths by signal keep 128 + n in the code and 0 as the signal, as upstream's container drivers do.
 pub fn exit_result(exit: &ExitRecord) -> wire::ExitResult {
     wire::ExitResult { exit_code: exit.code, signal: 0, oom_killed: exit.oom_killed }
@@ -150,6 +173,16 @@ mod tests {
     #[test]
     fn not_yet_is_gos_zero_time() {
         assert_eq!(timestamp(None).to_string(), "0001-01-01T00:00:00Z");
+    }
+
+    #[test]
+    fn the_operators_word_beats_the_sum_of_the_cores() {
+        let core = |base, max| pb::ClientTopologyCore { base_speed: base, max_speed: max, ..Default::default() };
+        let mut topology = pb::ClientTopology { cores: vec![core(1000, 3000), core(0, 2000)], ..Default::default() };
+        assert_eq!(compute(Some(&topology)), Compute { total_mhz: 3000, cores: 2 });
+        topology.override_total_compute = 500;
+        assert_eq!(compute(Some(&topology)), Compute { total_mhz: 500, cores: 2 });
+        assert!(compute(None).cores > 0 && compute(Some(&pb::ClientTopology::default())).cores > 0);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{convert, fingerprint, options::TASK, schema, service::DriverService, status};
+use super::{convert, exec, fingerprint, options::TASK, schema, service::DriverService, stats, status};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, driver_server::Driver},
@@ -85,7 +85,7 @@ impl Driver for DriverService {
         use wire::network_isolation_spec::NetworkIsolationMode as Mode;
         let capabilities = wire::DriverCapabilities {
             send_signals: true,
-            exec: false,
+            exec: true,
             fs_isolation: wire::driver_capabilities::FsIsolation::Image.into(),
             network_isolation_modes: vec![Mode::Group.into(), Mode::Task.into()],
             ..Default::default()
@@ -116,11 +116,11 @@ impl Driver for DriverService {
                 format!("its handle has version {}, this driver's is {}", handle.version, TaskHandle::VERSION);
             return Err(unrecoverable(problem));
         }
-        TaskHandle::decode(&handle.driver_state)
+        let handle = TaskHandle::decode(&handle.driver_state)
             .map_err(|error| unrecoverable(format!("its handle is torn: {error}")))?;
         let engine = self.engine().await?;
         let id = id.clone();
-        to_the_end(async move { engine.recover(&id).await.map_err(refuse) }).await?;
+        to_the_end(async move { engine.recover(&id, &handle).await.map_err(refuse) }).await?;
         Ok(Response::new(wire::RecoverTaskResponse {}))
     }
 
@@ -192,7 +192,7 @@ impl Driver for DriverService {
         request: Request<wire::InspectTaskRequest>,
     ) -> Result<Response<wire::InspectTaskResponse>, Status> {
         let (engine, id) = self.known(&request.into_inner().task_id).await?;
-        let inspection = engine.inspect(&id).map_err(refuse)?;
+        let inspection = engine.inspect(&id).await.map_err(refuse)?;
         let exit = inspection.exit.as_ref();
         let state = if exit.is_some() { wire::TaskState::Exited } else { wire::TaskState::Running };
         // Nomad's client dereferences result and both times without looking.
@@ -211,8 +211,15 @@ impl Driver for DriverService {
         }))
     }
 
-    async fn task_stats(&self, _: Request<wire::TaskStatsRequest>) -> Result<Response<Self::TaskStatsStream>, Status> {
-        Err(unsupported("TaskStats"))
+    async fn task_stats(
+        &self,
+        request: Request<wire::TaskStatsRequest>,
+    ) -> Result<Response<Self::TaskStatsStream>, Status> {
+        let request = request.into_inner();
+        let (engine, id) = self.known(&request.task_id).await?;
+        let (send, receive) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(stats::run(engine, id, convert::duration(request.collection_interval), send));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }
 
     async fn task_events(
@@ -256,15 +263,21 @@ impl Driver for DriverService {
         Ok(Response::new(wire::SignalTaskResponse {}))
     }
 
-    async fn exec_task(&self, _: Request<wire::ExecTaskRequest>) -> Result<Response<wire::ExecTaskResponse>, Status> {
-        Err(unsupported("ExecTask"))
+    async fn exec_task(
+        &self,
+        request: Request<wire::ExecTaskRequest>,
+    ) -> Result<Response<wire::ExecTaskResponse>, Status> {
+        let engine = self.engine().await?;
+        Box::pin(exec::run(&engine, request.into_inner())).await.map(Response::new)
     }
 
     async fn exec_task_streaming(
         &self,
-        _: Request<Streaming<wire::ExecTaskStreamingRequest>>,
+        request: Request<Streaming<wire::ExecTaskStreamingRequest>>,
     ) -> Result<Response<Self::ExecTaskStreamingStream>, Status> {
-        Err(unsupported("ExecTaskStreaming"))
+        let engine = self.engine().await?;
+        let answers = Box::pin(exec::stream(&engine, request.into_inner())).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 
     async fn create_network(

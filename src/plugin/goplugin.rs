@@ -12,6 +12,17 @@ use crate::pb::goplugin::{
     grpc_stdio_server::GrpcStdio,
 };
 
+/// Whether the plugin is to leave, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leave {
+    /// It stays.
+    Not,
+    /// Its agent has no more use for it: what only it uses goes with it.
+    Ending,
+    /// Another plugin takes its place: what it has prepared is left to that one.
+    GivingWay,
+}
+
 /// A stream that stays open and says nothing, until the client goes.
 type Silent<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -44,15 +55,15 @@ impl GrpcStdio for Stdio {
 /// Controller: tells the server that it is time to leave.
 #[derive(Debug)]
 pub struct Controller {
-    /// Set to true once.
-    pub leave: watch::Sender<bool>,
+    /// Set once.
+    pub leave: watch::Sender<Leave>,
 }
 
 #[tonic::async_trait]
 impl GrpcController for Controller {
     async fn shutdown(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
         tracing::debug!("asked to leave");
-        self.leave.send_replace(true);
+        self.leave.send_replace(Leave::Ending);
         Ok(Response::new(Empty {}))
     }
 }

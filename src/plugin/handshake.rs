@@ -6,6 +6,10 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -21,7 +25,7 @@ use tonic::transport::{Server, server::Connected};
 
 use super::{
     base::Base,
-    goplugin::{Broker, Controller, Stdio},
+    goplugin::{Broker, Controller, Leave, Stdio},
     service::DriverService,
     tls::{self, TlsError},
 };
@@ -43,6 +47,8 @@ use crate::{
 const PROTOCOL: &str = "2";
 /// A TLS hello takes a millisecond on a local socket.
 const TLS_HELLO: Duration = Duration::from_secs(10);
+/// Without settings nothing runs here.
+const ORPHAN: Duration = Duration::from_secs(600);
 /// Lets the answer to `Shutdown` out before the connection goes.
 const LAST_WORDS: Duration = Duration::from_millis(10);
 
@@ -99,10 +105,11 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     let (listener, socket) = listen()?;
     let guard = SocketFile(socket.clone());
 
-    let (leave, mut leaving) = watch::channel(false);
+    let (leave, mut leaving) = watch::channel(Leave::Not);
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_service_status("plugin", tonic_health::ServingStatus::Serving).await;
-    let driver = DriverService::new(name.clone());
+    let clients = Clients::default();
+    let driver = DriverService::new(name.clone(), leave.clone(), clients.clone());
     // The host takes messages of up to 2 GiB; our answers are small, its requests as large as a job makes them.
     let server = Server::builder()
         .add_service(health)
@@ -112,7 +119,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
         .add_service(BasePluginServer::new(Base::new(driver.clone())).max_decoding_message_size(usize::MAX))
         .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(usize::MAX));
     let acceptor = tls.as_ref().map(|tls| TlsAcceptor::from(tls.config.clone()));
-    let serving = server.serve_with_incoming(accept(listener, acceptor));
+    let serving = server.serve_with_incoming(accept(listener, acceptor, clients.clone()));
 
     let certificate = tls.map(|tls| tls.certificate).unwrap_or_default();
     let multiplexing = if env::var_os("PLUGIN_MULTIPLEX_GRPC").is_some() { "|false" } else { "" };
@@ -128,13 +135,56 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     };
     tokio::select! {
         outcome = serving => outcome?,
-        _ = leaving.wait_for(|leave| *leave) => {}
+        _ = leaving.wait_for(|leave| *leave != Leave::Not) => {}
         () = terminated => {}
+        () = orphaned(&clients, &driver) => tracing::warn!("no agent for a long time; leaving, tasks go on"),
     }
-    driver.close();
+    let how = *leaving.borrow();
+    if how != Leave::GivingWay {
+        driver.close();
+    }
     tokio::time::sleep(LAST_WORDS).await;
     drop(guard);
     Ok(())
+}
+
+/// Returns when nobody has been connected for as long as the settings allow.
+async fn orphaned(clients: &Clients, driver: &DriverService) {
+    let mut since = tokio::time::Instant::now();
+    loop {
+        let limit = driver.settings().map_or(ORPHAN, |settings| settings.orphan_timeout);
+        if clients.any() {
+            since = tokio::time::Instant::now();
+        } else if since.elapsed() >= limit {
+            return;
+        }
+        tokio::time::sleep((limit / 10).clamp(Duration::from_millis(50), Duration::from_secs(10))).await;
+    }
+}
+
+/// How many connections hosts have to us right now.
+#[derive(Debug, Clone, Default)]
+pub struct Clients(Arc<AtomicUsize>);
+
+impl Clients {
+    /// Is any agent connected?
+    pub fn any(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 0
+    }
+
+    fn enter(&self) -> Entered {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Entered(self.clone())
+    }
+}
+
+/// One connection; counted until it is dropped.
+struct Entered(Clients);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// A terminal's Ctrl-C goes to the whole process group; only the agent may act on it.
@@ -180,7 +230,7 @@ fn listen() -> Result<(UnixListener, PathBuf), HandshakeError> {
 }
 
 /// Connections as they come, TLS done. A client that is slow or wrong with its hello keeps nobody else waiting.
-fn accept(listener: UnixListener, tls: Option<TlsAcceptor>) -> ReceiverStream<io::Result<Stream>> {
+fn accept(listener: UnixListener, tls: Option<TlsAcceptor>, clients: Clients) -> ReceiverStream<io::Result<Stream>> {
     let (send, receive) = mpsc::channel(16);
     tokio::spawn(async move {
         loop {
@@ -193,12 +243,12 @@ fn accept(listener: UnixListener, tls: Option<TlsAcceptor>) -> ReceiverStream<io
                     continue;
                 }
             };
-            let (send, tls) = (send.clone(), tls.clone());
+            let (send, tls, entered) = (send.clone(), tls.clone(), clients.enter());
             tokio::spawn(async move {
                 let stream = match tls {
-                    None => Stream::Plain(stream),
+                    None => Stream::Plain(stream, entered),
                     Some(tls) => match tokio::time::timeout(TLS_HELLO, tls.accept(stream)).await {
-                        Ok(Ok(stream)) => Stream::Tls(Box::new(stream)),
+                        Ok(Ok(stream)) => Stream::Tls(Box::new(stream), entered),
                         Ok(Err(error)) => return tracing::warn!(%error, "TLS client refused"),
                         Err(_) => return tracing::warn!("TLS client too slow"),
                     },
@@ -212,8 +262,8 @@ fn accept(listener: UnixListener, tls: Option<TlsAcceptor>) -> ReceiverStream<io
 
 /// A connection from the host.
 enum Stream {
-    Plain(UnixStream),
-    Tls(Box<TlsStream<UnixStream>>),
+    Plain(UnixStream, #[allow(dead_code, reason = "counts until it is dropped")] Entered),
+    Tls(Box<TlsStream<UnixStream>>, #[allow(dead_code, reason = "counts until it is dropped")] Entered),
 }
 
 impl Connected for Stream {
@@ -224,8 +274,8 @@ impl Connected for Stream {
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
-            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Plain(stream, _) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(stream, _) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -233,20 +283,20 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
-            Self::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Plain(stream, _) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tls(stream, _) => Pin::new(stream).poll_write(cx, buf),
         }
     }
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Plain(stream, _) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream, _) => Pin::new(stream).poll_flush(cx),
         }
     }
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Plain(stream, _) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream, _) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

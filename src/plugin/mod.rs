@@ -2,9 +2,11 @@
 
 mod base;
 mod config;
+mod control;
 mod convert;
 mod decode;
 mod driver;
+mod exec;
 mod fingerprint;
 mod goplugin;
 mod handshake;
@@ -12,6 +14,7 @@ mod hclog;
 mod options;
 mod schema;
 mod service;
+mod stats;
 mod status;
 mod tls;
 

@@ -96,7 +96,16 @@ const CONTAINERD: &[Row] = &[
 const STATE: &[Row] = &[
     row("run_dir", Kind::Text, "Records, bundles, sockets. Default: /run/nomad-driver-shim/<driver name>."),
     row("state_dir", Kind::Text, "Writable layers, image records. Default: /var/lib/nomad-driver-shim/<driver name>."),
+    default("grace", Kind::Text, "\"5m\"", "How long remains that no agent has asked for are kept."),
+    default(
+        "orphan_timeout",
+        Kind::Text,
+        "\"10m\"",
+        "How long a plugin stays that has lost its agent; its tasks go on.",
+    ),
 ];
+
+const IMAGE: &[Row] = &[default("keep", Kind::Text, "\"24h\"", "How long an image stays that no task uses.")];
 
 const SHIM: &[Row] = &[
     default("binary", Kind::Text, "\"containerd-shim-runc-v2\"", "The shim, by path or by name in PATH."),
@@ -126,6 +135,7 @@ pub const PLUGIN: &[Row] = &[
     row("allow_runtimes", Kind::List, "The runtimes that jobs may have. Default: all that are configured."),
     row("containerd", Kind::Block(CONTAINERD), "Where images are kept."),
     row("state", Kind::Block(STATE), "Where our own files are."),
+    row("image", Kind::Block(IMAGE), "How images are kept."),
     row("shim", Kind::Block(SHIM), "How shims are had."),
     row("runtime", Kind::Labelled(RUNTIME), "A further OCI runtime, by name."),
     row("security", Kind::Block(SECURITY), "What jobs may do."),

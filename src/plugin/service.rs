@@ -5,9 +5,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use tokio::sync::watch;
 use tonic::Status;
 
-use super::{config, status};
+use super::{config, control::Doorkeeper, goplugin::Leave, handshake::Clients, status};
 use crate::{
     ids::DriverName,
     task::{Engine, EventHub, Settings},
@@ -23,6 +24,8 @@ struct Inner {
     /// Opened at the first real work; an opening that failed is tried again by the next call.
     engine: tokio::sync::Mutex<Option<Engine>>,
     events: EventHub,
+    leave: watch::Sender<Leave>,
+    clients: Clients,
 }
 
 impl fmt::Debug for DriverService {
@@ -33,12 +36,14 @@ impl fmt::Debug for DriverService {
 
 impl DriverService {
     /// A driver that has done nothing yet.
-    pub fn new(name: DriverName) -> Self {
+    pub fn new(name: DriverName, leave: watch::Sender<Leave>, clients: Clients) -> Self {
         Self(Arc::new(Inner {
             name,
             settings: Mutex::default(),
             engine: tokio::sync::Mutex::default(),
             events: EventHub::default(),
+            leave,
+            clients,
         }))
     }
 
@@ -81,6 +86,12 @@ impl DriverService {
             tracing::error!(error = %crate::chain(&error), "the driver can't work");
             status::of(&error)
         })?;
+        let doorkeeper =
+            Doorkeeper { engine: opened.clone(), leave: self.0.leave.clone(), clients: self.0.clients.clone() };
+        if let Err(error) = doorkeeper.open() {
+            // Nomad's side works without it.
+            tracing::error!(%error, "no control socket");
+        }
         Ok(engine.insert(opened).clone())
     }
 

@@ -60,7 +60,7 @@ mod tests {
             (TaskError::Signal("X".to_owned()), Code::InvalidArgument, false),
             (TaskError::Shim { doing: "create", source: gone }, Code::FailedPrecondition, true),
             (TaskError::Shim { doing: "create", source: refused }, Code::Unknown, false),
-            (TaskError::Held("/x".into()), Code::FailedPrecondition, true),
+            (TaskError::Held { path: "/x".into(), reason: "no".to_owned() }, Code::FailedPrecondition, true),
         ] {
             let status = of(&error);
             assert_eq!((status.code(), is_recoverable(&status)), (code, again), "{error:?}");

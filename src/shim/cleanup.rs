@@ -2,7 +2,10 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use super::{Launcher, ShimError};
+use protobuf::Message as _;
+
+use super::{Exit, Launcher, ShimError};
+use crate::pb::shim as wire;
 
 /// `runtime delete --force` takes 20 to 220 ms.
 const DELETE: Duration = Duration::from_secs(30);
@@ -16,15 +19,24 @@ pub struct DeadTask<'a> {
     pub bundle: &'a Path,
 }
 
-/// Kills what still runs of the container and removes the runtime's state. Harmless when nothing is left.
+impl DeadTask<'_> {
+    /// Did the shim live to see the container's end, and note it? Those since 2.4.2 do.
+    pub fn has_noted_exit(&self) -> bool {
+        self.bundle.join("exit.json").exists()
+    }
+}
+
+/// Kills what still runs of the container and removes the runtime's state: how it had ended, where the shim noted that
+/// (without a note the command always says 137). Harmless when nothing is left.
 ///
 /// # Errors
 /// When the command can't be run or fails.
-pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<(), ShimError> {
+pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Option<Exit>, ShimError> {
     // Written by the shim at Create; without it the runtime never heard of the container.
     if !task.bundle.join("options.json").exists() && !task.bundle.join("runtime").exists() {
-        return Ok(());
+        return Ok(None);
     }
+    let noted = task.has_noted_exit();
     let failed = |source| ShimError::Spawn { binary: launcher.binary().to_owned(), source };
     let run = tokio::process::Command::new(launcher.binary())
         .args(["-namespace", launcher.namespace(), "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
@@ -41,7 +53,11 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<(), 
         .map_err(|_| ShimError::Late { call: "delete", after: DELETE })?
         .map_err(failed)?;
     if output.status.success() {
-        return Ok(());
+        let answer = wire::DeleteResponse::parse_from_bytes(&output.stdout).ok().filter(|_| noted);
+        return Ok(answer.map(|answer| Exit {
+            code: answer.exit_status,
+            at: answer.exited_at.as_ref().map(|time| (time.seconds, time.nanos)),
+        }));
     }
     let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     Err(ShimError::Refused { call: "delete", code: output.status.code().unwrap_or(-1), message })

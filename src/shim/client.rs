@@ -66,6 +66,43 @@ pub struct Exit {
     pub at: Option<(i64, i32)>,
 }
 
+/// A further process in a container.
+#[derive(Debug, Clone)]
+pub struct ExecProcess<'a> {
+    /// The container.
+    pub id: &'a str,
+    /// The process's own name.
+    pub exec_id: &'a str,
+    /// Give it a terminal? Then `stderr` is empty.
+    pub terminal: bool,
+    /// A FIFO for standard input, or empty for none.
+    pub stdin: &'a str,
+    /// A FIFO for standard output.
+    pub stdout: &'a str,
+    /// A FIFO for standard error.
+    pub stderr: &'a str,
+    /// The OCI process, as JSON.
+    pub spec: Vec<u8>,
+}
+
+/// What a shim says of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct State {
+    /// Its first process.
+    pub pid: u32,
+    /// Does that process live?
+    pub running: bool,
+}
+
+/// A terminal's size in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowSize {
+    /// Columns.
+    pub width: u32,
+    /// Lines.
+    pub height: u32,
+}
+
 /// Whom a signal goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kill {
@@ -164,9 +201,104 @@ impl Client {
     /// `Gone` when the shim dies first.
     pub async fn wait(&self, id: &str) -> Result<Exit, ShimError> {
         let request = wire::WaitRequest { id: id.to_owned(), ..Default::default() };
-        let answer: wire::WaitResponse = self.call("Wait", &request, None).await?;
-        let at = answer.exited_at.as_ref().map(|time| (time.seconds, time.nanos));
-        Ok(Exit { code: answer.exit_status, at })
+        self.call::<_, wire::WaitResponse>("Wait", &request, None).await.map(|answer| exit(&answer))
+    }
+
+    /// Announces a further process; `start_exec` runs it.
+    ///
+    /// # Errors
+    /// With the shim's words.
+    pub async fn exec(&self, process: ExecProcess<'_>) -> Result<(), ShimError> {
+        let request = wire::ExecProcessRequest {
+            id: process.id.to_owned(),
+            exec_id: process.exec_id.to_owned(),
+            terminal: process.terminal,
+            stdin: process.stdin.to_owned(),
+            stdout: process.stdout.to_owned(),
+            stderr: process.stderr.to_owned(),
+            spec: MessageField::some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".to_owned(),
+                value: process.spec,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        self.call::<_, wire::Empty>("Exec", &request, Some(QUICK)).await.map(drop)
+    }
+
+    /// Runs an announced process: its pid.
+    ///
+    /// # Errors
+    /// With the runtime's words.
+    pub async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, ShimError> {
+        let request = wire::StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+        self.call::<_, wire::StartResponse>("Start", &request, Some(START)).await.map(|answer| answer.pid)
+    }
+
+    /// Waits until an exec'd process has ended, however long that takes.
+    ///
+    /// # Errors
+    /// `Gone` when the shim dies first.
+    pub async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<Exit, ShimError> {
+        let request = wire::WaitRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+        self.call::<_, wire::WaitResponse>("Wait", &request, None).await.map(|answer| exit(&answer))
+    }
+
+    /// Kills an exec'd process. One that has ended already is fine.
+    ///
+    /// # Errors
+    /// With the runtime's words.
+    pub async fn kill_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
+        let request = wire::KillRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal: libc::SIGKILL.cast_unsigned(),
+            ..Default::default()
+        };
+        match self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets an exec'd process that has ended or never ran. One that is gone is fine.
+    ///
+    /// # Errors
+    /// With the shim's words.
+    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
+        let request = wire::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+        match self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sets the size of an exec'd process's terminal.
+    ///
+    /// # Errors
+    /// With the shim's words.
+    pub async fn resize_exec(&self, id: &str, exec_id: &str, size: WindowSize) -> Result<(), ShimError> {
+        let request = wire::ResizePtyRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            width: size.width,
+            height: size.height,
+            ..Default::default()
+        };
+        self.call::<_, wire::Empty>("ResizePty", &request, Some(QUICK)).await.map(drop)
+    }
+
+    /// Lets an exec'd process see the end of its input, once our end of it is closed too.
+    ///
+    /// # Errors
+    /// With the shim's words.
+    pub async fn close_exec_input(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
+        let request =
+            wire::CloseIORequest { id: id.to_owned(), exec_id: exec_id.to_owned(), stdin: true, ..Default::default() };
+        match self.call::<_, wire::Empty>("CloseIO", &request, Some(QUICK)).await {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Sends a signal. A process that has ended already is fine.
@@ -198,16 +330,14 @@ impl Client {
         }
     }
 
-    /// Is the container's process alive?
+    /// How is the container?
     ///
     /// # Errors
     /// When it can't be asked; "not found" when the shim does not hold the container.
-    pub async fn is_running(&self, id: &str) -> Result<bool, ShimError> {
+    pub async fn state(&self, id: &str) -> Result<State, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
-        match self.call::<_, wire::StateResponse>("State", &request, Some(QUICK)).await {
-            Ok(state) => Ok(state.status.enum_value() == Ok(wire::Status::RUNNING)),
-            Err(error) => Err(error),
-        }
+        let state: wire::StateResponse = self.call("State", &request, Some(QUICK)).await?;
+        Ok(State { pid: state.pid, running: state.status.enum_value() == Ok(wire::Status::RUNNING) })
     }
 
     /// Asks the shim to end, which it does if it holds no container. It often closes before it answers.
@@ -253,6 +383,11 @@ impl Client {
         })?;
         A::parse_from_bytes(&answer.payload).map_err(|error| encoding(call, &error))
     }
+}
+
+fn exit(answer: &wire::WaitResponse) -> Exit {
+    let at = answer.exited_at.as_ref().map(|time| (time.seconds, time.nanos));
+    Exit { code: answer.exit_status, at }
 }
 
 fn deadline_status() -> ttrpc::Status {

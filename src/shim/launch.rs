@@ -2,6 +2,7 @@
 //! for every containerd from 1.6 to 2.4 (the `start` helper's three dialects are not needed).
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     io,
     os::{
@@ -11,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -23,10 +24,13 @@ use super::{Client, ShimError, TaskApi};
 use crate::{
     ids::random_hex,
     places::{Places, make_dir},
+    process::{PidFd, ProcessId},
 };
 
 /// A shim that was asked to end does so in about 2 ms.
 const END: Duration = Duration::from_secs(5);
+/// In a shim's directory: who it is, so that another instance of us finds it again.
+const PID: &str = "pid";
 
 /// How shims are started.
 #[derive(Debug)]
@@ -38,22 +42,49 @@ pub struct Launcher {
     cgroup: Vec<PathBuf>,
     /// The service this binary turned out to serve: 0 unknown, 2, 3.
     api: AtomicU8,
+    /// Shims that somebody in this process holds.
+    own: Arc<Mutex<HashSet<String>>>,
 }
 
-/// A running shim that we started. Its directory goes with `end`.
+/// Says that somebody here holds a shim, until it is dropped.
+#[derive(Debug)]
+struct Held {
+    id: String,
+    own: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+/// A running shim, started by us or by an earlier instance of us. Its directory goes with `end`.
 #[derive(Debug)]
 pub struct Shim {
     id: String,
     dir: PathBuf,
     client: Client,
-    pidfd: OwnedFd,
+    pidfd: Arc<PidFd>,
     ended: watch::Receiver<bool>,
+    _held: Held,
+}
+
+/// What became of a shim that an earlier instance of us has started.
+#[derive(Debug)]
+pub enum Found {
+    /// It lives and answers.
+    Alive(Shim),
+    /// It lives and does not answer.
+    Hung(PidFd),
+    /// It has ended.
+    Gone,
 }
 
 impl Launcher {
     /// Shims from `binary`, in `namespace`, each with a directory below `places`.
     pub fn new(binary: PathBuf, namespace: String, places: Places, cgroup: Vec<PathBuf>) -> Self {
-        Self { binary, namespace, places, cgroup, api: AtomicU8::new(0) }
+        Self { binary, namespace, places, cgroup, api: AtomicU8::new(0), own: Arc::default() }
     }
 
     /// The program.
@@ -64,6 +95,16 @@ impl Launcher {
     /// The namespace that ends up below the runtimes' state roots.
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// Names of the shims that somebody in this process holds.
+    pub fn own(&self) -> HashSet<String> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn hold(&self, id: &str) -> Held {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+        Held { id: id.to_owned(), own: self.own.clone() }
     }
 
     fn hint(&self) -> Option<TaskApi> {
@@ -80,6 +121,7 @@ impl Launcher {
     /// When it can't be started or does not answer; nothing is left behind then.
     pub async fn launch(self: &Arc<Self>) -> Result<Shim, ShimError> {
         let id = random_hex(6);
+        let held = self.hold(&id);
         let dir = self.places.shim(&id);
         let this = self.clone();
         let (spawn_id, spawn_dir) = (id.clone(), dir.clone());
@@ -105,19 +147,48 @@ impl Launcher {
         match Client::connect(&dir.join("sock"), self.hint()).await {
             Ok(client) => {
                 self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
-                Ok(Shim { id, dir, client, pidfd, ended })
+                Ok(Shim { id, dir, client, pidfd, ended, _held: held })
             }
             Err(error) => {
                 let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
                 tracing::warn!(shim = id, log = log.trim(), "a shim did not come up");
-                signal(&pidfd, libc::SIGKILL);
+                pidfd.signal(libc::SIGKILL);
                 remove_dir(&dir);
                 Err(error)
             }
         }
     }
 
-    fn spawn(&self, id: &str, dir: &Path) -> Result<(tokio::process::Child, OwnedFd), ShimError> {
+    /// Takes over the shim called `id` of an earlier instance of us.
+    pub async fn adopt(&self, id: &str) -> Found {
+        let held = self.hold(id);
+        let dir = self.places.shim(id);
+        let Some(pidfd) = pidfd_of(&dir) else { return Found::Gone };
+        match Client::connect(&dir.join("sock"), self.hint()).await {
+            Ok(client) => {
+                let pidfd = Arc::new(pidfd);
+                let (tell, ended) = watch::channel(false);
+                let watched = pidfd.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = watched.ended().await {
+                        tracing::warn!(%error, "a shim can't be watched");
+                    }
+                    tell.send_replace(true);
+                });
+                Found::Alive(Shim { id: id.to_owned(), dir, client, pidfd, ended, _held: held })
+            }
+            // It may have ended while we asked.
+            Err(error) => match pidfd_of(&dir) {
+                Some(pidfd) => {
+                    tracing::warn!(shim = id, %error, "a shim lives and does not answer");
+                    Found::Hung(pidfd)
+                }
+                None => Found::Gone,
+            },
+        }
+    }
+
+    fn spawn(&self, id: &str, dir: &Path) -> Result<(tokio::process::Child, Arc<PidFd>), ShimError> {
         let failed = |doing, path: &Path| {
             let (id, path) = (id.to_owned(), path.to_owned());
             move |source| ShimError::File { id, doing, path, source }
@@ -162,9 +233,14 @@ impl Launcher {
         let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: self.binary.clone(), source })?;
         drop(listener);
         let pid = child.id().unwrap_or_default();
-        let pidfd = pidfd_open(pid).inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
+        let named = PidFd::open(pid).and_then(|pidfd| {
+            let bytes = serde_json::to_vec(&ProcessId::of(pid)?)?;
+            fs::write(dir.join(PID), bytes)?;
+            Ok(pidfd)
+        });
+        let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
         self.place(pid);
-        Ok((child, pidfd))
+        Ok((child, Arc::new(pidfd)))
     }
 
     /// Moves a shim out of the agent's cgroup, so that stopping the agent's service does not end it, and makes the
@@ -201,13 +277,18 @@ impl Shim {
         *self.ended.borrow()
     }
 
+    /// Returns when it has died.
+    pub fn watch(&self) -> watch::Receiver<bool> {
+        self.ended.clone()
+    }
+
     /// Ends a shim that holds no container, by force if it does not go, and removes its directory.
     pub async fn end(mut self) {
         if !self.has_ended() && self.client.shutdown(&self.id).await.is_err() {
-            signal(&self.pidfd, libc::SIGKILL);
+            self.pidfd.signal(libc::SIGKILL);
         }
         if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
-            signal(&self.pidfd, libc::SIGKILL);
+            self.pidfd.signal(libc::SIGKILL);
             let _ = tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await;
         }
         remove_dir(&self.dir);
@@ -215,9 +296,35 @@ impl Shim {
 
     /// Ends an idle shim at once, without asking: for a plugin that is told to leave.
     pub fn kill(self) {
-        signal(&self.pidfd, libc::SIGKILL);
+        self.pidfd.signal(libc::SIGKILL);
         remove_dir(&self.dir);
     }
+}
+
+impl Found {
+    /// A connection, if the shim lives and answers.
+    pub fn client(&self) -> Option<&Client> {
+        match self {
+            Self::Alive(shim) if !shim.has_ended() => Some(shim.client()),
+            _ => None,
+        }
+    }
+}
+
+/// Ends a shim that does not answer, by force, and removes its directory: true when it is gone.
+pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
+    pidfd.signal(libc::SIGKILL);
+    let gone = tokio::time::timeout(END, pidfd.ended()).await.is_ok_and(|ended| ended.is_ok());
+    if gone {
+        remove_dir(dir);
+    }
+    gone
+}
+
+/// The process of the shim whose directory this is, if it lives.
+fn pidfd_of(dir: &Path) -> Option<PidFd> {
+    let process: ProcessId = serde_json::from_slice(&fs::read(dir.join(PID)).ok()?).ok()?;
+    PidFd::of(&process).ok()
 }
 
 /// Ends a shim that another instance of us left behind, by its directory: true when it is gone. One that holds a
@@ -270,21 +377,4 @@ fn duplicate_above(listener: &UnixListener, lowest: i32) -> io::Result<OwnedFd> 
     }
     // SAFETY: just made, and ours alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// A descriptor that names this very process, however its number is used later (pidfd_open(2), Linux 5.3).
-fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes a number and flags and gives a new close-on-exec descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: just made, and ours alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn signal(pidfd: &OwnedFd, number: i32) {
-    // SAFETY: a signal to the process that the descriptor names; no memory is passed. ESRCH for a dead one is fine.
-    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), number, std::ptr::null::<u8>(), 0) };
 }

@@ -5,6 +5,7 @@
 
 mod cleanup;
 mod client;
+mod exec;
 mod launch;
 mod pool;
 pub mod stdio;
@@ -12,8 +13,9 @@ pub mod stdio;
 use std::{io, path::PathBuf, time::Duration};
 
 pub use cleanup::{DeadTask, delete_dead};
-pub use client::{Client, CreateTask, Exit, Kill, TaskApi};
-pub use launch::{Launcher, Shim, end_stray};
+pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, State, TaskApi, WindowSize};
+pub use exec::{ExecIo, ExecPipes};
+pub use launch::{Found, Launcher, Shim, end_hung, end_stray};
 pub use pool::Pool;
 
 /// Why a shim did not do what it was asked.

@@ -74,10 +74,11 @@ impl Pool {
         });
     }
 
-    fn put(&self, shim: Shim) {
+    /// Takes in an idle shim of an earlier instance of us, or ends it when there are enough.
+    pub fn put(&self, shim: Shim) {
         let mut idle = self.idle();
         // Closing takes the same lock to empty the queue, so a shim either is seen there or ends here.
-        if self.is_closed() {
+        if self.is_closed() || idle.len() >= self.0.size {
             shim.kill();
         } else {
             idle.push_back(shim);

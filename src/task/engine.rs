@@ -3,63 +3,55 @@
 //! The map is locked only to look things up. What takes time happens outside of it, per task.
 
 use std::{
-    collections::{HashMap, HashSet, hash_map::Entry},
-    fs::{self, File},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    collections::{HashMap, hash_map::Entry},
+    fs::File,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant, SystemTime},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use tokio::sync::watch;
 
 use super::{
-    EventHub, ExitRecord, Phases, Record, RecordState, Runtimes, Settings, StartRequest, TaskError, TaskHandle,
-    load_records,
-    record::millis,
+    EventHub, ExecRequest, ExitRecord, Phases, Record, RecordState, Runtimes, Session, Settings, StartRequest,
+    TaskError, TaskEvent, TaskHandle, exec,
+    live::{Parts, Task, watch_exit},
+    load_records, lock,
     shared::Shared,
     signal, start,
-    undo::{KILL_GRACE, RETRIES, ShimHandle, find_shim, undo_or_keep},
+    undo::{RETRIES, find_shim, undo_or_keep},
 };
 use crate::{
-    cgroup::{CgroupPath, Cgroups},
-    containerd,
+    cgroup::{CgroupPath, Cgroups, Usage},
+    containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
-    shim::{self, Client, DeadTask, Kill, Launcher, Pool, ShimError},
+    shim::{Found, Kill, Launcher, Pool},
 };
-
-/// A plugin that was told to leave is gone well within this.
-const LOCK: Duration = Duration::from_secs(5);
 
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
 
 /// What an engine is.
-struct Inner {
+pub(super) struct Inner {
     shared: Arc<Shared>,
     tasks: Mutex<HashMap<TaskId, Slot>>,
     /// One at a time for each allocation and task: an attempt that is being made, or being undone.
     turns: Mutex<HashMap<(String, String), Turn>>,
+    opened: Instant,
     _lock: Flock<File>,
 }
 
 #[derive(Clone)]
-enum Slot {
+pub(super) enum Slot {
     /// StartTask is at work.
     Starting,
+    /// Its shim is being connected to; the channel closes when that is done.
+    Recovering {
+        record: Box<Record>,
+        done: watch::Receiver<()>,
+    },
     Task(Arc<Task>),
-}
-
-/// A task that runs or has ended.
-struct Task {
-    record: Mutex<Record>,
-    /// Taken by whoever destroys it.
-    shim: tokio::sync::Mutex<Option<ShimHandle>>,
-    client: Option<Client>,
-    pid: u32,
-    started_at: SystemTime,
-    phases: Phases,
-    exit: watch::Sender<Option<ExitRecord>>,
 }
 
 /// What `InspectTask` tells.
@@ -81,7 +73,7 @@ pub struct Inspection {
 
 /// The engine. Cheap to clone.
 #[derive(Clone)]
-pub struct Engine(Arc<Inner>);
+pub struct Engine(pub(super) Arc<Inner>);
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -99,10 +91,11 @@ impl Engine {
         drop(tokio::task::spawn_blocking(Reference::prepare));
         let places = settings.places.clone();
         places.create()?;
-        let lock = take_lock(&places).await?;
+        let lock = lock::take(&places).await?;
         let cgroups = Cgroups::detect()?;
         let group = cgroups.own_group()?;
-        let runtimes = Runtimes::find(&settings, &places.bundles()).await;
+        super::runtime::clear_probes(places.run());
+        let runtimes = Runtimes::find(&settings, places.run()).await;
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
         let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
@@ -112,45 +105,48 @@ impl Engine {
         let records = load_records(&places.tasks())?;
         let shared =
             Arc::new(Shared { settings, cgroups, runtimes, images, pool, events, leftovers: Mutex::default() });
-        let engine = Self(Arc::new(Inner { shared, tasks: Mutex::default(), turns: Mutex::default(), _lock: lock }));
+        let engine = Self(Arc::new(Inner {
+            shared,
+            tasks: Mutex::default(),
+            turns: Mutex::default(),
+            opened: Instant::now(),
+            _lock: lock,
+        }));
         engine.sort_out(records);
+        engine.watch_over();
         Ok(engine)
     }
 
-    /// Half-made starts were never told to Nomad: they go. The others wait for `RecoverTask` or `DestroyTask`. Shims
-    /// that no record names were idle ones. What takes time is done in the background, side by side: Nomad waits for
-    /// `Init` without a deadline.
-    fn sort_out(&self, records: Vec<Record>) {
-        let places = &self.0.shared.settings.places;
-        let named: HashSet<String> = records.iter().map(|record| record.shim.clone()).collect();
-        match fs::read_dir(places.shims()) {
-            Ok(strays) => strays
-                .flatten()
-                .filter(|stray| !named.contains(stray.file_name().to_string_lossy().as_ref()))
-                .for_each(|stray| drop(tokio::spawn(async move { shim::end_stray(&stray.path()).await }))),
-            Err(error) => tracing::warn!(%error, "list the shims of an earlier plugin"),
-        }
-        for record in records {
-            let half_made = record.state == RecordState::Intended;
-            let (id, engine) = (record.task_id.clone(), self.clone());
-            let turn = self.turn(&record.alloc_id, &record.name);
-            self.0.shared.keep(record);
-            if half_made {
-                tracing::warn!(task = %id, "an earlier plugin left a half-made start; undoing it");
-                tokio::spawn(async move {
-                    let _turn = turn.lock().await;
-                    if let Some(outcome) = engine.destroy_leftover(&id).await
-                        && let Err(error) = outcome
-                    {
-                        tracing::error!(task = %id, error = %crate::chain(&error), "remains of an earlier plugin stay");
-                    }
-                });
-            }
-        }
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.0.shared
+    }
+
+    pub(super) fn downgrade(&self) -> Weak<Inner> {
+        Arc::downgrade(&self.0)
+    }
+
+    /// How long it has been open.
+    pub(super) fn age(&self) -> Duration {
+        self.0.opened.elapsed()
+    }
+
+    /// All tasks that run or have ended.
+    pub(super) fn live(&self) -> Vec<(TaskId, Arc<Task>)> {
+        let tasks = self.tasks();
+        let live = tasks.iter().filter_map(|(id, slot)| match slot {
+            Slot::Task(task) => Some((id.clone(), task.clone())),
+            Slot::Starting | Slot::Recovering { .. } => None,
+        });
+        live.collect()
+    }
+
+    /// Task events from now on.
+    pub fn listen(&self) -> tokio::sync::broadcast::Receiver<TaskEvent> {
+        self.0.shared.events.listen()
     }
 
     /// Who starts or undoes an attempt of this allocation's task holds this meanwhile.
-    fn turn(&self, alloc_id: &str, name: &str) -> Turn {
+    pub(super) fn turn(&self, alloc_id: &str, name: &str) -> Turn {
         let mut turns = self.0.turns.lock().unwrap_or_else(PoisonError::into_inner);
         // Those that nobody holds or waits for any more.
         turns.retain(|_, turn| Arc::strong_count(turn) > 1);
@@ -183,6 +179,9 @@ impl Engine {
     /// When it can't be started; nothing is left of it then.
     pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let id = request.task_id.clone();
+        if let Some(handle) = self.started_before(&id).await {
+            return Ok(handle);
+        }
         match self.tasks().entry(id.clone()) {
             Entry::Vacant(free) if !id.0.is_empty() => drop(free.insert(Slot::Starting)),
             _ => return Err(TaskError::AlreadyStarted(id.0)),
@@ -194,28 +193,38 @@ impl Engine {
         self.clear_predecessors(&request).await?;
         let began = start::start(&self.0.shared, &request).await;
         self.0.shared.pool.refill();
-        let running = began?;
-        let handle = TaskHandle { container_id: running.record.container_id.clone() };
-        let phases = running.phases;
+        let start::Running { record, shim, run, phases, image } = began?;
         tracing::info!(
-            task = %id, image = running.record.image, runtime = running.record.runtime, pid = running.pid,
+            task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,
             pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
             start_us = micros(phases.start), "started"
         );
-        let client = running.shim.any_client().cloned();
-        let task = Arc::new(Task {
-            record: Mutex::new(running.record),
-            shim: tokio::sync::Mutex::new(Some(running.shim)),
-            client,
-            pid: running.pid,
-            started_at: running.started_at,
-            phases,
-            exit: watch::Sender::new(None),
-        });
+        let (shim, image) = (Found::Alive(shim), Some(image));
+        let task = Task::new(Parts { record, shim, run, phases, exit: None, lost: None, claimed: true, image });
+        let handle = task.handle();
         slot.fill(task.clone());
         tokio::spawn(watch_exit(self.0.shared.clone(), task));
+        fault::point("start.answer");
         Ok(handle)
+    }
+
+    /// A plugin that died before its answer was out is asked again, with the same id: the task runs already, and is
+    /// what was asked for. One that was to stop meanwhile, or whose end is not known, is made anew.
+    async fn started_before(&self, id: &TaskId) -> Option<TaskHandle> {
+        let task = self.settled(id).await?;
+        let sound = task.lost.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
+        if !task.claim() {
+            return None;
+        }
+        if sound {
+            tracing::warn!(task = %id, "an earlier plugin had started it already");
+            return Some(task.handle());
+        }
+        if let Err(error) = self.destroy(id, Force::Yes).await {
+            tracing::warn!(task = %id, error = %crate::chain(&error), "an unsound earlier start of it");
+        }
+        None
     }
 
     /// A new attempt of an allocation's task means that whatever is left of the old one is not wanted: Nomad gave up on
@@ -231,16 +240,13 @@ impl Engine {
         if request.alloc_id.is_empty() {
             return Ok(());
         }
-        let olds: Vec<TaskId> = self
-            .tasks()
-            .values()
-            .filter_map(|slot| match slot {
-                Slot::Task(task) => Some(task.record()),
-                Slot::Starting => None,
-            })
-            .filter(same)
-            .map(|record| record.intent.task_id)
-            .collect();
+        let record_of = |slot: &Slot| match slot {
+            Slot::Task(task) => Some(task.record()),
+            Slot::Recovering { record, .. } => Some((**record).clone()),
+            Slot::Starting => None,
+        };
+        let olds: Vec<TaskId> =
+            self.tasks().values().filter_map(record_of).filter(same).map(|record| record.intent.task_id).collect();
         for old in olds {
             tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
             match self.destroy(&old, Force::Yes).await {
@@ -252,53 +258,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes over a task of an earlier instance of us.
-    ///
-    /// # Errors
-    /// When it is unknown, or nothing can be told of how it ended.
-    pub async fn recover(&self, id: &TaskId) -> Result<(), TaskError> {
-        if self.tasks().contains_key(id) {
-            return Ok(());
-        }
-        let unrecoverable = |problem: &str| TaskError::Unrecoverable { id: id.clone(), problem: problem.to_owned() };
-        let record = self.leftovers().get(id).cloned().ok_or_else(|| unrecoverable("no record of it on this host"))?;
-        let shim = find_shim(&self.0.shared, &record).await;
-        let (pid, started_at, exit) = match &record.state {
-            RecordState::Exited(exit) => (0, exit.started_at, Some(exit.clone())),
-            RecordState::Running { pid, started_at } | RecordState::Stopping { pid, started_at, .. } => {
-                if shim.client().is_none() {
-                    return Err(unrecoverable("its shim is gone; how it ended is not known"));
-                }
-                (*pid, *started_at, None)
-            }
-            RecordState::Intended => return Err(unrecoverable("it was never started")),
-        };
-        let client = shim.client().cloned();
-        let watched = exit.is_none();
-        let task = Arc::new(Task {
-            record: Mutex::new(record),
-            shim: tokio::sync::Mutex::new(Some(shim)),
-            client,
-            pid,
-            started_at: SystemTime::UNIX_EPOCH + Duration::from_millis(started_at),
-            phases: Phases::default(),
-            exit: watch::Sender::new(exit),
-        });
-        self.leftovers().remove(id);
-        self.tasks().insert(id.clone(), Slot::Task(task.clone()));
-        if watched {
-            tokio::spawn(watch_exit(self.0.shared.clone(), task));
-        }
-        tracing::info!(task = %id, pid, "recovered");
-        Ok(())
-    }
-
     /// Waits until the task has ended: how. Any number may wait, before and after the end.
     ///
     /// # Errors
     /// When it is unknown.
     pub async fn wait(&self, id: &TaskId) -> Result<ExitRecord, TaskError> {
-        let task = self.find(id)?;
+        let task = self.find(id).await?;
         let mut exit = task.exit.subscribe();
         let ended = exit.wait_for(Option::is_some).await.map(|exit| exit.clone());
         ended.ok().flatten().ok_or_else(|| TaskError::NotFound(id.clone()))
@@ -310,11 +275,11 @@ impl Engine {
     /// # Errors
     /// When it survives SIGKILL.
     pub async fn stop(&self, id: &TaskId, timeout: Duration, wanted: &str) -> Result<(), TaskError> {
-        let Ok(task) = self.find(id) else {
+        let Ok(task) = self.find(id).await else {
             tracing::debug!(task = %id, "stop of a task that is not here");
             return Ok(());
         };
-        if task.exit.borrow().is_some() {
+        if task.has_ended() {
             return Ok(());
         }
         let record = task.record();
@@ -325,7 +290,9 @@ impl Engine {
                 record.stop_signal
             }),
         };
+        fault::point("stop.begun");
         task.mark_stopping(&self.0.shared, timeout);
+        fault::point("stop.marked");
         let mut exit = task.exit.subscribe();
         let Some(client) = &task.client else { return Err(TaskError::NotFound(id.clone())) };
         let name = record.container_id.as_str();
@@ -333,11 +300,14 @@ impl Engine {
             if let Err(error) = client.kill(name, number, Kill::Init).await {
                 tracing::warn!(task = %id, %error, "the stop signal could not be sent");
             }
+            fault::point("stop.signalled");
             if tokio::time::timeout(timeout, exit.wait_for(Option::is_some)).await.is_ok() {
                 return Ok(());
             }
         }
-        task.end_by_force(id, client).await
+        let ended = task.end_by_force(id, client).await;
+        fault::point("stop.killed");
+        ended
     }
 
     /// Sends a signal to the task's first process.
@@ -346,14 +316,41 @@ impl Engine {
     /// When the signal's name is unknown, or the task is or has ended.
     pub async fn signal(&self, id: &TaskId, name: &str) -> Result<(), TaskError> {
         let number = signal::parse(name)?;
-        let task = self.find(id)?;
-        let ended = task.exit.borrow().is_some();
-        let Some(client) = task.client.as_ref().filter(|_| !ended) else { return Err(TaskError::NotFound(id.clone())) };
+        let task = self.find(id).await?;
+        let Some(client) = task.client.as_ref().filter(|_| !task.has_ended()) else {
+            return Err(TaskError::NotFound(id.clone()));
+        };
         let container = task.record().intent.container_id;
         client
             .kill(container.as_str(), number, Kill::Init)
             .await
             .map_err(|source| TaskError::Shim { doing: "send the signal", source })
+    }
+
+    /// What a task uses right now; None once it has ended.
+    ///
+    /// # Errors
+    /// When it is unknown.
+    pub async fn usage(&self, id: &TaskId) -> Result<Option<Usage>, TaskError> {
+        let task = self.find(id).await?;
+        if task.has_ended() {
+            return Ok(None);
+        }
+        Ok(self.0.shared.cgroups.usage(&CgroupPath::recorded(&task.record().cgroup)))
+    }
+
+    /// Runs a further process in a task.
+    ///
+    /// # Errors
+    /// When the task is unknown or has ended, or the process can't be started.
+    pub async fn exec(&self, id: &TaskId, request: &ExecRequest) -> Result<Session, TaskError> {
+        let task = self.find(id).await?;
+        let ended = || TaskError::Ended(id.clone());
+        let client = task.client.as_ref().filter(|_| !task.has_ended()).ok_or_else(ended)?;
+        exec::start(client, &self.0.shared.settings.places, &task.record(), request).await.map_err(|error| {
+            // It may have ended while we asked.
+            if task.has_ended() { ended() } else { error.into() }
+        })
     }
 
     /// Removes a task and all it left. A running one must be forced.
@@ -364,7 +361,7 @@ impl Engine {
     pub async fn destroy(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
         let outcome = self.destroy_once(id, force).await;
         // Killed in vain, and so still in the map; everything else is kept as a leftover and tried again from there.
-        if force == Force::Yes && outcome.is_err() && self.find(id).is_ok() {
+        if force == Force::Yes && outcome.is_err() && self.find(id).await.is_ok() {
             let (engine, id) = (self.clone(), id.clone());
             tokio::spawn(async move {
                 for pause in RETRIES {
@@ -380,20 +377,25 @@ impl Engine {
     }
 
     async fn destroy_once(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
-        let task = match self.find(id) {
+        let task = match self.find(id).await {
             Ok(task) => task,
             Err(unknown) => return self.destroy_leftover(id).await.unwrap_or(Err(unknown)),
         };
-        if force == Force::No && task.exit.borrow().is_none() {
+        if force == Force::No && !task.has_ended() {
             return Err(TaskError::StillRunning(id.clone()));
         }
+        // Nomad never asks twice: from here on the next instance of us would go on with it.
+        task.set_state(&self.0.shared, RecordState::Destroying);
+        fault::point("destroy.marked");
         // Whoever comes second waits here, and then finds nothing to do.
         let mut shim = task.shim.lock().await;
-        if task.exit.borrow().is_none()
+        if shim.is_some()
+            && !task.has_ended()
             && let Some(client) = &task.client
         {
             // Waiters get their answer before the task is forgotten.
             task.end_by_force(id, client).await?;
+            fault::point("destroy.killed");
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
         let outcome = undo_or_keep(&self.0.shared, &task.record(), shim).await;
@@ -401,7 +403,7 @@ impl Engine {
         outcome
     }
 
-    async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
+    pub(super) async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
         let record = self.0.shared.take_leftover(id)?;
         let shim = find_shim(&self.0.shared, &record).await;
         Some(undo_or_keep(&self.0.shared, &record, shim).await)
@@ -411,16 +413,16 @@ impl Engine {
     ///
     /// # Errors
     /// When it is unknown.
-    pub fn inspect(&self, id: &TaskId) -> Result<Inspection, TaskError> {
-        let task = self.find(id)?;
+    pub async fn inspect(&self, id: &TaskId) -> Result<Inspection, TaskError> {
+        let task = self.find(id).await?;
         let record = task.record();
         let exit = task.exit.borrow().clone();
         Ok(Inspection {
             name: record.name.clone(),
-            started_at: task.started_at,
+            started_at: task.started_at(),
             exit,
             record,
-            pid: task.pid,
+            pid: task.run.process.pid,
             phases: task.phases,
         })
     }
@@ -430,18 +432,31 @@ impl Engine {
         self.0.shared.pool.close();
     }
 
-    fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {
-        match self.tasks().get(id) {
-            Some(Slot::Task(task)) => Ok(task.clone()),
-            Some(Slot::Starting) | None => Err(TaskError::NotFound(id.clone())),
+    pub(super) async fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {
+        self.settled(id).await.ok_or_else(|| TaskError::NotFound(id.clone()))
+    }
+
+    /// The task, once it is known how it is; that takes as long as its shim needs to answer, and has a deadline.
+    pub(super) async fn settled(&self, id: &TaskId) -> Option<Arc<Task>> {
+        loop {
+            let mut done = match self.tasks().get(id)? {
+                Slot::Task(task) => return Some(task.clone()),
+                Slot::Recovering { done, .. } => done.clone(),
+                Slot::Starting => return None,
+            };
+            while done.changed().await.is_ok() {}
         }
     }
 
-    fn tasks(&self) -> MutexGuard<'_, HashMap<TaskId, Slot>> {
+    pub(super) fn knows(&self, id: &TaskId) -> bool {
+        self.tasks().contains_key(id)
+    }
+
+    pub(super) fn tasks(&self) -> MutexGuard<'_, HashMap<TaskId, Slot>> {
         self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Record>> {
+    pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Record>> {
         self.0.shared.leftovers()
     }
 }
@@ -472,88 +487,6 @@ impl Drop for Reserved<'_> {
         let mut tasks = self.engine.tasks();
         if matches!(tasks.get(self.id), Some(Slot::Starting)) {
             tasks.remove(self.id);
-        }
-    }
-}
-
-impl Task {
-    fn record(&self) -> Record {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn set_state(&self, shared: &Shared, state: RecordState) {
-        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
-        // How it ended is the last word, whoever comes later.
-        if matches!(record.state, RecordState::Exited(_)) {
-            return;
-        }
-        record.state = state;
-        if let Err(error) = record.save(&shared.settings.places.record(&record.container_id)) {
-            tracing::error!(task = %record.task_id, error = %crate::chain(&error), "its record is out of date");
-        }
-    }
-
-    fn mark_stopping(&self, shared: &Shared, timeout: Duration) {
-        let deadline = millis(SystemTime::now() + timeout);
-        self.set_state(shared, RecordState::Stopping { pid: self.pid, started_at: millis(self.started_at), deadline });
-    }
-
-    async fn end_by_force(&self, id: &TaskId, client: &Client) -> Result<(), TaskError> {
-        let container = self.record().intent.container_id;
-        match client.kill(container.as_str(), libc::SIGKILL, Kill::All).await {
-            // A dead shim is the watcher's business: it ends the container and tells.
-            Ok(()) | Err(ShimError::Gone { .. }) => {}
-            Err(source) => return Err(TaskError::Shim { doing: "kill the container", source }),
-        }
-        let mut exit = self.exit.subscribe();
-        match tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some)).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
-        }
-    }
-}
-
-/// Waits for a task's end, notes it on disk, and tells all who wait.
-async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
-    let record = task.record();
-    let id = record.container_id.as_str();
-    let outcome = match &task.client {
-        Some(client) => client.wait(id).await,
-        None => Err(ShimError::Gone { call: "Wait", detail: "no connection".to_owned() }),
-    };
-    // Before the cgroup goes: it is all that remembers.
-    let oom_killed = shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0);
-    let (code, error) = match outcome {
-        Ok(exit) => (i32::try_from(exit.code).unwrap_or(255), None),
-        Err(error) => {
-            // Nobody watches the container any more, and its output is cut: it must not run on.
-            let bundle = shared.settings.places.bundle(&record.container_id);
-            if let Err(left) = shim::delete_dead(shared.pool.launcher(), DeadTask { id, bundle: &bundle }).await {
-                tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
-            }
-            (128 + libc::SIGKILL, Some(format!("the task's shim died, and the task was killed ({error})")))
-        }
-    };
-    let exit =
-        ExitRecord { code, oom_killed, error, started_at: millis(task.started_at), at: millis(SystemTime::now()) };
-    tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "exited");
-    task.set_state(&shared, RecordState::Exited(exit.clone()));
-    task.exit.send_replace(Some(exit));
-}
-
-async fn take_lock(places: &crate::places::Places) -> Result<Flock<File>, TaskError> {
-    let path = places.lock();
-    let failed = |source| TaskError::Lock { path: places.lock(), source };
-    let deadline = tokio::time::Instant::now() + LOCK;
-    loop {
-        let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((_, nix::Error::EWOULDBLOCK)) if tokio::time::Instant::now() < deadline => {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            Err((_, nix::Error::EWOULDBLOCK)) => return Err(TaskError::Held(path)),
-            Err((_, errno)) => return Err(failed(errno.into())),
         }
     }
 }

@@ -2,12 +2,17 @@
 
 mod engine;
 mod events;
+mod exec;
+mod live;
+mod lock;
 mod record;
+mod recover;
 mod runtime;
 mod settings;
 mod shared;
 mod signal;
 mod start;
+mod sweep;
 mod undo;
 
 use std::{
@@ -19,12 +24,15 @@ use std::{
 
 pub use engine::{Engine, Force, Inspection};
 pub use events::{EventHub, TaskEvent};
-pub use record::{ExitRecord, Record, RecordError, RecordState, TaskHandle, load_all as load_records};
+pub use exec::{Exec, ExecError, ExecRequest, Session};
+use record::load_all as load_records;
+pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works, which};
-pub use settings::{ContainerdSettings, SecuritySettings, Settings, ShimSettings};
+pub use settings::{Compute, ContainerdSettings, SecuritySettings, Settings, ShimSettings};
 pub use signal::parse as parse_signal;
 pub use start::Phases;
 
+pub use crate::shim::{Exit, WindowSize};
 use crate::{
     cgroup::CgroupError,
     ids::TaskId,
@@ -95,11 +103,16 @@ pub enum TaskError {
     /// Our own directories.
     #[error(transparent)]
     Places(#[from] PlacesError),
-    /// Another plugin of the same name lives on this host.
+    /// Another plugin of the same name lives on this host, and has an agent.
     #[error(
-        "another plugin holds {0}; one driver name can have one live plugin on a host (link the binary under another name for a second one)"
+        "another plugin holds {path} and does not give way ({reason}); one driver name can have one live plugin on a host (link the binary under another name for a second one)"
     )]
-    Held(PathBuf),
+    Held {
+        /// Its lock.
+        path: PathBuf,
+        /// What it says.
+        reason: String,
+    },
     /// The lock could not be taken.
     #[error("lock {path}")]
     Lock {
@@ -116,6 +129,12 @@ pub enum TaskError {
         /// Why.
         problem: String,
     },
+    /// A process in a task.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    /// A task that is over.
+    #[error("task {0} has ended; nothing can be run in it")]
+    Ended(TaskId),
     /// A worker thread is gone.
     #[error("internal: a worker ended early")]
     Worker(#[from] tokio::task::JoinError),
@@ -149,7 +168,7 @@ impl TaskError {
             Self::Cgroup(_)
             | Self::Record(_)
             | Self::Places(_)
-            | Self::Held(_)
+            | Self::Held { .. }
             | Self::Lock { .. }
             | Self::Worker(_) => true,
             Self::Unkillable { .. } => true,

@@ -8,10 +8,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{ContainerId, TaskId};
+use crate::{
+    ids::{ContainerId, TaskId},
+    process::ProcessId,
+};
 
 /// The form of the record's file.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Why a record could not be kept.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +54,8 @@ pub struct Intent {
     pub name: String,
     /// Its allocation.
     pub alloc_id: String,
+    /// The allocation's directory on the host.
+    pub alloc_dir: PathBuf,
     /// The container.
     pub container_id: ContainerId,
     /// Its image.
@@ -72,23 +77,39 @@ pub enum RecordState {
     /// About to be made.
     Intended,
     /// Its process runs.
-    Running {
-        /// On the host.
-        pid: u32,
-        /// Milliseconds since the epoch.
-        started_at: u64,
-    },
+    Running(RunRecord),
     /// It was asked to stop.
     Stopping {
-        /// On the host.
-        pid: u32,
-        /// Milliseconds since the epoch.
-        started_at: u64,
+        /// What runs.
+        #[serde(flatten)]
+        run: RunRecord,
         /// When it is killed; milliseconds since the epoch.
         deadline: u64,
     },
     /// It has ended, and is not yet destroyed.
     Exited(ExitRecord),
+    /// Nobody wants it any more; something of it may still be there.
+    Destroying,
+}
+
+impl RecordState {
+    /// What runs, as far as this tells.
+    pub fn run(&self) -> Option<RunRecord> {
+        match self {
+            Self::Running(run) | Self::Stopping { run, .. } => Some(*run),
+            Self::Intended | Self::Exited(_) | Self::Destroying => None,
+        }
+    }
+}
+
+/// A process that was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// The container's first process.
+    #[serde(flatten)]
+    pub process: ProcessId,
+    /// Milliseconds since the epoch.
+    pub started_at: u64,
 }
 
 /// How a task ended.
@@ -109,8 +130,8 @@ pub struct ExitRecord {
 /// What Nomad keeps for us and gives back to `RecoverTask` (its `driver_state`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskHandle {
-    /// The container.
-    pub container_id: ContainerId,
+    /// The task as it was when it had been started: by this it is found when its record was lost or torn.
+    pub record: Record,
 }
 
 impl TaskHandle {
@@ -168,48 +189,95 @@ impl Record {
         if crate::fault::skipped("record") {
             return Ok(());
         }
-        match fs::remove_file(path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(RecordError { doing: "remove", path: path.to_owned(), source })
+        // A torn one of the same container was set aside; what it stood for is gone now.
+        for path in [path, &path.with_extension("bad")] {
+            match fs::remove_file(path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(RecordError { doing: "remove", path: path.to_owned(), source });
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
+}
+
+/// What a directory of records holds.
+#[derive(Debug, Default)]
+pub struct Records {
+    /// Those that can be read.
+    pub good: Vec<Record>,
+    /// Files that can't, and are set aside as `<container>.bad`.
+    pub bad: Vec<PathBuf>,
 }
 
 /// All records of a directory. One that can't be read is renamed to `.bad` and reported; the rest goes on.
 ///
 /// # Errors
 /// When the directory itself can't be read.
-pub fn load_all(directory: &Path) -> Result<Vec<Record>, RecordError> {
+pub fn load_all(directory: &Path) -> Result<Records, RecordError> {
+    let mut records = read_all(directory)?;
+    for path in &mut records.bad {
+        if path.extension().is_some_and(|extension| extension == "bad") {
+            continue;
+        }
+        let aside = path.with_extension("bad");
+        if let Err(error) = fs::rename(&*path, &aside) {
+            tracing::error!(path = %path.display(), %error, "a bad record could not even be renamed");
+        }
+        *path = aside;
+    }
+    for draft in drafts(directory) {
+        // A write that was cut off; its predecessor, if any, is whole.
+        let _ = fs::remove_file(draft);
+    }
+    Ok(records)
+}
+
+/// As `load_all`, without touching anything: for those who only look.
+///
+/// # Errors
+/// When the directory itself can't be read.
+pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
     let unreadable = |source| RecordError { doing: "list", path: directory.to_owned(), source };
-    let mut records = Vec::new();
+    let mut records = Records::default();
     for entry in fs::read_dir(directory).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("json") => {}
-            // A write that was cut off; its predecessor, if any, is whole.
-            Some("tmp") => {
-                let _ = fs::remove_file(&path);
+            Some("bad") => {
+                records.bad.push(path);
                 continue;
             }
             _ => continue,
         }
         let record = fs::read(&path).map_err(|error| error.to_string()).and_then(|bytes| {
-            let record: Record = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
-            if record.version == VERSION { Ok(record) } else { Err(format!("version {}", record.version)) }
+            // The version first: a later one may have another form.
+            let version = serde_json::from_slice::<Versioned>(&bytes).map_err(|error| error.to_string())?.version;
+            if version != VERSION {
+                return Err(format!("it has version {version}, this driver's is {VERSION}"));
+            }
+            serde_json::from_slice::<Record>(&bytes).map_err(|error| error.to_string())
         });
         match record {
-            Ok(record) => records.push(record),
+            Ok(record) => records.good.push(record),
             Err(problem) => {
-                tracing::error!(path = %path.display(), problem, "task record set aside");
-                if let Err(error) = fs::rename(&path, path.with_extension("bad")) {
-                    tracing::error!(path = %path.display(), %error, "it could not even be renamed");
-                }
+                tracing::error!(path = %path.display(), problem, "task record can't be read");
+                records.bad.push(path);
             }
         }
     }
     Ok(records)
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
+fn drafts(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|kind| kind == "tmp")).collect()
 }
 
 /// Milliseconds since the epoch.
@@ -238,6 +306,7 @@ mod tests {
             task_id,
             name: "web".to_owned(),
             alloc_id: "a".to_owned(),
+            alloc_dir: "/allocs/a".into(),
             image: "app".to_owned(),
             runtime: "runc".to_owned(),
             shim: "s".to_owned(),
@@ -255,15 +324,35 @@ mod tests {
         record.save(&path).expect("saved");
         record.state = RecordState::Exited(ExitRecord { code: 7, oom_killed: true, error: None, started_at: 1, at: 2 });
         record.save(&path).expect("saved again");
-        for (name, text) in [("torn.json", "{\"version\":1"), ("empty.json", ""), ("future.json", "{\"version\":9}")] {
+        for (name, text) in [("torn.json", "{\"version\":2"), ("empty.json", ""), ("future.json", "{\"version\":9}")] {
             fs::write(directory.path().join(name), text).expect("written");
         }
         fs::write(directory.path().join("cut.tmp"), "{").expect("written");
-        assert_eq!(load_all(directory.path()).expect("read"), vec![record.clone()]);
+        let looked = read_all(directory.path()).expect("read");
+        assert_eq!((looked.good, looked.bad.len()), (vec![record.clone()], 3));
+        assert!(directory.path().join("torn.json").exists(), "who only looks touches nothing");
+        let records = load_all(directory.path()).expect("read");
+        assert_eq!((records.good, records.bad.len()), (vec![record.clone()], 3));
+        assert_eq!(load_all(directory.path()).expect("read").bad.len(), 3, "and they are known the next time");
         assert!(record.is_current());
         for name in ["torn.bad", "empty.bad", "future.bad"] {
             assert!(directory.path().join(name).exists(), "{name}");
         }
         assert!(!directory.path().join("cut.tmp").exists());
+    }
+
+    #[test]
+    fn every_state_survives_the_disk() {
+        let run = RunRecord { process: ProcessId { pid: 7, start: 9 }, started_at: 5 };
+        for state in [
+            RecordState::Intended,
+            RecordState::Running(run),
+            RecordState::Stopping { run, deadline: 8 },
+            RecordState::Destroying,
+        ] {
+            let record = Record { state, ..record() };
+            let bytes = TaskHandle { record: record.clone() }.encode();
+            assert_eq!(TaskHandle::decode(&bytes).expect("ours").record, record);
+        }
     }
 }

@@ -9,10 +9,13 @@ use std::{
 };
 
 use super::Settings;
-use crate::ids::random_hex;
+use crate::ids::{ContainerId, random_hex};
 
 /// `crun create` on a loaded machine; a quiet one needs 10 ms.
 const PROBE: Duration = Duration::from_secs(10);
+
+/// `delete --force` takes 20 to 220 ms.
+const DELETE: Duration = Duration::from_secs(30);
 
 /// Why a runtime can't be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -40,6 +43,14 @@ pub enum RuntimeError {
         name: String,
         /// Its program.
         binary: String,
+    },
+    /// A clean-up that it did not do.
+    #[error("runtime {name:?} can't delete a container: {problem}")]
+    Delete {
+        /// Its name.
+        name: String,
+        /// Why.
+        problem: String,
     },
     /// None at all.
     #[error("neither crun nor runc is installed")]
@@ -136,6 +147,38 @@ impl Runtimes {
     pub fn installed(&self) -> Vec<Runtime> {
         let with = |(name, binary): (&String, &PathBuf)| Some(Runtime { name: name.clone(), binary: which(binary)? });
         self.configured.iter().filter_map(with).collect()
+    }
+}
+
+impl Runtimes {
+    /// Has a runtime end and forget a container, by its own command. `root` is its state directory.
+    ///
+    /// # Errors
+    /// When it is not installed, hangs or refuses.
+    pub async fn delete(&self, runtime: &str, root: &Path, id: &ContainerId) -> Result<(), RuntimeError> {
+        let failed = |problem: String| RuntimeError::Delete { name: runtime.to_owned(), problem };
+        let binary = self.configured.get(runtime).and_then(|binary| which(binary));
+        let binary = binary.ok_or_else(|| failed("it is not installed".to_owned()))?;
+        let mut command = tokio::process::Command::new(binary);
+        command.arg("--root").arg(root).args(["delete", "--force", id.as_str()]);
+        command.stdin(Stdio::null()).kill_on_drop(true);
+        let output = tokio::time::timeout(DELETE, command.output()).await;
+        let output = output.map_err(|_| failed("it hangs".to_owned()))?.map_err(|error| failed(error.to_string()))?;
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+        }
+    }
+}
+
+/// What probes that were cut off left behind.
+pub fn clear_probes(scratch: &Path) {
+    let stale = fs::read_dir(scratch).into_iter().flatten().flatten();
+    for entry in stale.filter(|entry| entry.file_name().to_string_lossy().starts_with("probe-")) {
+        if let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::debug!(%error, "an old probe's bundle stays");
+        }
     }
 }
 

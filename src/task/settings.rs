@@ -1,6 +1,6 @@
 //! The driver's settings, as the agent's configuration has them, checked.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use crate::{ids::DriverName, image::Credentials, places::Places, rootfs::Capabilities};
 
@@ -23,10 +23,38 @@ pub struct Settings {
     pub default_runtime: Option<String>,
     /// `allow_runtimes`; None allows all that are configured.
     pub allow_runtimes: Option<Vec<String>>,
+    /// `state { grace }`: how long what nobody has asked for is kept.
+    pub grace: Duration,
+    /// `state { orphan_timeout }`: how long a plugin without an agent stays.
+    pub orphan_timeout: Duration,
+    /// `stats_interval`; None: as the agent asks.
+    pub stats_interval: Option<Duration>,
+    /// What this node's processors can do, as the agent sees it.
+    pub compute: Compute,
+    /// `image { keep }`: how long an image that no task uses stays.
+    pub keep_images: Duration,
     /// `auth { … }`.
     pub auth: Option<Credentials>,
     /// What jobs may do.
     pub security: SecuritySettings,
+}
+
+/// A node's processors.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Compute {
+    /// Of all cores.
+    pub total_mhz: u64,
+    /// How many.
+    pub cores: u32,
+}
+
+impl Compute {
+    /// What one core can do; 0 when that is not known.
+    pub fn mhz_per_core(self) -> f64 {
+        #[allow(clippy::cast_precision_loss, reason = "megahertz are small numbers")]
+        let total = self.total_mhz as f64;
+        if self.cores == 0 { 0.0 } else { total / f64::from(self.cores) }
+    }
 }
 
 /// Where images are kept.

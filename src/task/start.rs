@@ -13,15 +13,17 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::{
     Record, RecordState, StartRequest, TaskError, TaskEvent,
-    record::{Intent, millis},
+    record::{Intent, RunRecord, millis},
     runtime::Runtime,
     shared::Shared,
     signal,
-    undo::{ShimHandle, undo_or_keep},
+    undo::undo_or_keep,
 };
 use crate::{
+    fault,
     ids::{ContainerId, Flavor},
     image::{ImageRecord, Progress, PullRequest},
+    process::ProcessId,
     rootfs::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput,
         bundle::{BundlePaths, Layers},
@@ -29,7 +31,7 @@ use crate::{
         mounts::{AllocDirs, ResolvedMount},
         network,
     },
-    shim::{CreateTask, Shim, ShimError, stdio},
+    shim::{CreateTask, Found, Shim, ShimError, stdio},
 };
 
 /// How long each part of a start took.
@@ -54,10 +56,10 @@ pub struct Phases {
 /// A task that has just been started.
 pub struct Running {
     pub(super) record: Record,
-    pub(super) shim: ShimHandle,
-    pub(super) pid: u32,
-    pub(super) started_at: SystemTime,
+    pub(super) shim: Shim,
+    pub(super) run: RunRecord,
     pub(super) phases: Phases,
+    pub(super) image: Arc<ImageRecord>,
 }
 
 /// Starts a task: on success its process runs; on failure nothing is left.
@@ -67,6 +69,7 @@ pub async fn start(shared: &Arc<Shared>, request: &StartRequest) -> Result<Runni
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     let resolved = resolve_mounts(shared, request)?;
     let image = self::image(shared, request).await?;
+    fault::point("start.image");
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
     let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
     let mut plan = Plan { request, runtime, image, resolved, container_id, cgroup };
@@ -125,6 +128,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let taking = |source| TaskError::Shim { doing: "get a shim", source };
     let (shim, pooled) = shared.pool.take().await.map_err(taking)?;
     (phases.shim, phases.pooled) = (step.elapsed(), pooled);
+    fault::point("start.shim");
 
     let mut record = match plan.record(shared, &shim) {
         Ok(record) => record,
@@ -135,15 +139,15 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     };
     let parts = Parts { spec: &spec, shim: &shim, stdio: &stdio };
     match Box::pin(run(shared, plan, parts, &mut record, &mut phases)).await {
-        Ok((pid, started_at)) => {
+        Ok(run) => {
             stdio.handed_over();
             phases.total = began.elapsed();
-            Ok(Running { record, shim: ShimHandle::Owned(shim), pid, started_at, phases })
+            Ok(Running { record, shim, run, phases, image: plan.image.clone() })
         }
         Err(error) => {
             // Not given up yet: another try may follow, and the reader must not take this for the end.
             drop(stdio);
-            if let Err(left) = undo_or_keep(shared, &record, ShimHandle::Owned(shim)).await {
+            if let Err(left) = undo_or_keep(shared, &record, Found::Alive(shim)).await {
                 tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
             }
             Err(error)
@@ -164,7 +168,7 @@ async fn run(
     parts: Parts<'_>,
     record: &mut Record,
     phases: &mut Phases,
-) -> Result<(u32, SystemTime), TaskError> {
+) -> Result<RunRecord, TaskError> {
     let Parts { spec, shim, stdio } = parts;
     let step = Instant::now();
     let places = &shared.settings.places;
@@ -172,6 +176,7 @@ async fn run(
     // A few dozen system calls on local file systems, 0.2 ms in all: less than handing them to another thread and
     // back would cost on a busy machine, so they are made right here, with the worker told that it may block.
     tokio::task::block_in_place(|| plan.make_bundle(shared, &paths, spec))?;
+    fault::point("start.bundle");
     phases.bundle = step.elapsed();
 
     let step = Instant::now();
@@ -189,16 +194,22 @@ async fn run(
     let failed = |doing| move |source: ShimError| TaskError::Shim { doing, source };
     let client = shim.client();
     let pid = client.create(&create).await.map_err(failed("create the container"))?;
+    fault::point("start.created");
     phases.create = step.elapsed();
 
     let step = Instant::now();
     client.start(id).await.map_err(failed("start the container"))?;
     phases.start = step.elapsed();
 
-    let started_at = SystemTime::now();
-    record.state = RecordState::Running { pid, started_at: millis(started_at) };
+    fault::point("start.started");
+
+    // A process that has ended already has no start time to tell, and needs none.
+    let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
+    let run = RunRecord { process, started_at: millis(SystemTime::now()) };
+    record.state = RecordState::Running(run);
     record.save(&places.record(&plan.container_id))?;
-    Ok((pid, started_at))
+    fault::point("start.recorded");
+    Ok(run)
 }
 
 /// What is known about a task before anything is made.
@@ -224,6 +235,7 @@ impl Plan<'_> {
             task_id: self.request.task_id.clone(),
             name: self.request.name.clone(),
             alloc_id: self.request.alloc_id.clone(),
+            alloc_dir: self.request.alloc_dir.clone(),
             container_id: self.container_id.clone(),
             image: self.image.reference.clone(),
             runtime: self.runtime.name.clone(),
@@ -232,6 +244,7 @@ impl Plan<'_> {
             stop_signal,
         })?;
         record.save(&shared.settings.places.record(&self.container_id))?;
+        fault::point("start.intent");
         Ok(record)
     }
 
@@ -247,6 +260,7 @@ impl Plan<'_> {
     ) -> Result<(), TaskError> {
         let layers = Layers { lowers: &self.image.lowers, options: &self.image.overlay_options };
         paths.mount(layers)?;
+        fault::point("start.mounted");
         for (n, resolved) in self.resolved.iter().enumerate() {
             if let ResolvedMount::Bind { source, .. } = resolved {
                 paths.pin(n, source.as_fd())?;

@@ -8,8 +8,9 @@ use std::{sync::Arc, time::Duration};
 use super::{Record, TaskError, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
+    fault,
     rootfs::bundle::BundlePaths,
-    shim::{self, Client, DeadTask, Kill, Shim, ShimError},
+    shim::{self, Client, DeadTask, Found, Kill, ShimError},
 };
 
 /// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
@@ -17,44 +18,12 @@ pub const KILL_GRACE: Duration = Duration::from_secs(30);
 /// When a cleanup that failed is tried again.
 pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
 
-/// Where a task's shim is.
-#[derive(Debug)]
-pub enum ShimHandle {
-    /// Started by this process.
-    Owned(Shim),
-    /// Started by an earlier instance of us, connected to anew.
-    Found(Client),
-    /// Dead, or never started.
-    Gone,
-}
-
-impl ShimHandle {
-    /// The connection, whether it still works or not.
-    pub fn any_client(&self) -> Option<&Client> {
-        match self {
-            Self::Owned(shim) => Some(shim.client()),
-            Self::Found(client) => Some(client),
-            Self::Gone => None,
-        }
-    }
-
-    /// A connection, if the shim lives.
-    pub fn client(&self) -> Option<&Client> {
-        match self {
-            Self::Owned(shim) if shim.has_ended() => None,
-            Self::Owned(shim) => Some(shim.client()),
-            Self::Found(client) => Some(client),
-            Self::Gone => None,
-        }
-    }
-}
-
 /// Removes everything of a task. Goes on past failures and reports the first; the record stays until all is done, so
 /// that another try knows what to look for.
 ///
 /// # Errors
 /// The first step that failed.
-pub async fn undo(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<(), TaskError> {
+pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), TaskError> {
     let places = &shared.settings.places;
     let id = &record.container_id;
     let bundle = BundlePaths { bundle: places.bundle(id), upper: places.upper(id) };
@@ -72,15 +41,21 @@ pub async fn undo(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<
     end_container(shared, record, &shim, &bundle).await.inspect_err(|error| {
         tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(error), "undo");
     })?;
+    fault::point("undo.container");
     note("shim", end_shim(shared, record, shim).await);
+    fault::point("undo.shim");
     let cgroups = shared.cgroups.clone();
     let cgroup = CgroupPath::recorded(&record.cgroup);
     let files = tokio::task::spawn_blocking(move || {
+        let after = |name, outcome: Result<(), TaskError>| {
+            fault::point(name);
+            outcome
+        };
         [
-            ("unmount", bundle.unmount().map_err(TaskError::from)),
-            ("bundle", bundle.remove().map_err(TaskError::from)),
-            ("upper", bundle.remove_upper().map_err(TaskError::from)),
-            ("cgroup", cgroups.remove(&cgroup).map_err(TaskError::from)),
+            ("unmount", after("undo.unmount", bundle.unmount().map_err(TaskError::from))),
+            ("bundle", after("undo.bundle", bundle.remove().map_err(TaskError::from))),
+            ("upper", after("undo.upper", bundle.remove_upper().map_err(TaskError::from))),
+            ("cgroup", after("undo.cgroup", cgroups.remove(&cgroup).map_err(TaskError::from))),
         ]
     });
     match files.await {
@@ -88,16 +63,14 @@ pub async fn undo(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<
         Err(error) => note("files", Err(error.into())),
     }
     first?;
-    Ok(Record::remove(&places.record(id))?)
+    shared.images.touch(&record.image);
+    Record::remove(&places.record(id))?;
+    fault::point("undo.record");
+    Ok(())
 }
 
-async fn end_container(
-    shared: &Shared,
-    record: &Record,
-    shim: &ShimHandle,
-    bundle: &BundlePaths,
-) -> Result<(), TaskError> {
-    if crate::fault::skipped("container") {
+async fn end_container(shared: &Shared, record: &Record, shim: &Found, bundle: &BundlePaths) -> Result<(), TaskError> {
+    if fault::skipped("container") {
         return Ok(());
     }
     let id = record.container_id.as_str();
@@ -112,8 +85,13 @@ async fn end_container(
             Ok(Known::No) => {}
         }
     }
+    if let Found::Hung(pidfd) = shim {
+        // It has the container in its hands and does not let go of it otherwise.
+        pidfd.signal(libc::SIGKILL);
+        let _ = tokio::time::timeout(KILL_GRACE, pidfd.ended()).await;
+    }
     let dead = DeadTask { id, bundle: &bundle.bundle };
-    shim::delete_dead(shared.pool.launcher(), dead).await.map_err(failed("clean up after a dead shim"))
+    shim::delete_dead(shared.pool.launcher(), dead).await.map(drop).map_err(failed("clean up after a dead shim"))
 }
 
 /// Did the shim know the container?
@@ -123,13 +101,14 @@ enum Known {
 }
 
 async fn end_through(client: &Client, id: &str) -> Result<Known, ShimError> {
-    let running = match client.is_running(id).await {
+    let running = match client.state(id).await {
         Err(error) if error.is_not_found() => return Ok(Known::No),
-        other => other?,
+        other => other?.running,
     };
     // A container that was created and never started is not running, and `delete` takes it as it is.
     if running {
         client.kill(id, libc::SIGKILL, Kill::All).await?;
+        fault::point("undo.killed");
         match tokio::time::timeout(KILL_GRACE, client.wait(id)).await {
             Ok(Err(error)) if !error.is_not_found() => return Err(error),
             Ok(_) => {}
@@ -140,28 +119,28 @@ async fn end_through(client: &Client, id: &str) -> Result<Known, ShimError> {
     Ok(Known::Yes)
 }
 
-async fn end_shim(shared: &Shared, record: &Record, shim: ShimHandle) -> Result<(), TaskError> {
-    if crate::fault::skipped("shim") {
+async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), TaskError> {
+    if fault::skipped("shim") {
         return Ok(());
     }
-    match shim {
-        ShimHandle::Owned(shim) => shim.end().await,
-        ShimHandle::Found(_) | ShimHandle::Gone => {
-            let dir = shared.settings.places.shim(&record.shim);
-            if !shim::end_stray(&dir).await {
-                let source = ShimError::Late { call: "Shutdown", after: KILL_GRACE };
-                return Err(TaskError::Shim { doing: "end the shim", source });
-            }
+    let dir = shared.settings.places.shim(&record.shim);
+    let gone = match shim {
+        Found::Alive(shim) => {
+            shim.end().await;
+            true
         }
-    }
-    Ok(())
+        Found::Hung(pidfd) => shim::end_hung(&dir, &pidfd).await,
+        Found::Gone => shim::end_stray(&dir).await,
+    };
+    let source = ShimError::Late { call: "Shutdown", after: KILL_GRACE };
+    if gone { Ok(()) } else { Err(TaskError::Shim { doing: "end the shim", source }) }
 }
 
 /// Undoes, and where that fails keeps the task in mind and tries again in the background: Nomad never asks twice.
 ///
 /// # Errors
 /// What failed at the first try.
-pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: ShimHandle) -> Result<(), TaskError> {
+pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
     let outcome = undo(shared, record, shim).await;
     if outcome.is_err() {
         let (shared, record) = (shared.clone(), record.clone());
@@ -183,10 +162,6 @@ pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: ShimHandl
 }
 
 /// The shim of a record, if it still lives.
-pub async fn find_shim(shared: &Shared, record: &Record) -> ShimHandle {
-    if !record.is_current() {
-        return ShimHandle::Gone;
-    }
-    let socket = shared.settings.places.shim(&record.shim).join("sock");
-    Client::connect(&socket, None).await.map_or(ShimHandle::Gone, ShimHandle::Found)
+pub async fn find_shim(shared: &Shared, record: &Record) -> Found {
+    if record.is_current() { shared.pool.launcher().adopt(&record.shim).await } else { Found::Gone }
 }

@@ -14,6 +14,7 @@
 mod support;
 
 mod cli;
+mod exec;
 mod failures;
 mod handshake;
 mod images;
@@ -23,5 +24,6 @@ mod logs;
 mod many;
 mod options;
 mod recovery;
+mod stats;
 mod stop;
 mod structure;

@@ -1,14 +1,12 @@
 //! Many tasks, again and again: nothing mixes up, nothing adds up.
 
-use std::fs;
-
 use nomad_driver_shim::{
     host::{Alloc, Collector, Output, encode},
     pb::driver::{DestroyTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest, WaitTaskRequest},
 };
 use serde_json::json;
 
-use crate::support::{Env, PATIENCE};
+use crate::support::{Env, PATIENCE, resident};
 
 const ROUNDS: usize = 200;
 const AT_ONCE: usize = 8;
@@ -24,7 +22,7 @@ async fn two_hundred_rounds_leave_nothing() {
         .collect();
     // Warm: the first task pulls, fills caches and makes threads.
     assert_eq!(env.run(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 9"]})).await.0, 9);
-    let before = resident(env.plugin().pid().unwrap());
+    let before = resident(env.plugin().pid().unwrap()) >> 10;
 
     let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(AT_ONCE));
     let mut rounds = tokio::task::JoinSet::new();
@@ -70,15 +68,9 @@ async fn two_hundred_rounds_leave_nothing() {
     while let Some(round) = rounds.join_next().await {
         round.unwrap();
     }
-    let after = resident(env.plugin().pid().unwrap());
+    let after = resident(env.plugin().pid().unwrap()) >> 10;
     eprintln!("resident memory of the plugin: {before} kB before, {after} kB after {ROUNDS} rounds");
     // 200 records, connections and logs that stayed would be many megabytes; allocator noise is not.
     assert!(after < before + 12_000, "resident memory grew from {before} to {after} kB");
     env.finish().await;
-}
-
-fn resident(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

@@ -2,16 +2,9 @@
 
 use std::time::Duration;
 
-use nomad_driver_shim::pb::driver::{RecoverTaskRequest, TaskState};
-use tonic::Status;
+use nomad_driver_shim::pb::driver::TaskState;
 
-use crate::support::{Env, Task};
-
-async fn recover(env: &Env, task: &Task) -> Result<(), Status> {
-    // As Nomad sends it: the id only inside of the handle.
-    let request = RecoverTaskRequest { task_id: String::new(), handle: task.handle.clone() };
-    env.driver().recover_task(request).await.map(drop)
-}
+use crate::support::Env;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_lives_through_the_death_of_its_plugin() {
@@ -21,8 +14,8 @@ async fn a_task_lives_through_the_death_of_its_plugin() {
     let pid = env.attribute(&task, "pid").await;
     env.kill_plugin().await;
     env.start_plugin().await;
-    recover(&env, &task).await.unwrap();
-    recover(&env, &task).await.unwrap();
+    env.recover(&task).await.unwrap();
+    env.recover(&task).await.unwrap();
     assert_eq!(env.attribute(&task, "pid").await, pid);
     assert_eq!(env.inspect(&task.id).await.unwrap().task.unwrap().state, TaskState::Running as i32);
     std::fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
@@ -38,7 +31,7 @@ async fn a_clean_leave_keeps_tasks_and_their_stop_works_afterwards() {
     task.says("ready").await;
     assert!(env.plugin.take().unwrap().leave().await.status.is_some_and(|status| status.success()));
     env.start_plugin().await;
-    recover(&env, &task).await.unwrap();
+    env.recover(&task).await.unwrap();
     env.stop(&task, Duration::from_secs(30), "").await.unwrap();
     assert_eq!(env.finish_task(task).await.0, 11);
     env.finish().await;
@@ -51,7 +44,7 @@ async fn an_exit_that_was_noted_survives_the_plugin() {
     assert_eq!(env.wait(&task).await.exit_code, 8);
     env.kill_plugin().await;
     env.start_plugin().await;
-    recover(&env, &task).await.unwrap();
+    env.recover(&task).await.unwrap();
     assert_eq!(env.finish_task(task).await.0, 8);
     env.finish().await;
 }
@@ -62,16 +55,16 @@ async fn what_can_not_be_recovered_is_refused_with_a_reason() {
     let mut task = env.sh("exit 0").await;
     env.wait(&task).await;
     env.destroy(&task).await.unwrap();
-    let error = recover(&env, &task).await.unwrap_err();
+    let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("no record"), "{error:?}");
     task.handle.as_mut().unwrap().version = 1;
-    let error = recover(&env, &task).await.unwrap_err();
+    let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("version 1"), "{error:?}");
     task.handle.as_mut().unwrap().version = 2;
     task.handle.as_mut().unwrap().driver_state = b"nonsense".to_vec();
-    let error = recover(&env, &task).await.unwrap_err();
+    let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("torn"), "{error:?}");
     task.handle = None;
-    recover(&env, &task).await.unwrap_err();
+    env.recover(&task).await.unwrap_err();
     env.finish().await;
 }

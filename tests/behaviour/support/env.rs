@@ -6,8 +6,9 @@ use nomad_driver_shim::{
     host::{Alloc, Collector, Launch, Output, Plugin, TaskDirs, encode, encode_raw},
     ids::random_hex,
     pb::driver::{
-        DestroyTaskRequest, ExitResult, InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, StartTaskRequest,
-        StopTaskRequest, TaskConfig, TaskConfigSchemaRequest, TaskHandle, WaitTaskRequest, WaitTaskResponse,
+        DestroyTaskRequest, ExitResult, InspectTaskRequest, InspectTaskResponse, RecoverTaskRequest, SignalTaskRequest,
+        StartTaskRequest, StopTaskRequest, TaskConfig, TaskConfigSchemaRequest, TaskHandle, WaitTaskRequest,
+        WaitTaskResponse,
     },
 };
 use serde_json::{Value, json};
@@ -119,6 +120,12 @@ impl Env {
         let (stdout, stderr) =
             (Collector::start(&dirs.stdout, Output::Keep), Collector::start(&dirs.stderr, Output::Keep));
         Task { id: config.id.clone(), dirs, config, stdout, stderr, handle: None }
+    }
+
+    /// As Nomad asks: the id only inside of the handle.
+    pub async fn recover(&self, task: &Task) -> Result<(), Status> {
+        let request = RecoverTaskRequest { task_id: String::new(), handle: task.handle.clone() };
+        self.driver().recover_task(request).await.map(drop)
     }
 
     pub async fn try_start(&self, task: &mut Task) -> Result<(), Status> {

@@ -1,6 +1,7 @@
 //! What the behaviour tests share.
 
 pub mod env;
+pub mod exec;
 pub mod fake_registry;
 pub mod image;
 pub mod leak;
@@ -25,6 +26,13 @@ pub async fn eventually<T: std::fmt::Debug>(what: &str, mut check: impl AsyncFnM
             Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     }
+}
+
+/// Resident memory of a process, in bytes.
+pub fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
 /// The program under test.

@@ -1,0 +1,112 @@
+//! Images that nobody needs any more: their records, what keeps them in containerd, and leases that lost their record.
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use super::{ImageError, ImageRecord, ImageStore, store::lock};
+use crate::{containerd::LeaseId, control::Garbage};
+
+impl ImageStore {
+    /// Removes images that no task in `in_use` names, no start is about to use, and no task has used for `keep`: what
+    /// it was, or, for a dry run, would be.
+    pub async fn collect(&self, keep: Duration, in_use: &HashSet<String>, dry_run: bool) -> Vec<Garbage> {
+        let mut found = Vec::new();
+        for record in self.take_unused(keep, in_use, dry_run) {
+            let outcome = if dry_run { Ok(()) } else { self.discard(&record).await };
+            if outcome.is_err() {
+                // Known again, and tried again.
+                lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
+            }
+            found.push(garbage("image", &record.reference, outcome));
+        }
+        found.extend(self.collect_leases(dry_run).await);
+        found
+    }
+
+    /// From here on a start does not find them: it pulls, and waits for the removal.
+    fn take_unused(&self, keep: Duration, in_use: &HashSet<String>, dry_run: bool) -> Vec<Arc<ImageRecord>> {
+        let directory = self.inner().places.images();
+        let mut records = lock(&self.inner().records);
+        let unused: Vec<String> = records
+            .values()
+            .filter(|record| {
+                let idle = record.last_used(&directory).and_then(|at| SystemTime::now().duration_since(at).ok());
+                let free = Arc::strong_count(record) == 1 && !in_use.contains(&record.reference);
+                free && idle.is_some_and(|idle| idle >= keep)
+            })
+            .map(|record| record.reference.clone())
+            .collect();
+        let take = |name: String| if dry_run { records.get(&name).cloned() } else { records.remove(&name) };
+        unused.into_iter().filter_map(take).collect()
+    }
+
+    /// Removes one image.
+    ///
+    /// # Errors
+    /// When a task uses it, it is not here, or containerd refuses.
+    pub async fn remove(&self, name: &str, in_use: &HashSet<String>) -> Result<(), ImageError> {
+        let record = {
+            let mut records = lock(&self.inner().records);
+            let busy = in_use.contains(name) || records.get(name).is_some_and(|record| Arc::strong_count(record) > 1);
+            if busy {
+                return Err(ImageError::InUse { image: name.to_owned() });
+            }
+            records.remove(name)
+        };
+        match record {
+            Some(record) => self.discard(&record).await?,
+            None if self.inner().client.image(name).await?.is_none() => {
+                return Err(ImageError::NotHere { image: name.to_owned() });
+            }
+            None => {}
+        }
+        Ok(self.inner().client.delete_image(name).await?)
+    }
+
+    /// containerd's lease goes with its last name; its image record only if a pull of ours made it.
+    async fn discard(&self, record: &ImageRecord) -> Result<(), ImageError> {
+        let inner = self.inner();
+        let _changing = inner.leases.lock().await;
+        let shared = lock(&inner.records).values().any(|other| other.lease == record.lease);
+        if !shared {
+            inner.client.delete_lease(&LeaseId(record.lease.clone())).await?;
+        }
+        if inner.client.image_owner(&record.reference).await?.as_deref() == Some(inner.places.identity().as_str()) {
+            inner.client.delete_image(&record.reference).await?;
+        }
+        record.forget(&inner.places.images())
+    }
+
+    /// Leases of ours without a record: a pull that was cut off between the two.
+    async fn collect_leases(&self, dry_run: bool) -> Vec<Garbage> {
+        let inner = self.inner();
+        let _changing = inner.leases.lock().await;
+        let ours = format!("nomad-driver-shim-{}-", inner.places.identity());
+        let leases = match inner.client.leases().await {
+            Ok(leases) => leases,
+            Err(error) => {
+                tracing::debug!(%error, "leases are looked at another time");
+                return Vec::new();
+            }
+        };
+        let claimed: HashSet<String> = lock(&inner.records).values().map(|record| record.lease.clone()).collect();
+        let mut found = Vec::new();
+        for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
+            let outcome = if dry_run {
+                Ok(())
+            } else {
+                inner.client.delete_lease(&LeaseId(lease.clone())).await.map_err(Into::into)
+            };
+            found.push(garbage("lease", &lease, outcome));
+        }
+        found
+    }
+}
+
+fn garbage(kind: &str, name: &str, outcome: Result<(), ImageError>) -> Garbage {
+    let problem = outcome.err().map(|error| crate::chain(&error));
+    Garbage { kind: kind.to_owned(), name: name.to_owned(), problem }
+}

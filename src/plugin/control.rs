@@ -1,0 +1,148 @@
+//! The control socket: what the command line and a successor ask of a live plugin.
+
+use std::{fs, io, os::unix::fs::PermissionsExt as _, time::Duration};
+
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
+    sync::{broadcast::error::RecvError, watch},
+};
+
+use super::{goplugin::Leave, handshake::Clients};
+use crate::{
+    chain,
+    control::{Answer, Event, REQUEST_MAX, Request},
+    ids::TaskId,
+    image::Reference,
+    task::Engine,
+};
+
+/// Whoever connects has its request ready.
+const REQUEST: Duration = Duration::from_secs(10);
+
+/// Answers at the control socket.
+#[derive(Clone)]
+pub struct Doorkeeper {
+    /// What is asked about.
+    pub engine: Engine,
+    /// How we are told to leave.
+    pub leave: watch::Sender<Leave>,
+    /// Whether an agent is connected.
+    pub clients: Clients,
+}
+
+impl Doorkeeper {
+    /// Listens. We hold the lock, so a socket that is there is a dead plugin's.
+    ///
+    /// # Errors
+    /// When the socket can't be made.
+    pub fn open(self) -> io::Result<()> {
+        let path = self.engine.settings().places.control();
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        tokio::spawn(async move {
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => drop(tokio::spawn(self.clone().serve(stream))),
+                    Err(error) => {
+                        tracing::warn!(%error, "control socket");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
+    async fn serve(self, stream: UnixStream) {
+        // The file's mode says the same; a descriptor may have been handed on.
+        let own = nix::unistd::geteuid().as_raw();
+        match stream.peer_cred() {
+            Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
+            other => return tracing::warn!(peer = ?other, "control socket: refused"),
+        }
+        let (read, mut write) = stream.into_split();
+        let mut line = String::new();
+        let mut reader = BufReader::new(read.take(REQUEST_MAX));
+        let read = tokio::time::timeout(REQUEST, reader.read_line(&mut line)).await;
+        if !matches!(read, Ok(Ok(1..))) {
+            return;
+        }
+        let answer = match serde_json::from_str(&line) {
+            Ok(Request::Events) => return self.events(write).await,
+            Ok(request) => self.answer(request).await,
+            Err(error) => Answer::Refused(format!("request not understood: {error}")),
+        };
+        let _ = say(&mut write, &answer).await;
+    }
+
+    async fn answer(&self, request: Request) -> Answer {
+        match request {
+            Request::Leave if self.clients.any() => {
+                Answer::Refused(format!("plugin {} has an agent connected", std::process::id()))
+            }
+            Request::Leave => {
+                tracing::info!("gives way to another plugin");
+                self.leave.send_replace(Leave::GivingWay);
+                Answer::Done
+            }
+            Request::Gc { dry_run } => Answer::Removed(self.engine.sweep(dry_run).await),
+            Request::RemoveImage { image } => match Reference::parse(&image) {
+                Ok(reference) => done(self.engine.remove_image(&reference).await),
+                Err(error) => Answer::Refused(chain(&error)),
+            },
+            Request::Kill { task, signal } => {
+                let id = TaskId(task);
+                done(match signal {
+                    Some(signal) => self.engine.signal(&id, &signal).await,
+                    None => match self.engine.inspect(&id).await {
+                        Ok(_) => self.engine.stop(&id, Duration::ZERO, "").await,
+                        Err(error) => Err(error),
+                    },
+                })
+            }
+            Request::Events => Answer::Done,
+        }
+    }
+
+    async fn events(&self, mut write: OwnedWriteHalf) {
+        let mut events = self.engine.listen();
+        loop {
+            let event = match events.recv().await {
+                Ok(event) => event,
+                Err(RecvError::Lagged(_)) => continue,
+                Err(RecvError::Closed) => return,
+            };
+            let event = Event {
+                at: event
+                    .at
+                    .duration_since(std::time::UNIX_EPOCH)
+                    .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
+                task_id: event.task_id.0,
+                alloc_id: event.alloc_id,
+                task_name: event.task_name,
+                message: event.message,
+            };
+            if say(&mut write, &Answer::Event(event)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn done(outcome: Result<(), crate::task::TaskError>) -> Answer {
+    match outcome {
+        Ok(()) => Answer::Done,
+        Err(error) => Answer::Refused(chain(&error)),
+    }
+}
+
+async fn say(write: &mut OwnedWriteHalf, answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    write.write_all(&line).await
+}

@@ -1,0 +1,155 @@
+//! TaskStats: what a task uses, in Nomad's units, at once and then at each interval until it ends.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::{
+    cgroup::{CpuUsage, MemoryUsage, Usage},
+    ids::TaskId,
+    pb::driver::{self as wire, cpu_usage::Fields as CpuField, memory_usage::Fields as MemoryField},
+    task::{Compute, Engine},
+};
+
+/// Nomad's own default, for a host that asks for none.
+const DEFAULT: Duration = Duration::from_secs(1);
+/// Often enough for anybody; a zero would never pause.
+const SHORTEST: Duration = Duration::from_millis(50);
+
+/// Sends samples until the task ends or the agent goes.
+pub async fn run(
+    engine: Engine,
+    id: TaskId,
+    asked: Duration,
+    send: mpsc::Sender<Result<wire::TaskStatsResponse, Status>>,
+) {
+    let settings = engine.settings();
+    let interval = settings.stats_interval.unwrap_or(if asked.is_zero() { DEFAULT } else { asked }).max(SHORTEST);
+    let compute = settings.compute;
+    let mut before: Option<(Instant, CpuUsage)> = None;
+    let mut next = tokio::time::Instant::now();
+    // A task that is not here any more ends the stream, too: Nomad would log an error for each try.
+    while let Ok(Some(usage)) = engine.usage(&id).await {
+        let now = Instant::now();
+        let percent = before.map(|(then, cpu)| Percent::between(&cpu, &usage.cpu, now - then)).unwrap_or_default();
+        before = Some((now, usage.cpu));
+        let stats = wire::TaskStats {
+            id: id.0.clone(),
+            timestamp: Some(SystemTime::now().into()),
+            agg_resource_usage: Some(wire::TaskResourceUsage {
+                cpu: Some(cpu(&usage, percent, compute)),
+                memory: Some(memory(&usage.memory)),
+            }),
+            resource_usage_by_pid: std::collections::HashMap::new(),
+        };
+        if send.send(Ok(wire::TaskStatsResponse { stats: Some(stats) })).await.is_err() {
+            return;
+        }
+        next = (next + interval).max(tokio::time::Instant::now());
+        tokio::select! {
+            () = tokio::time::sleep_until(next) => {}
+            () = send.closed() => return,
+            _ = engine.wait(&id) => return,
+        }
+    }
+}
+
+/// Of one processor: 100 is a whole one.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Percent {
+    total: f64,
+    user: f64,
+    system: f64,
+}
+
+impl Percent {
+    fn between(before: &CpuUsage, after: &CpuUsage, time: Duration) -> Self {
+        #[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
+        let share = |before: Option<u64>, after: Option<u64>| {
+            let spent = after.unwrap_or(0).saturating_sub(before.unwrap_or(0));
+            if time.is_zero() { 0.0 } else { spent as f64 / time.as_nanos() as f64 * 100.0 }
+        };
+        Self {
+            total: share(Some(before.total_ns), Some(after.total_ns)),
+            user: share(before.user_ns, after.user_ns),
+            system: share(before.system_ns, after.system_ns),
+        }
+    }
+}
+
+fn cpu(usage: &Usage, percent: Percent, compute: Compute) -> wire::CpuUsage {
+    let CpuUsage { user_ns, system_ns, throttled_periods, throttled_ns, .. } = usage.cpu;
+    let measured = [
+        (CpuField::Percent, true),
+        (CpuField::TotalTicks, compute.mhz_per_core() > 0.0),
+        (CpuField::UserMode, user_ns.is_some()),
+        (CpuField::SystemMode, system_ns.is_some()),
+        (CpuField::ThrottledPeriods, throttled_periods.is_some()),
+        (CpuField::ThrottledTime, throttled_ns.is_some()),
+    ];
+    wire::CpuUsage {
+        percent: percent.total,
+        user_mode: percent.user,
+        system_mode: percent.system,
+        total_ticks: percent.total / 100.0 * compute.mhz_per_core(),
+        throttled_periods: throttled_periods.unwrap_or(0),
+        throttled_time: throttled_ns.unwrap_or(0),
+        measured_fields: measured.iter().filter(|(_, known)| *known).map(|(field, _)| i32::from(*field)).collect(),
+    }
+}
+
+fn memory(usage: &MemoryUsage) -> wire::MemoryUsage {
+    let measured = [
+        (MemoryField::Rss, usage.rss),
+        (MemoryField::Cache, usage.cache),
+        (MemoryField::MaxUsage, usage.max_usage),
+        (MemoryField::KernelUsage, usage.kernel),
+        (MemoryField::KernelMaxUsage, usage.kernel_max),
+        (MemoryField::Usage, usage.usage),
+        (MemoryField::Swap, usage.swap),
+    ];
+    wire::MemoryUsage {
+        rss: usage.rss.unwrap_or(0),
+        cache: usage.cache.unwrap_or(0),
+        max_usage: usage.max_usage.unwrap_or(0),
+        kernel_usage: usage.kernel.unwrap_or(0),
+        kernel_max_usage: usage.kernel_max.unwrap_or(0),
+        usage: usage.usage.unwrap_or(0),
+        swap: usage.swap.unwrap_or(0),
+        measured_fields: measured
+            .iter()
+            .filter(|(_, value)| value.is_some())
+            .map(|(field, _)| i32::from(*field))
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spent(total_ns: u64) -> CpuUsage {
+        CpuUsage { total_ns, user_ns: Some(total_ns / 2), ..Default::default() }
+    }
+
+    #[test]
+    fn a_hundred_percent_is_one_core() {
+        let second = Duration::from_secs(1);
+        let percent = Percent::between(&spent(1_000_000_000), &spent(3_500_000_000), second);
+        assert!((percent.total - 250.0).abs() < 1e-9 && (percent.user - 125.0).abs() < 1e-9, "{percent:?}");
+        let nothing = Percent::between(&spent(5), &spent(3), Duration::ZERO);
+        assert!(nothing.total.abs() < 1e-9, "a clock that stands, and a counter that was reset");
+        let compute = Compute { total_mhz: 8000, cores: 4 };
+        let wire = cpu(&Usage { cpu: spent(1), ..Default::default() }, percent, compute);
+        assert!((wire.total_ticks - 5000.0).abs() < 1e-9, "{wire:?}");
+        assert!(!wire.measured_fields.contains(&i32::from(CpuField::SystemMode)));
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_say_is_not_listed() {
+        let usage = MemoryUsage { rss: Some(0), usage: Some(7), ..Default::default() };
+        let wire = memory(&usage);
+        assert_eq!(wire.measured_fields, [i32::from(MemoryField::Rss), i32::from(MemoryField::Usage)]);
+    }
+}

@@ -1,0 +1,145 @@
+//! Processes, named so that a reused pid deceives nobody: by pid and start time on disk, by pidfd while we live.
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    path::Path,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// A process of this boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// On the host.
+    pub pid: u32,
+    /// When it was started, in clock ticks since the boot (proc_pid_stat(5), field 22).
+    pub start: u64,
+}
+
+impl ProcessId {
+    /// The process that has this pid now.
+    ///
+    /// # Errors
+    /// When there is none, or only what is left of it until its parent looks.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let (state, start) = parse_stat(&text).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        if matches!(state, "Z" | "X") {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(Self { pid, start })
+    }
+
+    /// Does this very process still live?
+    pub fn is_alive(&self) -> bool {
+        Self::of(self.pid).is_ok_and(|now| now == *self)
+    }
+}
+
+/// State and start time. The name in parentheses may hold blanks and parentheses itself.
+fn parse_stat(text: &str) -> Option<(&str, u64)> {
+    let (_, rest) = text.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    let state = fields.next()?;
+    // The state is field 3, so the start time is the 19th after it.
+    Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+/// A descriptor that names one process, however its number is used later (pidfd_open(2), Linux 5.3).
+#[derive(Debug)]
+pub struct PidFd(OwnedFd);
+
+impl PidFd {
+    /// The process that has this pid now. For a child of ours that is the child, since its pid is ours until we reap.
+    ///
+    /// # Errors
+    /// As pidfd_open(2).
+    pub fn open(pid: u32) -> io::Result<Self> {
+        // SAFETY: pidfd_open takes a number and flags and gives a new close-on-exec descriptor.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = i32::try_from(fd).map_err(io::Error::other)?;
+        // SAFETY: just made, and ours alone.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// This very process.
+    ///
+    /// # Errors
+    /// As pidfd_open(2); not found when it has ended.
+    pub fn of(process: &ProcessId) -> io::Result<Self> {
+        let fd = Self::open(process.pid)?;
+        // Looked at after the descriptor is had: if it lives now, it is what the descriptor names.
+        if process.is_alive() { Ok(fd) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    /// Sends a signal. A process that has ended is fine.
+    pub fn signal(&self, number: i32) {
+        // SAFETY: a signal to the process that the descriptor names; no memory is passed. ESRCH for a dead one is fine.
+        unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), number, std::ptr::null::<u8>(), 0);
+        }
+    }
+
+    /// Returns when the process has ended.
+    ///
+    /// # Errors
+    /// When it can't be watched.
+    pub async fn ended(&self) -> io::Result<()> {
+        let own = self.0.try_clone()?;
+        // SAFETY: an OwnedFd, which stays open and itself for as long as the AsyncFd has it.
+        let fd = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?;
+        fd.readable().await.map(drop)
+    }
+}
+
+/// A process and all that it and its children have started and that still live, itself first. Processes that were
+/// handed to another parent are not found.
+pub fn descendants(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut next = 0;
+    while let Some(&pid) = all.get(next) {
+        next += 1;
+        let Ok(threads) = fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")) else { continue };
+        for thread in threads.flatten() {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            all.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_with_blanks_and_parentheses_do_not_confuse() {
+        let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
+        assert_eq!(parse_stat(&format!("12 (a) b (c) {tail}")), Some(("S", 4711)));
+        assert_eq!(parse_stat("12 (sh"), None);
+    }
+
+    #[test]
+    fn another_process_with_the_same_pid_is_not_taken_for_it() {
+        let me = ProcessId::of(std::process::id()).expect("this process");
+        assert!(me.is_alive() && PidFd::of(&me).is_ok());
+        let other = ProcessId { start: me.start + 1, ..me };
+        assert!(!other.is_alive() && PidFd::of(&other).is_err());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_process_is_seen() {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("spawned");
+        let fd = PidFd::open(child.id()).expect("opened");
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(50), fd.ended()).await.is_err());
+        fd.signal(libc::SIGKILL);
+        tokio::time::timeout(std::time::Duration::from_secs(10), fd.ended()).await.expect("in time").expect("watched");
+        child.wait().expect("reaped");
+        assert!(ProcessId::of(child.id()).is_err());
+    }
+}

@@ -1,0 +1,276 @@
+//! Further processes in a running task: with the task's user, directory, environment, capabilities and limits, since
+//! their description is the task's own with another command in it. Needs the task's record and its shim, no engine.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use super::Record;
+use crate::{
+    ids::{ContainerId, random_hex},
+    places::Places,
+    process::{PidFd, ProcessId, descendants},
+    shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, ShimError, WindowSize},
+};
+
+/// SIGKILL works at once, or the process hangs in the kernel.
+const KILLED: Duration = Duration::from_secs(10);
+
+/// Why a process can't be run in a task.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// Nothing to run.
+    #[error("exec: the command is empty")]
+    Empty,
+    /// The task's own description.
+    #[error("exec: {path}")]
+    Bundle {
+        /// Its file.
+        path: PathBuf,
+        /// Why it can't be used.
+        source: io::Error,
+    },
+    /// Descriptors have run out.
+    #[error("exec: pipes")]
+    Pipes(#[source] io::Error),
+    /// The shim or the runtime.
+    #[error("exec {command:?}")]
+    Shim {
+        /// What was to be run.
+        command: String,
+        /// Their words.
+        source: ShimError,
+    },
+}
+
+/// What is to be run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecRequest {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Give it a terminal?
+    pub terminal: bool,
+    /// Will there be input?
+    pub stdin: bool,
+}
+
+/// A process that was started, and its streams.
+#[derive(Debug)]
+pub struct Session {
+    /// The process.
+    pub exec: Exec,
+    /// Our ends of its streams.
+    pub io: ExecIo,
+}
+
+/// A process that was started. Dropped before `finish`, it is killed, and what it has started with it.
+#[derive(Debug)]
+pub struct Exec {
+    client: Client,
+    container: ContainerId,
+    exec_id: String,
+    marker: PathBuf,
+    over: bool,
+}
+
+/// Starts a process in the task of `record`, whose shim is `client`.
+///
+/// # Errors
+/// When it can't be started; nothing is left of it then.
+pub async fn start(
+    client: &Client,
+    places: &Places,
+    record: &Record,
+    request: &ExecRequest,
+) -> Result<Session, ExecError> {
+    let command = request.command.first().filter(|command| !command.is_empty()).ok_or(ExecError::Empty)?;
+    let config = places.bundle(&record.container_id).join("config.json");
+    let unusable = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ExecError::Bundle { path, source }
+    };
+    let text = fs::read(&config).map_err(unusable(&config))?;
+    let spec = describe(&text, request).map_err(|error| unusable(&config)(error.into()))?;
+    let pipes = ExecPipes::new(request.stdin, request.terminal).map_err(ExecError::Pipes)?;
+    let [stdin, stdout, stderr] = pipes.paths();
+    // Noted first: whatever becomes of us, our successor finds it.
+    let (exec_id, execs) = (random_hex(8), places.execs(&record.container_id));
+    let marker = execs.join(&exec_id);
+    fs::create_dir_all(&execs).and_then(|()| fs::write(&marker, b"")).map_err(unusable(&marker))?;
+    let id = record.container_id.as_str();
+    let mut exec =
+        Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, over: false };
+    let process = ExecProcess {
+        id,
+        exec_id: &exec.exec_id,
+        terminal: request.terminal,
+        stdin: &stdin,
+        stdout: &stdout,
+        stderr: &stderr,
+        spec,
+    };
+    let started = async {
+        client.exec(process).await?;
+        client.start_exec(id, &exec.exec_id).await
+    };
+    let pid = match started.await {
+        Ok(pid) => pid,
+        Err(source) => {
+            exec.forget().await;
+            return Err(ExecError::Shim { command: command.clone(), source });
+        }
+    };
+    if let Ok(process) = ProcessId::of(pid)
+        && let Err(error) = fs::write(&exec.marker, json!(process).to_string())
+    {
+        tracing::warn!(path = %exec.marker.display(), %error, "an exec'd process is not noted");
+    }
+    let io = pipes.handed_over().map_err(ExecError::Pipes)?;
+    Ok(Session { exec, io })
+}
+
+/// The task's own process with another command.
+fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Vec<u8>> {
+    let mut config: Value = serde_json::from_slice(config)?;
+    let mut process = config["process"].take();
+    process["args"] = json!(request.command);
+    process["terminal"] = json!(request.terminal);
+    if let Some(fields) = process.as_object_mut() {
+        // Its parents' lines are the task's own.
+        fields.remove("commandLine");
+        fields.remove("consoleSize");
+    }
+    if request.terminal
+        && let Some(env) = process["env"].as_array_mut()
+        && !env.iter().any(|entry| entry.as_str().is_some_and(|entry| entry.starts_with("TERM=")))
+    {
+        env.push(json!("TERM=xterm"));
+    }
+    serde_json::to_vec(&process)
+}
+
+impl Exec {
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When the shim dies first.
+    pub async fn wait(&self) -> Result<Exit, ShimError> {
+        self.client.wait_exec(self.container.as_str(), &self.exec_id).await
+    }
+
+    /// Sets its terminal's size.
+    ///
+    /// # Errors
+    /// With the shim's words.
+    pub async fn resize(&self, size: WindowSize) -> Result<(), ShimError> {
+        self.client.resize_exec(self.container.as_str(), &self.exec_id, size).await
+    }
+
+    /// Lets it see the end of its input; our end of the pipe must be closed first.
+    ///
+    /// # Errors
+    /// With the shim's words.
+    pub async fn close_input(&self) -> Result<(), ShimError> {
+        self.client.close_exec_input(self.container.as_str(), &self.exec_id).await
+    }
+
+    /// It has ended and its output was read: nothing of it is kept. Its own children may go on, in the task.
+    pub async fn finish(mut self) {
+        self.forget().await;
+    }
+
+    async fn forget(&mut self) {
+        self.over = true;
+        forget(&self.client, &self.container, &self.exec_id, &self.marker).await;
+    }
+}
+
+impl Drop for Exec {
+    fn drop(&mut self) {
+        if self.over {
+            return;
+        }
+        let (client, container) = (self.client.clone(), self.container.clone());
+        let (exec_id, marker) = (self.exec_id.clone(), self.marker.clone());
+        // Outside of a runtime we are leaving, and our successor does it.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { end(&client, &container, &exec_id, &marker).await });
+        }
+    }
+}
+
+/// Ends all processes that an earlier instance of us had exec'd for somebody who is gone with it.
+pub async fn end_abandoned(client: &Client, record: &Record, places: &Places) {
+    let Ok(markers) = fs::read_dir(places.execs(&record.container_id)) else { return };
+    for marker in markers.flatten() {
+        let exec_id = marker.file_name().to_string_lossy().into_owned();
+        tracing::info!(task = %record.task_id, exec_id, "ends what was exec'd for somebody who is gone");
+        end(client, &record.container_id, &exec_id, &marker.path()).await;
+    }
+}
+
+/// Kills an exec'd process with all that it has started, and forgets it.
+async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
+    let process: Option<ProcessId> = fs::read(marker).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let family = process.filter(ProcessId::is_alive).map(|process| family(process.pid)).unwrap_or_default();
+    match client.kill_exec(container.as_str(), exec_id).await {
+        Ok(()) => {
+            let ended = tokio::time::timeout(KILLED, client.wait_exec(container.as_str(), exec_id)).await;
+            if ended.is_err() {
+                tracing::warn!(%container, exec_id, "an exec'd process survives SIGKILL");
+            }
+        }
+        Err(ShimError::Gone { .. }) => {}
+        Err(error) => tracing::warn!(%container, exec_id, %error, "an exec'd process can't be killed"),
+    }
+    for member in family {
+        member.signal(libc::SIGKILL);
+    }
+    forget(client, container, exec_id, marker).await;
+}
+
+/// What a process has started, each surely so at the time it was looked at.
+fn family(pid: u32) -> Vec<PidFd> {
+    let opened: Vec<(u32, PidFd)> =
+        descendants(pid).into_iter().skip(1).filter_map(|pid| Some((pid, PidFd::open(pid).ok()?))).collect();
+    let still = descendants(pid);
+    opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, fd)| fd).collect()
+}
+
+async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
+    match client.delete_exec(container.as_str(), exec_id).await {
+        Ok(()) | Err(ShimError::Gone { .. }) => {}
+        Err(error) => tracing::warn!(%container, exec_id, %error, "the shim keeps an exec'd process in mind"),
+    }
+    match fs::remove_file(marker) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %marker.display(), %error, "note of an exec'd process");
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exec_is_the_tasks_process_with_another_command() {
+        let config = json!({"process": {
+            "args": ["/app"], "cwd": "/srv", "env": ["PATH=/bin"], "user": {"uid": 7, "gid": 8},
+            "capabilities": {"bounding": ["CAP_CHOWN"]}, "noNewPrivileges": true,
+        }});
+        let request = ExecRequest { command: vec!["ls".to_owned(), "-l".to_owned()], terminal: true, stdin: false };
+        let spec = describe(config.to_string().as_bytes(), &request).expect("described");
+        let spec: Value = serde_json::from_slice(&spec).expect("JSON");
+        let mut expected = config["process"].clone();
+        expected["args"] = json!(["ls", "-l"]);
+        expected["terminal"] = json!(true);
+        expected["env"] = json!(["PATH=/bin", "TERM=xterm"]);
+        assert_eq!(spec, expected);
+    }
+}

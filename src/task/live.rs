@@ -1,0 +1,205 @@
+//! One task that runs or has ended: its record, its shim, and the watch over its end.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::sync::watch;
+
+use super::{
+    ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
+    record::{RunRecord, millis},
+    shared::Shared,
+    undo::KILL_GRACE,
+};
+use crate::{
+    cgroup::CgroupPath,
+    fault,
+    ids::TaskId,
+    image::ImageRecord,
+    process::PidFd,
+    shim::{self, Client, DeadTask, Exit, Found, Kill, ShimError},
+};
+
+/// A task that runs or has ended.
+pub struct Task {
+    record: Mutex<Record>,
+    /// Taken by whoever destroys it.
+    pub(super) shim: tokio::sync::Mutex<Option<Found>>,
+    /// Works as long as the shim lives. None for a task that had ended when it was found.
+    pub(super) client: Option<Client>,
+    pub(super) run: RunRecord,
+    pub(super) phases: Phases,
+    pub(super) exit: watch::Sender<Option<ExitRecord>>,
+    /// Has Nomad named it to this very process?
+    claimed: AtomicBool,
+    /// Why nothing can be told of how it ended, when nothing can.
+    pub(super) lost: Option<String>,
+    /// Held, so that nobody collects it.
+    _image: Option<Arc<ImageRecord>>,
+}
+
+/// What a `Task` is made of.
+pub struct Parts {
+    pub(super) record: Record,
+    pub(super) shim: Found,
+    pub(super) run: RunRecord,
+    pub(super) phases: Phases,
+    pub(super) exit: Option<ExitRecord>,
+    pub(super) lost: Option<String>,
+    pub(super) claimed: bool,
+    pub(super) image: Option<Arc<ImageRecord>>,
+}
+
+impl Task {
+    pub(super) fn new(parts: Parts) -> Arc<Self> {
+        let Parts { record, shim, run, phases, exit, lost, claimed, image } = parts;
+        let client = match &shim {
+            Found::Alive(shim) if exit.is_none() => Some(shim.client().clone()),
+            _ => None,
+        };
+        Arc::new(Self {
+            record: Mutex::new(record),
+            shim: tokio::sync::Mutex::new(Some(shim)),
+            client,
+            run,
+            phases,
+            exit: watch::Sender::new(exit),
+            claimed: AtomicBool::new(claimed),
+            lost,
+            _image: image,
+        })
+    }
+
+    pub(super) fn record(&self) -> Record {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn handle(&self) -> TaskHandle {
+        TaskHandle { record: self.record() }
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.exit.borrow().is_some()
+    }
+
+    /// Nomad has named it: true when it does so for the first time.
+    pub(super) fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::SeqCst)
+    }
+
+    pub(super) fn is_claimed(&self) -> bool {
+        self.claimed.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn started_at(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_millis(self.run.started_at)
+    }
+
+    pub(super) fn set_state(&self, shared: &Shared, state: RecordState) {
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        // How it ended is the last word but one, whoever comes later; that nobody wants it any more is the last.
+        match (&record.state, &state) {
+            (RecordState::Destroying, _) => return,
+            (RecordState::Exited(_), next) if *next != RecordState::Destroying => return,
+            _ => record.state = state,
+        }
+        if let Err(error) = record.save(&shared.settings.places.record(&record.container_id)) {
+            tracing::error!(task = %record.task_id, error = %crate::chain(&error), "its record is out of date");
+        }
+    }
+
+    pub(super) fn mark_stopping(&self, shared: &Shared, timeout: Duration) {
+        let deadline = millis(SystemTime::now() + timeout);
+        self.set_state(shared, RecordState::Stopping { run: self.run, deadline });
+    }
+
+    pub(super) async fn end_by_force(&self, id: &TaskId, client: &Client) -> Result<(), TaskError> {
+        let container = self.record().intent.container_id;
+        match client.kill(container.as_str(), libc::SIGKILL, Kill::All).await {
+            // A dead shim is the watcher's business: it ends the container and tells.
+            Ok(()) | Err(ShimError::Gone { .. }) => {}
+            Err(source) => return Err(TaskError::Shim { doing: "kill the container", source }),
+        }
+        let mut exit = self.exit.subscribe();
+        match tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some)).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
+        }
+    }
+}
+
+/// Waits for a task's end, notes it on disk, and tells all who wait.
+pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
+    let Some(client) = &task.client else { return };
+    let record = task.record();
+    let id = record.container_id.as_str();
+    let outcome = client.wait(id).await;
+    fault::point("exit.seen");
+    // Before the cgroup goes: it is all that remembers.
+    let oom_killed = shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0);
+    let bundle = shared.settings.places.bundle(&record.container_id);
+    let dead = DeadTask { id, bundle: &bundle };
+    let (exit, orphaned) = match outcome {
+        Ok(exit) => (Ok(exit), false),
+        Err(error) => after_shim_death(&shared, &task, dead, error).await,
+    };
+    let (code, error, at) = match exit {
+        Ok(exit) => (i32::try_from(exit.code).unwrap_or(255), None, ended_at(&exit)),
+        Err(error) => {
+            let text = format!("the task's shim died, and the task was killed ({error})");
+            (128 + libc::SIGKILL, Some(text), millis(SystemTime::now()))
+        }
+    };
+    let exit = ExitRecord { code, oom_killed, error, started_at: task.run.started_at, at };
+    tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "exited");
+    task.set_state(&shared, RecordState::Exited(exit.clone()));
+    fault::point("exit.recorded");
+    task.exit.send_replace(Some(exit));
+    if orphaned {
+        // What its shim would have removed. Whoever destroys the task meanwhile does the same, and waits for us.
+        let shim = task.shim.lock().await;
+        if shim.is_some()
+            && let Err(left) = shim::delete_dead(shared.pool.launcher(), dead).await
+        {
+            tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
+        }
+    }
+}
+
+/// Nobody watches the container any more, and its output is cut: it must not run on. Its first process takes all others
+/// along; the answer to Nomad does not wait for the runtime to tidy up, which takes runc 100 ms. True when that is
+/// still to be done.
+async fn after_shim_death(
+    shared: &Shared,
+    task: &Task,
+    dead: DeadTask<'_>,
+    error: ShimError,
+) -> (Result<Exit, ShimError>, bool) {
+    if dead.has_noted_exit() {
+        return match shim::delete_dead(shared.pool.launcher(), dead).await {
+            Ok(Some(exit)) => (Ok(exit), false),
+            _ => (Err(error), true),
+        };
+    }
+    if let Ok(init) = PidFd::of(&task.run.process) {
+        init.signal(libc::SIGKILL);
+        if tokio::time::timeout(KILL_GRACE, init.ended()).await.is_err() {
+            tracing::error!(task = %task.record().task_id, "its shim died, and its process survives SIGKILL");
+        }
+    }
+    (Err(error), true)
+}
+
+/// The shim's time, where it has one (Go's zero time means that it has not).
+fn ended_at(exit: &Exit) -> u64 {
+    let told = exit.at.and_then(|(seconds, nanos)| {
+        let (seconds, nanos) = (u64::try_from(seconds).ok()?, u64::try_from(nanos).ok()?);
+        Some(seconds * 1000 + nanos / 1_000_000)
+    });
+    told.filter(|&at| at > 0).unwrap_or_else(|| millis(SystemTime::now()))
+}

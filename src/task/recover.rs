@@ -1,0 +1,229 @@
+//! Taking over from an earlier instance of us: its records are read, its shims connected to, side by side; what it left
+//! half done is finished or undone.
+
+use std::{
+    collections::HashSet,
+    fs,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::watch;
+
+use super::{
+    Engine, Phases, Record, RecordState, TaskError, TaskHandle,
+    engine::Slot,
+    exec,
+    live::{Parts, Task, watch_exit},
+    record::{Records, RunRecord, millis},
+    undo::find_shim,
+};
+use crate::{
+    ids::TaskId,
+    process::ProcessId,
+    shim::{self, DeadTask, Found},
+};
+
+impl Engine {
+    /// Half-made starts were never told to Nomad, and half-undone tasks are not wanted by it: they go. The others are
+    /// taken over at once, and wait for `RecoverTask`. Nothing of this is waited for: Nomad waits for `Init` without
+    /// a deadline.
+    pub(super) fn sort_out(&self, records: Records) {
+        self.sort_out_shims(&records);
+        for record in records.good {
+            let why = match &record.state {
+                _ if !record.is_current() => Some("the host was restarted since"),
+                RecordState::Intended => Some("an earlier plugin had only begun to start it"),
+                RecordState::Destroying => Some("an earlier plugin had begun to destroy it"),
+                RecordState::Running(_) | RecordState::Stopping { .. } | RecordState::Exited(_) => None,
+            };
+            match why {
+                None => self.take_over(record),
+                Some(why) => {
+                    tracing::warn!(task = %record.task_id, why, "undoing what is left of it");
+                    self.undo_in_background(record);
+                }
+            }
+        }
+    }
+
+    fn undo_in_background(&self, record: Record) {
+        let (id, engine) = (record.task_id.clone(), self.clone());
+        let turn = self.turn(&record.alloc_id, &record.name);
+        self.shared().keep(record);
+        tokio::spawn(async move {
+            let _turn = turn.lock().await;
+            if let Some(Err(error)) = engine.destroy_leftover(&id).await {
+                tracing::error!(task = %id, error = %crate::chain(&error), "remains of an earlier plugin stay");
+            }
+        });
+    }
+
+    /// Shims that no record names were idle ones, and become ours. Where a record or its name was lost, a nameless shim
+    /// may hold that task: then they are asked to leave, which one with a container does not do.
+    fn sort_out_shims(&self, records: &Records) {
+        let places = &self.shared().settings.places;
+        let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
+        let known: HashSet<&str> = records.good.iter().map(|record| record.container_id.as_str()).collect();
+        let list = |path| match fs::read_dir(path) {
+            Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
+            Err(error) => {
+                tracing::warn!(%error, "list what an earlier plugin left");
+                Vec::new()
+            }
+        };
+        let nameless = !records.bad.is_empty() || list(places.bundles()).iter().any(|id| !known.contains(id.as_str()));
+        for id in list(places.shims()).into_iter().filter(|id| !named.contains(id.as_str())) {
+            let shared = self.shared().clone();
+            tokio::spawn(async move {
+                let dir = shared.settings.places.shim(&id);
+                if nameless {
+                    shim::end_stray(&dir).await;
+                    return;
+                }
+                match shared.pool.launcher().adopt(&id).await {
+                    Found::Alive(shim) => shared.pool.put(shim),
+                    Found::Hung(pidfd) => drop(shim::end_hung(&dir, &pidfd).await),
+                    Found::Gone => drop(shim::end_stray(&dir).await),
+                }
+            });
+        }
+    }
+
+    /// Connects to the task's shim in the background; whoever asks for the task meanwhile waits for that.
+    fn take_over(&self, record: Record) {
+        let (tell, done) = watch::channel(());
+        let id = record.task_id.clone();
+        self.tasks().insert(id.clone(), Slot::Recovering { record: Box::new(record.clone()), done });
+        let engine = self.clone();
+        tokio::spawn(async move {
+            let task = engine.revive(record).await;
+            engine.tasks().insert(id.clone(), Slot::Task(task.clone()));
+            tokio::spawn(watch_exit(engine.shared().clone(), task.clone()));
+            if let RecordState::Stopping { deadline, .. } = task.record().state {
+                tokio::spawn(engine.finish_stop(id, task, deadline));
+            }
+            drop(tell);
+        });
+    }
+
+    async fn revive(&self, mut record: Record) -> Arc<Task> {
+        let shared = self.shared();
+        let shim = find_shim(shared, &record).await;
+        let nothing = RunRecord { process: ProcessId { pid: 0, start: 0 }, started_at: 0 };
+        let (mut exit, mut lost) = (None, None);
+        let mut run = record.state.run().unwrap_or(nothing);
+        if let RecordState::Exited(known) = &record.state {
+            run.started_at = known.started_at;
+            exit = Some(known.clone());
+        } else {
+            match how_it_is(shared, &record, &shim).await {
+                Ok(None) => {}
+                Ok(Some(code)) => {
+                    let at = millis(SystemTime::now());
+                    exit = Some(super::ExitRecord {
+                        code,
+                        oom_killed: false,
+                        error: None,
+                        started_at: run.started_at,
+                        at,
+                    });
+                }
+                Err(problem) => {
+                    // Killed, by us just now or by whoever killed its shim: there is no other truth to be had.
+                    exit = Some(super::ExitRecord {
+                        code: 128 + libc::SIGKILL,
+                        oom_killed: false,
+                        error: Some(problem.clone()),
+                        started_at: run.started_at,
+                        at: millis(SystemTime::now()),
+                    });
+                    lost = Some(problem);
+                }
+            }
+        }
+        if exit.is_none()
+            && let Some(client) = shim.client()
+        {
+            exec::end_abandoned(client, &record, &shared.settings.places).await;
+        }
+        if let (Some(exit), None) = (&exit, &lost) {
+            record.state = RecordState::Exited(exit.clone());
+        }
+        tracing::info!(task = %record.task_id, pid = run.process.pid, lost, "found again");
+        let image = shared.images.by_name(&record.image);
+        Task::new(Parts { record, shim, run, phases: Phases::default(), exit, lost, claimed: false, image })
+    }
+
+    /// An earlier instance of us was asked to stop this task, and did not live to do it.
+    async fn finish_stop(self, id: TaskId, task: Arc<Task>, deadline: u64) {
+        let left = Duration::from_millis(deadline.saturating_sub(millis(SystemTime::now())));
+        tracing::info!(task = %id, left_ms = left.as_millis(), "completes a stop");
+        let mut exit = task.exit.subscribe();
+        if tokio::time::timeout(left, exit.wait_for(Option::is_some)).await.is_ok() {
+            return;
+        }
+        if let Some(client) = &task.client
+            && let Err(error) = task.end_by_force(&id, client).await
+        {
+            tracing::error!(task = %id, error = %crate::chain(&error), "a stop can't be completed");
+        }
+    }
+
+    /// Takes over a task of an earlier instance of us. A task whose record was lost or torn is found by its handle.
+    ///
+    /// # Errors
+    /// When it is unknown, or nothing can be told of how it ended.
+    pub async fn recover(&self, id: &TaskId, handle: &TaskHandle) -> Result<(), TaskError> {
+        let unrecoverable = |problem: &str| TaskError::Unrecoverable { id: id.clone(), problem: problem.to_owned() };
+        if !self.knows(id) {
+            let record = &handle.record;
+            if record.task_id != *id {
+                return Err(unrecoverable("its handle is another task's"));
+            }
+            if !record.is_current() {
+                return Err(unrecoverable("the host was restarted since it was started"));
+            }
+            if self.leftovers().contains_key(id) {
+                return Err(unrecoverable("it was not wholly started, or was being destroyed, and is undone"));
+            }
+            if !self.shared().settings.places.bundle(&record.container_id).exists() {
+                return Err(unrecoverable("no record of it on this host"));
+            }
+            tracing::warn!(task = %id, "its record is gone or torn; taken over by its handle");
+            record.save(&self.shared().settings.places.record(&record.container_id))?;
+            self.take_over(record.clone());
+        }
+        let task = self.settled(id).await.ok_or_else(|| unrecoverable("it is being started"))?;
+        if let Some(problem) = &task.lost {
+            return Err(unrecoverable(problem));
+        }
+        if task.claim() {
+            tracing::info!(task = %id, "recovered");
+        }
+        Ok(())
+    }
+}
+
+/// What became of a task that was running when we last knew: None when its shim has it, its exit code when that can
+/// still be told, else why not.
+async fn how_it_is(shared: &super::shared::Shared, record: &Record, shim: &Found) -> Result<Option<i32>, String> {
+    let id = record.container_id.as_str();
+    match shim {
+        Found::Alive(shim) => match shim.client().state(id).await {
+            Ok(_) => Ok(None),
+            Err(error) if error.is_not_found() => Err("its shim does not know it any more".to_owned()),
+            Err(error) => Err(format!("its shim can't be asked: {error}")),
+        },
+        Found::Hung(_) => Err("its shim does not answer".to_owned()),
+        Found::Gone => {
+            let bundle = shared.settings.places.bundle(&record.container_id);
+            let outcome = shim::delete_dead(shared.pool.launcher(), DeadTask { id, bundle: &bundle }).await;
+            match outcome {
+                Ok(Some(exit)) => Ok(Some(i32::try_from(exit.code).unwrap_or(255))),
+                Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),
+                Err(error) => Err(format!("its shim is gone, and its container can't be ended: {error}")),
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! The reaper: what nobody claims goes, after a grace period in which Nomad could have asked for it.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    fs,
+    path::Path,
+    sync::Arc,
+};
+
+use super::{Engine, Force, Record, TaskError, read_records, record::Intent, undo::undo};
+use crate::{
+    control::Garbage,
+    ids::{ContainerId, TaskId},
+    image::Reference,
+    shim::{self, Client, Found},
+};
+
+/// Where a shim is looked for that no record names.
+const NO_SHIM: &str = "none";
+
+impl Engine {
+    /// Sweeps after each grace period, for as long as the engine lives.
+    pub(super) fn watch_over(&self) {
+        let (grace, engine) = (self.settings().grace, self.downgrade());
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
+                let Some(inner) = engine.upgrade() else { return };
+                for garbage in Self(inner).sweep(false).await {
+                    match garbage.problem {
+                        None => tracing::info!(kind = garbage.kind, name = garbage.name, "removed; nobody claims it"),
+                        Some(problem) => {
+                            tracing::warn!(kind = garbage.kind, name = garbage.name, problem, "nobody claims it");
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// Removes what nobody claims: what it was, or, for a dry run, would be.
+    pub async fn sweep(&self, dry_run: bool) -> Vec<Garbage> {
+        let mut found = self.sweep_tasks(dry_run).await;
+        found.extend(self.sweep_leftovers(dry_run).await);
+        found.extend(self.sweep_nameless(dry_run).await);
+        let in_use = self.images_in_use();
+        found.extend(self.shared().images.collect(self.settings().keep_images, &in_use, dry_run).await);
+        found
+    }
+
+    /// Tasks of an earlier instance of us that Nomad has not named to this one. One that runs is only told of: its agent
+    /// may still come back.
+    async fn sweep_tasks(&self, dry_run: bool) -> Vec<Garbage> {
+        if self.age() < self.settings().grace {
+            return Vec::new();
+        }
+        let unclaimed: Vec<_> = self.live().into_iter().filter(|(_, task)| !task.is_claimed()).collect();
+        let mut found = Vec::new();
+        for (id, task) in unclaimed {
+            if !task.has_ended() {
+                if !dry_run {
+                    tracing::warn!(task = %id, "runs, and no agent has asked for it");
+                }
+                continue;
+            }
+            // Claimed meanwhile, it is Nomad's business.
+            let outcome = if dry_run || !task.claim() { Ok(()) } else { self.destroy(&id, Force::Yes).await };
+            found.push(garbage("task", &id.0, outcome));
+        }
+        found
+    }
+
+    /// Those whose undo failed, over and over.
+    async fn sweep_leftovers(&self, dry_run: bool) -> Vec<Garbage> {
+        let ids: Vec<TaskId> = self.leftovers().keys().cloned().collect();
+        let mut found = Vec::new();
+        for id in ids {
+            let outcome = if dry_run { Ok(()) } else { self.destroy_leftover(&id).await.unwrap_or(Ok(())) };
+            found.push(garbage("task", &id.0, outcome));
+        }
+        found
+    }
+
+    /// Containers and shims without a record.
+    async fn sweep_nameless(&self, dry_run: bool) -> Vec<Garbage> {
+        if self.age() < self.settings().grace {
+            return Vec::new();
+        }
+        let places = &self.settings().places;
+        // What is there first, what is claimed second: a record is written before anything of its task is made.
+        let (containers, shims) = (self.containers_on_disk(), names(&places.shims()));
+        let records = match read_records(&places.tasks()) {
+            Ok(records) => records.good,
+            Err(error) => return vec![garbage("container", "all", Err(error.into()))],
+        };
+        let containers: Vec<_> =
+            containers.into_iter().filter(|id| !records.iter().any(|record| record.container_id == *id)).collect();
+        let own = self.shared().pool.launcher().own();
+        let named: HashSet<&str> = records.iter().map(|record| record.shim.as_str()).collect();
+        let shims: Vec<_> =
+            shims.into_iter().filter(|shim| !named.contains(shim.as_str()) && !own.contains(shim)).collect();
+        let mut found = Vec::new();
+        for id in containers {
+            let outcome = if dry_run { Ok(()) } else { self.undo_nameless(&id, &shims).await };
+            found.push(garbage("container", id.as_str(), outcome));
+        }
+        for name in shims {
+            let dir = places.shim(&name);
+            if dir.exists() {
+                let gone = dry_run || shim::end_stray(&dir).await;
+                let problem = (!gone).then(|| "it does not end; it may still hold a container".to_owned());
+                found.push(Garbage { kind: "shim".to_owned(), name, problem });
+            }
+        }
+        found
+    }
+
+    /// Container ids that anything on disk is named after.
+    fn containers_on_disk(&self) -> BTreeSet<ContainerId> {
+        let places = &self.settings().places;
+        let mut found: Vec<String> = [places.bundles(), places.uppers()].iter().flat_map(|path| names(path)).collect();
+        for runtime in names(&places.runtimes()) {
+            found.extend(names(&places.runtime_root(&runtime).join(self.shared().pool.launcher().namespace())));
+        }
+        let bad = names(&places.tasks()).into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
+        found.extend(bad);
+        found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect()
+    }
+
+    async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
+        let shared = self.shared();
+        let places = &shared.settings.places;
+        let mut shim = Found::Gone;
+        for name in shims {
+            let holds = match Client::connect(&places.shim(name).join("sock"), None).await {
+                Ok(client) => client.state(id.as_str()).await.is_ok(),
+                Err(_) => false,
+            };
+            if holds {
+                shim = shared.pool.launcher().adopt(name).await;
+                break;
+            }
+        }
+        let config = fs::read(places.bundle(id).join("config.json")).unwrap_or_default();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+        let cgroup = config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned();
+        let record = Record::new(Intent {
+            task_id: TaskId(String::new()),
+            name: String::new(),
+            alloc_id: String::new(),
+            alloc_dir: Path::new("/").to_owned(),
+            container_id: id.clone(),
+            image: String::new(),
+            runtime: String::new(),
+            shim: NO_SHIM.to_owned(),
+            cgroup,
+            stop_signal: libc::SIGKILL,
+        })?;
+        undo(shared, &record, shim).await?;
+        // Without its bundle only the runtime itself still knows the container.
+        for runtime in names(&places.runtimes()) {
+            let root = places.runtime_root(&runtime).join(shared.pool.launcher().namespace());
+            if root.join(id.as_str()).exists() {
+                shared.runtimes.delete(&runtime, &root, id).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes an image that no task uses, and what keeps it in containerd.
+    ///
+    /// # Errors
+    /// When a task uses it, it is not here, or containerd refuses.
+    pub async fn remove_image(&self, reference: &Reference) -> Result<(), TaskError> {
+        let in_use = self.images_in_use();
+        let removed = self.shared().images.remove(&reference.to_string(), &in_use).await;
+        removed.map_err(|error| TaskError::Image(super::SharedImageError(Arc::new(error))))
+    }
+
+    /// Images that a record names. Those of starts at work are held by the starts themselves.
+    fn images_in_use(&self) -> HashSet<String> {
+        let live = self.live().into_iter().map(|(_, task)| task.record().intent.image);
+        live.chain(self.leftovers().values().map(|record| record.image.clone())).collect()
+    }
+}
+
+fn garbage(kind: &str, name: &str, outcome: Result<(), TaskError>) -> Garbage {
+    let problem = outcome.err().map(|error| crate::chain(&error));
+    Garbage { kind: kind.to_owned(), name: name.to_owned(), problem }
+}
+
+fn names(path: &Path) -> Vec<String> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
