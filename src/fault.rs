@@ -31,3 +31,19 @@ pub fn point(name: &str) {
 /// Nothing, in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn point(_name: &str) {}
+
+/// As `point`, a moment later, while the caller goes on: in the middle of what it does next.
+#[cfg(debug_assertions)]
+#[allow(clippy::disallowed_methods, reason = "a thread of its own")]
+pub fn point_within(name: &'static str, delay: std::time::Duration) {
+    if std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
+        std::thread::spawn(move || {
+            std::thread::sleep(delay);
+            point(name);
+        });
+    }
+}
+
+/// Nothing, in a release build.
+#[cfg(not(debug_assertions))]
+pub const fn point_within(_name: &'static str, _delay: std::time::Duration) {}

@@ -232,6 +232,8 @@ impl Session<'_> {
             "containerd": { "address": self.address, "namespace": self.common.namespace },
             "state": { "run_dir": places.run(), "state_dir": places.state() },
             "shim": { "pool": 0 },
+            // Its image store is shared with all other commands; `gc` looks after it.
+            "image": { "keep": "forever" },
         })
     }
 

@@ -80,11 +80,11 @@ impl ImageStore {
         record.forget(&inner.places.images())
     }
 
-    /// Leases of ours without a record: a pull that was cut off between the two.
-    async fn collect_leases(&self, dry_run: bool) -> Vec<Garbage> {
+    /// Leases of ours without a record or a pull: an earlier instance of us was cut off.
+    pub async fn collect_leases(&self, dry_run: bool) -> Vec<Garbage> {
         let inner = self.inner();
         let _changing = inner.leases.lock().await;
-        let ours = format!("nomad-driver-shim-{}-", inner.places.identity());
+        let ours = self.lease_prefix();
         let leases = match inner.client.leases().await {
             Ok(leases) => leases,
             Err(error) => {
@@ -92,7 +92,8 @@ impl ImageStore {
                 return Vec::new();
             }
         };
-        let claimed: HashSet<String> = lock(&inner.records).values().map(|record| record.lease.clone()).collect();
+        let mut claimed: HashSet<String> = lock(&inner.records).values().map(|record| record.lease.clone()).collect();
+        claimed.extend(lock(&inner.pulls).iter().cloned());
         let mut found = Vec::new();
         for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
             let outcome = if dry_run {

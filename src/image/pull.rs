@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     containerd::{Client, ContainerdError, Labels, LeaseId},
-    ids::{Digest, random_hex},
+    ids::Digest,
     pb::types::Descriptor,
 };
 
@@ -90,12 +90,11 @@ pub struct PullLease {
 }
 
 impl PullLease {
-    /// Makes one.
+    /// Makes one called `lease`.
     ///
     /// # Errors
     /// As containerd.
-    pub async fn begin(client: &Client) -> Result<Self, ContainerdError> {
-        let lease = LeaseId(format!("nomad-driver-shim-pull-{}", random_hex(8)));
+    pub async fn begin(client: &Client, lease: LeaseId) -> Result<Self, ContainerdError> {
         let this = Self { client: client.clone(), id: Some(lease.clone()) };
         client.create_lease(&lease, Some(rfc3339(SystemTime::now() + LEASE_LIFE))).await?;
         Ok(this)

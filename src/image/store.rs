@@ -1,7 +1,7 @@
 //! The images of one driver: records in memory, and pulls of which the same one never runs twice.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     pin::Pin,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     containerd::{Client, Labels, LeaseId},
-    ids::{ChainId, Digest},
+    ids::{ChainId, Digest, random_hex},
     pb::types::Descriptor,
     places::Places,
 };
@@ -58,6 +58,8 @@ pub(super) struct Inner {
     http: OnceLock<reqwest::Client>,
     pub(super) records: Mutex<HashMap<String, Arc<ImageRecord>>>,
     flights: Mutex<HashMap<FlightKey, WeakShared<Flight>>>,
+    /// Leases of the pulls that go on.
+    pub(super) pulls: Mutex<HashSet<String>>,
     /// Held while a lease and its record are made or removed: several names may share a lease.
     pub(super) leases: tokio::sync::Mutex<()>,
 }
@@ -84,6 +86,7 @@ impl ImageStore {
             http: OnceLock::new(),
             records: Mutex::new(records),
             flights: Mutex::default(),
+            pulls: Mutex::default(),
             leases: tokio::sync::Mutex::default(),
         })))
     }
@@ -158,7 +161,8 @@ impl ImageStore {
         let name = reference.to_string();
         let client = &self.0.client;
         let work = async {
-            let lease = PullLease::begin(client).await?;
+            let flying = self.fly();
+            let lease = PullLease::begin(client, LeaseId(flying.0.clone())).await?;
             let local = self.local(reference, progress, lease.id()).await?;
             let (fetched, chain) = match local {
                 Some(found) => found,
@@ -175,6 +179,18 @@ impl ImageStore {
             Ok::<_, ImageError>(record)
         };
         work.await.map_err(Arc::new)
+    }
+
+    /// A lease's name for a pull; nobody collects it while the pull goes on.
+    fn fly(&self) -> Flying<'_> {
+        let name = format!("{}pull-{}", self.lease_prefix(), random_hex(8));
+        lock(&self.0.pulls).insert(name.clone());
+        Flying(name, &self.0.pulls)
+    }
+
+    /// What all leases of this driver begin with.
+    pub(super) fn lease_prefix(&self) -> String {
+        format!("nomad-driver-shim-{}-", self.0.places.identity())
     }
 
     /// An image that containerd has already, whoever pulled it, if it is whole for this host.
@@ -258,7 +274,7 @@ impl ImageStore {
         })?;
         // One lease and one view for each stack of layers and driver, however many names lead to it.
         let stack = chain.as_ref().map_or("empty", ChainId::as_str).trim_start_matches("sha256:");
-        let name = format!("nomad-driver-shim-{}-{}", places.identity(), &stack[..stack.len().min(20)]);
+        let name = format!("{}{}", self.lease_prefix(), &stack[..stack.len().min(20)]);
         let lease = LeaseId(name.clone());
         let _changing = self.0.leases.lock().await;
         let (view, stack) = match &chain {
@@ -304,6 +320,15 @@ impl ImageStore {
         // Reading the trust store takes milliseconds: done at the first pull, never at start-up.
         let client = http_client()?;
         Ok(self.0.http.get_or_init(|| client))
+    }
+}
+
+/// Names the lease of a pull that goes on, until it is dropped.
+struct Flying<'a>(String, &'a Mutex<HashSet<String>>);
+
+impl Drop for Flying<'_> {
+    fn drop(&mut self) {
+        lock(self.1).remove(&self.0);
     }
 }
 

@@ -116,7 +116,10 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     };
     let grace = span(state, "state", "grace", "5m", &mut faults);
     let orphan_timeout = span(state, "state", "orphan_timeout", "10m", &mut faults);
-    let keep_images = span(block("image"), "image", "keep", "24h", &mut faults);
+    let keep_images = match block("image").filled("keep") {
+        Some("forever") => None,
+        _ => Some(span(block("image"), "image", "keep", "24h", &mut faults)),
+    };
 
     let path = |block: &Values, name: &str, option: &str, default: PathBuf, faults: &mut Vec<String>| {
         let path = block.filled(option).map_or(default, PathBuf::from);

@@ -105,7 +105,8 @@ const STATE: &[Row] = &[
     ),
 ];
 
-const IMAGE: &[Row] = &[default("keep", Kind::Text, "\"24h\"", "How long an image stays that no task uses.")];
+const IMAGE: &[Row] =
+    &[default("keep", Kind::Text, "\"24h\"", "How long an image stays that no task uses: a duration, or `forever`.")];
 
 const SHIM: &[Row] = &[
     default("binary", Kind::Text, "\"containerd-shim-runc-v2\"", "The shim, by path or by name in PATH."),

@@ -90,8 +90,8 @@ pub struct ExecProcess<'a> {
 pub struct State {
     /// Its first process.
     pub pid: u32,
-    /// Does that process live?
-    pub running: bool,
+    /// Does that process live, waiting to be started or running?
+    pub alive: bool,
 }
 
 /// A terminal's size in characters.
@@ -337,7 +337,7 @@ impl Client {
     pub async fn state(&self, id: &str) -> Result<State, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
         let state: wire::StateResponse = self.call("State", &request, Some(QUICK)).await?;
-        Ok(State { pid: state.pid, running: state.status.enum_value() == Ok(wire::Status::RUNNING) })
+        Ok(State { pid: state.pid, alive: state.status.enum_value() != Ok(wire::Status::STOPPED) })
     }
 
     /// Asks the shim to end, which it does if it holds no container. It often closes before it answers.

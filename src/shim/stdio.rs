@@ -87,6 +87,22 @@ impl Stdio {
     pub fn handed_over(self) {}
 }
 
+/// Write ends of a task's FIFOs, held over the end of one attempt until the next has opened them: Nomad's collector
+/// takes the last writer's end for the end of the stream, and would leave the next attempt without a reader.
+#[derive(Debug)]
+pub struct HeldOpen(#[allow(dead_code, reason = "held, never used")] Vec<File>);
+
+impl HeldOpen {
+    /// Holds what can be held. A FIFO that is gone or was replaced is the next attempt's business.
+    pub fn new(alloc_dir: &Path, stdout: &Path, stderr: &Path) -> Self {
+        let hold = |path: &&Path| {
+            let stream = open(alloc_dir, path).ok()?;
+            File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(stream.path()?).ok()
+        };
+        Self([stdout, stderr].iter().filter_map(hold).collect())
+    }
+}
+
 /// A reader that is about to open its end has done so within this.
 const LATE_READER: Duration = Duration::from_millis(500);
 

@@ -26,18 +26,23 @@ use crate::{
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
-    shim::{Found, Kill, Launcher, Pool},
+    shim::{Found, Kill, Launcher, Pool, stdio::HeldOpen},
 };
 
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
+
+/// An allocation and the name of a task in it.
+pub(super) type Owner = (String, String);
 
 /// What an engine is.
 pub(super) struct Inner {
     shared: Arc<Shared>,
     tasks: Mutex<HashMap<TaskId, Slot>>,
     /// One at a time for each allocation and task: an attempt that is being made, or being undone.
-    turns: Mutex<HashMap<(String, String), Turn>>,
+    turns: Mutex<HashMap<Owner, Turn>>,
+    /// Log FIFOs of starts that an earlier instance left half made, until Nomad asks for them again.
+    held: Mutex<HashMap<Owner, HeldOpen>>,
     opened: Instant,
     _lock: Flock<File>,
 }
@@ -109,6 +114,7 @@ impl Engine {
             shared,
             tasks: Mutex::default(),
             turns: Mutex::default(),
+            held: Mutex::default(),
             opened: Instant::now(),
             _lock: lock,
         }));
@@ -179,6 +185,7 @@ impl Engine {
     /// When it can't be started; nothing is left of it then.
     pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let id = request.task_id.clone();
+        let held = self.held().remove(&(request.alloc_id.clone(), request.name.clone()));
         if let Some(handle) = self.started_before(&id).await {
             return Ok(handle);
         }
@@ -190,7 +197,7 @@ impl Engine {
         // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.
         let turn = self.turn(&request.alloc_id, &request.name);
         let _turn = turn.lock().await;
-        self.clear_predecessors(&request).await?;
+        let _held = (held, self.clear_predecessors(&request).await?);
         let began = start::start(&self.0.shared, &request).await;
         self.0.shared.pool.refill();
         let start::Running { record, shim, run, phases, image } = began?;
@@ -228,17 +235,20 @@ impl Engine {
     }
 
     /// A new attempt of an allocation's task means that whatever is left of the old one is not wanted: Nomad gave up on
-    /// it, or died before it knew of it.
-    async fn clear_predecessors(&self, request: &StartRequest) -> Result<(), TaskError> {
+    /// it, or died before it knew of it. The logs of both are one stream, which what is returned keeps open.
+    async fn clear_predecessors(&self, request: &StartRequest) -> Result<Option<HeldOpen>, TaskError> {
+        let mut held = None;
+        let hold = || HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
         let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
         let leftovers: Vec<TaskId> =
             self.leftovers().values().filter(|record| same(record)).map(|record| record.task_id.clone()).collect();
         for old in leftovers {
             tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
+            held = Some(hold());
             self.destroy_leftover(&old).await.unwrap_or(Ok(()))?;
         }
         if request.alloc_id.is_empty() {
-            return Ok(());
+            return Ok(held);
         }
         let record_of = |slot: &Slot| match slot {
             Slot::Task(task) => Some(task.record()),
@@ -249,13 +259,14 @@ impl Engine {
             self.tasks().values().filter_map(record_of).filter(same).map(|record| record.intent.task_id).collect();
         for old in olds {
             tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
+            held = Some(hold());
             match self.destroy(&old, Force::Yes).await {
                 // Somebody else, most likely the old agent's own call, was faster.
                 Ok(()) | Err(TaskError::NotFound(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(held)
     }
 
     /// Waits until the task has ended: how. Any number may wait, before and after the end.
@@ -454,6 +465,10 @@ impl Engine {
 
     pub(super) fn tasks(&self) -> MutexGuard<'_, HashMap<TaskId, Slot>> {
         self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn held(&self) -> MutexGuard<'_, HashMap<Owner, HeldOpen>> {
+        self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Record>> {

@@ -56,6 +56,10 @@ pub struct Intent {
     pub alloc_id: String,
     /// The allocation's directory on the host.
     pub alloc_dir: PathBuf,
+    /// Where its standard output goes.
+    pub stdout: PathBuf,
+    /// Where its standard error goes.
+    pub stderr: PathBuf,
     /// The container.
     pub container_id: ContainerId,
     /// Its image.
@@ -307,6 +311,8 @@ mod tests {
             name: "web".to_owned(),
             alloc_id: "a".to_owned(),
             alloc_dir: "/allocs/a".into(),
+            stdout: "/allocs/a/alloc/logs/.web.stdout.fifo".into(),
+            stderr: "/allocs/a/alloc/logs/.web.stderr.fifo".into(),
             image: "app".to_owned(),
             runtime: "runc".to_owned(),
             shim: "s".to_owned(),

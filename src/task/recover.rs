@@ -21,7 +21,7 @@ use super::{
 use crate::{
     ids::TaskId,
     process::ProcessId,
-    shim::{self, DeadTask, Found},
+    shim::{self, DeadTask, Found, stdio::HeldOpen},
 };
 
 impl Engine {
@@ -41,6 +41,10 @@ impl Engine {
                 None => self.take_over(record),
                 Some(why) => {
                     tracing::warn!(task = %record.task_id, why, "undoing what is left of it");
+                    if record.state == RecordState::Intended {
+                        let held = HeldOpen::new(&record.alloc_dir, &record.stdout, &record.stderr);
+                        self.held().insert((record.alloc_id.clone(), record.name.clone()), held);
+                    }
                     self.undo_in_background(record);
                 }
             }

@@ -31,8 +31,8 @@ pub struct Settings {
     pub stats_interval: Option<Duration>,
     /// What this node's processors can do, as the agent sees it.
     pub compute: Compute,
-    /// `image { keep }`: how long an image that no task uses stays.
-    pub keep_images: Duration,
+    /// `image { keep }`: how long an image that no task uses stays; None: for ever.
+    pub keep_images: Option<Duration>,
     /// `auth { … }`.
     pub auth: Option<Credentials>,
     /// What jobs may do.

@@ -193,6 +193,7 @@ async fn run(
     };
     let failed = |doing| move |source: ShimError| TaskError::Shim { doing, source };
     let client = shim.client();
+    fault::point_within("start.creating", Duration::from_millis(4));
     let pid = client.create(&create).await.map_err(failed("create the container"))?;
     fault::point("start.created");
     phases.create = step.elapsed();
@@ -236,6 +237,8 @@ impl Plan<'_> {
             name: self.request.name.clone(),
             alloc_id: self.request.alloc_id.clone(),
             alloc_dir: self.request.alloc_dir.clone(),
+            stdout: self.request.stdout.clone(),
+            stderr: self.request.stderr.clone(),
             container_id: self.container_id.clone(),
             image: self.image.reference.clone(),
             runtime: self.runtime.name.clone(),

@@ -22,7 +22,12 @@ impl Engine {
     /// Sweeps after each grace period, for as long as the engine lives.
     pub(super) fn watch_over(&self) {
         let (grace, engine) = (self.settings().grace, self.downgrade());
+        let (keep, images) = (self.settings().keep_images, self.shared().images.clone());
         tokio::spawn(async move {
+            // Pulls of an earlier instance can't be going on.
+            if keep.is_some() {
+                images.collect_leases(false).await;
+            }
             loop {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
                 let Some(inner) = engine.upgrade() else { return };
@@ -40,11 +45,15 @@ impl Engine {
 
     /// Removes what nobody claims: what it was, or, for a dry run, would be.
     pub async fn sweep(&self, dry_run: bool) -> Vec<Garbage> {
+        if !dry_run && self.age() >= self.settings().grace {
+            self.held().clear();
+        }
         let mut found = self.sweep_tasks(dry_run).await;
         found.extend(self.sweep_leftovers(dry_run).await);
         found.extend(self.sweep_nameless(dry_run).await);
-        let in_use = self.images_in_use();
-        found.extend(self.shared().images.collect(self.settings().keep_images, &in_use, dry_run).await);
+        if let Some(keep) = self.settings().keep_images {
+            found.extend(self.shared().images.collect(keep, &self.images_in_use(), dry_run).await);
+        }
         found
     }
 
@@ -149,6 +158,8 @@ impl Engine {
             name: String::new(),
             alloc_id: String::new(),
             alloc_dir: Path::new("/").to_owned(),
+            stdout: "/dev/null".into(),
+            stderr: "/dev/null".into(),
             container_id: id.clone(),
             image: String::new(),
             runtime: String::new(),

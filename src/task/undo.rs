@@ -101,12 +101,12 @@ enum Known {
 }
 
 async fn end_through(client: &Client, id: &str) -> Result<Known, ShimError> {
-    let running = match client.state(id).await {
+    let alive = match client.state(id).await {
         Err(error) if error.is_not_found() => return Ok(Known::No),
-        other => other?.running,
+        other => other?.alive,
     };
-    // A container that was created and never started is not running, and `delete` takes it as it is.
-    if running {
+    // One that was created and never started could be deleted as it is; that takes shims two seconds, though.
+    if alive {
         client.kill(id, libc::SIGKILL, Kill::All).await?;
         fault::point("undo.killed");
         match tokio::time::timeout(KILL_GRACE, client.wait(id)).await {

@@ -14,6 +14,7 @@
 mod support;
 
 mod cli;
+mod crash;
 mod exec;
 mod failures;
 mod handshake;

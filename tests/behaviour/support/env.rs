@@ -83,6 +83,25 @@ impl Env {
         self.plugin = Some(plugin);
     }
 
+    /// A variable for the plugins that are started from now on.
+    pub fn set_var(&mut self, name: &str, value: Option<&str>) {
+        self.launch.env.retain(|(known, _)| known != name);
+        self.launch.env.extend(value.map(|value| (name.to_owned(), value.to_owned())));
+    }
+
+    /// Waits for the end of a plugin that was told to die, and takes its socket away: what it said, and its signal.
+    pub async fn plugin_died(&mut self) -> (String, Option<i32>) {
+        let mut plugin = self.plugin.take().unwrap();
+        let ended = tokio::time::timeout(PATIENCE, plugin.ended()).await.expect("the plugin lives on").unwrap();
+        let socket = plugin.socket().to_owned();
+        // What it has written is read by then.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let said = plugin.stderr();
+        drop(plugin);
+        std::fs::remove_file(socket).unwrap();
+        (said, std::os::unix::process::ExitStatusExt::signal(&ended))
+    }
+
     /// As `kill -9` does; its socket stays, as it would.
     pub async fn kill_plugin(&mut self) {
         let plugin = self.plugin.take().unwrap();
@@ -113,10 +132,19 @@ impl Env {
         self.prepare_in(dirs, "1", config).await
     }
 
-    pub async fn prepare_in(&self, dirs: TaskDirs, attempt: &str, config: Value) -> Task {
+    /// A further attempt of a task, with the log collector that it has already.
+    pub async fn prepare_again(&self, task: Task, attempt: &str, config: Value) -> Task {
+        let config = task.dirs.config(attempt, self.encoded(config).await);
+        Task { id: config.id.clone(), config, handle: None, ..task }
+    }
+
+    async fn encoded(&self, config: Value) -> Vec<u8> {
         let schema = self.driver().task_config_schema(TaskConfigSchemaRequest {}).await.unwrap().into_inner();
-        let msgpack = encode(schema.spec.as_ref(), &config).unwrap_or_else(|_| encode_raw(&config));
-        let config = dirs.config(attempt, msgpack);
+        encode(schema.spec.as_ref(), &config).unwrap_or_else(|_| encode_raw(&config))
+    }
+
+    pub async fn prepare_in(&self, dirs: TaskDirs, attempt: &str, config: Value) -> Task {
+        let config = dirs.config(attempt, self.encoded(config).await);
         let (stdout, stderr) =
             (Collector::start(&dirs.stdout, Output::Keep), Collector::start(&dirs.stderr, Output::Keep));
         Task { id: config.id.clone(), dirs, config, stdout, stderr, handle: None }

@@ -1,0 +1,203 @@
+//! The plugin is killed with SIGKILL at named points of start, stop and destroy. The next plugin, and what Nomad asks
+//! of it then, end in exactly one container or in none, as Nomad's view demands, with nothing left beside it.
+
+use std::time::Duration;
+
+use nomad_driver_shim::pb::driver::{StartTaskRequest, StopTaskRequest};
+use serde_json::json;
+
+use crate::support::{Env, EnvOptions, Task, eventually, leak};
+
+const SWITCH: &str = "NOMAD_DRIVER_SHIM_KILL_AT";
+const START: [&str; 10] = [
+    "start.image",
+    "start.shim",
+    "start.intent",
+    "start.mounted",
+    "start.bundle",
+    "start.creating",
+    "start.created",
+    "start.started",
+    "start.recorded",
+    "start.answer",
+];
+const STOP: [&str; 5] = ["stop.marked", "stop.signalled", "stop.killed", "exit.seen", "exit.recorded"];
+const DESTROY: [&str; 9] = [
+    "destroy.marked",
+    "destroy.killed",
+    "undo.container",
+    "undo.shim",
+    "undo.unmount",
+    "undo.bundle",
+    "undo.upper",
+    "undo.cgroup",
+    "undo.record",
+];
+
+/// A plugin that dies at `point`, and whose successor does not wait long before it reaps.
+async fn doomed(point: &str) -> Env {
+    let options = EnvOptions {
+        config: json!({"state": {"grace": "1s"}}),
+        env: vec![(SWITCH.to_owned(), point.to_owned())],
+        ..EnvOptions::default()
+    };
+    Env::with(options).await
+}
+
+/// The plugin is dead by its own hand; the next one has no such switch.
+async fn next(env: &mut Env, point: &str) {
+    let (said, signal) = env.plugin_died().await;
+    assert_eq!(signal, Some(libc::SIGKILL), "{point}: the switch must fire; {said}");
+    assert!(said.contains(&format!("killed at {point} by the fault switch")), "{said}");
+    env.set_var(SWITCH, None);
+    env.start_plugin().await;
+}
+
+/// Containers, as records, runtimes and mounts have them.
+fn containers(env: &Env) -> [usize; 3] {
+    let records = leak::entries(&env.dir.join("run/tasks")).len();
+    let states = leak::entries(&env.dir.join("run/runtimes"))
+        .into_iter()
+        .map(|runtime| leak::entries(&env.dir.join("run/runtimes").join(runtime).join(&env.namespace)).len());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let roots = mounts.lines().filter(|line| line.contains(env.dir.to_str().unwrap()) && line.contains("/rootfs "));
+    [records, states.sum(), roots.count()]
+}
+
+async fn waiting_task(env: &mut Env) -> Task {
+    let script = "echo up; until [ -e /alloc/data/go ]; do sleep 0.02; done; exit 5";
+    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+    env.prepare(config).await
+}
+
+async fn is_the_only_one(env: &Env, task: Task, point: &str) {
+    eventually(&format!("{point}: one container"), async || {
+        let seen = containers(env);
+        if seen == [1, 1, 1] { Ok(()) } else { Err(seen) }
+    })
+    .await;
+    task.says("up").await;
+    std::fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
+    assert_eq!(env.wait(&task).await.exit_code, 5, "{point}");
+    env.destroy(&task).await.unwrap();
+}
+
+/// The agent lives, and asks for the same start again: same id, same configuration.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_was_cut_off_is_asked_for_again() {
+    for point in START {
+        eprintln!("killed at {point}");
+        let mut env = doomed(point).await;
+        let mut task = waiting_task(&mut env).await;
+        env.try_start(&mut task).await.expect_err(point);
+        next(&mut env, point).await;
+        env.try_start(&mut task).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
+        is_the_only_one(&env, task, point).await;
+        env.finish().await;
+    }
+}
+
+/// The agent died too; the next one knows nothing of that start, and asks under a new id for the same task.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_nobody_remembers_is_replaced() {
+    for point in START {
+        eprintln!("killed at {point}");
+        let mut env = doomed(point).await;
+        let mut task = waiting_task(&mut env).await;
+        env.try_start(&mut task).await.expect_err(point);
+        next(&mut env, point).await;
+        let config = json!({
+            "image": env.busybox().await, "command": "/bin/sh",
+            "args": ["-c", "echo up; until [ -e /alloc/data/go ]; do sleep 0.02; done; exit 5"],
+        });
+        let mut again = env.prepare_again(task, "2", config).await;
+        env.try_start(&mut again).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
+        is_the_only_one(&env, again, point).await;
+        env.finish().await;
+    }
+}
+
+/// A start that failed, and whose undoing was cut off.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_start_is_undone_to_its_end() {
+    for point in ["undo.container", "undo.unmount", "undo.upper"] {
+        let mut env = doomed(point).await;
+        let mut task = env.prepare(json!({"image": env.busybox().await, "command": "/no/such"})).await;
+        env.try_start(&mut task).await.expect_err(point);
+        next(&mut env, point).await;
+        env.finish().await;
+    }
+}
+
+/// Ends by SIGTERM where the point lies on that way, and only by SIGKILL where it does not.
+async fn stopped_at(point: &str) -> (Env, Task) {
+    let mut env = doomed(point).await;
+    let script = match point {
+        "stop.killed" => "trap '' TERM; echo up; while :; do sleep 0.02; done",
+        _ => "trap 'exit 9' TERM; echo up; while :; do sleep 0.02; done",
+    };
+    let task = env.sh(script).await;
+    task.says("up").await;
+    let timeout = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let request = StopTaskRequest { task_id: task.id.clone(), timeout, signal: String::new() };
+    env.driver().stop_task(request).await.expect_err(point);
+    next(&mut env, point).await;
+    (env, task)
+}
+
+/// Nomad says "killed" and never asks again (the agent stopped in the middle of a stop).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_that_was_cut_off_is_completed_though_nobody_asks() {
+    for point in STOP {
+        let (env, _task) = stopped_at(point).await;
+        eventually(&format!("{point}: none is left"), async || {
+            let seen = containers(&env);
+            if seen == [0, 0, 0] { Ok(()) } else { Err((seen, env.plugin().stderr())) }
+        })
+        .await;
+        env.finish().await;
+    }
+}
+
+/// The agent lives: it recovers the task, and asks again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_that_was_cut_off_is_asked_for_again() {
+    for point in ["stop.begun"].into_iter().chain(STOP) {
+        let (env, task) = stopped_at(point).await;
+        env.recover(&task).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
+        env.stop(&task, Duration::from_secs(1), "").await.unwrap();
+        let code = env.wait(&task).await.exit_code;
+        assert!(code == 9 || (code == 137 && matches!(point, "stop.killed" | "stop.marked")), "{point}: {code}");
+        env.destroy(&task).await.unwrap();
+        env.finish().await;
+    }
+}
+
+/// Nomad never repeats a DestroyTask.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destroy_that_was_cut_off_is_completed() {
+    for point in DESTROY {
+        let mut env = doomed(point).await;
+        let task = env.sh("sleep 600").await;
+        env.destroy(&task).await.expect_err(point);
+        next(&mut env, point).await;
+        env.finish().await;
+    }
+}
+
+/// The agent dies in the middle of its call, and the plugin with it; the start is not even half made when a new agent's
+/// plugin opens.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_of_a_dying_agent_leaves_nothing_half_made() {
+    let mut env = Env::new().await;
+    let mut task = waiting_task(&mut env).await;
+    let (mut driver, config) = (env.driver(), task.config.clone());
+    let call = tokio::spawn(async move { driver.start_task(StartTaskRequest { task: Some(config) }).await });
+    tokio::time::sleep(Duration::from_millis(8)).await;
+    call.abort();
+    env.kill_plugin().await;
+    env.start_plugin().await;
+    env.try_start(&mut task).await.unwrap();
+    is_the_only_one(&env, task, "a dropped call").await;
+    env.finish().await;
+}
