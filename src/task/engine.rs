@@ -11,13 +11,14 @@ use std::{
 
 use nix::fcntl::Flock;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     EventHub, ExecRequest, ExitRecord, Phases, Record, RecordState, Runtimes, Session, Settings, StartRequest,
     TaskError, TaskEvent, TaskHandle, exec,
     live::{Parts, Task, watch_exit},
     load_records, lock,
-    shared::Shared,
+    shared::{Leftover, Shared},
     signal, start,
     undo::{RETRIES, find_shim, undo_or_keep},
 };
@@ -49,8 +50,11 @@ pub(super) struct Inner {
 
 #[derive(Clone)]
 pub(super) enum Slot {
-    /// StartTask is at work.
-    Starting,
+    /// StartTask is at work; the channel closes when it is done.
+    Starting {
+        stop: CancellationToken,
+        done: watch::Receiver<()>,
+    },
     /// Its shim is being connected to; the channel closes when that is done.
     Recovering {
         record: Box<Record>,
@@ -141,7 +145,7 @@ impl Engine {
         let tasks = self.tasks();
         let live = tasks.iter().filter_map(|(id, slot)| match slot {
             Slot::Task(task) => Some((id.clone(), task.clone())),
-            Slot::Starting | Slot::Recovering { .. } => None,
+            Slot::Starting { .. } | Slot::Recovering { .. } => None,
         });
         live.collect()
     }
@@ -189,16 +193,19 @@ impl Engine {
         if let Some(handle) = self.started_before(&id).await {
             return Ok(handle);
         }
+        let (stop, (tell, done)) = (CancellationToken::new(), watch::channel(()));
         match self.tasks().entry(id.clone()) {
-            Entry::Vacant(free) if !id.0.is_empty() => drop(free.insert(Slot::Starting)),
+            Entry::Vacant(free) if !id.0.is_empty() => {
+                free.insert(Slot::Starting { stop: stop.clone(), done });
+            }
             _ => return Err(TaskError::AlreadyStarted(id.0)),
         }
-        let slot = Reserved { engine: self, id: &id };
+        let slot = Reserved { engine: self, id: &id, _done: tell };
         // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.
         let turn = self.turn(&request.alloc_id, &request.name);
         let _turn = turn.lock().await;
         let _held = (held, self.clear_predecessors(&request).await?);
-        let began = start::start(&self.0.shared, &request).await;
+        let began = start::start(&self.0.shared, &request, &stop).await;
         self.0.shared.pool.refill();
         let start::Running { record, shim, run, phases, image } = began?;
         tracing::info!(
@@ -212,6 +219,10 @@ impl Engine {
         let handle = task.handle();
         slot.fill(task.clone());
         tokio::spawn(watch_exit(self.0.shared.clone(), task));
+        if stop.is_cancelled() {
+            self.destroy(&id, Force::Yes).await?;
+            return Err(TaskError::Stopped(id));
+        }
         fault::point("start.answer");
         Ok(handle)
     }
@@ -240,8 +251,13 @@ impl Engine {
         let mut held = None;
         let hold = || HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
         let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
-        let leftovers: Vec<TaskId> =
-            self.leftovers().values().filter(|record| same(record)).map(|record| record.task_id.clone()).collect();
+        let leftovers: Vec<TaskId> = self
+            .leftovers()
+            .values()
+            .map(|leftover| &leftover.record)
+            .filter(|record| same(record))
+            .map(|record| record.task_id.clone())
+            .collect();
         for old in leftovers {
             tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
             held = Some(hold());
@@ -253,7 +269,7 @@ impl Engine {
         let record_of = |slot: &Slot| match slot {
             Slot::Task(task) => Some(task.record()),
             Slot::Recovering { record, .. } => Some((**record).clone()),
-            Slot::Starting => None,
+            Slot::Starting { .. } => None,
         };
         let olds: Vec<TaskId> =
             self.tasks().values().filter_map(record_of).filter(same).map(|record| record.intent.task_id).collect();
@@ -286,6 +302,7 @@ impl Engine {
     /// # Errors
     /// When it survives SIGKILL.
     pub async fn stop(&self, id: &TaskId, timeout: Duration, wanted: &str) -> Result<(), TaskError> {
+        self.stop_starting(id).await;
         let Ok(task) = self.find(id).await else {
             tracing::debug!(task = %id, "stop of a task that is not here");
             return Ok(());
@@ -319,6 +336,19 @@ impl Engine {
         let ended = task.end_by_force(id, client).await;
         fault::point("stop.killed");
         ended
+    }
+
+    /// A start that is still at work, on a slow pull most likely, is given up.
+    async fn stop_starting(&self, id: &TaskId) {
+        let starting = match self.tasks().get(id) {
+            Some(Slot::Starting { stop, done }) => Some((stop.clone(), done.clone())),
+            _ => None,
+        };
+        if let Some((stop, mut done)) = starting {
+            tracing::info!(task = %id, "stopped while it is being started");
+            stop.cancel();
+            while done.changed().await.is_ok() {}
+        }
     }
 
     /// Sends a signal to the task's first process.
@@ -453,7 +483,7 @@ impl Engine {
             let mut done = match self.tasks().get(id)? {
                 Slot::Task(task) => return Some(task.clone()),
                 Slot::Recovering { done, .. } => done.clone(),
-                Slot::Starting => return None,
+                Slot::Starting { .. } => return None,
             };
             while done.changed().await.is_ok() {}
         }
@@ -471,7 +501,7 @@ impl Engine {
         self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Record>> {
+    pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Leftover>> {
         self.0.shared.leftovers()
     }
 }
@@ -489,6 +519,7 @@ pub enum Force {
 struct Reserved<'a> {
     engine: &'a Engine,
     id: &'a TaskId,
+    _done: watch::Sender<()>,
 }
 
 impl Reserved<'_> {
@@ -500,7 +531,7 @@ impl Reserved<'_> {
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         let mut tasks = self.engine.tasks();
-        if matches!(tasks.get(self.id), Some(Slot::Starting)) {
+        if matches!(tasks.get(self.id), Some(Slot::Starting { .. })) {
             tasks.remove(self.id);
         }
     }

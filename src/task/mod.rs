@@ -132,6 +132,9 @@ pub enum TaskError {
     /// A process in a task.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// Somebody changed their mind.
+    #[error("task {0} was stopped while it was being started")]
+    Stopped(TaskId),
     /// A task that is over.
     #[error("task {0} has ended; nothing can be run in it")]
     Ended(TaskId),

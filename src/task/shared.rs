@@ -16,22 +16,37 @@ pub struct Shared {
     pub(super) images: ImageStore,
     pub(super) pool: Pool,
     pub(super) events: EventHub,
-    /// Tasks of an earlier instance of us that nobody has asked for yet, and those whose undo failed.
-    pub(super) leftovers: Mutex<HashMap<TaskId, Record>>,
+    /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
+    pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
+}
+
+/// A task that is to be undone.
+pub struct Leftover {
+    pub(super) record: Record,
+    /// Somebody is at it.
+    taken: bool,
 }
 
 impl Shared {
-    /// Keeps in mind what is still to be undone or taken over.
+    /// Keeps in mind what is still to be undone.
     pub(super) fn keep(&self, record: Record) {
-        self.leftovers().insert(record.task_id.clone(), record);
+        self.leftovers().insert(record.task_id.clone(), Leftover { record, taken: false });
     }
 
-    /// Takes it, so that nobody else does.
+    /// Takes it, so that nobody else does. It stays in mind until it is gone.
     pub(super) fn take_leftover(&self, id: &TaskId) -> Option<Record> {
-        self.leftovers().remove(id)
+        let mut leftovers = self.leftovers();
+        let leftover = leftovers.get_mut(id).filter(|leftover| !leftover.taken)?;
+        leftover.taken = true;
+        Some(leftover.record.clone())
     }
 
-    pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Record>> {
+    /// It is gone.
+    pub(super) fn forget(&self, id: &TaskId) {
+        self.leftovers().remove(id);
+    }
+
+    pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Leftover>> {
         self.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use oci_spec::runtime::{Mount, MountBuilder};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Record, RecordState, StartRequest, TaskError, TaskEvent,
@@ -63,12 +64,19 @@ pub struct Running {
 }
 
 /// Starts a task: on success its process runs; on failure nothing is left.
-pub async fn start(shared: &Arc<Shared>, request: &StartRequest) -> Result<Running, TaskError> {
+///
+/// # Errors
+/// When it can't be started, or `stop` comes before its image.
+pub async fn start(
+    shared: &Arc<Shared>,
+    request: &StartRequest,
+    stop: &CancellationToken,
+) -> Result<Running, TaskError> {
     let began = Instant::now();
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     let resolved = resolve_mounts(shared, request)?;
-    let image = self::image(shared, request).await?;
+    let image = self::image(shared, request, stop).await?;
     fault::point("start.image");
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
     let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
@@ -81,7 +89,7 @@ pub async fn start(shared: &Arc<Shared>, request: &StartRequest) -> Result<Runni
                 "its layers are gone from containerd's store; pulling it again"
             );
             shared.images.forget(&plan.image);
-            plan.image = self::image(shared, request).await?;
+            plan.image = self::image(shared, request, stop).await?;
             made(shared, &plan, began).await
         }
         other => other,
@@ -94,7 +102,11 @@ fn resolve_mounts(shared: &Shared, request: &StartRequest) -> Result<Vec<Resolve
     Ok(rootfs::mounts::resolve(&request.options.mounts, dirs, settings.name.flavor(), &settings.security.allow_paths)?)
 }
 
-async fn image(shared: &Shared, request: &StartRequest) -> Result<Arc<ImageRecord>, TaskError> {
+async fn image(
+    shared: &Shared,
+    request: &StartRequest,
+    stop: &CancellationToken,
+) -> Result<Arc<ImageRecord>, TaskError> {
     let options = &request.options;
     if let Some(image) = shared.images.cached(&options.image) {
         return Ok(image);
@@ -113,7 +125,11 @@ async fn image(shared: &Shared, request: &StartRequest) -> Result<Arc<ImageRecor
         timeout: options.image_pull_timeout,
         progress: Progress::default(),
     };
-    shared.images.pull(pull).await.map_err(|error| super::SharedImageError(error).into())
+    tokio::select! {
+        pulled = shared.images.pull(pull) => pulled.map_err(|error| super::SharedImageError(error).into()),
+        // A pull that nobody else waits for ends with this.
+        () = stop.cancelled() => Err(TaskError::Stopped(request.task_id.clone())),
+    }
 }
 
 /// From here on there is something to undo.

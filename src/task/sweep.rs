@@ -191,7 +191,7 @@ impl Engine {
     /// Images that a record names. Those of starts at work are held by the starts themselves.
     fn images_in_use(&self) -> HashSet<String> {
         let live = self.live().into_iter().map(|(_, task)| task.record().intent.image);
-        live.chain(self.leftovers().values().map(|record| record.image.clone())).collect()
+        live.chain(self.leftovers().values().map(|leftover| leftover.record.image.clone())).collect()
     }
 }
 

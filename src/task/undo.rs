@@ -142,7 +142,9 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
 /// What failed at the first try.
 pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
     let outcome = undo(shared, record, shim).await;
-    if outcome.is_err() {
+    if outcome.is_ok() {
+        shared.forget(&record.task_id);
+    } else {
         let (shared, record) = (shared.clone(), record.clone());
         shared.keep(record.clone());
         tokio::spawn(async move {
@@ -152,6 +154,7 @@ pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: Found) ->
                 let Some(record) = shared.take_leftover(&record.task_id) else { return };
                 let shim = find_shim(&shared, &record).await;
                 if undo(&shared, &record, shim).await.is_ok() {
+                    shared.forget(&record.task_id);
                     return;
                 }
                 shared.keep(record);

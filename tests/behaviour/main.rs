@@ -28,3 +28,4 @@ mod recovery;
 mod stats;
 mod stop;
 mod structure;
+mod survival;
