@@ -3,11 +3,19 @@
 //! Data goes to stdout, talk to stderr, `--json` works on every list.
 
 mod doctor;
+mod events;
+mod exec;
+mod gc;
 mod images;
+mod inspect;
+mod kill;
+mod logs;
 mod ps;
 mod pull;
 mod run;
+mod stats;
 mod table;
+mod tasks;
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -70,6 +78,22 @@ enum Command {
     Images(images::Images),
     /// List the tasks of all drivers on this host
     Ps(ps::Ps),
+    /// Say all that is known of a task
+    Inspect(inspect::Inspect),
+    /// Print a task's output, as Nomad keeps it
+    Logs(logs::Logs),
+    /// Run a command in a task
+    Exec(exec::Exec),
+    /// Say what running tasks use
+    Stats(stats::Stats),
+    /// Send a signal to a task, or kill all of it
+    Kill(kill::Kill),
+    /// Tell what happens to tasks, as it happens
+    Events(events::Events),
+    /// Remove images
+    Rmi(gc::Rmi),
+    /// Remove what nobody needs: remains of tasks, idle images
+    Gc(gc::Gc),
     /// Say what this host can do, what is missing, and how to fix it
     Doctor(doctor::Doctor),
 }
@@ -95,6 +119,15 @@ pub enum CliError {
     /// Nomad's side.
     #[error(transparent)]
     Host(#[from] crate::host::HostError),
+    /// A task.
+    #[error(transparent)]
+    Task(#[from] crate::task::TaskError),
+    /// A process in a task.
+    #[error(transparent)]
+    Exec(#[from] crate::task::ExecError),
+    /// A live plugin.
+    #[error(transparent)]
+    Control(#[from] crate::control::ControlError),
     /// Our own directories.
     #[error(transparent)]
     Places(#[from] PlacesError),
@@ -116,6 +149,7 @@ impl CliError {
             Self::Host(crate::host::HostError::Call { call: "StartTask", status }) => {
                 run::start_failure(status.message())
             }
+            Self::Exec(error) => run::start_failure(&format!("start the container: {}", chain(error))),
             _ => OURS,
         }
     }
@@ -141,6 +175,14 @@ pub async fn main() -> ExitCode {
         Command::Pull(pull) => Box::pin(pull.execute(&cli.common)).await,
         Command::Images(images) => images.execute(&cli.common).await,
         Command::Ps(ps) => ps.execute(&cli.common),
+        Command::Inspect(inspect) => inspect.execute(&cli.common),
+        Command::Logs(logs) => logs.execute(&cli.common).await,
+        Command::Exec(exec) => Box::pin(exec.execute(&cli.common)).await,
+        Command::Stats(stats) => stats.execute(&cli.common).await,
+        Command::Kill(kill) => kill.execute(&cli.common).await,
+        Command::Events(events) => events.execute(&cli.common).await,
+        Command::Rmi(rmi) => rmi.execute(&cli.common).await,
+        Command::Gc(gc) => gc.execute(&cli.common).await,
         Command::Doctor(doctor) => doctor.execute(&cli.common).await,
     };
     outcome.map_or_else(
@@ -184,6 +226,18 @@ fn print(text: &str) -> std::io::Result<()> {
 /// May progress bars be drawn?
 fn is_interactive() -> bool {
     std::io::stderr().is_terminal()
+}
+
+/// An image's name as a user typed it: files are looked for where they stand.
+fn image_named(text: &str) -> Result<crate::image::Reference, CliError> {
+    use crate::image::{Archive, Reference};
+    Ok(match Reference::parse(text)? {
+        Reference::Archive(archive) => {
+            let path = std::path::absolute(&archive.path)?;
+            Reference::Archive(Archive { path, ..archive })
+        }
+        registry @ Reference::Registry(_) => registry,
+    })
 }
 
 /// The containerd that a command uses: the one it was told, the system's when it answers, else a private one.

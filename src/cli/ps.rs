@@ -1,12 +1,10 @@
 //! `ps`: the tasks of all drivers on this host, from their records, whether an agent lives or not.
 
-use std::fs;
-
 use clap::Args;
 use serde_json::json;
 
-use super::{CliError, Common, print, say, table};
-use crate::task::{Record, RecordState, read_records};
+use super::{CliError, Common, print, table, tasks};
+use crate::task::{Record, RecordState};
 
 /// List the tasks of all drivers on this host
 #[derive(Args, Debug)]
@@ -22,20 +20,8 @@ impl Ps {
     /// # Errors
     /// When output fails. A run directory that can't be read is told and passed over.
     pub fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let mut records: Vec<(String, Record)> = Vec::new();
-        let drivers = fs::read_dir(&common.run_dir).map_or_else(|_| Vec::new(), |entries| entries.flatten().collect());
-        for driver in drivers {
-            let tasks = driver.path().join("tasks");
-            if !tasks.is_dir() {
-                continue;
-            }
-            let name = driver.file_name().to_string_lossy().into_owned();
-            match read_records(&tasks) {
-                Ok(found) => records.extend(found.good.into_iter().map(|record| (name.clone(), record))),
-                Err(error) => say(&format!("nomad-driver-shim: {}", crate::chain(&error))),
-            }
-        }
-        records.sort_by(|a, b| (&a.0, &a.1.task_id).cmp(&(&b.0, &b.1.task_id)));
+        let records: Vec<(String, Record)> =
+            tasks::all(common).into_iter().map(|found| (found.driver, found.record)).collect();
         if self.json {
             let list: Vec<_> = records
                 .iter()

@@ -9,10 +9,10 @@ use std::{
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::{CliError, Common, Store, is_interactive, print};
+use super::{CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print};
 use crate::{
     ids::Digest,
-    image::{Credentials, Progress, PullEvent, PullRequest, Reference},
+    image::{Credentials, Progress, PullEvent, PullRequest},
 };
 
 /// Pull an image
@@ -34,7 +34,8 @@ impl Pull {
     /// # Errors
     /// When it can't be had.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let reference = Reference::parse(&self.image)?;
+        let reference = image_named(&self.image)?;
+        let _lock = StoreLock::shared(common)?;
         let credentials = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
             None => None,
             Some(Some((username, password))) => {
@@ -46,7 +47,13 @@ impl Pull {
         let outcome = async {
             let images = store.images(common)?;
             let progress = if is_interactive() { bars() } else { Progress::default() };
-            let request = PullRequest { reference, credentials, timeout: Duration::from_secs(self.timeout), progress };
+            let request = PullRequest {
+                reference,
+                credentials,
+                opened: None,
+                timeout: Duration::from_secs(self.timeout),
+                progress,
+            };
             let record = images.pull(request).await.map_err(CliError::Image)?;
             print(&format!("{}@{}\n", record.reference, record.digest))?;
             Ok(0)

@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{CliError, Common, Store, say};
+use super::{CliError, Common, Store, gc::StoreLock, image_named, say};
 use crate::{
     host::{Alloc, Collector, Launch, Output, Plugin, called, encode},
     ids::random_hex,
@@ -107,7 +107,8 @@ impl Run {
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let config = self.task_config()?;
         // Refused before a containerd is started for it.
-        crate::image::Reference::parse(&self.image)?;
+        image_named(&self.image)?;
+        let _lock = StoreLock::shared(common)?;
         let began = Instant::now();
         let store = Store::open(common).await?;
         let containerd = began.elapsed();
@@ -121,7 +122,7 @@ impl Run {
 
     fn task_config(&self) -> Result<serde_json::Value, CliError> {
         let mut config = json!({
-            "image": self.image,
+            "image": image_named(&self.image)?.to_string(),
             "image_pull_timeout": "30m",
             "readonly_rootfs": self.read_only,
             "host_network": self.host_network,

@@ -9,32 +9,41 @@ use std::{
 use super::{ImageError, ImageRecord, ImageStore, store::lock};
 use crate::{containerd::LeaseId, control::Garbage};
 
+/// What records of tasks name.
+#[derive(Debug, Clone, Default)]
+pub struct InUse {
+    /// Images.
+    pub names: HashSet<String>,
+    /// Leases: a name may stand for another image by now.
+    pub leases: HashSet<String>,
+}
+
 impl ImageStore {
     /// Removes images that no task in `in_use` names, no start is about to use, and no task has used for `keep`: what
     /// it was, or, for a dry run, would be.
-    pub async fn collect(&self, keep: Duration, in_use: &HashSet<String>, dry_run: bool) -> Vec<Garbage> {
+    pub async fn collect(&self, keep: Duration, in_use: &InUse, dry_run: bool) -> Vec<Garbage> {
         let mut found = Vec::new();
         for record in self.take_unused(keep, in_use, dry_run) {
-            let outcome = if dry_run { Ok(()) } else { self.discard(&record).await };
+            let outcome = if dry_run { Ok(()) } else { self.discard(&record, in_use).await };
             if outcome.is_err() {
                 // Known again, and tried again.
                 lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
             }
             found.push(garbage("image", &record.reference, outcome));
         }
-        found.extend(self.collect_leases(dry_run).await);
+        found.extend(self.collect_leases(in_use, dry_run).await);
         found
     }
 
     /// From here on a start does not find them: it pulls, and waits for the removal.
-    fn take_unused(&self, keep: Duration, in_use: &HashSet<String>, dry_run: bool) -> Vec<Arc<ImageRecord>> {
+    fn take_unused(&self, keep: Duration, in_use: &InUse, dry_run: bool) -> Vec<Arc<ImageRecord>> {
         let directory = self.inner().places.images();
         let mut records = lock(&self.inner().records);
         let unused: Vec<String> = records
             .values()
             .filter(|record| {
                 let idle = record.last_used(&directory).and_then(|at| SystemTime::now().duration_since(at).ok());
-                let free = Arc::strong_count(record) == 1 && !in_use.contains(&record.reference);
+                let free = Arc::strong_count(record) == 1 && !in_use.names.contains(&record.reference);
                 free && idle.is_some_and(|idle| idle >= keep)
             })
             .map(|record| record.reference.clone())
@@ -47,17 +56,18 @@ impl ImageStore {
     ///
     /// # Errors
     /// When a task uses it, it is not here, or containerd refuses.
-    pub async fn remove(&self, name: &str, in_use: &HashSet<String>) -> Result<(), ImageError> {
+    pub async fn remove(&self, name: &str, in_use: &InUse) -> Result<(), ImageError> {
         let record = {
             let mut records = lock(&self.inner().records);
-            let busy = in_use.contains(name) || records.get(name).is_some_and(|record| Arc::strong_count(record) > 1);
+            let busy =
+                in_use.names.contains(name) || records.get(name).is_some_and(|record| Arc::strong_count(record) > 1);
             if busy {
                 return Err(ImageError::InUse { image: name.to_owned() });
             }
             records.remove(name)
         };
         match record {
-            Some(record) => self.discard(&record).await?,
+            Some(record) => self.discard(&record, in_use).await?,
             None if self.inner().client.image(name).await?.is_none() => {
                 return Err(ImageError::NotHere { image: name.to_owned() });
             }
@@ -67,11 +77,10 @@ impl ImageStore {
     }
 
     /// containerd's lease goes with its last name; its image record only if a pull of ours made it.
-    async fn discard(&self, record: &ImageRecord) -> Result<(), ImageError> {
+    async fn discard(&self, record: &ImageRecord, in_use: &InUse) -> Result<(), ImageError> {
         let inner = self.inner();
         let _changing = inner.leases.lock().await;
-        let shared = lock(&inner.records).values().any(|other| other.lease == record.lease);
-        if !shared {
+        if !self.leases_in_use(in_use).contains(&record.lease) {
             inner.client.delete_lease(&LeaseId(record.lease.clone())).await?;
         }
         if inner.client.image_owner(&record.reference).await?.as_deref() == Some(inner.places.identity().as_str()) {
@@ -80,8 +89,20 @@ impl ImageStore {
         record.forget(&inner.places.images())
     }
 
+    /// Of images that are here or are being pulled, and of those that tasks still use though their name has moved on.
+    fn leases_in_use(&self, in_use: &InUse) -> HashSet<String> {
+        let inner = self.inner();
+        let mut leases = in_use.leases.clone();
+        leases.extend(lock(&inner.pulls).iter().cloned());
+        leases.extend(lock(&inner.records).values().map(|record| record.lease.clone()));
+        let mut retired = lock(&inner.retired);
+        retired.retain(|record| Arc::strong_count(record) > 1);
+        leases.extend(retired.iter().map(|record| record.lease.clone()));
+        leases
+    }
+
     /// Leases of ours without a record or a pull: an earlier instance of us was cut off.
-    pub async fn collect_leases(&self, dry_run: bool) -> Vec<Garbage> {
+    pub async fn collect_leases(&self, in_use: &InUse, dry_run: bool) -> Vec<Garbage> {
         let inner = self.inner();
         let _changing = inner.leases.lock().await;
         let ours = self.lease_prefix();
@@ -92,8 +113,7 @@ impl ImageStore {
                 return Vec::new();
             }
         };
-        let mut claimed: HashSet<String> = lock(&inner.records).values().map(|record| record.lease.clone()).collect();
-        claimed.extend(lock(&inner.pulls).iter().cloned());
+        let claimed = self.leases_in_use(in_use);
         let mut found = Vec::new();
         for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
             let outcome = if dry_run {

@@ -1,12 +1,14 @@
 //! From an image's name to directories that can be mounted: references, registries, the pull into containerd's store,
 //! and the records that let a task start without asking anybody.
 
+mod archive;
 mod auth;
 mod collect;
 mod confine;
 mod extensions;
 mod layer;
 mod manifest;
+mod origin;
 mod pull;
 mod record;
 mod reference;
@@ -16,11 +18,13 @@ mod unpack;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
+pub use archive::{Archive, ArchiveFormat, Stamp};
 pub use auth::Credentials;
+pub use collect::InUse;
 pub use layer::LayerProblem;
 pub use pull::{Progress, PullEvent};
 pub use record::{ImageConfig, ImageRecord};
-pub use reference::{Reference, ReferenceError};
+pub use reference::{Reference, ReferenceError, RegistryName};
 pub use store::{ImageStore, PullRequest};
 
 use crate::{containerd::ContainerdError, ids::Digest};
@@ -145,6 +149,14 @@ pub enum ImageError {
         snapshotter: String,
         /// What it gave.
         kind: String,
+    },
+    /// Files that don't hold what their name says.
+    #[error("image {image} can't be read: {problem}")]
+    Archive {
+        /// As asked for.
+        image: String,
+        /// What is wrong.
+        problem: String,
     },
     /// Not to be removed.
     #[error("image {image} is in use by a task")]

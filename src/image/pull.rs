@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -12,7 +13,7 @@ use super::{
     Credentials, ImageError, LayerProblem, Reference,
     layer::Scan,
     manifest::{self, Document, Layer, Manifest},
-    registry::Registry,
+    origin::Origin,
 };
 use crate::{
     containerd::{Client, ContainerdError, Labels, LeaseId},
@@ -146,6 +147,8 @@ pub struct Source<'a> {
     pub http: &'a reqwest::Client,
     /// Who we are to the registry.
     pub credentials: Option<&'a Credentials>,
+    /// An image's file or directory, where somebody has checked what its path leads to.
+    pub opened: Option<Arc<OwnedFd>>,
     /// Who hears of it.
     pub progress: &'a Progress,
 }
@@ -155,10 +158,12 @@ pub struct Source<'a> {
 /// # Errors
 /// When any part can't be had or is not what its name says.
 pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) -> Result<Fetched, ImageError> {
-    let registry = Registry::new(source.http, reference, source.credentials);
-    let (media_type, bytes) = registry.manifest(reference.target()).await?;
+    let origin = Origin::of(source.http, reference, source.credentials, source.opened.clone()).await?;
+    let (media_type, bytes) = origin.top().await?;
     let digest = Digest::of(&bytes);
-    if let Some(expected) = reference.digest() {
+    if let Reference::Registry(name) = reference
+        && let Some(expected) = name.digest()
+    {
         check(reference, "manifest", &expected, &digest)?;
     }
     source.progress.tell(PullEvent::Resolved(digest.clone()));
@@ -167,7 +172,7 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
     let (index, manifest_bytes, manifest_type, manifest) = match manifest::parse(reference, &media_type, &bytes)? {
         Document::Manifest(manifest) => (None, bytes, media_type, manifest),
         Document::Index(chosen) => {
-            let (manifest_type, inner) = registry.manifest(chosen.as_str()).await?;
+            let (manifest_type, inner) = origin.manifest(&chosen).await?;
             check(reference, "manifest", &chosen, &Digest::of(&inner))?;
             let manifest_type = manifest::kind(reference, &manifest_type, &inner)?;
             match manifest::parse(reference, &manifest_type, &inner)? {
@@ -184,13 +189,13 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
         }
     };
 
-    let config = fetch_config(&registry, reference, &manifest.config).await?;
+    let config = fetch_config(&origin, reference, &manifest.config).await?;
     let (_, diffs) = manifest::parse_config(reference, &manifest, &config)?;
     source.client.write_blob(lease, &config, Labels::new()).await?;
 
     let mut downloads: Vec<BoxFuture<'_, Result<(), ImageError>>> = Vec::new();
     for (layer, diff) in manifest.layers.iter().zip(&diffs) {
-        downloads.push(Box::pin(Download { source, registry: &registry, reference, layer, diff }.run(lease)));
+        downloads.push(Box::pin(Download { source, origin: &origin, reference, layer, diff }.run(lease)));
     }
     futures_util::stream::iter(downloads).buffer_unordered(PARALLEL).try_collect::<Vec<()>>().await?;
 
@@ -239,11 +244,11 @@ fn check(reference: &Reference, what: &'static str, expected: &Digest, actual: &
     })
 }
 
-async fn fetch_config(registry: &Registry<'_>, reference: &Reference, digest: &Digest) -> Result<Vec<u8>, ImageError> {
-    let mut response = registry.blob(digest).await?;
+async fn fetch_config(origin: &Origin<'_>, reference: &Reference, digest: &Digest) -> Result<Vec<u8>, ImageError> {
+    let mut chunks = origin.blob(digest, None).await?;
     let mut bytes = Vec::new();
     loop {
-        match response.chunk().await {
+        match chunks.next().await {
             Ok(Some(chunk)) if bytes.len() + chunk.len() <= CONFIG_MAX => bytes.extend_from_slice(&chunk),
             Ok(Some(_)) => {
                 return Err(ImageError::Malformed {
@@ -256,11 +261,11 @@ async fn fetch_config(registry: &Registry<'_>, reference: &Reference, digest: &D
             Ok(None) => break,
             Err(source) => {
                 return Err(ImageError::Interrupted {
-                    registry: registry.name().to_owned(),
+                    registry: origin.name().to_owned(),
                     digest: digest.clone(),
                     received: bytes.len() as u64,
-                    size: response.content_length().unwrap_or_default(),
-                    source: Some(source.without_url()),
+                    size: 0,
+                    source: source.map(reqwest::Error::without_url),
                 });
             }
         }
@@ -272,7 +277,7 @@ async fn fetch_config(registry: &Registry<'_>, reference: &Reference, digest: &D
 /// One layer's way from the registry, past the reader, into the store.
 struct Download<'a> {
     source: &'a Source<'a>,
-    registry: &'a Registry<'a>,
+    origin: &'a Origin<'a>,
     reference: &'a Reference,
     layer: &'a Layer,
     diff: &'a Digest,
@@ -342,7 +347,7 @@ impl Download<'_> {
 
     fn interrupted(&self, received: u64, source: Option<reqwest::Error>) -> ImageError {
         ImageError::Interrupted {
-            registry: self.registry.name().to_owned(),
+            registry: self.origin.name().to_owned(),
             digest: self.layer.digest.clone(),
             received,
             size: self.layer.size,
@@ -360,19 +365,19 @@ impl Download<'_> {
         tell: &(impl Fn(u64) + Sync),
     ) -> Result<(), ImageError> {
         let Layer { digest, size, .. } = self.layer;
-        let mut response = self.registry.blob(digest).await?;
+        let mut chunks = self.origin.blob(digest, Some(*size)).await?;
         let scan = Scan::start();
         let mut hash = <sha2::Sha256 as sha2::Digest>::new();
         let mut received = 0_u64;
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.interrupted(received, Some(error)))? {
+        while let Some(chunk) = chunks.next().await.map_err(|error| self.interrupted(received, error))? {
             received += chunk.len() as u64;
             if received > *size {
                 // Never write past what the manifest promised.
                 return Err(self.interrupted(received, None));
             }
             sha2::Digest::update(&mut hash, &chunk);
-            scan.feed(chunk.to_vec()).await;
             writer.write(&chunk).await?;
+            scan.feed(chunk).await;
             tell(received);
         }
         if received < *size {

@@ -8,7 +8,7 @@ use std::{
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 
-use super::{ImageError, Reference};
+use super::{ImageError, Reference, Stamp};
 use crate::ids::{ChainId, Digest};
 
 /// The form of the record's file.
@@ -67,6 +67,9 @@ pub struct ImageRecord {
     pub size: u64,
     /// What its process is to be.
     pub config: ImageConfig,
+    /// The file it was read from, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<Stamp>,
     /// The image's `/etc/passwd`, empty when it has none.
     pub passwd: String,
     /// The image's `/etc/group`, empty when it has none.
@@ -103,6 +106,7 @@ impl ImageRecord {
             overlay_options: Vec::new(),
             size,
             config,
+            stamp: None,
             passwd: String::new(),
             group: String::new(),
         }

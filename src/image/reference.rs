@@ -4,6 +4,7 @@ use std::{fmt, net::IpAddr};
 
 use oci_spec::distribution::{ParseError, Reference as Parsed};
 
+use super::archive::{Archive, ArchiveFormat};
 use crate::ids::Digest;
 
 /// Why an image name was refused.
@@ -18,7 +19,22 @@ pub struct ReferenceError {
 
 /// A checked and completed image name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Reference(Parsed);
+pub enum Reference {
+    /// In a registry.
+    Registry(RegistryName),
+    /// In files.
+    Archive(Archive),
+}
+
+/// The name of an image in a registry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RegistryName(Parsed);
+
+const FORMATS: [(&str, ArchiveFormat); 3] = [
+    ("oci-archive:", ArchiveFormat::OciArchive),
+    ("docker-archive:", ArchiveFormat::DockerArchive),
+    ("oci:", ArchiveFormat::OciDir),
+];
 
 impl Reference {
     /// Compiles the pattern behind `parse`, which the first use does otherwise: 40 ms in a debug build, and the first
@@ -28,20 +44,51 @@ impl Reference {
     }
 
     /// Reads a name; short ones are completed with Docker Hub, `library/` and `latest`. An `https://` in front, which
-    /// docker's driver takes, is taken off.
+    /// docker's driver takes, is taken off. `oci:DIR`, `oci-archive:FILE` and `docker-archive:FILE`, each with `:NAME`
+    /// behind it where there are several, are images in files.
     ///
     /// # Errors
     /// When it is no reference.
     pub fn parse(image: &str) -> Result<Self, ReferenceError> {
+        if let Some(archive) = archive(image) {
+            return Ok(Self::Archive(archive));
+        }
         let bare = image.strip_prefix("https://").unwrap_or(image);
         let refused = |source| ReferenceError { image: image.to_owned(), source };
         let parsed = Parsed::try_from(bare).map_err(refused)?;
         if let Some(digest) = parsed.digest() {
             Digest::new(digest).map_err(|_| refused(ParseError::DigestUnsupported))?;
         }
-        Ok(Self(parsed))
+        Ok(Self::Registry(RegistryName(parsed)))
     }
 
+    /// The files it is in, if it is.
+    pub fn archive(&self) -> Option<&Archive> {
+        match self {
+            Self::Archive(archive) => Some(archive),
+            Self::Registry(_) => None,
+        }
+    }
+}
+
+/// `oci:5000/app` is a host called `oci`; everything else with one of these prefixes is a path.
+fn archive(image: &str) -> Option<Archive> {
+    let (prefix, format) = FORMATS.iter().find(|(prefix, _)| image.starts_with(prefix))?;
+    let rest = &image[prefix.len()..];
+    let port =
+        rest.split_once('/').is_some_and(|(port, _)| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()));
+    if rest.is_empty() || (port && *format == ArchiveFormat::OciDir) {
+        return None;
+    }
+    // As skopeo has it: a path has no colon, a name may.
+    let (path, tag) = match rest.split_once(':') {
+        Some((path, tag)) => (path, Some(tag.to_owned()).filter(|tag| !tag.is_empty())),
+        None => (rest, None),
+    };
+    Some(Archive { format: *format, path: path.into(), tag })
+}
+
+impl RegistryName {
     /// The registry's host and port as the user wrote them, `docker.io` for Docker Hub.
     pub fn registry(&self) -> &str {
         self.0.registry()
@@ -81,7 +128,15 @@ impl Reference {
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        match self {
+            Self::Registry(name) => name.0.fmt(f),
+            Self::Archive(archive) => {
+                let prefix =
+                    FORMATS.iter().find(|(_, format)| *format == archive.format).map_or("", |(prefix, _)| prefix);
+                write!(f, "{prefix}{}", archive.path.display())?;
+                archive.tag.iter().try_for_each(|tag| write!(f, ":{tag}"))
+            }
+        }
     }
 }
 
@@ -102,7 +157,7 @@ mod tests {
             assert_eq!(Reference::parse(short).map(|r| r.to_string()), Ok(whole.to_owned()));
         }
         let digest = format!("sha256:{}", "0".repeat(64));
-        let by_digest = Reference::parse(&format!("app@{digest}")).expect("a reference");
+        let Ok(Reference::Registry(by_digest)) = Reference::parse(&format!("app@{digest}")) else { panic!("a name") };
         assert_eq!(by_digest.target(), digest);
     }
 
@@ -114,8 +169,27 @@ mod tests {
             ("registry.example/a", false),
             ("localhost.example:5000/a", false),
         ] {
-            assert_eq!(Reference::parse(image).expect("a reference").is_loopback(), loopback, "{image}");
+            let Ok(Reference::Registry(name)) = Reference::parse(image) else { panic!("a name") };
+            assert_eq!(name.is_loopback(), loopback, "{image}");
         }
+    }
+
+    #[test]
+    fn files_are_told_from_registries() {
+        for (image, path, tag) in [
+            ("oci:/images/app", "/images/app", None),
+            ("oci:/images/app:1.2", "/images/app", Some("1.2")),
+            ("oci-archive:local/app.tar", "local/app.tar", None),
+            ("docker-archive:/a/b.tar:app:1", "/a/b.tar", Some("app:1")),
+            ("docker-archive:/a/b.tar:team/app:1", "/a/b.tar", Some("team/app:1")),
+            ("docker-archive:b.tar", "b.tar", None),
+        ] {
+            let reference = Reference::parse(image).expect("a reference");
+            let archive = reference.archive().unwrap_or_else(|| panic!("{image}"));
+            assert_eq!((archive.path.to_str(), archive.tag.as_deref()), (Some(path), tag), "{image}");
+            assert_eq!(reference.to_string(), image);
+        }
+        assert!(Reference::parse("oci:5000/app").expect("a host").archive().is_none());
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use std::{error::Error as _, sync::Mutex, time::Duration};
 use reqwest::{Method, Response, StatusCode, header};
 
 use super::{
-    ImageError, Reference,
+    ImageError, Reference, RegistryName,
     auth::{Challenge, Credentials, TokenAnswer, parse_challenge},
 };
 use crate::ids::Digest;
@@ -46,6 +46,7 @@ pub fn http_client() -> Result<reqwest::Client, ImageError> {
 pub struct Registry<'a> {
     http: &'a reqwest::Client,
     reference: &'a Reference,
+    place: &'a RegistryName,
     credentials: Option<&'a Credentials>,
     learnt: Mutex<Learnt>,
 }
@@ -58,9 +59,14 @@ struct Learnt {
 
 impl<'a> Registry<'a> {
     /// Credentials that are for another registry are left out here, once for all.
-    pub fn new(http: &'a reqwest::Client, reference: &'a Reference, credentials: Option<&'a Credentials>) -> Self {
-        let credentials = credentials.filter(|credentials| credentials.are_for(reference.registry()));
-        Self { http, reference, credentials, learnt: Mutex::default() }
+    pub fn new(
+        http: &'a reqwest::Client,
+        reference: &'a Reference,
+        place: &'a RegistryName,
+        credentials: Option<&'a Credentials>,
+    ) -> Self {
+        let credentials = credentials.filter(|credentials| credentials.are_for(place.registry()));
+        Self { http, reference, place, credentials, learnt: Mutex::default() }
     }
 
     /// A manifest or index by tag or digest: its media type and bytes. The digest is for the caller to check.
@@ -100,7 +106,7 @@ impl<'a> Registry<'a> {
 
     /// The registry's name, for messages.
     pub fn name(&self) -> &str {
-        self.reference.registry()
+        self.place.registry()
     }
 
     async fn get(&self, path: &str, accept: Option<&str>) -> Result<Response, ImageError> {
@@ -109,7 +115,7 @@ impl<'a> Registry<'a> {
         loop {
             let learnt = self.learnt();
             let scheme = if learnt.plain_http { "http" } else { "https" };
-            let (host, repository) = (self.reference.api_host(), self.reference.repository());
+            let (host, repository) = (self.place.api_host(), self.place.repository());
             let mut request = self.http.request(Method::GET, format!("{scheme}://{host}/v2/{repository}/{path}"));
             if let Some(accept) = accept {
                 request = request.header(header::ACCEPT, accept);
@@ -120,7 +126,7 @@ impl<'a> Registry<'a> {
             let response = match request.send().await {
                 Ok(response) => response,
                 // A registry on this host may do without TLS, and shows it by answering something else to our hello.
-                Err(error) if !learnt.plain_http && self.reference.is_loopback() && speaks_no_tls(&error) => {
+                Err(error) if !learnt.plain_http && self.place.is_loopback() && speaks_no_tls(&error) => {
                     self.learn(|learnt| learnt.plain_http = true);
                     continue;
                 }
@@ -144,7 +150,7 @@ impl<'a> Registry<'a> {
     }
 
     fn is_from_us(&self, response: &Response, scheme: &str) -> bool {
-        let asked = reqwest::Url::parse(&format!("{scheme}://{}/", self.reference.api_host()));
+        let asked = reqwest::Url::parse(&format!("{scheme}://{}/", self.place.api_host()));
         asked.is_ok_and(|asked| asked.origin() == response.url().origin())
     }
 
@@ -166,7 +172,7 @@ impl<'a> Registry<'a> {
                 // Without a scope the token would be good for nothing; some registries leave it out of the challenge.
                 let mut query = parameters;
                 if !query.iter().any(|(key, _)| key == "scope") {
-                    query.push(("scope".to_owned(), format!("repository:{}:pull", self.reference.repository())));
+                    query.push(("scope".to_owned(), format!("repository:{}:pull", self.place.repository())));
                 }
                 let address = reqwest::Url::parse_with_params(&realm, &query).map_err(|error| ImageError::Answer {
                     registry: self.name().to_owned(),
@@ -174,7 +180,7 @@ impl<'a> Registry<'a> {
                     status: 401,
                     detail: format!("a token realm that is no URL ({realm:?}): {error}"),
                 })?;
-                if address.scheme() != "https" && !self.reference.is_loopback() {
+                if address.scheme() != "https" && !self.place.is_loopback() {
                     return Err(ImageError::Answer {
                         registry: self.name().to_owned(),
                         request: "authentication".to_owned(),

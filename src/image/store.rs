@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    os::fd::OwnedFd,
     pin::Pin,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
@@ -13,7 +14,7 @@ use futures_util::{
 };
 
 use super::{
-    Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedError,
+    Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedError, Stamp,
     manifest::{self, Document, Manifest},
     pull::{self, CONFIG_MAX, Fetched, PullLease, Source},
     record::Parts,
@@ -42,6 +43,8 @@ pub struct PullRequest {
     pub reference: Reference,
     /// Who we are to its registry.
     pub credentials: Option<Credentials>,
+    /// An archive that somebody has checked and opened already.
+    pub opened: Option<Arc<OwnedFd>>,
     /// How long the caller waits.
     pub timeout: Duration,
     /// Who hears of it (of the pull that is joined, the first caller).
@@ -58,6 +61,8 @@ pub(super) struct Inner {
     http: OnceLock<reqwest::Client>,
     pub(super) records: Mutex<HashMap<String, Arc<ImageRecord>>>,
     flights: Mutex<HashMap<FlightKey, WeakShared<Flight>>>,
+    /// Records whose name has moved on to another image, as long as somebody uses them.
+    pub(super) retired: Mutex<Vec<Arc<ImageRecord>>>,
     /// Leases of the pulls that go on.
     pub(super) pulls: Mutex<HashSet<String>>,
     /// Held while a lease and its record are made or removed: several names may share a lease.
@@ -86,6 +91,7 @@ impl ImageStore {
             http: OnceLock::new(),
             records: Mutex::new(records),
             flights: Mutex::default(),
+            retired: Mutex::default(),
             pulls: Mutex::default(),
             leases: tokio::sync::Mutex::default(),
         })))
@@ -95,9 +101,16 @@ impl ImageStore {
         &self.0
     }
 
-    /// The record of an image that is here.
-    pub fn cached(&self, reference: &Reference) -> Option<Arc<ImageRecord>> {
-        self.by_name(&reference.to_string())
+    /// The record of an image that is here; of an archive only as long as it is the same file.
+    pub fn cached(&self, reference: &Reference, opened: Option<&OwnedFd>) -> Option<Arc<ImageRecord>> {
+        let record = self.by_name(&reference.to_string())?;
+        match reference.archive() {
+            None => Some(record),
+            Some(archive) => {
+                let stamp = archive.stamp(opened).ok();
+                (stamp.is_some() && record.stamp == stamp).then_some(record)
+            }
+        }
     }
 
     /// The record of an image by its completed name.
@@ -134,7 +147,7 @@ impl ImageStore {
     /// # Errors
     /// When the image can't be had in the caller's time.
     pub async fn pull(&self, request: PullRequest) -> PullResult {
-        let PullRequest { reference, credentials, timeout, progress } = request;
+        let PullRequest { reference, credentials, opened, timeout, progress } = request;
         let flight = {
             let mut flights = lock(&self.0.flights);
             flights.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
@@ -143,7 +156,7 @@ impl ImageStore {
                 Some(flight) => flight,
                 None => {
                     let (store, reference) = (self.clone(), reference.clone());
-                    let work = async move { store.run(&reference, credentials.as_ref(), &progress).await };
+                    let work = async move { store.run(&reference, credentials.as_ref(), opened, &progress).await };
                     let flight: Shared<Flight> = (Box::pin(work) as Flight).shared();
                     if let Some(weak) = flight.downgrade() {
                         flights.insert(key, weak);
@@ -157,24 +170,36 @@ impl ImageStore {
             .unwrap_or_else(|_| Err(Arc::new(ImageError::Timeout { image: reference.to_string(), after: timeout })))
     }
 
-    async fn run(&self, reference: &Reference, credentials: Option<&Credentials>, progress: &Progress) -> PullResult {
+    async fn run(
+        &self,
+        reference: &Reference,
+        credentials: Option<&Credentials>,
+        opened: Option<Arc<OwnedFd>>,
+        progress: &Progress,
+    ) -> PullResult {
         let name = reference.to_string();
         let client = &self.0.client;
         let work = async {
             let flying = self.fly();
             let lease = PullLease::begin(client, LeaseId(flying.0.clone())).await?;
-            let local = self.local(reference, progress, lease.id()).await?;
+            // Taken first: a file that changes while it is read is read anew by the next caller.
+            let stamp = reference.archive().and_then(|archive| archive.stamp(opened.as_deref()).ok());
+            let local = match reference {
+                Reference::Registry(_) => self.local(reference, progress, lease.id()).await?,
+                // What containerd has under its name may be an older one.
+                Reference::Archive(_) => None,
+            };
             let (fetched, chain) = match local {
                 Some(found) => found,
                 None => {
-                    let source = Source { client, http: self.http()?, credentials, progress };
+                    let source = Source { client, http: self.http()?, credentials, opened, progress };
                     let fetched = pull::fetch(&source, reference, lease.id()).await?;
                     let chain = self.unpack(reference, &fetched, progress, lease.id()).await?;
                     client.set_image(&name, fetched.target.clone(), &self.0.places.identity()).await?;
                     (fetched, chain)
                 }
             };
-            let record = self.keep(reference, &fetched, chain).await?;
+            let record = self.keep(reference, &fetched, chain, stamp).await?;
             lease.end().await?;
             Ok::<_, ImageError>(record)
         };
@@ -263,6 +288,7 @@ impl ImageStore {
         reference: &Reference,
         fetched: &Fetched,
         chain: Option<ChainId>,
+        stamp: Option<Stamp>,
     ) -> Result<Arc<ImageRecord>, ImageError> {
         let Inner { places, client, .. } = &*self.0;
         let (configuration, _) = manifest::parse_config(reference, &fetched.manifest, &fetched.config)?;
@@ -299,10 +325,14 @@ impl ImageStore {
         (record.passwd, record.group) = read
             .await
             .map_err(|join| ImageError::Record { path: places.images(), source: std::io::Error::other(join) })??;
-        (record.lowers, record.overlay_options) = (stack.lowers, stack.options);
+        (record.lowers, record.overlay_options, record.stamp) = (stack.lowers, stack.options, stamp);
         record.save(&places.images())?;
         let record = Arc::new(record);
-        lock(&self.0.records).insert(record.reference.clone(), record.clone());
+        if let Some(old) = lock(&self.0.records).insert(record.reference.clone(), record.clone())
+            && old.lease != record.lease
+        {
+            lock(&self.0.retired).push(old);
+        }
         Ok(record)
     }
 

@@ -11,7 +11,7 @@ use super::{convert, exec, fingerprint, options::TASK, schema, service::DriverSe
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, driver_server::Driver},
-    task::{Engine, Force, Inspection, TaskError, TaskHandle, give_up_logs},
+    task::{Audience, Engine, Force, Inspection, TaskError, TaskHandle, give_up_logs},
 };
 
 /// The pool is filled this long after `Init`: an `Init` may come to a process that lives 12 ms.
@@ -235,6 +235,7 @@ impl Driver for DriverService {
                     () = send.closed() => return,
                 };
                 match event {
+                    Ok(event) if event.audience == Audience::Host => {}
                     Ok(event) => {
                         if send.send(Ok(convert::event(event))).await.is_err() {
                             return;

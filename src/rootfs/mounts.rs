@@ -107,7 +107,12 @@ pub fn resolve(
         .collect()
 }
 
-fn open_source(
+/// Opens a file or directory of the host that a job names, by the rules of mounts' sources, as a descriptor that only
+/// names it.
+///
+/// # Errors
+/// When it is missing, leaves its directory, or may not be used.
+pub fn open_source(
     source: &str,
     dirs: AllocDirs<'_>,
     flavor: Flavor,

@@ -63,6 +63,17 @@ pub(super) enum Slot {
     Task(Arc<Task>),
 }
 
+impl Slot {
+    /// Its record; a start at work has none yet.
+    pub(super) fn record(&self) -> Option<Record> {
+        match self {
+            Self::Task(task) => Some(task.record()),
+            Self::Recovering { record, .. } => Some((**record).clone()),
+            Self::Starting { .. } => None,
+        }
+    }
+}
+
 /// What `InspectTask` tells.
 #[derive(Debug, Clone)]
 pub struct Inspection {
@@ -214,6 +225,7 @@ impl Engine {
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
             start_us = micros(phases.start), "started"
         );
+        self.0.shared.events.tell_host(&record, format!("Started, process {}", run.process.pid));
         let (shim, image) = (Found::Alive(shim), Some(image));
         let task = Task::new(Parts { record, shim, run, phases, exit: None, lost: None, claimed: true, image });
         let handle = task.handle();
@@ -266,13 +278,8 @@ impl Engine {
         if request.alloc_id.is_empty() {
             return Ok(held);
         }
-        let record_of = |slot: &Slot| match slot {
-            Slot::Task(task) => Some(task.record()),
-            Slot::Recovering { record, .. } => Some((**record).clone()),
-            Slot::Starting { .. } => None,
-        };
         let olds: Vec<TaskId> =
-            self.tasks().values().filter_map(record_of).filter(same).map(|record| record.intent.task_id).collect();
+            self.tasks().values().filter_map(Slot::record).filter(same).map(|record| record.intent.task_id).collect();
         for old in olds {
             tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
             held = Some(hold());

@@ -4,6 +4,7 @@ use std::{collections::HashMap, time::SystemTime};
 
 use tokio::sync::broadcast;
 
+use super::Record;
 use crate::ids::TaskId;
 
 /// One event. Only the newest ten of a task are kept by Nomad, so they are sparse.
@@ -21,6 +22,17 @@ pub struct TaskEvent {
     pub message: String,
     /// Details.
     pub annotations: HashMap<String, String>,
+    /// Who is told.
+    pub audience: Audience,
+}
+
+/// Who hears of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// Nomad's users, too.
+    Everybody,
+    /// Only who listens on this host: Nomad tells it by itself.
+    Host,
 }
 
 /// Hands events to whoever listens. Nobody is waited for: a slow listener misses the oldest.
@@ -37,6 +49,19 @@ impl EventHub {
     /// Tells all who listen; without listeners it is lost, as Nomad's contract has it.
     pub fn tell(&self, event: TaskEvent) {
         let _ = self.0.send(event);
+    }
+
+    /// Tells who listens on this host what became of a task.
+    pub fn tell_host(&self, record: &Record, message: String) {
+        self.tell(TaskEvent {
+            task_id: record.task_id.clone(),
+            alloc_id: record.alloc_id.clone(),
+            task_name: record.name.clone(),
+            at: SystemTime::now(),
+            message,
+            annotations: HashMap::new(),
+            audience: Audience::Host,
+        });
     }
 
     /// Listens from now on.

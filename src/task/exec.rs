@@ -9,12 +9,12 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::Record;
+use super::{Record, TaskError};
 use crate::{
     ids::{ContainerId, random_hex},
     places::Places,
     process::{PidFd, ProcessId, descendants},
-    shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, ShimError, WindowSize},
+    shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, Kill, ShimError, WindowSize},
 };
 
 /// SIGKILL works at once, or the process hangs in the kernel.
@@ -131,6 +131,31 @@ pub async fn start(
     }
     let io = pipes.handed_over().map_err(ExecError::Pipes)?;
     Ok(Session { exec, io })
+}
+
+/// As `start`, for somebody who has no engine.
+///
+/// # Errors
+/// When the task's shim can't be reached, or the process can't be started.
+pub async fn start_alone(places: &Places, record: &Record, request: &ExecRequest) -> Result<Session, ExecError> {
+    let command = request.command.first().cloned().unwrap_or_default();
+    let client = reach(places, record).await.map_err(|source| ExecError::Shim { command, source })?;
+    start(&client, places, record, request).await
+}
+
+/// Sends a signal to a task's first process, or kills all of it; for somebody who has no engine.
+///
+/// # Errors
+/// When the task's shim can't be reached or refuses.
+pub async fn kill_alone(places: &Places, record: &Record, signal: Option<i32>) -> Result<(), TaskError> {
+    let failed = |source| TaskError::Shim { doing: "send the signal", source };
+    let client = reach(places, record).await.map_err(failed)?;
+    let whom = if signal.is_some() { Kill::Init } else { Kill::All };
+    client.kill(record.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), whom).await.map_err(failed)
+}
+
+async fn reach(places: &Places, record: &Record) -> Result<Client, ShimError> {
+    Client::connect(&places.shim(&record.shim).join("sock"), None).await
 }
 
 /// The task's own process with another command.

@@ -157,6 +157,8 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
     };
     let exit = ExitRecord { code, oom_killed, error, started_at: task.run.started_at, at };
     tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "exited");
+    let oom = if oom_killed { ", out of memory" } else { "" };
+    shared.events.tell_host(&record, format!("Exited with code {code}{oom}"));
     task.set_state(&shared, RecordState::Exited(exit.clone()));
     fault::point("exit.recorded");
     task.exit.send_replace(Some(exit));

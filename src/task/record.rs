@@ -64,6 +64,8 @@ pub struct Intent {
     pub container_id: ContainerId,
     /// Its image.
     pub image: String,
+    /// What keeps the image's layers in containerd.
+    pub lease: String,
     /// The runtime's name.
     pub runtime: String,
     /// The shim's directory name.
@@ -314,6 +316,7 @@ mod tests {
             stdout: "/allocs/a/alloc/logs/.web.stdout.fifo".into(),
             stderr: "/allocs/a/alloc/logs/.web.stderr.fifo".into(),
             image: "app".to_owned(),
+            lease: "l".to_owned(),
             runtime: "runc".to_owned(),
             shim: "s".to_owned(),
             cgroup: "/nomad/a.web".to_owned(),

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -13,7 +13,7 @@ use oci_spec::runtime::{Mount, MountBuilder};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Record, RecordState, StartRequest, TaskError, TaskEvent,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent,
     record::{Intent, RunRecord, millis},
     runtime::Runtime,
     shared::Shared,
@@ -23,13 +23,13 @@ use super::{
 use crate::{
     fault,
     ids::{ContainerId, Flavor},
-    image::{ImageRecord, Progress, PullRequest},
+    image::{Archive, ImageRecord, Progress, PullRequest, Reference},
     process::ProcessId,
     rootfs::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput,
         bundle::{BundlePaths, Layers},
         devices,
-        mounts::{AllocDirs, ResolvedMount},
+        mounts::{self, AllocDirs, ResolvedMount},
         network,
     },
     shim::{CreateTask, Found, Shim, ShimError, stdio},
@@ -108,7 +108,8 @@ async fn image(
     stop: &CancellationToken,
 ) -> Result<Arc<ImageRecord>, TaskError> {
     let options = &request.options;
-    if let Some(image) = shared.images.cached(&options.image) {
+    let (reference, opened) = place(shared, request)?;
+    if let Some(image) = shared.images.cached(&reference, opened.as_deref()) {
         return Ok(image);
     }
     shared.events.tell(TaskEvent {
@@ -118,9 +119,11 @@ async fn image(
         at: SystemTime::now(),
         message: "Downloading image".to_owned(),
         annotations: HashMap::from([("image".to_owned(), options.image.to_string())]),
+        audience: Audience::Everybody,
     });
     let pull = PullRequest {
-        reference: options.image.clone(),
+        reference,
+        opened,
         credentials: options.auth.clone().or_else(|| shared.settings.auth.clone()),
         timeout: options.image_pull_timeout,
         progress: Progress::default(),
@@ -130,6 +133,23 @@ async fn image(
         // A pull that nobody else waits for ends with this.
         () = stop.cancelled() => Err(TaskError::Stopped(request.task_id.clone())),
     }
+}
+
+/// The image's name, and for one in files what that leads to: a job may use its own files and what the operator allows,
+/// as with mounts.
+fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<Arc<OwnedFd>>), TaskError> {
+    let Reference::Archive(archive) = &request.options.image else { return Ok((request.options.image.clone(), None)) };
+    let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
+    let settings = &shared.settings;
+    let path = archive.path.to_string_lossy();
+    let opened = mounts::open_source(&path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
+    // The same relative path is another file in another allocation.
+    let path = if archive.path.is_absolute() {
+        archive.path.clone()
+    } else {
+        request.alloc_dir.join(&request.name).join(&archive.path)
+    };
+    Ok((Reference::Archive(Archive { path, ..archive.clone() }), Some(Arc::new(opened))))
 }
 
 /// From here on there is something to undo.
@@ -257,6 +277,7 @@ impl Plan<'_> {
             stderr: self.request.stderr.clone(),
             container_id: self.container_id.clone(),
             image: self.image.reference.clone(),
+            lease: self.image.lease.clone(),
             runtime: self.runtime.name.clone(),
             shim: shim.id().to_owned(),
             cgroup: self.cgroup.as_str().to_owned(),

@@ -7,11 +7,11 @@ use std::{
     sync::Arc,
 };
 
-use super::{Engine, Force, Record, TaskError, read_records, record::Intent, undo::undo};
+use super::{Engine, Force, Record, TaskError, engine::Slot, read_records, record::Intent, undo::undo};
 use crate::{
     control::Garbage,
     ids::{ContainerId, TaskId},
-    image::Reference,
+    image::{InUse, Reference},
     shim::{self, Client, Found},
 };
 
@@ -22,11 +22,11 @@ impl Engine {
     /// Sweeps after each grace period, for as long as the engine lives.
     pub(super) fn watch_over(&self) {
         let (grace, engine) = (self.settings().grace, self.downgrade());
-        let (keep, images) = (self.settings().keep_images, self.shared().images.clone());
+        let (keep, images, in_use) = (self.settings().keep_images, self.shared().images.clone(), self.images_in_use());
         tokio::spawn(async move {
             // Pulls of an earlier instance can't be going on.
             if keep.is_some() {
-                images.collect_leases(false).await;
+                images.collect_leases(&in_use, false).await;
             }
             loop {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
@@ -162,6 +162,7 @@ impl Engine {
             stderr: "/dev/null".into(),
             container_id: id.clone(),
             image: String::new(),
+            lease: String::new(),
             runtime: String::new(),
             shim: NO_SHIM.to_owned(),
             cgroup,
@@ -189,9 +190,13 @@ impl Engine {
     }
 
     /// Images that a record names. Those of starts at work are held by the starts themselves.
-    fn images_in_use(&self) -> HashSet<String> {
-        let live = self.live().into_iter().map(|(_, task)| task.record().intent.image);
-        live.chain(self.leftovers().values().map(|leftover| leftover.record.image.clone())).collect()
+    fn images_in_use(&self) -> InUse {
+        let mut records: Vec<Record> = self.leftovers().values().map(|leftover| leftover.record.clone()).collect();
+        records.extend(self.tasks().values().filter_map(Slot::record));
+        InUse {
+            names: records.iter().map(|record| record.image.clone()).collect(),
+            leases: records.iter().map(|record| record.lease.clone()).collect(),
+        }
     }
 }
 

@@ -13,7 +13,9 @@
 
 mod support;
 
+mod archives;
 mod cli;
+mod commands;
 mod crash;
 mod exec;
 mod failures;

@@ -1,0 +1,64 @@
+//! `events`: what happens to the tasks of live plugins, as it happens.
+
+use clap::Args;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use serde_json::json;
+
+use super::{CliError, Common, print, say, tasks};
+use crate::control::{Answer, Connection, Request};
+
+/// Tell what happens to tasks, as it happens
+#[derive(Args, Debug)]
+pub struct Events {
+    /// As JSON, one object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// RFC 3339 in UTC.
+fn time(millis: u64) -> String {
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(millis);
+    prost_types::Timestamp::from(at).to_string()
+}
+
+impl Events {
+    /// Prints events until interrupted.
+    ///
+    /// # Errors
+    /// When no plugin lives here, or output fails.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let mut open = Vec::new();
+        for (driver, places) in tasks::drivers(common) {
+            match Connection::open(&places.control(), &Request::Events).await {
+                Ok(connection) => open.push((driver, connection)),
+                Err(error) if error.is_nobody() => {}
+                Err(error) => say(&format!("nomad-driver-shim: {driver}: {}", crate::chain(&error))),
+            }
+        }
+        if open.is_empty() {
+            return Err(CliError::Usage("no plugin lives on this host".to_owned()));
+        }
+        let next = |(driver, mut connection): (String, Connection)| async move {
+            let answer = connection.next().await;
+            (driver, connection, answer)
+        };
+        let mut waiting: FuturesUnordered<_> = open.into_iter().map(next).collect();
+        while let Some((driver, connection, answer)) = waiting.next().await {
+            let Ok(Some(Answer::Event(event))) = answer else {
+                say(&format!("nomad-driver-shim: {driver}: its plugin has left"));
+                continue;
+            };
+            if self.json {
+                let mut line = json!(event);
+                line["driver"] = json!(driver);
+                print(&format!("{line}\n"))?;
+            } else {
+                let at = time(event.at);
+                let alloc: String = event.alloc_id.chars().take(8).collect();
+                print(&format!("{at}  {driver}  {alloc}  {}  {}\n", event.task_name, event.message))?;
+            }
+            waiting.push(next((driver, connection)));
+        }
+        Ok(0)
+    }
+}

@@ -1,0 +1,133 @@
+//! `exec`: a further process in a task, spoken to through the task's shim. Agent and plugin are not asked.
+
+use std::{io::IsTerminal as _, os::fd::AsFd as _};
+
+use clap::Args;
+use nix::sys::termios::{self, SetArg, Termios};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::unix::pipe,
+    signal::unix::{SignalKind, signal},
+};
+
+use super::{CliError, Common, say, tasks};
+use crate::task::{ExecRequest, Session, WindowSize, exec_alone};
+
+/// Run a command in a task
+#[derive(Args, Debug)]
+pub struct Exec {
+    /// Give it a terminal
+    #[arg(long, short)]
+    tty: bool,
+    /// Hand on our input
+    #[arg(long, short)]
+    interactive: bool,
+    /// The task: its id or name, its container's id, or the beginning of its allocation's
+    task: String,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    command: Vec<String>,
+}
+
+/// Puts the terminal back as it was.
+struct Raw(Termios);
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        let _ = termios::tcsetattr(std::io::stdin().as_fd(), SetArg::TCSANOW, &self.0);
+    }
+}
+
+fn raw() -> Option<Raw> {
+    let stdin = std::io::stdin();
+    let before = termios::tcgetattr(stdin.as_fd()).ok()?;
+    let mut raw = before.clone();
+    termios::cfmakeraw(&mut raw);
+    termios::tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &raw).ok()?;
+    Some(Raw(before))
+}
+
+fn window() -> Option<WindowSize> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the kernel fills the structure that we own.
+    let done = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
+    (done == 0).then(|| WindowSize { width: size.ws_col.into(), height: size.ws_row.into() })
+}
+
+impl Exec {
+    /// Runs it: its own exit code.
+    ///
+    /// # Errors
+    /// When it can't be run.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let found = tasks::one(common, &self.task)?;
+        let request = ExecRequest { command: self.command, terminal: self.tty, stdin: self.interactive };
+        let session = exec_alone(&found.places, &found.record, &request).await?;
+        let _raw = if self.tty && self.interactive && std::io::stdin().is_terminal() { raw() } else { None };
+        let Session { exec, io } = session;
+        if self.tty
+            && let Some(size) = window()
+            && let Err(error) = exec.resize(size).await
+        {
+            say(&format!("nomad-driver-shim: resize: {error}"));
+        }
+        let mut changes = signal(SignalKind::window_change())?;
+        let exit = {
+            let output = async {
+                let out = copy(Some(io.stdout), std::io::stdout());
+                let err = copy(io.stderr, std::io::stderr());
+                tokio::join!(out, err)
+            };
+            let input = feed(io.stdin);
+            tokio::pin!(output, input);
+            let (mut typed, mut drained) = (false, false);
+            let waiting = exec.wait();
+            tokio::pin!(waiting);
+            let exit = loop {
+                tokio::select! {
+                    exit = &mut waiting => break exit,
+                    _ = &mut output, if !drained => drained = true,
+                    () = &mut input, if !typed => {
+                        typed = true;
+                        if let Err(error) = exec.close_input().await {
+                            tracing::debug!(%error, "close stdin");
+                        }
+                    }
+                    _ = changes.recv(), if self.tty => {
+                        if let Some(size) = window() {
+                            let _ = exec.resize(size).await;
+                        }
+                    }
+                }
+            };
+            // What it wrote last; children of it that keep the stream open are not waited for.
+            if !drained {
+                let _ = tokio::time::timeout(std::time::Duration::from_secs(2), output).await;
+            }
+            exit
+        };
+        let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
+        exec.finish().await;
+        Ok(u8::try_from(exit.code).unwrap_or(super::OURS))
+    }
+}
+
+async fn copy(from: Option<pipe::Receiver>, mut to: impl std::io::Write) {
+    let Some(mut from) = from else { return };
+    let mut buffer = vec![0; 32 << 10];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        if to.write_all(&buffer[..count]).and_then(|()| to.flush()).is_err() {
+            return;
+        }
+    }
+}
+
+async fn feed(to: Option<pipe::Sender>) {
+    let Some(mut to) = to else { return std::future::pending().await };
+    let (mut stdin, mut buffer) = (tokio::io::stdin(), vec![0; 4 << 10]);
+    while let Ok(count @ 1..) = stdin.read(&mut buffer).await {
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}

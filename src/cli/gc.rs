@@ -1,0 +1,153 @@
+//! `gc` and `rmi`: what nobody needs goes. Live plugins look after their own; the command line's own images are looked
+//! after here.
+
+use std::{fs::File, time::Duration};
+
+use clap::Args;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::{CliError, Common, Store, print, table, tasks};
+use crate::{
+    control::{Answer, Garbage, PATIENCE, Request, ask},
+    image::{InUse, Reference},
+    places::make_dir,
+};
+
+/// Remove what nobody needs: remains of tasks, idle images
+#[derive(Args, Debug)]
+pub struct Gc {
+    /// Only tell what would go
+    #[arg(long)]
+    dry_run: bool,
+    /// Keep images of `run` and `pull` that were used within this time
+    #[arg(long, default_value = "24h", value_name = "DURATION")]
+    keep: String,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Remove images
+#[derive(Args, Debug)]
+pub struct Rmi {
+    /// Their names
+    #[arg(required = true)]
+    images: Vec<String>,
+}
+
+/// Commands that use the command line's image store hold this together; those that take from it hold it alone.
+pub struct StoreLock(#[allow(dead_code, reason = "held until it is dropped")] Flock<File>);
+
+impl StoreLock {
+    /// Together with others.
+    ///
+    /// # Errors
+    /// When somebody takes from it just now, or the file can't be made.
+    pub fn shared(common: &Common) -> Result<Self, CliError> {
+        Self::take(common, FlockArg::LockSharedNonblock)
+    }
+
+    fn alone(common: &Common) -> Result<Self, CliError> {
+        Self::take(common, FlockArg::LockExclusiveNonblock)
+    }
+
+    fn take(common: &Common, how: FlockArg) -> Result<Self, CliError> {
+        let directory = common.places("cli").state().to_owned();
+        make_dir(&directory)?;
+        let path = directory.join("lock");
+        let file = File::options().create(true).append(true).open(&path)?;
+        Flock::lock(file, how).map(Self).map_err(|(_, errno)| match errno {
+            nix::Error::EWOULDBLOCK => CliError::Usage(format!(
+                "another command uses the images of this command line ({}); try again when it has ended",
+                path.display()
+            )),
+            other => CliError::Output(other.into()),
+        })
+    }
+}
+
+impl Gc {
+    /// Removes it, and says what it was.
+    ///
+    /// # Errors
+    /// When a plugin refuses, or output fails.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let keep = crate::duration::parse(&self.keep).map_err(|error| CliError::Usage(format!("--keep: {error}")))?;
+        let mut found: Vec<(String, Garbage)> = Vec::new();
+        for (driver, places) in tasks::drivers(common) {
+            match ask(&places.control(), &Request::Gc { dry_run: self.dry_run }, PATIENCE).await {
+                Ok(Answer::Removed(garbage)) => found.extend(garbage.into_iter().map(|one| (driver.clone(), one))),
+                Ok(_) => {}
+                Err(error) if error.is_nobody() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        found.extend(self.own(common, keep).await?.into_iter().map(|one| ("cli".to_owned(), one)));
+        if self.json {
+            print(&format!("{}\n", serde_json::json!(found)))?;
+        } else {
+            let rows: Vec<Vec<String>> = found
+                .iter()
+                .map(|(driver, one)| {
+                    let what = match (&one.problem, self.dry_run) {
+                        (Some(problem), _) => problem.as_str(),
+                        (None, true) => "would go",
+                        (None, false) => "removed",
+                    };
+                    vec![driver.clone(), one.kind.clone(), one.name.clone(), what.to_owned()]
+                })
+                .collect();
+            print(&table::render(&["DRIVER", "KIND", "NAME", "OUTCOME"], &rows))?;
+        }
+        Ok(u8::from(found.iter().any(|(_, one)| one.problem.is_some())))
+    }
+
+    /// The images of `run` and `pull`.
+    async fn own(&self, common: &Common, keep: Duration) -> Result<Vec<Garbage>, CliError> {
+        if !common.places("cli").images().is_dir() {
+            return Ok(Vec::new());
+        }
+        let _lock = StoreLock::alone(common)?;
+        let store = Store::open(common).await?;
+        let outcome = async { Ok(store.images(common)?.collect(keep, &InUse::default(), self.dry_run).await) };
+        let outcome = outcome.await;
+        store.close().await;
+        outcome
+    }
+}
+
+impl Rmi {
+    /// Removes them: from live plugins that have them, and from the command line's own.
+    ///
+    /// # Errors
+    /// When one is in use, or nobody has it.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        for image in &self.images {
+            let reference = Reference::parse(image)?;
+            let (mut removed, mut last) = (false, None);
+            for (_, places) in tasks::drivers(common) {
+                match ask(&places.control(), &Request::RemoveImage { image: image.clone() }, PATIENCE).await {
+                    Ok(_) => removed = true,
+                    Err(error) if error.is_nobody() => {}
+                    Err(error) => last = Some(error),
+                }
+            }
+            if let Some(error) = last {
+                return Err(error.into());
+            }
+            let _lock = StoreLock::alone(common)?;
+            let store = Store::open(common).await?;
+            let outcome = match store.images(common) {
+                Ok(images) => images.remove(&reference.to_string(), &InUse::default()).await.map_err(CliError::Records),
+                Err(error) => Err(error),
+            };
+            store.close().await;
+            match outcome {
+                Err(CliError::Records(crate::image::ImageError::NotHere { .. })) if removed => {}
+                other => other?,
+            }
+            print(&format!("{reference}\n"))?;
+        }
+        Ok(0)
+    }
+}

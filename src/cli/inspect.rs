@@ -1,0 +1,46 @@
+//! `inspect`: all that is known of a task, as JSON.
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{CliError, Common, print, ps, tasks};
+
+/// Say all that is known of a task
+#[derive(Args, Debug)]
+pub struct Inspect {
+    /// The task: its id or name, its container's id, or the beginning of its allocation's
+    task: String,
+    /// Show the values of environment variables too; they may be secrets
+    #[arg(long)]
+    env: bool,
+}
+
+impl Inspect {
+    /// Prints it.
+    ///
+    /// # Errors
+    /// When the task is not there, or output fails.
+    pub fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let tasks::Found { driver, places, record } = tasks::one(common, &self.task)?;
+        let bundle = places.bundle(&record.container_id);
+        let spec = std::fs::read(bundle.join("config.json")).unwrap_or_default();
+        let mut spec: Value = serde_json::from_slice(&spec).unwrap_or_default();
+        if let (false, Some(env)) = (self.env, spec.pointer_mut("/process/env").and_then(Value::as_array_mut)) {
+            for entry in env {
+                let name = entry.as_str().and_then(|entry| entry.split('=').next()).unwrap_or_default();
+                *entry = json!(format!("{name}=..."));
+            }
+        }
+        let text = json!({
+            "driver": driver,
+            "state": ps::state(&record),
+            "record": record,
+            "shim": places.shim(&record.shim),
+            "bundle": bundle,
+            "rootfs": places.rootfs(&record.container_id),
+            "spec": spec,
+        });
+        print(&format!("{}\n", serde_json::to_string_pretty(&text).unwrap_or_default()))?;
+        Ok(0)
+    }
+}

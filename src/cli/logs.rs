@@ -1,0 +1,120 @@
+//! `logs`: what Nomad's collector has written of a task's output.
+
+use std::{
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom, Write as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::Args;
+
+use super::{CliError, Common, tasks};
+
+/// Between two looks while following.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Print a task's output, as Nomad keeps it
+#[derive(Args, Debug)]
+pub struct Logs {
+    /// The task: its id or name, its container's id, or the beginning of its allocation's
+    task: String,
+    /// Standard error instead of standard output
+    #[arg(long)]
+    stderr: bool,
+    /// Go on as more is written
+    #[arg(long, short)]
+    follow: bool,
+    /// Only the last so many lines
+    #[arg(long, value_name = "LINES")]
+    tail: Option<usize>,
+}
+
+impl Logs {
+    /// Prints them.
+    ///
+    /// # Errors
+    /// When there are none (a task of `run` has no collector), or they can't be read.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let found = tasks::one(common, &self.task)?;
+        let directory = found.record.alloc_dir.join("alloc/logs");
+        let stream = if self.stderr { "stderr" } else { "stdout" };
+        let prefix = format!("{}.{stream}.", found.record.name);
+        let parts = parts(&directory, &prefix);
+        let Some(&newest) = parts.last() else {
+            let problem =
+                format!("no logs of it in {}; a task of `run` prints to its own terminal", directory.display());
+            return Err(CliError::Usage(problem));
+        };
+        let path = |n: u64| directory.join(format!("{prefix}{n}"));
+        let mut text = Vec::new();
+        let mut length = 0;
+        for n in parts {
+            let before = text.len();
+            File::open(path(n))?.read_to_end(&mut text)?;
+            length = (text.len() - before) as u64;
+        }
+        let mut stdout = std::io::stdout();
+        stdout.write_all(last_lines(&text, self.tail))?;
+        stdout.flush()?;
+        if self.follow {
+            follow(path, newest, length).await?;
+        }
+        Ok(0)
+    }
+}
+
+/// Numbers of the files, in order.
+fn parts(directory: &Path, prefix: &str) -> Vec<u64> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut parts: Vec<u64> =
+        entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()).collect();
+    parts.sort_unstable();
+    parts
+}
+
+fn last_lines(text: &[u8], count: Option<usize>) -> &[u8] {
+    let Some(count) = count else { return text };
+    let body = text.strip_suffix(b"\n").unwrap_or(text);
+    if count == 0 {
+        return &[];
+    }
+    let mut starts = body.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n').map(|(at, _)| at + 1);
+    starts.nth(count - 1).map_or(text, |start| &text[start..])
+}
+
+/// Until the reader has enough: from one file to the next as they are rotated.
+async fn follow(path: impl Fn(u64) -> PathBuf, mut n: u64, mut at: u64) -> Result<(), CliError> {
+    let mut stdout = std::io::stdout();
+    loop {
+        // Asked for first: what comes after the next file is there is in the next file.
+        let rotated = path(n + 1).exists();
+        let mut file = File::open(path(n))?;
+        file.seek(SeekFrom::Start(at))?;
+        let mut text = Vec::new();
+        at += file.read_to_end(&mut text)? as u64;
+        if stdout.write_all(&text).and_then(|()| stdout.flush()).is_err() {
+            return Ok(());
+        }
+        if rotated {
+            (n, at) = (n + 1, 0);
+        } else {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_lines;
+
+    #[test]
+    fn the_last_lines_are_counted_from_the_end() {
+        let text = b"a\nb\nc\n";
+        assert_eq!(last_lines(text, Some(2)), b"b\nc\n");
+        assert_eq!(last_lines(text, Some(9)), text);
+        assert_eq!(last_lines(text, Some(0)), b"");
+        assert_eq!(last_lines(b"a\nb", Some(1)), b"b");
+        assert_eq!(last_lines(text, None), text);
+    }
+}

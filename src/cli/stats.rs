@@ -1,0 +1,83 @@
+//! `stats`: what running tasks use, from the kernel.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{CliError, Common, print, ps, table, tasks};
+use crate::cgroup::{CgroupError, CgroupPath, Cgroups, Usage};
+
+/// Between the two looks that processor time is told from.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Say what running tasks use
+#[derive(Args, Debug)]
+pub struct Stats {
+    /// Only this task
+    task: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl From<CgroupError> for CliError {
+    fn from(error: CgroupError) -> Self {
+        Self::Usage(crate::chain(&error))
+    }
+}
+
+impl Stats {
+    /// Prints the list.
+    ///
+    /// # Errors
+    /// When the task is not there, or output fails.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        let tasks = match &self.task {
+            Some(task) => vec![tasks::one(common, task)?],
+            None => tasks::all(common),
+        };
+        let cgroups = Cgroups::detect()?;
+        let look = |found: &tasks::Found| cgroups.usage(&CgroupPath::recorded(&found.record.cgroup));
+        let running: Vec<_> = tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
+        let (first, began): (Vec<Option<Usage>>, Instant) = (running.iter().map(look).collect(), Instant::now());
+        if !running.is_empty() {
+            tokio::time::sleep(LOOK).await;
+        }
+        let second: Vec<Option<Usage>> = running.iter().map(look).collect();
+        let time = began.elapsed();
+        let mut list = Vec::new();
+        let mut rows = Vec::new();
+        for (found, (before, after)) in running.iter().zip(first.iter().zip(&second)) {
+            let (Some(before), Some(after)) = (before, after) else { continue };
+            #[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
+            let percent =
+                after.cpu.total_ns.saturating_sub(before.cpu.total_ns) as f64 / time.as_nanos() as f64 * 100.0;
+            let record = &found.record;
+            list.push(json!({
+                "driver": found.driver, "task_id": record.task_id, "container_id": record.container_id,
+                "cpu_percent": percent, "cpu_ns": after.cpu.total_ns, "throttled_ns": after.cpu.throttled_ns,
+                "memory": after.memory.usage, "rss": after.memory.rss, "cache": after.memory.cache,
+                "swap": after.memory.swap, "max_memory": after.memory.max_usage,
+            }));
+            let bytes =
+                |bytes: Option<u64>| bytes.map_or("-".to_owned(), |bytes| indicatif::HumanBytes(bytes).to_string());
+            rows.push(vec![
+                found.driver.clone(),
+                record.alloc_id.chars().take(8).collect(),
+                record.name.clone(),
+                format!("{percent:.1}"),
+                bytes(after.memory.usage),
+                bytes(after.memory.rss),
+                bytes(after.memory.cache),
+                bytes(after.memory.swap),
+            ]);
+        }
+        if self.json {
+            print(&format!("{}\n", json!(list)))?;
+        } else {
+            print(&table::render(&["DRIVER", "ALLOC", "TASK", "CPU %", "MEMORY", "RSS", "CACHE", "SWAP"], &rows))?;
+        }
+        Ok(0)
+    }
+}

@@ -1,0 +1,81 @@
+//! The tasks of all drivers on this host, straight from their records: no agent and no plugin is needed.
+
+use std::fs;
+
+use super::{CliError, Common, say};
+use crate::{
+    places::Places,
+    task::{Record, read_records},
+};
+
+/// A task and whose it is.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The driver's name.
+    pub driver: String,
+    /// The driver's directories.
+    pub places: Places,
+    /// Its record.
+    pub record: Record,
+}
+
+/// Run directories, by driver name.
+pub fn drivers(common: &Common) -> Vec<(String, Places)> {
+    let entries = fs::read_dir(&common.run_dir).into_iter().flatten().flatten();
+    let mut found: Vec<(String, Places)> = entries
+        .filter(|entry| entry.path().join("tasks").is_dir())
+        .map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let places = Places::new(entry.path(), common.state_dir.join(&name));
+            (name, places)
+        })
+        .collect();
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    found
+}
+
+/// All tasks, in the order of drivers and ids. A run directory that can't be read is told and passed over.
+pub fn all(common: &Common) -> Vec<Found> {
+    let mut found = Vec::new();
+    for (driver, places) in drivers(common) {
+        match read_records(&places.tasks()) {
+            Ok(records) => found.extend(records.good.into_iter().map(|record| Found {
+                driver: driver.clone(),
+                places: places.clone(),
+                record,
+            })),
+            Err(error) => say(&format!("nomad-driver-shim: {}", crate::chain(&error))),
+        }
+    }
+    found.sort_by(|a, b| (&a.driver, &a.record.task_id).cmp(&(&b.driver, &b.record.task_id)));
+    found
+}
+
+/// The one task that `wanted` means: a task's id or name, a container's id, or the beginning of an allocation's.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn one(common: &Common, wanted: &str) -> Result<Found, CliError> {
+    let tasks = all(common);
+    let exact = |found: &&Found| {
+        let record = &found.record;
+        [record.task_id.0.as_str(), record.container_id.as_str(), record.name.as_str(), record.alloc_id.as_str()]
+            .contains(&wanted)
+    };
+    let begins = |found: &&Found| {
+        let record = &found.record;
+        wanted.len() >= 4 && (record.alloc_id.starts_with(wanted) || record.container_id.as_str().starts_with(wanted))
+    };
+    let mut fitting: Vec<&Found> = tasks.iter().filter(exact).collect();
+    if fitting.is_empty() {
+        fitting = tasks.iter().filter(begins).collect();
+    }
+    match fitting[..] {
+        [found] => Ok(found.clone()),
+        [] => Err(CliError::Usage(format!("no task {wanted:?} on this host; `ps` lists them"))),
+        _ => {
+            let names: Vec<String> = fitting.iter().map(|found| found.record.container_id.to_string()).collect();
+            Err(CliError::Usage(format!("{wanted:?} means {} tasks: {}; say which", names.len(), names.join(", "))))
+        }
+    }
+}

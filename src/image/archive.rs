@@ -1,0 +1,371 @@
+//! Images in files: `oci:DIR`, `oci-archive:FILE`, `docker-archive:FILE`. Nothing of them is unpacked by us; blobs are
+//! looked up by digest, and go the same way as downloaded ones.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{self, Read as _, Seek as _, SeekFrom},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use oci_spec::image::ImageIndex;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+
+use super::{ImageError, Reference};
+use crate::ids::Digest;
+
+/// Indexes and manifests; distribution's limit on them.
+const DOCUMENT_MAX: u64 = 4 << 20;
+/// An image of 127 layers has some 260 entries.
+const ENTRIES_MAX: usize = 100_000;
+/// The name of an image in an index (image-spec, annotations.md).
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// How an image lies in its files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ArchiveFormat {
+    /// A directory in OCI's layout.
+    OciDir,
+    /// The same as a tar file.
+    OciArchive,
+    /// What `docker save` writes.
+    DockerArchive,
+}
+
+/// Where an image is, if not in a registry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Archive {
+    /// How it lies there.
+    pub format: ArchiveFormat,
+    /// Where.
+    pub path: PathBuf,
+    /// Which image of several.
+    pub tag: Option<String>,
+}
+
+/// What tells a file from its successor under the same name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+}
+
+impl Archive {
+    /// The file's stamp. `opened` stands for its path, where somebody has checked what that leads to.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn stamp(&self, opened: Option<&OwnedFd>) -> io::Result<Stamp> {
+        let path = self.at(opened);
+        let path = if self.format == ArchiveFormat::OciDir { path.join("index.json") } else { path };
+        let file = std::fs::metadata(path)?;
+        Ok(Stamp {
+            device: file.dev(),
+            inode: file.ino(),
+            size: file.size(),
+            changed: (file.mtime(), file.mtime_nsec()),
+        })
+    }
+
+    fn at(&self, opened: Option<&OwnedFd>) -> PathBuf {
+        opened.map_or_else(|| self.path.clone(), |fd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())))
+    }
+}
+
+/// An opened image.
+#[derive(Debug)]
+pub struct Layout {
+    image: String,
+    store: Store,
+    /// docker's archives name their blobs otherwise.
+    blobs: HashMap<Digest, String>,
+    /// What the whole is: media type and bytes.
+    top: (String, Vec<u8>),
+}
+
+#[derive(Debug)]
+enum Store {
+    Dir(OwnedFd),
+    /// Name → place and length.
+    Tar(File, HashMap<String, (u64, u64)>),
+}
+
+impl Layout {
+    /// Opens an image and reads its table of contents. Blocks.
+    ///
+    /// # Errors
+    /// When it is not what its name says.
+    pub fn open(reference: &Reference, archive: &Archive, opened: Option<&OwnedFd>) -> Result<Self, ImageError> {
+        let image = reference.to_string();
+        let failed = |problem: String| ImageError::Archive { image: image.clone(), problem };
+        let path = archive.at(opened);
+        let store = match archive.format {
+            ArchiveFormat::OciDir => Store::Dir(File::open(&path).map_err(|error| failed(error.to_string()))?.into()),
+            ArchiveFormat::OciArchive | ArchiveFormat::DockerArchive => {
+                let file = File::open(&path).map_err(|error| failed(error.to_string()))?;
+                let entries = contents(&file).map_err(failed)?;
+                Store::Tar(file, entries)
+            }
+        };
+        let mut layout = Self { image: image.clone(), store, blobs: HashMap::new(), top: Default::default() };
+        layout.top = match archive.format {
+            ArchiveFormat::DockerArchive => layout.of_docker(archive.tag.as_deref()),
+            ArchiveFormat::OciDir | ArchiveFormat::OciArchive => layout.of_oci(archive.tag.as_deref()),
+        }
+        .map_err(failed)?;
+        Ok(layout)
+    }
+
+    /// What the whole is: media type and bytes of an index or a manifest.
+    pub fn top(&self) -> (String, Vec<u8>) {
+        self.top.clone()
+    }
+
+    /// A blob, from its beginning. Its bytes are the caller's to check.
+    ///
+    /// # Errors
+    /// When it is not there, or less of it than there should be.
+    pub fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<io::Take<File>, ImageError> {
+        let default = || format!("blobs/{}", digest.as_str().replace(':', "/"));
+        let name = self.blobs.get(digest).cloned().unwrap_or_else(default);
+        let failed = |problem: String| ImageError::Archive {
+            image: self.image.clone(),
+            problem: format!("blob {digest}: {problem}"),
+        };
+        let file = self.read(&name).map_err(|error| failed(error.to_string()))?;
+        match size {
+            Some(size) if size != file.limit() => {
+                Err(failed(format!("it has {} bytes, the manifest says {size}", file.limit())))
+            }
+            _ => Ok(file),
+        }
+    }
+
+    /// A small blob, whole.
+    ///
+    /// # Errors
+    /// As `blob`; when it is larger than `limit`.
+    pub fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, ImageError> {
+        let blob = self.blob(digest, None)?;
+        whole(blob, limit).map_err(|error| ImageError::Archive {
+            image: self.image.clone(),
+            problem: format!("blob {digest}: {error}"),
+        })
+    }
+
+    fn read(&self, name: &str) -> io::Result<io::Take<File>> {
+        match &self.store {
+            Store::Dir(root) => {
+                // Blobs may be shared between layouts by hard links, never by symlinks that lead elsewhere.
+                let how = OpenHow::new()
+                    .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+                    .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+                let file = File::from(openat2(root, name, how)?);
+                let kind = file.metadata()?;
+                if !kind.is_file() {
+                    return Err(io::Error::other(format!("{name} is no plain file")));
+                }
+                Ok(file.take(kind.len()))
+            }
+            Store::Tar(file, entries) => {
+                let &(place, length) = entries.get(name).ok_or_else(|| {
+                    let problem = format!("there is no {name} in the archive; it may be cut off");
+                    io::Error::new(io::ErrorKind::NotFound, problem)
+                })?;
+                // Opened anew: readers side by side each need a place of their own in the file.
+                let mut own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+                if place + length > own.metadata()?.len() {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the archive is cut off"));
+                }
+                own.seek(SeekFrom::Start(place))?;
+                Ok(own.take(length))
+            }
+        }
+    }
+
+    fn json(&self, name: &str) -> Result<Vec<u8>, String> {
+        let read = self.read(name).and_then(|file| whole(file, DOCUMENT_MAX));
+        read.map_err(|error| format!("{name}: {error}"))
+    }
+
+    /// image-spec, image-layout.md.
+    fn of_oci(&self, tag: Option<&str>) -> Result<(String, Vec<u8>), String> {
+        let bytes = self.json("index.json")?;
+        let index: ImageIndex = serde_json::from_slice(&bytes).map_err(|error| format!("index.json: {error}"))?;
+        let named = |tag: &str| {
+            index.manifests().iter().find(|manifest| {
+                manifest.annotations().as_ref().and_then(|notes| notes.get(REF_NAME)).is_some_and(|name| name == tag)
+            })
+        };
+        let chosen = match (tag, index.manifests().as_slice()) {
+            (Some(tag), _) => named(tag).ok_or_else(|| format!("it has no image called {tag:?}"))?,
+            (None, [only]) => only,
+            (None, []) => return Err("it holds no image".to_owned()),
+            // One image for several platforms, or several images: then a name is needed.
+            (None, many) if many.iter().any(|manifest| manifest.platform().is_none()) => {
+                return Err(format!("it holds {} images; say which (oci:PATH:NAME)", many.len()));
+            }
+            (None, _) => return Ok((String::new(), bytes)),
+        };
+        let digest = Digest::new(chosen.digest().as_ref()).map_err(|error| error.to_string())?;
+        let bytes = self.document(&digest, DOCUMENT_MAX).map_err(|error| crate::chain(&error))?;
+        if Digest::of(&bytes) != digest {
+            return Err(format!("manifest {digest} is something else"));
+        }
+        Ok((chosen.media_type().to_string(), bytes))
+    }
+
+    /// docker's image-spec v1.2: `manifest.json` names a configuration and plain tar files. From these a manifest is
+    /// made, as `docker push` makes one.
+    fn of_docker(&mut self, tag: Option<&str>) -> Result<(String, Vec<u8>), String> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Saved {
+            config: String,
+            repo_tags: Option<Vec<String>>,
+            layers: Vec<String>,
+        }
+        let bytes = self.json("manifest.json")?;
+        let mut saved: Vec<Saved> =
+            serde_json::from_slice(&bytes).map_err(|error| format!("manifest.json: {error}"))?;
+        if let Some(tag) = tag {
+            saved.retain(|one| one.repo_tags.iter().flatten().any(|name| name == tag));
+        }
+        let [one] = &saved[..] else {
+            return Err(format!("it holds {} images of that name; say which (docker-archive:FILE:NAME)", saved.len()));
+        };
+        let config = self.json(&one.config)?;
+        let config_digest = Digest::of(&config);
+        self.blobs.insert(config_digest.clone(), one.config.clone());
+        let mut layers = Vec::new();
+        for name in &one.layers {
+            let (digest, size, kind) = self.hash(name).map_err(|error| format!("{name}: {error}"))?;
+            self.blobs.insert(digest.clone(), name.clone());
+            layers.push(json!({"mediaType": kind, "digest": digest, "size": size}));
+        }
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": media_type, "layers": layers,
+            "config": {
+                "mediaType": "application/vnd.oci.image.config.v1+json",
+                "digest": config_digest, "size": config.len(),
+            },
+        });
+        Ok((media_type.to_owned(), manifest.to_string().into_bytes()))
+    }
+
+    fn hash(&self, name: &str) -> io::Result<(Digest, u64, &'static str)> {
+        let mut file = self.read(name)?;
+        let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
+        let mut kind = "application/vnd.oci.image.layer.v1.tar";
+        loop {
+            let count = file.read(&mut buffer)?;
+            if count == 0 {
+                return Ok((Digest::from_hash(&hash.finalize()), size, kind));
+            }
+            if size == 0 && buffer.starts_with(&[0x1f, 0x8b]) {
+                kind = "application/vnd.oci.image.layer.v1.tar+gzip";
+            }
+            size += count as u64;
+            hash.update(&buffer[..count]);
+        }
+    }
+}
+
+fn whole(mut file: io::Take<File>, limit: u64) -> io::Result<Vec<u8>> {
+    if file.limit() > limit {
+        return Err(io::Error::other(format!("it is larger than {limit} bytes")));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The entries of a tar file by name. Links (older dockers save a layer that comes twice as one) lead to what they
+/// name.
+fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
+    let mut magic = [0; 4];
+    let read = (&*file).read(&mut magic).map_err(|error| error.to_string())?;
+    (&*file).rewind().map_err(|error| error.to_string())?;
+    if magic.starts_with(&[0x1f, 0x8b]) || magic == [0x28, 0xb5, 0x2f, 0xfd] {
+        return Err("it is compressed; unpack it first (gunzip, unzstd)".to_owned());
+    }
+    if read == 0 {
+        return Err("it is empty".to_owned());
+    }
+    let mut archive = tar::Archive::new(file);
+    let (mut found, mut links) = (HashMap::new(), Vec::new());
+    let unreadable = |error: io::Error| format!("it is no tar archive, or cut off: {error}");
+    for entry in archive.entries_with_seek().map_err(unreadable)? {
+        let entry = entry.map_err(unreadable)?;
+        if found.len() + links.len() >= ENTRIES_MAX {
+            return Err(format!("it has more than {ENTRIES_MAX} entries"));
+        }
+        let name = plain(&entry.path().map_err(unreadable)?);
+        let kind = entry.header().entry_type();
+        if kind.is_file() {
+            found.insert(name, (entry.raw_file_position(), entry.size()));
+        } else if let (true, Some(target)) =
+            (kind.is_symlink() || kind.is_hard_link(), entry.link_name().ok().flatten())
+        {
+            let target = match Path::new(&name).parent().filter(|_| kind.is_symlink()) {
+                Some(parent) => plain(&parent.join(target)),
+                None => plain(&target),
+            };
+            links.push((name, target));
+        }
+    }
+    for (name, target) in links {
+        if let Some(&place) = found.get(&target) {
+            found.insert(name, place);
+        }
+    }
+    Ok(found)
+}
+
+/// `./a/../b` → `b`: names in archives are only looked up, in a table.
+fn plain(path: &Path) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::Normal(part) => parts.push(part.to_string_lossy().into_owned()),
+            std::path::Component::ParentDir => drop(parts.pop()),
+            _ => {}
+        }
+    }
+    parts.join("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_made_plain() {
+        for (name, plain_name) in [("./a/b", "a/b"), ("x/../y", "y"), ("../../etc/passwd", "etc/passwd"), ("/a", "a")] {
+            assert_eq!(plain(Path::new(name)), plain_name);
+        }
+    }
+
+    #[test]
+    fn what_is_no_archive_is_told_from_one() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let told = |bytes: &[u8]| {
+            let path = directory.path().join("x");
+            std::fs::write(&path, bytes).expect("written");
+            contents(&File::open(path).expect("opened"))
+        };
+        assert!(told(&[0x1f, 0x8b, 8, 0]).expect_err("gzip").contains("compressed"));
+        assert!(told(b"").expect_err("nothing").contains("empty"));
+        assert!(told(&[b'x'; 700]).expect_err("no header").contains("no tar archive"));
+    }
+}

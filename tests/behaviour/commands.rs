@@ -1,0 +1,223 @@
+//! The commands that look at and act on the tasks of a live or a dead plugin.
+
+use std::{
+    fs,
+    process::{Command, Output, Stdio},
+};
+
+use nomad_driver_shim::ids::random_hex;
+use serde_json::{Value, json};
+
+use crate::support::{Env, EnvOptions, Task, eventually, leak, program, services};
+
+/// The environment's plugin seen from the command line; its driver is called after its run directory.
+fn command(env: &Env, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command
+        .args(arguments)
+        .env("NOMAD_DRIVER_SHIM_ADDRESS", &services().containerd)
+        .env("NOMAD_DRIVER_SHIM_NAMESPACE", &env.namespace)
+        .env("NOMAD_DRIVER_SHIM_RUN_DIR", &env.dir)
+        .env("NOMAD_DRIVER_SHIM_STATE_DIR", env.dir.join("cli-state"))
+        .stdin(Stdio::null());
+    command
+}
+
+async fn cli(env: &Env, arguments: &[&str]) -> Output {
+    let mut command = command(env, arguments);
+    tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
+}
+
+async fn told(env: &Env, arguments: &[&str]) -> String {
+    let output = cli(env, arguments).await;
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+async fn refused(env: &Env, arguments: &[&str]) -> (i32, String) {
+    let output = cli(env, arguments).await;
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.trim().lines().count() == 1, "{arguments:?}: {said}");
+    (output.status.code().unwrap(), said)
+}
+
+async fn tasks(env: &mut Env) -> (Task, String) {
+    let task = env.sh("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done").await;
+    task.says("up").await;
+    let id = env.attribute(&task, "container_id").await;
+    (task, id)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_are_shown_and_acted_on_with_and_without_a_plugin() {
+    let mut env = Env::new().await;
+    let (task, id) = tasks(&mut env).await;
+    for round in ["with a plugin", "without"] {
+        let list: Value = serde_json::from_str(&told(&env, &["ps", "--json"]).await).unwrap();
+        assert_eq!((list[0]["driver"].as_str(), list[0]["state"].as_str()), (Some("run"), Some("running")), "{round}");
+        let all: Value = serde_json::from_str(&told(&env, &["inspect", &id]).await).unwrap();
+        assert_eq!(all["record"]["container_id"], json!(id));
+        assert_eq!(all["spec"]["process"]["args"][0], json!("/bin/sh"));
+        assert!(!all.to_string().contains("FROM_IMAGE=yes"), "values may be secrets");
+        assert!(told(&env, &["inspect", "--env", &id]).await.contains("FROM_IMAGE=yes"));
+        let output = cli(&env, &["exec", &id, "sh", "-c", "echo $FROM_IMAGE; echo err >&2; exit 3"]).await;
+        assert_eq!(
+            (output.status.code(), &output.stdout[..], &output.stderr[..]),
+            (Some(3), &b"yes\n"[..], &b"err\n"[..])
+        );
+        let terminal = cli(&env, &["exec", "-t", &id, "sh", "-c", "tty; stty size"]).await;
+        assert!(String::from_utf8_lossy(&terminal.stdout).starts_with("/dev/pts/"), "{terminal:?}");
+        assert_eq!(refused(&env, &["exec", &id, "/no/such"]).await.0, 127);
+        let usage: Value = serde_json::from_str(&told(&env, &["stats", "--json", &id]).await).unwrap();
+        assert!(usage[0]["memory"].as_u64().unwrap() > 0, "{usage}");
+        assert!(told(&env, &["stats"]).await.lines().count() == 2);
+        if round == "with a plugin" {
+            env.kill_plugin().await;
+        }
+    }
+    // Without a plugin the shim is told; the next plugin finds out.
+    told(&env, &["kill", "--signal", "USR1", &id]).await;
+    env.start_plugin().await;
+    env.recover(&task).await.unwrap();
+    assert_eq!(env.wait(&task).await.exit_code, 12);
+    env.destroy(&task).await.unwrap();
+    // With one, the plugin is.
+    let (task, id) = tasks(&mut env).await;
+    told(&env, &["kill", &id]).await;
+    assert_eq!(env.wait(&task).await.exit_code, 137);
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn input_goes_to_what_is_execd() {
+    use std::io::Write as _;
+    let mut env = Env::new().await;
+    let (task, id) = tasks(&mut env).await;
+    let mut command = command(&env, &["exec", "-i", &id, "cat"]);
+    let output = tokio::task::spawn_blocking(move || {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(&b"0123456789".repeat(20_000)).unwrap();
+        child.wait_with_output().unwrap()
+    });
+    let output = output.await.unwrap();
+    assert!(output.status.success());
+    assert!(output.stdout == b"0123456789".repeat(20_000), "{} bytes", output.stdout.len());
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_is_named_clearly_or_not_at_all() {
+    let mut env = Env::new().await;
+    let (first, _) = tasks(&mut env).await;
+    let (second, _) = tasks(&mut env).await;
+    let (code, said) = refused(&env, &["inspect", "web"]).await;
+    assert!(code == 125 && said.contains("means 2 tasks"), "{said}");
+    assert!(refused(&env, &["inspect", "nobody"]).await.1.contains("no task \"nobody\""));
+    told(&env, &["inspect", &first.dirs.alloc_id]).await;
+    assert!(refused(&env, &["kill", "--signal", "NONSENSE", &first.dirs.alloc_id]).await.1.contains("NONSENSE"));
+    for task in [&first, &second] {
+        env.destroy(task).await.unwrap();
+    }
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_are_read_where_nomad_keeps_them() {
+    let mut env = Env::new().await;
+    let (task, id) = tasks(&mut env).await;
+    assert!(refused(&env, &["logs", &id]).await.1.contains("no logs of it"));
+    let logs = task.dirs.alloc_dir.join("alloc/logs");
+    fs::write(logs.join("web.stdout.0"), "a\nb\n").unwrap();
+    fs::write(logs.join("web.stdout.10"), "d\n").unwrap();
+    fs::write(logs.join("web.stdout.9"), "c\n").unwrap();
+    fs::write(logs.join("web.stderr.0"), "e\n").unwrap();
+    assert_eq!(told(&env, &["logs", &id]).await, "a\nb\nc\nd\n");
+    assert_eq!(told(&env, &["logs", "--tail", "2", &id]).await, "c\nd\n");
+    assert_eq!(told(&env, &["logs", "--stderr", &id]).await, "e\n");
+    let mut following = command(&env, &["logs", "-f", "--tail", "1", &id]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = std::io::BufReader::new(following.stdout.take().unwrap());
+    let mut line = || {
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+        line
+    };
+    assert_eq!(line(), "d\n");
+    fs::write(logs.join("web.stdout.10"), "d\nf\n").unwrap();
+    assert_eq!(line(), "f\n");
+    fs::write(logs.join("web.stdout.11"), "g\n").unwrap();
+    assert_eq!(line(), "g\n", "over the rotation");
+    following.kill().unwrap();
+    following.wait().unwrap();
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_told_as_they_happen() {
+    let mut env = Env::new().await;
+    let mut listening = command(&env, &["events", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = std::io::BufReader::new(listening.stdout.take().unwrap());
+    // It is connected when the plugin has a second descriptor on its control socket; a moment is enough in practice.
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    let task = env.sh("exit 4").await;
+    env.finish_task(task).await;
+    let mut seen = Vec::new();
+    while !seen.iter().any(|message: &String| message.contains("Exited")) {
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(event["driver"], json!("run"));
+        seen.push(event["message"].as_str().unwrap().to_owned());
+    }
+    assert!(seen[0] == "Downloading image" && seen[1].starts_with("Started, process "), "{seen:?}");
+    assert_eq!(seen[2], "Exited with code 4");
+    listening.kill().unwrap();
+    listening.wait().unwrap();
+    env.plugin.take().unwrap().leave().await;
+    assert!(refused(&env, &["events"]).await.1.contains("no plugin lives"));
+    env.start_plugin().await;
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_is_shown_and_removed() {
+    let config = json!({"state": {"grace": "1s"}, "image": {"keep": "0s"}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let image = env.busybox().await;
+    assert!(told(&env, &["pull", &image]).await.contains(&image));
+    let task = env.sh("exit 0").await;
+    env.finish_task(task).await;
+    let shown = told(&env, &["gc", "--dry-run", "--keep", "0s"]).await;
+    assert_eq!(shown.matches("would go").count(), 2, "the plugin's and the command line's: {shown}");
+    let removed = told(&env, &["gc", "--keep", "0s"]).await;
+    assert_eq!(removed.matches("removed").count(), 2, "{removed}");
+    assert_eq!(told(&env, &["gc", "--keep", "0s"]).await.lines().count(), 1, "nothing is left");
+    assert_eq!(leak::entries(&env.dir.join("cli-state/cli/images")), Vec::<String>::new());
+    // A bundle and a writable layer that no record names.
+    let stray = format!("stray-{}", random_hex(10));
+    for place in ["run/bundles", "state/uppers"] {
+        fs::create_dir_all(env.dir.join(place).join(&stray).join("x")).unwrap();
+    }
+    eventually("the stray container is reaped", async || {
+        let left = leak::entries(&env.dir.join("run/bundles"));
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    })
+    .await;
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_removed_by_name() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    told(&env, &["pull", &image]).await;
+    let (task, _) = tasks(&mut env).await;
+    assert!(refused(&env, &["rmi", &image]).await.1.contains("in use"));
+    env.destroy(&task).await.unwrap();
+    assert!(told(&env, &["rmi", &image]).await.contains(&image));
+    assert!(refused(&env, &["rmi", &image]).await.1.contains("not here"));
+    assert_eq!(told(&env, &["images"]).await.lines().count(), 1);
+    env.finish().await;
+}
