@@ -2,7 +2,7 @@
 CARGO ?= cargo
 IMAGE ?=
 
-.PHONY: demo test test-unit test-fresh lint build setup clean
+.PHONY: demo test test-matrix test-fresh lint build setup clean
 
 setup:
 	@scripts/setup.sh
@@ -14,6 +14,11 @@ demo: setup
 ## All tests: unit, property, behaviour against real parts.
 test: setup
 	@$(CARGO) test --locked
+
+## The core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime.
+test-matrix:
+	@scripts/setup.sh matrix
+	@scripts/test-matrix.sh
 
 ## In a bare chroot: only Debian, the Rust toolchain and this source.
 test-fresh:

@@ -5,7 +5,12 @@
 #
 #   scripts/setup.sh            everything for `make demo` and `make test`
 #   scripts/setup.sh fresh      also what `make test-fresh` needs on the outside (debootstrap)
+#   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
 set -euo pipefail
+
+# What `make test-matrix` adds to this distribution's own versions.
+matrix_containerd=2.4.2
+matrix_runc=1.5.2
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -55,6 +60,24 @@ if ! new_enough; then
     rustup default stable >/dev/null
   fi
   new_enough || die "Rust $want or newer is needed (found: $(cargo --version 2>/dev/null || echo none)); install it with rustup, or from your distribution, and run this again"
+fi
+
+# The newer half of the matrix, at pinned versions, from their makers' source. Needs a current Go, which no Debian
+# release has; nothing else here does.
+if [ "${1:-}" = matrix ]; then
+  command -v go >/dev/null || die "make test-matrix builds containerd $matrix_containerd and runc $matrix_runc, and needs Go 1.25 or newer for that; install it from its makers, and run this again"
+  matrix=$(cd "$(dirname "$0")/.." && pwd)/target/matrix
+  build() {
+    local directory=$1; shift
+    [ ! -e "$directory/.done" ] || return 0
+    say "building $*"
+    (cd /; GOBIN=$directory GOTOOLCHAIN=local GOFLAGS=-trimpath go install "$@") || die "go install $* failed; is $(go version) new enough?"
+    touch "$directory/.done"
+  }
+  build "$matrix/containerd-$matrix_containerd" \
+    "github.com/containerd/containerd/v2/cmd/containerd@v$matrix_containerd" \
+    "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v$matrix_containerd"
+  build "$matrix/runc-$matrix_runc" "github.com/opencontainers/runc@v$matrix_runc"
 fi
 
 # crun refuses a hybrid host (cgroup v1 with a cgroup2 mounted beside it) while any controller is left unclaimed by v1.

@@ -57,6 +57,8 @@ pub enum Answer {
     Removed(Vec<Garbage>),
     /// One event.
     Event(Event),
+    /// There is no such thing here.
+    NotHere,
     /// It was not done.
     Refused(String),
 }

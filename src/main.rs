@@ -25,6 +25,7 @@ async fn run_plugin() -> ExitCode {
     let filter = EnvFilter::try_from_env("NOMAD_DRIVER_SHIM_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,nomad_driver_shim=debug"));
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(filter)).init();
+    nomad_driver_shim::process::raise_descriptor_limit();
     let name = match driver_name() {
         Ok(name) => name,
         Err(problem) => return fail(&problem),

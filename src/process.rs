@@ -4,10 +4,48 @@ use std::{
     fs, io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::Path,
+    sync::OnceLock,
 };
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
+
+/// The kernel's name for this boot: pids and start times of another one mean nothing (random(4)).
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn boot_id() -> io::Result<String> {
+    static BOOT: OnceLock<String> = OnceLock::new();
+    if let Some(boot) = BOOT.get() {
+        return Ok(boot.clone());
+    }
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(BOOT.get_or_init(|| text.trim().to_owned()).clone())
+}
+
+/// The soft limit on descriptors that this process was started with.
+static DESCRIPTORS: OnceLock<libc::rlim_t> = OnceLock::new();
+
+/// Raises the soft limit on descriptors to the hard one: each task takes three, and agents are often started with 1024.
+/// What we start gets the old limit back.
+pub fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        DESCRIPTORS.get_or_init(|| soft);
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit on descriptors stays as it is");
+    }
+}
+
+/// Gives a process that is about to be exec'ed the limit that we were started with. Safe between fork and exec.
+pub fn restore_descriptor_limit() {
+    if let Some(&soft) = DESCRIPTORS.get() {
+        let _ = getrlimit(Resource::RLIMIT_NOFILE)
+            .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard), hard));
+    }
+}
 
 /// A process of this boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

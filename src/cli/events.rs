@@ -38,6 +38,7 @@ impl Events {
         if open.is_empty() {
             return Err(CliError::Usage("no plugin lives on this host".to_owned()));
         }
+        say(&format!("nomad-driver-shim: listening to {}", open.len()));
         let next = |(driver, mut connection): (String, Connection)| async move {
             let answer = connection.next().await;
             (driver, connection, answer)

@@ -1,17 +1,20 @@
 //! `exec`: a further process in a task, spoken to through the task's shim. Agent and plugin are not asked.
 
-use std::{io::IsTerminal as _, os::fd::AsFd as _};
+use std::{io::IsTerminal as _, os::fd::AsFd as _, time::Duration};
 
 use clap::Args;
 use nix::sys::termios::{self, SetArg, Termios};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::unix::pipe,
     signal::unix::{SignalKind, signal},
 };
 
 use super::{CliError, Common, say, tasks};
 use crate::task::{ExecRequest, Session, WindowSize, exec_alone};
+
+/// What is still in the pipes after the exit.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Run a command in a task
 #[derive(Args, Debug)]
@@ -72,21 +75,34 @@ impl Exec {
             say(&format!("nomad-driver-shim: resize: {error}"));
         }
         let mut changes = signal(SignalKind::window_change())?;
-        let exit = {
-            let output = async {
-                let out = copy(Some(io.stdout), std::io::stdout());
-                let err = copy(io.stderr, std::io::stderr());
-                tokio::join!(out, err)
-            };
-            let input = feed(io.stdin);
-            tokio::pin!(output, input);
+        let mut ends = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
+            .map(signal)
+            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?;
+        let outcome = {
+            let out = copy(Some(io.stdout), tokio::io::stdout());
+            let err = copy(io.stderr, tokio::io::stderr());
+            let output = async { tokio::try_join!(out, err) };
+            let (input, waiting) = (feed(io.stdin), exec.wait());
+            let ended =
+                async { futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv()))).await };
+            tokio::pin!(output, input, waiting, ended);
             let (mut typed, mut drained) = (false, false);
-            let waiting = exec.wait();
-            tokio::pin!(waiting);
-            let exit = loop {
+            loop {
                 tokio::select! {
-                    exit = &mut waiting => break exit,
-                    _ = &mut output, if !drained => drained = true,
+                    exit = &mut waiting => {
+                        // What it wrote last; children of it that keep the stream open are not waited for.
+                        if !drained {
+                            let _ = tokio::time::timeout(LAST_WORDS, output).await;
+                        }
+                        break Some(exit);
+                    }
+                    read = &mut output, if !drained => match read {
+                        Ok(_) => drained = true,
+                        // Nobody reads us any more (`exec ... | head`).
+                        Err(_) => break None,
+                    },
+                    _ = &mut ended => break None,
                     () = &mut input, if !typed => {
                         typed = true;
                         if let Err(error) = exec.close_input().await {
@@ -99,27 +115,30 @@ impl Exec {
                         }
                     }
                 }
-            };
-            // What it wrote last; children of it that keep the stream open are not waited for.
-            if !drained {
-                let _ = tokio::time::timeout(std::time::Duration::from_secs(2), output).await;
             }
-            exit
         };
-        let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
-        exec.finish().await;
-        Ok(u8::try_from(exit.code).unwrap_or(super::OURS))
+        match outcome {
+            Some(exit) => {
+                let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
+                exec.finish().await;
+                Ok(u8::try_from(exit.code).unwrap_or(super::OURS))
+            }
+            None => {
+                exec.kill().await;
+                Err(CliError::Interrupted)
+            }
+        }
     }
 }
 
-async fn copy(from: Option<pipe::Receiver>, mut to: impl std::io::Write) {
-    let Some(mut from) = from else { return };
+async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin) -> std::io::Result<()> {
+    let Some(mut from) = from else { return Ok(()) };
     let mut buffer = vec![0; 32 << 10];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        if to.write_all(&buffer[..count]).and_then(|()| to.flush()).is_err() {
-            return;
-        }
+        to.write_all(&buffer[..count]).await?;
+        to.flush().await?;
     }
+    Ok(())
 }
 
 async fn feed(to: Option<pipe::Sender>) {

@@ -6,10 +6,10 @@ use std::{fs::File, time::Duration};
 use clap::Args;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{CliError, Common, Store, print, table, tasks};
+use super::{CliError, Common, Store, image_named, print, table, tasks};
 use crate::{
     control::{Answer, Garbage, PATIENCE, Request, ask},
-    image::{InUse, Reference},
+    image::ImageError,
     places::make_dir,
 };
 
@@ -66,6 +66,10 @@ impl StoreLock {
     }
 }
 
+fn failed(error: &dyn std::error::Error) -> Garbage {
+    Garbage { kind: "-".to_owned(), name: "-".to_owned(), problem: Some(crate::chain(error)) }
+}
+
 impl Gc {
     /// Removes it, and says what it was.
     ///
@@ -79,10 +83,14 @@ impl Gc {
                 Ok(Answer::Removed(garbage)) => found.extend(garbage.into_iter().map(|one| (driver.clone(), one))),
                 Ok(_) => {}
                 Err(error) if error.is_nobody() => {}
-                Err(error) => return Err(error.into()),
+                // What others have removed is told all the same.
+                Err(error) => found.push((driver.clone(), failed(&error))),
             }
         }
-        found.extend(self.own(common, keep).await?.into_iter().map(|one| ("cli".to_owned(), one)));
+        match self.own(common, keep).await {
+            Ok(garbage) => found.extend(garbage.into_iter().map(|one| ("cli".to_owned(), one))),
+            Err(error) => found.push(("cli".to_owned(), failed(&error))),
+        }
         if self.json {
             print(&format!("{}\n", serde_json::json!(found)))?;
         } else {
@@ -109,7 +117,8 @@ impl Gc {
         }
         let _lock = StoreLock::alone(common)?;
         let store = Store::open(common).await?;
-        let outcome = async { Ok(store.images(common)?.collect(keep, &InUse::default(), self.dry_run).await) };
+        let outcome =
+            async { Ok(store.images(common)?.collect(keep, &tasks::in_use_by_runs(common), self.dry_run).await) };
         let outcome = outcome.await;
         store.close().await;
         outcome
@@ -122,31 +131,29 @@ impl Rmi {
     /// # Errors
     /// When one is in use, or nobody has it.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        // First: a `run` that begins now finds the image gone, and one that goes on keeps us out.
+        let _lock = StoreLock::alone(common)?;
         for image in &self.images {
-            let reference = Reference::parse(image)?;
-            let (mut removed, mut last) = (false, None);
-            for (_, places) in tasks::drivers(common) {
-                match ask(&places.control(), &Request::RemoveImage { image: image.clone() }, PATIENCE).await {
-                    Ok(_) => removed = true,
+            let name = image_named(image)?.to_string();
+            let mut removed = false;
+            for (_, places) in tasks::drivers(common).into_iter().filter(|(driver, _)| !tasks::is_run(driver)) {
+                match ask(&places.control(), &Request::RemoveImage { image: name.clone() }, PATIENCE).await {
+                    Ok(answer) => removed |= answer == Answer::Done,
                     Err(error) if error.is_nobody() => {}
-                    Err(error) => last = Some(error),
+                    Err(error) => return Err(error.into()),
                 }
             }
-            if let Some(error) = last {
-                return Err(error.into());
-            }
-            let _lock = StoreLock::alone(common)?;
             let store = Store::open(common).await?;
             let outcome = match store.images(common) {
-                Ok(images) => images.remove(&reference.to_string(), &InUse::default()).await.map_err(CliError::Records),
+                Ok(images) => images.remove(&name, &tasks::in_use_by_runs(common)).await.map_err(CliError::Records),
                 Err(error) => Err(error),
             };
             store.close().await;
             match outcome {
-                Err(CliError::Records(crate::image::ImageError::NotHere { .. })) if removed => {}
+                Err(CliError::Records(ImageError::NotHere { .. })) if removed => {}
                 other => other?,
             }
-            print(&format!("{reference}\n"))?;
+            print(&format!("{name}\n"))?;
         }
         Ok(0)
     }

@@ -2,8 +2,8 @@
 
 use std::{
     fs::File,
-    io::{Read as _, Seek as _, SeekFrom, Write as _},
-    path::{Path, PathBuf},
+    io::{Read as _, Write as _},
+    path::Path,
     time::Duration,
 };
 
@@ -48,17 +48,18 @@ impl Logs {
         };
         let path = |n: u64| directory.join(format!("{prefix}{n}"));
         let mut text = Vec::new();
-        let mut length = 0;
+        let mut last = None;
         for n in parts {
-            let before = text.len();
-            File::open(path(n))?.read_to_end(&mut text)?;
-            length = (text.len() - before) as u64;
+            // Rotated away since we looked.
+            let Ok(mut file) = File::open(path(n)) else { continue };
+            file.read_to_end(&mut text)?;
+            last = Some(file);
         }
         let mut stdout = std::io::stdout();
         stdout.write_all(last_lines(&text, self.tail))?;
         stdout.flush()?;
-        if self.follow {
-            follow(path, newest, length).await?;
+        if let (true, Some(last)) = (self.follow, last) {
+            follow(&directory, &prefix, newest, last).await?;
         }
         Ok(0)
     }
@@ -83,23 +84,21 @@ fn last_lines(text: &[u8], count: Option<usize>) -> &[u8] {
     starts.nth(count - 1).map_or(text, |start| &text[start..])
 }
 
-/// Until the reader has enough: from one file to the next as they are rotated.
-async fn follow(path: impl Fn(u64) -> PathBuf, mut n: u64, mut at: u64) -> Result<(), CliError> {
+/// Until the reader has enough: from one file to the next as they are rotated. A file that is open is read to its end
+/// even when Nomad has removed it meanwhile.
+async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> Result<(), CliError> {
     let mut stdout = std::io::stdout();
     loop {
         // Asked for first: what comes after the next file is there is in the next file.
-        let rotated = path(n + 1).exists();
-        let mut file = File::open(path(n))?;
-        file.seek(SeekFrom::Start(at))?;
+        let next = parts(directory, prefix).into_iter().find(|&later| later > n);
         let mut text = Vec::new();
-        at += file.read_to_end(&mut text)? as u64;
+        file.read_to_end(&mut text)?;
         if stdout.write_all(&text).and_then(|()| stdout.flush()).is_err() {
             return Ok(());
         }
-        if rotated {
-            (n, at) = (n + 1, 0);
-        } else {
-            tokio::time::sleep(LOOK).await;
+        match next.map(|next| (next, File::open(directory.join(format!("{prefix}{next}"))))) {
+            Some((next, Ok(opened))) => (n, file) = (next, opened),
+            _ => tokio::time::sleep(LOOK).await,
         }
     }
 }

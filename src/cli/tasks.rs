@@ -4,6 +4,7 @@ use std::fs;
 
 use super::{CliError, Common, say};
 use crate::{
+    image::InUse,
     places::Places,
     task::{Record, read_records},
 };
@@ -32,6 +33,21 @@ pub fn drivers(common: &Common) -> Vec<(String, Places)> {
         .collect();
     found.sort_by(|a, b| a.0.cmp(&b.0));
     found
+}
+
+/// Is it the directory of a `run`, whose images are the command line's?
+pub fn is_run(driver: &str) -> bool {
+    driver.starts_with("run-")
+}
+
+/// What the tasks of all `run`s use, whether their processes live or not.
+pub fn in_use_by_runs(common: &Common) -> InUse {
+    let records: Vec<Record> =
+        all(common).into_iter().filter(|found| is_run(&found.driver)).map(|found| found.record).collect();
+    InUse {
+        names: records.iter().map(|record| record.image.clone()).collect(),
+        leases: records.iter().map(|record| record.lease.clone()).collect(),
+    }
 }
 
 /// All tasks, in the order of drivers and ids. A run directory that can't be read is told and passed over.

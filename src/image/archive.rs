@@ -7,7 +7,7 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -18,13 +18,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::{ImageError, Reference};
+use super::{ImageError, Reference, manifest::LAYERS_MAX};
 use crate::ids::Digest;
 
 /// Indexes and manifests; distribution's limit on them.
 const DOCUMENT_MAX: u64 = 4 << 20;
 /// An image of 127 layers has some 260 entries.
 const ENTRIES_MAX: usize = 100_000;
+/// A name or attribute in an archive; longer ones are an attack.
+const EXTENSION_MAX: u64 = 1 << 20;
 /// The name of an image in an index (image-spec, annotations.md).
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
@@ -51,7 +53,7 @@ pub struct Archive {
 }
 
 /// What tells a file from its successor under the same name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Stamp {
     device: u64,
     inode: u64,
@@ -72,7 +74,8 @@ impl Archive {
             device: file.dev(),
             inode: file.ino(),
             size: file.size(),
-            changed: (file.mtime(), file.mtime_nsec()),
+            // Not the time of the content, which archives and copies set as they like.
+            changed: (file.ctime(), file.ctime_nsec()),
         })
     }
 
@@ -109,9 +112,11 @@ impl Layout {
         let failed = |problem: String| ImageError::Archive { image: image.clone(), problem };
         let path = archive.at(opened);
         let store = match archive.format {
-            ArchiveFormat::OciDir => Store::Dir(File::open(&path).map_err(|error| failed(error.to_string()))?.into()),
+            ArchiveFormat::OciDir => {
+                Store::Dir(open_path(&path, Wanted::Directory).map_err(|error| failed(error.to_string()))?.into())
+            }
             ArchiveFormat::OciArchive | ArchiveFormat::DockerArchive => {
-                let file = File::open(&path).map_err(|error| failed(error.to_string()))?;
+                let file = open_path(&path, Wanted::File).map_err(|error| failed(error.to_string()))?;
                 let entries = contents(&file).map_err(failed)?;
                 Store::Tar(file, entries)
             }
@@ -167,14 +172,11 @@ impl Layout {
             Store::Dir(root) => {
                 // Blobs may be shared between layouts by hard links, never by symlinks that lead elsewhere.
                 let how = OpenHow::new()
-                    .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+                    .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
                     .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-                let file = File::from(openat2(root, name, how)?);
-                let kind = file.metadata()?;
-                if !kind.is_file() {
-                    return Err(io::Error::other(format!("{name} is no plain file")));
-                }
-                Ok(file.take(kind.len()))
+                let file = reopen(&File::from(openat2(root, name, how)?), Wanted::File)?;
+                let length = file.metadata()?.len();
+                Ok(file.take(length))
             }
             Store::Tar(file, entries) => {
                 let &(place, length) = entries.get(name).ok_or_else(|| {
@@ -246,6 +248,9 @@ impl Layout {
         let config = self.json(&one.config)?;
         let config_digest = Digest::of(&config);
         self.blobs.insert(config_digest.clone(), one.config.clone());
+        if one.layers.len() > LAYERS_MAX {
+            return Err(format!("{} layers; {LAYERS_MAX} is the most", one.layers.len()));
+        }
         let mut layers = Vec::new();
         for name in &one.layers {
             let (digest, size, kind) = self.hash(name).map_err(|error| format!("{name}: {error}"))?;
@@ -305,21 +310,36 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     let mut archive = tar::Archive::new(file);
     let (mut found, mut links) = (HashMap::new(), Vec::new());
     let unreadable = |error: io::Error| format!("it is no tar archive, or cut off: {error}");
-    for entry in archive.entries_with_seek().map_err(unreadable)? {
-        let entry = entry.map_err(unreadable)?;
-        if found.len() + links.len() >= ENTRIES_MAX {
+    let mut extended = Extended::default();
+    // Raw, since the library reads what goes before an entry (its long name, its attributes) into memory, all of it.
+    for (count, entry) in archive.entries_with_seek().map_err(unreadable)?.raw(true).enumerate() {
+        let mut entry = entry.map_err(unreadable)?;
+        if count >= ENTRIES_MAX {
             return Err(format!("it has more than {ENTRIES_MAX} entries"));
         }
-        let name = plain(&entry.path().map_err(unreadable)?);
         let kind = entry.header().entry_type();
+        if kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() {
+            if entry.size() > EXTENSION_MAX {
+                return Err("an entry's name or attributes take more than 1 MiB".to_owned());
+            }
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes).map_err(unreadable)?;
+            extended.take(kind, &bytes)?;
+            continue;
+        }
+        let Extended { path, link } = std::mem::take(&mut extended);
+        let name = match path {
+            Some(path) => plain(Path::new(&path)),
+            None => plain(&entry.header().path().map_err(unreadable)?),
+        };
         if kind.is_file() {
             found.insert(name, (entry.raw_file_position(), entry.size()));
-        } else if let (true, Some(target)) =
-            (kind.is_symlink() || kind.is_hard_link(), entry.link_name().ok().flatten())
-        {
+        } else if kind.is_symlink() || kind.is_hard_link() {
+            let named = entry.header().link_name().ok().flatten().map(|link| link.to_string_lossy().into_owned());
+            let Some(target) = link.or(named) else { continue };
             let target = match Path::new(&name).parent().filter(|_| kind.is_symlink()) {
                 Some(parent) => plain(&parent.join(target)),
-                None => plain(&target),
+                None => plain(Path::new(&target)),
             };
             links.push((name, target));
         }
@@ -330,6 +350,56 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
         }
     }
     Ok(found)
+}
+
+/// What goes before an entry.
+#[derive(Default)]
+struct Extended {
+    path: Option<String>,
+    link: Option<String>,
+}
+
+impl Extended {
+    fn take(&mut self, kind: tar::EntryType, bytes: &[u8]) -> Result<(), String> {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
+        if kind.is_gnu_longname() {
+            self.path = Some(text(bytes));
+        } else if kind.is_gnu_longlink() {
+            self.link = Some(text(bytes));
+        } else {
+            for pair in tar::PaxExtensions::new(bytes) {
+                let pair = pair.map_err(|error| format!("an entry's attributes: {error}"))?;
+                match pair.key_bytes() {
+                    b"path" => self.path = Some(text(pair.value_bytes())),
+                    b"linkpath" => self.link = Some(text(pair.value_bytes())),
+                    b"size" => return Err("it has an entry of more than 8 GiB".to_owned()),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a path must lead to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    File,
+    Directory,
+}
+
+/// Named first and looked at, opened second: a FIFO would be waited for, and opening some devices does things.
+fn open_path(path: &Path, wanted: Wanted) -> io::Result<File> {
+    reopen(&File::options().read(true).custom_flags(libc::O_PATH).open(path)?, wanted)
+}
+
+fn reopen(named: &File, wanted: Wanted) -> io::Result<File> {
+    let kind = named.metadata()?.file_type();
+    match wanted {
+        Wanted::File if !kind.is_file() => Err(io::Error::other("it is no plain file")),
+        Wanted::Directory if !kind.is_dir() => Err(io::Error::other("it is no directory")),
+        _ => File::open(format!("/proc/self/fd/{}", named.as_raw_fd())),
+    }
 }
 
 /// `./a/../b` → `b`: names in archives are only looked up, in a table.

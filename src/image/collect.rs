@@ -73,6 +73,10 @@ impl ImageStore {
             }
             None => {}
         }
+        let _changing = self.inner().leases.lock().await;
+        if lock(&self.inner().records).contains_key(name) {
+            return Ok(());
+        }
         Ok(self.inner().client.delete_image(name).await?)
     }
 
@@ -82,6 +86,10 @@ impl ImageStore {
         let _changing = inner.leases.lock().await;
         if !self.leases_in_use(in_use).contains(&record.lease) {
             inner.client.delete_lease(&LeaseId(record.lease.clone())).await?;
+        }
+        // It came back meanwhile, and what has its name now is somebody's.
+        if lock(&inner.records).contains_key(&record.reference) {
+            return Ok(());
         }
         if inner.client.image_owner(&record.reference).await?.as_deref() == Some(inner.places.identity().as_str()) {
             inner.client.delete_image(&record.reference).await?;

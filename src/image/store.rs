@@ -33,7 +33,7 @@ const MANIFEST_MAX: usize = 4 << 20;
 
 type PullResult = Result<Arc<ImageRecord>, SharedError>;
 /// Callers with other credentials get their own answer.
-type FlightKey = (Reference, Option<Credentials>);
+type FlightKey = (Reference, Option<Credentials>, Option<Stamp>);
 type Flight = Pin<Box<dyn Future<Output = PullResult> + Send>>;
 
 /// What a pull is asked with.
@@ -148,15 +148,18 @@ impl ImageStore {
     /// When the image can't be had in the caller's time.
     pub async fn pull(&self, request: PullRequest) -> PullResult {
         let PullRequest { reference, credentials, opened, timeout, progress } = request;
+        // Taken before anything is read: a file that changes meanwhile is read anew by the next caller.
+        let stamp = reference.archive().and_then(|archive| archive.stamp(opened.as_deref()).ok());
         let flight = {
             let mut flights = lock(&self.0.flights);
             flights.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
-            let key = (reference.clone(), credentials.clone());
+            let key = (reference.clone(), credentials.clone(), stamp);
             match flights.get(&key).and_then(WeakShared::upgrade) {
                 Some(flight) => flight,
                 None => {
                     let (store, reference) = (self.clone(), reference.clone());
-                    let work = async move { store.run(&reference, credentials.as_ref(), opened, &progress).await };
+                    let work =
+                        async move { store.run(&reference, credentials.as_ref(), (opened, stamp), &progress).await };
                     let flight: Shared<Flight> = (Box::pin(work) as Flight).shared();
                     if let Some(weak) = flight.downgrade() {
                         flights.insert(key, weak);
@@ -174,7 +177,7 @@ impl ImageStore {
         &self,
         reference: &Reference,
         credentials: Option<&Credentials>,
-        opened: Option<Arc<OwnedFd>>,
+        (opened, stamp): (Option<Arc<OwnedFd>>, Option<Stamp>),
         progress: &Progress,
     ) -> PullResult {
         let name = reference.to_string();
@@ -182,8 +185,6 @@ impl ImageStore {
         let work = async {
             let flying = self.fly();
             let lease = PullLease::begin(client, LeaseId(flying.0.clone())).await?;
-            // Taken first: a file that changes while it is read is read anew by the next caller.
-            let stamp = reference.archive().and_then(|archive| archive.stamp(opened.as_deref()).ok());
             let local = match reference {
                 Reference::Registry(_) => self.local(reference, progress, lease.id()).await?,
                 // What containerd has under its name may be an older one.

@@ -14,7 +14,7 @@ use crate::{
     control::{Answer, Event, REQUEST_MAX, Request},
     ids::TaskId,
     image::Reference,
-    task::Engine,
+    task::{Engine, TaskError},
 };
 
 /// Whoever connects has its request ready.
@@ -92,7 +92,10 @@ impl Doorkeeper {
             }
             Request::Gc { dry_run } => Answer::Removed(self.engine.sweep(dry_run).await),
             Request::RemoveImage { image } => match Reference::parse(&image) {
-                Ok(reference) => done(self.engine.remove_image(&reference).await),
+                Ok(reference) => match self.engine.remove_image(&reference).await {
+                    Err(TaskError::Image(error)) if error.is_not_here() => Answer::NotHere,
+                    other => done(other),
+                },
                 Err(error) => Answer::Refused(chain(&error)),
             },
             Request::Kill { task, signal } => {
@@ -134,7 +137,7 @@ impl Doorkeeper {
     }
 }
 
-fn done(outcome: Result<(), crate::task::TaskError>) -> Answer {
+fn done(outcome: Result<(), TaskError>) -> Answer {
     match outcome {
         Ok(()) => Answer::Done,
         Err(error) => Answer::Refused(chain(&error)),

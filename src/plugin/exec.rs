@@ -1,6 +1,6 @@
 //! ExecTask and ExecTaskStreaming: a session's pipes on one side, Nomad's messages on the other.
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -13,7 +13,7 @@ use super::{convert, status};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, ExecTaskStreamingIoOperation as Operation},
-    task::{Engine, Exec, ExecRequest, Exit, Session, WindowSize},
+    task::{Engine, Exec, ExecIo, ExecRequest, Exit, Session, WindowSize},
 };
 
 /// Of each stream of ExecTask the last so many bytes are kept; Nomad's own drivers keep 4 KiB.
@@ -166,55 +166,67 @@ struct Input {
 /// taken.
 async fn pump(session: Session, drain: Drain, input: Input, send: mpsc::Sender<Answer>) -> Result<Exit, Status> {
     let Session { exec, io } = session;
+    let feeding = async {
+        feed(&exec, input).await;
+        std::future::pending::<Infallible>().await
+    };
+    // Side by side: a client that does not read for a while must not keep its own input from the process.
+    let exit = tokio::select! {
+        exit = hand_on(&exec, io, drain, &send) => exit?,
+        never = feeding => match never {},
+    };
+    // The shim waits for the output's end before it answers this; nobody needs to wait with it.
+    tokio::spawn(exec.finish());
+    Ok(exit)
+}
+
+async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answer>) -> Result<Exit, Status> {
     let (mut stdout, mut stderr) = (Some(io.stdout), io.stderr);
     let (mut out, mut err) = (vec![0; CHUNK], vec![0; CHUNK]);
     let mut exit: Option<Exit> = None;
     let (mut quiet, mut limit) = (tokio::time::Instant::now(), tokio::time::Instant::now());
-    {
-        let waiting = exec.wait();
-        let feeding = feed(&exec, input);
-        tokio::pin!(waiting, feeding);
-        let mut fed = false;
-        while stdout.is_some() || stderr.is_some() || exit.is_none() {
-            let (stream, count) = tokio::select! {
-                // Output first: what was written before the end comes before it.
-                biased;
-                count = read(&mut stdout, &mut out), if stdout.is_some() => (StreamName::Stdout, count),
-                count = read(&mut stderr, &mut err), if stderr.is_some() => (StreamName::Stderr, count),
-                ended = &mut waiting, if exit.is_none() => {
-                    let broken = |error| Status::unknown(format!("exec: the task's shim died ({error})"));
-                    exit = Some(ended.map_err(broken)?);
-                    quiet = tokio::time::Instant::now();
-                    limit = quiet + drain.at_most;
-                    continue;
-                }
-                () = &mut feeding, if !fed => {
-                    fed = true;
-                    continue;
-                }
-                () = tokio::time::sleep_until(limit.min(quiet + drain.silence)), if exit.is_some() => break,
-            };
-            quiet = tokio::time::Instant::now();
-            let bytes = if stream == StreamName::Stdout { &out[..count] } else { &err[..count] };
-            if send.send(Ok(answer(stream, bytes))).await.is_err() {
-                // Nobody is there any more; the session's end kills the process.
-                return Err(Status::aborted("exec: the client has left"));
-            }
-            match (stream, count) {
-                (StreamName::Stdout, 0) => stdout = None,
-                (StreamName::Stderr, 0) => stderr = None,
-                _ => {}
-            }
+    let waiting = exec.wait();
+    tokio::pin!(waiting);
+    let exit = loop {
+        if let (Some(exit), None, None) = (exit, &stdout, &stderr) {
+            break exit;
         }
-        for (stream, open) in [(StreamName::Stdout, stdout.is_some()), (StreamName::Stderr, stderr.is_some())] {
-            if open {
-                let _ = send.send(Ok(answer(stream, &[]))).await;
+        let (stream, count) = tokio::select! {
+            count = read(&mut stdout, &mut out), if stdout.is_some() => (StreamName::Stdout, count),
+            count = read(&mut stderr, &mut err), if stderr.is_some() => (StreamName::Stderr, count),
+            ended = &mut waiting, if exit.is_none() => {
+                let broken = |error| Status::unknown(format!("exec: the task's shim died ({error})"));
+                exit = Some(ended.map_err(broken)?);
+                quiet = tokio::time::Instant::now();
+                limit = quiet + drain.at_most;
+                continue;
             }
+            () = tokio::time::sleep_until(limit.min(quiet + drain.silence)), if exit.is_some() => match exit {
+                Some(exit) => break exit,
+                None => continue,
+            },
+        };
+        let bytes = if stream == StreamName::Stdout { &out[..count] } else { &err[..count] };
+        let began = tokio::time::Instant::now();
+        if send.send(Ok(answer(stream, bytes))).await.is_err() {
+            // Nobody is there any more; the session's end kills the process.
+            return Err(Status::aborted("exec: the client has left"));
+        }
+        // A client that is slow to take it is not silence of the process.
+        quiet = tokio::time::Instant::now();
+        limit += began.elapsed();
+        match (stream, count) {
+            (StreamName::Stdout, 0) => stdout = None,
+            (StreamName::Stderr, 0) => stderr = None,
+            _ => {}
+        }
+    };
+    // Streams that somebody else keeps open.
+    for (stream, open) in [(StreamName::Stdout, stdout.is_some()), (StreamName::Stderr, stderr.is_some())] {
+        if open {
+            let _ = send.send(Ok(answer(stream, &[]))).await;
         }
     }
-    let exit = exit.ok_or_else(|| Status::internal("exec: ended without an exit code"))?;
-    // The shim waits for the output's end before it answers this; nobody needs to wait with it.
-    tokio::spawn(exec.finish());
     Ok(exit)
 }
 

@@ -127,6 +127,10 @@ pub fn open_source(
             return open_path(path).map_err(failed);
         }
         if let Some(root) = allow_paths.iter().find(|root| path.starts_with(root)) {
+            // Nothing lies outside of the root; its own absolute links may be followed.
+            if root == Path::new("/") {
+                return open_path(path).map_err(failed);
+            }
             return open_beneath(root, path.strip_prefix(root).unwrap_or(path)).map_err(failed);
         }
         let below = path.strip_prefix(dirs.alloc).map_err(|_| outside())?;

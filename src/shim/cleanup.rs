@@ -15,6 +15,8 @@ const DELETE: Duration = Duration::from_secs(30);
 pub struct DeadTask<'a> {
     /// Its id.
     pub id: &'a str,
+    /// Its shim's namespace, below which the runtime keeps its state.
+    pub namespace: &'a str,
     /// Its bundle, whose directory name is the id (the command looks at `../<id>`).
     pub bundle: &'a Path,
 }
@@ -39,7 +41,7 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     let noted = task.has_noted_exit();
     let failed = |source| ShimError::Spawn { binary: launcher.binary().to_owned(), source };
     let run = tokio::process::Command::new(launcher.binary())
-        .args(["-namespace", launcher.namespace(), "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
+        .args(["-namespace", task.namespace, "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
         .arg(task.bundle)
         .arg("delete")
         .current_dir(task.bundle)

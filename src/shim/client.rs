@@ -3,7 +3,11 @@
 //! Shims before 2.0 serve `containerd.task.v2.Task`, those since `v3`; the messages are the same, so the service's name
 //! is all that differs, and it is found out once per connection.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use protobuf::{Message, MessageField, well_known_types::any::Any};
 use ttrpc::{Error as TtrpcError, proto::Request};
@@ -117,6 +121,9 @@ pub enum Kill {
 pub struct Client {
     inner: ttrpc::asynchronous::Client,
     api: TaskApi,
+    /// The library numbers a request and queues it in two steps; shims since 2.0 refuse one that overtakes another
+    /// in between ("StreamID ... must increment"). Held while a call is polled, both steps are one.
+    order: Arc<Mutex<()>>,
 }
 
 impl std::fmt::Debug for Client {
@@ -138,12 +145,13 @@ impl Client {
             .map_err(|_| ShimError::Late { call: "Connect", after: QUICK })?
             .map_err(gone)?;
         let inner = ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
-        let order = match hint {
+        let apis = match hint {
             Some(TaskApi::V2) => [TaskApi::V2, TaskApi::V3],
             _ => [TaskApi::V3, TaskApi::V2],
         };
-        for api in order {
-            let client = Self { inner: inner.clone(), api };
+        let order: Arc<Mutex<()>> = Arc::default();
+        for api in apis {
+            let client = Self { inner: inner.clone(), api, order: order.clone() };
             let request = wire::ConnectRequest::new();
             match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(QUICK)).await {
                 Ok(_) => return Ok(client),
@@ -151,7 +159,7 @@ impl Client {
                 Err(error) => return Err(error),
             }
         }
-        Err(ShimError::NoService(order[0].service(), order[1].service()))
+        Err(ShimError::NoService(apis[0].service(), apis[1].service()))
     }
 
     /// Which service it serves.
@@ -366,11 +374,17 @@ impl Client {
             timeout_nano: limit.map_or(0, |limit| i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX)),
             ..Default::default()
         };
+        // Unconstrained: the runtime's budget must not cut between the two steps either.
+        let mut asking = std::pin::pin!(tokio::task::unconstrained(self.inner.request(request)));
+        let asking = std::future::poll_fn(|cx| {
+            let _turn = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+            asking.as_mut().poll(cx)
+        });
         let answer = match limit {
-            Some(limit) => tokio::time::timeout(limit, self.inner.request(request))
+            Some(limit) => tokio::time::timeout(limit, asking)
                 .await
                 .unwrap_or_else(|_| Err(TtrpcError::RpcStatus(deadline_status()))),
-            None => self.inner.request(request).await,
+            None => asking.await,
         };
         let answer = answer.map_err(|error| match error {
             TtrpcError::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {

@@ -38,6 +38,9 @@ pub struct ExecIo {
     pub stdout: pipe::Receiver,
     /// None with a terminal.
     pub stderr: Option<pipe::Receiver>,
+    /// The shim opens its input in the background, some time after it has said that the process runs: until then this
+    /// keeps the pipe, and what was written into it, alive.
+    _input: Option<OwnedFd>,
 }
 
 impl ExecPipes {
@@ -65,8 +68,10 @@ impl ExecPipes {
     /// # Errors
     /// When our ends can't be watched.
     pub fn handed_over(self) -> io::Result<ExecIo> {
+        let (write, read) = self.stdin.map(|pipe| (pipe.write, pipe.read)).unzip();
         Ok(ExecIo {
-            stdin: self.stdin.map(|pipe| pipe::Sender::from_owned_fd(pipe.write)).transpose()?,
+            stdin: write.map(pipe::Sender::from_owned_fd).transpose()?,
+            _input: read,
             stdout: pipe::Receiver::from_owned_fd(self.stdout.read)?,
             stderr: self.stderr.map(|pipe| pipe::Receiver::from_owned_fd(pipe.read)).transpose()?,
         })

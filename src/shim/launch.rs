@@ -18,13 +18,14 @@ use std::{
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{Client, ShimError, TaskApi};
 use crate::{
     ids::random_hex,
     places::{Places, make_dir},
-    process::{PidFd, ProcessId},
+    process::{PidFd, ProcessId, boot_id, restore_descriptor_limit},
 };
 
 /// A shim that was asked to end does so in about 2 ms.
@@ -67,6 +68,7 @@ pub struct Shim {
     client: Client,
     pidfd: Arc<PidFd>,
     ended: watch::Receiver<bool>,
+    namespace: String,
     _held: Held,
 }
 
@@ -147,7 +149,7 @@ impl Launcher {
         match Client::connect(&dir.join("sock"), self.hint()).await {
             Ok(client) => {
                 self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
-                Ok(Shim { id, dir, client, pidfd, ended, _held: held })
+                Ok(Shim { id, dir, client, pidfd, ended, namespace: self.namespace.clone(), _held: held })
             }
             Err(error) => {
                 let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
@@ -163,23 +165,30 @@ impl Launcher {
     pub async fn adopt(&self, id: &str) -> Found {
         let held = self.hold(id);
         let dir = self.places.shim(id);
-        let Some(pidfd) = pidfd_of(&dir) else { return Found::Gone };
+        let (pidfd, namespace) = match find(&dir).await {
+            Some(found) => found,
+            None => return Found::Gone,
+        };
         match Client::connect(&dir.join("sock"), self.hint()).await {
             Ok(client) => {
                 let pidfd = Arc::new(pidfd);
                 let (tell, ended) = watch::channel(false);
                 let watched = pidfd.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = watched.ended().await {
-                        tracing::warn!(%error, "a shim can't be watched");
+                    match watched.ended().await {
+                        Ok(()) => drop(tell.send_replace(true)),
+                        // Not told to be dead, then; its connection tells, too.
+                        Err(error) => {
+                            tracing::warn!(%error, "a shim can't be watched");
+                            std::future::pending::<()>().await;
+                        }
                     }
-                    tell.send_replace(true);
                 });
-                Found::Alive(Shim { id: id.to_owned(), dir, client, pidfd, ended, _held: held })
+                Found::Alive(Shim { id: id.to_owned(), dir, client, pidfd, ended, namespace, _held: held })
             }
             // It may have ended while we asked.
-            Err(error) => match pidfd_of(&dir) {
-                Some(pidfd) => {
+            Err(error) => match find(&dir).await {
+                Some((pidfd, _)) => {
                     tracing::warn!(shim = id, %error, "a shim lives and does not answer");
                     Found::Hung(pidfd)
                 }
@@ -221,6 +230,7 @@ impl Launcher {
         // process, so std's error pipe is not there.
         unsafe {
             command.pre_exec(move || {
+                restore_descriptor_limit();
                 if libc::setsid() < 0 || libc::dup2(raw, 3) < 0 {
                     return Err(io::Error::last_os_error());
                 }
@@ -234,8 +244,8 @@ impl Launcher {
         drop(listener);
         let pid = child.id().unwrap_or_default();
         let named = PidFd::open(pid).and_then(|pidfd| {
-            let bytes = serde_json::to_vec(&ProcessId::of(pid)?)?;
-            fs::write(dir.join(PID), bytes)?;
+            let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
+            fs::write(dir.join(PID), serde_json::to_vec(&Identity { process, boot, namespace })?)?;
             Ok(pidfd)
         });
         let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
@@ -267,6 +277,11 @@ impl Shim {
         &self.id
     }
 
+    /// Its namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// Calls go through this.
     pub fn client(&self) -> &Client {
         &self.client
@@ -282,16 +297,20 @@ impl Shim {
         self.ended.clone()
     }
 
-    /// Ends a shim that holds no container, by force if it does not go, and removes its directory.
-    pub async fn end(mut self) {
+    /// Ends a shim that holds no container, by force if it does not go, and removes its directory: true when it is gone.
+    pub async fn end(mut self) -> bool {
         if !self.has_ended() && self.client.shutdown(&self.id).await.is_err() {
             self.pidfd.signal(libc::SIGKILL);
         }
         if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
             self.pidfd.signal(libc::SIGKILL);
-            let _ = tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await;
+            if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
+                tracing::error!(shim = self.id, "it survives SIGKILL");
+                return false;
+            }
         }
         remove_dir(&self.dir);
+        true
     }
 
     /// Ends an idle shim at once, without asking: for a plugin that is told to leave.
@@ -321,10 +340,47 @@ pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
     gone
 }
 
-/// The process of the shim whose directory this is, if it lives.
-fn pidfd_of(dir: &Path) -> Option<PidFd> {
-    let process: ProcessId = serde_json::from_slice(&fs::read(dir.join(PID)).ok()?).ok()?;
-    PidFd::of(&process).ok()
+/// What is noted in a shim's directory.
+#[derive(Debug, Serialize, Deserialize)]
+struct Identity {
+    #[serde(flatten)]
+    process: ProcessId,
+    boot: String,
+    namespace: String,
+}
+
+/// The shim whose directory this is, if it lives: its process and its namespace. That we can't look just now (no
+/// descriptors, no memory) does not mean that it is dead; it is looked for again, for a while.
+async fn find(dir: &Path) -> Option<(PidFd, String)> {
+    let deadline = tokio::time::Instant::now() + END;
+    loop {
+        match look(dir) {
+            Ok(found) => return Some(found),
+            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
+                return None;
+            }
+            Err(error) if tokio::time::Instant::now() > deadline => {
+                tracing::error!(dir = %dir.display(), %error, "a shim can't be looked for, and is taken for dead");
+                return None;
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+fn look(dir: &Path) -> io::Result<(PidFd, String)> {
+    let identity: Identity = serde_json::from_slice(&fs::read(dir.join(PID))?).map_err(|_| io::ErrorKind::NotFound)?;
+    if boot_id()? != identity.boot {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    Ok((PidFd::of(&identity.process)?, identity.namespace))
+}
+
+/// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
+pub fn kill_shim(dir: &Path) {
+    if let Ok((pidfd, _)) = look(dir) {
+        pidfd.signal(libc::SIGKILL);
+    }
 }
 
 /// Ends a shim that another instance of us left behind, by its directory: true when it is gone. One that holds a

@@ -15,7 +15,7 @@ use std::{io, path::PathBuf, time::Duration};
 pub use cleanup::{DeadTask, delete_dead};
 pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, State, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};
-pub use launch::{Found, Launcher, Shim, end_hung, end_stray};
+pub use launch::{Found, Launcher, Shim, end_hung, end_stray, kill_shim};
 pub use pool::Pool;
 
 /// Why a shim did not do what it was asked.

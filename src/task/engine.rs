@@ -30,6 +30,9 @@ use crate::{
     shim::{Found, Kill, Launcher, Pool, stdio::HeldOpen},
 };
 
+/// How long a start waits for somebody who is undoing an earlier attempt.
+const OTHERS: Duration = Duration::from_secs(120);
+
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
 
@@ -133,8 +136,8 @@ impl Engine {
             opened: Instant::now(),
             _lock: lock,
         }));
-        engine.sort_out(records);
-        engine.watch_over();
+        let whole = engine.sort_out(records);
+        engine.watch_over(whole);
         Ok(engine)
     }
 
@@ -263,23 +266,15 @@ impl Engine {
         let mut held = None;
         let hold = || HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
         let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
-        let leftovers: Vec<TaskId> = self
-            .leftovers()
+        let anonymous = request.alloc_id.is_empty();
+        let olds: Vec<TaskId> = self
+            .tasks()
             .values()
-            .map(|leftover| &leftover.record)
-            .filter(|record| same(record))
-            .map(|record| record.task_id.clone())
+            .filter_map(Slot::record)
+            .filter(|_| !anonymous)
+            .filter(same)
+            .map(|record| record.intent.task_id)
             .collect();
-        for old in leftovers {
-            tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
-            held = Some(hold());
-            self.destroy_leftover(&old).await.unwrap_or(Ok(()))?;
-        }
-        if request.alloc_id.is_empty() {
-            return Ok(held);
-        }
-        let olds: Vec<TaskId> =
-            self.tasks().values().filter_map(Slot::record).filter(same).map(|record| record.intent.task_id).collect();
         for old in olds {
             tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
             held = Some(hold());
@@ -289,7 +284,35 @@ impl Engine {
                 Err(error) => return Err(error),
             }
         }
+        let leftovers: Vec<TaskId> = {
+            let leftovers = self.leftovers();
+            let records = leftovers.values().map(|leftover| &leftover.record);
+            records.filter(|record| same(record)).map(|record| record.task_id.clone()).collect()
+        };
+        for old in leftovers {
+            tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
+            held = Some(hold());
+            self.outlast_leftover(&old).await?;
+        }
         Ok(held)
+    }
+
+    /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all
+    /// else too.
+    async fn outlast_leftover(&self, id: &TaskId) -> Result<(), TaskError> {
+        let deadline = Instant::now() + OTHERS;
+        loop {
+            if let Some(outcome) = self.destroy_leftover(id).await {
+                return outcome;
+            }
+            if !self.leftovers().contains_key(id) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(TaskError::Busy(id.clone()));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Waits until the task has ended: how. Any number may wait, before and after the end.
@@ -332,15 +355,19 @@ impl Engine {
         let Some(client) = &task.client else { return Err(TaskError::NotFound(id.clone())) };
         let name = record.container_id.as_str();
         if !timeout.is_zero() {
-            if let Err(error) = client.kill(name, number, Kill::Init).await {
-                tracing::warn!(task = %id, %error, "the stop signal could not be sent");
-            }
-            fault::point("stop.signalled");
-            if tokio::time::timeout(timeout, exit.wait_for(Option::is_some)).await.is_ok() {
+            let politely = async {
+                if let Err(error) = client.kill(name, number, Kill::Init).await {
+                    tracing::warn!(task = %id, %error, "the stop signal could not be sent");
+                }
+                fault::point("stop.signalled");
+                exit.wait_for(Option::is_some).await.is_ok()
+            };
+            // The time counts from the question: a shim that hangs is no reason to take longer.
+            if tokio::time::timeout(timeout, politely).await.is_ok() {
                 return Ok(());
             }
         }
-        let ended = task.end_by_force(id, client).await;
+        let ended = task.end_by_force(&self.0.shared, id, client).await;
         fault::point("stop.killed");
         ended
     }
@@ -442,7 +469,7 @@ impl Engine {
             && let Some(client) = &task.client
         {
             // Waiters get their answer before the task is forgotten.
-            task.end_by_force(id, client).await?;
+            task.end_by_force(&self.0.shared, id, client).await?;
             fault::point("destroy.killed");
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };

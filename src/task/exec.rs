@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Record, TaskError};
@@ -19,6 +20,9 @@ use crate::{
 
 /// SIGKILL works at once, or the process hangs in the kernel.
 const KILLED: Duration = Duration::from_secs(10);
+
+/// Ten times this is more than a process needs to be gone that has let go of its lock.
+const GOING: Duration = Duration::from_millis(10);
 
 /// Why a process can't be run in a task.
 #[derive(Debug, thiserror::Error)]
@@ -100,7 +104,9 @@ pub async fn start(
     // Noted first: whatever becomes of us, our successor finds it.
     let (exec_id, execs) = (random_hex(8), places.execs(&record.container_id));
     let marker = execs.join(&exec_id);
-    fs::create_dir_all(&execs).and_then(|()| fs::write(&marker, b"")).map_err(unusable(&marker))?;
+    let owner = ProcessId::of(std::process::id()).ok();
+    let note = |process| json!(Marker { owner, process }).to_string();
+    fs::create_dir_all(&execs).and_then(|()| fs::write(&marker, note(None))).map_err(unusable(&marker))?;
     let id = record.container_id.as_str();
     let mut exec =
         Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, over: false };
@@ -119,13 +125,21 @@ pub async fn start(
     };
     let pid = match started.await {
         Ok(pid) => pid,
-        Err(source) => {
+        Err(source @ ShimError::Refused { .. }) => {
             exec.forget().await;
+            return Err(ExecError::Shim { command: command.clone(), source });
+        }
+        Err(source) => {
+            // Late: it may still be run, and open the pipes by the numbers they have here.
+            tokio::spawn(async move {
+                exec.kill().await;
+                drop(pipes);
+            });
             return Err(ExecError::Shim { command: command.clone(), source });
         }
     };
     if let Ok(process) = ProcessId::of(pid)
-        && let Err(error) = fs::write(&exec.marker, json!(process).to_string())
+        && let Err(error) = fs::write(&exec.marker, note(Some(process)))
     {
         tracing::warn!(path = %exec.marker.display(), %error, "an exec'd process is not noted");
     }
@@ -203,6 +217,12 @@ impl Exec {
         self.client.close_exec_input(self.container.as_str(), &self.exec_id).await
     }
 
+    /// Ends it, with all that it has started.
+    pub async fn kill(mut self) {
+        self.over = true;
+        end(&self.client, &self.container, &self.exec_id, &self.marker).await;
+    }
+
     /// It has ended and its output was read: nothing of it is kept. Its own children may go on, in the task.
     pub async fn finish(mut self) {
         self.forget().await;
@@ -228,20 +248,52 @@ impl Drop for Exec {
     }
 }
 
-/// Ends all processes that an earlier instance of us had exec'd for somebody who is gone with it.
-pub async fn end_abandoned(client: &Client, record: &Record, places: &Places) {
-    let Ok(markers) = fs::read_dir(places.execs(&record.container_id)) else { return };
-    for marker in markers.flatten() {
-        let exec_id = marker.file_name().to_string_lossy().into_owned();
-        tracing::info!(task = %record.task_id, exec_id, "ends what was exec'd for somebody who is gone");
-        end(client, &record.container_id, &exec_id, &marker.path()).await;
+/// Notes of processes that somebody else than this process has had run in a task.
+pub fn abandoned(record: &Record, places: &Places) -> Vec<PathBuf> {
+    let markers = fs::read_dir(places.execs(&record.container_id)).into_iter().flatten().flatten();
+    markers.map(|marker| marker.path()).collect()
+}
+
+/// Ends the processes of these notes whose owners are gone: an earlier instance of us, most likely.
+pub async fn end_abandoned(client: Client, container: ContainerId, markers: Vec<PathBuf>) {
+    for marker in markers {
+        if is_owned(&marker).await {
+            continue;
+        }
+        let exec_id = marker.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        tracing::info!(%container, exec_id, "ends what was exec'd for somebody who is gone");
+        end(&client, &container, &exec_id, &marker).await;
     }
+}
+
+/// What is noted of an exec'd process.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Marker {
+    /// Who has it run: a plugin, or somebody at the command line.
+    owner: Option<ProcessId>,
+    /// The process, once it runs.
+    process: Option<ProcessId>,
+}
+
+fn read_marker(marker: &Path) -> Marker {
+    fs::read(marker).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
+/// Does whoever had it run still live? A plugin that has just given way to us is about to be gone.
+async fn is_owned(marker: &Path) -> bool {
+    for _ in 0..10 {
+        if !read_marker(marker).owner.is_some_and(|owner| owner.is_alive()) {
+            return false;
+        }
+        tokio::time::sleep(GOING).await;
+    }
+    true
 }
 
 /// Kills an exec'd process with all that it has started, and forgets it.
 async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
-    let process: Option<ProcessId> = fs::read(marker).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let family = process.filter(ProcessId::is_alive).map(|process| family(process.pid)).unwrap_or_default();
+    let family =
+        read_marker(marker).process.filter(ProcessId::is_alive).map(|process| family(process.pid)).unwrap_or_default();
     match client.kill_exec(container.as_str(), exec_id).await {
         Ok(()) => {
             let ended = tokio::time::timeout(KILLED, client.wait_exec(container.as_str(), exec_id)).await;

@@ -25,6 +25,11 @@ use crate::{
     shim::{self, Client, DeadTask, Exit, Found, Kill, ShimError},
 };
 
+/// A kill takes 5 ms; a shim that has not done it by now hangs.
+const HUNG: Duration = Duration::from_secs(5);
+/// Between two questions to a shim that has answered nonsense.
+const AGAIN: Duration = Duration::from_millis(200);
+
 /// A task that runs or has ended.
 pub struct Task {
     record: Mutex<Record>,
@@ -118,14 +123,26 @@ impl Task {
         self.set_state(shared, RecordState::Stopping { run: self.run, deadline });
     }
 
-    pub(super) async fn end_by_force(&self, id: &TaskId, client: &Client) -> Result<(), TaskError> {
+    pub(super) async fn end_by_force(&self, shared: &Shared, id: &TaskId, client: &Client) -> Result<(), TaskError> {
         let container = self.record().intent.container_id;
-        match client.kill(container.as_str(), libc::SIGKILL, Kill::All).await {
-            // A dead shim is the watcher's business: it ends the container and tells.
-            Ok(()) | Err(ShimError::Gone { .. }) => {}
-            Err(source) => return Err(TaskError::Shim { doing: "kill the container", source }),
-        }
         let mut exit = self.exit.subscribe();
+        let asked = client.kill(container.as_str(), libc::SIGKILL, Kill::All);
+        match tokio::time::timeout(HUNG, asked).await {
+            // A dead shim is the watcher's business: it ends the container and tells.
+            Ok(Ok(()) | Err(ShimError::Gone { .. })) => {}
+            outcome => {
+                let problem =
+                    outcome.map_or_else(|_| "it does not answer".to_owned(), |refused| format!("{refused:?}"));
+                tracing::error!(task = %id, problem, "the shim does not kill the task; doing it ourselves");
+                if let Ok(init) = PidFd::of(&self.run.process) {
+                    init.signal(libc::SIGKILL);
+                }
+                if tokio::time::timeout(HUNG, exit.wait_for(Option::is_some)).await.is_err() {
+                    // It does not tell of the end either: that of its connection does.
+                    shim::kill_shim(&shared.settings.places.shim(&self.record().shim));
+                }
+            }
+        }
         match tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some)).await {
             Ok(_) => Ok(()),
             Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
@@ -138,12 +155,12 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
     let Some(client) = &task.client else { return };
     let record = task.record();
     let id = record.container_id.as_str();
-    let outcome = client.wait(id).await;
+    let outcome = wait_out(client, id).await;
     fault::point("exit.seen");
     // Before the cgroup goes: it is all that remembers.
     let oom_killed = shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0);
     let bundle = shared.settings.places.bundle(&record.container_id);
-    let dead = DeadTask { id, bundle: &bundle };
+    let dead = DeadTask { id, namespace: &record.namespace, bundle: &bundle };
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
         Err(error) => after_shim_death(&shared, &task, dead, error).await,
@@ -169,6 +186,22 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
             && let Err(left) = shim::delete_dead(shared.pool.launcher(), dead).await
         {
             tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
+        }
+    }
+}
+
+/// Waits for the end of the container's process, or of its shim: nothing else ends the waiting.
+async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
+    loop {
+        match client.wait(id).await {
+            Ok(exit) => return Ok(exit),
+            Err(error @ ShimError::Gone { .. }) => return Err(error),
+            // A shim that does not know the container can't tell of its end.
+            Err(error) if error.is_not_found() => return Err(error),
+            Err(error) => {
+                tracing::warn!(container = id, %error, "a shim did not wait; asking again");
+                tokio::time::sleep(AGAIN).await;
+            }
         }
     }
 }

@@ -32,7 +32,7 @@ pub use settings::{Compute, ContainerdSettings, SecuritySettings, Settings, Shim
 pub use signal::parse as parse_signal;
 pub use start::Phases;
 
-pub use crate::shim::{Exit, WindowSize};
+pub use crate::shim::{ExecIo, Exit, WindowSize};
 use crate::{
     cgroup::CgroupError,
     ids::TaskId,
@@ -132,6 +132,9 @@ pub enum TaskError {
     /// A process in a task.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// Nothing can be started beside that.
+    #[error("an earlier attempt of the task, {0}, is still being undone")]
+    Busy(TaskId),
     /// Somebody changed their mind.
     #[error("task {0} was stopped while it was being started")]
     Stopped(TaskId),
@@ -146,6 +149,13 @@ pub enum TaskError {
 /// An image error as others share it.
 #[derive(Debug, Clone)]
 pub struct SharedImageError(pub SharedError);
+
+impl SharedImageError {
+    /// Is there no such image here?
+    pub fn is_not_here(&self) -> bool {
+        matches!(*self.0, crate::image::ImageError::NotHere { .. })
+    }
+}
 
 impl std::fmt::Display for SharedImageError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -173,6 +183,7 @@ impl TaskError {
             | Self::Places(_)
             | Self::Held { .. }
             | Self::Lock { .. }
+            | Self::Busy(_)
             | Self::Worker(_) => true,
             Self::Unkillable { .. } => true,
             _ => false,

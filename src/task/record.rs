@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ids::{ContainerId, TaskId},
-    process::ProcessId,
+    process::{self, ProcessId},
 };
 
 /// The form of the record's file.
@@ -70,6 +70,8 @@ pub struct Intent {
     pub runtime: String,
     /// The shim's directory name.
     pub shim: String,
+    /// The shim's namespace, below which the runtime keeps its state.
+    pub namespace: String,
     /// Its cgroup.
     pub cgroup: String,
     /// The signal that asks it to stop.
@@ -292,13 +294,8 @@ pub fn millis(time: SystemTime) -> u64 {
 }
 
 fn boot_id() -> Result<String, RecordError> {
-    static BOOT: std::sync::OnceLock<String> = std::sync::OnceLock::new();
-    if let Some(boot) = BOOT.get() {
-        return Ok(boot.clone());
-    }
-    let path = Path::new("/proc/sys/kernel/random/boot_id");
-    let text = fs::read_to_string(path).map_err(|source| RecordError { doing: "read", path: path.into(), source })?;
-    Ok(BOOT.get_or_init(|| text.trim().to_owned()).clone())
+    let path = || PathBuf::from("/proc/sys/kernel/random/boot_id");
+    process::boot_id().map_err(|source| RecordError { doing: "read", path: path(), source })
 }
 
 #[cfg(test)]
@@ -319,6 +316,7 @@ mod tests {
             lease: "l".to_owned(),
             runtime: "runc".to_owned(),
             shim: "s".to_owned(),
+            namespace: "nomad".to_owned(),
             cgroup: "/nomad/a.web".to_owned(),
             stop_signal: 15,
         })

@@ -27,9 +27,9 @@ use crate::{
 impl Engine {
     /// Half-made starts were never told to Nomad, and half-undone tasks are not wanted by it: they go. The others are
     /// taken over at once, and wait for `RecoverTask`. Nothing of this is waited for: Nomad waits for `Init` without
-    /// a deadline.
-    pub(super) fn sort_out(&self, records: Records) {
-        self.sort_out_shims(&records);
+    /// a deadline. True when every container has a record that can be read.
+    pub(super) fn sort_out(&self, records: Records) -> bool {
+        let whole = self.sort_out_shims(&records);
         for record in records.good {
             let why = match &record.state {
                 _ if !record.is_current() => Some("the host was restarted since"),
@@ -49,6 +49,7 @@ impl Engine {
                 }
             }
         }
+        whole
     }
 
     fn undo_in_background(&self, record: Record) {
@@ -65,7 +66,7 @@ impl Engine {
 
     /// Shims that no record names were idle ones, and become ours. Where a record or its name was lost, a nameless shim
     /// may hold that task: then they are asked to leave, which one with a container does not do.
-    fn sort_out_shims(&self, records: &Records) {
+    fn sort_out_shims(&self, records: &Records) -> bool {
         let places = &self.shared().settings.places;
         let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
         let known: HashSet<&str> = records.good.iter().map(|record| record.container_id.as_str()).collect();
@@ -86,12 +87,17 @@ impl Engine {
                     return;
                 }
                 match shared.pool.launcher().adopt(&id).await {
-                    Found::Alive(shim) => shared.pool.put(shim),
+                    // Settings may have changed since it was prepared.
+                    Found::Alive(shim) if shim.namespace() == shared.pool.launcher().namespace() => {
+                        shared.pool.put(shim);
+                    }
+                    Found::Alive(shim) => drop(shim.end().await),
                     Found::Hung(pidfd) => drop(shim::end_hung(&dir, &pidfd).await),
                     Found::Gone => drop(shim::end_stray(&dir).await),
                 }
             });
         }
+        !nameless
     }
 
     /// Connects to the task's shim in the background; whoever asks for the task meanwhile waits for that.
@@ -149,7 +155,9 @@ impl Engine {
         if exit.is_none()
             && let Some(client) = shim.client()
         {
-            exec::end_abandoned(client, &record, &shared.settings.places).await;
+            // Listed now, ended beside: RecoverTask waits for us, and what comes later is not abandoned.
+            let abandoned = exec::abandoned(&record, &shared.settings.places);
+            tokio::spawn(exec::end_abandoned(client.clone(), record.container_id.clone(), abandoned));
         }
         if let (Some(exit), None) = (&exit, &lost) {
             record.state = RecordState::Exited(exit.clone());
@@ -168,7 +176,7 @@ impl Engine {
             return;
         }
         if let Some(client) = &task.client
-            && let Err(error) = task.end_by_force(&id, client).await
+            && let Err(error) = task.end_by_force(self.shared(), &id, client).await
         {
             tracing::error!(task = %id, error = %crate::chain(&error), "a stop can't be completed");
         }
@@ -222,7 +230,11 @@ async fn how_it_is(shared: &super::shared::Shared, record: &Record, shim: &Found
         Found::Hung(_) => Err("its shim does not answer".to_owned()),
         Found::Gone => {
             let bundle = shared.settings.places.bundle(&record.container_id);
-            let outcome = shim::delete_dead(shared.pool.launcher(), DeadTask { id, bundle: &bundle }).await;
+            let outcome = shim::delete_dead(
+                shared.pool.launcher(),
+                DeadTask { id, namespace: &record.namespace, bundle: &bundle },
+            )
+            .await;
             match outcome {
                 Ok(Some(exit)) => Ok(Some(i32::try_from(exit.code).unwrap_or(255))),
                 Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),

@@ -83,7 +83,9 @@ pub async fn start(
     let mut plan = Plan { request, runtime, image, resolved, container_id, cgroup };
     match made(shared, &plan, began).await {
         // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
-        Err(TaskError::Rootfs(RootfsError::LayersGone { .. })) => {
+        Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))
+            if !shared.leftovers().contains_key(&request.task_id) =>
+        {
             tracing::warn!(
                 image = plan.image.reference,
                 "its layers are gone from containerd's store; pulling it again"
@@ -169,7 +171,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let mut record = match plan.record(shared, &shim) {
         Ok(record) => record,
         Err(error) => {
-            shim.end().await;
+            let _ = shim.end().await;
             return Err(error);
         }
     };
@@ -181,11 +183,11 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
             Ok(Running { record, shim, run, phases, image: plan.image.clone() })
         }
         Err(error) => {
-            // Not given up yet: another try may follow, and the reader must not take this for the end.
-            drop(stdio);
             if let Err(left) = undo_or_keep(shared, &record, Found::Alive(shim)).await {
                 tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
             }
+            // Only now: a shim that was late may still open them by the numbers they have here.
+            drop(stdio);
             Err(error)
         }
     }
@@ -232,6 +234,8 @@ async fn run(
     fault::point_within("start.creating", Duration::from_millis(4));
     let pid = client.create(&create).await.map_err(failed("create the container"))?;
     fault::point("start.created");
+    // Now, while it surely lives: it waits for its start. One that does not is never taken for another by this.
+    let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     phases.create = step.elapsed();
 
     let step = Instant::now();
@@ -240,8 +244,6 @@ async fn run(
 
     fault::point("start.started");
 
-    // A process that has ended already has no start time to tell, and needs none.
-    let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     let run = RunRecord { process, started_at: millis(SystemTime::now()) };
     record.state = RecordState::Running(run);
     record.save(&places.record(&plan.container_id))?;
@@ -280,6 +282,7 @@ impl Plan<'_> {
             lease: self.image.lease.clone(),
             runtime: self.runtime.name.clone(),
             shim: shim.id().to_owned(),
+            namespace: shim.namespace().to_owned(),
             cgroup: self.cgroup.as_str().to_owned(),
             stop_signal,
         })?;

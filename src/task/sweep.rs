@@ -7,7 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use super::{Engine, Force, Record, TaskError, engine::Slot, read_records, record::Intent, undo::undo};
+use super::{
+    Engine, Force, Record, RecordState, TaskError, engine::Slot, live::Task, read_records, record::Intent, undo::undo,
+};
 use crate::{
     control::Garbage,
     ids::{ContainerId, TaskId},
@@ -20,12 +22,13 @@ const NO_SHIM: &str = "none";
 
 impl Engine {
     /// Sweeps after each grace period, for as long as the engine lives.
-    pub(super) fn watch_over(&self) {
+    pub(super) fn watch_over(&self, whole: bool) {
         let (grace, engine) = (self.settings().grace, self.downgrade());
         let (keep, images, in_use) = (self.settings().keep_images, self.shared().images.clone(), self.images_in_use());
         tokio::spawn(async move {
-            // Pulls of an earlier instance can't be going on.
-            if keep.is_some() {
+            // Pulls of an earlier instance can't be going on. Where a record is missing, its task's lease is not known
+            // before RecoverTask brings it; then the first sweep does it.
+            if keep.is_some() && whole {
                 images.collect_leases(&in_use, false).await;
             }
             loop {
@@ -63,9 +66,18 @@ impl Engine {
         if self.age() < self.settings().grace {
             return Vec::new();
         }
-        let unclaimed: Vec<_> = self.live().into_iter().filter(|(_, task)| !task.is_claimed()).collect();
+        let given_up = |task: &Task| task.record().state == RecordState::Destroying && task.has_ended();
         let mut found = Vec::new();
-        for (id, task) in unclaimed {
+        for (id, task) in self.live() {
+            // Its destroy had failed when its process would not die; Nomad never asks twice.
+            if given_up(&task) {
+                let outcome = if dry_run { Ok(()) } else { self.destroy(&id, Force::Yes).await };
+                found.push(garbage("task", &id.0, outcome));
+                continue;
+            }
+            if task.is_claimed() {
+                continue;
+            }
             if !task.has_ended() {
                 if !dry_run {
                     tracing::warn!(task = %id, "runs, and no agent has asked for it");
@@ -99,11 +111,18 @@ impl Engine {
         // What is there first, what is claimed second: a record is written before anything of its task is made.
         let (containers, shims) = (self.containers_on_disk(), names(&places.shims()));
         let records = match read_records(&places.tasks()) {
-            Ok(records) => records.good,
+            Ok(records) => records,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
         };
-        let containers: Vec<_> =
-            containers.into_iter().filter(|id| !records.iter().any(|record| record.container_id == *id)).collect();
+        // A record that can't be read just now is one all the same; those that are torn were set aside at the opening.
+        let unread = records.bad.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json"));
+        let mut claimed: HashSet<ContainerId> =
+            unread.filter_map(|path| ContainerId::from_file_name(path.file_stem()?.to_str()?)).collect();
+        claimed.extend(records.good.iter().map(|record| record.container_id.clone()));
+        claimed.extend(self.tasks().values().filter_map(Slot::record).map(|record| record.intent.container_id));
+        claimed.extend(self.leftovers().values().map(|leftover| leftover.record.container_id.clone()));
+        let containers: Vec<_> = containers.into_iter().filter(|id| !claimed.contains(id)).collect();
+        let records = records.good;
         let own = self.shared().pool.launcher().own();
         let named: HashSet<&str> = records.iter().map(|record| record.shim.as_str()).collect();
         let shims: Vec<_> =
@@ -165,6 +184,7 @@ impl Engine {
             lease: String::new(),
             runtime: String::new(),
             shim: NO_SHIM.to_owned(),
+            namespace: shared.pool.launcher().namespace().to_owned(),
             cgroup,
             stop_signal: libc::SIGKILL,
         })?;
@@ -201,6 +221,8 @@ impl Engine {
 }
 
 fn garbage(kind: &str, name: &str, outcome: Result<(), TaskError>) -> Garbage {
+    // Somebody else was faster.
+    let outcome = if matches!(outcome, Err(TaskError::NotFound(_))) { Ok(()) } else { outcome };
     let problem = outcome.err().map(|error| crate::chain(&error));
     Garbage { kind: kind.to_owned(), name: name.to_owned(), problem }
 }

@@ -90,7 +90,7 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found, bundle: &
         pidfd.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_GRACE, pidfd.ended()).await;
     }
-    let dead = DeadTask { id, bundle: &bundle.bundle };
+    let dead = DeadTask { id, namespace: &record.namespace, bundle: &bundle.bundle };
     shim::delete_dead(shared.pool.launcher(), dead).await.map(drop).map_err(failed("clean up after a dead shim"))
 }
 
@@ -125,10 +125,7 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
     }
     let dir = shared.settings.places.shim(&record.shim);
     let gone = match shim {
-        Found::Alive(shim) => {
-            shim.end().await;
-            true
-        }
+        Found::Alive(shim) => shim.end().await,
         Found::Hung(pidfd) => shim::end_hung(&dir, &pidfd).await,
         Found::Gone => shim::end_stray(&dir).await,
     };

@@ -160,7 +160,19 @@ async fn bad_archives_are_refused_with_a_reason() {
         encoder.write_all(&bytes).unwrap();
         encoder.finish().unwrap()
     };
+    nix::unistd::mkfifo(&files.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // A "long name" of 64 GiB, nearly all of it a hole.
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(tar::EntryType::GNULongName);
+    header.set_size(64 << 30);
+    header.set_cksum();
+    let long_name = file("long-name.tar", header.as_bytes());
+    fs::File::options().write(true).open(&long_name).unwrap().set_len(65 << 30).unwrap();
     for (image, told) in [
+        (format!("docker-archive:{long_name}"), "more than 1 MiB"),
+        (format!("docker-archive:{}", files.join("fifo").display()), "no plain file"),
+        (format!("oci-archive:{}", files.display()), "no plain file"),
+        ("oci-archive:/dev/zero".to_owned(), "allow_paths"),
         (format!("docker-archive:{}", file("half.tar", &bytes[..bytes.len() / 2])), "cut off"),
         (format!("docker-archive:{}", file("head.tar", &bytes[..100])), "no tar archive"),
         (format!("docker-archive:{}", file("zip.tar.gz", &gzip)), "compressed"),

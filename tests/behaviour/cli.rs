@@ -169,8 +169,13 @@ async fn pull_images_and_ps_list_what_there_is() {
         .unwrap();
     let mut line = String::new();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
-    let tasks: serde_json::Value = serde_json::from_slice(&cli.run(&["ps", "--json"]).await.stdout).unwrap();
-    assert_eq!((tasks[0]["name"].as_str(), tasks[0]["state"].as_str()), (Some("sleeper"), Some("running")), "{tasks}");
+    // Its first words may come a moment before its record says that it runs.
+    crate::support::eventually("it is listed as running", async || {
+        let tasks: serde_json::Value = serde_json::from_slice(&cli.run(&["ps", "--json"]).await.stdout).unwrap();
+        let listed = (tasks[0]["name"].as_str(), tasks[0]["state"].as_str()) == (Some("sleeper"), Some("running"));
+        if listed { Ok(()) } else { Err(tasks) }
+    })
+    .await;
     assert!(text(&cli.run(&["ps"]).await.stdout).contains("sleeper"));
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)
         .unwrap();

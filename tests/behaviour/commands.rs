@@ -97,12 +97,67 @@ async fn input_goes_to_what_is_execd() {
     let mut command = command(&env, &["exec", "-i", &id, "cat"]);
     let output = tokio::task::spawn_blocking(move || {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(&b"0123456789".repeat(20_000)).unwrap();
-        child.wait_with_output().unwrap()
+        let mut stdin = child.stdin.take().unwrap();
+        let typist = std::thread::spawn(move || stdin.write_all(&b"0123456789".repeat(100_000)).unwrap());
+        let output = child.wait_with_output().unwrap();
+        typist.join().unwrap();
+        output
     });
     let output = output.await.unwrap();
     assert!(output.status.success());
-    assert!(output.stdout == b"0123456789".repeat(20_000), "{} bytes", output.stdout.len());
+    assert!(output.stdout == b"0123456789".repeat(100_000), "{} bytes", output.stdout.len());
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+/// Nobody reads any more, or somebody interrupts: what was exec'd ends, and the task goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_that_nobody_wants_any_more_ends() {
+    let mut env = Env::new().await;
+    let (task, id) = tasks(&mut env).await;
+    let markers = env.dir.join("run/bundles").join(&id).join("execs");
+    for end in ["the reader leaves", "an interrupt"] {
+        let mut child =
+            command(&env, &["exec", &id, "yes"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+        assert_eq!(line, "y\n");
+        if end == "an interrupt" {
+            let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        }
+        drop(out);
+        let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+        assert!(!status.success(), "{end}");
+        assert_eq!(leak::entries(&markers), Vec::<String>::new(), "{end}");
+        assert!(!env.exec_text(&task, "ps -o args").await.contains("yes"), "{end}");
+    }
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+/// A plugin that dies and comes again ends what its own clients had exec'd, and not what others have.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_of_the_command_line_outlives_the_plugin() {
+    let mut env = Env::new().await;
+    let (task, id) = tasks(&mut env).await;
+    let mut child =
+        command(&env, &["exec", "-i", &id, "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mut echo = |text: &str| {
+        let mut line = String::new();
+        std::io::Write::write_all(child.stdin.as_mut().unwrap(), text.as_bytes()).unwrap();
+        std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+        assert_eq!(line, text);
+    };
+    echo("before\n");
+    env.kill_plugin().await;
+    env.start_plugin().await;
+    env.recover(&task).await.unwrap();
+    echo("after\n");
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
     env.destroy(&task).await.unwrap();
     env.finish().await;
 }
@@ -157,10 +212,13 @@ async fn logs_are_read_where_nomad_keeps_them() {
 #[tokio::test(flavor = "multi_thread")]
 async fn events_are_told_as_they_happen() {
     let mut env = Env::new().await;
-    let mut listening = command(&env, &["events", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut listening =
+        command(&env, &["events", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut out = std::io::BufReader::new(listening.stdout.take().unwrap());
-    // It is connected when the plugin has a second descriptor on its control socket; a moment is enough in practice.
-    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    let mut said = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(listening.stderr.as_mut().unwrap()), &mut said).unwrap();
+    assert!(said.contains("listening to 1"), "{said}");
+    // The request is on its way; a pull takes far longer than that.
     let task = env.sh("exit 4").await;
     env.finish_task(task).await;
     let mut seen = Vec::new();
@@ -183,7 +241,7 @@ async fn events_are_told_as_they_happen() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_is_shown_and_removed() {
-    let config = json!({"state": {"grace": "1s"}, "image": {"keep": "0s"}});
+    let config = json!({"image": {"keep": "0s"}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let image = env.busybox().await;
     assert!(told(&env, &["pull", &image]).await.contains(&image));
@@ -195,7 +253,13 @@ async fn garbage_is_shown_and_removed() {
     assert_eq!(removed.matches("removed").count(), 2, "{removed}");
     assert_eq!(told(&env, &["gc", "--keep", "0s"]).await.lines().count(), 1, "nothing is left");
     assert_eq!(leak::entries(&env.dir.join("cli-state/cli/images")), Vec::<String>::new());
-    // A bundle and a writable layer that no record names.
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_record_names_is_reaped() {
+    let config = json!({"state": {"grace": "1s"}});
+    let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let stray = format!("stray-{}", random_hex(10));
     for place in ["run/bundles", "state/uppers"] {
         fs::create_dir_all(env.dir.join(place).join(&stray).join("x")).unwrap();

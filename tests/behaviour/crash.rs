@@ -189,15 +189,19 @@ async fn a_destroy_that_was_cut_off_is_completed() {
 /// plugin opens.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_of_a_dying_agent_leaves_nothing_half_made() {
-    let mut env = Env::new().await;
-    let mut task = waiting_task(&mut env).await;
-    let (mut driver, config) = (env.driver(), task.config.clone());
-    let call = tokio::spawn(async move { driver.start_task(StartTaskRequest { task: Some(config) }).await });
-    tokio::time::sleep(Duration::from_millis(8)).await;
-    call.abort();
-    env.kill_plugin().await;
-    env.start_plugin().await;
-    env.try_start(&mut task).await.unwrap();
-    is_the_only_one(&env, task, "a dropped call").await;
-    env.finish().await;
+    for delay in [1, 4, 8, 12, 16, 20, 30] {
+        let mut env = Env::new().await;
+        // Cached, so that what is cut off is the start itself.
+        assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
+        let mut task = waiting_task(&mut env).await;
+        let (mut driver, config) = (env.driver(), task.config.clone());
+        let call = tokio::spawn(async move { driver.start_task(StartTaskRequest { task: Some(config) }).await });
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        call.abort();
+        env.kill_plugin().await;
+        env.start_plugin().await;
+        env.try_start(&mut task).await.unwrap();
+        is_the_only_one(&env, task, "a dropped call").await;
+        env.finish().await;
+    }
 }

@@ -72,6 +72,11 @@ async fn upstream_tty() {
     let left = session(&env, &task, "(sleep 5; echo late) & sleep 0.2; echo main", true).await;
     assert_eq!(left, outcome("main\r\n", "", true, 0));
     assert!(began.elapsed() < Duration::from_secs(4), "a background child was waited for: {:?}", began.elapsed());
+    // Not even one that never falls silent.
+    let began = Instant::now();
+    let flood = session(&env, &task, "(trap '' HUP; timeout 20 yes) & sleep 0.2; exit 5", true).await;
+    assert_eq!(flood.code, Some(5));
+    assert!(began.elapsed() < Duration::from_secs(15), "a flood was waited for: {:?}", began.elapsed());
     env.destroy(&task).await.unwrap();
     env.finish().await;
 }
@@ -232,8 +237,41 @@ async fn execs_of_a_dead_plugin_are_ended() {
     assert!(!alive(&mark).is_empty());
     env.start_plugin().await;
     env.recover(&task).await.unwrap();
-    assert!(alive(&mark).is_empty(), "recovered with a session of nobody");
+    eventually("the session of nobody is ended", async || {
+        let left = alive(&mark);
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    })
+    .await;
     assert_eq!(env.exec_text(&task, "echo again").await, "again\n");
     env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upstream_dns() {
+    use nomad_driver_shim::pb::driver::DnsConfig;
+    let mut env = Env::new().await;
+    let own = DnsConfig {
+        servers: vec!["1.2.3.4".to_owned(), "5.6.7.8".to_owned()],
+        searches: vec!["one.test".to_owned(), "two.test".to_owned()],
+        options: vec!["ndots:2".to_owned()],
+    };
+    let host = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let words = |text: &str, key: &str| -> Vec<String> {
+        let lines = text.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        lines.flat_map(|line| line.split_whitespace().map(str::to_owned)).collect()
+    };
+    for dns in [Some(own.clone()), None] {
+        let mut task =
+            env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
+        task.config.dns.clone_from(&dns);
+        env.try_start(&mut task).await.unwrap();
+        let inside = env.exec_text(&task, "cat /etc/resolv.conf").await;
+        for (key, given) in [("nameserver", &own.servers), ("search", &own.searches), ("options", &own.options)] {
+            let expected = if dns.is_some() { given.clone() } else { words(&host, key) };
+            assert_eq!(words(&inside, key), expected, "{key} of {inside}");
+        }
+        env.destroy(&task).await.unwrap();
+    }
     env.finish().await;
 }

@@ -90,7 +90,9 @@ async fn a_destroy_after_a_crash_undoes_by_the_record() {
 /// Half a start, as a crash between two steps leaves it: an intent on disk, nothing or some of it made.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_half_made_start_is_undone_at_the_next_opening() {
-    let mut env = Env::new().await;
+    // Its log FIFOs are held open until Nomad asks again, or the grace period is over.
+    let config = json!({"state": {"grace": "1s"}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let task = env.sh("sleep 600").await;
     let id = env.attribute(&task, "container_id").await;
     env.kill_plugin().await;

@@ -104,6 +104,38 @@ async fn a_task_lives_through_the_death_of_everything_around_it() {
     env.plugin.take().unwrap().leave().await;
 }
 
+/// containerd is killed, is away for a while, and comes back: tasks and cached images don't notice, pulls say so and
+/// then work again.
+#[tokio::test(flavor = "multi_thread")]
+async fn containerd_may_go_and_come_back() {
+    let (containerd, pid) = own_containerd();
+    let config = json!({"containerd": {"address": containerd}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let task = env.sh("trap 'exit 8' TERM; echo up; while :; do sleep 0.05; done").await;
+    task.says("up").await;
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    eventually("containerd is gone", async || {
+        if std::os::unix::net::UnixStream::connect(&containerd).is_err() { Ok(()) } else { Err(()) }
+    })
+    .await;
+    let other = crate::support::Image::busybox().with_config("Env", json!(["PATH=/bin", "OTHER=yes"]));
+    let other = other.push(&services().registry, "test/other:1").await;
+    let mut pulling = env.prepare(json!({"image": other, "command": "/bin/sh", "args": ["-c", "echo $OTHER"]})).await;
+    let error = env.try_start(&mut pulling).await.unwrap_err();
+    assert!(error.message().contains("out of reach"), "{error:?}");
+    assert!(nomad_driver_shim::host::is_recoverable(&error), "Nomad's restart policy may try again");
+    let cached = env.sh("echo cached").await;
+    assert_eq!(env.finish_task(cached).await.1, "cached\n");
+    services::start_containerd(containerd.parent().unwrap());
+    let again = env.run(json!({"image": other, "command": "/bin/sh", "args": ["-c", "echo $OTHER"]})).await;
+    assert_eq!(again.1, "yes\n");
+    env.stop(&task, Duration::from_secs(30), "").await.unwrap();
+    assert_eq!(env.finish_task(task).await.0, 8);
+    let leaks = crate::support::leak::while_alive(&env).await;
+    assert!(leaks.is_empty(), "{leaks:#?}");
+    env.plugin.take().unwrap().leave().await;
+}
+
 /// From the kernel's word that the shim is dead to WaitTask's answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
@@ -182,6 +214,20 @@ async fn a_hung_shim_holds_nobody_up() {
     assert!(error.message().contains("does not answer"), "{error:?}");
     env.destroy(&hung).await.unwrap();
     env.destroy(&fine).await.unwrap();
+    env.finish().await;
+}
+
+/// A shim that hangs under our hands: the task is stopped all the same, and nothing is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_whose_shim_hangs_is_stopped_all_the_same() {
+    let mut env = Env::new().await;
+    let task = env.sh("sleep 600").await;
+    let shim = shim_pid(&env, &record(&env, &task).await.1);
+    kill(Pid::from_raw(shim), Signal::SIGSTOP).unwrap();
+    env.stop(&task, Duration::from_secs(1), "").await.unwrap();
+    let answer = env.try_wait(&task.id).await.unwrap();
+    assert!(answer.err.contains("shim died") && answer.result.unwrap().exit_code == 137, "{answer:?}");
+    env.destroy(&task).await.unwrap();
     env.finish().await;
 }
 

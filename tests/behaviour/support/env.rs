@@ -67,6 +67,10 @@ impl Env {
             "state": {"run_dir": dir.join("run"), "state_dir": dir.join("state")},
             "shim": {"pool": 1},
         });
+        // `make test-matrix` says which.
+        if let Ok(runtime) = std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME") {
+            config["default_runtime"] = json!(runtime);
+        }
         merge(&mut config, &options.config);
         let mut launch = Launch::new(program());
         launch.args = vec!["--name".to_owned(), options.name.to_owned()];

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Runs the core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime: this distribution's
+# own, and the newer ones that `scripts/setup.sh matrix` has built.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+matrix=$PWD/target/matrix
+# What depends on containerd, shim or runtime; the rest is the same everywhere.
+core=(lifecycle:: stop:: recovery:: crash:: survival:: exec:: stats:: logs:: archives::every)
+skip=(--skip three_hundred)
+say() { printf '\nmatrix: %s\n' "$*" >&2; }
+
+cargo test --locked --no-run
+version() { "$@" 2>/dev/null | tr '\n' ' ' | sed 's/  */ /g'; }
+stores=("" "$matrix"/containerd-*)
+runtimes=(crun runc "$matrix"/runc-*)
+failed=() passed=()
+for store in "${stores[@]}"; do
+  for runtime in "${runtimes[@]}"; do
+    name="${store:+$(basename "$store")}"; name="${name:-containerd-of-this-system} with $(basename "$runtime")"
+    # A directory in front of PATH that holds just what this pair changes.
+    path=$matrix/path; rm -rf "$path"; mkdir -p "$path"
+    [ -z "$store" ] || ln -s "$store"/containerd "$store"/containerd-shim-runc-v2 "$path"
+    case $runtime in */*) ln -s "$runtime/runc" "$path/runc"; default=runc ;; *) default=$runtime ;; esac
+    say "$name"
+    PATH=$path:$PATH version containerd --version >&2
+    PATH=$path:$PATH version containerd-shim-runc-v2 -v >&2
+    PATH=$path:$PATH version "$default" --version >&2; echo >&2
+    if PATH=$path:$PATH NOMAD_DRIVER_SHIM_TEST_RUNTIME=$default \
+      cargo test --locked --quiet --test behaviour -- "${core[@]}" "${skip[@]}"; then
+      passed+=("$name")
+    else
+      failed+=("$name")
+    fi
+  done
+done
+rm -rf "$matrix/path"
+say "passed: ${#passed[@]}"; printf '  %s\n' "${passed[@]}" >&2
+[ ${#failed[@]} = 0 ] || { say "FAILED: ${#failed[@]}"; printf '  %s\n' "${failed[@]}" >&2; exit 1; }
