@@ -10,7 +10,7 @@ skip=(--skip three_hundred)
 say() { printf '\nmatrix: %s\n' "$*" >&2; }
 
 cargo test --locked --no-run
-version() { "$@" 2>/dev/null | tr '\n' ' ' | sed 's/  */ /g'; }
+version() { "$@" 2>/dev/null | tr '\n' ' ' | tr -s ' '; echo; }
 stores=("" "$matrix"/containerd-*)
 runtimes=(crun runc "$matrix"/runc-*)
 failed=() passed=()
@@ -24,7 +24,7 @@ for store in "${stores[@]}"; do
     say "$name"
     PATH=$path:$PATH version containerd --version >&2
     PATH=$path:$PATH version containerd-shim-runc-v2 -v >&2
-    PATH=$path:$PATH version "$default" --version >&2; echo >&2
+    PATH=$path:$PATH version "$default" --version >&2
     if PATH=$path:$PATH NOMAD_DRIVER_SHIM_TEST_RUNTIME=$default \
       cargo test --locked --quiet --test behaviour -- "${core[@]}" "${skip[@]}"; then
       passed+=("$name")

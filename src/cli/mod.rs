@@ -149,7 +149,7 @@ impl CliError {
             Self::Host(crate::host::HostError::Call { call: "StartTask", status }) => {
                 run::start_failure(status.message())
             }
-            Self::Exec(error) => run::start_failure(&format!("start the container: {}", chain(error))),
+            Self::Exec(error) => error.exit_code().and_then(|code| u8::try_from(code).ok()).unwrap_or(OURS),
             _ => OURS,
         }
     }

@@ -18,7 +18,7 @@ use crate::{
         DestroyTaskRequest, InspectTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest,
         WaitTaskRequest,
     },
-    task::read_records,
+    task::{read_records, refusal_code},
 };
 
 /// Between the first Ctrl-C and SIGKILL, as docker's.
@@ -88,15 +88,9 @@ pub struct Run {
 
 /// docker's exit codes for a start that failed, by what the runtime said.
 pub fn start_failure(message: &str) -> u8 {
-    let missing = ["no such file or directory", "not found in $PATH", "executable file not found", "executable file `"];
     let create = message.contains("create the container") || message.contains("start the container");
-    if create && message.to_ascii_lowercase().contains("permission denied") {
-        126
-    } else if create && missing.iter().any(|text| message.contains(text)) {
-        127
-    } else {
-        super::OURS
-    }
+    let code = refusal_code(message).filter(|_| create);
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(super::OURS)
 }
 
 impl Run {

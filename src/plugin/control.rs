@@ -8,7 +8,7 @@ use tokio::{
     sync::{broadcast::error::RecvError, watch},
 };
 
-use super::{goplugin::Leave, handshake::Clients};
+use super::presence::{Clients, Leave};
 use crate::{
     chain,
     control::{Answer, Event, REQUEST_MAX, Request},

@@ -13,7 +13,7 @@ use super::{convert, status};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, ExecTaskStreamingIoOperation as Operation},
-    task::{Engine, Exec, ExecIo, ExecRequest, Exit, Session, WindowSize},
+    task::{Engine, Exec, ExecError, ExecIo, ExecRequest, Exit, Session, TaskError, WindowSize},
 };
 
 /// Of each stream of ExecTask the last so many bytes are kept; Nomad's own drivers keep 4 KiB.
@@ -76,8 +76,15 @@ pub async fn stream(
     let setup =
         setup.ok_or_else(|| Status::invalid_argument("exec: the first message must say what to run (setup)"))?;
     let wanted = ExecRequest { command: setup.command, terminal: setup.tty, stdin: true };
-    let session = engine.exec(&TaskId(setup.task_id), &wanted).await.map_err(|error| status::of(&error))?;
     let (send, receive) = mpsc::channel(4);
+    let session = match engine.exec(&TaskId(setup.task_id), &wanted).await {
+        Ok(session) => session,
+        Err(TaskError::Exec(error)) if error.exit_code().is_some() => {
+            tokio::spawn(refuse(send, setup.tty, error));
+            return Ok(receive);
+        }
+        Err(error) => return Err(status::of(&error)),
+    };
     tokio::spawn(async move {
         let gone = send.clone();
         tokio::select! {
@@ -87,6 +94,24 @@ pub async fn stream(
         }
     });
     Ok(receive)
+}
+
+/// A command that is not there or can't be run: said where the user looks, with the code that a shell would give. The
+/// agent shows an error of the call as "unexpected EOF".
+async fn refuse(send: mpsc::Sender<Answer>, terminal: bool, error: ExecError) {
+    let text = format!("{}\n", crate::chain(&error));
+    let text = if terminal { text.replace('\n', "\r\n") } else { text };
+    let stream = if terminal { StreamName::Stdout } else { StreamName::Stderr };
+    let exit = Exit { code: error.exit_code().and_then(|code| u32::try_from(code).ok()).unwrap_or(126), at: None };
+    let ends = [StreamName::Stdout, StreamName::Stderr].into_iter().take(if terminal { 1 } else { 2 });
+    let mut answers = vec![answer(stream, text.as_bytes())];
+    answers.extend(ends.map(|stream| answer(stream, &[])));
+    answers.push(wire::ExecTaskStreamingResponse { exited: true, result: Some(result(&exit)), ..Default::default() });
+    for answer in answers {
+        if send.send(Ok(answer)).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// The last of both streams.

@@ -7,21 +7,11 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::presence::Leave;
 use crate::pb::goplugin::{
     ConnInfo, Empty, StdioData, grpc_broker_server::GrpcBroker, grpc_controller_server::GrpcController,
     grpc_stdio_server::GrpcStdio,
 };
-
-/// Whether the plugin is to leave, and how.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Leave {
-    /// It stays.
-    Not,
-    /// Its agent has no more use for it: what only it uses goes with it.
-    Ending,
-    /// Another plugin takes its place: what it has prepared is left to that one.
-    GivingWay,
-}
 
 /// A stream that stays open and says nothing, until the client goes.
 type Silent<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;

@@ -6,10 +6,6 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -25,7 +21,8 @@ use tonic::transport::{Server, server::Connected};
 
 use super::{
     base::Base,
-    goplugin::{Broker, Controller, Leave, Stdio},
+    goplugin::{Broker, Controller, Stdio},
+    presence::{Clients, Entered, Leave},
     service::DriverService,
     tls::{self, TlsError},
 };
@@ -159,31 +156,6 @@ async fn orphaned(clients: &Clients, driver: &DriverService) {
             return;
         }
         tokio::time::sleep((limit / 10).clamp(Duration::from_millis(50), Duration::from_secs(10))).await;
-    }
-}
-
-/// How many connections hosts have to us right now.
-#[derive(Debug, Clone, Default)]
-pub struct Clients(Arc<AtomicUsize>);
-
-impl Clients {
-    /// Is any agent connected?
-    pub fn any(&self) -> bool {
-        self.0.load(Ordering::SeqCst) > 0
-    }
-
-    fn enter(&self) -> Entered {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        Entered(self.clone())
-    }
-}
-
-/// One connection; counted until it is dropped.
-struct Entered(Clients);
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -12,6 +12,7 @@ mod goplugin;
 mod handshake;
 mod hclog;
 mod options;
+mod presence;
 mod schema;
 mod service;
 mod stats;

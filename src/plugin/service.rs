@@ -8,7 +8,12 @@ use std::{
 use tokio::sync::watch;
 use tonic::Status;
 
-use super::{config, control::Doorkeeper, goplugin::Leave, handshake::Clients, status};
+use super::{
+    config,
+    control::Doorkeeper,
+    presence::{Clients, Leave},
+    status,
+};
 use crate::{
     ids::DriverName,
     task::{Engine, EventHub, Settings},

@@ -18,10 +18,9 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{Client, ShimError, TaskApi};
+use super::{Client, ShimError, TaskApi, found::Identity};
 use crate::{
     ids::random_hex,
     places::{Places, make_dir},
@@ -29,16 +28,16 @@ use crate::{
 };
 
 /// A shim that was asked to end does so in about 2 ms.
-const END: Duration = Duration::from_secs(5);
+pub(super) const END: Duration = Duration::from_secs(5);
 /// In a shim's directory: who it is, so that another instance of us finds it again.
-const PID: &str = "pid";
+pub(super) const PID: &str = "pid";
 
 /// How shims are started.
 #[derive(Debug)]
 pub struct Launcher {
     binary: PathBuf,
     namespace: String,
-    places: Places,
+    pub(super) places: Places,
     /// `cgroup.procs` of the group that shims belong in, one for each hierarchy.
     cgroup: Vec<PathBuf>,
     /// The service this binary turned out to serve: 0 unknown, 2, 3.
@@ -49,7 +48,7 @@ pub struct Launcher {
 
 /// Says that somebody here holds a shim, until it is dropped.
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held {
     id: String,
     own: Arc<Mutex<HashSet<String>>>,
 }
@@ -63,24 +62,13 @@ impl Drop for Held {
 /// A running shim, started by us or by an earlier instance of us. Its directory goes with `end`.
 #[derive(Debug)]
 pub struct Shim {
-    id: String,
-    dir: PathBuf,
-    client: Client,
-    pidfd: Arc<PidFd>,
-    ended: watch::Receiver<bool>,
-    namespace: String,
-    _held: Held,
-}
-
-/// What became of a shim that an earlier instance of us has started.
-#[derive(Debug)]
-pub enum Found {
-    /// It lives and answers.
-    Alive(Shim),
-    /// It lives and does not answer.
-    Hung(PidFd),
-    /// It has ended.
-    Gone,
+    pub(super) id: String,
+    pub(super) dir: PathBuf,
+    pub(super) client: Client,
+    pub(super) pidfd: Arc<PidFd>,
+    pub(super) ended: watch::Receiver<bool>,
+    pub(super) namespace: String,
+    pub(super) _held: Held,
 }
 
 impl Launcher {
@@ -104,12 +92,12 @@ impl Launcher {
         self.own.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn hold(&self, id: &str) -> Held {
+    pub(super) fn hold(&self, id: &str) -> Held {
         self.own.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
         Held { id: id.to_owned(), own: self.own.clone() }
     }
 
-    fn hint(&self) -> Option<TaskApi> {
+    pub(super) fn hint(&self) -> Option<TaskApi> {
         match self.api.load(Ordering::Relaxed) {
             2 => Some(TaskApi::V2),
             3 => Some(TaskApi::V3),
@@ -158,42 +146,6 @@ impl Launcher {
                 remove_dir(&dir);
                 Err(error)
             }
-        }
-    }
-
-    /// Takes over the shim called `id` of an earlier instance of us.
-    pub async fn adopt(&self, id: &str) -> Found {
-        let held = self.hold(id);
-        let dir = self.places.shim(id);
-        let (pidfd, namespace) = match find(&dir).await {
-            Some(found) => found,
-            None => return Found::Gone,
-        };
-        match Client::connect(&dir.join("sock"), self.hint()).await {
-            Ok(client) => {
-                let pidfd = Arc::new(pidfd);
-                let (tell, ended) = watch::channel(false);
-                let watched = pidfd.clone();
-                tokio::spawn(async move {
-                    match watched.ended().await {
-                        Ok(()) => drop(tell.send_replace(true)),
-                        // Not told to be dead, then; its connection tells, too.
-                        Err(error) => {
-                            tracing::warn!(%error, "a shim can't be watched");
-                            std::future::pending::<()>().await;
-                        }
-                    }
-                });
-                Found::Alive(Shim { id: id.to_owned(), dir, client, pidfd, ended, namespace, _held: held })
-            }
-            // It may have ended while we asked.
-            Err(error) => match find(&dir).await {
-                Some((pidfd, _)) => {
-                    tracing::warn!(shim = id, %error, "a shim lives and does not answer");
-                    Found::Hung(pidfd)
-                }
-                None => Found::Gone,
-            },
         }
     }
 
@@ -320,100 +272,7 @@ impl Shim {
     }
 }
 
-impl Found {
-    /// A connection, if the shim lives and answers.
-    pub fn client(&self) -> Option<&Client> {
-        match self {
-            Self::Alive(shim) if !shim.has_ended() => Some(shim.client()),
-            _ => None,
-        }
-    }
-}
-
-/// Ends a shim that does not answer, by force, and removes its directory: true when it is gone.
-pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
-    pidfd.signal(libc::SIGKILL);
-    let gone = tokio::time::timeout(END, pidfd.ended()).await.is_ok_and(|ended| ended.is_ok());
-    if gone {
-        remove_dir(dir);
-    }
-    gone
-}
-
-/// What is noted in a shim's directory.
-#[derive(Debug, Serialize, Deserialize)]
-struct Identity {
-    #[serde(flatten)]
-    process: ProcessId,
-    boot: String,
-    namespace: String,
-}
-
-/// The shim whose directory this is, if it lives: its process and its namespace. That we can't look just now (no
-/// descriptors, no memory) does not mean that it is dead; it is looked for again, for a while.
-async fn find(dir: &Path) -> Option<(PidFd, String)> {
-    let deadline = tokio::time::Instant::now() + END;
-    loop {
-        match look(dir) {
-            Ok(found) => return Some(found),
-            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
-                return None;
-            }
-            Err(error) if tokio::time::Instant::now() > deadline => {
-                tracing::error!(dir = %dir.display(), %error, "a shim can't be looked for, and is taken for dead");
-                return None;
-            }
-            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-        }
-    }
-}
-
-fn look(dir: &Path) -> io::Result<(PidFd, String)> {
-    let identity: Identity = serde_json::from_slice(&fs::read(dir.join(PID))?).map_err(|_| io::ErrorKind::NotFound)?;
-    if boot_id()? != identity.boot {
-        return Err(io::ErrorKind::NotFound.into());
-    }
-    Ok((PidFd::of(&identity.process)?, identity.namespace))
-}
-
-/// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
-pub fn kill_shim(dir: &Path) {
-    if let Ok((pidfd, _)) = look(dir) {
-        pidfd.signal(libc::SIGKILL);
-    }
-}
-
-/// Ends a shim that another instance of us left behind, by its directory: true when it is gone. One that holds a
-/// container answers and stays; then its directory stays too, since its socket is the only way to it.
-pub async fn end_stray(dir: &Path) -> bool {
-    let socket = dir.join("sock");
-    let deadline = tokio::time::Instant::now() + END;
-    let mut asked = false;
-    loop {
-        match tokio::time::timeout(END, tokio::net::UnixStream::connect(&socket)).await {
-            Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
-                remove_dir(dir);
-                return true;
-            }
-            Ok(Ok(_)) if !asked => {
-                asked = true;
-                if let Ok(client) = Client::connect(&socket, None).await
-                    && let Err(error) = client.shutdown("").await
-                {
-                    tracing::warn!(dir = %dir.display(), %error, "a stray shim refuses to end");
-                }
-            }
-            _ => {}
-        }
-        if tokio::time::Instant::now() > deadline {
-            tracing::warn!(dir = %dir.display(), "a stray shim does not end; it may still hold a container");
-            return false;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
-fn remove_dir(dir: &Path) {
+pub(super) fn remove_dir(dir: &Path) {
     if crate::fault::skipped("shim-dir") {
         return;
     }

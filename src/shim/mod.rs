@@ -6,6 +6,7 @@
 mod cleanup;
 mod client;
 mod exec;
+mod found;
 mod launch;
 mod pool;
 pub mod stdio;
@@ -15,7 +16,8 @@ use std::{io, path::PathBuf, time::Duration};
 pub use cleanup::{DeadTask, delete_dead};
 pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, State, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};
-pub use launch::{Found, Launcher, Shim, end_hung, end_stray, kill_shim};
+pub use found::{Found, end_hung, end_stray, kill_shim};
+pub use launch::{Launcher, Shim};
 pub use pool::Pool;
 
 /// Why a shim did not do what it was asked.

@@ -30,9 +30,6 @@ use crate::{
     shim::{Found, Kill, Launcher, Pool, stdio::HeldOpen},
 };
 
-/// How long a start waits for somebody who is undoing an earlier attempt.
-const OTHERS: Duration = Duration::from_secs(120);
-
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
 
@@ -203,10 +200,10 @@ impl Engine {
     /// When it can't be started; nothing is left of it then.
     pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let id = request.task_id.clone();
-        let held = self.held().remove(&(request.alloc_id.clone(), request.name.clone()));
-        if let Some(handle) = self.started_before(&id).await {
+        if let Some(handle) = self.started_before(&request).await {
             return Ok(handle);
         }
+        let held = self.held().remove(&(request.alloc_id.clone(), request.name.clone()));
         let (stop, (tell, done)) = (CancellationToken::new(), watch::channel(()));
         match self.tasks().entry(id.clone()) {
             Entry::Vacant(free) if !id.0.is_empty() => {
@@ -240,79 +237,6 @@ impl Engine {
         }
         fault::point("start.answer");
         Ok(handle)
-    }
-
-    /// A plugin that died before its answer was out is asked again, with the same id: the task runs already, and is
-    /// what was asked for. One that was to stop meanwhile, or whose end is not known, is made anew.
-    async fn started_before(&self, id: &TaskId) -> Option<TaskHandle> {
-        let task = self.settled(id).await?;
-        let sound = task.lost.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
-        if !task.claim() {
-            return None;
-        }
-        if sound {
-            tracing::warn!(task = %id, "an earlier plugin had started it already");
-            return Some(task.handle());
-        }
-        if let Err(error) = self.destroy(id, Force::Yes).await {
-            tracing::warn!(task = %id, error = %crate::chain(&error), "an unsound earlier start of it");
-        }
-        None
-    }
-
-    /// A new attempt of an allocation's task means that whatever is left of the old one is not wanted: Nomad gave up on
-    /// it, or died before it knew of it. The logs of both are one stream, which what is returned keeps open.
-    async fn clear_predecessors(&self, request: &StartRequest) -> Result<Option<HeldOpen>, TaskError> {
-        let mut held = None;
-        let hold = || HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
-        let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
-        let anonymous = request.alloc_id.is_empty();
-        let olds: Vec<TaskId> = self
-            .tasks()
-            .values()
-            .filter_map(Slot::record)
-            .filter(|_| !anonymous)
-            .filter(same)
-            .map(|record| record.intent.task_id)
-            .collect();
-        for old in olds {
-            tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
-            held = Some(hold());
-            match self.destroy(&old, Force::Yes).await {
-                // Somebody else, most likely the old agent's own call, was faster.
-                Ok(()) | Err(TaskError::NotFound(_)) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        let leftovers: Vec<TaskId> = {
-            let leftovers = self.leftovers();
-            let records = leftovers.values().map(|leftover| &leftover.record);
-            records.filter(|record| same(record)).map(|record| record.task_id.clone()).collect()
-        };
-        for old in leftovers {
-            tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
-            held = Some(hold());
-            self.outlast_leftover(&old).await?;
-        }
-        Ok(held)
-    }
-
-    /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all
-    /// else too.
-    async fn outlast_leftover(&self, id: &TaskId) -> Result<(), TaskError> {
-        let deadline = Instant::now() + OTHERS;
-        loop {
-            if let Some(outcome) = self.destroy_leftover(id).await {
-                return outcome;
-            }
-            if !self.leftovers().contains_key(id) {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(TaskError::Busy(id.clone()));
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
     }
 
     /// Waits until the task has ended: how. Any number may wait, before and after the end.

@@ -51,6 +51,27 @@ pub enum ExecError {
     },
 }
 
+impl ExecError {
+    /// The exit code that shells and docker give when the runtime refuses a command: 127 for one that is not there, 126
+    /// for one that can't be run. None when it is not the command's fault.
+    pub fn exit_code(&self) -> Option<i32> {
+        match self {
+            Self::Shim { source: ShimError::Refused { message, .. }, .. } => Some(refusal_code(message).unwrap_or(126)),
+            _ => None,
+        }
+    }
+}
+
+/// What a runtime's words say of a command: 127 when it is not there, 126 when it may not be run.
+pub fn refusal_code(message: &str) -> Option<i32> {
+    let missing = ["no such file or directory", "not found in $PATH", "executable file not found", "executable file `"];
+    if message.to_ascii_lowercase().contains("permission denied") {
+        Some(126)
+    } else {
+        missing.iter().any(|text| message.contains(text)).then_some(127)
+    }
+}
+
 /// What is to be run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecRequest {

@@ -5,6 +5,7 @@ mod events;
 mod exec;
 mod live;
 mod lock;
+mod predecessors;
 mod record;
 mod recover;
 mod runtime;
@@ -24,7 +25,7 @@ use std::{
 
 pub use engine::{Engine, Force, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
-pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, start_alone as exec_alone};
+pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
 use record::load_all as load_records;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works, which};

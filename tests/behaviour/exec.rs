@@ -206,11 +206,16 @@ async fn a_client_that_never_reads_harms_nobody() {
 async fn what_can_not_be_run_is_refused_with_a_reason() {
     let mut env = Env::new().await;
     let task = env.sh("trap 'exit 0' TERM; while :; do sleep 0.05; done").await;
-    for runtime in ["missing"] {
-        let error = env.exec(&task, &["/no/such", runtime], 0).await.unwrap_err();
-        assert!(error.message().contains("/no/such"), "{error:?}");
-        let Err(error) = env.talk(&task, &["/no/such"], true).await else { panic!("it must not start") };
-        assert!(error.message().contains("/no/such"), "{error:?}");
+    let error = env.exec(&task, &["/no/such"], 0).await.unwrap_err();
+    assert!(error.message().contains("/no/such"), "{error:?}");
+    for (command, code) in [("/no/such", 127), ("/etc/not-executable", 126)] {
+        for tty in [false, true] {
+            let refused = env.talk(&task, &[command], tty).await.unwrap().end().await;
+            let (said, silent) =
+                if tty { (&refused.stdout, &refused.stderr) } else { (&refused.stderr, &refused.stdout) };
+            assert!(said.contains(command) && said.ends_with('\n') && silent.is_empty(), "{refused:?}");
+            assert_eq!((refused.code, refused.closed), (Some(code), (true, !tty)), "{command}");
+        }
     }
     let error = env.exec(&task, &[], 0).await.unwrap_err();
     assert!(error.message().contains("empty"), "{error:?}");

@@ -1,0 +1,170 @@
+//! Shims that an earlier instance of us has started: found again by what is noted in their directories.
+
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::{
+    Client, Launcher, Shim, ShimError,
+    launch::{END, PID, remove_dir},
+};
+use crate::process::{PidFd, ProcessId, boot_id};
+
+/// Between two looks.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// What became of a shim that an earlier instance of us has started.
+#[derive(Debug)]
+pub enum Found {
+    /// It lives and answers.
+    Alive(Shim),
+    /// It lives and does not answer.
+    Hung(PidFd),
+    /// It has ended.
+    Gone,
+}
+
+impl Found {
+    /// A connection, if the shim lives and answers.
+    pub fn client(&self) -> Option<&Client> {
+        match self {
+            Self::Alive(shim) if !shim.has_ended() => Some(shim.client()),
+            _ => None,
+        }
+    }
+}
+
+/// What is noted in a shim's directory.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Identity {
+    #[serde(flatten)]
+    pub(super) process: ProcessId,
+    pub(super) boot: String,
+    pub(super) namespace: String,
+}
+
+impl Launcher {
+    /// Takes over the shim called `id` of an earlier instance of us.
+    pub async fn adopt(&self, id: &str) -> Found {
+        let held = self.hold(id);
+        let dir = self.places.shim(id);
+        let (pidfd, namespace) = match find(&dir).await {
+            Some(found) => found,
+            None => return Found::Gone,
+        };
+        let deadline = tokio::time::Instant::now() + END;
+        let error = loop {
+            match Client::connect(&dir.join("sock"), self.hint()).await {
+                Ok(client) => {
+                    let pidfd = Arc::new(pidfd);
+                    let ended = watch_over(&pidfd);
+                    return Found::Alive(Shim { id: id.to_owned(), dir, client, pidfd, ended, namespace, _held: held });
+                }
+                // That we can't connect just now (no descriptors) does not mean that it hangs.
+                Err(error) if matches!(error, ShimError::Late { .. }) => break error,
+                Err(error) if tokio::time::Instant::now() > deadline => break error,
+                Err(_) if find(&dir).await.is_none() => return Found::Gone,
+                Err(_) => tokio::time::sleep(AGAIN).await,
+            }
+        };
+        // It may have ended while we asked.
+        match find(&dir).await {
+            Some((pidfd, _)) => {
+                tracing::warn!(shim = id, %error, "a shim lives and does not answer");
+                Found::Hung(pidfd)
+            }
+            None => Found::Gone,
+        }
+    }
+}
+
+/// Tells when the process has ended. One that can't be watched is never told to be dead; its connection tells, too.
+fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
+    let (tell, ended) = watch::channel(false);
+    let pidfd = pidfd.clone();
+    tokio::spawn(async move {
+        match pidfd.ended().await {
+            Ok(()) => drop(tell.send_replace(true)),
+            Err(error) => {
+                tracing::warn!(%error, "a shim can't be watched");
+                tell.closed().await;
+            }
+        }
+    });
+    ended
+}
+
+/// The shim whose directory this is, if it lives: its process and its namespace. That we can't look just now (no
+/// descriptors, no memory) does not mean that it is dead; it is looked for again, for a while.
+async fn find(dir: &Path) -> Option<(PidFd, String)> {
+    let deadline = tokio::time::Instant::now() + END;
+    loop {
+        match look(dir) {
+            Ok(found) => return Some(found),
+            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
+                return None;
+            }
+            Err(error) if tokio::time::Instant::now() > deadline => {
+                tracing::error!(dir = %dir.display(), %error, "a shim can't be looked for, and is taken for dead");
+                return None;
+            }
+            Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    }
+}
+
+fn look(dir: &Path) -> io::Result<(PidFd, String)> {
+    let identity: Identity = serde_json::from_slice(&fs::read(dir.join(PID))?).map_err(|_| io::ErrorKind::NotFound)?;
+    if boot_id()? != identity.boot {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    Ok((PidFd::of(&identity.process)?, identity.namespace))
+}
+
+/// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
+pub fn kill_shim(dir: &Path) {
+    if let Ok((pidfd, _)) = look(dir) {
+        pidfd.signal(libc::SIGKILL);
+    }
+}
+
+/// Ends a shim that does not answer, by force, and removes its directory: true when it is gone.
+pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
+    pidfd.signal(libc::SIGKILL);
+    let gone = tokio::time::timeout(END, pidfd.ended()).await.is_ok_and(|ended| ended.is_ok());
+    if gone {
+        remove_dir(dir);
+    }
+    gone
+}
+
+/// Ends a shim that another instance of us left behind, by its directory: true when it is gone. One that holds a
+/// container answers and stays; then its directory stays too, since its socket is the only way to it.
+pub async fn end_stray(dir: &Path) -> bool {
+    let socket = dir.join("sock");
+    let deadline = tokio::time::Instant::now() + END;
+    let mut asked = false;
+    loop {
+        match tokio::time::timeout(END, tokio::net::UnixStream::connect(&socket)).await {
+            Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
+                remove_dir(dir);
+                return true;
+            }
+            Ok(Ok(_)) if !asked => {
+                asked = true;
+                if let Ok(client) = Client::connect(&socket, None).await
+                    && let Err(error) = client.shutdown("").await
+                {
+                    tracing::warn!(dir = %dir.display(), %error, "a stray shim refuses to end");
+                }
+            }
+            _ => {}
+        }
+        if tokio::time::Instant::now() > deadline {
+            tracing::warn!(dir = %dir.display(), "a stray shim does not end; it may still hold a container");
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,88 @@
+//! What stands in the way of a start: the same start made by an earlier instance of us, earlier attempts, and their
+//! remains.
+
+use std::time::{Duration, Instant};
+
+use super::{Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, engine::Slot};
+use crate::{ids::TaskId, shim::stdio::HeldOpen};
+
+/// How long a start waits for somebody who is undoing an earlier attempt.
+const OTHERS: Duration = Duration::from_secs(120);
+
+impl Engine {
+    /// A plugin that died before its answer was out is asked again, with the same id: the task runs already, and is
+    /// what was asked for. One that was to stop meanwhile, or whose end is not known, is made anew.
+    pub(super) async fn started_before(&self, request: &StartRequest) -> Option<TaskHandle> {
+        let id = &request.task_id;
+        let task = self.settled(id).await?;
+        let sound = task.lost.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
+        if !task.claim() {
+            return None;
+        }
+        if sound {
+            tracing::warn!(task = %id, "an earlier plugin had started it already");
+            return Some(task.handle());
+        }
+        let held = HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
+        self.held().insert((request.alloc_id.clone(), request.name.clone()), held);
+        if let Err(error) = self.destroy(id, Force::Yes).await {
+            tracing::warn!(task = %id, error = %crate::chain(&error), "an unsound earlier start of it");
+        }
+        None
+    }
+
+    /// A new attempt of an allocation's task means that whatever is left of the old one is not wanted: Nomad gave up on
+    /// it, or died before it knew of it. The logs of both are one stream, which what is returned keeps open.
+    pub(super) async fn clear_predecessors(&self, request: &StartRequest) -> Result<Option<HeldOpen>, TaskError> {
+        let mut held = None;
+        let hold = || HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
+        let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
+        let anonymous = request.alloc_id.is_empty();
+        let olds: Vec<TaskId> = self
+            .tasks()
+            .values()
+            .filter_map(Slot::record)
+            .filter(|_| !anonymous)
+            .filter(same)
+            .map(|record| record.intent.task_id)
+            .collect();
+        for old in olds {
+            tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
+            held = Some(hold());
+            match self.destroy(&old, Force::Yes).await {
+                // Somebody else, most likely the old agent's own call, was faster.
+                Ok(()) | Err(TaskError::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let leftovers: Vec<TaskId> = {
+            let leftovers = self.leftovers();
+            let records = leftovers.values().map(|leftover| &leftover.record);
+            records.filter(|record| same(record)).map(|record| record.task_id.clone()).collect()
+        };
+        for old in leftovers {
+            tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
+            held = Some(hold());
+            self.outlast_leftover(&old).await?;
+        }
+        Ok(held)
+    }
+
+    /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all
+    /// else too.
+    async fn outlast_leftover(&self, id: &TaskId) -> Result<(), TaskError> {
+        let deadline = Instant::now() + OTHERS;
+        loop {
+            if let Some(outcome) = self.destroy_leftover(id).await {
+                return outcome;
+            }
+            if !self.leftovers().contains_key(id) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(TaskError::Busy(id.clone()));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
