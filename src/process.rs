@@ -111,8 +111,13 @@ impl PidFd {
     /// As pidfd_open(2); not found when it has ended.
     pub fn of(process: &ProcessId) -> io::Result<Self> {
         let fd = Self::open(process.pid)?;
-        // Looked at after the descriptor is had: if it lives now, it is what the descriptor names.
-        if process.is_alive() { Ok(fd) } else { Err(io::ErrorKind::NotFound.into()) }
+        // Looked at after the descriptor is had: if it lives now, it is what the descriptor names. That we can't look
+        // is another answer than that it is gone.
+        match ProcessId::of(process.pid) {
+            Ok(now) if now == *process => Ok(fd),
+            Ok(_) => Err(io::ErrorKind::NotFound.into()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Sends a signal. A process that has ended is fine.

@@ -1,6 +1,11 @@
 //! `exec`: a further process in a task, spoken to through the task's shim. Agent and plugin are not asked.
 
-use std::{io::IsTerminal as _, os::fd::AsFd as _, time::Duration};
+use std::{
+    io::IsTerminal as _,
+    os::fd::AsFd as _,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use clap::Args;
 use nix::sys::termios::{self, SetArg, Termios};
@@ -80,8 +85,9 @@ impl Exec {
             .into_iter()
             .collect::<Result<Vec<_>, _>>()?;
         let outcome = {
-            let out = copy(Some(io.stdout), tokio::io::stdout());
-            let err = copy(io.stderr, tokio::io::stderr());
+            let flow = Flow::default();
+            let out = copy(Some(io.stdout), tokio::io::stdout(), &flow);
+            let err = copy(io.stderr, tokio::io::stderr(), &flow);
             let output = async { tokio::try_join!(out, err) };
             let (input, waiting) = (feed(io.stdin), exec.wait());
             let ended =
@@ -91,9 +97,14 @@ impl Exec {
             loop {
                 tokio::select! {
                     exit = &mut waiting => {
-                        // What it wrote last; children of it that keep the stream open are not waited for.
+                        // What it wrote last, however slowly we are read; children of it that keep the stream open and
+                        // say nothing are not waited for.
                         if !drained {
-                            let _ = tokio::time::timeout(LAST_WORDS, output).await;
+                            tokio::select! {
+                                _ = &mut output => {}
+                                _ = &mut ended => break None,
+                                () = silence(&flow) => {}
+                            }
                         }
                         break Some(exit);
                     }
@@ -131,12 +142,33 @@ impl Exec {
     }
 }
 
-async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin) -> std::io::Result<()> {
+/// What goes through us: pieces so far, and how many are being written just now.
+#[derive(Default)]
+struct Flow {
+    pieces: AtomicU64,
+    writing: AtomicU64,
+}
+
+/// Returns when nothing has come for a while, and nothing waits to be written.
+async fn silence(flow: &Flow) {
+    loop {
+        let before = flow.pieces.load(Ordering::Relaxed);
+        tokio::time::sleep(LAST_WORDS).await;
+        if flow.pieces.load(Ordering::Relaxed) == before && flow.writing.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+    }
+}
+
+async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin, flow: &Flow) -> std::io::Result<()> {
     let Some(mut from) = from else { return Ok(()) };
     let mut buffer = vec![0; 32 << 10];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        flow.pieces.fetch_add(1, Ordering::Relaxed);
+        flow.writing.fetch_add(1, Ordering::Relaxed);
         to.write_all(&buffer[..count]).await?;
         to.flush().await?;
+        flow.writing.fetch_sub(1, Ordering::Relaxed);
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::{fs::File, time::Duration};
 use clap::Args;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{CliError, Common, Store, image_named, print, table, tasks};
+use super::{CliError, Common, Store, image_named, print, runs, table, tasks};
 use crate::{
     control::{Answer, Garbage, PATIENCE, Request, ask},
     image::ImageError,
@@ -87,6 +87,7 @@ impl Gc {
                 Err(error) => found.push((driver.clone(), failed(&error))),
             }
         }
+        found.extend(self.runs(common).await?);
         match self.own(common, keep).await {
             Ok(garbage) => found.extend(garbage.into_iter().map(|one| ("cli".to_owned(), one))),
             Err(error) => found.push(("cli".to_owned(), failed(&error))),
@@ -110,12 +111,43 @@ impl Gc {
         Ok(u8::from(found.iter().any(|(_, one)| one.problem.is_some())))
     }
 
-    /// The images of `run` and `pull`.
+    /// What is left of `run`s that were killed.
+    async fn runs(&self, common: &Common) -> Result<Vec<(String, Garbage)>, CliError> {
+        let runs = tasks::drivers(common).into_iter().map(|(driver, _)| driver).filter(|driver| tasks::is_run(driver));
+        let mut found = Vec::new();
+        let mut store = None;
+        for id in runs {
+            if self.dry_run || !runs::is_abandoned(common, &id).await {
+                continue;
+            }
+            if store.is_none() {
+                store = Some(Store::open(common).await?);
+            }
+            if let Some(store) = &store {
+                runs::clear_up(common, &store.address, &id).await;
+                let problem = common.places(&id).run().exists().then(|| "something of it stays".to_owned());
+                found.push((id.clone(), Garbage { kind: "run".to_owned(), name: id, problem }));
+            }
+        }
+        if let Some(store) = store {
+            store.close().await;
+        }
+        Ok(found)
+    }
+
+    /// The images of `run` and `pull`; not while one of them is at work.
     async fn own(&self, common: &Common, keep: Duration) -> Result<Vec<Garbage>, CliError> {
         if !common.places("cli").images().is_dir() {
             return Ok(Vec::new());
         }
-        let _lock = StoreLock::alone(common)?;
+        let _lock = match StoreLock::alone(common) {
+            Ok(lock) => lock,
+            Err(CliError::Usage(why)) => {
+                super::say(&format!("nomad-driver-shim: {why}"));
+                return Ok(Vec::new());
+            }
+            Err(error) => return Err(error),
+        };
         let store = Store::open(common).await?;
         let outcome =
             async { Ok(store.images(common)?.collect(keep, &tasks::in_use_by_runs(common), self.dry_run).await) };
@@ -131,8 +163,6 @@ impl Rmi {
     /// # Errors
     /// When one is in use, or nobody has it.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        // First: a `run` that begins now finds the image gone, and one that goes on keeps us out.
-        let _lock = StoreLock::alone(common)?;
         for image in &self.images {
             let name = image_named(image)?.to_string();
             let mut removed = false;
@@ -145,7 +175,12 @@ impl Rmi {
             }
             let store = Store::open(common).await?;
             let outcome = match store.images(common) {
-                Ok(images) => images.remove(&name, &tasks::in_use_by_runs(common)).await.map_err(CliError::Records),
+                Ok(images) if removed && images.by_name(&name).is_none() => Ok(()),
+                // A `run` that goes on keeps us out.
+                Ok(images) => match StoreLock::alone(common) {
+                    Ok(_lock) => images.remove(&name, &tasks::in_use_by_runs(common)).await.map_err(CliError::Records),
+                    Err(error) => Err(error),
+                },
                 Err(error) => Err(error),
             };
             store.close().await;

@@ -13,6 +13,7 @@ mod logs;
 mod ps;
 mod pull;
 mod run;
+mod runs;
 mod stats;
 mod table;
 mod tasks;

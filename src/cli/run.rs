@@ -10,15 +10,21 @@ use clap::Args;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{CliError, Common, Store, gc::StoreLock, image_named, say};
+use super::{
+    CliError, Common, Store,
+    gc::StoreLock,
+    image_named,
+    runs::{clear_up, own_plugin, settings},
+    say,
+};
 use crate::{
-    host::{Alloc, Collector, Launch, Output, Plugin, called, encode},
+    host::{Alloc, Collector, Output, Plugin, called, encode},
     ids::random_hex,
     pb::driver::{
         DestroyTaskRequest, InspectTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest,
         WaitTaskRequest,
     },
-    task::{read_records, refusal_code},
+    task::refusal_code,
 };
 
 /// Between the first Ctrl-C and SIGKILL, as docker's.
@@ -109,7 +115,7 @@ impl Run {
         let id = format!("run-{}", random_hex(6));
         let session = Session { run: &self, config, id: &id, address: store.address.clone(), common };
         let outcome = Box::pin(session.execute(containerd)).await;
-        session.clear_up().await;
+        clear_up(common, &store.address, &id).await;
         store.close().await;
         outcome
     }
@@ -197,8 +203,8 @@ impl Session<'_> {
     async fn execute(&self, containerd: Duration) -> Result<u8, CliError> {
         let places = self.common.places(self.id);
         let began = Instant::now();
-        let plugin = self.plugin().await?;
-        let outcome = match plugin.configure(&self.settings()).await {
+        let plugin = own_plugin().await?;
+        let outcome = match plugin.configure(&settings(self.common, &self.address, self.id)).await {
             Ok(()) => {
                 let handshake = began.elapsed();
                 self.task(&plugin, containerd, handshake, &places.run().join("alloc")).await
@@ -210,56 +216,6 @@ impl Session<'_> {
         }
         plugin.leave().await;
         outcome
-    }
-
-    async fn plugin(&self) -> Result<Plugin, CliError> {
-        let mut launch = Launch::new(std::env::current_exe()?);
-        launch.args = vec!["--name".to_owned(), "shim".to_owned()];
-        Ok(Plugin::launch(&launch).await?)
-    }
-
-    fn settings(&self) -> serde_json::Value {
-        let places = self.common.places(self.id);
-        // Whoever types this is root already: nothing is closed to them.
-        json!({
-            "allow_privileged": true,
-            "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
-            "containerd": { "address": self.address, "namespace": self.common.namespace },
-            "state": { "run_dir": places.run(), "state_dir": places.state() },
-            "shim": { "pool": 0 },
-            // Its image store is shared with all other commands; `gc` looks after it.
-            "image": { "keep": "forever" },
-        })
-    }
-
-    /// Removes the run directory. A plugin that died, or was left in the middle of a start, has left a record there;
-    /// then another one undoes it first.
-    async fn clear_up(&self) {
-        let places = self.common.places(self.id);
-        let remains = || read_records(&places.tasks()).unwrap_or_default().good;
-        if !remains().is_empty()
-            && let Ok(plugin) = self.plugin().await
-        {
-            if plugin.configure(&self.settings()).await.is_ok() {
-                for record in remains() {
-                    let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
-                    if let Err(status) = plugin.driver().destroy_task(request).await {
-                        say(&format!("nomad-driver-shim: clean up: {}", status.message()));
-                    }
-                }
-            }
-            plugin.leave().await;
-        }
-        // Never into what is mounted: that may be the host's own.
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let run = places.run().to_string_lossy();
-        if !remains().is_empty() || mounts.is_empty() || mounts.contains(&*run) {
-            say(&format!("nomad-driver-shim: something could not be removed; it is in {run}"));
-        } else if let Err(error) = std::fs::remove_dir_all(places.run())
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            say(&format!("nomad-driver-shim: {run}: {error}"));
-        }
     }
 
     async fn task(

@@ -40,10 +40,15 @@ pub fn is_run(driver: &str) -> bool {
     driver.starts_with("run-")
 }
 
-/// What the tasks of all `run`s use, whether their processes live or not.
+/// What the tasks of all `run`s use, whether their processes live or not: as long as the layers are mounted.
 pub fn in_use_by_runs(common: &Common) -> InUse {
-    let records: Vec<Record> =
-        all(common).into_iter().filter(|found| is_run(&found.driver)).map(|found| found.record).collect();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounted = |found: &Found| {
+        let rootfs = found.places.rootfs(&found.record.container_id);
+        mounts.is_empty() || mounts.contains(&*rootfs.to_string_lossy())
+    };
+    let runs = all(common).into_iter().filter(|found| is_run(&found.driver));
+    let records: Vec<Record> = runs.filter(mounted).map(|found| found.record).collect();
     InUse {
         names: records.iter().map(|record| record.image.clone()).collect(),
         leases: records.iter().map(|record| record.lease.clone()).collect(),

@@ -10,6 +10,7 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -27,6 +28,8 @@ const DOCUMENT_MAX: u64 = 4 << 20;
 const ENTRIES_MAX: usize = 100_000;
 /// A name or attribute in an archive; longer ones are an attack.
 const EXTENSION_MAX: u64 = 1 << 20;
+/// Of all long names together.
+const NAMES_MAX: usize = 16 << 20;
 /// The name of an image in an index (image-spec, annotations.md).
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
@@ -103,11 +106,16 @@ enum Store {
 }
 
 impl Layout {
-    /// Opens an image and reads its table of contents. Blocks.
+    /// Opens an image and reads its table of contents. Blocks, for as long as `wanted`.
     ///
     /// # Errors
     /// When it is not what its name says.
-    pub fn open(reference: &Reference, archive: &Archive, opened: Option<&OwnedFd>) -> Result<Self, ImageError> {
+    pub fn open(
+        reference: &Reference,
+        archive: &Archive,
+        opened: Option<&OwnedFd>,
+        wanted: &AtomicBool,
+    ) -> Result<Self, ImageError> {
         let image = reference.to_string();
         let failed = |problem: String| ImageError::Archive { image: image.clone(), problem };
         let path = archive.at(opened);
@@ -123,7 +131,7 @@ impl Layout {
         };
         let mut layout = Self { image: image.clone(), store, blobs: HashMap::new(), top: Default::default() };
         layout.top = match archive.format {
-            ArchiveFormat::DockerArchive => layout.of_docker(archive.tag.as_deref()),
+            ArchiveFormat::DockerArchive => layout.of_docker(archive.tag.as_deref(), wanted),
             ArchiveFormat::OciDir | ArchiveFormat::OciArchive => layout.of_oci(archive.tag.as_deref()),
         }
         .map_err(failed)?;
@@ -228,7 +236,7 @@ impl Layout {
 
     /// docker's image-spec v1.2: `manifest.json` names a configuration and plain tar files. From these a manifest is
     /// made, as `docker push` makes one.
-    fn of_docker(&mut self, tag: Option<&str>) -> Result<(String, Vec<u8>), String> {
+    fn of_docker(&mut self, tag: Option<&str>, wanted: &AtomicBool) -> Result<(String, Vec<u8>), String> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Saved {
@@ -253,7 +261,7 @@ impl Layout {
         }
         let mut layers = Vec::new();
         for name in &one.layers {
-            let (digest, size, kind) = self.hash(name).map_err(|error| format!("{name}: {error}"))?;
+            let (digest, size, kind) = self.hash(name, wanted).map_err(|error| format!("{name}: {error}"))?;
             self.blobs.insert(digest.clone(), name.clone());
             layers.push(json!({"mediaType": kind, "digest": digest, "size": size}));
         }
@@ -268,11 +276,14 @@ impl Layout {
         Ok((media_type.to_owned(), manifest.to_string().into_bytes()))
     }
 
-    fn hash(&self, name: &str) -> io::Result<(Digest, u64, &'static str)> {
+    fn hash(&self, name: &str, wanted: &AtomicBool) -> io::Result<(Digest, u64, &'static str)> {
         let mut file = self.read(name)?;
         let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
         let mut kind = "application/vnd.oci.image.layer.v1.tar";
         loop {
+            if !wanted.load(Ordering::Relaxed) {
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "nobody waits for it any more"));
+            }
             let count = file.read(&mut buffer)?;
             if count == 0 {
                 return Ok((Digest::from_hash(&hash.finalize()), size, kind));
@@ -310,7 +321,7 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     let mut archive = tar::Archive::new(file);
     let (mut found, mut links) = (HashMap::new(), Vec::new());
     let unreadable = |error: io::Error| format!("it is no tar archive, or cut off: {error}");
-    let mut extended = Extended::default();
+    let (mut extended, mut names) = (Extended::default(), 0);
     // Raw, since the library reads what goes before an entry (its long name, its attributes) into memory, all of it.
     for (count, entry) in archive.entries_with_seek().map_err(unreadable)?.raw(true).enumerate() {
         let mut entry = entry.map_err(unreadable)?;
@@ -328,6 +339,10 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
             continue;
         }
         let Extended { path, link } = std::mem::take(&mut extended);
+        names += path.as_ref().map_or(0, String::len) + link.as_ref().map_or(0, String::len);
+        if names > NAMES_MAX {
+            return Err(format!("its long names take more than {} MiB", NAMES_MAX >> 20));
+        }
         let name = match path {
             Some(path) => plain(Path::new(&path)),
             None => plain(&entry.header().path().map_err(unreadable)?),

@@ -1,6 +1,13 @@
 //! Where a pull has its blobs from: a registry, or files on this host.
 
-use std::{io::Read as _, os::fd::OwnedFd, sync::Arc};
+use std::{
+    io::Read as _,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use tokio::sync::mpsc;
 
@@ -32,6 +39,21 @@ pub enum Chunks {
     File(mpsc::Receiver<std::io::Result<Vec<u8>>>),
 }
 
+/// Says that somebody waits, until it is dropped: a thread can't be given up otherwise.
+struct Wanted(Arc<AtomicBool>);
+
+impl Default for Wanted {
+    fn default() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+}
+
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
 impl<'a> Origin<'a> {
     /// The place that a name stands for.
     ///
@@ -48,7 +70,9 @@ impl<'a> Origin<'a> {
             Reference::Archive(archive) => {
                 let (reference, archive): (Reference, Archive) = (reference.clone(), archive.clone());
                 let image = reference.to_string();
-                let open = move || Layout::open(&reference, &archive, opened.as_deref());
+                let wanted = Wanted::default();
+                let asked = wanted.0.clone();
+                let open = move || Layout::open(&reference, &archive, opened.as_deref(), &asked);
                 let layout = tokio::task::spawn_blocking(open)
                     .await
                     .map_err(|join| ImageError::Archive { image, problem: join.to_string() })??;

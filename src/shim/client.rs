@@ -371,7 +371,9 @@ impl Client {
             method: call.to_owned(),
             payload: request.write_to_bytes().map_err(|error| encoding(call, &error))?,
             // 0 waits for ever. The shim gets the deadline too, but some calls ignore it: the outer one always holds.
-            timeout_nano: limit.map_or(0, |limit| i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX)),
+            // The library keeps it too, and would report a broken connection: the outer one must come first.
+            timeout_nano: limit
+                .map_or(0, |limit| i64::try_from((limit + Duration::from_secs(1)).as_nanos()).unwrap_or(i64::MAX)),
             ..Default::default()
         };
         // Unconstrained: the runtime's budget must not cut between the two steps either.

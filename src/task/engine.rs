@@ -214,8 +214,11 @@ impl Engine {
         let slot = Reserved { engine: self, id: &id, _done: tell };
         // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.
         let turn = self.turn(&request.alloc_id, &request.name);
-        let _turn = turn.lock().await;
-        let _held = (held, self.clear_predecessors(&request).await?);
+        let _turn = tokio::select! {
+            turn = turn.lock() => turn,
+            () = stop.cancelled() => return Err(TaskError::Stopped(id.clone())),
+        };
+        let _held = (held, self.clear_predecessors(&request, &stop).await?);
         let began = start::start(&self.0.shared, &request, &stop).await;
         self.0.shared.pool.refill();
         let start::Running { record, shim, run, phases, image } = began?;
@@ -346,7 +349,11 @@ impl Engine {
         let task = self.find(id).await?;
         let ended = || TaskError::Ended(id.clone());
         let client = task.client.as_ref().filter(|_| !task.has_ended()).ok_or_else(ended)?;
-        exec::start(client, &self.0.shared.settings.places, &task.record(), request).await.map_err(|error| {
+        let (client, record, request) = (client.clone(), task.record(), request.clone());
+        let places = self.0.shared.settings.places.clone();
+        // To its end, whatever becomes of the caller: a session that nobody takes is dropped, and that kills it.
+        let started = tokio::spawn(async move { exec::start(&client, &places, &record, &request).await }).await?;
+        started.map_err(|error| {
             // It may have ended while we asked.
             if task.has_ended() { ended() } else { error.into() }
         })

@@ -127,7 +127,7 @@ pub async fn start(
     let marker = execs.join(&exec_id);
     let owner = ProcessId::of(std::process::id()).ok();
     let note = |process| json!(Marker { owner, process }).to_string();
-    fs::create_dir_all(&execs).and_then(|()| fs::write(&marker, note(None))).map_err(unusable(&marker))?;
+    fs::create_dir_all(&execs).and_then(|()| write_whole(&marker, &note(None))).map_err(unusable(&marker))?;
     let id = record.container_id.as_str();
     let mut exec =
         Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, over: false };
@@ -160,7 +160,7 @@ pub async fn start(
         }
     };
     if let Ok(process) = ProcessId::of(pid)
-        && let Err(error) = fs::write(&exec.marker, note(Some(process)))
+        && let Err(error) = write_whole(&exec.marker, &note(Some(process)))
     {
         tracing::warn!(path = %exec.marker.display(), %error, "an exec'd process is not noted");
     }
@@ -278,7 +278,7 @@ pub fn abandoned(record: &Record, places: &Places) -> Vec<PathBuf> {
 /// Ends the processes of these notes whose owners are gone: an earlier instance of us, most likely.
 pub async fn end_abandoned(client: Client, container: ContainerId, markers: Vec<PathBuf>) {
     for marker in markers {
-        if is_owned(&marker).await {
+        if !is_abandoned(&marker).await {
             continue;
         }
         let exec_id = marker.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -296,39 +296,60 @@ struct Marker {
     process: Option<ProcessId>,
 }
 
-fn read_marker(marker: &Path) -> Marker {
-    fs::read(marker).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+/// A reader sees the old text or the new one, never half of one.
+fn write_whole(marker: &Path, text: &str) -> io::Result<()> {
+    // Beside the directory, which is listed for markers.
+    let name = marker.file_name().unwrap_or_default().to_string_lossy();
+    let draft = marker.with_file_name("..").join(format!("exec-{name}.tmp"));
+    fs::write(&draft, text)?;
+    fs::rename(&draft, marker)
 }
 
-/// Does whoever had it run still live? A plugin that has just given way to us is about to be gone.
-async fn is_owned(marker: &Path) -> bool {
+fn read_marker(marker: &Path) -> io::Result<Marker> {
+    serde_json::from_slice(&fs::read(marker)?).map_err(Into::into)
+}
+
+/// Is whoever had it run surely gone? A plugin that has just given way to us is about to be.
+async fn is_abandoned(marker: &Path) -> bool {
     for _ in 0..10 {
-        if !read_marker(marker).owner.is_some_and(|owner| owner.is_alive()) {
-            return false;
+        match read_marker(marker)
+            .map(|marker| marker.owner.map(|owner| ProcessId::of(owner.pid).map(|now| (owner, now))))
+        {
+            // Over already.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
+            Ok(None) => return true,
+            Ok(Some(Ok((owner, now)))) if owner != now => return true,
+            Ok(Some(Err(error))) if error.kind() == io::ErrorKind::NotFound => return true,
+            // It lives, or can't be looked at just now.
+            _ => tokio::time::sleep(GOING).await,
         }
-        tokio::time::sleep(GOING).await;
     }
-    true
+    false
 }
 
 /// Kills an exec'd process with all that it has started, and forgets it.
 async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
-    let family =
-        read_marker(marker).process.filter(ProcessId::is_alive).map(|process| family(process.pid)).unwrap_or_default();
-    match client.kill_exec(container.as_str(), exec_id).await {
-        Ok(()) => {
-            let ended = tokio::time::timeout(KILLED, client.wait_exec(container.as_str(), exec_id)).await;
-            if ended.is_err() {
-                tracing::warn!(%container, exec_id, "an exec'd process survives SIGKILL");
-            }
+    let family = read_marker(marker)
+        .ok()
+        .and_then(|marker| marker.process)
+        .filter(ProcessId::is_alive)
+        .map(|process| family(process.pid))
+        .unwrap_or_default();
+    let killed = client.kill_exec(container.as_str(), exec_id).await;
+    if killed.is_ok() {
+        let ended = tokio::time::timeout(KILLED, client.wait_exec(container.as_str(), exec_id)).await;
+        if ended.is_err() {
+            tracing::warn!(%container, exec_id, "an exec'd process survives SIGKILL");
         }
-        Err(ShimError::Gone { .. }) => {}
-        Err(error) => tracing::warn!(%container, exec_id, %error, "an exec'd process can't be killed"),
     }
     for member in family {
         member.signal(libc::SIGKILL);
     }
-    forget(client, container, exec_id, marker).await;
+    match killed {
+        Ok(()) | Err(ShimError::Gone { .. }) => forget(client, container, exec_id, marker).await,
+        // Its note stays, for whoever comes after us.
+        Err(error) => tracing::warn!(%container, exec_id, %error, "an exec'd process can't be killed"),
+    }
 }
 
 /// What a process has started, each surely so at the time it was looked at.
@@ -342,7 +363,9 @@ fn family(pid: u32) -> Vec<PidFd> {
 async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
     match client.delete_exec(container.as_str(), exec_id).await {
         Ok(()) | Err(ShimError::Gone { .. }) => {}
-        Err(error) => tracing::warn!(%container, exec_id, %error, "the shim keeps an exec'd process in mind"),
+        Err(error) => {
+            return tracing::warn!(%container, exec_id, %error, "the shim keeps an exec'd process in mind");
+        }
     }
     match fs::remove_file(marker) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -3,6 +3,8 @@
 
 use std::time::{Duration, Instant};
 
+use tokio_util::sync::CancellationToken;
+
 use super::{Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, engine::Slot};
 use crate::{ids::TaskId, shim::stdio::HeldOpen};
 
@@ -33,7 +35,11 @@ impl Engine {
 
     /// A new attempt of an allocation's task means that whatever is left of the old one is not wanted: Nomad gave up on
     /// it, or died before it knew of it. The logs of both are one stream, which what is returned keeps open.
-    pub(super) async fn clear_predecessors(&self, request: &StartRequest) -> Result<Option<HeldOpen>, TaskError> {
+    pub(super) async fn clear_predecessors(
+        &self,
+        request: &StartRequest,
+        stop: &CancellationToken,
+    ) -> Result<Option<HeldOpen>, TaskError> {
         let mut held = None;
         let hold = || HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
         let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
@@ -63,14 +69,19 @@ impl Engine {
         for old in leftovers {
             tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
             held = Some(hold());
-            self.outlast_leftover(&old).await?;
+            self.outlast_leftover(&old, request, stop).await?;
         }
         Ok(held)
     }
 
     /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all
     /// else too.
-    async fn outlast_leftover(&self, id: &TaskId) -> Result<(), TaskError> {
+    async fn outlast_leftover(
+        &self,
+        id: &TaskId,
+        request: &StartRequest,
+        stop: &CancellationToken,
+    ) -> Result<(), TaskError> {
         let deadline = Instant::now() + OTHERS;
         loop {
             if let Some(outcome) = self.destroy_leftover(id).await {
@@ -82,7 +93,10 @@ impl Engine {
             if Instant::now() > deadline {
                 return Err(TaskError::Busy(id.clone()));
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+                () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
+            }
         }
     }
 }

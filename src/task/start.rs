@@ -73,6 +73,9 @@ pub async fn start(
     stop: &CancellationToken,
 ) -> Result<Running, TaskError> {
     let began = Instant::now();
+    if stop.is_cancelled() {
+        return Err(TaskError::Stopped(request.task_id.clone()));
+    }
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     let resolved = resolve_mounts(shared, request)?;

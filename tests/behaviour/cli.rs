@@ -184,6 +184,37 @@ async fn pull_images_and_ps_list_what_there_is() {
     cli.assert_clean();
 }
 
+/// A `run` that was killed leaves its container behind; `gc` ends and removes it, and leaves one that lives alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn gc_clears_runs_that_were_killed() {
+    let (cli, image) = (Cli::new(), busybox().await);
+    let start = |name: &str| {
+        let mut child = cli
+            .command(&["run", "--name", name, &image, "sh", "-c", "echo ready; sleep 60"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
+        child
+    };
+    let (mut lives, mut killed) = (start("lives"), start("killed"));
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let removed = cli.run(&["gc", "--keep", "0s"]).await;
+    assert!(removed.status.success(), "{} {}", text(&removed.stdout), text(&removed.stderr));
+    assert_eq!(text(&removed.stdout).matches("removed").count(), 1, "{}", text(&removed.stdout));
+    let tasks: serde_json::Value = serde_json::from_slice(&cli.run(&["ps", "--json"]).await.stdout).unwrap();
+    assert_eq!((tasks.as_array().unwrap().len(), tasks[0]["name"].as_str()), (1, Some("lives")), "{tasks}");
+    assert!(!cli.run(&["rmi", &image]).await.status.success(), "a run uses it");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(lives.id().cast_signed()), nix::sys::signal::Signal::SIGTERM)
+        .unwrap();
+    lives.wait().unwrap();
+    assert!(cli.run(&["rmi", &image]).await.status.success());
+    cli.assert_clean();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn doctor_knows_this_host() {
     let cli = Cli::new();

@@ -4,6 +4,9 @@ use serde_json::json;
 
 use crate::support::{Env, EnvOptions, leak};
 
+/// What is meant to stay is looked at after this.
+const SOON: std::time::Duration = std::time::Duration::from_millis(300);
+
 /// Runs and destroys a task in a plugin whose fault switch leaves out `step`: what the checker says.
 async fn leaks_without(step: &str) -> Vec<String> {
     let options =
@@ -11,12 +14,12 @@ async fn leaks_without(step: &str) -> Vec<String> {
     let mut env = Env::with(options).await;
     let task = env.sh("sleep 600").await;
     let outcome = env.destroy(&task).await;
-    let mut leaks = leak::while_alive(&env).await;
+    let mut leaks = leak::alive_within(&env, SOON).await;
     assert!(!leaks.is_empty(), "nothing noticed without {step}");
     assert!(env.plugin().stderr().contains("left out by the fault switch"), "the switch must fire: {step}");
     drop(outcome);
     env.plugin.take().unwrap().leave().await;
-    leaks.extend(leak::afterwards(&env).await);
+    leaks.extend(leak::afterwards_within(&env, SOON).await);
     clean(&env).await;
     leaks
 }

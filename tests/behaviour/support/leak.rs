@@ -6,15 +6,24 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use nomad_driver_shim::{cgroup::Cgroups, containerd::Client};
 
 use super::{Env, services};
 
+/// The last teardown takes some milliseconds; ten seconds on a machine that does something else.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// While the plugin lives and has no tasks. Polled: the last teardown may still be under way.
 pub async fn while_alive(env: &Env) -> Vec<String> {
-    polled(async || {
+    alive_within(env, PATIENCE).await
+}
+
+/// The same, for who waits no longer than this for a leak to go: one that is meant to be there does not.
+pub async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
+    polled(patience, async || {
         let mut leaks = kernel(env);
         leaks.extend(on_disk(env));
         leaks.extend(in_containerd(env).await);
@@ -37,7 +46,12 @@ pub async fn while_alive(env: &Env) -> Vec<String> {
 
 /// After the plugin has left.
 pub async fn afterwards(env: &Env) -> Vec<String> {
-    polled(async || {
+    afterwards_within(env, PATIENCE).await
+}
+
+/// The same, for who waits no longer than this.
+pub async fn afterwards_within(env: &Env, patience: Duration) -> Vec<String> {
+    polled(patience, async || {
         let mut leaks = kernel(env);
         leaks.extend(on_disk(env));
         leaks.extend(processes(env).into_iter().map(|(pid, line)| format!("process {pid}: {line}")));
@@ -49,16 +63,15 @@ pub async fn afterwards(env: &Env) -> Vec<String> {
     .await
 }
 
-async fn polled(look: impl AsyncFn() -> Vec<String>) -> Vec<String> {
-    let mut leaks = Vec::new();
-    for _ in 0..150 {
-        leaks = look().await;
-        if leaks.is_empty() {
-            break;
+async fn polled(patience: Duration, look: impl AsyncFn() -> Vec<String>) -> Vec<String> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let leaks = look().await;
+        if leaks.is_empty() || Instant::now() > deadline {
+            return leaks;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    leaks
 }
 
 /// Mounts, cgroups of every hierarchy, and processes in them.

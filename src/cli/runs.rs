@@ -1,0 +1,81 @@
+//! The directory and plugin that each `run` has for itself, and clearing them away.
+
+use std::{fs::File, path::Path};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde_json::json;
+
+use super::{CliError, Common, say};
+use crate::{
+    control::{PATIENCE, Request, ask},
+    host::{Launch, Plugin},
+    pb::driver::DestroyTaskRequest,
+    task::read_records,
+};
+
+/// This very binary as a plugin.
+pub async fn own_plugin() -> Result<Plugin, CliError> {
+    let mut launch = Launch::new(std::env::current_exe()?);
+    launch.args = vec!["--name".to_owned(), "shim".to_owned()];
+    Ok(Plugin::launch(&launch).await?)
+}
+
+/// The plugin's configuration for the run called `id`.
+pub fn settings(common: &Common, address: &Path, id: &str) -> serde_json::Value {
+    let places = common.places(id);
+    // Whoever types this is root already: nothing is closed to them.
+    json!({
+        "allow_privileged": true,
+        "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
+        "containerd": { "address": address, "namespace": common.namespace },
+        "state": { "run_dir": places.run(), "state_dir": places.state() },
+        "shim": { "pool": 0 },
+        // Its image store is shared with all other commands; `gc` looks after it.
+        "image": { "keep": "forever" },
+    })
+}
+
+/// Removes a run's directory. A plugin that died, or was left in the middle of a start, has left a record there; then
+/// another one undoes it first.
+pub async fn clear_up(common: &Common, address: &Path, id: &str) {
+    let places = common.places(id);
+    let remains = || read_records(&places.tasks()).unwrap_or_default().good;
+    if !remains().is_empty()
+        && let Ok(plugin) = own_plugin().await
+    {
+        if plugin.configure(&settings(common, address, id)).await.is_ok() {
+            for record in remains() {
+                let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
+                if let Err(status) = plugin.driver().destroy_task(request).await {
+                    say(&format!("nomad-driver-shim: clean up: {}", status.message()));
+                }
+            }
+        }
+        plugin.leave().await;
+    }
+    // Never into what is mounted: that may be the host's own.
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let run = places.run().to_string_lossy();
+    if !remains().is_empty() || mounts.is_empty() || mounts.contains(&*run) {
+        say(&format!("nomad-driver-shim: something could not be removed; it is in {run}"));
+    } else if let Err(error) = std::fs::remove_dir_all(places.run())
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        say(&format!("nomad-driver-shim: {run}: {error}"));
+    }
+}
+
+/// Is the run's own process gone? Its plugin, if that lives, is told to leave then: a run is nothing without its
+/// terminal.
+pub async fn is_abandoned(common: &Common, id: &str) -> bool {
+    let places = common.places(id);
+    match ask(&places.control(), &Request::Leave, PATIENCE).await {
+        Ok(_) => true,
+        // One that is just beginning has taken its lock and does not listen yet.
+        Err(error) if error.is_nobody() => {
+            let lock = File::options().append(true).open(places.lock());
+            lock.is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok())
+        }
+        Err(_) => false,
+    }
+}
