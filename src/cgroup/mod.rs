@@ -9,7 +9,7 @@ use std::{
 
 pub use stats::{CpuUsage, MemoryUsage, Usage};
 
-use crate::{fault, ids::ContainerId};
+use crate::{fault, ids::ContainerId, process::PidFd};
 
 /// Where the hierarchies are mounted on any Linux that Nomad supports.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -177,6 +177,36 @@ impl Cgroups {
         text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
     }
 
+    /// Is this process in the task's cgroup?
+    pub fn holds(&self, task: &CgroupPath, pid: u32) -> bool {
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let below = format!("{}/", task.0);
+        groups
+            .lines()
+            .filter_map(|line| line.splitn(3, ':').nth(2))
+            .any(|path| path == task.0 || path.starts_with(&below))
+    }
+
+    /// Sends SIGKILL to whatever is in a task's cgroup: how many processes that were.
+    pub fn kill(&self, task: &CgroupPath) -> usize {
+        if task.0.trim_matches('/').is_empty() {
+            return 0;
+        }
+        let mut pids: Vec<u32> =
+            self.hierarchies.iter().flat_map(|hierarchy| members(&task.below(hierarchy))).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        for &pid in &pids {
+            // Looked at again when its descriptor is had: then it is this very process that is there.
+            if let Ok(process) = PidFd::open(pid)
+                && self.holds(task, pid)
+            {
+                process.signal(libc::SIGKILL);
+            }
+        }
+        pids.len()
+    }
+
     /// Removes what the runtime left of a task's cgroup. Not there is fine.
     ///
     /// # Errors
@@ -194,6 +224,19 @@ impl Cgroups {
         }
         Ok(())
     }
+}
+
+/// Processes of a group and of those below it.
+fn members(path: &Path) -> Vec<u32> {
+    let text = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    // Those of other pid namespaces read as 0.
+    let mut pids: Vec<u32> = text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid != 0).collect();
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            pids.extend(members(&entry.path()));
+        }
+    }
+    pids
 }
 
 /// Groups are removed from the leaves up; their files go with them.

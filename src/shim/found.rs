@@ -49,7 +49,7 @@ impl Launcher {
     pub async fn adopt(&self, id: &str) -> Found {
         let held = self.hold(id);
         let dir = self.places.shim(id);
-        let (pidfd, namespace) = match find(&dir).await {
+        let (pidfd, pid, namespace) = match find(&dir).await {
             Some(found) => found,
             None => return Found::Gone,
         };
@@ -59,7 +59,16 @@ impl Launcher {
                 Ok(client) => {
                     let pidfd = Arc::new(pidfd);
                     let ended = watch_over(&pidfd);
-                    return Found::Alive(Shim { id: id.to_owned(), dir, client, pidfd, ended, namespace, _held: held });
+                    return Found::Alive(Shim {
+                        id: id.to_owned(),
+                        pid,
+                        dir,
+                        client,
+                        pidfd,
+                        ended,
+                        namespace,
+                        _held: held,
+                    });
                 }
                 // That we can't connect just now (no descriptors) does not mean that it hangs.
                 Err(error) if matches!(error, ShimError::Late { .. }) => break error,
@@ -70,7 +79,7 @@ impl Launcher {
         };
         // It may have ended while we asked.
         match find(&dir).await {
-            Some((pidfd, _)) => {
+            Some((pidfd, ..)) => {
                 tracing::warn!(shim = id, %error, "a shim lives and does not answer");
                 Found::Hung(pidfd)
             }
@@ -97,7 +106,7 @@ fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
 
 /// The shim whose directory this is, if it lives: its process and its namespace. That we can't look just now (no
 /// descriptors, no memory) does not mean that it is dead; it is looked for again, for a while.
-async fn find(dir: &Path) -> Option<(PidFd, String)> {
+async fn find(dir: &Path) -> Option<(PidFd, u32, String)> {
     let deadline = tokio::time::Instant::now() + END;
     loop {
         match look(dir) {
@@ -114,17 +123,17 @@ async fn find(dir: &Path) -> Option<(PidFd, String)> {
     }
 }
 
-fn look(dir: &Path) -> io::Result<(PidFd, String)> {
+fn look(dir: &Path) -> io::Result<(PidFd, u32, String)> {
     let identity: Identity = serde_json::from_slice(&fs::read(dir.join(PID))?).map_err(|_| io::ErrorKind::NotFound)?;
     if boot_id()? != identity.boot {
         return Err(io::ErrorKind::NotFound.into());
     }
-    Ok((PidFd::of(&identity.process)?, identity.namespace))
+    Ok((PidFd::of(&identity.process)?, identity.process.pid, identity.namespace))
 }
 
 /// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
 pub fn kill_shim(dir: &Path) {
-    if let Ok((pidfd, _)) = look(dir) {
+    if let Ok((pidfd, ..)) = look(dir) {
         pidfd.signal(libc::SIGKILL);
     }
 }

@@ -63,6 +63,7 @@ impl Drop for Held {
 #[derive(Debug)]
 pub struct Shim {
     pub(super) id: String,
+    pub(super) pid: u32,
     pub(super) dir: PathBuf,
     pub(super) client: Client,
     pub(super) pidfd: Arc<PidFd>,
@@ -119,7 +120,7 @@ impl Launcher {
         let spawned = spawned.unwrap_or_else(|join| {
             Err(ShimError::Spawn { binary: self.binary.clone(), source: io::Error::other(join) })
         });
-        let (mut child, pidfd) = match spawned {
+        let (mut child, pid, pidfd) = match spawned {
             Ok(spawned) => spawned,
             Err(error) => {
                 remove_dir(&dir);
@@ -137,7 +138,7 @@ impl Launcher {
         match Client::connect(&dir.join("sock"), self.hint()).await {
             Ok(client) => {
                 self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
-                Ok(Shim { id, dir, client, pidfd, ended, namespace: self.namespace.clone(), _held: held })
+                Ok(Shim { id, pid, dir, client, pidfd, ended, namespace: self.namespace.clone(), _held: held })
             }
             Err(error) => {
                 let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
@@ -149,7 +150,7 @@ impl Launcher {
         }
     }
 
-    fn spawn(&self, id: &str, dir: &Path) -> Result<(tokio::process::Child, Arc<PidFd>), ShimError> {
+    fn spawn(&self, id: &str, dir: &Path) -> Result<(tokio::process::Child, u32, Arc<PidFd>), ShimError> {
         let failed = |doing, path: &Path| {
             let (id, path) = (id.to_owned(), path.to_owned());
             move |source| ShimError::File { id, doing, path, source }
@@ -202,7 +203,7 @@ impl Launcher {
         });
         let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
         self.place(pid);
-        Ok((child, Arc::new(pidfd)))
+        Ok((child, pid, Arc::new(pidfd)))
     }
 
     /// Moves a shim out of the agent's cgroup, so that stopping the agent's service does not end it, and makes the
@@ -227,6 +228,11 @@ impl Shim {
     /// Its name, which is its directory's.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// Its namespace.

@@ -172,6 +172,12 @@ impl Engine {
         let config = fs::read(places.bundle(id).join("config.json")).unwrap_or_default();
         let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
         let cgroup = config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned();
+        // A later attempt of the same task has the same one: then it is no longer this container's to be emptied.
+        let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
+        known.extend(self.leftovers().values().map(|leftover| leftover.record.clone()));
+        let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
+        let cgroup =
+            if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
         let record = Record::new(Intent {
             task_id: TaskId(String::new()),
             name: String::new(),

@@ -9,12 +9,15 @@ use super::{Record, TaskError, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
     fault,
+    process::descendants,
     rootfs::bundle::BundlePaths,
-    shim::{self, Client, DeadTask, Found, Kill, ShimError},
+    shim::{self, Client, DeadTask, Found, Kill, Shim, ShimError},
 };
 
 /// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
 pub const KILL_GRACE: Duration = Duration::from_secs(30);
+/// Between two looks at what is about to be gone.
+const LOOK: Duration = Duration::from_millis(5);
 /// When a cleanup that failed is tried again.
 pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
 
@@ -44,6 +47,9 @@ pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
     fault::point("undo.container");
     note("shim", end_shim(shared, record, shim).await);
     fault::point("undo.shim");
+    if !fault::skipped("container") {
+        empty_cgroup(shared, record).await;
+    }
     let cgroups = shared.cgroups.clone();
     let cgroup = CgroupPath::recorded(&record.cgroup);
     let files = tokio::task::spawn_blocking(move || {
@@ -81,8 +87,17 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found, bundle: &
             Err(ShimError::Gone { .. }) => {}
             Err(error) => return Err(failed("end the container")(error)),
             Ok(Known::Yes) => return Ok(()),
-            // A Create that was cut off: the runtime may have it all the same.
-            Ok(Known::No) => {}
+            // A Create that was cut off, and may still be at work.
+            Ok(Known::No) => {
+                if let Found::Alive(shim) = shim {
+                    runtime_done(shared, record, shim).await;
+                }
+                match end_through(client, id).await {
+                    Ok(Known::Yes) => return Ok(()),
+                    Ok(Known::No) | Err(ShimError::Gone { .. }) => {}
+                    Err(error) => return Err(failed("end the container")(error)),
+                }
+            }
         }
     }
     if let Found::Hung(pidfd) = shim {
@@ -92,6 +107,33 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found, bundle: &
     }
     let dead = DeadTask { id, namespace: &record.namespace, bundle: &bundle.bundle };
     shim::delete_dead(shared.pool.launcher(), dead).await.map(drop).map_err(failed("clean up after a dead shim"))
+}
+
+/// Waits until no runtime that the shim has called is at work any more: a plugin that died in the middle of a Create
+/// leaves one behind, which may go on to make the container, or was cut off with its process half made.
+async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
+    let cgroup = CgroupPath::recorded(&record.cgroup);
+    let deadline = tokio::time::Instant::now() + KILL_GRACE;
+    let at_work = || {
+        let others = descendants(shim.pid()).into_iter().skip(1);
+        others.filter(|&pid| !shared.cgroups.holds(&cgroup, pid)).count() > 0
+    };
+    while at_work() {
+        if tokio::time::Instant::now() > deadline {
+            tracing::warn!(task = %record.task_id, "a runtime is at work for ever; going on without it");
+            return;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Nothing of a task may outlive its undoing: what a runtime that was cut off has half made belongs to no container.
+async fn empty_cgroup(shared: &Shared, record: &Record) {
+    let cgroup = CgroupPath::recorded(&record.cgroup);
+    let deadline = tokio::time::Instant::now() + KILL_GRACE;
+    while shared.cgroups.kill(&cgroup) > 0 && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// Did the shim know the container?
