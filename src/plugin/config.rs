@@ -16,7 +16,7 @@ use crate::{
         mounts::{MountKind, MountRequest},
         parse_capability,
     },
-    task::{Compute, ContainerdSettings, SecuritySettings, Settings, ShimSettings, TaskOptions},
+    task::{Compute, ContainerdSettings, MetricsAddress, SecuritySettings, Settings, ShimSettings, TaskOptions},
 };
 
 /// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
@@ -180,8 +180,13 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     for path in allow_paths.iter().filter(|path| !path.is_absolute()) {
         faults.push(format!("security.allow_paths: {:?} is not an absolute path", path.display()));
     }
+    let metrics = block("metrics").filled("address").and_then(|address| {
+        let parsed = address.parse::<MetricsAddress>();
+        parsed.map_err(|problem| faults.push(format!("metrics.address = {address:?} {problem}"))).ok()
+    });
     let settings = Settings {
         name: name.clone(),
+        metrics,
         enabled: values.flag("enabled").unwrap_or(true),
         places,
         containerd: ContainerdSettings {
@@ -483,10 +488,11 @@ mod tests {
             ("shim", Wire::Map(vec![(Wire::from("pool"), Wire::from(1000))])),
             ("state", Wire::Map(vec![(Wire::from("run_dir"), Wire::from("relative"))])),
             ("default_runtime", Wire::from("kata")),
+            ("metrics", Wire::Map(vec![(Wire::from("address"), Wire::from("9107"))])),
             ("stats_interval", Wire::from("often")),
         ]);
         let error = settings(&DriverName::new("shim").expect("a name"), &bytes).expect_err("refused").to_string();
-        for part in ["shim.pool = 1000", "state.run_dir", "kata", "stats_interval"] {
+        for part in ["shim.pool = 1000", "state.run_dir", "kata", "stats_interval", "metrics.address = \"9107\""] {
             assert!(error.contains(part), "{part:?} in {error}");
         }
     }

@@ -11,6 +11,7 @@ mod fingerprint;
 mod goplugin;
 mod handshake;
 mod hclog;
+mod metrics;
 mod options;
 mod presence;
 mod schema;

@@ -113,6 +113,9 @@ const SHIM: &[Row] = &[
     default("pool", Kind::Number, "2", "How many idle shims wait for the next task (0 to 64)."),
 ];
 
+const METRICS: &[Row] =
+    &[row("address", Kind::Text, "Where Prometheus finds /metrics: `127.0.0.1:9107`, or `unix:/path` (root only).")];
+
 const RUNTIME: &[Row] = &[required("binary", Kind::Text, "The OCI runtime, by path or by name in PATH.")];
 
 const SECURITY: &[Row] = &[
@@ -140,4 +143,5 @@ pub const PLUGIN: &[Row] = &[
     row("shim", Kind::Block(SHIM), "How shims are had."),
     row("runtime", Kind::Labelled(RUNTIME), "A further OCI runtime, by name."),
     row("security", Kind::Block(SECURITY), "What jobs may do."),
+    row("metrics", Kind::Block(METRICS), "Numbers for Prometheus. Default: none."),
 ];

@@ -11,6 +11,7 @@ use tonic::Status;
 use super::{
     config,
     control::Doorkeeper,
+    metrics,
     presence::{Clients, Leave},
     status,
 };
@@ -96,6 +97,11 @@ impl DriverService {
         if let Err(error) = doorkeeper.open() {
             // Nomad's side works without it.
             tracing::error!(%error, "no control socket");
+        }
+        if let Some(address) = &opened.settings().metrics
+            && let Err(error) = metrics::serve(opened.clone(), address).await
+        {
+            tracing::error!(%address, %error, "no metrics endpoint");
         }
         Ok(engine.insert(opened).clone())
     }

@@ -18,6 +18,7 @@ use super::{
     TaskError, TaskEvent, TaskHandle, exec,
     live::{Parts, Task, watch_exit},
     load_records, lock,
+    metrics::{Gauges, Metrics},
     shared::{Leftover, Shared},
     signal, start,
     undo::{RETRIES, find_shim, undo_or_keep},
@@ -123,8 +124,16 @@ impl Engine {
         let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
         let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
         let records = load_records(&places.tasks())?;
-        let shared =
-            Arc::new(Shared { settings, cgroups, runtimes, images, pool, events, leftovers: Mutex::default() });
+        let shared = Arc::new(Shared {
+            settings,
+            cgroups,
+            runtimes,
+            images,
+            pool,
+            events,
+            metrics: Metrics::default(),
+            leftovers: Mutex::default(),
+        });
         let engine = Self(Arc::new(Inner {
             shared,
             tasks: Mutex::default(),
@@ -199,6 +208,14 @@ impl Engine {
     /// # Errors
     /// When it can't be started; nothing is left of it then.
     pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
+        let outcome = Box::pin(self.start_uncounted(request)).await;
+        if let Err(error) = &outcome {
+            self.0.shared.metrics.failed(error);
+        }
+        outcome
+    }
+
+    async fn start_uncounted(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let id = request.task_id.clone();
         if let Some(handle) = self.started_before(&request).await {
             return Ok(handle);
@@ -222,6 +239,7 @@ impl Engine {
         let began = start::start(&self.0.shared, &request, &stop).await;
         self.0.shared.pool.refill();
         let start::Running { record, shim, run, phases, image } = began?;
+        self.0.shared.metrics.started(&phases);
         tracing::info!(
             task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,
             pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
@@ -431,6 +449,24 @@ impl Engine {
             pid: task.run.process.pid,
             phases: task.phases,
         })
+    }
+
+    /// Numbers about the driver, in Prometheus' text format.
+    pub fn metrics(&self) -> String {
+        let mut gauges = Gauges {
+            leftovers: self.leftovers().len(),
+            idle_shims: self.0.shared.pool.idle_ids().len(),
+            images: self.0.shared.images.records().len(),
+            ..Gauges::default()
+        };
+        for slot in self.tasks().values() {
+            match slot {
+                Slot::Starting { .. } => gauges.starting += 1,
+                Slot::Task(task) if task.has_ended() => gauges.exited += 1,
+                Slot::Task(_) | Slot::Recovering { .. } => gauges.running += 1,
+            }
+        }
+        self.0.shared.metrics.render(gauges)
     }
 
     /// Ends what only we use: the idle shims. Tasks go on.

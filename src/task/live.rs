@@ -173,6 +173,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
         }
     };
     let exit = ExitRecord { code, oom_killed, error, started_at: task.run.started_at, at };
+    shared.metrics.exited(oom_killed, exit.error.is_some());
     tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "exited");
     let oom = if oom_killed { ", out of memory" } else { "" };
     shared.events.tell_host(&record, format!("Exited with code {code}{oom}"));

@@ -5,6 +5,7 @@ mod events;
 mod exec;
 mod live;
 mod lock;
+mod metrics;
 mod predecessors;
 mod record;
 mod recover;
@@ -29,7 +30,7 @@ pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, 
 use record::load_all as load_records;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works, which};
-pub use settings::{Compute, ContainerdSettings, SecuritySettings, Settings, ShimSettings};
+pub use settings::{Compute, ContainerdSettings, MetricsAddress, SecuritySettings, Settings, ShimSettings};
 pub use signal::parse as parse_signal;
 pub use start::Phases;
 

@@ -1,6 +1,6 @@
 //! The driver's settings, as the agent's configuration has them, checked.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use crate::{ids::DriverName, image::Credentials, places::Places, rootfs::Capabilities};
 
@@ -33,10 +33,42 @@ pub struct Settings {
     pub compute: Compute,
     /// `image { keep }`: how long an image that no task uses stays; None: for ever.
     pub keep_images: Option<Duration>,
+    /// `metrics { address }`.
+    pub metrics: Option<MetricsAddress>,
     /// `auth { … }`.
     pub auth: Option<Credentials>,
     /// What jobs may do.
     pub security: SecuritySettings,
+}
+
+/// Where metrics are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetricsAddress {
+    /// An address and port.
+    Tcp(SocketAddr),
+    /// A unix socket.
+    Unix(PathBuf),
+}
+
+impl FromStr for MetricsAddress {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wanted = "is neither an address with a port (127.0.0.1:9107) nor unix: and an absolute path";
+        match text.strip_prefix("unix:") {
+            Some(path) if path.starts_with('/') => Ok(Self::Unix(path.into())),
+            Some(_) => Err(wanted),
+            None => text.parse().map(Self::Tcp).map_err(|_| wanted),
+        }
+    }
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
 }
 
 /// A node's processors.

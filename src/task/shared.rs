@@ -5,7 +5,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::{EventHub, Record, Runtimes, Settings};
+use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
 use crate::{cgroup::Cgroups, ids::TaskId, image::ImageStore, shim::Pool};
 
 /// The parts of an open engine, and what it has still to take over or undo.
@@ -16,6 +16,7 @@ pub struct Shared {
     pub(super) images: ImageStore,
     pub(super) pool: Pool,
     pub(super) events: EventHub,
+    pub(super) metrics: Metrics,
     /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
     pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
 }

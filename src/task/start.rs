@@ -134,7 +134,10 @@ async fn image(
         progress: Progress::default(),
     };
     tokio::select! {
-        pulled = shared.images.pull(pull) => pulled.map_err(|error| super::SharedImageError(error).into()),
+        pulled = shared.images.pull(pull) => {
+            shared.metrics.pulled(pulled.is_ok());
+            pulled.map_err(|error| super::SharedImageError(error).into())
+        }
         // A pull that nobody else waits for ends with this.
         () = stop.cancelled() => Err(TaskError::Stopped(request.task_id.clone())),
     }

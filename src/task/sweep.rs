@@ -34,7 +34,10 @@ impl Engine {
             loop {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
                 let Some(inner) = engine.upgrade() else { return };
-                for garbage in Self(inner).sweep(false).await {
+                let this = Self(inner);
+                let swept = this.sweep(false).await;
+                this.shared().metrics.swept(swept.iter().filter(|one| one.problem.is_none()).count());
+                for garbage in swept {
                     match garbage.problem {
                         None => tracing::info!(kind = garbage.kind, name = garbage.name, "removed; nobody claims it"),
                         Some(problem) => {

@@ -25,6 +25,7 @@ mod leaks;
 mod lifecycle;
 mod logs;
 mod many;
+mod metrics;
 mod options;
 mod recovery;
 mod stats;

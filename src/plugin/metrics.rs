@@ -1,0 +1,95 @@
+//! The metrics endpoint: `GET /metrics` on an address or a unix socket of the operator's choice.
+
+use std::{convert::Infallible, fs, io, os::unix::fs::PermissionsExt as _, time::Duration};
+
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+};
+
+use crate::task::{Engine, MetricsAddress};
+
+/// A scraper has its request ready.
+const HEADER: Duration = Duration::from_secs(10);
+
+/// One of the two things that can be listened at.
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A scraper's connection.
+trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Connection for T {}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<Box<dyn Connection>> {
+        Ok(match self {
+            Self::Tcp(listener) => Box::new(listener.accept().await?.0),
+            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+        })
+    }
+}
+
+/// Answers scrapers for as long as the plugin lives.
+///
+/// # Errors
+/// When the address can't be listened at.
+pub async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
+    let listener = match address {
+        MetricsAddress::Tcp(address) => Listener::Tcp(TcpListener::bind(address).await?),
+        MetricsAddress::Unix(path) => {
+            // We hold the driver's lock: a socket that is there is a dead plugin's.
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let listener = UnixListener::bind(path)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+            Listener::Unix(listener)
+        }
+    };
+    tokio::spawn(async move {
+        loop {
+            match listener.accept().await {
+                Ok(stream) => drop(tokio::spawn(talk(engine.clone(), stream))),
+                Err(error) => {
+                    tracing::warn!(%error, "metrics endpoint");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+async fn talk(engine: Engine, stream: Box<dyn Connection>) {
+    let service = service_fn(move |request| answer(engine.clone(), request));
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER).keep_alive(false);
+    if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+        tracing::debug!(%error, "a scraper broke off");
+    }
+}
+
+async fn answer(engine: Engine, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let found = request.method() == Method::GET && request.uri().path() == "/metrics";
+    let (status, text) = if found {
+        (StatusCode::OK, engine.metrics())
+    } else {
+        (StatusCode::NOT_FOUND, "only GET /metrics is here\n".to_owned())
+    };
+    let mut response = Response::new(Full::from(text));
+    *response.status_mut() = status;
+    let kind = header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    Ok(response)
+}
