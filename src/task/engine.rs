@@ -403,7 +403,11 @@ impl Engine {
     async fn destroy_once(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
         let task = match self.find(id).await {
             Ok(task) => task,
-            Err(unknown) => return self.destroy_leftover(id).await.unwrap_or(Err(unknown)),
+            // Somebody may be at it: the answer is theirs.
+            Err(_) if self.leftovers().contains_key(id) => {
+                return self.outlast_leftover(id, &CancellationToken::new()).await;
+            }
+            Err(unknown) => return Err(unknown),
         };
         if force == Force::No && !task.has_ended() {
             return Err(TaskError::StillRunning(id.clone()));

@@ -69,19 +69,17 @@ impl Engine {
         for old in leftovers {
             tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
             held = Some(hold());
-            self.outlast_leftover(&old, request, stop).await?;
+            match self.outlast_leftover(&old, stop).await {
+                Err(TaskError::Stopped(_)) => return Err(TaskError::Stopped(request.task_id.clone())),
+                other => other?,
+            }
         }
         Ok(held)
     }
 
     /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all
     /// else too.
-    async fn outlast_leftover(
-        &self,
-        id: &TaskId,
-        request: &StartRequest,
-        stop: &CancellationToken,
-    ) -> Result<(), TaskError> {
+    pub(super) async fn outlast_leftover(&self, id: &TaskId, stop: &CancellationToken) -> Result<(), TaskError> {
         let deadline = Instant::now() + OTHERS;
         loop {
             if let Some(outcome) = self.destroy_leftover(id).await {
@@ -95,7 +93,7 @@ impl Engine {
             }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(20)) => {}
-                () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
+                () = stop.cancelled() => return Err(TaskError::Stopped(id.clone())),
             }
         }
     }

@@ -246,7 +246,9 @@ async fn shims_inherit_neither_streams_nor_cgroup_nor_session() {
     let mut seen = 0;
     for process in std::fs::read_dir("/proc").unwrap().flatten() {
         let Ok(cwd) = std::fs::read_link(process.path().join("cwd")) else { continue };
-        if !cwd.starts_with(&dir) {
+        // One that is just being started for the pool is this program's copy for a moment, until it is exec'ed.
+        let program = std::fs::read_link(process.path().join("exe")).unwrap_or_default();
+        if !cwd.starts_with(&dir) || !program.ends_with("containerd-shim-runc-v2") {
             continue;
         }
         seen += 1;
