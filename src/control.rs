@@ -74,6 +74,18 @@ pub struct Garbage {
     pub problem: Option<String>,
 }
 
+impl Garbage {
+    /// Something that was, or would be, removed; or could not be.
+    pub fn new(kind: &str, name: &str, problem: Option<String>) -> Self {
+        Self { kind: kind.to_owned(), name: name.to_owned(), problem }
+    }
+
+    /// The same, by how its removal ended.
+    pub fn removed<E: std::error::Error>(kind: &str, name: &str, outcome: &Result<(), E>) -> Self {
+        Self::new(kind, name, outcome.as_ref().err().map(|error| crate::chain(error)))
+    }
+}
+
 /// A task event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {

@@ -70,6 +70,14 @@ impl ProcessId {
         Ok(Self { pid, start })
     }
 
+    /// Has it surely ended? That it can't be looked at just now is no proof.
+    pub fn is_gone(&self) -> bool {
+        match Self::of(self.pid) {
+            Ok(now) => now != *self,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+
     /// Does this very process still live?
     pub fn is_alive(&self) -> bool {
         Self::of(self.pid).is_ok_and(|now| now == *self)

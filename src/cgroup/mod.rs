@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use stats::{CpuUsage, MemoryUsage, Usage};
+pub use stats::{CpuUsage, MemoryUsage, Usage, percent};
 
 use crate::{fault, ids::ContainerId, process::PidFd};
 

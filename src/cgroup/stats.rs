@@ -1,6 +1,6 @@
 //! What a task uses, read from the kernel's own files: no call to a shim, no process, 0.1 ms.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{collections::HashMap, fs, path::Path, time::Duration};
 
 use super::{CgroupMode, CgroupPath, Cgroups, ROOT};
 
@@ -11,6 +11,13 @@ pub struct Usage {
     pub cpu: CpuUsage,
     /// Memory in bytes.
     pub memory: MemoryUsage,
+}
+
+/// Of one processor, in percent: what was spent between two looks that lie `time` apart. 100 is a whole one.
+#[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
+pub fn percent(before_ns: u64, after_ns: u64, time: Duration) -> f64 {
+    let spent = after_ns.saturating_sub(before_ns);
+    if time.is_zero() { 0.0 } else { spent as f64 / time.as_nanos() as f64 * 100.0 }
 }
 
 /// Processor time.

@@ -67,7 +67,7 @@ impl StoreLock {
 }
 
 fn failed(error: &dyn std::error::Error) -> Garbage {
-    Garbage { kind: "-".to_owned(), name: "-".to_owned(), problem: Some(crate::chain(error)) }
+    Garbage::new("-", "-", Some(crate::chain(error)))
 }
 
 impl Gc {
@@ -113,25 +113,23 @@ impl Gc {
 
     /// What is left of `run`s that were killed.
     async fn runs(&self, common: &Common) -> Result<Vec<(String, Garbage)>, CliError> {
-        let runs = tasks::drivers(common).into_iter().map(|(driver, _)| driver).filter(|driver| tasks::is_run(driver));
+        let mut abandoned = Vec::new();
+        for (id, _) in tasks::drivers(common).into_iter().filter(|(driver, _)| tasks::is_run(driver)) {
+            if !self.dry_run && runs::is_abandoned(common, &id).await {
+                abandoned.push(id);
+            }
+        }
+        if abandoned.is_empty() {
+            return Ok(Vec::new());
+        }
+        let store = Store::open(common).await?;
         let mut found = Vec::new();
-        let mut store = None;
-        for id in runs {
-            if self.dry_run || !runs::is_abandoned(common, &id).await {
-                continue;
-            }
-            if store.is_none() {
-                store = Some(Store::open(common).await?);
-            }
-            if let Some(store) = &store {
-                runs::clear_up(common, &store.address, &id).await;
-                let problem = common.places(&id).run().exists().then(|| "something of it stays".to_owned());
-                found.push((id.clone(), Garbage { kind: "run".to_owned(), name: id, problem }));
-            }
+        for id in abandoned {
+            runs::clear_up(common, &store.address, &id).await;
+            let problem = common.places(&id).run().exists().then(|| "something of it stays".to_owned());
+            found.push((id.clone(), Garbage::new("run", &id, problem)));
         }
-        if let Some(store) = store {
-            store.close().await;
-        }
+        store.close().await;
         Ok(found)
     }
 

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{CliError, Common, print, ps, table, tasks};
-use crate::cgroup::{CgroupError, CgroupPath, Cgroups, Usage};
+use crate::cgroup::{CgroupError, CgroupPath, Cgroups, Usage, percent};
 
 /// Between the two looks that processor time is told from.
 const LOOK: Duration = Duration::from_secs(1);
@@ -50,9 +50,7 @@ impl Stats {
         let mut rows = Vec::new();
         for (found, (before, after)) in running.iter().zip(first.iter().zip(&second)) {
             let (Some(before), Some(after)) = (before, after) else { continue };
-            #[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
-            let percent =
-                after.cpu.total_ns.saturating_sub(before.cpu.total_ns) as f64 / time.as_nanos() as f64 * 100.0;
+            let percent = percent(before.cpu.total_ns, after.cpu.total_ns, time);
             let record = &found.record;
             list.push(json!({
                 "driver": found.driver, "task_id": record.task_id, "container_id": record.container_id,

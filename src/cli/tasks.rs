@@ -48,11 +48,7 @@ pub fn in_use_by_runs(common: &Common) -> InUse {
         mounts.is_empty() || mounts.contains(&*rootfs.to_string_lossy())
     };
     let runs = all(common).into_iter().filter(|found| is_run(&found.driver));
-    let records: Vec<Record> = runs.filter(mounted).map(|found| found.record).collect();
-    InUse {
-        names: records.iter().map(|record| record.image.clone()).collect(),
-        leases: records.iter().map(|record| record.lease.clone()).collect(),
-    }
+    runs.filter(mounted).map(|found| (found.record.intent.image, found.record.intent.lease)).collect()
 }
 
 /// All tasks, in the order of drivers and ids. A run directory that can't be read is told and passed over.

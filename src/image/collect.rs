@@ -12,10 +12,17 @@ use crate::{containerd::LeaseId, control::Garbage};
 /// What records of tasks name.
 #[derive(Debug, Clone, Default)]
 pub struct InUse {
-    /// Images.
-    pub names: HashSet<String>,
-    /// Leases: a name may stand for another image by now.
-    pub leases: HashSet<String>,
+    names: HashSet<String>,
+    /// A name may stand for another image by now; its lease does not.
+    leases: HashSet<String>,
+}
+
+/// Of pairs of an image's name and its lease.
+impl FromIterator<(String, String)> for InUse {
+    fn from_iter<T: IntoIterator<Item = (String, String)>>(pairs: T) -> Self {
+        let (names, leases) = pairs.into_iter().unzip();
+        Self { names, leases }
+    }
 }
 
 impl ImageStore {
@@ -29,7 +36,7 @@ impl ImageStore {
                 // Known again, and tried again.
                 lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
             }
-            found.push(garbage("image", &record.reference, outcome));
+            found.push(Garbage::removed("image", &record.reference, &outcome));
         }
         found.extend(self.collect_leases(in_use, dry_run).await);
         found
@@ -124,18 +131,9 @@ impl ImageStore {
         let claimed = self.leases_in_use(in_use);
         let mut found = Vec::new();
         for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
-            let outcome = if dry_run {
-                Ok(())
-            } else {
-                inner.client.delete_lease(&LeaseId(lease.clone())).await.map_err(Into::into)
-            };
-            found.push(garbage("lease", &lease, outcome));
+            let outcome = if dry_run { Ok(()) } else { inner.client.delete_lease(&LeaseId(lease.clone())).await };
+            found.push(Garbage::removed("lease", &lease, &outcome));
         }
         found
     }
-}
-
-fn garbage(kind: &str, name: &str, outcome: Result<(), ImageError>) -> Garbage {
-    let problem = outcome.err().map(|error| crate::chain(&error));
-    Garbage { kind: kind.to_owned(), name: name.to_owned(), problem }
 }

@@ -1,20 +1,20 @@
 //! The control socket: what the command line and a successor ask of a live plugin.
 
-use std::{fs, io, os::unix::fs::PermissionsExt as _, time::Duration};
+use std::{io, time::Duration};
 
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
+    net::{UnixStream, unix::OwnedWriteHalf},
     sync::{broadcast::error::RecvError, watch},
 };
 
-use super::presence::{Clients, Leave};
+use super::presence::{Clients, Leave, listen_privately};
 use crate::{
     chain,
     control::{Answer, Event, REQUEST_MAX, Request},
     ids::TaskId,
     image::Reference,
-    task::{Engine, TaskError},
+    task::{Engine, TaskError, millis},
 };
 
 /// Whoever connects has its request ready.
@@ -32,18 +32,12 @@ pub struct Doorkeeper {
 }
 
 impl Doorkeeper {
-    /// Listens. We hold the lock, so a socket that is there is a dead plugin's.
+    /// Listens.
     ///
     /// # Errors
     /// When the socket can't be made.
     pub fn open(self) -> io::Result<()> {
-        let path = self.engine.settings().places.control();
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        let listener = listen_privately(&self.engine.settings().places.control())?;
         tokio::spawn(async move {
             loop {
                 match listener.accept().await {
@@ -121,10 +115,7 @@ impl Doorkeeper {
                 Err(RecvError::Closed) => return,
             };
             let event = Event {
-                at: event
-                    .at
-                    .duration_since(std::time::UNIX_EPOCH)
-                    .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
+                at: millis(event.at),
                 task_id: event.task_id.0,
                 alloc_id: event.alloc_id,
                 task_name: event.task_name,

@@ -1,6 +1,6 @@
 //! The metrics endpoint: `GET /metrics` on an address or a unix socket of the operator's choice.
 
-use std::{convert::Infallible, fs, io, os::unix::fs::PermissionsExt as _, time::Duration};
+use std::{convert::Infallible, io, time::Duration};
 
 use http_body_util::Full;
 use hyper::{
@@ -15,6 +15,7 @@ use tokio::{
     net::{TcpListener, UnixListener},
 };
 
+use super::presence::listen_privately;
 use crate::task::{Engine, MetricsAddress};
 
 /// A scraper has its request ready.
@@ -46,16 +47,7 @@ impl Listener {
 pub async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
     let listener = match address {
         MetricsAddress::Tcp(address) => Listener::Tcp(TcpListener::bind(address).await?),
-        MetricsAddress::Unix(path) => {
-            // We hold the driver's lock: a socket that is there is a dead plugin's.
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            let listener = UnixListener::bind(path)?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-            Listener::Unix(listener)
-        }
+        MetricsAddress::Unix(path) => Listener::Unix(listen_privately(path)?),
     };
     tokio::spawn(async move {
         loop {

@@ -1,9 +1,30 @@
-//! Who is connected to us, and whether we are to leave.
+//! Who is connected to us, at which sockets besides Nomad's, and whether we are to leave.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
+
+use tokio::net::UnixListener;
+
+/// Listens where only root can connect. We hold the driver's lock: a socket that is there is a dead plugin's.
+///
+/// # Errors
+/// When the socket can't be made.
+pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
 
 /// Whether the plugin is to leave, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::{
-    cgroup::{CpuUsage, MemoryUsage, Usage},
+    cgroup::{CpuUsage, MemoryUsage, Usage, percent},
     ids::TaskId,
     pb::driver::{self as wire, cpu_usage::Fields as CpuField, memory_usage::Fields as MemoryField},
     task::{Compute, Engine},
@@ -65,11 +65,7 @@ struct Percent {
 
 impl Percent {
     fn between(before: &CpuUsage, after: &CpuUsage, time: Duration) -> Self {
-        #[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
-        let share = |before: Option<u64>, after: Option<u64>| {
-            let spent = after.unwrap_or(0).saturating_sub(before.unwrap_or(0));
-            if time.is_zero() { 0.0 } else { spent as f64 / time.as_nanos() as f64 * 100.0 }
-        };
+        let share = |before: Option<u64>, after: Option<u64>| percent(before.unwrap_or(0), after.unwrap_or(0), time);
         Self {
             total: share(Some(before.total_ns), Some(after.total_ns)),
             user: share(before.user_ns, after.user_ns),

@@ -21,11 +21,9 @@ pub struct DeadTask<'a> {
     pub bundle: &'a Path,
 }
 
-impl DeadTask<'_> {
-    /// Did the shim live to see the container's end, and note it? Those since 2.4.2 do.
-    pub fn has_noted_exit(&self) -> bool {
-        self.bundle.join("exit.json").exists()
-    }
+/// Did the shim live to see the container's end, and note it in the bundle? Those since 2.4.2 do.
+pub fn has_noted_exit(bundle: &Path) -> bool {
+    bundle.join("exit.json").exists()
 }
 
 /// Kills what still runs of the container and removes the runtime's state: how it had ended, where the shim noted that
@@ -38,7 +36,7 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     if !task.bundle.join("options.json").exists() && !task.bundle.join("runtime").exists() {
         return Ok(None);
     }
-    let noted = task.has_noted_exit();
+    let noted = has_noted_exit(task.bundle);
     let failed = |source| ShimError::Spawn { binary: launcher.binary().to_owned(), source };
     let run = tokio::process::Command::new(launcher.binary())
         .args(["-namespace", task.namespace, "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
@@ -56,10 +54,7 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         .map_err(failed)?;
     if output.status.success() {
         let answer = wire::DeleteResponse::parse_from_bytes(&output.stdout).ok().filter(|_| noted);
-        return Ok(answer.map(|answer| Exit {
-            code: answer.exit_status,
-            at: answer.exited_at.as_ref().map(|time| (time.seconds, time.nanos)),
-        }));
+        return Ok(answer.map(|answer| Exit::new(answer.exit_status, answer.exited_at.as_ref())));
     }
     let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     Err(ShimError::Refused { call: "delete", code: output.status.code().unwrap_or(-1), message })

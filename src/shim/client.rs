@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use protobuf::{Message, MessageField, well_known_types::any::Any};
+use protobuf::{
+    Message, MessageField,
+    well_known_types::{any::Any, timestamp::Timestamp},
+};
 use ttrpc::{Error as TtrpcError, proto::Request};
 
 use super::{ShimError, UNIMPLEMENTED};
@@ -25,6 +28,9 @@ const KILL: Duration = Duration::from_secs(30);
 const DELETE: Duration = Duration::from_secs(45);
 /// Answered from memory.
 const QUICK: Duration = Duration::from_secs(10);
+
+/// The exec id of a container's first process.
+const INIT: &str = "";
 
 /// Which Task service a shim serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +76,12 @@ pub struct Exit {
     pub at: Option<(i64, i32)>,
 }
 
+impl Exit {
+    pub(super) fn new(code: u32, at: Option<&Timestamp>) -> Self {
+        Self { code, at: at.map(|time| (time.seconds, time.nanos)) }
+    }
+}
+
 /// A further process in a container.
 #[derive(Debug, Clone)]
 pub struct ExecProcess<'a> {
@@ -87,15 +99,6 @@ pub struct ExecProcess<'a> {
     pub stderr: &'a str,
     /// The OCI process, as JSON.
     pub spec: Vec<u8>,
-}
-
-/// What a shim says of a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct State {
-    /// Its first process.
-    pub pid: u32,
-    /// Does that process live, waiting to be started or running?
-    pub alive: bool,
 }
 
 /// A terminal's size in characters.
@@ -199,8 +202,7 @@ impl Client {
     /// # Errors
     /// With the runtime's words.
     pub async fn start(&self, id: &str) -> Result<(), ShimError> {
-        let request = wire::StartRequest { id: id.to_owned(), ..Default::default() };
-        self.call::<_, wire::StartResponse>("Start", &request, Some(START)).await.map(drop)
+        self.start_exec(id, INIT).await.map(drop)
     }
 
     /// Waits until the container's process has ended, however long that takes.
@@ -208,8 +210,7 @@ impl Client {
     /// # Errors
     /// `Gone` when the shim dies first.
     pub async fn wait(&self, id: &str) -> Result<Exit, ShimError> {
-        let request = wire::WaitRequest { id: id.to_owned(), ..Default::default() };
-        self.call::<_, wire::WaitResponse>("Wait", &request, None).await.map(|answer| exit(&answer))
+        self.wait_exec(id, INIT).await
     }
 
     /// Announces a further process; `start_exec` runs it.
@@ -249,7 +250,9 @@ impl Client {
     /// `Gone` when the shim dies first.
     pub async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<Exit, ShimError> {
         let request = wire::WaitRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
-        self.call::<_, wire::WaitResponse>("Wait", &request, None).await.map(|answer| exit(&answer))
+        self.call::<_, wire::WaitResponse>("Wait", &request, None)
+            .await
+            .map(|answer| Exit::new(answer.exit_status, answer.exited_at.as_ref()))
     }
 
     /// Kills an exec'd process. One that has ended already is fine.
@@ -257,16 +260,7 @@ impl Client {
     /// # Errors
     /// With the runtime's words.
     pub async fn kill_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
-        let request = wire::KillRequest {
-            id: id.to_owned(),
-            exec_id: exec_id.to_owned(),
-            signal: libc::SIGKILL.cast_unsigned(),
-            ..Default::default()
-        };
-        match self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        self.signal(id, exec_id, libc::SIGKILL, Kill::Init).await
     }
 
     /// Forgets an exec'd process that has ended or never ran. One that is gone is fine.
@@ -275,10 +269,7 @@ impl Client {
     /// With the shim's words.
     pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request = wire::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
-        match self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        gone_is_fine(self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await)
     }
 
     /// Sets the size of an exec'd process's terminal.
@@ -303,10 +294,7 @@ impl Client {
     pub async fn close_exec_input(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request =
             wire::CloseIORequest { id: id.to_owned(), exec_id: exec_id.to_owned(), stdin: true, ..Default::default() };
-        match self.call::<_, wire::Empty>("CloseIO", &request, Some(QUICK)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        gone_is_fine(self.call::<_, wire::Empty>("CloseIO", &request, Some(QUICK)).await)
     }
 
     /// Sends a signal. A process that has ended already is fine.
@@ -314,16 +302,18 @@ impl Client {
     /// # Errors
     /// With the runtime's words.
     pub async fn kill(&self, id: &str, signal: i32, whom: Kill) -> Result<(), ShimError> {
+        self.signal(id, INIT, signal, whom).await
+    }
+
+    async fn signal(&self, id: &str, exec_id: &str, signal: i32, whom: Kill) -> Result<(), ShimError> {
         let request = wire::KillRequest {
             id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
             signal: signal.cast_unsigned(),
             all: whom == Kill::All,
             ..Default::default()
         };
-        match self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        gone_is_fine(self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await)
     }
 
     /// Removes an ended (or never started) container from shim and runtime. One that is gone is fine.
@@ -331,21 +321,17 @@ impl Client {
     /// # Errors
     /// With the runtime's words.
     pub async fn delete(&self, id: &str) -> Result<(), ShimError> {
-        let request = wire::DeleteRequest { id: id.to_owned(), ..Default::default() };
-        match self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        self.delete_exec(id, INIT).await
     }
 
-    /// How is the container?
+    /// Does the container's process live, waiting to be started or running?
     ///
     /// # Errors
     /// When it can't be asked; "not found" when the shim does not hold the container.
-    pub async fn state(&self, id: &str) -> Result<State, ShimError> {
+    pub async fn is_alive(&self, id: &str) -> Result<bool, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
         let state: wire::StateResponse = self.call("State", &request, Some(QUICK)).await?;
-        Ok(State { pid: state.pid, alive: state.status.enum_value() != Ok(wire::Status::STOPPED) })
+        Ok(state.status.enum_value() != Ok(wire::Status::STOPPED))
     }
 
     /// Asks the shim to end, which it does if it holds no container. It often closes before it answers.
@@ -401,9 +387,12 @@ impl Client {
     }
 }
 
-fn exit(answer: &wire::WaitResponse) -> Exit {
-    let at = answer.exited_at.as_ref().map(|time| (time.seconds, time.nanos));
-    Exit { code: answer.exit_status, at }
+/// What is not there (any more) needs nothing done to it.
+fn gone_is_fine<T>(outcome: Result<T, ShimError>) -> Result<(), ShimError> {
+    match outcome {
+        Err(error) if !error.is_not_found() => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn deadline_status() -> ttrpc::Status {

@@ -312,15 +312,11 @@ fn read_marker(marker: &Path) -> io::Result<Marker> {
 /// Is whoever had it run surely gone? A plugin that has just given way to us is about to be.
 async fn is_abandoned(marker: &Path) -> bool {
     for _ in 0..10 {
-        match read_marker(marker)
-            .map(|marker| marker.owner.map(|owner| ProcessId::of(owner.pid).map(|now| (owner, now))))
-        {
+        match read_marker(marker) {
             // Over already.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
-            Ok(None) => return true,
-            Ok(Some(Ok((owner, now)))) if owner != now => return true,
-            Ok(Some(Err(error))) if error.kind() == io::ErrorKind::NotFound => return true,
-            // It lives, or can't be looked at just now.
+            Ok(marker) if marker.owner.is_none_or(|owner| owner.is_gone()) => return true,
+            // Its owner lives, or can't be looked at just now.
             _ => tokio::time::sleep(GOING).await,
         }
     }

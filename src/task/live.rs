@@ -22,7 +22,7 @@ use crate::{
     ids::TaskId,
     image::ImageRecord,
     process::PidFd,
-    shim::{self, Client, DeadTask, Exit, Found, Kill, ShimError},
+    shim::{self, Client, Exit, Found, Kill, ShimError},
 };
 
 /// A kill takes 5 ms; a shim that has not done it by now hangs.
@@ -159,11 +159,9 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
     fault::point("exit.seen");
     // Before the cgroup goes: it is all that remembers.
     let oom_killed = shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0);
-    let bundle = shared.settings.places.bundle(&record.container_id);
-    let dead = DeadTask { id, namespace: &record.namespace, bundle: &bundle };
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
-        Err(error) => after_shim_death(&shared, &task, dead, error).await,
+        Err(error) => after_shim_death(&shared, &task, &record, error).await,
     };
     let (code, error, at) = match exit {
         Ok(exit) => (i32::try_from(exit.code).unwrap_or(255), None, ended_at(&exit)),
@@ -184,7 +182,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
         // What its shim would have removed. Whoever destroys the task meanwhile does the same, and waits for us.
         let shim = task.shim.lock().await;
         if shim.is_some()
-            && let Err(left) = shim::delete_dead(shared.pool.launcher(), dead).await
+            && let Err(left) = shared.delete_dead(&record).await
         {
             tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
         }
@@ -213,11 +211,11 @@ async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
 async fn after_shim_death(
     shared: &Shared,
     task: &Task,
-    dead: DeadTask<'_>,
+    record: &Record,
     error: ShimError,
 ) -> (Result<Exit, ShimError>, bool) {
-    if dead.has_noted_exit() {
-        return match shim::delete_dead(shared.pool.launcher(), dead).await {
+    if shim::has_noted_exit(&shared.settings.places.bundle(&record.container_id)) {
+        return match shared.delete_dead(record).await {
             Ok(Some(exit)) => (Ok(exit), false),
             _ => (Err(error), true),
         };
@@ -225,7 +223,7 @@ async fn after_shim_death(
     if let Ok(init) = PidFd::of(&task.run.process) {
         init.signal(libc::SIGKILL);
         if tokio::time::timeout(KILL_GRACE, init.ended()).await.is_err() {
-            tracing::error!(task = %task.record().task_id, "its shim died, and its process survives SIGKILL");
+            tracing::error!(task = %record.task_id, "its shim died, and its process survives SIGKILL");
         }
     }
     (Err(error), true)

@@ -28,6 +28,7 @@ pub use engine::{Engine, Force, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
 use record::load_all as load_records;
+pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works, which};
 pub use settings::{Compute, ContainerdSettings, MetricsAddress, SecuritySettings, Settings, ShimSettings};

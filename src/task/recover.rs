@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashSet,
-    fs,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -11,17 +10,18 @@ use std::{
 use tokio::sync::watch;
 
 use super::{
-    Engine, Phases, Record, RecordState, TaskError, TaskHandle,
+    Engine, ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
     engine::Slot,
     exec,
     live::{Parts, Task, watch_exit},
     record::{Records, RunRecord, millis},
+    sweep::names,
     undo::find_shim,
 };
 use crate::{
     ids::TaskId,
     process::ProcessId,
-    shim::{self, DeadTask, Found, stdio::HeldOpen},
+    shim::{self, Found, stdio::HeldOpen},
 };
 
 impl Engine {
@@ -70,15 +70,9 @@ impl Engine {
         let places = &self.shared().settings.places;
         let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
         let known: HashSet<&str> = records.good.iter().map(|record| record.container_id.as_str()).collect();
-        let list = |path| match fs::read_dir(path) {
-            Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
-            Err(error) => {
-                tracing::warn!(%error, "list what an earlier plugin left");
-                Vec::new()
-            }
-        };
-        let nameless = !records.bad.is_empty() || list(places.bundles()).iter().any(|id| !known.contains(id.as_str()));
-        for id in list(places.shims()).into_iter().filter(|id| !named.contains(id.as_str())) {
+        let nameless =
+            !records.bad.is_empty() || names(&places.bundles()).iter().any(|id| !known.contains(id.as_str()));
+        for id in names(&places.shims()).into_iter().filter(|id| !named.contains(id.as_str())) {
             let shared = self.shared().clone();
             tokio::spawn(async move {
                 let dir = shared.settings.places.shim(&id);
@@ -121,37 +115,25 @@ impl Engine {
         let shared = self.shared();
         let shim = find_shim(shared, &record).await;
         let nothing = RunRecord { process: ProcessId { pid: 0, start: 0 }, started_at: 0 };
-        let (mut exit, mut lost) = (None, None);
         let mut run = record.state.run().unwrap_or(nothing);
-        if let RecordState::Exited(known) = &record.state {
+        let mut lost = None;
+        let exit = if let RecordState::Exited(known) = &record.state {
             run.started_at = known.started_at;
-            exit = Some(known.clone());
+            Some(known.clone())
         } else {
+            let ended = |code, error| {
+                let at = millis(SystemTime::now());
+                ExitRecord { code, oom_killed: false, error, started_at: run.started_at, at }
+            };
             match how_it_is(shared, &record, &shim).await {
-                Ok(None) => {}
-                Ok(Some(code)) => {
-                    let at = millis(SystemTime::now());
-                    exit = Some(super::ExitRecord {
-                        code,
-                        oom_killed: false,
-                        error: None,
-                        started_at: run.started_at,
-                        at,
-                    });
-                }
+                Ok(code) => code.map(|code| ended(code, None)),
                 Err(problem) => {
+                    lost = Some(problem.clone());
                     // Killed, by us just now or by whoever killed its shim: there is no other truth to be had.
-                    exit = Some(super::ExitRecord {
-                        code: 128 + libc::SIGKILL,
-                        oom_killed: false,
-                        error: Some(problem.clone()),
-                        started_at: run.started_at,
-                        at: millis(SystemTime::now()),
-                    });
-                    lost = Some(problem);
+                    Some(ended(128 + libc::SIGKILL, Some(problem)))
                 }
             }
-        }
+        };
         if exit.is_none()
             && let Some(client) = shim.client()
         {
@@ -222,24 +204,16 @@ impl Engine {
 async fn how_it_is(shared: &super::shared::Shared, record: &Record, shim: &Found) -> Result<Option<i32>, String> {
     let id = record.container_id.as_str();
     match shim {
-        Found::Alive(shim) => match shim.client().state(id).await {
+        Found::Alive(shim) => match shim.client().is_alive(id).await {
             Ok(_) => Ok(None),
             Err(error) if error.is_not_found() => Err("its shim does not know it any more".to_owned()),
             Err(error) => Err(format!("its shim can't be asked: {error}")),
         },
         Found::Hung(_) => Err("its shim does not answer".to_owned()),
-        Found::Gone => {
-            let bundle = shared.settings.places.bundle(&record.container_id);
-            let outcome = shim::delete_dead(
-                shared.pool.launcher(),
-                DeadTask { id, namespace: &record.namespace, bundle: &bundle },
-            )
-            .await;
-            match outcome {
-                Ok(Some(exit)) => Ok(Some(i32::try_from(exit.code).unwrap_or(255))),
-                Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),
-                Err(error) => Err(format!("its shim is gone, and its container can't be ended: {error}")),
-            }
-        }
+        Found::Gone => match shared.delete_dead(record).await {
+            Ok(Some(exit)) => Ok(Some(i32::try_from(exit.code).unwrap_or(255))),
+            Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),
+            Err(error) => Err(format!("its shim is gone, and its container can't be ended: {error}")),
+        },
     }
 }

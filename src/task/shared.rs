@@ -6,7 +6,12 @@ use std::{
 };
 
 use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
-use crate::{cgroup::Cgroups, ids::TaskId, image::ImageStore, shim::Pool};
+use crate::{
+    cgroup::Cgroups,
+    ids::TaskId,
+    image::ImageStore,
+    shim::{self, DeadTask, Exit, Pool, ShimError},
+};
 
 /// The parts of an open engine, and what it has still to take over or undo.
 pub struct Shared {
@@ -45,6 +50,13 @@ impl Shared {
     /// It is gone.
     pub(super) fn forget(&self, id: &TaskId) {
         self.leftovers().remove(id);
+    }
+
+    /// What is left of a container whose shim is dead: ended and removed; how it had ended, where that was noted.
+    pub(super) async fn delete_dead(&self, record: &Record) -> Result<Option<Exit>, ShimError> {
+        let bundle = self.settings.places.bundle(&record.container_id);
+        let dead = DeadTask { id: record.container_id.as_str(), namespace: &record.namespace, bundle: &bundle };
+        shim::delete_dead(self.pool.launcher(), dead).await
     }
 
     pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Leftover>> {

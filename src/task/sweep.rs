@@ -140,7 +140,7 @@ impl Engine {
             if dir.exists() {
                 let gone = dry_run || shim::end_stray(&dir).await;
                 let problem = (!gone).then(|| "it does not end; it may still hold a container".to_owned());
-                found.push(Garbage { kind: "shim".to_owned(), name, problem });
+                found.push(Garbage::new("shim", &name, problem));
             }
         }
         found
@@ -164,7 +164,7 @@ impl Engine {
         let mut shim = Found::Gone;
         for name in shims {
             let holds = match Client::connect(&places.shim(name).join("sock"), None).await {
-                Ok(client) => client.state(id.as_str()).await.is_ok(),
+                Ok(client) => client.is_alive(id.as_str()).await.is_ok(),
                 Err(_) => false,
             };
             if holds {
@@ -222,21 +222,25 @@ impl Engine {
     fn images_in_use(&self) -> InUse {
         let mut records: Vec<Record> = self.leftovers().values().map(|leftover| leftover.record.clone()).collect();
         records.extend(self.tasks().values().filter_map(Slot::record));
-        InUse {
-            names: records.iter().map(|record| record.image.clone()).collect(),
-            leases: records.iter().map(|record| record.lease.clone()).collect(),
-        }
+        records.into_iter().map(|record| (record.intent.image, record.intent.lease)).collect()
     }
 }
 
 fn garbage(kind: &str, name: &str, outcome: Result<(), TaskError>) -> Garbage {
     // Somebody else was faster.
-    let outcome = if matches!(outcome, Err(TaskError::NotFound(_))) { Ok(()) } else { outcome };
-    let problem = outcome.err().map(|error| crate::chain(&error));
-    Garbage { kind: kind.to_owned(), name: name.to_owned(), problem }
+    let outcome = outcome.or_else(|error| if matches!(error, TaskError::NotFound(_)) { Ok(()) } else { Err(error) });
+    Garbage::removed(kind, name, &outcome)
 }
 
-fn names(path: &Path) -> Vec<String> {
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+/// What lies in a directory of ours, by name. One that is not there is empty.
+pub(super) fn names(path: &Path) -> Vec<String> {
+    match fs::read_dir(path) {
+        Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
+        Err(error) => {
+            if error.kind() != std::io::ErrorKind::NotFound {
+                tracing::warn!(path = %path.display(), %error, "list");
+            }
+            Vec::new()
+        }
+    }
 }

@@ -11,7 +11,7 @@ use crate::{
     fault,
     process::descendants,
     rootfs::bundle::BundlePaths,
-    shim::{self, Client, DeadTask, Found, Kill, Shim, ShimError},
+    shim::{self, Client, Found, Kill, Shim, ShimError},
 };
 
 /// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
@@ -41,7 +41,7 @@ pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
     };
 
     // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
-    end_container(shared, record, &shim, &bundle).await.inspect_err(|error| {
+    end_container(shared, record, &shim).await.inspect_err(|error| {
         tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(error), "undo");
     })?;
     fault::point("undo.container");
@@ -75,7 +75,7 @@ pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
     Ok(())
 }
 
-async fn end_container(shared: &Shared, record: &Record, shim: &Found, bundle: &BundlePaths) -> Result<(), TaskError> {
+async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result<(), TaskError> {
     if fault::skipped("container") {
         return Ok(());
     }
@@ -105,8 +105,7 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found, bundle: &
         pidfd.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_GRACE, pidfd.ended()).await;
     }
-    let dead = DeadTask { id, namespace: &record.namespace, bundle: &bundle.bundle };
-    shim::delete_dead(shared.pool.launcher(), dead).await.map(drop).map_err(failed("clean up after a dead shim"))
+    shared.delete_dead(record).await.map(drop).map_err(failed("clean up after a dead shim"))
 }
 
 /// Waits until no runtime that the shim has called is at work any more: a plugin that died in the middle of a Create
@@ -143,9 +142,9 @@ enum Known {
 }
 
 async fn end_through(client: &Client, id: &str) -> Result<Known, ShimError> {
-    let alive = match client.state(id).await {
+    let alive = match client.is_alive(id).await {
         Err(error) if error.is_not_found() => return Ok(Known::No),
-        other => other?.alive,
+        other => other?,
     };
     // One that was created and never started could be deleted as it is; that takes shims two seconds, though.
     if alive {

@@ -64,10 +64,25 @@ fn containers(env: &Env) -> [usize; 3] {
     [records, states.sum(), roots.count()]
 }
 
-async fn waiting_task(env: &mut Env) -> Task {
+/// Says that it is up, and ends with 5 when it may.
+async fn waiting(env: &Env) -> serde_json::Value {
     let script = "echo up; until [ -e /alloc/data/go ]; do sleep 0.02; done; exit 5";
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+    json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]})
+}
+
+async fn waiting_task(env: &mut Env) -> Task {
+    let config = waiting(env).await;
     env.prepare(config).await
+}
+
+/// A start whose plugin has died at `point`, and the next plugin.
+async fn cut_off(point: &str) -> (Env, Task) {
+    eprintln!("killed at {point}");
+    let mut env = doomed(point).await;
+    let mut task = waiting_task(&mut env).await;
+    env.try_start(&mut task).await.expect_err(point);
+    next(&mut env, point).await;
+    (env, task)
 }
 
 async fn is_the_only_one(env: &Env, task: Task, point: &str) {
@@ -86,11 +101,7 @@ async fn is_the_only_one(env: &Env, task: Task, point: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_was_cut_off_is_asked_for_again() {
     for point in START {
-        eprintln!("killed at {point}");
-        let mut env = doomed(point).await;
-        let mut task = waiting_task(&mut env).await;
-        env.try_start(&mut task).await.expect_err(point);
-        next(&mut env, point).await;
+        let (env, mut task) = cut_off(point).await;
         env.try_start(&mut task).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
         is_the_only_one(&env, task, point).await;
         env.finish().await;
@@ -101,16 +112,8 @@ async fn a_start_that_was_cut_off_is_asked_for_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_nobody_remembers_is_replaced() {
     for point in START {
-        eprintln!("killed at {point}");
-        let mut env = doomed(point).await;
-        let mut task = waiting_task(&mut env).await;
-        env.try_start(&mut task).await.expect_err(point);
-        next(&mut env, point).await;
-        let config = json!({
-            "image": env.busybox().await, "command": "/bin/sh",
-            "args": ["-c", "echo up; until [ -e /alloc/data/go ]; do sleep 0.02; done; exit 5"],
-        });
-        let mut again = env.prepare_again(task, "2", config).await;
+        let (env, task) = cut_off(point).await;
+        let mut again = env.prepare_again(task, "2", waiting(&env).await).await;
         env.try_start(&mut again).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
         is_the_only_one(&env, again, point).await;
         env.finish().await;
