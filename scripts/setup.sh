@@ -37,6 +37,8 @@ if ! busybox true 2>/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; th
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 # aws-lc-sys compiles C and wants the C library's headers.
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+# Tests hold our seccomp programs against libseccomp's.
+[ -e /usr/include/seccomp.h ] || missing+=(libseccomp-dev)
 
 if [ ${#missing[@]} -gt 0 ]; then
   command -v apt-get >/dev/null || die "missing: ${missing[*]} (Debian package names); install them with this system's package manager"

@@ -9,7 +9,7 @@ use super::{CliError, Common, print};
 use crate::{
     cgroup::{CgroupMode, Cgroups},
     containerd::Client,
-    task::{crun_works, which},
+    task::{FilterForm, crun_works, which},
 };
 
 /// Say what this host can do
@@ -116,11 +116,14 @@ async fn examine(common: &Common) -> Vec<Finding> {
     }
     match which(Path::new("crun")) {
         Some(path) => match crun_works(&path, &std::env::temp_dir()).await {
-            Ok(()) => find(
-                "crun",
-                Verdict::Good,
-                format!("{} {}; the default runtime", path.display(), version(&path, "--version").await),
-            ),
+            Ok(form) => {
+                let filters = match form {
+                    FilterForm::Program => "takes compiled seccomp filters",
+                    FilterForm::Profile => "does not take compiled seccomp filters: starts take some 10 ms longer",
+                };
+                let version = version(&path, "--version").await;
+                find("crun", Verdict::Good, format!("{} {version}; the default runtime; {filters}", path.display()));
+            }
             Err(problem) => {
                 let verdict = if runc.is_some() { Verdict::Note } else { Verdict::Bad };
                 find("crun", verdict, format!("installed, but does not work on this host: {problem}"));

@@ -16,7 +16,10 @@ use crate::{
         mounts::{MountKind, MountRequest},
         parse_capability,
     },
-    task::{Compute, ContainerdSettings, MetricsAddress, SecuritySettings, Settings, ShimSettings, TaskOptions},
+    task::{
+        Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SeccompRequest, SecuritySettings, Settings,
+        ShimSettings, TaskOptions,
+    },
 };
 
 /// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
@@ -180,6 +183,17 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     for path in allow_paths.iter().filter(|path| !path.is_absolute()) {
         faults.push(format!("security.allow_paths: {:?} is not an absolute path", path.display()));
     }
+    let seccomp = match security.filled("seccomp") {
+        None if drop_in => SeccompDefault::Unconfined,
+        None | Some("default") => SeccompDefault::Default,
+        Some("unconfined") => SeccompDefault::Unconfined,
+        Some(path) => {
+            if !path.starts_with('/') {
+                faults.push(format!("security.seccomp = {path:?} is not default, unconfined or an absolute path"));
+            }
+            SeccompDefault::File(path.into())
+        }
+    };
     let metrics = block("metrics").filled("address").and_then(|address| {
         let parsed = address.parse::<MetricsAddress>();
         parsed.map_err(|problem| faults.push(format!("metrics.address = {address:?} {problem}"))).ok()
@@ -212,6 +226,8 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
             allow_caps,
             allow_paths,
             allow_host_network: security.flag("allow_host_namespaces").unwrap_or(drop_in),
+            seccomp,
+            allow_seccomp_override: security.flag("allow_seccomp_override").unwrap_or(drop_in),
         },
     };
     finish("plugin config", Some(settings), faults)
@@ -308,6 +324,27 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         .filter_map(|(n, block)| mount(block, flavor).map_err(|fault| faults.push(format!("mounts[{n}].{fault}"))).ok())
         .collect();
 
+    let seccomp = match (values.flag("seccomp"), values.filled("seccomp_profile")) {
+        (None, None) => SeccompRequest::Unsaid,
+        (Some(true), None) => SeccompRequest::On,
+        (Some(false), None) => SeccompRequest::Off,
+        (Some(true), Some(path)) => SeccompRequest::File(path.to_owned()),
+        (None, Some(path)) if flavor == Flavor::Secure => SeccompRequest::File(path.to_owned()),
+        (_, Some(path)) => {
+            faults.push(format!("seccomp_profile = {path:?} needs seccomp = true"));
+            SeccompRequest::Off
+        }
+    };
+    let overrides = match &seccomp {
+        SeccompRequest::Off => Some("seccomp = false".to_owned()),
+        SeccompRequest::File(path) => Some(format!("seccomp_profile = {path:?}")),
+        SeccompRequest::Unsaid | SeccompRequest::On => None,
+    };
+    if let Some(said) = overrides.filter(|_| !settings.security.allow_seccomp_override) {
+        faults
+            .push(format!("{said} is not allowed on this node (plugin option security {{ allow_seccomp_override }})"));
+    }
+
     let options = image.map(|image| TaskOptions {
         image,
         image_pull_timeout,
@@ -321,6 +358,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         privileged: flag("privileged"),
         cap_add,
         cap_drop,
+        seccomp,
         runtime: values.filled("runtime").map(str::to_owned),
     });
     finish("task config", options, faults)

@@ -84,6 +84,16 @@ pub const TASK: &[Row] = &[
     row("privileged", Kind::Flag, "Takes (nearly) all confinement away, where the operator allows it."),
     row("cap_add", Kind::List, "Capabilities to add (`NET_ADMIN`, `CAP_NET_ADMIN`, `ALL`)."),
     row("cap_drop", Kind::List, "Capabilities to drop; `ALL` drops the defaults before `cap_add`."),
+    row(
+        "seccomp",
+        Kind::Flag,
+        "The operator's seccomp profile, docker's default. Default: true; as containerd-driver: false.",
+    ),
+    row(
+        "seccomp_profile",
+        Kind::Text,
+        "A seccomp profile of the job's own, as docker writes them: a path as in `mounts`.",
+    ),
     row("runtime", Kind::Text, "OCI runtime: `crun`, `runc`, or one from the plugin's configuration."),
 ];
 
@@ -125,6 +135,16 @@ const SECURITY: &[Row] = &[
         "What jobs may put into `cap_add`; `ALL` for everything. Default: docker's defaults.",
     ),
     row("allow_paths", Kind::List, "Host paths that jobs may bind from, besides their own directories."),
+    row(
+        "seccomp",
+        Kind::Text,
+        "The profile of tasks that say nothing: `default` (docker's), `unconfined`, or a file. As containerd-driver: `unconfined`.",
+    ),
+    row(
+        "allow_seccomp_override",
+        Kind::Flag,
+        "Lets jobs set `seccomp = false` or a profile of their own. Default: false; as containerd-driver: true.",
+    ),
     row("allow_host_namespaces", Kind::Flag, "Lets jobs use `host_network`. Default: false."),
 ];
 

@@ -13,7 +13,7 @@ use crate::ids::Flavor;
 pub struct CapabilityError(String);
 
 /// A set of capabilities, in the kernel's order.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Capabilities(BTreeSet<u8>);
 
 /// One entry of `cap_add` or `cap_drop`.
@@ -96,6 +96,11 @@ impl Capabilities {
     /// All that this very process could hand on: a runtime can't give what its caller's bounding set lacks.
     pub fn of_this_process() -> Self {
         caps::read(None, caps::CapSet::Bounding).map_or_else(|_| Self::default(), Self::of)
+    }
+
+    /// Is this one in it? By the kernel's name, `CAP_SYS_ADMIN`.
+    pub fn has(&self, name: &str) -> bool {
+        Capability::from_str(name).is_ok_and(|capability| self.0.contains(&capability.index()))
     }
 
     /// Adds, then drops, in docker's sense: `ALL` in `drop` empties the set before anything is added.

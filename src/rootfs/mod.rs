@@ -9,6 +9,7 @@ pub mod mounts;
 pub mod network;
 mod process;
 mod resources;
+pub mod seccomp;
 mod spec;
 mod users;
 
@@ -35,6 +36,9 @@ pub enum RootfsError {
     /// A part of the OCI spec was refused by its own builder.
     #[error("OCI spec")]
     Spec(#[from] oci_spec::OciSpecError),
+    /// The seccomp profile.
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::SeccompError),
     /// A mount's source.
     #[error("mounts: source {source_path:?}")]
     Source {

@@ -1,6 +1,9 @@
 //! The OCI runtime spec of a task: a pure function of its inputs.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+};
 
 use oci_spec::runtime::{
     LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDevice, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
@@ -11,7 +14,9 @@ use oci_spec::runtime::{
 use super::{
     Capabilities, Command, Resources, RootfsError,
     defaults::{self, MASKED_PATHS, READONLY_PATHS},
-    process, resources, users,
+    process, resources,
+    seccomp::{CRUN_PROGRAM, Filter},
+    users,
 };
 use crate::ids::Flavor;
 
@@ -104,6 +109,8 @@ pub struct SpecInput<'a> {
     pub counts_swap: bool,
     /// Where the limits are.
     pub cgroup: &'a str,
+    /// What it may call.
+    pub seccomp: Option<Filter>,
     /// For people and tools that look at the container.
     pub annotations: BTreeMap<String, String>,
 }
@@ -167,13 +174,19 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if !devices.is_empty() {
         linux = linux.devices(devices);
     }
+    let mut annotations: HashMap<String, String> = input.annotations.into_iter().collect();
+    match input.seccomp {
+        None => {}
+        Some(Filter::Profile(profile)) => linux = linux.seccomp(profile.as_ref().clone()),
+        Some(Filter::Program(program)) => drop(annotations.insert(CRUN_PROGRAM.to_owned(), program.to_string())),
+    }
     Ok(SpecBuilder::default()
         .version(OCI_VERSION)
         .root(RootBuilder::default().path("rootfs").readonly(input.root == RootMode::ReadOnly).build()?)
         .hostname(input.hostname)
         .process(process.build()?)
         .mounts(mounts)
-        .annotations(input.annotations.into_iter().collect::<std::collections::HashMap<_, _>>())
+        .annotations(annotations)
         .linux(linux.build()?)
         .build()?)
 }
@@ -254,6 +267,7 @@ mod tests {
             resources: &resources,
             counts_swap: true,
             cgroup: "/nomad/a.t",
+            seccomp: None,
             annotations: BTreeMap::new(),
         };
         change(&mut input);

@@ -28,6 +28,7 @@ use crate::{
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
+    rootfs::seccomp::Filters,
     shim::{Found, Kill, Launcher, Pool, stdio::HeldOpen},
 };
 
@@ -129,6 +130,7 @@ impl Engine {
             cgroups,
             runtimes,
             images,
+            filters: Filters::default(),
             pool,
             events,
             metrics: Metrics::default(),

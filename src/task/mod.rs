@@ -6,6 +6,7 @@ mod exec;
 mod live;
 mod lock;
 mod metrics;
+mod plan;
 mod predecessors;
 mod record;
 mod recover;
@@ -31,11 +32,12 @@ use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works, which};
-pub use settings::{Compute, ContainerdSettings, MetricsAddress, SecuritySettings, Settings, ShimSettings};
+pub use settings::{
+    Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SecuritySettings, Settings, ShimSettings,
+};
 pub use signal::parse as parse_signal;
 pub use start::Phases;
 
-pub use crate::shim::{ExecIo, Exit, WindowSize};
 use crate::{
     cgroup::CgroupError,
     ids::TaskId,
@@ -49,6 +51,10 @@ use crate::{
         ShimError,
         stdio::{self, StdioError},
     },
+};
+pub use crate::{
+    rootfs::seccomp::Form as FilterForm,
+    shim::{ExecIo, Exit, WindowSize},
 };
 
 /// Why something could not be done to a task.
@@ -226,8 +232,23 @@ pub struct TaskOptions {
     pub cap_add: Vec<CapabilityRequest>,
     /// `cap_drop`.
     pub cap_drop: Vec<CapabilityRequest>,
+    /// `seccomp`, `seccomp_profile`.
+    pub seccomp: SeccompRequest,
     /// `runtime`.
     pub runtime: Option<String>,
+}
+
+/// What a job says about its filter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SeccompRequest {
+    /// Nothing: the operator's, and none for a privileged task.
+    Unsaid,
+    /// None.
+    Off,
+    /// The operator's, or docker's where that is none.
+    On,
+    /// This file.
+    File(String),
 }
 
 /// A volume that Nomad itself mounts into the task.

@@ -1,7 +1,7 @@
 //! OCI runtimes by name, and which one is taken when a job names none.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::Stdio,
@@ -9,7 +9,10 @@ use std::{
 };
 
 use super::Settings;
-use crate::ids::{ContainerId, random_hex};
+use crate::{
+    ids::{ContainerId, random_hex},
+    rootfs::seccomp::{self, Form},
+};
 
 /// `crun create` on a loaded machine; a quiet one needs 10 ms.
 const PROBE: Duration = Duration::from_secs(10);
@@ -64,12 +67,16 @@ pub struct Runtime {
     pub name: String,
     /// Its program, as an absolute path.
     pub binary: PathBuf,
+    /// How it takes a seccomp filter.
+    pub filters: Form,
 }
 
 /// The runtimes of this host.
 #[derive(Debug, Clone)]
 pub struct Runtimes {
     configured: BTreeMap<String, PathBuf>,
+    /// Those that were seen to honour a compiled filter.
+    take_programs: BTreeSet<String>,
     allowed: Option<Vec<String>>,
     default: Result<Runtime, String>,
 }
@@ -78,33 +85,42 @@ pub struct Runtimes {
 const SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
 
 impl Runtimes {
-    /// Finds the default: the one the operator named, else crun where it works on this host, else runc.
+    /// Finds the default: the one the operator named, else crun where it works on this host, else runc. Every crun is
+    /// asked what it can do.
     pub async fn find(settings: &Settings, scratch: &Path) -> Self {
         let configured = settings.runtimes.clone();
-        let installed = |name: &str| {
-            let binary = configured.get(name)?;
-            Some(Runtime { name: name.to_owned(), binary: which(binary)? })
-        };
-        let default = match &settings.default_runtime {
-            Some(name) => installed(name).ok_or_else(|| {
-                let binary = configured.get(name).map_or_else(|| name.clone(), |path| path.display().to_string());
-                RuntimeError::Missing { name: name.clone(), binary }.to_string()
-            }),
+        let cruns = configured.iter().filter_map(|(name, binary)| {
+            let binary = which(binary)?;
+            let is_crun = binary.file_name().is_some_and(|file| file.to_string_lossy().starts_with("crun"));
+            is_crun.then_some(async move { (name.clone(), crun_works(&binary, scratch).await) })
+        });
+        let cruns: BTreeMap<String, Result<Form, String>> =
+            futures_util::future::join_all(cruns).await.into_iter().collect();
+        let take_programs =
+            cruns.iter().filter(|(_, form)| **form == Ok(Form::Program)).map(|(name, _)| name.clone()).collect();
+        let mut runtimes =
+            Self { configured, take_programs, allowed: settings.allow_runtimes.clone(), default: Err(String::new()) };
+        runtimes.default = match &settings.default_runtime {
+            Some(name) => runtimes.installed_as(name).ok_or_else(|| runtimes.missing(name).to_string()),
             None => {
-                let crun = match installed("crun") {
-                    Some(crun) => match crun_works(&crun.binary, scratch).await {
-                        Ok(()) => Some(crun),
-                        Err(problem) => {
-                            tracing::info!(problem, "crun does not work on this host; runc is the default");
-                            None
-                        }
-                    },
-                    None => None,
-                };
-                crun.or_else(|| installed("runc")).ok_or_else(|| RuntimeError::None.to_string())
+                if let Some(Err(problem)) = cruns.get("crun") {
+                    tracing::info!(problem, "crun does not work on this host; runc is the default");
+                }
+                let crun = runtimes.installed_as("crun").filter(|_| cruns.get("crun").is_some_and(Result::is_ok));
+                crun.or_else(|| runtimes.installed_as("runc")).ok_or_else(|| RuntimeError::None.to_string())
             }
         };
-        Self { configured, allowed: settings.allow_runtimes.clone(), default }
+        runtimes
+    }
+
+    fn installed_as(&self, name: &str) -> Option<Runtime> {
+        let filters = if self.take_programs.contains(name) { Form::Program } else { Form::Profile };
+        Some(Runtime { name: name.to_owned(), binary: which(self.configured.get(name)?)?, filters })
+    }
+
+    fn missing(&self, name: &str) -> RuntimeError {
+        let binary = self.configured.get(name).map_or_else(|| name.to_owned(), |path| path.display().to_string());
+        RuntimeError::Missing { name: name.to_owned(), binary }
     }
 
     /// The default.
@@ -126,12 +142,11 @@ impl Runtimes {
                 return self.default.clone().map_err(|_| RuntimeError::None).and_then(|default| self.allow(default));
             }
         };
-        let Some(binary) = self.configured.get(name) else {
+        if !self.configured.contains_key(name) {
             let known = self.configured.keys().map(String::as_str).chain(SHIM_NAMES).collect::<Vec<_>>().join(", ");
             return Err(RuntimeError::Unknown { name: name.to_owned(), known });
-        };
-        let missing = || RuntimeError::Missing { name: name.to_owned(), binary: binary.display().to_string() };
-        self.allow(Runtime { name: name.to_owned(), binary: which(binary).ok_or_else(missing)? })
+        }
+        self.allow(self.installed_as(name).ok_or_else(|| self.missing(name))?)
     }
 
     fn allow(&self, runtime: Runtime) -> Result<Runtime, RuntimeError> {
@@ -145,8 +160,7 @@ impl Runtimes {
 
     /// All that are installed, for node attributes.
     pub fn installed(&self) -> Vec<Runtime> {
-        let with = |(name, binary): (&String, &PathBuf)| Some(Runtime { name: name.clone(), binary: which(binary)? });
-        self.configured.iter().filter_map(with).collect()
+        self.configured.keys().filter_map(|name| self.installed_as(name)).collect()
     }
 }
 
@@ -196,11 +210,13 @@ pub fn which(program: &Path) -> Option<PathBuf> {
 }
 
 /// Does crun work here? It refuses hybrid cgroup hosts in part, old kernels, and what its build left out, so it is
-/// asked: a container whose program is missing must fail for just that reason, which crun finds after everything else.
+/// asked: a container whose program is an empty file must fail for just that reason, which crun finds after everything
+/// else. It is given a compiled filter, too, that has execve fail in a way of its own: who does not fail in that way has
+/// not loaded it.
 ///
 /// # Errors
 /// Its own words when it fails for another reason.
-pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<(), String> {
+pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<Form, String> {
     let id = format!("probe-{}", random_hex(6));
     let bundle = scratch.join(&id);
     let outcome = probe(binary, &bundle, &id).await;
@@ -210,34 +226,47 @@ pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<(), String> {
     outcome
 }
 
-async fn probe(binary: &Path, bundle: &Path, id: &str) -> Result<(), String> {
+/// What execve answers under the probe's filter: EXDEV, which it never answers by itself.
+const TELLTALE: u32 = libc::EXDEV.cast_unsigned();
+
+async fn probe(binary: &Path, bundle: &Path, id: &str) -> Result<Form, String> {
+    use std::os::unix::fs::OpenOptionsExt as _;
     let text = |error: std::io::Error| error.to_string();
     // crun makes links in /dev, and expects the directory.
     for directory in ["rootfs/proc", "rootfs/dev"] {
         fs::create_dir_all(bundle.join(directory)).map_err(text)?;
     }
+    let program = bundle.join("rootfs/empty");
+    fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o755).open(program).map_err(text)?;
     let namespaces: Vec<_> =
         ["pid", "mount", "ipc", "uts"].iter().map(|kind| serde_json::json!({ "type": kind })).collect();
-    let spec = serde_json::json!({
+    let mut spec = serde_json::json!({
         "ociVersion": "1.0.2",
         "root": { "path": "rootfs" },
-        "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/missing"], "cwd": "/", "env": [] },
+        "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/empty"], "cwd": "/", "env": [] },
         "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
         "linux": { "namespaces": namespaces, "cgroupsPath": format!("/nomad-driver-shim-{id}") },
     });
+    if let Some(program) = seccomp::failing("execve", TELLTALE) {
+        spec["annotations"] = serde_json::json!({ seccomp::CRUN_PROGRAM: program });
+    }
     fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
     let root = bundle.join("state");
     let run = |arguments: &[&str]| {
         let mut command = tokio::process::Command::new(binary);
         command.arg("--root").arg(&root).args(arguments).current_dir(bundle).stdin(Stdio::null()).kill_on_drop(true);
-        tokio::time::timeout(PROBE, command.output())
+        tokio::time::timeout(PROBE, command.env("LC_ALL", "C").output())
     };
     let output = run(&["run", "--bundle", ".", id]).await.map_err(|_| "it hangs".to_owned())?.map_err(text)?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     // Gone by itself after a failed `run`; asked for in case this version leaves something.
     let _ = run(&["delete", "--force", id]).await;
-    if said.contains("executable file") || said.contains("No such file or directory") && said.contains("/missing") {
-        Ok(())
+    // As glibc and musl say EXDEV and ENOEXEC.
+    let lower = said.to_lowercase();
+    if lower.contains("cross-device link") {
+        Ok(Form::Program)
+    } else if lower.contains("exec format error") {
+        Ok(Form::Profile)
     } else {
         Err(said)
     }
@@ -248,8 +277,9 @@ mod tests {
     use super::*;
 
     fn runtimes(allowed: Option<&[&str]>) -> Runtimes {
-        let shell = Runtime { name: "runc".to_owned(), binary: PathBuf::from("/bin/sh") };
+        let shell = Runtime { name: "runc".to_owned(), binary: PathBuf::from("/bin/sh"), filters: Form::Profile };
         Runtimes {
+            take_programs: BTreeSet::new(),
             configured: BTreeMap::from([
                 ("runc".to_owned(), PathBuf::from("/bin/sh")),
                 ("kata".to_owned(), PathBuf::from("/no/such")),

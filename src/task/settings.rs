@@ -120,4 +120,19 @@ pub struct SecuritySettings {
     pub allow_paths: Vec<PathBuf>,
     /// May jobs use the host's network?
     pub allow_host_network: bool,
+    /// `security { seccomp }`.
+    pub seccomp: SeccompDefault,
+    /// May jobs have another filter, or none?
+    pub allow_seccomp_override: bool,
+}
+
+/// The filter of tasks whose job says nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SeccompDefault {
+    /// None.
+    Unconfined,
+    /// Docker's.
+    Default,
+    /// A profile of the operator's.
+    File(PathBuf),
 }

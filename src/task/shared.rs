@@ -10,6 +10,7 @@ use crate::{
     cgroup::Cgroups,
     ids::TaskId,
     image::ImageStore,
+    rootfs::seccomp::Filters,
     shim::{self, DeadTask, Exit, Pool, ShimError},
 };
 
@@ -19,6 +20,7 @@ pub struct Shared {
     pub(super) cgroups: Cgroups,
     pub(super) runtimes: Runtimes,
     pub(super) images: ImageStore,
+    pub(super) filters: Filters,
     pub(super) pool: Pool,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,

@@ -3,34 +3,29 @@
 
 use std::{
     collections::HashMap,
-    os::fd::{AsFd as _, OwnedFd},
-    path::Path,
+    os::fd::OwnedFd,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use oci_spec::runtime::{Mount, MountBuilder};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Audience, Record, RecordState, StartRequest, TaskError, TaskEvent,
-    record::{Intent, RunRecord, millis},
-    runtime::Runtime,
+    plan::Plan,
+    record::{RunRecord, millis},
     shared::Shared,
-    signal,
     undo::undo_or_keep,
 };
 use crate::{
     fault,
-    ids::{ContainerId, Flavor},
+    ids::ContainerId,
     image::{Archive, ImageRecord, Progress, PullRequest, Reference},
     process::ProcessId,
     rootfs::{
-        self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput,
-        bundle::{BundlePaths, Layers},
-        devices,
+        self, RootfsError,
+        bundle::BundlePaths,
         mounts::{self, AllocDirs, ResolvedMount},
-        network,
     },
     shim::{CreateTask, Found, Shim, ShimError, stdio},
 };
@@ -255,178 +250,4 @@ async fn run(
     record.save(&places.record(&plan.container_id))?;
     fault::point("start.recorded");
     Ok(run)
-}
-
-/// What is known about a task before anything is made.
-struct Plan<'a> {
-    request: &'a StartRequest,
-    runtime: Runtime,
-    image: Arc<ImageRecord>,
-    resolved: Vec<ResolvedMount>,
-    container_id: ContainerId,
-    cgroup: crate::cgroup::CgroupPath,
-}
-
-impl Plan<'_> {
-    fn record(&self, shared: &Shared, shim: &Shim) -> Result<Record, TaskError> {
-        let stop_signal = match self.image.config.stop_signal.as_str() {
-            "" => libc::SIGTERM,
-            name => signal::parse(name).unwrap_or_else(|error| {
-                tracing::warn!(image = self.image.reference, %error, "STOPSIGNAL of the image; using SIGTERM");
-                libc::SIGTERM
-            }),
-        };
-        let record = Record::new(Intent {
-            task_id: self.request.task_id.clone(),
-            name: self.request.name.clone(),
-            alloc_id: self.request.alloc_id.clone(),
-            alloc_dir: self.request.alloc_dir.clone(),
-            stdout: self.request.stdout.clone(),
-            stderr: self.request.stderr.clone(),
-            container_id: self.container_id.clone(),
-            image: self.image.reference.clone(),
-            lease: self.image.lease.clone(),
-            runtime: self.runtime.name.clone(),
-            shim: shim.id().to_owned(),
-            namespace: shim.namespace().to_owned(),
-            cgroup: self.cgroup.as_str().to_owned(),
-            stop_signal,
-        })?;
-        record.save(&shared.settings.places.record(&self.container_id))?;
-        fault::point("start.intent");
-        Ok(record)
-    }
-
-    fn hostname(&self) -> &str {
-        self.request.options.hostname.as_deref().unwrap_or(self.container_id.as_str())
-    }
-
-    fn make_bundle(
-        &self,
-        shared: &Shared,
-        paths: &BundlePaths,
-        spec: &oci_spec::runtime::Spec,
-    ) -> Result<(), TaskError> {
-        let layers = Layers { lowers: &self.image.lowers, options: &self.image.overlay_options };
-        paths.mount(layers)?;
-        fault::point("start.mounted");
-        for (n, resolved) in self.resolved.iter().enumerate() {
-            if let ResolvedMount::Bind { source, .. } = resolved {
-                paths.pin(n, source.as_fd())?;
-            }
-        }
-        let own = self.request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
-        paths.write(&paths.hosts(), &network::hosts(own))?;
-        paths.write(&paths.resolv_conf(), &self.request.dns.render(&system_dns(self.request)))?;
-        let root = shared.settings.places.runtime_root(&self.runtime.name);
-        crate::places::make_dir(&root).map_err(|source| crate::places::PlacesError::Create { path: root, source })?;
-        Ok(paths.write_spec(spec)?)
-    }
-
-    fn spec(&self, shared: &Shared) -> Result<oci_spec::runtime::Spec, TaskError> {
-        let Self { request, image, .. } = self;
-        let options = &request.options;
-        let settings = &shared.settings;
-        let flavor = settings.name.flavor();
-        let own = Capabilities::of_this_process();
-        let (privilege, base) = if options.privileged {
-            (Privilege::Privileged { devices: devices::of_the_host()? }, own.clone())
-        } else {
-            (Privilege::Confined, Capabilities::defaults(flavor))
-        };
-        let config = &image.config;
-        let spec = rootfs::build(SpecInput {
-            flavor,
-            image: ImageDefaults {
-                entrypoint: &config.entrypoint,
-                cmd: &config.cmd,
-                env: &config.env,
-                user: &config.user,
-                working_dir: &config.working_dir,
-                passwd: &image.passwd,
-                group: &image.group,
-            },
-            command: &options.command,
-            cwd: options.cwd.as_deref(),
-            user: &request.user,
-            env: &request.env,
-            hostname: self.hostname(),
-            root: options.root,
-            capabilities: base.adjusted(&options.cap_add, &options.cap_drop).within(&own),
-            privilege,
-            network: if options.host_network { NetworkNamespace::Host } else { request.network.clone() },
-            mounts: self.mounts(shared, flavor)?,
-            devices: devices::of_the_task(request.devices.iter().map(|device| devices::DeviceRequest {
-                host_path: &device.host_path,
-                task_path: &device.task_path,
-                access: &device.access,
-            }))?,
-            resources: &request.resources,
-            counts_swap: shared.cgroups.counts_swap(),
-            cgroup: self.cgroup.as_str(),
-            annotations: request.annotations.clone(),
-        })?;
-        Ok(spec)
-    }
-
-    /// The job's own mounts, Nomad's volumes, then what every task has: so nobody hides `/secrets` by accident.
-    fn mounts(&self, shared: &Shared, flavor: Flavor) -> Result<Vec<Mount>, TaskError> {
-        let Self { request, .. } = self;
-        let places = &shared.settings.places;
-        let paths = BundlePaths { bundle: places.bundle(&self.container_id), upper: places.upper(&self.container_id) };
-        let mut mounts = Vec::new();
-        for (n, resolved) in self.resolved.iter().enumerate() {
-            mounts.push(match resolved {
-                ResolvedMount::FileSystem(mount) => mount.clone(),
-                ResolvedMount::Bind { target, options, .. } => {
-                    let options: Vec<&str> = options.iter().map(String::as_str).collect();
-                    bind(&paths.pinned(n), Path::new(target), &options)?
-                }
-            });
-        }
-        for volume in &request.volumes {
-            let mode = if volume.readonly { "ro" } else { "rw" };
-            mounts.push(bind(&volume.host_path, &volume.task_path, &["rbind", mode, volume.propagation])?);
-        }
-        mounts.push(bind(&paths.resolv_conf(), Path::new("/etc/resolv.conf"), &["rbind", "ro"])?);
-        // The old driver let a task edit its hosts file; some images' entry points do.
-        mounts.push(bind(&paths.hosts(), Path::new("/etc/hosts"), &["rbind", "rw"])?);
-        let task_dir = request.alloc_dir.join(&request.name);
-        for (host, variable) in [
-            (task_dir.join("secrets"), "NOMAD_SECRETS_DIR"),
-            (task_dir.join("local"), "NOMAD_TASK_DIR"),
-            (request.alloc_dir.join("alloc"), "NOMAD_ALLOC_DIR"),
-        ] {
-            if let Some(target) = request.env.get(variable).filter(|target| target.starts_with('/')) {
-                // The secrets file system may be mounted anew by the agent: its new mount must reach the task.
-                let propagation = if flavor == Flavor::DropIn { "rprivate" } else { "rslave" };
-                mounts.push(bind(&host, Path::new(target), &["rbind", "rw", propagation])?);
-            }
-        }
-        Ok(mounts)
-    }
-}
-
-fn bind(source: &Path, target: &Path, options: &[&str]) -> Result<Mount, RootfsError> {
-    Ok(MountBuilder::default()
-        .destination(target)
-        .typ("bind")
-        .source(source)
-        .options(options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>())
-        .build()?)
-}
-
-/// The host's name servers. systemd-resolved's stub listens on the host's loopback only; a task with a network of its
-/// own needs the servers behind it.
-fn system_dns(request: &StartRequest) -> network::Dns {
-    let read = |path: &str| std::fs::read_to_string(path).map(|text| network::Dns::parse(&text)).unwrap_or_default();
-    let dns = read("/etc/resolv.conf");
-    let stub = dns.servers.iter().any(|server| server == "127.0.0.53");
-    if stub && !request.options.host_network {
-        let behind = read("/run/systemd/resolve/resolv.conf");
-        if !behind.is_unset() {
-            return behind;
-        }
-    }
-    dns
 }

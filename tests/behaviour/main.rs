@@ -28,6 +28,7 @@ mod many;
 mod metrics;
 mod options;
 mod recovery;
+mod seccomp;
 mod stats;
 mod stop;
 mod structure;

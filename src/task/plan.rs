@@ -1,0 +1,258 @@
+//! What a start will make, worked out before anything is made: names, the spec, the bundle's contents.
+
+use std::{
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::fs::OpenOptionsExt as _,
+    },
+    path::Path,
+    sync::Arc,
+};
+
+use oci_spec::runtime::{Mount, MountBuilder};
+
+use super::{
+    Record, SeccompDefault, SeccompRequest, StartRequest, TaskError, record::Intent, runtime::Runtime, shared::Shared,
+    signal,
+};
+use crate::{
+    fault,
+    ids::{ContainerId, Flavor},
+    image::ImageRecord,
+    rootfs::{
+        self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput,
+        bundle::{BundlePaths, Layers},
+        devices,
+        mounts::{self, AllocDirs, ResolvedMount},
+        network,
+        seccomp::{self, Filter},
+    },
+    shim::Shim,
+};
+
+/// docker's default profile has 15 KB.
+const PROFILE_MAX: u64 = 1 << 20;
+
+/// What is known about a task before anything is made.
+pub(super) struct Plan<'a> {
+    pub(super) request: &'a StartRequest,
+    pub(super) runtime: Runtime,
+    pub(super) image: Arc<ImageRecord>,
+    pub(super) resolved: Vec<ResolvedMount>,
+    pub(super) container_id: ContainerId,
+    pub(super) cgroup: crate::cgroup::CgroupPath,
+}
+
+impl Plan<'_> {
+    pub(super) fn record(&self, shared: &Shared, shim: &Shim) -> Result<Record, TaskError> {
+        let stop_signal = match self.image.config.stop_signal.as_str() {
+            "" => libc::SIGTERM,
+            name => signal::parse(name).unwrap_or_else(|error| {
+                tracing::warn!(image = self.image.reference, %error, "STOPSIGNAL of the image; using SIGTERM");
+                libc::SIGTERM
+            }),
+        };
+        let record = Record::new(Intent {
+            task_id: self.request.task_id.clone(),
+            name: self.request.name.clone(),
+            alloc_id: self.request.alloc_id.clone(),
+            alloc_dir: self.request.alloc_dir.clone(),
+            stdout: self.request.stdout.clone(),
+            stderr: self.request.stderr.clone(),
+            container_id: self.container_id.clone(),
+            image: self.image.reference.clone(),
+            lease: self.image.lease.clone(),
+            runtime: self.runtime.name.clone(),
+            shim: shim.id().to_owned(),
+            namespace: shim.namespace().to_owned(),
+            cgroup: self.cgroup.as_str().to_owned(),
+            stop_signal,
+        })?;
+        record.save(&shared.settings.places.record(&self.container_id))?;
+        fault::point("start.intent");
+        Ok(record)
+    }
+
+    fn hostname(&self) -> &str {
+        self.request.options.hostname.as_deref().unwrap_or(self.container_id.as_str())
+    }
+
+    pub(super) fn make_bundle(
+        &self,
+        shared: &Shared,
+        paths: &BundlePaths,
+        spec: &oci_spec::runtime::Spec,
+    ) -> Result<(), TaskError> {
+        let layers = Layers { lowers: &self.image.lowers, options: &self.image.overlay_options };
+        paths.mount(layers)?;
+        fault::point("start.mounted");
+        for (n, resolved) in self.resolved.iter().enumerate() {
+            if let ResolvedMount::Bind { source, .. } = resolved {
+                paths.pin(n, source.as_fd())?;
+            }
+        }
+        let own = self.request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
+        paths.write(&paths.hosts(), &network::hosts(own))?;
+        paths.write(&paths.resolv_conf(), &self.request.dns.render(&system_dns(self.request)))?;
+        let root = shared.settings.places.runtime_root(&self.runtime.name);
+        crate::places::make_dir(&root).map_err(|source| crate::places::PlacesError::Create { path: root, source })?;
+        Ok(paths.write_spec(spec)?)
+    }
+
+    pub(super) fn spec(&self, shared: &Shared) -> Result<oci_spec::runtime::Spec, TaskError> {
+        let Self { request, image, .. } = self;
+        let options = &request.options;
+        let settings = &shared.settings;
+        let flavor = settings.name.flavor();
+        let own = Capabilities::of_this_process();
+        let (privilege, base) = if options.privileged {
+            (Privilege::Privileged { devices: devices::of_the_host()? }, own.clone())
+        } else {
+            (Privilege::Confined, Capabilities::defaults(flavor))
+        };
+        let capabilities = base.adjusted(&options.cap_add, &options.cap_drop).within(&own);
+        let seccomp = self.filter(shared, &capabilities)?;
+        let config = &image.config;
+        let spec = rootfs::build(SpecInput {
+            flavor,
+            image: ImageDefaults {
+                entrypoint: &config.entrypoint,
+                cmd: &config.cmd,
+                env: &config.env,
+                user: &config.user,
+                working_dir: &config.working_dir,
+                passwd: &image.passwd,
+                group: &image.group,
+            },
+            command: &options.command,
+            cwd: options.cwd.as_deref(),
+            user: &request.user,
+            env: &request.env,
+            hostname: self.hostname(),
+            root: options.root,
+            capabilities,
+            privilege,
+            network: if options.host_network { NetworkNamespace::Host } else { request.network.clone() },
+            mounts: self.mounts(shared, flavor)?,
+            devices: devices::of_the_task(request.devices.iter().map(|device| devices::DeviceRequest {
+                host_path: &device.host_path,
+                task_path: &device.task_path,
+                access: &device.access,
+            }))?,
+            resources: &request.resources,
+            counts_swap: shared.cgroups.counts_swap(),
+            cgroup: self.cgroup.as_str(),
+            seccomp,
+            annotations: request.annotations.clone(),
+        })?;
+        Ok(spec)
+    }
+
+    /// What the task may call: the job's word, else the operator's.
+    fn filter(&self, shared: &Shared, capabilities: &Capabilities) -> Result<Option<Filter>, TaskError> {
+        let settings = &shared.settings;
+        let options = &self.request.options;
+        let made = |source| {
+            Ok(Some(shared.filters.get(source, capabilities, self.runtime.filters).map_err(RootfsError::from)?))
+        };
+        let operators = match (&options.seccomp, &settings.security.seccomp) {
+            (SeccompRequest::Off, _) => return Ok(None),
+            (SeccompRequest::Unsaid, _) if options.privileged => return Ok(None),
+            (SeccompRequest::Unsaid, SeccompDefault::Unconfined) => return Ok(None),
+            (SeccompRequest::File(path), _) => {
+                let dirs = AllocDirs { alloc: &self.request.alloc_dir, task: &self.request.name };
+                let opened = mounts::open_source(path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
+                let text = read_profile(&format!("/proc/self/fd/{}", opened.as_raw_fd()), path)?;
+                return made(seccomp::Source::File { path: Path::new(path), text: &text });
+            }
+            (SeccompRequest::On | SeccompRequest::Unsaid, operators) => operators,
+        };
+        match operators {
+            SeccompDefault::File(path) => {
+                let shown = path.to_string_lossy();
+                made(seccomp::Source::File { path, text: &read_profile(&shown, &shown)? })
+            }
+            SeccompDefault::Default | SeccompDefault::Unconfined => made(seccomp::Source::Default),
+        }
+    }
+
+    /// The job's own mounts, Nomad's volumes, then what every task has: so nobody hides `/secrets` by accident.
+    fn mounts(&self, shared: &Shared, flavor: Flavor) -> Result<Vec<Mount>, TaskError> {
+        let Self { request, .. } = self;
+        let places = &shared.settings.places;
+        let paths = BundlePaths { bundle: places.bundle(&self.container_id), upper: places.upper(&self.container_id) };
+        let mut mounts = Vec::new();
+        for (n, resolved) in self.resolved.iter().enumerate() {
+            mounts.push(match resolved {
+                ResolvedMount::FileSystem(mount) => mount.clone(),
+                ResolvedMount::Bind { target, options, .. } => {
+                    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+                    bind(&paths.pinned(n), Path::new(target), &options)?
+                }
+            });
+        }
+        for volume in &request.volumes {
+            let mode = if volume.readonly { "ro" } else { "rw" };
+            mounts.push(bind(&volume.host_path, &volume.task_path, &["rbind", mode, volume.propagation])?);
+        }
+        mounts.push(bind(&paths.resolv_conf(), Path::new("/etc/resolv.conf"), &["rbind", "ro"])?);
+        // The old driver let a task edit its hosts file; some images' entry points do.
+        mounts.push(bind(&paths.hosts(), Path::new("/etc/hosts"), &["rbind", "rw"])?);
+        let task_dir = request.alloc_dir.join(&request.name);
+        for (host, variable) in [
+            (task_dir.join("secrets"), "NOMAD_SECRETS_DIR"),
+            (task_dir.join("local"), "NOMAD_TASK_DIR"),
+            (request.alloc_dir.join("alloc"), "NOMAD_ALLOC_DIR"),
+        ] {
+            if let Some(target) = request.env.get(variable).filter(|target| target.starts_with('/')) {
+                // The secrets file system may be mounted anew by the agent: its new mount must reach the task.
+                let propagation = if flavor == Flavor::DropIn { "rprivate" } else { "rslave" };
+                mounts.push(bind(&host, Path::new(target), &["rbind", "rw", propagation])?);
+            }
+        }
+        Ok(mounts)
+    }
+}
+
+/// A profile's file; one that is larger than any profile is none.
+fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
+    use std::io::Read as _;
+    let read = || {
+        // A FIFO in a profile's place must not hold the start up.
+        let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(std::io::Error::other("it is not a regular file"));
+        }
+        let mut text = Vec::new();
+        file.take(PROFILE_MAX + 1).read_to_end(&mut text)?;
+        if text.len() as u64 > PROFILE_MAX {
+            return Err(std::io::Error::other(format!("it is larger than {PROFILE_MAX} bytes")));
+        }
+        Ok(text)
+    };
+    read().map_err(|source| seccomp::SeccompError::Read { path: shown.into(), source }.into())
+}
+
+fn bind(source: &Path, target: &Path, options: &[&str]) -> Result<Mount, RootfsError> {
+    Ok(MountBuilder::default()
+        .destination(target)
+        .typ("bind")
+        .source(source)
+        .options(options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>())
+        .build()?)
+}
+
+/// The host's name servers. systemd-resolved's stub listens on the host's loopback only; a task with a network of its
+/// own needs the servers behind it.
+fn system_dns(request: &StartRequest) -> network::Dns {
+    let read = |path: &str| std::fs::read_to_string(path).map(|text| network::Dns::parse(&text)).unwrap_or_default();
+    let dns = read("/etc/resolv.conf");
+    let stub = dns.servers.iter().any(|server| server == "127.0.0.53");
+    if stub && !request.options.host_network {
+        let behind = read("/run/systemd/resolve/resolv.conf");
+        if !behind.is_unset() {
+            return behind;
+        }
+    }
+    dns
+}
