@@ -9,7 +9,7 @@ use crate::support::{Env, EnvOptions};
 /// The filter's mode (2: a program), then what two calls answer that only the profile stands in the way of.
 const LOOK: &str = "grep ^Seccomp: /proc/self/status; unshare -U true; mkdir /tmp/x && echo made";
 
-fn look(image: &str, more: Value) -> Value {
+fn look(image: &str, more: &Value) -> Value {
     let mut config = json!({"image": image, "command": "/bin/sh", "args": ["-c", LOOK]});
     config.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
     config
@@ -29,14 +29,14 @@ async fn every_task_has_dockers_filter_unless_the_operator_says_otherwise() {
     let mut env = Env::new().await;
     let image = env.busybox().await;
     for runtime in ["crun", "runc"] {
-        let (code, out, err) = env.run(look(&image, json!({"runtime": runtime}))).await;
+        let (code, out, err) = env.run(look(&image, &json!({"runtime": runtime}))).await;
         assert_eq!(code, 0, "{runtime}: {err}");
         assert!(is_filtered(&out, &err), "{runtime}");
     }
     for (options, named) in
         [(json!({"seccomp": false}), "seccomp = false"), (json!({"seccomp_profile": "p.json"}), "\"p.json\"")]
     {
-        let mut task = env.prepare(look(&image, options)).await;
+        let mut task = env.prepare(look(&image, &options)).await;
         let error = env.try_start(&mut task).await.expect_err("refused");
         assert!(error.message().contains(named) && error.message().contains("allow_seccomp_override"), "{error}");
     }
@@ -50,19 +50,19 @@ async fn every_task_has_dockers_filter_unless_the_operator_says_otherwise() {
         (json!({"privileged": true}), false),
         (json!({"seccomp": true}), true),
     ] {
-        let (_, out, err) = env.run(look(&image, options.clone())).await;
+        let (_, out, err) = env.run(look(&image, &options)).await;
         assert_eq!(is_filtered(&out, &err), filtered, "{options}");
     }
     // Privileged does not take away what a job asks for by name.
-    let (_, out, _) = env.run(look(&image, json!({"privileged": true, "seccomp": true}))).await;
+    let (_, out, _) = env.run(look(&image, &json!({"privileged": true, "seccomp": true}))).await;
     assert!(out.contains("Seccomp:\t2"), "{out}");
     env.finish().await;
 
     let none = json!({"security": {"seccomp": "unconfined"}});
     let mut env = Env::with(EnvOptions { config: none, ..EnvOptions::default() }).await;
-    let (_, out, err) = env.run(look(&image, json!({}))).await;
+    let (_, out, err) = env.run(look(&image, &json!({}))).await;
     assert!(!is_filtered(&out, &err));
-    let (_, out, err) = env.run(look(&image, json!({"seccomp": true}))).await;
+    let (_, out, err) = env.run(look(&image, &json!({"seccomp": true}))).await;
     assert!(is_filtered(&out, &err));
     env.finish().await;
 }
@@ -72,10 +72,10 @@ async fn under_the_old_name_the_filter_is_asked_for() {
     let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
     let image = env.busybox().await;
     for (options, filtered) in [(json!({}), false), (json!({"seccomp": true}), true)] {
-        let (_, out, err) = env.run(look(&image, options.clone())).await;
+        let (_, out, err) = env.run(look(&image, &options)).await;
         assert_eq!(is_filtered(&out, &err), filtered, "{options}");
     }
-    let mut task = env.prepare(look(&image, json!({"seccomp_profile": "/etc/p.json"}))).await;
+    let mut task = env.prepare(look(&image, &json!({"seccomp_profile": "/etc/p.json"}))).await;
     let error = env.try_start(&mut task).await.expect_err("refused");
     assert!(error.message().contains("needs seccomp = true"), "{error}");
     env.finish().await;
@@ -111,7 +111,7 @@ async fn profiles_from_files_hold_with_each_runtime() {
         (Some(json!({"defaultAction": "SCMP_ACT_PERHAPS"}).to_string()), "SCMP_ACT_PERHAPS"),
         (Some(" ".repeat(2 << 20)), "larger than"),
     ] {
-        let mut task = env.prepare(look(&image, json!({"seccomp_profile": "local/p.json"}))).await;
+        let mut task = env.prepare(look(&image, &json!({"seccomp_profile": "local/p.json"}))).await;
         if let Some(content) = content {
             fs::write(task.dirs.alloc_dir.join(&task.dirs.name).join("local/p.json"), content).expect("written");
         }
@@ -138,7 +138,7 @@ async fn a_runtime_that_ignores_compiled_filters_gets_the_profile() {
     let config = json!({"runtime": {"deaf": {"binary": deaf}}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let image = env.busybox().await;
-    let (_, out, err) = env.run(look(&image, json!({"runtime": "deaf"}))).await;
+    let (_, out, err) = env.run(look(&image, &json!({"runtime": "deaf"}))).await;
     assert!(is_filtered(&out, &err));
     env.finish().await;
 }
