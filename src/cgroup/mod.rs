@@ -187,6 +187,12 @@ impl Cgroups {
             .any(|path| path == task.0 || path.starts_with(&below))
     }
 
+    /// Are these two processes in the same group of every hierarchy?
+    pub fn are_together(&self, one: u32, other: u32) -> bool {
+        let groups = |pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
+        groups(one).is_some_and(|one| Some(one) == groups(other))
+    }
+
     /// Sends SIGKILL to whatever is in a task's cgroup: how many processes that were.
     pub fn kill(&self, task: &CgroupPath) -> usize {
         if task.0.trim_matches('/').is_empty() {

@@ -17,8 +17,8 @@ use crate::{
         parse_capability,
     },
     task::{
-        Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SeccompRequest, SecuritySettings, Settings,
-        ShimSettings, TaskOptions,
+        Compute, ContainerdSettings, MetricsAddress, PoolSettings, SeccompDefault, SeccompRequest, SecuritySettings,
+        Settings, ShimScope, ShimSettings, TaskOptions,
     },
 };
 
@@ -141,6 +141,15 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     if !(0..=POOL_MAX).contains(&pool) {
         faults.push(format!("shim.pool = {pool} is not between 0 and {POOL_MAX}"));
     }
+    let shim_scope = match values.filled("shim_scope") {
+        None | Some("task") => ShimScope::Task,
+        Some("alloc") => ShimScope::Alloc,
+        Some("node") => ShimScope::Node,
+        Some(other) => {
+            faults.push(format!("shim_scope = {other:?} is not task, alloc or node"));
+            ShimScope::Task
+        }
+    };
     let mut runtimes: BTreeMap<String, PathBuf> =
         ["crun", "runc"].iter().map(|name| ((*name).to_owned(), PathBuf::from(name))).collect();
     for (label, runtime) in values.labelled("runtime") {
@@ -210,7 +219,11 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         },
         shim: ShimSettings {
             binary: shim.filled("binary").unwrap_or("containerd-shim-runc-v2").into(),
-            pool: usize::try_from(pool).unwrap_or_default(),
+            pool: PoolSettings {
+                size: usize::try_from(pool).unwrap_or_default(),
+                scope: shim_scope,
+                reuse: shim.flag("reuse").unwrap_or(true),
+            },
         },
         runtimes,
         default_runtime,

@@ -138,7 +138,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     }
     let how = *leaving.borrow();
     if how != Leave::GivingWay {
-        driver.close();
+        driver.close().await;
     }
     tokio::time::sleep(LAST_WORDS).await;
     drop(guard);

@@ -121,6 +121,7 @@ const IMAGE: &[Row] =
 const SHIM: &[Row] = &[
     default("binary", Kind::Text, "\"containerd-shim-runc-v2\"", "The shim, by path or by name in PATH."),
     default("pool", Kind::Number, "2", "How many idle shims wait for the next task (0 to 64)."),
+    default("reuse", Kind::Flag, "true", "A shim whose task is gone serves the next one."),
 ];
 
 const METRICS: &[Row] =
@@ -161,6 +162,12 @@ pub const PLUGIN: &[Row] = &[
     row("state", Kind::Block(STATE), "Where our own files are."),
     row("image", Kind::Block(IMAGE), "How images are kept."),
     row("shim", Kind::Block(SHIM), "How shims are had."),
+    default(
+        "shim_scope",
+        Kind::Text,
+        "\"task\"",
+        "Who shares a shim: nobody (`task`), the tasks of an allocation (`alloc`), or all of the node (`node`).",
+    ),
     row("runtime", Kind::Labelled(RUNTIME), "A further OCI runtime, by name."),
     row("security", Kind::Block(SECURITY), "What jobs may do."),
     row("metrics", Kind::Block(METRICS), "Numbers for Prometheus. Default: none."),

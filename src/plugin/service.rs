@@ -107,12 +107,11 @@ impl DriverService {
     }
 
     /// Ends what only we use. Tasks go on.
-    pub fn close(&self) {
+    pub async fn close(&self) {
         // Whoever is opening the engine right now has no shims yet.
-        if let Ok(engine) = self.0.engine.try_lock()
-            && let Some(engine) = &*engine
-        {
-            engine.close();
+        let engine = self.0.engine.try_lock().ok().and_then(|engine| engine.clone());
+        if let Some(engine) = engine {
+            engine.close().await;
         }
     }
 

@@ -135,6 +135,21 @@ impl BundlePaths {
         bound().map_err(|source| file("bind a mount's source to", &target, source))
     }
 
+    /// Unmounts the job's sources.
+    ///
+    /// # Errors
+    /// As umount2(2); not mounted and not there are fine.
+    pub fn unmount_pins(&self) -> Result<(), RootfsError> {
+        if fault::skipped("unmount") {
+            return Ok(());
+        }
+        let rootfs = self.rootfs();
+        for point in self.mount_points()?.into_iter().filter(|point| *point != rootfs) {
+            unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
+        }
+        Ok(())
+    }
+
     /// What is or may be mounted. A listing that fails is an error: taken for "nothing", the removal would descend.
     fn mount_points(&self) -> Result<Vec<PathBuf>, RootfsError> {
         let pins = self.pins();

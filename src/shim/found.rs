@@ -67,7 +67,8 @@ impl Launcher {
                         pidfd,
                         ended,
                         namespace,
-                        _held: held,
+                        held,
+                        uses: 0,
                     });
                 }
                 // That we can't connect just now (no descriptors) does not mean that it hangs.

@@ -2,7 +2,7 @@
 //! for every containerd from 1.6 to 2.4 (the `start` helper's three dialects are not needed).
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::{self, File},
     io,
     os::{
@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -42,20 +42,68 @@ pub struct Launcher {
     cgroup: Vec<PathBuf>,
     /// The service this binary turned out to serve: 0 unknown, 2, 3.
     api: AtomicU8,
-    /// Shims that somebody in this process holds.
-    own: Arc<Mutex<HashSet<String>>>,
+    own: Holders,
 }
+
+/// How many in this process hold each shim.
+type Holders = Arc<Mutex<HashMap<String, usize>>>;
 
 /// Says that somebody here holds a shim, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Held {
     id: String,
-    own: Arc<Mutex<HashSet<String>>>,
+    own: Holders,
+    given_up: bool,
+}
+
+impl Held {
+    fn new(id: &str, own: &Holders) -> Self {
+        *holders(own).entry(id.to_owned()).or_default() += 1;
+        Self { id: id.to_owned(), own: own.clone(), given_up: false }
+    }
+
+    /// Lets go, unless nobody else holds it: true when somebody does.
+    fn leave_to_others(&mut self) -> bool {
+        let mut own = holders(&self.own);
+        match own.get_mut(&self.id) {
+            Some(count) if *count > 1 => {
+                *count -= 1;
+                self.given_up = true;
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        if self.given_up {
+            return;
+        }
+        let mut own = holders(&self.own);
+        match own.get_mut(&self.id) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(own.remove(&self.id)),
+        }
+    }
+}
+
+fn holders(own: &Holders) -> MutexGuard<'_, HashMap<String, usize>> {
+    own.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The name of a shim that is not there yet.
+#[derive(Debug)]
+pub struct Unborn {
+    id: String,
+    held: Held,
+}
+
+impl Unborn {
+    /// The name it will have.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 }
 
@@ -69,13 +117,15 @@ pub struct Shim {
     pub(super) pidfd: Arc<PidFd>,
     pub(super) ended: watch::Receiver<bool>,
     pub(super) namespace: String,
-    pub(super) _held: Held,
+    pub(super) held: Held,
+    /// How many containers it has had.
+    pub(super) uses: u32,
 }
 
 impl Launcher {
     /// Shims from `binary`, in `namespace`, each with a directory below `places`.
     pub fn new(binary: PathBuf, namespace: String, places: Places, cgroup: Vec<PathBuf>) -> Self {
-        Self { binary, namespace, places, cgroup, api: AtomicU8::new(0), own: Arc::default() }
+        Self { binary, namespace, places, cgroup, api: AtomicU8::new(0), own: Holders::default() }
     }
 
     /// The program.
@@ -90,12 +140,18 @@ impl Launcher {
 
     /// Names of the shims that somebody in this process holds.
     pub fn own(&self) -> HashSet<String> {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        holders(&self.own).keys().cloned().collect()
     }
 
     pub(super) fn hold(&self, id: &str) -> Held {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
-        Held { id: id.to_owned(), own: self.own.clone() }
+        Held::new(id, &self.own)
+    }
+
+    /// A name for a shim that will be launched: it can be noted before there is anything.
+    pub fn name(&self) -> Unborn {
+        let id = random_hex(6);
+        let held = self.hold(&id);
+        Unborn { id, held }
     }
 
     pub(super) fn hint(&self) -> Option<TaskApi> {
@@ -110,9 +166,8 @@ impl Launcher {
     ///
     /// # Errors
     /// When it can't be started or does not answer; nothing is left behind then.
-    pub async fn launch(self: &Arc<Self>) -> Result<Shim, ShimError> {
-        let id = random_hex(6);
-        let held = self.hold(&id);
+    pub async fn launch(self: &Arc<Self>, unborn: Unborn) -> Result<Shim, ShimError> {
+        let Unborn { id, held } = unborn;
         let dir = self.places.shim(&id);
         let this = self.clone();
         let (spawn_id, spawn_dir) = (id.clone(), dir.clone());
@@ -138,7 +193,7 @@ impl Launcher {
         match Client::connect(&dir.join("sock"), self.hint()).await {
             Ok(client) => {
                 self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
-                Ok(Shim { id, pid, dir, client, pidfd, ended, namespace: self.namespace.clone(), _held: held })
+                Ok(Shim { id, pid, dir, client, pidfd, ended, namespace: self.namespace.clone(), held, uses: 0 })
             }
             Err(error) => {
                 let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
@@ -255,8 +310,38 @@ impl Shim {
         self.ended.clone()
     }
 
+    /// Another hold on the same shim, for another container.
+    pub fn share(&self) -> Self {
+        Self {
+            id: self.id.clone(),
+            pid: self.pid,
+            dir: self.dir.clone(),
+            client: self.client.clone(),
+            pidfd: self.pidfd.clone(),
+            ended: self.ended.clone(),
+            namespace: self.namespace.clone(),
+            held: Held::new(&self.id, &self.held.own),
+            uses: self.uses,
+        }
+    }
+
+    /// Is this the only hold on it here?
+    pub fn is_held_once(&self) -> bool {
+        holders(&self.held.own).get(&self.id) == Some(&1)
+    }
+
+    /// Lets go of it if somebody else here holds it, too: true then.
+    pub(super) fn leave_to_others(&mut self) -> bool {
+        self.held.leave_to_others()
+    }
+
     /// Ends a shim that holds no container, by force if it does not go, and removes its directory: true when it is gone.
+    ///
+    /// One that others hold, too, is left to them.
     pub async fn end(mut self) -> bool {
+        if self.leave_to_others() {
+            return true;
+        }
         if !self.has_ended() && self.client.shutdown(&self.id).await.is_err() {
             self.pidfd.signal(libc::SIGKILL);
         }

@@ -17,8 +17,8 @@ pub use cleanup::{DeadTask, delete_dead, has_noted_exit};
 pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};
 pub use found::{Found, end_hung, end_stray, kill_shim};
-pub use launch::{Launcher, Shim};
-pub use pool::Pool;
+pub use launch::{Launcher, Shim, Unborn};
+pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
 
 /// Why a shim did not do what it was asked.
 #[derive(Debug, thiserror::Error)]

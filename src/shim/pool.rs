@@ -1,14 +1,56 @@
-//! Shims started ahead, so that a task's start finds one waiting.
+//! Shims that wait for a task: started ahead, or left over from a task that has gone.
+//!
+//! Any running shim takes `Create` for any container, so one whose container is gone serves the next: starting a shim
+//! costs 7 to 14 ms of CPU, as much as all the rest of a start.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
-use super::{Launcher, Shim, ShimError};
+use tokio::sync::{Notify, watch};
+
+use super::{Launcher, Shim, ShimError, launch::Unborn};
+
+/// A refill waits this long after a start, in which the task has the processors,
+const BREATH: Duration = Duration::from_millis(20);
+/// and so long while another shim still waits: a short task gives its own back before that.
+const LONG_BREATH: Duration = Duration::from_millis(500);
+/// And then for starts at work to be done, but not for ever: an empty pool makes them slower still.
+const BACK_PRESSURE: Duration = Duration::from_millis(200);
+/// So many more than wanted may wait after a burst, for the next one,
+const SPARE: usize = 16;
+/// for so long.
+const SPARE_TIME: Duration = Duration::from_secs(1);
+/// A shim is replaced after so many containers: nobody has promised that it doesn't grow.
+const USES: u32 = 500;
+
+/// Who shares a shim.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ShimScope {
+    /// Nobody: one shim a task.
+    #[default]
+    Task,
+    /// The tasks of an allocation.
+    Alloc,
+    /// All tasks of this node.
+    Node,
+}
+
+/// What pools are made with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolSettings {
+    /// How many shims wait.
+    pub size: usize,
+    /// Who shares one.
+    pub scope: ShimScope,
+    /// May a shim serve one task after the other?
+    pub reuse: bool,
+}
 
 /// Idle shims of one kind. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -17,22 +59,65 @@ pub struct Pool(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     launcher: Arc<Launcher>,
-    size: usize,
+    settings: PoolSettings,
     idle: Mutex<VecDeque<Shim>>,
+    /// Shims that further tasks of the same allocation or node share, by what they share. The node's stays.
+    shared: Mutex<HashMap<String, Shim>>,
+    /// Who makes a shared one.
+    making: tokio::sync::Mutex<()>,
     /// One refill at a time.
     refilling: tokio::sync::Mutex<()>,
+    trimming: AtomicBool,
     closed: AtomicBool,
+    /// Starts at work.
+    busy: watch::Sender<usize>,
+    /// The last idle one was taken.
+    empty: Notify,
+}
+
+/// A start is at work until this is dropped; refills wait for that.
+#[derive(Debug)]
+pub struct Busy(Pool);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.0.busy.send_modify(|count| *count -= 1);
+    }
+}
+
+/// A shim for a task.
+#[derive(Debug)]
+pub enum Reserved {
+    /// It is there.
+    Waiting(Shim),
+    /// It has to be launched; only its name is known.
+    Named(Unborn),
+}
+
+impl Reserved {
+    /// Its name.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Waiting(shim) => shim.id(),
+            Self::Named(unborn) => unborn.id(),
+        }
+    }
 }
 
 impl Pool {
-    /// An empty pool that keeps `size` shims.
-    pub fn new(launcher: Arc<Launcher>, size: usize) -> Self {
+    /// An empty pool.
+    pub fn new(launcher: Arc<Launcher>, settings: PoolSettings) -> Self {
         Self(Arc::new(Inner {
             launcher,
-            size,
+            settings,
             idle: Mutex::default(),
+            shared: Mutex::default(),
+            making: tokio::sync::Mutex::default(),
             refilling: tokio::sync::Mutex::default(),
+            trimming: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            busy: watch::Sender::new(0),
+            empty: Notify::new(),
         }))
     }
 
@@ -41,18 +126,80 @@ impl Pool {
         &self.0.launcher
     }
 
-    /// A shim for a task: a waiting one, or a new one when none waits. True when it had waited.
+    /// A start is at work.
+    pub fn busy(&self) -> Busy {
+        self.0.busy.send_modify(|count| *count += 1);
+        Busy(self.clone())
+    }
+
+    /// A shim for a task of this allocation: a waiting one, or the name of one to launch.
     ///
     /// # Errors
-    /// When a new one can't be started.
-    pub async fn take(&self) -> Result<(Shim, bool), ShimError> {
+    /// When one that is to be shared can't be started.
+    pub async fn reserve(&self, alloc_id: &str) -> Result<Reserved, ShimError> {
+        let key = match self.0.settings.scope {
+            ShimScope::Task => return Ok(self.reserve_own()),
+            // Tasks of no allocation share nothing.
+            ShimScope::Alloc if alloc_id.is_empty() => return Ok(self.reserve_own()),
+            ShimScope::Alloc => alloc_id,
+            ShimScope::Node => "",
+        };
+        if let Some(shim) = self.join(key) {
+            return Ok(Reserved::Waiting(shim));
+        }
+        let _making = self.0.making.lock().await;
+        if let Some(shim) = self.join(key) {
+            return Ok(Reserved::Waiting(shim));
+        }
+        let shim = match self.reserve_own() {
+            Reserved::Waiting(shim) => shim,
+            Reserved::Named(unborn) => self.0.launcher.launch(unborn).await?,
+        };
+        let own = shim.share();
+        self.shared().insert(key.to_owned(), shim);
+        Ok(Reserved::Waiting(own))
+    }
+
+    /// A shim of an earlier instance of us that holds a task of this allocation: others may join that.
+    pub fn adopted(&self, alloc_id: &str, shim: &Shim) {
+        let key = match self.0.settings.scope {
+            ShimScope::Task => return,
+            ShimScope::Alloc => alloc_id,
+            ShimScope::Node => "",
+        };
+        let mut shared = self.shared();
+        if !self.is_closed() && !shared.contains_key(key) {
+            shared.insert(key.to_owned(), shim.share());
+        }
+    }
+
+    fn join(&self, key: &str) -> Option<Shim> {
+        let mut shared = self.shared();
+        match shared.get(key) {
+            Some(shim) if !shim.has_ended() => Some(shim.share()),
+            Some(_) => {
+                // What it held is the dead-shim case of its tasks.
+                shared.remove(key);
+                None
+            }
+            None => None,
+        }
+    }
+
+    fn reserve_own(&self) -> Reserved {
         loop {
-            let next = self.idle().pop_front();
+            let (next, left) = {
+                let mut idle = self.idle();
+                (idle.pop_front(), idle.len())
+            };
+            if left == 0 {
+                self.0.empty.notify_waiters();
+            }
             match next {
                 // One that died while it waited left nothing but its directory.
                 Some(dead) if dead.has_ended() => dead.kill(),
-                Some(shim) => return Ok((shim, true)),
-                None => return Ok((self.0.launcher.launch().await?, false)),
+                Some(shim) => return Reserved::Waiting(shim),
+                None => return Reserved::Named(self.0.launcher.name()),
             }
         }
     }
@@ -62,8 +209,24 @@ impl Pool {
         let pool = self.clone();
         tokio::spawn(async move {
             let Ok(_turn) = pool.0.refilling.try_lock() else { return };
-            while !pool.is_closed() && pool.idle().len() < pool.0.size {
-                match pool.0.launcher.launch().await {
+            while pool.is_short() {
+                let (left, mut busy) = (pool.idle().len(), pool.0.busy.subscribe());
+                tokio::time::sleep(BREATH).await;
+                let calm = async {
+                    if left > 0 {
+                        tokio::time::sleep(LONG_BREATH).await;
+                    }
+                    let _ = tokio::time::timeout(BACK_PRESSURE, busy.wait_for(|count| *count == 0)).await;
+                };
+                // Once none is left, waiting has an end.
+                tokio::select! {
+                    () = calm => {}
+                    () = pool.0.empty.notified() => {}
+                }
+                if !pool.is_short() {
+                    return;
+                }
+                match pool.0.launcher.launch(pool.0.launcher.name()).await {
                     Ok(shim) => pool.put(shim),
                     Err(error) => {
                         tracing::warn!(%error, "shim pool: not refilled; the next start launches its own");
@@ -74,20 +237,97 @@ impl Pool {
         });
     }
 
-    /// Takes in an idle shim of an earlier instance of us, or ends it when there are enough.
+    fn is_short(&self) -> bool {
+        let wanted = match self.0.settings.scope {
+            // The one that all share is enough.
+            ShimScope::Node if self.shared().values().any(|shim| !shim.has_ended()) => 0,
+            ShimScope::Node => self.0.settings.size.min(1),
+            ShimScope::Task | ShimScope::Alloc => self.0.settings.size,
+        };
+        !self.is_closed() && self.idle().len() < wanted
+    }
+
+    /// Takes in an idle shim, new or of an earlier instance of us, or ends it when there are enough.
     pub fn put(&self, shim: Shim) {
         let mut idle = self.idle();
         // Closing takes the same lock to empty the queue, so a shim either is seen there or ends here.
-        if self.is_closed() || idle.len() >= self.0.size {
+        if self.is_closed() || idle.len() >= self.0.settings.size {
             shim.kill();
         } else {
             idle.push_back(shim);
         }
     }
 
+    /// Takes back a shim whose container is gone: for the next task, or to its end. True when it is gone or ours again.
+    pub async fn take_back(&self, alloc_id: &str, mut shim: Shim) -> bool {
+        {
+            let mut shared = self.shared();
+            if shim.leave_to_others() {
+                // The last task of an allocation is gone when only we hold its shim.
+                let last = self.0.settings.scope == ShimScope::Alloc
+                    && shared.get(alloc_id).is_some_and(|kept| kept.id() == shim.id() && kept.is_held_once());
+                match last.then(|| shared.remove(alloc_id)).flatten() {
+                    Some(kept) => shim = kept,
+                    None => return true,
+                }
+            }
+        }
+        shim.uses += 1;
+        let settings = self.0.settings;
+        let worn = !settings.reuse || settings.size == 0 || shim.uses >= USES || shim.has_ended();
+        let refused = if worn { Some(shim) } else { self.keep(shim) };
+        match refused {
+            Some(shim) => shim.end().await,
+            None => true,
+        }
+    }
+
+    /// Has it wait for the next task; gives it back when there are enough.
+    fn keep(&self, shim: Shim) -> Option<Shim> {
+        let size = self.0.settings.size;
+        let mut idle = self.idle();
+        // Looked at under the lock that closing takes.
+        if self.is_closed() || idle.len() >= size + SPARE {
+            return Some(shim);
+        }
+        // The one that was used last is warmest.
+        idle.push_front(shim);
+        if idle.len() > size {
+            self.trim_later();
+        }
+        None
+    }
+
+    /// Ends what a burst has left over, when no other burst has come.
+    fn trim_later(&self) {
+        if self.0.trimming.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let pool = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(SPARE_TIME).await;
+            pool.0.trimming.store(false, Ordering::SeqCst);
+            let surplus: Vec<Shim> = {
+                let mut idle = pool.idle();
+                let keep = pool.0.settings.size.min(idle.len());
+                idle.drain(keep..).collect()
+            };
+            for shim in surplus {
+                shim.end().await;
+            }
+        });
+    }
+
     /// Ends all idle shims and starts no more.
     pub fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
+        let shared: Vec<Shim> = self.shared().drain().map(|(_, shim)| shim).collect();
+        for mut shim in shared {
+            // Those of tasks that go on are theirs.
+            if !shim.leave_to_others() {
+                shim.kill();
+            }
+        }
         for shim in self.idle().drain(..) {
             shim.kill();
         }
@@ -104,5 +344,9 @@ impl Pool {
 
     fn idle(&self) -> MutexGuard<'_, VecDeque<Shim>> {
         self.0.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared(&self) -> MutexGuard<'_, HashMap<String, Shim>> {
+        self.0.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

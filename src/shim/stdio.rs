@@ -53,8 +53,9 @@ enum Stream {
 pub struct Stdio {
     stdout: Stream,
     stderr: Stream,
-    /// Read ends that keep the shim from waiting for a reader; Nomad's collector has its own. Held, never read.
-    _readers: Vec<File>,
+    /// Read ends that keep the shim from waiting for a reader, and what a very quick task has written from going with
+    /// it, when Nomad's collector opens later than that. Never read from.
+    readers: Vec<(String, File)>,
 }
 
 impl Stdio {
@@ -67,11 +68,13 @@ impl Stdio {
         let mut readers = Vec::new();
         for stream in [&stdout, &stderr] {
             if let Some(path) = stream.path() {
+                // Never a write end: were we to die with the last one, the collector would take it for the stream's end.
                 let reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
-                readers.push(reader.map_err(|source| StdioError::Open { path: path.into(), source })?);
+                let reader = reader.map_err(|source| StdioError::Open { path: (&path).into(), source })?;
+                readers.push((path, reader));
             }
         }
-        Ok(Self { stdout, stderr, _readers: readers })
+        Ok(Self { stdout, stderr, readers })
     }
 
     /// What the shim is to open: both streams or neither, as it insists.
@@ -83,8 +86,46 @@ impl Stdio {
         }
     }
 
-    /// The shim has both open (it holds read ends too): ours are no longer needed.
-    pub fn handed_over(self) {}
+    /// The shim has both open (it holds read ends too): ours are no longer needed, unless the task has ended before its
+    /// collector was there, as on a busy node. Then what it has written waits here for a moment.
+    pub async fn outlast(self, ended: impl Future<Output = ()>) {
+        if tokio::time::timeout(LATE_TASK, ended).await.is_err() {
+            return;
+        }
+        let Self { stdout, stderr, readers } = self;
+        let readers = readers.into_iter().map(|(path, reader)| wait_for_the_late(path, reader));
+        futures_util::future::join_all(readers).await;
+        drop((stdout, stderr));
+    }
+}
+
+/// The task is over; its collector may be reading, done, about to open its end, or waiting in that for a writer.
+async fn wait_for_the_late(path: String, reader: File) {
+    let open = |read| File::options().read(read).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
+    // Lets one in that waits. While there is something to read, nothing must be closed.
+    let writer = open(false);
+    let deadline = tokio::time::Instant::now() + LATE_READER;
+    let mut pause = Duration::from_millis(1);
+    while has_unread(&reader) && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
+    drop((reader, writer));
+    // Nobody reads: it is done, or not there yet.
+    if let Err(error) = open(false)
+        && error.raw_os_error() == Some(libc::ENXIO)
+        && let Ok(both) = open(true)
+    {
+        tokio::time::sleep_until(deadline).await;
+        drop(both);
+    }
+}
+
+fn has_unread(reader: &File) -> bool {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and FIONREAD writes one int (pipe(7)).
+    let outcome = unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    outcome == 0 && count > 0
 }
 
 /// Write ends of a task's FIFOs, held over the end of one attempt until the next has opened them: Nomad's collector
@@ -103,6 +144,8 @@ impl HeldOpen {
     }
 }
 
+/// A task that runs longer than this has not ended before its collector was there.
+const LATE_TASK: Duration = Duration::from_secs(2);
 /// A reader that is about to open its end has done so within this.
 const LATE_READER: Duration = Duration::from_millis(500);
 
@@ -185,7 +228,7 @@ mod tests {
         let stdio = Stdio::open(alloc.path(), &path("good"), Path::new("/dev/null")).expect("opens");
         let (stdout, stderr) = stdio.paths();
         assert!(stdout.starts_with("/proc/") && stderr == "/dev/null", "{stdout} {stderr}");
-        stdio.handed_over();
+        drop(stdio);
 
         for (name, kind) in [("file", "plain file"), ("link", "symbolic link")] {
             let error = Stdio::open(alloc.path(), &path(name), Path::new("")).expect_err("refused").to_string();

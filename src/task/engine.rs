@@ -10,7 +10,7 @@ use std::{
 };
 
 use nix::fcntl::Flock;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -19,9 +19,9 @@ use super::{
     live::{Parts, Task, watch_exit},
     load_records, lock,
     metrics::{Gauges, Metrics},
-    shared::{Leftover, Shared},
+    shared::{Hands, Leftover, Shared, TEARDOWNS},
     signal, start,
-    undo::{RETRIES, find_shim, undo_or_keep},
+    undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
 };
 use crate::{
     cgroup::{CgroupPath, Cgroups, Usage},
@@ -31,6 +31,9 @@ use crate::{
     rootfs::seccomp::Filters,
     shim::{Found, Kill, Launcher, Pool, stdio::HeldOpen},
 };
+
+/// Nomad kills a plugin 2 s after it has asked it to leave.
+const LAST_TEARDOWNS: Duration = Duration::from_millis(1500);
 
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
@@ -134,6 +137,7 @@ impl Engine {
             pool,
             events,
             metrics: Metrics::default(),
+            teardowns: Arc::new(Semaphore::new(TEARDOWNS)),
             leftovers: Mutex::default(),
         });
         let engine = Self(Arc::new(Inner {
@@ -240,7 +244,7 @@ impl Engine {
         let _held = (held, self.clear_predecessors(&request, &stop).await?);
         let began = start::start(&self.0.shared, &request, &stop).await;
         self.0.shared.pool.refill();
-        let start::Running { record, shim, run, phases, image } = began?;
+        let start::Running { record, shim, run, phases, image, stdio } = began?;
         self.0.shared.metrics.started(&phases);
         tracing::info!(
             task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,
@@ -253,6 +257,8 @@ impl Engine {
         let task = Task::new(Parts { record, shim, run, phases, exit: None, lost: None, claimed: true, image });
         let handle = task.handle();
         slot.fill(task.clone());
+        let mut exit = task.exit.subscribe();
+        tokio::spawn(stdio.outlast(async move { drop(exit.wait_for(Option::is_some).await) }));
         tokio::spawn(watch_exit(self.0.shared.clone(), task));
         if stop.is_cancelled() {
             self.destroy(&id, Force::Yes).await?;
@@ -406,7 +412,7 @@ impl Engine {
         let task = match self.find(id).await {
             Ok(task) => task,
             // Somebody may be at it: the answer is theirs.
-            Err(_) if self.leftovers().contains_key(id) => {
+            Err(_) if matches!(self.0.shared.hands_on(id), Some(Hands::Free | Hands::Taken)) => {
                 return self.outlast_leftover(id, &CancellationToken::new()).await;
             }
             Err(unknown) => return Err(unknown),
@@ -428,7 +434,7 @@ impl Engine {
             fault::point("destroy.killed");
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
-        let outcome = undo_or_keep(&self.0.shared, &task.record(), shim).await;
+        let outcome = undo_soon(&self.0.shared, &task.record(), shim).await;
         self.tasks().remove(id);
         outcome
     }
@@ -475,8 +481,11 @@ impl Engine {
         self.0.shared.metrics.render(gauges)
     }
 
-    /// Ends what only we use: the idle shims. Tasks go on.
-    pub fn close(&self) {
+    /// Ends what only we use: the idle shims, once tasks that are gone are cleared away. Other tasks go on.
+    pub async fn close(&self) {
+        if tokio::time::timeout(LAST_TEARDOWNS, self.0.shared.all_cleared()).await.is_err() {
+            tracing::warn!("tasks that are gone are not all cleared away; the next plugin goes on with that");
+        }
         self.0.shared.pool.close();
     }
 

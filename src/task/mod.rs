@@ -54,7 +54,7 @@ use crate::{
 };
 pub use crate::{
     rootfs::seccomp::Form as FilterForm,
-    shim::{ExecIo, Exit, WindowSize},
+    shim::{ExecIo, Exit, PoolSettings, ShimScope, WindowSize},
 };
 
 /// Why something could not be done to a task.

@@ -15,6 +15,7 @@ use super::{
     exec,
     live::{Parts, Task, watch_exit},
     record::{Records, RunRecord, millis},
+    shared::Hands,
     sweep::names,
     undo::find_shim,
 };
@@ -114,6 +115,9 @@ impl Engine {
     async fn revive(&self, mut record: Record) -> Arc<Task> {
         let shared = self.shared();
         let shim = find_shim(shared, &record).await;
+        if let Found::Alive(alive) = &shim {
+            shared.pool.adopted(&record.alloc_id, alive);
+        }
         let nothing = RunRecord { process: ProcessId { pid: 0, start: 0 }, started_at: 0 };
         let mut run = record.state.run().unwrap_or(nothing);
         let mut lost = None;
@@ -178,7 +182,11 @@ impl Engine {
             if !record.is_current() {
                 return Err(unrecoverable("the host was restarted since it was started"));
             }
-            if self.leftovers().contains_key(id) {
+            let hands = self.shared().hands_on(id);
+            if hands == Some(Hands::Clearing) {
+                return Err(unrecoverable("it was destroyed; no record of it on this host"));
+            }
+            if hands.is_some() {
                 return Err(unrecoverable("it was not wholly started, or was being destroyed, and is undone"));
             }
             if !self.shared().settings.places.bundle(&record.container_id).exists() {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use crate::{ids::DriverName, image::Credentials, places::Places, rootfs::Capabilities};
+use crate::{ids::DriverName, image::Credentials, places::Places, rootfs::Capabilities, shim::PoolSettings};
 
 /// Everything an operator can set.
 #[derive(Debug, Clone)]
@@ -105,8 +105,8 @@ pub struct ContainerdSettings {
 pub struct ShimSettings {
     /// The program.
     pub binary: PathBuf,
-    /// How many wait.
-    pub pool: usize,
+    /// How many wait, and who shares one.
+    pub pool: PoolSettings,
 }
 
 /// What jobs may do.

@@ -2,8 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+
+use tokio::sync::Semaphore;
 
 use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
 use crate::{
@@ -24,29 +26,60 @@ pub struct Shared {
     pub(super) pool: Pool,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
+    /// So many tasks are cleared away at a time.
+    pub(super) teardowns: Arc<Semaphore>,
     /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
     pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
 }
 
+/// They wait for disks and kernel locks, not for processors.
+pub const TEARDOWNS: usize = 4;
+
 /// A task that is to be undone.
 pub struct Leftover {
     pub(super) record: Record,
-    /// Somebody is at it.
-    taken: bool,
+    pub(super) hands: Hands,
+}
+
+/// Who is at a leftover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hands {
+    /// Nobody.
+    Free,
+    /// Somebody, who will say how it went.
+    Taken,
+    /// The background: its container is gone, and whoever asked for that has had the answer.
+    Clearing,
 }
 
 impl Shared {
     /// Keeps in mind what is still to be undone.
     pub(super) fn keep(&self, record: Record) {
-        self.leftovers().insert(record.task_id.clone(), Leftover { record, taken: false });
+        self.leftovers().insert(record.task_id.clone(), Leftover { record, hands: Hands::Free });
+    }
+
+    /// Keeps in mind what the background clears away.
+    pub(super) fn keep_clearing(&self, record: Record) {
+        self.leftovers().insert(record.task_id.clone(), Leftover { record, hands: Hands::Clearing });
     }
 
     /// Takes it, so that nobody else does. It stays in mind until it is gone.
     pub(super) fn take_leftover(&self, id: &TaskId) -> Option<Record> {
         let mut leftovers = self.leftovers();
-        let leftover = leftovers.get_mut(id).filter(|leftover| !leftover.taken)?;
-        leftover.taken = true;
+        let leftover = leftovers.get_mut(id).filter(|leftover| leftover.hands == Hands::Free)?;
+        leftover.hands = Hands::Taken;
         Some(leftover.record.clone())
+    }
+
+    /// Who is at it, if there is such a leftover.
+    pub(super) fn hands_on(&self, id: &TaskId) -> Option<Hands> {
+        self.leftovers().get(id).map(|leftover| leftover.hands)
+    }
+
+    /// Waits until what has been destroyed is cleared away.
+    pub(super) async fn all_cleared(&self) {
+        let all = u32::try_from(TEARDOWNS).unwrap_or(u32::MAX);
+        drop(self.teardowns.acquire_many(all).await);
     }
 
     /// It is gone.

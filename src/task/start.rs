@@ -24,10 +24,9 @@ use crate::{
     process::ProcessId,
     rootfs::{
         self, RootfsError,
-        bundle::BundlePaths,
         mounts::{self, AllocDirs, ResolvedMount},
     },
-    shim::{CreateTask, Found, Shim, ShimError, stdio},
+    shim::{CreateTask, Found, Reserved, Shim, ShimError, stdio},
 };
 
 /// How long each part of a start took.
@@ -35,12 +34,12 @@ use crate::{
 pub struct Phases {
     /// Until the image was here.
     pub image: Duration,
-    /// Until a shim was at hand.
+    /// Intent record, root file system and bundle.
+    pub bundle: Duration,
+    /// From then until a shim was at hand, which comes up meanwhile when none has waited.
     pub shim: Duration,
     /// Had one waited?
     pub pooled: bool,
-    /// Record, root file system and bundle.
-    pub bundle: Duration,
     /// The shim's `Create`.
     pub create: Duration,
     /// The shim's `Start`.
@@ -56,6 +55,7 @@ pub struct Running {
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) image: Arc<ImageRecord>,
+    pub(super) stdio: stdio::Stdio,
 }
 
 /// Starts a task: on success its process runs; on failure nothing is left.
@@ -68,6 +68,7 @@ pub async fn start(
     stop: &CancellationToken,
 ) -> Result<Running, TaskError> {
     let began = Instant::now();
+    let _busy = shared.pool.busy();
     if stop.is_cancelled() {
         return Err(TaskError::Stopped(request.task_id.clone()));
     }
@@ -165,38 +166,65 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
 
     let step = Instant::now();
     let taking = |source| TaskError::Shim { doing: "get a shim", source };
-    let (shim, pooled) = shared.pool.take().await.map_err(taking)?;
-    (phases.shim, phases.pooled) = (step.elapsed(), pooled);
+    let reserved = shared.pool.reserve(&request.alloc_id).await.map_err(taking)?;
+    phases.pooled = matches!(reserved, Reserved::Waiting(_));
     fault::point("start.shim");
-
-    let mut record = match plan.record(shared, &shim) {
+    let mut record = match plan.record(shared, reserved.id()) {
         Ok(record) => record,
         Err(error) => {
-            let _ = shim.end().await;
+            if let Reserved::Waiting(shim) = reserved {
+                shared.pool.take_back(&request.alloc_id, shim).await;
+            }
             return Err(error);
         }
     };
-    let parts = Parts { spec: &spec, shim: &shim, stdio: &stdio };
-    match Box::pin(run(shared, plan, parts, &mut record, &mut phases)).await {
-        Ok(run) => {
-            stdio.handed_over();
-            phases.total = began.elapsed();
-            Ok(Running { record, shim, run, phases, image: plan.image.clone() })
+    // One that is launched comes up beside the making of the bundle.
+    let coming = match reserved {
+        Reserved::Waiting(shim) => Coming::Here(shim),
+        Reserved::Named(unborn) => {
+            let launcher = shared.pool.launcher().clone();
+            Coming::Launched(tokio::spawn(async move { launcher.launch(unborn).await }))
         }
-        Err(error) => {
-            if let Err(left) = undo_or_keep(shared, &record, Found::Alive(shim)).await {
-                tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
+    };
+    let bundle = tokio::task::block_in_place(|| plan.make_bundle(shared, &spec));
+    phases.bundle = step.elapsed();
+    let step = Instant::now();
+    let shim = match coming {
+        Coming::Here(shim) => Ok(shim),
+        Coming::Launched(launched) => launched.await.map_err(TaskError::from).and_then(|shim| shim.map_err(taking)),
+    };
+    phases.shim = step.elapsed();
+    let (shim, error) = match (bundle, shim) {
+        (Ok(()), Ok(shim)) => {
+            fault::point("start.bundle");
+            let parts = Parts { shim: &shim, stdio: &stdio };
+            match Box::pin(run(shared, plan, parts, &mut record, &mut phases)).await {
+                Ok(run) => {
+                    phases.total = began.elapsed();
+                    return Ok(Running { record, shim, run, phases, image: plan.image.clone(), stdio });
+                }
+                Err(error) => (Found::Alive(shim), error),
             }
-            // Only now: a shim that was late may still open them by the numbers they have here.
-            drop(stdio);
-            Err(error)
         }
+        (Err(error), Ok(shim)) => (Found::Alive(shim), error),
+        (_, Err(error)) => (Found::Gone, error),
+    };
+    if let Err(left) = undo_or_keep(shared, &record, shim).await {
+        tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
     }
+    // Only now: a shim that was late may still open them by the numbers they have here.
+    drop(stdio);
+    Err(error)
+}
+
+/// A shim, or what will be one.
+enum Coming {
+    Here(Shim),
+    Launched(tokio::task::JoinHandle<Result<Shim, ShimError>>),
 }
 
 /// What one start works with.
 struct Parts<'a> {
-    spec: &'a oci_spec::runtime::Spec,
     shim: &'a Shim,
     stdio: &'a stdio::Stdio,
 }
@@ -208,15 +236,9 @@ async fn run(
     record: &mut Record,
     phases: &mut Phases,
 ) -> Result<RunRecord, TaskError> {
-    let Parts { spec, shim, stdio } = parts;
-    let step = Instant::now();
+    let Parts { shim, stdio } = parts;
     let places = &shared.settings.places;
-    let paths = BundlePaths { bundle: places.bundle(&plan.container_id), upper: places.upper(&plan.container_id) };
-    // A few dozen system calls on local file systems, 0.2 ms in all: less than handing them to another thread and
-    // back would cost on a busy machine, so they are made right here, with the worker told that it may block.
-    tokio::task::block_in_place(|| plan.make_bundle(shared, &paths, spec))?;
-    fault::point("start.bundle");
-    phases.bundle = step.elapsed();
+    let bundle = places.bundle(&plan.container_id);
 
     let step = Instant::now();
     let id = plan.container_id.as_str();
@@ -224,7 +246,7 @@ async fn run(
     let root = places.runtime_root(&plan.runtime.name);
     let create = CreateTask {
         id,
-        bundle: &paths.bundle,
+        bundle: &bundle,
         stdout: &stdout,
         stderr: &stderr,
         runtime_binary: &plan.runtime.binary,

@@ -8,7 +8,8 @@ use std::{
 };
 
 use super::{
-    Engine, Force, Record, RecordState, TaskError, engine::Slot, live::Task, read_records, record::Intent, undo::undo,
+    Engine, Force, Record, RecordState, TaskError, engine::Slot, live::Task, read_records, record::Intent,
+    shared::Hands, undo::undo,
 };
 use crate::{
     control::Garbage,
@@ -51,6 +52,8 @@ impl Engine {
 
     /// Removes what nobody claims: what it was, or, for a dry run, would be.
     pub async fn sweep(&self, dry_run: bool) -> Vec<Garbage> {
+        // What is just being cleared away would be counted.
+        self.shared().all_cleared().await;
         if !dry_run && self.age() >= self.settings().grace {
             self.held().clear();
         }
@@ -96,7 +99,11 @@ impl Engine {
 
     /// Those whose undo failed, over and over.
     async fn sweep_leftovers(&self, dry_run: bool) -> Vec<Garbage> {
-        let ids: Vec<TaskId> = self.leftovers().keys().cloned().collect();
+        let ids: Vec<TaskId> = {
+            let leftovers = self.leftovers();
+            let free = leftovers.iter().filter(|(_, leftover)| leftover.hands == Hands::Free);
+            free.map(|(id, _)| id.clone()).collect()
+        };
         let mut found = Vec::new();
         for id in ids {
             let outcome = if dry_run { Ok(()) } else { self.destroy_leftover(&id).await.unwrap_or(Ok(())) };
@@ -135,7 +142,9 @@ impl Engine {
             let outcome = if dry_run { Ok(()) } else { self.undo_nameless(&id, &shims).await };
             found.push(garbage("container", id.as_str(), outcome));
         }
-        for name in shims {
+        // What held a container that was just ended serves others now.
+        let own = self.shared().pool.launcher().own();
+        for name in shims.into_iter().filter(|name| !own.contains(name)) {
             let dir = places.shim(&name);
             if dir.exists() {
                 let gone = dry_run || shim::end_stray(&dir).await;
@@ -213,6 +222,7 @@ impl Engine {
     /// # Errors
     /// When a task uses it, it is not here, or containerd refuses.
     pub async fn remove_image(&self, reference: &Reference) -> Result<(), TaskError> {
+        self.shared().all_cleared().await;
         let in_use = self.images_in_use();
         let removed = self.shared().images.remove(&reference.to_string(), &in_use).await;
         removed.map_err(|error| TaskError::Image(super::SharedImageError(Arc::new(error))))

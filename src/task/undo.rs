@@ -27,57 +27,124 @@ pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(
 /// # Errors
 /// The first step that failed.
 pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), TaskError> {
-    let places = &shared.settings.places;
-    let id = &record.container_id;
-    let bundle = BundlePaths { bundle: places.bundle(id), upper: places.upper(id) };
-    let mut first: Result<(), TaskError> = Ok(());
-    let mut note = |step: &'static str, outcome: Result<(), TaskError>| {
+    release(shared, record, shim).await?.finish(shared, record).await
+}
+
+/// A task whose container is gone, and with it every process and the job's own mounts: what is left is only ours.
+pub struct Released {
+    /// Fit for the next task, once nothing of this one is left: until then the record names it.
+    shim: Option<Shim>,
+    outcome: Outcome,
+}
+
+/// The first failure of several steps.
+struct Outcome(Result<(), TaskError>);
+
+impl Outcome {
+    fn note(&mut self, record: &Record, step: &'static str, outcome: Result<(), TaskError>) {
         if let Err(error) = outcome {
             tracing::warn!(task = %record.task_id, step, error = %crate::chain(&error), "undo");
-            if first.is_ok() {
-                first = Err(error);
+            if self.0.is_ok() {
+                self.0 = Err(error);
             }
         }
-    };
+    }
+}
 
+fn bundle(shared: &Shared, record: &Record) -> BundlePaths {
+    let places = &shared.settings.places;
+    BundlePaths { bundle: places.bundle(&record.container_id), upper: places.upper(&record.container_id) }
+}
+
+async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<Released, TaskError> {
+    let mut outcome = Outcome(Ok(()));
     // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
-    end_container(shared, record, &shim).await.inspect_err(|error| {
+    let ended = end_container(shared, record, &shim).await.inspect_err(|error| {
         tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(error), "undo");
     })?;
     fault::point("undo.container");
-    note("shim", end_shim(shared, record, shim).await);
+    let shim = match (shim, ended) {
+        (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
+        (other, _) => {
+            outcome.note(record, "shim", end_shim(shared, record, other).await);
+            None
+        }
+    };
     fault::point("undo.shim");
-    if !fault::skipped("container") {
-        empty_cgroup(shared, record).await;
-    }
-    let cgroups = shared.cgroups.clone();
-    let cgroup = CgroupPath::recorded(&record.cgroup);
-    let files = tokio::task::spawn_blocking(move || {
-        let after = |name, outcome: Result<(), TaskError>| {
-            fault::point(name);
-            outcome
-        };
-        [
-            ("unmount", after("undo.unmount", bundle.unmount().map_err(TaskError::from))),
-            ("bundle", after("undo.bundle", bundle.remove().map_err(TaskError::from))),
-            ("upper", after("undo.upper", bundle.remove_upper().map_err(TaskError::from))),
-            ("cgroup", after("undo.cgroup", cgroups.remove(&cgroup).map_err(TaskError::from))),
-        ]
-    });
-    match files.await {
-        Ok(steps) => steps.into_iter().for_each(|(step, outcome)| note(step, outcome)),
-        Err(error) => note("files", Err(error.into())),
-    }
-    first?;
-    shared.images.touch(&record.image);
-    Record::remove(&places.record(id))?;
-    fault::point("undo.record");
-    Ok(())
+    let bundle = bundle(shared, record);
+    let unmounted = tokio::task::block_in_place(|| bundle.unmount_pins());
+    outcome.note(record, "mounts", unmounted.map_err(TaskError::from));
+    Ok(Released { shim, outcome })
 }
 
-async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result<(), TaskError> {
+impl Released {
+    /// Removes the rest: the root file system, the bundle, the writable layer, the cgroup, the record; and gives the
+    /// shim back.
+    ///
+    /// # Errors
+    /// The first step that failed, here or before.
+    async fn finish(self, shared: &Shared, record: &Record) -> Result<(), TaskError> {
+        let Self { shim, mut outcome } = self;
+        if !fault::skipped("container") {
+            empty_cgroup(shared, record).await;
+        }
+        let bundle = bundle(shared, record);
+        let cgroups = shared.cgroups.clone();
+        let cgroup = CgroupPath::recorded(&record.cgroup);
+        let files = tokio::task::spawn_blocking(move || {
+            let after = |name, outcome: Result<(), TaskError>| {
+                fault::point(name);
+                outcome
+            };
+            [
+                ("unmount", after("undo.unmount", bundle.unmount().map_err(TaskError::from))),
+                ("bundle", after("undo.bundle", bundle.remove().map_err(TaskError::from))),
+                ("upper", after("undo.upper", bundle.remove_upper().map_err(TaskError::from))),
+                ("cgroup", after("undo.cgroup", cgroups.remove(&cgroup).map_err(TaskError::from))),
+            ]
+        });
+        match files.await {
+            Ok(steps) => steps.into_iter().for_each(|(step, done)| outcome.note(record, step, done)),
+            Err(error) => outcome.note(record, "files", Err(error.into())),
+        }
+        if outcome.0.is_ok() {
+            shared.images.touch(&record.image);
+            outcome.note(
+                record,
+                "record",
+                Record::remove(&shared.settings.places.record(&record.container_id)).map_err(TaskError::from),
+            );
+        }
+        if let Some(shim) = shim {
+            // As long as a record names it, another try would end it, whoever has it by then.
+            let returned = match outcome.0 {
+                _ if fault::skipped("shim") => true,
+                Ok(()) => shared.pool.take_back(&record.alloc_id, shim).await,
+                Err(_) => shim.end().await,
+            };
+            if !returned {
+                outcome.note(record, "shim", Err(shim_stays()));
+            }
+        }
+        if outcome.0.is_ok() {
+            fault::point("undo.record");
+        }
+        outcome.0
+    }
+}
+
+/// Who has ended the container?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// Its shim, which is as good as new.
+    ByItsShim,
+    /// Somebody else, or nobody had it.
+    Otherwise,
+}
+
+async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result<Ended, TaskError> {
     if fault::skipped("container") {
-        return Ok(());
+        return Ok(Ended::Otherwise);
     }
     let id = record.container_id.as_str();
     let failed = |doing| move |source| TaskError::Shim { doing, source };
@@ -86,14 +153,14 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
             // It died under our hands: what it left is the dead-shim case.
             Err(ShimError::Gone { .. }) => {}
             Err(error) => return Err(failed("end the container")(error)),
-            Ok(Known::Yes) => return Ok(()),
+            Ok(Known::Yes) => return Ok(Ended::ByItsShim),
             // A Create that was cut off, and may still be at work.
             Ok(Known::No) => {
                 if let Found::Alive(shim) = shim {
                     runtime_done(shared, record, shim).await;
                 }
                 match end_through(client, id).await {
-                    Ok(Known::Yes) => return Ok(()),
+                    Ok(Known::Yes) => return Ok(Ended::Otherwise),
                     Ok(Known::No) | Err(ShimError::Gone { .. }) => {}
                     Err(error) => return Err(failed("end the container")(error)),
                 }
@@ -105,7 +172,8 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
         pidfd.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_GRACE, pidfd.ended()).await;
     }
-    shared.delete_dead(record).await.map(drop).map_err(failed("clean up after a dead shim"))
+    shared.delete_dead(record).await.map_err(failed("clean up after a dead shim"))?;
+    Ok(Ended::Otherwise)
 }
 
 /// Waits until no runtime that the shim has called is at work any more: a plugin that died in the middle of a Create
@@ -113,9 +181,13 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
 async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
     let cgroup = CgroupPath::recorded(&record.cgroup);
     let deadline = tokio::time::Instant::now() + KILL_GRACE;
+    // Of a shim that others share, only what is still where the shim itself is: their containers are not.
+    let alone = shim.is_held_once();
     let at_work = || {
-        let others = descendants(shim.pid()).into_iter().skip(1);
-        others.filter(|&pid| !shared.cgroups.holds(&cgroup, pid)).count() > 0
+        let mut others = descendants(shim.pid()).into_iter().skip(1);
+        others.any(|pid| {
+            if alone { !shared.cgroups.holds(&cgroup, pid) } else { shared.cgroups.are_together(pid, shim.pid()) }
+        })
     };
     while at_work() {
         if tokio::time::Instant::now() > deadline {
@@ -170,8 +242,11 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
         Found::Hung(pidfd) => shim::end_hung(&dir, &pidfd).await,
         Found::Gone => shim::end_stray(&dir).await,
     };
-    let source = ShimError::Late { call: "Shutdown", after: KILL_GRACE };
-    if gone { Ok(()) } else { Err(TaskError::Shim { doing: "end the shim", source }) }
+    if gone { Ok(()) } else { Err(shim_stays()) }
+}
+
+fn shim_stays() -> TaskError {
+    TaskError::Shim { doing: "end the shim", source: ShimError::Late { call: "Shutdown", after: KILL_GRACE } }
 }
 
 /// Undoes, and where that fails keeps the task in mind and tries again in the background: Nomad never asks twice.
@@ -180,26 +255,56 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
 /// What failed at the first try.
 pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
     let outcome = undo(shared, record, shim).await;
-    if outcome.is_ok() {
-        shared.forget(&record.task_id);
-    } else {
-        let (shared, record) = (shared.clone(), record.clone());
-        shared.keep(record.clone());
-        tokio::spawn(async move {
-            for pause in RETRIES {
-                tokio::time::sleep(pause).await;
-                // Somebody else took it: a new attempt of the task, or its destroy.
-                let Some(record) = shared.take_leftover(&record.task_id) else { return };
-                let shim = find_shim(&shared, &record).await;
-                if undo(&shared, &record, shim).await.is_ok() {
-                    shared.forget(&record.task_id);
-                    return;
-                }
-                shared.keep(record);
-            }
-        });
-    }
+    settle(shared, record, outcome.is_ok());
     outcome
+}
+
+/// Ends the container and lets go of all that is not ours; the rest is removed in the background, by so many at a time.
+/// Meanwhile the task is a leftover that somebody is at: a new attempt waits for it, and a crash leaves its record.
+///
+/// # Errors
+/// When its container can't be ended, or the job's own mounts stay.
+pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
+    let mut released = match release(shared, record, shim).await {
+        Ok(released) => released,
+        Err(error) => {
+            settle(shared, record, false);
+            return Err(error);
+        }
+    };
+    let answer = std::mem::replace(&mut released.outcome.0, Ok(()));
+    shared.keep_clearing(record.clone());
+    // Whoever makes tasks faster than they can be cleared away waits here.
+    let room = shared.teardowns.clone().acquire_owned().await;
+    let (shared, record, failed) = (shared.clone(), record.clone(), answer.is_err());
+    tokio::spawn(async move {
+        let outcome = released.finish(&shared, &record).await;
+        drop(room);
+        settle(&shared, &record, outcome.is_ok() && !failed);
+    });
+    answer
+}
+
+fn settle(shared: &Arc<Shared>, record: &Record, done: bool) {
+    if done {
+        shared.forget(&record.task_id);
+        return;
+    }
+    let (shared, record) = (shared.clone(), record.clone());
+    shared.keep(record.clone());
+    tokio::spawn(async move {
+        for pause in RETRIES {
+            tokio::time::sleep(pause).await;
+            // Somebody else took it: a new attempt of the task, or its destroy.
+            let Some(record) = shared.take_leftover(&record.task_id) else { return };
+            let shim = find_shim(&shared, &record).await;
+            if undo(&shared, &record, shim).await.is_ok() {
+                shared.forget(&record.task_id);
+                return;
+            }
+            shared.keep(record);
+        }
+    });
 }
 
 /// The shim of a record, if it still lives.

@@ -182,7 +182,10 @@ async fn a_destroy_that_was_cut_off_is_completed() {
     for point in DESTROY {
         let mut env = doomed(point).await;
         let task = env.sh("sleep 600").await;
-        env.destroy(&task).await.expect_err(point);
+        // What comes after the container and its shim is the background's: the answer may be out by then.
+        let answer = env.destroy(&task).await;
+        let before = ["destroy.marked", "destroy.killed", "undo.container", "undo.shim"].contains(&point);
+        assert!(answer.is_err() || !before, "{point}");
         next(&mut env, point).await;
         env.finish().await;
     }

@@ -9,8 +9,10 @@ const SOON: std::time::Duration = std::time::Duration::from_millis(300);
 
 /// Runs and destroys a task in a plugin whose fault switch leaves out `step`: what the checker says.
 async fn leaks_without(step: &str) -> Vec<String> {
-    let options =
-        EnvOptions { env: vec![("NOMAD_DRIVER_SHIM_SKIP".to_owned(), step.to_owned())], ..EnvOptions::default() };
+    // A shim's directory only goes with the shim.
+    let config = json!({"shim": {"reuse": step != "shim-dir"}});
+    let env = vec![("NOMAD_DRIVER_SHIM_SKIP".to_owned(), step.to_owned())];
+    let options = EnvOptions { config, env, ..EnvOptions::default() };
     let mut env = Env::with(options).await;
     let task = env.sh("sleep 600").await;
     let outcome = env.destroy(&task).await;

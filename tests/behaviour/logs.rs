@@ -2,9 +2,10 @@
 
 use std::{fs, path::Path, time::Duration};
 
+use nomad_driver_shim::host::{Collector, Output};
 use serde_json::json;
 
-use crate::support::Env;
+use crate::support::{Env, PATIENCE};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_line_is_lost_at_the_end() {
@@ -17,6 +18,35 @@ async fn no_line_is_lost_at_the_end() {
     let lines: Vec<&str> = out.lines().collect();
     assert_eq!(lines.len(), 20000);
     assert!(lines.iter().enumerate().all(|(n, line)| *line == format!("line {n}")), "in order");
+    env.finish().await;
+}
+
+/// On a busy node a quick task can be over before Nomad's collector has opened the FIFOs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_comes_late_gets_everything() {
+    let mut env = Env::new().await;
+    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo out; echo err >&2"]});
+    // Everything warm, so that this one is quick.
+    assert_eq!(env.run(config.clone()).await.0, 0);
+    let mut task = env.prepare(config).await;
+    let logs = task.dirs.alloc_dir.join("alloc/logs");
+    let fifos = ["late.stdout", "late.stderr"].map(|name| logs.join(name));
+    for fifo in &fifos {
+        nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    let [stdout, stderr] = fifos.clone().map(|fifo| fifo.to_str().unwrap().to_owned());
+    (task.config.stdout_path, task.config.stderr_path) = (stdout, stderr);
+    env.try_start(&mut task).await.unwrap();
+    assert_eq!(env.wait(&task).await.exit_code, 0);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let late = fifos.map(|fifo| Collector::start(&fifo, Output::Keep));
+    for (collector, expected) in late.iter().zip(["out\n", "err\n"]) {
+        assert!(collector.ended(PATIENCE).await.is_some());
+        assert_eq!(collector.text(), expected);
+    }
+    env.destroy(&task).await.unwrap();
+    release(&task.dirs.stdout);
+    release(&task.dirs.stderr);
     env.finish().await;
 }
 
