@@ -8,6 +8,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::{
@@ -18,14 +19,29 @@ use nix::{
 /// The kernel copies one page of options and cuts the rest off (mount(2)).
 const OPTIONS_MAX: usize = 4095;
 
-/// Mounts `lowers` (topmost first) with a writable layer at `target`.
+/// Has this kernel no `volatile` (Linux before 5.10)?
+static NO_VOLATILE: AtomicBool = AtomicBool::new(false);
+
+/// Mounts `lowers` (topmost first) with a writable layer at `target`. Nothing of that layer is ever synced to disk
+/// (`volatile`, overlayfs.rst): it doesn't outlive the mount, and a sync at each unmount would cost a disk's flush.
 ///
 /// # Errors
 /// As mount(2); `InvalidInput` when a path has a character that overlayfs reads as a separator.
 pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, target: &Path) -> io::Result<()> {
     let layers =
         [format!("upperdir={}", text(&upper.join("upper"))?), format!("workdir={}", text(&upper.join("work"))?)];
-    overlay(lowers, &[&layers[..], options].concat(), MsFlags::empty(), target)
+    let options = [&layers[..], options].concat();
+    if !NO_VOLATILE.load(Ordering::Relaxed) {
+        let volatile = [&options[..], &["volatile".to_owned()]].concat();
+        match overlay(lowers, &volatile, MsFlags::empty(), target) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            other => return other,
+        }
+    }
+    overlay(lowers, &options, MsFlags::empty(), target)?;
+    // Without it the mount works: it was that.
+    NO_VOLATILE.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 /// Mounts two or more `lowers` (topmost first) read-only at `target`.

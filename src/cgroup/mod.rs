@@ -1,6 +1,7 @@
 //! cgroups of version 1 and 2: where tasks and shims go, and what the kernel says of them afterwards.
 
 mod stats;
+mod warmer;
 
 use std::{
     fs, io,
@@ -8,6 +9,7 @@ use std::{
 };
 
 pub use stats::{CpuUsage, MemoryUsage, Usage, percent};
+pub use warmer::Warmer;
 
 use crate::{fault, ids::ContainerId, process::PidFd};
 

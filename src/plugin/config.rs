@@ -12,7 +12,7 @@ use crate::{
     image::{Credentials, Reference},
     places::Places,
     rootfs::{
-        Capabilities, CapabilityRequest, Command, RootMode, default_allowed,
+        Capabilities, CapabilityRequest, Command, RootMode, UpperOn, default_allowed,
         mounts::{MountKind, MountRequest},
         parse_capability,
     },
@@ -124,6 +124,28 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         _ => Some(span(block("image"), "image", "keep", "24h", &mut faults)),
     };
 
+    let keep_warm =
+        block("cgroup").filled("keep_warm").map(|_| span(block("cgroup"), "cgroup", "keep_warm", "", &mut faults));
+    if keep_warm.is_some_and(|every| !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&every)) {
+        faults.push(format!("cgroup.keep_warm = {:?} is not between 1ms and 1s", keep_warm.unwrap_or_default()));
+    }
+    let upper_size = state.filled("upper_size");
+    if let Some(size) = upper_size.filter(|size| !is_tmpfs_size(size)) {
+        faults.push(format!("state.upper_size = {size:?} is not a size such as 256m, or a share such as 10%"));
+    }
+    let upper = match state.filled("upper") {
+        None | Some("disk") => {
+            if let Some(size) = upper_size {
+                faults.push(format!("state.upper_size = {size:?} needs upper = \"tmpfs\""));
+            }
+            UpperOn::Disk
+        }
+        Some("tmpfs") => UpperOn::Tmpfs { size: upper_size.map(str::to_owned) },
+        Some(other) => {
+            faults.push(format!("state.upper = {other:?} is not disk or tmpfs"));
+            UpperOn::Disk
+        }
+    };
     let path = |block: &Values, name: &str, option: &str, default: PathBuf, faults: &mut Vec<String>| {
         let path = block.filled(option).map_or(default, PathBuf::from);
         if !path.is_absolute() {
@@ -228,6 +250,8 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         runtimes,
         default_runtime,
         allow_runtimes,
+        upper,
+        keep_warm,
         grace,
         orphan_timeout,
         stats_interval,
@@ -244,6 +268,12 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         },
     };
     finish("plugin config", Some(settings), faults)
+}
+
+/// As tmpfs(5) has it.
+fn is_tmpfs_size(text: &str) -> bool {
+    let digits = text.trim_end_matches(['k', 'K', 'm', 'M', 'g', 'G', '%']);
+    text.len() - digits.len() <= 1 && !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 fn credentials(block: Option<&Values>) -> Option<Credentials> {

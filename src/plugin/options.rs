@@ -106,6 +106,17 @@ const CONTAINERD: &[Row] = &[
 const STATE: &[Row] = &[
     row("run_dir", Kind::Text, "Records, bundles, sockets. Default: /run/nomad-driver-shim/<driver name>."),
     row("state_dir", Kind::Text, "Writable layers, image records. Default: /var/lib/nomad-driver-shim/<driver name>."),
+    default(
+        "upper",
+        Kind::Text,
+        "\"disk\"",
+        "Where writable layers are: below `state_dir` on `disk`, or in memory, a `tmpfs` each.",
+    ),
+    row(
+        "upper_size",
+        Kind::Text,
+        "How large a writable layer in memory may grow: `256m`, `10%`. Default: half of the memory.",
+    ),
     default("grace", Kind::Text, "\"5m\"", "How long remains that no agent has asked for are kept."),
     default(
         "orphan_timeout",
@@ -114,6 +125,12 @@ const STATE: &[Row] = &[
         "How long a plugin stays that has lost its agent; its tasks go on.",
     ),
 ];
+
+const CGROUP: &[Row] = &[row(
+    "keep_warm",
+    Kind::Text,
+    "cgroup version 1: how often the kernel's migration lock is kept warm, `3ms`. Default: never; see docs/benchmarks.md.",
+)];
 
 const IMAGE: &[Row] =
     &[default("keep", Kind::Text, "\"24h\"", "How long an image stays that no task uses: a duration, or `forever`.")];
@@ -169,6 +186,7 @@ pub const PLUGIN: &[Row] = &[
         "Who shares a shim: nobody (`task`), the tasks of an allocation (`alloc`), or all of the node (`node`).",
     ),
     row("runtime", Kind::Labelled(RUNTIME), "A further OCI runtime, by name."),
+    row("cgroup", Kind::Block(CGROUP), "How cgroups are treated."),
     row("security", Kind::Block(SECURITY), "What jobs may do."),
     row("metrics", Kind::Block(METRICS), "Numbers for Prometheus. Default: none."),
 ];

@@ -26,6 +26,18 @@ pub struct BundlePaths {
     pub upper: PathBuf,
 }
 
+/// Where writable layers are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UpperOn {
+    /// In the state directory.
+    Disk,
+    /// In memory, each for itself: gone with one unmount, counted to the task's own memory.
+    Tmpfs {
+        /// As tmpfs(5) takes it; the kernel's default otherwise.
+        size: Option<String>,
+    },
+}
+
 /// The layers of an image.
 #[derive(Debug, Clone, Copy)]
 pub struct Layers<'a> {
@@ -55,8 +67,15 @@ impl BundlePaths {
     ///
     /// # Errors
     /// When anything can't be made; `LayersGone` when the image's directories have vanished.
-    pub fn mount(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
+    pub fn mount(&self, layers: Layers<'_>, on: &UpperOn) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
+        if let UpperOn::Tmpfs { size } = on {
+            let path = &self.upper;
+            crate::places::make_dir(path).map_err(|source| file("create", path, source))?;
+            let options = size.iter().fold("mode=711".to_owned(), |options, size| format!("{options},size={size}"));
+            mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some(options.as_str()))
+                .map_err(|errno| RootfsError::Mount { path: path.clone(), source: errno.into() })?;
+        }
         for directory in [&rootfs, &self.upper.join("upper"), &self.upper.join("work")] {
             fs::DirBuilder::new()
                 .recursive(true)
@@ -171,7 +190,8 @@ impl BundlePaths {
         if fault::skipped("unmount") {
             return Ok(());
         }
-        for point in self.mount_points()? {
+        // The layer after what is made of it.
+        for point in self.mount_points()?.into_iter().chain([self.upper.clone()]) {
             unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())

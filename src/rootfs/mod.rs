@@ -15,6 +15,7 @@ mod users;
 
 use std::{io, path::PathBuf};
 
+pub use bundle::UpperOn;
 pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
 pub use process::Command;
 pub use resources::{MemoryMax, Resources};

@@ -94,7 +94,12 @@ fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
     let (tell, ended) = watch::channel(false);
     let pidfd = pidfd.clone();
     tokio::spawn(async move {
-        match pidfd.ended().await {
+        let outcome = tokio::select! {
+            outcome = pidfd.ended() => outcome,
+            // Nobody wants to know any more: the descriptor goes.
+            () = tell.closed() => return,
+        };
+        match outcome {
             Ok(()) => drop(tell.send_replace(true)),
             Err(error) => {
                 tracing::warn!(%error, "a shim can't be watched");

@@ -24,7 +24,7 @@ use super::{
     undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
 };
 use crate::{
-    cgroup::{CgroupPath, Cgroups, Usage},
+    cgroup::{CgroupPath, Cgroups, Usage, Warmer},
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
@@ -50,6 +50,7 @@ pub(super) struct Inner {
     /// Log FIFOs of starts that an earlier instance left half made, until Nomad asks for them again.
     held: Mutex<HashMap<Owner, HeldOpen>>,
     opened: Instant,
+    warmer: Mutex<Option<Warmer>>,
     _lock: Flock<File>,
 }
 
@@ -128,6 +129,10 @@ impl Engine {
         let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
         let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
         let records = load_records(&places.tasks())?;
+        let warmer = settings.keep_warm.and_then(|every| {
+            let refused = |error| tracing::warn!(%error, "cgroup.keep_warm");
+            Warmer::start(&cgroups, every).map_err(refused).ok()
+        });
         let shared = Arc::new(Shared {
             settings,
             cgroups,
@@ -146,6 +151,7 @@ impl Engine {
             turns: Mutex::default(),
             held: Mutex::default(),
             opened: Instant::now(),
+            warmer: Mutex::new(warmer),
             _lock: lock,
         }));
         let whole = engine.sort_out(records);
@@ -486,6 +492,7 @@ impl Engine {
         if tokio::time::timeout(LAST_TEARDOWNS, self.0.shared.all_cleared()).await.is_err() {
             tracing::warn!("tasks that are gone are not all cleared away; the next plugin goes on with that");
         }
+        drop(self.0.warmer.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.0.shared.pool.close();
     }
 

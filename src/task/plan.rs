@@ -82,7 +82,7 @@ impl Plan<'_> {
         let places = &shared.settings.places;
         let paths = BundlePaths { bundle: places.bundle(&self.container_id), upper: places.upper(&self.container_id) };
         let layers = Layers { lowers: &self.image.lowers, options: &self.image.overlay_options };
-        paths.mount(layers)?;
+        paths.mount(layers, &shared.settings.upper)?;
         fault::point("start.mounted");
         for (n, resolved) in self.resolved.iter().enumerate() {
             if let ResolvedMount::Bind { source, .. } = resolved {

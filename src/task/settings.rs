@@ -2,7 +2,13 @@
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use crate::{ids::DriverName, image::Credentials, places::Places, rootfs::Capabilities, shim::PoolSettings};
+use crate::{
+    ids::DriverName,
+    image::Credentials,
+    places::Places,
+    rootfs::{Capabilities, UpperOn},
+    shim::PoolSettings,
+};
 
 /// Everything an operator can set.
 #[derive(Debug, Clone)]
@@ -23,6 +29,10 @@ pub struct Settings {
     pub default_runtime: Option<String>,
     /// `allow_runtimes`; None allows all that are configured.
     pub allow_runtimes: Option<Vec<String>>,
+    /// `state { upper, upper_size }`.
+    pub upper: UpperOn,
+    /// `cgroup { keep_warm }`.
+    pub keep_warm: Option<Duration>,
     /// `state { grace }`: how long what nobody has asked for is kept.
     pub grace: Duration,
     /// `state { orphan_timeout }`: how long a plugin without an agent stays.

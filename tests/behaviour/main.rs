@@ -27,6 +27,7 @@ mod logs;
 mod many;
 mod metrics;
 mod options;
+mod pool;
 mod recovery;
 mod seccomp;
 mod stats;

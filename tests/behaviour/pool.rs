@@ -1,0 +1,148 @@
+//! Who has which shim, and where writable layers are.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use nomad_driver_shim::cgroup::{CgroupMode, Cgroups};
+use serde_json::{Value, json};
+
+use crate::support::{Env, EnvOptions, Task, leak};
+
+async fn with(config: Value) -> Env {
+    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+}
+
+/// The shim that a task's record names.
+async fn shim_of(env: &Env, task: &Task) -> String {
+    let id = env.attribute(task, "container_id").await;
+    let record = fs::read(env.dir.join("run/tasks").join(format!("{id}.json"))).unwrap();
+    serde_json::from_slice::<Value>(&record).unwrap()["shim"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shim_serves_one_task_after_the_other() {
+    for reuse in [true, false] {
+        let mut env = with(json!({"shim": {"pool": 1, "reuse": reuse}})).await;
+        let mut shims = Vec::new();
+        for n in 0..4 {
+            let task = env.sh(&format!("echo {n}; exit {n}")).await;
+            shims.push(shim_of(&env, &task).await);
+            let (code, out, _) = env.finish_task(task).await;
+            assert_eq!((code, out), (n, format!("{n}\n")));
+            // Given back once nothing of its task is left.
+            let settled = async || match leak::entries(&env.dir.join("run/bundles")) {
+                left if left.is_empty() => Ok(()),
+                left => Err(left),
+            };
+            crate::support::eventually("the task is cleared away", settled).await;
+        }
+        let distinct: BTreeSet<&String> = shims.iter().collect();
+        assert_eq!(distinct.len() < shims.len(), reuse, "{shims:?}");
+        env.finish().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_nodes_tasks_share_a_shim_through_crashes() {
+    let mut env = with(json!({"shim_scope": "node"})).await;
+    let tasks = [env.sh("sleep 600").await, env.sh("trap 'exit 3' TERM; echo up; while :; do sleep 0.02; done").await];
+    let shim = shim_of(&env, &tasks[0]).await;
+    assert_eq!(shim_of(&env, &tasks[1]).await, shim);
+    env.kill_plugin().await;
+    env.start_plugin().await;
+    for task in &tasks {
+        env.recover(task).await.unwrap();
+        assert_eq!(env.exec_text(task, "echo alive").await, "alive\n");
+    }
+    // One that comes later joins them; the end of one is not the end of the others.
+    let third = env.sh("sleep 600").await;
+    assert_eq!(shim_of(&env, &third).await, shim);
+    let [first, second] = tasks;
+    env.destroy(&first).await.unwrap();
+    second.says("up").await;
+    env.stop(&second, std::time::Duration::from_secs(20), "").await.unwrap();
+    assert_eq!(env.finish_task(second).await.0, 3);
+    assert_eq!(env.exec_text(&third, "echo alive").await, "alive\n");
+    env.destroy(&third).await.unwrap();
+    // The shared one waits for the next.
+    assert_eq!(leak::entries(&env.dir.join("run/shims")), [shim.clone()]);
+    let fourth = env.sh("exit 0").await;
+    assert_eq!(shim_of(&env, &fourth).await, shim);
+    assert_eq!(env.finish_task(fourth).await.0, 0);
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_death_of_a_shared_shim_is_told_to_all_its_tasks() {
+    let mut env = with(json!({"shim_scope": "node"})).await;
+    let tasks = [env.sh("sleep 600").await, env.sh("sleep 600").await];
+    let shim = shim_of(&env, &tasks[0]).await;
+    let identity: Value =
+        serde_json::from_slice(&fs::read(env.dir.join("run/shims").join(shim).join("pid")).unwrap()).unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(identity["pid"].as_i64().unwrap()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    for task in &tasks {
+        assert_eq!(env.wait(task).await.exit_code, 137);
+    }
+    // The next task gets one that lives.
+    assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
+    for task in &tasks {
+        env.destroy(task).await.unwrap();
+    }
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_allocations_tasks_share_a_shim_until_the_last_is_gone() {
+    let mut env = with(json!({"shim_scope": "alloc", "shim": {"pool": 1}})).await;
+    let image = env.busybox().await;
+    let config = json!({"image": image, "command": "/bin/sleep", "args": ["600"]});
+    let alloc = env.allocs.len();
+    let mut first = env.prepare(config.clone()).await;
+    env.try_start(&mut first).await.unwrap();
+    let dirs = env.allocs[alloc].task("beside").unwrap();
+    let mut second = env.prepare_in(dirs, "1", config.clone()).await;
+    env.try_start(&mut second).await.unwrap();
+    let mut stranger = env.prepare(config).await;
+    env.try_start(&mut stranger).await.unwrap();
+    let shim = shim_of(&env, &first).await;
+    assert_eq!(shim_of(&env, &second).await, shim);
+    assert_ne!(shim_of(&env, &stranger).await, shim);
+    env.destroy(&first).await.unwrap();
+    assert_eq!(env.exec_text(&second, "echo alive").await, "alive\n");
+    for task in [&second, &stranger] {
+        env.destroy(task).await.unwrap();
+    }
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writable_layers_in_memory_have_a_size_and_go_with_the_task() {
+    let mut env = with(json!({"state": {"upper": "tmpfs", "upper_size": "1m"}})).await;
+    let task = env.sh("echo up; dd if=/dev/zero of=/big bs=64k count=64; echo code $?; sleep 600").await;
+    task.says("code 1").await;
+    let id = env.attribute(&task, "container_id").await;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(
+        mounts.lines().any(|line| line.contains(&format!("uppers/{id} ")) && line.contains(" - tmpfs ")),
+        "{mounts}"
+    );
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_warmer_leaves_nothing() {
+    let mut env = with(json!({"cgroup": {"keep_warm": "3ms"}})).await;
+    assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
+    let pid = env.plugin().pid().unwrap();
+    let groups = || {
+        let names = leak::entries(Path::new("/sys/fs/cgroup/freezer/nomad-driver-shim"));
+        names.into_iter().filter(|name| name.starts_with(&format!("warm-{pid}-"))).count()
+    };
+    match Cgroups::detect().unwrap().mode() {
+        CgroupMode::V1 => assert_eq!(groups(), 2),
+        CgroupMode::V2 => assert!(env.plugin().stderr().contains("needs no warming")),
+    }
+    env.finish().await;
+    assert_eq!(groups(), 0);
+}
