@@ -76,6 +76,7 @@ impl Drop for Warmer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
             let _ = thread.join();
         }
     }
@@ -92,7 +93,8 @@ fn keep_warm(groups: &[PathBuf; 2], every: Duration, stop: &AtomicBool) {
             tracing::error!(%error, "the cgroup warmer gives up; starts after a pause take longer");
             return;
         }
-        thread::sleep(every);
+        // Woken when it is to end.
+        thread::park_timeout(every);
     }
 }
 
