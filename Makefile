@@ -2,7 +2,7 @@
 CARGO ?= cargo
 IMAGE ?=
 
-.PHONY: demo test test-matrix test-fresh lint build setup clean
+.PHONY: demo bench test test-matrix test-fresh lint build setup clean
 
 setup:
 	@scripts/setup.sh
@@ -10,6 +10,10 @@ setup:
 ## Runs a real container through the real plugin. IMAGE=registry/name takes any image, COMMAND="..." any command.
 demo: setup
 	@scripts/demo.sh $(IMAGE)
+
+## What a task costs, side by side: target/bench/results.html. ARGS="--quick" for a first look.
+bench: setup
+	@scripts/bench.sh $(ARGS)
 
 ## All tests: unit, property, behaviour against real parts.
 test: setup

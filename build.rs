@@ -21,6 +21,8 @@ const CONTAINERD: &[&str] = &[
     "containerd/diff.proto",
     "containerd/images.proto",
     "containerd/leases.proto",
+    "containerd/containers.proto",
+    "containerd/tasks.proto",
 ];
 
 /// Messages of the shim's Task service; the calls themselves are made by name (`src/shim/client.rs`).

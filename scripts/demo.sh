@@ -13,27 +13,10 @@ say "building"
 cargo build --locked
 program=$PWD/target/debug/nomad-driver-shim
 
-cache=$PWD/target/demo
-mkdir -p "$cache"
-registry=
-clean_up() { [ -z "$registry" ] || { kill "$registry" 2>/dev/null || true; wait "$registry" 2>/dev/null || true; }; }
-trap clean_up EXIT
-
 if [ -z "$image" ]; then
   say "starting a registry on loopback"
-  port=$(scripts/free-port.sh)
-  printf 'version: 0.1\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: "127.0.0.1:%s"}\n' \
-    "$cache/registry" "$port" > "$cache/registry.yml"
-  docker-registry serve "$cache/registry.yml" > "$cache/registry.log" 2>&1 &
-  registry=$!
-  for _ in $(seq 100); do
-    (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break
-    kill -0 "$registry" 2>/dev/null || { cat "$cache/registry.log" >&2; exit 1; }
-    sleep 0.05
-  done
-  image=127.0.0.1:$port/demo/busybox:1
-  [ -e "$cache/image/index.json" ] || scripts/busybox-image.sh "$cache/image"
-  skopeo copy --quiet --dest-tls-verify=false "oci:$cache/image:latest" "docker://$image"
+  # shellcheck disable=SC2016  # expanded by the inner shell
+  exec scripts/with-image.sh bash -c 'exec scripts/demo.sh "$IMAGE"'
 fi
 
 command=${COMMAND:-'echo "hello from a container: $(hostname), $(uname -r), process $$"; exit 7'}

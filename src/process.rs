@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::OnceLock,
 };
 
@@ -146,6 +146,19 @@ impl PidFd {
         let fd = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?;
         fd.readable().await.map(drop)
     }
+}
+
+/// A program by path or by name in PATH.
+pub fn which(program: &Path) -> Option<PathBuf> {
+    let executable = |path: &Path| {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+    };
+    if program.components().count() > 1 {
+        return executable(program).then(|| program.to_owned());
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(program)).find(|path| executable(path))
 }
 
 /// A process and all that it and its children have started and that still live, itself first. Processes that were

@@ -2,6 +2,7 @@
 //!
 //! Data goes to stdout, talk to stderr, `--json` works on every list.
 
+mod bench;
 mod doctor;
 mod events;
 mod exec;
@@ -95,6 +96,8 @@ enum Command {
     Rmi(gc::Rmi),
     /// Remove what nobody needs: remains of tasks, idle images
     Gc(gc::Gc),
+    /// Measure what a task costs: this driver, other plugins, containerd, runc, crun, the bare kernel
+    Bench(Box<bench::Bench>),
     /// Say what this host can do, what is missing, and how to fix it
     Doctor(doctor::Doctor),
 }
@@ -132,6 +135,9 @@ pub enum CliError {
     /// Our own directories.
     #[error(transparent)]
     Places(#[from] PlacesError),
+    /// A benchmark.
+    #[error(transparent)]
+    Bench(#[from] crate::bench::BenchError),
     /// Ctrl-C, before the task ran.
     #[error("interrupted")]
     Interrupted,
@@ -184,6 +190,7 @@ pub async fn main() -> ExitCode {
         Command::Events(events) => events.execute(&cli.common).await,
         Command::Rmi(rmi) => rmi.execute(&cli.common).await,
         Command::Gc(gc) => gc.execute(&cli.common).await,
+        Command::Bench(bench) => Box::pin(bench.execute(&cli.common)).await,
         Command::Doctor(doctor) => doctor.execute(&cli.common).await,
     };
     outcome.map_or_else(

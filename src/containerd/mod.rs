@@ -5,6 +5,7 @@
 mod content;
 pub mod private;
 mod snapshots;
+mod tasks;
 
 pub use content::BlobWriter;
 

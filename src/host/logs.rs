@@ -58,6 +58,11 @@ impl Collector {
         String::from_utf8_lossy(&self.text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
+    /// The same, byte by byte.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// When the first byte came.
     pub fn first_byte(&self) -> Option<Instant> {
         *self.first.lock().unwrap_or_else(PoisonError::into_inner)

@@ -125,7 +125,7 @@ impl Engine {
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
         let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
-        let binary = super::runtime::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
+        let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
         let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
         let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
         let records = load_records(&places.tasks())?;
@@ -207,7 +207,7 @@ impl Engine {
 
     /// Is the shim's program there?
     pub fn shim_is_installed(&self) -> bool {
-        super::runtime::which(self.0.shared.pool.launcher().binary()).is_some()
+        crate::process::which(self.0.shared.pool.launcher().binary()).is_some()
     }
 
     /// Starts shims ahead.

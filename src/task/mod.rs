@@ -31,7 +31,7 @@ pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, 
 use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
-pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works, which};
+pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works};
 pub use settings::{
     Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SecuritySettings, Settings, ShimSettings,
 };
@@ -53,6 +53,7 @@ use crate::{
     },
 };
 pub use crate::{
+    process::which,
     rootfs::seccomp::Form as FilterForm,
     shim::{ExecIo, Exit, PoolSettings, ShimScope, WindowSize},
 };

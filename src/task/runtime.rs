@@ -11,6 +11,7 @@ use std::{
 use super::Settings;
 use crate::{
     ids::{ContainerId, random_hex},
+    process::which,
     rootfs::seccomp::{self, Form},
 };
 
@@ -194,19 +195,6 @@ pub fn clear_probes(scratch: &Path) {
             tracing::debug!(%error, "an old probe's bundle stays");
         }
     }
-}
-
-/// A program by path or by name in PATH.
-pub fn which(program: &Path) -> Option<PathBuf> {
-    let executable = |path: &Path| {
-        use std::os::unix::fs::PermissionsExt as _;
-        fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
-    };
-    if program.components().count() > 1 {
-        return executable(program).then(|| program.to_owned());
-    }
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|directory| directory.join(program)).find(|path| executable(path))
 }
 
 /// Does crun work here? It refuses hybrid cgroup hosts in part, old kernels, and what its build left out, so it is

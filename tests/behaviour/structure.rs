@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 /// What each module may name, besides itself and the leaves that everybody may.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("cli", &["host", "task", "image", "containerd", "cgroup", "plugin"]),
+    ("bench", &["host", "containerd", "cgroup"]),
+    ("cli", &["bench", "host", "task", "image", "containerd", "cgroup", "plugin"]),
     ("plugin", &["task", "image", "rootfs", "cgroup", "containerd"]),
     ("task", &["shim", "rootfs", "image", "cgroup", "containerd"]),
     ("shim", &[]),

@@ -1,0 +1,572 @@
+//! The run: every path in turn, block by block, so that what the machine does meanwhile meets all of them.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path as FilePath, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::{
+    BenchError, Kind, Machine, Mode, PathPlan, Plan, Results, Step, file,
+    floor::Floor,
+    job::Job,
+    machine,
+    path::{Path, PluginWay, Way, merge},
+    stamp::now,
+    summary::{self, Key, METRICS, Measured, Memory, Throughput},
+    template::Template,
+};
+use crate::{
+    containerd::{Client, LeaseId},
+    host::Launch,
+    ids::random_hex,
+    process::descendants,
+};
+
+/// No step of a task's life takes longer.
+pub const LIMIT: Duration = Duration::from_secs(120);
+/// After a block, for what a path does in the background.
+const SETTLE: Duration = Duration::from_millis(150);
+/// The memory of idle tasks is counted when starts are over and done with.
+const IDLE: Duration = Duration::from_secs(3);
+
+/// Where the benchmark works.
+#[derive(Debug, Clone)]
+pub struct Ground {
+    /// This program.
+    pub program: PathBuf,
+    /// Sockets, records, bundles; short, and its own.
+    pub run: PathBuf,
+    /// Writable layers, on the disk that a node would have them on.
+    pub state: PathBuf,
+    /// containerd's socket.
+    pub address: PathBuf,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Told after each task.
+    pub tick: fn(u64),
+}
+
+/// Carries a plan out.
+///
+/// # Errors
+/// When this driver can't be measured at all. Other paths that can't be are left out, and named.
+pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
+    let mut machine = Machine::look();
+    let allocs = ground.run.join("allocs");
+    fs::create_dir_all(&allocs).map_err(file(&allocs))?;
+    let bench = Bench { plan, ground, allocs, templates: templates(plan, ground).await? };
+    let spec_hash = bench.templates.json.hash();
+    let mut left_out = BTreeMap::new();
+    if bench.templates.program.hash() != spec_hash {
+        return Err(BenchError::Unsound {
+            path: "driver".to_owned(),
+            problem: "its spec for crun is not the one for runc".to_owned(),
+        });
+    }
+    let mut paths = Vec::new();
+    for path in &plan.paths {
+        match bench.open(path).await {
+            Ok(path) => paths.push(Arc::new(path)),
+            Err(error) => drop(left_out.insert(path.name.clone(), crate::chain(&error))),
+        }
+    }
+    let mut taken = Taken::default();
+    let outcome = bench.take(&mut paths, &mut taken, &mut left_out).await;
+    for path in paths {
+        if let Ok(path) = Arc::try_unwrap(path) {
+            path.close().await;
+        }
+    }
+    outcome?;
+    machine.judge(taken.work);
+    machine.programs = programs().await;
+    let names = taken.names;
+    let rows = summary::rows(&taken.main, &names);
+    let first = names.first().cloned().unwrap_or_default();
+    let mut samples = summary::samples(&taken.main, &names);
+    samples.extend(summary::samples(&taken.details, &names));
+    Ok(Results {
+        version: 1,
+        at: std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
+        machine,
+        plan: plan.clone(),
+        spec_hash,
+        left_out,
+        definitions: METRICS.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect(),
+        ratios: summary::ratios(&rows, &first),
+        rows,
+        details: summary::rows(&taken.details, &names),
+        throughput: taken.throughput,
+        memory: taken.memory,
+        samples,
+    })
+}
+
+/// How many tasks a plan comes to.
+fn tasks(plan: &Plan) -> u64 {
+    let alone = plan.count * plan.modes.len() * plan.sequences.len();
+    let together = plan.concurrent_count * plan.concurrency.len();
+    ((alone + together) * plan.paths.len()) as u64
+}
+
+impl Plan {
+    /// How many tasks it comes to, idle ones not counted.
+    pub fn tasks(&self) -> u64 {
+        tasks(self)
+    }
+}
+
+async fn programs() -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    for (name, flag) in [
+        ("containerd", "--version"),
+        ("containerd-shim-runc-v2", "-v"),
+        ("runc", "--version"),
+        ("crun", "--version"),
+        ("docker", "--version"),
+        ("podman", "--version"),
+    ] {
+        let output = tokio::process::Command::new(name).arg(flag).kill_on_drop(true).output();
+        if let Ok(Ok(output)) = tokio::time::timeout(Duration::from_secs(10), output).await {
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let line = text.lines().find(|line| line.chars().any(|c| c.is_ascii_digit())).unwrap_or_default();
+            found.insert(name.to_owned(), line.trim().to_owned());
+        }
+    }
+    found
+}
+
+/// The spec in both forms: with the seccomp profile as JSON, and with the compiled program.
+struct Templates {
+    json: Template,
+    program: Template,
+}
+
+/// Both forms, from this driver.
+async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError> {
+    let of = async |runtime: &str| -> Result<Template, BenchError> {
+        let name = format!("probe-{runtime}");
+        let (run, state) = (ground.run.join(&name), ground.state.join(&name));
+        let config = merged(&driver_config(ground, &name), &json!({"shim": {"pool": 0}}));
+        let own = plan.paths.iter().find(|path| path.kind == Kind::Driver);
+        let task = merged(&own.map_or(json!({}), |path| path.task.clone()), &json!({"runtime": runtime}));
+        let way = PluginWay::launch(&own_launch(ground), &config, &plan.image, task).await?;
+        let path = Path { name: "driver".to_owned(), way: Way::Plugin(Box::new(way)) };
+        let allocs = ground.run.join("allocs");
+        let job = Job::new(&allocs, &[Step::Start, Step::Stop, Step::Destroy])?;
+        let outcome = async {
+            within(&path.name, "start a task for its spec", path.start(&job)).await?;
+            let template = Template::of_driver(&run, &state, &job);
+            within(&path.name, "remove that task", path.destroy(&job)).await?;
+            template
+        };
+        let outcome = outcome.await;
+        path.close().await;
+        job.clear(LIMIT).await?;
+        outcome
+    };
+    Ok(Templates { json: of("runc").await?, program: of("crun").await? })
+}
+
+fn merged(base: &Value, over: &Value) -> Value {
+    let mut value = base.clone();
+    merge(&mut value, over);
+    value
+}
+
+fn own_launch(ground: &Ground) -> Launch {
+    let mut launch = Launch::new(&ground.program);
+    launch.args = vec!["--name".to_owned(), "shim".to_owned()];
+    launch
+}
+
+fn driver_config(ground: &Ground, name: &str) -> Value {
+    json!({
+        "containerd": { "address": ground.address, "namespace": ground.namespace },
+        "state": { "run_dir": ground.run.join(name), "state_dir": ground.state.join(name) },
+        "image": { "keep": "forever" },
+    })
+}
+
+async fn within<T>(
+    path: &str,
+    doing: &'static str,
+    future: impl Future<Output = Result<T, Box<dyn std::error::Error + Send + Sync>>>,
+) -> Result<T, BenchError> {
+    match tokio::time::timeout(LIMIT, future).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(source)) => Err(BenchError::Path { path: path.to_owned(), doing, source }),
+        Err(_) => Err(BenchError::Late { path: path.to_owned(), doing }),
+    }
+}
+
+/// What has been measured.
+#[derive(Default)]
+struct Taken {
+    names: Vec<String>,
+    main: Measured,
+    details: Measured,
+    throughput: Vec<Throughput>,
+    memory: Vec<Memory>,
+    work: Vec<u64>,
+}
+
+struct Bench<'a> {
+    plan: &'a Plan,
+    ground: &'a Ground,
+    allocs: PathBuf,
+    templates: Templates,
+}
+
+impl Bench<'_> {
+    async fn open(&self, plan: &PathPlan) -> Result<Path, BenchError> {
+        let ground = self.ground;
+        let installed = |name: &str| {
+            crate::process::which(FilePath::new(name)).ok_or_else(|| BenchError::Unsound {
+                path: plan.name.clone(),
+                problem: format!("{name} is not installed"),
+            })
+        };
+        let dir = ground.state.join(&plan.name);
+        fs::create_dir_all(&dir).map_err(file(&dir))?;
+        let failed = |source| BenchError::Path { path: plan.name.clone(), doing: "get ready", source };
+        let way = match plan.kind {
+            Kind::Driver => {
+                let config = merged(&driver_config(ground, &plan.name), &plan.config);
+                let way = PluginWay::launch(&own_launch(ground), &config, &self.plan.image, plan.task.clone()).await?;
+                Way::Plugin(Box::new(way))
+            }
+            Kind::Plugin => {
+                let launch = Launch::new(plan.program.clone().unwrap_or_default());
+                let way = PluginWay::launch(&launch, &plan.config, &self.plan.image, plan.task.clone()).await?;
+                Way::Plugin(Box::new(way))
+            }
+            Kind::Containerd => {
+                let client = Client::new(&ground.address, &ground.namespace, "overlayfs");
+                let lease = LeaseId(format!("nomad-driver-shim-bench-{}", random_hex(6)));
+                client.create_lease(&lease, None).await.map_err(|error| failed(Box::new(error)))?;
+                Way::Containerd { client, lease, template: self.templates.json.clone() }
+            }
+            Kind::Runc | Kind::Crun => {
+                let binary = installed(if plan.kind == Kind::Runc { "runc" } else { "crun" })?;
+                Way::Runtime { binary, dir, template: self.templates.json.clone(), running: Mutex::default() }
+            }
+            Kind::Docker | Kind::Podman => {
+                let binary = installed(if plan.kind == Kind::Docker { "docker" } else { "podman" })?;
+                Way::Engine { binary, image: self.plan.image.clone(), running: Mutex::default() }
+            }
+            Kind::Floor => {
+                let template = self.templates.program.clone();
+                let floor = Floor::new(template.program.as_deref()).map_err(failed)?;
+                Way::Floor { dir, template, floor: Box::new(floor), running: Mutex::default() }
+            }
+        };
+        Ok(Path { name: plan.name.clone(), way })
+    }
+
+    /// Everything, interleaved. A path that fails once is left out from then on, with what it had.
+    async fn take(
+        &self,
+        paths: &mut Vec<Arc<Path>>,
+        taken: &mut Taken,
+        left_out: &mut BTreeMap<String, String>,
+    ) -> Result<(), BenchError> {
+        // Warm: pulls, caches, pools; and who can't do it at all.
+        let mut warm = Vec::new();
+        for path in paths.drain(..) {
+            let mut outcome: Result<(), BenchError> = Ok(());
+            for sequence in &self.plan.sequences {
+                outcome = match Job::new(&self.allocs, sequence) {
+                    Ok(job) => life(&path, job, sequence).await.map(drop),
+                    Err(error) => Err(error),
+                };
+                if outcome.is_err() {
+                    break;
+                }
+            }
+            match outcome {
+                Ok(()) => warm.push(path),
+                Err(error) => {
+                    left_out.insert(path.name.clone(), crate::chain(&error));
+                    if let Ok(path) = Arc::try_unwrap(path) {
+                        path.close().await;
+                    }
+                }
+            }
+        }
+        *paths = warm;
+        taken.names = paths.iter().map(|path| path.name.clone()).collect();
+        tokio::time::sleep(SETTLE * 4).await;
+        for mode in &self.plan.modes {
+            for sequence in &self.plan.sequences {
+                self.alone(paths, *mode, sequence, taken).await?;
+            }
+        }
+        for concurrency in &self.plan.concurrency {
+            self.together(paths, *concurrency, taken).await?;
+        }
+        if self.plan.idle_tasks > 0 {
+            for path in paths.iter().filter(|path| path.has_memory()) {
+                taken.memory.push(self.idle(path).await?);
+            }
+        }
+        Ok(())
+    }
+
+    async fn alone(
+        &self,
+        paths: &[Arc<Path>],
+        mode: Mode,
+        sequence: &[Step],
+        taken: &mut Taken,
+    ) -> Result<(), BenchError> {
+        let mut done = 0;
+        let mut round = 0;
+        while done < self.plan.count {
+            let block = self.plan.block.min(self.plan.count - done);
+            for n in 0..paths.len() {
+                // Each round begins with another one.
+                let index = (n + round) % paths.len();
+                let path = &paths[index];
+                for _ in 0..block {
+                    let job = Job::new(&self.allocs, sequence)?;
+                    if mode == Mode::Gaps {
+                        tokio::time::sleep(Duration::from_millis(self.plan.gap_ms)).await;
+                    }
+                    let life = life(path, job, sequence).await?;
+                    life.note(taken, index, mode, 1);
+                    (self.ground.tick)(1);
+                }
+                tokio::time::sleep(SETTLE).await;
+                taken.work.push(machine::fixed_work());
+            }
+            done += block;
+            round += 1;
+        }
+        Ok(())
+    }
+
+    async fn together(&self, paths: &[Arc<Path>], concurrency: usize, taken: &mut Taken) -> Result<(), BenchError> {
+        let Some(sequence) = self.plan.sequences.iter().find(|sequence| sequence.contains(&Step::Wait)) else {
+            return Ok(());
+        };
+        // Two turns each, so that a slow spell of the machine meets more than one.
+        let turn = self.plan.concurrent_count.div_ceil(2);
+        let mut sums: Vec<(usize, u64, u64)> = vec![(0, 0, 0); paths.len()];
+        for _ in 0..2 {
+            for (index, path) in paths.iter().enumerate() {
+                let mut jobs = Vec::new();
+                for _ in 0..turn {
+                    jobs.push(Job::new(&self.allocs, sequence)?);
+                }
+                let jobs = Arc::new(Mutex::new(jobs));
+                let (began, ticks) = (now(), machine::cpu_ticks());
+                let mut workers = JoinSet::new();
+                for _ in 0..concurrency {
+                    let (path, jobs, sequence) = (path.clone(), jobs.clone(), sequence.clone());
+                    let tick = self.ground.tick;
+                    workers.spawn(async move {
+                        let mut lives = Vec::new();
+                        loop {
+                            let job = jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
+                            let Some(job) = job else { return Ok::<_, BenchError>(lives) };
+                            lives.push(life(&path, job, &sequence).await?);
+                            tick(1);
+                        }
+                    });
+                }
+                while let Some(worker) = workers.join_next().await {
+                    let lives = worker.map_err(|error| BenchError::Unsound {
+                        path: path.name.clone(),
+                        problem: error.to_string(),
+                    })??;
+                    lives.into_iter().for_each(|life| life.note(taken, index, Mode::BackToBack, concurrency));
+                }
+                let sum = &mut sums[index];
+                sum.1 += now() - began;
+                // What is still done in the background is paid for, too.
+                tokio::time::sleep(SETTLE * 4).await;
+                *sum = (sum.0 + turn, sum.1, sum.2 + machine::cpu_ticks() - ticks);
+            }
+        }
+        #[allow(clippy::cast_precision_loss, reason = "counts of tasks, ticks and nanoseconds of a run")]
+        for (path, (tasks, nanoseconds, ticks)) in paths.iter().zip(sums) {
+            taken.throughput.push(Throughput {
+                path: path.name.clone(),
+                concurrency,
+                tasks,
+                per_second: (tasks as f64 / (nanoseconds as f64 / 1e9) * 10.0).round() / 10.0,
+                // USER_HZ is 100 on every Linux (time(7)).
+                cpu_ms_per_task: (ticks as f64 * 10.0 / tasks as f64 * 10.0).round() / 10.0,
+            });
+        }
+        Ok(())
+    }
+
+    /// What lives beside so many idle tasks.
+    async fn idle(&self, path: &Path) -> Result<Memory, BenchError> {
+        let sequence = [Step::Start, Step::Stop, Step::Destroy];
+        let mut jobs = Vec::new();
+        for _ in 0..self.plan.idle_tasks {
+            let job = Job::new(&self.allocs, &sequence)?;
+            within(&path.name, "start an idle task", path.start(&job)).await?;
+            jobs.push(job);
+        }
+        tokio::time::sleep(IDLE).await;
+        let mut all: BTreeMap<u32, String> = BTreeMap::new();
+        let name = |pid: u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
+        for daemon in path.daemons() {
+            all.extend(descendants(daemon).into_iter().chain([daemon]).map(|pid| (pid, name(pid))));
+        }
+        if let Way::Containerd { .. } = path.way {
+            // The daemon itself, whoever has started it, and the shims that it has started for us.
+            let daemon = tokio::net::UnixStream::connect(&self.ground.address).await;
+            let daemon = daemon.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
+            all.extend(daemon.map(|pid| (pid.cast_unsigned(), name(pid.cast_unsigned()))));
+            for job in &jobs {
+                all.extend(machine::processes(&format!("-id {}", job.id)));
+            }
+        }
+        // The tasks themselves are everybody's alike.
+        all.retain(|_, name| name != "stamp");
+        let mut parts: BTreeMap<String, (usize, u64)> = BTreeMap::new();
+        for (pid, name) in all {
+            let part = parts.entry(name).or_default();
+            *part = (part.0 + 1, part.1 + machine::pss(pid));
+        }
+        let total_kib = parts.values().map(|(_, kib)| kib).sum();
+        let tasks = jobs.len();
+        for job in jobs {
+            within(&path.name, "stop an idle task", path.stop(&job)).await?;
+            within(&path.name, "remove an idle task", path.destroy(&job)).await?;
+            job.clear(LIMIT).await?;
+        }
+        #[allow(clippy::cast_precision_loss, reason = "kibibytes")]
+        let per_task_kib = (total_kib as f64 / tasks as f64 * 10.0).round() / 10.0;
+        Ok(Memory { path: path.name.clone(), tasks, total_kib, per_task_kib, parts })
+    }
+}
+
+/// One task's life: nanoseconds by metric.
+struct Life {
+    main: Vec<(&'static str, u64)>,
+    details: Vec<(String, u64)>,
+}
+
+impl Life {
+    fn note(self, taken: &mut Taken, path: usize, mode: Mode, concurrency: usize) {
+        let key = |metric: String| Key { path, mode, concurrency, metric };
+        for (metric, value) in self.main {
+            taken.main.entry(key(metric.to_owned())).or_default().push(value);
+        }
+        for (metric, value) in self.details {
+            taken.details.entry(key(metric)).or_default().push(value);
+        }
+    }
+}
+
+async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Life, BenchError> {
+    // One clock for all: what the reader notes is carried over to it.
+    let (instant, base) = (std::time::Instant::now(), now());
+    let mut life = Life { main: Vec::new(), details: Vec::new() };
+    let (mut seen, mut stopped, mut destroyed) = (None, None, None);
+    let mut began = 0;
+    let ends_itself = sequence.contains(&Step::Wait);
+    for step in sequence {
+        let before = now();
+        match step {
+            Step::Start => {
+                began = before;
+                within(&path.name, "start", path.start(&job)).await?;
+                let command = matches!(path.way, Way::Runtime { .. } | Way::Engine { .. });
+                // A foreground command has no answer but the task's own.
+                if !command && ends_itself {
+                    life.main.push(("start_task", now() - before));
+                }
+                if !ends_itself {
+                    first_stamp(path, &job).await?;
+                }
+                continue;
+            }
+            Step::Wait => {
+                let well = within(&path.name, "wait", path.wait(&job)).await?;
+                seen = Some(now());
+                if !well {
+                    let problem = format!("the task did not end well: {}", job.complaints());
+                    return Err(BenchError::Unsound { path: path.name.clone(), problem });
+                }
+                life.details.extend(path.phases(&job).await.into_iter().map(|(name, ms)| {
+                    #[allow(
+                        clippy::cast_possible_truncation,
+                        clippy::cast_sign_loss,
+                        reason = "milliseconds of a start"
+                    )]
+                    let nanoseconds = (ms * 1e6) as u64;
+                    (format!("phase.{name}"), nanoseconds)
+                }));
+                continue;
+            }
+            Step::Stop => {
+                within(&path.name, "stop", path.stop(&job)).await?;
+                stopped = Some(now());
+                life.main.push(("stop", now() - before));
+                continue;
+            }
+            Step::Exec => within(&path.name, "exec", path.exec(&job)).await?,
+            Step::Stats => within(&path.name, "stats", path.stats(&job)).await?,
+            Step::Signal => within(&path.name, "signal", path.signal(&job)).await?,
+            Step::Destroy => {
+                within(&path.name, "destroy", path.destroy(&job)).await?;
+                destroyed = Some((before, now()));
+                continue;
+            }
+        }
+        life.details.push((format!("{step:?}").to_lowercase(), now() - before));
+    }
+    job.stdout.ended(LIMIT).await;
+    let (first, last) = job.stamps();
+    let (Some(first), Some(last)) = (first, last) else {
+        let problem = format!("the task did not say when it ran: {}", job.complaints());
+        return Err(BenchError::Unsound { path: path.name.clone(), problem });
+    };
+    if let Some((before, after)) = destroyed {
+        life.details.push(("destroy".to_owned(), after - before));
+        if ends_itself {
+            life.main.push(("destroyed", after - began));
+        }
+    }
+    if ends_itself {
+        life.main.push(("first_instruction", first.saturating_sub(began)));
+        if let Some(byte) = job.stdout.first_byte() {
+            let byte = base + u64::try_from(byte.duration_since(instant).as_nanos()).unwrap_or_default();
+            life.main.push(("first_byte", byte.saturating_sub(began)));
+        }
+    }
+    if let Some(seen) = seen {
+        life.main.push(("exit_seen", seen - began));
+        life.details.push(("last_instruction_to_exit_seen".to_owned(), seen.saturating_sub(last)));
+    }
+    if let Some(stopped) = stopped {
+        life.details.push(("last_instruction_to_stopped".to_owned(), stopped.saturating_sub(last)));
+    }
+    job.clear(LIMIT).await?;
+    Ok(life)
+}
+
+/// A stop before the task is ready for it would measure something else.
+async fn first_stamp(path: &Path, job: &Job) -> Result<(), BenchError> {
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    while job.stamps().0.is_none() {
+        if tokio::time::Instant::now() > deadline {
+            return Err(BenchError::Late { path: path.name.clone(), doing: "say that it runs" });
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
+}

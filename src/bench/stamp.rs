@@ -1,0 +1,217 @@
+//! The measured task: a program of 300 bytes, put into each task's own directory, that says when its first and its last
+//! instruction ran. So one measure holds for every driver and runtime, and no clock but the kernel's is asked.
+//!
+//! It writes `CLOCK_MONOTONIC` as its first act, 16 bytes of `struct timespec`, and again as its last. With an argument it
+//! waits for SIGTERM in between.
+
+use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path};
+
+/// Where a task finds it: Nomad's task directory is mounted there by every driver.
+pub const PATH: &str = "/local/stamp";
+/// The argument that makes it wait.
+pub const WAIT: &str = "wait";
+
+// Position independent, without a stack beyond what the kernel gives. The mask is SIGTERM's (1 << 14); it is blocked
+// before the first write, so that a stop that follows that is never lost.
+#[cfg(target_arch = "x86_64")]
+std::arch::global_asm!(
+    ".pushsection .rodata.nds_stamp, \"a\"",
+    ".globl nds_stamp_start",
+    ".globl nds_stamp_end",
+    "nds_stamp_start:",
+    "mov r12, rsp",
+    "sub rsp, 64",
+    // clock_gettime(CLOCK_MONOTONIC, rsp)
+    "mov eax, 228",
+    "mov edi, 1",
+    "mov rsi, rsp",
+    "syscall",
+    // rt_sigprocmask(SIG_BLOCK, rsp + 32, NULL, 8)
+    "mov qword ptr [rsp + 32], 0x4000",
+    "mov eax, 14",
+    "xor edi, edi",
+    "lea rsi, [rsp + 32]",
+    "xor edx, edx",
+    "mov r10d, 8",
+    "syscall",
+    // write(1, rsp, 16)
+    "mov eax, 1",
+    "mov edi, 1",
+    "mov rsi, rsp",
+    "mov edx, 16",
+    "syscall",
+    "cmp qword ptr [r12], 1",
+    "je 2f",
+    // rt_sigtimedwait(rsp + 32, NULL, NULL, 8)
+    "mov eax, 128",
+    "lea rdi, [rsp + 32]",
+    "xor esi, esi",
+    "xor edx, edx",
+    "mov r10d, 8",
+    "syscall",
+    "2:",
+    "mov eax, 228",
+    "mov edi, 1",
+    "mov rsi, rsp",
+    "syscall",
+    "mov eax, 1",
+    "mov edi, 1",
+    "mov rsi, rsp",
+    "mov edx, 16",
+    "syscall",
+    // exit_group(0)
+    "mov eax, 231",
+    "xor edi, edi",
+    "syscall",
+    "nds_stamp_end:",
+    ".popsection",
+);
+
+#[cfg(target_arch = "aarch64")]
+std::arch::global_asm!(
+    ".pushsection .rodata.nds_stamp, \"a\"",
+    ".globl nds_stamp_start",
+    ".globl nds_stamp_end",
+    "nds_stamp_start:",
+    "ldr x19, [sp]",
+    "sub sp, sp, #64",
+    "mov x8, #113",
+    "mov x0, #1",
+    "mov x1, sp",
+    "svc #0",
+    "mov x9, #0x4000",
+    "str x9, [sp, #32]",
+    "mov x8, #135",
+    "mov x0, #0",
+    "add x1, sp, #32",
+    "mov x2, #0",
+    "mov x3, #8",
+    "svc #0",
+    "mov x8, #64",
+    "mov x0, #1",
+    "mov x1, sp",
+    "mov x2, #16",
+    "svc #0",
+    "cmp x19, #1",
+    "b.eq 2f",
+    "mov x8, #137",
+    "add x0, sp, #32",
+    "mov x1, #0",
+    "mov x2, #0",
+    "mov x3, #8",
+    "svc #0",
+    "2:",
+    "mov x8, #113",
+    "mov x0, #1",
+    "mov x1, sp",
+    "svc #0",
+    "mov x8, #64",
+    "mov x0, #1",
+    "mov x1, sp",
+    "mov x2, #16",
+    "svc #0",
+    "mov x8, #94",
+    "mov x0, #0",
+    "svc #0",
+    "nds_stamp_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static nds_stamp_start: u8;
+    static nds_stamp_end: u8;
+}
+
+fn code() -> &'static [u8] {
+    // SAFETY: both labels are in one read-only section, the second after the first, with the code between them.
+    unsafe {
+        let (start, end) = (&raw const nds_stamp_start, &raw const nds_stamp_end);
+        std::slice::from_raw_parts(start, usize::try_from(end.offset_from(start)).unwrap_or_default())
+    }
+}
+
+/// An ELF executable (elf(5)) of one segment: its header, the segment's, the code.
+pub fn program() -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    const HEADERS: u64 = 64 + 56;
+    let machine: u16 = if cfg!(target_arch = "x86_64") { 62 } else { 183 };
+    let code = code();
+    let size = HEADERS + code.len() as u64;
+    let mut elf = Vec::new();
+    // 64-bit, little-endian, current version.
+    elf.extend([0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    elf.extend(2_u16.to_le_bytes());
+    elf.extend(machine.to_le_bytes());
+    elf.extend(1_u32.to_le_bytes());
+    for word in [BASE + HEADERS, 64, 0] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend(0_u32.to_le_bytes());
+    for half in [64_u16, 56, 1, 0, 0, 0] {
+        elf.extend(half.to_le_bytes());
+    }
+    // PT_LOAD, readable and executable.
+    elf.extend(1_u32.to_le_bytes());
+    elf.extend(5_u32.to_le_bytes());
+    for word in [0, BASE, BASE, size, size, 0x1000] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend(code);
+    elf
+}
+
+/// Puts it into a task's own directory.
+///
+/// # Errors
+/// As the file system.
+pub fn put(local: &Path) -> io::Result<()> {
+    let path = local.join("stamp");
+    fs::write(&path, program())?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+}
+
+/// What it wrote: nanoseconds of its first and, if it has ended, of its last act.
+pub fn read(output: &[u8]) -> (Option<u64>, Option<u64>) {
+    let mut stamps = output.chunks_exact(16).map(|stamp| {
+        let word = |bytes: &[u8]| bytes.iter().rev().fold(0_u64, |word, byte| word << 8 | u64::from(*byte));
+        word(&stamp[..8]) * 1_000_000_000 + word(&stamp[8..])
+    });
+    (stamps.next(), stamps.next())
+}
+
+/// The kernel's monotonic clock, in nanoseconds, as the program reads it.
+pub fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one timespec; the clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    u64::try_from(time.tv_sec).unwrap_or_default() * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn the_program_says_when_it_began_and_ended() {
+        let directory = tempfile::tempdir().expect("a directory");
+        put(directory.path()).expect("written");
+        let before = now();
+        let output = Command::new(directory.path().join("stamp")).output().expect("runs");
+        let after = now();
+        assert!(output.status.success() && output.stderr.is_empty());
+        let (first, last) = read(&output.stdout);
+        let (first, last) = (first.expect("a first"), last.expect("a last"));
+        assert!(before < first && first <= last && last < after, "{before} {first} {last} {after}");
+
+        let mut waiting =
+            Command::new(directory.path().join("stamp")).arg(WAIT).stdout(Stdio::piped()).spawn().expect("runs");
+        let mut stdout = waiting.stdout.take().expect("piped");
+        let mut stamp = [0; 16];
+        std::io::Read::read_exact(&mut stdout, &mut stamp).expect("its first");
+        assert!(waiting.try_wait().expect("asked").is_none(), "it waits");
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(waiting.id()).expect("a pid"));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("sent");
+        assert!(waiting.wait().expect("ends").success());
+    }
+}

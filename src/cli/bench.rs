@@ -1,0 +1,161 @@
+//! `bench`: what a task costs, side by side.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{CliError, Common, Store, image_named, is_interactive, print, say};
+use crate::{
+    bench::{self, Ground, Kind, PathPlan, Plan, Results},
+    ids::random_hex,
+};
+
+/// The bar of the one run that a process makes: the harness knows no terminals.
+static BAR: std::sync::OnceLock<ProgressBar> = std::sync::OnceLock::new();
+
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// The image of all tasks; its program is not run
+    #[arg(required_unless_present = "compare")]
+    image: Option<String>,
+    /// What is measured, as TOML
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// A first look, in less than a minute
+    #[arg(long)]
+    quick: bool,
+    /// Tasks of each path in each mode
+    #[arg(long, value_name = "N")]
+    count: Option<usize>,
+    /// Only these paths of the plan, by name
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    paths: Vec<String>,
+    /// A further Nomad driver plugin
+    #[arg(long, value_name = "PROGRAM")]
+    plugin: Vec<PathBuf>,
+    /// The configuration of each of those, as JSON, in the same order
+    #[arg(long, value_name = "JSON", requires = "plugin")]
+    plugin_config: Vec<String>,
+    /// Options of the `config` block of each of their tasks, as JSON, in the same order
+    #[arg(long, value_name = "JSON", requires = "plugin")]
+    task_config: Vec<String>,
+    /// Where all figures go, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where a page with pictures goes
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Compares two earlier results instead
+    #[arg(long, num_args = 2, value_names = ["BEFORE", "AFTER"], conflicts_with = "image")]
+    compare: Option<Vec<PathBuf>>,
+}
+
+impl Bench {
+    /// Measures, or compares.
+    ///
+    /// # Errors
+    /// When this driver can't be measured, or the plan is wrong.
+    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+        if let Some(files) = &self.compare {
+            let [before, after] = [&files[0], &files[1]].map(|path| -> Result<Results, CliError> {
+                let text = std::fs::read_to_string(path)?;
+                serde_json::from_str(&text).map_err(|error| CliError::Usage(format!("{}: {error}", path.display())))
+            });
+            print(&bench::compare(&before?, &after?))?;
+            return Ok(0);
+        }
+        let plan = self.planned()?;
+        let store = Store::open(common).await?;
+        // Short: sockets are below it.
+        let id = format!("bench-{}", random_hex(4));
+        let ground = Ground {
+            program: std::env::current_exe()?,
+            run: common.run_dir.join(&id),
+            state: common.state_dir.join(&id),
+            address: store.address.clone(),
+            namespace: common.namespace.clone(),
+            tick: |count| {
+                if let Some(bar) = BAR.get() {
+                    bar.inc(count);
+                }
+            },
+        };
+        if is_interactive() {
+            let style = ProgressStyle::with_template("{bar:40} {pos}/{len} tasks, {eta} left");
+            let bar = ProgressBar::new(plan.tasks());
+            let _ = BAR.set(bar.with_style(style.map_err(std::io::Error::other)?));
+        }
+        let outcome = Box::pin(bench::run(&plan, &ground)).await;
+        if let Some(bar) = BAR.get() {
+            bar.finish_and_clear();
+        }
+        store.close().await;
+        clear(&ground);
+        let results = outcome?;
+        let json = serde_json::to_string(&results).map_err(std::io::Error::other)?;
+        if let Some(path) = &self.json {
+            std::fs::write(path, json)?;
+        }
+        if let Some(path) = &self.html {
+            std::fs::write(path, bench::html(&results))?;
+        }
+        print(&bench::table(&results))?;
+        Ok(0)
+    }
+
+    fn planned(&self) -> Result<Plan, CliError> {
+        let usage = CliError::Usage;
+        let mut plan = match &self.plan {
+            None => Plan::default(),
+            Some(path) => Plan::parse(&std::fs::read_to_string(path)?)
+                .map_err(|problem| usage(format!("{}: {problem}", path.display())))?,
+        };
+        if let Some(image) = &self.image {
+            plan.image = image_named(image)?.to_string();
+        }
+        if let Some(count) = self.count {
+            plan.count = count;
+        }
+        if self.quick {
+            plan = plan.quick();
+        }
+        for (n, program) in self.plugin.iter().enumerate() {
+            let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let object = |option: &str, texts: &[String]| {
+                let text = texts.get(n).map_or("{}", String::as_str);
+                serde_json::from_str(text).map_err(|error| usage(format!("--{option} {text:?}: {error}")))
+            };
+            plan.paths.push(PathPlan {
+                program: Some(program.clone()),
+                config: object("plugin-config", &self.plugin_config)?,
+                task: object("task-config", &self.task_config)?,
+                ..PathPlan::new(&name, Kind::Plugin)
+            });
+        }
+        if !self.paths.is_empty() {
+            let known: Vec<&str> = plan.paths.iter().map(|path| path.name.as_str()).collect();
+            if let Some(strange) = self.paths.iter().find(|name| !known.contains(&name.as_str())) {
+                return Err(usage(format!("--paths {strange:?} is not in the plan; there is {}", known.join(", "))));
+            }
+            plan.paths.retain(|path| self.paths.contains(&path.name));
+        }
+        plan.check().map_err(usage)?;
+        Ok(plan)
+    }
+}
+
+/// What the run has made, unless something is mounted there still.
+fn clear(ground: &Ground) {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for directory in [&ground.run, &ground.state] {
+        let text = directory.to_string_lossy();
+        if mounts.is_empty() || mounts.contains(&*text) {
+            say(&format!("nomad-driver-shim: something is still mounted in {text}"));
+        } else if let Err(error) = std::fs::remove_dir_all(directory)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            say(&format!("nomad-driver-shim: {text}: {error}"));
+        }
+    }
+}

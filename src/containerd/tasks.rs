@@ -1,0 +1,121 @@
+//! containerd's own way to start a container. The driver never goes it; the benchmark does, to compare.
+
+use super::{Client, ContainerdError};
+use crate::pb::{
+    services::{
+        containers::v1::{
+            Container, CreateContainerRequest, DeleteContainerRequest, container::Runtime,
+            containers_client::ContainersClient,
+        },
+        tasks::v1::{
+            CreateTaskRequest, DeleteTaskRequest, KillRequest, StartRequest, WaitRequest, tasks_client::TasksClient,
+        },
+    },
+    types::Mount,
+};
+
+impl Client {
+    fn tasks(&self) -> TasksClient<tonic::transport::Channel> {
+        TasksClient::new(self.channel.clone())
+    }
+
+    fn containers(&self) -> ContainersClient<tonic::transport::Channel> {
+        ContainersClient::new(self.channel.clone())
+    }
+
+    /// Records a container on the snapshot of its own name, for `io.containerd.runc.v2` with its default runtime.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn create_container(&self, id: &str, spec: Vec<u8>) -> Result<(), ContainerdError> {
+        let spec = prost_types::Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".to_owned(),
+            value: spec,
+        };
+        let container = Container {
+            id: id.to_owned(),
+            runtime: Some(Runtime { name: "io.containerd.runc.v2".to_owned(), options: None }),
+            spec: Some(spec),
+            snapshotter: self.snapshotter().to_owned(),
+            snapshot_key: id.to_owned(),
+            ..Default::default()
+        };
+        let request = self.request(None, CreateContainerRequest { container: Some(container) });
+        self.call("Containers.Create", id, self.containers().create(request)).await.map(drop)
+    }
+
+    /// Forgets a container; one that is gone is fine.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn delete_container(&self, id: &str) -> Result<(), ContainerdError> {
+        let request = self.request(None, DeleteContainerRequest { id: id.to_owned() });
+        gone_is_fine(self.call("Containers.Delete", id, self.containers().delete(request)).await)
+    }
+
+    /// Makes a container's process, waiting to be started.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn create_task(
+        &self,
+        id: &str,
+        rootfs: Vec<Mount>,
+        stdout: &str,
+        stderr: &str,
+    ) -> Result<(), ContainerdError> {
+        let request = CreateTaskRequest {
+            container_id: id.to_owned(),
+            rootfs,
+            stdout: stdout.to_owned(),
+            stderr: stderr.to_owned(),
+            ..Default::default()
+        };
+        self.call("Tasks.Create", id, self.tasks().create(self.request(None, request))).await.map(drop)
+    }
+
+    /// Lets it go.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn start_task(&self, id: &str) -> Result<(), ContainerdError> {
+        let request = StartRequest { container_id: id.to_owned(), ..Default::default() };
+        self.call("Tasks.Start", id, self.tasks().start(self.request(None, request))).await.map(drop)
+    }
+
+    /// Waits for its end, however long that takes: its exit code.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn wait_task(&self, id: &str) -> Result<u32, ContainerdError> {
+        let request = WaitRequest { container_id: id.to_owned(), ..Default::default() };
+        let day = std::time::Duration::from_secs(24 * 3600);
+        let answer = self.within(day, "Tasks.Wait", id, self.tasks().wait(self.request(None, request))).await?;
+        Ok(answer.exit_status)
+    }
+
+    /// Sends a signal to its first process.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn kill_task(&self, id: &str, signal: u32) -> Result<(), ContainerdError> {
+        let request = KillRequest { container_id: id.to_owned(), signal, ..Default::default() };
+        gone_is_fine(self.call("Tasks.Kill", id, self.tasks().kill(self.request(None, request))).await)
+    }
+
+    /// Removes a process that has ended; one that is gone is fine.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn delete_task(&self, id: &str) -> Result<(), ContainerdError> {
+        let request = self.request(None, DeleteTaskRequest { container_id: id.to_owned() });
+        gone_is_fine(self.call("Tasks.Delete", id, self.tasks().delete(request)).await)
+    }
+}
+
+fn gone_is_fine<T>(outcome: Result<T, ContainerdError>) -> Result<(), ContainerdError> {
+    match outcome {
+        Err(error) if !error.is_not_found() => Err(error),
+        _ => Ok(()),
+    }
+}
