@@ -72,11 +72,15 @@ pub struct PathPlan {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<PathBuf>,
     /// A plugin's configuration, over what the benchmark sets.
-    #[serde(default, skip_serializing_if = "is_empty")]
+    #[serde(default = "nothing", skip_serializing_if = "is_empty")]
     pub config: serde_json::Value,
     /// Options of its tasks' `config` block, over what the benchmark sets.
-    #[serde(default, skip_serializing_if = "is_empty")]
+    #[serde(default = "nothing", skip_serializing_if = "is_empty")]
     pub task: serde_json::Value,
+}
+
+fn nothing() -> serde_json::Value {
+    serde_json::json!({})
 }
 
 fn is_empty(value: &serde_json::Value) -> bool {
@@ -108,7 +112,7 @@ pub enum Kind {
 impl PathPlan {
     /// A path of this kind with nothing special.
     pub fn new(name: &str, kind: Kind) -> Self {
-        Self { name: name.to_owned(), kind, program: None, config: serde_json::json!({}), task: serde_json::json!({}) }
+        Self { name: name.to_owned(), kind, program: None, config: nothing(), task: nothing() }
     }
 }
 
@@ -210,6 +214,7 @@ mod tests {
         .expect("a plan");
         assert_eq!((plan.count, plan.gap_ms, plan.paths.len()), (5, 100, 1));
         assert_eq!(plan.paths[0].config["shim"]["pool"], 3);
+        assert_eq!(plan.paths[0].task, serde_json::json!({}));
         for (text, part) in [
             ("count = 0", "nothing would be measured"),
             ("counts = 1", "counts"),

@@ -9,7 +9,7 @@ use std::{
 };
 
 pub use stats::{CpuUsage, MemoryUsage, Usage, percent};
-pub use warmer::Warmer;
+pub use warmer::{KeepWarm, Warm, Warmer};
 
 use crate::{fault, ids::ContainerId, process::PidFd};
 
@@ -44,6 +44,7 @@ pub struct Cgroups {
     mode: CgroupMode,
     /// Mount points of all hierarchies, controllers and systemd's alike.
     hierarchies: Vec<PathBuf>,
+    counts_swap: bool,
 }
 
 /// A task's cgroup, relative to each hierarchy's root, with a leading slash: the OCI spec's `cgroupsPath`.
@@ -100,7 +101,8 @@ impl Cgroups {
                 hierarchies.push(point);
             }
         }
-        Self { mode, hierarchies }
+        let counts_swap = mode == CgroupMode::V2 || Path::new(ROOT).join("memory/memory.memsw.limit_in_bytes").exists();
+        Self { mode, hierarchies, counts_swap }
     }
 
     /// Version 1 (hybrid included) or 2.
@@ -166,7 +168,7 @@ impl Cgroups {
 
     /// Can the kernel account swap? (On v1 a boot option; on v2 it always can.)
     pub fn counts_swap(&self) -> bool {
-        self.mode == CgroupMode::V2 || Path::new(ROOT).join("memory/memory.memsw.limit_in_bytes").exists()
+        self.counts_swap
     }
 
     /// How often the OOM killer has struck in a task's cgroup; None when the kernel does not say, or the group is gone.

@@ -1,17 +1,18 @@
-//! Keeps the kernel's cgroup migration lock warm, on version 1, where an operator wants that.
+//! Keeps the kernel's cgroup migration lock warm while a task is started, on version 1.
 //!
 //! Moving a process between groups takes a lock (`cgroup_threadgroup_rwsem`) that is cheap for readers, who are every
 //! fork and exit, and dear for the first writer after a pause: it waits for an RCU grace period, 8 to 16 ms. On version 1
-//! every runtime moves its container's process, so a start after a pause pays that. A thread that moves its own process
-//! to and fro every few milliseconds pays it in their place. The price: its CPU time (docs/decisions/010), and that every
-//! fork and exit of the host takes the slower reader's way. cgroup version 2 needs none of this.
+//! every runtime moves its container's process. So a thread of ours moves its own process to and fro, from the moment
+//! that a start begins: the grace period passes while the bundle is made and the runtime comes up, and the runtime finds
+//! the lock warm. An operator can have it kept warm all the time (docs/decisions/010 has the price), or never.
+//! cgroup version 2 needs none of this: runtimes clone right into the group there.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
@@ -22,11 +23,41 @@ use super::{CgroupMode, Cgroups, OWN, ROOT};
 /// The hierarchy with the least to do at a move.
 const HIERARCHY: &str = "freezer";
 
+/// While it is warmed: well below a grace period.
+const EVERY: Duration = Duration::from_millis(3);
+
+/// When the lock is kept warm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepWarm {
+    /// Never.
+    Never,
+    /// While a task is started.
+    Starts,
+    /// All the time, this often.
+    Always(Duration),
+}
+
 /// The warming thread; it ends with this.
 #[derive(Debug)]
 pub struct Warmer {
-    stop: Arc<AtomicBool>,
+    wanted: Arc<Wanted>,
     thread: Option<thread::JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    stop: AtomicBool,
+    starts: AtomicUsize,
+}
+
+/// A start is at work until this is dropped.
+#[derive(Debug)]
+pub struct Warm(Arc<Wanted>);
+
+impl Drop for Warm {
+    fn drop(&mut self) {
+        self.0.starts.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Warmer {
@@ -34,7 +65,7 @@ impl Warmer {
     ///
     /// # Errors
     /// On version 2, where there is nothing to warm, and when the groups can't be made.
-    pub fn start(cgroups: &Cgroups, every: Duration) -> io::Result<Self> {
+    pub fn start(cgroups: &Cgroups, keep: KeepWarm) -> io::Result<Self> {
         if cgroups.mode() == CgroupMode::V2 {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
@@ -55,10 +86,10 @@ impl Warmer {
         for group in &groups {
             fs::create_dir_all(group)?;
         }
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let wanted = Arc::new(Wanted::default());
+        let seen = wanted.clone();
         let thread = thread::Builder::new().name("cgroup-warmer".to_owned()).spawn(move || {
-            keep_warm(&groups, every, &stopped);
+            warm(&groups, keep, &seen);
             for (what, outcome) in [("go home", fs::write(&home, "0"))]
                 .into_iter()
                 .chain(groups.iter().map(|group| ("remove a group", fs::remove_dir(group))))
@@ -68,13 +99,24 @@ impl Warmer {
                 }
             }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { wanted, thread: Some(thread) })
+    }
+}
+
+impl Warmer {
+    /// A start begins: the lock is warmed from now on, beside it.
+    pub fn warm(&self) -> Warm {
+        self.wanted.starts.fetch_add(1, Ordering::Relaxed);
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+        Warm(self.wanted.clone())
     }
 }
 
 impl Drop for Warmer {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.wanted.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
             let _ = thread.join();
@@ -82,18 +124,24 @@ impl Drop for Warmer {
     }
 }
 
-fn keep_warm(groups: &[PathBuf; 2], every: Duration, stop: &AtomicBool) {
+fn warm(groups: &[PathBuf; 2], keep: KeepWarm, wanted: &Wanted) {
     let procs = groups.each_ref().map(|group| group.join("cgroup.procs"));
-    for target in procs.iter().cycle() {
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
+    let mut targets = procs.iter().cycle();
+    while !wanted.stop.load(Ordering::Relaxed) {
+        let every = match keep {
+            KeepWarm::Always(every) => every,
+            _ if wanted.starts.load(Ordering::Relaxed) > 0 => EVERY,
+            _ => {
+                // Woken by the next start, or when it is to end.
+                thread::park();
+                continue;
+            }
+        };
         // 0: whoever writes.
-        if let Err(error) = fs::write(target, "0") {
+        if let Some(Err(error)) = targets.next().map(|target| fs::write(target, "0")) {
             tracing::error!(%error, "the cgroup warmer gives up; starts after a pause take longer");
             return;
         }
-        // Woken when it is to end.
         thread::park_timeout(every);
     }
 }

@@ -7,6 +7,7 @@ use super::{
     options::{PLUGIN, TASK},
 };
 use crate::{
+    cgroup::KeepWarm,
     duration,
     ids::{DriverName, Flavor},
     image::{Credentials, Reference},
@@ -124,11 +125,17 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         _ => Some(span(block("image"), "image", "keep", "24h", &mut faults)),
     };
 
-    let keep_warm =
-        block("cgroup").filled("keep_warm").map(|_| span(block("cgroup"), "cgroup", "keep_warm", "", &mut faults));
-    if keep_warm.is_some_and(|every| !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&every)) {
-        faults.push(format!("cgroup.keep_warm = {:?} is not between 1ms and 1s", keep_warm.unwrap_or_default()));
-    }
+    let keep_warm = match block("cgroup").filled("keep_warm") {
+        None | Some("starts") => KeepWarm::Starts,
+        Some("never") => KeepWarm::Never,
+        Some(text) => {
+            let every = span(block("cgroup"), "cgroup", "keep_warm", "", &mut faults);
+            if !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&every) {
+                faults.push(format!("cgroup.keep_warm = {text:?} is not starts, never, or from 1ms to 1s"));
+            }
+            KeepWarm::Always(every)
+        }
+    };
     let upper_size = state.filled("upper_size");
     if let Some(size) = upper_size.filter(|size| !is_tmpfs_size(size)) {
         faults.push(format!("state.upper_size = {size:?} is not a size such as 256m, or a share such as 10%"));

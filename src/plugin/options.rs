@@ -126,10 +126,11 @@ const STATE: &[Row] = &[
     ),
 ];
 
-const CGROUP: &[Row] = &[row(
+const CGROUP: &[Row] = &[default(
     "keep_warm",
     Kind::Text,
-    "cgroup version 1: how often the kernel's migration lock is kept warm, `3ms`. Default: never; see docs/benchmarks.md.",
+    "\"starts\"",
+    "cgroup version 1: when the kernel's migration lock is kept warm: while a task `starts`, `never`, or always, every `3ms`.",
 )];
 
 const IMAGE: &[Row] =

@@ -19,16 +19,16 @@ use super::{
     live::{Parts, Task, watch_exit},
     load_records, lock,
     metrics::{Gauges, Metrics},
-    shared::{Hands, Leftover, Shared, TEARDOWNS},
+    shared::{Hands, Leftover, Shared, TEARDOWNS, WarmerSlot},
     signal, start,
     undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
 };
 use crate::{
-    cgroup::{CgroupPath, Cgroups, Usage, Warmer},
+    cgroup::{CgroupMode, CgroupPath, Cgroups, KeepWarm, Usage, Warmer},
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
-    rootfs::seccomp::Filters,
+    rootfs::{Capabilities, seccomp::Filters},
     shim::{Found, Kill, Launcher, Pool, stdio::HeldOpen},
 };
 
@@ -50,7 +50,6 @@ pub(super) struct Inner {
     /// Log FIFOs of starts that an earlier instance left half made, until Nomad asks for them again.
     held: Mutex<HashMap<Owner, HeldOpen>>,
     opened: Instant,
-    warmer: Mutex<Option<Warmer>>,
     _lock: Flock<File>,
 }
 
@@ -129,10 +128,14 @@ impl Engine {
         let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
         let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
         let records = load_records(&places.tasks())?;
-        let warmer = settings.keep_warm.and_then(|every| {
-            let refused = |error| tracing::warn!(%error, "cgroup.keep_warm");
-            Warmer::start(&cgroups, every).map_err(refused).ok()
-        });
+        let warmer = match settings.keep_warm {
+            KeepWarm::Starts if cgroups.mode() == CgroupMode::V2 => None,
+            KeepWarm::Never => None,
+            keep => {
+                let refused = |error: &std::io::Error| tracing::warn!(%error, "cgroup.keep_warm");
+                Warmer::start(&cgroups, keep).inspect_err(refused).ok()
+            }
+        };
         let shared = Arc::new(Shared {
             settings,
             cgroups,
@@ -142,6 +145,8 @@ impl Engine {
             pool,
             events,
             metrics: Metrics::default(),
+            warmer: WarmerSlot::new(warmer),
+            own_capabilities: Capabilities::of_this_process(),
             teardowns: Arc::new(Semaphore::new(TEARDOWNS)),
             leftovers: Mutex::default(),
         });
@@ -151,7 +156,6 @@ impl Engine {
             turns: Mutex::default(),
             held: Mutex::default(),
             opened: Instant::now(),
-            warmer: Mutex::new(warmer),
             _lock: lock,
         }));
         let whole = engine.sort_out(records);
@@ -492,7 +496,7 @@ impl Engine {
         if tokio::time::timeout(LAST_TEARDOWNS, self.0.shared.all_cleared()).await.is_err() {
             tracing::warn!("tasks that are gone are not all cleared away; the next plugin goes on with that");
         }
-        drop(self.0.warmer.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.0.shared.warmer.end();
         self.0.shared.pool.close();
     }
 

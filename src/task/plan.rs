@@ -102,13 +102,13 @@ impl Plan<'_> {
         let options = &request.options;
         let settings = &shared.settings;
         let flavor = settings.name.flavor();
-        let own = Capabilities::of_this_process();
+        let own = &shared.own_capabilities;
         let (privilege, base) = if options.privileged {
             (Privilege::Privileged { devices: devices::of_the_host()? }, own.clone())
         } else {
             (Privilege::Confined, Capabilities::defaults(flavor))
         };
-        let capabilities = base.adjusted(&options.cap_add, &options.cap_drop).within(&own);
+        let capabilities = base.adjusted(&options.cap_add, &options.cap_drop).within(own);
         let seccomp = self.filter(shared, &capabilities)?;
         let config = &image.config;
         let spec = rootfs::build(SpecInput {

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use crate::{
+    cgroup::KeepWarm,
     ids::DriverName,
     image::Credentials,
     places::Places,
@@ -32,7 +33,7 @@ pub struct Settings {
     /// `state { upper, upper_size }`.
     pub upper: UpperOn,
     /// `cgroup { keep_warm }`.
-    pub keep_warm: Option<Duration>,
+    pub keep_warm: KeepWarm,
     /// `state { grace }`: how long what nobody has asked for is kept.
     pub grace: Duration,
     /// `state { orphan_timeout }`: how long a plugin without an agent stays.

@@ -9,10 +9,10 @@ use tokio::sync::Semaphore;
 
 use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
 use crate::{
-    cgroup::Cgroups,
+    cgroup::{Cgroups, Warm, Warmer},
     ids::TaskId,
     image::ImageStore,
-    rootfs::seccomp::Filters,
+    rootfs::{Capabilities, seccomp::Filters},
     shim::{self, DeadTask, Exit, Pool, ShimError},
 };
 
@@ -26,10 +26,34 @@ pub struct Shared {
     pub(super) pool: Pool,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
+    pub(super) warmer: WarmerSlot,
+    /// What this process could hand on to a privileged task.
+    pub(super) own_capabilities: Capabilities,
     /// So many tasks are cleared away at a time.
     pub(super) teardowns: Arc<Semaphore>,
     /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
     pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
+}
+
+/// The cgroup warmer, where there is one.
+#[derive(Debug)]
+pub struct WarmerSlot(Mutex<Option<Warmer>>);
+
+impl WarmerSlot {
+    pub(super) fn new(warmer: Option<Warmer>) -> Self {
+        Self(Mutex::new(warmer))
+    }
+
+    /// A start begins.
+    pub(super) fn warm(&self) -> Option<Warm> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Warmer::warm)
+    }
+
+    /// Ends it.
+    pub(super) fn end(&self) {
+        let warmer = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(warmer);
+    }
 }
 
 /// They wait for disks and kernel locks, not for processors.

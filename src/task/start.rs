@@ -18,6 +18,7 @@ use super::{
     undo::undo_or_keep,
 };
 use crate::{
+    cgroup::Warm,
     fault,
     ids::ContainerId,
     image::{Archive, ImageRecord, Progress, PullRequest, Reference},
@@ -160,6 +161,8 @@ fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<A
 async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<Running, TaskError> {
     let request = plan.request;
     let mut phases = Phases { image: began.elapsed(), ..Phases::default() };
+    // From here on it is a matter of milliseconds.
+    let warm = shared.warmer.warm();
     // The spec is pure: a bad user or an empty command shows before anything is made.
     let spec = plan.spec(shared)?;
     let stdio = stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?;
@@ -197,7 +200,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let (shim, error) = match (bundle, shim) {
         (Ok(()), Ok(shim)) => {
             fault::point("start.bundle");
-            let parts = Parts { shim: &shim, stdio: &stdio };
+            let parts = Parts { warm, shim: &shim, stdio: &stdio };
             match Box::pin(run(shared, plan, parts, &mut record, &mut phases)).await {
                 Ok(run) => {
                     phases.total = began.elapsed();
@@ -225,6 +228,7 @@ enum Coming {
 
 /// What one start works with.
 struct Parts<'a> {
+    warm: Option<Warm>,
     shim: &'a Shim,
     stdio: &'a stdio::Stdio,
 }
@@ -236,7 +240,7 @@ async fn run(
     record: &mut Record,
     phases: &mut Phases,
 ) -> Result<RunRecord, TaskError> {
-    let Parts { shim, stdio } = parts;
+    let Parts { warm, shim, stdio } = parts;
     let places = &shared.settings.places;
     let bundle = places.bundle(&plan.container_id);
 
@@ -256,6 +260,8 @@ async fn run(
     let client = shim.client();
     fault::point_within("start.creating", Duration::from_millis(4));
     let pid = client.create(&create).await.map_err(failed("create the container"))?;
+    // The process is in its cgroup.
+    drop(warm);
     fault::point("start.created");
     // Now, while it surely lives: it waits for its start. One that does not is never taken for another by this.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
