@@ -17,6 +17,8 @@ pub struct DeadTask<'a> {
     pub id: &'a str,
     /// Its shim's namespace, below which the runtime keeps its state.
     pub namespace: &'a str,
+    /// The OCI runtime's program, where that is known.
+    pub runtime: Option<&'a Path>,
     /// Its bundle, whose directory name is the id (the command looks at `../<id>`).
     pub bundle: &'a Path,
 }
@@ -35,6 +37,14 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     // Written by the shim at Create; without it the runtime never heard of the container.
     if !task.bundle.join("options.json").exists() && !task.bundle.join("runtime").exists() {
         return Ok(None);
+    }
+    // The name that the shim knew the runtime by, its own descriptor, died with it.
+    let named = task.bundle.join("runtime");
+    if let Some(runtime) = task.runtime
+        && std::fs::read(&named).is_ok_and(|name| name.starts_with(b"/proc/"))
+    {
+        let failed = |source| ShimError::File { id: task.id.to_owned(), doing: "write", path: named.clone(), source };
+        std::fs::write(&named, runtime.as_os_str().as_encoded_bytes()).map_err(failed)?;
     }
     let noted = has_noted_exit(task.bundle);
     let failed = |source| ShimError::Spawn { binary: launcher.binary().to_owned(), source };

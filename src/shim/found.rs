@@ -1,6 +1,11 @@
 //! Shims that an earlier instance of us has started: found again by what is noted in their directories.
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -42,6 +47,9 @@ pub(super) struct Identity {
     pub(super) process: ProcessId,
     pub(super) boot: String,
     pub(super) namespace: String,
+    /// What it has a sealed copy of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) runtime: Option<PathBuf>,
 }
 
 impl Launcher {
@@ -49,7 +57,7 @@ impl Launcher {
     pub async fn adopt(&self, id: &str) -> Found {
         let held = self.hold(id);
         let dir = self.places.shim(id);
-        let (pidfd, pid, namespace) = match find(&dir).await {
+        let (pidfd, identity) = match find(&dir).await {
             Some(found) => found,
             None => return Found::Gone,
         };
@@ -61,12 +69,13 @@ impl Launcher {
                     let ended = watch_over(&pidfd);
                     return Found::Alive(Shim {
                         id: id.to_owned(),
-                        pid,
+                        pid: identity.process.pid,
                         dir,
                         client,
                         pidfd,
                         ended,
-                        namespace,
+                        namespace: identity.namespace,
+                        runtime: identity.runtime,
                         held,
                         uses: 0,
                     });
@@ -110,9 +119,9 @@ fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
     ended
 }
 
-/// The shim whose directory this is, if it lives: its process and its namespace. That we can't look just now (no
+/// The shim whose directory this is, if it lives: its process and what is noted of it. That we can't look just now (no
 /// descriptors, no memory) does not mean that it is dead; it is looked for again, for a while.
-async fn find(dir: &Path) -> Option<(PidFd, u32, String)> {
+async fn find(dir: &Path) -> Option<(PidFd, Identity)> {
     let deadline = tokio::time::Instant::now() + END;
     loop {
         match look(dir) {
@@ -129,12 +138,12 @@ async fn find(dir: &Path) -> Option<(PidFd, u32, String)> {
     }
 }
 
-fn look(dir: &Path) -> io::Result<(PidFd, u32, String)> {
+fn look(dir: &Path) -> io::Result<(PidFd, Identity)> {
     let identity: Identity = serde_json::from_slice(&fs::read(dir.join(PID))?).map_err(|_| io::ErrorKind::NotFound)?;
     if boot_id()? != identity.boot {
         return Err(io::ErrorKind::NotFound.into());
     }
-    Ok((PidFd::of(&identity.process)?, identity.process.pid, identity.namespace))
+    Ok((PidFd::of(&identity.process)?, identity))
 }
 
 /// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.

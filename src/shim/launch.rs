@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        fd::{AsRawFd, FromRawFd as _, OwnedFd},
         unix::{fs::PermissionsExt as _, net::UnixListener},
     },
     path::{Path, PathBuf},
@@ -20,7 +20,11 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{Client, ShimError, TaskApi, found::Identity};
+use super::{
+    Client, ShimError, TaskApi,
+    found::Identity,
+    sealed::{Current, DESCRIPTOR, Sealed},
+};
 use crate::{
     ids::random_hex,
     places::{Places, make_dir},
@@ -43,6 +47,7 @@ pub struct Launcher {
     /// The service this binary turned out to serve: 0 unknown, 2, 3.
     api: AtomicU8,
     own: Holders,
+    runtime: Current,
 }
 
 /// How many in this process hold each shim.
@@ -118,14 +123,32 @@ pub struct Shim {
     pub(super) ended: watch::Receiver<bool>,
     pub(super) namespace: String,
     pub(super) held: Held,
+    /// The program that it has a sealed copy of.
+    pub(super) runtime: Option<PathBuf>,
     /// How many containers it has had.
     pub(super) uses: u32,
+}
+
+/// A shim's process, not spoken to yet.
+struct Spawned {
+    child: tokio::process::Child,
+    pid: u32,
+    pidfd: Arc<PidFd>,
+    runtime: Option<PathBuf>,
 }
 
 impl Launcher {
     /// Shims from `binary`, in `namespace`, each with a directory below `places`.
     pub fn new(binary: PathBuf, namespace: String, places: Places, cgroup: Vec<PathBuf>) -> Self {
-        Self { binary, namespace, places, cgroup, api: AtomicU8::new(0), own: Holders::default() }
+        Self {
+            binary,
+            namespace,
+            places,
+            cgroup,
+            api: AtomicU8::new(0),
+            own: Holders::default(),
+            runtime: Current::default(),
+        }
     }
 
     /// The program.
@@ -136,6 +159,11 @@ impl Launcher {
     /// The namespace that ends up below the runtimes' state roots.
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// New shims get this copy of a runtime.
+    pub fn hand_out(&self, sealed: Sealed) {
+        self.runtime.set(sealed);
     }
 
     /// Names of the shims that somebody in this process holds.
@@ -175,7 +203,7 @@ impl Launcher {
         let spawned = spawned.unwrap_or_else(|join| {
             Err(ShimError::Spawn { binary: self.binary.clone(), source: io::Error::other(join) })
         });
-        let (mut child, pid, pidfd) = match spawned {
+        let Spawned { mut child, pid, pidfd, runtime } = match spawned {
             Ok(spawned) => spawned,
             Err(error) => {
                 remove_dir(&dir);
@@ -193,7 +221,18 @@ impl Launcher {
         match Client::connect(&dir.join("sock"), self.hint()).await {
             Ok(client) => {
                 self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
-                Ok(Shim { id, pid, dir, client, pidfd, ended, namespace: self.namespace.clone(), held, uses: 0 })
+                Ok(Shim {
+                    id,
+                    pid,
+                    dir,
+                    client,
+                    pidfd,
+                    ended,
+                    namespace: self.namespace.clone(),
+                    held,
+                    runtime,
+                    uses: 0,
+                })
             }
             Err(error) => {
                 let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
@@ -205,7 +244,7 @@ impl Launcher {
         }
     }
 
-    fn spawn(&self, id: &str, dir: &Path) -> Result<(tokio::process::Child, u32, Arc<PidFd>), ShimError> {
+    fn spawn(&self, id: &str, dir: &Path) -> Result<Spawned, ShimError> {
         let failed = |doing, path: &Path| {
             let (id, path) = (id.to_owned(), path.to_owned());
             move |source| ShimError::File { id, doing, path, source }
@@ -233,32 +272,49 @@ impl Launcher {
         // Well above 3, so that making descriptor 3 in the child can't close it.
         let listener = duplicate_above(&listener, 10).map_err(failed("keep", &socket))?;
         let raw = listener.as_raw_fd();
+        let sealed = self.runtime.get();
+        let copy = match &sealed {
+            None => None,
+            Some(sealed) => Some(duplicate_above(&sealed.fd, 10).map_err(failed("keep", &sealed.path))?),
+        };
+        let raw_copy = copy.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let runtime = sealed.as_ref().map(|sealed| sealed.path.clone());
         // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open until
-        // then (`listener` outlives the spawn). The runtime's own epoll descriptor and the like occupy 3 in this
-        // process, so std's error pipe is not there.
+        // then (`listener` and `copy` outlive the spawn). The runtime's own epoll descriptor and the like occupy 3 and
+        // 4 in this process, so std's error pipe is not there.
         unsafe {
             command.pre_exec(move || {
                 restore_descriptor_limit();
                 if libc::setsid() < 0 || libc::dup2(raw, 3) < 0 {
                     return Err(io::Error::last_os_error());
                 }
+                let mut first = 4;
+                if raw_copy >= 0 {
+                    if libc::dup2(raw_copy, DESCRIPTOR) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                    first = 5;
+                }
                 // Everything of ours is close-on-exec from birth; this is for descriptors inherited from the agent.
                 // Kernels before 5.11 don't know the flag and answer EINVAL.
-                libc::close_range(4, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
+                libc::close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
                 Ok(())
             });
         }
         let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: self.binary.clone(), source })?;
-        drop(listener);
+        drop((listener, copy));
         let pid = child.id().unwrap_or_default();
         let named = PidFd::open(pid).and_then(|pidfd| {
             let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
-            fs::write(dir.join(PID), serde_json::to_vec(&Identity { process, boot, namespace })?)?;
+            fs::write(
+                dir.join(PID),
+                serde_json::to_vec(&Identity { process, boot, namespace, runtime: runtime.clone() })?,
+            )?;
             Ok(pidfd)
         });
         let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
         self.place(pid);
-        Ok((child, pid, Arc::new(pidfd)))
+        Ok(Spawned { child, pid, pidfd: Arc::new(pidfd), runtime })
     }
 
     /// Moves a shim out of the agent's cgroup, so that stopping the agent's service does not end it, and makes the
@@ -300,6 +356,15 @@ impl Shim {
         &self.client
     }
 
+    /// By what name it finds this runtime: its own sealed copy, if it has one of it.
+    pub fn runtime(&self, binary: &Path) -> PathBuf {
+        if self.runtime.as_deref() == Some(binary) {
+            format!("/proc/{}/fd/{DESCRIPTOR}", self.pid).into()
+        } else {
+            binary.to_owned()
+        }
+    }
+
     /// Has it died?
     pub fn has_ended(&self) -> bool {
         *self.ended.borrow()
@@ -320,6 +385,7 @@ impl Shim {
             pidfd: self.pidfd.clone(),
             ended: self.ended.clone(),
             namespace: self.namespace.clone(),
+            runtime: self.runtime.clone(),
             held: Held::new(&self.id, &self.held.own),
             uses: self.uses,
         }
@@ -375,9 +441,9 @@ pub(super) fn remove_dir(dir: &Path) {
     }
 }
 
-fn duplicate_above(listener: &UnixListener, lowest: i32) -> io::Result<OwnedFd> {
+fn duplicate_above(fd: &impl AsRawFd, lowest: i32) -> io::Result<OwnedFd> {
     // SAFETY: fcntl on a descriptor that is open; the result is a new descriptor that nobody else has.
-    let fd = unsafe { libc::fcntl(listener.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) };
+    let fd = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

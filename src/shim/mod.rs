@@ -9,6 +9,7 @@ mod exec;
 mod found;
 mod launch;
 mod pool;
+mod sealed;
 pub mod stdio;
 
 use std::{io, path::PathBuf, time::Duration};
@@ -19,6 +20,7 @@ pub use exec::{ExecIo, ExecPipes};
 pub use found::{Found, end_hung, end_stray, kill_shim};
 pub use launch::{Launcher, Shim, Unborn};
 pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
+pub use sealed::Sealed;
 
 /// Why a shim did not do what it was asked.
 #[derive(Debug, thiserror::Error)]

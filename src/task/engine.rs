@@ -28,8 +28,11 @@ use crate::{
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
-    rootfs::{Capabilities, seccomp::Filters},
-    shim::{Found, Kill, Launcher, Pool, stdio::HeldOpen},
+    rootfs::{
+        Capabilities,
+        seccomp::{Filters, Form},
+    },
+    shim::{Found, Kill, Launcher, Pool, Sealed, stdio::HeldOpen},
 };
 
 /// Nomad kills a plugin 2 s after it has asked it to leave.
@@ -126,6 +129,15 @@ impl Engine {
         let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
         let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
         let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
+        // Of crun: other runtimes gain nothing by it.
+        if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == Form::Program) {
+            let (binary, refused) =
+                (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "no sealed copy of crun"));
+            if let Ok(Ok(sealed)) = tokio::task::spawn_blocking(move || Sealed::of(&binary).inspect_err(refused)).await
+            {
+                launcher.hand_out(sealed);
+            }
+        }
         let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
         let records = load_records(&places.tasks())?;
         let warmer = match settings.keep_warm {

@@ -119,6 +119,11 @@ impl Runtimes {
         Some(Runtime { name: name.to_owned(), binary: which(self.configured.get(name)?)?, filters })
     }
 
+    /// The program of a runtime, by its name.
+    pub fn binary(&self, name: &str) -> Option<PathBuf> {
+        self.configured.get(name).and_then(|binary| which(binary))
+    }
+
     fn missing(&self, name: &str) -> RuntimeError {
         let binary = self.configured.get(name).map_or_else(|| name.to_owned(), |path| path.display().to_string());
         RuntimeError::Missing { name: name.to_owned(), binary }
@@ -172,8 +177,7 @@ impl Runtimes {
     /// When it is not installed, hangs or refuses.
     pub async fn delete(&self, runtime: &str, root: &Path, id: &ContainerId) -> Result<(), RuntimeError> {
         let failed = |problem: String| RuntimeError::Delete { name: runtime.to_owned(), problem };
-        let binary = self.configured.get(runtime).and_then(|binary| which(binary));
-        let binary = binary.ok_or_else(|| failed("it is not installed".to_owned()))?;
+        let binary = self.binary(runtime).ok_or_else(|| failed("it is not installed".to_owned()))?;
         let mut command = tokio::process::Command::new(binary);
         command.arg("--root").arg(root).args(["delete", "--force", id.as_str()]);
         command.stdin(Stdio::null()).kill_on_drop(true);

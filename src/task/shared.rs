@@ -114,7 +114,13 @@ impl Shared {
     /// What is left of a container whose shim is dead: ended and removed; how it had ended, where that was noted.
     pub(super) async fn delete_dead(&self, record: &Record) -> Result<Option<Exit>, ShimError> {
         let bundle = self.settings.places.bundle(&record.container_id);
-        let dead = DeadTask { id: record.container_id.as_str(), namespace: &record.namespace, bundle: &bundle };
+        let runtime = self.runtimes.binary(&record.runtime);
+        let dead = DeadTask {
+            id: record.container_id.as_str(),
+            namespace: &record.namespace,
+            runtime: runtime.as_deref(),
+            bundle: &bundle,
+        };
         shim::delete_dead(self.pool.launcher(), dead).await
     }
 

@@ -253,7 +253,7 @@ async fn run(
         bundle: &bundle,
         stdout: &stdout,
         stderr: &stderr,
-        runtime_binary: &plan.runtime.binary,
+        runtime_binary: &shim.runtime(&plan.runtime.binary),
         runtime_root: &root,
     };
     let failed = |doing| move |source: ShimError| TaskError::Shim { doing, source };
