@@ -76,11 +76,15 @@ impl Warmer {
         let home = hierarchy.join(own_place()?.trim_start_matches('/')).join("cgroup.procs");
         let parent = hierarchy.join(OWN);
         fs::create_dir_all(&parent)?;
-        // Of plugins that were killed. Those that somebody is in can't be removed.
-        for entry in
-            fs::read_dir(&parent)?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("warm-"))
-        {
-            let _ = fs::remove_dir(entry.path());
+        // Of plugins that were killed. Those of the living are theirs, also while nobody is in them.
+        for entry in fs::read_dir(&parent)?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let pid = name.strip_prefix("warm-").and_then(|rest| rest.split('-').next());
+            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+                && let Err(error) = fs::remove_dir(entry.path())
+            {
+                tracing::debug!(name, %error, "an old warming group stays");
+            }
         }
         let groups = [0, 1].map(|n| parent.join(format!("warm-{}-{n}", std::process::id())));
         for group in &groups {

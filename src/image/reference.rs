@@ -59,6 +59,10 @@ impl Reference {
         if let Some(digest) = parsed.digest() {
             Digest::new(digest).map_err(|_| refused(ParseError::DigestUnsupported))?;
         }
+        // `A/b`: a host without a dot to some, a repository to others; its whole name would not be read again.
+        if parsed.repository().bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return Err(refused(ParseError::NameContainsUppercase));
+        }
         Ok(Self::Registry(RegistryName(parsed)))
     }
 

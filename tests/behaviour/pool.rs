@@ -130,19 +130,28 @@ async fn writable_layers_in_memory_have_a_size_and_go_with_the_task() {
     env.finish().await;
 }
 
+/// Two of them side by side, as plugins under two names on one node are: none takes the other's groups away.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_warmer_leaves_nothing() {
-    let mut env = with(json!({"cgroup": {"keep_warm": "3ms"}})).await;
-    assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
-    let pid = env.plugin().pid().unwrap();
-    let groups = || {
+async fn warmers_leave_nothing_and_each_other_alone() {
+    let mut envs = [with(json!({"cgroup": {"keep_warm": "3ms"}})).await, with(json!({})).await];
+    let groups = |pid: u32| {
         let names = leak::entries(Path::new("/sys/fs/cgroup/freezer/nomad-driver-shim"));
         names.into_iter().filter(|name| name.starts_with(&format!("warm-{pid}-"))).count()
     };
-    match Cgroups::detect().unwrap().mode() {
-        CgroupMode::V1 => assert_eq!(groups(), 2),
-        CgroupMode::V2 => assert!(env.plugin().stderr().contains("needs no warming")),
+    let mut pids = Vec::new();
+    for env in &mut envs {
+        let image = env.busybox().await;
+        assert_eq!(env.run(json!({"image": image, "command": "/bin/true"})).await.0, 0);
+        pids.push(env.plugin().pid().unwrap());
     }
-    env.finish().await;
-    assert_eq!(groups(), 0);
+    let v2 = Cgroups::detect().unwrap().mode() == CgroupMode::V2;
+    for (env, pid) in envs.iter().zip(&pids) {
+        assert_eq!(groups(*pid), if v2 { 0 } else { 2 });
+        assert!(!env.plugin().stderr().contains("gives up"), "{}", env.plugin().stderr());
+    }
+    assert_eq!(envs[0].plugin().stderr().contains("needs no warming"), v2);
+    for env in envs {
+        env.finish().await;
+    }
+    assert_eq!(pids.into_iter().map(groups).sum::<usize>(), 0);
 }
