@@ -24,7 +24,7 @@ declare -A package_of=(
   [containerd]=containerd [containerd-shim-runc-v2]=containerd [ctr]=containerd
   [runc]=runc [crun]=crun
   [docker-registry]=docker-registry [umoci]=umoci [skopeo]=skopeo [htpasswd]=apache2-utils
-  [ip]=iproute2 [openssl]=openssl [jq]=jq
+  [ip]=iproute2 [openssl]=openssl [jq]=jq [strace]=strace
 )
 [ "${1:-}" != fresh ] || package_of[debootstrap]=debootstrap
 

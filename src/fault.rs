@@ -47,3 +47,20 @@ pub fn point_within(name: &'static str, delay: std::time::Duration) {
 /// Nothing, in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn point_within(_name: &'static str, _delay: std::time::Duration) {}
+
+/// Does on the start path what must never be done there, when `NOMAD_DRIVER_SHIM_INTRUDE` says so: `fsync`, `connect` or
+/// `process`.
+#[cfg(debug_assertions)]
+pub fn intrude(containerd: &std::path::Path) {
+    let outcome = match std::env::var("NOMAD_DRIVER_SHIM_INTRUDE").as_deref() {
+        Ok("fsync") => std::fs::File::open("/").and_then(|root| root.sync_all()),
+        Ok("connect") => std::os::unix::net::UnixStream::connect(containerd).map(drop),
+        Ok("process") => std::process::Command::new("true").status().map(drop),
+        _ => return,
+    };
+    tracing::warn!(?outcome, "an intrusion by the fault switch");
+}
+
+/// Nothing, in a release build.
+#[cfg(not(debug_assertions))]
+pub const fn intrude(_containerd: &std::path::Path) {}

@@ -181,6 +181,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
             return Err(error);
         }
     };
+    fault::intrude(&shared.settings.containerd.address);
     // One that is launched comes up beside the making of the bundle.
     let coming = match reserved {
         Reserved::Waiting(shim) => Coming::Here(shim),

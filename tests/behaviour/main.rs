@@ -34,3 +34,4 @@ mod stats;
 mod stop;
 mod structure;
 mod survival;
+mod trace;

@@ -89,4 +89,5 @@ fn fault_switches_are_compiled_out_of_release_builds() {
     assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn skipped(_name: &str) -> bool {\n    false\n}"));
     assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn point(_name: &str) {}"));
     assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn point_within("));
+    assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn intrude("));
 }

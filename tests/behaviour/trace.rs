@@ -1,0 +1,112 @@
+//! What a cached start makes the kernel do, by the kernel's own word: plugin, shim and runtime are traced.
+
+use std::{
+    fs,
+    path::Path,
+    process::Stdio,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use crate::support::{Env, EnvOptions, eventually, leak, services};
+
+/// Calls that a start must not make, and those that show which processes it makes.
+const CALLS: &str = "connect,fsync,fdatasync,sync,syncfs,sync_file_range,msync,execve";
+
+/// What a start did that it should not, and the programs it ran. `intrusion` is put in by the fault switch.
+async fn traced(intrusion: Option<&str>) -> (Vec<String>, Vec<String>) {
+    let switch = intrusion.map(|name| ("NOMAD_DRIVER_SHIM_INTRUDE".to_owned(), name.to_owned()));
+    let mut env = Env::with(EnvOptions { env: switch.into_iter().collect(), ..EnvOptions::default() }).await;
+    // Warm: the image is here, and a shim waits.
+    assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
+    let shims = env.dir.join("run/shims");
+    let bundles = env.dir.join("run/bundles");
+    eventually("a shim waits", async || {
+        let (shims, bundles) = (leak::entries(&shims), leak::entries(&bundles));
+        if shims.len() == 1 && bundles.is_empty() { Ok(()) } else { Err((shims, bundles)) }
+    })
+    .await;
+    let identity = fs::read(shims.join(&leak::entries(&shims)[0]).join("pid")).unwrap();
+    let shim = serde_json::from_slice::<Value>(&identity).unwrap()["pid"].as_u64().unwrap();
+    let file = env.dir.join("trace");
+    let plugin = env.plugin().pid().unwrap();
+    let mut strace = tokio::process::Command::new("strace")
+        .args(["-f", "-ttt", "-e", &format!("trace={CALLS}"), "-p", &plugin.to_string(), "-p", &shim.to_string(), "-o"])
+        .arg(&file)
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("strace");
+    eventually("both are traced", async || {
+        let tracer = |pid: u64| {
+            let tasks = leak::entries(Path::new(&format!("/proc/{pid}/task")));
+            tasks.iter().all(|task| {
+                let status = fs::read_to_string(format!("/proc/{pid}/task/{task}/status")).unwrap_or_default();
+                status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+            })
+        };
+        if tracer(plugin.into()) && tracer(shim) { Ok(()) } else { Err("not yet") }
+    })
+    .await;
+    let mut task = env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
+    let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    env.try_start(&mut task).await.unwrap();
+    let answered = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    kill(Pid::from_raw(i32::try_from(strace.id().unwrap()).unwrap()), Signal::SIGINT).unwrap();
+    strace.wait().await.unwrap();
+
+    let text = fs::read_to_string(&file).unwrap();
+    let (mut wrong, mut programs) = (Vec::new(), Vec::new());
+    for line in text.lines() {
+        // Process, time, call.
+        let rest = line.split_once(' ').unwrap_or_default().1.trim_start();
+        let (at, call) = rest.split_once(' ').unwrap_or_default();
+        let at: f64 = at.trim().parse().unwrap_or_default();
+        let call = call.trim();
+        if !(began..answered).contains(&at) || call.starts_with("<...") || call.starts_with("---") {
+            continue;
+        }
+        if let Some(arguments) = call.strip_prefix("execve(") {
+            programs.push(arguments.split_once(", 0x").map_or(arguments, |(arguments, _)| arguments).to_owned());
+        } else if call.contains("sync") || call.contains(&*services().containerd.to_string_lossy()) {
+            wrong.push(call.to_owned());
+        }
+    }
+    fs::remove_file(file).unwrap();
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+    (wrong, programs)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cached_start_asks_nobody_syncs_nothing_and_runs_only_the_runtime() {
+    let (wrong, programs) = traced(None).await;
+    assert_eq!(wrong, Vec::<String>::new());
+    // The runtime's `create`, perhaps its own second stage (runc), its `start`, and the task.
+    assert!(programs.iter().any(|program| program.contains("\"create\"")), "{programs:#?}");
+    assert!(programs.iter().any(|program| program.contains("\"start\"")), "{programs:#?}");
+    assert!(programs.iter().any(|program| program.contains("/bin/sleep")), "{programs:#?}");
+    let others: Vec<_> = programs
+        .iter()
+        .filter(|program| {
+            !["\"create\"", "\"start\"", "/bin/sleep", "\"init\"]"].iter().any(|known| program.contains(known))
+        })
+        .collect();
+    assert!(others.is_empty(), "{others:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_trace_notices_an_intrusion() {
+    for intrusion in ["fsync", "connect"] {
+        let (wrong, _) = traced(Some(intrusion)).await;
+        assert_eq!(wrong.len(), 1, "{intrusion}: {wrong:#?}");
+        assert!(wrong[0].starts_with(intrusion), "{wrong:#?}");
+    }
+    let (_, programs) = traced(Some("process")).await;
+    assert!(programs.iter().any(|program| program.contains("true")), "{programs:#?}");
+}
