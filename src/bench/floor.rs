@@ -54,6 +54,11 @@ impl Process {
         Ok(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0)
     }
 
+    /// Its pid.
+    pub(super) fn pid(self) -> u32 {
+        self.pid.cast_unsigned()
+    }
+
     /// Sends SIGTERM.
     pub(super) fn terminate(self) {
         // SAFETY: our own child, not waited for yet.
@@ -75,6 +80,8 @@ struct Order {
     procs: Vec<CString>,
     root: CString,
     mounts: Vec<MountCall>,
+    /// After the nodes: they are made of one.
+    masks: Vec<MountCall>,
     nodes: Vec<(CString, libc::mode_t, libc::dev_t)>,
     links: Vec<(CString, CString)>,
     hostname: CString,
@@ -197,7 +204,7 @@ impl Floor {
                 let kind = CString::new("tmpfs")?;
                 MountCall { source: kind.clone(), target, kind, flags: libc::MS_RDONLY, data: empty }
             } else {
-                let source = CString::new("/dev/null")?;
+                let source = text(&inside("/dev/null"))?;
                 MountCall { source, target, kind: empty.clone(), flags: libc::MS_BIND, data: empty }
             });
         }
@@ -220,7 +227,6 @@ impl Floor {
                 });
             }
         }
-        mounts.extend(masks);
         let process = &spec["process"];
         let capabilities = strings(&process["capabilities"]["bounding"]);
         let capabilities = capabilities
@@ -240,6 +246,7 @@ impl Floor {
         Ok(Order {
             procs,
             mounts,
+            masks,
             nodes: vec![
                 node("null", 1, 3)?,
                 node("zero", 1, 5)?,
@@ -253,7 +260,6 @@ impl Floor {
                 link("/proc/self/fd/0", "stdin")?,
                 link("/proc/self/fd/1", "stdout")?,
                 link("/proc/self/fd/2", "stderr")?,
-                link("/proc/kcore", "core")?,
                 link("pts/ptmx", "ptmx")?,
             ],
             root: text(&root)?,
@@ -448,6 +454,12 @@ fn container(order: &Order) -> c_int {
         for (path, mode, device) in &order.nodes {
             if libc::mknod(path.as_ptr(), *mode, *device) != 0 {
                 return 5;
+            }
+        }
+        for mask in &order.masks {
+            let (source, target) = (mask.source.as_ptr(), mask.target.as_ptr());
+            if libc::mount(source, target, mask.kind.as_ptr(), mask.flags, mask.data.as_ptr().cast()) != 0 {
+                return 18;
             }
         }
         for (target, path) in &order.links {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::{
-    BenchError, Kind, Machine, Mode, PathPlan, Plan, Results, Step, file,
+    BenchError, Kind, Machine, Mode, PathPlan, Plan, Results, Step, confinement, file,
     floor::Floor,
     job::Job,
     machine,
@@ -42,8 +42,10 @@ pub struct Ground {
     pub program: PathBuf,
     /// Sockets, records, bundles; short, and its own.
     pub run: PathBuf,
-    /// Writable layers, on the disk that a node would have them on.
+    /// Bundles of the paths without a driver, on the disk that a node would have its writable layers on.
     pub state: PathBuf,
+    /// Where this driver's image records and writable layers are; kept.
+    pub images: PathBuf,
     /// containerd's socket.
     pub address: PathBuf,
     /// containerd's namespace.
@@ -152,7 +154,7 @@ struct Templates {
 async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError> {
     let of = async |runtime: &str| -> Result<Template, BenchError> {
         let name = format!("probe-{runtime}");
-        let (run, state) = (ground.run.join(&name), ground.state.join(&name));
+        let run = ground.run.join(&name);
         let config = merged(&driver_config(ground, &name), &json!({"shim": {"pool": 0}}));
         let own = plan.paths.iter().find(|path| path.kind == Kind::Driver);
         let task = merged(&own.map_or(json!({}), |path| path.task.clone()), &json!({"runtime": runtime}));
@@ -162,7 +164,7 @@ async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError
         let job = Job::new(&allocs, &[Step::Start, Step::Stop, Step::Destroy])?;
         let outcome = async {
             within(&path.name, "start a task for its spec", path.start(&job)).await?;
-            let template = Template::of_driver(&run, &state, &job);
+            let template = Template::of_driver(&run, &ground.images, &plan.image, &job);
             within(&path.name, "remove that task", path.destroy(&job)).await?;
             template
         };
@@ -189,7 +191,7 @@ fn own_launch(ground: &Ground) -> Launch {
 fn driver_config(ground: &Ground, name: &str) -> Value {
     json!({
         "containerd": { "address": ground.address, "namespace": ground.namespace },
-        "state": { "run_dir": ground.run.join(name), "state_dir": ground.state.join(name) },
+        "state": { "run_dir": ground.run.join(name), "state_dir": ground.images },
         "image": { "keep": "forever" },
     })
 }
@@ -300,6 +302,11 @@ impl Bench<'_> {
                 }
             }
         }
+        if let Some(index) = warm.iter().position(|path| matches!(path.way, Way::Floor { .. }))
+            && let Some(problem) = self.unlike_runc(&warm[index]).await?
+        {
+            left_out.insert(warm.remove(index).name.clone(), problem);
+        }
         *paths = warm;
         taken.names = paths.iter().map(|path| path.name.clone()).collect();
         tokio::time::sleep(SETTLE * 4).await;
@@ -317,6 +324,28 @@ impl Bench<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A floor whose task is not confined as runc's would be no floor: how it is not.
+    async fn unlike_runc(&self, floor: &Path) -> Result<Option<String>, BenchError> {
+        let runc = match self.open(&PathPlan::new("confinement", Kind::Runc)).await {
+            Ok(runc) => runc,
+            Err(error) => return Ok(Some(format!("it can't be compared with runc: {}", crate::chain(&error)))),
+        };
+        let sequence = [Step::Start, Step::Stop, Step::Destroy];
+        let mut portraits = Vec::new();
+        for path in [&runc, floor] {
+            let job = Job::new(&self.allocs, &sequence)?;
+            within(&path.name, "start", path.start(&job)).await?;
+            first_stamp(path, &job).await?;
+            let pid = within(&path.name, "say who its task is", path.pid(&job)).await?;
+            portraits.push(confinement::portrait(pid));
+            within(&path.name, "stop", path.stop(&job)).await?;
+            within(&path.name, "destroy", path.destroy(&job)).await?;
+            job.clear(LIMIT).await?;
+        }
+        let differences = confinement::differences(&portraits[0], &portraits[1]);
+        Ok((!differences.is_empty()).then(|| format!("not confined as runc's task: {}", differences.join("; "))))
     }
 
     async fn alone(

@@ -5,6 +5,7 @@
 //! same FIFOs by the same reader. It knows this driver only by the wire, and by the spec that it writes, which the paths
 //! without a driver are given, too.
 
+mod confinement;
 mod floor;
 mod job;
 mod machine;

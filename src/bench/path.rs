@@ -291,6 +291,24 @@ impl Path {
             .collect()
     }
 
+    /// The process of a task that runs, on the host.
+    pub(super) async fn pid(&self, job: &Job) -> Result<u32, Failure> {
+        match &self.way {
+            Way::Runtime { binary, dir, .. } => {
+                let mut command = tokio::process::Command::new(binary);
+                command.arg("--root").arg(dir.join("state")).args(["state", &job.id]).stdin(Stdio::null());
+                let output = command.kill_on_drop(true).output().await?;
+                let state: Value = serde_json::from_slice(&output.stdout)?;
+                Ok(state["pid"].as_u64().and_then(|pid| pid.try_into().ok()).ok_or("no pid in its state")?)
+            }
+            Way::Floor { running, .. } => {
+                let process = running.lock().map_err(|_| "poisoned")?.get(&job.id).copied();
+                Ok(process.ok_or("it does not run")?.pid())
+            }
+            _ => Err("it does not say".into()),
+        }
+    }
+
     /// The processes that it keeps beside the tasks.
     pub(super) fn daemons(&self) -> Vec<u32> {
         match &self.way {

@@ -42,7 +42,7 @@ const ORDER: [&str; 4] = ["{BUNDLE}", "{ALLOC_DIR}", "{ALLOC}", "{CONTAINER}"];
 
 impl Template {
     /// Reads what the driver wrote for `job`, its only running task.
-    pub(super) fn of_driver(run: &Path, state: &Path, job: &Job) -> Result<Self, BenchError> {
+    pub(super) fn of_driver(run: &Path, state: &Path, image: &str, job: &Job) -> Result<Self, BenchError> {
         let unsound = |problem: String| BenchError::Unsound { path: "driver".to_owned(), problem };
         let list = |path: &Path| -> Result<Vec<PathBuf>, BenchError> {
             let entries = fs::read_dir(path).map_err(super::file(path))?;
@@ -59,11 +59,10 @@ impl Template {
         }
         let mut value: Value = serde_json::from_str(&text).map_err(|error| unsound(error.to_string()))?;
         let program = value["annotations"].as_object_mut().and_then(|annotations| annotations.remove(PROGRAM));
-        let mut images = list(&state.join("images"))?;
-        images.retain(|path| path.extension().is_some_and(|kind| kind == "json"));
-        let [image] = &images[..] else { return Err(unsound(format!("{} images for one task", images.len()))) };
-        let image: Value = serde_json::from_slice(&fs::read(image).map_err(super::file(image))?)
-            .map_err(|error| unsound(error.to_string()))?;
+        let records = list(&state.join("images"))?.into_iter().filter_map(|path| fs::read(path).ok());
+        let mut records = records.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
+        let image = records.find(|record| record["reference"] == image);
+        let image = image.ok_or_else(|| unsound("no record of the image".to_owned()))?;
         let strings = |key: &str| -> Vec<String> {
             let list = image[key].as_array().into_iter().flatten();
             list.filter_map(|item| item.as_str().map(str::to_owned)).collect()

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{CliError, Common, Store, image_named, is_interactive, print, say};
+use super::{CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print, say};
 use crate::{
     bench::{self, Ground, Kind, PathPlan, Plan, Results},
     ids::random_hex,
@@ -66,6 +66,7 @@ impl Bench {
             return Ok(0);
         }
         let plan = self.planned()?;
+        let _lock = StoreLock::shared(common)?;
         let store = Store::open(common).await?;
         // Short: sockets are below it.
         let id = format!("bench-{}", random_hex(4));
@@ -73,6 +74,7 @@ impl Bench {
             program: std::env::current_exe()?,
             run: common.run_dir.join(&id),
             state: common.state_dir.join(&id),
+            images: common.places(&id).state().to_owned(),
             address: store.address.clone(),
             namespace: common.namespace.clone(),
             tick: |count| {

@@ -40,11 +40,15 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     }
     // The name that the shim knew the runtime by, its own descriptor, died with it.
     let named = task.bundle.join("runtime");
-    if let Some(runtime) = task.runtime
-        && std::fs::read(&named).is_ok_and(|name| name.starts_with(b"/proc/"))
-    {
+    if std::fs::read(&named).is_ok_and(|name| name.starts_with(b"/proc/")) {
+        let Some(runtime) = task.runtime else {
+            let message = "its runtime is not known or not installed any more".to_owned();
+            return Err(ShimError::Refused { call: "delete", code: -1, message });
+        };
         let failed = |source| ShimError::File { id: task.id.to_owned(), doing: "write", path: named.clone(), source };
-        std::fs::write(&named, runtime.as_os_str().as_encoded_bytes()).map_err(failed)?;
+        let draft = task.bundle.join("runtime.tmp");
+        let written = std::fs::write(&draft, runtime.as_os_str().as_encoded_bytes());
+        written.and_then(|()| std::fs::rename(&draft, &named)).map_err(failed)?;
     }
     let noted = has_noted_exit(task.bundle);
     let failed = |source| ShimError::Spawn { binary: launcher.binary().to_owned(), source };

@@ -78,6 +78,7 @@ impl Launcher {
                         runtime: identity.runtime,
                         held,
                         uses: 0,
+                        adopted: true,
                     });
                 }
                 // That we can't connect just now (no descriptors) does not mean that it hangs.

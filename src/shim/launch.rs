@@ -55,7 +55,7 @@ type Holders = Arc<Mutex<HashMap<String, usize>>>;
 
 /// Says that somebody here holds a shim, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Held {
+pub struct Held {
     id: String,
     own: Holders,
     given_up: bool,
@@ -127,6 +127,8 @@ pub struct Shim {
     pub(super) runtime: Option<PathBuf>,
     /// How many containers it has had.
     pub(super) uses: u32,
+    /// Was it started by an earlier instance of us?
+    pub(super) adopted: bool,
 }
 
 /// A shim's process, not spoken to yet.
@@ -171,7 +173,8 @@ impl Launcher {
         holders(&self.own).keys().cloned().collect()
     }
 
-    pub(super) fn hold(&self, id: &str) -> Held {
+    /// Says that somebody here is about to take this one over.
+    pub fn hold(&self, id: &str) -> Held {
         Held::new(id, &self.own)
     }
 
@@ -232,6 +235,7 @@ impl Launcher {
                     held,
                     runtime,
                     uses: 0,
+                    adopted: false,
                 })
             }
             Err(error) => {
@@ -304,6 +308,8 @@ impl Launcher {
         let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: self.binary.clone(), source })?;
         drop((listener, copy));
         let pid = child.id().unwrap_or_default();
+        // Before it can be found: whoever adopts it takes it as it is.
+        self.place(pid);
         let named = PidFd::open(pid).and_then(|pidfd| {
             let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
             fs::write(
@@ -313,7 +319,6 @@ impl Launcher {
             Ok(pidfd)
         });
         let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
-        self.place(pid);
         Ok(Spawned { child, pid, pidfd: Arc::new(pidfd), runtime })
     }
 
@@ -388,7 +393,13 @@ impl Shim {
             runtime: self.runtime.clone(),
             held: Held::new(&self.id, &self.held.own),
             uses: self.uses,
+            adopted: self.adopted,
         }
+    }
+
+    /// It could not end a container. Where others hold it, too, it is never taken for idle again.
+    pub fn keep_from_others(mut self) {
+        self.held.given_up = !self.is_held_once();
     }
 
     /// Is this the only hold on it here?
@@ -408,10 +419,16 @@ impl Shim {
         if self.leave_to_others() {
             return true;
         }
-        if !self.has_ended() && self.client.shutdown(&self.id).await.is_err() {
+        let refused = !self.has_ended() && self.client.shutdown(&self.id).await.is_err();
+        if refused {
             self.pidfd.signal(libc::SIGKILL);
         }
         if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
+            if self.adopted && !refused {
+                // It says yes and stays: then it holds a container that nobody here knows of.
+                tracing::warn!(shim = self.id, "a shim of an earlier plugin does not end; it may hold a container");
+                return false;
+            }
             self.pidfd.signal(libc::SIGKILL);
             if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
                 tracing::error!(shim = self.id, "it survives SIGKILL");

@@ -307,13 +307,16 @@ impl Pool {
         tokio::spawn(async move {
             tokio::time::sleep(SPARE_TIME).await;
             pool.0.trimming.store(false, Ordering::SeqCst);
-            let surplus: Vec<Shim> = {
-                let mut idle = pool.idle();
-                let keep = pool.0.settings.size.min(idle.len());
-                idle.drain(keep..).collect()
-            };
-            for shim in surplus {
-                shim.end().await;
+            // One at a time: whoever closes the pool meanwhile sees the others.
+            loop {
+                let surplus = {
+                    let mut idle = pool.idle();
+                    if idle.len() > pool.0.settings.size { idle.pop_back() } else { None }
+                };
+                match surplus {
+                    Some(shim) => drop(shim.end().await),
+                    None => return,
+                }
             }
         });
     }

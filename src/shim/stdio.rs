@@ -102,15 +102,20 @@ impl Stdio {
 /// The task is over; its collector may be reading, done, about to open its end, or waiting in that for a writer.
 async fn wait_for_the_late(path: String, reader: File) {
     let open = |read| File::options().read(read).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
-    // Lets one in that waits. While there is something to read, nothing must be closed.
-    let writer = open(false);
     let deadline = tokio::time::Instant::now() + LATE_READER;
     let mut pause = Duration::from_millis(1);
-    while has_unread(&reader) && tokio::time::Instant::now() < deadline {
+    // As long as the shim may still write, or something is unread, nothing must be closed. A reader that holds on keeps
+    // nobody from seeing the end.
+    loop {
+        // Lets one in that waits for a writer.
+        drop(open(false));
+        if (is_closed(&reader) && !has_unread(&reader)) || tokio::time::Instant::now() > deadline {
+            break;
+        }
         tokio::time::sleep(pause).await;
-        pause *= 2;
+        pause = (pause * 2).min(Duration::from_millis(20));
     }
-    drop((reader, writer));
+    drop(reader);
     // Nobody reads: it is done, or not there yet.
     if let Err(error) = open(false)
         && error.raw_os_error() == Some(libc::ENXIO)
@@ -119,6 +124,15 @@ async fn wait_for_the_late(path: String, reader: File) {
         tokio::time::sleep_until(deadline).await;
         drop(both);
     }
+}
+
+/// Has its last writer gone (poll(2): POLLHUP)?
+fn is_closed(reader: &File) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok()
+        && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 fn has_unread(reader: &File) -> bool {

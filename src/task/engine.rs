@@ -159,6 +159,7 @@ impl Engine {
             metrics: Metrics::default(),
             warmer: WarmerSlot::new(warmer),
             own_capabilities: Capabilities::of_this_process(),
+            clearing: watch::Sender::new(0),
             teardowns: Arc::new(Semaphore::new(TEARDOWNS)),
             leftovers: Mutex::default(),
         });

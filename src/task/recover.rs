@@ -101,8 +101,11 @@ impl Engine {
         let id = record.task_id.clone();
         self.tasks().insert(id.clone(), Slot::Recovering { record: Box::new(record.clone()), done });
         let engine = self.clone();
+        // At once: until it is connected to, another task of the same shim must not take that for its own.
+        let held = self.shared().pool.launcher().hold(&record.shim);
         tokio::spawn(async move {
             let task = engine.revive(record).await;
+            drop(held);
             engine.tasks().insert(id.clone(), Slot::Task(task.clone()));
             tokio::spawn(watch_exit(engine.shared().clone(), task.clone()));
             if let RecordState::Stopping { deadline, .. } = task.record().state {

@@ -56,6 +56,9 @@ pub enum RuntimeError {
         /// Why.
         problem: String,
     },
+    /// One that confines nobody.
+    #[error("runtime {0:?} was built without seccomp, and would pass any filter over in silence; install one with it")]
+    Unfiltered(String),
     /// None at all.
     #[error("neither crun nor runc is installed")]
     None,
@@ -76,10 +79,21 @@ pub struct Runtime {
 #[derive(Debug, Clone)]
 pub struct Runtimes {
     configured: BTreeMap<String, PathBuf>,
-    /// Those that were seen to honour a compiled filter.
-    take_programs: BTreeSet<String>,
+    /// Those that were seen to honour a compiled filter, and which file that was: another one has to be asked anew.
+    take_programs: BTreeMap<String, Asked>,
+    /// Those that were seen to honour none.
+    unfiltered: BTreeSet<String>,
     allowed: Option<Vec<String>>,
     default: Result<Runtime, String>,
+}
+
+/// A program's place, and what says that it is still the same file.
+type Asked = (PathBuf, (u64, u64, u64, i64, i64));
+
+fn asked(binary: &Path) -> Option<Asked> {
+    use std::os::unix::fs::MetadataExt as _;
+    let file = fs::metadata(binary).ok()?;
+    Some((binary.to_owned(), (file.dev(), file.ino(), file.len(), file.mtime(), file.mtime_nsec())))
 }
 
 /// Names of the old driver and containerd that mean "runc's shim, whatever its binary".
@@ -97,10 +111,15 @@ impl Runtimes {
         });
         let cruns: BTreeMap<String, Result<Form, String>> =
             futures_util::future::join_all(cruns).await.into_iter().collect();
-        let take_programs =
-            cruns.iter().filter(|(_, form)| **form == Ok(Form::Program)).map(|(name, _)| name.clone()).collect();
-        let mut runtimes =
-            Self { configured, take_programs, allowed: settings.allow_runtimes.clone(), default: Err(String::new()) };
+        let take_programs = cruns
+            .iter()
+            .filter(|(_, form)| **form == Ok(Form::Program))
+            .filter_map(|(name, _)| Some((name.clone(), asked(&which(configured.get(name)?)?)?)))
+            .collect();
+        let without = |form: &Result<Form, String>| form.as_ref().is_err_and(|problem| problem == NO_SECCOMP);
+        let unfiltered = cruns.iter().filter(|(_, form)| without(form)).map(|(name, _)| name.clone()).collect();
+        let allowed = settings.allow_runtimes.clone();
+        let mut runtimes = Self { configured, take_programs, unfiltered, allowed, default: Err(String::new()) };
         runtimes.default = match &settings.default_runtime {
             Some(name) => runtimes.installed_as(name).ok_or_else(|| runtimes.missing(name).to_string()),
             None => {
@@ -115,8 +134,10 @@ impl Runtimes {
     }
 
     fn installed_as(&self, name: &str) -> Option<Runtime> {
-        let filters = if self.take_programs.contains(name) { Form::Program } else { Form::Profile };
-        Some(Runtime { name: name.to_owned(), binary: which(self.configured.get(name)?)?, filters })
+        let binary = which(self.configured.get(name)?)?;
+        let known = self.take_programs.get(name).is_some_and(|known| asked(&binary).as_ref() == Some(known));
+        let filters = if known { Form::Program } else { Form::Profile };
+        Some(Runtime { name: name.to_owned(), binary, filters })
     }
 
     /// The program of a runtime, by its name.
@@ -156,6 +177,9 @@ impl Runtimes {
     }
 
     fn allow(&self, runtime: Runtime) -> Result<Runtime, RuntimeError> {
+        if self.unfiltered.contains(&runtime.name) {
+            return Err(RuntimeError::Unfiltered(runtime.name));
+        }
         match &self.allowed {
             Some(allowed) if !allowed.contains(&runtime.name) => {
                 Err(RuntimeError::NotAllowed { name: runtime.name, allowed: format!("{allowed:?}") })
@@ -203,15 +227,22 @@ pub fn clear_probes(scratch: &Path) {
 
 /// Does crun work here? It refuses hybrid cgroup hosts in part, old kernels, and what its build left out, so it is
 /// asked: a container whose program is an empty file must fail for just that reason, which crun finds after everything
-/// else. It is given a compiled filter, too, that has execve fail in a way of its own: who does not fail in that way has
-/// not loaded it.
+/// else. It is given a filter, too, that has execve fail in a way of its own: who does not fail in that way has not loaded
+/// it. First a compiled one, then the plain form: a crun without seccomp takes both, and does nothing.
 ///
 /// # Errors
 /// Its own words when it fails for another reason.
 pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<Form, String> {
     let id = format!("probe-{}", random_hex(6));
     let bundle = scratch.join(&id);
-    let outcome = probe(binary, &bundle, &id).await;
+    let mut outcome = probe(binary, &bundle, &id, Form::Program).await;
+    // It has run the program, and not under the filter: does it know the plain form?
+    if outcome == Ok(false) {
+        outcome = probe(binary, &bundle, &id, Form::Profile)
+            .await
+            .and_then(|filtered| if filtered { Ok(false) } else { Err(NO_SECCOMP.to_owned()) });
+    }
+    let outcome = outcome.map(|program| if program { Form::Program } else { Form::Profile });
     if let Err(error) = fs::remove_dir_all(&bundle) {
         tracing::debug!(%error, "the probe's bundle stays");
     }
@@ -221,7 +252,11 @@ pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<Form, String> {
 /// What execve answers under the probe's filter: EXDEV, which it never answers by itself.
 const TELLTALE: u32 = libc::EXDEV.cast_unsigned();
 
-async fn probe(binary: &Path, bundle: &Path, id: &str) -> Result<Form, String> {
+/// Such a crun reads filters in either form and does nothing with them.
+const NO_SECCOMP: &str = "it was built without seccomp";
+
+/// Was the filter, in this form, seen to hold?
+async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<bool, String> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let text = |error: std::io::Error| error.to_string();
     // crun makes links in /dev, and expects the directory.
@@ -239,8 +274,16 @@ async fn probe(binary: &Path, bundle: &Path, id: &str) -> Result<Form, String> {
         "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
         "linux": { "namespaces": namespaces, "cgroupsPath": format!("/nomad-driver-shim-{id}") },
     });
-    if let Some(program) = seccomp::failing("execve", TELLTALE) {
-        spec["annotations"] = serde_json::json!({ seccomp::CRUN_PROGRAM: program });
+    match form {
+        Form::Program => {
+            if let Some(program) = seccomp::failing("execve", TELLTALE) {
+                spec["annotations"] = serde_json::json!({ seccomp::CRUN_PROGRAM: program });
+            }
+        }
+        Form::Profile => {
+            let rule = serde_json::json!({ "names": ["execve"], "action": "SCMP_ACT_ERRNO", "errnoRet": TELLTALE });
+            spec["linux"]["seccomp"] = serde_json::json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule] });
+        }
     }
     fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
     let root = bundle.join("state");
@@ -256,9 +299,9 @@ async fn probe(binary: &Path, bundle: &Path, id: &str) -> Result<Form, String> {
     // As glibc and musl say EXDEV and ENOEXEC.
     let lower = said.to_lowercase();
     if lower.contains("cross-device link") {
-        Ok(Form::Program)
+        Ok(true)
     } else if lower.contains("exec format error") {
-        Ok(Form::Profile)
+        Ok(false)
     } else {
         Err(said)
     }
@@ -271,7 +314,8 @@ mod tests {
     fn runtimes(allowed: Option<&[&str]>) -> Runtimes {
         let shell = Runtime { name: "runc".to_owned(), binary: PathBuf::from("/bin/sh"), filters: Form::Profile };
         Runtimes {
-            take_programs: BTreeSet::new(),
+            take_programs: BTreeMap::new(),
+            unfiltered: BTreeSet::new(),
             configured: BTreeMap::from([
                 ("runc".to_owned(), PathBuf::from("/bin/sh")),
                 ("kata".to_owned(), PathBuf::from("/no/such")),

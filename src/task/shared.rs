@@ -3,9 +3,10 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
 use crate::{
@@ -29,6 +30,8 @@ pub struct Shared {
     pub(super) warmer: WarmerSlot,
     /// What this process could hand on to a privileged task.
     pub(super) own_capabilities: Capabilities,
+    /// Tasks that the background is clearing away, or will.
+    pub(super) clearing: watch::Sender<usize>,
     /// So many tasks are cleared away at a time.
     pub(super) teardowns: Arc<Semaphore>,
     /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
@@ -58,6 +61,8 @@ impl WarmerSlot {
 
 /// They wait for disks and kernel locks, not for processors.
 pub const TEARDOWNS: usize = 4;
+/// A disk that is slower than this is not waited for.
+const CLEARED: Duration = Duration::from_secs(30);
 
 /// A task that is to be undone.
 pub struct Leftover {
@@ -84,6 +89,7 @@ impl Shared {
 
     /// Keeps in mind what the background clears away.
     pub(super) fn keep_clearing(&self, record: Record) {
+        self.clearing.send_modify(|count| *count += 1);
         self.leftovers().insert(record.task_id.clone(), Leftover { record, hands: Hands::Clearing });
     }
 
@@ -100,10 +106,13 @@ impl Shared {
         self.leftovers().get(id).map(|leftover| leftover.hands)
     }
 
-    /// Waits until what has been destroyed is cleared away.
+    /// Waits until what has been destroyed is cleared away, but not for what hangs.
     pub(super) async fn all_cleared(&self) {
-        let all = u32::try_from(TEARDOWNS).unwrap_or(u32::MAX);
-        drop(self.teardowns.acquire_many(all).await);
+        let mut clearing = self.clearing.subscribe();
+        let cleared = tokio::time::timeout(CLEARED, clearing.wait_for(|count| *count == 0)).await;
+        if cleared.is_err() {
+            tracing::warn!("tasks that are gone are still being cleared away");
+        }
     }
 
     /// It is gone.

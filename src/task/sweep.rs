@@ -190,6 +190,9 @@ impl Engine {
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
             if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
+        let runtime = names(&places.runtimes()).into_iter().find(|runtime| {
+            places.runtime_root(runtime).join(shared.pool.launcher().namespace()).join(id.as_str()).exists()
+        });
         let record = Record::new(Intent {
             task_id: TaskId(String::new()),
             name: String::new(),
@@ -200,7 +203,7 @@ impl Engine {
             container_id: id.clone(),
             image: String::new(),
             lease: String::new(),
-            runtime: String::new(),
+            runtime: runtime.unwrap_or_default(),
             shim: NO_SHIM.to_owned(),
             namespace: shared.pool.launcher().namespace().to_owned(),
             cgroup,

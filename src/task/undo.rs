@@ -27,7 +27,9 @@ pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(
 /// # Errors
 /// The first step that failed.
 pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), TaskError> {
-    release(shared, record, shim).await?.finish(shared, record).await
+    // What of the mounts could not be undone is tried again with the rest.
+    let (released, _mounts) = release(shared, record, shim).await?;
+    released.finish(shared, record).await
 }
 
 /// A task whose container is gone, and with it every process and the job's own mounts: what is left is only ours.
@@ -56,12 +58,21 @@ fn bundle(shared: &Shared, record: &Record) -> BundlePaths {
     BundlePaths { bundle: places.bundle(&record.container_id), upper: places.upper(&record.container_id) }
 }
 
-async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<Released, TaskError> {
+type Mounts = Result<(), TaskError>;
+
+async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Released, Mounts), TaskError> {
     let mut outcome = Outcome(Ok(()));
     // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
-    let ended = end_container(shared, record, &shim).await.inspect_err(|error| {
-        tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(error), "undo");
-    })?;
+    let ended = match end_container(shared, record, &shim).await {
+        Ok(ended) => ended,
+        Err(error) => {
+            tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(&error), "undo");
+            if let Found::Alive(shim) = shim {
+                shim.keep_from_others();
+            }
+            return Err(error);
+        }
+    };
     fault::point("undo.container");
     let shim = match (shim, ended) {
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
@@ -73,8 +84,10 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<Releas
     fault::point("undo.shim");
     let bundle = bundle(shared, record);
     let unmounted = tokio::task::block_in_place(|| bundle.unmount_pins());
-    outcome.note(record, "mounts", unmounted.map_err(TaskError::from));
-    Ok(Released { shim, outcome })
+    let unmounted = unmounted.map_err(TaskError::from).inspect_err(|error| {
+        tracing::warn!(task = %record.task_id, step = "mounts", error = %crate::chain(error), "undo");
+    });
+    Ok((Released { shim, outcome }, unmounted))
 }
 
 impl Released {
@@ -265,22 +278,22 @@ pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: Found) ->
 /// # Errors
 /// When its container can't be ended, or the job's own mounts stay.
 pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
-    let mut released = match release(shared, record, shim).await {
+    let (released, answer) = match release(shared, record, shim).await {
         Ok(released) => released,
         Err(error) => {
             settle(shared, record, false);
             return Err(error);
         }
     };
-    let answer = std::mem::replace(&mut released.outcome.0, Ok(()));
     shared.keep_clearing(record.clone());
     // Whoever makes tasks faster than they can be cleared away waits here.
     let room = shared.teardowns.clone().acquire_owned().await;
-    let (shared, record, failed) = (shared.clone(), record.clone(), answer.is_err());
+    let (shared, record) = (shared.clone(), record.clone());
     tokio::spawn(async move {
         let outcome = released.finish(&shared, &record).await;
         drop(room);
-        settle(&shared, &record, outcome.is_ok() && !failed);
+        settle(&shared, &record, outcome.is_ok());
+        shared.clearing.send_modify(|count| *count -= 1);
     });
     answer
 }

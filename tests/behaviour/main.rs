@@ -14,6 +14,7 @@
 mod support;
 
 mod archives;
+mod bench;
 mod cli;
 mod commands;
 mod crash;

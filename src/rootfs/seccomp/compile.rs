@@ -151,7 +151,8 @@ pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>
             ranges.retain(|(first, _)| *first < X32_BIT);
             let above = match &x32 {
                 Some(x32) => self::ranges(x32, default),
-                None => vec![(X32_BIT, Verdict::Always(BAD_ARCHITECTURE))],
+                // -1 is what a tracer writes to have a call skipped: libseccomp leaves it out of its test for x32.
+                None => vec![(X32_BIT, Verdict::Always(BAD_ARCHITECTURE)), (u32::MAX, Verdict::Always(default))],
             };
             ranges.extend(above.into_iter().map(|(first, verdict)| (first.max(X32_BIT), verdict)));
             ranges = tidy(ranges);
@@ -197,7 +198,13 @@ fn verdicts(profile: &LinuxSeccomp, machine: Machine, default: u32) -> Result<BT
             if before.is_some_and(|before| before != then) {
                 return Err(NotCompiled::Mixed(name.clone()));
             }
-            let Some(number) = machine.number(name) else { continue };
+            let Some(number) = machine.number(name) else {
+                // Newer than our tables, and forbidden: a newer libseccomp may know it.
+                if is_permissive(default) && !Machine::ALL.iter().any(|machine| machine.number(name).is_some()) {
+                    return Err(NotCompiled::Feature(format!("the unknown call {name}")));
+                }
+                continue;
+            };
             match (verdicts.get_mut(&number), &any) {
                 (Some(Verdict::Always(known)), _) if *known != then => {
                     return Err(NotCompiled::Mixed(name.clone()));
@@ -230,6 +237,12 @@ fn verdicts(profile: &LinuxSeccomp, machine: Machine, default: u32) -> Result<BT
         }
     }
     Ok(verdicts)
+}
+
+/// Does this verdict let a call pass (`SECCOMP_RET_LOG`, `SECCOMP_RET_ALLOW`)?
+fn is_permissive(verdict: u32) -> bool {
+    verdict >= LinuxSeccompAction::ScmpActLog.as_u32(None)
+        && verdict < LinuxSeccompAction::ScmpActKillProcess.as_u32(None)
 }
 
 /// A rule's conditions, which all have to hold; or, as runc and crun read several on one argument, any of them. None

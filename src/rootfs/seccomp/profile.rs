@@ -12,9 +12,10 @@ use serde::Deserialize;
 use super::SeccompError;
 use crate::rootfs::Capabilities;
 
-/// A profile.
+/// A profile. What it says beyond this is refused: a key that is written otherwise (`Args`) would make a rule that holds
+/// for some hold for all.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Profile {
     pub(super) default_action: LinuxSeccompAction,
     #[serde(default)]
@@ -31,7 +32,7 @@ pub struct Profile {
 
 /// A 64-bit architecture and what runs beside it.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct ArchMap {
     pub(super) architecture: Arch,
     #[serde(default)]
@@ -40,8 +41,10 @@ pub(super) struct ArchMap {
 
 /// What is done with some calls, and for whom.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Rule {
+    #[serde(default)]
+    pub(super) comment: Option<String>,
     /// docker's older form has one name a rule.
     #[serde(default)]
     pub(super) name: Option<String>,
@@ -60,7 +63,7 @@ pub(super) struct Rule {
 
 /// When a rule holds, or does not.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Condition {
     #[serde(default, deserialize_with = "or_null")]
     pub(super) caps: Vec<String>,
@@ -237,6 +240,12 @@ mod tests {
         for (profile, part) in [
             ("{}", "defaultAction"),
             (r#"{"defaultAction": "SCMP_ACT_MAYBE"}"#, "SCMP_ACT_MAYBE"),
+            (r#"{"defaultAction": "SCMP_ACT_ALLOW", "Syscalls": []}"#, "Syscalls"),
+            (
+                r#"{"defaultAction": "SCMP_ACT_ERRNO",
+                    "syscalls": [{"names": ["clone"], "action": "SCMP_ACT_ALLOW", "Args": []}]}"#,
+                "Args",
+            ),
             (
                 r#"{"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86"],
                     "archMap": [{"architecture": "SCMP_ARCH_X86_64"}]}"#,

@@ -88,6 +88,9 @@ const ARM_MORE: [(&str, u32); 5] = [
 ];
 
 impl Machine {
+    /// Every one that has a table here.
+    pub(super) const ALL: [Self; 5] = [Self::X86_64, Self::X86, Self::X32, Self::Aarch64, Self::Arm];
+
     /// The one this program was built for, if a filter can be made for it.
     pub fn of_this_host() -> Option<Self> {
         match std::env::consts::ARCH {
@@ -127,12 +130,7 @@ impl Machine {
     /// The number of a call; None for one that this architecture does not have.
     pub fn number(self, name: &str) -> Option<u32> {
         static TABLES: OnceLock<HashMap<Machine, HashMap<&'static str, u32>>> = OnceLock::new();
-        let tables = TABLES.get_or_init(|| {
-            [Self::X86_64, Self::X86, Self::X32, Self::Aarch64, Self::Arm]
-                .map(|machine| (machine, machine.table()))
-                .into_iter()
-                .collect()
-        });
+        let tables = TABLES.get_or_init(|| Self::ALL.map(|machine| (machine, machine.table())).into_iter().collect());
         tables.get(&self)?.get(name).copied()
     }
 

@@ -1,0 +1,95 @@
+//! Is the floor's task as confined as runc's? Asked of the kernel, from outside, while both wait.
+
+use std::{collections::BTreeMap, fs};
+
+/// How a process is confined, in the kernel's words: two with the same answers are confined alike.
+pub(super) fn portrait(pid: u32) -> BTreeMap<String, String> {
+    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let mut found = BTreeMap::new();
+    for line in read("status").lines() {
+        let (name, value) = line.split_once(':').unwrap_or_default();
+        let of_interest = ["Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters"].contains(&name);
+        if of_interest || name.starts_with("Cap") {
+            found.insert(name.to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" "));
+        }
+    }
+    found.insert("oom_score_adj".to_owned(), read("oom_score_adj").trim().to_owned());
+    for kind in ["mnt", "pid", "ipc", "uts", "net", "cgroup", "user"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
+        let own = of(&pid.to_string()) != of("self");
+        found.insert(format!("namespace {kind}"), if own { "its own" } else { "the host's" }.to_owned());
+    }
+    // Where, of which kind, with which flags; what lies below a task's own directories has its own names.
+    for line in read("mountinfo").lines() {
+        let (left, right) = line.split_once(" - ").unwrap_or_default();
+        let fields: Vec<&str> = left.split(' ').collect();
+        if let [_, _, _, _, point, options, ..] = fields[..] {
+            let kind = right.split(' ').next().unwrap_or_default();
+            let mut options: Vec<&str> = options.split(',').filter(|option| *option != "relatime").collect();
+            options.sort_unstable();
+            found.insert(format!("mount {point}"), format!("{kind} {}", options.join(",")));
+        }
+    }
+    let mut devices: Vec<String> = fs::read_dir(format!("/proc/{pid}/root/dev"))
+        .map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+        .unwrap_or_default();
+    devices.sort_unstable();
+    found.insert("devices".to_owned(), devices.join(" "));
+    // Limits, by what the groups say that it is in.
+    for line in read("cgroup").lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
+        let below = if controllers.is_empty() { String::new() } else { format!("{controllers}/") };
+        for file in [
+            "memory.limit_in_bytes",
+            "memory.soft_limit_in_bytes",
+            "cpu.shares",
+            "cpu.cfs_quota_us",
+            "pids.max",
+            "devices.list",
+            "memory.max",
+            "memory.low",
+            "cpu.weight",
+            "cpu.max",
+        ] {
+            if let Ok(value) =
+                fs::read_to_string(format!("/sys/fs/cgroup/{below}{}/{file}", path.trim_start_matches('/')))
+            {
+                // runc 1.1 opens tun and tap to everybody, on version 1; the floor need not.
+                let mut lines: Vec<&str> = value.lines().filter(|line| *line != "c 10:200 rwm").collect();
+                lines.sort_unstable();
+                found.insert(format!("limit {file}"), lines.join(", "));
+            }
+        }
+    }
+    found
+}
+
+/// What differs: name, the one, the other.
+pub(super) fn differences(one: &BTreeMap<String, String>, other: &BTreeMap<String, String>) -> Vec<String> {
+    let names: std::collections::BTreeSet<&String> = one.keys().chain(other.keys()).collect();
+    let none = "nothing".to_owned();
+    names
+        .into_iter()
+        .filter_map(|name| {
+            let (left, right) = (one.get(name).unwrap_or(&none), other.get(name).unwrap_or(&none));
+            (left != right).then(|| format!("{name}: {left} against {right}"))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_confined_as_itself_and_differences_are_named() {
+        let own = portrait(std::process::id());
+        assert!(own.contains_key("CapBnd") && own.contains_key("namespace pid"), "{own:?}");
+        assert!(differences(&own, &own).is_empty());
+        let mut other = own.clone();
+        other.insert("Seccomp".to_owned(), "9".to_owned());
+        let named = differences(&own, &other);
+        assert!(named.len() == 1 && named[0].starts_with("Seccomp: ") && named[0].ends_with("against 9"), "{named:?}");
+    }
+}
