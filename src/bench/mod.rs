@@ -5,6 +5,11 @@
 //! same FIFOs by the same reader. It knows this driver only by the wire, and by the spec that it writes, which the paths
 //! without a driver are given, too.
 
+#![allow(
+    clippy::large_futures,
+    reason = "one run in a process, whose futures lie on the heap by the command line's own box"
+)]
+
 mod confinement;
 mod floor;
 mod job;

@@ -325,7 +325,9 @@ impl Path {
     /// Ends what only it uses.
     pub(super) async fn close(self) {
         match self.way {
-            Way::Plugin(way) => drop(way.plugin.leave().await),
+            Way::Plugin(way) => {
+                way.plugin.leave().await;
+            }
             Way::Containerd { client, lease, .. } => drop(client.delete_lease(&lease).await),
             _ => {}
         }

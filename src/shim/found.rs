@@ -21,6 +21,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 
 /// What became of a shim that an earlier instance of us has started.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one a task, nearly always the large one")]
 pub enum Found {
     /// It lives and answers.
     Alive(Shim),

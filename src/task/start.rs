@@ -222,6 +222,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
 }
 
 /// A shim, or what will be one.
+#[allow(clippy::large_enum_variant, reason = "one a start, nearly always the large one")]
 enum Coming {
     Here(Shim),
     Launched(tokio::task::JoinHandle<Result<Shim, ShimError>>),
