@@ -16,10 +16,11 @@ use std::{
 };
 
 use base64::Engine as _;
+use nix::sys::signal::{SigSet, SigmaskHow};
 use serde_json::Value;
 
 use crate::{
-    cgroup::{CgroupMode, Cgroups},
+    cgroup::{CgroupMode, CgroupPath, Cgroups},
     process::PidFd,
 };
 
@@ -37,14 +38,15 @@ pub struct Floor {
 }
 
 /// A floor's process, our child.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Process {
     pid: libc::pid_t,
+    cgroup: CgroupPath,
 }
 
 impl Process {
     /// Waits for its end: true for exit code 0.
-    pub(super) async fn wait(self) -> io::Result<bool> {
+    pub(super) async fn wait(&self) -> io::Result<bool> {
         PidFd::open(self.pid.cast_unsigned())?.ended().await?;
         let mut status = 0;
         // SAFETY: our own child, which has ended and which nobody else waits for.
@@ -55,12 +57,12 @@ impl Process {
     }
 
     /// Its pid.
-    pub(super) fn pid(self) -> u32 {
+    pub(super) fn pid(&self) -> u32 {
         self.pid.cast_unsigned()
     }
 
     /// Sends SIGTERM.
-    pub(super) fn terminate(self) {
+    pub(super) fn terminate(&self) {
         // SAFETY: our own child, not waited for yet.
         unsafe { libc::kill(self.pid, libc::SIGTERM) };
     }
@@ -139,40 +141,35 @@ impl Floor {
         let mut stack = vec![0_u8; STACK];
         // SAFETY: one past the end of the stack, aligned down to 16 as the ABI wants; it grows downwards.
         let top = unsafe { stack.as_mut_ptr().add(STACK & !15) };
+        // No handler of ours may run in the child, which has a copy of their table.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
         // SAFETY: the child runs `child` on a stack of its own and gets `order`, which outlives it here: with CLONE_VFORK
         // this thread goes on only when the child has exec'ed or ended.
         let pid = unsafe { libc::clone(child, top.cast(), flags, (&raw mut order).cast()) };
-        if pid < 0 {
-            return Err(io::Error::last_os_error().into());
-        }
+        let cloned = if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+        before.thread_set_mask()?;
+        cloned?;
         if order.failed.0 != 0 {
             // SAFETY: our own child, which has ended.
             unsafe { libc::waitpid(pid, ptr::null_mut(), 0) };
             let error = io::Error::from_raw_os_error(order.failed.1);
             return Err(format!("step {} of the floor failed: {error}", order.failed.0).into());
         }
-        Ok(Process { pid })
+        Ok(Process { pid, cgroup: CgroupPath::recorded(cgroup_path(spec)) })
     }
 
     /// Removes what an ended container leaves.
-    pub(super) fn clear(&self, _process: &Process, alloc: &str) -> io::Result<()> {
-        for hierarchy in self.cgroups.hierarchies() {
-            for entry in fs::read_dir(hierarchy.join("nomad")).into_iter().flatten().flatten() {
-                if entry.file_name().to_string_lossy().starts_with(alloc) {
-                    fs::remove_dir(entry.path())?;
-                }
-            }
-        }
-        Ok(())
+    pub(super) fn clear(&self, process: &Process) -> Result<(), Failure> {
+        Ok(self.cgroups.remove(&process.cgroup)?)
     }
 
     /// Makes the cgroup with its limits in every hierarchy: the files that move a process there.
     fn make_cgroup(&self, spec: &Value) -> Result<Vec<CString>, Failure> {
-        let path = spec["linux"]["cgroupsPath"].as_str().unwrap_or_default().trim_start_matches('/').to_owned();
+        let path = cgroup_path(spec).trim_start_matches('/');
         let v2 = self.cgroups.mode() == CgroupMode::V2;
         let mut procs = Vec::new();
         for hierarchy in self.cgroups.hierarchies() {
-            let group = hierarchy.join(&path);
+            let group = hierarchy.join(path);
             fs::DirBuilder::new().recursive(true).mode(0o755).create(&group)?;
             if !v2 {
                 limit_v1(&group, hierarchy, &spec["linux"]["resources"])?;
@@ -406,6 +403,10 @@ fn limit_v2(group: &Path, resources: &Value) -> io::Result<()> {
 }
 
 /// Runs in the child, on memory that it shares with us: system calls only.
+fn cgroup_path(spec: &Value) -> &str {
+    spec["linux"]["cgroupsPath"].as_str().unwrap_or_default()
+}
+
 extern "C" fn child(order: *mut c_void) -> c_int {
     // SAFETY: `spawn` passes an `Order` that lives until this process has exec'ed or ended, and does not touch it
     // meanwhile.
@@ -520,6 +521,15 @@ fn container(order: &Order) -> c_int {
         }
         if libc::chdir(order.cwd.as_ptr()) != 0 {
             return 15;
+        }
+        // Ignored signals stay ignored over execve(2), and so does the mask.
+        for signal in 1..=libc::SIGRTMAX() {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        if libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) != 0 {
+            return 17;
         }
         if order.program.len > 0
             && libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const order.program) != 0

@@ -1,6 +1,6 @@
 //! The machine, and how quiet it was.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -69,6 +69,27 @@ impl Machine {
         let busy = self.load_before > self.cpus as f64 * 0.75;
         self.noisy = busy || self.unevenness > UNEVEN;
     }
+}
+
+/// Versions of the programs that may be involved.
+pub(super) async fn programs() -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    for (name, flag) in [
+        ("containerd", "--version"),
+        ("containerd-shim-runc-v2", "-v"),
+        ("runc", "--version"),
+        ("crun", "--version"),
+        ("docker", "--version"),
+        ("podman", "--version"),
+    ] {
+        let output = tokio::process::Command::new(name).arg(flag).kill_on_drop(true).output();
+        if let Ok(Ok(output)) = tokio::time::timeout(Duration::from_secs(10), output).await {
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let line = text.lines().find(|line| line.chars().any(|c| c.is_ascii_digit())).unwrap_or_default();
+            found.insert(name.to_owned(), line.trim().to_owned());
+        }
+    }
+    found
 }
 
 fn load() -> f64 {

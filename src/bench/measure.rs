@@ -15,8 +15,9 @@ use super::{
     BenchError, Kind, Machine, Mode, PathPlan, Plan, Results, Step, confinement, file,
     floor::Floor,
     job::Job,
+    life::{LIMIT, Life, first_stamp, life, within},
     machine,
-    path::{Path, PluginWay, Way, merge},
+    path::{Path, PluginWay, Running, Way, merge},
     stamp::now,
     summary::{self, Key, METRICS, Measured, Memory, Throughput},
     template::Template,
@@ -28,8 +29,8 @@ use crate::{
     process::descendants,
 };
 
-/// No step of a task's life takes longer.
-pub const LIMIT: Duration = Duration::from_secs(120);
+/// The name that jobs know this driver by.
+const DRIVER: &str = "shim";
 /// After a block, for what a path does in the background.
 const SETTLE: Duration = Duration::from_millis(150);
 /// The memory of idle tasks is counted when starts are over and done with.
@@ -87,7 +88,7 @@ pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
     }
     outcome?;
     machine.judge(taken.work);
-    machine.programs = programs().await;
+    machine.programs = machine::programs().await;
     let names = taken.names;
     let rows = summary::rows(&taken.main, &names);
     let first = names.first().cloned().unwrap_or_default();
@@ -110,40 +111,6 @@ pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
     })
 }
 
-/// How many tasks a plan comes to.
-fn tasks(plan: &Plan) -> u64 {
-    let alone = plan.count * plan.modes.len() * plan.sequences.len();
-    let together = plan.concurrent_count * plan.concurrency.len();
-    ((alone + together) * plan.paths.len()) as u64
-}
-
-impl Plan {
-    /// How many tasks it comes to, idle ones not counted.
-    pub fn tasks(&self) -> u64 {
-        tasks(self)
-    }
-}
-
-async fn programs() -> BTreeMap<String, String> {
-    let mut found = BTreeMap::new();
-    for (name, flag) in [
-        ("containerd", "--version"),
-        ("containerd-shim-runc-v2", "-v"),
-        ("runc", "--version"),
-        ("crun", "--version"),
-        ("docker", "--version"),
-        ("podman", "--version"),
-    ] {
-        let output = tokio::process::Command::new(name).arg(flag).kill_on_drop(true).output();
-        if let Ok(Ok(output)) = tokio::time::timeout(Duration::from_secs(10), output).await {
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let line = text.lines().find(|line| line.chars().any(|c| c.is_ascii_digit())).unwrap_or_default();
-            found.insert(name.to_owned(), line.trim().to_owned());
-        }
-    }
-    found
-}
-
 /// The spec in both forms: with the seccomp profile as JSON, and with the compiled program.
 struct Templates {
     json: Template,
@@ -158,7 +125,7 @@ async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError
         let config = merged(&driver_config(ground, &name), &json!({"shim": {"pool": 0}}));
         let own = plan.paths.iter().find(|path| path.kind == Kind::Driver);
         let task = merged(&own.map_or(json!({}), |path| path.task.clone()), &json!({"runtime": runtime}));
-        let way = PluginWay::launch(&own_launch(ground), &config, &plan.image, task).await?;
+        let way = PluginWay::launch(&Launch::named(&ground.program, DRIVER), &config, &plan.image, task).await?;
         let path = Path { name: "driver".to_owned(), way: Way::Plugin(Box::new(way)) };
         let allocs = ground.run.join("allocs");
         let job = Job::new(&allocs, &[Step::Start, Step::Stop, Step::Destroy])?;
@@ -182,30 +149,12 @@ fn merged(base: &Value, over: &Value) -> Value {
     value
 }
 
-fn own_launch(ground: &Ground) -> Launch {
-    let mut launch = Launch::new(&ground.program);
-    launch.args = vec!["--name".to_owned(), "shim".to_owned()];
-    launch
-}
-
 fn driver_config(ground: &Ground, name: &str) -> Value {
     json!({
         "containerd": { "address": ground.address, "namespace": ground.namespace },
         "state": { "run_dir": ground.run.join(name), "state_dir": ground.images },
         "image": { "keep": "forever" },
     })
-}
-
-async fn within<T>(
-    path: &str,
-    doing: &'static str,
-    future: impl Future<Output = Result<T, Box<dyn std::error::Error + Send + Sync>>>,
-) -> Result<T, BenchError> {
-    match tokio::time::timeout(LIMIT, future).await {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(source)) => Err(BenchError::Path { path: path.to_owned(), doing, source }),
-        Err(_) => Err(BenchError::Late { path: path.to_owned(), doing }),
-    }
 }
 
 /// What has been measured.
@@ -217,6 +166,18 @@ struct Taken {
     throughput: Vec<Throughput>,
     memory: Vec<Memory>,
     work: Vec<u64>,
+}
+
+impl Taken {
+    fn note(&mut self, life: Life, path: usize, mode: Mode, concurrency: usize) {
+        let key = |metric: String| Key { path, mode, concurrency, metric };
+        for (metric, value) in life.main {
+            self.main.entry(key(metric.to_owned())).or_default().push(value);
+        }
+        for (metric, value) in life.details {
+            self.details.entry(key(metric)).or_default().push(value);
+        }
+    }
 }
 
 struct Bench<'a> {
@@ -241,7 +202,13 @@ impl Bench<'_> {
         let way = match plan.kind {
             Kind::Driver => {
                 let config = merged(&driver_config(ground, &plan.name), &plan.config);
-                let way = PluginWay::launch(&own_launch(ground), &config, &self.plan.image, plan.task.clone()).await?;
+                let way = PluginWay::launch(
+                    &Launch::named(&ground.program, DRIVER),
+                    &config,
+                    &self.plan.image,
+                    plan.task.clone(),
+                )
+                .await?;
                 Way::Plugin(Box::new(way))
             }
             Kind::Plugin => {
@@ -257,16 +224,16 @@ impl Bench<'_> {
             }
             Kind::Runc | Kind::Crun => {
                 let binary = installed(if plan.kind == Kind::Runc { "runc" } else { "crun" })?;
-                Way::Runtime { binary, dir, template: self.templates.json.clone(), running: Mutex::default() }
+                Way::Runtime { binary, dir, template: self.templates.json.clone(), running: Running::default() }
             }
             Kind::Docker | Kind::Podman => {
                 let binary = installed(if plan.kind == Kind::Docker { "docker" } else { "podman" })?;
-                Way::Engine { binary, image: self.plan.image.clone(), running: Mutex::default() }
+                Way::Engine { binary, image: self.plan.image.clone(), running: Running::default() }
             }
             Kind::Floor => {
                 let template = self.templates.program.clone();
                 let floor = Floor::new(template.program.as_deref()).map_err(failed)?;
-                Way::Floor { dir, template, floor: Box::new(floor), running: Mutex::default() }
+                Way::Floor { dir, template, floor: Box::new(floor), running: Running::default() }
             }
         };
         Ok(Path { name: plan.name.clone(), way })
@@ -369,7 +336,7 @@ impl Bench<'_> {
                         tokio::time::sleep(Duration::from_millis(self.plan.gap_ms)).await;
                     }
                     let life = life(path, job, sequence).await?;
-                    life.note(taken, index, mode, 1);
+                    taken.note(life, index, mode, 1);
                     (self.ground.tick)(1);
                 }
                 tokio::time::sleep(SETTLE).await;
@@ -415,7 +382,7 @@ impl Bench<'_> {
                         path: path.name.clone(),
                         problem: error.to_string(),
                     })??;
-                    lives.into_iter().for_each(|life| life.note(taken, index, Mode::BackToBack, concurrency));
+                    lives.into_iter().for_each(|life| taken.note(life, index, Mode::BackToBack, concurrency));
                 }
                 let sum = &mut sums[index];
                 sum.1 += now() - began;
@@ -480,122 +447,4 @@ impl Bench<'_> {
         let per_task_kib = (total_kib as f64 / tasks as f64 * 10.0).round() / 10.0;
         Ok(Memory { path: path.name.clone(), tasks, total_kib, per_task_kib, parts })
     }
-}
-
-/// One task's life: nanoseconds by metric.
-struct Life {
-    main: Vec<(&'static str, u64)>,
-    details: Vec<(String, u64)>,
-}
-
-impl Life {
-    fn note(self, taken: &mut Taken, path: usize, mode: Mode, concurrency: usize) {
-        let key = |metric: String| Key { path, mode, concurrency, metric };
-        for (metric, value) in self.main {
-            taken.main.entry(key(metric.to_owned())).or_default().push(value);
-        }
-        for (metric, value) in self.details {
-            taken.details.entry(key(metric)).or_default().push(value);
-        }
-    }
-}
-
-async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Life, BenchError> {
-    // One clock for all: what the reader notes is carried over to it.
-    let (instant, base) = (std::time::Instant::now(), now());
-    let mut life = Life { main: Vec::new(), details: Vec::new() };
-    let (mut seen, mut stopped, mut destroyed) = (None, None, None);
-    let mut began = 0;
-    let ends_itself = sequence.contains(&Step::Wait);
-    for step in sequence {
-        let before = now();
-        match step {
-            Step::Start => {
-                began = before;
-                within(&path.name, "start", path.start(&job)).await?;
-                let command = matches!(path.way, Way::Runtime { .. } | Way::Engine { .. });
-                // A foreground command has no answer but the task's own.
-                if !command && ends_itself {
-                    life.main.push(("start_task", now() - before));
-                }
-                if !ends_itself {
-                    first_stamp(path, &job).await?;
-                }
-                continue;
-            }
-            Step::Wait => {
-                let well = within(&path.name, "wait", path.wait(&job)).await?;
-                seen = Some(now());
-                if !well {
-                    let problem = format!("the task did not end well: {}", job.complaints());
-                    return Err(BenchError::Unsound { path: path.name.clone(), problem });
-                }
-                life.details.extend(path.phases(&job).await.into_iter().map(|(name, ms)| {
-                    #[allow(
-                        clippy::cast_possible_truncation,
-                        clippy::cast_sign_loss,
-                        reason = "milliseconds of a start"
-                    )]
-                    let nanoseconds = (ms * 1e6) as u64;
-                    (format!("phase.{name}"), nanoseconds)
-                }));
-                continue;
-            }
-            Step::Stop => {
-                within(&path.name, "stop", path.stop(&job)).await?;
-                stopped = Some(now());
-                life.main.push(("stop", now() - before));
-                continue;
-            }
-            Step::Exec => within(&path.name, "exec", path.exec(&job)).await?,
-            Step::Stats => within(&path.name, "stats", path.stats(&job)).await?,
-            Step::Signal => within(&path.name, "signal", path.signal(&job)).await?,
-            Step::Destroy => {
-                within(&path.name, "destroy", path.destroy(&job)).await?;
-                destroyed = Some((before, now()));
-                continue;
-            }
-        }
-        life.details.push((format!("{step:?}").to_lowercase(), now() - before));
-    }
-    job.stdout.ended(LIMIT).await;
-    let (first, last) = job.stamps();
-    let (Some(first), Some(last)) = (first, last) else {
-        let problem = format!("the task did not say when it ran: {}", job.complaints());
-        return Err(BenchError::Unsound { path: path.name.clone(), problem });
-    };
-    if let Some((before, after)) = destroyed {
-        life.details.push(("destroy".to_owned(), after - before));
-        if ends_itself {
-            life.main.push(("destroyed", after - began));
-        }
-    }
-    if ends_itself {
-        life.main.push(("first_instruction", first.saturating_sub(began)));
-        if let Some(byte) = job.stdout.first_byte() {
-            let byte = base + u64::try_from(byte.duration_since(instant).as_nanos()).unwrap_or_default();
-            life.main.push(("first_byte", byte.saturating_sub(began)));
-        }
-    }
-    if let Some(seen) = seen {
-        life.main.push(("exit_seen", seen - began));
-        life.details.push(("last_instruction_to_exit_seen".to_owned(), seen.saturating_sub(last)));
-    }
-    if let Some(stopped) = stopped {
-        life.details.push(("last_instruction_to_stopped".to_owned(), stopped.saturating_sub(last)));
-    }
-    job.clear(LIMIT).await?;
-    Ok(life)
-}
-
-/// A stop before the task is ready for it would measure something else.
-async fn first_stamp(path: &Path, job: &Job) -> Result<(), BenchError> {
-    let deadline = tokio::time::Instant::now() + LIMIT;
-    while job.stamps().0.is_none() {
-        if tokio::time::Instant::now() > deadline {
-            return Err(BenchError::Late { path: path.name.clone(), doing: "say that it runs" });
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    Ok(())
 }

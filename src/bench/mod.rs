@@ -13,6 +13,7 @@
 mod confinement;
 mod floor;
 mod job;
+mod life;
 mod machine;
 mod measure;
 mod path;
@@ -44,7 +45,7 @@ pub enum BenchError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// It took for ever.
-    #[error("{path}: {doing}: no answer in {} s", measure::LIMIT.as_secs())]
+    #[error("{path}: {doing}: no answer in {} s", life::LIMIT.as_secs())]
     Late {
         /// Its name.
         path: String,

@@ -1,14 +1,16 @@
 //! The things compared, each driven in its own way, all asked the same.
 
 use std::{
+    collections::HashMap,
     fs,
     os::unix::fs::DirBuilderExt as _,
     path::{Path as FilePath, PathBuf},
     process::Stdio,
-    sync::Mutex,
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use serde_json::{Value, json};
+use tokio::process::Child;
 
 use super::{
     BenchError,
@@ -50,20 +52,43 @@ pub enum Way {
     /// containerd's own services.
     Containerd { client: Client, lease: LeaseId, template: Template },
     /// An OCI runtime's command line.
-    Runtime { binary: PathBuf, dir: PathBuf, template: Template, running: Mutex<Running> },
+    Runtime { binary: PathBuf, dir: PathBuf, template: Template, running: Running<Child> },
     /// docker's or podman's.
-    Engine { binary: PathBuf, image: String, running: Mutex<Running> },
+    Engine { binary: PathBuf, image: String, running: Running<Child> },
     /// Raw calls.
-    Floor {
-        dir: PathBuf,
-        template: Template,
-        floor: Box<Floor>,
-        running: Mutex<std::collections::HashMap<String, Process>>,
-    },
+    Floor { dir: PathBuf, template: Template, floor: Box<Floor>, running: Running<Process> },
 }
 
-/// Foreground commands by task.
-type Running = std::collections::HashMap<String, tokio::process::Child>;
+/// What runs, by task.
+#[derive(Debug)]
+pub struct Running<T>(Mutex<HashMap<String, T>>);
+
+impl<T> Default for Running<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Running<T> {
+    fn put(&self, job: &Job, process: T) {
+        self.map().insert(job.id.clone(), process);
+    }
+
+    fn take(&self, job: &Job) -> Result<T, Failure> {
+        Ok(self.map().remove(&job.id).ok_or("it does not run")?)
+    }
+
+    fn get(&self, job: &Job) -> Result<T, Failure>
+    where
+        T: Clone,
+    {
+        Ok(self.map().get(&job.id).cloned().ok_or("it does not run")?)
+    }
+
+    fn map(&self) -> MutexGuard<'_, HashMap<String, T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// A plugin and what its tasks are given.
 #[derive(Debug)]
@@ -120,8 +145,7 @@ impl Path {
             Way::Plugin(way) => way.start(job).await,
             Way::Containerd { client, lease, template } => {
                 let parent: Option<ChainId> = serde_json::from_value(json!(template.chain_id)).ok();
-                let mounts =
-                    client.prepare_snapshot(lease, &job.id, parent.as_ref(), std::collections::HashMap::new()).await?;
+                let mounts = client.prepare_snapshot(lease, &job.id, parent.as_ref(), HashMap::new()).await?;
                 let bundle = job.alloc.dir.join("bundle");
                 own_files(&bundle)?;
                 let spec = template.fill(job, &bundle, &job.id, "rootfs");
@@ -138,7 +162,7 @@ impl Path {
                 let mut command = tokio::process::Command::new(binary);
                 command.arg("--root").arg(dir.join("state")).args(["run", "--bundle"]).arg(&bundle).arg(&job.id);
                 let child = spawn(command, job)?;
-                running.lock().map_err(|_| "poisoned")?.insert(job.id.clone(), child);
+                running.put(job, child);
                 Ok(())
             }
             Way::Engine { binary, image, running } => {
@@ -151,7 +175,7 @@ impl Path {
                     .arg(image)
                     .args(job.command());
                 let child = spawn(command, job)?;
-                running.lock().map_err(|_| "poisoned")?.insert(job.id.clone(), child);
+                running.put(job, child);
                 Ok(())
             }
             Way::Floor { dir, template, floor, running } => {
@@ -162,7 +186,7 @@ impl Path {
                     let spec = template.fill(job, &bundle, &job.id, &root.to_string_lossy());
                     floor.spawn(&spec, &job.dirs.stdout, &job.dirs.stderr)
                 })?;
-                running.lock().map_err(|_| "poisoned")?.insert(job.id.clone(), process);
+                running.put(job, process);
                 Ok(())
             }
         }
@@ -178,13 +202,9 @@ impl Path {
             }
             Way::Containerd { client, .. } => Ok(client.wait_task(&job.id).await? == 0),
             Way::Runtime { running, .. } | Way::Engine { running, .. } => {
-                let child = running.lock().map_err(|_| "poisoned")?.remove(&job.id);
-                Ok(child.ok_or("it does not run")?.wait().await?.success())
+                Ok(running.take(job)?.wait().await?.success())
             }
-            Way::Floor { running, .. } => {
-                let process = running.lock().map_err(|_| "poisoned")?.get(&job.id).copied();
-                process.ok_or("it does not run")?.wait().await.map_err(Failure::from)
-            }
+            Way::Floor { running, .. } => running.get(job)?.wait().await.map_err(Failure::from),
         }
     }
 
@@ -212,8 +232,7 @@ impl Path {
                 check(command).await?;
             }
             Way::Floor { running, .. } => {
-                let process = running.lock().map_err(|_| "poisoned")?.get(&job.id).copied();
-                process.ok_or("it does not run")?.terminate();
+                running.get(job)?.terminate();
             }
         }
         self.wait(job).await.map(drop)
@@ -234,9 +253,8 @@ impl Path {
             Way::Runtime { dir, .. } => unmount(&dir.join(&job.id))?,
             Way::Engine { .. } => {}
             Way::Floor { dir, floor, running, .. } => {
-                let process = running.lock().map_err(|_| "poisoned")?.remove(&job.id);
-                if let Some(process) = process {
-                    floor.clear(&process, &job.alloc.id)?;
+                if let Ok(process) = running.take(job) {
+                    floor.clear(&process)?;
                 }
                 unmount(&dir.join(&job.id))?;
             }
@@ -301,10 +319,7 @@ impl Path {
                 let state: Value = serde_json::from_slice(&output.stdout)?;
                 Ok(state["pid"].as_u64().and_then(|pid| pid.try_into().ok()).ok_or("no pid in its state")?)
             }
-            Way::Floor { running, .. } => {
-                let process = running.lock().map_err(|_| "poisoned")?.get(&job.id).copied();
-                Ok(process.ok_or("it does not run")?.pid())
-            }
+            Way::Floor { running, .. } => Ok(running.get(job)?.pid()),
             _ => Err("it does not say".into()),
         }
     }

@@ -145,6 +145,13 @@ impl Default for Plan {
 }
 
 impl Plan {
+    /// How many tasks it comes to, idle ones not counted.
+    pub fn tasks(&self) -> u64 {
+        let alone = self.count * self.modes.len() * self.sequences.len();
+        let together = self.concurrent_count * self.concurrency.len();
+        ((alone + together) * self.paths.len()) as u64
+    }
+
     /// A first look, in half a minute.
     #[must_use]
     pub fn quick(self) -> Self {

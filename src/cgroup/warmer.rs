@@ -11,7 +11,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
@@ -41,7 +41,8 @@ pub enum KeepWarm {
 #[derive(Debug)]
 pub struct Warmer {
     wanted: Arc<Wanted>,
-    thread: Option<thread::JoinHandle<()>>,
+    thread: Mutex<Option<thread::JoinHandle<()>>>,
+    sleeper: thread::Thread,
 }
 
 #[derive(Debug, Default)]
@@ -103,28 +104,31 @@ impl Warmer {
                 }
             }
         })?;
-        Ok(Self { wanted, thread: Some(thread) })
+        let sleeper = thread.thread().clone();
+        Ok(Self { wanted, thread: Mutex::new(Some(thread)), sleeper })
     }
-}
 
-impl Warmer {
     /// A start begins: the lock is warmed from now on, beside it.
     pub fn warm(&self) -> Warm {
         self.wanted.starts.fetch_add(1, Ordering::Relaxed);
-        if let Some(thread) = &self.thread {
-            thread.thread().unpark();
-        }
+        self.sleeper.unpark();
         Warm(self.wanted.clone())
+    }
+
+    /// Ends it, and returns when its groups are gone.
+    pub fn end(&self) {
+        self.wanted.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            self.sleeper.unpark();
+            let _ = thread.join();
+        }
     }
 }
 
 impl Drop for Warmer {
     fn drop(&mut self) {
-        self.wanted.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
+        self.end();
     }
 }
 

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print, say};
+use super::{
+    CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print, runs::remove_unless_mounted, say,
+};
 use crate::{
     bench::{self, Ground, Kind, PathPlan, Plan, Results},
     ids::random_hex,
@@ -93,7 +95,11 @@ impl Bench {
             bar.finish_and_clear();
         }
         store.close().await;
-        clear(&ground);
+        for directory in [&ground.run, &ground.state] {
+            if !remove_unless_mounted(directory) {
+                say(&format!("nomad-driver-shim: something is still mounted in {}", directory.display()));
+            }
+        }
         let results = outcome?;
         let json = serde_json::to_string(&results).map_err(std::io::Error::other)?;
         if let Some(path) = &self.json {
@@ -144,20 +150,5 @@ impl Bench {
         }
         plan.check().map_err(usage)?;
         Ok(plan)
-    }
-}
-
-/// What the run has made, unless something is mounted there still.
-fn clear(ground: &Ground) {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    for directory in [&ground.run, &ground.state] {
-        let text = directory.to_string_lossy();
-        if mounts.is_empty() || mounts.contains(&*text) {
-            say(&format!("nomad-driver-shim: something is still mounted in {text}"));
-        } else if let Err(error) = std::fs::remove_dir_all(directory)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            say(&format!("nomad-driver-shim: {text}: {error}"));
-        }
     }
 }

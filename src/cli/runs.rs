@@ -15,9 +15,7 @@ use crate::{
 
 /// This very binary as a plugin.
 pub async fn own_plugin() -> Result<Plugin, CliError> {
-    let mut launch = Launch::new(std::env::current_exe()?);
-    launch.args = vec!["--name".to_owned(), "shim".to_owned()];
-    Ok(Plugin::launch(&launch).await?)
+    Ok(Plugin::launch(&Launch::named(std::env::current_exe()?, "shim")).await?)
 }
 
 /// The plugin's configuration for the run called `id`.
@@ -53,16 +51,24 @@ pub async fn clear_up(common: &Common, address: &Path, id: &str) {
         }
         plugin.leave().await;
     }
-    // Never into what is mounted: that may be the host's own.
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let run = places.run().to_string_lossy();
-    if !remains().is_empty() || mounts.is_empty() || mounts.contains(&*run) {
-        say(&format!("nomad-driver-shim: something could not be removed; it is in {run}"));
-    } else if let Err(error) = std::fs::remove_dir_all(places.run())
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        say(&format!("nomad-driver-shim: {run}: {error}"));
+    if !remains().is_empty() || !remove_unless_mounted(places.run()) {
+        say(&format!("nomad-driver-shim: something could not be removed; it is in {}", places.run().display()));
     }
+}
+
+/// Removes a directory of ours, but never what is mounted in it: that may be the host's own. True when nothing was.
+pub fn remove_unless_mounted(path: &Path) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if mounts.is_empty() || mounts.contains(&*path.to_string_lossy()) {
+        return false;
+    }
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            say(&format!("nomad-driver-shim: {}: {error}", path.display()));
+        }
+        _ => {}
+    }
+    true
 }
 
 /// Is the run's own process gone? Its plugin, if that lives, is told to leave then: a run is nothing without its

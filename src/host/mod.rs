@@ -112,6 +112,11 @@ pub struct Launch {
 }
 
 impl Launch {
+    /// `program` under this driver name, whatever its file is called (our own `--name`).
+    pub fn named(program: impl Into<PathBuf>, name: &str) -> Self {
+        Self { args: vec!["--name".to_owned(), name.to_owned()], ..Self::new(program) }
+    }
+
     /// `program`, as Nomad would start it.
     pub fn new(program: impl Into<PathBuf>) -> Self {
         Self { program: program.into(), arg0: None, args: Vec::new(), env: Vec::new(), tls: false }

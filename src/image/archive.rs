@@ -7,7 +7,7 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+        unix::fs::OpenOptionsExt as _,
     },
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
@@ -15,12 +15,12 @@ use std::{
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use oci_spec::image::ImageIndex;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::{ImageError, Reference, manifest::LAYERS_MAX};
-use crate::ids::Digest;
+use crate::{ids::Digest, stamp::Stamp};
 
 /// Indexes and manifests; distribution's limit on them.
 const DOCUMENT_MAX: u64 = 4 << 20;
@@ -55,15 +55,6 @@ pub struct Archive {
     pub tag: Option<String>,
 }
 
-/// What tells a file from its successor under the same name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    changed: (i64, i64),
-}
-
 impl Archive {
     /// The file's stamp. `opened` stands for its path, where somebody has checked what that leads to.
     ///
@@ -72,14 +63,7 @@ impl Archive {
     pub fn stamp(&self, opened: Option<&OwnedFd>) -> io::Result<Stamp> {
         let path = self.at(opened);
         let path = if self.format == ArchiveFormat::OciDir { path.join("index.json") } else { path };
-        let file = std::fs::metadata(path)?;
-        Ok(Stamp {
-            device: file.dev(),
-            inode: file.ino(),
-            size: file.size(),
-            // Not the time of the content, which archives and copies set as they like.
-            changed: (file.ctime(), file.ctime_nsec()),
-        })
+        Ok(Stamp::of(&std::fs::metadata(path)?))
     }
 
     fn at(&self, opened: Option<&OwnedFd>) -> PathBuf {

@@ -18,7 +18,7 @@ mod unpack;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-pub use archive::{Archive, ArchiveFormat, Stamp};
+pub use archive::{Archive, ArchiveFormat};
 pub use auth::Credentials;
 pub use collect::InUse;
 pub use layer::LayerProblem;

@@ -8,8 +8,11 @@ use std::{
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 
-use super::{ImageError, Reference, Stamp};
-use crate::ids::{ChainId, Digest};
+use super::{ImageError, Reference};
+use crate::{
+    ids::{ChainId, Digest},
+    stamp::Stamp,
+};
 
 /// The form of the record's file.
 const VERSION: u32 = 1;

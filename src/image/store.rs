@@ -14,7 +14,7 @@ use futures_util::{
 };
 
 use super::{
-    Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedError, Stamp,
+    Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedError,
     manifest::{self, Document, Manifest},
     pull::{self, CONFIG_MAX, Fetched, PullLease, Source},
     record::Parts,
@@ -26,6 +26,7 @@ use crate::{
     ids::{ChainId, Digest, random_hex},
     pb::types::Descriptor,
     places::Places,
+    stamp::Stamp,
 };
 
 /// Manifests that `ctr` stored; distribution's limit again.

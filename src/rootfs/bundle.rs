@@ -15,7 +15,12 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::Spec;
 
 use super::RootfsError;
-use crate::{fault, overlay};
+use crate::{
+    fault,
+    ids::ContainerId,
+    overlay,
+    places::{Places, make_dir},
+};
 
 /// Where one task's files are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +53,11 @@ pub struct Layers<'a> {
 }
 
 impl BundlePaths {
+    /// A container's.
+    pub fn of(places: &Places, id: &ContainerId) -> Self {
+        Self { bundle: places.bundle(id), upper: places.upper(id) }
+    }
+
     /// Where the root file system is mounted.
     pub fn rootfs(&self) -> PathBuf {
         self.bundle.join("rootfs")
@@ -71,7 +81,7 @@ impl BundlePaths {
         let rootfs = self.rootfs();
         if let UpperOn::Tmpfs { size } = on {
             let path = &self.upper;
-            crate::places::make_dir(path).map_err(|source| file("create", path, source))?;
+            make_dir(path).map_err(|source| file("create", path, source))?;
             let options = size.iter().fold("mode=711".to_owned(), |options, size| format!("{options},size={size}"));
             mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some(options.as_str()))
                 .map_err(|errno| RootfsError::Mount { path: path.clone(), source: errno.into() })?;

@@ -137,13 +137,7 @@ impl Pool {
     /// # Errors
     /// When one that is to be shared can't be started.
     pub async fn reserve(&self, alloc_id: &str) -> Result<Reserved, ShimError> {
-        let key = match self.0.settings.scope {
-            ShimScope::Task => return Ok(self.reserve_own()),
-            // Tasks of no allocation share nothing.
-            ShimScope::Alloc if alloc_id.is_empty() => return Ok(self.reserve_own()),
-            ShimScope::Alloc => alloc_id,
-            ShimScope::Node => "",
-        };
+        let Some(key) = self.key(alloc_id) else { return Ok(self.reserve_own()) };
         if let Some(shim) = self.join(key) {
             return Ok(Reserved::Waiting(shim));
         }
@@ -162,14 +156,20 @@ impl Pool {
 
     /// A shim of an earlier instance of us that holds a task of this allocation: others may join that.
     pub fn adopted(&self, alloc_id: &str, shim: &Shim) {
-        let key = match self.0.settings.scope {
-            ShimScope::Task => return,
-            ShimScope::Alloc => alloc_id,
-            ShimScope::Node => "",
-        };
+        let Some(key) = self.key(alloc_id) else { return };
         let mut shared = self.shared();
         if !self.is_closed() && !shared.contains_key(key) {
             shared.insert(key.to_owned(), shim.share());
+        }
+    }
+
+    /// By what a task of this allocation finds those that it shares a shim with, if it shares one.
+    fn key<'a>(&self, alloc_id: &'a str) -> Option<&'a str> {
+        match self.0.settings.scope {
+            ShimScope::Task => None,
+            // Tasks of no allocation share nothing.
+            ShimScope::Alloc => Some(alloc_id).filter(|id| !id.is_empty()),
+            ShimScope::Node => Some(""),
         }
     }
 

@@ -8,14 +8,13 @@
 use std::{
     fs::{self, File},
     io,
-    os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
-    },
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
 };
+
+use crate::stamp::Stamp;
 
 /// Where a shim has it: behind its listener.
 pub(super) const DESCRIPTOR: i32 = 4;
@@ -31,8 +30,6 @@ pub struct Sealed {
     stamp: Stamp,
 }
 
-type Stamp = (u64, u64, u64, i64, i64);
-
 /// The runtime that new shims get a copy of.
 #[derive(Debug, Default)]
 pub(super) struct Current(Mutex<Option<Arc<Sealed>>>);
@@ -45,7 +42,7 @@ impl Current {
     /// The copy; a new one when the program was replaced on disk, none when that can't be had.
     pub(super) fn get(&self) -> Option<Arc<Sealed>> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
-        if fs::metadata(&known.path).is_ok_and(|file| stamp(&file) == known.stamp) {
+        if fs::metadata(&known.path).is_ok_and(|file| Stamp::of(&file) == known.stamp) {
             return Some(known);
         }
         let renewed =
@@ -53,10 +50,6 @@ impl Current {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = renewed.map(Arc::new);
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
-}
-
-fn stamp(file: &fs::Metadata) -> Stamp {
-    (file.dev(), file.ino(), file.len(), file.mtime(), file.mtime_nsec())
 }
 
 impl Sealed {
@@ -79,7 +72,7 @@ impl Sealed {
         if unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let sealed = Self { fd: copy.into(), path: path.to_owned(), stamp: stamp(&metadata) };
+        let sealed = Self { fd: copy.into(), path: path.to_owned(), stamp: Stamp::of(&metadata) };
         let name = format!("/proc/{}/fd/{}", std::process::id(), sealed.fd.as_raw_fd());
         let mut probe = std::process::Command::new(name);
         let status =

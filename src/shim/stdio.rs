@@ -101,14 +101,13 @@ impl Stdio {
 
 /// The task is over; its collector may be reading, done, about to open its end, or waiting in that for a writer.
 async fn wait_for_the_late(path: String, reader: File) {
-    let open = |read| File::options().read(read).write(true).custom_flags(libc::O_NONBLOCK).open(&path);
     let deadline = tokio::time::Instant::now() + LATE_READER;
     let mut pause = Duration::from_millis(1);
     // As long as the shim may still write, or something is unread, nothing must be closed. A reader that holds on keeps
     // nobody from seeing the end.
     loop {
         // Lets one in that waits for a writer.
-        drop(open(false));
+        drop(open_to_write(&path));
         if (is_closed(&reader) && !has_unread(&reader)) || tokio::time::Instant::now() > deadline {
             break;
         }
@@ -116,14 +115,23 @@ async fn wait_for_the_late(path: String, reader: File) {
         pause = (pause * 2).min(Duration::from_millis(20));
     }
     drop(reader);
-    // Nobody reads: it is done, or not there yet.
-    if let Err(error) = open(false)
-        && error.raw_os_error() == Some(libc::ENXIO)
-        && let Ok(both) = open(true)
-    {
+    // It is done, or not there yet.
+    if let Some(both) = end_or_hold(&path) {
         tokio::time::sleep_until(deadline).await;
         drop(both);
     }
+}
+
+/// Fails with ENXIO when nobody has it open for reading (fifo(7)).
+fn open_to_write(path: &str) -> io::Result<File> {
+    File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+/// Shows a reader that is there the end of the stream; for one that is not, both ends, to be held for a while.
+fn end_or_hold(path: &str) -> Option<File> {
+    let nobody = open_to_write(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO));
+    let both = || File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
+    nobody.then(both)?.ok()
 }
 
 /// Has its last writer gone (poll(2): POLLHUP)?
@@ -169,13 +177,9 @@ pub fn give_up(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     for path in [stdout, stderr] {
         let Ok(stream) = open(alloc_dir, path) else { continue };
         let Some(path) = stream.path() else { continue };
-        let write = File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&path);
-        if !write.is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO)) {
-            continue;
-        }
-        // No reader yet: we failed faster than the collector opens. Both ends held for a moment let it in, and their
-        // end is what it then sees.
-        if let Ok(held) = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path) {
+        // No reader yet: we failed faster than the collector opens. Both ends held for a moment let it in, and their end
+        // is what it then sees.
+        if let Some(held) = end_or_hold(&path) {
             tokio::spawn(async move {
                 tokio::time::sleep(LATE_READER).await;
                 drop(held);

@@ -19,7 +19,7 @@ use super::{
     live::{Parts, Task, watch_exit},
     load_records, lock,
     metrics::{Gauges, Metrics},
-    shared::{Hands, Leftover, Shared, TEARDOWNS, WarmerSlot},
+    shared::{Hands, Leftover, Shared, TEARDOWNS},
     signal, start,
     undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
 };
@@ -157,7 +157,7 @@ impl Engine {
             pool,
             events,
             metrics: Metrics::default(),
-            warmer: WarmerSlot::new(warmer),
+            warmer,
             own_capabilities: Capabilities::of_this_process(),
             clearing: watch::Sender::new(0),
             teardowns: Arc::new(Semaphore::new(TEARDOWNS)),
@@ -509,7 +509,9 @@ impl Engine {
         if tokio::time::timeout(LAST_TEARDOWNS, self.0.shared.all_cleared()).await.is_err() {
             tracing::warn!("tasks that are gone are not all cleared away; the next plugin goes on with that");
         }
-        self.0.shared.warmer.end();
+        if let Some(warmer) = &self.0.shared.warmer {
+            warmer.end();
+        }
         self.0.shared.pool.close();
     }
 

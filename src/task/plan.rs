@@ -79,8 +79,7 @@ impl Plan<'_> {
     /// A few dozen system calls on local file systems, 0.2 ms in all: less than handing them to another thread and back
     /// would cost on a busy machine. The caller tells the worker that it may block.
     pub(super) fn make_bundle(&self, shared: &Shared, spec: &oci_spec::runtime::Spec) -> Result<(), TaskError> {
-        let places = &shared.settings.places;
-        let paths = BundlePaths { bundle: places.bundle(&self.container_id), upper: places.upper(&self.container_id) };
+        let paths = BundlePaths::of(&shared.settings.places, &self.container_id);
         let layers = Layers { lowers: &self.image.lowers, options: &self.image.overlay_options };
         paths.mount(layers, &shared.settings.upper)?;
         fault::point("start.mounted");
@@ -177,8 +176,7 @@ impl Plan<'_> {
     /// The job's own mounts, Nomad's volumes, then what every task has: so nobody hides `/secrets` by accident.
     fn mounts(&self, shared: &Shared, flavor: Flavor) -> Result<Vec<Mount>, TaskError> {
         let Self { request, .. } = self;
-        let places = &shared.settings.places;
-        let paths = BundlePaths { bundle: places.bundle(&self.container_id), upper: places.upper(&self.container_id) };
+        let paths = BundlePaths::of(&shared.settings.places, &self.container_id);
         let mut mounts = Vec::new();
         for (n, resolved) in self.resolved.iter().enumerate() {
             mounts.push(match resolved {

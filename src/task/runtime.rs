@@ -13,6 +13,7 @@ use crate::{
     ids::{ContainerId, random_hex},
     process::which,
     rootfs::seccomp::{self, Form},
+    stamp::Stamp,
 };
 
 /// `crun create` on a loaded machine; a quiet one needs 10 ms.
@@ -88,12 +89,10 @@ pub struct Runtimes {
 }
 
 /// A program's place, and what says that it is still the same file.
-type Asked = (PathBuf, (u64, u64, u64, i64, i64));
+type Asked = (PathBuf, Stamp);
 
 fn asked(binary: &Path) -> Option<Asked> {
-    use std::os::unix::fs::MetadataExt as _;
-    let file = fs::metadata(binary).ok()?;
-    Some((binary.to_owned(), (file.dev(), file.ino(), file.len(), file.mtime(), file.mtime_nsec())))
+    Some((binary.to_owned(), Stamp::of(&fs::metadata(binary).ok()?)))
 }
 
 /// Names of the old driver and containerd that mean "runc's shim, whatever its binary".
@@ -165,9 +164,8 @@ impl Runtimes {
     pub fn choose(&self, wanted: Option<&str>) -> Result<Runtime, RuntimeError> {
         let name = match wanted {
             Some(name) if !SHIM_NAMES.contains(&name) => name,
-            _ => {
-                return self.default.clone().map_err(|_| RuntimeError::None).and_then(|default| self.allow(default));
-            }
+            // By its name: what was found out about its file may hold no longer.
+            _ => &self.default.as_ref().map_err(|_| RuntimeError::None)?.name,
         };
         if !self.configured.contains_key(name) {
             let known = self.configured.keys().map(String::as_str).chain(SHIM_NAMES).collect::<Vec<_>>().join(", ");
@@ -192,9 +190,7 @@ impl Runtimes {
     pub fn installed(&self) -> Vec<Runtime> {
         self.configured.keys().filter_map(|name| self.installed_as(name)).collect()
     }
-}
 
-impl Runtimes {
     /// Has a runtime end and forget a container, by its own command. `root` is its state directory.
     ///
     /// # Errors

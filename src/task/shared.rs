@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
 use crate::{
-    cgroup::{Cgroups, Warm, Warmer},
+    cgroup::{Cgroups, Warmer},
     ids::TaskId,
     image::ImageStore,
     rootfs::{Capabilities, seccomp::Filters},
@@ -27,7 +27,8 @@ pub struct Shared {
     pub(super) pool: Pool,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
-    pub(super) warmer: WarmerSlot,
+    /// Where it is wanted, and there is something to warm.
+    pub(super) warmer: Option<Warmer>,
     /// What this process could hand on to a privileged task.
     pub(super) own_capabilities: Capabilities,
     /// Tasks that the background is clearing away, or will.
@@ -36,27 +37,6 @@ pub struct Shared {
     pub(super) teardowns: Arc<Semaphore>,
     /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
     pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
-}
-
-/// The cgroup warmer, where there is one.
-#[derive(Debug)]
-pub struct WarmerSlot(Mutex<Option<Warmer>>);
-
-impl WarmerSlot {
-    pub(super) fn new(warmer: Option<Warmer>) -> Self {
-        Self(Mutex::new(warmer))
-    }
-
-    /// A start begins.
-    pub(super) fn warm(&self) -> Option<Warm> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Warmer::warm)
-    }
-
-    /// Ends it.
-    pub(super) fn end(&self) {
-        let warmer = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(warmer);
-    }
 }
 
 /// They wait for disks and kernel locks, not for processors.

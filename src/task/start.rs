@@ -18,7 +18,7 @@ use super::{
     undo::undo_or_keep,
 };
 use crate::{
-    cgroup::Warm,
+    cgroup::{Warm, Warmer},
     fault,
     ids::ContainerId,
     image::{Archive, ImageRecord, Progress, PullRequest, Reference},
@@ -162,7 +162,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let request = plan.request;
     let mut phases = Phases { image: began.elapsed(), ..Phases::default() };
     // From here on it is a matter of milliseconds.
-    let warm = shared.warmer.warm();
+    let warm = shared.warmer.as_ref().map(Warmer::warm);
     // The spec is pure: a bad user or an empty command shows before anything is made.
     let spec = plan.spec(shared)?;
     let stdio = stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?;

@@ -53,11 +53,6 @@ impl Outcome {
     }
 }
 
-fn bundle(shared: &Shared, record: &Record) -> BundlePaths {
-    let places = &shared.settings.places;
-    BundlePaths { bundle: places.bundle(&record.container_id), upper: places.upper(&record.container_id) }
-}
-
 type Mounts = Result<(), TaskError>;
 
 async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Released, Mounts), TaskError> {
@@ -82,7 +77,7 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
         }
     };
     fault::point("undo.shim");
-    let bundle = bundle(shared, record);
+    let bundle = BundlePaths::of(&shared.settings.places, &record.container_id);
     let unmounted = tokio::task::block_in_place(|| bundle.unmount_pins());
     let unmounted = unmounted.map_err(TaskError::from).inspect_err(|error| {
         tracing::warn!(task = %record.task_id, step = "mounts", error = %crate::chain(error), "undo");
@@ -101,7 +96,7 @@ impl Released {
         if !fault::skipped("container") {
             empty_cgroup(shared, record).await;
         }
-        let bundle = bundle(shared, record);
+        let bundle = BundlePaths::of(&shared.settings.places, &record.container_id);
         let cgroups = shared.cgroups.clone();
         let cgroup = CgroupPath::recorded(&record.cgroup);
         let files = tokio::task::spawn_blocking(move || {

@@ -17,7 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 const LEAVES: &[&str] =
-    &["chain", "control", "cookie", "duration", "fault", "ids", "overlay", "pb", "places", "process"];
+    &["chain", "control", "cookie", "duration", "fault", "ids", "overlay", "pb", "places", "process", "stamp"];
 
 #[test]
 fn arrows_point_one_way() {

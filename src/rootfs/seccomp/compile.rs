@@ -206,10 +206,7 @@ fn verdicts(profile: &LinuxSeccomp, machine: Machine, default: u32) -> Result<BT
                 continue;
             };
             match (verdicts.get_mut(&number), &any) {
-                (Some(Verdict::Always(known)), _) if *known != then => {
-                    return Err(NotCompiled::Mixed(name.clone()));
-                }
-                (Some(Verdict::If { then: known, .. }), _) if *known != then => {
+                (Some(Verdict::Always(known) | Verdict::If { then: known, .. }), _) if *known != then => {
                     return Err(NotCompiled::Mixed(name.clone()));
                 }
                 (Some(Verdict::Always(_)), _) => {}
