@@ -34,8 +34,9 @@ pub fn has_noted_exit(bundle: &Path) -> bool {
 /// # Errors
 /// When the command can't be run or fails.
 pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Option<Exit>, ShimError> {
-    // Written by the shim at Create; without it the runtime never heard of the container.
-    if !task.bundle.join("options.json").exists() && !task.bundle.join("runtime").exists() {
+    // Written by the shim at Create, one after the other, before it calls the runtime; removed by us once the container
+    // is gone. Without one of them there is none.
+    if !task.bundle.join("options.json").exists() || !task.bundle.join("runtime").exists() {
         return Ok(None);
     }
     // The name that the shim knew the runtime by, its own descriptor, died with it.

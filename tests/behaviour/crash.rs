@@ -191,6 +191,22 @@ async fn a_destroy_that_was_cut_off_is_completed() {
     }
 }
 
+/// Directories are removed file by file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bundle_half_removed_is_removed() {
+    for file in ["runtime", "options.json", "config.json"] {
+        let mut env = doomed("undo.unmount").await;
+        let task = env.sh("sleep 600").await;
+        env.destroy(&task).await.ok();
+        env.plugin_died().await;
+        let bundles = env.dir.join("run/bundles");
+        std::fs::remove_file(bundles.join(&leak::entries(&bundles)[0]).join(file)).unwrap();
+        env.set_var(SWITCH, None);
+        env.start_plugin().await;
+        env.finish().await;
+    }
+}
+
 /// The agent dies in the middle of its call, and the plugin with it; the start is not even half made when a new agent's
 /// plugin opens.
 #[tokio::test(flavor = "multi_thread")]
