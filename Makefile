@@ -2,7 +2,7 @@
 CARGO ?= cargo
 IMAGE ?=
 
-.PHONY: demo bench test test-matrix test-fresh lint build setup clean
+.PHONY: demo bench test test-thousand test-matrix test-fresh lint build setup clean
 
 setup:
 	@scripts/setup.sh
@@ -23,6 +23,10 @@ test: setup
 test-matrix:
 	@scripts/setup.sh matrix
 	@scripts/test-matrix.sh
+
+## A thousand tasks alive at once, and what it costs to watch them: a release build, and minutes of the whole machine.
+test-thousand: setup
+	@$(CARGO) test --locked --release --test behaviour -- --ignored --nocapture a_thousand_tasks
 
 ## In a bare chroot: only Debian, the Rust toolchain and this source.
 test-fresh:

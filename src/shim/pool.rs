@@ -16,6 +16,8 @@ use tokio::sync::{Notify, watch};
 
 use super::{Launcher, Shim, ShimError, launch::Unborn};
 
+/// How long the end of the pool waits for a shim that has just been launched; it takes some 10 ms.
+const COMING_UP: Duration = Duration::from_millis(500);
 /// A refill waits this long after a start, in which the task has the processors,
 const BREATH: Duration = Duration::from_millis(20);
 /// and so long while another shim still waits: a short task gives its own back before that.
@@ -204,19 +206,25 @@ impl Pool {
         }
     }
 
+    /// Where work that can wait begins: `breath` from now, or when no start is at work then, but at most `patience` later.
+    pub async fn calm(&self, breath: Duration, patience: Duration) {
+        tokio::time::sleep(breath).await;
+        let mut busy = self.0.busy.subscribe();
+        let _ = tokio::time::timeout(patience, busy.wait_for(|count| *count == 0)).await;
+    }
+
     /// Starts what is missing, in the background. Called after a start has returned, never on its path.
     pub fn refill(&self) {
         let pool = self.clone();
         tokio::spawn(async move {
             let Ok(_turn) = pool.0.refilling.try_lock() else { return };
             while pool.is_short() {
-                let (left, mut busy) = (pool.idle().len(), pool.0.busy.subscribe());
-                tokio::time::sleep(BREATH).await;
+                let left = pool.idle().len();
                 let calm = async {
                     if left > 0 {
                         tokio::time::sleep(LONG_BREATH).await;
                     }
-                    let _ = tokio::time::timeout(BACK_PRESSURE, busy.wait_for(|count| *count == 0)).await;
+                    pool.calm(BREATH, BACK_PRESSURE).await;
                 };
                 // Once none is left, waiting has an end.
                 tokio::select! {
@@ -321,9 +329,13 @@ impl Pool {
         });
     }
 
-    /// Ends all idle shims and starts no more.
-    pub fn close(&self) {
+    /// Ends all idle shims and starts no more. One that is coming up is waited for: nobody would know of it.
+    pub async fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
+        self.0.empty.notify_waiters();
+        if tokio::time::timeout(COMING_UP, self.0.refilling.lock()).await.is_err() {
+            tracing::warn!("a shim is still coming up; the next plugin takes it over");
+        }
         let shared: Vec<Shim> = self.shared().drain().map(|(_, shim)| shim).collect();
         for mut shim in shared {
             // Those of tasks that go on are theirs.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use nix::fcntl::Flock;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -128,7 +128,8 @@ impl Engine {
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
         let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
         let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
-        let launcher = Launcher::new(binary, containerd.namespace.clone(), places.clone(), group);
+        let launcher =
+            Launcher::new(binary, containerd.namespace.clone(), settings.shim.pool.scope, places.clone(), group);
         // Of crun: other runtimes gain nothing by it.
         if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == Form::Program) {
             let (binary, refused) =
@@ -160,7 +161,9 @@ impl Engine {
             warmer,
             own_capabilities: Capabilities::of_this_process(),
             clearing: watch::Sender::new(0),
-            teardowns: Arc::new(Semaphore::new(TEARDOWNS)),
+            teardowns: Semaphore::new(TEARDOWNS),
+            hurry: Notify::new(),
+            settled: Notify::new(),
             leftovers: Mutex::default(),
         });
         let engine = Self(Arc::new(Inner {
@@ -512,7 +515,7 @@ impl Engine {
         if let Some(warmer) = &self.0.shared.warmer {
             warmer.end();
         }
-        self.0.shared.pool.close();
+        self.0.shared.pool.close().await;
     }
 
     pub(super) async fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {

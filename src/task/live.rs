@@ -113,7 +113,7 @@ impl Task {
             (RecordState::Exited(_), next) if *next != RecordState::Destroying => return,
             _ => record.state = state,
         }
-        if let Err(error) = record.save(&shared.settings.places.record(&record.container_id)) {
+        if let Err(error) = record.save_state(&shared.settings.places.record(&record.container_id)) {
             tracing::error!(task = %record.task_id, error = %crate::chain(&error), "its record is out of date");
         }
     }

@@ -1,7 +1,7 @@
 //! What stands in the way of a start: the same start made by an earlier instance of us, earlier attempts, and their
 //! remains.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
@@ -80,19 +80,21 @@ impl Engine {
     /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all
     /// else too.
     pub(super) async fn outlast_leftover(&self, id: &TaskId, stop: &CancellationToken) -> Result<(), TaskError> {
-        let deadline = Instant::now() + OTHERS;
+        let deadline = tokio::time::Instant::now() + OTHERS;
+        self.shared().hurry.notify_waiters();
         loop {
+            let mut settled = std::pin::pin!(self.shared().settled.notified());
+            // From here on: what settles while we look is not missed.
+            settled.as_mut().enable();
             if let Some(outcome) = self.destroy_leftover(id).await {
                 return outcome;
             }
             if !self.leftovers().contains_key(id) {
                 return Ok(());
             }
-            if Instant::now() > deadline {
-                return Err(TaskError::Busy(id.clone()));
-            }
             tokio::select! {
-                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+                () = settled => {}
+                () = tokio::time::sleep_until(deadline) => return Err(TaskError::Busy(id.clone())),
                 () = stop.cancelled() => return Err(TaskError::Stopped(id.clone())),
             }
         }

@@ -1,7 +1,12 @@
 //! Records of tasks on disk: written before anything is made, so that whatever was made can be found and undone.
+//!
+//! A record's file has the record in its first line, and in each further one a later state; the last that can be read
+//! holds. Appending a line costs a tenth of replacing a file, which makes ext4 write out the new one's content
+//! (`auto_da_alloc`).
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -189,6 +194,37 @@ impl Record {
         fs::rename(&draft, path).map_err(failed("rename"))
     }
 
+    /// Adds the state to the record's file, or writes that anew when it is gone.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn save_state(&self, path: &Path) -> Result<(), RecordError> {
+        let failed = |doing| move |source: io::Error| RecordError { doing, path: path.to_owned(), source };
+        let state = serde_json::to_string(&self.state).map_err(|error| failed("encode")(error.into()))?;
+        match fs::OpenOptions::new().append(true).open(path) {
+            // In one write, and with the line's end before it: one that was cut off spoils itself only.
+            Ok(mut file) => file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.save(path),
+            Err(error) => Err(failed("open")(error)),
+        }
+    }
+
+    fn read(path: &Path) -> Result<Self, String> {
+        let bytes = fs::read(path).map_err(|error| error.to_string())?;
+        let mut lines = bytes.split(|&byte| byte == b'\n');
+        let first = lines.next().unwrap_or_default();
+        // The version first: a later one may have another form.
+        let version = serde_json::from_slice::<Versioned>(first).map_err(|error| error.to_string())?.version;
+        if version != VERSION {
+            return Err(format!("it has version {version}, this driver's is {VERSION}"));
+        }
+        let mut record = serde_json::from_slice::<Self>(first).map_err(|error| error.to_string())?;
+        if let Some(state) = lines.rev().find_map(|line| serde_json::from_slice(line).ok()) {
+            record.state = state;
+        }
+        Ok(record)
+    }
+
     /// Removes a record. One that is gone is fine.
     ///
     /// # Errors
@@ -259,15 +295,7 @@ pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
             }
             _ => continue,
         }
-        let record = fs::read(&path).map_err(|error| error.to_string()).and_then(|bytes| {
-            // The version first: a later one may have another form.
-            let version = serde_json::from_slice::<Versioned>(&bytes).map_err(|error| error.to_string())?.version;
-            if version != VERSION {
-                return Err(format!("it has version {version}, this driver's is {VERSION}"));
-            }
-            serde_json::from_slice::<Record>(&bytes).map_err(|error| error.to_string())
-        });
-        match record {
+        match Record::read(&path) {
             Ok(record) => records.good.push(record),
             Err(problem) => {
                 tracing::error!(path = %path.display(), problem, "task record can't be read");
@@ -330,7 +358,7 @@ mod tests {
         let path = directory.path().join("x.json");
         record.save(&path).expect("saved");
         record.state = RecordState::Exited(ExitRecord { code: 7, oom_killed: true, error: None, started_at: 1, at: 2 });
-        record.save(&path).expect("saved again");
+        record.save_state(&path).expect("added");
         for (name, text) in [("torn.json", "{\"version\":2"), ("empty.json", ""), ("future.json", "{\"version\":9}")] {
             fs::write(directory.path().join(name), text).expect("written");
         }
@@ -346,6 +374,31 @@ mod tests {
             assert!(directory.path().join(name).exists(), "{name}");
         }
         assert!(!directory.path().join("cut.tmp").exists());
+    }
+
+    #[test]
+    fn the_last_whole_state_holds() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("x.json");
+        let read = || read_all(directory.path()).expect("read").good.pop().expect("a record");
+        let (stopping, run) = (8, RunRecord { process: ProcessId { pid: 7, start: 9 }, started_at: 5 });
+        let mut record = record();
+        record.save(&path).expect("saved");
+        assert_eq!(read(), record);
+        for state in [RecordState::Running(run), RecordState::Stopping { run, deadline: stopping }] {
+            record.state = state;
+            record.save_state(&path).expect("added");
+            assert_eq!(read(), record);
+        }
+        let torn = fs::read_to_string(&path).expect("read") + "\n{\"is\":\"exi";
+        fs::write(&path, torn).expect("written");
+        assert_eq!(read(), record, "a line that was cut off says nothing");
+        record.state = RecordState::Destroying;
+        record.save_state(&path).expect("added");
+        assert_eq!(read(), record, "and spoils none after it");
+        fs::remove_file(&path).expect("removed");
+        record.save_state(&path).expect("written anew");
+        assert_eq!(read(), record);
     }
 
     #[test]

@@ -2,11 +2,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
 use crate::{
@@ -34,7 +34,11 @@ pub struct Shared {
     /// Tasks that the background is clearing away, or will.
     pub(super) clearing: watch::Sender<usize>,
     /// So many tasks are cleared away at a time.
-    pub(super) teardowns: Arc<Semaphore>,
+    pub(super) teardowns: Semaphore,
+    /// Somebody waits for what is being cleared away.
+    pub(super) hurry: Notify,
+    /// A leftover is gone, or free again.
+    pub(super) settled: Notify,
     /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
     pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
 }
@@ -65,6 +69,7 @@ impl Shared {
     /// Keeps in mind what is still to be undone.
     pub(super) fn keep(&self, record: Record) {
         self.leftovers().insert(record.task_id.clone(), Leftover { record, hands: Hands::Free });
+        self.settled.notify_waiters();
     }
 
     /// Keeps in mind what the background clears away.
@@ -88,6 +93,7 @@ impl Shared {
 
     /// Waits until what has been destroyed is cleared away, but not for what hangs.
     pub(super) async fn all_cleared(&self) {
+        self.hurry.notify_waiters();
         let mut clearing = self.clearing.subscribe();
         let cleared = tokio::time::timeout(CLEARED, clearing.wait_for(|count| *count == 0)).await;
         if cleared.is_err() {
@@ -98,6 +104,7 @@ impl Shared {
     /// It is gone.
     pub(super) fn forget(&self, id: &TaskId) {
         self.leftovers().remove(id);
+        self.settled.notify_waiters();
     }
 
     /// What is left of a container whose shim is dead: ended and removed; how it had ended, where that was noted.

@@ -277,7 +277,7 @@ async fn run(
 
     let run = RunRecord { process, started_at: millis(SystemTime::now()) };
     record.state = RecordState::Running(run);
-    record.save(&places.record(&plan.container_id))?;
+    record.save_state(&places.record(&plan.container_id))?;
     fault::point("start.recorded");
     Ok(run)
 }

@@ -18,6 +18,12 @@ use crate::{
 pub const KILL_GRACE: Duration = Duration::from_secs(30);
 /// Between two looks at what is about to be gone.
 const LOOK: Duration = Duration::from_millis(5);
+/// Who destroys a task often starts the next one at once: clearing away waits so long for that,
+const BREATH: Duration = Duration::from_millis(3);
+/// and so long for it to be over.
+const PATIENCE: Duration = Duration::from_millis(40);
+/// So many tasks may wait to be cleared away.
+const BACKLOG: usize = 64;
 /// When a cleanup that failed is tried again.
 pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
 
@@ -282,9 +288,15 @@ pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Re
     };
     shared.keep_clearing(record.clone());
     // Whoever makes tasks faster than they can be cleared away waits here.
-    let room = shared.teardowns.clone().acquire_owned().await;
+    let _ = shared.clearing.subscribe().wait_for(|count| *count <= BACKLOG).await;
     let (shared, record) = (shared.clone(), record.clone());
     tokio::spawn(async move {
+        // Its locks and disk writes would be in the way of starts.
+        tokio::select! {
+            () = shared.pool.calm(BREATH, PATIENCE) => {}
+            () = shared.hurry.notified() => {}
+        }
+        let room = shared.teardowns.acquire().await;
         let outcome = released.finish(&shared, &record).await;
         drop(room);
         settle(&shared, &record, outcome.is_ok());

@@ -101,10 +101,8 @@ async fn a_half_made_start_is_undone_at_the_next_opening() {
     let config = json!({"state": {"grace": "1s"}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let task = env.sh("sleep 600").await;
-    let id = env.attribute(&task, "container_id").await;
+    let (path, mut record) = env.record(&task).await;
     env.kill_plugin().await;
-    let path = env.dir.join("run/tasks").join(format!("{id}.json"));
-    let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     record["state"] = json!({"is": "intended"});
     std::fs::write(&path, record.to_string()).unwrap();
     env.start_plugin().await;

@@ -151,8 +151,7 @@ async fn a_dead_shim_is_seen_and_its_task_ended() {
     let mut env = Env::new().await;
     let task = env.sh("echo ready; sleep 600").await;
     task.says("ready").await;
-    let record = env.dir.join("run/tasks").join(format!("{}.json", env.attribute(&task, "container_id").await));
-    let record: serde_json::Value = serde_json::from_slice(&fs::read(record).unwrap()).unwrap();
+    let (_, record) = env.record(&task).await;
     let directory = env.dir.join("run/shims").join(record["shim"].as_str().unwrap());
     let shim = fs::read_dir("/proc")
         .unwrap()

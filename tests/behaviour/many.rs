@@ -1,12 +1,18 @@
 //! Many tasks, again and again: nothing mixes up, nothing adds up.
 
+use std::{future::Future, time::Duration};
+
+use futures_util::{StreamExt as _, stream};
 use nomad_driver_shim::{
     host::{Alloc, Collector, Output, encode},
-    pb::driver::{DestroyTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest, WaitTaskRequest},
+    pb::driver::{
+        DestroyTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest, TaskStatsRequest,
+        WaitTaskRequest,
+    },
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{Env, PATIENCE, resident};
+use crate::support::{Env, PATIENCE, program, resident};
 
 const ROUNDS: usize = 200;
 const AT_ONCE: usize = 8;
@@ -73,4 +79,110 @@ async fn two_hundred_rounds_leave_nothing() {
     // 200 records, connections and logs that stayed would be many megabytes; allocator noise is not.
     assert!(after < before + 12_000, "resident memory grew from {before} to {after} kB");
     env.finish().await;
+}
+
+const ALIVE: usize = 1000;
+const WATCHED: usize = 500;
+
+/// Whether a node that is full stays manageable, and what watching it costs. Takes a minute of a quiet machine, and a
+/// release build says more about the second: `make test-thousand`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+#[ignore = "takes minutes of the whole machine: make test-thousand"]
+async fn a_thousand_tasks_alive_at_once() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let schema = env.driver().task_config_schema(TaskConfigSchemaRequest {}).await.unwrap().into_inner().spec;
+    env.allocs = (0..ALIVE)
+        .map(|n| Alloc::create(&env.dir.join("allocs"), &format!("{}-{n}", env.namespace)).unwrap())
+        .collect();
+    let config = json!({"image": image, "command": "/bin/sleep", "args": ["100000"]});
+    let config = encode(schema.as_ref(), &config).unwrap();
+    let driver = env.driver();
+    let allocs = env.allocs.clone();
+    let began = std::time::Instant::now();
+    let started = each(allocs, |alloc| {
+        let (mut driver, config) = (driver.clone(), config.clone());
+        async move {
+            let dirs = alloc.task("web").unwrap();
+            // They say nothing: two thousand readers would only cost memory.
+            let streams = [&dirs.stdout, &dirs.stderr]
+                .map(|fifo| std::fs::File::options().read(true).write(true).open(fifo).unwrap());
+            let task = dirs.config("1", config);
+            let id = task.id.clone();
+            driver.start_task(StartTaskRequest { task: Some(task) }).await.unwrap();
+            (id, streams)
+        }
+    })
+    .await;
+    let (ids, held): (Vec<_>, Vec<_>) = started.into_iter().unzip();
+    eprintln!("{ALIVE} tasks started in {:.1} s", began.elapsed().as_secs_f64());
+
+    let listed = std::time::Instant::now();
+    let output = tokio::process::Command::new(program())
+        .args(["ps", "--json", "--run-dir"])
+        .arg(env.dir.join("run"))
+        .output()
+        .await
+        .unwrap();
+    let list: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(list.iter().filter(|task| task["state"] == "running").count(), ALIVE);
+    eprintln!("listed in {} ms", listed.elapsed().as_millis());
+
+    let collection_interval = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let mut streams = Vec::new();
+    for id in ids.iter().take(WATCHED) {
+        let request = TaskStatsRequest { task_id: id.clone(), collection_interval };
+        streams.push(env.driver().task_stats(request).await.unwrap().into_inner());
+    }
+    let readers: Vec<_> = streams
+        .into_iter()
+        .map(|mut stream| {
+            tokio::spawn(async move {
+                let mut samples = 0;
+                while let Ok(Some(_)) = stream.message().await {
+                    samples += 1;
+                }
+                samples
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let (pid, watched) = (env.plugin().pid().unwrap(), Duration::from_secs(20));
+    let before = processor_time(pid);
+    tokio::time::sleep(watched).await;
+    let share = (processor_time(pid) - before).as_secs_f64() / watched.as_secs_f64() * 100.0;
+    eprintln!("TaskStats of {WATCHED} tasks each second: {share:.2}% of a core in the plugin");
+
+    let began = std::time::Instant::now();
+    each(ids, |task_id| {
+        let mut driver = driver.clone();
+        async move {
+            let timeout = Some(prost_types::Duration { seconds: 0, nanos: 0 });
+            let request = StopTaskRequest { task_id: task_id.clone(), timeout, signal: String::new() };
+            driver.stop_task(request).await.unwrap();
+            let answer = driver.wait_task(WaitTaskRequest { task_id: task_id.clone() }).await.unwrap().into_inner();
+            assert_eq!(answer.result.unwrap().exit_code, 137);
+            driver.destroy_task(DestroyTaskRequest { task_id, force: false }).await.unwrap();
+        }
+    })
+    .await;
+    drop(held);
+    eprintln!("stopped and destroyed in {:.1} s", began.elapsed().as_secs_f64());
+    for reader in readers {
+        let samples = reader.await.unwrap();
+        assert!(samples > 10, "a stream gave only {samples} samples in 20 s");
+    }
+    env.finish().await;
+}
+
+/// Processor time of a process so far (proc_pid_stat(5): fields 14 and 15, in ticks of 10 ms).
+fn processor_time(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    Duration::from_millis(fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())
+}
+
+/// Does it to each, so many at a time; the answers are in order.
+async fn each<T, F: Future>(all: Vec<T>, what: impl Fn(T) -> F) -> Vec<F::Output> {
+    stream::iter(all.into_iter().map(what)).buffered(AT_ONCE).collect().await
 }

@@ -13,9 +13,7 @@ async fn with(config: Value) -> Env {
 
 /// The shim that a task's record names.
 async fn shim_of(env: &Env, task: &Task) -> String {
-    let id = env.attribute(task, "container_id").await;
-    let record = fs::read(env.dir.join("run/tasks").join(format!("{id}.json"))).unwrap();
-    serde_json::from_slice::<Value>(&record).unwrap()["shim"].as_str().unwrap().to_owned()
+    env.record(task).await.1["shim"].as_str().unwrap().to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,19 +20,13 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task, eventually, program, services};
+use crate::support::{Env, EnvOptions, eventually, program, services};
 
 /// A containerd that may be killed.
 fn own_containerd() -> (std::path::PathBuf, i32) {
     let dir = services().root.join(format!("containerd-{}", nomad_driver_shim::ids::random_hex(3)));
     let socket = services::start_containerd(&dir);
     (socket, fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap())
-}
-
-async fn record(env: &Env, task: &Task) -> (std::path::PathBuf, Value) {
-    let path = env.dir.join("run/tasks").join(format!("{}.json", env.attribute(task, "container_id").await));
-    let record = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    (path, record)
 }
 
 /// The process of the shim that a record names.
@@ -148,7 +142,7 @@ async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
         });
         let task = env.start(config).await;
         task.says("ready").await;
-        let (_, record) = record(&env, &task).await;
+        let (_, record) = env.record(&task).await;
         let init = u32::try_from(record["state"]["pid"].as_u64().unwrap()).unwrap();
         let family = nomad_driver_shim::process::descendants(init);
         assert!(family.len() >= 2, "{family:?}");
@@ -187,7 +181,7 @@ async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
 async fn a_shim_that_died_unwatched_is_not_recovered() {
     let mut env = Env::new().await;
     let task = env.sh("sleep 600").await;
-    let (_, record) = record(&env, &task).await;
+    let (_, record) = env.record(&task).await;
     let shim = shim_pid(&env, &record);
     env.kill_plugin().await;
     kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
@@ -203,7 +197,7 @@ async fn a_shim_that_died_unwatched_is_not_recovered() {
 async fn a_hung_shim_holds_nobody_up() {
     let mut env = Env::new().await;
     let (hung, fine) = (env.sh("sleep 600").await, env.sh("sleep 600").await);
-    let shim = shim_pid(&env, &record(&env, &hung).await.1);
+    let shim = shim_pid(&env, &env.record(&hung).await.1);
     env.kill_plugin().await;
     kill(Pid::from_raw(shim), Signal::SIGSTOP).unwrap();
     env.start_plugin().await;
@@ -222,7 +216,7 @@ async fn a_hung_shim_holds_nobody_up() {
 async fn a_task_whose_shim_hangs_is_stopped_all_the_same() {
     let mut env = Env::new().await;
     let task = env.sh("sleep 600").await;
-    let shim = shim_pid(&env, &record(&env, &task).await.1);
+    let shim = shim_pid(&env, &env.record(&task).await.1);
     kill(Pid::from_raw(shim), Signal::SIGSTOP).unwrap();
     env.stop(&task, Duration::from_secs(1), "").await.unwrap();
     let answer = env.try_wait(&task.id).await.unwrap();
@@ -239,7 +233,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
     let mut tasks = Vec::new();
     for name in ["truncated", "emptied", "other-boot", "future", "reused-pid", "forgotten", "fine"] {
         let task = env.sh("sleep 600").await;
-        let (path, value) = record(&env, &task).await;
+        let (path, value) = env.record(&task).await;
         tasks.push((name, task, path, value));
     }
     env.kill_plugin().await;
@@ -364,7 +358,7 @@ async fn an_orphan_gives_way() {
     task.says("up").await;
     let idle = |env: &Env| {
         let record = fs::read_dir(env.dir.join("run/tasks")).unwrap().flatten().next().unwrap();
-        let record: Value = serde_json::from_slice(&fs::read(record.path()).unwrap()).unwrap();
+        let record = crate::support::env::read_record(&record.path());
         let shims = crate::support::leak::entries(&env.dir.join("run/shims"));
         shims.into_iter().filter(|shim| *shim != record["shim"].as_str().unwrap()).collect::<Vec<_>>()
     };

@@ -1,6 +1,9 @@
 //! One plugin with its own directories and its own containerd namespace, and the tasks that a test runs in it.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use nomad_driver_shim::{
     host::{Alloc, Collector, Launch, Output, Plugin, TaskDirs, encode, encode_raw},
@@ -230,6 +233,13 @@ impl Env {
         self.inspect(&task.id).await.unwrap().driver.unwrap().attributes[name].clone()
     }
 
+    /// Where a task's record is, and what it says: its first line, and the last of the states that follow.
+    pub async fn record(&self, task: &Task) -> (PathBuf, Value) {
+        let path = self.dir.join("run/tasks").join(format!("{}.json", self.attribute(task, "container_id").await));
+        let record = read_record(&path);
+        (path, record)
+    }
+
     pub async fn signal(&self, task: &Task, signal: &str) -> Result<(), Status> {
         let request = SignalTaskRequest { task_id: task.id.clone(), signal: signal.to_owned() };
         self.driver().signal_task(request).await.map(drop)
@@ -272,4 +282,14 @@ fn merge(into: &mut Value, from: &Value) {
         }
         (into, from) => *into = from.clone(),
     }
+}
+
+pub fn read_record(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut record = lines[0].clone();
+    if let [_, .., state] = &lines[..] {
+        record["state"] = state.clone();
+    }
+    record
 }
