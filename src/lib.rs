@@ -19,6 +19,7 @@ pub mod plugin;
 pub mod process;
 pub mod rootfs;
 pub mod shim;
+pub mod size;
 pub mod stamp;
 pub mod task;
 

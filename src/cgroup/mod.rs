@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use stats::{CpuUsage, MemoryUsage, Usage, percent};
+pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, percent};
 pub use warmer::{KeepWarm, Warm, Warmer};
 
 use crate::{fault, ids::ContainerId, process::PidFd};

@@ -1,8 +1,22 @@
 //! What a task uses, read from the kernel's own files: no call to a shim, no process, 0.1 ms.
 
-use std::{collections::HashMap, fs, path::Path, time::Duration};
+use std::{
+    fs::File,
+    io::Read as _,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use nix::{
+    fcntl::{OFlag, open, openat},
+    sys::stat::Mode,
+};
 
 use super::{CgroupMode, CgroupPath, Cgroups, ROOT};
+
+/// The longest file read here, version 1's memory.stat, has some 2 KB.
+const FILE_MAX: usize = 16 << 10;
 
 /// One look at a task's cgroup. None where this kernel does not say.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -54,16 +68,32 @@ pub struct MemoryUsage {
     pub kernel_max: Option<u64>,
 }
 
+/// A task's cgroup, held open for many looks.
+#[derive(Debug)]
+pub struct Meter(Groups);
+
+#[derive(Debug)]
+enum Groups {
+    V1 { cpuacct: Dir, cpu: Dir, memory: Dir },
+    V2(Dir),
+}
+
 impl Cgroups {
     /// What a task uses right now; None when its group is gone.
     pub fn usage(&self, task: &CgroupPath) -> Option<Usage> {
-        match self.mode {
-            CgroupMode::V1 => {
-                let (cpu, memory) = (self.controller("cpuacct"), Path::new(ROOT).join("memory"));
-                version1(&task.below(&cpu), &task.below(&self.controller("cpu")), &task.below(&memory))
-            }
-            CgroupMode::V2 => version2(&task.below(Path::new(ROOT))),
-        }
+        self.meter(task)?.usage()
+    }
+
+    /// Opens a task's cgroup; None when it is gone.
+    pub fn meter(&self, task: &CgroupPath) -> Option<Meter> {
+        Some(Meter(match self.mode {
+            CgroupMode::V1 => Groups::V1 {
+                cpuacct: Dir::open(&task.below(&self.controller("cpuacct")))?,
+                cpu: Dir::open(&task.below(&self.controller("cpu")))?,
+                memory: Dir::open(&task.below(&self.controller("memory")))?,
+            },
+            CgroupMode::V2 => Groups::V2(Dir::open(&task.below(Path::new(ROOT)))?),
+        }))
     }
 
     /// Where a v1 controller is mounted: alone, or with another as `cpu,cpuacct`.
@@ -75,36 +105,51 @@ impl Cgroups {
     }
 }
 
-/// cgroup-v1/cpuacct.rst, memory.rst: times in nanoseconds.
-fn version1(cpuacct: &Path, cpu: &Path, memory: &Path) -> Option<Usage> {
-    let throttling = table(&cpu.join("cpu.stat"));
-    let stat = table(&memory.join("memory.stat"));
-    let usage = number(&memory.join("memory.usage_in_bytes"));
-    let with_swap = number(&memory.join("memory.memsw.usage_in_bytes"));
+impl Meter {
+    /// What the task uses right now; None when its group is gone.
+    pub fn usage(&self) -> Option<Usage> {
+        match &self.0 {
+            Groups::V1 { cpuacct, cpu, memory } => version1(cpuacct, cpu, memory),
+            Groups::V2(group) => version2(group),
+        }
+    }
+}
+
+/// cgroup-v1/cpuacct.rst, memory.rst: times in nanoseconds. `cpuacct.usage` is the sum of its two parts.
+fn version1(cpuacct: &Dir, cpu: &Dir, memory: &Dir) -> Option<Usage> {
+    let (mut cpu_text, mut memory_text) = ([0; FILE_MAX], [0; FILE_MAX]);
+    let throttling = Table(cpu.read("cpu.stat", &mut cpu_text));
+    let stat = Table(memory.read("memory.stat", &mut memory_text));
+    let parts = cpuacct.number("cpuacct.usage_user").zip(cpuacct.number("cpuacct.usage_sys"));
+    let total_ns = match parts {
+        Some((user, system)) => user.saturating_add(system),
+        None => cpuacct.number("cpuacct.usage")?,
+    };
     Some(Usage {
         cpu: CpuUsage {
-            total_ns: number(&cpuacct.join("cpuacct.usage"))?,
-            user_ns: number(&cpuacct.join("cpuacct.usage_user")),
-            system_ns: number(&cpuacct.join("cpuacct.usage_sys")),
-            throttled_periods: throttling.get("nr_throttled").copied(),
-            throttled_ns: throttling.get("throttled_time").copied(),
+            total_ns,
+            user_ns: parts.map(|(user, _)| user),
+            system_ns: parts.map(|(_, system)| system),
+            throttled_periods: throttling.get("nr_throttled"),
+            throttled_ns: throttling.get("throttled_time"),
         },
         memory: MemoryUsage {
-            rss: stat.get("total_rss").copied(),
-            cache: stat.get("total_cache").copied(),
-            usage,
-            max_usage: number(&memory.join("memory.max_usage_in_bytes")),
-            swap: with_swap.zip(usage).map(|(both, usage)| both.saturating_sub(usage)),
-            kernel: number(&memory.join("memory.kmem.usage_in_bytes")),
-            kernel_max: number(&memory.join("memory.kmem.max_usage_in_bytes")),
+            rss: stat.get("total_rss"),
+            cache: stat.get("total_cache"),
+            usage: memory.number("memory.usage_in_bytes"),
+            max_usage: memory.number("memory.max_usage_in_bytes"),
+            swap: stat.get("total_swap"),
+            kernel: memory.number("memory.kmem.usage_in_bytes"),
+            kernel_max: memory.number("memory.kmem.max_usage_in_bytes"),
         },
     })
 }
 
 /// cgroup-v2.rst: times in microseconds.
-fn version2(group: &Path) -> Option<Usage> {
-    let cpu = table(&group.join("cpu.stat"));
-    let stat = table(&group.join("memory.stat"));
+fn version2(group: &Dir) -> Option<Usage> {
+    let (mut cpu_text, mut memory_text) = ([0; FILE_MAX], [0; FILE_MAX]);
+    let cpu = Table(group.read("cpu.stat", &mut cpu_text));
+    let stat = Table(group.read("memory.stat", &mut memory_text));
     let nanos = |name: &str| cpu.get(name).map(|micros| micros.saturating_mul(1000));
     // `kernel` is younger (5.18) than its largest parts.
     let parts = stat.get("kernel_stack").zip(stat.get("slab")).map(|(stack, slab)| stack + slab);
@@ -113,39 +158,64 @@ fn version2(group: &Path) -> Option<Usage> {
             total_ns: nanos("usage_usec")?,
             user_ns: nanos("user_usec"),
             system_ns: nanos("system_usec"),
-            throttled_periods: cpu.get("nr_throttled").copied(),
+            throttled_periods: cpu.get("nr_throttled"),
             throttled_ns: nanos("throttled_usec"),
         },
         memory: MemoryUsage {
-            rss: stat.get("anon").copied(),
-            cache: stat.get("file").copied(),
-            usage: number(&group.join("memory.current")),
-            max_usage: number(&group.join("memory.peak")),
-            swap: number(&group.join("memory.swap.current")),
-            kernel: stat.get("kernel").copied().or(parts),
+            rss: stat.get("anon"),
+            cache: stat.get("file"),
+            usage: group.number("memory.current"),
+            max_usage: group.number("memory.peak"),
+            swap: group.number("memory.swap.current"),
+            kernel: stat.get("kernel").or(parts),
             kernel_max: None,
         },
     })
 }
 
-fn number(path: &Path) -> Option<u64> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
+/// A cgroup's directory.
+#[derive(Debug)]
+struct Dir(OwnedFd);
+
+impl Dir {
+    fn open(path: &Path) -> Option<Self> {
+        open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).ok().map(Self)
+    }
+
+    /// A file's text; empty when it is not there.
+    fn read<'a>(&self, name: &str, buffer: &'a mut [u8]) -> &'a str {
+        let Ok(fd) = openat(self.0.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else { return "" };
+        let (mut file, mut length) = (File::from(fd), 0);
+        while let Ok(more @ 1..) = file.read(&mut buffer[length..]) {
+            length += more;
+        }
+        std::str::from_utf8(&buffer[..length]).unwrap_or_default()
+    }
+
+    fn number(&self, name: &str) -> Option<u64> {
+        self.read(name, &mut [0; 64]).trim().parse().ok()
+    }
 }
 
 /// `name value` lines.
-fn table(path: &Path) -> HashMap<String, u64> {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines()
-        .filter_map(|line| {
-            let (name, value) = line.split_once(' ')?;
-            Some((name.to_owned(), value.trim().parse().ok()?))
-        })
-        .collect()
+struct Table<'a>(&'a str);
+
+impl Table<'_> {
+    fn get(&self, name: &str) -> Option<u64> {
+        let value = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value?.trim().parse().ok()
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    fn dir(group: &tempfile::TempDir) -> Dir {
+        Dir::open(group.path()).expect("a directory")
+    }
 
     fn group(files: &[(&str, &str)]) -> tempfile::TempDir {
         let group = tempfile::tempdir().expect("a temporary directory");
@@ -163,7 +233,7 @@ mod tests {
             ("memory.current", "33\n"),
             ("memory.swap.current", "0\n"),
         ]);
-        let usage = version2(group.path()).expect("a group");
+        let usage = version2(&dir(&group)).expect("a group");
         assert_eq!(
             (usage.cpu.total_ns, usage.cpu.user_ns, usage.cpu.throttled_ns),
             (3_000_000, Some(2_000_000), Some(7000))
@@ -186,12 +256,11 @@ mod tests {
             ("cpuacct.usage_user", "2000\n"),
             ("cpuacct.usage_sys", "1000\n"),
             ("cpu.stat", "nr_periods 0\nnr_throttled 4\nthrottled_time 7\n"),
-            ("memory.stat", "rss 1\ntotal_rss 10\ntotal_cache 20\n"),
+            ("memory.stat", "rss 1\ntotal_rss 10\ntotal_cache 20\ntotal_swap 7\n"),
             ("memory.usage_in_bytes", "33\n"),
-            ("memory.memsw.usage_in_bytes", "40\n"),
             ("memory.max_usage_in_bytes", "50\n"),
         ]);
-        let usage = version1(group.path(), group.path(), group.path()).expect("a group");
+        let usage = version1(&dir(&group), &dir(&group), &dir(&group)).expect("a group");
         assert_eq!((usage.cpu.total_ns, usage.cpu.system_ns, usage.cpu.throttled_periods), (3000, Some(1000), Some(4)));
         assert_eq!((usage.memory.rss, usage.memory.swap, usage.memory.max_usage), (Some(10), Some(7), Some(50)));
         assert_eq!(usage.memory.kernel, None);
@@ -199,7 +268,9 @@ mod tests {
 
     #[test]
     fn a_group_that_is_gone_has_no_usage() {
-        let nowhere = Path::new("/nonexistent");
-        assert_eq!((version1(nowhere, nowhere, nowhere), version2(nowhere)), (None, None));
+        let empty = group(&[]);
+        let (one, two, three) = (dir(&empty), dir(&empty), dir(&empty));
+        assert_eq!((version1(&one, &two, &three), version2(&one)), (None, None));
+        assert!(Dir::open(Path::new("/nonexistent")).is_none());
     }
 }

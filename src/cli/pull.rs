@@ -12,7 +12,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use super::{CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print};
 use crate::{
     ids::Digest,
-    image::{Credentials, Progress, PullEvent, PullRequest},
+    image::{Credentials, Progress, PullEvent, PullRequest, PullSource},
 };
 
 /// Pull an image
@@ -51,6 +51,7 @@ impl Pull {
                 reference,
                 credentials,
                 opened: None,
+                source: PullSource::default(),
                 timeout: Duration::from_secs(self.timeout),
                 progress,
             };

@@ -113,6 +113,17 @@ fn coerce(kind: &str, name: &str, value: &Json) -> Result<Wire, ConfigMismatch> 
         ("list(string)", Json::Array(items)) => {
             items.iter().map(|item| coerce("string", name, item)).collect::<Result<_, _>>().map(Wire::Array)
         }
+        // A block is a list of one.
+        ("list(map(string))", Json::Object(_)) => coerce(kind, name, &Json::Array(vec![value.clone()])),
+        ("list(map(string))", Json::Array(items)) => {
+            let map = |item: &Json| {
+                let entries = item.as_object().ok_or_else(wrong)?.iter();
+                let entries =
+                    entries.map(|(key, value)| Ok((Wire::from(key.as_str()), coerce("string", name, value)?)));
+                entries.collect::<Result<_, _>>().map(Wire::Map)
+            };
+            items.iter().map(map).collect::<Result<_, _>>().map(Wire::Array)
+        }
         _ => Err(wrong()),
     }
 }

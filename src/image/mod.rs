@@ -25,7 +25,7 @@ pub use layer::LayerProblem;
 pub use pull::{Progress, PullEvent};
 pub use record::{ImageConfig, ImageRecord};
 pub use reference::{Reference, ReferenceError, RegistryName};
-pub use store::{ImageStore, PullRequest};
+pub use store::{ImageStore, PullRequest, PullSource};
 
 use crate::{containerd::ContainerdError, ids::Digest};
 

@@ -34,8 +34,20 @@ const MANIFEST_MAX: usize = 4 << 20;
 
 type PullResult = Result<Arc<ImageRecord>, SharedError>;
 /// Callers with other credentials get their own answer.
-type FlightKey = (Reference, Option<Credentials>, Option<Stamp>);
+type FlightKey = (Reference, Option<Credentials>, Option<Stamp>, PullSource);
 type Flight = Pin<Box<dyn Future<Output = PullResult> + Send>>;
+
+/// Where an image of a registry may come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum PullSource {
+    /// From containerd's store where it has all of it, else from its registry.
+    #[default]
+    Any,
+    /// From its registry: what is here may be an older one of that name.
+    Registry,
+    /// From containerd's store.
+    Local,
+}
 
 /// What a pull is asked with.
 #[derive(Debug, Clone)]
@@ -50,6 +62,8 @@ pub struct PullRequest {
     pub timeout: Duration,
     /// Who hears of it (of the pull that is joined, the first caller).
     pub progress: Progress,
+    /// Where it may come from.
+    pub source: PullSource,
 }
 
 /// The images of one driver. Cheap to clone.
@@ -148,19 +162,20 @@ impl ImageStore {
     /// # Errors
     /// When the image can't be had in the caller's time.
     pub async fn pull(&self, request: PullRequest) -> PullResult {
-        let PullRequest { reference, credentials, opened, timeout, progress } = request;
+        let PullRequest { reference, credentials, opened, timeout, progress, source } = request;
         // Taken before anything is read: a file that changes meanwhile is read anew by the next caller.
         let stamp = reference.archive().and_then(|archive| archive.stamp(opened.as_deref()).ok());
         let flight = {
             let mut flights = lock(&self.0.flights);
             flights.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
-            let key = (reference.clone(), credentials.clone(), stamp);
+            let key = (reference.clone(), credentials.clone(), stamp, source);
             match flights.get(&key).and_then(WeakShared::upgrade) {
                 Some(flight) => flight,
                 None => {
                     let (store, reference) = (self.clone(), reference.clone());
-                    let work =
-                        async move { store.run(&reference, credentials.as_ref(), (opened, stamp), &progress).await };
+                    let work = async move {
+                        store.run(&reference, credentials.as_ref(), (opened, stamp), (source, &progress)).await
+                    };
                     let flight: Shared<Flight> = (Box::pin(work) as Flight).shared();
                     if let Some(weak) = flight.downgrade() {
                         flights.insert(key, weak);
@@ -179,20 +194,23 @@ impl ImageStore {
         reference: &Reference,
         credentials: Option<&Credentials>,
         (opened, stamp): (Option<Arc<OwnedFd>>, Option<Stamp>),
-        progress: &Progress,
+        (source, progress): (PullSource, &Progress),
     ) -> PullResult {
         let name = reference.to_string();
         let client = &self.0.client;
         let work = async {
             let flying = self.fly();
             let lease = PullLease::begin(client, LeaseId(flying.0.clone())).await?;
-            let local = match reference {
-                Reference::Registry(_) => self.local(reference, progress, lease.id()).await?,
+            let local = match (reference, source) {
                 // What containerd has under its name may be an older one.
-                Reference::Archive(_) => None,
+                (Reference::Archive(_), _) | (_, PullSource::Registry) => None,
+                (Reference::Registry(_), _) => self.local(reference, progress, lease.id()).await?,
             };
             let (fetched, chain) = match local {
                 Some(found) => found,
+                None if source == PullSource::Local && reference.archive().is_none() => {
+                    return Err(ImageError::NotHere { image: name.clone() });
+                }
                 None => {
                     let source = Source { client, http: self.http()?, credentials, opened, progress };
                     let fetched = pull::fetch(&source, reference, lease.id()).await?;

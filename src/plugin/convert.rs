@@ -10,8 +10,8 @@ use super::config::{self, ConfigError, GroupNetwork};
 use crate::{
     ids::TaskId,
     pb::{base as pb, driver as wire},
-    rootfs::{MemoryMax, NetworkNamespace, Resources, network::Dns},
-    task::{Compute, ExitRecord, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
+    rootfs::{CpuQuota, MemoryMax, NetworkNamespace, Resources, network::Dns},
+    task::{Compute, ExitRecord, JobLimits, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
 };
 
 /// Go's zero time, which is how "not yet" is said (0001-01-01T00:00:00Z).
@@ -33,7 +33,9 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
     let hosts = task.network_isolation_spec.as_ref().and_then(|spec| spec.hosts_config.as_ref());
     let group_host = hosts.filter(|hosts| !hosts.address.is_empty() && !hosts.hostname.is_empty());
     let dns = task.dns.clone().unwrap_or_default();
-    let (resources, cpuset_cgroup) = resources(task.resources.as_ref());
+    let options = config::task_options(settings, group, &task.msgpack_driver_config)?;
+    let (mut resources, cpuset_cgroup) = resources(task.resources.as_ref());
+    limit(&mut resources, &options.limits, task.resources.as_ref(), settings.compute)?;
     let named = [
         ("com.hashicorp.nomad.alloc_id", &task.alloc_id),
         ("com.hashicorp.nomad.job_id", &task.job_id),
@@ -44,11 +46,9 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
         ("com.hashicorp.nomad.task_group_name", &task.task_group_name),
         ("com.hashicorp.nomad.task_name", &task.name),
     ];
-    let annotations: BTreeMap<String, String> = named
-        .iter()
-        .filter(|(_, value)| !value.is_empty())
-        .map(|(key, value)| ((*key).to_owned(), (*value).clone()))
-        .collect();
+    let named = named.iter().filter(|(_, value)| !value.is_empty());
+    let named = named.map(|(key, value)| ((*key).to_owned(), (*value).clone()));
+    let annotations: BTreeMap<String, String> = options.annotations.clone().into_iter().chain(named).collect();
     Ok(StartRequest {
         task_id: TaskId(task.id.clone()),
         name: task.name.clone(),
@@ -58,7 +58,7 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
         stderr: PathBuf::from(&task.stderr_path),
         env: task.env.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
         user: task.user.clone(),
-        options: config::task_options(settings, group, &task.msgpack_driver_config)?,
+        options,
         resources,
         cpuset_cgroup,
         network,
@@ -107,8 +107,41 @@ fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
             _ => MemoryMax::Unset,
         },
         cpuset_cpus: linux.map(|linux| linux.cpuset_cpus.clone()).unwrap_or_default(),
+        ..Resources::default()
     };
     (resources, linux.map(|linux| linux.cpuset_cgroup.clone()).unwrap_or_default())
+}
+
+/// Adds what the job's `config` says of limits.
+fn limit(
+    to: &mut Resources,
+    limits: &JobLimits,
+    sent: Option<&wire::Resources>,
+    compute: Compute,
+) -> Result<(), ConfigError> {
+    let fault = |fault: String| Err(ConfigError::one(fault));
+    if !limits.cpuset_cpus.is_empty() {
+        if !to.cpuset_cpus.is_empty() {
+            return fault("cpuset_cpus and resources.cores exclude each other; remove one of them".to_owned());
+        }
+        to.cpuset_cpus.clone_from(&limits.cpuset_cpus);
+    }
+    to.cpuset_mems.clone_from(&limits.cpuset_mems);
+    to.pids = limits.pids;
+    if let MemoryMax::Bytes(limit) = limits.memory_max {
+        if limit < to.memory {
+            let (limit, memory) = (limit >> 20, to.memory >> 20);
+            return fault(format!("memory_hard_limit = {limit} is less than resources.memory = {memory}"));
+        }
+        to.memory_max = limits.memory_max;
+    }
+    if let Some(period) = limits.cfs_period {
+        let ticks = sent.and_then(|sent| sent.linux_resources.as_ref()).map_or(0.0, |linux| linux.percent_ticks);
+        #[allow(clippy::cast_precision_loss, reason = "megahertz are small numbers")]
+        let share = if ticks > 0.0 { ticks } else { to.cpu_shares as f64 / compute.total_mhz.max(1) as f64 };
+        to.cpu_quota = Some(CpuQuota::of(share, compute.cores.max(1), period));
+    }
+    Ok(())
 }
 
 /// What this node's processors can do: the operator's word, else the sum over all cores, else (agents before 1.7, and
@@ -169,6 +202,27 @@ pub fn event(event: TaskEvent) -> wire::DriverTaskEvent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_jobs_limits_are_held_against_nomads() {
+        let compute = Compute { total_mhz: 4000, cores: 4 };
+        let with = |limits: &JobLimits, ticks| {
+            let sent = wire::Resources {
+                linux_resources: Some(wire::LinuxResources { percent_ticks: ticks, ..Default::default() }),
+                ..Default::default()
+            };
+            let mut resources = Resources { cpu_shares: 500, memory: 64 << 20, ..Resources::default() };
+            limit(&mut resources, limits, Some(&sent), compute).map(|()| resources).map_err(|error| error.to_string())
+        };
+        let hard = JobLimits { cfs_period: Some(100_000), ..JobLimits::default() };
+        let quota = |ticks| with(&hard, ticks).expect("limits").cpu_quota.expect("a quota").quota;
+        assert_eq!((quota(0.0), quota(0.25)), (50_000, 100_000), "by our own count, by Nomad's");
+        let low = JobLimits { memory_max: MemoryMax::Bytes(32 << 20), ..JobLimits::default() };
+        assert!(with(&low, 0.0).expect_err("refused").contains("memory_hard_limit = 32"));
+        let mut reserved = Resources { cpuset_cpus: "0".to_owned(), ..Resources::default() };
+        let wanted = JobLimits { cpuset_cpus: "1".to_owned(), ..JobLimits::default() };
+        assert!(limit(&mut reserved, &wanted, None, compute).is_err());
+    }
 
     #[test]
     fn not_yet_is_gos_zero_time() {

@@ -19,6 +19,7 @@ enum Value {
     Block(Values),
     Blocks(Vec<Values>),
     Labelled(BTreeMap<String, Values>),
+    Map(BTreeMap<String, String>),
 }
 
 /// Decoded options by name; those that were absent and have no default are not there.
@@ -76,6 +77,14 @@ impl Values {
         match self.0.get(name) {
             Some(Value::Blocks(blocks)) => blocks,
             _ => &[],
+        }
+    }
+
+    /// Texts by name.
+    pub fn map(&self, name: &str) -> BTreeMap<String, String> {
+        match self.0.get(name) {
+            Some(Value::Map(map)) => map.clone(),
+            _ => BTreeMap::new(),
         }
     }
 
@@ -184,6 +193,23 @@ fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -
                 path.truncate(length);
             }
             Some(Value::Blocks(blocks))
+        }
+        Kind::Map => {
+            // One map for each block of the name, from left to right.
+            let maps = match wire {
+                Wire::Array(items) => items.as_slice(),
+                single => std::slice::from_ref(single),
+            };
+            let mut map = BTreeMap::new();
+            for entries in maps {
+                let Wire::Map(entries) = entries else { return wrong("a map of strings") };
+                for (key, value) in entries {
+                    let scalar = text(value).or_else(|| number(value).map(|number| number.to_string()));
+                    let (Some(key), Some(value)) = (text(key), scalar) else { return wrong("a map of strings") };
+                    map.insert(key, value);
+                }
+            }
+            Some(Value::Map(map))
         }
         Kind::Labelled(rows) => {
             let Wire::Map(entries) = wire else { return wrong("labelled blocks") };

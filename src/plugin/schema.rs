@@ -20,6 +20,7 @@ fn of_row(row: &Row) -> Spec {
         Kind::Flag => attr("bool"),
         Kind::Number => attr("number"),
         Kind::List => attr("list(string)"),
+        Kind::Map => attr("list(map(string))"),
         Kind::Block(rows) => {
             spec::Block::BlockValue(Box::new(Block { name, required, nested: Some(Box::new(of(rows))) }))
         }

@@ -41,12 +41,27 @@ pub fn mount(target: &str, kind: &str, source: &str, options: &[&str]) -> Result
         .build()?)
 }
 
-/// The mounts below everything else. `privileged` leaves sysfs writable.
+/// What the first mounts depend on.
+#[derive(Debug, Clone, Copy)]
+pub struct BaseMounts {
+    /// Whose defaults hold.
+    pub flavor: Flavor,
+    /// Leaves sysfs writable.
+    pub privileged: bool,
+    /// Shares /dev/shm with the host.
+    pub host_ipc: bool,
+    /// Of /dev/shm, in bytes.
+    pub shm_size: Option<u64>,
+}
+
+/// The mounts below everything else.
 ///
 /// # Errors
 /// When the spec's own builder refuses.
-pub fn mounts(flavor: Flavor, privileged: bool) -> Result<Vec<Mount>, RootfsError> {
+pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
+    let BaseMounts { flavor, privileged, host_ipc, shm_size } = base;
     let sys = if privileged { "rw" } else { "ro" };
+    let shm_size = format!("size={}k", shm_size.unwrap_or(64 << 20) >> 10);
     let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
@@ -56,10 +71,15 @@ pub fn mounts(flavor: Flavor, privileged: bool) -> Result<Vec<Mount>, RootfsErro
             "devpts",
             &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         )?,
-        mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"])?,
-        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys])?,
     ];
+    mounts.push(if host_ipc {
+        mount("/dev/shm", "bind", "/dev/shm", &["rbind", "nosuid", "noexec", "nodev"])?
+    } else {
+        mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", &shm_size])?
+    });
+    // Shows the queues of the IPC namespace in which it is mounted (mq_overview(7)).
+    mounts.push(mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?);
     if flavor == Flavor::DropIn {
         mounts.push(mount("/run", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?);
     }

@@ -5,6 +5,8 @@ pub mod bundle;
 mod capabilities;
 mod defaults;
 pub mod devices;
+pub mod gateway;
+pub mod limits;
 pub mod mounts;
 pub mod network;
 mod process;
@@ -18,8 +20,8 @@ use std::{io, path::PathBuf};
 pub use bundle::UpperOn;
 pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
 pub use process::Command;
-pub use resources::{MemoryMax, Resources};
-pub use spec::{ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, build};
+pub use resources::{CpuQuota, MemoryMax, Resources};
+pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, Terminal, build};
 pub use users::UserError;
 
 /// Why no spec or bundle could be made.
@@ -55,6 +57,24 @@ pub enum RootfsError {
     SourceOutside {
         /// As the job has it.
         source_path: String,
+    },
+    /// `host-gateway` in `extra_hosts`.
+    #[error("extra_hosts: {name}:host-gateway has no address here")]
+    Gateway {
+        /// The name that was to have it.
+        name: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A device that a job may not have.
+    #[error(
+        "devices: {path:?} is {resolved:?}, which is not allowed on this node (plugin option security {{ allow_devices }})"
+    )]
+    Device {
+        /// As the job has it.
+        path: PathBuf,
+        /// What it leads to.
+        resolved: PathBuf,
     },
     /// A file or directory of the bundle.
     #[error("bundle: {doing} {path}")]

@@ -1,5 +1,7 @@
 //! The files that make a network usable: hosts(5) and resolv.conf(5), as text.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 /// Name servers and search domains; an empty list means "the system's".
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dns {
@@ -53,21 +55,112 @@ impl Dns {
     }
 }
 
-/// A hosts file with the usual names, and one line for the container when it has an address.
-pub fn hosts(own: Option<(&str, &str)>) -> String {
-    let mut text = String::from(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
-         ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
-    );
-    if let Some((address, name)) = own {
+/// One of a job's `extra_hosts`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExtraHost {
+    /// The name.
+    pub name: String,
+    /// Where it is.
+    pub address: HostAddress,
+}
+
+/// Where a host is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostAddress {
+    /// There.
+    At(IpAddr),
+    /// `host-gateway`: where the task reaches its host.
+    Gateway,
+}
+
+impl ExtraHost {
+    /// Reads `name:address`; what follows the first colon is the address, so that it can be IPv6, in brackets or not.
+    ///
+    /// # Errors
+    /// With what is wrong.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let (name, address) = text.split_once(':').ok_or_else(|| format!("{text:?} is not name:address"))?;
+        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control() || c == '#') {
+            return Err(format!("{text:?} has no name that /etc/hosts could hold"));
+        }
+        let address = match address {
+            "host-gateway" => HostAddress::Gateway,
+            other => {
+                let bare = other.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(other);
+                let address = bare.parse();
+                HostAddress::At(
+                    address.map_err(|_| format!("{text:?}: {other:?} is not an IP address or host-gateway"))?,
+                )
+            }
+        };
+        Ok(Self { name: name.to_owned(), address })
+    }
+}
+
+/// The usual names.
+pub const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
+     ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n";
+
+/// A hosts file: what `base` has, then a line for each further name.
+pub fn hosts<'a>(base: &str, names: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+    let mut text = base.to_owned();
+    if !text.is_empty() && !text.ends_with('\n') {
+        text.push('\n');
+    }
+    for (address, name) in names {
         text.push_str(&format!("{address}\t{name}\n"));
     }
     text
 }
 
+/// The default gateway in a network namespace, by the text of its /proc/net/route and /proc/net/ipv6_route.
+pub fn gateway(route: &str, route6: &str) -> Option<IpAddr> {
+    // Destination, gateway: hexadecimal, in the host's byte order (linux, fib_route_seq_show).
+    let v4 = route.lines().skip(1).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (destination, gateway) = (fields.get(1)?, fields.get(2)?);
+        let gateway = u32::from_str_radix(gateway, 16).ok().filter(|&gateway| gateway != 0)?;
+        (*destination == "00000000").then(|| IpAddr::V4(Ipv4Addr::from(gateway.to_ne_bytes())))
+    });
+    // Destination and its prefix, source and its prefix, next hop: hexadecimal, in network order.
+    let v6 = || {
+        route6.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let hop = u128::from_str_radix(fields.get(4)?, 16).ok().filter(|&hop| hop != 0)?;
+            (*fields.get(1)? == "00").then(|| IpAddr::V6(Ipv6Addr::from(hop)))
+        })
+    };
+    v4.or_else(v6)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn extra_hosts_have_addresses_of_both_kinds() {
+        let at = |text: &str| ExtraHost::parse(text).map(|host| (host.name, host.address));
+        let v6 = HostAddress::At("fd00::1".parse().expect("an address"));
+        assert_eq!(at("db:127.0.1.1"), Ok(("db".to_owned(), HostAddress::At(Ipv4Addr::new(127, 0, 1, 1).into()))));
+        assert_eq!(at("db:fd00::1"), Ok(("db".to_owned(), v6)));
+        assert_eq!(at("db:[fd00::1]"), Ok(("db".to_owned(), v6)));
+        assert_eq!(at("host:host-gateway"), Ok(("host".to_owned(), HostAddress::Gateway)));
+        for bad in ["db", "db:", ":1.2.3.4", "db:1.2.3", "a b:1.2.3.4", "a\n1.2.3.4 evil:1.2.3.4"] {
+            assert!(at(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn gateways_are_found_in_the_kernels_tables() {
+        let route =
+            "Iface\tDestination\tGateway\tFlags\neth0\t0011A8C0\t00000000\t0001\neth0\t00000000\t011AA8C0\t0003\n";
+        let swapped = u32::from_str_radix("011AA8C0", 16).expect("hexadecimal").to_ne_bytes();
+        assert_eq!(gateway(route, ""), Some(IpAddr::V4(Ipv4Addr::from(swapped))));
+        let zero = "0".repeat(32);
+        let route6 = format!("{zero} 00 {zero} 00 fd000000000000000000000000000001 00000400 0 0 00000003 eth0\n");
+        assert_eq!(gateway("Iface\n", &route6), Some("fd00::1".parse().expect("an address")));
+        assert_eq!(gateway("Iface\n", &format!("{zero} 00 {zero} 00 {zero} ffffffff 1 0 00200200 lo\n")), None);
+    }
 
     #[test]
     fn each_list_falls_back_to_the_systems() {

@@ -1,7 +1,7 @@
 //! Nomad's resources as the OCI spec's limits.
 
 use oci_spec::runtime::{
-    LinuxCpuBuilder, LinuxDeviceCgroup, LinuxMemoryBuilder, LinuxResources, LinuxResourcesBuilder,
+    LinuxCpuBuilder, LinuxDeviceCgroup, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder,
 };
 
 use super::RootfsError;
@@ -17,6 +17,34 @@ pub struct Resources {
     pub memory_max: MemoryMax,
     /// Reserved cores as a list such as `0-1,4`; empty for the share pool.
     pub cpuset_cpus: String,
+    /// Memory nodes in the same form; empty for all.
+    pub cpuset_mems: String,
+    /// How much processor time at most.
+    pub cpu_quota: Option<CpuQuota>,
+    /// How many processes and threads.
+    pub pids: Option<i64>,
+}
+
+/// So much of so much time (cpu.cfs_quota_us, cpu.cfs_period_us; cpu.max on version 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuQuota {
+    /// Microseconds of processor, all cores together.
+    pub quota: i64,
+    /// In so many microseconds.
+    pub period: u64,
+}
+
+impl CpuQuota {
+    /// A share of all cores of the node, over `period` microseconds; not below what the kernel takes (1 ms).
+    pub fn of(share: f64, cores: u32, period: u64) -> Self {
+        #[allow(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            reason = "microseconds, at most a second"
+        )]
+        let quota = (share.max(0.0) * f64::from(cores) * period as f64).round() as i64;
+        Self { quota: quota.max(1000), period }
+    }
 }
 
 /// The job's `memory_max` (Nomad: 0 unset, −1 no limit).
@@ -68,7 +96,17 @@ pub fn build(
     if !resources.cpuset_cpus.is_empty() {
         cpu = cpu.cpus(resources.cpuset_cpus.clone());
     }
-    Ok(LinuxResourcesBuilder::default().devices(devices).memory(memory.build()?).cpu(cpu.build()?).build()?)
+    if !resources.cpuset_mems.is_empty() {
+        cpu = cpu.mems(resources.cpuset_mems.clone());
+    }
+    if let Some(CpuQuota { quota, period }) = resources.cpu_quota {
+        cpu = cpu.quota(quota).period(period);
+    }
+    let mut all = LinuxResourcesBuilder::default().devices(devices).memory(memory.build()?).cpu(cpu.build()?);
+    if let Some(limit) = resources.pids {
+        all = all.pids(LinuxPidsBuilder::default().limit(limit).build()?);
+    }
+    Ok(all.build()?)
 }
 
 #[cfg(test)]
@@ -91,6 +129,13 @@ mod tests {
         );
         assert_eq!(limits(64 * MB, MemoryMax::Unlimited), (None, Some(67_108_864), None));
         assert_eq!(limits(0, MemoryMax::Unset), (None, None, None));
+    }
+
+    #[test]
+    fn quotas_are_shares_of_the_node() {
+        assert_eq!(CpuQuota::of(0.25, 4, 100_000), CpuQuota { quota: 100_000, period: 100_000 });
+        assert_eq!(CpuQuota::of(0.000_1, 2, 100_000).quota, 1000);
+        assert_eq!(CpuQuota::of(f64::NAN, 2, 100_000).quota, 1000);
     }
 
     #[test]

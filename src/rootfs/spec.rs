@@ -6,14 +6,15 @@ use std::{
 };
 
 use oci_spec::runtime::{
-    LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDevice, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
-    Mount, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
-    UserBuilder,
+    Hook, HookBuilder, HooksBuilder, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDevice, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, Mount, PosixRlimit, PosixRlimitBuilder, ProcessBuilder, RootBuilder,
+    Spec, SpecBuilder, UserBuilder,
 };
 
 use super::{
     Capabilities, Command, Resources, RootfsError,
-    defaults::{self, MASKED_PATHS, READONLY_PATHS},
+    defaults::{self, BaseMounts, MASKED_PATHS, READONLY_PATHS},
+    limits::{Namespace, Namespaces, Ulimit},
     process, resources,
     seccomp::{CRUN_PROGRAM, Filter},
     users,
@@ -74,6 +75,33 @@ pub enum RootMode {
     ReadOnly,
 }
 
+/// Programs that the runtime calls around a container's life (OCI runtime-spec, config.md, "POSIX-platform Hooks"),
+/// each with its arguments.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hooks {
+    /// `prestart`.
+    pub prestart: Vec<Vec<String>>,
+    /// `createRuntime`.
+    pub create_runtime: Vec<Vec<String>>,
+    /// `createContainer`.
+    pub create_container: Vec<Vec<String>>,
+    /// `startContainer`.
+    pub start_container: Vec<Vec<String>>,
+    /// `poststart`.
+    pub poststart: Vec<Vec<String>>,
+    /// `poststop`.
+    pub poststop: Vec<Vec<String>>,
+}
+
+/// Does the task have a terminal?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Terminal {
+    /// One that the shim holds.
+    Yes,
+    /// No.
+    No,
+}
+
 /// All that a spec is made of.
 #[derive(Debug)]
 pub struct SpecInput<'a> {
@@ -105,6 +133,26 @@ pub struct SpecInput<'a> {
     pub devices: Vec<(LinuxDevice, String)>,
     /// Limits.
     pub resources: &'a Resources,
+    /// Limits of setrlimit(2), beyond the defaults.
+    pub ulimits: &'a [Ulimit],
+    /// Kernel parameters of its namespaces.
+    pub sysctl: &'a BTreeMap<String, String>,
+    /// Whose namespaces it is in.
+    pub namespaces: Namespaces,
+    /// Does the host have cgroup version 2?
+    pub unified: bool,
+    /// Of /dev/shm, in bytes.
+    pub shm_size: Option<u64>,
+    /// Further groups, by the image's names or by number.
+    pub groups: &'a [String],
+    /// How much the OOM killer likes it.
+    pub oom_score_adj: i32,
+    /// May it never gain privileges? None: unless it is privileged.
+    pub no_new_privileges: Option<bool>,
+    /// Its terminal.
+    pub terminal: Terminal,
+    /// The operator's hooks.
+    pub hooks: &'a Hooks,
     /// Can the kernel count swap?
     pub counts_swap: bool,
     /// Where the limits are.
@@ -133,22 +181,33 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     let ids = users::resolve(user, input.image.passwd, input.image.group)?;
     // The primary group is among them: without it, a program that drops it could still act with its rights
     // (CVE-2022-36109).
-    let groups: Vec<u32> =
+    let mut groups: Vec<u32> =
         std::iter::once(ids.gid).chain(ids.groups.iter().copied().filter(|group| *group != ids.gid)).collect();
+    for group in input.groups {
+        let gid = users::group(group, input.image.group)?;
+        if !groups.contains(&gid) {
+            groups.push(gid);
+        }
+    }
     let process = ProcessBuilder::default()
-        .terminal(false)
+        .terminal(input.terminal == Terminal::Yes)
         .user(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(groups).build()?)
         .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
         .env(process::environment(input.image.env, input.env, input.flavor))
         .cwd(PathBuf::from(cwd))
-        .no_new_privileges(!privileged)
+        .no_new_privileges(input.no_new_privileges.unwrap_or(!privileged))
         // Never the agent's own score, which is often set to survive its tasks.
-        .oom_score_adj(0)
+        .oom_score_adj(input.oom_score_adj)
         // The crate has limits of its own.
-        .rlimits(rlimits(input.flavor)?)
+        .rlimits(rlimits(input.flavor, input.ulimits)?)
         .capabilities(capability_sets(&input.capabilities)?);
 
-    let mut mounts = defaults::mounts(input.flavor, privileged)?;
+    let mut mounts = defaults::mounts(BaseMounts {
+        flavor: input.flavor,
+        privileged,
+        host_ipc: input.namespaces.ipc == Namespace::Host,
+        shm_size: input.shm_size,
+    })?;
     mounts.extend(input.mounts);
 
     let (nodes, mut rules) = (input.devices, defaults::device_rules(privileged)?);
@@ -159,7 +218,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     let mut devices: Vec<LinuxDevice> = nodes.into_iter().map(|(device, _)| device).collect();
     let mut linux = LinuxBuilder::default()
         .cgroups_path(PathBuf::from(input.cgroup))
-        .namespaces(namespaces(&input.network)?)
+        .namespaces(namespaces(&input.network, input.namespaces, input.unified)?)
         .resources(resources)
         .masked_paths(Vec::<String>::new())
         .readonly_paths(Vec::<String>::new());
@@ -174,20 +233,47 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if !devices.is_empty() {
         linux = linux.devices(devices);
     }
+    if !input.sysctl.is_empty() {
+        linux = linux.sysctl(input.sysctl.clone().into_iter().collect::<HashMap<_, _>>());
+    }
     let mut annotations: HashMap<String, String> = input.annotations.into_iter().collect();
     match input.seccomp {
         None => {}
         Some(Filter::Profile(profile)) => linux = linux.seccomp(profile.as_ref().clone()),
         Some(Filter::Program(program)) => drop(annotations.insert(CRUN_PROGRAM.to_owned(), program.to_string())),
     }
-    Ok(SpecBuilder::default()
+    let mut spec = SpecBuilder::default()
         .version(OCI_VERSION)
-        .root(RootBuilder::default().path("rootfs").readonly(input.root == RootMode::ReadOnly).build()?)
         .hostname(input.hostname)
+        .root(RootBuilder::default().path("rootfs").readonly(input.root == RootMode::ReadOnly).build()?)
         .process(process.build()?)
         .mounts(mounts)
         .annotations(annotations)
-        .linux(linux.build()?)
+        .linux(linux.build()?);
+    if *input.hooks != Hooks::default() {
+        spec = spec.hooks(hooks(input.hooks)?);
+    }
+    let mut spec = spec.build()?;
+    if input.namespaces.uts == Namespace::Host {
+        // It would be set for the host.
+        spec.set_hostname(None);
+    }
+    Ok(spec)
+}
+
+fn hooks(hooks: &Hooks) -> Result<oci_spec::runtime::Hooks, RootfsError> {
+    let of = |commands: &[Vec<String>]| -> Result<Vec<Hook>, RootfsError> {
+        let programs = commands.iter().filter_map(|command| Some((command.first()?, command)));
+        programs.map(|(path, command)| Ok(HookBuilder::default().path(path).args(command.clone()).build()?)).collect()
+    };
+    #[allow(deprecated, reason = "what the NVIDIA and other older tools are installed as")]
+    let prestart = HooksBuilder::default().prestart(of(&hooks.prestart)?);
+    Ok(prestart
+        .create_runtime(of(&hooks.create_runtime)?)
+        .create_container(of(&hooks.create_container)?)
+        .start_container(of(&hooks.start_container)?)
+        .poststart(of(&hooks.poststart)?)
+        .poststop(of(&hooks.poststop)?)
         .build()?)
 }
 
@@ -204,26 +290,37 @@ fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::Lin
         .build()?)
 }
 
-fn rlimits(flavor: Flavor) -> Result<Vec<PosixRlimit>, RootfsError> {
-    Ok(match flavor {
+fn rlimits(flavor: Flavor, wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
+    let mut limits = match flavor {
         Flavor::Secure => Vec::new(),
-        Flavor::DropIn => {
-            vec![
-                PosixRlimitBuilder::default()
-                    .typ(PosixRlimitType::RlimitNofile)
-                    .soft(1024_u64)
-                    .hard(1024_u64)
-                    .build()?,
-            ]
-        }
-    })
+        Flavor::DropIn => vec![Ulimit::files(1024)],
+    };
+    for limit in wanted {
+        limits.retain(|other| other.kind != limit.kind);
+        limits.push(*limit);
+    }
+    let build = |limit: Ulimit| PosixRlimitBuilder::default().typ(limit.kind).soft(limit.soft).hard(limit.hard).build();
+    Ok(limits.into_iter().map(build).collect::<Result<_, _>>()?)
 }
 
-fn namespaces(network: &NetworkNamespace) -> Result<Vec<LinuxNamespace>, RootfsError> {
-    let own = [LinuxNamespaceType::Pid, LinuxNamespaceType::Ipc, LinuxNamespaceType::Uts, LinuxNamespaceType::Mount];
+fn namespaces(
+    network: &NetworkNamespace,
+    others: Namespaces,
+    unified: bool,
+) -> Result<Vec<LinuxNamespace>, RootfsError> {
+    let cgroup = others.cgroup.unwrap_or(if unified { Namespace::Private } else { Namespace::Host });
+    let own = [
+        (LinuxNamespaceType::Pid, others.pid),
+        (LinuxNamespaceType::Ipc, others.ipc),
+        (LinuxNamespaceType::Uts, others.uts),
+        (LinuxNamespaceType::Mount, Namespace::Private),
+        (LinuxNamespaceType::Cgroup, cgroup),
+    ];
     let mut namespaces = Vec::new();
-    for kind in own {
-        namespaces.push(LinuxNamespaceBuilder::default().typ(kind).build()?);
+    for (kind, whose) in own {
+        if whose == Namespace::Private {
+            namespaces.push(LinuxNamespaceBuilder::default().typ(kind).build()?);
+        }
     }
     let net = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network);
     match network {
@@ -242,6 +339,7 @@ mod tests {
     fn build_with(change: impl FnOnce(&mut SpecInput<'_>)) -> Result<Value, RootfsError> {
         let (entrypoint, cmd, env) = (Vec::new(), vec!["sh".to_owned()], vec!["A=1".to_owned()]);
         let (command, task_env, resources) = (Command::default(), BTreeMap::new(), Resources::default());
+        let (sysctl, hooks) = (BTreeMap::new(), Hooks::default());
         let mut input = SpecInput {
             flavor: Flavor::Secure,
             image: ImageDefaults {
@@ -265,6 +363,16 @@ mod tests {
             mounts: Vec::new(),
             devices: Vec::new(),
             resources: &resources,
+            ulimits: &[],
+            sysctl: &sysctl,
+            namespaces: Namespaces::default(),
+            unified: false,
+            shm_size: None,
+            groups: &[],
+            oom_score_adj: 0,
+            no_new_privileges: None,
+            terminal: Terminal::No,
+            hooks: &hooks,
             counts_swap: true,
             cgroup: "/nomad/a.t",
             seccomp: None,
@@ -300,6 +408,37 @@ mod tests {
         };
         assert_eq!(net(NetworkNamespace::Host), None);
         assert_eq!(net(NetworkNamespace::Path("/run/netns/x".into())).expect("joined")["path"], "/run/netns/x");
+    }
+
+    #[test]
+    fn a_job_sets_its_own_limits_and_namespaces() {
+        let (sysctl, groups) = (BTreeMap::from([("net.core.somaxconn".to_owned(), "9".to_owned())]), ["7".to_owned()]);
+        let hooks = Hooks { poststop: vec![vec!["/bin/true".to_owned(), "x".to_owned()]], ..Hooks::default() };
+        let spec = build_with(|input| {
+            input.flavor = Flavor::DropIn;
+            input.ulimits = &[Ulimit { kind: oci_spec::runtime::PosixRlimitType::RlimitNofile, soft: 5, hard: 6 }];
+            input.namespaces =
+                Namespaces { pid: Namespace::Host, ipc: Namespace::Host, uts: Namespace::Host, cgroup: None };
+            input.unified = true;
+            (input.sysctl, input.groups, input.hooks) =
+                (Box::leak(Box::new(sysctl)), Box::leak(Box::new(groups)), Box::leak(Box::new(hooks)));
+            input.oom_score_adj = 100;
+            input.no_new_privileges = Some(false);
+            input.terminal = Terminal::Yes;
+        })
+        .expect("builds");
+        assert_eq!(spec["process"]["rlimits"], json!([{"type": "RLIMIT_NOFILE", "hard": 6, "soft": 5}]));
+        let namespaces = spec["linux"]["namespaces"].as_array().expect("a list");
+        let kinds: Vec<_> = namespaces.iter().map(|namespace| namespace["type"].clone()).collect();
+        assert_eq!(kinds, ["mount", "cgroup", "network"]);
+        assert_eq!(spec["hostname"], Value::Null);
+        assert_eq!(spec["linux"]["sysctl"], json!({"net.core.somaxconn": "9"}));
+        assert_eq!(spec["process"]["user"]["additionalGids"], json!([0, 7]));
+        assert_eq!(spec["hooks"]["poststop"][0]["args"], json!(["/bin/true", "x"]));
+        assert_eq!((&spec["process"]["oomScoreAdj"], &spec["process"]["terminal"]), (&json!(100), &json!(true)));
+        assert_eq!(spec["process"]["noNewPrivileges"], false);
+        let shm = spec["mounts"].as_array().expect("a list").iter().find(|mount| mount["destination"] == "/dev/shm");
+        assert_eq!(shm.expect("mounted")["type"], "bind");
     }
 
     #[test]

@@ -71,17 +71,22 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
         }
     };
     match wanted_group {
-        Some(wanted) => {
-            let known = || group_lines(group).find(|(name, _, _)| *name == wanted).map(|(_, gid, _)| gid);
-            let gid = number(wanted).or_else(known).ok_or_else(|| UserError::Group(wanted.to_owned()))?;
-            Ok(Ids { uid, gid, groups: Vec::new() })
-        }
+        Some(wanted) => Ok(Ids { uid, gid: self::group(wanted, group)?, groups: Vec::new() }),
         None => {
             let lists = |members: &str| !name.is_empty() && members.split(',').any(|member| member.trim() == name);
             let groups = group_lines(group).filter(|(_, _, members)| lists(members)).map(|(_, gid, _)| gid);
             Ok(Ids { uid, gid, groups: groups.collect() })
         }
     }
+}
+
+/// Resolves a group's name or number.
+///
+/// # Errors
+/// When a name is unknown.
+pub fn group(wanted: &str, group: &str) -> Result<u32, UserError> {
+    let known = || group_lines(group).find(|(name, _, _)| *name == wanted).map(|(_, gid, _)| gid);
+    number(wanted).or_else(known).ok_or_else(|| UserError::Group(wanted.to_owned()))
 }
 
 /// An id. Docker's limit: beyond it there is (uid_t)-1, which means "leave as it is" to the kernel.

@@ -65,6 +65,8 @@ pub struct CreateTask<'a> {
     pub runtime_binary: &'a Path,
     /// The OCI runtime's state root; the shim appends its namespace.
     pub runtime_root: &'a Path,
+    /// Does its process have a terminal, whose output goes to `stdout`?
+    pub terminal: bool,
 }
 
 /// How a process ended.
@@ -189,7 +191,9 @@ impl Client {
             id: task.id.to_owned(),
             bundle: task.bundle.to_string_lossy().into_owned(),
             stdout: task.stdout.to_owned(),
-            stderr: task.stderr.to_owned(),
+            // A terminal has one stream.
+            stderr: if task.terminal { String::new() } else { task.stderr.to_owned() },
+            terminal: task.terminal,
             options: MessageField::some(options),
             ..Default::default()
         };

@@ -24,7 +24,7 @@ use super::{
     undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
 };
 use crate::{
-    cgroup::{CgroupMode, CgroupPath, Cgroups, KeepWarm, Usage, Warmer},
+    cgroup::{CgroupMode, CgroupPath, Cgroups, KeepWarm, Meter, Usage, Warmer},
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
@@ -106,6 +106,26 @@ pub struct Engine(pub(super) Arc<Inner>);
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("name", &self.0.shared.settings.name).finish_non_exhaustive()
+    }
+}
+
+/// A task that is looked at.
+#[derive(Debug)]
+pub struct TaskMeter {
+    meter: Meter,
+    exit: watch::Receiver<Option<ExitRecord>>,
+}
+
+impl TaskMeter {
+    /// What it uses right now; None once it has ended.
+    pub fn usage(&self) -> Option<Usage> {
+        if self.exit.borrow().is_some() { None } else { self.meter.usage() }
+    }
+
+    /// Returns when it has ended.
+    pub async fn ended(&mut self) {
+        // A task that is forgotten has ended, too.
+        let _ = self.exit.wait_for(Option::is_some).await;
     }
 }
 
@@ -381,16 +401,14 @@ impl Engine {
             .map_err(|source| TaskError::Shim { doing: "send the signal", source })
     }
 
-    /// What a task uses right now; None once it has ended.
+    /// What a task uses, for as many looks as are wanted; None once it has ended.
     ///
     /// # Errors
     /// When it is unknown.
-    pub async fn usage(&self, id: &TaskId) -> Result<Option<Usage>, TaskError> {
+    pub async fn meter(&self, id: &TaskId) -> Result<Option<TaskMeter>, TaskError> {
         let task = self.find(id).await?;
-        if task.has_ended() {
-            return Ok(None);
-        }
-        Ok(self.0.shared.cgroups.usage(&CgroupPath::recorded(&task.record().cgroup)))
+        let meter = self.0.shared.cgroups.meter(&CgroupPath::recorded(&task.record().cgroup));
+        Ok(meter.map(|meter| TaskMeter { meter, exit: task.exit.subscribe() }))
     }
 
     /// Runs a further process in a task.

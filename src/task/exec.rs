@@ -119,7 +119,7 @@ pub async fn start(
         move |source| ExecError::Bundle { path, source }
     };
     let text = fs::read(&config).map_err(unusable(&config))?;
-    let spec = describe(&text, request).map_err(|error| unusable(&config)(error.into()))?;
+    let Described { spec, oom_score } = describe(&text, request).map_err(|error| unusable(&config)(error.into()))?;
     let pipes = ExecPipes::new(request.stdin, request.terminal).map_err(ExecError::Pipes)?;
     let [stdin, stdout, stderr] = pipes.paths();
     // Noted first: whatever becomes of us, our successor finds it.
@@ -164,6 +164,12 @@ pub async fn start(
     {
         tracing::warn!(path = %exec.marker.display(), %error, "an exec'd process is not noted");
     }
+    // crun 1.8 and runc 1.1 leave it as the shim's; theirs is never higher, so that raising it is always allowed.
+    if oom_score > 0
+        && let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), oom_score.to_string())
+    {
+        tracing::debug!(pid, %error, "oom_score_adj of an exec'd process; it has ended, most likely");
+    }
     let io = pipes.handed_over().map_err(ExecError::Pipes)?;
     Ok(Session { exec, io })
 }
@@ -193,8 +199,15 @@ async fn reach(places: &Places, record: &Record) -> Result<Client, ShimError> {
     Client::connect(&places.shim(&record.shim).join("sock"), None).await
 }
 
+/// What is to be run.
+struct Described {
+    /// OCI's process, as JSON.
+    spec: Vec<u8>,
+    oom_score: i64,
+}
+
 /// The task's own process with another command.
-fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Vec<u8>> {
+fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Described> {
     let mut config: Value = serde_json::from_slice(config)?;
     let mut process = config["process"].take();
     process["args"] = json!(request.command);
@@ -210,7 +223,7 @@ fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Vec<u8>>
     {
         env.push(json!("TERM=xterm"));
     }
-    serde_json::to_vec(&process)
+    Ok(Described { spec: serde_json::to_vec(&process)?, oom_score: process["oomScoreAdj"].as_i64().unwrap_or(0) })
 }
 
 impl Exec {
@@ -383,7 +396,7 @@ mod tests {
         }});
         let request = ExecRequest { command: vec!["ls".to_owned(), "-l".to_owned()], terminal: true, stdin: false };
         let spec = describe(config.to_string().as_bytes(), &request).expect("described");
-        let spec: Value = serde_json::from_slice(&spec).expect("JSON");
+        let spec: Value = serde_json::from_slice(&spec.spec).expect("JSON");
         let mut expected = config["process"].clone();
         expected["args"] = json!(["ls", "-l"]);
         expected["terminal"] = json!(true);

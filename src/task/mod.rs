@@ -6,10 +6,12 @@ mod exec;
 mod live;
 mod lock;
 mod metrics;
+mod names;
 mod plan;
 mod predecessors;
 mod record;
 mod recover;
+mod request;
 mod runtime;
 mod settings;
 mod shared;
@@ -19,21 +21,21 @@ mod sweep;
 mod undo;
 
 use std::{
-    collections::BTreeMap,
     io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-pub use engine::{Engine, Force, Inspection};
+pub use engine::{Engine, Force, Inspection, TaskMeter};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
 use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
+pub use request::{JobLimits, PullPolicy, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
 pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works};
 pub use settings::{
-    Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SecuritySettings, Settings, ShimSettings,
+    Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SecuritySettings, Settings, ShimSettings, matches_any,
 };
 pub use signal::parse as parse_signal;
 pub use start::Phases;
@@ -41,12 +43,9 @@ pub use start::Phases;
 use crate::{
     cgroup::CgroupError,
     ids::TaskId,
-    image::{Credentials, Reference, ReferenceError, SharedError},
+    image::{ReferenceError, SharedError},
     places::PlacesError,
-    rootfs::{
-        CapabilityRequest, Command, NetworkNamespace, Resources, RootMode, RootfsError, mounts::MountRequest,
-        network::Dns,
-    },
+    rootfs::RootfsError,
     shim::{
         ShimError,
         stdio::{self, StdioError},
@@ -204,113 +203,4 @@ impl TaskError {
 /// A start failed, wherever: lets whoever reads the task's log FIFOs see their end.
 pub fn give_up_logs(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     stdio::give_up(alloc_dir, stdout, stderr);
-}
-
-/// The checked options of a job's `config` block.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TaskOptions {
-    /// `image`.
-    pub image: Reference,
-    /// `image_pull_timeout`.
-    pub image_pull_timeout: Duration,
-    /// `auth`.
-    pub auth: Option<Credentials>,
-    /// `command`, `args`, `entrypoint`.
-    pub command: Command,
-    /// `cwd`.
-    pub cwd: Option<String>,
-    /// `hostname`.
-    pub hostname: Option<String>,
-    /// `readonly_rootfs`.
-    pub root: RootMode,
-    /// `mounts`.
-    pub mounts: Vec<MountRequest>,
-    /// `host_network`.
-    pub host_network: bool,
-    /// `privileged`.
-    pub privileged: bool,
-    /// `cap_add`.
-    pub cap_add: Vec<CapabilityRequest>,
-    /// `cap_drop`.
-    pub cap_drop: Vec<CapabilityRequest>,
-    /// `seccomp`, `seccomp_profile`.
-    pub seccomp: SeccompRequest,
-    /// `runtime`.
-    pub runtime: Option<String>,
-}
-
-/// What a job says about its filter.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SeccompRequest {
-    /// Nothing: the operator's, and none for a privileged task.
-    Unsaid,
-    /// None.
-    Off,
-    /// The operator's, or docker's where that is none.
-    On,
-    /// This file.
-    File(String),
-}
-
-/// A volume that Nomad itself mounts into the task.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Volume {
-    /// On the host.
-    pub host_path: PathBuf,
-    /// In the container.
-    pub task_path: PathBuf,
-    /// May the task write?
-    pub readonly: bool,
-    /// An option for mount(8): `rprivate`, `rslave`, `rshared`.
-    pub propagation: &'static str,
-}
-
-/// A device that Nomad's device plugins gave to the task.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TaskDevice {
-    /// On the host.
-    pub host_path: PathBuf,
-    /// In the container.
-    pub task_path: PathBuf,
-    /// Of `rwm`.
-    pub access: String,
-}
-
-/// All that a start is asked with, checked for form.
-#[derive(Debug, Clone)]
-pub struct StartRequest {
-    /// Nomad's id of this attempt.
-    pub task_id: TaskId,
-    /// The task's name.
-    pub name: String,
-    /// The allocation.
-    pub alloc_id: String,
-    /// The allocation's directory on the host.
-    pub alloc_dir: PathBuf,
-    /// FIFO for standard output.
-    pub stdout: PathBuf,
-    /// FIFO for standard error.
-    pub stderr: PathBuf,
-    /// The whole environment.
-    pub env: BTreeMap<String, String>,
-    /// The job's `user`.
-    pub user: String,
-    /// The job's `config`.
-    pub options: TaskOptions,
-    /// Limits.
-    pub resources: Resources,
-    /// The cgroup that Nomad made or means.
-    pub cpuset_cgroup: String,
-    /// The group's network.
-    pub network: NetworkNamespace,
-    /// The group's `dns`.
-    pub dns: Dns,
-    /// The group's address and host name, where Nomad knows them.
-    pub group_host: Option<(String, String)>,
-    /// Host and CSI volumes.
-    pub volumes: Vec<Volume>,
-    /// Devices of device plugins.
-    pub devices: Vec<TaskDevice>,
-    /// For people and tools that look at the container.
-    pub annotations: BTreeMap<String, String>,
 }

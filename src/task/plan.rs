@@ -5,26 +5,30 @@ use std::{
         fd::{AsFd as _, AsRawFd as _},
         unix::fs::OpenOptionsExt as _,
     },
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
-use oci_spec::runtime::{Mount, MountBuilder};
+use oci_spec::runtime::{LinuxDevice, Mount, MountBuilder};
 
 use super::{
-    Record, SeccompDefault, SeccompRequest, StartRequest, TaskError, record::Intent, runtime::Runtime, shared::Shared,
+    Record, SeccompDefault, SeccompRequest, StartRequest, TaskError,
+    names::{Hosts, Names},
+    record::Intent,
+    runtime::Runtime,
+    shared::Shared,
     signal,
 };
 use crate::{
+    cgroup::CgroupMode,
     fault,
     ids::{ContainerId, Flavor},
     image::ImageRecord,
     rootfs::{
-        self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput,
+        self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput, Terminal,
         bundle::{BundlePaths, Layers},
-        devices,
+        devices::{self, DeviceRequest},
         mounts::{self, AllocDirs, ResolvedMount},
-        network,
         seccomp::{self, Filter},
     },
 };
@@ -38,8 +42,39 @@ pub(super) struct Plan<'a> {
     pub(super) runtime: Runtime,
     pub(super) image: Arc<ImageRecord>,
     pub(super) resolved: Vec<ResolvedMount>,
+    pub(super) names: Names,
+    /// With what it may do to them.
+    pub(super) devices: Vec<(LinuxDevice, String)>,
     pub(super) container_id: ContainerId,
     pub(super) cgroup: crate::cgroup::CgroupPath,
+}
+
+/// Whose network a task sees.
+pub(super) fn network(request: &StartRequest) -> NetworkNamespace {
+    if request.options.host_network { NetworkNamespace::Host } else { request.network.clone() }
+}
+
+/// The devices of Nomad's device plugins, and those that the job names, where the operator allows what they lead to.
+pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
+    let security = &shared.settings.security;
+    for path in request.options.devices.iter().map(PathBuf::from) {
+        let failed = |source| RootfsError::File { doing: "use device", path: path.clone(), source };
+        let resolved = path.canonicalize().map_err(failed)?;
+        if !security.allows_device(&resolved.to_string_lossy()) {
+            return Err(RootfsError::Device { path, resolved });
+        }
+    }
+    let own = request.options.devices.iter().map(|path| DeviceRequest {
+        host_path: Path::new(path),
+        task_path: Path::new(path),
+        access: "rwm",
+    });
+    let given = request.devices.iter().map(|device| DeviceRequest {
+        host_path: &device.host_path,
+        task_path: &device.task_path,
+        access: &device.access,
+    });
+    devices::of_the_task(given.chain(own))
 }
 
 impl Plan<'_> {
@@ -88,9 +123,12 @@ impl Plan<'_> {
                 paths.pin(n, source.as_fd())?;
             }
         }
-        let own = self.request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
-        paths.write(&paths.hosts(), &network::hosts(own))?;
-        paths.write(&paths.resolv_conf(), &self.request.dns.render(&system_dns(self.request)))?;
+        if let Hosts::Text(text) = &self.names.hosts {
+            paths.write(&paths.hosts(), text)?;
+        }
+        if let Some(text) = &self.names.resolv_conf {
+            paths.write(&paths.resolv_conf(), text)?;
+        }
         let root = shared.settings.places.runtime_root(&self.runtime.name);
         crate::places::make_dir(&root).map_err(|source| crate::places::PlacesError::Create { path: root, source })?;
         Ok(paths.write_spec(spec)?)
@@ -129,14 +167,20 @@ impl Plan<'_> {
             root: options.root,
             capabilities,
             privilege,
-            network: if options.host_network { NetworkNamespace::Host } else { request.network.clone() },
+            network: network(request),
             mounts: self.mounts(shared, flavor)?,
-            devices: devices::of_the_task(request.devices.iter().map(|device| devices::DeviceRequest {
-                host_path: &device.host_path,
-                task_path: &device.task_path,
-                access: &device.access,
-            }))?,
+            devices: self.devices.clone(),
             resources: &request.resources,
+            ulimits: &options.ulimits,
+            sysctl: &options.sysctl,
+            namespaces: options.namespaces,
+            unified: shared.cgroups.mode() == CgroupMode::V2,
+            shm_size: options.shm_size,
+            groups: &options.groups,
+            oom_score_adj: options.oom_score_adj,
+            no_new_privileges: options.no_new_privileges,
+            terminal: if options.tty { Terminal::Yes } else { Terminal::No },
+            hooks: &settings.hooks,
             counts_swap: shared.cgroups.counts_swap(),
             cgroup: self.cgroup.as_str(),
             seccomp,
@@ -191,9 +235,15 @@ impl Plan<'_> {
             let mode = if volume.readonly { "ro" } else { "rw" };
             mounts.push(bind(&volume.host_path, &volume.task_path, &["rbind", mode, volume.propagation])?);
         }
-        mounts.push(bind(&paths.resolv_conf(), Path::new("/etc/resolv.conf"), &["rbind", "ro"])?);
-        // The old driver let a task edit its hosts file; some images' entry points do.
-        mounts.push(bind(&paths.hosts(), Path::new("/etc/hosts"), &["rbind", "rw"])?);
+        if self.names.resolv_conf.is_some() {
+            mounts.push(bind(&paths.resolv_conf(), Path::new("/etc/resolv.conf"), &["rbind", "ro"])?);
+        }
+        let target = Path::new("/etc/hosts");
+        mounts.push(match &self.names.hosts {
+            Hosts::OfTheHost => bind(target, target, &["rbind", "ro"])?,
+            // The old driver let a task edit its hosts file; some images' entry points do.
+            Hosts::Text(_) => bind(&paths.hosts(), target, &["rbind", "rw"])?,
+        });
         let task_dir = request.alloc_dir.join(&request.name);
         for (host, variable) in [
             (task_dir.join("secrets"), "NOMAD_SECRETS_DIR"),
@@ -236,19 +286,4 @@ fn bind(source: &Path, target: &Path, options: &[&str]) -> Result<Mount, RootfsE
         .source(source)
         .options(options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>())
         .build()?)
-}
-
-/// The host's name servers. systemd-resolved's stub listens on the host's loopback only; a task with a network of its
-/// own needs the servers behind it.
-fn system_dns(request: &StartRequest) -> network::Dns {
-    let read = |path: &str| std::fs::read_to_string(path).map(|text| network::Dns::parse(&text)).unwrap_or_default();
-    let dns = read("/etc/resolv.conf");
-    let stub = dns.servers.iter().any(|server| server == "127.0.0.53");
-    if stub && !request.options.host_network {
-        let behind = read("/run/systemd/resolve/resolv.conf");
-        if !behind.is_unset() {
-            return behind;
-        }
-    }
-    dns
 }

@@ -7,7 +7,7 @@ use crate::{
     ids::DriverName,
     image::Credentials,
     places::Places,
-    rootfs::{Capabilities, UpperOn},
+    rootfs::{Capabilities, Hooks, UpperOn},
     shim::PoolSettings,
 };
 
@@ -44,6 +44,8 @@ pub struct Settings {
     pub compute: Compute,
     /// `image { keep }`: how long an image that no task uses stays; None: for ever.
     pub keep_images: Option<Duration>,
+    /// `hooks { … }`.
+    pub hooks: Hooks,
     /// `metrics { address }`.
     pub metrics: Option<MetricsAddress>,
     /// `auth { … }`.
@@ -129,12 +131,28 @@ pub struct SecuritySettings {
     pub allow_caps: Option<Capabilities>,
     /// `security { allow_paths }`.
     pub allow_paths: Vec<PathBuf>,
-    /// May jobs use the host's network?
-    pub allow_host_network: bool,
+    /// May jobs use the host's network and other namespaces?
+    pub allow_host_namespaces: bool,
+    /// Paths of devices that jobs may have, with a `*` at the end for all that begin so; None allows all.
+    pub allow_devices: Option<Vec<String>>,
+    /// Kernel parameters that jobs may set, in the same form; None allows all that are a container's own.
+    pub allow_sysctls: Option<Vec<String>>,
     /// `security { seccomp }`.
     pub seccomp: SeccompDefault,
     /// May jobs have another filter, or none?
     pub allow_seccomp_override: bool,
+}
+
+impl SecuritySettings {
+    /// May jobs have this device?
+    pub fn allows_device(&self, path: &str) -> bool {
+        self.allow_devices.as_ref().is_none_or(|patterns| matches_any(patterns, path))
+    }
+}
+
+/// Does a name match one of the patterns, whose last character may be a `*`?
+pub fn matches_any(patterns: &[String], name: &str) -> bool {
+    patterns.iter().any(|pattern| pattern.strip_suffix('*').map_or(pattern == name, |start| name.starts_with(start)))
 }
 
 /// The filter of tasks whose job says nothing.

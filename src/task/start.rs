@@ -11,8 +11,9 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent,
-    plan::Plan,
+    Audience, PullPolicy, Record, RecordState, StartRequest, TaskError, TaskEvent,
+    names::Names,
+    plan::{self, Plan},
     record::{RunRecord, millis},
     shared::Shared,
     undo::undo_or_keep,
@@ -21,7 +22,7 @@ use crate::{
     cgroup::{Warm, Warmer},
     fault,
     ids::ContainerId,
-    image::{Archive, ImageRecord, Progress, PullRequest, Reference},
+    image::{Archive, ImageRecord, Progress, PullRequest, PullSource, Reference},
     process::ProcessId,
     rootfs::{
         self, RootfsError,
@@ -76,11 +77,13 @@ pub async fn start(
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     let resolved = resolve_mounts(shared, request)?;
+    let devices = plan::devices(shared, request)?;
+    let names = Names::of(request, &plan::network(request))?;
     let image = self::image(shared, request, stop).await?;
     fault::point("start.image");
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
     let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
-    let mut plan = Plan { request, runtime, image, resolved, container_id, cgroup };
+    let mut plan = Plan { request, runtime, image, resolved, names, devices, container_id, cgroup };
     match made(shared, &plan, began).await {
         // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))
@@ -111,7 +114,9 @@ async fn image(
 ) -> Result<Arc<ImageRecord>, TaskError> {
     let options = &request.options;
     let (reference, opened) = place(shared, request)?;
-    if let Some(image) = shared.images.cached(&reference, opened.as_deref()) {
+    let policy = options.image_pull_policy;
+    let cached = shared.images.cached(&reference, opened.as_deref()).filter(|_| policy != PullPolicy::Always);
+    if let Some(image) = cached {
         return Ok(image);
     }
     shared.events.tell(TaskEvent {
@@ -129,6 +134,11 @@ async fn image(
         credentials: options.auth.clone().or_else(|| shared.settings.auth.clone()),
         timeout: options.image_pull_timeout,
         progress: Progress::default(),
+        source: match policy {
+            PullPolicy::Missing => PullSource::Any,
+            PullPolicy::Always => PullSource::Registry,
+            PullPolicy::Never => PullSource::Local,
+        },
     };
     tokio::select! {
         pulled = shared.images.pull(pull) => {
@@ -257,6 +267,7 @@ async fn run(
         stderr: &stderr,
         runtime_binary: &shim.runtime(&plan.runtime.binary),
         runtime_root: &root,
+        terminal: plan.request.options.tty,
     };
     let failed = |doing| move |source: ShimError| TaskError::Shim { doing, source };
     let client = shim.client();

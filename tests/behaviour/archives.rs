@@ -198,7 +198,7 @@ async fn bad_archives_are_refused_with_a_reason() {
     env.finish().await;
 }
 
-async fn gc(env: &Env, dry_run: bool) -> Vec<(String, String)> {
+pub async fn gc(env: &Env, dry_run: bool) -> Vec<(String, String)> {
     let answer = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run }, CONTROL).await.unwrap();
     let Answer::Removed(removed) = answer else { panic!("{answer:?}") };
     assert!(removed.iter().all(|one| one.problem.is_none()), "{removed:?}");

@@ -24,6 +24,7 @@ mod handshake;
 mod images;
 mod leaks;
 mod lifecycle;
+mod limits;
 mod logs;
 mod many;
 mod metrics;

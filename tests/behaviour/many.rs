@@ -120,7 +120,7 @@ async fn a_thousand_tasks_alive_at_once() {
     let listed = std::time::Instant::now();
     let output = tokio::process::Command::new(program())
         .args(["ps", "--json", "--run-dir"])
-        .arg(env.dir.join("run"))
+        .arg(&env.dir)
         .output()
         .await
         .unwrap();

@@ -17,7 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 const LEAVES: &[&str] =
-    &["chain", "control", "cookie", "duration", "fault", "ids", "overlay", "pb", "places", "process", "stamp"];
+    &["chain", "control", "cookie", "duration", "fault", "ids", "overlay", "pb", "places", "process", "size", "stamp"];
 
 #[test]
 fn arrows_point_one_way() {

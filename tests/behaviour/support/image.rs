@@ -123,6 +123,10 @@ impl Image {
         self
     }
 
+    pub fn with_file(self, path: &str, text: &str) -> Self {
+        self.with_layer(Layer::new(&[Entry { mode: 0o644, ..Entry::file(path, text) }], Packing::None))
+    }
+
     /// The configuration's bytes.
     pub fn config_bytes(&self) -> Vec<u8> {
         let diffs: Vec<_> = self.layers.iter().map(|layer| layer.diff_id.to_string()).collect();

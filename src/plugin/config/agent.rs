@@ -1,0 +1,230 @@
+//! The agent's plugin configuration.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use super::{ConfigError, credentials, finish};
+use crate::{
+    cgroup::KeepWarm,
+    duration,
+    ids::{DriverName, Flavor},
+    places::Places,
+    plugin::{
+        decode::{Values, decode},
+        options::PLUGIN,
+    },
+    rootfs::{Capabilities, Hooks, UpperOn, default_allowed},
+    task::{
+        Compute, ContainerdSettings, MetricsAddress, PoolSettings, SeccompDefault, SecuritySettings, Settings,
+        ShimScope, ShimSettings,
+    },
+};
+
+/// More idle shims than this are a mistake: 150 MB.
+const POOL_MAX: i64 = 64;
+
+/// Reads the agent's plugin configuration.
+///
+/// # Errors
+/// With everything that is wrong with it.
+pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError> {
+    let mut faults = Vec::new();
+    let values = decode(PLUGIN, bytes, &mut faults);
+    let empty = Values::default();
+    let block = |name: &str| values.block(name).unwrap_or(&empty);
+    let (containerd, state, shim, security) = (block("containerd"), block("state"), block("shim"), block("security"));
+    let span = |block: &Values, name: &str, option: &str, default: &str, faults: &mut Vec<String>| {
+        duration::parse(block.filled(option).unwrap_or(default)).unwrap_or_else(|error| {
+            faults.push(format!("{name}.{option}: {error}"));
+            Duration::ZERO
+        })
+    };
+    let grace = span(state, "state", "grace", "5m", &mut faults);
+    let orphan_timeout = span(state, "state", "orphan_timeout", "10m", &mut faults);
+    let keep_images = match block("image").filled("keep") {
+        Some("forever") => None,
+        _ => Some(span(block("image"), "image", "keep", "24h", &mut faults)),
+    };
+
+    let keep_warm = match block("cgroup").filled("keep_warm") {
+        None | Some("starts") => KeepWarm::Starts,
+        Some("never") => KeepWarm::Never,
+        Some(text) => {
+            let every = span(block("cgroup"), "cgroup", "keep_warm", "", &mut faults);
+            if !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&every) {
+                faults.push(format!("cgroup.keep_warm = {text:?} is not starts, never, or from 1ms to 1s"));
+            }
+            KeepWarm::Always(every)
+        }
+    };
+    let upper_size = state.filled("upper_size");
+    if let Some(size) = upper_size.filter(|size| !is_tmpfs_size(size)) {
+        faults.push(format!("state.upper_size = {size:?} is not a size such as 256m, or a share such as 10%"));
+    }
+    let upper = match state.filled("upper") {
+        None | Some("disk") => {
+            if let Some(size) = upper_size {
+                faults.push(format!("state.upper_size = {size:?} needs upper = \"tmpfs\""));
+            }
+            UpperOn::Disk
+        }
+        Some("tmpfs") => UpperOn::Tmpfs { size: upper_size.map(str::to_owned) },
+        Some(other) => {
+            faults.push(format!("state.upper = {other:?} is not disk or tmpfs"));
+            UpperOn::Disk
+        }
+    };
+    let path = |block: &Values, name: &str, option: &str, default: PathBuf, faults: &mut Vec<String>| {
+        let path = block.filled(option).map_or(default, PathBuf::from);
+        if !path.is_absolute() {
+            faults.push(format!("{name}.{option} = {:?} is not an absolute path", path.display()));
+        }
+        path
+    };
+    let defaults = Places::of(name);
+    let places = Places::new(
+        path(state, "state", "run_dir", defaults.run().to_owned(), &mut faults),
+        path(state, "state", "state_dir", defaults.state().to_owned(), &mut faults),
+    );
+    let address = path(containerd, "containerd", "address", "/run/containerd/containerd.sock".into(), &mut faults);
+    let pool = shim.number("pool").unwrap_or(2);
+    if !(0..=POOL_MAX).contains(&pool) {
+        faults.push(format!("shim.pool = {pool} is not between 0 and {POOL_MAX}"));
+    }
+    let shim_scope = match values.filled("shim_scope") {
+        None | Some("task") => ShimScope::Task,
+        Some("alloc") => ShimScope::Alloc,
+        Some("node") => ShimScope::Node,
+        Some(other) => {
+            faults.push(format!("shim_scope = {other:?} is not task, alloc or node"));
+            ShimScope::Task
+        }
+    };
+    let mut runtimes: BTreeMap<String, PathBuf> =
+        ["crun", "runc"].iter().map(|name| ((*name).to_owned(), PathBuf::from(name))).collect();
+    for (label, runtime) in values.labelled("runtime") {
+        runtimes.insert(label.clone(), PathBuf::from(runtime.text("binary").unwrap_or_default()));
+    }
+    if let Some(old) = values.filled("containerd_runtime")
+        && !["io.containerd.runc.v2", "io.containerd.runc.v1"].contains(&old)
+    {
+        faults.push(format!("containerd_runtime = {old:?} is not supported; use io.containerd.runc.v2"));
+    }
+    let stats_interval = values.filled("stats_interval").and_then(|interval| {
+        duration::parse(interval).map_err(|error| faults.push(format!("stats_interval: {error}"))).ok()
+    });
+    let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
+    let default_runtime = values.filled("default_runtime").map(str::to_owned);
+    let allow_runtimes = values.list("allow_runtimes").map(<[String]>::to_vec);
+    for (option, runtime) in default_runtime
+        .iter()
+        .map(|name| ("default_runtime", name))
+        .chain(allow_runtimes.iter().flatten().map(|name| ("allow_runtimes", name)))
+    {
+        if !runtimes.contains_key(runtime) {
+            faults.push(format!("{option}: runtime {runtime:?} is not configured; there is {known}"));
+        }
+    }
+    let drop_in = name.flavor() == Flavor::DropIn;
+    let allow_caps = match security.list("allow_caps") {
+        None if drop_in => None,
+        None => Some(default_allowed()),
+        Some(names) => match Capabilities::parse(names) {
+            Ok(allowed) => Some(allowed),
+            Err(error) => {
+                faults.push(format!("security.allow_caps: {error}"));
+                None
+            }
+        },
+    };
+    let allow_paths: Vec<PathBuf> =
+        security.list("allow_paths").unwrap_or_default().iter().map(PathBuf::from).collect();
+    for path in allow_paths.iter().filter(|path| !path.is_absolute()) {
+        faults.push(format!("security.allow_paths: {:?} is not an absolute path", path.display()));
+    }
+    let seccomp = match security.filled("seccomp") {
+        None if drop_in => SeccompDefault::Unconfined,
+        None | Some("default") => SeccompDefault::Default,
+        Some("unconfined") => SeccompDefault::Unconfined,
+        Some(path) => {
+            if !path.starts_with('/') {
+                faults.push(format!("security.seccomp = {path:?} is not default, unconfined or an absolute path"));
+            }
+            SeccompDefault::File(path.into())
+        }
+    };
+    let metrics = block("metrics").filled("address").and_then(|address| {
+        let parsed = address.parse::<MetricsAddress>();
+        parsed.map_err(|problem| faults.push(format!("metrics.address = {address:?} {problem}"))).ok()
+    });
+    let hooks = hooks(block("hooks"), &mut faults);
+    let settings = Settings {
+        name: name.clone(),
+        hooks,
+        metrics,
+        enabled: values.flag("enabled").unwrap_or(true),
+        places,
+        containerd: ContainerdSettings {
+            address,
+            namespace: containerd.filled("namespace").unwrap_or("nomad").to_owned(),
+            snapshotter: containerd.filled("snapshotter").unwrap_or("overlayfs").to_owned(),
+        },
+        shim: ShimSettings {
+            binary: shim.filled("binary").unwrap_or("containerd-shim-runc-v2").into(),
+            pool: PoolSettings {
+                size: usize::try_from(pool).unwrap_or_default(),
+                scope: shim_scope,
+                reuse: shim.flag("reuse").unwrap_or(true),
+            },
+        },
+        runtimes,
+        default_runtime,
+        allow_runtimes,
+        upper,
+        keep_warm,
+        grace,
+        orphan_timeout,
+        stats_interval,
+        compute: Compute::default(),
+        keep_images,
+        auth: credentials(values.block("auth")),
+        security: SecuritySettings {
+            allow_privileged: values.flag("allow_privileged").unwrap_or(drop_in),
+            allow_caps,
+            allow_paths,
+            allow_host_namespaces: security.flag("allow_host_namespaces").unwrap_or(drop_in),
+            allow_devices: match security.list("allow_devices") {
+                None if drop_in => None,
+                patterns => Some(patterns.unwrap_or_default().to_vec()),
+            },
+            allow_sysctls: security.list("allow_sysctls").map(<[String]>::to_vec),
+            seccomp,
+            allow_seccomp_override: security.flag("allow_seccomp_override").unwrap_or(drop_in),
+        },
+    };
+    finish("plugin config", Some(settings), faults)
+}
+
+/// As tmpfs(5) has it.
+fn is_tmpfs_size(text: &str) -> bool {
+    let digits = text.trim_end_matches(['k', 'K', 'm', 'M', 'g', 'G', '%']);
+    text.len() - digits.len() <= 1 && !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+fn hooks(block: &Values, faults: &mut Vec<String>) -> Hooks {
+    let mut commands = |kind: &str| -> Vec<Vec<String>> {
+        let lines = block.list(kind).unwrap_or_default();
+        let words = |line: &String| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        for line in lines.iter().filter(|line| !line.trim_start().starts_with('/')) {
+            faults.push(format!("hooks.{kind}: {line:?} is not a program by its absolute path"));
+        }
+        lines.iter().map(words).filter(|words| !words.is_empty()).collect()
+    };
+    Hooks {
+        prestart: commands("prestart"),
+        create_runtime: commands("create_runtime"),
+        create_container: commands("create_container"),
+        start_container: commands("start_container"),
+        poststart: commands("poststart"),
+        poststop: commands("poststop"),
+    }
+}

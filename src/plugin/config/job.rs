@@ -1,0 +1,245 @@
+//! A job's `config` block.
+
+use std::time::Duration;
+
+use super::{
+    ConfigError, JOB, credentials, finish,
+    limits::{self, Faults},
+    mounts::mount,
+};
+use crate::{
+    duration,
+    ids::Flavor,
+    image::Reference,
+    plugin::{
+        decode::{Values, decode},
+        options::TASK,
+    },
+    rootfs::{CapabilityRequest, Command, RootMode, parse_capability},
+    task::{PullPolicy, SeccompRequest, SecuritySettings, Settings, TaskOptions},
+};
+
+/// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
+const HOSTNAME_MAX: usize = 64;
+
+/// What of a job's surroundings its options can conflict with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupNetwork {
+    /// Nomad made a namespace for the group.
+    Namespace,
+    /// It did not.
+    None,
+}
+
+/// Reads a job's `config` block and checks it against what the operator allows.
+///
+/// # Errors
+/// With everything that is wrong with it.
+pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> Result<TaskOptions, ConfigError> {
+    let mut faults = Vec::new();
+    let values = decode(TASK, bytes, &mut faults);
+    let flavor = settings.name.flavor();
+    let flag = |name: &str| values.flag(name).unwrap_or(false);
+
+    let image = match values.text("image") {
+        // Its absence has been noted.
+        None => None,
+        Some(image) => Reference::parse(image).map_err(|error| faults.push(crate::chain(&error))).ok(),
+    };
+    let timeout = values.filled("image_pull_timeout").unwrap_or("5m");
+    let image_pull_timeout = duration::parse(timeout).unwrap_or_else(|error| {
+        faults.push(format!("image_pull_timeout: {error}"));
+        Duration::ZERO
+    });
+    let command = Command {
+        command: values.filled("command").map(str::to_owned),
+        args: values.list("args").unwrap_or_default().to_vec(),
+        entrypoint: values.list("entrypoint").unwrap_or_default().to_vec(),
+    };
+    if command.command.is_some() && !command.entrypoint.is_empty() {
+        faults.push("command and entrypoint exclude each other; only one of them can be set".to_owned());
+    }
+    let cwd = match (values.filled("cwd"), values.filled("work_dir")) {
+        (Some(cwd), Some(other)) if cwd != other => {
+            faults.push("cwd and work_dir are the same option; remove one of them".to_owned());
+            None
+        }
+        (cwd, other) => cwd.or(other).map(str::to_owned),
+    };
+    if let Some(relative) = cwd.as_deref().filter(|cwd| !cwd.starts_with('/')) {
+        faults.push(format!("cwd = {relative:?} is not an absolute path"));
+    }
+    let hostname = values.filled("hostname").map(str::to_owned);
+    if let Some(long) = hostname.as_deref().filter(|name| name.len() > HOSTNAME_MAX || name.contains('\0')) {
+        faults.push(format!("hostname = {long:?} is longer than {HOSTNAME_MAX} bytes"));
+    }
+    if flag("privileged") && !settings.security.allow_privileged {
+        faults.push(
+            "privileged = true: privileged jobs are not allowed on this node (plugin option allow_privileged)"
+                .to_owned(),
+        );
+    }
+    if flag("host_network") && group == GroupNetwork::Namespace {
+        faults.push(
+            "host_network = true and a group network (bridge, cni or none) exclude each other; remove one of them"
+                .to_owned(),
+        );
+    }
+    if flag("host_network") && !settings.security.allow_host_namespaces {
+        faults.push(
+            "host_network = true is not allowed on this node (plugin option security { allow_host_namespaces })"
+                .to_owned(),
+        );
+    }
+    let mut capabilities = |option: &str| -> Vec<CapabilityRequest> {
+        let names = values.list(option).unwrap_or_default();
+        names
+            .iter()
+            .filter_map(|name| parse_capability(name).map_err(|error| faults.push(format!("{option}: {error}"))).ok())
+            .collect()
+    };
+    let (cap_add, cap_drop) = (capabilities("cap_add"), capabilities("cap_drop"));
+    if let Some(missing) = settings.security.allow_caps.as_ref().and_then(|allowed| allowed.first_missing(&cap_add)) {
+        faults
+            .push(format!("cap_add: {missing} is not allowed on this node (plugin option security {{ allow_caps }})"));
+    }
+    let mounts = values
+        .blocks("mounts")
+        .iter()
+        .enumerate()
+        .filter_map(|(n, block)| mount(block, flavor).map_err(|fault| faults.push(format!("mounts[{n}].{fault}"))).ok())
+        .collect();
+
+    let security_opt = security_opt(&values, &settings.security, &mut Faults(&mut faults));
+    let seccomp = seccomp(&values, security_opt.seccomp, flavor, &settings.security, &mut Faults(&mut faults));
+    let image_pull_policy = pull_policy(&values, &mut Faults(&mut faults));
+    let noted = &mut Faults(&mut faults);
+    let namespaces = limits::namespaces(&values, &settings.security, noted);
+    let sysctl = limits::sysctls(&values, (namespaces, group), &settings.security, noted);
+    let ulimits = limits::ulimits(&values, noted);
+    let job_limits = limits::job_limits(&values, noted);
+    let shm_size = limits::shm_size(&values, noted);
+    let oom_score_adj = limits::oom_score(&values, noted);
+    let annotations = limits::annotations(&values, noted);
+    let extra_hosts = limits::extra_hosts(&values, noted);
+    let devices = limits::devices(&values, &settings.security, noted);
+
+    let options = image.map(|image| TaskOptions {
+        image,
+        image_pull_timeout,
+        auth: credentials(values.block("auth")),
+        command,
+        cwd,
+        hostname,
+        root: if flag("readonly_rootfs") { RootMode::ReadOnly } else { RootMode::Writable },
+        mounts,
+        host_network: flag("host_network"),
+        privileged: flag("privileged"),
+        cap_add,
+        cap_drop,
+        seccomp,
+        runtime: values.filled("runtime").map(str::to_owned),
+        image_pull_policy,
+        namespaces,
+        host_dns: values.flag("host_dns").unwrap_or(true),
+        extra_hosts,
+        shm_size,
+        sysctl,
+        devices,
+        ulimits,
+        groups: values.list("group_add").unwrap_or_default().to_vec(),
+        limits: job_limits,
+        oom_score_adj,
+        no_new_privileges: security_opt.no_new_privileges,
+        tty: flag("tty"),
+        annotations,
+    });
+    finish(JOB, options, faults)
+}
+
+fn pull_policy(values: &Values, faults: &mut Faults<'_>) -> PullPolicy {
+    let said = match values.filled("image_pull_policy") {
+        None => None,
+        Some("missing") => Some(PullPolicy::Missing),
+        Some("always") => Some(PullPolicy::Always),
+        Some("never") => Some(PullPolicy::Never),
+        Some(other) => {
+            faults.say(format!("image_pull_policy = {other:?} is not missing, always or never"));
+            None
+        }
+    };
+    match (said, values.flag("force_pull").unwrap_or(false)) {
+        (None | Some(PullPolicy::Always), true) => PullPolicy::Always,
+        (Some(_), true) => {
+            faults.say("force_pull = true and image_pull_policy exclude each other; remove one of them".to_owned());
+            PullPolicy::Always
+        }
+        (said, false) => said.unwrap_or_default(),
+    }
+}
+
+/// docker's `security_opt`, as far as it has a meaning here.
+struct SecurityOpt {
+    no_new_privileges: Option<bool>,
+    seccomp: Option<SeccompRequest>,
+}
+
+fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> SecurityOpt {
+    let mut found = SecurityOpt { no_new_privileges: None, seccomp: None };
+    for option in values.list("security_opt").unwrap_or_default() {
+        // docker took a colon before it took the equals sign.
+        let (key, value) = option.split_once(['=', ':']).unwrap_or((option, ""));
+        match (key, value) {
+            ("no-new-privileges", "" | "true") => found.no_new_privileges = Some(true),
+            ("no-new-privileges", "false") if security.allow_privileged => found.no_new_privileges = Some(false),
+            ("no-new-privileges", "false") => faults.say(format!(
+                "security_opt: {option:?} is not allowed on this node (plugin option allow_privileged)"
+            )),
+            ("seccomp", "unconfined") => found.seccomp = Some(SeccompRequest::Off),
+            ("seccomp", path) if !path.is_empty() => found.seccomp = Some(SeccompRequest::File(path.to_owned())),
+            _ => faults.say(format!(
+                "security_opt: {option:?} is not known; there is no-new-privileges[=false], seccomp=unconfined and seccomp=FILE"
+            )),
+        }
+    }
+    found
+}
+
+fn seccomp(
+    values: &Values,
+    opt: Option<SeccompRequest>,
+    flavor: Flavor,
+    security: &SecuritySettings,
+    faults: &mut Faults<'_>,
+) -> SeccompRequest {
+    let said = match (values.flag("seccomp"), values.filled("seccomp_profile")) {
+        (None, None) => SeccompRequest::Unsaid,
+        (Some(true), None) => SeccompRequest::On,
+        (Some(false), None) => SeccompRequest::Off,
+        (Some(true), Some(path)) => SeccompRequest::File(path.to_owned()),
+        (None, Some(path)) if flavor == Flavor::Secure => SeccompRequest::File(path.to_owned()),
+        (_, Some(path)) => {
+            faults.say(format!("seccomp_profile = {path:?} needs seccomp = true"));
+            SeccompRequest::Off
+        }
+    };
+    let (said, option) = match (said, opt) {
+        (SeccompRequest::Unsaid, Some(opt)) => (opt, "security_opt: seccomp"),
+        (said, Some(opt)) if said != opt => {
+            faults.say("seccomp and security_opt seccomp=... exclude each other; remove one of them".to_owned());
+            (said, "seccomp")
+        }
+        (said, _) => (said, "seccomp"),
+    };
+    let overrides = match &said {
+        SeccompRequest::Off => Some(format!("{option} = false")),
+        SeccompRequest::File(path) => Some(format!("{option}_profile = {path:?}")),
+        SeccompRequest::Unsaid | SeccompRequest::On => None,
+    };
+    if let Some(overrides) = overrides.filter(|_| !security.allow_seccomp_override) {
+        faults.say(format!(
+            "{overrides} is not allowed on this node (plugin option security {{ allow_seccomp_override }})"
+        ));
+    }
+    said
+}

@@ -1,0 +1,222 @@
+//! A job's namespaces, limits and kernel parameters, against each other and against what the operator allows.
+
+use std::collections::BTreeMap;
+
+use super::job::GroupNetwork;
+use crate::{
+    plugin::decode::Values,
+    rootfs::{
+        MemoryMax,
+        limits::{Namespace, Namespaces, Ulimit, check_annotations, check_sysctl},
+        network::ExtraHost,
+    },
+    size,
+    task::{JobLimits, SecuritySettings, matches_any},
+};
+
+/// The kernel's bounds on cpu.cfs_period_us (Documentation/scheduler/sched-bwc.rst).
+const CFS_PERIOD: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
+const DEFAULT_CFS_PERIOD: i64 = 100_000;
+
+/// What is wrong, one after the other.
+pub(super) struct Faults<'a>(pub(super) &'a mut Vec<String>);
+
+impl Faults<'_> {
+    pub(super) fn note<T>(&mut self, option: &str, outcome: Result<T, impl std::fmt::Display>) -> Option<T> {
+        outcome.map_err(|problem| self.0.push(format!("{option}: {problem}"))).ok()
+    }
+
+    pub(super) fn say(&mut self, fault: String) {
+        self.0.push(fault);
+    }
+}
+
+pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> Namespaces {
+    let mut mode = |option: &str, others: &[&str]| {
+        let text = values.filled(option)?;
+        let host = text.eq_ignore_ascii_case("host");
+        if !host && !others.contains(&text) {
+            let known: Vec<String> = ["host"].iter().chain(others).map(|known| format!("{known:?}")).collect();
+            faults.say(format!("{option} = {text:?} is invalid; there is {}", known.join(" and ")));
+        } else if host && option != "userns_mode" && !security.allow_host_namespaces {
+            faults.say(format!(
+                "{option} = {text:?} is not allowed on this node (plugin option security {{ allow_host_namespaces }})"
+            ));
+        }
+        Some(if host { Namespace::Host } else { Namespace::Private })
+    };
+    // There are no others yet, so that it changes nothing.
+    mode("userns_mode", &[]);
+    let namespaces = Namespaces {
+        pid: mode("pid_mode", &["private"]).unwrap_or_default(),
+        ipc: mode("ipc_mode", &["private"]).unwrap_or_default(),
+        uts: mode("uts_mode", &["private"]).unwrap_or_default(),
+        cgroup: mode("cgroupns", &["private"]),
+    };
+    if namespaces.uts == Namespace::Host && values.filled("hostname").is_some() {
+        faults.say("hostname and uts_mode = \"host\" exclude each other; remove one of them".to_owned());
+    }
+    if namespaces.ipc == Namespace::Host && values.filled("shm_size").is_some() {
+        faults.say("shm_size and ipc_mode = \"host\" exclude each other; remove one of them".to_owned());
+    }
+    namespaces
+}
+
+pub(super) fn sysctls(
+    values: &Values,
+    (namespaces, group): (Namespaces, GroupNetwork),
+    security: &SecuritySettings,
+    faults: &mut Faults<'_>,
+) -> BTreeMap<String, String> {
+    let host = values.flag("host_network").unwrap_or(false) && group == GroupNetwork::None;
+    let network = if host { Namespace::Host } else { Namespace::Private };
+    // sysctl(8) takes both spellings.
+    let named: BTreeMap<String, String> =
+        values.map("sysctl").into_iter().map(|(name, value)| (name.replace('/', "."), value)).collect();
+    for name in named.keys() {
+        faults.note("sysctl", check_sysctl(name, namespaces, network));
+        if !security.allow_sysctls.as_ref().is_none_or(|patterns| matches_any(patterns, name)) {
+            faults.say(format!(
+                "sysctl: {name:?} is not allowed on this node (plugin option security {{ allow_sysctls }})"
+            ));
+        }
+    }
+    named
+}
+
+pub(super) fn ulimits(values: &Values, faults: &mut Faults<'_>) -> Vec<Ulimit> {
+    let map = values.map("ulimit");
+    let mut limits: Vec<Ulimit> =
+        map.iter().filter_map(|(name, value)| faults.note("ulimit", Ulimit::parse(name, value))).collect();
+    match values.number("file_limit") {
+        None | Some(0) => {}
+        Some(_) if map.contains_key("nofile") => {
+            faults.say("file_limit and ulimit { nofile } exclude each other; remove one of them".to_owned());
+        }
+        Some(limit) => match u64::try_from(limit) {
+            Ok(limit) => limits.push(Ulimit::files(limit)),
+            Err(_) => faults.say(format!("file_limit = {limit} is negative")),
+        },
+    }
+    limits
+}
+
+pub(super) fn job_limits(values: &Values, faults: &mut Faults<'_>) -> JobLimits {
+    let cpuset = |option: &str, faults: &mut Faults<'_>| {
+        let text = values.filled(option).unwrap_or_default();
+        if !is_cpu_list(text) {
+            faults.say(format!("{option} = {text:?} is not a list such as 0-3,5"));
+        }
+        text.to_owned()
+    };
+    let (cpuset_cpus, cpuset_mems) = (cpuset("cpuset_cpus", faults), cpuset("cpuset_mems", faults));
+    let period = match values.number("cpu_cfs_period") {
+        None | Some(0) => DEFAULT_CFS_PERIOD,
+        Some(period) if CFS_PERIOD.contains(&period) => period,
+        Some(period) => {
+            faults.say(format!(
+                "cpu_cfs_period = {period} is not between {} and {} microseconds",
+                CFS_PERIOD.start(),
+                CFS_PERIOD.end()
+            ));
+            DEFAULT_CFS_PERIOD
+        }
+    };
+    let memory_hard_limit = match values.number("memory_hard_limit") {
+        None | Some(0) => None,
+        Some(limit) => {
+            let bytes = u64::try_from(limit).ok().and_then(|limit| limit.checked_mul(1 << 20));
+            faults.note("memory_hard_limit", bytes.ok_or(format!("{limit} is not a number of MiB")))
+        }
+    };
+    JobLimits {
+        pids: values.number("pids_limit").filter(|&limit| limit > 0),
+        cpuset_cpus,
+        cpuset_mems,
+        cfs_period: values.flag("cpu_hard_limit").unwrap_or(false).then_some(period.unsigned_abs()),
+        memory_max: memory_hard_limit.map_or(MemoryMax::Unset, MemoryMax::Bytes),
+    }
+}
+
+/// As cpuset(7) writes lists; empty is none.
+fn is_cpu_list(text: &str) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.len() < 6 && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.is_empty()
+        || text.split(',').all(|part| match part.split_once('-') {
+            Some((from, to)) => is_number(from) && is_number(to) && from.parse::<u32>().ok() <= to.parse::<u32>().ok(),
+            None => is_number(part),
+        })
+}
+
+pub(super) fn shm_size(values: &Values, faults: &mut Faults<'_>) -> Option<u64> {
+    let text = values.filled("shm_size")?;
+    let size = faults.note("shm_size", size::parse(text))?;
+    if size < 1024 {
+        faults.say(format!("shm_size = {text:?} is less than a kibibyte"));
+    }
+    Some(size)
+}
+
+pub(super) fn oom_score(values: &Values, faults: &mut Faults<'_>) -> i32 {
+    match values.number("oom_score_adj") {
+        None => 0,
+        Some(score) => match i32::try_from(score) {
+            Ok(score) if (0..=1000).contains(&score) => score,
+            _ => {
+                faults.say(format!("oom_score_adj = {score} is not between 0 and 1000"));
+                0
+            }
+        },
+    }
+}
+
+pub(super) fn annotations(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    for option in ["labels", "annotations"] {
+        let map = values.map(option);
+        faults.note(option, check_annotations(&map));
+        all.extend(map);
+    }
+    all
+}
+
+pub(super) fn extra_hosts(values: &Values, faults: &mut Faults<'_>) -> Vec<ExtraHost> {
+    let lines = values.list("extra_hosts").unwrap_or_default();
+    lines.iter().filter_map(|line| faults.note("extra_hosts", ExtraHost::parse(line))).collect()
+}
+
+pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> Vec<String> {
+    let devices = values.list("devices").unwrap_or_default();
+    for device in devices {
+        if !device.starts_with('/') {
+            faults.say(format!("devices: {device:?} is not an absolute path"));
+        } else if !security.allows_device(device) {
+            faults.say(format!(
+                "devices: {device:?} is not allowed on this node (plugin option security {{ allow_devices }})"
+            ));
+        }
+    }
+    devices.to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_processors_are_the_kernels() {
+        for good in ["", "0", "0-3", "0-3,5", "1,2,7-9"] {
+            assert!(is_cpu_list(good), "{good}");
+        }
+        for bad in ["-", "3-1", "a", "1,", "1-2-3", "0 1", "9999999"] {
+            assert!(!is_cpu_list(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn patterns_end_in_a_star() {
+        let patterns = ["net.ipv4.*".to_owned(), "/dev/fuse".to_owned()];
+        assert!(matches_any(&patterns, "net.ipv4.ip_forward") && matches_any(&patterns, "/dev/fuse"));
+        assert!(!matches_any(&patterns, "/dev/fuse2") && !matches_any(&patterns, "net.ipv6.x"));
+    }
+}

@@ -1,0 +1,134 @@
+//! Options of the agent's `plugin "..." { config { ... } }` block.
+
+use super::{AUTH, Kind, Row, default, required, row};
+
+const CONTAINERD: &[Row] = &[
+    default("address", Kind::Text, "\"/run/containerd/containerd.sock\"", "containerd's socket."),
+    default("namespace", Kind::Text, "\"nomad\"", "Its namespace for our images."),
+    default("snapshotter", Kind::Text, "\"overlayfs\"", "Its snapshotter: `overlayfs` or `native`."),
+];
+
+const STATE: &[Row] = &[
+    row("run_dir", Kind::Text, "Records, bundles, sockets. Default: /run/nomad-driver-shim/<driver name>."),
+    row("state_dir", Kind::Text, "Writable layers, image records. Default: /var/lib/nomad-driver-shim/<driver name>."),
+    default(
+        "upper",
+        Kind::Text,
+        "\"disk\"",
+        "Where writable layers are: below `state_dir` on `disk`, or in memory, a `tmpfs` each.",
+    ),
+    row(
+        "upper_size",
+        Kind::Text,
+        "How large a writable layer in memory may grow: `256m`, `10%`; it counts as the task's memory. Default: half of the host's.",
+    ),
+    default("grace", Kind::Text, "\"5m\"", "How long remains that no agent has asked for are kept."),
+    default(
+        "orphan_timeout",
+        Kind::Text,
+        "\"10m\"",
+        "How long a plugin stays that has lost its agent; its tasks go on.",
+    ),
+];
+
+const CGROUP: &[Row] = &[default(
+    "keep_warm",
+    Kind::Text,
+    "\"starts\"",
+    "cgroup version 1: when the kernel's migration lock is kept warm: while a task `starts`, `never`, or always, every `3ms`.",
+)];
+
+const IMAGE: &[Row] =
+    &[default("keep", Kind::Text, "\"24h\"", "How long an image stays that no task uses: a duration, or `forever`.")];
+
+const SHIM: &[Row] = &[
+    default("binary", Kind::Text, "\"containerd-shim-runc-v2\"", "The shim, by path or by name in PATH."),
+    default("pool", Kind::Number, "2", "How many idle shims wait for the next task (0 to 64)."),
+    default("reuse", Kind::Flag, "true", "A shim whose task is gone serves the next one."),
+];
+
+const METRICS: &[Row] =
+    &[row("address", Kind::Text, "Where Prometheus finds `/metrics`: `127.0.0.1:9107`, or `unix:/path` (root only).")];
+
+const RUNTIME: &[Row] = &[required("binary", Kind::Text, "The OCI runtime, by path or by name in PATH.")];
+
+const HOOKS: &[Row] = &[
+    row(
+        "prestart",
+        Kind::List,
+        "Before the container's process is started; deprecated by OCI, and what old tools want.",
+    ),
+    row("create_runtime", Kind::List, "When its namespaces are there, in the host's."),
+    row("create_container", Kind::List, "When its namespaces are there, in its own."),
+    row("start_container", Kind::List, "Right before its program is run, in its own."),
+    row("poststart", Kind::List, "After that, in the host's namespaces."),
+    row("poststop", Kind::List, "When it has been deleted."),
+];
+
+const SECURITY: &[Row] = &[
+    row(
+        "allow_caps",
+        Kind::List,
+        "What jobs may put into `cap_add`; `ALL` for everything. Default: docker's defaults.",
+    ),
+    row("allow_paths", Kind::List, "Host paths that jobs may bind from, besides their own directories."),
+    row(
+        "seccomp",
+        Kind::Text,
+        "The profile of tasks that say nothing: `default` (docker's), `unconfined`, or a file. As containerd-driver: `unconfined`.",
+    ),
+    row(
+        "allow_seccomp_override",
+        Kind::Flag,
+        "Lets jobs set `seccomp = false` or a profile of their own. Default: false; as containerd-driver: true.",
+    ),
+    row(
+        "allow_host_namespaces",
+        Kind::Flag,
+        "Lets jobs use `host_network`, `pid_mode`, `ipc_mode`, `uts_mode` and `cgroupns` of the host. Default: false; as containerd-driver: true.",
+    ),
+    row(
+        "allow_devices",
+        Kind::List,
+        "Devices of the host that jobs may have: `/dev/fuse`, `/dev/dri/*`. Default: none; as containerd-driver: all.",
+    ),
+    row(
+        "allow_sysctls",
+        Kind::List,
+        "Kernel parameters that jobs may set: `net.core.somaxconn`, `net.ipv4.*`. Default: all that are a container's own.",
+    ),
+];
+
+/// Options of the agent's `plugin "..." { config { ... } }` block.
+pub const PLUGIN: &[Row] = &[
+    default("enabled", Kind::Flag, "true", "false: the driver is not offered."),
+    row("containerd_runtime", Kind::Text, "The old driver's choice of shim: `io.containerd.runc.v2`."),
+    row("stats_interval", Kind::Text, "The old driver's: overrides the interval of task statistics."),
+    row("allow_privileged", Kind::Flag, "Lets jobs set `privileged`. Default: false; as containerd-driver: true."),
+    row("auth", Kind::Block(AUTH), "Credentials for registries, for jobs without their own."),
+    row("default_runtime", Kind::Text, "The runtime of jobs that name none. Default: crun where it works, else runc."),
+    row("allow_runtimes", Kind::List, "The runtimes that jobs may have. Default: all that are configured."),
+    row("containerd", Kind::Block(CONTAINERD), "Where images are kept."),
+    row("state", Kind::Block(STATE), "Where our own files are."),
+    row("image", Kind::Block(IMAGE), "How images are kept."),
+    row("shim", Kind::Block(SHIM), "How shims are had."),
+    default(
+        "shim_scope",
+        Kind::Text,
+        "\"task\"",
+        "Who shares a shim: nobody (`task`), the tasks of an allocation (`alloc`), or all of the node (`node`: a tenth of the memory; the death of the shim is the death of all its tasks, and shims before 2.3.2 start one task at a time).",
+    ),
+    row("runtime", Kind::Labelled(RUNTIME), "A further OCI runtime, by name."),
+    row("cgroup", Kind::Block(CGROUP), "How cgroups are treated."),
+    row("security", Kind::Block(SECURITY), "What jobs may do."),
+    row(
+        "hooks",
+        Kind::Block(HOOKS),
+        "OCI hooks of all tasks: programs with their arguments, by absolute path (`/usr/bin/nvidia-container-runtime-hook prestart`).",
+    ),
+    row(
+        "metrics",
+        Kind::Block(METRICS),
+        "Starts, failures by cause, phases of a start, pool hits and misses, pulls, exits, tasks by state. Default: none.",
+    ),
+];

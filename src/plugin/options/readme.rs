@@ -1,0 +1,67 @@
+//! The tables as users read them.
+
+use super::{Kind, Presence, Row};
+
+/// A table in markdown: one line an option, those of a block after it.
+pub fn table(rows: &[Row]) -> String {
+    let mut text = "| option | kind | what |\n| --- | --- | --- |\n".to_owned();
+    lines(rows, "", &mut text);
+    text
+}
+
+fn lines(rows: &[Row], block: &str, text: &mut String) {
+    for row in rows {
+        let (name, nested) = match row.kind {
+            Kind::Block(nested) | Kind::Blocks(nested) => (row.name.to_owned(), nested),
+            Kind::Labelled(nested) => (format!("{} \"NAME\"", row.name), nested),
+            _ => (row.name.to_owned(), &[][..]),
+        };
+        let name = if block.is_empty() { name } else { format!("{block} {{ {name} }}") };
+        let presence = match row.presence {
+            Presence::Required => " **Required.**".to_owned(),
+            Presence::Optional => String::new(),
+            Presence::Default(value) => format!(" Default: `{value}`."),
+        };
+        let help = row.help.replace('|', "\\|");
+        text.push_str(&format!("| `{name}` | {} | {help}{presence} |\n", kind(row.kind)));
+        // A block in a block would need a name for both; there is none.
+        lines(nested, &name, text);
+    }
+}
+
+fn kind(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Text => "string",
+        Kind::Flag => "bool",
+        Kind::Number => "number",
+        Kind::List => "list of strings",
+        Kind::Block(_) => "block",
+        Kind::Blocks(_) => "blocks",
+        Kind::Labelled(_) => "labelled blocks",
+        Kind::Map => "map of strings",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plugin::options::{PLUGIN, TASK};
+
+    /// `UPDATE_README=1 cargo test readme` writes them.
+    #[test]
+    fn readme_has_the_tables() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+        let mut readme = std::fs::read_to_string(path).expect("a README");
+        for (name, rows) in [("job", TASK), ("agent", PLUGIN)] {
+            let (begin, end) = (format!("<!-- options: {name} -->\n"), format!("<!-- end of options: {name} -->"));
+            let from = readme.find(&begin).expect("where the table begins") + begin.len();
+            let to = readme.find(&end).expect("where the table ends");
+            if std::env::var_os("UPDATE_README").is_some() {
+                readme.replace_range(from..to, &table(rows));
+            } else {
+                assert_eq!(readme[from..to], table(rows), "UPDATE_README=1 cargo test readme writes it");
+            }
+        }
+        std::fs::write(path, readme).expect("written");
+    }
+}

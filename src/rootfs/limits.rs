@@ -1,0 +1,185 @@
+//! What a job asks for beyond the defaults, each checked for form: user limits, kernel parameters, namespaces.
+
+use std::collections::BTreeMap;
+
+use oci_spec::runtime::PosixRlimitType;
+
+/// A limit of setrlimit(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ulimit {
+    /// Of what.
+    pub kind: PosixRlimitType,
+    /// What holds.
+    pub soft: u64,
+    /// How far the task may raise it.
+    pub hard: u64,
+}
+
+/// docker's names for them (docker/go-units, `ulimit.go`).
+const ULIMITS: [(&str, PosixRlimitType); 15] = [
+    ("core", PosixRlimitType::RlimitCore),
+    ("cpu", PosixRlimitType::RlimitCpu),
+    ("data", PosixRlimitType::RlimitData),
+    ("fsize", PosixRlimitType::RlimitFsize),
+    ("locks", PosixRlimitType::RlimitLocks),
+    ("memlock", PosixRlimitType::RlimitMemlock),
+    ("msgqueue", PosixRlimitType::RlimitMsgqueue),
+    ("nice", PosixRlimitType::RlimitNice),
+    ("nofile", PosixRlimitType::RlimitNofile),
+    ("nproc", PosixRlimitType::RlimitNproc),
+    ("rss", PosixRlimitType::RlimitRss),
+    ("rtprio", PosixRlimitType::RlimitRtprio),
+    ("rttime", PosixRlimitType::RlimitRttime),
+    ("sigpending", PosixRlimitType::RlimitSigpending),
+    ("stack", PosixRlimitType::RlimitStack),
+];
+
+impl Ulimit {
+    /// As many files, and no more.
+    pub fn files(limit: u64) -> Self {
+        Self { kind: PosixRlimitType::RlimitNofile, soft: limit, hard: limit }
+    }
+
+    /// Reads `nofile` and `1024:2048`; one number is both, `-1` and `unlimited` are no limit.
+    ///
+    /// # Errors
+    /// With what is wrong.
+    pub fn parse(name: &str, value: &str) -> Result<Self, String> {
+        let known = ULIMITS.iter().find(|(known, _)| *known == name);
+        let Some((_, kind)) = known else {
+            let names = ULIMITS.map(|(name, _)| name).join(", ");
+            return Err(format!("{name:?} is no limit; there is {names}"));
+        };
+        let number = |text: &str| match text {
+            "-1" | "unlimited" => Some(libc::RLIM_INFINITY),
+            text => text.parse::<u64>().ok(),
+        };
+        let (soft, hard) = value.split_once(':').unwrap_or((value, value));
+        match (number(soft), number(hard)) {
+            (Some(soft), Some(hard)) if soft <= hard => Ok(Self { kind: *kind, soft, hard }),
+            (Some(_), Some(_)) => Err(format!("{name} = {value:?}: the soft limit is above the hard one")),
+            _ => Err(format!("{name} = {value:?} is not a number, or soft:hard")),
+        }
+    }
+}
+
+/// Whose a namespace is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Namespace {
+    /// The task's own.
+    #[default]
+    Private,
+    /// The host's.
+    Host,
+}
+
+/// Whose namespaces a task is in; its mounts are always its own, and the network is told apart.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    /// Processes.
+    pub pid: Namespace,
+    /// System V IPC and POSIX message queues; /dev/shm goes with them.
+    pub ipc: Namespace,
+    /// The host name.
+    pub uts: Namespace,
+    /// The view of cgroups; None: the task's own on version 2, the host's on version 1, as docker has it.
+    pub cgroup: Option<Namespace>,
+}
+
+/// Kernel parameters that belong to an IPC namespace (`ipc_namespaces(7)`), besides `fs.mqueue.`.
+const IPC: [&str; 8] = [
+    "kernel.msgmax",
+    "kernel.msgmnb",
+    "kernel.msgmni",
+    "kernel.sem",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "kernel.shmmni",
+    "kernel.shm_rmid_forced",
+];
+
+/// May a task with these namespaces set this kernel parameter? Anything else would be set for the whole host.
+///
+/// # Errors
+/// Why not.
+pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> Result<(), String> {
+    let (owner, option) = if name.starts_with("net.") {
+        (network, "host_network")
+    } else if name.starts_with("fs.mqueue.") || IPC.contains(&name) {
+        (namespaces.ipc, "ipc_mode = \"host\"")
+    } else if name == "kernel.domainname" {
+        (namespaces.uts, "uts_mode = \"host\"")
+    } else {
+        return Err(format!("{name:?} is not a container's own; it would be set for the whole host"));
+    };
+    match owner {
+        Namespace::Private => Ok(()),
+        Namespace::Host => Err(format!("{name:?} would be set for the whole host with {option}")),
+    }
+}
+
+/// Keys that runtimes and this driver act on: a job that could set them could change its own confinement.
+const RESERVED: [&str; 9] = [
+    "run.oci.",
+    "org.systemd.property.",
+    "org.criu.",
+    "dev.gvisor.",
+    "io.kubernetes.",
+    "io.containerd.",
+    "io.katacontainers.",
+    "com.hashicorp.nomad.",
+    "org.opencontainers.",
+];
+
+/// Checks the keys of labels and annotations.
+///
+/// # Errors
+/// With the first that is not a job's to set.
+pub fn check_annotations(annotations: &BTreeMap<String, String>) -> Result<(), String> {
+    match annotations.keys().find(|key| key.is_empty() || RESERVED.iter().any(|prefix| key.starts_with(prefix))) {
+        None => Ok(()),
+        Some(key) if key.is_empty() => Err("a key is empty".to_owned()),
+        Some(key) => Err(format!("{key:?} is reserved for the runtime and this driver")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ulimits_are_dockers() {
+        let nofile = Ulimit::parse("nofile", "1024:2048").expect("a limit");
+        assert_eq!((nofile.kind, nofile.soft, nofile.hard), (PosixRlimitType::RlimitNofile, 1024, 2048));
+        let core = Ulimit::parse("core", "unlimited").expect("a limit");
+        assert_eq!((core.soft, core.hard), (u64::MAX, u64::MAX));
+        assert_eq!(Ulimit::parse("nproc", "7").expect("a limit").hard, 7);
+        for (name, value, part) in
+            [("files", "1", "is no limit"), ("nofile", "2:1", "above the hard"), ("nofile", "x", "not a number")]
+        {
+            assert!(Ulimit::parse(name, value).expect_err("refused").contains(part), "{name} {value}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_namespaced_can_be_set() {
+        let own = Namespaces::default();
+        for name in ["net.core.somaxconn", "kernel.shmmax", "fs.mqueue.msg_max", "kernel.domainname"] {
+            assert_eq!(check_sysctl(name, own, Namespace::Private), Ok(()), "{name}");
+            let hosts = Namespaces { ipc: Namespace::Host, uts: Namespace::Host, ..own };
+            assert!(check_sysctl(name, hosts, Namespace::Host).is_err(), "{name}");
+        }
+        for name in ["kernel.panic", "vm.swappiness", "kernel.hostname", "kernel.shm", ""] {
+            assert!(check_sysctl(name, own, Namespace::Private).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn jobs_do_not_steer_runtimes() {
+        let with = |key: &str| check_annotations(&BTreeMap::from([(key.to_owned(), String::new())]));
+        assert!(with("team").is_ok() && with("example.com/run.oci.x").is_ok());
+        for key in ["run.oci.seccomp_bpf_data", "dev.gvisor.flag.network", ""] {
+            assert!(with(key).is_err(), "{key}");
+        }
+    }
+}

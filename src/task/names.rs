@@ -1,0 +1,79 @@
+//! By which names a task finds others: its hosts file and its name servers.
+
+use std::{fs, path::Path};
+
+use super::StartRequest;
+use crate::rootfs::{
+    NetworkNamespace, RootfsError, gateway,
+    network::{self, Dns, ExtraHost, HOSTS, HostAddress},
+};
+
+const HOSTS_FILE: &str = "/etc/hosts";
+
+/// A task's network files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Names {
+    pub(super) hosts: Hosts,
+    /// None: the image's own.
+    pub(super) resolv_conf: Option<String>,
+}
+
+/// What `/etc/hosts` is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Hosts {
+    /// The host's, read-only.
+    OfTheHost,
+    /// A file of the task's own.
+    Text(String),
+}
+
+impl Names {
+    /// As the job and its group say.
+    ///
+    /// # Errors
+    /// When `host-gateway` has no address.
+    pub(super) fn of(request: &StartRequest, network: &NetworkNamespace) -> Result<Self, RootfsError> {
+        let options = &request.options;
+        let extra = options.extra_hosts.iter().map(|host| address(host, network));
+        let extra = extra.collect::<Result<Vec<_>, _>>()?;
+        let extra = || extra.iter().map(|(address, name)| (address.as_str(), *name));
+        let own = request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
+        let hosts = match (options.host_network, options.extra_hosts.is_empty()) {
+            (true, true) => Hosts::OfTheHost,
+            (true, false) => Hosts::Text(network::hosts(&read(Path::new(HOSTS_FILE))?, extra())),
+            (false, _) => Hosts::Text(network::hosts(HOSTS, own.into_iter().chain(extra()))),
+        };
+        let servers = options.host_dns || !request.dns.is_unset();
+        let resolv_conf = servers.then(|| request.dns.render(&system_dns(options.host_network)));
+        Ok(Self { hosts, resolv_conf })
+    }
+}
+
+fn address<'a>(host: &'a ExtraHost, network: &NetworkNamespace) -> Result<(String, &'a str), RootfsError> {
+    let address = match host.address {
+        HostAddress::At(address) => address,
+        HostAddress::Gateway => {
+            gateway::of(network).map_err(|source| RootfsError::Gateway { name: host.name.clone(), source })?
+        }
+    };
+    Ok((address.to_string(), &host.name))
+}
+
+fn read(path: &Path) -> Result<String, RootfsError> {
+    fs::read_to_string(path).map_err(|source| RootfsError::File { doing: "read", path: path.to_owned(), source })
+}
+
+/// The host's name servers. systemd-resolved's stub listens on the host's loopback only; a task with a network of its
+/// own needs the servers behind it.
+fn system_dns(host_network: bool) -> Dns {
+    let read = |path: &str| fs::read_to_string(path).map(|text| Dns::parse(&text)).unwrap_or_default();
+    let dns = read("/etc/resolv.conf");
+    let stub = dns.servers.iter().any(|server| server == "127.0.0.53");
+    if stub && !host_network {
+        let behind = read("/run/systemd/resolve/resolv.conf");
+        if !behind.is_unset() {
+            return behind;
+        }
+    }
+    dns
+}

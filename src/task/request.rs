@@ -1,0 +1,178 @@
+//! What a start is asked with.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use crate::{
+    ids::TaskId,
+    image::{Credentials, Reference},
+    rootfs::{
+        CapabilityRequest, Command, MemoryMax, NetworkNamespace, Resources, RootMode,
+        limits::{Namespaces, Ulimit},
+        mounts::MountRequest,
+        network::{Dns, ExtraHost},
+    },
+};
+
+/// The checked options of a job's `config` block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskOptions {
+    /// `image`.
+    pub image: Reference,
+    /// `image_pull_timeout`.
+    pub image_pull_timeout: Duration,
+    /// `auth`.
+    pub auth: Option<Credentials>,
+    /// `command`, `args`, `entrypoint`.
+    pub command: Command,
+    /// `cwd`.
+    pub cwd: Option<String>,
+    /// `hostname`.
+    pub hostname: Option<String>,
+    /// `readonly_rootfs`.
+    pub root: RootMode,
+    /// `mounts`.
+    pub mounts: Vec<MountRequest>,
+    /// `host_network`.
+    pub host_network: bool,
+    /// `privileged`.
+    pub privileged: bool,
+    /// `cap_add`.
+    pub cap_add: Vec<CapabilityRequest>,
+    /// `cap_drop`.
+    pub cap_drop: Vec<CapabilityRequest>,
+    /// `seccomp`, `seccomp_profile`.
+    pub seccomp: SeccompRequest,
+    /// `runtime`.
+    pub runtime: Option<String>,
+    /// `image_pull_policy`, `force_pull`.
+    pub image_pull_policy: PullPolicy,
+    /// `pid_mode`, `ipc_mode`, `uts_mode`, `cgroupns`.
+    pub namespaces: Namespaces,
+    /// `host_dns`.
+    pub host_dns: bool,
+    /// `extra_hosts`.
+    pub extra_hosts: Vec<ExtraHost>,
+    /// `shm_size`, in bytes.
+    pub shm_size: Option<u64>,
+    /// `sysctl`.
+    pub sysctl: BTreeMap<String, String>,
+    /// `devices`: paths on the host.
+    pub devices: Vec<String>,
+    /// `ulimit`, `file_limit`.
+    pub ulimits: Vec<Ulimit>,
+    /// `group_add`.
+    pub groups: Vec<String>,
+    /// Limits beyond Nomad's resources.
+    pub limits: JobLimits,
+    /// `oom_score_adj`.
+    pub oom_score_adj: i32,
+    /// `security_opt` no-new-privileges.
+    pub no_new_privileges: Option<bool>,
+    /// `tty`.
+    pub tty: bool,
+    /// `labels`, `annotations`.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// When the registry is asked for an image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// When it is not here.
+    #[default]
+    Missing,
+    /// At every start.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// What a job says about its limits beside its `resources`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct JobLimits {
+    /// `pids_limit`.
+    pub pids: Option<i64>,
+    /// `cpuset_cpus`.
+    pub cpuset_cpus: String,
+    /// `cpuset_mems`.
+    pub cpuset_mems: String,
+    /// `cpu_hard_limit` with its `cpu_cfs_period`, in microseconds.
+    pub cfs_period: Option<u64>,
+    /// `memory_hard_limit`.
+    pub memory_max: MemoryMax,
+}
+
+/// What a job says about its filter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SeccompRequest {
+    /// Nothing: the operator's, and none for a privileged task.
+    Unsaid,
+    /// None.
+    Off,
+    /// The operator's, or docker's where that is none.
+    On,
+    /// This file.
+    File(String),
+}
+
+/// A volume that Nomad itself mounts into the task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// On the host.
+    pub host_path: PathBuf,
+    /// In the container.
+    pub task_path: PathBuf,
+    /// May the task write?
+    pub readonly: bool,
+    /// An option for mount(8): `rprivate`, `rslave`, `rshared`.
+    pub propagation: &'static str,
+}
+
+/// A device that Nomad's device plugins gave to the task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskDevice {
+    /// On the host.
+    pub host_path: PathBuf,
+    /// In the container.
+    pub task_path: PathBuf,
+    /// Of `rwm`.
+    pub access: String,
+}
+
+/// All that a start is asked with, checked for form.
+#[derive(Debug, Clone)]
+pub struct StartRequest {
+    /// Nomad's id of this attempt.
+    pub task_id: TaskId,
+    /// The task's name.
+    pub name: String,
+    /// The allocation.
+    pub alloc_id: String,
+    /// The allocation's directory on the host.
+    pub alloc_dir: PathBuf,
+    /// FIFO for standard output.
+    pub stdout: PathBuf,
+    /// FIFO for standard error.
+    pub stderr: PathBuf,
+    /// The whole environment.
+    pub env: BTreeMap<String, String>,
+    /// The job's `user`.
+    pub user: String,
+    /// The job's `config`.
+    pub options: TaskOptions,
+    /// Limits.
+    pub resources: Resources,
+    /// The cgroup that Nomad made or means.
+    pub cpuset_cgroup: String,
+    /// The group's network.
+    pub network: NetworkNamespace,
+    /// The group's `dns`.
+    pub dns: Dns,
+    /// The group's address and host name, where Nomad knows them.
+    pub group_host: Option<(String, String)>,
+    /// Host and CSI volumes.
+    pub volumes: Vec<Volume>,
+    /// Devices of device plugins.
+    pub devices: Vec<TaskDevice>,
+    /// For people and tools that look at the container.
+    pub annotations: BTreeMap<String, String>,
+}
