@@ -2,7 +2,7 @@
 CARGO ?= cargo
 IMAGE ?=
 
-.PHONY: demo bench test test-thousand test-matrix test-fresh lint build setup clean
+.PHONY: demo bench test test-thousand test-cgroup2 test-matrix test-fresh lint build setup clean
 
 setup:
 	@scripts/setup.sh
@@ -27,6 +27,11 @@ test-matrix:
 ## A thousand tasks alive at once, and what it costs to watch them: a release build, and minutes of the whole machine.
 test-thousand: setup
 	@$(CARGO) test --locked --release --test behaviour -- --ignored --nocapture a_thousand_tasks
+
+## What meets cgroups, on version 2, in a virtual machine. ARGS="limits::" runs others.
+test-cgroup2:
+	@scripts/setup.sh cgroup2
+	@scripts/test-cgroup2.sh $(ARGS)
 
 ## In a bare chroot: only Debian, the Rust toolchain and this source.
 test-fresh:

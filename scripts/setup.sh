@@ -5,6 +5,7 @@
 #
 #   scripts/setup.sh            everything for `make demo` and `make test`
 #   scripts/setup.sh fresh      also what `make test-fresh` needs on the outside (debootstrap)
+#   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator and tools for its first file system
 #   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
 set -euo pipefail
 
@@ -27,6 +28,7 @@ declare -A package_of=(
   [ip]=iproute2 [openssl]=openssl [jq]=jq [strace]=strace
 )
 [ "${1:-}" != fresh ] || package_of[debootstrap]=debootstrap
+[ "${1:-}" != cgroup2 ] || package_of+=([qemu-system-x86_64]=qemu-system-x86 [cpio]=cpio [modprobe]=kmod)
 
 missing=()
 for command in "${!package_of[@]}"; do

@@ -206,6 +206,13 @@ impl Cgroups {
             self.hierarchies.iter().flat_map(|hierarchy| members(&task.below(hierarchy))).collect();
         pids.sort_unstable();
         pids.dedup();
+        // All at once, forks among them (cgroup-v2.rst, since Linux 5.14).
+        if self.mode == CgroupMode::V2
+            && !pids.is_empty()
+            && fs::write(task.below(Path::new(ROOT)).join("cgroup.kill"), "1").is_ok()
+        {
+            return pids.len();
+        }
         for &pid in &pids {
             // Looked at again when its descriptor is had: then it is this very process that is there.
             if let Ok(process) = PidFd::open(pid)

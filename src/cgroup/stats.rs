@@ -1,16 +1,26 @@
 //! What a task uses, read from the kernel's own files: no call to a shim, no process, 0.1 ms.
 
 use std::{
+    cell::RefCell,
     fs::File,
-    io::Read as _,
-    os::fd::{AsFd as _, OwnedFd},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::FileExt as _,
+    },
     path::Path,
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use nix::{
     fcntl::{OFlag, open, openat},
-    sys::stat::Mode,
+    sys::{
+        resource::{Resource, getrlimit},
+        stat::Mode,
+    },
 };
 
 use super::{CgroupMode, CgroupPath, Cgroups, ROOT};
@@ -173,26 +183,78 @@ fn version2(group: &Dir) -> Option<Usage> {
     })
 }
 
-/// A cgroup's directory.
+/// A cgroup's directory, and its files once they were read. Opening and closing one costs twice as much as reading it.
 #[derive(Debug)]
-struct Dir(OwnedFd);
+struct Dir {
+    fd: OwnedFd,
+    files: RefCell<Vec<(&'static str, Option<File>)>>,
+    keep: Option<Kept>,
+}
+
+/// Directories whose files are kept open.
+static KEPT: AtomicUsize = AtomicUsize::new(0);
+/// One of them.
+#[derive(Debug)]
+struct Kept;
+
+impl Kept {
+    fn new() -> Option<Self> {
+        // It counts first, and takes itself back by being dropped.
+        let (kept, before) = (Self, KEPT.fetch_add(1, Ordering::Relaxed));
+        (before < Self::most()).then_some(kept)
+    }
+
+    /// With some three files each, they have at most half of the descriptors; tasks need five each themselves.
+    fn most() -> usize {
+        static MOST: OnceLock<usize> = OnceLock::new();
+        *MOST.get_or_init(|| {
+            let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+            usize::try_from(soft / 8).unwrap_or(usize::MAX)
+        })
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        KEPT.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl Dir {
     fn open(path: &Path) -> Option<Self> {
-        open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).ok().map(Self)
+        let fd = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+        Some(Self { fd, files: RefCell::default(), keep: Kept::new() })
     }
 
     /// A file's text; empty when it is not there.
-    fn read<'a>(&self, name: &str, buffer: &'a mut [u8]) -> &'a str {
-        let Ok(fd) = openat(self.0.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else { return "" };
-        let (mut file, mut length) = (File::from(fd), 0);
-        while let Ok(more @ 1..) = file.read(&mut buffer[length..]) {
-            length += more;
+    fn read<'a>(&self, name: &'static str, buffer: &'a mut [u8]) -> &'a str {
+        // Read from its beginning, such a file tells the present state, however long it has been open (seq_file.rst).
+        let all_of = |file: &File, buffer: &mut [u8]| {
+            let mut length = 0;
+            while let Ok(more @ 1..) = file.read_at(&mut buffer[length..], length as u64) {
+                length += more;
+                // A number, or less than a page: that was all of it.
+                if length < 4096 {
+                    break;
+                }
+            }
+            length
+        };
+        let mut files = self.files.borrow_mut();
+        let known = files.iter().position(|(known, _)| *known == name);
+        let at = known.unwrap_or_else(|| {
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            files.push((name, openat(self.fd.as_fd(), name, flags, Mode::empty()).ok().map(File::from)));
+            files.len() - 1
+        });
+        let length = files[at].1.as_ref().map_or(0, |file| all_of(file, buffer));
+        if self.keep.is_none() {
+            files.clear();
         }
         std::str::from_utf8(&buffer[..length]).unwrap_or_default()
     }
 
-    fn number(&self, name: &str) -> Option<u64> {
+    fn number(&self, name: &'static str) -> Option<u64> {
         self.read(name, &mut [0; 64]).trim().parse().ok()
     }
 }

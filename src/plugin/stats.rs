@@ -20,8 +20,8 @@ const DEFAULT: Duration = Duration::from_secs(1);
 /// Often enough for anybody; a zero would never pause.
 const SHORTEST: Duration = Duration::from_millis(50);
 
-/// Samples are taken at multiples of this since the first.
-const STEP: Duration = Duration::from_millis(50);
+/// Samples are taken at multiples of a quarter of their interval since the first, but of no more than this.
+const STEP: Duration = Duration::from_millis(250);
 
 /// Sends samples until the task ends or the agent goes.
 pub async fn run(
@@ -53,7 +53,7 @@ pub async fn run(
         if send.send(Ok(wire::TaskStatsResponse { stats: Some(stats) })).await.is_err() {
             return;
         }
-        next = together((next + interval).max(tokio::time::Instant::now()));
+        next = together((next + interval).max(tokio::time::Instant::now()), (interval / 4).min(STEP));
         tokio::select! {
             () = tokio::time::sleep_until(next) => {}
             () = send.closed() => return,
@@ -63,11 +63,11 @@ pub async fn run(
 }
 
 /// The next moment at which samples are taken: those of many tasks are taken and sent together, which costs a third.
-fn together(wanted: tokio::time::Instant) -> tokio::time::Instant {
+fn together(wanted: tokio::time::Instant, step: Duration) -> tokio::time::Instant {
     static BEGAN: OnceLock<tokio::time::Instant> = OnceLock::new();
     let began = *BEGAN.get_or_init(tokio::time::Instant::now);
-    let steps = (wanted - began).as_micros().div_ceil(STEP.as_micros());
-    began + STEP * u32::try_from(steps).unwrap_or(u32::MAX)
+    let steps = (wanted - began).as_micros().div_ceil(step.as_micros());
+    began + step * u32::try_from(steps).unwrap_or(u32::MAX)
 }
 
 /// Of one processor: 100 is a whole one.

@@ -18,7 +18,7 @@ use nomad_driver_shim::{
 };
 use serde_json::json;
 
-use crate::support::{Env, PATIENCE, program, services::root};
+use crate::support::{Env, patience, program, services::root};
 
 /// Starts the program as a plugin, without the host module.
 fn raw(environment: &[(&str, &str)]) -> Child {
@@ -214,7 +214,7 @@ async fn a_broken_stderr_does_no_harm() {
     let mut controller = nomad_driver_shim::pb::goplugin::grpc_controller_client::GrpcControllerClient::new(channel);
     let _ = controller.shutdown(nomad_driver_shim::pb::goplugin::Empty {}).await;
     let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
-    assert!(tokio::time::timeout(PATIENCE, ended).await.unwrap().unwrap().success());
+    assert!(tokio::time::timeout(patience(), ended).await.unwrap().unwrap().success());
 }
 
 /// hclog's keys, all strings where Nomad's client asserts strings, exactly six digits in the time.

@@ -6,7 +6,7 @@ use nomad_driver_shim::pb::driver::TaskState;
 use serde_json::json;
 use tonic::Code;
 
-use crate::support::{Env, PATIENCE, eventually, services};
+use crate::support::{Env, eventually, patience, services};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_runs_and_its_exit_code_and_output_come_back() {
@@ -58,7 +58,7 @@ async fn every_waiter_gets_the_result_and_a_cancelled_one_disturbs_nobody() {
     assert!(waiters[1..].iter().all(|waiter| !waiter.is_finished()));
     fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
     for waiter in waiters.into_iter().skip(1) {
-        assert_eq!(tokio::time::timeout(PATIENCE, waiter).await.unwrap().unwrap(), 5);
+        assert_eq!(tokio::time::timeout(patience(), waiter).await.unwrap().unwrap(), 5);
     }
     assert_eq!(env.wait(&task).await.exit_code, 5, "after the exit, too");
     env.destroy(&task).await.unwrap();
@@ -99,7 +99,7 @@ async fn destroy_answers_those_who_still_wait() {
         tokio::spawn(async move { driver.wait_task(nomad_driver_shim::pb::driver::WaitTaskRequest { task_id }).await });
     tokio::time::sleep(Duration::from_millis(50)).await;
     env.destroy(&task).await.unwrap();
-    let answer = tokio::time::timeout(PATIENCE, waiter).await.unwrap().unwrap().unwrap().into_inner();
+    let answer = tokio::time::timeout(patience(), waiter).await.unwrap().unwrap().unwrap().into_inner();
     assert_eq!(answer.result.unwrap().exit_code, 137);
     env.finish().await;
 }
@@ -171,11 +171,11 @@ async fn events_and_fingerprint_are_streams_that_stay() {
     let mut env = Env::new().await;
     let mut events = env.driver().task_events(TaskEventsRequest {}).await.unwrap().into_inner();
     let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
-    let first = tokio::time::timeout(PATIENCE, fingerprints.message()).await.unwrap().unwrap().unwrap();
+    let first = tokio::time::timeout(patience(), fingerprints.message()).await.unwrap().unwrap().unwrap();
     assert_eq!((first.health, first.health_description.as_str()), (HealthState::Healthy as i32, "Healthy"));
     assert!(first.attributes.contains_key("driver.shim.version"), "{first:?}");
     let task = env.sh("exit 0").await;
-    let event = tokio::time::timeout(PATIENCE, events.message()).await.unwrap().unwrap().unwrap();
+    let event = tokio::time::timeout(patience(), events.message()).await.unwrap().unwrap().unwrap();
     assert_eq!(
         (event.message.as_str(), event.alloc_id.as_str(), event.task_name.as_str()),
         ("Downloading image", task.dirs.alloc_id.as_str(), "web")
@@ -203,7 +203,7 @@ async fn a_fingerprint_tells_what_is_wrong() {
     ] {
         let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
         let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
-        let first = tokio::time::timeout(PATIENCE, fingerprints.message()).await.unwrap().unwrap().unwrap();
+        let first = tokio::time::timeout(patience(), fingerprints.message()).await.unwrap().unwrap().unwrap();
         assert_eq!(first.health, health as i32, "{first:?}");
         assert!(first.health_description.contains(words), "{first:?}");
     }

@@ -5,7 +5,7 @@ use std::{fs, path::Path, time::Duration};
 use nomad_driver_shim::host::{Collector, Output};
 use serde_json::json;
 
-use crate::support::{Env, PATIENCE};
+use crate::support::{Env, patience};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_line_is_lost_at_the_end() {
@@ -41,7 +41,7 @@ async fn a_collector_that_comes_late_gets_everything() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     let late = fifos.map(|fifo| Collector::start(&fifo, Output::Keep));
     for (collector, expected) in late.iter().zip(["out\n", "err\n"]) {
-        assert!(collector.ended(PATIENCE).await.is_some());
+        assert!(collector.ended(patience()).await.is_some());
         assert_eq!(collector.text(), expected);
     }
     env.destroy(&task).await.unwrap();

@@ -15,6 +15,7 @@ mod support;
 
 mod archives;
 mod bench;
+mod cgroup2;
 mod cli;
 mod commands;
 mod crash;

@@ -12,7 +12,7 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, PATIENCE, program, resident};
+use crate::support::{Env, patience, program, resident};
 
 const ROUNDS: usize = 200;
 const AT_ONCE: usize = 8;
@@ -63,7 +63,7 @@ async fn two_hundred_rounds_leave_nothing() {
             }
             let answer = driver.wait_task(WaitTaskRequest { task_id: task_id.clone() }).await.unwrap().into_inner();
             for stream in [&stdout, &stderr] {
-                assert!(stream.ended(PATIENCE).await.is_some());
+                assert!(stream.ended(patience()).await.is_some());
             }
             driver.destroy_task(DestroyTaskRequest { task_id, force: true }).await.unwrap();
             let expected = if stopped { 42 } else { n % 100 };

@@ -8,7 +8,7 @@ use nomad_driver_shim::pb::driver::{
 use serde_json::json;
 use tonic::Streaming;
 
-use crate::support::{Env, EnvOptions, PATIENCE, Task};
+use crate::support::{Env, EnvOptions, Task, patience};
 
 async fn stats(
     env: &Env,
@@ -21,7 +21,7 @@ async fn stats(
 }
 
 async fn next(stream: &mut Streaming<nomad_driver_shim::pb::driver::TaskStatsResponse>) -> Option<TaskStats> {
-    let answer = tokio::time::timeout(PATIENCE, stream.message()).await.expect("no sample").unwrap();
+    let answer = tokio::time::timeout(patience(), stream.message()).await.expect("no sample").unwrap();
     answer.map(|answer| answer.stats.unwrap())
 }
 

@@ -159,7 +159,7 @@ async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
         });
         tokio::time::sleep(Duration::from_millis(20)).await;
         kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
-        let (answer, answered) = tokio::time::timeout(crate::support::PATIENCE, waiting).await.unwrap().unwrap();
+        let (answer, answered) = tokio::time::timeout(crate::support::patience(), waiting).await.unwrap().unwrap();
         took.push(answered.saturating_duration_since(dead.await.unwrap()));
         assert!(answer.err.contains("shim died"), "{answer:?}");
         assert_eq!(answer.result.unwrap().exit_code, 137);

@@ -17,7 +17,7 @@ use nomad_driver_shim::{
 use serde_json::{Value, json};
 use tonic::Status;
 
-use super::{Image, PATIENCE, leak, program, services, services::root};
+use super::{Image, leak, patience, program, services, services::root};
 
 /// What a test wants different.
 pub struct EnvOptions {
@@ -99,7 +99,7 @@ impl Env {
     /// Waits for the end of a plugin that was told to die, and takes its socket away: what it said, and its signal.
     pub async fn plugin_died(&mut self) -> (String, Option<i32>) {
         let mut plugin = self.plugin.take().unwrap();
-        let ended = tokio::time::timeout(PATIENCE, plugin.ended()).await.expect("the plugin lives on").unwrap();
+        let ended = tokio::time::timeout(patience(), plugin.ended()).await.expect("the plugin lives on").unwrap();
         let socket = plugin.socket().to_owned();
         // What it has written is read by then.
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -201,7 +201,7 @@ impl Env {
     pub async fn try_wait(&self, id: &str) -> Result<WaitTaskResponse, Status> {
         let request = WaitTaskRequest { task_id: id.to_owned() };
         let mut driver = self.driver();
-        tokio::time::timeout(PATIENCE, driver.wait_task(request))
+        tokio::time::timeout(patience(), driver.wait_task(request))
             .await
             .expect("WaitTask hangs")
             .map(tonic::Response::into_inner)
@@ -260,7 +260,7 @@ impl Task {
     /// Both streams, to their ends.
     pub async fn output(&self) -> (String, String) {
         for stream in [&self.stdout, &self.stderr] {
-            assert!(stream.ended(PATIENCE).await.is_some(), "no end of the task's output");
+            assert!(stream.ended(patience()).await.is_some(), "no end of the task's output");
         }
         (self.stdout.text(), self.stderr.text())
     }

@@ -8,7 +8,7 @@ use nomad_driver_shim::pb::driver::{
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
-use super::{Env, PATIENCE, Task};
+use super::{Env, Task, patience};
 
 /// What came of a session.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -28,7 +28,7 @@ impl Env {
     pub async fn exec(&self, task: &Task, command: &[&str], timeout_ms: i32) -> Result<ExecTaskResponse, Status> {
         let timeout = Some(prost_types::Duration { seconds: 0, nanos: timeout_ms * 1_000_000 });
         let request = ExecTaskRequest { task_id: task.id.clone(), command: strings(command), timeout };
-        let answer = tokio::time::timeout(PATIENCE, async { self.driver().exec_task(request).await }).await;
+        let answer = tokio::time::timeout(patience(), async { self.driver().exec_task(request).await }).await;
         answer.expect("ExecTask hangs").map(tonic::Response::into_inner)
     }
 
@@ -91,7 +91,7 @@ impl Talk {
                 }
             }
         };
-        tokio::time::timeout(PATIENCE, reading).await.expect("the session hangs");
+        tokio::time::timeout(patience(), reading).await.expect("the session hangs");
     }
 
     /// All of it.

@@ -14,11 +14,13 @@ use nomad_driver_shim::{cgroup::Cgroups, containerd::Client};
 use super::{Env, services};
 
 /// The last teardown takes some milliseconds; ten seconds on a machine that does something else.
-const PATIENCE: Duration = Duration::from_secs(10);
+fn patience() -> Duration {
+    super::patience() / 6
+}
 
 /// While the plugin lives and has no tasks. Polled: the last teardown may still be under way.
 pub async fn while_alive(env: &Env) -> Vec<String> {
-    alive_within(env, PATIENCE).await
+    alive_within(env, patience()).await
 }
 
 /// The same, for who waits no longer than this for a leak to go: one that is meant to be there does not.
@@ -46,7 +48,7 @@ pub async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
 
 /// After the plugin has left.
 pub async fn afterwards(env: &Env) -> Vec<String> {
-    afterwards_within(env, PATIENCE).await
+    afterwards_within(env, patience()).await
 }
 
 /// The same, for who waits no longer than this.

@@ -13,12 +13,17 @@ pub use services::services;
 
 use std::time::Duration;
 
-/// Far more than anything takes on a busy machine; a test that gets here has failed.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Far more than anything takes on a busy machine; a test that gets here has failed. Emulated machines are told to have
+/// more of it.
+pub fn patience() -> Duration {
+    static SECONDS: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    let told = || std::env::var("NOMAD_DRIVER_SHIM_TEST_PATIENCE").ok()?.parse().ok();
+    Duration::from_secs(*SECONDS.get_or_init(|| told().unwrap_or(60)))
+}
 
 /// Polls until `check` holds, and says what it saw when it never does.
 pub async fn eventually<T: std::fmt::Debug>(what: &str, mut check: impl AsyncFnMut() -> Result<(), T>) {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let deadline = tokio::time::Instant::now() + patience();
     loop {
         match check().await {
             Ok(()) => return,

@@ -193,7 +193,7 @@ pub fn run(command: &mut Command) -> String {
 }
 
 fn wait_for(what: &str, mut check: impl FnMut() -> bool) {
-    let deadline = Instant::now() + super::PATIENCE;
+    let deadline = Instant::now() + super::patience();
     while !check() {
         assert!(Instant::now() < deadline, "{what} did not come up");
         #[allow(clippy::disallowed_methods, reason = "no runtime here, and nothing else to do")]

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Runs a program as root in a virtual machine that has cgroup version 2 with all its controllers: this distribution's own
+# kernel, without KVM, over this machine's own files. Whatever it writes goes to memory and is gone afterwards.
+#
+#   scripts/cgroup2-vm.sh PROGRAM [MEMORY]     an absolute path; MEMORY of the guest, default 6G
+#
+# Prints what the program prints, and exits with its status.
+set -euo pipefail
+program=$(readlink -f "$1") memory=${2:-6G}
+cache=$(cd "$(dirname "$0")/.." && pwd)/target/cgroup2
+mkdir -p "$cache" && cd "$cache"
+say() { printf 'cgroup2: %s\n' "$*" >&2; }
+
+if [ ! -e boot ]; then
+  package=$(apt-cache depends linux-image-amd64 | awk '/Depends:/ {print $2; exit}')
+  say "unpacking the kernel $package"
+  apt-get download -qq "$package" 2>/dev/null
+  dpkg-deb -x "$package"_*.deb . && rm -f ./*.deb
+fi
+release=$(ls lib/modules)
+
+# Just enough to mount this machine's files, read-only, below a file system in memory.
+if [ ! -e initramfs.gz ]; then
+  rm -rf initramfs && mkdir -p initramfs/{bin,modules}
+  cp "$(command -v busybox)" initramfs/bin/
+  depmod -b . "$release"
+  for module in virtio_pci 9pnet_virtio 9p overlay; do
+    modprobe -d . -S "$release" --show-depends "$module" 2>/dev/null | awk '/^insmod/ {print $2}'
+  done | awk '!seen[$0]++' | while read -r file; do
+    cp "$file" initramfs/modules/
+    basename "$file" >> initramfs/modules/order
+  done
+  cat > initramfs/init <<'INIT'
+#!/bin/busybox sh
+set -e
+/bin/busybox --install /bin
+export PATH=/bin
+mkdir -p /proc /sys /dev /host /memory /root
+mount -t proc proc /proc; mount -t devtmpfs dev /dev
+while read -r module; do insmod "/modules/$module" || echo "cgroup2: no module $module"; done < /modules/order
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=loose,ro host /host
+mount -t tmpfs -o size=80% memory /memory; mkdir /memory/upper /memory/work
+mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work root /root
+program=$(tr ' ' '\n' < /proc/cmdline | sed -n 's/^program=//p')
+mount --move /dev /root/dev; umount /proc
+exec switch_root /root /bin/sh -c '
+  mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t cgroup2 cgroup /sys/fs/cgroup
+  for place in /run /tmp /var/tmp; do mount -t tmpfs tmpfs $place; done
+  mkdir -p /dev/pts /dev/shm /dev/mqueue
+  mount -t devpts devpts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t mqueue mqueue /dev/mqueue
+  ip link set lo up
+  export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+  "$0"; echo "cgroup2-exit-status $?"
+  sync; echo o > /proc/sysrq-trigger; while :; do :; done' "$program"
+INIT
+  chmod +x initramfs/init
+  (cd initramfs && find . | cpio --quiet -o -H newc | gzip -1) > initramfs.tmp
+  mv initramfs.tmp initramfs.gz && rm -rf initramfs
+fi
+
+status=$(mktemp)
+trap 'rm -f "$status"' EXIT
+qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" -nographic -no-reboot -net none \
+  -kernel "boot/vmlinuz-$release" -initrd initramfs.gz \
+  -append "console=ttyS0 quiet panic=-1 mitigations=off program=$program" \
+  -virtfs local,path=/,mount_tag=host,security_model=none,multidevs=remap,readonly=on < /dev/null 2>&1 |
+  stdbuf -oL tr -d "\r" | tee >(sed -n 's/.*cgroup2-exit-status \([0-9]*\).*/\1/p' > "$status") | grep -av --line-buffered cgroup2-exit-status || true
+sleep 0.3
+code=$(cat "$status")
+exit "${code:-125}"
