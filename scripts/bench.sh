@@ -8,4 +8,4 @@ cargo build --release --locked
 mkdir -p target/bench
 # shellcheck disable=SC2016  # expanded by the inner shell
 exec scripts/with-image.sh bash -c \
-  'exec target/release/nomad-driver-shim bench --json target/bench/results.json --html target/bench/results.html "$@" "$IMAGE"' bench "$@"
+  'exec target/release/nomad-driver-shim bench --json target/bench/results.json --html target/bench/results.html --pictures target/bench/pictures "$@" "$IMAGE"' bench "$@"

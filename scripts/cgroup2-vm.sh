@@ -19,12 +19,12 @@ if [ ! -e boot ]; then
 fi
 release=$(ls lib/modules)
 
-# Just enough to mount this machine's files, read-only, below a file system in memory.
+# Just enough to mount this machine's files, read-only, below a file system in memory, and what tests ask the kernel for.
 if [ ! -e initramfs.gz ]; then
   rm -rf initramfs && mkdir -p initramfs/{bin,modules}
   cp "$(command -v busybox)" initramfs/bin/
   depmod -b . "$release"
-  for module in virtio_pci 9pnet_virtio 9p overlay; do
+  for module in virtio_pci 9pnet_virtio 9p overlay veth loop; do
     modprobe -d . -S "$release" --show-depends "$module" 2>/dev/null | awk '/^insmod/ {print $2}'
   done | awk '!seen[$0]++' | while read -r file; do
     cp "$file" initramfs/modules/

@@ -17,7 +17,7 @@ cat > "$directory/run" <<RUN
 #!/bin/sh
 export NOMAD_DRIVER_SHIM_TEST_PATIENCE=600
 mkdir -p /var/tmp/bin && cp $tests /var/tmp/bin/behaviour
-cd $PWD && exec /var/tmp/bin/behaviour --test-threads 2 ${core[*]}
+cd $PWD && exec /var/tmp/bin/behaviour --color never --test-threads 2 ${core[*]}
 RUN
 chmod +x "$directory/run"
 log=$directory/log

@@ -17,6 +17,7 @@ mod life;
 mod machine;
 mod measure;
 mod path;
+mod pictures;
 mod plan;
 mod report;
 mod stamp;
@@ -27,6 +28,7 @@ use std::{io, path::PathBuf};
 
 pub use machine::Machine;
 pub use measure::{Ground, run};
+pub use pictures::{Picture, pictures};
 pub use plan::{Kind, Mode, PathPlan, Plan, Step};
 pub use report::{compare, html, table};
 pub use summary::{Results, Row};

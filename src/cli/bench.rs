@@ -48,6 +48,9 @@ pub struct Bench {
     /// Where a page with pictures goes
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write its pictures there, one SVG file each
+    #[arg(long, value_name = "DIR")]
+    pictures: Option<PathBuf>,
     /// Compares two earlier results instead
     #[arg(long, num_args = 2, value_names = ["BEFORE", "AFTER"], conflicts_with = "image")]
     compare: Option<Vec<PathBuf>>,
@@ -107,6 +110,12 @@ impl Bench {
         }
         if let Some(path) = &self.html {
             std::fs::write(path, bench::html(&results))?;
+        }
+        if let Some(directory) = &self.pictures {
+            std::fs::create_dir_all(directory)?;
+            for picture in bench::pictures(&results) {
+                std::fs::write(directory.join(picture.file_name()), picture.svg)?;
+            }
         }
         print(&bench::table(&results))?;
         Ok(0)

@@ -1,10 +1,11 @@
-//! containerd's own way to start a container. The driver never goes it; the benchmark does, to compare.
+//! containerd's own way to start a container. The driver never goes it: the benchmark does, to compare, and containers
+//! of the driver that was here before are ended by it.
 
 use super::{Client, ContainerdError};
 use crate::pb::{
     services::{
         containers::v1::{
-            Container, CreateContainerRequest, DeleteContainerRequest, container::Runtime,
+            Container, CreateContainerRequest, DeleteContainerRequest, GetContainerRequest, container::Runtime,
             containers_client::ContainersClient,
         },
         tasks::v1::{
@@ -101,6 +102,29 @@ impl Client {
     pub async fn kill_task(&self, id: &str, signal: u32) -> Result<(), ContainerdError> {
         let request = KillRequest { container_id: id.to_owned(), signal, ..Default::default() };
         gone_is_fine(self.call("Tasks.Kill", id, self.tasks().kill(self.request(None, request))).await)
+    }
+
+    /// Kills all its processes; one that is gone is fine.
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn kill_all(&self, id: &str) -> Result<(), ContainerdError> {
+        let signal = libc::SIGKILL.cast_unsigned();
+        let request = KillRequest { container_id: id.to_owned(), signal, all: true, ..Default::default() };
+        gone_is_fine(self.call("Tasks.Kill", id, self.tasks().kill(self.request(None, request))).await)
+    }
+
+    /// Does containerd know a container of this name?
+    ///
+    /// # Errors
+    /// As containerd.
+    pub async fn has_container(&self, id: &str) -> Result<bool, ContainerdError> {
+        let request = self.request(None, GetContainerRequest { id: id.to_owned() });
+        match self.call("Containers.Get", id, self.containers().get(request)).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes a process that has ended; one that is gone is fine.

@@ -11,7 +11,7 @@ use super::{convert, exec, fingerprint, options::TASK, schema, service::DriverSe
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, driver_server::Driver},
-    task::{Audience, Engine, Force, Inspection, TaskError, TaskHandle, give_up_logs},
+    task::{Audience, Engine, FORMER_VERSION, Force, FormerTask, Inspection, TaskError, TaskHandle, give_up_logs},
 };
 
 /// The pool is filled this long after `Init`: an `Init` may come to a process that lives 12 ms.
@@ -109,8 +109,27 @@ impl Driver for DriverService {
         let request = request.into_inner();
         // Nomad leaves `task_id` empty; the id is in the handle's configuration.
         let handle = request.handle.ok_or_else(|| Status::invalid_argument("no handle to recover from"))?;
-        let id = TaskId(handle.config.map(|config| config.id).unwrap_or_default());
+        let config = handle.config.unwrap_or_default();
+        let id = TaskId(config.id);
         let unrecoverable = |problem: String| refuse(TaskError::Unrecoverable { id: id.clone(), problem });
+        if handle.version == FORMER_VERSION {
+            let former = FormerTask::of(&handle.driver_state, &config.alloc_id, &config.name);
+            let engine = self.engine().await?;
+            let ended = to_the_end(async move { Ok(engine.end_former(&former).await) }).await?;
+            return Err(unrecoverable(match ended {
+                Ok(ended) if ended.is_empty() => {
+                    "it was started by the driver that was here before, and its container is gone".to_owned()
+                }
+                Ok(ended) => format!(
+                    "it was started by the driver that was here before; its container {} was ended, so that it does not run twice",
+                    ended.join(", ")
+                ),
+                Err(error) => format!(
+                    "it was started by the driver that was here before; its container could not be ended and may still run: {}",
+                    crate::chain(&error)
+                ),
+            }));
+        }
         if handle.version != TaskHandle::VERSION {
             let problem =
                 format!("its handle has version {}, this driver's is {}", handle.version, TaskHandle::VERSION);

@@ -3,6 +3,7 @@
 mod engine;
 mod events;
 mod exec;
+mod former;
 mod live;
 mod lock;
 mod metrics;
@@ -29,6 +30,7 @@ use std::{
 pub use engine::{Engine, Force, Inspection, TaskMeter};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
+pub use former::{FORMER_VERSION, FormerTask};
 use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};

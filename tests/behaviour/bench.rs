@@ -28,6 +28,8 @@ async fn every_path_is_measured_in_one_run() {
         .arg(&json)
         .arg("--html")
         .arg(&html)
+        .arg("--pictures")
+        .arg(env.dir.join("pictures"))
         .arg("--address")
         .arg(&services().containerd)
         .args(["--namespace", &env.namespace, &image, "--run-dir"])
@@ -63,6 +65,8 @@ async fn every_path_is_measured_in_one_run() {
     assert_eq!(at_two, kinds.into());
     assert!(results["memory"].as_array().unwrap().iter().all(|one| one["total_kib"].as_u64().unwrap() > 1000));
     assert!(fs::read_to_string(&html).unwrap().contains("<svg"));
+    let picture = fs::read_to_string(env.dir.join("pictures/first_byte-gaps-1.svg")).unwrap();
+    assert!(kinds.iter().all(|kind| picture.contains(&format!(">{kind}</text>"))), "{picture}");
     // Nothing stays mounted, in cgroups or in containerd.
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(env.dir.to_str().unwrap()), "{mounts}");

@@ -21,10 +21,10 @@ fn unified(test: &str) -> bool {
     unified
 }
 
-/// A slice as Nomad's client makes it, all controllers handed on.
-fn slice(name: &str) -> PathBuf {
+/// A slice as Nomad's client makes it below its own, all controllers handed on.
+fn slice(parent: &str, name: &str) -> PathBuf {
     let mut path = PathBuf::from(ROOT);
-    for part in ["nomad.slice", name] {
+    for part in [parent, name] {
         hand_on(&path);
         path.push(part);
         fs::create_dir_all(&path).unwrap();
@@ -55,11 +55,11 @@ async fn tasks_are_in_the_scope_that_nomad_has_made() {
         return;
     }
     let mut env = Env::new().await;
-    let scope = slice("share.slice").join(format!("{}.web.scope", env.namespace));
+    let scope = slice("nomad.slice", "share.slice").join(format!("{}.web.scope", env.namespace));
     fs::create_dir(&scope).unwrap();
     let task = in_scope(&mut env, &scope, "cat /proc/self/cgroup; echo ready; sleep 600").await;
-    task.says("ready").await;
-    assert!(task.output().await.0.starts_with("0::/\n"), "its own namespace of cgroups: {:?}", task.output().await);
+    // In a namespace of its own.
+    task.says("0::/\nready").await;
     let limit = fs::read_to_string(scope.join("memory.max")).unwrap();
     assert_eq!(limit, format!("{}\n", 64 << 20));
     assert!(!fs::read_to_string(scope.join("cgroup.procs")).unwrap().is_empty(), "its processes are there");
@@ -75,10 +75,16 @@ async fn reserved_cores_are_all_that_a_task_sees() {
         return;
     }
     let mut env = Env::new().await;
-    let reserve = slice("reserve.slice");
-    fs::write(reserve.join("cpuset.cpus"), "1").unwrap();
-    fs::write(reserve.join("cpuset.cpus.partition"), "root").unwrap();
-    assert_eq!(fs::read_to_string(reserve.join("cpuset.cpus.partition")).unwrap(), "root\n");
+    // Its own, so that other tests' tasks keep their processors.
+    let parent = format!("{}.slice", env.namespace);
+    let reserve = slice(&parent, "reserve.slice");
+    // From the top: a partition is cut out of one.
+    let parts = [reserve.parent().unwrap(), &reserve];
+    for part in parts {
+        fs::write(part.join("cpuset.cpus"), "1").unwrap();
+        fs::write(part.join("cpuset.cpus.partition"), "root").unwrap();
+        assert_eq!(fs::read_to_string(part.join("cpuset.cpus.partition")).unwrap(), "root\n", "{}", part.display());
+    }
     let scope = reserve.join(format!("{}.web.scope", env.namespace));
     fs::create_dir(&scope).unwrap();
     let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "grep Cpus_allowed_list /proc/self/status"]});
@@ -87,7 +93,9 @@ async fn reserved_cores_are_all_that_a_task_sees() {
     (linux.cpuset_cgroup, linux.cpuset_cpus) = (scope.to_str().unwrap().to_owned(), "1".to_owned());
     env.try_start(&mut task).await.unwrap();
     assert_eq!(env.finish_task(task).await.1, "Cpus_allowed_list:\t1\n");
-    fs::write(reserve.join("cpuset.cpus.partition"), "member").unwrap();
+    for part in parts.iter().rev() {
+        fs::remove_dir(part).unwrap();
+    }
     env.finish().await;
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nomad_driver_shim::pb::driver::TaskState;
 
-use crate::support::Env;
+use crate::support::{Env, services};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_lives_through_the_death_of_its_plugin() {
@@ -57,14 +57,45 @@ async fn what_can_not_be_recovered_is_refused_with_a_reason() {
     env.destroy(&task).await.unwrap();
     let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("no record"), "{error:?}");
-    task.handle.as_mut().unwrap().version = 1;
+    task.handle.as_mut().unwrap().version = 9;
     let error = env.recover(&task).await.unwrap_err();
-    assert!(error.message().contains("version 1"), "{error:?}");
+    assert!(error.message().contains("version 9"), "{error:?}");
     task.handle.as_mut().unwrap().version = 2;
     task.handle.as_mut().unwrap().driver_state = b"nonsense".to_vec();
     let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("torn"), "{error:?}");
     task.handle = None;
     env.recover(&task).await.unwrap_err();
+    env.finish().await;
+}
+
+/// The agent's file has changed from the old driver's binary to ours while its task ran: containerd has the container.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_of_the_old_driver_is_ended_and_never_doubled() {
+    let mut env = Env::new().await;
+    // Its image is in containerd by that.
+    let mut task = env.sh("exit 0").await;
+    env.wait(&task).await;
+    env.destroy(&task).await.unwrap();
+    let image = env.busybox().await;
+    let container = format!("{}-{}", task.dirs.name, task.dirs.alloc_id);
+    let ctr = |arguments: &[&str]| {
+        let socket = &services().containerd;
+        crate::support::services::run(
+            std::process::Command::new("ctr").arg("-a").arg(socket).args(["-n", &env.namespace]).args(arguments),
+        )
+    };
+    ctr(&["run", "-d", "--null-io", &image, &container, "/bin/sleep", "600"]);
+    assert!(ctr(&["tasks", "ls"]).contains("RUNNING"));
+    (task.handle.as_mut().unwrap().version, task.handle.as_mut().unwrap().driver_state) = (1, Vec::new());
+    let error = env.recover(&task).await.unwrap_err();
+    assert!(error.message().contains(&container) && error.message().contains("was ended"), "{error:?}");
+    assert!(
+        !ctr(&["tasks", "ls", "-q"]).contains(&container) && !ctr(&["containers", "ls", "-q"]).contains(&container)
+    );
+    let error = env.recover(&task).await.unwrap_err();
+    assert!(error.message().contains("its container is gone"), "{error:?}");
+    // ctr gives its snapshots the container's name.
+    ctr(&["snapshots", "rm", &container]);
     env.finish().await;
 }

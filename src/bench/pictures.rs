@@ -1,0 +1,155 @@
+//! Distributions as pictures: SVG by hand, well-formed, readable by itself and inside of a page.
+
+use std::fmt::Write as _;
+
+use super::{
+    Mode, Results,
+    summary::{METRICS, Samples},
+};
+
+const COLOURS: [&str; 9] =
+    ["#0b7a75", "#7fc8c2", "#c1440e", "#e08e45", "#8a6fbf", "#444444", "#1f5fbf", "#b03a78", "#808000"];
+
+/// One picture.
+#[derive(Debug, Clone)]
+pub struct Picture<'a> {
+    /// What of the tasks.
+    pub metric: &'a str,
+    /// How they were run.
+    pub mode: Mode,
+    /// How many at once.
+    pub concurrency: usize,
+    /// The picture, as an `svg` element.
+    pub svg: String,
+}
+
+impl Picture<'_> {
+    /// What it is called as a file.
+    pub fn file_name(&self) -> String {
+        let mode = if self.mode == Mode::Gaps { "gaps" } else { "back_to_back" };
+        format!("{}-{mode}-{}.svg", self.metric, self.concurrency)
+    }
+}
+
+/// The paths of a run in the order of its plan, each with its colour.
+pub(super) fn paths(results: &Results) -> Vec<(&str, &'static str)> {
+    let mut paths: Vec<&str> = results.rows.iter().map(|row| row.path.as_str()).collect();
+    paths.sort_by_key(|path| results.plan.paths.iter().position(|plan| plan.name == *path));
+    paths.dedup();
+    paths.into_iter().enumerate().map(|(n, path)| (path, COLOURS[n % COLOURS.len()])).collect()
+}
+
+/// Where a metric belongs among the others.
+pub(super) fn place(metric: &str) -> usize {
+    METRICS.iter().position(|(known, _)| *known == metric).unwrap_or(METRICS.len())
+}
+
+/// All pictures of a run, in order.
+pub fn pictures(results: &Results) -> Vec<Picture<'_>> {
+    let paths = paths(results);
+    let mut kinds: Vec<(Mode, usize, &str)> =
+        results.rows.iter().map(|row| (row.mode, row.concurrency, row.metric.as_str())).collect();
+    kinds.sort_by_key(|(mode, concurrency, metric)| (*concurrency, *mode, place(metric)));
+    kinds.dedup();
+    let draw = |(mode, concurrency, metric): (Mode, usize, &'_ str)| {
+        let lines: Vec<Line<'_>> = paths
+            .iter()
+            .filter_map(|(path, colour)| {
+                let same = |one: &&Samples| {
+                    one.path == *path && one.mode == mode && one.concurrency == concurrency && one.metric == metric
+                };
+                let samples = results.samples.iter().find(same)?;
+                Some(Line { path, colour, values: &samples.ms })
+            })
+            .collect();
+        draw(&lines)
+    };
+    kinds
+        .into_iter()
+        .map(|(mode, concurrency, metric)| Picture {
+            metric,
+            mode,
+            concurrency,
+            svg: draw((mode, concurrency, metric)),
+        })
+        .collect()
+}
+
+struct Line<'a> {
+    path: &'a str,
+    colour: &'static str,
+    values: &'a [f64],
+}
+
+pub(super) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// Distributions: how many of a path's tasks took at most so long, on a logarithmic axis.
+fn draw(lines: &[Line<'_>]) -> String {
+    const WIDTH: f64 = 860.0;
+    const HEIGHT: f64 = 280.0;
+    const LEFT: f64 = 44.0;
+    const BOTTOM: f64 = 46.0;
+    let all = lines.iter().flat_map(|line| line.values.iter().copied()).filter(|value| *value > 0.0);
+    let (least, most) = all.fold((f64::MAX, 0.001_f64), |(least, most), value| (least.min(value), most.max(value)));
+    if least > most {
+        return String::new();
+    }
+    let (low, high) = (least.log10() - 0.05, most.log10() + 0.05);
+    let x = |value: f64| LEFT + (value.max(least).log10() - low) / (high - low) * (WIDTH - LEFT - 10.0);
+    let y = |share: f64| (1.0 - share) * (HEIGHT - BOTTOM - 10.0) + 10.0;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" font-size=\"12\" \
+         font-family=\"system-ui, sans-serif\"><rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#fff\" />"
+    );
+    for share in [0.0, 0.5, 0.9, 1.0] {
+        let _ = write!(
+            svg,
+            "<line x1=\"{LEFT}\" x2=\"{0}\" y1=\"{1:.1}\" y2=\"{1:.1}\" stroke=\"#ddd\" /><text x=\"4\" y=\"{2:.1}\" fill=\"#666\">{3:.0} %</text>",
+            WIDTH - 10.0,
+            y(share),
+            y(share) + 4.0,
+            share * 100.0
+        );
+    }
+    for exponent in -1..=5 {
+        for step in [1.0, 2.0, 5.0] {
+            let value = step * 10_f64.powi(exponent);
+            if value >= least * 0.9 && value <= most * 1.1 {
+                let _ = write!(
+                    svg,
+                    "<line x1=\"{0:.1}\" x2=\"{0:.1}\" y1=\"10\" y2=\"{1}\" stroke=\"#eee\" /><text x=\"{0:.1}\" y=\"{2}\" fill=\"#666\" text-anchor=\"middle\">{value} ms</text>",
+                    x(value),
+                    HEIGHT - BOTTOM,
+                    HEIGHT - BOTTOM + 16.0
+                );
+            }
+        }
+    }
+    let mut key = LEFT;
+    for Line { path, colour, values } in lines {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let mut points = String::new();
+        for (n, value) in sorted.iter().enumerate() {
+            #[allow(clippy::cast_precision_loss, reason = "a few hundred")]
+            let (from, to) = (n as f64 / sorted.len() as f64, (n + 1) as f64 / sorted.len() as f64);
+            let _ = write!(points, "{0:.1},{1:.1} {0:.1},{2:.1} ", x(*value), y(from), y(to));
+        }
+        let (path, bottom) = (escape(path), HEIGHT - 8.0);
+        let _ = write!(
+            svg,
+            "<polyline points=\"{points}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"><title>{path}</title></polyline>\
+             <rect x=\"{key}\" y=\"{0}\" width=\"10\" height=\"10\" fill=\"{colour}\" />\
+             <text x=\"{1}\" y=\"{bottom}\">{path}</text>",
+            bottom - 9.0,
+            key + 14.0
+        );
+        #[allow(clippy::cast_precision_loss, reason = "a name")]
+        let width = path.len() as f64 * 7.0;
+        key += 34.0 + width;
+    }
+    svg.push_str("</svg>");
+    svg
+}
