@@ -139,9 +139,18 @@ impl Places {
         self.runtimes().join(runtime)
     }
 
-    /// Writable layers.
+    /// Writable layers. Runs of the command line share a state directory: each has its own part, so that none takes
+    /// another's for remains.
     pub fn uppers(&self) -> PathBuf {
-        self.state.join("uppers")
+        let owner = Digest::of(self.run.as_os_str().as_encoded_bytes()).to_string();
+        let (_, owner) = owner.split_at("sha256:".len());
+        self.state.join("uppers").join(&owner[..12])
+    }
+
+    /// Nothing is left: the state directory keeps nothing of ours but images.
+    pub fn leave_uppers(&self) {
+        // Not empty: somebody's task runs on.
+        let _ = fs::remove_dir(self.uppers());
     }
 
     /// One task's writable layer: `upper` and `work` below it.

@@ -51,6 +51,7 @@ pub async fn clear_up(common: &Common, address: &Path, id: &str) {
         }
         plugin.leave().await;
     }
+    places.leave_uppers();
     if !remains().is_empty() || !remove_unless_mounted(places.run()) {
         say(&format!("nomad-driver-shim: something could not be removed; it is in {}", places.run().display()));
     }

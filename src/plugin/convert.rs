@@ -8,7 +8,7 @@ use std::{
 
 use super::config::{self, ConfigError, GroupNetwork};
 use crate::{
-    ids::TaskId,
+    ids::{Flavor, TaskId},
     pb::{base as pb, driver as wire},
     rootfs::{CpuQuota, MemoryMax, NetworkNamespace, Resources, network::Dns},
     task::{Compute, ExitRecord, JobLimits, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
@@ -35,7 +35,7 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
     let dns = task.dns.clone().unwrap_or_default();
     let options = config::task_options(settings, group, &task.msgpack_driver_config)?;
     let (mut resources, cpuset_cgroup) = resources(task.resources.as_ref());
-    limit(&mut resources, &options.limits, task.resources.as_ref(), settings.compute)?;
+    limit(&mut resources, &options.limits, task.resources.as_ref(), (settings.compute, settings.name.flavor()))?;
     let named = [
         ("com.hashicorp.nomad.alloc_id", &task.alloc_id),
         ("com.hashicorp.nomad.job_id", &task.job_id),
@@ -117,11 +117,12 @@ fn limit(
     to: &mut Resources,
     limits: &JobLimits,
     sent: Option<&wire::Resources>,
-    compute: Compute,
+    (compute, flavor): (Compute, Flavor),
 ) -> Result<(), ConfigError> {
     let fault = |fault: String| Err(ConfigError::one(fault));
     if !limits.cpuset_cpus.is_empty() {
-        if !to.cpuset_cpus.is_empty() {
+        // The old driver's forks took the option's word.
+        if !to.cpuset_cpus.is_empty() && flavor == Flavor::Secure {
             return fault("cpuset_cpus and resources.cores exclude each other; remove one of them".to_owned());
         }
         to.cpuset_cpus.clone_from(&limits.cpuset_cpus);
@@ -212,7 +213,9 @@ mod tests {
                 ..Default::default()
             };
             let mut resources = Resources { cpu_shares: 500, memory: 64 << 20, ..Resources::default() };
-            limit(&mut resources, limits, Some(&sent), compute).map(|()| resources).map_err(|error| error.to_string())
+            limit(&mut resources, limits, Some(&sent), (compute, Flavor::Secure))
+                .map(|()| resources)
+                .map_err(|error| error.to_string())
         };
         let hard = JobLimits { cfs_period: Some(100_000), ..JobLimits::default() };
         let quota = |ticks| with(&hard, ticks).expect("limits").cpu_quota.expect("a quota").quota;
@@ -221,7 +224,9 @@ mod tests {
         assert!(with(&low, 0.0).expect_err("refused").contains("memory_hard_limit = 32"));
         let mut reserved = Resources { cpuset_cpus: "0".to_owned(), ..Resources::default() };
         let wanted = JobLimits { cpuset_cpus: "1".to_owned(), ..JobLimits::default() };
-        assert!(limit(&mut reserved, &wanted, None, compute).is_err());
+        assert!(limit(&mut reserved, &wanted, None, (compute, Flavor::Secure)).is_err());
+        limit(&mut reserved, &wanted, None, (compute, Flavor::DropIn)).expect("the option's word");
+        assert_eq!(reserved.cpuset_cpus, "1");
     }
 
     #[test]

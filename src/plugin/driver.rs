@@ -115,7 +115,7 @@ impl Driver for DriverService {
         if handle.version == FORMER_VERSION {
             let former = FormerTask::of(&handle.driver_state, &config.alloc_id, &config.name);
             let engine = self.engine().await?;
-            let ended = to_the_end(async move { Ok(engine.end_former(&former).await) }).await?;
+            let ended = to_the_end(async move { Ok(engine.end_former(former).await) }).await?;
             return Err(unrecoverable(match ended {
                 Ok(ended) if ended.is_empty() => {
                     "it was started by the driver that was here before, and its container is gone".to_owned()

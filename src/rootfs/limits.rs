@@ -119,7 +119,11 @@ pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> R
 }
 
 /// Keys that runtimes and this driver act on: a job that could set them could change its own confinement.
-const RESERVED: [&str; 9] = [
+const RESERVED: [&str; 13] = [
+    "module.wasm.",
+    "krun.",
+    "cdi.k8s.io/",
+    "nvidia.cdi.k8s.io/",
     "run.oci.",
     "org.systemd.property.",
     "org.criu.",

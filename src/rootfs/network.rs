@@ -83,7 +83,7 @@ impl ExtraHost {
         if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control() || c == '#') {
             return Err(format!("{text:?} has no name that /etc/hosts could hold"));
         }
-        let address = match address {
+        let address = match address.trim() {
             "host-gateway" => HostAddress::Gateway,
             other => {
                 let bare = other.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(other);

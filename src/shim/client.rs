@@ -190,7 +190,8 @@ impl Client {
         let request = wire::CreateTaskRequest {
             id: task.id.to_owned(),
             bundle: task.bundle.to_string_lossy().into_owned(),
-            stdout: task.stdout.to_owned(),
+            // The shim copies a terminal's output in any case.
+            stdout: if task.terminal && task.stdout.is_empty() { "/dev/null".into() } else { task.stdout.to_owned() },
             // A terminal has one stream.
             stderr: if task.terminal { String::new() } else { task.stderr.to_owned() },
             terminal: task.terminal,

@@ -14,8 +14,8 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    EventHub, ExecRequest, ExitRecord, Phases, Record, RecordState, Runtimes, Session, Settings, StartRequest,
-    TaskError, TaskEvent, TaskHandle, exec,
+    EventHub, ExecRequest, ExitRecord, FormerTask, Phases, Record, RecordState, Runtimes, Session, Settings,
+    StartRequest, TaskError, TaskEvent, TaskHandle, exec,
     live::{Parts, Task, watch_exit},
     load_records, lock,
     metrics::{Gauges, Metrics},
@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// Nomad kills a plugin 2 s after it has asked it to leave.
-const LAST_TEARDOWNS: Duration = Duration::from_millis(1500);
+const LAST_TEARDOWNS: Duration = Duration::from_millis(1200);
 
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
@@ -52,6 +52,8 @@ pub(super) struct Inner {
     turns: Mutex<HashMap<Owner, Turn>>,
     /// Log FIFOs of starts that an earlier instance left half made, until Nomad asks for them again.
     held: Mutex<HashMap<Owner, HeldOpen>>,
+    /// Tasks of the old driver whose containers could not be ended yet.
+    former: Mutex<HashMap<Owner, FormerTask>>,
     opened: Instant,
     _lock: Flock<File>,
 }
@@ -191,6 +193,7 @@ impl Engine {
             tasks: Mutex::default(),
             turns: Mutex::default(),
             held: Mutex::default(),
+            former: Mutex::default(),
             opened: Instant::now(),
             _lock: lock,
         }));
@@ -287,6 +290,7 @@ impl Engine {
             turn = turn.lock() => turn,
             () = stop.cancelled() => return Err(TaskError::Stopped(id.clone())),
         };
+        self.clear_former(&request.alloc_id, &request.name).await?;
         let _held = (held, self.clear_predecessors(&request, &stop).await?);
         let began = start::start(&self.0.shared, &request, &stop).await;
         self.0.shared.pool.refill();
@@ -534,6 +538,7 @@ impl Engine {
             warmer.end();
         }
         self.0.shared.pool.close().await;
+        self.settings().places.leave_uppers();
     }
 
     pub(super) async fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {
@@ -558,6 +563,10 @@ impl Engine {
 
     pub(super) fn tasks(&self) -> MutexGuard<'_, HashMap<TaskId, Slot>> {
         self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn former(&self) -> MutexGuard<'_, HashMap<Owner, FormerTask>> {
+        self.0.former.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn held(&self) -> MutexGuard<'_, HashMap<Owner, HeldOpen>> {

@@ -164,14 +164,17 @@ pub async fn start(
     {
         tracing::warn!(path = %exec.marker.display(), %error, "an exec'd process is not noted");
     }
-    // crun 1.8 and runc 1.1 leave it as the shim's; theirs is never higher, so that raising it is always allowed.
-    if oom_score > 0
-        && let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), oom_score.to_string())
-    {
-        tracing::debug!(pid, %error, "oom_score_adj of an exec'd process; it has ended, most likely");
-    }
+    set_oom_score(pid, oom_score);
     let io = pipes.handed_over().map_err(ExecError::Pipes)?;
     Ok(Session { exec, io })
+}
+
+/// Gives a process of a task its score. Runtimes leave some as the shim's, which is the agent's and one more: crun before
+/// 1.9 a task's own where it is 0, both an exec'd process's. An agent is often protected; its tasks must not be.
+pub(super) fn set_oom_score(pid: u32, score: i64) {
+    if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+        tracing::debug!(pid, %error, "oom_score_adj; it has ended, most likely");
+    }
 }
 
 /// As `start`, for somebody who has no engine.

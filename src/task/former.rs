@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use super::Engine;
+use super::{Engine, TaskError};
 use crate::containerd::{Client, ContainerdError};
 
 /// The version of the old driver's handles.
@@ -14,6 +14,8 @@ const KILL_GRACE: Duration = Duration::from_secs(30);
 /// A task as the old driver knew it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FormerTask {
+    alloc_id: String,
+    task: String,
     /// What its container may be called in containerd.
     names: BTreeSet<String>,
 }
@@ -27,16 +29,34 @@ impl FormerTask {
             let name = fields.iter().find(|(key, _)| key.as_str() == Some("ContainerName"));
             names.extend(name.and_then(|(_, value)| value.as_str()).map(str::to_owned));
         }
-        Self { names }
+        Self { alloc_id: alloc_id.to_owned(), task: task.to_owned(), names }
     }
 }
 
 impl Engine {
-    /// Ends what is left of a task of the old driver: the containers that were ended.
+    /// Ends what is left of a task of the old driver: the containers that were ended. One that may still run is kept in
+    /// mind: the same task of the same allocation is not started beside it.
     ///
     /// # Errors
-    /// When containerd can't be asked, or does not end it: it may still run.
-    pub async fn end_former(&self, task: &FormerTask) -> Result<Vec<String>, ContainerdError> {
+    /// When containerd can't be asked, or does not end it.
+    pub async fn end_former(&self, task: FormerTask) -> Result<Vec<String>, ContainerdError> {
+        let owner = (task.alloc_id.clone(), task.task.clone());
+        let outcome = self.end_now(&task).await;
+        match &outcome {
+            Ok(_) => drop(self.former().remove(&owner)),
+            Err(_) => drop(self.former().insert(owner, task)),
+        }
+        outcome
+    }
+
+    /// A start comes: what could not be ended before must be by now.
+    pub(super) async fn clear_former(&self, alloc_id: &str, name: &str) -> Result<(), TaskError> {
+        let found = self.former().get(&(alloc_id.to_owned(), name.to_owned())).cloned();
+        let Some(task) = found else { return Ok(()) };
+        self.end_former(task).await.map(drop).map_err(TaskError::Former)
+    }
+
+    async fn end_now(&self, task: &FormerTask) -> Result<Vec<String>, ContainerdError> {
         let at = &self.settings().containerd;
         // The old driver had these two, by the version of cgroups.
         let namespaces = BTreeSet::from([at.namespace.as_str(), "nomad", "nomad.slice"]);

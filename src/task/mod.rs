@@ -143,6 +143,9 @@ pub enum TaskError {
     /// A process in a task.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// It may still run.
+    #[error("a container of this task, of the driver that was here before, can't be ended")]
+    Former(#[source] crate::containerd::ContainerdError),
     /// Nothing can be started beside that.
     #[error("an earlier attempt of the task, {0}, is still being undone")]
     Busy(TaskId),
@@ -195,6 +198,7 @@ impl TaskError {
             | Self::Held { .. }
             | Self::Lock { .. }
             | Self::Busy(_)
+            | Self::Former(_)
             | Self::Worker(_) => true,
             Self::Unkillable { .. } => true,
             _ => false,

@@ -3,9 +3,12 @@
 use std::{fs, path::Path};
 
 use super::StartRequest;
-use crate::rootfs::{
-    NetworkNamespace, RootfsError, gateway,
-    network::{self, Dns, ExtraHost, HOSTS, HostAddress},
+use crate::{
+    ids::Flavor,
+    rootfs::{
+        NetworkNamespace, RootfsError, gateway,
+        network::{self, Dns, ExtraHost, HOSTS, HostAddress},
+    },
 };
 
 const HOSTS_FILE: &str = "/etc/hosts";
@@ -32,10 +35,19 @@ impl Names {
     ///
     /// # Errors
     /// When `host-gateway` has no address.
-    pub(super) fn of(request: &StartRequest, network: &NetworkNamespace) -> Result<Self, RootfsError> {
+    pub(super) fn of(request: &StartRequest, network: &NetworkNamespace, flavor: Flavor) -> Result<Self, RootfsError> {
         let options = &request.options;
-        let extra = options.extra_hosts.iter().map(|host| address(host, network));
-        let extra = extra.collect::<Result<Vec<_>, _>>()?;
+        let mut extra = Vec::new();
+        for host in &options.extra_hosts {
+            match address(host, network) {
+                Ok(found) => extra.push(found),
+                // The old driver wrote a line that meant nothing.
+                Err(error) if flavor == Flavor::DropIn => {
+                    tracing::warn!(task = %request.task_id, error = %crate::chain(&error), "a line of extra_hosts is left out");
+                }
+                Err(error) => return Err(error),
+            }
+        }
         let extra = || extra.iter().map(|(address, name)| (address.as_str(), *name));
         let own = request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
         let hosts = match (options.host_network, options.extra_hosts.is_empty()) {
@@ -43,7 +55,9 @@ impl Names {
             (true, false) => Hosts::Text(network::hosts(&read(Path::new(HOSTS_FILE))?, extra())),
             (false, _) => Hosts::Text(network::hosts(HOSTS, own.into_iter().chain(extra()))),
         };
-        let servers = options.host_dns || !request.dns.is_unset();
+        // The old driver gave tasks with the host's network its name servers, too, whatever `host_dns` said.
+        let host_dns = options.host_dns || (options.host_network && flavor == Flavor::DropIn);
+        let servers = host_dns || !request.dns.is_unset();
         let resolv_conf = servers.then(|| request.dns.render(&system_dns(options.host_network)));
         Ok(Self { hosts, resolv_conf })
     }

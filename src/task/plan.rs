@@ -57,18 +57,17 @@ pub(super) fn network(request: &StartRequest) -> NetworkNamespace {
 /// The devices of Nomad's device plugins, and those that the job names, where the operator allows what they lead to.
 pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
     let security = &shared.settings.security;
+    let mut own = Vec::new();
     for path in request.options.devices.iter().map(PathBuf::from) {
         let failed = |source| RootfsError::File { doing: "use device", path: path.clone(), source };
         let resolved = path.canonicalize().map_err(failed)?;
         if !security.allows_device(&resolved.to_string_lossy()) {
             return Err(RootfsError::Device { path, resolved });
         }
+        own.push((resolved, path));
     }
-    let own = request.options.devices.iter().map(|path| DeviceRequest {
-        host_path: Path::new(path),
-        task_path: Path::new(path),
-        access: "rwm",
-    });
+    // From here on by what was allowed, which has no symlinks that somebody could turn elsewhere.
+    let own = own.iter().map(|(host_path, task_path)| DeviceRequest { host_path, task_path, access: "rwm" });
     let given = request.devices.iter().map(|device| DeviceRequest {
         host_path: &device.host_path,
         task_path: &device.task_path,

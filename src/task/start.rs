@@ -11,7 +11,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, PullPolicy, Record, RecordState, StartRequest, TaskError, TaskEvent,
+    Audience, PullPolicy, Record, RecordState, StartRequest, TaskError, TaskEvent, exec,
     names::Names,
     plan::{self, Plan},
     record::{RunRecord, millis},
@@ -78,7 +78,7 @@ pub async fn start(
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     let resolved = resolve_mounts(shared, request)?;
     let devices = plan::devices(shared, request)?;
-    let names = Names::of(request, &plan::network(request))?;
+    let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
     let image = self::image(shared, request, stop).await?;
     fault::point("start.image");
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
@@ -279,6 +279,7 @@ async fn run(
     // Now, while it surely lives: it waits for its start. One that does not is never taken for another by this.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     phases.create = step.elapsed();
+    exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
 
     let step = Instant::now();
     client.start(id).await.map_err(failed("start the container"))?;

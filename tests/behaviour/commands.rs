@@ -3,9 +3,10 @@
 use std::{
     fs,
     process::{Command, Output, Stdio},
+    time::Duration,
 };
 
-use nomad_driver_shim::ids::random_hex;
+use nomad_driver_shim::{ids::random_hex, places::Places};
 use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, Task, eventually, leak, program, services};
@@ -261,14 +262,31 @@ async fn what_no_record_names_is_reaped() {
     let config = json!({"state": {"grace": "1s"}});
     let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let stray = format!("stray-{}", random_hex(10));
-    for place in ["run/bundles", "state/uppers"] {
-        fs::create_dir_all(env.dir.join(place).join(&stray).join("x")).unwrap();
+    let places = Places::new(env.dir.join("run"), env.dir.join("state"));
+    for place in [places.bundles(), places.uppers()] {
+        fs::create_dir_all(place.join(&stray).join("x")).unwrap();
     }
     eventually("the stray container is reaped", async || {
         let left = leak::entries(&env.dir.join("run/bundles"));
         if left.is_empty() { Ok(()) } else { Err(left) }
     })
     .await;
+    env.finish().await;
+}
+
+/// Runs of the command line share a state directory: none takes another's writable layers for remains.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_plugin_has_made_is_its_own() {
+    let mut env = Env::new().await;
+    let task = env.sh("echo old > /file; echo ready; sleep 600").await;
+    task.says("ready").await;
+    let config = json!({"state": {"grace": "500ms", "state_dir": env.dir.join("state")}});
+    let mut other = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    // Three of its sweeps.
+    tokio::time::sleep(Duration::from_millis(2000)).await;
+    assert_eq!(env.exec_text(&task, "cat /file; echo new > /other; cat /other").await, "old\nnew\n");
+    assert!(other.plugin.take().unwrap().leave().await.status.is_some_and(|status| status.success()));
+    env.destroy(&task).await.unwrap();
     env.finish().await;
 }
 

@@ -132,6 +132,8 @@ async fn limits_of_the_job_are_the_kernels() {
         "3072\n"
     );
     assert_eq!(seen(&mut env, json!({"oom_score_adj": 500}), "sleep 0.3; cat /proc/self/oom_score_adj").await, "500\n");
+    // Not the shim's, which is the agent's and one more.
+    assert_eq!(seen(&mut env, json!({}), "sleep 0.3; cat /proc/self/oom_score_adj").await, "0\n");
     let sysctl =
         json!({"sysctl": [{"net.core.somaxconn": "16384"}, {"net/ipv4/ip_forward": "1", "kernel.shmmni": "77"}]});
     let script = "cat /proc/sys/net/core/somaxconn /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shmmni";
@@ -163,6 +165,7 @@ async fn limits_of_the_job_are_the_kernels() {
         (json!({"labels": {"run.oci.handler": "wasm"}}), "labels: \"run.oci.handler\" is reserved"),
         (json!({"annotations": {"dev.gvisor.flag.network": "host"}}), "annotations: \"dev.gvisor.flag.network\""),
         (json!({"devices": ["null"]}), "not an absolute path"),
+        (json!({"devices": ["/dev/dri/../null"]}), "without \"..\""),
         (json!({"devices": ["/dev/nothing"]}), "use device /dev/nothing"),
         (json!({"devices": ["/dev/shm"]}), "it is no device"),
         (json!({"extra_hosts": ["db"]}), "\"db\" is not name:address"),
@@ -297,6 +300,13 @@ async fn a_terminal_is_one_and_its_output_is_the_logs() {
     let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "tty": true});
     let (code, out, err) = env.run(config).await;
     assert_eq!((code, out.as_str(), err.as_str()), (4, "terminal\r\nerr\r\n", ""));
+    // logs { disabled = true }
+    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "tty": true});
+    let mut task = env.prepare(config).await;
+    (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
+    env.try_start(&mut task).await.unwrap();
+    assert_eq!(env.wait(&task).await.exit_code, 4);
+    env.destroy(&task).await.unwrap();
     env.finish().await;
 }
 

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use nomad_driver_shim::pb::driver::TaskState;
+use nomad_driver_shim::{
+    cgroup::{CgroupPath, Cgroups},
+    pb::driver::TaskState,
+};
 
-use crate::support::{Env, services};
+use crate::support::{Env, EnvOptions, services};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_lives_through_the_death_of_its_plugin() {
@@ -95,7 +98,26 @@ async fn a_task_of_the_old_driver_is_ended_and_never_doubled() {
     );
     let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("its container is gone"), "{error:?}");
-    // ctr gives its snapshots the container's name.
-    ctr(&["snapshots", "rm", &container]);
+    // containerd gives its cgroups a parent called like the namespace.
+    let parent = CgroupPath::recorded(&format!("/{}", env.namespace));
+    Cgroups::detect().unwrap().remove(&parent).unwrap();
+    env.finish().await;
+}
+
+/// containerd is away when the agent comes back: the old container may still run.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_started_beside_a_container_of_the_old_driver() {
+    let mut env = Env::new().await;
+    let mut task = env.sh("exit 0").await;
+    env.wait(&task).await;
+    env.destroy(&task).await.unwrap();
+    let config = serde_json::json!({"containerd": {"address": "/nonexistent/containerd.sock"}});
+    let mut away = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    (task.handle.as_mut().unwrap().version, task.handle.as_mut().unwrap().driver_state) = (1, Vec::new());
+    let error = away.recover(&task).await.unwrap_err();
+    assert!(error.message().contains("may still run"), "{error:?}");
+    let error = away.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().contains("of the driver that was here before, can't be ended"), "{error:?}");
+    assert!(away.plugin.take().unwrap().leave().await.status.is_some_and(|status| status.success()));
     env.finish().await;
 }

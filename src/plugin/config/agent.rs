@@ -110,7 +110,14 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         faults.push(format!("containerd_runtime = {old:?} is not supported; use io.containerd.runc.v2"));
     }
     let stats_interval = values.filled("stats_interval").and_then(|interval| {
-        duration::parse(interval).map_err(|error| faults.push(format!("stats_interval: {error}"))).ok()
+        let parsed = duration::parse(interval);
+        parsed
+            .map_err(|error| match name.flavor() {
+                // As the old driver: the agent's own interval holds.
+                Flavor::DropIn => tracing::warn!(%error, "stats_interval is passed over"),
+                Flavor::Secure => faults.push(format!("stats_interval: {error}")),
+            })
+            .ok()
     });
     let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
     let default_runtime = values.filled("default_runtime").map(str::to_owned);

@@ -95,7 +95,18 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         let names = values.list(option).unwrap_or_default();
         names
             .iter()
-            .filter_map(|name| parse_capability(name).map_err(|error| faults.push(format!("{option}: {error}"))).ok())
+            .filter_map(|name| match parse_capability(name) {
+                Ok(capability) => Some(capability),
+                // The old driver passed them on, and runc passes over what it does not know.
+                Err(error) if flavor == Flavor::DropIn => {
+                    tracing::warn!(option, %error, "passed over");
+                    None
+                }
+                Err(error) => {
+                    faults.push(format!("{option}: {error}"));
+                    None
+                }
+            })
             .collect()
     };
     let (cap_add, cap_drop) = (capabilities("cap_add"), capabilities("cap_drop"));

@@ -103,7 +103,7 @@ pub(super) fn ulimits(values: &Values, faults: &mut Faults<'_>) -> Vec<Ulimit> {
 
 pub(super) fn job_limits(values: &Values, faults: &mut Faults<'_>) -> JobLimits {
     let cpuset = |option: &str, faults: &mut Faults<'_>| {
-        let text = values.filled(option).unwrap_or_default();
+        let text = values.filled(option).unwrap_or_default().trim();
         if !is_cpu_list(text) {
             faults.say(format!("{option} = {text:?} is not a list such as 0-3,5"));
         }
@@ -142,9 +142,19 @@ pub(super) fn job_limits(values: &Values, faults: &mut Faults<'_>) -> JobLimits 
 fn is_cpu_list(text: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.len() < 6 && text.bytes().all(|byte| byte.is_ascii_digit());
     text.is_empty()
-        || text.split(',').all(|part| match part.split_once('-') {
-            Some((from, to)) => is_number(from) && is_number(to) && from.parse::<u32>().ok() <= to.parse::<u32>().ok(),
-            None => is_number(part),
+        || text.split(',').map(str::trim).all(|part| {
+            // `0-6:2/4`: of each group of four the first two.
+            let (range, group) = part.split_once(':').map_or((part, None), |(range, group)| (range, Some(group)));
+            let is_group = group.is_none_or(|group| {
+                group.split_once('/').is_some_and(|(used, size)| is_number(used) && is_number(size))
+            });
+            is_group
+                && match range.split_once('-') {
+                    Some((from, to)) => {
+                        is_number(from) && is_number(to) && from.parse::<u32>().ok() <= to.parse::<u32>().ok()
+                    }
+                    None => group.is_none() && is_number(range),
+                }
         })
 }
 
@@ -188,8 +198,8 @@ pub(super) fn extra_hosts(values: &Values, faults: &mut Faults<'_>) -> Vec<Extra
 pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> Vec<String> {
     let devices = values.list("devices").unwrap_or_default();
     for device in devices {
-        if !device.starts_with('/') {
-            faults.say(format!("devices: {device:?} is not an absolute path"));
+        if !device.starts_with('/') || device.split('/').any(|part| part == "..") {
+            faults.say(format!("devices: {device:?} is not an absolute path without \"..\""));
         } else if !security.allows_device(device) {
             faults.say(format!(
                 "devices: {device:?} is not allowed on this node (plugin option security {{ allow_devices }})"
@@ -205,10 +215,10 @@ mod tests {
 
     #[test]
     fn lists_of_processors_are_the_kernels() {
-        for good in ["", "0", "0-3", "0-3,5", "1,2,7-9"] {
+        for good in ["", "0", "0-3", "0-3,5", "1, 2,7-9", "0-6:2/4"] {
             assert!(is_cpu_list(good), "{good}");
         }
-        for bad in ["-", "3-1", "a", "1,", "1-2-3", "0 1", "9999999"] {
+        for bad in ["-", "3-1", "a", "1,", "1-2-3", "0 1", "9999999", "0:1/2", "0-3:x"] {
             assert!(!is_cpu_list(bad), "{bad}");
         }
     }

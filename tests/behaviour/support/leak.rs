@@ -134,8 +134,10 @@ fn processes(env: &Env) -> Vec<(String, String)> {
 /// Records, bundles, writable layers, runtimes' states, allocations' generated files.
 fn on_disk(env: &Env) -> Vec<String> {
     let mut leaks = Vec::new();
-    for place in ["run/tasks", "run/bundles", "state/uppers"] {
-        leaks.extend(entries(&env.dir.join(place)).into_iter().map(|name| format!("{place}/{name}")));
+    // Each run directory has its own part of the writable layers.
+    let parts = entries(&env.dir.join("state/uppers")).into_iter().map(|part| format!("state/uppers/{part}"));
+    for place in ["run/tasks", "run/bundles"].map(str::to_owned).into_iter().chain(parts) {
+        leaks.extend(entries(&env.dir.join(&place)).into_iter().map(|name| format!("{place}/{name}")));
     }
     for runtime in entries(&env.dir.join("run/runtimes")) {
         let root = env.dir.join("run/runtimes").join(&runtime).join(&env.namespace);
