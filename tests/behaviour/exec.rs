@@ -108,8 +108,9 @@ async fn upstream_isolation() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_execd_is_as_confined_as_the_task() {
     let mut env = Env::new().await;
+    // What is run in it gets its score a moment after its start.
     let look = "grep -E '^(Seccomp|NoNewPrivs|Cap...|Uid|Gid|Groups):' /proc/self/status; cat /proc/self/cgroup; \
-                cat /proc/self/oom_score_adj; pwd; id; ulimit -n; echo $MARK-$FROM_IMAGE";
+                sleep 1; cat /proc/self/oom_score_adj; pwd; id; ulimit -n; echo $MARK-$FROM_IMAGE";
     let mut task = env
         .prepare(json!({
             "image": env.busybox().await, "command": "/bin/sh", "args": ["-c", format!("{look}; echo done; sleep 600")],

@@ -131,9 +131,9 @@ async fn limits_of_the_job_are_the_kernels() {
         seen(&mut env, json!({"shm_size": "3m"}), "df -k /dev/shm | tail -1 | awk '{print $2}'").await,
         "3072\n"
     );
-    assert_eq!(seen(&mut env, json!({"oom_score_adj": 500}), "sleep 0.3; cat /proc/self/oom_score_adj").await, "500\n");
+    assert_eq!(seen(&mut env, json!({"oom_score_adj": 500}), "sleep 1; cat /proc/self/oom_score_adj").await, "500\n");
     // Not the shim's, which is the agent's and one more.
-    assert_eq!(seen(&mut env, json!({}), "sleep 0.3; cat /proc/self/oom_score_adj").await, "0\n");
+    assert_eq!(seen(&mut env, json!({}), "sleep 1; cat /proc/self/oom_score_adj").await, "0\n");
     let sysctl =
         json!({"sysctl": [{"net.core.somaxconn": "16384"}, {"net/ipv4/ip_forward": "1", "kernel.shmmni": "77"}]});
     let script = "cat /proc/sys/net/core/somaxconn /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shmmni";
