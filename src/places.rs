@@ -32,12 +32,17 @@ pub enum PlacesError {
 pub struct Places {
     run: PathBuf,
     state: PathBuf,
+    uppers: PathBuf,
 }
 
 impl Places {
     /// Below `run` and `state`.
     pub fn new(run: impl Into<PathBuf>, state: impl Into<PathBuf>) -> Self {
-        Self { run: run.into(), state: state.into() }
+        let (run, state): (PathBuf, PathBuf) = (run.into(), state.into());
+        let owner = Digest::of(run.as_os_str().as_encoded_bytes()).to_string();
+        let (_, owner) = owner.split_at("sha256:".len());
+        let uppers = state.join("uppers").join(&owner[..12]);
+        Self { run, state, uppers }
     }
 
     /// The defaults of a driver called `name`.
@@ -142,20 +147,18 @@ impl Places {
     /// Writable layers. Runs of the command line share a state directory: each has its own part, so that none takes
     /// another's for remains.
     pub fn uppers(&self) -> PathBuf {
-        let owner = Digest::of(self.run.as_os_str().as_encoded_bytes()).to_string();
-        let (_, owner) = owner.split_at("sha256:".len());
-        self.state.join("uppers").join(&owner[..12])
+        self.uppers.clone()
     }
 
     /// Nothing is left: the state directory keeps nothing of ours but images.
     pub fn leave_uppers(&self) {
         // Not empty: somebody's task runs on.
-        let _ = fs::remove_dir(self.uppers());
+        let _ = fs::remove_dir(&self.uppers);
     }
 
     /// One task's writable layer: `upper` and `work` below it.
     pub fn upper(&self, id: &ContainerId) -> PathBuf {
-        self.uppers().join(id.as_str())
+        self.uppers.join(id.as_str())
     }
 
     /// Image records.

@@ -26,8 +26,7 @@ pub struct Picture<'a> {
 impl Picture<'_> {
     /// What it is called as a file.
     pub fn file_name(&self) -> String {
-        let mode = if self.mode == Mode::Gaps { "gaps" } else { "back_to_back" };
-        format!("{}-{mode}-{}.svg", self.metric, self.concurrency)
+        format!("{}-{}-{}.svg", self.metric, self.mode.name(), self.concurrency)
     }
 }
 
@@ -45,34 +44,25 @@ pub(super) fn place(metric: &str) -> usize {
 }
 
 /// All pictures of a run, in order.
-pub fn pictures(results: &Results) -> Vec<Picture<'_>> {
+pub fn pictures<'a>(results: &'a Results) -> Vec<Picture<'a>> {
     let paths = paths(results);
     let mut kinds: Vec<(Mode, usize, &str)> =
         results.rows.iter().map(|row| (row.mode, row.concurrency, row.metric.as_str())).collect();
     kinds.sort_by_key(|(mode, concurrency, metric)| (*concurrency, *mode, place(metric)));
     kinds.dedup();
-    let draw = |(mode, concurrency, metric): (Mode, usize, &'_ str)| {
-        let lines: Vec<Line<'_>> = paths
-            .iter()
-            .filter_map(|(path, colour)| {
-                let same = |one: &&Samples| {
-                    one.path == *path && one.mode == mode && one.concurrency == concurrency && one.metric == metric
-                };
-                let samples = results.samples.iter().find(same)?;
-                Some(Line { path, colour, values: &samples.ms })
-            })
-            .collect();
-        draw(&lines)
-    };
-    kinds
-        .into_iter()
-        .map(|(mode, concurrency, metric)| Picture {
-            metric,
-            mode,
-            concurrency,
-            svg: draw((mode, concurrency, metric)),
-        })
-        .collect()
+    let mut pictures = Vec::new();
+    for (mode, concurrency, metric) in kinds {
+        let same = |one: &&Samples, path| {
+            one.path == path && one.mode == mode && one.concurrency == concurrency && one.metric == metric
+        };
+        let line = |(path, colour): &(&'a str, &'static str)| {
+            let samples = results.samples.iter().find(|one| same(one, *path))?;
+            Some(Line { path, colour, values: &samples.ms })
+        };
+        let lines: Vec<Line<'_>> = paths.iter().filter_map(line).collect();
+        pictures.push(Picture { metric, mode, concurrency, svg: draw(&lines) });
+    }
+    pictures
 }
 
 struct Line<'a> {

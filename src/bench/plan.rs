@@ -40,6 +40,16 @@ pub enum Mode {
     Gaps,
 }
 
+impl Mode {
+    /// As plans and results have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BackToBack => "back_to_back",
+            Self::Gaps => "gaps",
+        }
+    }
+}
+
 /// A step in a task's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

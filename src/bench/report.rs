@@ -7,13 +7,6 @@ use super::{
     pictures::{Picture, escape, pictures, place},
 };
 
-fn mode(mode: Mode) -> &'static str {
-    match mode {
-        Mode::BackToBack => "back_to_back",
-        Mode::Gaps => "gaps",
-    }
-}
-
 /// All figures, as text.
 pub fn table(results: &Results) -> String {
     let mut text = String::new();
@@ -50,7 +43,7 @@ pub fn table(results: &Results) -> String {
                 text,
                 "{:28} {:>12} {:>3} {:30} {:>5} {:>9.3} {:>9.3} {:>9.3} {:>9.3} {:>9.3}",
                 row.path,
-                mode(row.mode),
+                row.mode.name(),
                 row.concurrency,
                 row.metric,
                 row.n,
@@ -103,7 +96,7 @@ pub fn compare(before: &Results, after: &Results) -> String {
                 text,
                 "{:28} {:>12} {:>3} {:30} {:>9.3} {:>9.3} {:>7.2}",
                 new.path,
-                mode(new.mode),
+                new.mode.name(),
                 new.concurrency,
                 new.metric,
                 old.p50_ms,

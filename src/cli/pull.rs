@@ -12,7 +12,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use super::{CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print};
 use crate::{
     ids::Digest,
-    image::{Credentials, Progress, PullEvent, PullRequest, PullSource},
+    image::{Credentials, Progress, PullEvent, PullPolicy, PullRequest},
 };
 
 /// Pull an image
@@ -51,7 +51,7 @@ impl Pull {
                 reference,
                 credentials,
                 opened: None,
-                source: PullSource::default(),
+                policy: PullPolicy::default(),
                 timeout: Duration::from_secs(self.timeout),
                 progress,
             };

@@ -100,8 +100,7 @@ impl Client {
     /// # Errors
     /// As containerd.
     pub async fn kill_task(&self, id: &str, signal: u32) -> Result<(), ContainerdError> {
-        let request = KillRequest { container_id: id.to_owned(), signal, ..Default::default() };
-        gone_is_fine(self.call("Tasks.Kill", id, self.tasks().kill(self.request(None, request))).await)
+        self.kill(KillRequest { container_id: id.to_owned(), signal, ..Default::default() }).await
     }
 
     /// Kills all its processes; one that is gone is fine.
@@ -110,8 +109,12 @@ impl Client {
     /// As containerd.
     pub async fn kill_all(&self, id: &str) -> Result<(), ContainerdError> {
         let signal = libc::SIGKILL.cast_unsigned();
-        let request = KillRequest { container_id: id.to_owned(), signal, all: true, ..Default::default() };
-        gone_is_fine(self.call("Tasks.Kill", id, self.tasks().kill(self.request(None, request))).await)
+        self.kill(KillRequest { container_id: id.to_owned(), signal, all: true, ..Default::default() }).await
+    }
+
+    async fn kill(&self, request: KillRequest) -> Result<(), ContainerdError> {
+        let id = request.container_id.clone();
+        gone_is_fine(self.call("Tasks.Kill", &id, self.tasks().kill(self.request(None, request))).await)
     }
 
     /// Does containerd know a container of this name?

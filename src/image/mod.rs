@@ -25,7 +25,7 @@ pub use layer::LayerProblem;
 pub use pull::{Progress, PullEvent};
 pub use record::{ImageConfig, ImageRecord};
 pub use reference::{Reference, ReferenceError, RegistryName};
-pub use store::{ImageStore, PullRequest, PullSource};
+pub use store::{ImageStore, PullPolicy, PullRequest};
 
 use crate::{containerd::ContainerdError, ids::Digest};
 

@@ -34,19 +34,19 @@ const MANIFEST_MAX: usize = 4 << 20;
 
 type PullResult = Result<Arc<ImageRecord>, SharedError>;
 /// Callers with other credentials get their own answer.
-type FlightKey = (Reference, Option<Credentials>, Option<Stamp>, PullSource);
+type FlightKey = (Reference, Option<Credentials>, Option<Stamp>, PullPolicy);
 type Flight = Pin<Box<dyn Future<Output = PullResult> + Send>>;
 
-/// Where an image of a registry may come from.
+/// When the registry is asked for an image of its.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub enum PullSource {
-    /// From containerd's store where it has all of it, else from its registry.
+pub enum PullPolicy {
+    /// When containerd's store has not all of it.
     #[default]
-    Any,
-    /// From its registry: what is here may be an older one of that name.
-    Registry,
-    /// From containerd's store.
-    Local,
+    Missing,
+    /// At every pull: what is here may be an older one of that name.
+    Always,
+    /// Never.
+    Never,
 }
 
 /// What a pull is asked with.
@@ -62,8 +62,8 @@ pub struct PullRequest {
     pub timeout: Duration,
     /// Who hears of it (of the pull that is joined, the first caller).
     pub progress: Progress,
-    /// Where it may come from.
-    pub source: PullSource,
+    /// When its registry is asked.
+    pub policy: PullPolicy,
 }
 
 /// The images of one driver. Cheap to clone.
@@ -162,19 +162,19 @@ impl ImageStore {
     /// # Errors
     /// When the image can't be had in the caller's time.
     pub async fn pull(&self, request: PullRequest) -> PullResult {
-        let PullRequest { reference, credentials, opened, timeout, progress, source } = request;
+        let PullRequest { reference, credentials, opened, timeout, progress, policy } = request;
         // Taken before anything is read: a file that changes meanwhile is read anew by the next caller.
         let stamp = reference.archive().and_then(|archive| archive.stamp(opened.as_deref()).ok());
         let flight = {
             let mut flights = lock(&self.0.flights);
             flights.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
-            let key = (reference.clone(), credentials.clone(), stamp, source);
+            let key = (reference.clone(), credentials.clone(), stamp, policy);
             match flights.get(&key).and_then(WeakShared::upgrade) {
                 Some(flight) => flight,
                 None => {
                     let (store, reference) = (self.clone(), reference.clone());
                     let work = async move {
-                        store.run(&reference, credentials.as_ref(), (opened, stamp), (source, &progress)).await
+                        store.run(&reference, credentials.as_ref(), (opened, stamp), (policy, &progress)).await
                     };
                     let flight: Shared<Flight> = (Box::pin(work) as Flight).shared();
                     if let Some(weak) = flight.downgrade() {
@@ -194,21 +194,21 @@ impl ImageStore {
         reference: &Reference,
         credentials: Option<&Credentials>,
         (opened, stamp): (Option<Arc<OwnedFd>>, Option<Stamp>),
-        (source, progress): (PullSource, &Progress),
+        (policy, progress): (PullPolicy, &Progress),
     ) -> PullResult {
         let name = reference.to_string();
         let client = &self.0.client;
         let work = async {
             let flying = self.fly();
             let lease = PullLease::begin(client, LeaseId(flying.0.clone())).await?;
-            let local = match (reference, source) {
+            let local = match (reference, policy) {
                 // What containerd has under its name may be an older one.
-                (Reference::Archive(_), _) | (_, PullSource::Registry) => None,
+                (Reference::Archive(_), _) | (_, PullPolicy::Always) => None,
                 (Reference::Registry(_), _) => self.local(reference, progress, lease.id()).await?,
             };
             let (fetched, chain) = match local {
                 Some(found) => found,
-                None if source == PullSource::Local && reference.archive().is_none() => {
+                None if policy == PullPolicy::Never && reference.archive().is_none() => {
                     return Err(ImageError::NotHere { image: name.clone() });
                 }
                 None => {

@@ -24,7 +24,7 @@ use super::{
     undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
 };
 use crate::{
-    cgroup::{CgroupMode, CgroupPath, Cgroups, KeepWarm, Meter, Usage, Warmer},
+    cgroup::{CgroupMode, Cgroups, KeepWarm, Warmer},
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
@@ -108,26 +108,6 @@ pub struct Engine(pub(super) Arc<Inner>);
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("name", &self.0.shared.settings.name).finish_non_exhaustive()
-    }
-}
-
-/// A task that is looked at.
-#[derive(Debug)]
-pub struct TaskMeter {
-    meter: Meter,
-    exit: watch::Receiver<Option<ExitRecord>>,
-}
-
-impl TaskMeter {
-    /// What it uses right now; None once it has ended.
-    pub fn usage(&self) -> Option<Usage> {
-        if self.exit.borrow().is_some() { None } else { self.meter.usage() }
-    }
-
-    /// Returns when it has ended.
-    pub async fn ended(&mut self) {
-        // A task that is forgotten has ended, too.
-        let _ = self.exit.wait_for(Option::is_some).await;
     }
 }
 
@@ -403,16 +383,6 @@ impl Engine {
             .kill(container.as_str(), number, Kill::Init)
             .await
             .map_err(|source| TaskError::Shim { doing: "send the signal", source })
-    }
-
-    /// What a task uses, for as many looks as are wanted; None once it has ended.
-    ///
-    /// # Errors
-    /// When it is unknown.
-    pub async fn meter(&self, id: &TaskId) -> Result<Option<TaskMeter>, TaskError> {
-        let task = self.find(id).await?;
-        let meter = self.0.shared.cgroups.meter(&CgroupPath::recorded(&task.record().cgroup));
-        Ok(meter.map(|meter| TaskMeter { meter, exit: task.exit.subscribe() }))
     }
 
     /// Runs a further process in a task.

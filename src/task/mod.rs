@@ -6,6 +6,7 @@ mod exec;
 mod former;
 mod live;
 mod lock;
+mod meter;
 mod metrics;
 mod names;
 mod plan;
@@ -27,14 +28,15 @@ use std::{
     time::Duration,
 };
 
-pub use engine::{Engine, Force, Inspection, TaskMeter};
+pub use engine::{Engine, Force, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
 pub use former::{FORMER_VERSION, FormerTask};
+pub use meter::TaskMeter;
 use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
-pub use request::{JobLimits, PullPolicy, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
+pub use request::{JobLimits, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
 pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works};
 pub use settings::{
     Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SecuritySettings, Settings, ShimSettings, matches_any,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use crate::{
     ids::TaskId,
-    image::{Credentials, Reference},
+    image::{Credentials, PullPolicy, Reference},
     rootfs::{
         CapabilityRequest, Command, MemoryMax, NetworkNamespace, Resources, RootMode,
         limits::{Namespaces, Ulimit},
@@ -72,18 +72,6 @@ pub struct TaskOptions {
     pub tty: bool,
     /// `labels`, `annotations`.
     pub annotations: BTreeMap<String, String>,
-}
-
-/// When the registry is asked for an image.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum PullPolicy {
-    /// When it is not here.
-    #[default]
-    Missing,
-    /// At every start.
-    Always,
-    /// Never.
-    Never,
 }
 
 /// What a job says about its limits beside its `resources`.

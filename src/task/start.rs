@@ -11,7 +11,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, PullPolicy, Record, RecordState, StartRequest, TaskError, TaskEvent, exec,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec,
     names::Names,
     plan::{self, Plan},
     record::{RunRecord, millis},
@@ -22,7 +22,7 @@ use crate::{
     cgroup::{Warm, Warmer},
     fault,
     ids::ContainerId,
-    image::{Archive, ImageRecord, Progress, PullRequest, PullSource, Reference},
+    image::{Archive, ImageRecord, Progress, PullPolicy, PullRequest, Reference},
     process::ProcessId,
     rootfs::{
         self, RootfsError,
@@ -134,11 +134,7 @@ async fn image(
         credentials: options.auth.clone().or_else(|| shared.settings.auth.clone()),
         timeout: options.image_pull_timeout,
         progress: Progress::default(),
-        source: match policy {
-            PullPolicy::Missing => PullSource::Any,
-            PullPolicy::Always => PullSource::Registry,
-            PullPolicy::Never => PullSource::Local,
-        },
+        policy,
     };
     tokio::select! {
         pulled = shared.images.pull(pull) => {

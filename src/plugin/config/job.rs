@@ -10,13 +10,13 @@ use super::{
 use crate::{
     duration,
     ids::Flavor,
-    image::Reference,
+    image::{PullPolicy, Reference},
     plugin::{
         decode::{Values, decode},
         options::TASK,
     },
     rootfs::{CapabilityRequest, Command, RootMode, parse_capability},
-    task::{PullPolicy, SeccompRequest, SecuritySettings, Settings, TaskOptions},
+    task::{SeccompRequest, SecuritySettings, Settings, TaskOptions},
 };
 
 /// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
