@@ -1,6 +1,7 @@
 # What a developer and CI call. Everything that is installed comes through scripts/setup.sh.
 CARGO ?= cargo
 IMAGE ?=
+DRIVER ?=
 
 .PHONY: demo bench test test-thousand test-cgroup2 test-matrix test-fresh lint build setup clean
 
@@ -15,9 +16,11 @@ demo: setup
 bench: setup
 	@scripts/bench.sh $(ARGS)
 
-## All tests: unit, property, behaviour against real parts.
+## All tests: unit, property, behaviour against real parts, conformance. DRIVER=/path/to/plugin runs the conformance rows
+## on any driver instead (DRIVER_CONFIG='{...}': its plugin configuration, ARGS="B6": rows by name).
 test: setup
-	@$(CARGO) test --locked
+	@if [ -n "$(DRIVER)" ]; then DRIVER="$(abspath $(DRIVER))" $(CARGO) test --locked --test conformance -- $(ARGS); \
+	 else $(CARGO) test --locked; fi
 
 ## The core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime.
 test-matrix:

@@ -1,5 +1,6 @@
 //! cgroups of version 1 and 2: where tasks and shims go, and what the kernel says of them afterwards.
 
+mod share_pool;
 mod stats;
 mod warmer;
 
@@ -8,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use share_pool::SharePool;
 pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, percent};
 pub use warmer::{KeepWarm, Warm, Warmer};
 

@@ -166,8 +166,11 @@ impl Client {
         // A cut-off download of earlier, perhaps of ours, which nobody has looked through: start over.
         drop(writer);
         let abort = self.request(None, AbortRequest { r#ref: reference.to_owned() });
-        self.call("Content.Abort", reference, self.content().abort(abort)).await?;
-        Ok(None)
+        match self.call("Content.Abort", reference, self.content().abort(abort)).await {
+            // Another image's pull of the same layer was faster.
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(None),
+        }
     }
 
     /// Opens a blob for reading, piece by piece.

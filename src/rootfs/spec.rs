@@ -233,6 +233,9 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if !devices.is_empty() {
         linux = linux.devices(devices);
     }
+    if let Some(propagation) = root_propagation(&mounts) {
+        linux = linux.rootfs_propagation(propagation);
+    }
     if !input.sysctl.is_empty() {
         linux = linux.sysctl(input.sysctl.clone().into_iter().collect::<HashMap<_, _>>());
     }
@@ -288,6 +291,20 @@ fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::Lin
         .inheritable(none.clone())
         .ambient(none)
         .build()?)
+}
+
+/// What the root must be for its mounts to be what they say: runtimes set it before they bind, and a bind below a
+/// private root has no peers any more (mount_namespaces(7)). docker's rule.
+fn root_propagation(mounts: &[Mount]) -> Option<&'static str> {
+    let has = |wanted: [&str; 2]| {
+        let options = mounts.iter().filter_map(|mount| mount.options().as_ref()).flatten();
+        options.into_iter().any(|option| wanted.contains(&option.as_str()))
+    };
+    match (has(["rshared", "shared"]), has(["rslave", "slave"])) {
+        (true, _) => Some("rshared"),
+        (false, true) => Some("rslave"),
+        (false, false) => None,
+    }
 }
 
 fn rlimits(flavor: Flavor, wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {

@@ -179,6 +179,7 @@ impl Engine {
         }));
         let whole = engine.sort_out(records);
         engine.watch_over(whole);
+        engine.follow_share_pools();
         Ok(engine)
     }
 

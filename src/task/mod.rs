@@ -16,6 +16,7 @@ mod recover;
 mod request;
 mod runtime;
 mod settings;
+mod share_pool;
 mod shared;
 mod signal;
 mod start;

@@ -20,7 +20,7 @@ use super::{
     signal,
 };
 use crate::{
-    cgroup::CgroupMode,
+    cgroup::{CgroupMode, CgroupPath, SharePool},
     fault,
     ids::{ContainerId, Flavor},
     image::ImageRecord,
@@ -46,7 +46,9 @@ pub(super) struct Plan<'a> {
     /// With what it may do to them.
     pub(super) devices: Vec<(LinuxDevice, String)>,
     pub(super) container_id: ContainerId,
-    pub(super) cgroup: crate::cgroup::CgroupPath,
+    pub(super) cgroup: CgroupPath,
+    /// With its processors.
+    pub(super) share_pool: Option<(SharePool, String)>,
 }
 
 /// Whose network a task sees.
@@ -99,6 +101,7 @@ impl Plan<'_> {
             shim: shim.to_owned(),
             namespace: shared.pool.launcher().namespace().to_owned(),
             cgroup: self.cgroup.as_str().to_owned(),
+            share_pool: self.share_pool.as_ref().map(|(pool, _)| pool.clone()),
             stop_signal,
         })?;
         record.save(&shared.settings.places.record(&self.container_id))?;
@@ -147,6 +150,10 @@ impl Plan<'_> {
         let capabilities = base.adjusted(&options.cap_add, &options.cap_drop).within(own);
         let seccomp = self.filter(shared, &capabilities)?;
         let config = &image.config;
+        let mut resources = request.resources.clone();
+        if let Some((_, cpus)) = &self.share_pool {
+            resources.cpuset_cpus.clone_from(cpus);
+        }
         let spec = rootfs::build(SpecInput {
             flavor,
             image: ImageDefaults {
@@ -169,7 +176,7 @@ impl Plan<'_> {
             network: network(request),
             mounts: self.mounts(shared, flavor)?,
             devices: self.devices.clone(),
-            resources: &request.resources,
+            resources: &resources,
             ulimits: &options.ulimits,
             sysctl: &options.sysctl,
             namespaces: options.namespaces,

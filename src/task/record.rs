@@ -14,6 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    cgroup::SharePool,
     ids::{ContainerId, TaskId},
     process::{self, ProcessId},
 };
@@ -79,6 +80,9 @@ pub struct Intent {
     pub namespace: String,
     /// Its cgroup.
     pub cgroup: String,
+    /// The pool whose processors it has, where that is ours to follow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share_pool: Option<SharePool>,
     /// The signal that asks it to stop.
     pub stop_signal: i32,
 }
@@ -346,6 +350,7 @@ mod tests {
             shim: "s".to_owned(),
             namespace: "nomad".to_owned(),
             cgroup: "/nomad/a.web".to_owned(),
+            share_pool: None,
             stop_signal: 15,
         })
         .expect("a boot id")

@@ -15,6 +15,7 @@ use super::{
     names::Names,
     plan::{self, Plan},
     record::{RunRecord, millis},
+    share_pool,
     shared::Shared,
     undo::undo_or_keep,
 };
@@ -83,7 +84,8 @@ pub async fn start(
     fault::point("start.image");
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
     let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
-    let mut plan = Plan { request, runtime, image, resolved, names, devices, container_id, cgroup };
+    let share_pool = share_pool::of(shared, request);
+    let mut plan = Plan { request, runtime, image, resolved, names, devices, container_id, cgroup, share_pool };
     match made(shared, &plan, began).await {
         // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))

@@ -207,6 +207,7 @@ impl Engine {
             shim: NO_SHIM.to_owned(),
             namespace: shared.pool.launcher().namespace().to_owned(),
             cgroup,
+            share_pool: None,
             stop_signal: libc::SIGKILL,
         })?;
         undo(shared, &record, shim).await?;

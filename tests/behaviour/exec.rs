@@ -1,7 +1,7 @@
-//! Processes in a running task: script checks (ExecTask) and `nomad alloc exec` (ExecTaskStreaming). The names of the
-//! `upstream_` tests are those of Nomad's own harness.
+//! Processes in a running task: script checks (ExecTask) and `nomad alloc exec` (ExecTaskStreaming). What Nomad's own
+//! harness asks for is in the conformance suite.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -11,10 +11,6 @@ const SH: [&str; 2] = ["/bin/sh", "-c"];
 
 async fn session(env: &Env, task: &Task, script: &str, tty: bool) -> Outcome {
     env.talk(task, &[SH[0], SH[1], script], tty).await.unwrap().end().await
-}
-
-fn outcome(stdout: &str, stderr: &str, tty: bool, code: i32) -> Outcome {
-    Outcome { stdout: stdout.into(), stderr: stderr.into(), closed: (true, !tty), code: Some(code) }
 }
 
 /// Pids of the host whose command line has `mark`.
@@ -27,81 +23,6 @@ fn alive(mark: &str) -> Vec<i32> {
             String::from_utf8_lossy(&line).contains(mark)
         })
         .collect()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn upstream_no_tty() {
-    let mut env = Env::new().await;
-    let task = env.sh("sleep 600").await;
-    let both = session(&env, &task, "echo hi; echo err >&2; exit 43", false).await;
-    assert_eq!(both, outcome("hi\n", "err\n", false, 43));
-    let streaming = session(&env, &task, "for n in 1 2 3; do echo $n; sleep 1; done", false).await;
-    assert_eq!(streaming, outcome("1\n2\n3\n", "", false, 0));
-    let not_a_tty = session(&env, &task, "stty size", false).await;
-    assert_eq!((not_a_tty.code, not_a_tty.stdout.as_str()), (Some(1), ""));
-    assert!(not_a_tty.stderr.contains("stty"), "{not_a_tty:?}");
-    let talk = env.talk(&task, &["/bin/cat"], false).await.unwrap();
-    talk.type_in("hello from the other side").await;
-    talk.close().await;
-    assert_eq!(talk.end().await, outcome("hello from the other side", "", false, 0));
-    env.destroy(&task).await.unwrap();
-    env.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn upstream_tty() {
-    let mut env = Env::new().await;
-    let task = env.sh("sleep 600").await;
-    let both = session(&env, &task, "echo hi; echo err >&2; exit 43", true).await;
-    assert_eq!(both, outcome("hi\r\nerr\r\n", "", true, 43));
-
-    let talk = env.talk(&task, &[SH[0], SH[1], "sleep 1; stty size"], true).await.unwrap();
-    talk.resize(50, 40).await;
-    talk.resize(100, 100).await;
-    assert_eq!(talk.end().await, outcome("100 100\r\n", "", true, 0));
-
-    // Echoed by the terminal, then printed; stdin stays open all the while.
-    let mut talk = env.talk(&task, &[SH[0], SH[1], "read line; echo $line"], true).await.unwrap();
-    talk.say(Default::default()).await;
-    talk.type_in("hello\n").await;
-    let mut seen = Outcome::default();
-    talk.until(&mut seen, |_| false).await;
-    assert_eq!(seen, outcome("hello\r\nhello\r\n", "", true, 0));
-
-    let began = Instant::now();
-    let left = session(&env, &task, "(sleep 5; echo late) & sleep 0.2; echo main", true).await;
-    assert_eq!(left, outcome("main\r\n", "", true, 0));
-    assert!(began.elapsed() < Duration::from_secs(4), "a background child was waited for: {:?}", began.elapsed());
-    // Not even one that never falls silent.
-    let began = Instant::now();
-    let flood = session(&env, &task, "(trap '' HUP; timeout 20 yes) & sleep 0.2; exit 5", true).await;
-    assert_eq!(flood.code, Some(5));
-    assert!(began.elapsed() < Duration::from_secs(15), "a flood was waited for: {:?}", began.elapsed());
-    env.destroy(&task).await.unwrap();
-    env.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn upstream_isolation() {
-    let mut env = Env::new().await;
-    let task = env.sh("sleep 600").await;
-    let path = format!("/tmp/nds-isolation-{}", task.dirs.alloc_id);
-    env.exec_text(&task, &format!("echo inside > {path}")).await;
-    assert!(!std::path::Path::new(&path).exists());
-    assert_eq!(env.exec_text(&task, &format!("cat {path}")).await, "inside\n");
-    let groups = env.exec_text(&task, "cat /proc/self/cgroup").await;
-    if std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        // Upstream wants the scope's name there, and exempts docker, which has a namespace of cgroups, as we have.
-        assert_eq!(groups, "0::/\n");
-        let task_pid = env.attribute(&task, "pid").await;
-        let groups = std::fs::read_to_string(format!("/proc/{task_pid}/cgroup")).unwrap();
-        assert!(groups.trim().ends_with(".scope"), "{groups}");
-    } else {
-        let freezer = groups.lines().find(|line| line.contains(":freezer:")).unwrap();
-        assert!(freezer.split(':').next_back().unwrap().starts_with("/nomad"), "{freezer}");
-    }
-    env.destroy(&task).await.unwrap();
-    env.finish().await;
 }
 
 /// What a process may do and where it is counted is the same for the task and for what is exec'd in it.
@@ -254,34 +175,5 @@ async fn execs_of_a_dead_plugin_are_ended() {
     .await;
     assert_eq!(env.exec_text(&task, "echo again").await, "again\n");
     env.destroy(&task).await.unwrap();
-    env.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn upstream_dns() {
-    use nomad_driver_shim::pb::driver::DnsConfig;
-    let mut env = Env::new().await;
-    let own = DnsConfig {
-        servers: vec!["1.2.3.4".to_owned(), "5.6.7.8".to_owned()],
-        searches: vec!["one.test".to_owned(), "two.test".to_owned()],
-        options: vec!["ndots:2".to_owned()],
-    };
-    let host = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let words = |text: &str, key: &str| -> Vec<String> {
-        let lines = text.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
-        lines.flat_map(|line| line.split_whitespace().map(str::to_owned)).collect()
-    };
-    for dns in [Some(own.clone()), None] {
-        let mut task =
-            env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
-        task.config.dns.clone_from(&dns);
-        env.try_start(&mut task).await.unwrap();
-        let inside = env.exec_text(&task, "cat /etc/resolv.conf").await;
-        for (key, given) in [("nameserver", &own.servers), ("search", &own.searches), ("options", &own.options)] {
-            let expected = if dns.is_some() { given.clone() } else { words(&host, key) };
-            assert_eq!(words(&inside, key), expected, "{key} of {inside}");
-        }
-        env.destroy(&task).await.unwrap();
-    }
     env.finish().await;
 }

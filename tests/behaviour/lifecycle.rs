@@ -120,19 +120,6 @@ async fn signals_reach_the_first_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_attempt_replaces_one_that_nobody_destroyed() {
-    let mut env = Env::new().await;
-    let first = env.sh("echo $$; sleep 600").await;
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "exit 3"]});
-    let mut second = env.prepare_in(first.dirs.clone(), "2", config).await;
-    env.try_start(&mut second).await.unwrap();
-    assert_eq!(env.inspect(&first.id).await.unwrap_err().code(), Code::NotFound, "the old container is gone");
-    assert_eq!(env.wait(&second).await.exit_code, 3);
-    env.destroy(&second).await.unwrap();
-    env.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn an_oom_kill_is_told() {
     let mut env = Env::new().await;
     let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=60; echo survived"]});

@@ -11,6 +11,8 @@
     reason = "tests; what they start ends with them"
 )]
 
+#[path = "../support/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "shared with the conformance suite")]
 mod support;
 
 mod archives;

@@ -46,6 +46,16 @@ pub async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
     .await
 }
 
+/// What tasks leave in the kernel and on disk, whatever driver had them.
+pub async fn of_tasks(env: &Env) -> Vec<String> {
+    polled(patience(), async || {
+        let mut leaks = kernel(env);
+        leaks.extend(on_disk(env));
+        leaks
+    })
+    .await
+}
+
 /// After the plugin has left.
 pub async fn afterwards(env: &Env) -> Vec<String> {
     afterwards_within(env, patience()).await

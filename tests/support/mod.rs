@@ -7,7 +7,7 @@ pub mod image;
 pub mod leak;
 pub mod services;
 
-pub use env::{Env, EnvOptions, Task};
+pub use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};
 pub use image::{Entry, Image, Layer, Packing};
 pub use services::services;
 

@@ -2,17 +2,20 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Mutex,
     time::Duration,
 };
 
 use nomad_driver_shim::{
     host::{Alloc, Collector, Launch, Output, Plugin, TaskDirs, encode, encode_raw},
     ids::random_hex,
+    pb::base::ConfigSchemaRequest,
     pb::driver::{
         DestroyTaskRequest, ExitResult, InspectTaskRequest, InspectTaskResponse, RecoverTaskRequest, SignalTaskRequest,
         StartTaskRequest, StopTaskRequest, TaskConfig, TaskConfigSchemaRequest, TaskHandle, WaitTaskRequest,
         WaitTaskResponse,
     },
+    pb::hclspec::Spec,
 };
 use serde_json::{Value, json};
 use tonic::Status;
@@ -27,12 +30,21 @@ pub struct EnvOptions {
     pub env: Vec<(String, String)>,
     /// The driver's name.
     pub name: &'static str,
+    /// Another driver than the program under test. It is asked for what its schema knows.
+    pub driver: Option<Launch>,
 }
 
 impl Default for EnvOptions {
     fn default() -> Self {
-        Self { config: json!({}), env: Vec::new(), name: "shim" }
+        Self { config: json!({}), env: Vec::new(), name: "shim", driver: None }
     }
+}
+
+/// Ends a row of the conformance suite: the driver has no such thing.
+pub struct NotApplicable(pub String);
+
+pub fn not_applicable(why: &str) -> ! {
+    std::panic::resume_unwind(Box::new(NotApplicable(why.to_owned())))
 }
 
 pub struct Env {
@@ -41,8 +53,11 @@ pub struct Env {
     pub namespace: String,
     pub config: Value,
     launch: Launch,
+    foreign: bool,
     /// Allocations made, for the leak checker.
     pub allocs: Vec<Alloc>,
+    /// Ids of tasks whose start was asked for.
+    pub asked: Mutex<Vec<String>>,
 }
 
 /// A task and its collected output.
@@ -75,17 +90,22 @@ impl Env {
             config["default_runtime"] = json!(runtime);
         }
         merge(&mut config, &options.config);
-        let mut launch = Launch::new(program());
-        launch.args = vec!["--name".to_owned(), options.name.to_owned()];
-        launch.env = options.env;
+        let foreign = options.driver.is_some();
+        let mut launch = options.driver.unwrap_or_else(|| Launch::named(program(), options.name));
+        launch.env.extend(options.env);
         launch.env.push(("PLUGIN_UNIX_SOCKET_DIR".to_owned(), dir.to_str().unwrap().to_owned()));
-        let mut this = Self { plugin: None, dir, namespace, config, launch, allocs: Vec::new() };
+        let (allocs, asked) = (Vec::new(), Mutex::default());
+        let mut this = Self { plugin: None, dir, namespace, config, launch, foreign, allocs, asked };
         this.start_plugin().await;
         this
     }
 
     pub async fn start_plugin(&mut self) {
         let plugin = Plugin::launch(&self.launch).await.unwrap();
+        if self.foreign {
+            let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
+            self.config = known(schema.spec.as_ref(), &self.config).unwrap_or_else(|| json!({}));
+        }
         plugin.configure(&self.config).await.unwrap();
         self.plugin = Some(plugin);
     }
@@ -147,7 +167,11 @@ impl Env {
 
     async fn encoded(&self, config: Value) -> Vec<u8> {
         let schema = self.driver().task_config_schema(TaskConfigSchemaRequest {}).await.unwrap().into_inner();
-        encode(schema.spec.as_ref(), &config).unwrap_or_else(|_| encode_raw(&config))
+        match encode(schema.spec.as_ref(), &config) {
+            Ok(encoded) => encoded,
+            Err(mismatch) if self.foreign => not_applicable(&mismatch.to_string()),
+            Err(_) => encode_raw(&config),
+        }
     }
 
     pub async fn prepare_in(&self, dirs: TaskDirs, attempt: &str, config: Value) -> Task {
@@ -165,6 +189,7 @@ impl Env {
 
     pub async fn try_start(&self, task: &mut Task) -> Result<(), Status> {
         let request = StartTaskRequest { task: Some(task.config.clone()) };
+        self.asked.lock().unwrap().push(task.id.clone());
         let answer = self.driver().start_task(request).await?.into_inner();
         task.handle = answer.handle;
         Ok(())
@@ -272,6 +297,21 @@ impl Task {
             if seen.contains(text) { Ok(()) } else { Err(seen) }
         })
         .await;
+    }
+}
+
+/// What of a configuration a schema knows.
+fn known(spec: Option<&Spec>, config: &Value) -> Option<Value> {
+    use nomad_driver_shim::pb::hclspec::spec::Block;
+    match (spec?.block.as_ref()?, config) {
+        (Block::Object(object), Value::Object(given)) => {
+            let keep =
+                |(key, value): (&String, &Value)| Some((key.clone(), known(Some(object.attributes.get(key)?), value)?));
+            Some(Value::Object(given.iter().filter_map(keep).collect()))
+        }
+        (Block::BlockValue(block), value) => known(block.nested.as_deref(), value),
+        (Block::Default(default), value) => known(default.primary.as_deref(), value),
+        (_, value) => Some(value.clone()),
     }
 }
 

@@ -1,0 +1,72 @@
+//! Tasks without cores of their own stay in Nomad's pool of shared processors when it grows and shrinks.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use super::{Engine, StartRequest, shared::Shared};
+use crate::{
+    cgroup::{CgroupMode, CgroupPath, SharePool},
+    ids::TaskId,
+};
+
+/// One small file is read so often, while there are such tasks. (inotify would miss a pool that is made anew.)
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The pool of a task that has no cores of its own, and its processors now.
+pub(super) fn of(shared: &Shared, request: &StartRequest) -> Option<(SharePool, String)> {
+    if !request.resources.cpuset_cpus.is_empty() {
+        return None;
+    }
+    let pool = shared.cgroups.share_pool(&request.cpuset_cgroup)?;
+    match pool.cpus() {
+        Ok(cpus) => Some((pool, cpus)),
+        Err(error) => {
+            tracing::warn!(task = %request.task_id, error = crate::chain(&error), "the pool of shared processors");
+            None
+        }
+    }
+}
+
+impl Engine {
+    /// Copies the pools' processors to their tasks, for as long as the engine lives.
+    pub(super) fn follow_share_pools(&self) {
+        if self.shared().cgroups.mode() == CgroupMode::V2 {
+            return;
+        }
+        let engine = self.downgrade();
+        tokio::spawn(async move {
+            let mut given: HashMap<TaskId, String> = HashMap::new();
+            loop {
+                tokio::time::sleep(LOOK).await;
+                let Some(inner) = engine.upgrade() else { return };
+                Self(inner).give_processors(&mut given);
+            }
+        });
+    }
+
+    /// To whom has not got them yet.
+    fn give_processors(&self, given: &mut HashMap<TaskId, String>) {
+        let running = self.live().into_iter().filter(|(_, task)| !task.has_ended());
+        let in_pools: Vec<(TaskId, SharePool, CgroupPath)> = running
+            .filter_map(|(id, task)| {
+                let record = task.record();
+                Some((id, record.intent.share_pool?, CgroupPath::recorded(&record.intent.cgroup)))
+            })
+            .collect();
+        let ids: HashSet<&TaskId> = in_pools.iter().map(|(id, ..)| id).collect();
+        given.retain(|id, _| ids.contains(id));
+        let pools: HashSet<&SharePool> = in_pools.iter().map(|(_, pool, _)| pool).collect();
+        // Nomad's client may be making it just now: until it is there, the tasks keep what they have.
+        let now: HashMap<&SharePool, String> =
+            pools.into_iter().filter_map(|pool| Some((pool, pool.cpus().ok()?))).collect();
+        for (id, pool, cgroup) in &in_pools {
+            let Some(cpus) = now.get(pool).filter(|cpus| given.get(id) != Some(cpus)) else { continue };
+            if let Err(error) = self.shared().cgroups.set_cpus(cgroup, cpus) {
+                tracing::warn!(task = %id, cpus, error = crate::chain(&error), "the pool of shared processors");
+            }
+            given.insert(id.clone(), cpus.clone());
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What any Nomad driver with images must do, row by row, told by the wire and by the kernel only: chapter 6 of the
+//! protocol's reference, the old driver's shell tests, and its defects B1 to B28.
+//!
+//! `make test DRIVER=/path/to/plugin` runs the rows on that driver (its plugin configuration: `DRIVER_CONFIG`, as
+//! JSON), else they run on ours, and then on ours with a fault put in, where the matching rows must go red. A whole
+//! run of ours writes `docs/conformance.md`; a run of another driver, `target/conformance.md`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::too_many_arguments,
+    clippy::zombie_processes,
+    clippy::large_futures,
+    missing_docs,
+    reason = "tests; what they start ends with them"
+)]
+
+#[path = "../support/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "shared with the behaviour tests")]
+mod support;
+
+mod client;
+mod defects;
+mod exec;
+mod faulty;
+mod images;
+mod lifecycle;
+mod logs;
+mod options;
+mod peer;
+mod report;
+mod resources;
+mod row;
+mod seen;
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use nomad_driver_shim::host::Launch;
+
+use report::Report;
+use row::{Row, Verdict};
+
+fn rows() -> Vec<Row> {
+    let parts = [
+        exec::rows(),
+        lifecycle::rows(),
+        images::rows(),
+        options::rows(),
+        resources::rows(),
+        logs::rows(),
+        client::rows(),
+        peer::rows(),
+        defects::rows(),
+    ];
+    parts.into_iter().flatten().collect()
+}
+
+/// Most of a row is waiting.
+const AT_ONCE: usize = 6;
+
+fn main() -> ExitCode {
+    if let Some(fault) = faulty::wanted() {
+        return faulty::serve(fault);
+    }
+    row::keep_quiet();
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = arguments.test_threads.or(Some(AT_ONCE));
+    let driver = std::env::var_os("DRIVER").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let report = Arc::new(Report::default());
+    let mut trials: Vec<Trial> = rows()
+        .into_iter()
+        .map(|row| {
+            let (report, driver) = (report.clone(), driver.clone().map(Launch::new));
+            Trial::test(row.name(), move || {
+                let verdict = row.run(driver);
+                report.add(&row, &verdict);
+                match verdict {
+                    Verdict::Red(why) => Err(Failed::from(why)),
+                    Verdict::Green | Verdict::NotApplicable(_) => Ok(()),
+                }
+            })
+        })
+        .collect();
+    if driver.is_none() {
+        trials.extend(faulty::FAULTS.iter().map(|fault| {
+            let report = report.clone();
+            Trial::test(format!("a driver that {}", fault.says), move || fault.is_noticed(&report))
+        }));
+    }
+    let whole = arguments.filter.is_none() && arguments.skip.is_empty() && !arguments.list;
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if !arguments.list {
+        report.finish(driver.as_deref(), whole);
+    }
+    conclusion.exit_code()
+}

@@ -1,0 +1,134 @@
+//! A row: a promise, and the function that looks whether a driver keeps it.
+
+use std::{any::Any, cell::RefCell, future::Future, panic::AssertUnwindSafe, pin::Pin, time::Duration};
+
+use futures_util::FutureExt as _;
+use nomad_driver_shim::{host::Launch, pb::driver::DestroyTaskRequest};
+use serde_json::{Value, json};
+
+use crate::support::{Env, EnvOptions, NotApplicable, leak, patience};
+
+type Run = for<'a> fn(&'a mut Env) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
+
+pub struct Row {
+    /// Its number in the reference: `6.3.4`, `B6`, `001-test-redis`.
+    pub id: &'static str,
+    /// What a driver promises.
+    pub says: &'static str,
+    /// The function, by module and name.
+    pub test: String,
+    /// Merged over the plugin's configuration; what a driver's schema does not know is left out.
+    config: Value,
+    /// Is ours to run under the old driver's name?
+    drop_in: bool,
+    run: Run,
+}
+
+/// What came of a row.
+#[derive(Clone)]
+pub enum Verdict {
+    Green,
+    /// With the reason.
+    Red(String),
+    /// The driver has no such option, or this machine no such thing.
+    NotApplicable(String),
+}
+
+/// `row!(function, id, promise)`.
+#[macro_export]
+macro_rules! row {
+    ($test:ident, $id:literal, $says:literal) => {
+        $crate::row::Row::new($id, $says, module_path!(), stringify!($test), |env| Box::pin($test(env)))
+    };
+}
+
+impl Row {
+    pub fn new(id: &'static str, says: &'static str, module: &str, test: &str, run: Run) -> Self {
+        let module = module.rsplit("::").next().unwrap_or(module);
+        Self { id, says, test: format!("{module}::{test}"), config: json!({}), drop_in: false, run }
+    }
+
+    pub fn config(self, config: Value) -> Self {
+        Self { config, ..self }
+    }
+
+    pub fn drop_in(self) -> Self {
+        Self { drop_in: true, ..self }
+    }
+
+    pub fn name(&self) -> String {
+        format!("{} {}", self.id, self.test)
+    }
+
+    /// Runs it on `driver`, or on ours, with a plugin and directories of its own, and clears away what it has left.
+    pub fn run(&self, driver: Option<Launch>) -> Verdict {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let verdict = runtime.block_on(async {
+            let mut config = self.config.clone();
+            if let (true, Ok(text)) = (driver.is_some(), std::env::var("DRIVER_CONFIG")) {
+                match serde_json::from_str::<Value>(&text) {
+                    Ok(Value::Object(own)) => own.into_iter().for_each(|(key, value)| config[key] = value),
+                    other => return Verdict::Red(format!("DRIVER_CONFIG is no JSON object: {other:?}")),
+                }
+            }
+            let name = if self.drop_in { "containerd-driver" } else { "shim" };
+            let options = EnvOptions { config, driver, name, ..EnvOptions::default() };
+            let mut env = match AssertUnwindSafe(Env::with(options)).catch_unwind().await {
+                Ok(env) => env,
+                Err(panic) => return Verdict::of(panic.as_ref()),
+            };
+            let looked = AssertUnwindSafe(tokio::time::timeout(4 * patience(), (self.run)(&mut env)));
+            let verdict = match looked.catch_unwind().await {
+                Ok(Ok(())) => Verdict::Green,
+                Ok(Err(_)) => Verdict::Red("it did not come to an end".to_owned()),
+                Err(panic) => Verdict::of(panic.as_ref()),
+            };
+            clear(env, verdict).await
+        });
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        verdict
+    }
+}
+
+impl Verdict {
+    fn of(panic: &(dyn Any + Send)) -> Self {
+        match panic.downcast_ref::<NotApplicable>() {
+            Some(NotApplicable(why)) => Self::NotApplicable(why.clone()),
+            None => Self::Red(SAID.take()),
+        }
+    }
+}
+
+/// Destroys what a row has started: a green one may have left nothing else.
+async fn clear(mut env: Env, verdict: Verdict) -> Verdict {
+    let Some(plugin) = env.plugin.take() else { return verdict };
+    let asked = std::mem::take(&mut *env.asked.lock().unwrap());
+    for task_id in asked {
+        let request = DestroyTaskRequest { task_id, force: true };
+        let _ = tokio::time::timeout(patience(), plugin.driver().destroy_task(request)).await;
+    }
+    env.plugin = Some(plugin);
+    let leaks = match verdict {
+        Verdict::Green => leak::of_tasks(&env).await,
+        _ => Vec::new(),
+    };
+    if let Some(plugin) = env.plugin.take() {
+        plugin.leave().await;
+    }
+    if leaks.is_empty() { verdict } else { Verdict::Red(format!("left behind: {leaks:#?}")) }
+}
+
+thread_local! {
+    static SAID: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Panics are rows' verdicts, not output.
+pub fn keep_quiet() {
+    std::panic::set_hook(Box::new(|info| {
+        let payload = info.payload();
+        let text = payload.downcast_ref::<&str>().copied().map(str::to_owned);
+        let text = text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_default();
+        let place = info.location().map(|at| format!("{}:{}", at.file(), at.line())).unwrap_or_default();
+        SAID.set(format!("{text} ({place})"));
+    }));
+}

@@ -1,0 +1,135 @@
+//! What can be seen of a task without knowing its driver.
+
+use std::{fs, future::Future, path::PathBuf, time::Duration};
+
+use nomad_driver_shim::{
+    cgroup::{CgroupMode, Cgroups},
+    pb::driver::{AllocatedMemoryResources, LinuxResources, TaskConfig},
+};
+use serde_json::{Value, json};
+
+use crate::support::{Env, Task, eventually, leak, patience};
+
+/// What no row's work takes, and what the defects it looks for do: five seconds, the kill timeout.
+pub fn promptly() -> Duration {
+    patience() / 15
+}
+
+/// `future`, which must not take as long as the defects do.
+pub async fn prompt<T>(what: &str, future: impl Future<Output = T>) -> T {
+    let began = tokio::time::Instant::now();
+    let answer = future.await;
+    assert!(began.elapsed() < promptly(), "{what} took {:?}", began.elapsed());
+    answer
+}
+
+/// A shell in busybox that runs `script`, with further options.
+pub async fn shell(env: &Env, script: &str, options: Value) -> Value {
+    let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    config
+}
+
+/// What a shell with these options prints on its standard output.
+pub async fn prints(env: &mut Env, script: &str, options: Value) -> String {
+    let config = shell(env, script, options).await;
+    let (code, out, err) = env.run(config).await;
+    assert_eq!(code, 0, "{script}: {out}{err}");
+    out
+}
+
+/// Why a shell with these options is not started.
+pub async fn refused(env: &mut Env, options: Value) -> String {
+    let config = shell(env, "true", options.clone()).await;
+    let mut task = env.prepare(config).await;
+    match env.try_start(&mut task).await {
+        Ok(()) => panic!("{options} was accepted"),
+        Err(status) => status.message().to_owned(),
+    }
+}
+
+/// A task prepared, changed and started.
+pub async fn start_with(env: &mut Env, config: Value, change: impl FnOnce(&mut TaskConfig)) -> Task {
+    let mut task = env.prepare(config).await;
+    change(&mut task.config);
+    env.try_start(&mut task).await.unwrap_or_else(|status| panic!("StartTask: {}", status.message()));
+    task
+}
+
+pub fn linux(config: &mut TaskConfig) -> &mut LinuxResources {
+    config.resources.as_mut().unwrap().linux_resources.as_mut().unwrap()
+}
+
+pub fn memory(config: &mut TaskConfig) -> &mut AllocatedMemoryResources {
+    config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap().memory.as_mut().unwrap()
+}
+
+/// Shell code: a process that shows in `/alloc/data/NAME` that it lives.
+pub fn beat(name: &str) -> String {
+    format!("while :; do echo . >> /alloc/data/{name}; sleep 0.05; done")
+}
+
+/// Waits until the process of a [`beat`] lives.
+pub async fn beats(task: &Task, name: &str) {
+    let path = task.dirs.alloc_dir.join("alloc/data").join(name);
+    eventually(&format!("{name} beats"), async || if path.exists() { Ok(()) } else { Err(()) }).await;
+}
+
+/// The process of a [`beat`] is gone.
+pub async fn is_still(task: &Task, name: &str) {
+    let path = task.dirs.alloc_dir.join("alloc/data").join(name);
+    let size = || fs::metadata(&path).unwrap().len();
+    eventually(&format!("{name} is still"), async || {
+        let before = size();
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        if size() == before { Ok(()) } else { Err(()) }
+    })
+    .await;
+}
+
+/// The value of a file of the task's cgroup: `v1` as controller and name, or `v2`.
+pub fn limit(env: &Env, task: &Task, v1: (&str, &str), v2: &str) -> String {
+    let unified = Cgroups::detect().unwrap().mode() == CgroupMode::V2;
+    let (controller, file) = if unified { ("", v2) } else { v1 };
+    let ours = |path: &PathBuf| path.to_str().is_some_and(|path| path.contains(&task.dirs.alloc_id));
+    let found = leak::cgroups(env)
+        .into_iter()
+        .filter(|path| ours(path) && path.starts_with(format!("/sys/fs/cgroup/{controller}")))
+        .find_map(|path| fs::read_to_string(path.join(file)).ok());
+    found.unwrap_or_else(|| panic!("no cgroup of {} has {file}", task.dirs.alloc_id)).trim().to_owned()
+}
+
+/// Processes of the task on the host, by its cgroups.
+pub fn processes(env: &Env, task: &Task) -> Vec<i32> {
+    let groups = leak::cgroups(env)
+        .into_iter()
+        .filter(|path| path.to_str().is_some_and(|path| path.contains(&task.dirs.alloc_id)));
+    let mut pids: Vec<i32> = groups
+        .flat_map(|path| {
+            fs::read_to_string(path.join("cgroup.procs"))
+                .unwrap_or_default()
+                .lines()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .filter_map(|pid| pid.parse().ok())
+        .collect();
+    pids.sort_unstable();
+    pids.dedup();
+    pids
+}
+
+/// The parent of the task's first process: the shim, or what another driver has in its place.
+pub fn keeper(env: &Env, task: &Task) -> i32 {
+    let pids = processes(env, task);
+    let parent = |pid: &i32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("PPid:\t")?.parse::<i32>().ok())
+    };
+    let outside = pids.iter().filter_map(parent).find(|parent| !pids.contains(parent) && *parent > 1);
+    outside.unwrap_or_else(|| panic!("nobody keeps {pids:?}"))
+}
+
+pub fn kill(pid: i32) {
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+}
