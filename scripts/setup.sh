@@ -25,7 +25,7 @@ declare -A package_of=(
   [containerd]=containerd [containerd-shim-runc-v2]=containerd [ctr]=containerd
   [runc]=runc [crun]=crun
   [docker-registry]=docker-registry [umoci]=umoci [skopeo]=skopeo [htpasswd]=apache2-utils
-  [ip]=iproute2 [openssl]=openssl [jq]=jq [strace]=strace
+  [ip]=iproute2 [iptables]=iptables [openssl]=openssl [jq]=jq [strace]=strace
 )
 [ "${1:-}" != fresh ] || package_of[debootstrap]=debootstrap
 [ "${1:-}" != cgroup2 ] || package_of+=([qemu-system-x86_64]=qemu-system-x86 [cpio]=cpio [modprobe]=kmod)
@@ -36,6 +36,8 @@ for command in "${!package_of[@]}"; do
 done
 # A dynamic busybox is no use inside an image that holds nothing else.
 if ! busybox true 2>/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then missing+=(busybox-static); fi
+# Nomad's bridge mode is made by these.
+[ -e /opt/cni/bin/bridge ] || [ -e /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins)
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 # aws-lc-sys compiles C and wants the C library's headers.
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)

@@ -135,7 +135,7 @@ fn object(rows: &'static [Row], wire: &Wire, path: &mut String, faults: &mut Vec
         }
     }
     for name in given.keys().filter(|name| !rows.iter().any(|row| row.name == *name)) {
-        faults.push(format!("unknown option {}{}", join(path, name), nearest(rows, name)));
+        faults.push(format!("unknown option {}{}", join(path, name).escape_debug(), nearest(rows, name)));
     }
     let mut values = Values::default();
     for row in rows {

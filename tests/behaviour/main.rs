@@ -31,6 +31,7 @@ mod limits;
 mod logs;
 mod many;
 mod metrics;
+mod network;
 mod options;
 mod pool;
 mod recovery;

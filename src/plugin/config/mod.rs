@@ -5,6 +5,8 @@ mod job;
 mod limits;
 mod mounts;
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;
