@@ -16,7 +16,7 @@ job "limits" {
         shm_size       = "32m"
         oom_score_adj  = 500
         ulimit { nofile = "1024:2048" }
-        sysctl { "net.core.somaxconn" = "512" }
+        sysctl = { "net.core.somaxconn" = "512" }
       }
 
       resources {

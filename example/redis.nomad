@@ -36,7 +36,7 @@ job "redis" {
         args            = ["redis-server", "--save", "60", "1"]
         readonly_rootfs = true
         pids_limit      = 64
-        sysctl { "net.core.somaxconn" = "1024" }
+        sysctl = { "net.core.somaxconn" = "1024" }
         mounts = [{ type = "tmpfs", target = "/tmp", options = ["size=16m"] }]
       }
 

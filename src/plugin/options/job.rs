@@ -77,7 +77,7 @@ pub const TASK: &[Row] = &[
     row("oom_score_adj", Kind::Number, "Makes the OOM killer prefer it: 0 to 1000."),
     row("ulimit", Kind::Map, "Limits by docker's names: `ulimit { nofile = \"1024:2048\" }`; one number is both."),
     row("file_limit", Kind::Number, "`ulimit { nofile }`, soft and hard. Excludes it."),
-    row("sysctl", Kind::Map, "Kernel parameters of its namespaces: `sysctl { \"net.core.somaxconn\" = \"16384\" }`."),
+    row("sysctl", Kind::Map, "Kernel parameters of its namespaces: `sysctl = { \"net.core.somaxconn\" = \"16384\" }`."),
     row("group_add", Kind::List, "Further groups of its user, by the image's names or by number."),
     row("privileged", Kind::Flag, "Takes (nearly) all confinement away, where the operator allows it."),
     row("cap_add", Kind::List, "Capabilities to add (`NET_ADMIN`, `CAP_NET_ADMIN`, `ALL`)."),
