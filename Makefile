@@ -3,7 +3,7 @@ CARGO ?= cargo
 IMAGE ?=
 DRIVER ?=
 
-.PHONY: demo bench test test-thousand test-cgroup2 test-matrix test-fresh lint build setup clean
+.PHONY: demo bench test test-thousand test-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
 
 setup:
 	@scripts/setup.sh
@@ -50,6 +50,12 @@ lint:
 ## The program as it is installed.
 build: setup
 	@$(CARGO) build --release --locked
+
+## The same for arm64, on any architecture.
+build-arm64:
+	@scripts/setup.sh arm64
+	@CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	 $(CARGO) build --release --locked --target aarch64-unknown-linux-gnu
 
 clean:
 	@$(CARGO) clean

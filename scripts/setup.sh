@@ -6,6 +6,7 @@
 #   scripts/setup.sh            everything for `make demo` and `make test`
 #   scripts/setup.sh fresh      also what `make test-fresh` needs on the outside (debootstrap)
 #   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator and tools for its first file system
+#   scripts/setup.sh arm64      also what `make build-arm64` needs on another architecture: a cross compiler
 #   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
 set -euo pipefail
 
@@ -28,6 +29,7 @@ declare -A package_of=(
   [ip]=iproute2 [iptables]=iptables [openssl]=openssl [jq]=jq [strace]=strace
 )
 [ "${1:-}" != fresh ] || package_of[debootstrap]=debootstrap
+[ "${1:-}" != arm64 ] || package_of[aarch64-linux-gnu-gcc]=gcc-aarch64-linux-gnu
 [ "${1:-}" != cgroup2 ] || package_of+=([qemu-system-x86_64]=qemu-system-x86 [cpio]=cpio [modprobe]=kmod)
 
 missing=()
@@ -41,6 +43,7 @@ if ! busybox true 2>/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; th
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 # aws-lc-sys compiles C and wants the C library's headers.
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+[ "${1:-}" != arm64 ] || [ -e /usr/aarch64-linux-gnu/include/stdlib.h ] || missing+=(libc6-dev-arm64-cross)
 # Tests hold our seccomp programs against libseccomp's.
 [ -e /usr/include/seccomp.h ] || missing+=(libseccomp-dev)
 
@@ -67,6 +70,8 @@ if ! new_enough; then
   fi
   new_enough || die "Rust $want or newer is needed (found: $(cargo --version 2>/dev/null || echo none)); install it with rustup, or from your distribution, and run this again"
 fi
+
+if [ "${1:-}" = arm64 ] && command -v rustup >/dev/null; then rustup -q target add aarch64-unknown-linux-gnu; fi
 
 # The newer half of the matrix, at pinned versions, from their makers' source. Needs a current Go, which no Debian
 # release has; nothing else here does.
