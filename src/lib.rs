@@ -12,6 +12,7 @@ pub mod fault;
 pub mod host;
 pub mod ids;
 pub mod image;
+pub mod logs;
 pub mod overlay;
 pub mod pb;
 pub mod places;

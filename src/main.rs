@@ -1,11 +1,17 @@
 //! `nomad-driver-shim`: a Nomad driver plugin when Nomad starts it, a command line otherwise.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
-use nomad_driver_shim::{chain, cli, ids::DriverName, plugin};
+use nomad_driver_shim::{chain, cli, ids::DriverName, logs, plugin};
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [command, rest @ ..] = &arguments[..]
+        && command == logs::COMMAND
+    {
+        return run_log_writer(rest);
+    }
     // One crypto library for the registry client and AutoMTLS; a second call would fail, and there is none.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime =
@@ -18,6 +24,20 @@ fn main() -> ExitCode {
     // Nothing that still runs may keep us: the agent waits 2 s, then kills.
     runtime.shutdown_background();
     code
+}
+
+/// The log writer or its keeper: plain threads, so that they stay small.
+fn run_log_writer(arguments: &[String]) -> ExitCode {
+    tracing_subscriber::registry().with(plugin::Hclog.with_filter(EnvFilter::new("info"))).init();
+    let outcome = match arguments {
+        [flag, logs] if flag == logs::WRITER => logs::write(Path::new(logs)),
+        [logs] => logs::keep(Path::new(logs)),
+        _ => return fail("log-writer DIRECTORY is for the driver itself"),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&format!("log writer: {error}")),
+    }
 }
 
 async fn run_plugin() -> ExitCode {

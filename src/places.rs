@@ -134,6 +134,16 @@ impl Places {
         self.shims().join(shim)
     }
 
+    /// Logs that are ours to write, one directory a task.
+    pub fn logs(&self) -> PathBuf {
+        self.run.join("logs")
+    }
+
+    /// One task's log: its FIFOs and what they are for.
+    pub fn log(&self, id: &ContainerId) -> PathBuf {
+        self.logs().join(id.as_str())
+    }
+
     /// State roots of the OCI runtimes, one each.
     pub fn runtimes(&self) -> PathBuf {
         self.run.join("runtimes")
@@ -170,6 +180,14 @@ impl Places {
     pub fn identity(&self) -> String {
         Digest::of(self.state.as_os_str().as_encoded_bytes()).short()[..8].to_owned()
     }
+}
+
+/// Makes `path`, for us alone (0700).
+///
+/// # Errors
+/// As mkdir(2).
+pub fn make_private_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// Makes `path` and its parents, listable by us alone (0711: a task that is not root passes through to its bundle).

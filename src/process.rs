@@ -47,6 +47,24 @@ pub fn restore_descriptor_limit() {
     }
 }
 
+/// Moves a process of ours that is to outlive us out of the agent's cgroup, so that stopping the agent's service does not
+/// end it, and makes the kernel's OOM killer prefer it to us. `procs`: `cgroup.procs` of the group for it, one for each
+/// hierarchy.
+pub fn set_apart(pid: u32, procs: &[PathBuf]) {
+    for procs in procs {
+        if let Err(error) = fs::write(procs, pid.to_string()) {
+            tracing::warn!(path = %procs.display(), %error, "a process of ours stays in the agent's cgroup");
+        }
+    }
+    let own = fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse::<i32>().ok());
+    if let Some(own) = own {
+        let score = (own + 1).min(1000).to_string();
+        if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score) {
+            tracing::debug!(%error, "a process of ours keeps our OOM score");
+        }
+    }
+}
+
 /// A process of this boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {

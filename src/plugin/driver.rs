@@ -88,6 +88,7 @@ impl Driver for DriverService {
             exec: true,
             fs_isolation: wire::driver_capabilities::FsIsolation::Image.into(),
             network_isolation_modes: vec![Mode::Group.into(), Mode::Task.into()],
+            disable_log_collection: self.settings()?.own_logs,
             ..Default::default()
         };
         Ok(Response::new(wire::CapabilitiesResponse { capabilities: Some(capabilities) }))

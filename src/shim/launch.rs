@@ -29,7 +29,7 @@ use super::{
 use crate::{
     ids::random_hex,
     places::{Places, make_dir},
-    process::{PidFd, ProcessId, boot_id, restore_descriptor_limit},
+    process::{PidFd, ProcessId, boot_id, restore_descriptor_limit, set_apart},
 };
 
 /// A shim that was asked to end does so in about 2 ms.
@@ -321,7 +321,7 @@ impl Launcher {
         drop((listener, copy));
         let pid = child.id().unwrap_or_default();
         // Before it can be found: whoever adopts it takes it as it is.
-        self.place(pid);
+        set_apart(pid, &self.cgroup);
         let named = PidFd::open(pid).and_then(|pidfd| {
             let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
             fs::write(
@@ -332,23 +332,6 @@ impl Launcher {
         });
         let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
         Ok(Spawned { child, pid, pidfd: Arc::new(pidfd), runtime })
-    }
-
-    /// Moves a shim out of the agent's cgroup, so that stopping the agent's service does not end it, and makes the
-    /// kernel's OOM killer prefer it to us.
-    fn place(&self, pid: u32) {
-        for procs in &self.cgroup {
-            if let Err(error) = fs::write(procs, pid.to_string()) {
-                tracing::warn!(path = %procs.display(), %error, "the shim stays in the agent's cgroup");
-            }
-        }
-        let own = fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse::<i32>().ok());
-        if let Some(own) = own {
-            let score = (own + 1).min(1000).to_string();
-            if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score) {
-                tracing::debug!(%error, "the shim keeps our OOM score");
-            }
-        }
     }
 }
 

@@ -18,6 +18,7 @@ use super::{
     StartRequest, TaskError, TaskEvent, TaskHandle, exec,
     live::{Parts, Task, watch_exit},
     load_records, lock,
+    logs::LogKeeper,
     metrics::{Gauges, Metrics},
     shared::{Hands, Leftover, Shared, TEARDOWNS},
     signal, start,
@@ -28,6 +29,7 @@ use crate::{
     containerd, fault,
     ids::TaskId,
     image::{ImageStore, Reference},
+    logs::Hold,
     rootfs::{
         Capabilities,
         seccomp::{Filters, Form},
@@ -124,6 +126,7 @@ impl Engine {
         let lock = lock::take(&places).await?;
         let cgroups = Cgroups::detect()?;
         let group = cgroups.own_group()?;
+        let log_keeper = LogKeeper::new(places.clone(), group.clone());
         super::runtime::clear_probes(places.run());
         let runtimes = Runtimes::find(&settings, places.run()).await;
         let containerd = &settings.containerd;
@@ -160,6 +163,7 @@ impl Engine {
             pool,
             events,
             metrics: Metrics::default(),
+            log_keeper,
             warmer,
             own_capabilities: Capabilities::of_this_process(),
             clearing: watch::Sender::new(0),
@@ -180,6 +184,14 @@ impl Engine {
         let whole = engine.sort_out(records);
         engine.watch_over(whole);
         engine.follow_share_pools();
+        // Tasks of an earlier instance may have logs of ours, whatever the settings say now.
+        let has_logs = engine.shared().log_keeper.has_work();
+        if has_logs {
+            engine.shared().log_keeper.ensure().await?;
+        }
+        if has_logs || engine.settings().own_logs {
+            engine.watch_logs();
+        }
         Ok(engine)
     }
 
@@ -285,7 +297,8 @@ impl Engine {
         );
         self.0.shared.events.tell_host(&record, format!("Started, process {}", run.process.pid));
         let (shim, image) = (Found::Alive(shim), Some(image));
-        let task = Task::new(Parts { record, shim, run, phases, exit: None, lost: None, claimed: true, image });
+        let log = Hold::new(&self.settings().places.log(&record.container_id));
+        let task = Task::new(Parts { record, shim, run, phases, exit: None, lost: None, claimed: true, image, log });
         let handle = task.handle();
         slot.fill(task.clone());
         let mut exit = task.exit.subscribe();
@@ -509,6 +522,7 @@ impl Engine {
             warmer.end();
         }
         self.0.shared.pool.close().await;
+        self.0.shared.log_keeper.end_idle();
         self.settings().places.leave_uppers();
     }
 

@@ -21,6 +21,7 @@ use crate::{
     fault,
     ids::TaskId,
     image::ImageRecord,
+    logs::Hold,
     process::PidFd,
     shim::{self, Client, Exit, Found, Kill, ShimError},
 };
@@ -46,6 +47,8 @@ pub struct Task {
     pub(super) lost: Option<String>,
     /// Held, so that nobody collects it.
     _image: Option<Arc<ImageRecord>>,
+    /// Held, so that what it has written outlives the log writer.
+    _log: Hold,
 }
 
 /// What a `Task` is made of.
@@ -58,11 +61,12 @@ pub struct Parts {
     pub(super) lost: Option<String>,
     pub(super) claimed: bool,
     pub(super) image: Option<Arc<ImageRecord>>,
+    pub(super) log: Hold,
 }
 
 impl Task {
     pub(super) fn new(parts: Parts) -> Arc<Self> {
-        let Parts { record, shim, run, phases, exit, lost, claimed, image } = parts;
+        let Parts { record, shim, run, phases, exit, lost, claimed, image, log } = parts;
         let client = match &shim {
             Found::Alive(shim) if exit.is_none() => Some(shim.client().clone()),
             _ => None,
@@ -77,6 +81,7 @@ impl Task {
             claimed: AtomicBool::new(claimed),
             lost,
             _image: image,
+            _log: log,
         })
     }
 

@@ -66,6 +66,7 @@ pub struct Metrics {
     oom_kills: AtomicU64,
     shims_died: AtomicU64,
     swept: AtomicU64,
+    log_dropped: AtomicU64,
 }
 
 /// What there is at the moment of asking.
@@ -118,6 +119,12 @@ impl Metrics {
     }
 
     /// The reaper has removed so many things.
+    /// Bytes of output that the log writer dropped.
+    pub fn log_dropped(&self, bytes: u64) {
+        self.log_dropped.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// The reaper removed so many things.
     pub fn swept(&self, count: usize) {
         self.swept.fetch_add(count as u64, Ordering::Relaxed);
     }
@@ -138,6 +145,11 @@ impl Metrics {
         counter("exits_total", "Tasks that ended.", &self.exits);
         counter("oom_kills_total", "Tasks that ended with an OOM kill in their cgroup.", &self.oom_kills);
         counter("shims_died_total", "Tasks that ended because their shim died.", &self.shims_died);
+        counter(
+            "log_dropped_bytes_total",
+            "Output of tasks that could not be written and was dropped.",
+            &self.log_dropped,
+        );
         counter("swept_total", "Things that nobody claimed and the reaper removed.", &self.swept);
         let name = "nomad_driver_shim_starts_failed_total";
         let _ = writeln!(text, "# HELP {name} Starts that failed, by cause.\n# TYPE {name} counter");

@@ -6,6 +6,7 @@ mod exec;
 mod former;
 mod live;
 mod lock;
+mod logs;
 mod meter;
 mod metrics;
 mod names;
@@ -49,6 +50,7 @@ use crate::{
     cgroup::CgroupError,
     ids::TaskId,
     image::{ReferenceError, SharedError},
+    logs::LogError,
     places::PlacesError,
     rootfs::RootfsError,
     shim::{
@@ -105,6 +107,12 @@ pub enum TaskError {
     /// The log FIFOs.
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// A log that is ours to write.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// Who writes it.
+    #[error("start the log writer")]
+    LogWriter(#[source] std::io::Error),
     /// cgroups.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

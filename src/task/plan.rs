@@ -12,7 +12,7 @@ use std::{
 use oci_spec::runtime::{LinuxDevice, Mount, MountBuilder};
 
 use super::{
-    Record, SeccompDefault, SeccompRequest, StartRequest, TaskError,
+    Record, SeccompDefault, SeccompRequest, StartRequest, TaskError, logs,
     names::{Hosts, Names},
     record::Intent,
     runtime::Runtime,
@@ -261,6 +261,13 @@ impl Plan<'_> {
                 let propagation = if flavor == Flavor::DropIn { "rprivate" } else { "rslave" };
                 mounts.push(bind(&host, Path::new(target), &["rbind", "rw", propagation])?);
             }
+        }
+        if logs::is_ours(&shared.settings, request)
+            && let Some(target) = request.env.get("NOMAD_ALLOC_DIR").filter(|target| target.starts_with('/'))
+        {
+            // What it has written is not its to change any more.
+            let logs = request.alloc_dir.join("alloc/logs");
+            mounts.push(bind(&logs, &Path::new(target).join("logs"), &["rbind", "ro"])?);
         }
         Ok(mounts)
     }

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     ids::TaskId,
+    logs::Hold,
     process::ProcessId,
     shim::{self, Found, stdio::HeldOpen},
 };
@@ -151,9 +152,14 @@ impl Engine {
         if let (Some(exit), None) = (&exit, &lost) {
             record.state = RecordState::Exited(exit.clone());
         }
+        // The plugin before us may have died before it could say so.
+        if let Err(error) = crate::logs::started(&shared.settings.places.log(&record.container_id)) {
+            tracing::warn!(task = %record.task_id, error = crate::chain(&error), "its log");
+        }
         tracing::info!(task = %record.task_id, pid = run.process.pid, lost, "found again");
         let image = shared.images.by_name(&record.image);
-        Task::new(Parts { record, shim, run, phases: Phases::default(), exit, lost, claimed: false, image })
+        let log = Hold::new(&shared.settings.places.log(&record.container_id));
+        Task::new(Parts { record, shim, run, phases: Phases::default(), exit, lost, claimed: false, image, log })
     }
 
     /// An earlier instance of us was asked to stop this task, and did not live to do it.

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use crate::{
     ids::TaskId,
     image::{Credentials, PullPolicy, Reference},
+    logs::LogOptions,
     rootfs::{
         CapabilityRequest, Command, MemoryMax, NetworkNamespace, Resources, RootMode,
         limits::{Namespaces, Ulimit},
@@ -70,6 +71,8 @@ pub struct TaskOptions {
     pub no_new_privileges: Option<bool>,
     /// `tty`.
     pub tty: bool,
+    /// `log_max_size`, `log_max_files`, `log_policy`.
+    pub log: LogOptions,
     /// `labels`, `annotations`.
     pub annotations: BTreeMap<String, String>,
 }

@@ -42,6 +42,8 @@ pub struct Settings {
     pub stats_interval: Option<Duration>,
     /// What this node's processors can do, as the agent sees it.
     pub compute: Compute,
+    /// `disable_log_collection`: tasks' logs are ours to write.
+    pub own_logs: bool,
     /// `image { keep }`: how long an image that no task uses stays; None: for ever.
     pub keep_images: Option<Duration>,
     /// `hooks { … }`.

@@ -2,13 +2,13 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::{EventHub, Record, Runtimes, Settings, metrics::Metrics};
+use super::{EventHub, Record, Runtimes, Settings, logs::LogKeeper, metrics::Metrics};
 use crate::{
     cgroup::{Cgroups, Warmer},
     ids::TaskId,
@@ -27,6 +27,8 @@ pub struct Shared {
     pub(super) pool: Pool,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
+    /// Where tasks' logs are ours to write.
+    pub(super) log_keeper: Arc<LogKeeper>,
     /// Where it is wanted, and there is something to warm.
     pub(super) warmer: Option<Warmer>,
     /// What this process could hand on to a privileged task.

@@ -11,7 +11,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, logs,
     names::Names,
     plan::{self, Plan},
     record::{RunRecord, millis},
@@ -173,7 +173,11 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let warm = shared.warmer.as_ref().map(Warmer::warm);
     // The spec is pure: a bad user or an empty command shows before anything is made.
     let spec = plan.spec(shared)?;
-    let stdio = stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?;
+    let own_log = logs::set_up(shared, request, &plan.container_id).await?;
+    let stdio = match &own_log {
+        None => stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?,
+        Some(log) => log.open()?,
+    };
 
     let step = Instant::now();
     let taking = |source| TaskError::Shim { doing: "get a shim", source };
@@ -189,6 +193,9 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
             return Err(error);
         }
     };
+    if let Some(log) = own_log {
+        log.keep();
+    }
     fault::intrude(&shared.settings.containerd.address);
     // One that is launched comes up beside the making of the bundle.
     let coming = match reserved {
@@ -274,6 +281,7 @@ async fn run(
     // The process is in its cgroup.
     drop(warm);
     fault::point("start.created");
+    crate::logs::started(&places.log(&plan.container_id))?;
     // Now, while it surely lives: it waits for its start. One that does not is never taken for another by this.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     phases.create = step.elapsed();

@@ -158,7 +158,8 @@ impl Engine {
     /// Container ids that anything on disk is named after.
     fn containers_on_disk(&self) -> BTreeSet<ContainerId> {
         let places = &self.settings().places;
-        let mut found: Vec<String> = [places.bundles(), places.uppers()].iter().flat_map(|path| names(path)).collect();
+        let mut found: Vec<String> =
+            [places.bundles(), places.uppers(), places.logs()].iter().flat_map(|path| names(path)).collect();
         for runtime in names(&places.runtimes()) {
             found.extend(names(&places.runtime_root(&runtime).join(self.shared().pool.launcher().namespace())));
         }

@@ -102,6 +102,7 @@ impl Released {
         if !fault::skipped("container") {
             empty_cgroup(shared, record).await;
         }
+        outcome.note(record, "log", super::logs::remove(&shared.settings.places, &record.container_id).await);
         let bundle = BundlePaths::of(&shared.settings.places, &record.container_id);
         let cgroups = shared.cgroups.clone();
         let cgroup = CgroupPath::recorded(&record.cgroup);

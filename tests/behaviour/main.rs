@@ -33,6 +33,7 @@ mod many;
 mod metrics;
 mod network;
 mod options;
+mod own_logs;
 mod pool;
 mod recovery;
 mod seccomp;

@@ -176,7 +176,7 @@ async fn a_thousand_tasks_alive_at_once() {
 }
 
 /// Processor time of a process so far (proc_pid_stat(5): fields 14 and 15, in ticks of 10 ms).
-fn processor_time(pid: u32) -> Duration {
+pub fn processor_time(pid: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
     Duration::from_millis(fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())

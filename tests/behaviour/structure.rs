@@ -6,9 +6,10 @@ use std::{collections::BTreeMap, fs, path::Path};
 const ARROWS: &[(&str, &[&str])] = &[
     ("bench", &["host", "containerd", "cgroup"]),
     ("cli", &["bench", "host", "task", "image", "containerd", "cgroup", "plugin"]),
-    ("plugin", &["task", "image", "rootfs", "cgroup", "containerd"]),
-    ("task", &["shim", "rootfs", "image", "cgroup", "containerd"]),
+    ("plugin", &["task", "image", "rootfs", "cgroup", "containerd", "logs"]),
+    ("task", &["shim", "rootfs", "image", "cgroup", "containerd", "logs"]),
     ("shim", &[]),
+    ("logs", &[]),
     ("rootfs", &[]),
     ("image", &["containerd"]),
     ("cgroup", &[]),

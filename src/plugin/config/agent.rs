@@ -190,6 +190,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         keep_warm,
         grace,
         orphan_timeout,
+        own_logs: values.flag("disable_log_collection").unwrap_or(false),
         stats_interval,
         compute: Compute::default(),
         keep_images,

@@ -134,6 +134,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     let annotations = limits::annotations(&values, noted);
     let extra_hosts = limits::extra_hosts(&values, noted);
     let devices = limits::devices(&values, &settings.security, noted);
+    let log = limits::log(&values, noted);
 
     let options = image.map(|image| TaskOptions {
         image,
@@ -163,6 +164,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         oom_score_adj,
         no_new_privileges: security_opt.no_new_privileges,
         tty: flag("tty"),
+        log,
         annotations,
     });
     finish(JOB, options, faults)

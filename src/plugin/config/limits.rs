@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::job::GroupNetwork;
 use crate::{
+    logs::{LogOptions, LogPolicy},
     plugin::decode::Values,
     rootfs::{
         MemoryMax,
@@ -17,6 +18,10 @@ use crate::{
 /// The kernel's bounds on cpu.cfs_period_us (Documentation/scheduler/sched-bwc.rst).
 const CFS_PERIOD: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
 const DEFAULT_CFS_PERIOD: i64 = 100_000;
+
+/// A log file smaller than this holds no line worth its name.
+const LOG_MIN: u64 = 4 << 10;
+const LOG_FILES_MAX: u32 = 10_000;
 
 /// What is wrong, one after the other.
 pub(super) struct Faults<'a>(pub(super) &'a mut Vec<String>);
@@ -207,6 +212,30 @@ pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut
         }
     }
     devices.to_vec()
+}
+
+/// Nomad's `logs` block does not come to a driver, so a job says it here.
+pub(super) fn log(values: &Values, faults: &mut Faults<'_>) -> LogOptions {
+    let mut log = LogOptions::default();
+    if let Some(text) = values.filled("log_max_size") {
+        match size::parse(text) {
+            Ok(size) if size >= LOG_MIN => log.max_size = size,
+            Ok(_) => faults.say(format!("log_max_size = {text:?} is less than 4k")),
+            Err(error) => faults.say(format!("log_max_size: {error}")),
+        }
+    }
+    if let Some(count) = values.number("log_max_files") {
+        match u32::try_from(count) {
+            Ok(count @ 1..=LOG_FILES_MAX) => log.max_files = count,
+            _ => faults.say(format!("log_max_files = {count} is not between 1 and {LOG_FILES_MAX}")),
+        }
+    }
+    match values.filled("log_policy") {
+        None | Some("block") => {}
+        Some("drop") => log.policy = LogPolicy::Drop,
+        Some(other) => faults.say(format!("log_policy = {other:?} is neither block nor drop")),
+    }
+    log
 }
 
 #[cfg(test)]

@@ -99,5 +99,16 @@ pub const TASK: &[Row] = &[
     ),
     row("labels", Kind::Map, "Annotations of the container, for people and tools that look at it."),
     row("annotations", Kind::Map, "The same; keys that runtimes act on are refused."),
+    row(
+        "log_max_size",
+        Kind::Text,
+        "Size of one log file, where the plugin has `disable_log_collection`: `64k`, `10m`. Default: Nomad's 10 MiB.",
+    ),
+    row("log_max_files", Kind::Number, "Files kept of each of its streams then. Default: Nomad's 10."),
+    row(
+        "log_policy",
+        Kind::Text,
+        "When its log can't be written, as on a full disk: `block` (default): it waits in its write; `drop`: the output is dropped, and how much is said in the log.",
+    ),
     row("runtime", Kind::Text, "OCI runtime: `crun`, `runc`, or one from the plugin's configuration."),
 ];

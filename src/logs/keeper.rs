@@ -1,0 +1,134 @@
+//! The writer's keeper: starts it, starts it again when it dies, and has every FIFO open all the while, so that nothing
+//! in them is lost when a task ends while no writer lives. It does so little that there is little to die of.
+
+use std::{
+    collections::HashMap,
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify},
+};
+
+use super::{Hold, tasks};
+use crate::process::{PidFd, ProcessId};
+
+/// Held by the one keeper; its pid and start time are in it.
+const LOCK: &str = ".keeper.lock";
+/// The argument by which a keeper asks for the writer itself.
+pub const WRITER: &str = "--writer";
+/// The command of ours that is the keeper.
+pub const COMMAND: &str = "log-writer";
+/// A writer that lived shorter than this is given a moment before the next.
+const SHORT: Duration = Duration::from_secs(1);
+
+/// Keeps a writer for `logs`, until the directory is gone. Returns at once where another keeper does.
+///
+/// # Errors
+/// When the kernel refuses what it needs.
+pub fn keep(logs: &Path) -> io::Result<()> {
+    // Our starter moves us out of the agent's cgroup first, and closes its end then.
+    io::stdin().read_to_end(&mut Vec::new())?;
+    let lock = File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(logs.join(LOCK))?;
+    let Ok(mut lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
+    let own = serde_json::to_vec(&ProcessId::of(std::process::id())?)?;
+    lock.set_len(0)?;
+    lock.write_all(&own)?;
+    // Children inherit nothing of this: the lock's end tells that this very process is gone.
+    let (tell, told) = mpsc::channel();
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    inotify.add_watch(logs, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE)?;
+    let mut held: HashMap<String, Hold> = HashMap::new();
+    let hold_all = |held: &mut HashMap<String, Hold>| -> io::Result<()> {
+        let all = tasks(logs)?.into_iter();
+        held.extend(all.map(|task| (task.clone(), Hold::new(&logs.join(task)))));
+        Ok(())
+    };
+    hold_all(&mut held)?;
+    let dir = logs.to_owned();
+    thread::spawn(move || {
+        let _ = tell.send(restart(&dir));
+    });
+    loop {
+        let events = match inotify.read_events() {
+            Ok(events) => events,
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
+        if let Ok(outcome) = told.try_recv() {
+            return outcome;
+        }
+        for event in events {
+            // The directory is being removed. (It is not told itself: our open files keep it.)
+            if event.mask.contains(AddWatchFlags::IN_DELETE) && event.name.as_deref() == Some(OsStr::new(LOCK)) {
+                return Ok(());
+            }
+            if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+                hold_all(&mut held)?;
+            }
+            let Some(task) = event.name.map(|name| name.to_string_lossy().into_owned()) else { continue };
+            if event.mask.contains(AddWatchFlags::IN_DELETE) {
+                held.remove(&task);
+            } else if !task.starts_with('.') {
+                let files = Hold::new(&logs.join(&task));
+                held.insert(task, files);
+            }
+        }
+    }
+}
+
+/// One writer after the other. Returns when one ends of itself: its directory is gone.
+fn restart(logs: &Path) -> io::Result<()> {
+    loop {
+        let began = Instant::now();
+        // By what we are, not by our name: the file may have been replaced.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("nomad-driver-shim").args([COMMAND, WRITER]).arg(logs).stdin(Stdio::null());
+        let status = command.spawn()?.wait()?;
+        if status.success() {
+            return Ok(());
+        }
+        tracing::warn!(%status, "the log writer died; starting another");
+        if began.elapsed() < SHORT {
+            #[allow(clippy::disallowed_methods, reason = "a thread that does nothing else, without a runtime")]
+            thread::sleep(SHORT / 10);
+        }
+    }
+}
+
+/// The keeper of `logs`, if one lives.
+pub fn keeper_of(logs: &Path) -> Option<PidFd> {
+    let mut lock = File::options().read(true).write(true).open(logs.join(LOCK)).ok()?;
+    let mut text = String::new();
+    lock.read_to_string(&mut text).ok()?;
+    match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+        // Nobody holds it.
+        Ok(_) => None,
+        Err(_) => PidFd::of(&serde_json::from_str(&text).ok()?).ok(),
+    }
+}
+
+/// Ends keeper and writer when no task has a log any more: true when none is left.
+pub fn end_idle(logs: &Path) -> bool {
+    if tasks(logs).is_ok_and(|tasks| !tasks.is_empty()) {
+        return false;
+    }
+    // They end with their directory.
+    let emptied: io::Result<()> = fs::remove_dir_all(logs);
+    emptied.is_ok()
+}
+
+/// What a keeper is started with, below a run directory's `logs`: arguments of our own program.
+pub fn arguments(logs: &Path) -> [PathBuf; 2] {
+    [PathBuf::from(COMMAND), logs.to_owned()]
+}

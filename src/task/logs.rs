@@ -1,0 +1,264 @@
+//! Tasks' logs where the agent collects none (`disable_log_collection`): the engine's side of the log writer.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    process::Stdio as ChildStdio,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::Mutex;
+
+use super::{Audience, Engine, Record, Settings, StartRequest, TaskError, TaskEvent, shared::Shared};
+use crate::{
+    ids::{ContainerId, TaskId},
+    logs::{self, LogSpec, Losses},
+    places::{Places, PlacesError, make_private_dir},
+    process::{PidFd, restore_descriptor_limit, set_apart},
+    shim::stdio::{Stdio, StdioError},
+};
+
+/// What a task left in its FIFOs is written out in a millisecond; where it can't be, nobody waits for ever.
+const DRAIN: Duration = Duration::from_secs(5);
+/// What the writer says of losses is looked at so often.
+const LOOK: Duration = Duration::from_secs(2);
+/// A keeper that dies over and over is not restarted faster than this.
+const BREATH: Duration = Duration::from_millis(50);
+
+/// The log writer's keeper, started when it is first needed, and again when it dies.
+#[derive(Debug)]
+pub(super) struct LogKeeper {
+    places: Places,
+    /// `cgroup.procs` of the group that it belongs in.
+    cgroup: Vec<PathBuf>,
+    living: Mutex<Option<Arc<PidFd>>>,
+}
+
+impl LogKeeper {
+    pub(super) fn new(places: Places, cgroup: Vec<PathBuf>) -> Arc<Self> {
+        Arc::new(Self { places, cgroup, living: Mutex::default() })
+    }
+
+    /// Sees to it that one lives.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub(super) async fn ensure(self: &Arc<Self>) -> Result<(), TaskError> {
+        let mut living = self.living.lock().await;
+        if living.is_some() {
+            return Ok(());
+        }
+        let pidfd = self.find_or_spawn()?;
+        *living = Some(pidfd.clone());
+        tokio::spawn(self.clone().stand_by(pidfd));
+        Ok(())
+    }
+
+    /// Starts another one when one dies, as long as somebody needs it.
+    async fn stand_by(self: Arc<Self>, mut pidfd: Arc<PidFd>) {
+        loop {
+            if let Err(error) = pidfd.ended().await {
+                tracing::warn!(%error, "the log writer can't be watched");
+                return;
+            }
+            tokio::time::sleep(BREATH).await;
+            let mut living = self.living.lock().await;
+            *living = None;
+            if !self.has_work() {
+                return;
+            }
+            tracing::warn!("the log writer's keeper died; starting another");
+            match self.find_or_spawn() {
+                Ok(next) => {
+                    *living = Some(next.clone());
+                    pidfd = next;
+                }
+                Err(error) => {
+                    tracing::error!(error = crate::chain(&error), "the log writer can't be started again");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn find_or_spawn(&self) -> Result<Arc<PidFd>, TaskError> {
+        let logs = self.places.logs();
+        make_private_dir(&logs).map_err(|source| PlacesError::Create { path: logs.clone(), source })?;
+        match logs::keeper_of(&logs) {
+            // An earlier instance of us has started it.
+            Some(pidfd) => Ok(Arc::new(pidfd)),
+            None => self.spawn().map_err(TaskError::LogWriter),
+        }
+    }
+
+    /// Is there a task with a log of ours?
+    pub(super) fn has_work(&self) -> bool {
+        super::sweep::names(&self.places.logs()).iter().any(|name| !name.starts_with('.'))
+    }
+
+    fn spawn(&self) -> std::io::Result<Arc<PidFd>> {
+        let logs = self.places.logs();
+        let said = std::fs::File::options().create(true).append(true).open(logs.join(".said"))?;
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command.arg0("nomad-driver-shim").args(logs::arguments(&logs)).env_clear().stdin(ChildStdio::piped());
+        command.stdout(ChildStdio::null()).stderr(said).kill_on_drop(false);
+        // SAFETY: only async-signal-safe calls between fork and exec, and no memory of ours is touched.
+        unsafe {
+            command.pre_exec(|| {
+                restore_descriptor_limit();
+                if libc::setsid() < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                // For descriptors inherited from the agent; kernels before 5.11 don't know the flag.
+                libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
+                Ok(())
+            });
+        }
+        let mut child = command.spawn()?;
+        let pid = child.id().unwrap_or_default();
+        set_apart(pid, &self.cgroup);
+        // It has waited for this: what it starts is where it is.
+        drop(child.stdin.take());
+        let pidfd = Arc::new(PidFd::open(pid)?);
+        // Reaped when it dies.
+        tokio::spawn(async move { child.wait().await });
+        Ok(pidfd)
+    }
+
+    /// Nobody needs it: it ends, and the writer with it.
+    pub(super) fn end_idle(&self) {
+        if self.places.logs().exists() && !self.has_work() {
+            logs::end_idle(&self.places.logs());
+        }
+    }
+}
+
+/// Is this task's log ours to write? Not when the job has disabled it.
+pub(super) fn is_ours(settings: &Settings, request: &StartRequest) -> bool {
+    settings.own_logs && request.stdout != Path::new("/dev/null")
+}
+
+/// A task's log that was set up. Until it is recorded, it goes again with this.
+pub(super) struct OwnLog {
+    dir: PathBuf,
+    terminal: bool,
+    recorded: bool,
+}
+
+/// Sets a task's log up, if that is ours to write, and sees to it that somebody writes it.
+///
+/// # Errors
+/// When that can't be done; nothing is left then.
+pub(super) async fn set_up(
+    shared: &Shared,
+    request: &StartRequest,
+    id: &ContainerId,
+) -> Result<Option<OwnLog>, TaskError> {
+    if !is_ours(&shared.settings, request) {
+        return Ok(None);
+    }
+    shared.log_keeper.ensure().await?;
+    let spec =
+        LogSpec { alloc_dir: request.alloc_dir.clone(), task: request.name.clone(), options: request.options.log };
+    let (dir, terminal) = (shared.settings.places.log(id), request.options.tty);
+    logs::prepare(&dir, &spec, terminal)?;
+    Ok(Some(OwnLog { dir, terminal, recorded: false }))
+}
+
+impl OwnLog {
+    /// For the shim. With a terminal there is one stream only.
+    pub(super) fn open(&self) -> Result<Stdio, StdioError> {
+        let [stdout, stderr] = logs::STREAMS.map(|stream| logs::fifo(&self.dir, stream));
+        let stderr = if self.terminal { PathBuf::from("/dev/null") } else { stderr };
+        Stdio::open(&self.dir, &stdout, &stderr)
+    }
+
+    /// The task's record names it from now on.
+    pub(super) fn keep(mut self) {
+        self.recorded = true;
+    }
+}
+
+impl Drop for OwnLog {
+    fn drop(&mut self) {
+        if !self.recorded
+            && let Err(error) = logs::remove(&self.dir)
+        {
+            tracing::warn!(error = crate::chain(&error), "the log of a task that was not started stays");
+        }
+    }
+}
+
+/// Where a task that has ended left its log, and what it still holds.
+pub(super) async fn remove(places: &Places, id: &ContainerId) -> Result<(), TaskError> {
+    let dir = places.log(id);
+    if !dir.exists() {
+        return Ok(());
+    }
+    if !logs::drained(&dir, DRAIN).await {
+        tracing::warn!(container = %id, "the end of its log could not be written and is lost");
+    }
+    Ok(logs::remove(&dir)?)
+}
+
+impl Engine {
+    /// Tells of output that the log writer could not write, for as long as the engine lives.
+    pub(super) fn watch_logs(&self) {
+        let engine = self.downgrade();
+        tokio::spawn(async move {
+            let mut seen = None;
+            let mut known: HashMap<TaskId, Losses> = HashMap::new();
+            loop {
+                tokio::time::sleep(LOOK).await;
+                let Some(inner) = engine.upgrade() else { return };
+                let this = Self(inner);
+                let changed = std::fs::metadata(logs::changed(&this.settings().places.logs()));
+                let now = changed.and_then(|meta| meta.modified()).ok();
+                if now != seen {
+                    seen = now;
+                    this.tell_losses(&mut known);
+                }
+            }
+        });
+    }
+
+    fn tell_losses(&self, known: &mut HashMap<TaskId, Losses>) {
+        let live = self.live();
+        known.retain(|id, _| live.iter().any(|(other, _)| other == id));
+        for (id, task) in live {
+            let record = task.record();
+            let mut now = logs::read_losses(&self.settings().places.log(&record.container_id));
+            let before = known.entry(id).or_default();
+            for stream in logs::STREAMS {
+                let (old, new) = (before.of(stream).clone(), now.of(stream).clone());
+                self.shared().metrics.log_dropped(new.dropped.saturating_sub(old.dropped));
+                let message = match (&new.stuck, new.dropped) {
+                    (Some(why), _) if old.stuck.is_none() => {
+                        format!("The log of {stream} can't be written: {why}")
+                    }
+                    (None, dropped) if dropped > old.dropped || old.stuck.is_some() => match dropped {
+                        0 => format!("The log of {stream} is written again"),
+                        _ => format!("The log of {stream} is written again; {dropped} bytes were dropped in all"),
+                    },
+                    _ => continue,
+                };
+                self.tell_of_log(&record, message);
+            }
+            *before = now;
+        }
+    }
+
+    fn tell_of_log(&self, record: &Record, message: String) {
+        tracing::warn!(task = %record.task_id, message);
+        self.shared().events.tell(TaskEvent {
+            task_id: record.task_id.clone(),
+            alloc_id: record.alloc_id.clone(),
+            task_name: record.name.clone(),
+            at: SystemTime::now(),
+            message,
+            annotations: HashMap::new(),
+            audience: Audience::Everybody,
+        });
+    }
+}
