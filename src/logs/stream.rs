@@ -94,7 +94,10 @@ impl Stream {
             // A reader that has seen no writer is not told that the last one is gone (fifo(7)): let it see one.
             drop(open(false)?);
         }
-        let series = Series::new(spec.alloc_dir.clone(), format!("{}.{name}", spec.task), spec.options.max_files);
+        let mut series = Series::new(spec.alloc_dir.clone(), format!("{}.{name}", spec.task), spec.options.max_files);
+        // As Nomad's collector does: who follows a log that says nothing yet finds it. Where that fails, the first bytes
+        // will tell.
+        let _ = series.current();
         let (max_size, policy) = (spec.options.max_size.max(1), spec.options.policy);
         Ok(Self { path, fifo, series, max_size, policy, untold: 0, dropped, stuck: None, again: None })
     }

@@ -115,6 +115,18 @@ async fn both_streams_are_in_nomads_files() {
     (quiet.config.stdout_path, quiet.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
     env.try_start(&mut quiet).await.unwrap();
     assert_eq!(finish(&env, &quiet).await, (0, String::new(), String::new()));
+    assert!(files(&quiet, "stdout").is_empty());
+    // Who follows a log that says nothing yet finds it.
+    let task = sh(&mut env, "sleep 600", json!({})).await;
+    eventually("empty files", async || {
+        if [files(&task, "stdout"), files(&task, "stderr")].iter().all(|files| files.len() == 1) {
+            Ok(())
+        } else {
+            Err(())
+        }
+    })
+    .await;
+    env.destroy(&task).await.unwrap();
     env.finish().await;
 }
 
