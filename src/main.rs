@@ -29,6 +29,7 @@ fn main() -> ExitCode {
 /// The log writer or its keeper: plain threads, so that they stay small.
 fn run_log_writer(arguments: &[String]) -> ExitCode {
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(EnvFilter::new("info"))).init();
+    nomad_driver_shim::process::raise_descriptor_limit();
     let outcome = match arguments {
         [flag, logs] if flag == logs::WRITER => logs::write(Path::new(logs)),
         [logs] => logs::keep(Path::new(logs)),

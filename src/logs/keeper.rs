@@ -9,7 +9,6 @@ use std::{
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -45,7 +44,6 @@ pub fn keep(logs: &Path) -> io::Result<()> {
     lock.set_len(0)?;
     lock.write_all(&own)?;
     // Children inherit nothing of this: the lock's end tells that this very process is gone.
-    let (tell, told) = mpsc::channel();
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
     inotify.add_watch(logs, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE)?;
     let mut held: HashMap<String, Hold> = HashMap::new();
@@ -56,18 +54,13 @@ pub fn keep(logs: &Path) -> io::Result<()> {
     };
     hold_all(&mut held)?;
     let dir = logs.to_owned();
-    thread::spawn(move || {
-        let _ = tell.send(restart(&dir));
-    });
+    thread::spawn(move || restart(&dir));
     loop {
         let events = match inotify.read_events() {
             Ok(events) => events,
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
-        if let Ok(outcome) = told.try_recv() {
-            return outcome;
-        }
         for event in events {
             // The directory is being removed. (It is not told itself: our open files keep it.)
             if event.mask.contains(AddWatchFlags::IN_DELETE) && event.name.as_deref() == Some(OsStr::new(LOCK)) {
@@ -88,20 +81,20 @@ pub fn keep(logs: &Path) -> io::Result<()> {
 }
 
 /// One writer after the other. Returns when one ends of itself: its directory is gone.
-fn restart(logs: &Path) -> io::Result<()> {
+fn restart(logs: &Path) {
     loop {
         let began = Instant::now();
         // By what we are, not by our name: the file may have been replaced.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("nomad-driver-shim").args([COMMAND, WRITER]).arg(logs).stdin(Stdio::null());
-        let status = command.spawn()?.wait()?;
-        if status.success() {
-            return Ok(());
+        match command.spawn().and_then(|mut child| child.wait()) {
+            Ok(status) if status.success() => return,
+            Ok(status) => tracing::warn!(%status, "the log writer died; starting another"),
+            Err(error) => tracing::error!(%error, "the log writer can't be started; trying again"),
         }
-        tracing::warn!(%status, "the log writer died; starting another");
         if began.elapsed() < SHORT {
             #[allow(clippy::disallowed_methods, reason = "a thread that does nothing else, without a runtime")]
-            thread::sleep(SHORT / 10);
+            thread::sleep(SHORT / 4);
         }
     }
 }

@@ -3,14 +3,15 @@
 //!
 //! Other tasks of the group can write to the directory. Nothing there is trusted: names are opened beneath the
 //! allocation's directory without following a symlink, looked at before they are opened for writing, and what is no
-//! plain file of one name is passed by.
+//! plain file of one name is passed by. After the first file, only those are written to that were made here.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io,
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::fs::{MetadataExt as _, PermissionsExt as _},
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     },
     path::PathBuf,
 };
@@ -27,6 +28,8 @@ use nix::{
 const LOGS: &str = "alloc/logs";
 /// Foreign things in the way of a name that are passed by, one after the other.
 const IN_THE_WAY: u64 = 1000;
+/// Old files removed at a rotation, at most: the others wait.
+const AT_ONCE: usize = 16;
 
 /// One stream's files.
 #[derive(Debug)]
@@ -34,22 +37,17 @@ pub struct Series {
     alloc_dir: PathBuf,
     /// `<task>.stdout`.
     base: String,
-    max_files: u64,
-    open: Option<Open>,
-}
-
-/// The file that is written to.
-#[derive(Debug)]
-struct Open {
-    directory: OwnedFd,
-    file: File,
-    index: u64,
+    max_files: usize,
+    /// The file that is written to.
+    open: Option<File>,
+    /// The files there are of it, the oldest first. Looked up once: later, a name that appears is not ours.
+    kept: Option<VecDeque<u64>>,
 }
 
 impl Series {
     /// Files `<base>.N` of an allocation, of which `max_files` are kept.
     pub fn new(alloc_dir: PathBuf, base: String, max_files: u32) -> Self {
-        Self { alloc_dir, base, max_files: u64::from(max_files.max(1)), open: None }
+        Self { alloc_dir, base, max_files: max_files.max(1) as usize, open: None, kept: None }
     }
 
     /// The file to write to, and its size. Whoever removed it gets a new one.
@@ -58,17 +56,27 @@ impl Series {
     /// When there is none that may be written to.
     pub fn current(&mut self) -> io::Result<(&File, u64)> {
         let usable = match &self.open {
-            Some(open) => open.file.metadata().is_ok_and(|meta| meta.nlink() > 0),
+            Some(file) => file.metadata().is_ok_and(|meta| meta.nlink() > 0),
             None => false,
         };
         if !usable {
             self.open = None;
             let directory = self.directory()?;
-            let last = self.indices(&directory)?.into_iter().max();
-            self.open = Some(self.open_from(directory, last.unwrap_or(0))?);
+            let first = self.kept.is_none();
+            if first {
+                self.kept = Some(self.indices(&directory)?);
+            }
+            let last = self.kept.iter().flatten().next_back().copied();
+            let goes_on = last.filter(|_| first).map(|last| open_plain(&directory, &self.name(last)));
+            self.open = match goes_on {
+                Some(Ok(file)) => Some(file),
+                Some(Err(error)) if !is_in_the_way(&error) => return Err(error),
+                // Removed under our hands, or something that is not ours.
+                _ => Some(self.make_from(&directory, last.unwrap_or(0))?),
+            };
         }
-        let Some(open) = &self.open else { return Err(io::ErrorKind::NotFound.into()) };
-        Ok((&open.file, open.file.metadata()?.len()))
+        let Some(file) = &self.open else { return Err(io::ErrorKind::NotFound.into()) };
+        Ok((file, file.metadata()?.len()))
     }
 
     /// Goes on to the next file, and removes the oldest.
@@ -76,19 +84,48 @@ impl Series {
     /// # Errors
     /// When there is none.
     pub fn rotate(&mut self) -> io::Result<()> {
-        let Some(open) = self.open.take() else { return self.current().map(drop) };
+        if self.open.take().is_none() {
+            return self.current().map(drop);
+        }
         // Again by its name: what was put in the directory's place is not written to.
         let directory = self.directory()?;
-        let next = self.open_from(directory, open.index + 1)?;
-        let oldest = (next.index + 1).saturating_sub(self.max_files);
-        for index in self.indices(&next.directory)?.into_iter().filter(|index| *index < oldest) {
-            match unlinkat(&next.directory, self.name(index).as_str(), UnlinkatFlags::NoRemoveDir) {
+        let last = self.kept.iter().flatten().next_back().copied().unwrap_or(0);
+        self.open = Some(self.make_from(&directory, last + 1)?);
+        Ok(())
+    }
+
+    /// Makes the first file from `index` on whose name is free: what others have put there is passed by, whatever it is.
+    fn make_from(&mut self, directory: &OwnedFd, index: u64) -> io::Result<File> {
+        let end = index.saturating_add(IN_THE_WAY);
+        for index in index..end {
+            match make(directory, &self.name(index)) {
+                Ok(file) => {
+                    self.keep(directory, index)?;
+                    return Ok(file);
+                }
+                Err(error) if is_in_the_way(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // The next try begins behind them.
+        self.kept.get_or_insert_default().push_back(end);
+        Err(in_the_way(&self.name(end)))
+    }
+
+    fn keep(&mut self, directory: &OwnedFd, index: u64) -> io::Result<()> {
+        let kept = self.kept.get_or_insert_default();
+        if kept.back() != Some(&index) {
+            kept.push_back(index);
+        }
+        let too_many = kept.len().saturating_sub(self.max_files);
+        let old: Vec<u64> = kept.drain(..too_many.min(AT_ONCE)).collect();
+        for index in old {
+            match unlinkat(directory, self.name(index).as_str(), UnlinkatFlags::NoRemoveDir) {
                 // Not a file of ours.
                 Ok(()) | Err(Errno::ENOENT | Errno::EISDIR | Errno::EPERM) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
-        self.open = Some(next);
         Ok(())
     }
 
@@ -104,61 +141,48 @@ impl Series {
         Ok(openat2(&root, LOGS, how)?)
     }
 
-    /// Numbers of the files that are there.
-    fn indices(&self, directory: &OwnedFd) -> io::Result<Vec<u64>> {
-        let mut listing = Dir::from_fd(openat(
-            directory,
-            ".",
-            OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-            Mode::empty(),
-        )?)?;
+    /// Numbers of the files that are there, the last ones that matter.
+    fn indices(&self, directory: &OwnedFd) -> io::Result<VecDeque<u64>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut listing = Dir::from_fd(openat(directory, ".", flags, Mode::empty())?)?;
         let mut found = Vec::new();
         for entry in listing.iter() {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy();
             let number = name.strip_prefix(&self.base).and_then(|rest| rest.strip_prefix('.'));
-            // As it is written by us and by Nomad: no sign, no zeros in front.
-            found.extend(number.and_then(|text| text.parse::<u64>().ok().filter(|index| index.to_string() == text)));
+            // As it is written by us and by Nomad: no sign, no zeros in front. Nobody has come to the last ones by writing.
+            let number = number.and_then(|text| text.parse::<u32>().ok().filter(|index| index.to_string() == text));
+            found.extend(number.filter(|index| *index < u32::MAX / 2).map(u64::from));
         }
-        Ok(found)
-    }
-
-    /// The first name from `index` on that can be ours.
-    fn open_from(&self, directory: OwnedFd, index: u64) -> io::Result<Open> {
-        let mut refused = io::Error::from(io::ErrorKind::NotFound);
-        for index in index..index.saturating_add(IN_THE_WAY) {
-            match open_one(&directory, &self.name(index)) {
-                Ok(file) => return Ok(Open { directory, file, index }),
-                Err(error) if error.kind() == io::ErrorKind::InvalidInput => refused = error,
-                Err(error) => return Err(error),
-            }
-        }
-        Err(refused)
+        found.sort_unstable();
+        Ok(found.split_off(found.len().saturating_sub(self.max_files + AT_ONCE)).into())
     }
 }
 
-/// Opens a plain file of one name, or makes it. Anything else in its place is an invalid input, and not touched.
-fn open_one(directory: &OwnedFd, name: &str) -> io::Result<File> {
+/// Makes a file. A name that is taken is in the way.
+fn make(directory: &OwnedFd, name: &str) -> io::Result<File> {
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IROTH;
+    match openat(directory, name, flags, mode) {
+        Ok(made) => {
+            let file = File::from(made);
+            file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+            Ok(file)
+        }
+        Err(Errno::EEXIST) => Err(in_the_way(name)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Opens a plain file of one name. Anything else in its place is in the way, and not touched; so is one that its owner
+/// keeps from being opened, by a lease (fcntl(2)) or by running it.
+fn open_plain(directory: &OwnedFd, name: &str) -> io::Result<File> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
     let found = match openat2(directory.as_fd(), name, how) {
         Ok(found) => File::from(found),
-        // A symlink.
-        Err(Errno::ELOOP) => return Err(in_the_way(name)),
-        Err(Errno::ENOENT) => {
-            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IROTH;
-            return match openat(directory, name, flags, mode) {
-                Ok(made) => {
-                    let file = File::from(made);
-                    file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
-                    Ok(file)
-                }
-                Err(Errno::EEXIST) => Err(in_the_way(name)),
-                Err(errno) => Err(errno.into()),
-            };
-        }
+        Err(Errno::ELOOP | Errno::ENOENT) => return Err(in_the_way(name)),
         Err(errno) => return Err(errno.into()),
     };
     let meta = found.metadata()?;
@@ -166,9 +190,65 @@ fn open_one(directory: &OwnedFd, name: &str) -> io::Result<File> {
         return Err(in_the_way(name));
     }
     // The very inode that was looked at.
-    File::options().write(true).open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+    match File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EWOULDBLOCK | libc::ETXTBSY | libc::EPERM)) => {
+            Err(in_the_way(name))
+        }
+        other => other,
+    }
+}
+
+fn is_in_the_way(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AlreadyExists
 }
 
 fn in_the_way(name: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is no plain file, or has several names"))
+    io::Error::new(io::ErrorKind::AlreadyExists, format!("{name} is in the way"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::FileExt as _, path::Path};
+
+    fn write(series: &mut Series, text: &str) {
+        let (file, size) = series.current().expect("a file");
+        file.write_all_at(text.as_bytes(), size).expect("written");
+    }
+
+    fn names(logs: &Path) -> Vec<String> {
+        let entries = fs::read_dir(logs).expect("listed").flatten();
+        let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_later_writer_goes_on_and_nobody_elses_file_is_written_to() {
+        let alloc = tempfile::tempdir().expect("a temporary directory");
+        let logs = alloc.path().join("alloc/logs");
+        fs::create_dir_all(&logs).expect("made");
+        let new = || Series::new(alloc.path().to_owned(), "web.stdout".to_owned(), 2);
+        write(&mut new(), "one ");
+        // Neither numbers that nobody comes to by writing, nor what has another form, is taken for the last file.
+        for name in ["web.stdout.4294967295", "web.stdout.99999999999999999999", "web.stdout.07", "web.stdout.x"] {
+            fs::write(logs.join(name), "").expect("written");
+        }
+        let mut series = new();
+        write(&mut series, "two");
+        assert_eq!(fs::read_to_string(logs.join("web.stdout.0")).expect("read"), "one two");
+        // A plain file that somebody has put where the next one would be.
+        fs::write(logs.join("web.stdout.1"), "theirs").expect("written");
+        series.rotate().expect("rotated");
+        write(&mut series, "three");
+        assert_eq!(fs::read_to_string(logs.join("web.stdout.1")).expect("read"), "theirs");
+        assert_eq!(fs::read_to_string(logs.join("web.stdout.2")).expect("read"), "three");
+        series.rotate().expect("rotated");
+        assert!(!names(&logs).contains(&"web.stdout.0".to_owned()), "two are kept: {:?}", names(&logs));
+        // Whoever removes the file that is written to gets another.
+        fs::remove_file(logs.join("web.stdout.3")).expect("removed");
+        write(&mut series, "four");
+        assert_eq!(fs::read_to_string(logs.join("web.stdout.3")).expect("read"), "four");
+    }
 }

@@ -17,7 +17,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use super::{LogPolicy, LogSpec, fifo, series::Series};
+use super::{LogPolicy, LogSpec, STARTED, fifo, series::Series, status::StreamLosses};
 
 /// A stream's turn is over after so many bytes: the others wait.
 const TURN: u64 = 1 << 20;
@@ -80,18 +80,19 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The stream `name` of the task in `dir`. `over`: its shim has had it open, so that no writer means its end.
+    /// The stream `name` of the task in `dir`, of which so much was `lost` before.
     ///
     /// # Errors
     /// When its FIFO can't be opened; not found when it has been written out.
-    pub fn open(dir: &Path, name: &str, spec: &LogSpec, dropped: u64, over: bool) -> io::Result<Self> {
+    pub fn open(dir: &Path, name: &str, spec: &LogSpec, lost: &StreamLosses) -> io::Result<Self> {
         let path = fifo(dir, name);
         let open = |read: bool| {
             File::options().read(read).write(!read).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(&path)
         };
         let fifo = open(true)?;
-        if over {
-            // A reader that has seen no writer is not told that the last one is gone (fifo(7)): let it see one.
+        // Its shim has had it open; one that comes later is seen. A reader that has seen no writer is not told that the
+        // last one is gone (fifo(7)): let it see one.
+        if dir.join(STARTED).exists() {
             drop(open(false)?);
         }
         let mut series = Series::new(spec.alloc_dir.clone(), format!("{}.{name}", spec.task), spec.options.max_files);
@@ -99,7 +100,8 @@ impl Stream {
         // will tell.
         let _ = series.current();
         let (max_size, policy) = (spec.options.max_size.max(1), spec.options.policy);
-        Ok(Self { path, fifo, series, max_size, policy, untold: 0, dropped, stuck: None, again: None })
+        let (dropped, stuck) = (lost.dropped, lost.stuck.clone());
+        Ok(Self { path, fifo, series, max_size, policy, untold: 0, dropped, stuck, again: None })
     }
 
     /// For epoll.

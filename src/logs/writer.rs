@@ -1,7 +1,7 @@
 //! The log writer: one process, one thread, all streams of the node.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::OsStr,
     fs, io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
@@ -20,7 +20,7 @@ use nix::{
 };
 
 use super::{
-    LogSpec, SPEC, STARTED, STREAMS,
+    LogSpec, SPEC, STREAMS,
     status::{Losses, read_losses, write_losses},
     stream::{Scratch, Stream, Turn},
     tasks,
@@ -75,11 +75,15 @@ fn wait_for_turn(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
     }
 }
 
+type Streams = HashMap<u64, (String, &'static str, Stream)>;
+
 struct Writer {
     logs: PathBuf,
     epoll: Epoll,
     inotify: Inotify,
-    streams: HashMap<u64, (String, &'static str, Stream)>,
+    streams: Streams,
+    /// Tasks whose streams could not be opened: descriptors or memory had run out.
+    untaken: HashSet<String>,
     /// Those that rest, since their files take nothing.
     resting: HashMap<u64, Instant>,
     /// Said last, and when.
@@ -99,6 +103,7 @@ impl Writer {
             epoll,
             inotify,
             streams: HashMap::new(),
+            untaken: HashSet::new(),
             resting: HashMap::new(),
             told: HashMap::new(),
             next: DIRECTORY + 1,
@@ -116,9 +121,7 @@ impl Writer {
 
     /// A task whose description can't be read keeps its output in its pipes; somebody must look.
     fn take_on(&mut self, task: &str) {
-        if self.streams.values().any(|(known, ..)| known == task) {
-            return;
-        }
+        let has = |streams: &Streams, name| streams.values().any(|(known, stream, _)| known == task && *stream == name);
         let dir = self.logs.join(task);
         let spec = fs::read(dir.join(SPEC)).and_then(|text| Ok(serde_json::from_slice::<LogSpec>(&text)?));
         let spec = match spec {
@@ -130,9 +133,9 @@ impl Writer {
                 return;
             }
         };
-        let (mut losses, over) = (read_losses(&dir), dir.join(STARTED).exists());
-        for name in STREAMS {
-            let opened = Stream::open(&dir, name, &spec, losses.of(name).dropped, over);
+        let mut losses = read_losses(&dir);
+        for name in STREAMS.into_iter().filter(|name| !has(&self.streams, *name)).collect::<Vec<_>>() {
+            let opened = Stream::open(&dir, name, &spec, losses.of(name));
             let added = opened.and_then(|stream| {
                 let events = EpollEvent::new(EpollFlags::EPOLLIN, self.next);
                 self.epoll.add(stream.fifo(), events)?;
@@ -143,7 +146,10 @@ impl Writer {
             match added {
                 // Written out by an earlier writer, or a terminal has none.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => tracing::error!(task, stream = name, %error, "its log"),
+                Err(error) => {
+                    tracing::error!(task, stream = name, %error, "its log; trying again");
+                    self.untaken.insert(task.to_owned());
+                }
                 Ok(()) => {}
             }
         }
@@ -152,7 +158,8 @@ impl Writer {
     /// Waits for something to do, and does it. False when there will never be anything again.
     fn round(&mut self) -> io::Result<bool> {
         let mut events = [EpollEvent::empty(); 256];
-        let timeout = match self.resting.values().min() {
+        let untaken = (!self.untaken.is_empty()).then(|| Instant::now() + TELL);
+        let timeout = match self.resting.values().copied().chain(untaken).min() {
             None => EpollTimeout::NONE,
             Some(again) => {
                 let left = again.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -167,6 +174,11 @@ impl Writer {
         let mut ready: Vec<u64> = events[..count].iter().map(EpollEvent::data).collect();
         if ready.contains(&DIRECTORY) && !self.directory_changed()? {
             return Ok(false);
+        }
+        if untaken.is_some_and(|again| again <= Instant::now()) {
+            for task in std::mem::take(&mut self.untaken) {
+                self.take_on(&task);
+            }
         }
         ready.retain(|id| *id != DIRECTORY);
         let now = Instant::now();
@@ -281,6 +293,8 @@ impl Writer {
                 return Ok(false);
             }
             if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+                // Whatever came or went: what is in the pipes stays there.
+                (self.streams, self.resting) = (HashMap::new(), HashMap::new());
                 self.look()?;
             }
             let Some(task) = event.name.map(|name| name.to_string_lossy().into_owned()) else { continue };
@@ -290,9 +304,11 @@ impl Writer {
             if event.mask.contains(AddWatchFlags::IN_MOVED_TO) {
                 self.take_on(&task);
             } else {
-                let ids: Vec<u64> =
-                    self.streams.iter().filter(|(_, (known, ..))| *known == task).map(|(id, _)| *id).collect();
-                ids.into_iter().for_each(|id| self.drop_stream(id));
+                // Not by its name, which may be another attempt's by now.
+                self.streams.retain(|_, (known, ..)| *known != task);
+                self.resting.retain(|id, _| self.streams.contains_key(id));
+                self.untaken.remove(&task);
+                self.told.remove(&task);
             }
         }
         Ok(true)

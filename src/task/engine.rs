@@ -187,7 +187,7 @@ impl Engine {
         // Tasks of an earlier instance may have logs of ours, whatever the settings say now.
         let has_logs = engine.shared().log_keeper.has_work();
         if has_logs {
-            engine.shared().log_keeper.ensure().await?;
+            engine.shared().log_keeper.insist();
         }
         if has_logs || engine.settings().own_logs {
             engine.watch_logs();

@@ -10,13 +10,13 @@ use std::{
 
 use tokio::sync::Mutex;
 
-use super::{Audience, Engine, Record, Settings, StartRequest, TaskError, TaskEvent, shared::Shared};
+use super::{Audience, Engine, Phases, Record, Settings, StartRequest, TaskError, TaskEvent, shared::Shared};
 use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
     places::{Places, PlacesError, make_private_dir},
     process::{PidFd, restore_descriptor_limit, set_apart},
-    shim::stdio::{Stdio, StdioError},
+    shim::stdio::Stdio,
 };
 
 /// What a task left in its FIFOs is written out in a millisecond; where it can't be, nobody waits for ever.
@@ -59,27 +59,40 @@ impl LogKeeper {
     async fn stand_by(self: Arc<Self>, mut pidfd: Arc<PidFd>) {
         loop {
             if let Err(error) = pidfd.ended().await {
-                tracing::warn!(%error, "the log writer can't be watched");
-                return;
+                tracing::warn!(%error, "the log writer's keeper can't be watched");
             }
-            tokio::time::sleep(BREATH).await;
-            let mut living = self.living.lock().await;
-            *living = None;
-            if !self.has_work() {
-                return;
-            }
-            tracing::warn!("the log writer's keeper died; starting another");
-            match self.find_or_spawn() {
-                Ok(next) => {
-                    *living = Some(next.clone());
-                    pidfd = next;
-                }
-                Err(error) => {
-                    tracing::error!(error = crate::chain(&error), "the log writer can't be started again");
+            // At once: who starts a task meanwhile starts one.
+            *self.living.lock().await = None;
+            let mut pause = BREATH;
+            pidfd = loop {
+                tokio::time::sleep(pause).await;
+                let mut living = self.living.lock().await;
+                if living.is_some() || !self.has_work() {
                     return;
                 }
-            }
+                match self.find_or_spawn() {
+                    Ok(next) => {
+                        *living = Some(next.clone());
+                        break next;
+                    }
+                    Err(error) => {
+                        tracing::error!(error = crate::chain(&error), "the log writer died and can't be started again");
+                        pause = (2 * pause).min(LOOK);
+                    }
+                }
+            };
         }
+    }
+
+    /// The same as [`Self::ensure`], until it works.
+    pub(super) fn insist(self: &Arc<Self>) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            while let Err(error) = this.ensure().await {
+                tracing::error!(error = crate::chain(&error), "the log writer can't be started");
+                tokio::time::sleep(LOOK).await;
+            }
+        });
     }
 
     fn find_or_spawn(&self) -> Result<Arc<PidFd>, TaskError> {
@@ -99,6 +112,8 @@ impl LogKeeper {
 
     fn spawn(&self) -> std::io::Result<Arc<PidFd>> {
         let logs = self.places.logs();
+        // Of the one before.
+        let _ = std::fs::remove_file(logs.join(".said"));
         let said = std::fs::File::options().create(true).append(true).open(logs.join(".said"))?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.arg0("nomad-driver-shim").args(logs::arguments(&logs)).env_clear().stdin(ChildStdio::piped());
@@ -139,67 +154,28 @@ pub(super) fn is_ours(settings: &Settings, request: &StartRequest) -> bool {
     settings.own_logs && request.stdout != Path::new("/dev/null")
 }
 
-/// A task's log that was set up. Until it is recorded, it goes again with this.
-pub(super) struct OwnLog {
-    dir: PathBuf,
-    terminal: bool,
-    recorded: bool,
-}
-
-/// Sets a task's log up, if that is ours to write, and sees to it that somebody writes it.
+/// Sets a task's log up, and sees to it that somebody writes it: its streams, for the shim. With a terminal there is one.
 ///
 /// # Errors
-/// When that can't be done; nothing is left then.
-pub(super) async fn set_up(
-    shared: &Shared,
-    request: &StartRequest,
-    id: &ContainerId,
-) -> Result<Option<OwnLog>, TaskError> {
-    if !is_ours(&shared.settings, request) {
-        return Ok(None);
-    }
-    shared.log_keeper.ensure().await?;
+/// When that can't be done. What is left then, the task's undoing takes away.
+pub(super) async fn set_up(shared: &Shared, request: &StartRequest, id: &ContainerId) -> Result<Stdio, TaskError> {
     let spec =
         LogSpec { alloc_dir: request.alloc_dir.clone(), task: request.name.clone(), options: request.options.log };
     let (dir, terminal) = (shared.settings.places.log(id), request.options.tty);
+    shared.log_keeper.ensure().await?;
     logs::prepare(&dir, &spec, terminal)?;
-    Ok(Some(OwnLog { dir, terminal, recorded: false }))
+    // Had it died just before, it would have seen nothing to do.
+    shared.log_keeper.ensure().await?;
+    let [stdout, stderr] = logs::STREAMS.map(|stream| logs::fifo(&dir, stream));
+    let stderr = if terminal { PathBuf::from("/dev/null") } else { stderr };
+    Ok(Stdio::open(&dir, &stdout, &stderr)?)
 }
 
-impl OwnLog {
-    /// For the shim. With a terminal there is one stream only.
-    pub(super) fn open(&self) -> Result<Stdio, StdioError> {
-        let [stdout, stderr] = logs::STREAMS.map(|stream| logs::fifo(&self.dir, stream));
-        let stderr = if self.terminal { PathBuf::from("/dev/null") } else { stderr };
-        Stdio::open(&self.dir, &stdout, &stderr)
-    }
-
-    /// The task's record names it from now on.
-    pub(super) fn keep(mut self) {
-        self.recorded = true;
-    }
-}
-
-impl Drop for OwnLog {
-    fn drop(&mut self) {
-        if !self.recorded
-            && let Err(error) = logs::remove(&self.dir)
-        {
-            tracing::warn!(error = crate::chain(&error), "the log of a task that was not started stays");
-        }
-    }
-}
-
-/// Where a task that has ended left its log, and what it still holds.
-pub(super) async fn remove(places: &Places, id: &ContainerId) -> Result<(), TaskError> {
-    let dir = places.log(id);
-    if !dir.exists() {
-        return Ok(());
-    }
-    if !logs::drained(&dir, DRAIN).await {
+/// Waits until the log of a task that has ended is written out, but not for what can't be written.
+pub(super) async fn written_out(places: &Places, id: &ContainerId) {
+    if !logs::drained(&places.log(id), DRAIN).await {
         tracing::warn!(container = %id, "the end of its log could not be written and is lost");
     }
-    Ok(logs::remove(&dir)?)
 }
 
 impl Engine {
@@ -209,6 +185,16 @@ impl Engine {
         tokio::spawn(async move {
             let mut seen = None;
             let mut known: HashMap<TaskId, Losses> = HashMap::new();
+            // What an earlier instance of us has told of is known.
+            tokio::time::sleep(LOOK).await;
+            if let Some(inner) = engine.upgrade() {
+                let this = Self(inner);
+                let places = &this.settings().places;
+                let recovered = this.live().into_iter().filter(|(_, task)| task.phases == Phases::default());
+                known.extend(
+                    recovered.map(|(id, task)| (id, logs::read_losses(&places.log(&task.record().container_id)))),
+                );
+            }
             loop {
                 tokio::time::sleep(LOOK).await;
                 let Some(inner) = engine.upgrade() else { return };

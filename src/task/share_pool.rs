@@ -63,10 +63,16 @@ impl Engine {
             pools.into_iter().filter_map(|pool| Some((pool, pool.cpus().ok()?))).collect();
         for (id, pool, cgroup) in &in_pools {
             let Some(cpus) = now.get(pool).filter(|cpus| given.get(id) != Some(cpus)) else { continue };
-            if let Err(error) = self.shared().cgroups.set_cpus(cgroup, cpus) {
-                tracing::warn!(task = %id, cpus, error = crate::chain(&error), "the pool of shared processors");
+            match self.shared().cgroups.set_cpus(cgroup, cpus) {
+                Ok(()) => drop(given.insert(id.clone(), cpus.clone())),
+                // Tried again; said once.
+                Err(error) => {
+                    let refused = format!("not {cpus}");
+                    if given.insert(id.clone(), refused.clone()) != Some(refused) {
+                        tracing::warn!(task = %id, cpus, error = crate::chain(&error), "the pool of shared processors");
+                    }
+                }
             }
-            given.insert(id.clone(), cpus.clone());
         }
     }
 }

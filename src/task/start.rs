@@ -173,10 +173,10 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let warm = shared.warmer.as_ref().map(Warmer::warm);
     // The spec is pure: a bad user or an empty command shows before anything is made.
     let spec = plan.spec(shared)?;
-    let own_log = logs::set_up(shared, request, &plan.container_id).await?;
-    let stdio = match &own_log {
-        None => stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?,
-        Some(log) => log.open()?,
+    let nomads = if logs::is_ours(&shared.settings, request) {
+        None
+    } else {
+        Some(stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?)
     };
 
     let step = Instant::now();
@@ -193,9 +193,23 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
             return Err(error);
         }
     };
-    if let Some(log) = own_log {
-        log.keep();
-    }
+    let stdio = match nomads {
+        Some(stdio) => Ok(stdio),
+        None => logs::set_up(shared, request, &plan.container_id).await,
+    };
+    let stdio = match stdio {
+        Ok(stdio) => stdio,
+        Err(error) => {
+            let shim = match reserved {
+                Reserved::Waiting(shim) => Found::Alive(shim),
+                Reserved::Named(_) => Found::Gone,
+            };
+            if let Err(left) = undo_or_keep(shared, &record, shim).await {
+                tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
+            }
+            return Err(error);
+        }
+    };
     fault::intrude(&shared.settings.containerd.address);
     // One that is launched comes up beside the making of the bundle.
     let coming = match reserved {

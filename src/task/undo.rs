@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{Record, TaskError, shared::Shared};
+use super::{Record, TaskError, logs, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
     fault,
@@ -35,6 +35,7 @@ pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(
 pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), TaskError> {
     // What of the mounts could not be undone is tried again with the rest.
     let (released, _mounts) = release(shared, record, shim).await?;
+    logs::written_out(&shared.settings.places, &record.container_id).await;
     released.finish(shared, record).await
 }
 
@@ -102,8 +103,8 @@ impl Released {
         if !fault::skipped("container") {
             empty_cgroup(shared, record).await;
         }
-        outcome.note(record, "log", super::logs::remove(&shared.settings.places, &record.container_id).await);
         let bundle = BundlePaths::of(&shared.settings.places, &record.container_id);
+        let log = shared.settings.places.log(&record.container_id);
         let cgroups = shared.cgroups.clone();
         let cgroup = CgroupPath::recorded(&record.cgroup);
         let files = tokio::task::spawn_blocking(move || {
@@ -112,6 +113,7 @@ impl Released {
                 outcome
             };
             [
+                ("log", crate::logs::remove(&log).map_err(TaskError::from)),
                 ("unmount", after("undo.unmount", bundle.unmount().map_err(TaskError::from))),
                 ("bundle", after("undo.bundle", bundle.remove().map_err(TaskError::from))),
                 ("upper", after("undo.upper", bundle.remove_upper().map_err(TaskError::from))),
@@ -297,6 +299,7 @@ pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Re
             () = shared.pool.calm(BREATH, PATIENCE) => {}
             () = shared.hurry.notified() => {}
         }
+        logs::written_out(&shared.settings.places, &record.container_id).await;
         let room = shared.teardowns.acquire().await;
         let outcome = released.finish(&shared, &record).await;
         drop(room);
