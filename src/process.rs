@@ -154,6 +154,14 @@ impl PidFd {
         }
     }
 
+    /// Has the process ended? (pidfd_open(2): its descriptor is readable then.)
+    pub fn has_ended(&self) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd as _;
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Returns when the process has ended.
     ///
     /// # Errors
@@ -219,8 +227,10 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("spawned");
         let fd = PidFd::open(child.id()).expect("opened");
         assert!(tokio::time::timeout(std::time::Duration::from_millis(50), fd.ended()).await.is_err());
+        assert!(!fd.has_ended());
         fd.signal(libc::SIGKILL);
         tokio::time::timeout(std::time::Duration::from_secs(10), fd.ended()).await.expect("in time").expect("watched");
+        assert!(fd.has_ended());
         child.wait().expect("reaped");
         assert!(ProcessId::of(child.id()).is_err());
     }

@@ -25,6 +25,7 @@ use super::{
     found::Identity,
     pool::ShimScope,
     sealed::{Current, DESCRIPTOR, Sealed},
+    version,
 };
 use crate::{
     ids::random_hex,
@@ -153,6 +154,13 @@ impl Launcher {
             api: AtomicU8::new(0),
             own: Holders::default(),
             runtime: Current::default(),
+        }
+    }
+
+    /// Says what an operator should know of this shim, where tasks are to share it.
+    pub async fn warn(&self) {
+        if self.scope != ShimScope::Task {
+            version::warn_of_queues(&self.binary).await;
         }
     }
 
@@ -365,9 +373,9 @@ impl Shim {
         }
     }
 
-    /// Has it died?
+    /// Has it died? Asked of the kernel: who waits for it may not have been told yet.
     pub fn has_ended(&self) -> bool {
-        *self.ended.borrow()
+        *self.ended.borrow() || self.pidfd.has_ended()
     }
 
     /// Returns when it has died.

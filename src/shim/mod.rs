@@ -11,6 +11,7 @@ mod launch;
 mod pool;
 mod sealed;
 pub mod stdio;
+mod version;
 
 use std::{io, path::PathBuf, time::Duration};
 

@@ -144,7 +144,10 @@ impl Engine {
                 launcher.hand_out(sealed);
             }
         }
-        let pool = Pool::new(Arc::new(launcher), settings.shim.pool);
+        let launcher = Arc::new(launcher);
+        let warning = launcher.clone();
+        tokio::spawn(async move { warning.warn().await });
+        let pool = Pool::new(launcher, settings.shim.pool);
         let records = load_records(&places.tasks())?;
         let warmer = match settings.keep_warm {
             KeepWarm::Starts if cgroups.mode() == CgroupMode::V2 => None,

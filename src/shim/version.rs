@@ -1,0 +1,46 @@
+//! What a shim's own version means for us.
+
+use std::{path::Path, process::Stdio, time::Duration};
+
+/// Before it, shims hold one lock over Create: who shares one starts one task at a time (containerd's release notes).
+const PARALLEL: [u32; 3] = [2, 3, 2];
+/// It prints and goes.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Says so when tasks that are to share a shim would queue at it.
+pub(super) async fn warn_of_queues(binary: &Path) {
+    let mut command = tokio::process::Command::new(binary);
+    command.arg("-v").stdin(Stdio::null()).kill_on_drop(true);
+    let Ok(Ok(output)) = tokio::time::timeout(LIMIT, command.output()).await else { return };
+    let text = String::from_utf8_lossy(&output.stdout);
+    if let Some(version) = version(&text).filter(|version| *version < PARALLEL) {
+        let [major, minor, patch] = version;
+        tracing::warn!(
+            shim = %binary.display(),
+            "shim_scope: this shim has version {major}.{minor}.{patch} and starts one task at a time; tasks that share it \
+             queue. Use containerd-shim-runc-v2 2.3.2 or newer, or shim_scope = \"task\""
+        );
+    }
+}
+
+/// Of `containerd-shim-runc-v2 -v`: a line `Version:  v2.3.1` or, of distributions, `1.6.20~ds1`.
+fn version(text: &str) -> Option<[u32; 3]> {
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("Version:"))?;
+    let number = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok();
+    let mut parts = line.trim().trim_start_matches('v').splitn(3, '.').map(number);
+    Some([parts.next()??, parts.next()??, parts.next().flatten().unwrap_or(0)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_makers_and_distributions_write_them() {
+        let debian = "containerd-shim-runc-v2:\n  Version:  1.6.20~ds1\n  Revision: 1.6.20~ds1-1+deb12u4\n";
+        assert_eq!(version(debian), Some([1, 6, 20]));
+        assert_eq!(version("  Version:  v2.4.0-rc.1\n"), Some([2, 4, 0]));
+        assert_eq!(version("shim 7"), None);
+        assert!([2, 3, 1] < PARALLEL && [2, 4, 0] > PARALLEL);
+    }
+}
