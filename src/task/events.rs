@@ -53,6 +53,11 @@ impl EventHub {
 
     /// Tells who listens on this host what became of a task.
     pub fn tell_host(&self, record: &Record, message: String) {
+        self.tell_of(record, message, Audience::Host);
+    }
+
+    /// Tells everybody of this audience what became of a task.
+    pub fn tell_of(&self, record: &Record, message: String, audience: Audience) {
         self.tell(TaskEvent {
             task_id: record.task_id.clone(),
             alloc_id: record.alloc_id.clone(),
@@ -60,7 +65,7 @@ impl EventHub {
             at: SystemTime::now(),
             message,
             annotations: HashMap::new(),
-            audience: Audience::Host,
+            audience,
         });
     }
 

@@ -5,12 +5,12 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio as ChildStdio,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use tokio::sync::Mutex;
 
-use super::{Audience, Engine, Phases, Record, Settings, StartRequest, TaskError, TaskEvent, shared::Shared};
+use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, shared::Shared};
 use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
@@ -229,22 +229,10 @@ impl Engine {
                     },
                     _ => continue,
                 };
-                self.tell_of_log(&record, message);
+                tracing::warn!(task = %record.task_id, message);
+                self.shared().events.tell_of(&record, message, Audience::Everybody);
             }
             *before = now;
         }
-    }
-
-    fn tell_of_log(&self, record: &Record, message: String) {
-        tracing::warn!(task = %record.task_id, message);
-        self.shared().events.tell(TaskEvent {
-            task_id: record.task_id.clone(),
-            alloc_id: record.alloc_id.clone(),
-            task_name: record.name.clone(),
-            at: SystemTime::now(),
-            message,
-            annotations: HashMap::new(),
-            audience: Audience::Everybody,
-        });
     }
 }
