@@ -9,6 +9,7 @@ pub mod control;
 pub mod cookie;
 pub mod duration;
 pub mod fault;
+pub mod fifo;
 pub mod host;
 pub mod ids;
 pub mod image;

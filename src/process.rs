@@ -47,6 +47,24 @@ pub fn restore_descriptor_limit() {
     }
 }
 
+/// Makes a process that is about to be exec'ed its own: the descriptor limit that we were started with, a session, and
+/// no descriptor from `first` on, not even of those that we have inherited from the agent. Safe between fork and exec.
+///
+/// # Errors
+/// As setsid(2).
+pub fn start_anew(first: libc::c_uint) -> io::Result<()> {
+    restore_descriptor_limit();
+    // SAFETY: two calls that touch no memory.
+    unsafe {
+        if libc::setsid() < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Kernels before 5.11 don't know the flag and answer EINVAL; everything of ours is close-on-exec from birth.
+        libc::close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
+    }
+    Ok(())
+}
+
 /// Moves a process of ours that is to outlive us out of the agent's cgroup, so that stopping the agent's service does not
 /// end it, and makes the kernel's OOM killer prefer it to us. `procs`: `cgroup.procs` of the group for it, one for each
 /// hierarchy.

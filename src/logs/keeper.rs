@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    ffi::OsStr,
     fs::{self, File},
     io::{self, Read as _, Write as _},
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
@@ -14,12 +13,14 @@ use std::{
 };
 
 use nix::{
-    errno::Errno,
     fcntl::{Flock, FlockArg},
-    sys::inotify::{AddWatchFlags, InitFlags, Inotify},
+    sys::inotify::InitFlags,
 };
 
-use super::{Hold, tasks};
+use super::{
+    Hold, tasks,
+    watch::{Change, Watch},
+};
 use crate::process::{PidFd, ProcessId};
 
 /// Held by the one keeper; its pid and start time are in it.
@@ -44,8 +45,7 @@ pub fn keep(logs: &Path) -> io::Result<()> {
     lock.set_len(0)?;
     lock.write_all(&own)?;
     // Children inherit nothing of this: the lock's end tells that this very process is gone.
-    let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
-    inotify.add_watch(logs, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE)?;
+    let watch = Watch::new(logs, LOCK, InitFlags::empty())?;
     let mut held: HashMap<String, Hold> = HashMap::new();
     let hold_all = |held: &mut HashMap<String, Hold>| -> io::Result<()> {
         let all = tasks(logs)?.into_iter();
@@ -56,25 +56,15 @@ pub fn keep(logs: &Path) -> io::Result<()> {
     let dir = logs.to_owned();
     thread::spawn(move || restart(&dir));
     loop {
-        let events = match inotify.read_events() {
-            Ok(events) => events,
-            Err(Errno::EINTR) => continue,
-            Err(errno) => return Err(errno.into()),
-        };
-        for event in events {
-            // The directory is being removed. (It is not told itself: our open files keep it.)
-            if event.mask.contains(AddWatchFlags::IN_DELETE) && event.name.as_deref() == Some(OsStr::new(LOCK)) {
-                return Ok(());
-            }
-            if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-                hold_all(&mut held)?;
-            }
-            let Some(task) = event.name.map(|name| name.to_string_lossy().into_owned()) else { continue };
-            if event.mask.contains(AddWatchFlags::IN_DELETE) {
-                held.remove(&task);
-            } else if !task.starts_with('.') {
-                let files = Hold::new(&logs.join(&task));
-                held.insert(task, files);
+        for change in watch.changes()? {
+            match change {
+                Change::Came(task) => {
+                    let files = Hold::new(&logs.join(&task));
+                    held.insert(task, files);
+                }
+                Change::Gone(task) => drop(held.remove(&task)),
+                Change::Missed => hold_all(&mut held)?,
+                Change::Over => return Ok(()),
             }
         }
     }
@@ -111,14 +101,15 @@ pub fn keeper_of(logs: &Path) -> Option<PidFd> {
     }
 }
 
-/// Ends keeper and writer when no task has a log any more: true when none is left.
-pub fn end_idle(logs: &Path) -> bool {
-    if tasks(logs).is_ok_and(|tasks| !tasks.is_empty()) {
-        return false;
-    }
+/// Ends keeper and writer, if there are any: no task may have a log any more.
+pub fn end(logs: &Path) {
     // They end with their directory.
-    let emptied: io::Result<()> = fs::remove_dir_all(logs);
-    emptied.is_ok()
+    match fs::remove_dir_all(logs) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %logs.display(), %error, "the log writer stays");
+        }
+        _ => {}
+    }
 }
 
 /// What a keeper is started with, below a run directory's `logs`: arguments of our own program.

@@ -12,6 +12,7 @@ mod keeper;
 mod series;
 mod status;
 mod stream;
+mod watch;
 mod writer;
 
 use std::{
@@ -24,7 +25,7 @@ use std::{
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde::{Deserialize, Serialize};
 
-pub use keeper::{COMMAND, WRITER, arguments, end_idle, keep, keeper_of};
+pub use keeper::{COMMAND, WRITER, arguments, end, keep, keeper_of};
 pub use status::{Losses, StreamLosses, changed, read_losses};
 pub use writer::write;
 
@@ -167,6 +168,14 @@ pub fn remove(dir: &Path) -> Result<(), LogError> {
             Err(LogError { doing: "remove", path: dir.to_owned(), source })
         }
         _ => Ok(()),
+    }
+}
+
+/// Is there a task with a log? Where that can't be told, there may be.
+pub fn has_tasks(logs: &Path) -> bool {
+    match tasks(logs) {
+        Ok(tasks) => !tasks.is_empty(),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 

@@ -55,11 +55,8 @@ impl Series {
     /// # Errors
     /// When there is none that may be written to.
     pub fn current(&mut self) -> io::Result<(&File, u64)> {
-        let usable = match &self.open {
-            Some(file) => file.metadata().is_ok_and(|meta| meta.nlink() > 0),
-            None => false,
-        };
-        if !usable {
+        let known = self.open.as_ref().and_then(|file| file.metadata().ok()).filter(|meta| meta.nlink() > 0);
+        if known.is_none() {
             self.open = None;
             let directory = self.directory()?;
             let first = self.kept.is_none();
@@ -76,7 +73,8 @@ impl Series {
             };
         }
         let Some(file) = &self.open else { return Err(io::ErrorKind::NotFound.into()) };
-        Ok((file, file.metadata()?.len()))
+        let size = known.map_or_else(|| file.metadata(), Ok)?.len();
+        Ok((file, size))
     }
 
     /// Goes on to the next file, and removes the oldest.

@@ -3,10 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::{
-        fd::{AsFd as _, AsRawFd as _},
-        unix::fs::OpenOptionsExt as _,
-    },
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -14,10 +11,10 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{SpliceFFlags, splice, tee},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
 use super::{LogPolicy, LogSpec, STARTED, fifo, series::Series, status::StreamLosses};
+use crate::fifo::{is_closed, unread};
 
 /// A stream's turn is over after so many bytes: the others wait.
 const TURN: u64 = 1 << 20;
@@ -124,7 +121,7 @@ impl Stream {
     pub fn turn(&mut self, scratch: &mut Scratch) -> io::Result<Turn> {
         let mut moved = 0;
         loop {
-            let waiting = self.waiting()?;
+            let waiting = unread(&self.fifo)?;
             if waiting == 0 {
                 return Ok(if self.has_ended()? { Turn::Over } else { Turn::Idle(moved) });
             }
@@ -153,22 +150,9 @@ impl Stream {
         }
     }
 
-    /// Bytes in the FIFO.
-    fn waiting(&self) -> io::Result<u64> {
-        let mut count: libc::c_int = 0;
-        // SAFETY: the descriptor is open, and FIONREAD writes one int (pipe(7)).
-        if unsafe { libc::ioctl(self.fifo.as_raw_fd(), libc::FIONREAD, &raw mut count) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(u64::try_from(count).unwrap_or(0))
-    }
-
     /// Has its last writer gone? Asked before the FIFO is looked at again: what came before its end is there by then.
     fn has_ended(&self) -> io::Result<bool> {
-        let mut fds = [PollFd::new(self.fifo.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO)?;
-        let closed = fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP));
-        Ok(closed && self.waiting()? == 0)
+        Ok(is_closed(&self.fifo)? && unread(&self.fifo)? == 0)
     }
 
     /// Moves some of the `waiting` bytes to the file, which never grows beyond its size.
@@ -176,7 +160,7 @@ impl Stream {
         if self.untold > 0 {
             self.tell_of_the_dropped()?;
         }
-        let (_, size) = self.series.current()?;
+        let (file, size) = self.series.current()?;
         let room = self.max_size.saturating_sub(size);
         if room == 0 {
             self.series.rotate()?;
@@ -193,7 +177,6 @@ impl Stream {
                 }
             }
         };
-        let (file, size) = self.series.current()?;
         let mut offset = i64::try_from(size).map_err(io::Error::other)?;
         let count = usize::try_from(count).unwrap_or(usize::MAX);
         let moved = splice(&self.fifo, None, file, Some(&mut offset), count, SpliceFFlags::SPLICE_F_NONBLOCK)?;

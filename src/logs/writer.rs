@@ -2,9 +2,8 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    ffi::OsStr,
     fs, io,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -15,15 +14,16 @@ use nix::{
     fcntl::{Flock, FlockArg},
     sys::{
         epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
-        inotify::{AddWatchFlags, InitFlags, Inotify},
+        inotify::InitFlags,
     },
 };
 
 use super::{
     LogSpec, SPEC, STREAMS,
-    status::{Losses, read_losses, write_losses},
+    status::{read_losses, write_losses},
     stream::{Scratch, Stream, Turn},
     tasks,
+    watch::{Change, Watch},
 };
 
 /// One writer at a time: a second one waits here.
@@ -75,19 +75,38 @@ fn wait_for_turn(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
     }
 }
 
-type Streams = HashMap<u64, (String, &'static str, Stream)>;
+/// A stream that is taken on.
+struct Taken {
+    task: String,
+    name: &'static str,
+    stream: Stream,
+    /// When its losses were said last.
+    told: Option<Instant>,
+}
+
+impl Taken {
+    /// Says what was lost.
+    fn say(&mut self, logs: &Path) {
+        let dir = logs.join(&self.task);
+        let mut losses = read_losses(&dir);
+        let mine = losses.of(self.name);
+        (mine.dropped, mine.stuck) = (self.stream.dropped, self.stream.stuck.clone());
+        if let Err(error) = write_losses(&dir, &losses) {
+            tracing::error!(task = self.task, %error, "what its log has lost");
+        }
+        self.told = Some(Instant::now());
+    }
+}
 
 struct Writer {
     logs: PathBuf,
     epoll: Epoll,
-    inotify: Inotify,
-    streams: Streams,
+    watch: Watch,
+    streams: HashMap<u64, Taken>,
     /// Tasks whose streams could not be opened: descriptors or memory had run out.
     untaken: HashSet<String>,
     /// Those that rest, since their files take nothing.
     resting: HashMap<u64, Instant>,
-    /// Said last, and when.
-    told: HashMap<String, (Losses, Instant)>,
     next: u64,
     scratch: Scratch,
 }
@@ -95,17 +114,15 @@ struct Writer {
 impl Writer {
     fn new(logs: &Path) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        inotify.add_watch(logs, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE)?;
-        epoll.add(inotify.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, DIRECTORY))?;
+        let watch = Watch::new(logs, LOCK, InitFlags::IN_NONBLOCK)?;
+        epoll.add(&watch, EpollEvent::new(EpollFlags::EPOLLIN, DIRECTORY))?;
         Ok(Self {
             logs: logs.to_owned(),
             epoll,
-            inotify,
+            watch,
             streams: HashMap::new(),
             untaken: HashSet::new(),
             resting: HashMap::new(),
-            told: HashMap::new(),
             next: DIRECTORY + 1,
             scratch: Scratch::new()?,
         })
@@ -121,7 +138,6 @@ impl Writer {
 
     /// A task whose description can't be read keeps its output in its pipes; somebody must look.
     fn take_on(&mut self, task: &str) {
-        let has = |streams: &Streams, name| streams.values().any(|(known, stream, _)| known == task && *stream == name);
         let dir = self.logs.join(task);
         let spec = fs::read(dir.join(SPEC)).and_then(|text| Ok(serde_json::from_slice::<LogSpec>(&text)?));
         let spec = match spec {
@@ -134,12 +150,15 @@ impl Writer {
             }
         };
         let mut losses = read_losses(&dir);
-        for name in STREAMS.into_iter().filter(|name| !has(&self.streams, *name)).collect::<Vec<_>>() {
+        for name in STREAMS {
+            if self.streams.values().any(|taken| taken.task == task && taken.name == name) {
+                continue;
+            }
             let opened = Stream::open(&dir, name, &spec, losses.of(name));
             let added = opened.and_then(|stream| {
                 let events = EpollEvent::new(EpollFlags::EPOLLIN, self.next);
                 self.epoll.add(stream.fifo(), events)?;
-                self.streams.insert(self.next, (task.to_owned(), name, stream));
+                self.streams.insert(self.next, Taken { task: task.to_owned(), name, stream, told: None });
                 self.next += 1;
                 Ok(())
             });
@@ -185,8 +204,8 @@ impl Writer {
         let rested: Vec<u64> = self.resting.iter().filter(|(_, again)| **again <= now).map(|(id, _)| *id).collect();
         for id in &rested {
             self.resting.remove(id);
-            if let Some((_, _, stream)) = self.streams.get(id) {
-                self.epoll.add(stream.fifo(), EpollEvent::new(EpollFlags::EPOLLIN, *id))?;
+            if let Some(taken) = self.streams.get(id) {
+                self.epoll.add(taken.stream.fifo(), EpollEvent::new(EpollFlags::EPOLLIN, *id))?;
             }
         }
         ready.extend(rested);
@@ -204,14 +223,14 @@ impl Writer {
 
     /// One stream's turn: is it in a hurry?
     fn serve(&mut self, id: u64) -> io::Result<bool> {
-        let Some((task, name, stream)) = self.streams.get_mut(&id) else { return Ok(false) };
-        let dropped = stream.dropped;
-        let was_stuck = stream.stuck.is_some();
-        let turn = stream.turn(&mut self.scratch);
-        let changed = stream.dropped != dropped || stream.stuck.is_some() != was_stuck;
-        if changed {
-            let (task, name) = (task.clone(), *name);
-            self.tell(&task, name, id);
+        let Some(taken) = self.streams.get_mut(&id) else { return Ok(false) };
+        let (dropped, was_stuck) = (taken.stream.dropped, taken.stream.stuck.is_some());
+        let turn = taken.stream.turn(&mut self.scratch);
+        // At once when it begins or ends, else now and then.
+        let turned = taken.stream.stuck.is_some() != was_stuck;
+        let more = taken.stream.dropped != dropped && taken.told.is_none_or(|at| at.elapsed() >= TELL);
+        if turned || more {
+            taken.say(&self.logs);
         }
         match turn {
             Ok(Turn::Idle(moved)) => Ok(moved >= BUSY),
@@ -225,8 +244,7 @@ impl Writer {
                 Ok(false)
             }
             Err(error) => {
-                let task = self.streams.get(&id).map(|(task, ..)| task.clone()).unwrap_or_default();
-                tracing::error!(task, %error, "its FIFO");
+                tracing::error!(task = taken.task, %error, "its FIFO");
                 self.rest(id, Instant::now() + TELL)?;
                 Ok(false)
             }
@@ -234,8 +252,8 @@ impl Writer {
     }
 
     fn rest(&mut self, id: u64, until: Instant) -> io::Result<()> {
-        if let Some((_, _, stream)) = self.streams.get(&id) {
-            self.epoll.delete(stream.fifo())?;
+        if let Some(taken) = self.streams.get(&id) {
+            self.epoll.delete(taken.stream.fifo())?;
             self.resting.insert(id, until);
         }
         Ok(())
@@ -243,72 +261,33 @@ impl Writer {
 
     fn drop_stream(&mut self, id: u64) {
         self.resting.remove(&id);
-        let Some((task, name, stream)) = self.streams.remove(&id) else { return };
         // Closing it takes it out of epoll: nobody else has this description.
-        if stream.dropped > 0 {
-            self.say(&task, name, &stream);
+        let Some(mut taken) = self.streams.remove(&id) else { return };
+        if taken.stream.dropped > 0 {
+            taken.say(&self.logs);
         }
-        if let Err(error) = stream.finish() {
-            tracing::error!(task, stream = name, %error, "its FIFO stays");
+        if let Err(error) = taken.stream.finish() {
+            tracing::error!(task = taken.task, stream = taken.name, %error, "its FIFO stays");
         }
-        if !self.streams.values().any(|(other, ..)| *other == task) {
-            self.told.remove(&task);
-        }
-    }
-
-    /// Says what was lost: at once when it begins or ends, else now and then.
-    fn tell(&mut self, task: &str, name: &'static str, id: u64) {
-        let Some((_, _, stream)) = self.streams.get(&id) else { return };
-        let again = self.told.get_mut(task).is_some_and(|(losses, at)| {
-            let same = losses.of(name).stuck.is_some() == stream.stuck.is_some();
-            same && at.elapsed() < TELL
-        });
-        if !again && let Some((task, name, stream)) = self.streams.remove(&id) {
-            self.say(&task, name, &stream);
-            self.streams.insert(id, (task, name, stream));
-        }
-    }
-
-    fn say(&mut self, task: &str, name: &'static str, stream: &Stream) {
-        let dir = self.logs.join(task);
-        let mut losses = read_losses(&dir);
-        let mine = losses.of(name);
-        (mine.dropped, mine.stuck) = (stream.dropped, stream.stuck.clone());
-        if let Err(error) = write_losses(&dir, &losses) {
-            tracing::error!(task, %error, "what its log has lost");
-        }
-        self.told.insert(task.to_owned(), (losses, Instant::now()));
     }
 
     /// What has come or gone. False when the directory itself is gone.
     fn directory_changed(&mut self) -> io::Result<bool> {
-        let events = match self.inotify.read_events() {
-            Ok(events) => events,
-            Err(Errno::EAGAIN) => return Ok(true),
-            Err(errno) => return Err(errno.into()),
-        };
-        for event in events {
-            // The directory is being removed. (It is not told itself: our open files keep it.)
-            if event.mask.contains(AddWatchFlags::IN_DELETE) && event.name.as_deref() == Some(OsStr::new(LOCK)) {
-                return Ok(false);
-            }
-            if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-                // Whatever came or went: what is in the pipes stays there.
-                (self.streams, self.resting) = (HashMap::new(), HashMap::new());
-                self.look()?;
-            }
-            let Some(task) = event.name.map(|name| name.to_string_lossy().into_owned()) else { continue };
-            if task.starts_with('.') {
-                continue;
-            }
-            if event.mask.contains(AddWatchFlags::IN_MOVED_TO) {
-                self.take_on(&task);
-            } else {
-                // Not by its name, which may be another attempt's by now.
-                self.streams.retain(|_, (known, ..)| *known != task);
-                self.resting.retain(|id, _| self.streams.contains_key(id));
-                self.untaken.remove(&task);
-                self.told.remove(&task);
+        for change in self.watch.changes()? {
+            match change {
+                Change::Came(task) => self.take_on(&task),
+                Change::Gone(task) => {
+                    // Not by its name, which may be another attempt's by now.
+                    self.streams.retain(|_, taken| taken.task != task);
+                    self.resting.retain(|id, _| self.streams.contains_key(id));
+                    self.untaken.remove(&task);
+                }
+                Change::Missed => {
+                    // Whatever came or went: what is in the pipes stays there.
+                    (self.streams, self.resting) = (HashMap::new(), HashMap::new());
+                    self.look()?;
+                }
+                Change::Over => return Ok(false),
             }
         }
         Ok(true)

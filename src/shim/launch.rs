@@ -30,7 +30,7 @@ use super::{
 use crate::{
     ids::random_hex,
     places::{Places, make_dir},
-    process::{PidFd, ProcessId, boot_id, restore_descriptor_limit, set_apart},
+    process::{PidFd, ProcessId, boot_id, set_apart, start_anew},
 };
 
 /// A shim that was asked to end does so in about 2 ms.
@@ -308,8 +308,7 @@ impl Launcher {
         // 4 in this process, so std's error pipe is not there.
         unsafe {
             command.pre_exec(move || {
-                restore_descriptor_limit();
-                if libc::setsid() < 0 || libc::dup2(raw, 3) < 0 {
+                if libc::dup2(raw, 3) < 0 {
                     return Err(io::Error::last_os_error());
                 }
                 let mut first = 4;
@@ -319,10 +318,7 @@ impl Launcher {
                     }
                     first = 5;
                 }
-                // Everything of ours is close-on-exec from birth; this is for descriptors inherited from the agent.
-                // Kernels before 5.11 don't know the flag and answer EINVAL.
-                libc::close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
-                Ok(())
+                start_anew(first)
             });
         }
         let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: self.binary.clone(), source })?;

@@ -18,6 +18,8 @@ use std::{
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
+use crate::fifo;
+
 /// Why a stream was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
@@ -108,7 +110,9 @@ async fn wait_for_the_late(path: String, reader: File) {
     loop {
         // Lets one in that waits for a writer.
         drop(open_to_write(&path));
-        if (is_closed(&reader) && !has_unread(&reader)) || tokio::time::Instant::now() > deadline {
+        let is_closed = fifo::is_closed(&reader).unwrap_or(false);
+        let has_unread = fifo::unread(&reader).is_ok_and(|count| count > 0);
+        if (is_closed && !has_unread) || tokio::time::Instant::now() > deadline {
             break;
         }
         tokio::time::sleep(pause).await;
@@ -132,22 +136,6 @@ fn end_or_hold(path: &str) -> Option<File> {
     let nobody = open_to_write(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO));
     let both = || File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
     nobody.then(both)?.ok()
-}
-
-/// Has its last writer gone (poll(2): POLLHUP)?
-fn is_closed(reader: &File) -> bool {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd as _;
-    let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).is_ok()
-        && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
-}
-
-fn has_unread(reader: &File) -> bool {
-    let mut count: libc::c_int = 0;
-    // SAFETY: the descriptor is open, and FIONREAD writes one int (pipe(7)).
-    let outcome = unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &raw mut count) };
-    outcome == 0 && count > 0
 }
 
 /// Write ends of a task's FIFOs, held over the end of one attempt until the next has opened them: Nomad's collector

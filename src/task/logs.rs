@@ -15,7 +15,7 @@ use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
     places::{Places, PlacesError, make_private_dir},
-    process::{PidFd, restore_descriptor_limit, set_apart},
+    process::{PidFd, set_apart, start_anew},
     shim::stdio::Stdio,
 };
 
@@ -107,7 +107,7 @@ impl LogKeeper {
 
     /// Is there a task with a log of ours?
     pub(super) fn has_work(&self) -> bool {
-        super::sweep::names(&self.places.logs()).iter().any(|name| !name.starts_with('.'))
+        logs::has_tasks(&self.places.logs())
     }
 
     fn spawn(&self) -> std::io::Result<Arc<PidFd>> {
@@ -120,15 +120,7 @@ impl LogKeeper {
         command.stdout(ChildStdio::null()).stderr(said).kill_on_drop(false);
         // SAFETY: only async-signal-safe calls between fork and exec, and no memory of ours is touched.
         unsafe {
-            command.pre_exec(|| {
-                restore_descriptor_limit();
-                if libc::setsid() < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                // For descriptors inherited from the agent; kernels before 5.11 don't know the flag.
-                libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
-                Ok(())
-            });
+            command.pre_exec(|| start_anew(3));
         }
         let mut child = command.spawn()?;
         let pid = child.id().unwrap_or_default();
@@ -143,8 +135,8 @@ impl LogKeeper {
 
     /// Nobody needs it: it ends, and the writer with it.
     pub(super) fn end_idle(&self) {
-        if self.places.logs().exists() && !self.has_work() {
-            logs::end_idle(&self.places.logs());
+        if !self.has_work() {
+            logs::end(&self.places.logs());
         }
     }
 }

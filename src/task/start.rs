@@ -204,9 +204,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
                 Reserved::Waiting(shim) => Found::Alive(shim),
                 Reserved::Named(_) => Found::Gone,
             };
-            if let Err(left) = undo_or_keep(shared, &record, shim).await {
-                tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
-            }
+            undo_failed(shared, &record, shim).await;
             return Err(error);
         }
     };
@@ -242,12 +240,16 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
         (Err(error), Ok(shim)) => (Found::Alive(shim), error),
         (_, Err(error)) => (Found::Gone, error),
     };
-    if let Err(left) = undo_or_keep(shared, &record, shim).await {
-        tracing::error!(task = %request.task_id, error = %crate::chain(&left), "a failed start left something");
-    }
+    undo_failed(shared, &record, shim).await;
     // Only now: a shim that was late may still open them by the numbers they have here.
     drop(stdio);
     Err(error)
+}
+
+async fn undo_failed(shared: &Arc<Shared>, record: &Record, shim: Found) {
+    if let Err(left) = undo_or_keep(shared, record, shim).await {
+        tracing::error!(task = %record.task_id, error = %crate::chain(&left), "a failed start left something");
+    }
 }
 
 /// A shim, or what will be one.

@@ -17,8 +17,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("host", &[]),
 ];
 
-const LEAVES: &[&str] =
-    &["chain", "control", "cookie", "duration", "fault", "ids", "overlay", "pb", "places", "process", "size", "stamp"];
+const LEAVES: &[&str] = &[
+    "chain", "control", "cookie", "duration", "fault", "fifo", "ids", "overlay", "pb", "places", "process", "size",
+    "stamp",
+];
 
 #[test]
 fn arrows_point_one_way() {

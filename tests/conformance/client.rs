@@ -15,11 +15,11 @@ use tonic::Streaming;
 use crate::{
     row,
     row::Row,
-    seen::{kill, prompt, promptly, shell, start_with},
+    seen::{kill_containerd, own_containerd, prompt, promptly, shell, start_with},
     support::{
         Env, Image, eventually,
         fake_registry::{Answer, FakeRegistry, MANIFEST},
-        not_applicable, patience, services,
+        patience, services,
     },
 };
 
@@ -85,18 +85,10 @@ async fn next(stream: &mut Streaming<FingerprintResponse>) -> FingerprintRespons
 }
 
 async fn health(env: &mut Env) {
-    if env.config["containerd"]["address"].is_null() {
-        not_applicable("its containerd can't be chosen");
-    }
-    let dir = services().root.join(format!("containerd-{}", nomad_driver_shim::ids::random_hex(3)));
-    let socket = services::start_containerd(&dir);
-    let pid = || fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap();
-    env.plugin.take().unwrap().leave().await;
-    env.config["containerd"]["address"] = json!(socket);
-    env.start_plugin().await;
+    let dir = own_containerd(env).await;
     let mut stream = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
     assert_eq!(next(&mut stream).await.health, i32::from(HealthState::Healthy));
-    kill(pid());
+    kill_containerd(&dir);
     let mut seen = next(&mut stream).await;
     while seen.health == i32::from(HealthState::Healthy) {
         seen = next(&mut stream).await;
@@ -104,7 +96,7 @@ async fn health(env: &mut Env) {
     assert!(!seen.health_description.is_empty(), "{seen:?}");
     services::start_containerd(&dir);
     while next(&mut stream).await.health != i32::from(HealthState::Healthy) {}
-    kill(pid());
+    kill_containerd(&dir);
 }
 
 async fn group_network(env: &mut Env) {

@@ -17,7 +17,10 @@ use crate::{
     resources::{Pool, has, out_of_memory, sample, stats},
     row,
     row::Row,
-    seen::{beat, beats, is_still, keeper, kill, linux, prints, processes, prompt, promptly, shell, start_with},
+    seen::{
+        beat, beats, is_still, keeper, kill, kill_containerd, linux, own_containerd, prints, processes, prompt,
+        promptly, shell, start_with,
+    },
     support::{Env, Image, eventually, leak, not_applicable, patience, services},
 };
 
@@ -225,22 +228,8 @@ async fn b15_oom_and_signals_are_told(env: &mut Env) {
     out_of_memory(env).await;
 }
 
-/// A containerd that may be killed, in the place of the plugin's.
-async fn own_containerd(env: &mut Env) -> std::path::PathBuf {
-    if env.config["containerd"]["address"].is_null() {
-        not_applicable("its containerd can't be chosen");
-    }
-    let dir = services().root.join(format!("containerd-{}", random_hex(3)));
-    let socket = services::start_containerd(&dir);
-    env.plugin.take().unwrap().leave().await;
-    env.config["containerd"]["address"] = json!(socket);
-    env.start_plugin().await;
-    dir
-}
-
 async fn b16_containerd_may_restart(env: &mut Env) {
     let dir = own_containerd(env).await;
-    let pid = || fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap();
     let task = env.sh("trap 'exit 8' TERM; echo ready; while :; do sleep 0.05; done").await;
     task.says("ready").await;
     let waiting = {
@@ -248,7 +237,7 @@ async fn b16_containerd_may_restart(env: &mut Env) {
         let request = nomad_driver_shim::pb::driver::WaitTaskRequest { task_id };
         tokio::spawn(async move { driver.wait_task(request).await })
     };
-    kill(pid());
+    kill_containerd(&dir);
     tokio::time::sleep(Duration::from_secs(1)).await;
     services::start_containerd(&dir);
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -256,7 +245,7 @@ async fn b16_containerd_may_restart(env: &mut Env) {
     env.stop(&task, 3 * promptly(), "").await.unwrap();
     assert_eq!(waiting.await.unwrap().unwrap().into_inner().result.unwrap().exit_code, 8);
     env.destroy(&task).await.unwrap();
-    kill(pid());
+    kill_containerd(&dir);
 }
 
 async fn b17_a_plugin_dies_in_the_middle(env: &mut Env) {
@@ -358,7 +347,7 @@ async fn b25_hosts_is_out_of_reach(env: &mut Env) {
 async fn b26_containerd_is_not_up_yet(env: &mut Env) {
     let dir = own_containerd(env).await;
     env.plugin.take().unwrap().leave().await;
-    kill(fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap());
+    kill_containerd(&dir);
     eventually("containerd is gone", async || {
         let socket = std::os::unix::net::UnixStream::connect(dir.join("containerd.sock"));
         if socket.is_err() { Ok(()) } else { Err(()) }

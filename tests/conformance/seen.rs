@@ -1,14 +1,20 @@
 //! What can be seen of a task without knowing its driver.
 
-use std::{fs, future::Future, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    future::Future,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use nomad_driver_shim::{
     cgroup::{CgroupMode, Cgroups},
+    ids::random_hex,
     pb::driver::{AllocatedMemoryResources, LinuxResources, TaskConfig},
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, Task, eventually, leak, patience};
+use crate::support::{Env, Task, eventually, leak, not_applicable, patience, services};
 
 /// What no row's work takes, and what the defects it looks for do: five seconds, the kill timeout.
 pub fn promptly() -> Duration {
@@ -132,4 +138,21 @@ pub fn keeper(env: &Env, task: &Task) -> i32 {
 
 pub fn kill(pid: i32) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+}
+
+/// A containerd that may be killed, in the place of the plugin's: its directory.
+pub async fn own_containerd(env: &mut Env) -> PathBuf {
+    if env.config["containerd"]["address"].is_null() {
+        not_applicable("its containerd can't be chosen");
+    }
+    let dir = services().root.join(format!("containerd-{}", random_hex(3)));
+    let socket = services::start_containerd(&dir);
+    env.plugin.take().unwrap().leave().await;
+    env.config["containerd"]["address"] = json!(socket);
+    env.start_plugin().await;
+    dir
+}
+
+pub fn kill_containerd(dir: &Path) {
+    kill(fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap());
 }
