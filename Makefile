@@ -2,15 +2,17 @@
 CARGO ?= cargo
 IMAGE ?=
 DRIVER ?=
+RUNTIME ?=
 
-.PHONY: demo bench test test-thousand test-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
+.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
 
 setup:
 	@scripts/setup.sh
 
-## Runs a real container through the real plugin. IMAGE=registry/name takes any image, COMMAND="..." any command.
+## Runs a real container through the real plugin. IMAGE=registry/name takes any image, COMMAND="..." any command,
+## RUNTIME=runsc another runtime; gVisor's is built first (needs Go) where it is not installed.
 demo: setup
-	@scripts/demo.sh $(IMAGE)
+	@RUNTIME="$(RUNTIME)" scripts/demo.sh $(IMAGE)
 
 ## What a task costs, side by side: target/bench/results.html. ARGS="--quick" for a first look.
 bench: setup
@@ -21,6 +23,11 @@ bench: setup
 test: setup
 	@if [ -n "$(DRIVER)" ]; then DRIVER="$(abspath $(DRIVER))" $(CARGO) test --locked --test conformance -- $(ARGS); \
 	 else $(CARGO) test --locked; fi
+
+## What is different with gVisor, and the conformance rows with it: docs/conformance-gvisor.md. Builds it (needs Go).
+test-gvisor:
+	@scripts/setup.sh gvisor
+	@scripts/test-gvisor.sh $(ARGS)
 
 ## The core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime.
 test-matrix:

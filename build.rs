@@ -26,7 +26,7 @@ const CONTAINERD: &[&str] = &[
 ];
 
 /// Messages of the shim's Task service; the calls themselves are made by name (`src/shim/client.rs`).
-const SHIM: &[&str] = &["proto/shim/task.proto", "proto/shim/runc_options.proto"];
+const SHIM: &[&str] = &["proto/shim/task.proto", "proto/shim/runc_options.proto", "proto/shim/runtime_options.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo: an image from a registry runs as a task, through the real handshake, containerd's store and a real shim.
 #
-#   scripts/demo.sh [IMAGE]      COMMAND="..." is run in it by `sh -c`
+#   scripts/demo.sh [IMAGE]      COMMAND="..." is run in it by `sh -c`, with RUNTIME=runsc in a gVisor sandbox
 #
 # Without IMAGE a small one is made and pushed to a registry that listens on loopback for as long as the demo runs.
 set -euo pipefail
@@ -19,11 +19,23 @@ if [ -z "$image" ]; then
   exec scripts/with-image.sh bash -c 'exec scripts/demo.sh "$IMAGE"'
 fi
 
+options=()
+case ${RUNTIME:-} in
+  "") ;;
+  *runsc*)
+    options=(--runtime "$RUNTIME")
+    if ! command -v runsc >/dev/null; then
+      scripts/setup.sh gvisor
+      export PATH=$PWD/target/gvisor/bin:$PATH
+    fi ;;
+  *) options=(--runtime "$RUNTIME") ;;
+esac
+
 command=${COMMAND:-'echo "hello from a container: $(hostname), $(uname -r), process $$"; exit 7'}
 for round in "pulls the image" "finds it in the store"; do
   say "nomad-driver-shim run --time $image   ($round)"
   code=0
-  "$program" run --time "$image" sh -c "$command" || code=$?
+  "$program" run --time "${options[@]}" "$image" sh -c "$command" || code=$?
   say "exit code $code"
   # 125 to 127 are ours: the container could not be started.
   [ "$code" -lt 125 ] || exit "$code"

@@ -7,12 +7,15 @@
 #   scripts/setup.sh fresh      also what `make test-fresh` needs on the outside (debootstrap)
 #   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator and tools for its first file system
 #   scripts/setup.sh arm64      also what `make build-arm64` needs on another architecture: a cross compiler
+#   scripts/setup.sh gvisor     also gVisor's runsc and its shim, built by Go, into target/gvisor
 #   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
 set -euo pipefail
 
 # What `make test-matrix` adds to this distribution's own versions.
 matrix_containerd=2.4.2
 matrix_runc=1.5.2
+# gVisor's Go branch, of 2026-09-05; it has no other versions.
+gvisor=v0.0.0-20260905035102-160fafc42237
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -73,18 +76,28 @@ fi
 
 if [ "${1:-}" = arm64 ] && command -v rustup >/dev/null; then rustup -q target add aarch64-unknown-linux-gnu; fi
 
-# The newer half of the matrix, at pinned versions, from their makers' source. Needs a current Go, which no Debian
-# release has; nothing else here does.
+# The newer half of the matrix, and gVisor, at pinned versions, from their makers' source. Needs a current Go, which no
+# Debian release has; nothing else here does.
+target=$(cd "$(dirname "$0")/.." && pwd)/target
+build() {
+  local directory=$1; shift
+  [ ! -e "$directory/.done" ] || return 0
+  command -v go >/dev/null || die "building $* needs Go 1.25 or newer; install it from its makers, and run this again"
+  say "building $*"
+  (cd /; GOBIN=$directory GOTOOLCHAIN=local GOFLAGS=-trimpath go install "$@") || die "go install $* failed; is $(go version) new enough?"
+  touch "$directory/.done"
+}
+if [ "${1:-}" = gvisor ]; then
+  # Without cgo: a sandbox executes itself anew where there are no libraries.
+  export CGO_ENABLED=0
+  build "$target/gvisor/runsc-$gvisor" "gvisor.dev/gvisor/runsc@$gvisor"
+  build "$target/gvisor/shim-$gvisor" "gvisor.dev/gvisor/shim@$gvisor"
+  mkdir -p "$target/gvisor/bin"
+  ln -sf "../runsc-$gvisor/runsc" "$target/gvisor/bin/runsc"
+  ln -sf "../shim-$gvisor/shim" "$target/gvisor/bin/containerd-shim-runsc-v1"
+fi
 if [ "${1:-}" = matrix ]; then
-  command -v go >/dev/null || die "make test-matrix builds containerd $matrix_containerd and runc $matrix_runc, and needs Go 1.25 or newer for that; install it from its makers, and run this again"
-  matrix=$(cd "$(dirname "$0")/.." && pwd)/target/matrix
-  build() {
-    local directory=$1; shift
-    [ ! -e "$directory/.done" ] || return 0
-    say "building $*"
-    (cd /; GOBIN=$directory GOTOOLCHAIN=local GOFLAGS=-trimpath go install "$@") || die "go install $* failed; is $(go version) new enough?"
-    touch "$directory/.done"
-  }
+  matrix=$target/matrix
   build "$matrix/containerd-$matrix_containerd" \
     "github.com/containerd/containerd/v2/cmd/containerd@v$matrix_containerd" \
     "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v$matrix_containerd"

@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::ExitCode};
 
-use nomad_driver_shim::{chain, cli, ids::DriverName, logs, plugin};
+use nomad_driver_shim::{chain, cli, gvisor, ids::DriverName, logs, plugin};
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 fn main() -> ExitCode {
@@ -11,6 +11,11 @@ fn main() -> ExitCode {
         && command == logs::COMMAND
     {
         return run_log_writer(rest);
+    }
+    if let [command, rest @ ..] = &arguments[..]
+        && command == gvisor::KEEPER_COMMAND
+    {
+        return gvisor::keeper_main(rest);
     }
     // One crypto library for the registry client and AutoMTLS; a second call would fail, and there is none.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

@@ -23,7 +23,7 @@ pub mod shim {
     mod generated {
         include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));
     }
-    pub use generated::{runc_options::Options as RuncOptions, task::*};
+    pub use generated::{runc_options::Options as RuncOptions, runtime_options::Options as FileOptions, task::*};
 }
 
 pub use grpc::containerd_side::containerd::{services, types};

@@ -154,6 +154,22 @@ impl Places {
         self.runtimes().join(runtime)
     }
 
+    /// Scripts that shims call instead of a runtime that needs flags: below the state directory, because /run is often
+    /// mounted so that nothing in it can be executed.
+    pub fn wrappers(&self) -> PathBuf {
+        self.state.join("wrappers")
+    }
+
+    /// What all sandboxes of this host share: an empty network namespace for their file servers. Sentries don't reach it.
+    pub fn shared_gvisor() -> PathBuf {
+        Self::run_parent().join("gvisor")
+    }
+
+    /// What gVisor sandboxes have taken from groups' network namespaces, to be put back.
+    pub fn namespaces(&self) -> PathBuf {
+        self.run.join("netns")
+    }
+
     /// Writable layers. Runs of the command line share a state directory: each has its own part, so that none takes
     /// another's for remains.
     pub fn uppers(&self) -> PathBuf {

@@ -6,6 +6,8 @@
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path};
 
+use crate::elf;
+
 /// Where a task finds it: Nomad's task directory is mounted there by every driver.
 pub const PATH: &str = "/local/stamp";
 /// The argument that makes it wait.
@@ -130,34 +132,9 @@ fn code() -> &'static [u8] {
     }
 }
 
-/// An ELF executable (elf(5)) of one segment: its header, the segment's, the code.
+/// The program, as a file's content.
 pub fn program() -> Vec<u8> {
-    const BASE: u64 = 0x40_0000;
-    const HEADERS: u64 = 64 + 56;
-    let machine: u16 = if cfg!(target_arch = "x86_64") { 62 } else { 183 };
-    let code = code();
-    let size = HEADERS + code.len() as u64;
-    let mut elf = Vec::new();
-    // 64-bit, little-endian, current version.
-    elf.extend([0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    elf.extend(2_u16.to_le_bytes());
-    elf.extend(machine.to_le_bytes());
-    elf.extend(1_u32.to_le_bytes());
-    for word in [BASE + HEADERS, 64, 0] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend(0_u32.to_le_bytes());
-    for half in [64_u16, 56, 1, 0, 0, 0] {
-        elf.extend(half.to_le_bytes());
-    }
-    // PT_LOAD, readable and executable.
-    elf.extend(1_u32.to_le_bytes());
-    elf.extend(5_u32.to_le_bytes());
-    for word in [0, BASE, BASE, size, size, 0x1000] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend(code);
-    elf
+    elf::executable(code())
 }
 
 /// Puts it into a task's own directory.

@@ -56,6 +56,11 @@ impl Values {
         }
     }
 
+    /// Was it given?
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// A list; None when it is absent.
     pub fn list(&self, name: &str) -> Option<&[String]> {
         match self.0.get(name) {

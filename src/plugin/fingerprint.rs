@@ -30,8 +30,16 @@ pub async fn run(driver: DriverService, send: mpsc::Sender<Result<FingerprintRes
         if send.send(Ok(fingerprint)).await.is_err() {
             return;
         }
+        // What sandboxes can do here is found out beside, since a runtime may hang; the news is told at once.
+        let news = async {
+            match driver.engine().await {
+                Ok(engine) if engine.runtimes().look().await => {}
+                _ => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = tokio::time::sleep(if healthy { PERIOD } else { PERIOD_IN_TROUBLE }) => {}
+            () = news => {}
             () = send.closed() => return,
         }
     }
@@ -58,14 +66,26 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
         let problem = format!("shim {} is not installed; it comes with containerd", settings.shim.binary.display());
         return state(HealthState::Undetected, &problem, HashMap::new());
     }
-    let installed: Vec<String> = runtimes.installed().into_iter().map(|runtime| runtime.name).collect();
+    let installed = runtimes.usable();
     let mut attributes = HashMap::new();
     let mut put =
         |key: String, value: Value| drop(attributes.insert(key, Attribute { value: Some(value), unit: String::new() }));
     let prefix = format!("driver.{}", settings.name);
     put(format!("{prefix}.version"), Value::StringVal(env!("CARGO_PKG_VERSION").to_owned()));
     put(format!("{prefix}.default_runtime"), Value::StringVal(default));
-    put(format!("{prefix}.runtimes"), Value::StringVal(installed.join(",")));
+    let names: Vec<&str> = installed.iter().map(|(runtime, _)| runtime.name.as_str()).collect();
+    put(format!("{prefix}.runtimes"), Value::StringVal(names.join(",")));
+    for name in runtimes.names() {
+        let usable = installed.iter().find(|(runtime, _)| runtime.name == name);
+        // A key that is left out would stay on the node as it was.
+        let probed = usable.and_then(|(_, probed)| probed.clone());
+        put(format!("{prefix}.runtime.{name}"), Value::BoolVal(usable.is_some()));
+        if runtimes.is_gvisor(name) {
+            let (platform, version) = probed.map(|probed| (probed.platform, probed.version)).unwrap_or_default();
+            put(format!("{prefix}.runtime.{name}.platform"), Value::StringVal(platform));
+            put(format!("{prefix}.runtime.{name}.version"), Value::StringVal(version));
+        }
+    }
     put(format!("{prefix}.privileged"), Value::BoolVal(settings.security.allow_privileged));
     let answer = containerd(&settings).await;
     // A key that is left out stays on the node as it was; an empty value takes it off.

@@ -21,7 +21,9 @@ pub fn of(error: &TaskError) -> Status {
     let code = match error {
         TaskError::NotFound(_) => Code::NotFound,
         TaskError::AlreadyStarted(_) => Code::AlreadyExists,
-        TaskError::Signal(_) | TaskError::Reference(_) | TaskError::Runtime(_) => Code::InvalidArgument,
+        TaskError::Signal(_) | TaskError::Reference(_) | TaskError::Runtime(_) | TaskError::NotInSandbox { .. } => {
+            Code::InvalidArgument
+        }
         _ => Code::Unknown,
     };
     Status::new(code, text)

@@ -17,8 +17,12 @@ pub struct DeadTask<'a> {
     pub id: &'a str,
     /// Its shim's namespace, below which the runtime keeps its state.
     pub namespace: &'a str,
+    /// Its shim's program, where that is not the launcher's.
+    pub program: Option<&'a Path>,
     /// The OCI runtime's program, where that is known.
     pub runtime: Option<&'a Path>,
+    /// Is its shim gVisor's?
+    pub is_gvisor: bool,
     /// Its bundle, whose directory name is the id (the command looks at `../<id>`).
     pub bundle: &'a Path,
 }
@@ -36,9 +40,15 @@ pub fn has_noted_exit(bundle: &Path) -> bool {
 pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Option<Exit>, ShimError> {
     // Written by the shim at Create, one after the other, before it calls the runtime; removed by us once the container
     // is gone. Without one of them there is none.
-    if !task.bundle.join("options.json").exists() || !task.bundle.join("runtime").exists() {
+    let written: &[&str] = match task.program {
+        None => &["options.json", "runtime"],
+        Some(_) if task.is_gvisor => &["state.json"],
+        Some(_) => &[],
+    };
+    if written.iter().any(|file| !task.bundle.join(file).exists()) {
         return Ok(None);
     }
+    let program = task.program.unwrap_or(launcher.binary());
     // The name that the shim knew the runtime by, its own descriptor, died with it.
     let named = task.bundle.join("runtime");
     if std::fs::read(&named).is_ok_and(|name| name.starts_with(b"/proc/")) {
@@ -52,8 +62,8 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         written.and_then(|()| std::fs::rename(&draft, &named)).map_err(failed)?;
     }
     let noted = has_noted_exit(task.bundle);
-    let failed = |source| ShimError::Spawn { binary: launcher.binary().to_owned(), source };
-    let run = tokio::process::Command::new(launcher.binary())
+    let failed = |source| ShimError::Spawn { binary: program.to_owned(), source };
+    let run = tokio::process::Command::new(program)
         .args(["-namespace", task.namespace, "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
         .arg(task.bundle)
         .arg("delete")

@@ -61,12 +61,57 @@ pub struct CreateTask<'a> {
     pub stdout: &'a str,
     /// A FIFO for standard error.
     pub stderr: &'a str,
-    /// The OCI runtime's binary.
-    pub runtime_binary: &'a Path,
-    /// The OCI runtime's state root; the shim appends its namespace.
-    pub runtime_root: &'a Path,
+    /// What the shim is told of the runtime.
+    pub runtime: RuntimeOptions<'a>,
     /// Does its process have a terminal, whose output goes to `stdout`?
     pub terminal: bool,
+}
+
+/// What a shim is told of the runtime that it is to call.
+#[derive(Debug, Clone, Copy)]
+pub enum RuntimeOptions<'a> {
+    /// runc's shim.
+    Runc {
+        /// The OCI runtime's binary.
+        binary: &'a Path,
+        /// The OCI runtime's state root; the shim appends its namespace.
+        root: &'a Path,
+    },
+    /// Any other: the file that it is configured by (`runtimeoptions.v1.Options`).
+    File {
+        /// What kind of file that is.
+        kind: &'a str,
+        /// The file.
+        path: &'a Path,
+    },
+    /// Any other, with its own defaults.
+    Default,
+}
+
+impl RuntimeOptions<'_> {
+    fn encode(self) -> Result<Option<Any>, ShimError> {
+        let (type_url, value) = match self {
+            Self::Default => return Ok(None),
+            Self::Runc { binary, root } => {
+                let options = wire::RuncOptions {
+                    binary_name: binary.to_string_lossy().into_owned(),
+                    root: root.to_string_lossy().into_owned(),
+                    ..Default::default()
+                };
+                ("containerd.runc.v1.Options", options.write_to_bytes())
+            }
+            Self::File { kind, path } => {
+                let options = wire::FileOptions {
+                    type_url: kind.to_owned(),
+                    config_path: path.to_string_lossy().into_owned(),
+                    ..Default::default()
+                };
+                ("runtimeoptions.v1.Options", options.write_to_bytes())
+            }
+        };
+        let value = value.map_err(|error| encoding("Create", &error))?;
+        Ok(Some(Any { type_url: type_url.to_owned(), value, ..Default::default() }))
+    }
 }
 
 /// How a process ended.
@@ -177,16 +222,6 @@ impl Client {
     /// # Errors
     /// With the runtime's words when it can't be made.
     pub async fn create(&self, task: &CreateTask<'_>) -> Result<u32, ShimError> {
-        let options = wire::RuncOptions {
-            binary_name: task.runtime_binary.to_string_lossy().into_owned(),
-            root: task.runtime_root.to_string_lossy().into_owned(),
-            ..Default::default()
-        };
-        let options = Any {
-            type_url: "containerd.runc.v1.Options".to_owned(),
-            value: options.write_to_bytes().map_err(|error| encoding("Create", &error))?,
-            ..Default::default()
-        };
         let request = wire::CreateTaskRequest {
             id: task.id.to_owned(),
             bundle: task.bundle.to_string_lossy().into_owned(),
@@ -195,7 +230,7 @@ impl Client {
             // A terminal has one stream.
             stderr: if task.terminal { String::new() } else { task.stderr.to_owned() },
             terminal: task.terminal,
-            options: MessageField::some(options),
+            options: MessageField(task.runtime.encode()?.map(Box::new)),
             ..Default::default()
         };
         let answer: wire::CreateTaskResponse = self.call("Create", &request, Some(CREATE)).await?;

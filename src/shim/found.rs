@@ -51,6 +51,9 @@ pub(super) struct Identity {
     /// What it has a sealed copy of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) runtime: Option<PathBuf>,
+    /// Its own program, where that is not the launcher's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) program: Option<PathBuf>,
 }
 
 impl Launcher {
@@ -63,8 +66,9 @@ impl Launcher {
             None => return Found::Gone,
         };
         let deadline = tokio::time::Instant::now() + END;
+        let hint = if identity.program.is_some() { None } else { self.hint() };
         let error = loop {
-            match Client::connect(&dir.join("sock"), self.hint()).await {
+            match Client::connect(&dir.join("sock"), hint).await {
                 Ok(client) => {
                     let pidfd = Arc::new(pidfd);
                     let ended = watch_over(&pidfd);
@@ -77,6 +81,7 @@ impl Launcher {
                         ended,
                         namespace: identity.namespace,
                         runtime: identity.runtime,
+                        program: identity.program,
                         held,
                         uses: 0,
                         adopted: true,

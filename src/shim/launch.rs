@@ -106,6 +106,8 @@ fn holders(own: &Holders) -> MutexGuard<'_, HashMap<String, usize>> {
 pub struct Unborn {
     id: String,
     held: Held,
+    /// A program other than the launcher's own.
+    program: Option<PathBuf>,
 }
 
 impl Unborn {
@@ -128,6 +130,8 @@ pub struct Shim {
     pub(super) held: Held,
     /// The program that it has a sealed copy of.
     pub(super) runtime: Option<PathBuf>,
+    /// Its own program, where that is not the launcher's.
+    pub(super) program: Option<PathBuf>,
     /// How many containers it has had.
     pub(super) uses: u32,
     /// Was it started by an earlier instance of us?
@@ -172,8 +176,10 @@ impl Launcher {
     /// How many threads of a shim run Go code at a time. With one, a task's shim takes a quarter less memory and a fifth
     /// less time over a task (docs/decisions/010); what waits in the kernel is not counted. Shared ones get as many as
     /// containerd gives them.
-    fn processors(&self) -> &'static str {
+    fn processors(&self, program: Option<&Path>) -> &'static str {
         match self.scope {
+            // As gVisor's starts itself.
+            _ if program.is_some() => "2",
             ShimScope::Task => "1",
             ShimScope::Alloc | ShimScope::Node => "4",
         }
@@ -203,7 +209,12 @@ impl Launcher {
     pub fn name(&self) -> Unborn {
         let id = random_hex(6);
         let held = self.hold(&id);
-        Unborn { id, held }
+        Unborn { id, held, program: None }
+    }
+
+    /// The same for a shim of another kind, whose program this is.
+    pub fn name_of(&self, program: &Path) -> Unborn {
+        Unborn { program: Some(program.to_owned()), ..self.name() }
     }
 
     pub(super) fn hint(&self) -> Option<TaskApi> {
@@ -219,11 +230,12 @@ impl Launcher {
     /// # Errors
     /// When it can't be started or does not answer; nothing is left behind then.
     pub async fn launch(self: &Arc<Self>, unborn: Unborn) -> Result<Shim, ShimError> {
-        let Unborn { id, held } = unborn;
+        let Unborn { id, held, program } = unborn;
         let dir = self.places.shim(&id);
         let this = self.clone();
-        let (spawn_id, spawn_dir) = (id.clone(), dir.clone());
-        let spawned = tokio::task::spawn_blocking(move || this.spawn(&spawn_id, &spawn_dir)).await;
+        let (spawn_id, spawn_dir, spawn_program) = (id.clone(), dir.clone(), program.clone());
+        let spawned =
+            tokio::task::spawn_blocking(move || this.spawn(&spawn_id, &spawn_dir, spawn_program.as_deref())).await;
         let spawned = spawned.unwrap_or_else(|join| {
             Err(ShimError::Spawn { binary: self.binary.clone(), source: io::Error::other(join) })
         });
@@ -242,9 +254,12 @@ impl Launcher {
             }
             tell.send_replace(true);
         });
-        match Client::connect(&dir.join("sock"), self.hint()).await {
+        let hint = if program.is_some() { None } else { self.hint() };
+        match Client::connect(&dir.join("sock"), hint).await {
             Ok(client) => {
-                self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
+                if program.is_none() {
+                    self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
+                }
                 Ok(Shim {
                     id,
                     pid,
@@ -255,6 +270,7 @@ impl Launcher {
                     namespace: self.namespace.clone(),
                     held,
                     runtime,
+                    program,
                     uses: 0,
                     adopted: false,
                 })
@@ -269,7 +285,8 @@ impl Launcher {
         }
     }
 
-    fn spawn(&self, id: &str, dir: &Path) -> Result<Spawned, ShimError> {
+    fn spawn(&self, id: &str, dir: &Path, program: Option<&Path>) -> Result<Spawned, ShimError> {
+        let binary = program.unwrap_or(&self.binary);
         let failed = |doing, path: &Path| {
             let (id, path) = (id.to_owned(), path.to_owned());
             move |source| ShimError::File { id, doing, path, source }
@@ -280,14 +297,14 @@ impl Launcher {
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
         // A plain file: a FIFO would need a reader for the shim's whole life. The shim opens it by this name itself.
         let log_file = File::create(&log).map_err(failed("create", &log))?;
-        let mut command = tokio::process::Command::new(&self.binary);
+        let mut command = tokio::process::Command::new(binary);
         command
             .args(["-namespace", &self.namespace, "-id", id, "-address"])
             .arg(self.places.run())
             .current_dir(dir)
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("GOMAXPROCS", self.processors())
+            .env("GOMAXPROCS", self.processors(program))
             .env("TTRPC_ADDRESS", "")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -296,7 +313,7 @@ impl Launcher {
         // Well above 3, so that making descriptor 3 in the child can't close it.
         let listener = duplicate_above(&listener, 10).map_err(failed("keep", &socket))?;
         let raw = listener.as_raw_fd();
-        let sealed = self.runtime.get();
+        let sealed = self.runtime.get().filter(|_| program.is_none());
         let copy = match &sealed {
             None => None,
             Some(sealed) => Some(duplicate_above(&sealed.fd, 10).map_err(failed("keep", &sealed.path))?),
@@ -321,7 +338,7 @@ impl Launcher {
                 start_anew(first)
             });
         }
-        let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: self.binary.clone(), source })?;
+        let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: binary.to_owned(), source })?;
         drop((listener, copy));
         let pid = child.id().unwrap_or_default();
         // Before it can be found: whoever adopts it takes it as it is.
@@ -330,7 +347,13 @@ impl Launcher {
             let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
             fs::write(
                 dir.join(PID),
-                serde_json::to_vec(&Identity { process, boot, namespace, runtime: runtime.clone() })?,
+                serde_json::to_vec(&Identity {
+                    process,
+                    boot,
+                    namespace,
+                    runtime: runtime.clone(),
+                    program: program.map(Path::to_owned),
+                })?,
             )?;
             Ok(pidfd)
         });
@@ -369,6 +392,11 @@ impl Shim {
         }
     }
 
+    /// Is it of another kind than those that wait for tasks?
+    pub fn is_of_another_kind(&self) -> bool {
+        self.program.is_some()
+    }
+
     /// Has it died? Asked of the kernel: who waits for it may not have been told yet.
     pub fn has_ended(&self) -> bool {
         *self.ended.borrow() || self.pidfd.has_ended()
@@ -390,6 +418,7 @@ impl Shim {
             ended: self.ended.clone(),
             namespace: self.namespace.clone(),
             runtime: self.runtime.clone(),
+            program: self.program.clone(),
             held: Held::new(&self.id, &self.held.own),
             uses: self.uses,
             adopted: self.adopted,

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -134,11 +135,15 @@ impl Pool {
         Busy(self.clone())
     }
 
-    /// A shim for a task of this allocation: a waiting one, or the name of one to launch.
+    /// A shim for a task of this allocation: a waiting one, or the name of one to launch. One of another kind, whose
+    /// `program` this is, is the task's alone.
     ///
     /// # Errors
     /// When one that is to be shared can't be started.
-    pub async fn reserve(&self, alloc_id: &str) -> Result<Reserved, ShimError> {
+    pub async fn reserve(&self, alloc_id: &str, program: Option<&Path>) -> Result<Reserved, ShimError> {
+        if let Some(program) = program {
+            return Ok(Reserved::Named(self.0.launcher.name_of(program)));
+        }
         let Some(key) = self.key(alloc_id) else { return Ok(self.reserve_own()) };
         if let Some(shim) = self.join(key) {
             return Ok(Reserved::Waiting(shim));
@@ -158,7 +163,7 @@ impl Pool {
 
     /// A shim of an earlier instance of us that holds a task of this allocation: others may join that.
     pub fn adopted(&self, alloc_id: &str, shim: &Shim) {
-        let Some(key) = self.key(alloc_id) else { return };
+        let Some(key) = self.key(alloc_id).filter(|_| !shim.is_of_another_kind()) else { return };
         let mut shared = self.shared();
         if !self.is_closed() && !shared.contains_key(key) {
             shared.insert(key.to_owned(), shim.share());
@@ -257,6 +262,9 @@ impl Pool {
 
     /// Takes in an idle shim, new or of an earlier instance of us, or ends it when there are enough.
     pub fn put(&self, shim: Shim) {
+        if shim.is_of_another_kind() {
+            return shim.kill();
+        }
         let mut idle = self.idle();
         // Closing takes the same lock to empty the queue, so a shim either is seen there or ends here.
         if self.is_closed() || idle.len() >= self.0.settings.size {
@@ -282,7 +290,9 @@ impl Pool {
         }
         shim.uses += 1;
         let settings = self.0.settings;
-        let worn = !settings.reuse || settings.size == 0 || shim.uses >= USES || shim.has_ended();
+        // Others are not made for a second container: gVisor's closes what it needs for terminals with the first.
+        let worn =
+            shim.is_of_another_kind() || !settings.reuse || settings.size == 0 || shim.uses >= USES || shim.has_ended();
         let refused = if worn { Some(shim) } else { self.keep(shim) };
         match refused {
             Some(shim) => shim.end().await,

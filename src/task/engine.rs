@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     EventHub, ExecRequest, ExitRecord, FormerTask, Phases, Record, RecordState, Runtimes, Session, Settings,
     StartRequest, TaskError, TaskEvent, TaskHandle, exec,
+    group::Groups,
     live::{Parts, Task, watch_exit},
     load_records, lock,
     logs::LogKeeper,
@@ -127,8 +128,8 @@ impl Engine {
         let cgroups = Cgroups::detect()?;
         let group = cgroups.own_group()?;
         let log_keeper = LogKeeper::new(places.clone(), group.clone());
-        super::runtime::clear_probes(places.run());
-        let runtimes = Runtimes::find(&settings, places.run()).await;
+        super::runtime::clear_probes(places.run(), &cgroups);
+        let runtimes = Runtimes::find(&settings, &cgroups).await;
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
         let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
@@ -166,6 +167,7 @@ impl Engine {
             pool,
             events,
             metrics: Metrics::default(),
+            groups: Groups::default(),
             log_keeper,
             warmer,
             own_capabilities: Capabilities::of_this_process(),

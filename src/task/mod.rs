@@ -4,6 +4,7 @@ mod engine;
 mod events;
 mod exec;
 mod former;
+mod group;
 mod live;
 mod lock;
 mod logs;
@@ -34,14 +35,16 @@ pub use engine::{Engine, Force, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
 pub use former::{FORMER_VERSION, FormerTask};
+pub use group::{GroupError, Membership, Stack};
 pub use meter::TaskMeter;
 use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use request::{JobLimits, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
-pub use runtime::{Runtime, RuntimeError, Runtimes, crun_works};
+pub use runtime::{OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works};
 pub use settings::{
-    Compute, ContainerdSettings, MetricsAddress, SeccompDefault, SecuritySettings, Settings, ShimSettings, matches_any,
+    Compute, ContainerdSettings, MetricsAddress, RuntimeSettings, SeccompDefault, SecuritySettings, Settings,
+    ShimSettings, matches_any,
 };
 pub use signal::parse as parse_signal;
 pub use start::Phases;
@@ -119,6 +122,19 @@ pub enum TaskError {
     /// The runtime's name.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    /// A device that it does not get.
+    #[error(
+        "devices: {device:?} can't be had with runtime {runtime:?}: gVisor passes on GPUs and TPUs (/dev/nvidia*, /dev/accel*, /dev/vfio/*) only; remove it, or use a runtime without a sandbox"
+    )]
+    NotInSandbox {
+        /// The runtime.
+        runtime: String,
+        /// The device.
+        device: PathBuf,
+    },
+    /// The group's network.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// Our own records.
     #[error(transparent)]
     Record(#[from] RecordError),

@@ -12,7 +12,7 @@ use std::{
 use oci_spec::runtime::{LinuxDevice, Mount, MountBuilder};
 
 use super::{
-    Record, SeccompDefault, SeccompRequest, StartRequest, TaskError, logs,
+    Membership, Record, SeccompDefault, SeccompRequest, Stack, StartRequest, TaskError, logs,
     names::{Hosts, Names},
     record::Intent,
     runtime::Runtime,
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cgroup::{CgroupMode, CgroupPath, SharePool},
-    fault,
+    fault, gvisor,
     ids::{ContainerId, Flavor},
     image::ImageRecord,
     rootfs::{
@@ -78,7 +78,40 @@ pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(Li
     devices::of_the_task(given.chain(own))
 }
 
+/// Can this runtime do what the job wants? Nothing is passed over in silence that a job relies on.
+///
+/// # Errors
+/// With what it can't do.
+pub(super) fn fits(runtime: &Runtime, request: &StartRequest) -> Result<(), TaskError> {
+    if runtime.gvisor.is_none() {
+        return Ok(());
+    }
+    let given = request.devices.iter().map(|device| device.host_path.as_path());
+    let own = request.options.devices.iter().map(Path::new);
+    match given.chain(own).find(|path| !gvisor::passes_on(path)) {
+        None => Ok(()),
+        Some(device) => Err(TaskError::NotInSandbox { runtime: runtime.name.clone(), device: device.to_owned() }),
+    }
+}
+
 impl Plan<'_> {
+    /// The file that the task's own shim is configured by, if it has one.
+    pub(super) fn shim_config(&self, shared: &Shared) -> Option<PathBuf> {
+        let shim = self.runtime.shim.as_ref()?;
+        if shim.config.is_none() && self.runtime.gvisor.is_some() {
+            return Some(shared.settings.places.bundle(&self.container_id).join("shim.toml"));
+        }
+        shim.config.clone()
+    }
+
+    /// What kind of file that is: `io.containerd.NAME.options`, as containerd's own clients say it.
+    pub(super) fn shim_options(&self) -> String {
+        match self.runtime.gvisor {
+            Some(_) => gvisor::SHIM_OPTIONS.to_owned(),
+            None => format!("{}.options", self.runtime.name),
+        }
+    }
+
     pub(super) fn record(&self, shared: &Shared, shim: &str) -> Result<Record, TaskError> {
         let stop_signal = match self.image.config.stop_signal.as_str() {
             "" => libc::SIGTERM,
@@ -98,15 +131,31 @@ impl Plan<'_> {
             image: self.image.reference.clone(),
             lease: self.image.lease.clone(),
             runtime: self.runtime.name.clone(),
+            gvisor: self.runtime.gvisor.is_some(),
             shim: shim.to_owned(),
+            shim_program: self.runtime.shim.as_ref().map(|shim| shim.program.clone()),
             namespace: shared.pool.launcher().namespace().to_owned(),
             cgroup: self.cgroup.as_str().to_owned(),
             share_pool: self.share_pool.as_ref().map(|(pool, _)| pool.clone()),
+            group: self.membership(),
             stop_signal,
         })?;
         record.save(&shared.settings.places.record(&self.container_id))?;
         fault::point("start.intent");
         Ok(record)
+    }
+
+    /// How it is in its group's network namespace, if there is one.
+    pub(super) fn membership(&self) -> Option<Membership> {
+        let namespace = network(self.request);
+        let stack = match self.runtime.network(&namespace) {
+            Some(gvisor::Network::Sandbox) => Stack::Sandbox,
+            Some(gvisor::Network::Host | gvisor::Network::None) | None => Stack::Kernel,
+        };
+        match namespace {
+            NetworkNamespace::Path(namespace) => Some(Membership { namespace, stack }),
+            NetworkNamespace::Private | NetworkNamespace::Host => None,
+        }
     }
 
     fn hostname(&self) -> &str {
@@ -132,7 +181,13 @@ impl Plan<'_> {
             paths.write(&paths.resolv_conf(), text)?;
         }
         let root = shared.settings.places.runtime_root(&self.runtime.name);
-        crate::places::make_dir(&root).map_err(|source| crate::places::PlacesError::Create { path: root, source })?;
+        crate::places::make_dir(&root)
+            .map_err(|source| crate::places::PlacesError::Create { path: root.clone(), source })?;
+        if let Some(path) = self.shim_config(shared).filter(|path| path.starts_with(shared.settings.places.bundles())) {
+            let text = gvisor::shim_config(&self.runtime.binary, &root).map_err(std::io::Error::other);
+            let failed = |source| RootfsError::File { doing: "write", path: path.clone(), source };
+            paths.write(&path, &text.map_err(failed)?)?;
+        }
         Ok(paths.write_spec(spec)?)
     }
 
@@ -143,7 +198,9 @@ impl Plan<'_> {
         let flavor = settings.name.flavor();
         let own = &shared.own_capabilities;
         let (privilege, base) = if options.privileged {
-            (Privilege::Privileged { devices: devices::of_the_host()? }, own.clone())
+            // gVisor has none of the host's devices, whoever asks.
+            let devices = if self.runtime.gvisor.is_some() { Vec::new() } else { devices::of_the_host()? };
+            (Privilege::Privileged { devices }, own.clone())
         } else {
             (Privilege::Confined, Capabilities::defaults(flavor))
         };
@@ -153,6 +210,11 @@ impl Plan<'_> {
         let mut resources = request.resources.clone();
         if let Some((_, cpus)) = &self.share_pool {
             resources.cpuset_cpus.clone_from(cpus);
+        }
+        let mut annotations = request.annotations.clone();
+        if self.runtime.gvisor.is_some() && self.runtime.shim.is_some() {
+            let (key, value) = gvisor::SANDBOX_ANNOTATION;
+            annotations.insert(key.to_owned(), value.to_owned());
         }
         let spec = rootfs::build(SpecInput {
             flavor,
@@ -190,7 +252,7 @@ impl Plan<'_> {
             counts_swap: shared.cgroups.counts_swap(),
             cgroup: self.cgroup.as_str(),
             seccomp,
-            annotations: request.annotations.clone(),
+            annotations,
         })?;
         Ok(spec)
     }
@@ -206,6 +268,9 @@ impl Plan<'_> {
             (SeccompRequest::Off, _) => return Ok(None),
             (SeccompRequest::Unsaid, _) if options.privileged => return Ok(None),
             (SeccompRequest::Unsaid, SeccompDefault::Unconfined) => return Ok(None),
+            // docker's filter guards the host's kernel, which a task in a sandbox does not reach; gVisor's own kernel would
+            // only ask it for each call. One that somebody has named holds in the sandbox, too.
+            (SeccompRequest::Unsaid, SeccompDefault::Default) if self.runtime.gvisor.is_some() => return Ok(None),
             (SeccompRequest::File(path), _) => {
                 let dirs = AllocDirs { alloc: &self.request.alloc_dir, task: &self.request.name };
                 let opened = mounts::open_source(path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;

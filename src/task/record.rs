@@ -13,6 +13,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::group::Membership;
 use crate::{
     cgroup::SharePool,
     ids::{ContainerId, TaskId},
@@ -74,8 +75,14 @@ pub struct Intent {
     pub lease: String,
     /// The runtime's name.
     pub runtime: String,
+    /// Is that gVisor's runsc?
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gvisor: bool,
     /// The shim's directory name.
     pub shim: String,
+    /// The shim's program, where that is not everybody's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shim_program: Option<PathBuf>,
     /// The shim's namespace, below which the runtime keeps its state.
     pub namespace: String,
     /// Its cgroup.
@@ -83,6 +90,9 @@ pub struct Intent {
     /// The pool whose processors it has, where that is ours to follow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share_pool: Option<SharePool>,
+    /// The group's network namespace, where it is in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<Membership>,
     /// The signal that asks it to stop.
     pub stop_signal: i32,
 }
@@ -351,6 +361,9 @@ mod tests {
             namespace: "nomad".to_owned(),
             cgroup: "/nomad/a.web".to_owned(),
             share_pool: None,
+            group: None,
+            gvisor: false,
+            shim_program: None,
             stop_signal: 15,
         })
         .expect("a boot id")

@@ -57,6 +57,7 @@ impl Engine {
     fn undo_in_background(&self, record: Record) {
         let (id, engine) = (record.task_id.clone(), self.clone());
         let turn = self.turn(&record.alloc_id, &record.name);
+        self.shared().groups.known(&record);
         self.shared().keep(record);
         tokio::spawn(async move {
             let _turn = turn.lock().await;
@@ -98,6 +99,7 @@ impl Engine {
 
     /// Connects to the task's shim in the background; whoever asks for the task meanwhile waits for that.
     fn take_over(&self, record: Record) {
+        self.shared().groups.known(&record);
         let (tell, done) = watch::channel(());
         let id = record.task_id.clone();
         self.tasks().insert(id.clone(), Slot::Recovering { record: Box::new(record.clone()), done });

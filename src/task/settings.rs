@@ -2,8 +2,10 @@
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
+use super::runtime::{OwnShim, SHIM_NAMES};
 use crate::{
     cgroup::KeepWarm,
+    gvisor::GvisorSettings,
     ids::DriverName,
     image::Credentials,
     places::Places,
@@ -24,8 +26,8 @@ pub struct Settings {
     pub containerd: ContainerdSettings,
     /// `shim { … }`.
     pub shim: ShimSettings,
-    /// `runtime "NAME" { binary }`, the built-in ones included.
-    pub runtimes: BTreeMap<String, PathBuf>,
+    /// `runtime "NAME" { … }`, the built-in ones included.
+    pub runtimes: BTreeMap<String, RuntimeSettings>,
     /// `default_runtime`.
     pub default_runtime: Option<String>,
     /// `allow_runtimes`; None allows all that are configured.
@@ -101,6 +103,25 @@ impl Compute {
         #[allow(clippy::cast_precision_loss, reason = "megahertz are small numbers")]
         let total = self.total_mhz as f64;
         if self.cores == 0 { 0.0 } else { total / f64::from(self.cores) }
+    }
+}
+
+/// A runtime that jobs can name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuntimeSettings {
+    /// `binary`: its program, by path or by name in PATH.
+    pub binary: PathBuf,
+    /// `shim`, `config`: a shim that is not runc's. By path or by name in PATH.
+    pub shim: Option<OwnShim>,
+    /// Where it is gVisor's runsc.
+    pub gvisor: Option<GvisorSettings>,
+}
+
+impl Settings {
+    /// What is configured under the name that a job uses, or under the default's. None: that is found out at the start.
+    pub fn runtime(&self, wanted: Option<&str>) -> Option<&RuntimeSettings> {
+        let named = wanted.filter(|name| !SHIM_NAMES.contains(name));
+        self.runtimes.get(named.or(self.default_runtime.as_deref())?)
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::{EventHub, Record, Runtimes, Settings, logs::LogKeeper, metrics::Metrics};
+use super::{EventHub, Record, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics};
 use crate::{
     cgroup::{Cgroups, Warmer},
     ids::TaskId,
@@ -27,6 +27,8 @@ pub struct Shared {
     pub(super) pool: Pool,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
+    /// Who shares network namespaces.
+    pub(super) groups: Groups,
     /// Where tasks' logs are ours to write.
     pub(super) log_keeper: Arc<LogKeeper>,
     /// Where it is wanted, and there is something to warm.
@@ -116,6 +118,8 @@ impl Shared {
         let dead = DeadTask {
             id: record.container_id.as_str(),
             namespace: &record.namespace,
+            program: record.shim_program.as_deref(),
+            is_gvisor: record.gvisor,
             runtime: runtime.as_deref(),
             bundle: &bundle,
         };

@@ -11,7 +11,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, logs,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, group, logs,
     names::Names,
     plan::{self, Plan},
     record::{RunRecord, millis},
@@ -29,7 +29,7 @@ use crate::{
         self, RootfsError,
         mounts::{self, AllocDirs, ResolvedMount},
     },
-    shim::{CreateTask, Found, Reserved, Shim, ShimError, stdio},
+    shim::{CreateTask, Found, Reserved, RuntimeOptions, Shim, ShimError, stdio},
 };
 
 /// How long each part of a start took.
@@ -77,9 +77,11 @@ pub async fn start(
     }
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
+    plan::fits(&runtime, request)?;
     let resolved = resolve_mounts(shared, request)?;
     let devices = plan::devices(shared, request)?;
     let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
+    let runtime = runtime.made_ready(&plan::network(request)).await?;
     let image = self::image(shared, request, stop).await?;
     fault::point("start.image");
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
@@ -181,7 +183,8 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
 
     let step = Instant::now();
     let taking = |source| TaskError::Shim { doing: "get a shim", source };
-    let reserved = shared.pool.reserve(&request.alloc_id).await.map_err(taking)?;
+    let own_shim = plan.runtime.shim.as_ref().map(|shim| shim.program.as_path());
+    let reserved = shared.pool.reserve(&request.alloc_id, own_shim).await.map_err(taking)?;
     phases.pooled = matches!(reserved, Reserved::Waiting(_));
     fault::point("start.shim");
     let mut record = match plan.record(shared, reserved.id()) {
@@ -193,9 +196,14 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
             return Err(error);
         }
     };
-    let stdio = match nomads {
-        Some(stdio) => Ok(stdio),
-        None => logs::set_up(shared, request, &plan.container_id).await,
+    let entered = match &record.group {
+        Some(group) => tokio::task::block_in_place(|| group::enter(shared, &request.task_id, &request.name, group)),
+        None => Ok(()),
+    };
+    let stdio = match (entered, nomads) {
+        (Err(error), _) => Err(error.into()),
+        (Ok(()), Some(stdio)) => Ok(stdio),
+        (Ok(()), None) => logs::set_up(shared, request, &plan.container_id).await,
     };
     let stdio = match stdio {
         Ok(stdio) => stdio,
@@ -280,14 +288,19 @@ async fn run(
     let step = Instant::now();
     let id = plan.container_id.as_str();
     let (stdout, stderr) = stdio.paths();
-    let root = places.runtime_root(&plan.runtime.name);
+    let (root, binary) = (places.runtime_root(&plan.runtime.name), shim.runtime(&plan.runtime.binary));
+    let config = plan.shim_config(shared);
+    let runtime = match (&plan.runtime.shim, &config) {
+        (None, _) => RuntimeOptions::Runc { binary: &binary, root: &root },
+        (Some(_), Some(path)) => RuntimeOptions::File { kind: &plan.shim_options(), path },
+        (Some(_), None) => RuntimeOptions::Default,
+    };
     let create = CreateTask {
         id,
         bundle: &bundle,
         stdout: &stdout,
         stderr: &stderr,
-        runtime_binary: &shim.runtime(&plan.runtime.binary),
-        runtime_root: &root,
+        runtime,
         terminal: plan.request.options.tty,
     };
     let failed = |doing| move |source: ShimError| TaskError::Shim { doing, source };

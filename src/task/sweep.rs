@@ -205,10 +205,13 @@ impl Engine {
             image: String::new(),
             lease: String::new(),
             runtime: runtime.unwrap_or_default(),
+            gvisor: false,
             shim: NO_SHIM.to_owned(),
+            shim_program: None,
             namespace: shared.pool.launcher().namespace().to_owned(),
             cgroup,
             share_pool: None,
+            group: None,
             stop_signal: libc::SIGKILL,
         })?;
         undo(shared, &record, shim).await?;

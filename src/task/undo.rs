@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{Record, TaskError, logs, shared::Shared};
+use super::{Record, TaskError, group, logs, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
     fault,
@@ -75,6 +75,7 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
             return Err(error);
         }
     };
+    tokio::task::block_in_place(|| group::leave(shared, record));
     fault::point("undo.container");
     let shim = match (shim, ended) {
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),

@@ -6,8 +6,9 @@ use std::{collections::BTreeMap, fs, path::Path};
 const ARROWS: &[(&str, &[&str])] = &[
     ("bench", &["host", "containerd", "cgroup"]),
     ("cli", &["bench", "host", "task", "image", "containerd", "cgroup", "plugin"]),
-    ("plugin", &["task", "image", "rootfs", "cgroup", "containerd", "logs"]),
-    ("task", &["shim", "rootfs", "image", "cgroup", "containerd", "logs"]),
+    ("plugin", &["task", "image", "rootfs", "cgroup", "containerd", "logs", "gvisor"]),
+    ("task", &["shim", "rootfs", "image", "cgroup", "containerd", "logs", "gvisor"]),
+    ("gvisor", &[]),
     ("shim", &[]),
     ("logs", &[]),
     ("rootfs", &[]),
@@ -18,8 +19,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 const LEAVES: &[&str] = &[
-    "chain", "control", "cookie", "duration", "fault", "fifo", "ids", "overlay", "pb", "places", "process", "size",
-    "stamp",
+    "chain", "control", "cookie", "duration", "elf", "fault", "fifo", "ids", "netns", "overlay", "pb", "places",
+    "process", "size", "stamp",
 ];
 
 #[test]

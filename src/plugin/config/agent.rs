@@ -1,8 +1,8 @@
 //! The agent's plugin configuration.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
-use super::{ConfigError, credentials, finish};
+use super::{ConfigError, credentials, finish, limits::Faults, runtime};
 use crate::{
     cgroup::KeepWarm,
     duration,
@@ -14,8 +14,8 @@ use crate::{
     },
     rootfs::{Capabilities, Hooks, UpperOn, default_allowed},
     task::{
-        Compute, ContainerdSettings, MetricsAddress, PoolSettings, SeccompDefault, SecuritySettings, Settings,
-        ShimScope, ShimSettings,
+        Compute, ContainerdSettings, MetricsAddress, PoolSettings, SHIM_NAMES, SeccompDefault, SecuritySettings,
+        Settings, ShimScope, ShimSettings,
     },
 };
 
@@ -99,15 +99,15 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
             ShimScope::Task
         }
     };
-    let mut runtimes: BTreeMap<String, PathBuf> =
-        ["crun", "runc"].iter().map(|name| ((*name).to_owned(), PathBuf::from(name))).collect();
-    for (label, runtime) in values.labelled("runtime") {
-        runtimes.insert(label.clone(), PathBuf::from(runtime.text("binary").unwrap_or_default()));
-    }
-    if let Some(old) = values.filled("containerd_runtime")
-        && !["io.containerd.runc.v2", "io.containerd.runc.v1"].contains(&old)
-    {
-        faults.push(format!("containerd_runtime = {old:?} is not supported; use io.containerd.runc.v2"));
+    let runtimes = runtime::runtimes(&values, &mut Faults(&mut faults));
+    let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
+    // The old driver's one runtime for all tasks. Its runc shim leaves the binary to us.
+    let old_runtime = values.filled("containerd_runtime").filter(|old| !SHIM_NAMES.contains(old)).map(str::to_owned);
+    if let Some(old) = old_runtime.as_ref().filter(|old| !runtimes.contains_key(*old)) {
+        faults.push(format!(
+            "containerd_runtime = {old:?} is not configured; there is {}, {known}, and what runtime blocks add",
+            SHIM_NAMES.join(", ")
+        ));
     }
     let stats_interval = values.filled("stats_interval").and_then(|interval| {
         let parsed = duration::parse(interval);
@@ -119,8 +119,15 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
             })
             .ok()
     });
-    let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
-    let default_runtime = values.filled("default_runtime").map(str::to_owned);
+    let default_runtime = match (values.filled("default_runtime").map(str::to_owned), old_runtime) {
+        (Some(new), Some(old)) if new != old => {
+            faults.push(format!(
+                "default_runtime = {new:?} and containerd_runtime = {old:?} exclude each other; remove one of them"
+            ));
+            None
+        }
+        (new, old) => new.or(old),
+    };
     let allow_runtimes = values.list("allow_runtimes").map(<[String]>::to_vec);
     for (option, runtime) in default_runtime
         .iter()

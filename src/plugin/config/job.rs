@@ -134,6 +134,11 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     let annotations = limits::annotations(&values, noted);
     let extra_hosts = limits::extra_hosts(&values, noted);
     let devices = limits::devices(&values, &settings.security, noted);
+    let runtime = values.filled("runtime");
+    if settings.runtime(runtime).is_some_and(|runtime| runtime.gvisor.is_some()) {
+        let name = runtime.or(settings.default_runtime.as_deref()).unwrap_or_default();
+        limits::in_a_sandbox(name, namespaces, &sysctl, noted);
+    }
     let log = limits::log(&values, noted);
 
     let options = image.map(|image| TaskOptions {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::job::GroupNetwork;
 use crate::{
+    gvisor,
     logs::{LogOptions, LogPolicy},
     plugin::decode::Values,
     rootfs::{
@@ -212,6 +213,26 @@ pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut
         }
     }
     devices.to_vec()
+}
+
+/// What gVisor passes over in silence, or can't do.
+pub(super) fn in_a_sandbox(
+    runtime: &str,
+    namespaces: Namespaces,
+    sysctls: &BTreeMap<String, String>,
+    faults: &mut Faults<'_>,
+) {
+    let theirs = [("pid_mode", namespaces.pid), ("ipc_mode", namespaces.ipc), ("uts_mode", namespaces.uts)];
+    for (option, _) in theirs.iter().filter(|(_, whose)| *whose == Namespace::Host) {
+        faults.say(format!(
+            "{option} = \"host\" can't be had with runtime {runtime:?}: a gVisor sandbox has its own; remove it, or use a runtime without a sandbox"
+        ));
+    }
+    for name in sysctls.keys().filter(|name| !gvisor::SYSCTLS.contains(&name.as_str())) {
+        faults.say(format!(
+            "sysctl: {name:?} has no effect with runtime {runtime:?}: gVisor's kernel does not have it; remove it, or use a runtime without a sandbox"
+        ));
+    }
 }
 
 /// Nomad's `logs` block does not come to a driver, so a job says it here.

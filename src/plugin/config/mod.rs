@@ -6,6 +6,7 @@ mod limits;
 mod mounts;
 #[cfg(test)]
 mod properties;
+mod runtime;
 #[cfg(test)]
 mod tests;
 

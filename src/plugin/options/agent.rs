@@ -1,6 +1,6 @@
 //! Options of the agent's `plugin "..." { config { ... } }` block.
 
-use super::{AUTH, Kind, Row, default, required, row};
+use super::{AUTH, Kind, Row, default, row};
 
 const CONTAINERD: &[Row] = &[
     default("address", Kind::Text, "\"/run/containerd/containerd.sock\"", "containerd's socket."),
@@ -50,7 +50,48 @@ const SHIM: &[Row] = &[
 const METRICS: &[Row] =
     &[row("address", Kind::Text, "Where Prometheus finds `/metrics`: `127.0.0.1:9107`, or `unix:/path` (root only).")];
 
-const RUNTIME: &[Row] = &[required("binary", Kind::Text, "The OCI runtime, by path or by name in PATH.")];
+const RUNTIME: &[Row] = &[
+    row("binary", Kind::Text, "The OCI runtime, by path or by name in PATH. Default: the block's name."),
+    row(
+        "type",
+        Kind::Text,
+        "`oci`, or `gvisor` for runsc, which has the options below. Default: by the binary's name.",
+    ),
+    row(
+        "shim",
+        Kind::Text,
+        "A shim other than runc's, by path or by name in PATH: `containerd-shim-kata-v2`. Default: runc's; for names such as `io.containerd.kata.v2` the one that containerd takes.",
+    ),
+    row("config", Kind::Text, "The file that such a shim is configured by."),
+    row(
+        "platform",
+        Kind::Text,
+        "gVisor: `systrap`, `kvm` or `ptrace`. Default: systrap where a small sandbox was seen to run with it, else ptrace.",
+    ),
+    row(
+        "network",
+        Kind::Text,
+        "gVisor: `sandbox` (default), a network stack of its own; `host`, the kernel's, in the task's namespace; or `none`.",
+    ),
+    row(
+        "group_network",
+        Kind::Text,
+        "gVisor: the same for tasks in the network namespace of a group. `sandbox` has that namespace to itself; with `host`, tasks of a group share it as without gVisor. Default: as `network`.",
+    ),
+    row(
+        "overlay",
+        Kind::Text,
+        "gVisor: where what tasks write goes: `root:self`, `root:memory`, `all:memory`, `none`, ... Default: runsc's.",
+    ),
+    row(
+        "file_access",
+        Kind::Text,
+        "gVisor: `exclusive`, or `shared` where others change root file systems under tasks. Default: runsc's.",
+    ),
+    row("cgroups", Kind::Flag, "gVisor: false leaves sandboxes without limits and statistics. Default: true."),
+    row("debug_log", Kind::Text, "gVisor: a directory for debug logs; slow."),
+    row("flags", Kind::List, "gVisor: further flags of runsc: `host-uds=open`."),
+];
 
 const HOOKS: &[Row] = &[
     row(
@@ -102,7 +143,11 @@ const SECURITY: &[Row] = &[
 /// Options of the agent's `plugin "..." { config { ... } }` block.
 pub const PLUGIN: &[Row] = &[
     default("enabled", Kind::Flag, "true", "false: the driver is not offered."),
-    row("containerd_runtime", Kind::Text, "The old driver's choice of shim: `io.containerd.runc.v2`."),
+    row(
+        "containerd_runtime",
+        Kind::Text,
+        "The old driver's choice: `io.containerd.runc.v2` leaves it to `default_runtime`, any other is that.",
+    ),
     row("stats_interval", Kind::Text, "The old driver's: overrides the interval of task statistics."),
     row("allow_privileged", Kind::Flag, "Lets jobs set `privileged`. Default: false; as containerd-driver: true."),
     row("auth", Kind::Block(AUTH), "Credentials for registries, for jobs without their own."),
@@ -118,7 +163,11 @@ pub const PLUGIN: &[Row] = &[
         "\"task\"",
         "Who shares a shim: nobody (`task`), the tasks of an allocation (`alloc`), or all of the node (`node`: a tenth of the memory; the death of the shim is the death of all its tasks, and shims before 2.3.2 start one task at a time).",
     ),
-    row("runtime", Kind::Labelled(RUNTIME), "A further OCI runtime, by name."),
+    row(
+        "runtime",
+        Kind::Labelled(RUNTIME),
+        "An OCI runtime, by name: a further one, or other settings for `crun`, `runc`, `runsc` or `io.containerd.runsc.v1`.",
+    ),
     row("cgroup", Kind::Block(CGROUP), "How cgroups are treated."),
     row("security", Kind::Block(SECURITY), "What jobs may do."),
     row(

@@ -110,5 +110,5 @@ pub const TASK: &[Row] = &[
         Kind::Text,
         "When its log can't be written, as on a full disk: `block` (default): it waits in its write; `drop`: the output is dropped, and how much is said in the log.",
     ),
-    row("runtime", Kind::Text, "OCI runtime: `crun`, `runc`, or one from the plugin's configuration."),
+    row("runtime", Kind::Text, "OCI runtime: `crun`, `runc`, `runsc`, or one from the plugin's configuration."),
 ];

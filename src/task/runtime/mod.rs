@@ -1,29 +1,35 @@
 //! OCI runtimes by name, and which one is taken when a job names none.
 
+mod crun;
+mod gvisor;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::Stdio,
+    sync::Arc,
     time::Duration,
 };
 
-use super::Settings;
+pub use crun::crun_works;
+pub use gvisor::Gvisor;
+
+use super::{RuntimeSettings, Settings};
 use crate::{
-    ids::{ContainerId, random_hex},
+    cgroup::{CgroupPath, Cgroups},
+    gvisor::{Network, Probed},
+    ids::ContainerId,
     process::which,
-    rootfs::seccomp::{self, Form},
+    rootfs::{NetworkNamespace, seccomp::Form},
     stamp::Stamp,
 };
-
-/// `crun create` on a loaded machine; a quiet one needs 10 ms.
-const PROBE: Duration = Duration::from_secs(10);
 
 /// `delete --force` takes 20 to 220 ms.
 const DELETE: Duration = Duration::from_secs(30);
 
 /// Why a runtime can't be used.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum RuntimeError {
     /// Not configured.
     #[error("runtime {name:?} is not configured; there is {known}")]
@@ -57,6 +63,23 @@ pub enum RuntimeError {
         /// Why.
         problem: String,
     },
+    /// Installed, and no good on this host.
+    #[error("runtime {name:?} does not work on this host: {problem}")]
+    Broken {
+        /// Its name.
+        name: String,
+        /// What its probe said.
+        problem: String,
+    },
+    /// The script that shims call it by.
+    #[error("runtime {name:?}: write its wrapper")]
+    Wrapper {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: Arc<std::io::Error>,
+    },
     /// One that confines nobody.
     #[error("runtime {0:?} was built without seccomp, and would pass any filter over in silence; install one with it")]
     Unfiltered(String),
@@ -66,20 +89,56 @@ pub enum RuntimeError {
 }
 
 /// A runtime that can be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Runtime {
     /// Its name.
     pub name: String,
-    /// Its program, as an absolute path.
+    /// What shims call, as an absolute path.
     pub binary: PathBuf,
     /// How it takes a seccomp filter.
     pub filters: Form,
+    /// Its own shim, where it has one.
+    pub shim: Option<OwnShim>,
+    /// Where it is gVisor's.
+    pub gvisor: Option<Arc<Gvisor>>,
+}
+
+/// A shim that is not runc's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnShim {
+    /// Its program, as an absolute path.
+    pub program: PathBuf,
+    /// The file that it is configured by, where the operator named one.
+    pub config: Option<PathBuf>,
+}
+
+impl Runtime {
+    /// How a task in this namespace is connected, where that is the runtime's own doing.
+    pub fn network(&self, namespace: &NetworkNamespace) -> Option<Network> {
+        self.gvisor.as_ref().map(|gvisor| gvisor.network(namespace))
+    }
+
+    /// Waits until it is known to work here, and has what its shim calls for a task in this namespace.
+    ///
+    /// # Errors
+    /// When it does not work here.
+    pub async fn made_ready(mut self, namespace: &NetworkNamespace) -> Result<Self, RuntimeError> {
+        let Some(gvisor) = &self.gvisor else { return Ok(self) };
+        let broken = |problem| RuntimeError::Broken { name: self.name.clone(), problem };
+        let probed = gvisor.probed(&self.binary).await.map_err(broken)?;
+        let wrapper = gvisor.wrapper(&self.binary, &probed, gvisor.network(namespace), self.shim.is_some());
+        let failed = |source| RuntimeError::Wrapper { name: self.name.clone(), source: Arc::new(source) };
+        self.binary = wrapper.map_err(failed)?;
+        Ok(self)
+    }
 }
 
 /// The runtimes of this host.
 #[derive(Debug, Clone)]
 pub struct Runtimes {
-    configured: BTreeMap<String, PathBuf>,
+    configured: BTreeMap<String, RuntimeSettings>,
+    /// Those that are gVisor's, by name.
+    gvisor: BTreeMap<String, Arc<Gvisor>>,
     /// Those that were seen to honour a compiled filter, and which file that was: another one has to be asked anew.
     take_programs: BTreeMap<String, Asked>,
     /// Those that were seen to honour none.
@@ -96,15 +155,21 @@ fn asked(binary: &Path) -> Option<Asked> {
 }
 
 /// Names of the old driver and containerd that mean "runc's shim, whatever its binary".
-const SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
+pub const SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
 
 impl Runtimes {
     /// Finds the default: the one the operator named, else crun where it works on this host, else runc. Every crun is
     /// asked what it can do.
-    pub async fn find(settings: &Settings, scratch: &Path) -> Self {
+    pub async fn find(settings: &Settings, cgroups: &Cgroups) -> Self {
+        let scratch = settings.places.run();
         let configured = settings.runtimes.clone();
-        let cruns = configured.iter().filter_map(|(name, binary)| {
-            let binary = which(binary)?;
+        let gvisor = configured.iter().filter_map(|(name, runtime)| {
+            let own = runtime.gvisor.clone()?;
+            Some((name.clone(), Arc::new(Gvisor::new(name.clone(), own, settings.places.clone(), cgroups.clone()))))
+        });
+        let gvisor = gvisor.collect();
+        let cruns = configured.iter().filter_map(|(name, runtime)| {
+            let binary = which(&runtime.binary)?;
             let is_crun = binary.file_name().is_some_and(|file| file.to_string_lossy().starts_with("crun"));
             is_crun.then_some(async move { (name.clone(), crun_works(&binary, scratch).await) })
         });
@@ -113,12 +178,12 @@ impl Runtimes {
         let take_programs = cruns
             .iter()
             .filter(|(_, form)| **form == Ok(Form::Program))
-            .filter_map(|(name, _)| Some((name.clone(), asked(&which(configured.get(name)?)?)?)))
+            .filter_map(|(name, _)| Some((name.clone(), asked(&which(&configured.get(name)?.binary)?)?)))
             .collect();
-        let without = |form: &Result<Form, String>| form.as_ref().is_err_and(|problem| problem == NO_SECCOMP);
+        let without = |form: &Result<Form, String>| form.as_ref().is_err_and(|problem| problem == crun::NO_SECCOMP);
         let unfiltered = cruns.iter().filter(|(_, form)| without(form)).map(|(name, _)| name.clone()).collect();
         let allowed = settings.allow_runtimes.clone();
-        let mut runtimes = Self { configured, take_programs, unfiltered, allowed, default: Err(String::new()) };
+        let mut runtimes = Self { configured, gvisor, take_programs, unfiltered, allowed, default: Err(String::new()) };
         runtimes.default = match &settings.default_runtime {
             Some(name) => runtimes.installed_as(name).ok_or_else(|| runtimes.missing(name).to_string()),
             None => {
@@ -133,19 +198,28 @@ impl Runtimes {
     }
 
     fn installed_as(&self, name: &str) -> Option<Runtime> {
-        let binary = which(self.configured.get(name)?)?;
+        let configured = self.configured.get(name)?;
+        let binary = which(&configured.binary)?;
+        let shim = match &configured.shim {
+            None => None,
+            Some(shim) => Some(OwnShim { program: which(&shim.program)?, config: shim.config.clone() }),
+        };
         let known = self.take_programs.get(name).is_some_and(|known| asked(&binary).as_ref() == Some(known));
         let filters = if known { Form::Program } else { Form::Profile };
-        Some(Runtime { name: name.to_owned(), binary, filters })
+        Some(Runtime { name: name.to_owned(), binary, filters, shim, gvisor: self.gvisor.get(name).cloned() })
     }
 
     /// The program of a runtime, by its name.
     pub fn binary(&self, name: &str) -> Option<PathBuf> {
-        self.configured.get(name).and_then(|binary| which(binary))
+        self.configured.get(name).and_then(|runtime| which(&runtime.binary))
     }
 
     fn missing(&self, name: &str) -> RuntimeError {
-        let binary = self.configured.get(name).map_or_else(|| name.to_owned(), |path| path.display().to_string());
+        let configured = self.configured.get(name);
+        let shim = configured.and_then(|runtime| runtime.shim.as_ref()).map(|shim| &shim.program);
+        let binary = configured.map(|runtime| &runtime.binary);
+        let missing = [binary, shim].into_iter().flatten().find(|program| which(program).is_none()).or(binary);
+        let binary = missing.map_or_else(|| name.to_owned(), |path| path.display().to_string());
         RuntimeError::Missing { name: name.to_owned(), binary }
     }
 
@@ -186,9 +260,37 @@ impl Runtimes {
         }
     }
 
-    /// All that are installed, for node attributes.
-    pub fn installed(&self) -> Vec<Runtime> {
-        self.configured.keys().filter_map(|name| self.installed_as(name)).collect()
+    /// All that are installed and not known to be no good here, with what was found out of gVisor's; one of those that
+    /// was not looked at yet is left out.
+    pub fn usable(&self) -> Vec<(Runtime, Option<Probed>)> {
+        let installed = self.configured.keys().filter_map(|name| self.installed_as(name));
+        let usable = installed.filter_map(|runtime| match runtime.gvisor.as_ref().map(|gvisor| gvisor.known()) {
+            None => Some((runtime, None)),
+            Some(known) => Some((runtime, Some(known?.ok()?))),
+        });
+        usable.collect()
+    }
+
+    /// Is it configured, and gVisor's?
+    pub fn is_gvisor(&self, name: &str) -> bool {
+        self.gvisor.contains_key(name)
+    }
+
+    /// Looks at what gVisor's runtimes can do here: true when something else was found than was known.
+    pub async fn look(&self) -> bool {
+        let mut news = false;
+        for (name, gvisor) in &self.gvisor {
+            if let Some(runtime) = self.installed_as(name) {
+                let before = gvisor.known();
+                news |= Some(gvisor.probed(&runtime.binary).await) != before;
+            }
+        }
+        news
+    }
+
+    /// Names of all that are configured.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.configured.keys().map(String::as_str)
     }
 
     /// Has a runtime end and forget a container, by its own command. `root` is its state directory.
@@ -212,94 +314,20 @@ impl Runtimes {
 }
 
 /// What probes that were cut off left behind.
-pub fn clear_probes(scratch: &Path) {
+pub fn clear_probes(scratch: &Path, cgroups: &Cgroups) {
     let stale = fs::read_dir(scratch).into_iter().flatten().flatten();
-    for entry in stale.filter(|entry| entry.file_name().to_string_lossy().starts_with("probe-")) {
-        if let Err(error) = fs::remove_dir_all(entry.path()) {
-            tracing::debug!(%error, "an old probe's bundle stays");
+    for entry in stale {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with("probe-") {
+            continue;
         }
-    }
-}
-
-/// Does crun work here? It refuses hybrid cgroup hosts in part, old kernels, and what its build left out, so it is
-/// asked: a container whose program is an empty file must fail for just that reason, which crun finds after everything
-/// else. It is given a filter, too, that has execve fail in a way of its own: who does not fail in that way has not loaded
-/// it. First a compiled one, then the plain form: a crun without seccomp takes both, and does nothing.
-///
-/// # Errors
-/// Its own words when it fails for another reason.
-pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<Form, String> {
-    let id = format!("probe-{}", random_hex(6));
-    let bundle = scratch.join(&id);
-    let mut outcome = probe(binary, &bundle, &id, Form::Program).await;
-    // It has run the program, and not under the filter: does it know the plain form?
-    if outcome == Ok(false) {
-        outcome = probe(binary, &bundle, &id, Form::Profile)
-            .await
-            .and_then(|filtered| if filtered { Ok(false) } else { Err(NO_SECCOMP.to_owned()) });
-    }
-    let outcome = outcome.map(|program| if program { Form::Program } else { Form::Profile });
-    if let Err(error) = fs::remove_dir_all(&bundle) {
-        tracing::debug!(%error, "the probe's bundle stays");
-    }
-    outcome
-}
-
-/// What execve answers under the probe's filter: EXDEV, which it never answers by itself.
-const TELLTALE: u32 = libc::EXDEV.cast_unsigned();
-
-/// Such a crun reads filters in either form and does nothing with them.
-const NO_SECCOMP: &str = "it was built without seccomp";
-
-/// Was the filter, in this form, seen to hold?
-async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<bool, String> {
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let text = |error: std::io::Error| error.to_string();
-    // crun makes links in /dev, and expects the directory.
-    for directory in ["rootfs/proc", "rootfs/dev"] {
-        fs::create_dir_all(bundle.join(directory)).map_err(text)?;
-    }
-    let program = bundle.join("rootfs/empty");
-    fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o755).open(program).map_err(text)?;
-    let namespaces: Vec<_> =
-        ["pid", "mount", "ipc", "uts"].iter().map(|kind| serde_json::json!({ "type": kind })).collect();
-    let mut spec = serde_json::json!({
-        "ociVersion": "1.0.2",
-        "root": { "path": "rootfs" },
-        "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/empty"], "cwd": "/", "env": [] },
-        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-        "linux": { "namespaces": namespaces, "cgroupsPath": format!("/nomad-driver-shim-{id}") },
-    });
-    match form {
-        Form::Program => {
-            if let Some(program) = seccomp::failing("execve", TELLTALE) {
-                spec["annotations"] = serde_json::json!({ seccomp::CRUN_PROGRAM: program });
-            }
+        let cgroup = CgroupPath::recorded(&format!("/nomad-driver-shim-{name}"));
+        cgroups.kill(&cgroup);
+        let removed = cgroups.remove(&cgroup).map_err(|error| crate::chain(&error));
+        if let Err(problem) = removed.and_then(|()| fs::remove_dir_all(entry.path()).map_err(|error| error.to_string()))
+        {
+            tracing::debug!(problem, "something of an old probe stays");
         }
-        Form::Profile => {
-            let rule = serde_json::json!({ "names": ["execve"], "action": "SCMP_ACT_ERRNO", "errnoRet": TELLTALE });
-            spec["linux"]["seccomp"] = serde_json::json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule] });
-        }
-    }
-    fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
-    let root = bundle.join("state");
-    let run = |arguments: &[&str]| {
-        let mut command = tokio::process::Command::new(binary);
-        command.arg("--root").arg(&root).args(arguments).current_dir(bundle).stdin(Stdio::null()).kill_on_drop(true);
-        tokio::time::timeout(PROBE, command.env("LC_ALL", "C").output())
-    };
-    let output = run(&["run", "--bundle", ".", id]).await.map_err(|_| "it hangs".to_owned())?.map_err(text)?;
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    // Gone by itself after a failed `run`; asked for in case this version leaves something.
-    let _ = run(&["delete", "--force", id]).await;
-    // As glibc and musl say EXDEV and ENOEXEC.
-    let lower = said.to_lowercase();
-    if lower.contains("cross-device link") {
-        Ok(true)
-    } else if lower.contains("exec format error") {
-        Ok(false)
-    } else {
-        Err(said)
     }
 }
 
@@ -308,13 +336,23 @@ mod tests {
     use super::*;
 
     fn runtimes(allowed: Option<&[&str]>) -> Runtimes {
-        let shell = Runtime { name: "runc".to_owned(), binary: PathBuf::from("/bin/sh"), filters: Form::Profile };
+        let of = |binary: &str| RuntimeSettings { binary: binary.into(), ..RuntimeSettings::default() };
+        let shell = Runtime {
+            name: "runc".to_owned(),
+            binary: PathBuf::from("/bin/sh"),
+            filters: Form::Profile,
+            shim: None,
+            gvisor: None,
+        };
+        let own = OwnShim { program: "/no/shim".into(), config: None };
         Runtimes {
             take_programs: BTreeMap::new(),
+            gvisor: BTreeMap::new(),
             unfiltered: BTreeSet::new(),
             configured: BTreeMap::from([
-                ("runc".to_owned(), PathBuf::from("/bin/sh")),
-                ("kata".to_owned(), PathBuf::from("/no/such")),
+                ("runc".to_owned(), of("/bin/sh")),
+                ("kata".to_owned(), of("/no/such")),
+                ("odd".to_owned(), RuntimeSettings { shim: Some(own), ..of("/bin/sh") }),
             ]),
             allowed: allowed.map(|names| names.iter().map(|name| (*name).to_owned()).collect()),
             default: Ok(shell),
@@ -324,9 +362,12 @@ mod tests {
     #[test]
     fn a_named_runtime_is_that_one_or_none() {
         let all = runtimes(None);
-        assert_eq!(all.choose(None).map(|r| r.name), Ok("runc".to_owned()));
-        assert_eq!(all.choose(Some("io.containerd.runc.v2")).map(|r| r.name), Ok("runc".to_owned()));
+        let chosen = |wanted| all.choose(wanted).map(|runtime| runtime.name).map_err(|error| error.to_string());
+        assert_eq!(chosen(None), Ok("runc".to_owned()));
+        assert_eq!(chosen(Some("io.containerd.runc.v2")), Ok("runc".to_owned()));
         assert!(matches!(all.choose(Some("kata")), Err(RuntimeError::Missing { .. })));
+        // Its shim is what is missing, and said to be.
+        assert!(chosen(Some("odd")).is_err_and(|problem| problem.contains("/no/shim")));
         assert!(matches!(all.choose(Some("runsc")), Err(RuntimeError::Unknown { .. })));
         assert!(matches!(runtimes(Some(&["crun"])).choose(Some("runc")), Err(RuntimeError::NotAllowed { .. })));
         assert!(matches!(runtimes(Some(&["crun"])).choose(None), Err(RuntimeError::NotAllowed { .. })));

@@ -1,0 +1,148 @@
+//! The agent's `runtime "NAME" {}` blocks, and the runtimes that are there without them.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use super::limits::Faults;
+use crate::{
+    gvisor::{GvisorSettings, check_flag},
+    plugin::decode::Values,
+    task::{OwnShim, RuntimeSettings},
+};
+
+/// Options that only a runtime of gVisor's has.
+const GVISOR: [&str; 8] =
+    ["platform", "network", "group_network", "overlay", "file_access", "cgroups", "debug_log", "flags"];
+
+/// All runtimes that jobs can name.
+pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<String, RuntimeSettings> {
+    let empty = Values::default();
+    let built_in = ["crun", "runc", "runsc", "io.containerd.runsc.v1"];
+    let mut runtimes: BTreeMap<String, RuntimeSettings> =
+        built_in.iter().map(|name| ((*name).to_owned(), runtime(name, &empty, faults))).collect();
+    for (name, block) in values.labelled("runtime") {
+        if name.is_empty()
+            || name.len() > 64
+            || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        {
+            // It becomes part of paths.
+            faults.say(format!("runtime {name:?}: a name has up to 64 letters, digits, dots, underscores and hyphens"));
+            continue;
+        }
+        runtimes.insert(name.clone(), runtime(name, block, faults));
+    }
+    runtimes
+}
+
+fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettings {
+    let shim = block.filled("shim").map(PathBuf::from).or_else(|| shim_of(name));
+    let config = block.filled("config").map(PathBuf::from);
+    for (option, path) in [("config", config.as_deref()), ("debug_log", block.filled("debug_log").map(Path::new))] {
+        if let Some(path) = path.filter(|path| !path.is_absolute()) {
+            faults.say(format!("runtime {name:?}: {option} = {:?} is not an absolute path", path.display()));
+        }
+    }
+    if config.is_some() && shim.is_none() {
+        faults.say(format!("runtime {name:?}: config needs a shim of its own; runc's has no such file"));
+    }
+    let own_name = shim.is_some() && name.ends_with("runsc.v1");
+    let default = if own_name { "runsc" } else { name };
+    let binary = PathBuf::from(block.filled("binary").unwrap_or(default));
+    let file = binary.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let is_gvisor = match block.filled("type") {
+        None => file.starts_with("runsc"),
+        Some("gvisor") => true,
+        Some("oci") => false,
+        Some(other) => {
+            faults.say(format!("runtime {name:?}: type = {other:?} is not oci or gvisor"));
+            false
+        }
+    };
+    let given = GVISOR.iter().find(|option| block.has(option));
+    let gvisor = match (is_gvisor, given) {
+        (true, _) => Some(gvisor(name, block, faults)),
+        (false, None) => None,
+        (false, Some(option)) => {
+            faults.say(format!("runtime {name:?}: {option} is an option of gVisor's runsc (type = \"gvisor\")"));
+            None
+        }
+    };
+    let shim = shim.map(|program| OwnShim { program, config });
+    // The shim of another kind of container calls what it likes.
+    let binary = match &shim {
+        Some(shim) if gvisor.is_none() && block.filled("binary").is_none() => shim.program.clone(),
+        _ => binary,
+    };
+    RuntimeSettings { binary, shim, gvisor }
+}
+
+/// containerd's rule: `io.containerd.NAME.VERSION` means `containerd-shim-NAME-VERSION`. runc's is everybody's.
+fn shim_of(name: &str) -> Option<PathBuf> {
+    let (kind, version) = name.strip_prefix("io.containerd.")?.rsplit_once('.')?;
+    (kind != "runc").then(|| format!("containerd-shim-{kind}-{version}").into())
+}
+
+fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings {
+    fn word<T: FromStr<Err = &'static str>>(
+        (name, block): (&str, &Values),
+        option: &str,
+        faults: &mut Faults<'_>,
+    ) -> Option<T> {
+        let text = block.filled(option)?;
+        let parsed = text.parse();
+        parsed.map_err(|problem| faults.say(format!("runtime {name:?}: {option} = {text:?} {problem}"))).ok()
+    }
+    let of = (name, block);
+    let overlay = block.filled("overlay").map(str::to_owned);
+    if let Some(overlay) = overlay.as_ref().filter(|text| *text != "none" && !is_overlay(text)) {
+        faults.say(format!(
+            "runtime {name:?}: overlay = {overlay:?} is not none, or root: or all: with memory, self or dir=/PATH"
+        ));
+    }
+    let flags = block.list("flags").unwrap_or_default().to_vec();
+    for problem in flags.iter().filter_map(|flag| check_flag(flag).err()) {
+        faults.say(format!("runtime {name:?}: flags: {problem}"));
+    }
+    GvisorSettings {
+        platform: word(of, "platform", faults),
+        network: word(of, "network", faults).unwrap_or_default(),
+        group_network: word(of, "group_network", faults),
+        overlay,
+        file_access: word(of, "file_access", faults),
+        cgroups: block.flag("cgroups").unwrap_or(true),
+        debug_log: block.filled("debug_log").map(PathBuf::from),
+        flags,
+    }
+}
+
+/// As `--overlay2` takes it, with an optional `,size=`.
+fn is_overlay(text: &str) -> bool {
+    let Some((whose, medium)) = text.split_once(':') else { return false };
+    let medium = medium.split(",size=").next().unwrap_or_default();
+    matches!(whose, "root" | "all") && (matches!(medium, "memory" | "self") || medium.starts_with("dir=/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shims_are_called_as_containerd_calls_them() {
+        assert_eq!(shim_of("io.containerd.runsc.v1"), Some("containerd-shim-runsc-v1".into()));
+        assert_eq!(shim_of("io.containerd.kata.v2"), Some("containerd-shim-kata-v2".into()));
+        assert_eq!((shim_of("io.containerd.runc.v2"), shim_of("runsc")), (None, None));
+    }
+
+    #[test]
+    fn overlays_are_runscs() {
+        for good in ["root:self", "all:memory", "root:dir=/var/tmp", "root:self,size=2g"] {
+            assert!(is_overlay(good), "{good}");
+        }
+        for bad in ["", "self", "root:", "some:self", "root:dir=x"] {
+            assert!(!is_overlay(bad), "{bad}");
+        }
+    }
+}

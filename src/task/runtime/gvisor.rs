@@ -1,0 +1,273 @@
+//! A runtime that is gVisor's runsc: what it can do on this host is seen by running a small sandbox once, and what shims
+//! call is a script that carries its flags.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Asked, asked};
+use crate::{
+    cgroup::{CgroupPath, Cgroups},
+    elf,
+    gvisor::{GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
+    ids::{Digest, random_hex},
+    places::{Places, make_dir},
+    process::{PidFd, boot_id, descendants},
+    rootfs::NetworkNamespace,
+};
+
+/// A sandbox takes 0.1 to 0.3 s; a platform that hangs is never used.
+const PROBE: Duration = Duration::from_secs(10);
+/// It prints and goes.
+const ASK: Duration = Duration::from_secs(10);
+/// A failure is looked at again after this.
+const AGAIN: Duration = Duration::from_secs(30);
+/// What the probe's program ends with.
+const TELLTALE: u8 = 42;
+
+/// One named runtime that is runsc.
+#[derive(Debug)]
+pub struct Gvisor {
+    name: String,
+    pub(super) settings: GvisorSettings,
+    places: Places,
+    cgroups: Cgroups,
+    known: Mutex<Option<Known>>,
+    /// One probe at a time.
+    probing: tokio::sync::Mutex<()>,
+}
+
+/// What was found out, of which file, and when.
+#[derive(Debug, Clone)]
+struct Known {
+    of: Asked,
+    at: Instant,
+    outcome: Result<Probed, String>,
+}
+
+/// What is kept on disk of a probe that went well: it holds until the host is started anew.
+#[derive(Serialize, Deserialize)]
+struct Noted {
+    boot: String,
+    of: Asked,
+    settings: String,
+    probed: Probed,
+}
+
+impl Gvisor {
+    pub(super) fn new(name: String, settings: GvisorSettings, places: Places, cgroups: Cgroups) -> Self {
+        Self { name, settings, places, cgroups, known: Mutex::default(), probing: tokio::sync::Mutex::default() }
+    }
+
+    /// What was found out last; None while that is not known.
+    pub fn known(&self) -> Option<Result<Probed, String>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|known| known.outcome.clone())
+    }
+
+    /// What it can do here. Runs a sandbox if that was not done since the host came up or the program was replaced.
+    ///
+    /// # Errors
+    /// Its own words, or that it hangs.
+    pub async fn probed(&self, binary: &Path) -> Result<Probed, String> {
+        if let Some(outcome) = self.fresh(binary) {
+            return outcome;
+        }
+        let _turn = self.probing.lock().await;
+        if let Some(outcome) = self.fresh(binary) {
+            return outcome;
+        }
+        let of = asked(binary).ok_or_else(|| format!("{} is gone", binary.display()))?;
+        let outcome = match self.noted(&of) {
+            Some(probed) => Ok(probed),
+            None => {
+                let outcome = self.probe(binary).await;
+                match &outcome {
+                    Ok(probed) => self.note(&of, probed),
+                    Err(problem) => tracing::warn!(runtime = self.name, problem, "it does not work on this host"),
+                }
+                outcome
+            }
+        };
+        let known = Known { of, at: Instant::now(), outcome: outcome.clone() };
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
+        outcome
+    }
+
+    fn fresh(&self, binary: &Path) -> Option<Result<Probed, String>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = known.as_ref().filter(|known| known.outcome.is_ok() || known.at.elapsed() < AGAIN)?;
+        (asked(binary).as_ref() == Some(&known.of)).then(|| known.outcome.clone())
+    }
+
+    fn note_path(&self) -> PathBuf {
+        self.places.wrappers().join(format!("{}.json", self.name))
+    }
+
+    fn noted(&self, of: &Asked) -> Option<Probed> {
+        let noted: Noted = serde_json::from_slice(&fs::read(self.note_path()).ok()?).ok()?;
+        let same = noted.of == *of && noted.settings == format!("{:?}", self.settings);
+        (same && boot_id().is_ok_and(|boot| boot == noted.boot)).then_some(noted.probed)
+    }
+
+    fn note(&self, of: &Asked, probed: &Probed) {
+        let Ok(boot) = boot_id() else { return };
+        let noted = Noted { boot, of: of.clone(), settings: format!("{:?}", self.settings), probed: probed.clone() };
+        let text = serde_json::json!(noted).to_string();
+        if let Err(error) = write_whole(&self.note_path(), text.as_bytes(), 0o600) {
+            tracing::debug!(%error, "what was found out about runsc is not kept");
+        }
+    }
+
+    /// The platforms to try, in the order of preference. KVM is the operator's word only: in virtual machines it is often
+    /// there and very slow.
+    fn platforms(&self) -> Vec<Platform> {
+        self.settings.platform.map_or_else(|| vec![Platform::Systrap, Platform::Ptrace], |one| vec![one])
+    }
+
+    async fn probe(&self, binary: &Path) -> Result<Probed, String> {
+        let version = ask(binary, "--version").await?;
+        let flags = ask(binary, "flags").await?;
+        let shares_root = known_flags(&flags).contains("shared-root");
+        let mut problems = Vec::new();
+        for platform in self.platforms() {
+            let probed = Probed {
+                platform: platform.to_string(),
+                version: version.lines().next().unwrap_or_default().trim_start_matches("runsc version ").to_owned(),
+                shares_root,
+            };
+            match self.sandbox(binary, &probed).await {
+                Ok(()) => return Ok(probed),
+                Err(problem) => problems.push(format!("platform {platform}: {problem}")),
+            }
+        }
+        Err(problems.join("; "))
+    }
+
+    async fn sandbox(&self, binary: &Path, probed: &Probed) -> Result<(), String> {
+        let id = format!("probe-{}", random_hex(6));
+        let bundle = self.places.run().join(&id);
+        let cgroup = CgroupPath::recorded(&format!("/nomad-driver-shim-{id}"));
+        let outcome = self.run_in(&bundle, cgroup.as_str(), binary, probed).await;
+        while self.cgroups.kill(&cgroup) > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        if let Err(error) = self.cgroups.remove(&cgroup) {
+            tracing::debug!(%error, "the probe's cgroup stays");
+        }
+        if let Err(error) = fs::remove_dir_all(&bundle) {
+            tracing::debug!(%error, "the probe's bundle stays");
+        }
+        outcome
+    }
+
+    async fn run_in(&self, bundle: &Path, cgroup: &str, binary: &Path, probed: &Probed) -> Result<(), String> {
+        let text = |error: std::io::Error| error.to_string();
+        make_dir(&bundle.join("rootfs/proc")).map_err(text)?;
+        write_whole(&bundle.join("rootfs/probe"), &elf::exits_with(TELLTALE), 0o755).map_err(text)?;
+        let namespaces: Vec<_> =
+            ["pid", "mount", "ipc", "uts", "network"].iter().map(|kind| serde_json::json!({ "type": kind })).collect();
+        let spec = serde_json::json!({
+            "ociVersion": "1.0.2",
+            "root": { "path": "rootfs" },
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/probe"], "cwd": "/", "env": [] },
+            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            "linux": { "namespaces": namespaces, "cgroupsPath": cgroup },
+        });
+        fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
+        let mut command = tokio::process::Command::new(binary);
+        command
+            .args(self.settings.flags(&probed.platform, self.settings.network, self.shared_root(probed).as_deref()))
+            .arg("--root")
+            .arg(bundle.join("state"))
+            .args(["run", "--bundle"])
+            .arg(bundle)
+            .args(bundle.file_name())
+            .current_dir(bundle)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let child = command.spawn().map_err(text)?;
+        let pid = child.id();
+        let Ok(output) = tokio::time::timeout(PROBE, child.wait_with_output()).await else {
+            // Its sandbox and file server may not be in the cgroup yet.
+            let family: Vec<PidFd> =
+                pid.map(descendants).unwrap_or_default().into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
+            family.iter().for_each(|process| process.signal(libc::SIGKILL));
+            return Err(format!("a sandbox was not done after {} s", PROBE.as_secs()));
+        };
+        let output = output.map_err(text)?;
+        if output.status.code() == Some(TELLTALE.into()) {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(format!("{}: {}", output.status, said.trim().lines().last().unwrap_or_default()))
+    }
+
+    fn shared_root(&self, probed: &Probed) -> Option<PathBuf> {
+        let root = Places::shared_gvisor();
+        (probed.shares_root && make_dir(&root).is_ok()).then_some(root)
+    }
+
+    /// How a task with this namespace is connected.
+    pub fn network(&self, namespace: &NetworkNamespace) -> Network {
+        match namespace {
+            NetworkNamespace::Private => self.settings.network,
+            NetworkNamespace::Path(_) => self.settings.group_network.unwrap_or(self.settings.network),
+            // The host's own namespace has no addresses to be taken over.
+            NetworkNamespace::Host if self.settings.network == Network::None => Network::None,
+            NetworkNamespace::Host => Network::Host,
+        }
+    }
+
+    /// The script that a shim calls. `keeps`: is it for a shim that doesn't reap sandboxes?
+    ///
+    /// # Errors
+    /// As the file system.
+    pub(super) fn wrapper(
+        &self,
+        binary: &Path,
+        probed: &Probed,
+        network: Network,
+        keeps: bool,
+    ) -> std::io::Result<PathBuf> {
+        let flags = self.settings.flags(&probed.platform, network, self.shared_root(probed).as_deref());
+        let keeper = if keeps { std::env::current_exe().ok() } else { None };
+        let text = wrapper(binary, &flags, keeper.as_deref());
+        // Its name says what is in it: one that a task was started with never changes.
+        let digest = Digest::of(text.as_bytes());
+        let path = self.places.wrappers().join(format!("{}-{network}-{}", self.name, &digest.short()[..8]));
+        if !path.exists() {
+            write_whole(&path, text.as_bytes(), 0o755)?;
+        }
+        Ok(path)
+    }
+}
+
+async fn ask(binary: &Path, word: &str) -> Result<String, String> {
+    let mut command = tokio::process::Command::new(binary);
+    command.arg(word).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(ASK, command.output()).await;
+    let output = output.map_err(|_| format!("{word}: it hangs"))?.map_err(|error| format!("{word}: {error}"))?;
+    // Go prints help to either.
+    Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+}
+
+/// Writes a file whole or not at all.
+fn write_whole(path: &Path, content: &[u8], mode: u32) -> std::io::Result<()> {
+    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
+    if let Some(parent) = path.parent() {
+        make_dir(parent)?;
+    }
+    let draft = path.with_extension(format!("{}.tmp", random_hex(4)));
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
+    file.write_all(content)?;
+    drop(file);
+    fs::rename(&draft, path)
+}
