@@ -60,7 +60,7 @@ impl Call<'_> {
 }
 
 /// Follows the container's id in the note's name.
-const SUFFIX: &str = ".exit-code";
+pub(super) const SUFFIX: &str = ".exit-code";
 
 /// Does what the shim wants of runsc.
 pub fn main(arguments: &[String]) -> ExitCode {

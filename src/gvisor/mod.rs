@@ -192,6 +192,25 @@ impl GvisorSettings {
     }
 }
 
+/// Files of a container in runsc's state directory, besides those that it removes itself when it is not cut off.
+pub fn state_files(id: &str) -> [String; 4] {
+    [
+        format!("{id}_sandbox:{id}.state"),
+        format!("{id}_sandbox:{id}.lock"),
+        format!("runsc-{id}.sock"),
+        format!("{id}{}", keeper::SUFFIX),
+    ]
+}
+
+/// Whose container's such a file is, by its name.
+pub fn container_of(file: &str) -> &str {
+    let bare = file.strip_suffix(keeper::SUFFIX).or_else(|| Some(file.split_once("_sandbox:")?.0));
+    bare.or_else(|| file.strip_prefix("runsc-")?.strip_suffix(".sock")).unwrap_or(file)
+}
+
+/// Follows the name of a shim's pid file in that of the file with the pid that an exec'd process has in its sandbox.
+pub const INSIDE: &str = ".inside";
+
 /// The script that a shim calls instead of runsc. `keeper`: this program, where it is to keep the exit code of the
 /// sandbox for a shim that does not reap it itself.
 pub fn wrapper(binary: &Path, flags: &[String], keeper: Option<&Path>) -> String {
@@ -202,6 +221,16 @@ pub fn wrapper(binary: &Path, flags: &[String], keeper: Option<&Path>) -> String
         let keeper = quoted(&keeper.to_string_lossy());
         let kept = format!("[ -x {keeper} ] && exec {keeper} {} {runsc}{} -- \"$@\"", keeper::COMMAND, words(flags));
         text.push_str(&format!("for word; do case $word in create|wait|delete) {kept};; esac; done\n"));
+    } else {
+        // runc's shim knows an exec'd process by the runsc that waits for it, and kills that one: who it is in the sandbox
+        // is written down for us.
+        text.push_str(&format!(
+            "file= last=\n\
+             for word; do [ \"$last\" = --pid-file ] && file=$word; last=$word; done\n\
+             for word; do shift; set -- \"$@\" \"$word\"\n\
+             [ \"$word\" = exec ] && [ -n \"$file\" ] && set -- \"$@\" --internal-pid-file \"$file{INSIDE}\"\n\
+             done\n"
+        ));
     }
     text.push_str(&format!("exec {runsc}{} \"$@\"\n", words(flags)));
     text
@@ -281,6 +310,29 @@ mod tests {
         let script = wrapper(Path::new("/usr/bin/printf"), &["%s|".to_owned()], None);
         let output = std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(&odd).output();
         assert_eq!(String::from_utf8_lossy(&output.expect("runs").stdout), odd.map(|word| word + "|").concat());
+    }
+
+    #[test]
+    fn an_exec_is_asked_who_it_is_in_its_sandbox() {
+        let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], None);
+        let run = |words: &str| {
+            let words = words.split(' ');
+            let output = std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(words).output();
+            String::from_utf8_lossy(&output.expect("runs").stdout).into_owned()
+        };
+        let asked = "--root /r exec --process /p --detach --pid-file /b/x.pid c1";
+        assert_eq!(run(asked), asked.replace("exec ", "exec --internal-pid-file /b/x.pid.inside "));
+        for other in ["--root /r create --bundle /b --pid-file /b/init.pid c1", "--root /r delete c1"] {
+            assert_eq!(run(other), other);
+        }
+    }
+
+    #[test]
+    fn state_files_are_known_by_their_names() {
+        for file in state_files("web-1") {
+            assert_eq!(container_of(&file), "web-1", "{file}");
+        }
+        assert_eq!(container_of("web-1"), "web-1");
     }
 
     #[test]

@@ -76,7 +76,11 @@ async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: St
     let labels = Labels::from([("containerd.io/snapshot.ref".to_owned(), chain.to_string())]);
     // A fresh key: two pulls may unpack the same layer at the same time, and the slower one's commit says so.
     let key = format!("extract-{} {chain}", random_hex(8));
-    let mounts = client.prepare_snapshot(lease, &key, parent, labels.clone()).await?;
+    let mounts = match client.prepare_snapshot(lease, &key, parent, labels.clone()).await {
+        // Another pull has committed it since we looked; it is under our lease by its name.
+        Err(error) if error.is_already_exists() => return Ok(()),
+        prepared => prepared?,
+    };
     let outcome = async {
         let actual = client.apply_layer(layer.descriptor(), mounts).await?;
         if actual != *diff {

@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Record, TaskError};
+use super::{Record, TaskError, in_sandbox::InSandbox};
 use crate::{
     ids::{ContainerId, random_hex},
     places::Places,
@@ -126,7 +126,8 @@ pub async fn start(
     let (exec_id, execs) = (random_hex(8), places.execs(&record.container_id));
     let marker = execs.join(&exec_id);
     let owner = ProcessId::of(std::process::id()).ok();
-    let note = |process| json!(Marker { owner, process }).to_string();
+    let sandbox = record.gvisor.then(|| InSandbox::of(places, record, &exec_id));
+    let note = |process| json!(Marker { owner, process, sandbox: sandbox.clone() }).to_string();
     fs::create_dir_all(&execs).and_then(|()| write_whole(&marker, &note(None))).map_err(unusable(&marker))?;
     let id = record.container_id.as_str();
     let mut exec =
@@ -310,6 +311,9 @@ struct Marker {
     owner: Option<ProcessId>,
     /// The process, once it runs.
     process: Option<ProcessId>,
+    /// How it is found in its sandbox, where that is gVisor's: on the host there is only a runsc that waits for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sandbox: Option<InSandbox>,
 }
 
 /// A reader sees the old text or the new one, never half of one.
@@ -341,12 +345,11 @@ async fn is_abandoned(marker: &Path) -> bool {
 
 /// Kills an exec'd process with all that it has started, and forgets it.
 async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
-    let family = read_marker(marker)
-        .ok()
-        .and_then(|marker| marker.process)
-        .filter(ProcessId::is_alive)
-        .map(|process| family(process.pid))
-        .unwrap_or_default();
+    let noted = read_marker(marker).unwrap_or_default();
+    if let Some(sandbox) = &noted.sandbox {
+        sandbox.kill(container).await;
+    }
+    let family = noted.process.filter(ProcessId::is_alive).map(|process| family(process.pid)).unwrap_or_default();
     let killed = client.kill_exec(container.as_str(), exec_id).await;
     if killed.is_ok() {
         let ended = tokio::time::timeout(KILLED, client.wait_exec(container.as_str(), exec_id)).await;
@@ -378,6 +381,9 @@ async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker:
         Err(error) => {
             return tracing::warn!(%container, exec_id, %error, "the shim keeps an exec'd process in mind");
         }
+    }
+    if let Some(sandbox) = read_marker(marker).unwrap_or_default().sandbox {
+        sandbox.forget();
     }
     match fs::remove_file(marker) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

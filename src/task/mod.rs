@@ -5,6 +5,7 @@ mod events;
 mod exec;
 mod former;
 mod group;
+mod in_sandbox;
 mod live;
 mod lock;
 mod logs;

@@ -8,11 +8,17 @@ use std::{
 };
 
 use super::{
-    Engine, Force, Record, RecordState, TaskError, engine::Slot, live::Task, read_records, record::Intent,
-    shared::Hands, undo::undo,
+    Engine, Force, Record, RecordState, TaskError,
+    engine::Slot,
+    live::Task,
+    read_records,
+    record::Intent,
+    shared::Hands,
+    undo::{remove_files, undo},
 };
 use crate::{
     control::Garbage,
+    gvisor,
     ids::{ContainerId, TaskId},
     image::{InUse, Reference},
     shim::{self, Client, Found},
@@ -163,6 +169,8 @@ impl Engine {
         for runtime in names(&places.runtimes()) {
             found.extend(names(&places.runtime_root(&runtime).join(self.shared().pool.launcher().namespace())));
         }
+        // gVisor's files are named after containers, too.
+        found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
         let bad = names(&places.tasks()).into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
         found.extend(bad);
         found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect()
@@ -191,9 +199,13 @@ impl Engine {
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
             if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
-        let runtime = names(&places.runtimes()).into_iter().find(|runtime| {
-            places.runtime_root(runtime).join(shared.pool.launcher().namespace()).join(id.as_str()).exists()
-        });
+        let known_to = |root: &Path| {
+            let mut files = gvisor::state_files(id.as_str()).into_iter().chain([id.to_string()]);
+            files.any(|file| root.join(file).exists())
+        };
+        let runtime = names(&places.runtimes())
+            .into_iter()
+            .find(|runtime| known_to(&places.runtime_root(runtime).join(shared.pool.launcher().namespace())));
         let record = Record::new(Intent {
             task_id: TaskId(String::new()),
             name: String::new(),
@@ -205,6 +217,7 @@ impl Engine {
             image: String::new(),
             lease: String::new(),
             runtime: runtime.unwrap_or_default(),
+            // Its files are what the runtime finds it by, below.
             gvisor: false,
             shim: NO_SHIM.to_owned(),
             shim_program: None,
@@ -218,8 +231,9 @@ impl Engine {
         // Without its bundle only the runtime itself still knows the container.
         for runtime in names(&places.runtimes()) {
             let root = places.runtime_root(&runtime).join(shared.pool.launcher().namespace());
-            if root.join(id.as_str()).exists() {
+            if known_to(&root) {
                 shared.runtimes.delete(&runtime, &root, id).await?;
+                remove_files(gvisor::state_files(id.as_str()).map(|file| root.join(file)).to_vec())?;
             }
         }
         Ok(())

@@ -3,14 +3,14 @@
 //! A failed start, a destroy and the remains of a crashed plugin all come through here, so there is one list of what
 //! there is to undo, and the tests of any of them guard it.
 
-use std::{sync::Arc, time::Duration};
+use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
 
 use super::{Record, TaskError, group, logs, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
-    fault,
+    fault, gvisor,
     process::descendants,
-    rootfs::bundle::BundlePaths,
+    rootfs::{RootfsError, bundle::BundlePaths},
     shim::{self, Client, Found, Kill, Shim, ShimError},
 };
 
@@ -108,6 +108,10 @@ impl Released {
         let log = shared.settings.places.log(&record.container_id);
         let cgroups = shared.cgroups.clone();
         let cgroup = CgroupPath::recorded(&record.cgroup);
+        let state = record.gvisor.then(|| {
+            let root = shared.settings.places.runtime_root(&record.runtime).join(&record.namespace);
+            gvisor::state_files(record.container_id.as_str()).map(|file| root.join(file))
+        });
         let files = tokio::task::spawn_blocking(move || {
             let after = |name, outcome: Result<(), TaskError>| {
                 fault::point(name);
@@ -115,6 +119,7 @@ impl Released {
             };
             [
                 ("log", crate::logs::remove(&log).map_err(TaskError::from)),
+                ("runtime", remove_files(state.map_or_else(Vec::new, Vec::from))),
                 ("unmount", after("undo.unmount", bundle.unmount().map_err(TaskError::from))),
                 ("bundle", after("undo.bundle", bundle.remove().map_err(TaskError::from))),
                 ("upper", after("undo.upper", bundle.remove_upper().map_err(TaskError::from))),
@@ -149,6 +154,19 @@ impl Released {
         }
         outcome.0
     }
+}
+
+/// What a runsc that was cut off would have removed. Not there is fine.
+pub(super) fn remove_files(paths: Vec<PathBuf>) -> Result<(), TaskError> {
+    for path in paths {
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(RootfsError::File { doing: "remove", path, source }.into());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Who has ended the container?

@@ -99,7 +99,7 @@ async fn health(env: &mut Env) {
     kill_containerd(&dir);
 }
 
-async fn group_network(env: &mut Env) {
+pub async fn group_network(env: &mut Env) {
     let name = format!("nds-{}", env.namespace);
     let ip = |arguments: &[&str]| services::run(Command::new("ip").args(arguments));
     ip(&["netns", "add", &name]);

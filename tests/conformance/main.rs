@@ -22,6 +22,7 @@ mod client;
 mod defects;
 mod exec;
 mod faulty;
+mod gvisor;
 mod images;
 mod lifecycle;
 mod logs;
@@ -67,21 +68,30 @@ fn main() -> ExitCode {
     arguments.test_threads = arguments.test_threads.or(Some(AT_ONCE));
     let driver = std::env::var_os("DRIVER").filter(|path| !path.is_empty()).map(PathBuf::from);
     let report = Arc::new(Report::default());
-    let mut trials: Vec<Trial> = rows()
+    let runtime = std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME").ok().filter(|_| driver.is_none());
+    let sandboxed = runtime.filter(|runtime| runtime.contains("runsc"));
+    let rows = match &sandboxed {
+        Some(_) => gvisor::adapt(rows()),
+        None => rows().into_iter().map(|row| (row, None)).collect(),
+    };
+    let mut trials: Vec<Trial> = rows
         .into_iter()
-        .map(|row| {
+        .map(|(row, limit)| {
             let (report, driver) = (report.clone(), driver.clone().map(Launch::new));
             Trial::test(row.name(), move || {
-                let verdict = row.run(driver);
+                let verdict = match (row.run(driver), limit) {
+                    (Verdict::Green, Some(reason)) => Verdict::Limited(reason),
+                    (other, _) => other,
+                };
                 report.add(&row, &verdict);
                 match verdict {
                     Verdict::Red(why) => Err(Failed::from(why)),
-                    Verdict::Green | Verdict::NotApplicable(_) => Ok(()),
+                    Verdict::Green | Verdict::NotApplicable(_) | Verdict::Limited(_) => Ok(()),
                 }
             })
         })
         .collect();
-    if driver.is_none() {
+    if driver.is_none() && sandboxed.is_none() {
         trials.extend(faulty::FAULTS.iter().map(|fault| {
             let report = report.clone();
             Trial::test(format!("a driver that {}", fault.says), move || fault.is_noticed(&report))
@@ -90,7 +100,7 @@ fn main() -> ExitCode {
     let whole = arguments.filter.is_none() && arguments.skip.is_empty() && !arguments.list;
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list {
-        report.finish(driver.as_deref(), whole);
+        report.finish(driver.as_deref(), sandboxed.as_deref(), whole);
     }
     conclusion.exit_code()
 }

@@ -264,10 +264,10 @@ async fn volumes(env: &mut Env) {
 }
 
 /// A file system whose mounts are passed on.
-struct SharedVolume(PathBuf);
+pub struct SharedVolume(pub PathBuf);
 
 impl SharedVolume {
-    fn new(path: PathBuf) -> Self {
+    pub fn new(path: PathBuf) -> Self {
         fs::create_dir_all(&path).unwrap();
         tmpfs(&path);
         mount(None::<&str>, &path, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
@@ -281,7 +281,7 @@ impl Drop for SharedVolume {
     }
 }
 
-fn tmpfs(path: &Path) {
+pub fn tmpfs(path: &Path) {
     mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
 }
 

@@ -9,7 +9,7 @@ use crate::{
     row,
     row::Row,
     seen::{limit, linux, memory, prints, prompt, promptly, refused, shell, start_with},
-    support::{Env, services},
+    support::{Env, Task, services},
 };
 
 pub fn rows() -> Vec<Row> {
@@ -76,13 +76,17 @@ async fn capabilities(env: &mut Env) {
     });
     let config = shell(env, "sleep 600", options).await;
     let task = env.start(config).await;
-    let mask = env.exec_text(&task, "grep CapEff /proc/self/status").await;
+    has_capabilities(env, &task).await;
+    let said = env.exec_text(&task, "touch /tmp/file.txt 2>&1 || true").await;
+    assert!(said.contains("Read-only file system"), "{said}");
+}
+
+pub async fn has_capabilities(env: &Env, task: &Task) {
+    let mask = env.exec_text(task, "grep CapEff /proc/self/status").await;
     let mask = u64::from_str_radix(mask.split_whitespace().nth(1).unwrap(), 16).unwrap();
     for (bit, there) in [(21, true), (15, true), (14, true), (0, false), (18, false), (1, false)] {
         assert_eq!(mask & (1 << bit) != 0, there, "capability {bit} in {mask:x}");
     }
-    let said = env.exec_text(&task, "touch /tmp/file.txt 2>&1 || true").await;
-    assert!(said.contains("Read-only file system"), "{said}");
 }
 
 async fn privileged(env: &mut Env) {

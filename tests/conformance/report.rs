@@ -36,31 +36,45 @@ impl Report {
     }
 
     /// Writes the page and says how it went. A part of the rows, or a red one of ours, leaves the page as it is.
-    pub fn finish(&self, driver: Option<&Path>, whole: bool) {
+    pub fn finish(&self, driver: Option<&Path>, sandboxed: Option<&str>, whole: bool) {
         let order: Vec<&str> = crate::rows().iter().map(|row| row.id).collect();
         let mut lines = self.lines.lock().unwrap();
         lines.sort_by_key(|line| (order.iter().position(|id| *id == line.id), line.test.clone()));
         let count = |wanted: fn(&Verdict) -> bool| lines.iter().filter(|line| wanted(&line.verdict)).count();
         let red = count(|verdict| matches!(verdict, Verdict::Red(_)));
         let absent = count(|verdict| matches!(verdict, Verdict::NotApplicable(_)));
-        eprintln!(
-            "conformance: {} rows, {} green, {red} red, {absent} not applicable",
-            lines.len(),
-            lines.len() - red - absent
-        );
+        let limited = count(|verdict| matches!(verdict, Verdict::Limited(_)));
+        let green = lines.len() - red - absent - limited;
+        let sum = format!("{} rows, {green} green, {red} red, {absent} not applicable", lines.len());
+        let sum = if limited > 0 { format!("{sum}, {limited} kept otherwise") } else { sum };
+        eprintln!("conformance: {sum}");
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let path = match driver {
-            Some(_) => root.join("target/conformance.md"),
-            None if whole && red == 0 => root.join("docs/conformance.md"),
-            None => return,
+        let ours = root.join("docs/conformance.md");
+        let before = fs::read_to_string(&ours).unwrap_or_default();
+        let (rows, sandboxes) = before.split_once(SANDBOXES).unwrap_or((&before, ""));
+        let page = self.page(&lines);
+        let (path, text) = match (driver, sandboxed) {
+            (Some(_), _) => (root.join("target/conformance.md"), page),
+            _ if !whole || red > 0 => return,
+            (None, Some(runtime)) => (ours, format!("{rows}{SANDBOXES}{}", section(runtime, &sum, &lines, sandboxes))),
+            (None, None) if sandboxes.is_empty() => (ours, page),
+            (None, None) => (ours, format!("{page}{SANDBOXES}{sandboxes}")),
         };
+        match fs::write(&path, text) {
+            Ok(()) => eprintln!("conformance: {}", path.display()),
+            Err(error) => eprintln!("conformance: write {}: {error}", path.display()),
+        }
+    }
+
+    fn page(&self, lines: &[Line]) -> String {
         let mut text = HEAD.to_owned();
         text.push_str("| row | promise | test | seen |\n| --- | --- | --- | --- |\n");
-        for line in lines.iter() {
+        for line in lines {
             let seen = match &line.verdict {
                 Verdict::Green => "yes".to_owned(),
                 Verdict::Red(why) => format!("**no**: {}", cell(why)),
                 Verdict::NotApplicable(why) => format!("not applicable: {}", cell(why)),
+                Verdict::Limited(reason) => format!("otherwise: {reason}"),
             };
             let _ = writeln!(text, "| {} | {} | `{}` | {seen} |", line.id, line.says, line.test);
         }
@@ -75,11 +89,33 @@ impl Report {
                 let _ = writeln!(text, "| {says} | {} |", red.join(", "));
             }
         }
-        match fs::write(&path, text) {
-            Ok(()) => eprintln!("conformance: {}", path.display()),
-            Err(error) => eprintln!("conformance: write {}: {error}", path.display()),
+        text
+    }
+}
+
+/// What follows is written by runs with a runtime of gVisor's.
+const SANDBOXES: &str = "\n## In a gVisor sandbox\n\n\
+    `make test-gvisor` runs the same rows with gVisor as the default runtime. Those listed here gVisor keeps otherwise: \
+    what holds instead is looked at in the row's place (`tests/conformance/gvisor.rs`). All others are green.\n";
+
+/// The runtime's own part; those of other runtimes stay.
+fn section(runtime: &str, sum: &str, lines: &[Line], before: &str) -> String {
+    let head = |runtime: &str| format!("\n### `{runtime}`\n\n");
+    let own = head(runtime);
+    let mut parts: Vec<String> = before
+        .split("\n### `")
+        .filter(|part| !part.trim().is_empty() && !part.starts_with(&format!("{runtime}`")))
+        .map(|part| format!("\n### `{part}"))
+        .collect();
+    let mut text = format!("{own}{sum}.\n\n| row | test | limit |\n| --- | --- | --- |\n");
+    for line in lines {
+        if let Verdict::Limited(reason) = line.verdict {
+            let _ = writeln!(text, "| {} | `{}` | {reason} |", line.id, line.test);
         }
     }
+    parts.push(text);
+    parts.sort();
+    parts.concat()
 }
 
 fn cell(text: &str) -> String {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, NotApplicable, leak, patience};
 
-type Run = for<'a> fn(&'a mut Env) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
+pub type Run = for<'a> fn(&'a mut Env) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 pub struct Row {
     /// Its number in the reference: `6.3.4`, `B6`, `001-test-redis`.
@@ -32,6 +32,8 @@ pub enum Verdict {
     Red(String),
     /// The driver has no such option, or this machine no such thing.
     NotApplicable(String),
+    /// The runtime can't; what holds instead was seen.
+    Limited(&'static str),
 }
 
 /// `row!(function, id, promise)`.
@@ -54,6 +56,12 @@ impl Row {
 
     pub fn drop_in(self) -> Self {
         Self { drop_in: true, ..self }
+    }
+
+    /// The same row, looked at in another way.
+    pub fn kept_as(self, config: Value, run: Run) -> Self {
+        let config = if config == json!({}) { self.config.clone() } else { config };
+        Self { config, run, ..self }
     }
 
     pub fn name(&self) -> String {

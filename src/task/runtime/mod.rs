@@ -145,6 +145,8 @@ pub struct Runtimes {
     unfiltered: BTreeSet<String>,
     allowed: Option<Vec<String>>,
     default: Result<Runtime, String>,
+    /// `default_runtime`.
+    wanted: Option<String>,
 }
 
 /// A program's place, and what says that it is still the same file.
@@ -183,7 +185,15 @@ impl Runtimes {
         let without = |form: &Result<Form, String>| form.as_ref().is_err_and(|problem| problem == crun::NO_SECCOMP);
         let unfiltered = cruns.iter().filter(|(_, form)| without(form)).map(|(name, _)| name.clone()).collect();
         let allowed = settings.allow_runtimes.clone();
-        let mut runtimes = Self { configured, gvisor, take_programs, unfiltered, allowed, default: Err(String::new()) };
+        let mut runtimes = Self {
+            configured,
+            gvisor,
+            take_programs,
+            unfiltered,
+            allowed,
+            default: Err(String::new()),
+            wanted: settings.default_runtime.clone(),
+        };
         runtimes.default = match &settings.default_runtime {
             Some(name) => runtimes.installed_as(name).ok_or_else(|| runtimes.missing(name).to_string()),
             None => {
@@ -239,7 +249,11 @@ impl Runtimes {
         let name = match wanted {
             Some(name) if !SHIM_NAMES.contains(&name) => name,
             // By its name: what was found out about its file may hold no longer.
-            _ => &self.default.as_ref().map_err(|_| RuntimeError::None)?.name,
+            _ => match (&self.default, &self.wanted) {
+                (Ok(default), _) => &default.name,
+                (Err(_), Some(name)) => name,
+                (Err(_), None) => return Err(RuntimeError::None),
+            },
         };
         if !self.configured.contains_key(name) {
             let known = self.configured.keys().map(String::as_str).chain(SHIM_NAMES).collect::<Vec<_>>().join(", ");
@@ -356,6 +370,7 @@ mod tests {
             ]),
             allowed: allowed.map(|names| names.iter().map(|name| (*name).to_owned()).collect()),
             default: Ok(shell),
+            wanted: None,
         }
     }
 

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# What is different with gVisor (tests/gvisor), and the conformance rows, by both of its spellings: runsc behind runc's
+# shim, and gVisor's own shim. With a word, only tests whose name has it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PWD/target/gvisor/bin:$PATH
+say() { printf '\ngvisor: %s\n' "$*" >&2; }
+
+say "$(runsc --version | tr '\n' ' ')"
+cargo test --locked --test gvisor -- --ignored "$@"
+for runtime in runsc io.containerd.runsc.v1; do
+  say "conformance with $runtime"
+  NOMAD_DRIVER_SHIM_TEST_RUNTIME=$runtime cargo test --locked --test conformance -- --test-threads 3 "$@"
+done
