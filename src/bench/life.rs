@@ -96,6 +96,8 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
         let problem = format!("the task did not say when it ran: {}", job.complaints());
         return Err(BenchError::Unsound { path: path.name.clone(), problem });
     };
+    // A sandbox has a clock of its own, which begins with it: its stamps tell that it ran, and nothing else.
+    let (first, last) = if first < began { (None, None) } else { (Some(first), Some(last)) };
     if let Some((before, after)) = destroyed {
         life.details.push(("destroy".to_owned(), after - before));
         if ends_itself {
@@ -103,7 +105,7 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
         }
     }
     if ends_itself {
-        life.main.push(("first_instruction", first.saturating_sub(began)));
+        life.main.extend(first.map(|first| ("first_instruction", first - began)));
         if let Some(byte) = job.stdout.first_byte() {
             let byte = base + u64::try_from(byte.duration_since(instant).as_nanos()).unwrap_or_default();
             life.main.push(("first_byte", byte.saturating_sub(began)));
@@ -111,10 +113,12 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
     }
     if let Some(seen) = seen {
         life.main.push(("exit_seen", seen - began));
-        life.details.push(("last_instruction_to_exit_seen".to_owned(), seen.saturating_sub(last)));
+        let after = last.map(|last| ("last_instruction_to_exit_seen".to_owned(), seen.saturating_sub(last)));
+        life.details.extend(after);
     }
     if let Some(stopped) = stopped {
-        life.details.push(("last_instruction_to_stopped".to_owned(), stopped.saturating_sub(last)));
+        let after = last.map(|last| ("last_instruction_to_stopped".to_owned(), stopped.saturating_sub(last)));
+        life.details.extend(after);
     }
     job.clear(LIMIT).await?;
     Ok(life)

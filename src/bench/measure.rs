@@ -26,6 +26,7 @@ use crate::{
     containerd::{Client, LeaseId},
     host::Launch,
     ids::random_hex,
+    places::Places,
     process::descendants,
 };
 
@@ -222,9 +223,17 @@ impl Bench<'_> {
                 client.create_lease(&lease, None).await.map_err(|error| failed(Box::new(error)))?;
                 Way::Containerd { client, lease, template: self.templates.json.clone() }
             }
-            Kind::Runc | Kind::Crun => {
-                let binary = installed(if plan.kind == Kind::Runc { "runc" } else { "crun" })?;
-                Way::Runtime { binary, dir, template: self.templates.json.clone(), running: Running::default() }
+            Kind::Runc | Kind::Crun | Kind::Runsc => {
+                let (name, flags) = match plan.kind {
+                    Kind::Runc => ("runc", Vec::new()),
+                    Kind::Runsc => {
+                        let shared = format!("--shared-root={}", Places::shared_gvisor().display());
+                        ("runsc", vec!["--network=none".to_owned(), shared])
+                    }
+                    _ => ("crun", Vec::new()),
+                };
+                let binary = installed(name)?;
+                Way::Runtime { binary, flags, dir, template: self.templates.json.clone(), running: Running::default() }
             }
             Kind::Docker | Kind::Podman => {
                 let binary = installed(if plan.kind == Kind::Docker { "docker" } else { "podman" })?;

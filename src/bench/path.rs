@@ -52,7 +52,7 @@ pub enum Way {
     /// containerd's own services.
     Containerd { client: Client, lease: LeaseId, template: Template },
     /// An OCI runtime's command line.
-    Runtime { binary: PathBuf, dir: PathBuf, template: Template, running: Running<Child> },
+    Runtime { binary: PathBuf, flags: Vec<String>, dir: PathBuf, template: Template, running: Running<Child> },
     /// docker's or podman's.
     Engine { binary: PathBuf, image: String, running: Running<Child> },
     /// Raw calls.
@@ -155,12 +155,13 @@ impl Path {
                 client.start_task(&job.id).await?;
                 Ok(())
             }
-            Way::Runtime { binary, dir, template, running } => {
+            Way::Runtime { binary, flags, dir, template, running } => {
                 let bundle = dir.join(&job.id);
                 mount(&bundle, template)?;
                 fs::write(bundle.join("config.json"), template.fill(job, &bundle, &job.id, "rootfs").to_string())?;
                 let mut command = tokio::process::Command::new(binary);
-                command.arg("--root").arg(dir.join("state")).args(["run", "--bundle"]).arg(&bundle).arg(&job.id);
+                command.args(flags).arg("--root").arg(dir.join("state")).args(["run", "--bundle"]);
+                command.arg(&bundle).arg(&job.id);
                 let child = spawn(command, job)?;
                 running.put(job, child);
                 Ok(())

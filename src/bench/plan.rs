@@ -111,6 +111,8 @@ pub enum Kind {
     Runc,
     /// `crun run`.
     Crun,
+    /// `runsc run`: gVisor's, with loopback only, as this driver's tasks without a group have it.
+    Runsc,
     /// What the kernel takes.
     Floor,
     /// `docker run`.

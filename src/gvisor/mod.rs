@@ -72,10 +72,8 @@ words!(FileAccess, "exclusive or shared", FileAccess::Exclusive => "exclusive", 
 pub struct GvisorSettings {
     /// None: the first one that is seen to work on this host.
     pub platform: Option<Platform>,
-    /// In a network namespace of the task's own.
+    /// In the network namespace of a group. One of a task's own has nothing but loopback, whose ever it is.
     pub network: Network,
-    /// In the namespace of a group, which tasks share. None: as `network`.
-    pub group_network: Option<Network>,
     /// `--overlay2`; None: runsc's default.
     pub overlay: Option<String>,
     /// None: runsc's default.
@@ -93,7 +91,6 @@ impl Default for GvisorSettings {
         Self {
             platform: None,
             network: Network::default(),
-            group_network: None,
             overlay: None,
             file_access: None,
             cgroups: true,

@@ -42,7 +42,7 @@ pub struct Membership {
 pub enum GroupError {
     /// It would have no addresses.
     #[error(
-        "network: the group's namespace {namespace} belongs to the gVisor sandbox of task {other:?} alone; let the group share it with group_network = \"host\" in that task's runtime block, or give it a group of its own"
+        "network: the group's namespace {namespace} belongs to the gVisor sandbox of task {other:?} alone; let the group share it with network = \"host\" in that task's runtime block, or give it a group of its own"
     )]
     Taken {
         /// Which.
@@ -52,7 +52,7 @@ pub enum GroupError {
     },
     /// Others would have none.
     #[error(
-        "network: a gVisor sandbox with group_network = \"sandbox\" needs the group's namespace {namespace} for itself, and {who} is in it; let the group share it with group_network = \"host\" in this task's runtime block, or give it a group of its own"
+        "network: a gVisor sandbox with network = \"sandbox\" needs the group's namespace {namespace} for itself, and {who} is in it; let the group share it with network = \"host\" in this task's runtime block, or give it a group of its own"
     )]
     Shared {
         /// Which.
@@ -212,7 +212,7 @@ mod tests {
         claim(&groups, "one", Stack::Kernel).expect("the first");
         claim(&groups, "two", Stack::Kernel).expect("they share");
         let error = claim(&groups, "three", Stack::Sandbox).expect_err("refused").to_string();
-        assert!(error.contains("task \"one\"") && error.contains("group_network"), "{error}");
+        assert!(error.contains("task \"one\"") && error.contains("network = \"host\""), "{error}");
         for id in ["one", "two"] {
             groups.release(&TaskId(id.to_owned()), Path::new("/run/netns/a"));
         }

@@ -5,7 +5,7 @@ use std::fs;
 use nomad_driver_shim::pb::driver::NetworkIsolationSpec;
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Image, services};
+use crate::support::{Env, EnvOptions, Image, patience, services};
 
 fn sh(image: &str, script: &str) -> Value {
     json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})
@@ -291,7 +291,49 @@ async fn the_runtime_is_the_jobs_choice_and_never_another() {
     }
     let mut task = env.prepare(with(sh(&image, "true"), "runtime", json!("kata"))).await;
     let error = env.try_start(&mut task).await.unwrap_err();
-    assert!(error.message().contains("kata") && error.message().contains("crun, runc"), "{error:?}");
+    assert!(error.message().contains("kata") && error.message().contains("crun, io.containerd"), "{error:?}");
+    env.finish().await;
+}
+
+/// Any shim by configuration only, as for kata: launched for the task alone, told nothing that it might not know.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shim_of_another_kind_is_its_tasks_alone() {
+    let shim = json!({"shim": "containerd-shim-runc-v2"});
+    let config = json!({"runtime": {"other": shim, "io.containerd.nosuch.v2": {}}, "shim": {"pool": 1}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let image = env.busybox().await;
+    let mut task = env.prepare(with(sh(&image, "true"), "runtime", json!("io.containerd.nosuch.v2"))).await;
+    let error = env.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().contains("containerd-shim-nosuch-v2 is not installed"), "{error:?}");
+    let others =
+        with(sh(&image, "trap 'exit 6' TERM; echo ready; while :; do sleep 0.02; done"), "runtime", json!("other"));
+    for killed in [false, true] {
+        let task = env.start(others.clone()).await;
+        task.says("ready").await;
+        let shim = env.record(&task).await.1["shim"].as_str().unwrap().to_owned();
+        // It outlives its plugin as any other does.
+        env.kill_plugin().await;
+        env.start_plugin().await;
+        env.recover(&task).await.unwrap();
+        assert_eq!(env.exec_text(&task, "echo in there").await, "in there\n");
+        let expected = if killed {
+            let pid = fs::read(env.dir.join("run/shims").join(&shim).join("pid")).unwrap();
+            let pid: Value = serde_json::from_slice(&pid).unwrap();
+            assert_eq!(pid["program"].as_str().map(|path| path.ends_with("containerd-shim-runc-v2")), Some(true));
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(pid["pid"].as_i64().unwrap()).unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+            137
+        } else {
+            env.stop(&task, patience(), "").await.unwrap();
+            6
+        };
+        assert_eq!(env.wait(&task).await.exit_code, expected);
+        env.destroy(&task).await.unwrap();
+        crate::support::eventually("its shim is gone with it", async || {
+            if env.dir.join("run/shims").join(&shim).exists() { Err(shim.clone()) } else { Ok(()) }
+        })
+        .await;
+    }
     env.finish().await;
 }
 

@@ -71,7 +71,7 @@ fn main() -> ExitCode {
     let runtime = std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME").ok().filter(|_| driver.is_none());
     let sandboxed = runtime.filter(|runtime| runtime.contains("runsc"));
     let rows = match &sandboxed {
-        Some(_) => gvisor::adapt(rows()),
+        Some(runtime) => gvisor::adapt(runtime, rows()),
         None => rows().into_iter().map(|row| (row, None)).collect(),
     };
     let mut trials: Vec<Trial> = rows

@@ -128,12 +128,17 @@ pub fn processes(env: &Env, task: &Task) -> Vec<i32> {
 /// The parent of the task's first process: the shim, or what another driver has in its place.
 pub fn keeper(env: &Env, task: &Task) -> i32 {
     let pids = processes(env, task);
-    let parent = |pid: &i32| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        status.lines().find_map(|line| line.strip_prefix("PPid:\t")?.parse::<i32>().ok())
-    };
-    let outside = pids.iter().filter_map(parent).find(|parent| !pids.contains(parent) && *parent > 1);
+    let outside = pids.iter().filter_map(|pid| parent_of(*pid)).find(|parent| !pids.contains(parent) && *parent > 1);
     outside.unwrap_or_else(|| panic!("nobody keeps {pids:?}"))
+}
+
+fn parent_of(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:\t")?.parse().ok())
+}
+
+pub fn parent(pid: i32) -> i32 {
+    parent_of(pid).unwrap_or_else(|| panic!("{pid} has no parent"))
 }
 
 pub fn kill(pid: i32) {

@@ -8,14 +8,13 @@ use std::{
 
 use super::limits::Faults;
 use crate::{
-    gvisor::{GvisorSettings, check_flag},
+    gvisor::{FileAccess, GvisorSettings, check_flag},
     plugin::decode::Values,
     task::{OwnShim, RuntimeSettings},
 };
 
 /// Options that only a runtime of gVisor's has.
-const GVISOR: [&str; 8] =
-    ["platform", "network", "group_network", "overlay", "file_access", "cgroups", "debug_log", "flags"];
+const GVISOR: [&str; 7] = ["platform", "network", "overlay", "file_access", "cgroups", "debug_log", "flags"];
 
 /// All runtimes that jobs can name.
 pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<String, RuntimeSettings> {
@@ -102,6 +101,18 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings
             "runtime {name:?}: overlay = {overlay:?} is not none, or root: or all: with memory, self or dir=/PATH"
         ));
     }
+    let file_access = word(of, "file_access", faults);
+    // runsc insists: what is kept in an overlay is not seen to change below.
+    let overlay = match (file_access, overlay) {
+        (Some(FileAccess::Shared), None) => Some("none".to_owned()),
+        (Some(FileAccess::Shared), Some(overlay)) if overlay != "none" => {
+            faults.say(format!(
+                "runtime {name:?}: overlay = {overlay:?} and file_access = \"shared\" exclude each other; remove one of them"
+            ));
+            None
+        }
+        (_, overlay) => overlay,
+    };
     let flags = block.list("flags").unwrap_or_default().to_vec();
     for problem in flags.iter().filter_map(|flag| check_flag(flag).err()) {
         faults.say(format!("runtime {name:?}: flags: {problem}"));
@@ -109,9 +120,8 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings
     GvisorSettings {
         platform: word(of, "platform", faults),
         network: word(of, "network", faults).unwrap_or_default(),
-        group_network: word(of, "group_network", faults),
         overlay,
-        file_access: word(of, "file_access", faults),
+        file_access,
         cgroups: block.flag("cgroups").unwrap_or(true),
         debug_log: block.filled("debug_log").map(PathBuf::from),
         flags,

@@ -118,3 +118,94 @@ fn a_bad_plugin_configuration_names_its_options() {
         assert!(error.contains(part), "{part:?} in {error}");
     }
 }
+
+fn block(entries: &[(&str, Wire)]) -> Wire {
+    Wire::Map(entries.iter().map(|(key, value)| (Wire::from(*key), value.clone())).collect())
+}
+
+#[test]
+fn runtimes_are_what_their_blocks_say() {
+    let bytes = encode(&[
+        ("containerd_runtime", Wire::from("io.containerd.runsc.v1")),
+        (
+            "runtime",
+            block(&[
+                ("youki", block(&[])),
+                ("boxed", block(&[("binary", Wire::from("/opt/runsc")), ("network", Wire::from("host"))])),
+                ("io.containerd.kata.v2", block(&[("config", Wire::from("/etc/kata.toml"))])),
+                ("shared", block(&[("type", Wire::from("gvisor")), ("file_access", Wire::from("shared"))])),
+            ]),
+        ),
+    ]);
+    let settings = settings(&DriverName::new("shim").expect("a name"), &bytes).expect("valid");
+    assert_eq!(settings.default_runtime.as_deref(), Some("io.containerd.runsc.v1"));
+    let of = |name: &str| &settings.runtimes[name];
+    assert_eq!((of("youki").binary.to_str(), &of("youki").shim, &of("youki").gvisor), (Some("youki"), &None, &None));
+    let boxed = of("boxed").gvisor.as_ref().expect("by its binary's name");
+    assert_eq!(boxed.network, crate::gvisor::Network::Host);
+    assert_eq!(of("shared").gvisor.as_ref().expect("said").overlay.as_deref(), Some("none"));
+    let kata = of("io.containerd.kata.v2").shim.as_ref().expect("by its name");
+    assert_eq!(kata.program.to_str(), Some("containerd-shim-kata-v2"));
+    assert_eq!(kata.config.as_deref(), Some(std::path::Path::new("/etc/kata.toml")));
+    let own = of("io.containerd.runsc.v1");
+    assert!(own.gvisor.is_some() && own.shim.is_some() && own.binary.to_str() == Some("runsc"));
+}
+
+#[test]
+fn what_a_runtime_can_not_be_is_said() {
+    let wrong = block(&[
+        ("x/y", block(&[])),
+        ("a", block(&[("platform", Wire::from("kvm"))])),
+        ("b", block(&[("type", Wire::from("lxc")), ("config", Wire::from("/x"))])),
+        (
+            "runsc",
+            block(&[
+                ("platform", Wire::from("fast")),
+                ("network", Wire::from("bridge")),
+                ("overlay", Wire::from("self")),
+                ("debug_log", Wire::from("logs")),
+                ("flags", list(&["--x", "root=/"])),
+            ]),
+        ),
+        ("runsc2", block(&[("file_access", Wire::from("shared")), ("overlay", Wire::from("root:self"))])),
+    ]);
+    let bytes = encode(&[("containerd_runtime", Wire::from("io.containerd.wasm.v1")), ("runtime", wrong)]);
+    let error = settings(&DriverName::new("shim").expect("a name"), &bytes).expect_err("refused").to_string();
+    for part in [
+        "13 problems",
+        "runtime \"x/y\"",
+        "runtime \"a\": platform is an option of gVisor's",
+        "type = \"lxc\" is not oci or gvisor",
+        "config needs a shim",
+        "platform = \"fast\" is not systrap, kvm or ptrace",
+        "network = \"bridge\" is not sandbox, host or none",
+        "overlay = \"self\"",
+        "debug_log = \"logs\" is not an absolute path",
+        "\"--x\" is not a flag's name",
+        "\"root\" is not for this list",
+        "overlay = \"root:self\" and file_access = \"shared\"",
+        "containerd_runtime = \"io.containerd.wasm.v1\" is not configured",
+    ] {
+        assert!(error.contains(part), "{part:?} in {error}");
+    }
+}
+
+#[test]
+fn what_a_sandbox_can_not_have_is_refused() {
+    let bytes = encode(&[
+        ("image", Wire::from("busybox")),
+        ("runtime", Wire::from("runsc")),
+        ("pid_mode", Wire::from("host")),
+        ("ipc_mode", Wire::from("host")),
+        ("uts_mode", Wire::from("host")),
+        (
+            "sysctl",
+            block(&[("net.core.somaxconn", Wire::from("9")), ("net.ipv6.conf.all.disable_ipv6", Wire::from("1"))]),
+        ),
+    ]);
+    let error = task_options(&named("containerd-driver"), GroupNetwork::None, &bytes).expect_err("refused").to_string();
+    assert!(error.contains("4 problems") && error.contains("net.core.somaxconn"), "{error}");
+    for option in ["pid_mode", "ipc_mode", "uts_mode"] {
+        assert!(error.contains(&format!("{option} = \"host\" can't be had with runtime \"runsc\"")), "{error}");
+    }
+}

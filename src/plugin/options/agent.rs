@@ -71,12 +71,7 @@ const RUNTIME: &[Row] = &[
     row(
         "network",
         Kind::Text,
-        "gVisor: `sandbox` (default), a network stack of its own; `host`, the kernel's, in the task's namespace; or `none`.",
-    ),
-    row(
-        "group_network",
-        Kind::Text,
-        "gVisor: the same for tasks in the network namespace of a group. `sandbox` has that namespace to itself; with `host`, tasks of a group share it as without gVisor. Default: as `network`.",
+        "gVisor: of tasks in a group's network namespace: `sandbox` (default), a network stack of their own, which has the namespace to itself; `host`, the kernel's, which tasks of a group share as without gVisor; or `none`, loopback only.",
     ),
     row(
         "overlay",

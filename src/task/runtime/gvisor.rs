@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Asked, asked};
+use super::kept::{self, Program};
 use crate::{
     cgroup::{CgroupPath, Cgroups},
     elf,
@@ -46,7 +46,7 @@ pub struct Gvisor {
 /// What was found out, of which file, and when.
 #[derive(Debug, Clone)]
 struct Known {
-    of: Asked,
+    of: Program,
     at: Instant,
     outcome: Result<Probed, String>,
 }
@@ -55,7 +55,7 @@ struct Known {
 #[derive(Serialize, Deserialize)]
 struct Noted {
     boot: String,
-    of: Asked,
+    of: Program,
     settings: String,
     probed: Probed,
 }
@@ -82,11 +82,11 @@ impl Gvisor {
         if let Some(outcome) = self.fresh(binary) {
             return outcome;
         }
-        let of = asked(binary).ok_or_else(|| format!("{} is gone", binary.display()))?;
+        let of = Program::of(binary).ok_or_else(|| format!("{} is gone", binary.display()))?;
         let outcome = match self.noted(&of) {
             Some(probed) => Ok(probed),
             None => {
-                let outcome = self.probe(binary).await;
+                let outcome = self.probe(&self.kept(binary).await).await;
                 match &outcome {
                     Ok(probed) => self.note(&of, probed),
                     Err(problem) => tracing::warn!(runtime = self.name, problem, "it does not work on this host"),
@@ -102,20 +102,34 @@ impl Gvisor {
     fn fresh(&self, binary: &Path) -> Option<Result<Probed, String>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let known = known.as_ref().filter(|known| known.outcome.is_ok() || known.at.elapsed() < AGAIN)?;
-        (asked(binary).as_ref() == Some(&known.of)).then(|| known.outcome.clone())
+        (Program::of(binary).as_ref() == Some(&known.of)).then(|| known.outcome.clone())
+    }
+
+    /// The program under a name that it keeps when it is upgraded or removed.
+    pub(super) async fn kept(&self, binary: &Path) -> PathBuf {
+        let (places, owned) = (self.places.clone(), binary.to_owned());
+        let keep = move || match Program::of(&owned) {
+            Some(program) => kept::keep(&owned, &program, &places),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        let kept = tokio::task::spawn_blocking(keep).await.map_err(std::io::Error::other).and_then(|kept| kept);
+        kept.unwrap_or_else(|error| {
+            tracing::warn!(binary = %binary.display(), %error, "it is not kept; upgrade it when no task uses it");
+            binary.to_owned()
+        })
     }
 
     fn note_path(&self) -> PathBuf {
         self.places.wrappers().join(format!("{}.json", self.name))
     }
 
-    fn noted(&self, of: &Asked) -> Option<Probed> {
+    fn noted(&self, of: &Program) -> Option<Probed> {
         let noted: Noted = serde_json::from_slice(&fs::read(self.note_path()).ok()?).ok()?;
         let same = noted.of == *of && noted.settings == format!("{:?}", self.settings);
         (same && boot_id().is_ok_and(|boot| boot == noted.boot)).then_some(noted.probed)
     }
 
-    fn note(&self, of: &Asked, probed: &Probed) {
+    fn note(&self, of: &Program, probed: &Probed) {
         let Ok(boot) = boot_id() else { return };
         let noted = Noted { boot, of: of.clone(), settings: format!("{:?}", self.settings), probed: probed.clone() };
         let text = serde_json::json!(noted).to_string();
@@ -182,7 +196,7 @@ impl Gvisor {
         fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
         let mut command = tokio::process::Command::new(binary);
         command
-            .args(self.settings.flags(&probed.platform, self.settings.network, self.shared_root(probed).as_deref()))
+            .args(self.settings.flags(&probed.platform, Network::None, self.shared_root(probed).as_deref()))
             .arg("--root")
             .arg(bundle.join("state"))
             .args(["run", "--bundle"])
@@ -218,8 +232,9 @@ impl Gvisor {
     /// How a task with this namespace is connected.
     pub fn network(&self, namespace: &NetworkNamespace) -> Network {
         match namespace {
-            NetworkNamespace::Private => self.settings.network,
-            NetworkNamespace::Path(_) => self.settings.group_network.unwrap_or(self.settings.network),
+            // runsc copies what a namespace has that is up, and nothing is up in a new one; this is loopback.
+            NetworkNamespace::Private => Network::None,
+            NetworkNamespace::Path(_) => self.settings.network,
             // The host's own namespace has no addresses to be taken over.
             NetworkNamespace::Host if self.settings.network == Network::None => Network::None,
             NetworkNamespace::Host => Network::Host,

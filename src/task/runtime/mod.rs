@@ -2,6 +2,7 @@
 
 mod crun;
 mod gvisor;
+mod kept;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,12 +15,14 @@ use std::{
 
 pub use crun::crun_works;
 pub use gvisor::Gvisor;
+use kept::Program;
 
 use super::{RuntimeSettings, Settings};
 use crate::{
     cgroup::{CgroupPath, Cgroups},
     gvisor::{Network, Probed},
     ids::ContainerId,
+    places::Places,
     process::which,
     rootfs::{NetworkNamespace, seccomp::Form},
     stamp::Stamp,
@@ -126,7 +129,8 @@ impl Runtime {
         let Some(gvisor) = &self.gvisor else { return Ok(self) };
         let broken = |problem| RuntimeError::Broken { name: self.name.clone(), problem };
         let probed = gvisor.probed(&self.binary).await.map_err(broken)?;
-        let wrapper = gvisor.wrapper(&self.binary, &probed, gvisor.network(namespace), self.shim.is_some());
+        let binary = gvisor.kept(&self.binary).await;
+        let wrapper = gvisor.wrapper(&binary, &probed, gvisor.network(namespace), self.shim.is_some());
         let failed = |source| RuntimeError::Wrapper { name: self.name.clone(), source: Arc::new(source) };
         self.binary = wrapper.map_err(failed)?;
         Ok(self)
@@ -288,6 +292,12 @@ impl Runtimes {
     /// Is it configured, and gVisor's?
     pub fn is_gvisor(&self, name: &str) -> bool {
         self.gvisor.contains_key(name)
+    }
+
+    /// No task of gVisor's is recorded: what is kept of programs that were replaced can go.
+    pub fn prune(&self, places: &Places) {
+        let binaries = self.gvisor.keys().filter_map(|name| self.binary(name));
+        kept::prune(places, &binaries.filter_map(|binary| Program::of(&binary)).collect::<Vec<_>>());
     }
 
     /// Looks at what gVisor's runtimes can do here: true when something else was found than was known.

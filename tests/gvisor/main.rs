@@ -1,0 +1,59 @@
+//! What is different in a gVisor sandbox: exit codes by both of its spellings, the confinement, deaths of its parts,
+//! groups, settings. `make test-gvisor` builds runsc and gVisor's shim and runs these; they are left out of `make test`,
+//! since building them needs Go, and a missing runsc is a failure here.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::too_many_arguments,
+    clippy::zombie_processes,
+    clippy::large_futures,
+    missing_docs,
+    reason = "tests; what they start ends with them"
+)]
+
+#[path = "../support/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "shared with the behaviour tests")]
+mod support;
+
+mod deaths;
+mod escape;
+mod exit_codes;
+mod groups;
+mod settings;
+
+use serde_json::{Value, json};
+use support::{Env, EnvOptions};
+
+/// Both of gVisor's spellings.
+pub const SPELLINGS: [&str; 2] = ["runsc", "io.containerd.runsc.v1"];
+
+/// A plugin whose tasks are in sandboxes.
+pub async fn sandboxed(runtime: &str, config: Value) -> Env {
+    let mut config = config;
+    config["default_runtime"] = json!(runtime);
+    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+}
+
+/// A shell in busybox.
+pub async fn sh(env: &Env, script: &str, options: Value) -> Value {
+    let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    config
+}
+
+/// Processes of the host in a task's cgroup, with their command lines.
+pub fn processes(env: &Env, alloc: &str) -> Vec<(i32, String)> {
+    let groups = support::leak::cgroups(env).into_iter().filter(|path| path.to_str().unwrap().contains(alloc));
+    let lists = groups.filter_map(|path| std::fs::read_to_string(path.join("cgroup.procs")).ok());
+    let mut pids: Vec<i32> =
+        lists.flat_map(|text| text.lines().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+    pids.sort_unstable();
+    pids.dedup();
+    let line =
+        |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default().replace('\0', " ");
+    pids.into_iter().map(|pid| (pid, line(&pid))).collect()
+}
+
+pub fn kill(pid: i32) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+}
