@@ -189,16 +189,6 @@ impl GvisorSettings {
     }
 }
 
-/// Files of a container in runsc's state directory, besides those that it removes itself when it is not cut off.
-pub fn state_files(id: &str) -> [String; 4] {
-    [
-        format!("{id}_sandbox:{id}.state"),
-        format!("{id}_sandbox:{id}.lock"),
-        format!("runsc-{id}.sock"),
-        format!("{id}{}", keeper::SUFFIX),
-    ]
-}
-
 /// Whose container's such a file is, by its name.
 pub fn container_of(file: &str) -> &str {
     let bare = file.strip_suffix(keeper::SUFFIX).or_else(|| Some(file.split_once("_sandbox:")?.0));
@@ -208,30 +198,56 @@ pub fn container_of(file: &str) -> &str {
 /// Follows the name of a shim's pid file in that of the file with the pid that an exec'd process has in its sandbox.
 pub const INSIDE: &str = ".inside";
 
-/// The script that a shim calls instead of runsc. `keeper`: this program, where it is to keep the exit code of the
-/// sandbox for a shim that does not reap it itself.
-pub fn wrapper(binary: &Path, flags: &[String], keeper: Option<&Path>) -> String {
-    let words = |words: &[String]| words.iter().map(|word| format!(" {}", quoted(word))).collect::<String>();
-    let mut text = "#!/bin/sh\n# Made by nomad-driver-shim; runsc with the flags of its runtime block.\n".to_owned();
-    let runsc = quoted(&binary.to_string_lossy());
-    if let Some(keeper) = keeper {
-        let keeper = quoted(&keeper.to_string_lossy());
-        let kept = format!("[ -x {keeper} ] && exec {keeper} {} {runsc}{} -- \"$@\"", keeper::COMMAND, words(flags));
-        text.push_str(&format!("for word; do case $word in create|wait|delete) {kept};; esac; done\n"));
-    } else {
-        // runc's shim knows an exec'd process by the runsc that waits for it, and kills that one: who it is in the sandbox
-        // is written down for us.
-        text.push_str(&format!(
-            "file= last=\n\
-             for word; do [ \"$last\" = --pid-file ] && file=$word; last=$word; done\n\
-             for word; do shift; set -- \"$@\" \"$word\"\n\
-             [ \"$word\" = exec ] && [ -n \"$file\" ] && set -- \"$@\" --internal-pid-file \"$file{INSIDE}\"\n\
-             done\n"
-        ));
-    }
-    text.push_str(&format!("exec {runsc}{} \"$@\"\n", words(flags)));
-    text
+/// Who calls a wrapper.
+#[derive(Debug, Clone, Copy)]
+pub enum Caller<'a> {
+    /// runc's shim. Are there hooks for runsc to call when a container is deleted?
+    Runc {
+        /// `poststop`.
+        hooks: bool,
+    },
+    /// gVisor's own, for which this program keeps the exit codes of sandboxes.
+    Own {
+        /// This program.
+        keeper: &'a Path,
+    },
 }
+
+/// The script that a shim calls instead of runsc.
+pub fn wrapper(binary: &Path, flags: &[String], caller: Caller<'_>) -> String {
+    let flags: String = flags.iter().map(|word| format!(" {}", quoted(word))).collect();
+    let runsc = quoted(&binary.to_string_lossy());
+    let own = match caller {
+        Caller::Own { keeper } => {
+            let keeper = quoted(&keeper.to_string_lossy());
+            let kept = format!("[ -x {keeper} ] && exec {keeper} {} {runsc}{flags} -- \"$@\"", keeper::COMMAND);
+            format!("for word; do case $word in create|wait|delete) {kept};; esac; done\n")
+        }
+        Caller::Runc { hooks } => {
+            let delete = if hooks { "" } else { DELETE };
+            format!(
+                "file= log= last=\n\
+                 for word; do case $last in --pid-file) file=$word;; --log) log=$word;; esac; last=$word; done\n\
+                 case \" $* \" in\n{delete}{EXEC}esac\n"
+            )
+        }
+    };
+    format!(
+        "#!/bin/sh\n# Made by nomad-driver-shim; runsc with the flags of its runtime block.\n{own}exec {runsc}{flags} \"$@\"\n"
+    )
+}
+
+/// What `runsc delete` would remove of a sandbox that has ended, undoing a task removes, too; without it a destroy takes
+/// 15 ms of CPU less.
+const DELETE: &str = "*\" --force \"*) ;;\n\
+    *\" delete \"*) [ -n \"$log\" ] && read -r pid < \"${log%/*}/init.pid\" && ! kill -0 \"$pid\" && exit 0 ;;\n";
+
+/// runc's shim knows an exec'd process by the runsc that waits for it, and kills that one: who it is in the sandbox is
+/// written down for us.
+const EXEC: &str = "*\" exec \"*)\n\
+    for word; do shift; set -- \"$@\" \"$word\"\n\
+    [ \"$word\" = exec ] && [ -n \"$file\" ] && set -- \"$@\" --internal-pid-file \"$file.inside\"\n\
+    done ;;\n";
 
 /// The configuration of gVisor's own shim. Flags are in the wrapper, which is its runsc.
 ///
@@ -260,6 +276,8 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const RUNC: Caller<'_> = Caller::Runc { hooks: false };
 
     #[test]
     fn flags_are_what_was_set() {
@@ -304,14 +322,14 @@ mod tests {
     #[test]
     fn a_wrapper_passes_every_word_on_as_it_is() {
         let odd = ["a b", "it's", "$HOME", "`id`", "\"", "\\"].map(str::to_owned);
-        let script = wrapper(Path::new("/usr/bin/printf"), &["%s|".to_owned()], None);
+        let script = wrapper(Path::new("/usr/bin/printf"), &["%s|".to_owned()], RUNC);
         let output = std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(&odd).output();
         assert_eq!(String::from_utf8_lossy(&output.expect("runs").stdout), odd.map(|word| word + "|").concat());
     }
 
     #[test]
     fn an_exec_is_asked_who_it_is_in_its_sandbox() {
-        let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], None);
+        let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], RUNC);
         let run = |words: &str| {
             let words = words.split(' ');
             let output = std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(words).output();
@@ -325,9 +343,32 @@ mod tests {
     }
 
     #[test]
+    fn an_ended_sandbox_is_deleted_without_runsc() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let run = |hooks: bool, force: &str| {
+            let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], Caller::Runc { hooks });
+            let log = directory.path().join("log.json");
+            let words = format!("--root /r --log {} delete{force} c1", log.display());
+            let output =
+                std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(words.split(' ')).output();
+            let output = output.expect("runs");
+            assert!(output.status.success());
+            String::from_utf8_lossy(&output.stdout).contains("delete")
+        };
+        assert!(run(false, ""), "nobody knows whether it has ended");
+        std::fs::write(directory.path().join("init.pid"), std::process::id().to_string()).expect("written");
+        assert!(run(false, ""), "it lives");
+        let mut child = std::process::Command::new("true").spawn().expect("runs");
+        child.wait().expect("reaped");
+        std::fs::write(directory.path().join("init.pid"), format!("{}\n", child.id())).expect("written");
+        assert!(!run(false, ""));
+        assert!(run(true, "") && run(false, " --force"), "hooks, or somebody who cleans up");
+    }
+
+    #[test]
     fn state_files_are_known_by_their_names() {
-        for file in state_files("web-1") {
-            assert_eq!(container_of(&file), "web-1", "{file}");
+        for file in ["web-1_sandbox:web-1.state", "web-1_sandbox:web-1.lock", "runsc-web-1.sock", "web-1.exit-code"] {
+            assert_eq!(container_of(file), "web-1", "{file}");
         }
         assert_eq!(container_of("web-1"), "web-1");
     }

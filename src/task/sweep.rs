@@ -14,7 +14,7 @@ use super::{
     read_records,
     record::Intent,
     shared::Hands,
-    undo::{remove_files, undo},
+    undo::{remove_state, undo},
 };
 use crate::{
     control::Garbage,
@@ -199,10 +199,7 @@ impl Engine {
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
             if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
-        let known_to = |root: &Path| {
-            let mut files = gvisor::state_files(id.as_str()).into_iter().chain([id.to_string()]);
-            files.any(|file| root.join(file).exists())
-        };
+        let known_to = |root: &Path| names(root).iter().any(|name| gvisor::container_of(name) == id.as_str());
         let runtime = names(&places.runtimes())
             .into_iter()
             .find(|runtime| known_to(&places.runtime_root(runtime).join(shared.pool.launcher().namespace())));
@@ -233,7 +230,7 @@ impl Engine {
             let root = places.runtime_root(&runtime).join(shared.pool.launcher().namespace());
             if known_to(&root) {
                 shared.runtimes.delete(&runtime, &root, id).await?;
-                remove_files(gvisor::state_files(id.as_str()).map(|file| root.join(file)).to_vec())?;
+                remove_state(&root, id)?;
             }
         }
         Ok(())

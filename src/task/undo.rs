@@ -3,12 +3,13 @@
 //! A failed start, a destroy and the remains of a crashed plugin all come through here, so there is one list of what
 //! there is to undo, and the tests of any of them guard it.
 
-use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use super::{Record, TaskError, group, logs, shared::Shared};
+use super::{Record, TaskError, group, logs, shared::Shared, sweep::names};
 use crate::{
     cgroup::CgroupPath,
     fault, gvisor,
+    ids::ContainerId,
     process::descendants,
     rootfs::{RootfsError, bundle::BundlePaths},
     shim::{self, Client, Found, Kill, Shim, ShimError},
@@ -108,10 +109,8 @@ impl Released {
         let log = shared.settings.places.log(&record.container_id);
         let cgroups = shared.cgroups.clone();
         let cgroup = CgroupPath::recorded(&record.cgroup);
-        let state = record.gvisor.then(|| {
-            let root = shared.settings.places.runtime_root(&record.runtime).join(&record.namespace);
-            gvisor::state_files(record.container_id.as_str()).map(|file| root.join(file))
-        });
+        let root = shared.settings.places.runtime_root(&record.runtime).join(&record.namespace);
+        let state = record.gvisor.then(|| (root, record.container_id.clone()));
         let files = tokio::task::spawn_blocking(move || {
             let after = |name, outcome: Result<(), TaskError>| {
                 fault::point(name);
@@ -119,7 +118,7 @@ impl Released {
             };
             [
                 ("log", crate::logs::remove(&log).map_err(TaskError::from)),
-                ("runtime", remove_files(state.map_or_else(Vec::new, Vec::from))),
+                ("runtime", state.map_or(Ok(()), |(root, id)| remove_state(&root, &id))),
                 ("unmount", after("undo.unmount", bundle.unmount().map_err(TaskError::from))),
                 ("bundle", after("undo.bundle", bundle.remove().map_err(TaskError::from))),
                 ("upper", after("undo.upper", bundle.remove_upper().map_err(TaskError::from))),
@@ -156,9 +155,11 @@ impl Released {
     }
 }
 
-/// What a runsc that was cut off would have removed. Not there is fine.
-pub(super) fn remove_files(paths: Vec<PathBuf>) -> Result<(), TaskError> {
-    for path in paths {
+/// Removes what is left of a container in runsc's state directory: of an ended one all of it, since runsc is not asked
+/// to, and of others what one that was cut off would have removed.
+pub(super) fn remove_state(root: &Path, id: &ContainerId) -> Result<(), TaskError> {
+    for name in names(root).into_iter().filter(|name| gvisor::container_of(name) == id.as_str()) {
+        let path = root.join(name);
         match fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 return Err(RootfsError::File { doing: "remove", path, source }.into());

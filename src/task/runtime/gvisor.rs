@@ -15,7 +15,7 @@ use super::kept::{self, Program};
 use crate::{
     cgroup::{CgroupPath, Cgroups},
     elf,
-    gvisor::{GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
+    gvisor::{Caller, GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
     ids::{Digest, random_hex},
     places::{Places, make_dir},
     process::{PidFd, boot_id, descendants},
@@ -241,7 +241,7 @@ impl Gvisor {
         }
     }
 
-    /// The script that a shim calls. `keeps`: is it for a shim that doesn't reap sandboxes?
+    /// The script that a shim calls.
     ///
     /// # Errors
     /// As the file system.
@@ -250,11 +250,10 @@ impl Gvisor {
         binary: &Path,
         probed: &Probed,
         network: Network,
-        keeps: bool,
+        caller: Caller<'_>,
     ) -> std::io::Result<PathBuf> {
         let flags = self.settings.flags(&probed.platform, network, self.shared_root(probed).as_deref());
-        let keeper = if keeps { std::env::current_exe().ok() } else { None };
-        let text = wrapper(binary, &flags, keeper.as_deref());
+        let text = wrapper(binary, &flags, caller);
         // Its name says what is in it: one that a task was started with never changes.
         let digest = Digest::of(text.as_bytes());
         let path = self.places.wrappers().join(format!("{}-{network}-{}", self.name, &digest.short()[..8]));

@@ -20,7 +20,7 @@ use kept::Program;
 use super::{RuntimeSettings, Settings};
 use crate::{
     cgroup::{CgroupPath, Cgroups},
-    gvisor::{Network, Probed},
+    gvisor::{Caller, Network, Probed},
     ids::ContainerId,
     places::Places,
     process::which,
@@ -104,6 +104,8 @@ pub struct Runtime {
     pub shim: Option<OwnShim>,
     /// Where it is gVisor's.
     pub gvisor: Option<Arc<Gvisor>>,
+    /// Are there hooks that it calls when a container is deleted?
+    pub calls_at_the_end: bool,
 }
 
 /// A shim that is not runc's.
@@ -130,7 +132,14 @@ impl Runtime {
         let broken = |problem| RuntimeError::Broken { name: self.name.clone(), problem };
         let probed = gvisor.probed(&self.binary).await.map_err(broken)?;
         let binary = gvisor.kept(&self.binary).await;
-        let wrapper = gvisor.wrapper(&binary, &probed, gvisor.network(namespace), self.shim.is_some());
+        let own = std::env::current_exe();
+        let caller = match (&self.shim, &own) {
+            (None, _) => Ok(Caller::Runc { hooks: self.calls_at_the_end }),
+            (Some(_), Ok(keeper)) => Ok(Caller::Own { keeper }),
+            (Some(_), Err(error)) => Err(std::io::Error::new(error.kind(), error.to_string())),
+        };
+        let network = gvisor.network(namespace);
+        let wrapper = caller.and_then(|caller| gvisor.wrapper(&binary, &probed, network, caller));
         let failed = |source| RuntimeError::Wrapper { name: self.name.clone(), source: Arc::new(source) };
         self.binary = wrapper.map_err(failed)?;
         Ok(self)
@@ -151,6 +160,8 @@ pub struct Runtimes {
     default: Result<Runtime, String>,
     /// `default_runtime`.
     wanted: Option<String>,
+    /// `hooks { poststop }`.
+    calls_at_the_end: bool,
 }
 
 /// A program's place, and what says that it is still the same file.
@@ -197,6 +208,7 @@ impl Runtimes {
             allowed,
             default: Err(String::new()),
             wanted: settings.default_runtime.clone(),
+            calls_at_the_end: !settings.hooks.poststop.is_empty(),
         };
         runtimes.default = match &settings.default_runtime {
             Some(name) => runtimes.installed_as(name).ok_or_else(|| runtimes.missing(name).to_string()),
@@ -220,7 +232,9 @@ impl Runtimes {
         };
         let known = self.take_programs.get(name).is_some_and(|known| asked(&binary).as_ref() == Some(known));
         let filters = if known { Form::Program } else { Form::Profile };
-        Some(Runtime { name: name.to_owned(), binary, filters, shim, gvisor: self.gvisor.get(name).cloned() })
+        let gvisor = self.gvisor.get(name).cloned();
+        let calls_at_the_end = self.calls_at_the_end;
+        Some(Runtime { name: name.to_owned(), binary, filters, shim, gvisor, calls_at_the_end })
     }
 
     /// The program of a runtime, by its name.
@@ -367,6 +381,7 @@ mod tests {
             filters: Form::Profile,
             shim: None,
             gvisor: None,
+            calls_at_the_end: false,
         };
         let own = OwnShim { program: "/no/shim".into(), config: None };
         Runtimes {
@@ -381,6 +396,7 @@ mod tests {
             allowed: allowed.map(|names| names.iter().map(|name| (*name).to_owned()).collect()),
             default: Ok(shell),
             wanted: None,
+            calls_at_the_end: false,
         }
     }
 
