@@ -69,17 +69,29 @@ impl Addresses {
     /// The first that the kernel refuses; the others are added.
     pub fn put_back(&self, namespace: &Path) -> io::Result<()> {
         let socket = route_socket(namespace)?;
-        let mut outcome = Ok(());
         let all = [(libc::RTM_NEWADDR, &self.addresses), (libc::RTM_NEWROUTE, &self.routes)];
-        for (kind, message) in all.iter().flat_map(|(kind, list)| list.iter().map(move |message| (*kind, message))) {
-            let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
-            tell(&socket, kind, flags, message)?;
-            match read(&socket, |_, _| {}) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => outcome = outcome.and(Err(error)),
-                _ => {}
+        let mut left: Vec<_> =
+            all.iter().flat_map(|(kind, list)| list.iter().map(move |message| (*kind, message))).collect();
+        loop {
+            let (before, mut refused, mut why) = (left.len(), Vec::new(), None);
+            for (kind, message) in left {
+                let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+                tell(&socket, kind, flags, message)?;
+                match read(&socket, |_, _| {}) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                        refused.push((kind, message));
+                        why = why.or(Some(error));
+                    }
+                    _ => {}
+                }
+            }
+            // A route may need another to reach its gateway, and a dump has the widest first.
+            match why {
+                None => return Ok(()),
+                Some(error) if refused.len() == before => return Err(error),
+                Some(_) => left = refused,
             }
         }
-        outcome
     }
 }
 
@@ -186,6 +198,9 @@ mod tests {
                 ip(&format!("-n {name} {words}"));
             }
             ip(&format!("-n {name} route add 10.20.0.0/16 via 10.9.8.9 metric 7"));
+            // A gateway that only another route reaches.
+            ip(&format!("-n {name} route add 169.254.1.1 dev eth0 scope link"));
+            ip(&format!("-n {name} route add 9.0.0.0/8 via 169.254.1.1 dev eth0"));
             this
         }
     }

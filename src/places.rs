@@ -182,6 +182,13 @@ impl Places {
         let _ = fs::remove_dir(&self.uppers);
     }
 
+    /// Has nobody else tasks below this state directory?
+    pub fn is_alone(&self) -> bool {
+        let parts = fs::read_dir(self.state.join("uppers")).into_iter().flatten().flatten();
+        let mut others = parts.map(|part| part.path()).filter(|part| *part != self.uppers);
+        !others.any(|part| fs::read_dir(part).is_ok_and(|mut tasks| tasks.next().is_some()))
+    }
+
     /// One task's writable layer: `upper` and `work` below it.
     pub fn upper(&self, id: &ContainerId) -> PathBuf {
         self.uppers.join(id.as_str())

@@ -9,7 +9,7 @@ use super::{CliError, Common, print};
 use crate::{
     cgroup::{CgroupMode, Cgroups},
     containerd::Client,
-    task::{FilterForm, crun_works, which},
+    task::{FilterForm, crun_works, runsc_works, which},
 };
 
 /// Say what this host can do
@@ -133,6 +133,20 @@ async fn examine(common: &Common) -> Vec<Finding> {
             find("crun", Verdict::Note, "not in PATH; with it, starts take half the time of runc's".into());
         }
         None => find("crun", Verdict::Bad, "neither crun nor runc is in PATH; install crun".into()),
+    }
+
+    match which(Path::new("runsc")) {
+        Some(path) => match runsc_works(&path).await {
+            Ok(probed) => find(
+                "runsc",
+                Verdict::Good,
+                format!("{} {}; sandboxes run with platform {}", path.display(), probed.version, probed.platform),
+            ),
+            Err(problem) => {
+                find("runsc", Verdict::Note, format!("installed, but no sandbox runs on this host: {problem}"));
+            }
+        },
+        None => find("runsc", Verdict::Note, "not in PATH; with it, tasks can run in gVisor sandboxes".into()),
     }
 
     let address = common.address.clone().unwrap_or_else(|| PathBuf::from("/run/containerd/containerd.sock"));

@@ -45,7 +45,7 @@ pub struct Run {
     /// The task's name
     #[arg(long, default_value = "run")]
     name: String,
-    /// OCI runtime: crun, runc
+    /// OCI runtime: crun, runc, runsc
     #[arg(long)]
     runtime: Option<String>,
     /// Replace the image's ENTRYPOINT and CMD

@@ -23,6 +23,9 @@ use nix::{
 /// called its runsc with.
 pub const COMMAND: &str = "runsc-keeper";
 
+/// What a keeper is called once its container is made.
+pub const KEEPING: &std::ffi::CStr = c"runsc-keeper";
+
 /// What a shim calls runsc for.
 #[derive(Debug, PartialEq, Eq)]
 struct Call<'a> {
@@ -157,6 +160,8 @@ fn keep(runsc: &mut Command, mut lock: Flock<File>, pid_file: &Path, mut tell: F
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     let code = code_of(&waitpid(child, None)?).unwrap_or(128);
     let sandbox = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse().ok()).map(Pid::from_raw);
+    // For whoever looks whether a runtime is at work: this is none.
+    nix::sys::prctl::set_name(KEEPING)?;
     tell.write_all(&[code])?;
     drop(tell);
     let Some(sandbox) = sandbox.filter(|_| code == 0) else {

@@ -12,7 +12,7 @@ use std::{
     str::FromStr,
 };
 
-pub use keeper::{COMMAND as KEEPER_COMMAND, main as keeper_main};
+pub use keeper::{COMMAND as KEEPER_COMMAND, KEEPING, main as keeper_main};
 
 /// How runsc gets hold of what a task's processes ask of the kernel (its `--platform`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -131,6 +131,12 @@ pub fn check_flag(flag: &str) -> Result<(), String> {
     }
 }
 
+/// Is this process making a container, by its name and command line? A sandbox, its file server and its keeper are not.
+pub fn is_at_work(name: &str, line: &[u8]) -> bool {
+    let creates = line.split(|byte| *byte == 0).any(|word| word == b"create");
+    creates && name.trim_end().as_bytes() != KEEPING.to_bytes()
+}
+
 /// Devices that gVisor passes on to a task (its nvproxy, tpuproxy): everything else of `/dev` is its own.
 pub fn passes_on(device: &Path) -> bool {
     const KNOWN: [&str; 3] = ["/dev/nvidia", "/dev/accel", "/dev/vfio/"];
@@ -159,6 +165,11 @@ pub fn known_flags(text: &str) -> BTreeSet<&str> {
 }
 
 impl GvisorSettings {
+    /// Are there files of a sandbox in its volumes, for `runsc delete` to remove? (`--overlay2=all:self`.)
+    pub fn writes_into_volumes(&self) -> bool {
+        self.overlay.as_ref().is_some_and(|overlay| overlay.starts_with("all:"))
+    }
+
     /// The flags of a task's calls.
     pub fn flags(&self, platform: &str, network: Network, shared_root: Option<&Path>) -> Vec<String> {
         let mut flags = vec![
@@ -189,6 +200,11 @@ impl GvisorSettings {
     }
 }
 
+/// Where runsc has a container's state, in its state directory.
+pub fn state_file(id: &str) -> String {
+    format!("{id}_sandbox:{id}.state")
+}
+
 /// Whose container's such a file is, by its name.
 pub fn container_of(file: &str) -> &str {
     let bare = file.strip_suffix(keeper::SUFFIX).or_else(|| Some(file.split_once("_sandbox:")?.0));
@@ -201,10 +217,10 @@ pub const INSIDE: &str = ".inside";
 /// Who calls a wrapper.
 #[derive(Debug, Clone, Copy)]
 pub enum Caller<'a> {
-    /// runc's shim. Are there hooks for runsc to call when a container is deleted?
+    /// runc's shim. Does deleting a container do more than undoing a task does?
     Runc {
-        /// `poststop`.
-        hooks: bool,
+        /// Hooks are called, or files removed that are not the task's own.
+        deletes: bool,
     },
     /// gVisor's own, for which this program keeps the exit codes of sandboxes.
     Own {
@@ -223,24 +239,29 @@ pub fn wrapper(binary: &Path, flags: &[String], caller: Caller<'_>) -> String {
             let kept = format!("[ -x {keeper} ] && exec {keeper} {} {runsc}{flags} -- \"$@\"", keeper::COMMAND);
             format!("for word; do case $word in create|wait|delete) {kept};; esac; done\n")
         }
-        Caller::Runc { hooks } => {
-            let delete = if hooks { "" } else { DELETE };
+        Caller::Runc { deletes } => {
+            let delete = if deletes { "" } else { DELETE };
             format!(
                 "file= log= last=\n\
                  for word; do case $last in --pid-file) file=$word;; --log) log=$word;; esac; last=$word; done\n\
-                 case \" $* \" in\n{delete}{EXEC}esac\n"
+                 case \" $* \" in\n{delete}{START}{EXEC}esac\n"
             )
         }
     };
     format!(
-        "#!/bin/sh\n# Made by nomad-driver-shim; runsc with the flags of its runtime block.\n{own}exec {runsc}{flags} \"$@\"\n"
+        "#!/bin/sh\n# Made by nomad-driver-shim; runsc with the flags of its runtime block.\n\
+         # Shims have few processors; sandboxes would inherit that.\n\
+         unset GOMAXPROCS\n{own}exec {runsc}{flags} \"$@\"\n"
     )
 }
 
 /// What `runsc delete` would remove of a sandbox that has ended, undoing a task removes, too; without it a destroy takes
 /// 15 ms of CPU less.
 const DELETE: &str = "*\" --force \"*) ;;\n\
-    *\" delete \"*) [ -n \"$log\" ] && read -r pid < \"${log%/*}/init.pid\" && ! kill -0 \"$pid\" && exit 0 ;;\n";
+    *\" delete \"*) [ -n \"$log\" ] && { read -r pid < \"${log%/*}/init.pid\" || [ -n \"$pid\" ]; } && ! kill -0 \"$pid\" && exit 0 ;;\n";
+
+/// It is done before there is anything to collect, and starts nothing: a fifth of its time less.
+const START: &str = "*\" start \"*) export GOGC=off ;;\n";
 
 /// runc's shim knows an exec'd process by the runsc that waits for it, and kills that one: who it is in the sandbox is
 /// written down for us.
@@ -277,7 +298,7 @@ fn quoted(word: &str) -> String {
 mod tests {
     use super::*;
 
-    const RUNC: Caller<'_> = Caller::Runc { hooks: false };
+    const RUNC: Caller<'_> = Caller::Runc { deletes: false };
 
     #[test]
     fn flags_are_what_was_set() {
@@ -345,8 +366,8 @@ mod tests {
     #[test]
     fn an_ended_sandbox_is_deleted_without_runsc() {
         let directory = tempfile::tempdir().expect("a directory");
-        let run = |hooks: bool, force: &str| {
-            let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], Caller::Runc { hooks });
+        let run = |deletes: bool, force: &str| {
+            let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], Caller::Runc { deletes });
             let log = directory.path().join("log.json");
             let words = format!("--root /r --log {} delete{force} c1", log.display());
             let output =
@@ -360,7 +381,8 @@ mod tests {
         assert!(run(false, ""), "it lives");
         let mut child = std::process::Command::new("true").spawn().expect("runs");
         child.wait().expect("reaped");
-        std::fs::write(directory.path().join("init.pid"), format!("{}\n", child.id())).expect("written");
+        // As runsc writes it: without a line's end.
+        std::fs::write(directory.path().join("init.pid"), child.id().to_string()).expect("written");
         assert!(!run(false, ""));
         assert!(run(true, "") && run(false, " --force"), "hooks, or somebody who cleans up");
     }

@@ -64,7 +64,7 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
         network,
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
         group_host: group_host.map(|hosts| (hosts.address.clone(), hosts.hostname.clone())),
-        volumes: task.mounts.iter().map(volume).collect(),
+        volumes: task.mounts.iter().map(volume).collect::<Result<_, _>>()?,
         devices: task
             .devices
             .iter()
@@ -78,8 +78,11 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
     })
 }
 
-fn volume(mount: &wire::Mount) -> Volume {
-    Volume {
+fn volume(mount: &wire::Mount) -> Result<Volume, ConfigError> {
+    let label = Some(mount.selinux_label.as_str()).filter(|label| !label.is_empty()).map(str::parse);
+    let named = |problem: String| ConfigError::one(format!("volume_mount {:?}: {problem}", mount.task_path));
+    Ok(Volume {
+        label: label.transpose().map_err(named)?,
         host_path: PathBuf::from(&mount.host_path),
         task_path: PathBuf::from(&mount.task_path),
         readonly: mount.readonly,
@@ -88,7 +91,7 @@ fn volume(mount: &wire::Mount) -> Volume {
             "bidirectional" => "rshared",
             _ => "rprivate",
         },
-    }
+    })
 }
 
 fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {

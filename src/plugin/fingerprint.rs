@@ -59,9 +59,13 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
     };
     let runtimes = engine.runtimes();
     let default = match runtimes.default_runtime() {
-        Ok(default) => default.name.clone(),
+        Ok(default) => default,
         Err(problem) => return state(HealthState::Undetected, problem, HashMap::new()),
     };
+    if let Err(problem) = default.works().await {
+        return state(HealthState::Undetected, &problem.to_string(), HashMap::new());
+    }
+    let default = default.name.clone();
     if !engine.shim_is_installed() {
         let problem = format!("shim {} is not installed; it comes with containerd", settings.shim.binary.display());
         return state(HealthState::Undetected, &problem, HashMap::new());

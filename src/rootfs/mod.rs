@@ -12,6 +12,7 @@ pub mod network;
 mod process;
 mod resources;
 pub mod seccomp;
+pub mod selinux;
 mod spec;
 mod users;
 
@@ -75,6 +76,14 @@ pub enum RootfsError {
         path: PathBuf,
         /// What it leads to.
         resolved: PathBuf,
+    },
+    /// A volume's label.
+    #[error("volume_mount {path}: selinux_label")]
+    Label {
+        /// The volume, on the host.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// A file or directory of the bundle.
     #[error("bundle: {doing} {path}")]

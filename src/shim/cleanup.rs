@@ -43,7 +43,8 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     let written: &[&str] = match task.program {
         None => &["options.json", "runtime"],
         Some(_) if task.is_gvisor => &["state.json"],
-        Some(_) => &[],
+        // Written last of a bundle.
+        Some(_) => &["config.json"],
     };
     if written.iter().any(|file| !task.bundle.join(file).exists()) {
         return Ok(None);

@@ -150,7 +150,7 @@ impl Engine {
         tokio::spawn(async move { warning.warn().await });
         let pool = Pool::new(launcher, settings.shim.pool);
         let records = load_records(&places.tasks())?;
-        if records.bad.is_empty() && !records.good.iter().any(|record| record.gvisor) {
+        if records.bad.is_empty() && places.is_alone() && !records.good.iter().any(|record| record.gvisor) {
             runtimes.prune(&places);
         }
         let warmer = match settings.keep_warm {

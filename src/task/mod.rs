@@ -42,7 +42,7 @@ use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use request::{JobLimits, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
-pub use runtime::{OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works};
+pub use runtime::{OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works, runsc_works};
 pub use settings::{
     Compute, ContainerdSettings, MetricsAddress, RuntimeSettings, SeccompDefault, SecuritySettings, Settings,
     ShimSettings, matches_any,

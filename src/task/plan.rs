@@ -98,7 +98,7 @@ impl Plan<'_> {
     /// The file that the task's own shim is configured by, if it has one.
     pub(super) fn shim_config(&self, shared: &Shared) -> Option<PathBuf> {
         let shim = self.runtime.shim.as_ref()?;
-        if shim.config.is_none() && self.runtime.gvisor.is_some() {
+        if self.runtime.gvisor.is_some() {
             return Some(shared.settings.places.bundle(&self.container_id).join("shim.toml"));
         }
         shim.config.clone()

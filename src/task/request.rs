@@ -11,6 +11,7 @@ use crate::{
         limits::{Namespaces, Ulimit},
         mounts::MountRequest,
         network::{Dns, ExtraHost},
+        selinux::VolumeLabel,
     },
 };
 
@@ -116,6 +117,8 @@ pub struct Volume {
     pub readonly: bool,
     /// An option for mount(8): `rprivate`, `rslave`, `rshared`.
     pub propagation: &'static str,
+    /// `selinux_label`.
+    pub label: Option<VolumeLabel>,
 }
 
 /// A device that Nomad's device plugins gave to the task.

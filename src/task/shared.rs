@@ -11,6 +11,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use super::{EventHub, Record, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics};
 use crate::{
     cgroup::{Cgroups, Warmer},
+    gvisor,
     ids::TaskId,
     image::ImageStore,
     rootfs::{Capabilities, seccomp::Filters},
@@ -123,7 +124,14 @@ impl Shared {
             runtime: runtime.as_deref(),
             bundle: &bundle,
         };
-        shim::delete_dead(self.pool.launcher(), dead).await
+        let exit = shim::delete_dead(self.pool.launcher(), dead).await?;
+        // gVisor's own shim says that all went well when its runsc could not be run.
+        let root = self.settings.places.runtime_root(&record.runtime).join(&record.namespace);
+        if record.gvisor && root.join(gvisor::state_file(record.container_id.as_str())).exists() {
+            let message = "runsc has not deleted the container; its state is still there".to_owned();
+            return Err(ShimError::Refused { call: "delete", code: -1, message });
+        }
+        Ok(exit)
     }
 
     pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Leftover>> {

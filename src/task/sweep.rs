@@ -199,6 +199,7 @@ impl Engine {
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
             if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
+        let emptied = !cgroup.is_empty();
         let known_to = |root: &Path| names(root).iter().any(|name| gvisor::container_of(name) == id.as_str());
         let runtime = names(&places.runtimes())
             .into_iter()
@@ -229,7 +230,11 @@ impl Engine {
         for runtime in names(&places.runtimes()) {
             let root = places.runtime_root(&runtime).join(shared.pool.launcher().namespace());
             if known_to(&root) {
-                shared.runtimes.delete(&runtime, &root, id).await?;
+                match shared.runtimes.delete(&runtime, &root, id).await {
+                    // Nobody can be asked any more; its processes were ended by their cgroup.
+                    Err(_) if emptied && shared.runtimes.binary(&runtime).is_none() => {}
+                    outcome => outcome?,
+                }
                 remove_state(&root, id)?;
             }
         }

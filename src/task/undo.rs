@@ -76,7 +76,9 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
             return Err(error);
         }
     };
-    tokio::task::block_in_place(|| group::leave(shared, record));
+    if record.group.is_some() {
+        tokio::task::block_in_place(|| group::leave(shared, record));
+    }
     fault::point("undo.container");
     let shim = match (shim, ended) {
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
@@ -223,6 +225,10 @@ async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
     let at_work = || {
         let mut others = descendants(shim.pid()).into_iter().skip(1);
         others.any(|pid| {
+            if record.gvisor {
+                let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+                return gvisor::is_at_work(&String::from_utf8_lossy(&read("comm")), &read("cmdline"));
+            }
             if alone { !shared.cgroups.holds(&cgroup, pid) } else { shared.cgroups.are_together(pid, shim.pid()) }
         })
     };

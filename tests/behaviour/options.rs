@@ -295,6 +295,38 @@ async fn the_runtime_is_the_jobs_choice_and_never_another() {
     env.finish().await;
 }
 
+/// Labels matter where the kernel looks at them; elsewhere, as on most test machines, volumes stay as they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_are_labelled_as_the_job_says() {
+    use nomad_driver_shim::pb::driver::Mount;
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let volume = env.dir.join("volume");
+    fs::create_dir_all(volume.join("below")).unwrap();
+    let mut task = env.prepare(sh(&image, "ls /v")).await;
+    let mount = |label: &str| Mount {
+        host_path: volume.to_str().unwrap().to_owned(),
+        task_path: "/v".to_owned(),
+        selinux_label: label.to_owned(),
+        ..Mount::default()
+    };
+    task.config.mounts = vec![mount("shared")];
+    let error = env.try_start(&mut task).await.unwrap_err();
+    assert!(error.message().contains("\"/v\": selinux_label = \"shared\" is not z (shared) or Z"), "{error:?}");
+    let selinux = fs::exists("/sys/fs/selinux/enforce").unwrap();
+    for (label, ending) in [("z", ":container_file_t:s0"), ("Z", ":container_file_t:s0:c")] {
+        let mut task = env.prepare(sh(&image, "ls /v")).await;
+        task.config.mounts = vec![mount(label)];
+        env.try_start(&mut task).await.unwrap();
+        assert_eq!(env.finish_task(task).await.1, "below\n");
+        let seen =
+            std::process::Command::new("busybox").args(["ls", "-Zd"]).arg(volume.join("below")).output().unwrap();
+        let seen = String::from_utf8_lossy(&seen.stdout).into_owned();
+        assert_eq!(seen.contains(ending), selinux, "{label}: {seen}");
+    }
+    env.finish().await;
+}
+
 /// Any shim by configuration only, as for kata: launched for the task alone, told nothing that it might not know.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_of_another_kind_is_its_tasks_alone() {

@@ -60,6 +60,13 @@ fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettin
             false
         }
     };
+    if config.is_some() && is_gvisor {
+        faults
+            .say(format!("runtime {name:?}: config is not for gVisor's shim; its settings are options of this block"));
+    }
+    if shim.is_some() && !is_gvisor && block.filled("binary").is_some() {
+        faults.say(format!("runtime {name:?}: binary and shim exclude each other; such a shim has its own"));
+    }
     let given = GVISOR.iter().find(|option| block.has(option));
     let gvisor = match (is_gvisor, given) {
         (true, _) => Some(gvisor(name, block, faults)),

@@ -5,7 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -74,10 +74,17 @@ impl Gvisor {
     ///
     /// # Errors
     /// Its own words, or that it hangs.
-    pub async fn probed(&self, binary: &Path) -> Result<Probed, String> {
+    pub async fn probed(self: &Arc<Self>, binary: &Path) -> Result<Probed, String> {
         if let Some(outcome) = self.fresh(binary) {
             return outcome;
         }
+        // To its end, whoever stops waiting: a sandbox that is cut off leaves something.
+        let (this, binary) = (self.clone(), binary.to_owned());
+        let probed = tokio::spawn(async move { this.look_at(&binary).await });
+        probed.await.unwrap_or_else(|join| Err(format!("its probe ended early: {join}")))
+    }
+
+    async fn look_at(&self, binary: &Path) -> Result<Probed, String> {
         let _turn = self.probing.lock().await;
         if let Some(outcome) = self.fresh(binary) {
             return outcome;
@@ -168,7 +175,8 @@ impl Gvisor {
         let bundle = self.places.run().join(&id);
         let cgroup = CgroupPath::recorded(&format!("/nomad-driver-shim-{id}"));
         let outcome = self.run_in(&bundle, cgroup.as_str(), binary, probed).await;
-        while self.cgroups.kill(&cgroup) > 0 {
+        let deadline = Instant::now() + ASK;
+        while self.cgroups.kill(&cgroup) > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         if let Err(error) = self.cgroups.remove(&cgroup) {
@@ -257,11 +265,27 @@ impl Gvisor {
         // Its name says what is in it: one that a task was started with never changes.
         let digest = Digest::of(text.as_bytes());
         let path = self.places.wrappers().join(format!("{}-{network}-{}", self.name, &digest.short()[..8]));
-        if !path.exists() {
+        // Looked into, too: a host that lost its power may have kept the name only.
+        if !fs::read(&path).is_ok_and(|written| written == text.as_bytes()) {
             write_whole(&path, text.as_bytes(), 0o755)?;
         }
         Ok(path)
     }
+}
+
+/// What this runsc can do here, for somebody who has no engine.
+///
+/// # Errors
+/// Its own words, or that it hangs.
+pub async fn runsc_works(binary: &Path) -> Result<Probed, String> {
+    let dir = std::env::temp_dir().join(format!("nomad-driver-shim-{}", random_hex(6)));
+    let cgroups = Cgroups::detect().map_err(|error| crate::chain(&error))?;
+    let settings = GvisorSettings::default();
+    let outcome = Gvisor::new("runsc".to_owned(), settings, Places::new(&dir, &dir), cgroups).probe(binary).await;
+    if let Err(error) = fs::remove_dir_all(&dir) {
+        tracing::debug!(%error, "the probe's directory stays");
+    }
+    outcome
 }
 
 async fn ask(binary: &Path, word: &str) -> Result<String, String> {

@@ -43,8 +43,12 @@ impl Program {
 pub(super) fn keep(binary: &Path, program: &Program, places: &Places) -> io::Result<PathBuf> {
     let dir = program.dir(places);
     let kept = dir.join("runsc");
-    if kept.exists() {
-        return Ok(kept);
+    let size = fs::metadata(binary)?.len();
+    match fs::metadata(&kept) {
+        Ok(file) if file.len() == size => return Ok(kept),
+        // A copy whose content was lost with the host's power.
+        Ok(_) => fs::remove_dir_all(&dir)?,
+        Err(_) => {}
     }
     let real = fs::canonicalize(binary)?;
     let draft = places.wrappers().join(format!("draft-{}", random_hex(6)));
@@ -73,7 +77,10 @@ pub(super) fn keep(binary: &Path, program: &Program, places: &Places) -> io::Res
 
 fn same(from: &Path, to: &Path) -> io::Result<()> {
     match fs::hard_link(from, to) {
-        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => fs::copy(from, to).map(drop),
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            fs::copy(from, to)?;
+            fs::File::open(to)?.sync_all()
+        }
         other => other,
     }
 }

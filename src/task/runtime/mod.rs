@@ -14,7 +14,7 @@ use std::{
 };
 
 pub use crun::crun_works;
-pub use gvisor::Gvisor;
+pub use gvisor::{Gvisor, runsc_works};
 use kept::Program;
 
 use super::{RuntimeSettings, Settings};
@@ -123,18 +123,27 @@ impl Runtime {
         self.gvisor.as_ref().map(|gvisor| gvisor.network(namespace))
     }
 
+    /// Is it known to work here? Only gVisor's is looked at for that.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn works(&self) -> Result<Option<Probed>, RuntimeError> {
+        let Some(gvisor) = &self.gvisor else { return Ok(None) };
+        let broken = |problem| RuntimeError::Broken { name: self.name.clone(), problem };
+        gvisor.probed(&self.binary).await.map(Some).map_err(broken)
+    }
+
     /// Waits until it is known to work here, and has what its shim calls for a task in this namespace.
     ///
     /// # Errors
     /// When it does not work here.
     pub async fn made_ready(mut self, namespace: &NetworkNamespace) -> Result<Self, RuntimeError> {
-        let Some(gvisor) = &self.gvisor else { return Ok(self) };
-        let broken = |problem| RuntimeError::Broken { name: self.name.clone(), problem };
-        let probed = gvisor.probed(&self.binary).await.map_err(broken)?;
+        let probed = self.works().await?;
+        let (Some(gvisor), Some(probed)) = (&self.gvisor, probed) else { return Ok(self) };
         let binary = gvisor.kept(&self.binary).await;
-        let own = std::env::current_exe();
+        let own = own_program();
         let caller = match (&self.shim, &own) {
-            (None, _) => Ok(Caller::Runc { hooks: self.calls_at_the_end }),
+            (None, _) => Ok(Caller::Runc { deletes: self.calls_at_the_end || gvisor.settings.writes_into_volumes() }),
             (Some(_), Ok(keeper)) => Ok(Caller::Own { keeper }),
             (Some(_), Err(error)) => Err(std::io::Error::new(error.kind(), error.to_string())),
         };
@@ -349,6 +358,14 @@ impl Runtimes {
             Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
         }
     }
+}
+
+/// This program's file, or what has taken its place since we were started.
+fn own_program() -> std::io::Result<PathBuf> {
+    let path = std::env::current_exe()?;
+    let bare = path.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map_or(path.clone(), PathBuf::from);
+    // Without it the exit codes of sandboxes would be lost, in silence.
+    which(&bare).ok_or_else(|| std::io::Error::new(std::io::ErrorKind::NotFound, format!("{} is gone", bare.display())))
 }
 
 /// What probes that were cut off left behind.
