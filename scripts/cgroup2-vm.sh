@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a program as root in a virtual machine that has cgroup version 2 with all its controllers: this distribution's own
-# kernel, without KVM, over this machine's own files. Whatever it writes goes to memory and is gone afterwards.
+# Runs a program as root in a virtual machine that has cgroup version 2 with all its controllers, and SELinux without a
+# policy: this distribution's own kernel, without KVM, over this machine's own files. Whatever it writes goes to memory and is gone afterwards.
 #
 #   scripts/cgroup2-vm.sh PROGRAM [MEMORY]     an absolute path; MEMORY of the guest, default 6G
 #
@@ -45,6 +45,7 @@ program=$(tr ' ' '\n' < /proc/cmdline | sed -n 's/^program=//p')
 mount --move /dev /root/dev; umount /proc
 exec switch_root /root /bin/sh -c '
   mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t cgroup2 cgroup /sys/fs/cgroup
+  mount -t selinuxfs selinux /sys/fs/selinux
   for place in /run /tmp /var/tmp; do mount -t tmpfs tmpfs $place; done
   mkdir -p /dev/pts /dev/shm /dev/mqueue
   mount -t devpts devpts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t mqueue mqueue /dev/mqueue
@@ -62,7 +63,7 @@ status=$(mktemp)
 trap 'rm -f "$status"' EXIT
 qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" -nographic -no-reboot -net none \
   -kernel "boot/vmlinuz-$release" -initrd initramfs.gz \
-  -append "console=ttyS0 quiet panic=-1 mitigations=off program=$program" \
+  -append "console=ttyS0 quiet panic=-1 mitigations=off security=selinux selinux=1 enforcing=0 program=$program" \
   -virtfs local,path=/,mount_tag=host,security_model=none,multidevs=remap,readonly=on < /dev/null 2>&1 |
   stdbuf -oL tr -d "\r" | tee >(sed -n 's/.*cgroup2-exit-status \([0-9]*\).*/\1/p' > "$status") | grep -av --line-buffered cgroup2-exit-status || true
 sleep 0.3
