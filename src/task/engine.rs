@@ -10,32 +10,23 @@ use std::{
 };
 
 use nix::fcntl::Flock;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    EventHub, ExecRequest, ExitRecord, FormerTask, Phases, Record, RecordState, Runtimes, Session, Settings,
-    StartRequest, TaskError, TaskEvent, TaskHandle, exec,
-    group::Groups,
+    ExecRequest, ExitRecord, FormerTask, Phases, Record, RecordState, Runtimes, Session, Settings, StartRequest,
+    TaskError, TaskEvent, TaskHandle, exec,
     live::{Parts, Task, watch_exit},
-    load_records, lock,
-    logs::LogKeeper,
-    metrics::{Gauges, Metrics},
-    shared::{Hands, Leftover, Shared, TEARDOWNS},
+    metrics::Gauges,
+    shared::{Hands, Leftover, Shared},
     signal, start,
     undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
 };
 use crate::{
-    cgroup::{CgroupMode, Cgroups, KeepWarm, Warmer},
-    containerd, fault,
+    fault,
     ids::TaskId,
-    image::{ImageStore, Reference},
     logs::Hold,
-    rootfs::{
-        Capabilities,
-        seccomp::{Filters, Form},
-    },
-    shim::{Found, Kill, Launcher, Pool, Sealed, stdio::HeldOpen},
+    shim::{Found, Kill, stdio::HeldOpen},
 };
 
 /// Nomad kills a plugin 2 s after it has asked it to leave.
@@ -49,16 +40,16 @@ pub(super) type Owner = (String, String);
 
 /// What an engine is.
 pub(super) struct Inner {
-    shared: Arc<Shared>,
-    tasks: Mutex<HashMap<TaskId, Slot>>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) tasks: Mutex<HashMap<TaskId, Slot>>,
     /// One at a time for each allocation and task: an attempt that is being made, or being undone.
-    turns: Mutex<HashMap<Owner, Turn>>,
+    pub(super) turns: Mutex<HashMap<Owner, Turn>>,
     /// Log FIFOs of starts that an earlier instance left half made, until Nomad asks for them again.
-    held: Mutex<HashMap<Owner, HeldOpen>>,
+    pub(super) held: Mutex<HashMap<Owner, HeldOpen>>,
     /// Tasks of the old driver whose containers could not be ended yet.
-    former: Mutex<HashMap<Owner, FormerTask>>,
-    opened: Instant,
-    _lock: Flock<File>,
+    pub(super) former: Mutex<HashMap<Owner, FormerTask>>,
+    pub(super) opened: Instant,
+    pub(super) _lock: Flock<File>,
 }
 
 #[derive(Clone)]
@@ -115,94 +106,6 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// Makes the directories, takes the lock, reads the records, and undoes what an earlier instance left half done.
-    ///
-    /// # Errors
-    /// When another plugin holds the lock, or the host can't be used at all.
-    pub async fn open(settings: Settings, events: EventHub) -> Result<Self, TaskError> {
-        // Beside the rest: nobody waits for it, unless a start comes that very moment.
-        drop(tokio::task::spawn_blocking(Reference::prepare));
-        let places = settings.places.clone();
-        places.create()?;
-        let lock = lock::take(&places).await?;
-        let cgroups = Cgroups::detect()?;
-        let group = cgroups.own_group()?;
-        let log_keeper = LogKeeper::new(places.clone(), group.clone());
-        super::runtime::clear_probes(places.run(), &cgroups);
-        let runtimes = Runtimes::find(&settings, &cgroups).await;
-        let containerd = &settings.containerd;
-        let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
-        let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
-        let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
-        let launcher =
-            Launcher::new(binary, containerd.namespace.clone(), settings.shim.pool.scope, places.clone(), group);
-        // Of crun: other runtimes gain nothing by it.
-        if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == Form::Program) {
-            let (binary, refused) =
-                (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "no sealed copy of crun"));
-            if let Ok(Ok(sealed)) = tokio::task::spawn_blocking(move || Sealed::of(&binary).inspect_err(refused)).await
-            {
-                launcher.hand_out(sealed);
-            }
-        }
-        let launcher = Arc::new(launcher);
-        let warning = launcher.clone();
-        tokio::spawn(async move { warning.warn().await });
-        let pool = Pool::new(launcher, settings.shim.pool);
-        let records = load_records(&places.tasks())?;
-        if records.bad.is_empty() && places.is_alone() && !records.good.iter().any(|record| record.gvisor) {
-            runtimes.prune(&places);
-        }
-        let warmer = match settings.keep_warm {
-            KeepWarm::Starts if cgroups.mode() == CgroupMode::V2 => None,
-            KeepWarm::Never => None,
-            keep => {
-                let refused = |error: &std::io::Error| tracing::warn!(%error, "cgroup.keep_warm");
-                Warmer::start(&cgroups, keep).inspect_err(refused).ok()
-            }
-        };
-        let shared = Arc::new(Shared {
-            settings,
-            cgroups,
-            runtimes,
-            images,
-            filters: Filters::default(),
-            pool,
-            events,
-            metrics: Metrics::default(),
-            groups: Groups::default(),
-            log_keeper,
-            warmer,
-            own_capabilities: Capabilities::of_this_process(),
-            clearing: watch::Sender::new(0),
-            teardowns: Semaphore::new(TEARDOWNS),
-            hurry: Notify::new(),
-            settled: Notify::new(),
-            leftovers: Mutex::default(),
-        });
-        let engine = Self(Arc::new(Inner {
-            shared,
-            tasks: Mutex::default(),
-            turns: Mutex::default(),
-            held: Mutex::default(),
-            former: Mutex::default(),
-            opened: Instant::now(),
-            _lock: lock,
-        }));
-        let whole = engine.sort_out(records);
-        engine.watch_over(whole);
-        engine.follow_share_pools();
-        // Tasks of an earlier instance may have logs of ours, whatever the settings say now.
-        let has_logs = engine.shared().log_keeper.has_work();
-        if has_logs {
-            engine.shared().log_keeper.insist();
-        }
-        if has_logs || engine.settings().own_logs {
-            engine.watch_logs();
-        }
-        Ok(engine)
-    }
-
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.0.shared
     }

@@ -12,6 +12,7 @@ mod logs;
 mod meter;
 mod metrics;
 mod names;
+mod open;
 mod plan;
 mod predecessors;
 mod record;

@@ -1,0 +1,118 @@
+//! Opening an engine: what it works with is made, and what an earlier instance of us has left is sorted out.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use tokio::sync::{Notify, Semaphore, watch};
+
+use super::{
+    Engine, EventHub, Runtimes, Settings, TaskError,
+    engine::Inner,
+    group::Groups,
+    load_records, lock,
+    logs::LogKeeper,
+    metrics::Metrics,
+    shared::{Shared, TEARDOWNS},
+};
+use crate::{
+    cgroup::{CgroupMode, Cgroups, KeepWarm, Warmer},
+    containerd,
+    image::{ImageStore, Reference},
+    rootfs::{
+        Capabilities,
+        seccomp::{Filters, Form},
+    },
+    shim::{Launcher, Pool, Sealed},
+};
+
+impl Engine {
+    /// Makes the directories, takes the lock, reads the records, and undoes what an earlier instance left half done.
+    ///
+    /// # Errors
+    /// When another plugin holds the lock, or the host can't be used at all.
+    pub async fn open(settings: Settings, events: EventHub) -> Result<Self, TaskError> {
+        // Beside the rest: nobody waits for it, unless a start comes that very moment.
+        drop(tokio::task::spawn_blocking(Reference::prepare));
+        let places = settings.places.clone();
+        places.create()?;
+        let lock = lock::take(&places).await?;
+        let cgroups = Cgroups::detect()?;
+        let group = cgroups.own_group()?;
+        let log_keeper = LogKeeper::new(places.clone(), group.clone());
+        super::runtime::clear_probes(places.run(), &cgroups);
+        let runtimes = Runtimes::find(&settings, &cgroups).await;
+        let containerd = &settings.containerd;
+        let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
+        let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
+        let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
+        let launcher =
+            Launcher::new(binary, containerd.namespace.clone(), settings.shim.pool.scope, places.clone(), group);
+        // Of crun: other runtimes gain nothing by it.
+        if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == Form::Program) {
+            let (binary, refused) =
+                (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "no sealed copy of crun"));
+            if let Ok(Ok(sealed)) = tokio::task::spawn_blocking(move || Sealed::of(&binary).inspect_err(refused)).await
+            {
+                launcher.hand_out(sealed);
+            }
+        }
+        let launcher = Arc::new(launcher);
+        let warning = launcher.clone();
+        tokio::spawn(async move { warning.warn().await });
+        let pool = Pool::new(launcher, settings.shim.pool);
+        let records = load_records(&places.tasks())?;
+        if records.bad.is_empty() && places.is_alone() && !records.good.iter().any(|record| record.gvisor) {
+            runtimes.prune(&places);
+        }
+        let warmer = match settings.keep_warm {
+            KeepWarm::Starts if cgroups.mode() == CgroupMode::V2 => None,
+            KeepWarm::Never => None,
+            keep => {
+                let refused = |error: &std::io::Error| tracing::warn!(%error, "cgroup.keep_warm");
+                Warmer::start(&cgroups, keep).inspect_err(refused).ok()
+            }
+        };
+        let shared = Arc::new(Shared {
+            settings,
+            cgroups,
+            runtimes,
+            images,
+            filters: Filters::default(),
+            pool,
+            events,
+            metrics: Metrics::default(),
+            groups: Groups::default(),
+            log_keeper,
+            warmer,
+            own_capabilities: Capabilities::of_this_process(),
+            clearing: watch::Sender::new(0),
+            teardowns: Semaphore::new(TEARDOWNS),
+            hurry: Notify::new(),
+            settled: Notify::new(),
+            leftovers: Mutex::default(),
+        });
+        let engine = Self(Arc::new(Inner {
+            shared,
+            tasks: Mutex::default(),
+            turns: Mutex::default(),
+            held: Mutex::default(),
+            former: Mutex::default(),
+            opened: Instant::now(),
+            _lock: lock,
+        }));
+        let whole = engine.sort_out(records);
+        engine.watch_over(whole);
+        engine.follow_share_pools();
+        // Tasks of an earlier instance may have logs of ours, whatever the settings say now.
+        let has_logs = engine.shared().log_keeper.has_work();
+        if has_logs {
+            engine.shared().log_keeper.insist();
+        }
+        if has_logs || engine.settings().own_logs {
+            engine.watch_logs();
+        }
+        Ok(engine)
+    }
+}
