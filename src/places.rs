@@ -220,3 +220,16 @@ pub fn make_private_dir(path: &Path) -> io::Result<()> {
 pub fn make_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
 }
+
+/// What lies in a directory of ours, by name. One that is not there is empty.
+pub fn names(path: &Path) -> Vec<String> {
+    match fs::read_dir(path) {
+        Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(path = %path.display(), %error, "list");
+            }
+            Vec::new()
+        }
+    }
+}

@@ -4,6 +4,7 @@
 //! each way in which a task can be connected. Pure functions; `task::runtime` does the rest.
 
 mod keeper;
+mod wrapper;
 
 use std::{
     collections::BTreeSet,
@@ -13,6 +14,7 @@ use std::{
 };
 
 pub use keeper::{COMMAND as KEEPER_COMMAND, KEEPING, main as keeper_main};
+pub use wrapper::{Caller, shim_config, wrapper};
 
 /// How runsc gets hold of what a task's processes ask of the kernel (its `--platform`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -214,91 +216,15 @@ pub fn container_of(file: &str) -> &str {
 /// Follows the name of a shim's pid file in that of the file with the pid that an exec'd process has in its sandbox.
 pub const INSIDE: &str = ".inside";
 
-/// Who calls a wrapper.
-#[derive(Debug, Clone, Copy)]
-pub enum Caller<'a> {
-    /// runc's shim. Does deleting a container do more than undoing a task does?
-    Runc {
-        /// Hooks are called, or files removed that are not the task's own.
-        deletes: bool,
-    },
-    /// gVisor's own, for which this program keeps the exit codes of sandboxes.
-    Own {
-        /// This program.
-        keeper: &'a Path,
-    },
-}
-
-/// The script that a shim calls instead of runsc.
-pub fn wrapper(binary: &Path, flags: &[String], caller: Caller<'_>) -> String {
-    let flags: String = flags.iter().map(|word| format!(" {}", quoted(word))).collect();
-    let runsc = quoted(&binary.to_string_lossy());
-    let own = match caller {
-        Caller::Own { keeper } => {
-            let keeper = quoted(&keeper.to_string_lossy());
-            let kept = format!("[ -x {keeper} ] && exec {keeper} {} {runsc}{flags} -- \"$@\"", keeper::COMMAND);
-            format!("for word; do case $word in create|wait|delete) {kept};; esac; done\n")
-        }
-        Caller::Runc { deletes } => {
-            let delete = if deletes { "" } else { DELETE };
-            format!(
-                "file= log= last=\n\
-                 for word; do case $last in --pid-file) file=$word;; --log) log=$word;; esac; last=$word; done\n\
-                 case \" $* \" in\n{delete}{START}{EXEC}esac\n"
-            )
-        }
-    };
-    format!(
-        "#!/bin/sh\n# Made by nomad-driver-shim; runsc with the flags of its runtime block.\n\
-         # Shims have few processors; sandboxes would inherit that.\n\
-         unset GOMAXPROCS\n{own}exec {runsc}{flags} \"$@\"\n"
-    )
-}
-
-/// What `runsc delete` would remove of a sandbox that has ended, undoing a task removes, too; without it a destroy takes
-/// 15 ms of CPU less.
-const DELETE: &str = "*\" --force \"*) ;;\n\
-    *\" delete \"*) [ -n \"$log\" ] && { read -r pid < \"${log%/*}/init.pid\" || [ -n \"$pid\" ]; } && ! kill -0 \"$pid\" && exit 0 ;;\n";
-
-/// It is done before there is anything to collect, and starts nothing: a fifth of its time less.
-const START: &str = "*\" start \"*) export GOGC=off ;;\n";
-
-/// runc's shim knows an exec'd process by the runsc that waits for it, and kills that one: who it is in the sandbox is
-/// written down for us.
-const EXEC: &str = "*\" exec \"*)\n\
-    for word; do shift; set -- \"$@\" \"$word\"\n\
-    [ \"$word\" = exec ] && [ -n \"$file\" ] && set -- \"$@\" --internal-pid-file \"$file.inside\"\n\
-    done ;;\n";
-
-/// The configuration of gVisor's own shim. Flags are in the wrapper, which is its runsc.
-///
-/// # Errors
-/// When a path can't be said in TOML.
-pub fn shim_config(wrapper: &Path, root: &Path) -> Result<String, toml::ser::Error> {
-    #[derive(serde::Serialize)]
-    struct Config<'a> {
-        binary_name: &'a Path,
-        root: &'a Path,
-    }
-    toml::to_string(&Config { binary_name: wrapper, root })
-}
-
 /// What gVisor's own shim wants to be told by a container's annotations: that it is a sandbox of its own. Without it, its
 /// Create never ends (reference: gVisor's shim, `SpecContainerType`).
 pub const SANDBOX_ANNOTATION: (&str, &str) = ("io.kubernetes.cri.container-type", "sandbox");
 /// The type of the options by which gVisor's own shim is told of its configuration.
 pub const SHIM_OPTIONS: &str = "io.containerd.runsc.v1.options";
 
-/// A word for sh(1).
-fn quoted(word: &str) -> String {
-    format!("'{}'", word.replace('\'', "'\\''"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const RUNC: Caller<'_> = Caller::Runc { deletes: false };
 
     #[test]
     fn flags_are_what_was_set() {
@@ -338,53 +264,6 @@ mod tests {
         for bad in ["platform=kvm", "root=/x", "--net-raw", "", "=x", "a\nb"] {
             assert!(check_flag(bad).is_err(), "{bad:?}");
         }
-    }
-
-    #[test]
-    fn a_wrapper_passes_every_word_on_as_it_is() {
-        let odd = ["a b", "it's", "$HOME", "`id`", "\"", "\\"].map(str::to_owned);
-        let script = wrapper(Path::new("/usr/bin/printf"), &["%s|".to_owned()], RUNC);
-        let output = std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(&odd).output();
-        assert_eq!(String::from_utf8_lossy(&output.expect("runs").stdout), odd.map(|word| word + "|").concat());
-    }
-
-    #[test]
-    fn an_exec_is_asked_who_it_is_in_its_sandbox() {
-        let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], RUNC);
-        let run = |words: &str| {
-            let words = words.split(' ');
-            let output = std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(words).output();
-            String::from_utf8_lossy(&output.expect("runs").stdout).into_owned()
-        };
-        let asked = "--root /r exec --process /p --detach --pid-file /b/x.pid c1";
-        assert_eq!(run(asked), asked.replace("exec ", "exec --internal-pid-file /b/x.pid.inside "));
-        for other in ["--root /r create --bundle /b --pid-file /b/init.pid c1", "--root /r delete c1"] {
-            assert_eq!(run(other), other);
-        }
-    }
-
-    #[test]
-    fn an_ended_sandbox_is_deleted_without_runsc() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let run = |deletes: bool, force: &str| {
-            let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], Caller::Runc { deletes });
-            let log = directory.path().join("log.json");
-            let words = format!("--root /r --log {} delete{force} c1", log.display());
-            let output =
-                std::process::Command::new("sh").arg("-c").arg(&script).arg("sh").args(words.split(' ')).output();
-            let output = output.expect("runs");
-            assert!(output.status.success());
-            String::from_utf8_lossy(&output.stdout).contains("delete")
-        };
-        assert!(run(false, ""), "nobody knows whether it has ended");
-        std::fs::write(directory.path().join("init.pid"), std::process::id().to_string()).expect("written");
-        assert!(run(false, ""), "it lives");
-        let mut child = std::process::Command::new("true").spawn().expect("runs");
-        child.wait().expect("reaped");
-        // As runsc writes it: without a line's end.
-        std::fs::write(directory.path().join("init.pid"), child.id().to_string()).expect("written");
-        assert!(!run(false, ""));
-        assert!(run(true, "") && run(false, " --force"), "hooks, or somebody who cleans up");
     }
 
     #[test]

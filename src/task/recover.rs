@@ -16,12 +16,12 @@ use super::{
     live::{Parts, Task, watch_exit},
     record::{Records, RunRecord, millis},
     shared::Hands,
-    sweep::names,
     undo::find_shim,
 };
 use crate::{
     ids::TaskId,
     logs::Hold,
+    places::names,
     process::ProcessId,
     shim::{self, Found, stdio::HeldOpen},
 };

@@ -21,6 +21,7 @@ use crate::{
     gvisor,
     ids::{ContainerId, TaskId},
     image::{InUse, Reference},
+    places::names,
     shim::{self, Client, Found},
 };
 
@@ -264,17 +265,4 @@ fn garbage(kind: &str, name: &str, outcome: Result<(), TaskError>) -> Garbage {
     // Somebody else was faster.
     let outcome = outcome.or_else(|error| if matches!(error, TaskError::NotFound(_)) { Ok(()) } else { Err(error) });
     Garbage::removed(kind, name, &outcome)
-}
-
-/// What lies in a directory of ours, by name. One that is not there is empty.
-pub(super) fn names(path: &Path) -> Vec<String> {
-    match fs::read_dir(path) {
-        Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
-        Err(error) => {
-            if error.kind() != std::io::ErrorKind::NotFound {
-                tracing::warn!(path = %path.display(), %error, "list");
-            }
-            Vec::new()
-        }
-    }
 }

@@ -5,11 +5,12 @@
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use super::{Record, TaskError, group, logs, shared::Shared, sweep::names};
+use super::{Record, TaskError, group, logs, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
     fault, gvisor,
     ids::ContainerId,
+    places::names,
     process::descendants,
     rootfs::{RootfsError, bundle::BundlePaths},
     shim::{self, Client, Found, Kill, Shim, ShimError},
