@@ -80,6 +80,14 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
     if record.group.is_some() {
         tokio::task::block_in_place(|| group::leave(shared, record));
     }
+    if record.gvisor && !fault::skipped("container") {
+        // As other runtimes' `delete` does it, which an ended sandbox is spared. What stays is told of below.
+        empty_cgroup(shared, record).await;
+        let cgroup = CgroupPath::recorded(&record.cgroup);
+        if let Err(error) = tokio::task::block_in_place(|| shared.cgroups.remove(&cgroup)) {
+            tracing::debug!(task = %record.task_id, error = %crate::chain(&error), "its cgroup is removed later");
+        }
+    }
     fault::point("undo.container");
     let shim = match (shim, ended) {
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
