@@ -93,6 +93,12 @@ impl ImageStore {
         let _changing = inner.leases.lock().await;
         if !self.leases_in_use(in_use).contains(&record.lease) {
             inner.client.delete_lease(&LeaseId(record.lease.clone())).await?;
+            // Its collector would take the view with it, some time: on a busy host that is after a minute.
+            if let Some(view) = &record.view
+                && let Err(error) = inner.client.remove_snapshot(view).await
+            {
+                tracing::debug!(error = %crate::chain(&error), "a view is left to containerd's own collection");
+            }
         }
         // It came back meanwhile, and what has its name now is somebody's.
         if lock(&inner.records).contains_key(&record.reference) {
