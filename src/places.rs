@@ -1,12 +1,13 @@
 //! Where things live on disk. Every path of ours is made here and nowhere else.
 
 use std::{
-    fs, io,
-    os::unix::fs::DirBuilderExt as _,
+    fs,
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
-use crate::ids::{ContainerId, Digest, DriverName};
+use crate::ids::{ContainerId, Digest, DriverName, random_hex};
 
 /// Longest path a unix socket can have (`sun_path` less its terminator, unix(7)).
 pub const SOCKET_PATH_MAX: usize = 107;
@@ -154,6 +155,11 @@ impl Places {
         self.runtimes().join(runtime)
     }
 
+    /// Where an OCI runtime keeps the containers of shims with this namespace.
+    pub fn runtime_state(&self, runtime: &str, namespace: &str) -> PathBuf {
+        self.runtime_root(runtime).join(namespace)
+    }
+
     /// Scripts that shims call instead of a runtime that needs flags: below the state directory, because /run is often
     /// mounted so that nothing in it can be executed.
     pub fn wrappers(&self) -> PathBuf {
@@ -219,6 +225,21 @@ pub fn make_private_dir(path: &Path) -> io::Result<()> {
 /// As mkdir(2).
 pub fn make_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
+}
+
+/// Writes a file whole or not at all, by a draft beside it, and makes the directory that it is in.
+///
+/// # Errors
+/// As the file system.
+pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        make_dir(parent)?;
+    }
+    let draft = path.with_extension(format!("{}.tmp", random_hex(4)));
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
+    file.write_all(content)?;
+    drop(file);
+    fs::rename(&draft, path)
 }
 
 /// What lies in a directory of ours, by name. One that is not there is empty.

@@ -66,9 +66,8 @@ impl Launcher {
             None => return Found::Gone,
         };
         let deadline = tokio::time::Instant::now() + END;
-        let hint = if identity.program.is_some() { None } else { self.hint() };
         let error = loop {
-            match Client::connect(&dir.join("sock"), hint).await {
+            match Client::connect(&dir.join("sock"), self.hint(identity.program.as_deref())).await {
                 Ok(client) => {
                     let pidfd = Arc::new(pidfd);
                     let ended = watch_over(&pidfd);

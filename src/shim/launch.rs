@@ -217,8 +217,10 @@ impl Launcher {
         Unborn { program: Some(program.to_owned()), ..self.name() }
     }
 
-    pub(super) fn hint(&self) -> Option<TaskApi> {
+    /// What a shim of this kind is likely to serve.
+    pub(super) fn hint(&self, program: Option<&Path>) -> Option<TaskApi> {
         match self.api.load(Ordering::Relaxed) {
+            _ if program.is_some() => None,
             2 => Some(TaskApi::V2),
             3 => Some(TaskApi::V3),
             _ => None,
@@ -254,8 +256,7 @@ impl Launcher {
             }
             tell.send_replace(true);
         });
-        let hint = if program.is_some() { None } else { self.hint() };
-        match Client::connect(&dir.join("sock"), hint).await {
+        match Client::connect(&dir.join("sock"), self.hint(program.as_deref())).await {
             Ok(client) => {
                 if program.is_none() {
                     self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);

@@ -15,7 +15,7 @@ use super::{Record, shared::Shared};
 use crate::{
     ids::{Digest, TaskId},
     netns::{Addresses, who_is_in},
-    places::{Places, make_dir},
+    places::{Places, write_whole},
 };
 
 /// Whose network stack a task uses in its group's namespace.
@@ -159,14 +159,8 @@ fn settle(places: &Places, group: &Membership) -> Result<(), GroupError> {
     if addresses.is_empty() {
         return Ok(());
     }
-    let path = note(places, namespace);
-    let write = |text: String| {
-        make_dir(&places.namespaces())?;
-        let draft = path.with_extension("tmp");
-        fs::write(&draft, text)?;
-        fs::rename(&draft, &path)
-    };
-    serde_json::to_string(&addresses).map_err(io::Error::from).and_then(write).map_err(failed)
+    let text = serde_json::to_vec(&addresses).map_err(io::Error::from);
+    text.and_then(|text| write_whole(&note(places, namespace), &text, 0o600)).map_err(failed)
 }
 
 /// A task's container is gone: its namespace is as it was before.

@@ -39,7 +39,7 @@ impl InSandbox {
         let bundle = places.bundle(&record.container_id);
         Self {
             program: bundle.join("runtime"),
-            root: places.runtime_root(&record.runtime).join(&record.namespace),
+            root: places.runtime_state(&record.runtime, &record.namespace),
             pid_file: bundle.join(format!("{exec_id}.pid{}", gvisor::INSIDE)),
         }
     }

@@ -126,7 +126,7 @@ impl Shared {
         };
         let exit = shim::delete_dead(self.pool.launcher(), dead).await?;
         // gVisor's own shim says that all went well when its runsc could not be run.
-        let root = self.settings.places.runtime_root(&record.runtime).join(&record.namespace);
+        let root = self.settings.places.runtime_state(&record.runtime, &record.namespace);
         if record.gvisor && root.join(gvisor::state_file(record.container_id.as_str())).exists() {
             let message = "runsc has not deleted the container; its state is still there".to_owned();
             return Err(ShimError::Refused { call: "delete", code: -1, message });

@@ -85,7 +85,7 @@ pub async fn start(
     let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
     let network = plan::network(request);
     let runtime = tokio::select! {
-        ready = runtime.made_ready(&network) => ready?,
+        ready = runtime.made_ready(&network, &shared.settings.hooks) => ready?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
     let image = self::image(shared, request, stop).await?;

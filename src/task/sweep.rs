@@ -168,7 +168,7 @@ impl Engine {
         let mut found: Vec<String> =
             [places.bundles(), places.uppers(), places.logs()].iter().flat_map(|path| names(path)).collect();
         for runtime in names(&places.runtimes()) {
-            found.extend(names(&places.runtime_root(&runtime).join(self.shared().pool.launcher().namespace())));
+            found.extend(names(&places.runtime_state(&runtime, self.shared().pool.launcher().namespace())));
         }
         // gVisor's files are named after containers, too.
         found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
@@ -204,7 +204,7 @@ impl Engine {
         let known_to = |root: &Path| names(root).iter().any(|name| gvisor::container_of(name) == id.as_str());
         let runtime = names(&places.runtimes())
             .into_iter()
-            .find(|runtime| known_to(&places.runtime_root(runtime).join(shared.pool.launcher().namespace())));
+            .find(|runtime| known_to(&places.runtime_state(runtime, shared.pool.launcher().namespace())));
         let record = Record::new(Intent {
             task_id: TaskId(String::new()),
             name: String::new(),
@@ -229,7 +229,7 @@ impl Engine {
         undo(shared, &record, shim).await?;
         // Without its bundle only the runtime itself still knows the container.
         for runtime in names(&places.runtimes()) {
-            let root = places.runtime_root(&runtime).join(shared.pool.launcher().namespace());
+            let root = places.runtime_state(&runtime, shared.pool.launcher().namespace());
             if known_to(&root) {
                 match shared.runtimes.delete(&runtime, &root, id).await {
                     // Nobody can be asked any more; its processes were ended by their cgroup.

@@ -120,7 +120,7 @@ impl Released {
         let log = shared.settings.places.log(&record.container_id);
         let cgroups = shared.cgroups.clone();
         let cgroup = CgroupPath::recorded(&record.cgroup);
-        let root = shared.settings.places.runtime_root(&record.runtime).join(&record.namespace);
+        let root = shared.settings.places.runtime_state(&record.runtime, &record.namespace);
         let state = record.gvisor.then(|| (root, record.container_id.clone()));
         let files = tokio::task::spawn_blocking(move || {
             let after = |name, outcome: Result<(), TaskError>| {

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path, process::Stdio, time::Duration};
 
+use super::probe_spec;
 use crate::{
     ids::random_hex,
     rootfs::seccomp::{self, Form},
@@ -50,15 +51,7 @@ async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<boo
     }
     let program = bundle.join("rootfs/empty");
     fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o755).open(program).map_err(text)?;
-    let namespaces: Vec<_> =
-        ["pid", "mount", "ipc", "uts"].iter().map(|kind| serde_json::json!({ "type": kind })).collect();
-    let mut spec = serde_json::json!({
-        "ociVersion": "1.0.2",
-        "root": { "path": "rootfs" },
-        "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/empty"], "cwd": "/", "env": [] },
-        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-        "linux": { "namespaces": namespaces, "cgroupsPath": format!("/nomad-driver-shim-{id}") },
-    });
+    let mut spec = probe_spec(id, "/empty", &["pid", "mount", "ipc", "uts"]);
     match form {
         Form::Program => {
             if let Some(program) = seccomp::failing("execve", TELLTALE) {

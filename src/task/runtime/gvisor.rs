@@ -11,13 +11,16 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::kept::{self, Program};
+use super::{
+    kept::{self, Program},
+    probe_cgroup, probe_spec,
+};
 use crate::{
     cgroup::{CgroupPath, Cgroups},
     elf,
     gvisor::{Caller, GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
     ids::{Digest, random_hex},
-    places::{Places, make_dir},
+    places::{Places, make_dir, write_whole},
     process::{PidFd, boot_id, descendants},
     rootfs::NetworkNamespace,
 };
@@ -173,8 +176,8 @@ impl Gvisor {
     async fn sandbox(&self, binary: &Path, probed: &Probed) -> Result<(), String> {
         let id = format!("probe-{}", random_hex(6));
         let bundle = self.places.run().join(&id);
-        let cgroup = CgroupPath::recorded(&format!("/nomad-driver-shim-{id}"));
-        let outcome = self.run_in(&bundle, cgroup.as_str(), binary, probed).await;
+        let cgroup = CgroupPath::recorded(&probe_cgroup(&id));
+        let outcome = self.run_in(&bundle, &id, binary, probed).await;
         let deadline = Instant::now() + ASK;
         while self.cgroups.kill(&cgroup) > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -188,19 +191,11 @@ impl Gvisor {
         outcome
     }
 
-    async fn run_in(&self, bundle: &Path, cgroup: &str, binary: &Path, probed: &Probed) -> Result<(), String> {
+    async fn run_in(&self, bundle: &Path, id: &str, binary: &Path, probed: &Probed) -> Result<(), String> {
         let text = |error: std::io::Error| error.to_string();
         make_dir(&bundle.join("rootfs/proc")).map_err(text)?;
         write_whole(&bundle.join("rootfs/probe"), &elf::exits_with(TELLTALE), 0o755).map_err(text)?;
-        let namespaces: Vec<_> =
-            ["pid", "mount", "ipc", "uts", "network"].iter().map(|kind| serde_json::json!({ "type": kind })).collect();
-        let spec = serde_json::json!({
-            "ociVersion": "1.0.2",
-            "root": { "path": "rootfs" },
-            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["/probe"], "cwd": "/", "env": [] },
-            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-            "linux": { "namespaces": namespaces, "cgroupsPath": cgroup },
-        });
+        let spec = probe_spec(id, "/probe", &["pid", "mount", "ipc", "uts", "network"]);
         fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
         let mut command = tokio::process::Command::new(binary);
         command
@@ -209,7 +204,7 @@ impl Gvisor {
             .arg(bundle.join("state"))
             .args(["run", "--bundle"])
             .arg(bundle)
-            .args(bundle.file_name())
+            .arg(id)
             .current_dir(bundle)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -295,17 +290,4 @@ async fn ask(binary: &Path, word: &str) -> Result<String, String> {
     let output = output.map_err(|_| format!("{word}: it hangs"))?.map_err(|error| format!("{word}: {error}"))?;
     // Go prints help to either.
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
-}
-
-/// Writes a file whole or not at all.
-fn write_whole(path: &Path, content: &[u8], mode: u32) -> std::io::Result<()> {
-    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
-    if let Some(parent) = path.parent() {
-        make_dir(parent)?;
-    }
-    let draft = path.with_extension(format!("{}.tmp", random_hex(4)));
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
-    file.write_all(content)?;
-    drop(file);
-    fs::rename(&draft, path)
 }

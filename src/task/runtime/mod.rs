@@ -24,7 +24,7 @@ use crate::{
     ids::ContainerId,
     places::Places,
     process::which,
-    rootfs::{NetworkNamespace, seccomp::Form},
+    rootfs::{Hooks, NetworkNamespace, seccomp::Form},
     stamp::Stamp,
 };
 
@@ -32,7 +32,7 @@ use crate::{
 const DELETE: Duration = Duration::from_secs(30);
 
 /// Why a runtime can't be used.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// Not configured.
     #[error("runtime {name:?} is not configured; there is {known}")]
@@ -80,8 +80,7 @@ pub enum RuntimeError {
         /// Its name.
         name: String,
         /// Why.
-        #[source]
-        source: Arc<std::io::Error>,
+        source: std::io::Error,
     },
     /// One that confines nobody.
     #[error("runtime {0:?} was built without seccomp, and would pass any filter over in silence; install one with it")]
@@ -104,8 +103,6 @@ pub struct Runtime {
     pub shim: Option<OwnShim>,
     /// Where it is gVisor's.
     pub gvisor: Option<Arc<Gvisor>>,
-    /// Are there hooks that it calls when a container is deleted?
-    pub calls_at_the_end: bool,
 }
 
 /// A shim that is not runc's.
@@ -137,19 +134,17 @@ impl Runtime {
     ///
     /// # Errors
     /// When it does not work here.
-    pub async fn made_ready(mut self, namespace: &NetworkNamespace) -> Result<Self, RuntimeError> {
+    pub async fn made_ready(mut self, namespace: &NetworkNamespace, hooks: &Hooks) -> Result<Self, RuntimeError> {
         let probed = self.works().await?;
         let (Some(gvisor), Some(probed)) = (&self.gvisor, probed) else { return Ok(self) };
         let binary = gvisor.kept(&self.binary).await;
-        let own = own_program();
-        let caller = match (&self.shim, &own) {
-            (None, _) => Ok(Caller::Runc { deletes: self.calls_at_the_end || gvisor.settings.writes_into_volumes() }),
-            (Some(_), Ok(keeper)) => Ok(Caller::Own { keeper }),
-            (Some(_), Err(error)) => Err(std::io::Error::new(error.kind(), error.to_string())),
+        let failed = |source| RuntimeError::Wrapper { name: self.name.clone(), source };
+        let keeper = self.shim.as_ref().map(|_| own_program()).transpose().map_err(failed)?;
+        let caller = match &keeper {
+            Some(keeper) => Caller::Own { keeper },
+            None => Caller::Runc { deletes: !hooks.poststop.is_empty() || gvisor.settings.writes_into_volumes() },
         };
-        let network = gvisor.network(namespace);
-        let wrapper = caller.and_then(|caller| gvisor.wrapper(&binary, &probed, network, caller));
-        let failed = |source| RuntimeError::Wrapper { name: self.name.clone(), source: Arc::new(source) };
+        let wrapper = gvisor.wrapper(&binary, &probed, gvisor.network(namespace), caller);
         self.binary = wrapper.map_err(failed)?;
         Ok(self)
     }
@@ -169,8 +164,6 @@ pub struct Runtimes {
     default: Result<Runtime, String>,
     /// `default_runtime`.
     wanted: Option<String>,
-    /// `hooks { poststop }`.
-    calls_at_the_end: bool,
 }
 
 /// A program's place, and what says that it is still the same file.
@@ -217,7 +210,6 @@ impl Runtimes {
             allowed,
             default: Err(String::new()),
             wanted: settings.default_runtime.clone(),
-            calls_at_the_end: !settings.hooks.poststop.is_empty(),
         };
         runtimes.default = match &settings.default_runtime {
             Some(name) => runtimes.installed_as(name).ok_or_else(|| runtimes.missing(name).to_string()),
@@ -242,8 +234,7 @@ impl Runtimes {
         let known = self.take_programs.get(name).is_some_and(|known| asked(&binary).as_ref() == Some(known));
         let filters = if known { Form::Program } else { Form::Profile };
         let gvisor = self.gvisor.get(name).cloned();
-        let calls_at_the_end = self.calls_at_the_end;
-        Some(Runtime { name: name.to_owned(), binary, filters, shim, gvisor, calls_at_the_end })
+        Some(Runtime { name: name.to_owned(), binary, filters, shim, gvisor })
     }
 
     /// The program of a runtime, by its name.
@@ -368,6 +359,23 @@ fn own_program() -> std::io::Result<PathBuf> {
     which(&bare).ok_or_else(|| std::io::Error::new(std::io::ErrorKind::NotFound, format!("{} is gone", bare.display())))
 }
 
+/// Where a probe's container is.
+fn probe_cgroup(id: &str) -> String {
+    format!("/nomad-driver-shim-{id}")
+}
+
+/// The least that a runtime runs `program` by, in `rootfs` of the bundle.
+fn probe_spec(id: &str, program: &str, namespaces: &[&str]) -> serde_json::Value {
+    let namespaces: Vec<_> = namespaces.iter().map(|kind| serde_json::json!({ "type": kind })).collect();
+    serde_json::json!({
+        "ociVersion": "1.0.2",
+        "root": { "path": "rootfs" },
+        "process": { "user": { "uid": 0, "gid": 0 }, "args": [program], "cwd": "/", "env": [] },
+        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+        "linux": { "namespaces": namespaces, "cgroupsPath": probe_cgroup(id) },
+    })
+}
+
 /// What probes that were cut off left behind.
 pub fn clear_probes(scratch: &Path, cgroups: &Cgroups) {
     let stale = fs::read_dir(scratch).into_iter().flatten().flatten();
@@ -376,7 +384,7 @@ pub fn clear_probes(scratch: &Path, cgroups: &Cgroups) {
         if !name.starts_with("probe-") {
             continue;
         }
-        let cgroup = CgroupPath::recorded(&format!("/nomad-driver-shim-{name}"));
+        let cgroup = CgroupPath::recorded(&probe_cgroup(&name));
         cgroups.kill(&cgroup);
         let removed = cgroups.remove(&cgroup).map_err(|error| crate::chain(&error));
         if let Err(problem) = removed.and_then(|()| fs::remove_dir_all(entry.path()).map_err(|error| error.to_string()))
@@ -398,7 +406,6 @@ mod tests {
             filters: Form::Profile,
             shim: None,
             gvisor: None,
-            calls_at_the_end: false,
         };
         let own = OwnShim { program: "/no/shim".into(), config: None };
         Runtimes {
@@ -413,7 +420,6 @@ mod tests {
             allowed: allowed.map(|names| names.iter().map(|name| (*name).to_owned()).collect()),
             default: Ok(shell),
             wanted: None,
-            calls_at_the_end: false,
         }
     }
 
