@@ -7,7 +7,7 @@ use nomad_driver_shim::pb::driver::{Device, DnsConfig, NetworkIsolationSpec};
 use serde_json::{Value, json};
 
 use crate::{
-    options::{SharedVolume, tmpfs},
+    options::{SharedVolume, tmpfs, with_volume},
     peer,
     resources::Pool,
     row::{Row, Run},
@@ -173,26 +173,8 @@ async fn host_namespaces(env: &mut Env) {
 
 async fn volumes(env: &mut Env) {
     let volume = SharedVolume::new(env.dir.join("volume"));
-    let volume = &volume.0;
-    fs::write(volume.join("f"), "from the host\n").unwrap();
-    fs::create_dir(volume.join("later")).unwrap();
-    let script = "cat /rw/f /ro/f; echo w > /rw/w; echo w 2>/dev/null > /ro/w2; echo ready; sleep 600";
-    let config = shell(env, script, json!({})).await;
-    let task = start_with(env, config, |config| {
-        for (task_path, readonly, propagation) in [("/rw", false, "host-to-task"), ("/ro", true, "private")] {
-            config.mounts.push(nomad_driver_shim::pb::driver::Mount {
-                task_path: task_path.to_owned(),
-                host_path: volume.to_str().unwrap().to_owned(),
-                readonly,
-                propagation_mode: propagation.to_owned(),
-                ..Default::default()
-            });
-        }
-    })
-    .await;
-    task.says("from the host\nfrom the host\nready\n").await;
-    assert!(volume.join("w").exists() && !volume.join("w2").exists());
-    tmpfs(&volume.join("later"));
+    let task = with_volume(env, &volume).await;
+    tmpfs(&volume.0.join("later"));
     let seen = env.exec_text(&task, "grep -o ' /r[wo]/later ' /proc/self/mountinfo || echo none").await;
     assert_eq!(seen, "none\n");
     env.destroy(&task).await.unwrap();
@@ -235,8 +217,7 @@ async fn held_to(env: &Env, task: &Task, cpus: &str) {
 
 async fn share_pool(env: &mut Env) {
     let pool = Pool::new(env, "0");
-    let config = shell(env, "sleep 600", json!({})).await;
-    let task = start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&pool.told)).await;
+    let task = pool.task(env).await;
     for cpus in ["0", "0-1", "1"] {
         pool.set(cpus);
         held_to(env, &task, cpus).await;
@@ -246,8 +227,7 @@ async fn share_pool(env: &mut Env) {
 
 async fn cpuset(env: &mut Env) {
     let pool = Pool::new(env, "1");
-    let config = shell(env, "sleep 600", json!({})).await;
-    let task = start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&pool.told)).await;
+    let task = pool.task(env).await;
     held_to(env, &task, "1").await;
     env.destroy(&task).await.unwrap();
 }
@@ -268,13 +248,7 @@ async fn weights(env: &mut Env) {
 }
 
 async fn capabilities(env: &mut Env) {
-    let options = json!({
-        "readonly_rootfs": true, "cap_add": ["CAP_SYS_ADMIN", "CAP_IPC_OWNER", "CAP_IPC_LOCK"],
-        "cap_drop": ["CAP_CHOWN", "CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE"],
-    });
-    let config = shell(env, "sleep 600", options).await;
-    let task = env.start(config).await;
-    peer::has_capabilities(env, &task).await;
+    let task = peer::with_capabilities(env).await;
     let script = "touch /tmp/file.txt && grep -c ' /tmp tmpfs ' /proc/mounts; touch /bin/file.txt 2>&1 || true";
     let said = env.exec_text(&task, script).await;
     assert!(said.starts_with("1\n") && said.contains("Read-only file system"), "{said}");

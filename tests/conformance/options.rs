@@ -13,7 +13,7 @@ use crate::{
     row,
     row::Row,
     seen::{limit, prints, refused, shell, start_with},
-    support::Env,
+    support::{Env, Task},
 };
 
 pub fn rows() -> Vec<Row> {
@@ -237,6 +237,16 @@ async fn mounts(env: &mut Env) {
 
 async fn volumes(env: &mut Env) {
     let volume = SharedVolume::new(env.dir.join("volume"));
+    let task = with_volume(env, &volume).await;
+    // What the host mounts later arrives where the job says so.
+    tmpfs(&volume.0.join("later"));
+    let seen = env.exec_text(&task, "grep -o ' /r[wo]/later ' /proc/self/mountinfo || true").await;
+    assert_eq!(seen, " /rw/later \n");
+    env.destroy(&task).await.unwrap();
+}
+
+/// A task that has the volume twice, to write to and not, and has done both.
+pub async fn with_volume(env: &mut Env, volume: &SharedVolume) -> Task {
     let volume = &volume.0;
     fs::write(volume.join("f"), "from the host\n").unwrap();
     fs::create_dir(volume.join("later")).unwrap();
@@ -256,11 +266,7 @@ async fn volumes(env: &mut Env) {
     .await;
     task.says("from the host\nfrom the host\nready\n").await;
     assert!(volume.join("w").exists() && !volume.join("w2").exists());
-    // What the host mounts later arrives where the job says so.
-    tmpfs(&volume.join("later"));
-    let seen = env.exec_text(&task, "grep -o ' /r[wo]/later ' /proc/self/mountinfo || true").await;
-    assert_eq!(seen, " /rw/later \n");
-    env.destroy(&task).await.unwrap();
+    task
 }
 
 /// A file system whose mounts are passed on.

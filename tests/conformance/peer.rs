@@ -70,23 +70,25 @@ async fn signal_handler(env: &mut Env) {
 }
 
 async fn capabilities(env: &mut Env) {
+    let task = with_capabilities(env).await;
+    let said = env.exec_text(&task, "touch /tmp/file.txt 2>&1 || true").await;
+    assert!(said.contains("Read-only file system"), "{said}");
+}
+
+/// A task with some more and some less, on a root that is read-only.
+pub async fn with_capabilities(env: &mut Env) -> Task {
     let options = json!({
         "readonly_rootfs": true, "cap_add": ["CAP_SYS_ADMIN", "CAP_IPC_OWNER", "CAP_IPC_LOCK"],
         "cap_drop": ["CAP_CHOWN", "CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE"],
     });
     let config = shell(env, "sleep 600", options).await;
     let task = env.start(config).await;
-    has_capabilities(env, &task).await;
-    let said = env.exec_text(&task, "touch /tmp/file.txt 2>&1 || true").await;
-    assert!(said.contains("Read-only file system"), "{said}");
-}
-
-pub async fn has_capabilities(env: &Env, task: &Task) {
-    let mask = env.exec_text(task, "grep CapEff /proc/self/status").await;
+    let mask = env.exec_text(&task, "grep CapEff /proc/self/status").await;
     let mask = u64::from_str_radix(mask.split_whitespace().nth(1).unwrap(), 16).unwrap();
     for (bit, there) in [(21, true), (15, true), (14, true), (0, false), (18, false), (1, false)] {
         assert_eq!(mask & (1 << bit) != 0, there, "capability {bit} in {mask:x}");
     }
+    task
 }
 
 async fn privileged(env: &mut Env) {

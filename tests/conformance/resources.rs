@@ -156,6 +156,12 @@ impl Pool {
         }
     }
 
+    /// A task that Nomad puts there.
+    pub async fn task(&self, env: &mut Env) -> Task {
+        let config = shell(env, "sleep 600", json!({})).await;
+        start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&self.told)).await
+    }
+
     pub fn set(&self, cpus: &str) {
         fs::write(self.dir.join("cpuset.cpus"), cpus).unwrap();
     }
@@ -173,8 +179,7 @@ impl Drop for Pool {
 
 async fn share_pool(env: &mut Env) {
     let pool = Pool::new(env, "0");
-    let config = shell(env, "sleep 600", json!({})).await;
-    let task = start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&pool.told)).await;
+    let task = pool.task(env).await;
     for cpus in ["0", "0-1", "1"] {
         pool.set(cpus);
         eventually(&format!("the task has processors {cpus}"), async || {
