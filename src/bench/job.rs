@@ -14,9 +14,20 @@ pub struct Job {
     pub(super) id: String,
     pub(super) alloc: Alloc,
     pub(super) dirs: TaskDirs,
-    pub(super) waits: bool,
+    lives: Lives,
     pub(super) stdout: Collector,
     stderr: Collector,
+}
+
+/// How long its program goes on.
+#[derive(Debug, Clone, Copy)]
+enum Lives {
+    /// It ends at once.
+    NotAtAll,
+    /// It waits for longer than any start's answer takes.
+    Awhile,
+    /// It waits for SIGTERM.
+    UntilStopped,
 }
 
 impl Job {
@@ -29,16 +40,22 @@ impl Job {
         stamp::put(&local).map_err(file(&local))?;
         let read = |fifo: &Path| Collector::start(fifo, Output::Keep);
         let (stdout, stderr) = (read(&dirs.stdout), read(&dirs.stderr));
-        Ok(Self { id, alloc, dirs, waits: !sequence.contains(&Step::Wait), stdout, stderr })
+        let lives = match (sequence.contains(&Step::Wait), sequence.contains(&Step::Linger)) {
+            (false, _) => Lives::UntilStopped,
+            (true, true) => Lives::Awhile,
+            (true, false) => Lives::NotAtAll,
+        };
+        Ok(Self { id, alloc, dirs, lives, stdout, stderr })
     }
 
     /// Its command.
     pub(super) fn command(&self) -> Vec<String> {
-        let mut command = vec![stamp::PATH.to_owned()];
-        if self.waits {
-            command.push(stamp::WAIT.to_owned());
-        }
-        command
+        let arguments: &[&str] = match self.lives {
+            Lives::NotAtAll => &[],
+            Lives::Awhile => &[stamp::WAIT, stamp::AWHILE],
+            Lives::UntilStopped => &[stamp::WAIT],
+        };
+        [&[stamp::PATH], arguments].concat().into_iter().map(str::to_owned).collect()
     }
 
     /// What it has said: its first and its last stamp.

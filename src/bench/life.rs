@@ -39,6 +39,7 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
     let (mut seen, mut stopped, mut destroyed) = (None, None, None);
     let mut began = 0;
     let ends_itself = sequence.contains(&Step::Wait);
+    let lingers = sequence.contains(&Step::Linger);
     for step in sequence {
         let before = now();
         match step {
@@ -79,6 +80,7 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
                 life.main.push(("stop", now() - before));
                 continue;
             }
+            Step::Linger => continue,
             Step::Exec => within(&path.name, "exec", path.exec(&job)).await?,
             Step::Stats => within(&path.name, "stats", path.stats(&job)).await?,
             Step::Signal => within(&path.name, "signal", path.signal(&job)).await?,
@@ -98,6 +100,12 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
     };
     // A sandbox has a clock of its own, which begins with it: its stamps tell that it ran, and nothing else.
     let (first, last) = if first < began { (None, None) } else { (Some(first), Some(last)) };
+    if lingers {
+        job.clear(LIMIT).await?;
+        let gone = last.zip(seen).map(|(last, seen)| seen.saturating_sub(last));
+        let details = gone.map(|gone| ("last_instruction_to_exit_seen".to_owned(), gone)).into_iter().collect();
+        return Ok(Life { main: Vec::new(), details });
+    }
     if let Some((before, after)) = destroyed {
         life.details.push(("destroy".to_owned(), after - before));
         if ends_itself {
@@ -113,8 +121,6 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
     }
     if let Some(seen) = seen {
         life.main.push(("exit_seen", seen - began));
-        let after = last.map(|last| ("last_instruction_to_exit_seen".to_owned(), seen.saturating_sub(last)));
-        life.details.extend(after);
     }
     if let Some(stopped) = stopped {
         let after = last.map(|last| ("last_instruction_to_stopped".to_owned(), stopped.saturating_sub(last)));

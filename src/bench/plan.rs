@@ -64,6 +64,9 @@ pub enum Step {
     Signal,
     /// It is told to stop.
     Stop,
+    /// Nothing is done: the task goes on for long enough that its end is waited for when it comes. A sequence with this
+    /// tells only how long after the end that is seen.
+    Linger,
     /// It ends by itself.
     Wait,
     /// It is removed.
@@ -140,10 +143,18 @@ impl Default for Plan {
             gap_ms: 100,
             concurrency: vec![4, 16],
             concurrent_count: 128,
-            sequences: vec![vec![Step::Start, Step::Wait, Step::Destroy], vec![Step::Start, Step::Stop, Step::Destroy]],
+            sequences: vec![
+                vec![Step::Start, Step::Wait, Step::Destroy],
+                vec![Step::Start, Step::Stop, Step::Destroy],
+                vec![Step::Start, Step::Linger, Step::Wait, Step::Destroy],
+            ],
             idle_tasks: 100,
             paths: vec![
                 PathPlan::new("driver", Kind::Driver),
+                PathPlan {
+                    config: serde_json::json!({"shim_scope": "node"}),
+                    ..PathPlan::new("driver_node_scope", Kind::Driver)
+                },
                 cold,
                 PathPlan::new("containerd", Kind::Containerd),
                 PathPlan::new("runc", Kind::Runc),
@@ -189,7 +200,8 @@ impl Plan {
             let good = sequence.first() == Some(&Step::Start)
                 && sequence.last() == Some(&Step::Destroy)
                 && sequence.iter().filter(|step| matches!(step, Step::Stop | Step::Wait)).count() == 1
-                && sequence.iter().filter(|step| matches!(step, Step::Start | Step::Destroy)).count() == 2;
+                && sequence.iter().filter(|step| matches!(step, Step::Start | Step::Destroy)).count() == 2
+                && (!sequence.contains(&Step::Linger) || sequence.contains(&Step::Wait));
             if !good {
                 return Err(format!(
                     "sequences: {sequence:?} is not start, anything, one of stop and wait, anything, destroy"
