@@ -34,6 +34,7 @@ pub struct Places {
     run: PathBuf,
     state: PathBuf,
     uppers: PathBuf,
+    ahead: PathBuf,
 }
 
 impl Places {
@@ -42,8 +43,8 @@ impl Places {
         let (run, state): (PathBuf, PathBuf) = (run.into(), state.into());
         let owner = Digest::of(run.as_os_str().as_encoded_bytes()).to_string();
         let (_, owner) = owner.split_at("sha256:".len());
-        let uppers = state.join("uppers").join(&owner[..12]);
-        Self { run, state, uppers }
+        let [uppers, ahead] = ["uppers", "ahead"].map(|kind| state.join(kind).join(&owner[..12]));
+        Self { run, state, uppers, ahead }
     }
 
     /// The defaults of a driver called `name`.
@@ -180,6 +181,11 @@ impl Places {
     /// another's for remains.
     pub fn uppers(&self) -> PathBuf {
         self.uppers.clone()
+    }
+
+    /// Root file systems made ahead.
+    pub fn ahead(&self) -> PathBuf {
+        self.ahead.clone()
     }
 
     /// Nothing is left: the state directory keeps nothing of ours but images.

@@ -357,10 +357,10 @@ fn to(writer: impl Write + Send + 'static) -> Output {
 
 /// The phases, those of the plugin below StartTask.
 fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Option<Duration>)]) -> String {
-    let mut text = String::from("phase                              ms\n");
+    let mut text = String::from("phase                                  ms\n");
     for (name, took) in steps {
         let took = took.map_or_else(|| "-".to_owned(), |took| format!("{:.2}", took.as_secs_f64() * 1000.0));
-        text.push_str(&format!("{name:28} {took:>8}\n"));
+        text.push_str(&format!("{name:32} {took:>8}\n"));
         if *name == "StartTask" {
             let pooled = phases.get("phase.shim_pooled").is_some_and(|pooled| pooled == "true");
             let shim = if pooled { "shim (one waited)" } else { "shim (started now)" };
@@ -370,11 +370,15 @@ fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Op
                 ("record, rootfs, bundle", "bundle_ms"),
                 ("shim: Create", "create_ms"),
                 ("shim: Start", "start_ms"),
+                ("process let go, within Create", "released_ms"),
+                ("what is not the shim's", "own_ms"),
                 ("all of it, in the plugin", "total_ms"),
             ];
             for (label, key) in parts {
                 let value = phases.get(&format!("phase.{key}")).and_then(|value| value.parse::<f64>().ok());
-                text.push_str(&format!("  {label:26} {:>8.2}\n", value.unwrap_or_default()));
+                if let Some(value) = value {
+                    text.push_str(&format!("  {label:30} {value:>8.2}\n"));
+                }
             }
         }
     }

@@ -135,7 +135,8 @@ pub fn check_flag(flag: &str) -> Result<(), String> {
 
 /// Is this process making a container, by its name and command line? A sandbox, its file server and its keeper are not.
 pub fn is_at_work(name: &str, line: &[u8]) -> bool {
-    let creates = line.split(|byte| *byte == 0).any(|word| word == b"create");
+    let has = |wanted: &[u8]| line.split(|byte| *byte == 0).any(|word| word == wanted);
+    let creates = has(b"create") || (has(b"run") && has(b"--detach"));
     creates && name.trim_end().as_bytes() != KEEPING.to_bytes()
 }
 

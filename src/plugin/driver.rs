@@ -319,19 +319,16 @@ impl Driver for DriverService {
 /// What `InspectTask` adds for people, and for `run --time`.
 fn attributes(inspection: &Inspection) -> HashMap<String, String> {
     let Inspection { record, phases, pid, .. } = inspection;
-    let millis = |duration: Duration| format!("{:.3}", duration.as_secs_f64() * 1000.0);
-    HashMap::from([
+    let mut attributes = HashMap::from([
         ("container_id".to_owned(), record.container_id.to_string()),
         ("image".to_owned(), record.image.clone()),
         ("runtime".to_owned(), record.runtime.clone()),
         ("cgroup".to_owned(), record.cgroup.clone()),
         ("pid".to_owned(), pid.to_string()),
-        ("phase.image_ms".to_owned(), millis(phases.image)),
-        ("phase.shim_ms".to_owned(), millis(phases.shim)),
         ("phase.shim_pooled".to_owned(), phases.pooled.to_string()),
-        ("phase.bundle_ms".to_owned(), millis(phases.bundle)),
-        ("phase.create_ms".to_owned(), millis(phases.create)),
-        ("phase.start_ms".to_owned(), millis(phases.start)),
-        ("phase.total_ms".to_owned(), millis(phases.total)),
-    ])
+    ]);
+    attributes.extend(phases.by_name().into_iter().filter_map(|(name, duration)| {
+        Some((format!("phase.{name}_ms"), format!("{:.3}", duration?.as_secs_f64() * 1000.0)))
+    }));
+    attributes
 }

@@ -73,35 +73,46 @@ impl BundlePaths {
         self.bundle.join("resolv.conf")
     }
 
-    /// Makes the directories and mounts the layers.
+    /// Makes the bundle's directories.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn create(&self) -> Result<(), RootfsError> {
+        let rootfs = self.rootfs();
+        make_dir(&rootfs).map_err(|source| file("create", &rootfs, source))
+    }
+
+    /// Makes the writable layer, and mounts the layers in a bundle that is there.
     ///
     /// # Errors
     /// When anything can't be made; `LayersGone` when the image's directories have vanished.
     pub fn mount(&self, layers: Layers<'_>, on: &UpperOn) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
+        make_dir(&self.upper).map_err(|source| file("create", &self.upper, source))?;
         if let UpperOn::Tmpfs { size } = on {
             let path = &self.upper;
-            make_dir(path).map_err(|source| file("create", path, source))?;
             let options = size.iter().fold("mode=711".to_owned(), |options, size| format!("{options},size={size}"));
             mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some(options.as_str()))
                 .map_err(|errno| RootfsError::Mount { path: path.clone(), source: errno.into() })?;
         }
-        for directory in [&rootfs, &self.upper.join("upper"), &self.upper.join("work")] {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o711)
-                .create(directory)
-                .map_err(|source| file("create", directory, source))?;
-        }
+        let work = self.upper.join("work");
+        fs::DirBuilder::new().mode(0o711).create(&work).map_err(|source| file("create", &work, source))?;
         // The container's "/" has the mode of the upper directory, which every image has at 0755.
         let upper = self.upper.join("upper");
         let mode = layers
             .lowers
             .first()
             .and_then(|lower| fs::metadata(lower).ok())
-            .map_or(0o755, |lower| lower.permissions().mode());
-        fs::set_permissions(&upper, fs::Permissions::from_mode(mode & 0o7777))
-            .map_err(|source| file("set the mode of", &upper, source))?;
+            .map_or(0o755, |lower| lower.permissions().mode() & 0o7777);
+        fs::DirBuilder::new()
+            .mode(mode)
+            .create(&upper)
+            .and_then(|()| {
+                // Less what the process's mask took away; a change costs the disk's journal something.
+                let made = fs::metadata(&upper)?.permissions().mode() & 0o7777;
+                if made == mode { Ok(()) } else { fs::set_permissions(&upper, fs::Permissions::from_mode(mode)) }
+            })
+            .map_err(|source| file("make", &upper, source))?;
         overlay::mount_writable(layers.lowers, layers.options, &self.upper, &rootfs).map_err(|source| {
             let gone = source.kind() == io::ErrorKind::NotFound && layers.lowers.iter().any(|lower| !lower.exists());
             if gone { RootfsError::LayersGone { source } } else { RootfsError::Mount { path: rootfs.clone(), source } }

@@ -1,6 +1,7 @@
 //! What a task's process will see: the OCI spec, made by pure functions from plain inputs, and the bundle that holds
 //! it, with the root file system mounted by us.
 
+mod ahead;
 pub mod bundle;
 mod capabilities;
 mod defaults;
@@ -18,6 +19,7 @@ mod users;
 
 use std::{io, path::PathBuf};
 
+pub use ahead::Ahead;
 pub use bundle::UpperOn;
 pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
 pub use process::Command;

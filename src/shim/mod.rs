@@ -8,7 +8,9 @@ mod client;
 mod exec;
 mod found;
 mod launch;
+mod pid_files;
 mod pool;
+mod release;
 mod sealed;
 pub mod stdio;
 mod version;
@@ -20,7 +22,9 @@ pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, Ta
 pub use exec::{ExecIo, ExecPipes};
 pub use found::{Found, end_hung, end_stray, kill_shim};
 pub use launch::{Launcher, Shim, Unborn};
+pub use pid_files::{PidFile, PidFiles};
 pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
+pub use release::release;
 pub use sealed::Sealed;
 
 /// Why a shim did not do what it was asked.

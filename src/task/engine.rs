@@ -199,12 +199,13 @@ impl Engine {
         let began = start::start(&self.0.shared, &request, &stop).await;
         self.0.shared.pool.refill();
         let start::Running { record, shim, run, phases, image, stdio } = began?;
+        self.0.shared.make_ahead(image.clone());
         self.0.shared.metrics.started(&phases);
         tracing::info!(
             task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,
             pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
-            start_us = micros(phases.start), "started"
+            released_us = phases.released.map(micros), start_us = phases.start.map(micros), "started"
         );
         self.0.shared.events.tell_host(&record, format!("Started, process {}", run.process.pid));
         let (shim, image) = (Found::Alive(shim), Some(image));
@@ -433,6 +434,7 @@ impl Engine {
             warmer.end();
         }
         self.0.shared.pool.close().await;
+        tokio::task::block_in_place(|| self.0.shared.ahead.close());
         self.0.shared.log_keeper.end_idle();
         self.settings().places.leave_uppers();
     }

@@ -13,9 +13,6 @@ use super::{Phases, TaskError};
 /// Upper bounds of the buckets, in seconds: from our own share of a start to a slow pull.
 const BUCKETS: [f64; 14] = [0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 5.0, 30.0];
 
-/// Parts of a start.
-const PHASES: [&str; 6] = ["image", "shim", "bundle", "create", "start", "total"];
-
 /// Why starts fail; the label of `starts_failed_total`.
 const CAUSES: [&str; 7] = ["config", "image", "rootfs", "shim", "runtime", "stopped", "host"];
 
@@ -57,7 +54,7 @@ impl Histogram {
 pub struct Metrics {
     starts: AtomicU64,
     failures: [AtomicU64; CAUSES.len()],
-    phases: [Histogram; PHASES.len()],
+    phases: [Histogram; Phases::COUNT],
     pool_hits: AtomicU64,
     pool_misses: AtomicU64,
     pulls: AtomicU64,
@@ -90,9 +87,10 @@ impl Metrics {
     /// A task was started.
     pub fn started(&self, phases: &Phases) {
         self.starts.fetch_add(1, Ordering::Relaxed);
-        let times = [phases.image, phases.shim, phases.bundle, phases.create, phases.start, phases.total];
-        for (histogram, time) in self.phases.iter().zip(times) {
-            histogram.observe(time);
+        for (histogram, (_, time)) in self.phases.iter().zip(phases.by_name()) {
+            if let Some(time) = time {
+                histogram.observe(time);
+            }
         }
         let pool = if phases.pooled { &self.pool_hits } else { &self.pool_misses };
         pool.fetch_add(1, Ordering::Relaxed);
@@ -158,7 +156,7 @@ impl Metrics {
         }
         let name = "nomad_driver_shim_start_phase_seconds";
         let _ = writeln!(text, "# HELP {name} How long the parts of a start took.\n# TYPE {name} histogram");
-        for (phase, histogram) in PHASES.iter().zip(&self.phases) {
+        for ((phase, _), histogram) in Phases::default().by_name().iter().zip(&self.phases) {
             histogram.render(&mut text, name, &format!("phase=\"{phase}\""));
         }
         let name = "nomad_driver_shim_tasks";

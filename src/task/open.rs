@@ -21,10 +21,10 @@ use crate::{
     containerd,
     image::{ImageStore, Reference},
     rootfs::{
-        Capabilities,
+        Ahead, Capabilities, UpperOn,
         seccomp::{Filters, Form},
     },
-    shim::{Launcher, Pool, Sealed},
+    shim::{Launcher, PidFiles, Pool, Sealed},
 };
 
 impl Engine {
@@ -74,6 +74,11 @@ impl Engine {
                 Warmer::start(&cgroups, keep).inspect_err(refused).ok()
             }
         };
+        let most = if settings.upper == UpperOn::Disk { settings.shim.pool.size } else { 0 };
+        let ahead = Ahead::new(places.ahead(), most);
+        let unwatched =
+            |error: &std::io::Error| tracing::warn!(%error, "pid files can't be watched; starts take longer");
+        let pid_files = PidFiles::new().inspect_err(unwatched).ok();
         let shared = Arc::new(Shared {
             settings,
             cgroups,
@@ -81,6 +86,8 @@ impl Engine {
             images,
             filters: Filters::default(),
             pool,
+            pid_files,
+            ahead,
             events,
             metrics: Metrics::default(),
             groups: Groups::default(),

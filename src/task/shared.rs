@@ -8,14 +8,14 @@ use std::{
 
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::{EventHub, Record, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics};
+use super::{EventHub, Record, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics, plan};
 use crate::{
     cgroup::{Cgroups, Warmer},
     gvisor,
     ids::TaskId,
-    image::ImageStore,
-    rootfs::{Capabilities, seccomp::Filters},
-    shim::{self, DeadTask, Exit, Pool, ShimError},
+    image::{ImageRecord, ImageStore},
+    rootfs::{Ahead, Capabilities, seccomp::Filters},
+    shim::{self, DeadTask, Exit, PidFiles, Pool, ShimError},
 };
 
 /// The parts of an open engine, and what it has still to take over or undo.
@@ -26,6 +26,10 @@ pub struct Shared {
     pub(super) images: ImageStore,
     pub(super) filters: Filters,
     pub(super) pool: Pool,
+    /// Where they can be watched.
+    pub(super) pid_files: Option<PidFiles>,
+    /// Root file systems of the images used last.
+    pub(super) ahead: Ahead,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
     /// Who shares network namespaces.
@@ -52,6 +56,11 @@ pub struct Shared {
 pub const TEARDOWNS: usize = 4;
 /// A disk that is slower than this is not waited for.
 const CLEARED: Duration = Duration::from_secs(30);
+
+/// Root file systems are made ahead so long after a start,
+const BREATH: Duration = Duration::from_millis(5);
+/// and so long later at most when others are at work.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// A task that is to be undone.
 pub struct Leftover {
@@ -94,6 +103,19 @@ impl Shared {
     /// Who is at it, if there is such a leftover.
     pub(super) fn hands_on(&self, id: &TaskId) -> Option<Hands> {
         self.leftovers().get(id).map(|leftover| leftover.hands)
+    }
+
+    /// Has root file systems made ahead for the next tasks of an image, in the background.
+    pub(super) fn make_ahead(self: &Arc<Self>, image: Arc<ImageRecord>) {
+        let shared = self.clone();
+        tokio::spawn(async move {
+            shared.pool.calm(BREATH, PATIENCE).await;
+            let make = move || shared.ahead.make(plan::layers(&image));
+            // The next start makes its own, and says what is wrong.
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(make).await {
+                tracing::debug!(error = %crate::chain(&error), "no root file system made ahead");
+            }
+        });
     }
 
     /// Waits until what has been destroyed is cleared away, but not for what hangs.

@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     os::fd::OwnedFd,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, group, logs,
     names::Names,
-    plan::{self, Plan},
+    plan::{self, Plan, Starter},
     record::{RunRecord, millis},
     share_pool,
     shared::Shared,
@@ -30,7 +31,7 @@ use crate::{
         mounts::{self, AllocDirs, ResolvedMount},
         selinux,
     },
-    shim::{CreateTask, Found, Reserved, RuntimeOptions, Shim, ShimError, stdio},
+    shim::{self, CreateTask, Found, PidFile, Reserved, RuntimeOptions, Shim, ShimError, stdio},
 };
 
 /// How long each part of a start took.
@@ -46,10 +47,37 @@ pub struct Phases {
     pub pooled: bool,
     /// The shim's `Create`.
     pub create: Duration,
-    /// The shim's `Start`.
-    pub start: Duration,
+    /// From the beginning until we let the process go, mostly before `Create` is answered; none where somebody else did that.
+    pub released: Option<Duration>,
+    /// The shim's `Start`, where it was called.
+    pub start: Option<Duration>,
     /// All of it.
     pub total: Duration,
+}
+
+impl Phases {
+    /// How many there are.
+    pub const COUNT: usize = 8;
+
+    /// All of them, by the names that metrics and InspectTask have.
+    pub fn by_name(&self) -> [(&'static str, Option<Duration>); Self::COUNT] {
+        [
+            ("image", Some(self.image)),
+            ("shim", Some(self.shim)),
+            ("bundle", Some(self.bundle)),
+            ("create", Some(self.create)),
+            ("released", self.released),
+            ("start", self.start),
+            ("own", Some(self.own())),
+            ("total", Some(self.total)),
+        ]
+    }
+
+    /// What was neither the image's nor the shim's: all of it less the pull, the shim's coming up and its calls.
+    pub fn own(&self) -> Duration {
+        let others = [self.image, self.shim, self.create, self.start.unwrap_or_default()];
+        self.total.saturating_sub(others.iter().sum())
+    }
 }
 
 /// A task that has just been started.
@@ -260,7 +288,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let (shim, error) = match (bundle, shim) {
         (Ok(()), Ok(shim)) => {
             fault::point("start.bundle");
-            let parts = Parts { warm, shim: &shim, stdio: &stdio };
+            let parts = Parts { began, warm, shim: &shim, stdio: &stdio };
             match Box::pin(run(shared, plan, parts, &mut record, &mut phases)).await {
                 Ok(run) => {
                     phases.total = began.elapsed();
@@ -293,6 +321,7 @@ enum Coming {
 
 /// What one start works with.
 struct Parts<'a> {
+    began: Instant,
     warm: Option<Warm>,
     shim: &'a Shim,
     stdio: &'a stdio::Stdio,
@@ -305,7 +334,7 @@ async fn run(
     record: &mut Record,
     phases: &mut Phases,
 ) -> Result<RunRecord, TaskError> {
-    let Parts { warm, shim, stdio } = parts;
+    let Parts { began, warm, shim, stdio } = parts;
     let places = &shared.settings.places;
     let bundle = places.bundle(&plan.container_id);
 
@@ -329,21 +358,45 @@ async fn run(
     };
     let failed = |doing| move |source: ShimError| TaskError::Shim { doing, source };
     let client = shim.client();
+    let starter = plan.starter(shared);
+    let watched = shared.pid_files.as_ref().filter(|_| starter != Starter::Shim);
+    let pid_file = watched.and_then(|files| files.watch(&bundle).ok());
     fault::point_within("start.creating", Duration::from_millis(4));
-    let pid = client.create(&create).await.map_err(failed("create the container"))?;
+    let mut creating = pin!(client.create(&create));
+    let refused = failed("create the container");
+    // The runtime says so some milliseconds before the shim does.
+    let (pid, created) = tokio::select! {
+        created = &mut creating => (created.map_err(refused)?, true),
+        pid = PidFile::written(pid_file) => (pid, false),
+    };
     // The process is in its cgroup.
     drop(warm);
-    fault::point("start.created");
-    crate::logs::started(&places.log(&plan.container_id))?;
     // Now, while it surely lives: it waits for its start. One that does not is never taken for another by this.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
-    phases.create = step.elapsed();
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
-
-    let step = Instant::now();
-    client.start(id).await.map_err(failed("start the container"))?;
-    phases.start = step.elapsed();
-
+    let state = places.runtime_state(&plan.runtime.name, &record.namespace).join(id);
+    let started = match starter {
+        Starter::Driver => {
+            let unlike = |error: &std::io::Error| tracing::debug!(%error, "left to the shim's Start");
+            shim::release(&state, &process).await.inspect_err(unlike).is_ok()
+        }
+        Starter::Wrapper => true,
+        Starter::Shim => false,
+    };
+    phases.released = (started && starter == Starter::Driver).then(|| began.elapsed());
+    fault::point("start.released");
+    if !created {
+        creating.await.map_err(refused)?;
+    }
+    phases.create = step.elapsed();
+    fault::point("start.created");
+    // The shim has the FIFOs open by now.
+    crate::logs::started(&places.log(&plan.container_id))?;
+    if !started {
+        let step = Instant::now();
+        client.start(id).await.map_err(failed("start the container"))?;
+        phases.start = Some(step.elapsed());
+    }
     fault::point("start.started");
 
     let run = RunRecord { process, started_at: millis(SystemTime::now()) };

@@ -70,6 +70,9 @@ impl Engine {
         if let Some(keep) = self.settings().keep_images {
             found.extend(self.shared().images.collect(keep, &self.images_in_use(), dry_run).await);
         }
+        if !dry_run {
+            tokio::task::block_in_place(|| self.shared().ahead.prune());
+        }
         found
     }
 
@@ -250,6 +253,8 @@ impl Engine {
         self.shared().all_cleared().await;
         let in_use = self.images_in_use();
         let removed = self.shared().images.remove(&reference.to_string(), &in_use).await;
+        // One of its own would keep its layers.
+        tokio::task::block_in_place(|| self.shared().ahead.give_up());
         removed.map_err(|error| TaskError::Image(super::SharedImageError(Arc::new(error))))
     }
 

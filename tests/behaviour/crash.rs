@@ -9,13 +9,14 @@ use serde_json::json;
 use crate::support::{Env, EnvOptions, Task, eventually, leak};
 
 const SWITCH: &str = "NOMAD_DRIVER_SHIM_KILL_AT";
-const START: [&str; 10] = [
+const START: [&str; 11] = [
     "start.image",
     "start.shim",
     "start.intent",
     "start.mounted",
     "start.bundle",
     "start.creating",
+    "start.released",
     "start.created",
     "start.started",
     "start.recorded",

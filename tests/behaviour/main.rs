@@ -15,6 +15,7 @@
 #[allow(dead_code, unused_imports, reason = "shared with the conformance suite")]
 mod support;
 
+mod ahead;
 mod archives;
 mod bench;
 mod cgroup2;
@@ -36,6 +37,7 @@ mod options;
 mod own_logs;
 mod pool;
 mod recovery;
+mod release;
 mod seccomp;
 mod stats;
 mod stop;

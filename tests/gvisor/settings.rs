@@ -115,7 +115,7 @@ async fn what_is_set_is_what_happens() {
         let config = sh(env, "ping -c 1 -W 5 127.0.0.1 > /dev/null && echo raw", json!({"cap_add": ["NET_RAW"]})).await;
         assert_eq!(env.run(config).await.1, "raw\n");
         let names: Vec<_> = fs::read_dir(logs.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
-        for command in ["boot", "create", "gofer"] {
+        for command in ["boot", "run", "gofer"] {
             assert!(names.iter().any(|name| name.to_string_lossy().contains(command)), "{command} in {names:?}");
         }
     })

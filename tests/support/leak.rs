@@ -72,6 +72,8 @@ pub async fn afterwards_within(env: &Env, patience: Duration) -> Vec<String> {
         leaks.extend(entries(&env.dir.join("run/shims")).into_iter().map(|shim| format!("shim directory {shim}")));
         let sockets = entries(&env.dir).into_iter().filter(|name| name.starts_with("plugin-"));
         leaks.extend(sockets.map(|name| format!("plugin socket {name}")));
+        let ahead = entries(&env.dir.join("state/ahead")).into_iter();
+        leaks.extend(ahead.map(|part| format!("root file systems made ahead: {part}")));
         leaks
     })
     .await

@@ -43,7 +43,12 @@ const IMAGE: &[Row] =
 
 const SHIM: &[Row] = &[
     default("binary", Kind::Text, "\"containerd-shim-runc-v2\"", "The shim, by path or by name in PATH."),
-    default("pool", Kind::Number, "2", "How many idle shims wait for the next task (0 to 64)."),
+    default(
+        "pool",
+        Kind::Number,
+        "2",
+        "How many idle shims wait for the next task (0 to 64), and how many of the images used last have a root file system waiting.",
+    ),
     default("reuse", Kind::Flag, "true", "A shim whose task is gone serves the next one."),
 ];
 

@@ -120,6 +120,12 @@ impl Runtime {
         self.gvisor.as_ref().map(|gvisor| gvisor.network(namespace))
     }
 
+    /// Is it one of those whose containers wait at a FIFO, and do nothing else at `start`? By its name: of a wrapper with
+    /// another one nobody knows what it does then.
+    pub fn waits_at_fifo(&self) -> bool {
+        ["crun", "runc"].iter().any(|name| is_called(&self.binary, name))
+    }
+
     /// Is it known to work here? Only gVisor's is looked at for that.
     ///
     /// # Errors
@@ -166,6 +172,11 @@ pub struct Runtimes {
     wanted: Option<String>,
 }
 
+/// Does the file's name begin so (`crun`, `crun-1.20`)?
+fn is_called(binary: &Path, name: &str) -> bool {
+    binary.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name))
+}
+
 /// A program's place, and what says that it is still the same file.
 type Asked = (PathBuf, Stamp);
 
@@ -189,8 +200,7 @@ impl Runtimes {
         let gvisor = gvisor.collect();
         let cruns = configured.iter().filter_map(|(name, runtime)| {
             let binary = which(&runtime.binary)?;
-            let is_crun = binary.file_name().is_some_and(|file| file.to_string_lossy().starts_with("crun"));
-            is_crun.then_some(async move { (name.clone(), crun_works(&binary, scratch).await) })
+            is_called(&binary, "crun").then_some(async move { (name.clone(), crun_works(&binary, scratch).await) })
         });
         let cruns: BTreeMap<String, Result<Form, String>> =
             futures_util::future::join_all(cruns).await.into_iter().collect();
