@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Resources, OOM, statistics, exec, stop, recovery, leaks, and what else a task is.
-core=(lifecycle:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
+core=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
 suites=(behaviour conformance)
 [ $# = 0 ] || { core=("$@") suites=(behaviour); }
 directory=$PWD/target/cgroup2

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 matrix=$PWD/target/matrix
 # What depends on containerd, shim or runtime; the rest is the same everywhere.
-core=(lifecycle:: stop:: recovery:: crash:: survival:: exec:: stats:: logs:: archives::every)
+core=(lifecycle:: release:: stop:: recovery:: crash:: survival:: exec:: stats:: logs:: archives::every)
 skip=(--skip three_hundred)
 say() { printf '\nmatrix: %s\n' "$*" >&2; }
 
