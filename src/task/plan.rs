@@ -16,7 +16,7 @@ use super::{
     names::{Hosts, Names},
     record::Intent,
     runtime::Runtime,
-    shared::Shared,
+    shared::{Shared, layers},
     signal,
 };
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
     image::ImageRecord,
     rootfs::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput, Terminal,
-        bundle::{BundlePaths, Layers},
+        bundle::BundlePaths,
         devices::{self, DeviceRequest},
         mounts::{self, AllocDirs, ResolvedMount},
         seccomp::{self, Filter},
@@ -103,11 +103,6 @@ pub(super) fn fits(runtime: &Runtime, request: &StartRequest) -> Result<(), Task
         None => Ok(()),
         Some(device) => Err(TaskError::NotInSandbox { runtime: runtime.name.clone(), device: device.to_owned() }),
     }
-}
-
-/// What an image's root file system is made of.
-pub(super) fn layers(image: &ImageRecord) -> Layers<'_> {
-    Layers { lowers: &image.lowers, options: &image.overlay_options }
 }
 
 impl Plan<'_> {

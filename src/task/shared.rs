@@ -8,13 +8,13 @@ use std::{
 
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::{EventHub, Record, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics, plan};
+use super::{EventHub, Record, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics};
 use crate::{
     cgroup::{Cgroups, Warmer},
     gvisor,
     ids::TaskId,
     image::{ImageRecord, ImageStore},
-    rootfs::{Ahead, Capabilities, seccomp::Filters},
+    rootfs::{Ahead, Capabilities, bundle::Layers, seccomp::Filters},
     shim::{self, DeadTask, Exit, PidFiles, Pool, ShimError},
 };
 
@@ -79,6 +79,11 @@ pub enum Hands {
     Clearing,
 }
 
+/// What an image's root file system is made of.
+pub(super) fn layers(image: &ImageRecord) -> Layers<'_> {
+    Layers { lowers: &image.lowers, options: &image.overlay_options }
+}
+
 impl Shared {
     /// Keeps in mind what is still to be undone.
     pub(super) fn keep(&self, record: Record) {
@@ -110,7 +115,7 @@ impl Shared {
         let shared = self.clone();
         tokio::spawn(async move {
             shared.pool.calm(BREATH, PATIENCE).await;
-            let make = move || shared.ahead.make(plan::layers(&image));
+            let make = move || shared.ahead.make(layers(&image));
             // The next start makes its own, and says what is wrong.
             if let Ok(Err(error)) = tokio::task::spawn_blocking(make).await {
                 tracing::debug!(error = %crate::chain(&error), "no root file system made ahead");
