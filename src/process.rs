@@ -221,6 +221,12 @@ pub fn descendants(pid: u32) -> Vec<u32> {
     all
 }
 
+/// All processes there are.
+pub fn all() -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

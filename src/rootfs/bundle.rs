@@ -226,7 +226,10 @@ impl BundlePaths {
     pub fn remove(&self) -> Result<(), RootfsError> {
         for point in self.mount_points()?.into_iter().chain([self.pins()]) {
             let removed = match fs::symlink_metadata(&point) {
-                Ok(metadata) if metadata.is_dir() => fs::remove_dir(&point),
+                Ok(metadata) if metadata.is_dir() => fs::remove_dir(&point).or_else(|error| match error.kind() {
+                    io::ErrorKind::DirectoryNotEmpty if point == self.rootfs() => remove_unmounted(&point),
+                    _ => Err(error),
+                }),
                 Ok(_) => fs::remove_file(&point),
                 Err(error) => Err(error),
             };
@@ -270,6 +273,20 @@ fn unmount_all(point: &Path) -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         }
     }
+}
+
+/// Removes what a runtime that was cut off has put where the root file system was no more (gVisor makes its mount points
+/// there), if nothing at all is mounted in it: what is mounted there may be the host's own.
+fn remove_unmounted(path: &Path) -> io::Result<()> {
+    // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes written in another way.
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    if points.any(|point| Path::new(point).starts_with(path))
+        || path.to_string_lossy().contains([' ', '\t', '\n', '\\'])
+    {
+        return Err(io::ErrorKind::DirectoryNotEmpty.into());
+    }
+    fs::remove_dir_all(path)
 }
 
 fn remove_all(path: &Path) -> Result<(), RootfsError> {

@@ -11,7 +11,7 @@ use crate::{
     fault, gvisor,
     ids::ContainerId,
     places::names,
-    process::descendants,
+    process::{self, descendants},
     rootfs::{RootfsError, bundle::BundlePaths},
     shim::{self, Client, Found, Kill, Shim, ShimError},
 };
@@ -93,6 +93,9 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
         (other, _) => {
             outcome.note(record, "shim", end_shim(shared, record, other).await);
+            if record.gvisor {
+                outcome.note(record, "container", end_late(shared, record).await);
+            }
             None
         }
     };
@@ -232,12 +235,11 @@ async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
     // Of a shim that others share, only what is still where the shim itself is: their containers are not.
     let alone = shim.is_held_once();
     let at_work = || {
+        if record.gvisor {
+            return runsc_is_at_work(record);
+        }
         let mut others = descendants(shim.pid()).into_iter().skip(1);
         others.any(|pid| {
-            if record.gvisor {
-                let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-                return gvisor::is_at_work(&String::from_utf8_lossy(&read("comm")), &read("cmdline"));
-            }
             if alone { !shared.cgroups.holds(&cgroup, pid) } else { shared.cgroups.are_together(pid, shim.pid()) }
         })
     };
@@ -248,6 +250,32 @@ async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Is a runsc making this container, wherever it is? A shim that gives up kills what it has called, and not what that had
+/// called.
+fn runsc_is_at_work(record: &Record) -> bool {
+    process::all().into_iter().any(|pid| {
+        let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let line = read("cmdline");
+        let is_its = line.split(|byte| *byte == 0).any(|word| word == record.container_id.as_str().as_bytes());
+        is_its && gvisor::is_at_work(&String::from_utf8_lossy(&read("comm")), &line)
+    })
+}
+
+/// Ends what a runsc has made that its shim had called just before it was ended itself, when it is done.
+async fn end_late(shared: &Shared, record: &Record) -> Result<(), TaskError> {
+    let deadline = tokio::time::Instant::now() + KILL_GRACE;
+    let mut late = false;
+    while runsc_is_at_work(record) && tokio::time::Instant::now() < deadline {
+        late = true;
+        tokio::time::sleep(LOOK).await;
+    }
+    if late {
+        let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
+        shared.delete_dead(record).await.map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// Nothing of a task may outlive its undoing: what a runtime that was cut off has half made belongs to no container.
