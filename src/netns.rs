@@ -20,6 +20,8 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::process;
+
 /// The kernel answers at once.
 const LIMIT: i64 = 5;
 /// More than any message of a dump.
@@ -98,9 +100,7 @@ impl Addresses {
 /// A process whose network namespace this is, if there is one. Looks at every process: 3 µs each.
 pub fn who_is_in(namespace: &Path) -> Option<u32> {
     let wanted = fs::metadata(namespace).ok()?;
-    let entries = fs::read_dir("/proc").ok()?.flatten();
-    let mut pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.find(|pid| {
+    process::all().into_iter().find(|pid| {
         fs::metadata(format!("/proc/{pid}/ns/net"))
             .is_ok_and(|own| (own.dev(), own.ino()) == (wanted.dev(), wanted.ino()))
     })

@@ -233,6 +233,16 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
 }
 
+/// May something be mounted at `path` or below it? Also when that can't be told.
+pub fn may_hold_mounts(path: &Path) -> bool {
+    // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes written in another way.
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    mounts.is_empty()
+        || path.to_string_lossy().contains([' ', '\t', '\n', '\\'])
+        || points.any(|point| Path::new(point).starts_with(path))
+}
+
 /// Writes a file whole or not at all, by a draft beside it, and makes the directory that it is in.
 ///
 /// # Errors

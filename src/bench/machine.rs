@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::stamp::now;
-use crate::cgroup::{CgroupMode, Cgroups};
+use crate::{
+    cgroup::{CgroupMode, Cgroups},
+    process,
+};
 
 /// What figures are worth little without.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -134,13 +137,13 @@ pub(super) fn pss(pid: u32) -> u64 {
 
 /// Processes whose command line holds `text`, with their names.
 pub(super) fn processes(text: &str) -> Vec<(u32, String)> {
-    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-    pids.filter_map(|entry| {
-        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-        let line = fs::read(entry.path().join("cmdline")).ok()?;
-        let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
-        line.contains(text).then_some((pid, name))
-    })
-    .collect()
+    process::all()
+        .into_iter()
+        .filter_map(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
+            line.contains(text).then_some((pid, name))
+        })
+        .collect()
 }

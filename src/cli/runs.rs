@@ -10,6 +10,7 @@ use crate::{
     control::{PATIENCE, Request, ask},
     host::{Launch, Plugin},
     pb::driver::DestroyTaskRequest,
+    places::may_hold_mounts,
     task::read_records,
 };
 
@@ -59,8 +60,7 @@ pub async fn clear_up(common: &Common, address: &Path, id: &str) {
 
 /// Removes a directory of ours, but never what is mounted in it: that may be the host's own. True when nothing was.
 pub fn remove_unless_mounted(path: &Path) -> bool {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    if mounts.is_empty() || mounts.contains(&*path.to_string_lossy()) {
+    if may_hold_mounts(path) {
         return false;
     }
     match std::fs::remove_dir_all(path) {

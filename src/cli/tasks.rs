@@ -5,7 +5,7 @@ use std::fs;
 use super::{CliError, Common, say};
 use crate::{
     image::InUse,
-    places::Places,
+    places::{Places, may_hold_mounts},
     task::{Record, read_records},
 };
 
@@ -42,11 +42,7 @@ pub fn is_run(driver: &str) -> bool {
 
 /// What the tasks of all `run`s use, whether their processes live or not: as long as the layers are mounted.
 pub fn in_use_by_runs(common: &Common) -> InUse {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mounted = |found: &Found| {
-        let rootfs = found.places.rootfs(&found.record.container_id);
-        mounts.is_empty() || mounts.contains(&*rootfs.to_string_lossy())
-    };
+    let mounted = |found: &Found| may_hold_mounts(&found.places.rootfs(&found.record.container_id));
     let runs = all(common).into_iter().filter(|found| is_run(&found.driver));
     runs.filter(mounted).map(|found| (found.record.intent.image, found.record.intent.lease)).collect()
 }

@@ -58,17 +58,20 @@ struct Stack {
 
 impl Stack {
     fn of(layers: Layers<'_>) -> io::Result<Self> {
-        let identified = |path: &PathBuf| fs::metadata(path).map(|file| (path.clone(), file.dev(), file.ino()));
+        let identified = |path: &PathBuf| identity(path).map(|(dev, ino)| (path.clone(), dev, ino));
         let lowers = layers.lowers.iter().map(identified).collect::<io::Result<_>>()?;
         Ok(Self { lowers, options: layers.options.to_vec() })
     }
 
     fn is_current(&self) -> bool {
-        let same = |(path, dev, ino): &(PathBuf, u64, u64)| {
-            fs::metadata(path).is_ok_and(|file| (file.dev(), file.ino()) == (*dev, *ino))
-        };
+        let same = |(path, dev, ino): &(PathBuf, u64, u64)| identity(path).is_ok_and(|now| now == (*dev, *ino));
         self.lowers.iter().all(same)
     }
+}
+
+/// Which directory that is.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
 impl Ahead {

@@ -19,7 +19,7 @@ use crate::{
     fault,
     ids::ContainerId,
     overlay,
-    places::{Places, make_dir},
+    places::{Places, make_dir, may_hold_mounts},
 };
 
 /// Where one task's files are.
@@ -278,12 +278,7 @@ fn unmount_all(point: &Path) -> io::Result<()> {
 /// Removes what a runtime that was cut off has put where the root file system was no more (gVisor makes its mount points
 /// there), if nothing at all is mounted in it: what is mounted there may be the host's own.
 fn remove_unmounted(path: &Path) -> io::Result<()> {
-    // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes written in another way.
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    if points.any(|point| Path::new(point).starts_with(path))
-        || path.to_string_lossy().contains([' ', '\t', '\n', '\\'])
-    {
+    if may_hold_mounts(path) {
         return Err(io::ErrorKind::DirectoryNotEmpty.into());
     }
     fs::remove_dir_all(path)

@@ -231,10 +231,9 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
 /// leaves one behind, which may go on to make the container, or was cut off with its process half made.
 async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
     let cgroup = CgroupPath::recorded(&record.cgroup);
-    let deadline = tokio::time::Instant::now() + KILL_GRACE;
     // Of a shim that others share, only what is still where the shim itself is: their containers are not.
     let alone = shim.is_held_once();
-    let at_work = || {
+    outlast(record, || {
         if record.gvisor {
             return runsc_is_at_work(record);
         }
@@ -242,14 +241,23 @@ async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
         others.any(|pid| {
             if alone { !shared.cgroups.holds(&cgroup, pid) } else { shared.cgroups.are_together(pid, shim.pid()) }
         })
-    };
+    })
+    .await;
+}
+
+/// Waits while a runtime is at work, though not for ever: true when one was.
+async fn outlast(record: &Record, at_work: impl Fn() -> bool) -> bool {
+    let deadline = tokio::time::Instant::now() + KILL_GRACE;
+    let mut was = false;
     while at_work() {
+        was = true;
         if tokio::time::Instant::now() > deadline {
             tracing::warn!(task = %record.task_id, "a runtime is at work for ever; going on without it");
-            return;
+            break;
         }
         tokio::time::sleep(LOOK).await;
     }
+    was
 }
 
 /// Is a runsc making this container, wherever it is? A shim that gives up kills what it has called, and not what that had
@@ -265,13 +273,7 @@ fn runsc_is_at_work(record: &Record) -> bool {
 
 /// Ends what a runsc has made that its shim had called just before it was ended itself, when it is done.
 async fn end_late(shared: &Shared, record: &Record) -> Result<(), TaskError> {
-    let deadline = tokio::time::Instant::now() + KILL_GRACE;
-    let mut late = false;
-    while runsc_is_at_work(record) && tokio::time::Instant::now() < deadline {
-        late = true;
-        tokio::time::sleep(LOOK).await;
-    }
-    if late {
+    if outlast(record, || runsc_is_at_work(record)).await {
         let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
         shared.delete_dead(record).await.map_err(failed)?;
     }
