@@ -1,7 +1,6 @@
 //! What a task uses, read from the kernel's own files: no call to a shim, no process, 0.1 ms.
 
 use std::{
-    cell::RefCell,
     fs::File,
     os::{
         fd::{AsFd as _, OwnedFd},
@@ -25,8 +24,12 @@ use nix::{
 
 use super::{CgroupMode, CgroupPath, Cgroups, ROOT};
 
-/// The longest file read here, version 1's memory.stat, has some 2 KB.
-const FILE_MAX: usize = 16 << 10;
+/// USER_HZ is 100 wherever Linux runs containers (sysconf(3), `_SC_CLK_TCK`).
+const NANOS_PER_TICK: u64 = 10_000_000;
+/// The longest file read here, memory.stat, has some 2 KB.
+const MEMORY_STAT_MAX: usize = 16 << 10;
+/// cpu.stat has a tenth of it.
+const CPU_STAT_MAX: usize = 2 << 10;
 
 /// One look at a task's cgroup. None where this kernel does not say.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -35,6 +38,13 @@ pub struct Usage {
     pub cpu: CpuUsage,
     /// Memory in bytes.
     pub memory: MemoryUsage,
+}
+
+impl Usage {
+    /// What moves whenever anything does: the time that the task ran, and the memory that it holds.
+    fn moves(&self) -> (u64, Option<u64>) {
+        (self.cpu.total_ns, self.memory.usage)
+    }
 }
 
 /// Of one processor, in percent: what was spent between two looks that lie `time` apart. 100 is a whole one.
@@ -78,9 +88,20 @@ pub struct MemoryUsage {
     pub kernel_max: Option<u64>,
 }
 
+/// A task that has not run and holds as much memory as before is as it was: two files tell, in place of eight. That is
+/// relied on after so many such looks (memory.stat is up to two seconds late) ...
+const SETTLED: u32 = 3;
+/// ... and not in each tenth.
+const WHOLE: u32 = 10;
+
 /// A task's cgroup, held open for many looks.
 #[derive(Debug)]
-pub struct Meter(Groups);
+pub struct Meter {
+    groups: Groups,
+    last: Option<Usage>,
+    /// For how many looks nothing has moved.
+    still: u32,
+}
 
 #[derive(Debug)]
 enum Groups {
@@ -96,14 +117,15 @@ impl Cgroups {
 
     /// Opens a task's cgroup; None when it is gone.
     pub fn meter(&self, task: &CgroupPath) -> Option<Meter> {
-        Some(Meter(match self.mode {
+        let groups = match self.mode {
             CgroupMode::V1 => Groups::V1 {
                 cpuacct: Dir::open(&task.below(&self.controller("cpuacct")))?,
                 cpu: Dir::open(&task.below(&self.controller("cpu")))?,
                 memory: Dir::open(&task.below(&self.controller("memory")))?,
             },
             CgroupMode::V2 => Groups::V2(Dir::open(&task.below(Path::new(ROOT)))?),
-        }))
+        };
+        Some(Meter::new(groups))
     }
 
     /// Where a v1 controller is mounted: alone, or with another as `cpu,cpuacct`.
@@ -116,37 +138,50 @@ impl Cgroups {
 }
 
 impl Meter {
+    fn new(groups: Groups) -> Self {
+        Self { groups, last: None, still: 0 }
+    }
+
     /// What the task uses right now; None when its group is gone.
-    pub fn usage(&self) -> Option<Usage> {
-        match &self.0 {
-            Groups::V1 { cpuacct, cpu, memory } => version1(cpuacct, cpu, memory),
-            Groups::V2(group) => version2(group),
-        }
+    pub fn usage(&mut self) -> Option<Usage> {
+        let settled = self.still >= SETTLED && !self.still.is_multiple_of(WHOLE);
+        let known = self.last.as_ref().filter(|_| settled);
+        let usage = match &mut self.groups {
+            Groups::V1 { cpuacct, cpu, memory } => version1(cpuacct, cpu, memory, known),
+            Groups::V2(group) => version2(group, known),
+        };
+        let still = usage.zip(self.last).is_some_and(|(now, last)| now.moves() == last.moves());
+        self.still = if still { self.still.wrapping_add(1) } else { 0 };
+        self.last = usage;
+        usage
     }
 }
 
-/// cgroup-v1/cpuacct.rst, memory.rst: times in nanoseconds. `cpuacct.usage` is the sum of its two parts.
-fn version1(cpuacct: &Dir, cpu: &Dir, memory: &Dir) -> Option<Usage> {
-    let (mut cpu_text, mut memory_text) = ([0; FILE_MAX], [0; FILE_MAX]);
+/// cgroup-v1/cpuacct.rst, memory.rst: times in nanoseconds, and of user and system in ticks. `cpuacct.usage_user` and
+/// `_sys` have nanoseconds, too, but only count who runs at a tick: a task that wakes up for moments seems idle.
+fn version1(cpuacct: &mut Dir, cpu: &mut Dir, memory: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
+    let total_ns = cpuacct.number("cpuacct.usage")?;
+    let held = memory.number("memory.usage_in_bytes");
+    if let Some(known) = known.filter(|known| known.moves() == (total_ns, held)) {
+        return Some(*known);
+    }
+    let (mut parts_text, mut cpu_text, mut memory_text) = ([0; 128], [0; CPU_STAT_MAX], [0; MEMORY_STAT_MAX]);
+    let parts = Table(cpuacct.read("cpuacct.stat", &mut parts_text));
+    let nanos = |name: &str| parts.get(name).map(|ticks| ticks.saturating_mul(NANOS_PER_TICK));
     let throttling = Table(cpu.read("cpu.stat", &mut cpu_text));
     let stat = Table(memory.read("memory.stat", &mut memory_text));
-    let parts = cpuacct.number("cpuacct.usage_user").zip(cpuacct.number("cpuacct.usage_sys"));
-    let total_ns = match parts {
-        Some((user, system)) => user.saturating_add(system),
-        None => cpuacct.number("cpuacct.usage")?,
-    };
     Some(Usage {
         cpu: CpuUsage {
             total_ns,
-            user_ns: parts.map(|(user, _)| user),
-            system_ns: parts.map(|(_, system)| system),
+            user_ns: nanos("user"),
+            system_ns: nanos("system"),
             throttled_periods: throttling.get("nr_throttled"),
             throttled_ns: throttling.get("throttled_time"),
         },
         memory: MemoryUsage {
             rss: stat.get("total_rss"),
             cache: stat.get("total_cache"),
-            usage: memory.number("memory.usage_in_bytes"),
+            usage: held,
             max_usage: memory.number("memory.max_usage_in_bytes"),
             swap: stat.get("total_swap"),
             kernel: memory.number("memory.kmem.usage_in_bytes"),
@@ -156,25 +191,30 @@ fn version1(cpuacct: &Dir, cpu: &Dir, memory: &Dir) -> Option<Usage> {
 }
 
 /// cgroup-v2.rst: times in microseconds.
-fn version2(group: &Dir) -> Option<Usage> {
-    let (mut cpu_text, mut memory_text) = ([0; FILE_MAX], [0; FILE_MAX]);
-    let cpu = Table(group.read("cpu.stat", &mut cpu_text));
+fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
+    let (mut cpu_text, mut memory_text) = ([0; CPU_STAT_MAX], [0; MEMORY_STAT_MAX]);
+    let table = Table(group.read("cpu.stat", &mut cpu_text));
+    let nanos = |name: &str| table.get(name).map(|micros| micros.saturating_mul(1000));
+    let cpu = CpuUsage {
+        total_ns: nanos("usage_usec")?,
+        user_ns: nanos("user_usec"),
+        system_ns: nanos("system_usec"),
+        throttled_periods: table.get("nr_throttled"),
+        throttled_ns: nanos("throttled_usec"),
+    };
+    let held = group.number("memory.current");
+    if let Some(known) = known.filter(|known| known.moves() == (cpu.total_ns, held)) {
+        return Some(Usage { cpu, memory: known.memory });
+    }
     let stat = Table(group.read("memory.stat", &mut memory_text));
-    let nanos = |name: &str| cpu.get(name).map(|micros| micros.saturating_mul(1000));
     // `kernel` is younger (5.18) than its largest parts.
     let parts = stat.get("kernel_stack").zip(stat.get("slab")).map(|(stack, slab)| stack + slab);
     Some(Usage {
-        cpu: CpuUsage {
-            total_ns: nanos("usage_usec")?,
-            user_ns: nanos("user_usec"),
-            system_ns: nanos("system_usec"),
-            throttled_periods: cpu.get("nr_throttled"),
-            throttled_ns: nanos("throttled_usec"),
-        },
+        cpu,
         memory: MemoryUsage {
             rss: stat.get("anon"),
             cache: stat.get("file"),
-            usage: group.number("memory.current"),
+            usage: held,
             max_usage: group.number("memory.peak"),
             swap: group.number("memory.swap.current"),
             kernel: stat.get("kernel").or(parts),
@@ -187,7 +227,7 @@ fn version2(group: &Dir) -> Option<Usage> {
 #[derive(Debug)]
 struct Dir {
     fd: OwnedFd,
-    files: RefCell<Vec<(&'static str, Option<File>)>>,
+    files: Vec<(&'static str, Option<File>)>,
     keep: Option<Kept>,
 }
 
@@ -223,11 +263,11 @@ impl Drop for Kept {
 impl Dir {
     fn open(path: &Path) -> Option<Self> {
         let fd = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
-        Some(Self { fd, files: RefCell::default(), keep: Kept::new() })
+        Some(Self { fd, files: Vec::new(), keep: Kept::new() })
     }
 
     /// A file's text; empty when it is not there.
-    fn read<'a>(&self, name: &'static str, buffer: &'a mut [u8]) -> &'a str {
+    fn read<'a>(&mut self, name: &'static str, buffer: &'a mut [u8]) -> &'a str {
         // Read from its beginning, such a file tells the present state, however long it has been open (seq_file.rst).
         let all_of = |file: &File, buffer: &mut [u8]| {
             let mut length = 0;
@@ -240,21 +280,20 @@ impl Dir {
             }
             length
         };
-        let mut files = self.files.borrow_mut();
-        let known = files.iter().position(|(known, _)| *known == name);
+        let known = self.files.iter().position(|(known, _)| *known == name);
         let at = known.unwrap_or_else(|| {
             let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-            files.push((name, openat(self.fd.as_fd(), name, flags, Mode::empty()).ok().map(File::from)));
-            files.len() - 1
+            self.files.push((name, openat(self.fd.as_fd(), name, flags, Mode::empty()).ok().map(File::from)));
+            self.files.len() - 1
         });
-        let length = files[at].1.as_ref().map_or(0, |file| all_of(file, buffer));
+        let length = self.files[at].1.as_ref().map_or(0, |file| all_of(file, buffer));
         if self.keep.is_none() {
-            files.clear();
+            self.files.clear();
         }
         std::str::from_utf8(&buffer[..length]).unwrap_or_default()
     }
 
-    fn number(&self, name: &'static str) -> Option<u64> {
+    fn number(&mut self, name: &'static str) -> Option<u64> {
         self.read(name, &mut [0; 64]).trim().parse().ok()
     }
 }
@@ -295,7 +334,7 @@ mod tests {
             ("memory.current", "33\n"),
             ("memory.swap.current", "0\n"),
         ]);
-        let usage = version2(&dir(&group)).expect("a group");
+        let usage = version2(&mut dir(&group), None).expect("a group");
         assert_eq!(
             (usage.cpu.total_ns, usage.cpu.user_ns, usage.cpu.throttled_ns),
             (3_000_000, Some(2_000_000), Some(7000))
@@ -314,25 +353,54 @@ mod tests {
     #[test]
     fn version_1_counts_nanoseconds() {
         let group = group(&[
-            ("cpuacct.usage", "3000\n"),
-            ("cpuacct.usage_user", "2000\n"),
-            ("cpuacct.usage_sys", "1000\n"),
+            ("cpuacct.usage", "38000000\n"),
+            ("cpuacct.stat", "user 2\nsystem 1\n"),
             ("cpu.stat", "nr_periods 0\nnr_throttled 4\nthrottled_time 7\n"),
             ("memory.stat", "rss 1\ntotal_rss 10\ntotal_cache 20\ntotal_swap 7\n"),
             ("memory.usage_in_bytes", "33\n"),
             ("memory.max_usage_in_bytes", "50\n"),
         ]);
-        let usage = version1(&dir(&group), &dir(&group), &dir(&group)).expect("a group");
-        assert_eq!((usage.cpu.total_ns, usage.cpu.system_ns, usage.cpu.throttled_periods), (3000, Some(1000), Some(4)));
+        let usage = version1(&mut dir(&group), &mut dir(&group), &mut dir(&group), None).expect("a group");
+        let CpuUsage { total_ns, user_ns, system_ns, throttled_periods, .. } = usage.cpu;
+        assert_eq!((total_ns, user_ns, system_ns), (38_000_000, Some(20_000_000), Some(10_000_000)));
+        assert_eq!(throttled_periods, Some(4));
         assert_eq!((usage.memory.rss, usage.memory.swap, usage.memory.max_usage), (Some(10), Some(7), Some(50)));
         assert_eq!(usage.memory.kernel, None);
+    }
+
+    /// Reading everything of five hundred idle tasks each second is two thirds of what watching them costs.
+    #[test]
+    fn a_task_that_does_not_move_is_not_read_whole_each_time() {
+        let group =
+            group(&[("cpuacct.usage", "5\n"), ("memory.usage_in_bytes", "33\n"), ("memory.stat", "total_rss 1\n")]);
+        let (cpuacct, cpu, memory) = (dir(&group), dir(&group), dir(&group));
+        let mut meter = Meter::new(Groups::V1 { cpuacct, cpu, memory });
+        let set = |file: &str, text: &str| fs::write(group.path().join(file), text).expect("written");
+        let mut rss = || meter.usage().and_then(|usage| usage.memory.rss).expect("a group");
+        // The first look, and as many as it takes to rely on nothing having moved.
+        for n in 0..=SETTLED {
+            set("memory.stat", &format!("total_rss {n}\n"));
+            assert_eq!(rss(), u64::from(n), "late news of what it did");
+        }
+        set("memory.stat", "total_rss 70\n");
+        for _ in SETTLED..WHOLE {
+            assert_eq!(rss(), u64::from(SETTLED));
+        }
+        assert_eq!(rss(), 70, "for ever");
+        set("memory.stat", "total_rss 80\n");
+        assert_eq!(rss(), 70);
+        set("memory.usage_in_bytes", "34\n");
+        assert_eq!(rss(), 80, "it holds more");
+        set("memory.stat", "total_rss 90\n");
+        set("cpuacct.usage", "6\n");
+        assert_eq!(rss(), 90, "it ran");
     }
 
     #[test]
     fn a_group_that_is_gone_has_no_usage() {
         let empty = group(&[]);
-        let (one, two, three) = (dir(&empty), dir(&empty), dir(&empty));
-        assert_eq!((version1(&one, &two, &three), version2(&one)), (None, None));
+        let (mut one, mut two, mut three) = (dir(&empty), dir(&empty), dir(&empty));
+        assert_eq!((version1(&mut one, &mut two, &mut three, None), version2(&mut one, None)), (None, None));
         assert!(Dir::open(Path::new("/nonexistent")).is_none());
     }
 }

@@ -237,9 +237,8 @@ impl Driver for DriverService {
     ) -> Result<Response<Self::TaskStatsStream>, Status> {
         let request = request.into_inner();
         let (engine, id) = self.known(&request.task_id).await?;
-        let (send, receive) = tokio::sync::mpsc::channel(1);
-        tokio::spawn(stats::run(engine, id, convert::duration(request.collection_interval), send));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+        let samples = stats::samples(engine, id, convert::duration(request.collection_interval)).await;
+        Ok(Response::new(Box::pin(samples)))
     }
 
     async fn task_events(

@@ -1,18 +1,20 @@
 //! TaskStats: what a task uses, in Nomad's units, at once and then at each interval until it ends.
 
 use std::{
+    pin::Pin,
     sync::OnceLock,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
-use tokio::sync::mpsc;
+use futures_util::{Stream, stream};
+use tokio::time::{Instant, sleep_until};
 use tonic::Status;
 
 use crate::{
     cgroup::{CpuUsage, MemoryUsage, Usage, percent},
     ids::TaskId,
     pb::driver::{self as wire, cpu_usage::Fields as CpuField, memory_usage::Fields as MemoryField},
-    task::{Compute, Engine},
+    task::{Compute, Engine, TaskMeter},
 };
 
 /// Nomad's own default, for a host that asks for none.
@@ -23,49 +25,77 @@ const SHORTEST: Duration = Duration::from_millis(50);
 /// Samples are taken at multiples of a quarter of their interval since the first, but of no more than this.
 const STEP: Duration = Duration::from_millis(250);
 
-/// Sends samples until the task ends or the agent goes.
-pub async fn run(
+/// Samples until the task ends, taken when the agent can have them. A task that is not here any more has none: Nomad
+/// would log an error for each try.
+pub async fn samples(
     engine: Engine,
     id: TaskId,
     asked: Duration,
-    send: mpsc::Sender<Result<wire::TaskStatsResponse, Status>>,
-) {
-    let settings = engine.settings();
-    let interval = settings.stats_interval.unwrap_or(if asked.is_zero() { DEFAULT } else { asked }).max(SHORTEST);
-    let compute = settings.compute;
-    let mut before: Option<(Instant, CpuUsage)> = None;
-    // A task that is not here any more ends the stream, too: Nomad would log an error for each try.
-    let Ok(Some(mut meter)) = engine.meter(&id).await else { return };
-    let mut next = tokio::time::Instant::now();
-    while let Some(usage) = meter.usage() {
+) -> impl Stream<Item = Result<wire::TaskStatsResponse, Status>> {
+    let meter = engine.meter(&id).await.ok().flatten();
+    let sampler = meter.map(|meter| {
+        let settings = engine.settings();
+        Box::new(Sampler {
+            ended: Box::pin(meter.ended()),
+            id,
+            meter,
+            interval: settings.stats_interval.unwrap_or(if asked.is_zero() { DEFAULT } else { asked }).max(SHORTEST),
+            compute: settings.compute,
+            due: Instant::now(),
+            before: None,
+        })
+    });
+    // One future for each stream, polled by its connection: a task of its own and a channel cost as much as a look.
+    stream::unfold(sampler, |sampler| async {
+        let mut sampler = sampler?;
+        let stats = sampler.next().await?;
+        Some((Ok(wire::TaskStatsResponse { stats: Some(stats) }), Some(sampler)))
+    })
+}
+
+/// What one stream of samples knows between them.
+struct Sampler {
+    id: TaskId,
+    meter: TaskMeter,
+    ended: Pin<Box<dyn Future<Output = ()> + Send>>,
+    interval: Duration,
+    compute: Compute,
+    /// When the last sample was to be taken.
+    due: Instant,
+    before: Option<(Instant, CpuUsage)>,
+}
+
+impl Sampler {
+    /// The next sample, when it is time; None once the task has ended.
+    async fn next(&mut self) -> Option<wire::TaskStats> {
+        if let Some((then, _)) = self.before {
+            self.due = together((self.due + self.interval).max(then), (self.interval / 4).min(STEP));
+            tokio::select! {
+                () = sleep_until(self.due) => {}
+                () = &mut self.ended => return None,
+            }
+        }
+        let usage = self.meter.usage()?;
         let now = Instant::now();
-        let percent = before.map(|(then, cpu)| Percent::between(&cpu, &usage.cpu, now - then)).unwrap_or_default();
-        before = Some((now, usage.cpu));
-        let stats = wire::TaskStats {
-            id: id.0.clone(),
+        let between = |(then, cpu): (_, CpuUsage)| Percent::between(&cpu, &usage.cpu, now - then);
+        let percent = self.before.map(between).unwrap_or_default();
+        self.before = Some((now, usage.cpu));
+        Some(wire::TaskStats {
+            id: self.id.0.clone(),
             timestamp: Some(SystemTime::now().into()),
             agg_resource_usage: Some(wire::TaskResourceUsage {
-                cpu: Some(cpu(&usage, percent, compute)),
+                cpu: Some(cpu(&usage, percent, self.compute)),
                 memory: Some(memory(&usage.memory)),
             }),
             resource_usage_by_pid: std::collections::HashMap::new(),
-        };
-        if send.send(Ok(wire::TaskStatsResponse { stats: Some(stats) })).await.is_err() {
-            return;
-        }
-        next = together((next + interval).max(tokio::time::Instant::now()), (interval / 4).min(STEP));
-        tokio::select! {
-            () = tokio::time::sleep_until(next) => {}
-            () = send.closed() => return,
-            () = meter.ended() => return,
-        }
+        })
     }
 }
 
 /// The next moment at which samples are taken: those of many tasks are taken and sent together, which costs a third.
-fn together(wanted: tokio::time::Instant, step: Duration) -> tokio::time::Instant {
-    static BEGAN: OnceLock<tokio::time::Instant> = OnceLock::new();
-    let began = *BEGAN.get_or_init(tokio::time::Instant::now);
+fn together(wanted: Instant, step: Duration) -> Instant {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    let began = *BEGAN.get_or_init(Instant::now);
     let steps = (wanted - began).as_micros().div_ceil(step.as_micros());
     began + step * u32::try_from(steps).unwrap_or(u32::MAX)
 }

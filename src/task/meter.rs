@@ -17,14 +17,17 @@ pub struct TaskMeter {
 
 impl TaskMeter {
     /// What it uses right now; None once it has ended.
-    pub fn usage(&self) -> Option<Usage> {
+    pub fn usage(&mut self) -> Option<Usage> {
         if self.exit.borrow().is_some() { None } else { self.meter.usage() }
     }
 
-    /// Returns when it has ended.
-    pub async fn ended(&mut self) {
-        // A task that is forgotten has ended, too.
-        let _ = self.exit.wait_for(Option::is_some).await;
+    /// Completes when it has ended.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut exit = self.exit.clone();
+        async move {
+            // A task that is forgotten has ended, too.
+            let _ = exit.wait_for(Option::is_some).await;
+        }
     }
 }
 

@@ -82,7 +82,9 @@ async fn two_hundred_rounds_leave_nothing() {
 }
 
 const ALIVE: usize = 1000;
-const WATCHED: usize = 500;
+/// Half of them sleep; the others wake up each second, without a process more.
+const WATCHED: usize = ALIVE / 2;
+const WAKES: &str = "mkfifo /dev/shm/f; exec 3<>/dev/shm/f; while :; do read -t 1 x <&3; done";
 
 /// Whether a node that is full stays manageable, and what watching it costs. Takes a minute of a quiet machine, and a
 /// release build says more about the second: `make test-thousand`.
@@ -95,13 +97,15 @@ async fn a_thousand_tasks_alive_at_once() {
     env.allocs = (0..ALIVE)
         .map(|n| Alloc::create(&env.dir.join("allocs"), &format!("{}-{n}", env.namespace)).unwrap())
         .collect();
-    let config = json!({"image": image, "command": "/bin/sleep", "args": ["100000"]});
-    let config = encode(schema.as_ref(), &config).unwrap();
+    let [sleeping, waking] = ["exec sleep 100000", WAKES].map(|script| {
+        let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", script]});
+        encode(schema.as_ref(), &config).unwrap()
+    });
     let driver = env.driver();
-    let allocs = env.allocs.clone();
+    let allocs = env.allocs.clone().into_iter().enumerate();
     let began = std::time::Instant::now();
-    let started = each(allocs, |alloc| {
-        let (mut driver, config) = (driver.clone(), config.clone());
+    let started = each(allocs.collect(), |(n, alloc)| {
+        let (mut driver, config) = (driver.clone(), if n < WATCHED { &sleeping } else { &waking }.clone());
         async move {
             let dirs = alloc.task("web").unwrap();
             // They say nothing: two thousand readers would only cost memory.
@@ -128,30 +132,10 @@ async fn a_thousand_tasks_alive_at_once() {
     assert_eq!(list.iter().filter(|task| task["state"] == "running").count(), ALIVE);
     eprintln!("listed in {} ms", listed.elapsed().as_millis());
 
-    let collection_interval = Some(prost_types::Duration { seconds: 1, nanos: 0 });
-    let mut streams = Vec::new();
-    for id in ids.iter().take(WATCHED) {
-        let request = TaskStatsRequest { task_id: id.clone(), collection_interval };
-        streams.push(env.driver().task_stats(request).await.unwrap().into_inner());
+    for (what, ids) in [("asleep", &ids[..WATCHED]), ("that wake up each second", &ids[WATCHED..])] {
+        let share = watch(&env, ids).await;
+        eprintln!("TaskStats of {WATCHED} tasks {what}, each second: {share:.2}% of a core in the plugin");
     }
-    let readers: Vec<_> = streams
-        .into_iter()
-        .map(|mut stream| {
-            tokio::spawn(async move {
-                let mut samples = 0;
-                while let Ok(Some(_)) = stream.message().await {
-                    samples += 1;
-                }
-                samples
-            })
-        })
-        .collect();
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    let (pid, watched) = (env.plugin().pid().unwrap(), Duration::from_secs(20));
-    let before = processor_time(pid);
-    tokio::time::sleep(watched).await;
-    let share = (processor_time(pid) - before).as_secs_f64() / watched.as_secs_f64() * 100.0;
-    eprintln!("TaskStats of {WATCHED} tasks each second: {share:.2}% of a core in the plugin");
 
     let began = std::time::Instant::now();
     each(ids, |task_id| {
@@ -168,11 +152,34 @@ async fn a_thousand_tasks_alive_at_once() {
     .await;
     drop(held);
     eprintln!("stopped and destroyed in {:.1} s", began.elapsed().as_secs_f64());
-    for reader in readers {
-        let samples = reader.await.unwrap();
-        assert!(samples > 10, "a stream gave only {samples} samples in 20 s");
-    }
     env.finish().await;
+}
+
+/// What the plugin takes for samples of all these tasks each second, in percent of a core.
+async fn watch(env: &Env, ids: &[String]) -> f64 {
+    let (pid, watched) = (env.plugin().pid().unwrap(), Duration::from_secs(20));
+    let collection_interval = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let mut readers = tokio::task::JoinSet::new();
+    for id in ids {
+        let request = TaskStatsRequest { task_id: id.clone(), collection_interval };
+        let mut stream = env.driver().task_stats(request).await.unwrap().into_inner();
+        let until = tokio::time::Instant::now() + watched + Duration::from_secs(6);
+        readers.spawn(async move {
+            let mut samples = 0;
+            while let Ok(Ok(Some(_))) = tokio::time::timeout_at(until, stream.message()).await {
+                samples += 1;
+            }
+            samples
+        });
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let before = processor_time(pid);
+    tokio::time::sleep(watched).await;
+    let spent = processor_time(pid) - before;
+    for samples in readers.join_all().await {
+        assert!(samples > 10, "a stream gave only {samples} samples in {watched:?}");
+    }
+    spent.as_secs_f64() / watched.as_secs_f64() * 100.0
 }
 
 /// Processor time of a process so far (proc_pid_stat(5): fields 14 and 15, in ticks of 10 ms).

@@ -60,6 +60,35 @@ async fn a_busy_task_is_told_from_an_idle_one() {
     env.finish().await;
 }
 
+/// Version 1's counters of user and system time only see who runs at a tick: by them, such a task took a fifth of this.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_that_wakes_for_moments_is_told_whole() {
+    let mut env = Env::new().await;
+    let task = env.sh("mkfifo /dev/shm/f; exec 3<>/dev/shm/f; echo ready; while :; do read -t 0.002 x <&3; done").await;
+    task.says("ready").await;
+    let pid = env.attribute(&task, "pid").await;
+    // proc_pid_schedstat(5): the time spent on the processor, in nanoseconds.
+    let spent = || {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
+        text.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
+    };
+    let before = spent();
+    let mut stream = stats(&env, &task, 250).await;
+    let mut samples = Vec::new();
+    for _ in 0..9 {
+        let sample = next(&mut stream).await.unwrap();
+        let at = sample.timestamp.unwrap();
+        let percent = sample.agg_resource_usage.unwrap().cpu.unwrap().percent;
+        samples.push((at.seconds as f64 + f64::from(at.nanos) / 1e9, percent));
+    }
+    let spent = spent() - before;
+    let told: f64 = samples.windows(2).map(|pair| (pair[1].0 - pair[0].0) * pair[1].1 / 100.0).sum();
+    // What was spent before the first sample and after the last is not in it.
+    assert!(told > spent * 0.6 && told < spent * 1.1, "{told} s told, {spent} s spent: {samples:?}");
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stream_keeps_its_interval_and_ends_with_the_task() {
     let mut env = Env::new().await;
