@@ -40,13 +40,6 @@ pub struct Usage {
     pub memory: MemoryUsage,
 }
 
-impl Usage {
-    /// What moves whenever anything does: the time that the task ran, and the memory that it holds.
-    fn moves(&self) -> (u64, Option<u64>) {
-        (self.cpu.total_ns, self.memory.usage)
-    }
-}
-
 /// Of one processor, in percent: what was spent between two looks that lie `time` apart. 100 is a whole one.
 #[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
 pub fn percent(before_ns: u64, after_ns: u64, time: Duration) -> f64 {
@@ -88,10 +81,10 @@ pub struct MemoryUsage {
     pub kernel_max: Option<u64>,
 }
 
-/// A task that has not run and holds as much memory as before is as it was: two files tell, in place of eight. That is
-/// relied on after so many such looks (memory.stat is up to two seconds late) ...
+/// What a task's memory is made of is read again when it holds more or less of it, or has held more. That is relied on
+/// after so many looks at which nothing moved (memory.stat is up to two seconds late) ...
 const SETTLED: u32 = 3;
-/// ... and not in each tenth.
+/// ... and not in each tenth. It is most of what a look costs, and few tasks' memory moves in a second.
 const WHOLE: u32 = 10;
 
 /// A task's cgroup, held open for many looks.
@@ -99,7 +92,7 @@ const WHOLE: u32 = 10;
 pub struct Meter {
     groups: Groups,
     last: Option<Usage>,
-    /// For how many looks nothing has moved.
+    /// For how many looks it has held as much memory.
     still: u32,
 }
 
@@ -150,7 +143,7 @@ impl Meter {
             Groups::V1 { cpuacct, cpu, memory } => version1(cpuacct, cpu, memory, known),
             Groups::V2(group) => version2(group, known),
         };
-        let still = usage.zip(self.last).is_some_and(|(now, last)| now.moves() == last.moves());
+        let still = usage.zip(self.last).is_some_and(|(now, last)| now.memory.usage == last.memory.usage);
         self.still = if still { self.still.wrapping_add(1) } else { 0 };
         self.last = usage;
         usage
@@ -162,27 +155,35 @@ impl Meter {
 fn version1(cpuacct: &mut Dir, cpu: &mut Dir, memory: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
     let total_ns = cpuacct.number("cpuacct.usage")?;
     let held = memory.number("memory.usage_in_bytes");
-    if let Some(known) = known.filter(|known| known.moves() == (total_ns, held)) {
+    let known = known.filter(|known| known.memory.usage == held);
+    // It has not run: two files have told, in place of eight.
+    if let Some(known) = known.filter(|known| known.cpu.total_ns == total_ns) {
         return Some(*known);
     }
-    let (mut parts_text, mut cpu_text, mut memory_text) = ([0; 128], [0; CPU_STAT_MAX], [0; MEMORY_STAT_MAX]);
+    let (mut parts_text, mut cpu_text) = ([0; 128], [0; CPU_STAT_MAX]);
     let parts = Table(cpuacct.read("cpuacct.stat", &mut parts_text));
     let nanos = |name: &str| parts.get(name).map(|ticks| ticks.saturating_mul(NANOS_PER_TICK));
     let throttling = Table(cpu.read("cpu.stat", &mut cpu_text));
+    let cpu = CpuUsage {
+        total_ns,
+        user_ns: nanos("user"),
+        system_ns: nanos("system"),
+        throttled_periods: throttling.get("nr_throttled"),
+        throttled_ns: throttling.get("throttled_time"),
+    };
+    let max_usage = memory.number("memory.max_usage_in_bytes");
+    if let Some(known) = known.filter(|known| known.memory.max_usage == max_usage) {
+        return Some(Usage { cpu, memory: known.memory });
+    }
+    let mut memory_text = [0; MEMORY_STAT_MAX];
     let stat = Table(memory.read("memory.stat", &mut memory_text));
     Some(Usage {
-        cpu: CpuUsage {
-            total_ns,
-            user_ns: nanos("user"),
-            system_ns: nanos("system"),
-            throttled_periods: throttling.get("nr_throttled"),
-            throttled_ns: throttling.get("throttled_time"),
-        },
+        cpu,
         memory: MemoryUsage {
             rss: stat.get("total_rss"),
             cache: stat.get("total_cache"),
             usage: held,
-            max_usage: memory.number("memory.max_usage_in_bytes"),
+            max_usage,
             swap: stat.get("total_swap"),
             kernel: memory.number("memory.kmem.usage_in_bytes"),
             kernel_max: memory.number("memory.kmem.max_usage_in_bytes"),
@@ -192,7 +193,7 @@ fn version1(cpuacct: &mut Dir, cpu: &mut Dir, memory: &mut Dir, known: Option<&U
 
 /// cgroup-v2.rst: times in microseconds.
 fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
-    let (mut cpu_text, mut memory_text) = ([0; CPU_STAT_MAX], [0; MEMORY_STAT_MAX]);
+    let mut cpu_text = [0; CPU_STAT_MAX];
     let table = Table(group.read("cpu.stat", &mut cpu_text));
     let nanos = |name: &str| table.get(name).map(|micros| micros.saturating_mul(1000));
     let cpu = CpuUsage {
@@ -203,9 +204,11 @@ fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
         throttled_ns: nanos("throttled_usec"),
     };
     let held = group.number("memory.current");
-    if let Some(known) = known.filter(|known| known.moves() == (cpu.total_ns, held)) {
+    let max_usage = group.number("memory.peak");
+    if let Some(known) = known.filter(|known| (known.memory.usage, known.memory.max_usage) == (held, max_usage)) {
         return Some(Usage { cpu, memory: known.memory });
     }
+    let mut memory_text = [0; MEMORY_STAT_MAX];
     let stat = Table(group.read("memory.stat", &mut memory_text));
     // `kernel` is younger (5.18) than its largest parts.
     let parts = stat.get("kernel_stack").zip(stat.get("slab")).map(|(stack, slab)| stack + slab);
@@ -215,7 +218,7 @@ fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
             rss: stat.get("anon"),
             cache: stat.get("file"),
             usage: held,
-            max_usage: group.number("memory.peak"),
+            max_usage,
             swap: group.number("memory.swap.current"),
             kernel: stat.get("kernel").or(parts),
             kernel_max: None,
@@ -368,32 +371,40 @@ mod tests {
         assert_eq!(usage.memory.kernel, None);
     }
 
-    /// Reading everything of five hundred idle tasks each second is two thirds of what watching them costs.
+    /// Reading everything of five hundred tasks each second is two thirds of what watching them costs.
     #[test]
-    fn a_task_that_does_not_move_is_not_read_whole_each_time() {
-        let group =
-            group(&[("cpuacct.usage", "5\n"), ("memory.usage_in_bytes", "33\n"), ("memory.stat", "total_rss 1\n")]);
+    fn memory_that_does_not_move_is_not_taken_apart_each_time() {
+        let group = group(&[
+            ("cpuacct.usage", "5\n"),
+            ("memory.usage_in_bytes", "33\n"),
+            ("memory.max_usage_in_bytes", "40\n"),
+            ("memory.stat", "total_rss 1\n"),
+        ]);
         let (cpuacct, cpu, memory) = (dir(&group), dir(&group), dir(&group));
         let mut meter = Meter::new(Groups::V1 { cpuacct, cpu, memory });
         let set = |file: &str, text: &str| fs::write(group.path().join(file), text).expect("written");
-        let mut rss = || meter.usage().and_then(|usage| usage.memory.rss).expect("a group");
+        let mut look = || meter.usage().map(|usage| (usage.cpu.total_ns, usage.memory.rss)).expect("a group");
         // The first look, and as many as it takes to rely on nothing having moved.
         for n in 0..=SETTLED {
             set("memory.stat", &format!("total_rss {n}\n"));
-            assert_eq!(rss(), u64::from(n), "late news of what it did");
+            assert_eq!(look(), (5, Some(u64::from(n))), "late news of what it did");
         }
         set("memory.stat", "total_rss 70\n");
-        for _ in SETTLED..WHOLE {
-            assert_eq!(rss(), u64::from(SETTLED));
+        for n in SETTLED..WHOLE {
+            // It may run, and that is told.
+            set("cpuacct.usage", &n.to_string());
+            assert_eq!(look(), (u64::from(n), Some(u64::from(SETTLED))));
         }
-        assert_eq!(rss(), 70, "for ever");
+        assert_eq!(look(), (9, Some(70)), "for ever");
         set("memory.stat", "total_rss 80\n");
-        assert_eq!(rss(), 70);
-        set("memory.usage_in_bytes", "34\n");
-        assert_eq!(rss(), 80, "it holds more");
+        assert_eq!(look(), (9, Some(70)));
+        set("memory.max_usage_in_bytes", "41\n");
+        assert_eq!(look(), (9, Some(70)), "what does not run can't have held more");
+        set("cpuacct.usage", "10\n");
+        assert_eq!(look(), (10, Some(80)), "it has held more");
         set("memory.stat", "total_rss 90\n");
-        set("cpuacct.usage", "6\n");
-        assert_eq!(rss(), 90, "it ran");
+        set("memory.usage_in_bytes", "34\n");
+        assert_eq!(look(), (10, Some(90)), "it holds more");
     }
 
     #[test]
