@@ -11,6 +11,9 @@ pub enum IdError {
     /// The driver name in job files.
     #[error("driver name {0:?} is not made of 1 to 63 letters, digits, dots, dashes and underscores")]
     DriverName(String),
+    /// What Nomad starts a plugin with.
+    #[error("plugin args {0:?}: only --name NAME is known")]
+    PluginArgs(Vec<String>),
     /// A content digest.
     #[error("digest {0:?} is not `sha256:` with 64 lower-case hexadecimal digits")]
     Digest(String),
@@ -46,6 +49,19 @@ impl DriverName {
     pub fn from_argv0(argv0: &str) -> Result<Self, IdError> {
         let file = Path::new(argv0).file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         Self::new(file.strip_prefix("nomad-driver-").unwrap_or(&file))
+    }
+
+    /// The name of a plugin that is called `argv0` and has these `args`: `--name NAME`, else what it is called.
+    ///
+    /// # Errors
+    /// When there is something else in `args`, or what remains is no name.
+    pub fn of_plugin(argv0: &str, args: &[String]) -> Result<Self, IdError> {
+        match args {
+            [] => Self::from_argv0(argv0),
+            [flag, name] if flag == "--name" => Self::new(name),
+            [one] if one.starts_with("--name=") => Self::new(&one["--name=".len()..]),
+            other => Err(IdError::PluginArgs(other.to_vec())),
+        }
     }
 
     /// The name as text.

@@ -52,28 +52,16 @@ async fn run_plugin() -> ExitCode {
         .unwrap_or_else(|_| EnvFilter::new("info,nomad_driver_shim=debug"));
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(filter)).init();
     nomad_driver_shim::process::raise_descriptor_limit();
-    let name = match driver_name() {
+    let mut arguments = std::env::args();
+    let argv0 = arguments.next().unwrap_or_default();
+    let name = match DriverName::of_plugin(&argv0, &arguments.collect::<Vec<_>>()) {
         Ok(name) => name,
-        Err(problem) => return fail(&problem),
+        Err(error) => return fail(&error.to_string()),
     };
     match plugin::serve(name).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&chain(&error)),
     }
-}
-
-/// `--name NAME` from the plugin's `args`, else what we are called.
-fn driver_name() -> Result<DriverName, String> {
-    let mut arguments = std::env::args();
-    let argv0 = arguments.next().unwrap_or_default();
-    let arguments: Vec<String> = arguments.collect();
-    let name = match &arguments[..] {
-        [] => DriverName::from_argv0(&argv0),
-        [flag, name] if flag == "--name" => DriverName::new(name),
-        [one] if one.starts_with("--name=") => DriverName::new(&one["--name=".len()..]),
-        other => return Err(format!("plugin args {other:?}: only --name NAME is known")),
-    };
-    name.map_err(|error| error.to_string())
 }
 
 #[allow(clippy::print_stderr, reason = "the last word of a program that can't go on")]

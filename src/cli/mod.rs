@@ -3,6 +3,7 @@
 //! Data goes to stdout, talk to stderr, `--json` works on every list.
 
 mod bench;
+mod config;
 mod doctor;
 mod events;
 mod exec;
@@ -100,6 +101,8 @@ enum Command {
     Bench(Box<bench::Bench>),
     /// Say what this host can do, what is missing, and how to fix it
     Doctor(doctor::Doctor),
+    /// Check agent and job files before Nomad has them
+    Config(config::Config),
 }
 
 /// Why a command failed.
@@ -192,6 +195,7 @@ pub async fn main() -> ExitCode {
         Command::Gc(gc) => gc.execute(&cli.common).await,
         Command::Bench(bench) => Box::pin(bench.execute(&cli.common)).await,
         Command::Doctor(doctor) => doctor.execute(&cli.common).await,
+        Command::Config(config) => config.execute(),
     };
     outcome.map_or_else(
         |error| {

@@ -46,7 +46,8 @@ fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMi
                 Some(_) => return Err(mismatch(format!("{name}: a block is wanted"))),
             };
             if let Some(unknown) = given.keys().find(|key| !object.attributes.contains_key(*key)) {
-                return Err(mismatch(format!("{name}: unsupported argument {unknown:?}")));
+                let block = if name.is_empty() { String::new() } else { format!("{name}: ") };
+                return Err(mismatch(format!("{block}unsupported argument {unknown:?}")));
             }
             let mut keys: Vec<&String> = object.attributes.keys().collect();
             keys.sort();

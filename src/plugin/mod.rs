@@ -20,7 +20,8 @@ mod stats;
 mod status;
 mod tls;
 
-pub use config::{ConfigError, settings};
+pub use config::{ConfigError, GroupNetwork, settings, task_options};
 pub use handshake::{HandshakeError, is_plugin, serve};
 pub use hclog::Hclog;
 pub use options::{Kind, PLUGIN, Presence, Row, TASK};
+pub use schema::of as hclspec;

@@ -21,6 +21,7 @@ mod bench;
 mod cgroup2;
 mod cli;
 mod commands;
+mod config;
 mod crash;
 mod exec;
 mod failures;

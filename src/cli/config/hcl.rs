@@ -1,0 +1,120 @@
+//! What of an HCL file can be told without servers: its blocks, and the values that depend on nothing else.
+
+use hcl::{
+    Block, Body, Expression, Map, Structure, Value,
+    eval::{Context, Evaluate as _},
+};
+use serde_json::Value as Json;
+
+/// The variables of a job file with those values that are `given`, else their defaults, and the locals made of them.
+/// Nomad's functions are not known, nor what it fills in on a node.
+pub fn scope(body: &Body, given: &[(String, String)]) -> Context<'static> {
+    let mut scope = Context::new();
+    let mut variables = Map::new();
+    for variable in blocks(body, "variable") {
+        let Some(name) = label(variable) else { continue };
+        let told = given.iter().rev().find(|(given, _)| given == name);
+        let value = match told {
+            Some((_, text)) => Some(typed(variable.body(), text)),
+            None => attribute(variable.body(), "default").and_then(|default| default.evaluate(&scope).ok()),
+        };
+        variables.extend(value.map(|value| (name.to_owned(), value)));
+    }
+    scope.declare_var("var", Value::Object(variables));
+    let mut locals = Map::new();
+    let all: Vec<_> = blocks(body, "locals").flat_map(|block| block.body().attributes()).collect();
+    // They may be made of each other, in any order.
+    loop {
+        scope.declare_var("local", Value::Object(locals.clone()));
+        let before = locals.len();
+        let known = all.iter().filter_map(|local| Some((local.key().to_owned(), local.expr().evaluate(&scope).ok()?)));
+        locals = known.collect();
+        if locals.len() == before {
+            return scope;
+        }
+    }
+}
+
+/// A value from the command line: a text for a variable that holds one, else an expression.
+fn typed(variable: &Body, text: &str) -> Value {
+    let is_text = attribute(variable, "type").is_some_and(|kind| kind.to_string() == "string");
+    let value = text.parse::<Expression>().ok().filter(|_| !is_text);
+    value.and_then(|value| value.evaluate(&Context::new()).ok()).unwrap_or_else(|| Value::from(text))
+}
+
+/// A block's content the way HCL's JSON syntax writes it.
+#[derive(Debug, Default)]
+pub struct Content {
+    /// What is known.
+    pub known: serde_json::Map<String, Json>,
+    /// The names of what is not. A block in a block is left out whole: half of it would be told as faulty.
+    pub unknown: Vec<String>,
+}
+
+impl Content {
+    /// Of a block's body.
+    pub fn of(body: &Body, scope: &Context<'_>) -> Self {
+        let mut content = Self::default();
+        for structure in body {
+            match structure {
+                Structure::Attribute(attribute) => match json(attribute.expr(), scope) {
+                    Some(value) => content.add(attribute.key(), false, value),
+                    None => content.unknown.push(attribute.key().to_owned()),
+                },
+                Structure::Block(block) if block.identifier() == "dynamic" => {
+                    content.unknown.extend(label(block).map(str::to_owned));
+                }
+                Structure::Block(block) => {
+                    let name = block.identifier();
+                    let inner = Self::of(block.body(), scope);
+                    if inner.unknown.is_empty() {
+                        let labelled = |value, label: &hcl::BlockLabel| Json::from_iter([(label.as_str(), value)]);
+                        let value = block.labels().iter().rev().fold(Json::Object(inner.known), labelled);
+                        content.add(name, !block.labels().is_empty(), value);
+                    }
+                    content.unknown.extend(inner.unknown.iter().map(|inner| format!("{name}.{inner}")));
+                }
+            }
+        }
+        content
+    }
+
+    /// Blocks of one name make a list; those with labels, one block with all labels.
+    fn add(&mut self, name: &str, labelled: bool, value: Json) {
+        let value = match (self.known.remove(name), value) {
+            (None, value) => value,
+            (Some(Json::Object(mut one)), Json::Object(other))
+                if labelled && other.keys().all(|label| !one.contains_key(label)) =>
+            {
+                one.extend(other);
+                Json::Object(one)
+            }
+            (Some(Json::Array(mut list)), value) => {
+                list.push(value);
+                Json::Array(list)
+            }
+            (Some(one), other) => Json::Array(vec![one, other]),
+        };
+        self.known.insert(name.to_owned(), value);
+    }
+}
+
+/// An expression's value, where it has one here.
+pub fn json(expression: &Expression, scope: &Context<'_>) -> Option<Json> {
+    serde_json::to_value(expression.evaluate(scope).ok()?).ok()
+}
+
+/// An attribute's expression.
+pub fn attribute<'a>(body: &'a Body, name: &str) -> Option<&'a Expression> {
+    body.attributes().find(|attribute| attribute.key() == name).map(hcl::Attribute::expr)
+}
+
+/// The blocks of a kind.
+pub fn blocks<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = &'a Block> {
+    body.blocks().filter(move |block| block.identifier() == kind)
+}
+
+/// A block's first label.
+pub fn label(block: &Block) -> Option<&str> {
+    block.labels().first().map(hcl::BlockLabel::as_str)
+}

@@ -1,0 +1,227 @@
+//! `config check`: what a plugin would say to agent and job files, said before Nomad has them.
+
+mod hcl;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use ::hcl::Body;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use serde_json::{Value as Json, json};
+
+use self::hcl::Content;
+use super::{CliError, print, say};
+use crate::{
+    host,
+    ids::{DROP_IN_NAME, DriverName},
+    plugin::{GroupNetwork, PLUGIN, Presence, Row, TASK, hclspec, settings, task_options},
+    task::Settings,
+};
+
+/// What this driver's program is called where it is installed.
+const PROGRAM: &str = "nomad-driver-shim";
+/// The driver's names where nobody has given it another one.
+const NAMES: [&str; 2] = ["shim", DROP_IN_NAME];
+/// Stands where an image's name is not known: an image is wanted in any case.
+const PLACEHOLDER: &str = "unknown";
+
+/// Look at configuration
+#[derive(Args, Debug)]
+pub struct Config {
+    #[command(subcommand)]
+    command: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Check agent and job files (HCL) against what this driver takes
+    Check(Check),
+}
+
+#[derive(Args, Debug)]
+struct Check {
+    /// Agent and job files. What an agent file allows holds for the jobs beside it
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// A further name that the driver has
+    #[arg(long, value_name = "NAME")]
+    driver: Vec<String>,
+    /// A variable of job files
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+    var: Vec<(String, String)>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("it has no =")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+/// What there is to say of one plugin's or task's configuration.
+#[derive(Debug, Serialize)]
+struct Finding {
+    file: PathBuf,
+    place: String,
+    fault: Option<String>,
+    /// What was left out, since its value is not known here.
+    unknown: Vec<String>,
+}
+
+impl Config {
+    /// Prints what is right and what is wrong; 1 when something is wrong.
+    ///
+    /// # Errors
+    /// When a file can't be read, or none has anything for this driver.
+    pub fn execute(self) -> Result<u8, CliError> {
+        let What::Check(check) = self.command;
+        let mut names: Vec<String> = NAMES.map(str::to_owned).to_vec();
+        names.extend(check.driver.clone());
+        let mut look = Look { names, agents: BTreeMap::new(), findings: Vec::new() };
+        let mut bodies = Vec::new();
+        for file in &check.files {
+            let text = std::fs::read_to_string(file)
+                .map_err(|error| CliError::Usage(format!("read {}: {error}", file.display())))?;
+            match ::hcl::parse(&text) {
+                Ok(body) => bodies.push((file, body)),
+                Err(error) => {
+                    // Agents read HCL's first version, where lines mean nothing.
+                    let hint =
+                        "blocks in blocks and several arguments want lines of their own here, also in agent files";
+                    let fault = format!("{}\n({hint})", error.to_string().trim());
+                    look.add(file, "HCL".to_owned(), Some(fault), Vec::new());
+                }
+            }
+        }
+        bodies.iter().for_each(|(file, body)| look.agent(file, body));
+        bodies.iter().for_each(|(file, body)| look.jobs(file, body, &check.var));
+        if look.findings.is_empty() {
+            let names = look.names.join(", ");
+            let problem = format!("nothing in these files is for this driver ({names}); --driver NAME names another");
+            return Err(CliError::Usage(problem));
+        }
+        report(&look.findings, check.json)?;
+        Ok(u8::from(look.findings.iter().any(|finding| finding.fault.is_some())))
+    }
+}
+
+fn report(findings: &[Finding], as_json: bool) -> Result<(), CliError> {
+    if as_json {
+        return Ok(print(&format!("{}\n", json!(findings)))?);
+    }
+    for Finding { file, place, fault, unknown } in findings {
+        let verdict = fault.as_deref().unwrap_or("fine");
+        print(&format!("{}: {place}: {verdict}\n", file.display()))?;
+        for name in unknown {
+            say(&format!("{}: {place}: {name} was not looked at: its value is not known here", file.display()));
+        }
+    }
+    Ok(())
+}
+
+/// What was found so far.
+struct Look {
+    names: Vec<String>,
+    /// What agent files say of drivers.
+    agents: BTreeMap<String, Settings>,
+    findings: Vec<Finding>,
+}
+
+impl Look {
+    fn add(&mut self, file: &Path, place: String, fault: Option<String>, unknown: Vec<String>) {
+        self.findings.push(Finding { file: file.to_owned(), place, fault, unknown });
+    }
+
+    /// The plugin blocks of a file.
+    fn agent(&mut self, file: &Path, body: &Body) {
+        let scope = hcl::scope(body, &[]);
+        for plugin in hcl::blocks(body, "plugin") {
+            let label = hcl::label(plugin).unwrap_or_default();
+            let args = hcl::attribute(plugin.body(), "args").and_then(|args| hcl::json(args, &scope));
+            let args: Vec<String> = args.and_then(|args| serde_json::from_value(args).ok()).unwrap_or_default();
+            let ours =
+                DriverName::from_argv0(label).is_ok_and(|name| self.names.iter().any(|own| own == name.as_str()));
+            if !ours && label != PROGRAM {
+                continue;
+            }
+            let place = format!("plugin {label:?}");
+            let content = config(plugin.body(), PLUGIN, &scope);
+            let settings = DriverName::of_plugin(label, &args)
+                .map_err(|error| error.to_string())
+                .and_then(|name| read_settings(&name, content.known));
+            let fault = settings.as_ref().err().cloned();
+            if let Ok(settings) = settings {
+                self.names.push(settings.name.to_string());
+                self.agents.insert(settings.name.to_string(), settings);
+            }
+            self.add(file, place, fault, content.unknown);
+        }
+    }
+
+    /// The tasks of a file.
+    fn jobs(&mut self, file: &Path, body: &Body, variables: &[(String, String)]) {
+        let scope = hcl::scope(body, variables);
+        for job in hcl::blocks(body, "job") {
+            for group in hcl::blocks(job.body(), "group") {
+                let network = group_network(group.body(), &scope);
+                for task in hcl::blocks(group.body(), "task") {
+                    let driver = hcl::attribute(task.body(), "driver").and_then(|driver| hcl::json(driver, &scope));
+                    let driver = driver.as_ref().and_then(Json::as_str).unwrap_or_default();
+                    if !self.names.iter().any(|name| name == driver) {
+                        continue;
+                    }
+                    let [job, group, name] = [job, group, task].map(|block| hcl::label(block).unwrap_or_default());
+                    let content = config(task.body(), TASK, &scope);
+                    let fault = self.settings(driver).and_then(|settings| {
+                        let bytes = encoded(TASK, content.known)?;
+                        task_options(&settings, network, &bytes).map_err(|error| error.to_string())
+                    });
+                    self.add(file, format!("task {job}/{group}/{name}"), fault.err(), content.unknown);
+                }
+            }
+        }
+    }
+
+    /// An agent file's settings, else those of an agent that says nothing.
+    fn settings(&self, driver: &str) -> Result<Settings, String> {
+        if let Some(settings) = self.agents.get(driver) {
+            return Ok(settings.clone());
+        }
+        let name = DriverName::new(driver).map_err(|error| error.to_string())?;
+        read_settings(&name, serde_json::Map::new())
+    }
+}
+
+fn read_settings(name: &DriverName, known: serde_json::Map<String, Json>) -> Result<Settings, String> {
+    settings(name, &encoded(PLUGIN, known)?).map_err(|error| error.to_string())
+}
+
+/// The content of the one `config` block, with a stand-in for what must be there and is not known.
+fn config(body: &Body, rows: &[Row], scope: &::hcl::eval::Context<'_>) -> Content {
+    let block = hcl::blocks(body, "config").next();
+    let mut content = block.map(|block| Content::of(block.body(), scope)).unwrap_or_default();
+    let required = rows.iter().filter(|row| row.presence == Presence::Required).map(|row| row.name);
+    for name in required.filter(|name| content.unknown.iter().any(|unknown| unknown == name)) {
+        content.known.insert(name.to_owned(), Json::from(PLACEHOLDER));
+    }
+    content
+}
+
+/// As Nomad sends it.
+fn encoded(rows: &[Row], known: serde_json::Map<String, Json>) -> Result<Vec<u8>, String> {
+    host::encode(Some(&hclspec(rows)), &Json::Object(known)).map_err(|error| error.to_string())
+}
+
+/// Nomad makes a namespace for every group whose network has a mode, but for the host's.
+fn group_network(group: &Body, scope: &::hcl::eval::Context<'_>) -> GroupNetwork {
+    let network = hcl::blocks(group, "network").next();
+    let mode = network.and_then(|network| hcl::json(hcl::attribute(network.body(), "mode")?, scope));
+    match mode.as_ref().and_then(Json::as_str) {
+        None | Some("" | "host") => GroupNetwork::None,
+        Some(_) => GroupNetwork::Namespace,
+    }
+}
