@@ -370,7 +370,7 @@ fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Op
                 ("record, rootfs, bundle", "bundle_ms"),
                 ("shim: Create", "create_ms"),
                 ("shim: Start", "start_ms"),
-                ("process let go, within Create", "released_ms"),
+                ("process let go, from the start", "released_ms"),
                 ("what is not the shim's", "own_ms"),
                 ("all of it, in the plugin", "total_ms"),
             ];

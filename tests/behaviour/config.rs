@@ -167,6 +167,39 @@ fn values_that_are_not_known_are_left_out_and_named() {
 }
 
 #[test]
+fn tasks_that_are_made_or_whose_driver_is_not_known_are_told() {
+    let job = r#"
+        variable "driver" {}
+        job "j" {
+          dynamic "group" {
+            for_each = ["a", "b"]
+            labels   = [group.value]
+            content {
+              task "t" {
+                driver = "shim"
+                config {
+                  image    = "x:${group.value}"
+                  shm_size = "lots"
+                }
+              }
+              task "u" {
+                driver = var.driver
+                config {}
+              }
+            }
+          }
+        }"#;
+    let (code, stdout, stderr) = said(&check(&[], &[("a.nomad", job)]));
+    assert_eq!(code, Some(1), "{stdout}{stderr}");
+    let lines: Vec<&str> = stdout.lines().collect();
+    assert!(lines[0].starts_with("a.nomad: task j/dynamic/t: task config: shm_size"), "{stdout}");
+    assert_eq!(lines[1..], ["a.nomad: task j/dynamic/u: not looked at"]);
+    assert!(stderr.contains("u: driver was not looked at"), "{stderr}");
+    let (_, stdout, _) = said(&check(&["--var", "driver=containerd-driver"], &[("a.nomad", job)]));
+    assert!(stdout.contains("task j/dynamic/u: config: missing required argument"), "{stdout}");
+}
+
+#[test]
 fn what_cannot_be_checked_is_told() {
     let (code, stdout, _) = said(&check(&[], &[("a.nomad", "job \"j\" {\n  group = = 1\n}")]));
     assert!(code == Some(1) && stdout.contains("a.nomad: HCL:") && stdout.contains("line 2, column"), "{stdout}");

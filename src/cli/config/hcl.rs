@@ -114,6 +114,13 @@ pub fn blocks<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = &'a Blo
     body.blocks().filter(move |block| block.identifier() == kind)
 }
 
+/// The labels and bodies of blocks of a kind, those that a `dynamic` block makes among them.
+pub fn named<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = (&'a str, &'a Body)> {
+    let made = blocks(body, "dynamic").filter(move |block| label(block) == Some(kind));
+    let made = made.flat_map(|block| blocks(block.body(), "content")).map(|content| ("dynamic", content.body()));
+    blocks(body, kind).map(|block| (label(block).unwrap_or_default(), block.body())).chain(made)
+}
+
 /// A block's first label.
 pub fn label(block: &Block) -> Option<&str> {
     block.labels().first().map(hcl::BlockLabel::as_str)

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ::hcl::Body;
+use ::hcl::{Body, eval::Context};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::{Value as Json, json};
@@ -25,6 +25,8 @@ use crate::{
 const PROGRAM: &str = "nomad-driver-shim";
 /// The driver's names where nobody has given it another one.
 const NAMES: [&str; 2] = ["shim", DROP_IN_NAME];
+/// A task that may be another driver's: its `driver` is not known.
+const DRIVER: &str = "driver";
 /// Stands where an image's name is not known: an image is wanted in any case.
 const PLACEHOLDER: &str = "unknown";
 
@@ -114,7 +116,8 @@ fn report(findings: &[Finding], as_json: bool) -> Result<(), CliError> {
         return Ok(print(&format!("{}\n", json!(findings)))?);
     }
     for Finding { file, place, fault, unknown } in findings {
-        let verdict = fault.as_deref().unwrap_or("fine");
+        let skipped = if unknown.iter().any(|name| name == DRIVER) { "not looked at" } else { "fine" };
+        let verdict = fault.as_deref().unwrap_or(skipped);
         print(&format!("{}: {place}: {verdict}\n", file.display()))?;
         for name in unknown {
             say(&format!("{}: {place}: {name} was not looked at: its value is not known here", file.display()));
@@ -165,25 +168,30 @@ impl Look {
     /// The tasks of a file.
     fn jobs(&mut self, file: &Path, body: &Body, variables: &[(String, String)]) {
         let scope = hcl::scope(body, variables);
-        for job in hcl::blocks(body, "job") {
-            for group in hcl::blocks(job.body(), "group") {
-                let network = group_network(group.body(), &scope);
-                for task in hcl::blocks(group.body(), "task") {
-                    let driver = hcl::attribute(task.body(), "driver").and_then(|driver| hcl::json(driver, &scope));
-                    let driver = driver.as_ref().and_then(Json::as_str).unwrap_or_default();
-                    if !self.names.iter().any(|name| name == driver) {
-                        continue;
+        for (job, body) in hcl::named(body, "job") {
+            for (group, body) in hcl::named(body, "group") {
+                let network = group_network(body, &scope);
+                for (task, body) in hcl::named(body, "task") {
+                    if let Some((fault, unknown)) = self.task(body, network, &scope) {
+                        self.add(file, format!("task {job}/{group}/{task}"), fault, unknown);
                     }
-                    let [job, group, name] = [job, group, task].map(|block| hcl::label(block).unwrap_or_default());
-                    let content = config(task.body(), TASK, &scope);
-                    let fault = self.settings(driver).and_then(|settings| {
-                        let bytes = encoded(TASK, content.known)?;
-                        task_options(&settings, network, &bytes).map_err(|error| error.to_string())
-                    });
-                    self.add(file, format!("task {job}/{group}/{name}"), fault.err(), content.unknown);
                 }
             }
         }
+    }
+
+    /// What is wrong with a task and what is not known of it; None for another driver's.
+    fn task(&self, task: &Body, network: GroupNetwork, scope: &Context<'_>) -> Option<(Option<String>, Vec<String>)> {
+        let Some(driver) = hcl::json(hcl::attribute(task, DRIVER)?, scope) else {
+            return Some((None, vec![DRIVER.to_owned()]));
+        };
+        let driver = self.names.iter().find(|name| driver == name.as_str())?;
+        let content = config(task, TASK, scope);
+        let checked = self.settings(driver).and_then(|settings| {
+            let bytes = encoded(TASK, content.known)?;
+            task_options(&settings, network, &bytes).map_err(|error| error.to_string())
+        });
+        Some((checked.err(), content.unknown))
     }
 
     /// An agent file's settings, else those of an agent that says nothing.
@@ -201,7 +209,7 @@ fn read_settings(name: &DriverName, known: serde_json::Map<String, Json>) -> Res
 }
 
 /// The content of the one `config` block, with a stand-in for what must be there and is not known.
-fn config(body: &Body, rows: &[Row], scope: &::hcl::eval::Context<'_>) -> Content {
+fn config(body: &Body, rows: &[Row], scope: &Context<'_>) -> Content {
     let block = hcl::blocks(body, "config").next();
     let mut content = block.map(|block| Content::of(block.body(), scope)).unwrap_or_default();
     let required = rows.iter().filter(|row| row.presence == Presence::Required).map(|row| row.name);
@@ -217,7 +225,7 @@ fn encoded(rows: &[Row], known: serde_json::Map<String, Json>) -> Result<Vec<u8>
 }
 
 /// Nomad makes a namespace for every group whose network has a mode, but for the host's.
-fn group_network(group: &Body, scope: &::hcl::eval::Context<'_>) -> GroupNetwork {
+fn group_network(group: &Body, scope: &Context<'_>) -> GroupNetwork {
     let network = hcl::blocks(group, "network").next();
     let mode = network.and_then(|network| hcl::json(hcl::attribute(network.body(), "mode")?, scope));
     match mode.as_ref().and_then(Json::as_str) {
