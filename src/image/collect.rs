@@ -7,7 +7,10 @@ use std::{
 };
 
 use super::{ImageError, ImageRecord, ImageStore, store::lock};
-use crate::{containerd::LeaseId, control::Garbage};
+use crate::{
+    containerd::{ContainerdError, LeaseId},
+    control::Garbage,
+};
 
 /// What records of tasks name.
 #[derive(Debug, Clone, Default)]
@@ -92,13 +95,7 @@ impl ImageStore {
         let inner = self.inner();
         let _changing = inner.leases.lock().await;
         if !self.leases_in_use(in_use).contains(&record.lease) {
-            inner.client.delete_lease(&LeaseId(record.lease.clone())).await?;
-            // Its collector would take the view with it, some time: on a busy host that is after a minute.
-            if let Some(view) = &record.view
-                && let Err(error) = inner.client.remove_snapshot(view).await
-            {
-                tracing::debug!(error = %crate::chain(&error), "a view is left to containerd's own collection");
-            }
+            self.release(&record.lease).await?;
         }
         // It came back meanwhile, and what has its name now is somebody's.
         if lock(&inner.records).contains_key(&record.reference) {
@@ -108,6 +105,17 @@ impl ImageStore {
             inner.client.delete_image(&record.reference).await?;
         }
         record.forget(&inner.places.images())
+    }
+
+    /// Gives up a lease, and the view of its name if it has one.
+    async fn release(&self, lease: &str) -> Result<(), ContainerdError> {
+        let client = &self.inner().client;
+        client.delete_lease(&LeaseId(lease.to_owned())).await?;
+        // containerd's collector would take the view with it, some time: on a busy host that is after a minute.
+        if let Err(error) = client.remove_snapshot(lease).await {
+            tracing::debug!(error = %crate::chain(&error), "a view is left to containerd's own collection");
+        }
+        Ok(())
     }
 
     /// Of images that are here or are being pulled, and of those that tasks still use though their name has moved on.
@@ -137,7 +145,7 @@ impl ImageStore {
         let claimed = self.leases_in_use(in_use);
         let mut found = Vec::new();
         for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
-            let outcome = if dry_run { Ok(()) } else { inner.client.delete_lease(&LeaseId(lease.clone())).await };
+            let outcome = if dry_run { Ok(()) } else { self.release(&lease).await };
             found.push(Garbage::removed("lease", &lease, &outcome));
         }
         found
