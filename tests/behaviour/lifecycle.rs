@@ -214,11 +214,24 @@ async fn a_cached_image_starts_without_containerd() {
 /// be destroyed by the next caller.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_call_is_finished() {
+    use crate::support::{
+        Image,
+        fake_registry::{Answer, FakeRegistry},
+    };
     let mut env = Env::new().await;
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let registry = FakeRegistry::start().await;
+    let slow = registry.serve(&Image::busybox(), |_, answer| Answer { delay: Duration::from_millis(400), ..answer });
+    let config = json!({"image": slow, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
     let mut task = env.prepare(config).await;
-    let dropped = tokio::time::timeout(Duration::from_millis(3), env.try_start(&mut task)).await;
-    assert!(dropped.is_err(), "it can't have been that fast: an image had to be pulled");
+    let pulling = async {
+        while registry.requests().is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::select! {
+        () = pulling => {}
+        outcome = env.try_start(&mut task) => panic!("{outcome:?} before the image was asked for"),
+    }
     eventually("the task runs", async || env.inspect(&task.id).await.map(drop)).await;
     env.destroy(&task).await.unwrap();
     env.finish().await;
