@@ -13,6 +13,7 @@ use protobuf::{
     Message, MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
 };
+use tokio::sync::Semaphore;
 use ttrpc::{Error as TtrpcError, proto::Request};
 
 use super::{ShimError, UNIMPLEMENTED};
@@ -174,6 +175,10 @@ pub struct Client {
     /// The library numbers a request and queues it in two steps; shims since 2.0 refuse one that overtakes another
     /// in between ("StreamID ... must increment"). Held while a call is polled, both steps are one.
     order: Arc<Mutex<()>>,
+    /// Shims 1.x hold a lock over Create that the reader of their children's exits wants for each. With many Creates in
+    /// it, 32 exits are soon unread, and each further one stops the shim for a second (containerd, sys/reaper): one at a
+    /// time, they wait here.
+    creating: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Client {
@@ -201,7 +206,11 @@ impl Client {
         };
         let order: Arc<Mutex<()>> = Arc::default();
         for api in apis {
-            let client = Self { inner: inner.clone(), api, order: order.clone() };
+            let creating = Arc::new(Semaphore::new(match api {
+                TaskApi::V2 => 1,
+                TaskApi::V3 => Semaphore::MAX_PERMITS,
+            }));
+            let client = Self { inner: inner.clone(), api, order: order.clone(), creating };
             let request = wire::ConnectRequest::new();
             match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(QUICK)).await {
                 Ok(_) => return Ok(client),
@@ -233,6 +242,8 @@ impl Client {
             options: MessageField(task.runtime.encode()?.map(Box::new)),
             ..Default::default()
         };
+        let turn = tokio::time::timeout(CREATE, self.creating.acquire()).await;
+        let _turn = turn.map_err(|_| ShimError::Late { call: "Create", after: CREATE })?;
         let answer: wire::CreateTaskResponse = self.call("Create", &request, Some(CREATE)).await?;
         Ok(answer.pid)
     }
