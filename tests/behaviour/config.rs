@@ -164,6 +164,8 @@ fn values_that_are_not_known_are_left_out_and_named() {
     assert_eq!(code, Some(1), "{stdout}");
     assert!(stdout.contains("\"a b\"") && stdout.contains("\"xm\""), "{stdout}");
     assert!(!stderr.contains("image was"), "{stderr}");
+    let (code, _, stderr) = said(&check(&["--var", "secrets=a"], &[("a.nomad", &job)]));
+    assert!(code == Some(125) && stderr.contains("--var secrets"), "{stderr}");
 }
 
 #[test]

@@ -99,6 +99,13 @@ impl Config {
                 }
             }
         }
+        let declared =
+            |name: &str| bodies.iter().any(|(_, body)| hcl::named(body, "variable").any(|(own, _)| own == name));
+        let unknown = check.var.iter().find(|(name, _)| !declared(name));
+        // A file that can't be parsed may have it.
+        if let Some((name, _)) = unknown.filter(|_| look.findings.is_empty()) {
+            return Err(CliError::Usage(format!("--var {name}: none of these files has such a variable")));
+        }
         bodies.iter().for_each(|(file, body)| look.agent(file, body));
         bodies.iter().for_each(|(file, body)| look.jobs(file, body, &check.var));
         if look.findings.is_empty() {
