@@ -233,14 +233,24 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
 }
 
-/// May something be mounted at `path` or below it? Also when that can't be told.
-pub fn may_hold_mounts(path: &Path) -> bool {
-    // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes written in another way.
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    mounts.is_empty()
-        || path.to_string_lossy().contains([' ', '\t', '\n', '\\'])
-        || points.any(|point| Path::new(point).starts_with(path))
+/// Where something is mounted, as of one moment.
+#[derive(Debug)]
+pub struct MountPoints(String);
+
+impl MountPoints {
+    /// Of our mount namespace.
+    pub fn read() -> Self {
+        Self(fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+    }
+
+    /// May something be mounted at `path` or below it? Also when that can't be told.
+    pub fn may_be_in(&self, path: &Path) -> bool {
+        // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes written in another way.
+        let mut points = self.0.lines().filter_map(|line| line.split(' ').nth(4));
+        self.0.is_empty()
+            || path.to_string_lossy().contains([' ', '\t', '\n', '\\'])
+            || points.any(|point| Path::new(point).starts_with(path))
+    }
 }
 
 /// Writes a file whole or not at all, by a draft beside it, and makes the directory that it is in.

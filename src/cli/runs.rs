@@ -10,7 +10,7 @@ use crate::{
     control::{PATIENCE, Request, ask},
     host::{Launch, Plugin},
     pb::driver::DestroyTaskRequest,
-    places::may_hold_mounts,
+    places::MountPoints,
     task::read_records,
 };
 
@@ -60,7 +60,7 @@ pub async fn clear_up(common: &Common, address: &Path, id: &str) {
 
 /// Removes a directory of ours, but never what is mounted in it: that may be the host's own. True when nothing was.
 pub fn remove_unless_mounted(path: &Path) -> bool {
-    if may_hold_mounts(path) {
+    if MountPoints::read().may_be_in(path) {
         return false;
     }
     match std::fs::remove_dir_all(path) {

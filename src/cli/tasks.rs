@@ -5,7 +5,7 @@ use std::fs;
 use super::{CliError, Common, say};
 use crate::{
     image::InUse,
-    places::{Places, may_hold_mounts},
+    places::{MountPoints, Places},
     task::{Record, read_records},
 };
 
@@ -42,7 +42,8 @@ pub fn is_run(driver: &str) -> bool {
 
 /// What the tasks of all `run`s use, whether their processes live or not: as long as the layers are mounted.
 pub fn in_use_by_runs(common: &Common) -> InUse {
-    let mounted = |found: &Found| may_hold_mounts(&found.places.rootfs(&found.record.container_id));
+    let mounts = MountPoints::read();
+    let mounted = |found: &Found| mounts.may_be_in(&found.places.rootfs(&found.record.container_id));
     let runs = all(common).into_iter().filter(|found| is_run(&found.driver));
     runs.filter(mounted).map(|found| (found.record.intent.image, found.record.intent.lease)).collect()
 }

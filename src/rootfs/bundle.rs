@@ -19,7 +19,7 @@ use crate::{
     fault,
     ids::ContainerId,
     overlay,
-    places::{Places, make_dir, may_hold_mounts},
+    places::{MountPoints, Places, make_dir},
 };
 
 /// Where one task's files are.
@@ -278,7 +278,7 @@ fn unmount_all(point: &Path) -> io::Result<()> {
 /// Removes what a runtime that was cut off has put where the root file system was no more (gVisor makes its mount points
 /// there), if nothing at all is mounted in it: what is mounted there may be the host's own.
 fn remove_unmounted(path: &Path) -> io::Result<()> {
-    if may_hold_mounts(path) {
+    if MountPoints::read().may_be_in(path) {
         return Err(io::ErrorKind::DirectoryNotEmpty.into());
     }
     fs::remove_dir_all(path)

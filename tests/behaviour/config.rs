@@ -1,27 +1,25 @@
 //! `config check`: agent and job files, looked at before Nomad has them.
 
-use std::{path::Path, process::Output};
+use std::path::Path;
 
 use serde_json::Value;
 
 use crate::support::program;
 
-fn check(arguments: &[&str], files: &[(&str, &str)]) -> Output {
+/// Exit code, stdout and stderr.
+fn check(arguments: &[&str], files: &[(&str, &str)]) -> (Option<i32>, String, String) {
     let dir = tempfile::tempdir().unwrap();
     for (name, text) in files {
         std::fs::write(dir.path().join(name), text).unwrap();
     }
     let names = files.iter().map(|(name, _)| *name);
-    std::process::Command::new(program())
+    let output = std::process::Command::new(program())
         .current_dir(dir.path())
         .args(["config", "check"])
         .args(arguments)
         .args(names)
         .output()
-        .unwrap()
-}
-
-fn said(output: &Output) -> (Option<i32>, String, String) {
+        .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -67,7 +65,7 @@ fn every_example_is_fine() {
       }
     }"#;
     let names: Vec<_> = files.iter().map(|path| path.to_str().unwrap()).collect();
-    let (code, stdout, stderr) = said(&check(&[&["--json"], &names[..]].concat(), &[("z.hcl", agent)]));
+    let (code, stdout, stderr) = check(&[&["--json"], &names[..]].concat(), &[("z.hcl", agent)]);
     assert_eq!(code, Some(0), "{stdout}{stderr}");
     let list: Vec<Value> = serde_json::from_str(&stdout).unwrap();
     for file in &files {
@@ -85,30 +83,30 @@ fn faults_are_told_all_at_once() {
         host_network = true
         shm_size     = "lots"
     "#;
-    let (code, stdout, stderr) = said(&check(&[], &[("a.nomad", &job("shim", config))]));
+    let (code, stdout, stderr) = check(&[], &[("a.nomad", &job("shim", config))]);
     assert_eq!((code, stderr.as_str()), (Some(1), ""), "{stdout}");
     assert_eq!(stdout.lines().count(), 1, "docker's task is not ours: {stdout}");
     for part in ["a.nomad: task j/g/t: task config: 4 problems", "command and entrypoint", "host_network", "\"lots\""] {
         assert!(stdout.contains(part), "{part} is not in {stdout}");
     }
-    let (code, stdout, _) = said(&check(&[], &[("a.nomad", &job("shim", "image = \"a\"\n imagee = 1"))]));
+    let (code, stdout, _) = check(&[], &[("a.nomad", &job("shim", "image = \"a\"\n imagee = 1"))]);
     assert!(code == Some(1) && stdout.contains("imagee"), "{stdout}");
-    let (code, stdout, _) = said(&check(&[], &[("a.nomad", &job("containerd-driver", ""))]));
+    let (code, stdout, _) = check(&[], &[("a.nomad", &job("containerd-driver", ""))]);
     assert!(code == Some(1) && stdout.contains("missing required argument \"image\""), "{stdout}");
 }
 
 #[test]
 fn jobs_are_held_against_what_the_agent_allows() {
     let job = job("shim", "image = local.image\n privileged = true");
-    let (code, stdout, _) = said(&check(&[], &[("a.nomad", &job)]));
+    let (code, stdout, _) = check(&[], &[("a.nomad", &job)]);
     assert!(code == Some(1) && stdout.contains("allow_privileged"), "{stdout}");
     let agent = "plugin \"nomad-driver-shim\" {\n config { allow_privileged = true }\n}";
-    let (code, stdout, _) = said(&check(&[], &[("a.nomad", &job), ("agent.hcl", agent)]));
+    let (code, stdout, _) = check(&[], &[("a.nomad", &job), ("agent.hcl", agent)]);
     assert_eq!(code, Some(0), "{stdout}");
     assert_eq!(stdout, "agent.hcl: plugin \"nomad-driver-shim\": fine\na.nomad: task j/g/t: fine\n");
     // Of another driver's name, it says nothing.
     let agent = "plugin \"containerd-driver\" {\n config { allow_privileged = true }\n}";
-    assert_eq!(said(&check(&[], &[("a.nomad", &job), ("agent.hcl", agent)])).0, Some(1));
+    assert_eq!(check(&[], &[("a.nomad", &job), ("agent.hcl", agent)]).0, Some(1));
 }
 
 #[test]
@@ -124,15 +122,14 @@ fn an_agents_faults_are_told() {
             cgroup { keep_warm = "1h" }
           }
         }"#;
-    let (code, stdout, _) = said(&check(&[], &[("agent.hcl", agent)]));
+    let (code, stdout, _) = check(&[], &[("agent.hcl", agent)]);
     assert!(code == Some(1) && stdout.lines().count() == 1, "{stdout}");
     assert!(stdout.contains("stats_interval") && stdout.contains("keep_warm"), "{stdout}");
     let renamed = r#"plugin "nomad-driver-shim" { args = ["--name", "fast"] }"#;
-    let (code, stdout, _) =
-        said(&check(&[], &[("agent.hcl", renamed), ("a.nomad", &job("fast", "image = local.image"))]));
+    let (code, stdout, _) = check(&[], &[("agent.hcl", renamed), ("a.nomad", &job("fast", "image = local.image"))]);
     assert!(code == Some(0) && stdout.contains("task j/g/t: fine"), "{stdout}");
     let args = r#"plugin "nomad-driver-shim" { args = ["--nane", "fast"] }"#;
-    let (code, stdout, _) = said(&check(&[], &[("agent.hcl", args)]));
+    let (code, stdout, _) = check(&[], &[("agent.hcl", args)]);
     assert!(code == Some(1) && stdout.contains("only --name NAME is known"), "{stdout}");
 }
 
@@ -154,17 +151,17 @@ fn values_that_are_not_known_are_left_out_and_named() {
           target = "/y"
         }"#;
     let job = job("shim", config);
-    let (code, stdout, stderr) = said(&check(&[], &[("a.nomad", &job)]));
+    let (code, stdout, stderr) = check(&[], &[("a.nomad", &job)]);
     assert_eq!((code, stdout.as_str()), (Some(0), "a.nomad: task j/g/t: fine\n"), "{stderr}");
     for name in ["image", "command", "hostname", "mounts.source"] {
         assert!(stderr.contains(&format!("{name} was not looked at")), "{name}: {stderr}");
     }
     assert_eq!(stderr.lines().count(), 4, "{stderr}");
-    let (code, stdout, stderr) = said(&check(&["--var", "secret=a b", "--var", "tag=x"], &[("a.nomad", &job)]));
+    let (code, stdout, stderr) = check(&["--var", "secret=a b", "--var", "tag=x"], &[("a.nomad", &job)]);
     assert_eq!(code, Some(1), "{stdout}");
     assert!(stdout.contains("\"a b\"") && stdout.contains("\"xm\""), "{stdout}");
     assert!(!stderr.contains("image was"), "{stderr}");
-    let (code, _, stderr) = said(&check(&["--var", "secrets=a"], &[("a.nomad", &job)]));
+    let (code, _, stderr) = check(&["--var", "secrets=a"], &[("a.nomad", &job)]);
     assert!(code == Some(125) && stderr.contains("--var secrets"), "{stderr}");
 }
 
@@ -191,26 +188,26 @@ fn tasks_that_are_made_or_whose_driver_is_not_known_are_told() {
             }
           }
         }"#;
-    let (code, stdout, stderr) = said(&check(&[], &[("a.nomad", job)]));
+    let (code, stdout, stderr) = check(&[], &[("a.nomad", job)]);
     assert_eq!(code, Some(1), "{stdout}{stderr}");
     let lines: Vec<&str> = stdout.lines().collect();
     assert!(lines[0].starts_with("a.nomad: task j/dynamic/t: task config: shm_size"), "{stdout}");
     assert_eq!(lines[1..], ["a.nomad: task j/dynamic/u: not looked at"]);
     assert!(stderr.contains("u: driver was not looked at"), "{stderr}");
-    let (_, stdout, _) = said(&check(&["--var", "driver=containerd-driver"], &[("a.nomad", job)]));
+    let (_, stdout, _) = check(&["--var", "driver=containerd-driver"], &[("a.nomad", job)]);
     assert!(stdout.contains("task j/dynamic/u: config: missing required argument"), "{stdout}");
 }
 
 #[test]
 fn what_cannot_be_checked_is_told() {
-    let (code, stdout, _) = said(&check(&[], &[("a.nomad", "job \"j\" {\n  group = = 1\n}")]));
+    let (code, stdout, _) = check(&[], &[("a.nomad", "job \"j\" {\n  group = = 1\n}")]);
     assert!(code == Some(1) && stdout.contains("a.nomad: HCL:") && stdout.contains("line 2, column"), "{stdout}");
     let other = job("another", "image = local.image");
-    let (code, stdout, stderr) = said(&check(&[], &[("a.nomad", &other)]));
+    let (code, stdout, stderr) = check(&[], &[("a.nomad", &other)]);
     assert_eq!((code, stdout.as_str()), (Some(125), ""));
     assert!(stderr.contains("shim, containerd-driver") && stderr.contains("--driver"), "{stderr}");
-    let (code, stdout, _) = said(&check(&["--driver", "another"], &[("a.nomad", &other)]));
+    let (code, stdout, _) = check(&["--driver", "another"], &[("a.nomad", &other)]);
     assert!(code == Some(0) && stdout.contains("fine"), "{stdout}");
-    let (code, _, stderr) = said(&check(&["absent.nomad"], &[]));
+    let (code, _, stderr) = check(&["absent.nomad"], &[]);
     assert!(code == Some(125) && stderr.contains("absent.nomad"), "{stderr}");
 }

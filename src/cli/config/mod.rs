@@ -21,8 +21,6 @@ use crate::{
     task::Settings,
 };
 
-/// What this driver's program is called where it is installed.
-const PROGRAM: &str = "nomad-driver-shim";
 /// The driver's names where nobody has given it another one.
 const NAMES: [&str; 2] = ["shim", DROP_IN_NAME];
 /// A task that may be another driver's: its `driver` is not known.
@@ -148,14 +146,15 @@ impl Look {
 
     /// The plugin blocks of a file.
     fn agent(&mut self, file: &Path, body: &Body) {
-        let scope = hcl::scope(body, &[]);
+        // Agent files have no variables.
+        let scope = Context::new();
         for plugin in hcl::blocks(body, "plugin") {
             let label = hcl::label(plugin).unwrap_or_default();
             let args = hcl::attribute(plugin.body(), "args").and_then(|args| hcl::json(args, &scope));
             let args: Vec<String> = args.and_then(|args| serde_json::from_value(args).ok()).unwrap_or_default();
             let ours =
                 DriverName::from_argv0(label).is_ok_and(|name| self.names.iter().any(|own| own == name.as_str()));
-            if !ours && label != PROGRAM {
+            if !ours {
                 continue;
             }
             let place = format!("plugin {label:?}");
