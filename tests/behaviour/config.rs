@@ -131,6 +131,12 @@ fn an_agents_faults_are_told() {
     let args = r#"plugin "nomad-driver-shim" { args = ["--nane", "fast"] }"#;
     let (code, stdout, _) = check(&[], &[("agent.hcl", args)]);
     assert!(code == Some(1) && stdout.contains("only --name NAME is known"), "{stdout}");
+    for wrong in [r#""--name fast""#, r#"["--name",5]"#] {
+        let args = format!("plugin \"nomad-driver-shim\" {{ args = {wrong} }}");
+        let (code, stdout, _) = check(&[], &[("agent.hcl", &args)]);
+        assert!(code == Some(1) && stdout.contains("args must be a list of texts"), "{wrong}: {stdout}");
+        assert!(stdout.contains(wrong), "{stdout}");
+    }
 }
 
 /// What a server or node fills in is neither right nor wrong here.

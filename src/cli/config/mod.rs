@@ -150,8 +150,6 @@ impl Look {
         let scope = Context::new();
         for plugin in hcl::blocks(body, "plugin") {
             let label = hcl::label(plugin).unwrap_or_default();
-            let args = hcl::attribute(plugin.body(), "args").and_then(|args| hcl::json(args, &scope));
-            let args: Vec<String> = args.and_then(|args| serde_json::from_value(args).ok()).unwrap_or_default();
             let ours =
                 DriverName::from_argv0(label).is_ok_and(|name| self.names.iter().any(|own| own == name.as_str()));
             if !ours {
@@ -159,8 +157,8 @@ impl Look {
             }
             let place = format!("plugin {label:?}");
             let content = config(plugin.body(), PLUGIN, &scope);
-            let settings = DriverName::of_plugin(label, &args)
-                .map_err(|error| error.to_string())
+            let settings = arguments(plugin.body(), &scope)
+                .and_then(|args| DriverName::of_plugin(label, &args).map_err(|error| error.to_string()))
                 .and_then(|name| read_settings(&name, content.known));
             let fault = settings.as_ref().err().cloned();
             if let Ok(settings) = settings {
@@ -208,6 +206,14 @@ impl Look {
         let name = DriverName::new(driver).map_err(|error| error.to_string())?;
         read_settings(&name, serde_json::Map::new())
     }
+}
+
+/// The arguments that the agent starts a plugin with.
+fn arguments(plugin: &Body, scope: &Context<'_>) -> Result<Vec<String>, String> {
+    let Some(args) = hcl::attribute(plugin, "args") else { return Ok(Vec::new()) };
+    let value = hcl::json(args, scope).unwrap_or_else(|| Json::from(args.to_string()));
+    let list = serde_json::from_value(value.clone());
+    list.map_err(|_| format!("args must be a list of texts, as in [\"--name\", \"NAME\"], not {value}"))
 }
 
 fn read_settings(name: &DriverName, known: serde_json::Map<String, Json>) -> Result<Settings, String> {
