@@ -13,6 +13,7 @@ use std::{
     },
     path::{Path, PathBuf},
     ptr,
+    sync::Arc,
 };
 
 use base64::Engine as _;
@@ -41,13 +42,14 @@ pub struct Floor {
 #[derive(Debug, Clone)]
 pub struct Process {
     pid: libc::pid_t,
+    handle: Arc<PidFd>,
     cgroup: CgroupPath,
 }
 
 impl Process {
     /// Waits for its end: true for exit code 0.
     pub(super) async fn wait(&self) -> io::Result<bool> {
-        PidFd::open(self.pid.cast_unsigned())?.ended().await?;
+        self.handle.ended().await?;
         let mut status = 0;
         // SAFETY: our own child, which has ended and which nobody else waits for.
         if unsafe { libc::waitpid(self.pid, &raw mut status, 0) } < 0 {
@@ -61,10 +63,9 @@ impl Process {
         self.pid.cast_unsigned()
     }
 
-    /// Sends SIGTERM.
-    pub(super) fn terminate(&self) {
-        // SAFETY: our own child, not waited for yet.
-        unsafe { libc::kill(self.pid, libc::SIGTERM) };
+    /// Sends a signal; one that has ended does not need it.
+    pub(super) fn signal(&self, signal: c_int) {
+        self.handle.signal(signal);
     }
 }
 
@@ -155,7 +156,8 @@ impl Floor {
             let error = io::Error::from_raw_os_error(order.failed.1);
             return Err(format!("step {} of the floor failed: {error}", order.failed.0).into());
         }
-        Ok(Process { pid, cgroup: CgroupPath::recorded(cgroup_path(spec)) })
+        let handle = Arc::new(PidFd::open(pid.cast_unsigned())?);
+        Ok(Process { pid, handle, cgroup: CgroupPath::recorded(cgroup_path(spec)) })
     }
 
     /// Removes what an ended container leaves.

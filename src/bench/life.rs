@@ -11,6 +11,8 @@ use super::{
 
 /// No step of a task's life takes longer.
 pub const LIMIT: Duration = Duration::from_secs(120);
+/// Nor does giving up one that failed.
+const ABANDON: Duration = Duration::from_secs(30);
 
 /// Has a path do something, within the limit.
 pub(super) async fn within<T>(
@@ -31,8 +33,25 @@ pub(super) struct Life {
     pub(super) details: Vec<(String, u64)>,
 }
 
-/// Takes a task through a sequence.
+/// Takes a task through a sequence. Nothing of it is left, however that goes.
 pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Life, BenchError> {
+    match steps(path, &job, sequence).await {
+        Ok(life) => job.clear(LIMIT).await.map(|()| life),
+        Err(error) => {
+            abandon(path, job).await;
+            Err(error)
+        }
+    }
+}
+
+/// Gives a task up that something went wrong with.
+pub(super) async fn abandon(path: &Path, job: Job) {
+    // Why it went wrong is told; what more goes wrong here comes of that.
+    drop(tokio::time::timeout(ABANDON, path.abandon(&job)).await);
+    drop(job.clear(Duration::ZERO).await);
+}
+
+async fn steps(path: &Path, job: &Job, sequence: &[Step]) -> Result<Life, BenchError> {
     // One clock for all: what the reader notes is carried over to it.
     let (instant, base) = (std::time::Instant::now(), now());
     let mut life = Life { main: Vec::new(), details: Vec::new() };
@@ -45,25 +64,25 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
         match step {
             Step::Start => {
                 began = before;
-                within(&path.name, "start", path.start(&job)).await?;
+                within(&path.name, "start", path.start(job)).await?;
                 let command = matches!(path.way, Way::Runtime { .. } | Way::Engine { .. });
                 // A foreground command has no answer but the task's own.
                 if !command && ends_itself {
                     life.main.push(("start_task", now() - before));
                 }
                 if !ends_itself {
-                    first_stamp(path, &job).await?;
+                    stoppable(path, job).await?;
                 }
                 continue;
             }
             Step::Wait => {
-                let well = within(&path.name, "wait", path.wait(&job)).await?;
+                let well = within(&path.name, "wait", path.wait(job)).await?;
                 seen = Some(now());
                 if !well {
                     let problem = format!("the task did not end well: {}", job.complaints());
                     return Err(BenchError::Unsound { path: path.name.clone(), problem });
                 }
-                life.details.extend(path.phases(&job).await.into_iter().map(|(name, ms)| {
+                life.details.extend(path.phases(job).await.into_iter().map(|(name, ms)| {
                     #[allow(
                         clippy::cast_possible_truncation,
                         clippy::cast_sign_loss,
@@ -75,17 +94,17 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
                 continue;
             }
             Step::Stop => {
-                within(&path.name, "stop", path.stop(&job)).await?;
+                within(&path.name, "stop", path.stop(job)).await?;
                 stopped = Some(now());
                 life.main.push(("stop", now() - before));
                 continue;
             }
             Step::Linger => continue,
-            Step::Exec => within(&path.name, "exec", path.exec(&job)).await?,
-            Step::Stats => within(&path.name, "stats", path.stats(&job)).await?,
-            Step::Signal => within(&path.name, "signal", path.signal(&job)).await?,
+            Step::Exec => within(&path.name, "exec", path.exec(job)).await?,
+            Step::Stats => within(&path.name, "stats", path.stats(job)).await?,
+            Step::Signal => within(&path.name, "signal", path.signal(job)).await?,
             Step::Destroy => {
-                within(&path.name, "destroy", path.destroy(&job)).await?;
+                within(&path.name, "destroy", path.destroy(job)).await?;
                 destroyed = Some((before, now()));
                 continue;
             }
@@ -101,7 +120,6 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
     // A sandbox has a clock of its own, which begins with it: its stamps tell that it ran, and nothing else.
     let (first, last) = if first < began { (None, None) } else { (Some(first), Some(last)) };
     if lingers {
-        job.clear(LIMIT).await?;
         let gone = last.zip(seen).map(|(last, seen)| seen.saturating_sub(last));
         let details = gone.map(|gone| ("last_instruction_to_exit_seen".to_owned(), gone)).into_iter().collect();
         return Ok(Life { main: Vec::new(), details });
@@ -126,14 +144,13 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
         let after = last.map(|last| ("last_instruction_to_stopped".to_owned(), stopped.saturating_sub(last)));
         life.details.extend(after);
     }
-    job.clear(LIMIT).await?;
     Ok(life)
 }
 
 /// A stop before the task is ready for it would measure something else.
-pub(super) async fn first_stamp(path: &Path, job: &Job) -> Result<(), BenchError> {
+pub(super) async fn stoppable(path: &Path, job: &Job) -> Result<(), BenchError> {
     let deadline = tokio::time::Instant::now() + LIMIT;
-    while job.stamps().0.is_none() {
+    while job.stamps().0.is_none() || !path.is_known(job).await {
         if tokio::time::Instant::now() > deadline {
             return Err(BenchError::Late { path: path.name.clone(), doing: "say that it runs" });
         }

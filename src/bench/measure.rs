@@ -15,7 +15,7 @@ use super::{
     BenchError, Kind, Machine, Mode, PathPlan, Plan, Results, Step, confinement, file,
     floor::Floor,
     job::Job,
-    life::{LIMIT, Life, first_stamp, life, within},
+    life::{LIMIT, Life, abandon, life, stoppable, within},
     machine,
     path::{Path, PluginWay, Running, Way, merge},
     stamp::now,
@@ -59,14 +59,14 @@ pub struct Ground {
 /// Carries a plan out.
 ///
 /// # Errors
-/// When this driver can't be measured at all. Other paths that can't be are left out, and named.
+/// When this driver's spec can't be had. A path that fails is left out from then on, and named.
 pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
     let mut machine = Machine::look();
     let allocs = ground.run.join("allocs");
     fs::create_dir_all(&allocs).map_err(file(&allocs))?;
     let bench = Bench { plan, ground, allocs, templates: templates(plan, ground).await? };
     let spec_hash = bench.templates.json.hash();
-    let mut left_out = BTreeMap::new();
+    let mut taken = Taken::default();
     if bench.templates.program.hash() != spec_hash {
         return Err(BenchError::Unsound {
             path: "driver".to_owned(),
@@ -77,11 +77,10 @@ pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
     for path in &plan.paths {
         match bench.open(path).await {
             Ok(path) => paths.push(Arc::new(path)),
-            Err(error) => drop(left_out.insert(path.name.clone(), crate::chain(&error))),
+            Err(error) => taken.leave_out(&path.name, &error),
         }
     }
-    let mut taken = Taken::default();
-    let outcome = bench.take(&mut paths, &mut taken, &mut left_out).await;
+    let outcome = bench.take(&mut paths, &mut taken).await;
     for path in paths {
         if let Ok(path) = Arc::try_unwrap(path) {
             path.close().await;
@@ -101,7 +100,7 @@ pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
         machine,
         plan: plan.clone(),
         spec_hash,
-        left_out,
+        left_out: taken.left_out,
         definitions: METRICS.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect(),
         ratios: summary::ratios(&rows, &first),
         rows,
@@ -162,6 +161,7 @@ fn driver_config(ground: &Ground, name: &str) -> Value {
 #[derive(Default)]
 struct Taken {
     names: Vec<String>,
+    left_out: BTreeMap<String, String>,
     main: Measured,
     details: Measured,
     throughput: Vec<Throughput>,
@@ -170,6 +170,14 @@ struct Taken {
 }
 
 impl Taken {
+    fn leave_out(&mut self, path: &str, error: &BenchError) {
+        self.left_out.insert(path.to_owned(), crate::chain(error));
+    }
+
+    fn is_left_out(&self, path: &Path) -> bool {
+        self.left_out.contains_key(&path.name)
+    }
+
     fn note(&mut self, life: Life, path: usize, mode: Mode, concurrency: usize) {
         let key = |metric: String| Key { path, mode, concurrency, metric };
         for (metric, value) in life.main {
@@ -249,12 +257,7 @@ impl Bench<'_> {
     }
 
     /// Everything, interleaved. A path that fails once is left out from then on, with what it had.
-    async fn take(
-        &self,
-        paths: &mut Vec<Arc<Path>>,
-        taken: &mut Taken,
-        left_out: &mut BTreeMap<String, String>,
-    ) -> Result<(), BenchError> {
+    async fn take(&self, paths: &mut Vec<Arc<Path>>, taken: &mut Taken) -> Result<(), BenchError> {
         // Warm: pulls, caches, pools; and who can't do it at all.
         let mut warm = Vec::new();
         for path in paths.drain(..) {
@@ -271,7 +274,7 @@ impl Bench<'_> {
             match outcome {
                 Ok(()) => warm.push(path),
                 Err(error) => {
-                    left_out.insert(path.name.clone(), crate::chain(&error));
+                    taken.leave_out(&path.name, &error);
                     if let Ok(path) = Arc::try_unwrap(path) {
                         path.close().await;
                     }
@@ -281,7 +284,7 @@ impl Bench<'_> {
         if let Some(index) = warm.iter().position(|path| matches!(path.way, Way::Floor { .. }))
             && let Some(problem) = self.unlike_runc(&warm[index]).await?
         {
-            left_out.insert(warm.remove(index).name.clone(), problem);
+            taken.left_out.insert(warm.remove(index).name.clone(), problem);
         }
         *paths = warm;
         taken.names = paths.iter().map(|path| path.name.clone()).collect();
@@ -296,7 +299,19 @@ impl Bench<'_> {
         }
         if self.plan.idle_tasks > 0 {
             for path in paths.iter().filter(|path| path.has_memory()) {
-                taken.memory.push(self.idle(path).await?);
+                if taken.is_left_out(path) {
+                    continue;
+                }
+                let mut jobs = Vec::new();
+                match self.idle(path, &mut jobs).await {
+                    Ok(memory) => taken.memory.push(memory),
+                    Err(error) => {
+                        taken.leave_out(&path.name, &error);
+                        for job in jobs {
+                            abandon(path, job).await;
+                        }
+                    }
+                }
             }
         }
         Ok(())
@@ -312,13 +327,18 @@ impl Bench<'_> {
         let mut portraits = Vec::new();
         for path in [&runc, floor] {
             let job = Job::new(&self.allocs, &sequence)?;
-            within(&path.name, "start", path.start(&job)).await?;
-            first_stamp(path, &job).await?;
-            let pid = within(&path.name, "say who its task is", path.pid(&job)).await?;
-            portraits.push(confinement::portrait(pid));
-            within(&path.name, "stop", path.stop(&job)).await?;
-            within(&path.name, "destroy", path.destroy(&job)).await?;
-            job.clear(LIMIT).await?;
+            let portrait = async {
+                within(&path.name, "start", path.start(&job)).await?;
+                stoppable(path, &job).await?;
+                let pid = within(&path.name, "say who its task is", path.pid(&job)).await?;
+                Ok::<_, BenchError>(confinement::portrait(pid))
+            };
+            let portrait = portrait.await;
+            abandon(path, job).await;
+            match portrait {
+                Ok(portrait) => portraits.push(portrait),
+                Err(error) => return Ok(Some(crate::chain(&error))),
+            }
         }
         let differences = confinement::differences(&portraits[0], &portraits[1]);
         Ok((!differences.is_empty()).then(|| format!("not confined as runc's task: {}", differences.join("; "))))
@@ -340,12 +360,17 @@ impl Bench<'_> {
                 let index = (n + round) % paths.len();
                 let path = &paths[index];
                 for _ in 0..block {
+                    if taken.is_left_out(path) {
+                        break;
+                    }
                     let job = Job::new(&self.allocs, sequence)?;
                     if mode == Mode::Gaps {
                         tokio::time::sleep(Duration::from_millis(self.plan.gap_ms)).await;
                     }
-                    let life = life(path, job, sequence).await?;
-                    taken.note(life, index, mode, 1);
+                    match life(path, job, sequence).await {
+                        Ok(life) => taken.note(life, index, mode, 1),
+                        Err(error) => taken.leave_out(&path.name, &error),
+                    }
                     (self.ground.tick)(1);
                 }
                 tokio::time::sleep(SETTLE).await;
@@ -366,6 +391,9 @@ impl Bench<'_> {
         let mut sums: Vec<(usize, u64, u64)> = vec![(0, 0, 0); paths.len()];
         for _ in 0..2 {
             for (index, path) in paths.iter().enumerate() {
+                if taken.is_left_out(path) {
+                    continue;
+                }
                 let mut jobs = Vec::new();
                 for _ in 0..turn {
                     jobs.push(Job::new(&self.allocs, sequence)?);
@@ -387,11 +415,19 @@ impl Bench<'_> {
                     });
                 }
                 while let Some(worker) = workers.join_next().await {
-                    let lives = worker.map_err(|error| BenchError::Unsound {
-                        path: path.name.clone(),
-                        problem: error.to_string(),
-                    })??;
-                    lives.into_iter().for_each(|life| taken.note(life, index, Mode::BackToBack, concurrency));
+                    let lives = worker.unwrap_or_else(|error| {
+                        Err(BenchError::Unsound { path: path.name.clone(), problem: error.to_string() })
+                    });
+                    match lives {
+                        Ok(lives) => {
+                            lives.into_iter().for_each(|life| taken.note(life, index, Mode::BackToBack, concurrency));
+                        }
+                        // The others end what they are at, and begin nothing more.
+                        Err(error) => {
+                            taken.leave_out(&path.name, &error);
+                            jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+                        }
+                    }
                 }
                 let sum = &mut sums[index];
                 sum.1 += now() - began;
@@ -402,6 +438,9 @@ impl Bench<'_> {
         }
         #[allow(clippy::cast_precision_loss, reason = "counts of tasks, ticks and nanoseconds of a run")]
         for (path, (tasks, nanoseconds, ticks)) in paths.iter().zip(sums) {
+            if taken.is_left_out(path) {
+                continue;
+            }
             taken.throughput.push(Throughput {
                 path: path.name.clone(),
                 concurrency,
@@ -415,13 +454,11 @@ impl Bench<'_> {
     }
 
     /// What lives beside so many idle tasks.
-    async fn idle(&self, path: &Path) -> Result<Memory, BenchError> {
+    async fn idle(&self, path: &Path, jobs: &mut Vec<Job>) -> Result<Memory, BenchError> {
         let sequence = [Step::Start, Step::Stop, Step::Destroy];
-        let mut jobs = Vec::new();
         for _ in 0..self.plan.idle_tasks {
-            let job = Job::new(&self.allocs, &sequence)?;
-            within(&path.name, "start an idle task", path.start(&job)).await?;
-            jobs.push(job);
+            jobs.push(Job::new(&self.allocs, &sequence)?);
+            within(&path.name, "start an idle task", path.start(&jobs[jobs.len() - 1])).await?;
         }
         tokio::time::sleep(IDLE).await;
         let mut all: BTreeMap<u32, String> = BTreeMap::new();
@@ -434,7 +471,7 @@ impl Bench<'_> {
             let daemon = tokio::net::UnixStream::connect(&self.ground.address).await;
             let daemon = daemon.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
             all.extend(daemon.map(|pid| (pid.cast_unsigned(), name(pid.cast_unsigned()))));
-            for job in &jobs {
+            for job in jobs.iter() {
                 all.extend(machine::processes(&format!("-id {}", job.id)));
             }
         }
@@ -447,10 +484,12 @@ impl Bench<'_> {
         }
         let total_kib = parts.values().map(|(_, kib)| kib).sum();
         let tasks = jobs.len();
-        for job in jobs {
-            within(&path.name, "stop an idle task", path.stop(&job)).await?;
-            within(&path.name, "remove an idle task", path.destroy(&job)).await?;
-            job.clear(LIMIT).await?;
+        while let Some(job) = jobs.last() {
+            within(&path.name, "stop an idle task", path.stop(job)).await?;
+            within(&path.name, "remove an idle task", path.destroy(job)).await?;
+            if let Some(job) = jobs.pop() {
+                job.clear(LIMIT).await?;
+            }
         }
         #[allow(clippy::cast_precision_loss, reason = "kibibytes")]
         let per_task_kib = (total_kib as f64 / tasks as f64 * 10.0).round() / 10.0;

@@ -233,10 +233,39 @@ impl Path {
                 check(command).await?;
             }
             Way::Floor { running, .. } => {
-                running.get(job)?.terminate();
+                running.get(job)?.signal(libc::SIGTERM);
             }
         }
         self.wait(job).await.map(drop)
+    }
+
+    /// Can it be told to stop? crun notes a task when that may have begun already (1.8).
+    pub(super) async fn is_known(&self, job: &Job) -> bool {
+        !matches!(self.way, Way::Runtime { .. }) || self.pid(job).await.is_ok()
+    }
+
+    /// Ends and removes what there is of a task that failed. Why it failed is what matters, not what this lacks.
+    pub(super) async fn abandon(&self, job: &Job) {
+        let ended = match &self.way {
+            // Its removal ends it.
+            Way::Plugin(_) => Ok(()),
+            Way::Containerd { client, .. } => client.kill_all(&job.id).await.map_err(Failure::from),
+            Way::Runtime { binary, dir, .. } => {
+                let mut command = tokio::process::Command::new(binary);
+                command.arg("--root").arg(dir.join("state")).args(["delete", "--force", &job.id]);
+                check(command).await
+            }
+            Way::Engine { binary, .. } => {
+                let mut command = tokio::process::Command::new(binary);
+                command.args(["rm", "--force", &job.id]);
+                check(command).await
+            }
+            Way::Floor { running, .. } => running.get(job).map(|process| process.signal(libc::SIGKILL)),
+        };
+        if ended.is_ok() && !matches!(self.way, Way::Plugin(_)) {
+            drop(self.wait(job).await);
+        }
+        drop(self.destroy(job).await);
     }
 
     /// Removes it.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Machine, Mode, Plan};
+use super::{Kind, Machine, Mode, Plan};
 
 /// The metrics of the first list, each with what it is.
 pub const METRICS: [(&str, &str); 6] = [
@@ -116,7 +116,7 @@ pub struct Results {
     pub plan: Plan,
     /// The spec that all paths but other plugins and engines ran, without names.
     pub spec_hash: String,
-    /// Paths that could not be measured, and why.
+    /// Paths that could not be measured, or from some moment on, and why.
     pub left_out: BTreeMap<String, String>,
     /// What the metrics are.
     pub definitions: BTreeMap<String, String>,
@@ -132,6 +132,14 @@ pub struct Results {
     pub ratios: Vec<Ratio>,
     /// Everything, raw.
     pub samples: Vec<Samples>,
+}
+
+impl Results {
+    /// Has this driver failed, or a path that had been measured in part? What is not installed is no failure.
+    pub fn is_broken(&self) -> bool {
+        let own = |name: &str| self.plan.paths.iter().any(|path| path.name == name && path.kind == Kind::Driver);
+        self.left_out.keys().any(|name| own(name) || self.rows.iter().any(|row| row.path == *name))
+    }
 }
 
 /// What samples belong to.

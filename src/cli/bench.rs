@@ -57,7 +57,7 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Measures, or compares.
+    /// Measures, or compares; 1 when this driver failed, or a path that was being measured.
     ///
     /// # Errors
     /// When this driver can't be measured, or the plan is wrong.
@@ -118,7 +118,7 @@ impl Bench {
             }
         }
         print(&bench::table(&results))?;
-        Ok(0)
+        Ok(u8::from(results.is_broken()))
     }
 
     fn planned(&self) -> Result<Plan, CliError> {

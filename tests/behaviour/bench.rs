@@ -1,47 +1,91 @@
 //! The benchmark measures what it says, and leaves nothing.
 
-use std::{collections::BTreeSet, fs};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Output,
+};
 
+use nomad_driver_shim::process::which;
 use serde_json::Value;
+use tokio::process::Command;
 
-use crate::support::{Env, program, services};
+use crate::support::{Env, leak, program, services};
+
+/// One benchmark in directories of its own.
+struct Bench<'a> {
+    env: &'a Env,
+    image: String,
+    json: PathBuf,
+    run: PathBuf,
+    state: PathBuf,
+}
+
+impl<'a> Bench<'a> {
+    async fn new(env: &'a Env) -> Self {
+        let [json, run, state] = ["results.json", "b-run", "b-state"].map(|name| env.dir.join(name));
+        Self { env, image: env.busybox().await, json, run, state }
+    }
+
+    /// A command on the image.
+    fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(program());
+        command.args([name, &self.image, "--namespace", &self.env.namespace, "--address"]);
+        command.arg(&services().containerd).arg("--run-dir").arg(&self.run).arg("--state-dir").arg(&self.state);
+        command
+    }
+
+    /// Carries a plan out.
+    async fn measure(&self, plan: &str, options: &[&Path], path: &str) -> Output {
+        let file = self.env.dir.join("plan.toml");
+        fs::write(&file, plan).unwrap();
+        let mut command = self.command("bench");
+        command.arg("--plan").arg(file).arg("--json").arg(&self.json).args(options).env("PATH", path);
+        command.output().await.unwrap()
+    }
+
+    fn results(&self) -> Value {
+        serde_json::from_slice(&fs::read(&self.json).unwrap()).unwrap()
+    }
+
+    /// Nothing stays mounted, here or for a process that lives on, nor on disk but for the image store, as `run` leaves
+    /// it.
+    async fn has_left_nothing(&self) {
+        for process in fs::read_dir("/proc").unwrap() {
+            let mounts = fs::read_to_string(process.unwrap().path().join("mountinfo")).unwrap_or_default();
+            assert!(!mounts.contains(self.env.dir.to_str().unwrap()), "{mounts}");
+        }
+        assert_eq!(leak::entries(&self.run), Vec::<String>::new());
+        assert_eq!(leak::entries(&self.state), ["cli"]);
+        assert_eq!(leak::entries(&self.state.join("cli/uppers")), Vec::<String>::new());
+        let removed = self.command("rmi").output().await.unwrap();
+        assert!(removed.status.success(), "{removed:?}");
+    }
+}
+
+fn paths(kinds: &[&str]) -> String {
+    kinds.iter().map(|kind| format!("[[paths]]\nname = '{kind}'\nkind = '{kind}'\n")).collect()
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_path_is_measured_in_one_run() {
     let env = Env::new().await;
-    let image = env.busybox().await;
-    let plan = env.dir.join("plan.toml");
+    let bench = Bench::new(&env).await;
     // The floor is measured only if its task is confined as runc's.
     let kinds = ["driver", "containerd", "runc", "crun", "floor"];
-    let paths: String = kinds.iter().map(|kind| format!("[[paths]]\nname = '{kind}'\nkind = '{kind}'\n")).collect();
-    let text = format!(
+    let plan = format!(
         "count = 2\nblock = 1\ngap_ms = 1\nconcurrency = [2]\nconcurrent_count = 4\nidle_tasks = 2\n\
-         sequences = [['start', 'wait', 'destroy'], ['start', 'stop', 'destroy']]\n{paths}"
+         sequences = [['start', 'wait', 'destroy'], ['start', 'stop', 'destroy']]\n{}",
+        paths(&kinds)
     );
-    fs::write(&plan, text).unwrap();
-    let (json, html) = (env.dir.join("results.json"), env.dir.join("results.html"));
-    let (run, state) = (env.dir.join("b-run"), env.dir.join("b-state"));
-    let output = tokio::process::Command::new(program())
-        .args(["bench", "--plan"])
-        .arg(&plan)
-        .arg("--json")
-        .arg(&json)
-        .arg("--html")
-        .arg(&html)
-        .arg("--pictures")
-        .arg(env.dir.join("pictures"))
-        .arg("--address")
-        .arg(&services().containerd)
-        .args(["--namespace", &env.namespace, &image, "--run-dir"])
-        .arg(&run)
-        .arg("--state-dir")
-        .arg(&state)
-        .output()
-        .await
-        .unwrap();
+    let (html, pictures) = (env.dir.join("results.html"), env.dir.join("pictures"));
+    let options = ["--html".as_ref(), html.as_path(), "--pictures".as_ref(), pictures.as_path()];
+    let output = bench.measure(&plan, &options, &std::env::var("PATH").unwrap()).await;
     let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}\n{complained}");
-    let results: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    let results = bench.results();
     assert_eq!(results["left_out"], serde_json::json!({}), "{said}");
     let rows = results["rows"].as_array().unwrap();
     let has = |path: &str, mode: &str, metric: &str| {
@@ -65,34 +109,66 @@ async fn every_path_is_measured_in_one_run() {
     assert_eq!(at_two, kinds.into());
     assert!(results["memory"].as_array().unwrap().iter().all(|one| one["total_kib"].as_u64().unwrap() > 1000));
     assert!(fs::read_to_string(&html).unwrap().contains("<svg"));
-    let picture = fs::read_to_string(env.dir.join("pictures/first_byte-gaps-1.svg")).unwrap();
+    let picture = fs::read_to_string(pictures.join("first_byte-gaps-1.svg")).unwrap();
     assert!(kinds.iter().all(|kind| picture.contains(&format!(">{kind}</text>"))), "{picture}");
-    // Nothing stays mounted, in cgroups or in containerd.
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    assert!(!mounts.contains(env.dir.to_str().unwrap()), "{mounts}");
-    assert_eq!(crate::support::leak::entries(&run), Vec::<String>::new());
-    // The command line's image store, as `run` leaves it.
-    assert_eq!(crate::support::leak::entries(&state), ["cli"]);
-    assert_eq!(crate::support::leak::entries(&state.join("cli/uppers")), Vec::<String>::new());
-    let removed = tokio::process::Command::new(program())
-        .args(["rmi", &image, "--namespace", &env.namespace, "--address"])
-        .arg(&services().containerd)
-        .arg("--run-dir")
-        .arg(&run)
-        .arg("--state-dir")
-        .arg(&state)
-        .output()
-        .await
-        .unwrap();
-    assert!(removed.status.success(), "{removed:?}");
-    let compared = tokio::process::Command::new(program())
-        .args(["bench", "--compare"])
-        .arg(&json)
-        .arg(&json)
-        .output()
-        .await
-        .unwrap();
+    bench.has_left_nothing().await;
+    let compared =
+        Command::new(program()).args(["bench", "--compare"]).args([&bench.json, &bench.json]).output().await.unwrap();
     assert!(String::from_utf8_lossy(&compared.stdout).contains("1.00"), "{compared:?}");
+    env.finish().await;
+}
+
+/// A runtime that notes its task late, as crun 1.8 does, and that can't do something the third time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_fails_is_left_out_from_then_on_and_leaves_nothing() {
+    let env = Env::new().await;
+    let bench = Bench::new(&env).await;
+    let (notes, programs) = (env.dir.join("notes"), env.dir.join("programs"));
+    fs::create_dir(&notes).unwrap();
+    fs::create_dir(&programs).unwrap();
+    let runc = programs.join("runc");
+    let script = format!(
+        r#"#!/bin/sh
+        cd {notes} || exit 1
+        for last; do :; done
+        case " $* " in
+        *" state "*)
+            if ! [ -e "$last" ]; then
+                : > "$last"
+                echo "not noted yet" >&2
+                exit 1
+            fi
+            : > "$last.known";;
+        *" kill bench-"*" TERM ")
+            id=${{*#* kill }}
+            id=${{id% TERM}}
+            [ -e "$id.known" ] || {{ echo "$id is not known" >&2; exit 1; }}
+            echo >> kills
+            [ "$(wc -l < kills)" -lt 3 ] || {{ echo "no third kill" >&2; exit 1; }};;
+        esac
+        exec {real} "$@""#,
+        notes = notes.display(),
+        real = which(Path::new("runc")).unwrap().display(),
+    );
+    fs::write(&runc, script).unwrap();
+    fs::set_permissions(&runc, fs::Permissions::from_mode(0o755)).unwrap();
+    let plan = format!(
+        "count = 3\nblock = 1\ngap_ms = 1\nconcurrency = []\nidle_tasks = 0\n\
+         sequences = [['start', 'stop', 'destroy']]\n{}",
+        paths(&["driver", "runc"])
+    );
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    let output = bench.measure(&plan, &[], &path).await;
+    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!((output.status.code(), complained.as_ref()), (Some(1), ""), "{said}");
+    assert!(said.contains("left out: runc: runc: stop: no third kill"), "{said}");
+    let results = bench.results();
+    let counts = |path: &str| -> Vec<u64> {
+        let rows = results["rows"].as_array().unwrap().iter();
+        rows.filter(|row| row["path"] == path && row["metric"] == "stop").filter_map(|row| row["n"].as_u64()).collect()
+    };
+    assert_eq!((counts("driver"), counts("runc")), (vec![3, 3], vec![1]), "{said}");
+    bench.has_left_nothing().await;
     env.finish().await;
 }
 
@@ -102,16 +178,10 @@ async fn bad_plans_are_refused_by_name() {
     let plan = directory.path().join("plan.toml");
     for (text, part) in [("counts = 3", "counts"), ("count = 0", "nothing would be measured")] {
         fs::write(&plan, text).unwrap();
-        let output = tokio::process::Command::new(program())
-            .args(["bench", "busybox", "--plan"])
-            .arg(&plan)
-            .output()
-            .await
-            .unwrap();
+        let output = Command::new(program()).args(["bench", "busybox", "--plan"]).arg(&plan).output().await.unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(125) && said.contains("plan.toml") && said.contains(part), "{said}");
     }
-    let output =
-        tokio::process::Command::new(program()).args(["bench", "busybox", "--paths", "x"]).output().await.unwrap();
+    let output = Command::new(program()).args(["bench", "busybox", "--paths", "x"]).output().await.unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("\"x\" is not in the plan"), "{output:?}");
 }
