@@ -142,8 +142,24 @@ pub struct Shim {
 struct Spawned {
     child: tokio::process::Child,
     pid: u32,
-    pidfd: Arc<PidFd>,
+    coming: Coming,
     runtime: Option<PathBuf>,
+}
+
+/// A shim that is coming up. It goes when nobody waits for that any more.
+struct Coming {
+    pidfd: Arc<PidFd>,
+    dir: PathBuf,
+    is_up: bool,
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        if !self.is_up {
+            self.pidfd.signal(libc::SIGKILL);
+            remove_dir(&self.dir);
+        }
+    }
 }
 
 impl Launcher {
@@ -230,7 +246,7 @@ impl Launcher {
     /// Starts a shim and waits until it answers.
     ///
     /// # Errors
-    /// When it can't be started or does not answer; nothing is left behind then.
+    /// When it can't be started or does not answer; nothing is left behind then, nor when this is dropped.
     pub async fn launch(self: &Arc<Self>, unborn: Unborn) -> Result<Shim, ShimError> {
         let Unborn { id, held, program } = unborn;
         let dir = self.places.shim(&id);
@@ -241,7 +257,7 @@ impl Launcher {
         let spawned = spawned.unwrap_or_else(|join| {
             Err(ShimError::Spawn { binary: self.binary.clone(), source: io::Error::other(join) })
         });
-        let Spawned { mut child, pid, pidfd, runtime } = match spawned {
+        let Spawned { mut child, pid, mut coming, runtime } = match spawned {
             Ok(spawned) => spawned,
             Err(error) => {
                 remove_dir(&dir);
@@ -261,12 +277,13 @@ impl Launcher {
                 if program.is_none() {
                     self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
                 }
+                coming.is_up = true;
                 Ok(Shim {
                     id,
                     pid,
                     dir,
                     client,
-                    pidfd,
+                    pidfd: coming.pidfd.clone(),
                     ended,
                     namespace: self.namespace.clone(),
                     held,
@@ -279,8 +296,6 @@ impl Launcher {
             Err(error) => {
                 let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
                 tracing::warn!(shim = id, log = log.trim(), "a shim did not come up");
-                pidfd.signal(libc::SIGKILL);
-                remove_dir(&dir);
                 Err(error)
             }
         }
@@ -359,7 +374,8 @@ impl Launcher {
             Ok(pidfd)
         });
         let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
-        Ok(Spawned { child, pid, pidfd: Arc::new(pidfd), runtime })
+        let coming = Coming { pidfd: Arc::new(pidfd), dir: dir.to_owned(), is_up: false };
+        Ok(Spawned { child, pid, coming, runtime })
     }
 }
 

@@ -17,7 +17,8 @@ use tokio::sync::{Notify, watch};
 
 use super::{Launcher, Shim, ShimError, launch::Unborn};
 
-/// How long the end of the pool waits for a shim that has just been launched; it takes some 10 ms.
+/// How long the end of the pool waits for a shim that has just been launched, before it ends that, too; to come up takes
+/// some 10 ms.
 const COMING_UP: Duration = Duration::from_millis(500);
 /// A refill waits this long after a start, in which the task has the processors,
 const BREATH: Duration = Duration::from_millis(20);
@@ -76,6 +77,8 @@ struct Inner {
     busy: watch::Sender<usize>,
     /// The last idle one was taken.
     empty: Notify,
+    /// A shim that has not come up by now is not waited for.
+    too_late: Notify,
 }
 
 /// A start is at work until this is dropped; refills wait for that.
@@ -121,6 +124,7 @@ impl Pool {
             closed: AtomicBool::new(false),
             busy: watch::Sender::new(0),
             empty: Notify::new(),
+            too_late: Notify::new(),
         }))
     }
 
@@ -239,7 +243,11 @@ impl Pool {
                 if !pool.is_short() {
                     return;
                 }
-                match pool.0.launcher.launch(pool.0.launcher.name()).await {
+                let launched = tokio::select! {
+                    launched = pool.0.launcher.launch(pool.0.launcher.name()) => launched,
+                    () = pool.0.too_late.notified() => return,
+                };
+                match launched {
                     Ok(shim) => pool.put(shim),
                     Err(error) => {
                         tracing::warn!(%error, "shim pool: not refilled; the next start launches its own");
@@ -339,12 +347,15 @@ impl Pool {
         });
     }
 
-    /// Ends all idle shims and starts no more. One that is coming up is waited for: nobody would know of it.
+    /// Ends all idle shims and starts no more. One that is coming up is waited for, or goes: nobody would know of it.
     pub async fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
         self.0.empty.notify_waiters();
         if tokio::time::timeout(COMING_UP, self.0.refilling.lock()).await.is_err() {
-            tracing::warn!("a shim is still coming up; the next plugin takes it over");
+            self.0.too_late.notify_waiters();
+            if tokio::time::timeout(COMING_UP, self.0.refilling.lock()).await.is_err() {
+                tracing::warn!("a shim is still being started; the next plugin takes it over");
+            }
         }
         let shared: Vec<Shim> = self.shared().drain().map(|(_, shim)| shim).collect();
         for mut shim in shared {

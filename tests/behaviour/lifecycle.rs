@@ -6,7 +6,7 @@ use nomad_driver_shim::pb::driver::TaskState;
 use serde_json::json;
 use tonic::Code;
 
-use crate::support::{Env, eventually, patience, services};
+use crate::support::{Env, eventually, leak, patience, services};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_runs_and_its_exit_code_and_output_come_back() {
@@ -188,11 +188,13 @@ async fn a_fingerprint_tells_what_is_wrong() {
             "/no/such-runtime",
         ),
     ] {
-        let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
         let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
         let first = tokio::time::timeout(patience(), fingerprints.message()).await.unwrap().unwrap().unwrap();
         assert_eq!(first.health, health as i32, "{first:?}");
         assert!(first.health_description.contains(words), "{first:?}");
+        env.plugin.take().unwrap().leave().await;
+        assert_eq!(leak::afterwards(&env).await, Vec::<String>::new());
     }
 }
 

@@ -116,12 +116,16 @@ async fn clear(mut env: Env, verdict: Verdict) -> Verdict {
         let _ = tokio::time::timeout(patience(), plugin.driver().destroy_task(request)).await;
     }
     env.plugin = Some(plugin);
-    let leaks = match verdict {
+    let mut leaks = match verdict {
         Verdict::Green => leak::of_tasks(&env).await,
         _ => Vec::new(),
     };
     if let Some(plugin) = env.plugin.take() {
         plugin.leave().await;
+    }
+    // What stays beside the tasks is every driver's own affair.
+    if let (Verdict::Green, false) = (&verdict, env.foreign) {
+        leaks.extend(leak::afterwards(&env).await);
     }
     if leaks.is_empty() { verdict } else { Verdict::Red(format!("left behind: {leaks:#?}")) }
 }

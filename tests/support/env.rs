@@ -53,7 +53,8 @@ pub struct Env {
     pub namespace: String,
     pub config: Value,
     launch: Launch,
-    foreign: bool,
+    /// Is it another driver than the program under test?
+    pub foreign: bool,
     /// Allocations made, for the leak checker.
     pub allocs: Vec<Alloc>,
     /// Ids of tasks whose start was asked for.
