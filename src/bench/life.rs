@@ -44,9 +44,8 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
     }
 }
 
-/// Gives a task up that something went wrong with.
+/// Gives up a task that something went wrong with, or that nothing more is asked of.
 pub(super) async fn abandon(path: &Path, job: Job) {
-    // Why it went wrong is told; what more goes wrong here comes of that.
     drop(tokio::time::timeout(ABANDON, path.abandon(&job)).await);
     drop(job.clear(Duration::ZERO).await);
 }

@@ -244,7 +244,7 @@ impl Path {
         !matches!(self.way, Way::Runtime { .. }) || self.pid(job).await.is_ok()
     }
 
-    /// Ends and removes what there is of a task that failed. Why it failed is what matters, not what this lacks.
+    /// Ends and removes what there is of a task, whatever went wrong with it before. That is told; not what lacks here.
     pub(super) async fn abandon(&self, job: &Job) {
         let ended = match &self.way {
             // Its removal ends it.
