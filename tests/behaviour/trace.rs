@@ -4,7 +4,7 @@ use std::{
     fs,
     path::Path,
     process::Stdio,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use nix::{
@@ -21,36 +21,43 @@ const CALLS: &str = "connect,fsync,fdatasync,sync,syncfs,sync_file_range,msync,e
 /// What a start did that it should not, and the programs it ran. `intrusion` is put in by the fault switch.
 async fn traced(intrusion: Option<&str>) -> (Vec<String>, Vec<String>, bool) {
     let switch = intrusion.map(|name| ("NOMAD_DRIVER_SHIM_INTRUDE".to_owned(), name.to_owned()));
-    let mut env = Env::with(EnvOptions { env: switch.into_iter().collect(), ..EnvOptions::default() }).await;
-    // Warm: the image is here, and a shim waits.
+    // As by default: while another shim waits, a refill begins long after the answer, even if we see that late.
+    let config = json!({"shim": {"pool": 2}});
+    let mut env = Env::with(EnvOptions { config, env: switch.into_iter().collect(), ..EnvOptions::default() }).await;
+    // Warm: the image is here, and shims wait.
     assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
     let shims = env.dir.join("run/shims");
     let bundles = env.dir.join("run/bundles");
-    eventually("a shim waits", async || {
+    eventually("two shims wait", async || {
         let (shims, bundles) = (leak::entries(&shims), leak::entries(&bundles));
-        if shims.len() == 1 && bundles.is_empty() { Ok(()) } else { Err((shims, bundles)) }
+        if shims.len() == 2 && bundles.is_empty() { Ok(()) } else { Err((shims, bundles)) }
     })
     .await;
-    let identity = fs::read(shims.join(&leak::entries(&shims)[0]).join("pid")).unwrap();
-    let shim = serde_json::from_slice::<Value>(&identity).unwrap()["pid"].as_u64().unwrap();
+    // That first start's refill has seen by then that none is missing.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut pids = vec![u64::from(env.plugin().pid().unwrap())];
+    for shim in leak::entries(&shims) {
+        let identity: Value = serde_json::from_slice(&fs::read(shims.join(shim).join("pid")).unwrap()).unwrap();
+        pids.push(identity["pid"].as_u64().unwrap());
+    }
     let file = env.dir.join("trace");
-    let plugin = env.plugin().pid().unwrap();
     let mut strace = tokio::process::Command::new("strace")
-        .args(["-f", "-ttt", "-e", &format!("trace={CALLS}"), "-p", &plugin.to_string(), "-p", &shim.to_string(), "-o"])
+        .args(["-f", "-ttt", "-e", &format!("trace={CALLS}"), "-o"])
         .arg(&file)
+        .args(pids.iter().flat_map(|pid| ["-p".to_owned(), pid.to_string()]))
         .stderr(Stdio::null())
         .kill_on_drop(true)
         .spawn()
         .expect("strace");
-    eventually("both are traced", async || {
-        let tracer = |pid: u64| {
+    eventually("all are traced", async || {
+        let is_traced = |pid: &u64| {
             let tasks = leak::entries(Path::new(&format!("/proc/{pid}/task")));
             tasks.iter().all(|task| {
                 let status = fs::read_to_string(format!("/proc/{pid}/task/{task}/status")).unwrap_or_default();
                 status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
             })
         };
-        if tracer(plugin.into()) && tracer(shim) { Ok(()) } else { Err("not yet") }
+        if pids.iter().all(is_traced) { Ok(()) } else { Err("not yet") }
     })
     .await;
     let mut task = env
