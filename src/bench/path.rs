@@ -159,9 +159,8 @@ impl Path {
                 let bundle = dir.join(&job.id);
                 mount(&bundle, template)?;
                 fs::write(bundle.join("config.json"), template.fill(job, &bundle, &job.id, "rootfs").to_string())?;
-                let mut command = tokio::process::Command::new(binary);
-                command.args(flags).arg("--root").arg(dir.join("state")).args(["run", "--bundle"]);
-                command.arg(&bundle).arg(&job.id);
+                let mut command = runtime(binary, dir);
+                command.args(flags).args(["run", "--bundle"]).arg(&bundle).arg(&job.id);
                 let child = spawn(command, job)?;
                 running.put(job, child);
                 Ok(())
@@ -223,8 +222,8 @@ impl Path {
             }
             Way::Containerd { client, .. } => client.kill_task(&job.id, libc::SIGTERM.cast_unsigned()).await?,
             Way::Runtime { binary, dir, .. } => {
-                let mut command = tokio::process::Command::new(binary);
-                command.arg("--root").arg(dir.join("state")).args(["kill", &job.id, "TERM"]);
+                let mut command = runtime(binary, dir);
+                command.args(["kill", &job.id, "TERM"]);
                 check(command).await?;
             }
             Way::Engine { binary, .. } => {
@@ -246,23 +245,23 @@ impl Path {
 
     /// Ends and removes what there is of a task, whatever went wrong with it before. That is told; not what lacks here.
     pub(super) async fn abandon(&self, job: &Job) {
-        let ended = match &self.way {
+        let will_end = match &self.way {
             // Its removal ends it.
-            Way::Plugin(_) => Ok(()),
-            Way::Containerd { client, .. } => client.kill_all(&job.id).await.map_err(Failure::from),
+            Way::Plugin(_) => false,
+            Way::Containerd { client, .. } => client.kill_all(&job.id).await.is_ok(),
             Way::Runtime { binary, dir, .. } => {
-                let mut command = tokio::process::Command::new(binary);
-                command.arg("--root").arg(dir.join("state")).args(["delete", "--force", &job.id]);
-                check(command).await
+                let mut command = runtime(binary, dir);
+                command.args(["delete", "--force", &job.id]);
+                check(command).await.is_ok()
             }
             Way::Engine { binary, .. } => {
                 let mut command = tokio::process::Command::new(binary);
                 command.args(["rm", "--force", &job.id]);
-                check(command).await
+                check(command).await.is_ok()
             }
-            Way::Floor { running, .. } => running.get(job).map(|process| process.signal(libc::SIGKILL)),
+            Way::Floor { running, .. } => running.get(job).map(|process| process.signal(libc::SIGKILL)).is_ok(),
         };
-        if ended.is_ok() && !matches!(self.way, Way::Plugin(_)) {
+        if will_end {
             drop(self.wait(job).await);
         }
         drop(self.destroy(job).await);
@@ -343,8 +342,8 @@ impl Path {
     pub(super) async fn pid(&self, job: &Job) -> Result<u32, Failure> {
         match &self.way {
             Way::Runtime { binary, dir, .. } => {
-                let mut command = tokio::process::Command::new(binary);
-                command.arg("--root").arg(dir.join("state")).args(["state", &job.id]).stdin(Stdio::null());
+                let mut command = runtime(binary, dir);
+                command.args(["state", &job.id]).stdin(Stdio::null());
                 let output = command.kill_on_drop(true).output().await?;
                 let state: Value = serde_json::from_slice(&output.stdout)?;
                 Ok(state["pid"].as_u64().and_then(|pid| pid.try_into().ok()).ok_or("no pid in its state")?)
@@ -377,6 +376,13 @@ impl Path {
             _ => {}
         }
     }
+}
+
+/// An OCI runtime's command on its own tasks.
+fn runtime(binary: &FilePath, dir: &FilePath) -> tokio::process::Command {
+    let mut command = tokio::process::Command::new(binary);
+    command.arg("--root").arg(dir.join("state"));
+    command
 }
 
 /// Starts a foreground command with the task's FIFOs as its output.

@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeSet,
     fs,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Output,
 };
@@ -12,7 +11,7 @@ use nomad_driver_shim::process::which;
 use serde_json::Value;
 use tokio::process::Command;
 
-use crate::support::{Env, leak, program, services};
+use crate::support::{Env, leak, program, script, services};
 
 /// One benchmark in directories of its own.
 struct Bench<'a> {
@@ -126,10 +125,8 @@ async fn a_path_that_fails_is_left_out_from_then_on_and_leaves_nothing() {
     let (notes, programs) = (env.dir.join("notes"), env.dir.join("programs"));
     fs::create_dir(&notes).unwrap();
     fs::create_dir(&programs).unwrap();
-    let runc = programs.join("runc");
-    let script = format!(
-        r#"#!/bin/sh
-        cd {notes} || exit 1
+    let text = format!(
+        r#"cd {notes} || exit 1
         for last; do :; done
         case " $* " in
         *" state "*)
@@ -150,8 +147,7 @@ async fn a_path_that_fails_is_left_out_from_then_on_and_leaves_nothing() {
         notes = notes.display(),
         real = which(Path::new("runc")).unwrap().display(),
     );
-    fs::write(&runc, script).unwrap();
-    fs::set_permissions(&runc, fs::Permissions::from_mode(0o755)).unwrap();
+    script(&programs.join("runc"), &text);
     let plan = format!(
         "count = 3\nblock = 1\ngap_ms = 1\nconcurrency = []\nidle_tasks = 0\n\
          sequences = [['start', 'stop', 'destroy']]\n{}",

@@ -356,8 +356,7 @@ async fn images_are_pulled_when_the_job_says() {
 async fn the_operators_hooks_are_run() {
     let directory = tempfile::tempdir().unwrap();
     let script = directory.path().join("hook");
-    fs::write(&script, "#!/bin/sh\ncat > \"$1\"\n").unwrap();
-    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    crate::support::script(&script, "cat > \"$1\"");
     let at = |name: &str| format!("{} {}", script.display(), directory.path().join(name).display());
     let config = json!({"hooks": {"create_runtime": [at("created")], "poststop": [at("stopped")]}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;

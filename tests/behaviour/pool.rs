@@ -1,6 +1,6 @@
 //! Who has which shim, and where writable layers are.
 
-use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt as _, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use nomad_driver_shim::{
     cgroup::{CgroupMode, Cgroups},
@@ -49,9 +49,8 @@ async fn a_shim_that_does_not_come_up_in_time_goes_with_the_plugin() {
     let program = dir.path().join("containerd-shim-runc-v2");
     let real = which(Path::new("containerd-shim-runc-v2")).unwrap();
     // It stands still as a whole, so that nothing of it is left when it is killed.
-    let script = format!("#!/bin/sh\n[ \"$1\" = -v ] || kill -STOP $$\nexec {} \"$@\"\n", real.display());
-    fs::write(&program, script).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let script = format!("[ \"$1\" = -v ] || kill -STOP $$\nexec {} \"$@\"", real.display());
+    crate::support::script(&program, &script);
     let env = with(json!({"shim": {"pool": 1, "binary": program}})).await;
     crate::support::eventually("a shim is coming up", async || match leak::entries(&env.dir.join("run/shims")) {
         shims if shims.len() == 1 => Ok(()),

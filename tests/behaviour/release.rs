@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -18,8 +17,7 @@ async fn with_odd(name: &str, script: &str) -> Env {
     let dir = tempfile::Builder::new().prefix("odd-").tempdir_in("/var/tmp").unwrap().keep();
     let path = dir.join(name);
     let crun = which(Path::new("crun")).unwrap();
-    fs::write(&path, format!("#!/bin/sh\n{}", script.replace("REAL", &crun.to_string_lossy()))).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    crate::support::script(&path, &script.replace("REAL", &crun.to_string_lossy()));
     let config = json!({"runtime": {"odd": {"binary": path}}});
     Env::with(EnvOptions { config, ..EnvOptions::default() }).await
 }

@@ -1,6 +1,6 @@
 //! Which filter a task runs under, seen from inside: the kernel's word for it, and what calls answer.
 
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::fs;
 
 use serde_json::{Value, json};
 
@@ -126,15 +126,13 @@ async fn profiles_from_files_hold_with_each_runtime() {
 async fn a_runtime_that_ignores_compiled_filters_gets_the_profile() {
     let directory = tempfile::tempdir().expect("a directory");
     let deaf = directory.path().join("crun-deaf");
-    let script = "#!/bin/bash\n\
-        previous=; for word in \"$@\"; do [ \"$previous\" != --bundle ] || bundle=$word; previous=$word; done\n\
+    let script = "previous=; for word in \"$@\"; do [ \"$previous\" != --bundle ] || bundle=$word; previous=$word; done\n\
         if [ -n \"${bundle:-}\" ]; then\n\
           config=$(jq 'del(.annotations[\"run.oci.seccomp_bpf_data\"])' \"$bundle/config.json\")\n\
           printf %s \"$config\" > \"$bundle/config.json\"\n\
         fi\n\
-        exec crun \"$@\"\n";
-    fs::write(&deaf, script).expect("written");
-    fs::set_permissions(&deaf, fs::Permissions::from_mode(0o755)).expect("executable");
+        exec crun \"$@\"";
+    crate::support::script(&deaf, script);
     let config = json!({"runtime": {"deaf": {"binary": deaf}}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let image = env.busybox().await;

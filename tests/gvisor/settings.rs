@@ -1,13 +1,13 @@
 //! `runtime "NAME" {}` of gVisor's: what is set is what happens, and what does not work here is never used.
 
-use std::{collections::HashMap, fs, os::unix::fs::PermissionsExt as _, path::Path};
+use std::{collections::HashMap, fs};
 
 use nomad_driver_shim::pb::{driver::FingerprintRequest, structs::attribute::Value as Attribute};
 use serde_json::{Value, json};
 
 use crate::{
     SPELLINGS, sandboxed, sh,
-    support::{Env, EnvOptions, patience},
+    support::{Env, EnvOptions, patience, script},
 };
 
 /// Attributes of the node, once `done` with them.
@@ -52,11 +52,6 @@ async fn the_node_says_which_sandboxes_it_has() {
         assert!(said.contains(why), "{said}");
     }
     env.finish().await;
-}
-
-fn script(path: &Path, text: &str) {
-    fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 /// A platform that hangs is seen once, in the background, and never used.

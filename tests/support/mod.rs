@@ -40,6 +40,12 @@ pub fn resident(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
+/// Writes a program of the shell.
+pub fn script(path: &std::path::Path, text: &str) {
+    std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+}
+
 /// The program under test.
 pub fn program() -> std::path::PathBuf {
     env!("CARGO_BIN_EXE_nomad-driver-shim").into()
