@@ -46,7 +46,8 @@ pub fn script(path: &std::path::Path, text: &str) {
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
 }
 
-/// The program under test.
+/// The program under test: this build, or the one that `NOMAD_DRIVER_SHIM_TEST_PROGRAM` names.
 pub fn program() -> std::path::PathBuf {
-    env!("CARGO_BIN_EXE_nomad-driver-shim").into()
+    let named = std::env::var_os("NOMAD_DRIVER_SHIM_TEST_PROGRAM");
+    named.map_or_else(|| env!("CARGO_BIN_EXE_nomad-driver-shim").into(), std::path::PathBuf::from)
 }

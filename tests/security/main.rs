@@ -1,0 +1,68 @@
+//! Attacks. Each finding of the security review is a test here, with neighbours of it that nobody has reported, and so is
+//! what was found to hold. `docs/security.md` says who the attackers are and names the test for each promise.
+//!
+//! The tests run on crun and on runc, or on the runtime that `NOMAD_DRIVER_SHIM_TEST_RUNTIME` names. With
+//! `NOMAD_DRIVER_SHIM_TEST_PROGRAM` they run another build of the driver, to see that a test is red without its fix.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::too_many_arguments,
+    clippy::zombie_processes,
+    clippy::large_futures,
+    missing_docs,
+    reason = "tests; what they start ends with them"
+)]
+
+#[path = "../support/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "shared with the behaviour tests")]
+mod support;
+
+mod attack;
+
+use serde_json::{Value, json};
+use support::{Env, EnvOptions, Image, services};
+
+/// The runtimes that an attack is tried on.
+pub fn runtimes() -> Vec<String> {
+    match std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME") {
+        Ok(runtime) => vec![runtime],
+        Err(_) => ["crun", "runc"].map(str::to_owned).to_vec(),
+    }
+}
+
+/// A plugin whose tasks have this runtime, with this configuration over the tests' own.
+pub async fn plugin_with(runtime: &str, config: Value) -> Env {
+    let mut config = config;
+    config["default_runtime"] = json!(runtime);
+    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+}
+
+/// Options of a task that runs a shell script in busybox, with these over them.
+pub async fn shell(env: &Env, script: &str, options: Value) -> Value {
+    let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    config
+}
+
+/// A busybox image with a static program at `/attack`, built from C.
+pub async fn image_with_program(name: &str, source: &str) -> String {
+    let program = attack::compile(name, source);
+    let layer = support::Layer::new(&[support::Entry::file("attack", program)], support::Packing::Gzip);
+    Image::busybox().with_layer(layer).push(&services().registry, &format!("attack/{name}:1")).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attack_program_runs_in_a_task() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let image = image_with_program(
+            "hello",
+            r#"#include <stdio.h>
+            int main(void) { puts("hello from an attack"); return 3; }"#,
+        )
+        .await;
+        let (code, out, err) = env.run(json!({"image": image, "command": "/attack"})).await;
+        assert_eq!((code, out.as_str()), (3, "hello from an attack\n"), "{runtime}: {err}");
+        env.finish().await;
+    }
+}
