@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -11,6 +11,11 @@ use crate::ids::{ContainerId, Digest, DriverName, random_hex};
 
 /// Longest path a unix socket can have (`sun_path` less its terminator, unix(7)).
 pub const SOCKET_PATH_MAX: usize = 107;
+
+/// The mode that versions up to 0.1.0 gave to directories.
+const FORMER_MODE: u32 = 0o711;
+/// What lies beside the records of images, and is no record.
+const IMAGE_DIRECTORIES: [&str; 1] = ["empty"];
 
 /// Why a directory of ours can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +26,14 @@ pub enum PlacesError {
         /// Which.
         path: PathBuf,
         /// Why.
+        source: io::Error,
+    },
+    /// Other users can get at a directory or file, and that could not be changed.
+    #[error("close {path} to other users")]
+    Close {
+        /// The directory or file.
+        path: PathBuf,
+        /// Why its mode can't be changed.
         source: io::Error,
     },
     /// Shims' sockets would not fit under the run directory.
@@ -73,7 +86,45 @@ impl Places {
         for path in [self.tasks(), self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.images()] {
             make_dir(&path).map_err(|source| PlacesError::Create { path, source })?;
         }
-        Ok(())
+        self.repair()
+    }
+
+    /// Closes directories and files to other users that earlier versions left open to them.
+    fn repair(&self) -> Result<(), PlacesError> {
+        let close =
+            |path: &Path| close_to_others(path).map_err(|source| PlacesError::Close { path: path.to_owned(), source });
+        for (top, parent) in [(&self.run, Self::run_parent()), (&self.state, Self::state_parent())] {
+            // A directory with another mode is the operator's, who may keep other things in it. What lies in it is ours.
+            for path in [top, &parent].into_iter().filter(|path| path.starts_with(&parent) || *path == top) {
+                if fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == FORMER_MODE) {
+                    close(path)?;
+                }
+            }
+        }
+        let shared = [self.uppers(), self.ahead()].map(|own| own.parent().map(Path::to_owned));
+        for path in shared.into_iter().flatten() {
+            close(&path)?;
+        }
+        for directory in [self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.ahead()] {
+            close(&directory)?;
+            for name in names(&directory) {
+                close(&directory.join(name))?;
+            }
+        }
+        for directory in [self.tasks(), self.images(), self.logs(), self.wrappers(), self.namespaces()] {
+            close(&directory)?;
+        }
+        for directory in [self.tasks(), self.images()] {
+            for name in names(&directory).iter().filter(|name| !IMAGE_DIRECTORIES.contains(&name.as_str())) {
+                close(&directory.join(name))?;
+            }
+        }
+        close(&self.lock())
+    }
+
+    /// What an image without layers is mounted over: the container's root has its mode.
+    pub fn empty_layer(&self) -> PathBuf {
+        self.images().join(IMAGE_DIRECTORIES[0])
     }
 
     /// The run directory.
@@ -217,20 +268,61 @@ impl Places {
     }
 }
 
-/// Makes `path`, for us alone (0700).
-///
-/// # Errors
-/// As mkdir(2).
-pub fn make_private_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
-/// Makes `path` and its parents, listable by us alone (0711: a task that is not root passes through to its bundle).
+/// Makes `path` and its parents, for root alone (0700). Below them lie the root file systems of tasks: a local user who
+/// could pass through would run a task's set-user-id programs on the host (CVE-2021-41091).
 ///
 /// # Errors
 /// As mkdir(2).
 pub fn make_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Makes a directory that everybody may read and pass (0755): containers see it.
+///
+/// # Errors
+/// As mkdir(2).
+pub fn make_open_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
+}
+
+/// Opens a file whose lock processes of ours take, and makes it where it is missing. Nobody else can open it: to read is
+/// enough to hold a lock for ever.
+///
+/// # Errors
+/// As open(2).
+pub fn open_lock(path: &Path) -> io::Result<fs::File> {
+    fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+}
+
+/// Opens a new or emptied file that root alone can read (0600).
+///
+/// # Errors
+/// As open(2).
+pub fn create_private(path: &Path) -> io::Result<fs::File> {
+    fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+/// Writes a file that root alone can read (0600).
+///
+/// # Errors
+/// As the file system.
+pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    create_private(path)?.write_all(content)
+}
+
+/// Takes other users' access to a directory or file away, where an earlier version or somebody else has given it. What is
+/// not there is fine, and a link is not followed.
+///
+/// # Errors
+/// As chmod(2).
+fn close_to_others(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.permissions().mode() & 0o077 != 0 && !found.is_symlink() => {
+            fs::set_permissions(path, fs::Permissions::from_mode(found.permissions().mode() & 0o700))
+        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Where something is mounted, as of one moment.

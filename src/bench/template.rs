@@ -40,6 +40,19 @@ fn names(job: &Job, bundle: &Path, id: &str) -> BTreeMap<&'static str, String> {
 /// The longer ones first: an allocation's directory holds its id.
 const ORDER: [&str; 4] = ["{BUNDLE}", "{ALLOC_DIR}", "{ALLOC}", "{CONTAINER}"];
 
+/// The driver takes sources of mounts from below its bundle, where it has put what others take from its own place.
+fn name_source(mount: &mut Value, task: &str) {
+    let is_pinned = mount["source"].as_str().is_some_and(|source| source.starts_with("{BUNDLE}/mounts/"));
+    let source = match mount["destination"].as_str().filter(|_| is_pinned) {
+        Some("/etc/hosts") => "{BUNDLE}/hosts".to_owned(),
+        Some("/etc/resolv.conf") => "{BUNDLE}/resolv.conf".to_owned(),
+        Some("/alloc") => "{ALLOC_DIR}/alloc".to_owned(),
+        Some(own @ ("/local" | "/secrets")) => format!("{{ALLOC_DIR}}/{task}{own}"),
+        _ => return,
+    };
+    mount["source"] = source.into();
+}
+
 impl Template {
     /// Reads what the driver wrote for `job`, its only running task.
     pub(super) fn of_driver(run: &Path, state: &Path, image: &str, job: &Job) -> Result<Self, BenchError> {
@@ -58,6 +71,9 @@ impl Template {
             text = text.replace(&names[blank], blank);
         }
         let mut value: Value = serde_json::from_str(&text).map_err(|error| unsound(error.to_string()))?;
+        for mount in value["mounts"].as_array_mut().into_iter().flatten() {
+            name_source(mount, &job.dirs.name);
+        }
         let program = value["annotations"].as_object_mut().and_then(|annotations| annotations.remove(PROGRAM));
         let records = list(&state.join("images"))?.into_iter().filter_map(|path| fs::read(path).ok());
         let mut records = records.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());

@@ -19,6 +19,7 @@ use nix::{
 };
 
 use super::{Client, ContainerdError};
+use crate::places::{create_private, make_dir, open_lock, write_private};
 
 /// Bolt and the plugins are up in well under a second; a cold disk takes longer.
 const START: Duration = Duration::from_secs(30);
@@ -105,8 +106,8 @@ pub async fn hold(root: &Path, run: &Path) -> Result<Hold, PrivateError> {
         let path = path.to_owned();
         move |source| PrivateError::File { path, source }
     };
-    fs::create_dir_all(root).map_err(file(root))?;
-    fs::create_dir_all(run).map_err(file(run))?;
+    make_dir(root).map_err(file(root))?;
+    make_dir(run).map_err(file(run))?;
     let path = run.join("lock");
     loop {
         let shared = lock(&path, FlockArg::LockShared).await?;
@@ -127,7 +128,7 @@ pub async fn hold(root: &Path, run: &Path) -> Result<Hold, PrivateError> {
 /// Waits for the lock off the runtime's workers: another program may be starting the daemon right now.
 async fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, PrivateError> {
     let failed = |source| PrivateError::File { path: path.to_owned(), source };
-    let handle = File::options().create(true).append(true).open(path).map_err(failed)?;
+    let handle = open_lock(path).map_err(failed)?;
     let locked = tokio::task::spawn_blocking(move || Flock::lock(handle, how).map_err(|(_, errno)| errno)).await;
     locked.map_err(|join| failed(io::Error::other(join)))?.map_err(|errno| failed(errno.into()))
 }
@@ -143,8 +144,8 @@ async fn start(root: &Path, run: &Path) -> Result<(), PrivateError> {
         let path = path.to_owned();
         move |source| PrivateError::File { path, source }
     };
-    fs::write(&config, configuration(root, run)).map_err(file(&config))?;
-    let log = File::create(&log_path).map_err(file(&log_path))?;
+    write_private(&config, configuration(root, run).as_bytes()).map_err(file(&config))?;
+    let log = create_private(&log_path).map_err(file(&log_path))?;
     let program = "containerd";
     // Its own process group: Ctrl-C at the terminal is for the command, which ends the daemon itself when it leaves.
     let mut child = Command::new(program)
@@ -167,7 +168,8 @@ async fn start(root: &Path, run: &Path) -> Result<(), PrivateError> {
 
 async fn wait_until_up(run: &Path, child: &mut std::process::Child, log: &Path) -> Result<(), PrivateError> {
     let pid = run.join("pid");
-    fs::write(&pid, child.id().to_string()).map_err(|source| PrivateError::File { path: pid, source })?;
+    write_private(&pid, child.id().to_string().as_bytes())
+        .map_err(|source| PrivateError::File { path: pid, source })?;
     let client = client(run);
     let deadline = tokio::time::Instant::now() + START;
     loop {

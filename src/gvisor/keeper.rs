@@ -8,7 +8,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
-    os::unix::process::CommandExt as _,
+    os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
@@ -124,7 +124,7 @@ fn create(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result
     if let Some(root) = note.parent() {
         crate::places::make_dir(root)?;
     }
-    let file = File::options().create(true).truncate(true).write(true).read(true).open(note)?;
+    let file = File::options().create(true).truncate(true).write(true).read(true).mode(0o600).open(note)?;
     // Of the open file, so that the child has it, too; and whoever waits finds it taken once we have answered.
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| io::Error::from(error))?;
     let (answer, tell) = pipe()?;

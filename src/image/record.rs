@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{ImageError, Reference};
 use crate::{
     ids::{ChainId, Digest},
+    places::write_private,
     stamp::Stamp,
 };
 
@@ -127,7 +128,7 @@ impl ImageRecord {
         let path = Self::path(directory, &self.reference);
         let write = || {
             let draft = path.with_extension(format!("{}.tmp", crate::ids::random_hex(4)));
-            fs::write(&draft, serde_json::to_vec(self)?)?;
+            write_private(&draft, &serde_json::to_vec(self)?)?;
             fs::rename(&draft, &path)
         };
         write().map_err(|source| ImageError::Record { path: path.clone(), source })

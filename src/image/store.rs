@@ -358,8 +358,8 @@ impl ImageStore {
 
     /// What an image without layers is mounted over.
     fn empty_layer(&self) -> Result<std::path::PathBuf, ImageError> {
-        let path = self.0.places.images().join("empty");
-        crate::places::make_dir(&path).map_err(|source| ImageError::Record { path: path.clone(), source })?;
+        let path = self.0.places.empty_layer();
+        crate::places::make_open_dir(&path).map_err(|source| ImageError::Record { path: path.clone(), source })?;
         Ok(path)
     }
 

@@ -29,6 +29,8 @@ pub use keeper::{COMMAND, WRITER, arguments, end, keep, keeper_of};
 pub use status::{Losses, StreamLosses, changed, read_losses};
 pub use writer::write;
 
+use crate::places::{create_private, write_private};
+
 /// In a task's directory: what its log is to be.
 const SPEC: &str = "spec.json";
 /// In a task's directory, once its shim has its FIFOs open: from then on, no writer means the end.
@@ -127,7 +129,7 @@ pub fn prepare(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogErro
         }
         let path = making.join(SPEC);
         let text = serde_json::to_vec(spec).map_err(|error| failed("describe", &path)(error.into()))?;
-        fs::write(&path, text).map_err(failed("write", &path))?;
+        write_private(&path, &text).map_err(failed("write", &path))?;
         fs::rename(&making, dir).map_err(failed("create", dir))
     };
     make().inspect_err(|_| drop(remove(&making)))
@@ -139,7 +141,7 @@ pub fn prepare(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogErro
 /// As the file system.
 pub fn started(dir: &Path) -> Result<(), LogError> {
     let path = dir.join(STARTED);
-    match fs::File::create(&path) {
+    match create_private(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LogError { doing: "create", path, source }),
         _ => Ok(()),
     }

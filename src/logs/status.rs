@@ -7,6 +7,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::places::write_private;
+
 /// In a task's directory.
 const FILE: &str = "losses.json";
 /// Beside the tasks' directories: touched when any of them changes.
@@ -48,9 +50,9 @@ pub fn read_losses(dir: &Path) -> Losses {
 /// Says it. The file is replaced: its reader never sees half of it.
 pub(super) fn write_losses(dir: &Path, losses: &Losses) -> io::Result<()> {
     let (path, new) = (dir.join(FILE), dir.join(".losses.new"));
-    fs::write(&new, serde_json::to_vec(losses)?)?;
+    write_private(&new, &serde_json::to_vec(losses)?)?;
     fs::rename(&new, path)?;
-    dir.parent().map_or(Ok(()), |logs| fs::write(changed(logs), ""))
+    dir.parent().map_or(Ok(()), |logs| write_private(&changed(logs), b""))
 }
 
 /// The file whose time tells that something was said of some task.

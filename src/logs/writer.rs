@@ -25,6 +25,7 @@ use super::{
     tasks,
     watch::{Change, Watch},
 };
+use crate::places::create_private;
 
 /// One writer at a time: a second one waits here.
 const LOCK: &str = ".writer.lock";
@@ -59,7 +60,7 @@ pub fn write(logs: &Path) -> io::Result<()> {
 /// Waits until no other writer lives. None when that is no longer wanted: our keeper has died, or all is over.
 fn wait_for_turn(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
     let keeper = nix::unistd::getppid();
-    let mut lock = fs::File::create(logs.join(LOCK))?;
+    let mut lock = create_private(&logs.join(LOCK))?;
     loop {
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(locked) if locked.metadata()?.nlink() == 0 => return Ok(None),

@@ -4,10 +4,7 @@
 
 use std::{
     fs, io,
-    os::{
-        fd::{AsRawFd as _, BorrowedFd},
-        unix::fs::{DirBuilderExt as _, PermissionsExt as _},
-    },
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -19,7 +16,7 @@ use crate::{
     fault,
     ids::ContainerId,
     overlay,
-    places::{MountPoints, Places, make_dir},
+    places::{MountPoints, Places, make_dir, write_private},
 };
 
 /// Where one task's files are.
@@ -63,16 +60,6 @@ impl BundlePaths {
         self.bundle.join("rootfs")
     }
 
-    /// The hosts file.
-    pub fn hosts(&self) -> PathBuf {
-        self.bundle.join("hosts")
-    }
-
-    /// The resolv.conf file.
-    pub fn resolv_conf(&self) -> PathBuf {
-        self.bundle.join("resolv.conf")
-    }
-
     /// Makes the bundle's directories.
     ///
     /// # Errors
@@ -91,12 +78,12 @@ impl BundlePaths {
         make_dir(&self.upper).map_err(|source| file("create", &self.upper, source))?;
         if let UpperOn::Tmpfs { size } = on {
             let path = &self.upper;
-            let options = size.iter().fold("mode=711".to_owned(), |options, size| format!("{options},size={size}"));
+            let options = size.iter().fold("mode=700".to_owned(), |options, size| format!("{options},size={size}"));
             mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some(options.as_str()))
                 .map_err(|errno| RootfsError::Mount { path: path.clone(), source: errno.into() })?;
         }
         let work = self.upper.join("work");
-        fs::DirBuilder::new().mode(0o711).create(&work).map_err(|source| file("create", &work, source))?;
+        fs::DirBuilder::new().mode(0o700).create(&work).map_err(|source| file("create", &work, source))?;
         // The container's "/" has the mode of the upper directory, which every image has at 0755.
         let upper = self.upper.join("upper");
         let mode = layers
@@ -119,63 +106,35 @@ impl BundlePaths {
         })
     }
 
-    /// Writes a file that is mounted into the container, readable for all.
-    ///
-    /// # Errors
-    /// As the file system.
-    pub fn write(&self, path: &Path, text: &str) -> Result<(), RootfsError> {
-        fs::write(path, text).map_err(|source| file("write", path, source))?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o644))
-            .map_err(|source| file("set the mode of", path, source))
-    }
-
-    /// Writes `config.json`. Readable by us alone: it holds the task's environment, secrets included.
+    /// Writes `config.json`.
     ///
     /// # Errors
     /// As the file system.
     pub fn write_spec(&self, spec: &Spec) -> Result<(), RootfsError> {
-        use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
         let path = self.bundle.join("config.json");
         let bytes = serde_json::to_vec(spec).map_err(|error| file("encode", &path, error.into()))?;
-        fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path)
-            .and_then(|mut config| config.write_all(&bytes))
-            .map_err(|source| file("write", &path, source))
+        self.write(&path, &bytes)
     }
 
-    /// Where the job's n-th mount is bound before the runtime takes it.
+    /// Writes a file of the bundle. Readable by us alone: `config.json` holds the task's environment, secrets included.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), RootfsError> {
+        write_private(path, bytes).map_err(|source| file("write", path, source))
+    }
+
+    /// Where the source of the task's n-th mount is, from where the runtime takes it.
     pub fn pinned(&self, n: usize) -> PathBuf {
         self.pins().join(n.to_string())
     }
 
-    fn pins(&self) -> PathBuf {
+    /// Where the sources of all mounts are: a file system of its own (`mount_tree`).
+    pub(super) fn pins(&self) -> PathBuf {
         self.bundle.join("mounts")
     }
 
-    /// Binds an open file or directory to its place in the bundle, with all that is mounted below it.
-    ///
-    /// # Errors
-    /// As mount(2).
-    pub fn pin(&self, n: usize, source: BorrowedFd<'_>) -> Result<(), RootfsError> {
-        let target = self.pinned(n);
-        let bound = || -> io::Result<()> {
-            let from = PathBuf::from(format!("/proc/self/fd/{}", source.as_raw_fd()));
-            fs::create_dir_all(self.pins())?;
-            if fs::metadata(&from)?.is_dir() {
-                fs::create_dir(&target)?;
-            } else {
-                drop(fs::File::create(&target)?);
-            }
-            Ok(mount(Some(&from), &target, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?)
-        };
-        bound().map_err(|source| file("bind a mount's source to", &target, source))
-    }
-
-    /// Unmounts the job's sources.
+    /// Unmounts the sources of the task's mounts.
     ///
     /// # Errors
     /// As umount2(2); not mounted and not there are fine.
@@ -183,6 +142,8 @@ impl BundlePaths {
         if fault::skipped("unmount") {
             return Ok(());
         }
+        let pins = self.pins();
+        unmount_all(&pins).map_err(|source| file("unmount", &pins, source))?;
         let rootfs = self.rootfs();
         for point in self.mount_points()?.into_iter().filter(|point| *point != rootfs) {
             unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
@@ -190,7 +151,8 @@ impl BundlePaths {
         Ok(())
     }
 
-    /// What is or may be mounted. A listing that fails is an error: taken for "nothing", the removal would descend.
+    /// What is or may be mounted, besides the file system that holds the sources. A task of an earlier version has its
+    /// sources in the directory itself. A listing that fails is an error: taken for "nothing", the removal would descend.
     fn mount_points(&self) -> Result<Vec<PathBuf>, RootfsError> {
         let pins = self.pins();
         let listed = match fs::read_dir(&pins) {
@@ -211,8 +173,9 @@ impl BundlePaths {
         if fault::skipped("unmount") {
             return Ok(());
         }
+        self.unmount_pins()?;
         // The layer after what is made of it.
-        for point in self.mount_points()?.into_iter().chain([self.upper.clone()]) {
+        for point in [self.rootfs(), self.upper.clone()] {
             unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())

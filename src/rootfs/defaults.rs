@@ -48,7 +48,7 @@ pub struct BaseMounts {
     pub flavor: Flavor,
     /// Leaves sysfs writable.
     pub privileged: bool,
-    /// Shares /dev/shm with the host.
+    /// The host's /dev/shm is mounted with the task's own mounts.
     pub host_ipc: bool,
     /// Of /dev/shm, in bytes.
     pub shm_size: Option<u64>,
@@ -73,11 +73,9 @@ pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
         )?,
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys])?,
     ];
-    mounts.push(if host_ipc {
-        mount("/dev/shm", "bind", "/dev/shm", &["rbind", "nosuid", "noexec", "nodev"])?
-    } else {
-        mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", &shm_size])?
-    });
+    if !host_ipc {
+        mounts.push(mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", &shm_size])?);
+    }
     // Shows the queues of the IPC namespace in which it is mounted (mq_overview(7)).
     mounts.push(mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?);
     if flavor == Flavor::DropIn {

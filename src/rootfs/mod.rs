@@ -2,12 +2,16 @@
 //! it, with the root file system mounted by us.
 
 mod ahead;
+mod arrangement;
 pub mod bundle;
 mod capabilities;
 mod defaults;
 pub mod devices;
 pub mod gateway;
+mod image_links;
 pub mod limits;
+mod mount_attributes;
+pub mod mount_tree;
 pub mod mounts;
 pub mod network;
 mod process;
@@ -15,6 +19,7 @@ mod resources;
 pub mod seccomp;
 pub mod selinux;
 mod spec;
+pub mod target;
 mod users;
 
 use std::{io, path::PathBuf};
@@ -60,6 +65,42 @@ pub enum RootfsError {
     SourceOutside {
         /// As the job has it.
         source_path: String,
+    },
+    /// A directory that Nomad has made for the task.
+    #[error("the task's directory {path}")]
+    AllocDir {
+        /// The directory.
+        path: PathBuf,
+        /// Why it can't be mounted.
+        source: io::Error,
+    },
+    /// A mount's target.
+    #[error("{option}: target {target:?}: {problem}")]
+    Target {
+        /// The option that names the target.
+        option: &'static str,
+        /// As it is written there.
+        target: String,
+        /// Why nothing can be mounted there.
+        problem: String,
+    },
+    /// A mount that the kernel refuses.
+    #[error("{option}: target {target:?}")]
+    Mounting {
+        /// The option that asks for the mount.
+        option: &'static str,
+        /// Its target.
+        target: String,
+        /// Why it can't be mounted.
+        source: io::Error,
+    },
+    /// Something of the image that is in the way.
+    #[error("the image's /{path} is in the way of what every container has there")]
+    Image {
+        /// The path, from the root.
+        path: PathBuf,
+        /// Why it can't be replaced.
+        source: io::Error,
     },
     /// `host-gateway` in `extra_hosts`.
     #[error("extra_hosts: {name}:host-gateway has no address here")]

@@ -1,19 +1,22 @@
-//! A job's own mounts: their sources found without leaving the directories they may come from.
+//! Sources of mounts: found without leaving the directories they may come from, and held open, so that nobody can put
+//! something else in their place.
 
 use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, OwnedFd},
         unix::fs::OpenOptionsExt as _,
     },
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use oci_spec::runtime::{Mount, MountBuilder};
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    sys::stat::{SFlag, fstat},
+};
 
-use super::RootfsError;
+use super::{RootfsError, target::MountTarget};
 use crate::ids::Flavor;
 
 /// One `mounts` block, its form checked.
@@ -21,8 +24,8 @@ use crate::ids::Flavor;
 pub struct MountRequest {
     /// What it is.
     pub kind: MountKind,
-    /// Absolute path in the container.
-    pub target: String,
+    /// Where it goes.
+    pub target: MountTarget,
     /// fstab-style options.
     pub options: Vec<String>,
 }
@@ -53,21 +56,32 @@ pub struct AllocDirs<'a> {
     pub task: &'a str,
 }
 
-/// A mount whose source has been found.
+/// A mount of a task, with everything that it needs of the host.
 #[derive(Debug)]
-pub enum ResolvedMount {
-    /// To be passed on as it is.
-    FileSystem(Mount),
-    /// A file or directory, held so that nobody can swap it. The bundle binds it to a place of ours, from where the
-    /// runtime takes it: a path through `/proc/<pid>/fd` would lie in our mount namespace, and runtimes mount from
-    /// another.
-    Bind {
-        /// What was found.
-        source: OwnedFd,
-        /// Where it goes in the container.
-        target: String,
-        /// fstab-style options.
-        options: Vec<String>,
+pub struct TaskMount {
+    /// The option that asked for the mount, for errors: `mounts`, `volume_mount`, `NOMAD_ALLOC_DIR`.
+    pub option: &'static str,
+    /// Where the mount goes.
+    pub target: MountTarget,
+    /// What is mounted.
+    pub content: MountContent,
+    /// fstab-style options.
+    pub options: Vec<String>,
+}
+
+/// What is mounted.
+#[derive(Debug)]
+pub enum MountContent {
+    /// A file or directory of the host, held so that nobody can swap it.
+    Bind(OwnedFd),
+    /// A file of the task's own with this text.
+    File(String),
+    /// A file system of its own.
+    FileSystem {
+        /// Its type.
+        kind: String,
+        /// Its source.
+        source: String,
     },
 }
 
@@ -81,30 +95,48 @@ pub fn resolve(
     dirs: AllocDirs<'_>,
     flavor: Flavor,
     allow_paths: &[PathBuf],
-) -> Result<Vec<ResolvedMount>, RootfsError> {
-    requests
-        .iter()
-        .map(|request| {
-            let mut options = request.options.clone();
-            match &request.kind {
-                MountKind::FileSystem { kind, source } => Ok(ResolvedMount::FileSystem(
-                    MountBuilder::default()
-                        .destination(PathBuf::from(&request.target))
-                        .typ(kind.as_str())
-                        .source(PathBuf::from(source))
-                        .options(options)
-                        .build()?,
-                )),
-                MountKind::Bind { source } => {
-                    if !options.iter().any(|option| option == "bind" || option == "rbind") {
-                        options.push("rbind".to_owned());
-                    }
-                    let source = open_source(source, dirs, flavor, allow_paths)?;
-                    Ok(ResolvedMount::Bind { source, target: request.target.clone(), options })
-                }
+) -> Result<Vec<TaskMount>, RootfsError> {
+    let resolved = requests.iter().map(|request| {
+        let mut options = request.options.clone();
+        let content = match &request.kind {
+            MountKind::FileSystem { kind, source } => {
+                MountContent::FileSystem { kind: kind.clone(), source: source.clone() }
             }
-        })
-        .collect()
+            MountKind::Bind { source } => {
+                if !options.iter().any(|option| option == "bind" || option == "rbind") {
+                    options.push("rbind".to_owned());
+                }
+                MountContent::Bind(open_source(source, dirs, flavor, allow_paths)?)
+            }
+        };
+        Ok(TaskMount { option: "mounts", target: request.target.clone(), content, options })
+    });
+    resolved.collect()
+}
+
+/// Opens a directory that Nomad has made for a task (`alloc`, `local`, `secrets`, `alloc/logs`), below the allocation's.
+/// No component may be a link, since tasks of the allocation can make links in some of them.
+///
+/// # Errors
+/// When it is missing, is no directory, or is behind a link.
+pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<OwnedFd, RootfsError> {
+    let opened = || {
+        let root = open_path(alloc_dir)?;
+        let opened = open_plain(&root, below)?;
+        match SFlag::from_bits_truncate(fstat(&opened)?.st_mode) & SFlag::S_IFMT {
+            SFlag::S_IFDIR => Ok(opened),
+            _ => Err(io::Error::new(io::ErrorKind::NotADirectory, "it is not a directory")),
+        }
+    };
+    opened().map_err(|source| RootfsError::AllocDir { path: alloc_dir.join(below), source })
+}
+
+/// Opens a file or directory of the host that the operator names, or that Nomad does: its path is followed as it is.
+///
+/// # Errors
+/// When it is missing.
+pub fn open_host_path(path: &Path) -> Result<OwnedFd, RootfsError> {
+    open_path(path).map_err(|source| RootfsError::Source { source_path: path.to_string_lossy().into_owned(), source })
 }
 
 /// Opens a file or directory of the host that a job names, by the rules of mounts' sources, as a descriptor that only
@@ -177,6 +209,22 @@ fn open_beneath(root: &Path, below: &Path) -> io::Result<OwnedFd> {
     }
 }
 
+/// Opens `below` a directory where nothing on the way may be a link.
+///
+/// # Errors
+/// When something is a link, or as openat2(2).
+pub(super) fn open_plain(root: impl AsFd, below: &Path) -> io::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    match openat2(root, below, how) {
+        Err(nix::Error::ELOOP) => {
+            Err(io::Error::new(io::ErrorKind::PermissionDenied, "a symbolic link is on the way, and is not followed"))
+        }
+        other => Ok(other?),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,7 +233,7 @@ mod tests {
     fn bind(source: &str) -> MountRequest {
         MountRequest {
             kind: MountKind::Bind { source: source.to_owned() },
-            target: "/t".to_owned(),
+            target: MountTarget::parse("/t").expect("a target"),
             options: vec!["ro".to_owned()],
         }
     }
@@ -205,8 +253,8 @@ mod tests {
         let whole = alloc.path().join("alloc/data");
         for source in ["local/file", "local/in", "alloc/data", "local", whole.to_str().expect("utf-8")] {
             let resolved = resolve(source, Flavor::Secure, &[]).expect(source);
-            let ResolvedMount::Bind { options, .. } = &resolved[0] else { panic!("a bind") };
-            assert_eq!(*options, ["ro", "rbind"]);
+            assert!(matches!(resolved[0].content, MountContent::Bind(_)), "a bind");
+            assert_eq!(resolved[0].options, ["ro", "rbind"]);
         }
         std::os::unix::fs::symlink("../private", alloc.path().join("web/local/sly")).expect("linked");
         let private = alloc.path().join("web/private");
@@ -233,5 +281,28 @@ mod tests {
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("made");
         let fifo_text = fifo.to_str().expect("utf-8");
         assert!(resolve(fifo_text, Flavor::Secure, std::slice::from_ref(&fifo)).is_ok(), "not waited for");
+    }
+
+    #[test]
+    fn nomads_directories_are_opened_without_following_links() {
+        let alloc = tempfile::tempdir().expect("a temporary directory");
+        let outside = tempfile::tempdir().expect("a temporary directory");
+        fs::create_dir_all(alloc.path().join("alloc/data")).expect("made");
+        fs::create_dir_all(alloc.path().join("web")).expect("made");
+        fs::write(alloc.path().join("web/secrets"), "").expect("written");
+        std::os::unix::fs::symlink(outside.path(), alloc.path().join("alloc/logs")).expect("linked");
+        std::os::unix::fs::symlink("../alloc", alloc.path().join("web/alloc")).expect("linked");
+        let open = |below: &str| open_alloc_dir(alloc.path(), Path::new(below)).map_err(|error| crate::chain(&error));
+        assert!(open("alloc").is_ok() && open("alloc/data").is_ok());
+        for (below, why) in [
+            ("alloc/logs", "symbolic link"),
+            ("web/alloc/data", "symbolic link"),
+            ("web/secrets", "not a directory"),
+            ("web/local", "No such file"),
+            ("../x", "Invalid cross-device link"),
+        ] {
+            let error = open(below).expect_err(below);
+            assert!(error.contains(why) && error.contains(below.trim_start_matches("../")), "{below}: {error}");
+        }
     }
 }

@@ -7,8 +7,8 @@ use std::{
 
 use oci_spec::runtime::{
     Hook, HookBuilder, HooksBuilder, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDevice, LinuxNamespace,
-    LinuxNamespaceBuilder, LinuxNamespaceType, Mount, PosixRlimit, PosixRlimitBuilder, ProcessBuilder, RootBuilder,
-    Spec, SpecBuilder, UserBuilder,
+    LinuxNamespaceBuilder, LinuxNamespaceType, PosixRlimit, PosixRlimitBuilder, ProcessBuilder, RootBuilder, Spec,
+    SpecBuilder, UserBuilder,
 };
 
 use super::{
@@ -127,8 +127,8 @@ pub struct SpecInput<'a> {
     pub privilege: Privilege,
     /// Network.
     pub network: NetworkNamespace,
-    /// The job's mounts, then Nomad's, then ours, in the order of mounting.
-    pub mounts: Vec<Mount>,
+    /// How far the root of its mounts spreads; None leaves it to the runtime.
+    pub root_propagation: Option<&'static str>,
     /// Devices that Nomad gave to the task, with what it may do to them.
     pub devices: Vec<(LinuxDevice, String)>,
     /// Limits.
@@ -163,7 +163,8 @@ pub struct SpecInput<'a> {
     pub annotations: BTreeMap<String, String>,
 }
 
-/// Builds the spec. The root file system is expected at `rootfs` in the bundle.
+/// Builds the spec. The root file system is expected at `rootfs` in the bundle. Its mounts are those that every container
+/// has; the task's own follow when they have been placed (`mount_tree`).
 ///
 /// # Errors
 /// When there is nothing to run, the user is unknown or a path is not absolute.
@@ -202,13 +203,12 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         .rlimits(rlimits(input.flavor, input.ulimits)?)
         .capabilities(capability_sets(&input.capabilities)?);
 
-    let mut mounts = defaults::mounts(BaseMounts {
+    let mounts = defaults::mounts(BaseMounts {
         flavor: input.flavor,
         privileged,
         host_ipc: input.namespaces.ipc == Namespace::Host,
         shm_size: input.shm_size,
     })?;
-    mounts.extend(input.mounts);
 
     let (nodes, mut rules) = (input.devices, defaults::device_rules(privileged)?);
     for (device, access) in &nodes {
@@ -233,7 +233,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if !devices.is_empty() {
         linux = linux.devices(devices);
     }
-    if let Some(propagation) = root_propagation(&mounts) {
+    if let Some(propagation) = input.root_propagation {
         linux = linux.rootfs_propagation(propagation);
     }
     if !input.sysctl.is_empty() {
@@ -291,20 +291,6 @@ fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::Lin
         .inheritable(none.clone())
         .ambient(none)
         .build()?)
-}
-
-/// What the root must be for its mounts to be what they say: runtimes set it before they bind, and a bind below a
-/// private root has no peers any more (mount_namespaces(7)). docker's rule.
-fn root_propagation(mounts: &[Mount]) -> Option<&'static str> {
-    let has = |wanted: [&str; 2]| {
-        let options = mounts.iter().filter_map(|mount| mount.options().as_ref()).flatten();
-        options.into_iter().any(|option| wanted.contains(&option.as_str()))
-    };
-    match (has(["rshared", "shared"]), has(["rslave", "slave"])) {
-        (true, _) => Some("rshared"),
-        (false, true) => Some("rslave"),
-        (false, false) => None,
-    }
 }
 
 fn rlimits(flavor: Flavor, wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
@@ -377,7 +363,7 @@ mod tests {
             capabilities: Capabilities::defaults(Flavor::Secure),
             privilege: Privilege::Confined,
             network: NetworkNamespace::Private,
-            mounts: Vec::new(),
+            root_propagation: None,
             devices: Vec::new(),
             resources: &resources,
             ulimits: &[],
@@ -455,7 +441,7 @@ mod tests {
         assert_eq!((&spec["process"]["oomScoreAdj"], &spec["process"]["terminal"]), (&json!(100), &json!(true)));
         assert_eq!(spec["process"]["noNewPrivileges"], false);
         let shm = spec["mounts"].as_array().expect("a list").iter().find(|mount| mount["destination"] == "/dev/shm");
-        assert_eq!(shm.expect("mounted")["type"], "bind");
+        assert_eq!(shm, None, "the host's own, which is placed with the task's mounts");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 use protobuf::Message as _;
 
 use super::{Exit, Launcher, ShimError};
-use crate::pb::shim as wire;
+use crate::{pb::shim as wire, places::write_private};
 
 /// `runtime delete --force` takes 20 to 220 ms.
 const DELETE: Duration = Duration::from_secs(30);
@@ -59,7 +59,7 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         };
         let failed = |source| ShimError::File { id: task.id.to_owned(), doing: "write", path: named.clone(), source };
         let draft = task.bundle.join("runtime.tmp");
-        let written = std::fs::write(&draft, runtime.as_os_str().as_encoded_bytes());
+        let written = write_private(&draft, runtime.as_os_str().as_encoded_bytes());
         written.and_then(|()| std::fs::rename(&draft, &named)).map_err(failed)?;
     }
     let noted = has_noted_exit(task.bundle);

@@ -3,8 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::{self, File},
-    io,
+    fs, io,
     os::{
         fd::{AsRawFd, FromRawFd as _, OwnedFd},
         unix::{fs::PermissionsExt as _, net::UnixListener},
@@ -29,7 +28,7 @@ use super::{
 };
 use crate::{
     ids::random_hex,
-    places::{Places, make_dir},
+    places::{Places, create_private, make_dir, write_private},
     process::{PidFd, ProcessId, boot_id, set_apart, start_anew},
 };
 
@@ -312,7 +311,7 @@ impl Launcher {
         let listener = UnixListener::bind(&socket).map_err(failed("listen at", &socket))?;
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
         // A plain file: a FIFO would need a reader for the shim's whole life. The shim opens it by this name itself.
-        let log_file = File::create(&log).map_err(failed("create", &log))?;
+        let log_file = create_private(&log).map_err(failed("create", &log))?;
         let mut command = tokio::process::Command::new(binary);
         command
             .args(["-namespace", &self.namespace, "-id", id, "-address"])
@@ -361,9 +360,9 @@ impl Launcher {
         set_apart(pid, &self.cgroup);
         let named = PidFd::open(pid).and_then(|pidfd| {
             let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
-            fs::write(
-                dir.join(PID),
-                serde_json::to_vec(&Identity {
+            write_private(
+                &dir.join(PID),
+                &serde_json::to_vec(&Identity {
                     process,
                     boot,
                     namespace,

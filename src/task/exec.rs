@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{Record, TaskError, in_sandbox::InSandbox};
 use crate::{
     ids::{ContainerId, random_hex},
-    places::Places,
+    places::{Places, make_dir, write_private},
     process::{PidFd, ProcessId, descendants},
     shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, Kill, ShimError, WindowSize},
 };
@@ -128,7 +128,7 @@ pub async fn start(
     let owner = ProcessId::of(std::process::id()).ok();
     let sandbox = record.gvisor.then(|| InSandbox::of(places, record, &exec_id));
     let note = |process| json!(Marker { owner, process, sandbox: sandbox.clone() }).to_string();
-    fs::create_dir_all(&execs).and_then(|()| write_whole(&marker, &note(None))).map_err(unusable(&marker))?;
+    make_dir(&execs).and_then(|()| write_whole(&marker, &note(None))).map_err(unusable(&marker))?;
     let id = record.container_id.as_str();
     let mut exec =
         Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, over: false };
@@ -321,7 +321,7 @@ fn write_whole(marker: &Path, text: &str) -> io::Result<()> {
     // Beside the directory, which is listed for markers.
     let name = marker.file_name().unwrap_or_default().to_string_lossy();
     let draft = marker.with_file_name("..").join(format!("exec-{name}.tmp"));
-    fs::write(&draft, text)?;
+    write_private(&draft, text.as_bytes())?;
     fs::rename(&draft, marker)
 }
 

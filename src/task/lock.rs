@@ -5,7 +5,10 @@ use std::{fs::File, time::Duration};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::TaskError;
-use crate::{control, places::Places};
+use crate::{
+    control,
+    places::{Places, open_lock},
+};
 
 /// A plugin that was asked to leave, by us or by its agent, is gone well within this.
 const LOCK: Duration = Duration::from_secs(5);
@@ -22,7 +25,7 @@ pub async fn take(places: &Places) -> Result<Flock<File>, TaskError> {
     let mut asked = None;
     let mut reason = "it does not answer".to_owned();
     loop {
-        let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
+        let file = open_lock(&path).map_err(failed)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
             Err((_, nix::Error::EWOULDBLOCK)) => {}

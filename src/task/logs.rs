@@ -14,7 +14,7 @@ use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, shared:
 use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
-    places::{Places, PlacesError, make_private_dir},
+    places::{Places, PlacesError, create_private, make_dir},
     process::{PidFd, set_apart, start_anew},
     shim::stdio::Stdio,
 };
@@ -97,7 +97,7 @@ impl LogKeeper {
 
     fn find_or_spawn(&self) -> Result<Arc<PidFd>, TaskError> {
         let logs = self.places.logs();
-        make_private_dir(&logs).map_err(|source| PlacesError::Create { path: logs.clone(), source })?;
+        make_dir(&logs).map_err(|source| PlacesError::Create { path: logs.clone(), source })?;
         match logs::keeper_of(&logs) {
             // An earlier instance of us has started it.
             Some(pidfd) => Ok(Arc::new(pidfd)),
@@ -114,7 +114,7 @@ impl LogKeeper {
         let logs = self.places.logs();
         // Of the one before.
         let _ = std::fs::remove_file(logs.join(".said"));
-        let said = std::fs::File::options().create(true).append(true).open(logs.join(".said"))?;
+        let said = create_private(&logs.join(".said"))?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.arg0("nomad-driver-shim").args(logs::arguments(&logs)).env_clear().stdin(ChildStdio::piped());
         command.stdout(ChildStdio::null()).stderr(said).kill_on_drop(false);

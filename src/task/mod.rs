@@ -11,6 +11,7 @@ mod lock;
 mod logs;
 mod meter;
 mod metrics;
+mod mounts;
 mod names;
 mod open;
 mod plan;

@@ -1,19 +1,15 @@
 //! What a start will make, worked out before anything is made: names, the spec, the bundle's contents.
 
 use std::{
-    os::{
-        fd::{AsFd as _, AsRawFd as _},
-        unix::fs::OpenOptionsExt as _,
-    },
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use oci_spec::runtime::{LinuxDevice, Mount, MountBuilder};
+use oci_spec::runtime::LinuxDevice;
 
 use super::{
-    Membership, Record, SeccompDefault, SeccompRequest, Stack, StartRequest, TaskError, logs,
-    names::{Hosts, Names},
+    Membership, Record, SeccompDefault, SeccompRequest, Stack, StartRequest, TaskError, mounts as task_mounts,
     record::Intent,
     runtime::Runtime,
     shared::{Shared, layers},
@@ -22,13 +18,14 @@ use super::{
 use crate::{
     cgroup::{CgroupMode, CgroupPath, SharePool},
     fault, gvisor,
-    ids::{ContainerId, Flavor},
+    ids::ContainerId,
     image::ImageRecord,
     rootfs::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput, Terminal,
         bundle::BundlePaths,
         devices::{self, DeviceRequest},
-        mounts::{self, AllocDirs, ResolvedMount},
+        mount_tree,
+        mounts::{self, AllocDirs, TaskMount},
         seccomp::{self, Filter},
     },
 };
@@ -41,8 +38,7 @@ pub(super) struct Plan<'a> {
     pub(super) request: &'a StartRequest,
     pub(super) runtime: Runtime,
     pub(super) image: Arc<ImageRecord>,
-    pub(super) resolved: Vec<ResolvedMount>,
-    pub(super) names: Names,
+    pub(super) mounts: Vec<TaskMount>,
     /// With what it may do to them.
     pub(super) devices: Vec<(LinuxDevice, String)>,
     pub(super) container_id: ContainerId,
@@ -190,7 +186,7 @@ impl Plan<'_> {
 
     /// A few dozen system calls on local file systems, 0.3 ms in all where a root file system was made ahead: less than
     /// handing them to another thread and back would cost on a busy machine. The caller tells the worker that it may block.
-    pub(super) fn make_bundle(&self, shared: &Shared, spec: &oci_spec::runtime::Spec) -> Result<(), TaskError> {
+    pub(super) fn make_bundle(&self, shared: &Shared, mut spec: oci_spec::runtime::Spec) -> Result<(), TaskError> {
         let paths = self.bundle(shared);
         paths.create()?;
         let layers = layers(&self.image);
@@ -202,26 +198,32 @@ impl Plan<'_> {
             paths.mount(layers, &shared.settings.upper)?;
         }
         fault::point("start.mounted");
-        for (n, resolved) in self.resolved.iter().enumerate() {
-            if let ResolvedMount::Bind { source, .. } = resolved {
-                paths.pin(n, source.as_fd())?;
-            }
-        }
-        if let Hosts::Text(text) = &self.names.hosts {
-            paths.write(&paths.hosts(), text)?;
-        }
-        if let Some(text) = &self.names.resolv_conf {
-            paths.write(&paths.resolv_conf(), text)?;
-        }
+        let base = spec.mounts().clone().unwrap_or_default();
+        let placed = mount_tree::place(&paths, &base, &self.mounts, task_mounts::sys_targets(shared, self.request))?;
+        spec.set_mounts(Some([base, placed].concat()));
         let root = shared.settings.places.runtime_root(&self.runtime.name);
         crate::places::make_dir(&root)
             .map_err(|source| crate::places::PlacesError::Create { path: root.clone(), source })?;
         if let Some(path) = self.shim_config(shared).filter(|path| path.starts_with(shared.settings.places.bundles())) {
             let text = gvisor::shim_config(&self.runtime.binary, &root).map_err(std::io::Error::other);
             let failed = |source| RootfsError::File { doing: "write", path: path.clone(), source };
-            paths.write(&path, &text.map_err(failed)?)?;
+            paths.write(&path, text.map_err(failed)?.as_bytes())?;
         }
-        Ok(paths.write_spec(spec)?)
+        Ok(paths.write_spec(&spec)?)
+    }
+
+    /// Unmounts the sources of the task's mounts, once the container has been made with them. Each of them would be copied
+    /// into the mount namespace of every container that is made from now on, and keep the host from removing what is
+    /// mounted over. Other shims than runc's and gVisor's may still need them; there they go with the task.
+    pub(super) fn release_sources(&self, shared: &Shared) {
+        if self.runtime.shim.is_some() && self.runtime.gvisor.is_none() {
+            return;
+        }
+        let unmounted = tokio::task::block_in_place(|| self.bundle(shared).unmount_pins());
+        if let Err(error) = unmounted {
+            let (task, error) = (&self.request.task_id, crate::chain(&error));
+            tracing::warn!(%task, error, "the sources of the task's mounts stay mounted until the task is destroyed");
+        }
     }
 
     pub(super) fn spec(&self, shared: &Shared) -> Result<oci_spec::runtime::Spec, TaskError> {
@@ -269,7 +271,7 @@ impl Plan<'_> {
             capabilities,
             privilege,
             network: network(request),
-            mounts: self.mounts(shared, flavor)?,
+            root_propagation: mount_tree::root_propagation(&self.mounts),
             devices: self.devices.clone(),
             resources: &resources,
             ulimits: &options.ulimits,
@@ -320,55 +322,6 @@ impl Plan<'_> {
             SeccompDefault::Default | SeccompDefault::Unconfined => made(seccomp::Source::Default),
         }
     }
-
-    /// The job's own mounts, Nomad's volumes, then what every task has: so nobody hides `/secrets` by accident.
-    fn mounts(&self, shared: &Shared, flavor: Flavor) -> Result<Vec<Mount>, TaskError> {
-        let Self { request, .. } = self;
-        let paths = self.bundle(shared);
-        let mut mounts = Vec::new();
-        for (n, resolved) in self.resolved.iter().enumerate() {
-            mounts.push(match resolved {
-                ResolvedMount::FileSystem(mount) => mount.clone(),
-                ResolvedMount::Bind { target, options, .. } => {
-                    let options: Vec<&str> = options.iter().map(String::as_str).collect();
-                    bind(&paths.pinned(n), Path::new(target), &options)?
-                }
-            });
-        }
-        for volume in &request.volumes {
-            let mode = if volume.readonly { "ro" } else { "rw" };
-            mounts.push(bind(&volume.host_path, &volume.task_path, &["rbind", mode, volume.propagation])?);
-        }
-        if self.names.resolv_conf.is_some() {
-            mounts.push(bind(&paths.resolv_conf(), Path::new("/etc/resolv.conf"), &["rbind", "ro"])?);
-        }
-        let target = Path::new("/etc/hosts");
-        mounts.push(match &self.names.hosts {
-            Hosts::OfTheHost => bind(target, target, &["rbind", "ro"])?,
-            // The old driver let a task edit its hosts file; some images' entry points do.
-            Hosts::Text(_) => bind(&paths.hosts(), target, &["rbind", "rw"])?,
-        });
-        let task_dir = request.alloc_dir.join(&request.name);
-        for (host, variable) in [
-            (task_dir.join("secrets"), "NOMAD_SECRETS_DIR"),
-            (task_dir.join("local"), "NOMAD_TASK_DIR"),
-            (request.alloc_dir.join("alloc"), "NOMAD_ALLOC_DIR"),
-        ] {
-            if let Some(target) = request.env.get(variable).filter(|target| target.starts_with('/')) {
-                // The secrets file system may be mounted anew by the agent: its new mount must reach the task.
-                let propagation = if flavor == Flavor::DropIn { "rprivate" } else { "rslave" };
-                mounts.push(bind(&host, Path::new(target), &["rbind", "rw", propagation])?);
-            }
-        }
-        if logs::is_ours(&shared.settings, request)
-            && let Some(target) = request.env.get("NOMAD_ALLOC_DIR").filter(|target| target.starts_with('/'))
-        {
-            // What it has written is not its to change any more.
-            let logs = request.alloc_dir.join("alloc/logs");
-            mounts.push(bind(&logs, &Path::new(target).join("logs"), &["rbind", "ro"])?);
-        }
-        Ok(mounts)
-    }
 }
 
 /// A profile's file; one that is larger than any profile is none.
@@ -388,13 +341,4 @@ fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
         Ok(text)
     };
     read().map_err(|source| seccomp::SeccompError::Read { path: shown.into(), source }.into())
-}
-
-fn bind(source: &Path, target: &Path, options: &[&str]) -> Result<Mount, RootfsError> {
-    Ok(MountBuilder::default()
-        .destination(target)
-        .typ("bind")
-        .source(source)
-        .options(options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>())
-        .build()?)
 }

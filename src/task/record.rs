@@ -17,6 +17,7 @@ use super::group::Membership;
 use crate::{
     cgroup::SharePool,
     ids::{ContainerId, TaskId},
+    places::write_private,
     process::{self, ProcessId},
 };
 
@@ -204,7 +205,7 @@ impl Record {
             move |source: io::Error| RecordError { doing, path, source }
         };
         let bytes = serde_json::to_vec(self).map_err(|error| failed("encode")(error.into()))?;
-        fs::write(&draft, bytes).map_err(failed("write"))?;
+        write_private(&draft, &bytes).map_err(failed("write"))?;
         fs::rename(&draft, path).map_err(failed("rename"))
     }
 

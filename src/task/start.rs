@@ -12,7 +12,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, group, logs,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, group, logs, mounts as task_mounts,
     names::Names,
     plan::{self, Plan, Starter},
     record::{RunRecord, millis},
@@ -27,8 +27,8 @@ use crate::{
     image::{Archive, ImageRecord, Progress, PullPolicy, PullRequest, Reference},
     process::ProcessId,
     rootfs::{
-        self, RootfsError,
-        mounts::{self, AllocDirs, ResolvedMount},
+        RootfsError,
+        mounts::{AllocDirs, open_source},
         selinux,
     },
     shim::{self, CreateTask, Found, PidFile, Reserved, RuntimeOptions, Shim, ShimError, stdio},
@@ -107,10 +107,10 @@ pub async fn start(
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     plan::fits(&runtime, request)?;
-    let resolved = resolve_mounts(shared, request)?;
+    let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
+    let mounts = task_mounts::open(shared, request, names)?;
     let devices = plan::devices(shared, request)?;
     label_volumes(request).await?;
-    let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
     let network = plan::network(request);
     let runtime = tokio::select! {
         ready = runtime.made_ready(&network, &shared.settings.hooks) => ready?,
@@ -121,7 +121,7 @@ pub async fn start(
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
     let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
     let share_pool = share_pool::of(shared, request);
-    let mut plan = Plan { request, runtime, image, resolved, names, devices, container_id, cgroup, share_pool };
+    let mut plan = Plan { request, runtime, image, mounts, devices, container_id, cgroup, share_pool };
     match made(shared, &plan, began).await {
         // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))
@@ -137,12 +137,6 @@ pub async fn start(
         }
         other => other,
     }
-}
-
-fn resolve_mounts(shared: &Shared, request: &StartRequest) -> Result<Vec<ResolvedMount>, TaskError> {
-    let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
-    let settings = &shared.settings;
-    Ok(rootfs::mounts::resolve(&request.options.mounts, dirs, settings.name.flavor(), &settings.security.allow_paths)?)
 }
 
 /// Gives volumes the labels that the job asks for, where the kernel looks at them. docker's rule: not for a privileged
@@ -209,7 +203,7 @@ fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<A
     let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
     let settings = &shared.settings;
     let path = archive.path.to_string_lossy();
-    let opened = mounts::open_source(&path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
+    let opened = open_source(&path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
     // The same relative path is another file in another allocation.
     let path = if archive.path.is_absolute() {
         archive.path.clone()
@@ -277,7 +271,7 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
             Coming::Launched(tokio::spawn(async move { launcher.launch(unborn).await }))
         }
     };
-    let bundle = tokio::task::block_in_place(|| plan.make_bundle(shared, &spec));
+    let bundle = tokio::task::block_in_place(|| plan.make_bundle(shared, spec));
     phases.bundle = step.elapsed();
     let step = Instant::now();
     let shim = match coming {
@@ -385,8 +379,15 @@ async fn run(
     };
     phases.released = (started && starter == Starter::Driver).then(|| began.elapsed());
     fault::point("start.released");
+    // While the shim completes its `Create`: a runtime whose container waits at the FIFO has mounted everything.
+    if starter == Starter::Driver {
+        plan.release_sources(shared);
+    }
     if !created {
         creating.await.map_err(refused)?;
+    }
+    if starter != Starter::Driver {
+        plan.release_sources(shared);
     }
     phases.create = step.elapsed();
     fault::point("start.created");

@@ -33,6 +33,7 @@ async fn clean(env: &Env) {
     for line in std::fs::read_to_string("/proc/self/mountinfo")
         .unwrap()
         .lines()
+        .rev()
         .filter(|line| line.contains(env.dir.to_str().unwrap()))
     {
         let point = line.split(' ').nth(4).unwrap();

@@ -18,6 +18,7 @@
 mod support;
 
 mod attack;
+mod mounts;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

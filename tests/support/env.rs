@@ -275,6 +275,8 @@ impl Env {
     pub async fn finish(mut self) {
         let leaks = leak::while_alive(&self).await;
         assert!(leaks.is_empty(), "left while the plugin lives: {leaks:#?}\n{}", self.plugin().stderr());
+        let open = super::modes::open_to_others(&self);
+        assert!(open.is_empty(), "open to other users: {open:#?}");
         let left = self.plugin.take().unwrap().leave().await;
         assert!(left.status.is_some_and(|status| status.success()), "{left:?}");
         let leaks = leak::afterwards(&self).await;

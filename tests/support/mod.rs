@@ -5,6 +5,7 @@ pub mod exec;
 pub mod fake_registry;
 pub mod image;
 pub mod leak;
+pub mod modes;
 pub mod services;
 
 pub use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};

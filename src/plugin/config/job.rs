@@ -15,7 +15,7 @@ use crate::{
         decode::{Values, decode},
         options::TASK,
     },
-    rootfs::{CapabilityRequest, Command, RootMode, parse_capability},
+    rootfs::{CapabilityRequest, Command, RootMode, parse_capability, target::SysTargets},
     task::{SeccompRequest, SecuritySettings, Settings, TaskOptions},
 };
 
@@ -114,12 +114,11 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         faults
             .push(format!("cap_add: {missing} is not allowed on this node (plugin option security {{ allow_caps }})"));
     }
-    let mounts = values
-        .blocks("mounts")
-        .iter()
-        .enumerate()
-        .filter_map(|(n, block)| mount(block, flavor).map_err(|fault| faults.push(format!("mounts[{n}].{fault}"))).ok())
-        .collect();
+    let sys = SysTargets::of(flavor, flag("privileged"));
+    let mut faulty = |n: usize, fault: String| faults.push(format!("mounts[{n}].{fault}"));
+    let mounts = values.blocks("mounts").iter().enumerate();
+    let mounts = mounts.filter_map(|(n, block)| mount(block, flavor, sys).map_err(|fault| faulty(n, fault)).ok());
+    let mounts = mounts.collect();
 
     let security_opt = security_opt(&values, &settings.security, &mut Faults(&mut faults));
     let seccomp = seccomp(&values, security_opt.seccomp, flavor, &settings.security, &mut Faults(&mut faults));

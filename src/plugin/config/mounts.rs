@@ -3,7 +3,10 @@
 use crate::{
     ids::Flavor,
     plugin::decode::Values,
-    rootfs::mounts::{MountKind, MountRequest},
+    rootfs::{
+        mounts::{MountKind, MountRequest},
+        target::{MountTarget, SysTargets},
+    },
 };
 
 /// What a job may say of a bind, under our own name (mount(8)).
@@ -52,12 +55,11 @@ const TMPFS_OPTIONS: &[&str] = &[
     "nr_blocks=",
 ];
 
-pub(super) fn mount(block: &Values, flavor: Flavor) -> Result<MountRequest, String> {
+pub(super) fn mount(block: &Values, flavor: Flavor, sys: SysTargets) -> Result<MountRequest, String> {
     // A missing target was noted by the decoder; the empty one here is not told twice.
-    let target = block.text("target").unwrap_or("/-").to_owned();
-    if !target.starts_with('/') || target.split('/').any(|part| part == "..") || target.trim_matches('/').is_empty() {
-        return Err(format!("target = {target:?} is not an absolute path below the root"));
-    }
+    let target = block.text("target").unwrap_or("/-");
+    let target = MountTarget::parse(target).map_err(|problem| format!("target = {problem}"))?;
+    target.check(sys).map_err(|problem| format!("target = {problem}"))?;
     let kind = block.filled("type").unwrap_or("volume");
     let source = block.filled("source");
     let options = block.list("options").unwrap_or_default().to_vec();

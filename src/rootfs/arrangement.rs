@@ -1,0 +1,218 @@
+//! Which mounts lie below which: a pure function of targets.
+//!
+//! A runtime finds a target by name in the file systems that it has mounted so far. Below a bind those are files of a task
+//! or of another task of the allocation, which may put a link there at any moment. So only mounts with nothing but the
+//! image or a fresh file system below them are left to the runtime. The others are put into the tree that is bound.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    mounts::{MountContent, TaskMount},
+    target::MountTarget,
+};
+
+/// How a mount gets to its target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The runtime mounts it.
+    Runtime,
+    /// It is mounted into the tree of another mount before the runtime takes that.
+    Within {
+        /// The number of the outermost mount, which the runtime mounts.
+        top: usize,
+        /// The path below that one's target.
+        path: PathBuf,
+    },
+}
+
+/// A mount with its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Placed {
+    /// Its number in the list of mounts.
+    pub(super) number: usize,
+    /// Where it goes, free of links.
+    pub(super) target: MountTarget,
+    /// How it gets there.
+    pub(super) place: Place,
+}
+
+/// A mount that can't be placed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Misplaced {
+    pub(super) number: usize,
+    pub(super) problem: String,
+}
+
+/// Orders mounts so that each comes after those that it lies below, and says how each gets to its target. Of several with
+/// one target only the last is seen, so only that is mounted.
+///
+/// # Errors
+/// When a mount lies below one that can't hold it.
+pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<Vec<Placed>, Misplaced> {
+    let is_hidden = |number: &usize| targets[number + 1..].contains(&targets[*number]);
+    let mut order: Vec<usize> = (0..mounts.len()).filter(|number| !is_hidden(number)).collect();
+    order.sort_by_key(|number| targets[*number].depth());
+    let mut placed: Vec<Placed> = Vec::with_capacity(order.len());
+    for number in order {
+        let target = targets[number].clone();
+        // The deepest comes last.
+        let parent = placed.iter().rfind(|other| target.path().starts_with(other.target.path()));
+        let place = match parent {
+            // The image, or a fresh file system that every container has.
+            None => Place::Runtime,
+            Some(parent) => within(parent, &mounts[parent.number], &mounts[number], target.path())
+                .map_err(|problem| Misplaced { number, problem })?,
+        };
+        placed.push(Placed { number, target, place });
+    }
+    Ok(placed)
+}
+
+fn within(parent: &Placed, holder: &TaskMount, mount: &TaskMount, target: &Path) -> Result<Place, String> {
+    if let (Place::Runtime, MountContent::FileSystem { .. }) = (&parent.place, &holder.content) {
+        return Ok(Place::Runtime);
+    }
+    let holder_path = &parent.target;
+    if matches!(holder.content, MountContent::File(_)) {
+        return Err(format!("it lies below {holder_path}, which is a file"));
+    }
+    if holder.options.iter().any(|option| option == "shared" || option == "rshared") {
+        return Err(format!(
+            "it lies below {holder_path}, whose mounts reach the host (rshared, \"bidirectional\"); use a target outside of it"
+        ));
+    }
+    if let MountContent::FileSystem { kind, .. } = &mount.content
+        && kind != "tmpfs"
+    {
+        return Err(format!("a file system of type {kind:?} can't be mounted below the bind at {holder_path}"));
+    }
+    let (top, above) = match &parent.place {
+        Place::Runtime => (parent.number, Path::new("")),
+        Place::Within { top, path } => (*top, path.as_path()),
+    };
+    let below = target.strip_prefix(holder_path.path()).unwrap_or(target);
+    Ok(Place::Within { top, path: above.join(below) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn bind(target: &str, options: &[&str]) -> TaskMount {
+        let source = std::fs::File::open("/").expect("the root can be opened");
+        mount(target, MountContent::Bind(source.into()), options)
+    }
+
+    fn tmpfs(target: &str) -> TaskMount {
+        mount(target, MountContent::FileSystem { kind: "tmpfs".to_owned(), source: "tmpfs".to_owned() }, &[])
+    }
+
+    fn mount(target: &str, content: MountContent, options: &[&str]) -> TaskMount {
+        TaskMount {
+            option: "mounts",
+            target: MountTarget::parse(target).expect("a target"),
+            content,
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+        }
+    }
+
+    /// Targets in order, each with the number of the mount whose tree it is put into and the path there.
+    fn arranged(mounts: &[TaskMount]) -> Result<Vec<(String, Option<(usize, String)>)>, String> {
+        let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
+        let placed = arrange(mounts, &targets).map_err(|misplaced| misplaced.problem)?;
+        let text = |placed: &Placed| match &placed.place {
+            Place::Runtime => (placed.target.to_string(), None),
+            Place::Within { top, path } => (placed.target.to_string(), Some((*top, path.display().to_string()))),
+        };
+        Ok(placed.iter().map(text).collect())
+    }
+
+    fn own(target: &str) -> (String, Option<(usize, String)>) {
+        (target.to_owned(), None)
+    }
+
+    fn below(target: &str, top: usize, path: &str) -> (String, Option<(usize, String)>) {
+        (target.to_owned(), Some((top, path.to_owned())))
+    }
+
+    #[test]
+    fn what_lies_below_a_bind_is_put_into_its_tree() {
+        let mounts = [
+            bind("/alloc/logs", &["ro"]),
+            bind("/alloc", &["rslave"]),
+            tmpfs("/alloc/data/cache"),
+            bind("/alloc/data/cache/deep", &[]),
+            bind("/local", &[]),
+        ];
+        assert_eq!(
+            arranged(&mounts),
+            Ok(vec![
+                own("/alloc"),
+                own("/local"),
+                below("/alloc/logs", 1, "logs"),
+                below("/alloc/data/cache", 1, "data/cache"),
+                below("/alloc/data/cache/deep", 1, "data/cache/deep"),
+            ])
+        );
+    }
+
+    #[test]
+    fn fresh_file_systems_hold_what_lies_below_them() {
+        let mounts = [tmpfs("/scratch"), bind("/scratch/in", &[]), bind("/dev/fuse", &[]), bind("/dev/shm/x", &[])];
+        assert_eq!(
+            arranged(&mounts),
+            Ok(vec![own("/scratch"), own("/scratch/in"), own("/dev/fuse"), own("/dev/shm/x")])
+        );
+        // The host's /dev covers the fresh one.
+        let mounts = [bind("/dev", &[]), bind("/dev/shm/x", &[])];
+        assert_eq!(arranged(&mounts), Ok(vec![own("/dev"), below("/dev/shm/x", 0, "shm/x")]));
+    }
+
+    #[test]
+    fn the_last_of_several_with_one_target_is_seen() {
+        let mounts = [bind("/secrets", &[]), tmpfs("/secrets"), bind("/secrets/a", &[]), bind("/secrets", &["ro"])];
+        assert_eq!(arranged(&mounts), Ok(vec![own("/secrets"), below("/secrets/a", 3, "a")]));
+    }
+
+    #[test]
+    fn mounts_that_nothing_may_be_put_into_are_named() {
+        let file = mount("/etc/hosts", MountContent::File(String::new()), &[]);
+        let proc = mount("/a/p", MountContent::FileSystem { kind: "proc".to_owned(), source: "proc".to_owned() }, &[]);
+        for (mounts, part) in [
+            (vec![file, bind("/etc/hosts/x", &[])], "which is a file"),
+            (vec![bind("/csi", &["rbind", "rshared"]), bind("/csi/x", &[])], "reach the host"),
+            (vec![bind("/a", &[]), proc], "type \"proc\""),
+        ] {
+            let problem = arranged(&mounts).expect_err("refused");
+            assert!(problem.contains(part), "{part:?} in {problem}");
+        }
+    }
+
+    proptest! {
+        /// Whatever the targets: no mount that is left to the runtime lies below a bind.
+        #[test]
+        fn nothing_below_a_bind_is_left_to_the_runtime(
+            list in proptest::collection::vec((proptest::collection::vec(0..3_u8, 1..4), any::<bool>()), 0..8)
+        ) {
+            let path = |parts: &[u8]| parts.iter().fold(String::new(), |path, part| format!("{path}/{part}"));
+            let mounts: Vec<_> =
+                list.iter().map(|(parts, is_bind)| if *is_bind { bind(&path(parts), &[]) } else { tmpfs(&path(parts)) }).collect();
+            let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
+            let placed = arrange(&mounts, &targets).expect("all can be placed");
+            let left: Vec<_> = placed.iter().filter(|placed| placed.place == Place::Runtime).collect();
+            for mount in &left {
+                let is_bind = |other: &&&Placed| matches!(mounts[other.number].content, MountContent::Bind(_));
+                let above = left.iter().filter(is_bind).any(|other| {
+                    other.target != mount.target && mount.target.path().starts_with(other.target.path())
+                        // A fresh file system in between holds it.
+                        && !left.iter().any(|fresh| matches!(mounts[fresh.number].content, MountContent::FileSystem { .. })
+                            && fresh.target != mount.target
+                            && mount.target.path().starts_with(fresh.target.path())
+                            && fresh.target.path().starts_with(other.target.path()))
+                });
+                prop_assert!(!above, "{:?}", mount.target);
+            }
+        }
+    }
+}

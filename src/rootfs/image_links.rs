@@ -1,0 +1,260 @@
+//! Symbolic links in an image at places where something is written or mounted before the task's process runs.
+//!
+//! A runtime that follows such a link may leave the container (runc 1.1 makes its device nodes behind a link at `/dev`).
+//! So no runtime meets one: links at the places that every container has are replaced, and targets of mounts are resolved
+//! here, below the root, as docker does both (moby, `daemon/initlayer/setup_unix.go` and
+//! `moby/sys/symlink`, `FollowSymlinkInScope`).
+
+use std::{
+    collections::VecDeque,
+    ffi::{OsStr, OsString},
+    fs::File,
+    io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::{Component, Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat},
+    sys::stat::{Mode, SFlag, fstat, mkdirat},
+    unistd::{UnlinkatFlags, unlinkat},
+};
+
+/// As many links as the kernel follows (path_resolution(7)).
+const LINKS_MAX: usize = 40;
+
+/// What has to be at a path of the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// A directory, below which a file system is mounted or files are made.
+    Directory,
+    /// A regular file, over which another is mounted.
+    File,
+}
+
+/// Sees to it that `path` (relative to the root file system) is what is wanted, or is not there, and that nothing on the
+/// way to it is a link. Whatever else the image has there is replaced in the container's own layer: by an empty directory,
+/// or by nothing, which runtimes fill.
+///
+/// # Errors
+/// When a directory is where a file must be, and as the file system.
+pub(super) fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> io::Result<()> {
+    let mut parent: Option<OwnedFd> = None;
+    let mut components = path.components().peekable();
+    while let Some(component) = components.next() {
+        let name = component.as_os_str();
+        let at = parent.as_ref().map_or(root, OwnedFd::as_fd);
+        let is_last = components.peek().is_none();
+        let here = if is_last { wanted } else { Wanted::Directory };
+        match plain(at, name, here)? {
+            Some(opened) => parent = Some(opened),
+            None => return Ok(()),
+        }
+    }
+    Ok(())
+}
+
+/// The opened entry, or None where nothing is.
+fn plain(at: BorrowedFd<'_>, name: &OsStr, wanted: Wanted) -> io::Result<Option<OwnedFd>> {
+    let opened = match open_entry(at, name) {
+        Ok(opened) => opened,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let kind = kind_of(&opened)?;
+    match wanted {
+        Wanted::Directory if kind == SFlag::S_IFDIR => return Ok(Some(opened)),
+        Wanted::File if kind == SFlag::S_IFREG => return Ok(Some(opened)),
+        Wanted::File if kind == SFlag::S_IFDIR => return Err(io::ErrorKind::IsADirectory.into()),
+        Wanted::Directory | Wanted::File => {}
+    }
+    tracing::debug!(name = %name.display(), "an entry of the image that is no {wanted:?} is replaced in the container");
+    unlinkat(at, name, UnlinkatFlags::NoRemoveDir)?;
+    if wanted == Wanted::File {
+        return Ok(None);
+    }
+    mkdirat(at, name, Mode::from_bits_truncate(0o755))?;
+    Ok(Some(open_entry(at, name)?))
+}
+
+/// Finds where `target` leads in the root file system, following the image's links below the root only. The path that
+/// comes out has no link in it. What does not exist is taken as it is written. `is_mount` tells the paths at which a mount
+/// will be: what lies below one is not the image's, and is taken as it is written, too.
+///
+/// # Errors
+/// When the links never end, a file is in the way, or as the file system.
+pub(super) fn resolve(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -> io::Result<PathBuf> {
+    let outermost = target.ancestors().filter(|path| is_mount(path)).last();
+    let relative = |path: &Path| path.strip_prefix("/").map(Path::to_owned).unwrap_or_default();
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    match openat2(root, &relative(outermost.unwrap_or(target)), how) {
+        // No link on the way, as nearly always.
+        Ok(_) | Err(nix::Error::ENOENT) => Ok(target.to_owned()),
+        Err(nix::Error::ELOOP) => walk(root, target, is_mount),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn walk(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -> io::Result<PathBuf> {
+    let mut waiting: VecDeque<OsString> = names(target).collect();
+    // The entries of the image from the root to here.
+    let mut opened: Vec<OwnedFd> = Vec::new();
+    let mut found = PathBuf::from("/");
+    // How many of the last components are taken as written: in another mount, or below what does not exist, the image has
+    // no links.
+    let mut literal = 0_usize;
+    let mut links = 0;
+    while let Some(name) = waiting.pop_front() {
+        if name == ".." {
+            found.pop();
+            if literal > 0 {
+                literal -= 1
+            } else {
+                drop(opened.pop())
+            }
+            continue;
+        }
+        let next = found.join(&name);
+        if literal > 0 || is_mount(&next) {
+            literal += 1;
+            found = next;
+            continue;
+        }
+        let at = opened.last().map_or(root, OwnedFd::as_fd);
+        let entry = match open_entry(at, &name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                literal = 1;
+                found = next;
+                continue;
+            }
+            other => other?,
+        };
+        if kind_of(&entry)? == SFlag::S_IFLNK {
+            links += 1;
+            if links > LINKS_MAX {
+                return Err(io::Error::from_raw_os_error(libc::ELOOP));
+            }
+            let leads_to = PathBuf::from(readlinkat(&entry, "")?);
+            if leads_to.is_absolute() {
+                opened.clear();
+                found = PathBuf::from("/");
+            }
+            names(&leads_to).rev().for_each(|name| waiting.push_front(name));
+        } else {
+            opened.push(entry);
+            found = next;
+        }
+    }
+    if found == Path::new("/") {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a link of the image leads to the root"));
+    }
+    Ok(found)
+}
+
+/// The components that a walk takes one after the other: names and `..`.
+fn names(path: &Path) -> impl DoubleEndedIterator<Item = OsString> + '_ {
+    path.components().filter_map(|component| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    })
+}
+
+/// A descriptor that names the entry itself, be it a link.
+fn open_entry(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(nix::fcntl::openat(at, Path::new(name), flags, Mode::empty())?)
+}
+
+fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
+    Ok(SFlag::from_bits_truncate(fstat(opened)?.st_mode & SFlag::S_IFMT.bits()))
+}
+
+/// Opens the root file system that is mounted at `path`.
+///
+/// # Errors
+/// As open(2).
+pub(super) fn open_root(path: &Path) -> io::Result<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    File::options().read(true).custom_flags(flags).open(path).map(OwnedFd::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::symlink};
+
+    fn image() -> (tempfile::TempDir, OwnedFd) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        for path in ["etc", "run", "usr/lib", "data"] {
+            fs::create_dir_all(dir.path().join(path)).expect("made");
+        }
+        fs::create_dir(dir.path().join("var")).expect("made");
+        for (link, leads_to) in [
+            ("var/run", "/run"),
+            ("lib", "usr/lib"),
+            ("out", "../../../etc"),
+            ("self", "self"),
+            ("top", "/"),
+            ("usr/up", "../data"),
+            ("mount", "/proc/1/root"),
+            ("chain", "var/run/../lib"),
+            ("through", "/proc/../lib"),
+        ] {
+            symlink(leads_to, dir.path().join(link)).expect("linked");
+        }
+        fs::write(dir.path().join("file"), "x").expect("written");
+        let root = open_root(dir.path()).expect("opened");
+        (dir, root)
+    }
+
+    #[test]
+    fn targets_are_resolved_below_the_root() {
+        let (_dir, root) = image();
+        let is_mount = |path: &Path| path == Path::new("/proc") || path == Path::new("/data/inner");
+        let resolve = |target: &str| resolve(root.as_fd(), Path::new(target), is_mount);
+        for (target, path) in [
+            ("/etc/hosts", "/etc/hosts"),
+            ("/var/run/app.sock", "/run/app.sock"),
+            ("/lib/x/y", "/usr/lib/x/y"),
+            ("/out", "/etc"),
+            ("/usr/up/inner/link", "/data/inner/link"),
+            ("/missing/a", "/missing/a"),
+            ("/chain/x", "/usr/lib/x"),
+            ("/through/x", "/usr/lib/x"),
+            ("/mount/etc", "/proc/1/root/etc"),
+        ] {
+            assert_eq!(resolve(target).expect(target), Path::new(path), "{target}");
+        }
+        for target in ["/self", "/self/x", "/top", "/file/x"] {
+            assert!(resolve(target).is_err(), "{target}");
+        }
+    }
+
+    #[test]
+    fn links_at_fixed_places_are_replaced() {
+        let (dir, root) = image();
+        let outside = tempfile::tempdir().expect("a temporary directory");
+        fs::write(outside.path().join("ptmx"), "keep").expect("written");
+        symlink(outside.path(), dir.path().join("dev")).expect("linked");
+        symlink(outside.path().join("ptmx"), dir.path().join("etc/hosts")).expect("linked");
+        nix::unistd::mkfifo(&dir.path().join("etc/resolv.conf"), Mode::S_IRWXU).expect("made");
+        fs::create_dir(dir.path().join("etc/directory")).expect("made");
+        let make = |path: &str, wanted| make_plain(root.as_fd(), Path::new(path), wanted);
+        make("dev", Wanted::Directory).expect("replaced");
+        make("etc/hosts", Wanted::File).expect("replaced");
+        make("etc/resolv.conf", Wanted::File).expect("replaced");
+        make("lib/modules", Wanted::Directory).expect("replaced");
+        make("not/there", Wanted::File).expect("nothing to do");
+        make("file", Wanted::File).expect("left");
+        assert!(make("etc/directory", Wanted::File).is_err());
+        let is_dir = |path: &str| fs::symlink_metadata(dir.path().join(path)).is_ok_and(|meta| meta.is_dir());
+        assert!(is_dir("dev") && is_dir("lib") && is_dir("usr/lib"));
+        assert!(!dir.path().join("etc/hosts").exists() && !dir.path().join("etc/resolv.conf").exists());
+        assert_eq!(fs::read_to_string(outside.path().join("ptmx")).expect("read"), "keep");
+        assert_eq!(fs::read_to_string(dir.path().join("file")).expect("read"), "x");
+    }
+}

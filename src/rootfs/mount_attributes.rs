@@ -1,0 +1,196 @@
+//! What is set on a mount and not on its file system: read-only, no devices, and the like (mount_setattr(2)).
+
+use std::{
+    ffi::CString,
+    fs, io,
+    os::unix::ffi::{OsStrExt as _, OsStringExt as _},
+    path::{Path, PathBuf},
+};
+
+use nix::mount::{MsFlags, mount};
+
+/// The options of fstab(5) that are a mount's attributes: the bit for mount_setattr(2) (`linux/mount.h`) and for mount(2).
+const ATTRIBUTES: [(&str, u64, MsFlags); 6] = [
+    ("ro", 0x01, MsFlags::MS_RDONLY),
+    ("nosuid", 0x02, MsFlags::MS_NOSUID),
+    ("nodev", 0x04, MsFlags::MS_NODEV),
+    ("noexec", 0x08, MsFlags::MS_NOEXEC),
+    ("noatime", 0x10, MsFlags::MS_NOATIME),
+    ("nodiratime", 0x80, MsFlags::MS_NODIRATIME),
+];
+/// A change of the access time needs these bits cleared first (`MOUNT_ATTR__ATIME`).
+const ATIME_MASK: u64 = 0x70;
+const NOATIME: u64 = 0x10;
+
+/// How far attributes reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// The mount itself.
+    Top,
+    /// The mount and every mount below it.
+    Tree,
+}
+
+/// Attributes to be set on a mount. Attributes that are not named stay as they are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Attributes {
+    bits: u64,
+    flags: MsFlagBits,
+}
+
+type MsFlagBits = libc::c_ulong;
+
+impl Attributes {
+    /// The attribute `ro`.
+    pub fn read_only() -> Self {
+        Self::of_options(&["ro"])
+    }
+
+    /// The attributes among the options of a mount; other options are passed over.
+    pub fn of_options<T: AsRef<str>>(options: &[T]) -> Self {
+        let mut found = Self::default();
+        for option in options {
+            if let Some((_, bit, flag)) = ATTRIBUTES.iter().find(|(name, _, _)| *name == option.as_ref()) {
+                found.bits |= bit;
+                found.flags |= flag.bits();
+            }
+        }
+        found
+    }
+
+    /// Is there anything to set?
+    pub fn is_empty(self) -> bool {
+        self.bits == 0
+    }
+
+    /// Sets the attributes on what is mounted at `path`. Kernels before 5.12 have no mount_setattr(2); there each mount is
+    /// changed by itself.
+    ///
+    /// # Errors
+    /// As mount_setattr(2) and mount(2).
+    pub fn set(self, path: &Path, depth: Depth) -> io::Result<()> {
+        match self.set_at_once(path, depth) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => self.set_one_by_one(path, depth),
+            other => other,
+        }
+    }
+
+    fn set_at_once(self, path: &Path, depth: Depth) -> io::Result<()> {
+        let clear = if self.bits & NOATIME == 0 { 0 } else { ATIME_MASK };
+        // struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
+        let attributes: [u64; 4] = [self.bits, clear, 0, 0];
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let flags = libc::AT_SYMLINK_NOFOLLOW | if depth == Depth::Tree { libc::AT_RECURSIVE } else { 0 };
+        // SAFETY: a terminated string and a structure with its size, both of which the kernel only reads.
+        let outcome = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                libc::AT_FDCWD,
+                path.as_ptr(),
+                flags,
+                attributes.as_ptr(),
+                size_of_val(&attributes),
+            )
+        };
+        if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn set_one_by_one(self, path: &Path, depth: Depth) -> io::Result<()> {
+        let listed = fs::read("/proc/self/mountinfo")?;
+        let path = path.canonicalize()?;
+        for (point, known) in mounts_in(&listed, &path) {
+            if depth == Depth::Tree || point == path {
+                let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | known | MsFlags::from_bits_retain(self.flags);
+                mount(None::<&str>, &point, None::<&str>, flags, None::<&str>)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The mounts at `path` and below it, with the attributes that they have: fields five and six of
+/// proc_pid_mountinfo(5), in which blanks and backslashes are octal.
+fn mounts_in(mountinfo: &[u8], path: &Path) -> Vec<(PathBuf, MsFlags)> {
+    let mut found = Vec::new();
+    for line in mountinfo.split(|byte| *byte == b'\n') {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let (Some(point), Some(options)) = (fields.nth(4), fields.next()) else { continue };
+        let point = PathBuf::from(std::ffi::OsString::from_vec(unescape(point)));
+        if point.starts_with(path) {
+            let options: Vec<_> = String::from_utf8_lossy(options).split(',').map(str::to_owned).collect();
+            found.push((point, MsFlags::from_bits_retain(Attributes::of_options(&options).flags)));
+        }
+    }
+    found
+}
+
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, after)) = rest.split_first() {
+        let octal = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok();
+        match after.get(..3).filter(|_| byte == b'\\').and_then(octal) {
+            Some(escaped) => {
+                text.push(escaped);
+                rest = &after[3..];
+            }
+            None => {
+                text.push(byte);
+                rest = after;
+            }
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_read_from_options() {
+        let attributes = Attributes::of_options(&["rbind", "ro", "nodev", "rslave"]);
+        assert_eq!((attributes.bits, attributes.is_empty()), (0x05, false));
+        assert_eq!(attributes.flags, (MsFlags::MS_RDONLY | MsFlags::MS_NODEV).bits());
+        assert!(Attributes::of_options(&["rw", "rbind"]).is_empty());
+    }
+
+    #[test]
+    fn mounts_below_a_path_are_found_with_their_attributes() {
+        let text = b"1 0 8:1 / / rw - ext4 x rw\n2 1 0:5 / /a\\040b rw,nosuid - tmpfs x rw\n\
+                     3 2 0:6 / /a\\040b/c ro,nodev,relatime - tmpfs x rw\n4 1 0:7 / /a\\040bc rw - tmpfs x rw\n";
+        let found = mounts_in(text, Path::new("/a b"));
+        assert_eq!(
+            found,
+            [
+                (PathBuf::from("/a b"), MsFlags::MS_NOSUID),
+                (PathBuf::from("/a b/c"), MsFlags::MS_RDONLY | MsFlags::MS_NODEV)
+            ]
+        );
+    }
+
+    /// Both ways end with the same: every mount of the tree is read-only, and keeps what else it has.
+    #[test]
+    fn a_tree_becomes_read_only_in_both_ways() {
+        let base = tempfile::tempdir().expect("a temporary directory");
+        type Way = fn(Attributes, &Path, Depth) -> io::Result<()>;
+        for way in [Attributes::set_at_once as Way, Attributes::set_one_by_one as Way] {
+            let (top, below) = (base.path().join("top"), base.path().join("top/below"));
+            fs::create_dir_all(&top).expect("made");
+            let tmpfs = |path: &Path, flags| {
+                mount(Some("tmpfs"), path, Some("tmpfs"), flags, None::<&str>).expect("mounted");
+            };
+            tmpfs(&top, MsFlags::empty());
+            fs::create_dir(&below).expect("made");
+            tmpfs(&below, MsFlags::MS_NOSUID);
+            let outcome = way(Attributes::read_only(), &top, Depth::Tree);
+            let written = [&top, &below].map(|path| fs::write(path.join("file"), "x").is_ok());
+            let seen = mounts_in(&fs::read("/proc/self/mountinfo").expect("read"), &top);
+            nix::mount::umount2(&top, nix::mount::MntFlags::MNT_DETACH).expect("unmounted");
+            outcome.expect("set");
+            assert_eq!(written, [false, false]);
+            let flags: Vec<_> = seen.into_iter().map(|(_, flags)| flags).collect();
+            assert_eq!(flags, [MsFlags::MS_RDONLY, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID]);
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! Puts the sources of a task's mounts below the bundle's `mounts/`, from where the runtime takes them.
+//!
+//! `mounts` is a small file system in memory of its own: the task's own files (hosts, resolv.conf) lie in it, so that a task
+//! that writes to them can't fill a directory of the host, and one unmount takes all of it away.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, openat},
+    mount::{MsFlags, mount},
+    sys::stat::{Mode, SFlag, fstat, mkdirat},
+};
+use oci_spec::runtime::{Mount, MountBuilder};
+
+use super::{
+    RootfsError,
+    arrangement::{Place, Placed, arrange},
+    bundle::BundlePaths,
+    image_links::{self, Wanted},
+    mount_attributes::{Attributes, Depth},
+    mounts::{MountContent, TaskMount, open_plain},
+    target::{MountTarget, SysTargets},
+};
+
+/// What a task may add to its own hosts file and the like.
+const ROOM: usize = 1 << 20;
+/// Options that say how mounts spread between mount namespaces (mount_namespaces(7)).
+const PROPAGATION: [&str; 6] = ["private", "rprivate", "slave", "rslave", "shared", "rshared"];
+/// Options of file systems in memory that are the default, or the opposite of an attribute.
+const WITHOUT_EFFECT: [&str; 9] =
+    ["rw", "suid", "dev", "exec", "relatime", "norelatime", "atime", "diratime", "strictatime"];
+/// Places of every container, where runtimes mount or make files.
+const DIRECTORIES: [&str; 4] = ["dev", "proc", "sys", "etc"];
+
+/// Makes the places of `base` and of the task's mounts in the root file system free of links, puts the sources of all
+/// mounts below the bundle's `mounts/`, and each mount that lies below a bind into that one's tree: the mounts that are
+/// left to the runtime, after those of `base`.
+///
+/// # Errors
+/// When a mount can't go where it should, named by its option and target. What was mounted goes with the bundle.
+pub fn place(
+    paths: &BundlePaths,
+    base: &[Mount],
+    mounts: &[TaskMount],
+    sys: SysTargets,
+) -> Result<Vec<Mount>, RootfsError> {
+    let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
+    mount_pins(paths, mounts)?;
+    let root = paths.rootfs();
+    let root = image_links::open_root(&root).map_err(|source| file("open", &root, source))?;
+    for directory in DIRECTORIES {
+        make_plain(root.as_fd(), Path::new(directory), Wanted::Directory)?;
+    }
+    let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
+    let placed = arrange(mounts, &targets).map_err(|misplaced| {
+        let mount = &mounts[misplaced.number];
+        RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem: misplaced.problem }
+    })?;
+    let mut left = Vec::with_capacity(placed.len());
+    for one in &placed {
+        let tree = Tree { paths, placed: &placed, mounts };
+        tree.put(one).map_err(|source| {
+            let mount = &mounts[one.number];
+            RootfsError::Mounting { option: mount.option, target: mount.target.to_string(), source }
+        })?;
+        if one.place == Place::Runtime {
+            left.push(tree.for_runtime(one)?);
+        }
+    }
+    Ok(left)
+}
+
+/// How far the root of the container's mounts must spread for its mounts to do so: runtimes set it before they bind, and
+/// a bind below a private root has no peers any more (mount_namespaces(7)). docker's rule.
+pub fn root_propagation(mounts: &[TaskMount]) -> Option<&'static str> {
+    let has = |wanted: [&str; 2]| {
+        mounts.iter().flat_map(|mount| &mount.options).any(|option| wanted.contains(&option.as_str()))
+    };
+    match (has(["rshared", "shared"]), has(["rslave", "slave"])) {
+        (true, _) => Some("rshared"),
+        (false, true) => Some("rslave"),
+        (false, false) => None,
+    }
+}
+
+/// Mounts the file system in which everything is pinned. It spreads nowhere, so that the sources are not held in other
+/// mount namespaces as well.
+fn mount_pins(paths: &BundlePaths, mounts: &[TaskMount]) -> Result<(), RootfsError> {
+    let pins = paths.pins();
+    let failed = |source| file("mount a file system at", &pins, source);
+    let text: usize =
+        mounts.iter().map(|mount| if let MountContent::File(text) = &mount.content { text.len() } else { 0 }).sum();
+    let options = format!("mode=700,size={}", ROOM + 2 * text);
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    fs::DirBuilder::new().mode(0o700).create(&pins).map_err(failed)?;
+    mount(Some("tmpfs"), &pins, Some("tmpfs"), flags, Some(options.as_str()))
+        .and_then(|()| mount(None::<&str>, &pins, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>))
+        .map_err(|errno| failed(errno.into()))
+}
+
+fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> Result<(), RootfsError> {
+    image_links::make_plain(root, path, wanted).map_err(|source| RootfsError::Image { path: path.to_owned(), source })
+}
+
+/// Where the mounts' targets lead in the image, the outermost first, since what lies below one of them is not the image's.
+fn resolve_targets(
+    root: BorrowedFd<'_>,
+    base: &[PathBuf],
+    mounts: &[TaskMount],
+    sys: SysTargets,
+) -> Result<Vec<MountTarget>, RootfsError> {
+    let mut targets: Vec<MountTarget> = mounts.iter().map(|mount| mount.target.clone()).collect();
+    let mut order: Vec<usize> = (0..mounts.len()).collect();
+    order.sort_by_key(|number| targets[*number].depth());
+    for (at, number) in order.iter().copied().enumerate() {
+        let mount = &mounts[number];
+        let known: Vec<&Path> = order[..at].iter().map(|other| targets[*other].path()).collect();
+        let is_mount = |path: &Path| base.iter().any(|base| base == path) || known.contains(&path);
+        let refused = |problem| RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem };
+        if let MountContent::File(_) = mount.content
+            && !mount.target.path().ancestors().any(is_mount)
+        {
+            // A file that every container has: docker puts its own in the place of whatever the image has there.
+            let path = mount.target.path().strip_prefix("/").unwrap_or(mount.target.path());
+            make_plain(root, path, Wanted::File)?;
+        }
+        let found = image_links::resolve(root, mount.target.path(), is_mount);
+        let found = MountTarget::found(found.map_err(|error| refused(error.to_string()))?);
+        found.check(sys).map_err(refused)?;
+        targets[number] = found;
+    }
+    Ok(targets)
+}
+
+/// What the mounts of a task are put with.
+struct Tree<'a> {
+    paths: &'a BundlePaths,
+    placed: &'a [Placed],
+    mounts: &'a [TaskMount],
+}
+
+impl Tree<'_> {
+    fn mount(&self, placed: &Placed) -> &TaskMount {
+        &self.mounts[placed.number]
+    }
+
+    /// Do other mounts lie in this one's tree?
+    fn holds_others(&self, placed: &Placed) -> bool {
+        self.placed.iter().any(|other| matches!(&other.place, Place::Within { top, .. } if *top == placed.number))
+    }
+
+    /// Pins a mount's source, and moves it to its target where that lies in another's tree.
+    fn put(&self, placed: &Placed) -> io::Result<()> {
+        let mount = self.mount(placed);
+        let pin = self.paths.pinned(placed.number);
+        let is_inside = placed.place != Place::Runtime;
+        match &mount.content {
+            MountContent::FileSystem { .. } if !is_inside => return Ok(()),
+            MountContent::FileSystem { .. } => {
+                fs::DirBuilder::new().mode(0o700).create(&pin)?;
+                mount_in_memory(&pin, &mount.options)?;
+            }
+            MountContent::File(text) => {
+                fs::write(&pin, text)?;
+                // Less what the process's mask took away.
+                fs::set_permissions(&pin, fs::Permissions::from_mode(0o644))?;
+            }
+            MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
+        }
+        let Place::Within { top, path } = &placed.place else { return Ok(()) };
+        let wanted = if is_directory(mount)? { SFlag::S_IFDIR } else { SFlag::S_IFREG };
+        let point = open_mount_point(&self.paths.pinned(*top), path, wanted)?;
+        let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
+        let flags = match mount.content {
+            MountContent::File(_) => MsFlags::MS_BIND,
+            MountContent::Bind(_) | MountContent::FileSystem { .. } => MsFlags::MS_MOVE,
+        };
+        Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
+    }
+
+    fn bind(&self, placed: &Placed, source: &OwnedFd, pin: &Path, is_inside: bool) -> io::Result<()> {
+        let options = &self.mount(placed).options;
+        let has = |wanted: &str| options.iter().any(|option| option == wanted);
+        if is_directory(self.mount(placed))? {
+            fs::DirBuilder::new().mode(0o700).create(pin)?;
+        } else {
+            fs::File::options().write(true).create_new(true).mode(0o600).open(pin)?;
+        }
+        let (recursion, depth) =
+            if has("rbind") { (MsFlags::MS_REC, Depth::Tree) } else { (MsFlags::empty(), Depth::Top) };
+        let from = PathBuf::from(format!("/proc/self/fd/{}", source.as_raw_fd()));
+        mount(Some(&from), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
+        if has("ro") {
+            // Runtimes would make the topmost mount read-only, and leave those below it writable.
+            Attributes::read_only().set(pin, depth)?;
+        }
+        if is_inside || self.holds_others(placed) {
+            // Now, and not by the runtime: a mount that is put into a shared one would appear on the host as well.
+            mount(None::<&str>, pin, None::<&str>, propagation(options) | MsFlags::MS_REC, None::<&str>)?;
+        }
+        let attributes = Attributes::of_options(options);
+        if is_inside && !attributes.is_empty() {
+            attributes.set(pin, Depth::Top)?;
+        }
+        Ok(())
+    }
+
+    /// A mount as the runtime takes it.
+    fn for_runtime(&self, placed: &Placed) -> Result<Mount, RootfsError> {
+        let mount = self.mount(placed);
+        let mut options = mount.options.clone();
+        let (kind, source) = match &mount.content {
+            MountContent::FileSystem { kind, source } => (kind.as_str(), PathBuf::from(source)),
+            MountContent::Bind(_) | MountContent::File(_) => ("bind", self.paths.pinned(placed.number)),
+        };
+        if self.holds_others(placed) {
+            // The tree as it is: how its mounts spread has been set for each.
+            options.retain(|option| option != "bind" && option != "rbind" && !PROPAGATION.contains(&option.as_str()));
+            options.insert(0, "rbind".to_owned());
+        }
+        let built = MountBuilder::default().destination(placed.target.path()).typ(kind).source(source).options(options);
+        Ok(built.build()?)
+    }
+}
+
+fn is_directory(mount: &TaskMount) -> io::Result<bool> {
+    Ok(match &mount.content {
+        MountContent::File(_) => false,
+        MountContent::FileSystem { .. } => true,
+        MountContent::Bind(source) => kind_of(source)? == SFlag::S_IFDIR,
+    })
+}
+
+fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
+    Ok(SFlag::from_bits_truncate(fstat(opened)?.st_mode) & SFlag::S_IFMT)
+}
+
+/// Without a word a mount hears of what the host mounts below its source, as under runtimes.
+fn propagation(options: &[String]) -> MsFlags {
+    match options.iter().rev().map(String::as_str).find(|option| PROPAGATION.contains(option)) {
+        Some("private" | "rprivate") => MsFlags::MS_PRIVATE,
+        Some("shared" | "rshared") => MsFlags::MS_SHARED,
+        _ => MsFlags::MS_SLAVE,
+    }
+}
+
+/// Mounts a file system in memory with a job's options.
+fn mount_in_memory(at: &Path, options: &[String]) -> io::Result<()> {
+    let attributes = |option: &&String| !Attributes::of_options(std::slice::from_ref(*option)).is_empty();
+    let is_data = |option: &&String| {
+        let name = option.as_str();
+        !attributes(option) && !WITHOUT_EFFECT.contains(&name) && !PROPAGATION.contains(&name)
+    };
+    let data: Vec<&str> = options.iter().filter(is_data).map(String::as_str).collect();
+    mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(data.join(",").as_str()))?;
+    mount(None::<&str>, at, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?;
+    let attributes = Attributes::of_options(options);
+    if attributes.is_empty() { Ok(()) } else { attributes.set(at, Depth::Top) }
+}
+
+/// Opens the place of a mount in the tree at `top`, and makes it where it is missing, without ever following a link.
+fn open_mount_point(top: &Path, path: &Path, wanted: SFlag) -> io::Result<OwnedFd> {
+    let top: OwnedFd = fs::File::options().read(true).custom_flags(libc::O_PATH).open(top)?.into();
+    let opened = match open_plain(&top, path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => make_mount_point(top, path, wanted)?,
+        other => other?,
+    };
+    match kind_of(&opened)? == SFlag::S_IFDIR {
+        is_directory if is_directory == (wanted == SFlag::S_IFDIR) => Ok(opened),
+        true => Err(io::Error::new(io::ErrorKind::IsADirectory, "a directory is there, and a file is mounted")),
+        false => Err(io::Error::new(io::ErrorKind::NotADirectory, "no directory is there, and a directory is mounted")),
+    }
+}
+
+fn make_mount_point(top: OwnedFd, path: &Path, wanted: SFlag) -> io::Result<OwnedFd> {
+    let mut at = top;
+    let mut names = path.components().peekable();
+    while let Some(name) = names.next() {
+        let name = Path::new(name.as_os_str());
+        if names.peek().is_none() && wanted == SFlag::S_IFREG {
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+            match openat(&at, name, flags, Mode::from_bits_truncate(0o644)) {
+                Ok(_) | Err(nix::Error::EEXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        } else {
+            match mkdirat(&at, name, Mode::from_bits_truncate(0o755)) {
+                Ok(()) | Err(nix::Error::EEXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        at = open_plain(&at, name)?;
+    }
+    Ok(at)
+}
+
+fn file(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
+    RootfsError::File { doing, path: path.to_owned(), source }
+}

@@ -1,0 +1,353 @@
+//! Mounts: whatever a task, another task of its allocation or an image puts in the way, nothing of the host appears in a
+//! container and nothing of a container appears on the host.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use nomad_driver_shim::pb::driver::Mount;
+use serde_json::{Value, json};
+
+use crate::{
+    plugin_with, runtimes, shell,
+    support::{Env, Task, eventually, services::run},
+};
+
+/// A file of the host that no task may see, in a directory of its own.
+struct Secret(PathBuf);
+
+impl Secret {
+    fn new(env: &Env) -> Self {
+        let dir = env.dir.join("of-the-host");
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("secret"), "HOST-SECRET").unwrap();
+        Self(dir)
+    }
+
+    /// Nothing was added to the directory, and what was there is as it was.
+    fn is_untouched(&self) {
+        assert_eq!(fs::read_to_string(self.0.join("secret")).unwrap(), "HOST-SECRET");
+        assert_eq!(fs::read_dir(&self.0).unwrap().count(), 1, "{:?}", crate::support::leak::entries(&self.0));
+    }
+}
+
+fn volume(host: &Path, target: &str, readonly: bool, propagation: &str) -> Mount {
+    Mount {
+        host_path: host.to_str().unwrap().to_owned(),
+        task_path: target.to_owned(),
+        readonly,
+        propagation_mode: propagation.to_owned(),
+        ..Mount::default()
+    }
+}
+
+/// Starts a task whose start may be refused: its output, or the refusal.
+async fn outcome(env: &Env, mut task: Task) -> Result<String, String> {
+    match env.try_start(&mut task).await {
+        Ok(()) => {
+            let (_, out, err) = env.finish_task(task).await;
+            Ok(out + &err)
+        }
+        Err(status) => Err(status.message().to_owned()),
+    }
+}
+
+/// F1: a task with disabled logs replaces the directory of the logs by a link to a directory of the host.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_in_place_of_the_logs_leads_nowhere() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        let secret = Secret::new(&env);
+        // With a link to the root, crun put the host's root over the container's, and the host's path leads there.
+        let look = format!("cat /alloc/logs/secret {}/secret", secret.0.display());
+        for leads_to in [Path::new("/"), Path::new("/etc"), &secret.0] {
+            let options = shell(&env, &look, json!({})).await;
+            // The link is there before the task starts, as another task of the group has left it.
+            let task = env.prepare(options).await;
+            let logs = task.dirs.alloc_dir.join("alloc/logs");
+            fs::rename(&logs, task.dirs.alloc_dir.join("alloc/old")).unwrap();
+            symlink(leads_to, &logs).unwrap();
+            let seen = outcome(&env, task).await;
+            secret.is_untouched();
+            let refused = seen.expect_err("the link was followed");
+            assert!(refused.contains("alloc/logs") && refused.contains("symbolic link"), "{runtime}: {refused}");
+        }
+        env.finish().await;
+    }
+}
+
+/// F1 once more, the way the review did it: the first task makes the link itself, where its logs are disabled.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_task_moves_the_directory_of_the_logs() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        let secret = Secret::new(&env);
+        let script =
+            format!("mv /alloc/logs /alloc/old && ln -s {} /alloc/logs; ls -ld /alloc/logs", secret.0.display());
+        let options = shell(&env, &script, json!({})).await;
+        let mut task = env.prepare(options).await;
+        // As Nomad sends it for `logs { disabled = true }`.
+        task.config.stdout_path = "/dev/null".to_owned();
+        task.config.stderr_path = "/dev/null".to_owned();
+        env.try_start(&mut task).await.unwrap();
+        env.wait(&task).await;
+        let logs = task.dirs.alloc_dir.join("alloc/logs");
+        assert!(fs::symlink_metadata(&logs).unwrap().is_dir(), "{runtime}: the task has put a link there");
+        env.destroy(&task).await.unwrap();
+        env.finish().await;
+    }
+}
+
+/// A neighbour of F1: the directories that Nomad makes are replaced by links, with and without logs of ours.
+#[tokio::test(flavor = "multi_thread")]
+async fn links_in_place_of_nomads_directories_are_refused() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let secret = Secret::new(&env);
+        for directory in ["web/local", "web/secrets", "alloc"] {
+            let options = shell(&env, "cat /local/secret /secrets/secret /alloc/secret", json!({})).await;
+            let task = env.prepare(options).await;
+            let path = task.dirs.alloc_dir.join(directory);
+            let moved = task.dirs.alloc_dir.join("moved");
+            fs::rename(&path, &moved).unwrap();
+            symlink(&secret.0, &path).unwrap();
+            let seen = outcome(&env, task).await;
+            // The log FIFOs lie in `alloc`.
+            let refused = seen.expect_err("the link was followed");
+            assert!(refused.contains(directory) && refused.contains("symbolic link"), "{runtime}: {refused}");
+            fs::remove_file(&path).unwrap();
+            fs::rename(&moved, &path).unwrap();
+        }
+        secret.is_untouched();
+        env.finish().await;
+    }
+}
+
+/// Neighbours of F1: targets of a job's own mounts and of volumes that lie in a directory where another task makes links.
+#[tokio::test(flavor = "multi_thread")]
+async fn targets_below_a_bind_are_not_reached_through_links() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let secret = Secret::new(&env);
+        let tmpfs = json!([{"type": "tmpfs", "target": "/alloc/data/cache", "options": ["size=1m"]}]);
+        let bind =
+            json!([{"type": "bind", "source": "local", "target": "/alloc/data/cache", "options": ["rbind", "rw"]}]);
+        for mounts in [tmpfs, bind] {
+            for leads_to in [secret.0.to_str().unwrap(), "/", "/etc", "../../web/secrets"] {
+                let script = "ls -ld /alloc/data/cache; cat /secret; grep -c ' / / ' /proc/self/mountinfo";
+                let options = shell(&env, script, json!({"mounts": mounts})).await;
+                let task = env.prepare(options).await;
+                symlink(leads_to, task.dirs.alloc_dir.join("alloc/data/cache")).unwrap();
+                let refused = outcome(&env, task).await.expect_err("the link was followed");
+                assert!(refused.contains("/alloc/data/cache") && refused.contains("link"), "{runtime}: {refused}");
+            }
+        }
+        let place = env.dir.join("volume");
+        fs::create_dir_all(&place).unwrap();
+        let mut task = env.prepare(shell(&env, "cat /alloc/data/v/*", json!({})).await).await;
+        symlink("/etc", task.dirs.alloc_dir.join("alloc/data/v")).unwrap();
+        task.config.mounts = vec![volume(&place, "/alloc/data/v", false, "private")];
+        let refused = outcome(&env, task).await.expect_err("the link was followed");
+        assert!(refused.contains("volume_mount") && refused.contains("link"), "{runtime}: {refused}");
+        secret.is_untouched();
+        env.finish().await;
+    }
+}
+
+/// What such mounts are for works: below Nomad's directories, below a volume, one in the other, files and directories.
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_in_mounts_are_there_and_leave_nothing() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let place = env.dir.join("volume");
+        fs::create_dir_all(place.join("there")).unwrap();
+        fs::write(place.join("file"), "of the volume").unwrap();
+        let mounts = json!([
+            {"type": "tmpfs", "target": "/data/there/cache", "options": ["size=1m", "noexec"]},
+            {"type": "bind", "source": "local/conf", "target": "/data/conf", "options": ["ro"]},
+            {"type": "bind", "source": "alloc/data", "target": "/local/shared", "options": ["rbind", "rw"]},
+            {"type": "bind", "source": "local/deep", "target": "/data/there/cache/deep/er", "options": ["rbind", "rw"]},
+        ]);
+        let script = "cat /data/file /data/conf; echo x >/data/conf; echo a >/local/shared/a; echo b >/data/there/cache/b
+            cat /data/there/cache/deep/er/of; grep ' /data/there/cache ' /proc/self/mountinfo | grep -c noexec; ls /data";
+        let options = shell(&env, script, json!({"mounts": mounts})).await;
+        let mut task = env.prepare(options).await;
+        let local = task.dirs.alloc_dir.join("web/local");
+        fs::write(local.join("conf"), "configuration\n").unwrap();
+        fs::create_dir(local.join("deep")).unwrap();
+        fs::write(local.join("deep/of"), "deep\n").unwrap();
+        task.config.mounts = vec![volume(&place, "/data", false, "private")];
+        env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        // As soon as the task runs, none of its mounts is left on the host, where it would keep directories busy.
+        assert_eq!(mounts_of_the_host(&env, &task), Vec::<String>::new());
+        let alloc_dir = task.dirs.alloc_dir.clone();
+        let (_, out, err) = env.finish_task(task).await;
+        assert_eq!(out, "of the volumeconfiguration\ndeep\n1\nconf\nfile\nthere\n", "{runtime}: {err}");
+        assert!(err.contains("Read-only file system"), "{runtime}: {err}");
+        assert_eq!(fs::read_to_string(alloc_dir.join("alloc/data/a")).unwrap(), "a\n");
+        // Mount points stay, as runtimes make them; what was written to the file system in memory does not.
+        assert!(!place.join("there/cache/b").exists() && place.join("there/cache").is_dir());
+        env.finish().await;
+    }
+}
+
+/// Mounts on the host besides the root file system that have to do with this task.
+fn mounts_of_the_host(env: &Env, task: &Task) -> Vec<String> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let dirs = [env.dir.join("run/bundles"), task.dirs.alloc_dir.clone(), env.dir.join("volume")];
+    let has = |line: &&str| dirs.iter().any(|dir| line.split(' ').nth(4).unwrap().starts_with(dir.to_str().unwrap()));
+    text.lines().filter(has).filter(|line| !line.contains("/rootfs ")).map(str::to_owned).collect()
+}
+
+/// The host's mounts below a volume are read-only as well where the volume is.
+#[tokio::test(flavor = "multi_thread")]
+async fn read_only_holds_for_the_mounts_below() {
+    for runtime in runtimes() {
+        let config = json!({"security": {"allow_paths": ["/"]}});
+        let mut env = plugin_with(&runtime, config).await;
+        let place = env.dir.join("volume");
+        let below = place.join("below/deeper");
+        fs::create_dir_all(&below).unwrap();
+        run(std::process::Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&below));
+        let script = "for d in /v /v/below /v/below/deeper /m/below/deeper /w/below/deeper
+            do echo x 2>/dev/null >$d/f && echo written to $d; done; true";
+        let mounts = json!([{"type": "bind", "source": place, "target": "/m", "options": ["rbind", "ro"]},
+            {"type": "bind", "source": place, "target": "/w", "options": ["rbind", "rw"]}]);
+        let mut task = env.prepare(shell(&env, script, json!({"mounts": mounts})).await).await;
+        task.config.mounts = vec![volume(&place, "/v", true, "private")];
+        let seen = outcome(&env, task).await;
+        run(std::process::Command::new("umount").arg(&below));
+        assert_eq!(seen.unwrap(), "written to /w/below/deeper\n", "{runtime}");
+        env.finish().await;
+    }
+}
+
+/// A mount that a task makes in a shared volume reaches the host, also where the volume lies below another mount (as
+/// Nomad mounts the directories of CSI plugins), and what the host mounts reaches the task.
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_spread_mounts_as_they_say() {
+    for runtime in runtimes() {
+        let config = json!({"allow_privileged": true});
+        let mut env = plugin_with(&runtime, config).await;
+        let place = env.dir.join("csi");
+        fs::create_dir_all(place.join("theirs")).unwrap();
+        fs::create_dir_all(place.join("ours")).unwrap();
+        // As systemd has it, and as a volume must be to spread anything.
+        run(std::process::Command::new("mount").arg("--bind").arg(&place).arg(&place));
+        run(std::process::Command::new("mount").arg("--make-shared").arg(&place));
+        let script = "mount -t tmpfs tmpfs /local/csi/ours && echo mounted
+            while ! grep -q ' /local/csi/theirs ' /proc/self/mountinfo; do sleep 0.05; done; echo seen; sleep 600";
+        let mut task = env.prepare(shell(&env, script, json!({"privileged": true})).await).await;
+        task.config.mounts = vec![volume(&place, "/local/csi", false, "bidirectional")];
+        env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        task.says("mounted").await;
+        let is_mounted = |path: PathBuf| {
+            let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+            text.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+        };
+        eventually("the task's mount is the host's", async || {
+            if is_mounted(place.join("ours")) { Ok(()) } else { Err("not there") }
+        })
+        .await;
+        run(std::process::Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(place.join("theirs")));
+        task.says("seen").await;
+        env.destroy(&task).await.unwrap();
+        for mount in ["ours", "theirs", ""] {
+            run(std::process::Command::new("umount").arg(place.join(mount)));
+        }
+        env.finish().await;
+    }
+}
+
+/// No path that a task can change is given to a runtime: all binds of all shapes of tasks come from the bundle.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_bind_comes_from_the_bundle() {
+    for runtime in runtimes() {
+        let config = json!({
+            "disable_log_collection": true, "allow_privileged": true,
+            "security": {"allow_host_namespaces": true, "allow_paths": ["/var"], "allow_devices": ["/dev/null"]},
+        });
+        let mut env = plugin_with(&runtime, config).await;
+        let place = env.dir.join("volume");
+        fs::create_dir_all(&place).unwrap();
+        let own = json!([
+            {"type": "bind", "source": "alloc/data", "target": "/a", "options": ["bind", "ro"]},
+            {"type": "volume", "source": place, "target": "/b"},
+            {"type": "tmpfs", "target": "/b/c"},
+            {"type": "tmpfs", "target": "/d"},
+        ]);
+        let shapes = [
+            json!({}),
+            json!({"mounts": own}),
+            json!({"host_network": true}),
+            json!({"host_network": true, "extra_hosts": ["a:127.0.0.9"]}),
+            json!({"host_dns": false}),
+            json!({"ipc_mode": "host", "pid_mode": "host", "uts_mode": "host"}),
+            json!({"privileged": true}),
+            json!({"readonly_rootfs": true, "tty": true}),
+            json!({"devices": ["/dev/null"]}),
+        ];
+        let mut binds = 0;
+        for shape in shapes {
+            let mut task = env.prepare(shell(&env, "sleep 600", shape.clone()).await).await;
+            task.config.mounts =
+                vec![volume(&place, "/v", true, "private"), volume(&place, "/alloc/v", false, "host-to-task")];
+            env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime} {shape}: {}", status.message()));
+            let bundle = env.dir.join("run/bundles").join(env.attribute(&task, "container_id").await);
+            let spec: Value = serde_json::from_slice(&fs::read(bundle.join("config.json")).unwrap()).unwrap();
+            for mount in spec["mounts"].as_array().unwrap() {
+                let is_bind = |option: &Value| option == "bind" || option == "rbind";
+                if mount["type"] == "bind" || mount["options"].as_array().into_iter().flatten().any(is_bind) {
+                    let source = Path::new(mount["source"].as_str().unwrap());
+                    assert!(source.starts_with(bundle.join("mounts")), "{runtime} {shape}: {mount}");
+                    binds += 1;
+                }
+            }
+            env.destroy(&task).await.unwrap();
+        }
+        assert!(binds > 30, "{binds}");
+        env.finish().await;
+    }
+}
+
+/// F10: no mount hides /proc or /sys, whoever names the target.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_mounted_over_proc_and_sys() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        for target in ["/proc", "/proc/sys", "/proc/self/attr", "/proc/1", "//proc/./sys", "/sys", "/sys/kernel", "/."]
+        {
+            for mount in [
+                json!({"type": "tmpfs", "target": target}),
+                json!({"type": "bind", "source": "alloc/data", "target": target, "options": ["rbind", "rw"]}),
+            ] {
+                let options = shell(&env, "mount", json!({"mounts": [mount]})).await;
+                let refused = {
+                    let task = env.prepare(options).await;
+                    outcome(&env, task).await
+                }
+                .expect_err("it was mounted");
+                assert!(refused.contains("target"), "{runtime} {target}: {refused}");
+            }
+        }
+        for (variable, target) in [
+            ("NOMAD_TASK_DIR", "/proc"),
+            ("NOMAD_TASK_DIR", "/sys"),
+            ("NOMAD_ALLOC_DIR", "/"),
+            ("NOMAD_SECRETS_DIR", "/../../x"),
+            ("NOMAD_SECRETS_DIR", "relative"),
+        ] {
+            let mut task = env.prepare(shell(&env, "mount", json!({})).await).await;
+            task.config.env.insert(variable.to_owned(), target.to_owned());
+            let refused = outcome(&env, task).await.expect_err("it was mounted");
+            assert!(refused.contains(variable) && refused.contains("target"), "{runtime} {target}: {refused}");
+        }
+        let mut task = env.prepare(shell(&env, "mount", json!({})).await).await;
+        task.config.mounts = vec![volume(Path::new("/var"), "/proc/sys", true, "private")];
+        let refused = outcome(&env, task).await.expect_err("it was mounted");
+        assert!(refused.contains("volume_mount"), "{runtime}: {refused}");
+        env.finish().await;
+    }
+}

@@ -1,0 +1,61 @@
+//! Who can get at what a driver keeps on disk: everything below its run and state directory is root's alone.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use super::Env;
+
+/// Directories with files that others make or that containers see. Whoever gets there has passed a closed directory; what
+/// is in them is not looked at.
+const OTHERS: [&str; 6] = [
+    "run/bundles/*/rootfs",
+    "run/bundles/*/mounts",
+    "run/runtimes/*",
+    "state/uppers/*/*/upper",
+    "state/ahead/*/*/layer/upper",
+    "state/images/empty",
+];
+/// Files that shims and runtimes make in a bundle, with modes of their own.
+const BUNDLE: &str = "run/bundles/*";
+/// Programs that shims call, and what the plugin knows of them.
+const WRAPPERS: &str = "state/wrappers";
+
+/// What is not root's, or is open to its group or to everybody: one line each.
+pub fn open_to_others(env: &Env) -> Vec<String> {
+    if env.foreign {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    for top in ["run", "state"] {
+        look(&env.dir, Path::new(top), &mut found);
+    }
+    found
+}
+
+fn look(base: &Path, path: &Path, found: &mut Vec<String>) {
+    // What goes meanwhile is fine.
+    let Ok(meta) = fs::symlink_metadata(base.join(path)) else { return };
+    let is_others = OTHERS.iter().any(|pattern| matches(pattern, path));
+    let made_by_others = |parent: &Path| matches(BUNDLE, parent) || parent.starts_with(WRAPPERS);
+    let may_be_open = is_others || !meta.is_dir() && path.parent().is_some_and(made_by_others);
+    if meta.uid() != 0 && !is_others {
+        found.push(format!("{} belongs to user {}", path.display(), meta.uid()));
+    }
+    if meta.mode() & 0o077 != 0 && !may_be_open && !meta.is_symlink() {
+        found.push(format!("{} has the mode {:o}", path.display(), meta.mode() & 0o7777));
+    }
+    if meta.is_dir() && !is_others {
+        let names = super::leak::entries(&base.join(path));
+        names.iter().for_each(|name| look(base, &path.join(name), found));
+    }
+}
+
+/// Does a path have the pattern's form? A `*` is any one component.
+fn matches(pattern: &str, path: &Path) -> bool {
+    let pattern = PathBuf::from(pattern);
+    pattern.components().count() == path.components().count()
+        && pattern.components().zip(path.components()).all(|(wanted, name)| wanted.as_os_str() == "*" || wanted == name)
+}
