@@ -18,6 +18,8 @@
 mod support;
 
 mod attack;
+mod directories;
+mod links;
 mod mounts;
 
 use serde_json::{Value, json};

@@ -8,14 +8,16 @@ use std::{
 
 use super::Env;
 
-/// Directories with files that others make or that containers see. Whoever gets there has passed a closed directory; what
+/// Directories with files that others (runtimes, the kernel) make or that containers see. Whoever gets there has passed a closed directory; what
 /// is in them is not looked at.
-const OTHERS: [&str; 6] = [
+const OTHERS: [&str; 8] = [
     "run/bundles/*/rootfs",
     "run/bundles/*/mounts",
     "run/runtimes/*",
     "state/uppers/*/*/upper",
+    "state/uppers/*/*/work",
     "state/ahead/*/*/layer/upper",
+    "state/ahead/*/*/layer/work",
     "state/images/empty",
 ];
 /// Files that shims and runtimes make in a bundle, with modes of their own.
