@@ -3,7 +3,8 @@
 use std::{
     fs::File,
     io::{Read as _, Write as _},
-    path::Path,
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -37,13 +38,16 @@ impl Logs {
     /// When there are none (a task of `run` has no collector), or they can't be read.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let found = tasks::one(common, &self.task)?;
-        let directory = found.record.alloc_dir.join("alloc/logs");
+        let named = found.record.alloc_dir.join("alloc/logs");
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let opened = File::options().read(true).custom_flags(flags).open(&named);
+        let opened = opened.map_err(|error| CliError::Usage(format!("{}: {error}", named.display())))?;
+        let directory = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
         let stream = if self.stderr { "stderr" } else { "stdout" };
         let prefix = format!("{}.{stream}.", found.record.name);
         let parts = parts(&directory, &prefix);
         let Some(&newest) = parts.last() else {
-            let problem =
-                format!("no logs of it in {}; a task of `run` prints to its own terminal", directory.display());
+            let problem = format!("no logs of it in {}; a task of `run` prints to its own terminal", named.display());
             return Err(CliError::Usage(problem));
         };
         let path = |n: u64| directory.join(format!("{prefix}{n}"));
@@ -51,7 +55,7 @@ impl Logs {
         let mut last = None;
         for n in parts {
             // Rotated away since we looked.
-            let Ok(mut file) = File::open(path(n)) else { continue };
+            let Ok(mut file) = open(&path(n)) else { continue };
             file.read_to_end(&mut text)?;
             last = Some(file);
         }
@@ -63,6 +67,14 @@ impl Logs {
         }
         Ok(0)
     }
+}
+
+/// Opens a log file. A task that can write to the directory of its logs may have put a link or a FIFO in its place: neither
+/// is followed or waited for.
+fn open(path: &Path) -> std::io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(std::io::ErrorKind::InvalidInput.into()) }
 }
 
 /// Numbers of the files, in order.
@@ -96,7 +108,7 @@ async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> R
         if stdout.write_all(&text).and_then(|()| stdout.flush()).is_err() {
             return Ok(());
         }
-        match next.map(|next| (next, File::open(directory.join(format!("{prefix}{next}"))))) {
+        match next.map(|next| (next, open(&directory.join(format!("{prefix}{next}"))))) {
             Some((next, Ok(opened))) => (n, file) = (next, opened),
             _ => tokio::time::sleep(LOOK).await,
         }

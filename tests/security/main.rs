@@ -21,6 +21,7 @@ mod attack;
 mod directories;
 mod links;
 mod mounts;
+mod races;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};
