@@ -12,7 +12,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use super::{CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print};
 use crate::{
     ids::Digest,
-    image::{Credentials, Progress, PullEvent, PullPolicy, PullRequest},
+    image::{CredentialScope, Credentials, Progress, PullEvent, PullPolicy, PullRequest},
 };
 
 /// Pull an image
@@ -39,7 +39,9 @@ impl Pull {
         let credentials = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
             None => None,
             Some(Some((username, password))) => {
-                Some(Credentials { username: username.to_owned(), password: password.to_owned(), server: None })
+                // The caller names the image as well.
+                let scope = CredentialScope::ImageRegistry;
+                Some(Credentials { username: username.to_owned(), password: password.to_owned(), scope })
             }
             Some(None) => return Err(CliError::Usage("--auth wants USER:PASSWORD".to_owned())),
         };

@@ -1,36 +1,11 @@
-//! Who we are to a registry: credentials, `WWW-Authenticate` challenges, and tokens.
+//! `WWW-Authenticate` challenges of registries, the token realms that they name, and tokens.
 
-use std::{collections::HashMap, fmt};
+use std::collections::HashMap;
 
+use reqwest::Url;
 use serde::Deserialize;
 
-/// A name and a password for a registry. Never printed.
-#[derive(Clone, PartialEq, Eq, Hash)]
-pub struct Credentials {
-    /// User name.
-    pub username: String,
-    /// Password or token.
-    pub password: String,
-    /// The only registry they are for; None offers them to whichever registry the image names.
-    pub server: Option<String>,
-}
-
-impl Credentials {
-    /// Are they for this registry?
-    pub fn are_for(&self, registry: &str) -> bool {
-        self.server.as_deref().is_none_or(|server| {
-            let server = server.trim_start_matches("https://").trim_start_matches("http://");
-            let host = server.split('/').next().unwrap_or(server);
-            host == registry || (registry == "docker.io" && matches!(host, "index.docker.io" | "registry-1.docker.io"))
-        })
-    }
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials").field("server", &self.server).finish_non_exhaustive()
-    }
-}
+use super::{RegistryName, reference::is_loopback};
 
 /// What a registry asks for in `WWW-Authenticate` (RFC 9110, section 11.6.1).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +67,38 @@ pub fn parse_challenge(header: &str) -> Option<Challenge> {
     Some(Challenge::Bearer { realm, parameters })
 }
 
+/// Why no token is requested from a realm.
+#[derive(Debug, thiserror::Error)]
+pub enum RealmError {
+    /// It is no URL.
+    #[error("it is not a URL")]
+    NotUrl,
+    /// A user name in front of the host, which an HTTP client would send as credentials of its own.
+    #[error("it holds a user name")]
+    UserInfo,
+    /// The password and the token could be read on the way.
+    #[error("it does not use TLS; only a registry on this host may name such a realm, and only on this host")]
+    NoTls,
+}
+
+/// Returns the URL at which `place`'s registry wants a token requested. The realm may be on any host, as Docker Hub's is
+/// (`auth.docker.io`): the registry sees the same credentials and could pass them on anyway. But it must use TLS.
+///
+/// # Errors
+/// When no token must be requested there.
+pub fn token_address(realm: &str, query: &[(String, String)], place: &RegistryName) -> Result<Url, RealmError> {
+    let address = Url::parse_with_params(realm, query).map_err(|_| RealmError::NotUrl)?;
+    if !address.username().is_empty() || address.password().is_some() {
+        return Err(RealmError::UserInfo);
+    }
+    let on_this_host = place.is_loopback() && address.host_str().is_some_and(is_loopback);
+    match address.scheme() {
+        "https" => Ok(address),
+        "http" if on_this_host => Ok(address),
+        _ => Err(RealmError::NoTls),
+    }
+}
+
 /// A token server's answer; the two names mean the same.
 #[derive(Deserialize)]
 pub struct TokenAnswer {
@@ -109,6 +116,7 @@ impl TokenAnswer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Reference;
     use proptest::prelude::*;
 
     #[test]
@@ -131,15 +139,38 @@ mod tests {
     }
 
     #[test]
-    fn credentials_stay_with_their_registry_and_out_of_logs() {
-        let bound = Credentials {
-            username: "u".into(),
-            password: "hidden".into(),
-            server: Some("https://registry.example/v1/".into()),
+    fn realms_without_tls_are_on_this_host_or_not_asked() {
+        let asked = |realm: &str, image: &str| {
+            let Ok(Reference::Registry(place)) = Reference::parse(image) else { panic!("{image}") };
+            token_address(realm, &[], &place)
         };
-        assert!(bound.are_for("registry.example"));
-        assert!(!bound.are_for("evil.example"));
-        assert!(!format!("{bound:?}").contains("hidden"));
+        for (realm, image) in [
+            ("https://auth.docker.io/token", "redis:7"),
+            ("https://auth.example/token", "registry.example/a"),
+            ("https://auth.example/token", "127.0.0.1:5000/a"),
+            ("http://127.0.0.1:5001/token", "127.0.0.1:5000/a"),
+            ("http://localhost:5001/token", "127.0.0.1:5000/a"),
+            ("http://[::1]:5001/token", "localhost:5000/a"),
+        ] {
+            assert!(asked(realm, image).is_ok(), "{realm} {image}");
+        }
+        for (realm, image) in [
+            ("http://auth.example/token", "registry.example/a"),
+            ("http://auth.example/token", "127.0.0.1:5000/a"),
+            ("http://127.0.0.1:5001/token", "registry.example/a"),
+            ("http://localhost.example/token", "localhost:5000/a"),
+            ("http://127.0.0.1.example/token", "localhost:5000/a"),
+            ("http://0.0.0.0:5001/token", "localhost:5000/a"),
+            ("http://[::ffff:127.0.0.1]:5001/token", "localhost:5000/a"),
+            ("ftp://localhost/token", "localhost:5000/a"),
+        ] {
+            assert!(matches!(asked(realm, image), Err(RealmError::NoTls)), "{realm} {image}");
+        }
+        for realm in ["https://u:p@auth.example/token", "https://registry.example@evil.example/", "http://u@localhost/"]
+        {
+            assert!(matches!(asked(realm, "localhost:5000/a"), Err(RealmError::UserInfo)), "{realm}");
+        }
+        assert!(matches!(asked("/token", "localhost:5000/a"), Err(RealmError::NotUrl)));
     }
 
     proptest! {

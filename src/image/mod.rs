@@ -5,6 +5,7 @@ mod archive;
 mod auth;
 mod collect;
 mod confine;
+mod credentials;
 mod extensions;
 mod layer;
 mod manifest;
@@ -19,8 +20,9 @@ mod unpack;
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 pub use archive::{Archive, ArchiveFormat};
-pub use auth::Credentials;
+pub use auth::RealmError;
 pub use collect::InUse;
+pub use credentials::{AddressError, CredentialScope, Credentials, RegistryAddress};
 pub use layer::LayerProblem;
 pub use pull::{Progress, PullEvent};
 pub use record::{ImageConfig, ImageRecord};
@@ -51,6 +53,31 @@ pub enum ImageError {
         registry: String,
         /// In its words.
         detail: String,
+    },
+    /// The registry denies the pull. It did not see the credentials, because they are for another registry.
+    #[error(
+        "pull access denied for {image}: {registry} says {detail}; the configured `auth` is for {scope} only and was not \
+         sent; to send it to this registry, write auth {{ server_address = {registry:?} }}"
+    )]
+    Withheld {
+        /// As asked for.
+        image: String,
+        /// Who said so.
+        registry: String,
+        /// In its words.
+        detail: String,
+        /// The registry that the credentials are for.
+        scope: RegistryAddress,
+    },
+    /// The registry names a token realm that must not be used.
+    #[error("registry {registry} names the token realm {realm:?}, which is not used")]
+    Realm {
+        /// The registry.
+        registry: String,
+        /// The realm's URL.
+        realm: String,
+        /// Why it is not used.
+        source: RealmError,
     },
     /// The registry did not answer.
     #[error("registry {registry} is out of reach")]

@@ -11,7 +11,11 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Archive, Credentials, ImageError, Reference, RegistryName, archive::Layout, registry::Registry};
+use super::{
+    Archive, Credentials, ImageError, Reference, RegistryName,
+    archive::Layout,
+    registry::{HttpClients, Registry},
+};
 use crate::ids::Digest;
 
 /// Read from files at a time.
@@ -60,7 +64,7 @@ impl<'a> Origin<'a> {
     /// # Errors
     /// When files are not what the name says.
     pub async fn of(
-        http: &'a reqwest::Client,
+        http: &'a HttpClients,
         reference: &'a Reference,
         credentials: Option<&'a Credentials>,
         opened: Option<Arc<OwnedFd>>,

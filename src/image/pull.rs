@@ -14,6 +14,7 @@ use super::{
     layer::Scan,
     manifest::{self, Document, Layer, Manifest},
     origin::Origin,
+    registry::HttpClients,
 };
 use crate::{
     containerd::{Client, ContainerdError, Labels, LeaseId},
@@ -143,8 +144,8 @@ fn rfc3339(time: SystemTime) -> String {
 pub struct Source<'a> {
     /// Where blobs go.
     pub client: &'a Client,
-    /// The connection pool for registries.
-    pub http: &'a reqwest::Client,
+    /// The connection pools for registries.
+    pub http: &'a HttpClients,
     /// Who we are to the registry.
     pub credentials: Option<&'a Credentials>,
     /// An image's file or directory, where somebody has checked what its path leads to.

@@ -124,10 +124,14 @@ impl RegistryName {
     /// May this registry be spoken to without TLS? Only on this very host.
     pub fn is_loopback(&self) -> bool {
         let host = self.registry();
-        let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
-        let host = host.trim_start_matches('[').trim_end_matches(']');
-        host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        is_loopback(host.rsplit_once(':').map_or(host, |(host, _)| host))
     }
+}
+
+/// Returns whether a URL's host is this very host, by what it says and not by what it would resolve to.
+pub(super) fn is_loopback(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 impl fmt::Display for Reference {

@@ -1,12 +1,18 @@
 //! The pull side of a registry's HTTP API (OCI distribution spec 1.1).
 
-use std::{error::Error as _, sync::Mutex, time::Duration};
+use std::{
+    error::Error as _,
+    sync::{Mutex, OnceLock},
+    time::Duration,
+};
 
 use reqwest::{Method, Response, StatusCode, header};
 
 use super::{
-    ImageError, Reference, RegistryName,
-    auth::{Challenge, Credentials, TokenAnswer, parse_challenge},
+    CredentialScope, Credentials, ImageError, Reference, RegistryName,
+    auth::{Challenge, TokenAnswer, parse_challenge, token_address},
+    credentials::Transport,
+    reference::is_loopback,
 };
 use crate::ids::Digest;
 
@@ -28,23 +34,58 @@ const DETAIL_MAX: usize = 300;
 /// How often a busy (429) or failing (5xx) registry is asked again.
 const RETRIES: u32 = 2;
 
-/// An HTTP client for all registries: the system's trust store or `SSL_CERT_FILE`, proxies from the environment.
-///
-/// # Errors
-/// When the trust store can't be loaded.
-pub fn http_client() -> Result<reqwest::Client, ImageError> {
-    reqwest::Client::builder()
-        .connect_timeout(CONNECT)
-        .read_timeout(STALL)
-        .user_agent(concat!("nomad-driver-shim/", env!("CARGO_PKG_VERSION")))
-        .build()
-        .map_err(|source| ImageError::Client { source })
+/// The HTTP clients for all registries, with the system's trust store or `SSL_CERT_FILE`, and proxies from the environment.
+/// Each is made when it is first needed, because reading the trust store takes milliseconds.
+#[derive(Debug, Default)]
+pub struct HttpClients {
+    proxied: OnceLock<reqwest::Client>,
+    direct: OnceLock<reqwest::Client>,
+}
+
+impl HttpClients {
+    /// Returns the client for a server on this host or elsewhere.
+    ///
+    /// # Errors
+    /// When the trust store can't be loaded.
+    fn client(&self, reach: Reach) -> Result<&reqwest::Client, ImageError> {
+        let (slot, builder) = match reach {
+            Reach::Elsewhere => (&self.proxied, reqwest::Client::builder()),
+            // A proxy would read passwords that are sent without TLS, and its loopback is another one. Go's clients,
+            // docker among them, use no proxy for loopback either (golang/net, http/httpproxy/proxy.go, `useProxy`).
+            Reach::ThisHost => (&self.direct, reqwest::Client::builder().no_proxy()),
+        };
+        if let Some(client) = slot.get() {
+            return Ok(client);
+        }
+        let client = builder
+            .connect_timeout(CONNECT)
+            .read_timeout(STALL)
+            // A redirect's target need not know where it comes from. reqwest drops credentials at another origin.
+            .referer(false)
+            .user_agent(concat!("nomad-driver-shim/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|source| ImageError::Client { source })?;
+        Ok(slot.get_or_init(|| client))
+    }
+}
+
+/// Where a server is.
+#[derive(Debug, Clone, Copy)]
+enum Reach {
+    ThisHost,
+    Elsewhere,
+}
+
+impl Reach {
+    fn of(is_loopback: bool) -> Self {
+        if is_loopback { Self::ThisHost } else { Self::Elsewhere }
+    }
 }
 
 /// One repository at one registry, with what it told us about scheme and authorization.
 #[derive(Debug)]
 pub struct Registry<'a> {
-    http: &'a reqwest::Client,
+    http: &'a HttpClients,
     reference: &'a Reference,
     place: &'a RegistryName,
     credentials: Option<&'a Credentials>,
@@ -53,19 +94,18 @@ pub struct Registry<'a> {
 
 #[derive(Debug, Default, Clone)]
 struct Learnt {
-    plain_http: bool,
+    transport: Transport,
     authorization: Option<String>,
 }
 
 impl<'a> Registry<'a> {
-    /// Credentials that are for another registry are left out here, once for all.
+    /// A repository whose transport and authorization are not known yet.
     pub fn new(
-        http: &'a reqwest::Client,
+        http: &'a HttpClients,
         reference: &'a Reference,
         place: &'a RegistryName,
         credentials: Option<&'a Credentials>,
     ) -> Self {
-        let credentials = credentials.filter(|credentials| credentials.are_for(place.registry()));
         Self { http, reference, place, credentials, learnt: Mutex::default() }
     }
 
@@ -74,7 +114,7 @@ impl<'a> Registry<'a> {
     /// # Errors
     /// When it can't be had.
     pub async fn manifest(&self, target: &str) -> Result<(String, Vec<u8>), ImageError> {
-        let mut response = self.get(&format!("manifests/{target}"), Some(ACCEPT)).await?;
+        let mut response = self.ask(Method::GET, &format!("manifests/{target}"), Some(ACCEPT)).await?;
         let media_type = response
             .headers()
             .get(header::CONTENT_TYPE)
@@ -101,7 +141,7 @@ impl<'a> Registry<'a> {
     /// # Errors
     /// When it can't be had.
     pub async fn blob(&self, digest: &Digest) -> Result<Response, ImageError> {
-        self.get(&format!("blobs/{digest}"), None).await
+        self.ask(Method::GET, &format!("blobs/{digest}"), None).await
     }
 
     /// The registry's name, for messages.
@@ -109,14 +149,15 @@ impl<'a> Registry<'a> {
         self.place.registry()
     }
 
-    async fn get(&self, path: &str, accept: Option<&str>) -> Result<Response, ImageError> {
+    async fn ask(&self, method: Method, path: &str, accept: Option<&str>) -> Result<Response, ImageError> {
         let mut authorized = false;
         let mut tries = 0;
         loop {
             let learnt = self.learnt();
-            let scheme = if learnt.plain_http { "http" } else { "https" };
+            let scheme = learnt.transport.scheme();
             let (host, repository) = (self.place.api_host(), self.place.repository());
-            let mut request = self.http.request(Method::GET, format!("{scheme}://{host}/v2/{repository}/{path}"));
+            let client = self.http.client(Reach::of(self.place.is_loopback()))?;
+            let mut request = client.request(method.clone(), format!("{scheme}://{host}/v2/{repository}/{path}"));
             if let Some(accept) = accept {
                 request = request.header(header::ACCEPT, accept);
             }
@@ -126,8 +167,10 @@ impl<'a> Registry<'a> {
             let response = match request.send().await {
                 Ok(response) => response,
                 // A registry on this host may do without TLS, and shows it by answering something else to our hello.
-                Err(error) if !learnt.plain_http && self.place.is_loopback() && speaks_no_tls(&error) => {
-                    self.learn(|learnt| learnt.plain_http = true);
+                Err(error)
+                    if learnt.transport == Transport::Tls && self.place.is_loopback() && speaks_no_tls(&error) =>
+                {
+                    self.learn(|learnt| learnt.transport = Transport::Plain);
                     continue;
                 }
                 Err(source) => return Err(self.unreachable(source)),
@@ -162,52 +205,63 @@ impl<'a> Registry<'a> {
         change(&mut self.learnt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     }
 
+    /// Returns the credentials if this registry may see them.
+    fn own_credentials(&self) -> Option<&'a Credentials> {
+        self.credentials.filter(|credentials| credentials.are_for(self.place, self.learnt().transport))
+    }
+
     /// Answers a 401: what to put into `Authorization` from now on.
     async fn authorize(&self, response: &Response) -> Result<Option<String>, ImageError> {
         let challenges = response.headers().get_all(header::WWW_AUTHENTICATE);
         let challenge = challenges.iter().filter_map(|value| value.to_str().ok()).find_map(parse_challenge);
         match challenge {
-            Some(Challenge::Basic) => Ok(self.credentials.map(basic)),
+            Some(Challenge::Basic) => Ok(self.own_credentials().map(basic)),
             Some(Challenge::Bearer { realm, parameters }) => {
-                // Without a scope the token would be good for nothing; some registries leave it out of the challenge.
-                let mut query = parameters;
-                if !query.iter().any(|(key, _)| key == "scope") {
-                    query.push(("scope".to_owned(), format!("repository:{}:pull", self.place.repository())));
-                }
-                let address = reqwest::Url::parse_with_params(&realm, &query).map_err(|error| ImageError::Answer {
-                    registry: self.name().to_owned(),
-                    request: "authentication".to_owned(),
-                    status: 401,
-                    detail: format!("a token realm that is no URL ({realm:?}): {error}"),
-                })?;
-                if address.scheme() != "https" && !self.place.is_loopback() {
-                    return Err(ImageError::Answer {
-                        registry: self.name().to_owned(),
-                        request: "authentication".to_owned(),
-                        status: 401,
-                        detail: format!("a token realm without TLS ({realm:?}); credentials are not sent there"),
-                    });
-                }
-                let mut request = self.http.get(address);
-                if let Some(credentials) = self.credentials {
-                    request = request.header(header::AUTHORIZATION, basic(credentials));
-                }
-                let response = request.send().await.map_err(|source| self.unreachable(source))?;
-                let status = response.status();
-                if !status.is_success() {
-                    return Err(self.refused("token", status, response).await);
-                }
-                let body = body(response, TOKEN_MAX).await.map_err(|source| self.unreachable(source))?;
-                let token = serde_json::from_slice::<TokenAnswer>(&body).ok().and_then(TokenAnswer::token);
-                let token = token.ok_or_else(|| ImageError::Answer {
-                    registry: self.name().to_owned(),
-                    request: "authentication".to_owned(),
-                    status: status.as_u16(),
-                    detail: "no token in the token server's answer".to_owned(),
-                })?;
+                let token = self.token(&realm, parameters).await?;
                 Ok(Some(format!("Bearer {token}")))
             }
             None => Ok(None),
+        }
+    }
+
+    /// Gets a token from the realm that the registry names.
+    async fn token(&self, realm: &str, mut query: Vec<(String, String)>) -> Result<String, ImageError> {
+        // Without a scope the token would be good for nothing; some registries leave it out of the challenge.
+        if !query.iter().any(|(key, _)| key == "scope") {
+            query.push(("scope".to_owned(), format!("repository:{}:pull", self.place.repository())));
+        }
+        let address = token_address(realm, &query, self.place).map_err(|source| ImageError::Realm {
+            registry: self.name().to_owned(),
+            realm: realm.to_owned(),
+            source,
+        })?;
+        let reach = Reach::of(address.host_str().is_some_and(is_loopback));
+        let mut request = self.http.client(reach)?.get(address);
+        if let Some(credentials) = self.own_credentials() {
+            request = request.header(header::AUTHORIZATION, basic(credentials));
+        }
+        let response = request.send().await.map_err(|source| self.unreachable(source))?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(self.refused("token", status, response).await);
+        }
+        let body = body(response, TOKEN_MAX).await.map_err(|source| self.unreachable(source))?;
+        let token = serde_json::from_slice::<TokenAnswer>(&body).ok().and_then(TokenAnswer::token);
+        token.ok_or_else(|| ImageError::Answer {
+            registry: self.name().to_owned(),
+            request: "authentication".to_owned(),
+            status: status.as_u16(),
+            detail: "no token in the token server's answer".to_owned(),
+        })
+    }
+
+    fn denied(&self, image: String, detail: String) -> ImageError {
+        let registry = self.name().to_owned();
+        match self.credentials.map(|credentials| &credentials.scope) {
+            Some(CredentialScope::Registry(scope)) if self.own_credentials().is_none() => {
+                ImageError::Withheld { image, registry, detail, scope: scope.clone() }
+            }
+            _ => ImageError::Denied { image, registry, detail },
         }
     }
 
@@ -217,7 +271,7 @@ impl<'a> Registry<'a> {
         let (image, registry) = (self.reference.to_string(), self.name().to_owned());
         match status {
             StatusCode::NOT_FOUND => ImageError::NotFound { image, registry, detail },
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => ImageError::Denied { image, registry, detail },
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.denied(image, detail),
             _ => ImageError::Answer { registry, request: request.to_owned(), status: status.as_u16(), detail },
         }
     }

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     os::fd::OwnedFd,
     pin::Pin,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use super::{
     manifest::{self, Document, Manifest},
     pull::{self, CONFIG_MAX, Fetched, PullLease, Source},
     record::Parts,
-    registry::http_client,
+    registry::HttpClients,
     unpack,
 };
 use crate::{
@@ -73,7 +73,7 @@ pub struct ImageStore(Arc<Inner>);
 pub(super) struct Inner {
     pub(super) places: Places,
     pub(super) client: Client,
-    http: OnceLock<reqwest::Client>,
+    http: HttpClients,
     pub(super) records: Mutex<HashMap<String, Arc<ImageRecord>>>,
     flights: Mutex<HashMap<FlightKey, WeakShared<Flight>>>,
     /// Records whose name has moved on to another image, as long as somebody uses them.
@@ -103,7 +103,7 @@ impl ImageStore {
         Ok(Self(Arc::new(Inner {
             places: places.clone(),
             client,
-            http: OnceLock::new(),
+            http: HttpClients::default(),
             records: Mutex::new(records),
             flights: Mutex::default(),
             retired: Mutex::default(),
@@ -212,7 +212,7 @@ impl ImageStore {
                     return Err(ImageError::NotHere { image: name.clone() });
                 }
                 None => {
-                    let source = Source { client, http: self.http()?, credentials, opened, progress };
+                    let source = Source { client, http: &self.0.http, credentials, opened, progress };
                     let fetched = pull::fetch(&source, reference, lease.id()).await?;
                     let chain = self.unpack(reference, &fetched, progress, lease.id()).await?;
                     client.set_image(&name, fetched.target.clone(), &self.0.places.identity()).await?;
@@ -361,15 +361,6 @@ impl ImageStore {
         let path = self.0.places.empty_layer();
         crate::places::make_open_dir(&path).map_err(|source| ImageError::Record { path: path.clone(), source })?;
         Ok(path)
-    }
-
-    fn http(&self) -> Result<&reqwest::Client, ImageError> {
-        if let Some(client) = self.0.http.get() {
-            return Ok(client);
-        }
-        // Reading the trust store takes milliseconds: done at the first pull, never at start-up.
-        let client = http_client()?;
-        Ok(self.0.http.get_or_init(|| client))
     }
 }
 

@@ -199,7 +199,9 @@ async fn basic_authentication_by_job_and_by_plugin() {
     assert!(!env.plugin().stderr().contains("hunter2") && !env.plugin().stderr().contains("secret"), "never logged");
     env.finish().await;
 
-    let mut env = Env::with(EnvOptions { config: json!({"auth": right}), ..EnvOptions::default() }).await;
+    let of_plugin =
+        json!({"auth": {"username": "tester", "password": "secret", "server_address": services.basic_registry}});
+    let mut env = Env::with(EnvOptions { config: of_plugin, ..EnvOptions::default() }).await;
     assert_eq!(env.run(command(json!(null))).await.0, 0);
     env.finish().await;
 

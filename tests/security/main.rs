@@ -22,6 +22,7 @@ mod directories;
 mod links;
 mod mounts;
 mod races;
+mod credentials;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

@@ -1,5 +1,6 @@
 //! What the behaviour tests share.
 
+pub mod authority;
 pub mod env;
 pub mod exec;
 pub mod fake_registry;

@@ -7,6 +7,7 @@ use crate::{
     cgroup::KeepWarm,
     duration,
     ids::{DriverName, Flavor},
+    image::{CredentialScope, RegistryAddress},
     places::Places,
     plugin::{
         decode::{Values, decode},
@@ -171,6 +172,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         parsed.map_err(|problem| faults.push(format!("metrics.address = {address:?} {problem}"))).ok()
     });
     let hooks = hooks(block("hooks"), &mut faults);
+    let auth = credentials(values.block("auth"), || unnamed_registry(name.flavor()), &mut faults);
     let settings = Settings {
         name: name.clone(),
         hooks,
@@ -201,7 +203,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         stats_interval,
         compute: Compute::default(),
         keep_images,
-        auth: credentials(values.block("auth")),
+        auth,
         security: SecuritySettings {
             allow_privileged: values.flag("allow_privileged").unwrap_or(drop_in),
             allow_caps,
@@ -217,6 +219,21 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         },
     };
     finish("plugin config", Some(settings), faults)
+}
+
+/// Returns the scope of the operator's credentials if they name no registry. The image's registry would be wrong: any job
+/// author could name a registry of their own and read the password there.
+fn unnamed_registry(flavor: Flavor) -> CredentialScope {
+    match flavor {
+        Flavor::Secure => CredentialScope::Registry(RegistryAddress::docker_hub()),
+        Flavor::DropIn => {
+            tracing::warn!(
+                "auth has no server_address, so its password is sent to the registry of every image that a job names; \
+                 write auth {{ server_address = \"registry.example\" }}"
+            );
+            CredentialScope::ImageRegistry
+        }
+    }
 }
 
 /// As tmpfs(5) has it.

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     duration,
     ids::Flavor,
-    image::{PullPolicy, Reference},
+    image::{CredentialScope, PullPolicy, Reference},
     plugin::{
         decode::{Values, decode},
         options::TASK,
@@ -139,11 +139,13 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         limits::in_a_sandbox(name, namespaces, &sysctl, noted);
     }
     let log = limits::log(&values, noted);
+    // The job's author wrote the password beside the image, so it is no secret from that image's registry.
+    let auth = credentials(values.block("auth"), || CredentialScope::ImageRegistry, &mut faults);
 
     let options = image.map(|image| TaskOptions {
         image,
         image_pull_timeout,
-        auth: credentials(values.block("auth")),
+        auth,
         command,
         cwd,
         hostname,

@@ -16,7 +16,7 @@ pub use agent::settings;
 pub use job::{GroupNetwork, task_options};
 
 use super::decode::Values;
-use crate::image::Credentials;
+use crate::image::{CredentialScope, Credentials, RegistryAddress};
 
 /// What a job's `config` is called in errors.
 const JOB: &str = "task config";
@@ -55,11 +55,22 @@ fn finish<T>(what: &'static str, value: Option<T>, faults: Vec<String>) -> Resul
         _ => Err(ConfigError { what, faults }),
     }
 }
-fn credentials(block: Option<&Values>) -> Option<Credentials> {
+
+/// Reads an `auth` block. `unnamed` is the scope of credentials without a `server_address`.
+fn credentials(
+    block: Option<&Values>,
+    unnamed: impl FnOnce() -> CredentialScope,
+    faults: &mut Vec<String>,
+) -> Option<Credentials> {
     let block = block?;
-    Some(Credentials {
-        username: block.filled("username")?.to_owned(),
-        password: block.filled("password")?.to_owned(),
-        server: block.filled("server_address").map(str::to_owned),
-    })
+    let (username, password) = (block.filled("username")?.to_owned(), block.filled("password")?.to_owned());
+    let scope = match block.filled("server_address").map(str::parse::<RegistryAddress>) {
+        None => unnamed(),
+        Some(Ok(address)) => CredentialScope::Registry(address),
+        Some(Err(error)) => {
+            faults.push(format!("auth.server_address: {error}"));
+            return None;
+        }
+    };
+    Some(Credentials { username, password, scope })
 }

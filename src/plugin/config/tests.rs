@@ -209,3 +209,33 @@ fn what_a_sandbox_can_not_have_is_refused() {
         assert!(error.contains(&format!("{option} = \"host\" can't be had with runtime \"runsc\"")), "{error}");
     }
 }
+
+#[test]
+fn credentials_without_an_address_are_for_docker_hub_or_for_what_the_job_names() {
+    let auth = |server: &str| {
+        let pairs = [("username", "u"), ("password", "hidden"), ("server_address", server)];
+        let block = pairs.iter().map(|(key, value)| (Wire::from(*key), Wire::from(*value))).collect();
+        ("auth", Wire::Array(vec![Wire::Map(block)]))
+    };
+    let of_plugin = |name: &str, server: &str| {
+        let name = DriverName::new(name).expect("a name");
+        settings(&name, &encode(&[auth(server)])).map(|settings| settings.auth.expect("credentials").scope)
+    };
+    let of_job = |server: &str| {
+        let bytes = encode(&[("image", Wire::from("app")), auth(server)]);
+        let options = task_options(&named("shim"), GroupNetwork::None, &bytes);
+        options.map(|options| options.auth.expect("credentials").scope)
+    };
+    let only = |server: &str| CredentialScope::Registry(server.parse().expect("an address"));
+    assert_eq!(of_plugin("shim", ""), Ok(only("docker.io")));
+    assert_eq!(of_plugin("containerd-driver", ""), Ok(CredentialScope::ImageRegistry));
+    assert_eq!(of_job(""), Ok(CredentialScope::ImageRegistry));
+    for scope in [of_plugin("shim", "a:1"), of_plugin("containerd-driver", "a:1"), of_job("a:1")] {
+        assert_eq!(scope, Ok(only("a:1")));
+    }
+    let hiding = "https://u:hidden@registry.example/";
+    for refused in [of_plugin("shim", hiding), of_plugin("containerd-driver", hiding), of_job(hiding)] {
+        let error = refused.expect_err("refused").to_string();
+        assert!(error.contains("auth.server_address") && !error.contains("hidden"), "{error}");
+    }
+}

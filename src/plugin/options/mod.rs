@@ -68,5 +68,9 @@ const fn default(name: &'static str, kind: Kind, value: &'static str, help: &'st
 const AUTH: &[Row] = &[
     required("username", Kind::Text, "User name."),
     required("password", Kind::Text, "Password or token. Never logged."),
-    row("server_address", Kind::Text, "The only registry these are for; without it they are offered to the image's."),
+    row(
+        "server_address",
+        Kind::Text,
+        "The only registry these are sent to, and the token realm that it names: `registry.example:5000`. Default in a job: the image's registry; in the plugin's configuration: Docker Hub, or as containerd-driver the image's.",
+    ),
 ];

@@ -1,0 +1,251 @@
+//! User names and passwords for registries, and which registry may see them. docs/decisions/014 says why.
+
+use std::{fmt, str::FromStr};
+
+use super::RegistryName;
+
+/// How image names spell Docker Hub.
+const DOCKER_HUB: &str = "docker.io";
+/// Docker Hub's other names (moby, daemon/pkg/registry/config.go: `IndexHostname`, `DefaultRegistryHost`).
+const DOCKER_HUB_ALIASES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
+
+/// A user name and a password for a registry. Neither is ever printed.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Credentials {
+    /// User name.
+    pub username: String,
+    /// Password or token.
+    pub password: String,
+    /// The registry that may see them.
+    pub scope: CredentialScope,
+}
+
+/// The registry that credentials may be sent to.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum CredentialScope {
+    /// This one only.
+    Registry(RegistryAddress),
+    /// The registry of the image that is pulled, whichever that is. This is the scope of a job's own credentials, because
+    /// their author names the image as well.
+    ImageRegistry,
+}
+
+/// How a registry is spoken to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// HTTPS.
+    #[default]
+    Tls,
+    /// Plain HTTP, only for registries on this host.
+    Plain,
+}
+
+impl Transport {
+    /// The scheme of its URLs.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Self::Tls => "https",
+            Self::Plain => "http",
+        }
+    }
+
+    fn default_port(self) -> u16 {
+        match self {
+            Self::Tls => 443,
+            Self::Plain => 80,
+        }
+    }
+}
+
+impl Credentials {
+    /// Returns whether the registry of `place`, spoken to over `transport`, may see them.
+    pub fn are_for(&self, place: &RegistryName, transport: Transport) -> bool {
+        match &self.scope {
+            CredentialScope::ImageRegistry => true,
+            CredentialScope::Registry(address) => {
+                place.registry().parse().is_ok_and(|asked| address.is_same(&asked, transport))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("scope", &self.scope).finish_non_exhaustive()
+    }
+}
+
+/// A registry's host and port.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RegistryAddress {
+    /// In lower case, and without Docker Hub's aliases.
+    host: String,
+    /// None stands for the transport's default.
+    port: Option<u16>,
+}
+
+/// Why a text is no registry's address.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum AddressError {
+    /// There is a user name in front of the host, and perhaps a password, so the text is not repeated.
+    #[error("a user name is no part of a registry's address; write the host alone, such as registry.example:5000")]
+    UserInfo,
+    /// Anything else.
+    #[error("{text:?} is not a registry's address such as registry.example or registry.example:5000")]
+    Malformed {
+        /// As written.
+        text: String,
+    },
+}
+
+impl RegistryAddress {
+    /// Docker Hub's.
+    pub fn docker_hub() -> Self {
+        Self { host: DOCKER_HUB.to_owned(), port: None }
+    }
+
+    /// Returns whether both lead to the same place. A port that is not written is the transport's own.
+    fn is_same(&self, other: &Self, transport: Transport) -> bool {
+        let port = |address: &Self| address.port.unwrap_or(transport.default_port());
+        self.host == other.host && port(self) == port(other)
+    }
+}
+
+impl FromStr for RegistryAddress {
+    type Err = AddressError;
+
+    /// Accepts what docker accepts for `server_address`: a scheme in front of the host and a path behind it are ignored
+    /// (moby, daemon/pkg/registry/auth.go, `ConvertToHostname`). Unlike docker, it refuses text that can't be a host:
+    /// such credentials would silently be sent nowhere, or to another host than the reader thinks.
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        if text.contains('@') {
+            return Err(AddressError::UserInfo);
+        }
+        let malformed = || AddressError::Malformed { text: text.to_owned() };
+        let lower = text.trim().to_ascii_lowercase();
+        let bare = ["https://", "http://"].iter().find_map(|scheme| lower.strip_prefix(scheme)).unwrap_or(&lower);
+        let authority = bare.split('/').next().unwrap_or(bare);
+        let (host, port) = match authority.split_once(':') {
+            Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => {
+                (host, Some(port.parse::<u16>().ok().filter(|port| *port != 0).ok_or_else(malformed)?))
+            }
+            Some(_) => return Err(malformed()),
+            None => (authority, None),
+        };
+        if !host.split('.').all(is_host_label) {
+            return Err(malformed());
+        }
+        let is_hub = port.is_none_or(|port| port == Transport::Tls.default_port())
+            && (host == DOCKER_HUB || DOCKER_HUB_ALIASES.contains(&host));
+        Ok(if is_hub { Self::docker_hub() } else { Self { host: host.to_owned(), port } })
+    }
+}
+
+/// The grammar of hosts in image names (distribution, reference/regexp.go, `domain-component`), in lower case.
+fn is_host_label(label: &str) -> bool {
+    !label.is_empty()
+        && !label.starts_with('-')
+        && !label.ends_with('-')
+        && label.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+}
+
+impl fmt::Display for RegistryAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.host)?;
+        self.port.iter().try_for_each(|port| write!(f, ":{port}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::image::Reference;
+
+    fn for_server(server: &str) -> Credentials {
+        let scope = CredentialScope::Registry(server.parse().unwrap_or_else(|error| panic!("{server}: {error}")));
+        Credentials { username: "u".into(), password: "hidden".into(), scope }
+    }
+
+    fn place(image: &str) -> RegistryName {
+        match Reference::parse(image) {
+            Ok(Reference::Registry(name)) => name,
+            other => panic!("{image}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn credentials_are_for_one_host_and_port() {
+        for (server, image, same) in [
+            ("registry.example", "registry.example/a", true),
+            ("registry.example", "registry.example:443/a", true),
+            ("registry.example:443", "registry.example/a", true),
+            ("registry.example:5000", "registry.example:5000/a", true),
+            ("Registry.Example", "registry.EXAMPLE/a", true),
+            ("https://registry.example/", "registry.example/a", true),
+            ("http://registry.example:5000/v2/team", "registry.example:5000/a", true),
+            ("registry.example", "registry.example:5000/a", false),
+            ("registry.example:5000", "registry.example/a", false),
+            ("registry.example:5000", "registry.example:5001/a", false),
+            ("registry.example", "registry.example.evil/a", false),
+            ("registry.example", "evil-registry.example/a", false),
+            ("registry.example", "sub.registry.example/a", false),
+            ("registry.example", "evil.example/registry.example/a", false),
+            ("registry.example:80", "registry.example/a", false),
+            ("registry.example", "a", false),
+        ] {
+            assert_eq!(for_server(server).are_for(&place(image), Transport::Tls), same, "{server} {image}");
+        }
+    }
+
+    #[test]
+    fn docker_hub_has_three_names() {
+        for server in ["docker.io", "index.docker.io", "registry-1.docker.io", "https://index.docker.io/v1/"] {
+            for image in ["redis:7", "team/app", "docker.io/a/b", "index.docker.io/a/b", "registry-1.docker.io/a/b"] {
+                assert!(for_server(server).are_for(&place(image), Transport::Tls), "{server} {image}");
+            }
+            for image in ["docker.io:5000/a/b", "docker.io.evil.example/a/b", "auth.docker.io/a", "localhost/a"] {
+                assert!(!for_server(server).are_for(&place(image), Transport::Tls), "{server} {image}");
+            }
+        }
+    }
+
+    /// The same two ports are one over TLS and two without it.
+    #[test]
+    fn the_port_that_is_not_written_is_the_transports() {
+        assert!(for_server("127.0.0.1:443").are_for(&place("127.0.0.1/a"), Transport::Tls));
+        assert!(!for_server("127.0.0.1:443").are_for(&place("127.0.0.1/a"), Transport::Plain));
+        assert!(for_server("127.0.0.1:80").are_for(&place("127.0.0.1/a"), Transport::Plain));
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused() {
+        for text in ["", "https://", ":5000", "a:b", "a:0", "a:65536", "a:", "a.", ".a", "-a", "a b", "a\\b", "a?b"] {
+            assert!(matches!(text.parse::<RegistryAddress>(), Err(AddressError::Malformed { .. })), "{text}");
+        }
+        for text in ["ftp://registry.example", "registry_1:5000", "a:5000:5000", "[::1]:5000", "registry%2eexample"] {
+            assert!(matches!(text.parse::<RegistryAddress>(), Err(AddressError::Malformed { .. })), "{text}");
+        }
+        for text in ["user:hidden@registry.example", "https://user:hi/dden@registry.example", "registry.example@evil"] {
+            let error = text.parse::<RegistryAddress>().expect_err(text);
+            assert_eq!(error, AddressError::UserInfo);
+            assert!(!error.to_string().contains("dden"), "{error}");
+        }
+    }
+
+    #[test]
+    fn credentials_are_not_printed() {
+        let printed = format!("{:?}", for_server("registry.example"));
+        assert!(!printed.contains("hidden") && !printed.contains("\"u\""), "{printed}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in ".*") {
+            if let Ok(address) = text.parse::<RegistryAddress>() {
+                prop_assert_eq!(address.to_string().parse(), Ok(address));
+            }
+        }
+    }
+}
