@@ -127,6 +127,11 @@ impl Layout {
         self.top.clone()
     }
 
+    /// Returns whether this blob's digest was computed from its bytes when the archive was opened.
+    pub fn has_hashed(&self, digest: &Digest) -> bool {
+        self.blobs.contains_key(digest)
+    }
+
     /// A blob, from its beginning. Its bytes are the caller's to check.
     ///
     /// # Errors

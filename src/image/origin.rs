@@ -14,9 +14,10 @@ use tokio::sync::mpsc;
 use super::{
     Archive, Credentials, ImageError, Reference, RegistryName,
     archive::Layout,
+    provenance::{BlobSource, Provenance},
     registry::{HttpClients, Registry},
 };
-use crate::ids::Digest;
+use crate::{containerd::Labels, ids::Digest};
 
 /// Read from files at a time.
 const CHUNK: usize = 256 << 10;
@@ -133,6 +134,26 @@ impl<'a> Origin<'a> {
                 });
                 Ok(Chunks::File(receive))
             }
+        }
+    }
+
+    /// Returns whether this origin is known to have a blob that is stored with these labels. If not, only reading the blob
+    /// from here can show it.
+    pub async fn confirms(&self, digest: &Digest, labels: &Labels) -> bool {
+        match self {
+            Self::Registry(registry, place) => match BlobSource::of(place).in_labels(labels) {
+                Provenance::Repository => true,
+                Provenance::Registry => registry.has_blob(digest).await,
+                Provenance::Elsewhere => false,
+            },
+            Self::Files(layout) => layout.has_hashed(digest),
+        }
+    }
+
+    /// Adds to `labels` the one that records this origin, for a blob with the labels `stored`. Archives leave none.
+    pub fn label(&self, labels: &mut Labels, stored: &Labels) {
+        if let Self::Registry(_, place) = self {
+            BlobSource::of(place).add_to(labels, stored);
         }
     }
 

@@ -8,11 +8,12 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, TryStreamExt as _, future::BoxFuture};
+use tokio::sync::Semaphore;
 
 use super::{
-    Credentials, ImageError, LayerProblem, Reference,
-    layer::Scan,
-    manifest::{self, Document, Layer, Manifest},
+    Credentials, ImageError, Reference,
+    download::Download,
+    manifest::{self, Document, Manifest},
     origin::Origin,
     registry::HttpClients,
 };
@@ -29,8 +30,8 @@ const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// Configurations are kilobytes; this only ends nonsense.
 pub(super) const CONFIG_MAX: usize = 8 << 20;
 
-/// containerd's label on a layer: the digest of what it unpacks to.
-const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+/// Layers that are checked side by side. A layer that is stored already mostly costs one short request.
+const CHECKED: usize = 8;
 
 /// What a pull tells while it goes on.
 #[derive(Debug, Clone)]
@@ -194,11 +195,13 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
     let (_, diffs) = manifest::parse_config(reference, &manifest, &config)?;
     source.client.write_blob(lease, &config, Labels::new()).await?;
 
+    let transfers = Semaphore::new(PARALLEL);
     let mut downloads: Vec<BoxFuture<'_, Result<(), ImageError>>> = Vec::new();
     for (layer, diff) in manifest.layers.iter().zip(&diffs) {
-        downloads.push(Box::pin(Download { source, origin: &origin, reference, layer, diff }.run(lease)));
+        let download = Download { source, origin: &origin, reference, layer, diff, transfers: &transfers };
+        downloads.push(Box::pin(download.run(lease)));
     }
-    futures_util::stream::iter(downloads).buffer_unordered(PARALLEL).try_collect::<Vec<()>>().await?;
+    futures_util::stream::iter(downloads).buffer_unordered(CHECKED).try_collect::<Vec<()>>().await?;
 
     // Parents come last: what a label names must be there, or the collector may see a hole.
     let manifest_digest = source.client.write_blob(lease, &manifest_bytes, references(&manifest)).await?;
@@ -233,7 +236,12 @@ fn descriptor(media_type: &str, digest: &Digest, size: usize) -> Descriptor {
     }
 }
 
-fn check(reference: &Reference, what: &'static str, expected: &Digest, actual: &Digest) -> Result<(), ImageError> {
+pub(super) fn check(
+    reference: &Reference,
+    what: &'static str,
+    expected: &Digest,
+    actual: &Digest,
+) -> Result<(), ImageError> {
     if expected == actual {
         return Ok(());
     }
@@ -273,123 +281,4 @@ async fn fetch_config(origin: &Origin<'_>, reference: &Reference, digest: &Diges
     }
     check(reference, "config", digest, &Digest::of(&bytes))?;
     Ok(bytes)
-}
-
-/// One layer's way from the registry, past the reader, into the store.
-struct Download<'a> {
-    source: &'a Source<'a>,
-    origin: &'a Origin<'a>,
-    reference: &'a Reference,
-    layer: &'a Layer,
-    diff: &'a Digest,
-}
-
-impl Download<'_> {
-    async fn run(self, lease: &LeaseId) -> Result<(), ImageError> {
-        let Layer { digest, size, .. } = self.layer;
-        let tell = |done| self.source.progress.tell(PullEvent::Layer { digest: digest.clone(), done, size: *size });
-        let client = self.source.client;
-        let labels = Labels::from([(UNCOMPRESSED.to_owned(), self.diff.to_string())]);
-        let mut writer = loop {
-            if self.is_here(lease, &labels).await? {
-                tell(*size);
-                return Ok(());
-            }
-            // None: somebody else's pull of the same layer has just ended well.
-            let writer = client.open_blob(lease, digest, i64::try_from(*size).unwrap_or(i64::MAX)).await?;
-            if let Some(writer) = writer {
-                break writer;
-            }
-        };
-        if writer.is_complete() {
-            writer.commit(Labels::new()).await?;
-            // Another namespace's, and so not looked through by us.
-            if !self.is_here(lease, &labels).await? {
-                return Err(self.interrupted(0, None));
-            }
-            tell(*size);
-            return Ok(());
-        }
-        match self.stream(&mut writer, &tell).await {
-            Ok(()) => Ok(writer.commit(labels).await?),
-            Err(error) => {
-                writer.abandon().await;
-                Err(error)
-            }
-        }
-    }
-
-    /// Is the layer in the store, and what this image's configuration says it is? Its label tells; one without a label
-    /// is looked through. Believing the configuration would let it name somebody else's unpacked layers.
-    async fn is_here(&self, lease: &LeaseId, labels: &Labels) -> Result<bool, ImageError> {
-        let client = self.source.client;
-        let digest = &self.layer.digest;
-        if !client.keep_blob(lease, digest, Labels::new()).await? {
-            return Ok(false);
-        }
-        let Some((_, stored)) = client.blob(digest).await? else { return Ok(false) };
-        let actual = match stored.get(UNCOMPRESSED) {
-            Some(label) if label == self.diff.as_str() => return Ok(true),
-            Some(label) => Digest::new(label).unwrap_or_else(|_| Digest::of(label.as_bytes())),
-            None => {
-                let scan = Scan::start();
-                let mut reader = client.blob_reader(digest).await?;
-                while let Some(bytes) = reader.next().await? {
-                    scan.feed(bytes).await;
-                }
-                scan.finish().await.map_err(|source| self.refused(source))?
-            }
-        };
-        if actual != *self.diff {
-            return Err(self.refused(LayerProblem::DiffId { expected: self.diff.clone(), actual }));
-        }
-        Ok(client.keep_blob(lease, digest, labels.clone()).await?)
-    }
-
-    fn interrupted(&self, received: u64, source: Option<reqwest::Error>) -> ImageError {
-        ImageError::Interrupted {
-            registry: self.origin.name().to_owned(),
-            digest: self.layer.digest.clone(),
-            received,
-            size: self.layer.size,
-            source: source.map(reqwest::Error::without_url),
-        }
-    }
-
-    fn refused(&self, source: LayerProblem) -> ImageError {
-        ImageError::Layer { image: self.reference.to_string(), digest: self.layer.digest.clone(), source }
-    }
-
-    async fn stream(
-        &self,
-        writer: &mut crate::containerd::BlobWriter,
-        tell: &(impl Fn(u64) + Sync),
-    ) -> Result<(), ImageError> {
-        let Layer { digest, size, .. } = self.layer;
-        let mut chunks = self.origin.blob(digest, Some(*size)).await?;
-        let scan = Scan::start();
-        let mut hash = <sha2::Sha256 as sha2::Digest>::new();
-        let mut received = 0_u64;
-        while let Some(chunk) = chunks.next().await.map_err(|error| self.interrupted(received, error))? {
-            received += chunk.len() as u64;
-            if received > *size {
-                // Never write past what the manifest promised.
-                return Err(self.interrupted(received, None));
-            }
-            sha2::Digest::update(&mut hash, &chunk);
-            writer.write(&chunk).await?;
-            scan.feed(chunk).await;
-            tell(received);
-        }
-        if received < *size {
-            return Err(self.interrupted(received, None));
-        }
-        let actual = Digest::from_hash(&sha2::Digest::finalize(hash));
-        check(self.reference, "layer", digest, &actual)?;
-        let diff = scan.finish().await.map_err(|source| self.refused(source))?;
-        if diff != *self.diff {
-            return Err(self.refused(LayerProblem::DiffId { expected: self.diff.clone(), actual: diff }));
-        }
-        Ok(())
-    }
 }

@@ -144,6 +144,17 @@ impl<'a> Registry<'a> {
         self.ask(Method::GET, &format!("blobs/{digest}"), None).await
     }
 
+    /// Asks the registry whether the repository has a blob. The answer is false also for a registry without `HEAD`.
+    pub async fn has_blob(&self, digest: &Digest) -> bool {
+        match self.ask(Method::HEAD, &format!("blobs/{digest}"), None).await {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::debug!(%digest, error = %crate::chain(&error), "the registry does not confirm a blob");
+                false
+            }
+        }
+    }
+
     /// The registry's name, for messages.
     pub fn name(&self) -> &str {
         self.place.registry()

@@ -23,6 +23,7 @@ mod links;
 mod mounts;
 mod races;
 mod credentials;
+mod layers;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

@@ -1,0 +1,200 @@
+//! How one layer gets from a registry or an archive into containerd's store, and what is checked before a layer that is
+//! stored already is used for another image.
+
+use tokio::sync::Semaphore;
+
+use super::{
+    ImageError, LayerProblem, Reference,
+    layer::Scan,
+    manifest::Layer,
+    origin::Origin,
+    pull::{PullEvent, Source, check},
+};
+use crate::{
+    containerd::{BlobWriter, Labels, LeaseId},
+    ids::Digest,
+};
+
+/// containerd's label on a layer: the digest of what it unpacks to.
+const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+
+/// A layer of an image that is pulled.
+pub struct Download<'a> {
+    /// The store, and the listener to the pull's progress.
+    pub source: &'a Source<'a>,
+    /// The registry or archive that the image comes from.
+    pub origin: &'a Origin<'a>,
+    /// The image.
+    pub reference: &'a Reference,
+    /// The layer.
+    pub layer: &'a Layer,
+    /// The digest of its uncompressed bytes, as the image's configuration states it.
+    pub diff: &'a Digest,
+    /// Limits how many layers are transferred or read at the same time.
+    pub transfers: &'a Semaphore,
+}
+
+impl Download<'_> {
+    /// Brings the layer into the store, under `lease`.
+    ///
+    /// # Errors
+    /// When it can't be had, or is not what its name or the image's configuration says.
+    pub async fn run(self, lease: &LeaseId) -> Result<(), ImageError> {
+        let Layer { digest, size, .. } = self.layer;
+        let client = self.source.client;
+        let (transfer, mut writer) = loop {
+            if let Some(stored) = self.stored(lease).await? {
+                return self.take(lease, &stored).await;
+            }
+            let transfer = self.transfers.acquire().await;
+            // None: another pull of the same layer has just completed.
+            let writer = client.open_blob(lease, digest, i64::try_from(*size).unwrap_or(i64::MAX)).await?;
+            if let Some(writer) = writer {
+                break (transfer, writer);
+            }
+        };
+        if writer.is_complete() {
+            // Another namespace of containerd has it, and containerd shares the bytes but not the labels.
+            writer.commit(Labels::new()).await?;
+            drop(transfer);
+            let stored = self.stored(lease).await?.ok_or_else(|| self.interrupted(0, None))?;
+            return self.take(lease, &stored).await;
+        }
+        match self.store(&mut writer).await {
+            Ok(()) => Ok(writer.commit(self.labels(&Labels::new())).await?),
+            Err(error) => {
+                writer.abandon().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns the labels of the layer if it is in the store; it is under the lease from then on.
+    async fn stored(&self, lease: &LeaseId) -> Result<Option<Labels>, ImageError> {
+        let client = self.source.client;
+        if !client.keep_blob(lease, &self.layer.digest, Labels::new()).await? {
+            return Ok(None);
+        }
+        Ok(client.blob(&self.layer.digest).await?.map(|(_, labels)| labels))
+    }
+
+    /// Uses the stored layer for this image after two checks. First, the image's own registry or archive must have the
+    /// layer: otherwise anybody who knows the digest of a private layer could read it by naming it in an image of their
+    /// own. Second, the layer must unpack to what this image's configuration states: otherwise the configuration could
+    /// claim the unpacked layers of another image. The order matters, because the second error contains the real digest.
+    async fn take(&self, lease: &LeaseId, stored: &Labels) -> Result<(), ImageError> {
+        let label = stored.get(UNCOMPRESSED);
+        let scanned = if self.origin.confirms(&self.layer.digest, stored).await {
+            None
+        } else {
+            self.prove(label.is_none()).await?
+        };
+        let actual = match (label, scanned) {
+            (Some(label), _) => Digest::new(label).unwrap_or_else(|_| Digest::of(label.as_bytes())),
+            (None, Some(diff)) => diff,
+            (None, None) => self.scan_stored().await?,
+        };
+        self.check_diff(actual)?;
+        let mut labels = self.labels(stored);
+        labels.retain(|key, value| stored.get(key) != Some(value));
+        if !labels.is_empty() && !self.source.client.keep_blob(lease, &self.layer.digest, labels).await? {
+            return Err(self.interrupted(0, None));
+        }
+        self.tell(self.layer.size);
+        Ok(())
+    }
+
+    /// Returns the labels that the layer should get in addition to those in `stored`.
+    fn labels(&self, stored: &Labels) -> Labels {
+        let mut labels = Labels::from([(UNCOMPRESSED.to_owned(), self.diff.to_string())]);
+        self.origin.label(&mut labels, stored);
+        labels
+    }
+
+    /// Downloads the layer into `writer`.
+    async fn store(&self, writer: &mut BlobWriter) -> Result<(), ImageError> {
+        let scan = Scan::start();
+        self.read(Some(writer), Some(&scan)).await?;
+        self.check_diff(self.scanned(scan).await?)
+    }
+
+    /// Downloads a layer that is stored already without storing it again, as proof that the image's registry or archive
+    /// has it: bytes with the right digest can't be invented. With `scan`, the result is what the layer unpacks to.
+    async fn prove(&self, scan: bool) -> Result<Option<Digest>, ImageError> {
+        let _transfer = self.transfers.acquire().await;
+        let scan = scan.then(Scan::start);
+        self.read(None, scan.as_ref()).await?;
+        match scan {
+            Some(scan) => self.scanned(scan).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Reads the layer from its registry or archive, passes the bytes to `writer` and `scan`, and checks size and digest.
+    async fn read(&self, mut writer: Option<&mut BlobWriter>, scan: Option<&Scan>) -> Result<(), ImageError> {
+        let Layer { digest, size, .. } = self.layer;
+        let mut chunks = self.origin.blob(digest, Some(*size)).await?;
+        let mut hash = <sha2::Sha256 as sha2::Digest>::new();
+        let mut received = 0_u64;
+        while let Some(chunk) = chunks.next().await.map_err(|error| self.interrupted(received, error))? {
+            received += chunk.len() as u64;
+            if received > *size {
+                // Never read past what the manifest promised.
+                return Err(self.interrupted(received, None));
+            }
+            sha2::Digest::update(&mut hash, &chunk);
+            if let Some(writer) = &mut writer {
+                writer.write(&chunk).await?;
+            }
+            if let Some(scan) = scan {
+                scan.feed(chunk).await;
+            }
+            self.tell(received);
+        }
+        if received < *size {
+            return Err(self.interrupted(received, None));
+        }
+        check(self.reference, "layer", digest, &Digest::from_hash(&sha2::Digest::finalize(hash)))
+    }
+
+    /// Scans the stored layer and returns what it unpacks to.
+    async fn scan_stored(&self) -> Result<Digest, ImageError> {
+        let _transfer = self.transfers.acquire().await;
+        let scan = Scan::start();
+        let mut reader = self.source.client.blob_reader(&self.layer.digest).await?;
+        while let Some(bytes) = reader.next().await? {
+            scan.feed(bytes).await;
+        }
+        self.scanned(scan).await
+    }
+
+    async fn scanned(&self, scan: Scan) -> Result<Digest, ImageError> {
+        scan.finish().await.map_err(|source| self.refused(source))
+    }
+
+    fn check_diff(&self, actual: Digest) -> Result<(), ImageError> {
+        if actual == *self.diff {
+            return Ok(());
+        }
+        Err(self.refused(LayerProblem::DiffId { expected: self.diff.clone(), actual }))
+    }
+
+    fn tell(&self, done: u64) {
+        let Layer { digest, size, .. } = self.layer;
+        self.source.progress.tell(PullEvent::Layer { digest: digest.clone(), done, size: *size });
+    }
+
+    fn interrupted(&self, received: u64, source: Option<reqwest::Error>) -> ImageError {
+        ImageError::Interrupted {
+            registry: self.origin.name().to_owned(),
+            digest: self.layer.digest.clone(),
+            received,
+            size: self.layer.size,
+            source: source.map(reqwest::Error::without_url),
+        }
+    }
+
+    fn refused(&self, source: LayerProblem) -> ImageError {
+        ImageError::Layer { image: self.reference.to_string(), digest: self.layer.digest.clone(), source }
+    }
+}
