@@ -39,6 +39,11 @@ pub fn raise_descriptor_limit() {
     }
 }
 
+/// The soft limit on descriptors that what we start inherits, where it is not our own.
+pub fn inherited_descriptor_limit() -> Option<u64> {
+    DESCRIPTORS.get().copied()
+}
+
 /// Gives a process that is about to be exec'ed the limit that we were started with. Safe between fork and exec.
 pub fn restore_descriptor_limit() {
     if let Some(&soft) = DESCRIPTORS.get() {

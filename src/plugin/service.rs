@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     ids::DriverName,
+    rootfs::ceilings::HostLimits,
     task::{Engine, EventHub, Settings},
 };
 
@@ -59,7 +60,8 @@ impl DriverService {
     }
 
     /// Keeps settings for the first real work; the last ones before it win.
-    pub fn configure(&self, settings: Settings) {
+    pub fn configure(&self, mut settings: Settings) {
+        bound_by_this_host(&mut settings);
         *self.0.settings.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings);
     }
 
@@ -71,7 +73,11 @@ impl DriverService {
         let set = self.0.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match set {
             Some(settings) => Ok(settings),
-            None => config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error)),
+            None => {
+                let mut settings = config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error))?;
+                bound_by_this_host(&mut settings);
+                Ok(settings)
+            }
         }
     }
 
@@ -119,4 +125,9 @@ impl DriverService {
     pub fn listen(&self) -> tokio::sync::broadcast::Receiver<crate::task::TaskEvent> {
         self.0.events.listen()
     }
+}
+
+/// Completes the ceilings with this process's own limits and this host's memory.
+fn bound_by_this_host(settings: &mut Settings) {
+    settings.security.ceilings = settings.security.ceilings.clone().on_host(HostLimits::read());
 }

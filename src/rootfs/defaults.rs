@@ -7,7 +7,7 @@ use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, Mount, MountBuilder,
 };
 
-use super::RootfsError;
+use super::{RootfsError, tmpfs::SHM_SIZE};
 use crate::ids::Flavor;
 
 /// Proc and sys entries that tell or change something about the host.
@@ -61,7 +61,7 @@ pub struct BaseMounts {
 pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
     let BaseMounts { flavor, privileged, host_ipc, shm_size } = base;
     let sys = if privileged { "rw" } else { "ro" };
-    let shm_size = format!("size={}k", shm_size.unwrap_or(64 << 20) >> 10);
+    let shm_size = format!("size={}k", shm_size.unwrap_or(SHM_SIZE) >> 10);
     let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,

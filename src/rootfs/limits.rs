@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use nix::sys::resource::Resource;
 use oci_spec::runtime::PosixRlimitType;
 
 /// A limit of setrlimit(2).
@@ -15,23 +16,23 @@ pub struct Ulimit {
     pub hard: u64,
 }
 
-/// docker's names for them (docker/go-units, `ulimit.go`).
-const ULIMITS: [(&str, PosixRlimitType); 15] = [
-    ("core", PosixRlimitType::RlimitCore),
-    ("cpu", PosixRlimitType::RlimitCpu),
-    ("data", PosixRlimitType::RlimitData),
-    ("fsize", PosixRlimitType::RlimitFsize),
-    ("locks", PosixRlimitType::RlimitLocks),
-    ("memlock", PosixRlimitType::RlimitMemlock),
-    ("msgqueue", PosixRlimitType::RlimitMsgqueue),
-    ("nice", PosixRlimitType::RlimitNice),
-    ("nofile", PosixRlimitType::RlimitNofile),
-    ("nproc", PosixRlimitType::RlimitNproc),
-    ("rss", PosixRlimitType::RlimitRss),
-    ("rtprio", PosixRlimitType::RlimitRtprio),
-    ("rttime", PosixRlimitType::RlimitRttime),
-    ("sigpending", PosixRlimitType::RlimitSigpending),
-    ("stack", PosixRlimitType::RlimitStack),
+/// docker's names for them (docker/go-units, `ulimit.go`), with OCI's and the kernel's.
+pub const ULIMITS: [(&str, PosixRlimitType, Resource); 15] = [
+    ("core", PosixRlimitType::RlimitCore, Resource::RLIMIT_CORE),
+    ("cpu", PosixRlimitType::RlimitCpu, Resource::RLIMIT_CPU),
+    ("data", PosixRlimitType::RlimitData, Resource::RLIMIT_DATA),
+    ("fsize", PosixRlimitType::RlimitFsize, Resource::RLIMIT_FSIZE),
+    ("locks", PosixRlimitType::RlimitLocks, Resource::RLIMIT_LOCKS),
+    ("memlock", PosixRlimitType::RlimitMemlock, Resource::RLIMIT_MEMLOCK),
+    ("msgqueue", PosixRlimitType::RlimitMsgqueue, Resource::RLIMIT_MSGQUEUE),
+    ("nice", PosixRlimitType::RlimitNice, Resource::RLIMIT_NICE),
+    ("nofile", PosixRlimitType::RlimitNofile, Resource::RLIMIT_NOFILE),
+    ("nproc", PosixRlimitType::RlimitNproc, Resource::RLIMIT_NPROC),
+    ("rss", PosixRlimitType::RlimitRss, Resource::RLIMIT_RSS),
+    ("rtprio", PosixRlimitType::RlimitRtprio, Resource::RLIMIT_RTPRIO),
+    ("rttime", PosixRlimitType::RlimitRttime, Resource::RLIMIT_RTTIME),
+    ("sigpending", PosixRlimitType::RlimitSigpending, Resource::RLIMIT_SIGPENDING),
+    ("stack", PosixRlimitType::RlimitStack, Resource::RLIMIT_STACK),
 ];
 
 impl Ulimit {
@@ -40,14 +41,19 @@ impl Ulimit {
         Self { kind: PosixRlimitType::RlimitNofile, soft: limit, hard: limit }
     }
 
+    /// docker's name of what is limited.
+    pub fn name(&self) -> &'static str {
+        ULIMITS.iter().find(|(_, kind, _)| *kind == self.kind).map_or("ulimit", |(name, ..)| name)
+    }
+
     /// Reads `nofile` and `1024:2048`; one number is both, `-1` and `unlimited` are no limit.
     ///
     /// # Errors
     /// With what is wrong.
     pub fn parse(name: &str, value: &str) -> Result<Self, String> {
-        let known = ULIMITS.iter().find(|(known, _)| *known == name);
-        let Some((_, kind)) = known else {
-            let names = ULIMITS.map(|(name, _)| name).join(", ");
+        let known = ULIMITS.iter().find(|(known, ..)| *known == name);
+        let Some((_, kind, _)) = known else {
+            let names = ULIMITS.map(|(name, ..)| name).join(", ");
             return Err(format!("{name:?} is no limit; there is {names}"));
         };
         let number = |text: &str| match text {

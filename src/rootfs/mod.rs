@@ -5,6 +5,7 @@ mod ahead;
 mod arrangement;
 pub mod bundle;
 mod capabilities;
+pub mod ceilings;
 mod defaults;
 pub mod devices;
 pub mod gateway;
@@ -20,6 +21,7 @@ pub mod seccomp;
 pub mod selinux;
 mod spec;
 pub mod target;
+pub mod tmpfs;
 mod users;
 
 use std::{io, path::PathBuf};

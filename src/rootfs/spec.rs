@@ -135,6 +135,8 @@ pub struct SpecInput<'a> {
     pub resources: &'a Resources,
     /// Limits of setrlimit(2), beyond the defaults.
     pub ulimits: &'a [Ulimit],
+    /// Limits for what the job says nothing of, where the driver's own are above the operator's ceiling.
+    pub ulimit_defaults: Vec<Ulimit>,
     /// Kernel parameters of its namespaces.
     pub sysctl: &'a BTreeMap<String, String>,
     /// Whose namespaces it is in.
@@ -200,7 +202,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         // Never the agent's own score, which is often set to survive its tasks.
         .oom_score_adj(input.oom_score_adj)
         // The crate has limits of its own.
-        .rlimits(rlimits(input.flavor, input.ulimits)?)
+        .rlimits(rlimits(input.flavor, input.ulimit_defaults, input.ulimits)?)
         .capabilities(capability_sets(&input.capabilities)?);
 
     let mounts = defaults::mounts(BaseMounts {
@@ -293,11 +295,15 @@ fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::Lin
         .build()?)
 }
 
-fn rlimits(flavor: Flavor, wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
-    let mut limits = match flavor {
-        Flavor::Secure => Vec::new(),
-        Flavor::DropIn => vec![Ulimit::files(1024)],
-    };
+fn rlimits(flavor: Flavor, defaults: Vec<Ulimit>, wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
+    let mut limits = defaults;
+    if flavor == Flavor::DropIn {
+        let old = Ulimit::files(1024);
+        match limits.iter_mut().find(|limit| limit.kind == old.kind) {
+            Some(limit) => (limit.soft, limit.hard) = (limit.soft.min(old.soft), limit.hard.min(old.hard)),
+            None => limits.push(old),
+        }
+    }
     for limit in wanted {
         limits.retain(|other| other.kind != limit.kind);
         limits.push(*limit);
@@ -367,6 +373,7 @@ mod tests {
             devices: Vec::new(),
             resources: &resources,
             ulimits: &[],
+            ulimit_defaults: Vec::new(),
             sysctl: &sysctl,
             namespaces: Namespaces::default(),
             unified: false,

@@ -275,6 +275,7 @@ impl Plan<'_> {
             devices: self.devices.clone(),
             resources: &resources,
             ulimits: &options.ulimits,
+            ulimit_defaults: settings.security.ceilings.defaults(),
             sysctl: &options.sysctl,
             namespaces: options.namespaces,
             unified: shared.cgroups.mode() == CgroupMode::V2,

@@ -9,7 +9,7 @@ use crate::{
     ids::DriverName,
     image::Credentials,
     places::Places,
-    rootfs::{Capabilities, Hooks, UpperOn},
+    rootfs::{Capabilities, Hooks, UpperOn, ceilings::Ceilings},
     shim::PoolSettings,
 };
 
@@ -48,6 +48,8 @@ pub struct Settings {
     pub own_logs: bool,
     /// `image { keep }`: how long an image that no task uses stays; None: for ever.
     pub keep_images: Option<Duration>,
+    /// `pids_limit`: how many processes a task has at most, and by default; `None` for any number.
+    pub pids_limit: Option<i64>,
     /// `hooks { … }`.
     pub hooks: Hooks,
     /// `metrics { address }`.
@@ -160,6 +162,8 @@ pub struct SecuritySettings {
     pub allow_devices: Option<Vec<String>>,
     /// Kernel parameters that jobs may set, in the same form; None allows all that are a container's own.
     pub allow_sysctls: Option<Vec<String>>,
+    /// `security { ulimit_max, tmpfs_max }`: the most that jobs may ask for.
+    pub ceilings: Ceilings,
     /// `security { seccomp }`.
     pub seccomp: SeccompDefault,
     /// May jobs have another filter, or none?

@@ -18,12 +18,13 @@
 mod support;
 
 mod attack;
+mod bounds;
+mod credentials;
 mod directories;
+mod layers;
 mod links;
 mod mounts;
 mod races;
-mod credentials;
-mod layers;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

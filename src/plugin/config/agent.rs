@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::{ConfigError, credentials, finish, limits::Faults, runtime};
+use super::{ConfigError, ceilings, credentials, finish, limits::Faults, runtime};
 use crate::{
     cgroup::KeepWarm,
     duration,
@@ -173,6 +173,8 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     });
     let hooks = hooks(block("hooks"), &mut faults);
     let auth = credentials(values.block("auth"), || unnamed_registry(name.flavor()), &mut faults);
+    let pids_limit = ceilings::plugin_pids_limit(&values, name.flavor(), &mut Faults(&mut faults));
+    let ceilings = ceilings::ceilings(security, name.flavor(), &mut Faults(&mut faults));
     let settings = Settings {
         name: name.clone(),
         hooks,
@@ -204,6 +206,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         compute: Compute::default(),
         keep_images,
         auth,
+        pids_limit,
         security: SecuritySettings {
             allow_privileged: values.flag("allow_privileged").unwrap_or(drop_in),
             allow_caps,
@@ -214,6 +217,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
                 patterns => Some(patterns.unwrap_or_default().to_vec()),
             },
             allow_sysctls: security.list("allow_sysctls").map(<[String]>::to_vec),
+            ceilings,
             seccomp,
             allow_seccomp_override: security.flag("allow_seccomp_override").unwrap_or(drop_in),
         },

@@ -117,7 +117,9 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     let sys = SysTargets::of(flavor, flag("privileged"));
     let mut faulty = |n: usize, fault: String| faults.push(format!("mounts[{n}].{fault}"));
     let mounts = values.blocks("mounts").iter().enumerate();
-    let mounts = mounts.filter_map(|(n, block)| mount(block, flavor, sys).map_err(|fault| faulty(n, fault)).ok());
+    let mounts = mounts.filter_map(|(n, block)| {
+        mount(block, flavor, sys, &settings.security.ceilings).map_err(|fault| faulty(n, fault)).ok()
+    });
     let mounts = mounts.collect();
 
     let security_opt = security_opt(&values, &settings.security, &mut Faults(&mut faults));
@@ -126,9 +128,9 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     let noted = &mut Faults(&mut faults);
     let namespaces = limits::namespaces(&values, &settings.security, noted);
     let sysctl = limits::sysctls(&values, (namespaces, group), &settings.security, noted);
-    let ulimits = limits::ulimits(&values, noted);
-    let job_limits = limits::job_limits(&values, noted);
-    let shm_size = limits::shm_size(&values, noted);
+    let ulimits = limits::ulimits(&values, &settings.security.ceilings, noted);
+    let job_limits = limits::job_limits(&values, settings.pids_limit, noted);
+    let shm_size = limits::shm_size(&values, &settings.security.ceilings, noted);
     let oom_score_adj = limits::oom_score(&values, noted);
     let annotations = limits::annotations(&values, noted);
     let extra_hosts = limits::extra_hosts(&values, noted);

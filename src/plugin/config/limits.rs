@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use super::job::GroupNetwork;
+use super::{ceilings, job::GroupNetwork};
 use crate::{
     gvisor,
     logs::{LogOptions, LogPolicy},
     plugin::decode::Values,
     rootfs::{
         MemoryMax,
+        ceilings::Ceilings,
         limits::{Namespace, Namespaces, Ulimit, check_annotations, check_sysctl},
         network::ExtraHost,
+        tmpfs::TmpfsSize,
     },
     size,
     task::{JobLimits, SecuritySettings, matches_any},
@@ -90,24 +92,30 @@ pub(super) fn sysctls(
     named
 }
 
-pub(super) fn ulimits(values: &Values, faults: &mut Faults<'_>) -> Vec<Ulimit> {
+pub(super) fn ulimits(values: &Values, ceilings: &Ceilings, faults: &mut Faults<'_>) -> Vec<Ulimit> {
     let map = values.map("ulimit");
     let mut limits: Vec<Ulimit> =
         map.iter().filter_map(|(name, value)| faults.note("ulimit", Ulimit::parse(name, value))).collect();
+    for limit in &limits {
+        faults.note("ulimit", ceilings.check_ulimit(limit));
+    }
     match values.number("file_limit") {
         None | Some(0) => {}
         Some(_) if map.contains_key("nofile") => {
             faults.say("file_limit and ulimit { nofile } exclude each other; remove one of them".to_owned());
         }
         Some(limit) => match u64::try_from(limit) {
-            Ok(limit) => limits.push(Ulimit::files(limit)),
+            Ok(limit) => {
+                faults.note("file_limit", ceilings.check_ulimit(&Ulimit::files(limit)));
+                limits.push(Ulimit::files(limit));
+            }
             Err(_) => faults.say(format!("file_limit = {limit} is negative")),
         },
     }
     limits
 }
 
-pub(super) fn job_limits(values: &Values, faults: &mut Faults<'_>) -> JobLimits {
+pub(super) fn job_limits(values: &Values, pids_ceiling: Option<i64>, faults: &mut Faults<'_>) -> JobLimits {
     let cpuset = |option: &str, faults: &mut Faults<'_>| {
         let text = values.filled(option).unwrap_or_default().trim();
         if !is_cpu_list(text) {
@@ -136,7 +144,7 @@ pub(super) fn job_limits(values: &Values, faults: &mut Faults<'_>) -> JobLimits 
         }
     };
     JobLimits {
-        pids: values.number("pids_limit").filter(|&limit| limit > 0),
+        pids: ceilings::pids_limit(values, pids_ceiling, faults),
         cpuset_cpus,
         cpuset_mems,
         cfs_period: values.flag("cpu_hard_limit").unwrap_or(false).then_some(period.unsigned_abs()),
@@ -164,9 +172,10 @@ fn is_cpu_list(text: &str) -> bool {
         })
 }
 
-pub(super) fn shm_size(values: &Values, faults: &mut Faults<'_>) -> Option<u64> {
-    let text = values.filled("shm_size")?;
+pub(super) fn shm_size(values: &Values, ceilings: &Ceilings, faults: &mut Faults<'_>) -> Option<u64> {
+    let Some(text) = values.filled("shm_size") else { return ceilings.shm_size() };
     let size = faults.note("shm_size", size::parse(text))?;
+    faults.note("shm_size", ceilings.check_memory(text, TmpfsSize::Count(size)));
     if size < 1024 {
         faults.say(format!("shm_size = {text:?} is less than a kibibyte"));
     }

@@ -4,8 +4,10 @@ use crate::{
     ids::Flavor,
     plugin::decode::Values,
     rootfs::{
+        ceilings::Ceilings,
         mounts::{MountKind, MountRequest},
         target::{MountTarget, SysTargets},
+        tmpfs,
     },
 };
 
@@ -35,27 +37,13 @@ const BIND_OPTIONS: &[&str] = &[
     "shared",
     "rshared",
 ];
-/// And of a tmpfs (tmpfs(5)); those with `=` take a value.
-const TMPFS_OPTIONS: &[&str] = &[
-    "ro",
-    "rw",
-    "suid",
-    "nosuid",
-    "dev",
-    "nodev",
-    "exec",
-    "noexec",
-    "noatime",
-    "relatime",
-    "size=",
-    "mode=",
-    "uid=",
-    "gid=",
-    "nr_inodes=",
-    "nr_blocks=",
-];
 
-pub(super) fn mount(block: &Values, flavor: Flavor, sys: SysTargets) -> Result<MountRequest, String> {
+pub(super) fn mount(
+    block: &Values,
+    flavor: Flavor,
+    sys: SysTargets,
+    ceilings: &Ceilings,
+) -> Result<MountRequest, String> {
     // A missing target was noted by the decoder; the empty one here is not told twice.
     let target = block.text("target").unwrap_or("/-");
     let target = MountTarget::parse(target).map_err(|problem| format!("target = {problem}"))?;
@@ -71,18 +59,15 @@ pub(super) fn mount(block: &Values, flavor: Flavor, sys: SysTargets) -> Result<M
         other if other == "tmpfs" || flavor == Flavor::DropIn => Some(other),
         other => return Err(format!("type = {other:?} is not bind, volume or tmpfs")),
     };
-    if flavor == Flavor::Secure {
-        let allowed = if kind.is_none() { BIND_OPTIONS } else { TMPFS_OPTIONS };
-        let known = |option: &str| {
-            allowed.iter().any(|known| {
-                known
-                    .strip_suffix('=')
-                    .map_or(option == *known, |key| option.split_once('=').is_some_and(|(name, _)| name == key))
-            })
-        };
-        if let Some(strange) = options.iter().find(|option| !known(option)) {
-            return Err(format!("options: {strange:?} is not one of {}", allowed.join(", ")));
-        }
+    let options = match kind {
+        Some("tmpfs") => tmpfs::options(&options, flavor, ceilings).map_err(|error| error.to_string())?,
+        _ => options,
+    };
+    if flavor == Flavor::Secure
+        && kind.is_none()
+        && let Some(strange) = options.iter().find(|option| !BIND_OPTIONS.contains(&option.as_str()))
+    {
+        return Err(format!("options: {strange:?} is not one of {}", BIND_OPTIONS.join(", ")));
     }
     let kind = match kind {
         None => {

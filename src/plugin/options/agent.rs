@@ -138,6 +138,16 @@ const SECURITY: &[Row] = &[
         Kind::List,
         "Kernel parameters that jobs may set: `net.core.somaxconn`, `net.ipv4.*`. Default: all that are a container's own.",
     ),
+    row(
+        "ulimit_max",
+        Kind::Map,
+        "The most that jobs may set as `ulimit`, by the same names: `ulimit_max { nofile = \"1048576\" }`; `-1` is no ceiling. Default: 0 for `rtprio` and `nice`, and for all others the hard limit that the driver itself was started with; as containerd-driver: no ceilings.",
+    ),
+    row(
+        "tmpfs_max",
+        Kind::Text,
+        "The largest tmpfs and `/dev/shm` that jobs may ask for: `256m`, `10%` of the host's memory, or `unlimited`. What they hold counts as the task's memory. Default: `50%`, the kernel's own; as containerd-driver: `unlimited`.",
+    ),
 ];
 
 /// Options of the agent's `plugin "..." { config { ... } }` block.
@@ -150,6 +160,11 @@ pub const PLUGIN: &[Row] = &[
     ),
     row("stats_interval", Kind::Text, "The old driver's: overrides the interval of task statistics."),
     row("allow_privileged", Kind::Flag, "Lets jobs set `privileged`. Default: false; as containerd-driver: true."),
+    row(
+        "pids_limit",
+        Kind::Number,
+        "How many processes and threads a task may have: the default of jobs that say nothing, and the most that a job may ask for; 0 or less: any number. Default: 2048; as containerd-driver: any number.",
+    ),
     row("auth", Kind::Block(AUTH), "Credentials for registries, for jobs without their own."),
     row("default_runtime", Kind::Text, "The runtime of jobs that name none. Default: crun where it works, else runc."),
     row("allow_runtimes", Kind::List, "The runtimes that jobs may have. Default: all that are configured."),

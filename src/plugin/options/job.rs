@@ -6,7 +6,11 @@ const MOUNT: &[Row] = &[
     default("type", Kind::Text, "\"volume\"", "`bind`, `volume` (a bind, too) or `tmpfs`."),
     required("target", Kind::Text, "Absolute path in the container."),
     row("source", Kind::Text, "Path on the host; a relative one is below the task's directory, or `alloc/...`."),
-    row("options", Kind::List, "Options as in fstab(5): `ro`, `rbind`, `size=64m`."),
+    row(
+        "options",
+        Kind::List,
+        "Options as in fstab(5): `ro`, `rbind`, `size=64m`. A tmpfs is `nosuid` and `nodev` without `suid` and `dev`, except as containerd-driver.",
+    ),
 ];
 
 /// The table. Names are the old driver's, its forks', and docker's where the meaning is the same.
@@ -38,7 +42,11 @@ pub const TASK: &[Row] = &[
         Kind::List,
         "Devices of the host by path, at the same path and with all access, where the operator allows them.",
     ),
-    row("shm_size", Kind::Text, "Size of `/dev/shm`: `128m`. Default: 64 MiB."),
+    row(
+        "shm_size",
+        Kind::Text,
+        "Size of `/dev/shm`: `128m`, up to the plugin's `security { tmpfs_max }`. Default: 64 MiB.",
+    ),
     row("host_network", Kind::Flag, "Uses the host's network. Excludes a group network."),
     default(
         "host_dns",
@@ -60,7 +68,11 @@ pub const TASK: &[Row] = &[
         "`private` or `host`: how it sees cgroups. Default: private on cgroup version 2, host on version 1.",
     ),
     row("userns_mode", Kind::Text, "`host`, the only one there is: user ids are the host's."),
-    row("pids_limit", Kind::Number, "How many processes and threads it may have; 0 or less: any number."),
+    row(
+        "pids_limit",
+        Kind::Number,
+        "How many processes and threads it may have, up to the plugin's `pids_limit`, which is the default; 0 or less: any number, where the plugin sets no limit.",
+    ),
     row("cpu_hard_limit", Kind::Flag, "`resources.cpu` is a limit, and not only a weight."),
     row(
         "cpu_cfs_period",
@@ -75,7 +87,11 @@ pub const TASK: &[Row] = &[
         "Its limit in MiB; `resources.memory` is what is kept for it then. Beats `memory_max`.",
     ),
     row("oom_score_adj", Kind::Number, "Makes the OOM killer prefer it: 0 to 1000."),
-    row("ulimit", Kind::Map, "Limits by docker's names: `ulimit { nofile = \"1024:2048\" }`; one number is both."),
+    row(
+        "ulimit",
+        Kind::Map,
+        "Limits by docker's names: `ulimit { nofile = \"1024:2048\" }`; one number is both. Up to the plugin's `security { ulimit_max }`.",
+    ),
     row("file_limit", Kind::Number, "`ulimit { nofile }`, soft and hard. Excludes it."),
     row("sysctl", Kind::Map, "Kernel parameters of its namespaces: `sysctl = { \"net.core.somaxconn\" = \"16384\" }`."),
     row("group_add", Kind::List, "Further groups of its user, by the image's names or by number."),

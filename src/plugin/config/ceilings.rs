@@ -1,0 +1,75 @@
+//! The operator's bounds on what jobs may ask for: `pids_limit`, `security { ulimit_max, tmpfs_max }`.
+
+use std::collections::BTreeMap;
+
+use super::limits::Faults;
+use crate::{
+    ids::Flavor,
+    plugin::decode::Values,
+    rootfs::{ceilings::Ceilings, limits::Ulimit, tmpfs::TmpfsSize},
+};
+
+/// podman's default (containers/common, `pkg/config/default.go`, `DefaultPidsLimit`).
+const PIDS_LIMIT: i64 = 2048;
+/// The kernel refuses a larger `pids.max` (linux, `kernel/cgroup/pids.c`, `PIDS_MAX`).
+const PIDS_MAX: i64 = 4_194_304;
+
+/// The plugin's `pids_limit`; `None` for no limit.
+pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> Option<i64> {
+    let default = match flavor {
+        Flavor::Secure => Some(PIDS_LIMIT),
+        Flavor::DropIn => None,
+    };
+    match values.number("pids_limit") {
+        None => default,
+        Some(limit) if limit > PIDS_MAX => {
+            faults.say(format!("pids_limit = {limit} is more than the kernel counts ({PIDS_MAX})"));
+            default
+        }
+        // As in a job, and in Nomad's docker driver: any number.
+        Some(limit) => Some(limit).filter(|limit| *limit > 0),
+    }
+}
+
+/// A job's `pids_limit`: the plugin's is the default and the most that a job may have, as in Nomad's docker driver
+/// (hashicorp/nomad, `drivers/docker/driver.go`). That one passes over a job's wish for no limit; here it is refused.
+pub(super) fn pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut Faults<'_>) -> Option<i64> {
+    let Some(limit) = values.number("pids_limit") else { return ceiling };
+    match ceiling {
+        Some(ceiling) if limit <= 0 => faults.say(format!(
+            "pids_limit = {limit} means any number, but {ceiling} is the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
+        )),
+        Some(ceiling) if limit > ceiling => faults.say(format!(
+            "pids_limit = {limit} is above {ceiling}, the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
+        )),
+        None if limit > PIDS_MAX => {
+            faults.say(format!("pids_limit = {limit} is more than the kernel counts ({PIDS_MAX})"));
+        }
+        _ => {}
+    }
+    Some(limit).filter(|limit| *limit > 0)
+}
+
+/// `security { ulimit_max, tmpfs_max }`.
+pub(super) fn ceilings(security: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> Ceilings {
+    let mut ulimits = BTreeMap::new();
+    for (name, value) in security.map("ulimit_max") {
+        let parsed = match Ulimit::parse(&name, &value) {
+            Ok(limit) if limit.soft == limit.hard => Ok(limit),
+            Ok(_) => Err(format!("{name} = {value:?} has two numbers; a ceiling has one")),
+            Err(problem) => Err(problem),
+        };
+        if let Some(limit) = faults.note("security.ulimit_max", parsed) {
+            ulimits.insert(limit.name(), limit.hard);
+        }
+    }
+    let tmpfs = security.filled("tmpfs_max").and_then(|text| {
+        let size = match (text, TmpfsSize::parse(text)) {
+            ("unlimited", _) => Ok(TmpfsSize::Unlimited),
+            (_, Some(size)) if size != TmpfsSize::Unlimited => Ok(size),
+            _ => Err(format!("{text:?} is not a size such as 256m, a share such as 10%, or unlimited")),
+        };
+        faults.note("security.tmpfs_max", size)
+    });
+    Ceilings::new(flavor, ulimits, tmpfs)
+}

@@ -1,0 +1,233 @@
+//! File systems in memory that a job asks for: the options of a tmpfs (tmpfs(5)), checked and completed.
+
+use super::ceilings::{CeilingError, Ceilings};
+use crate::ids::Flavor;
+
+/// The size of `/dev/shm` for a job that says nothing of it: docker's.
+pub const SHM_SIZE: u64 = 64 << 20;
+
+/// Options without a value.
+const FLAGS: [&str; 10] = ["ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "noatime", "relatime"];
+/// Options with a value.
+const KEYS: [&str; 6] = ["size", "mode", "uid", "gid", "nr_inodes", "nr_blocks"];
+/// The kernel counts `nr_blocks` in pages, and by default has one inode for every two pages of the host's memory
+/// (linux, `mm/shmem.c`, `shmem_default_max_inodes`).
+const PAGE: u64 = 4096;
+
+/// Why a job's tmpfs is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TmpfsError {
+    /// The option is not known, or not a job's to set.
+    #[error("options: {option:?} is not one of {}", known())]
+    Unknown {
+        /// The option, as the job has it.
+        option: String,
+    },
+    /// The option's value has no form that the kernel reads as it looks.
+    #[error("options: {option:?} has no value such as size=64m, size=10%, nr_inodes=10k, mode=1777 or uid=1000")]
+    Value {
+        /// The option, as the job has it.
+        option: String,
+    },
+    /// The file system would be larger than the operator allows.
+    #[error("options: {0}")]
+    Ceiling(#[from] CeilingError),
+}
+
+fn known() -> String {
+    let keys = KEYS.iter().map(|key| format!("{key}="));
+    FLAGS.iter().map(|flag| (*flag).to_owned()).chain(keys).collect::<Vec<_>>().join(", ")
+}
+
+/// How large a tmpfs may grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TmpfsSize {
+    /// This many bytes, blocks or inodes.
+    Count(u64),
+    /// This share of the host's memory.
+    Percent(u64),
+    /// The kernel takes 0 for no limit at all.
+    Unlimited,
+}
+
+impl TmpfsSize {
+    /// Reads a size as the kernel does: a decimal number with a suffix, or a percentage. What the kernel would read as
+    /// another number than a person does (`010m` is octal, `0x10` hexadecimal: linux, `lib/cmdline.c`, `memparse`) is
+    /// no size.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, suffix) = text.split_at(digits);
+        if number.len() > 1 && number.starts_with('0') {
+            return None;
+        }
+        let number: u64 = number.parse().ok()?;
+        let shift = match suffix.to_ascii_lowercase().as_str() {
+            "" => 0,
+            "k" => 10,
+            "m" => 20,
+            "g" => 30,
+            "t" => 40,
+            "p" => 50,
+            "e" => 60,
+            "%" if number == 0 => return Some(Self::Unlimited),
+            "%" => return Some(Self::Percent(number)),
+            _ => return None,
+        };
+        match number.checked_mul(1 << shift)? {
+            0 => Some(Self::Unlimited),
+            count => Some(Self::Count(count)),
+        }
+    }
+
+    /// The bytes that it comes to on a host with this much memory; `None` for a share of a memory that is not known.
+    pub fn bytes(self, memory: Option<u64>) -> Option<u64> {
+        match self {
+            Self::Count(count) => Some(count),
+            Self::Percent(share) => memory.map(|memory| memory.saturating_mul(share) / 100),
+            Self::Unlimited => Some(u64::MAX),
+        }
+    }
+}
+
+/// Checks the options of a job's tmpfs and completes them: what the runtime is to be given.
+///
+/// Under the driver's own name the file system has neither set-user-id programs nor devices unless the job asks for
+/// them, and each option is one that is known. Runtimes join the options by commas, so an item of the list that has
+/// commas itself is several options.
+///
+/// # Errors
+/// With the first option that is refused.
+pub fn options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -> Result<Vec<String>, TmpfsError> {
+    let single: Vec<&str> = given.iter().flat_map(|option| option.split(',')).filter(|one| !one.is_empty()).collect();
+    let mut sized = false;
+    for option in &single {
+        let (key, value) = option.split_once('=').map_or((*option, None), |(key, value)| (key, Some(value)));
+        sized |= matches!(key, "size" | "nr_blocks");
+        if flavor == Flavor::Secure {
+            check_form(option, key, value)?;
+        }
+        check_size(option, key, value, ceilings)?;
+    }
+    let mut options: Vec<String> = match flavor {
+        // As the job wrote them, whatever they are.
+        Flavor::DropIn => given.to_vec(),
+        Flavor::Secure => {
+            let said = |names: [&str; 2]| single.iter().any(|option| names.contains(option));
+            let closed = [("nosuid", said(["suid", "nosuid"])), ("nodev", said(["dev", "nodev"]))];
+            let closed = closed.iter().filter(|(_, said)| !said).map(|(option, _)| *option);
+            closed.chain(single.iter().copied()).map(str::to_owned).collect()
+        }
+    };
+    // One without a size may grow to half of the host's memory.
+    if let Some(bytes) = ceilings.below_kernel_default().filter(|_| !sized) {
+        options.push(format!("size={bytes}"));
+    }
+    Ok(options)
+}
+
+fn check_form(option: &str, key: &str, value: Option<&str>) -> Result<(), TmpfsError> {
+    let number = |radix| move |text: &str| u32::from_str_radix(text, radix).is_ok() && !text.starts_with('+');
+    let fits = match (key, value) {
+        (flag, None) if FLAGS.contains(&flag) => true,
+        ("size", Some(text)) => TmpfsSize::parse(text).is_some(),
+        ("nr_blocks" | "nr_inodes", Some(text)) => !text.ends_with('%') && TmpfsSize::parse(text).is_some(),
+        ("mode", Some(text)) => number(8)(text),
+        ("uid" | "gid", Some(text)) => number(10)(text),
+        _ => return Err(TmpfsError::Unknown { option: option.to_owned() }),
+    };
+    if fits { Ok(()) } else { Err(TmpfsError::Value { option: option.to_owned() }) }
+}
+
+/// Holds what the file system may grow to against the operator's ceiling. A page of it holds one inode at most.
+fn check_size(option: &str, key: &str, value: Option<&str>, ceilings: &Ceilings) -> Result<(), TmpfsError> {
+    let unit = match key {
+        "size" => 1,
+        "nr_blocks" | "nr_inodes" => PAGE,
+        _ => return Ok(()),
+    };
+    if !ceilings.bounds_memory() {
+        return Ok(());
+    }
+    let Some(size) = value.and_then(TmpfsSize::parse) else {
+        return Err(TmpfsError::Value { option: option.to_owned() });
+    };
+    let size = match size {
+        TmpfsSize::Count(count) => TmpfsSize::Count(count.saturating_mul(unit)),
+        other => other,
+    };
+    Ok(ceilings.check_memory(option, size)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rootfs::ceilings::HostLimits;
+
+    const GIB: u64 = 1 << 30;
+
+    fn checked(given: &[&str], flavor: Flavor, max: Option<TmpfsSize>) -> Result<Vec<String>, String> {
+        let ceilings = Ceilings::new(flavor, [].into(), max).on_host(HostLimits::of_memory(8 * GIB));
+        let given: Vec<String> = given.iter().map(|option| (*option).to_owned()).collect();
+        options(&given, flavor, &ceilings).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn sizes_are_the_kernels() {
+        for (text, size) in [
+            ("4096", Some(TmpfsSize::Count(4096))),
+            ("64m", Some(TmpfsSize::Count(64 << 20))),
+            ("1T", Some(TmpfsSize::Count(1 << 40))),
+            ("10%", Some(TmpfsSize::Percent(10))),
+            ("0", Some(TmpfsSize::Unlimited)),
+            ("0g", Some(TmpfsSize::Unlimited)),
+            ("0%", Some(TmpfsSize::Unlimited)),
+        ] {
+            assert_eq!(TmpfsSize::parse(text), size, "{text}");
+        }
+        for text in ["", "m", "1.5g", "010m", "0x10", "1mb", "1 m", "-1", "+1", "99999999e", "10k%", "1,2"] {
+            assert_eq!(TmpfsSize::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_tmpfs_is_closed_unless_the_job_opens_it() {
+        let with = |given: &[&str]| checked(given, Flavor::Secure, None).expect("allowed");
+        assert_eq!(with(&[]), ["nosuid", "nodev"]);
+        assert_eq!(with(&["size=64m"]), ["nosuid", "nodev", "size=64m"]);
+        assert_eq!(with(&["suid"]), ["nodev", "suid"]);
+        assert_eq!(with(&["dev,mode=700", "ro"]), ["nosuid", "dev", "mode=700", "ro"], "an item may be several");
+        assert_eq!(checked(&["size=1m,rw"], Flavor::DropIn, None).expect("allowed"), ["size=1m,rw"]);
+    }
+
+    #[test]
+    fn no_tmpfs_is_larger_than_the_ceiling() {
+        for option in ["size=100%", "size=51%", "size=900t", "size=5g", "size=0", "nr_blocks=0", "nr_blocks=2m"] {
+            let error = checked(&["mode=700", option], Flavor::Secure, None).expect_err("refused");
+            assert!(error.contains(&format!("{option:?} is above 4096 MiB")), "{error}");
+            assert!(error.contains("security { tmpfs_max }"), "{error}");
+        }
+        for option in ["nr_inodes=0", "nr_inodes=2m", "size=1m,size=5g", "mode=700,size=100%"] {
+            assert!(checked(&[option], Flavor::Secure, None).is_err(), "{option}");
+        }
+        for option in ["size=50%", "size=4g", "nr_blocks=1m", "nr_inodes=1m"] {
+            assert!(checked(&[option], Flavor::Secure, None).is_ok(), "{option}");
+            assert!(checked(&[option], Flavor::DropIn, None).is_ok(), "{option}");
+        }
+        let small = Some(TmpfsSize::Count(32 << 20));
+        for flavor in [Flavor::Secure, Flavor::DropIn] {
+            assert!(checked(&["size=33m"], flavor, small).is_err(), "{flavor:?}");
+            assert!(checked(&["size=what"], flavor, small).is_err(), "{flavor:?}: nobody knows how large it is");
+            let unsized_one = checked(&["mode=700"], flavor, small).expect("allowed");
+            assert_eq!(unsized_one.last().map(String::as_str), Some("size=33554432"), "{flavor:?}");
+        }
+        assert!(checked(&["size=900t"], Flavor::Secure, Some(TmpfsSize::Unlimited)).is_ok());
+        assert!(checked(&["size=900t"], Flavor::DropIn, None).is_ok());
+    }
+
+    #[test]
+    fn nothing_strange_is_passed_on() {
+        for option in ["lowerdir=/", "size=1m,context=x", "mpol=bind:0", "huge=always", "remount", "mode=9", "uid=-1"] {
+            assert!(checked(&[option], Flavor::Secure, Some(TmpfsSize::Unlimited)).is_err(), "{option}");
+        }
+    }
+}
