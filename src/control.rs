@@ -13,6 +13,8 @@ use tokio::{
     net::UnixStream,
 };
 
+use crate::peer::Peers;
+
 /// Longest request.
 pub const REQUEST_MAX: u64 = 64 << 10;
 /// Connecting to and writing into a local socket; the other side need not do anything for it.
@@ -151,6 +153,7 @@ impl Connection {
         line.push(b'\n');
         let connect = async {
             let mut stream = UnixStream::connect(path).await?;
+            Peers::root().check(&stream).map_err(io::Error::other)?;
             stream.write_all(&line).await?;
             Ok(stream)
         };

@@ -13,6 +13,7 @@ use std::{
     process::{Command, ExitCode},
 };
 
+use crate::privileges::{Calls, confine};
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::wait::{WaitStatus, wait, waitpid},
@@ -25,6 +26,29 @@ pub const COMMAND: &str = "runsc-keeper";
 
 /// What a keeper is called once its container is made.
 pub const KEEPING: &std::ffi::CStr = c"runsc-keeper";
+
+/// All that a keeper calls once its sandbox runs: it waits for its end, notes it in a file that it has open, and ends.
+const ALLOWED: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_flock,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_wait4,
+    libc::SYS_write,
+];
 
 /// What a shim calls runsc for.
 #[derive(Debug, PartialEq, Eq)]
@@ -167,6 +191,8 @@ fn keep(runsc: &mut Command, mut lock: Flock<File>, pid_file: &Path, mut tell: F
     let Some(sandbox) = sandbox.filter(|_| code == 0) else {
         return Err(io::ErrorKind::NotFound.into());
     };
+    // The sandbox lives on in any case, and a keeper that could not be confined is still its parent.
+    let _ = confine(&[], Calls::Only(ALLOWED));
     loop {
         let status = wait()?;
         if status.pid() == Some(sandbox)

@@ -4,24 +4,7 @@
 //! opens none; its input comes through a channel. Both are per thread (capabilities(7), seccomp(2)), so it must be a
 //! thread made for the purpose, never one of the runtime's.
 
-use std::collections::BTreeMap;
-
-use caps::CapSet;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
-
-/// Why a thread could not be confined.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfineError {
-    /// Capabilities stayed.
-    #[error("drop capabilities")]
-    Capabilities(#[from] caps::errors::CapsError),
-    /// The filter was not made.
-    #[error("build the seccomp filter")]
-    Build(#[from] seccompiler::BackendError),
-    /// The kernel refused it.
-    #[error("load the seccomp filter")]
-    Load(#[from] seccompiler::Error),
-}
+use crate::privileges::{Calls, PrivilegeError, confine};
 
 /// Memory, waking other threads, panicking and ending: all that hashing and parsing need.
 const ALLOWED: &[libc::c_long] = &[
@@ -56,16 +39,8 @@ const ALLOWED: &[libc::c_long] = &[
 ///
 /// # Errors
 /// When the kernel has no seccomp, or the architecture no filter.
-pub fn this_thread() -> Result<(), ConfineError> {
-    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> =
-        ALLOWED.iter().map(|&number| (number, Vec::new())).collect();
-    let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-    let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, std::env::consts::ARCH.try_into()?)?;
-    let program: BpfProgram = filter.try_into()?;
-    for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
-        caps::clear(None, set)?;
-    }
-    Ok(apply_filter(&program)?)
+pub fn this_thread() -> Result<(), PrivilegeError> {
+    confine(&[], Calls::Only(ALLOWED))
 }
 
 #[cfg(test)]

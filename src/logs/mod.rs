@@ -8,6 +8,7 @@
 //! What there is to do is on disk: a directory for each task in [`crate::places::Places::logs`], with its two FIFOs and
 //! a description. It appears whole (by rename) and goes when the task is destroyed.
 
+mod confine;
 mod keeper;
 mod series;
 mod status;
@@ -25,6 +26,7 @@ use std::{
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde::{Deserialize, Serialize};
 
+pub use confine::Role;
 pub use keeper::{COMMAND, WRITER, arguments, end, keep, keeper_of};
 pub use status::{Losses, StreamLosses, changed, read_losses};
 pub use writer::write;

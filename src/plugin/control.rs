@@ -14,6 +14,7 @@ use crate::{
     control::{Answer, Event, REQUEST_MAX, Request},
     ids::TaskId,
     image::Reference,
+    peer::Peers,
     task::{Engine, TaskError, millis},
 };
 
@@ -53,11 +54,8 @@ impl Doorkeeper {
     }
 
     async fn serve(self, stream: UnixStream) {
-        // The file's mode says the same; a descriptor may have been handed on.
-        let own = nix::unistd::geteuid().as_raw();
-        match stream.peer_cred() {
-            Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
-            other => return tracing::warn!(peer = ?other, "control socket: refused"),
+        if let Err(error) = Peers::root().check(&stream) {
+            return tracing::warn!(error = chain(&error), "a connection to the control socket was refused");
         }
         let (read, mut write) = stream.into_split();
         let mut line = String::new();

@@ -37,6 +37,7 @@ use crate::{
             grpc_stdio_server::GrpcStdioServer,
         },
     },
+    peer::Peers,
     places::SOCKET_PATH_MAX,
 };
 
@@ -99,7 +100,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     ignore_interrupt();
     let tls = env::var("PLUGIN_CLIENT_CERT").ok().filter(|pem| !pem.is_empty());
     let tls = tls.map(|pem| tls::server(&pem)).transpose()?;
-    let (listener, socket) = listen()?;
+    let (listener, socket, peers) = listen()?;
     let guard = SocketFile(socket.clone());
 
     let (leave, mut leaving) = watch::channel(Leave::Not);
@@ -116,7 +117,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
         .add_service(BasePluginServer::new(Base::new(driver.clone())).max_decoding_message_size(usize::MAX))
         .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(usize::MAX));
     let acceptor = tls.as_ref().map(|tls| TlsAcceptor::from(tls.config.clone()));
-    let serving = server.serve_with_incoming(accept(listener, acceptor, clients.clone()));
+    let serving = server.serve_with_incoming(accept(listener, peers, acceptor, clients.clone()));
 
     let certificate = tls.map(|tls| tls.certificate).unwrap_or_default();
     let multiplexing = if env::var_os("PLUGIN_MULTIPLEX_GRPC").is_some() { "|false" } else { "" };
@@ -181,7 +182,8 @@ impl Drop for SocketFile {
     }
 }
 
-fn listen() -> Result<(UnixListener, PathBuf), HandshakeError> {
+/// The socket, where it is, and who may connect to it: root, and the members of the group that the host asks for.
+fn listen() -> Result<(UnixListener, PathBuf, Peers), HandshakeError> {
     let directory =
         env::var_os("PLUGIN_UNIX_SOCKET_DIR").filter(|dir| !dir.is_empty()).map_or_else(env::temp_dir, PathBuf::from);
     let path = directory.join(format!("plugin-{}", random_hex(6)));
@@ -190,19 +192,25 @@ fn listen() -> Result<(UnixListener, PathBuf), HandshakeError> {
     }
     let failed = |source| HandshakeError::Socket { path: path.clone(), source };
     let listener = UnixListener::bind(&path).map_err(failed)?;
-    let mut mode = 0o600;
+    let (mut mode, mut peers) = (0o600, Peers::root());
     if let Some(group) = env::var("PLUGIN_UNIX_SOCKET_GROUP").ok().filter(|group| !group.is_empty()) {
         let known = nix::unistd::Group::from_name(&group).ok().flatten().map(|group| group.gid.as_raw());
         let gid = known.or_else(|| group.parse().ok()).ok_or(HandshakeError::Group(group))?;
         std::os::unix::fs::chown(&path, None, Some(gid)).map_err(failed)?;
-        mode = 0o660;
+        (mode, peers) = (0o660, Peers::with_group(Some(gid)));
     }
     fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(failed)?;
-    Ok((listener, path))
+    Ok((listener, path, peers))
 }
 
-/// Connections as they come, TLS done. A client that is slow or wrong with its hello keeps nobody else waiting.
-fn accept(listener: UnixListener, tls: Option<TlsAcceptor>, clients: Clients) -> ReceiverStream<io::Result<Stream>> {
+/// Connections as they come, TLS done. A client that is slow or wrong with its hello keeps nobody else waiting, and one
+/// that may not connect does not count as an agent.
+fn accept(
+    listener: UnixListener,
+    peers: Peers,
+    tls: Option<TlsAcceptor>,
+    clients: Clients,
+) -> ReceiverStream<io::Result<Stream>> {
     let (send, receive) = mpsc::channel(16);
     tokio::spawn(async move {
         loop {
@@ -215,6 +223,10 @@ fn accept(listener: UnixListener, tls: Option<TlsAcceptor>, clients: Clients) ->
                     continue;
                 }
             };
+            if let Err(error) = peers.check(&stream) {
+                tracing::warn!(error = crate::chain(&error), "a connection to the plugin's socket was refused");
+                continue;
+            }
             let (send, tls, entered) = (send.clone(), tls.clone(), clients.enter());
             tokio::spawn(async move {
                 let stream = match tls {

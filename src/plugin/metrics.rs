@@ -16,7 +16,10 @@ use tokio::{
 };
 
 use super::presence::listen_privately;
-use crate::task::{Engine, MetricsAddress};
+use crate::{
+    peer::Peers,
+    task::{Engine, MetricsAddress},
+};
 
 /// A scraper has its request ready.
 const HEADER: Duration = Duration::from_secs(10);
@@ -35,7 +38,11 @@ impl Listener {
     async fn accept(&self) -> io::Result<Box<dyn Connection>> {
         Ok(match self {
             Self::Tcp(listener) => Box::new(listener.accept().await?.0),
-            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+            Self::Unix(listener) => {
+                let stream = listener.accept().await?.0;
+                Peers::root().check(&stream).map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
+                Box::new(stream)
+            }
         })
     }
 }
@@ -53,6 +60,9 @@ pub async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
         loop {
             match listener.accept().await {
                 Ok(stream) => drop(tokio::spawn(talk(engine.clone(), stream))),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    tracing::warn!(%error, "a connection to the metrics socket was refused");
+                }
                 Err(error) => {
                     tracing::warn!(%error, "metrics endpoint");
                     tokio::time::sleep(Duration::from_millis(50)).await;

@@ -4,6 +4,7 @@
 //! is all that differs, and it is found out once per connection.
 
 use std::{
+    io,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -17,7 +18,7 @@ use tokio::sync::Semaphore;
 use ttrpc::{Error as TtrpcError, proto::Request};
 
 use super::{ShimError, UNIMPLEMENTED};
-use crate::pb::shim as wire;
+use crate::{pb::shim as wire, peer::Peers};
 
 /// runc needs 12 to 20 ms when idle; a loaded machine with a cold disk has been seen to take seconds.
 const CREATE: Duration = Duration::from_secs(60);
@@ -194,11 +195,13 @@ impl Client {
     /// # Errors
     /// When nobody answers, or neither service is there.
     pub async fn connect(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
-        let gone = |error: std::io::Error| ShimError::Gone { call: "Connect", detail: error.to_string() };
+        let gone = |error: io::Error| ShimError::Gone { call: "Connect", detail: error.to_string() };
         let stream = tokio::time::timeout(QUICK, tokio::net::UnixStream::connect(socket))
             .await
             .map_err(|_| ShimError::Late { call: "Connect", after: QUICK })?
             .map_err(gone)?;
+        // The listener is one that a plugin made, and its shim got.
+        Peers::root().check(&stream).map_err(|error| gone(io::Error::other(error)))?;
         let inner = ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
         let apis = match hint {
             Some(TaskApi::V2) => [TaskApi::V2, TaskApi::V3],

@@ -19,8 +19,23 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 const LEAVES: &[&str] = &[
-    "chain", "control", "cookie", "duration", "elf", "fault", "fifo", "ids", "netns", "overlay", "pb", "places",
-    "process", "size", "stamp",
+    "chain",
+    "control",
+    "cookie",
+    "duration",
+    "elf",
+    "fault",
+    "fifo",
+    "ids",
+    "netns",
+    "overlay",
+    "pb",
+    "peer",
+    "places",
+    "privileges",
+    "process",
+    "size",
+    "stamp",
 ];
 
 #[test]

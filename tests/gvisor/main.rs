@@ -15,6 +15,7 @@
 #[allow(dead_code, unused_imports, reason = "shared with the behaviour tests")]
 mod support;
 
+mod bounds;
 mod deaths;
 mod escape;
 mod exit_codes;

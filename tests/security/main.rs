@@ -25,6 +25,7 @@ mod layers;
 mod links;
 mod mounts;
 mod races;
+mod privileges;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

@@ -1,0 +1,96 @@
+//! Who is at the other end of a unix socket (unix(7), SO_PEERCRED). The mode of a socket's file says the same, as long as
+//! nobody changes it or the directory around it.
+
+use std::{io, os::fd::AsRawFd as _};
+
+use tokio::net::UnixStream;
+
+/// The most groups that a user can have (`NGROUPS_MAX`, credentials(7)).
+const GROUPS_MAX: usize = 65_536;
+/// Not in libc yet (linux, `include/uapi/asm-generic/socket.h`).
+const SO_PEERGROUPS: libc::c_int = 59;
+
+/// Why a connection is closed, or not used.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// The kernel doesn't say who it is.
+    #[error("the process at the other end of the socket is not known")]
+    Unknown(#[source] io::Error),
+    /// It is another user.
+    #[error("the other end of the socket is process {pid} of user {uid}, which may not use it")]
+    Stranger {
+        /// The process; 0 when it is not in this pid namespace.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+    },
+}
+
+/// Which users may be at the other end: root and the user that this process runs as, and nobody else.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Peers {
+    group: Option<u32>,
+}
+
+impl Peers {
+    /// Root and this process's own user.
+    pub fn root() -> Self {
+        Self::default()
+    }
+
+    /// Also the members of a group, which the socket's file is given to.
+    pub fn with_group(group: Option<u32>) -> Self {
+        Self { group }
+    }
+
+    /// Checks the other end of a connection.
+    ///
+    /// # Errors
+    /// When it is none of these users.
+    pub fn check(self, stream: &UnixStream) -> Result<(), PeerError> {
+        let peer = stream.peer_cred().map_err(PeerError::Unknown)?;
+        let (uid, gid, pid) = (peer.uid(), peer.gid(), peer.pid().unwrap_or_default());
+        if uid == 0 || uid == nix::unistd::geteuid().as_raw() {
+            return Ok(());
+        }
+        match self.group {
+            Some(group) if gid == group || groups(stream).map_err(PeerError::Unknown)?.contains(&group) => Ok(()),
+            _ => Err(PeerError::Stranger { pid, uid }),
+        }
+    }
+}
+
+/// The supplementary groups of the other end.
+fn groups(stream: &UnixStream) -> io::Result<Vec<libc::gid_t>> {
+    let mut groups: Vec<libc::gid_t> = vec![0; GROUPS_MAX];
+    let size = size_of::<libc::gid_t>();
+    let mut length = libc::socklen_t::try_from(GROUPS_MAX * size).map_err(io::Error::other)?;
+    // SAFETY: the buffer has the length that the kernel is told, which writes no more and tells how much it wrote.
+    let outcome = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERGROUPS,
+            groups.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    groups.truncate(length as usize / size);
+    Ok(groups)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_other_end_of_a_pair_is_this_process() {
+        let (one, _other) = UnixStream::pair().expect("a pair");
+        assert!(Peers::root().check(&one).is_ok());
+        let own: Vec<u32> = nix::unistd::getgroups().expect("groups").iter().map(|group| group.as_raw()).collect();
+        assert_eq!(groups(&one).expect("groups"), own);
+    }
+}
