@@ -29,6 +29,7 @@ pub mod shim;
 pub mod size;
 pub mod stamp;
 pub mod task;
+pub mod text;
 
 /// An error with all its causes, as one line for people.
 pub fn chain(error: &dyn std::error::Error) -> String {

@@ -36,6 +36,7 @@ use crate::{
     },
     image::{ImageError, ImageStore, SharedError},
     places::{Places, PlacesError, make_dir},
+    text::{self, MESSAGE_MAX},
 };
 
 /// Errors of ours, as docker's.
@@ -112,7 +113,7 @@ pub enum CliError {
     #[error(transparent)]
     Private(#[from] PrivateError),
     /// An image.
-    #[error("{}", chain(&**.0))]
+    #[error("{}", text::shown(&chain(&**.0), MESSAGE_MAX))]
     Image(SharedError),
     /// An image record.
     #[error(transparent)]

@@ -14,7 +14,7 @@ use super::{
     credentials::Transport,
     reference::is_loopback,
 };
-use crate::ids::Digest;
+use crate::{ids::Digest, text};
 
 /// All that we can make sense of, best first.
 const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
@@ -341,5 +341,5 @@ fn error_detail(body: &[u8]) -> Option<String> {
     let code = first.get("code")?.as_str()?;
     let message = first.get("message").and_then(serde_json::Value::as_str).unwrap_or_default();
     let detail = if message.is_empty() { code.to_owned() } else { format!("{code}: {message}") };
-    Some(detail.chars().map(|c| if c.is_control() { ' ' } else { c }).take(DETAIL_MAX).collect())
+    Some(text::shown(&detail, DETAIL_MAX))
 }

@@ -16,6 +16,7 @@ use crate::{
     image::Reference,
     peer::Peers,
     task::{Engine, TaskError, millis},
+    text::{self, MESSAGE_MAX},
 };
 
 /// Whoever connects has its request ready.
@@ -88,7 +89,7 @@ impl Doorkeeper {
                     Err(TaskError::Image(error)) if error.is_not_here() => Answer::NotHere,
                     other => done(other),
                 },
-                Err(error) => Answer::Refused(chain(&error)),
+                Err(error) => Answer::Refused(text::shown(&chain(&error), MESSAGE_MAX)),
             },
             Request::Kill { task, signal } => {
                 let id = TaskId(task);
@@ -129,7 +130,7 @@ impl Doorkeeper {
 fn done(outcome: Result<(), TaskError>) -> Answer {
     match outcome {
         Ok(()) => Answer::Done,
-        Err(error) => Answer::Refused(chain(&error)),
+        Err(error) => Answer::Refused(text::shown(&chain(&error), MESSAGE_MAX)),
     }
 }
 

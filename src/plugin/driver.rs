@@ -5,13 +5,14 @@ use std::{collections::HashMap, path::Path, pin::Pin, time::Duration};
 
 use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{convert, exec, fingerprint, options::TASK, schema, service::DriverService, stats, status};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, driver_server::Driver},
     task::{Audience, Engine, FORMER_VERSION, Force, FormerTask, Inspection, TaskError, TaskHandle, give_up_logs},
+    text::{self, FOREIGN_MAX, MESSAGE_MAX},
 };
 
 /// The pool is filled this long after `Init`: an `Init` may come to a process that lives 12 ms.
@@ -37,7 +38,7 @@ async fn to_the_end<T: Send + 'static>(
 ) -> Result<T, Status> {
     match tokio::spawn(body).await {
         Ok(outcome) => outcome,
-        Err(join) => Err(Status::internal(format!("a handler ended early: {join}"))),
+        Err(join) => Err(status::new(Code::Internal, &format!("a handler ended early: {join}"))),
     }
 }
 
@@ -181,7 +182,7 @@ impl Driver for DriverService {
         let exit = engine.wait(&id).await.map_err(refuse)?;
         Ok(Response::new(wire::WaitTaskResponse {
             result: Some(convert::exit_result(&exit)),
-            err: exit.error.unwrap_or_default(),
+            err: text::shown(&exit.error.unwrap_or_default(), MESSAGE_MAX),
         }))
     }
 
@@ -320,7 +321,7 @@ fn attributes(inspection: &Inspection) -> HashMap<String, String> {
     let Inspection { record, phases, pid, .. } = inspection;
     let mut attributes = HashMap::from([
         ("container_id".to_owned(), record.container_id.to_string()),
-        ("image".to_owned(), record.image.clone()),
+        ("image".to_owned(), text::shown(&record.image, FOREIGN_MAX)),
         ("runtime".to_owned(), record.runtime.clone()),
         ("cgroup".to_owned(), record.cgroup.clone()),
         ("pid".to_owned(), pid.to_string()),

@@ -7,13 +7,14 @@ use tokio::{
     net::unix::pipe,
     sync::mpsc,
 };
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 use super::{convert, status};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, ExecTaskStreamingIoOperation as Operation},
     task::{Engine, Exec, ExecError, ExecIo, ExecRequest, Exit, Session, TaskError, WindowSize},
+    text::{self, MESSAGE_MAX},
 };
 
 /// Of each stream of ExecTask the last so many bytes are kept; Nomad's own drivers keep 4 KiB.
@@ -59,7 +60,8 @@ pub async fn run(engine: &Engine, request: wire::ExecTaskRequest) -> Result<wire
         return work.await;
     }
     tokio::time::timeout(timeout, work).await.unwrap_or_else(|_| {
-        Err(Status::deadline_exceeded(format!("exec {shown:?} did not end within {timeout:?} and was killed")))
+        let problem = format!("exec {} did not end within {timeout:?} and was killed", text::quoted(&shown));
+        Err(status::new(Code::DeadlineExceeded, &problem))
     })
 }
 
@@ -99,7 +101,7 @@ pub async fn stream(
 /// A command that is not there or can't be run: said where the user looks, with the code that a shell would give. The
 /// agent shows an error of the call as "unexpected EOF".
 async fn refuse(send: mpsc::Sender<Answer>, terminal: bool, error: ExecError) {
-    let text = format!("{}\n", crate::chain(&error));
+    let text = format!("{}\n", text::shown(&crate::chain(&error), MESSAGE_MAX));
     let text = if terminal { text.replace('\n', "\r\n") } else { text };
     let stream = if terminal { StreamName::Stdout } else { StreamName::Stderr };
     let exit = Exit { code: error.exit_code().and_then(|code| u32::try_from(code).ok()).unwrap_or(126), at: None };
@@ -220,7 +222,7 @@ async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answ
             count = read(&mut stdout, &mut out), if stdout.is_some() => (StreamName::Stdout, count),
             count = read(&mut stderr, &mut err), if stderr.is_some() => (StreamName::Stderr, count),
             ended = &mut waiting, if exit.is_none() => {
-                let broken = |error| Status::unknown(format!("exec: the task's shim died ({error})"));
+                let broken = |error| status::new(Code::Unknown, &format!("exec: the task's shim died ({error})"));
                 exit = Some(ended.map_err(broken)?);
                 quiet = tokio::time::Instant::now();
                 limit = quiet + drain.at_most;

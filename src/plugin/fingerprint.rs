@@ -15,6 +15,7 @@ use crate::{
         structs::{Attribute, attribute::Value},
     },
     task::Settings,
+    text::{self, MESSAGE_MAX},
 };
 
 /// Upstream's drivers look every 30 s.
@@ -123,7 +124,7 @@ fn state(health: HealthState, description: &str, attributes: HashMap<String, Att
     FingerprintResponse {
         attributes,
         health: health.into(),
-        health_description: description.to_owned(),
+        health_description: text::shown(description, MESSAGE_MAX),
         err: String::new(),
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! The agent asserts that `@level`, `@message` and `@timestamp` are strings, wants exactly six fractional digits, and
 //! reads lines of up to 64 KiB. When it has died, nobody reads: writes fail with EPIPE, and that must not hurt us.
+//!
+//! The agent decodes the JSON and prints messages raw (hashicorp/go-hclog, `intlogger.go`), so what is escaped by JSON alone
+//! would reach a terminal, or begin a line of its own in a log file: texts are escaped before they become JSON.
 
 use std::{fmt, io::Write as _, time::SystemTime};
 
@@ -12,8 +15,14 @@ use tracing::{
 };
 use tracing_subscriber::{Layer, layer::Context};
 
-/// Longest text of one field; a line of a few fields stays well under the agent's 64 KiB.
-const FIELD_MAX: usize = 16 << 10;
+use crate::text;
+
+/// The longest text of one field, in characters. A shim's log is the longest that anybody needs.
+const FIELD_MAX: usize = 8 << 10;
+/// The longest line, in bytes: the agent reads 64 KiB, and takes what is longer for several lines, none of them JSON.
+const LINE_MAX: usize = 60 << 10;
+/// The longest text of a field in a line that would be longer, in characters.
+const SHORT_FIELD_MAX: usize = 500;
 
 /// A layer that writes hclog lines to stderr.
 #[derive(Debug, Clone, Copy, Default)]
@@ -44,7 +53,22 @@ fn line(event: &Event<'_>, now: SystemTime) -> String {
     map.insert("@message".to_owned(), message);
     map.insert("@module".to_owned(), Value::from(metadata.target()));
     map.insert("@timestamp".to_owned(), Value::from(timestamp(now)));
-    format!("{}\n", Value::Object(map))
+    encode(map)
+}
+
+/// One line of JSON that the agent reads.
+fn encode(map: Map<String, Value>) -> String {
+    let mut object = Value::Object(map);
+    let mut line = object.to_string();
+    if line.len() > LINE_MAX {
+        for value in object.as_object_mut().into_iter().flat_map(Map::values_mut) {
+            if let Value::String(long) = value {
+                *long = text::shown(long, SHORT_FIELD_MAX);
+            }
+        }
+        line = object.to_string();
+    }
+    line + "\n"
 }
 
 /// RFC 3339 in UTC with six fractional digits.
@@ -64,16 +88,11 @@ impl Fields {
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let mut text = format!("{value:?}");
-        if text.len() > FIELD_MAX {
-            let end = (0..=FIELD_MAX).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
-            text.truncate(end);
-        }
         // The agent wants the message as a string, whatever was logged.
-        self.put(field, text);
+        self.record_str(field, &format!("{value:?}"));
     }
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.record_debug(field, &format_args!("{value}"));
+        self.put(field, text::shown(value, FIELD_MAX));
     }
     fn record_i64(&mut self, field: &Field, value: i64) {
         self.put(field, value);
@@ -90,6 +109,22 @@ impl Visit for Fields {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    #[test]
+    fn no_text_breaks_a_line_or_is_acted_on() {
+        let words = format!("{}\u{1b}[31m\r\n\u{9b}2J\u{202e}\\\"", "\"".repeat(1 << 20));
+        let fields: Map<_, _> = ["@message", "@level", "a", "b", "c", "d", "e", "f"]
+            .map(|name| (name.to_owned(), Value::from(text::shown(&words, FIELD_MAX))))
+            .into_iter()
+            .collect();
+        let line = encode(fields);
+        assert!(line.len() < 64 << 10, "{}", line.len());
+        assert_eq!(line.trim_end().lines().count(), 1);
+        let read: Map<String, Value> = serde_json::from_str(&line).expect("JSON");
+        for value in read.values().filter_map(Value::as_str) {
+            assert!(!value.chars().any(char::is_control) && value.contains("\\u{1b}[31m"), "{value}");
+        }
+    }
 
     #[test]
     fn timestamps_have_six_digits() {

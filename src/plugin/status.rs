@@ -1,4 +1,6 @@
 //! Errors as Nomad reads them: one place decides code, text and whether the restart policy may try again.
+//!
+//! Every text passes [`crate::text::shown`] on its way out: it may hold words of images, registries, runtimes and jobs.
 
 use prost::Message as _;
 use tonic::{Code, Status};
@@ -7,6 +9,7 @@ use super::config::ConfigError;
 use crate::{
     pb::{rpc, structs::RecoverableError},
     task::TaskError,
+    text::{self, MESSAGE_MAX},
 };
 
 /// How Nomad finds the detail.
@@ -26,22 +29,29 @@ pub fn of(error: &TaskError) -> Status {
         }
         _ => Code::Unknown,
     };
-    Status::new(code, text)
+    new(code, &text)
 }
 
 /// A configuration's error: trying again changes nothing.
 pub fn of_config(error: &ConfigError) -> Status {
+    // Bounded by itself, since it may list many faults; each of them was cut for itself.
     Status::invalid_argument(error.to_string())
+}
+
+/// A status with a text that may hold somebody else's words.
+pub fn new(code: Code, text: &str) -> Status {
+    Status::new(code, text::shown(text, MESSAGE_MAX))
 }
 
 /// An error that may pass: `FailedPrecondition` with Nomad's detail first (protocol reference 4.1).
 pub fn recoverable(text: &str) -> Status {
+    let text = text::shown(text, MESSAGE_MAX);
     let detail = prost_types::Any {
         type_url: RECOVERABLE.to_owned(),
         value: RecoverableError { recoverable: true }.encode_to_vec(),
     };
     let details =
-        rpc::Status { code: Code::FailedPrecondition as i32, message: text.to_owned(), details: vec![detail] };
+        rpc::Status { code: Code::FailedPrecondition as i32, message: text.clone(), details: vec![detail] };
     Status::with_details(Code::FailedPrecondition, text, details.encode_to_vec().into())
 }
 
@@ -68,6 +78,25 @@ mod tests {
             assert_eq!((status.code(), is_recoverable(&status)), (code, again), "{error:?}");
         }
         assert_eq!(of(&TaskError::NotFound(id())).message(), "task not found for given id");
+    }
+
+    #[test]
+    fn strangers_words_are_cut_and_escaped() {
+        let words = format!("exec \u{1b}]0;x\u{7}{}\r\nno such file", "A".repeat(1 << 20));
+        let refused = ShimError::Refused { call: "Create", code: 2, message: words.clone() };
+        let gone = ShimError::Gone { call: "Create", detail: words.clone() };
+        for status in [
+            of(&TaskError::Shim { doing: "create the container", source: refused }),
+            of(&TaskError::Shim { doing: "create the container", source: gone }),
+            of(&TaskError::Signal(words.clone())),
+            new(Code::Internal, &words),
+            recoverable(&words),
+            of_config(&ConfigError::one(words)),
+        ] {
+            let text = status.message();
+            assert!(text.chars().count() < 2 * MESSAGE_MAX && status.details().len() < 2 * MESSAGE_MAX, "{text}");
+            assert!(!text.chars().any(char::is_control) && text.contains("no such file"), "{text}");
+        }
     }
 
     #[test]

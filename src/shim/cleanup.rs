@@ -5,7 +5,11 @@ use std::{path::Path, process::Stdio, time::Duration};
 use protobuf::Message as _;
 
 use super::{Exit, Launcher, ShimError};
-use crate::{pb::shim as wire, places::write_private};
+use crate::{
+    pb::shim as wire,
+    places::write_private,
+    text::{self, FOREIGN_MAX},
+};
 
 /// `runtime delete --force` takes 20 to 220 ms.
 const DELETE: Duration = Duration::from_secs(30);
@@ -82,6 +86,6 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         let answer = wire::DeleteResponse::parse_from_bytes(&output.stdout).ok().filter(|_| noted);
         return Ok(answer.map(|answer| Exit::new(answer.exit_status, answer.exited_at.as_ref())));
     }
-    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let message = text::shown(String::from_utf8_lossy(&output.stderr).trim(), FOREIGN_MAX);
     Err(ShimError::Refused { call: "delete", code: output.status.code().unwrap_or(-1), message })
 }

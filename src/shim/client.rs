@@ -18,7 +18,11 @@ use tokio::sync::Semaphore;
 use ttrpc::{Error as TtrpcError, proto::Request};
 
 use super::{ShimError, UNIMPLEMENTED};
-use crate::{pb::shim as wire, peer::Peers};
+use crate::{
+    pb::shim as wire,
+    peer::Peers,
+    text::{self, FOREIGN_MAX},
+};
 
 /// runc needs 12 to 20 ms when idle; a loaded machine with a cold disk has been seen to take seconds.
 const CREATE: Duration = Duration::from_secs(60);
@@ -428,14 +432,16 @@ impl Client {
                 .unwrap_or_else(|_| Err(TtrpcError::RpcStatus(deadline_status()))),
             None => asking.await,
         };
+        // A shim hands on what the runtime says, and that what an image says: megabytes of it, and escape sequences.
         let answer = answer.map_err(|error| match error {
             TtrpcError::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {
                 ShimError::Late { call, after: limit.unwrap_or_default() }
             }
             TtrpcError::RpcStatus(status) => {
-                ShimError::Refused { call, code: status.code.value(), message: status.message }
+                let message = text::shown(&status.message, FOREIGN_MAX);
+                ShimError::Refused { call, code: status.code.value(), message }
             }
-            other => ShimError::Gone { call, detail: other.to_string() },
+            other => ShimError::Gone { call, detail: text::shown(&other.to_string(), FOREIGN_MAX) },
         })?;
         A::parse_from_bytes(&answer.payload).map_err(|error| encoding(call, &error))
     }

@@ -5,7 +5,10 @@ use std::{collections::HashMap, time::SystemTime};
 use tokio::sync::broadcast;
 
 use super::Record;
-use crate::ids::TaskId;
+use crate::{
+    ids::TaskId,
+    text::{self, FOREIGN_MAX, MESSAGE_MAX},
+};
 
 /// One event. Only the newest ten of a task are kept by Nomad, so they are sparse.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,8 +49,11 @@ impl Default for EventHub {
 }
 
 impl EventHub {
-    /// Tells all who listen; without listeners it is lost, as Nomad's contract has it.
-    pub fn tell(&self, event: TaskEvent) {
+    /// Tells all who listen; without listeners it is lost, as Nomad's contract has it. Its texts are cut and escaped here:
+    /// they may hold words of images, registries and runtimes.
+    pub fn tell(&self, mut event: TaskEvent) {
+        event.message = text::shown(&event.message, MESSAGE_MAX);
+        event.annotations.values_mut().for_each(|value| *value = text::shown(value, FOREIGN_MAX));
         let _ = self.0.send(event);
     }
 

@@ -36,6 +36,7 @@ const LEAVES: &[&str] = &[
     "process",
     "size",
     "stamp",
+    "text",
 ];
 
 #[test]

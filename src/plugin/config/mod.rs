@@ -17,10 +17,18 @@ pub use agent::settings;
 pub use job::{GroupNetwork, task_options};
 
 use super::decode::Values;
-use crate::image::{CredentialScope, Credentials, RegistryAddress};
+use crate::{
+    image::{CredentialScope, Credentials, RegistryAddress},
+    text,
+};
 
 /// What a job's `config` is called in errors.
 const JOB: &str = "task config";
+
+/// The longest that one fault is shown, in characters: it may quote a value of a job, of any length.
+const FAULT_MAX: usize = 600;
+/// The longest list of faults that is shown, in characters.
+const FAULTS_MAX: usize = 8000;
 
 /// A configuration with all its faults.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,13 +46,22 @@ impl ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.faults[..] {
-            [only] => write!(f, "{}: {only}", self.what),
-            many => {
-                write!(f, "{}: {} problems", self.what, many.len())?;
-                many.iter().enumerate().try_for_each(|(n, fault)| write!(f, "; ({}) {fault}", n + 1))
+        let shown = |fault: &String| text::shown(fault, FAULT_MAX);
+        let many = match &self.faults[..] {
+            [only] => return write!(f, "{}: {}", self.what, shown(only)),
+            many => many,
+        };
+        write!(f, "{}: {} problems", self.what, many.len())?;
+        // Each fault is cut for itself, so that none hides another; a list beyond all measure ends with a count.
+        let mut length = 0;
+        for (n, fault) in many.iter().map(shown).enumerate() {
+            length += fault.len();
+            if length > FAULTS_MAX {
+                return write!(f, "; and {} more", many.len() - n);
             }
+            write!(f, "; ({}) {fault}", n + 1)?;
         }
+        Ok(())
     }
 }
 

@@ -1,0 +1,135 @@
+//! Text of strangers (images, registries, runtimes, shims, job files) as it may be shown to people: in a status, a task
+//! event, a log line, on a terminal.
+//!
+//! Nomad keeps events in its replicated state and prints them raw, so a megabyte of text costs every server a megabyte,
+//! and an escape sequence reaches the operator's terminal. Text is cut in the middle, because its beginning says what was
+//! tried and its end says why it failed.
+
+use std::fmt;
+
+/// The longest piece of somebody else's text within a message, in characters.
+pub const FOREIGN_MAX: usize = 500;
+
+/// The longest message, in characters.
+pub const MESSAGE_MAX: usize = 2000;
+
+/// Escapes what terminals and log readers act on, and cuts what is longer than `most` characters in the middle. The mark
+/// of the cut comes on top of that.
+pub fn shown(text: &str, most: usize) -> String {
+    write_whole(text.chars().map(Piece::plain), text.len(), most)
+}
+
+/// A piece of somebody else's text between quotes, escaped and cut at [`FOREIGN_MAX`].
+pub fn quoted(text: &str) -> String {
+    format!("\"{}\"", write_whole(text.chars().map(Piece::quoted), text.len(), FOREIGN_MAX))
+}
+
+/// Does a terminal or a reader of logs act on this character instead of printing it?
+///
+/// Control characters of both sets (ISO 6429), line separators, and the characters that change the order in which others
+/// are shown ("Trojan Source", CVE-2021-42574) or that are not shown at all.
+fn is_acted_on(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// One character as it is shown.
+#[derive(Clone, Copy)]
+enum Piece {
+    Plain(char),
+    Escaped(char),
+}
+
+impl Piece {
+    fn plain(c: char) -> Self {
+        if is_acted_on(c) { Self::Escaped(c) } else { Self::Plain(c) }
+    }
+
+    fn quoted(c: char) -> Self {
+        if matches!(c, '"' | '\\') { Self::Escaped(c) } else { Self::plain(c) }
+    }
+
+    /// How many characters it is shown as.
+    fn width(self) -> usize {
+        match self {
+            Self::Plain(_) => 1,
+            Self::Escaped(c) => c.escape_default().len(),
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::Plain(c) | Self::Escaped(c) => c.len_utf8(),
+        }
+    }
+}
+
+impl fmt::Display for Piece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain(c) => fmt::Write::write_char(f, *c),
+            Self::Escaped(c) => c.escape_default().fmt(f),
+        }
+    }
+}
+
+/// Joins pieces of a text of `length` bytes. Looks at no more of them than can be shown: the text may be megabytes.
+fn write_whole(pieces: impl DoubleEndedIterator<Item = Piece> + Clone, length: usize, most: usize) -> String {
+    fn fitting(pieces: impl Iterator<Item = Piece>, room: usize) -> Vec<Piece> {
+        let mut used = 0;
+        pieces
+            .take_while(|piece| {
+                used += piece.width();
+                used <= room
+            })
+            .collect()
+    }
+    let join = |pieces: &[Piece]| pieces.iter().map(Piece::to_string).collect::<String>();
+    let bytes = |pieces: &[Piece]| pieces.iter().map(|piece| piece.bytes()).sum::<usize>();
+    let whole = fitting(pieces.clone(), most);
+    if bytes(&whole) == length {
+        return join(&whole);
+    }
+    let head = fitting(pieces.clone(), most - most / 3);
+    let mut tail = fitting(pieces.rev(), most / 3);
+    tail.reverse();
+    let left_out = length.saturating_sub(bytes(&head) + bytes(&tail));
+    format!("{} [{left_out} bytes left out] {}", join(&head), join(&tail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_terminals_act_on_is_escaped() {
+        assert_eq!(shown("a\r\nb\tc\u{1b}[31m\u{7}", 99), "a\\r\\nb\\tc\\u{1b}[31m\\u{7}");
+        assert_eq!(shown("\u{9b}2J \u{202e}txt.exe \u{2066}\u{feff}", 99), "\\u{9b}2J \\u{202e}txt.exe \\u{2066}\\u{feff}");
+        assert_eq!(shown("häßlich \"日本\" \\n", 99), "häßlich \"日本\" \\n", "what can be printed stays as it is");
+        assert_eq!(quoted("a\"b\\c\n"), r#""a\"b\\c\n""#);
+    }
+
+    #[test]
+    fn beginning_and_end_stay() {
+        let text = format!("exec {}: no such file", "x".repeat(1 << 20));
+        let cut = shown(&text, 60);
+        assert!(cut.starts_with("exec xxx") && cut.ends_with("xx: no such file"), "{cut}");
+        assert!(cut.contains(" [1048535 bytes left out] ") && cut.len() < 100, "{cut}");
+        assert_eq!(shown("twelve bytes", 12), "twelve bytes");
+        assert_eq!(shown("", 0), "");
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_longer_than_allowed_or_acted_on(text in ".{0,80}", most in 0_usize..60) {
+            let cut = shown(&text, most);
+            let mark = " [ bytes left out] ".len() + 6;
+            prop_assert!(cut.chars().count() <= most + mark, "{cut:?}");
+            prop_assert!(!cut.chars().any(is_acted_on), "{cut:?}");
+            prop_assert_eq!(shown(&cut, usize::MAX - 1), cut, "a second time changes nothing");
+        }
+    }
+}
