@@ -192,6 +192,9 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
             groups.push(gid);
         }
     }
+    if groups.len() > users::GROUPS_MAX {
+        return Err(users::UserError::Groups { name: user.to_owned(), count: groups.len() }.into());
+    }
     let process = ProcessBuilder::default()
         .terminal(input.terminal == Terminal::Yes)
         .user(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(groups).build()?)
@@ -457,6 +460,16 @@ mod tests {
         assert_eq!(spec["linux"]["maskedPaths"], json!([]));
         assert_eq!(spec["process"]["noNewPrivileges"], false);
         assert_eq!(spec["linux"]["resources"]["devices"][0]["allow"], true);
+    }
+
+    #[test]
+    fn nobody_is_in_more_groups_than_the_kernel_takes() {
+        let group: &str = Box::leak((1..=65536).map(|n| format!("g:x:{n}:user\n")).collect::<String>().into_boxed_str());
+        let with = |user: &'static str| build_with(|input| (input.user, input.image.group) = (user, group));
+        let error = with("user").expect_err("refused").to_string();
+        assert!(error.contains("has 65536 groups") || error.contains("has 65537 groups"), "{error}");
+        with("user:user").expect_err("no such group");
+        with("user:g").expect("one group");
     }
 
     #[test]

@@ -1,14 +1,57 @@
 //! Users and groups by name, looked up in the image's own passwd(5) and group(5).
+//!
+//! Ids are docker's (moby/sys, `user/user.go`): 0 to 2147483647, in whatever way Go's `Atoi` reads a number, so `+5` and
+//! `007` are numbers and `" 5"` is a name. Beyond that range there is (uid_t)-1, which means "leave as it is" to the kernel:
+//! a process that should get it stays root. What looks like a number is never taken for a name (CVE-2026-46680 in
+//! containerd: an image may have a user of that name, whose id is 0).
+
+use crate::text::quoted;
+
+/// The highest id, so that no system takes one for negative.
+const ID_MAX: u32 = i32::MAX.cast_unsigned();
+/// The kernel's limit on supplementary groups (`NGROUPS_MAX`, setgroups(2)).
+pub const GROUPS_MAX: usize = 65536;
 
 /// A user or group that can't be resolved.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum UserError {
     /// No such user.
-    #[error("user {0:?} is not in the image's /etc/passwd")]
+    #[error("user {} is not in the image's /etc/passwd", quoted(.0))]
     User(String),
     /// No such group.
-    #[error("group {0:?} is not in the image's /etc/group")]
+    #[error("group {} is not in the image's /etc/group", quoted(.0))]
     Group(String),
+    /// A number that is no id.
+    #[error("{kind} {}: uids and gids must be in range 0-{ID_MAX}", quoted(.number))]
+    Number {
+        /// `user` or `group`.
+        kind: &'static str,
+        /// As it was given.
+        number: String,
+    },
+    /// An entry of the image with a number that is no id.
+    #[error(
+        "{kind} {}: entry {} of the image's {file}: uids and gids must be in range 0-{ID_MAX}; use another user, or correct the image",
+        quoted(.name), quoted(.entry)
+    )]
+    Entry {
+        /// `user` or `group`.
+        kind: &'static str,
+        /// Who was looked up.
+        name: String,
+        /// The line.
+        entry: String,
+        /// Where it is.
+        file: &'static str,
+    },
+    /// More supplementary groups than a process can have.
+    #[error("user {} has {count} groups by the image's /etc/group and group_add; the kernel takes {GROUPS_MAX}", quoted(.name))]
+    Groups {
+        /// The user.
+        name: String,
+        /// How many groups that are.
+        count: usize,
+    },
 }
 
 /// Numbers for the kernel.
@@ -22,36 +65,102 @@ pub struct Ids {
     pub groups: Vec<u32>,
 }
 
+/// What a text is when an id is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Number {
+    Id(u32),
+    /// A number, though not one that can be an id.
+    OutOfRange,
+    /// Not a number at all.
+    None,
+}
+
+impl Number {
+    fn of(text: &str) -> Self {
+        let (negative, digits) = match text.strip_prefix(['+', '-']) {
+            Some(digits) => (text.starts_with('-'), digits),
+            None => (false, text),
+        };
+        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Self::None;
+        }
+        match digits.parse::<u32>() {
+            Ok(0) => Self::Id(0),
+            Ok(id @ 1..=ID_MAX) if !negative => Self::Id(id),
+            _ => Self::OutOfRange,
+        }
+    }
+}
+
+/// A line of passwd(5) whose ids are numbers. Other lines name nobody, as docker's reader would have them be root.
 struct Passwd<'a> {
+    line: &'a str,
     name: &'a str,
-    uid: u32,
-    gid: u32,
+    uid: Number,
+    gid: Number,
 }
 
 fn passwd_lines(text: &str) -> impl Iterator<Item = Passwd<'_>> {
     text.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
-        let uid = fields.nth(1)?.parse().ok()?;
-        let gid = fields.next()?.parse().ok()?;
-        Some(Passwd { name, uid, gid })
+        let uid = Number::of(fields.nth(1)?);
+        let gid = Number::of(fields.next()?);
+        (uid != Number::None && gid != Number::None).then_some(Passwd { line, name, uid, gid })
     })
 }
 
-fn group_lines(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
+impl Passwd<'_> {
+    fn ids(&self) -> Result<(u32, u32), UserError> {
+        match (self.uid, self.gid) {
+            (Number::Id(uid), Number::Id(gid)) => Ok((uid, gid)),
+            _ => Err(UserError::Entry {
+                kind: "user",
+                name: self.name.to_owned(),
+                entry: self.line.to_owned(),
+                file: "/etc/passwd",
+            }),
+        }
+    }
+}
+
+/// A line of group(5) whose id is a number.
+struct Group<'a> {
+    line: &'a str,
+    name: &'a str,
+    gid: Number,
+    members: &'a str,
+}
+
+fn group_lines(text: &str) -> impl Iterator<Item = Group<'_>> {
     text.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
-        let gid = fields.nth(1)?.parse().ok()?;
-        Some((name, gid, fields.next().unwrap_or_default()))
+        let gid = Number::of(fields.nth(1)?);
+        let members = fields.next().unwrap_or_default();
+        (gid != Number::None).then_some(Group { line, name, gid, members })
     })
+}
+
+impl Group<'_> {
+    fn id(&self) -> Result<u32, UserError> {
+        match self.gid {
+            Number::Id(gid) => Ok(gid),
+            Number::OutOfRange | Number::None => Err(UserError::Entry {
+                kind: "group",
+                name: self.name.to_owned(),
+                entry: self.line.to_owned(),
+                file: "/etc/group",
+            }),
+        }
+    }
 }
 
 /// Resolves `name`, `uid`, `name:group`, `uid:gid` and their mixtures; empty is root. A number needs no entry, a name
 /// does. Supplementary groups are those that list the user, unless a group is named (docker's rule).
 ///
 /// # Errors
-/// When a name is unknown.
+/// When a name is unknown, or an id is out of range.
 pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> {
     let (user, wanted_group) = match user.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
@@ -59,39 +168,40 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
     };
     let user = if user.is_empty() { "0" } else { user };
     // A number is always one, even if an image has a user of that name: who forces `1000` must not get root.
-    let (uid, gid, name) = match number(user) {
-        Some(uid) => {
-            let entry = passwd_lines(passwd).find(|entry| entry.uid == uid);
-            (uid, entry.as_ref().map_or(0, |entry| entry.gid), entry.map_or("", |entry| entry.name))
-        }
-        None => {
+    let (uid, gid, name) = match Number::of(user) {
+        Number::OutOfRange => return Err(UserError::Number { kind: "user", number: user.to_owned() }),
+        Number::Id(uid) => match passwd_lines(passwd).find(|entry| entry.uid == Number::Id(uid)) {
+            Some(entry) => (uid, entry.ids()?.1, entry.name),
+            None => (uid, 0, ""),
+        },
+        Number::None => {
             let entry = passwd_lines(passwd).find(|entry| entry.name == user);
             let entry = entry.ok_or_else(|| UserError::User(user.to_owned()))?;
-            (entry.uid, entry.gid, entry.name)
+            let (uid, gid) = entry.ids()?;
+            (uid, gid, entry.name)
         }
     };
-    match wanted_group {
-        Some(wanted) => Ok(Ids { uid, gid: self::group(wanted, group)?, groups: Vec::new() }),
-        None => {
-            let lists = |members: &str| !name.is_empty() && members.split(',').any(|member| member.trim() == name);
-            let groups = group_lines(group).filter(|(_, _, members)| lists(members)).map(|(_, gid, _)| gid);
-            Ok(Ids { uid, gid, groups: groups.collect() })
-        }
+    if let Some(wanted) = wanted_group {
+        return Ok(Ids { uid, gid: self::group(wanted, group)?, groups: Vec::new() });
     }
+    let lists = |members: &str| !name.is_empty() && members.split(',').any(|member| member.trim() == name);
+    let groups = group_lines(group).filter(|entry| lists(entry.members)).map(|entry| entry.id());
+    Ok(Ids { uid, gid, groups: groups.collect::<Result<_, _>>()? })
 }
 
 /// Resolves a group's name or number.
 ///
 /// # Errors
-/// When a name is unknown.
+/// When a name is unknown, or an id is out of range.
 pub fn group(wanted: &str, group: &str) -> Result<u32, UserError> {
-    let known = || group_lines(group).find(|(name, _, _)| *name == wanted).map(|(_, gid, _)| gid);
-    number(wanted).or_else(known).ok_or_else(|| UserError::Group(wanted.to_owned()))
-}
-
-/// An id. Docker's limit: beyond it there is (uid_t)-1, which means "leave as it is" to the kernel.
-fn number(text: &str) -> Option<u32> {
-    text.parse().ok().filter(|id| *id <= i32::MAX.cast_unsigned())
+    match Number::of(wanted) {
+        Number::Id(gid) => Ok(gid),
+        Number::OutOfRange => Err(UserError::Number { kind: "group", number: wanted.to_owned() }),
+        Number::None => {
+            let entry = group_lines(group).find(|entry| entry.name == wanted);
+            entry.ok_or_else(|| UserError::Group(wanted.to_owned()))?.id()
+        }
+    }
 }
 
 #[cfg(test)]
@@ -112,9 +222,49 @@ mod tests {
         assert_eq!(resolve("user:extra"), Ok(Ids { uid: 1000, gid: 2000, groups: vec![] }));
         assert_eq!(resolve("4242:4243"), Ok(Ids { uid: 4242, gid: 4243, groups: vec![] }));
         assert_eq!(resolve("77"), Ok(Ids { uid: 77, gid: 0, groups: vec![] }), "a number, though a user is called so");
-        assert_eq!(resolve("4294967295"), Err(UserError::User("4294967295".to_owned())), "(uid_t)-1");
         assert_eq!(resolve("nobody"), Err(UserError::User("nobody".to_owned())));
         assert_eq!(resolve("user:none"), Err(UserError::Group("none".to_owned())));
+    }
+
+    #[test]
+    fn numbers_are_read_as_docker_reads_them() {
+        let uid = |text: &str| resolve(text, "", "").map(|ids| ids.uid);
+        for (text, id) in [("+5", 5), ("007", 7), ("-0", 0), ("2147483647", 2_147_483_647)] {
+            assert_eq!(uid(text), Ok(id), "{text}");
+        }
+        for text in ["-1", "2147483648", "4294967295", "4294967296", "99999999999999999999", "+2147483648", "-2147483648"] {
+            assert_eq!(uid(text), Err(UserError::Number { kind: "user", number: text.to_owned() }));
+            let error = group(text, "").expect_err("refused").to_string();
+            assert!(error.contains(text) && error.contains("in range 0-2147483647"), "{error}");
+        }
+        // Names, that nobody has.
+        for text in [" 5", "5 ", "0x5", "5_0", "+", "-", "5.0"] {
+            assert_eq!(uid(text), Err(UserError::User(text.to_owned())));
+        }
+        // containerd took one that is too large for a name (CVE-2026-46680).
+        assert!(matches!(resolve("4294967295", "4294967295:x:0:0::/:\n", ""), Err(UserError::Number { .. })));
+    }
+
+    #[test]
+    fn entries_out_of_range_are_named() {
+        let passwd = "evil:x:4294967295:0::/:\nneg:x:-1:0::/:\ngid:x:5:4294967295::/:\nlong:x:99999999999:0::/:\n\
+                      text:x:zero:0::/:\nfine:x:9:9::/:\n";
+        let group = "big:x:4294967295:fine\nother:x:4294967295:\nok:x:7:ok\n";
+        for user in ["evil", "neg", "gid", "5", "long", "evil:7", "fine"] {
+            let error = resolve(user, passwd, group).expect_err(user);
+            let entry = if user == "fine" { "big:x:4294967295:fine" } else { passwd_line(passwd, user) };
+            assert!(matches!(&error, UserError::Entry { entry: found, .. } if found == entry), "{user}: {error}");
+        }
+        assert_eq!(resolve("text", passwd, group), Err(UserError::User("text".to_owned())), "not root");
+        assert!(matches!(super::group("big", group), Err(UserError::Entry { .. })));
+        // Entries that nobody uses do no harm.
+        assert_eq!(resolve("fine:ok", passwd, group), Ok(Ids { uid: 9, gid: 7, groups: vec![] }));
+    }
+
+    fn passwd_line<'a>(passwd: &'a str, user: &str) -> &'a str {
+        let name = user.split(':').next().unwrap_or_default();
+        let name = if name == "5" { "gid" } else { name };
+        passwd.lines().find(|line| line.starts_with(&format!("{name}:"))).expect("a line")
     }
 
     proptest! {
