@@ -5,6 +5,8 @@
 //! a process that should get it stays root. What looks like a number is never taken for a name (CVE-2026-46680 in
 //! containerd: an image may have a user of that name, whose id is 0).
 
+use std::collections::{BTreeSet, HashMap};
+
 use crate::text::quoted;
 
 /// The highest id, so that no system takes one for negative.
@@ -193,14 +195,34 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
 ///
 /// # Errors
 /// When a name is unknown, or an id is out of range.
-pub fn group(wanted: &str, group: &str) -> Result<u32, UserError> {
+fn group(wanted: &str, group: &str) -> Result<u32, UserError> {
+    id_of_group(wanted, |name| group_lines(group).find(|entry| entry.name == name).map(|entry| entry.id()))
+}
+
+/// Resolves many groups' names and numbers, each once. The file is read once, since job and image choose both lengths.
+///
+/// # Errors
+/// When a name is unknown, or an id is out of range.
+pub fn groups(wanted: &[String], group: &str) -> Result<BTreeSet<u32>, UserError> {
+    if wanted.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let mut known: HashMap<&str, Group<'_>> = HashMap::new();
+    for entry in group_lines(group) {
+        // The first one of a name wins.
+        known.entry(entry.name).or_insert(entry);
+    }
+    wanted.iter().map(|wanted| id_of_group(wanted, |name| known.get(name).map(Group::id))).collect()
+}
+
+fn id_of_group(
+    wanted: &str,
+    look_up: impl FnOnce(&str) -> Option<Result<u32, UserError>>,
+) -> Result<u32, UserError> {
     match Number::of(wanted) {
         Number::Id(gid) => Ok(gid),
         Number::OutOfRange => Err(UserError::Number { kind: "group", number: wanted.to_owned() }),
-        Number::None => {
-            let entry = group_lines(group).find(|entry| entry.name == wanted);
-            entry.ok_or_else(|| UserError::Group(wanted.to_owned()))?.id()
-        }
+        Number::None => look_up(wanted).unwrap_or_else(|| Err(UserError::Group(wanted.to_owned()))),
     }
 }
 
