@@ -1,6 +1,7 @@
 //! A HashiCorp Nomad task driver that keeps images in containerd's store and starts containers through containerd's
 //! shims, without containerd on the start path. `docs/ARCHITECTURE.md` follows a task through these modules.
 
+pub mod accounts;
 pub mod bench;
 pub mod cgroup;
 pub mod cli;

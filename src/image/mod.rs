@@ -31,7 +31,7 @@ pub use record::{ImageConfig, ImageRecord};
 pub use reference::{Reference, ReferenceError, RegistryName};
 pub use store::{ImageStore, PullPolicy, PullRequest};
 
-use crate::{containerd::ContainerdError, ids::Digest};
+use crate::{accounts::AccountsError, containerd::ContainerdError, ids::Digest};
 
 /// Why an image can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -166,6 +166,14 @@ pub enum ImageError {
         digest: Digest,
         /// Why.
         source: LayerProblem,
+    },
+    /// Accounts files that can't be used.
+    #[error("image {image} is refused")]
+    Accounts {
+        /// As asked for.
+        image: String,
+        /// Why.
+        source: AccountsError,
     },
     /// A snapshotter whose mounts we can't stack on.
     #[error(

@@ -340,8 +340,8 @@ impl ImageStore {
         };
         let mut record = ImageRecord::new(reference, parts, ImageConfig::from(&configuration));
         let scratch = places.images();
-        let reading = stack.clone();
-        let read = tokio::task::spawn_blocking(move || unpack::accounts(&reading, &scratch));
+        let (reading, named) = (stack.clone(), reference.clone());
+        let read = tokio::task::spawn_blocking(move || unpack::accounts(&named, &reading, &scratch));
         (record.passwd, record.group) = read
             .await
             .map_err(|join| ImageError::Record { path: places.images(), source: std::io::Error::other(join) })??;

@@ -1,16 +1,11 @@
 //! From blobs to directories: layers applied into containerd's snapshotter, and the view that keeps them.
 
 use std::{
-    fs,
-    io::{self, Read as _},
-    os::fd::AsRawFd as _,
+    fs, io,
     path::{Path, PathBuf},
 };
 
-use nix::{
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
-    mount::{MntFlags, umount2},
-};
+use nix::mount::{MntFlags, umount2};
 
 use super::{
     ImageError, Reference,
@@ -18,13 +13,11 @@ use super::{
     pull::{Progress, PullEvent},
 };
 use crate::{
+    accounts::{self, AccountsError},
     containerd::{Client, Labels, LeaseId},
     ids::{ChainId, Digest, random_hex},
     pb::types::Mount,
 };
-
-/// Accounts files are a few kilobytes; nobody's has a megabyte.
-const ACCOUNTS_MAX: u64 = 1 << 20;
 
 /// Makes sure that all layers are unpacked: the name of the whole stack, None for an image without layers.
 ///
@@ -147,43 +140,26 @@ pub fn stack_of(client: &Client, reference: &Reference, mounts: &[Mount]) -> Res
 /// The image's passwd and group files as its processes would see them, read through a mount that is gone afterwards.
 ///
 /// # Errors
-/// When the layers can't be mounted or a file can't be read. An image without them has empty ones.
-pub fn accounts(stack: &Stack, scratch: &Path) -> Result<(String, String), ImageError> {
+/// When the layers can't be mounted, or a file can't be read or is no plain one. An image without them has empty ones.
+pub fn accounts(reference: &Reference, stack: &Stack, scratch: &Path) -> Result<(String, String), ImageError> {
     let path = scratch.join(format!("view-{}", random_hex(8)));
-    let inner = || -> io::Result<(String, String)> {
-        if let [only] = &stack.lowers[..] {
-            return Ok((read_beneath(only, "etc/passwd")?, read_beneath(only, "etc/group")?));
+    let failed = |source: io::Error| ImageError::Record { path: path.clone(), source };
+    let both = |root: &Path| Ok((accounts::read(root, accounts::PASSWD)?, accounts::read(root, accounts::GROUP)?));
+    let read = match &stack.lowers[..] {
+        [only] => both(only),
+        lowers => {
+            fs::create_dir(&path).map_err(failed)?;
+            let mounted = crate::overlay::mount_read_only(lowers, &stack.options, &path);
+            let read = mounted.map(|()| {
+                let read = both(&path);
+                umount2(&path, MntFlags::MNT_DETACH).map(|()| read)
+            });
+            fs::remove_dir(&path).map_err(failed)?;
+            read.map_err(failed)?.map_err(|errno| failed(errno.into()))?
         }
-        fs::create_dir(&path)?;
-        let read = crate::overlay::mount_read_only(&stack.lowers, &stack.options, &path).and_then(|()| {
-            let both = read_beneath(&path, "etc/passwd").and_then(|a| Ok((a, read_beneath(&path, "etc/group")?)));
-            umount2(&path, MntFlags::MNT_DETACH)?;
-            both
-        });
-        fs::remove_dir(&path)?;
-        read
     };
-    inner().map_err(|source| ImageError::Record { path: path.clone(), source })
-}
-
-/// Reads a file with every symlink resolved inside `root`; a missing one is empty.
-fn read_beneath(root: &Path, name: &str) -> io::Result<String> {
-    let root = fs::File::open(root)?;
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    // Named first and looked at, opened second: a stranger's image may have a device there, and opening some devices
-    // does things to the host.
-    let named = match openat2(&root, name, how) {
-        Ok(fd) => fs::File::from(fd),
-        Err(nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ELOOP) => return Ok(String::new()),
-        Err(errno) => return Err(errno.into()),
-    };
-    if !named.metadata()?.is_file() {
-        return Ok(String::new());
-    }
-    let file = fs::File::open(format!("/proc/self/fd/{}", named.as_raw_fd()))?;
-    let mut bytes = Vec::new();
-    file.take(ACCOUNTS_MAX).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    read.map_err(|error: AccountsError| match error {
+        AccountsError::Read { source, .. } => failed(source),
+        source => ImageError::Accounts { image: reference.to_string(), source },
+    })
 }

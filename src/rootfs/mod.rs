@@ -34,6 +34,8 @@ pub use resources::{CpuQuota, MemoryMax, Resources};
 pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, Terminal, build};
 pub use users::UserError;
 
+use crate::accounts::AccountsError;
+
 /// Why no spec or bundle could be made.
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
@@ -43,6 +45,9 @@ pub enum RootfsError {
     /// A user or group that the image doesn't have.
     #[error(transparent)]
     User(#[from] UserError),
+    /// The files that the runtime finds users in, of the image or mounted over it.
+    #[error(transparent)]
+    Accounts(#[from] AccountsError),
     /// A working directory that is no absolute path.
     #[error("cwd {0:?} is not an absolute path")]
     Cwd(String),

@@ -16,6 +16,7 @@ use super::{
     signal,
 };
 use crate::{
+    accounts,
     cgroup::{CgroupMode, CgroupPath, SharePool},
     fault, gvisor,
     ids::ContainerId,
@@ -201,6 +202,8 @@ impl Plan<'_> {
         let base = spec.mounts().clone().unwrap_or_default();
         let placed = mount_tree::place(&paths, &base, &self.mounts, task_mounts::sys_targets(shared, self.request))?;
         spec.set_mounts(Some([base, placed].concat()));
+        // By now the root file system is what the runtime will read accounts from.
+        accounts::check(&paths.rootfs(), binds(&spec)).map_err(RootfsError::from)?;
         let root = shared.settings.places.runtime_root(&self.runtime.name);
         crate::places::make_dir(&root)
             .map_err(|source| crate::places::PlacesError::Create { path: root.clone(), source })?;
@@ -342,4 +345,10 @@ fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
         Ok(text)
     };
     read().map_err(|source| seccomp::SeccompError::Read { path: shown.into(), source }.into())
+}
+
+/// What a spec binds: places in the container, and what is bound there.
+fn binds(spec: &oci_spec::runtime::Spec) -> impl Iterator<Item = (&Path, &Path)> {
+    let mounts = spec.mounts().iter().flatten().filter(|mount| mount.typ().as_deref() == Some("bind"));
+    mounts.filter_map(|mount| Some((mount.destination().as_path(), mount.source().as_deref()?)))
 }

@@ -19,6 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 const LEAVES: &[&str] = &[
+    "accounts",
     "chain",
     "control",
     "cookie",
