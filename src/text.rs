@@ -24,6 +24,11 @@ pub fn quoted(text: &str) -> String {
     format!("\"{}\"", write_whole(text.chars().map(Piece::quoted), text.len(), FOREIGN_MAX))
 }
 
+/// Is all of a text shown as it is, whoever shows it?
+pub fn is_printable(text: &str) -> bool {
+    !text.contains(is_acted_on)
+}
+
 /// Does a terminal or a reader of logs act on this character instead of printing it?
 ///
 /// Control characters of both sets (ISO 6429), line separators, and the characters that change the order in which others

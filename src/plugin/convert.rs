@@ -6,7 +6,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::config::{self, ConfigError, GroupNetwork};
+use super::{
+    config::{self, ConfigError, GroupNetwork},
+    texts,
+};
 use crate::{
     ids::{Flavor, TaskId},
     pb::{base as pb, driver as wire},
@@ -22,6 +25,7 @@ const ZERO_TIME: prost_types::Timestamp = prost_types::Timestamp { seconds: -62_
 /// # Errors
 /// With everything that is wrong with its `config`.
 pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<StartRequest, ConfigError> {
+    texts::check(task)?;
     let network = match &task.network_isolation_spec {
         Some(spec) if !spec.path.is_empty() => NetworkNamespace::Path(PathBuf::from(&spec.path)),
         _ => NetworkNamespace::Private,

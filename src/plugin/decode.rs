@@ -154,6 +154,7 @@ fn object(rows: &'static [Row], wire: &Wire, path: &mut String, faults: &mut Vec
             },
             Some(wire) => {
                 if let Some(value) = value(row.kind, wire, path, faults) {
+                    no_nul(&value, path, faults);
                     values.0.insert(row.name, value);
                 }
             }
@@ -230,6 +231,24 @@ fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -
             }
             Some(Value::Labelled(blocks))
         }
+    }
+}
+
+/// C's readers (the kernel, crun) take a NUL byte for the end of a text, and would see another one than we have checked.
+fn no_nul(value: &Value, path: &str, faults: &mut Vec<String>) {
+    let mut check = |text: &str| {
+        if text.contains('\0') {
+            faults.push(format!("{path} contains a NUL byte"));
+        }
+    };
+    match value {
+        Value::Text(text) => check(text),
+        Value::List(list) => list.iter().for_each(|text| check(text)),
+        Value::Map(map) => map.iter().flat_map(|(key, value)| [key, value]).for_each(|text| check(text)),
+        Value::Labelled(blocks) => blocks.keys().for_each(|label| check(label)),
+        // Looked at option by option.
+        Value::Block(_) | Value::Blocks(_) => {}
+        Value::Flag(_) | Value::Number(_) => {}
     }
 }
 
@@ -354,6 +373,25 @@ mod tests {
         assert_eq!(values.block("shim").and_then(|shim| shim.number("pool")), Some(3));
         assert_eq!(values.labelled("runtime").count(), 1);
         assert!(faults.is_empty(), "{faults:?}");
+    }
+
+    #[test]
+    fn nul_bytes_are_refused_in_every_kind_of_text() {
+        for (option, value) in [
+            ("command", serde_json::json!("/bin/sh\0x")),
+            ("args", serde_json::json!(["a", "b\0"])),
+            ("sysctl", serde_json::json!({"fs.mqueue.msg_max\0x": "1"})),
+            ("labels", serde_json::json!([{"a": "\0"}])),
+            ("mounts[0].target", serde_json::json!([{"target": "/etc/passwd\0x"}])),
+            ("mounts[0].options", serde_json::json!([{"target": "/t", "options": ["size=1\0"]}])),
+            ("auth.password", serde_json::json!({"username": "u", "password": "secret\0"})),
+        ] {
+            let mut faults = Vec::new();
+            let mut config = serde_json::json!({"image": "a"});
+            config[option.split(['.', '[']).next().expect("a name")] = value;
+            decode(TASK, &encode_raw(&config), &mut faults);
+            assert_eq!(faults, [format!("{option} contains a NUL byte")]);
+        }
     }
 
     proptest! {

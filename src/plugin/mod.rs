@@ -18,6 +18,7 @@ mod schema;
 mod service;
 mod stats;
 mod status;
+mod texts;
 mod tls;
 
 pub use config::{ConfigError, GroupNetwork, settings, task_options};

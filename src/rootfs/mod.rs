@@ -10,6 +10,7 @@ mod defaults;
 pub mod devices;
 pub mod gateway;
 mod image_links;
+mod kernel_limits;
 pub mod limits;
 mod mount_attributes;
 pub mod mount_tree;
@@ -29,12 +30,13 @@ use std::{io, path::PathBuf};
 pub use ahead::Ahead;
 pub use bundle::UpperOn;
 pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
+pub use kernel_limits::{KernelLimits, StringError};
 pub use process::Command;
 pub use resources::{CpuQuota, MemoryMax, Resources};
 pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, Terminal, build};
 pub use users::UserError;
 
-use crate::accounts::AccountsError;
+use crate::{accounts::AccountsError, text::quoted};
 
 /// Why no spec or bundle could be made.
 #[derive(Debug, thiserror::Error)]
@@ -48,8 +50,11 @@ pub enum RootfsError {
     /// The files that the runtime finds users in, of the image or mounted over it.
     #[error(transparent)]
     Accounts(#[from] AccountsError),
+    /// A string or path that the kernel does not take.
+    #[error(transparent)]
+    String(#[from] StringError),
     /// A working directory that is no absolute path.
-    #[error("cwd {0:?} is not an absolute path")]
+    #[error("cwd {} is not an absolute path", quoted(.0))]
     Cwd(String),
     /// A part of the OCI spec was refused by its own builder.
     #[error("OCI spec")]

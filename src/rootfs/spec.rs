@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 };
 
 use super::{
-    Capabilities, Command, Resources, RootfsError,
+    Capabilities, Command, KernelLimits, Resources, RootfsError,
     defaults::{self, BaseMounts, MASKED_PATHS, READONLY_PATHS},
     limits::{Namespace, Namespaces, Ulimit},
     process, resources,
@@ -159,6 +159,8 @@ pub struct SpecInput<'a> {
     pub counts_swap: bool,
     /// Where the limits are.
     pub cgroup: &'a str,
+    /// What this host's kernel takes of strings.
+    pub kernel: KernelLimits,
     /// What it may call.
     pub seccomp: Option<Filter>,
     /// For people and tools that look at the container.
@@ -169,7 +171,7 @@ pub struct SpecInput<'a> {
 /// has; the task's own follow when they have been placed (`mount_tree`).
 ///
 /// # Errors
-/// When there is nothing to run, the user is unknown or a path is not absolute.
+/// When there is nothing to run, the user is unknown, a path is not absolute, or the kernel would not take a string.
 pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     let privileged = matches!(input.privilege, Privilege::Privileged { .. });
     let cwd = match input.cwd {
@@ -262,6 +264,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         // It would be set for the host.
         spec.set_hostname(None);
     }
+    input.kernel.check(&spec)?;
     Ok(spec)
 }
 
@@ -384,6 +387,7 @@ mod tests {
             hooks: &hooks,
             counts_swap: true,
             cgroup: "/nomad/a.t",
+            kernel: KernelLimits::of_this_process(),
             seccomp: None,
             annotations: BTreeMap::new(),
         };

@@ -15,7 +15,9 @@ use crate::{
     ids::{ContainerId, random_hex},
     places::{Places, make_dir, write_private},
     process::{PidFd, ProcessId, descendants},
+    rootfs::{KernelLimits, StringError},
     shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, Kill, ShimError, WindowSize},
+    text::quoted,
 };
 
 /// SIGKILL works at once, or the process hangs in the kernel.
@@ -30,6 +32,9 @@ pub enum ExecError {
     /// Nothing to run.
     #[error("exec: the command is empty")]
     Empty,
+    /// A string that the kernel does not take.
+    #[error("exec")]
+    String(#[from] StringError),
     /// The task's own description.
     #[error("exec: {path}")]
     Bundle {
@@ -42,7 +47,7 @@ pub enum ExecError {
     #[error("exec: pipes")]
     Pipes(#[source] io::Error),
     /// The shim or the runtime.
-    #[error("exec {command:?}")]
+    #[error("exec {}", quoted(.command))]
     Shim {
         /// What was to be run.
         command: String,
@@ -57,6 +62,7 @@ impl ExecError {
     pub fn exit_code(&self) -> Option<i32> {
         match self {
             Self::Shim { source: ShimError::Refused { message, .. }, .. } => Some(refusal_code(message).unwrap_or(126)),
+            Self::String(_) => Some(126),
             _ => None,
         }
     }
@@ -120,6 +126,8 @@ pub async fn start(
     };
     let text = fs::read(&config).map_err(unusable(&config))?;
     let Described { spec, oom_score } = describe(&text, request).map_err(|error| unusable(&config)(error.into()))?;
+    let process = serde_json::from_slice(&spec).map_err(|error| unusable(&config)(error.into()))?;
+    KernelLimits::of_this_process().check_process(&process)?;
     let pipes = ExecPipes::new(request.stdin, request.terminal).map_err(ExecError::Pipes)?;
     let [stdin, stdout, stderr] = pipes.paths();
     // Noted first: whatever becomes of us, our successor finds it.

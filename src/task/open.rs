@@ -21,7 +21,7 @@ use crate::{
     containerd,
     image::{ImageStore, Reference},
     rootfs::{
-        Ahead, Capabilities, UpperOn,
+        Ahead, Capabilities, KernelLimits, UpperOn,
         seccomp::{Filters, Form},
     },
     shim::{Launcher, PidFiles, Pool, Sealed},
@@ -94,6 +94,7 @@ impl Engine {
             log_keeper,
             warmer,
             own_capabilities: Capabilities::of_this_process(),
+            kernel: KernelLimits::of_this_process(),
             clearing: watch::Sender::new(0),
             teardowns: Semaphore::new(TEARDOWNS),
             hurry: Notify::new(),

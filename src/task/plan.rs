@@ -290,6 +290,7 @@ impl Plan<'_> {
             hooks: &settings.hooks,
             counts_swap: shared.cgroups.counts_swap(),
             cgroup: self.cgroup.as_str(),
+            kernel: shared.kernel,
             seccomp,
             annotations,
         })?;

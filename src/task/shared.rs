@@ -14,7 +14,7 @@ use crate::{
     gvisor,
     ids::TaskId,
     image::{ImageRecord, ImageStore},
-    rootfs::{Ahead, Capabilities, bundle::Layers, seccomp::Filters},
+    rootfs::{Ahead, Capabilities, KernelLimits, bundle::Layers, seccomp::Filters},
     shim::{self, DeadTask, Exit, PidFiles, Pool, ShimError},
 };
 
@@ -40,6 +40,8 @@ pub struct Shared {
     pub(super) warmer: Option<Warmer>,
     /// What this process could hand on to a privileged task.
     pub(super) own_capabilities: Capabilities,
+    /// What this host's kernel takes of a task's strings.
+    pub(super) kernel: KernelLimits,
     /// Tasks that the background is clearing away, or will.
     pub(super) clearing: watch::Sender<usize>,
     /// So many tasks are cleared away at a time.

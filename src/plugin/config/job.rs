@@ -17,6 +17,7 @@ use crate::{
     },
     rootfs::{CapabilityRequest, Command, RootMode, parse_capability, target::SysTargets},
     task::{SeccompRequest, SecuritySettings, Settings, TaskOptions},
+    text::{is_printable, quoted},
 };
 
 /// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
@@ -70,8 +71,8 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         faults.push(format!("cwd = {relative:?} is not an absolute path"));
     }
     let hostname = values.filled("hostname").map(str::to_owned);
-    if let Some(long) = hostname.as_deref().filter(|name| name.len() > HOSTNAME_MAX || name.contains('\0')) {
-        faults.push(format!("hostname = {long:?} is longer than {HOSTNAME_MAX} bytes"));
+    if let Some(problem) = hostname.as_deref().and_then(|name| bad_hostname(name, flavor)) {
+        faults.push(problem);
     }
     if flag("privileged") && !settings.security.allow_privileged {
         faults.push(
@@ -176,6 +177,30 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         annotations,
     });
     finish(JOB, options, faults)
+}
+
+/// What is wrong with a host name, if anything is.
+///
+/// docker takes any text since it gave up its rule (moby/moby#28990: people use underscores), and the kernel does, too.
+/// Prompts, logs and scripts of the image do not expect that. Under our own name a host name is what RFC 1123 has and an
+/// underscore; under the old driver's only what no terminal or file would take for text is refused.
+fn bad_hostname(name: &str, flavor: Flavor) -> Option<String> {
+    if name.len() > HOSTNAME_MAX {
+        return Some(format!("hostname = {} is longer than {HOSTNAME_MAX} bytes", quoted(name)));
+    }
+    let fine = match flavor {
+        Flavor::Secure => {
+            let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+            letters && !name.starts_with(['.', '-'])
+        }
+        Flavor::DropIn => is_printable(name),
+    };
+    (!fine).then(|| {
+        format!(
+            "hostname = {} is no host name: use letters, digits, dots, dashes and underscores, the first of them no dot or dash; without the option it is the container's id",
+            quoted(name)
+        )
+    })
 }
 
 fn pull_policy(values: &Values, faults: &mut Faults<'_>) -> PullPolicy {

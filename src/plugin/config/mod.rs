@@ -40,7 +40,12 @@ pub struct ConfigError {
 impl ConfigError {
     /// One fault of a job's `config`.
     pub fn one(fault: String) -> Self {
-        Self { what: JOB, faults: vec![fault] }
+        Self::many(vec![fault])
+    }
+
+    /// Faults of a job.
+    pub fn many(faults: Vec<String>) -> Self {
+        Self { what: JOB, faults }
     }
 }
 

@@ -28,6 +28,28 @@ fn our_own_name_is_closed_and_the_old_one_open() {
 }
 
 #[test]
+fn hostnames_are_names() {
+    let with = |driver: &str, name: &str| {
+        let bytes = encode(&[("image", Wire::from("a")), ("hostname", Wire::from(name))]);
+        task_options(&named(driver), GroupNetwork::None, &bytes).map(|options| options.hostname)
+    };
+    for name in ["a", "web-1.example", "9lives", "under_score", "_service", "a.", &"h".repeat(64)] {
+        assert_eq!(with("shim", name).expect(name).as_deref(), Some(name));
+    }
+    for name in ["-x;$(id)", "a b", "a/b", ".a", "h\u{f6}st", "a\nb", "\u{1b}[31m", "a\u{202e}b", "a\0b", &"h".repeat(65)] {
+        let error = with("shim", name).expect_err(name).to_string();
+        assert!(error.contains("hostname") && !error.contains(char::is_control), "{error}");
+    }
+    // The old driver took everything.
+    for name in ["-x;$(id)", "a b", "h\u{f6}st"] {
+        with("containerd-driver", name).expect(name);
+    }
+    for name in ["a\nb", "\u{1b}[31m", "\u{9b}2J", "a\u{202e}b", "a\0b"] {
+        with("containerd-driver", name).expect_err(name);
+    }
+}
+
+#[test]
 fn conflicts_and_gates_are_told_together() {
     let bytes = encode(&[
         ("image", Wire::from("Not An Image")),
