@@ -1,7 +1,11 @@
-//! What every container gets: mounts, masked paths, device rules. The lists are containerd's (`oci/spec.go`,
-//! `oci/mounts.go`), which runc and docker share.
+//! What every container gets: mounts, masked paths, device rules. The lists are containerd's (`pkg/oci/spec.go`,
+//! `pkg/oci/mounts.go`) and moby's (`daemon/pkg/oci/defaults.go`), which agree.
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, Mount, MountBuilder,
@@ -10,10 +14,14 @@ use oci_spec::runtime::{
 use super::{RootfsError, tmpfs::SHM_SIZE};
 use crate::ids::Flavor;
 
-/// Proc and sys entries that tell or change something about the host.
-pub const MASKED_PATHS: [&str; 11] = [
+/// Proc and sys entries that tell or change something about the host, and are the same on every host: moby's list
+/// (`daemon/pkg/oci/defaults.go`, since moby/moby#49560 of 2025) and containerd's (since containerd/containerd#14090 of
+/// September 2026). `/proc/interrupts` counts thermal events of the host's processors, which tell what others compute
+/// (moby's advisory GHSA-6fw5-f8r9-fgfm).
+const MASKED_PATHS: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
+    "/proc/interrupts",
     "/proc/kcore",
     "/proc/keys",
     "/proc/latency_stats",
@@ -24,6 +32,44 @@ pub const MASKED_PATHS: [&str; 11] = [
     "/sys/devices/virtual/powercap",
     "/proc/scsi",
 ];
+
+/// Where the kernel shows processors.
+const PROCESSORS: &str = "/sys/devices/system/cpu";
+
+/// What is hidden from every task that is not privileged.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MaskedPaths(Vec<String>);
+
+impl MaskedPaths {
+    /// Looks at what this host has, which is done once for all tasks: a host may have hundreds of processors. Those that
+    /// are brought online later count from the next start of the plugin, as in moby.
+    pub fn of_this_host() -> Self {
+        Self::of(Path::new(PROCESSORS))
+    }
+
+    /// The fixed paths alone: for a sandbox, whose own kernel shows nothing of the host's processors.
+    pub fn of_a_sandbox() -> Self {
+        Self(MASKED_PATHS.map(str::to_owned).to_vec())
+    }
+
+    /// With the thermal events of each processor whose directory in `processors` has them
+    /// (`cpu0/thermal_throttle`, on Intel's: Documentation/admin-guide/cputopology.rst names the directories).
+    fn of(processors: &Path) -> Self {
+        let number = |name: &str| name.strip_prefix("cpu")?.parse::<u32>().ok();
+        let listed = fs::read_dir(processors).into_iter().flatten().flatten();
+        let numbers: BTreeSet<u32> = listed.filter_map(|entry| number(entry.file_name().to_str()?)).collect();
+        let counters = numbers.into_iter().map(|number| format!("cpu{number}/thermal_throttle"));
+        let found = counters.filter(|counters| processors.join(counters).is_dir());
+        let mut this = Self::of_a_sandbox();
+        this.0.extend(found.map(|counters| format!("{PROCESSORS}/{counters}")));
+        this
+    }
+
+    /// The paths.
+    pub fn as_slice(&self) -> &[String] {
+        &self.0
+    }
+}
 
 /// Proc entries that stay readable.
 pub const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
@@ -134,4 +180,25 @@ pub fn allow_device(device: &LinuxDevice, access: &str) -> Result<LinuxDeviceCgr
         .minor(device.minor())
         .access(access)
         .build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processors_of_the_host_are_found() {
+        let host = tempfile::tempdir().expect("a temporary directory");
+        for directory in
+            ["cpu0/thermal_throttle", "cpu10/thermal_throttle", "cpu2/thermal_throttle", "cpu3/cache", "cpufreq"]
+        {
+            fs::create_dir_all(host.path().join(directory)).expect("made");
+        }
+        let paths = MaskedPaths::of(host.path());
+        let fixed = MASKED_PATHS.len();
+        assert_eq!(paths.as_slice()[..fixed], MASKED_PATHS);
+        let expected = ["cpu0", "cpu2", "cpu10"].map(|cpu| format!("/sys/devices/system/cpu/{cpu}/thermal_throttle"));
+        assert_eq!(paths.as_slice()[fixed..], expected);
+        assert_eq!(MaskedPaths::of(&host.path().join("none")), MaskedPaths::of_a_sandbox());
+    }
 }

@@ -134,7 +134,8 @@ impl KernelLimits {
         }
         for mount in spec.mounts().iter().flatten() {
             path("the target of a mount", mount.destination())?;
-            let named = |what: &str| format!("{what} of the mount at {}", quoted(&mount.destination().to_string_lossy()));
+            let named =
+                |what: &str| format!("{what} of the mount at {}", quoted(&mount.destination().to_string_lossy()));
             if let Some(source) = mount.source() {
                 path(&named("the source"), source)?;
             }
@@ -262,7 +263,13 @@ mod tests {
         let mut places = Vec::new();
         each_text(&mut spec(), "", &mut |at, _| places.push(at.to_owned()));
         // Ours, and words of the spec itself.
-        let ours = ["/ociVersion", "/root/path", "/process/rlimits/0/type", "/linux/devices/0/type", "/linux/namespaces/0/type"];
+        let ours = [
+            "/ociVersion",
+            "/root/path",
+            "/process/rlimits/0/type",
+            "/linux/devices/0/type",
+            "/linux/namespaces/0/type",
+        ];
         for place in places.iter().filter(|place| !ours.contains(&place.as_str())) {
             let mut changed = spec();
             each_text(&mut changed, "", &mut |at, text| {

@@ -30,6 +30,7 @@ use std::{io, path::PathBuf};
 pub use ahead::Ahead;
 pub use bundle::UpperOn;
 pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
+pub use defaults::MaskedPaths;
 pub use kernel_limits::{KernelLimits, StringError};
 pub use process::Command;
 pub use resources::{CpuQuota, MemoryMax, Resources};

@@ -13,7 +13,7 @@ use oci_spec::runtime::{
 
 use super::{
     Capabilities, Command, KernelLimits, Resources, RootfsError,
-    defaults::{self, BaseMounts, MASKED_PATHS, READONLY_PATHS},
+    defaults::{self, BaseMounts, MaskedPaths, READONLY_PATHS},
     limits::{Namespace, Namespaces, Ulimit},
     process, resources,
     seccomp::{CRUN_PROGRAM, Filter},
@@ -125,6 +125,8 @@ pub struct SpecInput<'a> {
     pub capabilities: Capabilities,
     /// Privileged or not.
     pub privilege: Privilege,
+    /// What is hidden from a task that is not.
+    pub masked: &'a MaskedPaths,
     /// Network.
     pub network: NetworkNamespace,
     /// How far the root of its mounts spreads; None leaves it to the runtime.
@@ -227,9 +229,8 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         .readonly_paths(Vec::<String>::new());
     match input.privilege {
         Privilege::Confined => {
-            linux = linux
-                .masked_paths(MASKED_PATHS.map(str::to_owned).to_vec())
-                .readonly_paths(READONLY_PATHS.map(str::to_owned).to_vec());
+            linux =
+                linux.masked_paths(input.masked.as_slice()).readonly_paths(READONLY_PATHS.map(str::to_owned).to_vec());
         }
         Privilege::Privileged { devices: host } => devices.extend(host),
     }
@@ -370,6 +371,7 @@ mod tests {
             root: RootMode::Writable,
             capabilities: Capabilities::defaults(Flavor::Secure),
             privilege: Privilege::Confined,
+            masked: Box::leak(Box::new(MaskedPaths::of_a_sandbox())),
             network: NetworkNamespace::Private,
             root_propagation: None,
             devices: Vec::new(),
@@ -406,7 +408,7 @@ mod tests {
         assert_eq!(spec["process"]["rlimits"], json!([]));
         assert_eq!(spec["root"], json!({"path": "rootfs", "readonly": false}));
         assert_eq!(spec["linux"]["cgroupsPath"], "/nomad/a.t");
-        assert_eq!(spec["linux"]["maskedPaths"].as_array().map(Vec::len), Some(MASKED_PATHS.len()));
+        assert_eq!(spec["linux"]["maskedPaths"].as_array().map(Vec::len), Some(12));
         let kinds: Vec<_> =
             spec["linux"]["namespaces"].as_array().expect("a list").iter().map(|n| n["type"].clone()).collect();
         assert_eq!(kinds, ["pid", "ipc", "uts", "mount", "network"]);
@@ -464,7 +466,8 @@ mod tests {
 
     #[test]
     fn nobody_is_in_more_groups_than_the_kernel_takes() {
-        let group: &str = Box::leak((1..=65537).map(|n| format!("g:x:{n}:user\n")).collect::<String>().into_boxed_str());
+        let group: &str =
+            Box::leak((1..=65537).map(|n| format!("g:x:{n}:user\n")).collect::<String>().into_boxed_str());
         let with = |user: &'static str| build_with(|input| (input.user, input.image.group) = (user, group));
         let error = with("user").expect_err("refused").to_string();
         assert!(error.contains("has 65537 groups"), "{error}");

@@ -215,10 +215,7 @@ pub fn groups(wanted: &[String], group: &str) -> Result<BTreeSet<u32>, UserError
     wanted.iter().map(|wanted| id_of_group(wanted, |name| known.get(name).map(Group::id))).collect()
 }
 
-fn id_of_group(
-    wanted: &str,
-    look_up: impl FnOnce(&str) -> Option<Result<u32, UserError>>,
-) -> Result<u32, UserError> {
+fn id_of_group(wanted: &str, look_up: impl FnOnce(&str) -> Option<Result<u32, UserError>>) -> Result<u32, UserError> {
     match Number::of(wanted) {
         Number::Id(gid) => Ok(gid),
         Number::OutOfRange => Err(UserError::Number { kind: "group", number: wanted.to_owned() }),
@@ -254,7 +251,9 @@ mod tests {
         for (text, id) in [("+5", 5), ("007", 7), ("-0", 0), ("2147483647", 2_147_483_647)] {
             assert_eq!(uid(text), Ok(id), "{text}");
         }
-        for text in ["-1", "2147483648", "4294967295", "4294967296", "99999999999999999999", "+2147483648", "-2147483648"] {
+        for text in
+            ["-1", "2147483648", "4294967295", "4294967296", "99999999999999999999", "+2147483648", "-2147483648"]
+        {
             assert_eq!(uid(text), Err(UserError::Number { kind: "user", number: text.to_owned() }));
             let error = group(text, "").expect_err("refused").to_string();
             assert!(error.contains(text) && error.contains("in range 0-2147483647"), "{error}");

@@ -14,14 +14,14 @@ use super::{
     load_records, lock,
     logs::LogKeeper,
     metrics::Metrics,
-    shared::{Shared, TEARDOWNS},
+    shared::{Masked, Shared, TEARDOWNS},
 };
 use crate::{
     cgroup::{CgroupMode, Cgroups, KeepWarm, Warmer},
     containerd,
     image::{ImageStore, Reference},
     rootfs::{
-        Ahead, Capabilities, KernelLimits, UpperOn,
+        Ahead, Capabilities, KernelLimits, MaskedPaths, UpperOn,
         seccomp::{Filters, Form},
     },
     shim::{Launcher, PidFiles, Pool, Sealed},
@@ -94,6 +94,7 @@ impl Engine {
             log_keeper,
             warmer,
             own_capabilities: Capabilities::of_this_process(),
+            masked: Masked { host: MaskedPaths::of_this_host(), sandbox: MaskedPaths::of_a_sandbox() },
             kernel: KernelLimits::of_this_process(),
             clearing: watch::Sender::new(0),
             teardowns: Semaphore::new(TEARDOWNS),

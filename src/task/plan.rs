@@ -273,6 +273,7 @@ impl Plan<'_> {
             root: options.root,
             capabilities,
             privilege,
+            masked: if self.runtime.gvisor.is_some() { &shared.masked.sandbox } else { &shared.masked.host },
             network: network(request),
             root_propagation: mount_tree::root_propagation(&self.mounts),
             devices: self.devices.clone(),

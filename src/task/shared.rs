@@ -14,7 +14,7 @@ use crate::{
     gvisor,
     ids::TaskId,
     image::{ImageRecord, ImageStore},
-    rootfs::{Ahead, Capabilities, KernelLimits, bundle::Layers, seccomp::Filters},
+    rootfs::{Ahead, Capabilities, KernelLimits, MaskedPaths, bundle::Layers, seccomp::Filters},
     shim::{self, DeadTask, Exit, PidFiles, Pool, ShimError},
 };
 
@@ -40,6 +40,8 @@ pub struct Shared {
     pub(super) warmer: Option<Warmer>,
     /// What this process could hand on to a privileged task.
     pub(super) own_capabilities: Capabilities,
+    /// What is hidden from tasks.
+    pub(super) masked: Masked,
     /// What this host's kernel takes of a task's strings.
     pub(super) kernel: KernelLimits,
     /// Tasks that the background is clearing away, or will.
@@ -52,6 +54,12 @@ pub struct Shared {
     pub(super) settled: Notify,
     /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
     pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
+}
+
+/// What is hidden from tasks, by where they run.
+pub(super) struct Masked {
+    pub(super) host: MaskedPaths,
+    pub(super) sandbox: MaskedPaths,
 }
 
 /// They wait for disks and kernel locks, not for processors.
