@@ -112,7 +112,10 @@ mod tests {
     #[test]
     fn what_terminals_act_on_is_escaped() {
         assert_eq!(shown("a\r\nb\tc\u{1b}[31m\u{7}", 99), "a\\r\\nb\\tc\\u{1b}[31m\\u{7}");
-        assert_eq!(shown("\u{9b}2J \u{202e}txt.exe \u{2066}\u{feff}", 99), "\\u{9b}2J \\u{202e}txt.exe \\u{2066}\\u{feff}");
+        assert_eq!(
+            shown("\u{9b}2J \u{202e}txt.exe \u{2066}\u{feff}", 99),
+            "\\u{9b}2J \\u{202e}txt.exe \\u{2066}\\u{feff}"
+        );
         assert_eq!(shown("häßlich \"日本\" \\n", 99), "häßlich \"日本\" \\n", "what can be printed stays as it is");
         assert_eq!(quoted("a\"b\\c\n"), r#""a\"b\\c\n""#);
     }

@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::{CliError, Common, print};
+use super::{
+    CliError, Common,
+    advisories::{self, Program},
+    print,
+};
 use crate::{
     cgroup::{CgroupMode, Cgroups},
     containerd::Client,
@@ -111,28 +115,43 @@ async fn examine(common: &Common) -> Vec<Finding> {
 
     let runc = which(Path::new("runc"));
     match &runc {
-        Some(path) => find("runc", Verdict::Good, format!("{} {}", path.display(), version(path, "--version").await)),
+        Some(path) => {
+            let version = version(path, "--version").await;
+            find("runc", Verdict::Good, format!("{} {version}", path.display()));
+            advise(&mut find, Program::Runc, &version);
+        }
         None => find("runc", Verdict::Note, "not in PATH".into()),
     }
     match which(Path::new("crun")) {
-        Some(path) => match crun_works(&path, &std::env::temp_dir()).await {
-            Ok(form) => {
-                let filters = match form {
-                    FilterForm::Program => "takes compiled seccomp filters",
-                    FilterForm::Profile => "does not take compiled seccomp filters: starts take some 10 ms longer",
-                };
-                let version = version(&path, "--version").await;
-                find("crun", Verdict::Good, format!("{} {version}; the default runtime; {filters}", path.display()));
+        Some(path) => {
+            let version = version(&path, "--version").await;
+            match crun_works(&path, &std::env::temp_dir()).await {
+                Ok(form) => {
+                    let filters = match form {
+                        FilterForm::Program => "takes compiled seccomp filters",
+                        FilterForm::Profile => "does not take compiled seccomp filters: starts take some 10 ms longer",
+                    };
+                    find(
+                        "crun",
+                        Verdict::Good,
+                        format!("{} {version}; the default runtime; {filters}", path.display()),
+                    );
+                }
+                Err(problem) => {
+                    let verdict = if runc.is_some() { Verdict::Note } else { Verdict::Bad };
+                    find("crun", verdict, format!("installed, but does not work on this host: {problem}"));
+                }
             }
-            Err(problem) => {
-                let verdict = if runc.is_some() { Verdict::Note } else { Verdict::Bad };
-                find("crun", verdict, format!("installed, but does not work on this host: {problem}"));
-            }
-        },
+            advise(&mut find, Program::Crun, &version);
+        }
         None if runc.is_some() => {
             find("crun", Verdict::Note, "not in PATH; with it, starts take half the time of runc's".into());
         }
         None => find("crun", Verdict::Bad, "neither crun nor runc is in PATH; install crun".into()),
+    }
+    // No runtime of ours by default, but one that an operator may have configured.
+    if let Some(path) = which(Path::new("youki")) {
+        advise(&mut find, Program::Youki, &version(&path, "--version").await);
     }
 
     match which(Path::new("runsc")) {
@@ -151,7 +170,10 @@ async fn examine(common: &Common) -> Vec<Finding> {
 
     let address = common.address.clone().unwrap_or_else(|| PathBuf::from("/run/containerd/containerd.sock"));
     match Client::new(&address, &common.namespace, "overlayfs").version().await {
-        Ok((version, _)) => find("containerd", Verdict::Good, format!("{version} at {}", address.display())),
+        Ok((version, _)) => {
+            find("containerd", Verdict::Good, format!("{version} at {}", address.display()));
+            advise(&mut find, Program::Containerd, &version);
+        }
         Err(_) => match which(Path::new("containerd")) {
             Some(path) => find(
                 "containerd",
@@ -170,6 +192,13 @@ async fn examine(common: &Common) -> Vec<Finding> {
         },
     }
     findings
+}
+
+/// Notes what is known against this version of a program.
+fn advise(find: &mut impl FnMut(&'static str, Verdict, String), program: Program, version: &str) {
+    if let Some(note) = advisories::note(program, version) {
+        find("advisories", Verdict::Note, note);
+    }
 }
 
 /// The first version-like word that a program says of itself.

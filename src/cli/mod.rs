@@ -2,6 +2,7 @@
 //!
 //! Data goes to stdout, talk to stderr, `--json` works on every list.
 
+mod advisories;
 mod bench;
 mod config;
 mod doctor;

@@ -50,8 +50,7 @@ pub fn recoverable(text: &str) -> Status {
         type_url: RECOVERABLE.to_owned(),
         value: RecoverableError { recoverable: true }.encode_to_vec(),
     };
-    let details =
-        rpc::Status { code: Code::FailedPrecondition as i32, message: text.clone(), details: vec![detail] };
+    let details = rpc::Status { code: Code::FailedPrecondition as i32, message: text.clone(), details: vec![detail] };
     Status::with_details(Code::FailedPrecondition, text, details.encode_to_vec().into())
 }
 

@@ -36,7 +36,9 @@ fn hostnames_are_names() {
     for name in ["a", "web-1.example", "9lives", "under_score", "_service", "a.", &"h".repeat(64)] {
         assert_eq!(with("shim", name).expect(name).as_deref(), Some(name));
     }
-    for name in ["-x;$(id)", "a b", "a/b", ".a", "h\u{f6}st", "a\nb", "\u{1b}[31m", "a\u{202e}b", "a\0b", &"h".repeat(65)] {
+    for name in
+        ["-x;$(id)", "a b", "a/b", ".a", "h\u{f6}st", "a\nb", "\u{1b}[31m", "a\u{202e}b", "a\0b", &"h".repeat(65)]
+    {
         let error = with("shim", name).expect_err(name).to_string();
         assert!(error.contains("hostname") && !error.contains(char::is_control), "{error}");
     }

@@ -33,7 +33,11 @@ pub const TASK: &[Row] = &[
     row("entrypoint", Kind::List, "Replaces the image's ENTRYPOINT and CMD. Excludes `command`."),
     row("cwd", Kind::Text, "Working directory; the image's otherwise."),
     row("work_dir", Kind::Text, "docker's word for `cwd`."),
-    row("hostname", Kind::Text, "Host name in the container: at most 64 letters, digits, dots, dashes and underscores, the first of them no dot or dash (as containerd-driver: any text without control characters). Default: the container's id."),
+    row(
+        "hostname",
+        Kind::Text,
+        "Host name in the container: at most 64 letters, digits, dots, dashes and underscores, the first of them no dot or dash (as containerd-driver: any text without control characters). Default: the container's id.",
+    ),
     row("tty", Kind::Flag, "Gives the task a terminal; its standard error is its standard output then."),
     row("readonly_rootfs", Kind::Flag, "Makes the root file system read-only."),
     row("mounts", Kind::Blocks(MOUNT), "Further mounts, in order."),
