@@ -483,6 +483,11 @@ impl Shim {
         true
     }
 
+    /// Ends the shim's process, whatever it holds: its connection breaks, and the rest is the dead-shim case.
+    pub fn kill_process(&self) {
+        self.pidfd.signal(libc::SIGKILL);
+    }
+
     /// Ends an idle shim at once, without asking: for a plugin that is told to leave.
     pub fn kill(self) {
         self.pidfd.signal(libc::SIGKILL);

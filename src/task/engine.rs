@@ -281,17 +281,17 @@ impl Engine {
         ended
     }
 
-    /// A start that is still at work, on a slow pull most likely, is given up.
-    async fn stop_starting(&self, id: &TaskId) {
+    /// Gives up a start that is still at work, on a slow pull or with a runtime that hangs. Was there one?
+    async fn stop_starting(&self, id: &TaskId) -> bool {
         let starting = match self.tasks().get(id) {
             Some(Slot::Starting { stop, done }) => Some((stop.clone(), done.clone())),
             _ => None,
         };
-        if let Some((stop, mut done)) = starting {
-            tracing::info!(task = %id, "stopped while it is being started");
-            stop.cancel();
-            while done.changed().await.is_ok() {}
-        }
+        let Some((stop, mut done)) = starting else { return false };
+        tracing::info!(task = %id, "the task is stopped while it is being started");
+        stop.cancel();
+        while done.changed().await.is_ok() {}
+        true
     }
 
     /// Sends a signal to the task's first process.
@@ -335,7 +335,12 @@ impl Engine {
     /// When it is unknown, or runs and is not forced, or something of it can't be removed. The latter is tried again in
     /// the background: Nomad never asks twice.
     pub async fn destroy(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
-        let outcome = self.destroy_once(id, force).await;
+        let interrupted = force == Force::Yes && self.stop_starting(id).await;
+        let outcome = match self.destroy_once(id, force).await {
+            // The start that was given up has left nothing.
+            Err(TaskError::NotFound(_)) if interrupted => return Ok(()),
+            outcome => outcome,
+        };
         // Killed in vain, and so still in the map; everything else is kept as a leftover and tried again from there.
         if force == Force::Yes && outcome.is_err() && self.find(id).await.is_ok() {
             let (engine, id) = (self.clone(), id.clone());

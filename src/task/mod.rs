@@ -6,6 +6,7 @@ mod exec;
 mod former;
 mod group;
 mod in_sandbox;
+mod interrupt;
 mod live;
 mod lock;
 mod logs;

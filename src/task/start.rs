@@ -12,7 +12,8 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, group, logs, mounts as task_mounts,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, group, interrupt, logs,
+    mounts as task_mounts,
     names::Names,
     plan::{self, Plan, Starter},
     record::{RunRecord, millis},
@@ -93,7 +94,7 @@ pub struct Running {
 /// Starts a task: on success its process runs; on failure nothing is left.
 ///
 /// # Errors
-/// When it can't be started, or `stop` comes before its image.
+/// When it can't be started, or `stop` comes before it runs.
 pub async fn start(
     shared: &Arc<Shared>,
     request: &StartRequest,
@@ -122,7 +123,7 @@ pub async fn start(
     let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
     let share_pool = share_pool::of(shared, request);
     let mut plan = Plan { request, runtime, image, mounts, devices, container_id, cgroup, share_pool };
-    match made(shared, &plan, began).await {
+    match made(shared, &plan, began, stop).await {
         // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))
             if !shared.leftovers().contains_key(&request.task_id) =>
@@ -133,7 +134,7 @@ pub async fn start(
             );
             shared.images.forget(&plan.image);
             plan.image = self::image(shared, request, stop).await?;
-            made(shared, &plan, began).await
+            made(shared, &plan, began, stop).await
         }
         other => other,
     }
@@ -214,7 +215,12 @@ fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<A
 }
 
 /// From here on there is something to undo.
-async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<Running, TaskError> {
+async fn made(
+    shared: &Arc<Shared>,
+    plan: &Plan<'_>,
+    began: Instant,
+    stop: &CancellationToken,
+) -> Result<Running, TaskError> {
     let request = plan.request;
     let mut phases = Phases { image: began.elapsed(), ..Phases::default() };
     // From here on it is a matter of milliseconds.
@@ -276,14 +282,23 @@ async fn made(shared: &Arc<Shared>, plan: &Plan<'_>, began: Instant) -> Result<R
     let step = Instant::now();
     let shim = match coming {
         Coming::Here(shim) => Ok(shim),
-        Coming::Launched(launched) => launched.await.map_err(TaskError::from).and_then(|shim| shim.map_err(taking)),
+        Coming::Launched(mut launched) => tokio::select! {
+            launched = &mut launched => launched.map_err(TaskError::from).and_then(|shim| shim.map_err(taking)),
+            () = stop.cancelled() => {
+                launched.abort();
+                // It may have come up all the same; one that has not is gone with its process.
+                launched.await.ok().and_then(Result::ok).ok_or_else(|| TaskError::Stopped(request.task_id.clone()))
+            }
+        },
     };
     phases.shim = step.elapsed();
     let (shim, error) = match (bundle, shim) {
+        (Ok(()), Ok(shim)) if stop.is_cancelled() => (Found::Alive(shim), TaskError::Stopped(request.task_id.clone())),
         (Ok(()), Ok(shim)) => {
             fault::point("start.bundle");
             let parts = Parts { began, warm, shim: &shim, stdio: &stdio };
-            match Box::pin(run(shared, plan, parts, &mut record, &mut phases)).await {
+            let running = Box::pin(run(shared, plan, parts, &mut record, &mut phases));
+            match interrupt::unless_stopped(running, stop, plan, &shim).await {
                 Ok(run) => {
                     phases.total = began.elapsed();
                     return Ok(Running { record, shim, run, phases, image: plan.image.clone(), stdio });

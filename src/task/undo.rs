@@ -5,7 +5,7 @@
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use super::{Record, TaskError, group, logs, shared::Shared};
+use super::{Record, TaskError, group, interrupt, logs, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
     fault, gvisor,
@@ -231,18 +231,25 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
 /// leaves one behind, which may go on to make the container, or was cut off with its process half made.
 async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
     let cgroup = CgroupPath::recorded(&record.cgroup);
-    // Of a shim that others share, only what is still where the shim itself is: their containers are not.
+    // Of a shim that others share, only what was called for this container and is still where the shim itself is.
     let alone = shim.is_held_once();
-    outlast(record, || {
+    let at_work = || {
         if record.gvisor {
             return runsc_is_at_work(record);
         }
         let mut others = descendants(shim.pid()).into_iter().skip(1);
         others.any(|pid| {
-            if alone { !shared.cgroups.holds(&cgroup, pid) } else { shared.cgroups.are_together(pid, shim.pid()) }
+            if alone {
+                return !shared.cgroups.holds(&cgroup, pid);
+            }
+            shared.cgroups.are_together(pid, shim.pid()) && interrupt::is_called_for(pid, &record.container_id)
         })
-    })
-    .await;
+    };
+    outlast(record, at_work).await;
+    if at_work() {
+        interrupt::kill_runtime(shim.pid(), &record.container_id);
+        outlast(record, at_work).await;
+    }
 }
 
 /// Waits while a runtime is at work, though not for ever: true when one was.
@@ -252,7 +259,7 @@ async fn outlast(record: &Record, at_work: impl Fn() -> bool) -> bool {
     while at_work() {
         was = true;
         if tokio::time::Instant::now() > deadline {
-            tracing::warn!(task = %record.task_id, "a runtime is at work for ever; going on without it");
+            tracing::warn!(task = %record.task_id, "a runtime does not come to an end, and is not waited for");
             break;
         }
         tokio::time::sleep(LOOK).await;

@@ -21,11 +21,12 @@ mod attack;
 mod bounds;
 mod credentials;
 mod directories;
+mod interrupt;
 mod layers;
 mod links;
 mod mounts;
-mod races;
 mod privileges;
+mod races;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

@@ -1,0 +1,111 @@
+//! Breaks off a start while its runtime is at work: StopTask and DestroyTask do not wait for a runtime that hangs.
+//!
+//! A shim does not give up a runtime that it has called, and answers nothing about the container meanwhile. So the runtime
+//! is killed, which the shim takes for a failed Create, and the start is undone as any other that failed.
+
+use std::{fs, pin::pin, time::Duration};
+
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{TaskError, plan::Plan};
+use crate::{
+    ids::ContainerId,
+    process::{PidFd, descendants},
+    shim::{Shim, ShimError},
+};
+
+/// A create takes 10 to 30 ms, and some hundred on a busy machine: one that is nearly done is not killed.
+const NEARLY_DONE: Duration = Duration::from_secs(1);
+/// A shim whose runtime is dead answers in milliseconds.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Between two looks for the runtime, which may not have been called yet.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Waits for the part of a start that the shim has in its hands, and breaks it off when the task is stopped.
+///
+/// # Errors
+/// `Stopped` when it was broken off; its own otherwise. All that was made is still to be undone then.
+pub(super) async fn unless_stopped<T>(
+    starting: impl Future<Output = Result<T, TaskError>>,
+    stop: &CancellationToken,
+    plan: &Plan<'_>,
+    shim: &Shim,
+) -> Result<T, TaskError> {
+    let mut starting = pin!(starting);
+    tokio::select! {
+        outcome = &mut starting => {
+            if matches!(outcome, Err(TaskError::Shim { source: ShimError::Late { .. }, .. })) {
+                kill_runtime(shim.pid(), &plan.container_id);
+            }
+            return outcome;
+        }
+        () = stop.cancelled() => {}
+    }
+    let task = &plan.request.task_id;
+    let stopped = || TaskError::Stopped(task.clone());
+    if let Ok(outcome) = timeout(NEARLY_DONE, &mut starting).await {
+        return outcome.map_err(|_| stopped());
+    }
+    tracing::warn!(%task, "the task is stopped, and the runtime that makes its container is killed");
+    let deadline = Instant::now() + ANSWER;
+    while Instant::now() < deadline {
+        kill_runtime(shim.pid(), &plan.container_id);
+        if let Ok(outcome) = timeout(LOOK, &mut starting).await {
+            return outcome.map_err(|_| stopped());
+        }
+    }
+    // The shim itself hangs. Others may have their tasks in one that is shared.
+    if shim.is_held_once() {
+        tracing::warn!(%task, shim = shim.id(), "the shim does not answer either, and is killed");
+        shim.kill_process();
+    }
+    Err(stopped())
+}
+
+/// Kills the runtimes that a shim has called for one container, with all that they have started: the container's own
+/// process among it, which no other container can lose by that.
+pub(super) fn kill_runtime(shim: u32, container: &ContainerId) {
+    let called = descendants(shim).into_iter().skip(1).filter(|pid| is_called_for(*pid, container));
+    let opened: Vec<(u32, PidFd)> =
+        called.flat_map(descendants).filter_map(|pid| Some((pid, PidFd::open(pid).ok()?))).collect();
+    // Looked at again when the descriptors are had: then they are these very processes.
+    let still = descendants(shim);
+    opened.iter().filter(|(pid, _)| still.contains(pid)).for_each(|(_, process)| process.signal(libc::SIGKILL));
+}
+
+/// Was a process called with a container's name? Runtimes have it as their last argument, wrappers hand it on.
+pub(super) fn is_called_for(pid: u32, container: &ContainerId) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).any(|word| word == container.as_str().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::TaskId;
+    use std::process::Command;
+
+    /// Of two runtimes below one shim only the one for this container is killed, and what it has started with it.
+    #[tokio::test]
+    async fn only_the_runtime_of_this_container_is_killed() {
+        let of = |task: &str| ContainerId::derive("alloc", task, &TaskId(task.to_owned()));
+        let (mine, other) = (of("mine"), of("other"));
+        let script = "sh -c 'sleep 600 & wait' create \"$0\" & sh -c 'sleep 600 & wait' create \"$1\" & wait";
+        let mut shim = Command::new("sh").args(["-c", script, mine.as_str(), other.as_str()]).spawn().expect("spawned");
+        let below = || descendants(shim.id()).into_iter().skip(1).collect::<Vec<_>>();
+        let until = async |what: &str, count: usize| {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while below().len() != count {
+                assert!(Instant::now() < deadline, "{what}: {:?}", below());
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        until("two runtimes with a child each", 4).await;
+        // The shim of this test has both names in its own line, and is no runtime.
+        kill_runtime(shim.id(), &mine);
+        until("the other one and its child stay", 2).await;
+        kill_runtime(shim.id(), &other);
+        shim.wait().expect("it has nothing left to wait for");
+    }
+}

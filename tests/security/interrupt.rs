@@ -1,0 +1,211 @@
+//! A runtime that hangs while it makes a container: StopTask and DestroyTask break the start off, whoever shares the shim.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nomad_driver_shim::pb::driver::{DestroyTaskRequest, StartTaskRequest, StopTaskRequest};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tonic::Status;
+
+use crate::{
+    plugin_with, runtimes, shell,
+    support::{Env, Task, eventually, script},
+};
+
+/// A start that is broken off ends in about a second; the runtime would take ten minutes, the driver's own limit is one.
+const PROMPT: Duration = Duration::from_secs(20);
+
+/// Where in its `create` the runtime hangs.
+#[derive(Clone, Copy, Debug)]
+enum Hang {
+    Before,
+    /// The container is there by then, its process waiting.
+    After,
+}
+
+/// A runtime that hangs in `create` as long as the file `hang` is beside it, and says in `called` that it does.
+fn slow_runtime(dir: &Path, real: &str, hang: Hang) -> PathBuf {
+    let (program, flag, called) = (dir.join("slow"), dir.join("hang"), dir.join("called"));
+    let hangs = format!("if [ -e {} ]; then touch {}; sleep 600; fi", flag.display(), called.display());
+    let (before, after) = match hang {
+        Hang::Before => (hangs.as_str(), ":"),
+        Hang::After => (":", hangs.as_str()),
+    };
+    script(
+        &program,
+        &format!(
+            "case \" $* \" in *' create '*) {before}; {real} \"$@\" || exit; {after}; exit 0;; esac\nexec {real} \"$@\""
+        ),
+    );
+    program
+}
+
+async fn slow_plugin(real: &str, hang: Hang, config: Value) -> Env {
+    let dir = tempfile::tempdir_in(crate::support::services::root()).unwrap().keep();
+    let mut config = config;
+    config["runtime"] = json!({"slow": {"binary": slow_runtime(&dir, real, hang)}});
+    let env = plugin_with("slow", config).await;
+    // Beside the plugin's own files, so that the leak checker looks for what is left of the runtime.
+    std::fs::rename(&dir, env.dir.join("runtime")).unwrap();
+    let program = env.dir.join("runtime");
+    std::os::unix::fs::symlink(&program, &dir).unwrap();
+    env
+}
+
+fn runtime_dir(env: &Env) -> PathBuf {
+    env.dir.join("runtime")
+}
+
+fn start(env: &Env, task: &Task) -> JoinHandle<Result<(), Status>> {
+    let (mut driver, config) = (env.driver(), task.config.clone());
+    tokio::spawn(async move { driver.start_task(StartTaskRequest { task: Some(config) }).await.map(drop) })
+}
+
+async fn hanging(env: &Env) {
+    let called = runtime_dir(env).join("called");
+    eventually("the runtime is called", async || if called.exists() { Ok(()) } else { Err("not called") }).await;
+}
+
+async fn stop(env: &Env, task: &Task) -> Result<(), Status> {
+    let request = StopTaskRequest {
+        task_id: task.id.clone(),
+        timeout: Some(prost_types::Duration { seconds: 5, nanos: 0 }),
+        signal: String::new(),
+    };
+    env.driver().stop_task(request).await.map(drop)
+}
+
+async fn broken_off(starting: JoinHandle<Result<(), Status>>, began: Instant, what: &str) {
+    let answer = starting.await.unwrap();
+    assert!(began.elapsed() < PROMPT, "{what}: took {:?}", began.elapsed());
+    let status = answer.expect_err(what);
+    assert!(status.message().contains("was stopped while it was being started"), "{what}: {}", status.message());
+}
+
+/// Lets the next start through.
+fn release(env: &Env) {
+    std::fs::remove_file(runtime_dir(env).join("hang")).unwrap();
+}
+
+fn arm(env: &Env) {
+    let dir = runtime_dir(env);
+    std::fs::write(dir.join("hang"), "").unwrap();
+    let _ = std::fs::remove_file(dir.join("called"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_and_destroy_break_off_a_create_that_hangs() {
+    for runtime in runtimes() {
+        for hang in [Hang::Before, Hang::After] {
+            let mut env = slow_plugin(&runtime, hang, json!({})).await;
+            for how in ["stop", "destroy"] {
+                arm(&env);
+                let config = shell(&env, "sleep 600", json!({})).await;
+                let task = env.prepare(config).await;
+                let starting = start(&env, &task);
+                hanging(&env).await;
+                let began = Instant::now();
+                let what = format!("{runtime}, {hang:?}, {how}");
+                if how == "stop" {
+                    stop(&env, &task).await.expect(&what);
+                } else {
+                    let request = DestroyTaskRequest { task_id: task.id.clone(), force: true };
+                    env.driver().destroy_task(request).await.expect(&what);
+                }
+                broken_off(starting, began, &what).await;
+            }
+            // The next start is as any other.
+            release(&env);
+            let config = shell(&env, "echo fine", json!({})).await;
+            assert_eq!(env.run(config).await.1, "fine\n");
+            env.finish().await;
+        }
+    }
+}
+
+/// In a shim that all tasks of the node share, a task that runs goes on, and one whose create waits for its turn is not
+/// harmed by the end of the one before it.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_that_share_the_shim_are_not_harmed() {
+    for runtime in runtimes() {
+        let mut env = slow_plugin(&runtime, Hang::Before, json!({"shim_scope": "node"})).await;
+        let config = shell(&env, "echo up; sleep 600", json!({})).await;
+        let bystander = env.start(config.clone()).await;
+        bystander.says("up").await;
+        arm(&env);
+        let (first, second) = (env.prepare(config.clone()).await, env.prepare(config.clone()).await);
+        let one = start(&env, &first);
+        hanging(&env).await;
+        let two = start(&env, &second);
+        release(&env);
+        let began = Instant::now();
+        stop(&env, &first).await.expect("stopped");
+        broken_off(one, began, &format!("{runtime}, shared")).await;
+        two.await.unwrap().unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        for task in [&bystander, &second] {
+            assert_eq!(env.exec_text(task, "echo alive").await, "alive\n", "{runtime}");
+            env.destroy(task).await.unwrap();
+        }
+        env.finish().await;
+    }
+}
+
+/// Whenever the question comes, in the middle of a start that does not hang: nothing is left of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_can_be_stopped_at_any_time() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        for delay in [0, 2, 5, 10, 20, 40] {
+            let config = shell(&env, "sleep 600", json!({})).await;
+            let task = env.prepare(config).await;
+            let starting = start(&env, &task);
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            stop(&env, &task).await.expect("stopped");
+            match starting.await.unwrap() {
+                // It came too early, or too late.
+                Ok(()) => env.destroy(&task).await.unwrap(),
+                Err(status) => assert!(status.message().contains("was stopped"), "{}", status.message()),
+            }
+        }
+        env.finish().await;
+    }
+}
+
+/// A shim that hangs together with its runtime ends with it, if nobody else is in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shim_that_hangs_is_ended_too() {
+    for runtime in runtimes() {
+        let mut env = slow_plugin(&runtime, Hang::Before, json!({})).await;
+        arm(&env);
+        let config = shell(&env, "sleep 600", json!({})).await;
+        let task = env.prepare(config).await;
+        let starting = start(&env, &task);
+        hanging(&env).await;
+        let shims = shims(&env);
+        // Neither of them does anything any more; the pool's other shim is stopped as well, and must be ended, too.
+        for pid in &shims {
+            nix::sys::signal::kill(*pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        }
+        let began = Instant::now();
+        stop(&env, &task).await.expect("stopped");
+        broken_off(starting, began, &runtime).await;
+        for pid in &shims {
+            // Gone, or idle in the pool.
+            let _ = nix::sys::signal::kill(*pid, nix::sys::signal::Signal::SIGCONT);
+        }
+        env.finish().await;
+    }
+}
+
+fn shims(env: &Env) -> Vec<nix::unistd::Pid> {
+    let dirs = std::fs::read_dir(env.dir.join("run/shims")).unwrap().flatten();
+    let pids = dirs.filter_map(|dir| {
+        let text = std::fs::read_to_string(dir.path().join("pid")).ok()?;
+        let noted: Value = serde_json::from_str(&text).ok()?;
+        i32::try_from(noted["pid"].as_i64()?).ok().map(nix::unistd::Pid::from_raw)
+    });
+    pids.collect()
+}
