@@ -19,7 +19,7 @@ use super::{
     pull::{self, CONFIG_MAX, Fetched, PullLease, Source},
     record::Parts,
     registry::HttpClients,
-    unpack,
+    unpack::{self, Accounts},
 };
 use crate::{
     containerd::{Client, Labels, LeaseId},
@@ -206,6 +206,7 @@ impl ImageStore {
                 (Reference::Archive(_), _) | (_, PullPolicy::Always) => None,
                 (Reference::Registry(_), _) => self.local(reference, progress, lease.id()).await?,
             };
+            let is_here = local.is_some();
             let (fetched, chain) = match local {
                 Some(found) => found,
                 None if policy == PullPolicy::Never && reference.archive().is_none() => {
@@ -215,11 +216,15 @@ impl ImageStore {
                     let source = Source { client, http: &self.0.http, credentials, opened, progress };
                     let fetched = pull::fetch(&source, reference, lease.id()).await?;
                     let chain = self.unpack(reference, &fetched, progress, lease.id()).await?;
-                    client.set_image(&name, fetched.target.clone(), &self.0.places.identity()).await?;
                     (fetched, chain)
                 }
             };
-            let record = self.keep(reference, &fetched, chain, stamp).await?;
+            // Refused before there is anything that outlives the pull.
+            let accounts = self.accounts(reference, chain.as_ref(), lease.id()).await?;
+            if !is_here {
+                client.set_image(&name, fetched.target.clone(), &self.0.places.identity()).await?;
+            }
+            let record = self.keep(reference, &fetched, chain, (stamp, accounts)).await?;
             lease.end().await?;
             Ok::<_, ImageError>(record)
         };
@@ -302,13 +307,35 @@ impl ImageStore {
         Ok(chain)
     }
 
+    /// Reads the image's passwd and group files, through a view that is gone afterwards.
+    async fn accounts(
+        &self,
+        reference: &Reference,
+        chain: Option<&ChainId>,
+        lease: &LeaseId,
+    ) -> Result<Accounts, ImageError> {
+        let Some(chain) = chain else { return Ok(Accounts::default()) };
+        let Inner { places, client, .. } = &*self.0;
+        // The lease's name is this pull's alone.
+        let mounts = client.view_snapshot(lease, &lease.0, chain).await?;
+        let (named, scratch) = (reference.clone(), places.images());
+        let read = match unpack::stack_of(client, reference, &mounts) {
+            Ok(stack) => tokio::task::spawn_blocking(move || unpack::accounts(&named, &stack, &scratch)).await,
+            Err(error) => Ok(Err(error)),
+        };
+        client.remove_snapshot(&lease.0).await?;
+        read.unwrap_or_else(|join| {
+            Err(ImageError::Record { path: places.images(), source: std::io::Error::other(join) })
+        })
+    }
+
     /// Puts a view of the layers under a lease of ours, and writes the record.
     async fn keep(
         &self,
         reference: &Reference,
         fetched: &Fetched,
         chain: Option<ChainId>,
-        stamp: Option<Stamp>,
+        (stamp, accounts): (Option<Stamp>, Accounts),
     ) -> Result<Arc<ImageRecord>, ImageError> {
         let Inner { places, client, .. } = &*self.0;
         let (configuration, _) = manifest::parse_config(reference, &fetched.manifest, &fetched.config)?;
@@ -339,12 +366,7 @@ impl ImageStore {
             size: fetched.manifest.layers.iter().map(|layer| layer.size).sum(),
         };
         let mut record = ImageRecord::new(reference, parts, ImageConfig::from(&configuration));
-        let scratch = places.images();
-        let (reading, named) = (stack.clone(), reference.clone());
-        let read = tokio::task::spawn_blocking(move || unpack::accounts(&named, &reading, &scratch));
-        (record.passwd, record.group) = read
-            .await
-            .map_err(|join| ImageError::Record { path: places.images(), source: std::io::Error::other(join) })??;
+        (record.passwd, record.group) = (accounts.passwd, accounts.group);
         (record.lowers, record.overlay_options, record.stamp) = (stack.lowers, stack.options, stamp);
         record.save(&places.images())?;
         let record = Arc::new(record);

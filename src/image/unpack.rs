@@ -137,14 +137,26 @@ pub fn stack_of(client: &Client, reference: &Reference, mounts: &[Mount]) -> Res
     }
 }
 
+/// Where an image's users and groups are named; empty where it names none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Accounts {
+    /// passwd(5).
+    pub passwd: String,
+    /// group(5).
+    pub group: String,
+}
+
 /// The image's passwd and group files as its processes would see them, read through a mount that is gone afterwards.
 ///
 /// # Errors
 /// When the layers can't be mounted, or a file can't be read or is no plain one. An image without them has empty ones.
-pub fn accounts(reference: &Reference, stack: &Stack, scratch: &Path) -> Result<(String, String), ImageError> {
+pub fn accounts(reference: &Reference, stack: &Stack, scratch: &Path) -> Result<Accounts, ImageError> {
     let path = scratch.join(format!("view-{}", random_hex(8)));
     let failed = |source: io::Error| ImageError::Record { path: path.clone(), source };
-    let both = |root: &Path| Ok((accounts::read(root, accounts::PASSWD)?, accounts::read(root, accounts::GROUP)?));
+    let both = |root: &Path| {
+        let (passwd, group) = (accounts::read(root, accounts::PASSWD)?, accounts::read(root, accounts::GROUP)?);
+        Ok(Accounts { passwd, group })
+    };
     let read = match &stack.lowers[..] {
         [only] => both(only),
         lowers => {

@@ -17,16 +17,21 @@
 #[allow(dead_code, unused_imports, reason = "shared with the behaviour tests")]
 mod support;
 
+mod advisories;
 mod attack;
 mod bounds;
 mod credentials;
 mod directories;
+mod inputs;
+mod interrupt;
 mod interrupt;
 mod layers;
 mod links;
+mod masks;
 mod mounts;
 mod privileges;
 mod races;
+mod text;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};
