@@ -8,7 +8,7 @@ use nix::{
     sys::resource::{Resource, getrlimit},
     unistd::{SysconfVar, sysconf},
 };
-use oci_spec::runtime::{PosixRlimitType, Process, Spec};
+use oci_spec::runtime::{PosixRlimit, PosixRlimitType, Process, Spec};
 
 use crate::text::quoted;
 
@@ -114,10 +114,10 @@ impl KernelLimits {
     /// # Errors
     /// With the first that the kernel would not take as it is.
     pub fn check_process(&self, process: &Process) -> Result<(), StringError> {
-        let limits = process.rlimits().iter().flatten();
-        let stack = limits.filter(|limit| limit.typ() == PosixRlimitType::RlimitStack).map(|limit| limit.soft());
+        let mut limits = process.rlimits().iter().flatten();
+        let stack = limits.find(|limit| limit.typ() == PosixRlimitType::RlimitStack).map(PosixRlimit::soft);
         let (args, env) = (process.args().as_deref(), process.env().as_deref());
-        self.check_strings(args.unwrap_or_default(), env.unwrap_or_default(), stack.last())?;
+        self.check_strings(args.unwrap_or_default(), env.unwrap_or_default(), stack)?;
         path("cwd", process.cwd())
     }
 
@@ -139,8 +139,8 @@ impl KernelLimits {
             if let Some(source) = mount.source() {
                 path(&named("the source"), source)?;
             }
-            let words = mount.options().iter().flatten().chain(mount.typ());
-            words.map(|word| no_nul(|| named("an option"), word)).collect::<Result<(), _>>()?;
+            let mut words = mount.options().iter().flatten().chain(mount.typ());
+            words.try_for_each(|word| no_nul(|| named("an option"), word))?;
         }
         for (key, value) in spec.annotations().iter().flatten() {
             no_nul(|| "the key of an annotation".to_owned(), key)?;
