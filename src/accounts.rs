@@ -9,7 +9,7 @@ use std::{
     io::{self, Read as _},
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd},
-        unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
+        unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Component, Path, PathBuf},
 };
@@ -123,6 +123,9 @@ fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, Accounts
     match openat2(root, name, how(OFlag::empty())) {
         Ok(named) => {
             let named = File::from(named);
+            if is_whiteout(&named).map_err(|source| AccountsError::Read { name: name.to_owned(), source })? {
+                return Ok(None);
+            }
             is_plain(&named, name)?;
             Ok(Some(named))
         }
@@ -132,6 +135,13 @@ fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, Accounts
         Err(nix::Error::ELOOP) => Err(leads_nowhere()),
         Err(errno) => Err(AccountsError::Read { name: name.to_owned(), source: errno.into() }),
     }
+}
+
+/// Does it say that there is no such file? An image of one layer is read without overlayfs, which would not show it
+/// (Documentation/filesystems/overlayfs.rst, "whiteouts").
+fn is_whiteout(named: &File) -> io::Result<bool> {
+    let metadata = named.metadata()?;
+    Ok(metadata.file_type().is_char_device() && metadata.rdev() == 0)
 }
 
 fn is_plain(named: &File, name: &str) -> Result<(), AccountsError> {

@@ -46,6 +46,23 @@ fn special(path: &str, kind: tar::EntryType, link: &str) -> Layer {
     Layer::new(&[Entry { kind, link: link.to_owned(), ..Entry::file(path, "") }], Packing::None)
 }
 
+/// A layer with `/dev/zero` at a place of its own.
+fn device(path: &str) -> Layer {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(tar::EntryType::Char);
+    header.set_path(path).unwrap();
+    header.set_mode(0o666);
+    header.set_size(0);
+    header.set_device_major(1).unwrap();
+    header.set_device_minor(5).unwrap();
+    header.set_cksum();
+    builder.append(&header, &[][..]).unwrap();
+    let bytes = builder.into_inner().unwrap();
+    let diff_id = nomad_driver_shim::ids::Digest::of(&bytes);
+    Layer { diff_id, bytes, media_type: "application/vnd.oci.image.layer.v1.tar" }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_files_are_plain_files() {
     use tar::EntryType::{Directory, Fifo, Symlink};
@@ -65,6 +82,9 @@ async fn accounts_files_are_plain_files() {
             let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", "id"]});
             must_say(&mut env, &format!("{runtime}, {name}"), config, &[words]).await;
         }
+        let image = push("passwd-device", Image::busybox().with_layer(device("etc/passwd"))).await;
+        let config = json!({"image": image, "command": "/bin/sh"});
+        must_say(&mut env, &format!("{runtime}, device"), config, &["/etc/passwd is a device"]).await;
         env.finish().await;
     }
 }
