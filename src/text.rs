@@ -24,7 +24,7 @@ pub fn quoted(text: &str) -> String {
     format!("\"{}\"", write_whole(text.chars().map(Piece::quoted), text.len(), FOREIGN_MAX))
 }
 
-/// Is all of a text shown as it is, whoever shows it?
+/// Does a terminal print all of a text as it is?
 pub fn is_printable(text: &str) -> bool {
     !text.contains(is_acted_on)
 }

@@ -1,8 +1,8 @@
 //! Vulnerabilities of the programs that tasks depend on, by the versions that fixed them: what `doctor` compares.
 //!
 //! The versions are the projects' own, as their change logs and advisories give them (November 2026). A distribution
-//! back-ports fixes and keeps the version, so this can only be a note. Listed is what a container, an image or a local user
-//! can use against the host, not what concerns a program's own user alone.
+//! back-ports fixes and keeps the version, so this can only be a note. The table has what a container, an image or a local
+//! user can use against the host.
 
 use std::fmt;
 

@@ -93,6 +93,10 @@ impl KernelLimits {
     /// # Errors
     /// With the first that execve(2) would not take as it is.
     fn check_strings(&self, args: &[String], env: &[String], stack: Option<u64>) -> Result<(), StringError> {
+        // It is looked up as a path, in PATH or as it is.
+        if let Some(command) = args.first() {
+            path("the command", Path::new(command))?;
+        }
         let arguments = args.iter().enumerate().map(|(n, text)| (text, Named::Argument(n)));
         let variables = env.iter().map(|text| (text, Named::Variable(text)));
         let mut total = 0;
@@ -213,18 +217,21 @@ mod tests {
     fn the_limits_are_the_kernels() {
         let check = |args: &[String], env: &[String], stack| LIMITS.check_strings(args, env, stack);
         let long = |bytes| "x".repeat(bytes);
-        check(&[long(131_071)], &[], None).expect("fits");
+        check(&["sh".to_owned(), long(131_071)], &[], None).expect("fits");
+        check(&[long(4095)], &[], None).expect("a path");
+        let error = check(&[long(4096)], &[], None).expect_err("no path").to_string();
+        assert!(error.starts_with("the command has 4096 bytes; the kernel takes 4095 in a path"), "{error}");
         let error = check(&["sh".to_owned(), long(131_072)], &[], None).expect_err("too long").to_string();
         assert!(error.starts_with("argument 1 of the command has 131072 bytes; the kernel takes 131071"), "{error}");
         let error = check(&[], &[format!("BIG={}", long(131_072))], None).expect_err("too long").to_string();
         assert!(error.starts_with("environment variable \"BIG\" has 131076 bytes"), "{error}");
         // 2 MiB by default: 16 strings of 128 KiB with their pointers are a little more.
-        let many = |count| vec![long(131_071); count];
+        let many = |count| [vec!["sh".to_owned()], vec![long(131_071); count]].concat();
         check(&many(15), &[], None).expect("fits");
         assert!(matches!(check(&many(16), &[], None), Err(StringError::Total { most: 2_097_152, .. })));
         check(&many(16), &[], Some(libc::RLIM_INFINITY)).expect("6 MiB");
         assert!(check(&many(48), &[], Some(libc::RLIM_INFINITY)).is_err());
-        check(&[long(100_000)], &[], Some(4096)).expect("128 KiB in any case");
+        check(&[], &[long(100_000)], Some(4096)).expect("128 KiB in any case");
         let real = KernelLimits::of_this_process();
         assert!(real.string >= LIMITS.string && real.stack > 0, "{real:?}");
     }

@@ -94,7 +94,8 @@ impl Number {
     }
 }
 
-/// A line of passwd(5) whose ids are numbers. Other lines name nobody, as docker's reader would have them be root.
+/// A line of passwd(5) whose ids are numbers. Other lines are passed over: docker's reader takes an id that is no number
+/// for 0, which is root.
 struct Passwd<'a> {
     line: &'a str,
     name: &'a str,

@@ -281,7 +281,7 @@ impl Engine {
         ended
     }
 
-    /// Gives up a start that is still at work, on a slow pull or with a runtime that hangs. Was there one?
+    /// Gives up a start that is still at work, on a slow pull or with a runtime that hangs: true when there was one.
     async fn stop_starting(&self, id: &TaskId) -> bool {
         let starting = match self.tasks().get(id) {
             Some(Slot::Starting { stop, done }) => Some((stop.clone(), done.clone())),

@@ -24,7 +24,7 @@ use super::{
 use crate::{
     cgroup::{Warm, Warmer},
     fault,
-    ids::ContainerId,
+    ids::{ContainerId, TaskId},
     image::{Archive, ImageRecord, Progress, PullPolicy, PullRequest, Reference},
     process::ProcessId,
     rootfs::{
@@ -234,9 +234,8 @@ async fn made(
     };
 
     let step = Instant::now();
-    let taking = |source| TaskError::Shim { doing: "get a shim", source };
     let own_shim = plan.runtime.shim.as_ref().map(|shim| shim.program.as_path());
-    let reserved = shared.pool.reserve(&request.alloc_id, own_shim).await.map_err(taking)?;
+    let reserved = shared.pool.reserve(&request.alloc_id, own_shim).await.map_err(no_shim)?;
     phases.pooled = matches!(reserved, Reserved::Waiting(_));
     fault::point("start.shim");
     let mut record = match plan.record(shared, reserved.id()) {
@@ -280,17 +279,7 @@ async fn made(
     let bundle = tokio::task::block_in_place(|| plan.make_bundle(shared, spec));
     phases.bundle = step.elapsed();
     let step = Instant::now();
-    let shim = match coming {
-        Coming::Here(shim) => Ok(shim),
-        Coming::Launched(mut launched) => tokio::select! {
-            launched = &mut launched => launched.map_err(TaskError::from).and_then(|shim| shim.map_err(taking)),
-            () = stop.cancelled() => {
-                launched.abort();
-                // It may have come up all the same; one that has not is gone with its process.
-                launched.await.ok().and_then(Result::ok).ok_or_else(|| TaskError::Stopped(request.task_id.clone()))
-            }
-        },
-    };
+    let shim = coming.arrived(stop, &request.task_id).await;
     phases.shim = step.elapsed();
     let (shim, error) = match (bundle, shim) {
         (Ok(()), Ok(shim)) if stop.is_cancelled() => (Found::Alive(shim), TaskError::Stopped(request.task_id.clone())),
@@ -326,6 +315,28 @@ async fn undo_failed(shared: &Arc<Shared>, record: &Record, shim: Found) {
 enum Coming {
     Here(Shim),
     Launched(tokio::task::JoinHandle<Result<Shim, ShimError>>),
+}
+
+impl Coming {
+    /// The shim once it is there, unless the task is stopped before: then the shim goes as well.
+    async fn arrived(self, stop: &CancellationToken, task: &TaskId) -> Result<Shim, TaskError> {
+        let mut launched = match self {
+            Self::Here(shim) => return Ok(shim),
+            Self::Launched(launched) => launched,
+        };
+        tokio::select! {
+            launched = &mut launched => launched?.map_err(no_shim),
+            () = stop.cancelled() => {
+                launched.abort();
+                // It may have come up all the same.
+                launched.await.ok().and_then(Result::ok).ok_or_else(|| TaskError::Stopped(task.clone()))
+            }
+        }
+    }
+}
+
+fn no_shim(source: ShimError) -> TaskError {
+    TaskError::Shim { doing: "get a shim", source }
 }
 
 /// What one start works with.

@@ -122,6 +122,8 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
         let many: Vec<String> = (0..24).map(|_| "y".repeat(100_000)).collect();
         for (what, options, words) in [
             ("command", json!({"command": path}), "the command has 1048577 bytes"),
+            // An argument may be as long, and runc hangs on it all the same: a path may not.
+            ("command", json!({"command": &path[..120_000]}), "the command has 120000 bytes"),
             ("argument", json!({"args": ["-c", "true", long]}), "argument 3 of the command has 1048576 bytes"),
             ("all arguments", json!({"args": many}), "a quarter of the stack's limit"),
             ("cwd", json!({"cwd": path}), "cwd has 1048577 bytes"),
@@ -156,6 +158,11 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
         let script = format!("echo $# ${{#1}} #{}", "x".repeat(131_000));
         let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script, "-", "z".repeat(131_071)]});
         assert_eq!(env.run(config).await.1, "1 131071\n", "{runtime}");
+        let mut task = env.prepare(shell(&env, "env | wc -c", json!({})).await).await;
+        task.config.env.extend((0..19).map(|n| (format!("V{n}"), "e".repeat(100_000))));
+        env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        let (_, out, _) = env.finish_task(task).await;
+        assert!(out.trim().parse::<u32>().unwrap() > 1_900_000, "{runtime}: {out}");
         env.finish().await;
     }
 }

@@ -24,7 +24,6 @@ mod credentials;
 mod directories;
 mod inputs;
 mod interrupt;
-mod interrupt;
 mod layers;
 mod links;
 mod masks;

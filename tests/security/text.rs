@@ -149,3 +149,22 @@ async fn words_of_runtimes_are_escaped_in_sessions_and_events() {
         env.finish().await;
     }
 }
+
+/// Statuses that may hold somebody else's words are made in one place.
+#[test]
+fn no_status_is_made_of_foreign_text_elsewhere() {
+    let plugin = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/plugin");
+    let files = std::fs::read_dir(plugin).unwrap().flatten().map(|entry| entry.path());
+    let mut seen = 0;
+    for file in files.filter(|file| file.extension().is_some_and(|extension| extension == "rs")) {
+        let text = std::fs::read_to_string(&file).unwrap();
+        for (n, line) in text.lines().enumerate().filter(|(_, line)| line.contains("Status::")) {
+            seen += 1;
+            let made_here = file.ends_with("status.rs");
+            // `unsupported` has a name of ours.
+            let foreign = line.contains("format!") && !line.contains("is not supported by this driver");
+            assert!(made_here || !foreign, "{}:{}: {line}", file.display(), n + 1);
+        }
+    }
+    assert!(seen > 5, "the sources are looked at");
+}
