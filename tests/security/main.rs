@@ -31,6 +31,7 @@ mod mounts;
 mod privileges;
 mod races;
 mod text;
+mod seccomp;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

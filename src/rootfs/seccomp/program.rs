@@ -1,0 +1,196 @@
+//! A BPF program in the making: the tree that finds a call's number, and the comparisons of its arguments.
+
+use std::collections::HashMap;
+
+use oci_spec::runtime::LinuxSeccompOperator;
+use seccompiler::sock_filter;
+
+use super::{
+    conditions::{Alternatives, Condition},
+    syscalls::{Machine, X32_BIT},
+};
+
+// Classic BPF (linux/bpf_common.h).
+const LOAD: u16 = 0x20;
+const AND: u16 = 0x54;
+const JUMP: u16 = 0x05;
+const JUMP_EQUAL: u16 = 0x15;
+const JUMP_GREATER: u16 = 0x25;
+const JUMP_AT_LEAST: u16 = 0x35;
+const RETURN: u16 = 0x06;
+
+// struct seccomp_data (linux/seccomp.h).
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const ARGUMENTS: u32 = 16;
+
+/// What is done with a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Always(u32),
+    /// `then` if one of these lists of conditions holds as a whole, else the default.
+    If {
+        any: Alternatives,
+        then: u32,
+    },
+}
+
+impl Verdict {
+    /// Adds a rule's alternatives. False if the call has another action already.
+    pub(super) fn add(&mut self, alternatives: Alternatives, action: u32) -> bool {
+        match self {
+            Self::Always(known) | Self::If { then: known, .. } if *known != action => return false,
+            Self::Always(_) => {}
+            Self::If { any, .. } => {
+                any.extend(alternatives);
+                if any.iter().any(Vec::is_empty) {
+                    *self = Self::Always(action);
+                }
+            }
+        }
+        true
+    }
+}
+
+/// A place in a program: how many instructions follow it, itself included.
+pub(super) type Place = usize;
+
+/// A program, written from its end to its start, because jumps only go forwards.
+#[derive(Default)]
+pub(super) struct Program {
+    backwards: Vec<sock_filter>,
+    /// The latest `return` of each verdict.
+    returns: HashMap<u32, Place>,
+}
+
+impl Program {
+    /// Decides by the call's number, for calls of this machine's architecture.
+    pub(super) fn by_number(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Place {
+        let tree = self.tree(ranges, machine, default);
+        self.push(LOAD, NUMBER, tree)
+    }
+
+    /// Decides by the call's architecture, which [`Program::finish`] loads.
+    pub(super) fn if_architecture(&mut self, machine: Machine, yes: Place, no: Place) -> Place {
+        self.branch(JUMP_EQUAL, machine.audit(), yes, no)
+    }
+
+    /// The program, which begins with the architecture's comparisons.
+    pub(super) fn finish(mut self, start: Place) -> Vec<sock_filter> {
+        self.push(LOAD, ARCHITECTURE, start);
+        self.backwards.reverse();
+        self.backwards
+    }
+
+    /// An instruction that goes on at `next`.
+    fn push(&mut self, code: u16, k: u32, next: Place) -> Place {
+        if next != self.backwards.len() {
+            self.jump(next);
+        }
+        self.put(code, 0, 0, k)
+    }
+
+    fn put(&mut self, code: u16, jt: u8, jf: u8, k: u32) -> Place {
+        self.backwards.push(sock_filter { code, jt, jf, k });
+        self.backwards.len()
+    }
+
+    fn jump(&mut self, to: Place) -> Place {
+        let distance = u32::try_from(self.backwards.len() - to).unwrap_or(u32::MAX);
+        self.put(JUMP, 0, 0, distance)
+    }
+
+    pub(super) fn give(&mut self, verdict: u32) -> Place {
+        match self.returns.get(&verdict) {
+            // Near enough that a few more instructions in between don't put it out of reach.
+            Some(place) if self.backwards.len() - place < 200 => *place,
+            _ => {
+                let place = self.put(RETURN, 0, 0, verdict);
+                self.returns.insert(verdict, place);
+                place
+            }
+        }
+    }
+
+    /// A comparison with `k`. Targets that lie too far away are reached by a jump right behind it.
+    fn branch(&mut self, code: u16, k: u32, yes: Place, no: Place) -> Place {
+        let far = |program: &Self, place: Place| program.backwards.len() + 1 - place > usize::from(u8::MAX);
+        let yes = if far(self, yes) { self.jump(yes) } else { yes };
+        let no = if far(self, no) { self.jump(no) } else { no };
+        // The second of two jumps may have pushed a near target out of reach by one.
+        let yes = if far(self, yes) { self.jump(yes) } else { yes };
+        let offset = |place: Place| u8::try_from(self.backwards.len() - place).unwrap_or(u8::MAX);
+        let (jt, jf) = (offset(yes), offset(no));
+        self.put(code, jt, jf, k)
+    }
+
+    /// Finds the range that the number, which has been loaded, is in.
+    fn tree(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Place {
+        match ranges {
+            [] => self.give(default),
+            [(_, verdict)] => self.verdict(verdict, machine, default),
+            _ => {
+                let (low, high) = ranges.split_at(ranges.len() / 2);
+                // Numbers above X32_BIT have x32's arguments, though the architecture is x86-64's.
+                let of = |range: &[(u32, Verdict)]| {
+                    let x32 = machine == Machine::X86_64 && range.first().is_some_and(|(first, _)| *first >= X32_BIT);
+                    if x32 { Machine::X32 } else { machine }
+                };
+                let high_place = self.tree(high, of(high), default);
+                let low_place = self.tree(low, of(low), default);
+                self.branch(JUMP_AT_LEAST, high[0].0, high_place, low_place)
+            }
+        }
+    }
+
+    fn verdict(&mut self, verdict: &Verdict, machine: Machine, default: u32) -> Place {
+        let (any, then) = match verdict {
+            Verdict::Always(verdict) => return self.give(*verdict),
+            Verdict::If { any, then } => (any, *then),
+        };
+        let mut next = self.give(default);
+        for all in any.iter().rev() {
+            let mut here = self.give(then);
+            for condition in all.iter().rev() {
+                here = self.condition(condition, machine, here, next);
+            }
+            next = here;
+        }
+        next
+    }
+
+    fn condition(&mut self, condition: &Condition, machine: Machine, yes: Place, no: Place) -> Place {
+        use LinuxSeccompOperator as Op;
+        let (yes, no) = match condition.operator {
+            Op::ScmpCmpNe | Op::ScmpCmpLt | Op::ScmpCmpLe => (no, yes),
+            _ => (yes, no),
+        };
+        // struct seccomp_data is in the machine's byte order; all of ours are little-endian.
+        let offset = ARGUMENTS + condition.argument * 8;
+        #[allow(clippy::cast_possible_truncation, reason = "the halves of a 64-bit number")]
+        let (low, high) = (condition.value as u32, (condition.value >> 32) as u32);
+        #[allow(clippy::cast_possible_truncation, reason = "the halves of a 64-bit number")]
+        let (low_mask, high_mask) = (condition.mask as u32, (condition.mask >> 32) as u32);
+        let compare = match condition.operator {
+            Op::ScmpCmpEq | Op::ScmpCmpNe | Op::ScmpCmpMaskedEq => JUMP_EQUAL,
+            Op::ScmpCmpGe | Op::ScmpCmpLt => JUMP_AT_LEAST,
+            Op::ScmpCmpGt | Op::ScmpCmpLe => JUMP_GREATER,
+        };
+        let mut here = self.branch(compare, low, yes, no);
+        here = self.load(offset, low_mask, here);
+        // The mask of an argument that the kernel truncates has no high half.
+        if !machine.has_wide_arguments() || high_mask == 0 {
+            return here;
+        }
+        here = self.branch(JUMP_EQUAL, high, here, no);
+        if compare != JUMP_EQUAL {
+            here = self.branch(JUMP_GREATER, high, yes, here);
+        }
+        self.load(offset + 4, high_mask, here)
+    }
+
+    fn load(&mut self, offset: u32, mask: u32, next: Place) -> Place {
+        let next = if mask == u32::MAX { next } else { self.push(AND, mask, next) };
+        self.push(LOAD, offset, next)
+    }
+}

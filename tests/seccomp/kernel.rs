@@ -1,0 +1,45 @@
+//! What the kernel looks at of the arguments that the tests' rules are about (linux, the calls' `SYSCALL_DEFINE`s), written
+//! down apart from the driver's own table.
+
+/// 32 bits, 16 bits, and everything.
+const INT: u64 = 0xffff_ffff;
+const MODE: u64 = 0xffff;
+const ALL: u64 = u64::MAX;
+
+/// Calls with a number on each architecture, and the bits of each argument that the kernel looks at.
+pub const CALLS: [(&str, [u64; 6]); 14] = [
+    ("read", [INT, ALL, ALL, ALL, ALL, ALL]),
+    ("openat", [INT, ALL, INT, MODE, ALL, ALL]),
+    ("clone", [INT, ALL, ALL, ALL, ALL, ALL]),
+    ("prctl", [INT, ALL, ALL, ALL, ALL, ALL]),
+    ("ioctl", [INT, INT, ALL, ALL, ALL, ALL]),
+    ("personality", [INT, ALL, ALL, ALL, ALL, ALL]),
+    ("fcntl", [INT, INT, ALL, ALL, ALL, ALL]),
+    ("setns", [INT, INT, ALL, ALL, ALL, ALL]),
+    ("unshare", [ALL, ALL, ALL, ALL, ALL, ALL]),
+    ("getrandom", [ALL, ALL, INT, ALL, ALL, ALL]),
+    ("fchmod", [INT, MODE, ALL, ALL, ALL, ALL]),
+    ("kill", [INT, INT, ALL, ALL, ALL, ALL]),
+    // 32-bit x86 makes these two through socketcall as well.
+    ("socket", [INT, INT, INT, ALL, ALL, ALL]),
+    ("socketpair", [INT, INT, INT, ALL, ALL, ALL]),
+];
+
+/// The calls that 32-bit x86 has no second way for.
+pub fn plain() -> Vec<&'static str> {
+    CALLS.iter().map(|(name, _)| *name).filter(|name| !name.starts_with("socket")).collect()
+}
+
+/// The bits that the kernel looks at of each argument of a call.
+pub fn kept(call: &str) -> [u64; 6] {
+    CALLS.iter().find(|(name, _)| *name == call).map_or([ALL; 6], |(_, kept)| *kept)
+}
+
+/// The same call to the kernel, with other bits where it looks at none. Arguments of 32-bit machines, x32 among them, are
+/// never looked at beyond the low word.
+pub fn twins(call: &str, arguments: [u64; 6]) -> impl Iterator<Item = [u64; 6]> {
+    let kept = kept(call);
+    [1 << 32, 1 << 63, INT << 32, 1 << 16, 0xffff_ffff_ffff_0000]
+        .into_iter()
+        .map(move |noise| std::array::from_fn(|n| (arguments[n] & kept[n]) | (noise & !kept[n])))
+}
