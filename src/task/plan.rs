@@ -325,7 +325,10 @@ impl Plan<'_> {
                 let shown = path.to_string_lossy();
                 made(seccomp::Source::File { path, text: &read_profile(&shown, &shown)? })
             }
-            SeccompDefault::Default | SeccompDefault::Unconfined => made(seccomp::Source::Default),
+            // An LSM profile that refuses the families for all sockets would allow the multiplexer: it is to be asked here.
+            SeccompDefault::Default | SeccompDefault::Unconfined => {
+                made(seccomp::Source::Default(settings.security.multiplexer))
+            }
         }
     }
 }

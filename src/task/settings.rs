@@ -9,7 +9,7 @@ use crate::{
     ids::DriverName,
     image::Credentials,
     places::Places,
-    rootfs::{Capabilities, Hooks, UpperOn, ceilings::Ceilings},
+    rootfs::{Capabilities, Hooks, UpperOn, ceilings::Ceilings, seccomp::Multiplexer},
     shim::PoolSettings,
 };
 
@@ -168,6 +168,8 @@ pub struct SecuritySettings {
     pub seccomp: SeccompDefault,
     /// May jobs have another filter, or none?
     pub allow_seccomp_override: bool,
+    /// `security { allow_socketcall }`: what docker's profile does with `socketcall`.
+    pub multiplexer: Multiplexer,
 }
 
 impl SecuritySettings {

@@ -7,7 +7,7 @@ use nomad_driver_shim::{
     ids::Flavor,
     rootfs::{
         Capabilities,
-        seccomp::{self, Machine, compile, for_libseccomp},
+        seccomp::{self, Machine, Multiplexer, compile, for_libseccomp},
     },
 };
 use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSyscall};
@@ -147,29 +147,33 @@ fn compare_twins(pair: &Pair, name: &str, at: (Arch, u32), arguments: [u64; 6]) 
 
 #[test]
 fn dockers_profile_has_libseccomps_verdicts_for_every_number_on_every_architecture() {
-    let profile = seccomp::default_profile();
-    for arch in [Arch::ScmpArchX86_64, Arch::ScmpArchAarch64] {
-        for set in [&["CHOWN"][..], &["SYS_ADMIN"], &["SYS_PTRACE", "BPF", "SYS_TIME"], &["ALL"]] {
-            let resolved = profile.resolve(host(arch), &capabilities(set)).expect("resolves");
-            let Compared { verdicts, news } = compare(&resolved, arch);
-            assert!(verdicts > 5000, "{verdicts}");
-            // What libseccomp is too old for: the profile must name it, and we must have allowed it.
-            let named: BTreeSet<&String> = resolved.syscalls().iter().flatten().flat_map(LinuxSyscall::names).collect();
-            for (machine, number) in &news {
-                let name = named.iter().find(|name| machine.number(name) == Some(*number));
-                assert!(name.is_some(), "{number:#x} on {machine:?} is not in the profile");
+    for multiplexer in [Multiplexer::Enosys, Multiplexer::Allowed] {
+        let profile = seccomp::default_profile(multiplexer);
+        for arch in [Arch::ScmpArchX86_64, Arch::ScmpArchAarch64] {
+            for set in [&["CHOWN"][..], &["SYS_ADMIN"], &["SYS_PTRACE", "BPF", "SYS_TIME"], &["ALL"]] {
+                let resolved = profile.resolve(host(arch), &capabilities(set)).expect("resolves");
+                let Compared { verdicts, news } = compare(&resolved, arch);
+                assert!(verdicts > 5000, "{verdicts}");
+                // What libseccomp is too old for: the profile must name it, and we must have allowed it.
+                let named: BTreeSet<&String> =
+                    resolved.syscalls().iter().flatten().flat_map(LinuxSyscall::names).collect();
+                for (machine, number) in &news {
+                    let name = named.iter().find(|name| machine.number(name) == Some(*number));
+                    assert!(name.is_some(), "{number:#x} on {machine:?} is not in the profile");
+                }
+                assert!(news.len() < 120, "{} calls that libseccomp does not know", news.len());
             }
-            assert!(news.len() < 120, "{} calls that libseccomp does not know", news.len());
         }
     }
 }
 
 const ALLOW: u32 = 0x7fff_0000;
 const EPERM: u32 = 0x0005_0001;
+const ENOSYS: u32 = 0x0005_0026;
 
 /// The verdict of both programs that docker's profile becomes on x86-64.
-fn dockers(arch: Arch, name: &str, argument: u64) -> u32 {
-    let profile = seccomp::default_profile();
+fn dockers(multiplexer: Multiplexer, arch: Arch, name: &str, argument: u64) -> u32 {
+    let profile = seccomp::default_profile(multiplexer);
     let own = Arch::ScmpArchX86_64;
     let resolved = profile.resolve(host(own), &Capabilities::defaults(Flavor::Secure)).expect("resolves");
     let ours = compile(&resolved, Machine::X86_64).expect("compiles");
@@ -181,7 +185,7 @@ fn dockers(arch: Arch, name: &str, argument: u64) -> u32 {
 
 #[test]
 fn no_bit_beyond_an_int_gets_past_dockers_profile() {
-    let native = |name, argument| dockers(Arch::ScmpArchX86_64, name, argument);
+    let native = |name, argument| dockers(Multiplexer::Enosys, Arch::ScmpArchX86_64, name, argument);
     for noise in [0, 1 << 32, 1 << 40, 1 << 63, 0xffff_ffff_0000_0000] {
         for family in 0..64 {
             let expected = if matches!(family, 38 | 40) { EPERM } else { ALLOW };
@@ -198,8 +202,19 @@ fn no_bit_beyond_an_int_gets_past_dockers_profile() {
 }
 
 #[test]
+fn socketcall_is_missing_unless_it_is_allowed() {
+    // All 20 of its calls, and some that are none.
+    for sub_call in 0..24 {
+        let of = |multiplexer| dockers(multiplexer, Arch::ScmpArchX86, "socketcall", sub_call);
+        assert_eq!((of(Multiplexer::Enosys), of(Multiplexer::Allowed)), (ENOSYS, ALLOW), "{sub_call}");
+    }
+    let direct = |name, argument| dockers(Multiplexer::Enosys, Arch::ScmpArchX86, name, argument);
+    assert_eq!((direct("socket", 2), direct("socket", 40), direct("bind", 0)), (ALLOW, EPERM, ALLOW));
+}
+
+#[test]
 fn the_program_is_a_fraction_of_libseccomps() {
-    let resolved = seccomp::default_profile()
+    let resolved = seccomp::default_profile(Multiplexer::Enosys)
         .resolve(host(Arch::ScmpArchX86_64), &Capabilities::defaults(Flavor::Secure))
         .expect("resolves");
     let ours = compile(&resolved, Machine::X86_64).expect("compiles").len();

@@ -1,5 +1,5 @@
-//! System calls that the filter forbids, made so that it might not see it: with bits that the kernel drops, and in 32-bit
-//! x86's ways. An attack is a table's row; a program that
+//! System calls that the filter forbids, made so that it might not see it: with bits that the kernel drops, in 32-bit
+//! x86's ways, and through the call that 32-bit x86 has for all of sockets. An attack is a table's row; a program that
 //! makes all calls of a table runs in a task.
 
 use std::{collections::BTreeMap, fs, process::Command};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     image_with_program, plugin_with, runtimes,
-    support::{Entry, Env, Image, Layer, Packing, services},
+    support::{Entry, Env, EnvOptions, Image, Layer, Packing, services},
 };
 
 const EPERM: i32 = 1;
@@ -56,6 +56,11 @@ static long ia32(word n, word a, word b, word c) {
 }
 
 static unsigned words[4];
+static long socketcall(word call, unsigned a, unsigned b, unsigned c) {
+    static unsigned pair[2];
+    words[0] = a, words[1] = b, words[2] = c, words[3] = (unsigned)(word)pair;
+    return ia32(102, call, (word)words, 0);
+}
 
 static long process(long child) {
     if (child == 0) _exit(0);
@@ -72,7 +77,8 @@ static void show(const char *name, long result) {
 
 /// A program that makes the calls one after the other, and says how each ended.
 fn program(attacks: &[&[Attack]]) -> String {
-    let mut text = format!("{PRELUDE}\nint main(void) {{\n    (void)native, (void)ia32, (void)process;\n");
+    let mut text =
+        format!("{PRELUDE}\nint main(void) {{\n    (void)native, (void)ia32, (void)socketcall, (void)process;\n");
     for Attack { name, call } in attacks.iter().copied().flatten() {
         text += &format!("    show(\"{name}\", {call});\n");
     }
@@ -139,8 +145,17 @@ const FORBIDDEN_TWICE: &[Attack] = &[
     attack("clone network, bit 63", "process(native(56, BIT63 | NEWNET | 17, 0, 0, 0))"),
 ];
 
-/// A filter can't see what this is for.
-const HIDDEN: &[Attack] = &[attack("clone3", "native(435, 0, 0, 0, 0)")];
+/// A filter can't see what these are for.
+const HIDDEN: &[Attack] = &[
+    attack("socketcall vsock", "socketcall(1, 40, 1, 0)"),
+    attack("socketcall alg", "socketcall(1, 38, 5, 0)"),
+    attack("socketcall vsock, bit 32", "socketcall(BIT32 | 1, 40, 1, 0)"),
+    attack("socketcall inet", "socketcall(1, 2, 1, 0)"),
+    attack("socketcall pair", "socketcall(8, 1, 1, 0)"),
+    attack("socketcall bind", "socketcall(2, -1U, 0, 0)"),
+    attack("socketcall unheard", "socketcall(21, 0, 0, 0)"),
+    attack("clone3", "native(435, 0, 0, 0, 0)"),
+];
 
 /// No filter is needed for these: no such pair exists.
 const NO_PAIR: &[Attack] = &[
@@ -251,6 +266,37 @@ fn ia32_program() -> Vec<u8> {
     let options = ["-m32", "-static", "-nostdlib", "-no-pie", "-fno-pie", "-O1", "-Wall", "-Werror", "-o"];
     services::run(Command::new("cc").args(options).arg(&program).arg(&text));
     fs::read(program).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn socketcall_works_where_the_operator_allows_it_and_under_the_old_name() {
+    let mut surprises = Vec::new();
+    let sub_calls: &[Attack] = &[
+        attack("inet", "socketcall(1, 2, 1, 0)"),
+        attack("pair", "socketcall(8, 1, 1, 0)"),
+        attack("vsock", "socketcall(1, 40, 1, 0)"),
+    ];
+    let direct: &[Attack] = &[attack("direct vsock, bit 32", "native(41, BIT32 | 40, 1, 0, 0)")];
+    for runtime in runtimes() {
+        for (name, security) in [("shim", json!({"allow_socketcall": true})), ("containerd-driver", json!({}))] {
+            let config = json!({"default_runtime": runtime, "security": security});
+            let mut env = Env::with(EnvOptions { config, name, ..EnvOptions::default() }).await;
+            let image = image_with_program("socketcall", &program(&[sub_calls, direct])).await;
+            let config = json!({"image": image, "command": "/attack", "seccomp": true});
+            let found = results(&mut env, config, None).await;
+            surprises.extend(unexpected(sub_calls, &found, |errno| errno == 0, &format!("{name} {runtime}")));
+            surprises.extend(unexpected(direct, &found, |errno| errno == EPERM, &format!("{name} {runtime}")));
+            env.finish().await;
+        }
+        let config = json!({"default_runtime": runtime, "security": {"allow_socketcall": false}});
+        let mut env = Env::with(EnvOptions { config, name: "containerd-driver", ..EnvOptions::default() }).await;
+        let image = image_with_program("socketcall", &program(&[sub_calls])).await;
+        let config = json!({"image": image, "command": "/attack", "seccomp": true});
+        let found = results(&mut env, config, None).await;
+        surprises.extend(unexpected(sub_calls, &found, |errno| errno == ENOSYS, &runtime));
+        env.finish().await;
+    }
+    assert!(surprises.is_empty(), "{surprises:#?}");
 }
 
 /// A profile that forbids calls by their arguments, with every operator.

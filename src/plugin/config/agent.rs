@@ -13,7 +13,7 @@ use crate::{
         decode::{Values, decode},
         options::PLUGIN,
     },
-    rootfs::{Capabilities, Hooks, UpperOn, default_allowed},
+    rootfs::{Capabilities, Hooks, UpperOn, default_allowed, seccomp::Multiplexer},
     task::{
         Compute, ContainerdSettings, MetricsAddress, PoolSettings, SHIM_NAMES, SeccompDefault, SecuritySettings,
         Settings, ShimScope, ShimSettings,
@@ -220,6 +220,10 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
             ceilings,
             seccomp,
             allow_seccomp_override: security.flag("allow_seccomp_override").unwrap_or(drop_in),
+            multiplexer: match security.flag("allow_socketcall").unwrap_or(drop_in) {
+                true => Multiplexer::Allowed,
+                false => Multiplexer::Enosys,
+            },
         },
     };
     finish("plugin config", Some(settings), faults)

@@ -124,6 +124,11 @@ const SECURITY: &[Row] = &[
         "Lets jobs set `seccomp = false` or a profile of their own. Default: false; as containerd-driver: true.",
     ),
     row(
+        "allow_socketcall",
+        Kind::Flag,
+        "Lets 32-bit x86 programs under docker's profile make the call `socketcall`. Go, and glibc as Debian, Fedora and Ubuntu build it, need it for every socket of a 32-bit program; but no filter sees its arguments, so it also opens sockets that the profile forbids (AF_ALG, AF_VSOCK). Without it the call answers ENOSYS. Default: false; as containerd-driver: true.",
+    ),
+    row(
         "allow_host_namespaces",
         Kind::Flag,
         "Lets jobs use `host_network`, `pid_mode`, `ipc_mode`, `uts_mode` and `cgroupns` of the host. Default: false; as containerd-driver: true.",

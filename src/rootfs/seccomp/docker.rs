@@ -4,7 +4,10 @@ use oci_spec::runtime::{
     Arch, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator as Op,
 };
 
-use super::profile::{ArchMap, Condition, Profile, Rule};
+use super::{
+    Multiplexer,
+    profile::{ArchMap, Condition, Profile, Rule},
+};
 
 /// EPERM, for everything that is not on the list.
 const EPERM: u32 = 1;
@@ -47,7 +50,7 @@ send sendfile sendfile64 sendmmsg sendmsg sendto setfsgid setfsgid32 setfsuid se
 setgroups setgroups32 setitimer setpgid setpriority setregid setregid32 setresgid setresgid32 setresuid
 setresuid32 setreuid setreuid32 setrlimit set_robust_list setsid setsockopt set_thread_area set_tid_address
 setuid setuid32 setxattr setxattrat shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4
-sigprocmask sigreturn socketcall socketpair splice stat stat64 statfs statfs64 statmount statx symlink symlinkat
+sigprocmask sigreturn socketpair splice stat stat64 statfs statfs64 statmount statx symlink symlinkat
 sync sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete timer_getoverrun timer_gettime
 timer_gettime64 timer_settime timer_settime64 timerfd_create timerfd_gettime timerfd_gettime64 timerfd_settime
 timerfd_settime64 times tkill truncate truncate64 ugetrlimit umask uname unlink unlinkat uretprobe utime
@@ -103,8 +106,14 @@ const ARCHITECTURES: [(Arch, &[Arch]); 5] = [
 ];
 
 /// The profile.
-pub fn profile() -> Profile {
+pub fn profile(multiplexer: Multiplexer) -> Profile {
     let mut rules = vec![allow(ALLOWED), Rule { includes: kernel("4.8"), ..allow(SINCE_4_8) }];
+    // libseccomp lets a rule without conditions win over what it derives for `socketcall` from the rules for `socket` and
+    // its like. The default's EPERM would not do: runtimes leave out rules that say the same as the default.
+    rules.push(match multiplexer {
+        Multiplexer::Allowed => allow("socketcall"),
+        Multiplexer::Enosys => missing("socketcall"),
+    });
     for (operator, family) in [(Op::ScmpCmpLt, 38), (Op::ScmpCmpEq, AF_VSOCK - 1), (Op::ScmpCmpGt, AF_VSOCK)] {
         rules.push(Rule { args: Some(vec![argument(0, family, operator)]), ..allow("socket") });
     }
@@ -124,12 +133,7 @@ pub fn profile() -> Profile {
     let elsewhere = Condition { arches: on(s390).arches, ..admin.clone() };
     rules.push(Rule { args: flags(0), excludes: elsewhere, ..allow("clone") });
     rules.push(Rule { args: flags(1), includes: on(s390), excludes: admin.clone(), ..allow("clone") });
-    rules.push(Rule {
-        action: LinuxSeccompAction::ScmpActErrno,
-        errno_ret: Some(ENOSYS),
-        excludes: admin,
-        ..allow("clone3")
-    });
+    rules.push(Rule { excludes: admin, ..missing("clone3") });
     Profile {
         default_action: LinuxSeccompAction::ScmpActErrno,
         default_errno_ret: Some(EPERM),
@@ -151,6 +155,11 @@ fn allow(names: &str) -> Rule {
         action: LinuxSeccompAction::ScmpActAllow,
         ..Rule::default()
     }
+}
+
+/// As on a kernel that doesn't have the call.
+fn missing(name: &str) -> Rule {
+    Rule { action: LinuxSeccompAction::ScmpActErrno, errno_ret: Some(ENOSYS), ..allow(name) }
 }
 
 fn argument(index: usize, value: u64, operator: Op) -> LinuxSeccompArg {

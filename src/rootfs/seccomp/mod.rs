@@ -87,11 +87,24 @@ pub enum Form {
     Program,
 }
 
+/// What the default profile does with `socketcall`, by which 32-bit x86 (and s390) programs make every call about sockets.
+///
+/// The address family lies in memory, where no filter can see it: whoever may use `socketcall` may open sockets of the
+/// families that the profile forbids (AF_ALG, AF_VSOCK). docker refused it (moby/moby#52494), broke 32-bit programs with
+/// that (moby/moby#52506), and had AppArmor and SELinux refuse the families instead (moby/moby#52547, moby/moby#53551).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Multiplexer {
+    /// It works. An LSM profile should refuse the families.
+    Allowed,
+    /// It answers ENOSYS. Programs can make the direct calls that Linux has since 4.3, but not all C libraries do.
+    Enosys,
+}
+
 /// Where a profile comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source<'a> {
     /// Docker's default.
-    Default,
+    Default(Multiplexer),
     /// A file, read already.
     File {
         /// Which, for messages.
@@ -101,8 +114,16 @@ pub enum Source<'a> {
     },
 }
 
-/// A file by its hash (None for the default profile), what the task may do, and the form.
-type Key = (Option<Vec<u8>>, Capabilities, Form);
+/// Which profile was read.
+#[derive(Debug, PartialEq, Eq, Hash)]
+enum Origin {
+    Default(Multiplexer),
+    /// A file, by its hash.
+    File(Vec<u8>),
+}
+
+/// What a filter depends on: the profile, what the task may do, and the form.
+type Key = (Origin, Capabilities, Form);
 
 /// Filters that have been made once. A plugin makes docker's default again in under a millisecond, so they are kept in
 /// memory only: nothing that confines tasks is read back from a file.
@@ -119,16 +140,16 @@ impl Filters {
     /// # Errors
     /// When the file is no profile, or contradicts itself.
     pub fn get(&self, source: Source<'_>, capabilities: &Capabilities, form: Form) -> Result<Filter, SeccompError> {
-        let hash = match source {
-            Source::Default => None,
-            Source::File { text, .. } => Some(sha2::Sha256::digest(text).to_vec()),
+        let origin = match source {
+            Source::Default(multiplexer) => Origin::Default(multiplexer),
+            Source::File { text, .. } => Origin::File(sha2::Sha256::digest(text).to_vec()),
         };
-        let key = (hash, capabilities.clone(), form);
+        let key = (origin, capabilities.clone(), form);
         if let Some(known) = self.filters().get(&key) {
             return Ok(known.clone());
         }
         let profile = match source {
-            Source::Default => default_profile(),
+            Source::Default(multiplexer) => default_profile(multiplexer),
             Source::File { path, text } => Profile::read(path, text)?,
         };
         let host = Host::this();
@@ -182,4 +203,26 @@ pub fn bytes(program: &[sock_filter]) -> Vec<u8> {
         bytes.extend(instruction.k.to_ne_bytes());
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_default_profile_is_kept_for_itself() {
+        let filters = Filters::default();
+        let capabilities = Capabilities::parse(&["CHOWN".to_owned()]).expect("capabilities");
+        let made = |multiplexer| {
+            let filter = filters.get(Source::Default(multiplexer), &capabilities, Form::Profile).expect("a filter");
+            let Filter::Profile(profile) = filter else { panic!("asked for a profile") };
+            let mut rules = profile.syscalls().iter().flatten().filter(|rule| rule.names() == &["socketcall"]);
+            rules.next().map(oci_spec::runtime::LinuxSyscall::action)
+        };
+        for _ in 0..2 {
+            assert_eq!(made(Multiplexer::Allowed), Some(LinuxSeccompAction::ScmpActAllow));
+            assert_eq!(made(Multiplexer::Enosys), Some(LinuxSeccompAction::ScmpActErrno));
+        }
+        assert_eq!(filters.filters().len(), 2);
+    }
 }
