@@ -1,10 +1,10 @@
 //! What the processes of this program may do: each keeps the capabilities that it needs (capabilities(7)), and helpers
 //! run under a filter of system calls besides (seccomp(2)).
 //!
-//! The plugin runs as root and starts programs that need everything: shims, runtimes, an operator's hooks. They get it
-//! back: a program that root executes has all that is in the bounding set, which the plugin leaves as it is. So this
-//! keeps no attacker out who has taken the plugin over for good; it takes away what a mistake of the plugin could
-//! otherwise be made to do, such as a call that sets the clock or loads a module.
+//! The plugin runs as root and starts programs that need every capability: shims, runtimes, an operator's hooks. A
+//! program that root executes has all that is in the bounding set, which the plugin leaves as it is. The reduction
+//! therefore limits what a confused plugin can be made to do, such as setting the clock or loading a module. It does not
+//! stop an attacker who runs code of his own in the plugin: that code can execute a program.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -64,12 +64,15 @@ const PLUGIN: [Capability; 14] = [
     Capability::CAP_NET_BIND_SERVICE,
 ];
 
+/// linux, `include/uapi/linux/securebits.h`.
+const SECBIT_NOROOT: libc::c_int = 1;
+
 /// What became of the plugin's capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reduced {
     /// It has only those that it needs.
     Yes,
-    /// It kept what it was started with, for what it starts would not get the others back.
+    /// It kept all that it was started with, since programs that it executes would not get the others back.
     No(Inheritance),
 }
 
@@ -122,9 +125,6 @@ fn inheritance() -> Option<Inheritance> {
         None
     }
 }
-
-/// linux, `include/uapi/linux/securebits.h`.
-const SECBIT_NOROOT: libc::c_int = 1;
 
 /// Which system calls a process or thread may still make. All others answer EPERM.
 #[derive(Debug, Clone, Copy)]

@@ -13,12 +13,13 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use crate::privileges::{Calls, confine};
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::wait::{WaitStatus, wait, waitpid},
     unistd::{ForkResult, Pid, fork, pipe, setsid},
 };
+
+use crate::privileges::{Calls, confine};
 
 /// The command of ours that wrappers call: `runsc-keeper RUNSC [FLAG...] -- [WORD...]`, the words being what the shim has
 /// called its runsc with.

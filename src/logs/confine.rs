@@ -13,18 +13,18 @@ pub enum Role {
     Keeper,
 }
 
-/// What both of them keep: the keeper has no use for the first, but could not give it to a writer without it.
+/// The capabilities of both. The keeper does not use the first; a writer could not have it if its keeper had not.
 const KEPT: [Capability; 2] = [
     // The directory of an allocation's logs may be anybody's: Nomad gives it to nobody, and tasks can change that.
     Capability::CAP_DAC_OVERRIDE,
-    // A user's pipes are cut to two pages each when there are more than some thousand, but not one who has this
-    // (pipe(7), `pipe-user-pages-soft`); and the blocks that file systems reserve for root.
+    // The kernel cuts the pipes of a user who has more than a thousand to two pages each, unless the process has this
+    // (pipe(7), `pipe-user-pages-soft`). It also opens the blocks that file systems reserve for root.
     Capability::CAP_SYS_RESOURCE,
 ];
 
-/// What nobody who copies bytes from FIFOs to files ever calls: the network, other processes' memory, mounts and
-/// namespaces, keys, and the kernel's own settings. A list of what is refused, and not of what is allowed, for a C library
-/// that calls something new for a read or a wait must not cost a task its log.
+/// Calls that moving bytes from FIFOs to files never needs: the network, other processes' memory, mounts and namespaces,
+/// keys, and the kernel's own settings. It lists what is refused instead of what is allowed, so that a C library which
+/// makes another call for a read or a wait does not cost a task its log.
 const REFUSED: &[libc::c_long] = &[
     libc::SYS_accept,
     libc::SYS_accept4,
@@ -80,7 +80,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// And what a writer does not call, since it starts nothing.
+/// A writer starts no program either.
 const REFUSED_TO_WRITERS: &[libc::c_long] = &[libc::SYS_execve, libc::SYS_execveat];
 
 impl Role {
@@ -90,7 +90,7 @@ impl Role {
     /// When the kernel has no seccomp, or capabilities stay.
     pub fn confine(self) -> Result<(), PrivilegeError> {
         let refused = match self {
-            // It is the keeper's child, and has its filter.
+            // The keeper's filter holds for it already: filters are inherited (seccomp(2)).
             Self::Writer => REFUSED_TO_WRITERS,
             Self::Keeper => REFUSED,
         };

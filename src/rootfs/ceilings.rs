@@ -19,6 +19,8 @@ use crate::{ids::Flavor, process};
 const PRIORITIES: [&str; 2] = ["rtprio", "nice"];
 /// What the kernel gives a tmpfs without a size, in percent of the host's memory (tmpfs(5)).
 const KERNEL_DEFAULT: u64 = 50;
+/// The size of a page where the kernel does not say it.
+const PAGE: u64 = 4096;
 
 /// What a job asks for is more than the operator allows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,6 +68,8 @@ pub struct HostLimits {
     rlimits: BTreeMap<&'static str, (u64, u64)>,
     /// The host's memory in bytes, where the kernel says it.
     memory: Option<u64>,
+    /// The size of a page in bytes, likewise.
+    page: Option<u64>,
 }
 
 impl HostLimits {
@@ -79,8 +83,9 @@ impl HostLimits {
         };
         let number = |variable| sysconf(variable).ok().flatten().and_then(|number| u64::try_from(number).ok());
         let pages = number(SysconfVar::_PHYS_PAGES).filter(|pages| *pages > 0);
-        let memory = pages.zip(number(SysconfVar::PAGE_SIZE)).map(|(pages, size)| pages.saturating_mul(size));
-        Self { rlimits: ULIMITS.into_iter().map(limit).collect(), memory }
+        let page = number(SysconfVar::PAGE_SIZE);
+        let memory = pages.zip(page).map(|(pages, page)| pages.saturating_mul(page));
+        Self { rlimits: ULIMITS.into_iter().map(limit).collect(), memory, page }
     }
 
     /// A host with this much memory and no limits.
@@ -154,6 +159,11 @@ impl Ceilings {
         lowered.collect()
     }
 
+    /// The size of a page of the host's memory.
+    pub fn page(&self) -> u64 {
+        self.host.as_ref().and_then(|host| host.page).unwrap_or(PAGE)
+    }
+
     /// Is there a ceiling on file systems in memory?
     pub fn bounds_memory(&self) -> bool {
         self.tmpfs != TmpfsSize::Unlimited
@@ -199,7 +209,7 @@ mod tests {
 
     fn host() -> HostLimits {
         let rlimits = [("nofile", (1024, 4096)), ("rtprio", (0, 50)), ("nice", (0, 0)), ("memlock", (8, 8))];
-        HostLimits { rlimits: rlimits.into(), memory: Some(8 << 30) }
+        HostLimits { rlimits: rlimits.into(), memory: Some(8 << 30), page: None }
     }
 
     fn check(ceilings: &Ceilings, name: &str, value: &str) -> Result<(), String> {

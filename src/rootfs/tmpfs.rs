@@ -10,10 +10,6 @@ pub const SHM_SIZE: u64 = 64 << 20;
 const FLAGS: [&str; 10] = ["ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "noatime", "relatime"];
 /// Options with a value.
 const KEYS: [&str; 6] = ["size", "mode", "uid", "gid", "nr_inodes", "nr_blocks"];
-/// The kernel counts `nr_blocks` in pages, and by default has one inode for every two pages of the host's memory
-/// (linux, `mm/shmem.c`, `shmem_default_max_inodes`).
-const PAGE: u64 = 4096;
-
 /// Why a job's tmpfs is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum TmpfsError {
@@ -138,11 +134,13 @@ fn check_form(option: &str, key: &str, value: Option<&str>) -> Result<(), TmpfsE
     if fits { Ok(()) } else { Err(TmpfsError::Value { option: option.to_owned() }) }
 }
 
-/// Holds what the file system may grow to against the operator's ceiling. A page of it holds one inode at most.
+/// Holds what the file system may grow to against the operator's ceiling. The kernel counts `nr_blocks` in pages, and by
+/// default has one inode for every two pages of the host's memory (linux, `mm/shmem.c`, `shmem_default_max_inodes`): a
+/// ceiling of half of the memory is one inode for each page of it.
 fn check_size(option: &str, key: &str, value: Option<&str>, ceilings: &Ceilings) -> Result<(), TmpfsError> {
     let unit = match key {
         "size" => 1,
-        "nr_blocks" | "nr_inodes" => PAGE,
+        "nr_blocks" | "nr_inodes" => ceilings.page(),
         _ => return Ok(()),
     };
     if !ceilings.bounds_memory() {

@@ -37,7 +37,7 @@ async fn a_task_that_says_nothing_has_a_limit_of_processes() {
         let config = shell(&env, "exec sleep 600", json!({})).await;
         let task = env.start(config).await;
         assert_eq!(cgroup_file(&env, &task, "pids", "pids.max").await, "2048", "{runtime}");
-        // As long as it has not been asked for by the job, a limit of ours must not be in the way of a large service.
+        // The default is no obstacle to a service of many processes.
         let threads =
             env.exec_text(&task, "for i in $(seq 100); do sleep 5 & done; jobs | wc -l; kill $(jobs -p)").await;
         assert_eq!(threads.trim(), "100", "{runtime}");
