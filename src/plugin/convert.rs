@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     config::{self, ConfigError, GroupNetwork},
+    propagation,
     texts,
 };
 use crate::{
@@ -53,7 +54,7 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
     let named = named.iter().filter(|(_, value)| !value.is_empty());
     let named = named.map(|(key, value)| ((*key).to_owned(), (*value).clone()));
     let annotations: BTreeMap<String, String> = options.annotations.clone().into_iter().chain(named).collect();
-    Ok(StartRequest {
+    let mut request = StartRequest {
         task_id: TaskId(task.id.clone()),
         name: task.name.clone(),
         alloc_id: task.alloc_id.clone(),
@@ -79,7 +80,9 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
             })
             .collect(),
         annotations,
-    })
+    };
+    propagation::keep_from_the_host(&mut request, settings.name.flavor());
+    Ok(request)
 }
 
 fn volume(mount: &wire::Mount) -> Result<Volume, ConfigError> {

@@ -14,6 +14,7 @@ mod hclog;
 mod metrics;
 mod options;
 mod presence;
+mod propagation;
 mod schema;
 mod service;
 mod stats;

@@ -32,6 +32,9 @@ mod privileges;
 mod races;
 mod text;
 mod seccomp;
+mod decoy;
+mod probe;
+mod propagation;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};

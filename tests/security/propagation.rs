@@ -1,0 +1,113 @@
+//! Mounts of a task do not appear on the host, where the file system that a task's directory lies on is shared. systemd
+//! makes all of them so (systemd/systemd, `mount_setup`); here a tmpfs of the test is one.
+
+use std::{fs, path::PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nomad_driver_shim::pb::driver::Mount;
+use serde_json::{Value, json};
+
+use crate::{
+    decoy::mounts_below,
+    plugin_with, runtimes, shell,
+    support::{Env, Task},
+};
+
+/// A plugin whose allocations lie on a file system that is shared, as on a usual host.
+struct Shared {
+    env: Env,
+    allocs: PathBuf,
+}
+
+impl Shared {
+    async fn new(runtime: &str) -> Self {
+        let env = plugin_with(runtime, json!({"allow_privileged": true})).await;
+        let allocs = env.dir.join("allocs");
+        fs::create_dir_all(&allocs).unwrap();
+        mount(Some("tmpfs"), &allocs, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        mount(None::<&str>, &allocs, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+        Self { env, allocs }
+    }
+
+    /// A task that idles, with these options.
+    async fn prepare(&mut self, options: Value) -> Task {
+        let config = shell(&self.env, "echo mounted; exec sleep 600", options).await;
+        self.env.prepare(config).await
+    }
+
+    /// What a task puts on the host: while it runs, and what it leaves there, which is taken away again.
+    async fn seen(&mut self, mut task: Task) -> Vec<String> {
+        let alloc = task.dirs.alloc_dir.clone();
+        self.env.try_start(&mut task).await.unwrap();
+        task.says("mounted").await;
+        let mut seen = mounts_below(&alloc);
+        self.env.destroy(&task).await.unwrap();
+        let left = mounts_below(&alloc);
+        seen.extend(left.iter().map(|line| format!("left: {line}")));
+        for line in left.iter().rev() {
+            umount2(line.split(' ').nth(5).unwrap(), MntFlags::MNT_DETACH).unwrap();
+        }
+        seen
+    }
+
+    async fn finish(self) {
+        umount2(&self.allocs, MntFlags::MNT_DETACH).unwrap();
+        self.env.finish().await;
+    }
+}
+
+/// A bind of a directory of the task's own, and something to be mounted below it.
+fn mounts(propagation: &str) -> Value {
+    json!([
+        {"type": "bind", "source": "alloc/data", "target": "/m", "options": ["rbind", "rw", propagation]},
+        {"type": "tmpfs", "target": "/m/below", "options": ["size=1m"]},
+    ])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_jobs_propagation_brings_no_mount_to_the_host() {
+    for runtime in runtimes() {
+        let mut shared = Shared::new(&runtime).await;
+        for propagation in ["shared", "rshared", "slave", "rslave", "private", "rprivate"] {
+            let task = shared.prepare(json!({"mounts": mounts(propagation)})).await;
+            assert_eq!(shared.seen(task).await, Vec::<String>::new(), "{runtime}, {propagation}");
+        }
+        // The probe is one: what a privileged task shares is seen, and stays.
+        let task = shared.prepare(json!({"mounts": mounts("rshared"), "privileged": true})).await;
+        let seen = shared.seen(task).await;
+        assert!(seen.iter().any(|line| line.starts_with("left: ") && line.contains("/below ")), "{runtime}: {seen:?}");
+        shared.finish().await;
+    }
+}
+
+/// `volume_mount { propagation_mode = "bidirectional" }`, with each kind of mount that can lie below it: the job's own, one
+/// of the directories that every task has, and the files of `/etc`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bidirectional_volume_brings_no_mount_to_the_host() {
+    for runtime in runtimes() {
+        let mut shared = Shared::new(&runtime).await;
+        for (target, variable, options) in [
+            ("/v", None, json!({"mounts": [{"type": "tmpfs", "target": "/v/below"}]})),
+            ("/v", None, json!({"mounts": [{"type": "bind", "source": "local", "target": "/v/below"}]})),
+            ("/v", Some("NOMAD_TASK_DIR"), json!({})),
+            ("/v", Some("NOMAD_SECRETS_DIR"), json!({})),
+            ("/etc", None, json!({})),
+        ] {
+            let shown = format!("{runtime}, {target}, {variable:?}, {options}");
+            let mut task = shared.prepare(options).await;
+            let host_path = task.dirs.alloc_dir.join("volume");
+            fs::create_dir_all(&host_path).unwrap();
+            if let Some(variable) = variable {
+                task.config.env.insert(variable.to_owned(), format!("{target}/below"));
+            }
+            task.config.mounts.push(Mount {
+                host_path: host_path.display().to_string(),
+                task_path: target.to_owned(),
+                propagation_mode: "bidirectional".to_owned(),
+                ..Mount::default()
+            });
+            assert_eq!(shared.seen(task).await, Vec::<String>::new(), "{shown}");
+        }
+        shared.finish().await;
+    }
+}
