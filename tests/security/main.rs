@@ -33,6 +33,7 @@ mod races;
 mod text;
 mod seccomp;
 mod decoy;
+mod mounts_held;
 mod probe;
 mod propagation;
 

@@ -1,0 +1,219 @@
+//! A job's `mounts`: sources, types, options, targets and propagation give a task nothing of the host.
+
+use std::{fs, os::unix::fs::symlink, path::Path};
+
+use serde_json::{Value, json};
+
+use crate::{
+    decoy::{Decoy, SECRET},
+    plugin_with,
+    probe::{Outcome, outcome, refusal, refusal_of},
+    runtimes, shell,
+    support::{Env, EnvOptions, Task, services},
+};
+
+fn bind(source: &str, options: &[&str]) -> Value {
+    json!({"type": "bind", "source": source, "target": "/m", "options": options})
+}
+
+/// A task of an allocation in which another task has a secret, with links that a task of the allocation could make.
+async fn prepared(env: &mut Env, decoy: &Decoy, config: Value) -> Task {
+    let task = env.prepare(config).await;
+    let alloc = env.allocs.last().unwrap().clone();
+    alloc.task("other").unwrap();
+    for private in ["other/secrets/token", "other/private/token", "web/private/token"] {
+        fs::write(alloc.dir.join(private), SECRET).unwrap();
+    }
+    for (name, target) in [
+        ("etc", Path::new("/etc")),
+        ("root", Path::new("/")),
+        ("decoy", &decoy.dir),
+        ("up", Path::new("../../../..")),
+        ("other", Path::new("../../other/secrets")),
+        ("magic", Path::new("/proc/1/root")),
+    ] {
+        symlink(target, alloc.dir.join("alloc/data").join(name)).unwrap();
+    }
+    task
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sources_outside_of_the_tasks_directories_are_refused() {
+    let mut env = Env::new().await;
+    let decoy = Decoy::new(&env);
+    let containerd = services().containerd.display().to_string();
+    let (run, control) = (env.dir.join("run"), env.dir.join("run/control.sock"));
+    let absolute = ["/", "/etc", "/proc/1/root", "/proc/self/fd", "/run", "/dev", &containerd, decoy.path()];
+    let ours = [run.to_str().unwrap(), control.to_str().unwrap()];
+    let relative = [
+        "../..",
+        "..",
+        ".",
+        "private",
+        "private/token",
+        "local/../private",
+        "alloc",
+        "alloc/..",
+        "alloc/../..",
+        "alloc/../other/private",
+        "alloc/../other/secrets/token",
+        "../other/secrets/token",
+        "local/../../other/private/token",
+        "alloc/data/etc",
+        "alloc/data/root",
+        "alloc/data/root/etc",
+        "alloc/data/decoy",
+        "alloc/data/decoy/secret",
+        "alloc/data/up",
+        "alloc/data/other/token",
+        "alloc/data/magic",
+        "alloc/data\0/../../other/secrets",
+        "local\0",
+    ];
+    for source in absolute.iter().chain(&ours).chain(&relative) {
+        let config = shell(&env, "ls -R /m", json!({"mounts": [bind(source, &["rbind", "rw"])]})).await;
+        let mut task = prepared(&mut env, &decoy, config).await;
+        // "alloc" is the one name of the list that a task has anyway.
+        if *source == "alloc" {
+            env.try_start(&mut task).await.unwrap();
+            env.finish_task(task).await;
+            continue;
+        }
+        let reason = refusal_of(&env, &mut task, source).await;
+        assert!(reason.contains("mounts"), "{source}: {reason}");
+        assert!(!reason.contains(SECRET.trim()), "{source}: {reason}");
+    }
+    // The same by absolute paths into the allocation.
+    for below in
+        ["", "other", "other/secrets/token", "web", "web/private", "alloc/data/decoy", "alloc/../other/secrets"]
+    {
+        let mut task = prepared(&mut env, &decoy, Value::Null).await;
+        let source = task.dirs.alloc_dir.join(below).display().to_string();
+        let config = shell(&env, "ls -R /m", json!({"mounts": [bind(&source, &["rbind", "rw"])]})).await;
+        task = env.prepare_again(task, "2", config).await;
+        let reason = refusal_of(&env, &mut task, &source).await;
+        assert!(reason.contains("mounts"), "{source}: {reason}");
+    }
+    decoy.assert_untouched("a mount's source");
+    env.finish().await;
+
+    // The probe is one: the old driver's name follows any path, and the decoy's secret is read through it.
+    let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let decoy = Decoy::new(&env);
+    let config = shell(&env, "cat /m/secret", json!({"mounts": [bind(decoy.path(), &["rbind", "ro"])]})).await;
+    assert_eq!(env.run(config).await.1, SECRET);
+    env.finish().await;
+}
+
+/// A type or an option that makes another mount of a tmpfs than an empty one.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_other_file_system_than_a_tmpfs_is_mounted() {
+    let mut env = Env::new().await;
+    let decoy = Decoy::new(&env);
+    let image = env.busybox().await;
+    let config = |mount: Value, runtime: &str| {
+        json!({
+            "image": image, "runtime": runtime, "mounts": [mount],
+            "command": "/bin/sh", "args": ["-c", "mount | grep ' /m '; find /m -type f | head"],
+        })
+    };
+    for kind in [
+        "overlay", "proc", "sysfs", "cgroup", "cgroup2", "devtmpfs", "devpts", "ext4", "nfs", "9p", "fuse", "mqueue",
+        "none", "BIND", "Bind", "bind ", "tmpfs ", "tmpfs\0", "",
+    ] {
+        let mount = json!({"type": kind, "source": "/dev/vda", "target": "/m", "options": ["rw"]});
+        let reason = refusal(&mut env, config(mount, "crun")).await;
+        assert!(reason.contains("mounts"), "{kind:?}: {reason}");
+    }
+    let lower = format!("lowerdir={}", decoy.path());
+    let (joined, sized) = (format!("rw,{lower}"), format!("size=1m,{lower}"));
+    for options in [
+        vec!["bind"],
+        vec!["rbind"],
+        vec!["rw", "rbind"],
+        vec!["remount"],
+        vec!["rw", "remount", "bind"],
+        vec!["move"],
+        vec![&lower],
+        vec![&joined],
+        vec!["rw,bind"],
+        vec!["mand"],
+        vec!["idmap"],
+        vec!["tmpcopyup"],
+        vec!["copy-symlink"],
+        vec!["src-nofollow"],
+        vec!["dest-nofollow"],
+        vec!["size=1m", "x-mount.mkdir"],
+        vec![" size=1m"],
+    ] {
+        let mount = json!({"type": "tmpfs", "source": decoy.path(), "target": "/m", "options": options});
+        let reason = refusal(&mut env, config(mount, "crun")).await;
+        assert!(reason.contains("mounts"), "{options:?}: {reason}");
+    }
+    // What passes for a value has to be one for the kernel: it is either refused there, or a tmpfs without files.
+    for runtime in runtimes() {
+        for option in [sized.as_str(), "size=1m,bind", "size=1m,rbind", "mode=755,remount", "uid=0,lowerdir=/etc"] {
+            let mount = json!({"type": "tmpfs", "source": decoy.path(), "target": "/m", "options": [option]});
+            match outcome(&mut env, config(mount, &runtime)).await {
+                Outcome::Refused(_) => {}
+                Outcome::Ran(_, out, _) => {
+                    let kinds: Vec<_> = out.lines().map(|line| line.split(' ').nth(4)).collect();
+                    assert_eq!(kinds, [Some("tmpfs")], "{runtime}, {option}: {out}");
+                }
+            }
+        }
+    }
+    decoy.assert_untouched("a tmpfs's options");
+    // The probe is one: a tmpfs is there, and a bind shows a file.
+    let mount = json!({"type": "tmpfs", "target": "/m", "options": ["size=1m"]});
+    assert!(env.run(config(mount, "crun")).await.1.contains(" on /m type tmpfs "));
+    let (_, out, _) = env.run(config(bind("secrets", &["rbind", "ro"]), "crun")).await;
+    assert!(!out.contains("tmpfs"), "{out}");
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn targets_lie_below_the_root_of_the_container() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    for target in
+        ["", "/", "//", "///", "/..", "/../..", "/a/../..", "/a/../../etc", "m", "./m", "../m", "~", "\0", "m\0/x"]
+    {
+        for kind in ["tmpfs", "bind"] {
+            let mount = json!({"type": kind, "source": "local", "target": target, "options": ["rw"]});
+            let reason = refusal(&mut env, json!({"image": image, "mounts": [mount]})).await;
+            assert!(reason.contains("target"), "{target:?}: {reason}");
+        }
+    }
+    env.finish().await;
+}
+
+/// The nodes of a disk and of the kernel's log, made by a task in a directory that other tasks bind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bound_device_node_does_not_open() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
+        let make = "mknod /alloc/data/loop b 7 0 && mknod /alloc/data/kmsg c 1 11 && chmod 666 /alloc/data/*";
+        let config = shell(&env, make, json!({})).await;
+        assert_eq!(env.run(config).await.0, 0, "{runtime}");
+        let alloc = env.allocs.last().unwrap().clone();
+        let (both, one) = ("open /m/loop; open /m/kmsg; open /alloc/data/loop; open /alloc/data/kmsg", "open /m");
+        for (name, source, script, privileged, opened, refused) in [
+            ("directory", "alloc/data", both, false, 0, 4),
+            ("disk", "alloc/data/loop", one, false, 0, 1),
+            ("log", "alloc/data/kmsg", one, false, 0, 1),
+            // The probe is one: without the confinement they open.
+            ("privileged", "alloc/data", both, true, 4, 0),
+        ] {
+            let script = format!("open() {{ (: < $1) && echo opened; }}; {script}");
+            let mounts = json!([bind(source, &["rbind", "rw", "dev"])]);
+            let config = shell(&env, &script, json!({"mounts": mounts, "privileged": privileged})).await;
+            let mut task = env.prepare_in(alloc.task(name).unwrap(), "1", config).await;
+            env.try_start(&mut task).await.unwrap();
+            let (_, out, err) = env.finish_task(task).await;
+            let seen = (out.matches("opened").count(), err.matches("Operation not permitted").count());
+            assert_eq!(seen, (opened, refused), "{runtime}, {name}: {out}{err}");
+        }
+        env.finish().await;
+    }
+}
