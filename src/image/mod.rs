@@ -18,6 +18,7 @@ mod reference;
 mod registry;
 mod store;
 mod unpack;
+mod view;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -30,6 +31,7 @@ pub use pull::{Progress, PullEvent};
 pub use record::{ImageConfig, ImageRecord};
 pub use reference::{Reference, ReferenceError, RegistryName};
 pub use store::{ImageStore, PullPolicy, PullRequest};
+pub use view::ViewProblem;
 
 use crate::{accounts::AccountsError, containerd::ContainerdError, ids::Digest};
 
@@ -175,17 +177,15 @@ pub enum ImageError {
         /// Why.
         source: AccountsError,
     },
-    /// A snapshotter whose mounts we can't stack on.
-    #[error(
-        "snapshotter {snapshotter} gives mounts of type {kind:?} for image {image}: use overlayfs or native (containerd.snapshotter)"
-    )]
-    Snapshotter {
+    /// Mounts of a snapshotter that no root file system is made of.
+    #[error("snapshotter {snapshotter} gives mounts for image {image} that are refused")]
+    View {
         /// As asked for.
         image: String,
-        /// Which.
+        /// The snapshotter's name.
         snapshotter: String,
-        /// What it gave.
-        kind: String,
+        /// What is wrong with them.
+        source: ViewProblem,
     },
     /// Files that don't hold what their name says.
     #[error("image {image} can't be read: {problem}")]

@@ -20,11 +20,12 @@ use super::{
     record::Parts,
     registry::HttpClients,
     unpack::{self, Accounts},
+    view::Stack,
 };
 use crate::{
     containerd::{Client, Labels, LeaseId},
     ids::{ChainId, Digest, random_hex},
-    pb::types::Descriptor,
+    pb::types::{Descriptor, Mount},
     places::Places,
     stamp::Stamp,
 };
@@ -319,7 +320,7 @@ impl ImageStore {
         // The lease's name is this pull's alone.
         let mounts = client.view_snapshot(lease, &lease.0, chain).await?;
         let (named, scratch) = (reference.clone(), places.images());
-        let read = match unpack::stack_of(client, reference, &mounts) {
+        let read = match self.checked(reference, &mounts).await {
             Ok(stack) => tokio::task::spawn_blocking(move || unpack::accounts(&named, &stack, &scratch)).await,
             Err(error) => Ok(Err(error)),
         };
@@ -354,9 +355,9 @@ impl ImageStore {
             Some(chain) => {
                 client.create_lease(&lease, None).await?;
                 let mounts = client.view_snapshot(&lease, &name, chain).await?;
-                (Some(name), unpack::stack_of(client, reference, &mounts)?)
+                (Some(name), self.checked(reference, &mounts).await?)
             }
-            None => (None, unpack::Stack { lowers: vec![self.empty_layer()?], options: Vec::new() }),
+            None => (None, Stack { lowers: vec![self.empty_layer()?], options: Vec::new() }),
         };
         let parts = Parts {
             digest,
@@ -376,6 +377,21 @@ impl ImageStore {
             lock(&self.0.retired).push(old);
         }
         Ok(record)
+    }
+
+    /// The layers of a view, when its mounts are a snapshotter's.
+    async fn checked(&self, reference: &Reference, mounts: &[Mount]) -> Result<Stack, ImageError> {
+        let refused = |source| ImageError::View {
+            image: reference.to_string(),
+            snapshotter: self.0.client.snapshotter().to_owned(),
+            source,
+        };
+        let stack = Stack::read(mounts).map_err(refused)?;
+        let looked_at = stack.clone();
+        let looking = tokio::task::spawn_blocking(move || looked_at.check()).await;
+        let path = self.0.places.images();
+        looking.map_err(|join| ImageError::Record { path, source: std::io::Error::other(join) })?.map_err(refused)?;
+        Ok(stack)
     }
 
     /// What an image without layers is mounted over.

@@ -1,9 +1,6 @@
 //! From blobs to directories: layers applied into containerd's snapshotter, and the view that keeps them.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::{fs, io, path::Path};
 
 use nix::mount::{MntFlags, umount2};
 
@@ -11,12 +8,12 @@ use super::{
     ImageError, Reference,
     manifest::Layer,
     pull::{Progress, PullEvent},
+    view::Stack,
 };
 use crate::{
     accounts::{self, AccountsError},
     containerd::{Client, Labels, LeaseId},
     ids::{ChainId, Digest, random_hex},
-    pb::types::Mount,
 };
 
 /// Makes sure that all layers are unpacked: the name of the whole stack, None for an image without layers.
@@ -97,43 +94,6 @@ async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: St
                 _ => Err(error),
             }
         }
-    }
-}
-
-/// Where a view's layers are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stack {
-    /// Read-only directories, topmost first.
-    pub lowers: Vec<PathBuf>,
-    /// Other options the snapshotter wants on an overlay.
-    pub options: Vec<String>,
-}
-
-/// Reads a view's mounts: one read-only bind, or an overlay without an upper directory.
-///
-/// # Errors
-/// When the snapshotter gives anything else.
-pub fn stack_of(client: &Client, reference: &Reference, mounts: &[Mount]) -> Result<Stack, ImageError> {
-    let refused = |kind: &str| ImageError::Snapshotter {
-        image: reference.to_string(),
-        snapshotter: client.snapshotter().to_owned(),
-        kind: kind.to_owned(),
-    };
-    let [mount] = mounts else { return Err(refused(&format!("{} mounts", mounts.len()))) };
-    match mount.r#type.as_str() {
-        "bind" => Ok(Stack { lowers: vec![PathBuf::from(&mount.source)], options: Vec::new() }),
-        "overlay" => {
-            let mut stack = Stack { lowers: Vec::new(), options: Vec::new() };
-            for option in &mount.options {
-                match option.split_once('=') {
-                    Some(("lowerdir", list)) => stack.lowers = list.split(':').map(PathBuf::from).collect(),
-                    Some(("upperdir" | "workdir", _)) => return Err(refused("overlay with an upper directory")),
-                    _ => stack.options.push(option.clone()),
-                }
-            }
-            if stack.lowers.is_empty() { Err(refused("overlay without directories")) } else { Ok(stack) }
-        }
-        other => Err(refused(other)),
     }
 }
 

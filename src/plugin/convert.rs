@@ -8,8 +8,7 @@ use std::{
 
 use super::{
     config::{self, ConfigError, GroupNetwork},
-    propagation,
-    texts,
+    propagation, texts,
 };
 use crate::{
     ids::{Flavor, TaskId},
