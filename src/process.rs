@@ -4,12 +4,16 @@ use std::{
     fs, io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
+    process::{Output, Stdio},
     sync::OnceLock,
 };
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::io::{AsyncRead, AsyncReadExt as _, Interest, unix::AsyncFd};
+
+/// How much of each output stream of a program is kept. Versions, answers and errors are kilobytes.
+const OUTPUT_MAX: u64 = 256 << 10;
 
 /// The kernel's name for this boot: pids and start times of another one mean nothing (random(4)).
 ///
@@ -210,6 +214,25 @@ pub fn which(program: &Path) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|directory| directory.join(program)).find(|path| executable(path))
 }
 
+/// Runs a program to its end and keeps the beginning of what it prints. One that prints more finds its pipe closed, so
+/// that a program that never stops costs no memory.
+///
+/// # Errors
+/// When the program can't be started, or its pipes can't be read.
+pub async fn bounded_output(command: &mut tokio::process::Command) -> io::Result<Output> {
+    async fn beginning(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        if let Some(pipe) = pipe {
+            pipe.take(OUTPUT_MAX).read_to_end(&mut bytes).await?;
+        }
+        Ok(bytes)
+    }
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (stdout, stderr) = (beginning(child.stdout.take()), beginning(child.stderr.take()));
+    let (stdout, stderr, status) = tokio::try_join!(stdout, stderr, child.wait())?;
+    Ok(Output { status, stdout, stderr })
+}
+
 /// A process and all that it and its children have started and that still live, itself first. Processes that were
 /// handed to another parent are not found.
 pub fn descendants(pid: u32) -> Vec<u32> {
@@ -249,6 +272,24 @@ mod tests {
         assert!(me.is_alive() && PidFd::of(&me).is_ok());
         let other = ProcessId { start: me.start + 1, ..me };
         assert!(!other.is_alive() && PidFd::of(&other).is_err());
+    }
+
+    #[tokio::test]
+    async fn only_the_beginning_of_an_output_is_kept() {
+        let shell = |script: &str| {
+            let mut command = tokio::process::Command::new("sh");
+            command.args(["-c", script]);
+            command
+        };
+        let small = bounded_output(&mut shell("echo out; echo err >&2; exit 3")).await.expect("runs");
+        assert_eq!(
+            (&small.stdout[..], &small.stderr[..], small.status.code()),
+            (&b"out\n"[..], &b"err\n"[..], Some(3))
+        );
+        // Without the closed pipe it would not end.
+        let endless = bounded_output(&mut shell("yes >&2 & exec yes")).await.expect("runs");
+        let kept = usize::try_from(OUTPUT_MAX).expect("a small number");
+        assert_eq!((endless.stdout.len(), endless.stderr.len()), (kept, kept));
     }
 
     #[tokio::test]

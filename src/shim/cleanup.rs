@@ -8,6 +8,7 @@ use super::{Exit, Launcher, ShimError};
 use crate::{
     pb::shim as wire,
     places::write_private,
+    process::bounded_output,
     text::{self, FOREIGN_MAX},
 };
 
@@ -68,7 +69,8 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     }
     let noted = has_noted_exit(task.bundle);
     let failed = |source| ShimError::Spawn { binary: program.to_owned(), source };
-    let run = tokio::process::Command::new(program)
+    let mut command = tokio::process::Command::new(program);
+    command
         .args(["-namespace", task.namespace, "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
         .arg(task.bundle)
         .arg("delete")
@@ -76,9 +78,8 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = tokio::time::timeout(DELETE, run)
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(DELETE, bounded_output(&mut command))
         .await
         .map_err(|_| ShimError::Late { call: "delete", after: DELETE })?
         .map_err(failed)?;

@@ -3,7 +3,8 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, io,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, SeekFrom},
     os::{
         fd::{AsRawFd, FromRawFd as _, OwnedFd},
         unix::{fs::PermissionsExt as _, net::UnixListener},
@@ -34,6 +35,8 @@ use crate::{
 
 /// A shim that was asked to end does so in about 2 ms.
 pub(super) const END: Duration = Duration::from_secs(5);
+/// How much of its log is shown of a shim that did not come up.
+const LAST_WORDS_MAX: u64 = 4 << 10;
 /// In a shim's directory: who it is, so that another instance of us finds it again.
 pub(super) const PID: &str = "pid";
 
@@ -293,7 +296,7 @@ impl Launcher {
                 })
             }
             Err(error) => {
-                let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+                let log = last_words(&dir.join("log")).unwrap_or_default();
                 tracing::warn!(shim = id, log = log.trim(), "a shim did not come up");
                 Err(error)
             }
@@ -505,6 +508,16 @@ pub(super) fn remove_dir(dir: &Path) {
         }
         _ => {}
     }
+}
+
+/// The end of a shim's log, where it says why it gave up. All of it may be more than this process should hold.
+fn last_words(log: &Path) -> io::Result<String> {
+    let mut log = File::open(log)?;
+    let length = log.metadata()?.len();
+    log.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS_MAX)))?;
+    let mut bytes = Vec::new();
+    log.take(LAST_WORDS_MAX).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn duplicate_above(fd: &impl AsRawFd, lowest: i32) -> io::Result<OwnedFd> {

@@ -2,6 +2,8 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
+use crate::process::bounded_output;
+
 /// Before it, shims hold one lock over Create: who shares one starts one task at a time (containerd's release notes).
 const PARALLEL: [u32; 3] = [2, 3, 2];
 /// It prints and goes.
@@ -11,7 +13,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 pub(super) async fn warn_of_queues(binary: &Path) {
     let mut command = tokio::process::Command::new(binary);
     command.arg("-v").stdin(Stdio::null()).kill_on_drop(true);
-    let Ok(Ok(output)) = tokio::time::timeout(LIMIT, command.output()).await else { return };
+    let Ok(Ok(output)) = tokio::time::timeout(LIMIT, bounded_output(&mut command)).await else { return };
     let text = String::from_utf8_lossy(&output.stdout);
     if let Some(version) = version(&text).filter(|version| *version < PARALLEL) {
         let [major, minor, patch] = version;

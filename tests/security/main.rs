@@ -25,6 +25,7 @@ mod decoy;
 mod directories;
 mod false_containerd;
 mod hostile_containerd;
+mod hostile_shim;
 mod inputs;
 mod interrupt;
 mod layers;

@@ -23,7 +23,7 @@ use crate::{
     gvisor::{Caller, Network, Probed},
     ids::ContainerId,
     places::Places,
-    process::which,
+    process::{bounded_output, which},
     rootfs::{Hooks, NetworkNamespace, seccomp::Form},
     stamp::Stamp,
 };
@@ -351,7 +351,7 @@ impl Runtimes {
         let mut command = tokio::process::Command::new(binary);
         command.arg("--root").arg(root).args(["delete", "--force", id.as_str()]);
         command.stdin(Stdio::null()).kill_on_drop(true);
-        let output = tokio::time::timeout(DELETE, command.output()).await;
+        let output = tokio::time::timeout(DELETE, bounded_output(&mut command)).await;
         let output = output.map_err(|_| failed("it hangs".to_owned()))?.map_err(|error| failed(error.to_string()))?;
         if output.status.success() {
             Ok(())

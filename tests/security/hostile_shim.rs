@@ -1,0 +1,98 @@
+//! Shims that lie: a start fails in time and in words, the plugin goes on with its other tasks, and nothing is left.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    attack, shell,
+    support::{Env, EnvOptions},
+};
+
+/// What the first call of a shim or its `Create` is answered with: see hostile_shim.c.
+const LIES: [&str; 18] = [
+    "connect-exits",
+    "connect-closes",
+    "connect-silent",
+    "connect-garbage",
+    "connect-4gib",
+    "connect-2gib",
+    "connect-5mib",
+    "connect-stream",
+    "connect-nonsense",
+    "connect-short",
+    "connect-text",
+    "connect-log",
+    "create-exits",
+    "create-killed",
+    "create-closes",
+    "create-5mib",
+    "create-nonsense",
+    "create-text",
+];
+/// The time in which a shim has to answer its first call is 10 s.
+const IN_TIME: Duration = Duration::from_secs(15);
+/// What all lies together may take of memory: a frame has at most 4 MiB, and of what a program prints little is kept.
+const GROWTH: u64 = 48 << 20;
+/// What a shim says goes into a line of the log.
+const LOG_LINE: usize = 64 << 10;
+
+/// The most memory that a process has ever had.
+fn peak(env: &Env) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", env.plugin().pid().unwrap())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// A program for each lie: the runtimes of a plugin's configuration.
+fn runtimes(dir: &Path) -> Value {
+    let program = dir.join("shim");
+    fs::write(&program, attack::compile("hostile-shim", include_str!("hostile_shim.c"))).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let named = LIES.map(|lie| {
+        fs::hard_link(&program, dir.join(lie)).unwrap();
+        (lie.to_owned(), json!({"shim": dir.join(lie)}))
+    });
+    Value::Object(named.into_iter().collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shim_that_lies_costs_one_start() {
+    let programs = tempfile::tempdir_in("/var/tmp").unwrap();
+    let config = json!({"runtime": runtimes(programs.path()), "shim": {"pool": 1}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    // The image is here from now on.
+    let bystander = env.sh("sleep 600").await;
+    let plugin = env.plugin().pid();
+    let before = peak(&env);
+    let mut tasks = Vec::new();
+    for lie in LIES {
+        let config = shell(&env, "true", json!({"runtime": lie})).await;
+        tasks.push((lie, env.prepare(config).await));
+    }
+    let plugin_env = &env;
+    let starts = tasks.iter_mut().map(|(lie, task)| async move {
+        let began = Instant::now();
+        let status = plugin_env.try_start(task).await.expect_err(lie);
+        let reason = status.message();
+        let shown = &reason[..reason.len().min(300)];
+        assert!(began.elapsed() < IN_TIME, "{lie} took {:?}: {shown}", began.elapsed());
+        assert!(reason.contains("shim") || reason.contains("create the container"), "{lie}: {shown}");
+        assert_eq!(plugin_env.inspect(&task.id).await.unwrap_err().code(), tonic::Code::NotFound, "{lie}");
+    });
+    futures_util::future::join_all(starts).await;
+    let grown = peak(&env).saturating_sub(before);
+    assert!(grown < GROWTH, "{} MiB more", grown >> 20);
+    let longest = env.plugin().stderr().lines().map(str::len).max().unwrap_or_default();
+    assert!(longest < LOG_LINE, "a line of {longest} bytes in the agent's log");
+    // The others are served as before, by the same plugin.
+    assert_eq!(env.plugin().pid(), plugin);
+    assert_eq!(env.exec_text(&bystander, "echo alive").await, "alive\n");
+    env.destroy(&bystander).await.unwrap();
+    env.finish().await;
+}
