@@ -39,6 +39,7 @@ mod propagation;
 mod races;
 mod seccomp;
 mod text;
+mod registries_held;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};
