@@ -3,15 +3,28 @@
 //! Long names (GNU `L`, `K`) and pax records (`x`, `g`) are read whole into memory by every tar reader. A few megabytes
 //! of compressed zeroes could make that a hundred gigabytes. So the plain stream is followed header by header, and an
 //! extension larger than Go's own limit ends it.
+//!
+//! Names in pax records are read here by their lengths, as containerd reads them (Go's archive/tar, `parsePAXRecord`). The
+//! tar crate reads them by lines and takes the first of a kind, where Go takes the last.
+
+use super::layer::climbs;
 
 /// As in Go's archive/tar, so nothing that containerd unpacks is refused here.
 const EXTENSION_MAX: u64 = 1 << 20;
+/// A hard link's type in its header.
+const HARD_LINK: u8 = b'1';
 /// tar's block (POSIX.1-1988, ustar).
 const BLOCK: usize = 512;
 
-/// An extension entry is too large.
+/// Why an archive is not read on.
 #[derive(Debug, PartialEq, Eq)]
-pub struct TooLarge;
+pub enum ExtensionProblem {
+    /// An extension entry is too large.
+    TooLarge,
+    /// Readers of pax records disagree on how long the next entry is: what one takes for a file's content is a further
+    /// entry to another, which nobody would have looked at.
+    Ambiguous,
+}
 
 /// Follows an archive.
 #[derive(Debug, Default)]
@@ -22,14 +35,23 @@ pub struct Extensions {
     /// The body of a pax record, whose `size` counts for the next entry.
     pax: Option<Vec<u8>>,
     next_size: Option<u64>,
+    /// A name that the next entry links to, if it is a hard link, and that climbs out of the root.
+    next_link: Option<Vec<u8>>,
+    /// The first name in a pax record that climbs out of the root.
+    climbing: Option<Vec<u8>>,
 }
 
 impl Extensions {
+    /// The first name in a pax record, of an entry or of what a hard link leads to, that climbs out of the root.
+    pub fn climbing(&self) -> Option<&[u8]> {
+        self.climbing.as_deref()
+    }
+
     /// The next bytes of the plain archive.
     ///
     /// # Errors
-    /// When an extension entry is too large.
-    pub fn follow(&mut self, mut bytes: &[u8]) -> Result<(), TooLarge> {
+    /// When an extension entry is too large or ambiguous.
+    pub fn follow(&mut self, mut bytes: &[u8]) -> Result<(), ExtensionProblem> {
         while !bytes.is_empty() {
             if self.left > 0 {
                 let count = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
@@ -51,26 +73,44 @@ impl Extensions {
                 && let Some(pax) = self.pax.take()
             {
                 self.next_size = pax_size(&pax);
+                self.look_at(&pax)?;
             }
         }
         Ok(())
     }
 
-    fn enter(&mut self) -> Result<(), TooLarge> {
+    /// Looks at the records of a pax header for names that climb.
+    fn look_at(&mut self, pax: &[u8]) -> Result<(), ExtensionProblem> {
+        let of = |wanted: &'static [u8]| records(pax).filter(move |(key, _)| *key == wanted).map(|(_, value)| value);
+        let size = of(b"size").last().and_then(|value| std::str::from_utf8(value).ok()?.parse().ok());
+        if size != self.next_size {
+            return Err(ExtensionProblem::Ambiguous);
+        }
+        let name = of(b"path").chain(of(b"GNU.sparse.name")).find(|name| climbs(name));
+        self.climbing = self.climbing.take().or(name.map(<[u8]>::to_vec));
+        self.next_link = of(b"linkpath").find(|target| climbs(target)).map(<[u8]>::to_vec);
+        Ok(())
+    }
+
+    fn enter(&mut self) -> Result<(), ExtensionProblem> {
         let size = size(&self.header[124..136]);
         let kind = self.header[156];
         self.header.clear();
         let size = match kind {
             b'L' | b'K' | b'x' | b'g' => {
                 if size > EXTENSION_MAX {
-                    return Err(TooLarge);
+                    return Err(ExtensionProblem::TooLarge);
                 }
                 if kind == b'x' {
                     self.pax = Some(Vec::new());
                 }
                 size
             }
-            _ => self.next_size.take().unwrap_or(size),
+            _ => {
+                let link = self.next_link.take().filter(|_| kind == HARD_LINK);
+                self.climbing = self.climbing.take().or(link);
+                self.next_size.take().unwrap_or(size)
+            }
         };
         self.left = size.div_ceil(BLOCK as u64).saturating_mul(BLOCK as u64);
         Ok(())
@@ -90,6 +130,18 @@ fn size(field: &[u8]) -> u64 {
 fn pax_size(body: &[u8]) -> Option<u64> {
     let text = String::from_utf8_lossy(body);
     text.lines().find_map(|line| line.split_once(' ')?.1.strip_prefix("size=")?.parse().ok())
+}
+
+/// The records of a pax body, each by its own length; what follows a malformed one is not read by anybody.
+fn records(mut body: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    std::iter::from_fn(move || {
+        let blank = body.iter().position(|byte| *byte == b' ')?;
+        let length: usize = std::str::from_utf8(&body[..blank]).ok()?.parse().ok()?;
+        let record = body.get(blank + 1..length)?.strip_suffix(b"\n")?;
+        let equals = record.iter().position(|byte| *byte == b'=')?;
+        body = &body[length..];
+        Some((&record[..equals], &record[equals + 1..]))
+    })
 }
 
 #[cfg(test)]
@@ -116,7 +168,7 @@ mod tests {
         for piece in [1, 7, 512, 100_000] {
             let mut extensions = Extensions::default();
             let outcome = small.chunks(piece).try_for_each(|chunk| extensions.follow(chunk));
-            assert_eq!(outcome, Err(TooLarge), "{piece}");
+            assert_eq!(outcome, Err(ExtensionProblem::TooLarge), "{piece}");
         }
         assert_eq!(Extensions::default().follow(&small[..small.len() - 512]), Ok(()));
     }
@@ -132,6 +184,40 @@ mod tests {
         archive.extend(header(b'L', 1 << 40));
         archive.extend(vec![0; 512]);
         assert_eq!(Extensions::default().follow(&archive), Ok(()));
+    }
+
+    /// A pax header with this body, and a header of this kind after it.
+    fn followed(body: &str, kind: u8) -> (Result<(), ExtensionProblem>, Option<String>) {
+        let mut archive = header(b'x', body.len() as u64);
+        archive.extend_from_slice(body.as_bytes());
+        archive.resize(archive.len().next_multiple_of(BLOCK), 0);
+        archive.extend(header(kind, 0));
+        let mut extensions = Extensions::default();
+        let outcome = extensions.follow(&archive);
+        (outcome, extensions.climbing().map(|name| String::from_utf8_lossy(name).into_owned()))
+    }
+
+    #[test]
+    fn names_are_read_by_their_lengths() {
+        for (body, kind, climbing) in [
+            ("8 path=a\n12 path=../x\n", b'0', None),
+            ("9 path=a\n13 path=../x\n", b'0', Some("../x")),
+            ("15 path=../x\ny\n", b'0', Some("../x\ny")),
+            ("27 comment=a\n13 path=../x\n\n", b'0', None),
+            ("24 GNU.sparse.name=../x\n", b'0', Some("../x")),
+            ("17 linkpath=../x\n", HARD_LINK, Some("../x")),
+            ("17 linkpath=../x\n", b'2', None),
+            ("13 path=a/../b\n", b'0', None),
+        ] {
+            assert_eq!(followed(body, kind), (Ok(()), climbing.map(str::to_owned)), "{body:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_readers_disagree_on_are_refused() {
+        assert_eq!(followed("10 size=0\n12 size=512\n", b'0').0, Err(ExtensionProblem::Ambiguous));
+        assert_eq!(followed("26 comment=a\n12 size=512\n\n", b'0').0, Err(ExtensionProblem::Ambiguous));
+        assert_eq!(followed("12 size=512\n", b'0').0, Ok(()));
     }
 
     proptest! {

@@ -9,7 +9,10 @@ use std::{
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{confine, extensions::Extensions};
+use super::{
+    confine,
+    extensions::{ExtensionProblem, Extensions},
+};
 use crate::ids::Digest;
 
 /// Why a layer was refused.
@@ -145,10 +148,13 @@ impl<R: Read> Read for Hashing<R> {
         if self.count > UNPACKED_MAX {
             return Err(io::Error::from(io::ErrorKind::FileTooLarge));
         }
-        if self.extensions.follow(&buffer[..count]).is_err() {
-            return Err(io::Error::from(io::ErrorKind::QuotaExceeded));
+        match self.extensions.follow(&buffer[..count]) {
+            Ok(()) => Ok(count),
+            Err(ExtensionProblem::TooLarge) => Err(io::Error::from(io::ErrorKind::QuotaExceeded)),
+            Err(ExtensionProblem::Ambiguous) => {
+                Err(io::Error::new(io::ErrorKind::InvalidData, "a pax header gives the next entry two sizes"))
+            }
         }
-        Ok(count)
     }
 }
 
@@ -182,6 +188,10 @@ fn read(mut input: impl Read + 'static) -> Result<Digest, LayerProblem> {
     // What follows the end-of-archive marker (padding) counts toward the digest too.
     let mut rest = archive.into_inner();
     io::copy(&mut rest, &mut io::sink()).map_err(problem)?;
+    // The names as containerd reads them, where they are others than those above.
+    if let Some(name) = rest.extensions.climbing() {
+        return Err(LayerProblem::Climbs { entry: String::from_utf8_lossy(name).into_owned() });
+    }
     Ok(Digest::from_hash(&rest.hash.finalize()))
 }
 
@@ -197,7 +207,7 @@ fn problem(source: io::Error) -> LayerProblem {
 }
 
 /// Does a path, read from the root downwards, ever go above it? (`a/../b` does not; `a/../../b` does.)
-fn climbs(path: &[u8]) -> bool {
+pub(super) fn climbs(path: &[u8]) -> bool {
     let mut depth = 0_i64;
     for part in path.split(|&byte| byte == b'/') {
         match part {

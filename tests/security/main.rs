@@ -32,6 +32,7 @@ mod layers;
 mod links;
 mod masks;
 mod mounts;
+mod layers_held;
 mod mounts_held;
 mod privileges;
 mod probe;
