@@ -10,7 +10,9 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    attack, shell,
+    attack,
+    probe::peak,
+    shell,
     support::{Env, EnvOptions},
 };
 
@@ -42,13 +44,6 @@ const GROWTH: u64 = 48 << 20;
 /// What a shim says goes into a line of the log.
 const LOG_LINE: usize = 64 << 10;
 
-/// The most memory that a process has ever had.
-fn peak(env: &Env) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", env.plugin().pid().unwrap())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
-}
-
 /// A program for each lie: the runtimes of a plugin's configuration.
 fn runtimes(dir: &Path) -> Value {
     let program = dir.join("shim");
@@ -69,7 +64,7 @@ async fn a_shim_that_lies_costs_one_start() {
     // The image is here from now on.
     let bystander = env.sh("sleep 600").await;
     let plugin = env.plugin().pid();
-    let before = peak(&env);
+    let before = peak(plugin.unwrap());
     let mut tasks = Vec::new();
     for lie in LIES {
         let config = shell(&env, "true", json!({"runtime": lie})).await;
@@ -86,7 +81,7 @@ async fn a_shim_that_lies_costs_one_start() {
         assert_eq!(plugin_env.inspect(&task.id).await.unwrap_err().code(), tonic::Code::NotFound, "{lie}");
     });
     futures_util::future::join_all(starts).await;
-    let grown = peak(&env).saturating_sub(before);
+    let grown = peak(plugin.unwrap()) - before;
     assert!(grown < GROWTH, "{} MiB more", grown >> 20);
     let longest = env.plugin().stderr().lines().map(str::len).max().unwrap_or_default();
     assert!(longest < LOG_LINE, "a line of {longest} bytes in the agent's log");

@@ -23,6 +23,7 @@ mod bounds;
 mod credentials;
 mod decoy;
 mod directories;
+mod documents_held;
 mod false_containerd;
 mod hostile_containerd;
 mod hostile_shim;

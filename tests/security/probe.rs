@@ -4,6 +4,13 @@ use serde_json::Value;
 
 use crate::support::{Env, Task};
 
+/// The most memory that a process has ever had, in bytes.
+pub fn peak(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
 /// What came of a job.
 #[derive(Debug)]
 pub enum Outcome {
