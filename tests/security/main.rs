@@ -33,6 +33,7 @@ mod layers;
 mod links;
 mod masks;
 mod mounts;
+mod images_held;
 mod layers_held;
 mod mounts_held;
 mod privileges;
