@@ -43,6 +43,7 @@ mod races;
 mod seccomp;
 mod text;
 mod registries_held;
+mod sockets_held;
 
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};
