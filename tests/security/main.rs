@@ -34,6 +34,7 @@ mod links;
 mod masks;
 mod mounts;
 mod images_held;
+mod inside_held;
 mod layers_held;
 mod mounts_held;
 mod privileges;
