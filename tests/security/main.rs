@@ -38,6 +38,7 @@ mod inside_held;
 mod layers_held;
 mod mounts_held;
 mod privileges;
+mod options_held;
 mod probe;
 mod propagation;
 mod races;

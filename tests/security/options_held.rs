@@ -1,0 +1,317 @@
+//! Options of a job that ask for more than the operator allows, and text that means something to whom it is handed on: all
+//! refused before anything is made, with the option named.
+
+use std::{fs, os::unix::fs::symlink, time::Instant};
+
+use serde_json::{Value, json};
+
+use crate::{
+    decoy::{Decoy, SECRET},
+    probe::{Outcome, outcome, refusal, refusal_of},
+    runtimes, shell,
+    support::{Env, EnvOptions, patience},
+};
+
+/// Each option that takes a confinement away, and what an operator would have to set for it.
+fn openings() -> Vec<(Value, &'static str)> {
+    let mut openings = vec![
+        (json!({"privileged": true}), "allow_privileged"),
+        (json!({"host_network": true}), "allow_host_namespaces"),
+        (json!({"pid_mode": "host"}), "allow_host_namespaces"),
+        (json!({"ipc_mode": "host"}), "allow_host_namespaces"),
+        (json!({"uts_mode": "host"}), "allow_host_namespaces"),
+        (json!({"cgroupns": "host"}), "allow_host_namespaces"),
+        (json!({"pid_mode": "HOST"}), "allow_host_namespaces"),
+        (json!({"seccomp": false}), "allow_seccomp_override"),
+        (json!({"seccomp_profile": "local/p.json"}), "allow_seccomp_override"),
+    ];
+    for mode in ["container:other", "host ", " host", "hosts", "\0host", "/proc/1/ns/pid", "private\0"] {
+        openings.push((json!({"pid_mode": mode}), "pid_mode"));
+        openings.push((json!({"ipc_mode": mode}), "ipc_mode"));
+    }
+    for (option, named) in [
+        ("seccomp=unconfined", "allow_seccomp_override"),
+        ("seccomp:unconfined", "allow_seccomp_override"),
+        ("seccomp=/etc/p.json", "allow_seccomp_override"),
+        ("no-new-privileges=false", "allow_privileged"),
+        ("no-new-privileges:false", "allow_privileged"),
+        ("apparmor=unconfined", "security_opt"),
+        ("apparmor:unconfined", "security_opt"),
+        ("label=disable", "security_opt"),
+        ("label=type:spc_t", "security_opt"),
+        ("systempaths=unconfined", "security_opt"),
+        ("SECCOMP=unconfined", "security_opt"),
+        ("no-new-privileges=0", "security_opt"),
+        ("", "security_opt"),
+    ] {
+        openings.push((json!({"security_opt": [option]}), named));
+    }
+    for device in [
+        "/dev/vda",
+        "/dev/kmsg",
+        "/dev/mem",
+        "/dev/null",
+        "/dev/../dev/vda",
+        "/dev/vda\0",
+        "dev/vda",
+        "/proc/kcore",
+        "/",
+    ] {
+        openings.push((json!({"devices": [device]}), "device"));
+    }
+    for name in [
+        "SYS_ADMIN",
+        "cap_sys_admin",
+        "CAP_SYS_ADMIN",
+        " SYS_ADMIN ",
+        "ALL",
+        "all",
+        "CAP_ALL",
+        "NET_RAW",
+        "SYS_ADMIN\0",
+        "63",
+        "",
+    ] {
+        openings.push((json!({"cap_add": [name]}), "cap_add"));
+    }
+    openings
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_operator_does_not_allow_is_refused() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let with = |options: &Value| {
+        let mut config = json!({"image": image, "command": "/bin/true"});
+        options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        config
+    };
+    for (options, named) in openings() {
+        let reason = refusal(&mut env, with(&options)).await;
+        assert!(reason.contains(named), "{options}: {reason}");
+    }
+    env.finish().await;
+    // The probe is one: an operator who opens all of it gets such a task started.
+    let security = json!({"allow_host_namespaces": true, "allow_caps": ["ALL"], "allow_seccomp_override": true});
+    let config = json!({"allow_privileged": true, "security": security});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let options = json!({
+        "pid_mode": "host", "ipc_mode": "host", "uts_mode": "host", "cgroupns": "host", "cap_add": ["SYS_ADMIN"],
+        "security_opt": ["seccomp=unconfined", "no-new-privileges=false"],
+    });
+    assert_eq!(env.run(with(&options)).await.0, 0);
+    env.finish().await;
+}
+
+/// Text that would be a path, a line or an option to whom it is handed on.
+#[tokio::test(flavor = "multi_thread")]
+async fn text_that_means_something_elsewhere_is_refused() {
+    let mut env = Env::new().await;
+    let image = env.busybox().await;
+    let mut attacks = Vec::new();
+    for runtime in [
+        "../../tmp/evil",
+        "/bin/sh",
+        "./crun",
+        "crun ",
+        "CRUN",
+        "io.containerd.evil.v1",
+        "io.containerd..v1",
+        "crun\0",
+        "-x",
+    ] {
+        attacks.push((json!({"runtime": runtime}), "runtime"));
+    }
+    for key in [
+        "run.oci.seccomp_bpf_data",
+        "run.oci.handler",
+        "run.oci.delegate-cgroup",
+        "run.oci.mount_context_type",
+        "org.systemd.property.CPUQuota",
+        "org.criu.config",
+        "io.katacontainers.config.hypervisor.path",
+        "io.kubernetes.cri.sandbox-id",
+        "module.wasm.image/variant",
+        "krun.vm",
+        "dev.gvisor.flag.debug",
+        "cdi.k8s.io/vendor",
+        "io.containerd.runc.v2",
+        "com.hashicorp.nomad.alloc_id",
+        "",
+    ] {
+        attacks.push((json!({"annotations": {key: "x"}}), "annotations"));
+        attacks.push((json!({"labels": {key: "x"}}), "labels"));
+    }
+    for name in [
+        "kernel.core_pattern",
+        "kernel/core_pattern",
+        "kernel.hostname",
+        "kernel.modprobe",
+        "kernel.shm",
+        "vm.overcommit_memory",
+        "user.max_user_namespaces",
+        "fs.suid_dumpable",
+        "fs.mqueue",
+        "dev.raid.speed_limit_max",
+        "",
+        ".",
+        "/",
+        " net.core.somaxconn",
+    ] {
+        attacks.push((json!({"sysctl": {name: "1"}}), "sysctl"));
+    }
+    for host in [
+        "a\nb:127.0.0.1",
+        "a:127.0.0.1\n1.2.3.4 b",
+        "a b:127.0.0.1",
+        "#:127.0.0.1",
+        ":127.0.0.1",
+        "a\0:127.0.0.1",
+        "a:",
+        "a:127.0.0.1 b",
+    ] {
+        attacks.push((json!({"extra_hosts": [host]}), "extra_hosts"));
+    }
+    for name in [
+        "file:/etc/passwd",
+        "file:///etc",
+        "docker://busybox",
+        "dir:/etc",
+        "http://169.254.169.254/x",
+        "user:pw@127.0.0.1:1/x",
+        "127.0.0.1:1/../x",
+        "127.0.0.1:1/x/../../y",
+        "127.0.0.1:1/x\ny",
+        "127.0.0.1:1/x y",
+        "-x",
+        "--help",
+        "127.0.0.1:1/x\0",
+        "127.0.0.1:1/x?y=z",
+        "127.0.0.1:1/x#y",
+        "127.0.0.1:99999999/x y",
+        "@",
+        ":",
+        "/",
+        "127.0.0.1:1/X",
+        "",
+        "127.0.0.1:1/x@sha256:../../../etc",
+    ] {
+        attacks.push((json!({"image": name}), "image"));
+    }
+    for (options, named) in attacks {
+        let mut config = json!({"image": image, "command": "/bin/true"});
+        options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        let reason = refusal(&mut env, config).await;
+        assert!(reason.contains(named), "{options}: {reason}");
+    }
+    // Users and groups, which Nomad sends beside the options.
+    for user in [
+        "root\n",
+        "user\0",
+        "user:root:x",
+        "../root",
+        "4294967295",
+        "4294967296",
+        "-1",
+        "0x0",
+        "1e3",
+        " user",
+        "user:",
+        "user:ghost",
+        "nobody",
+        "%s",
+        "user\nroot",
+    ] {
+        let mut task = env.prepare(json!({"image": image, "command": "/bin/id"})).await;
+        task.config.user = user.to_owned();
+        if user == "user:" {
+            // An empty group is none.
+            env.try_start(&mut task).await.unwrap();
+            assert_eq!(env.finish_task(task).await.1, "uid=1000(user) gid=1001(user) groups=1001(user),2000(extra)\n");
+            continue;
+        }
+        let reason = refusal_of(&env, &mut task, user).await;
+        assert!(reason.contains("user") || reason.contains("group"), "{user:?}: {reason}");
+    }
+    env.finish().await;
+}
+
+/// Keys that no list has are handed to the runtimes, which must not act on them.
+#[tokio::test(flavor = "multi_thread")]
+async fn annotations_of_other_spellings_change_nothing() {
+    let mut env = Env::new().await;
+    let (look, long) = ("grep -E '^(Seccomp|CapEff|NoNewPrivs):' /proc/self/status", "k".repeat(100 << 10));
+    for runtime in runtimes() {
+        let plain = shell(&env, look, json!({"runtime": runtime})).await;
+        let expected = env.run(plain).await.1;
+        assert!(expected.contains("Seccomp:\t2"), "{expected}");
+        let keys = [
+            "Run.oci.seccomp_bpf_data",
+            " run.oci.handler",
+            "RUN.OCI.HANDLER",
+            "run.oci",
+            "run\u{2024}oci.handler",
+            &long,
+        ];
+        for key in keys {
+            let config = shell(&env, look, json!({"runtime": runtime, "annotations": {key: "AAAA"}})).await;
+            match outcome(&mut env, config).await {
+                Outcome::Refused(_) => {}
+                Outcome::Ran(_, out, _) => assert_eq!(out, expected, "{runtime}, {:?}", &key[..key.len().min(40)]),
+            }
+        }
+    }
+    env.finish().await;
+}
+
+/// Images in files whose parts lead elsewhere, in a directory that the job may use.
+#[tokio::test(flavor = "multi_thread")]
+async fn archives_read_no_file_of_the_host() {
+    let mut env = Env::new().await;
+    let decoy = Decoy::new(&env);
+    for image in [
+        "oci:/etc",
+        "oci-archive:/etc/shadow",
+        "docker-archive:/etc/passwd",
+        "docker-archive:/dev/zero",
+        "docker-archive:/dev/vda",
+        "oci-archive:/proc/self/mem",
+        "oci:local/layout",
+        "oci:local/fifo-layout",
+        "oci:local/blobs",
+        "oci-archive:local/link",
+        "docker-archive:local/link",
+        "docker-archive:local/fifo",
+        "docker-archive:local/device",
+        "oci-archive:local/../private/x",
+        "oci-archive:alloc/../other/x",
+        "docker-archive:local/link/..",
+    ] {
+        let mut task = env.prepare(json!({"image": image, "command": "/bin/true", "image_pull_timeout": "10s"})).await;
+        let local = task.dirs.alloc_dir.join("web/local");
+        for layout in ["layout", "fifo-layout", "blobs"] {
+            fs::create_dir_all(local.join(layout)).unwrap();
+            fs::write(local.join(layout).join("oci-layout"), r#"{"imageLayoutVersion": "1.0.0"}"#).unwrap();
+        }
+        symlink(decoy.dir.join("secret"), local.join("layout/index.json")).unwrap();
+        symlink(decoy.dir.join("secret"), local.join("link")).unwrap();
+        symlink(&decoy.dir, local.join("blobs/blobs")).unwrap();
+        let index = json!({"schemaVersion": 2, "manifests": [{
+            "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": format!("sha256:{}", "0".repeat(64)), "size": 23,
+        }]});
+        fs::write(local.join("blobs/index.json"), index.to_string()).unwrap();
+        for fifo in ["fifo", "fifo-layout/index.json"] {
+            nix::unistd::mkfifo(&local.join(fifo), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
+        let zero = nix::sys::stat::makedev(1, 5);
+        let mode = nix::sys::stat::Mode::S_IRWXU;
+        nix::sys::stat::mknod(&local.join("device"), nix::sys::stat::SFlag::S_IFCHR, mode, zero).unwrap();
+        let began = Instant::now();
+        let reason = refusal_of(&env, &mut task, image).await;
+        assert!(began.elapsed() < patience() / 8, "{image} took {:?}", began.elapsed());
+        assert!(!reason.contains(SECRET.trim()) && !reason.contains("root:"), "{image}: {reason}");
+        assert!(!reason.contains("image_pull_timeout"), "{image}: {reason}");
+    }
+    decoy.assert_untouched("an archive");
+    env.finish().await;
+}
