@@ -13,7 +13,9 @@ use super::{
 use crate::{
     cgroup::{CgroupMode, Cgroups},
     containerd::Client,
-    task::{FilterForm, crun_works, runsc_works, which},
+    task::{
+        APPARMOR_PREFIX, AppArmorHost, AppArmorSupport, FilterForm, PARSER_PACKAGE, crun_works, runsc_works, which,
+    },
 };
 
 /// Say what this host can do
@@ -108,6 +110,9 @@ async fn examine(common: &Common) -> Vec<Finding> {
         find("overlayfs", Verdict::Bad, "not in /proc/filesystems; load it: modprobe overlay".into());
     }
 
+    let (verdict, detail) = apparmor(&AppArmorHost::default());
+    find("AppArmor", verdict, detail);
+
     match which(Path::new("containerd-shim-runc-v2")) {
         Some(path) => find("shim", Verdict::Good, format!("{} {}", path.display(), version(&path, "-v").await)),
         None => find("shim", Verdict::Bad, "containerd-shim-runc-v2 is not in PATH; install containerd".into()),
@@ -198,6 +203,36 @@ async fn examine(common: &Common) -> Vec<Finding> {
 fn advise(find: &mut impl FnMut(&'static str, Verdict, String), program: Program, version: &str) {
     if let Some(note) = advisories::note(program, version) {
         find("advisories", Verdict::Note, note);
+    }
+}
+
+/// Says whether tasks get an AppArmor profile on this host, and what to do if they get none.
+fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
+    let without = "tasks run without a profile";
+    let (parser, loaded) = match (host.support(), host.parser(), host.loaded()) {
+        (support @ AppArmorSupport::Disabled, ..) => return (Verdict::Note, format!("{support}; {without}")),
+        (support @ AppArmorSupport::NoSecurityFs, ..) => {
+            let remedy = "mount -t securityfs securityfs /sys/kernel/security";
+            return (Verdict::Note, format!("enabled, but {support}: {without}; {remedy}"));
+        }
+        (AppArmorSupport::Enabled, _, Err(error)) => {
+            return (
+                Verdict::Note,
+                format!("enabled; which profiles are loaded can't be seen: {}", crate::chain(&error)),
+            );
+        }
+        (AppArmorSupport::Enabled, parser, Ok(loaded)) => (parser, loaded),
+    };
+    let own: Vec<_> = loaded.into_iter().filter(|name| name.starts_with(APPARMOR_PREFIX)).collect();
+    let own = if own.is_empty() { "none of this driver's yet".to_owned() } else { own.join(", ") };
+    match parser {
+        Some(parser) => (Verdict::Good, format!("enabled; {} loads profiles; loaded: {own}", parser.display())),
+        None => (
+            Verdict::Note,
+            format!(
+                "enabled, but apparmor_parser is not in PATH: {without} that is not loaded already (loaded: {own}); install {PARSER_PACKAGE}"
+            ),
+        ),
     }
 }
 

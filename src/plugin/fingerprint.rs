@@ -71,6 +71,10 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
         let problem = format!("shim {} is not installed; it comes with containerd", settings.shim.binary.display());
         return state(HealthState::Undetected, &problem, HashMap::new());
     }
+    let apparmor = match engine.apparmor().await {
+        Ok(profile) => profile,
+        Err(problem) => return state(HealthState::Unhealthy, &problem, HashMap::new()),
+    };
     let installed = runtimes.usable();
     let mut attributes = HashMap::new();
     let mut put =
@@ -91,6 +95,7 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
             put(format!("{prefix}.runtime.{name}.version"), Value::StringVal(version));
         }
     }
+    put(format!("{prefix}.apparmor"), Value::StringVal(apparmor));
     put(format!("{prefix}.privileged"), Value::BoolVal(settings.security.allow_privileged));
     let answer = containerd(&settings).await;
     // A key that is left out stays on the node as it was; an empty value takes it off.

@@ -24,9 +24,11 @@ pub fn of(error: &TaskError) -> Status {
     let code = match error {
         TaskError::NotFound(_) => Code::NotFound,
         TaskError::AlreadyStarted(_) => Code::AlreadyExists,
-        TaskError::Signal(_) | TaskError::Reference(_) | TaskError::Runtime(_) | TaskError::NotInSandbox { .. } => {
-            Code::InvalidArgument
-        }
+        TaskError::Signal(_)
+        | TaskError::Reference(_)
+        | TaskError::Runtime(_)
+        | TaskError::NotInSandbox { .. }
+        | TaskError::AppArmor(_) => Code::InvalidArgument,
         _ => Code::Unknown,
     };
     new(code, &text)

@@ -2,6 +2,7 @@
 //! it, with the root file system mounted by us.
 
 mod ahead;
+pub mod apparmor;
 mod arrangement;
 pub mod bundle;
 mod capabilities;

@@ -13,6 +13,7 @@ use oci_spec::runtime::{
 
 use super::{
     Capabilities, Command, KernelLimits, Resources, RootfsError,
+    apparmor::ProfileName,
     defaults::{self, BaseMounts, MaskedPaths, READONLY_PATHS},
     limits::{Namespace, Namespaces, Ulimit},
     process, resources,
@@ -165,6 +166,8 @@ pub struct SpecInput<'a> {
     pub kernel: KernelLimits,
     /// What it may call.
     pub seccomp: Option<Filter>,
+    /// Its AppArmor profile.
+    pub apparmor: Option<&'a ProfileName>,
     /// For people and tools that look at the container.
     pub annotations: BTreeMap<String, String>,
 }
@@ -195,7 +198,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if groups.len() > users::GROUPS_MAX {
         return Err(users::UserError::Groups { name: user.to_owned(), count: groups.len() }.into());
     }
-    let process = ProcessBuilder::default()
+    let mut process = ProcessBuilder::default()
         .terminal(input.terminal == Terminal::Yes)
         .user(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(groups).build()?)
         .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
@@ -207,6 +210,9 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         // The crate has limits of its own.
         .rlimits(rlimits(input.flavor, input.ulimit_defaults, input.ulimits)?)
         .capabilities(capability_sets(&input.capabilities)?);
+    if let Some(profile) = input.apparmor {
+        process = process.apparmor_profile(profile.as_str());
+    }
 
     let mounts = defaults::mounts(BaseMounts {
         flavor: input.flavor,
@@ -391,6 +397,7 @@ mod tests {
             cgroup: "/nomad/a.t",
             kernel: KernelLimits::of_this_process(),
             seccomp: None,
+            apparmor: None,
             annotations: BTreeMap::new(),
         };
         change(&mut input);

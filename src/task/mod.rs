@@ -1,5 +1,6 @@
 //! Tasks: their states, their records, and the one place where images, root file systems, shims and cgroups meet.
 
+mod apparmor;
 mod engine;
 mod events;
 mod exec;
@@ -35,6 +36,7 @@ use std::{
     time::Duration,
 };
 
+pub use apparmor::{AppArmorDefault, AppArmorRequest, ProfileError};
 pub use engine::{Engine, Force, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
@@ -67,7 +69,10 @@ use crate::{
 };
 pub use crate::{
     process::which,
-    rootfs::seccomp::Form as FilterForm,
+    rootfs::{
+        apparmor::{Host as AppArmorHost, OWN_PREFIX as APPARMOR_PREFIX, PARSER_PACKAGE, Support as AppArmorSupport},
+        seccomp::Form as FilterForm,
+    },
     shim::{ExecIo, Exit, PoolSettings, ShimScope, WindowSize},
 };
 
@@ -103,6 +108,9 @@ pub enum TaskError {
     /// Spec, bundle or root file system.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    /// Its AppArmor profile.
+    #[error(transparent)]
+    AppArmor(#[from] ProfileError),
     /// The shim or the runtime.
     #[error("{doing}")]
     Shim {
@@ -223,6 +231,7 @@ impl TaskError {
             Self::Rootfs(error) => {
                 matches!(error, RootfsError::File { .. } | RootfsError::Mount { .. } | RootfsError::LayersGone { .. })
             }
+            Self::AppArmor(error) => error.is_transient(),
             Self::Cgroup(_)
             | Self::Record(_)
             | Self::Places(_)

@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::{Notify, Semaphore, watch};
 
 use super::{
-    Engine, EventHub, Runtimes, Settings, TaskError,
+    Engine, EventHub, Runtimes, Settings, TaskError, apparmor,
     engine::Inner,
     group::Groups,
     load_records, lock,
@@ -22,6 +22,7 @@ use crate::{
     image::{ImageStore, Reference},
     rootfs::{
         Ahead, Capabilities, KernelLimits, MaskedPaths, UpperOn,
+        apparmor::{Host, Loader, OwnProfile},
         seccomp::{Filters, Form},
     },
     shim::{Launcher, PidFiles, Pool, Sealed},
@@ -38,6 +39,8 @@ impl Engine {
         let places = settings.places.clone();
         places.create()?;
         let lock = lock::take(&places).await?;
+        let loader = Loader::new(Host::default(), OwnProfile::of(&settings.name));
+        apparmor::prepare(loader.clone(), settings.security.apparmor.clone());
         let cgroups = Cgroups::detect()?;
         let group = cgroups.own_group()?;
         let log_keeper = LogKeeper::new(places.clone(), group.clone());
@@ -85,6 +88,7 @@ impl Engine {
             runtimes,
             images,
             filters: Filters::default(),
+            apparmor: loader,
             pool,
             pid_files,
             ahead,

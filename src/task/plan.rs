@@ -23,6 +23,7 @@ use crate::{
     image::ImageRecord,
     rootfs::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput, Terminal,
+        apparmor::ProfileName,
         bundle::BundlePaths,
         devices::{self, DeviceRequest},
         mount_tree,
@@ -38,6 +39,8 @@ const PROFILE_MAX: u64 = 1 << 20;
 pub(super) struct Plan<'a> {
     pub(super) request: &'a StartRequest,
     pub(super) runtime: Runtime,
+    /// Its AppArmor profile, which is loaded.
+    pub(super) apparmor: Option<ProfileName>,
     pub(super) image: Arc<ImageRecord>,
     pub(super) mounts: Vec<TaskMount>,
     /// With what it may do to them.
@@ -293,6 +296,7 @@ impl Plan<'_> {
             cgroup: self.cgroup.as_str(),
             kernel: shared.kernel,
             seccomp,
+            apparmor: self.apparmor.as_ref(),
             annotations,
         })?;
         Ok(spec)

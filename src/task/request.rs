@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use super::AppArmorRequest;
 use crate::{
     ids::TaskId,
     image::{Credentials, PullPolicy, Reference},
@@ -44,6 +45,8 @@ pub struct TaskOptions {
     pub cap_drop: Vec<CapabilityRequest>,
     /// `seccomp`, `seccomp_profile`.
     pub seccomp: SeccompRequest,
+    /// `security_opt` apparmor.
+    pub apparmor: AppArmorRequest,
     /// `runtime`.
     pub runtime: Option<String>,
     /// `image_pull_policy`, `force_pull`.

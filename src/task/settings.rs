@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use super::runtime::{OwnShim, SHIM_NAMES};
+use super::{
+    apparmor::AppArmorDefault,
+    runtime::{OwnShim, SHIM_NAMES},
+};
 use crate::{
     cgroup::KeepWarm,
     gvisor::GvisorSettings,
@@ -170,6 +173,10 @@ pub struct SecuritySettings {
     pub allow_seccomp_override: bool,
     /// `security { allow_socketcall }`: what docker's profile does with `socketcall`.
     pub multiplexer: Multiplexer,
+    /// `security { apparmor }`.
+    pub apparmor: AppArmorDefault,
+    /// May jobs have another profile, or none?
+    pub allow_apparmor_override: bool,
 }
 
 impl SecuritySettings {

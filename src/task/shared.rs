@@ -14,7 +14,7 @@ use crate::{
     gvisor,
     ids::TaskId,
     image::{ImageRecord, ImageStore},
-    rootfs::{Ahead, Capabilities, KernelLimits, MaskedPaths, bundle::Layers, seccomp::Filters},
+    rootfs::{Ahead, Capabilities, KernelLimits, MaskedPaths, apparmor::Loader, bundle::Layers, seccomp::Filters},
     shim::{self, DeadTask, Exit, PidFiles, Pool, ShimError},
 };
 
@@ -25,6 +25,8 @@ pub struct Shared {
     pub(super) runtimes: Runtimes,
     pub(super) images: ImageStore,
     pub(super) filters: Filters,
+    /// The driver's own AppArmor profile.
+    pub(super) apparmor: Loader,
     pub(super) pool: Pool,
     /// Where they can be watched.
     pub(super) pid_files: Option<PidFiles>,

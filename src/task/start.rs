@@ -12,7 +12,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, exec, group, interrupt, logs,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, apparmor, exec, group, interrupt, logs,
     mounts as task_mounts,
     names::Names,
     plan::{self, Plan, Starter},
@@ -108,6 +108,11 @@ pub async fn start(
     // Everything that can be found wrong without touching anything comes first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     plan::fits(&runtime, request)?;
+    let default_profile = &shared.settings.security.apparmor;
+    let apparmor = tokio::select! {
+        profile = apparmor::of_task(&shared.apparmor, default_profile, request, &runtime) => profile?,
+        () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
+    };
     let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
     let mounts = task_mounts::open(shared, request, names)?;
     let devices = plan::devices(shared, request)?;
@@ -122,7 +127,7 @@ pub async fn start(
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
     let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
     let share_pool = share_pool::of(shared, request);
-    let mut plan = Plan { request, runtime, image, mounts, devices, container_id, cgroup, share_pool };
+    let mut plan = Plan { request, runtime, apparmor, image, mounts, devices, container_id, cgroup, share_pool };
     match made(shared, &plan, began, stop).await {
         // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))

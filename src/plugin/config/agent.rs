@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::{ConfigError, ceilings, credentials, finish, limits::Faults, runtime};
+use super::{ConfigError, apparmor, ceilings, credentials, finish, limits::Faults, runtime};
 use crate::{
     cgroup::KeepWarm,
     duration,
@@ -167,6 +167,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
             SeccompDefault::File(path.into())
         }
     };
+    let apparmor = apparmor::default(security, name.flavor(), &mut Faults(&mut faults));
     let metrics = block("metrics").filled("address").and_then(|address| {
         let parsed = address.parse::<MetricsAddress>();
         parsed.map_err(|problem| faults.push(format!("metrics.address = {address:?} {problem}"))).ok()
@@ -224,6 +225,8 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
                 true => Multiplexer::Allowed,
                 false => Multiplexer::Enosys,
             },
+            apparmor,
+            allow_apparmor_override: security.flag("allow_apparmor_override").unwrap_or(drop_in),
         },
     };
     finish("plugin config", Some(settings), faults)

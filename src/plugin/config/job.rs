@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    ConfigError, JOB, credentials, finish,
+    ConfigError, JOB, apparmor, credentials, finish,
     limits::{self, Faults},
     mounts::mount,
 };
@@ -16,7 +16,7 @@ use crate::{
         options::TASK,
     },
     rootfs::{CapabilityRequest, Command, RootMode, parse_capability, target::SysTargets},
-    task::{SeccompRequest, SecuritySettings, Settings, TaskOptions},
+    task::{AppArmorRequest, SeccompRequest, SecuritySettings, Settings, TaskOptions},
     text::{is_printable, quoted},
 };
 
@@ -159,6 +159,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         cap_add,
         cap_drop,
         seccomp,
+        apparmor: security_opt.apparmor,
         runtime: values.filled("runtime").map(str::to_owned),
         image_pull_policy,
         namespaces,
@@ -228,10 +229,11 @@ fn pull_policy(values: &Values, faults: &mut Faults<'_>) -> PullPolicy {
 struct SecurityOpt {
     no_new_privileges: Option<bool>,
     seccomp: Option<SeccompRequest>,
+    apparmor: AppArmorRequest,
 }
 
 fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> SecurityOpt {
-    let mut found = SecurityOpt { no_new_privileges: None, seccomp: None };
+    let mut found = SecurityOpt { no_new_privileges: None, seccomp: None, apparmor: AppArmorRequest::Unset };
     for option in values.list("security_opt").unwrap_or_default() {
         // docker took a colon before it took the equals sign.
         let (key, value) = option.split_once(['=', ':']).unwrap_or((option, ""));
@@ -243,8 +245,11 @@ fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Fault
             )),
             ("seccomp", "unconfined") => found.seccomp = Some(SeccompRequest::Off),
             ("seccomp", path) if !path.is_empty() => found.seccomp = Some(SeccompRequest::File(path.to_owned())),
+            ("apparmor", value) => {
+                found.apparmor = apparmor::request(option, value, security, faults).unwrap_or_default();
+            }
             _ => faults.say(format!(
-                "security_opt: {option:?} is not known; there is no-new-privileges[=false], seccomp=unconfined and seccomp=FILE"
+                "security_opt: {option:?} is not known; there is no-new-privileges[=false], seccomp=unconfined, seccomp=FILE, apparmor=default, apparmor=unconfined and apparmor=PROFILE"
             )),
         }
     }

@@ -1,6 +1,7 @@
 //! Typed configuration: from decoded values to settings and task options, with every fault in one message.
 
 mod agent;
+mod apparmor;
 mod ceilings;
 mod job;
 mod limits;

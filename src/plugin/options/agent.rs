@@ -129,6 +129,16 @@ const SECURITY: &[Row] = &[
         "Lets 32-bit x86 programs under docker's profile make the call `socketcall`. Go, and glibc as Debian, Fedora and Ubuntu build it, need it for every socket of a 32-bit program; but no filter sees its arguments, so it also opens sockets that the profile forbids (AF_ALG, AF_VSOCK). Without it the call answers ENOSYS. Default: false; as containerd-driver: true.",
     ),
     row(
+        "apparmor",
+        Kind::Text,
+        "The AppArmor profile of unprivileged tasks that say nothing: `default` (ours, with docker's rules), `unconfined`, or the name of a loaded profile. Tasks fail where it can't be had. Default: `default` where the node has AppArmor and `apparmor_parser`, else none; as containerd-driver: `unconfined`.",
+    ),
+    row(
+        "allow_apparmor_override",
+        Kind::Flag,
+        "Lets jobs name another AppArmor profile, or none, by `security_opt`. Default: false; as containerd-driver: true.",
+    ),
+    row(
         "allow_host_namespaces",
         Kind::Flag,
         "Lets jobs use `host_network`, `pid_mode`, `ipc_mode`, `uts_mode` and `cgroupns` of the host. Default: false; as containerd-driver: true.",

@@ -105,7 +105,7 @@ pub const TASK: &[Row] = &[
     row(
         "security_opt",
         Kind::List,
-        "docker's: `no-new-privileges[=false]` (false is for nodes with `allow_privileged`), `seccomp=unconfined`, `seccomp=FILE`.",
+        "docker's: `no-new-privileges[=false]` (false is for nodes with `allow_privileged`), `seccomp=unconfined`, `seccomp=FILE`; `apparmor=default` (the node's profile, for a privileged task, too), and, where the operator allows it, `apparmor=PROFILE` (one that is loaded) or `apparmor=unconfined`.",
     ),
     row(
         "seccomp",

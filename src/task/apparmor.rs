@@ -1,0 +1,228 @@
+//! The choice of a task's AppArmor profile: the job's option comes first, then the operator's, then what the host has.
+
+use std::time::Duration;
+
+use super::{Engine, StartRequest, runtime::Runtime};
+use crate::rootfs::apparmor::{AppArmorError, Loader, ProfileName, Support};
+
+/// How long the fingerprint waits for a profile that is being loaded. The agent waits for the fingerprint.
+const FINGERPRINT: Duration = Duration::from_secs(2);
+
+/// The operator's option, as error messages name it.
+const OPERATOR_OPTION: &str = "security.apparmor";
+/// The job's option, as error messages name it.
+const JOB_OPTION: &str = "security_opt";
+
+/// An option asks for a profile that can't be had.
+#[derive(Debug, thiserror::Error)]
+#[error("{option}")]
+pub struct ProfileError {
+    /// The option that asks for the profile, the job's or the operator's.
+    option: &'static str,
+    source: AppArmorError,
+}
+
+impl ProfileError {
+    /// Says whether another attempt is likely to succeed.
+    pub(super) fn is_transient(&self) -> bool {
+        matches!(self.source, AppArmorError::Load { .. } | AppArmorError::List { .. })
+    }
+}
+
+/// The agent's option `security { apparmor }`: the profile of tasks whose job names none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AppArmorDefault {
+    /// The option is not set: the driver's own profile, if the host supports it.
+    WhereSupported,
+    /// The driver's own profile. Without it, tasks are refused.
+    Own,
+    /// No profile.
+    Unconfined,
+    /// A profile that the operator has loaded.
+    Named(ProfileName),
+}
+
+/// A job's option `security_opt = ["apparmor=..."]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum AppArmorRequest {
+    /// The option is not set: the operator's profile, and no profile for a privileged task.
+    #[default]
+    Unset,
+    /// The operator's profile, or the driver's own if the operator set none. This holds for privileged tasks, too.
+    Confined,
+    /// No profile.
+    Unconfined,
+    /// This profile, which must be loaded.
+    Named(ProfileName),
+}
+
+/// The profile that a task is to have.
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted<'a> {
+    None,
+    OwnWhereSupported,
+    Own,
+    Named(&'a ProfileName),
+}
+
+/// Chooses between the job's option and the operator's. As in docker, a privileged task has no profile unless its job asks
+/// for one (moby/moby, daemon/oci_linux.go `WithApparmor`).
+fn wanted<'a>(request: &'a AppArmorRequest, privileged: bool, default: &'a AppArmorDefault) -> Wanted<'a> {
+    match (request, default) {
+        (AppArmorRequest::Unconfined, _) => Wanted::None,
+        (AppArmorRequest::Named(name), _) => Wanted::Named(name),
+        (AppArmorRequest::Unset, _) if privileged => Wanted::None,
+        (AppArmorRequest::Unset, AppArmorDefault::Unconfined) => Wanted::None,
+        (AppArmorRequest::Unset, AppArmorDefault::WhereSupported) => Wanted::OwnWhereSupported,
+        (AppArmorRequest::Confined | AppArmorRequest::Unset, AppArmorDefault::Named(name)) => Wanted::Named(name),
+        (AppArmorRequest::Confined, _) | (AppArmorRequest::Unset, AppArmorDefault::Own) => Wanted::Own,
+    }
+}
+
+/// Chooses the profile of a task and makes sure that it is loaded. A task without a profile keeps the agent's label, which
+/// usually is `unconfined`.
+///
+/// # Errors
+/// When the profile can't be had.
+pub(super) async fn of_task(
+    loader: &Loader,
+    default: &AppArmorDefault,
+    request: &StartRequest,
+    runtime: &Runtime,
+) -> Result<Option<ProfileName>, ProfileError> {
+    let options = &request.options;
+    let outcome = if runtime.gvisor.is_some() {
+        in_sandbox(loader, &options.apparmor, &runtime.name)
+    } else {
+        ready(loader, wanted(&options.apparmor, options.privileged, default)).await
+    };
+    let option = if options.apparmor == AppArmorRequest::Unset { OPERATOR_OPTION } else { JOB_OPTION };
+    outcome.map_err(|source| ProfileError { option, source })
+}
+
+/// runsc ignores profiles (google/gvisor, runsc/specutils `ValidateSpec`), and its sandbox has filters of its own. A job that
+/// asks for a profile is refused, since it would not get one.
+fn in_sandbox(loader: &Loader, request: &AppArmorRequest, runtime: &str) -> Result<Option<ProfileName>, AppArmorError> {
+    let profile = match request {
+        AppArmorRequest::Unset | AppArmorRequest::Unconfined => return Ok(None),
+        AppArmorRequest::Confined => loader.name(),
+        AppArmorRequest::Named(name) => name,
+    };
+    Err(AppArmorError::Sandbox { profile: profile.to_string(), runtime: runtime.to_owned() })
+}
+
+/// Makes sure that a profile is loaded.
+async fn ready(loader: &Loader, wanted: Wanted<'_>) -> Result<Option<ProfileName>, AppArmorError> {
+    match wanted {
+        Wanted::None => Ok(None),
+        Wanted::OwnWhereSupported => match loader.ensure().await {
+            // docker, too, takes a host without `apparmor_parser` for one without AppArmor (containerd/containerd,
+            // pkg/apparmor `hostSupports`). Debian's kernel has AppArmor enabled even if the package is not installed.
+            Err(AppArmorError::Unsupported { .. } | AppArmorError::NoParser(_)) => Ok(None),
+            outcome => outcome.map(|()| Some(loader.name().clone())),
+        },
+        Wanted::Own => loader.ensure().await.map(|()| Some(loader.name().clone())),
+        Wanted::Named(name) if name == loader.name() => loader.ensure().await.map(|()| Some(name.clone())),
+        Wanted::Named(name) => {
+            let support = loader.host().support();
+            if support != Support::Enabled {
+                return Err(AppArmorError::Unsupported { profile: name.to_string(), support });
+            }
+            if loader.host().is_loaded(name)? {
+                return Ok(Some(name.clone()));
+            }
+            Err(AppArmorError::NotLoaded(name.to_string()))
+        }
+    }
+}
+
+/// Hands the driver's own profile to the kernel, in the background, if it is the profile of this node's tasks.
+pub(super) fn prepare(loader: Loader, default: AppArmorDefault) {
+    match (default, loader.host().support(), loader.host().parser()) {
+        (AppArmorDefault::Unconfined | AppArmorDefault::Named(_), ..) => {}
+        (_, Support::Disabled, _) => tracing::debug!("the kernel has no AppArmor"),
+        (_, support @ Support::NoSecurityFs, _) => {
+            tracing::warn!(%support, "tasks run without an AppArmor profile, although the kernel has AppArmor");
+        }
+        (_, Support::Enabled, None) => {
+            tracing::warn!(
+                "AppArmor is enabled, but apparmor_parser is not installed: tasks run without a profile, unless it is loaded already"
+            );
+        }
+        (_, Support::Enabled, Some(_)) => {
+            tokio::spawn(async move {
+                if let Err(error) = loader.refresh().await {
+                    tracing::error!(error = %crate::chain(&error), "the AppArmor profile of this driver is not refreshed");
+                }
+            });
+        }
+    }
+}
+
+impl Engine {
+    /// Returns the profile of tasks whose job names none, or `unconfined`. If the driver's own profile was unloaded, this
+    /// loads it again.
+    ///
+    /// # Errors
+    /// Says why such tasks can't be started.
+    pub async fn apparmor(&self) -> Result<String, String> {
+        let loader = &self.shared().apparmor;
+        let wanted = wanted(&AppArmorRequest::Unset, false, &self.settings().security.apparmor);
+        match tokio::time::timeout(FINGERPRINT, ready(loader, wanted)).await {
+            Ok(Ok(profile)) => Ok(profile.map_or_else(|| "unconfined".to_owned(), |name| name.to_string())),
+            Ok(Err(source)) => Err(crate::chain(&ProfileError { option: OPERATOR_OPTION, source })),
+            Err(_) => Err(format!("AppArmor profile {:?} is still being loaded", loader.name().as_str())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ids::DriverName,
+        rootfs::apparmor::{Host, OwnProfile},
+    };
+
+    fn name(name: &str) -> ProfileName {
+        name.parse().expect("a name")
+    }
+
+    #[test]
+    fn the_job_comes_first_and_privileged_tasks_are_unconfined() {
+        use AppArmorDefault as Default;
+        use AppArmorRequest as Request;
+        let (theirs, its) = (Default::Named(name("node")), Request::Named(name("job")));
+        for (request, privileged, default, expected) in [
+            (Request::Unset, false, &Default::WhereSupported, Wanted::OwnWhereSupported),
+            (Request::Unset, false, &Default::Own, Wanted::Own),
+            (Request::Unset, false, &Default::Unconfined, Wanted::None),
+            (Request::Unset, false, &theirs, Wanted::Named(&name("node"))),
+            (Request::Unset, true, &Default::WhereSupported, Wanted::None),
+            (Request::Unset, true, &Default::Own, Wanted::None),
+            (Request::Unset, true, &theirs, Wanted::None),
+            // A task that asks for a profile never runs without one.
+            (Request::Confined, false, &Default::WhereSupported, Wanted::Own),
+            (Request::Confined, true, &Default::Unconfined, Wanted::Own),
+            (Request::Confined, true, &theirs, Wanted::Named(&name("node"))),
+            (Request::Unconfined, false, &theirs, Wanted::None),
+            (its.clone(), true, &theirs, Wanted::Named(&name("job"))),
+        ] {
+            assert_eq!(wanted(&request, privileged, default), expected, "{request:?} {privileged} {default:?}");
+        }
+    }
+
+    #[test]
+    fn a_sandbox_has_no_profile_and_says_so() {
+        let loader = Loader::new(Host::default(), OwnProfile::of(&DriverName::new("shim").expect("a name")));
+        for fine in [AppArmorRequest::Unset, AppArmorRequest::Unconfined] {
+            assert_eq!(in_sandbox(&loader, &fine, "runsc").expect("nothing is asked for"), None);
+        }
+        for (request, named) in
+            [(AppArmorRequest::Confined, "nomad-driver-shim-shim"), (AppArmorRequest::Named(name("x")), "\"x\"")]
+        {
+            let error = in_sandbox(&loader, &request, "runsc").expect_err("refused").to_string();
+            assert!(error.contains(named) && error.contains("runtime \"runsc\""), "{error}");
+        }
+    }
+}
