@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Runs a program as root in a virtual machine that has cgroup version 2 with all its controllers, and SELinux without a
-# policy: this distribution's own kernel, without KVM, over this machine's own files. Whatever it writes goes to memory and is gone afterwards.
+# Runs a program as root in a virtual machine that has cgroup version 2 with all its controllers, and a security module:
+# SELinux without a policy, or AppArmor. It is this distribution's own kernel, without KVM, over this machine's own files.
+# Whatever the program writes goes to memory and is gone afterwards.
 #
-#   scripts/cgroup2-vm.sh PROGRAM [MEMORY]     an absolute path; MEMORY of the guest, default 6G
+#   scripts/cgroup2-vm.sh PROGRAM [MEMORY [MODULE]]
 #
+# PROGRAM is an absolute path. MEMORY is the guest's, 6G by default. MODULE is selinux (the default) or apparmor.
 # Prints what the program prints, and exits with its status.
 set -euo pipefail
-program=$(readlink -f "$1") memory=${2:-6G}
+program=$(readlink -f "$1") memory=${2:-6G} module=${3:-selinux}
+case $module in
+  selinux) parameters="security=selinux selinux=1 enforcing=0" ;;
+  apparmor) parameters="security=apparmor apparmor=1" ;;
+  *) echo "cgroup2: the security module $module is not selinux or apparmor" >&2; exit 2 ;;
+esac
+script=$(readlink -f "$0")
 cache=$(cd "$(dirname "$0")/.." && pwd)/target/cgroup2
 mkdir -p "$cache" && cd "$cache"
 say() { printf 'cgroup2: %s\n' "$*" >&2; }
@@ -20,7 +28,7 @@ fi
 release=$(ls lib/modules)
 
 # Just enough to mount this machine's files, read-only, below a file system in memory, and what tests ask the kernel for.
-if [ ! -e initramfs.gz ]; then
+if [ ! initramfs.gz -nt "$script" ]; then
   rm -rf initramfs && mkdir -p initramfs/{bin,modules}
   cp "$(command -v busybox)" initramfs/bin/
   depmod -b . "$release"
@@ -45,7 +53,8 @@ program=$(tr ' ' '\n' < /proc/cmdline | sed -n 's/^program=//p')
 mount --move /dev /root/dev; umount /proc
 exec switch_root /root /bin/sh -c '
   mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t cgroup2 cgroup /sys/fs/cgroup
-  mount -t selinuxfs selinux /sys/fs/selinux
+  mount -t securityfs securityfs /sys/kernel/security
+  ! grep -q selinuxfs /proc/filesystems || mount -t selinuxfs selinux /sys/fs/selinux
   for place in /run /tmp /var/tmp; do mount -t tmpfs tmpfs $place; done
   mkdir -p /dev/pts /dev/shm /dev/mqueue
   mount -t devpts devpts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t mqueue mqueue /dev/mqueue
@@ -63,7 +72,7 @@ status=$(mktemp)
 trap 'rm -f "$status"' EXIT
 qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" -nographic -no-reboot -net none \
   -kernel "boot/vmlinuz-$release" -initrd initramfs.gz \
-  -append "console=ttyS0 quiet panic=-1 mitigations=off security=selinux selinux=1 enforcing=0 program=$program" \
+  -append "console=ttyS0 quiet panic=-1 mitigations=off $parameters program=$program" \
   -virtfs local,path=/,mount_tag=host,security_model=none,multidevs=remap,readonly=on < /dev/null 2>&1 |
   stdbuf -oL tr -d "\r" | tee >(sed -n 's/.*cgroup2-exit-status \([0-9]*\).*/\1/p' > "$status") | grep -av --line-buffered cgroup2-exit-status || true
 sleep 0.3

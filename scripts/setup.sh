@@ -33,7 +33,9 @@ declare -A package_of=(
 )
 [ "${1:-}" != fresh ] || package_of[debootstrap]=debootstrap
 [ "${1:-}" != arm64 ] || package_of[aarch64-linux-gnu-gcc]=gcc-aarch64-linux-gnu
-[ "${1:-}" != cgroup2 ] || package_of+=([qemu-system-x86_64]=qemu-system-x86 [cpio]=cpio [modprobe]=kmod)
+[ "${1:-}" != cgroup2 ] || package_of+=(
+  [qemu-system-x86_64]=qemu-system-x86 [cpio]=cpio [modprobe]=kmod [apparmor_parser]=apparmor
+)
 
 missing=()
 for command in "${!package_of[@]}"; do

@@ -1,47 +1,83 @@
 #!/usr/bin/env bash
-# The behaviour tests that meet cgroups, and the conformance rows, on version 2, which is what users have, in a virtual
-# machine.
+# Tests on cgroup version 2, which is what users have, in a virtual machine that is booted twice:
+# - with SELinux: what meets cgroups of the behaviour tests, the conformance rows, and attacks;
+# - with AppArmor: the tests that need it, and nothing else.
 #
-#   scripts/test-cgroup2.sh [FILTER...]     only these behaviour tests, by name
+#   scripts/test-cgroup2.sh [FILTER...]     only these behaviour tests, by name, in the first boot
+#
+# SUITE=security takes the filters as names of that suite's tests, and MODULE=apparmor the second boot:
+#   SUITE=security MODULE=apparmor scripts/test-cgroup2.sh apparmor::
+# NOMAD_DRIVER_SHIM_TEST_PROGRAM and NOMAD_DRIVER_SHIM_TEST_RUNTIME hold in the machine, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+# What runs without arguments, by parts of tests' names; an empty list leaves the suite out. Emulation is some twenty
+# times slower than the machine itself, so each line costs minutes.
+#
 # Resources, OOM, statistics, exec, stop, recovery, leaks, and what else a task is.
-core=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
-suites=(behaviour conformance)
-[ $# = 0 ] || { core=("$@") suites=(behaviour); }
+behaviour=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
+# Attacks that come out otherwise on version 2 or with this kernel.
+security=(an_attack_program)
+# What needs AppArmor in the kernel, of the suite `security`.
+apparmor=(apparmor::)
+
 directory=$PWD/target/cgroup2
 mkdir -p "$directory"
-built=$(cargo test --locked --no-run --test behaviour --test conformance --message-format=json 2>/dev/null |
+log=$directory/log
+: > "$log"
+built=$(cargo test --locked --no-run --test behaviour --test conformance --test security --message-format=json 2>/dev/null |
   jq -r 'select(.profile.test == true and .target.kind == ["test"]) | "\(.target.name) \(.executable)"')
 program() { sed -n "s/^$1 //p" <<< "$built" | tail -n1; }
-for suite in "${suites[@]}"; do
-  [ -x "$(program "$suite")" ] || { echo "cgroup2: the tests of $suite were not built" >&2; exit 1; }
-done
-# Emulation is some twenty times slower: a few at a time, and patience. What one suite finds must not hide the other's.
+
+# suite NAME ARGUMENT... : lines for the guest that run a suite. What one suite finds must not hide another's.
+suite() {
+  local name=$1; shift
+  [ -x "$(program "$name")" ] || { echo "cgroup2: the tests of $name were not built" >&2; exit 1; }
+  # Not over the network file system: each test starts it anew, in parts.
+  printf 'cp %q /var/tmp/bin/%s\n' "$(program "$name")" "$name"
+  printf '/var/tmp/bin/%s --color never' "$name"; printf ' %q' "$@"; printf ' || code=1\n'
+}
+
+# boot MODULE : runs the suites on standard input in a machine with this security module. All of them must have been run.
+boot() {
+  local module=$1 run=$directory/run-$1 suites began=$SECONDS code=0 part
+  suites=$(cat)
+  part=$(mktemp)
+  {
+    printf '#!/bin/sh\n# Emulation is slow: patience.\nexport NOMAD_DRIVER_SHIM_TEST_PATIENCE=600\n'
+    if [ -n "${NOMAD_DRIVER_SHIM_TEST_RUNTIME:-}" ]; then
+      printf 'export NOMAD_DRIVER_SHIM_TEST_RUNTIME=%q\n' "$NOMAD_DRIVER_SHIM_TEST_RUNTIME"
+    fi
+    if [ -n "${NOMAD_DRIVER_SHIM_TEST_PROGRAM:-}" ]; then
+      # The guest has temporary directories of its own.
+      cp "$NOMAD_DRIVER_SHIM_TEST_PROGRAM" "$directory/program"
+      printf 'export NOMAD_DRIVER_SHIM_TEST_PROGRAM=%q\n' "$directory/program"
+    fi
+    printf 'mkdir -p /var/tmp/bin\ncd %q\ncode=0\n%s\nexit $code\n' "$PWD" "$suites"
+  } > "$run"
+  chmod +x "$run"
+  scripts/cgroup2-vm.sh "$run" 6G "$module" > >(tee -a "$log" "$part") 2>&1 || code=$?
+  sleep 0.5
+  local wanted results passed
+  wanted=$(grep -c '^cp ' <<< "$suites" || true)
+  results=$(grep -c '^test result: ' "$part" || true)
+  passed=$(sed -n 's/^test result: .* \([0-9]*\) passed.*/\1/p' "$part" | awk '{ sum += $1 } END { print sum + 0 }')
+  rm -f "$part"
+  printf 'cgroup2: %s tests passed inside, on %s with %s, in %s s\n' \
+    "$passed" "$(ls "$directory/lib/modules")" "$module" "$((SECONDS - began))" >&2
+  [ "$code" = 0 ] && [ "$results" = "$wanted" ] && [ "$passed" -gt 0 ]
+}
+
+# A few tests at a time.
+if [ $# -gt 0 ]; then
+  suite "${SUITE:-behaviour}" --test-threads 2 "$@" | boot "${MODULE:-selinux}"
+  exit
+fi
+failed=0
 {
-  cat << RUN
-#!/bin/sh
-export NOMAD_DRIVER_SHIM_TEST_PATIENCE=600
-mkdir -p /var/tmp/bin
-cd $PWD
-code=0
-cp $(program behaviour) /var/tmp/bin/behaviour
-/var/tmp/bin/behaviour --color never --test-threads 2 ${core[*]} || code=1
-RUN
-  if [ "${#suites[@]}" = 2 ]; then
-    cat << RUN
-cp $(program conformance) /var/tmp/bin/conformance
-/var/tmp/bin/conformance --color never --test-threads 3 --skip "a driver that" || code=1
-RUN
-  fi
-  echo 'exit $code'
-} > "$directory/run"
-chmod +x "$directory/run"
-log=$directory/log
-began=$SECONDS code=0
-scripts/cgroup2-vm.sh "$directory/run" > >(tee "$log") 2>&1 || code=$?
-sleep 0.5
-passed=$(sed -n 's/^test result: .* \([0-9]*\) passed.*/\1/p' "$log" | awk '{ sum += $1 } END { print sum + 0 }')
-results=$(grep -c '^test result: ' "$log" || true)
-printf 'cgroup2: %s tests passed inside, on %s, in %s s\n' "$passed" "$(ls "$directory/lib/modules")" "$((SECONDS - began))" >&2
-[ "$code" = 0 ] && [ "$results" = "${#suites[@]}" ] && [ "$passed" -gt 0 ]
+  [ "${#behaviour[@]}" = 0 ] || suite behaviour --test-threads 2 "${behaviour[@]}"
+  [ "${#security[@]}" = 0 ] || suite security --test-threads 2 "${security[@]}"
+  suite conformance --test-threads 3 --skip "a driver that"
+} | boot selinux || failed=1
+suite security --test-threads 3 "${apparmor[@]}" | boot apparmor || failed=1
+exit $failed

@@ -18,6 +18,7 @@
 mod support;
 
 mod advisories;
+mod apparmor;
 mod attack;
 mod bounds;
 mod credentials;
