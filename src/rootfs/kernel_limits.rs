@@ -137,14 +137,8 @@ impl KernelLimits {
             no_nul(|| "hostname".to_owned(), hostname)?;
         }
         for mount in spec.mounts().iter().flatten() {
-            path("the target of a mount", mount.destination())?;
-            let named =
-                |what: &str| format!("{what} of the mount at {}", quoted(&mount.destination().to_string_lossy()));
-            if let Some(source) = mount.source() {
-                path(&named("the source"), source)?;
-            }
-            let mut words = mount.options().iter().flatten().chain(mount.typ());
-            words.try_for_each(|word| no_nul(|| named("an option"), word))?;
+            let words = mount.options().iter().flatten().chain(mount.typ());
+            check_mount(mount.destination(), mount.source().as_deref(), words)?;
         }
         for (key, value) in spec.annotations().iter().flatten() {
             no_nul(|| "the key of an annotation".to_owned(), key)?;
@@ -183,6 +177,23 @@ impl std::fmt::Display for Named<'_> {
             }
         }
     }
+}
+
+/// Checks what a mount is described by: its target, its source, and its type and options.
+///
+/// # Errors
+/// With the first string or path that the kernel would not take as it is.
+pub fn check_mount<'a>(
+    target: &Path,
+    source: Option<&Path>,
+    mut words: impl Iterator<Item = &'a String>,
+) -> Result<(), StringError> {
+    path("the target of a mount", target)?;
+    let named = |what: &str| format!("{what} of the mount at {}", quoted(&target.to_string_lossy()));
+    if let Some(source) = source {
+        path(&named("the source"), source)?;
+    }
+    words.try_for_each(|word| no_nul(|| named("an option"), word))
 }
 
 /// Checks that C will see all of a text.

@@ -32,7 +32,7 @@ pub use ahead::Ahead;
 pub use bundle::UpperOn;
 pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
 pub use defaults::MaskedPaths;
-pub use kernel_limits::{KernelLimits, StringError};
+pub use kernel_limits::{KernelLimits, StringError, check_mount};
 pub use process::Command;
 pub use resources::{CpuQuota, MemoryMax, Resources};
 pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, Terminal, build};

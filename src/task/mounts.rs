@@ -11,7 +11,7 @@ use super::{
 use crate::{
     ids::Flavor,
     rootfs::{
-        self, RootfsError,
+        self, RootfsError, check_mount,
         limits::Namespace,
         mounts::{AllocDirs, MountContent, TaskMount, open_alloc_dir, open_host_path},
         target::{MountTarget, SysTargets},
@@ -54,6 +54,11 @@ pub(super) fn open(shared: &Shared, request: &StartRequest, names: Names) -> Res
     for mount in &mounts {
         let refused = |problem| RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem };
         mount.target.check(sys).map_err(refused)?;
+        let source = match &mount.content {
+            MountContent::FileSystem { source, .. } => Some(Path::new(source)),
+            MountContent::Bind(_) | MountContent::File(_) => None,
+        };
+        check_mount(mount.target.path(), source, mount.options.iter())?;
     }
     Ok(mounts)
 }

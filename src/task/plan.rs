@@ -28,7 +28,7 @@ use crate::{
         devices::{self, DeviceRequest},
         mount_tree,
         mounts::{self, AllocDirs, TaskMount},
-        seccomp::{self, Filter},
+        seccomp::{self, Filter, Multiplexer},
     },
 };
 
@@ -324,15 +324,15 @@ impl Plan<'_> {
             }
             (SeccompRequest::On | SeccompRequest::Unsaid, operators) => operators,
         };
+        // The driver's AppArmor profile refuses the forbidden families to every socket, whichever call opens it.
+        let has_own_profile = self.apparmor.as_ref() == Some(shared.apparmor.name());
+        let multiplexer = if has_own_profile { Multiplexer::Allowed } else { settings.security.multiplexer };
         match operators {
             SeccompDefault::File(path) => {
                 let shown = path.to_string_lossy();
                 made(seccomp::Source::File { path, text: &read_profile(&shown, &shown)? })
             }
-            // An LSM profile that refuses the families for all sockets would allow the multiplexer: it is to be asked here.
-            SeccompDefault::Default | SeccompDefault::Unconfined => {
-                made(seccomp::Source::Default(settings.security.multiplexer))
-            }
+            SeccompDefault::Default | SeccompDefault::Unconfined => made(seccomp::Source::Default(multiplexer)),
         }
     }
 }

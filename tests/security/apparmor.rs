@@ -170,6 +170,7 @@ int main(int count, char **words) {
     tell("remount", mount(NULL, "/proc", NULL, MS_REMOUNT | MS_BIND, NULL));
     tell("propagation", mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
     tell("socket alg", socket(38, SOCK_SEQPACKET, 0));
+    tell("socket vsock", socket(40, SOCK_STREAM, 0));
 #ifdef __x86_64__
     /* socketcall(SYS_SOCKET, {38, SOCK_SEQPACKET, 0}), which a filter of system calls can't look into. */
     unsigned *low = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
@@ -248,7 +249,15 @@ async fn the_profile_denies_what_nothing_else_does() {
                     "{runtime}: {what}: {errno}, not {expected}\n{closed:?}"
                 );
             }
-            for what in ["mount", "bind", "socket alg", "/proc/sysrq-trigger", "seize outside", "signal outside"] {
+            for what in [
+                "mount",
+                "bind",
+                "socket alg",
+                "socket vsock",
+                "/proc/sysrq-trigger",
+                "seize outside",
+                "signal outside",
+            ] {
                 assert_eq!(closed[what], libc::EACCES, "{runtime}: {what}");
             }
         } else {

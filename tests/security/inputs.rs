@@ -96,7 +96,7 @@ async fn nothing_but_plain_files_is_mounted_over_accounts_files() {
         let mut env = plugin_with(&runtime, json!({})).await;
         for (source, target) in [("local/fifo", "/etc/passwd"), ("local/etc", "/etc"), ("local/fifo", "//etc/./group")]
         {
-            let mounts = json!([{"type": "bind", "source": source, "target": target, "options": ["rbind", "ro"]}]);
+            let mounts = json!([{"type": "bind", "source": source, "target": target, "options": ["rbind", "rw"]}]);
             let config = shell(&env, "id", json!({"mounts": mounts})).await;
             let mut task = env.prepare(config).await;
             let local = task.dirs.alloc_dir.join(&task.dirs.name).join("local");

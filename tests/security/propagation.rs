@@ -72,8 +72,17 @@ async fn a_jobs_propagation_brings_no_mount_to_the_host() {
             let task = shared.prepare(json!({"mounts": mounts(propagation)})).await;
             assert_eq!(shared.seen(task).await, Vec::<String>::new(), "{runtime}, {propagation}");
         }
-        // The probe is one: what a privileged task shares is seen, and stays.
-        let task = shared.prepare(json!({"mounts": mounts("rshared"), "privileged": true})).await;
+        // A privileged task may share a mount, and would leave what is mounted below it: that is refused.
+        let mut task = shared.prepare(json!({"mounts": mounts("rshared"), "privileged": true})).await;
+        let refused = shared.env.try_start(&mut task).await.expect_err("a mount that the host would keep");
+        assert!(refused.message().contains("/m/below"), "{runtime}: {}", refused.message());
+        // The probe is one: what such a task mounts itself is seen, and stays.
+        let share =
+            json!([{"type": "bind", "source": "alloc/data", "target": "/m", "options": ["rbind", "rw", "rshared"]}]);
+        let script = "mkdir /m/below && mount -t tmpfs tmpfs /m/below && echo mounted; exec sleep 600";
+        let options = json!({"mounts": share, "privileged": true});
+        let config = shell(&shared.env, script, options).await;
+        let task = shared.env.prepare(config).await;
         let seen = shared.seen(task).await;
         assert!(seen.iter().any(|line| line.starts_with("left: ") && line.contains("/below ")), "{runtime}: {seen:?}");
         shared.finish().await;

@@ -85,10 +85,12 @@ const ALLOWED: [&str; 7] =
 const SENDERS: [&str; 3] = ["unconfined", "runc", "crun"];
 
 /// Rules that deny, besides those for writing below `/proc` and `/sys`.
-const DENIED: [&str; 7] = [
+const DENIED: [&str; 8] = [
     "mount",
-    // CVE-2026-31431. A seccomp filter can't see the family behind a 32-bit `socketcall`.
+    // CVE-2026-31431, and the hypervisor's channel (moby/moby#53551). A seccomp filter can't see the family behind a 32-bit
+    // `socketcall`.
     "network alg",
+    "network vsock",
     "/proc/sysrq-trigger rwklx",
     "/proc/kcore rwklx",
     "/sys/firmware/** rwklx",
@@ -138,6 +140,7 @@ mod tests {
             "  file,",
             "  umount,",
             "  deny network alg,",
+            "  deny network vsock,",
             "  deny mount,",
             "  signal (receive) peer=\"unconfined\",",
             "  signal (receive) peer=\"runc\",",
