@@ -48,6 +48,19 @@ pub fn point_within(name: &'static str, delay: std::time::Duration) {
 #[cfg(not(debug_assertions))]
 pub const fn point_within(_name: &'static str, _delay: std::time::Duration) {}
 
+/// Waits for the end that `point_within` has promised, where the caller was quicker than the thread that brings it.
+#[cfg(debug_assertions)]
+#[allow(clippy::disallowed_methods, reason = "a process that is about to be killed")]
+pub fn await_point(name: &str) {
+    while std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+/// Nothing, in a release build.
+#[cfg(not(debug_assertions))]
+pub const fn await_point(_name: &str) {}
+
 /// Does on the start path what must never be done there, when `NOMAD_DRIVER_SHIM_INTRUDE` says so: `fsync`, `connect` or
 /// `process`.
 #[cfg(debug_assertions)]

@@ -421,6 +421,7 @@ async fn run(
         plan.release_sources(shared);
     }
     phases.create = step.elapsed();
+    fault::await_point("start.creating");
     fault::point("start.created");
     // The shim has the FIFOs open by now.
     crate::logs::started(&places.log(&plan.container_id))?;

@@ -126,7 +126,7 @@ const SECURITY: &[Row] = &[
     row(
         "allow_socketcall",
         Kind::Flag,
-        "Lets 32-bit x86 programs under docker's profile make the call `socketcall`. Go, and glibc as Debian, Fedora and Ubuntu build it, need it for every socket of a 32-bit program; but no filter sees its arguments, so it also opens sockets that the profile forbids (AF_ALG, AF_VSOCK). Without it the call answers ENOSYS. Default: false; as containerd-driver: true.",
+        "Lets 32-bit x86 programs under docker's profile make the call `socketcall`. Go, and glibc as Debian, Fedora and Ubuntu build it, need it for every socket of a 32-bit program; but no filter sees its arguments, so it also opens sockets that the profile forbids (AF_ALG, AF_VSOCK). Without it the call answers ENOSYS, except in tasks with the driver's AppArmor profile, which refuses those sockets itself. Default: false; as containerd-driver: true.",
     ),
     row(
         "apparmor",
