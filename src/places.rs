@@ -14,7 +14,7 @@ pub const SOCKET_PATH_MAX: usize = 107;
 
 /// The mode that versions up to 0.1.0 gave to directories.
 const FORMER_MODE: u32 = 0o711;
-/// What lies beside the records of images, and is no record.
+/// Entries of the image directory that are not records.
 const IMAGE_DIRECTORIES: [&str; 1] = ["empty"];
 
 /// Why a directory of ours can't be used.
@@ -91,14 +91,16 @@ impl Places {
 
     /// Closes directories and files to other users that earlier versions left open to them.
     fn repair(&self) -> Result<(), PlacesError> {
-        let close =
-            |path: &Path| close_to_others(path).map_err(|source| PlacesError::Close { path: path.to_owned(), source });
-        for (top, parent) in [(&self.run, Self::run_parent()), (&self.state, Self::state_parent())] {
-            // A directory with another mode is the operator's, who may keep other things in it. What lies in it is ours.
-            for path in [top, &parent].into_iter().filter(|path| path.starts_with(&parent) || *path == top) {
-                if fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == FORMER_MODE) {
-                    close(path)?;
-                }
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| PlacesError::Close { path, source }
+        };
+        let close = |path: &Path| close_to_others(path).map_err(failed(path));
+        let list = |path: &Path| listed(path).map_err(failed(path));
+        // A directory with another mode is the operator's, who may keep other things in it. What lies in it is ours.
+        for path in [&self.run, &Self::run_parent(), &self.state, &Self::state_parent()] {
+            if fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == FORMER_MODE) {
+                close(path)?;
             }
         }
         let shared = [self.uppers(), self.ahead()].map(|own| own.parent().map(Path::to_owned));
@@ -107,7 +109,7 @@ impl Places {
         }
         for directory in [self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.ahead()] {
             close(&directory)?;
-            for name in names(&directory) {
+            for name in list(&directory)? {
                 close(&directory.join(name))?;
             }
         }
@@ -115,7 +117,7 @@ impl Places {
             close(&directory)?;
         }
         for directory in [self.tasks(), self.images()] {
-            for name in names(&directory).iter().filter(|name| !IMAGE_DIRECTORIES.contains(&name.as_str())) {
+            for name in list(&directory)?.iter().filter(|name| !IMAGE_DIRECTORIES.contains(&name.as_str())) {
                 close(&directory.join(name))?;
             }
         }
@@ -285,8 +287,8 @@ pub fn make_open_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
 
-/// Opens a file whose lock processes of ours take, and makes it where it is missing. Nobody else can open it: to read is
-/// enough to hold a lock for ever.
+/// Opens a file whose lock processes of ours take, and makes it where it is missing. Nobody else can open it: reading a lock file is
+/// enough to hold its lock.
 ///
 /// # Errors
 /// As open(2).
@@ -362,13 +364,19 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 
 /// What lies in a directory of ours, by name. One that is not there is empty.
 pub fn names(path: &Path) -> Vec<String> {
+    listed(path).unwrap_or_else(|error| {
+        tracing::warn!(path = %path.display(), %error, "a directory of the driver can't be listed");
+        Vec::new()
+    })
+}
+
+/// The names in a directory. One that is not there is empty.
+fn listed(path: &Path) -> io::Result<Vec<String>> {
     match fs::read_dir(path) {
-        Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
-        Err(error) => {
-            if error.kind() != io::ErrorKind::NotFound {
-                tracing::warn!(path = %path.display(), %error, "list");
-            }
-            Vec::new()
+        Ok(entries) => {
+            entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned())).collect()
         }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
     }
 }

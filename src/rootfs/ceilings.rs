@@ -27,7 +27,7 @@ const PAGE: u64 = 4096;
 pub enum CeilingError {
     /// A limit of setrlimit(2).
     #[error(
-        "{name} = {} is above {}, the most on this node (plugin option security {{ ulimit_max }})",
+        "{name} = {} is above {}, the most on this node; ask for no more, or have the operator raise the plugin option security {{ ulimit_max }}",
         shown(*.wanted),
         shown(*.ceiling)
     )]
@@ -40,7 +40,7 @@ pub enum CeilingError {
         ceiling: u64,
     },
     /// The size of a file system in memory.
-    #[error("{option:?} is above {} MiB, the most on this node (plugin option security {{ tmpfs_max }})", .ceiling >> 20)]
+    #[error("{option:?} is above {} MiB, the most on this node; ask for no more, or have the operator raise the plugin option security {{ tmpfs_max }}", .ceiling >> 20)]
     Memory {
         /// The option, as the job has it.
         option: String,
@@ -48,7 +48,9 @@ pub enum CeilingError {
         ceiling: u64,
     },
     /// The size of a file system in memory, where the host's memory is not known.
-    #[error("{option:?} is above {ceiling} % of the host's memory (plugin option security {{ tmpfs_max }})")]
+    #[error(
+        "{option:?} is above {ceiling} % of the host's memory; ask for no more, or have the operator raise the plugin option security {{ tmpfs_max }}"
+    )]
     Share {
         /// The option, as the job has it.
         option: String,

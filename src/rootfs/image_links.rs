@@ -68,7 +68,8 @@ fn plain(at: BorrowedFd<'_>, name: &OsStr, wanted: Wanted) -> io::Result<Option<
         Wanted::File if kind == SFlag::S_IFDIR => return Err(io::ErrorKind::IsADirectory.into()),
         Wanted::Directory | Wanted::File => {}
     }
-    tracing::debug!(name = %name.display(), "an entry of the image that is no {wanted:?} is replaced in the container");
+    let wanted_words = if wanted == Wanted::File { "a regular file" } else { "a directory" };
+    tracing::debug!(name = %name.display(), "an entry of the image is replaced in the container, because it is not {wanted_words}");
     unlinkat(at, name, UnlinkatFlags::NoRemoveDir)?;
     if wanted == Wanted::File {
         return Ok(None);

@@ -81,7 +81,7 @@ pub enum RootfsError {
         source_path: String,
     },
     /// A directory that Nomad has made for the task.
-    #[error("the task's directory {path}")]
+    #[error("open the task's directory {path}")]
     AllocDir {
         /// The directory.
         path: PathBuf,
@@ -99,7 +99,7 @@ pub enum RootfsError {
         problem: String,
     },
     /// A mount that the kernel refuses.
-    #[error("{option}: target {target:?}")]
+    #[error("{option}: mount at target {target:?}")]
     Mounting {
         /// The option that asks for the mount.
         option: &'static str,

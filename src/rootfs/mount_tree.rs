@@ -29,8 +29,8 @@ use super::{
     target::{MountTarget, SysTargets},
 };
 
-/// What a task may add to its own hosts file and the like.
-const ROOM: usize = 1 << 20;
+/// How far a task may let its own hosts file and the like grow.
+const TASK_FILES_GROWTH_MAX: usize = 1 << 20;
 /// Options that say how mounts spread between mount namespaces (mount_namespaces(7)).
 const PROPAGATION: [&str; 6] = ["private", "rprivate", "slave", "rslave", "shared", "rshared"];
 /// Options of file systems in memory that are the default, or the opposite of an attribute.
@@ -97,7 +97,7 @@ fn mount_pins(paths: &BundlePaths, mounts: &[TaskMount]) -> Result<(), RootfsErr
     let failed = |source| file("mount a file system at", &pins, source);
     let text: usize =
         mounts.iter().map(|mount| if let MountContent::File(text) = &mount.content { text.len() } else { 0 }).sum();
-    let options = format!("mode=700,size={}", ROOM + 2 * text);
+    let options = format!("mode=700,size={}", TASK_FILES_GROWTH_MAX + 2 * text);
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     fs::DirBuilder::new().mode(0o700).create(&pins).map_err(failed)?;
     mount(Some("tmpfs"), &pins, Some("tmpfs"), flags, Some(options.as_str()))
@@ -242,7 +242,8 @@ fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
     Ok(SFlag::from_bits_truncate(fstat(opened)?.st_mode) & SFlag::S_IFMT)
 }
 
-/// Without a word a mount hears of what the host mounts below its source, as under runtimes.
+/// Returns the propagation that the options name. Without one it is slave, as in runtimes: mounts that the host makes below
+/// the source later reach the task.
 fn propagation(options: &[String]) -> MsFlags {
     match options.iter().rev().map(String::as_str).find(|option| PROPAGATION.contains(option)) {
         Some("private" | "rprivate") => MsFlags::MS_PRIVATE,
@@ -274,8 +275,10 @@ fn open_mount_point(top: &Path, path: &Path, wanted: SFlag) -> io::Result<OwnedF
     };
     match kind_of(&opened)? == SFlag::S_IFDIR {
         is_directory if is_directory == (wanted == SFlag::S_IFDIR) => Ok(opened),
-        true => Err(io::Error::new(io::ErrorKind::IsADirectory, "a directory is there, and a file is mounted")),
-        false => Err(io::Error::new(io::ErrorKind::NotADirectory, "no directory is there, and a directory is mounted")),
+        true => Err(io::Error::new(io::ErrorKind::IsADirectory, "the target is a directory, but the source is a file")),
+        false => {
+            Err(io::Error::new(io::ErrorKind::NotADirectory, "the target is not a directory, but the source is one"))
+        }
     }
 }
 

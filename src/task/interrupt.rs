@@ -16,11 +16,11 @@ use crate::{
 };
 
 /// A create takes 10 to 30 ms, and some hundred on a busy machine: one that is nearly done is not killed.
-const NEARLY_DONE: Duration = Duration::from_secs(1);
+const CREATE_GRACE: Duration = Duration::from_secs(1);
 /// A shim whose runtime is dead answers in milliseconds.
-const ANSWER: Duration = Duration::from_secs(5);
+const SHIM_ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 /// Between two looks for the runtime, which may not have been called yet.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Waits for the part of a start that the shim has in its hands, and breaks it off when the task is stopped.
 ///
@@ -43,16 +43,19 @@ pub(super) async fn unless_stopped<T>(
         () = stop.cancelled() => {}
     }
     let task = &plan.request.task_id;
-    let stopped = || TaskError::Stopped(task.clone());
-    if let Ok(outcome) = timeout(NEARLY_DONE, &mut starting).await {
-        return outcome.map_err(|_| stopped());
+    let stopped = |error: TaskError| {
+        tracing::debug!(%task, error = crate::chain(&error), "the start that was broken off ended with this error");
+        TaskError::Stopped(task.clone())
+    };
+    if let Ok(outcome) = timeout(CREATE_GRACE, &mut starting).await {
+        return outcome.map_err(stopped);
     }
     tracing::warn!(%task, "the task is stopped, and the runtime that makes its container is killed");
-    let deadline = Instant::now() + ANSWER;
+    let deadline = Instant::now() + SHIM_ANSWER_DEADLINE;
     while Instant::now() < deadline {
         kill_runtime(shim.pid(), &plan.container_id);
-        if let Ok(outcome) = timeout(LOOK, &mut starting).await {
-            return outcome.map_err(|_| stopped());
+        if let Ok(outcome) = timeout(POLL_INTERVAL, &mut starting).await {
+            return outcome.map_err(stopped);
         }
     }
     // The shim itself hangs. Others may have their tasks in one that is shared.
@@ -60,16 +63,16 @@ pub(super) async fn unless_stopped<T>(
         tracing::warn!(%task, shim = shim.id(), "the shim does not answer either, and is killed");
         shim.kill_process();
     }
-    Err(stopped())
+    Err(TaskError::Stopped(task.clone()))
 }
 
-/// Kills the runtimes that a shim has called for one container, with all that they have started: the container's own
-/// process among it, which no other container can lose by that.
+/// Kills the runtimes that a shim has called for one container, with all that they have started. This includes the
+/// container's own first process; processes of other containers are not affected.
 pub(super) fn kill_runtime(shim: u32, container: &ContainerId) {
     let called = descendants(shim).into_iter().skip(1).filter(|pid| is_called_for(*pid, container));
     let opened: Vec<(u32, PidFd)> =
         called.flat_map(descendants).filter_map(|pid| Some((pid, PidFd::open(pid).ok()?))).collect();
-    // Looked at again when the descriptors are had: then they are these very processes.
+    // A pid may have been reused since the listing, so only pids that are still descendants are signalled.
     let still = descendants(shim);
     opened.iter().filter(|(pid, _)| still.contains(pid)).for_each(|(_, process)| process.signal(libc::SIGKILL));
 }

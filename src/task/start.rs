@@ -334,7 +334,14 @@ impl Coming {
             () = stop.cancelled() => {
                 launched.abort();
                 // It may have come up all the same.
-                launched.await.ok().and_then(Result::ok).ok_or_else(|| TaskError::Stopped(task.clone()))
+                match launched.await {
+                    Ok(Ok(shim)) => return Ok(shim),
+                    Ok(Err(error)) => {
+                        tracing::debug!(%task, error = crate::chain(&error), "the shim of a start that was broken off did not come up");
+                    }
+                    Err(error) => tracing::debug!(%task, %error, "the launch of a shim was broken off"),
+                }
+                Err(TaskError::Stopped(task.clone()))
             }
         }
     }

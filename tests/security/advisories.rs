@@ -1,6 +1,6 @@
 //! `doctor` knows runtimes with known vulnerabilities, and does not fail because of them.
 
-use std::{path::Path, process::Command};
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -17,7 +17,6 @@ fn doctor(name: &str, programs: &[(&str, &str)]) -> (bool, Vec<Value>) {
     command.args(["doctor", "--json", "--address"]).arg(dir.join("no.sock")).env("PATH", &dir);
     let output = command.output().unwrap();
     let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(Path::new(&dir).exists());
     (output.status.success(), findings.as_array().unwrap().clone())
 }
 

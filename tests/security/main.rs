@@ -1,7 +1,6 @@
-//! Attacks. Each finding of the security review is a test here, with neighbours of it that nobody has reported, and so is
-//! what was found to hold. `docs/security.md` says who the attackers are and names the test for each promise.
+//! Attacks on the driver, and what must hold against them. `docs/security.md` lists the promises and names a test for each.
 //!
-//! The tests run on crun and on runc, or on the runtime that `NOMAD_DRIVER_SHIM_TEST_RUNTIME` names. With
+//! Tests of what a runtime does run on crun and on runc, or on the runtime that `NOMAD_DRIVER_SHIM_TEST_RUNTIME` names. With
 //! `NOMAD_DRIVER_SHIM_TEST_PROGRAM` they run another build of the driver, to see that a test is red without its fix.
 #![allow(
     clippy::unwrap_used,
