@@ -417,15 +417,14 @@ async fn run(
     };
     phases.released = (started && starter == Starter::Driver).then(|| began.elapsed());
     fault::point("start.released");
-    // While the shim completes its `Create`: a runtime whose container waits at the FIFO has mounted everything.
+    let completing = async { if created { Ok(()) } else { creating.await.map(drop) } };
     if starter == Starter::Driver {
-        plan.release_sources(shared);
-    }
-    if !created {
-        creating.await.map_err(refused)?;
-    }
-    if starter != Starter::Driver {
-        plan.release_sources(shared);
+        // A runtime whose container waits at the FIFO has mounted everything: the sources go while the shim completes.
+        let (completed, ()) = tokio::join!(completing, plan.release_sources(shared));
+        completed.map_err(refused)?;
+    } else {
+        completing.await.map_err(refused)?;
+        plan.release_sources(shared).await;
     }
     phases.create = step.elapsed();
     fault::await_point("start.creating");
