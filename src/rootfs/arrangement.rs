@@ -22,6 +22,10 @@ pub(super) enum Place {
         top: usize,
         /// The path below that one's target.
         path: PathBuf,
+        /// The number of the mount that this one lies in directly.
+        holder: usize,
+        /// The path below the holder's target.
+        below: PathBuf,
     },
 }
 
@@ -88,20 +92,21 @@ fn within(parent: &Placed, holder: &TaskMount, mount: &TaskMount, target: &Path)
     }
     let (top, above) = match &parent.place {
         Place::Runtime => (parent.number, Path::new("")),
-        Place::Within { top, path } => (*top, path.as_path()),
+        Place::Within { top, path, .. } => (*top, path.as_path()),
     };
-    let below = target.strip_prefix(holder_path.path()).unwrap_or(target);
-    Ok(Place::Within { top, path: above.join(below) })
+    let below = target.strip_prefix(holder_path.path()).unwrap_or(target).to_owned();
+    Ok(Place::Within { top, path: above.join(&below), holder: parent.number, below })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rootfs::mounts::Source;
     use proptest::prelude::*;
 
     fn bind(target: &str, options: &[&str]) -> TaskMount {
         let source = std::fs::File::open("/").expect("the root can be opened");
-        mount(target, MountContent::Bind(source.into()), options)
+        mount(target, MountContent::Bind(Source::of(source.into()).expect("looked at")), options)
     }
 
     fn tmpfs(target: &str) -> TaskMount {
@@ -117,22 +122,25 @@ mod tests {
         }
     }
 
-    /// Targets in order, each with the number of the mount whose tree it is put into and the path there.
-    fn arranged(mounts: &[TaskMount]) -> Result<Vec<(String, Option<(usize, String)>)>, String> {
+    /// A target, with the number of the mount whose tree it is put into and the path there.
+    type Arranged = (String, Option<(usize, String)>);
+
+    /// All targets in order.
+    fn arranged(mounts: &[TaskMount]) -> Result<Vec<Arranged>, String> {
         let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
         let placed = arrange(mounts, &targets).map_err(|misplaced| misplaced.problem)?;
         let text = |placed: &Placed| match &placed.place {
             Place::Runtime => (placed.target.to_string(), None),
-            Place::Within { top, path } => (placed.target.to_string(), Some((*top, path.display().to_string()))),
+            Place::Within { top, path, .. } => (placed.target.to_string(), Some((*top, path.display().to_string()))),
         };
         Ok(placed.iter().map(text).collect())
     }
 
-    fn own(target: &str) -> (String, Option<(usize, String)>) {
+    fn own(target: &str) -> Arranged {
         (target.to_owned(), None)
     }
 
-    fn below(target: &str, top: usize, path: &str) -> (String, Option<(usize, String)>) {
+    fn below(target: &str, top: usize, path: &str) -> Arranged {
         (target.to_owned(), Some((top, path.to_owned())))
     }
 

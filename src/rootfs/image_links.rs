@@ -98,6 +98,16 @@ pub(super) fn resolve(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Pa
     }
 }
 
+/// Is there a directory of the image at `path`, when its links are followed below the root?
+pub(super) fn leads_to_directory(root: BorrowedFd<'_>, path: &Path, is_mount: impl Fn(&Path) -> bool) -> bool {
+    let Ok(found) = resolve(root, path, &is_mount) else { return false };
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let in_image = !found.ancestors().any(is_mount);
+    in_image && openat2(root, found.strip_prefix("/").unwrap_or(&found), how).is_ok()
+}
+
 fn walk(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -> io::Result<PathBuf> {
     let mut waiting: VecDeque<OsString> = names(target).collect();
     // The entries of the image from the root to here.
@@ -111,9 +121,9 @@ fn walk(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -
         if name == ".." {
             found.pop();
             if literal > 0 {
-                literal -= 1
+                literal -= 1;
             } else {
-                drop(opened.pop())
+                drop(opened.pop());
             }
             continue;
         }

@@ -25,7 +25,7 @@ use super::{
     bundle::BundlePaths,
     image_links::{self, Wanted},
     mount_attributes::{Attributes, Depth},
-    mounts::{MountContent, TaskMount, open_plain},
+    mounts::{MountContent, Source, TaskMount, open_plain},
     target::{MountTarget, SysTargets},
 };
 
@@ -55,8 +55,14 @@ pub fn place(
     mount_pins(paths, mounts)?;
     let root = paths.rootfs();
     let root = image_links::open_root(&root).map_err(|source| file("open", &root, source))?;
+    let is_base = |path: &Path| base.iter().any(|base| base == path);
     for directory in DIRECTORIES {
-        make_plain(root.as_fd(), Path::new(directory), Wanted::Directory)?;
+        let path = Path::new(directory);
+        // Nothing is written to /etc but what is mounted there, and for that the link is resolved. docker puts an empty
+        // directory over it, and the image's own files would be gone.
+        if directory != "etc" || !image_links::leads_to_directory(root.as_fd(), Path::new("/etc"), is_base) {
+            make_plain(root.as_fd(), path, Wanted::Directory)?;
+        }
     }
     let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
     let placed = arrange(mounts, &targets).map_err(|misplaced| {
@@ -75,6 +81,25 @@ pub fn place(
         }
     }
     Ok(left)
+}
+
+/// Refuses targets at which a mount would take away what confines the task.
+///
+/// # Errors
+/// Why the mount may not go there, with its option and target.
+pub fn check(mount: &TaskMount, target: &MountTarget, sys: SysTargets) -> Result<(), RootfsError> {
+    let refused = |problem| RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem };
+    target.check(sys).map_err(refused)?;
+    // runc masks parts of /proc and /sys by the container's own /dev/null (CVE-2025-31133). Nomad gives the host's /dev to
+    // CSI plugins.
+    let covers_null = ["/dev", "/dev/null"].into_iter().find(|path| target.path() == Path::new(path));
+    let is_the_hosts = |path: &str| matches!(&mount.content, MountContent::Bind(source) if source.is_the_hosts(path));
+    match covers_null.filter(|path| sys == SysTargets::Refused && !is_the_hosts(path)) {
+        None => Ok(()),
+        Some(path) => Err(refused(format!(
+            "{path} can be covered in privileged tasks only, except by the host's own {path}; mount below /dev, or elsewhere"
+        ))),
+    }
 }
 
 /// How far the root of the container's mounts must spread for its mounts to do so: runtimes set it before they bind, and
@@ -128,12 +153,15 @@ fn resolve_targets(
             && !mount.target.path().ancestors().any(is_mount)
         {
             // A file that every container has: docker puts its own in the place of whatever the image has there.
-            let path = mount.target.path().strip_prefix("/").unwrap_or(mount.target.path());
-            make_plain(root, path, Wanted::File)?;
+            let path = mount.target.path();
+            let parent = path.parent().unwrap_or(Path::new("/"));
+            let parent = image_links::resolve(root, parent, is_mount).map_err(|error| refused(error.to_string()))?;
+            let path = parent.join(path.file_name().unwrap_or_default());
+            make_plain(root, path.strip_prefix("/").unwrap_or(&path), Wanted::File)?;
         }
         let found = image_links::resolve(root, mount.target.path(), is_mount);
         let found = MountTarget::found(found.map_err(|error| refused(error.to_string()))?);
-        found.check(sys).map_err(refused)?;
+        check(mount, &found, sys)?;
         targets[number] = found;
     }
     Ok(targets)
@@ -174,9 +202,8 @@ impl Tree<'_> {
             }
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
         }
-        let Place::Within { top, path } = &placed.place else { return Ok(()) };
-        let wanted = if is_directory(mount)? { SFlag::S_IFDIR } else { SFlag::S_IFREG };
-        let point = open_mount_point(&self.paths.pinned(*top), path, wanted)?;
+        let Place::Within { top, path, .. } = &placed.place else { return Ok(()) };
+        let point = open_mount_point(&self.paths.pinned(*top), path, self.kind(placed))?;
         let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
         let flags = match mount.content {
             MountContent::File(_) => MsFlags::MS_BIND,
@@ -185,18 +212,33 @@ impl Tree<'_> {
         Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
     }
 
-    fn bind(&self, placed: &Placed, source: &OwnedFd, pin: &Path, is_inside: bool) -> io::Result<()> {
+    /// What a mount's place has to be.
+    fn kind(&self, placed: &Placed) -> SFlag {
+        if is_directory(self.mount(placed)) { SFlag::S_IFDIR } else { SFlag::S_IFREG }
+    }
+
+    fn bind(&self, placed: &Placed, source: &Source, pin: &Path, is_inside: bool) -> io::Result<()> {
         let options = &self.mount(placed).options;
         let has = |wanted: &str| options.iter().any(|option| option == wanted);
-        if is_directory(self.mount(placed))? {
+        if source.is_directory() {
             fs::DirBuilder::new().mode(0o700).create(pin)?;
         } else {
             fs::File::options().write(true).create_new(true).mode(0o600).open(pin)?;
         }
         let (recursion, depth) =
             if has("rbind") { (MsFlags::MS_REC, Depth::Tree) } else { (MsFlags::empty(), Depth::Top) };
-        let from = PathBuf::from(format!("/proc/self/fd/{}", source.as_raw_fd()));
-        mount(Some(&from), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
+        mount(Some(&source.by_descriptor()), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
+        // Before the source may become read-only: mount points that it lacks are made in it, as crun makes them.
+        for other in self.placed {
+            if let Place::Within { holder, below, .. } = &other.place
+                && *holder == placed.number
+            {
+                // What can't be made is refused under its own name, when that mount is put in its place.
+                if let Err(error) = open_mount_point(pin, below, self.kind(other)) {
+                    tracing::debug!(target = %other.target, %error, "a mount point can't be made");
+                }
+            }
+        }
         if has("ro") {
             // Runtimes would make the topmost mount read-only, and leave those below it writable.
             Attributes::read_only().set(pin, depth)?;
@@ -230,12 +272,12 @@ impl Tree<'_> {
     }
 }
 
-fn is_directory(mount: &TaskMount) -> io::Result<bool> {
-    Ok(match &mount.content {
+fn is_directory(mount: &TaskMount) -> bool {
+    match &mount.content {
         MountContent::File(_) => false,
         MountContent::FileSystem { .. } => true,
-        MountContent::Bind(source) => kind_of(source)? == SFlag::S_IFDIR,
-    })
+        MountContent::Bind(source) => source.is_directory(),
+    }
 }
 
 fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {

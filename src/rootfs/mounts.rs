@@ -6,7 +6,7 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd as _, OwnedFd},
-        unix::fs::OpenOptionsExt as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -69,11 +69,55 @@ pub struct TaskMount {
     pub options: Vec<String>,
 }
 
+/// A file or directory of the host, held so that nobody can swap it.
+#[derive(Debug)]
+pub struct Source {
+    opened: OwnedFd,
+    is_directory: bool,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+impl Source {
+    /// Looks at what has been opened, once: a dead file system would hold up every further look.
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn of(opened: OwnedFd) -> io::Result<Self> {
+        let found = fstat(&opened)?;
+        let is_directory = SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR;
+        Ok(Self { opened, is_directory, identity: (found.st_dev, found.st_ino) })
+    }
+
+    /// Is it a directory?
+    pub fn is_directory(&self) -> bool {
+        self.is_directory
+    }
+
+    /// Is it what the host has at `path`?
+    pub fn is_the_hosts(&self, path: &str) -> bool {
+        std::fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == self.identity)
+    }
+
+    /// The path that leads to it now.
+    ///
+    /// # Errors
+    /// As readlink(2).
+    pub fn path(&self) -> io::Result<PathBuf> {
+        std::fs::read_link(self.by_descriptor())
+    }
+
+    /// A path by which this process can mount it.
+    pub(super) fn by_descriptor(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.opened.as_raw_fd()))
+    }
+}
+
 /// What is mounted.
 #[derive(Debug)]
 pub enum MountContent {
-    /// A file or directory of the host, held so that nobody can swap it.
-    Bind(OwnedFd),
+    /// A file or directory of the host.
+    Bind(Source),
     /// A file of the task's own with this text.
     File(String),
     /// A file system of its own.
@@ -106,7 +150,9 @@ pub fn resolve(
                 if !options.iter().any(|option| option == "bind" || option == "rbind") {
                     options.push("rbind".to_owned());
                 }
-                MountContent::Bind(open_source(source, dirs, flavor, allow_paths)?)
+                let opened = open_source(source, dirs, flavor, allow_paths)?;
+                let failed = |error| RootfsError::Source { source_path: source.clone(), source: error };
+                MountContent::Bind(Source::of(opened).map_err(failed)?)
             }
         };
         Ok(TaskMount { option: "mounts", target: request.target.clone(), content, options })
@@ -119,13 +165,14 @@ pub fn resolve(
 ///
 /// # Errors
 /// When it is missing, is no directory, or is behind a link.
-pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<OwnedFd, RootfsError> {
+pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<Source, RootfsError> {
     let opened = || {
         let root = open_path(alloc_dir)?;
-        let opened = open_plain(&root, below)?;
-        match SFlag::from_bits_truncate(fstat(&opened)?.st_mode) & SFlag::S_IFMT {
-            SFlag::S_IFDIR => Ok(opened),
-            _ => Err(io::Error::new(io::ErrorKind::NotADirectory, "it is not a directory")),
+        let source = Source::of(open_plain(&root, below)?)?;
+        if source.is_directory() {
+            Ok(source)
+        } else {
+            Err(io::Error::new(io::ErrorKind::NotADirectory, "it is not a directory"))
         }
     };
     opened().map_err(|source| RootfsError::AllocDir { path: alloc_dir.join(below), source })
@@ -135,8 +182,10 @@ pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<OwnedFd, RootfsE
 ///
 /// # Errors
 /// When it is missing.
-pub fn open_host_path(path: &Path) -> Result<OwnedFd, RootfsError> {
-    open_path(path).map_err(|source| RootfsError::Source { source_path: path.to_string_lossy().into_owned(), source })
+pub fn open_host_path(path: &Path) -> Result<Source, RootfsError> {
+    open_path(path)
+        .and_then(Source::of)
+        .map_err(|source| RootfsError::Source { source_path: path.to_string_lossy().into_owned(), source })
 }
 
 /// Opens a file or directory of the host that a job names, by the rules of mounts' sources, as a descriptor that only

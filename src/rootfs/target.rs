@@ -46,6 +46,23 @@ impl MountTarget {
         Ok(Self(Path::new("/").join(target)))
     }
 
+    /// Reads a volume's destination, which Nomad passes on as the job has it: a relative one is below the root, and `..` is
+    /// resolved by its words, as runtimes do both.
+    ///
+    /// # Errors
+    /// When that is the root itself.
+    pub fn of_volume(text: &str) -> Result<Self, String> {
+        let mut target = PathBuf::from("/");
+        for component in Path::new(text).components() {
+            match component {
+                Component::Normal(name) => target.push(name),
+                Component::ParentDir => drop(target.pop()),
+                Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+            }
+        }
+        Self::parse(&target.to_string_lossy())
+    }
+
     /// The target that `path` is, which was found in a root file system.
     pub(super) fn found(path: PathBuf) -> Self {
         Self(path)
@@ -106,6 +123,16 @@ mod tests {
         }
         for text in ["", "/", "//", "/.", "/./", "a", "./a", "/..", "/a/../b", "/../../x", "/a\0b"] {
             assert!(MountTarget::parse(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn destinations_of_volumes_are_cleaned() {
+        for (text, path) in [("data", "/data"), ("/a/../data", "/data"), ("../../data/", "/data"), ("/a/./b", "/a/b")] {
+            assert_eq!(MountTarget::of_volume(text).expect("a target").path(), Path::new(path), "{text}");
+        }
+        for text in ["", "/", "..", "/a/..", "/a\0b"] {
+            assert!(MountTarget::of_volume(text).is_err(), "{text:?}");
         }
     }
 

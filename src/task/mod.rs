@@ -15,6 +15,7 @@ mod meter;
 mod metrics;
 mod mounts;
 mod names;
+mod off_workers;
 mod open;
 mod plan;
 mod predecessors;
@@ -194,6 +195,14 @@ pub enum TaskError {
     /// A task that is over.
     #[error("task {0} has ended; nothing can be run in it")]
     Ended(TaskId),
+    /// A volume's file system.
+    #[error("task {id}: the sources of its mounts can't be reached: {problem}")]
+    Hanging {
+        /// The task.
+        id: TaskId,
+        /// What happened.
+        problem: String,
+    },
     /// A worker thread is gone.
     #[error("internal: a worker ended early")]
     Worker(#[from] tokio::task::JoinError),
@@ -240,7 +249,7 @@ impl TaskError {
             | Self::Busy(_)
             | Self::Former(_)
             | Self::Worker(_) => true,
-            Self::Unkillable { .. } => true,
+            Self::Unkillable { .. } | Self::Hanging { .. } => true,
             _ => false,
         }
     }

@@ -1,11 +1,17 @@
 //! The mounts of a task: the job's own, Nomad's volumes, and what every task has. Each source is opened here, before
 //! anything is made.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    StartRequest,
+    StartRequest, TaskError,
     names::{Hosts, Names},
+    off_workers,
     shared::Shared,
 };
 use crate::{
@@ -13,7 +19,8 @@ use crate::{
     rootfs::{
         self, RootfsError, check_mount,
         limits::Namespace,
-        mounts::{AllocDirs, MountContent, TaskMount, open_alloc_dir, open_host_path},
+        mount_tree,
+        mounts::{AllocDirs, MountContent, MountKind, MountRequest, TaskMount, open_alloc_dir, open_host_path},
         target::{MountTarget, SysTargets},
     },
 };
@@ -27,12 +34,37 @@ pub(super) fn sys_targets(shared: &Shared, request: &StartRequest) -> SysTargets
     SysTargets::of(shared.settings.name.flavor(), request.options.privileged)
 }
 
+/// May the sources of this task's mounts lie on a file system that does not answer? Nomad's own directories are on the
+/// agent's disk.
+pub(super) fn may_hang(request: &StartRequest) -> bool {
+    let is_absolute =
+        |mount: &MountRequest| matches!(&mount.kind, MountKind::Bind { source } if source.starts_with('/'));
+    !request.volumes.is_empty() || request.options.mounts.iter().any(is_absolute)
+}
+
+/// Opens the sources of all mounts, where a dead file system can hold nobody else up.
+///
+/// # Errors
+/// As [`open_all`], and when a file system does not answer.
+pub(super) async fn open(
+    shared: &Arc<Shared>,
+    request: &StartRequest,
+    names: Names,
+    stop: &CancellationToken,
+) -> Result<Vec<TaskMount>, TaskError> {
+    if !may_hang(request) {
+        return Ok(open_all(shared, request, names)?);
+    }
+    let (shared, owned) = (shared.clone(), request.clone());
+    Ok(off_workers::run(&request.task_id, stop, move || open_all(&shared, &owned, names)).await??)
+}
+
 /// Opens the sources of all mounts. Those that every task has come last: of two with one target the later is seen, so
 /// that no job hides `/secrets` by accident.
 ///
 /// # Errors
 /// When a source is missing or may not be mounted, or a target may not be mounted over.
-pub(super) fn open(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec<TaskMount>, RootfsError> {
+fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec<TaskMount>, RootfsError> {
     let settings = &shared.settings;
     let flavor = settings.name.flavor();
     let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
@@ -42,18 +74,24 @@ pub(super) fn open(shared: &Shared, request: &StartRequest, names: Names) -> Res
         mounts.push(mount("ipc_mode", "/dev/shm", source, &["rbind", "nosuid", "noexec", "nodev"])?);
     }
     mounts.extend(rootfs::mounts::resolve(&request.options.mounts, dirs, flavor, &settings.security.allow_paths)?);
+    if settings.own_logs {
+        guard_logs(&mut mounts, request)?;
+    }
     for volume in &request.volumes {
         let mode = if volume.readonly { "ro" } else { "rw" };
         let source = MountContent::Bind(open_host_path(&volume.host_path)?);
-        let target = volume.task_path.to_string_lossy();
-        mounts.push(mount("volume_mount", &target, source, &["rbind", mode, volume.propagation])?);
+        let written = volume.task_path.to_string_lossy();
+        let refused =
+            |problem| RootfsError::Target { option: "volume_mount", target: written.clone().into_owned(), problem };
+        let target = MountTarget::of_volume(&written).map_err(refused)?;
+        let options = ["rbind", mode, volume.propagation].map(str::to_owned).to_vec();
+        mounts.push(TaskMount { option: "volume_mount", target, content: source, options });
     }
     mounts.extend(network_files(names)?);
     mounts.extend(nomads(settings.own_logs, flavor, request)?);
     let sys = sys_targets(shared, request);
     for mount in &mounts {
-        let refused = |problem| RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem };
-        mount.target.check(sys).map_err(refused)?;
+        mount_tree::check(mount, &mount.target, sys)?;
         let source = match &mount.content {
             MountContent::FileSystem { source, .. } => Some(Path::new(source)),
             MountContent::Bind(_) | MountContent::File(_) => None,
@@ -61,6 +99,29 @@ pub(super) fn open(shared: &Shared, request: &StartRequest, names: Names) -> Res
         check_mount(mount.target.path(), source, mount.options.iter())?;
     }
     Ok(mounts)
+}
+
+/// Keeps the files of logs, which this driver writes, out of reach of a job's own binds: one of their directory, or of
+/// something in it, becomes read-only, and into one of a directory above it the read-only directory is put.
+fn guard_logs(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> Result<(), RootfsError> {
+    let below = Path::new("alloc/logs");
+    let failed = |source| RootfsError::AllocDir { path: request.alloc_dir.join(below), source };
+    let logs = open_alloc_dir(&request.alloc_dir, below)?.path().map_err(failed)?;
+    let mut guards = Vec::new();
+    for job in mounts.iter_mut() {
+        let MountContent::Bind(source) = &job.content else { continue };
+        let path = source.path().map_err(failed)?;
+        if path.starts_with(&logs) {
+            job.options.retain(|option| option != "rw" && option != "ro");
+            job.options.push("ro".to_owned());
+        } else if let Ok(inside) = logs.strip_prefix(&path) {
+            let target = job.target.path().join(inside);
+            let source = MountContent::Bind(open_alloc_dir(&request.alloc_dir, below)?);
+            guards.push(mount("disable_log_collection", &target.to_string_lossy(), source, &["bind", "ro"])?);
+        }
+    }
+    mounts.extend(guards);
+    Ok(())
 }
 
 fn network_files(names: Names) -> Result<Vec<TaskMount>, RootfsError> {

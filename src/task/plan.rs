@@ -6,10 +6,12 @@ use std::{
     sync::Arc,
 };
 
-use oci_spec::runtime::LinuxDevice;
+use oci_spec::runtime::{LinuxDevice, Spec};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Membership, Record, SeccompDefault, SeccompRequest, Stack, StartRequest, TaskError, mounts as task_mounts,
+    off_workers,
     record::Intent,
     runtime::Runtime,
     shared::{Shared, layers},
@@ -29,6 +31,7 @@ use crate::{
         mount_tree,
         mounts::{self, AllocDirs, TaskMount},
         seccomp::{self, Filter, Multiplexer},
+        target::SysTargets,
     },
 };
 
@@ -42,7 +45,7 @@ pub(super) struct Plan<'a> {
     /// Its AppArmor profile, which is loaded.
     pub(super) apparmor: Option<ProfileName>,
     pub(super) image: Arc<ImageRecord>,
-    pub(super) mounts: Vec<TaskMount>,
+    pub(super) mounts: Arc<Vec<TaskMount>>,
     /// With what it may do to them.
     pub(super) devices: Vec<(LinuxDevice, String)>,
     pub(super) container_id: ContainerId,
@@ -188,9 +191,33 @@ impl Plan<'_> {
         BundlePaths::of(&shared.settings.places, &self.container_id)
     }
 
-    /// A few dozen system calls on local file systems, 0.3 ms in all where a root file system was made ahead: less than
-    /// handing them to another thread and back would cost on a busy machine. The caller tells the worker that it may block.
-    pub(super) fn make_bundle(&self, shared: &Shared, mut spec: oci_spec::runtime::Spec) -> Result<(), TaskError> {
+    /// Makes the bundle. A few dozen system calls on local file systems, half a millisecond in all where a root file system
+    /// was made ahead: less than handing them to another thread and back would cost on a busy machine. Where sources of mounts
+    /// may lie on a dead file system, the mounts are placed on a thread of their own.
+    ///
+    /// # Errors
+    /// When something can't be made or mounted, a file system does not answer, or the task is stopped meanwhile.
+    pub(super) async fn make_bundle(
+        &self,
+        shared: &Shared,
+        spec: Spec,
+        stop: &CancellationToken,
+    ) -> Result<(), TaskError> {
+        let (paths, mounts) = (self.bundle(shared), self.mounts.clone());
+        let sys = task_mounts::sys_targets(shared, self.request);
+        let place = move || placed(&paths, &mounts, spec, sys);
+        if task_mounts::may_hang(self.request) {
+            tokio::task::block_in_place(|| self.make_root(shared))?;
+            let spec = off_workers::run(&self.request.task_id, stop, place).await??;
+            return tokio::task::block_in_place(|| self.write_bundle(shared, &spec));
+        }
+        tokio::task::block_in_place(|| {
+            self.make_root(shared)?;
+            self.write_bundle(shared, &place()?)
+        })
+    }
+
+    fn make_root(&self, shared: &Shared) -> Result<(), TaskError> {
         let paths = self.bundle(shared);
         paths.create()?;
         let layers = layers(&self.image);
@@ -202,11 +229,11 @@ impl Plan<'_> {
             paths.mount(layers, &shared.settings.upper)?;
         }
         fault::point("start.mounted");
-        let base = spec.mounts().clone().unwrap_or_default();
-        let placed = mount_tree::place(&paths, &base, &self.mounts, task_mounts::sys_targets(shared, self.request))?;
-        spec.set_mounts(Some([base, placed].concat()));
-        // By now the root file system is what the runtime will read accounts from.
-        accounts::check(&paths.rootfs(), binds(&spec)).map_err(RootfsError::from)?;
+        Ok(())
+    }
+
+    fn write_bundle(&self, shared: &Shared, spec: &Spec) -> Result<(), TaskError> {
+        let paths = self.bundle(shared);
         let root = shared.settings.places.runtime_root(&self.runtime.name);
         crate::places::make_dir(&root)
             .map_err(|source| crate::places::PlacesError::Create { path: root.clone(), source })?;
@@ -215,7 +242,7 @@ impl Plan<'_> {
             let failed = |source| RootfsError::File { doing: "write", path: path.clone(), source };
             paths.write(&path, text.map_err(failed)?.as_bytes())?;
         }
-        Ok(paths.write_spec(&spec)?)
+        Ok(paths.write_spec(spec)?)
     }
 
     /// Unmounts the sources of the task's mounts, once the container has been made with them. Each of them would be copied
@@ -235,7 +262,7 @@ impl Plan<'_> {
         }
     }
 
-    pub(super) fn spec(&self, shared: &Shared) -> Result<oci_spec::runtime::Spec, TaskError> {
+    pub(super) fn spec(&self, shared: &Shared) -> Result<Spec, TaskError> {
         let Self { request, image, .. } = self;
         let options = &request.options;
         let settings = &shared.settings;
@@ -359,8 +386,18 @@ fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
     read().map_err(|source| seccomp::SeccompError::Read { path: shown.into(), source }.into())
 }
 
+/// Places the mounts of a task in its root file system: the spec with those that are left to the runtime.
+fn placed(paths: &BundlePaths, mounts: &[TaskMount], mut spec: Spec, sys: SysTargets) -> Result<Spec, RootfsError> {
+    let base = spec.mounts().clone().unwrap_or_default();
+    let placed = mount_tree::place(paths, &base, mounts, sys)?;
+    spec.set_mounts(Some([base, placed].concat()));
+    // By now the root file system is what the runtime will read accounts from.
+    accounts::check(&paths.rootfs(), binds(&spec))?;
+    Ok(spec)
+}
+
 /// What a spec binds: places in the container, and what is bound there.
-fn binds(spec: &oci_spec::runtime::Spec) -> impl Iterator<Item = (&Path, &Path)> {
+fn binds(spec: &Spec) -> impl Iterator<Item = (&Path, &Path)> {
     let mounts = spec.mounts().iter().flatten().filter(|mount| mount.typ().as_deref() == Some("bind"));
     mounts.filter_map(|mount| Some((mount.destination().as_path(), mount.source().as_deref()?)))
 }

@@ -114,7 +114,7 @@ pub async fn start(
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
     let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
-    let mounts = task_mounts::open(shared, request, names)?;
+    let mounts = Arc::new(task_mounts::open(shared, request, names, stop).await?);
     let devices = plan::devices(shared, request)?;
     label_volumes(request).await?;
     let network = plan::network(request);
@@ -281,7 +281,7 @@ async fn made(
             Coming::Launched(tokio::spawn(async move { launcher.launch(unborn).await }))
         }
     };
-    let bundle = tokio::task::block_in_place(|| plan.make_bundle(shared, spec));
+    let bundle = plan.make_bundle(shared, spec, stop).await;
     phases.bundle = step.elapsed();
     let step = Instant::now();
     let shim = coming.arrived(stop, &request.task_id).await;

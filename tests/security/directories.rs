@@ -6,7 +6,7 @@ use std::{
         fs::{MetadataExt as _, PermissionsExt as _},
         process::CommandExt as _,
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
 };
 
@@ -147,13 +147,13 @@ async fn a_hosts_file_is_the_tasks_own_and_bounded() {
 
 /// Bytes of files below the run directory that are not in the task's own layers.
 fn disk_usage(env: &Env) -> u64 {
-    fn sum(path: PathBuf) -> u64 {
-        let Ok(meta) = fs::symlink_metadata(&path) else { return 0 };
+    fn sum(path: &Path) -> u64 {
+        let Ok(meta) = fs::symlink_metadata(path) else { return 0 };
         if meta.is_dir() && !path.ends_with("rootfs") {
-            entries(&path).into_iter().map(|name| sum(path.join(name))).sum()
+            entries(&path).into_iter().map(|name| sum(&path.join(name))).sum()
         } else {
             meta.blocks() * 512
         }
     }
-    sum(env.dir.join("run"))
+    sum(&env.dir.join("run"))
 }

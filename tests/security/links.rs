@@ -68,6 +68,30 @@ async fn a_link_where_runtimes_write_is_replaced() {
     }
 }
 
+/// An image may keep its /etc elsewhere: the link stays, and leads below the root only.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etc_that_is_a_link_within_the_image_stays() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let entries = [Entry::dir("usr"), Entry::dir("usr/etc"), Entry::file("usr/etc/app.conf", "configured\n")];
+        let passwd = Entry::file("usr/etc/passwd", "app:x:1000:1000::/:/bin/sh\n");
+        let link = Entry::symlink("etc", "usr/etc");
+        let entries: Vec<Entry> = entries.into_iter().chain([passwd, link]).collect();
+        let image = image(&env, "etc-inside", &entries).await;
+        let script = "cat /etc/app.conf && grep -c localhost /usr/etc/hosts /etc/hosts";
+        let mut config = task(&image, script);
+        config["cwd"] = json!("/");
+        let mut prepared = env.prepare(config).await;
+        // The image's own accounts hold.
+        prepared.config.user = "app".to_owned();
+        env.try_start(&mut prepared).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        let (_, out, err) = env.finish_task(prepared).await;
+        assert_eq!(out.lines().next(), Some("configured"), "{runtime}: {out}{err}");
+        assert!(out.contains("/usr/etc/hosts:2") && out.contains("/etc/hosts:2"), "{runtime}: {out}{err}");
+        env.finish().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_the_image_has_at_hosts_and_resolv_conf_is_replaced() {
     for runtime in runtimes() {

@@ -27,6 +27,7 @@ mod documents_held;
 mod false_containerd;
 mod hostile_containerd;
 mod hostile_shim;
+mod hung_volume;
 mod images_held;
 mod inputs;
 mod inside_held;

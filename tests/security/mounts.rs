@@ -321,8 +321,18 @@ async fn every_bind_comes_from_the_bundle() {
 async fn nothing_is_mounted_over_proc_and_sys() {
     for runtime in runtimes() {
         let mut env = plugin_with(&runtime, json!({})).await;
-        for target in ["/proc", "/proc/sys", "/proc/self/attr", "/proc/1", "//proc/./sys", "/sys", "/sys/kernel", "/."]
-        {
+        for target in [
+            "/proc",
+            "/proc/sys",
+            "/proc/self/attr",
+            "/proc/1",
+            "//proc/./sys",
+            "/sys",
+            "/sys/kernel",
+            "/.",
+            "/dev",
+            "/dev/null",
+        ] {
             for mount in [
                 json!({"type": "tmpfs", "target": target}),
                 json!({"type": "bind", "source": "alloc/data", "target": target, "options": ["rbind", "rw"]}),
@@ -352,6 +362,76 @@ async fn nothing_is_mounted_over_proc_and_sys() {
         task.config.mounts = vec![volume(Path::new("/var"), "/proc/sys", true, "private")];
         let refused = outcome(&env, task).await.expect_err("it was mounted");
         assert!(refused.contains("volume_mount"), "{runtime}: {refused}");
+        env.finish().await;
+    }
+}
+
+/// CSI plugins get the host's /dev. No other directory may take its place, since runc masks by its /dev/null.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_hosts_own_dev_is_mounted_at_dev() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut task = env.prepare(shell(&env, "[ -c /dev/null ] && echo right", json!({})).await).await;
+        task.config.mounts = vec![volume(Path::new("/dev"), "/dev", false, "private")];
+        assert_eq!(outcome(&env, task).await.unwrap(), "right\n", "{runtime}");
+        let place = env.dir.join("volume");
+        fs::create_dir_all(&place).unwrap();
+        symlink("/proc/timer_list", place.join("null")).unwrap();
+        let mut task = env.prepare(shell(&env, "cat /proc/timer_list /proc/keys", json!({})).await).await;
+        task.config.mounts = vec![volume(&place, "/dev", false, "private")];
+        let refused = outcome(&env, task).await.expect_err("it was mounted");
+        assert!(refused.contains("/dev can be covered"), "{runtime}: {refused}");
+        env.finish().await;
+    }
+}
+
+/// A job's own binds lead to the directory of the logs, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_are_out_of_reach_of_a_jobs_own_binds() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        for (source, path, variable) in
+            [("alloc/logs", "/x", "/alloc"), ("alloc", "/x/logs", "/alloc"), ("alloc", "/x/logs", "")]
+        {
+            let script = format!("echo forged >{path}/other.stdout.0; mv {path} /x/old; mv {path} /x/data/old; true");
+            let mounts = json!([{"type": "bind", "source": source, "target": "/x", "options": ["rbind", "rw"]}]);
+            let mut task = env.prepare(shell(&env, &script, json!({"mounts": mounts})).await).await;
+            task.config.env.insert("NOMAD_ALLOC_DIR".to_owned(), variable.to_owned());
+            (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
+            let logs = task.dirs.alloc_dir.join("alloc/logs");
+            env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{source}: {}", status.message()));
+            env.wait(&task).await;
+            assert!(logs.is_dir() && !logs.join("other.stdout.0").exists(), "{runtime}: {source}, {variable:?}");
+            env.destroy(&task).await.unwrap();
+        }
+        env.finish().await;
+    }
+}
+
+/// What lies below a read-only mount that lacks the mount point is mounted all the same, and the rest stays read-only.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_mount_holds_other_mounts() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let mounts = json!([
+            {"type": "bind", "source": "local/d", "target": "/app", "options": ["rbind", "ro"]},
+            {"type": "tmpfs", "target": "/app/cache"},
+            {"type": "bind", "source": "local/f", "target": "/app/conf.yml", "options": ["ro"]},
+            {"type": "bind", "source": "local/etc", "target": "/etc", "options": ["rbind", "ro"]},
+        ]);
+        let script =
+            "echo x >/app/cache/y && cat /app/conf.yml && grep -c localhost /etc/hosts; echo x >/app/z; echo x >/etc/z";
+        let mut task = env.prepare(shell(&env, script, json!({"mounts": mounts})).await).await;
+        let local = task.dirs.alloc_dir.join("web/local");
+        fs::create_dir_all(local.join("d")).unwrap();
+        fs::create_dir_all(local.join("etc")).unwrap();
+        fs::write(local.join("f"), "conf\n").unwrap();
+        // A destination as runtimes clean it.
+        let place = env.dir.join("volume");
+        fs::create_dir_all(&place).unwrap();
+        task.config.mounts = vec![volume(&place, "a/../app/volume", true, "private")];
+        let seen = outcome(&env, task).await.unwrap();
+        assert!(seen.starts_with("conf\n2\n") && seen.matches("Read-only").count() == 2, "{runtime}: {seen}");
         env.finish().await;
     }
 }

@@ -1,0 +1,74 @@
+//! File operations that a dead file system may hold up for ever (NFS, FUSE, CSI volumes): each on a thread of its own, so that
+//! neither the runtime's workers nor the threads that undo tasks wait for it.
+
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
+
+use tokio::sync::{Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::TaskError;
+use crate::ids::TaskId;
+
+/// How many such threads there may be. A thread that hangs keeps its place until its file system answers.
+const THREADS_MAX: usize = 128;
+/// A file system that has not answered for so long is taken for dead.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+static THREADS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS_MAX)));
+
+/// Runs `work` on a thread of its own, and waits until it is done, the task is stopped, or the deadline is over. Work that
+/// is not waited for any more goes on, and its result is dropped.
+///
+/// # Errors
+/// `Stopped`; `Hanging` when the file system does not answer, or when too many others do not.
+pub(super) async fn run<T: Send + 'static>(
+    task: &TaskId,
+    stop: &CancellationToken,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, TaskError> {
+    let Ok(place) = THREADS.clone().try_acquire_owned() else {
+        return Err(TaskError::Hanging { id: task.clone(), problem: format!("{THREADS_MAX} others hang already") });
+    };
+    let (answer, done) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("volumes".to_owned()).spawn(move || {
+        // Nobody waits when the start has been given up.
+        let _ = answer.send(work());
+        drop(place);
+    });
+    if let Err(error) = thread {
+        return Err(TaskError::Hanging { id: task.clone(), problem: format!("no thread for it: {error}") });
+    }
+    tokio::select! {
+        outcome = tokio::time::timeout(DEADLINE, done) => match outcome {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(_)) => Err(TaskError::Hanging { id: task.clone(), problem: "its thread ended early".to_owned() }),
+            Err(_) => {
+                let problem = format!("a file system did not answer in {} s", DEADLINE.as_secs());
+                Err(TaskError::Hanging { id: task.clone(), problem })
+            }
+        },
+        () = stop.cancelled() => Err(TaskError::Stopped(task.clone())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_that_hangs_is_left_when_the_task_is_stopped() {
+        let task = TaskId("a/b/1".to_owned());
+        let stop = CancellationToken::new();
+        assert_eq!(run(&task, &stop, || 7).await.expect("done"), 7);
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let stopper = stop.clone();
+        let hanging = run(&task, &stop, move || held.recv().is_ok());
+        let stopping = async move { stopper.cancel() };
+        let (outcome, ()) = tokio::join!(hanging, stopping);
+        assert!(matches!(outcome, Err(TaskError::Stopped(_))));
+        drop(hold);
+    }
+}

@@ -1,0 +1,85 @@
+//! A volume on a file system that does not answer: its task is refused or stopped, and everybody else goes on.
+
+use std::{
+    fs::{self, File},
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nomad_driver_shim::pb::driver::{Mount, StartTaskRequest};
+use serde_json::json;
+
+use crate::{
+    plugin_with, runtimes, shell,
+    support::{Env, Task},
+};
+
+/// A file system in user space that nobody serves. It answers, with an error, when this is dropped.
+struct Hung {
+    path: PathBuf,
+    server: Option<File>,
+}
+
+impl Hung {
+    fn new(path: PathBuf) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        let server = File::options().read(true).write(true).open("/dev/fuse").unwrap();
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        mount(Some("hung"), &path, Some("fuse"), MsFlags::empty(), Some(options.as_str())).unwrap();
+        Self { path, server: Some(server) }
+    }
+}
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        umount2(&self.path, MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+fn with_volume(task: &mut Task, host: &Path) {
+    task.config.mounts =
+        vec![Mount { host_path: host.to_str().unwrap().to_owned(), task_path: "/v".to_owned(), ..Mount::default() }];
+}
+
+async fn goes_on(env: &mut Env, running: &Task) {
+    let began = Instant::now();
+    env.inspect(&running.id).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5), "InspectTask took {:?}", began.elapsed());
+    let config = shell(env, "echo alive", json!({})).await;
+    assert_eq!(env.run(config).await.1, "alive\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_volume_holds_up_nobody_else() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let hung = Hung::new(env.dir.join("hung"));
+        let config = shell(&env, "sleep 600", json!({})).await;
+        let running = env.start(config).await;
+        let mut starts = Vec::new();
+        let mut tasks = Vec::new();
+        for _ in 0..6 {
+            let mut task = env.prepare(shell(&env, "true", json!({})).await).await;
+            with_volume(&mut task, &hung.path.join("sub"));
+            let (mut driver, request) = (env.driver(), StartTaskRequest { task: Some(task.config.clone()) });
+            starts.push(tokio::spawn(async move { driver.start_task(request).await }));
+            tasks.push(task);
+        }
+        // The starts hang by now, or soon.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        goes_on(&mut env, &running).await;
+        for (task, start) in tasks.iter().zip(starts) {
+            env.stop(task, Duration::from_secs(1), "").await.unwrap();
+            let refused = tokio::time::timeout(Duration::from_secs(20), start).await.expect("the start hangs on");
+            let refused = refused.unwrap().expect_err("nothing can be mounted");
+            assert!(refused.message().contains("was stopped"), "{runtime}: {}", refused.message());
+        }
+        goes_on(&mut env, &running).await;
+        env.destroy(&running).await.unwrap();
+        drop(hung);
+        env.finish().await;
+    }
+}
