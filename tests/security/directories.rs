@@ -150,7 +150,7 @@ fn disk_usage(env: &Env) -> u64 {
     fn sum(path: &Path) -> u64 {
         let Ok(meta) = fs::symlink_metadata(path) else { return 0 };
         if meta.is_dir() && !path.ends_with("rootfs") {
-            entries(&path).into_iter().map(|name| sum(&path.join(name))).sum()
+            entries(path).into_iter().map(|name| sum(&path.join(name))).sum()
         } else {
             meta.blocks() * 512
         }
