@@ -1,4 +1,4 @@
-//! F8: AppArmor. The second boot of `make test-cgroup2` runs these on a kernel that has it. On any other host the same
+//! AppArmor. The second boot of `make test-cgroup2` runs these on a kernel that has it. On any other host the same
 //! tests see that nothing is claimed: no task names a profile, and a job that asks for one is refused in words.
 
 use std::{

@@ -1,4 +1,4 @@
-//! What a task may use up of its host: processes (F7), file systems in memory (F17), limits of setrlimit(2) (F20). A job
+//! What a task may use up of its host: processes, file systems in memory, limits of setrlimit(2). A job
 //! that asks for more than the operator allows is refused by name, and what a job gets is counted to its task.
 
 use std::{fs, process::Command};
@@ -29,7 +29,7 @@ async fn cgroup_file(env: &Env, task: &Task, controller: &str, name: &str) -> St
 /// Lines of the task's own mountinfo for a mount point: its options.
 const MOUNT_OPTIONS: &str = r#"options() { awk -v at="$1" '$5 == at { print $6 }' /proc/self/mountinfo; };"#;
 
-/// F7: a job that says nothing about processes is bounded all the same, and so is what is run in the task later.
+/// A job that says nothing about processes is bounded all the same, and so is what is run in the task later.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_says_nothing_has_a_limit_of_processes() {
     for runtime in runtimes() {
@@ -46,7 +46,7 @@ async fn a_task_that_says_nothing_has_a_limit_of_processes() {
     }
 }
 
-/// F7: the operator's number holds for forks, threads and exec'd processes alike.
+/// The operator's number holds for forks, threads and exec'd processes alike.
 #[tokio::test(flavor = "multi_thread")]
 async fn neither_forks_nor_threads_nor_execs_pass_the_operators_limit() {
     let threads = r#"#include <pthread.h>
@@ -110,7 +110,7 @@ async fn there_is_no_limit_of_processes_where_the_operator_wants_none() {
     }
 }
 
-/// F17: neither set-user-id programs nor devices in a job's tmpfs, unless the job asks for them.
+/// Neither set-user-id programs nor devices in a job's tmpfs, unless the job asks for them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
     for runtime in runtimes() {
@@ -143,7 +143,7 @@ async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
     }
 }
 
-/// F17: no size that is more than the host could ever give.
+/// No size that is more than the host could ever give.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jobs_file_systems_in_memory_are_bounded() {
     for runtime in runtimes() {
@@ -220,7 +220,7 @@ async fn what_a_tmpfs_holds_counts_to_its_task() {
     }
 }
 
-/// F20: no limit above what the operator allows, and by default no priority over the host's processes.
+/// No limit above what the operator allows, and by default no priority over the host's processes.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_limit_of_a_job_is_above_the_operators() {
     let (_, own) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
@@ -260,7 +260,7 @@ async fn no_limit_of_a_job_is_above_the_operators() {
     }
 }
 
-/// F20, without a runtime that might refuse it for its own reasons: what the driver's own check says of a job.
+/// Without a runtime that might refuse it for its own reasons: what the driver's own check says of a job.
 #[test]
 fn a_real_time_priority_is_refused_before_anything_is_made() {
     let directory = tempfile::tempdir().unwrap();

@@ -85,7 +85,7 @@ async fn runs(env: &mut Env, config: Value) {
     assert_eq!(code, 0, "{stderr}");
 }
 
-/// F6: any job author names a registry of their own and reads the operator's password there.
+/// Any job author names a registry of their own and reads the operator's password there.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operators_password_is_not_for_a_registry_that_a_job_names() {
     for runtime in runtimes() {
@@ -101,7 +101,7 @@ async fn the_operators_password_is_not_for_a_registry_that_a_job_names() {
     }
 }
 
-/// F6, by a token realm: the registry itself need not even listen for the password.
+/// By a token realm: the registry itself need not even listen for the password.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operators_password_is_not_for_a_realm_of_a_registry_that_a_job_names() {
     let mut env = plugin(auth(None)).await;

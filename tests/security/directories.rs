@@ -1,4 +1,4 @@
-//! What a driver keeps on disk, and users of the host that are not root (F2, F16); what a task can fill there (F5).
+//! What a driver keeps on disk, and users of the host that are not root; what a task can fill there.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ fn as_stranger(script: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// F2: a set-user-id program of a task, run by a user of the host.
+/// A set-user-id program of a task, run by a user of the host.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_user_of_the_host_reaches_a_tasks_root() {
     for runtime in runtimes() {
@@ -64,7 +64,7 @@ async fn no_user_of_the_host_reaches_a_tasks_root() {
     }
 }
 
-/// F16: modes and owners of everything, with tasks in every state: running, with an exec, with logs of ours.
+/// Modes and owners of everything, with tasks in every state: running, with an exec, with logs of ours.
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_on_disk_is_roots_alone() {
     for runtime in runtimes() {
@@ -127,7 +127,7 @@ fn open_up(path: &Path, count: &mut usize) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o711)).unwrap();
 }
 
-/// F5: a task can write its hosts file, and can't fill the host's run directory by it.
+/// A task can write its hosts file, and can't fill the host's run directory by it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hosts_file_is_the_tasks_own_and_bounded() {
     for runtime in runtimes() {

@@ -61,7 +61,7 @@ async fn refusal(env: &mut Env, image: &str) -> String {
     }
 }
 
-/// F14: both digests of a private layer are enough to read it.
+/// Both digests of a private layer are enough to read it.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_layer_by_its_digests() {
     for runtime in runtimes() {

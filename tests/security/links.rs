@@ -1,4 +1,4 @@
-//! Links in an image at places where runtimes mount and write (F4): none leads to the host.
+//! Links in an image at places where runtimes mount and write: none leads to the host.
 
 use std::{
     fs,

@@ -54,7 +54,7 @@ async fn outcome(env: &Env, mut task: Task) -> Result<String, String> {
     }
 }
 
-/// F1: a task with disabled logs replaces the directory of the logs by a link to a directory of the host.
+/// A task with disabled logs replaces the directory of the logs by a link to a directory of the host.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_in_place_of_the_logs_leads_nowhere() {
     for runtime in runtimes() {
@@ -82,7 +82,7 @@ async fn a_link_in_place_of_the_logs_leads_nowhere() {
     }
 }
 
-/// F1 once more, the way the review did it: the first task makes the link itself, where its logs are disabled.
+/// The same, where the first task makes the link itself, where its logs are disabled.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_task_moves_the_directory_of_the_logs() {
     for runtime in runtimes() {
@@ -104,7 +104,7 @@ async fn no_task_moves_the_directory_of_the_logs() {
     }
 }
 
-/// A neighbour of F1: the directories that Nomad makes are replaced by links, with and without logs of ours.
+/// The directories that Nomad makes are replaced by links, with and without logs of ours.
 #[tokio::test(flavor = "multi_thread")]
 async fn links_in_place_of_nomads_directories_are_refused() {
     for runtime in runtimes() {
@@ -129,7 +129,7 @@ async fn links_in_place_of_nomads_directories_are_refused() {
     }
 }
 
-/// Neighbours of F1: targets of a job's own mounts and of volumes that lie in a directory where another task makes links.
+/// Targets of a job's own mounts and of volumes that lie in a directory where another task makes links.
 #[tokio::test(flavor = "multi_thread")]
 async fn targets_below_a_bind_are_not_reached_through_links() {
     for runtime in runtimes() {
@@ -316,7 +316,7 @@ async fn every_bind_comes_from_the_bundle() {
     }
 }
 
-/// F10: no mount hides /proc or /sys, whoever names the target.
+/// No mount hides /proc or /sys, whoever names the target.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_mounted_over_proc_and_sys() {
     for runtime in runtimes() {
