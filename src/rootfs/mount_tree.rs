@@ -39,6 +39,16 @@ const WITHOUT_EFFECT: [&str; 9] =
 /// Places of every container, where runtimes mount or make files.
 const DIRECTORIES: [&str; 4] = ["dev", "proc", "sys", "etc"];
 
+/// Who mounts what lies below another bind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nesting {
+    /// We do, into the tree that the runtime takes as a whole.
+    InTheTree,
+    /// The runtime does, by itself: a gVisor sandbox has mounts of its own kernel, by which alone its tasks see a mount point,
+    /// and finds targets inside of the sandbox only. That no link is on the way is still seen to.
+    ByTheRuntime,
+}
+
 /// Makes the places of `base` and of the task's mounts in the root file system free of links, puts the sources of all
 /// mounts below the bundle's `mounts/`, and each mount that lies below a bind into that one's tree: the mounts that are
 /// left to the runtime, after those of `base`.
@@ -49,7 +59,7 @@ pub fn place(
     paths: &BundlePaths,
     base: &[Mount],
     mounts: &[TaskMount],
-    sys: SysTargets,
+    (sys, nesting): (SysTargets, Nesting),
 ) -> Result<Vec<Mount>, RootfsError> {
     let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
     mount_pins(paths, mounts)?;
@@ -71,12 +81,12 @@ pub fn place(
     })?;
     let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
-        let tree = Tree { paths, placed: &placed, mounts };
+        let tree = Tree { paths, placed: &placed, mounts, nesting };
         tree.put(one).map_err(|source| {
             let mount = &mounts[one.number];
             RootfsError::Mounting { option: mount.option, target: mount.target.to_string(), source }
         })?;
-        if one.place == Place::Runtime {
+        if one.place == Place::Runtime || nesting == Nesting::ByTheRuntime {
             left.push(tree.for_runtime(one)?);
         }
     }
@@ -172,6 +182,7 @@ struct Tree<'a> {
     paths: &'a BundlePaths,
     placed: &'a [Placed],
     mounts: &'a [TaskMount],
+    nesting: Nesting,
 }
 
 impl Tree<'_> {
@@ -181,16 +192,20 @@ impl Tree<'_> {
 
     /// Do other mounts lie in this one's tree?
     fn holds_others(&self, placed: &Placed) -> bool {
-        self.placed.iter().any(|other| matches!(&other.place, Place::Within { top, .. } if *top == placed.number))
+        self.nesting == Nesting::InTheTree
+            && self
+                .placed
+                .iter()
+                .any(|other| matches!(&other.place, Place::Within { top, .. } if *top == placed.number))
     }
 
     /// Pins a mount's source, and moves it to its target where that lies in another's tree.
     fn put(&self, placed: &Placed) -> io::Result<()> {
         let mount = self.mount(placed);
         let pin = self.paths.pinned(placed.number);
-        let is_inside = placed.place != Place::Runtime;
+        let is_inside = placed.place != Place::Runtime && self.nesting == Nesting::InTheTree;
         match &mount.content {
-            MountContent::FileSystem { .. } if !is_inside => return Ok(()),
+            MountContent::FileSystem { .. } if !is_inside => {}
             MountContent::FileSystem { .. } => {
                 fs::DirBuilder::new().mode(0o700).create(&pin)?;
                 mount_in_memory(&pin, &mount.options)?;
@@ -202,7 +217,15 @@ impl Tree<'_> {
             }
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
         }
-        let Place::Within { top, path, .. } = &placed.place else { return Ok(()) };
+        let Place::Within { top, path, holder, below } = &placed.place else { return Ok(()) };
+        if !is_inside {
+            let is_bind = matches!(self.mounts[*holder].content, MountContent::Bind(_));
+            return if is_bind {
+                open_mount_point(&self.paths.pinned(*holder), below, self.kind(placed)).map(drop)
+            } else {
+                Ok(())
+            };
+        }
         let point = open_mount_point(&self.paths.pinned(*top), path, self.kind(placed))?;
         let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
         let flags = match mount.content {

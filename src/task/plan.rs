@@ -28,7 +28,7 @@ use crate::{
         apparmor::ProfileName,
         bundle::BundlePaths,
         devices::{self, DeviceRequest},
-        mount_tree,
+        mount_tree::{self, Nesting},
         mounts::{self, AllocDirs, TaskMount},
         seccomp::{self, Filter, Multiplexer},
         target::SysTargets,
@@ -205,7 +205,8 @@ impl Plan<'_> {
     ) -> Result<(), TaskError> {
         let (paths, mounts) = (self.bundle(shared), self.mounts.clone());
         let sys = task_mounts::sys_targets(shared, self.request);
-        let place = move || placed(&paths, &mounts, spec, sys);
+        let nesting = if self.runtime.gvisor.is_some() { Nesting::ByTheRuntime } else { Nesting::InTheTree };
+        let place = move || placed(&paths, &mounts, spec, (sys, nesting));
         if task_mounts::may_hang(self.request) {
             tokio::task::block_in_place(|| self.make_root(shared))?;
             let spec = off_workers::run(&self.request.task_id, stop, place).await??;
@@ -387,9 +388,14 @@ fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
 }
 
 /// Places the mounts of a task in its root file system: the spec with those that are left to the runtime.
-fn placed(paths: &BundlePaths, mounts: &[TaskMount], mut spec: Spec, sys: SysTargets) -> Result<Spec, RootfsError> {
+fn placed(
+    paths: &BundlePaths,
+    mounts: &[TaskMount],
+    mut spec: Spec,
+    how: (SysTargets, Nesting),
+) -> Result<Spec, RootfsError> {
     let base = spec.mounts().clone().unwrap_or_default();
-    let placed = mount_tree::place(paths, &base, mounts, sys)?;
+    let placed = mount_tree::place(paths, &base, mounts, how)?;
     spec.set_mounts(Some([base, placed].concat()));
     // By now the root file system is what the runtime will read accounts from.
     accounts::check(&paths.rootfs(), binds(&spec))?;
