@@ -4,7 +4,7 @@ IMAGE ?=
 DRIVER ?=
 RUNTIME ?=
 
-.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
+.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races test-matrix test-fresh lint build build-arm64 setup clean
 
 setup:
 	@scripts/setup.sh
@@ -42,6 +42,15 @@ test-thousand: setup
 test-cgroup2:
 	@scripts/setup.sh cgroup2
 	@scripts/test-cgroup2.sh $(ARGS)
+
+## All attacks on cgroup version 2: half an hour. ARGS="mounts::" runs some.
+test-security-cgroup2:
+	@scripts/setup.sh cgroup2
+	@SUITE=security scripts/test-cgroup2.sh $(or $(ARGS),::)
+
+## Directories and links swapped for ten minutes while tasks start and stop, on each runtime.
+test-races: setup
+	@NOMAD_DRIVER_SHIM_TEST_RACE_SECONDS=300 $(CARGO) test --locked --test security -- races::
 
 ## In a bare chroot: only Debian, the Rust toolchain and this source.
 test-fresh:

@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 # Resources, OOM, statistics, exec, stop, recovery, leaks, and what else a task is.
 behaviour=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
 # Attacks that come out otherwise on version 2 or with this kernel.
-security=(bounds:: mounts::a_link links::a_link directories::no_user seccomp::no_bit_and)
+security=(bounds::a_task bounds::neither mounts::a_link directories::no_user)
 # What needs AppArmor in the kernel, of the suite `security`.
 apparmor=(apparmor::)
 
