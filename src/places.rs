@@ -14,8 +14,8 @@ pub const SOCKET_PATH_MAX: usize = 107;
 
 /// The mode that versions up to 0.1.0 gave to directories.
 const FORMER_MODE: u32 = 0o711;
-/// Entries of the image directory that are not records.
-const IMAGE_DIRECTORIES: [&str; 1] = ["empty"];
+/// The entry of the image directory that is no record.
+const EMPTY_LAYER: &str = "empty";
 
 /// Why a directory of ours can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +117,7 @@ impl Places {
             close(&directory)?;
         }
         for directory in [self.tasks(), self.images()] {
-            for name in list(&directory)?.iter().filter(|name| !IMAGE_DIRECTORIES.contains(&name.as_str())) {
+            for name in list(&directory)?.iter().filter(|name| *name != EMPTY_LAYER) {
                 close(&directory.join(name))?;
             }
         }
@@ -126,7 +126,7 @@ impl Places {
 
     /// What an image without layers is mounted over: the container's root has its mode.
     pub fn empty_layer(&self) -> PathBuf {
-        self.images().join(IMAGE_DIRECTORIES[0])
+        self.images().join(EMPTY_LAYER)
     }
 
     /// The run directory.
@@ -287,8 +287,8 @@ pub fn make_open_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
 
-/// Opens a file whose lock processes of ours take, and makes it where it is missing. Nobody else can open it: reading a lock file is
-/// enough to hold its lock.
+/// Opens a file whose lock processes of ours take, and makes it where it is missing. Nobody else can open it: reading a
+/// lock file is enough to hold its lock.
 ///
 /// # Errors
 /// As open(2).

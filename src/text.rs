@@ -16,12 +16,12 @@ pub const MESSAGE_MAX: usize = 2000;
 /// Escapes what terminals and log readers act on, and cuts what is longer than `most` characters in the middle. The mark
 /// of the cut comes on top of that.
 pub fn shown(text: &str, most: usize) -> String {
-    write_whole(text.chars().map(Piece::plain), text.len(), most)
+    escape_and_cut(text.chars().map(Piece::plain), text.len(), most)
 }
 
 /// A piece of somebody else's text between quotes, escaped and cut at [`FOREIGN_MAX`].
 pub fn quoted(text: &str) -> String {
-    format!("\"{}\"", write_whole(text.chars().map(Piece::quoted), text.len(), FOREIGN_MAX))
+    format!("\"{}\"", escape_and_cut(text.chars().map(Piece::quoted), text.len(), FOREIGN_MAX))
 }
 
 /// Does a terminal print all of a text as it is?
@@ -80,8 +80,8 @@ impl fmt::Display for Piece {
     }
 }
 
-/// Joins pieces of a text of `length` bytes. Looks at no more of them than can be shown: the text may be megabytes.
-fn write_whole(pieces: impl DoubleEndedIterator<Item = Piece> + Clone, length: usize, most: usize) -> String {
+/// Joins pieces of a text of `length` bytes, and cuts what is longer than `most` characters. Looks at no more of them than can be shown: the text may be megabytes.
+fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = Piece> + Clone, length: usize, most: usize) -> String {
     fn fitting(pieces: impl Iterator<Item = Piece>, room: usize) -> Vec<Piece> {
         let mut used = 0;
         pieces

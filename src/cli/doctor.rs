@@ -154,7 +154,7 @@ async fn examine(common: &Common) -> Vec<Finding> {
         }
         None => find("crun", Verdict::Bad, "neither crun nor runc is in PATH; install crun".into()),
     }
-    // No runtime of ours by default, but one that an operator may have configured.
+    // youki is never the default runtime, but an operator may have configured it.
     if let Some(path) = which(Path::new("youki")) {
         advise(&mut find, Program::Youki, &version(&path, "--version").await);
     }

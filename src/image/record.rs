@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{ImageError, Reference};
 use crate::{
     ids::{ChainId, Digest},
-    places::write_private,
+    places::write_whole,
     stamp::Stamp,
 };
 
@@ -126,11 +126,7 @@ impl ImageRecord {
     /// As the file system.
     pub fn save(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
-        let write = || {
-            let draft = path.with_extension(format!("{}.tmp", crate::ids::random_hex(4)));
-            write_private(&draft, &serde_json::to_vec(self)?)?;
-            fs::rename(&draft, &path)
-        };
+        let write = || write_whole(&path, &serde_json::to_vec(self)?, 0o600);
         write().map_err(|source| ImageError::Record { path: path.clone(), source })
     }
 

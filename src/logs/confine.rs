@@ -9,7 +9,7 @@ use crate::privileges::{Calls, PrivilegeError, confine};
 pub enum Role {
     /// It moves what tasks write to Nomad's files.
     Writer,
-    /// It starts writers and has the FIFOs open meanwhile.
+    /// It starts writers, and holds every FIFO open all the while.
     Keeper,
 }
 

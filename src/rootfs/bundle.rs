@@ -144,25 +144,22 @@ impl BundlePaths {
         }
         let pins = self.pins();
         unmount_all(&pins).map_err(|source| file("unmount", &pins, source))?;
-        let rootfs = self.rootfs();
-        for point in self.mount_points()?.into_iter().filter(|point| *point != rootfs) {
+        for point in self.former_pins()? {
             unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())
     }
 
-    /// What is or may be mounted, besides the file system that holds the sources. A task of an earlier version has its
-    /// sources in the directory itself. A listing that fails is an error: taken for "nothing", the removal would descend.
-    fn mount_points(&self) -> Result<Vec<PathBuf>, RootfsError> {
+    /// Where the sources of a task of an earlier version are mounted: each in the directory itself. A listing that fails is
+    /// an error: taken for "nothing", the removal would descend.
+    fn former_pins(&self) -> Result<Vec<PathBuf>, RootfsError> {
         let pins = self.pins();
         let listed = match fs::read_dir(&pins) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error),
             Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>(),
         };
-        let mut points = listed.map_err(|source| file("list", &pins, source))?;
-        points.push(self.rootfs());
-        Ok(points)
+        listed.map_err(|source| file("list", &pins, source))
     }
 
     /// Unmounts the root file system and the job's sources, however often they are mounted.
@@ -187,7 +184,7 @@ impl BundlePaths {
     /// # Errors
     /// As the file system; not there is fine.
     pub fn remove(&self) -> Result<(), RootfsError> {
-        for point in self.mount_points()?.into_iter().chain([self.pins()]) {
+        for point in self.former_pins()?.into_iter().chain([self.rootfs(), self.pins()]) {
             let removed = match fs::symlink_metadata(&point) {
                 Ok(metadata) if metadata.is_dir() => fs::remove_dir(&point).or_else(|error| match error.kind() {
                     io::ErrorKind::DirectoryNotEmpty if point == self.rootfs() => remove_unmounted(&point),

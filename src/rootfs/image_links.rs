@@ -179,7 +179,8 @@ fn open_entry(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
     Ok(nix::fcntl::openat(at, Path::new(name), flags, Mode::empty())?)
 }
 
-fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
+/// What has been opened: a directory, a regular file, a link.
+pub(super) fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
     Ok(SFlag::from_bits_truncate(fstat(opened)?.st_mode & SFlag::S_IFMT.bits()))
 }
 

@@ -35,10 +35,7 @@ pub enum Depth {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Attributes {
     bits: u64,
-    flags: MsFlagBits,
 }
-
-type MsFlagBits = libc::c_ulong;
 
 impl Attributes {
     /// The attribute `ro`.
@@ -50,12 +47,16 @@ impl Attributes {
     pub fn of_options<T: AsRef<str>>(options: &[T]) -> Self {
         let mut found = Self::default();
         for option in options {
-            if let Some((_, bit, flag)) = ATTRIBUTES.iter().find(|(name, _, _)| *name == option.as_ref()) {
+            if let Some((_, bit, _)) = ATTRIBUTES.iter().find(|(name, _, _)| *name == option.as_ref()) {
                 found.bits |= bit;
-                found.flags |= flag.bits();
             }
         }
         found
+    }
+
+    /// The attributes as mount(2) takes them.
+    fn flags(self) -> MsFlags {
+        ATTRIBUTES.iter().filter(|(_, bit, _)| self.bits & bit != 0).map(|(_, _, flag)| *flag).collect()
     }
 
     /// Is there anything to set?
@@ -100,7 +101,7 @@ impl Attributes {
         let path = path.canonicalize()?;
         for (point, known) in mounts_in(&listed, &path) {
             if depth == Depth::Tree || point == path {
-                let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | known | MsFlags::from_bits_retain(self.flags);
+                let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | known | self.flags();
                 mount(None::<&str>, &point, None::<&str>, flags, None::<&str>)?;
             }
         }
@@ -118,7 +119,7 @@ fn mounts_in(mountinfo: &[u8], path: &Path) -> Vec<(PathBuf, MsFlags)> {
         let point = PathBuf::from(std::ffi::OsString::from_vec(unescape(point)));
         if point.starts_with(path) {
             let options: Vec<_> = String::from_utf8_lossy(options).split(',').map(str::to_owned).collect();
-            found.push((point, MsFlags::from_bits_retain(Attributes::of_options(&options).flags)));
+            found.push((point, Attributes::of_options(&options).flags()));
         }
     }
     found
@@ -151,7 +152,7 @@ mod tests {
     fn attributes_are_read_from_options() {
         let attributes = Attributes::of_options(&["rbind", "ro", "nodev", "rslave"]);
         assert_eq!((attributes.bits, attributes.is_empty()), (0x05, false));
-        assert_eq!(attributes.flags, (MsFlags::MS_RDONLY | MsFlags::MS_NODEV).bits());
+        assert_eq!(attributes.flags(), MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
         assert!(Attributes::of_options(&["rw", "rbind"]).is_empty());
     }
 

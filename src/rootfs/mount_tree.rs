@@ -15,7 +15,7 @@ use std::{
 use nix::{
     fcntl::{OFlag, openat},
     mount::{MsFlags, mount},
-    sys::stat::{Mode, SFlag, fstat, mkdirat},
+    sys::stat::{Mode, SFlag, mkdirat},
 };
 use oci_spec::runtime::{Mount, MountBuilder};
 
@@ -23,9 +23,9 @@ use super::{
     RootfsError,
     arrangement::{Place, Placed, arrange},
     bundle::BundlePaths,
-    image_links::{self, Wanted},
+    image_links::{self, Wanted, kind_of},
     mount_attributes::{Attributes, Depth},
-    mounts::{MountContent, Source, TaskMount, open_plain},
+    mounts::{MountContent, Source, TaskMount, open_path, open_plain},
     target::{MountTarget, SysTargets},
 };
 
@@ -75,15 +75,12 @@ pub fn place(
         }
     }
     let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
-    let placed = arrange(mounts, &targets).map_err(|misplaced| {
-        let mount = &mounts[misplaced.number];
-        RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem: misplaced.problem }
-    })?;
+    let placed = arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.number].refused(misplaced.problem))?;
+    let tree = Tree { paths, placed: &placed, mounts, nesting };
     let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
-        let tree = Tree { paths, placed: &placed, mounts, nesting };
         tree.put(one).map_err(|source| {
-            let mount = &mounts[one.number];
+            let mount = tree.mount(one);
             RootfsError::Mounting { option: mount.option, target: mount.target.to_string(), source }
         })?;
         if one.place == Place::Runtime || nesting == Nesting::ByTheRuntime {
@@ -98,15 +95,14 @@ pub fn place(
 /// # Errors
 /// Why the mount may not go there, with its option and target.
 pub fn check(mount: &TaskMount, target: &MountTarget, sys: SysTargets) -> Result<(), RootfsError> {
-    let refused = |problem| RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem };
-    target.check(sys).map_err(refused)?;
+    target.check(sys).map_err(|problem| mount.refused(problem))?;
     // runc masks parts of /proc and /sys by the container's own /dev/null (CVE-2025-31133). Nomad gives the host's /dev to
     // CSI plugins.
     let covers_null = ["/dev", "/dev/null"].into_iter().find(|path| target.path() == Path::new(path));
     let is_the_hosts = |path: &str| matches!(&mount.content, MountContent::Bind(source) if source.is_the_hosts(path));
     match covers_null.filter(|path| sys == SysTargets::Refused && !is_the_hosts(path)) {
         None => Ok(()),
-        Some(path) => Err(refused(format!(
+        Some(path) => Err(mount.refused(format!(
             "{path} can be covered in privileged tasks only, except by the host's own {path}; mount below /dev, or elsewhere"
         ))),
     }
@@ -158,19 +154,19 @@ fn resolve_targets(
         let mount = &mounts[number];
         let known: Vec<&Path> = order[..at].iter().map(|other| targets[*other].path()).collect();
         let is_mount = |path: &Path| base.iter().any(|base| base == path) || known.contains(&path);
-        let refused = |problem| RootfsError::Target { option: mount.option, target: mount.target.to_string(), problem };
-        if let MountContent::File(_) = mount.content
-            && !mount.target.path().ancestors().any(is_mount)
-        {
+        let resolve =
+            |path: &Path| image_links::resolve(root, path, is_mount).map_err(|error| mount.refused(error.to_string()));
+        let target = mount.target.path();
+        let found = match (&mount.content, target.parent(), target.file_name()) {
             // A file that every container has: docker puts its own in the place of whatever the image has there.
-            let path = mount.target.path();
-            let parent = path.parent().unwrap_or(Path::new("/"));
-            let parent = image_links::resolve(root, parent, is_mount).map_err(|error| refused(error.to_string()))?;
-            let path = parent.join(path.file_name().unwrap_or_default());
-            make_plain(root, path.strip_prefix("/").unwrap_or(&path), Wanted::File)?;
-        }
-        let found = image_links::resolve(root, mount.target.path(), is_mount);
-        let found = MountTarget::found(found.map_err(|error| refused(error.to_string()))?);
+            (MountContent::File(_), Some(parent), Some(name)) if !target.ancestors().any(is_mount) => {
+                let found = resolve(parent)?.join(name);
+                make_plain(root, found.strip_prefix("/").unwrap_or(&found), Wanted::File)?;
+                found
+            }
+            _ => resolve(target)?,
+        };
+        let found = MountTarget::found(found);
         check(mount, &found, sys)?;
         targets[number] = found;
     }
@@ -217,22 +213,23 @@ impl Tree<'_> {
             }
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
         }
-        let Place::Within { top, path, holder, below } = &placed.place else { return Ok(()) };
-        if !is_inside {
-            let is_bind = matches!(self.mounts[*holder].content, MountContent::Bind(_));
-            return if is_bind {
+        let is_bind = |number: usize| matches!(self.mounts[number].content, MountContent::Bind(_));
+        match &placed.place {
+            Place::Within { top, path, .. } if is_inside => {
+                let point = open_mount_point(&self.paths.pinned(*top), path, self.kind(placed))?;
+                let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
+                let flags = match mount.content {
+                    MountContent::File(_) => MsFlags::MS_BIND,
+                    MountContent::Bind(_) | MountContent::FileSystem { .. } => MsFlags::MS_MOVE,
+                };
+                Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
+            }
+            // The runtime mounts it later; that no link is on the way is seen to now.
+            Place::Within { holder, below, .. } if is_bind(*holder) => {
                 open_mount_point(&self.paths.pinned(*holder), below, self.kind(placed)).map(drop)
-            } else {
-                Ok(())
-            };
+            }
+            Place::Within { .. } | Place::Runtime => Ok(()),
         }
-        let point = open_mount_point(&self.paths.pinned(*top), path, self.kind(placed))?;
-        let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
-        let flags = match mount.content {
-            MountContent::File(_) => MsFlags::MS_BIND,
-            MountContent::Bind(_) | MountContent::FileSystem { .. } => MsFlags::MS_MOVE,
-        };
-        Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
     }
 
     /// What a mount's place has to be.
@@ -303,10 +300,6 @@ fn is_directory(mount: &TaskMount) -> bool {
     }
 }
 
-fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
-    Ok(SFlag::from_bits_truncate(fstat(opened)?.st_mode) & SFlag::S_IFMT)
-}
-
 /// Returns the propagation that the options name. Without one it is slave, as in runtimes: mounts that the host makes below
 /// the source later reach the task.
 fn propagation(options: &[String]) -> MsFlags {
@@ -333,7 +326,7 @@ fn mount_in_memory(at: &Path, options: &[String]) -> io::Result<()> {
 
 /// Opens the place of a mount in the tree at `top`, and makes it where it is missing, without ever following a link.
 fn open_mount_point(top: &Path, path: &Path, wanted: SFlag) -> io::Result<OwnedFd> {
-    let top: OwnedFd = fs::File::options().read(true).custom_flags(libc::O_PATH).open(top)?.into();
+    let top = open_path(top)?;
     let opened = match open_plain(&top, path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => make_mount_point(top, path, wanted)?,
         other => other?,

@@ -69,6 +69,13 @@ pub struct TaskMount {
     pub options: Vec<String>,
 }
 
+impl TaskMount {
+    /// The error of a mount that may not, or can't, go to its target.
+    pub(super) fn refused(&self, problem: String) -> RootfsError {
+        RootfsError::Target { option: self.option, target: self.target.to_string(), problem }
+    }
+}
+
 /// A file or directory of the host, held so that nobody can swap it.
 #[derive(Debug)]
 pub struct Source {
@@ -237,7 +244,7 @@ fn is_the_tasks(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
 }
 
 /// A descriptor that only names a file: nothing is read, and a FIFO or device is not waited for.
-fn open_path(path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn open_path(path: &Path) -> io::Result<OwnedFd> {
     File::options().read(true).custom_flags(libc::O_PATH).open(path).map(OwnedFd::from)
 }
 

@@ -104,6 +104,9 @@ fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec
 /// Keeps the files of logs, which this driver writes, out of reach of a job's own binds: one of their directory, or of
 /// something in it, becomes read-only, and into one of a directory above it the read-only directory is put.
 fn guard_logs(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> Result<(), RootfsError> {
+    if !mounts.iter().any(|mount| matches!(mount.content, MountContent::Bind(_))) {
+        return Ok(());
+    }
     let below = Path::new("alloc/logs");
     let failed = |source| RootfsError::AllocDir { path: request.alloc_dir.join(below), source };
     let logs = open_alloc_dir(&request.alloc_dir, below)?.path().map_err(failed)?;

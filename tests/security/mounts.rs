@@ -93,8 +93,7 @@ async fn no_task_moves_the_directory_of_the_logs() {
         let options = shell(&env, &script, json!({})).await;
         let mut task = env.prepare(options).await;
         // As Nomad sends it for `logs { disabled = true }`.
-        task.config.stdout_path = "/dev/null".to_owned();
-        task.config.stderr_path = "/dev/null".to_owned();
+        (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
         env.try_start(&mut task).await.unwrap();
         env.wait(&task).await;
         let logs = task.dirs.alloc_dir.join("alloc/logs");
