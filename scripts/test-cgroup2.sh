@@ -21,6 +21,11 @@ security=(bounds::a_task bounds::neither mounts::a_link directories::no_user)
 # What needs AppArmor in the kernel, of the suite `security`.
 apparmor=(apparmor::)
 
+case $PWD/ in
+  /run/* | /tmp/* | /var/tmp/*)
+    echo "cgroup2: the virtual machine mounts file systems of its own at /run, /tmp and /var/tmp, and does not see $PWD; move the clone elsewhere" >&2
+    exit 1 ;;
+esac
 directory=$PWD/target/cgroup2
 mkdir -p "$directory"
 log=$directory/log

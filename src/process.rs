@@ -138,6 +138,16 @@ fn parse_stat(text: &str) -> Option<(&str, u64)> {
     Some((state, fields.nth(18)?.parse().ok()?))
 }
 
+/// The parent of a process.
+///
+/// # Errors
+/// When there is no such process, or it can't be looked at.
+pub fn parent_of(pid: u32) -> io::Result<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let parent = text.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+    parent.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// A descriptor that names one process, however its number is used later (pidfd_open(2), Linux 5.3).
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);

@@ -141,6 +141,8 @@ pub struct Left {
     pub status: Option<ExitStatus>,
     /// How long it took.
     pub took: Duration,
+    /// What it had written to standard error, as far as that is kept.
+    pub stderr: String,
 }
 
 impl Plugin {
@@ -309,10 +311,10 @@ impl Plugin {
             let _ = child.kill().await;
         }
         // The agent waits for the end of both pipes: a child that inherited them would show here.
-        for reader in self.readers {
+        for reader in std::mem::take(&mut self.readers) {
             let _ = tokio::time::timeout(LEAVE, reader).await;
         }
-        Left { status, took }
+        Left { status, took, stderr: self.stderr() }
     }
 
     /// Kills it with SIGKILL.

@@ -138,9 +138,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
         () = orphaned(&clients, &driver) => tracing::warn!("no agent for a long time; leaving, tasks go on"),
     }
     let how = *leaving.borrow();
-    if how != Leave::GivingWay {
-        driver.close().await;
-    }
+    driver.leave(how).await;
     tokio::time::sleep(LAST_WORDS).await;
     drop(guard);
     Ok(())

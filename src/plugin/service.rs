@@ -112,12 +112,14 @@ impl DriverService {
         Ok(engine.insert(opened).clone())
     }
 
-    /// Ends what only we use. Tasks go on.
-    pub async fn close(&self) {
+    /// Lets runtimes that are at work finish, and ends what only we use, unless a successor is to have that. Tasks go on.
+    pub async fn leave(&self, how: Leave) {
         // Whoever is opening the engine right now has no shims yet.
         let engine = self.0.engine.try_lock().ok().and_then(|engine| engine.clone());
-        if let Some(engine) = engine {
-            engine.close().await;
+        match engine {
+            Some(engine) if how == Leave::GivingWay => engine.finish_calls().await,
+            Some(engine) => engine.close().await,
+            None => {}
         }
     }
 

@@ -17,7 +17,7 @@ use protobuf::{
 use tokio::sync::Semaphore;
 use ttrpc::{Error as TtrpcError, proto::Request};
 
-use super::{ShimError, UNIMPLEMENTED};
+use super::{Purpose, RuntimeCalls, ShimError, UNIMPLEMENTED};
 use crate::{
     pb::shim as wire,
     peer::Peers,
@@ -184,6 +184,8 @@ pub struct Client {
     /// it, 32 exits are soon unread, and each further one stops the shim for a second (containerd, sys/reaper): one at a
     /// time, they wait here.
     creating: Arc<Semaphore>,
+    /// Those in which the shim runs a runtime.
+    calls: RuntimeCalls,
 }
 
 impl std::fmt::Debug for Client {
@@ -217,7 +219,8 @@ impl Client {
                 TaskApi::V2 => 1,
                 TaskApi::V3 => Semaphore::MAX_PERMITS,
             }));
-            let client = Self { inner: inner.clone(), api, order: order.clone(), creating };
+            let calls = RuntimeCalls::default();
+            let client = Self { inner: inner.clone(), api, order: order.clone(), creating, calls };
             let request = wire::ConnectRequest::new();
             match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(QUICK)).await {
                 Ok(_) => return Ok(client),
@@ -226,6 +229,11 @@ impl Client {
             }
         }
         Err(ShimError::NoService(apis[0].service(), apis[1].service()))
+    }
+
+    /// The same connection, whose calls count among these.
+    pub fn counted_in(self, calls: &RuntimeCalls) -> Self {
+        Self { calls: calls.clone(), ..self }
     }
 
     /// Which service it serves.
@@ -251,6 +259,7 @@ impl Client {
         };
         let turn = tokio::time::timeout(CREATE, self.creating.acquire()).await;
         let _turn = turn.map_err(|_| ShimError::Late { call: "Create", after: CREATE })?;
+        let _at_work = self.calls.begin(Purpose::Begin).await;
         let answer: wire::CreateTaskResponse = self.call("Create", &request, Some(CREATE)).await?;
         Ok(answer.pid)
     }
@@ -299,6 +308,8 @@ impl Client {
     /// With the runtime's words.
     pub async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, ShimError> {
         let request = wire::StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+        let purpose = if exec_id == INIT { Purpose::Continue } else { Purpose::Begin };
+        let _at_work = self.calls.begin(purpose).await;
         self.call::<_, wire::StartResponse>("Start", &request, Some(START)).await.map(|answer| answer.pid)
     }
 
@@ -327,6 +338,7 @@ impl Client {
     /// With the shim's words.
     pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request = wire::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+        let _at_work = self.calls.begin(Purpose::Continue).await;
         gone_is_fine(self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await)
     }
 
@@ -371,6 +383,7 @@ impl Client {
             all: whom == Kill::All,
             ..Default::default()
         };
+        let _at_work = self.calls.begin(Purpose::Continue).await;
         gone_is_fine(self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await)
     }
 

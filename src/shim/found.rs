@@ -75,7 +75,7 @@ impl Launcher {
                         id: id.to_owned(),
                         pid: identity.process.pid,
                         dir,
-                        client,
+                        client: client.counted_in(self.calls()),
                         pidfd,
                         ended,
                         namespace: identity.namespace,

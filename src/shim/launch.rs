@@ -21,7 +21,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::{
-    Client, ShimError, TaskApi,
+    Client, RuntimeCalls, ShimError, TaskApi,
     found::Identity,
     pool::ShimScope,
     sealed::{Current, DESCRIPTOR, Sealed},
@@ -53,6 +53,7 @@ pub struct Launcher {
     api: AtomicU8,
     own: Holders,
     runtime: Current,
+    calls: RuntimeCalls,
 }
 
 /// How many in this process hold each shim.
@@ -176,6 +177,7 @@ impl Launcher {
             api: AtomicU8::new(0),
             own: Holders::default(),
             runtime: Current::default(),
+            calls: RuntimeCalls::default(),
         }
     }
 
@@ -206,6 +208,11 @@ impl Launcher {
     /// The namespace that ends up below the runtimes' state roots.
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// The calls in which its shims run a runtime.
+    pub fn calls(&self) -> &RuntimeCalls {
+        &self.calls
     }
 
     /// New shims get this copy of a runtime.
@@ -284,7 +291,7 @@ impl Launcher {
                     id,
                     pid,
                     dir,
-                    client,
+                    client: client.counted_in(&self.calls),
                     pidfd: coming.pidfd.clone(),
                     ended,
                     namespace: self.namespace.clone(),
@@ -476,11 +483,18 @@ impl Shim {
                 tracing::warn!(shim = self.id, "a shim of an earlier plugin does not end; it may hold a container");
                 return false;
             }
-            self.pidfd.signal(libc::SIGKILL);
-            if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
-                tracing::error!(shim = self.id, "it survives SIGKILL");
-                return false;
-            }
+            return self.end_by_force().await;
+        }
+        remove_dir(&self.dir);
+        true
+    }
+
+    /// Ends a shim with SIGKILL, whatever it holds, and removes its directory: true when it is gone.
+    pub(super) async fn end_by_force(mut self) -> bool {
+        self.pidfd.signal(libc::SIGKILL);
+        if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
+            tracing::error!(shim = self.id, "it survives SIGKILL");
+            return false;
         }
         remove_dir(&self.dir);
         true

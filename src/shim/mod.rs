@@ -3,6 +3,7 @@
 //! A shim is a small program (`containerd-shim-runc-v2`) that calls the OCI runtime and stays as the parent of the
 //! container's process. Any running one takes `Create` for any container, which is what the pool lives on.
 
+mod calls;
 mod cleanup;
 mod client;
 mod exec;
@@ -17,6 +18,7 @@ mod version;
 
 use std::{io, path::PathBuf, time::Duration};
 
+pub use calls::{Purpose, RuntimeCall, RuntimeCalls};
 pub use cleanup::{DeadTask, delete_dead, has_noted_exit};
 pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};

@@ -283,19 +283,8 @@ impl Pool {
     }
 
     /// Takes back a shim whose container is gone: for the next task, or to its end. True when it is gone or ours again.
-    pub async fn take_back(&self, alloc_id: &str, mut shim: Shim) -> bool {
-        {
-            let mut shared = self.shared();
-            if shim.leave_to_others() {
-                // The last task of an allocation is gone when only we hold its shim.
-                let last = self.0.settings.scope == ShimScope::Alloc
-                    && shared.get(alloc_id).is_some_and(|kept| kept.id() == shim.id() && kept.is_held_once());
-                match last.then(|| shared.remove(alloc_id)).flatten() {
-                    Some(kept) => shim = kept,
-                    None => return true,
-                }
-            }
-        }
+    pub async fn take_back(&self, alloc_id: &str, shim: Shim) -> bool {
+        let Some(mut shim) = self.last_hold(alloc_id, shim) else { return true };
         shim.uses += 1;
         let settings = self.0.settings;
         // Others are not made for a second container: gVisor's closes what it needs for terminals with the first.
@@ -306,6 +295,27 @@ impl Pool {
             Some(shim) => shim.end().await,
             None => true,
         }
+    }
+
+    /// Lets go of a shim that holds an ended container which it can't delete: it serves the tasks that it has, and then it
+    /// is ended by force, since it would not leave when asked to. True when it is gone or others hold it.
+    pub async fn discard(&self, alloc_id: &str, shim: Shim) -> bool {
+        match self.last_hold(alloc_id, shim) {
+            Some(shim) => shim.end_by_force().await,
+            None => true,
+        }
+    }
+
+    /// Gives up a task's hold on a shim, unless it is the last one, which is returned.
+    fn last_hold(&self, alloc_id: &str, mut shim: Shim) -> Option<Shim> {
+        let mut shared = self.shared();
+        if !shim.leave_to_others() {
+            return Some(shim);
+        }
+        // The last task of an allocation is gone when only we hold its shim.
+        let last = self.0.settings.scope == ShimScope::Alloc
+            && shared.get(alloc_id).is_some_and(|kept| kept.id() == shim.id() && kept.is_held_once());
+        last.then(|| shared.remove(alloc_id)).flatten()
     }
 
     /// Has it wait for the next task; gives it back when there are enough.

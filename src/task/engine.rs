@@ -29,8 +29,8 @@ use crate::{
     shim::{Found, Kill, stdio::HeldOpen},
 };
 
-/// Nomad kills a plugin 2 s after it has asked it to leave.
-const LAST_TEARDOWNS: Duration = Duration::from_millis(1200);
+/// Nomad kills a plugin 2 s after it has asked it to leave (go-plugin, `client.go`, `Kill`).
+const LAST_CALLS: Duration = Duration::from_millis(1500);
 
 /// Held by whoever starts or undoes an attempt of one allocation's task.
 type Turn = Arc<tokio::sync::Mutex<()>>;
@@ -430,15 +430,28 @@ impl Engine {
         self.0.shared.metrics.render(gauges)
     }
 
+    /// Lets the calls to runtimes that are at work end, and makes none afterwards. What takes too long is cut off, and the
+    /// next plugin completes it.
+    pub async fn finish_calls(&self) {
+        if !self.0.shared.pool.launcher().calls().finish(LAST_CALLS).await {
+            tracing::warn!(
+                limit_ms = LAST_CALLS.as_millis(),
+                "a call to a runtime has not ended while the plugin leaves; the next plugin completes it"
+            );
+        }
+    }
+
     /// Ends what only we use: the idle shims, once tasks that are gone are cleared away. Other tasks go on.
     pub async fn close(&self) {
-        if tokio::time::timeout(LAST_TEARDOWNS, self.0.shared.all_cleared()).await.is_err() {
-            tracing::warn!("tasks that are gone are not all cleared away; the next plugin goes on with that");
-        }
+        let teardowns = async {
+            if tokio::time::timeout(LAST_CALLS, self.0.shared.all_cleared()).await.is_err() {
+                tracing::warn!("tasks that are gone are not all cleared away; the next plugin goes on with that");
+            }
+        };
+        tokio::join!(self.finish_calls(), teardowns, self.0.shared.pool.close());
         if let Some(warmer) = &self.0.shared.warmer {
             warmer.end();
         }
-        self.0.shared.pool.close().await;
         tokio::task::block_in_place(|| self.0.shared.ahead.close());
         self.0.shared.log_keeper.end_idle();
         self.settings().places.leave_uppers();

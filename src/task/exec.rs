@@ -2,7 +2,7 @@
 //! their description is the task's own with another command in it. Needs the task's record and its shim, no engine.
 
 use std::{
-    fs, io,
+    fs, io, iter,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,7 +14,7 @@ use super::{Record, TaskError, in_sandbox::InSandbox};
 use crate::{
     ids::{ContainerId, random_hex},
     places::{Places, make_dir, write_private},
-    process::{PidFd, ProcessId, descendants},
+    process::{PidFd, ProcessId, descendants, parent_of},
     rootfs::{KernelLimits, StringError},
     shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, Kill, ShimError, WindowSize},
     text::quoted,
@@ -300,16 +300,41 @@ pub fn abandoned(record: &Record, places: &Places) -> Vec<PathBuf> {
     markers.map(|marker| marker.path()).collect()
 }
 
-/// Ends the processes of these notes whose owners are gone: an earlier instance of us, most likely.
-pub async fn end_abandoned(client: Client, container: ContainerId, markers: Vec<PathBuf>) {
+/// Ends the processes of these notes whose owners are gone: an earlier instance of us, most likely. `shim` is the process
+/// of the task's shim.
+pub async fn end_abandoned(client: Client, shim: u32, container: ContainerId, markers: Vec<PathBuf>) {
     for marker in markers {
         if !is_abandoned(&marker).await {
             continue;
         }
         let exec_id = marker.file_name().unwrap_or_default().to_string_lossy().into_owned();
         tracing::info!(%container, exec_id, "ends what was exec'd for somebody who is gone");
+        let unknown = unknown_to_shim(&marker, shim);
         end(&client, &container, &exec_id, &marker).await;
+        unknown.iter().for_each(|process| process.signal(libc::SIGKILL));
     }
+}
+
+/// The processes of an exec that was cut off after its process was there: the shim has killed the runtime, and does not
+/// know of the process.
+fn unknown_to_shim(marker: &Path, shim: u32) -> Vec<PidFd> {
+    if read_marker(marker).is_ok_and(|marker| marker.process.is_some()) {
+        return Vec::new();
+    }
+    let pid = pid_file(marker).and_then(|path| fs::read_to_string(path).ok()?.trim().parse().ok());
+    let opened = pid.and_then(|pid| Some((pid, PidFd::open(pid).ok()?)));
+    // A pid may have been reused: an exec'd process is a child of its shim, which inherits the children of runtimes.
+    match opened.filter(|(pid, _)| parent_of(*pid).is_ok_and(|parent| parent == shim)) {
+        Some((pid, process)) => iter::once(process).chain(family(pid)).collect(),
+        None => Vec::new(),
+    }
+}
+
+/// Where a runtime writes the pid of an exec'd process, as its last act: in the task's bundle (containerd,
+/// `cmd/containerd-shim-runc-v2/process/exec.go`).
+fn pid_file(marker: &Path) -> Option<PathBuf> {
+    let name = marker.file_name()?.to_str()?;
+    Some(marker.parent()?.parent()?.join(format!("{name}.pid")))
 }
 
 /// What is noted of an exec'd process.
@@ -392,6 +417,13 @@ async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker:
     }
     if let Some(sandbox) = read_marker(marker).unwrap_or_default().sandbox {
         sandbox.forget();
+    }
+    // Shims leave it, one for each exec.
+    if let Some(path) = pid_file(marker)
+        && let Err(error) = fs::remove_file(&path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "the pid file of an exec'd process can't be removed");
     }
     match fs::remove_file(marker) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

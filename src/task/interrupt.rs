@@ -70,11 +70,21 @@ pub(super) async fn unless_stopped<T>(
 /// container's own first process; processes of other containers are not affected.
 pub(super) fn kill_runtime(shim: u32, container: &ContainerId) {
     let called = descendants(shim).into_iter().skip(1).filter(|pid| is_called_for(*pid, container));
-    let opened: Vec<(u32, PidFd)> =
-        called.flat_map(descendants).filter_map(|pid| Some((pid, PidFd::open(pid).ok()?))).collect();
-    // A pid may have been reused since the listing, so only pids that are still descendants are signalled.
+    let called = called.flat_map(descendants).collect();
+    still_below(shim, called).iter().for_each(|process| process.signal(libc::SIGKILL));
+}
+
+/// All processes below a shim, for the time when it is gone.
+pub(super) fn all_below(shim: u32) -> Vec<PidFd> {
+    still_below(shim, descendants(shim).into_iter().skip(1).collect())
+}
+
+/// Opens those of `pids` that are descendants of a shim. A pid may have been reused since it was listed, so that it is
+/// looked for once more when its process is open.
+fn still_below(shim: u32, pids: Vec<u32>) -> Vec<PidFd> {
+    let opened: Vec<(u32, PidFd)> = pids.into_iter().filter_map(|pid| Some((pid, PidFd::open(pid).ok()?))).collect();
     let still = descendants(shim);
-    opened.iter().filter(|(pid, _)| still.contains(pid)).for_each(|(_, process)| process.signal(libc::SIGKILL));
+    opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process).collect()
 }
 
 /// Was a process called with a container's name? Runtimes have it as their last argument, wrappers hand it on.

@@ -21,6 +21,7 @@ mod plan;
 mod predecessors;
 mod record;
 mod recover;
+mod refused;
 mod request;
 mod runtime;
 mod settings;
@@ -189,6 +190,14 @@ pub enum TaskError {
     /// Nothing can be started beside that.
     #[error("an earlier attempt of the task, {0}, is still being undone")]
     Busy(TaskId),
+    /// What an earlier attempt has left.
+    #[error("an earlier attempt of the task, {id}, is not removed yet; the driver tries again")]
+    Earlier {
+        /// The attempt.
+        id: TaskId,
+        /// What could not be removed.
+        source: Box<TaskError>,
+    },
     /// Somebody changed their mind.
     #[error("task {0} was stopped while it was being started")]
     Stopped(TaskId),
@@ -247,6 +256,7 @@ impl TaskError {
             | Self::Held { .. }
             | Self::Lock { .. }
             | Self::Busy(_)
+            | Self::Earlier { .. }
             | Self::Former(_)
             | Self::Worker(_) => true,
             Self::Unkillable { .. } | Self::Hanging { .. } => true,

@@ -11,6 +11,14 @@ use crate::{ids::TaskId, shim::stdio::HeldOpen};
 /// How long a start waits for somebody who is undoing an earlier attempt.
 const OTHERS: Duration = Duration::from_secs(120);
 
+/// The job can do nothing about what is left of its earlier attempt: a later start may find it removed.
+fn earlier(id: TaskId, error: TaskError) -> TaskError {
+    match error {
+        error @ TaskError::Busy(_) => error,
+        error => TaskError::Earlier { id, source: Box::new(error) },
+    }
+}
+
 impl Engine {
     /// A plugin that died before its answer was out is asked again, with the same id: the task runs already, and is
     /// what was asked for. One that was to stop meanwhile, or whose end is not known, is made anew.
@@ -58,7 +66,7 @@ impl Engine {
             match self.destroy(&old, Force::Yes).await {
                 // Somebody else, most likely the old agent's own call, was faster.
                 Ok(()) | Err(TaskError::NotFound(_)) => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(earlier(old, error)),
             }
         }
         let leftovers: Vec<TaskId> = {
@@ -71,7 +79,7 @@ impl Engine {
             held = Some(hold());
             match self.outlast_leftover(&old, stop).await {
                 Err(TaskError::Stopped(_)) => return Err(TaskError::Stopped(request.task_id.clone())),
-                other => other?,
+                other => other.map_err(|error| earlier(old, error))?,
             }
         }
         Ok(held)

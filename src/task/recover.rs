@@ -145,11 +145,12 @@ impl Engine {
             }
         };
         if exit.is_none()
-            && let Some(client) = shim.client()
+            && let (Found::Alive(alive), Some(client)) = (&shim, shim.client())
         {
             // Listed now, ended beside: RecoverTask waits for us, and what comes later is not abandoned.
             let abandoned = exec::abandoned(&record, &shared.settings.places);
-            tokio::spawn(exec::end_abandoned(client.clone(), record.container_id.clone(), abandoned));
+            let container = record.container_id.clone();
+            tokio::spawn(exec::end_abandoned(client.clone(), alive.pid(), container, abandoned));
         }
         if let (Some(exit), None) = (&exit, &lost) {
             record.state = RecordState::Exited(exit.clone());

@@ -2,20 +2,21 @@
 
 use std::{
     collections::HashMap,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::{EventHub, Record, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics};
+use super::{EventHub, Record, RuntimeError, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics};
 use crate::{
     cgroup::{Cgroups, Warmer},
     gvisor,
-    ids::TaskId,
+    ids::{ContainerId, TaskId},
     image::{ImageRecord, ImageStore},
     rootfs::{Ahead, Capabilities, KernelLimits, MaskedPaths, apparmor::Loader, bundle::Layers, seccomp::Filters},
-    shim::{self, DeadTask, Exit, PidFiles, Pool, ShimError},
+    shim::{self, DeadTask, Exit, PidFiles, Pool, Purpose, ShimError},
 };
 
 /// The parts of an open engine, and what it has still to take over or undo.
@@ -163,6 +164,7 @@ impl Shared {
             runtime: runtime.as_deref(),
             bundle: &bundle,
         };
+        let _at_work = self.pool.launcher().calls().begin(Purpose::Continue).await;
         let exit = shim::delete_dead(self.pool.launcher(), dead).await?;
         // gVisor's own shim says that all went well when its runsc could not be run.
         let root = self.settings.places.runtime_state(&record.runtime, &record.namespace);
@@ -171,6 +173,17 @@ impl Shared {
             return Err(ShimError::Refused { call: "delete", code: -1, message });
         }
         Ok(exit)
+    }
+
+    /// Has a runtime end and forget a container that no shim holds. `root` is the runtime's state directory.
+    pub(super) async fn delete_by_runtime(
+        &self,
+        runtime: &str,
+        root: &Path,
+        id: &ContainerId,
+    ) -> Result<(), RuntimeError> {
+        let _at_work = self.pool.launcher().calls().begin(Purpose::Continue).await;
+        self.runtimes.delete(runtime, root, id).await
     }
 
     pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Leftover>> {

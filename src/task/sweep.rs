@@ -234,7 +234,7 @@ impl Engine {
         for runtime in names(&places.runtimes()) {
             let root = places.runtime_state(&runtime, shared.pool.launcher().namespace());
             if known_to(&root) {
-                match shared.runtimes.delete(&runtime, &root, id).await {
+                match shared.delete_by_runtime(&runtime, &root, id).await {
                     // Nobody can be asked any more; its processes were ended by their cgroup.
                     Err(_) if emptied && shared.runtimes.binary(&runtime).is_none() => {}
                     outcome => outcome?,

@@ -5,7 +5,7 @@
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use super::{Record, TaskError, group, interrupt, logs, shared::Shared};
+use super::{Record, TaskError, group, interrupt, logs, refused, shared::Shared};
 use crate::{
     cgroup::CgroupPath,
     fault, gvisor,
@@ -91,6 +91,10 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
     fault::point("undo.container");
     let shim = match (shim, ended) {
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
+        (Found::Alive(shim), Ended::InSpiteOfItsShim) => {
+            outcome.note(record, "shim", discard_shim(shared, record, shim).await);
+            None
+        }
         (other, _) => {
             outcome.note(record, "shim", end_shim(shared, record, other).await);
             if record.gvisor {
@@ -186,9 +190,11 @@ pub(super) fn remove_state(root: &Path, id: &ContainerId) -> Result<(), TaskErro
 
 /// Who has ended the container?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
+pub(super) enum Ended {
     /// Its shim, which is as good as new.
     ByItsShim,
+    /// The driver, after the shim or its runtime had refused to. The shim lives and holds the container for ever.
+    InSpiteOfItsShim,
     /// Somebody else, or nobody had it.
     Otherwise,
 }
@@ -199,21 +205,20 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
     }
     let id = record.container_id.as_str();
     let failed = |doing| move |source| TaskError::Shim { doing, source };
-    if let Some(client) = shim.client() {
+    if let (Found::Alive(alive), Some(client)) = (shim, shim.client()) {
+        let complete = async |refusal| refused::complete(shared, record, alive, refusal).await;
         match end_through(client, id).await {
             // It died under our hands: what it left is the dead-shim case.
             Err(ShimError::Gone { .. }) => {}
-            Err(error) => return Err(failed("end the container")(error)),
+            Err(error) => return complete(error).await.map_err(failed("end the container")),
             Ok(Known::Yes) => return Ok(Ended::ByItsShim),
             // A Create that was cut off, and may still be at work.
             Ok(Known::No) => {
-                if let Found::Alive(shim) = shim {
-                    runtime_done(shared, record, shim).await;
-                }
+                runtime_done(shared, record, alive).await;
                 match end_through(client, id).await {
                     Ok(Known::Yes) => return Ok(Ended::Otherwise),
                     Ok(Known::No) | Err(ShimError::Gone { .. }) => {}
-                    Err(error) => return Err(failed("end the container")(error)),
+                    Err(error) => return complete(error).await.map_err(failed("end the container")),
                 }
             }
         }
@@ -288,7 +293,7 @@ async fn end_late(shared: &Shared, record: &Record) -> Result<(), TaskError> {
 }
 
 /// Nothing of a task may outlive its undoing: what a runtime that was cut off has half made belongs to no container.
-async fn empty_cgroup(shared: &Shared, record: &Record) {
+pub(super) async fn empty_cgroup(shared: &Shared, record: &Record) {
     let cgroup = CgroupPath::recorded(&record.cgroup);
     let deadline = tokio::time::Instant::now() + KILL_GRACE;
     while shared.cgroups.kill(&cgroup) > 0 && tokio::time::Instant::now() < deadline {
@@ -332,6 +337,11 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
         Found::Gone => shim::end_stray(&dir).await,
     };
     if gone { Ok(()) } else { Err(shim_stays()) }
+}
+
+/// Lets go of a shim that holds an ended container which it can't delete. It is ended with the last task that holds it.
+async fn discard_shim(shared: &Shared, record: &Record, shim: Shim) -> Result<(), TaskError> {
+    if shared.pool.discard(&record.alloc_id, shim).await { Ok(()) } else { Err(shim_stays()) }
 }
 
 fn shim_stays() -> TaskError {

@@ -23,6 +23,7 @@ mod cli;
 mod commands;
 mod config;
 mod crash;
+mod cut_off;
 mod exec;
 mod failures;
 mod handshake;

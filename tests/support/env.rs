@@ -280,7 +280,7 @@ impl Env {
         let left = self.plugin.take().unwrap().leave().await;
         assert!(left.status.is_some_and(|status| status.success()), "{left:?}");
         let leaks = leak::afterwards(&self).await;
-        assert!(leaks.is_empty(), "left after the plugin: {leaks:#?}");
+        assert!(leaks.is_empty(), "left after the plugin: {leaks:#?}\n{}", left.stderr);
     }
 }
 

@@ -1,0 +1,305 @@
+//! A plugin that ends while a runtime is at work. The shim then kills the runtime, wherever that is, since the connection
+//! of its caller is broken; the next plugin completes what was cut off.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use nomad_driver_shim::pb::driver::DestroyTaskRequest;
+use serde_json::{Value, json};
+
+use crate::support::{Env, EnvOptions, Task, eventually, patience, script, services::root};
+
+/// Both runtimes of the suite, or the one that `make test-matrix` names.
+fn runtimes() -> Vec<String> {
+    std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME")
+        .map_or_else(|_| ["crun", "runc"].map(str::to_owned).to_vec(), |runtime| vec![runtime])
+}
+
+/// Sets the variables `root` and `id` from a runtime's arguments.
+const ARGUMENTS: &str = r#"root=; id=; for word; do [ "$id" = --root ] && root=$word; id=$word; done"#;
+
+/// A runtime whose call `verb` does `instead` and `finally` while the file `armed` is beside it, and says so in `called`.
+struct Stretched {
+    dir: PathBuf,
+}
+
+impl Stretched {
+    fn new(real: &str, verb: &str, instead: &str, finally: &str) -> Self {
+        let dir = tempfile::tempdir_in(root()).unwrap().keep();
+        let (armed, called) = (dir.join("armed"), dir.join("called"));
+        let text = format!(
+            "case \" $* \" in *' {verb} '*) if [ -e {armed} ]; then {ARGUMENTS}\n{instead}\ntouch {called}\n{finally}\nfi;; esac\n\
+             exec {real} \"$@\"",
+            armed = armed.display(),
+            called = called.display(),
+            instead = instead.replace("REAL", real),
+        );
+        script(&dir.join("runtime"), &text);
+        Self { dir }
+    }
+
+    async fn plugin(&self, config: Value) -> Env {
+        let mut config = config;
+        config["default_runtime"] = json!("stretched");
+        config["runtime"] = json!({"stretched": {"binary": self.dir.join("runtime")}});
+        config["state"] = json!({"grace": "1s"});
+        Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    }
+
+    fn arm(&self) {
+        fs::write(self.dir.join("armed"), "").unwrap();
+    }
+
+    fn disarm(&self) {
+        fs::remove_file(self.dir.join("armed")).unwrap();
+    }
+
+    async fn called(&self) {
+        let called = self.dir.join("called");
+        eventually("the runtime is called", async || if called.exists() { Ok(()) } else { Err("not called") }).await;
+    }
+}
+
+impl Drop for Stretched {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// How a plugin ends.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Killed,
+    Terminated,
+}
+
+/// Ends the plugin, and starts the next one, whose runtime is as it should be.
+async fn succeed(env: &mut Env, end: End, stretched: &Stretched) {
+    match end {
+        End::Killed => env.kill_plugin().await,
+        End::Terminated => drop(terminate(env).await),
+    }
+    stretched.disarm();
+    env.start_plugin().await;
+}
+
+/// Ends the plugin as systemd does: how long that took.
+async fn terminate(env: &mut Env) -> Duration {
+    let mut plugin = env.plugin.take().unwrap();
+    let began = Instant::now();
+    kill(Pid::from_raw(plugin.pid().unwrap().cast_signed()), Signal::SIGTERM).unwrap();
+    tokio::time::timeout(patience(), plugin.ended()).await.expect("the plugin lives on").unwrap();
+    began.elapsed()
+}
+
+async fn sleeper(env: &Env) -> Value {
+    json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo up; exec sleep 600"]})
+}
+
+fn destroy(env: &Env, task: &Task) {
+    let (mut driver, task_id) = (env.driver(), task.id.clone());
+    // The plugin ends before it answers.
+    tokio::spawn(async move { driver.destroy_task(DestroyTaskRequest { task_id, force: true }).await.map(drop) });
+}
+
+/// The next attempt of the same task starts, as Nomad's restart policy would have it, and is as any other.
+async fn next_attempt_runs(env: &Env, task: Task, what: &str) {
+    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo again"]});
+    let mut next = env.prepare_again(task, "2", config).await;
+    env.try_start(&mut next).await.unwrap_or_else(|status| {
+        panic!("{what}: the next attempt is refused: {}\n{}", status.message(), env.plugin().stderr())
+    });
+    assert_eq!(env.wait(&next).await.exit_code, 0, "{what}");
+    env.destroy(&next).await.unwrap();
+}
+
+async fn is_alive(env: &Env, bystander: &Task, what: &str) {
+    assert_eq!(env.exec_text(bystander, "echo alive").await, "alive\n", "{what}");
+}
+
+/// The states in which a `delete` that is killed leaves a container: its state is gone, or some files of it.
+const DELETED: &str = "REAL \"$@\"";
+const HALF_DELETED: &str = "rm -f \"$root/$id/status\" \"$root/$id/state.json\"";
+
+async fn a_delete_that_is_cut_off(real: &str, scope: &str, instead: &str, end: End) {
+    let what = format!("{real}, {scope}, {instead}, {end:?}");
+    let stretched = Stretched::new(real, "delete", instead, "exec sleep 600");
+    let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+    let config = sleeper(&env).await;
+    let bystander = env.start(config.clone()).await;
+    bystander.says("up").await;
+    // Of the same allocation, so that both share their shim wherever tasks do.
+    let dirs = env.allocs[0].task("side").unwrap();
+    let mut task = env.prepare_in(dirs, "1", config).await;
+    env.try_start(&mut task).await.unwrap();
+    task.says("up").await;
+    stretched.arm();
+    destroy(&env, &task);
+    stretched.called().await;
+    succeed(&mut env, end, &stretched).await;
+    env.recover(&bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
+    next_attempt_runs(&env, task, &what).await;
+    is_alive(&env, &bystander, &what).await;
+    env.destroy(&bystander).await.unwrap();
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_that_is_cut_off_is_completed() {
+    for runtime in runtimes() {
+        a_delete_that_is_cut_off(&runtime, "task", DELETED, End::Killed).await;
+        a_delete_that_is_cut_off(&runtime, "task", HALF_DELETED, End::Killed).await;
+        a_delete_that_is_cut_off(&runtime, "task", DELETED, End::Terminated).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_shim_that_tasks_share_the_others_go_on() {
+    for runtime in runtimes() {
+        for scope in ["alloc", "node"] {
+            a_delete_that_is_cut_off(&runtime, scope, DELETED, End::Killed).await;
+        }
+        a_delete_that_is_cut_off(&runtime, "node", HALF_DELETED, End::Terminated).await;
+    }
+}
+
+/// No plugin ends: the runtime itself does, as the OOM killer has it, after it has removed its state.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_whose_runtime_is_killed_is_completed() {
+    for runtime in runtimes() {
+        for scope in ["task", "node"] {
+            let stretched = Stretched::new(&runtime, "delete", DELETED, "kill -9 $$");
+            let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+            let config = sleeper(&env).await;
+            let bystander = env.start(config.clone()).await;
+            let task = env.start(config).await;
+            stretched.arm();
+            env.destroy(&task).await.unwrap_or_else(|status| panic!("{runtime}, {scope}: {}", status.message()));
+            stretched.disarm();
+            next_attempt_runs(&env, task, &format!("{runtime}, {scope}")).await;
+            is_alive(&env, &bystander, &runtime).await;
+            env.destroy(&bystander).await.unwrap();
+            env.finish().await;
+        }
+    }
+}
+
+/// A runtime that refuses to kill, as one whose state is damaged does, keeps no container alive.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
+    for runtime in runtimes() {
+        for scope in ["task", "node"] {
+            let what = format!("{runtime}, {scope}");
+            let stretched = Stretched::new(&runtime, "kill", "echo no state >&2", "exit 1");
+            let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+            let config = sleeper(&env).await;
+            let bystander = env.start(config.clone()).await;
+            let task = env.start(config).await;
+            stretched.arm();
+            // The next plugin takes the remains for a task that was being destroyed, and has no watcher for it.
+            destroy(&env, &task);
+            stretched.called().await;
+            // This runtime refuses the next plugin, too.
+            env.kill_plugin().await;
+            env.start_plugin().await;
+            env.recover(&bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
+            next_attempt_runs(&env, task, &what).await;
+            stretched.disarm();
+            is_alive(&env, &bystander, &what).await;
+            env.destroy(&bystander).await.unwrap();
+            env.finish().await;
+        }
+    }
+}
+
+/// A create that is cut off, before and after the container is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_that_is_cut_off_leaves_nothing() {
+    for runtime in runtimes() {
+        for (instead, scope) in [(":", "task"), (DELETED, "task"), (DELETED, "node")] {
+            let what = format!("{runtime}, {scope}, {instead}");
+            let stretched = Stretched::new(&runtime, "create", instead, "exec sleep 600");
+            let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+            let config = sleeper(&env).await;
+            let bystander = env.start(config.clone()).await;
+            stretched.arm();
+            let task = env.prepare(config).await;
+            let (mut driver, request) = (env.driver(), task.config.clone());
+            tokio::spawn(async move {
+                let request = nomad_driver_shim::pb::driver::StartTaskRequest { task: Some(request) };
+                driver.start_task(request).await.map(drop)
+            });
+            stretched.called().await;
+            succeed(&mut env, End::Terminated, &stretched).await;
+            env.recover(&bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
+            next_attempt_runs(&env, task, &what).await;
+            is_alive(&env, &bystander, &what).await;
+            env.destroy(&bystander).await.unwrap();
+            env.finish().await;
+        }
+    }
+}
+
+/// What was exec'd ends with the plugin that had it run, also where the runtime was cut off after the process was there.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_that_is_cut_off_leaves_no_process() {
+    for runtime in runtimes() {
+        let stretched = Stretched::new(&runtime, "exec", DELETED, "exec sleep 600");
+        let mut env = stretched.plugin(json!({})).await;
+        let config = sleeper(&env).await;
+        let task = env.start(config).await;
+        task.says("up").await;
+        stretched.arm();
+        let mut driver = env.driver();
+        let request = nomad_driver_shim::pb::driver::ExecTaskRequest {
+            task_id: task.id.clone(),
+            command: ["/bin/sleep", "4321"].map(str::to_owned).to_vec(),
+            timeout: None,
+        };
+        tokio::spawn(async move { driver.exec_task(request).await.map(drop) });
+        stretched.called().await;
+        succeed(&mut env, End::Killed, &stretched).await;
+        env.recover(&task).await.unwrap();
+        eventually("the exec'd process ends", async || {
+            let list = env.exec_text(&task, "ps").await;
+            if list.contains("sleep 4321") { Err(list) } else { Ok(()) }
+        })
+        .await;
+        is_alive(&env, &task, &runtime).await;
+        env.destroy(&task).await.unwrap();
+        env.finish().await;
+    }
+}
+
+/// A runtime that needs some time when the plugin is told to leave gets it; one that hangs does not keep the plugin for
+/// longer than Nomad waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_that_is_told_to_leave_lets_runtimes_finish() {
+    // What a shell calls is not killed with it, and keeps its shim waiting.
+    for (pause, completed) in [("sleep 0.7", true), ("exec sleep 600", false), ("sleep 600", false)] {
+        let runtime = &runtimes()[0];
+        let done = |dir: &Path| dir.join("done").exists();
+        let finally = format!("{pause}\ntouch \"$(dirname $0)/done\"");
+        let stretched = Stretched::new(runtime, "delete", ":", &finally);
+        let mut env = stretched.plugin(json!({})).await;
+        let config = sleeper(&env).await;
+        let task = env.start(config).await;
+        stretched.arm();
+        destroy(&env, &task);
+        stretched.called().await;
+        let took = terminate(&mut env).await;
+        assert_eq!(done(&stretched.dir), completed, "a delete with `{pause}`, cut off after {took:?}");
+        assert!(took < Duration::from_secs(2), "Nomad kills a plugin after 2 s; this one took {took:?}");
+        stretched.disarm();
+        env.start_plugin().await;
+        next_attempt_runs(&env, task, pause).await;
+        env.finish().await;
+    }
+}
