@@ -40,6 +40,7 @@ mod own_logs;
 mod pool;
 mod recovery;
 mod release;
+mod restart;
 mod seccomp;
 mod stats;
 mod stop;

@@ -102,13 +102,20 @@ impl Env {
     }
 
     pub async fn start_plugin(&mut self) {
+        self.start_plugin_timed(std::time::Instant::now()).await;
+    }
+
+    /// The same: how long after `began` the handshake was over.
+    pub async fn start_plugin_timed(&mut self, began: std::time::Instant) -> Duration {
         let plugin = Plugin::launch(&self.launch).await.unwrap();
+        let handshake = began.elapsed();
         if self.foreign {
             let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
             self.config = known(schema.spec.as_ref(), &self.config).unwrap_or_else(|| json!({}));
         }
         plugin.configure(&self.config).await.unwrap();
         self.plugin = Some(plugin);
+        handshake
     }
 
     /// A variable for the plugins that are started from now on.
