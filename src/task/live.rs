@@ -28,8 +28,9 @@ use crate::{
 
 /// A kill takes 5 ms; a shim that has not done it by now hangs.
 const HUNG: Duration = Duration::from_secs(5);
-/// Between two questions to a shim that has answered nonsense.
+/// Between two questions to a shim whose answer was refused or not understood, at first and at most.
 const AGAIN: Duration = Duration::from_millis(200);
+const AGAIN_MAX: Duration = Duration::from_secs(10);
 
 /// A task that runs or has ended.
 pub struct Task {
@@ -196,6 +197,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
 
 /// Waits for the end of the container's process, or of its shim: nothing else ends the waiting.
 async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
+    let mut pause = AGAIN;
     loop {
         match client.wait(id).await {
             Ok(exit) => return Ok(exit),
@@ -203,8 +205,10 @@ async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
             // A shim that does not know the container can't tell of its end.
             Err(error) if error.is_not_found() => return Err(error),
             Err(error) => {
+                // The task runs on: an answer that was not understood says nothing about it.
                 tracing::warn!(container = id, %error, "a shim did not wait; asking again");
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AGAIN_MAX);
             }
         }
     }
