@@ -4,6 +4,7 @@ use super::*;
 /// few descriptors, few processes, remains, and by killing them.
 const HOST: &[&str] = &[
     "OCI runtime create failed: /usr/sbin/runc did not terminate successfully: exit status 137: unknown",
+    "OCI runtime create failed: unable to retrieve OCI runtime error (open /run/x/log.json: no such file or directory): /proc/7/fd/4 did not terminate successfully: exit status 137",
     "OCI runtime create failed: /usr/bin/crun did not terminate successfully: signal: killed: unknown",
     "OCI runtime create failed: cannot write status file: No space left on device: unknown",
     "seccomp_export_bpf: Operation canceled",

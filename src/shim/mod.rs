@@ -7,6 +7,8 @@ mod cleanup;
 mod client;
 mod connection;
 mod exec;
+#[cfg(test)]
+pub mod fake;
 mod found;
 mod launch;
 mod pid_files;

@@ -246,3 +246,43 @@ fn ended_at(exit: &Exit) -> u64 {
     });
     told.filter(|&at| at > 0).unwrap_or_else(|| millis(SystemTime::now()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shim::fake::{Answer, listen};
+
+    /// Answers that can't be decoded, in the transport's message and in the shim's, and a refusal: none says that the task has
+    /// ended. The last one is a `Response` with a `WaitResponse` whose exit status is 7.
+    #[tokio::test]
+    async fn a_task_outlives_answers_that_are_not_understood() {
+        const ANSWERS: [&[u8]; 4] =
+            [b"\xff\xff\xff\xff", b"\x12\x02\xff\xff", b"\x0a\x02\x08\x02", b"\x12\x02\x08\x07"];
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket =
+            listen(dir.path(), |_, before| ANSWERS.get(before).map_or(Answer::Close, |bytes| Answer::Bytes(bytes)));
+        let client = Client::connect(&socket, None).await.expect("connected");
+        for _ in 0..2 {
+            let error = client.is_alive("x").await.expect_err("not understood");
+            assert!(matches!(error, ShimError::NotUnderstood { .. }), "{error:?}");
+        }
+        let exit = wait_out(&client, "x").await.expect("asked again after the refusal");
+        assert_eq!(exit.code, 7);
+        for _ in 0..3 {
+            let error = wait_out(&client, "x").await.expect_err("the connection is closed");
+            assert!(matches!(error, ShimError::Gone { .. }), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn waiting_goes_on_after_an_answer_that_is_not_understood() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = listen(dir.path(), |_, before| match before {
+            0 => Answer::Bytes(b"\xff\xff\xff\xff"),
+            1 => Answer::Bytes(b"\x12\x02\xff\xff"),
+            _ => Answer::Bytes(b"\x12\x02\x08\x07"),
+        });
+        let client = Client::connect(&socket, None).await.expect("connected");
+        assert_eq!(wait_out(&client, "x").await.expect("an exit").code, 7);
+    }
+}
