@@ -348,7 +348,7 @@ impl Client {
     /// With the shim's words.
     pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request = wire::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
-        gone_is_fine(self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await)
+        gone_is_fine(self.repeatable_call::<_, wire::DeleteResponse>("Delete", &request, DELETE).await)
     }
 
     /// Sets the size of an exec'd process's terminal.
@@ -409,7 +409,7 @@ impl Client {
     /// When it can't be asked; "not found" when the shim does not hold the container.
     pub async fn is_alive(&self, id: &str) -> Result<bool, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
-        let state: wire::StateResponse = self.call("State", &request, Some(QUICK)).await?;
+        let state: wire::StateResponse = self.repeatable_call("State", &request, QUICK).await?;
         Ok(state.status.enum_value() != Ok(wire::Status::STOPPED))
     }
 
@@ -422,6 +422,22 @@ impl Client {
         match self.call::<_, wire::Empty>("Shutdown", &request, Some(QUICK)).await {
             Ok(_) | Err(ShimError::Gone { .. }) => Ok(()),
             Err(error) => Err(error),
+        }
+    }
+
+    /// A call that does no harm when it is made twice, and is made again when its answer was not understood.
+    async fn repeatable_call<Q: Message, A: Message>(
+        &self,
+        call: &'static str,
+        request: &Q,
+        limit: Duration,
+    ) -> Result<A, ShimError> {
+        match self.call(call, request, Some(limit)).await {
+            Err(error @ ShimError::NotUnderstood { .. }) => {
+                tracing::warn!(%error, "asking the shim again");
+                self.call(call, request, Some(limit)).await
+            }
+            outcome => outcome,
         }
     }
 

@@ -262,10 +262,9 @@ mod tests {
         let socket =
             listen(dir.path(), |_, before| ANSWERS.get(before).map_or(Answer::Close, |bytes| Answer::Bytes(bytes)));
         let client = Client::connect(&socket, None).await.expect("connected");
-        for _ in 0..2 {
-            let error = client.is_alive("x").await.expect_err("not understood");
-            assert!(matches!(error, ShimError::NotUnderstood { .. }), "{error:?}");
-        }
+        // State is asked twice.
+        let error = client.is_alive("x").await.expect_err("not understood");
+        assert!(matches!(error, ShimError::NotUnderstood { .. }), "{error:?}");
         let exit = wait_out(&client, "x").await.expect("asked again after the refusal");
         assert_eq!(exit.code, 7);
         for _ in 0..3 {
