@@ -10,6 +10,7 @@ pub mod control;
 pub mod cookie;
 pub mod duration;
 pub mod elf;
+pub mod failure;
 pub mod fault;
 pub mod fifo;
 pub mod gvisor;

@@ -304,12 +304,19 @@ pub fn create_private(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
-/// Writes a file that root alone can read (0600).
+/// Writes a file that root alone can read (0600). On a full file system nothing is left of it.
 ///
 /// # Errors
 /// As the file system.
 pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
-    create_private(path)?.write_all(content)
+    create_private(path)?.write_all(content).inspect_err(|_| remove_draft(path))
+}
+
+/// Removes a file that could not be completed: half of it is of no use to anybody, and it takes space.
+fn remove_draft(path: &Path) {
+    if let Err(error) = fs::remove_file(path) {
+        tracing::warn!(path = %path.display(), %error, "a file that could not be written stays");
+    }
 }
 
 /// Takes other users' access to a directory or file away, where an earlier version or somebody else has given it. What is
@@ -357,9 +364,8 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     }
     let draft = path.with_extension(format!("{}.tmp", random_hex(4)));
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
-    file.write_all(content)?;
-    drop(file);
-    fs::rename(&draft, path)
+    let written = file.write_all(content).and_then(|()| fs::rename(&draft, path));
+    written.inspect_err(|_| remove_draft(&draft))
 }
 
 /// What lies in a directory of ours, by name. One that is not there is empty.

@@ -22,13 +22,16 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::pb::{
-    services::{
-        images::v1::{self as images, images_client::ImagesClient},
-        leases::v1::{self as leases, leases_client::LeasesClient},
-        version::v1::version_client::VersionClient,
+use crate::{
+    failure::{self, Cause},
+    pb::{
+        services::{
+            images::v1::{self as images, images_client::ImagesClient},
+            leases::v1::{self as leases, leases_client::LeasesClient},
+            version::v1::version_client::VersionClient,
+        },
+        types::Descriptor,
     },
-    types::Descriptor,
 };
 
 /// containerd answers metadata calls in milliseconds; a busy disk (bolt's fsync) has been seen to take seconds.
@@ -108,14 +111,21 @@ impl ContainerdError {
         self.code() == Some(Code::AlreadyExists)
     }
 
-    /// Is it likely to go away by itself?
-    pub fn is_transient(&self) -> bool {
+    /// What has to change before another attempt can succeed.
+    pub fn failure_cause(&self) -> Cause {
         match self {
-            Self::Unreachable { .. } | Self::Late { .. } => true,
-            Self::Refused { source, .. } => {
-                matches!(source.code, Code::ResourceExhausted | Code::Aborted | Code::Unavailable)
-            }
-            Self::Nonsense { .. } => false,
+            Self::Unreachable { .. } | Self::Late { .. } | Self::Nonsense { .. } => Cause::Host,
+            // Go's errors come with the code Unknown whatever they are, so the words come first.
+            Self::Refused { source, .. } => failure::of_message(&source.message).unwrap_or(match source.code {
+                Code::InvalidArgument
+                | Code::NotFound
+                | Code::PermissionDenied
+                | Code::Unauthenticated
+                | Code::FailedPrecondition
+                | Code::OutOfRange
+                | Code::Unimplemented => Cause::Job,
+                _ => Cause::Host,
+            }),
         }
     }
 

@@ -102,13 +102,12 @@ impl Layout {
     ) -> Result<Self, ImageError> {
         let image = reference.to_string();
         let failed = |problem: String| ImageError::Archive { image: image.clone(), problem };
+        let unreadable = |source| ImageError::ArchiveFile { image: image.clone(), source };
         let path = archive.at(opened);
         let store = match archive.format {
-            ArchiveFormat::OciDir => {
-                Store::Dir(open_path(&path, Wanted::Directory).map_err(|error| failed(error.to_string()))?.into())
-            }
+            ArchiveFormat::OciDir => Store::Dir(open_path(&path, Wanted::Directory).map_err(unreadable)?.into()),
             ArchiveFormat::OciArchive | ArchiveFormat::DockerArchive => {
-                let file = open_path(&path, Wanted::File).map_err(|error| failed(error.to_string()))?;
+                let file = open_path(&path, Wanted::File).map_err(unreadable)?;
                 let entries = contents(&file).map_err(failed)?;
                 Store::Tar(file, entries)
             }
@@ -143,7 +142,7 @@ impl Layout {
             image: self.image.clone(),
             problem: format!("blob {digest}: {problem}"),
         };
-        let file = self.read(&name).map_err(|error| failed(error.to_string()))?;
+        let file = self.read(&name).map_err(|error| self.unreadable(digest, error))?;
         match size {
             Some(size) if size != file.limit() => {
                 Err(failed(format!("it has {} bytes, the manifest says {size}", file.limit())))
@@ -158,10 +157,11 @@ impl Layout {
     /// As `blob`; when it is larger than `limit`.
     pub fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, ImageError> {
         let blob = self.blob(digest, None)?;
-        whole(blob, limit).map_err(|error| ImageError::Archive {
-            image: self.image.clone(),
-            problem: format!("blob {digest}: {error}"),
-        })
+        whole(blob, limit).map_err(|error| self.unreadable(digest, error))
+    }
+
+    fn unreadable(&self, digest: &Digest, source: io::Error) -> ImageError {
+        ImageError::ArchiveBlob { image: self.image.clone(), digest: digest.clone(), source }
     }
 
     fn read(&self, name: &str) -> io::Result<io::Take<File>> {

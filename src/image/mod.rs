@@ -33,7 +33,12 @@ pub use reference::{Reference, ReferenceError, RegistryName};
 pub use store::{ImageStore, PullPolicy, PullRequest};
 pub use view::ViewProblem;
 
-use crate::{accounts::AccountsError, containerd::ContainerdError, ids::Digest};
+use crate::{
+    accounts::AccountsError,
+    containerd::ContainerdError,
+    failure::{self, Cause},
+    ids::Digest,
+};
 
 /// Why an image can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -195,6 +200,24 @@ pub enum ImageError {
         /// What is wrong.
         problem: String,
     },
+    /// Files that can't be opened.
+    #[error("image {image} can't be read")]
+    ArchiveFile {
+        /// As asked for.
+        image: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A blob in files that can't be read.
+    #[error("image {image} can't be read: blob {digest}")]
+    ArchiveBlob {
+        /// As asked for.
+        image: String,
+        /// Which.
+        digest: Digest,
+        /// Why.
+        source: io::Error,
+    },
     /// Not to be removed.
     #[error("image {image} is in use by a task")]
     InUse {
@@ -227,13 +250,20 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    /// Is another try likely to end better? Decides whether Nomad's restart policy may act.
-    pub fn is_transient(&self) -> bool {
+    /// What has to change before another attempt can succeed.
+    pub fn failure_cause(&self) -> Cause {
         match self {
-            Self::Unreachable { .. } | Self::Interrupted { .. } | Self::Timeout { .. } | Self::Record { .. } => true,
-            Self::Answer { status, .. } => *status == 429 || *status >= 500,
-            Self::Containerd(error) => error.is_transient(),
-            _ => false,
+            Self::Unreachable { .. }
+            | Self::Interrupted { .. }
+            | Self::Timeout { .. }
+            | Self::Record { .. }
+            | Self::Client { .. }
+            | Self::Layer { source: LayerProblem::Thread, .. } => Cause::Host,
+            Self::Answer { status, .. } if *status == 429 || *status >= 500 => Cause::Host,
+            Self::Containerd(error) => error.failure_cause(),
+            Self::Archive { problem, .. } => failure::of_message(problem).unwrap_or(Cause::Job),
+            // The image, or what the job says about it, unless the kernel failed on the way.
+            other => failure::of_error(other).unwrap_or(Cause::Job),
         }
     }
 }

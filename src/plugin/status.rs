@@ -65,7 +65,10 @@ mod tests {
     fn each_kind_of_error_has_its_code() {
         let id = || TaskId("a/b/1".to_owned());
         let gone = ShimError::Gone { call: "Create", detail: "x".to_owned() };
-        let refused = ShimError::Refused { call: "Create", code: 2, message: "exec: not found".to_owned() };
+        let refused =
+            ShimError::Refused { call: "Create", code: 2, message: "executable file `/x` not found".to_owned() };
+        let message = "runc did not terminate successfully: exit status 137".to_owned();
+        let killed = ShimError::Refused { call: "Create", code: 2, message };
         for (error, code, again) in [
             (TaskError::NotFound(id()), Code::NotFound, false),
             (TaskError::AlreadyStarted("x".to_owned()), Code::AlreadyExists, false),
@@ -73,6 +76,7 @@ mod tests {
             (TaskError::Signal("X".to_owned()), Code::InvalidArgument, false),
             (TaskError::Shim { doing: "create", source: gone }, Code::FailedPrecondition, true),
             (TaskError::Shim { doing: "create", source: refused }, Code::Unknown, false),
+            (TaskError::Shim { doing: "create", source: killed }, Code::FailedPrecondition, true),
             (TaskError::Held { path: "/x".into(), reason: "no".to_owned() }, Code::FailedPrecondition, true),
         ] {
             let status = of(&error);

@@ -150,13 +150,21 @@ impl Ceilings {
 
     /// The limits of a task whose job says nothing of them. Without these it would have this process's, which may be
     /// above the ceiling.
+    ///
+    /// The limit on descriptors is always among them under the driver's own name. A shim that was built by a Go before
+    /// 1.19.9 or 1.20.4 raises its own soft limit (src/os/rlimit.go) and hands it down to the runtime and the task.
     pub fn defaults(&self) -> Vec<Ulimit> {
         let own = self.host.as_ref().map(|host| &host.rlimits);
         let inherited = |name| own.and_then(|own| own.get(name)).copied().unwrap_or((0, 0));
         let lowered = ULIMITS.iter().filter_map(|(name, kind, _)| {
-            let ceiling = *self.ulimits.get(name)?;
             let (soft, hard) = inherited(name);
-            (ceiling <= hard).then(|| Ulimit { kind: *kind, soft: soft.min(ceiling), hard: ceiling })
+            match self.ulimits.get(name) {
+                Some(&ceiling) if ceiling <= hard => {
+                    Some(Ulimit { kind: *kind, soft: soft.min(ceiling), hard: ceiling })
+                }
+                _ if *name == "nofile" && self.own_limits && own.is_some() => Some(Ulimit { kind: *kind, soft, hard }),
+                _ => None,
+            }
         });
         lowered.collect()
     }
@@ -257,6 +265,13 @@ mod tests {
         assert_eq!(limits, [("nice", 0, 0), ("nofile", 1024, 2048), ("rtprio", 0, 0)]);
         let above = Ceilings::new(Flavor::DropIn, [("nofile", 8192)].into(), None).on_host(host());
         assert_eq!(above.defaults(), [], "nothing is raised");
+        let plain = Ceilings::new(Flavor::Secure, [].into(), None).on_host(host());
+        let limits: Vec<_> = plain.defaults().iter().map(|limit| (limit.name(), limit.soft, limit.hard)).collect();
+        assert_eq!(
+            limits,
+            [("nice", 0, 0), ("nofile", 1024, 4096), ("rtprio", 0, 0)],
+            "what the driver was started with"
+        );
     }
 
     #[test]

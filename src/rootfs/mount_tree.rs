@@ -154,8 +154,7 @@ fn resolve_targets(
         let mount = &mounts[number];
         let known: Vec<&Path> = order[..at].iter().map(|other| targets[*other].path()).collect();
         let is_mount = |path: &Path| base.iter().any(|base| base == path) || known.contains(&path);
-        let resolve =
-            |path: &Path| image_links::resolve(root, path, is_mount).map_err(|error| mount.refused(error.to_string()));
+        let resolve = |path: &Path| image_links::resolve(root, path, is_mount).map_err(|error| mount.unresolved(error));
         let target = mount.target.path();
         let found = match (&mount.content, target.parent(), target.file_name()) {
             // A file that every container has: docker puts its own in the place of whatever the image has there.

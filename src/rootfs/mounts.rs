@@ -17,7 +17,10 @@ use nix::{
 };
 
 use super::{RootfsError, target::MountTarget};
-use crate::ids::Flavor;
+use crate::{
+    failure::{self, Cause},
+    ids::Flavor,
+};
 
 /// One `mounts` block, its form checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +76,15 @@ impl TaskMount {
     /// The error of a mount that may not, or can't, go to its target.
     pub(super) fn refused(&self, problem: String) -> RootfsError {
         RootfsError::Target { option: self.option, target: self.target.to_string(), problem }
+    }
+
+    /// The error of a mount whose target could not be looked up in the image. A failure of the host keeps its errno, by
+    /// which it is told from a path that the image does not have.
+    pub(super) fn unresolved(&self, source: io::Error) -> RootfsError {
+        match failure::of_error(&source) {
+            Some(Cause::Host) => RootfsError::Mounting { option: self.option, target: self.target.to_string(), source },
+            _ => self.refused(source.to_string()),
+        }
     }
 }
 

@@ -17,7 +17,10 @@ use protobuf::{
 use tokio::sync::Semaphore;
 use ttrpc::{Error as TtrpcError, proto::Request};
 
-use super::{Purpose, RuntimeCalls, ShimError, UNIMPLEMENTED};
+use super::{
+    Purpose, RuntimeCalls, ShimError, UNIMPLEMENTED,
+    connection::{ConnectionState, Watched},
+};
 use crate::{
     pb::shim as wire,
     peer::Peers,
@@ -176,6 +179,7 @@ pub enum Kill {
 #[derive(Clone)]
 pub struct Client {
     inner: ttrpc::asynchronous::Client,
+    connection: ConnectionState,
     api: TaskApi,
     /// The library numbers a request and queues it in two steps; shims since 2.0 refuse one that overtakes another
     /// in between ("StreamID ... must increment"). Held while a call is polled, both steps are one.
@@ -195,19 +199,35 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// Connects to a shim's socket and finds out which service it serves, `hint` first. Answers within 10 s even if
-    /// the shim is still starting: the kernel takes the connection as soon as the socket listens.
+    /// Connects to a shim that has been running for a while, and finds out which service it serves, `hint` first.
     ///
     /// # Errors
-    /// When nobody answers, or neither service is there.
+    /// When it does not answer within 10 s, or neither service is there.
     pub async fn connect(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
+        Self::connect_within(QUICK, socket, hint).await
+    }
+
+    /// As `connect`, to a shim that is still starting, which may take as long as a start may: with 20 starts at once on two
+    /// slow processors, 12 shims needed more than 10 s. The kernel takes the connection as soon as the socket listens, and
+    /// a shim that dies meanwhile closes it, so that only one that hangs is waited for in vain. The number of shims that
+    /// start at once is not bounded instead: all of them would be up at the same time as before, and one that hangs would
+    /// keep others waiting.
+    ///
+    /// # Errors
+    /// When it does not answer within a minute, or neither service is there.
+    pub async fn connect_to_starting(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
+        Self::connect_within(CREATE, socket, hint).await
+    }
+
+    async fn connect_within(limit: Duration, socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
         let gone = |error: io::Error| ShimError::Gone { call: "Connect", detail: error.to_string() };
-        let stream = tokio::time::timeout(QUICK, tokio::net::UnixStream::connect(socket))
+        let stream = tokio::time::timeout(limit, tokio::net::UnixStream::connect(socket))
             .await
-            .map_err(|_| ShimError::Late { call: "Connect", after: QUICK })?
+            .map_err(|_| ShimError::Late { call: "Connect", after: limit })?
             .map_err(gone)?;
         // The listener is one that a plugin made, and its shim got.
         Peers::root().check(&stream).map_err(|error| gone(io::Error::other(error)))?;
+        let (stream, connection) = Watched::new(stream);
         let inner = ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
         let apis = match hint {
             Some(TaskApi::V2) => [TaskApi::V2, TaskApi::V3],
@@ -219,10 +239,10 @@ impl Client {
                 TaskApi::V2 => 1,
                 TaskApi::V3 => Semaphore::MAX_PERMITS,
             }));
-            let calls = RuntimeCalls::default();
-            let client = Self { inner: inner.clone(), api, order: order.clone(), creating, calls };
+            let (inner, connection, calls) = (inner.clone(), connection.clone(), RuntimeCalls::default());
+            let client = Self { inner, connection, api, order: order.clone(), creating, calls };
             let request = wire::ConnectRequest::new();
-            match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(QUICK)).await {
+            match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(limit)).await {
                 Ok(_) => return Ok(client),
                 Err(ShimError::Refused { code: UNIMPLEMENTED, .. }) => {}
                 Err(error) => return Err(error),
@@ -339,7 +359,7 @@ impl Client {
     pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request = wire::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         let _at_work = self.calls.begin(Purpose::Continue).await;
-        gone_is_fine(self.call::<_, wire::DeleteResponse>("Delete", &request, Some(DELETE)).await)
+        gone_is_fine(self.repeatable_call::<_, wire::DeleteResponse>("Delete", &request, DELETE).await)
     }
 
     /// Sets the size of an exec'd process's terminal.
@@ -401,7 +421,7 @@ impl Client {
     /// When it can't be asked; "not found" when the shim does not hold the container.
     pub async fn is_alive(&self, id: &str) -> Result<bool, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
-        let state: wire::StateResponse = self.call("State", &request, Some(QUICK)).await?;
+        let state: wire::StateResponse = self.repeatable_call("State", &request, QUICK).await?;
         Ok(state.status.enum_value() != Ok(wire::Status::STOPPED))
     }
 
@@ -414,6 +434,22 @@ impl Client {
         match self.call::<_, wire::Empty>("Shutdown", &request, Some(QUICK)).await {
             Ok(_) | Err(ShimError::Gone { .. }) => Ok(()),
             Err(error) => Err(error),
+        }
+    }
+
+    /// A call that does no harm when it is made twice, and is made again when its answer was not understood.
+    async fn repeatable_call<Q: Message, A: Message>(
+        &self,
+        call: &'static str,
+        request: &Q,
+        limit: Duration,
+    ) -> Result<A, ShimError> {
+        match self.call(call, request, Some(limit)).await {
+            Err(error @ ShimError::NotUnderstood { .. }) => {
+                tracing::warn!(%error, "asking the shim again");
+                self.call(call, request, Some(limit)).await
+            }
+            outcome => outcome,
         }
     }
 
@@ -454,10 +490,25 @@ impl Client {
                 let message = text::shown(&status.message, FOREIGN_MAX);
                 ShimError::Refused { call, code: status.code.value(), message }
             }
-            other => ShimError::Gone { call, detail: text::shown(&other.to_string(), FOREIGN_MAX) },
+            other => self.failure(call, &other),
         })?;
         A::parse_from_bytes(&answer.payload).map_err(|error| encoding(call, &error))
     }
+
+    /// The error of a call that the library gave up. It says `Others` both for an answer that it can't decode and for a
+    /// connection that had broken before the call (ttrpc-rust, src/asynchronous/client.rs), so the connection is asked.
+    fn failure(&self, call: &'static str, error: &TtrpcError) -> ShimError {
+        let detail = text::shown(&error.to_string(), FOREIGN_MAX);
+        match error {
+            TtrpcError::Others(_) if !self.connection.is_broken() => ShimError::NotUnderstood { call, detail },
+            _ => ShimError::Gone { call, detail },
+        }
+    }
+}
+
+/// A request that can't be encoded, or an answer that can't be decoded: neither says anything about the shim's life.
+fn encoding(call: &'static str, error: &protobuf::Error) -> ShimError {
+    ShimError::NotUnderstood { call, detail: error.to_string() }
 }
 
 /// What is not there (any more) needs nothing done to it.
@@ -470,8 +521,4 @@ fn gone_is_fine<T>(outcome: Result<T, ShimError>) -> Result<(), ShimError> {
 
 fn deadline_status() -> ttrpc::Status {
     ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "no answer")
-}
-
-fn encoding(call: &'static str, error: &protobuf::Error) -> ShimError {
-    ShimError::Gone { call, detail: format!("message not understood: {error}") }
 }

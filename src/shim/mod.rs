@@ -6,7 +6,10 @@
 mod calls;
 mod cleanup;
 mod client;
+mod connection;
 mod exec;
+#[cfg(test)]
+pub mod fake;
 mod found;
 mod launch;
 mod pid_files;
@@ -17,6 +20,8 @@ pub mod stdio;
 mod version;
 
 use std::{io, path::PathBuf, time::Duration};
+
+use crate::failure::{self, Cause};
 
 pub use calls::{Purpose, RuntimeCall, RuntimeCalls};
 pub use cleanup::{DeadTask, delete_dead, has_noted_exit};
@@ -60,6 +65,14 @@ pub enum ShimError {
         /// The transport's words.
         detail: String,
     },
+    /// An answer came that makes no sense. The shim lives, and so does what it holds.
+    #[error("shim: {call}: its answer was not understood ({detail})")]
+    NotUnderstood {
+        /// The call.
+        call: &'static str,
+        /// What is wrong with the answer.
+        detail: String,
+    },
     /// It did not answer in time.
     #[error("shim: {call}: no answer in {} s", after.as_secs())]
     Late {
@@ -83,6 +96,8 @@ pub enum ShimError {
     NoService(&'static str, &'static str),
 }
 
+/// gRPC's INVALID_ARGUMENT.
+const INVALID_ARGUMENT: i32 = 3;
 /// gRPC's NOT_FOUND.
 const NOT_FOUND: i32 = 5;
 /// gRPC's UNIMPLEMENTED.
@@ -94,8 +109,21 @@ impl ShimError {
         matches!(self, Self::Refused { code: NOT_FOUND, .. })
     }
 
-    /// Is it likely to go away by itself?
-    pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Gone { .. } | Self::Late { .. } | Self::File { .. })
+    /// What has to change before another attempt can succeed.
+    pub fn failure_cause(&self) -> Cause {
+        match self {
+            // A runtime is called with what the job wants, so its words say whose fault it is. Many failures of the host
+            // have words that nobody else uses: what is not known to be the job's fault is not told as that.
+            Self::Refused { code, message, .. } => failure::of_message(message).unwrap_or(match *code {
+                INVALID_ARGUMENT | UNIMPLEMENTED => Cause::Job,
+                _ => Cause::Host,
+            }),
+            Self::File { .. }
+            | Self::Spawn { .. }
+            | Self::Gone { .. }
+            | Self::NotUnderstood { .. }
+            | Self::Late { .. }
+            | Self::NoService(..) => Cause::Host,
+        }
     }
 }

@@ -28,8 +28,9 @@ use crate::{
 
 /// A kill takes 5 ms; a shim that has not done it by now hangs.
 const HUNG: Duration = Duration::from_secs(5);
-/// Between two questions to a shim that has answered nonsense.
+/// Between two questions to a shim whose answer was refused or not understood, at first and at most.
 const AGAIN: Duration = Duration::from_millis(200);
+const AGAIN_MAX: Duration = Duration::from_secs(10);
 
 /// A task that runs or has ended.
 pub struct Task {
@@ -196,6 +197,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
 
 /// Waits for the end of the container's process, or of its shim: nothing else ends the waiting.
 async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
+    let mut pause = AGAIN;
     loop {
         match client.wait(id).await {
             Ok(exit) => return Ok(exit),
@@ -203,8 +205,10 @@ async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
             // A shim that does not know the container can't tell of its end.
             Err(error) if error.is_not_found() => return Err(error),
             Err(error) => {
+                // The task runs on: an answer that was not understood says nothing about it.
                 tracing::warn!(container = id, %error, "a shim did not wait; asking again");
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AGAIN_MAX);
             }
         }
     }
@@ -241,4 +245,43 @@ fn ended_at(exit: &Exit) -> u64 {
         Some(seconds * 1000 + nanos / 1_000_000)
     });
     told.filter(|&at| at > 0).unwrap_or_else(|| millis(SystemTime::now()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shim::fake::{Answer, listen};
+
+    /// Answers that can't be decoded, in the transport's message and in the shim's, and a refusal: none says that the task has
+    /// ended. The last one is a `Response` with a `WaitResponse` whose exit status is 7.
+    #[tokio::test]
+    async fn a_task_outlives_answers_that_are_not_understood() {
+        const ANSWERS: [&[u8]; 4] =
+            [b"\xff\xff\xff\xff", b"\x12\x02\xff\xff", b"\x0a\x02\x08\x02", b"\x12\x02\x08\x07"];
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket =
+            listen(dir.path(), |_, before| ANSWERS.get(before).map_or(Answer::Close, |bytes| Answer::Bytes(bytes)));
+        let client = Client::connect(&socket, None).await.expect("connected");
+        // State is asked twice.
+        let error = client.is_alive("x").await.expect_err("not understood");
+        assert!(matches!(error, ShimError::NotUnderstood { .. }), "{error:?}");
+        let exit = wait_out(&client, "x").await.expect("asked again after the refusal");
+        assert_eq!(exit.code, 7);
+        for _ in 0..3 {
+            let error = wait_out(&client, "x").await.expect_err("the connection is closed");
+            assert!(matches!(error, ShimError::Gone { .. }), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn waiting_goes_on_after_an_answer_that_is_not_understood() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = listen(dir.path(), |_, before| match before {
+            0 => Answer::Bytes(b"\xff\xff\xff\xff"),
+            1 => Answer::Bytes(b"\x12\x02\xff\xff"),
+            _ => Answer::Bytes(b"\x12\x02\x08\x07"),
+        });
+        let client = Client::connect(&socket, None).await.expect("connected");
+        assert_eq!(wait_out(&client, "x").await.expect("an exit").code, 7);
+    }
 }

@@ -4,6 +4,7 @@ mod apparmor;
 mod engine;
 mod events;
 mod exec;
+mod failure;
 mod former;
 mod group;
 mod in_sandbox;
@@ -237,31 +238,6 @@ impl std::fmt::Display for SharedImageError {
 impl std::error::Error for SharedImageError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.0.source()
-    }
-}
-
-impl TaskError {
-    /// Is another try likely to end better? Decides whether Nomad's restart policy may act.
-    pub fn is_recoverable(&self) -> bool {
-        match self {
-            Self::Image(error) => error.0.is_transient(),
-            Self::Shim { source, .. } => source.is_transient(),
-            Self::Rootfs(error) => {
-                matches!(error, RootfsError::File { .. } | RootfsError::Mount { .. } | RootfsError::LayersGone { .. })
-            }
-            Self::AppArmor(error) => error.is_transient(),
-            Self::Cgroup(_)
-            | Self::Record(_)
-            | Self::Places(_)
-            | Self::Held { .. }
-            | Self::Lock { .. }
-            | Self::Busy(_)
-            | Self::Earlier { .. }
-            | Self::Former(_)
-            | Self::Worker(_) => true,
-            Self::Unkillable { .. } | Self::Hanging { .. } => true,
-            _ => false,
-        }
     }
 }
 

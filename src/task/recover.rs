@@ -23,7 +23,7 @@ use crate::{
     logs::Hold,
     places::names,
     process::ProcessId,
-    shim::{self, Found, stdio::HeldOpen},
+    shim::{self, Found, ShimError, stdio::HeldOpen},
 };
 
 impl Engine {
@@ -227,6 +227,11 @@ async fn how_it_is(shared: &super::shared::Shared, record: &Record, shim: &Found
         Found::Alive(shim) => match shim.client().is_alive(id).await {
             Ok(_) => Ok(None),
             Err(error) if error.is_not_found() => Err("its shim does not know it any more".to_owned()),
+            // The shim lives and has the container. Whether that still runs, the watch over its end finds out.
+            Err(error @ (ShimError::NotUnderstood { .. } | ShimError::Refused { .. })) => {
+                tracing::warn!(task = %record.task_id, %error, "its shim does not tell its state; taken over as running");
+                Ok(None)
+            }
             Err(error) => Err(format!("its shim can't be asked: {error}")),
         },
         Found::Hung(_) => Err("its shim does not answer".to_owned()),

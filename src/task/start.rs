@@ -240,7 +240,11 @@ async fn made(
 
     let step = Instant::now();
     let own_shim = plan.runtime.shim.as_ref().map(|shim| shim.program.as_path());
-    let reserved = shared.pool.reserve(&request.alloc_id, own_shim).await.map_err(no_shim)?;
+    // One that others will share is launched in here, which may take as long as a start.
+    let reserved = tokio::select! {
+        reserved = shared.pool.reserve(&request.alloc_id, own_shim) => reserved.map_err(no_shim)?,
+        () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
+    };
     phases.pooled = matches!(reserved, Reserved::Waiting(_));
     fault::point("start.shim");
     let mut record = match plan.record(shared, reserved.id()) {

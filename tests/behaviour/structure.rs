@@ -16,6 +16,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cgroup", &[]),
     ("containerd", &[]),
     ("host", &[]),
+    ("failure", &[]),
 ];
 
 const LEAVES: &[&str] = &[
@@ -25,6 +26,7 @@ const LEAVES: &[&str] = &[
     "cookie",
     "duration",
     "elf",
+    "failure",
     "fault",
     "fifo",
     "ids",
@@ -101,6 +103,30 @@ fn files(directory: &Path) -> Vec<std::path::PathBuf> {
 fn the_list_of_uses_is_read_right() {
     let text = "use crate::{\n    a::{b, c},\n    d,\n};\nuse crate::e::f;\nlet x = crate::g(1);";
     assert_eq!(uses(text), ["a", "d", "e", "g"]);
+}
+
+/// What may be executed in another way than by `process::command`, and why the limit on descriptors is right there.
+const OWN_COMMANDS: &[(&str, &str)] = &[
+    ("process.rs", "makes the command"),
+    ("bench/", "of the command line, which does not raise its limit"),
+    ("cli/", "the command line does not raise its limit"),
+    ("fault.rs", "a switch for tests"),
+];
+
+/// What the plugin executes gets the limit on descriptors back that the plugin was started with.
+#[test]
+fn programs_are_executed_with_the_original_limit() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut wrong = Vec::new();
+    for file in files(&source) {
+        let name = file.strip_prefix(&source).unwrap().to_str().unwrap().to_owned();
+        let text = fs::read_to_string(&file).unwrap();
+        let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        if text.contains("Command::new(") && !OWN_COMMANDS.iter().any(|(known, _)| name.starts_with(known)) {
+            wrong.push(name);
+        }
+    }
+    assert!(wrong.is_empty(), "use crate::process::command in {wrong:?}");
 }
 
 /// A release build has no switch that leaves out a step.

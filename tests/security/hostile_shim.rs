@@ -37,8 +37,8 @@ const LIES: [&str; 18] = [
     "create-nonsense",
     "create-text",
 ];
-/// The time in which a shim has to answer its first call is 10 s.
-const IN_TIME: Duration = Duration::from_secs(15);
+/// The time in which a shim that has just been started has to answer its first call is 60 s.
+const IN_TIME: Duration = Duration::from_secs(75);
 /// What all lies together may take of memory: a frame has at most 4 MiB, and of what a program prints little is kept.
 const GROWTH: u64 = 48 << 20;
 /// What a shim says goes into a line of the log.

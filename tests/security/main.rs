@@ -25,6 +25,7 @@ mod decoy;
 mod directories;
 mod documents_held;
 mod false_containerd;
+mod garbling_shim;
 mod hostile_containerd;
 mod hostile_shim;
 mod hung_volume;

@@ -1,0 +1,178 @@
+//! Which errors of a task Nomad may answer with another attempt.
+//!
+//! The restart policy of a job is applied to recoverable errors only; an unrecoverable one ends the task for good. So an
+//! error is unrecoverable only if the job itself has to change: an error that nobody has classified is the host's.
+
+use std::error::Error;
+
+use super::{RuntimeError, TaskError};
+use crate::{
+    failure::{self, Cause},
+    fault,
+    rootfs::RootfsError,
+    shim::stdio::StdioError,
+};
+
+impl TaskError {
+    /// May another attempt succeed although the job does not change? Nomad's restart policy is applied only then.
+    pub fn is_recoverable(&self) -> bool {
+        self.failure_cause() == Cause::Host && !fault::skipped("recoverable")
+    }
+
+    fn failure_cause(&self) -> Cause {
+        match self {
+            Self::Image(error) => error.0.failure_cause(),
+            Self::Shim { source, .. } => source.failure_cause(),
+            Self::Rootfs(error) => rootfs(error),
+            Self::AppArmor(error) if error.is_transient() => Cause::Host,
+            // The sentence says what is wrong with a job's or an operator's setting, unless the kernel failed.
+            Self::AppArmor(error) => errno_or(error, Cause::Job),
+            Self::Runtime(error) => runtime(error),
+            Self::Stdio(error) => stdio(error),
+            Self::Group(error) => errno_or(error, Cause::Job),
+            // Files, processes and connections of the driver itself: a job has no part in them.
+            Self::Log(_)
+            | Self::LogWriter(_)
+            | Self::Cgroup(_)
+            | Self::Record(_)
+            | Self::Places(_)
+            | Self::Held { .. }
+            | Self::Lock { .. }
+            | Self::Worker(_)
+            | Self::Hanging { .. } => Cause::Host,
+            // Remains of an earlier attempt.
+            Self::Busy(_) | Self::Earlier { .. } | Self::Former(_) | Self::Unkillable { .. } => Cause::Host,
+            // What was asked for can't be done, however often it is asked. Exec sessions are not restarted by anybody.
+            Self::AlreadyStarted(_)
+            | Self::NotFound(_)
+            | Self::StillRunning(_)
+            | Self::Signal(_)
+            | Self::Reference(_)
+            | Self::NotInSandbox { .. }
+            | Self::Unrecoverable { .. }
+            | Self::Exec(_)
+            | Self::Stopped(_)
+            | Self::Ended(_) => Cause::Job,
+        }
+    }
+}
+
+/// By the errno of an error, where it has one that is known.
+fn errno_or(error: &(dyn Error + 'static), otherwise: Cause) -> Cause {
+    failure::of_error(error).unwrap_or(otherwise)
+}
+
+fn rootfs(error: &RootfsError) -> Cause {
+    match error {
+        // The driver's own files and mounts, Nomad's directories, and containerd's layers.
+        RootfsError::File { .. }
+        | RootfsError::Mount { .. }
+        | RootfsError::LayersGone { .. }
+        | RootfsError::AllocDir { .. } => Cause::Host,
+        // Names and paths of the job and its image.
+        other => errno_or(other, Cause::Job),
+    }
+}
+
+fn runtime(error: &RuntimeError) -> Cause {
+    match error {
+        RuntimeError::Wrapper { .. } | RuntimeError::Delete { .. } => Cause::Host,
+        // What the probe of a runtime has found; a runtime is also broken while its host is.
+        RuntimeError::Broken { problem, .. } => failure::of_message(problem).unwrap_or(Cause::Host),
+        RuntimeError::Unknown { .. }
+        | RuntimeError::NotAllowed { .. }
+        | RuntimeError::Missing { .. }
+        | RuntimeError::Unfiltered(_)
+        | RuntimeError::None => Cause::Job,
+    }
+}
+
+fn stdio(error: &StdioError) -> Cause {
+    match error {
+        // Nomad makes the FIFOs, and makes them anew for each attempt. A link in their place is the task's.
+        StdioError::Open { .. } => errno_or(error, Cause::Host),
+        StdioError::NotFifo { .. } => Cause::Job,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ids::Digest,
+        image::{ImageError, LayerProblem},
+        shim::ShimError,
+        task::{GroupError, SharedImageError},
+    };
+    use std::{io, sync::Arc};
+
+    fn kernel(errno: i32) -> io::Error {
+        io::Error::from_raw_os_error(errno)
+    }
+
+    /// One error of each step of a start: each tells of the host's state by its errno, and of the job otherwise.
+    #[test]
+    fn passing_failures_are_recoverable_in_every_step() {
+        let layer = |errno| ImageError::Layer {
+            image: "x".to_owned(),
+            digest: Digest::of(b"x"),
+            source: LayerProblem::Unreadable { source: kernel(errno) },
+        };
+        for errno in [libc::ENOSPC, libc::EDQUOT, libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EAGAIN, libc::EBUSY] {
+            for error in [
+                TaskError::Image(SharedImageError(Arc::new(layer(errno)))),
+                RootfsError::Source { source_path: "x".to_owned(), source: kernel(errno) }.into(),
+                RootfsError::Mounting { option: "mounts", target: "/x".to_owned(), source: kernel(errno) }.into(),
+                RootfsError::AllocDir { path: "/x".into(), source: kernel(errno) }.into(),
+                RootfsError::File { doing: "write", path: "/x".into(), source: kernel(errno) }.into(),
+                RootfsError::Gateway { name: "x".to_owned(), source: kernel(errno) }.into(),
+                StdioError::Open { path: "/x".into(), source: kernel(errno) }.into(),
+                TaskError::LogWriter(kernel(errno)),
+                GroupError::Addresses { namespace: "/x".into(), source: kernel(errno) }.into(),
+                RuntimeError::Wrapper { name: "x".to_owned(), source: kernel(errno) }.into(),
+                shim(ShimError::Spawn { binary: "/x".into(), source: kernel(errno) }),
+                RuntimeError::Broken { name: "x".to_owned(), problem: kernel(errno).to_string() }.into(),
+            ] {
+                assert!(error.is_recoverable(), "{}", crate::chain(&error));
+            }
+        }
+    }
+
+    #[test]
+    fn faults_of_a_job_are_not_recoverable() {
+        for error in [
+            RootfsError::Source { source_path: "x".to_owned(), source: kernel(libc::ENOENT) }.into(),
+            RootfsError::Mounting { option: "mounts", target: "/x".to_owned(), source: kernel(libc::EINVAL) }.into(),
+            RootfsError::NoCommand.into(),
+            StdioError::NotFifo { path: "/x".into(), kind: "a symbolic link" }.into(),
+            RuntimeError::None.into(),
+            shim(refused(2, "OCI runtime create failed: executable file `/x` not found: No such file or directory")),
+            shim(refused(3, "invalid")),
+        ] {
+            let error: TaskError = error;
+            assert!(!error.is_recoverable(), "{}", crate::chain(&error));
+        }
+    }
+
+    #[test]
+    fn what_a_runtime_says_is_the_hosts_fault_unless_it_says_otherwise() {
+        for text in [
+            "OCI runtime create failed: /usr/sbin/runc did not terminate successfully: exit status 137: unknown",
+            "OCI runtime create failed: write to seccomp fd: unknown",
+            "OCI runtime create failed: runc create failed: unable to store init state: %!w(<nil>): unknown",
+            "failed to delete task: cannot open directory '/run/x': No such file or directory",
+        ] {
+            assert!(shim(refused(2, text)).is_recoverable(), "{text}");
+        }
+        // A failure of the host keeps its class, whatever the gRPC code.
+        assert!(shim(refused(3, "mkdir /x: no space left on device")).is_recoverable());
+    }
+
+    fn refused(code: i32, message: &str) -> ShimError {
+        ShimError::Refused { call: "Create", code, message: message.to_owned() }
+    }
+
+    fn shim(source: ShimError) -> TaskError {
+        TaskError::Shim { doing: "create the container", source }
+    }
+}
