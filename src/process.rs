@@ -1,10 +1,15 @@
 //! Processes, named so that a reused pid deceives nobody: by pid and start time on disk, by pidfd while we live.
 
 use std::{
+    ffi::OsStr,
     fs, io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Output, Stdio},
+    ptr,
     sync::OnceLock,
 };
 
@@ -72,6 +77,64 @@ pub fn start_anew(first: libc::c_uint) -> io::Result<()> {
         libc::close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
     }
     Ok(())
+}
+
+/// A program that starts with default signal dispositions and no signal blocked, whatever this process was started with.
+///
+/// All that this driver executes is started by this or [`async_command`], because ignored and blocked signals outlive
+/// execve(2): through a shim and a runtime they would reach tasks. An agent that was started by `nohup` ignores SIGHUP, a
+/// script's `&` leaves SIGINT ignored, and glibc's posix_spawn(3), which std prefers where it can, leaves signal 32 ignored
+/// in every child (glibc sysdeps/unix/sysv/linux/spawni.c, `__spawni_child`).
+pub fn command(program: impl AsRef<OsStr>) -> std::process::Command {
+    let mut command = std::process::Command::new(program);
+    // SAFETY: between fork and exec only system calls are made, and no memory of ours is touched.
+    unsafe {
+        command.pre_exec(|| {
+            reset_signals();
+            Ok(())
+        });
+    }
+    command
+}
+
+/// The same as [`command`], to be waited for without blocking.
+pub fn async_command(program: impl AsRef<OsStr>) -> tokio::process::Command {
+    command(program).into()
+}
+
+/// Gives a process that is about to be exec'ed the default dispositions of all signals and an empty mask. Safe between
+/// fork and exec.
+fn reset_signals() {
+    /// At least as large as the kernel's `struct sigaction` of any architecture; all zeros are SIG_DFL without flags.
+    const DEFAULT: [u64; 8] = [0; 8];
+    /// Of the kernel's own signal set, which has 64 bits (rt_sigaction(2)).
+    const SET_SIZE: usize = size_of::<u64>();
+    const LAST_SIGNAL: libc::c_int = 64;
+    for number in 1..=LAST_SIGNAL {
+        // The C library's functions refuse 32 and 33, which it uses itself. SIGKILL and SIGSTOP are refused by the kernel,
+        // and always have their defaults.
+        // SAFETY: the kernel reads a struct that lives until the call returns, and writes nothing.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, number, DEFAULT.as_ptr(), ptr::null_mut::<u64>(), SET_SIZE);
+        }
+    }
+    unblock_signals();
+}
+
+/// Blocks no signal in this thread and those that it starts. One that the parent had blocked would never arrive here, such
+/// as the SIGTERM by which an agent's service is stopped.
+pub fn unblock_signals() {
+    let none: u64 = 0;
+    // SAFETY: the kernel reads 8 bytes that live until the call returns, and writes nothing.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            ptr::from_ref(&none),
+            ptr::null_mut::<u64>(),
+            size_of::<u64>(),
+        );
+    }
 }
 
 /// Moves a process of ours that is to outlive us out of the agent's cgroup, so that stopping the agent's service does not

@@ -13,6 +13,7 @@ use super::{
 use crate::{
     cgroup::{CgroupMode, Cgroups},
     containerd::Client,
+    process::async_command,
     task::{
         APPARMOR_PREFIX, AppArmorHost, AppArmorSupport, FilterForm, PARSER_PACKAGE, crun_works, runsc_works, which,
     },
@@ -238,7 +239,7 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
 
 /// The first version-like word that a program says of itself.
 async fn version(program: &Path, flag: &str) -> String {
-    let output = tokio::process::Command::new(program).arg(flag).output().await;
+    let output = async_command(program).arg(flag).output().await;
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     let looks = |word: &&str| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.');
     text.split_whitespace().map(|word| word.trim_start_matches('v')).find(looks).unwrap_or_default().to_owned()

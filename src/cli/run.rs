@@ -306,8 +306,8 @@ impl Session<'_> {
             say(&format!("nomad-driver-shim: {}", answer.err));
         }
         let result = answer.result.unwrap_or_default();
-        if result.oom_killed {
-            say("nomad-driver-shim: the kernel's OOM killer struck");
+        if result.oom_killed && answer.err.is_empty() {
+            say("nomad-driver-shim: a process of the task was OOM Killed; the task itself succeeded");
         }
         Ok(u8::try_from(result.exit_code).unwrap_or(super::OURS))
     }

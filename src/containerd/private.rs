@@ -8,7 +8,7 @@ use std::{
     io,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
     time::Duration,
 };
 
@@ -19,7 +19,10 @@ use nix::{
 };
 
 use super::{Client, ContainerdError};
-use crate::places::{create_private, make_dir, open_lock, write_private};
+use crate::{
+    places::{create_private, make_dir, open_lock, write_private},
+    process::command,
+};
 
 /// Bolt and the plugins are up in well under a second; a cold disk takes longer.
 const START: Duration = Duration::from_secs(30);
@@ -148,7 +151,7 @@ async fn start(root: &Path, run: &Path) -> Result<(), PrivateError> {
     let log = create_private(&log_path).map_err(file(&log_path))?;
     let program = "containerd";
     // Its own process group: Ctrl-C at the terminal is for the command, which ends the daemon itself when it leaves.
-    let mut child = Command::new(program)
+    let mut child = command(program)
         .arg("--config")
         .arg(&config)
         .stdin(Stdio::null())

@@ -19,7 +19,10 @@ use nix::{
     unistd::{ForkResult, Pid, fork, pipe, setsid},
 };
 
-use crate::privileges::{Calls, confine};
+use crate::{
+    privileges::{Calls, confine},
+    process,
+};
 
 /// The command of ours that wrappers call: `runsc-keeper RUNSC [FLAG...] -- [WORD...]`, the words being what the shim has
 /// called its runsc with.
@@ -96,7 +99,7 @@ pub fn main(arguments: &[String]) -> ExitCode {
     let (runsc, words) = (&arguments[..at], &arguments[at + 1..]);
     let Some((program, flags)) = runsc.split_first() else { return refused("runsc is missing") };
     let real = || {
-        let mut command = Command::new(program);
+        let mut command = process::command(program);
         command.args(flags).args(words);
         command
     };

@@ -41,6 +41,7 @@ use crate::{
         rpc,
         structs::RecoverableError,
     },
+    process::async_command,
 };
 
 /// Nomad's own limit on the handshake line.
@@ -151,7 +152,7 @@ impl Plugin {
     pub async fn launch(launch: &Launch) -> Result<Self, HostError> {
         let program = launch.program.clone();
         let identity = if launch.tls { Some(tls::Identity::new()?) } else { None };
-        let mut command = tokio::process::Command::new(&program);
+        let mut command = async_command(&program);
         command
             .args(&launch.args)
             .env(MAGIC_COOKIE_KEY, MAGIC_COOKIE)

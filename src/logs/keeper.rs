@@ -7,7 +7,7 @@ use std::{
     io::{self, Read as _, Write as _},
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
     thread,
     time::{Duration, Instant},
 };
@@ -21,7 +21,7 @@ use super::{
     Hold, tasks,
     watch::{Change, Watch},
 };
-use crate::process::{PidFd, ProcessId};
+use crate::process::{self, PidFd, ProcessId};
 
 /// Held by the one keeper; its pid and start time are in it.
 const LOCK: &str = ".keeper.lock";
@@ -75,7 +75,7 @@ fn restart(logs: &Path) {
     loop {
         let began = Instant::now();
         // By what we are, not by our name: the file may have been replaced.
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = process::command("/proc/self/exe");
         command.arg0("nomad-driver-shim").args([COMMAND, WRITER]).arg(logs).stdin(Stdio::null());
         match command.spawn().and_then(|mut child| child.wait()) {
             Ok(status) if status.success() => return,

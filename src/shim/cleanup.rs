@@ -8,7 +8,7 @@ use super::{Exit, Launcher, ShimError};
 use crate::{
     pb::shim as wire,
     places::write_private,
-    process::bounded_output,
+    process::{async_command, bounded_output},
     text::{self, FOREIGN_MAX},
 };
 
@@ -69,7 +69,7 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     }
     let noted = has_noted_exit(task.bundle);
     let failed = |source| ShimError::Spawn { binary: program.to_owned(), source };
-    let mut command = tokio::process::Command::new(program);
+    let mut command = async_command(program);
     command
         .args(["-namespace", task.namespace, "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
         .arg(task.bundle)

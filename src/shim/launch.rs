@@ -30,7 +30,7 @@ use super::{
 use crate::{
     ids::random_hex,
     places::{Places, create_private, make_dir, write_private},
-    process::{PidFd, ProcessId, boot_id, set_apart, start_anew},
+    process::{PidFd, ProcessId, async_command, boot_id, set_apart, start_anew},
 };
 
 /// A shim that was asked to end does so in about 2 ms.
@@ -315,7 +315,7 @@ impl Launcher {
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
         // A plain file: a FIFO would need a reader for the shim's whole life. The shim opens it by this name itself.
         let log_file = create_private(&log).map_err(failed("create", &log))?;
-        let mut command = tokio::process::Command::new(binary);
+        let mut command = async_command(binary);
         command
             .args(["-namespace", &self.namespace, "-id", id, "-address"])
             .arg(self.places.run())

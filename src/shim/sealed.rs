@@ -14,7 +14,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::stamp::Stamp;
+use crate::{process::command, stamp::Stamp};
 
 /// Where a shim has it: behind its listener.
 pub(super) const DESCRIPTOR: i32 = 4;
@@ -74,7 +74,7 @@ impl Sealed {
         }
         let sealed = Self { fd: copy.into(), path: path.to_owned(), stamp: Stamp::of(&metadata) };
         let name = format!("/proc/{}/fd/{}", std::process::id(), sealed.fd.as_raw_fd());
-        let mut probe = std::process::Command::new(name);
+        let mut probe = command(name);
         let status =
             probe.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
         if status.success() { Ok(sealed) } else { Err(io::Error::other(format!("its copy ends with {status}"))) }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use crate::process::bounded_output;
+use crate::process::{async_command, bounded_output};
 
 /// Before it, shims hold one lock over Create: who shares one starts one task at a time (containerd's release notes).
 const PARALLEL: [u32; 3] = [2, 3, 2];
@@ -11,7 +11,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Says so when tasks that are to share a shim would queue at it.
 pub(super) async fn warn_of_queues(binary: &Path) {
-    let mut command = tokio::process::Command::new(binary);
+    let mut command = async_command(binary);
     command.arg("-v").stdin(Stdio::null()).kill_on_drop(true);
     let Ok(Ok(output)) = tokio::time::timeout(LIMIT, bounded_output(&mut command)).await else { return };
     let text = String::from_utf8_lossy(&output.stdout);

@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::Record;
-use crate::{gvisor, ids::ContainerId, places::Places};
+use crate::{gvisor, ids::ContainerId, places::Places, process::async_command};
 
 /// runsc takes 20 ms to ask a sandbox something.
 const ASK: Duration = Duration::from_secs(10);
@@ -66,7 +66,7 @@ impl InSandbox {
     /// What it says; None when it fails, as for a sandbox that has ended.
     async fn runsc(&self, words: &[&str]) -> Option<String> {
         let program = fs::read_to_string(&self.program).ok()?;
-        let mut command = tokio::process::Command::new(Path::new(program.trim()));
+        let mut command = async_command(Path::new(program.trim()));
         command.arg("--root").arg(&self.root).args(words).stdin(Stdio::null()).kill_on_drop(true);
         let output = tokio::time::timeout(ASK, command.output()).await.ok()?;
         let output = output.inspect_err(|error| tracing::warn!(%error, program, "call runsc")).ok()?;

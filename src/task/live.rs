@@ -163,7 +163,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
     let outcome = wait_out(client, id).await;
     fault::point("exit.seen");
     // Before the cgroup goes: it is all that remembers.
-    let oom_killed = shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0);
+    let oom_killed = has_oom_kill(&shared, &record);
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
         Err(error) => after_shim_death(&shared, &task, &record, error).await,
@@ -192,6 +192,11 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
             tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
         }
     }
+}
+
+/// Has the kernel's OOM killer ended a process of this task? Its cgroup remembers, and the runtime's `delete` removes that.
+pub(super) fn has_oom_kill(shared: &Shared, record: &Record) -> bool {
+    shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0)
 }
 
 /// Waits for the end of the container's process, or of its shim: nothing else ends the waiting.

@@ -15,7 +15,7 @@ use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
     places::{Places, PlacesError, create_private, make_dir},
-    process::{PidFd, set_apart, start_anew},
+    process::{PidFd, async_command, set_apart, start_anew},
     shim::stdio::Stdio,
 };
 
@@ -115,7 +115,7 @@ impl LogKeeper {
         // Of the one before.
         let _ = std::fs::remove_file(logs.join(".said"));
         let said = create_private(&logs.join(".said"))?;
-        let mut command = tokio::process::Command::new("/proc/self/exe");
+        let mut command = async_command("/proc/self/exe");
         command.arg0("nomad-driver-shim").args(logs::arguments(&logs)).env_clear().stdin(ChildStdio::piped());
         command.stdout(ChildStdio::null()).stderr(said).kill_on_drop(false);
         // SAFETY: only async-signal-safe calls between fork and exec, and no memory of ours is touched.

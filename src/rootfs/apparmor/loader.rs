@@ -21,6 +21,7 @@ use futures_util::{
 use tokio::io::AsyncWriteExt as _;
 
 use super::{AppArmorError, Host, OwnProfile, ProfileName, Support};
+use crate::process::async_command;
 
 /// The parser needs a few milliseconds for this profile. If it takes this long, it hangs.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -157,7 +158,7 @@ impl Inner {
 /// Runs the parser. `-r` replaces a profile of the same name. `-K` bypasses the distribution's cache, which may be on a
 /// read-only file system.
 async fn parse(parser: &Path, text: &str) -> Result<(), String> {
-    let mut command = tokio::process::Command::new(parser);
+    let mut command = async_command(parser);
     command.arg("-Kr").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     // The agent's environment may hold secrets, and the parser needs none of it.
     command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));

@@ -5,6 +5,7 @@ use std::{fs, path::Path, process::Stdio, time::Duration};
 use super::probe_spec;
 use crate::{
     ids::random_hex,
+    process::async_command,
     rootfs::seccomp::{self, Form},
 };
 
@@ -66,7 +67,7 @@ async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<boo
     fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
     let root = bundle.join("state");
     let run = |arguments: &[&str]| {
-        let mut command = tokio::process::Command::new(binary);
+        let mut command = async_command(binary);
         command.arg("--root").arg(&root).args(arguments).current_dir(bundle).stdin(Stdio::null()).kill_on_drop(true);
         tokio::time::timeout(PROBE, command.env("LC_ALL", "C").output())
     };

@@ -21,7 +21,7 @@ use crate::{
     gvisor::{Caller, GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
     ids::{Digest, random_hex},
     places::{Places, make_dir, write_whole},
-    process::{PidFd, boot_id, descendants},
+    process::{PidFd, async_command, boot_id, descendants},
     rootfs::NetworkNamespace,
 };
 
@@ -197,7 +197,7 @@ impl Gvisor {
         write_whole(&bundle.join("rootfs/probe"), &elf::exits_with(TELLTALE), 0o755).map_err(text)?;
         let spec = probe_spec(id, "/probe", &["pid", "mount", "ipc", "uts", "network"]);
         fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
-        let mut command = tokio::process::Command::new(binary);
+        let mut command = async_command(binary);
         command
             .args(self.settings.flags(&probed.platform, Network::None, self.shared_root(probed).as_deref()))
             .arg("--root")
@@ -284,7 +284,7 @@ pub async fn runsc_works(binary: &Path) -> Result<Probed, String> {
 }
 
 async fn ask(binary: &Path, word: &str) -> Result<String, String> {
-    let mut command = tokio::process::Command::new(binary);
+    let mut command = async_command(binary);
     command.arg(word).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(ASK, command.output()).await;
     let output = output.map_err(|_| format!("{word}: it hangs"))?.map_err(|error| format!("{word}: {error}"))?;

@@ -23,7 +23,7 @@ use crate::{
     gvisor::{Caller, Network, Probed},
     ids::ContainerId,
     places::Places,
-    process::{bounded_output, which},
+    process::{async_command, bounded_output, which},
     rootfs::{Hooks, NetworkNamespace, seccomp::Form},
     stamp::Stamp,
 };
@@ -348,7 +348,7 @@ impl Runtimes {
     pub async fn delete(&self, runtime: &str, root: &Path, id: &ContainerId) -> Result<(), RuntimeError> {
         let failed = |problem: String| RuntimeError::Delete { name: runtime.to_owned(), problem };
         let binary = self.binary(runtime).ok_or_else(|| failed("it is not installed".to_owned()))?;
-        let mut command = tokio::process::Command::new(binary);
+        let mut command = async_command(binary);
         command.arg("--root").arg(root).args(["delete", "--force", id.as_str()]);
         command.stdin(Stdio::null()).kill_on_drop(true);
         let output = tokio::time::timeout(DELETE, bounded_output(&mut command)).await;
