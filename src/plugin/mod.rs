@@ -17,6 +17,7 @@ mod presence;
 mod propagation;
 mod schema;
 mod service;
+mod sockets;
 mod stats;
 mod status;
 mod texts;

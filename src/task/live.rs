@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -41,14 +41,38 @@ pub struct Task {
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) exit: watch::Sender<Option<ExitRecord>>,
-    /// Has Nomad named it to this very process?
-    claimed: AtomicBool,
+    /// Who has it, as far as this very process knows.
+    holder: Mutex<Holder>,
+    /// Was it said that nobody asks for it?
+    warned: AtomicBool,
     /// Why nothing can be told of how it ended, when nothing can.
     pub(super) lost: Option<String>,
     /// Held, so that nobody collects it.
     _image: Option<Arc<ImageRecord>>,
     /// Held, so that what it has written outlives the log writer.
     _log: Hold,
+}
+
+/// Who has a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    /// No agent has asked this process for it.
+    Nobody,
+    /// An agent has.
+    Agent,
+    /// It is being removed, since no agent had asked for it.
+    Reaper,
+}
+
+/// What an agent that asks for a task is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// It has it from now on.
+    First,
+    /// It had it already.
+    Again,
+    /// It comes too late: the task is being removed.
+    Refused,
 }
 
 /// What a `Task` is made of.
@@ -78,7 +102,8 @@ impl Task {
             run,
             phases,
             exit: watch::Sender::new(exit),
-            claimed: AtomicBool::new(claimed),
+            holder: Mutex::new(if claimed { Holder::Agent } else { Holder::Nobody }),
+            warned: AtomicBool::new(false),
             lost,
             _image: image,
             _log: log,
@@ -97,13 +122,45 @@ impl Task {
         self.exit.borrow().is_some()
     }
 
-    /// Nomad has named it: true when it does so for the first time.
-    pub(super) fn claim(&self) -> bool {
-        !self.claimed.swap(true, Ordering::SeqCst)
+    /// An agent asks for it.
+    pub(super) fn claim(&self) -> Claim {
+        let mut holder = self.holder();
+        match *holder {
+            Holder::Nobody => {
+                *holder = Holder::Agent;
+                Claim::First
+            }
+            Holder::Agent => Claim::Again,
+            Holder::Reaper => Claim::Refused,
+        }
+    }
+
+    /// The reaper is about to remove it: true when no agent has asked for it, and none can have it any more.
+    pub(super) fn claim_for_reaper(&self) -> bool {
+        let mut holder = self.holder();
+        let is_free = *holder == Holder::Nobody;
+        if is_free {
+            *holder = Holder::Reaper;
+        }
+        is_free
+    }
+
+    /// The reaper could not remove it.
+    pub(super) fn release_by_reaper(&self) {
+        *self.holder() = Holder::Nobody;
     }
 
     pub(super) fn is_claimed(&self) -> bool {
-        self.claimed.load(Ordering::SeqCst)
+        *self.holder() != Holder::Nobody
+    }
+
+    /// Is it to be said for the first time that nobody asks for it?
+    pub(super) fn is_first_warning(&self) -> bool {
+        !self.warned.swap(true, Ordering::SeqCst)
+    }
+
+    fn holder(&self) -> MutexGuard<'_, Holder> {
+        self.holder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn started_at(&self) -> SystemTime {

@@ -17,6 +17,7 @@ mod mounts;
 mod names;
 mod off_workers;
 mod open;
+mod orphans;
 mod plan;
 mod predecessors;
 mod record;
@@ -44,11 +45,14 @@ pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, 
 pub use former::{FORMER_VERSION, FormerTask};
 pub use group::{GroupError, Membership, Stack};
 pub use meter::TaskMeter;
+pub use orphans::Orphans;
 use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use request::{JobLimits, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
-pub use runtime::{OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works, runsc_works};
+pub use runtime::{
+    OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works, remove_probe, runsc_works, stale_probes,
+};
 pub use settings::{
     Compute, ContainerdSettings, MetricsAddress, RuntimeSettings, SeccompDefault, SecuritySettings, Settings,
     ShimSettings, matches_any,

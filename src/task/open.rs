@@ -1,7 +1,7 @@
 //! Opening an engine: what it works with is made, and what an earlier instance of us has left is sorted out.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
     time::Instant,
 };
 
@@ -44,7 +44,6 @@ impl Engine {
         let cgroups = Cgroups::detect()?;
         let group = cgroups.own_group()?;
         let log_keeper = LogKeeper::new(places.clone(), group.clone());
-        super::runtime::clear_probes(places.run(), &cgroups);
         let runtimes = Runtimes::find(&settings, &cgroups).await;
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
@@ -113,6 +112,7 @@ impl Engine {
             held: Mutex::default(),
             former: Mutex::default(),
             opened: Instant::now(),
+            attended: OnceLock::new(),
             _lock: lock,
         }));
         let whole = engine.sort_out(records);

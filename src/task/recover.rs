@@ -13,7 +13,7 @@ use super::{
     Engine, ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
     engine::Slot,
     exec,
-    live::{Parts, Task, has_oom_kill, watch_exit},
+    live::{Claim, Parts, Task, has_oom_kill, watch_exit},
     record::{Records, RunRecord, millis},
     shared::Hands,
     undo::find_shim,
@@ -213,8 +213,12 @@ impl Engine {
         if let Some(problem) = &task.lost {
             return Err(unrecoverable(problem));
         }
-        if task.claim() {
-            tracing::info!(task = %id, "recovered");
+        match task.claim() {
+            Claim::First => tracing::info!(task = %id, "recovered"),
+            Claim::Again => {}
+            Claim::Refused => {
+                return Err(unrecoverable("no agent had asked for it within state.grace, and it is being removed"));
+            }
         }
         Ok(())
     }
