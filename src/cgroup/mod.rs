@@ -193,9 +193,9 @@ impl Cgroups {
         names.filter(|name| name.starts_with(prefix)).collect()
     }
 
-    /// Has this group, in every hierarchy, no process that we can see?
-    pub fn is_empty(&self, group: &CgroupPath) -> bool {
-        self.hierarchies.iter().all(|hierarchy| members(&group.below(hierarchy)).is_empty())
+    /// The processes of a group in any hierarchy, as far as we can see them.
+    pub fn processes(&self, group: &CgroupPath) -> BTreeSet<u32> {
+        self.hierarchies.iter().flat_map(|hierarchy| members(&group.below(hierarchy))).collect()
     }
 
     /// When this group was changed last, in any hierarchy; None where that can't be told.

@@ -28,3 +28,4 @@ pub use handshake::{HandshakeError, is_plugin, serve};
 pub use hclog::Hclog;
 pub use options::{Kind, PLUGIN, Presence, Row, TASK};
 pub use schema::of as hclspec;
+pub use sockets::{abandoned as abandoned_sockets, directory as socket_directory, remove as remove_socket};

@@ -297,7 +297,7 @@ async fn after_shim_death(
 }
 
 /// The shim's time, where it has one (Go's zero time means that it has not).
-fn ended_at(exit: &Exit) -> u64 {
+pub(super) fn ended_at(exit: &Exit) -> u64 {
     let told = exit.at.and_then(|(seconds, nanos)| {
         let (seconds, nanos) = (u64::try_from(seconds).ok()?, u64::try_from(nanos).ok()?);
         Some(seconds * 1000 + nanos / 1_000_000)

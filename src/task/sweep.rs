@@ -23,7 +23,7 @@ use crate::{
     gvisor,
     ids::{ContainerId, TaskId},
     image::{InUse, Reference},
-    places::names,
+    places::{Places, names},
     shim::{self, Client, Found},
 };
 
@@ -142,7 +142,8 @@ impl Engine {
         }
         let places = &self.settings().places;
         // What is there first, what is claimed second: a record is written before anything of its task is made.
-        let (containers, shims) = (self.containers_on_disk(), names(&places.shims()));
+        let (containers, shims) =
+            (containers_on_disk(places, self.shared().pool.launcher().namespace()), names(&places.shims()));
         let records = match read_records(&places.tasks()) {
             Ok(records) => records,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
@@ -180,22 +181,8 @@ impl Engine {
         found
     }
 
-    /// Container ids that anything on disk is named after.
-    fn containers_on_disk(&self) -> BTreeSet<ContainerId> {
-        let places = &self.settings().places;
-        let mut found: Vec<String> =
-            [places.bundles(), places.uppers(), places.logs()].iter().flat_map(|path| names(path)).collect();
-        for runtime in names(&places.runtimes()) {
-            found.extend(names(&places.runtime_state(&runtime, self.shared().pool.launcher().namespace())));
-        }
-        // gVisor's files are named after containers, too.
-        found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
-        let bad = names(&places.tasks()).into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
-        found.extend(bad);
-        found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect()
-    }
-
-    async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
+    /// Ends and removes a container that no record claims. `shims`: those that may hold it.
+    pub(super) async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
         let shared = self.shared();
         let places = &shared.settings.places;
         let mut shim = Found::Gone;
@@ -209,9 +196,7 @@ impl Engine {
                 break;
             }
         }
-        let config = fs::read(places.bundle(id).join("config.json")).unwrap_or_default();
-        let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
-        let cgroup = config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned();
+        let cgroup = cgroup_of(places, id);
         // A later attempt of the same task has the same one: then it is no longer this container's to be emptied.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
         known.extend(self.leftovers().values().map(|leftover| leftover.record.clone()));
@@ -279,6 +264,27 @@ impl Engine {
         records.extend(self.tasks().values().filter_map(Slot::record));
         records.into_iter().map(|record| (record.intent.image, record.intent.lease)).collect()
     }
+}
+
+/// Container ids that anything on disk is named after.
+pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> BTreeSet<ContainerId> {
+    let mut found: Vec<String> =
+        [places.bundles(), places.uppers(), places.logs()].iter().flat_map(|path| names(path)).collect();
+    for runtime in names(&places.runtimes()) {
+        found.extend(names(&places.runtime_state(&runtime, namespace)));
+    }
+    // gVisor's files are named after containers, too.
+    found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
+    let bad = names(&places.tasks()).into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
+    found.extend(bad);
+    found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect()
+}
+
+/// The cgroup that a container's bundle names; empty where it has none.
+pub(super) fn cgroup_of(places: &Places, id: &ContainerId) -> String {
+    let config = fs::read(places.bundle(id).join("config.json")).unwrap_or_default();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+    config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned()
 }
 
 /// Writes down what was removed, and what could not be.

@@ -26,6 +26,7 @@ mod config;
 mod crash;
 mod exec;
 mod failures;
+mod gc;
 mod handshake;
 mod images;
 mod leaks;

@@ -66,7 +66,7 @@ fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
     let group = CgroupPath::recorded(&cgroup(name));
     // The time of a cgroup's directory is never older than the cgroup (it is set when the kernel first looks it up).
     let age = cgroups.modified(&group).and_then(|at| SystemTime::now().duration_since(at).ok());
-    cgroups.is_empty(&group) && age.is_some_and(|age| age > ANONYMOUS_AGE)
+    cgroups.processes(&group).is_empty() && age.is_some_and(|age| age > ANONYMOUS_AGE)
 }
 
 /// Removes what is left of a probe: its processes, its cgroup and its directory.
