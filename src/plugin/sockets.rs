@@ -19,7 +19,7 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
 };
 
-use crate::{ids::random_hex, process::ProcessId};
+use crate::{ids::random_hex, places::SOCKET_PATH_MAX, process::ProcessId};
 
 /// What every plugin's socket begins with, as go-plugin's own.
 const PREFIX: &str = "plugin-";
@@ -36,13 +36,17 @@ pub fn directory() -> PathBuf {
     env::var_os("PLUGIN_UNIX_SOCKET_DIR").filter(|dir| !dir.is_empty()).map_or_else(env::temp_dir, PathBuf::from)
 }
 
-/// A path for a new socket, which says that this process has made it.
+/// A path for a new socket. It says that this process has made it, where the directory leaves room for that in a socket's
+/// address; else it is as short as those of earlier versions.
 ///
 /// # Errors
 /// When /proc does not tell when this process was started.
 pub fn new_path(directory: &Path) -> io::Result<PathBuf> {
     let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
-    Ok(directory.join(format!("{PREFIX}{OURS}{pid}-{start}-{}", random_hex(DIGITS / 2))))
+    let random = random_hex(DIGITS / 2);
+    let path = directory.join(format!("{PREFIX}{OURS}{pid}-{start}-{random}"));
+    let fits = path.as_os_str().len() <= SOCKET_PATH_MAX;
+    Ok(if fits { path } else { directory.join(format!("{PREFIX}{random}")) })
 }
 
 /// Who has made a socket of this name.
@@ -135,6 +139,10 @@ mod tests {
         let me = ProcessId::of(std::process::id()).expect("this process");
         assert_eq!(maker(own.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Maker::Known(me)));
         assert_eq!(maker("plugin-0123456789ab"), Some(Maker::Unknown));
+        let long = format!("/{}", "x".repeat(SOCKET_PATH_MAX - "/plugin-0123456789ab".len() - 1));
+        let short = new_path(Path::new(&long)).expect("a path");
+        assert_eq!(short.as_os_str().len(), SOCKET_PATH_MAX, "{}", short.display());
+        assert_eq!(maker(short.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Maker::Unknown));
         // go-plugin's own are of agents and their helpers.
         for other in ["plugin123456789", "plugin-", "plugin-xyz456789012", "plugin-shim-1-2", "plugin-shim-1-2-3-4"] {
             assert_eq!(maker(other), None, "{other}");

@@ -14,7 +14,9 @@ use nix::{
 use nomad_driver_shim::{ids::random_hex, process::PidFd};
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task, eventually, leak, patience, program, script, services, services::root};
+use crate::support::{
+    Env, EnvOptions, Image, Task, eventually, leak, patience, program, script, services, services::root,
+};
 
 async fn cli(env: &Env, arguments: &[&str]) -> Output {
     let mut command = Command::new(program());
@@ -62,11 +64,13 @@ fn of<'a>(lines: &'a [Line], name: &str) -> &'a Line {
     line
 }
 
-/// Every path below the environment's run and state directories, with their sizes.
+/// Every path below the environment's run and state directories, with the sizes of files.
 fn everything(env: &Env) -> Vec<String> {
     fn look(path: &Path, found: &mut Vec<String>) {
         let Ok(meta) = path.symlink_metadata() else { return };
-        found.push(format!("{} {}", path.display(), if meta.is_file() { meta.len() } else { 0 }));
+        // What a shim writes into its own log is its business.
+        let counts = meta.is_file() && path.file_name().is_none_or(|name| name != "log");
+        found.push(format!("{} {}", path.display(), if counts { meta.len() } else { 0 }));
         if meta.is_dir() && path.file_name().is_none_or(|name| name != "rootfs") {
             leak::entries(path).iter().for_each(|name| look(&path.join(name), found));
         }
@@ -117,6 +121,12 @@ async fn what_lives_stays_and_what_has_ended_goes_without_a_plugin() {
         PidFd::open(pid(&env, &lost).await).unwrap(),
     );
     let lost_shim = shim_of(&env, &lost).await.1;
+    eventually("a shim waits for the next task", async || {
+        let shims = leak::entries(&env.dir.join("run/shims"));
+        let up = shims.iter().filter(|name| env.dir.join("run/shims").join(name).join("pid").exists());
+        if up.count() == 5 { Ok(()) } else { Err(shims) }
+    })
+    .await;
     env.kill_plugin().await;
     fs::write(unseen.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
     ended(&unseen_ends).await;
@@ -313,4 +323,55 @@ async fn a_live_plugin_gives_reasons() {
     env.recover(&task).await.unwrap();
     env.destroy(&task).await.unwrap();
     env.finish().await;
+}
+
+/// A `run` that was killed together with its plugin has its own directory, which only its own command would clear.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_without_its_plugin_is_shown_and_cleared() {
+    let id = random_hex(4);
+    let (dir, image) = (root().join(&id), Image::busybox().push(&services().registry, "test/busybox:1").await);
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(program());
+        command
+            .args(arguments)
+            .env("NOMAD_DRIVER_SHIM_ADDRESS", &services().containerd)
+            .env("NOMAD_DRIVER_SHIM_NAMESPACE", format!("gc-{id}"))
+            .env("NOMAD_DRIVER_SHIM_RUN_DIR", dir.join("run"))
+            .env("NOMAD_DRIVER_SHIM_STATE_DIR", dir.join("state"))
+            .stdin(Stdio::null());
+        command
+    };
+    let lines = async |arguments: &[&str]| {
+        let mut gc = command(arguments);
+        let output = tokio::task::spawn_blocking(move || gc.output().unwrap()).await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let found: Vec<(String, Value)> = serde_json::from_slice(&output.stdout).unwrap();
+        found.into_iter().filter(|(_, one)| one["kind"] == "run").map(|(_, one)| one).collect::<Vec<_>>()
+    };
+    let mut run = command(&["run", &image, "sh", "-c", "echo $$; echo ready; sleep 600"]);
+    let mut run = run.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut stdout = std::io::BufReader::new(run.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("ready") {
+        std::io::BufRead::read_line(&mut stdout, &mut line).unwrap();
+    }
+    assert_eq!(lines(&["gc", "--json", "--dry-run"]).await, Vec::<Value>::new(), "it is at work");
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", run.id())).unwrap();
+    let is_plugin =
+        |pid: &&str| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("--name"));
+    let plugin: i32 = children.split_whitespace().find(is_plugin).unwrap().parse().unwrap();
+    run.kill().unwrap();
+    run.wait().unwrap();
+    kill(Pid::from_raw(plugin), Signal::SIGKILL).unwrap();
+    eventually("the plugin is gone", async || match lines(&["gc", "--json", "--dry-run"]).await {
+        lines if lines.len() == 1 && lines[0]["why"] == "the command that it belongs to has ended" => Ok(()),
+        lines => Err(lines),
+    })
+    .await;
+    let runs = leak::entries(&dir.join("run"));
+    assert_eq!(runs.len(), 1, "a dry run changes nothing: {runs:?}");
+    assert_eq!(lines(&["gc", "--json"]).await.len(), 1);
+    assert_eq!(leak::entries(&dir.join("run")), Vec::<String>::new());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(dir.to_str().unwrap()), "its container is gone");
 }
