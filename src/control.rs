@@ -68,18 +68,34 @@ pub enum Answer {
 /// Something that nobody needs any more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Garbage {
-    /// `task`, `container`, `shim`, `image` or `lease`.
+    /// `task`, `container`, `shim`, `probe`, `socket`, `image` or `lease`.
     pub kind: String,
     /// Which.
     pub name: String,
     /// Why it stays, when it could not be removed.
     pub problem: Option<String>,
+    /// Why it goes, or why it is left where it is; plugins of earlier versions do not say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub why: String,
+    /// Is it left where it is, because something needs it?
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stays: bool,
 }
 
 impl Garbage {
     /// Something that was, or would be, removed; or could not be.
     pub fn new(kind: &str, name: &str, problem: Option<String>) -> Self {
-        Self { kind: kind.to_owned(), name: name.to_owned(), problem }
+        Self { kind: kind.to_owned(), name: name.to_owned(), problem, why: String::new(), stays: false }
+    }
+
+    /// Something that is left where it is, and why.
+    pub fn staying(kind: &str, name: &str, why: &str) -> Self {
+        Self { stays: true, ..Self::new(kind, name, None).because(why) }
+    }
+
+    /// The same, with the reason.
+    pub fn because(self, why: &str) -> Self {
+        Self { why: why.to_owned(), ..self }
     }
 
     /// The same, by how its removal ended.

@@ -7,10 +7,13 @@ use nomad_driver_shim::{
     ids::DriverName,
     logs, plugin,
     privileges::{self, PrivilegeError, Reduced},
+    process,
 };
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 fn main() -> ExitCode {
+    // While there is one thread, from which all others have their mask.
+    process::unblock_signals();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [command, rest @ ..] = &arguments[..]
         && command == logs::COMMAND
@@ -44,7 +47,7 @@ fn main() -> ExitCode {
 /// The log writer or its keeper: plain threads, so that they stay small.
 fn run_log_writer(arguments: &[String]) -> ExitCode {
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(EnvFilter::new("info"))).init();
-    nomad_driver_shim::process::raise_descriptor_limit();
+    process::raise_descriptor_limit();
     let (role, logs) = match arguments {
         [flag, logs] if flag == logs::WRITER => (logs::Role::Writer, Path::new(logs)),
         [logs] => (logs::Role::Keeper, Path::new(logs)),
@@ -69,7 +72,7 @@ async fn run_plugin(reduced: Result<Reduced, PrivilegeError>) -> ExitCode {
     let filter = EnvFilter::try_from_env("NOMAD_DRIVER_SHIM_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,nomad_driver_shim=debug"));
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(filter)).init();
-    nomad_driver_shim::process::raise_descriptor_limit();
+    process::raise_descriptor_limit();
     match reduced {
         Ok(Reduced::Yes) => {}
         Ok(Reduced::No(reason)) => tracing::info!(%reason, "the plugin keeps all capabilities of the agent"),

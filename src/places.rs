@@ -144,6 +144,11 @@ impl Places {
         self.run.join("lock")
     }
 
+    /// What of the last plugin's settings is needed to look after its directories.
+    pub fn kept_settings(&self) -> PathBuf {
+        self.run.join("settings.json")
+    }
+
     /// Where the live plugin takes requests of the command line and of its successor.
     pub fn control(&self) -> PathBuf {
         self.run.join("control.sock")

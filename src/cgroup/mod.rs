@@ -5,8 +5,10 @@ mod stats;
 mod warmer;
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 pub use share_pool::SharePool;
@@ -181,6 +183,26 @@ impl Cgroups {
         };
         let text = fs::read_to_string(file).ok()?;
         text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+    }
+
+    /// Names of the groups at the root of any hierarchy that begin so.
+    pub fn at_the_root(&self, prefix: &str) -> BTreeSet<String> {
+        let entries =
+            self.hierarchies.iter().flat_map(|hierarchy| fs::read_dir(hierarchy).into_iter().flatten().flatten());
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name.starts_with(prefix)).collect()
+    }
+
+    /// The processes of a group in any hierarchy, as far as we can see them.
+    pub fn processes(&self, group: &CgroupPath) -> BTreeSet<u32> {
+        self.hierarchies.iter().flat_map(|hierarchy| members(&group.below(hierarchy))).collect()
+    }
+
+    /// When this group was changed last, in any hierarchy; None where that can't be told.
+    pub fn modified(&self, group: &CgroupPath) -> Option<SystemTime> {
+        let times =
+            self.hierarchies.iter().filter_map(|hierarchy| fs::metadata(group.below(hierarchy)).ok()?.modified().ok());
+        times.max()
     }
 
     /// Is this process in the task's cgroup?

@@ -131,7 +131,11 @@ async fn examine(common: &Common) -> Vec<Finding> {
     match which(Path::new("crun")) {
         Some(path) => {
             let version = version(&path, "--version").await;
-            match crun_works(&path, &std::env::temp_dir()).await {
+            let works = match Cgroups::detect() {
+                Ok(cgroups) => crun_works(&path, &std::env::temp_dir(), &cgroups).await,
+                Err(error) => Err(crate::chain(&error)),
+            };
+            match works {
                 Ok(form) => {
                     let filters = match form {
                         FilterForm::Program => "takes compiled seccomp filters",

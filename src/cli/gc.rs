@@ -1,5 +1,5 @@
-//! `gc` and `rmi`: what nobody needs goes. Live plugins look after their own; the command line's own images are looked
-//! after here.
+//! `gc` and `rmi`: what nobody needs goes. Live plugins look after their own; directories of drivers without a plugin, and
+//! the command line's own images, are looked after here.
 
 use std::{fs::File, time::Duration};
 
@@ -9,8 +9,11 @@ use nix::fcntl::{Flock, FlockArg};
 use super::{CliError, Common, Store, image_named, print, runs, table, tasks};
 use crate::{
     control::{Answer, Garbage, PATIENCE, Request, ask},
+    ids::DriverName,
     image::ImageError,
-    places::make_dir,
+    places::{Places, make_dir},
+    plugin,
+    task::{AppArmorDefault, Settings, clear_unattended},
 };
 
 /// Remove what nobody needs: remains of tasks, idle images
@@ -22,6 +25,9 @@ pub struct Gc {
     /// Keep images of `run` and `pull` that were used within this time
     #[arg(long, default_value = "24h", value_name = "DURATION")]
     keep: String,
+    /// Where no plugin lives: keep tasks that ended within this time, since their agent may come back and ask how
+    #[arg(long, default_value = "1h", value_name = "DURATION")]
+    keep_ended: String,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -70,22 +76,84 @@ fn failed(error: &dyn std::error::Error) -> Garbage {
     Garbage::new("-", "-", Some(crate::chain(error)))
 }
 
+/// Clears the directories of a driver that no plugin looks after. Its settings are those of its last plugin, where that has
+/// written them down, else this command's own.
+async fn without_plugin(
+    common: &Common,
+    driver: &str,
+    places: Places,
+    keep_ended: Duration,
+    dry_run: bool,
+) -> Vec<Garbage> {
+    match settings(common, driver, places).map(|settings| clear_unattended(settings, keep_ended, dry_run)) {
+        Ok(clearing) => match clearing.await {
+            Ok(Some(garbage)) => garbage,
+            Ok(None) => {
+                let why = "it has the driver's lock and does not listen: it is just being started, or ends";
+                vec![Garbage::staying("plugin", driver, why)]
+            }
+            Err(error) => vec![failed(&error)],
+        },
+        Err(error) => vec![failed(&error)],
+    }
+}
+
+fn settings(common: &Common, driver: &str, places: Places) -> Result<Settings, CliError> {
+    // Its name decides about defaults that matter to starts only.
+    let name = DriverName::new(driver).or_else(|_| DriverName::new("shim"));
+    let name = name.map_err(|error| CliError::Usage(error.to_string()))?;
+    let mut settings = plugin::settings(&name, &[]).map_err(|error| CliError::Usage(error.to_string()))?;
+    settings.places = places;
+    settings.containerd.namespace.clone_from(&common.namespace);
+    if let Some(address) = &common.address {
+        settings.containerd.address.clone_from(address);
+    }
+    // Nothing is started, so that no profile need be loaded.
+    settings.security.apparmor = AppArmorDefault::Unconfined;
+    Ok(settings)
+}
+
+/// Sockets of plugins that were killed, where those of plugins are that have this command's environment.
+fn sockets(dry_run: bool) -> Vec<Garbage> {
+    let abandoned = plugin::abandoned_sockets(&plugin::socket_directory()).into_iter();
+    let removed = abandoned.map(|path| {
+        let outcome = if dry_run { Ok(()) } else { plugin::remove_socket(&path) };
+        let why = "the plugin that listened at it has ended";
+        Garbage::removed("socket", &path.display().to_string(), &outcome).because(why)
+    });
+    removed.collect()
+}
+
 impl Gc {
     /// Removes it, and says what it was.
     ///
     /// # Errors
     /// When a plugin refuses, or output fails.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let keep = crate::duration::parse(&self.keep).map_err(|error| CliError::Usage(format!("--keep: {error}")))?;
+        let span = |name: &str, text: &str| {
+            crate::duration::parse(text).map_err(|error| CliError::Usage(format!("--{name}: {error}")))
+        };
+        let (keep, keep_ended) = (span("keep", &self.keep)?, span("keep-ended", &self.keep_ended)?);
         let mut found: Vec<(String, Garbage)> = Vec::new();
+        let mut unattended = false;
         for (driver, places) in tasks::drivers(common) {
-            match ask(&places.control(), &Request::Gc { dry_run: self.dry_run }, PATIENCE).await {
-                Ok(Answer::Removed(garbage)) => found.extend(garbage.into_iter().map(|one| (driver.clone(), one))),
-                Ok(_) => {}
-                Err(error) if error.is_nobody() => {}
+            let garbage = match ask(&places.control(), &Request::Gc { dry_run: self.dry_run }, PATIENCE).await {
+                Ok(Answer::Removed(garbage)) => garbage,
+                Ok(_) => Vec::new(),
+                // What is left of runs is looked at below.
+                Err(error) if error.is_nobody() && tasks::is_run(&driver) => Vec::new(),
+                Err(error) if error.is_nobody() => {
+                    unattended = true;
+                    Box::pin(without_plugin(common, &driver, places, keep_ended, self.dry_run)).await
+                }
                 // What others have removed is told all the same.
-                Err(error) => found.push((driver.clone(), failed(&error))),
-            }
+                Err(error) => vec![failed(&error)],
+            };
+            found.extend(garbage.into_iter().map(|one| (driver.clone(), one)));
+        }
+        if unattended {
+            // A plugin does this when it is started.
+            found.extend(sockets(self.dry_run).into_iter().map(|one| ("-".to_owned(), one)));
         }
         found.extend(self.runs(common).await?);
         match self.own(common, keep).await {
@@ -100,22 +168,31 @@ impl Gc {
                 .map(|(driver, one)| {
                     let what = match (&one.problem, self.dry_run) {
                         (Some(problem), _) => problem.as_str(),
+                        (None, _) if one.stays => "stays",
                         (None, true) => "would go",
                         (None, false) => "removed",
                     };
-                    vec![driver.clone(), one.kind.clone(), one.name.clone(), what.to_owned()]
+                    let cells = [driver, &one.kind, &one.name, what, &one.why];
+                    cells.map(str::to_owned).to_vec()
                 })
                 .collect();
-            print(&table::render(&["DRIVER", "KIND", "NAME", "OUTCOME"], &rows))?;
+            print(&table::render(&["DRIVER", "KIND", "NAME", "OUTCOME", "WHY"], &rows))?;
         }
         Ok(u8::from(found.iter().any(|(_, one)| one.problem.is_some())))
     }
 
     /// What is left of `run`s that were killed.
     async fn runs(&self, common: &Common) -> Result<Vec<(String, Garbage)>, CliError> {
+        const WHY: &str = "the command that it belongs to has ended";
         let mut abandoned = Vec::new();
-        for (id, _) in tasks::drivers(common).into_iter().filter(|(driver, _)| tasks::is_run(driver)) {
-            if !self.dry_run && runs::is_abandoned(common, &id).await {
+        let runs = tasks::drivers(common).into_iter().filter(|(driver, _)| tasks::is_run(driver)).map(|(id, _)| id);
+        if self.dry_run {
+            // One whose plugin lives is asked to leave first, and only that tells whether anybody still needs it.
+            let over = runs.filter(|id| runs::is_over(common, id));
+            return Ok(over.map(|id| (id.clone(), Garbage::new("run", &id, None).because(WHY))).collect());
+        }
+        for id in runs {
+            if runs::is_abandoned(common, &id).await {
                 abandoned.push(id);
             }
         }
@@ -127,7 +204,7 @@ impl Gc {
         for id in abandoned {
             runs::clear_up(common, &store.address, &id).await;
             let problem = common.places(&id).run().exists().then(|| "something of it stays".to_owned());
-            found.push((id.clone(), Garbage::new("run", &id, problem)));
+            found.push((id.clone(), Garbage::new("run", &id, problem).because(WHY)));
         }
         store.close().await;
         Ok(found)

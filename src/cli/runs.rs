@@ -72,6 +72,12 @@ pub fn remove_unless_mounted(path: &Path) -> bool {
     true
 }
 
+/// Has the run's plugin ended? Nothing is asked of one that lives.
+pub fn is_over(common: &Common, id: &str) -> bool {
+    let lock = File::options().append(true).open(common.places(id).lock());
+    lock.is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok())
+}
+
 /// Is the run's own process gone? Its plugin, if that lives, is told to leave then: a run is nothing without its
 /// terminal.
 pub async fn is_abandoned(common: &Common, id: &str) -> bool {
@@ -79,10 +85,7 @@ pub async fn is_abandoned(common: &Common, id: &str) -> bool {
     match ask(&places.control(), &Request::Leave, PATIENCE).await {
         Ok(_) => true,
         // One that is just beginning has taken its lock and does not listen yet.
-        Err(error) if error.is_nobody() => {
-            let lock = File::options().append(true).open(places.lock());
-            lock.is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok())
-        }
+        Err(error) if error.is_nobody() => is_over(common, id),
         Err(_) => false,
     }
 }

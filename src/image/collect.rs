@@ -39,7 +39,10 @@ impl ImageStore {
                 // Known again, and tried again.
                 lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
             }
-            found.push(Garbage::removed("image", &record.reference, &outcome));
+            found.push(
+                Garbage::removed("image", &record.reference, &outcome)
+                    .because("no task uses it, and none has for as long as images are kept"),
+            );
         }
         found.extend(self.collect_leases(in_use, dry_run).await);
         found
@@ -146,7 +149,7 @@ impl ImageStore {
         let mut found = Vec::new();
         for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
             let outcome = if dry_run { Ok(()) } else { self.release(&lease).await };
-            found.push(Garbage::removed("lease", &lease, &outcome));
+            found.push(Garbage::removed("lease", &lease, &outcome).because("no image of ours needs it"));
         }
         found
     }

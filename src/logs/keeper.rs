@@ -20,6 +20,7 @@ use nix::{
 use super::{
     Hold, tasks,
     watch::{Change, Watch},
+    writer::outlast_writer,
 };
 use crate::process::{self, PidFd, ProcessId};
 
@@ -71,8 +72,17 @@ pub fn keep(logs: &Path) -> io::Result<()> {
 }
 
 /// One writer after the other. Returns when one ends of itself: its directory is gone.
+///
+/// A writer whose keeper has died goes on, and is taken over as it is: a second one beside it would only wait for it, for as
+/// long as it lives.
 fn restart(logs: &Path) {
     loop {
+        match outlast_writer(logs) {
+            Ok(true) => {}
+            Ok(false) => return,
+            // The writer itself waits for its turn, too.
+            Err(error) => tracing::warn!(%error, "the log writer's lock can't be waited for"),
+        }
         let began = Instant::now();
         // By what we are, not by our name: the file may have been replaced.
         let mut command = process::command("/proc/self/exe");

@@ -76,6 +76,24 @@ fn wait_for_turn(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
     }
 }
 
+/// Waits until no writer lives. False when there will be nothing to write any more: the directory is gone.
+///
+/// # Errors
+/// When the lock file can't be opened or locked.
+pub(super) fn outlast_writer(logs: &Path) -> io::Result<bool> {
+    let mut lock = match create_private(&logs.join(LOCK)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        other => other?,
+    };
+    loop {
+        match Flock::lock(lock, FlockArg::LockExclusive) {
+            Ok(locked) => return Ok(locked.metadata()?.nlink() > 0),
+            Err((file, Errno::EINTR)) => lock = file,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+    }
+}
+
 /// A stream that is taken on.
 struct Taken {
     task: String,

@@ -17,6 +17,8 @@ use crate::{
     task::{Compute, ExitRecord, JobLimits, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
 };
 
+/// What Nomad's docker driver says of a task whose cgroup had an OOM kill.
+const OOM_KILLED: &str = "OOM Killed";
 /// Go's zero time, which is how "not yet" is said (0001-01-01T00:00:00Z).
 const ZERO_TIME: prost_types::Timestamp = prost_types::Timestamp { seconds: -62_135_596_800, nanos: 0 };
 
@@ -182,6 +184,22 @@ pub fn exit_result(exit: &ExitRecord) -> wire::ExitResult {
     wire::ExitResult { exit_code: exit.code, signal: 0, oom_killed: exit.oom_killed }
 }
 
+/// Returns the text that Nomad's Terminated event shows as the exit message; empty for none.
+///
+/// An OOM kill anywhere in the task's cgroup is told in the words of Nomad's docker driver (hashicorp/nomad
+/// drivers/docker/handle.go `run`), since `nomad alloc status` shows neither `oom_killed` nor the event of ours. Nomad keeps
+/// the exit code beside the text (plugins/drivers/client.go `handleWaitTask`), but counts every exit with a text as a failure
+/// (plugins/drivers/driver.go `Successful`): a task whose first process outlived the OOM kill of another one and then
+/// succeeded has none, or a finished batch job would be run again.
+pub fn exit_message(exit: &ExitRecord) -> String {
+    match &exit.error {
+        Some(error) if exit.oom_killed => format!("{OOM_KILLED}; {error}"),
+        Some(error) => error.clone(),
+        None if exit.oom_killed && exit.code != 0 => OOM_KILLED.to_owned(),
+        None => String::new(),
+    }
+}
+
 /// A time that is always there.
 pub fn timestamp(time: Option<SystemTime>) -> prost_types::Timestamp {
     time.map_or(ZERO_TIME, prost_types::Timestamp::from)
@@ -212,6 +230,19 @@ pub fn event(event: TaskEvent) -> wire::DriverTaskEvent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_oom_kill_is_in_the_exit_message_unless_the_task_succeeded() {
+        let message = |code, oom_killed, error: Option<&str>| {
+            exit_message(&ExitRecord { code, oom_killed, error: error.map(str::to_owned), started_at: 1, at: 2 })
+        };
+        assert_eq!(message(137, true, None), "OOM Killed");
+        assert_eq!(message(3, true, None), "OOM Killed");
+        assert_eq!(message(0, true, None), "");
+        assert_eq!(message(137, false, None), "");
+        assert_eq!(message(137, true, Some("the shim died")), "OOM Killed; the shim died");
+        assert_eq!(message(137, false, Some("the shim died")), "the shim died");
+    }
 
     #[test]
     fn the_jobs_limits_are_held_against_nomads() {

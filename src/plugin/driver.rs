@@ -182,7 +182,7 @@ impl Driver for DriverService {
         let exit = engine.wait(&id).await.map_err(refuse)?;
         Ok(Response::new(wire::WaitTaskResponse {
             result: Some(convert::exit_result(&exit)),
-            err: text::shown(&exit.error.unwrap_or_default(), MESSAGE_MAX),
+            err: text::shown(&convert::exit_message(&exit), MESSAGE_MAX),
         }))
     }
 

@@ -24,11 +24,12 @@ use super::{
     goplugin::{Broker, Controller, Stdio},
     presence::{Clients, Entered, Leave},
     service::DriverService,
+    sockets,
     tls::{self, TlsError},
 };
 use crate::{
     cookie::{MAGIC_COOKIE, MAGIC_COOKIE_KEY},
-    ids::{DriverName, random_hex},
+    ids::DriverName,
     pb::{
         base::base_plugin_server::BasePluginServer,
         driver::driver_server::DriverServer,
@@ -182,9 +183,9 @@ impl Drop for SocketFile {
 
 /// The socket, where it is, and who may connect to it: root, and the members of the group that the host asks for.
 fn listen() -> Result<(UnixListener, PathBuf, Peers), HandshakeError> {
-    let directory =
-        env::var_os("PLUGIN_UNIX_SOCKET_DIR").filter(|dir| !dir.is_empty()).map_or_else(env::temp_dir, PathBuf::from);
-    let path = directory.join(format!("plugin-{}", random_hex(6)));
+    let directory = sockets::directory();
+    let path =
+        sockets::new_path(&directory).map_err(|source| HandshakeError::Socket { path: directory.clone(), source })?;
     if path.as_os_str().len() > SOCKET_PATH_MAX {
         return Err(HandshakeError::TooLong(path));
     }

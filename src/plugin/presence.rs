@@ -4,10 +4,8 @@ use std::{
     fs, io,
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use tokio::net::UnixListener;
@@ -37,20 +35,39 @@ pub enum Leave {
     GivingWay,
 }
 
-/// How many connections hosts have to us right now.
+/// How many connections hosts have to us right now, and since when there is one.
 #[derive(Debug, Clone, Default)]
-pub struct Clients(Arc<AtomicUsize>);
+pub struct Clients(Arc<Mutex<Connected>>);
+
+#[derive(Debug, Default)]
+struct Connected {
+    count: usize,
+    /// When the first of those came that are connected now, or were without a break in between.
+    since: Option<Instant>,
+}
 
 impl Clients {
     /// Is any agent connected?
     pub fn any(&self) -> bool {
-        self.0.load(Ordering::SeqCst) > 0
+        self.connected().count > 0
+    }
+
+    /// For how long an agent has been connected without a break; zero when none is.
+    pub fn attended_for(&self) -> Duration {
+        self.connected().since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// One more; counted until what is returned is dropped.
     pub fn enter(&self) -> Entered {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        let mut connected = self.connected();
+        connected.count += 1;
+        connected.since.get_or_insert_with(Instant::now);
+        drop(connected);
         Entered(self.clone())
+    }
+
+    fn connected(&self) -> MutexGuard<'_, Connected> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -60,6 +77,30 @@ pub struct Entered(Clients);
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::SeqCst);
+        let mut connected = self.0.connected();
+        connected.count -= 1;
+        if connected.count == 0 {
+            connected.since = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attendance_begins_anew_after_a_break() {
+        let clients = Clients::default();
+        assert_eq!((clients.any(), clients.attended_for()), (false, Duration::ZERO));
+        let first = clients.enter();
+        let second = clients.enter();
+        drop(first);
+        let attended = clients.attended_for();
+        assert!(clients.any() && attended > Duration::ZERO);
+        drop(second);
+        assert_eq!((clients.any(), clients.attended_for()), (false, Duration::ZERO));
+        let _third = clients.enter();
+        assert!(clients.any());
     }
 }

@@ -13,7 +13,7 @@ use super::{
     control::Doorkeeper,
     metrics,
     presence::{Clients, Leave},
-    status,
+    sockets, status,
 };
 use crate::{
     ids::DriverName,
@@ -98,6 +98,10 @@ impl DriverService {
             tracing::error!(error = %crate::chain(&error), "the driver can't work");
             status::of(&error)
         })?;
+        let clients = self.0.clients.clone();
+        opened.watch_attendance(move || clients.attended_for());
+        // Nobody waits for it, and it ends by itself.
+        drop(tokio::task::spawn_blocking(sockets::clear));
         let doorkeeper =
             Doorkeeper { engine: opened.clone(), leave: self.0.leave.clone(), clients: self.0.clients.clone() };
         if let Err(error) = doorkeeper.open() {

@@ -15,6 +15,9 @@ use crate::{
 /// `runtime delete --force` takes 20 to 220 ms.
 const DELETE: Duration = Duration::from_secs(30);
 
+/// In a bundle: where shims since 2.4.2 note how the container ended.
+pub const EXIT_NOTE: &str = "exit.json";
+
 /// A container without a shim.
 #[derive(Debug, Clone, Copy)]
 pub struct DeadTask<'a> {
@@ -34,7 +37,7 @@ pub struct DeadTask<'a> {
 
 /// Did the shim live to see the container's end, and note it in the bundle? Those since 2.4.2 do.
 pub fn has_noted_exit(bundle: &Path) -> bool {
-    bundle.join("exit.json").exists()
+    bundle.join(EXIT_NOTE).exists()
 }
 
 /// Kills what still runs of the container and removes the runtime's state: how it had ended, where the shim noted that

@@ -152,6 +152,14 @@ fn look(dir: &Path) -> io::Result<(PidFd, Identity)> {
     Ok((PidFd::of(&identity.process)?, identity))
 }
 
+/// Does the shim whose directory this is live? Where that can't be told, it may.
+pub fn is_alive(dir: &Path) -> bool {
+    match look(dir) {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::NotFound && error.raw_os_error() != Some(libc::ESRCH),
+    }
+}
+
 /// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
 pub fn kill_shim(dir: &Path) {
     if let Ok((pidfd, ..)) = look(dir) {

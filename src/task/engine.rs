@@ -5,7 +5,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     fs::File,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -38,6 +38,9 @@ type Turn = Arc<tokio::sync::Mutex<()>>;
 /// An allocation and the name of a task in it.
 pub(super) type Owner = (String, String);
 
+/// For how long an agent has been connected without a break; zero when none is.
+type Attended = Box<dyn Fn() -> Duration + Send + Sync>;
+
 /// What an engine is.
 pub(super) struct Inner {
     pub(super) shared: Arc<Shared>,
@@ -49,6 +52,7 @@ pub(super) struct Inner {
     /// Tasks of the old driver whose containers could not be ended yet.
     pub(super) former: Mutex<HashMap<Owner, FormerTask>>,
     pub(super) opened: Instant,
+    pub(super) attended: OnceLock<Attended>,
     pub(super) _lock: Flock<File>,
 }
 
@@ -112,6 +116,16 @@ impl Engine {
 
     pub(super) fn downgrade(&self) -> Weak<Inner> {
         Arc::downgrade(&self.0)
+    }
+
+    /// Says how to find out for how long an agent has been connected. Until then no agent is taken to be.
+    pub fn watch_attendance(&self, attended: impl Fn() -> Duration + Send + Sync + 'static) {
+        let _ = self.0.attended.set(Box::new(attended));
+    }
+
+    /// For how long an agent has been connected without a break.
+    pub(super) fn attended_for(&self) -> Duration {
+        self.0.attended.get().map_or(Duration::ZERO, |attended| attended())
     }
 
     /// How long it has been open.

@@ -38,10 +38,13 @@ impl TaskError {
             | Self::Places(_)
             | Self::Held { .. }
             | Self::Lock { .. }
+            | Self::KeptSettings { .. }
             | Self::Worker(_)
             | Self::Hanging { .. } => Cause::Host,
             // Remains of an earlier attempt.
-            Self::Busy(_) | Self::Earlier { .. } | Self::Former(_) | Self::Unkillable { .. } => Cause::Host,
+            Self::Busy(_) | Self::Earlier { .. } | Self::Former(_) | Self::Stays { .. } | Self::Unkillable { .. } => {
+                Cause::Host
+            }
             // What was asked for can't be done, however often it is asked. Exec sessions are not restarted by anybody.
             Self::AlreadyStarted(_)
             | Self::NotFound(_)

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -42,14 +42,38 @@ pub struct Task {
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) exit: watch::Sender<Option<ExitRecord>>,
-    /// Has Nomad named it to this very process?
-    claimed: AtomicBool,
+    /// Who has it, as far as this very process knows.
+    holder: Mutex<Holder>,
+    /// Was it said that nobody asks for it?
+    warned: AtomicBool,
     /// Why nothing can be told of how it ended, when nothing can.
     pub(super) lost: Option<String>,
     /// Held, so that nobody collects it.
     _image: Option<Arc<ImageRecord>>,
     /// Held, so that what it has written outlives the log writer.
     _log: Hold,
+}
+
+/// Who has a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    /// No agent has asked this process for it.
+    Nobody,
+    /// An agent has.
+    Agent,
+    /// It is being removed, since no agent had asked for it.
+    Reaper,
+}
+
+/// What an agent that asks for a task is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// It has it from now on.
+    First,
+    /// It had it already.
+    Again,
+    /// It comes too late: the task is being removed.
+    Refused,
 }
 
 /// What a `Task` is made of.
@@ -79,7 +103,8 @@ impl Task {
             run,
             phases,
             exit: watch::Sender::new(exit),
-            claimed: AtomicBool::new(claimed),
+            holder: Mutex::new(if claimed { Holder::Agent } else { Holder::Nobody }),
+            warned: AtomicBool::new(false),
             lost,
             _image: image,
             _log: log,
@@ -98,13 +123,45 @@ impl Task {
         self.exit.borrow().is_some()
     }
 
-    /// Nomad has named it: true when it does so for the first time.
-    pub(super) fn claim(&self) -> bool {
-        !self.claimed.swap(true, Ordering::SeqCst)
+    /// An agent asks for it.
+    pub(super) fn claim(&self) -> Claim {
+        let mut holder = self.holder();
+        match *holder {
+            Holder::Nobody => {
+                *holder = Holder::Agent;
+                Claim::First
+            }
+            Holder::Agent => Claim::Again,
+            Holder::Reaper => Claim::Refused,
+        }
+    }
+
+    /// The reaper is about to remove it: true when no agent has asked for it, and none can have it any more.
+    pub(super) fn claim_for_reaper(&self) -> bool {
+        let mut holder = self.holder();
+        let is_free = *holder == Holder::Nobody;
+        if is_free {
+            *holder = Holder::Reaper;
+        }
+        is_free
+    }
+
+    /// The reaper could not remove it.
+    pub(super) fn release_by_reaper(&self) {
+        *self.holder() = Holder::Nobody;
     }
 
     pub(super) fn is_claimed(&self) -> bool {
-        self.claimed.load(Ordering::SeqCst)
+        *self.holder() != Holder::Nobody
+    }
+
+    /// Is it to be said for the first time that nobody asks for it?
+    pub(super) fn is_first_warning(&self) -> bool {
+        !self.warned.swap(true, Ordering::SeqCst)
+    }
+
+    fn holder(&self) -> MutexGuard<'_, Holder> {
+        self.holder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn started_at(&self) -> SystemTime {
@@ -164,7 +221,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
     let outcome = wait_out(client, id).await;
     fault::point("exit.seen");
     // Before the cgroup goes: it is all that remembers.
-    let oom_killed = shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0);
+    let oom_killed = has_oom_kill(&shared, &record);
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
         Err(error) => after_shim_death(&shared, &task, &record, error).await,
@@ -193,6 +250,11 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
             tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
         }
     }
+}
+
+/// Has the kernel's OOM killer ended a process of this task? Its cgroup remembers, and the runtime's `delete` removes that.
+pub(super) fn has_oom_kill(shared: &Shared, record: &Record) -> bool {
+    shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0)
 }
 
 /// Waits for the end of the container's process, or of its shim: nothing else ends the waiting.
@@ -239,7 +301,7 @@ async fn after_shim_death(
 }
 
 /// The shim's time, where it has one (Go's zero time means that it has not).
-fn ended_at(exit: &Exit) -> u64 {
+pub(super) fn ended_at(exit: &Exit) -> u64 {
     let told = exit.at.and_then(|(seconds, nanos)| {
         let (seconds, nanos) = (u64::try_from(seconds).ok()?, u64::try_from(nanos).ok()?);
         Some(seconds * 1000 + nanos / 1_000_000)

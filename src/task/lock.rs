@@ -17,19 +17,29 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Between two requests to leave: the holder refuses while an agent is connected to it, and that may be over soon.
 const AGAIN: Duration = Duration::from_millis(250);
 
+/// Takes the lock unless somebody holds it: None then.
+///
+/// # Errors
+/// When the lock's file can't be opened or locked.
+pub fn try_take(places: &Places) -> Result<Option<Flock<File>>, TaskError> {
+    let failed = |source| TaskError::Lock { path: places.lock(), source };
+    let file = open_lock(&places.lock()).map_err(failed)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => Err(failed(errno.into())),
+    }
+}
+
 /// Takes the lock; a plugin that holds it and has lost its agent is asked to give way.
 pub async fn take(places: &Places) -> Result<Flock<File>, TaskError> {
     let path = places.lock();
-    let failed = |source| TaskError::Lock { path: places.lock(), source };
     let began = tokio::time::Instant::now();
     let mut asked = None;
     let mut reason = "it does not answer".to_owned();
     loop {
-        let file = open_lock(&path).map_err(failed)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((_, nix::Error::EWOULDBLOCK)) => {}
-            Err((_, errno)) => return Err(failed(errno.into())),
+        if let Some(lock) = try_take(places)? {
+            return Ok(lock);
         }
         if asked.is_none_or(|at: tokio::time::Instant| at.elapsed() > AGAIN) {
             asked = Some(tokio::time::Instant::now());

@@ -9,6 +9,7 @@ mod former;
 mod group;
 mod in_sandbox;
 mod interrupt;
+mod kept_settings;
 mod live;
 mod lock;
 mod logs;
@@ -18,6 +19,7 @@ mod mounts;
 mod names;
 mod off_workers;
 mod open;
+mod orphans;
 mod plan;
 mod predecessors;
 mod record;
@@ -31,6 +33,7 @@ mod shared;
 mod signal;
 mod start;
 mod sweep;
+mod unattended;
 mod undo;
 
 use std::{
@@ -45,18 +48,23 @@ pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
 pub use former::{FORMER_VERSION, FormerTask};
 pub use group::{GroupError, Membership, Stack};
+pub use kept_settings::KeptSettings;
 pub use meter::TaskMeter;
+pub use orphans::Orphans;
 use record::load_all as load_records;
 pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use request::{JobLimits, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
-pub use runtime::{OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works, runsc_works};
+pub use runtime::{
+    OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works, remove_probe, runsc_works, stale_probes,
+};
 pub use settings::{
     Compute, ContainerdSettings, MetricsAddress, RuntimeSettings, SeccompDefault, SecuritySettings, Settings,
     ShimSettings, matches_any,
 };
 pub use signal::parse as parse_signal;
 pub use start::Phases;
+pub use unattended::clear_unattended;
 
 use crate::{
     cgroup::CgroupError,
@@ -94,6 +102,22 @@ pub enum TaskError {
     /// A signal that no Linux knows.
     #[error("invalid signal: {0:?} is neither a name such as SIGHUP nor a number from 1 to 64")]
     Signal(String),
+    /// What the last plugin has written down of its settings.
+    #[error("read the settings of the last plugin in {path}; remove the file to use those of the command line")]
+    KeptSettings {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Garbage that could not be removed.
+    #[error("{path} stays")]
+    Stays {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// SIGKILL did not end it.
     #[error("task {id} is still there {} s after SIGKILL; a process of it hangs in the kernel", after.as_secs())]
     Unkillable {

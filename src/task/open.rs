@@ -1,14 +1,16 @@
 //! Opening an engine: what it works with is made, and what an earlier instance of us has left is sorted out.
 
 use std::{
-    sync::{Arc, Mutex},
+    fs::File,
+    sync::{Arc, Mutex, OnceLock},
     time::Instant,
 };
 
+use nix::fcntl::Flock;
 use tokio::sync::{Notify, Semaphore, watch};
 
 use super::{
-    Engine, EventHub, Runtimes, Settings, TaskError, apparmor,
+    Engine, EventHub, KeptSettings, Runtimes, Settings, TaskError, apparmor,
     engine::Inner,
     group::Groups,
     load_records, lock,
@@ -39,12 +41,27 @@ impl Engine {
         let places = settings.places.clone();
         places.create()?;
         let lock = lock::take(&places).await?;
+        if let Err(error) = KeptSettings::of(&settings).save(&places) {
+            tracing::warn!(%error, "the settings could not be written down; gc will not know them when no plugin lives");
+        }
+        Self::open_locked(settings, events, lock).await
+    }
+
+    /// The same for who holds the lock already, and the directories are there.
+    ///
+    /// # Errors
+    /// When the host can't be used at all.
+    pub(super) async fn open_locked(
+        settings: Settings,
+        events: EventHub,
+        lock: Flock<File>,
+    ) -> Result<Self, TaskError> {
+        let places = settings.places.clone();
         let loader = Loader::new(Host::default(), OwnProfile::of(&settings.name));
         apparmor::prepare(loader.clone(), settings.security.apparmor.clone());
         let cgroups = Cgroups::detect()?;
         let group = cgroups.own_group()?;
         let log_keeper = LogKeeper::new(places.clone(), group.clone());
-        super::runtime::clear_probes(places.run(), &cgroups);
         let runtimes = Runtimes::find(&settings, &cgroups).await;
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
@@ -113,6 +130,7 @@ impl Engine {
             held: Mutex::default(),
             former: Mutex::default(),
             opened: Instant::now(),
+            attended: OnceLock::new(),
             _lock: lock,
         }));
         let whole = engine.sort_out(records);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, engine::Slot};
+use super::{Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, engine::Slot, live::Claim};
 use crate::{ids::TaskId, shim::stdio::HeldOpen};
 
 /// How long a start waits for somebody who is undoing an earlier attempt.
@@ -26,10 +26,11 @@ impl Engine {
         let id = &request.task_id;
         let task = self.settled(id).await?;
         let sound = task.lost.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
-        if !task.claim() {
+        let claim = task.claim();
+        if claim == Claim::Again {
             return None;
         }
-        if sound {
+        if sound && claim == Claim::First {
             tracing::warn!(task = %id, "an earlier plugin had started it already");
             return Some(task.handle());
         }

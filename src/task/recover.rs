@@ -13,7 +13,7 @@ use super::{
     Engine, ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
     engine::Slot,
     exec,
-    live::{Parts, Task, watch_exit},
+    live::{Claim, Parts, Task, has_oom_kill, watch_exit},
     record::{Records, RunRecord, millis},
     shared::Hands,
     undo::find_shim,
@@ -131,9 +131,11 @@ impl Engine {
             run.started_at = known.started_at;
             Some(known.clone())
         } else {
+            // Before the container of a dead shim is deleted, and its cgroup with it.
+            let oom_killed = has_oom_kill(shared, &record);
             let ended = |code, error| {
                 let at = millis(SystemTime::now());
-                ExitRecord { code, oom_killed: false, error, started_at: run.started_at, at }
+                ExitRecord { code, oom_killed, error, started_at: run.started_at, at }
             };
             match how_it_is(shared, &record, &shim).await {
                 Ok(code) => code.map(|code| ended(code, None)),
@@ -212,8 +214,12 @@ impl Engine {
         if let Some(problem) = &task.lost {
             return Err(unrecoverable(problem));
         }
-        if task.claim() {
-            tracing::info!(task = %id, "recovered");
+        match task.claim() {
+            Claim::First => tracing::info!(task = %id, "recovered"),
+            Claim::Again => {}
+            Claim::Refused => {
+                return Err(unrecoverable("no agent had asked for it within state.grace, and it is being removed"));
+            }
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromS
 
 use super::{
     apparmor::AppArmorDefault,
+    orphans::Orphans,
     runtime::{OwnShim, SHIM_NAMES},
 };
 use crate::{
@@ -41,6 +42,8 @@ pub struct Settings {
     pub keep_warm: KeepWarm,
     /// `state { grace }`: how long what nobody has asked for is kept.
     pub grace: Duration,
+    /// `state { orphans }`: what becomes of tasks that run and that no agent asks for.
+    pub orphans: Orphans,
     /// `state { orphan_timeout }`: how long a plugin without an agent stays.
     pub orphan_timeout: Duration,
     /// `stats_interval`; None: as the agent asks.

@@ -13,7 +13,9 @@ use super::{
     live::Task,
     read_records,
     record::Intent,
+    remove_probe,
     shared::Hands,
+    stale_probes,
     undo::{remove_state, undo},
 };
 use crate::{
@@ -21,7 +23,7 @@ use crate::{
     gvisor,
     ids::{ContainerId, TaskId},
     image::{InUse, Reference},
-    places::names,
+    places::{Places, names},
     shim::{self, Client, Found},
 };
 
@@ -39,20 +41,16 @@ impl Engine {
             if keep.is_some() && whole {
                 images.collect_leases(&in_use, false).await;
             }
+            if let Some(inner) = engine.upgrade() {
+                tell(Self(inner).sweep_probes(false).await);
+            }
             loop {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
                 let swept = this.sweep(false).await;
                 this.shared().metrics.swept(swept.iter().filter(|one| one.problem.is_none()).count());
-                for garbage in swept {
-                    match garbage.problem {
-                        None => tracing::info!(kind = garbage.kind, name = garbage.name, "removed; nobody claims it"),
-                        Some(problem) => {
-                            tracing::warn!(kind = garbage.kind, name = garbage.name, problem, "nobody claims it");
-                        }
-                    }
-                }
+                tell(swept);
             }
         });
     }
@@ -67,6 +65,7 @@ impl Engine {
         let mut found = self.sweep_tasks(dry_run).await;
         found.extend(self.sweep_leftovers(dry_run).await);
         found.extend(self.sweep_nameless(dry_run).await);
+        found.extend(self.sweep_probes(dry_run).await);
         if let Some(keep) = self.settings().keep_images {
             found.extend(self.shared().images.collect(keep, &self.images_in_use(), dry_run).await);
         }
@@ -76,33 +75,47 @@ impl Engine {
         found
     }
 
-    /// Tasks of an earlier instance of us that Nomad has not named to this one. One that runs is only told of: its agent
-    /// may still come back.
+    /// Tasks of an earlier instance of us that Nomad has not named to this one.
     async fn sweep_tasks(&self, dry_run: bool) -> Vec<Garbage> {
         if self.age() < self.settings().grace {
             return Vec::new();
         }
         let given_up = |task: &Task| task.record().state == RecordState::Destroying && task.has_ended();
-        let mut found = Vec::new();
+        let (mut found, mut orphans) = (Vec::new(), Vec::new());
         for (id, task) in self.live() {
             // Its destroy had failed when its process would not die; Nomad never asks twice.
             if given_up(&task) {
                 let outcome = if dry_run { Ok(()) } else { self.destroy(&id, Force::Yes).await };
-                found.push(garbage("task", &id.0, outcome));
+                found.push(garbage("task", &id.0, outcome).because("it was destroyed, and something of it was left"));
                 continue;
             }
             if task.is_claimed() {
                 continue;
             }
             if !task.has_ended() {
-                if !dry_run {
-                    tracing::warn!(task = %id, "runs, and no agent has asked for it");
-                }
+                orphans.push((id, task));
                 continue;
             }
             // Claimed meanwhile, it is Nomad's business.
-            let outcome = if dry_run || !task.claim() { Ok(()) } else { self.destroy(&id, Force::Yes).await };
-            found.push(garbage("task", &id.0, outcome));
+            if !dry_run && !task.claim_for_reaper() {
+                continue;
+            }
+            let outcome = if dry_run { Ok(()) } else { self.destroy(&id, Force::Yes).await };
+            let why = "it has ended, and no agent has asked for it within state.grace";
+            found.push(garbage("task", &id.0, outcome).because(why));
+        }
+        found.extend(self.treat_orphans(orphans, dry_run).await);
+        found
+    }
+
+    /// What probes of runtimes have left that were cut off.
+    async fn sweep_probes(&self, dry_run: bool) -> Vec<Garbage> {
+        let (run, cgroups) = (self.settings().places.run(), &self.shared().cgroups);
+        let mut found = Vec::new();
+        for name in tokio::task::block_in_place(|| stale_probes(run, cgroups)) {
+            let outcome = if dry_run { Ok(()) } else { remove_probe(run, cgroups, &name).await };
+            let why = "the process that probed a runtime with it has ended";
+            found.push(Garbage::removed("probe", &name, &outcome).because(why));
         }
         found
     }
@@ -117,7 +130,7 @@ impl Engine {
         let mut found = Vec::new();
         for id in ids {
             let outcome = if dry_run { Ok(()) } else { self.destroy_leftover(&id).await.unwrap_or(Ok(())) };
-            found.push(garbage("task", &id.0, outcome));
+            found.push(garbage("task", &id.0, outcome).because("it could not be undone before, and is tried again"));
         }
         found
     }
@@ -129,7 +142,8 @@ impl Engine {
         }
         let places = &self.settings().places;
         // What is there first, what is claimed second: a record is written before anything of its task is made.
-        let (containers, shims) = (self.containers_on_disk(), names(&places.shims()));
+        let (containers, shims) =
+            (containers_on_disk(places, self.shared().pool.launcher().namespace()), names(&places.shims()));
         let records = match read_records(&places.tasks()) {
             Ok(records) => records,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
@@ -150,7 +164,7 @@ impl Engine {
         let mut found = Vec::new();
         for id in containers {
             let outcome = if dry_run { Ok(()) } else { self.undo_nameless(&id, &shims).await };
-            found.push(garbage("container", id.as_str(), outcome));
+            found.push(garbage("container", id.as_str(), outcome).because("no record claims it"));
         }
         // What held a container that was just ended serves others now.
         let own = self.shared().pool.launcher().own();
@@ -159,28 +173,16 @@ impl Engine {
             if dir.exists() {
                 let gone = dry_run || shim::end_stray(&dir).await;
                 let problem = (!gone).then(|| "it does not end; it may still hold a container".to_owned());
-                found.push(Garbage::new("shim", &name, problem));
+                found.push(
+                    Garbage::new("shim", &name, problem).because("no record names it, and it holds no container"),
+                );
             }
         }
         found
     }
 
-    /// Container ids that anything on disk is named after.
-    fn containers_on_disk(&self) -> BTreeSet<ContainerId> {
-        let places = &self.settings().places;
-        let mut found: Vec<String> =
-            [places.bundles(), places.uppers(), places.logs()].iter().flat_map(|path| names(path)).collect();
-        for runtime in names(&places.runtimes()) {
-            found.extend(names(&places.runtime_state(&runtime, self.shared().pool.launcher().namespace())));
-        }
-        // gVisor's files are named after containers, too.
-        found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
-        let bad = names(&places.tasks()).into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
-        found.extend(bad);
-        found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect()
-    }
-
-    async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
+    /// Ends and removes a container that no record claims. `shims`: those that may hold it.
+    pub(super) async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
         let shared = self.shared();
         let places = &shared.settings.places;
         let mut shim = Found::Gone;
@@ -194,9 +196,7 @@ impl Engine {
                 break;
             }
         }
-        let config = fs::read(places.bundle(id).join("config.json")).unwrap_or_default();
-        let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
-        let cgroup = config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned();
+        let cgroup = cgroup_of(places, id);
         // A later attempt of the same task has the same one: then it is no longer this container's to be emptied.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
         known.extend(self.leftovers().values().map(|leftover| leftover.record.clone()));
@@ -263,6 +263,37 @@ impl Engine {
         let mut records: Vec<Record> = self.leftovers().values().map(|leftover| leftover.record.clone()).collect();
         records.extend(self.tasks().values().filter_map(Slot::record));
         records.into_iter().map(|record| (record.intent.image, record.intent.lease)).collect()
+    }
+}
+
+/// Container ids that anything on disk is named after.
+pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> BTreeSet<ContainerId> {
+    let mut found: Vec<String> =
+        [places.bundles(), places.uppers(), places.logs()].iter().flat_map(|path| names(path)).collect();
+    for runtime in names(&places.runtimes()) {
+        found.extend(names(&places.runtime_state(&runtime, namespace)));
+    }
+    // gVisor's files are named after containers, too.
+    found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
+    let bad = names(&places.tasks()).into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
+    found.extend(bad);
+    found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect()
+}
+
+/// The cgroup that a container's bundle names; empty where it has none.
+pub(super) fn cgroup_of(places: &Places, id: &ContainerId) -> String {
+    let config = fs::read(places.bundle(id).join("config.json")).unwrap_or_default();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+    config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned()
+}
+
+/// Writes down what was removed, and what could not be.
+fn tell(swept: Vec<Garbage>) {
+    for Garbage { kind, name, problem, why, .. } in swept {
+        match problem {
+            None => tracing::info!(kind, name, why, "removed; nobody claims it"),
+            Some(problem) => tracing::warn!(kind, name, problem, "nobody claims it"),
+        }
     }
 }
 

@@ -415,7 +415,8 @@ async fn a_short_lived_instance_does_no_harm() {
         tokio::time::sleep(Duration::from_millis(delay)).await;
         kill(pid, Signal::SIGKILL).unwrap();
         dying.await.unwrap().unwrap();
-        fs::remove_file(socket).unwrap();
+        // Other plugins have theirs in the same directory, and remove those of killed ones.
+        let _ = fs::remove_file(socket);
     }
     env.start_plugin().await;
     env.recover(&task).await.unwrap();

@@ -30,13 +30,15 @@ pub struct EnvOptions {
     pub env: Vec<(String, String)>,
     /// The driver's name.
     pub name: &'static str,
+    /// A program that starts the one under test, which it finds in the variable `PROGRAM`.
+    pub wrapper: Option<PathBuf>,
     /// Another driver than the program under test. It is asked for what its schema knows.
     pub driver: Option<Launch>,
 }
 
 impl Default for EnvOptions {
     fn default() -> Self {
-        Self { config: json!({}), env: Vec::new(), name: "shim", driver: None }
+        Self { config: json!({}), env: Vec::new(), name: "shim", wrapper: None, driver: None }
     }
 }
 
@@ -92,7 +94,9 @@ impl Env {
         }
         merge(&mut config, &options.config);
         let foreign = options.driver.is_some();
-        let mut launch = options.driver.unwrap_or_else(|| Launch::named(program(), options.name));
+        let started = options.wrapper.unwrap_or_else(program);
+        let mut launch = options.driver.unwrap_or_else(|| Launch::named(started, options.name));
+        launch.env.push(("PROGRAM".to_owned(), program().to_str().unwrap().to_owned()));
         launch.env.extend(options.env);
         launch.env.push(("PLUGIN_UNIX_SOCKET_DIR".to_owned(), dir.to_str().unwrap().to_owned()));
         let (allocs, asked) = (Vec::new(), Mutex::default());

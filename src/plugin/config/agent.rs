@@ -15,8 +15,8 @@ use crate::{
     },
     rootfs::{Capabilities, Hooks, UpperOn, default_allowed, seccomp::Multiplexer},
     task::{
-        Compute, ContainerdSettings, MetricsAddress, PoolSettings, SHIM_NAMES, SeccompDefault, SecuritySettings,
-        Settings, ShimScope, ShimSettings,
+        Compute, ContainerdSettings, MetricsAddress, Orphans, PoolSettings, SHIM_NAMES, SeccompDefault,
+        SecuritySettings, Settings, ShimScope, ShimSettings,
     },
 };
 
@@ -40,6 +40,14 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         })
     };
     let grace = span(state, "state", "grace", "5m", &mut faults);
+    let orphans = match state.filled("orphans") {
+        None | Some("keep") => Orphans::Keep,
+        Some("end") => Orphans::End,
+        Some(other) => {
+            faults.push(format!("state.orphans = {other:?} is not keep or end"));
+            Orphans::Keep
+        }
+    };
     let orphan_timeout = span(state, "state", "orphan_timeout", "10m", &mut faults);
     let keep_images = match block("image").filled("keep") {
         Some("forever") => None,
@@ -201,6 +209,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         upper,
         keep_warm,
         grace,
+        orphans,
         orphan_timeout,
         own_logs: values.flag("disable_log_collection").unwrap_or(false),
         stats_interval,

@@ -24,6 +24,12 @@ const STATE: &[Row] = &[
     ),
     default("grace", Kind::Text, "\"5m\"", "How long remains that no agent has asked for are kept."),
     default(
+        "orphans",
+        Kind::Text,
+        "\"keep\"",
+        "What becomes of tasks that run and that no agent has asked for within `grace`, since it lost its data or has another one: `keep` lets them run and says so once; `end` sends them their stop signal, kills them 30 s later and destroys them. The time counts while an agent is connected: one that is down loses nothing. Make `grace` longer than an agent takes to ask for its tasks.",
+    ),
+    default(
         "orphan_timeout",
         Kind::Text,
         "\"10m\"",

@@ -2,9 +2,9 @@
 
 use std::{fs, path::Path, process::Stdio, time::Duration};
 
-use super::probe_spec;
+use super::{probe_spec, probes};
 use crate::{
-    ids::random_hex,
+    cgroup::Cgroups,
     process::async_command,
     rootfs::seccomp::{self, Form},
 };
@@ -19,8 +19,8 @@ const PROBE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// Its own words when it fails for another reason.
-pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<Form, String> {
-    let id = format!("probe-{}", random_hex(6));
+pub async fn crun_works(binary: &Path, scratch: &Path, cgroups: &Cgroups) -> Result<Form, String> {
+    let id = probes::new_name().map_err(|error| error.to_string())?;
     let bundle = scratch.join(&id);
     let mut outcome = probe(binary, &bundle, &id, Form::Program).await;
     // It has run the program, and not under the filter: does it know the plain form?
@@ -30,8 +30,9 @@ pub async fn crun_works(binary: &Path, scratch: &Path) -> Result<Form, String> {
             .and_then(|filtered| if filtered { Ok(false) } else { Err(NO_SECCOMP.to_owned()) });
     }
     let outcome = outcome.map(|program| if program { Form::Program } else { Form::Profile });
-    if let Err(error) = fs::remove_dir_all(&bundle) {
-        tracing::debug!(%error, "the probe's bundle stays");
+    // A crun that was killed has not removed its cgroup.
+    if let Err(error) = probes::remove_probe(scratch, cgroups, &id).await {
+        tracing::warn!(%error, name = id, "something of a runtime's probe stays");
     }
     outcome
 }

@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     kept::{self, Program},
-    probe_cgroup, probe_spec,
+    probe_spec, probes,
 };
 use crate::{
-    cgroup::{CgroupPath, Cgroups},
+    cgroup::Cgroups,
     elf,
     gvisor::{Caller, GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
     ids::{Digest, random_hex},
@@ -174,19 +174,11 @@ impl Gvisor {
     }
 
     async fn sandbox(&self, binary: &Path, probed: &Probed) -> Result<(), String> {
-        let id = format!("probe-{}", random_hex(6));
+        let id = probes::new_name().map_err(|error| error.to_string())?;
         let bundle = self.places.run().join(&id);
-        let cgroup = CgroupPath::recorded(&probe_cgroup(&id));
         let outcome = self.run_in(&bundle, &id, binary, probed).await;
-        let deadline = Instant::now() + ASK;
-        while self.cgroups.kill(&cgroup) > 0 && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        if let Err(error) = self.cgroups.remove(&cgroup) {
-            tracing::debug!(%error, "the probe's cgroup stays");
-        }
-        if let Err(error) = fs::remove_dir_all(&bundle) {
-            tracing::debug!(%error, "the probe's bundle stays");
+        if let Err(error) = probes::remove_probe(self.places.run(), &self.cgroups, &id).await {
+            tracing::warn!(%error, name = id, "something of a runtime's probe stays");
         }
         outcome
     }

@@ -3,6 +3,7 @@
 mod crun;
 mod gvisor;
 mod kept;
+mod probes;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,10 +17,11 @@ use std::{
 pub use crun::crun_works;
 pub use gvisor::{Gvisor, runsc_works};
 use kept::Program;
+pub use probes::{remove_probe, stale_probes};
 
 use super::{RuntimeSettings, Settings};
 use crate::{
-    cgroup::{CgroupPath, Cgroups},
+    cgroup::Cgroups,
     gvisor::{Caller, Network, Probed},
     ids::ContainerId,
     places::Places,
@@ -200,7 +202,8 @@ impl Runtimes {
         let gvisor = gvisor.collect();
         let cruns = configured.iter().filter_map(|(name, runtime)| {
             let binary = which(&runtime.binary)?;
-            is_called(&binary, "crun").then_some(async move { (name.clone(), crun_works(&binary, scratch).await) })
+            is_called(&binary, "crun")
+                .then_some(async move { (name.clone(), crun_works(&binary, scratch, cgroups).await) })
         });
         let cruns: BTreeMap<String, Result<Form, String>> =
             futures_util::future::join_all(cruns).await.into_iter().collect();
@@ -369,11 +372,6 @@ fn own_program() -> std::io::Result<PathBuf> {
     which(&bare).ok_or_else(|| std::io::Error::new(std::io::ErrorKind::NotFound, format!("{} is gone", bare.display())))
 }
 
-/// Where a probe's container is.
-fn probe_cgroup(id: &str) -> String {
-    format!("/nomad-driver-shim-{id}")
-}
-
 /// The least that a runtime runs `program` by, in `rootfs` of the bundle.
 fn probe_spec(id: &str, program: &str, namespaces: &[&str]) -> serde_json::Value {
     let namespaces: Vec<_> = namespaces.iter().map(|kind| serde_json::json!({ "type": kind })).collect();
@@ -382,26 +380,8 @@ fn probe_spec(id: &str, program: &str, namespaces: &[&str]) -> serde_json::Value
         "root": { "path": "rootfs" },
         "process": { "user": { "uid": 0, "gid": 0 }, "args": [program], "cwd": "/", "env": [] },
         "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-        "linux": { "namespaces": namespaces, "cgroupsPath": probe_cgroup(id) },
+        "linux": { "namespaces": namespaces, "cgroupsPath": probes::cgroup(id) },
     })
-}
-
-/// What probes that were cut off left behind.
-pub fn clear_probes(scratch: &Path, cgroups: &Cgroups) {
-    let stale = fs::read_dir(scratch).into_iter().flatten().flatten();
-    for entry in stale {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.starts_with("probe-") {
-            continue;
-        }
-        let cgroup = CgroupPath::recorded(&probe_cgroup(&name));
-        cgroups.kill(&cgroup);
-        let removed = cgroups.remove(&cgroup).map_err(|error| crate::chain(&error));
-        if let Err(problem) = removed.and_then(|()| fs::remove_dir_all(entry.path()).map_err(|error| error.to_string()))
-        {
-            tracing::debug!(problem, "something of an old probe stays");
-        }
-    }
 }
 
 #[cfg(test)]

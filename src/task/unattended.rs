@@ -1,0 +1,316 @@
+//! Garbage of a driver that no plugin looks after: what is in its directories, what of that nobody needs, and why.
+//!
+//! The survey only looks. What it finds to go is removed by an engine that has the driver's lock and does nothing else: an
+//! engine takes every task over as the next plugin would, and one that is not destroyed goes on.
+
+use std::{
+    collections::HashSet,
+    fs,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Engine, EventHub, Force, KeptSettings, Orphans, Record, RecordState, RunRecord, Settings, TaskError,
+    live::ended_at,
+    lock, millis, read_records, remove_probe, stale_probes,
+    sweep::{cgroup_of, containers_on_disk},
+};
+use crate::{
+    cgroup::{CgroupPath, Cgroups, KeepWarm},
+    control::Garbage,
+    ids::{ContainerId, TaskId},
+    places::{Places, names},
+    shim::{self, Client},
+};
+
+/// Nothing of what an engine does at intervals is done by one that only clears.
+const NEVER: Duration = Duration::from_secs(24 * 3600);
+/// A shim that answers does so in a millisecond.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Idle shims are asked to end when the engine is opened, in the background.
+const END: Duration = Duration::from_secs(10);
+/// Between two looks at that.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Something in the directories of a driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Thing {
+    /// A task whose record an engine undoes when it is opened.
+    HalfDone(TaskId),
+    /// A task that has ended.
+    Ended(TaskId),
+    /// A container that no record claims.
+    Container(ContainerId),
+    /// A shim that no record names.
+    Shim(String),
+    /// A root file system that was made ahead.
+    Ahead(String),
+    /// A runtime's probe.
+    Probe(String),
+}
+
+impl Thing {
+    fn kind_and_name(&self) -> (&'static str, &str) {
+        match self {
+            Self::HalfDone(id) | Self::Ended(id) => ("task", &id.0),
+            Self::Container(id) => ("container", id.as_str()),
+            Self::Shim(name) => ("shim", name),
+            Self::Ahead(name) => ("rootfs", name),
+            Self::Probe(name) => ("probe", name),
+        }
+    }
+}
+
+/// What is to become of a thing, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Goes(String),
+    Stays(String),
+}
+
+/// When a task ended, as far as that can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// It has not: this is its process.
+    Lives(u32),
+    /// So long ago.
+    Ago(Duration),
+    /// Nobody can tell any more how it ended, so that nobody needs what is left.
+    Lost,
+    /// Its shim knows, and does not answer.
+    Silent,
+}
+
+/// What becomes of a task that was started: a pure function of how it is.
+fn judge_started(end: End, keep_ended: Duration) -> Verdict {
+    match end {
+        End::Lives(pid) => Verdict::Stays(format!("its container lives, process {pid}")),
+        End::Ago(ago) if ago < keep_ended => Verdict::Stays(format!(
+            "it ended {} s ago, and its agent may come back and ask how (--keep-ended)",
+            ago.as_secs()
+        )),
+        End::Ago(ago) => Verdict::Goes(format!("it ended {} s ago", ago.as_secs())),
+        End::Lost => Verdict::Goes("it has ended, its shim too, and nobody can tell how".to_owned()),
+        End::Silent => Verdict::Stays("its process has ended, and its shim does not answer how".to_owned()),
+    }
+}
+
+/// Clears a driver's directories that no plugin looks after, or, for a dry run, says what would go; with what stays, and
+/// why. None where a plugin has them after all.
+///
+/// # Errors
+/// When the directories can't be looked at, or no engine can be opened for them.
+pub async fn clear_unattended(
+    settings: Settings,
+    keep_ended: Duration,
+    dry_run: bool,
+) -> Result<Option<Vec<Garbage>>, TaskError> {
+    let kept = KeptSettings::read(&settings.places)
+        .map_err(|source| TaskError::KeptSettings { path: settings.places.kept_settings(), source })?;
+    let settings = restrict(match kept {
+        Some(kept) => kept.apply(settings),
+        None => settings,
+    });
+    // Held to the end: no plugin can be started meanwhile.
+    let Some(lock) = lock::try_take(&settings.places)? else { return Ok(None) };
+    let found = survey(&settings, keep_ended).await?;
+    let goes = found.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Goes(_))).count();
+    if dry_run || goes == 0 {
+        return Ok(Some(found.iter().map(|(thing, verdict)| told(thing, verdict, &Ok(()))).collect()));
+    }
+    settings.places.create()?;
+    let engine = Engine::open_locked(settings, EventHub::default(), lock).await?;
+    let mut outcomes = Vec::new();
+    for (thing, verdict) in &found {
+        let outcome = match verdict {
+            Verdict::Goes(_) => engine.clear(thing).await,
+            Verdict::Stays(_) => Ok(()),
+        };
+        outcomes.push(told(thing, verdict, &outcome));
+    }
+    engine.close().await;
+    Ok(Some(outcomes))
+}
+
+/// The same settings for an engine that starts nothing.
+fn restrict(mut settings: Settings) -> Settings {
+    settings.shim.pool.size = 0;
+    Settings {
+        grace: NEVER,
+        orphans: Orphans::Keep,
+        keep_warm: KeepWarm::Never,
+        own_logs: false,
+        keep_images: None,
+        metrics: None,
+        ..settings
+    }
+}
+
+fn told(thing: &Thing, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Garbage {
+    let (kind, name) = thing.kind_and_name();
+    match verdict {
+        Verdict::Goes(why) => Garbage::removed(kind, name, outcome).because(why),
+        Verdict::Stays(why) => Garbage::staying(kind, name, why),
+    }
+}
+
+/// Everything that is there, without touching any of it.
+async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Vec<(Thing, Verdict)>, TaskError> {
+    let places = &settings.places;
+    let cgroups = Cgroups::detect()?;
+    let records = read_records(&places.tasks())?;
+    let mut found = Vec::new();
+    for record in &records.good {
+        found.push(judge(places, record, keep_ended).await);
+    }
+    let goes = |why: &str| Verdict::Goes(why.to_owned());
+    let mut claimed: HashSet<ContainerId> = records.good.iter().map(|record| record.container_id.clone()).collect();
+    for path in records.bad.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json")) {
+        let id = path.file_stem().and_then(|name| ContainerId::from_file_name(name.to_str()?));
+        if let Some(id) = id.filter(|id| claimed.insert(id.clone())) {
+            let why = "its record can't be read; its agent can bring it back, and the next plugin sorts that out";
+            found.push((Thing::Container(id), Verdict::Stays(why.to_owned())));
+        }
+    }
+    let containers = containers_on_disk(places, &settings.containerd.namespace);
+    for id in containers.into_iter().filter(|id| !claimed.contains(id)) {
+        let verdict = match process_of(places, &cgroups, &id) {
+            Some(pid) => Verdict::Stays(format!("its container lives, process {pid}, though no record claims it")),
+            None => goes("no record claims it, and no process of it lives"),
+        };
+        found.push((Thing::Container(id), verdict));
+    }
+    let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
+    // It may have one whose record is lost: it is the only way to that.
+    let hides =
+        found.iter().any(|(thing, verdict)| matches!((thing, verdict), (Thing::Container(_), Verdict::Stays(_))));
+    for name in names(&places.shims()).into_iter().filter(|name| !named.contains(name.as_str())) {
+        let verdict = if hides {
+            Verdict::Stays("no record names it, and it may hold a container whose record is lost".to_owned())
+        } else {
+            goes("no record names it: it waited for the next task of a plugin that has ended")
+        };
+        found.push((Thing::Shim(name), verdict));
+    }
+    let ahead = names(&places.ahead()).into_iter();
+    found.extend(ahead.map(|name| (Thing::Ahead(name), goes("made for the next task of a plugin that has ended"))));
+    let probes = stale_probes(places.run(), &cgroups).into_iter();
+    found.extend(probes.map(|name| (Thing::Probe(name), goes("the process that probed a runtime with it has ended"))));
+    Ok(found)
+}
+
+async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing, Verdict) {
+    let id = record.task_id.clone();
+    let half_done = |why: &str| (Thing::HalfDone(record.task_id.clone()), Verdict::Goes(why.to_owned()));
+    if !record.is_current() {
+        return half_done("the host was restarted since it was started");
+    }
+    let end = match &record.state {
+        RecordState::Intended => {
+            return half_done("a plugin had begun to start it, and no agent was told that it runs");
+        }
+        RecordState::Destroying => return half_done("a plugin had begun to destroy it, as its agent wanted"),
+        RecordState::Exited(exit) => End::Ago(since(exit.at)),
+        RecordState::Running(run) | RecordState::Stopping { run, .. } => end_of(places, record, run).await,
+    };
+    (Thing::Ended(id), judge_started(end, keep_ended))
+}
+
+/// How it is with a task that had not ended when its plugin last knew.
+async fn end_of(places: &Places, record: &Record, run: &RunRecord) -> End {
+    if !run.process.is_gone() {
+        return End::Lives(run.process.pid);
+    }
+    // Shims since containerd 2.4.2 note it before they go.
+    let noted = fs::metadata(places.bundle(&record.container_id).join(shim::EXIT_NOTE));
+    if let Some(at) = noted.ok().and_then(|note| note.modified().ok()) {
+        return End::Ago(SystemTime::now().duration_since(at).unwrap_or_default());
+    }
+    let dir = places.shim(&record.shim);
+    if !shim::is_alive(&dir) {
+        return End::Lost;
+    }
+    let ask = async {
+        let client = Client::connect(&dir.join("sock"), None).await.ok()?;
+        client.wait(record.container_id.as_str()).await.ok()
+    };
+    match tokio::time::timeout(ANSWER, ask).await {
+        Ok(Some(exit)) => End::Ago(since(ended_at(&exit))),
+        Ok(None) | Err(_) => End::Silent,
+    }
+}
+
+fn since(at: u64) -> Duration {
+    Duration::from_millis(millis(SystemTime::now()).saturating_sub(at))
+}
+
+/// A process of a container without a record.
+fn process_of(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Option<u32> {
+    let group = CgroupPath::recorded(&cgroup_of(places, id));
+    let in_group =
+        (!group.as_str().is_empty()).then(|| cgroups.processes(&group)).and_then(|all| all.into_iter().next());
+    in_group.or_else(|| {
+        // Where its bundle is gone, its runtime still has the pid: runc's and crun's names for it.
+        let roots = names(&places.runtimes()).into_iter().map(|runtime| places.runtime_root(&runtime));
+        let states = roots.flat_map(|root| names(&root).into_iter().map(move |namespace| root.join(namespace)));
+        states
+            .filter_map(|state| pid_in(&state.join(id.as_str())))
+            .find(|pid| Path::new("/proc").join(pid.to_string()).exists())
+    })
+}
+
+fn pid_in(state: &Path) -> Option<u32> {
+    let read = |file: &str| serde_json::from_slice::<serde_json::Value>(&fs::read(state.join(file)).ok()?).ok();
+    let pid = |file: &str, field: &str| read(file)?.get(field)?.as_u64()?.try_into().ok();
+    pid("state.json", "init_process_pid").or_else(|| pid("status", "pid"))
+}
+
+impl Engine {
+    async fn clear(&self, thing: &Thing) -> Result<(), TaskError> {
+        let places = &self.settings().places;
+        match thing {
+            Thing::HalfDone(id) => self.outlast_leftover(id, &CancellationToken::new()).await,
+            // Refused, should it live after all.
+            Thing::Ended(id) => self.destroy(id, Force::No).await,
+            Thing::Container(id) => self.undo_nameless(id, &names(&places.shims())).await,
+            Thing::Shim(name) => gone(&places.shim(name)).await,
+            Thing::Ahead(name) => gone(&places.ahead().join(name)).await,
+            Thing::Probe(name) => remove_probe(places.run(), &self.shared().cgroups, name)
+                .await
+                .map_err(|source| TaskError::Stays { path: places.run().join(name), source }),
+        }
+    }
+}
+
+/// Waits for the end of what an engine removes when it is opened.
+async fn gone(path: &Path) -> Result<(), TaskError> {
+    let deadline = tokio::time::Instant::now() + END;
+    while path.exists() {
+        if tokio::time::Instant::now() > deadline {
+            let source = std::io::Error::from(std::io::ErrorKind::TimedOut);
+            return Err(TaskError::Stays { path: path.to_owned(), source });
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lives_or_may_still_be_asked_for_stays() {
+        let hour = Duration::from_secs(3600);
+        let stays = |end, keep| matches!(judge_started(end, keep), Verdict::Stays(_));
+        assert!(stays(End::Lives(7), Duration::ZERO));
+        assert!(stays(End::Silent, Duration::ZERO));
+        assert!(stays(End::Ago(Duration::from_secs(5)), hour));
+        assert!(!stays(End::Ago(hour), hour));
+        assert!(!stays(End::Ago(Duration::ZERO), Duration::ZERO));
+        assert!(!stays(End::Lost, hour));
+    }
+}

@@ -1,0 +1,156 @@
+//! What is executed starts with default signal dispositions and an empty mask, whatever the plugin was started with.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use nomad_driver_shim::ids::random_hex;
+use serde_json::json;
+
+use crate::support::{Env, EnvOptions, Image, program, script, services, services::root};
+
+/// The lines of proc_pid_status(5) that execve(2) hands down, and the one that it clears.
+const LINES: &str = "^Sig(Blk|Ign|Cgt)";
+const DEFAULTS: &str = "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\nSigCgt:\t0000000000000000\n";
+/// SIGPIPE, which Rust's runtime ignores in every Rust program.
+const SIGPIPE: u64 = 1 << 12;
+
+/// A program that starts the one under test as `nohup` and some init scripts start an agent, and worse.
+fn odd_start() -> PathBuf {
+    let dir = root().join(random_hex(4));
+    fs::create_dir_all(&dir).unwrap();
+    let path = dir.join("odd-start");
+    let signals = "--ignore-signal=HUP,INT,PIPE,QUIT,CHLD,USR2,RTMIN --block-signal=USR1,TERM,RTMAX";
+    script(&path, &format!("exec env {signals} \"$PROGRAM\" \"$@\""));
+    path
+}
+
+/// What a process ignores and blocks.
+fn ignored_and_blocked(pid: u32) -> (u64, u64) {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let of = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+    };
+    (of("SigIgn"), of("SigBlk"))
+}
+
+/// Processes of ours that have this directory, and this word where one is given, in their command line.
+fn processes(dir: &Path, word: &str) -> Vec<u32> {
+    let dir = dir.to_str().unwrap();
+    let of = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains(dir) && line.contains(word)
+    };
+    nomad_driver_shim::process::all().into_iter().filter(of).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_and_exec_have_defaults_under_a_plugin_with_odd_ones() {
+    for pool in [0, 1] {
+        let hooked = root().join(random_hex(4));
+        fs::create_dir_all(&hooked).unwrap();
+        let hook = hooked.join("hook");
+        script(&hook, &format!("exec cat /proc/self/status > {}/status", hooked.display()));
+        let config = json!({"shim": {"pool": pool}, "hooks": {"create_runtime": [hook.to_str().unwrap()]}});
+        let options = EnvOptions { config, wrapper: Some(odd_start()), ..EnvOptions::default() };
+        let mut env = Env::with(options).await;
+        let (ignored, blocked) = ignored_and_blocked(env.plugin().pid().unwrap());
+        assert_eq!(ignored & 1, 1, "the plugin ignores SIGHUP as it was started to");
+        assert_eq!(blocked, 0, "the plugin can be asked to leave by SIGTERM");
+        for runtime in ["crun", "runc"] {
+            let image = env.busybox().await;
+            let show = json!({
+                "image": image, "runtime": runtime, "command": "/bin/grep", "args": ["-E", LINES, "/proc/self/status"],
+            });
+            let (code, out, _) = env.run(show).await;
+            assert_eq!((code, out.as_str()), (0, DEFAULTS), "{runtime}, a pool of {pool}: the task");
+            let hook = fs::read_to_string(hooked.join("status")).unwrap();
+            assert!(hook.contains("SigIgn:\t0000000000000000\n"), "{runtime}: its hook has {hook}");
+            // crun itself blocks signals while hooks run (containers/crun src/libcrun/container.c, `block_signals`).
+            let blocks_none = hook.contains("SigBlk:\t0000000000000000\n");
+            assert!(blocks_none || runtime == "crun", "{runtime}: its hook has {hook}");
+            let sleeps = json!({"image": image, "runtime": runtime, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+            let task = env.start(sleeps).await;
+            let answer = env.exec(&task, &["/bin/grep", "-E", LINES, "/proc/self/status"], 0).await.unwrap();
+            assert_eq!(String::from_utf8(answer.stdout).unwrap(), DEFAULTS, "{runtime}, a pool of {pool}: exec");
+            for shim in processes(&env.dir, "containerd-shim") {
+                assert_eq!(ignored_and_blocked(shim).0 & !SIGPIPE, 0, "a shim");
+            }
+            env.destroy(&task).await.unwrap();
+        }
+        env.finish().await;
+        fs::remove_dir_all(hooked).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_writer_and_its_keeper_have_defaults_too() {
+    let config = json!({"disable_log_collection": true});
+    let options = EnvOptions { config, wrapper: Some(odd_start()), ..EnvOptions::default() };
+    let mut env = Env::with(options).await;
+    let image = env.busybox().await;
+    let task = env.start(json!({"image": image, "command": "/bin/sh", "args": ["-c", "sleep 600"]})).await;
+    crate::support::eventually("keeper and writer", async || {
+        let found = processes(&env.dir, "log-writer");
+        if found.len() == 2 { Ok(()) } else { Err(found) }
+    })
+    .await;
+    for process in processes(&env.dir, "log-writer") {
+        let (ignored, blocked) = ignored_and_blocked(process);
+        assert_eq!((ignored & !SIGPIPE, blocked), (0, 0));
+    }
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+/// The plugin is started by the command line here, which a shell or a script may have started in any way, and by
+/// posix_spawn, which leaves signal 32 ignored.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_of_run_have_defaults() {
+    let id = random_hex(4);
+    let (dir, image) = (root().join(&id), Image::busybox().push(&services().registry, "test/busybox:1").await);
+    for started in [program(), odd_start()] {
+        for runtime in ["crun", "runc"] {
+            let mut command = Command::new(&started);
+            command
+                .args(["run", "--runtime", runtime, &image, "grep", "-E", LINES, "/proc/self/status"])
+                .env("PROGRAM", program())
+                .env("NOMAD_DRIVER_SHIM_ADDRESS", &services().containerd)
+                .env("NOMAD_DRIVER_SHIM_NAMESPACE", format!("signals-{id}"))
+                .env("NOMAD_DRIVER_SHIM_RUN_DIR", dir.join("run"))
+                .env("NOMAD_DRIVER_SHIM_STATE_DIR", dir.join("state"));
+            let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(String::from_utf8_lossy(&output.stdout), DEFAULTS, "{runtime} by {}: {said}", started.display());
+        }
+    }
+}
+
+/// A program that is started in another way hands down what this process ignores.
+#[test]
+fn every_program_is_started_by_one_function() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut wrong = Vec::new();
+    let mut left = vec![source.clone()];
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            left.extend(fs::read_dir(&path).unwrap().flatten().map(|entry| entry.path()));
+            continue;
+        }
+        let name = path.strip_prefix(&source).unwrap().to_str().unwrap().to_owned();
+        // The benchmark measures how others start runtimes, and the fault switch does on purpose what must not be done.
+        if name.starts_with("bench/") || name == "fault.rs" || name == "process.rs" {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let program = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        if program.contains("Command::new(") {
+            wrong.push(name);
+        }
+    }
+    assert_eq!(wrong, Vec::<String>::new(), "use process::command or process::async_command");
+}
