@@ -182,10 +182,10 @@ impl Engine {
         let held = self.held().remove(&(request.alloc_id.clone(), request.name.clone()));
         let (stop, (tell, done)) = (CancellationToken::new(), watch::channel(()));
         match self.tasks().entry(id.clone()) {
-            Entry::Vacant(free) if !id.0.is_empty() => {
+            Entry::Vacant(free) => {
                 free.insert(Slot::Starting { stop: stop.clone(), done });
             }
-            _ => return Err(TaskError::AlreadyStarted(id.0)),
+            Entry::Occupied(_) => return Err(TaskError::AlreadyStarted(id.0)),
         }
         let slot = Reserved { engine: self, id: &id, _done: tell };
         // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.

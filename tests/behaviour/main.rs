@@ -26,6 +26,7 @@ mod crash;
 mod exec;
 mod failures;
 mod handshake;
+mod identity;
 mod images;
 mod leaks;
 mod lifecycle;
