@@ -1,7 +1,8 @@
 //! Processes, named so that a reused pid deceives nobody: by pid and start time on disk, by pidfd while we live.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
+    num::NonZeroU32,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::{Output, Stdio},
@@ -74,10 +75,37 @@ pub fn start_anew(first: libc::c_uint) -> io::Result<()> {
     Ok(())
 }
 
+/// A process's number, which is never 0: written to `cgroup.procs`, and given to many system calls, 0 means whoever
+/// makes the call (cgroups(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pid(NonZeroU32);
+
+impl Pid {
+    /// Returns the pid of a child that has not been waited for.
+    ///
+    /// # Errors
+    /// When it was waited for already: its pid may be another process's by now.
+    pub fn of_child(child: &tokio::process::Child) -> io::Result<Self> {
+        let reaped = || io::Error::other("the process that was just started has been waited for already");
+        child.id().and_then(NonZeroU32::new).map(Self).ok_or_else(reaped)
+    }
+
+    /// Returns it as a plain number.
+    pub fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl fmt::Display for Pid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// Moves a process of ours that is to outlive us out of the agent's cgroup, so that stopping the agent's service does not
 /// end it, and makes the kernel's OOM killer prefer it to us. `procs`: `cgroup.procs` of the group for it, one for each
 /// hierarchy.
-pub fn set_apart(pid: u32, procs: &[PathBuf]) {
+pub fn set_apart(pid: Pid, procs: &[PathBuf]) {
     for procs in procs {
         if let Err(error) = fs::write(procs, pid.to_string()) {
             tracing::warn!(path = %procs.display(), %error, "a process of ours stays in the agent's cgroup");
@@ -290,6 +318,16 @@ mod tests {
         let endless = bounded_output(&mut shell("yes >&2 & exec yes")).await.expect("runs");
         let kept = usize::try_from(OUTPUT_MAX).expect("a small number");
         assert_eq!((endless.stdout.len(), endless.stderr.len()), (kept, kept));
+    }
+
+    /// The number 0 would move this process itself.
+    #[tokio::test]
+    async fn a_child_that_was_waited_for_has_no_pid() {
+        let mut child = tokio::process::Command::new("true").spawn().expect("spawned");
+        let number = child.id().expect("not waited for");
+        assert_eq!(Pid::of_child(&child).expect("a pid").get(), number);
+        child.wait().await.expect("waited for");
+        Pid::of_child(&child).expect_err("no pid any more");
     }
 
     #[tokio::test]

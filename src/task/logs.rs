@@ -15,7 +15,7 @@ use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
     places::{Places, PlacesError, create_private, make_dir},
-    process::{PidFd, set_apart, start_anew},
+    process::{Pid, PidFd, set_apart, start_anew},
     shim::stdio::Stdio,
 };
 
@@ -123,11 +123,11 @@ impl LogKeeper {
             command.pre_exec(|| start_anew(3));
         }
         let mut child = command.spawn()?;
-        let pid = child.id().unwrap_or_default();
+        let pid = Pid::of_child(&child)?;
         set_apart(pid, &self.cgroup);
         // It has waited for this: what it starts is where it is.
         drop(child.stdin.take());
-        let pidfd = Arc::new(PidFd::open(pid)?);
+        let pidfd = Arc::new(PidFd::open(pid.get())?);
         // Reaped when it dies.
         tokio::spawn(async move { child.wait().await });
         Ok(pidfd)
