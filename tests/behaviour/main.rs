@@ -38,6 +38,7 @@ mod network;
 mod options;
 mod own_logs;
 mod pool;
+mod reconfigure;
 mod recovery;
 mod release;
 mod seccomp;

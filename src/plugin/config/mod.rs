@@ -3,6 +3,8 @@
 mod agent;
 mod apparmor;
 mod ceilings;
+#[cfg(test)]
+mod differences;
 mod job;
 mod limits;
 mod mounts;
