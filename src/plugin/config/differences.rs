@@ -1,10 +1,10 @@
 //! Every option of the agent's configuration: a running plugin sees that it differs, and names it.
 
+use rmpv::Value as Wire;
 use serde_json::{Value, json};
 
 use super::settings;
 use crate::{
-    host::encode_raw,
     ids::DriverName,
     plugin::options::{Kind, PLUGIN, Row},
     task::Settings,
@@ -81,6 +81,25 @@ fn options(rows: &[Row], block: &str) -> Vec<String> {
     rows.iter().flat_map(of).collect()
 }
 
+/// What Nomad sends for this configuration.
+fn encoded(config: &Value) -> Vec<u8> {
+    fn wire(value: &Value) -> Wire {
+        match value {
+            Value::Null => Wire::Nil,
+            Value::Bool(flag) => Wire::from(*flag),
+            Value::Number(number) => Wire::from(number.as_i64().expect("a whole number")),
+            Value::String(text) => Wire::from(text.as_str()),
+            Value::Array(items) => Wire::Array(items.iter().map(wire).collect()),
+            Value::Object(fields) => {
+                Wire::Map(fields.iter().map(|(key, value)| (Wire::from(key.as_str()), wire(value))).collect())
+            }
+        }
+    }
+    let mut bytes = Vec::new();
+    rmpv::encode::write_value(&mut bytes, &wire(config)).expect("in memory");
+    bytes
+}
+
 /// The settings with one option, and whatever else it needs.
 fn configured(option: &str, value: &str, also: &str) -> Settings {
     let parsed = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
@@ -98,7 +117,7 @@ fn configured(option: &str, value: &str, also: &str) -> Settings {
         Some((block, option)) => config[block][option] = parsed(value),
     }
     let name = DriverName::new("shim").expect("a name");
-    settings(&name, &encode_raw(&config)).unwrap_or_else(|error| panic!("{option} = {value}: {error}"))
+    settings(&name, &encoded(&config)).unwrap_or_else(|error| panic!("{option} = {value}: {error}"))
 }
 
 #[test]

@@ -395,8 +395,8 @@ pub fn clear_probes(scratch: &Path, cgroups: &Cgroups) {
             continue;
         }
         let cgroup = CgroupPath::recorded(&probe_cgroup(&name));
-        cgroups.kill(&cgroup);
-        let removed = cgroups.remove(&cgroup).map_err(|error| crate::chain(&error));
+        let emptied = cgroups.kill(&cgroup);
+        let removed = emptied.and_then(|_| cgroups.remove(&cgroup)).map_err(|error| crate::chain(&error));
         if let Err(problem) = removed.and_then(|()| fs::remove_dir_all(entry.path()).map_err(|error| error.to_string()))
         {
             tracing::debug!(problem, "something of an old probe stays");
