@@ -352,7 +352,8 @@ mod tests {
         for number in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EIO, libc::EACCES] {
             unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number))).expect_err("not known");
         }
-        for (number, passing) in [(libc::EMFILE, true), (libc::ENOMEM, true), (libc::EIO, false), (libc::ENOENT, false)] {
+        for (number, passing) in [(libc::EMFILE, true), (libc::ENOMEM, true), (libc::EIO, false), (libc::ENOENT, false)]
+        {
             assert_eq!(is_passing(&io::Error::from_raw_os_error(number)), passing);
         }
     }

@@ -14,8 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, apparmor,
     claim::{Attempt, Claim},
-    exec, group, interrupt, logs,
-    mounts as task_mounts,
+    exec, group, interrupt, logs, mounts as task_mounts,
     names::Names,
     plan::{self, Plan, Starter},
     record::{RunRecord, millis},

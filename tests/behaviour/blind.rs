@@ -61,6 +61,9 @@ async fn recovered_after_a_shortage(spare: usize) {
         if left.is_empty() { Ok(()) } else { Err(left) }
     })
     .await;
+    // The next one removes what is left of probes.
+    env.kill_plugin().await;
+    env.start_plugin().await;
     env.finish().await;
 }
 

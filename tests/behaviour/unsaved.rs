@@ -79,8 +79,7 @@ async fn a_stop_outlasts_a_full_disk() {
     let (mut driver, id) = (env.driver(), task.id.clone());
     let stopping = tokio::spawn(async move {
         let timeout = Some(prost_types::Duration { seconds: 5, nanos: 0 });
-        let request =
-            nomad_driver_shim::pb::driver::StopTaskRequest { task_id: id, timeout, signal: String::new() };
+        let request = nomad_driver_shim::pb::driver::StopTaskRequest { task_id: id, timeout, signal: String::new() };
         driver.stop_task(request).await
     });
     eventually("the stop can't be noted", async || {
