@@ -17,10 +17,17 @@ pub const fn skipped(_name: &str) -> bool {
     false
 }
 
-/// Ends this process with SIGKILL when `NOMAD_DRIVER_SHIM_KILL_AT` names this point.
+/// Ends this process with SIGKILL when `NOMAD_DRIVER_SHIM_KILL_AT` names this point, and panics here, the first time, when
+/// `NOMAD_DRIVER_SHIM_PANIC_AT` does.
 #[cfg(debug_assertions)]
-#[allow(clippy::print_stderr, reason = "the last word, which a test looks for")]
+#[allow(clippy::print_stderr, clippy::panic, reason = "the last word, which a test looks for")]
 pub fn point(name: &str) {
+    static PANICKED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+    if std::env::var("NOMAD_DRIVER_SHIM_PANIC_AT").is_ok_and(|point| point == name)
+        && !PANICKED.swap(true, std::sync::atomic::Ordering::SeqCst)
+    {
+        panic!("at {name} by the fault switch");
+    }
     if std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
         eprintln!("killed at {name} by the fault switch");
         // SAFETY: a signal to ourselves; no memory is passed.
@@ -60,6 +67,29 @@ pub fn await_point(name: &str) {
 /// Nothing, in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn await_point(_name: &str) {}
+
+/// Fails as in a process without free descriptors, when `NOMAD_DRIVER_SHIM_BLIND` has this look in its comma-separated
+/// list.
+///
+/// # Errors
+/// When it is in the list.
+#[cfg(debug_assertions)]
+pub fn look(name: &str) -> std::io::Result<()> {
+    if std::env::var("NOMAD_DRIVER_SHIM_BLIND").is_ok_and(|list| list.split(',').any(|entry| entry == name)) {
+        tracing::warn!(look = name, "refused by the fault switch");
+        return Err(std::io::Error::from_raw_os_error(libc::EMFILE));
+    }
+    Ok(())
+}
+
+/// Nothing, in a release build.
+///
+/// # Errors
+/// Never.
+#[cfg(not(debug_assertions))]
+pub const fn look(_name: &str) -> std::io::Result<()> {
+    Ok(())
+}
 
 /// Does on the start path what must never be done there, when `NOMAD_DRIVER_SHIM_INTRUDE` says so: `fsync`, `connect` or
 /// `process`.

@@ -98,12 +98,19 @@ impl Addresses {
 }
 
 /// A process whose network namespace this is, if there is one. Looks at every process: 3 µs each.
-pub fn who_is_in(namespace: &Path) -> Option<u32> {
-    let wanted = fs::metadata(namespace).ok()?;
-    process::all().into_iter().find(|pid| {
-        fs::metadata(format!("/proc/{pid}/ns/net"))
-            .is_ok_and(|own| (own.dev(), own.ino()) == (wanted.dev(), wanted.ino()))
-    })
+///
+/// # Errors
+/// When that can't be told.
+pub fn who_is_in(namespace: &Path) -> io::Result<Option<u32>> {
+    let Some(wanted) = process::unless_vanished(fs::metadata(namespace))? else { return Ok(None) };
+    for pid in process::all()? {
+        // A process that is about to end, and has no namespaces any more, reads as one that has ended.
+        let own = process::unless_vanished(fs::metadata(format!("/proc/{pid}/ns/net")))?;
+        if own.is_some_and(|own| (own.dev(), own.ino()) == (wanted.dev(), wanted.ino())) {
+            return Ok(Some(pid));
+        }
+    }
+    Ok(None)
 }
 
 /// A socket in that namespace, which it stays in. Only a thread can enter one, and one of its own, because it stays there.
@@ -239,6 +246,7 @@ mod tests {
     fn who_is_in_a_namespace_is_found() {
         let namespace = Namespace::new();
         let path = Path::new("/run/netns").join(&namespace.0);
+        let who_is_in = |path: &Path| who_is_in(path).expect("looked at");
         assert_eq!(who_is_in(&path), None);
         let mut child = Command::new("ip").args(["netns", "exec", &namespace.0, "sleep", "600"]).spawn().expect("runs");
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);

@@ -36,6 +36,14 @@ pub enum PlacesError {
         /// Why its mode can't be changed.
         source: io::Error,
     },
+    /// What is in a directory is not known. That is not to be taken for an empty one.
+    #[error("list {path}")]
+    List {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Shims' sockets would not fit under the run directory.
     #[error("state.run_dir {0} is too long: sockets below it would pass {SOCKET_PATH_MAX} bytes; use a shorter path")]
     TooLong(PathBuf),
@@ -253,10 +261,18 @@ impl Places {
     }
 
     /// Has nobody else tasks below this state directory?
-    pub fn is_alone(&self) -> bool {
-        let parts = fs::read_dir(self.state.join("uppers")).into_iter().flatten().flatten();
-        let mut others = parts.map(|part| part.path()).filter(|part| *part != self.uppers);
-        !others.any(|part| fs::read_dir(part).is_ok_and(|mut tasks| tasks.next().is_some()))
+    ///
+    /// # Errors
+    /// When that can't be told.
+    pub fn is_alone(&self) -> Result<bool, PlacesError> {
+        let parts = self.state.join("uppers");
+        for part in names(&parts)? {
+            let part = parts.join(part);
+            if part != self.uppers && !names(&part)?.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// One task's writable layer: `upper` and `work` below it.
@@ -374,11 +390,13 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 }
 
 /// What lies in a directory of ours, by name. One that is not there is empty.
-pub fn names(path: &Path) -> Vec<String> {
-    listed(path).unwrap_or_else(|error| {
-        tracing::warn!(path = %path.display(), %error, "a directory of the driver can't be listed");
-        Vec::new()
-    })
+///
+/// # Errors
+/// When it can't be listed: what is in it is not known then.
+pub fn names(path: &Path) -> Result<Vec<String>, PlacesError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let listed = crate::fault::look(&name).and_then(|()| listed(path));
+    listed.map_err(|source| PlacesError::List { path: path.to_owned(), source })
 }
 
 /// The names in a directory. One that is not there is empty.
@@ -389,5 +407,24 @@ fn listed(path: &Path) -> io::Result<Vec<String>> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_not_be_listed_is_not_empty() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        assert_eq!(names(&directory.path().join("absent")).expect("an empty one"), Vec::<String>::new());
+        let file = directory.path().join("file");
+        fs::write(&file, "").expect("written");
+        assert!(matches!(names(&file), Err(PlacesError::List { .. })));
+        let places = Places::new(directory.path().join("run"), directory.path());
+        assert!(places.is_alone().expect("known"));
+        fs::create_dir(directory.path().join("uppers")).expect("made");
+        fs::write(directory.path().join("uppers/other"), "").expect("written");
+        places.is_alone().expect_err("what is in it is not known");
     }
 }

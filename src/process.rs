@@ -2,7 +2,8 @@
 
 use std::{
     ffi::OsStr,
-    fs, io,
+    fmt, fs, io,
+    num::NonZeroU32,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
@@ -140,10 +141,37 @@ pub fn unblock_signals() {
     }
 }
 
+/// A process's number, which is never 0: written to `cgroup.procs`, and given to many system calls, 0 means whoever
+/// makes the call (cgroups(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pid(NonZeroU32);
+
+impl Pid {
+    /// Returns the pid of a child that has not been waited for.
+    ///
+    /// # Errors
+    /// When it was waited for already: its pid may be another process's by now.
+    pub fn of_child(child: &tokio::process::Child) -> io::Result<Self> {
+        let reaped = || io::Error::other("the process that was just started has been waited for already");
+        child.id().and_then(NonZeroU32::new).map(Self).ok_or_else(reaped)
+    }
+
+    /// Returns it as a plain number.
+    pub fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl fmt::Display for Pid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// Moves a process of ours that is to outlive us out of the agent's cgroup, so that stopping the agent's service does not
 /// end it, and makes the kernel's OOM killer prefer it to us. `procs`: `cgroup.procs` of the group for it, one for each
 /// hierarchy.
-pub fn set_apart(pid: u32, procs: &[PathBuf]) {
+pub fn set_apart(pid: Pid, procs: &[PathBuf]) {
     for procs in procs {
         if let Err(error) = fs::write(procs, pid.to_string()) {
             tracing::warn!(path = %procs.display(), %error, "a process of ours stays in the agent's cgroup");
@@ -309,26 +337,67 @@ pub async fn bounded_output(command: &mut tokio::process::Command) -> io::Result
     Ok(Output { status, stdout, stderr })
 }
 
+/// Did a look at a process below `/proc` fail because the process has ended (proc(5))? Any other failure, of descriptors
+/// or memory, says nothing of the process.
+pub fn has_vanished(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// Will what failed with this error work again by itself, once somebody has closed descriptors or given memory back?
+pub fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN | libc::EINTR | libc::ENOBUFS)
+    )
+}
+
+/// Looks at a process below `/proc`; `None` when it has ended.
+///
+/// # Errors
+/// When that can't be told.
+pub fn unless_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
+    match looked {
+        Ok(seen) => Ok(Some(seen)),
+        Err(error) if has_vanished(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// A process and all that it and its children have started and that still live, itself first. Processes that were
 /// handed to another parent are not found.
-pub fn descendants(pid: u32) -> Vec<u32> {
+///
+/// # Errors
+/// When `/proc` can't be read: there may be others then.
+pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
+    crate::fault::look("descendants")?;
     let mut all = vec![pid];
     let mut next = 0;
     while let Some(&pid) = all.get(next) {
         next += 1;
-        let Ok(threads) = fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")) else { continue };
-        for thread in threads.flatten() {
-            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        let Some(threads) = unless_vanished(fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")))?
+        else {
+            continue;
+        };
+        for thread in threads {
+            let Some(thread) = unless_vanished(thread)? else { break };
+            let Some(children) = unless_vanished(fs::read_to_string(thread.path().join("children")))? else { continue };
             all.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
         }
     }
-    all
+    Ok(all)
 }
 
 /// All processes there are.
-pub fn all() -> Vec<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+///
+/// # Errors
+/// When `/proc` can't be listed.
+pub fn all() -> io::Result<Vec<u32>> {
+    crate::fault::look("processes")?;
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        all.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    Ok(all)
 }
 
 #[cfg(test)]
@@ -350,6 +419,21 @@ mod tests {
         assert!(!other.is_alive() && PidFd::of(&other).is_err());
     }
 
+    #[test]
+    fn only_a_process_that_has_ended_is_taken_for_gone() {
+        for number in [libc::ENOENT, libc::ESRCH] {
+            let looked = unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number)));
+            assert_eq!(looked.expect("it has ended"), None);
+        }
+        for number in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EIO, libc::EACCES] {
+            unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number))).expect_err("not known");
+        }
+        for (number, passing) in [(libc::EMFILE, true), (libc::ENOMEM, true), (libc::EIO, false), (libc::ENOENT, false)]
+        {
+            assert_eq!(is_passing(&io::Error::from_raw_os_error(number)), passing);
+        }
+    }
+
     #[tokio::test]
     async fn only_the_beginning_of_an_output_is_kept() {
         let shell = |script: &str| {
@@ -366,6 +450,16 @@ mod tests {
         let endless = bounded_output(&mut shell("yes >&2 & exec yes")).await.expect("runs");
         let kept = usize::try_from(OUTPUT_MAX).expect("a small number");
         assert_eq!((endless.stdout.len(), endless.stderr.len()), (kept, kept));
+    }
+
+    /// The number 0 would move this process itself.
+    #[tokio::test]
+    async fn a_child_that_was_waited_for_has_no_pid() {
+        let mut child = tokio::process::Command::new("true").spawn().expect("spawned");
+        let number = child.id().expect("not waited for");
+        assert_eq!(Pid::of_child(&child).expect("a pid").get(), number);
+        child.wait().await.expect("waited for");
+        Pid::of_child(&child).expect_err("no pid any more");
     }
 
     #[tokio::test]

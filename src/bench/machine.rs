@@ -1,6 +1,6 @@
 //! The machine, and how quiet it was.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{collections::BTreeMap, fs, io, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -136,8 +136,11 @@ pub(super) fn pss(pid: u32) -> u64 {
 }
 
 /// Processes whose command line holds `text`, with their names.
-pub(super) fn processes(text: &str) -> Vec<(u32, String)> {
-    process::all()
+///
+/// # Errors
+/// When `/proc` can't be listed.
+pub(super) fn processes(text: &str) -> io::Result<Vec<(u32, String)>> {
+    let found = process::all()?
         .into_iter()
         .filter_map(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
@@ -145,5 +148,6 @@ pub(super) fn processes(text: &str) -> Vec<(u32, String)> {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
             line.contains(text).then_some((pid, name))
         })
-        .collect()
+        .collect();
+    Ok(found)
 }

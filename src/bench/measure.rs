@@ -463,8 +463,9 @@ impl Bench<'_> {
         tokio::time::sleep(IDLE).await;
         let mut all: BTreeMap<u32, String> = BTreeMap::new();
         let name = |pid: u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
+        let unlisted = |source| BenchError::File { path: "/proc".into(), source };
         for daemon in path.daemons() {
-            all.extend(descendants(daemon).into_iter().chain([daemon]).map(|pid| (pid, name(pid))));
+            all.extend(descendants(daemon).map_err(unlisted)?.into_iter().chain([daemon]).map(|pid| (pid, name(pid))));
         }
         if let Way::Containerd { .. } = path.way {
             // The daemon itself, whoever has started it, and the shims that it has started for us.
@@ -472,7 +473,7 @@ impl Bench<'_> {
             let daemon = daemon.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
             all.extend(daemon.map(|pid| (pid.cast_unsigned(), name(pid.cast_unsigned()))));
             for job in jobs.iter() {
-                all.extend(machine::processes(&format!("-id {}", job.id)));
+                all.extend(machine::processes(&format!("-id {}", job.id)).map_err(unlisted)?);
             }
         }
         // The tasks themselves are everybody's alike.

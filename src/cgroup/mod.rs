@@ -15,7 +15,11 @@ pub use share_pool::SharePool;
 pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, percent};
 pub use warmer::{KeepWarm, Warm, Warmer};
 
-use crate::{fault, ids::ContainerId, process::PidFd};
+use crate::{
+    fault,
+    ids::ContainerId,
+    process::{PidFd, unless_vanished},
+};
 
 /// Where the hierarchies are mounted on any Linux that Nomad supports.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -186,16 +190,31 @@ impl Cgroups {
     }
 
     /// Names of the groups at the root of any hierarchy that begin so.
-    pub fn at_the_root(&self, prefix: &str) -> BTreeSet<String> {
-        let entries =
-            self.hierarchies.iter().flat_map(|hierarchy| fs::read_dir(hierarchy).into_iter().flatten().flatten());
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter(|name| name.starts_with(prefix)).collect()
+    ///
+    /// # Errors
+    /// When a hierarchy can't be listed.
+    pub fn at_the_root(&self, prefix: &str) -> Result<BTreeSet<String>, CgroupError> {
+        let mut found = BTreeSet::new();
+        for hierarchy in &self.hierarchies {
+            let failed = |source| CgroupError { doing: "list", path: hierarchy.clone(), source };
+            for entry in fs::read_dir(hierarchy).map_err(failed)? {
+                let name = entry.map_err(failed)?.file_name().into_string();
+                found.extend(name.ok().filter(|name| name.starts_with(prefix)));
+            }
+        }
+        Ok(found)
     }
 
-    /// The processes of a group in any hierarchy, as far as we can see them.
-    pub fn processes(&self, group: &CgroupPath) -> BTreeSet<u32> {
-        self.hierarchies.iter().flat_map(|hierarchy| members(&group.below(hierarchy))).collect()
+    /// The processes of a group in any hierarchy.
+    ///
+    /// # Errors
+    /// When they can't be told.
+    pub fn processes(&self, group: &CgroupPath) -> Result<BTreeSet<u32>, CgroupError> {
+        let mut found = Vec::new();
+        for hierarchy in &self.hierarchies {
+            members(&group.below(hierarchy), &mut found)?;
+        }
+        Ok(found.into_iter().collect())
     }
 
     /// When this group was changed last, in any hierarchy; None where that can't be told.
@@ -205,47 +224,57 @@ impl Cgroups {
         times.max()
     }
 
-    /// Is this process in the task's cgroup?
-    pub fn holds(&self, task: &CgroupPath, pid: u32) -> bool {
-        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    /// Is this process in the task's cgroup? One that has ended is not.
+    ///
+    /// # Errors
+    /// When that can't be told.
+    pub fn holds(&self, task: &CgroupPath, pid: u32) -> io::Result<bool> {
+        let Some(groups) = groups_of(pid)? else { return Ok(false) };
         let below = format!("{}/", task.0);
-        groups
-            .lines()
-            .filter_map(|line| line.splitn(3, ':').nth(2))
-            .any(|path| path == task.0 || path.starts_with(&below))
+        let mut paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+        Ok(paths.any(|path| path == task.0 || path.starts_with(&below)))
     }
 
-    /// Are these two processes in the same group of every hierarchy?
-    pub fn are_together(&self, one: u32, other: u32) -> bool {
-        let groups = |pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
-        groups(one).is_some_and(|one| Some(one) == groups(other))
+    /// Are these two processes in the same group of every hierarchy? One that has ended is not.
+    ///
+    /// # Errors
+    /// When that can't be told.
+    pub fn are_together(&self, one: u32, other: u32) -> io::Result<bool> {
+        let Some(groups) = groups_of(one)? else { return Ok(false) };
+        Ok(groups_of(other)?.is_some_and(|others| others == groups))
     }
 
     /// Sends SIGKILL to whatever is in a task's cgroup: how many processes that were.
-    pub fn kill(&self, task: &CgroupPath) -> usize {
+    ///
+    /// # Errors
+    /// When it can't be told who is in it; those that were found are killed all the same.
+    pub fn kill(&self, task: &CgroupPath) -> Result<usize, CgroupError> {
         if task.0.trim_matches('/').is_empty() {
-            return 0;
+            return Ok(0);
         }
-        let mut pids: Vec<u32> =
-            self.hierarchies.iter().flat_map(|hierarchy| members(&task.below(hierarchy))).collect();
+        let mut pids = Vec::new();
+        let looked: Vec<_> =
+            self.hierarchies.iter().map(|hierarchy| members(&task.below(hierarchy), &mut pids)).collect();
         pids.sort_unstable();
         pids.dedup();
+        let found = looked.into_iter().collect::<Result<(), _>>().map(|()| pids.len());
         // All at once, forks among them (cgroup-v2.rst, since Linux 5.14).
         if self.mode == CgroupMode::V2
             && !pids.is_empty()
             && fs::write(task.below(Path::new(ROOT)).join("cgroup.kill"), "1").is_ok()
         {
-            return pids.len();
+            return found;
         }
         for &pid in &pids {
-            // Looked at again when its descriptor is had: then it is this very process that is there.
+            // Looked at again when its descriptor is had: then it is this very process that is there. One that can't be
+            // looked at is counted, so that the caller comes again.
             if let Ok(process) = PidFd::open(pid)
-                && self.holds(task, pid)
+                && self.holds(task, pid).unwrap_or(false)
             {
                 process.signal(libc::SIGKILL);
             }
         }
-        pids.len()
+        found
     }
 
     /// Removes what the runtime left of a task's cgroup. Not there is fine.
@@ -267,17 +296,36 @@ impl Cgroups {
     }
 }
 
-/// Processes of a group and of those below it.
-fn members(path: &Path) -> Vec<u32> {
-    let text = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-    // Those of other pid namespaces read as 0.
-    let mut pids: Vec<u32> = text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid != 0).collect();
-    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            pids.extend(members(&entry.path()));
+/// The line of each hierarchy for a process; `None` when it has ended.
+fn groups_of(pid: u32) -> io::Result<Option<String>> {
+    unless_vanished(fs::read_to_string(format!("/proc/{pid}/cgroup")))
+}
+
+/// Adds the processes of a group and of those below it. A group that is gone has none.
+fn members(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
+    let file = path.join("cgroup.procs");
+    let read = crate::fault::look("cgroup.procs").and_then(|()| fs::read_to_string(&file));
+    match read {
+        // Those of other pid namespaces read as 0.
+        Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid: &u32| pid != 0)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // ENODEV: it was removed while we had it open. EOPNOTSUPP: its threads belong to processes of a group above it,
+        // which lists them (cgroup-v2.rst, "Threads").
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP)) => {}
+        Err(source) => return Err(CgroupError { doing: "read", path: file, source }),
+    }
+    let failed = |source| CgroupError { doing: "list", path: path.to_owned(), source };
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(failed)?,
+    };
+    for entry in entries {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().map_err(failed)?.is_dir() {
+            members(&entry.path(), pids)?;
         }
     }
-    pids
+    Ok(())
 }
 
 /// Groups are removed from the leaves up; their files go with them.
@@ -287,8 +335,10 @@ fn remove_tree(path: &Path) -> Result<(), CgroupError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(CgroupError { doing: "read", path: path.to_owned(), source }),
     };
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+    let failed = |source| CgroupError { doing: "list", path: path.to_owned(), source };
+    for entry in entries {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().map_err(failed)?.is_dir() {
             remove_tree(&entry.path())?;
         }
     }

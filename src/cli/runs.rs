@@ -38,12 +38,19 @@ pub fn settings(common: &Common, address: &Path, id: &str) -> serde_json::Value 
 /// another one undoes it first.
 pub async fn clear_up(common: &Common, address: &Path, id: &str) {
     let places = common.places(id);
-    let remains = || read_records(&places.tasks()).unwrap_or_default().good;
-    if !remains().is_empty()
+    let remains = || match read_records(&places.tasks()) {
+        Ok(records) => Some(records.good),
+        Err(error) => {
+            say(&format!("nomad-driver-shim: {}: what is left of the run stays", crate::chain(&error)));
+            None
+        }
+    };
+    let Some(records) = remains() else { return };
+    if !records.is_empty()
         && let Ok(plugin) = own_plugin().await
     {
         if plugin.configure(&settings(common, address, id)).await.is_ok() {
-            for record in remains() {
+            for record in remains().unwrap_or_default() {
                 let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
                 if let Err(status) = plugin.driver().destroy_task(request).await {
                     say(&format!("nomad-driver-shim: clean up: {}", status.message()));
@@ -53,7 +60,7 @@ pub async fn clear_up(common: &Common, address: &Path, id: &str) {
         plugin.leave().await;
     }
     places.leave_uppers();
-    if !remains().is_empty() || !remove_unless_mounted(places.run()) {
+    if remains().is_none_or(|records| !records.is_empty()) || !remove_unless_mounted(places.run()) {
         say(&format!("nomad-driver-shim: something could not be removed; it is in {}", places.run().display()));
     }
 }

@@ -155,10 +155,10 @@ impl ImageRecord {
         fs::metadata(Self::path(directory, &self.reference)).and_then(|file| file.modified()).ok()
     }
 
-    /// All records of a directory. One that can't be read is renamed to `.bad` and reported; the rest goes on.
+    /// All records of a directory. One that is torn is renamed to `.bad` and reported; the rest goes on.
     ///
     /// # Errors
-    /// When the directory itself can't be read.
+    /// When the directory or one of the records can't be read just now: an image that is forgotten loses its layers.
     pub fn load_all(directory: &Path) -> Result<Vec<Self>, ImageError> {
         let unreadable = |source| ImageError::Record { path: directory.to_owned(), source };
         let mut records = Vec::new();
@@ -167,7 +167,11 @@ impl ImageRecord {
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let record = fs::read(&path).map_err(|error| error.to_string()).and_then(|bytes| {
+            let bytes = match fs::read(&path) {
+                Err(source) if crate::process::is_passing(&source) => return Err(ImageError::Record { path, source }),
+                read => read.map_err(|error| error.to_string()),
+            };
+            let record = bytes.and_then(|bytes| {
                 let record: Self = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
                 if record.version == VERSION { Ok(record) } else { Err(format!("version {}", record.version)) }
             });

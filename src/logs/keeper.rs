@@ -13,6 +13,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     sys::inotify::InitFlags,
 };
@@ -22,7 +23,7 @@ use super::{
     watch::{Change, Watch},
     writer::outlast_writer,
 };
-use crate::process::{self, PidFd, ProcessId};
+use crate::process::{self, PidFd, ProcessId, unless_vanished};
 
 /// Held by the one keeper; its pid and start time are in it.
 const LOCK: &str = ".keeper.lock";
@@ -100,14 +101,24 @@ fn restart(logs: &Path) {
 }
 
 /// The keeper of `logs`, if one lives.
-pub fn keeper_of(logs: &Path) -> Option<PidFd> {
-    let mut lock = File::options().read(true).write(true).open(logs.join(LOCK)).ok()?;
+///
+/// # Errors
+/// When that can't be told.
+pub fn keeper_of(logs: &Path) -> io::Result<Option<PidFd>> {
+    let Some(mut lock) = unless_vanished(File::options().read(true).write(true).open(logs.join(LOCK)))? else {
+        return Ok(None);
+    };
     let mut text = String::new();
-    lock.read_to_string(&mut text).ok()?;
+    lock.read_to_string(&mut text)?;
     match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
         // Nobody holds it.
-        Ok(_) => None,
-        Err(_) => PidFd::of(&serde_json::from_str(&text).ok()?).ok(),
+        Ok(_) => Ok(None),
+        Err((_, Errno::EWOULDBLOCK)) => match serde_json::from_str(&text) {
+            Ok(keeper) => unless_vanished(PidFd::of(&keeper)),
+            // It has just taken the lock, and not yet written who it is. Another one that is started ends at once.
+            Err(_) => Ok(None),
+        },
+        Err((_, error)) => Err(error.into()),
     }
 }
 

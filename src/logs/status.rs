@@ -43,8 +43,14 @@ impl Losses {
 }
 
 /// What the writer has said of a task; nothing is nothing lost.
-pub fn read_losses(dir: &Path) -> Losses {
-    fs::read(dir.join(FILE)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+///
+/// # Errors
+/// When that can't be read.
+pub fn read_losses(dir: &Path) -> io::Result<Losses> {
+    match fs::read(dir.join(FILE)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Losses::default()),
+        read => serde_json::from_slice(&read?).map_err(Into::into),
+    }
 }
 
 /// Says it. The file is replaced: its reader never sees half of it.

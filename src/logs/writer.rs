@@ -20,7 +20,7 @@ use nix::{
 
 use super::{
     LogSpec, SPEC, STREAMS,
-    status::{read_losses, write_losses},
+    status::{Losses, read_losses, write_losses},
     stream::{Scratch, Stream, Turn},
     tasks,
     watch::{Change, Watch},
@@ -107,10 +107,12 @@ impl Taken {
     /// Says what was lost.
     fn say(&mut self, logs: &Path) {
         let dir = logs.join(&self.task);
-        let mut losses = read_losses(&dir);
-        let mine = losses.of(self.name);
-        (mine.dropped, mine.stuck) = (self.stream.dropped, self.stream.stuck.clone());
-        if let Err(error) = write_losses(&dir, &losses) {
+        let said = read_losses(&dir).and_then(|mut losses| {
+            let mine = losses.of(self.name);
+            (mine.dropped, mine.stuck) = (self.stream.dropped, self.stream.stuck.clone());
+            write_losses(&dir, &losses)
+        });
+        if let Err(error) = said {
             tracing::error!(task = self.task, %error, "what its log has lost");
         }
         self.told = Some(Instant::now());
@@ -168,7 +170,10 @@ impl Writer {
                 return;
             }
         };
-        let mut losses = read_losses(&dir);
+        let mut losses = read_losses(&dir).unwrap_or_else(|error| {
+            tracing::error!(task, %error, "what its log had lost before is not known; it is counted anew");
+            Losses::default()
+        });
         for name in STREAMS {
             if self.streams.values().any(|taken| taken.task == task && taken.name == name) {
                 continue;

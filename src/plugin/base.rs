@@ -1,7 +1,7 @@
 //! The base service: who we are, what can be configured. Nothing here touches anything shared: Nomad starts three
 //! processes of us at each agent start, two of them only for this, while tasks of a live one run.
 
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::{config, convert, options::PLUGIN, schema, service::DriverService, status};
 use crate::pb::base::{
@@ -46,7 +46,8 @@ impl BasePlugin for Base {
             config::settings(self.driver.name(), &request.msgpack_config).map_err(|error| status::of_config(&error))?;
         let topology = request.nomad_config.and_then(|config| config.driver).and_then(|driver| driver.topology);
         settings.compute = convert::compute(topology.as_ref());
-        self.driver.configure(settings);
+        let configured = self.driver.configure(settings).await;
+        configured.map_err(|kept| status::new(Code::FailedPrecondition, &kept.to_string()))?;
         Ok(Response::new(SetConfigResponse {}))
     }
 }

@@ -7,7 +7,10 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::{convert, exec, fingerprint, options::TASK, schema, service::DriverService, stats, status};
+use super::{
+    convert, exec, fingerprint, identity, identity::task_id, options::TASK, schema, service::DriverService, stats,
+    status,
+};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, driver_server::Driver},
@@ -22,13 +25,15 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl DriverService {
     async fn start(&self, task: &wire::TaskConfig) -> Result<TaskHandle, Status> {
+        identity::check(task).map_err(|error| status::of_config(&error))?;
         let request = convert::start_request(&self.settings()?, task).map_err(|error| status::of_config(&error))?;
         let engine = self.engine().await?;
         Box::pin(engine.start(request)).await.map_err(refuse)
     }
 
     async fn known(&self, id: &str) -> Result<(Engine, TaskId), Status> {
-        Ok((self.engine().await?, TaskId(id.to_owned())))
+        let id = task_id("task_id", id)?;
+        Ok((self.engine().await?, id))
     }
 }
 
@@ -112,9 +117,15 @@ impl Driver for DriverService {
         // Nomad leaves `task_id` empty; the id is in the handle's configuration.
         let handle = request.handle.ok_or_else(|| Status::invalid_argument("no handle to recover from"))?;
         let config = handle.config.unwrap_or_default();
-        let id = TaskId(config.id);
+        let id = task_id("handle.config.id", &config.id)?;
         let unrecoverable = |problem: String| refuse(TaskError::Unrecoverable { id: id.clone(), problem });
         if handle.version == FORMER_VERSION {
+            // Its container's name is made of these.
+            for (field, text) in [("handle.config.alloc_id", &config.alloc_id), ("handle.config.name", &config.name)] {
+                if text.is_empty() {
+                    return Err(Status::invalid_argument(format!("request: {field} is empty")));
+                }
+            }
             let former = FormerTask::of(&handle.driver_state, &config.alloc_id, &config.name);
             let engine = self.engine().await?;
             let ended = to_the_end(async move { Ok(engine.end_former(former).await) }).await?;
@@ -288,8 +299,9 @@ impl Driver for DriverService {
         &self,
         request: Request<wire::ExecTaskRequest>,
     ) -> Result<Response<wire::ExecTaskResponse>, Status> {
-        let engine = self.engine().await?;
-        Box::pin(exec::run(&engine, request.into_inner())).await.map(Response::new)
+        let request = request.into_inner();
+        let (engine, id) = self.known(&request.task_id).await?;
+        Box::pin(exec::run(&engine, id, request)).await.map(Response::new)
     }
 
     async fn exec_task_streaming(

@@ -9,7 +9,7 @@ use tokio::{
 };
 use tonic::{Code, Status, Streaming};
 
-use super::{convert, status};
+use super::{convert, identity::task_id, status};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, ExecTaskStreamingIoOperation as Operation},
@@ -44,12 +44,16 @@ type Answer = Result<wire::ExecTaskStreamingResponse, Status>;
 ///
 /// # Errors
 /// When it can't be run, or does not end in time; then it is killed.
-pub async fn run(engine: &Engine, request: wire::ExecTaskRequest) -> Result<wire::ExecTaskResponse, Status> {
+pub async fn run(
+    engine: &Engine,
+    id: TaskId,
+    request: wire::ExecTaskRequest,
+) -> Result<wire::ExecTaskResponse, Status> {
     let timeout = convert::duration(request.timeout);
     let shown = request.command.join(" ");
     let wanted = ExecRequest { command: request.command, terminal: false, stdin: false };
     let work = async {
-        let session = engine.exec(&TaskId(request.task_id), &wanted).await.map_err(|error| status::of(&error))?;
+        let session = engine.exec(&id, &wanted).await.map_err(|error| status::of(&error))?;
         let (_nobody, typed) = mpsc::channel(1);
         let (send, output) = mpsc::channel(4);
         let input = Input { stdin: None, typed };
@@ -77,9 +81,10 @@ pub async fn stream(
     let setup = first.and_then(|request| request.setup);
     let setup =
         setup.ok_or_else(|| Status::invalid_argument("exec: the first message must say what to run (setup)"))?;
+    let id = task_id("setup.task_id", &setup.task_id)?;
     let wanted = ExecRequest { command: setup.command, terminal: setup.tty, stdin: true };
     let (send, receive) = mpsc::channel(4);
-    let session = match engine.exec(&TaskId(setup.task_id), &wanted).await {
+    let session = match engine.exec(&id, &wanted).await {
         Ok(session) => session,
         Err(TaskError::Exec(error)) if error.exit_code().is_some() => {
             tokio::spawn(refuse(send, setup.tty, error));

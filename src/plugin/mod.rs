@@ -11,6 +11,7 @@ mod fingerprint;
 mod goplugin;
 mod handshake;
 mod hclog;
+mod identity;
 mod metrics;
 mod options;
 mod presence;

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::watch;
@@ -25,9 +25,38 @@ use crate::{
 #[derive(Clone)]
 pub struct DriverService(Arc<Inner>);
 
+/// Why a plugin keeps the settings that it has.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "plugin config: process {pid} of this driver works with another configuration and keeps it; nothing of the new one is applied (what differs: {}); to apply it, end that process with kill {pid}: the agent starts it again, and its tasks go on",
+    .options.join(", ")
+)]
+pub struct ConfigurationKept {
+    pid: u32,
+    options: Vec<&'static str>,
+}
+
+/// What the agent has configured.
+#[derive(Clone)]
+struct Configured {
+    /// As the agent has it, to be compared.
+    given: Settings,
+    /// The same, bounded by what this host has.
+    bounded: Settings,
+}
+
+impl Configured {
+    fn new(given: Settings) -> Self {
+        let mut bounded = given.clone();
+        bounded.security.ceilings = bounded.security.ceilings.clone().on_host(HostLimits::read());
+        Self { given, bounded }
+    }
+}
+
 struct Inner {
     name: DriverName,
-    settings: Mutex<Option<Settings>>,
+    /// Never changed once the engine is open: requests are checked by these, and executed by the engine's copy.
+    settings: Mutex<Option<Configured>>,
     /// Opened at the first real work; an opening that failed is tried again by the next call.
     engine: tokio::sync::Mutex<Option<Engine>>,
     events: EventHub,
@@ -59,10 +88,28 @@ impl DriverService {
         &self.0.name
     }
 
-    /// Keeps settings for the first real work; the last ones before it win.
-    pub fn configure(&self, mut settings: Settings) {
-        bound_by_this_host(&mut settings);
-        *self.0.settings.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings);
+    /// Keeps settings for the first real work; the last ones before it win. From then on only equal ones are taken: tasks
+    /// are checked, made and undone by one set of settings. Nomad itself configures only processes that it has just
+    /// started, and none that it reattaches to (hashicorp/nomad, helper/pluginutils/loader/loader.go, Dispense and
+    /// Reattach).
+    ///
+    /// # Errors
+    /// When others are in use already; they stay in use.
+    pub async fn configure(&self, settings: Settings) -> Result<(), ConfigurationKept> {
+        // Whoever opens the engine holds this, and has read the settings that it will work with.
+        let engine = self.0.engine.lock().await;
+        let mut known = self.configured();
+        if let (Some(_), Some(in_use)) = (&*engine, &*known) {
+            let options = in_use.given.differences(&settings);
+            if options.is_empty() {
+                return Ok(());
+            }
+            let kept = ConfigurationKept { pid: std::process::id(), options };
+            tracing::error!(error = %kept, "another configuration is refused");
+            return Err(kept);
+        }
+        *known = Some(Configured::new(settings));
+        Ok(())
     }
 
     /// The settings; the defaults when Nomad set none.
@@ -70,15 +117,16 @@ impl DriverService {
     /// # Errors
     /// Never for a host that calls `SetConfig`.
     pub fn settings(&self) -> Result<Settings, Status> {
-        let set = self.0.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match set {
-            Some(settings) => Ok(settings),
-            None => {
-                let mut settings = config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error))?;
-                bound_by_this_host(&mut settings);
-                Ok(settings)
-            }
+        let mut known = self.configured();
+        if let Some(configured) = &*known {
+            return Ok(configured.bounded.clone());
         }
+        let defaults = config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error))?;
+        Ok(known.insert(Configured::new(defaults)).bounded.clone())
+    }
+
+    fn configured(&self) -> MutexGuard<'_, Option<Configured>> {
+        self.0.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The engine, opened now if it is not yet.
@@ -131,9 +179,4 @@ impl DriverService {
     pub fn listen(&self) -> tokio::sync::broadcast::Receiver<crate::task::TaskEvent> {
         self.0.events.listen()
     }
-}
-
-/// Completes the ceilings with this process's own limits and this host's memory.
-fn bound_by_this_host(settings: &mut Settings) {
-    settings.security.ceilings = settings.security.ceilings.clone().on_host(HostLimits::read());
 }

@@ -78,8 +78,12 @@ impl Ahead {
     /// Keeps up to `most` of them; `dir` is ours alone, on the file system of the writable layers.
     pub fn new(dir: PathBuf, most: usize) -> Self {
         let this = Self { dir, most, cells: Mutex::default(), spent: Mutex::default(), closed: Mutex::new(most == 0) };
-        // Of an instance that was killed.
-        for name in names(&this.dir) {
+        // Of an instance that was killed. What can't be listed now is the next one's to remove.
+        let stale = names(&this.dir).unwrap_or_else(|error| {
+            tracing::warn!(error = %crate::chain(&error), "root file systems that an earlier plugin made ahead stay");
+            Vec::new()
+        });
+        for name in stale {
             remove(&this.paths(&name));
         }
         this

@@ -1,6 +1,6 @@
 //! What is left of a container whose shim died: the shim binary's own `delete` command knows how to end it.
 
-use std::{path::Path, process::Stdio, time::Duration};
+use std::{io, path::Path, process::Stdio, time::Duration};
 
 use protobuf::Message as _;
 
@@ -54,21 +54,33 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         // Written last of a bundle.
         Some(_) => &["config.json"],
     };
-    if written.iter().any(|file| !task.bundle.join(file).exists()) {
-        return Ok(None);
+    for path in written.iter().map(|file| task.bundle.join(file)) {
+        let looked = path.try_exists();
+        let failed = |source| ShimError::File { id: task.id.to_owned(), doing: "look for", path, source };
+        if !looked.map_err(failed)? {
+            return Ok(None);
+        }
     }
     let program = task.program.unwrap_or(launcher.binary());
     // The name that the shim knew the runtime by, its own descriptor, died with it.
     let named = task.bundle.join("runtime");
-    if std::fs::read(&named).is_ok_and(|name| name.starts_with(b"/proc/")) {
+    let failed = |doing| {
+        let (id, path) = (task.id.to_owned(), named.clone());
+        move |source| ShimError::File { id, doing, path, source }
+    };
+    let name = match std::fs::read(&named) {
+        // gVisor's own shim has none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        read => read.map_err(failed("read"))?,
+    };
+    if name.starts_with(b"/proc/") {
         let Some(runtime) = task.runtime else {
             let message = "its runtime is not known or not installed any more".to_owned();
             return Err(ShimError::Refused { call: "delete", code: -1, message });
         };
-        let failed = |source| ShimError::File { id: task.id.to_owned(), doing: "write", path: named.clone(), source };
         let draft = task.bundle.join("runtime.tmp");
         let written = write_private(&draft, runtime.as_os_str().as_encoded_bytes());
-        written.and_then(|()| std::fs::rename(&draft, &named)).map_err(failed)?;
+        written.and_then(|()| std::fs::rename(&draft, &named)).map_err(failed("write"))?;
     }
     let noted = has_noted_exit(task.bundle);
     let failed = |source| ShimError::Spawn { binary: program.to_owned(), source };

@@ -14,10 +14,13 @@ use super::{
     Client, Launcher, Shim, ShimError,
     launch::{END, PID, remove_dir},
 };
-use crate::process::{PidFd, ProcessId, boot_id};
+use crate::process::{PidFd, ProcessId, boot_id, has_vanished};
 
 /// Between two looks.
 const AGAIN: Duration = Duration::from_millis(100);
+
+/// Between two attempts to watch a process, for which there are no descriptors.
+const WATCH_AGAIN: Duration = Duration::from_secs(1);
 
 /// What became of a shim that an earlier instance of us has started.
 #[derive(Debug)]
@@ -29,6 +32,9 @@ pub enum Found {
     Hung(PidFd),
     /// It has ended.
     Gone,
+    /// It could not be looked for, or not be connected to, for want of descriptors or memory: it may live, and may hold a
+    /// container.
+    Unknown(io::Error),
 }
 
 impl Found {
@@ -62,8 +68,9 @@ impl Launcher {
         let held = self.hold(id);
         let dir = self.places.shim(id);
         let (pidfd, identity) = match find(&dir).await {
-            Some(found) => found,
-            None => return Found::Gone,
+            Ok(Some(found)) => found,
+            Ok(None) => return Found::Gone,
+            Err(error) => return Found::Unknown(error),
         };
         let deadline = tokio::time::Instant::now() + END;
         let error = loop {
@@ -89,37 +96,47 @@ impl Launcher {
                 // That we can't connect just now (no descriptors) does not mean that it hangs.
                 Err(error) if matches!(error, ShimError::Late { .. }) => break error,
                 Err(error) if tokio::time::Instant::now() > deadline => break error,
-                Err(_) if find(&dir).await.is_none() => return Found::Gone,
-                Err(_) => tokio::time::sleep(AGAIN).await,
+                Err(_) => match find(&dir).await {
+                    Ok(Some(_)) => tokio::time::sleep(AGAIN).await,
+                    Ok(None) => return Found::Gone,
+                    Err(error) => return Found::Unknown(error),
+                },
             }
         };
         // It may have ended while we asked.
         match find(&dir).await {
-            Some((pidfd, ..)) => {
+            // Whether it answers is known only to those who can ask.
+            Ok(Some(_)) if !can_connect() => Found::Unknown(io::Error::other(crate::chain(&error))),
+            Ok(Some((pidfd, ..))) => {
                 tracing::warn!(shim = id, %error, "a shim lives and does not answer");
                 Found::Hung(pidfd)
             }
-            None => Found::Gone,
+            Ok(None) => Found::Gone,
+            Err(error) => Found::Unknown(error),
         }
     }
 }
 
-/// Tells when the process has ended. One that can't be watched is never told to be dead; its connection tells, too.
+/// Does this process get the descriptors that a connection takes?
+fn can_connect() -> bool {
+    std::os::unix::net::UnixStream::pair().is_ok()
+}
+
+/// Tells when the process has ended. One that can't be watched is not told to be dead; its connection tells, too.
 fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
     let (tell, ended) = watch::channel(false);
     let pidfd = pidfd.clone();
     tokio::spawn(async move {
-        let outcome = tokio::select! {
-            outcome = pidfd.ended() => outcome,
-            // Nobody wants to know any more: the descriptor goes.
-            () = tell.closed() => return,
-        };
-        match outcome {
-            Ok(()) => drop(tell.send_replace(true)),
-            Err(error) => {
-                tracing::warn!(%error, "a shim can't be watched");
-                tell.closed().await;
+        let ended = async {
+            while let Err(error) = pidfd.ended().await {
+                tracing::warn!(%error, "a shim can't be watched; trying again");
+                tokio::time::sleep(WATCH_AGAIN).await;
             }
+        };
+        tokio::select! {
+            () = ended => drop(tell.send_replace(true)),
+            // Nobody wants to know any more: the descriptor goes.
+            () = tell.closed() => {}
         }
     });
     ended
@@ -127,18 +144,16 @@ fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
 
 /// The shim whose directory this is, if it lives: its process and what is noted of it. That we can't look just now (no
 /// descriptors, no memory) does not mean that it is dead; it is looked for again, for a while.
-async fn find(dir: &Path) -> Option<(PidFd, Identity)> {
+///
+/// # Errors
+/// When it could not be looked for in all that time.
+async fn find(dir: &Path) -> io::Result<Option<(PidFd, Identity)>> {
     let deadline = tokio::time::Instant::now() + END;
     loop {
         match look(dir) {
-            Ok(found) => return Some(found),
-            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
-                return None;
-            }
-            Err(error) if tokio::time::Instant::now() > deadline => {
-                tracing::error!(dir = %dir.display(), %error, "a shim can't be looked for, and is taken for dead");
-                return None;
-            }
+            Ok(found) => return Ok(Some(found)),
+            Err(error) if has_vanished(&error) => return Ok(None),
+            Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
             Err(_) => tokio::time::sleep(AGAIN).await,
         }
     }
@@ -162,8 +177,10 @@ pub fn is_alive(dir: &Path) -> bool {
 
 /// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
 pub fn kill_shim(dir: &Path) {
-    if let Ok((pidfd, ..)) = look(dir) {
-        pidfd.signal(libc::SIGKILL);
+    match look(dir) {
+        Ok((pidfd, ..)) => pidfd.signal(libc::SIGKILL),
+        Err(error) if has_vanished(&error) => {}
+        Err(error) => tracing::error!(dir = %dir.display(), %error, "a shim that is to be killed can't be looked for"),
     }
 }
 

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     ids::random_hex,
     places::{Places, create_private, make_dir, write_private},
-    process::{PidFd, ProcessId, async_command, boot_id, set_apart, start_anew},
+    process::{Pid, PidFd, ProcessId, async_command, boot_id, set_apart, start_anew},
 };
 
 /// A shim that was asked to end does so in about 2 ms.
@@ -365,9 +365,10 @@ impl Launcher {
         }
         let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: binary.to_owned(), source })?;
         drop((listener, copy));
-        let pid = child.id().unwrap_or_default();
+        let pid = Pid::of_child(&child).map_err(failed("watch", dir))?;
         // Before it can be found: whoever adopts it takes it as it is.
         set_apart(pid, &self.cgroup);
+        let pid = pid.get();
         let named = PidFd::open(pid).and_then(|pidfd| {
             let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
             write_private(

@@ -196,10 +196,10 @@ impl Engine {
         let held = self.held().remove(&(request.alloc_id.clone(), request.name.clone()));
         let (stop, (tell, done)) = (CancellationToken::new(), watch::channel(()));
         match self.tasks().entry(id.clone()) {
-            Entry::Vacant(free) if !id.0.is_empty() => {
+            Entry::Vacant(free) => {
                 free.insert(Slot::Starting { stop: stop.clone(), done });
             }
-            _ => return Err(TaskError::AlreadyStarted(id.0)),
+            Entry::Occupied(_) => return Err(TaskError::AlreadyStarted(id.0)),
         }
         let slot = Reserved { engine: self, id: &id, _done: tell };
         // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.
@@ -397,15 +397,15 @@ impl Engine {
             fault::point("destroy.killed");
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
-        let outcome = undo_soon(&self.0.shared, &task.record(), shim).await;
-        self.tasks().remove(id);
-        outcome
+        // Whatever becomes of the undoing: from here on the task is among what is to be undone.
+        let _forgotten = Forgotten { engine: self, id };
+        undo_soon(&self.0.shared, &task.record(), shim).await
     }
 
     pub(super) async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
-        let record = self.0.shared.take_leftover(id)?;
-        let shim = find_shim(&self.0.shared, &record).await;
-        Some(undo_or_keep(&self.0.shared, &record, shim).await)
+        let claim = self.0.shared.take_leftover(id)?;
+        let shim = find_shim(&self.0.shared, claim.record()).await;
+        Some(undo_or_keep(claim, shim).await)
     }
 
     /// What is known of a task.
@@ -484,6 +484,8 @@ impl Engine {
                 Slot::Starting { .. } => return None,
             };
             while done.changed().await.is_ok() {}
+            // Whoever closes it has put something else into the map before.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -515,6 +517,18 @@ pub enum Force {
     Yes,
     /// Refuse when it runs.
     No,
+}
+
+/// Takes a task out of the map when it is dropped.
+struct Forgotten<'a> {
+    engine: &'a Engine,
+    id: &'a TaskId,
+}
+
+impl Drop for Forgotten<'_> {
+    fn drop(&mut self) {
+        self.engine.tasks().remove(self.id);
+    }
 }
 
 /// A task id that is being started; freed when the start fails.

@@ -2,7 +2,7 @@
 //! their description is the task's own with another command in it. Needs the task's record and its shim, no engine.
 
 use std::{
-    fs, io, iter,
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -10,11 +10,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Record, TaskError, in_sandbox::InSandbox};
+use super::{Record, TaskError, in_sandbox::InSandbox, undo::RETRIES};
 use crate::{
     ids::{ContainerId, random_hex},
-    places::{Places, make_dir, write_private},
-    process::{PidFd, ProcessId, descendants, parent_of},
+    places::{Places, PlacesError, make_dir, names, write_private},
+    process::{PidFd, ProcessId, descendants, is_passing, parent_of, unless_vanished},
     rootfs::{KernelLimits, StringError},
     shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, Kill, ShimError, WindowSize},
     text::quoted,
@@ -295,39 +295,75 @@ impl Drop for Exec {
 }
 
 /// Notes of processes that somebody else than this process has had run in a task.
-pub fn abandoned(record: &Record, places: &Places) -> Vec<PathBuf> {
-    let markers = fs::read_dir(places.execs(&record.container_id)).into_iter().flatten().flatten();
-    markers.map(|marker| marker.path()).collect()
+///
+/// # Errors
+/// When they can't be listed.
+pub fn abandoned(execs: &Path) -> Result<Vec<PathBuf>, PlacesError> {
+    Ok(names(execs)?.into_iter().map(|marker| execs.join(marker)).collect())
 }
 
-/// Ends the processes of these notes whose owners are gone: an earlier instance of us, most likely. `shim` is the process
-/// of the task's shim.
-pub async fn end_abandoned(client: Client, shim: u32, container: ContainerId, markers: Vec<PathBuf>) {
+/// Ends the processes of these notes whose owners are gone: an earlier instance of us, most likely. Notes that could not be
+/// listed are listed again later; those of this process, which may be there by then, have an owner that lives. `shim` is the
+/// process of the task's shim.
+pub async fn end_abandoned(
+    client: Client,
+    shim: u32,
+    container: ContainerId,
+    execs: PathBuf,
+    mut listed: Result<Vec<PathBuf>, PlacesError>,
+) {
+    let mut pauses = RETRIES.into_iter();
+    let markers = loop {
+        match (listed, pauses.next()) {
+            (Ok(markers), _) => break markers,
+            (Err(error), Some(pause)) => {
+                tracing::warn!(%container, error = %crate::chain(&error), "the notes of exec'd processes are listed again later");
+                tokio::time::sleep(pause).await;
+                listed = abandoned(&execs);
+            }
+            (Err(error), None) => {
+                let error = crate::chain(&error);
+                return tracing::error!(%container, error, "processes that were exec'd for an earlier plugin may go on");
+            }
+        }
+    };
     for marker in markers {
         if !is_abandoned(&marker).await {
             continue;
         }
         let exec_id = marker.file_name().unwrap_or_default().to_string_lossy().into_owned();
         tracing::info!(%container, exec_id, "ends what was exec'd for somebody who is gone");
-        let unknown = unknown_to_shim(&marker, shim);
-        end(&client, &container, &exec_id, &marker).await;
-        unknown.iter().for_each(|process| process.signal(libc::SIGKILL));
+        match unknown_to_shim(&marker, shim) {
+            Ok(unknown) => {
+                end(&client, &container, &exec_id, &marker).await;
+                unknown.iter().for_each(|process| process.signal(libc::SIGKILL));
+            }
+            // The note stays, by which the next plugin ends it.
+            Err(error) => tracing::warn!(%container, exec_id, %error, "an exec that was cut off can't be looked for"),
+        }
     }
 }
 
 /// The processes of an exec that was cut off after its process was there: the shim has killed the runtime, and does not
 /// know of the process.
-fn unknown_to_shim(marker: &Path, shim: u32) -> Vec<PidFd> {
-    if read_marker(marker).is_ok_and(|marker| marker.process.is_some()) {
-        return Vec::new();
+///
+/// # Errors
+/// When they can't be found.
+fn unknown_to_shim(marker: &Path, shim: u32) -> io::Result<Vec<PidFd>> {
+    if noted(marker)?.process.is_some() {
+        return Ok(Vec::new());
     }
-    let pid = pid_file(marker).and_then(|path| fs::read_to_string(path).ok()?.trim().parse().ok());
-    let opened = pid.and_then(|pid| Some((pid, PidFd::open(pid).ok()?)));
+    let Some(path) = pid_file(marker) else { return Ok(Vec::new()) };
+    let text = unless_vanished(fs::read_to_string(path))?;
+    let Some(pid) = text.and_then(|text| text.trim().parse().ok()) else { return Ok(Vec::new()) };
+    let Some(process) = unless_vanished(PidFd::open(pid))? else { return Ok(Vec::new()) };
     // A pid may have been reused: an exec'd process is a child of its shim, which inherits the children of runtimes.
-    match opened.filter(|(pid, _)| parent_of(*pid).is_ok_and(|parent| parent == shim)) {
-        Some((pid, process)) => iter::once(process).chain(family(pid)).collect(),
-        None => Vec::new(),
+    if unless_vanished(parent_of(pid))? != Some(shim) {
+        return Ok(Vec::new());
     }
+    let mut found = family(pid)?;
+    found.push(process);
+    Ok(found)
 }
 
 /// Where a runtime writes the pid of an exec'd process, as its last act: in the task's bundle (containerd,
@@ -362,6 +398,17 @@ fn read_marker(marker: &Path) -> io::Result<Marker> {
     serde_json::from_slice(&fs::read(marker)?).map_err(Into::into)
 }
 
+/// What is noted; nothing where the note is gone or torn.
+///
+/// # Errors
+/// When the note can't be read just now.
+fn noted(marker: &Path) -> io::Result<Marker> {
+    match read_marker(marker) {
+        Err(error) if is_passing(&error) => Err(error),
+        other => Ok(other.unwrap_or_default()),
+    }
+}
+
 /// Is whoever had it run surely gone? A plugin that has just given way to us is about to be.
 async fn is_abandoned(marker: &Path) -> bool {
     for _ in 0..10 {
@@ -378,11 +425,14 @@ async fn is_abandoned(marker: &Path) -> bool {
 
 /// Kills an exec'd process with all that it has started, and forgets it.
 async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
-    let noted = read_marker(marker).unwrap_or_default();
-    if let Some(sandbox) = &noted.sandbox {
+    let looked = noted(marker);
+    if let Ok(Marker { sandbox: Some(sandbox), .. }) = &looked {
         sandbox.kill(container).await;
     }
-    let family = noted.process.filter(ProcessId::is_alive).map(|process| family(process.pid)).unwrap_or_default();
+    let family = looked.and_then(|noted| match noted.process {
+        Some(process) if is_alive(&process)? => family(process.pid),
+        _ => Ok(Vec::new()),
+    });
     let killed = client.kill_exec(container.as_str(), exec_id).await;
     if killed.is_ok() {
         let ended = tokio::time::timeout(KILLED, client.wait_exec(container.as_str(), exec_id)).await;
@@ -390,22 +440,30 @@ async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &P
             tracing::warn!(%container, exec_id, "an exec'd process survives SIGKILL");
         }
     }
-    for member in family {
-        member.signal(libc::SIGKILL);
-    }
-    match killed {
-        Ok(()) | Err(ShimError::Gone { .. }) => forget(client, container, exec_id, marker).await,
-        // Its note stays, for whoever comes after us.
-        Err(error) => tracing::warn!(%container, exec_id, %error, "an exec'd process can't be killed"),
+    let family = family.map(|family| family.iter().for_each(|member| member.signal(libc::SIGKILL)));
+    match (killed, family) {
+        (Ok(()) | Err(ShimError::Gone { .. }), Ok(())) => forget(client, container, exec_id, marker).await,
+        // The note stays, by which the next plugin ends them.
+        (Err(error), _) => tracing::warn!(%container, exec_id, %error, "an exec'd process can't be killed"),
+        (_, Err(error)) => {
+            tracing::warn!(%container, exec_id, %error, "what an exec'd process has started can't be found");
+        }
     }
 }
 
+/// Does this very process still live?
+fn is_alive(process: &ProcessId) -> io::Result<bool> {
+    Ok(unless_vanished(ProcessId::of(process.pid))?.is_some_and(|now| now == *process))
+}
+
 /// What a process has started, each surely so at the time it was looked at.
-fn family(pid: u32) -> Vec<PidFd> {
-    let opened: Vec<(u32, PidFd)> =
-        descendants(pid).into_iter().skip(1).filter_map(|pid| Some((pid, PidFd::open(pid).ok()?))).collect();
-    let still = descendants(pid);
-    opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, fd)| fd).collect()
+fn family(pid: u32) -> io::Result<Vec<PidFd>> {
+    let mut opened = Vec::new();
+    for pid in descendants(pid)?.into_iter().skip(1) {
+        opened.extend(unless_vanished(PidFd::open(pid))?.map(|process| (pid, process)));
+    }
+    let still = descendants(pid)?;
+    Ok(opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, fd)| fd).collect())
 }
 
 async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
@@ -415,8 +473,9 @@ async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker:
             return tracing::warn!(%container, exec_id, %error, "the shim keeps an exec'd process in mind");
         }
     }
-    if let Some(sandbox) = read_marker(marker).unwrap_or_default().sandbox {
-        sandbox.forget();
+    match noted(marker) {
+        Ok(noted) => noted.sandbox.iter().for_each(InSandbox::forget),
+        Err(error) => tracing::debug!(path = %marker.display(), %error, "its pid in the sandbox stays noted"),
     }
     // Shims leave it, one for each exec.
     if let Some(path) = pid_file(marker)

@@ -150,7 +150,7 @@ fn settle(places: &Places, group: &Membership) -> Result<(), GroupError> {
     if group.stack == Stack::Kernel {
         return Ok(());
     }
-    if let Some(pid) = who_is_in(namespace) {
+    if let Some(pid) = who_is_in(namespace).map_err(failed)? {
         let program = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         let who = format!("process {pid} ({})", program.trim());
         return Err(GroupError::Shared { namespace: namespace.clone(), who });

@@ -3,7 +3,7 @@
 //! A shim does not give up a runtime that it has called, and answers nothing about the container meanwhile. So the runtime
 //! is killed, which the shim takes for a failed Create, and the start is undone as any other that failed.
 
-use std::{fs, pin::pin, time::Duration};
+use std::{fs, io, pin::pin, time::Duration};
 
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::{TaskError, plan::Plan};
 use crate::{
     ids::ContainerId,
-    process::{PidFd, descendants},
+    process::{PidFd, descendants, unless_vanished},
     shim::{Shim, ShimError},
 };
 
@@ -67,30 +67,51 @@ pub(super) async fn unless_stopped<T>(
 }
 
 /// Kills the runtimes that a shim has called for one container, with all that they have started. This includes the
-/// container's own first process; processes of other containers are not affected.
+/// container's own first process; processes of other containers are not affected. What could not be found is logged: the
+/// caller sees by the shim's answer whether the runtime has ended.
 pub(super) fn kill_runtime(shim: u32, container: &ContainerId) {
-    let called = descendants(shim).into_iter().skip(1).filter(|pid| is_called_for(*pid, container));
-    let called = called.flat_map(descendants).collect();
-    still_below(shim, called).iter().for_each(|process| process.signal(libc::SIGKILL));
+    if let Err(error) = try_to_kill_runtime(shim, container) {
+        tracing::warn!(%container, %error, "the processes of a runtime that is to be killed can't all be found");
+    }
+}
+
+fn try_to_kill_runtime(shim: u32, container: &ContainerId) -> io::Result<()> {
+    let mut called = Vec::new();
+    for pid in descendants(shim)?.into_iter().skip(1) {
+        if is_called_for(pid, container)? {
+            called.extend(descendants(pid)?);
+        }
+    }
+    still_below(shim, called)?.iter().for_each(|process| process.signal(libc::SIGKILL));
+    Ok(())
 }
 
 /// All processes below a shim, for the time when it is gone.
-pub(super) fn all_below(shim: u32) -> Vec<PidFd> {
-    still_below(shim, descendants(shim).into_iter().skip(1).collect())
+///
+/// # Errors
+/// When they can't be found.
+pub(super) fn all_below(shim: u32) -> io::Result<Vec<PidFd>> {
+    still_below(shim, descendants(shim)?.into_iter().skip(1).collect())
 }
 
 /// Opens those of `pids` that are descendants of a shim. A pid may have been reused since it was listed, so that it is
 /// looked for once more when its process is open.
-fn still_below(shim: u32, pids: Vec<u32>) -> Vec<PidFd> {
-    let opened: Vec<(u32, PidFd)> = pids.into_iter().filter_map(|pid| Some((pid, PidFd::open(pid).ok()?))).collect();
-    let still = descendants(shim);
-    opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process).collect()
+fn still_below(shim: u32, pids: Vec<u32>) -> io::Result<Vec<PidFd>> {
+    let mut opened = Vec::new();
+    for pid in pids {
+        opened.extend(unless_vanished(PidFd::open(pid))?.map(|process| (pid, process)));
+    }
+    let still = descendants(shim)?;
+    Ok(opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process).collect())
 }
 
 /// Was a process called with a container's name? Runtimes have it as their last argument, wrappers hand it on.
-pub(super) fn is_called_for(pid: u32, container: &ContainerId) -> bool {
-    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    line.split(|byte| *byte == 0).any(|word| word == container.as_str().as_bytes())
+///
+/// # Errors
+/// When that can't be told. A process that has ended was not.
+pub(super) fn is_called_for(pid: u32, container: &ContainerId) -> io::Result<bool> {
+    let line = unless_vanished(fs::read(format!("/proc/{pid}/cmdline")))?.unwrap_or_default();
+    Ok(line.split(|byte| *byte == 0).any(|word| word == container.as_str().as_bytes()))
 }
 
 #[cfg(test)]
@@ -106,7 +127,7 @@ mod tests {
         let (mine, other) = (of("mine"), of("other"));
         let script = "sh -c 'sleep 600 & wait' create \"$0\" & sh -c 'sleep 600 & wait' create \"$1\" & wait";
         let mut shim = Command::new("sh").args(["-c", script, mine.as_str(), other.as_str()]).spawn().expect("spawned");
-        let below = || descendants(shim.id()).into_iter().skip(1).collect::<Vec<_>>();
+        let below = || descendants(shim.id()).expect("listed").into_iter().skip(1).collect::<Vec<_>>();
         let until = async |what: &str, count: usize| {
             let deadline = Instant::now() + Duration::from_secs(20);
             while below().len() != count {

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
+    claim::caught,
     record::{RunRecord, millis},
     shared::Shared,
     undo::KILL_GRACE,
@@ -35,6 +36,8 @@ const AGAIN_MAX: Duration = Duration::from_secs(10);
 /// A task that runs or has ended.
 pub struct Task {
     record: Mutex<Record>,
+    /// Held by whoever writes a state that could not be written at once.
+    pub(super) saving: Arc<tokio::sync::Mutex<()>>,
     /// Taken by whoever destroys it.
     pub(super) shim: tokio::sync::Mutex<Option<Found>>,
     /// Works as long as the shim lives. None for a task that had ended when it was found.
@@ -98,6 +101,7 @@ impl Task {
         };
         Arc::new(Self {
             record: Mutex::new(record),
+            saving: Arc::default(),
             shim: tokio::sync::Mutex::new(Some(shim)),
             client,
             run,
@@ -112,7 +116,11 @@ impl Task {
     }
 
     pub(super) fn record(&self) -> Record {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock_record().clone()
+    }
+
+    pub(super) fn lock_record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn handle(&self) -> TaskHandle {
@@ -168,20 +176,18 @@ impl Task {
         UNIX_EPOCH + Duration::from_millis(self.run.started_at)
     }
 
-    pub(super) fn set_state(&self, shared: &Shared, state: RecordState) {
-        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn set_state(self: &Arc<Self>, shared: &Arc<Shared>, state: RecordState) {
+        let mut record = self.lock_record();
         // How it ended is the last word but one, whoever comes later; that nobody wants it any more is the last.
         match (&record.state, &state) {
             (RecordState::Destroying, _) => return,
             (RecordState::Exited(_), next) if *next != RecordState::Destroying => return,
             _ => record.state = state,
         }
-        if let Err(error) = record.save_state(&shared.settings.places.record(&record.container_id)) {
-            tracing::error!(task = %record.task_id, error = %crate::chain(&error), "its record is out of date");
-        }
+        self.save_locked(shared, &record);
     }
 
-    pub(super) fn mark_stopping(&self, shared: &Shared, timeout: Duration) {
+    pub(super) fn mark_stopping(self: &Arc<Self>, shared: &Arc<Shared>, timeout: Duration) {
         let deadline = millis(SystemTime::now() + timeout);
         self.set_state(shared, RecordState::Stopping { run: self.run, deadline });
     }
@@ -213,8 +219,14 @@ impl Task {
     }
 }
 
-/// Waits for a task's end, notes it on disk, and tells all who wait.
+/// Waits for a task's end, notes it on disk, and tells all who wait. A panic must not leave them waiting for ever.
 pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
+    while caught("the watch over a task's end", watch_once(&shared, &task)).await.is_none() && !task.has_ended() {
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+async fn watch_once(shared: &Arc<Shared>, task: &Arc<Task>) {
     let Some(client) = &task.client else { return };
     let record = task.record();
     let id = record.container_id.as_str();
@@ -224,7 +236,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
     let oom_killed = has_oom_kill(&shared, &record);
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
-        Err(error) => after_shim_death(&shared, &task, &record, error).await,
+        Err(error) => after_shim_death(shared, task, &record, error).await,
     };
     let (code, error, at) = match exit {
         Ok(exit) => (i32::try_from(exit.code).unwrap_or(255), None, ended_at(&exit)),
@@ -238,7 +250,7 @@ pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
     tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "exited");
     let oom = if oom_killed { ", out of memory" } else { "" };
     shared.events.tell_host(&record, format!("Exited with code {code}{oom}"));
-    task.set_state(&shared, RecordState::Exited(exit.clone()));
+    task.set_state(shared, RecordState::Exited(exit.clone()));
     fault::point("exit.recorded");
     task.exit.send_replace(Some(exit));
     if orphaned {

@@ -10,12 +10,12 @@ use std::{
 
 use tokio::sync::Mutex;
 
-use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, shared::Shared};
+use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, claim::caught, shared::Shared};
 use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
     places::{Places, PlacesError, create_private, make_dir},
-    process::{PidFd, async_command, set_apart, start_anew},
+    process::{Pid, PidFd, async_command, set_apart, start_anew},
     shim::stdio::Stdio,
 };
 
@@ -46,7 +46,8 @@ impl LogKeeper {
     /// When it can't be started.
     pub(super) async fn ensure(self: &Arc<Self>) -> Result<(), TaskError> {
         let mut living = self.living.lock().await;
-        if living.is_some() {
+        // Asked of the kernel: who watches it may not have seen its end yet.
+        if living.as_ref().is_some_and(|keeper| !keeper.has_ended()) {
             return Ok(());
         }
         let pidfd = self.find_or_spawn()?;
@@ -62,7 +63,7 @@ impl LogKeeper {
                 tracing::warn!(%error, "the log writer's keeper can't be watched");
             }
             // At once: who starts a task meanwhile starts one.
-            *self.living.lock().await = None;
+            self.living.lock().await.take_if(|keeper| Arc::ptr_eq(keeper, &pidfd));
             let mut pause = BREATH;
             pidfd = loop {
                 tokio::time::sleep(pause).await;
@@ -98,7 +99,7 @@ impl LogKeeper {
     fn find_or_spawn(&self) -> Result<Arc<PidFd>, TaskError> {
         let logs = self.places.logs();
         make_dir(&logs).map_err(|source| PlacesError::Create { path: logs.clone(), source })?;
-        match logs::keeper_of(&logs) {
+        match logs::keeper_of(&logs).map_err(TaskError::LogWriter)? {
             // An earlier instance of us has started it.
             Some(pidfd) => Ok(Arc::new(pidfd)),
             None => self.spawn().map_err(TaskError::LogWriter),
@@ -123,11 +124,11 @@ impl LogKeeper {
             command.pre_exec(|| start_anew(3));
         }
         let mut child = command.spawn()?;
-        let pid = child.id().unwrap_or_default();
+        let pid = Pid::of_child(&child)?;
         set_apart(pid, &self.cgroup);
         // It has waited for this: what it starts is where it is.
         drop(child.stdin.take());
-        let pidfd = Arc::new(PidFd::open(pid)?);
+        let pidfd = Arc::new(PidFd::open(pid.get())?);
         // Reaped when it dies.
         tokio::spawn(async move { child.wait().await });
         Ok(pidfd)
@@ -183,9 +184,10 @@ impl Engine {
                 let this = Self(inner);
                 let places = &this.settings().places;
                 let recovered = this.live().into_iter().filter(|(_, task)| task.phases == Phases::default());
-                known.extend(
-                    recovered.map(|(id, task)| (id, logs::read_losses(&places.log(&task.record().container_id)))),
-                );
+                known.extend(recovered.filter_map(|(id, task)| {
+                    // Otherwise it is told once more.
+                    Some((id, logs::read_losses(&places.log(&task.record().container_id)).ok()?))
+                }));
             }
             loop {
                 tokio::time::sleep(LOOK).await;
@@ -195,7 +197,7 @@ impl Engine {
                 let now = changed.and_then(|meta| meta.modified()).ok();
                 if now != seen {
                     seen = now;
-                    this.tell_losses(&mut known);
+                    caught("what logs have lost", async { this.tell_losses(&mut known) }).await;
                 }
             }
         });
@@ -206,7 +208,14 @@ impl Engine {
         known.retain(|id, _| live.iter().any(|(other, _)| other == id));
         for (id, task) in live {
             let record = task.record();
-            let mut now = logs::read_losses(&self.settings().places.log(&record.container_id));
+            let mut now = match logs::read_losses(&self.settings().places.log(&record.container_id)) {
+                Ok(now) => now,
+                // What was told stays told; the next change brings the rest.
+                Err(error) => {
+                    tracing::warn!(task = %id, %error, "what its log has lost can't be read");
+                    continue;
+                }
+            };
             let before = known.entry(id).or_default();
             for stream in logs::STREAMS {
                 let (old, new) = (before.of(stream).clone(), now.of(stream).clone());

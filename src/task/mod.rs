@@ -1,6 +1,7 @@
 //! Tasks: their states, their records, and the one place where images, root file systems, shims and cgroups meet.
 
 mod apparmor;
+mod claim;
 mod engine;
 mod events;
 mod exec;
@@ -27,6 +28,7 @@ mod recover;
 mod refused;
 mod request;
 mod runtime;
+mod saving;
 mod settings;
 mod share_pool;
 mod shared;

@@ -1,6 +1,6 @@
 //! By which names a task finds others: its hosts file and its name servers.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use super::StartRequest;
 use crate::{
@@ -58,7 +58,10 @@ impl Names {
         // The old driver gave tasks with the host's network its name servers, too, whatever `host_dns` said.
         let host_dns = options.host_dns || (options.host_network && flavor == Flavor::DropIn);
         let servers = host_dns || !request.dns.is_unset();
-        let resolv_conf = servers.then(|| request.dns.render(&system_dns(options.host_network)));
+        let resolv_conf = match servers {
+            true => Some(request.dns.render(&system_dns(options.host_network)?)),
+            false => None,
+        };
         Ok(Self { hosts, resolv_conf })
     }
 }
@@ -79,15 +82,21 @@ fn read(path: &Path) -> Result<String, RootfsError> {
 
 /// The host's name servers. systemd-resolved's stub listens on the host's loopback only; a task with a network of its
 /// own needs the servers behind it.
-fn system_dns(host_network: bool) -> Dns {
-    let read = |path: &str| fs::read_to_string(path).map(|text| Dns::parse(&text)).unwrap_or_default();
-    let dns = read("/etc/resolv.conf");
+fn system_dns(host_network: bool) -> Result<Dns, RootfsError> {
+    // A host without the file has no name servers; one whose file can't be read has some.
+    let read = |path: &str| match fs::read_to_string(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(RootfsError::File { doing: "read", path: path.into(), source })
+        }
+        read => Ok(read.map(|text| Dns::parse(&text)).unwrap_or_default()),
+    };
+    let dns = read("/etc/resolv.conf")?;
     let stub = dns.servers.iter().any(|server| server == "127.0.0.53");
     if stub && !host_network {
-        let behind = read("/run/systemd/resolve/resolv.conf");
+        let behind = read("/run/systemd/resolve/resolv.conf")?;
         if !behind.is_unset() {
-            return behind;
+            return Ok(behind);
         }
     }
-    dns
+    Ok(dns)
 }

@@ -83,8 +83,12 @@ impl Engine {
         tokio::spawn(async move { warning.warn().await });
         let pool = Pool::new(launcher, settings.shim.pool);
         let records = load_records(&places.tasks())?;
-        if records.bad.is_empty() && places.is_alone() && !records.good.iter().any(|record| record.gvisor) {
-            runtimes.prune(&places);
+        if records.bad.is_empty() && !records.good.iter().any(|record| record.gvisor) {
+            match places.is_alone() {
+                Ok(true) => runtimes.prune(&places),
+                Ok(false) => {}
+                Err(error) => tracing::warn!(error = %crate::chain(&error), "old copies of runsc are kept"),
+            }
         }
         let warmer = match settings.keep_warm {
             KeepWarm::Starts if cgroups.mode() == CgroupMode::V2 => None,

@@ -214,18 +214,44 @@ impl Record {
     /// # Errors
     /// As the file system.
     pub fn save_state(&self, path: &Path) -> Result<(), RecordError> {
+        if self.append_state(path)? { Ok(()) } else { self.save(path) }
+    }
+
+    /// As `save_state`, some time after the state was set: the record of a task that is being destroyed may have been
+    /// removed by then, and is not written anew.
+    ///
+    /// # Errors
+    /// As the file system.
+    pub fn save_late(&self, path: &Path) -> Result<(), RecordError> {
+        let is_there = self.append_state(path)?;
+        if is_there || self.state == RecordState::Destroying { Ok(()) } else { self.save(path) }
+    }
+
+    /// True when the record's file is there.
+    fn append_state(&self, path: &Path) -> Result<bool, RecordError> {
         let failed = |doing| move |source: io::Error| RecordError { doing, path: path.to_owned(), source };
         let state = serde_json::to_string(&self.state).map_err(|error| failed("encode")(error.into()))?;
         match fs::OpenOptions::new().append(true).open(path) {
             // In one write, and with the line's end before it: one that was cut off spoils itself only.
-            Ok(mut file) => file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => self.save(path),
+            Ok(mut file) => {
+                file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to"))?;
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(failed("open")(error)),
         }
     }
 
-    fn read(path: &Path) -> Result<Self, String> {
-        let bytes = fs::read(path).map_err(|error| error.to_string())?;
+    fn read(path: &Path) -> Result<Self, Unread> {
+        let bytes = fs::read(path).map_err(|error| match error {
+            error if error.kind() == io::ErrorKind::NotFound => Unread::Gone,
+            error if process::is_passing(&error) => Unread::NotNow(error),
+            error => Unread::Bad(error.to_string()),
+        })?;
+        Self::parse(&bytes).map_err(Unread::Bad)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, String> {
         let mut lines = bytes.split(|&byte| byte == b'\n');
         let first = lines.next().unwrap_or_default();
         // The version first: a later one may have another form.
@@ -261,6 +287,16 @@ impl Record {
     }
 }
 
+/// Why a record was not read.
+enum Unread {
+    /// It was removed meanwhile.
+    Gone,
+    /// There is no descriptor or memory to read it with; that says nothing of the record.
+    NotNow(io::Error),
+    /// It is torn, of another version, or the file system can't give it.
+    Bad(String),
+}
+
 /// What a directory of records holds.
 #[derive(Debug, Default)]
 pub struct Records {
@@ -270,11 +306,13 @@ pub struct Records {
     pub bad: Vec<PathBuf>,
 }
 
-/// All records of a directory. One that can't be read is renamed to `.bad` and reported; the rest goes on.
+/// All records of a directory. One that is torn is renamed to `.bad` and reported; the rest goes on.
 ///
 /// # Errors
-/// When the directory itself can't be read.
+/// When the directory or one of the records can't be read just now, or the kernel does not tell its boot id: what a record
+/// says is nothing to go by then.
 pub fn load_all(directory: &Path) -> Result<Records, RecordError> {
+    boot_id()?;
     let mut records = read_all(directory)?;
     for path in &mut records.bad {
         if path.extension().is_some_and(|extension| extension == "bad") {
@@ -293,14 +331,17 @@ pub fn load_all(directory: &Path) -> Result<Records, RecordError> {
     Ok(records)
 }
 
-/// As `load_all`, without touching anything: for those who only look.
+/// As `load_all`, without touching anything: for those who only look. A directory that is not there has no records.
 ///
 /// # Errors
-/// When the directory itself can't be read.
+/// When the directory or one of the records can't be read just now.
 pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
     let unreadable = |source| RecordError { doing: "list", path: directory.to_owned(), source };
     let mut records = Records::default();
-    for entry in fs::read_dir(directory).map_err(unreadable)? {
+    let Some(entries) = process::unless_vanished(fs::read_dir(directory)).map_err(unreadable)? else {
+        return Ok(records);
+    };
+    for entry in entries {
         let path = entry.map_err(unreadable)?.path();
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("json") => {}
@@ -312,7 +353,9 @@ pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
         }
         match Record::read(&path) {
             Ok(record) => records.good.push(record),
-            Err(problem) => {
+            Err(Unread::Gone) => {}
+            Err(Unread::NotNow(source)) => return Err(RecordError { doing: "read", path, source }),
+            Err(Unread::Bad(problem)) => {
                 tracing::error!(path = %path.display(), problem, "task record can't be read");
                 records.bad.push(path);
             }
@@ -416,6 +459,8 @@ mod tests {
         record.save_state(&path).expect("added");
         assert_eq!(read(), record, "and spoils none after it");
         fs::remove_file(&path).expect("removed");
+        record.save_late(&path).expect("nothing to be done");
+        assert!(!path.exists(), "the record of a task that was destroyed comes back");
         record.save_state(&path).expect("written anew");
         assert_eq!(read(), record);
     }

@@ -11,20 +11,27 @@ use tokio::sync::watch;
 
 use super::{
     Engine, ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
+    claim::caught,
     engine::Slot,
     exec,
     live::{Claim, Parts, Task, has_oom_kill, watch_exit},
     record::{Records, RunRecord, millis},
-    shared::Hands,
-    undo::find_shim,
+    saving,
+    shared::{Hands, Shared},
+    undo::{RETRIES, find_shim},
 };
 use crate::{
     ids::TaskId,
     logs::Hold,
-    places::names,
+    places::{PlacesError, names},
     process::ProcessId,
     shim::{self, Found, ShimError, stdio::HeldOpen},
 };
+
+/// How long the shim of a task is looked for where looking fails.
+const SHIM_SEARCH: Duration = Duration::from_secs(60);
+/// Between two such attempts, each of which takes seconds itself.
+const SHIM_SEARCH_PAUSE: Duration = Duration::from_millis(500);
 
 impl Engine {
     /// Half-made starts were never told to Nomad, and half-undone tasks are not wanted by it: they go. The others are
@@ -73,9 +80,18 @@ impl Engine {
         let places = &self.shared().settings.places;
         let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
         let known: HashSet<&str> = records.good.iter().map(|record| record.container_id.as_str()).collect();
-        let nameless =
-            !records.bad.is_empty() || names(&places.bundles()).iter().any(|id| !known.contains(id.as_str()));
-        for id in names(&places.shims()).into_iter().filter(|id| !named.contains(id.as_str())) {
+        let listed = names(&places.bundles()).and_then(|bundles| Ok((bundles, names(&places.shims())?)));
+        let (bundles, shims) = match listed {
+            Ok(listed) => listed,
+            Err(error) => {
+                // The reaper looks again, and ends those that are idle.
+                let error = crate::chain(&error);
+                tracing::error!(error, "no idle shim of an earlier plugin is taken over: each may hold a container");
+                return false;
+            }
+        };
+        let nameless = !records.bad.is_empty() || bundles.iter().any(|id| !known.contains(id.as_str()));
+        for id in shims.into_iter().filter(|id| !named.contains(id.as_str())) {
             let shared = self.shared().clone();
             tokio::spawn(async move {
                 let dir = shared.settings.places.shim(&id);
@@ -91,6 +107,9 @@ impl Engine {
                     Found::Alive(shim) => drop(shim.end().await),
                     Found::Hung(pidfd) => drop(shim::end_hung(&dir, &pidfd).await),
                     Found::Gone => drop(shim::end_stray(&dir).await),
+                    Found::Unknown(error) => {
+                        tracing::warn!(shim = id, %error, "an idle shim of an earlier plugin is left to the reaper");
+                    }
                 }
             });
         }
@@ -107,7 +126,11 @@ impl Engine {
         // At once: until it is connected to, another task of the same shim must not take that for its own.
         let held = self.shared().pool.launcher().hold(&record.shim);
         tokio::spawn(async move {
-            let task = engine.revive(record).await;
+            let Some(task) = engine.revive_in_spite_of_panics(&record).await else {
+                engine.tasks().remove(&id);
+                drop((held, tell));
+                return;
+            };
             drop(held);
             engine.tasks().insert(id.clone(), Slot::Task(task.clone()));
             tokio::spawn(watch_exit(engine.shared().clone(), task.clone()));
@@ -118,9 +141,23 @@ impl Engine {
         });
     }
 
+    /// Takes a task over; where that panics each time, the task is to be undone, or its name would be taken for ever.
+    async fn revive_in_spite_of_panics(&self, record: &Record) -> Option<Arc<Task>> {
+        for pause in RETRIES {
+            if let Some(task) = caught("the recovery of a task", self.revive(record.clone())).await {
+                return Some(task);
+            }
+            tokio::time::sleep(pause).await;
+        }
+        tracing::error!(task = %record.task_id, "a task can't be taken over, and is ended");
+        self.shared().keep(record.clone());
+        None
+    }
+
     async fn revive(&self, mut record: Record) -> Arc<Task> {
         let shared = self.shared();
-        let shim = find_shim(shared, &record).await;
+        let shim = find_shim_in_time(shared, &record).await;
+        crate::fault::point("recover.found");
         if let Found::Alive(alive) = &shim {
             shared.pool.adopted(&record.alloc_id, alive);
         }
@@ -150,21 +187,28 @@ impl Engine {
             && let (Found::Alive(alive), Some(client)) = (&shim, shim.client())
         {
             // Listed now, ended beside: RecoverTask waits for us, and what comes later is not abandoned.
-            let abandoned = exec::abandoned(&record, &shared.settings.places);
+            let execs = shared.settings.places.execs(&record.container_id);
+            let listed = exec::abandoned(&execs);
             let container = record.container_id.clone();
-            tokio::spawn(exec::end_abandoned(client.clone(), alive.pid(), container, abandoned));
+            tokio::spawn(exec::end_abandoned(client.clone(), alive.pid(), container, execs, listed));
         }
+        let before = record.state.clone();
         if let (Some(exit), None) = (&exit, &lost) {
             record.state = RecordState::Exited(exit.clone());
         }
+        let is_news = record.state != before;
         // The plugin before us may have died before it could say so.
-        if let Err(error) = crate::logs::started(&shared.settings.places.log(&record.container_id)) {
-            tracing::warn!(task = %record.task_id, error = crate::chain(&error), "its log");
-        }
+        saving::log_started(shared, &record);
         tracing::info!(task = %record.task_id, pid = run.process.pid, lost, "found again");
         let image = shared.images.by_name(&record.image);
         let log = Hold::new(&shared.settings.places.log(&record.container_id));
-        Task::new(Parts { record, shim, run, phases: Phases::default(), exit, lost, claimed: false, image, log })
+        let task =
+            Task::new(Parts { record, shim, run, phases: Phases::default(), exit, lost, claimed: false, image, log });
+        if is_news {
+            // How it ended: its shim, which is gone, can't tell the next plugin.
+            task.save(shared);
+        }
+        task
     }
 
     /// An earlier instance of us was asked to stop this task, and did not live to do it.
@@ -188,6 +232,7 @@ impl Engine {
     /// When it is unknown, or nothing can be told of how it ended.
     pub async fn recover(&self, id: &TaskId, handle: &TaskHandle) -> Result<(), TaskError> {
         let unrecoverable = |problem: &str| TaskError::Unrecoverable { id: id.clone(), problem: problem.to_owned() };
+        let mut saved = Ok(());
         if !self.knows(id) {
             let record = &handle.record;
             if record.task_id != *id {
@@ -203,14 +248,20 @@ impl Engine {
             if hands.is_some() {
                 return Err(unrecoverable("it was not wholly started, or was being destroyed, and is undone"));
             }
-            if !self.shared().settings.places.bundle(&record.container_id).exists() {
+            let path = self.shared().settings.places.bundle(&record.container_id);
+            if !path.try_exists().map_err(|source| PlacesError::List { path, source })? {
                 return Err(unrecoverable("no record of it on this host"));
             }
             tracing::warn!(task = %id, "its record is gone or torn; taken over by its handle");
-            record.save(&self.shared().settings.places.record(&record.container_id))?;
+            saved = record.save(&self.shared().settings.places.record(&record.container_id));
             self.take_over(record.clone());
         }
         let task = self.settled(id).await.ok_or_else(|| unrecoverable("it is being started"))?;
+        if let Err(error) = saved {
+            // A full disk is no reason to give a task up that runs.
+            tracing::warn!(task = %id, error = %crate::chain(&error), "its record can't be written yet");
+            task.save(self.shared());
+        }
         if let Some(problem) = &task.lost {
             return Err(unrecoverable(problem));
         }
@@ -225,9 +276,24 @@ impl Engine {
     }
 }
 
+/// The shim of a task that may run. A plugin that can't look for it, for want of descriptors or memory, knows nothing of the
+/// task: it is looked for again for a minute, in which RecoverTask waits.
+async fn find_shim_in_time(shared: &Shared, record: &Record) -> Found {
+    let deadline = tokio::time::Instant::now() + SHIM_SEARCH;
+    loop {
+        match find_shim(shared, record).await {
+            Found::Unknown(error) if tokio::time::Instant::now() < deadline => {
+                tracing::warn!(task = %record.task_id, %error, "its shim can't be looked for; trying again");
+                tokio::time::sleep(SHIM_SEARCH_PAUSE).await;
+            }
+            found => return found,
+        }
+    }
+}
+
 /// What became of a task that was running when we last knew: None when its shim has it, its exit code when that can
 /// still be told, else why not.
-async fn how_it_is(shared: &super::shared::Shared, record: &Record, shim: &Found) -> Result<Option<i32>, String> {
+async fn how_it_is(shared: &Shared, record: &Record, shim: &Found) -> Result<Option<i32>, String> {
     let id = record.container_id.as_str();
     match shim {
         Found::Alive(shim) => match shim.client().is_alive(id).await {
@@ -241,6 +307,7 @@ async fn how_it_is(shared: &super::shared::Shared, record: &Record, shim: &Found
             Err(error) => Err(format!("its shim can't be asked: {error}")),
         },
         Found::Hung(_) => Err("its shim does not answer".to_owned()),
+        Found::Unknown(error) => Err(format!("its shim can't be looked for: {error}")),
         Found::Gone => match shared.delete_dead(record).await {
             Ok(Some(exit)) => Ok(Some(i32::try_from(exit.code).unwrap_or(255))),
             Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),

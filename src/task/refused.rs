@@ -13,13 +13,14 @@
 use std::{fs, io, path::Path, time::Duration};
 
 use super::{
-    Record, interrupt,
+    Record, TaskError, interrupt,
     shared::Shared,
     undo::{Ended, KILL_GRACE, empty_cgroup},
 };
 use crate::{
     fault,
     process::PidFd,
+    rootfs::RootfsError,
     shim::{Client, Shim, ShimError},
 };
 
@@ -37,12 +38,13 @@ pub(super) async fn complete(
     record: &Record,
     shim: &Shim,
     refusal: ShimError,
-) -> Result<Ended, ShimError> {
+) -> Result<Ended, TaskError> {
+    let failed = |source| TaskError::Shim { doing: "end the container", source };
     if fault::skipped("delete-completed") {
-        return Err(refusal);
+        return Err(failed(refusal));
     }
     match refusal {
-        ShimError::Refused { .. } => tracing::warn!(
+        ShimError::Refused { .. } | ShimError::NotUnderstood { .. } => tracing::warn!(
             task = %record.task_id, error = %crate::chain(&refusal),
             "the runtime refuses to end the container; the driver ends it and removes what is left of it"
         ),
@@ -52,43 +54,47 @@ pub(super) async fn complete(
                 "the shim does not end the container in time; the driver kills the runtime that the shim has called"
             );
             interrupt::kill_runtime(shim.pid(), &record.container_id);
-            return if shim.is_held_once() { end_with_shim(shared, record, shim).await } else { Err(refusal) };
+            return if shim.is_held_once() { end_with_shim(shared, record, shim).await } else { Err(failed(refusal)) };
         }
-        _ => return Err(refusal),
+        _ => return Err(failed(refusal)),
     }
     let (client, id) = (shim.client(), record.container_id.as_str());
-    if is_alive(client, id).await? != Some(false) {
-        kill_processes(shared, record).await;
+    if is_alive(client, id).await.map_err(failed)? != Some(false) {
+        kill_processes(shared, record).await?;
         match tokio::time::timeout(KILL_GRACE, client.wait(id)).await {
-            Ok(Err(error)) if !error.is_not_found() => return Err(error),
+            Ok(Err(error)) if !error.is_not_found() => return Err(failed(error)),
             Ok(_) => {}
-            Err(_) => return Err(refusal),
+            Err(_) => return Err(failed(refusal)),
         }
     }
     // The refusal may have been that of a Kill, or a passing one.
     match client.delete(id).await {
         Ok(()) => return Ok(Ended::ByItsShim),
-        Err(ShimError::Refused { .. }) => {}
-        Err(error) => return Err(error),
+        Err(ShimError::Refused { .. } | ShimError::NotUnderstood { .. }) => {}
+        Err(error) => return Err(failed(error)),
     }
     // Only a shim of another kind knows how its containers are removed, and it has no other container.
     if record.shim_program.is_some() {
         return end_with_shim(shared, record, shim).await;
     }
-    kill_processes(shared, record).await;
+    kill_processes(shared, record).await?;
     remove_runtime_state(shared, record).await?;
     Ok(Ended::InSpiteOfItsShim)
 }
 
 /// Kills a shim that nobody else holds, with all that it has called, and has what it leaves removed.
-async fn end_with_shim(shared: &Shared, record: &Record, shim: &Shim) -> Result<Ended, ShimError> {
-    let called = interrupt::all_below(shim.pid());
+async fn end_with_shim(shared: &Shared, record: &Record, shim: &Shim) -> Result<Ended, TaskError> {
+    let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
+    let called = interrupt::all_below(shim.pid()).unwrap_or_else(|error| {
+        tracing::warn!(task = %record.task_id, %error, "what a shim has called can't be found, and may outlive it");
+        Vec::new()
+    });
     shim.kill_process();
     called.iter().for_each(|process| process.signal(libc::SIGKILL));
     let mut death = shim.watch();
     let seen = tokio::time::timeout(SHIM_DEATH, death.wait_for(|ended| *ended)).await;
-    seen.map_err(|_| ShimError::Late { call: "SIGKILL", after: SHIM_DEATH })?.ok();
-    shared.delete_dead(record).await?;
+    seen.map_err(|_| failed(ShimError::Late { call: "SIGKILL", after: SHIM_DEATH }))?.ok();
+    shared.delete_dead(record).await.map_err(failed)?;
     Ok(Ended::Otherwise)
 }
 
@@ -102,20 +108,23 @@ async fn is_alive(client: &Client, id: &str) -> Result<Option<bool>, ShimError> 
 }
 
 /// Kills the container's processes without its runtime.
-async fn kill_processes(shared: &Shared, record: &Record) {
+///
+/// # Errors
+/// When they can't be found.
+async fn kill_processes(shared: &Shared, record: &Record) -> Result<(), TaskError> {
     let init = record.state.run().and_then(|run| PidFd::of(&run.process).ok());
     if let Some(init) = init {
         init.signal(libc::SIGKILL);
     }
-    empty_cgroup(shared, record).await;
+    empty_cgroup(shared, record).await
 }
 
 /// Removes what the runtime still knows of a container without processes: by the runtime itself, which also calls the
 /// hooks for a container's end, and where that fails by hand.
-async fn remove_runtime_state(shared: &Shared, record: &Record) -> Result<(), ShimError> {
+async fn remove_runtime_state(shared: &Shared, record: &Record) -> Result<(), RootfsError> {
     let root = shared.settings.places.runtime_state(&record.runtime, &record.namespace);
     let state = root.join(record.container_id.as_str());
-    if !is_there(&state).map_err(file(record, "look at", &state))? {
+    if !state.try_exists().map_err(file("look at", &state))? {
         return Ok(());
     }
     if let Err(error) = shared.delete_by_runtime(&record.runtime, &root, &record.container_id).await {
@@ -125,20 +134,12 @@ async fn remove_runtime_state(shared: &Shared, record: &Record) -> Result<(), Sh
         );
     }
     match fs::remove_dir_all(&state) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file(record, "remove", &state)(source)),
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file("remove", &state)(source)),
         _ => Ok(()),
     }
 }
 
-fn is_there(path: &Path) -> io::Result<bool> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-fn file(record: &Record, doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ShimError {
-    let (id, path) = (record.shim.clone(), path.to_owned());
-    move |source| ShimError::File { id, doing, path, source }
+fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootfsError {
+    let path = path.to_owned();
+    move |source| RootfsError::File { doing, path, source }
 }

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Everything an operator can set.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// The driver's name in job files.
     pub name: DriverName,
@@ -126,6 +126,60 @@ pub struct RuntimeSettings {
 }
 
 impl Settings {
+    /// Returns the options, by the operator's names, in which `other` differs. What is not an option is not compared: the
+    /// driver's name, which no running plugin changes, and the node's processors, whose clock may read otherwise each time.
+    pub fn differences(&self, other: &Self) -> Vec<&'static str> {
+        // Each field is named, so that whoever adds one has to say what it is called.
+        let Self {
+            name: _,
+            enabled,
+            places,
+            containerd,
+            shim,
+            runtimes,
+            default_runtime,
+            allow_runtimes,
+            upper,
+            keep_warm,
+            grace,
+            orphan_timeout,
+            orphans,
+            stats_interval,
+            compute: _,
+            own_logs,
+            keep_images,
+            pids_limit,
+            hooks,
+            metrics,
+            auth,
+            security,
+        } = self;
+        let mut differ = vec![
+            ("enabled", *enabled != other.enabled),
+            ("state.run_dir", places.run() != other.places.run()),
+            ("state.state_dir", places.state() != other.places.state()),
+            ("state.upper or state.upper_size", *upper != other.upper),
+            ("state.grace", *grace != other.grace),
+            ("state.orphan_timeout", *orphan_timeout != other.orphan_timeout),
+            ("state.orphans", *orphans != other.orphans),
+            ("runtime", *runtimes != other.runtimes),
+            ("default_runtime or containerd_runtime", *default_runtime != other.default_runtime),
+            ("allow_runtimes", *allow_runtimes != other.allow_runtimes),
+            ("cgroup.keep_warm", *keep_warm != other.keep_warm),
+            ("stats_interval", *stats_interval != other.stats_interval),
+            ("disable_log_collection", *own_logs != other.own_logs),
+            ("image.keep", *keep_images != other.keep_images),
+            ("pids_limit", *pids_limit != other.pids_limit),
+            ("hooks", *hooks != other.hooks),
+            ("metrics.address", *metrics != other.metrics),
+            ("auth", *auth != other.auth),
+        ];
+        differ.extend(containerd.differences(&other.containerd));
+        differ.extend(shim.differences(&other.shim));
+        differ.extend(security.differences(&other.security));
+        differ.into_iter().filter(|(_, differs)| *differs).map(|(option, _)| option).collect()
+    }
+
     /// What is configured under the name that a job uses, or under the default's. None: that is found out at the start.
     pub fn runtime(&self, wanted: Option<&str>) -> Option<&RuntimeSettings> {
         let named = wanted.filter(|name| !SHIM_NAMES.contains(name));
@@ -144,6 +198,17 @@ pub struct ContainerdSettings {
     pub snapshotter: String,
 }
 
+impl ContainerdSettings {
+    fn differences(&self, other: &Self) -> [(&'static str, bool); 3] {
+        let Self { address, namespace, snapshotter } = self;
+        [
+            ("containerd.address", *address != other.address),
+            ("containerd.namespace", *namespace != other.namespace),
+            ("containerd.snapshotter", *snapshotter != other.snapshotter),
+        ]
+    }
+}
+
 /// How shims are had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShimSettings {
@@ -151,6 +216,18 @@ pub struct ShimSettings {
     pub binary: PathBuf,
     /// How many wait, and who shares one.
     pub pool: PoolSettings,
+}
+
+impl ShimSettings {
+    fn differences(&self, other: &Self) -> [(&'static str, bool); 4] {
+        let Self { binary, pool: PoolSettings { size, scope, reuse } } = self;
+        [
+            ("shim.binary", *binary != other.binary),
+            ("shim.pool", *size != other.pool.size),
+            ("shim_scope", *scope != other.pool.scope),
+            ("shim.reuse", *reuse != other.pool.reuse),
+        ]
+    }
 }
 
 /// What jobs may do.
@@ -183,6 +260,37 @@ pub struct SecuritySettings {
 }
 
 impl SecuritySettings {
+    fn differences(&self, other: &Self) -> [(&'static str, bool); 12] {
+        let Self {
+            allow_privileged,
+            allow_caps,
+            allow_paths,
+            allow_host_namespaces,
+            allow_devices,
+            allow_sysctls,
+            ceilings,
+            seccomp,
+            allow_seccomp_override,
+            multiplexer,
+            apparmor,
+            allow_apparmor_override,
+        } = self;
+        [
+            ("allow_privileged", *allow_privileged != other.allow_privileged),
+            ("security.allow_caps", *allow_caps != other.allow_caps),
+            ("security.allow_paths", *allow_paths != other.allow_paths),
+            ("security.allow_host_namespaces", *allow_host_namespaces != other.allow_host_namespaces),
+            ("security.allow_devices", *allow_devices != other.allow_devices),
+            ("security.allow_sysctls", *allow_sysctls != other.allow_sysctls),
+            ("security.ulimit_max or security.tmpfs_max", *ceilings != other.ceilings),
+            ("security.seccomp", *seccomp != other.seccomp),
+            ("security.allow_seccomp_override", *allow_seccomp_override != other.allow_seccomp_override),
+            ("security.allow_socketcall", *multiplexer != other.multiplexer),
+            ("security.apparmor", *apparmor != other.apparmor),
+            ("security.allow_apparmor_override", *allow_apparmor_override != other.allow_apparmor_override),
+        ]
+    }
+
     /// May jobs have this device?
     pub fn allows_device(&self, path: &str) -> bool {
         self.allow_devices.as_ref().is_none_or(|patterns| matches_any(patterns, path))

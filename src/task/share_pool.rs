@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Engine, StartRequest, shared::Shared};
+use super::{Engine, StartRequest, claim::caught, shared::Shared};
 use crate::{
     cgroup::{CgroupMode, CgroupPath, SharePool},
     ids::TaskId,
@@ -41,7 +41,8 @@ impl Engine {
             loop {
                 tokio::time::sleep(LOOK).await;
                 let Some(inner) = engine.upgrade() else { return };
-                Self(inner).give_processors(&mut given);
+                let engine = Self(inner);
+                caught("the pool of shared processors", async { engine.give_processors(&mut given) }).await;
             }
         });
     }

@@ -9,7 +9,9 @@ use std::{
 
 use tokio::sync::{Notify, Semaphore, watch};
 
-use super::{EventHub, Record, RuntimeError, Runtimes, Settings, group::Groups, logs::LogKeeper, metrics::Metrics};
+use super::{
+    EventHub, Record, RuntimeError, Runtimes, Settings, claim::Claim, group::Groups, logs::LogKeeper, metrics::Metrics,
+};
 use crate::{
     cgroup::{Cgroups, Warmer},
     gvisor,
@@ -104,18 +106,15 @@ impl Shared {
         self.settled.notify_waiters();
     }
 
-    /// Keeps in mind what the background clears away.
-    pub(super) fn keep_clearing(&self, record: Record) {
-        self.clearing.send_modify(|count| *count += 1);
-        self.leftovers().insert(record.task_id.clone(), Leftover { record, hands: Hands::Clearing });
-    }
-
     /// Takes it, so that nobody else does. It stays in mind until it is gone.
-    pub(super) fn take_leftover(&self, id: &TaskId) -> Option<Record> {
-        let mut leftovers = self.leftovers();
-        let leftover = leftovers.get_mut(id).filter(|leftover| leftover.hands == Hands::Free)?;
-        leftover.hands = Hands::Taken;
-        Some(leftover.record.clone())
+    pub(super) fn take_leftover(self: &Arc<Self>, id: &TaskId) -> Option<Claim> {
+        let record = {
+            let mut leftovers = self.leftovers();
+            let leftover = leftovers.get_mut(id).filter(|leftover| leftover.hands == Hands::Free)?;
+            leftover.hands = Hands::Taken;
+            leftover.record.clone()
+        };
+        Some(Claim::on(self, record))
     }
 
     /// Who is at it, if there is such a leftover.

@@ -12,8 +12,9 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, apparmor, exec, group, interrupt, logs,
-    mounts as task_mounts,
+    Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, apparmor,
+    claim::{Attempt, Claim},
+    exec, group, interrupt, logs, mounts as task_mounts,
     names::Names,
     plan::{self, Plan, Starter},
     record::{RunRecord, millis},
@@ -256,6 +257,7 @@ async fn made(
             return Err(error);
         }
     };
+    let attempt = Attempt::new(shared, &record);
     let entered = match &record.group {
         Some(group) => group::enter(shared, &request.task_id, &request.name, group),
         None => Ok(()),
@@ -273,6 +275,7 @@ async fn made(
                 Reserved::Named(_) => Found::Gone,
             };
             undo_failed(shared, &record, shim).await;
+            attempt.over();
             return Err(error);
         }
     };
@@ -299,6 +302,7 @@ async fn made(
             match interrupt::unless_stopped(running, stop, plan, &shim).await {
                 Ok(run) => {
                     phases.total = began.elapsed();
+                    attempt.over();
                     return Ok(Running { record, shim, run, phases, image: plan.image.clone(), stdio });
                 }
                 Err(error) => (Found::Alive(shim), error),
@@ -308,13 +312,14 @@ async fn made(
         (_, Err(error)) => (Found::Gone, error),
     };
     undo_failed(shared, &record, shim).await;
+    attempt.over();
     // Only now: a shim that was late may still open them by the numbers they have here.
     drop(stdio);
     Err(error)
 }
 
 async fn undo_failed(shared: &Arc<Shared>, record: &Record, shim: Found) {
-    if let Err(left) = undo_or_keep(shared, record, shim).await {
+    if let Err(left) = undo_or_keep(Claim::new(shared, record), shim).await {
         tracing::error!(task = %record.task_id, error = %crate::chain(&left), "a failed start left something");
     }
 }

@@ -2,13 +2,16 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    fs,
+    fs, io,
     path::Path,
     sync::Arc,
 };
 
+use tokio::net::UnixStream;
+
 use super::{
     Engine, Force, Record, RecordState, TaskError,
+    claim::caught,
     engine::Slot,
     live::Task,
     read_records,
@@ -23,8 +26,9 @@ use crate::{
     gvisor,
     ids::{ContainerId, TaskId},
     image::{InUse, Reference},
-    places::{Places, names},
-    shim::{self, Client, Found},
+    places::{Places, PlacesError, names},
+    rootfs::RootfsError,
+    shim::{self, Client, Found, ShimError},
 };
 
 /// Where a shim is looked for that no record names.
@@ -48,7 +52,8 @@ impl Engine {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
-                let swept = this.sweep(false).await;
+                // A reaper that ended with a panic would leave everything that is nobody's for ever.
+                let swept = caught("the reaper", this.sweep(false)).await.unwrap_or_default();
                 this.shared().metrics.swept(swept.iter().filter(|one| one.problem.is_none()).count());
                 tell(swept);
             }
@@ -111,8 +116,12 @@ impl Engine {
     /// What probes of runtimes have left that were cut off.
     async fn sweep_probes(&self, dry_run: bool) -> Vec<Garbage> {
         let (run, cgroups) = (self.settings().places.run(), &self.shared().cgroups);
+        let stale = match tokio::task::block_in_place(|| stale_probes(run, cgroups)) {
+            Ok(stale) => stale,
+            Err(error) => return vec![Garbage::removed("probe", "all", &Err::<(), _>(error))],
+        };
         let mut found = Vec::new();
-        for name in tokio::task::block_in_place(|| stale_probes(run, cgroups)) {
+        for name in stale {
             let outcome = if dry_run { Ok(()) } else { remove_probe(run, cgroups, &name).await };
             let why = "the process that probed a runtime with it has ended";
             found.push(Garbage::removed("probe", &name, &outcome).because(why));
@@ -142,8 +151,11 @@ impl Engine {
         }
         let places = &self.settings().places;
         // What is there first, what is claimed second: a record is written before anything of its task is made.
-        let (containers, shims) =
-            (containers_on_disk(places, self.shared().pool.launcher().namespace()), names(&places.shims()));
+        let containers = containers_on_disk(places, self.shared().pool.launcher().namespace());
+        let (containers, shims) = match containers.and_then(|containers| Ok((containers, names(&places.shims())?))) {
+            Ok(listed) => listed,
+            Err(error) => return vec![garbage("container", "all", Err(error.into()))],
+        };
         let records = match read_records(&places.tasks()) {
             Ok(records) => records,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
@@ -170,7 +182,8 @@ impl Engine {
         let own = self.shared().pool.launcher().own();
         for name in shims.into_iter().filter(|name| !own.contains(name)) {
             let dir = places.shim(&name);
-            if dir.exists() {
+            // Where that can't be told, it is asked to end all the same.
+            if dir.try_exists().unwrap_or(true) {
                 let gone = dry_run || shim::end_stray(&dir).await;
                 let problem = (!gone).then(|| "it does not end; it may still hold a container".to_owned());
                 found.push(
@@ -181,22 +194,42 @@ impl Engine {
         found
     }
 
+    /// The one of these shims that has the container, if one has.
+    ///
+    /// # Errors
+    /// When one of them can't be asked: it may have it.
+    async fn shim_that_holds(&self, id: &ContainerId, shims: &[String]) -> Result<Found, TaskError> {
+        let shared = self.shared();
+        for name in shims {
+            let dir = shared.settings.places.shim(name);
+            let (path, failed) = (dir.join("sock"), |source| TaskError::Shim { doing: "ask a shim", source });
+            match UnixStream::connect(&path).await {
+                Ok(_) => {}
+                // Nobody listens any more.
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                    continue;
+                }
+                Err(source) => {
+                    return Err(failed(ShimError::File { id: name.clone(), doing: "connect to", path, source }));
+                }
+            }
+            let client = Client::connect(&path, None).await.map_err(failed)?;
+            match client.is_alive(id.as_str()).await {
+                Ok(_) => return Ok(shared.pool.launcher().adopt(name).await),
+                // It has ended since; then it has nothing.
+                Err(error) if error.is_not_found() || matches!(error, ShimError::Gone { .. }) => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(Found::Gone)
+    }
+
     /// Ends and removes a container that no record claims. `shims`: those that may hold it.
     pub(super) async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
         let shared = self.shared();
         let places = &shared.settings.places;
-        let mut shim = Found::Gone;
-        for name in shims {
-            let holds = match Client::connect(&places.shim(name).join("sock"), None).await {
-                Ok(client) => client.is_alive(id.as_str()).await.is_ok(),
-                Err(_) => false,
-            };
-            if holds {
-                shim = shared.pool.launcher().adopt(name).await;
-                break;
-            }
-        }
-        let cgroup = cgroup_of(places, id);
+        let shim = self.shim_that_holds(id, shims).await?;
+        let cgroup = cgroup_of(places, id)?;
         // A later attempt of the same task has the same one: then it is no longer this container's to be emptied.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
         known.extend(self.leftovers().values().map(|leftover| leftover.record.clone()));
@@ -204,10 +237,16 @@ impl Engine {
         let cgroup =
             if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
         let emptied = !cgroup.is_empty();
-        let known_to = |root: &Path| names(root).iter().any(|name| gvisor::container_of(name) == id.as_str());
-        let runtime = names(&places.runtimes())
-            .into_iter()
-            .find(|runtime| known_to(&places.runtime_state(runtime, shared.pool.launcher().namespace())));
+        let known_to = |root: &Path| -> Result<bool, PlacesError> {
+            Ok(names(root)?.iter().any(|name| gvisor::container_of(name) == id.as_str()))
+        };
+        let mut runtime = None;
+        for name in names(&places.runtimes())? {
+            if known_to(&places.runtime_state(&name, shared.pool.launcher().namespace()))? {
+                runtime = Some(name);
+                break;
+            }
+        }
         let record = Record::new(Intent {
             task_id: TaskId(String::new()),
             name: String::new(),
@@ -231,9 +270,9 @@ impl Engine {
         })?;
         undo(shared, &record, shim).await?;
         // Without its bundle only the runtime itself still knows the container.
-        for runtime in names(&places.runtimes()) {
+        for runtime in names(&places.runtimes())? {
             let root = places.runtime_state(&runtime, shared.pool.launcher().namespace());
-            if known_to(&root) {
+            if known_to(&root)? {
                 match shared.delete_by_runtime(&runtime, &root, id).await {
                     // Nobody can be asked any more; its processes were ended by their cgroup.
                     Err(_) if emptied && shared.runtimes.binary(&runtime).is_none() => {}
@@ -267,24 +306,36 @@ impl Engine {
 }
 
 /// Container ids that anything on disk is named after.
-pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> BTreeSet<ContainerId> {
-    let mut found: Vec<String> =
-        [places.bundles(), places.uppers(), places.logs()].iter().flat_map(|path| names(path)).collect();
-    for runtime in names(&places.runtimes()) {
-        found.extend(names(&places.runtime_state(&runtime, namespace)));
+pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> Result<BTreeSet<ContainerId>, PlacesError> {
+    let mut found = Vec::new();
+    for path in [places.bundles(), places.uppers(), places.logs()] {
+        found.extend(names(&path)?);
+    }
+    for runtime in names(&places.runtimes())? {
+        found.extend(names(&places.runtime_state(&runtime, namespace))?);
     }
     // gVisor's files are named after containers, too.
     found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
-    let bad = names(&places.tasks()).into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
+    let bad = names(&places.tasks())?.into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
     found.extend(bad);
-    found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect()
+    Ok(found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect())
 }
 
 /// The cgroup that a container's bundle names; empty where it has none.
-pub(super) fn cgroup_of(places: &Places, id: &ContainerId) -> String {
-    let config = fs::read(places.bundle(id).join("config.json")).unwrap_or_default();
+///
+/// # Errors
+/// When the bundle can't be read.
+pub(super) fn cgroup_of(places: &Places, id: &ContainerId) -> Result<String, RootfsError> {
+    let path = places.bundle(id).join("config.json");
+    let config = match fs::read(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            return Err(RootfsError::File { doing: "read", path, source });
+        }
+        read => read.unwrap_or_default(),
+    };
+    // A bundle that was cut off has half of it: then nothing was started with it.
     let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
-    config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned()
+    Ok(config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned())
 }
 
 /// Writes down what was removed, and what could not be.

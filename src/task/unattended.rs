@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashSet,
-    fs,
+    fs, io,
     path::Path,
     time::{Duration, SystemTime},
 };
@@ -23,6 +23,8 @@ use crate::{
     control::Garbage,
     ids::{ContainerId, TaskId},
     places::{Places, names},
+    process::{ProcessId, unless_vanished},
+    rootfs::RootfsError,
     shim::{self, Client},
 };
 
@@ -175,11 +177,17 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Vec<(Thing,
             found.push((Thing::Container(id), Verdict::Stays(why.to_owned())));
         }
     }
-    let containers = containers_on_disk(places, &settings.containerd.namespace);
+    let containers = containers_on_disk(places, &settings.containerd.namespace)?;
     for id in containers.into_iter().filter(|id| !claimed.contains(id)) {
         let verdict = match process_of(places, &cgroups, &id) {
-            Some(pid) => Verdict::Stays(format!("its container lives, process {pid}, though no record claims it")),
-            None => goes("no record claims it, and no process of it lives"),
+            Ok(Some(pid)) => Verdict::Stays(format!("its container lives, process {pid}, though no record claims it")),
+            Ok(None) => goes("no record claims it, and no process of it lives"),
+            Err(error) => {
+                let error = crate::chain(&error);
+                Verdict::Stays(format!(
+                    "no record claims it, and whether a process of it lives can't be told ({error})"
+                ))
+            }
         };
         found.push((Thing::Container(id), verdict));
     }
@@ -187,7 +195,7 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Vec<(Thing,
     // It may have one whose record is lost: it is the only way to that.
     let hides =
         found.iter().any(|(thing, verdict)| matches!((thing, verdict), (Thing::Container(_), Verdict::Stays(_))));
-    for name in names(&places.shims()).into_iter().filter(|name| !named.contains(name.as_str())) {
+    for name in names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())) {
         let verdict = if hides {
             Verdict::Stays("no record names it, and it may hold a container whose record is lost".to_owned())
         } else {
@@ -195,9 +203,10 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Vec<(Thing,
         };
         found.push((Thing::Shim(name), verdict));
     }
-    let ahead = names(&places.ahead()).into_iter();
+    let ahead = names(&places.ahead())?.into_iter();
     found.extend(ahead.map(|name| (Thing::Ahead(name), goes("made for the next task of a plugin that has ended"))));
-    let probes = stale_probes(places.run(), &cgroups).into_iter();
+    let probes = stale_probes(places.run(), &cgroups);
+    let probes = probes.map_err(|source| TaskError::Stays { path: places.run().to_owned(), source })?.into_iter();
     found.extend(probes.map(|name| (Thing::Probe(name), goes("the process that probed a runtime with it has ended"))));
     Ok(found)
 }
@@ -247,25 +256,50 @@ fn since(at: u64) -> Duration {
     Duration::from_millis(millis(SystemTime::now()).saturating_sub(at))
 }
 
-/// A process of a container without a record.
-fn process_of(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Option<u32> {
-    let group = CgroupPath::recorded(&cgroup_of(places, id));
-    let in_group =
-        (!group.as_str().is_empty()).then(|| cgroups.processes(&group)).and_then(|all| all.into_iter().next());
-    in_group.or_else(|| {
-        // Where its bundle is gone, its runtime still has the pid: runc's and crun's names for it.
-        let roots = names(&places.runtimes()).into_iter().map(|runtime| places.runtime_root(&runtime));
-        let states = roots.flat_map(|root| names(&root).into_iter().map(move |namespace| root.join(namespace)));
-        states
-            .filter_map(|state| pid_in(&state.join(id.as_str())))
-            .find(|pid| Path::new("/proc").join(pid.to_string()).exists())
-    })
+/// A process of a container without a record; None where it has none.
+///
+/// # Errors
+/// When that can't be told.
+fn process_of(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Option<u32>, TaskError> {
+    let group = CgroupPath::recorded(&cgroup_of(places, id)?);
+    if !group.as_str().is_empty()
+        && let Some(pid) = cgroups.processes(&group)?.into_iter().next()
+    {
+        return Ok(Some(pid));
+    }
+    // Where its bundle is gone, its runtime still has the pid.
+    for runtime in names(&places.runtimes())? {
+        let root = places.runtime_root(&runtime);
+        for namespace in names(&root)? {
+            if let Some(pid) = pid_in(&root.join(namespace).join(id.as_str()))?
+                && unless_vanished(ProcessId::of(pid)).map_err(file(&root))?.is_some()
+            {
+                return Ok(Some(pid));
+            }
+        }
+    }
+    Ok(None)
 }
 
-fn pid_in(state: &Path) -> Option<u32> {
-    let read = |file: &str| serde_json::from_slice::<serde_json::Value>(&fs::read(state.join(file)).ok()?).ok();
-    let pid = |file: &str, field: &str| read(file)?.get(field)?.as_u64()?.try_into().ok();
-    pid("state.json", "init_process_pid").or_else(|| pid("status", "pid"))
+/// The process that a runtime's state directory names: runc's and crun's names for it.
+fn pid_in(state: &Path) -> Result<Option<u32>, TaskError> {
+    for (name, field) in [("state.json", "init_process_pid"), ("status", "pid")] {
+        let path = state.join(name);
+        match fs::read(&path) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            Err(error) => return Err(file(&path)(error)),
+            Ok(text) => {
+                let state: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+                return Ok(state[field].as_u64().and_then(|pid| pid.try_into().ok()));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn file(path: &Path) -> impl FnOnce(io::Error) -> TaskError {
+    let path = path.to_owned();
+    move |source| RootfsError::File { doing: "read", path, source }.into()
 }
 
 impl Engine {
@@ -275,7 +309,7 @@ impl Engine {
             Thing::HalfDone(id) => self.outlast_leftover(id, &CancellationToken::new()).await,
             // Refused, should it live after all.
             Thing::Ended(id) => self.destroy(id, Force::No).await,
-            Thing::Container(id) => self.undo_nameless(id, &names(&places.shims())).await,
+            Thing::Container(id) => self.undo_nameless(id, &names(&places.shims())?).await,
             Thing::Shim(name) => gone(&places.shim(name)).await,
             Thing::Ahead(name) => gone(&places.ahead().join(name)).await,
             Thing::Probe(name) => remove_probe(places.run(), &self.shared().cgroups, name)

@@ -5,7 +5,12 @@
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use super::{Record, TaskError, group, interrupt, logs, refused, shared::Shared};
+use super::{
+    Record, TaskError,
+    claim::{Claim, caught},
+    group, interrupt, logs, refused,
+    shared::Shared,
+};
 use crate::{
     cgroup::CgroupPath,
     fault, gvisor,
@@ -66,6 +71,12 @@ type Mounts = Result<(), TaskError>;
 
 async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Released, Mounts), TaskError> {
     let mut outcome = Outcome(Ok(()));
+    if let Found::Unknown(source) = shim {
+        // It may hold the container, so that nobody else may end it.
+        let (id, path) = (record.shim.clone(), shared.settings.places.shim(&record.shim));
+        let source = ShimError::File { id, doing: "look for", path, source };
+        return Err(TaskError::Shim { doing: "find the task's shim", source });
+    }
     // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
     let ended = match end_container(shared, record, &shim).await {
         Ok(ended) => ended,
@@ -82,7 +93,7 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
     }
     if record.gvisor && !fault::skipped("container") {
         // As other runtimes' `delete` does it, which an ended sandbox is spared. What stays is told of below.
-        empty_cgroup(shared, record).await;
+        outcome.note(record, "processes", empty_cgroup(shared, record).await);
         let cgroup = CgroupPath::recorded(&record.cgroup);
         if let Err(error) = tokio::task::block_in_place(|| shared.cgroups.remove(&cgroup)) {
             tracing::debug!(task = %record.task_id, error = %crate::chain(&error), "its cgroup is removed later");
@@ -121,7 +132,7 @@ impl Released {
     async fn finish(self, shared: &Shared, record: &Record) -> Result<(), TaskError> {
         let Self { shim, mut outcome } = self;
         if !fault::skipped("container") {
-            empty_cgroup(shared, record).await;
+            outcome.note(record, "processes", empty_cgroup(shared, record).await);
         }
         let bundle = BundlePaths::of(&shared.settings.places, &record.container_id);
         let log = shared.settings.places.log(&record.container_id);
@@ -176,7 +187,7 @@ impl Released {
 /// Removes what is left of a container in runsc's state directory: of an ended one all of it, since runsc is not asked
 /// to, and of others what one that was cut off would have removed.
 pub(super) fn remove_state(root: &Path, id: &ContainerId) -> Result<(), TaskError> {
-    for name in names(root).into_iter().filter(|name| gvisor::container_of(name) == id.as_str()) {
+    for name in names(root)?.into_iter().filter(|name| gvisor::container_of(name) == id.as_str()) {
         let path = root.join(name);
         match fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -210,7 +221,7 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
         match end_through(client, id).await {
             // It died under our hands: what it left is the dead-shim case.
             Err(ShimError::Gone { .. }) => {}
-            Err(error) => return complete(error).await.map_err(failed("end the container")),
+            Err(error) => return complete(error).await,
             Ok(Known::Yes) => return Ok(Ended::ByItsShim),
             // A Create that was cut off, and may still be at work.
             Ok(Known::No) => {
@@ -218,7 +229,7 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
                 match end_through(client, id).await {
                     Ok(Known::Yes) => return Ok(Ended::Otherwise),
                     Ok(Known::No) | Err(ShimError::Gone { .. }) => {}
-                    Err(error) => return complete(error).await.map_err(failed("end the container")),
+                    Err(error) => return complete(error).await,
                 }
             }
         }
@@ -242,29 +253,38 @@ async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
         if record.gvisor {
             return runsc_is_at_work(record);
         }
-        let mut others = descendants(shim.pid()).into_iter().skip(1);
-        others.any(|pid| {
+        any(descendants(shim.pid())?.into_iter().skip(1), |pid| {
             if alone {
-                return !shared.cgroups.holds(&cgroup, pid);
+                return shared.cgroups.holds(&cgroup, pid).map(|holds| !holds);
             }
-            shared.cgroups.are_together(pid, shim.pid()) && interrupt::is_called_for(pid, &record.container_id)
+            Ok(shared.cgroups.are_together(pid, shim.pid())? && interrupt::is_called_for(pid, &record.container_id)?)
         })
     };
     outlast(record, at_work).await;
-    if at_work() {
+    if at_work().unwrap_or(true) {
         interrupt::kill_runtime(shim.pid(), &record.container_id);
         outlast(record, at_work).await;
     }
 }
 
-/// Waits while a runtime is at work, though not for ever: true when one was.
-async fn outlast(record: &Record, at_work: impl Fn() -> bool) -> bool {
+/// Does the condition hold for one of these processes?
+fn any(mut pids: impl Iterator<Item = u32>, holds: impl Fn(u32) -> io::Result<bool>) -> io::Result<bool> {
+    pids.find_map(|pid| holds(pid).map(|holds| holds.then_some(())).transpose()).transpose().map(|one| one.is_some())
+}
+
+/// Waits while a runtime is at work, though not for ever: true when one was. Where that can't be told, one may be.
+async fn outlast(record: &Record, at_work: impl Fn() -> io::Result<bool>) -> bool {
     let deadline = tokio::time::Instant::now() + KILL_GRACE;
     let mut was = false;
-    while at_work() {
+    loop {
+        let problem = match at_work() {
+            Ok(false) => break,
+            Ok(true) => "it does not come to an end".to_owned(),
+            Err(error) => format!("its processes can't be looked at: {error}"),
+        };
         was = true;
         if tokio::time::Instant::now() > deadline {
-            tracing::warn!(task = %record.task_id, "a runtime does not come to an end, and is not waited for");
+            tracing::warn!(task = %record.task_id, problem, "a runtime may be at work and is not waited for");
             break;
         }
         tokio::time::sleep(LOOK).await;
@@ -274,12 +294,14 @@ async fn outlast(record: &Record, at_work: impl Fn() -> bool) -> bool {
 
 /// Is a runsc making this container, wherever it is? A shim that gives up kills what it has called, and not what that had
 /// called.
-fn runsc_is_at_work(record: &Record) -> bool {
-    process::all().into_iter().any(|pid| {
-        let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        let line = read("cmdline");
-        let is_its = line.split(|byte| *byte == 0).any(|word| word == record.container_id.as_str().as_bytes());
-        is_its && gvisor::is_at_work(&String::from_utf8_lossy(&read("comm")), &line)
+fn runsc_is_at_work(record: &Record) -> io::Result<bool> {
+    any(process::all()?.into_iter(), |pid| {
+        let read = |file: &str| process::unless_vanished(fs::read(format!("/proc/{pid}/{file}")));
+        let Some(line) = read("cmdline")? else { return Ok(false) };
+        if !line.split(|byte| *byte == 0).any(|word| word == record.container_id.as_str().as_bytes()) {
+            return Ok(false);
+        }
+        Ok(read("comm")?.is_some_and(|name| gvisor::is_at_work(&String::from_utf8_lossy(&name), &line)))
     })
 }
 
@@ -293,12 +315,13 @@ async fn end_late(shared: &Shared, record: &Record) -> Result<(), TaskError> {
 }
 
 /// Nothing of a task may outlive its undoing: what a runtime that was cut off has half made belongs to no container.
-pub(super) async fn empty_cgroup(shared: &Shared, record: &Record) {
+pub(super) async fn empty_cgroup(shared: &Shared, record: &Record) -> Result<(), TaskError> {
     let cgroup = CgroupPath::recorded(&record.cgroup);
     let deadline = tokio::time::Instant::now() + KILL_GRACE;
-    while shared.cgroups.kill(&cgroup) > 0 && tokio::time::Instant::now() < deadline {
+    while shared.cgroups.kill(&cgroup)? > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(LOOK).await;
     }
+    Ok(())
 }
 
 /// Did the shim know the container?
@@ -334,7 +357,7 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
     let gone = match shim {
         Found::Alive(shim) => shim.end().await,
         Found::Hung(pidfd) => shim::end_hung(&dir, &pidfd).await,
-        Found::Gone => shim::end_stray(&dir).await,
+        Found::Gone | Found::Unknown(_) => shim::end_stray(&dir).await,
     };
     if gone { Ok(()) } else { Err(shim_stays()) }
 }
@@ -352,9 +375,9 @@ fn shim_stays() -> TaskError {
 ///
 /// # Errors
 /// What failed at the first try.
-pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
-    let outcome = undo(shared, record, shim).await;
-    settle(shared, record, outcome.is_ok());
+pub async fn undo_or_keep(claim: Claim, shim: Found) -> Result<(), TaskError> {
+    let outcome = undo(claim.shared(), claim.record(), shim).await;
+    settle(claim, outcome.is_ok());
     outcome
 }
 
@@ -364,18 +387,20 @@ pub async fn undo_or_keep(shared: &Arc<Shared>, record: &Record, shim: Found) ->
 /// # Errors
 /// When its container can't be ended, or the job's own mounts stay.
 pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
+    let mut claim = Claim::new(shared, record);
     let (released, answer) = match release(shared, record, shim).await {
         Ok(released) => released,
         Err(error) => {
-            settle(shared, record, false);
+            settle(claim, false);
             return Err(error);
         }
     };
-    shared.keep_clearing(record.clone());
+    claim.is_clearing();
     // Whoever makes tasks faster than they can be cleared away waits here.
     let _ = shared.clearing.subscribe().wait_for(|count| *count <= BACKLOG).await;
-    let (shared, record) = (shared.clone(), record.clone());
-    tokio::spawn(async move {
+    // A panic in it drops the claim, and the task is undone again.
+    tokio::spawn(caught("the teardown of a task", async move {
+        let (shared, record) = (claim.shared(), claim.record());
         // Its locks and disk writes would be in the way of starts.
         tokio::select! {
             () = shared.pool.calm(BREATH, PATIENCE) => {}
@@ -383,34 +408,33 @@ pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Re
         }
         logs::written_out(&shared.settings.places, &record.container_id).await;
         let room = shared.teardowns.acquire().await;
-        let outcome = released.finish(&shared, &record).await;
+        fault::point("undo.clearing");
+        let outcome = released.finish(shared, record).await;
         drop(room);
-        settle(&shared, &record, outcome.is_ok());
-        shared.clearing.send_modify(|count| *count -= 1);
-    });
+        settle(claim, outcome.is_ok());
+    }));
     answer
 }
 
-fn settle(shared: &Arc<Shared>, record: &Record, done: bool) {
-    if done {
-        shared.forget(&record.task_id);
+fn settle(claim: Claim, is_gone: bool) {
+    let (shared, id) = (claim.shared().clone(), claim.record().task_id.clone());
+    claim.settle(is_gone);
+    if is_gone {
         return;
     }
-    let (shared, record) = (shared.clone(), record.clone());
-    shared.keep(record.clone());
-    tokio::spawn(async move {
+    tokio::spawn(caught("another teardown of a task", async move {
         for pause in RETRIES {
             tokio::time::sleep(pause).await;
             // Somebody else took it: a new attempt of the task, or its destroy.
-            let Some(record) = shared.take_leftover(&record.task_id) else { return };
-            let shim = find_shim(&shared, &record).await;
-            if undo(&shared, &record, shim).await.is_ok() {
-                shared.forget(&record.task_id);
+            let Some(claim) = shared.take_leftover(&id) else { return };
+            let shim = find_shim(&shared, claim.record()).await;
+            let is_gone = undo(&shared, claim.record(), shim).await.is_ok();
+            claim.settle(is_gone);
+            if is_gone {
                 return;
             }
-            shared.keep(record);
         }
-    });
+    }));
 }
 
 /// The shim of a record, if it still lives.

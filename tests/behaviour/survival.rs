@@ -144,7 +144,7 @@ async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
         task.says("ready").await;
         let (_, record) = env.record(&task).await;
         let init = u32::try_from(record["state"]["pid"].as_u64().unwrap()).unwrap();
-        let family = nomad_driver_shim::process::descendants(init);
+        let family = nomad_driver_shim::process::descendants(init).unwrap();
         assert!(family.len() >= 2, "{family:?}");
         let shim = shim_pid(&env, &record);
         let pidfd = PidFd::open(shim.try_into().unwrap()).unwrap();

@@ -3,6 +3,8 @@
 mod agent;
 mod apparmor;
 mod ceilings;
+#[cfg(test)]
+mod differences;
 mod job;
 mod limits;
 mod mounts;
@@ -25,6 +27,8 @@ use crate::{
 
 /// What a job's `config` is called in errors.
 const JOB: &str = "task config";
+/// What a request's own fields are called in errors.
+const REQUEST: &str = "request";
 
 /// The longest that one fault is shown, in characters: it may quote a value of a job, of any length.
 const FAULT_MAX: usize = 600;
@@ -42,6 +46,11 @@ impl ConfigError {
     /// One fault of a job's `config`.
     pub fn one(fault: String) -> Self {
         Self::many(vec![fault])
+    }
+
+    /// Faults of a request's own fields.
+    pub fn of_request(faults: Vec<String>) -> Self {
+        Self { what: REQUEST, faults }
     }
 
     /// Faults of a job.

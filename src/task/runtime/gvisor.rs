@@ -206,8 +206,11 @@ impl Gvisor {
         let pid = child.id();
         let Ok(output) = tokio::time::timeout(PROBE, child.wait_with_output()).await else {
             // Its sandbox and file server may not be in the cgroup yet.
-            let family: Vec<PidFd> =
-                pid.map(descendants).unwrap_or_default().into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
+            let family = pid.map_or(Ok(Vec::new()), descendants).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the processes of a sandbox that hangs can't be listed; its cgroup is emptied later");
+                Vec::new()
+            });
+            let family: Vec<PidFd> = family.into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
             family.iter().for_each(|process| process.signal(libc::SIGKILL));
             return Err(format!("a sandbox was not done after {} s", PROBE.as_secs()));
         };

@@ -51,14 +51,17 @@ pub(super) fn cgroup(name: &str) -> String {
 
 /// Names of probes that were cut off: their directories below `scratch`, of which nobody else makes any, and cgroups of
 /// this host's.
-pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> BTreeSet<String> {
+///
+/// # Errors
+/// When either can't be listed.
+pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> io::Result<BTreeSet<String>> {
     let is_over = |name: &String| maker(name).is_none_or(|maker| maker.is_gone());
-    let mut found: BTreeSet<String> = names(scratch).into_iter().filter(|name| name.starts_with(PREFIX)).collect();
-    found.retain(is_over);
-    let groups = cgroups.at_the_root(&format!("{CGROUP}{PREFIX}"));
+    let mut found: BTreeSet<String> = names(scratch).map_err(io::Error::other)?.into_iter().collect();
+    found.retain(|name| name.starts_with(PREFIX) && is_over(name));
+    let groups = cgroups.at_the_root(&format!("{CGROUP}{PREFIX}")).map_err(io::Error::other)?;
     let groups = groups.iter().filter_map(|group| group.strip_prefix(CGROUP)).map(str::to_owned);
     found.extend(groups.filter(is_over).filter(|name| maker(name).is_some() || is_long_unused(name, cgroups)));
-    found
+    Ok(found)
 }
 
 /// Is this cgroup, whose maker is not known, empty and old? Where that can't be told it is not.
@@ -66,7 +69,7 @@ fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
     let group = CgroupPath::recorded(&cgroup(name));
     // The time of a cgroup's directory is never older than the cgroup (it is set when the kernel first looks it up).
     let age = cgroups.modified(&group).and_then(|at| SystemTime::now().duration_since(at).ok());
-    cgroups.processes(&group).is_empty() && age.is_some_and(|age| age > ANONYMOUS_AGE)
+    cgroups.processes(&group).is_ok_and(|processes| processes.is_empty()) && age.is_some_and(|age| age > ANONYMOUS_AGE)
 }
 
 /// Removes what is left of a probe: its processes, its cgroup and its directory.
@@ -76,7 +79,7 @@ fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
 pub async fn remove_probe(scratch: &Path, cgroups: &Cgroups, name: &str) -> io::Result<()> {
     let group = CgroupPath::recorded(&cgroup(name));
     let deadline = tokio::time::Instant::now() + CLEAR;
-    while cgroups.kill(&group) > 0 && tokio::time::Instant::now() < deadline {
+    while cgroups.kill(&group).map_err(io::Error::other)? > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(LOOK).await;
     }
     cgroups.remove(&group).map_err(io::Error::other)?;
@@ -111,7 +114,7 @@ mod tests {
             fs::create_dir(scratch.join(name)).expect("made");
         }
         let cgroups = Cgroups::detect().expect("cgroups");
-        let stale = stale_probes(scratch, &cgroups);
+        let stale = stale_probes(scratch, &cgroups).expect("listed");
         assert!(stale.contains(&dead) && stale.contains("probe-d016bdcf8d83"), "{stale:?}");
         assert!(!stale.contains(&mine) && !stale.contains("tasks"), "{stale:?}");
     }

@@ -1,0 +1,151 @@
+//! A plugin that can't look, for want of descriptors, takes nothing for gone: what it can't see stays as it is.
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use nomad_driver_shim::{
+    host::{Launch, Plugin, encode},
+    pb::{
+        base::{ConfigSchemaRequest, SetConfigRequest},
+        driver::InitRequest,
+    },
+};
+use serde_json::json;
+
+use crate::support::{Env, EnvOptions, eventually, leak, program};
+
+/// Sets the soft limit on the descriptors of a process.
+fn limit_descriptors(pid: u32, limit: &str) {
+    let status = std::process::Command::new("prlimit")
+        .args(["--pid", &pid.to_string(), &format!("--nofile={limit}:")])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+/// Longer than a shim is looked for at a time.
+const SHORTAGE: Duration = Duration::from_secs(7);
+
+/// A plugin whose descriptors run out at one point of its start or another, and come back a while later, finds its task.
+async fn recovered_after_a_shortage(spare: usize) {
+    // What could not be removed meanwhile is reaped soon.
+    let config = json!({"state": {"grace": "1s"}});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let task = env.sh("sleep 600").await;
+    let pid = env.attribute(&task, "pid").await;
+    env.kill_plugin().await;
+    let plugin = Plugin::launch(&Launch::named(program(), "shim")).await.unwrap();
+    let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
+    let msgpack_config = encode(schema.spec.as_ref(), &env.config).unwrap();
+    plugin.base().set_config(SetConfigRequest { msgpack_config, ..Default::default() }).await.unwrap();
+    let number = plugin.pid().unwrap();
+    let open = fs::read_dir(format!("/proc/{number}/fd")).unwrap().count();
+    limit_descriptors(number, &(open + spare).to_string());
+    let began = Instant::now();
+    plugin.driver().init(InitRequest {}).await.unwrap();
+    tokio::time::sleep(SHORTAGE.saturating_sub(began.elapsed())).await;
+    limit_descriptors(number, "1024");
+    env.plugin = Some(plugin);
+    let recovered = env.recover(&task).await;
+    let said = env.plugin().stderr();
+    recovered.unwrap_or_else(|status| panic!("{spare} descriptors to spare: {}\n{said}", status.message()));
+    assert_eq!(env.attribute(&task, "pid").await, pid, "{spare} descriptors to spare\n{said}");
+    assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
+    assert!(!said.contains("task record can't be read"), "{spare} descriptors to spare\n{said}");
+    env.destroy(&task).await.unwrap();
+    eventually("nothing is left", async || {
+        let left = leak::while_alive(&env).await;
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    })
+    .await;
+    // The next one removes what is left of probes.
+    env.kill_plugin().await;
+    env.start_plugin().await;
+    env.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_task_is_lost_to_a_shortage_of_descriptors() {
+    futures_util::future::join_all((1..=12).map(recovered_after_a_shortage)).await;
+}
+
+/// Where bundles can't be listed, a shim that no record names may hold a container: it must not wait for the next task,
+/// nor end with the plugin.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_shim_is_taken_over_when_bundles_can_not_be_listed() {
+    let mut env = Env::new().await;
+    let task = env.sh("sleep 600").await;
+    let (path, _) = env.record(&task).await;
+    let pid = env.attribute(&task, "pid").await;
+    env.kill_plugin().await;
+    fs::remove_file(path).unwrap();
+    env.set_var("NOMAD_DRIVER_SHIM_BLIND", Some("bundles"));
+    env.start_plugin().await;
+    eventually("the idle shims are left alone", async || {
+        let said = env.plugin().stderr();
+        if said.contains("no idle shim of an earlier plugin is taken over") { Ok(()) } else { Err(said) }
+    })
+    .await;
+    // Its own shim: not the one that has a container already.
+    let other = env.sh("sleep 600").await;
+    assert_ne!(env.record(&other).await.1["shim"], shim_of(&env, &pid), "two tasks share a shim");
+    env.destroy(&other).await.unwrap();
+    // Politely: what waits in the pool ends with it.
+    env.plugin.take().unwrap().leave().await;
+    env.set_var("NOMAD_DRIVER_SHIM_BLIND", None);
+    env.start_plugin().await;
+    env.recover(&task).await.unwrap();
+    assert_eq!(env.attribute(&task, "pid").await, pid);
+    assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
+/// The name of the shim that a container's process is a child of.
+fn shim_of(env: &Env, pid: &str) -> String {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let parent = stat.rsplit(") ").next().unwrap().split(' ').nth(1).unwrap().to_owned();
+    let name = |path: &Path| path.file_name().unwrap().to_string_lossy().into_owned();
+    let cwd = fs::read_link(format!("/proc/{parent}/cwd")).unwrap();
+    assert!(cwd.starts_with(env.dir.join("run/shims")), "{}", cwd.display());
+    name(&cwd)
+}
+
+/// The reaper can't tell what is there, and so not what is nobody's.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_reaped_when_it_can_not_be_listed() {
+    for blind in ["shims", "bundles", "runtimes"] {
+        let config = json!({"state": {"grace": "100ms"}});
+        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let task = env.sh("sleep 600").await;
+        let (path, _) = env.record(&task).await;
+        env.kill_plugin().await;
+        fs::remove_file(path).unwrap();
+        env.set_var("NOMAD_DRIVER_SHIM_BLIND", Some(blind));
+        env.start_plugin().await;
+        eventually("the reaper says that it can't look", async || {
+            let said = env.plugin().stderr();
+            let told = said.contains("nobody claims it") && said.contains(&format!("/{blind}"));
+            if told { Ok(()) } else { Err(said) }
+        })
+        .await;
+        assert!(!env.plugin().stderr().contains("removed; nobody claims it"), "{}", env.plugin().stderr());
+        let bundles = leak::entries(&env.dir.join("run/bundles"));
+        assert_eq!(bundles.len(), 1, "{blind}: {bundles:?}");
+        env.kill_plugin().await;
+        env.set_var("NOMAD_DRIVER_SHIM_BLIND", None);
+        env.start_plugin().await;
+        // By its handle, or reaped already: nobody has named it for longer than the grace period.
+        drop(env.recover(&task).await);
+        drop(env.destroy(&task).await);
+        eventually("it goes once the reaper sees it", async || {
+            let left = leak::entries(&env.dir.join("run/bundles"));
+            if left.is_empty() { Ok(()) } else { Err(left) }
+        })
+        .await;
+        env.finish().await;
+    }
+}

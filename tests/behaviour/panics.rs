@@ -1,0 +1,105 @@
+//! A part of the driver panics: that is logged, nothing stays taken, and what was at work is done again.
+
+use std::time::Duration;
+
+use nomad_driver_shim::control::{Answer, Request, ask};
+use serde_json::json;
+
+use crate::support::{Env, EnvOptions, eventually, leak};
+
+async fn env(point: &str) -> Env {
+    let config = json!({"state": {"grace": "500ms"}});
+    let env = vec![("NOMAD_DRIVER_SHIM_PANIC_AT".to_owned(), point.to_owned())];
+    Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await
+}
+
+/// What was taken is free: the reaper, or a retry, has done what the panic broke off.
+async fn nothing_is_left(mut env: Env, point: &str) {
+    eventually(&format!("what a panic at {point} has left goes"), async || {
+        let mut left = leak::while_alive(&env).await;
+        // A shim that a panic has left is known twice, as a child and as one that was taken over.
+        left.retain(|what| !what.starts_with("descriptors of the plugin"));
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    })
+    .await;
+    let said = env.plugin().stderr();
+    assert!(said.contains(&format!("at {point} by the fault switch")), "no panic at {point}: {said}");
+    env.kill_plugin().await;
+    env.set_var("NOMAD_DRIVER_SHIM_PANIC_AT", None);
+    env.start_plugin().await;
+    env.finish().await;
+}
+
+/// In the background the counter of teardowns stayed high, so that each gc waited half a minute; in the call itself the
+/// task stayed half known.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_teardown_that_panics_is_done_again() {
+    for point in ["undo.container", "undo.shim", "undo.clearing", "undo.bundle", "undo.record"] {
+        let mut env = env(point).await;
+        let task = env.sh("sleep 600").await;
+        // Of a panic in the call itself it says so; one in the background comes after the answer.
+        drop(env.destroy(&task).await);
+        let second = env.sh("echo second").await;
+        assert_eq!(env.finish_task(second).await.1, "second\n");
+        // Far less than it waits for teardowns that hang.
+        let limit = Duration::from_secs(25);
+        let swept = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, limit).await;
+        assert!(
+            matches!(swept, Ok(Answer::Removed(_))),
+            "gc waits for a teardown that nobody is at: {point}: {swept:?}"
+        );
+        nothing_is_left(env, point).await;
+    }
+}
+
+/// The same task of the same allocation is not refused for ever, either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_attempt_undoes_what_a_panic_has_left() {
+    let mut env = env("undo.clearing").await;
+    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let first = env.start(config.clone()).await;
+    env.destroy(&first).await.unwrap();
+    let mut again = env.prepare_again(first, "2", config).await;
+    env.try_start(&mut again).await.unwrap();
+    env.destroy(&again).await.unwrap();
+    nothing_is_left(env, "undo.clearing").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_panics_is_undone() {
+    for point in ["start.shim", "start.mounted", "start.bundle", "start.created", "start.recorded"] {
+        let mut env = env(point).await;
+        let mut task =
+            env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
+        env.try_start(&mut task).await.unwrap_err();
+        // The id is free, and the allocation's task can be started.
+        let mut again =
+            env.prepare_again(task, "2", json!({"image": env.busybox().await, "command": "/bin/true"})).await;
+        env.try_start(&mut again).await.unwrap_or_else(|status| panic!("{point}: {status:?}"));
+        assert_eq!(env.wait(&again).await.exit_code, 0);
+        env.destroy(&again).await.unwrap();
+        nothing_is_left(env, point).await;
+    }
+}
+
+/// Whoever waits for the task waited for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exit_is_told_in_spite_of_a_panic() {
+    let mut env = env("exit.seen").await;
+    let task = env.sh("exit 9").await;
+    assert_eq!(env.wait(&task).await.exit_code, 9);
+    env.destroy(&task).await.unwrap();
+    nothing_is_left(env, "exit.seen").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_is_recovered_in_spite_of_a_panic() {
+    let mut env = env("recover.found").await;
+    let task = env.sh("sleep 600").await;
+    env.kill_plugin().await;
+    env.start_plugin().await;
+    tokio::time::timeout(crate::support::patience(), env.recover(&task)).await.expect("RecoverTask hangs").unwrap();
+    assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
+    env.destroy(&task).await.unwrap();
+    nothing_is_left(env, "recover.found").await;
+}
