@@ -1,11 +1,14 @@
 //! The plugin raises its own limit on descriptors; all that it starts has the limits that the plugin was started with.
 
-use std::fs;
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
 
-use nomad_driver_shim::host::Launch;
+use nomad_driver_shim::{host::Launch, ids::random_hex};
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, program, script};
+use crate::support::{Env, EnvOptions, Image, program, script, services, services::root};
 
 /// What the plugin is started with. Far from anything that a distribution has.
 const SOFT: &str = "777";
@@ -34,7 +37,7 @@ fn original() -> (String, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_shims_and_runtimes_have_the_limits_that_the_plugin_was_started_with() {
     for pool in [0, 1] {
-        let programs = tempfile::tempdir_in(crate::support::services::root()).unwrap();
+        let programs = tempfile::tempdir_in(root()).unwrap();
         let mut runtimes = json!({});
         for name in ["crun", "runc"] {
             let real = nomad_driver_shim::process::which(name.as_ref()).unwrap();
@@ -79,5 +82,28 @@ async fn tasks_shims_and_runtimes_have_the_limits_that_the_plugin_was_started_wi
             assert!(seen.lines().count() >= 3, "{what}: create, exec and delete: {seen}");
         }
         env.finish().await;
+    }
+}
+
+/// The command line raises nothing, and starts a plugin of its own that does.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_of_run_have_the_limits_of_the_command_line() {
+    let id = random_hex(4);
+    let (dir, image) = (root().join(&id), Image::busybox().push(&services().registry, "test/busybox:1").await);
+    for runtime in ["crun", "runc"] {
+        let mut command = Command::new("prlimit");
+        command
+            .arg(format!("--nofile={SOFT}:{HARD}"))
+            .arg(program())
+            .args(["run", "--runtime", runtime, &image, "cat", "/proc/self/limits"])
+            .env("NOMAD_DRIVER_SHIM_ADDRESS", &services().containerd)
+            .env("NOMAD_DRIVER_SHIM_NAMESPACE", format!("test-{id}"))
+            .env("NOMAD_DRIVER_SHIM_RUN_DIR", dir.join("run"))
+            .env("NOMAD_DRIVER_SHIM_STATE_DIR", dir.join("state"))
+            .stdin(Stdio::null());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{runtime}: {said}");
+        assert_eq!(limits(&String::from_utf8_lossy(&output.stdout)), original(), "{runtime}");
     }
 }
