@@ -140,9 +140,12 @@ impl Gc {
             let garbage = match ask(&places.control(), &Request::Gc { dry_run: self.dry_run }, PATIENCE).await {
                 Ok(Answer::Removed(garbage)) => garbage,
                 Ok(_) => Vec::new(),
-                // What is left of runs is looked at below.
-                Err(error) if error.is_nobody() && tasks::is_run(&driver) => Vec::new(),
-                Err(error) if error.is_nobody() => {
+                // Where nobody has the lock, it has ended while it was asked.
+                Err(error) if error.is_nobody() || runs::is_over(common, &driver) => {
+                    // What is left of runs is looked at below.
+                    if tasks::is_run(&driver) {
+                        continue;
+                    }
                     unattended = true;
                     Box::pin(without_plugin(common, &driver, places, keep_ended, self.dry_run)).await
                 }

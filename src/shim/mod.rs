@@ -28,7 +28,7 @@ pub use cleanup::{DeadTask, EXIT_NOTE, delete_dead, has_noted_exit};
 pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};
 pub use found::{Found, end_hung, end_stray, is_alive, kill_shim};
-pub use launch::{Launcher, Shim, Unborn};
+pub use launch::{Held, Launcher, Shim, Unborn};
 pub use pid_files::{PidFile, PidFiles};
 pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
 pub use release::release;

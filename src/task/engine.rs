@@ -26,7 +26,7 @@ use crate::{
     fault,
     ids::TaskId,
     logs::Hold,
-    shim::{Found, Kill, stdio::HeldOpen},
+    shim::{Found, Held, Kill, stdio::HeldOpen},
 };
 
 /// Nomad kills a plugin 2 s after it has asked it to leave (go-plugin, `client.go`, `Kill`).
@@ -53,6 +53,9 @@ pub(super) struct Inner {
     pub(super) former: Mutex<HashMap<Owner, FormerTask>>,
     pub(super) opened: Instant,
     pub(super) attended: OnceLock<Attended>,
+    /// Tasks that this engine has nothing to do with, although their records lie where its own do. Their shims are held, so
+    /// that none is ended with another task of the same shim.
+    pub(super) left_alone: Mutex<Vec<(Record, Held)>>,
     pub(super) _lock: Flock<File>,
 }
 
@@ -503,6 +506,10 @@ impl Engine {
 
     pub(super) fn held(&self) -> MutexGuard<'_, HashMap<Owner, HeldOpen>> {
         self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn left_alone(&self) -> MutexGuard<'_, Vec<(Record, Held)>> {
+        self.0.left_alone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Leftover>> {

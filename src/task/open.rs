@@ -1,6 +1,7 @@
 //! Opening an engine: what it works with is made, and what an earlier instance of us has left is sorted out.
 
 use std::{
+    collections::HashSet,
     fs::File,
     sync::{Arc, Mutex, OnceLock},
     time::Instant,
@@ -21,6 +22,7 @@ use super::{
 use crate::{
     cgroup::{CgroupMode, Cgroups, KeepWarm, Warmer},
     containerd,
+    ids::ContainerId,
     image::{ImageStore, Reference},
     rootfs::{
         Ahead, Capabilities, KernelLimits, MaskedPaths, UpperOn,
@@ -44,10 +46,11 @@ impl Engine {
         if let Err(error) = KeptSettings::of(&settings).save(&places) {
             tracing::warn!(%error, "the settings could not be written down; gc will not know them when no plugin lives");
         }
-        Self::open_locked(settings, events, lock).await
+        Self::open_locked(settings, events, lock, &HashSet::new()).await
     }
 
-    /// The same for who holds the lock already, and the directories are there.
+    /// The same for who holds the lock already, and the directories are there. The containers in `alone` are neither taken
+    /// over nor undone: nothing is asked of them or of their shims.
     ///
     /// # Errors
     /// When the host can't be used at all.
@@ -55,6 +58,7 @@ impl Engine {
         settings: Settings,
         events: EventHub,
         lock: Flock<File>,
+        alone: &HashSet<ContainerId>,
     ) -> Result<Self, TaskError> {
         let places = settings.places.clone();
         let loader = Loader::new(Host::default(), OwnProfile::of(&settings.name));
@@ -135,9 +139,10 @@ impl Engine {
             former: Mutex::default(),
             opened: Instant::now(),
             attended: OnceLock::new(),
+            left_alone: Mutex::default(),
             _lock: lock,
         }));
-        let whole = engine.sort_out(records);
+        let whole = engine.sort_out(records, alone);
         engine.watch_over(whole);
         engine.follow_share_pools();
         // Tasks of an earlier instance may have logs of ours, whatever the settings say now.

@@ -21,7 +21,7 @@ use super::{
     undo::{RETRIES, find_shim},
 };
 use crate::{
-    ids::TaskId,
+    ids::{ContainerId, TaskId},
     logs::Hold,
     places::{PlacesError, names},
     process::ProcessId,
@@ -37,9 +37,14 @@ impl Engine {
     /// Half-made starts were never told to Nomad, and half-undone tasks are not wanted by it: they go. The others are
     /// taken over at once, and wait for `RecoverTask`. Nothing of this is waited for: Nomad waits for `Init` without
     /// a deadline. True when every container has a record that can be read.
-    pub(super) fn sort_out(&self, records: Records) -> bool {
+    pub(super) fn sort_out(&self, records: Records, alone: &HashSet<ContainerId>) -> bool {
         let whole = self.sort_out_shims(&records);
-        for record in records.good {
+        let (alone, ours): (Vec<Record>, Vec<Record>) =
+            records.good.into_iter().partition(|record| alone.contains(&record.container_id));
+        // First: what is undone below must not take a shim of theirs along.
+        let held = alone.into_iter().map(|record| (record.clone(), self.shared().pool.launcher().hold(&record.shim)));
+        self.left_alone().extend(held);
+        for record in ours {
             let why = match &record.state {
                 _ if !record.is_current() => Some("the host was restarted since"),
                 RecordState::Intended => Some("an earlier plugin had only begun to start it"),

@@ -233,6 +233,7 @@ impl Engine {
         // A later attempt of the same task has the same one: then it is no longer this container's to be emptied.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
         known.extend(self.leftovers().values().map(|leftover| leftover.record.clone()));
+        known.extend(self.left_alone().iter().map(|(record, _)| record.clone()));
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
             if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };

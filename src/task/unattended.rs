@@ -1,7 +1,7 @@
 //! Garbage of a driver that no plugin looks after: what is in its directories, what of that nobody needs, and why.
 //!
-//! The survey only looks. What it finds to go is removed by an engine that has the driver's lock and does nothing else: an
-//! engine takes every task over as the next plugin would, and one that is not destroyed goes on.
+//! The survey only looks. What it finds to go is removed by an engine that has the driver's lock and leaves everything else
+//! alone. Taking the other tasks over, as the next plugin would, could end them: one whose shim has died, for example.
 
 use std::{
     collections::HashSet,
@@ -73,6 +73,9 @@ enum Verdict {
     Stays(String),
 }
 
+/// What was found, and the containers with a record that stay.
+type Survey = (Vec<(Thing, Verdict)>, HashSet<ContainerId>);
+
 /// When a task ended, as far as that can be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -118,13 +121,13 @@ pub async fn clear_unattended(
     });
     // Held to the end: no plugin can be started meanwhile.
     let Some(lock) = lock::try_take(&settings.places)? else { return Ok(None) };
-    let found = survey(&settings, keep_ended).await?;
+    let (found, alone) = survey(&settings, keep_ended).await?;
     let goes = found.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Goes(_))).count();
     if dry_run || goes == 0 {
         return Ok(Some(found.iter().map(|(thing, verdict)| told(thing, verdict, &Ok(()))).collect()));
     }
     settings.places.create()?;
-    let engine = Engine::open_locked(settings, EventHub::default(), lock).await?;
+    let engine = Engine::open_locked(settings, EventHub::default(), lock, &alone).await?;
     let mut outcomes = Vec::new();
     for (thing, verdict) in &found {
         let outcome = match verdict {
@@ -159,14 +162,18 @@ fn told(thing: &Thing, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Ga
     }
 }
 
-/// Everything that is there, without touching any of it.
-async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Vec<(Thing, Verdict)>, TaskError> {
+/// Everything that is there, without touching any of it; and which containers stay.
+async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, TaskError> {
     let places = &settings.places;
     let cgroups = Cgroups::detect()?;
     let records = read_records(&places.tasks())?;
-    let mut found = Vec::new();
+    let (mut found, mut alone) = (Vec::new(), HashSet::new());
     for record in &records.good {
-        found.push(judge(places, record, keep_ended).await);
+        let judged = judge(places, record, keep_ended).await;
+        if let Verdict::Stays(_) = judged.1 {
+            alone.insert(record.container_id.clone());
+        }
+        found.push(judged);
     }
     let goes = |why: &str| Verdict::Goes(why.to_owned());
     let mut claimed: HashSet<ContainerId> = records.good.iter().map(|record| record.container_id.clone()).collect();
@@ -208,7 +215,7 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Vec<(Thing,
     let probes = stale_probes(places.run(), &cgroups);
     let probes = probes.map_err(|source| TaskError::Stays { path: places.run().to_owned(), source })?.into_iter();
     found.extend(probes.map(|name| (Thing::Probe(name), goes("the process that probed a runtime with it has ended"))));
-    Ok(found)
+    Ok((found, alone))
 }
 
 async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing, Verdict) {
@@ -307,8 +314,12 @@ impl Engine {
         let places = &self.settings().places;
         match thing {
             Thing::HalfDone(id) => self.outlast_leftover(id, &CancellationToken::new()).await,
-            // Refused, should it live after all.
-            Thing::Ended(id) => self.destroy(id, Force::No).await,
+            Thing::Ended(id) => {
+                // Its shim is asked once more, in the background: how it ended is known a moment later.
+                let _ = tokio::time::timeout(ANSWER, self.wait(id)).await;
+                // Refused, should it live after all.
+                self.destroy(id, Force::No).await
+            }
             Thing::Container(id) => self.undo_nameless(id, &names(&places.shims())?).await,
             Thing::Shim(name) => gone(&places.shim(name)).await,
             Thing::Ahead(name) => gone(&places.ahead().join(name)).await,

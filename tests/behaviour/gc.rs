@@ -264,6 +264,11 @@ async fn a_runtime_of_the_operators_is_found_without_a_plugin() {
         .await;
     task.says("ready").await;
     let (shim, life) = (shim_of(&env, &task).await.1, PidFd::open(pid(&env, &task).await).unwrap());
+    eventually("a shim waits for the next task", async || {
+        let shims = leak::entries(&env.dir.join("run/shims"));
+        if shims.len() == 2 { Ok(()) } else { Err(shims) }
+    })
+    .await;
     env.kill_plugin().await;
     shoot(shim);
     // As long as its process lives, it stays, although nobody watches it.
@@ -279,6 +284,32 @@ async fn a_runtime_of_the_operators_is_found_without_a_plugin() {
     fs::remove_file(env.dir.join("run/settings.json")).unwrap();
     assert_eq!(gc(&env, &["--dry-run"]).await, []);
     env.start_plugin().await;
+    env.finish().await;
+}
+
+/// A task that goes must not take along the shim that it shares with one that lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_shim_outlives_a_task_that_goes() {
+    let config = json!({"shim_scope": "node"});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let lives = env.sh("echo ready; sleep 600").await;
+    lives.says("ready").await;
+    let over = env.sh("exit 3").await;
+    env.wait(&over).await;
+    assert_eq!(shim_of(&env, &lives).await, shim_of(&env, &over).await);
+    let (shim, life) = (
+        PidFd::open(shim_of(&env, &lives).await.1.cast_unsigned()).unwrap(),
+        PidFd::open(pid(&env, &lives).await).unwrap(),
+    );
+    env.kill_plugin().await;
+    let done = gc(&env, &["--keep-ended", "0s"]).await;
+    assert!(of(&done, &lives.id).stays && !of(&done, &over.id).stays, "{done:#?}");
+    assert_eq!(leak::entries(&env.dir.join("run/tasks")).len(), 1);
+    assert!(!shim.has_ended() && !life.has_ended());
+    env.start_plugin().await;
+    env.recover(&lives).await.unwrap();
+    assert_eq!(env.exec_text(&lives, "echo alive").await, "alive\n");
+    env.destroy(&lives).await.unwrap();
     env.finish().await;
 }
 
@@ -344,7 +375,8 @@ async fn a_run_without_its_plugin_is_shown_and_cleared() {
     let lines = async |arguments: &[&str]| {
         let mut gc = command(arguments);
         let output = tokio::task::spawn_blocking(move || gc.output().unwrap()).await.unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let said = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{said:?}");
         let found: Vec<(String, Value)> = serde_json::from_slice(&output.stdout).unwrap();
         found.into_iter().filter(|(_, one)| one["kind"] == "run").map(|(_, one)| one).collect::<Vec<_>>()
     };
@@ -362,12 +394,12 @@ async fn a_run_without_its_plugin_is_shown_and_cleared() {
     let plugin: i32 = children.split_whitespace().find(is_plugin).unwrap().parse().unwrap();
     run.kill().unwrap();
     run.wait().unwrap();
-    kill(Pid::from_raw(plugin), Signal::SIGKILL).unwrap();
-    eventually("the plugin is gone", async || match lines(&["gc", "--json", "--dry-run"]).await {
-        lines if lines.len() == 1 && lines[0]["why"] == "the command that it belongs to has ended" => Ok(()),
-        lines => Err(lines),
-    })
-    .await;
+    let process = PidFd::open(plugin.cast_unsigned()).unwrap();
+    process.signal(libc::SIGKILL);
+    // Until then somebody has its lock, and may have its socket.
+    ended(&process).await;
+    let shown = lines(&["gc", "--json", "--dry-run"]).await;
+    assert!(shown.len() == 1 && shown[0]["why"] == "the command that it belongs to has ended", "{shown:?}");
     let runs = leak::entries(&dir.join("run"));
     assert_eq!(runs.len(), 1, "a dry run changes nothing: {runs:?}");
     assert_eq!(lines(&["gc", "--json"]).await.len(), 1);
