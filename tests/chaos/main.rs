@@ -80,9 +80,10 @@ impl Run {
         }
         let faults: u32 = outcome.model.figures.faults.values().sum();
         let mut text = format!(
-            "{} fails after {faults} faults:\n  {}\nhistory:\n  {}\n",
+            "{} fails after {faults} faults:\n  {}\nthe plugins' last warnings:\n  {}\nhistory:\n  {}\n",
             self.words(),
             outcome.model.violations().join("\n  "),
+            outcome.warnings.join("\n  "),
             outcome.history.join("\n  ")
         );
         // What came after the failure was not played.

@@ -21,6 +21,8 @@ use crate::{
     support::{Env, patience},
 };
 
+/// So many lines of what plugins have said are shown after a failure.
+const WARNINGS: usize = 40;
 /// Between two tries to start a plugin.
 const AGAIN: Duration = Duration::from_millis(200);
 /// An answer that comes with the death of the plugin is the death's doing.
@@ -68,6 +70,8 @@ pub struct Node {
     pub began: Instant,
     model: Mutex<Model>,
     history: Mutex<Vec<String>>,
+    /// Warnings and errors of all plugins.
+    warnings: Mutex<Vec<String>>,
     link: watch::Sender<Option<Link>>,
     agents: AtomicU64,
     requests: mpsc::UnboundedSender<Request>,
@@ -84,6 +88,7 @@ impl Node {
             began: Instant::now(),
             model: Mutex::new(model),
             history: Mutex::default(),
+            warnings: Mutex::default(),
             link: watch::Sender::new(None),
             agents: AtomicU64::new(0),
             requests,
@@ -109,6 +114,22 @@ impl Node {
 
     pub fn history(&self) -> Vec<String> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last warnings and errors of the node's plugins.
+    pub fn warnings(&self) -> Vec<String> {
+        let warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        warnings[warnings.len().saturating_sub(WARNINGS)..].to_vec()
+    }
+
+    /// Keeps what a plugin has said that is about to be forgotten; each warning once.
+    pub fn listen_to(&self, plugin: &Plugin) {
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        for line in plugin.stderr().lines() {
+            if let Some(warning) = warning(line).filter(|warning| !warnings.contains(warning)) {
+                warnings.push(warning);
+            }
+        }
     }
 
     /// The plugin, as soon as there is one.
@@ -198,6 +219,16 @@ impl Node {
     }
 }
 
+/// What a line of a plugin's log warns of.
+fn warning(line: &str) -> Option<String> {
+    let Ok(entry) = serde_json::from_str::<serde_json::Value>(line) else {
+        return line.contains("panicked").then(|| line.to_owned());
+    };
+    let of = |key: &str| entry[key].as_str().unwrap_or_default();
+    let is_severe = matches!(of("@level"), "warn" | "error") && !of("@message").contains("fault switch");
+    is_severe.then(|| format!("{} {} {} {}{}", of("@level"), of("@message"), of("task"), of("error"), of("problem")))
+}
+
 async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Request>) {
     // Plugins that another agent of ours had started: they are our children all the same.
     let mut orphans: Vec<tokio::process::Child> = Vec::new();
@@ -226,6 +257,7 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
                     node.agent_died();
                     let former = node.env.lock().await.plugin.take();
                     if let Some(former) = former {
+                        node.listen_to(&former);
                         let _ = former.leave().await;
                     }
                     let _ = tokio::time::timeout(patience(), plugin.ended()).await;
@@ -237,6 +269,7 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
                 node.agent_died();
                 let former = node.env.lock().await.plugin.take();
                 let socket = former.as_ref().map(|plugin| plugin.socket().to_owned());
+                former.iter().for_each(|plugin| node.listen_to(plugin));
                 orphans.extend(former.and_then(Plugin::abandon));
                 tokio::time::sleep(away).await;
                 if fate == Fate::Killed {
@@ -294,6 +327,7 @@ async fn launched(node: &Arc<Node>) -> u32 {
         if let Some(former) = env.plugin.take() {
             // A plugin that is killed leaves its socket.
             let _ = std::fs::remove_file(former.socket());
+            node.listen_to(&former);
         }
         let launch = env.launch_mut().clone();
         let config = env.config.clone();

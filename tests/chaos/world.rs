@@ -63,6 +63,8 @@ pub struct World {
 pub struct Outcome {
     pub model: Model,
     pub history: Vec<String>,
+    /// What the plugins have warned of.
+    pub warnings: Vec<String>,
 }
 
 /// How a node is set up.
@@ -317,7 +319,12 @@ impl World {
         self.running.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
         let plugin = self.node.env.lock().await.plugin.take();
         if let Some(plugin) = plugin {
+            self.node.listen_to(&plugin);
             plugin.leave().await;
+        }
+        // A plugin that was killed before it could be connected to has left its socket, as plugins do that are killed.
+        for name in leak::entries(&self.node.dir).into_iter().filter(|name| name.starts_with("plugin-")) {
+            let _ = fs::remove_file(self.node.dir.join(name));
         }
         let failed = !self.node.model().violations().is_empty();
         let mut env = self.node.env.lock().await;
@@ -327,7 +334,7 @@ impl World {
         let mut model = std::mem::take(&mut *self.node.model());
         model.figures.left.extend(left.iter().cloned());
         left.into_iter().for_each(|line| model.violated(format!("left over after the plugin: {line}")));
-        Outcome { model, history: self.node.history() }
+        Outcome { model, history: self.node.history(), warnings: self.node.warnings() }
     }
 
     /// After a failure much may be left; nothing of it stays on the machine.
