@@ -26,6 +26,12 @@ const FORMER: &str = "NOMAD_DRIVER_SHIM_CHAOS_FORMER";
 impl World {
     /// Does what a fault is. Those that last are ended in the background.
     pub async fn strike(self: &Arc<Self>, fault: Fault) {
+        if let Fault::Kill { target, .. } | Fault::KillDuring { target, .. } = fault
+            && matches!(target, Target::Shim | Target::Runtime)
+        {
+            // Once before it is looked for and once after: a start may be answered meanwhile.
+            self.node.model().hit(&Hit::Unsettled);
+        }
         let found = match fault {
             Fault::Kill { target, pick } => self.kill(target, self.pick(target, pick)).await,
             Fault::Freeze { target, pick, ms } => self.freeze(self.pick(target, pick), ms),
@@ -106,6 +112,10 @@ impl World {
         }
         if matches!(target, Target::Shim | Target::Runtime) {
             self.node.model().hit(&Hit::Unsettled);
+        }
+        if target == Target::Shim {
+            let alive = observe::inits(&self.node.namespace).into_iter().map(|init| init.attempt).collect();
+            self.node.model().hit(&Hit::NotAmong(alive));
         }
         process.signal(libc::SIGKILL);
         self.node.note(format!("killed {target}, {victim:?}"));

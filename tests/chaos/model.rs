@@ -34,6 +34,8 @@ pub enum Hit {
     Attempts(Vec<AttemptId>),
     /// All that were just being started or ended.
     Unsettled,
+    /// All that run for the agent, and are not among these, which are alive: they have just ended.
+    NotAmong(Vec<AttemptId>),
     /// All that there are.
     All,
 }
@@ -128,6 +130,7 @@ impl Model {
                 attempt.is_hit |= match hit {
                     Hit::Attempts(ids) => ids.contains(&(*number, index)),
                     Hit::Unsettled => is_unsettled,
+                    Hit::NotAmong(alive) => attempt.state == State::Running && !alive.contains(&(*number, index)),
                     Hit::All => true,
                 };
             }
@@ -383,3 +386,6 @@ impl Model {
         self.tasks[&task].attempts.iter().any(|attempt| attempt.was_answered)
     }
 }
+
+#[cfg(test)]
+mod tests;
