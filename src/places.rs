@@ -357,9 +357,11 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     }
     let draft = path.with_extension(format!("{}.tmp", random_hex(4)));
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
-    file.write_all(content)?;
-    drop(file);
-    fs::rename(&draft, path)
+    let written = file.write_all(content).and_then(|()| fs::rename(&draft, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&draft);
+    }
+    written
 }
 
 /// What lies in a directory of ours, by name. One that is not there is empty.

@@ -16,8 +16,10 @@ use crate::{
 
 /// A call that was caused by the step before begins within this.
 const CALLED: Duration = Duration::from_millis(1500);
+/// It may have begun by the time it is looked for: so many processes back.
+const RECENT: u32 = 64;
 /// Between two looks for it.
-const LOOK: Duration = Duration::from_millis(1);
+const LOOK: Duration = Duration::from_micros(300);
 /// containerd needs so long to notice that it should be started again.
 const CONTAINERD_AWAY: Duration = Duration::from_millis(300);
 /// A former version of the program, for downgrades; without it the same one stands for it.
@@ -85,17 +87,26 @@ impl World {
 
     /// Waits until a runtime is in the middle of this call and so much longer: the process to strike then.
     async fn during(&self, call: Call, after_ms: u64, target: Target) -> Option<Victim> {
-        let deadline = self.node.now() + CALLED;
         // A runtime is not asked to start what the driver itself lets go.
         let mut runtime = None;
-        while call != Call::Start && runtime.is_none() {
-            runtime = observe::runtime_in(call, &self.node.dir);
-            if self.node.now() > deadline {
-                return None;
-            }
-            tokio::time::sleep(LOOK).await;
+        if call != Call::Start {
+            let (deadline, first) = (self.node.now() + CALLED, observe::last_pid().saturating_sub(RECENT));
+            runtime = tokio::task::block_in_place(|| {
+                while self.node.now() < deadline {
+                    let found = observe::runtime_in(call, &self.node.dir, first);
+                    if found.is_some() {
+                        return found;
+                    }
+                    #[allow(clippy::disallowed_methods, reason = "shorter than what a timer of tokio's can wait")]
+                    std::thread::sleep(LOOK);
+                }
+                None
+            });
+            runtime?;
         }
-        tokio::time::sleep(Duration::from_millis(after_ms)).await;
+        if after_ms > 0 {
+            tokio::time::sleep(Duration::from_millis(after_ms)).await;
+        }
         match (target, runtime) {
             (Target::Runtime, Some(pid)) => Some(Victim { pid, holds: Vec::new() }),
             (Target::Plugin, _) => self.pick(Target::Plugin, 0),
