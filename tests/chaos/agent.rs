@@ -50,6 +50,7 @@ enum BreakOff {
 }
 
 /// How an attempt to start ended.
+#[allow(clippy::large_enum_variant, reason = "one a start, and no more than a handle")]
 enum Started {
     Running(TaskHandle),
     Refused,

@@ -36,16 +36,16 @@ impl World {
         }
         let found = match fault {
             Fault::Kill { target, pick } => self.kill(target, self.pick(target, pick)).await,
-            Fault::Freeze { target, pick, ms } => self.freeze(self.pick(target, pick), ms),
+            Fault::Freeze { target, pick, ms } => self.freeze(self.pick(target, pick).as_ref(), ms),
             Fault::KillDuring { target, call, after_ms } => {
                 let victim = self.during(call, after_ms, target).await;
                 self.kill(target, victim).await
             }
             Fault::TerminateDuring { call, after_ms } => {
                 let victim = self.during(call, after_ms, Target::Plugin).await;
-                self.terminate(victim)
+                Self::terminate(victim.as_ref())
             }
-            Fault::Terminate => self.terminate(self.pick(Target::Plugin, 0)),
+            Fault::Terminate => Self::terminate(self.pick(Target::Plugin, 0).as_ref()),
             Fault::Full { place, ms } => {
                 let disk = if place == Place::Run { &self.disks[0] } else { &self.disks[1] };
                 disk.fill();
@@ -141,8 +141,8 @@ impl World {
         true
     }
 
-    fn freeze(self: &Arc<Self>, victim: Option<Victim>, ms: u64) -> bool {
-        let process = victim.as_ref().and_then(|victim| PidFd::open(victim.pid).ok());
+    fn freeze(self: &Arc<Self>, victim: Option<&Victim>, ms: u64) -> bool {
+        let process = victim.and_then(|victim| PidFd::open(victim.pid).ok());
         let Some(process) = process else { return false };
         process.signal(libc::SIGSTOP);
         self.node.note(format!("stopped {victim:?} for {ms} ms"));
@@ -150,8 +150,8 @@ impl World {
         true
     }
 
-    fn terminate(&self, victim: Option<Victim>) -> bool {
-        let process = victim.as_ref().and_then(|victim| PidFd::open(victim.pid).ok());
+    fn terminate(victim: Option<&Victim>) -> bool {
+        let process = victim.and_then(|victim| PidFd::open(victim.pid).ok());
         process.inspect(|process| process.signal(libc::SIGTERM)).is_some()
     }
 
@@ -193,7 +193,7 @@ impl World {
         if fs::copy(source, &draft).and_then(|_| fs::rename(&draft, &self.program)).is_err() {
             return false;
         }
-        self.terminate(self.pick(Target::Plugin, 0))
+        Self::terminate(self.pick(Target::Plugin, 0).as_ref())
     }
 
     async fn reboot(self: &Arc<Self>, run_dir_stays: bool) {

@@ -5,6 +5,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
+    clippy::too_many_arguments,
     clippy::zombie_processes,
     clippy::large_futures,
     missing_docs,

@@ -381,9 +381,10 @@ impl Model {
         wrong.into_iter().for_each(|what| self.violated(what));
     }
 
-    /// Has any attempt of this task run for the agent?
-    pub fn has_run(&self, task: TaskNumber) -> bool {
-        self.tasks[&task].attempts.iter().any(|attempt| attempt.was_answered)
+    /// Must the log come to its end? A start that was refused for want of descriptors can't open the log either, and Nomad
+    /// waits for the end of an attempt that has run only.
+    pub fn must_end_its_log(&self, task: TaskNumber) -> bool {
+        self.tasks[&task].attempts.last().is_some_and(|attempt| attempt.was_answered)
     }
 }
 

@@ -34,7 +34,7 @@ pub struct TaskFiles {
     /// A group's network namespace.
     network: Option<PathBuf>,
     /// None where the driver writes the log itself.
-    collectors: Option<Mutex<Vec<[Collector; 2]>>>,
+    collectors: Option<Mutex<[Vec<Collector>; 2]>>,
 }
 
 impl TaskFiles {
@@ -81,20 +81,21 @@ impl TaskFiles {
     /// Makes sure that somebody reads the log, as Nomad does before each start.
     pub async fn collect(&self) {
         let Some(collectors) = &self.collectors else { return };
-        let mut collectors = collectors.lock().await;
-        if let Some([stdout, stderr]) = collectors.last()
-            && (stdout.ended(NEXT).await.is_none() || stderr.ended(NEXT).await.is_none())
-        {
-            return;
+        for (stream, fifo) in collectors.lock().await.iter_mut().zip([&self.dirs.stdout, &self.dirs.stderr]) {
+            let is_read = match stream.last() {
+                Some(former) => former.ended(NEXT).await.is_none(),
+                None => false,
+            };
+            if !is_read {
+                stream.push(Collector::start(fifo, Output::Keep));
+            }
         }
-        let [stdout, stderr] = [&self.dirs.stdout, &self.dirs.stderr].map(|fifo| Collector::start(fifo, Output::Keep));
-        collectors.push([stdout, stderr]);
     }
 
     /// The log so far.
     pub async fn log(&self) -> String {
         match &self.collectors {
-            Some(collectors) => collectors.lock().await.iter().map(|[stdout, _]| stdout.text()).collect(),
+            Some(collectors) => collectors.lock().await[0].iter().map(Collector::text).collect(),
             None => {
                 let path = self.dirs.alloc_dir.join(format!("alloc/logs/{}.stdout.0", self.dirs.name));
                 fs::read_to_string(path).unwrap_or_default()
@@ -111,8 +112,8 @@ impl TaskFiles {
         if let Some(collectors) = &self.collectors {
             let collectors = collectors.lock().await;
             for stream in collectors.iter().flatten() {
-                let has_run = node.model().has_run(self.number);
-                if stream.ended(END).await.is_none() && has_run {
+                let must_end = node.model().must_end_its_log(self.number);
+                if stream.ended(if must_end { END } else { NEXT }).await.is_none() && must_end {
                     node.model().violated(format!("no end of the log of task {}", self.number));
                 }
             }
