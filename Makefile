@@ -4,7 +4,7 @@ IMAGE ?=
 DRIVER ?=
 RUNTIME ?=
 
-.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races test-matrix test-fresh lint build build-arm64 setup clean
+.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos test-matrix test-fresh lint build build-arm64 setup clean
 
 setup:
 	@scripts/setup.sh
@@ -51,6 +51,11 @@ test-security-cgroup2:
 ## Directories and links swapped for ten minutes while tasks start and stop, on each runtime.
 test-races: setup
 	@NOMAD_DRIVER_SHIM_TEST_RACE_SECONDS=300 $(CARGO) test --locked --test security -- races::
+
+## Random commands and faults against the plugin, with a seed that is printed: docs/chaos.md. ARGS="--seed 5 --faults 200
+## --mode base", ARGS="--aimed 500", ARGS="--soak 20000", ARGS="--plant intent --faults 300".
+chaos: setup
+	@NOMAD_DRIVER_SHIM_CHAOS="$(ARGS)" $(CARGO) test --locked --test chaos -- --ignored --nocapture
 
 ## In a bare chroot: only Debian, the Rust toolchain and this source.
 test-fresh:

@@ -17,6 +17,18 @@ pub const fn skipped(_name: &str) -> bool {
     false
 }
 
+/// The boot id that this process is to believe in: `NOMAD_DRIVER_SHIM_BOOT_ID` stands for a restart of the host.
+#[cfg(debug_assertions)]
+pub fn boot_id() -> Option<String> {
+    std::env::var("NOMAD_DRIVER_SHIM_BOOT_ID").ok()
+}
+
+/// None, in a release build: the kernel's own holds.
+#[cfg(not(debug_assertions))]
+pub const fn boot_id() -> Option<String> {
+    None
+}
+
 /// Ends this process with SIGKILL when `NOMAD_DRIVER_SHIM_KILL_AT` names this point, and panics here, the first time, when
 /// `NOMAD_DRIVER_SHIM_PANIC_AT` does.
 #[cfg(debug_assertions)]

@@ -26,6 +26,9 @@ const OUTPUT_MAX: u64 = 256 << 10;
 /// # Errors
 /// When the kernel does not tell.
 pub fn boot_id() -> io::Result<String> {
+    if let Some(boot) = crate::fault::boot_id() {
+        return Ok(boot);
+    }
     static BOOT: OnceLock<String> = OnceLock::new();
     if let Some(boot) = BOOT.get() {
         return Ok(boot.clone());

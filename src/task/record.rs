@@ -205,8 +205,14 @@ impl Record {
             move |source: io::Error| RecordError { doing, path, source }
         };
         let bytes = serde_json::to_vec(self).map_err(|error| failed("encode")(error.into()))?;
-        write_private(&draft, &bytes).map_err(failed("write"))?;
-        fs::rename(&draft, path).map_err(failed("rename"))
+        let saved = write_private(&draft, &bytes)
+            .map_err(failed("write"))
+            .and_then(|()| fs::rename(&draft, path).map_err(failed("rename")));
+        if saved.is_err() {
+            // Nothing else removes a draft before the next plugin starts.
+            let _ = fs::remove_file(&draft);
+        }
+        saved
     }
 
     /// Adds the state to the record's file, or writes that anew when it is gone.
@@ -436,6 +442,17 @@ mod tests {
             assert!(directory.path().join(name).exists(), "{name}");
         }
         assert!(!directory.path().join("cut.tmp").exists());
+    }
+
+    #[test]
+    fn a_record_that_can_not_be_saved_leaves_no_draft() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        // No file is renamed over a directory.
+        let path = directory.path().join("x.json");
+        fs::create_dir(&path).expect("made");
+        record().save(&path).expect_err("a directory is in its place");
+        crate::places::write_whole(&path, b"text", 0o600).expect_err("a directory is in its place");
+        assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 1);
     }
 
     #[test]

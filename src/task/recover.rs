@@ -21,6 +21,7 @@ use super::{
     undo::{RETRIES, find_shim},
 };
 use crate::{
+    fault,
     ids::{ContainerId, TaskId},
     logs::Hold,
     places::{PlacesError, names},
@@ -171,7 +172,8 @@ impl Engine {
         let mut lost = None;
         let exit = if let RecordState::Exited(known) = &record.state {
             run.started_at = known.started_at;
-            Some(known.clone())
+            let code = if fault::skipped("recovered-exit") { 0 } else { known.code };
+            Some(ExitRecord { code, ..known.clone() })
         } else {
             // Before the container of a dead shim is deleted, and its cgroup with it.
             let oom_killed = has_oom_kill(shared, &record);

@@ -135,6 +135,7 @@ fn fault_switches_are_compiled_out_of_release_builds() {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/fault.rs")).unwrap();
     assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn skipped(_name: &str) -> bool {\n    false\n}"));
     assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn point(_name: &str) {}"));
+    assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn boot_id() -> Option<String> {\n    None\n}"));
     assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn point_within("));
     assert!(text.contains("#[cfg(not(debug_assertions))]\npub const fn intrude("));
 }

@@ -61,6 +61,8 @@ pub struct Env {
     pub allocs: Vec<Alloc>,
     /// Ids of tasks whose start was asked for.
     pub asked: Mutex<Vec<String>>,
+    /// Mount points below `dir` that the test itself has made, which are no leaks.
+    pub own_mounts: Vec<PathBuf>,
 }
 
 /// A task and its collected output.
@@ -99,8 +101,8 @@ impl Env {
         launch.env.push(("PROGRAM".to_owned(), program().to_str().unwrap().to_owned()));
         launch.env.extend(options.env);
         launch.env.push(("PLUGIN_UNIX_SOCKET_DIR".to_owned(), dir.to_str().unwrap().to_owned()));
-        let (allocs, asked) = (Vec::new(), Mutex::default());
-        let mut this = Self { plugin: None, dir, namespace, config, launch, foreign, allocs, asked };
+        let (allocs, asked, own_mounts) = (Vec::new(), Mutex::default(), Vec::new());
+        let mut this = Self { plugin: None, dir, namespace, config, launch, foreign, allocs, asked, own_mounts };
         this.start_plugin().await;
         this
     }
@@ -120,6 +122,11 @@ impl Env {
         plugin.configure(&self.config).await.unwrap();
         self.plugin = Some(plugin);
         handshake
+    }
+
+    /// How plugins are started from now on.
+    pub fn launch_mut(&mut self) -> &mut Launch {
+        &mut self.launch
     }
 
     /// A variable for the plugins that are started from now on.

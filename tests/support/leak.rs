@@ -96,7 +96,7 @@ fn kernel(env: &Env) -> Vec<String> {
     let mut leaks: Vec<String> = fs::read_to_string("/proc/self/mountinfo")
         .unwrap()
         .lines()
-        .filter(|line| line.contains(dir))
+        .filter(|line| line.contains(dir) && !env.own_mounts.iter().any(|point| is_mounted_at(line, point)))
         .map(|line| format!("mount: {line}"))
         .collect();
     leaks.extend(cgroups(env).into_iter().map(|path| format!("cgroup: {}", path.display())));
@@ -112,6 +112,11 @@ fn kernel(env: &Env) -> Vec<String> {
         }
     }
     leaks
+}
+
+/// Is this line of mountinfo the mount at exactly this point?
+fn is_mounted_at(line: &str, point: &Path) -> bool {
+    line.split(' ').nth(4).is_some_and(|found| Path::new(found) == point)
 }
 
 /// Tasks' cgroups in every hierarchy.
@@ -170,7 +175,10 @@ async fn in_containerd(env: &Env) -> Vec<String> {
         .map(|name| serde_json::from_slice(&fs::read(env.dir.join("state/images").join(name)).unwrap()).unwrap())
         .collect();
     let claimed = |key: &str, field: &str| records.iter().any(|record| record[field] == key);
-    let client = Client::new(&services().containerd, &env.namespace, "overlayfs");
+    // Another driver's configuration may not name it.
+    let address = env.config["containerd"]["address"].as_str();
+    let address = address.map_or(services().containerd.as_path(), Path::new);
+    let client = Client::new(address, &env.namespace, "overlayfs");
     let mut leaks = Vec::new();
     for lease in client.leases().await.unwrap_or_default() {
         if !claimed(&lease, "lease") {

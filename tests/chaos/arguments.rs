@@ -1,0 +1,91 @@
+//! What a long run is asked to do: the words of `NOMAD_DRIVER_SHIM_CHAOS`, which `make chaos ARGS="..."` sets.
+
+use crate::plan::Mode;
+
+/// The words, understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arguments {
+    pub seed: u64,
+    /// In all, spread over the modes.
+    pub faults: usize,
+    pub modes: Vec<Mode>,
+    /// A step of the driver that is left out, which must be noticed.
+    pub plant: Option<String>,
+    /// Kills in the middle of the runtime's calls, and nothing else.
+    pub aimed: Option<usize>,
+    /// Short tasks, and samples of what the driver uses.
+    pub soak: Option<usize>,
+    /// Of the steps of the seed only these, by their numbers.
+    pub keep: Option<Vec<usize>>,
+    /// So many times parts of a history that failed are played again.
+    pub replays: usize,
+    /// Defects that are known: what contains one of these texts is not counted. `_` stands for a blank.
+    pub ignored: Vec<String>,
+    /// May the clock of the host be set?
+    pub clock: bool,
+}
+
+impl Arguments {
+    /// Reads `--seed N --faults N --mode NAME --plant NAME --aimed N --soak N --keep N,N --replays N --ignore TEXT
+    /// --clock`.
+    ///
+    /// # Errors
+    /// When a word is not understood.
+    pub fn parse(text: &str, default_seed: u64) -> Result<Self, String> {
+        let mut this = Self {
+            seed: default_seed,
+            faults: 2000,
+            modes: Vec::new(),
+            plant: None,
+            aimed: None,
+            soak: None,
+            keep: None,
+            replays: 16,
+            ignored: Vec::new(),
+            clock: false,
+        };
+        let mut words = text.split_whitespace();
+        while let Some(word) = words.next() {
+            if word == "--clock" {
+                this.clock = true;
+                continue;
+            }
+            let value = words.next().ok_or_else(|| format!("{word} needs a value"))?;
+            let number = || value.parse::<usize>().map_err(|_| format!("{word} needs a number, not {value:?}"));
+            match word {
+                "--seed" => this.seed = value.parse().map_err(|_| format!("{word} needs a number, not {value:?}"))?,
+                "--faults" => this.faults = number()?,
+                "--mode" => {
+                    let mode = Mode::named(value).ok_or_else(|| {
+                        let names: Vec<&str> = Mode::ALL.iter().map(|mode| mode.name()).collect();
+                        format!("--mode {value:?} is none of {}", names.join(", "))
+                    })?;
+                    this.modes.push(mode);
+                }
+                "--plant" => this.plant = Some(value.to_owned()),
+                "--aimed" => this.aimed = Some(number()?),
+                "--soak" => this.soak = Some(number()?),
+                "--ignore" => this.ignored.push(value.replace('_', " ")),
+                "--replays" => this.replays = number()?,
+                "--keep" => {
+                    let numbers = value.split(',').map(str::parse).collect::<Result<_, _>>();
+                    this.keep = Some(numbers.map_err(|_| format!("--keep needs numbers of steps, not {value:?}"))?);
+                }
+                _ => return Err(format!("{word} is not known")),
+            }
+        }
+        Ok(this)
+    }
+}
+
+#[test]
+fn arguments_are_read() {
+    let read = |text| Arguments::parse(text, 1);
+    let all = read("--seed 5 --faults 20 --mode base --mode bridge --plant intent --keep 1,2 --clock").unwrap();
+    assert_eq!((all.seed, all.faults, &all.modes[..]), (5, 20, &[Mode::Base, Mode::Bridge][..]));
+    assert_eq!((all.plant.as_deref(), all.keep, all.clock), (Some("intent"), Some(vec![1, 2]), true));
+    assert_eq!(read("").unwrap().seed, 1);
+    assert!(read("--mode x").unwrap_err().contains("own-logs"));
+    assert!(read("--seed").unwrap_err().contains("needs a value"));
+    assert!(read("--nonsense 1").unwrap_err().contains("not known"));
+}

@@ -1,0 +1,284 @@
+//! Faults: each finds whom it strikes, tells the model whom it may have hit, and strikes. Only processes of the node are
+//! struck.
+
+use std::{fs, path::Path, process::Command, sync::Arc, time::Duration};
+
+use nix::mount::{MntFlags, umount2};
+use nomad_driver_shim::{cgroup::Cgroups, process::PidFd};
+
+use crate::{
+    model::Hit,
+    observe::{self, Victim},
+    step::{Call, Fault, Place, Target},
+    support::{Env, leak, program, services},
+    world::World,
+};
+
+/// A call that was caused by the step before begins within this.
+const CALLED: Duration = Duration::from_millis(1500);
+/// It may have begun by the time it is looked for: so many processes back.
+const RECENT: u32 = 64;
+/// Between two looks for it.
+const LOOK: Duration = Duration::from_micros(300);
+/// containerd needs so long to notice that it should be started again.
+const CONTAINERD_AWAY: Duration = Duration::from_millis(300);
+/// A former version of the program, for downgrades; without it the same one stands for it.
+const FORMER: &str = "NOMAD_DRIVER_SHIM_CHAOS_FORMER";
+
+impl World {
+    /// Does what a fault is. Those that last are ended in the background.
+    pub async fn strike(self: &Arc<Self>, fault: Fault) {
+        if let Fault::Kill { target, .. } | Fault::KillDuring { target, .. } = fault
+            && matches!(target, Target::Shim | Target::Runtime)
+        {
+            // Once before it is looked for and once after: a start may be answered meanwhile.
+            self.node.model().hit(&Hit::Unsettled);
+        }
+        let found = match fault {
+            Fault::Kill { target, pick } => self.kill(target, self.pick(target, pick)).await,
+            Fault::Freeze { target, pick, ms } => self.freeze(self.pick(target, pick).as_ref(), ms),
+            Fault::KillDuring { target, call, after_ms } => {
+                let victim = self.during(call, after_ms, target).await;
+                self.kill(target, victim).await
+            }
+            Fault::TerminateDuring { call, after_ms } => {
+                let victim = self.during(call, after_ms, Target::Plugin).await;
+                Self::terminate(victim.as_ref())
+            }
+            Fault::Terminate => Self::terminate(self.pick(Target::Plugin, 0).as_ref()),
+            Fault::Full { place, ms } => {
+                let disk = if place == Place::Run { &self.disks[0] } else { &self.disks[1] };
+                disk.fill();
+                self.node.model().hit(&Hit::Unsettled);
+                self.lasting(ms, move |world| {
+                    if place == Place::Run { &world.disks[0] } else { &world.disks[1] }.empty();
+                    world.node.model().hit(&Hit::Unsettled);
+                });
+                true
+            }
+            Fault::FewDescriptors { spare, ms } => self.few_descriptors(spare, ms).await,
+            Fault::NoProcesses { ms } => self.no_processes(ms).await,
+            Fault::Replace { former } => self.replace(former),
+            Fault::Reboot { run_dir_stays } => {
+                self.reboot(run_dir_stays).await;
+                true
+            }
+            Fault::ClockJump { seconds } => {
+                let arguments = ["-s".to_owned(), format!("{seconds} seconds")];
+                Command::new("date").args(arguments).output().is_ok_and(|output| output.status.success())
+            }
+        };
+        let now = self.node.now();
+        let mut model = self.node.model();
+        model.fault_begins(now);
+        model.fault_ends(now);
+        if found {
+            model.figures.struck(fault.kind());
+        } else {
+            model.figures.missed += 1;
+        }
+    }
+
+    fn pick(&self, target: Target, pick: u64) -> Option<Victim> {
+        let mut found = observe::victims(target, &self.node.dir, &self.node.namespace, self.containerd());
+        let index = usize::try_from(pick).unwrap() % found.len().max(1);
+        (!found.is_empty()).then(|| found.swap_remove(index))
+    }
+
+    /// Waits until a runtime is in the middle of this call and so much longer: the process to strike then.
+    async fn during(&self, call: Call, after_ms: u64, target: Target) -> Option<Victim> {
+        // A runtime is not asked to start what the driver itself lets go.
+        let mut runtime = None;
+        if call != Call::Start {
+            let (deadline, first) = (self.node.now() + CALLED, observe::last_pid().saturating_sub(RECENT));
+            runtime = tokio::task::block_in_place(|| {
+                while self.node.now() < deadline {
+                    let found = observe::runtime_in(call, &self.node.dir, first);
+                    if found.is_some() {
+                        return found;
+                    }
+                    #[allow(clippy::disallowed_methods, reason = "shorter than what a timer of tokio's can wait")]
+                    std::thread::sleep(LOOK);
+                }
+                None
+            });
+            runtime?;
+        }
+        if after_ms > 0 {
+            tokio::time::sleep(Duration::from_millis(after_ms)).await;
+        }
+        match (target, runtime) {
+            (Target::Runtime, Some(pid)) => Some(Victim { pid, holds: Vec::new() }),
+            (Target::Plugin, _) => self.pick(Target::Plugin, 0),
+            _ => self.pick(target, after_ms),
+        }
+    }
+
+    async fn kill(self: &Arc<Self>, target: Target, victim: Option<Victim>) -> bool {
+        let Some(victim) = victim else { return false };
+        let Ok(process) = PidFd::open(victim.pid) else { return false };
+        // Before the kill: its consequences come at once.
+        if matches!(target, Target::Shim | Target::Init) {
+            self.node.model().hit(&Hit::Attempts(victim.holds.clone()));
+        }
+        if matches!(target, Target::Shim | Target::Runtime) {
+            self.node.model().hit(&Hit::Unsettled);
+        }
+        if target == Target::Shim {
+            let alive = observe::inits(&self.node.namespace).into_iter().map(|init| init.attempt).collect();
+            self.node.model().hit(&Hit::NotAmong(alive));
+        }
+        process.signal(libc::SIGKILL);
+        self.node.note(format!("killed {target}, {victim:?}"));
+        if target == Target::Containerd {
+            let world = self.clone();
+            self.lasting_task(async move {
+                tokio::time::sleep(CONTAINERD_AWAY).await;
+                let dir = world.containerd_dir.clone();
+                let _ = tokio::task::spawn_blocking(move || services::start_containerd(&dir)).await;
+            });
+        }
+        true
+    }
+
+    fn freeze(self: &Arc<Self>, victim: Option<&Victim>, ms: u64) -> bool {
+        let process = victim.and_then(|victim| PidFd::open(victim.pid).ok());
+        let Some(process) = process else { return false };
+        process.signal(libc::SIGSTOP);
+        self.node.note(format!("stopped {victim:?} for {ms} ms"));
+        self.lasting(ms, move |_| process.signal(libc::SIGCONT));
+        true
+    }
+
+    fn terminate(victim: Option<&Victim>) -> bool {
+        let process = victim.and_then(|victim| PidFd::open(victim.pid).ok());
+        process.inspect(|process| process.signal(libc::SIGTERM)).is_some()
+    }
+
+    async fn few_descriptors(self: &Arc<Self>, spare: u64, ms: u64) -> bool {
+        let Some(link) = self.node.link().await else { return false };
+        let open = leak::entries(Path::new(&format!("/proc/{}/fd", link.pid))).len() as u64;
+        let Some(former) = limit_descriptors(link.pid, open + spare) else { return false };
+        self.node.model().hit(&Hit::Unsettled);
+        self.lasting(ms, move |world| {
+            let _ = limit_descriptors(link.pid, former);
+            world.node.model().hit(&Hit::Unsettled);
+        });
+        true
+    }
+
+    /// No process or thread can be started by the plugin, nor by what it has started.
+    async fn no_processes(self: &Arc<Self>, ms: u64) -> bool {
+        let (Some(group), Some(link)) = (self.pids.clone(), self.node.link().await) else { return false };
+        if fs::write(group.join("cgroup.procs"), link.pid.to_string()).is_err() {
+            return false;
+        }
+        let count = fs::read_to_string(group.join("pids.current")).unwrap_or_default();
+        if fs::write(group.join("pids.max"), count.trim()).is_err() {
+            return false;
+        }
+        self.node.model().hit(&Hit::Unsettled);
+        self.lasting(ms, move |world| {
+            let _ = fs::write(group.join("pids.max"), "max");
+            world.node.model().hit(&Hit::Unsettled);
+        });
+        true
+    }
+
+    /// As a package manager does it: a new file, renamed over the old one; then the plugin is asked to end.
+    fn replace(&self, former: bool) -> bool {
+        let named = std::env::var_os(FORMER).filter(|_| former);
+        let source = named.map_or_else(program, std::path::PathBuf::from);
+        let draft = self.program.with_extension("new");
+        if fs::copy(source, &draft).and_then(|_| fs::rename(&draft, &self.program)).is_err() {
+            return false;
+        }
+        Self::terminate(self.pick(Target::Plugin, 0).as_ref())
+    }
+
+    async fn reboot(self: &Arc<Self>, run_dir_stays: bool) {
+        self.node.model().hit(&Hit::All);
+        let world = self.clone();
+        self.node
+            .reboot(move |env| {
+                end_everything(env);
+                unmount_all(env);
+                if !run_dir_stays {
+                    world.disks[0].forget();
+                }
+                let boot = nomad_driver_shim::ids::random_hex(8);
+                env.set_var("NOMAD_DRIVER_SHIM_BOOT_ID", Some(&boot));
+            })
+            .await;
+    }
+
+    /// Runs `end` after a while. Settling waits for it.
+    fn lasting(self: &Arc<Self>, ms: u64, end: impl FnOnce(&Self) + Send + 'static) {
+        let now = self.node.now();
+        self.node.model().fault_begins(now);
+        let world = self.clone();
+        self.lasting_task(async move {
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            end(&world);
+            let now = world.node.now();
+            world.node.model().fault_ends(now);
+        });
+    }
+}
+
+/// Sets the soft limit on descriptors of a process: what it was.
+fn limit_descriptors(pid: u32, limit: u64) -> Option<u64> {
+    let pid = libc::pid_t::try_from(pid).ok()?;
+    let mut former = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit to where `former` is, and reads none.
+    if unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut former) } != 0 {
+        return None;
+    }
+    let new = libc::rlimit { rlim_cur: limit.min(former.rlim_max), ..former };
+    // SAFETY: the kernel reads one rlimit from where `new` is, and writes none.
+    (unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const new, std::ptr::null_mut()) } == 0)
+        .then_some(former.rlim_cur)
+}
+
+/// Kills all processes of the node and its tasks until none is left, as a power cut does.
+fn end_everything(env: &Env) {
+    for _ in 0..200 {
+        let alive = [observe::marked_processes(&env.namespace), observe::all_of(&env.dir)].concat();
+        if alive.is_empty() {
+            return;
+        }
+        for process in alive.into_iter().filter_map(|pid| PidFd::open(pid).ok()) {
+            process.signal(libc::SIGKILL);
+        }
+        #[allow(clippy::disallowed_methods, reason = "the whole node waits for this")]
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Nothing of a node stays on the machine.
+pub fn end_node(env: &Env) {
+    end_everything(env);
+    unmount_all(env);
+}
+
+/// Unmounts all that the driver has mounted and removes its cgroups: no kernel remembers them after a restart.
+fn unmount_all(env: &Env) {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
+        if point.starts_with(&env.dir) && !env.own_mounts.iter().any(|own| own == point) {
+            let _ = umount2(point, MntFlags::MNT_DETACH);
+        }
+    }
+    let mut groups = leak::cgroups(env);
+    groups.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
+    groups.iter().for_each(|path| drop(fs::remove_dir(path)));
+}
+
+/// A group of the pids controller of the test's own, where the kernel has that as cgroup version 1 has it.
+pub fn pids_group(name: &str) -> Option<std::path::PathBuf> {
+    let cgroups = Cgroups::detect().ok()?;
+    let hierarchy = cgroups.hierarchies().iter().find(|path| path.ends_with("pids"))?;
+    let group = hierarchy.join(name);
+    fs::create_dir(&group).ok()?;
+    Some(group)
+}

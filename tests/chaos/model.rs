@@ -1,0 +1,392 @@
+//! What must be true of a node's tasks, whatever has happened. Pure: it is told of calls, answers, faults and sights, and
+//! says what contradicts them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use crate::{
+    report::Figures,
+    step::{TaskNumber, Work},
+};
+
+/// A refusal is excused by a fault that is over for no longer than this: what it has left is still being cleared away.
+const AFTERMATH: Duration = Duration::from_secs(20);
+/// What a task answers to its stop signal.
+pub const STOPPED: i32 = 9;
+const KILLED: i32 = 137;
+
+/// An attempt of a task: its number, and that of the attempt.
+pub type AttemptId = (TaskNumber, u32);
+
+/// A container's first process, as the kernel shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Init {
+    pub pid: u32,
+    pub attempt: AttemptId,
+}
+
+/// Whom a fault may have struck.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hit {
+    /// These attempts.
+    Attempts(Vec<AttemptId>),
+    /// All that were just being started or ended.
+    Unsettled,
+    /// All that run for the agent, and are not among these, which are alive: they have just ended.
+    NotAmong(Vec<AttemptId>),
+    /// All that there are.
+    All,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// StartTask was called, and has not been answered.
+    Asked,
+    /// StartTask was answered.
+    Running,
+    /// WaitTask was answered, or RecoverTask or StartTask refused.
+    Ended,
+    /// The agent that had asked for it is dead, and had not noted the answer.
+    Forgotten,
+}
+
+#[derive(Debug)]
+struct Attempt {
+    state: State,
+    /// Calls of StartTask with this id.
+    calls: u32,
+    was_answered: bool,
+    is_hit: bool,
+    was_told_to_stop: bool,
+    code: Option<i32>,
+}
+
+#[derive(Debug)]
+struct Task {
+    work: Work,
+    attempts: Vec<Attempt>,
+    /// Should it run, as long as its work is not done?
+    is_wanted: bool,
+    /// Does nothing more happen to it?
+    is_over: bool,
+    last_refusal: Option<String>,
+}
+
+/// The node as the agent knows it.
+#[derive(Debug, Default)]
+pub struct Model {
+    tasks: BTreeMap<TaskNumber, Task>,
+    /// Faults that are at work just now.
+    ongoing: u32,
+    last_fault: Option<Duration>,
+    violations: Vec<String>,
+    ignored: Vec<String>,
+    pub figures: Figures,
+}
+
+impl Model {
+    /// A model that does not mind what contains one of these texts.
+    pub fn ignoring(ignored: &[String]) -> Self {
+        Self { ignored: ignored.to_vec(), ..Self::default() }
+    }
+
+    /// What has been found wrong so far.
+    pub fn violations(&self) -> &[String] {
+        &self.violations
+    }
+
+    /// Something is wrong.
+    pub fn violated(&mut self, what: String) {
+        let is_ignored = self.ignored.iter().any(|text| what.contains(text));
+        if !is_ignored && !self.violations.contains(&what) {
+            self.violations.push(what);
+        }
+    }
+
+    pub fn add(&mut self, task: TaskNumber, work: Work) {
+        let new = Task { work, attempts: Vec::new(), is_wanted: true, is_over: false, last_refusal: None };
+        self.tasks.insert(task, new);
+    }
+
+    pub fn fault_begins(&mut self, now: Duration) {
+        (self.ongoing, self.last_fault) = (self.ongoing + 1, Some(now));
+    }
+
+    pub fn fault_ends(&mut self, now: Duration) {
+        (self.ongoing, self.last_fault) = (self.ongoing.saturating_sub(1), Some(now));
+    }
+
+    /// May something that fails now be a fault's doing?
+    fn is_excused(&self, now: Duration) -> bool {
+        self.ongoing > 0 || self.last_fault.is_some_and(|last| now.saturating_sub(last) < AFTERMATH)
+    }
+
+    pub fn hit(&mut self, hit: &Hit) {
+        for (number, task) in &mut self.tasks {
+            for (attempt, index) in task.attempts.iter_mut().zip(1..) {
+                let is_unsettled = attempt.state == State::Asked || attempt.was_told_to_stop;
+                attempt.is_hit |= match hit {
+                    Hit::Attempts(ids) => ids.contains(&(*number, index)),
+                    Hit::Unsettled => is_unsettled,
+                    Hit::NotAmong(alive) => attempt.state == State::Running && !alive.contains(&(*number, index)),
+                    Hit::All => true,
+                };
+            }
+        }
+    }
+
+    fn attempt(&mut self, id: AttemptId) -> &mut Attempt {
+        let task = self.tasks.get_mut(&id.0).expect("only tasks that were added are told of");
+        &mut task.attempts[id.1 as usize - 1]
+    }
+
+    /// A further attempt of a task: its number.
+    pub fn next_attempt(&mut self, task: TaskNumber) -> u32 {
+        let attempts = &mut self.tasks.get_mut(&task).expect("a task that was added").attempts;
+        attempts.push(Attempt {
+            state: State::Asked,
+            calls: 0,
+            was_answered: false,
+            is_hit: false,
+            was_told_to_stop: false,
+            code: None,
+        });
+        u32::try_from(attempts.len()).expect("few attempts")
+    }
+
+    /// StartTask is called.
+    pub fn asked(&mut self, id: AttemptId) {
+        self.attempt(id).calls += 1;
+    }
+
+    /// StartTask was answered with a handle.
+    pub fn answered(&mut self, id: AttemptId) {
+        let attempt = self.attempt(id);
+        (attempt.state, attempt.was_answered) = (State::Running, true);
+    }
+
+    /// StartTask was refused.
+    pub fn refused(&mut self, id: AttemptId, is_recoverable: bool, message: &str, now: Duration) {
+        let is_excused = self.is_excused(now);
+        let attempt = self.attempt(id);
+        attempt.state = State::Ended;
+        if attempt.was_told_to_stop && message.contains("was stopped while it was being started") {
+            return;
+        }
+        self.figures.refused += 1;
+        let task = self.tasks.get_mut(&id.0).expect("a task that was added");
+        task.last_refusal = Some(message.to_owned());
+        if !is_recoverable {
+            self.violated(format!("a start was refused for good: {message}"));
+        } else if !is_excused {
+            self.violated(format!("a start was refused, and no fault has caused it: {message}"));
+        }
+    }
+
+    /// The agent that had called StartTask is dead.
+    pub fn forgotten(&mut self, id: AttemptId) {
+        self.attempt(id).state = State::Forgotten;
+    }
+
+    pub fn told_to_stop(&mut self, id: AttemptId) {
+        self.attempt(id).was_told_to_stop = true;
+    }
+
+    /// Nobody wants the task any more.
+    pub fn unwanted(&mut self, task: TaskNumber) {
+        if let Some(task) = self.tasks.get_mut(&task) {
+            task.is_wanted = false;
+        }
+    }
+
+    /// The agent does nothing more for the task.
+    pub fn over(&mut self, task: TaskNumber) {
+        self.tasks.get_mut(&task).expect("a task that was added").is_over = true;
+    }
+
+    /// WaitTask was answered.
+    pub fn exited(&mut self, id: AttemptId, code: i32, text: &str) {
+        let work = self.tasks[&id.0].work;
+        let attempt = self.attempt(id);
+        (attempt.state, attempt.code) = (State::Ended, Some(code));
+        let (is_hit, was_told) = (attempt.is_hit, attempt.was_told_to_stop);
+        let written = match work {
+            Work::Batch { code, .. } => Some(i32::from(code)),
+            Work::Service => None,
+        };
+        let is_right = written == Some(code) || was_told && matches!(code, STOPPED | KILLED | 143);
+        let is_batch = u32::from(written.is_some());
+        if is_right {
+            self.figures.batch_right += is_batch;
+        } else if is_hit && code == KILLED {
+            self.figures.batch_hit += is_batch;
+        } else {
+            self.figures.batch_wrong += is_batch;
+            let what = written.map_or("is a service".to_owned(), |code| format!("ends with {code}"));
+            self.violated(format!("task {id:?} {what}; WaitTask says {code} {text:?} (told to stop: {was_told}, struck by a fault: {is_hit})"));
+        }
+    }
+
+    /// RecoverTask was refused.
+    pub fn lost(&mut self, id: AttemptId, message: &str) {
+        let attempt = self.attempt(id);
+        attempt.state = State::Ended;
+        let is_excused = attempt.is_hit || attempt.was_told_to_stop;
+        if !is_excused {
+            self.violated(format!("task {id:?} was lost without a cause: {message}"));
+        }
+        if matches!(self.tasks[&id.0].work, Work::Batch { .. }) {
+            self.figures.batch_hit += 1;
+        }
+    }
+
+    /// DestroyTask is called: what is left of the attempt goes.
+    pub fn destroyed(&mut self, id: AttemptId) {
+        let attempt = self.attempt(id);
+        (attempt.state, attempt.was_told_to_stop) = (State::Ended, true);
+    }
+
+    /// Is the attempt running, as far as the agent knows?
+    pub fn is_running(&self, id: AttemptId) -> bool {
+        let task = self.tasks.get(&id.0);
+        let attempt = task.and_then(|task| task.attempts.get(id.1 as usize - 1));
+        attempt.is_some_and(|attempt| attempt.state == State::Running && !attempt.was_told_to_stop)
+    }
+
+    /// Does the attempt run, and is no fault near that would explain a failure?
+    pub fn is_quiet(&self, id: AttemptId, now: Duration) -> bool {
+        self.is_running(id) && !self.is_excused(now)
+    }
+
+    /// A command was run in a task: its code, or why the call failed.
+    pub fn executed(&mut self, id: AttemptId, wanted: i32, got: Result<i32, String>, now: Duration) {
+        let may_fail = self.is_excused(now) || !self.is_running(id);
+        match got {
+            Ok(code) if code == wanted => self.figures.exec_ok += 1,
+            Ok(KILLED) | Err(_) if may_fail => self.figures.exec_cut += 1,
+            Ok(code) => {
+                self.figures.exec_wrong += 1;
+                self.violated(format!("a command in {id:?} that ends with {wanted} is said to have ended with {code}"));
+            }
+            Err(message) => {
+                self.figures.exec_wrong += 1;
+                self.violated(format!("a command in {id:?} failed, and no fault has caused it: {message}"));
+            }
+        }
+    }
+
+    /// What is alive at one moment: never two of one task.
+    pub fn seen(&mut self, inits: &[Init]) {
+        self.figures.looks += 1;
+        let mut by_task: HashMap<TaskNumber, Vec<Init>> = HashMap::new();
+        for init in inits {
+            by_task.entry(init.attempt.0).or_default().push(*init);
+        }
+        for (task, alive) in by_task.into_iter().filter(|(_, alive)| alive.len() > 1) {
+            self.violated(format!("task {task} runs twice: {alive:?}"));
+        }
+    }
+
+    /// What is not yet as it must be when all faults are over: each task that is wanted runs once or has done its work,
+    /// and no other container is alive. Containers in sandboxes can't be seen (`inits` is None).
+    pub fn unrest(&self, inits: Option<&[Init]>) -> Vec<String> {
+        let mut found = Vec::new();
+        let (can_see, inits) = (inits.is_some(), inits.unwrap_or_default());
+        for (number, task) in &self.tasks {
+            let alive: Vec<&Init> = inits.iter().filter(|init| init.attempt.0 == *number).collect();
+            let last = u32::try_from(task.attempts.len()).expect("few attempts");
+            let is_service = task.work == Work::Service;
+            let runs = task.attempts.last().is_some_and(|attempt| attempt.state == State::Running);
+            if task.is_wanted && is_service {
+                let is_alone = !can_see || matches!(alive[..], [one] if one.attempt == (*number, last));
+                if !runs || !is_alone {
+                    let refusal = task.last_refusal.as_deref().unwrap_or("no start was refused");
+                    found.push(format!("service {number} does not run exactly once (running for the agent: {runs}, alive: {alive:?}, {refusal})"));
+                }
+            } else if !task.is_over {
+                let refusal = task.last_refusal.as_deref().unwrap_or("no start was refused");
+                found.push(format!("task {number} does not come to its end (alive: {alive:?}, {refusal})"));
+            } else if !alive.is_empty() {
+                found.push(format!("task {number} is over for the agent, and still alive: {alive:?}"));
+            }
+        }
+        found
+    }
+
+    /// A batch task's file, in which each start has written a line with the attempt's number.
+    pub fn witness(&mut self, number: TaskNumber, text: &str) {
+        let mut starts: HashMap<u32, u32> = HashMap::new();
+        for attempt in text.lines().filter_map(|line| line.parse().ok()) {
+            *starts.entry(attempt).or_default() += 1;
+        }
+        let task = &self.tasks[&number];
+        let mut wrong = Vec::new();
+        for (attempt, index) in task.attempts.iter().zip(1..) {
+            let count = starts.remove(&index).unwrap_or(0);
+            // A start whose answer was cut off is undone and made once more.
+            let least = u32::from(attempt.was_answered && !attempt.is_hit && !attempt.was_told_to_stop);
+            if count > attempt.calls || count < least {
+                wrong.push(format!(
+                    "attempt {index} of task {number} has run {count} times for {} calls of StartTask",
+                    attempt.calls
+                ));
+            }
+        }
+        wrong.extend(
+            starts.keys().map(|index| format!("attempt {index} of task {number} was never asked for, and has run")),
+        );
+        self.figures.witnesses += 1;
+        wrong.into_iter().for_each(|what| self.violated(what));
+    }
+
+    /// A task's log, as far as it has come: lines 0 to n of each attempt, in order, none missing and none double.
+    pub fn log(&mut self, number: TaskNumber, prefix: &str, text: &str) {
+        let task = &self.tasks[&number];
+        let mut wrong = Vec::new();
+        let mut next: HashMap<u32, u32> = HashMap::new();
+        // A start whose answer was cut off is undone and made once more: its log begins anew so many times.
+        let mut begins: HashMap<u32, u32> =
+            (1..).zip(&task.attempts).map(|(index, attempt)| (index, attempt.calls)).collect();
+        // A line that was cut off stands before the first one of the next attempt.
+        for (_, line) in text.lines().filter_map(|line| line.rsplit_once(prefix)) {
+            let mut words = line.split(' ').map(str::parse::<u32>);
+            let (Some(Ok(attempt)), Some(Ok(tick)), None) = (words.next(), words.next(), words.next()) else {
+                continue;
+            };
+            let wanted = next.entry(attempt).or_default();
+            let begins = begins.entry(attempt).or_default();
+            if tick == 0 && *begins > 0 {
+                *begins -= 1;
+            } else if tick != *wanted || tick == 0 {
+                wrong.push(format!("the log of task {number}: line {tick} of attempt {attempt} where {wanted} is due"));
+            }
+            *wanted = tick + 1;
+        }
+        if let Work::Batch { code, lines, .. } = task.work {
+            for (attempt, index) in task.attempts.iter().zip(1..) {
+                let is_whole = attempt.code == Some(i32::from(code)) && !attempt.was_told_to_stop && !attempt.is_hit;
+                let count = next.get(&index).copied().unwrap_or(0);
+                // A start that was undone and made once more has written some of its lines twice.
+                if is_whole && attempt.calls == 1 && count != lines {
+                    wrong.push(format!("the log of task {number} has {count} of {lines} lines of attempt {index}"));
+                }
+            }
+        }
+        self.figures.logs += 1;
+        if wrong.is_empty() {
+            self.figures.logs_whole += 1;
+        }
+        wrong.into_iter().for_each(|what| self.violated(what));
+    }
+
+    /// Must the log come to its end? A start that was refused for want of descriptors can't open the log either, and Nomad
+    /// waits for the end of an attempt that has run only.
+    pub fn must_end_its_log(&self, task: TaskNumber) -> bool {
+        self.tasks[&task].attempts.last().is_some_and(|attempt| attempt.was_answered)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,354 @@
+//! The agent's half of the connection: one plugin at a time, started again whenever it ends, and calls to it.
+
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use nomad_driver_shim::{host::Plugin, pb::driver::driver_client::DriverClient, process::PidFd};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::{Response, Status, transport::Channel};
+
+use crate::{
+    model::Model,
+    step::Fate,
+    support::{Env, patience},
+};
+
+/// So many lines of what plugins have said are shown after a failure.
+const WARNINGS: usize = 40;
+/// Between two tries to start a plugin.
+const AGAIN: Duration = Duration::from_millis(200);
+/// An answer that comes with the death of the plugin is the death's doing.
+const DYING: Duration = Duration::from_millis(200);
+
+/// A plugin that can be called.
+#[derive(Clone)]
+pub struct Link {
+    pub driver: DriverClient<Channel>,
+    pub pid: u32,
+    /// Over when the plugin has ended or its agent is dead.
+    over: CancellationToken,
+}
+
+/// Why a call has no result.
+#[derive(Debug)]
+pub enum CallError {
+    /// The plugin is gone, and there will be another one.
+    PluginDied,
+    /// The agent that called is gone, and so is all that it did not note.
+    AgentDied,
+    /// An answer.
+    Refused(Status),
+    /// No answer.
+    Hung,
+}
+
+/// What the supervisor is asked to do.
+enum Request {
+    /// The agent dies.
+    Restart { away: Duration, plugin: Fate, done: oneshot::Sender<()> },
+    /// As a reboot: everything ends, `wipe` is run, and a new agent starts.
+    Reboot { wipe: Box<dyn FnOnce(&mut Env) + Send>, done: oneshot::Sender<()> },
+    /// A plugin that this process has started is wanted.
+    Own { done: oneshot::Sender<()> },
+    /// The run is over.
+    End,
+}
+
+/// The node: its directories, its plugin, and what is known of its tasks.
+pub struct Node {
+    pub env: tokio::sync::Mutex<Env>,
+    pub dir: PathBuf,
+    pub namespace: String,
+    pub began: Instant,
+    model: Mutex<Model>,
+    history: Mutex<Vec<String>>,
+    /// Warnings and errors of all plugins.
+    warnings: Mutex<Vec<String>>,
+    link: watch::Sender<Option<Link>>,
+    agents: AtomicU64,
+    requests: mpsc::UnboundedSender<Request>,
+}
+
+impl Node {
+    /// A node whose plugin is started and watched over from now on, until `end`.
+    pub fn start(env: Env, model: Model) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
+        let (requests, receive) = mpsc::unbounded_channel();
+        let node = Arc::new(Self {
+            dir: env.dir.clone(),
+            namespace: env.namespace.clone(),
+            env: tokio::sync::Mutex::new(env),
+            began: Instant::now(),
+            model: Mutex::new(model),
+            history: Mutex::default(),
+            warnings: Mutex::default(),
+            link: watch::Sender::new(None),
+            agents: AtomicU64::new(0),
+            requests,
+        });
+        let supervisor = tokio::spawn(supervise(node.clone(), receive));
+        (node, supervisor)
+    }
+
+    pub fn model(&self) -> std::sync::MutexGuard<'_, Model> {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Since the beginning of the run.
+    pub fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// A line of the history.
+    pub fn note(&self, what: impl AsRef<str>) {
+        let line = format!("{:8.3} {}", self.now().as_secs_f64(), what.as_ref());
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+    }
+
+    pub fn history(&self) -> Vec<String> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last warnings and errors of the node's plugins.
+    pub fn warnings(&self) -> Vec<String> {
+        let warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        warnings[warnings.len().saturating_sub(WARNINGS)..].to_vec()
+    }
+
+    /// Keeps what a plugin has said that is about to be forgotten; each warning once.
+    pub fn listen_to(&self, plugin: &Plugin) {
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        for line in plugin.stderr().lines() {
+            if let Some(warning) = warning(line).filter(|warning| !warnings.contains(warning)) {
+                warnings.push(warning);
+            }
+        }
+    }
+
+    /// The plugin, as soon as there is one.
+    pub async fn link(&self) -> Option<Link> {
+        let mut link = self.link.subscribe();
+        let up = tokio::time::timeout(patience(), link.wait_for(Option::is_some)).await;
+        match up {
+            Ok(Ok(link)) => link.clone(),
+            _ => {
+                self.model().violated(format!("no plugin could be started within {} s", patience().as_secs()));
+                None
+            }
+        }
+    }
+
+    /// Calls the plugin. An agent waits as long as it lives for WaitTask, and not for ever for anything else.
+    ///
+    /// # Errors
+    /// When there is no answer, or a refusal.
+    pub async fn call<T, F>(
+        &self,
+        limit: Option<Duration>,
+        request: impl FnOnce(DriverClient<Channel>) -> F,
+    ) -> Result<T, CallError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let Some(link) = self.link().await else { return Err(CallError::Hung) };
+        let agent = self.agents.load(Ordering::SeqCst);
+        let limit = limit.unwrap_or(Duration::from_secs(3600));
+        let outcome = tokio::select! {
+            answer = tokio::time::timeout(limit, request(link.driver)) => Some(answer),
+            () = link.over.cancelled() => None,
+        };
+        let over = async || tokio::time::timeout(DYING, link.over.cancelled()).await.is_ok();
+        match outcome {
+            Some(Ok(Ok(response))) => Ok(response.into_inner()),
+            // What tonic says of a connection has a source; what the plugin answers has none.
+            Some(Ok(Err(status))) if std::error::Error::source(&status).is_none() && !over().await => {
+                Err(CallError::Refused(status))
+            }
+            Some(Err(_)) => Err(CallError::Hung),
+            Some(Ok(Err(_))) | None => {
+                // A broken connection is followed by the news of the plugin's end.
+                let _ = tokio::time::timeout(patience(), link.over.cancelled()).await;
+                let is_same = agent == self.agents.load(Ordering::SeqCst);
+                Err(if is_same { CallError::PluginDied } else { CallError::AgentDied })
+            }
+        }
+    }
+
+    async fn request(&self, make: impl FnOnce(oneshot::Sender<()>) -> Request) {
+        let (done, wait) = oneshot::channel();
+        let _ = self.requests.send(make(done));
+        let _ = wait.await;
+    }
+
+    /// The agent dies and another one comes.
+    pub async fn restart_agent(&self, away: Duration, plugin: Fate) {
+        self.request(|done| Request::Restart { away, plugin, done }).await;
+    }
+
+    /// Everything ends; `wipe` takes away what the host's memory held.
+    pub async fn reboot(&self, wipe: impl FnOnce(&mut Env) + Send + 'static) {
+        self.request(|done| Request::Reboot { wipe: Box::new(wipe), done }).await;
+    }
+
+    /// Sees to it that the plugin is a child of this process.
+    pub async fn own_plugin(&self) {
+        self.request(|done| Request::Own { done }).await;
+    }
+
+    /// Watches over the plugin no longer. It lives on in `env`.
+    pub fn end(&self) {
+        let _ = self.requests.send(Request::End);
+    }
+
+    fn disconnect(&self) {
+        if let Some(link) = self.link.send_replace(None) {
+            link.over.cancel();
+        }
+    }
+
+    fn agent_died(&self) {
+        self.agents.fetch_add(1, Ordering::SeqCst);
+        self.disconnect();
+    }
+}
+
+/// What a line of a plugin's log warns of.
+fn warning(line: &str) -> Option<String> {
+    let Ok(entry) = serde_json::from_str::<serde_json::Value>(line) else {
+        return line.contains("panicked").then(|| line.to_owned());
+    };
+    let of = |key: &str| entry[key].as_str().unwrap_or_default();
+    let is_severe = matches!(of("@level"), "warn" | "error") && !of("@message").contains("fault switch");
+    is_severe.then(|| format!("{} {} {} {}{}", of("@level"), of("@message"), of("task"), of("error"), of("problem")))
+}
+
+async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Request>) {
+    // Plugins that another agent of ours had started: they are our children all the same.
+    let mut orphans: Vec<tokio::process::Child> = Vec::new();
+    let mut pid = launched(&node).await;
+    loop {
+        let Ok(plugin) = PidFd::open(pid) else {
+            pid = relaunched(&node).await;
+            continue;
+        };
+        let request = tokio::select! {
+            _ = plugin.ended() => None,
+            request = requests.recv() => request.or(Some(Request::End)),
+        };
+        for orphan in &mut orphans {
+            let _ = orphan.try_wait();
+        }
+        match request {
+            None => {
+                node.note("the plugin has ended");
+                pid = relaunched(&node).await;
+            }
+            Some(Request::End) => return,
+            Some(Request::Own { done }) => {
+                let is_own = node.env.lock().await.plugin.as_ref().is_some_and(|plugin| plugin.pid().is_some());
+                if !is_own {
+                    node.agent_died();
+                    let former = node.env.lock().await.plugin.take();
+                    if let Some(former) = former {
+                        node.listen_to(&former);
+                        let _ = former.leave().await;
+                    }
+                    let _ = tokio::time::timeout(patience(), plugin.ended()).await;
+                    pid = launched(&node).await;
+                }
+                let _ = done.send(());
+            }
+            Some(Request::Restart { away, plugin: fate, done }) => {
+                node.agent_died();
+                let former = node.env.lock().await.plugin.take();
+                let socket = former.as_ref().map(|plugin| plugin.socket().to_owned());
+                former.iter().for_each(|plugin| node.listen_to(plugin));
+                orphans.extend(former.and_then(Plugin::abandon));
+                tokio::time::sleep(away).await;
+                if fate == Fate::Killed {
+                    plugin.signal(libc::SIGKILL);
+                    let _ = plugin.ended().await;
+                }
+                let again = match (&socket, fate) {
+                    (Some(socket), Fate::Kept) => Plugin::reattach(socket).await.ok(),
+                    _ => None,
+                };
+                match again {
+                    Some(reattached) if !plugin.has_ended() => {
+                        node.env.lock().await.plugin = Some(reattached);
+                        node.connected(pid).await;
+                        node.note("a new agent has connected to the plugin");
+                    }
+                    _ => pid = launched(&node).await,
+                }
+                let _ = done.send(());
+            }
+            Some(Request::Reboot { wipe, done }) => {
+                node.agent_died();
+                {
+                    let mut env = node.env.lock().await;
+                    env.plugin = None;
+                    plugin.signal(libc::SIGKILL);
+                    let _ = plugin.ended().await;
+                    tokio::task::block_in_place(|| wipe(&mut env));
+                }
+                pid = launched(&node).await;
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+impl Node {
+    async fn connected(&self, pid: u32) {
+        let env = self.env.lock().await;
+        let driver = env.driver();
+        self.link.send_replace(Some(Link { driver, pid, over: CancellationToken::new() }));
+    }
+}
+
+/// The plugin has ended: another one.
+async fn relaunched(node: &Arc<Node>) -> u32 {
+    node.disconnect();
+    launched(node).await
+}
+
+/// Starts a plugin, over and over until one comes up: its process.
+async fn launched(node: &Arc<Node>) -> u32 {
+    loop {
+        let mut env = node.env.lock().await;
+        if let Some(former) = env.plugin.take() {
+            // A plugin that is killed leaves its socket.
+            let _ = std::fs::remove_file(former.socket());
+            node.listen_to(&former);
+        }
+        let launch = env.launch_mut().clone();
+        let config = env.config.clone();
+        drop(env);
+        let started = async {
+            let plugin = Plugin::launch(&launch).await?;
+            plugin.configure(&config).await.map(|()| plugin)
+        };
+        match started.await {
+            Ok(plugin) => {
+                let pid = plugin.pid().unwrap_or_default();
+                node.env.lock().await.plugin = Some(plugin);
+                node.connected(pid).await;
+                node.note(format!("plugin {pid} is up"));
+                return pid;
+            }
+            Err(error) => {
+                let text = nomad_driver_shim::chain(&error).to_string();
+                node.note(format!("no plugin: {}", text.lines().last().unwrap_or_default()));
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}

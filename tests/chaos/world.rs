@@ -1,0 +1,359 @@
+//! A node and all that is around it, and the playing of steps on it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    future::Future,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use nomad_driver_shim::{
+    host::{Alloc, encode},
+    ids::random_hex,
+    pb::driver::TaskConfigSchemaRequest,
+};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::{
+    agent::{Runner, Wish},
+    disk::Disk,
+    faults::pids_group,
+    model::Model,
+    network::Network,
+    node::Node,
+    observe,
+    plan::Mode,
+    step::{OciRuntime, Step, TaskNumber, Work},
+    support::{Env, EnvOptions, leak, program, services},
+    task::{TaskFiles, script},
+    wrapper::Wrappers,
+};
+
+/// After the last fault all is in order again within this, on a machine that does something else as well.
+const SETTLED: Duration = Duration::from_secs(60);
+/// Remains that nobody claims go after the grace period.
+const GRACE: &str = "6s";
+const SWEPT: Duration = Duration::from_secs(30);
+/// Between two looks at what is alive.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A node under test.
+pub struct World {
+    pub node: Arc<Node>,
+    mode: Mode,
+    runners: Mutex<BTreeMap<TaskNumber, Arc<Runner>>>,
+    allocs: Mutex<HashMap<usize, (Alloc, Option<Network>)>>,
+    /// Of the run directory and of the state directory.
+    pub disks: [Disk; 2],
+    pub program: PathBuf,
+    pub containerd_dir: PathBuf,
+    pub pids: Option<PathBuf>,
+    wrappers: Wrappers,
+    image: String,
+    schema: Option<nomad_driver_shim::pb::hclspec::Spec>,
+    running: Mutex<JoinSet<()>>,
+    /// Commands that are at work, and ends of faults that last.
+    lasting: Mutex<JoinSet<()>>,
+}
+
+/// What came of a run.
+pub struct Outcome {
+    pub model: Model,
+    pub history: Vec<String>,
+    /// What the plugins have warned of.
+    pub warnings: Vec<String>,
+}
+
+/// How a node is set up.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting<'a> {
+    pub mode: Mode,
+    /// A step of the driver that is left out.
+    pub plant: Option<&'a str>,
+    /// What is known to be wrong.
+    pub ignored: &'a [String],
+}
+
+/// Plays steps on a node of their own, until all are done or something is wrong.
+pub async fn play(setting: Setting<'_>, steps: &[Step]) -> Outcome {
+    let (world, supervisor) = World::start(setting).await;
+    let mode = setting.mode;
+    let watch = tokio::spawn(watch(world.node.clone(), mode));
+    for (index, step) in steps.iter().enumerate() {
+        world.node.note(format!("step {index}: {step}"));
+        world.step(*step).await;
+        if !world.node.model().violations().is_empty() {
+            break;
+        }
+    }
+    // A part of a history may have no end of its own.
+    if steps.last() != Some(&Step::Clear) && world.node.model().violations().is_empty() {
+        world.step(Step::Clear).await;
+    }
+    watch.abort();
+    let _ = watch.await;
+    world.finish(supervisor).await
+}
+
+/// Never may two containers of one task be alive.
+async fn watch(node: Arc<Node>, mode: Mode) {
+    // What runs in a sandbox does not show outside of it.
+    if mode == Mode::Gvisor {
+        return;
+    }
+    loop {
+        let inits = tokio::task::block_in_place(|| observe::inits(&node.namespace));
+        node.model().seen(&inits);
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+impl World {
+    async fn start(Setting { mode, plant, ignored }: Setting<'_>) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
+        let id = random_hex(4);
+        let containerd_dir = services().root.join(format!("containerd-{id}"));
+        let containerd = services::start_containerd(&containerd_dir);
+        let mut config = json!({
+            "containerd": {"address": containerd}, "state": {"grace": GRACE}, "shim": {"pool": 2},
+        });
+        match mode {
+            Mode::Base | Mode::Bridge => {}
+            Mode::OwnLogs => config["disable_log_collection"] = json!(true),
+            Mode::AllocScope => config["shim_scope"] = json!("alloc"),
+            Mode::NodeScope => config["shim_scope"] = json!("node"),
+            Mode::Gvisor => config["default_runtime"] = json!("runsc"),
+        }
+        let env = plant.map(|names| ("NOMAD_DRIVER_SHIM_SKIP".to_owned(), names.to_owned())).into_iter().collect();
+        let mut env = Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await;
+        let image = env.busybox().await;
+        // Before anything is started: the directories become disks of their own, and the runtimes wrappers.
+        env.plugin.take().unwrap().leave().await;
+        let disks = ["run", "state"].map(|name| Disk::mount(&env.dir.join(name)));
+        env.own_mounts = disks.iter().map(|disk| disk.path().to_owned()).collect();
+        let wrappers = Wrappers::new(&env.dir);
+        env.config["runtime"] = wrappers.config();
+        let copy = env.dir.join("bin/nomad-driver-shim");
+        fs::create_dir_all(copy.parent().unwrap()).unwrap();
+        fs::copy(program(), &copy).unwrap();
+        env.launch_mut().program.clone_from(&copy);
+        let (node, supervisor) = Node::start(env, Model::ignoring(ignored));
+        let link = node.link().await.expect("the first plugin comes up");
+        let schema = link.driver.clone().task_config_schema(TaskConfigSchemaRequest {}).await.unwrap().into_inner();
+        let world = Self {
+            mode,
+            runners: Mutex::default(),
+            allocs: Mutex::default(),
+            disks,
+            program: copy,
+            containerd_dir,
+            pids: pids_group(&format!("chaos-{id}")),
+            wrappers,
+            image,
+            schema: schema.spec,
+            running: Mutex::default(),
+            lasting: Mutex::default(),
+            node,
+        };
+        (Arc::new(world), supervisor)
+    }
+
+    /// containerd's process.
+    pub fn containerd(&self) -> u32 {
+        fs::read_to_string(self.containerd_dir.join("pid")).unwrap_or_default().parse().unwrap_or(u32::MAX)
+    }
+
+    async fn step(self: &Arc<Self>, step: Step) {
+        match step {
+            Step::Start { task, work, runtime } => self.start_task(task, work, runtime).await,
+            Step::Stop { task, timeout_ms } => self.wish(task, Wish::Stop(Duration::from_millis(timeout_ms))),
+            Step::Destroy { task, force: true } => self.wish(task, Wish::Destroy),
+            Step::Destroy { task, .. }
+            | Step::Signal { task }
+            | Step::Exec { task, .. }
+            | Step::Stats { task }
+            | Step::Inspect { task }
+            | Step::Recover { task } => {
+                if let Some(runner) = self.runner(task) {
+                    let node = self.node.clone();
+                    self.lasting_task(async move { runner.command(&node, step).await });
+                }
+            }
+            Step::AgentRestart { away_ms, plugin } => {
+                let now = self.node.now();
+                self.node.model().fault_begins(now);
+                self.node.restart_agent(Duration::from_millis(away_ms), plugin).await;
+                let now = self.node.now();
+                let mut model = self.node.model();
+                model.fault_ends(now);
+                model.figures.struck(format!("death of the agent, plugin {plugin:?}").to_lowercase());
+            }
+            Step::Stretch { call, before_ms, after_ms } => self.wrappers.stretch(call, before_ms, after_ms),
+            Step::Fault(fault) => self.strike(fault).await,
+            Step::Pause { ms } => tokio::time::sleep(Duration::from_millis(ms)).await,
+            Step::Settle => self.settle().await,
+            Step::Clear => self.clear().await,
+        }
+    }
+
+    fn runner(&self, task: TaskNumber) -> Option<Arc<Runner>> {
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner).get(&task).cloned()
+    }
+
+    fn all_runners(&self) -> Vec<Arc<Runner>> {
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn wish(&self, task: TaskNumber, wish: Wish) {
+        // A part of a history may name a task that it does not start.
+        if let Some(runner) = self.runner(task) {
+            runner.wish(wish);
+        }
+    }
+
+    /// Does something beside the steps; settling waits for it.
+    pub fn lasting_task(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.lasting.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
+    }
+
+    async fn start_task(self: &Arc<Self>, number: TaskNumber, work: Work, runtime: OciRuntime) {
+        let (alloc, network) = self.alloc(number / 2).await;
+        let dirs = alloc.task(if number.is_multiple_of(2) { "even" } else { "odd" }).unwrap();
+        let mut config = json!({"image": self.image, "command": "/bin/sh", "args": ["-c", script(work)]});
+        config["runtime"] = Value::from(match runtime {
+            OciRuntime::Crun => "crun",
+            OciRuntime::Runc => "runc",
+            OciRuntime::Runsc => "runsc",
+        });
+        let encoded = encode(self.schema.as_ref(), &config).unwrap();
+        let mut files = TaskFiles::new(number, dirs, &self.node.namespace, encoded);
+        if self.mode == Mode::OwnLogs {
+            files = files.without_collectors();
+        }
+        if let Some(path) = network {
+            files = files.in_network(&path);
+        }
+        let runner = Runner::new(&self.node, files, work);
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner).insert(number, runner.clone());
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).spawn(runner.run());
+    }
+
+    async fn alloc(&self, number: usize) -> (Alloc, Option<PathBuf>) {
+        let mut env = self.node.env.lock().await;
+        let mut allocs = self.allocs.lock().unwrap_or_else(PoisonError::into_inner);
+        let (alloc, network) = allocs.entry(number).or_insert_with(|| {
+            let alloc = Alloc::create(&env.dir.join("allocs"), &format!("{}-{number}", env.namespace)).unwrap();
+            env.allocs.push(alloc.clone());
+            let network = (self.mode == Mode::Bridge).then(|| Network::new(&format!("chaos-{}", random_hex(6))));
+            (alloc, network)
+        });
+        (alloc.clone(), network.as_ref().map(|network| network.path().to_owned()))
+    }
+
+    /// Waits until faults and commands are over.
+    async fn outlast(&self) {
+        let mut lasting = std::mem::take(&mut *self.lasting.lock().unwrap_or_else(PoisonError::into_inner));
+        while lasting.join_next().await.is_some() {}
+    }
+
+    /// Faults are over: within some time all is as it must be.
+    async fn settle(&self) {
+        self.outlast().await;
+        let deadline = self.node.now() + SETTLED;
+        let unrest = loop {
+            let inits = match self.mode {
+                Mode::Gvisor => None,
+                _ => Some(tokio::task::block_in_place(|| observe::inits(&self.node.namespace))),
+            };
+            let unrest = self.node.model().unrest(inits.as_deref());
+            if unrest.is_empty() || self.node.now() > deadline || !self.node.model().violations().is_empty() {
+                break unrest;
+            }
+            tokio::time::sleep(LOOK).await;
+        };
+        unrest.into_iter().for_each(|what| self.node.model().violated(what));
+        let runners = self.all_runners();
+        for runner in runners.iter().filter(|runner| runner.running().is_some()) {
+            runner.command(&self.node, Step::Exec { task: runner.files.number, code: 4 }).await;
+            runner.files.check(&self.node).await;
+        }
+        self.node.model().figures.settled += 1;
+        self.node.note("settled");
+    }
+
+    /// All tasks go: within some time nothing of them is left.
+    async fn clear(&self) {
+        self.outlast().await;
+        for (runner, index) in self.all_runners().into_iter().zip(0..) {
+            let wish = if index % 2 == 0 { Wish::Destroy } else { Wish::Stop(Duration::from_secs(5)) };
+            runner.wish(wish);
+        }
+        self.settle().await;
+        let mut running = std::mem::take(&mut *self.running.lock().unwrap_or_else(PoisonError::into_inner));
+        let over = tokio::time::timeout(SETTLED, async { while running.join_next().await.is_some() {} });
+        if over.await.is_err() {
+            self.node.model().violated("tasks that were destroyed do not come to their end".to_owned());
+        }
+        self.node.own_plugin().await;
+        let mut left = {
+            let env = self.node.env.lock().await;
+            leak::alive_within(&env, SWEPT).await
+        };
+        // Files that the test itself keeps in these directories.
+        left.retain(|line| !line.contains(".filler"));
+        self.forget_tasks().await;
+        let mut model = self.node.model();
+        model.figures.cleared += 1;
+        model.figures.left.extend(left.iter().cloned());
+        left.into_iter().for_each(|line| model.violated(format!("left over: {line}")));
+        drop(model);
+        self.node.note("cleared");
+    }
+
+    async fn forget_tasks(&self) {
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let allocs = std::mem::take(&mut *self.allocs.lock().unwrap_or_else(PoisonError::into_inner));
+        for (alloc, _network) in allocs.into_values() {
+            let _ = alloc.remove();
+        }
+    }
+
+    async fn finish(self: Arc<Self>, supervisor: tokio::task::JoinHandle<()>) -> Outcome {
+        self.outlast().await;
+        self.node.end();
+        let _ = supervisor.await;
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        let plugin = self.node.env.lock().await.plugin.take();
+        if let Some(plugin) = plugin {
+            self.node.listen_to(&plugin);
+            plugin.leave().await;
+        }
+        // A plugin that was killed before it could be connected to has left its socket, as plugins do that are killed.
+        for name in leak::entries(&self.node.dir).into_iter().filter(|name| name.starts_with("plugin-")) {
+            let _ = fs::remove_file(self.node.dir.join(name));
+        }
+        let failed = !self.node.model().violations().is_empty();
+        let mut env = self.node.env.lock().await;
+        let left = if failed { Vec::new() } else { leak::afterwards_within(&env, SWEPT).await };
+        self.clean(&mut env);
+        drop(env);
+        let mut model = std::mem::take(&mut *self.node.model());
+        model.figures.left.extend(left.iter().cloned());
+        left.into_iter().for_each(|line| model.violated(format!("left over after the plugin: {line}")));
+        Outcome { model, history: self.node.history(), warnings: self.node.warnings() }
+    }
+
+    /// After a failure much may be left; nothing of it stays on the machine.
+    fn clean(&self, env: &mut Env) {
+        crate::faults::end_node(env);
+        if let Ok(containerd) = nomad_driver_shim::process::PidFd::open(self.containerd()) {
+            containerd.signal(libc::SIGKILL);
+        }
+        if let Some(group) = &self.pids {
+            let _ = fs::remove_dir(group);
+        }
+        env.own_mounts.clear();
+    }
+}
