@@ -104,8 +104,12 @@ impl Addresses {
 pub fn who_is_in(namespace: &Path) -> io::Result<Option<u32>> {
     let Some(wanted) = process::unless_vanished(fs::metadata(namespace))? else { return Ok(None) };
     for pid in process::all()? {
-        // A process that is about to end, and has no namespaces any more, reads as one that has ended.
-        let own = process::unless_vanished(fs::metadata(format!("/proc/{pid}/ns/net")))?;
+        // A process that is about to end, and has no namespaces any more, reads as one that has ended. One that a security
+        // module keeps even from root is not in a task's namespace as far as anybody can tell.
+        let own = match fs::metadata(format!("/proc/{pid}/ns/net")) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
+            looked => process::unless_vanished(looked)?,
+        };
         if own.is_some_and(|own| (own.dev(), own.ino()) == (wanted.dev(), wanted.ino())) {
             return Ok(Some(pid));
         }

@@ -84,9 +84,9 @@ async fn no_shim_is_taken_over_when_bundles_can_not_be_listed() {
     fs::remove_file(path).unwrap();
     env.set_var("NOMAD_DRIVER_SHIM_BLIND", Some("bundles"));
     env.start_plugin().await;
-    eventually("the idle shims are left alone", async || {
+    eventually("the bundles are looked for", async || {
         let said = env.plugin().stderr();
-        if said.contains("no idle shim of an earlier plugin is taken over") { Ok(()) } else { Err(said) }
+        if said.contains("refused by the fault switch") { Ok(()) } else { Err(said) }
     })
     .await;
     // Its own shim: not the one that has a container already.
