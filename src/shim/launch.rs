@@ -452,9 +452,9 @@ impl Shim {
         }
     }
 
-    /// It could not end a container. Where others hold it, too, it is never taken for idle again.
-    pub fn keep_from_others(mut self) {
-        self.held.given_up = !self.is_held_once();
+    /// Only the hold on it, for as long as it has a container that could not be ended: nobody takes it for idle meanwhile.
+    pub fn into_hold(self) -> Held {
+        self.held
     }
 
     /// Is this the only hold on it here?

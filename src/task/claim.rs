@@ -23,7 +23,7 @@ pub(super) struct Claim {
 impl Claim {
     /// On a task that is nobody's yet.
     pub(super) fn new(shared: &Arc<Shared>, record: &Record) -> Self {
-        let leftover = Leftover { record: record.clone(), hands: Hands::Taken };
+        let leftover = Leftover { record: record.clone(), hands: Hands::Taken, shim: None };
         shared.leftovers().insert(record.task_id.clone(), leftover);
         Self::on(shared, record.clone())
     }
@@ -46,7 +46,7 @@ impl Claim {
         if !std::mem::replace(&mut self.is_counted, true) {
             self.shared.clearing.send_modify(|count| *count += 1);
         }
-        let leftover = Leftover { record: self.record.clone(), hands: Hands::Clearing };
+        let leftover = Leftover { record: self.record.clone(), hands: Hands::Clearing, shim: None };
         self.shared.leftovers().insert(self.record.task_id.clone(), leftover);
     }
 

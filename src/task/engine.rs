@@ -206,10 +206,13 @@ impl Engine {
         }
         let slot = Reserved { engine: self, id: &id, _done: tell };
         // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.
-        let turn = self.turn(&request.alloc_id, &request.name);
+        let mut turn = Box::pin(self.turn(&request.alloc_id, &request.name).lock_owned());
         let _turn = tokio::select! {
-            turn = turn.lock() => turn,
-            () = stop.cancelled() => return Err(TaskError::Stopped(id.clone())),
+            turn = &mut turn => turn,
+            () = stop.cancelled() => {
+                self.clear_predecessors_later(turn, request);
+                return Err(TaskError::Stopped(id.clone()));
+            }
         };
         self.clear_former(&request.alloc_id, &request.name).await?;
         let _held = (held, self.clear_predecessors(&request, &stop).await?);

@@ -233,7 +233,7 @@ async fn watch_once(shared: &Arc<Shared>, task: &Arc<Task>) {
     let outcome = wait_out(client, id).await;
     fault::point("exit.seen");
     // Before the cgroup goes: it is all that remembers.
-    let oom_killed = has_oom_kill(&shared, &record);
+    let oom_killed = has_oom_kill(shared, &record);
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
         Err(error) => after_shim_death(shared, task, &record, error).await,

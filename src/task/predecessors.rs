@@ -3,9 +3,12 @@
 
 use std::time::Duration;
 
+use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
-use super::{Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, engine::Slot, live::Claim};
+use super::{
+    Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, claim::caught, engine::Slot, live::Claim,
+};
 use crate::{ids::TaskId, shim::stdio::HeldOpen};
 
 /// How long a start waits for somebody who is undoing an earlier attempt.
@@ -84,6 +87,26 @@ impl Engine {
             }
         }
         Ok(held)
+    }
+
+    /// Ends the predecessors of a start that was stopped while it waited for its turn: an attempt that a dead agent had begun
+    /// comes up only then, and no agent knows of it. Later starts of the same task wait for this, since they are behind
+    /// it in the queue.
+    pub(super) fn clear_predecessors_later(
+        &self,
+        turn: impl Future<Output = OwnedMutexGuard<()>> + Send + 'static,
+        request: StartRequest,
+    ) {
+        let engine = self.clone();
+        tokio::spawn(caught("the end of a stopped start's predecessors", async move {
+            let _turn = turn.await;
+            if let Err(error) = engine.clear_predecessors(&request, &CancellationToken::new()).await {
+                tracing::warn!(
+                    task = %request.task_id, error = %crate::chain(&error),
+                    "an earlier attempt of a task that was stopped is not removed yet"
+                );
+            }
+        }));
     }
 
     /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all

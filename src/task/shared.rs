@@ -1,7 +1,7 @@
 //! What starting, undoing and the engine itself work with.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -18,7 +18,7 @@ use crate::{
     ids::{ContainerId, TaskId},
     image::{ImageRecord, ImageStore},
     rootfs::{Ahead, Capabilities, KernelLimits, MaskedPaths, apparmor::Loader, bundle::Layers, seccomp::Filters},
-    shim::{self, DeadTask, Exit, PidFiles, Pool, Purpose, ShimError},
+    shim::{self, DeadTask, Exit, Held, PidFiles, Pool, Purpose, ShimError},
 };
 
 /// The parts of an open engine, and what it has still to take over or undo.
@@ -81,6 +81,8 @@ const PATIENCE: Duration = Duration::from_millis(100);
 pub struct Leftover {
     pub(super) record: Record,
     pub(super) hands: Hands,
+    /// A hold on its shim, where the container in it could not be ended.
+    pub(super) shim: Option<Held>,
 }
 
 /// Who is at a leftover.
@@ -102,8 +104,21 @@ pub(super) fn layers(image: &ImageRecord) -> Layers<'_> {
 impl Shared {
     /// Keeps in mind what is still to be undone.
     pub(super) fn keep(&self, record: Record) {
-        self.leftovers().insert(record.task_id.clone(), Leftover { record, hands: Hands::Free });
+        match self.leftovers().entry(record.task_id.clone()) {
+            Entry::Occupied(mut known) => {
+                let known = known.get_mut();
+                (known.record, known.hands) = (record, Hands::Free);
+            }
+            Entry::Vacant(free) => drop(free.insert(Leftover { record, hands: Hands::Free, shim: None })),
+        }
         self.settled.notify_waiters();
+    }
+
+    /// Holds the shim of a task that is to be undone once more, or lets go of it.
+    pub(super) fn hold_shim(&self, id: &TaskId, shim: Option<Held>) {
+        if let Some(leftover) = self.leftovers().get_mut(id) {
+            leftover.shim = shim;
+        }
     }
 
     /// Takes it, so that nobody else does. It stays in mind until it is gone.

@@ -83,11 +83,12 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
         Err(error) => {
             tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(&error), "undo");
             if let Found::Alive(shim) = shim {
-                shim.keep_from_others();
+                shared.hold_shim(&record.task_id, Some(shim.into_hold()));
             }
             return Err(error);
         }
     };
+    shared.hold_shim(&record.task_id, None);
     if record.group.is_some() {
         tokio::task::block_in_place(|| group::leave(shared, record));
     }

@@ -247,6 +247,39 @@ async fn a_create_that_is_cut_off_leaves_nothing() {
     }
 }
 
+/// An agent dies while its start is at work, and the next one stops its own start of the same task, which waits for that:
+/// no agent knows of the attempt that comes up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_start_ends_the_attempt_that_it_waits_for() {
+    for runtime in runtimes() {
+        let stretched =
+            Stretched::new(&runtime, "create", ":", "while [ -e \"$(dirname $0)/armed\" ]; do sleep 0.05; done");
+        let mut env = stretched.plugin(json!({})).await;
+        let config = sleeper(&env).await;
+        stretched.arm();
+        let task = env.prepare(config.clone()).await;
+        let start = |config| {
+            let mut driver = env.driver();
+            let request = nomad_driver_shim::pb::driver::StartTaskRequest { task: Some(config) };
+            tokio::spawn(async move { driver.start_task(request).await.map(drop) })
+        };
+        let of_dead_agent = start(task.config.clone());
+        stretched.called().await;
+        of_dead_agent.abort();
+        let next = env.prepare_again(task, "2", config).await;
+        let waits = start(next.config.clone());
+        eventually("the next start waits", async || {
+            env.stop(&next, Duration::from_secs(5), "").await.unwrap();
+            if waits.is_finished() { Ok(()) } else { Err("it has not been stopped yet") }
+        })
+        .await;
+        assert!(waits.await.unwrap().unwrap_err().message().contains("was stopped"));
+        stretched.disarm();
+        // No call asks for it any more, and nothing is left.
+        env.finish().await;
+    }
+}
+
 /// What was exec'd ends with the plugin that had it run, also where the runtime was cut off after the process was there.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exec_that_is_cut_off_leaves_no_process() {

@@ -42,13 +42,6 @@ pub struct Runner {
     running: watch::Sender<Option<(AttemptId, TaskHandle)>>,
 }
 
-/// May StopTask break off a start?
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum BreakOff {
-    OnWish,
-    Never,
-}
-
 /// How an attempt to start ended.
 #[allow(clippy::large_enum_variant, reason = "one a start, and no more than a handle")]
 enum Started {
@@ -106,8 +99,7 @@ impl Runner {
         while must_replace || *self.wish.borrow() == Wish::Run {
             let attempt = (number, self.node.model().next_attempt(number));
             self.files.collect().await;
-            // An attempt that replaces a forgotten one is what ends that, so it is not broken off, as Nomad breaks off none.
-            let started = self.start(attempt, if must_replace { BreakOff::Never } else { BreakOff::OnWish }).await;
+            let started = self.start(attempt).await;
             must_replace = matches!(started, Started::Forgotten);
             match started {
                 Started::Running(handle) => {
@@ -132,7 +124,7 @@ impl Runner {
         self.node.model().over(number);
     }
 
-    async fn start(&self, attempt: AttemptId, break_off: BreakOff) -> Started {
+    async fn start(&self, attempt: AttemptId) -> Started {
         let config = self.files.config(attempt.1);
         let mut wish = self.wish.subscribe();
         loop {
@@ -140,9 +132,6 @@ impl Runner {
             let request = StartTaskRequest { task: Some(config.clone()) };
             let start = self.node.call(Some(CALL), |mut driver| async move { driver.start_task(request).await });
             let changed = async {
-                if break_off == BreakOff::Never {
-                    return std::future::pending::<()>().await;
-                }
                 let _ = wish.wait_for(|wish| *wish != Wish::Run).await;
                 self.node.model().told_to_stop(attempt);
                 // StopTask breaks off a start that takes long.
