@@ -129,28 +129,3 @@ async fn tasks_of_run_have_defaults() {
         }
     }
 }
-
-/// A program that is started in another way hands down what this process ignores.
-#[test]
-fn every_program_is_started_by_one_function() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut wrong = Vec::new();
-    let mut left = vec![source.clone()];
-    while let Some(path) = left.pop() {
-        if path.is_dir() {
-            left.extend(fs::read_dir(&path).unwrap().flatten().map(|entry| entry.path()));
-            continue;
-        }
-        let name = path.strip_prefix(&source).unwrap().to_str().unwrap().to_owned();
-        // The benchmark measures how others start runtimes, and the fault switch does on purpose what must not be done.
-        if name.starts_with("bench/") || name == "fault.rs" || name == "process.rs" {
-            continue;
-        }
-        let text = fs::read_to_string(&path).unwrap();
-        let program = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-        if program.contains("Command::new(") {
-            wrong.push(name);
-        }
-    }
-    assert_eq!(wrong, Vec::<String>::new(), "use process::command or process::async_command");
-}
