@@ -32,6 +32,7 @@ const CHANGES: &[(&str, [&str; 2], &str, &str)] = &[
     ("state.upper_size", [r#""1m""#, r#""2m""#], "state.upper_size", r#"{"state": {"upper": "tmpfs"}}"#),
     ("state.grace", [r#""1s""#, r#""2s""#], "state.grace", ""),
     ("state.orphan_timeout", [r#""1s""#, r#""2s""#], "state.orphan_timeout", ""),
+    ("state.orphans", ["\"keep\"", "\"end\""], "state.orphans", ""),
     ("image.keep", [r#""1h""#, r#""forever""#], "image.keep", ""),
     ("shim.binary", [r#""a""#, r#""b""#], "shim.binary", ""),
     ("shim.pool", ["1", "2"], "shim.pool", ""),
