@@ -39,6 +39,10 @@ pub(super) const END: Duration = Duration::from_secs(5);
 const LAST_WORDS_MAX: u64 = 4 << 10;
 /// In a shim's directory: who it is, so that another instance of us finds it again.
 pub(super) const PID: &str = "pid";
+/// There, too: where it listens.
+const SOCKET: &str = "sock";
+/// There, too: what it has to say.
+const LOG: &str = "log";
 
 /// How shims are started.
 #[derive(Debug)]
@@ -281,7 +285,7 @@ impl Launcher {
             }
             tell.send_replace(true);
         });
-        match Client::connect_to_starting(&dir.join("sock"), self.hint(program.as_deref())).await {
+        match Client::connect_to_starting(&dir.join(SOCKET), self.hint(program.as_deref())).await {
             Ok(client) => {
                 if program.is_none() {
                     self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
@@ -303,7 +307,7 @@ impl Launcher {
                 })
             }
             Err(error) => {
-                let log = last_words(&dir.join("log")).unwrap_or_default();
+                let log = last_words(&dir.join(LOG)).unwrap_or_default();
                 tracing::warn!(shim = id, log = log.trim(), "a shim did not come up");
                 Err(error)
             }
@@ -317,7 +321,7 @@ impl Launcher {
             move |source| ShimError::File { id, doing, path, source }
         };
         make_dir(dir).map_err(failed("create", dir))?;
-        let (socket, log) = (dir.join("sock"), dir.join("log"));
+        let (socket, log) = (dir.join(SOCKET), dir.join(LOG));
         let listener = UnixListener::bind(&socket).map_err(failed("listen at", &socket))?;
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
         // A plain file: a FIFO would need a reader for the shim's whole life. The shim opens it by this name itself.
@@ -513,15 +517,24 @@ impl Shim {
     }
 }
 
+/// Removes a shim's directory. The files that the driver has made there are removed by their names, since a listing needs a
+/// descriptor, and the want of those may be the reason why the shim did not come up.
 pub(super) fn remove_dir(dir: &Path) {
     if crate::fault::skipped("shim-dir") {
         return;
     }
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(dir = %dir.display(), %error, "a shim's directory stays");
-        }
-        _ => {}
+    let by_name = [SOCKET, LOG, PID].iter().try_for_each(|file| absent(fs::remove_file(dir.join(file))));
+    let removed = by_name.and_then(|()| absent(fs::remove_dir(dir))).or_else(|_| absent(fs::remove_dir_all(dir)));
+    if let Err(error) = removed {
+        tracing::warn!(dir = %dir.display(), %error, "a shim's directory stays");
+    }
+}
+
+/// What was removed, or was not there.
+fn absent(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
