@@ -123,7 +123,7 @@ impl Driver for DriverService {
             // Its container's name is made of these.
             for (field, text) in [("handle.config.alloc_id", &config.alloc_id), ("handle.config.name", &config.name)] {
                 if text.is_empty() {
-                    return Err(Status::invalid_argument(format!("request: {field} is empty")));
+                    return Err(status::new(Code::InvalidArgument, &format!("request: {field} is empty")));
                 }
             }
             let former = FormerTask::of(&handle.driver_state, &config.alloc_id, &config.name);
