@@ -91,6 +91,7 @@ impl Launcher {
                         held,
                         uses: 0,
                         adopted: true,
+                        is_spoiled: Arc::default(),
                     });
                 }
                 // That we can't connect just now (no descriptors) does not mean that it hangs.

@@ -13,7 +13,7 @@ use std::{
     process::Stdio,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
     time::Duration,
 };
@@ -139,6 +139,8 @@ pub struct Shim {
     pub(super) uses: u32,
     /// Was it started by an earlier instance of us?
     pub(super) adopted: bool,
+    /// Does it hold a container that it can't delete? All holds on it know.
+    pub(super) is_spoiled: Arc<AtomicBool>,
 }
 
 /// A shim's process, not spoken to yet.
@@ -300,6 +302,7 @@ impl Launcher {
                     program,
                     uses: 0,
                     adopted: false,
+                    is_spoiled: Arc::default(),
                 })
             }
             Err(error) => {
@@ -449,12 +452,23 @@ impl Shim {
             held: Held::new(&self.id, &self.held.own),
             uses: self.uses,
             adopted: self.adopted,
+            is_spoiled: self.is_spoiled.clone(),
         }
     }
 
     /// Only the hold on it, for as long as it has a container that could not be ended: nobody takes it for idle meanwhile.
     pub fn into_hold(self) -> Held {
         self.held
+    }
+
+    /// Says that it holds a container which it can't delete.
+    pub(super) fn spoil(&self) {
+        self.is_spoiled.store(true, Ordering::SeqCst);
+    }
+
+    /// Does it hold a container that it can't delete? Then it is of no use to further tasks.
+    pub(super) fn is_spoiled(&self) -> bool {
+        self.is_spoiled.load(Ordering::SeqCst)
     }
 
     /// Is this the only hold on it here?

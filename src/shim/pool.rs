@@ -285,6 +285,9 @@ impl Pool {
     /// Takes back a shim whose container is gone: for the next task, or to its end. True when it is gone or ours again.
     pub async fn take_back(&self, alloc_id: &str, shim: Shim) -> bool {
         let Some(mut shim) = self.last_hold(alloc_id, shim) else { return true };
+        if shim.is_spoiled() {
+            return shim.end_by_force().await;
+        }
         shim.uses += 1;
         let settings = self.0.settings;
         // Others are not made for a second container: gVisor's closes what it needs for terminals with the first.
@@ -297,13 +300,12 @@ impl Pool {
         }
     }
 
-    /// Lets go of a shim that holds an ended container which it can't delete: it serves the tasks that it has, and then it
-    /// is ended by force, since it would not leave when asked to. True when it is gone or others hold it.
-    pub async fn discard(&self, alloc_id: &str, shim: Shim) -> bool {
-        match self.last_hold(alloc_id, shim) {
-            Some(shim) => shim.end_by_force().await,
-            None => true,
-        }
+    /// Lets go of a shim that holds an ended container which it can't delete: it serves the tasks that it has and no others,
+    /// and then it is ended by force, since it would not leave when asked to. True when it is gone or others hold it.
+    pub async fn discard(&self, mut shim: Shim) -> bool {
+        shim.spoil();
+        self.shared().retain(|_, kept| kept.id() != shim.id());
+        shim.leave_to_others() || shim.end_by_force().await
     }
 
     /// Gives up a task's hold on a shim, unless it is the last one, which is returned.

@@ -77,6 +77,10 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
         let source = ShimError::File { id, doing: "look for", path, source };
         return Err(TaskError::Shim { doing: "find the task's shim", source });
     }
+    if let Found::Alive(_) = shim {
+        // From an earlier try. It would be taken for the hold of another task that shares the shim.
+        shared.hold_shim(&record.task_id, None);
+    }
     // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
     let ended = match end_container(shared, record, &shim).await {
         Ok(ended) => ended,
@@ -104,7 +108,7 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
     let shim = match (shim, ended) {
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
         (Found::Alive(shim), Ended::InSpiteOfItsShim) => {
-            outcome.note(record, "shim", discard_shim(shared, record, shim).await);
+            outcome.note(record, "shim", discard_shim(shared, shim).await);
             None
         }
         (other, _) => {
@@ -364,8 +368,8 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
 }
 
 /// Lets go of a shim that holds an ended container which it can't delete. It is ended with the last task that holds it.
-async fn discard_shim(shared: &Shared, record: &Record, shim: Shim) -> Result<(), TaskError> {
-    if shared.pool.discard(&record.alloc_id, shim).await { Ok(()) } else { Err(shim_stays()) }
+async fn discard_shim(shared: &Shared, shim: Shim) -> Result<(), TaskError> {
+    if shared.pool.discard(shim).await { Ok(()) } else { Err(shim_stays()) }
 }
 
 fn shim_stays() -> TaskError {
