@@ -37,6 +37,8 @@ const KILL: Duration = Duration::from_secs(30);
 const DELETE: Duration = Duration::from_secs(45);
 /// Answered from memory.
 const QUICK: Duration = Duration::from_secs(10);
+/// How long a shim that is not just starting has for its first answer.
+pub const CONNECT: Duration = QUICK;
 
 /// The exec id of a container's first process.
 const INIT: &str = "";
@@ -204,7 +206,7 @@ impl Client {
     /// # Errors
     /// When it does not answer within 10 s, or neither service is there.
     pub async fn connect(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
-        Self::connect_within(QUICK, socket, hint).await
+        Self::connect_within(CONNECT, socket, hint).await
     }
 
     /// As `connect`, to a shim that is still starting, which may take as long as a start may: with 20 starts at once on two

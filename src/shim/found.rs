@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     Client, Launcher, Shim, ShimError,
-    launch::{END, PID, remove_dir},
+    launch::{END, PID, SPOILED, remove_dir},
 };
 use crate::process::{PidFd, ProcessId, boot_id, has_vanished};
 
@@ -78,7 +78,8 @@ impl Launcher {
                 Ok(client) => {
                     let pidfd = Arc::new(pidfd);
                     let ended = watch_over(&pidfd);
-                    return Found::Alive(Shim {
+                    let is_spoiled = dir.join(SPOILED).exists();
+                    let shim = Shim {
                         id: id.to_owned(),
                         pid: identity.process.pid,
                         dir,
@@ -91,8 +92,11 @@ impl Launcher {
                         held,
                         uses: 0,
                         adopted: true,
-                        is_spoiled: Arc::default(),
-                    });
+                    };
+                    if is_spoiled {
+                        shim.note_spoiled();
+                    }
+                    return Found::Alive(shim);
                 }
                 // That we can't connect just now (no descriptors) does not mean that it hangs.
                 Err(error) if matches!(error, ShimError::Late { .. }) => break error,

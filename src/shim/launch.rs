@@ -13,7 +13,7 @@ use std::{
     process::Stdio,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     time::Duration,
 };
@@ -39,6 +39,8 @@ pub(super) const END: Duration = Duration::from_secs(5);
 const LAST_WORDS_MAX: u64 = 4 << 10;
 /// In a shim's directory: who it is, so that another instance of us finds it again.
 pub(super) const PID: &str = "pid";
+/// In a shim's directory: it holds a container that it can't delete.
+pub(super) const SPOILED: &str = "spoiled";
 
 /// How shims are started.
 #[derive(Debug)]
@@ -56,8 +58,17 @@ pub struct Launcher {
     calls: RuntimeCalls,
 }
 
-/// How many in this process hold each shim.
-type Holders = Arc<Mutex<HashMap<String, usize>>>;
+/// Who in this process holds which shim, by its name.
+type Holders = Arc<Mutex<HashMap<String, Holding>>>;
+
+/// What is known here of a shim that somebody holds.
+#[derive(Debug, Default)]
+struct Holding {
+    /// How many hold it.
+    count: usize,
+    /// Does it hold a container that it can't delete?
+    is_spoiled: bool,
+}
 
 /// Says that somebody here holds a shim, until it is dropped.
 #[derive(Debug)]
@@ -69,7 +80,7 @@ pub struct Held {
 
 impl Held {
     fn new(id: &str, own: &Holders) -> Self {
-        *holders(own).entry(id.to_owned()).or_default() += 1;
+        holders(own).entry(id.to_owned()).or_default().count += 1;
         Self { id: id.to_owned(), own: own.clone(), given_up: false }
     }
 
@@ -77,8 +88,8 @@ impl Held {
     fn leave_to_others(&mut self) -> bool {
         let mut own = holders(&self.own);
         match own.get_mut(&self.id) {
-            Some(count) if *count > 1 => {
-                *count -= 1;
+            Some(holding) if holding.count > 1 => {
+                holding.count -= 1;
                 self.given_up = true;
                 true
             }
@@ -94,13 +105,13 @@ impl Drop for Held {
         }
         let mut own = holders(&self.own);
         match own.get_mut(&self.id) {
-            Some(count) if *count > 1 => *count -= 1,
+            Some(holding) if holding.count > 1 => holding.count -= 1,
             _ => drop(own.remove(&self.id)),
         }
     }
 }
 
-fn holders(own: &Holders) -> MutexGuard<'_, HashMap<String, usize>> {
+fn holders(own: &Holders) -> MutexGuard<'_, HashMap<String, Holding>> {
     own.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -139,8 +150,6 @@ pub struct Shim {
     pub(super) uses: u32,
     /// Was it started by an earlier instance of us?
     pub(super) adopted: bool,
-    /// Does it hold a container that it can't delete? All holds on it know.
-    pub(super) is_spoiled: Arc<AtomicBool>,
 }
 
 /// A shim's process, not spoken to yet.
@@ -227,6 +236,11 @@ impl Launcher {
         holders(&self.own).keys().cloned().collect()
     }
 
+    /// How many in this process hold this one.
+    pub(super) fn holders_of(&self, id: &str) -> usize {
+        holders(&self.own).get(id).map_or(0, |holding| holding.count)
+    }
+
     /// Says that somebody here is about to take this one over.
     pub fn hold(&self, id: &str) -> Held {
         Held::new(id, &self.own)
@@ -302,7 +316,6 @@ impl Launcher {
                     program,
                     uses: 0,
                     adopted: false,
-                    is_spoiled: Arc::default(),
                 })
             }
             Err(error) => {
@@ -452,7 +465,6 @@ impl Shim {
             held: Held::new(&self.id, &self.held.own),
             uses: self.uses,
             adopted: self.adopted,
-            is_spoiled: self.is_spoiled.clone(),
         }
     }
 
@@ -461,19 +473,30 @@ impl Shim {
         self.held
     }
 
-    /// Says that it holds a container which it can't delete.
+    /// Says that it holds a container which it can't delete, to all who hold it and to the next plugin.
     pub(super) fn spoil(&self) {
-        self.is_spoiled.store(true, Ordering::SeqCst);
+        self.note_spoiled();
+        let path = self.dir.join(SPOILED);
+        if let Err(error) = create_private(&path) {
+            tracing::warn!(path = %path.display(), %error, "the next plugin will not know that this shim can't be used again");
+        }
+    }
+
+    /// Notes what an earlier plugin has found out.
+    pub(super) fn note_spoiled(&self) {
+        if let Some(holding) = holders(&self.held.own).get_mut(&self.id) {
+            holding.is_spoiled = true;
+        }
     }
 
     /// Does it hold a container that it can't delete? Then it is of no use to further tasks.
     pub(super) fn is_spoiled(&self) -> bool {
-        self.is_spoiled.load(Ordering::SeqCst)
+        holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.is_spoiled)
     }
 
     /// Is this the only hold on it here?
     pub fn is_held_once(&self) -> bool {
-        holders(&self.held.own).get(&self.id) == Some(&1)
+        holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.count == 1)
     }
 
     /// Lets go of it if somebody else here holds it, too: true then.

@@ -169,7 +169,7 @@ impl Pool {
     pub fn adopted(&self, alloc_id: &str, shim: &Shim) {
         let Some(key) = self.key(alloc_id).filter(|_| !shim.is_of_another_kind()) else { return };
         let mut shared = self.shared();
-        if !self.is_closed() && !shared.contains_key(key) {
+        if !self.is_closed() && !shim.is_spoiled() && !shared.contains_key(key) {
             shared.insert(key.to_owned(), shim.share());
         }
     }
@@ -270,7 +270,7 @@ impl Pool {
 
     /// Takes in an idle shim, new or of an earlier instance of us, or ends it when there are enough.
     pub fn put(&self, shim: Shim) {
-        if shim.is_of_another_kind() {
+        if shim.is_of_another_kind() || shim.is_spoiled() {
             return shim.kill();
         }
         let mut idle = self.idle();
@@ -306,6 +306,13 @@ impl Pool {
         shim.spoil();
         self.shared().retain(|_, kept| kept.id() != shim.id());
         shim.leave_to_others() || shim.end_by_force().await
+    }
+
+    /// How many tasks hold this shim: the pool's own hold, which further tasks of an allocation or node would share, is none.
+    pub fn tasks_of(&self, id: &str) -> usize {
+        let shared = self.shared();
+        let own = shared.values().filter(|kept| kept.id() == id).count();
+        self.0.launcher.holders_of(id).saturating_sub(own)
     }
 
     /// Gives up a task's hold on a shim, unless it is the last one, which is returned.

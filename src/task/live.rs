@@ -216,8 +216,7 @@ impl Task {
                     interrupt::kill_runtime(shim, &container);
                 }
                 if tokio::time::timeout(HUNG, exit.wait_for(Option::is_some)).await.is_err() {
-                    // It does not tell of the end either: that of its connection does.
-                    shim::kill_shim(&shared.settings.places.shim(&self.record().shim));
+                    self.kill_shim(shared);
                 }
             }
         }
@@ -225,6 +224,21 @@ impl Task {
             Ok(_) => Ok(()),
             Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
         }
+    }
+}
+
+impl Task {
+    /// Ends a shim that does not tell of the task's end: that of its connection does. Other tasks of a shared one go on.
+    fn kill_shim(&self, shared: &Shared) {
+        let record = self.record();
+        if shared.pool.tasks_of(&record.shim) > 1 {
+            tracing::error!(
+                task = %record.task_id, shim = record.shim,
+                "the shim does not tell of the task's end, and is not killed, since other tasks share it"
+            );
+            return;
+        }
+        shim::kill_shim(&shared.settings.places.shim(&record.shim));
     }
 }
 

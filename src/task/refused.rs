@@ -54,7 +54,7 @@ pub(super) async fn complete(
                 "the shim does not end the container in time; the driver kills the runtime that the shim has called"
             );
             interrupt::kill_runtime(shim.pid(), &record.container_id);
-            if shim.is_held_once() {
+            if shared.pool.tasks_of(shim.id()) <= 1 {
                 return end_with_shim(shared, record, shim).await;
             }
             // One that is shared answers again, now that the runtime is gone. One that hangs itself is left to the others.
@@ -86,7 +86,7 @@ pub(super) async fn complete(
     Ok(Ended::InSpiteOfItsShim)
 }
 
-/// Kills a shim that nobody else holds, with all that it has called, and has what it leaves removed.
+/// Kills a shim that has no other task, with all that it has called, and has what it leaves removed.
 async fn end_with_shim(shared: &Shared, record: &Record, shim: &Shim) -> Result<Ended, TaskError> {
     let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
     let called = interrupt::all_below(shim.pid()).unwrap_or_else(|error| {

@@ -263,6 +263,12 @@ async fn a_shared_shim_that_can_not_delete_a_container_gets_no_further_task() {
         stretched.disarm();
         let next = beside(&mut env, "next").await;
         assert_ne!(shim_of(&env, &next).await, shim, "{scope}: it has got another task");
+        // The next plugin knows it, too.
+        env.kill_plugin().await;
+        env.start_plugin().await;
+        for task in [&bystander, &next] {
+            env.recover(task).await.unwrap();
+        }
         is_alive(&env, &bystander, scope).await;
         env.destroy(&bystander).await.unwrap();
         let dir = env.dir.join("run/shims").join(&shim);
