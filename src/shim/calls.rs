@@ -48,8 +48,8 @@ impl Drop for RuntimeCall {
 }
 
 impl RuntimeCalls {
-    /// Says that a call is at work. Returns never when the plugin has begun to leave and the call would come too late: the
-    /// next plugin does what is left to do.
+    /// Says that a call is at work. Does not return once the plugin leaves and makes no such calls any more: what is left to
+    /// do is the next plugin's.
     pub async fn begin(&self, purpose: Purpose) -> RuntimeCall {
         let may_begin = self.0.send_if_modified(|calls| {
             let admitted = match calls.phase {

@@ -37,6 +37,8 @@ const KILL: Duration = Duration::from_secs(30);
 const DELETE: Duration = Duration::from_secs(45);
 /// Answered from memory.
 const QUICK: Duration = Duration::from_secs(10);
+/// How long a shim that is not just starting has for its first answer.
+pub const CONNECT: Duration = QUICK;
 
 /// The exec id of a container's first process.
 const INIT: &str = "";
@@ -204,7 +206,7 @@ impl Client {
     /// # Errors
     /// When it does not answer within 10 s, or neither service is there.
     pub async fn connect(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
-        Self::connect_within(QUICK, socket, hint).await
+        Self::connect_within(CONNECT, socket, hint).await
     }
 
     /// As `connect`, to a shim that is still starting, which may take as long as a start may: with 20 starts at once on two
@@ -471,10 +473,14 @@ impl Client {
         };
         // Unconstrained: the runtime's budget must not cut between the two steps either.
         let mut asking = std::pin::pin!(tokio::task::unconstrained(self.inner.request(request)));
-        let asking = std::future::poll_fn(|cx| {
-            let _turn = self.order.lock().unwrap_or_else(PoisonError::into_inner);
-            asking.as_mut().poll(cx)
-        });
+        let asking = async {
+            self.connection.room().await;
+            let polled = std::future::poll_fn(|cx| {
+                let _turn = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+                asking.as_mut().poll(cx)
+            });
+            polled.await
+        };
         let answer = match limit {
             Some(limit) => tokio::time::timeout(limit, asking)
                 .await
@@ -521,4 +527,43 @@ fn gone_is_fine<T>(outcome: Result<T, ShimError>) -> Result<(), ShimError> {
 
 fn deadline_status() -> ttrpc::Status {
     ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "no answer")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    /// A shim that was stopped, say, with a task whose health is checked all the time. Its task is not taken for ended.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_shim_that_answers_nothing_is_not_taken_for_dead_however_often_it_is_asked() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = dir.path().join("sock");
+        let listener = tokio::net::UnixListener::bind(&socket).expect("bound");
+        // Connect is answered with an empty message; nothing is read afterwards.
+        let accept = async {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            let mut head = [0; 10];
+            stream.read_exact(&mut head).await.expect("a request");
+            let mut request = vec![0; usize::from(u16::from_be_bytes([head[2], head[3]]))];
+            stream.read_exact(&mut request).await.expect("a request");
+            let answer = [&[0; 4], &head[4..8], &[2, 0]].concat();
+            stream.write_all(&answer).await.expect("written");
+            stream
+        };
+        let (client, stream) = tokio::join!(Client::connect(&socket, None), accept);
+        let client = client.expect("connected");
+        let waiting = tokio::spawn({
+            let client = client.clone();
+            async move { client.wait("x").await }
+        });
+        for _ in 0..600 {
+            let asked = client.kill("x", libc::SIGHUP, Kill::Init);
+            assert!(tokio::time::timeout(Duration::from_millis(1), asked).await.is_err(), "it answers nothing");
+            assert!(!waiting.is_finished(), "it is taken for dead");
+        }
+        drop(stream);
+        let error = waiting.await.expect("no panic").expect_err("it is gone now");
+        assert!(matches!(error, ShimError::Gone { .. }), "{error:?}");
+    }
 }

@@ -16,20 +16,51 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixStream,
+    sync::watch,
 };
+
+/// So many bytes are written to a peer that answers nothing: half of what a socket's buffer takes (`net.core.wmem_default`).
+/// The library closes a connection when a call is given up whose request does not fit any more (ttrpc-rust,
+/// src/asynchronous/connection.rs, `run_writer`), and a shim that only hangs would be taken for dead.
+const UNANSWERED_MAX: usize = 100 << 10;
+/// What the kernel counts for a small write, at most, besides the bytes themselves.
+const WRITE_OVERHEAD: usize = 1 << 10;
 
 /// The state of one connection, for everybody who makes calls on it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct ConnectionState(Arc<AtomicBool>);
+pub(super) struct ConnectionState(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    is_broken: AtomicBool,
+    /// How many bytes were written since the last ones were read.
+    unanswered: watch::Sender<usize>,
+}
 
 impl ConnectionState {
     /// Has the peer closed the connection, or have we?
     pub(super) fn is_broken(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        self.0.is_broken.load(Ordering::SeqCst)
+    }
+
+    /// Waits until the peer, which may hang, has answered something, if much was written to it since its last answer.
+    pub(super) async fn room(&self) {
+        let mut unanswered = self.0.unanswered.subscribe();
+        // It fails when nobody can write any more, which the call finds out.
+        let _ = unanswered.wait_for(|count| *count < UNANSWERED_MAX || self.is_broken()).await;
     }
 
     fn set_broken(&self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.0.is_broken.store(true, Ordering::SeqCst);
+        self.set_answered();
+    }
+
+    fn add_unanswered(&self, bytes: usize) {
+        self.0.unanswered.send_modify(|count| *count = count.saturating_add(bytes + WRITE_OVERHEAD));
+    }
+
+    fn set_answered(&self) {
+        self.0.unanswered.send_replace(0);
     }
 }
 
@@ -53,6 +84,15 @@ impl Watched {
     }
 }
 
+impl Watched {
+    fn note_written(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(count)) = outcome {
+            self.state.add_unanswered(count);
+        }
+        self.note(outcome)
+    }
+}
+
 impl Drop for Watched {
     fn drop(&mut self) {
         self.state.set_broken();
@@ -64,8 +104,12 @@ impl AsyncRead for Watched {
         let (before, room) = (buffer.filled().len(), buffer.remaining());
         let outcome = Pin::new(&mut self.stream).poll_read(cx, buffer);
         // read(2): nothing was read although there was room for it, which is the end of the stream.
-        if matches!(outcome, Poll::Ready(Ok(()))) && room > 0 && buffer.filled().len() == before {
-            self.state.set_broken();
+        if matches!(outcome, Poll::Ready(Ok(()))) && room > 0 {
+            if buffer.filled().len() == before {
+                self.state.set_broken();
+            } else {
+                self.state.set_answered();
+            }
         }
         self.note(outcome)
     }
@@ -74,7 +118,7 @@ impl AsyncRead for Watched {
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.note(outcome)
+        self.note_written(outcome)
     }
 
     fn poll_write_vectored(
@@ -83,7 +127,7 @@ impl AsyncWrite for Watched {
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, parts);
-        self.note(outcome)
+        self.note_written(outcome)
     }
 
     fn is_write_vectored(&self) -> bool {

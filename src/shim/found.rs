@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     Client, Launcher, Shim, ShimError,
-    launch::{END, PID, remove_dir},
+    launch::{END, PID, UNUSABLE, remove_dir},
 };
 use crate::process::{PidFd, ProcessId, boot_id, has_vanished};
 
@@ -78,7 +78,8 @@ impl Launcher {
                 Ok(client) => {
                     let pidfd = Arc::new(pidfd);
                     let ended = watch_over(&pidfd);
-                    return Found::Alive(Shim {
+                    let is_unusable = dir.join(UNUSABLE).exists();
+                    let shim = Shim {
                         id: id.to_owned(),
                         pid: identity.process.pid,
                         dir,
@@ -91,7 +92,11 @@ impl Launcher {
                         held,
                         uses: 0,
                         adopted: true,
-                    });
+                    };
+                    if is_unusable {
+                        shim.note_unusable();
+                    }
+                    return Found::Alive(shim);
                 }
                 // That we can't connect just now (no descriptors) does not mean that it hangs.
                 Err(error) if matches!(error, ShimError::Late { .. }) => break error,

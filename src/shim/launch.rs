@@ -43,6 +43,8 @@ pub(super) const PID: &str = "pid";
 const SOCKET: &str = "sock";
 /// There, too: what it has to say.
 const LOG: &str = "log";
+/// In a shim's directory: it holds a container that it can't delete.
+pub(super) const UNUSABLE: &str = "unusable";
 
 /// How shims are started.
 #[derive(Debug)]
@@ -60,8 +62,17 @@ pub struct Launcher {
     calls: RuntimeCalls,
 }
 
-/// How many in this process hold each shim.
-type Holders = Arc<Mutex<HashMap<String, usize>>>;
+/// Who in this process holds which shim, by its name.
+type Holders = Arc<Mutex<HashMap<String, Holding>>>;
+
+/// What is known here of a shim that somebody holds.
+#[derive(Debug, Default)]
+struct Holding {
+    /// How many hold it.
+    count: usize,
+    /// Does it hold a container that it can't delete?
+    is_unusable: bool,
+}
 
 /// Says that somebody here holds a shim, until it is dropped.
 #[derive(Debug)]
@@ -73,7 +84,7 @@ pub struct Held {
 
 impl Held {
     fn new(id: &str, own: &Holders) -> Self {
-        *holders(own).entry(id.to_owned()).or_default() += 1;
+        holders(own).entry(id.to_owned()).or_default().count += 1;
         Self { id: id.to_owned(), own: own.clone(), given_up: false }
     }
 
@@ -81,8 +92,8 @@ impl Held {
     fn leave_to_others(&mut self) -> bool {
         let mut own = holders(&self.own);
         match own.get_mut(&self.id) {
-            Some(count) if *count > 1 => {
-                *count -= 1;
+            Some(holding) if holding.count > 1 => {
+                holding.count -= 1;
                 self.given_up = true;
                 true
             }
@@ -98,13 +109,13 @@ impl Drop for Held {
         }
         let mut own = holders(&self.own);
         match own.get_mut(&self.id) {
-            Some(count) if *count > 1 => *count -= 1,
+            Some(holding) if holding.count > 1 => holding.count -= 1,
             _ => drop(own.remove(&self.id)),
         }
     }
 }
 
-fn holders(own: &Holders) -> MutexGuard<'_, HashMap<String, usize>> {
+fn holders(own: &Holders) -> MutexGuard<'_, HashMap<String, Holding>> {
     own.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -227,6 +238,11 @@ impl Launcher {
     /// Names of the shims that somebody in this process holds.
     pub fn own(&self) -> HashSet<String> {
         holders(&self.own).keys().cloned().collect()
+    }
+
+    /// How many in this process hold this one.
+    pub(super) fn holders_of(&self, id: &str) -> usize {
+        holders(&self.own).get(id).map_or(0, |holding| holding.count)
     }
 
     /// Says that somebody here is about to take this one over.
@@ -461,9 +477,30 @@ impl Shim {
         self.held
     }
 
+    /// Says that it holds a container which it can't delete, to all who hold it and to the next plugin.
+    pub(super) fn mark_unusable(&self) {
+        self.note_unusable();
+        let path = self.dir.join(UNUSABLE);
+        if let Err(error) = create_private(&path) {
+            tracing::warn!(path = %path.display(), %error, "the next plugin will not know that this shim can't be used again");
+        }
+    }
+
+    /// Notes what an earlier plugin has found out.
+    pub(super) fn note_unusable(&self) {
+        if let Some(holding) = holders(&self.held.own).get_mut(&self.id) {
+            holding.is_unusable = true;
+        }
+    }
+
+    /// Does it hold a container that it can't delete? Then it is of no use to further tasks.
+    pub(super) fn is_unusable(&self) -> bool {
+        holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.is_unusable)
+    }
+
     /// Is this the only hold on it here?
     pub fn is_held_once(&self) -> bool {
-        holders(&self.held.own).get(&self.id) == Some(&1)
+        holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.count == 1)
     }
 
     /// Lets go of it if somebody else here holds it, too: true then.
@@ -523,7 +560,7 @@ pub(super) fn remove_dir(dir: &Path) {
     if crate::fault::skipped("shim-dir") {
         return;
     }
-    let by_name = [SOCKET, LOG, PID].iter().try_for_each(|file| absent(fs::remove_file(dir.join(file))));
+    let by_name = [SOCKET, LOG, PID, UNUSABLE].iter().try_for_each(|file| absent(fs::remove_file(dir.join(file))));
     let removed = by_name.and_then(|()| absent(fs::remove_dir(dir))).or_else(|_| absent(fs::remove_dir_all(dir)));
     if let Err(error) = removed {
         tracing::warn!(dir = %dir.display(), %error, "a shim's directory stays");

@@ -25,7 +25,7 @@ use crate::failure::{self, Cause};
 
 pub use calls::{Purpose, RuntimeCall, RuntimeCalls};
 pub use cleanup::{DeadTask, EXIT_NOTE, delete_dead, has_noted_exit};
-pub use client::{Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, TaskApi, WindowSize};
+pub use client::{CONNECT, Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};
 pub use found::{Found, end_hung, end_stray, is_alive, kill_shim};
 pub use launch::{Held, Launcher, Shim, Unborn};

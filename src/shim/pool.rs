@@ -169,7 +169,7 @@ impl Pool {
     pub fn adopted(&self, alloc_id: &str, shim: &Shim) {
         let Some(key) = self.key(alloc_id).filter(|_| !shim.is_of_another_kind()) else { return };
         let mut shared = self.shared();
-        if !self.is_closed() && !shared.contains_key(key) {
+        if !self.is_closed() && !shim.is_unusable() && !shared.contains_key(key) {
             shared.insert(key.to_owned(), shim.share());
         }
     }
@@ -270,7 +270,7 @@ impl Pool {
 
     /// Takes in an idle shim, new or of an earlier instance of us, or ends it when there are enough.
     pub fn put(&self, shim: Shim) {
-        if shim.is_of_another_kind() {
+        if shim.is_of_another_kind() || shim.is_unusable() {
             return shim.kill();
         }
         let mut idle = self.idle();
@@ -285,6 +285,9 @@ impl Pool {
     /// Takes back a shim whose container is gone: for the next task, or to its end. True when it is gone or ours again.
     pub async fn take_back(&self, alloc_id: &str, shim: Shim) -> bool {
         let Some(mut shim) = self.last_hold(alloc_id, shim) else { return true };
+        if shim.is_unusable() {
+            return shim.end_by_force().await;
+        }
         shim.uses += 1;
         let settings = self.0.settings;
         // Others are not made for a second container: gVisor's closes what it needs for terminals with the first.
@@ -297,13 +300,19 @@ impl Pool {
         }
     }
 
-    /// Lets go of a shim that holds an ended container which it can't delete: it serves the tasks that it has, and then it
-    /// is ended by force, since it would not leave when asked to. True when it is gone or others hold it.
-    pub async fn discard(&self, alloc_id: &str, shim: Shim) -> bool {
-        match self.last_hold(alloc_id, shim) {
-            Some(shim) => shim.end_by_force().await,
-            None => true,
-        }
+    /// Lets go of a shim that holds an ended container which it can't delete: it serves the tasks that it has and no others,
+    /// and then it is ended by force, since it would not leave when asked to. True when it is gone or others hold it.
+    pub async fn discard(&self, mut shim: Shim) -> bool {
+        shim.mark_unusable();
+        self.shared().retain(|_, kept| kept.id() != shim.id());
+        shim.leave_to_others() || shim.end_by_force().await
+    }
+
+    /// How many tasks hold this shim: the pool's own hold, which further tasks of an allocation or node would share, is none.
+    pub fn tasks_of(&self, id: &str) -> usize {
+        let shared = self.shared();
+        let own = shared.values().filter(|kept| kept.id() == id).count();
+        self.0.launcher.holders_of(id).saturating_sub(own)
     }
 
     /// Gives up a task's hold on a shim, unless it is the last one, which is returned.

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::{
     ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
     claim::caught,
+    interrupt,
     record::{RunRecord, millis},
     shared::Shared,
     undo::KILL_GRACE,
@@ -24,7 +25,7 @@ use crate::{
     image::ImageRecord,
     logs::Hold,
     process::PidFd,
-    shim::{self, Client, Exit, Found, Kill, ShimError},
+    shim::{self, Client, Exit, Found, Kill, Shim, ShimError},
 };
 
 /// A kill takes 5 ms; a shim that has not done it by now hangs.
@@ -42,6 +43,8 @@ pub struct Task {
     pub(super) shim: tokio::sync::Mutex<Option<Found>>,
     /// Works as long as the shim lives. None for a task that had ended when it was found.
     pub(super) client: Option<Client>,
+    /// The process of that shim.
+    shim_pid: Option<u32>,
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) exit: watch::Sender<Option<ExitRecord>>,
@@ -95,15 +98,17 @@ pub struct Parts {
 impl Task {
     pub(super) fn new(parts: Parts) -> Arc<Self> {
         let Parts { record, shim, run, phases, exit, lost, claimed, image, log } = parts;
-        let client = match &shim {
-            Found::Alive(shim) if exit.is_none() => Some(shim.client().clone()),
+        let alive = match &shim {
+            Found::Alive(shim) if exit.is_none() => Some(shim),
             _ => None,
         };
+        let (client, shim_pid) = (alive.map(|shim| shim.client().clone()), alive.map(Shim::pid));
         Arc::new(Self {
             record: Mutex::new(record),
             saving: Arc::default(),
             shim: tokio::sync::Mutex::new(Some(shim)),
             client,
+            shim_pid,
             run,
             phases,
             exit: watch::Sender::new(exit),
@@ -206,9 +211,12 @@ impl Task {
                 if let Ok(init) = PidFd::of(&self.run.process) {
                     init.signal(libc::SIGKILL);
                 }
+                // A shim tells of the end only after the runtime that it has called to kill the container.
+                if let Some(shim) = self.shim_pid {
+                    interrupt::kill_runtime(shim, &container);
+                }
                 if tokio::time::timeout(HUNG, exit.wait_for(Option::is_some)).await.is_err() {
-                    // It does not tell of the end either: that of its connection does.
-                    shim::kill_shim(&shared.settings.places.shim(&self.record().shim));
+                    self.kill_shim(shared);
                 }
             }
         }
@@ -216,6 +224,21 @@ impl Task {
             Ok(_) => Ok(()),
             Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
         }
+    }
+}
+
+impl Task {
+    /// Ends a shim that does not tell of the task's end: that of its connection does. Other tasks of a shared one go on.
+    fn kill_shim(&self, shared: &Shared) {
+        let record = self.record();
+        if shared.pool.tasks_of(&record.shim) > 1 {
+            tracing::error!(
+                task = %record.task_id, shim = record.shim,
+                "the shim does not tell of the task's end, and is not killed, since other tasks share it"
+            );
+            return;
+        }
+        shim::kill_shim(&shared.settings.places.shim(&record.shim));
     }
 }
 

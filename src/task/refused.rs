@@ -31,8 +31,8 @@ const SHIM_DEATH: Duration = Duration::from_secs(5);
 /// a shared shim are not affected.
 ///
 /// # Errors
-/// `refusal` when it is not one that can be completed: the shim is shared and hangs, or the container does not end. Others
-/// when what is left can't be removed.
+/// `refusal` when it is not one that can be completed, or the container does not end. Others when a shared shim hangs, or
+/// what is left can't be removed.
 pub(super) async fn complete(
     shared: &Shared,
     record: &Record,
@@ -54,7 +54,10 @@ pub(super) async fn complete(
                 "the shim does not end the container in time; the driver kills the runtime that the shim has called"
             );
             interrupt::kill_runtime(shim.pid(), &record.container_id);
-            return if shim.is_held_once() { end_with_shim(shared, record, shim).await } else { Err(failed(refusal)) };
+            if shared.pool.tasks_of(shim.id()) <= 1 {
+                return end_with_shim(shared, record, shim).await;
+            }
+            // One that is shared answers again, now that the runtime is gone. One that hangs itself is left to the others.
         }
         _ => return Err(failed(refusal)),
     }
@@ -71,6 +74,7 @@ pub(super) async fn complete(
     match client.delete(id).await {
         Ok(()) => return Ok(Ended::ByItsShim),
         Err(ShimError::Refused { .. } | ShimError::NotUnderstood { .. }) => {}
+        Err(ShimError::Late { .. }) => interrupt::kill_runtime(shim.pid(), &record.container_id),
         Err(error) => return Err(failed(error)),
     }
     // Only a shim of another kind knows how its containers are removed, and it has no other container.
@@ -82,7 +86,7 @@ pub(super) async fn complete(
     Ok(Ended::InSpiteOfItsShim)
 }
 
-/// Kills a shim that nobody else holds, with all that it has called, and has what it leaves removed.
+/// Kills a shim that has no other task, with all that it has called, and has what it leaves removed.
 async fn end_with_shim(shared: &Shared, record: &Record, shim: &Shim) -> Result<Ended, TaskError> {
     let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
     let called = interrupt::all_below(shim.pid()).unwrap_or_else(|error| {

@@ -25,7 +25,7 @@ use crate::{
     places::{Places, names},
     process::{ProcessId, unless_vanished},
     rootfs::RootfsError,
-    shim::{self, Client},
+    shim::{self, Client, ShimError},
 };
 
 /// Nothing of what an engine does at intervals is done by one that only clears.
@@ -184,25 +184,18 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
             found.push((Thing::Container(id), Verdict::Stays(why.to_owned())));
         }
     }
+    let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
+    let nameless: Vec<String> =
+        names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())).collect();
     let containers = containers_on_disk(places, &settings.containerd.namespace)?;
     for id in containers.into_iter().filter(|id| !claimed.contains(id)) {
-        let verdict = match process_of(places, &cgroups, &id) {
-            Ok(Some(pid)) => Verdict::Stays(format!("its container lives, process {pid}, though no record claims it")),
-            Ok(None) => goes("no record claims it, and no process of it lives"),
-            Err(error) => {
-                let error = crate::chain(&error);
-                Verdict::Stays(format!(
-                    "no record claims it, and whether a process of it lives can't be told ({error})"
-                ))
-            }
-        };
+        let verdict = judge_nameless(places, &cgroups, &id, &nameless).await;
         found.push((Thing::Container(id), verdict));
     }
-    let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
     // It may have one whose record is lost: it is the only way to that.
     let hides =
         found.iter().any(|(thing, verdict)| matches!((thing, verdict), (Thing::Container(_), Verdict::Stays(_))));
-    for name in names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())) {
+    for name in nameless {
         let verdict = if hides {
             Verdict::Stays("no record names it, and it may hold a container whose record is lost".to_owned())
         } else {
@@ -216,6 +209,44 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
     let probes = probes.map_err(|source| TaskError::Stays { path: places.run().to_owned(), source })?.into_iter();
     found.extend(probes.map(|name| (Thing::Probe(name), goes("the process that probed a runtime with it has ended"))));
     Ok((found, alone))
+}
+
+/// What becomes of a container that no record claims. `shims`: those that may hold it.
+async fn judge_nameless(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[String]) -> Verdict {
+    let unknown = |why: String| {
+        Verdict::Stays(format!("no record claims it, and whether a process of it lives can't be told ({why})"))
+    };
+    match process_of(places, cgroups, id) {
+        Ok(Some(pid)) => {
+            return Verdict::Stays(format!("its container lives, process {pid}, though no record claims it"));
+        }
+        Ok(None) => {}
+        Err(error) => return unknown(crate::chain(&error)),
+    }
+    // Sandboxes may be in a cgroup of their own choice, and their runtimes write their state in other forms.
+    for shim in shims {
+        match lives_in(&places.shim(shim), id).await {
+            Ok(false) => {}
+            Ok(true) => {
+                return Verdict::Stays(format!("its container lives in shim {shim}, though no record claims it"));
+            }
+            Err(error) => return unknown(format!("shim {shim}: {}", crate::chain(&error))),
+        }
+    }
+    Verdict::Goes("no record claims it, and no process of it lives".to_owned())
+}
+
+/// Does the shim whose directory this is have this container, and does its process live? One that has ended has none.
+async fn lives_in(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> {
+    if !shim::is_alive(dir) {
+        return Ok(false);
+    }
+    let ask = async { Client::connect(&dir.join("sock"), None).await?.is_alive(id.as_str()).await };
+    match tokio::time::timeout(ANSWER, ask).await {
+        Ok(Err(error)) if error.is_not_found() => Ok(false),
+        Ok(answer) => answer,
+        Err(_) => Err(ShimError::Late { call: "State", after: ANSWER }),
+    }
 }
 
 async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing, Verdict) {

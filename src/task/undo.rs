@@ -77,18 +77,22 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
         let source = ShimError::File { id, doing: "look for", path, source };
         return Err(TaskError::Shim { doing: "find the task's shim", source });
     }
+    // A hold from an earlier try would be taken for that of another task that shares the shim.
+    shared.hold_shim(&record.task_id, None);
     // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
     let ended = match end_container(shared, record, &shim).await {
         Ok(ended) => ended,
         Err(error) => {
             tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(&error), "undo");
-            if let Found::Alive(shim) = shim {
-                shared.hold_shim(&record.task_id, Some(shim.into_hold()));
-            }
+            let hold = match shim {
+                Found::Alive(shim) => Some(shim.into_hold()),
+                Found::Hung(_) => Some(shared.pool.launcher().hold(&record.shim)),
+                Found::Gone | Found::Unknown(_) => None,
+            };
+            shared.hold_shim(&record.task_id, hold);
             return Err(error);
         }
     };
-    shared.hold_shim(&record.task_id, None);
     if record.group.is_some() {
         tokio::task::block_in_place(|| group::leave(shared, record));
     }
@@ -104,7 +108,7 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
     let shim = match (shim, ended) {
         (Found::Alive(shim), Ended::ByItsShim) => Some(shim),
         (Found::Alive(shim), Ended::InSpiteOfItsShim) => {
-            outcome.note(record, "shim", discard_shim(shared, record, shim).await);
+            outcome.note(record, "shim", discard_shim(shared, shim).await);
             None
         }
         (other, _) => {
@@ -236,6 +240,11 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
         }
     }
     if let Found::Hung(pidfd) = shim {
+        if shared.pool.tasks_of(&record.shim) > 0 {
+            // They would end with it.
+            let source = ShimError::Late { call: "Connect", after: shim::CONNECT };
+            return Err(failed("end the container of a shim that has other tasks")(source));
+        }
         // It has the container in its hands and does not let go of it otherwise.
         pidfd.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_GRACE, pidfd.ended()).await;
@@ -364,8 +373,8 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
 }
 
 /// Lets go of a shim that holds an ended container which it can't delete. It is ended with the last task that holds it.
-async fn discard_shim(shared: &Shared, record: &Record, shim: Shim) -> Result<(), TaskError> {
-    if shared.pool.discard(&record.alloc_id, shim).await { Ok(()) } else { Err(shim_stays()) }
+async fn discard_shim(shared: &Shared, shim: Shim) -> Result<(), TaskError> {
+    if shared.pool.discard(shim).await { Ok(()) } else { Err(shim_stays()) }
 }
 
 fn shim_stays() -> TaskError {

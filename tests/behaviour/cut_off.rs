@@ -219,6 +219,69 @@ async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
     }
 }
 
+/// The shim tells nothing of a container whose runtime hangs, and would not tell of its end either. Other tasks of the same
+/// shim go on, also where the runtime hangs each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runtime_that_hangs_while_it_kills_harms_no_other_task() {
+    for runtime in runtimes() {
+        // What a shell calls is not killed with it, and keeps its shim waiting.
+        let stretched = Stretched::new(&runtime, "kill", ":", "sleep 600");
+        let mut env = stretched.plugin(json!({"shim_scope": "node"})).await;
+        let config = sleeper(&env).await;
+        let bystander = env.start(config.clone()).await;
+        let task = env.start(config).await;
+        stretched.arm();
+        env.stop(&task, Duration::ZERO, "").await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        env.destroy(&task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        stretched.disarm();
+        is_alive(&env, &bystander, &runtime).await;
+        env.destroy(&bystander).await.unwrap();
+        env.finish().await;
+    }
+}
+
+/// A shared shim that holds a container which it can't delete gets no further task, and ends with the last one that it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_shim_that_can_not_delete_a_container_gets_no_further_task() {
+    let runtime = &runtimes()[0];
+    for scope in ["alloc", "node"] {
+        let stretched = Stretched::new(runtime, "delete", DELETED, "kill -9 $$");
+        let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+        let config = sleeper(&env).await;
+        let bystander = env.start(config.clone()).await;
+        let beside = async |env: &mut Env, name: &str| {
+            let dirs = env.allocs[0].task(name).unwrap();
+            let mut task = env.prepare_in(dirs, "1", config.clone()).await;
+            env.try_start(&mut task).await.unwrap();
+            task
+        };
+        let task = beside(&mut env, "side").await;
+        let shim = shim_of(&env, &bystander).await;
+        assert_eq!(shim_of(&env, &task).await, shim, "{scope}");
+        stretched.arm();
+        env.destroy(&task).await.unwrap_or_else(|status| panic!("{scope}: {}", status.message()));
+        stretched.disarm();
+        let next = beside(&mut env, "next").await;
+        assert_ne!(shim_of(&env, &next).await, shim, "{scope}: it has got another task");
+        // The next plugin knows it, too.
+        env.kill_plugin().await;
+        env.start_plugin().await;
+        for task in [&bystander, &next] {
+            env.recover(task).await.unwrap();
+        }
+        is_alive(&env, &bystander, scope).await;
+        env.destroy(&bystander).await.unwrap();
+        let dir = env.dir.join("run/shims").join(&shim);
+        eventually("the shim ends with its last task", async || if dir.exists() { Err(scope) } else { Ok(()) }).await;
+        env.destroy(&next).await.unwrap();
+        env.finish().await;
+    }
+}
+
+async fn shim_of(env: &Env, task: &Task) -> String {
+    env.record(task).await.1["shim"].as_str().unwrap().to_owned()
+}
+
 /// A create that is cut off, before and after the container is there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_create_that_is_cut_off_leaves_nothing() {

@@ -184,6 +184,32 @@ async fn what_lives_stays_and_what_has_ended_goes_without_a_plugin() {
     env.finish().await;
 }
 
+/// Neither its cgroup nor its runtime's state leads to the process of every container: its shim is asked, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_only_its_shim_knows_stays() {
+    let mut env = Env::new().await;
+    let task = env.sh("echo ready; sleep 600").await;
+    task.says("ready").await;
+    let (path, _) = env.record(&task).await;
+    let (id, life) = (env.attribute(&task, "container_id").await, PidFd::open(pid(&env, &task).await).unwrap());
+    env.kill_plugin().await;
+    let states = leaf(&leaf(&env.dir.join("run/runtimes"))).join(&id);
+    let known_by = |name: &str| states.join(name);
+    let known_by = ["status", "state.json"].map(known_by).into_iter().find(|path| path.exists()).unwrap();
+    let hidden = [path, known_by, env.dir.join("run/bundles").join(&id).join("config.json")];
+    let aside = |path: &Path| env.dir.join(path.file_name().unwrap());
+    hidden.iter().for_each(|path| fs::rename(path, aside(path)).unwrap());
+    let done = gc(&env, &[]).await;
+    assert!(of(&done, &id).stays && of(&done, &id).why.contains("lives in shim"), "{done:#?}");
+    assert!(!life.has_ended());
+    hidden.iter().for_each(|path| fs::rename(aside(path), path).unwrap());
+    env.start_plugin().await;
+    env.recover(&task).await.unwrap();
+    assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
 /// The only directory in this one.
 fn leaf(path: &Path) -> std::path::PathBuf {
     let entries = leak::entries(path);

@@ -225,6 +225,33 @@ async fn a_task_whose_shim_hangs_is_stopped_all_the_same() {
     env.finish().await;
 }
 
+/// A shared shim that hangs is not killed for one of its tasks: the others would end with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_shim_that_hangs_is_not_killed_for_one_task() {
+    let config = json!({"shim_scope": "node"});
+    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let (stopped, bystander) = (env.sh("sleep 600").await, env.sh("sleep 600").await);
+    let shim = Pid::from_raw(shim_pid(&env, &env.record(&stopped).await.1));
+    kill(shim, Signal::SIGSTOP).unwrap();
+    let stop = async {
+        env.stop(&stopped, Duration::ZERO, "").await.unwrap();
+    };
+    let resume = async {
+        eventually("the shim is spared", async || {
+            let said = env.plugin().stderr();
+            if said.contains("is not killed, since other tasks share it") { Ok(()) } else { Err(said) }
+        })
+        .await;
+        kill(shim, Signal::SIGCONT).unwrap();
+    };
+    tokio::join!(stop, resume);
+    assert_eq!(env.wait(&stopped).await.exit_code, 137);
+    env.destroy(&stopped).await.unwrap();
+    assert_eq!(env.exec_text(&bystander, "echo alive").await, "alive\n");
+    env.destroy(&bystander).await.unwrap();
+    env.finish().await;
+}
+
 /// Records that lie or are torn: each is set aside or seen through, and the rest goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_lie_or_are_torn_harm_nobody() {
