@@ -24,7 +24,7 @@ test: setup
 	@if [ -n "$(DRIVER)" ]; then DRIVER="$(abspath $(DRIVER))" $(CARGO) test --locked --test conformance -- $(ARGS); \
 	 else $(CARGO) test --locked; fi
 
-## What is different with gVisor, and the conformance rows with it: docs/conformance-gvisor.md. Builds it (needs Go).
+## What is different with gVisor, and the conformance rows with it: docs/conformance.md. Builds it (needs Go).
 test-gvisor:
 	@scripts/setup.sh gvisor
 	@scripts/test-gvisor.sh $(ARGS)

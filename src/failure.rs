@@ -195,7 +195,7 @@ pub const RULES: &[Rule] = &[
         errnos: &[],
         words: &["chdir `", "chdir to cwd", "cwd must be an absolute path"],
         cause: Cause::Job,
-        reason: "the image does not have it, or it is no directory",
+        reason: "it is no directory, or can't be made",
     },
     Rule {
         failure: "the user is none",

@@ -212,7 +212,7 @@ pub async fn main() -> ExitCode {
 fn explain() {
     say("nomad-driver-shim is a task driver plugin for HashiCorp Nomad.\n\n\
          Nomad starts it by itself: put this program (or a link to it) into the agent's plugin_dir, and name it in the\n\
-         agent's configuration:\n\n  plugin \"nomad-driver-shim\" { config { } }\n\n\
+         agent's configuration:\n\n  plugin \"nomad-driver-shim\" {\n    config {\n    }\n  }\n\n\
          A job then says driver = \"shim\". The name is the file's, without a leading \"nomad-driver-\"; linked as\n\
          containerd-driver it takes that driver's place.\n\n\
          Without an agent: nomad-driver-shim run IMAGE [COMMAND...], and nomad-driver-shim --help for more.");

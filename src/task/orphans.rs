@@ -37,12 +37,11 @@ impl Engine {
             Orphans::End => None,
         };
         match why {
-            Some(why) if dry_run => orphans.iter().map(|(id, _)| Garbage::staying("task", &id.0, why)).collect(),
             Some(why) => {
-                for (id, _) in orphans.iter().filter(|(_, task)| task.is_first_warning()) {
+                for (id, _) in orphans.iter().filter(|(_, task)| !dry_run && task.is_first_warning()) {
                     tracing::warn!(task = %id, why, "runs, and no agent has asked for it");
                 }
-                Vec::new()
+                orphans.iter().map(|(id, _)| Garbage::staying("task", &id.0, why)).collect()
             }
             None if dry_run => orphans.iter().map(|(id, _)| garbage(id, &Ok(()))).collect(),
             None => {

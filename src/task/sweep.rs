@@ -53,7 +53,8 @@ impl Engine {
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
                 // A reaper that ended with a panic would leave everything that is nobody's for ever.
-                let swept = caught("the reaper", this.sweep(false)).await.unwrap_or_default();
+                let mut swept = caught("the reaper", this.sweep(false)).await.unwrap_or_default();
+                swept.retain(|garbage| !garbage.stays);
                 this.shared().metrics.swept(swept.iter().filter(|one| one.problem.is_none()).count());
                 tell(swept);
             }

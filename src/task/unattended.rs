@@ -259,7 +259,7 @@ async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing
         RecordState::Intended => {
             return half_done("a plugin had begun to start it, and no agent was told that it runs");
         }
-        RecordState::Destroying => return half_done("a plugin had begun to destroy it, as its agent wanted"),
+        RecordState::Destroying => return half_done("a plugin had begun to destroy it"),
         RecordState::Exited(exit) => End::Ago(since(exit.at)),
         RecordState::Running(run) | RecordState::Stopping { run, .. } => end_of(places, record, run).await,
     };

@@ -27,7 +27,7 @@ const STATE: &[Row] = &[
         "orphans",
         Kind::Text,
         "\"keep\"",
-        "What becomes of tasks that run and that no agent has asked for within `grace`, since it lost its data or has another one: `keep` lets them run and says so once; `end` sends them their stop signal, kills them 30 s later and destroys them. The time counts while an agent is connected: one that is down loses nothing. Make `grace` longer than an agent takes to ask for its tasks.",
+        "What becomes of tasks that run and that no agent has asked for within `grace`, for example because the agent has lost its data directory: `keep` lets them run and says so once; `end` sends them their stop signal, kills what still runs 30 s later, and destroys them. The time is counted only while an agent is connected, and starts anew with each connection, so that tasks outlive an agent that is down. Make `grace` longer than an agent takes to ask for its tasks.",
     ),
     default(
         "orphan_timeout",
@@ -137,7 +137,7 @@ const SECURITY: &[Row] = &[
     row(
         "apparmor",
         Kind::Text,
-        "The AppArmor profile of unprivileged tasks that say nothing: `default` (ours, with docker's rules), `unconfined`, or the name of a loaded profile. Tasks fail where it can't be had. Default: `default` where the node has AppArmor and `apparmor_parser`, else none; as containerd-driver: `unconfined`.",
+        "The AppArmor profile of unprivileged tasks that say nothing: `default` (ours, with docker's rules), `unconfined`, or the name of a loaded profile. A value that is set fails tasks where it can't be had. Unset: ours where the node has AppArmor and `apparmor_parser` or the loaded profile, else none; as containerd-driver: `unconfined`.",
     ),
     row(
         "allow_apparmor_override",
