@@ -82,9 +82,7 @@ impl Watched {
         }
         outcome
     }
-}
 
-impl Watched {
     fn note_written(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(count)) = outcome {
             self.state.add_unanswered(count);

@@ -174,10 +174,7 @@ fn look(dir: &Path) -> io::Result<(PidFd, Identity)> {
 
 /// Does the shim whose directory this is live? Where that can't be told, it may.
 pub fn is_alive(dir: &Path) -> bool {
-    match look(dir) {
-        Ok(_) => true,
-        Err(error) => error.kind() != io::ErrorKind::NotFound && error.raw_os_error() != Some(libc::ESRCH),
-    }
+    look(dir).map_or_else(|error| !has_vanished(&error), |_| true)
 }
 
 /// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.

@@ -225,9 +225,7 @@ impl Task {
             Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
         }
     }
-}
 
-impl Task {
     /// Ends a shim that does not tell of the task's end: that of its connection does. Other tasks of a shared one go on.
     fn kill_shim(&self, shared: &Shared) {
         let record = self.record();

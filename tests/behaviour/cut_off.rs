@@ -11,7 +11,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use nomad_driver_shim::pb::driver::DestroyTaskRequest;
+use nomad_driver_shim::pb::driver::{DestroyTaskRequest, StartTaskRequest};
 use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, Task, eventually, patience, script, services::root};
@@ -120,6 +120,22 @@ async fn next_attempt_runs(env: &Env, task: Task, what: &str) {
     env.destroy(&next).await.unwrap();
 }
 
+/// After a plugin has succeeded another: the other task is recovered and alive, the next attempt of the one that was cut off
+/// runs, and nothing is left when both are gone.
+async fn nothing_else_is_harmed(env: Env, cut_off: Task, bystander: &Task, what: &str) {
+    env.recover(bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
+    next_attempt_runs(&env, cut_off, what).await;
+    is_alive(&env, bystander, what).await;
+    env.destroy(bystander).await.unwrap();
+    env.finish().await;
+}
+
+/// Starts a task by a call that goes on beside the test.
+fn start(env: &Env, task: &Task) -> tokio::task::JoinHandle<Result<(), tonic::Status>> {
+    let (mut driver, request) = (env.driver(), StartTaskRequest { task: Some(task.config.clone()) });
+    tokio::spawn(async move { driver.start_task(request).await.map(drop) })
+}
+
 async fn is_alive(env: &Env, bystander: &Task, what: &str) {
     assert_eq!(env.exec_text(bystander, "echo alive").await, "alive\n", "{what}");
 }
@@ -144,11 +160,7 @@ async fn a_delete_that_is_cut_off(real: &str, scope: &str, instead: &str, end: E
     destroy(&env, &task);
     stretched.called().await;
     succeed(&mut env, end, &stretched).await;
-    env.recover(&bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
-    next_attempt_runs(&env, task, &what).await;
-    is_alive(&env, &bystander, &what).await;
-    env.destroy(&bystander).await.unwrap();
-    env.finish().await;
+    Box::pin(nothing_else_is_harmed(env, task, &bystander, &what)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -294,18 +306,10 @@ async fn a_create_that_is_cut_off_leaves_nothing() {
             let bystander = env.start(config.clone()).await;
             stretched.arm();
             let task = env.prepare(config).await;
-            let (mut driver, request) = (env.driver(), task.config.clone());
-            tokio::spawn(async move {
-                let request = nomad_driver_shim::pb::driver::StartTaskRequest { task: Some(request) };
-                driver.start_task(request).await.map(drop)
-            });
+            drop(start(&env, &task));
             stretched.called().await;
             succeed(&mut env, End::Terminated, &stretched).await;
-            env.recover(&bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
-            next_attempt_runs(&env, task, &what).await;
-            is_alive(&env, &bystander, &what).await;
-            env.destroy(&bystander).await.unwrap();
-            env.finish().await;
+            Box::pin(nothing_else_is_harmed(env, task, &bystander, &what)).await;
         }
     }
 }
@@ -321,16 +325,11 @@ async fn a_stopped_start_ends_the_attempt_that_it_waits_for() {
         let config = sleeper(&env).await;
         stretched.arm();
         let task = env.prepare(config.clone()).await;
-        let start = |config| {
-            let mut driver = env.driver();
-            let request = nomad_driver_shim::pb::driver::StartTaskRequest { task: Some(config) };
-            tokio::spawn(async move { driver.start_task(request).await.map(drop) })
-        };
-        let of_dead_agent = start(task.config.clone());
+        let of_dead_agent = start(&env, &task);
         stretched.called().await;
         of_dead_agent.abort();
         let next = env.prepare_again(task, "2", config).await;
-        let waits = start(next.config.clone());
+        let waits = start(&env, &next);
         eventually("the next start waits", async || {
             env.stop(&next, Duration::from_secs(5), "").await.unwrap();
             if waits.is_finished() { Ok(()) } else { Err("it has not been stopped yet") }
