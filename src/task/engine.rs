@@ -10,7 +10,7 @@ use std::{
 };
 
 use nix::fcntl::Flock;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -51,6 +51,8 @@ pub(super) struct Inner {
     pub(super) held: Mutex<HashMap<Owner, HeldOpen>>,
     /// Tasks of the old driver whose containers could not be ended yet.
     pub(super) former: Mutex<HashMap<Owner, FormerTask>>,
+    /// Permits for tasks that are being recovered.
+    pub(super) recoveries: Semaphore,
     pub(super) opened: Instant,
     pub(super) attended: OnceLock<Attended>,
     /// Tasks that this engine has nothing to do with, although their records lie where its own do. Their shims are held, so

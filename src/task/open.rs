@@ -17,6 +17,7 @@ use super::{
     load_records, lock,
     logs::LogKeeper,
     metrics::Metrics,
+    recover::RECOVERIES,
     shared::{Masked, Shared, TEARDOWNS},
 };
 use crate::{
@@ -139,6 +140,7 @@ impl Engine {
             former: Mutex::default(),
             opened: Instant::now(),
             attended: OnceLock::new(),
+            recoveries: Semaphore::new(RECOVERIES),
             left_alone: Mutex::default(),
             _lock: lock,
         }));

@@ -3,11 +3,13 @@
 
 use std::{
     collections::HashSet,
+    future::Future,
+    pin::pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::{
     Engine, ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
@@ -29,6 +31,11 @@ use crate::{
     shim::{self, Found, ShimError, stdio::HeldOpen},
 };
 
+/// How many tasks are recovered at a time. A StartTask that comes meanwhile is served beside these, not behind all tasks of
+/// the node.
+pub(super) const RECOVERIES: usize = 4;
+/// A recovery that takes longer, as with a shim that hangs, no longer counts among these.
+const RECOVERY_COUNTS: Duration = Duration::from_millis(500);
 /// How long the shim of a task is looked for where looking fails.
 const SHIM_SEARCH: Duration = Duration::from_secs(60);
 /// Between two such attempts, each of which takes seconds itself.
@@ -132,7 +139,8 @@ impl Engine {
         // At once: until it is connected to, another task of the same shim must not take that for its own.
         let held = self.shared().pool.launcher().hold(&record.shim);
         tokio::spawn(async move {
-            let Some(task) = engine.revive_in_spite_of_panics(&record).await else {
+            let revived = in_turn(&engine.0.recoveries, Box::pin(engine.revive_in_spite_of_panics(&record))).await;
+            let Some(task) = revived else {
                 engine.tasks().remove(&id);
                 drop((held, tell));
                 return;
@@ -283,6 +291,17 @@ impl Engine {
     }
 }
 
+/// Runs a recovery when few others are at work.
+async fn in_turn<T>(recoveries: &Semaphore, recovery: impl Future<Output = T>) -> T {
+    let permit = recoveries.acquire().await;
+    let mut recovery = pin!(recovery);
+    if let Ok(recovered) = tokio::time::timeout(RECOVERY_COUNTS, recovery.as_mut()).await {
+        return recovered;
+    }
+    drop(permit);
+    recovery.await
+}
+
 /// The shim of a task that may run. A plugin that can't look for it, for want of descriptors or memory, knows nothing of the
 /// task: it is looked for again for a minute, in which RecoverTask waits.
 async fn find_shim_in_time(shared: &Shared, record: &Record) -> Found {
@@ -320,5 +339,33 @@ async fn how_it_is(shared: &Shared, record: &Record, shim: &Found) -> Result<Opt
             Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),
             Err(error) => Err(format!("its shim is gone, and its container can't be ended: {error}")),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures_util::future::join_all;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn few_recoveries_are_at_work_at_a_time_and_one_that_hangs_holds_up_nobody() {
+        let (recoveries, at_work, most) = (Semaphore::new(2), AtomicUsize::new(0), AtomicUsize::new(0));
+        let quick = async || {
+            most.fetch_max(at_work.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            at_work.fetch_sub(1, Ordering::SeqCst);
+        };
+        let hung = join_all((0..2).map(|_| in_turn(&recoveries, std::future::pending::<()>())));
+        let others = join_all((0..20).map(|_| in_turn(&recoveries, quick())));
+        tokio::select! {
+            biased;
+            _ = hung => unreachable!("these never end"),
+            _ = others => {}
+            () = tokio::time::sleep(Duration::from_secs(60)) => panic!("two that hang hold up all others"),
+        }
+        assert_eq!(most.load(Ordering::SeqCst), 2);
     }
 }
