@@ -58,20 +58,19 @@ pub fn inherited_descriptor_limit() -> Option<u64> {
 }
 
 /// Gives a process that is about to be exec'ed the limit that we were started with. Safe between fork and exec.
-pub fn restore_descriptor_limit() {
+fn restore_descriptor_limit() {
     if let Some(&soft) = DESCRIPTORS.get() {
         let _ = getrlimit(Resource::RLIMIT_NOFILE)
             .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard), hard));
     }
 }
 
-/// Makes a process that is about to be exec'ed its own: the descriptor limit that we were started with, a session, and
-/// no descriptor from `first` on, not even of those that we have inherited from the agent. Safe between fork and exec.
+/// Gives a process that is about to be exec'ed a session of its own and no descriptor from `first` on, not even of those
+/// that we have inherited from the agent. Safe between fork and exec.
 ///
 /// # Errors
 /// As setsid(2).
 pub fn start_anew(first: libc::c_uint) -> io::Result<()> {
-    restore_descriptor_limit();
     // SAFETY: two calls that touch no memory.
     unsafe {
         if libc::setsid() < 0 {
