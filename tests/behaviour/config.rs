@@ -125,6 +125,9 @@ fn an_agents_faults_are_told() {
     let (code, stdout, _) = check(&[], &[("agent.hcl", agent)]);
     assert!(code == Some(1) && stdout.lines().count() == 1, "{stdout}");
     assert!(stdout.contains("stats_interval") && stdout.contains("keep_warm"), "{stdout}");
+    // Whether the job is fine depends on settings that nobody knows.
+    let (code, stdout, _) = check(&[], &[("agent.hcl", agent), ("a.nomad", &job("fast", "image = local.image"))]);
+    assert!(code == Some(1) && stdout.contains("task j/g/t: not looked at"), "{stdout}");
     let renamed = r#"plugin "nomad-driver-shim" { args = ["--name", "fast"] }"#;
     let (code, stdout, _) = check(&[], &[("agent.hcl", renamed), ("a.nomad", &job("fast", "image = local.image"))]);
     assert!(code == Some(0) && stdout.contains("task j/g/t: fine"), "{stdout}");
@@ -169,6 +172,15 @@ fn values_that_are_not_known_are_left_out_and_named() {
     assert!(!stderr.contains("image was"), "{stderr}");
     let (code, _, stderr) = check(&["--var", "secrets=a"], &[("a.nomad", &job)]);
     assert!(code == Some(125) && stderr.contains("--var secrets"), "{stderr}");
+}
+
+#[test]
+fn tasks_outside_of_groups_are_told() {
+    let task = "task \"t\" {\n driver = \"shim\"\n config {\n image = \"a\"\n }\n}";
+    let (code, stdout, _) = check(&[], &[("a.nomad", task)]);
+    assert!(code == Some(1) && stdout.contains("task \"t\": Nomad takes a task block inside of a job"), "{stdout}");
+    let (code, stdout, _) = check(&[], &[("a.nomad", &format!("job \"j\" {{\n{task}\n}}"))]);
+    assert_eq!((code, stdout.as_str()), (Some(0), "a.nomad: task j/t: fine\n"));
 }
 
 #[test]

@@ -134,8 +134,8 @@ fn report(findings: &[Finding], as_json: bool) -> Result<(), CliError> {
 /// What was found so far.
 struct Look {
     names: Vec<String>,
-    /// What agent files say of drivers.
-    agents: BTreeMap<String, Settings>,
+    /// What agent files say of drivers. None where a driver's settings have a fault.
+    agents: BTreeMap<String, Option<Settings>>,
     findings: Vec<Finding>,
 }
 
@@ -150,21 +150,19 @@ impl Look {
         let scope = Context::new();
         for plugin in hcl::blocks(body, "plugin") {
             let label = hcl::label(plugin).unwrap_or_default();
-            let ours =
-                DriverName::from_argv0(label).is_ok_and(|name| self.names.iter().any(|own| own == name.as_str()));
-            if !ours {
+            let Ok(of_label) = DriverName::from_argv0(label) else { continue };
+            if !self.names.iter().any(|own| own == of_label.as_str()) {
                 continue;
             }
             let place = format!("plugin {label:?}");
             let content = config(plugin.body(), PLUGIN, &scope);
-            let settings = arguments(plugin.body(), &scope)
-                .and_then(|args| DriverName::of_plugin(label, &args).map_err(|error| error.to_string()))
-                .and_then(|name| read_settings(&name, content.known));
+            let name = arguments(plugin.body(), &scope)
+                .and_then(|args| DriverName::of_plugin(label, &args).map_err(|error| error.to_string()));
+            let settings = name.clone().and_then(|name| read_settings(&name, content.known));
             let fault = settings.as_ref().err().cloned();
-            if let Ok(settings) = settings {
-                self.names.push(settings.name.to_string());
-                self.agents.insert(settings.name.to_string(), settings);
-            }
+            let name = name.unwrap_or(of_label).to_string();
+            self.names.push(name.clone());
+            self.agents.insert(name, settings.ok());
             self.add(file, place, fault, content.unknown);
         }
     }
@@ -172,7 +170,19 @@ impl Look {
     /// The tasks of a file.
     fn jobs(&mut self, file: &Path, body: &Body, variables: &[(String, String)]) {
         let scope = hcl::scope(body, variables);
+        for kind in ["group", "task"] {
+            for (name, _) in hcl::named(body, kind) {
+                let fault = format!("Nomad takes a {kind} block inside of a job block only");
+                self.add(file, format!("{kind} {name:?}"), Some(fault), Vec::new());
+            }
+        }
         for (job, body) in hcl::named(body, "job") {
+            // Nomad makes a group of the same name for a task that stands in the job itself.
+            for (task, body) in hcl::named(body, "task") {
+                if let Some((fault, unknown)) = self.task(body, GroupNetwork::None, &scope) {
+                    self.add(file, format!("task {job}/{task}"), fault, unknown);
+                }
+            }
             for (group, body) in hcl::named(body, "group") {
                 let network = group_network(body, &scope);
                 for (task, body) in hcl::named(body, "task") {
@@ -201,7 +211,8 @@ impl Look {
     /// An agent file's settings, else those of an agent that says nothing.
     fn settings(&self, driver: &str) -> Result<Settings, String> {
         if let Some(settings) = self.agents.get(driver) {
-            return Ok(settings.clone());
+            let refused = || format!("not looked at: the agent's plugin block for {driver:?} has a fault");
+            return settings.clone().ok_or_else(refused);
         }
         let name = DriverName::new(driver).map_err(|error| error.to_string())?;
         read_settings(&name, serde_json::Map::new())
