@@ -64,19 +64,23 @@ pub enum RootfsError {
     /// The seccomp profile.
     #[error(transparent)]
     Seccomp(#[from] seccomp::SeccompError),
-    /// A mount's source.
-    #[error("mounts: source {source_path:?}")]
+    /// A file or directory of the host that can't be opened.
+    #[error("{option} {source_path:?}")]
     Source {
+        /// Who names it, such as `mounts: source`.
+        option: &'static str,
         /// As the job has it.
         source_path: String,
         /// Why.
         source: io::Error,
     },
-    /// A mount's source that may not be mounted.
+    /// A file or directory of the host that the job may not use.
     #[error(
-        "mounts: source {source_path:?} is outside of the task's and allocation's directories; an operator can open it with security {{ allow_paths }}"
+        "{option} {source_path:?} is outside of the task's and allocation's directories; an operator can open it with security {{ allow_paths }}"
     )]
     SourceOutside {
+        /// Which option of the job names it.
+        option: &'static str,
         /// As the job has it.
         source_path: String,
     },

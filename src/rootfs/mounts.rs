@@ -22,6 +22,9 @@ use crate::{
     ids::Flavor,
 };
 
+/// What errors call the source of a `mounts` block.
+const OPTION: &str = "mounts: source";
+
 /// One `mounts` block, its form checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountRequest {
@@ -169,8 +172,8 @@ pub fn resolve(
                 if !options.iter().any(|option| option == "bind" || option == "rbind") {
                     options.push("rbind".to_owned());
                 }
-                let opened = open_source(source, dirs, flavor, allow_paths)?;
-                let failed = |error| RootfsError::Source { source_path: source.clone(), source: error };
+                let opened = open_source(OPTION, source, dirs, flavor, allow_paths)?;
+                let failed = |error| RootfsError::Source { option: OPTION, source_path: source.clone(), source: error };
                 MountContent::Bind(Source::of(opened).map_err(failed)?)
             }
         };
@@ -198,28 +201,32 @@ pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<Source, RootfsEr
 }
 
 /// Opens a file or directory of the host that the operator names, or that Nomad does: its path is followed as it is.
+/// Errors name the option that asks for it.
 ///
 /// # Errors
 /// When it is missing.
-pub fn open_host_path(path: &Path) -> Result<Source, RootfsError> {
-    open_path(path)
-        .and_then(Source::of)
-        .map_err(|source| RootfsError::Source { source_path: path.to_string_lossy().into_owned(), source })
+pub fn open_host_path(option: &'static str, path: &Path) -> Result<Source, RootfsError> {
+    open_path(path).and_then(Source::of).map_err(|source| RootfsError::Source {
+        option,
+        source_path: path.to_string_lossy().into_owned(),
+        source,
+    })
 }
 
 /// Opens a file or directory of the host that a job names, by the rules of mounts' sources, as a descriptor that only
-/// names it.
+/// names it. Errors name the option that asks for it.
 ///
 /// # Errors
 /// When it is missing, leaves its directory, or may not be used.
 pub fn open_source(
+    option: &'static str,
     source: &str,
     dirs: AllocDirs<'_>,
     flavor: Flavor,
     allow_paths: &[PathBuf],
 ) -> Result<OwnedFd, RootfsError> {
-    let failed = |error: io::Error| RootfsError::Source { source_path: source.to_owned(), source: error };
-    let outside = || RootfsError::SourceOutside { source_path: source.to_owned() };
+    let failed = |error: io::Error| RootfsError::Source { option, source_path: source.to_owned(), source: error };
+    let outside = || RootfsError::SourceOutside { option, source_path: source.to_owned() };
     let path = Path::new(source);
     if path.is_absolute() {
         if flavor == Flavor::DropIn {

@@ -124,7 +124,8 @@ mod tests {
         for errno in [libc::ENOSPC, libc::EDQUOT, libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EAGAIN, libc::EBUSY] {
             for error in [
                 TaskError::Image(SharedImageError(Arc::new(layer(errno)))),
-                RootfsError::Source { source_path: "x".to_owned(), source: kernel(errno) }.into(),
+                RootfsError::Source { option: "mounts: source", source_path: "x".to_owned(), source: kernel(errno) }
+                    .into(),
                 RootfsError::Mounting { option: "mounts", target: "/x".to_owned(), source: kernel(errno) }.into(),
                 RootfsError::AllocDir { path: "/x".into(), source: kernel(errno) }.into(),
                 RootfsError::File { doing: "write", path: "/x".into(), source: kernel(errno) }.into(),
@@ -144,7 +145,8 @@ mod tests {
     #[test]
     fn faults_of_a_job_are_not_recoverable() {
         for error in [
-            RootfsError::Source { source_path: "x".to_owned(), source: kernel(libc::ENOENT) }.into(),
+            RootfsError::Source { option: "mounts: source", source_path: "x".to_owned(), source: kernel(libc::ENOENT) }
+                .into(),
             RootfsError::Mounting { option: "mounts", target: "/x".to_owned(), source: kernel(libc::EINVAL) }.into(),
             RootfsError::NoCommand.into(),
             StdioError::NotFifo { path: "/x".into(), kind: "a symbolic link" }.into(),

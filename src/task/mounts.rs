@@ -70,7 +70,7 @@ fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec
     let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
     let mut mounts = Vec::new();
     if request.options.namespaces.ipc == Namespace::Host {
-        let source = MountContent::Bind(open_host_path(Path::new("/dev/shm"))?);
+        let source = MountContent::Bind(open_host_path("ipc_mode:", Path::new("/dev/shm"))?);
         mounts.push(mount("ipc_mode", "/dev/shm", source, &["rbind", "nosuid", "noexec", "nodev"])?);
     }
     mounts.extend(rootfs::mounts::resolve(&request.options.mounts, dirs, flavor, &settings.security.allow_paths)?);
@@ -79,7 +79,7 @@ fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec
     }
     for volume in &request.volumes {
         let mode = if volume.readonly { "ro" } else { "rw" };
-        let source = MountContent::Bind(open_host_path(&volume.host_path)?);
+        let source = MountContent::Bind(open_host_path("volume_mount: source", &volume.host_path)?);
         let written = volume.task_path.to_string_lossy();
         let refused =
             |problem| RootfsError::Target { option: "volume_mount", target: written.clone().into_owned(), problem };
@@ -130,7 +130,7 @@ fn guard_logs(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> Result<(),
 fn network_files(names: Names) -> Result<Vec<TaskMount>, RootfsError> {
     let resolv_conf = names.resolv_conf.map(MountContent::File);
     let (hosts, mode) = match names.hosts {
-        Hosts::OfTheHost => (MountContent::Bind(open_host_path(Path::new("/etc/hosts"))?), "ro"),
+        Hosts::OfTheHost => (MountContent::Bind(open_host_path("host_network:", Path::new("/etc/hosts"))?), "ro"),
         // The old driver let a task edit its hosts file; some images' entry points do.
         Hosts::Text(text) => (MountContent::File(text), "rw"),
     };

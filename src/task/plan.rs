@@ -352,7 +352,13 @@ impl Plan<'_> {
             (SeccompRequest::Unsaid, SeccompDefault::Default) if self.runtime.gvisor.is_some() => return Ok(None),
             (SeccompRequest::File(path), _) => {
                 let dirs = AllocDirs { alloc: &self.request.alloc_dir, task: &self.request.name };
-                let opened = mounts::open_source(path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
+                let opened = mounts::open_source(
+                    "seccomp profile",
+                    path,
+                    dirs,
+                    settings.name.flavor(),
+                    &settings.security.allow_paths,
+                )?;
                 let text = read_profile(&format!("/proc/self/fd/{}", opened.as_raw_fd()), path)?;
                 return made(seccomp::Source::File { path: Path::new(path), text: &text });
             }

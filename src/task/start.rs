@@ -210,7 +210,7 @@ fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<A
     let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
     let settings = &shared.settings;
     let path = archive.path.to_string_lossy();
-    let opened = open_source(&path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
+    let opened = open_source("image: file", &path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
     // The same relative path is another file in another allocation.
     let path = if archive.path.is_absolute() {
         archive.path.clone()
