@@ -68,7 +68,7 @@ pub enum Answer {
 /// Something that nobody needs any more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Garbage {
-    /// `task`, `container`, `shim`, `probe`, `socket`, `image` or `lease`.
+    /// `task`, `container`, `rootfs`, `shim`, `probe`, `plugin`, `socket`, `run`, `image`, `lease` or `all`.
     pub kind: String,
     /// Which.
     pub name: String,
