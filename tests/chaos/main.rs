@@ -80,13 +80,15 @@ impl Run {
             return Ok(outcome.model.figures);
         }
         let faults: u32 = outcome.model.figures.faults.values().sum();
-        let mut text = format!(
+        let text = format!(
             "{} fails after {faults} faults:\n  {}\nthe plugins' last warnings:\n  {}\nhistory:\n  {}\n",
             self.words(),
             outcome.model.violations().join("\n  "),
             outcome.warnings.join("\n  "),
             outcome.history.join("\n  ")
         );
+        // At once: the search for a shorter history may take long.
+        eprintln!("{text}");
         // What came after the failure was not played.
         let played = outcome.history.iter().filter(|line| line.contains(" step ")).count();
         let shortest = shrink::shortest(chosen[..played].to_vec(), replays, async |indexes: &[usize]| {
@@ -95,7 +97,7 @@ impl Run {
             !outcome.model.violations().is_empty()
         })
         .await;
-        text.push_str(&format!("the shortest history that was found to fail ({} steps):\n", shortest.len()));
+        let mut text = format!("the shortest history that was found to fail ({} steps):\n", shortest.len());
         for index in &shortest {
             text.push_str(&format!("  {index}: {}\n", steps[*index]));
         }
