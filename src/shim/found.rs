@@ -78,7 +78,7 @@ impl Launcher {
                 Ok(client) => {
                     let pidfd = Arc::new(pidfd);
                     let ended = watch_over(&pidfd);
-                    let is_unusable = dir.join(UNUSABLE).exists();
+                    let is_unusable = is_unusable(&dir);
                     let shim = Shim {
                         id: id.to_owned(),
                         pid: identity.process.pid,
@@ -177,6 +177,11 @@ pub fn is_alive(dir: &Path) -> bool {
     look(dir).map_or_else(|error| !has_vanished(&error), |_| true)
 }
 
+/// Does the shim whose directory this is hold a container that it can't delete? It says yes when asked to end, and stays.
+pub fn is_unusable(dir: &Path) -> bool {
+    dir.join(UNUSABLE).exists()
+}
+
 /// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
 pub fn kill_shim(dir: &Path) {
     match look(dir) {
@@ -223,5 +228,45 @@ pub async fn end_stray(dir: &Path) -> bool {
             return false;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::process::ExitStatusExt as _, sync::Arc};
+
+    use super::*;
+    use crate::{
+        places::{Places, make_dir},
+        shim::{
+            ShimScope,
+            fake::{Answer, listen},
+        },
+    };
+
+    /// A shim with a container says yes when it is asked to end, and stays (containerd, `runtime/v2/runc/task/service.go`,
+    /// `Shutdown`). If it can never delete that container, it would stay for ever.
+    #[tokio::test]
+    async fn a_shim_with_a_container_that_it_can_not_delete_is_ended_by_force() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let places = Places::new(dir.path().join("run"), dir.path().join("state"));
+        let own = places.shim("a");
+        make_dir(&own).expect("made");
+        listen(&own, |_, _| Answer::Bytes(&[]));
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("started");
+        let identity = Identity {
+            process: ProcessId::of(child.id()).expect("alive"),
+            boot: boot_id().expect("known"),
+            namespace: "test".to_owned(),
+            runtime: None,
+            program: None,
+        };
+        fs::write(own.join(PID), serde_json::to_vec(&identity).expect("encoded")).expect("written");
+        fs::write(own.join(UNUSABLE), "").expect("written");
+        let launcher = Launcher::new("none".into(), "test".to_owned(), ShimScope::Node, places, Vec::new());
+        let Found::Alive(shim) = Arc::new(launcher).adopt("a").await else { panic!("it lives") };
+        assert!(shim.end().await);
+        assert!(!own.exists());
+        assert_eq!(child.wait().expect("waited for").signal(), Some(libc::SIGKILL));
     }
 }

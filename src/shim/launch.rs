@@ -508,12 +508,17 @@ impl Shim {
         self.held.leave_to_others()
     }
 
-    /// Ends a shim that holds no container, by force if it does not go, and removes its directory: true when it is gone.
+    /// Ends a shim that holds no container, or none but those that it can't delete, by force if it does not go, and removes its
+    /// directory: true when it is gone.
     ///
     /// One that others hold, too, is left to them.
     pub async fn end(mut self) -> bool {
         if self.leave_to_others() {
             return true;
+        }
+        if self.is_unusable() {
+            // It would say yes and stay.
+            return self.end_by_force().await;
         }
         let refused = !self.has_ended() && self.client.shutdown(&self.id).await.is_err();
         if refused {

@@ -27,7 +27,7 @@ pub use calls::{Purpose, RuntimeCall, RuntimeCalls};
 pub use cleanup::{DeadTask, EXIT_NOTE, delete_dead, has_noted_exit};
 pub use client::{CONNECT, Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};
-pub use found::{Found, end_hung, end_stray, is_alive, kill_shim};
+pub use found::{Found, end_hung, end_stray, is_alive, is_unusable, kill_shim};
 pub use launch::{Held, Launcher, Shim, Unborn};
 pub use pid_files::{PidFile, PidFiles};
 pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
@@ -81,6 +81,9 @@ pub enum ShimError {
         /// How long we waited.
         after: Duration,
     },
+    /// It was asked to end, and lives.
+    #[error("shim: it does not end; it may hold a container")]
+    Stays,
     /// It answered no, mostly with the OCI runtime's words.
     #[error("{message}")]
     Refused {
@@ -123,6 +126,7 @@ impl ShimError {
             | Self::Gone { .. }
             | Self::NotUnderstood { .. }
             | Self::Late { .. }
+            | Self::Stays
             | Self::NoService(..) => Cause::Host,
         }
     }

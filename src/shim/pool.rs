@@ -259,13 +259,18 @@ impl Pool {
     }
 
     fn is_short(&self) -> bool {
-        let wanted = match self.0.settings.scope {
+        let size = self.size();
+        !self.is_closed() && self.idle().len() < size
+    }
+
+    /// How many shims are to wait.
+    fn size(&self) -> usize {
+        match self.0.settings.scope {
             // The one that all share is enough.
             ShimScope::Node if self.shared().values().any(|shim| !shim.has_ended()) => 0,
             ShimScope::Node => self.0.settings.size.min(1),
             ShimScope::Task | ShimScope::Alloc => self.0.settings.size,
-        };
-        !self.is_closed() && self.idle().len() < wanted
+        }
     }
 
     /// Takes in an idle shim, new or of an earlier instance of us, or ends it when there are enough.
@@ -273,9 +278,10 @@ impl Pool {
         if shim.is_of_another_kind() || shim.is_unusable() {
             return shim.kill();
         }
+        let size = self.size();
         let mut idle = self.idle();
         // Closing takes the same lock to empty the queue, so a shim either is seen there or ends here.
-        if self.is_closed() || idle.len() >= self.0.settings.size {
+        if self.is_closed() || idle.len() >= size {
             shim.kill();
         } else {
             idle.push_back(shim);
@@ -329,7 +335,7 @@ impl Pool {
 
     /// Has it wait for the next task; gives it back when there are enough.
     fn keep(&self, shim: Shim) -> Option<Shim> {
-        let size = self.0.settings.size;
+        let size = self.size();
         let mut idle = self.idle();
         // Looked at under the lock that closing takes.
         if self.is_closed() || idle.len() >= size + SPARE {
@@ -354,9 +360,10 @@ impl Pool {
             pool.0.trimming.store(false, Ordering::SeqCst);
             // One at a time: whoever closes the pool meanwhile sees the others.
             loop {
+                let size = pool.size();
                 let surplus = {
                     let mut idle = pool.idle();
-                    if idle.len() > pool.0.settings.size { idle.pop_back() } else { None }
+                    if idle.len() > size { idle.pop_back() } else { None }
                 };
                 match surplus {
                     Some(shim) => drop(shim.end().await),

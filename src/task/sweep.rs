@@ -179,12 +179,16 @@ impl Engine {
             let outcome = if dry_run { Ok(()) } else { self.undo_nameless(&id, &shims).await };
             found.push(garbage("container", id.as_str(), outcome).because("no record claims it"));
         }
+        let all_ended = found.iter().all(|container| container.problem.is_none());
         // What held a container that was just ended serves others now.
         let own = self.shared().pool.launcher().own();
         for name in shims.into_iter().filter(|name| !own.contains(name)) {
             let dir = places.shim(&name);
             // Where that can't be told, it is asked to end all the same.
             if dir.try_exists().unwrap_or(true) {
+                if !dry_run && all_ended && shim::is_unusable(&dir) {
+                    shim::kill_shim(&dir);
+                }
                 let gone = dry_run || shim::end_stray(&dir).await;
                 let problem = (!gone).then(|| "it does not end; it may still hold a container".to_owned());
                 found.push(

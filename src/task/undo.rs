@@ -378,7 +378,7 @@ async fn discard_shim(shared: &Shared, shim: Shim) -> Result<(), TaskError> {
 }
 
 fn shim_stays() -> TaskError {
-    TaskError::Shim { doing: "end the shim", source: ShimError::Late { call: "Shutdown", after: KILL_GRACE } }
+    TaskError::Shim { doing: "end the shim", source: ShimError::Stays }
 }
 
 /// Undoes, and where that fails keeps the task in mind and tries again in the background: Nomad never asks twice.
