@@ -227,6 +227,7 @@ impl Pool {
         let pool = self.clone();
         tokio::spawn(async move {
             let Ok(_turn) = pool.0.refilling.try_lock() else { return };
+            pool.remove_ended();
             while pool.is_short() {
                 let left = pool.idle().len();
                 let calm = async {
@@ -285,6 +286,49 @@ impl Pool {
             shim.kill();
         } else {
             idle.push_back(shim);
+        }
+    }
+
+    /// Removes the directories of shims that have died while no task had them.
+    fn remove_ended(&self) {
+        let ended_idle: Vec<Shim> = {
+            let mut idle = self.idle();
+            let (ended, alive) = idle.drain(..).partition(Shim::has_ended);
+            *idle = alive;
+            VecDeque::into(ended)
+        };
+        let mut shared = self.shared();
+        let ended_shared = shared.extract_if(|_, shim| shim.has_ended()).map(|(_, shim)| shim);
+        for mut shim in ended_shared.chain(ended_idle) {
+            // What others hold is the dead-shim case of their tasks.
+            if !shim.leave_to_others() {
+                shim.kill();
+            }
+        }
+    }
+
+    /// Ends what has come to be of no use while nobody gave it back: shims that have died, and those of allocations whose last
+    /// task let go of its shim in another way.
+    pub async fn tidy(&self) {
+        self.remove_ended();
+        let unused: Vec<Shim> = match self.0.settings.scope {
+            ShimScope::Alloc => {
+                // Further holds are made under the same lock.
+                self.shared().extract_if(|_, shim| shim.is_held_once()).map(|(_, shim)| shim).collect()
+            }
+            ShimScope::Task | ShimScope::Node => Vec::new(),
+        };
+        for shim in unused {
+            shim.end().await;
+        }
+        self.refill();
+    }
+
+    /// Ends a shim whose container is gone, if nobody else holds it. True when it is gone or others hold it.
+    pub async fn end(&self, alloc_id: &str, shim: Shim) -> bool {
+        match self.last_hold(alloc_id, shim) {
+            Some(shim) => shim.end().await,
+            None => true,
         }
     }
 

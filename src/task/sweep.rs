@@ -76,6 +76,7 @@ impl Engine {
             found.extend(self.shared().images.collect(keep, &self.images_in_use(), dry_run).await);
         }
         if !dry_run {
+            self.shared().pool.tidy().await;
             tokio::task::block_in_place(|| self.shared().ahead.prune());
         }
         found

@@ -176,7 +176,7 @@ impl Released {
             let returned = match outcome.0 {
                 _ if fault::skipped("shim") => true,
                 Ok(()) => shared.pool.take_back(&record.alloc_id, shim).await,
-                Err(_) => shim.end().await,
+                Err(_) => shared.pool.end(&record.alloc_id, shim).await,
             };
             if !returned {
                 outcome.note(record, "shim", Err(shim_stays()));
@@ -365,7 +365,7 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
     }
     let dir = shared.settings.places.shim(&record.shim);
     let gone = match shim {
-        Found::Alive(shim) => shim.end().await,
+        Found::Alive(shim) => shared.pool.end(&record.alloc_id, shim).await,
         Found::Hung(pidfd) => shim::end_hung(&dir, &pidfd).await,
         Found::Gone | Found::Unknown(_) => shim::end_stray(&dir).await,
     };

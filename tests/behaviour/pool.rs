@@ -101,6 +101,36 @@ async fn a_nodes_tasks_share_a_shim_through_crashes() {
     env.finish().await;
 }
 
+/// Nothing is left of a shim that dies while no task has it, be it one that waits or one that is shared.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shim_that_dies_idle_is_replaced_and_leaves_nothing() {
+    for (scope, wanted) in [("task", 2), ("alloc", 2), ("node", 1)] {
+        let config = json!({"shim_scope": scope, "shim": {"pool": 2}, "state": {"grace": "1s"}});
+        let mut env = with(config).await;
+        let task = env.sh("exit 4").await;
+        assert_eq!(env.finish_task(task).await.0, 4);
+        let shims = |env: &Env| leak::entries(&env.dir.join("run/shims"));
+        crate::support::eventually("the shims of the pool are there", async || match shims(&env) {
+            shims if shims.len() == wanted => Ok(()),
+            shims => Err((scope, shims)),
+        })
+        .await;
+        let dead = shims(&env);
+        for shim in &dead {
+            let identity = fs::read(env.dir.join("run/shims").join(shim).join("pid")).unwrap();
+            let identity: Value = serde_json::from_slice(&identity).unwrap();
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(identity["pid"].as_i64().unwrap()).unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+        crate::support::eventually("others take their place", async || match shims(&env) {
+            shims if shims.len() == wanted && shims.iter().all(|shim| !dead.contains(shim)) => Ok(()),
+            shims => Err((scope, shims)),
+        })
+        .await;
+        env.finish().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_death_of_a_shared_shim_is_told_to_all_its_tasks() {
     let mut env = with(json!({"shim_scope": "node"})).await;
