@@ -210,8 +210,14 @@ pub async fn end_stray(dir: &Path) -> bool {
     loop {
         match tokio::time::timeout(END, tokio::net::UnixStream::connect(&socket)).await {
             Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
-                remove_dir(dir);
-                return true;
+                // One that listens no more is about to end, and can't be asked anything.
+                let Ok((pidfd, _)) = look(dir) else {
+                    remove_dir(dir);
+                    return true;
+                };
+                if tokio::time::timeout(END, pidfd.ended()).await.is_err() {
+                    return end_hung(dir, &pidfd).await;
+                }
             }
             Ok(Ok(_)) if !asked => {
                 asked = true;
