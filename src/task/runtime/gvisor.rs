@@ -18,6 +18,7 @@ use super::{
 use crate::{
     cgroup::Cgroups,
     elf,
+    failure::{self, Cause},
     gvisor::{Caller, GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
     ids::{Digest, random_hex},
     places::{Places, make_dir, write_whole},
@@ -52,6 +53,16 @@ struct Known {
     of: Program,
     at: Instant,
     outcome: Result<Probed, String>,
+}
+
+impl Known {
+    /// May it serve instead of a further probe? A shortage of the host's says nothing of the program.
+    fn is_fresh(&self) -> bool {
+        match &self.outcome {
+            Ok(_) => true,
+            Err(problem) => failure::of_message(problem) != Some(Cause::Host) && self.at.elapsed() < AGAIN,
+        }
+    }
 }
 
 /// What is kept on disk of a probe that went well: it holds until the host is started anew.
@@ -111,7 +122,7 @@ impl Gvisor {
 
     fn fresh(&self, binary: &Path) -> Option<Result<Probed, String>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.as_ref().filter(|known| known.outcome.is_ok() || known.at.elapsed() < AGAIN)?;
+        let known = known.as_ref().filter(|known| known.is_fresh())?;
         (Program::of(binary).as_ref() == Some(&known.of)).then(|| known.outcome.clone())
     }
 
@@ -285,4 +296,19 @@ async fn ask(binary: &Path, word: &str) -> Result<String, String> {
     let output = output.map_err(|_| format!("{word}: it hangs"))?.map_err(|error| format!("{word}: {error}"))?;
     // Go prints help to either.
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shortage_of_the_hosts_is_not_remembered_of_a_program() {
+        let of = Program::of(Path::new("/proc/self/exe")).expect("this program");
+        let known = |problem: &str| Known { of: of.clone(), at: Instant::now(), outcome: Err(problem.to_owned()) };
+        assert!(known("--version: exit status: 127").is_fresh());
+        for passing in ["--version: Too many open files (os error 24)", "platform systrap: no answer: timed out"] {
+            assert!(!known(passing).is_fresh(), "{passing}");
+        }
+    }
 }
