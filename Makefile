@@ -4,7 +4,7 @@ IMAGE ?=
 DRIVER ?=
 RUNTIME ?=
 
-.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos test-matrix test-fresh lint build build-arm64 setup clean
+.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos chaos-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
 
 setup:
 	@scripts/setup.sh
@@ -56,6 +56,11 @@ test-races: setup
 ## --mode base", ARGS="--aimed 500", ARGS="--soak 20000", ARGS="--plant intent --faults 300".
 chaos: setup
 	@NOMAD_DRIVER_SHIM_CHAOS="$(ARGS)" $(CARGO) test --locked --test chaos -- --ignored --nocapture
+
+## The same on cgroup version 2, in a virtual machine: ARGS="--faults 200 --mode base".
+chaos-cgroup2:
+	@scripts/setup.sh cgroup2
+	@SUITE=chaos scripts/test-cgroup2.sh $(ARGS)
 
 ## In a bare chroot: only Debian, the Rust toolchain and this source.
 test-fresh:

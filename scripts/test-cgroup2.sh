@@ -7,6 +7,8 @@
 #
 # SUITE=security takes the filters as names of that suite's tests, and MODULE=apparmor the second boot:
 #   SUITE=security MODULE=apparmor scripts/test-cgroup2.sh apparmor::
+# SUITE=chaos takes the words of NOMAD_DRIVER_SHIM_CHAOS (docs/chaos.md):
+#   SUITE=chaos scripts/test-cgroup2.sh --faults 200
 # NOMAD_DRIVER_SHIM_TEST_PROGRAM and NOMAD_DRIVER_SHIM_TEST_RUNTIME hold in the machine, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +32,7 @@ directory=$PWD/target/cgroup2
 mkdir -p "$directory"
 log=$directory/log
 : > "$log"
-built=$(cargo test --locked --no-run --test behaviour --test conformance --test security --message-format=json 2>/dev/null |
+built=$(cargo test --locked --no-run --test behaviour --test chaos --test conformance --test security --message-format=json 2>/dev/null |
   jq -r 'select(.profile.test == true and .target.kind == ["test"]) | "\(.target.name) \(.executable)"')
 program() { sed -n "s/^$1 //p" <<< "$built" | tail -n1; }
 
@@ -58,6 +60,7 @@ boot() {
       cp "$NOMAD_DRIVER_SHIM_TEST_PROGRAM" "$directory/program"
       printf 'export NOMAD_DRIVER_SHIM_TEST_PROGRAM=%q\n' "$directory/program"
     fi
+    [ -z "${NOMAD_DRIVER_SHIM_CHAOS:-}" ] || printf 'export NOMAD_DRIVER_SHIM_CHAOS=%q\n' "$NOMAD_DRIVER_SHIM_CHAOS"
     printf 'mkdir -p /var/tmp/bin\ncd %q\ncode=0\n%s\nexit $code\n' "$PWD" "$suites"
   } > "$run"
   chmod +x "$run"
@@ -73,6 +76,11 @@ boot() {
   [ "$code" = 0 ] && [ "$results" = "$wanted" ] && [ "$passed" -gt 0 ]
 }
 
+if [ "${SUITE:-}" = chaos ]; then
+  NOMAD_DRIVER_SHIM_CHAOS="$*"
+  suite chaos --ignored --nocapture | boot "${MODULE:-selinux}"
+  exit
+fi
 # A few tests at a time.
 if [ $# -gt 0 ]; then
   suite "${SUITE:-behaviour}" --test-threads 2 "$@" | boot "${MODULE:-selinux}"

@@ -274,10 +274,15 @@ fn unmount_all(env: &Env) {
     groups.iter().for_each(|path| drop(fs::remove_dir(path)));
 }
 
-/// A group of the pids controller of the test's own, where the kernel has that as cgroup version 1 has it.
+/// A group of the pids controller of the test's own: in its hierarchy of cgroup version 1, else in the one of version 2.
 pub fn pids_group(name: &str) -> Option<std::path::PathBuf> {
     let cgroups = Cgroups::detect().ok()?;
-    let hierarchy = cgroups.hierarchies().iter().find(|path| path.ends_with("pids"))?;
+    let of_version_1 = cgroups.hierarchies().iter().find(|path| path.ends_with("pids"));
+    let unified = || cgroups.hierarchies().iter().find(|path| path.join("cgroup.subtree_control").exists());
+    let hierarchy = of_version_1.or_else(unified)?;
+    if of_version_1.is_none() {
+        fs::write(hierarchy.join("cgroup.subtree_control"), "+pids").ok()?;
+    }
     let group = hierarchy.join(name);
     fs::create_dir(&group).ok()?;
     Some(group)

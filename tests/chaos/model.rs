@@ -9,13 +9,18 @@ use std::{
 use crate::{
     report::Figures,
     step::{TaskNumber, Work},
+    support::patience,
 };
 
 /// A refusal is excused by a fault that is over for no longer than this: what it has left is still being cleared away.
-const AFTERMATH: Duration = Duration::from_secs(20);
+fn aftermath() -> Duration {
+    patience() / 3
+}
 /// What a task answers to its stop signal.
 pub const STOPPED: i32 = 9;
 const KILLED: i32 = 137;
+/// What `runsc exec` ends with when the sandbox goes away under it (gVisor, `runsc/cmd/util`, `Fatalf`).
+const RUNSC_FAILED: i32 = 128;
 
 /// An attempt of a task: its number, and that of the attempt.
 pub type AttemptId = (TaskNumber, u32);
@@ -120,7 +125,7 @@ impl Model {
 
     /// May something that fails now be a fault's doing?
     fn is_excused(&self, now: Duration) -> bool {
-        self.ongoing > 0 || self.last_fault.is_some_and(|last| now.saturating_sub(last) < AFTERMATH)
+        self.ongoing > 0 || self.last_fault.is_some_and(|last| now.saturating_sub(last) < aftermath())
     }
 
     pub fn hit(&mut self, hit: &Hit) {
@@ -265,7 +270,7 @@ impl Model {
         let may_fail = self.is_excused(now) || !self.is_running(id);
         match got {
             Ok(code) if code == wanted => self.figures.exec_ok += 1,
-            Ok(KILLED) | Err(_) if may_fail => self.figures.exec_cut += 1,
+            Ok(KILLED | RUNSC_FAILED) | Err(_) if may_fail => self.figures.exec_cut += 1,
             Ok(code) => {
                 self.figures.exec_wrong += 1;
                 self.violated(format!("a command in {id:?} that ends with {wanted} is said to have ended with {code}"));

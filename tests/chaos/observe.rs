@@ -99,7 +99,8 @@ pub fn runtime_in(call: Call, dir: &Path, first: u32) -> Option<u32> {
 
 /// Everything of the driver, alive or not, below this directory.
 pub fn all_of(dir: &Path) -> Vec<u32> {
-    pids().into_iter().filter(|pid| kind(&words(*pid), dir).is_some()).collect()
+    let dir = dir.to_string_lossy();
+    pids().into_iter().filter(|pid| words(*pid).iter().any(|word| word.contains(&*dir))).collect()
 }
 
 /// What a command line is, among the processes of the node with this directory.

@@ -27,16 +27,20 @@ use crate::{
     observe,
     plan::Mode,
     step::{OciRuntime, Step, TaskNumber, Work},
-    support::{Env, EnvOptions, leak, program, services},
+    support::{Env, EnvOptions, leak, patience, program, services},
     task::{TaskFiles, script},
     wrapper::Wrappers,
 };
 
 /// After the last fault all is in order again within this, on a machine that does something else as well.
-const SETTLED: Duration = Duration::from_secs(60);
+fn settled() -> Duration {
+    patience()
+}
 /// Remains that nobody claims go after the grace period.
 const GRACE: &str = "6s";
-const SWEPT: Duration = Duration::from_secs(30);
+fn swept() -> Duration {
+    patience() / 2
+}
 /// Between two looks at what is alive.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -261,7 +265,7 @@ impl World {
     /// Faults are over: within some time all is as it must be.
     async fn settle(&self) {
         self.outlast().await;
-        let deadline = self.node.now() + SETTLED;
+        let deadline = self.node.now() + settled();
         let unrest = loop {
             let inits = match self.mode {
                 Mode::Gvisor => None,
@@ -292,14 +296,14 @@ impl World {
         }
         self.settle().await;
         let mut running = std::mem::take(&mut *self.running.lock().unwrap_or_else(PoisonError::into_inner));
-        let over = tokio::time::timeout(SETTLED, async { while running.join_next().await.is_some() {} });
+        let over = tokio::time::timeout(settled(), async { while running.join_next().await.is_some() {} });
         if over.await.is_err() {
             self.node.model().violated("tasks that were destroyed do not come to their end".to_owned());
         }
         self.node.own_plugin().await;
         let mut left = {
             let env = self.node.env.lock().await;
-            leak::alive_within(&env, SWEPT).await
+            leak::alive_within(&env, swept()).await
         };
         // Files that the test itself keeps in these directories.
         left.retain(|line| !line.contains(".filler"));
@@ -336,7 +340,7 @@ impl World {
         }
         let failed = !self.node.model().violations().is_empty();
         let mut env = self.node.env.lock().await;
-        let left = if failed { Vec::new() } else { leak::afterwards_within(&env, SWEPT).await };
+        let left = if failed { Vec::new() } else { leak::afterwards_within(&env, swept()).await };
         self.clean(&mut env);
         drop(env);
         let mut model = std::mem::take(&mut *self.node.model());
