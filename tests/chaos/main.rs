@@ -21,6 +21,9 @@ mod arguments;
 mod command;
 mod disk;
 mod faults;
+mod ground;
+mod history;
+mod judged;
 mod model;
 mod network;
 mod node;
@@ -38,6 +41,7 @@ mod wrapper;
 use std::time::SystemTime;
 
 use arguments::Arguments;
+use judged::judged;
 use plan::{Mode, Wanted, aimed, plan};
 use report::{Figures, table};
 use step::Step;
@@ -70,38 +74,9 @@ impl Run {
         format!("--seed {seed} --{kind} {faults} --mode {}{plant}", mode.name())
     }
 
-    /// Plays it. Fails with the history, and the shortest one that was found to fail as well.
     async fn play(&self, keep: Option<&[usize]>, replays: usize) -> Result<Figures, String> {
-        let steps = self.steps();
-        let chosen: Vec<usize> = keep.map_or_else(|| (0..steps.len()).collect(), <[usize]>::to_vec);
-        let of = |indexes: &[usize]| indexes.iter().filter_map(|index| steps.get(*index)).copied().collect::<Vec<_>>();
-        let outcome = world::play(self.setting(), &of(&chosen)).await;
-        if outcome.model.violations().is_empty() {
-            return Ok(outcome.model.figures);
-        }
-        let faults: u32 = outcome.model.figures.faults.values().sum();
-        let mut text = format!(
-            "{} fails after {faults} faults:\n  {}\nthe plugins' last warnings:\n  {}\nhistory:\n  {}\n",
-            self.words(),
-            outcome.model.violations().join("\n  "),
-            outcome.warnings.join("\n  "),
-            outcome.history.join("\n  ")
-        );
-        // What came after the failure was not played.
-        let played = outcome.history.iter().filter(|line| line.contains(" step ")).count();
-        let shortest = shrink::shortest(chosen[..played].to_vec(), replays, async |indexes: &[usize]| {
-            let outcome = world::play(self.setting(), &of(indexes)).await;
-            eprintln!("{} steps of them: {:?}", indexes.len(), outcome.model.violations());
-            !outcome.model.violations().is_empty()
-        })
-        .await;
-        text.push_str(&format!("the shortest history that was found to fail ({} steps):\n", shortest.len()));
-        for index in &shortest {
-            text.push_str(&format!("  {index}: {}\n", steps[*index]));
-        }
-        let numbers: Vec<String> = shortest.iter().map(ToString::to_string).collect();
-        text.push_str(&format!("again: make chaos ARGS=\"{} --keep {}\"\n", self.words(), numbers.join(",")));
-        Err(text)
+        let play = async |steps: &[Step]| world::play(self.setting(), steps).await;
+        judged(&self.words(), &self.steps(), keep, replays, play).await
     }
 }
 
