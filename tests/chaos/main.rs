@@ -27,6 +27,7 @@ mod judged;
 mod model;
 mod network;
 mod node;
+mod nomad;
 mod observe;
 mod plan;
 mod random;
@@ -40,7 +41,7 @@ mod wrapper;
 
 use std::time::SystemTime;
 
-use arguments::Arguments;
+use arguments::{AgentKind, Arguments};
 use judged::judged;
 use plan::{Mode, Wanted, aimed, plan};
 use report::{Figures, table};
@@ -49,6 +50,9 @@ use world::Setting;
 
 /// What the long form is asked to do.
 const ARGUMENTS: &str = "NOMAD_DRIVER_SHIM_CHAOS";
+
+/// Faults where none were asked for.
+const FAULTS: usize = 2000;
 
 /// A list of steps, and by what words it can be made again.
 struct Run {
@@ -124,6 +128,9 @@ async fn the_long_form() {
     let text = std::env::var(ARGUMENTS).unwrap_or_default();
     let arguments = Arguments::parse(&text, since.as_secs()).unwrap_or_else(|problem| panic!("{ARGUMENTS}: {problem}"));
     eprintln!("seed {}", arguments.seed);
+    if arguments.agent == AgentKind::Nomad {
+        return nomad::long_form(&arguments).await;
+    }
     if let Some(tasks) = arguments.soak {
         return soak::soak(tasks).await;
     }
@@ -131,7 +138,7 @@ async fn the_long_form() {
     let available = available();
     let (modes, missing): (Vec<Mode>, Vec<Mode>) = asked.into_iter().partition(|mode| available.contains(mode));
     missing.iter().for_each(|mode| eprintln!("{} can't be had on this machine", mode.name()));
-    let count = arguments.aimed.unwrap_or(arguments.faults).div_ceil(modes.len().max(1));
+    let count = arguments.aimed.or(arguments.faults).unwrap_or(FAULTS).div_ceil(modes.len().max(1));
     let mut runs = Vec::new();
     for mode in modes {
         let wanted = Wanted { seed: arguments.seed, faults: count, mode, clock: arguments.clock };

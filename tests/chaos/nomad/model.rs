@@ -1,0 +1,363 @@
+//! What must be true of jobs of a real agent, whatever has happened. Pure: it is told of Nomad's task events, faults and
+//! sights, and says what contradicts them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Duration,
+};
+
+use super::{
+    events::{AllocView, Event, Kind},
+    job::may_restart,
+};
+use crate::{
+    model::{Hit, Init, STOPPED},
+    report::Figures,
+    step::{TaskNumber, Work},
+};
+
+/// A failure is excused by a fault that is over for no longer than this: Nomad notices the death of a plugin late, and tries
+/// again after pauses.
+const AFTERMATH: Duration = Duration::from_secs(30);
+/// Nomad tells of the end of a task so long after a fault at most.
+const CONSEQUENCE: Duration = Duration::from_secs(60);
+const KILLED: i32 = 137;
+/// Nomad starts a task whose plugin dies meanwhile once more at once, and wraps a refusal of that start so that it counts as
+/// final, whatever the driver says of it (`client/allocrunner/taskrunner/task_runner.go`, `runDriver`). No driver can help it.
+const NOMAD_GIVES_UP: [&str; 2] = [
+    "failed to start task after driver exited unexpectedly",
+    "failed to initialize driver after it exited unexpectedly",
+];
+
+#[derive(Debug)]
+struct Task {
+    work: Work,
+    is_wanted: bool,
+    alloc: Option<AllocView>,
+    seen: BTreeSet<(u64, &'static str)>,
+    /// Events of starts, failures to start, and ends.
+    started: u32,
+    refused: u32,
+    codes: Vec<i32>,
+    last_refusal: Option<String>,
+    /// Has an event told why the attempt is over?
+    is_explained: bool,
+    /// Has Nomad itself made a passing refusal final?
+    is_given_up: bool,
+    /// Faults that may have killed it, and the last of them.
+    hits: u32,
+    last_hit: Option<Duration>,
+    /// Faults that may have cut off a start whose answer Nomad has not got.
+    cut: u32,
+}
+
+/// The jobs as Nomad shows them.
+#[derive(Debug, Default)]
+pub struct Model {
+    tasks: BTreeMap<TaskNumber, Task>,
+    /// The faults: begin and end, as far as they have ended.
+    faults: Vec<(Duration, Option<Duration>)>,
+    violations: Vec<String>,
+    ignored: Vec<String>,
+    pub figures: Figures,
+    /// Tasks that Nomad has given up where no driver could have helped.
+    pub given_up: u32,
+}
+
+impl Model {
+    /// A model that does not mind what contains one of these texts.
+    pub fn ignoring(ignored: &[String]) -> Self {
+        Self { ignored: ignored.to_vec(), ..Self::default() }
+    }
+
+    pub fn violations(&self) -> &[String] {
+        &self.violations
+    }
+
+    pub fn violated(&mut self, what: String) {
+        let is_ignored = self.ignored.iter().any(|text| what.contains(text));
+        if !is_ignored && !self.violations.contains(&what) {
+            self.violations.push(what);
+        }
+    }
+
+    pub fn add(&mut self, number: TaskNumber, work: Work) {
+        let new = Task {
+            work,
+            is_wanted: true,
+            alloc: None,
+            seen: BTreeSet::new(),
+            started: 0,
+            refused: 0,
+            codes: Vec::new(),
+            last_refusal: None,
+            is_explained: true,
+            is_given_up: false,
+            hits: 0,
+            last_hit: None,
+            cut: 0,
+        };
+        self.tasks.insert(number, new);
+    }
+
+    /// Nobody wants the task any more.
+    pub fn unwanted(&mut self, number: TaskNumber) {
+        if let Some(task) = self.tasks.get_mut(&number) {
+            task.is_wanted = false;
+        }
+    }
+
+    /// All tasks, with their works.
+    pub fn tasks(&self) -> Vec<(TaskNumber, Work)> {
+        self.tasks.iter().map(|(number, task)| (*number, task.work)).collect()
+    }
+
+    /// The allocation of a task.
+    pub fn alloc(&self, number: TaskNumber) -> Option<String> {
+        Some(self.tasks.get(&number)?.alloc.as_ref()?.id.clone())
+    }
+
+    /// Events that have told of failed starts and of starts, so far.
+    pub fn starts(&self, number: TaskNumber) -> (u32, u32) {
+        self.tasks.get(&number).map_or((0, 0), |task| (task.refused, task.started))
+    }
+
+    /// All tasks are gone.
+    pub fn forget(&mut self) {
+        self.tasks.clear();
+    }
+
+    pub fn fault_begins(&mut self, now: Duration) {
+        self.faults.push((now, None));
+        for task in self.tasks.values_mut().filter(|task| !task.is_running()) {
+            task.cut += 1;
+        }
+    }
+
+    pub fn fault_ends(&mut self, now: Duration) {
+        if let Some(fault) = self.faults.iter_mut().find(|(_, end)| end.is_none()) {
+            fault.1 = Some(now);
+        }
+    }
+
+    /// May something that failed then be a fault's doing?
+    fn is_excused(&self, then: Duration) -> bool {
+        self.faults.iter().any(|(begin, end)| *begin <= then && end.is_none_or(|end| then <= end + AFTERMATH))
+    }
+
+    pub fn hit(&mut self, hit: &Hit, now: Duration) {
+        for (number, task) in &mut self.tasks {
+            let is_hit = match hit {
+                Hit::Attempts(ids) => ids.iter().any(|(task, _)| task == number),
+                Hit::Unsettled => !task.is_running() || !task.is_wanted,
+                Hit::NotAmong(alive) => task.is_running() && alive.iter().all(|(alive, _)| alive != number),
+                Hit::All => true,
+            };
+            if is_hit {
+                (task.hits, task.last_hit) = (task.hits + 1, Some(now));
+            }
+        }
+    }
+
+    /// Nomad has told of an allocation: the events that are news.
+    pub fn told(&mut self, number: TaskNumber, view: &AllocView) -> Vec<Event> {
+        let Some(task) = self.tasks.get_mut(&number) else { return Vec::new() };
+        let former = task.alloc.replace(view.clone());
+        if let Some(former) = former.filter(|former| former.id != view.id) {
+            self.violated(format!("task {number} has got another allocation: {} after {}", view.id, former.id));
+        }
+        let mut news = Vec::new();
+        for event in &view.events {
+            let is_news =
+                self.tasks.get_mut(&number).is_some_and(|task| task.seen.insert((event.nanos, event.kind.name())));
+            if is_news {
+                self.judge(number, event);
+                news.push(event.clone());
+            }
+        }
+        self.judge_state(number);
+        news
+    }
+
+    fn judge(&mut self, number: TaskNumber, event: &Event) {
+        let is_excused = self.is_excused(event.then);
+        let Some(task) = self.tasks.get_mut(&number) else { return };
+        let was_explained = std::mem::replace(&mut task.is_explained, true);
+        match &event.kind {
+            Kind::Started => (task.started, task.is_explained) = (task.started + 1, false),
+            Kind::Terminated(code) => {
+                task.codes.push(*code);
+                self.exited(number, *code, event.then);
+            }
+            Kind::DriverFailure(message) => {
+                task.refused += 1;
+                task.last_refusal = Some(message.clone());
+                task.is_given_up |= NOMAD_GIVES_UP.iter().any(|text| message.contains(text));
+                self.figures.refused += 1;
+                if !is_excused {
+                    self.violated(format!("a start was refused, and no fault has caused it: {message}"));
+                }
+            }
+            Kind::Restarting | Kind::NotRestarting if !was_explained => {
+                let is_excused = task.is_hit(event.then) || !task.is_wanted;
+                if !is_excused {
+                    self.violated(format!("task {number} was lost without a cause"));
+                }
+            }
+            Kind::Restarting | Kind::NotRestarting => {}
+            // What Nomad tells besides says nothing of the attempt.
+            Kind::Other(_) => task.is_explained = was_explained,
+        }
+    }
+
+    fn exited(&mut self, number: TaskNumber, code: i32, then: Duration) {
+        let task = &self.tasks[&number];
+        let is_hit = task.is_hit(then);
+        let written = match task.work {
+            Work::Batch { code, .. } => Some(i32::from(code)),
+            Work::Service => None,
+        };
+        let is_batch = u32::from(written.is_some());
+        if written == Some(code) || !task.is_wanted && matches!(code, STOPPED | KILLED | 143) {
+            self.figures.batch_right += is_batch;
+        } else if is_hit && code == KILLED {
+            self.figures.batch_hit += is_batch;
+        } else {
+            self.figures.batch_wrong += is_batch;
+            let what = written.map_or("is a service".to_owned(), |code| format!("ends with {code}"));
+            let wanted = task.is_wanted;
+            self.violated(format!(
+                "task {number} {what}; Nomad says {code} (wanted: {wanted}, struck by a fault: {is_hit})"
+            ));
+        }
+    }
+
+    /// A task that is wanted and may be started again is never over for good.
+    fn judge_state(&mut self, number: TaskNumber) {
+        let task = &self.tasks[&number];
+        let Some(view) = &task.alloc else { return };
+        let is_dead = matches!(view.status.as_str(), "failed" | "lost") || view.is_failed;
+        if !is_dead || !task.is_wanted || !may_restart(task.work) || task.seen.contains(&(0, "given up")) {
+            return;
+        }
+        let refusal = task.last_refusal.clone().unwrap_or_else(|| "no start was refused".to_owned());
+        let is_nomads = task.is_given_up;
+        if let Some(task) = self.tasks.get_mut(&number) {
+            task.seen.insert((0, "given up"));
+        }
+        if is_nomads {
+            self.given_up += 1;
+        } else {
+            self.violated(format!("Nomad has given up task {number} for good: {refusal}"));
+        }
+    }
+
+    /// What is alive at one moment: never two of one task.
+    pub fn seen(&mut self, inits: &[Init]) {
+        self.figures.looks += 1;
+        let mut by_task: HashMap<TaskNumber, Vec<Init>> = HashMap::new();
+        for init in inits {
+            by_task.entry(init.attempt.0).or_default().push(*init);
+        }
+        for (task, alive) in by_task.into_iter().filter(|(_, alive)| alive.len() > 1) {
+            self.violated(format!("task {task} runs twice: {alive:?}"));
+        }
+    }
+
+    /// What is not yet as it must be when all faults are over.
+    pub fn unrest(&self, inits: &[Init]) -> Vec<String> {
+        let mut found = Vec::new();
+        for (number, task) in &self.tasks {
+            let alive: Vec<u32> = inits.iter().filter(|init| init.attempt.0 == *number).map(|init| init.pid).collect();
+            let state = task.alloc.as_ref().map_or("no allocation", |view| view.state.as_str());
+            let refusal = task.last_refusal.as_deref().unwrap_or("no start was refused");
+            let must_run = task.is_wanted && task.work == Work::Service && !task.is_given_up();
+            if must_run && !(task.is_running() && alive.len() == 1) {
+                found.push(format!(
+                    "service {number} does not run exactly once (for Nomad: {state}, alive: {alive:?}, {refusal})"
+                ));
+            } else if !must_run && !task.is_over() {
+                found.push(format!(
+                    "task {number} does not come to its end (for Nomad: {state}, alive: {alive:?}, {refusal})"
+                ));
+            } else if !must_run && !alive.is_empty() {
+                found.push(format!("task {number} is over for Nomad, and still alive: {alive:?}"));
+            }
+        }
+        found
+    }
+
+    /// A task's file, in which each start has written a line.
+    pub fn witness(&mut self, number: TaskNumber, text: &str) {
+        let task = &self.tasks[&number];
+        let count = u32::try_from(text.lines().count()).unwrap_or(u32::MAX);
+        // A start whose answer was cut off is undone and made once more.
+        let most = task.started + task.refused + task.cut;
+        let stops = u32::from(!task.is_wanted);
+        let least = task.started.saturating_sub(task.hits + stops);
+        self.figures.witnesses += 1;
+        if count > most || count < least {
+            let (started, refused, cut, hits) = (task.started, task.refused, task.cut, task.hits);
+            self.violated(format!(
+                "task {number} has run {count} times; Nomad tells of {started} starts and {refused} failures to start \
+                 (beside {cut} faults while it was not running, and {hits} that may have killed it)"
+            ));
+        }
+    }
+
+    /// Why a log is not what it must be: each attempt's lines from 0 on, none missing and none double. With `is_whole` the
+    /// log of the last attempt has come to its end.
+    pub fn log_faults(&self, number: TaskNumber, text: &str, is_whole: bool) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut next: BTreeMap<u32, u32> = BTreeMap::new();
+        let prefix = format!("tick {number} ");
+        // A line that was cut off stands before the first one of the next attempt.
+        for (_, line) in text.lines().filter_map(|line| line.rsplit_once(&prefix)) {
+            let mut words = line.split(' ').map(str::parse::<u32>);
+            let (Some(Ok(attempt)), Some(Ok(tick)), None) = (words.next(), words.next(), words.next()) else {
+                continue;
+            };
+            let wanted = next.entry(attempt).or_default();
+            if tick != *wanted {
+                wrong.push(format!("the log of task {number}: line {tick} of attempt {attempt} where {wanted} is due"));
+            }
+            *wanted = tick + 1;
+        }
+        let task = &self.tasks[&number];
+        if let Work::Batch { code, lines, .. } = task.work {
+            let is_done = task.is_wanted && task.codes.last() == Some(&i32::from(code));
+            let count = next.last_key_value().map_or(0, |(_, count)| *count);
+            if is_whole && is_done && count != lines {
+                wrong.push(format!("the log of task {number} has {count} of {lines} lines of its last attempt"));
+            }
+        }
+        wrong
+    }
+}
+
+impl Task {
+    /// Does it run, as far as Nomad knows?
+    fn is_running(&self) -> bool {
+        self.alloc.as_ref().is_some_and(|view| view.state == "running" && view.status == "running")
+    }
+
+    /// Does Nomad do nothing more for it? One that was stopped before it was placed has no allocation.
+    fn is_over(&self) -> bool {
+        match &self.alloc {
+            Some(view) => view.state == "dead" || matches!(view.status.as_str(), "complete" | "failed"),
+            None => !self.is_wanted,
+        }
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.seen.contains(&(0, "given up"))
+    }
+
+    /// May a fault have ended it then?
+    fn is_hit(&self, then: Duration) -> bool {
+        self.last_hit.is_some_and(|last| then <= last + CONSEQUENCE)
+    }
+}
+
+#[cfg(test)]
+mod tests;
