@@ -41,8 +41,8 @@ pub fn job(namespace: &str, number: TaskNumber, work: Work, runtime: OciRuntime,
     let (attempts, mode) = if may_restart(work) { (1000, "delay") } else { (0, "fail") };
     json!({"Job": {
         "ID": id, "Name": id, "Type": kind, "Datacenters": ["*"],
-        // Without deployments: their health checks are not what is tested.
-        "Update": {"MaxParallel": 0},
+        // A service without deployments, whose health checks are not what is tested.
+        "Update": (work == Work::Service).then(|| json!({"MaxParallel": 0})),
         "TaskGroups": [{
             "Name": "g", "Count": 1,
             "RestartPolicy": {"Attempts": attempts, "Interval": 86400 * SECOND, "Delay": SECOND, "Mode": mode},

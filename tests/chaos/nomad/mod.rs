@@ -49,14 +49,11 @@ async fn run(
     Ok((words, figures))
 }
 
-/// What `make chaos ARGS="--agent nomad"` does: the scenarios, and then faults by chance.
+/// What `make chaos ARGS="--agent nomad"` does: faults by chance, and then the scenarios.
 pub async fn long_form(arguments: &Arguments) {
     let binary = agent::binary().unwrap_or_else(|| {
         panic!("no Nomad agent was found: NOMAD_BIN names no program that can be run, and `nomad` is not in PATH")
     });
-    if arguments.keep.is_none() && arguments.plant.is_none() {
-        told(scenarios::play(binary.clone(), &Failure::ALL).await);
-    }
     let modes = if arguments.modes.is_empty() { MODES.to_vec() } else { arguments.modes.clone() };
     let faults = arguments.faults.unwrap_or(FAULTS).div_ceil(modes.len());
     let mut runs = Vec::new();
@@ -73,6 +70,9 @@ pub async fn long_form(arguments: &Arguments) {
     }
     eprintln!("{}", table(&runs));
     assert!(arguments.plant.is_none(), "the planted defect was not found");
+    if arguments.keep.is_none() {
+        told(scenarios::play(binary, &Failure::ALL).await);
+    }
 }
 
 /// Fails with the history, where something was wrong.
@@ -82,7 +82,7 @@ fn told(outcome: Outcome) {
     if !violations.is_empty() {
         failed(&shown.map(|(what, lines)| format!("{what}:\n  {}\n", lines.join("\n  "))).concat());
     }
-    let results = history.iter().filter(|line| line.contains(" failed starts, "));
+    let results = history.iter().filter(|line| line.contains(" failed starts of "));
     results.for_each(|line| eprintln!("{line}"));
     eprintln!("{}", table(&[("passing failures, with a real agent".to_owned(), figures)]));
 }
