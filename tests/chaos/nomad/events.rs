@@ -34,6 +34,8 @@ pub struct AllocView {
     pub id: String,
     /// `pending`, `running`, `complete`, `failed`, `lost`.
     pub status: String,
+    /// What Nomad says of that.
+    pub why: String,
     /// The task's: `pending`, `running`, `dead`.
     pub state: String,
     pub is_failed: bool,
@@ -49,6 +51,7 @@ impl AllocView {
         Self {
             id: text(&entry["ID"]),
             status: text(&entry["ClientStatus"]),
+            why: text(&entry["ClientDescription"]),
             state: text(&task["State"]),
             is_failed: task["Failed"] == true,
             events: events.collect(),

@@ -24,10 +24,13 @@ const CONSEQUENCE: Duration = Duration::from_secs(60);
 const KILLED: i32 = 137;
 /// Nomad starts a task whose plugin dies meanwhile once more at once, and wraps a refusal of that start so that it counts as
 /// final, whatever the driver says of it (`client/allocrunner/taskrunner/task_runner.go`, `runDriver`). No driver can help it.
+/// An allocation fails for good as well when the plugin is gone as Nomad first asks for it (`client/client.go`, `makeFailedAlloc`).
 const NOMAD_GIVES_UP: [&str; 2] = [
     "failed to start task after driver exited unexpectedly",
     "failed to initialize driver after it exited unexpectedly",
 ];
+
+const NOT_ADDED: &str = "Unable to add allocation due to error";
 
 #[derive(Debug)]
 struct Task {
@@ -240,8 +243,8 @@ impl Model {
         if !is_dead || !task.is_wanted || !may_restart(task.work) || task.seen.contains(&(0, "given up")) {
             return;
         }
-        let refusal = task.last_refusal.clone().unwrap_or_else(|| "no start was refused".to_owned());
-        let is_nomads = task.is_given_up;
+        let refusal = task.last_refusal.clone().unwrap_or_else(|| format!("no start was refused; {}", view.why));
+        let is_nomads = task.is_given_up || view.why.starts_with(NOT_ADDED);
         if let Some(task) = self.tasks.get_mut(&number) {
             task.seen.insert((0, "given up"));
         }

@@ -12,6 +12,7 @@ fn view(state: &str, events: &[(u64, Kind)]) -> AllocView {
     AllocView {
         id: "a".to_owned(),
         status: status.to_owned(),
+        why: String::new(),
         state: state.to_owned(),
         is_failed: state == "dead",
         events: events.collect(),
@@ -53,6 +54,9 @@ fn a_refusal_needs_a_fault_and_is_never_final() {
     let mut model = with(Work::Service);
     model.fault_begins(at(4));
     model.told(0, &refused("dead", NOMAD_GIVES_UP[0]));
+    assert!(model.violations().is_empty() && model.given_up == 1, "{:?}", model.violations());
+    let mut model = with(Work::Service);
+    model.told(0, &AllocView { why: format!("{NOT_ADDED}: plugin is shut down"), ..view("dead", &[]) });
     assert!(model.violations().is_empty() && model.given_up == 1, "{:?}", model.violations());
 }
 
