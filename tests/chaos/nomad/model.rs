@@ -21,6 +21,8 @@ use crate::{
 const AFTERMATH: Duration = Duration::from_secs(30);
 /// Nomad tells of the end of a task so long after a fault at most.
 const CONSEQUENCE: Duration = Duration::from_secs(60);
+/// A plugin that dies so soon after another one may not have been asked for its tasks yet.
+const CLOSE: Duration = Duration::from_secs(5);
 const KILLED: i32 = 137;
 /// Nomad starts a task whose plugin dies meanwhile once more at once, and wraps a refusal of that start so that it counts as
 /// final, whatever the driver says of it (`client/allocrunner/taskrunner/task_runner.go`, `runDriver`). No driver can help it.
@@ -60,11 +62,15 @@ pub struct Model {
     tasks: BTreeMap<TaskNumber, Task>,
     /// The faults: begin and end, as far as they have ended.
     faults: Vec<(Duration, Option<Duration>)>,
+    /// Deaths of plugins.
+    deaths: Vec<Duration>,
     violations: Vec<String>,
     ignored: Vec<String>,
     pub figures: Figures,
     /// Tasks that Nomad has given up where no driver could have helped.
     pub given_up: u32,
+    /// Tasks that Nomad has started anew where no driver could have helped.
+    pub let_go: u32,
 }
 
 impl Model {
@@ -143,6 +149,27 @@ impl Model {
         }
     }
 
+    /// A plugin dies.
+    pub fn plugin_died(&mut self, now: Duration) {
+        self.deaths.push(now);
+    }
+
+    /// Nomad lets go of a task whose plugin has died when the next plugin can't be asked for it, and does not try again
+    /// (`handleTaskExitResult` in `client/allocrunner/taskrunner/task_runner.go`): another death, or a shortage, beside a death.
+    fn may_have_let_go(&self, then: Duration) -> bool {
+        let mut deaths = self.deaths.iter().filter(|death| **death <= then && then <= **death + AFTERMATH);
+        deaths.any(|death| {
+            let is_near = |begin: Duration, end: Duration| begin <= *death + CLOSE && *death <= end + CLOSE;
+            let others = self.deaths.iter().filter(|other| *other != death).any(|other| is_near(*other, *other));
+            // A shortage lasts; what only strikes has ended as it began.
+            let shortages = self.faults.iter().any(|(begin, end)| {
+                let end = end.unwrap_or(then);
+                end > *begin + Duration::from_millis(100) && is_near(*begin, end)
+            });
+            others || shortages
+        })
+    }
+
     /// May something that failed then be a fault's doing?
     fn is_excused(&self, then: Duration) -> bool {
         self.faults.iter().any(|(begin, end)| *begin <= then && end.is_none_or(|end| then <= end + AFTERMATH))
@@ -203,7 +230,9 @@ impl Model {
             }
             Kind::Restarting | Kind::NotRestarting if !was_explained => {
                 let is_excused = task.is_hit(event.then) || !task.is_wanted;
-                if !is_excused {
+                if !is_excused && self.may_have_let_go(event.then) {
+                    self.let_go += 1;
+                } else if !is_excused {
                     self.violated(format!("task {number} was lost without a cause"));
                 }
             }

@@ -54,11 +54,15 @@ impl Journal for Record {
     }
 
     fn struck(&self, kind: Option<String>) {
-        let figures = &mut self.model().figures;
-        match kind {
-            Some(kind) => figures.struck(kind),
-            None => figures.missed += 1,
+        let now = self.history.now();
+        let mut model = self.model();
+        let Some(kind) = kind else { return model.figures.missed += 1 };
+        let ends_plugin =
+            ["SIGKILL of the plugin", "SIGTERM of the plugin", "in place", "and the plugin", "SIGTERM of the agent"];
+        if ends_plugin.iter().any(|text| kind.contains(text)) {
+            model.plugin_died(now);
         }
+        model.figures.struck(kind);
     }
 
     fn plugin(&self) -> Option<u32> {

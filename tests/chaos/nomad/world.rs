@@ -349,9 +349,7 @@ impl World {
         }
         model.figures.left.extend(left.iter().cloned());
         left.into_iter().for_each(|line| model.violated(format!("left over after the plugin: {line}")));
-        if model.given_up > 0 {
-            eprintln!("Nomad itself has given up {} tasks (docs/chaos.md)", model.given_up);
-        }
+        eprintln!("Nomad itself gave up {} tasks and let go of {} (docs/chaos.md)", model.given_up, model.let_go);
         Outcome {
             violations: model.violations().to_vec(),
             figures: std::mem::take(&mut model.figures),

@@ -70,6 +70,14 @@ fn a_loss_needs_a_hit() {
     model.hit(&Hit::All, at(1));
     model.told(0, &lost);
     assert!(model.violations().is_empty(), "{:?}", model.violations());
+    // One death of a plugin is no cause, two may be.
+    for (deaths, is_right) in [(&[1][..], false), (&[1, 2], true), (&[1, 20], false)] {
+        let mut model = with(Work::Service);
+        deaths.iter().for_each(|death| model.plugin_died(at(*death)));
+        model.told(0, &lost);
+        assert_eq!(model.violations().is_empty(), is_right, "{deaths:?}: {:?}", model.violations());
+        assert_eq!(model.let_go, u32::from(is_right));
+    }
 }
 
 #[test]
