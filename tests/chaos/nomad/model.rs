@@ -44,6 +44,8 @@ struct Task {
     started: u32,
     refused: u32,
     codes: Vec<i32>,
+    /// Ends of which Nomad has told no code.
+    lost: u32,
     last_refusal: Option<String>,
     /// Has an event told why the attempt is over?
     is_explained: bool,
@@ -64,6 +66,8 @@ pub struct Model {
     faults: Vec<(Duration, Option<Duration>)>,
     /// Deaths of plugins.
     deaths: Vec<Duration>,
+    /// Strikes at what a start needs besides the plugin.
+    strikes: Vec<Duration>,
     violations: Vec<String>,
     ignored: Vec<String>,
     pub figures: Figures,
@@ -99,6 +103,7 @@ impl Model {
             started: 0,
             refused: 0,
             codes: Vec::new(),
+            lost: 0,
             last_refusal: None,
             is_explained: true,
             is_given_up: false,
@@ -154,19 +159,32 @@ impl Model {
         self.deaths.push(now);
     }
 
+    /// Something besides the plugin is struck that a start needs.
+    pub fn struck_at_start(&mut self, now: Duration) {
+        self.strikes.push(now);
+    }
+
     /// Nomad lets go of a task whose plugin has died when the next plugin can't be asked for it, and does not try again
     /// (`handleTaskExitResult` in `client/allocrunner/taskrunner/task_runner.go`): another death, or a shortage, beside a death.
     fn may_have_let_go(&self, then: Duration) -> bool {
         let mut deaths = self.deaths.iter().filter(|death| **death <= then && then <= **death + AFTERMATH);
         deaths.any(|death| {
-            let is_near = |begin: Duration, end: Duration| begin <= *death + CLOSE && *death <= end + CLOSE;
-            let others = self.deaths.iter().filter(|other| *other != death).any(|other| is_near(*other, *other));
-            // A shortage lasts; what only strikes has ended as it began.
-            let shortages = self.faults.iter().any(|(begin, end)| {
-                let end = end.unwrap_or(then);
-                end > *begin + Duration::from_millis(100) && is_near(*begin, end)
-            });
-            others || shortages
+            let others = self.deaths.iter().any(|other| other != death && death.abs_diff(*other) <= CLOSE);
+            others || self.has_shortage(*death)
+        })
+    }
+
+    /// Has a start that followed the death of a plugin failed by something else, so that no driver could have made it?
+    fn may_fail_again(&self, then: Duration) -> bool {
+        let near = |times: &[Duration]| times.iter().filter(|time| then.abs_diff(**time) <= CLOSE).count();
+        near(&self.strikes) > 0 || near(&self.deaths) > 1 || self.has_shortage(then)
+    }
+
+    /// Did a fault last then, or had it just ended? What only strikes has ended as it began.
+    fn has_shortage(&self, then: Duration) -> bool {
+        self.faults.iter().any(|(begin, end)| {
+            let lasts = end.is_none_or(|end| end > *begin + Duration::from_millis(100));
+            lasts && *begin <= then && end.is_none_or(|end| then <= end + CLOSE)
         })
     }
 
@@ -210,7 +228,7 @@ impl Model {
     }
 
     fn judge(&mut self, number: TaskNumber, event: &Event) {
-        let is_excused = self.is_excused(event.then);
+        let (is_excused, may_fail_again) = (self.is_excused(event.then), self.may_fail_again(event.then));
         let Some(task) = self.tasks.get_mut(&number) else { return };
         let was_explained = std::mem::replace(&mut task.is_explained, true);
         match &event.kind {
@@ -222,13 +240,14 @@ impl Model {
             Kind::DriverFailure(message) => {
                 task.refused += 1;
                 task.last_refusal = Some(message.clone());
-                task.is_given_up |= NOMAD_GIVES_UP.iter().any(|text| message.contains(text));
+                task.is_given_up |= may_fail_again && NOMAD_GIVES_UP.iter().any(|text| message.contains(text));
                 self.figures.refused += 1;
                 if !is_excused {
                     self.violated(format!("a start was refused, and no fault has caused it: {message}"));
                 }
             }
             Kind::Restarting | Kind::NotRestarting if !was_explained => {
+                task.lost += 1;
                 let is_excused = task.is_hit(event.then) || !task.is_wanted;
                 if !is_excused && self.may_have_let_go(event.then) {
                     self.let_go += 1;
@@ -318,53 +337,6 @@ impl Model {
         }
         found
     }
-
-    /// A task's file, in which each start has written a line.
-    pub fn witness(&mut self, number: TaskNumber, text: &str) {
-        let task = &self.tasks[&number];
-        let count = u32::try_from(text.lines().count()).unwrap_or(u32::MAX);
-        // A start whose answer was cut off is undone and made once more.
-        let most = task.started + task.refused + task.cut;
-        let stops = u32::from(!task.is_wanted);
-        let least = task.started.saturating_sub(task.hits + stops);
-        self.figures.witnesses += 1;
-        if count > most || count < least {
-            let (started, refused, cut, hits) = (task.started, task.refused, task.cut, task.hits);
-            self.violated(format!(
-                "task {number} has run {count} times; Nomad tells of {started} starts and {refused} failures to start \
-                 (beside {cut} faults while it was not running, and {hits} that may have killed it)"
-            ));
-        }
-    }
-
-    /// Why a log is not what it must be: each attempt's lines from 0 on, none missing and none double. With `is_whole` the
-    /// log of the last attempt has come to its end.
-    pub fn log_faults(&self, number: TaskNumber, text: &str, is_whole: bool) -> Vec<String> {
-        let mut wrong = Vec::new();
-        let mut next: BTreeMap<u32, u32> = BTreeMap::new();
-        let prefix = format!("tick {number} ");
-        // A line that was cut off stands before the first one of the next attempt.
-        for (_, line) in text.lines().filter_map(|line| line.rsplit_once(&prefix)) {
-            let mut words = line.split(' ').map(str::parse::<u32>);
-            let (Some(Ok(attempt)), Some(Ok(tick)), None) = (words.next(), words.next(), words.next()) else {
-                continue;
-            };
-            let wanted = next.entry(attempt).or_default();
-            if tick != *wanted {
-                wrong.push(format!("the log of task {number}: line {tick} of attempt {attempt} where {wanted} is due"));
-            }
-            *wanted = tick + 1;
-        }
-        let task = &self.tasks[&number];
-        if let Work::Batch { code, lines, .. } = task.work {
-            let is_done = task.is_wanted && task.codes.last() == Some(&i32::from(code));
-            let count = next.last_key_value().map_or(0, |(_, count)| *count);
-            if is_whole && is_done && count != lines {
-                wrong.push(format!("the log of task {number} has {count} of {lines} lines of its last attempt"));
-            }
-        }
-        wrong
-    }
 }
 
 impl Task {
@@ -391,5 +363,6 @@ impl Task {
     }
 }
 
+mod files;
 #[cfg(test)]
 mod tests;

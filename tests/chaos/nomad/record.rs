@@ -61,6 +61,9 @@ impl Journal for Record {
             ["SIGKILL of the plugin", "SIGTERM of the plugin", "in place", "and the plugin", "SIGTERM of the agent"];
         if ends_plugin.iter().any(|text| kind.contains(text)) {
             model.plugin_died(now);
+        } else if ["shim", "OCI runtime", "containerd", "SIGSTOP of the plugin"].iter().any(|text| kind.contains(text))
+        {
+            model.struck_at_start(now);
         }
         model.figures.struck(kind);
     }

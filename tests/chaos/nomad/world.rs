@@ -267,12 +267,13 @@ impl World {
         self.record.note("settled");
     }
 
-    /// Holds a task's log and starts against the model.
+    /// Holds a task's log, starts and outcome against the model.
     async fn check(&self, number: TaskNumber, work: Work) {
         let Some(alloc) = self.record.model().alloc(number) else { return };
         let shared = self.alloc_dir.join(alloc).join("alloc");
         let started = fs::read_to_string(shared.join(format!("data/started-{number}"))).unwrap_or_default();
         self.record.model().witness(number, &started);
+        self.record.model().outcome(number);
         let deadline = Instant::now() + LATE_LINES;
         let wrong = loop {
             let log = fs::read_to_string(shared.join(format!("logs/{TASK}.stdout.0"))).unwrap_or_default();

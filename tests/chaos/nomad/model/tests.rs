@@ -51,10 +51,19 @@ fn a_refusal_needs_a_fault_and_is_never_final() {
     assert!(model.violations().is_empty(), "{:?}", model.violations());
     model.told(0, &refused("dead", "no space"));
     assert!(model.violations()[0].contains("given up task 0 for good"), "{:?}", model.violations());
-    let mut model = with(Work::Service);
-    model.fault_begins(at(4));
-    model.told(0, &refused("dead", NOMAD_GIVES_UP[0]));
-    assert!(model.violations().is_empty() && model.given_up == 1, "{:?}", model.violations());
+    // The second start must have a cause of its own to fail.
+    for is_struck in [false, true] {
+        let mut model = with(Work::Service);
+        model.plugin_died(at(4));
+        model.fault_begins(at(4));
+        model.fault_ends(at(4));
+        if is_struck {
+            model.struck_at_start(at(5));
+        }
+        model.told(0, &refused("dead", NOMAD_GIVES_UP[0]));
+        assert_eq!(model.violations().is_empty(), is_struck, "{:?}", model.violations());
+        assert_eq!(model.given_up, u32::from(is_struck));
+    }
     let mut model = with(Work::Service);
     model.told(0, &AllocView { why: format!("{NOT_ADDED}: plugin is shut down"), ..view("dead", &[]) });
     assert!(model.violations().is_empty() && model.given_up == 1, "{:?}", model.violations());
@@ -103,4 +112,19 @@ fn starts_and_lines_are_counted() {
     assert!(model.violations().is_empty());
     model.witness(0, "1\n2\n");
     assert!(model.violations()[0].contains("has run 2 times"), "{:?}", model.violations());
+}
+
+#[test]
+fn a_batch_task_that_is_over_has_told_how() {
+    for (events, is_right) in [
+        (vec![(1, Kind::Started), (2, Kind::Terminated(3))], true),
+        (vec![(2, Kind::DriverFailure("no space".to_owned())), (3, Kind::NotRestarting)], true),
+        (vec![(1, Kind::Started)], false),
+    ] {
+        let mut model = with(BATCH);
+        model.fault_begins(at(1));
+        model.told(0, &view("dead", &events));
+        model.outcome(0);
+        assert_eq!(model.violations().is_empty(), is_right, "{events:?}: {:?}", model.violations());
+    }
 }
