@@ -288,11 +288,13 @@ impl Model {
         let task = &self.tasks[&number];
         let Some(view) = &task.alloc else { return };
         let is_dead = matches!(view.status.as_str(), "failed" | "lost") || view.is_failed;
-        if !is_dead || !task.is_wanted || !may_restart(task.work) || task.seen.contains(&(0, "given up")) {
+        let is_not_added = view.why.starts_with(NOT_ADDED);
+        let may_be_dead = !may_restart(task.work) && !is_not_added;
+        if !is_dead || !task.is_wanted || may_be_dead || task.is_given_up() {
             return;
         }
         let refusal = task.last_refusal.clone().unwrap_or_else(|| format!("no start was refused; {}", view.why));
-        let is_nomads = task.is_given_up || view.why.starts_with(NOT_ADDED);
+        let is_nomads = task.is_given_up || is_not_added;
         if let Some(task) = self.tasks.get_mut(&number) {
             task.seen.insert((0, "given up"));
         }

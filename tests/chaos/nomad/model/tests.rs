@@ -64,9 +64,12 @@ fn a_refusal_needs_a_fault_and_is_never_final() {
         assert_eq!(model.violations().is_empty(), is_struck, "{:?}", model.violations());
         assert_eq!(model.given_up, u32::from(is_struck));
     }
-    let mut model = with(Work::Service);
-    model.told(0, &AllocView { why: format!("{NOT_ADDED}: plugin is shut down"), ..view("dead", &[]) });
-    assert!(model.violations().is_empty() && model.given_up == 1, "{:?}", model.violations());
+    for work in [Work::Service, BATCH] {
+        let mut model = with(work);
+        model.told(0, &AllocView { why: format!("{NOT_ADDED}: plugin is shut down"), ..view("dead", &[]) });
+        model.outcome(0);
+        assert!(model.violations().is_empty() && model.given_up == 1, "{:?}", model.violations());
+    }
 }
 
 #[test]
