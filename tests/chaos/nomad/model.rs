@@ -287,8 +287,11 @@ impl Model {
     fn judge_state(&mut self, number: TaskNumber) {
         let task = &self.tasks[&number];
         let Some(view) = &task.alloc else { return };
-        let is_dead = matches!(view.status.as_str(), "failed" | "lost") || view.is_failed;
-        let is_not_added = view.why.starts_with(NOT_ADDED);
+        let is_over = view.status == "complete" && task.started + task.refused == 0;
+        let is_dead = is_over || matches!(view.status.as_str(), "failed" | "lost") || view.is_failed;
+        // An agent that is killed as it tells of this tells only of an end afterwards.
+        let was_never_asked = task.started + task.refused == 0 && !self.deaths.is_empty();
+        let is_not_added = view.why.starts_with(NOT_ADDED) || was_never_asked;
         let may_be_dead = !may_restart(task.work) && !is_not_added;
         if !is_dead || !task.is_wanted || may_be_dead || task.is_given_up() {
             return;
