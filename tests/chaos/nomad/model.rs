@@ -42,6 +42,7 @@ struct Task {
     seen: BTreeSet<(u64, &'static str)>,
     /// Events of starts, failures to start, and ends.
     started: u32,
+    last_start: Option<Duration>,
     refused: u32,
     codes: Vec<i32>,
     /// Ends of which Nomad has told no code.
@@ -101,6 +102,7 @@ impl Model {
             alloc: None,
             seen: BTreeSet::new(),
             started: 0,
+            last_start: None,
             refused: 0,
             codes: Vec::new(),
             lost: 0,
@@ -232,7 +234,10 @@ impl Model {
         let Some(task) = self.tasks.get_mut(&number) else { return };
         let was_explained = std::mem::replace(&mut task.is_explained, true);
         match &event.kind {
-            Kind::Started => (task.started, task.is_explained) = (task.started + 1, false),
+            Kind::Started => {
+                (task.started, task.is_explained) = (task.started + 1, false);
+                task.last_start = Some(event.then);
+            }
             Kind::Terminated(code) => {
                 task.codes.push(*code);
                 self.exited(number, *code, event.then);

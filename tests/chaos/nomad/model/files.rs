@@ -1,8 +1,8 @@
 //! What a task has left when all is at rest, held against what Nomad has told: its starts, its log, its code.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
-use super::{Model, may_restart};
+use super::{CLOSE, Model, may_restart};
 use crate::step::{TaskNumber, Work};
 
 impl Model {
@@ -46,11 +46,20 @@ impl Model {
         if let Work::Batch { code, lines, .. } = task.work {
             let is_done = task.is_wanted && task.codes.last() == Some(&i32::from(code));
             let count = next.last_key_value().map_or(0, |(_, count)| *count);
-            if is_whole && is_done && count != lines {
+            if is_whole && is_done && !self.may_have_lost_its_reader(number) && count != lines {
                 wrong.push(format!("the log of task {number} has {count} of {lines} lines of its last attempt"));
             }
         }
         wrong
+    }
+
+    /// Has the last start been made once more after one that failed, and whose answer was cut off by the plugin's death? A
+    /// failed start ends the log's streams. Nomad reads them to this end, and opens them again only when it restarts the task
+    /// after an answer.
+    fn may_have_lost_its_reader(&self, number: TaskNumber) -> bool {
+        let start = self.tasks[&number].last_start;
+        let just_before = |start: Duration| self.deaths.iter().any(|death| *death <= start && start <= *death + CLOSE);
+        start.is_some_and(|start| just_before(start) && self.may_fail_again(start))
     }
 
     /// A batch task that has come to its end by itself has told how: by its code, or why there is none.

@@ -110,6 +110,10 @@ fn starts_and_lines_are_counted() {
     model.witness(0, "1\n");
     assert!(model.log_faults(0, "tick 0 1 0\ntick 0 1 1\n", true).is_empty());
     assert!(model.log_faults(0, "tick 0 1 0\n", true)[0].contains("1 of 2 lines"));
+    model.plugin_died(at(1));
+    assert!(model.log_faults(0, "", true)[0].contains("0 of 2 lines"), "the death of a plugin costs no line");
+    model.struck_at_start(at(1));
+    assert!(model.log_faults(0, "", true).is_empty(), "nobody may read what a start that was made once more writes");
     assert!(model.log_faults(0, "tick 0 1 1\n", false)[0].contains("where 0 is due"));
     assert!(model.log_faults(0, "tick 0 1 0\ntick 0 1 0\n", false)[0].contains("where 1 is due"));
     assert!(model.violations().is_empty());
