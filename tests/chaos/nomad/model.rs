@@ -55,6 +55,8 @@ struct Task {
     /// Faults that may have killed it, and the last of them.
     hits: u32,
     last_hit: Option<Duration>,
+    /// Was an agent killed while it prepared a start?
+    may_have_two_readers: bool,
     /// Faults that may have cut off a start whose answer Nomad has not got.
     cut: u32,
 }
@@ -111,6 +113,7 @@ impl Model {
             is_given_up: false,
             hits: 0,
             last_hit: None,
+            may_have_two_readers: false,
             cut: 0,
         };
         self.tasks.insert(number, new);
@@ -153,6 +156,14 @@ impl Model {
     pub fn fault_ends(&mut self, now: Duration) {
         if let Some(fault) = self.faults.iter_mut().find(|(_, end)| end.is_none()) {
             fault.1 = Some(now);
+        }
+    }
+
+    /// An agent is killed. Its log collectors live on; those of tasks that it was about to start are unknown to the next one,
+    /// which starts others beside them, and two that read one stream may write its lines in another order.
+    pub fn agent_died(&mut self) {
+        for task in self.tasks.values_mut().filter(|task| !task.is_running()) {
+            task.may_have_two_readers = true;
         }
     }
 

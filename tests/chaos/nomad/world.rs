@@ -219,6 +219,7 @@ impl World {
                 }
             }
             plan::Agent::Killed | plan::Agent::KilledWithPlugin => {
+                self.record.model().agent_died();
                 let plugins =
                     observe::victims(crate::step::Target::Plugin, &self.record.dir, &self.record.namespace, 0);
                 agent.end(libc::SIGKILL).await;

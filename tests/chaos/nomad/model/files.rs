@@ -27,25 +27,29 @@ impl Model {
     /// Why a log is not what it must be: each attempt's lines from 0 on, none missing and none double. With `is_whole` the
     /// log of the last attempt has come to its end.
     pub fn log_faults(&self, number: TaskNumber, text: &str, is_whole: bool) -> Vec<String> {
-        let mut wrong = Vec::new();
-        let mut next: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut attempts: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         let prefix = format!("tick {number} ");
         // A line that was cut off stands before the first one of the next attempt.
         for (_, line) in text.lines().filter_map(|line| line.rsplit_once(&prefix)) {
             let mut words = line.split(' ').map(str::parse::<u32>);
-            let (Some(Ok(attempt)), Some(Ok(tick)), None) = (words.next(), words.next(), words.next()) else {
-                continue;
-            };
-            let wanted = next.entry(attempt).or_default();
-            if tick != *wanted {
+            if let (Some(Ok(attempt)), Some(Ok(tick)), None) = (words.next(), words.next(), words.next()) {
+                attempts.entry(attempt).or_default().push(tick);
+            }
+        }
+        if self.tasks[&number].may_have_two_readers {
+            attempts.values_mut().for_each(|ticks| ticks.sort_unstable());
+        }
+        let mut wrong = Vec::new();
+        for (attempt, ticks) in &attempts {
+            for (tick, wanted) in ticks.iter().zip(0..).filter(|(tick, wanted)| *tick != wanted) {
                 wrong.push(format!("the log of task {number}: line {tick} of attempt {attempt} where {wanted} is due"));
             }
-            *wanted = tick + 1;
         }
         let task = &self.tasks[&number];
         if let Work::Batch { code, lines, .. } = task.work {
             let is_done = task.is_wanted && task.codes.last() == Some(&i32::from(code));
-            let count = next.last_key_value().map_or(0, |(_, count)| *count);
+            let count =
+                attempts.last_key_value().map_or(0, |(_, ticks)| u32::try_from(ticks.len()).unwrap_or(u32::MAX));
             if is_whole && is_done && !self.may_have_lost_its_reader(number) && count != lines {
                 wrong.push(format!("the log of task {number} has {count} of {lines} lines of its last attempt"));
             }

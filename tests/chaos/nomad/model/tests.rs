@@ -122,6 +122,16 @@ fn starts_and_lines_are_counted() {
 }
 
 #[test]
+fn lines_may_change_places_only_after_the_death_of_an_agent() {
+    let mut model = with(Work::Service);
+    let (swapped, double) = ("tick 0 1 1\ntick 0 1 0\n", "tick 0 1 1\ntick 0 1 0\ntick 0 1 0\n");
+    assert_eq!(model.log_faults(0, swapped, false).len(), 2);
+    model.agent_died();
+    assert!(model.log_faults(0, swapped, false).is_empty());
+    assert!(!model.log_faults(0, double, false).is_empty());
+}
+
+#[test]
 fn a_batch_task_that_is_over_has_told_how() {
     for (events, is_right) in [
         (vec![(1, Kind::Started), (2, Kind::Terminated(3))], true),
