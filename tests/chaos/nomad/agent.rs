@@ -102,8 +102,19 @@ impl Agent {
             .unwrap_or_default()
     }
 
-    /// Its files go; what Nomad had mounted there as well.
+    /// Log collectors that an agent had started and did not live to note go: no other agent knows of them.
+    fn end_collectors(&self) {
+        for pid in nomad_driver_shim::process::all().unwrap_or_default() {
+            let is_ours = fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|path| path == self.dir);
+            if let Some(process) = is_ours.then(|| PidFd::open(pid).ok()).flatten() {
+                process.signal(libc::SIGKILL);
+            }
+        }
+    }
+
+    /// Its files go; its log collectors and what Nomad had mounted there as well.
     pub fn remove(&self) {
+        self.end_collectors();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
             if point.starts_with(&self.dir) {
