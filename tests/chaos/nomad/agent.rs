@@ -102,6 +102,14 @@ impl Agent {
             .unwrap_or_default()
     }
 
+    /// Keeps a copy of its log: what a failure can't be understood without.
+    pub fn keep_log(&self) -> PathBuf {
+        let name = self.dir.file_name().unwrap_or_default().to_string_lossy();
+        let path = std::env::temp_dir().join(format!("chaos-{name}.log"));
+        fs::write(&path, self.log()).unwrap();
+        path
+    }
+
     /// Log collectors that an agent had started and did not live to note go: no other agent knows of them.
     fn end_collectors(&self) {
         for pid in nomad_driver_shim::process::all().unwrap_or_default() {

@@ -344,6 +344,9 @@ impl World {
         for line in agent.log().lines().filter(|line| OURS.iter().any(|module| line.contains(module))) {
             self.record.history.listen_to(line);
         }
+        if !is_right {
+            self.record.note(&format!("the agent's log is kept: {}", agent.keep_log().display()));
+        }
         agent.remove();
         let mut model = self.record.model();
         if !came && is_right {
