@@ -11,6 +11,8 @@ use super::job::TASK;
 pub enum Kind {
     Started,
     Terminated(i32),
+    /// Nomad has lost the connection to the plugin, and takes that for the task's end.
+    Disconnected(String),
     DriverFailure(String),
     Restarting,
     NotRestarting,
@@ -64,6 +66,8 @@ impl Event {
         let text = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
         let kind = match event["Type"].as_str().unwrap_or_default() {
             "Started" => Kind::Started,
+            // It has no code then, which reads as 0.
+            "Terminated" if text("Message").contains("code = Unavailable") => Kind::Disconnected(text("Message")),
             "Terminated" => {
                 let code = event["ExitCode"].as_i64().and_then(|code| i32::try_from(code).ok());
                 Kind::Terminated(code.unwrap_or(-1))
@@ -84,6 +88,7 @@ impl Kind {
         match self {
             Self::Started => "started",
             Self::Terminated(_) => "terminated",
+            Self::Disconnected(_) => "disconnected",
             Self::DriverFailure(_) => "driver failure",
             Self::Restarting => "restarting",
             Self::NotRestarting => "not restarting",
@@ -96,6 +101,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Terminated(code) => write!(f, "terminated with {code}"),
+            Self::Disconnected(message) => write!(f, "terminated without a code: {message}"),
             Self::DriverFailure(message) => write!(f, "driver failure: {message}"),
             Self::Other(text) => f.write_str(text),
             _ => f.write_str(self.name()),
@@ -114,4 +120,7 @@ fn an_allocation_is_read() {
     assert_eq!((view.id.as_str(), view.status.as_str(), view.state.as_str()), ("a", "running", "running"));
     assert_eq!((view.events[0].then, &view.events[0].kind), (Duration::from_secs(2), &Kind::Terminated(137)));
     assert_eq!(view.events[1].kind, Kind::DriverFailure("no space".to_owned()));
+    let message = "rpc error: code = Unavailable desc = error reading from server: EOF";
+    let lost = serde_json::json!({"Type": "Terminated", "ExitCode": 0, "Message": message});
+    assert_eq!(Event::read(&lost, 0).kind, Kind::Disconnected(message.to_owned()));
 }

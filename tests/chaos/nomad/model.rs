@@ -253,6 +253,15 @@ impl Model {
                 task.codes.push(*code);
                 self.exited(number, *code, event.then);
             }
+            Kind::Disconnected(message) => {
+                task.lost += 1;
+                // Nomad waits for three seconds for the news of a plugin's death, and an agent that is stopped misses them.
+                if self.deaths.iter().any(|death| *death <= event.then && event.then <= *death + AFTERMATH) {
+                    self.let_go += 1;
+                } else {
+                    self.violated(format!("task {number} was taken for ended, and no plugin has died: {message}"));
+                }
+            }
             Kind::DriverFailure(message) => {
                 task.refused += 1;
                 task.last_refusal = Some(message.clone());

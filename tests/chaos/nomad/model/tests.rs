@@ -73,6 +73,18 @@ fn a_refusal_needs_a_fault_and_is_never_final() {
 }
 
 #[test]
+fn a_lost_connection_needs_a_death() {
+    for is_dead in [false, true] {
+        let mut model = with(Work::Service);
+        if is_dead {
+            model.plugin_died(at(1));
+        }
+        model.told(0, &view("pending", &[(1, Kind::Started), (2, Kind::Disconnected("EOF".to_owned()))]));
+        assert_eq!(model.violations().is_empty(), is_dead, "{:?}", model.violations());
+    }
+}
+
+#[test]
 fn a_loss_needs_a_hit() {
     let lost = view("pending", &[(1, Kind::Started), (2, Kind::Restarting)]);
     let mut model = with(Work::Service);
