@@ -53,7 +53,8 @@ test-races: setup
 	@NOMAD_DRIVER_SHIM_TEST_RACE_SECONDS=300 $(CARGO) test --locked --test security -- races::
 
 ## Random commands and faults against the plugin, with a seed that is printed: docs/chaos.md. ARGS="--seed 5 --faults 200
-## --mode base", ARGS="--aimed 500", ARGS="--soak 20000", ARGS="--plant intent --faults 300".
+## --mode base", ARGS="--aimed 500", ARGS="--soak 20000", ARGS="--plant intent --faults 300". ARGS="--agent nomad" has a real
+## Nomad agent (NOMAD_BIN, or nomad in PATH) in the place of the stand-in.
 chaos: setup
 	@NOMAD_DRIVER_SHIM_CHAOS="$(ARGS)" $(CARGO) test --locked --test chaos -- --ignored --nocapture
 

@@ -6,8 +6,8 @@ use crate::plan::Mode;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Arguments {
     pub seed: u64,
-    /// In all, spread over the modes.
-    pub faults: usize,
+    /// In all, spread over the modes. None: as many as are usual.
+    pub faults: Option<usize>,
     pub modes: Vec<Mode>,
     /// A step of the driver that is left out, which must be noticed.
     pub plant: Option<String>,
@@ -23,18 +23,28 @@ pub struct Arguments {
     pub ignored: Vec<String>,
     /// May the clock of the host be set?
     pub clock: bool,
+    /// Who plays the agent.
+    pub agent: AgentKind,
+}
+
+/// Who plays the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AgentKind {
+    StandIn,
+    /// A real one, of the program that `NOMAD_BIN` names or that is in PATH.
+    Nomad,
 }
 
 impl Arguments {
     /// Reads `--seed N --faults N --mode NAME --plant NAME --aimed N --soak N --keep N,N --replays N --ignore TEXT
-    /// --clock`.
+    /// --agent NAME --clock`.
     ///
     /// # Errors
     /// When a word is not understood.
     pub fn parse(text: &str, default_seed: u64) -> Result<Self, String> {
         let mut this = Self {
             seed: default_seed,
-            faults: 2000,
+            faults: None,
             modes: Vec::new(),
             plant: None,
             aimed: None,
@@ -43,6 +53,7 @@ impl Arguments {
             replays: 16,
             ignored: Vec::new(),
             clock: false,
+            agent: AgentKind::StandIn,
         };
         let mut words = text.split_whitespace();
         while let Some(word) = words.next() {
@@ -54,7 +65,7 @@ impl Arguments {
             let number = || value.parse::<usize>().map_err(|_| format!("{word} needs a number, not {value:?}"));
             match word {
                 "--seed" => this.seed = value.parse().map_err(|_| format!("{word} needs a number, not {value:?}"))?,
-                "--faults" => this.faults = number()?,
+                "--faults" => this.faults = Some(number()?),
                 "--mode" => {
                     let mode = Mode::named(value).ok_or_else(|| {
                         let names: Vec<&str> = Mode::ALL.iter().map(|mode| mode.name()).collect();
@@ -66,6 +77,13 @@ impl Arguments {
                 "--aimed" => this.aimed = Some(number()?),
                 "--soak" => this.soak = Some(number()?),
                 "--ignore" => this.ignored.push(value.replace('_', " ")),
+                "--agent" => {
+                    this.agent = match value {
+                        "stand-in" => AgentKind::StandIn,
+                        "nomad" => AgentKind::Nomad,
+                        _ => return Err(format!("--agent {value:?} is none of stand-in, nomad")),
+                    };
+                }
                 "--replays" => this.replays = number()?,
                 "--keep" => {
                     let numbers = value.split(',').map(str::parse).collect::<Result<_, _>>();
@@ -82,9 +100,11 @@ impl Arguments {
 fn arguments_are_read() {
     let read = |text| Arguments::parse(text, 1);
     let all = read("--seed 5 --faults 20 --mode base --mode bridge --plant intent --keep 1,2 --clock").unwrap();
-    assert_eq!((all.seed, all.faults, &all.modes[..]), (5, 20, &[Mode::Base, Mode::Bridge][..]));
+    assert_eq!((all.seed, all.faults, &all.modes[..]), (5, Some(20), &[Mode::Base, Mode::Bridge][..]));
     assert_eq!((all.plant.as_deref(), all.keep, all.clock), (Some("intent"), Some(vec![1, 2]), true));
-    assert_eq!(read("").unwrap().seed, 1);
+    assert_eq!((read("").unwrap().seed, read("").unwrap().agent), (1, AgentKind::StandIn));
+    assert_eq!(read("--agent nomad").unwrap().agent, AgentKind::Nomad);
+    assert!(read("--agent x").unwrap_err().contains("stand-in"));
     assert!(read("--mode x").unwrap_err().contains("own-logs"));
     assert!(read("--seed").unwrap_err().contains("needs a value"));
     assert!(read("--nonsense 1").unwrap_err().contains("not known"));

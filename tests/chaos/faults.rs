@@ -1,17 +1,23 @@
 //! Faults: each finds whom it strikes, tells the model whom it may have hit, and strikes. Only processes of the node are
 //! struck.
 
-use std::{fs, path::Path, process::Command, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use nix::mount::{MntFlags, umount2};
 use nomad_driver_shim::{cgroup::Cgroups, process::PidFd};
 
 use crate::{
+    ground::Ground,
     model::Hit,
     observe::{self, Victim},
     step::{Call, Fault, Place, Target},
     support::{Env, leak, program, services},
-    world::World,
 };
 
 /// A call that was caused by the step before begins within this.
@@ -25,14 +31,14 @@ const CONTAINERD_AWAY: Duration = Duration::from_millis(300);
 /// A former version of the program, for downgrades; without it the same one stands for it.
 const FORMER: &str = "NOMAD_DRIVER_SHIM_CHAOS_FORMER";
 
-impl World {
+impl Ground {
     /// Does what a fault is. Those that last are ended in the background.
     pub async fn strike(self: &Arc<Self>, fault: Fault) {
         if let Fault::Kill { target, .. } | Fault::KillDuring { target, .. } = fault
             && matches!(target, Target::Shim | Target::Runtime)
         {
             // Once before it is looked for and once after: a start may be answered meanwhile.
-            self.node.model().hit(&Hit::Unsettled);
+            self.journal.hit(&Hit::Unsettled);
         }
         let found = match fault {
             Fault::Kill { target, pick } => self.kill(target, self.pick(target, pick)).await,
@@ -47,40 +53,32 @@ impl World {
             }
             Fault::Terminate => Self::terminate(self.pick(Target::Plugin, 0).as_ref()),
             Fault::Full { place, ms } => {
-                let disk = if place == Place::Run { &self.disks[0] } else { &self.disks[1] };
+                let disk = if place == Place::Run { &self.site.disks[0] } else { &self.site.disks[1] };
                 disk.fill();
-                self.node.model().hit(&Hit::Unsettled);
-                self.lasting(ms, move |world| {
-                    if place == Place::Run { &world.disks[0] } else { &world.disks[1] }.empty();
-                    world.node.model().hit(&Hit::Unsettled);
+                self.journal.hit(&Hit::Unsettled);
+                self.lasting(ms, move |ground| {
+                    if place == Place::Run { &ground.site.disks[0] } else { &ground.site.disks[1] }.empty();
+                    ground.journal.hit(&Hit::Unsettled);
                 });
                 true
             }
-            Fault::FewDescriptors { spare, ms } => self.few_descriptors(spare, ms).await,
-            Fault::NoProcesses { ms } => self.no_processes(ms).await,
+            Fault::FewDescriptors { spare, ms } => self.few_descriptors(spare, ms),
+            Fault::NoProcesses { ms } => self.no_processes(ms),
             Fault::Replace { former } => self.replace(former),
-            Fault::Reboot { run_dir_stays } => {
-                self.reboot(run_dir_stays).await;
-                true
-            }
+            // Everything ends, the agent as well: the world's to do.
+            Fault::Reboot { .. } => false,
             Fault::ClockJump { seconds } => {
                 let arguments = ["-s".to_owned(), format!("{seconds} seconds")];
                 Command::new("date").args(arguments).output().is_ok_and(|output| output.status.success())
             }
         };
-        let now = self.node.now();
-        let mut model = self.node.model();
-        model.fault_begins(now);
-        model.fault_ends(now);
-        if found {
-            model.figures.struck(fault.kind());
-        } else {
-            model.figures.missed += 1;
-        }
+        self.journal.fault_begins();
+        self.journal.fault_ends();
+        self.journal.struck(found.then(|| fault.kind()));
     }
 
     fn pick(&self, target: Target, pick: u64) -> Option<Victim> {
-        let mut found = observe::victims(target, &self.node.dir, &self.node.namespace, self.containerd());
+        let mut found = observe::victims(target, &self.site.dir, &self.site.namespace, self.site.containerd());
         let index = usize::try_from(pick).unwrap() % found.len().max(1);
         (!found.is_empty()).then(|| found.swap_remove(index))
     }
@@ -90,10 +88,10 @@ impl World {
         // A runtime is not asked to start what the driver itself lets go.
         let mut runtime = None;
         if call != Call::Start {
-            let (deadline, first) = (self.node.now() + CALLED, observe::last_pid().saturating_sub(RECENT));
+            let (deadline, first) = (Instant::now() + CALLED, observe::last_pid().saturating_sub(RECENT));
             runtime = tokio::task::block_in_place(|| {
-                while self.node.now() < deadline {
-                    let found = observe::runtime_in(call, &self.node.dir, first);
+                while Instant::now() < deadline {
+                    let found = observe::runtime_in(call, &self.site.dir, first);
                     if found.is_some() {
                         return found;
                     }
@@ -119,22 +117,22 @@ impl World {
         let Ok(process) = PidFd::open(victim.pid) else { return false };
         // Before the kill: its consequences come at once.
         if matches!(target, Target::Shim | Target::Init) {
-            self.node.model().hit(&Hit::Attempts(victim.holds.clone()));
+            self.journal.hit(&Hit::Attempts(victim.holds.clone()));
         }
         if matches!(target, Target::Shim | Target::Runtime) {
-            self.node.model().hit(&Hit::Unsettled);
+            self.journal.hit(&Hit::Unsettled);
         }
         if target == Target::Shim {
-            let alive = observe::inits(&self.node.namespace).into_iter().map(|init| init.attempt).collect();
-            self.node.model().hit(&Hit::NotAmong(alive));
+            let alive = observe::inits(&self.site.namespace).into_iter().map(|init| init.attempt).collect();
+            self.journal.hit(&Hit::NotAmong(alive));
         }
         process.signal(libc::SIGKILL);
-        self.node.note(format!("killed {target}, {victim:?}"));
+        self.journal.note(&format!("killed {target}, {victim:?}"));
         if target == Target::Containerd {
-            let world = self.clone();
+            let ground = self.clone();
             self.lasting_task(async move {
                 tokio::time::sleep(CONTAINERD_AWAY).await;
-                let dir = world.containerd_dir.clone();
+                let dir = ground.site.containerd_dir.clone();
                 let _ = tokio::task::spawn_blocking(move || services::start_containerd(&dir)).await;
             });
         }
@@ -145,7 +143,7 @@ impl World {
         let process = victim.and_then(|victim| PidFd::open(victim.pid).ok());
         let Some(process) = process else { return false };
         process.signal(libc::SIGSTOP);
-        self.node.note(format!("stopped {victim:?} for {ms} ms"));
+        self.journal.note(&format!("stopped {victim:?} for {ms} ms"));
         self.lasting(ms, move |_| process.signal(libc::SIGCONT));
         true
     }
@@ -155,32 +153,32 @@ impl World {
         process.inspect(|process| process.signal(libc::SIGTERM)).is_some()
     }
 
-    async fn few_descriptors(self: &Arc<Self>, spare: u64, ms: u64) -> bool {
-        let Some(link) = self.node.link().await else { return false };
-        let open = leak::entries(Path::new(&format!("/proc/{}/fd", link.pid))).len() as u64;
-        let Some(former) = limit_descriptors(link.pid, open + spare) else { return false };
-        self.node.model().hit(&Hit::Unsettled);
-        self.lasting(ms, move |world| {
-            let _ = limit_descriptors(link.pid, former);
-            world.node.model().hit(&Hit::Unsettled);
+    fn few_descriptors(self: &Arc<Self>, spare: u64, ms: u64) -> bool {
+        let Some(plugin) = self.journal.plugin() else { return false };
+        let open = leak::entries(Path::new(&format!("/proc/{plugin}/fd"))).len() as u64;
+        let Some(former) = limit_descriptors(plugin, open + spare) else { return false };
+        self.journal.hit(&Hit::Unsettled);
+        self.lasting(ms, move |ground| {
+            let _ = limit_descriptors(plugin, former);
+            ground.journal.hit(&Hit::Unsettled);
         });
         true
     }
 
     /// No process or thread can be started by the plugin, nor by what it has started.
-    async fn no_processes(self: &Arc<Self>, ms: u64) -> bool {
-        let (Some(group), Some(link)) = (self.pids.clone(), self.node.link().await) else { return false };
-        if fs::write(group.join("cgroup.procs"), link.pid.to_string()).is_err() {
+    fn no_processes(self: &Arc<Self>, ms: u64) -> bool {
+        let (Some(group), Some(plugin)) = (self.site.pids.clone(), self.journal.plugin()) else { return false };
+        if fs::write(group.join("cgroup.procs"), plugin.to_string()).is_err() {
             return false;
         }
         let count = fs::read_to_string(group.join("pids.current")).unwrap_or_default();
         if fs::write(group.join("pids.max"), count.trim()).is_err() {
             return false;
         }
-        self.node.model().hit(&Hit::Unsettled);
-        self.lasting(ms, move |world| {
+        self.journal.hit(&Hit::Unsettled);
+        self.lasting(ms, move |ground| {
             let _ = fs::write(group.join("pids.max"), "max");
-            world.node.model().hit(&Hit::Unsettled);
+            ground.journal.hit(&Hit::Unsettled);
         });
         true
     }
@@ -189,39 +187,21 @@ impl World {
     fn replace(&self, former: bool) -> bool {
         let named = std::env::var_os(FORMER).filter(|_| former);
         let source = named.map_or_else(program, std::path::PathBuf::from);
-        let draft = self.program.with_extension("new");
-        if fs::copy(source, &draft).and_then(|_| fs::rename(&draft, &self.program)).is_err() {
+        let draft = self.site.program.with_extension("new");
+        if fs::copy(source, &draft).and_then(|_| fs::rename(&draft, &self.site.program)).is_err() {
             return false;
         }
         Self::terminate(self.pick(Target::Plugin, 0).as_ref())
     }
 
-    async fn reboot(self: &Arc<Self>, run_dir_stays: bool) {
-        self.node.model().hit(&Hit::All);
-        let world = self.clone();
-        self.node
-            .reboot(move |env| {
-                end_everything(env);
-                unmount_all(env);
-                if !run_dir_stays {
-                    world.disks[0].forget();
-                }
-                let boot = nomad_driver_shim::ids::random_hex(8);
-                env.set_var("NOMAD_DRIVER_SHIM_BOOT_ID", Some(&boot));
-            })
-            .await;
-    }
-
     /// Runs `end` after a while. Settling waits for it.
     fn lasting(self: &Arc<Self>, ms: u64, end: impl FnOnce(&Self) + Send + 'static) {
-        let now = self.node.now();
-        self.node.model().fault_begins(now);
-        let world = self.clone();
+        self.journal.fault_begins();
+        let ground = self.clone();
         self.lasting_task(async move {
             tokio::time::sleep(Duration::from_millis(ms)).await;
-            end(&world);
-            let now = world.node.now();
-            world.node.model().fault_ends(now);
+            end(&ground);
+            ground.journal.fault_ends();
         });
     }
 }
@@ -241,7 +221,7 @@ fn limit_descriptors(pid: u32, limit: u64) -> Option<u64> {
 }
 
 /// Kills all processes of the node and its tasks until none is left, as a power cut does.
-fn end_everything(env: &Env) {
+pub fn end_everything(env: &Env) {
     for _ in 0..200 {
         let alive = [observe::marked_processes(&env.namespace), observe::all_of(&env.dir)].concat();
         if alive.is_empty() {
@@ -262,7 +242,7 @@ pub fn end_node(env: &Env) {
 }
 
 /// Unmounts all that the driver has mounted and removes its cgroups: no kernel remembers them after a restart.
-fn unmount_all(env: &Env) {
+pub fn unmount_all(env: &Env) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
         if point.starts_with(&env.dir) && !env.own_mounts.iter().any(|own| own == point) {

@@ -21,9 +21,13 @@ mod arguments;
 mod command;
 mod disk;
 mod faults;
+mod ground;
+mod history;
+mod judged;
 mod model;
 mod network;
 mod node;
+mod nomad;
 mod observe;
 mod plan;
 mod random;
@@ -37,7 +41,8 @@ mod wrapper;
 
 use std::time::SystemTime;
 
-use arguments::Arguments;
+use arguments::{AgentKind, Arguments};
+use judged::judged;
 use plan::{Mode, Wanted, aimed, plan};
 use report::{Figures, table};
 use step::Step;
@@ -45,6 +50,9 @@ use world::Setting;
 
 /// What the long form is asked to do.
 const ARGUMENTS: &str = "NOMAD_DRIVER_SHIM_CHAOS";
+
+/// Faults where none were asked for.
+const FAULTS: usize = 2000;
 
 /// A list of steps, and by what words it can be made again.
 struct Run {
@@ -70,40 +78,9 @@ impl Run {
         format!("--seed {seed} --{kind} {faults} --mode {}{plant}", mode.name())
     }
 
-    /// Plays it. Fails with the history, and the shortest one that was found to fail as well.
     async fn play(&self, keep: Option<&[usize]>, replays: usize) -> Result<Figures, String> {
-        let steps = self.steps();
-        let chosen: Vec<usize> = keep.map_or_else(|| (0..steps.len()).collect(), <[usize]>::to_vec);
-        let of = |indexes: &[usize]| indexes.iter().filter_map(|index| steps.get(*index)).copied().collect::<Vec<_>>();
-        let outcome = world::play(self.setting(), &of(&chosen)).await;
-        if outcome.model.violations().is_empty() {
-            return Ok(outcome.model.figures);
-        }
-        let faults: u32 = outcome.model.figures.faults.values().sum();
-        let text = format!(
-            "{} fails after {faults} faults:\n  {}\nthe plugins' last warnings:\n  {}\nhistory:\n  {}\n",
-            self.words(),
-            outcome.model.violations().join("\n  "),
-            outcome.warnings.join("\n  "),
-            outcome.history.join("\n  ")
-        );
-        // At once: the search for a shorter history may take long.
-        eprintln!("{text}");
-        // What came after the failure was not played.
-        let played = outcome.history.iter().filter(|line| line.contains(" step ")).count();
-        let shortest = shrink::shortest(chosen[..played].to_vec(), replays, async |indexes: &[usize]| {
-            let outcome = world::play(self.setting(), &of(indexes)).await;
-            eprintln!("{} steps of them: {:?}", indexes.len(), outcome.model.violations());
-            !outcome.model.violations().is_empty()
-        })
-        .await;
-        let mut text = format!("the shortest history that was found to fail ({} steps):\n", shortest.len());
-        for index in &shortest {
-            text.push_str(&format!("  {index}: {}\n", steps[*index]));
-        }
-        let numbers: Vec<String> = shortest.iter().map(ToString::to_string).collect();
-        text.push_str(&format!("again: make chaos ARGS=\"{} --keep {}\"\n", self.words(), numbers.join(",")));
-        Err(text)
+        let play = async |steps: &[Step]| world::play(self.setting(), steps).await;
+        judged(&self.words(), &self.steps(), keep, replays, play).await
     }
 }
 
@@ -151,6 +128,9 @@ async fn the_long_form() {
     let text = std::env::var(ARGUMENTS).unwrap_or_default();
     let arguments = Arguments::parse(&text, since.as_secs()).unwrap_or_else(|problem| panic!("{ARGUMENTS}: {problem}"));
     eprintln!("seed {}", arguments.seed);
+    if arguments.agent == AgentKind::Nomad {
+        return nomad::long_form(&arguments).await;
+    }
     if let Some(tasks) = arguments.soak {
         return soak::soak(tasks).await;
     }
@@ -158,7 +138,7 @@ async fn the_long_form() {
     let available = available();
     let (modes, missing): (Vec<Mode>, Vec<Mode>) = asked.into_iter().partition(|mode| available.contains(mode));
     missing.iter().for_each(|mode| eprintln!("{} can't be had on this machine", mode.name()));
-    let count = arguments.aimed.unwrap_or(arguments.faults).div_ceil(modes.len().max(1));
+    let count = arguments.aimed.or(arguments.faults).unwrap_or(FAULTS).div_ceil(modes.len().max(1));
     let mut runs = Vec::new();
     for mode in modes {
         let wanted = Wanted { seed: arguments.seed, faults: count, mode, clock: arguments.clock };

@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nomad_driver_shim::{host::Plugin, pb::driver::driver_client::DriverClient, process::PidFd};
@@ -16,13 +16,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status, transport::Channel};
 
 use crate::{
-    model::Model,
+    ground::Journal,
+    history::History,
+    model::{Hit, Model},
     step::Fate,
     support::{Env, patience},
 };
 
-/// So many lines of what plugins have said are shown after a failure.
-const WARNINGS: usize = 40;
 /// Between two tries to start a plugin.
 const AGAIN: Duration = Duration::from_millis(200);
 /// An answer that comes with the death of the plugin is the death's doing.
@@ -67,11 +67,8 @@ pub struct Node {
     pub env: tokio::sync::Mutex<Env>,
     pub dir: PathBuf,
     pub namespace: String,
-    pub began: Instant,
     model: Mutex<Model>,
-    history: Mutex<Vec<String>>,
-    /// Warnings and errors of all plugins.
-    warnings: Mutex<Vec<String>>,
+    pub history: History,
     link: watch::Sender<Option<Link>>,
     agents: AtomicU64,
     requests: mpsc::UnboundedSender<Request>,
@@ -85,10 +82,8 @@ impl Node {
             dir: env.dir.clone(),
             namespace: env.namespace.clone(),
             env: tokio::sync::Mutex::new(env),
-            began: Instant::now(),
             model: Mutex::new(model),
-            history: Mutex::default(),
-            warnings: Mutex::default(),
+            history: History::new(),
             link: watch::Sender::new(None),
             agents: AtomicU64::new(0),
             requests,
@@ -103,33 +98,17 @@ impl Node {
 
     /// Since the beginning of the run.
     pub fn now(&self) -> Duration {
-        self.began.elapsed()
+        self.history.now()
     }
 
     /// A line of the history.
     pub fn note(&self, what: impl AsRef<str>) {
-        let line = format!("{:8.3} {}", self.now().as_secs_f64(), what.as_ref());
-        self.history.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+        self.history.note(what.as_ref());
     }
 
-    pub fn history(&self) -> Vec<String> {
-        self.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The last warnings and errors of the node's plugins.
-    pub fn warnings(&self) -> Vec<String> {
-        let warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        warnings[warnings.len().saturating_sub(WARNINGS)..].to_vec()
-    }
-
-    /// Keeps what a plugin has said that is about to be forgotten; each warning once.
+    /// Keeps what a plugin has warned of that is about to be forgotten.
     pub fn listen_to(&self, plugin: &Plugin) {
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        for line in plugin.stderr().lines() {
-            if let Some(warning) = warning(line).filter(|warning| !warnings.contains(warning)) {
-                warnings.push(warning);
-            }
-        }
+        self.history.listen_to(&plugin.stderr());
     }
 
     /// The plugin, as soon as there is one.
@@ -219,14 +198,36 @@ impl Node {
     }
 }
 
-/// What a line of a plugin's log warns of.
-fn warning(line: &str) -> Option<String> {
-    let Ok(entry) = serde_json::from_str::<serde_json::Value>(line) else {
-        return line.contains("panicked").then(|| line.to_owned());
-    };
-    let of = |key: &str| entry[key].as_str().unwrap_or_default();
-    let is_severe = matches!(of("@level"), "warn" | "error") && !of("@message").contains("fault switch");
-    is_severe.then(|| format!("{} {} {} {}{}", of("@level"), of("@message"), of("task"), of("error"), of("problem")))
+impl Journal for Node {
+    fn note(&self, what: &str) {
+        self.history.note(what);
+    }
+
+    fn hit(&self, hit: &Hit) {
+        self.model().hit(hit);
+    }
+
+    fn fault_begins(&self) {
+        let now = self.now();
+        self.model().fault_begins(now);
+    }
+
+    fn fault_ends(&self) {
+        let now = self.now();
+        self.model().fault_ends(now);
+    }
+
+    fn struck(&self, kind: Option<String>) {
+        let figures = &mut self.model().figures;
+        match kind {
+            Some(kind) => figures.struck(kind),
+            None => figures.missed += 1,
+        }
+    }
+
+    fn plugin(&self) -> Option<u32> {
+        self.link.borrow().as_ref().map(|link| link.pid)
+    }
 }
 
 async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Request>) {

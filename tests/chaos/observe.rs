@@ -91,10 +91,12 @@ pub fn last_pid() -> u32 {
 pub fn runtime_in(call: Call, dir: &Path, first: u32) -> Option<u32> {
     let last = last_pid();
     let recent: Vec<u32> = if first <= last { (first..=last).collect() } else { pids() };
-    recent.into_iter().find(|pid| {
-        let words = words(*pid);
-        kind(&words, dir) == Some(Target::Runtime) && words.iter().any(|word| word == call.word())
-    })
+    recent.into_iter().find(|pid| kind(&words(*pid), dir) == Some(Target::Runtime) && calls(*pid, call))
+}
+
+/// Is a runtime in the middle of this call?
+pub fn calls(pid: u32, call: Call) -> bool {
+    words(pid).iter().any(|word| word == call.word())
 }
 
 /// Everything of the driver, alive or not, below this directory.

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    future::Future,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -19,25 +18,24 @@ use tokio::task::JoinSet;
 
 use crate::{
     agent::{Runner, Wish},
-    disk::Disk,
-    faults::pids_group,
-    model::Model,
+    faults,
+    ground::{Ground, Journal as _, Site},
+    model::{Hit, Model},
     network::Network,
     node::Node,
     observe,
     plan::Mode,
-    step::{OciRuntime, Step, TaskNumber, Work},
-    support::{Env, EnvOptions, leak, patience, program, services},
+    report::Figures,
+    step::{Fault, OciRuntime, Step, TaskNumber, Work},
+    support::{leak, patience},
     task::{TaskFiles, script},
-    wrapper::Wrappers,
 };
 
 /// After the last fault all is in order again within this, on a machine that does something else as well.
 fn settled() -> Duration {
     patience()
 }
-/// Remains that nobody claims go after the grace period.
-const GRACE: &str = "6s";
+/// Remains that nobody claims are gone within this, which is longer than the grace period.
 fn swept() -> Duration {
     patience() / 2
 }
@@ -50,22 +48,15 @@ pub struct World {
     mode: Mode,
     runners: Mutex<BTreeMap<TaskNumber, Arc<Runner>>>,
     allocs: Mutex<HashMap<usize, (Alloc, Option<Network>)>>,
-    /// Of the run directory and of the state directory.
-    pub disks: [Disk; 2],
-    pub program: PathBuf,
-    pub containerd_dir: PathBuf,
-    pub pids: Option<PathBuf>,
-    wrappers: Wrappers,
-    image: String,
+    ground: Arc<Ground>,
     schema: Option<nomad_driver_shim::pb::hclspec::Spec>,
     running: Mutex<JoinSet<()>>,
-    /// Commands that are at work, and ends of faults that last.
-    lasting: Mutex<JoinSet<()>>,
 }
 
 /// What came of a run.
 pub struct Outcome {
-    pub model: Model,
+    pub violations: Vec<String>,
+    pub figures: Figures,
     pub history: Vec<String>,
     /// What the plugins have warned of.
     pub warnings: Vec<String>,
@@ -116,57 +107,21 @@ async fn watch(node: Arc<Node>, mode: Mode) {
 }
 
 impl World {
-    async fn start(Setting { mode, plant, ignored }: Setting<'_>) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
-        let id = random_hex(4);
-        let containerd_dir = services().root.join(format!("containerd-{id}"));
-        let containerd = services::start_containerd(&containerd_dir);
-        let mut config = json!({
-            "containerd": {"address": containerd}, "state": {"grace": GRACE}, "shim": {"pool": 2},
-        });
-        match mode {
-            Mode::Base | Mode::Bridge => {}
-            Mode::OwnLogs => config["disable_log_collection"] = json!(true),
-            Mode::AllocScope => config["shim_scope"] = json!("alloc"),
-            Mode::NodeScope => config["shim_scope"] = json!("node"),
-            Mode::Gvisor => config["default_runtime"] = json!("runsc"),
-        }
-        let env = plant.map(|names| ("NOMAD_DRIVER_SHIM_SKIP".to_owned(), names.to_owned())).into_iter().collect();
-        let mut env = Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await;
-        let image = env.busybox().await;
-        // Before anything is started: the directories become disks of their own, and the runtimes wrappers.
-        env.plugin.take().unwrap().leave().await;
-        let disks = ["run", "state"].map(|name| Disk::mount(&env.dir.join(name)));
-        env.own_mounts = disks.iter().map(|disk| disk.path().to_owned()).collect();
-        let wrappers = Wrappers::new(&env.dir);
-        env.config["runtime"] = wrappers.config();
-        let copy = env.dir.join("bin/nomad-driver-shim");
-        fs::create_dir_all(copy.parent().unwrap()).unwrap();
-        fs::copy(program(), &copy).unwrap();
-        env.launch_mut().program.clone_from(&copy);
-        let (node, supervisor) = Node::start(env, Model::ignoring(ignored));
+    async fn start(setting: Setting<'_>) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
+        let (site, env) = Site::prepare(setting).await;
+        let (node, supervisor) = Node::start(env, Model::ignoring(setting.ignored));
         let link = node.link().await.expect("the first plugin comes up");
         let schema = link.driver.clone().task_config_schema(TaskConfigSchemaRequest {}).await.unwrap().into_inner();
         let world = Self {
-            mode,
+            mode: setting.mode,
             runners: Mutex::default(),
             allocs: Mutex::default(),
-            disks,
-            program: copy,
-            containerd_dir,
-            pids: pids_group(&format!("chaos-{id}")),
-            wrappers,
-            image,
+            ground: Ground::new(site, node.clone()),
             schema: schema.spec,
             running: Mutex::default(),
-            lasting: Mutex::default(),
             node,
         };
         (Arc::new(world), supervisor)
-    }
-
-    /// containerd's process.
-    pub fn containerd(&self) -> u32 {
-        fs::read_to_string(self.containerd_dir.join("pid")).unwrap_or_default().parse().unwrap_or(u32::MAX)
     }
 
     async fn step(self: &Arc<Self>, step: Step) {
@@ -182,7 +137,7 @@ impl World {
             | Step::Recover { task } => {
                 if let Some(runner) = self.runner(task) {
                     let node = self.node.clone();
-                    self.lasting_task(async move { runner.command(&node, step).await });
+                    self.ground.lasting_task(async move { runner.command(&node, step).await });
                 }
             }
             Step::AgentRestart { away_ms, plugin } => {
@@ -194,8 +149,13 @@ impl World {
                 model.fault_ends(now);
                 model.figures.struck(format!("death of the agent, plugin {plugin:?}").to_lowercase());
             }
-            Step::Stretch { call, before_ms, after_ms } => self.wrappers.stretch(call, before_ms, after_ms),
-            Step::Fault(fault) => self.strike(fault).await,
+            Step::Stretch { call, before_ms, after_ms } => self.ground.site.wrappers.stretch(call, before_ms, after_ms),
+            Step::Fault(Fault::Reboot { run_dir_stays }) => self.reboot(run_dir_stays).await,
+            Step::Fault(fault) => {
+                // A shortage is the serving plugin's; one that is just being started is waited for.
+                let _ = self.node.link().await;
+                self.ground.strike(fault).await;
+            }
             Step::Pause { ms } => tokio::time::sleep(Duration::from_millis(ms)).await,
             Step::Settle => self.settle().await,
             Step::Clear => self.clear().await,
@@ -217,15 +177,30 @@ impl World {
         }
     }
 
-    /// Does something beside the steps; settling waits for it.
-    pub fn lasting_task(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.lasting.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
+    /// As a power cut does it: everything ends, and a new agent starts.
+    async fn reboot(&self, run_dir_stays: bool) {
+        self.node.model().hit(&Hit::All);
+        let ground = self.ground.clone();
+        self.node
+            .reboot(move |env| {
+                faults::end_everything(env);
+                faults::unmount_all(env);
+                if !run_dir_stays {
+                    ground.site.disks[0].forget();
+                }
+                let boot = random_hex(8);
+                env.set_var("NOMAD_DRIVER_SHIM_BOOT_ID", Some(&boot));
+            })
+            .await;
+        self.node.fault_begins();
+        self.node.fault_ends();
+        self.node.struck(Some(Fault::Reboot { run_dir_stays }.kind()));
     }
 
     async fn start_task(self: &Arc<Self>, number: TaskNumber, work: Work, runtime: OciRuntime) {
         let (alloc, network) = self.alloc(number / 2).await;
         let dirs = alloc.task(if number.is_multiple_of(2) { "even" } else { "odd" }).unwrap();
-        let mut config = json!({"image": self.image, "command": "/bin/sh", "args": ["-c", script(work)]});
+        let mut config = json!({"image": self.ground.site.image, "command": "/bin/sh", "args": ["-c", script(work)]});
         config["runtime"] = Value::from(match runtime {
             OciRuntime::Crun => "crun",
             OciRuntime::Runc => "runc",
@@ -256,15 +231,9 @@ impl World {
         (alloc.clone(), network.as_ref().map(|network| network.path().to_owned()))
     }
 
-    /// Waits until faults and commands are over.
-    async fn outlast(&self) {
-        let mut lasting = std::mem::take(&mut *self.lasting.lock().unwrap_or_else(PoisonError::into_inner));
-        while lasting.join_next().await.is_some() {}
-    }
-
     /// Faults are over: within some time all is as it must be.
     async fn settle(&self) {
-        self.outlast().await;
+        self.ground.outlast().await;
         let deadline = self.node.now() + settled();
         let unrest = loop {
             let inits = match self.mode {
@@ -289,7 +258,7 @@ impl World {
 
     /// All tasks go: within some time nothing of them is left.
     async fn clear(&self) {
-        self.outlast().await;
+        self.ground.outlast().await;
         for (runner, index) in self.all_runners().into_iter().zip(0..) {
             let wish = if index % 2 == 0 { Wish::Destroy } else { Wish::Stop(Duration::from_secs(5)) };
             runner.wish(wish);
@@ -325,7 +294,7 @@ impl World {
     }
 
     async fn finish(self: Arc<Self>, supervisor: tokio::task::JoinHandle<()>) -> Outcome {
-        self.outlast().await;
+        self.ground.outlast().await;
         self.node.end();
         let _ = supervisor.await;
         self.running.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
@@ -341,23 +310,16 @@ impl World {
         let failed = !self.node.model().violations().is_empty();
         let mut env = self.node.env.lock().await;
         let left = if failed { Vec::new() } else { leak::afterwards_within(&env, swept()).await };
-        self.clean(&mut env);
+        self.ground.site.clean(&mut env);
         drop(env);
         let mut model = std::mem::take(&mut *self.node.model());
         model.figures.left.extend(left.iter().cloned());
         left.into_iter().for_each(|line| model.violated(format!("left over after the plugin: {line}")));
-        Outcome { model, history: self.node.history(), warnings: self.node.warnings() }
-    }
-
-    /// After a failure much may be left; nothing of it stays on the machine.
-    fn clean(&self, env: &mut Env) {
-        crate::faults::end_node(env);
-        if let Ok(containerd) = nomad_driver_shim::process::PidFd::open(self.containerd()) {
-            containerd.signal(libc::SIGKILL);
+        Outcome {
+            violations: model.violations().to_vec(),
+            figures: model.figures,
+            history: self.node.history.lines(),
+            warnings: self.node.history.warnings(),
         }
-        if let Some(group) = &self.pids {
-            let _ = fs::remove_dir(group);
-        }
-        env.own_mounts.clear();
     }
 }

@@ -25,19 +25,26 @@ pub async fn while_alive(env: &Env) -> Vec<String> {
 
 /// The same, for who waits no longer than this for a leak to go: one that is meant to be there does not.
 pub async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
+    match env.plugin().pid() {
+        Some(plugin) => beside(env, plugin, patience).await,
+        None => vec!["the plugin is gone".to_owned()],
+    }
+}
+
+/// The same beside a plugin that somebody else has started.
+pub async fn beside(env: &Env, plugin: u32, patience: Duration) -> Vec<String> {
     polled(patience, async || {
         let mut leaks = kernel(env);
         leaks.extend(on_disk(env));
         leaks.extend(in_containerd(env).await);
-        leaks.extend(descriptors(env));
+        leaks.extend(descriptors(env, plugin));
         let idle = entries(&env.dir.join("run/shims"));
         let pool = env.config["shim"]["pool"].as_u64().unwrap_or(2);
         if idle.len() as u64 > pool {
             leaks.push(format!("shims: {} for a pool of {pool}: {idle:?}", idle.len()));
         }
         // Each idle shim is one process; nothing else of ours may live besides the plugin.
-        let plugin = env.plugin().pid().map(|pid| pid.to_string()).unwrap_or_default();
-        let others = processes(env).into_iter().filter(|(pid, _)| *pid != plugin);
+        let others = processes(env).into_iter().filter(|(pid, _)| *pid != plugin.to_string());
         // The log writer and its keeper wait for the next task.
         let others: Vec<_> = others.filter(|(_, line)| !line.contains(" log-writer ")).collect();
         if others.len() != idle.len() {
@@ -195,13 +202,13 @@ async fn in_containerd(env: &Env) -> Vec<String> {
 }
 
 /// What the plugin has open: no FIFO, directory, file or namespace of a task; two descriptors for each idle shim.
-fn descriptors(env: &Env) -> Vec<String> {
-    let Some(pid) = env.plugin().pid() else { return vec!["the plugin is gone".to_owned()] };
+fn descriptors(env: &Env, pid: u32) -> Vec<String> {
     let dir = env.dir.to_str().unwrap();
     let idle = entries(&env.dir.join("run/shims")).len();
     let mut pidfds = 0;
     let mut leaks = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
+    let Ok(open) = fs::read_dir(format!("/proc/{pid}/fd")) else { return vec!["the plugin is gone".to_owned()] };
+    for entry in open.flatten() {
         let target = fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
         if target.contains("pidfd") {
             pidfds += 1;

@@ -1,0 +1,63 @@
+//! What has happened in a run, line by line, and what its plugins have warned of.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// So many lines of what plugins have said are shown after a failure.
+const WARNINGS: usize = 40;
+
+/// Lines with the time since the beginning of the run.
+pub struct History {
+    began: Instant,
+    lines: Mutex<Vec<String>>,
+    /// Warnings and errors of all plugins, each once.
+    warnings: Mutex<Vec<String>>,
+}
+
+impl History {
+    pub fn new() -> Self {
+        Self { began: Instant::now(), lines: Mutex::default(), warnings: Mutex::default() }
+    }
+
+    /// Since the beginning of the run.
+    pub fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    pub fn note(&self, what: &str) {
+        let line = format!("{:8.3} {what}", self.now().as_secs_f64());
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps the warnings among the lines of a plugin's log.
+    pub fn listen_to(&self, log: &str) {
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        for line in log.lines() {
+            if let Some(warning) = warning(line).filter(|warning| !warnings.contains(warning)) {
+                warnings.push(warning);
+            }
+        }
+    }
+
+    /// The last warnings and errors of the plugins.
+    pub fn warnings(&self) -> Vec<String> {
+        let warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        warnings[warnings.len().saturating_sub(WARNINGS)..].to_vec()
+    }
+}
+
+/// What a line of a plugin's log warns of.
+fn warning(line: &str) -> Option<String> {
+    let Ok(entry) = serde_json::from_str::<serde_json::Value>(line) else {
+        return line.contains("panicked").then(|| line.to_owned());
+    };
+    let of = |key: &str| entry[key].as_str().unwrap_or_default();
+    let is_severe = matches!(of("@level"), "warn" | "error") && !of("@message").contains("fault switch");
+    is_severe.then(|| format!("{} {} {} {}{}", of("@level"), of("@message"), of("task"), of("error"), of("problem")))
+}
