@@ -357,12 +357,13 @@ impl Model {
                 found.push(format!(
                     "service {number} does not run exactly once (for Nomad: {state}, alive: {alive:?}, {refusal})"
                 ));
-            } else if !must_run && !task.is_over() {
+            // A job that is stopped as its plugin dies may keep its state for ever, although Nomad does nothing more for it.
+            } else if !must_run && task.is_wanted && !task.is_over() {
                 found.push(format!(
                     "task {number} does not come to its end (for Nomad: {state}, alive: {alive:?}, {refusal})"
                 ));
             } else if !must_run && !alive.is_empty() {
-                found.push(format!("task {number} is over for Nomad, and still alive: {alive:?}"));
+                found.push(format!("task {number} is over or stopped for Nomad, and still alive: {alive:?}"));
             }
         }
         found
