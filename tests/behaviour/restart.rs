@@ -9,6 +9,8 @@ use crate::support::{Env, Task};
 
 const TASKS: usize = 300;
 const ROUNDS: usize = 15;
+/// A plugin fills its pool after its first start.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// One restart: from exec to the answer of the handshake, and to that of the first StartTask.
 struct Restart {
@@ -23,9 +25,10 @@ async fn restart(env: &mut Env, tasks: &[TaskHandle], config: &Value) -> Restart
     let began = Instant::now();
     let handshake = env.start_plugin_timed(began).await;
     let driver = env.driver();
+    let mut recoveries = tokio::task::JoinSet::new();
     for handle in tasks.iter().cloned() {
         let mut driver = driver.clone();
-        tokio::spawn(async move {
+        recoveries.spawn(async move {
             let request = RecoverTaskRequest { task_id: String::new(), handle: Some(handle) };
             driver.recover_task(request).await.map(drop)
         });
@@ -33,6 +36,11 @@ async fn restart(env: &mut Env, tasks: &[TaskHandle], config: &Value) -> Restart
     env.try_start(&mut task).await.unwrap();
     let first_start = began.elapsed();
     assert_eq!(env.finish_task(task).await.0, 0);
+    // Whatever still goes on would be counted to the restart of the other plugin.
+    while let Some(recovered) = recoveries.join_next().await {
+        recovered.unwrap().unwrap();
+    }
+    tokio::time::sleep(QUIET).await;
     Restart { handshake, first_start }
 }
 
