@@ -17,11 +17,13 @@ use crate::{
     model::Hit,
     observe::{self, Victim},
     step::{Call, Fault, Place, Target},
-    support::{Env, leak, program, services},
+    support::{Env, leak, patience, program, services},
 };
 
 /// A call that was caused by the step before begins within this.
-const CALLED: Duration = Duration::from_millis(1500);
+fn called() -> Duration {
+    patience() / 40
+}
 /// It may have begun by the time it is looked for: so many processes back.
 const RECENT: u32 = 64;
 /// Between two looks for it.
@@ -88,7 +90,7 @@ impl Ground {
         // A runtime is not asked to start what the driver itself lets go.
         let mut runtime = None;
         if call != Call::Start {
-            let (deadline, first) = (Instant::now() + CALLED, observe::last_pid().saturating_sub(RECENT));
+            let (deadline, first) = (Instant::now() + called(), observe::last_pid().saturating_sub(RECENT));
             runtime = tokio::task::block_in_place(|| {
                 while Instant::now() < deadline {
                     let found = observe::runtime_in(call, &self.site.dir, first);
