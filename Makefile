@@ -4,8 +4,15 @@ IMAGE ?=
 DRIVER ?=
 RUNTIME ?=
 
-.PHONY: demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos chaos-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
+.PHONY: help demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos chaos-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
 
+## Prints this list.
+help:
+	@awk '/^## / {text = text " " substr($$0, 4); next} \
+	  /^[a-z0-9-]+:/ && text != "" {sub(/:.*/, ""); sub(/\. .*/, ".", text); printf "make %-22s%s\n", $$0, text} \
+	  {text = ""}' Makefile
+
+## Installs what building, the demo and the tests need.
 setup:
 	@scripts/setup.sh
 
@@ -68,6 +75,7 @@ test-fresh:
 	@scripts/setup.sh fresh
 	@scripts/test-fresh.sh
 
+## Formatting, clippy, and licences and sources of dependencies.
 lint:
 	@$(CARGO) fmt --check
 	@$(CARGO) clippy --locked --all-targets -- -D warnings
@@ -84,5 +92,6 @@ build-arm64:
 	@CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 	 $(CARGO) build --release --locked --target aarch64-unknown-linux-gnu
 
+## Removes what was built.
 clean:
 	@$(CARGO) clean
