@@ -3,7 +3,7 @@ plugin_dir = "/opt/nomad/plugins"
 
 plugin "nomad-driver-shim" {
   config {
-    # Every option has a default; see the README.
+    # Every option has a default; see docs/options.md.
   }
 }
 

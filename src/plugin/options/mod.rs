@@ -3,7 +3,7 @@
 mod agent;
 mod job;
 #[cfg(test)]
-mod readme;
+mod tables;
 
 pub use agent::PLUGIN;
 pub use job::TASK;

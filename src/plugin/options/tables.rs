@@ -47,21 +47,24 @@ mod tests {
     use super::*;
     use crate::plugin::options::{PLUGIN, TASK};
 
-    /// `UPDATE_README=1 cargo test readme` writes them.
+    /// `UPDATE_OPTIONS=1 cargo test options_page` writes them.
     #[test]
-    fn readme_has_the_tables() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
-        let mut readme = std::fs::read_to_string(path).expect("a README");
+    fn the_options_page_has_the_tables() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/options.md");
+        let before = std::fs::read_to_string(path).expect("the page");
+        let mut page = before.clone();
         for (name, rows) in [("job", TASK), ("agent", PLUGIN)] {
             let (begin, end) = (format!("<!-- options: {name} -->\n"), format!("<!-- end of options: {name} -->"));
-            let from = readme.find(&begin).expect("where the table begins") + begin.len();
-            let to = readme.find(&end).expect("where the table ends");
-            if std::env::var_os("UPDATE_README").is_some() {
-                readme.replace_range(from..to, &table(rows));
+            let from = page.find(&begin).expect("where the table begins") + begin.len();
+            let to = page.find(&end).expect("where the table ends");
+            if std::env::var_os("UPDATE_OPTIONS").is_some() {
+                page.replace_range(from..to, &table(rows));
             } else {
-                assert_eq!(readme[from..to], table(rows), "UPDATE_README=1 cargo test readme writes it");
+                assert_eq!(page[from..to], table(rows), "UPDATE_OPTIONS=1 cargo test options_page writes it");
             }
         }
-        std::fs::write(path, readme).expect("written");
+        if page != before {
+            std::fs::write(path, page).expect("written");
+        }
     }
 }
