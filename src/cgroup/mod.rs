@@ -244,7 +244,9 @@ impl Cgroups {
         Ok(groups_of(other)?.is_some_and(|others| others == groups))
     }
 
-    /// Sends SIGKILL to whatever is in a task's cgroup: how many processes that were.
+    /// Sends SIGKILL to whatever is in a task's cgroup: how many processes that were. A cgroup that a runtime has frozen, and
+    /// was killed before it could thaw it, is thawed: frozen processes of cgroup version 1 do not die
+    /// (freezer-subsystem.rst).
     ///
     /// # Errors
     /// When it can't be told who is in it; those that were found are killed all the same.
@@ -274,6 +276,9 @@ impl Cgroups {
                 process.signal(libc::SIGKILL);
             }
         }
+        if self.mode == CgroupMode::V1 && !pids.is_empty() {
+            self.hierarchies.iter().for_each(|hierarchy| thaw(&task.below(hierarchy)));
+        }
         found
     }
 
@@ -299,6 +304,22 @@ impl Cgroups {
 /// The line of each hierarchy for a process; `None` when it has ended.
 fn groups_of(pid: u32) -> io::Result<Option<String>> {
     unless_vanished(fs::read_to_string(format!("/proc/{pid}/cgroup")))
+}
+
+/// Thaws a group and those below it, where this hierarchy has the freezer.
+fn thaw(path: &Path) {
+    match fs::write(path.join("freezer.state"), "THAWED") {
+        Ok(()) => {}
+        // Another hierarchy, or a group that is gone.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        // The caller sees that its processes stay.
+        Err(error) => tracing::warn!(path = %path.display(), %error, "a frozen cgroup can't be thawed"),
+    }
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            thaw(&entry.path());
+        }
+    }
 }
 
 /// Adds the processes of a group and of those below it. A group that is gone has none.

@@ -211,6 +211,7 @@ impl Task {
                 if let Ok(init) = PidFd::of(&self.run.process) {
                     init.signal(libc::SIGKILL);
                 }
+                self.kill_cgroup(shared);
                 // A shim tells of the end only after the runtime that it has called to kill the container.
                 if let Some(shim) = self.shim_pid {
                     interrupt::kill_runtime(shim, &container);
@@ -220,9 +221,23 @@ impl Task {
                 }
             }
         }
+        if tokio::time::timeout(HUNG, exit.wait_for(Option::is_some)).await.is_ok() {
+            return Ok(());
+        }
+        self.kill_cgroup(shared);
         match tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some)).await {
             Ok(_) => Ok(()),
             Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
+        }
+    }
+
+    /// Kills all processes of the task. A runtime that was killed itself may have left the task's cgroup frozen, and frozen
+    /// processes of cgroup version 1 die only when they are thawed.
+    fn kill_cgroup(&self, shared: &Shared) {
+        let record = self.record();
+        let cgroup = CgroupPath::recorded(&record.cgroup);
+        if let Err(error) = tokio::task::block_in_place(|| shared.cgroups.kill(&cgroup)) {
+            tracing::warn!(task = %record.task_id, error = %crate::chain(&error), "the task's cgroup can't be killed");
         }
     }
 

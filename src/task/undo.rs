@@ -23,6 +23,8 @@ use crate::{
 
 /// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
 pub const KILL_GRACE: Duration = Duration::from_secs(30);
+/// What a runtime makes whose task is to be undone is of no use: so long it may go on, and then it is killed.
+const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 /// Between two looks at what is about to be gone.
 const LOOK: Duration = Duration::from_millis(5);
 /// Who destroys a task often starts the next one at once: clearing away waits so long for that,
@@ -270,10 +272,10 @@ async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
             Ok(shared.cgroups.are_together(pid, shim.pid())? && interrupt::is_called_for(pid, &record.container_id)?)
         })
     };
-    outlast(record, at_work).await;
+    outlast(record, RUNTIME_GRACE, at_work).await;
     if at_work().unwrap_or(true) {
         interrupt::kill_runtime(shim.pid(), &record.container_id);
-        outlast(record, at_work).await;
+        outlast(record, KILL_GRACE, at_work).await;
     }
 }
 
@@ -283,8 +285,8 @@ fn any(mut pids: impl Iterator<Item = u32>, holds: impl Fn(u32) -> io::Result<bo
 }
 
 /// Waits while a runtime is at work, though not for ever: true when one was. Where that can't be told, one may be.
-async fn outlast(record: &Record, at_work: impl Fn() -> io::Result<bool>) -> bool {
-    let deadline = tokio::time::Instant::now() + KILL_GRACE;
+async fn outlast(record: &Record, limit: Duration, at_work: impl Fn() -> io::Result<bool>) -> bool {
+    let deadline = tokio::time::Instant::now() + limit;
     let mut was = false;
     loop {
         let problem = match at_work() {
@@ -317,7 +319,7 @@ fn runsc_is_at_work(record: &Record) -> io::Result<bool> {
 
 /// Ends what a runsc has made that its shim had called just before it was ended itself, when it is done.
 async fn end_late(shared: &Shared, record: &Record) -> Result<(), TaskError> {
-    if outlast(record, || runsc_is_at_work(record)).await {
+    if outlast(record, KILL_GRACE, || runsc_is_at_work(record)).await {
         let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
         shared.delete_dead(record).await.map_err(failed)?;
     }

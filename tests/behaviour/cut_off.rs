@@ -231,6 +231,31 @@ async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
     }
 }
 
+/// Runtimes freeze a container's cgroup to kill all of it, and to change its devices. One that is killed meanwhile leaves the
+/// cgroup frozen, and with cgroup version 1 its processes don't die.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_a_runtime_has_left_frozen_is_ended() {
+    for (runtime, call) in runtimes().into_iter().flat_map(|runtime| [(runtime.clone(), "kill"), (runtime, "none")]) {
+        let stretched = Stretched::new(&runtime, call, "echo no state >&2", "exit 1");
+        let mut env = stretched.plugin(json!({})).await;
+        let config = sleeper(&env).await;
+        let task = env.start(config).await;
+        let group = env.record(&task).await.1["cgroup"].as_str().unwrap().trim_start_matches('/').to_owned();
+        let root = Path::new("/sys/fs/cgroup");
+        let (version_1, version_2) = (root.join("freezer").join(&group), root.join(&group));
+        if version_1.exists() {
+            fs::write(version_1.join("freezer.state"), "FROZEN").unwrap();
+        } else {
+            fs::write(version_2.join("cgroup.freeze"), "1").unwrap();
+        }
+        stretched.arm();
+        env.destroy(&task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        stretched.disarm();
+        next_attempt_runs(&env, task, &runtime).await;
+        env.finish().await;
+    }
+}
+
 /// The shim tells nothing of a container whose runtime hangs, and would not tell of its end either. Other tasks of the same
 /// shim go on, also where the runtime hangs each time.
 #[tokio::test(flavor = "multi_thread")]
