@@ -16,11 +16,14 @@ use crate::{
     model::AttemptId,
     node::{CallError, Node},
     step::Work,
+    support::patience,
     task::TaskFiles,
 };
 
 /// Longer than any call takes that is not waiting for a task's end.
-const CALL: Duration = Duration::from_secs(120);
+fn call_limit() -> Duration {
+    2 * patience()
+}
 /// Before a start that was refused is tried again. Nomad waits for 15 s by default.
 const RESTART: Duration = Duration::from_millis(500);
 
@@ -130,7 +133,8 @@ impl Runner {
         loop {
             self.node.model().asked(attempt);
             let request = StartTaskRequest { task: Some(config.clone()) };
-            let start = self.node.call(Some(CALL), |mut driver| async move { driver.start_task(request).await });
+            let start =
+                self.node.call(Some(call_limit()), |mut driver| async move { driver.start_task(request).await });
             let changed = async {
                 let _ = wish.wait_for(|wish| *wish != Wish::Run).await;
                 self.node.model().told_to_stop(attempt);
@@ -218,7 +222,8 @@ impl Runner {
         loop {
             // As Nomad asks: the id only inside of the handle.
             let request = RecoverTaskRequest { task_id: String::new(), handle: Some(handle.clone()) };
-            let answer = self.node.call(Some(CALL), |mut driver| async move { driver.recover_task(request).await });
+            let answer =
+                self.node.call(Some(call_limit()), |mut driver| async move { driver.recover_task(request).await });
             match answer.await {
                 Ok(_) => return Ok(()),
                 Err(CallError::PluginDied | CallError::AgentDied) => {}
@@ -240,7 +245,8 @@ impl Runner {
         loop {
             let timeout = Some(prost_types::Duration::try_from(timeout).expect("a short time"));
             let request = StopTaskRequest { task_id: self.id(attempt), timeout, signal: String::new() };
-            let answer = self.node.call(Some(CALL), |mut driver| async move { driver.stop_task(request).await });
+            let answer =
+                self.node.call(Some(call_limit()), |mut driver| async move { driver.stop_task(request).await });
             match answer.await {
                 Ok(_) => return,
                 Err(CallError::PluginDied | CallError::AgentDied) => {}
@@ -277,7 +283,7 @@ impl Runner {
     /// DestroyTask: an error when the call was cut off.
     pub async fn destroy(&self, attempt: AttemptId, force: bool) -> Result<(), ()> {
         let request = DestroyTaskRequest { task_id: self.id(attempt), force };
-        let answer = self.node.call(Some(CALL), |mut driver| async move { driver.destroy_task(request).await });
+        let answer = self.node.call(Some(call_limit()), |mut driver| async move { driver.destroy_task(request).await });
         match answer.await {
             Ok(_) => Ok(()),
             Err(CallError::PluginDied | CallError::AgentDied) => Err(()),

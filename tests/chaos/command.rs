@@ -12,10 +12,13 @@ use crate::{
     model::AttemptId,
     node::{CallError, Node},
     step::Step,
+    support::patience,
 };
 
 /// Longer than any of these takes.
-const CALL: Duration = Duration::from_secs(60);
+fn call_limit() -> Duration {
+    patience()
+}
 
 impl Runner {
     /// Does a command, if the task runs.
@@ -31,7 +34,9 @@ impl Runner {
             }
             Step::Signal { .. } => {
                 let request = SignalTaskRequest { task_id, signal: "SIGUSR1".to_owned() };
-                node.call(Some(CALL), |mut driver| async move { driver.signal_task(request).await }).await.map(drop)
+                node.call(Some(call_limit()), |mut driver| async move { driver.signal_task(request).await })
+                    .await
+                    .map(drop)
             }
             Step::Stats { .. } => {
                 let interval = Some(prost_types::Duration { seconds: 1, nanos: 0 });
@@ -40,16 +45,18 @@ impl Runner {
                     let mut stream = driver.task_stats(request).await?.into_inner();
                     stream.message().await.map(Response::new)
                 };
-                node.call(Some(CALL), first).await.map(drop)
+                node.call(Some(call_limit()), first).await.map(drop)
             }
             Step::Recover { .. } => {
                 let request = RecoverTaskRequest { task_id: String::new(), handle: Some(handle) };
-                node.call(Some(CALL), |mut driver| async move { driver.recover_task(request).await }).await.map(drop)
+                node.call(Some(call_limit()), |mut driver| async move { driver.recover_task(request).await })
+                    .await
+                    .map(drop)
             }
             _ => {
                 let request = InspectTaskRequest { task_id };
                 let answer =
-                    node.call(Some(CALL), |mut driver| async move { driver.inspect_task(request).await }).await;
+                    node.call(Some(call_limit()), |mut driver| async move { driver.inspect_task(request).await }).await;
                 answer.map(|answer| {
                     let state = answer.task.map(|task| task.state);
                     if state != Some(TaskState::Running as i32) && node.model().is_quiet(attempt, node.now()) {
@@ -69,7 +76,7 @@ impl Runner {
         let command = ["/bin/sh", "-c", &format!("echo here; exit {code}")].map(str::to_owned).to_vec();
         let timeout = Some(prost_types::Duration { seconds: 30, nanos: 0 });
         let request = ExecTaskRequest { task_id: self.id(attempt), command, timeout };
-        let answer = node.call(Some(CALL), |mut driver| async move { driver.exec_task(request).await }).await;
+        let answer = node.call(Some(call_limit()), |mut driver| async move { driver.exec_task(request).await }).await;
         let got = match answer {
             Ok(answer) => {
                 let got = answer.result.map_or(-1, |result| result.exit_code);

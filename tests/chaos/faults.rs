@@ -125,8 +125,13 @@ impl Ground {
             self.journal.hit(&Hit::Unsettled);
         }
         if target == Target::Shim {
-            let alive = observe::inits(&self.site.namespace).into_iter().map(|init| init.attempt).collect();
-            self.journal.hit(&Hit::NotAmong(alive));
+            // It makes no container while it is looked at which it holds by now.
+            process.signal(libc::SIGSTOP);
+            let inits = observe::inits(&self.site.namespace);
+            let holds = inits.iter().filter(|init| observe::parent(init.pid) == Some(victim.pid));
+            self.journal.hit(&Hit::Attempts(holds.map(|init| init.attempt).collect()));
+            self.journal.hit(&Hit::Unsettled);
+            self.journal.hit(&Hit::NotAmong(inits.into_iter().map(|init| init.attempt).collect()));
         }
         process.signal(libc::SIGKILL);
         self.journal.note(&format!("killed {target}, {victim:?}"));

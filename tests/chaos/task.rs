@@ -18,6 +18,7 @@ use crate::{
     node::Node,
     observe::MARK,
     step::{TaskNumber, Work},
+    support::patience,
 };
 
 /// The end of a stream follows the end of its writers; remains of a start hold it open for the grace period.
@@ -123,6 +124,17 @@ impl TaskFiles {
             let _ = fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(fifo);
         }
         self.check(node).await;
+    }
+
+    /// Waits, for some time, until an attempt that runs has left a line of its start: it may not have had a processor yet.
+    pub async fn started(&self, attempt: u32) {
+        let line = attempt.to_string();
+        let deadline = tokio::time::Instant::now() + patience() / 12;
+        while !fs::read_to_string(self.witness()).is_ok_and(|text| text.lines().any(|own| own == line))
+            && tokio::time::Instant::now() < deadline
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Holds the log and the starts against the model.

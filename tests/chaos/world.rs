@@ -250,6 +250,9 @@ impl World {
         let runners = self.all_runners();
         for runner in runners.iter().filter(|runner| runner.running().is_some()) {
             runner.command(&self.node, Step::Exec { task: runner.files.number, code: 4 }).await;
+            if let Some(((_, attempt), _)) = runner.running() {
+                runner.files.started(attempt).await;
+            }
             runner.files.check(&self.node).await;
         }
         self.node.model().figures.settled += 1;
