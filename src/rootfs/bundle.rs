@@ -4,7 +4,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -104,6 +104,14 @@ impl BundlePaths {
             let gone = source.kind() == io::ErrorKind::NotFound && layers.lowers.iter().any(|lower| !lower.exists());
             if gone { RootfsError::LayersGone { source } } else { RootfsError::Mount { path: rootfs.clone(), source } }
         })
+    }
+
+    /// Is the root file system mounted? An overlay is a device of its own.
+    ///
+    /// # Errors
+    /// As stat(2).
+    pub fn is_mounted(&self) -> io::Result<bool> {
+        Ok(fs::metadata(self.rootfs())?.dev() != fs::metadata(&self.bundle)?.dev())
     }
 
     /// Writes `config.json`.

@@ -40,7 +40,8 @@ impl TaskError {
             | Self::Lock { .. }
             | Self::KeptSettings { .. }
             | Self::Worker(_)
-            | Self::Hanging { .. } => Cause::Host,
+            | Self::Hanging { .. }
+            | Self::Unmounted { .. } => Cause::Host,
             // Remains of an earlier attempt.
             Self::Busy(_) | Self::Earlier { .. } | Self::Former(_) | Self::Stays { .. } | Self::Unkillable { .. } => {
                 Cause::Host

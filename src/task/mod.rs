@@ -128,6 +128,14 @@ pub enum TaskError {
         /// How long we waited.
         after: Duration,
     },
+    /// The root file system went away under a start.
+    #[error(
+        "the root file system was unmounted while the container was made, probably by a late clean-up of an earlier plugin"
+    )]
+    Unmounted {
+        /// What came of it.
+        source: Box<Self>,
+    },
     /// The image can't be had.
     #[error(transparent)]
     Image(#[from] SharedImageError),

@@ -20,7 +20,7 @@ use super::{
     record::{Records, RunRecord, millis},
     saving,
     shared::{Hands, Shared},
-    undo::{RETRIES, find_shim},
+    undo::{RETRIES, cleanup_done, find_shim},
 };
 use crate::{
     fault,
@@ -317,6 +317,12 @@ async fn find_shim_in_time(shared: &Shared, record: &Record) -> Found {
     }
 }
 
+/// Deletes the container of a dead shim when no clean-up of an earlier plugin is at work on it any more.
+async fn delete_alone(shared: &Shared, record: &Record) -> Result<Option<shim::Exit>, ShimError> {
+    cleanup_done(record).await;
+    shared.delete_dead(record).await
+}
+
 /// What became of a task that was running when we last knew: None when its shim has it, its exit code when that can
 /// still be told, else why not.
 async fn how_it_is(shared: &Shared, record: &Record, shim: &Found) -> Result<Option<i32>, String> {
@@ -334,7 +340,7 @@ async fn how_it_is(shared: &Shared, record: &Record, shim: &Found) -> Result<Opt
         },
         Found::Hung(_) => Err("its shim does not answer".to_owned()),
         Found::Unknown(error) => Err(format!("its shim can't be looked for: {error}")),
-        Found::Gone => match shared.delete_dead(record).await {
+        Found::Gone => match delete_alone(shared, record).await {
             Ok(Some(exit)) => Ok(Some(i32::try_from(exit.code).unwrap_or(255))),
             Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),
             Err(error) => Err(format!("its shim is gone, and its container can't be ended: {error}")),

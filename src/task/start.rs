@@ -30,6 +30,7 @@ use crate::{
     process::ProcessId,
     rootfs::{
         RootfsError,
+        bundle::BundlePaths,
         mounts::{AllocDirs, open_source},
         selinux,
     },
@@ -305,7 +306,7 @@ async fn made(
                     attempt.over();
                     return Ok(Running { record, shim, run, phases, image: plan.image.clone(), stdio });
                 }
-                Err(error) => (Found::Alive(shim), error),
+                Err(error) => (Found::Alive(shim), unless_unmounted(shared, plan, error)),
             }
         }
         (Err(error), Ok(shim)) => (Found::Alive(shim), error),
@@ -316,6 +317,19 @@ async fn made(
     // Only now: a shim that was late may still open them by the numbers they have here.
     drop(stdio);
     Err(error)
+}
+
+/// The error of a start, unless that is a consequence of a root file system that is no longer mounted.
+///
+/// A clean-up that an earlier plugin has begun for the same attempt unmounts the root file system of the bundle, which is the next
+/// start's as well. Such a clean-up is waited for (`undo.rs`); whatever is overlooked must not be told as the job's fault.
+fn unless_unmounted(shared: &Shared, plan: &Plan<'_>, error: TaskError) -> TaskError {
+    let paths = BundlePaths::of(&shared.settings.places, &plan.container_id);
+    match paths.is_mounted() {
+        Ok(false) => TaskError::Unmounted { source: Box::new(error) },
+        // Where that can't be told, the error is what it says.
+        Ok(true) | Err(_) => error,
+    }
 }
 
 async fn undo_failed(shared: &Arc<Shared>, record: &Record, shim: Found) {

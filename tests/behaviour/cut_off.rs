@@ -256,6 +256,26 @@ async fn a_container_that_a_runtime_has_left_frozen_is_ended() {
     }
 }
 
+/// A late clean-up of an earlier plugin may unmount the root file system of the next start. What the runtime then says of the
+/// image is no fault of the job's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_file_system_that_goes_away_is_not_the_jobs_fault() {
+    for runtime in runtimes() {
+        let unmount = "for word; do [ \"$last\" = --bundle ] && umount -l \"$word/rootfs\"; last=$word; done";
+        let stretched = Stretched::new(&runtime, "create", unmount, ":");
+        let mut env = stretched.plugin(json!({})).await;
+        let config = sleeper(&env).await;
+        stretched.arm();
+        let mut task = env.prepare(config).await;
+        let status = env.try_start(&mut task).await.expect_err("there is no /bin/sh");
+        assert!(status.message().contains("was unmounted while the container was made"), "{runtime}: {status:?}");
+        assert!(nomad_driver_shim::host::is_recoverable(&status), "{runtime}: {status:?}");
+        stretched.disarm();
+        next_attempt_runs(&env, task, &runtime).await;
+        env.finish().await;
+    }
+}
+
 /// The shim tells nothing of a container whose runtime hangs, and would not tell of its end either. Other tasks of the same
 /// shim go on, also where the runtime hangs each time.
 #[tokio::test(flavor = "multi_thread")]

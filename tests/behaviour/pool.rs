@@ -110,14 +110,15 @@ async fn a_shim_that_dies_idle_is_replaced_and_leaves_nothing() {
         let task = env.sh("exit 4").await;
         assert_eq!(env.finish_task(task).await.0, 4);
         let shims = |env: &Env| leak::entries(&env.dir.join("run/shims"));
+        let pid_file = |shim: &String| env.dir.join("run/shims").join(shim).join("pid");
         crate::support::eventually("the shims of the pool are there", async || match shims(&env) {
-            shims if shims.len() == wanted => Ok(()),
+            shims if shims.len() == wanted && shims.iter().all(|shim| pid_file(shim).exists()) => Ok(()),
             shims => Err((scope, shims)),
         })
         .await;
         let dead = shims(&env);
         for shim in &dead {
-            let identity = fs::read(env.dir.join("run/shims").join(shim).join("pid")).unwrap();
+            let identity = fs::read(pid_file(shim)).unwrap();
             let identity: Value = serde_json::from_slice(&identity).unwrap();
             let pid = nix::unistd::Pid::from_raw(i32::try_from(identity["pid"].as_i64().unwrap()).unwrap());
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
