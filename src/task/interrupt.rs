@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::{TaskError, plan::Plan};
 use crate::{
     ids::ContainerId,
-    process::{PidFd, descendants, unless_vanished},
+    process::{self, PidFd, descendants, unless_vanished},
     shim::{Shim, ShimError},
 };
 
@@ -84,6 +84,21 @@ fn try_to_kill_runtime(shim: u32, container: &ContainerId) -> io::Result<()> {
     }
     still_below(shim, called)?.iter().for_each(|process| process.signal(libc::SIGKILL));
     Ok(())
+}
+
+/// Kills all processes of this host that were called with a container's name.
+pub(super) fn kill_called_for(container: &ContainerId) {
+    let is_called = |pid: u32| is_called_for(pid, container).unwrap_or(false);
+    // Asked again when its descriptor is had: a number may have been given to another process.
+    let opened = |pid: u32| PidFd::open(pid).ok().filter(|_| is_called(pid));
+    match process::all() {
+        Ok(pids) => pids.into_iter().filter(|pid| is_called(*pid)).filter_map(opened).for_each(|process| {
+            process.signal(libc::SIGKILL);
+        }),
+        Err(error) => {
+            tracing::warn!(%container, %error, "the processes that were called for a container can't be found");
+        }
+    }
 }
 
 /// All processes below a shim, for the time when it is gone.

@@ -20,7 +20,7 @@ use super::{
     record::{Records, RunRecord, millis},
     saving,
     shared::{Hands, Shared},
-    undo::{RETRIES, cleanup_done, find_shim},
+    undo::{RETRIES, delete_alone, find_shim},
 };
 use crate::{
     fault,
@@ -315,12 +315,6 @@ async fn find_shim_in_time(shared: &Shared, record: &Record) -> Found {
             found => return found,
         }
     }
-}
-
-/// Deletes the container of a dead shim when no clean-up of an earlier plugin is at work on it any more.
-async fn delete_alone(shared: &Shared, record: &Record) -> Result<Option<shim::Exit>, ShimError> {
-    cleanup_done(record).await;
-    shared.delete_dead(record).await
 }
 
 /// What became of a task that was running when we last knew: None when its shim has it, its exit code when that can

@@ -16,9 +16,9 @@ use crate::{
     fault, gvisor,
     ids::ContainerId,
     places::names,
-    process::{self, PidFd, descendants},
+    process::{self, descendants},
     rootfs::{RootfsError, bundle::BundlePaths},
-    shim::{self, Client, Found, Kill, Shim, ShimError},
+    shim::{self, Client, Exit, Found, Kill, Shim, ShimError},
 };
 
 /// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
@@ -251,41 +251,27 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
         pidfd.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_GRACE, pidfd.ended()).await;
     }
-    cleanup_done(record).await;
-    shared.delete_dead(record).await.map_err(failed("clean up after a dead shim"))?;
+    delete_alone(shared, record).await.map_err(failed("clean up after a dead shim"))?;
     Ok(Ended::Otherwise)
 }
 
-/// Waits until no clean-up after a dead shim is at work that an earlier plugin has begun for this container, and ends one that
-/// takes long. Such a clean-up deletes whatever container and unmounts whatever root file system has the names (containerd,
+/// Deletes the container of a dead shim, when no clean-up that an earlier plugin has begun for it is at work any more. Such a
+/// clean-up deletes whatever container and unmounts whatever root file system has the names (containerd,
 /// `runtime/v2/runc/manager`, `Stop`), and those of the attempt's next start are the same.
-pub(super) async fn cleanup_done(record: &Record) {
+///
+/// # Errors
+/// When the container can't be deleted.
+pub(super) async fn delete_alone(shared: &Shared, record: &Record) -> Result<Option<Exit>, ShimError> {
     // A living sandbox has the container's name in its arguments, too.
-    if record.gvisor {
-        return;
-    }
-    let called = || -> io::Result<Vec<u32>> {
-        let mut called = Vec::new();
-        for pid in process::all()? {
-            if interrupt::is_called_for(pid, &record.container_id)? {
-                called.push(pid);
-            }
-        }
-        Ok(called)
-    };
-    let at_work = || called().map(|pids| !pids.is_empty());
-    if !outlast(record, RUNTIME_GRACE, at_work).await {
-        return;
-    }
-    for pid in called().unwrap_or_default() {
-        // Asked again when its descriptor is had: a number may have been given to another process.
-        if let Ok(process) = PidFd::open(pid)
-            && interrupt::is_called_for(pid, &record.container_id).unwrap_or(false)
-        {
-            process.signal(libc::SIGKILL);
+    if !record.gvisor {
+        let at_work = || any(process::all()?.into_iter(), |pid| interrupt::is_called_for(pid, &record.container_id));
+        outlast(record, RUNTIME_GRACE, at_work).await;
+        if at_work().unwrap_or(true) {
+            interrupt::kill_called_for(&record.container_id);
+            outlast(record, KILL_GRACE, at_work).await;
         }
     }
-    outlast(record, KILL_GRACE, at_work).await;
+    shared.delete_dead(record).await
 }
 
 /// Waits until no runtime that the shim has called is at work any more: a plugin that died in the middle of a Create
