@@ -2,7 +2,7 @@
 //! for every containerd from 1.6 to 2.4 (the `start` helper's three dialects are not needed).
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom},
     os::{
@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use super::{
     Client, RuntimeCalls, ShimError, TaskApi,
     found::Identity,
+    held::{Held, Holders, holders},
     pool::ShimScope,
     sealed::{Current, DESCRIPTOR, Sealed},
     version,
@@ -60,63 +61,6 @@ pub struct Launcher {
     own: Holders,
     runtime: Current,
     calls: RuntimeCalls,
-}
-
-/// Who in this process holds which shim, by its name.
-type Holders = Arc<Mutex<HashMap<String, Holding>>>;
-
-/// What is known here of a shim that somebody holds.
-#[derive(Debug, Default)]
-struct Holding {
-    /// How many hold it.
-    count: usize,
-    /// Does it hold a container that it can't delete?
-    is_unusable: bool,
-}
-
-/// Says that somebody here holds a shim, until it is dropped.
-#[derive(Debug)]
-pub struct Held {
-    id: String,
-    own: Holders,
-    given_up: bool,
-}
-
-impl Held {
-    fn new(id: &str, own: &Holders) -> Self {
-        holders(own).entry(id.to_owned()).or_default().count += 1;
-        Self { id: id.to_owned(), own: own.clone(), given_up: false }
-    }
-
-    /// Lets go, unless nobody else holds it: true when somebody does.
-    fn leave_to_others(&mut self) -> bool {
-        let mut own = holders(&self.own);
-        match own.get_mut(&self.id) {
-            Some(holding) if holding.count > 1 => {
-                holding.count -= 1;
-                self.given_up = true;
-                true
-            }
-            _ => false,
-        }
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if self.given_up {
-            return;
-        }
-        let mut own = holders(&self.own);
-        match own.get_mut(&self.id) {
-            Some(holding) if holding.count > 1 => holding.count -= 1,
-            _ => drop(own.remove(&self.id)),
-        }
-    }
-}
-
-fn holders(own: &Holders) -> MutexGuard<'_, HashMap<String, Holding>> {
-    own.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The name of a shim that is not there yet.

@@ -11,6 +11,7 @@ mod exec;
 #[cfg(test)]
 pub mod fake;
 mod found;
+mod held;
 mod launch;
 mod pid_files;
 mod pool;
@@ -28,7 +29,8 @@ pub use cleanup::{DeadTask, EXIT_NOTE, delete_dead, has_noted_exit};
 pub use client::{CONNECT, Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, TaskApi, WindowSize};
 pub use exec::{ExecIo, ExecPipes};
 pub use found::{Found, end_hung, end_stray, is_alive, is_unusable, kill_shim};
-pub use launch::{Held, Launcher, Shim, Unborn};
+pub use held::Held;
+pub use launch::{Launcher, Shim, Unborn};
 pub use pid_files::{PidFile, PidFiles};
 pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
 pub use release::release;

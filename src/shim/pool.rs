@@ -299,12 +299,7 @@ impl Pool {
         };
         let mut shared = self.shared();
         let ended_shared = shared.extract_if(|_, shim| shim.has_ended()).map(|(_, shim)| shim);
-        for mut shim in ended_shared.chain(ended_idle) {
-            // What others hold is the dead-shim case of their tasks.
-            if !shim.leave_to_others() {
-                shim.kill();
-            }
-        }
+        ended_shared.chain(ended_idle).for_each(let_go);
     }
 
     /// Ends what has come to be of no use while nobody gave it back: shims that have died, and those of allocations whose last
@@ -428,12 +423,7 @@ impl Pool {
             }
         }
         let shared: Vec<Shim> = self.shared().drain().map(|(_, shim)| shim).collect();
-        for mut shim in shared {
-            // Those of tasks that go on are theirs.
-            if !shim.leave_to_others() {
-                shim.kill();
-            }
-        }
+        shared.into_iter().for_each(let_go);
         for shim in self.idle().drain(..) {
             shim.kill();
         }
@@ -454,5 +444,13 @@ impl Pool {
 
     fn shared(&self) -> MutexGuard<'_, HashMap<String, Shim>> {
         self.0.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives up the pool's hold on a shim, and ends the shim at once if no task holds it. Those of tasks that go on are theirs, and one
+/// that has died is the dead-shim case of its tasks.
+fn let_go(mut shim: Shim) {
+    if !shim.leave_to_others() {
+        shim.kill();
     }
 }
