@@ -36,6 +36,7 @@ mod shrink;
 mod soak;
 mod step;
 mod task;
+mod violations;
 mod world;
 mod wrapper;
 

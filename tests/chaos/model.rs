@@ -10,6 +10,7 @@ use crate::{
     report::Figures,
     step::{TaskNumber, Work},
     support::patience,
+    violations::Violations,
 };
 
 /// A refusal is excused by a fault that is over for no longer than this: what it has left is still being cleared away.
@@ -86,28 +87,24 @@ pub struct Model {
     /// Faults that are at work just now.
     ongoing: u32,
     last_fault: Option<Duration>,
-    violations: Vec<String>,
-    ignored: Vec<String>,
+    violations: Violations,
     pub figures: Figures,
 }
 
 impl Model {
     /// A model that does not mind what contains one of these texts.
     pub fn ignoring(ignored: &[String]) -> Self {
-        Self { ignored: ignored.to_vec(), ..Self::default() }
+        Self { violations: Violations::ignoring(ignored), ..Self::default() }
     }
 
     /// What has been found wrong so far.
     pub fn violations(&self) -> &[String] {
-        &self.violations
+        self.violations.found()
     }
 
     /// Something is wrong.
     pub fn violated(&mut self, what: String) {
-        let is_ignored = self.ignored.iter().any(|text| what.contains(text));
-        if !is_ignored && !self.violations.contains(&what) {
-            self.violations.push(what);
-        }
+        self.violations.add(what);
     }
 
     pub fn add(&mut self, task: TaskNumber, work: Work) {
@@ -285,13 +282,7 @@ impl Model {
     /// What is alive at one moment: never two of one task.
     pub fn seen(&mut self, inits: &[Init]) {
         self.figures.looks += 1;
-        let mut by_task: HashMap<TaskNumber, Vec<Init>> = HashMap::new();
-        for init in inits {
-            by_task.entry(init.attempt.0).or_default().push(*init);
-        }
-        for (task, alive) in by_task.into_iter().filter(|(_, alive)| alive.len() > 1) {
-            self.violated(format!("task {task} runs twice: {alive:?}"));
-        }
+        self.violations.add_doubles(inits);
     }
 
     /// What is not yet as it must be when all faults are over: each task that is wanted runs once or has done its work,

@@ -2,7 +2,7 @@
 //! sights, and says what contradicts them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
 
@@ -14,6 +14,7 @@ use crate::{
     model::{Hit, Init, STOPPED},
     report::Figures,
     step::{TaskNumber, Work},
+    violations::Violations,
 };
 
 /// A failure is excused by a fault that is over for no longer than this: Nomad notices the death of a plugin late, and tries
@@ -71,8 +72,7 @@ pub struct Model {
     deaths: Vec<Duration>,
     /// Strikes at what a start needs besides the plugin.
     strikes: Vec<Duration>,
-    violations: Vec<String>,
-    ignored: Vec<String>,
+    violations: Violations,
     pub figures: Figures,
     /// Tasks that Nomad has given up where no driver could have helped.
     pub given_up: u32,
@@ -83,18 +83,15 @@ pub struct Model {
 impl Model {
     /// A model that does not mind what contains one of these texts.
     pub fn ignoring(ignored: &[String]) -> Self {
-        Self { ignored: ignored.to_vec(), ..Self::default() }
+        Self { violations: Violations::ignoring(ignored), ..Self::default() }
     }
 
     pub fn violations(&self) -> &[String] {
-        &self.violations
+        self.violations.found()
     }
 
     pub fn violated(&mut self, what: String) {
-        let is_ignored = self.ignored.iter().any(|text| what.contains(text));
-        if !is_ignored && !self.violations.contains(&what) {
-            self.violations.push(what);
-        }
+        self.violations.add(what);
     }
 
     pub fn add(&mut self, number: TaskNumber, work: Work) {
@@ -336,13 +333,7 @@ impl Model {
     /// What is alive at one moment: never two of one task.
     pub fn seen(&mut self, inits: &[Init]) {
         self.figures.looks += 1;
-        let mut by_task: HashMap<TaskNumber, Vec<Init>> = HashMap::new();
-        for init in inits {
-            by_task.entry(init.attempt.0).or_default().push(*init);
-        }
-        for (task, alive) in by_task.into_iter().filter(|(_, alive)| alive.len() > 1) {
-            self.violated(format!("task {task} runs twice: {alive:?}"));
-        }
+        self.violations.add_doubles(inits);
     }
 
     /// What is not yet as it must be when all faults are over.
