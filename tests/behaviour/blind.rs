@@ -7,7 +7,7 @@ use std::{
 };
 
 use nomad_driver_shim::{
-    host::{Launch, Plugin, encode},
+    host::{Plugin, encode},
     pb::{
         base::{ConfigSchemaRequest, SetConfigRequest},
         driver::InitRequest,
@@ -15,7 +15,7 @@ use nomad_driver_shim::{
 };
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, eventually, leak, program};
+use crate::support::{Env, EnvOptions, eventually, leak};
 
 /// Sets the soft limit on the descriptors of a process.
 fn limit_descriptors(pid: u32, limit: &str) {
@@ -37,7 +37,8 @@ async fn recovered_after_a_shortage(spare: usize) {
     let task = env.sh("sleep 600").await;
     let pid = env.attribute(&task, "pid").await;
     env.kill_plugin().await;
-    let plugin = Plugin::launch(&Launch::named(program(), "shim")).await.unwrap();
+    // With a directory of its own for its socket: in a shared one, other plugins remove the socket of a killed plugin.
+    let plugin = Plugin::launch(env.launch_mut()).await.unwrap();
     let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
     let msgpack_config = encode(schema.spec.as_ref(), &env.config).unwrap();
     plugin.base().set_config(SetConfigRequest { msgpack_config, ..Default::default() }).await.unwrap();
