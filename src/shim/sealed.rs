@@ -39,16 +39,23 @@ impl Current {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(sealed));
     }
 
-    /// The copy; a new one when the program was replaced on disk, none when that can't be had.
+    /// The copy; a new one when the program was replaced on disk. None when that can't be had: the next call tries again.
     pub(super) fn get(&self) -> Option<Arc<Sealed>> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
         if fs::metadata(&known.path).is_ok_and(|file| Stamp::of(&file) == known.stamp) {
             return Some(known);
         }
-        let renewed =
-            Sealed::of(&known.path).inspect_err(|error| tracing::warn!(%error, "the runtime has changed")).ok();
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = renewed.map(Arc::new);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        match Sealed::of(&known.path) {
+            Ok(renewed) => {
+                let renewed = Arc::new(renewed);
+                *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(renewed.clone());
+                Some(renewed)
+            }
+            Err(error) => {
+                tracing::warn!(runtime = %known.path.display(), %error, "the OCI runtime has changed and can't be copied");
+                None
+            }
+        }
     }
 }
 
@@ -67,6 +74,12 @@ impl Sealed {
         let fd = memfd()?;
         let mut copy = File::from(fd);
         io::copy(&mut program, &mut copy)?;
+        // Half of a program may be an empty script, which the probe below would find to be fine.
+        let is_whole =
+            copy.metadata()?.len() == metadata.len() && Stamp::of(&program.metadata()?) == Stamp::of(&metadata);
+        if metadata.len() == 0 || !is_whole {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is empty, or was written while it was copied"));
+        }
         let seals = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
         // SAFETY: fcntl on a descriptor that is open and ours.
         if unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
@@ -92,4 +105,32 @@ fn memfd() -> io::Result<OwnedFd> {
         }
     }
     Err(io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn program(path: &Path, text: &str) {
+        fs::write(path, text).expect("done");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("done");
+    }
+
+    /// A program that is being written is no program: a shell would take an empty file for a script that is fine.
+    #[test]
+    fn half_written_runtimes_are_not_copied_and_are_tried_again() {
+        let dir = tempfile::tempdir().expect("made");
+        let path = dir.path().join("runtime");
+        program(&path, "#!/bin/sh\n");
+        let current = Current::default();
+        current.set(Sealed::of(&path).expect("done"));
+        let first = current.get().expect("done");
+        program(&path, "");
+        assert_eq!(Sealed::of(&path).expect_err("copied").kind(), io::ErrorKind::InvalidData);
+        assert!(current.get().is_none());
+        program(&path, "#!/bin/sh\nexit 0\n");
+        assert_ne!(current.get().expect("done").stamp, first.stamp);
+    }
 }
