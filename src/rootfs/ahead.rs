@@ -5,29 +5,22 @@
 //! are killed is its writable layer, which the next instance removes.
 
 use std::{
-    ffi::CString,
     fs, io,
-    os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
-    },
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use nix::mount::{MntFlags, umount2};
-
 use super::{
     RootfsError, UpperOn,
     bundle::{BundlePaths, Layers},
+    detached,
+    pins::PreparedPins,
 };
 use crate::{
     ids::random_hex,
     places::{make_dir, names},
 };
-
-/// Attach the tree that a descriptor is (move_mount(2), `linux/mount.h`).
-const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x4;
 
 /// Those that wait.
 #[derive(Debug)]
@@ -47,6 +40,7 @@ struct Cell {
     stack: Stack,
     paths: BundlePaths,
     tree: OwnedFd,
+    pins: PreparedPins,
 }
 
 /// Layers, and which directories those were: an image's may be removed and come back as others.
@@ -107,29 +101,29 @@ impl Ahead {
         self.cells.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Mounts one that was made from these layers, as they are now, as the root file system of a bundle that is there. Was
-    /// there one?
+    /// Mounts a root file system that was made from these layers, as they are now, in a bundle that is there. Returns the
+    /// file system for the sources of mounts that was made with it; `None` when none was made from these layers.
     ///
     /// # Errors
     /// As rename(2) and move_mount(2); nothing is mounted then.
-    pub fn attach(&self, layers: Layers<'_>, to: &BundlePaths) -> io::Result<bool> {
+    pub fn attach(&self, layers: Layers<'_>, to: &BundlePaths) -> io::Result<Option<PreparedPins>> {
         if self.cells().is_empty() {
-            return Ok(false);
+            return Ok(None);
         }
         let stack = Stack::of(layers)?;
-        let Cell { paths, tree, .. } = {
+        let Cell { paths, tree, pins, .. } = {
             let mut cells = self.cells();
-            let Some(found) = cells.iter().position(|cell| cell.stack == stack) else { return Ok(false) };
+            let Some(found) = cells.iter().position(|cell| cell.stack == stack) else { return Ok(None) };
             cells.remove(found)
         };
-        let attached = fs::rename(&paths.upper, &to.upper).and_then(|()| move_mount(&tree, &to.rootfs()));
+        let attached = fs::rename(&paths.upper, &to.upper).and_then(|()| detached::attach(&tree, &to.rootfs()));
         self.spent().push(paths);
         if attached.is_err() {
             drop(tree);
             // Whoever makes a new one there says so if that is no good.
             let _ = fs::remove_dir_all(&to.upper);
         }
-        attached.map(|()| true)
+        attached.map(|()| Some(pins))
     }
 
     /// Makes one for these layers where none waits, in place of the one that has waited longest, unless somebody is at it.
@@ -150,9 +144,9 @@ impl Ahead {
         };
         oldest.into_iter().for_each(Cell::discard);
         let paths = self.paths(&random_hex(6));
-        match detached(&paths, layers) {
-            Ok(tree) => {
-                self.cells().push(Cell { stack, paths, tree });
+        match prepared(&paths, layers) {
+            Ok((tree, pins)) => {
+                self.cells().push(Cell { stack, paths, tree, pins });
                 Ok(())
             }
             Err(error) => {
@@ -200,39 +194,12 @@ fn remove(paths: &BundlePaths) {
     }
 }
 
-/// Mounts an overlay and detaches it at once.
-fn detached(paths: &BundlePaths, layers: Layers<'_>) -> Result<OwnedFd, RootfsError> {
-    let rootfs = paths.rootfs();
+/// Mounts an overlay, and a file system for the sources of mounts, and detaches both at once.
+fn prepared(paths: &BundlePaths, layers: Layers<'_>) -> Result<(OwnedFd, PreparedPins), RootfsError> {
+    let (rootfs, pins) = (paths.rootfs(), paths.pins());
     make_dir(&rootfs).map_err(|source| RootfsError::File { doing: "create", path: rootfs.clone(), source })?;
     paths.mount(layers, &UpperOn::Disk)?;
-    let tree = open_tree(&rootfs);
-    umount2(&rootfs, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
-        .map_err(io::Error::from)
-        .and(tree)
-        .map_err(|source| RootfsError::Mount { path: rootfs, source })
-}
-
-/// A copy of what is mounted at `path`, attached nowhere.
-fn open_tree(path: &Path) -> io::Result<OwnedFd> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: a terminated string, which the kernel only reads; it gives a new descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: just made, and ours alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn move_mount(tree: &OwnedFd, target: &Path) -> io::Result<()> {
-    let target = CString::new(target.as_os_str().as_bytes())?;
-    let (from, empty) = (tree.as_raw_fd(), c"");
-    // SAFETY: an open descriptor and two terminated strings, which the kernel only reads.
-    let moved = unsafe {
-        let to = target.as_ptr();
-        libc::syscall(libc::SYS_move_mount, from, empty.as_ptr(), libc::AT_FDCWD, to, MOVE_MOUNT_F_EMPTY_PATH)
-    };
-    if moved == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let tree = detached::detach(&rootfs).map_err(|source| RootfsError::Mount { path: rootfs, source })?;
+    let pins = PreparedPins::make(&pins).map_err(|source| RootfsError::Mount { path: pins, source })?;
+    Ok((tree, pins))
 }

@@ -26,11 +26,10 @@ use super::{
     image_links::{self, Wanted, kind_of},
     mount_attributes::{Attributes, Depth},
     mounts::{MountContent, Source, TaskMount, open_path, open_plain},
+    pins::{Pins, PreparedPins},
     target::{MountTarget, SysTargets},
 };
 
-/// How far a task may let its own hosts file and the like grow.
-const TASK_FILES_GROWTH_MAX: usize = 1 << 20;
 /// Options that say how mounts spread between mount namespaces (mount_namespaces(7)).
 const PROPAGATION: [&str; 6] = ["private", "rprivate", "slave", "rslave", "shared", "rshared"];
 /// Options of file systems in memory that are the default, or the opposite of an attribute.
@@ -51,7 +50,7 @@ pub enum Nesting {
 
 /// Makes the places of `base` and of the task's mounts in the root file system free of links, puts the sources of all
 /// mounts below the bundle's `mounts/`, and each mount that lies below a bind into that one's tree: the mounts that are
-/// left to the runtime, after those of `base`.
+/// left to the runtime, after those of `base`, and the file system that the sources are in.
 ///
 /// # Errors
 /// When a mount can't go where it should, named by its option and target. What was mounted goes with the bundle.
@@ -60,9 +59,10 @@ pub fn place(
     base: &[Mount],
     mounts: &[TaskMount],
     (sys, nesting): (SysTargets, Nesting),
-) -> Result<Vec<Mount>, RootfsError> {
+    prepared: Option<PreparedPins>,
+) -> Result<(Vec<Mount>, Pins), RootfsError> {
     let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
-    mount_pins(paths, mounts)?;
+    let pins = attach_pins(paths, mounts, prepared)?;
     let root = paths.rootfs();
     let root = image_links::open_root(&root).map_err(|source| file("open", &root, source))?;
     let is_base = |path: &Path| base.iter().any(|base| base == path);
@@ -87,7 +87,7 @@ pub fn place(
             left.push(tree.for_runtime(one)?);
         }
     }
-    Ok(left)
+    Ok((left, pins))
 }
 
 /// Refuses targets at which a mount would take away what confines the task.
@@ -121,19 +121,12 @@ pub fn root_propagation(mounts: &[TaskMount]) -> Option<&'static str> {
     }
 }
 
-/// Mounts the file system in which everything is pinned. It spreads nowhere, so that the sources are not held in other
-/// mount namespaces as well.
-fn mount_pins(paths: &BundlePaths, mounts: &[TaskMount]) -> Result<(), RootfsError> {
+/// Mounts the file system in which everything is pinned.
+fn attach_pins(paths: &BundlePaths, mounts: &[TaskMount], prepared: Option<PreparedPins>) -> Result<Pins, RootfsError> {
+    let length = |mount: &TaskMount| if let MountContent::File(text) = &mount.content { text.len() } else { 0 };
     let pins = paths.pins();
-    let failed = |source| file("mount a file system at", &pins, source);
-    let text: usize =
-        mounts.iter().map(|mount| if let MountContent::File(text) = &mount.content { text.len() } else { 0 }).sum();
-    let options = format!("mode=700,size={}", TASK_FILES_GROWTH_MAX + 2 * text);
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    fs::DirBuilder::new().mode(0o700).create(&pins).map_err(failed)?;
-    mount(Some("tmpfs"), &pins, Some("tmpfs"), flags, Some(options.as_str()))
-        .and_then(|()| mount(None::<&str>, &pins, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>))
-        .map_err(|errno| failed(errno.into()))
+    Pins::attach(&pins, mounts.iter().map(length).sum(), prepared)
+        .map_err(|source| file("mount a file system at", &pins, source))
 }
 
 fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> Result<(), RootfsError> {

@@ -220,8 +220,8 @@ impl Engine {
         let _held = (held, self.clear_predecessors(&request, &stop).await?);
         let began = start::start(&self.0.shared, &request, &stop).await;
         self.0.shared.pool.refill();
-        let start::Running { record, shim, run, phases, image, stdio } = began?;
-        self.0.shared.make_ahead(image.clone());
+        let start::Running { record, shim, run, phases, image, stdio, sources } = began?;
+        self.0.shared.after_start(&record, image.clone(), sources);
         self.0.shared.metrics.started(&phases);
         tracing::info!(
             task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,

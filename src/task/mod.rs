@@ -33,6 +33,7 @@ mod settings;
 mod share_pool;
 mod shared;
 mod signal;
+mod sources;
 mod start;
 mod sweep;
 mod unattended;

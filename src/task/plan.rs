@@ -16,6 +16,7 @@ use super::{
     runtime::Runtime,
     shared::{Shared, layers},
     signal,
+    sources::Sources,
 };
 use crate::{
     accounts,
@@ -24,7 +25,8 @@ use crate::{
     ids::ContainerId,
     image::ImageRecord,
     rootfs::{
-        self, Capabilities, ImageDefaults, NetworkNamespace, Privilege, RootfsError, SpecInput, Terminal,
+        self, Capabilities, ImageDefaults, NetworkNamespace, Pins, PreparedPins, Privilege, RootfsError, SpecInput,
+        Terminal,
         apparmor::ProfileName,
         bundle::BundlePaths,
         devices::{self, DeviceRequest},
@@ -205,35 +207,41 @@ impl Plan<'_> {
         shared: &Shared,
         spec: Spec,
         stop: &CancellationToken,
-    ) -> Result<(), TaskError> {
+    ) -> Result<Sources, TaskError> {
         let (paths, mounts) = (self.bundle(shared), self.mounts.clone());
         let sys = task_mounts::sys_targets(shared, self.request);
         let nesting = if self.runtime.gvisor.is_some() { Nesting::ByTheRuntime } else { Nesting::InTheTree };
-        let place = move || placed(&paths, &mounts, spec, (sys, nesting));
-        if task_mounts::may_hang(self.request) {
-            tokio::task::block_in_place(|| self.make_root(shared))?;
-            let spec = off_workers::run(&self.request.task_id, stop, place).await??;
-            return tokio::task::block_in_place(|| self.write_bundle(shared, &spec));
-        }
-        tokio::task::block_in_place(|| {
-            self.make_root(shared)?;
-            self.write_bundle(shared, &place()?)
-        })
+        let place = move |prepared| placed(&paths, &mounts, spec, (sys, nesting), prepared);
+        let pins = if task_mounts::may_hang(self.request) {
+            let prepared = tokio::task::block_in_place(|| self.make_root(shared))?;
+            let (spec, pins) = off_workers::run(&self.request.task_id, stop, move || place(prepared)).await??;
+            tokio::task::block_in_place(|| self.write_bundle(shared, &spec))?;
+            pins
+        } else {
+            tokio::task::block_in_place(|| {
+                let (spec, pins) = place(self.make_root(shared)?)?;
+                self.write_bundle(shared, &spec).map(|()| pins)
+            })?
+        };
+        Ok(Sources::new(pins, self.mounts.clone()))
     }
 
-    fn make_root(&self, shared: &Shared) -> Result<(), TaskError> {
+    /// Mounts the root file system. Returns a file system for the sources of mounts where one was made ahead with it.
+    fn make_root(&self, shared: &Shared) -> Result<Option<PreparedPins>, TaskError> {
         let paths = self.bundle(shared);
         paths.create()?;
         let layers = layers(&self.image);
-        let ahead = shared.ahead.attach(layers, &paths).unwrap_or_else(|error| {
-            tracing::debug!(%error, "a root file system made ahead is no good");
-            false
+        let attached = shared.ahead.attach(layers, &paths);
+        let is_attached = matches!(attached, Ok(Some(_)));
+        let pins = attached.unwrap_or_else(|error| {
+            tracing::debug!(%error, "a root file system made ahead can't be used");
+            None
         });
-        if !ahead {
+        if !is_attached {
             paths.mount(layers, &shared.settings.upper)?;
         }
         fault::point("start.mounted");
-        Ok(())
+        Ok(pins)
     }
 
     fn write_bundle(&self, shared: &Shared, spec: &Spec) -> Result<(), TaskError> {
@@ -247,23 +255,6 @@ impl Plan<'_> {
             paths.write(&path, text.map_err(failed)?.as_bytes())?;
         }
         Ok(paths.write_spec(spec)?)
-    }
-
-    /// Unmounts the sources of the task's mounts, once the container has been made with them. Each of them would be copied
-    /// into the mount namespace of every container that is made from now on, and keep the host from removing what is
-    /// mounted over. Other shims than runc's and gVisor's may still need them; there they go with the task.
-    /// The unmounting takes half a millisecond on a thread of its own; what fails is logged, and tried again with the task's
-    /// teardown.
-    pub(super) async fn release_sources(&self, shared: &Shared) {
-        if self.runtime.shim.is_some() && self.runtime.gvisor.is_none() {
-            return;
-        }
-        let bundle = self.bundle(shared);
-        let unmounted = tokio::task::spawn_blocking(move || bundle.unmount_pins()).await;
-        if let Err(error) = unmounted.map_err(TaskError::from).and_then(|unmounted| Ok(unmounted?)) {
-            let (task, error) = (&self.request.task_id, crate::chain(&error));
-            tracing::warn!(%task, error, "the sources of the task's mounts stay mounted until the task is destroyed");
-        }
     }
 
     pub(super) fn spec(&self, shared: &Shared) -> Result<Spec, TaskError> {
@@ -396,19 +387,21 @@ fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
     read().map_err(|source| seccomp::SeccompError::Read { path: shown.into(), source }.into())
 }
 
-/// Places the mounts of a task in its root file system: the spec with those that are left to the runtime.
+/// Places the mounts of a task in its root file system: the spec with those that are left to the runtime, and the file
+/// system that the sources are in.
 fn placed(
     paths: &BundlePaths,
     mounts: &[TaskMount],
     mut spec: Spec,
     how: (SysTargets, Nesting),
-) -> Result<Spec, RootfsError> {
+    prepared: Option<PreparedPins>,
+) -> Result<(Spec, Pins), RootfsError> {
     let base = spec.mounts().clone().unwrap_or_default();
-    let placed = mount_tree::place(paths, &base, mounts, how)?;
+    let (placed, pins) = mount_tree::place(paths, &base, mounts, how, prepared)?;
     spec.set_mounts(Some([base, placed].concat()));
     // By now the root file system is what the runtime will read accounts from.
     accounts::check(&paths.rootfs(), binds(&spec))?;
-    Ok(spec)
+    Ok((spec, pins))
 }
 
 /// What a spec binds: places in the container, and what is bound there.

@@ -20,6 +20,7 @@ use super::{
     record::{Records, RunRecord, millis},
     saving,
     shared::{Hands, Shared},
+    sources,
     undo::{RETRIES, delete_alone, find_shim},
 };
 use crate::{
@@ -206,6 +207,7 @@ impl Engine {
             let listed = exec::abandoned(&execs);
             let container = record.container_id.clone();
             tokio::spawn(exec::end_abandoned(client.clone(), alive.pid(), container, execs, listed));
+            sources::release_after_recovery(shared, &record);
         }
         let before = record.state.clone();
         if let (Some(exit), None) = (&exit, &lost) {

@@ -10,7 +10,12 @@ use std::{
 use tokio::sync::{Notify, Semaphore, watch};
 
 use super::{
-    EventHub, Record, RuntimeError, Runtimes, Settings, claim::Claim, group::Groups, logs::LogKeeper, metrics::Metrics,
+    EventHub, Record, RuntimeError, Runtimes, Settings,
+    claim::Claim,
+    group::Groups,
+    logs::LogKeeper,
+    metrics::Metrics,
+    sources::{Sources, needs_sources},
 };
 use crate::{
     cgroup::{Cgroups, Warmer},
@@ -72,9 +77,9 @@ pub const TEARDOWNS: usize = 4;
 /// A disk that is slower than this is not waited for.
 const CLEARED: Duration = Duration::from_secs(30);
 
-/// Root file systems are made ahead so long after a start,
+/// The work that a start leaves for later begins so long after it,
 const BREATH: Duration = Duration::from_millis(5);
-/// and so long later at most when others are at work.
+/// and at most so long later when other starts are at work.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// A task that is to be undone.
@@ -137,14 +142,22 @@ impl Shared {
         self.leftovers().get(id).map(|leftover| leftover.hands)
     }
 
-    /// Has root file systems made ahead for the next tasks of an image, in the background.
-    pub(super) fn make_ahead(self: &Arc<Self>, image: Arc<ImageRecord>) {
+    /// Does in the background what a start leaves for later: unmounts the sources of its mounts, and makes a root file system
+    /// ahead for the next task of its image.
+    pub(super) fn after_start(self: &Arc<Self>, record: &Record, image: Arc<ImageRecord>, sources: Sources) {
         let shared = self.clone();
+        let task = record.task_id.clone();
+        let sources = if needs_sources(record) { None } else { Some(sources) };
         tokio::spawn(async move {
             shared.pool.calm(BREATH, PATIENCE).await;
-            let make = move || shared.ahead.make(layers(&image));
+            let work = move || {
+                if let Some(sources) = sources {
+                    sources.release(&task);
+                }
+                shared.ahead.make(layers(&image))
+            };
             // The next start makes its own, and says what is wrong.
-            if let Ok(Err(error)) = tokio::task::spawn_blocking(make).await {
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
                 tracing::debug!(error = %crate::chain(&error), "no root file system made ahead");
             }
         });

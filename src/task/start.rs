@@ -20,6 +20,7 @@ use super::{
     record::{RunRecord, millis},
     share_pool,
     shared::Shared,
+    sources::Sources,
     undo::undo_or_keep,
 };
 use crate::{
@@ -91,6 +92,7 @@ pub struct Running {
     pub(super) phases: Phases,
     pub(super) image: Arc<ImageRecord>,
     pub(super) stdio: stdio::Stdio,
+    pub(super) sources: Sources,
 }
 
 /// Starts a task: on success its process runs; on failure nothing is left.
@@ -295,8 +297,8 @@ async fn made(
     let shim = coming.arrived(stop, &request.task_id).await;
     phases.shim = step.elapsed();
     let (shim, error) = match (bundle, shim) {
-        (Ok(()), Ok(shim)) if stop.is_cancelled() => (Found::Alive(shim), TaskError::Stopped(request.task_id.clone())),
-        (Ok(()), Ok(shim)) => {
+        (Ok(_), Ok(shim)) if stop.is_cancelled() => (Found::Alive(shim), TaskError::Stopped(request.task_id.clone())),
+        (Ok(sources), Ok(shim)) => {
             fault::point("start.bundle");
             let parts = Parts { began, warm, shim: &shim, stdio: &stdio };
             let running = Box::pin(run(shared, plan, parts, &mut record, &mut phases));
@@ -304,7 +306,7 @@ async fn made(
                 Ok(run) => {
                     phases.total = began.elapsed();
                     attempt.over();
-                    return Ok(Running { record, shim, run, phases, image: plan.image.clone(), stdio });
+                    return Ok(Running { record, shim, run, phases, image: plan.image.clone(), stdio, sources });
                 }
                 Err(error) => (Found::Alive(shim), unless_unmounted(shared, plan, error)),
             }
@@ -440,14 +442,8 @@ async fn run(
     };
     phases.released = (started && starter == Starter::Driver).then(|| began.elapsed());
     fault::point("start.released");
-    let completing = async { if created { Ok(()) } else { creating.await.map(drop) } };
-    if starter == Starter::Driver {
-        // A runtime whose container waits at the FIFO has mounted everything: the sources go while the shim completes.
-        let (completed, ()) = tokio::join!(completing, plan.release_sources(shared));
-        completed.map_err(refused)?;
-    } else {
-        completing.await.map_err(refused)?;
-        plan.release_sources(shared).await;
+    if !created {
+        creating.await.map_err(refused)?;
     }
     phases.create = step.elapsed();
     fault::await_point("start.creating");

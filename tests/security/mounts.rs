@@ -183,8 +183,7 @@ async fn mounts_in_mounts_are_there_and_leave_nothing() {
         fs::write(local.join("deep/of"), "deep\n").unwrap();
         task.config.mounts = vec![volume(&place, "/data", false, "private")];
         env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
-        // As soon as the task runs, none of its mounts is left on the host, where it would keep directories busy.
-        assert_eq!(mounts_of_the_host(&env, &task), Vec::<String>::new());
+        no_mounts_stay(&env, &task).await;
         let alloc_dir = task.dirs.alloc_dir.clone();
         let (_, out, err) = env.finish_task(task).await;
         assert_eq!(out, "of the volumeconfiguration\ndeep\n1\nconf\nfile\nthere\n", "{runtime}: {err}");
@@ -192,6 +191,61 @@ async fn mounts_in_mounts_are_there_and_leave_nothing() {
         assert_eq!(fs::read_to_string(alloc_dir.join("alloc/data/a")).unwrap(), "a\n");
         // Mount points stay, as runtimes make them; what was written to the file system in memory does not.
         assert!(!place.join("there/cache/b").exists() && place.join("there/cache").is_dir());
+        env.finish().await;
+    }
+}
+
+/// Soon after its start, none of a task's mounts is left on the host, where it would keep directories busy.
+async fn no_mounts_stay(env: &Env, task: &Task) {
+    eventually("the task's mounts are the container's alone", async || {
+        let mounts = mounts_of_the_host(env, task);
+        if mounts.is_empty() { Ok(()) } else { Err(mounts) }
+    })
+    .await;
+}
+
+/// The same for a task whose plugin died right after its start.
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_of_a_dead_plugins_task_go_with_its_recovery() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        env.set_var("NOMAD_DRIVER_SHIM_KILL_AT", Some("start.recorded"));
+        env.kill_plugin().await;
+        env.start_plugin().await;
+        let options = shell(&env, "sleep 600", json!({})).await;
+        let mut task = env.prepare(options).await;
+        env.try_start(&mut task).await.expect_err("the plugin survives its end");
+        env.plugin_died().await;
+        assert_ne!(mounts_of_the_host(&env, &task), Vec::<String>::new(), "{runtime}");
+        env.set_var("NOMAD_DRIVER_SHIM_KILL_AT", None);
+        env.start_plugin().await;
+        no_mounts_stay(&env, &task).await;
+        env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        env.destroy(&task).await.unwrap();
+        env.finish().await;
+    }
+}
+
+/// An attempt that is made anew at once has its mounts: what an earlier one left for later unmounts none of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn attempts_in_quick_succession_have_their_mounts() {
+    for runtime in runtimes() {
+        let mut env = plugin_with(&runtime, json!({})).await;
+        let options = shell(
+            &env,
+            "grep -c ' /local ' /proc/self/mountinfo; cat /etc/hosts | grep -c localhost; sleep 600",
+            json!({}),
+        )
+        .await;
+        let mut task = env.prepare(options).await;
+        for _ in 0..20 {
+            env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+            env.destroy(&task).await.unwrap();
+        }
+        env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
+        no_mounts_stay(&env, &task).await;
+        assert_eq!(env.exec_text(&task, "grep -c ' /local ' /proc/1/mountinfo").await, "1\n", "{runtime}");
+        env.destroy(&task).await.unwrap();
         env.finish().await;
     }
 }
