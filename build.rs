@@ -1,8 +1,9 @@
-//! Generates the wire types from `proto/`, without `protoc`: protox parses for tonic, ttrpc-codegen parses for itself.
+//! Generates the wire types from `proto/`, without `protoc`: protox parses the files for tonic's generator, and
+//! ttrpc-codegen has a parser of its own.
 
 use std::{error::Error, fs, path::PathBuf};
 
-/// gRPC both ways: the plugin serves these, and the host module calls them.
+/// gRPC, client and server: the plugin serves these services, and the module `host` calls them.
 const NOMAD: &[&str] = &[
     "goplugin/plugin.proto",
     "nomad/hclspec.proto",
@@ -12,7 +13,7 @@ const NOMAD: &[&str] = &[
     "google/status.proto",
 ];
 
-/// gRPC, client only.
+/// gRPC, client only: containerd's services.
 const CONTAINERD: &[&str] = &[
     "containerd/types.proto",
     "containerd/version.proto",
@@ -25,7 +26,8 @@ const CONTAINERD: &[&str] = &[
     "containerd/tasks.proto",
 ];
 
-/// Messages of the shim's Task service; the calls themselves are made by name (`src/shim/client.rs`).
+/// ttrpc: the messages of the shim's Task service and the options of shims. The calls are made by the methods' names
+/// (`src/shim/client.rs`), so only the messages are generated.
 const SHIM: &[&str] = &["proto/shim/task.proto", "proto/shim/runc_options.proto", "proto/shim/runtime_options.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -47,7 +49,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .rust_protobuf()
         .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(true))
         .run()?;
-    // `include!` refuses inner attributes and inner doc comments, which the generated mod.rs opens with.
+    // The generated mod.rs begins with inner attributes and inner doc comments, which `include!` does not accept.
     let front = out.join("mod.rs");
     let kept: Vec<String> = fs::read_to_string(&front)?
         .lines()

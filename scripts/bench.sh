@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The benchmark with the default plan, as it is installed (a release build): target/bench/results.json and .html.
+# Runs the benchmark with the default plan and a release build. Writes target/bench/results.json, results.html and
+# pictures.
 #
 #   scripts/bench.sh [ARG...]     further arguments of `nomad-driver-shim bench`
-# /run is in memory, as on every host with systemd: where it is not (a container, a small virtual machine), it is so for
-# this run, for all that is measured alike.
+#
+# On every host with systemd, /run is a file system in memory. Where it is not (in a container or a small virtual
+# machine), the benchmark runs in a mount namespace with such a /run, which is the same for all that is measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "$(stat --file-system --format=%T /run)" != tmpfs ]; then

@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Makes an OCI image layout with a static busybox in DIR (tag latest): busybox-image.sh DIR. Needs umoci, busybox-static.
+# Creates an OCI image layout in DIR, with one image that contains a static busybox (tag latest).
+#
+#   scripts/busybox-image.sh DIR
+#
+# Needs umoci and busybox-static.
 set -euo pipefail
 dir=$1
 work=$(mktemp -d)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs a program as root in a virtual machine that has cgroup version 2 with all its controllers, and a security module:
-# SELinux without a policy, or AppArmor. It is this distribution's own kernel, without KVM, over this machine's own files.
-# Whatever the program writes goes to memory and is gone afterwards.
+# SELinux without a policy, or AppArmor. The machine runs this distribution's own kernel without KVM, and its root file
+# system is this machine's, read-only. Whatever the program writes goes to memory and is lost afterwards.
 #
 #   scripts/cgroup2-vm.sh PROGRAM [MEMORY [MODULE]]
 #
-# PROGRAM is an absolute path. MEMORY is the guest's, 6G by default. MODULE is selinux (the default) or apparmor.
+# PROGRAM is an absolute path. MEMORY is the virtual machine's memory, 6G by default. MODULE is selinux (the default) or
+# apparmor.
 # Prints what the program prints, and exits with its status.
 set -euo pipefail
 program=$(readlink -f "$1") memory=${2:-6G} module=${3:-selinux}
@@ -27,7 +28,8 @@ if [ ! -e boot ]; then
 fi
 release=$(ls lib/modules)
 
-# Just enough to mount this machine's files, read-only, below a file system in memory, and what tests ask the kernel for.
+# The initramfs contains what is needed to mount this machine's files read-only below a file system in memory, and the
+# kernel modules that tests use.
 if [ ! initramfs.gz -nt "$script" ]; then
   rm -rf initramfs && mkdir -p initramfs/{bin,modules}
   cp "$(command -v busybox)" initramfs/bin/

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The demo: an image from a registry runs as a task, through the real handshake, containerd's store and a real shim.
+# The demo: runs an image from a registry as a task, with the real plugin handshake, containerd's store and a real shim.
 #
-#   scripts/demo.sh [IMAGE]      COMMAND="..." is run in it by `sh -c`, with RUNTIME=runsc in a gVisor sandbox
+#   scripts/demo.sh [IMAGE]
 #
-# Without IMAGE a small one is made and pushed to a registry that listens on loopback for as long as the demo runs.
+# COMMAND="..." is the command that `sh -c` runs in the container, and RUNTIME=runsc runs it in a gVisor sandbox.
+# Without IMAGE, the script makes a small image and pushes it to a registry that listens on loopback for as long as the
+# demo runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 image=${1:-}
@@ -37,6 +39,6 @@ for round in "pulls the image" "finds it in the store"; do
   code=0
   "$program" run --time "${options[@]}" "$image" sh -c "$command" || code=$?
   say "exit code $code"
-  # 125 to 127 are ours: the container could not be started.
+  # Exit codes 125 to 127 are this driver's own: the container could not be started.
   [ "$code" -lt 125 ] || exit "$code"
 done

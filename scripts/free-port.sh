@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints a TCP port on loopback that nobody listens on.
+# Prints a TCP port on loopback on which no process listens.
 set -euo pipefail
 for _ in $(seq 100); do
   port=$((20000 + RANDOM % 20000))

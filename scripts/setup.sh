@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Installs what building, the demo and the tests need. The Makefile, CI, `make test-fresh` and the Vagrantfile all
-# come through here, so that what it says is what works. Quick when nothing is missing: it looks for commands first
-# and asks the package manager only for what is not there.
+# Installs what the build, the demo and the tests need. The Makefile, CI, `make test-fresh` and the Vagrantfile all use
+# this script, so that its list of packages is known to work. It is quick when nothing is missing: it looks for commands
+# first and asks the package manager only for the missing ones.
 #
 #   scripts/setup.sh            everything for `make demo` and `make test`
-#   scripts/setup.sh fresh      also what `make test-fresh` needs on the outside (debootstrap)
-#   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator and tools for its first file system
+#   scripts/setup.sh fresh      also what `make test-fresh` needs on the host (debootstrap)
+#   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator and tools to make its initramfs
 #   scripts/setup.sh arm64      also what `make build-arm64` needs on another architecture: a cross compiler
 #   scripts/setup.sh gvisor     also gVisor's runsc and its shim, built by Go, into target/gvisor
 #   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
 set -euo pipefail
 
-# What `make test-matrix` adds to this distribution's own versions.
+# The versions that `make test-matrix` tests in addition to this distribution's own.
 matrix_containerd=2.4.2
 matrix_runc=1.5.2
-# gVisor's Go branch, of 2026-09-05; it has no other versions.
+# A commit of gVisor's Go branch, of 2026-09-05; that branch has no tagged versions.
 gvisor=v0.0.0-20260905035102-160fafc42237
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -23,7 +23,8 @@ die() { say "$*"; exit 1; }
 [ "$(uname -s)" = Linux ] || die "this driver runs on Linux only"
 [ "$(id -u)" = 0 ] || die "needs root: containers, mounts and cgroups are made (try: sudo make ...)"
 
-# command → Debian package. Commands are looked for, so that a containerd or runc from elsewhere is left alone.
+# Maps commands to Debian packages. The script looks for commands, not for packages, so that a containerd or runc that
+# was installed in another way is left alone.
 declare -A package_of=(
   [cc]=gcc [make]=make [git]=git
   [containerd]=containerd [containerd-shim-runc-v2]=containerd [ctr]=containerd
@@ -41,15 +42,15 @@ missing=()
 for command in "${!package_of[@]}"; do
   command -v "$command" >/dev/null || missing+=("${package_of[$command]}")
 done
-# A dynamic busybox is no use inside an image that holds nothing else.
+# busybox must be static, because the test image contains no libraries.
 if ! busybox true 2>/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then missing+=(busybox-static); fi
-# Nomad's bridge mode is made by these.
+# Nomad's bridge mode needs the CNI plugins.
 [ -e /opt/cni/bin/bridge ] || [ -e /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins)
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
-# aws-lc-sys compiles C and wants the C library's headers.
+# aws-lc-sys compiles C code and needs the C library's headers.
 [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
 [ "${1:-}" != arm64 ] || [ -e /usr/aarch64-linux-gnu/include/stdlib.h ] || missing+=(libc6-dev-arm64-cross)
-# Tests hold our seccomp programs against libseccomp's.
+# Tests compare this driver's seccomp filters with libseccomp's.
 [ -e /usr/include/seccomp.h ] || missing+=(libseccomp-dev)
 
 if [ ${#missing[@]} -gt 0 ]; then
@@ -61,7 +62,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-# Rust: what is there if it is new enough, else the distribution's rustup, else a plain word about it.
+# Rust: uses the installed version if it is new enough, else the distribution's rustup, else reports what is needed.
 want=1.88
 new_enough() {
   command -v cargo >/dev/null || return 1
@@ -78,19 +79,19 @@ fi
 
 if [ "${1:-}" = arm64 ] && command -v rustup >/dev/null; then rustup -q target add aarch64-unknown-linux-gnu; fi
 
-# The newer half of the matrix, and gVisor, at pinned versions, from their makers' source. Needs a current Go, which no
-# Debian release has; nothing else here does.
+# Builds the newer programs of the matrix, and gVisor, from their projects' source at pinned versions. This needs a
+# current Go, which no Debian release has; nothing else here needs Go.
 target=$(cd "$(dirname "$0")/.." && pwd)/target
 build() {
   local directory=$1; shift
   [ ! -e "$directory/.done" ] || return 0
-  command -v go >/dev/null || die "building $* needs Go 1.25 or newer; install it from its makers, and run this again"
+  command -v go >/dev/null || die "building $* needs Go 1.25 or newer; install it from the Go project, and run this again"
   say "building $*"
   (cd /; GOBIN=$directory GOTOOLCHAIN=local GOFLAGS=-trimpath go install "$@") || die "go install $* failed; is $(go version) new enough?"
   touch "$directory/.done"
 }
 if [ "${1:-}" = gvisor ]; then
-  # Without cgo: a sandbox executes itself anew where there are no libraries.
+  # Without cgo: runsc executes itself again inside of a sandbox, where there are no libraries.
   export CGO_ENABLED=0
   build "$target/gvisor/runsc-$gvisor" "gvisor.dev/gvisor/runsc@$gvisor"
   build "$target/gvisor/shim-$gvisor" "gvisor.dev/gvisor/shim@$gvisor"
@@ -106,8 +107,9 @@ if [ "${1:-}" = matrix ]; then
   build "$matrix/runc-$matrix_runc" "github.com/opencontainers/runc@v$matrix_runc"
 fi
 
-# crun refuses a hybrid host (cgroup v1 with a cgroup2 mounted beside it) while any controller is left unclaimed by v1.
-# Mounting the unclaimed ones changes no existing hierarchy. A cgroup v2 host, which is what users have, skips this.
+# crun refuses a hybrid host (cgroup v1 with a cgroup2 file system mounted as well) while any controller is not mounted
+# as v1. Mounting the missing controllers changes no existing hierarchy. This is skipped on a cgroup v2 host, which is
+# what users have.
 if [ -d /sys/fs/cgroup/memory ] && [ ! -e /sys/fs/cgroup/cgroup.controllers ]; then
   for controller in hugetlb perf_event net_cls net_prio; do
     grep -q "^$controller[[:space:]].*1$" /proc/cgroups || continue

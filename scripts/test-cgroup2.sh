@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
 # Tests on cgroup version 2, which is what users have, in a virtual machine that is booted twice:
-# - with SELinux: what meets cgroups of the behaviour tests, the conformance rows, and attacks;
+# - with SELinux: the behaviour tests that depend on cgroups, the conformance rows, and attacks;
 # - with AppArmor: the tests that need it, and nothing else.
 #
 #   scripts/test-cgroup2.sh [FILTER...]     only these behaviour tests, by name, in the first boot
 #
 # SUITE=security takes the filters as names of that suite's tests, and MODULE=apparmor the second boot:
 #   SUITE=security MODULE=apparmor scripts/test-cgroup2.sh apparmor::
-# SUITE=chaos takes the words of NOMAD_DRIVER_SHIM_CHAOS (docs/chaos.md):
+# SUITE=chaos takes the arguments of NOMAD_DRIVER_SHIM_CHAOS (docs/chaos.md):
 #   SUITE=chaos scripts/test-cgroup2.sh --faults 200
-# NOMAD_DRIVER_SHIM_TEST_PROGRAM and NOMAD_DRIVER_SHIM_TEST_RUNTIME hold in the machine, too.
+# NOMAD_DRIVER_SHIM_TEST_PROGRAM and NOMAD_DRIVER_SHIM_TEST_RUNTIME are passed to the tests in the virtual machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# What runs without arguments, by parts of tests' names; an empty list leaves the suite out. Emulation is some twenty
-# times slower than the machine itself, so each line costs minutes.
+# The tests that run without arguments, by parts of their names. The suite of an empty list is not run. Emulation is
+# some twenty times slower than the machine itself, so each entry takes minutes.
 #
-# Resources, OOM, statistics, exec, stop, recovery, leaks, and what else a task is.
+# Resources, OOM, statistics, exec, stop, recovery, leaks, and the other basics of a task.
 behaviour=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
-# Attacks that come out otherwise on version 2 or with this kernel.
+# Attacks whose outcome may differ on cgroup version 2 or with this kernel.
 security=(bounds::a_task bounds::neither mounts::a_link directories::no_user)
-# What needs AppArmor in the kernel, of the suite `security`.
+# Tests of the suite `security` that need AppArmor in the kernel.
 apparmor=(apparmor::)
 
 case $PWD/ in
@@ -36,27 +36,30 @@ built=$(cargo test --locked --no-run --test behaviour --test chaos --test confor
   jq -r 'select(.profile.test == true and .target.kind == ["test"]) | "\(.target.name) \(.executable)"')
 program() { sed -n "s/^$1 //p" <<< "$built" | tail -n1; }
 
-# suite NAME ARGUMENT... : lines for the guest that run a suite. What one suite finds must not hide another's.
+# suite NAME ARGUMENT...: prints the lines of the guest's script that run a suite. A failure of one suite does not
+# prevent the next one from running.
 suite() {
   local name=$1; shift
   [ -x "$(program "$name")" ] || { echo "cgroup2: the tests of $name were not built" >&2; exit 1; }
-  # Not over the network file system: each test starts it anew, in parts.
+  # The program is copied to memory: each test starts it again and reads it in parts, which is slow over the network
+  # file system.
   printf 'cp %q /var/tmp/bin/%s\n' "$(program "$name")" "$name"
   printf '/var/tmp/bin/%s --color never' "$name"; printf ' %q' "$@"; printf ' || code=1\n'
 }
 
-# boot MODULE : runs the suites on standard input in a machine with this security module. All of them must have been run.
+# boot MODULE: boots a virtual machine with this security module and runs the suites whose lines are on standard input.
+# Fails unless all of them were run.
 boot() {
   local module=$1 run=$directory/run-$1 suites began=$SECONDS code=0 part
   suites=$(cat)
   part=$(mktemp)
   {
-    printf '#!/bin/sh\n# Emulation is slow: patience.\nexport NOMAD_DRIVER_SHIM_TEST_PATIENCE=600\n'
+    printf '#!/bin/sh\n# Emulation is slow, so time limits are longer.\nexport NOMAD_DRIVER_SHIM_TEST_PATIENCE=600\n'
     if [ -n "${NOMAD_DRIVER_SHIM_TEST_RUNTIME:-}" ]; then
       printf 'export NOMAD_DRIVER_SHIM_TEST_RUNTIME=%q\n' "$NOMAD_DRIVER_SHIM_TEST_RUNTIME"
     fi
     if [ -n "${NOMAD_DRIVER_SHIM_TEST_PROGRAM:-}" ]; then
-      # The guest has temporary directories of its own.
+      # The program is copied, because it may be in a temporary directory, of which the guest has its own.
       cp "$NOMAD_DRIVER_SHIM_TEST_PROGRAM" "$directory/program"
       printf 'export NOMAD_DRIVER_SHIM_TEST_PROGRAM=%q\n' "$directory/program"
     fi
@@ -81,7 +84,7 @@ if [ "${SUITE:-}" = chaos ]; then
   suite chaos --ignored --nocapture | boot "${MODULE:-selinux}"
   exit
 fi
-# A few tests at a time.
+# Only the named tests, two at a time.
 if [ $# -gt 0 ]; then
   suite "${SUITE:-behaviour}" --test-threads 2 "$@" | boot "${MODULE:-selinux}"
   exit

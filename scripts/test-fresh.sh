@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Proves the two commands on a machine that has nothing: a Debian (or Ubuntu) made by debootstrap, with make, this
-# host's trust store and the Rust toolchain added, and a fresh clone of this source. Everything else must come from
-# the project's own set-up script.
+# Tests `make demo` and `make test` on a machine on which nothing is installed: a Debian (or Ubuntu) made by
+# debootstrap, with make, this host's trust store and Rust toolchain, and a fresh clone of this repository. Everything
+# else must come from the project's own set-up script.
 #
 #   scripts/test-fresh.sh [SUITE]      SUITE defaults to this host's
 #
-# Runs in mount and process namespaces of its own: whatever it starts ends with it.
+# The script runs in mount and pid namespaces of its own, so that all processes that it starts end with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 suite=${1:-$(. /etc/os-release && echo "$VERSION_CODENAME")}
@@ -24,7 +24,7 @@ say "debootstrap of $suite in $root"
 debootstrap --variant=minbase --include=make,ca-certificates "$suite" "$root" > "$root.log" 2>&1 || { tail -n 20 "$root.log" >&2; exit 1; }
 
 say "adding the Rust toolchain and this source ($(git rev-parse --short HEAD))"
-# A root that is no mount point is no root for containers: runtimes remount "/" and pivot away from it.
+# The root directory has to be a mount point: OCI runtimes remount "/" and replace it by pivot_root(2).
 mount --bind "$root" "$root"
 mkdir -p "$root/opt/rust" "$root/old"
 mount --bind -o ro "$(rustc --print sysroot)" "$root/opt/rust"
@@ -56,8 +56,9 @@ took "make demo, the second time," "$began"
 began=$(date +%s)
 inside "make test"
 took "make test" "$began"
-say "green"
+say "all commands succeeded"
 }
 
-# Read whole before it runs: its file is out of sight once the root has changed.
+# The commands are in a function, so that bash reads them all before it runs any: after pivot_root, bash can't read this
+# file.
 main "$@"

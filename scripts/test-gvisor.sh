@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# What is different with gVisor (tests/gvisor), and the conformance rows, by both of its spellings: runsc behind runc's
-# shim, and gVisor's own shim. With a word, only tests whose name has it.
+# Tests what is different with gVisor (tests/gvisor), and runs the conformance rows for both ways to use it: runsc
+# behind runc's shim, and gVisor's own shim.
+#
+#   scripts/test-gvisor.sh [FILTER]     only tests whose name contains FILTER
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/target/gvisor/bin:$PATH
@@ -8,7 +10,8 @@ say() { printf '\ngvisor: %s\n' "$*" >&2; }
 
 say "$(runsc --version | tr '\n' ' ')"
 cargo test --locked --test gvisor -- --ignored "$@"
-# Attacks by mounts and links, in sandboxes. gVisor has neither the host's namespaces nor shared mounts, which two of them use.
+# Attacks by mounts and links, in sandboxes. Two tests are skipped, because gVisor has neither the host's namespaces nor
+# shared mounts, which they use.
 say "attacks with runsc"
 NOMAD_DRIVER_SHIM_TEST_RUNTIME=runsc cargo test --locked --test security -- mounts:: links:: \
   --skip every_bind_comes_from_the_bundle --skip volumes_spread_mounts_as_they_say

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Runs the core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime: this distribution's
-# own, and the newer ones that `scripts/setup.sh matrix` has built.
+# Runs the core of the behaviour tests with each pair of a containerd (with its shim) and an OCI runtime. The programs
+# are this distribution's own and the newer ones that `scripts/setup.sh matrix` has built.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 matrix=$PWD/target/matrix
-# What depends on containerd, shim or runtime; the rest is the same everywhere.
+# The tests that depend on containerd, the shim or the runtime. All other tests have the same outcome with every
+# version.
 core=(lifecycle:: release:: stop:: recovery:: crash:: survival:: exec:: stats:: logs:: archives::every)
 skip=(--skip three_hundred)
 say() { printf '\nmatrix: %s\n' "$*" >&2; }
@@ -17,7 +18,7 @@ failed=() passed=()
 for store in "${stores[@]}"; do
   for runtime in "${runtimes[@]}"; do
     name="${store:+$(basename "$store")}"; name="${name:-containerd-of-this-system} with $(basename "$runtime")"
-    # A directory in front of PATH that holds just what this pair changes.
+    # A directory in front of PATH that contains only the programs of this pair.
     path=$matrix/path; rm -rf "$path"; mkdir -p "$path"
     [ -z "$store" ] || ln -s "$store"/containerd "$store"/containerd-shim-runc-v2 "$path"
     case $runtime in */*) ln -s "$runtime/runc" "$path/runc"; default=runc ;; *) default=$runtime ;; esac

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command with a small image in a registry on loopback, for as long as the command runs: IMAGE names it.
+# Runs a command while a registry on loopback serves a small image. The variable IMAGE tells the command the image's
+# name.
 #
 #   scripts/with-image.sh COMMAND [ARG...]
 set -euo pipefail

@@ -1,8 +1,9 @@
-//! The passwd(5) and group(5) files of a root file system that a stranger has made.
+//! Reads and checks the passwd(5) and group(5) files of a root file system whose content is not trusted: an image's.
 //!
-//! We read them to find users by name, and the runtime reads them again when it makes the container: runc for the user's
-//! groups and home directory (moby/sys, `user.GetExecUserPath`), crun for the home directory (its `utils.c`,
-//! `set_home_env`). A FIFO there would keep it waiting, and a device could be read without end.
+//! The driver reads the two files to find users by name, and the runtime reads them again when it creates the
+//! container: runc for the user's groups and home directory (moby/sys, `user.GetExecUserPath`), crun for the home
+//! directory (its `utils.c`, `set_home_env`). A FIFO in the place of such a file would make the runtime wait, and a
+//! device could be read without end.
 
 use std::{
     fs::File,
@@ -16,51 +17,51 @@ use std::{
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
-/// Accounts files are a few kilobytes; nobody's has a megabyte.
+/// The largest file that is read. Real passwd and group files have a few kilobytes, and none has a megabyte.
 const FILE_MAX: u64 = 1 << 20;
 
-/// Where they are, relative to the root.
+/// The passwd file, relative to the root.
 pub const PASSWD: &str = "etc/passwd";
-/// Where groups are, relative to the root.
+/// The group file, relative to the root.
 pub const GROUP: &str = "etc/group";
 
-/// Why an accounts file is not used.
+/// Why a passwd or group file is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum AccountsError {
-    /// It is something else.
+    /// The file is a directory, FIFO, socket or device.
     #[error("/{name} is {kind}; it must be a plain file")]
     NotPlain {
         /// The file, relative to the root.
         name: String,
-        /// What it is.
+        /// What the file is instead, with its article: "a FIFO".
         kind: &'static str,
     },
-    /// A symlink that can't be followed within the root file system.
+    /// The file is a symlink that can't be followed within the root file system.
     #[error("/{name} is a link that leads to no file of the image; it must be a plain file")]
     LeadsNowhere {
         /// The file, relative to the root.
         name: String,
     },
-    /// It is no accounts file.
+    /// The file is too large to be a passwd or group file.
     #[error("/{name} is larger than {FILE_MAX} bytes")]
     TooLarge {
         /// The file, relative to the root.
         name: String,
     },
-    /// The file system.
+    /// The file can't be opened or read.
     #[error("read /{name}")]
     Read {
         /// The file, relative to the root.
         name: String,
-        /// Why it can't be read.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// Reads a file with every symlink resolved inside `root`; a missing one is empty.
+/// Reads a file with every symlink resolved inside `root`. A missing file counts as empty.
 ///
 /// # Errors
-/// When it is no plain file, or too large.
+/// When the file is no plain file, is too large, or can't be read.
 pub fn read(root: &Path, name: &str) -> Result<String, AccountsError> {
     let failed = |source| AccountsError::Read { name: name.to_owned(), source };
     let root = File::open(root).map_err(failed)?;
@@ -68,18 +69,19 @@ pub fn read(root: &Path, name: &str) -> Result<String, AccountsError> {
     let file = File::open(format!("/proc/self/fd/{}", named.as_raw_fd())).map_err(failed)?;
     let mut bytes = Vec::new();
     file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
-    // A part of it could end within an entry, and change what that says.
+    // A truncated file could end in the middle of an entry and so change the meaning of that entry.
     if bytes.len() as u64 > FILE_MAX {
         return Err(AccountsError::TooLarge { name: name.to_owned() });
     }
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Checks that the runtime will find plain files: in the root file system as it is mounted, and in what is bound over it
-/// (pairs of the place in the container and the source on the host). Costs a few system calls, and waits for nothing.
+/// Checks that the runtime will find plain files, both in the mounted root file system and in the bind mounts that
+/// cover it. `binds` are pairs of the target in the container and the source on the host. The check makes a few system
+/// calls and waits for nothing.
 ///
 /// # Errors
-/// With the first that is something else.
+/// For the first file that is not a plain file.
 pub fn check<'a>(root: &Path, binds: impl Iterator<Item = (&'a Path, &'a Path)>) -> Result<(), AccountsError> {
     let opened = open(root, "")?;
     for name in [PASSWD, GROUP] {
@@ -90,7 +92,7 @@ pub fn check<'a>(root: &Path, binds: impl Iterator<Item = (&'a Path, &'a Path)>)
         for name in [PASSWD, GROUP] {
             match Path::new(name).strip_prefix(&target).map(Path::to_str) {
                 Ok(Some("")) => is_plain(&open(source, name)?, name)?,
-                // A directory above it, `/etc` that is: nothing is mounted at the root.
+                // The bind mount covers a directory above the file. That is `/etc`: nothing is mounted at the root.
                 Ok(Some(below)) if below != name => drop(plain_file(open(source, name)?.as_fd(), below)?),
                 _ => {}
             }
@@ -99,20 +101,21 @@ pub fn check<'a>(root: &Path, binds: impl Iterator<Item = (&'a Path, &'a Path)>)
     Ok(())
 }
 
-/// A place in the container without its leading slash, empty and single dots.
+/// Removes the leading slash, empty components and single dots from a path in the container.
 fn normal(target: &Path) -> PathBuf {
     target.components().filter(|part| matches!(part, Component::Normal(_))).collect()
 }
 
-/// A descriptor that only names a file: a FIFO or device is not opened by that.
+/// Opens a descriptor that only names a file (`O_PATH`), which does not open a FIFO or a device.
 fn open(path: &Path, name: &str) -> Result<File, AccountsError> {
     let opened = File::options().read(true).custom_flags(libc::O_PATH).open(path);
     opened.map_err(|source| AccountsError::Read { name: name.to_owned(), source })
 }
 
-/// A descriptor that only names the file, every symlink resolved inside `root`; None when there is none.
+/// Opens a descriptor that only names the file (`O_PATH`), with every symlink resolved inside `root`; `None` when there
+/// is no such file.
 ///
-/// Named first and looked at before it is opened: opening some devices does things to the host.
+/// The file is named and checked before it is opened for reading, because opening some devices has effects on the host.
 fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, AccountsError> {
     let how = |flags| {
         OpenHow::new()
@@ -129,7 +132,8 @@ fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, Accounts
             is_plain(&named, name)?;
             Ok(Some(named))
         }
-        // Is there nothing, or a link to nothing? In the container it may lead to a FIFO or a device all the same.
+        // Tells a missing file from a link to a missing file. In the container, the link may still lead to a FIFO or
+        // device.
         Err(nix::Error::ENOENT) if openat2(root, name, how(OFlag::O_NOFOLLOW)).is_ok() => Err(leads_nowhere()),
         Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => Ok(None),
         Err(nix::Error::ELOOP) => Err(leads_nowhere()),
@@ -137,13 +141,14 @@ fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, Accounts
     }
 }
 
-/// Does it say that there is no such file? An image of one layer is read without overlayfs, which would not show it
-/// (Documentation/filesystems/overlayfs.rst, "whiteouts").
+/// Returns whether the entry is a whiteout, which means that there is no such file. An image of one layer is read
+/// without overlayfs, which would hide whiteouts (Documentation/filesystems/overlayfs.rst, "whiteouts").
 fn is_whiteout(named: &File) -> io::Result<bool> {
     let metadata = named.metadata()?;
     Ok(metadata.file_type().is_char_device() && metadata.rdev() == 0)
 }
 
+/// Refuses everything but a plain file.
 fn is_plain(named: &File, name: &str) -> Result<(), AccountsError> {
     let failed = |source| AccountsError::Read { name: name.to_owned(), source };
     let kind = named.metadata().map_err(failed)?.file_type();
@@ -177,7 +182,7 @@ mod tests {
     #[test]
     fn plain_files_are_read_through_links_within_the_image() {
         let root = root();
-        assert_eq!(read(root.path(), PASSWD).expect("none is fine"), "");
+        assert_eq!(read(root.path(), PASSWD).expect("a missing file is fine"), "");
         fs::write(root.path().join("etc/real"), "a:x:1:1::/:\n").expect("written");
         symlink("/etc/../../etc/real", root.path().join("etc/passwd")).expect("linked");
         assert_eq!(read(root.path(), PASSWD).expect("read"), "a:x:1:1::/:\n");

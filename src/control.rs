@@ -1,5 +1,8 @@
-//! The control socket of a live plugin: what the command line and a successor ask of it. One JSON object a line, one
-//! line for each request; one line for the answer, or, for events, a line each until the asker goes.
+//! The protocol of a plugin's control socket. Its clients are the command line and the plugin's successor, which asks
+//! it to give up the lock of the run directory.
+//!
+//! Each line is one JSON object. A connection carries one request, then one answer; a request for events is answered by
+//! one line for each event until the client closes the connection.
 
 use std::{
     io,
@@ -15,90 +18,91 @@ use tokio::{
 
 use crate::peer::Peers;
 
-/// Longest request.
+/// The longest request, in bytes.
 pub const REQUEST_MAX: u64 = 64 << 10;
-/// Connecting to and writing into a local socket; the other side need not do anything for it.
+/// Limit for connecting to the socket and writing the request. Both succeed without any work of the other side.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Collecting garbage takes the longest.
+/// Limit for an answer. Garbage collection takes the longest of all requests.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What can be asked.
+/// A request to a plugin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Give way to a new plugin. Refused while an agent is connected.
+    /// Stop, and leave the run directory to a new plugin. Refused while an agent is connected.
     Leave,
-    /// Remove what nobody needs.
+    /// Remove everything that nothing needs any more (garbage collection).
     Gc {
-        /// Only tell what would go.
+        /// Only report what would be removed.
         dry_run: bool,
     },
-    /// Forget an image.
+    /// Remove an image.
     RemoveImage {
-        /// Its name.
+        /// The image's name.
         image: String,
     },
-    /// Send a signal to a task; without one, kill all of it.
+    /// Send a signal to a task. If none is given, kill all the task's processes.
     Kill {
-        /// Its id.
+        /// The task's id.
         task: String,
-        /// A name or number.
+        /// The signal's name or number.
         signal: Option<String>,
     },
-    /// Task events from now on.
+    /// Stream all task events from now on.
     Events,
 }
 
-/// What is answered.
+/// An answer of a plugin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// It was done.
+    /// The request was carried out.
     Done,
-    /// What was, or would be, removed.
+    /// What was removed, or would be removed without `dry_run`.
     Removed(Vec<Garbage>),
-    /// One event.
+    /// One task event.
     Event(Event),
-    /// There is no such thing here.
+    /// The plugin has no image of this name.
     NotHere,
-    /// It was not done.
+    /// The request was refused, for this reason.
     Refused(String),
 }
 
-/// Something that nobody needs any more.
+/// An item that garbage collection looked at: it was removed, would be removed, or is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Garbage {
-    /// `task`, `container`, `rootfs`, `shim`, `probe`, `plugin`, `socket`, `run`, `image`, `lease` or `all`.
+    /// What kind of item this is: `task`, `container`, `rootfs`, `shim`, `probe`, `plugin`, `socket`, `run`, `image`,
+    /// `lease` or `all`.
     pub kind: String,
-    /// Which.
+    /// The item's name or path.
     pub name: String,
-    /// Why it stays, when it could not be removed.
+    /// Why the item could not be removed.
     pub problem: Option<String>,
-    /// Why it goes, or why it is left where it is; plugins of earlier versions do not say.
+    /// Why the item is removed or kept. Plugins of earlier versions do not send a reason.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub why: String,
-    /// Is it left where it is, because something needs it?
+    /// Whether the item is kept because something needs it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stays: bool,
 }
 
 impl Garbage {
-    /// Something that was, or would be, removed; or could not be.
+    /// An item that was removed, would be removed, or could not be removed because of `problem`.
     pub fn new(kind: &str, name: &str, problem: Option<String>) -> Self {
         Self { kind: kind.to_owned(), name: name.to_owned(), problem, why: String::new(), stays: false }
     }
 
-    /// Something that is left where it is, and why.
+    /// An item that is kept, with the reason.
     pub fn staying(kind: &str, name: &str, why: &str) -> Self {
         Self { stays: true, ..Self::new(kind, name, None).because(why) }
     }
 
-    /// The same, with the reason.
+    /// Adds the reason.
     pub fn because(self, why: &str) -> Self {
         Self { why: why.to_owned(), ..self }
     }
 
-    /// The same, by how its removal ended.
+    /// An item whose removal had this outcome.
     pub fn removed<E: std::error::Error>(kind: &str, name: &str, outcome: &Result<(), E>) -> Self {
         Self::new(kind, name, outcome.as_ref().err().map(|error| crate::chain(error)))
     }
@@ -107,44 +111,44 @@ impl Garbage {
 /// A task event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Milliseconds since the epoch.
+    /// When it happened, in milliseconds since the epoch.
     pub at: u64,
     /// The task's id.
     pub task_id: String,
-    /// Its allocation.
+    /// The id of the task's allocation.
     pub alloc_id: String,
-    /// Its name.
+    /// The task's name.
     pub task_name: String,
-    /// What happened.
+    /// What happened, as text for people.
     pub message: String,
 }
 
-/// Why a request got no good answer.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// Nobody listens.
+    /// The socket can't be connected to, or the request can't be written. In most cases no plugin is listening.
     #[error("control socket {path}")]
     Socket {
-        /// Where.
+        /// The socket's path.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// It said no.
+    /// The plugin refused the request.
     #[error("{0}")]
     Refused(String),
-    /// It said nothing, or nonsense.
+    /// The plugin sent no answer, or an invalid one.
     #[error("control socket {path}: {problem}")]
     Silent {
-        /// Where.
+        /// The socket's path.
         path: PathBuf,
-        /// What came.
+        /// What is wrong with the answer.
         problem: String,
     },
 }
 
 impl ControlError {
-    /// Does no plugin live there?
+    /// Returns whether the request failed because no plugin listens at the socket.
     pub fn is_nobody(&self) -> bool {
         matches!(self, Self::Socket { source, .. }
             if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
@@ -159,10 +163,10 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects and asks.
+    /// Connects and sends the request.
     ///
     /// # Errors
-    /// When nobody listens.
+    /// When no plugin listens, or the process that listens belongs to another user.
     pub async fn open(path: &Path, request: &Request) -> Result<Self, ControlError> {
         let failed = |source| ControlError::Socket { path: path.to_owned(), source };
         let mut line = serde_json::to_vec(request).map_err(|error| failed(error.into()))?;
@@ -180,10 +184,10 @@ impl Connection {
         Ok(Self { path: path.to_owned(), lines: BufReader::new(stream).lines() })
     }
 
-    /// The next answer; None when there are no more. Waits as long as it takes.
+    /// Waits for the next answer, without a time limit; `None` when the plugin has closed the connection.
     ///
     /// # Errors
-    /// When the other side breaks off or refuses.
+    /// When the connection breaks, the answer is invalid, or the plugin refuses the request.
     pub async fn next(&mut self) -> Result<Option<Answer>, ControlError> {
         let silent = |problem: String| ControlError::Silent { path: self.path.clone(), problem };
         let Some(line) = self.lines.next_line().await.map_err(|error| silent(error.to_string()))? else {
@@ -197,15 +201,15 @@ impl Connection {
     }
 }
 
-/// Asks for one thing that has one answer.
+/// Sends a request that has one answer, and waits for the answer.
 ///
 /// # Errors
-/// When there is none within `limit`, or a refusal.
+/// When no answer comes within `limit`, or the plugin refuses the request.
 pub async fn ask(path: &Path, request: &Request, limit: Duration) -> Result<Answer, ControlError> {
     let mut connection = Connection::open(path, request).await?;
     let silent = |problem: &str| ControlError::Silent { path: path.to_owned(), problem: problem.to_owned() };
     tokio::time::timeout(limit, connection.next())
         .await
         .unwrap_or_else(|_| Err(silent("no answer in time")))?
-        .ok_or_else(|| silent("closed without an answer"))
+        .ok_or_else(|| silent("the connection was closed without an answer"))
 }

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-/// Why a duration was refused.
+/// A text that is not a duration.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0:?} is not a duration such as \"5m\", \"1h30m\" or \"500ms\"")]
 pub struct DurationError(String);
 
-/// Parses Go's duration syntax (`time.ParseDuration`). Negative ones are refused: none of our options takes one.
+/// Parses Go's duration syntax (`time.ParseDuration`). Negative durations are refused: no option of this driver takes
+/// one.
 ///
 /// # Errors
-/// When the text is not of that form, or longer than 290 years as Go's is.
+/// When the text does not have that syntax, or the duration is longer than 290 years, which is Go's own limit.
 pub fn parse(text: &str) -> Result<Duration, DurationError> {
     let refused = || DurationError(text.to_owned());
     let mut rest = text.strip_prefix('+').unwrap_or(text);

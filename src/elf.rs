@@ -1,6 +1,7 @@
-//! The smallest executables: machine code with the headers that the kernel asks for.
+//! Makes minimal executables: machine code with only the headers that the kernel requires.
 
-/// An executable (elf(5)) of one segment: its header, the segment's, the code, which begins at its first byte.
+/// Makes an executable (elf(5)) of one segment: the ELF header, the program header and the code. Execution begins at
+/// the first byte of the code.
 pub fn executable(code: &[u8]) -> Vec<u8> {
     const BASE: u64 = 0x40_0000;
     const HEADERS: u64 = 64 + 56;
@@ -29,7 +30,7 @@ pub fn executable(code: &[u8]) -> Vec<u8> {
     elf
 }
 
-/// A program that ends at once, with this code.
+/// Makes a program that ends at once with this exit code.
 pub fn exits_with(code: u8) -> Vec<u8> {
     let machine_code = if cfg!(target_arch = "x86_64") {
         // mov edi, code; mov eax, 231 (exit_group); syscall

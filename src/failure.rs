@@ -1,8 +1,8 @@
-//! What has to change before another attempt of a failed operation can succeed: nothing but time, or the job itself.
+//! Classifies failures by what has to change before another attempt can succeed: the state of the host, or the job.
 //!
 //! One table ([`RULES`]) classifies errors by their errno, and messages of other programs (crun, runc, runsc, shims,
-//! containerd) by the words that they consist of. It is pure, and knows neither tasks nor Nomad. `docs/reliability.md`
-//! contains the same table, and a test compares the two.
+//! containerd) by the words that they contain. This module is pure, and knows neither tasks nor Nomad.
+//! `docs/reliability.md` contains the same table, and a test compares the two.
 
 use std::{error::Error, io};
 
@@ -22,19 +22,20 @@ pub enum Cause {
 pub struct Rule {
     /// What happened.
     pub failure: &'static str,
-    /// The errors of the kernel that say so.
+    /// The errors of the kernel for this failure.
     pub errnos: &'static [Errno],
-    /// How messages say so, in lower case. glibc, musl and Go have different words for some errors.
+    /// The words of messages about this failure, in lower case. glibc, musl and Go have different words for some
+    /// errors.
     pub words: &'static [&'static str],
-    /// What has to change.
+    /// What has to change before another attempt can succeed.
     pub cause: Cause,
-    /// Why it is classified like this.
+    /// Why the failure is classified like this.
     pub reason: &'static str,
 }
 
-/// All kinds of failures that are known. The first rule that matches decides, and the host's failures come first: a
-/// failure of the host that is told as the job's ends a service for good, while the opposite costs some attempts, whose
-/// number the job's restart policy limits.
+/// All kinds of failures that are known. The first rule that matches decides, and the host's failures come first. A
+/// failure of the host that is reported as the job's ends a service for good, while the opposite costs some attempts,
+/// whose number the job's restart policy limits.
 pub const RULES: &[Rule] = &[
     Rule {
         failure: "a runtime, or a program that it called, was ended by a signal",
@@ -62,7 +63,7 @@ pub const RULES: &[Rule] = &[
         errnos: &[Errno::ENOSPC],
         words: &["no space left on device"],
         cause: Cause::Host,
-        reason: "files are deleted, images collected, other tasks end",
+        reason: "files are deleted, images are garbage-collected, other tasks end",
     },
     Rule {
         failure: "a quota is used up",
@@ -95,14 +96,14 @@ pub const RULES: &[Rule] = &[
         errnos: &[Errno::EAGAIN],
         words: &["resource temporarily unavailable", "try again"],
         cause: Cause::Host,
-        reason: "fork(2) says so at a limit on processes, which other processes leave again",
+        reason: "fork(2) fails like this at a limit on processes, until other processes end",
     },
     Rule {
         failure: "something is in use",
         errnos: &[Errno::EBUSY, Errno::ETXTBSY],
         words: &["device or resource busy", "resource busy", "text file busy"],
         cause: Cause::Host,
-        reason: "the kernel is still clearing up a mount, a cgroup or a device; a program is being replaced by an upgrade",
+        reason: "the kernel is still cleaning up a mount, a cgroup or a device; an upgrade is replacing a program",
     },
     Rule {
         failure: "an answer did not come in time",
@@ -124,14 +125,14 @@ pub const RULES: &[Rule] = &[
         errnos: &[Errno::EINTR, Errno::ECANCELED],
         words: &["interrupted system call", "operation canceled", "context canceled"],
         cause: Cause::Host,
-        reason: "a signal came, or the caller left; crun says \"Operation canceled\" when it can't write its seccomp program",
+        reason: "a signal arrived, or the caller went away; crun says \"Operation canceled\" when it can't write its seccomp program",
     },
     Rule {
         failure: "a network file system's file is gone or its server does not answer",
         errnos: &[Errno::ESTALE, Errno::EREMOTEIO, Errno::EHOSTDOWN],
         words: &["stale file handle", "stale nfs file handle", "remote i/o error", "host is down"],
         cause: Cause::Host,
-        reason: "the server comes back, or the volume is mounted anew for the next attempt",
+        reason: "the server comes back, or the volume is mounted again for the next attempt",
     },
     Rule {
         failure: "reading or writing failed",
@@ -169,11 +170,11 @@ pub const RULES: &[Rule] = &[
         reason: "a registry, a daemon or a FUSE server is being restarted",
     },
     Rule {
-        failure: "something of an earlier attempt is still there",
+        failure: "remains of an earlier attempt are still there",
         errnos: &[Errno::EEXIST, Errno::ENOTEMPTY],
         words: &["already exists", "file exists", "directory not empty"],
         cause: Cause::Host,
-        reason: "names follow from the task, so that only an earlier attempt can have them; it is being cleared away",
+        reason: "names are derived from the task, so only an earlier attempt can have them; its teardown is running",
     },
     Rule {
         failure: "the command can't be executed",
@@ -188,17 +189,17 @@ pub const RULES: &[Rule] = &[
             "exec format error",
         ],
         cause: Cause::Job,
-        reason: "the image does not have it, or it is no program",
+        reason: "the image does not have it, or it is not a program",
     },
     Rule {
         failure: "the working directory can't be entered",
         errnos: &[],
         words: &["chdir `", "chdir to cwd", "cwd must be an absolute path"],
         cause: Cause::Job,
-        reason: "it is no directory, or can't be made",
+        reason: "it is not a directory, or can't be created",
     },
     Rule {
-        failure: "the user is none",
+        failure: "the user does not exist",
         errnos: &[],
         words: &["unable to setup user", "unable to find user", "unable to find group"],
         cause: Cause::Job,
@@ -266,7 +267,7 @@ pub const RULES: &[Rule] = &[
     },
 ];
 
-/// Classifies an error by the errnos in its chain of sources, the outermost first. `None` when it has none that is known.
+/// Classifies an error by the errnos in its chain of sources, the outermost first. `None` if it has none that is known.
 pub fn of_error(error: &(dyn Error + 'static)) -> Option<Cause> {
     errnos(error).into_iter().find_map(of_errno)
 }
@@ -278,10 +279,10 @@ pub fn of_errno(errno: Errno) -> Option<Cause> {
 
 /// Classifies a message of another program.
 ///
-/// A message may quote the job's strings, such as a command's name, and words in there say nothing about what happened.
-/// So words count only where a part of the message begins or ends, the parts being separated by colons, which is where
-/// programs put an error's text; names are in the middle of a part, or in quotes. A job can still choose a name that has a
-/// colon in it; then its own failure may be repeated as often as its policy permits.
+/// A message may quote the job's strings, such as a command's name, and words in these strings say nothing about what
+/// happened. So words count only at the beginning or the end of a part of the message, where the parts are separated by
+/// colons. Programs put an error's text there, while names are in the middle of a part or in quotes. A job can still
+/// choose a name that contains a colon. Then its own failure may be repeated as often as its restart policy permits.
 pub fn of_message(message: &str) -> Option<Cause> {
     let message = message.to_lowercase();
     let says = |words: &&str| {
@@ -296,8 +297,8 @@ pub fn of_message(message: &str) -> Option<Cause> {
     RULES.iter().find(|rule| rule.words.iter().any(says)).map(|rule| rule.cause)
 }
 
-/// All errnos in an error's chain of sources. An [`io::Error`] may have an error of another kind in it, which is no
-/// source of it but is shown in its place.
+/// Returns all errnos in an error's chain of sources. An [`io::Error`] may contain an error of another kind, which is
+/// not its source but is displayed in its place.
 fn errnos(error: &(dyn Error + 'static)) -> Vec<Errno> {
     let mut found = Vec::new();
     let mut next = Some(error);
@@ -317,7 +318,7 @@ fn errnos(error: &(dyn Error + 'static)) -> Vec<Errno> {
     found
 }
 
-/// The errno of an [`io::Error`] that the kernel did not make, where its kind says the same.
+/// Returns the errno that corresponds to the kind of an [`io::Error`] that does not come from the kernel.
 fn by_kind(kind: io::ErrorKind) -> Option<Errno> {
     Some(match kind {
         io::ErrorKind::StorageFull => Errno::ENOSPC,

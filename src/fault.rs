@@ -1,59 +1,62 @@
-//! Switches by which tests take out a step or end the plugin in the middle of one, to see that the checks notice and
-//! that the next plugin copes. Compiled out of release builds.
+//! Failpoints: environment variables by which tests skip a step of the driver, let a step fail, or end the plugin in
+//! the middle of one. Tests check by them that the leak checker notices a missing step, and that the next plugin
+//! recovers from a crash. Release builds contain none of this.
 
-/// Is the step `name` to be left out? Set `NOMAD_DRIVER_SHIM_SKIP` to a comma-separated list of step names.
+/// Returns whether the step `name` is to be skipped: whether it is in `NOMAD_DRIVER_SHIM_SKIP`, a comma-separated list.
 #[cfg(debug_assertions)]
 pub fn skipped(name: &str) -> bool {
     let skipped = std::env::var("NOMAD_DRIVER_SHIM_SKIP").is_ok_and(|list| list.split(',').any(|entry| entry == name));
     if skipped {
-        tracing::warn!(step = name, "left out by the fault switch");
+        tracing::warn!(step = name, "a failpoint skipped a step");
     }
     skipped
 }
 
-/// Never, in a release build.
+/// Always false in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn skipped(_name: &str) -> bool {
     false
 }
 
-/// The boot id that this process is to believe in: `NOMAD_DRIVER_SHIM_BOOT_ID` stands for a restart of the host.
+/// The boot id that this process uses instead of the kernel's: `NOMAD_DRIVER_SHIM_BOOT_ID`, by which tests simulate a
+/// restart of the host.
 #[cfg(debug_assertions)]
 pub fn boot_id() -> Option<String> {
     std::env::var("NOMAD_DRIVER_SHIM_BOOT_ID").ok()
 }
 
-/// None, in a release build: the kernel's own holds.
+/// Always `None` in a release build: the kernel's boot id is used.
 #[cfg(not(debug_assertions))]
 pub const fn boot_id() -> Option<String> {
     None
 }
 
-/// Ends this process with SIGKILL when `NOMAD_DRIVER_SHIM_KILL_AT` names this point, and panics here, the first time, when
-/// `NOMAD_DRIVER_SHIM_PANIC_AT` does.
+/// Kills this process with SIGKILL if `NOMAD_DRIVER_SHIM_KILL_AT` names this failpoint. If `NOMAD_DRIVER_SHIM_PANIC_AT`
+/// names it, the first call panics.
 #[cfg(debug_assertions)]
-#[allow(clippy::print_stderr, clippy::panic, reason = "the last word, which a test looks for")]
+#[allow(clippy::print_stderr, clippy::panic, reason = "tests look for these messages")]
 pub fn point(name: &str) {
     static PANICKED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
     if std::env::var("NOMAD_DRIVER_SHIM_PANIC_AT").is_ok_and(|point| point == name)
         && !PANICKED.swap(true, std::sync::atomic::Ordering::SeqCst)
     {
-        panic!("at {name} by the fault switch");
+        panic!("at {name} by a failpoint");
     }
     if std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
-        eprintln!("killed at {name} by the fault switch");
-        // SAFETY: a signal to ourselves; no memory is passed.
+        eprintln!("killed at {name} by a failpoint");
+        // SAFETY: sends a signal to this process; no memory is passed.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
     }
 }
 
-/// Nothing, in a release build.
+/// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn point(_name: &str) {}
 
-/// As `point`, a moment later, while the caller goes on: in the middle of what it does next.
+/// Kills this process as `kill_at` does, but from another thread and after `delay`, so that the caller is in the middle
+/// of its next step.
 #[cfg(debug_assertions)]
-#[allow(clippy::disallowed_methods, reason = "a thread of its own")]
+#[allow(clippy::disallowed_methods, reason = "a thread of its own sleeps")]
 pub fn point_within(name: &'static str, delay: std::time::Duration) {
     if std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
         std::thread::spawn(move || {
@@ -63,38 +66,38 @@ pub fn point_within(name: &'static str, delay: std::time::Duration) {
     }
 }
 
-/// Nothing, in a release build.
+/// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn point_within(_name: &'static str, _delay: std::time::Duration) {}
 
-/// Waits for the end that `point_within` has promised, where the caller was quicker than the thread that brings it.
+/// Waits to be killed by the thread of `kill_after`, in case the caller was quicker than that thread.
 #[cfg(debug_assertions)]
-#[allow(clippy::disallowed_methods, reason = "a process that is about to be killed")]
+#[allow(clippy::disallowed_methods, reason = "this process is about to be killed")]
 pub fn await_point(name: &str) {
     while std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
 
-/// Nothing, in a release build.
+/// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn await_point(_name: &str) {}
 
-/// Fails as in a process without free descriptors, when `NOMAD_DRIVER_SHIM_BLIND` has this look in its comma-separated
-/// list.
+/// Lets a look-up of the system's state (a directory's listing, `/proc`) fail as in a process without free descriptors,
+/// if `NOMAD_DRIVER_SHIM_BLIND`, a comma-separated list, contains `name`.
 ///
 /// # Errors
-/// When it is in the list.
+/// EMFILE when the list contains `name`.
 #[cfg(debug_assertions)]
 pub fn look(name: &str) -> std::io::Result<()> {
     if std::env::var("NOMAD_DRIVER_SHIM_BLIND").is_ok_and(|list| list.split(',').any(|entry| entry == name)) {
-        tracing::warn!(look = name, "refused by the fault switch");
+        tracing::warn!(look = name, "a failpoint let a look-up fail");
         return Err(std::io::Error::from_raw_os_error(libc::EMFILE));
     }
     Ok(())
 }
 
-/// Nothing, in a release build.
+/// Does nothing in a release build.
 ///
 /// # Errors
 /// Never.
@@ -103,8 +106,9 @@ pub const fn look(_name: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Does on the start path what must never be done there, when `NOMAD_DRIVER_SHIM_INTRUDE` says so: `fsync`, `connect` or
-/// `process`.
+/// Breaks a rule of the start path, which has to do without fsync, connections to containerd and further processes, if
+/// `NOMAD_DRIVER_SHIM_INTRUDE` says so: `fsync`, `connect` or `process`. Tests check by this that the trace of a start
+/// notices such a violation.
 #[cfg(debug_assertions)]
 pub fn intrude(containerd: &std::path::Path) {
     let outcome = match std::env::var("NOMAD_DRIVER_SHIM_INTRUDE").as_deref() {
@@ -113,9 +117,9 @@ pub fn intrude(containerd: &std::path::Path) {
         Ok("process") => std::process::Command::new("true").status().map(drop),
         _ => return,
     };
-    tracing::warn!(?outcome, "an intrusion by the fault switch");
+    tracing::warn!(?outcome, "a failpoint broke a rule of the start path");
 }
 
-/// Nothing, in a release build.
+/// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn intrude(_containerd: &std::path::Path) {}

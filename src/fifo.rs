@@ -1,4 +1,4 @@
-//! What the kernel says of a FIFO that we read.
+//! The state of a FIFO, asked of the kernel through the reading end.
 
 use std::{
     fs::File,
@@ -8,7 +8,7 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Bytes that are in it.
+/// Returns how many bytes are in the FIFO and have not been read.
 ///
 /// # Errors
 /// As ioctl(2).
@@ -21,7 +21,8 @@ pub fn unread(reader: &File) -> io::Result<u64> {
     Ok(u64::try_from(count).unwrap_or(0))
 }
 
-/// Has its last writer gone (poll(2): POLLHUP)? Not for a reader that has seen none.
+/// Returns whether the last writer has closed the FIFO (poll(2): POLLHUP). False while no writer has opened it since
+/// the reader did.
 ///
 /// # Errors
 /// As poll(2).

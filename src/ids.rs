@@ -1,36 +1,38 @@
-//! Names that travel through the driver, as types that check on creation.
+//! Identifiers that many modules pass on. Most of these types check the text when a value is made; a [`TaskId`] is
+//! whatever Nomad sends.
 
 use std::{fmt, path::Path};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// Why a name was refused.
+/// Why an identifier was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum IdError {
-    /// The driver name in job files.
+    /// Invalid driver name.
     #[error("driver name {0:?} is not made of 1 to 63 letters, digits, dots, dashes and underscores")]
     DriverName(String),
-    /// What Nomad starts a plugin with.
+    /// Unknown arguments of the plugin's command line, which come from `args` of the plugin's block in Nomad's
+    /// configuration.
     #[error("plugin args {0:?}: only --name NAME is known")]
     PluginArgs(Vec<String>),
-    /// A content digest.
+    /// Invalid content digest.
     #[error("digest {0:?} is not `sha256:` with 64 lower-case hexadecimal digits")]
     Digest(String),
 }
 
-/// The name in job files (`driver = "..."`).
+/// The name by which jobs choose this driver (`driver = "..."`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DriverName(String);
 
-/// The old driver's name: under it, all defaults are the old driver's.
+/// The name of nomad-driver-containerd. Under this name, the driver has that driver's defaults.
 pub const DROP_IN_NAME: &str = "containerd-driver";
 
 impl DriverName {
     /// Checks a name.
     ///
     /// # Errors
-    /// When it could not stand in a path, a cgroup name and a node attribute alike.
+    /// When the name can't be part of a path, a cgroup's name and a node attribute alike.
     pub fn new(name: &str) -> Result<Self, IdError> {
         let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
         let starts = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
@@ -41,20 +43,20 @@ impl DriverName {
         }
     }
 
-    /// The name that a program called `argv0` reports: its last path component without a leading `nomad-driver-`.
-    /// Links work, since nothing is resolved.
+    /// The name that the plugin reports if it was started as `argv0`: the last path component without a leading
+    /// `nomad-driver-`. A symlink to the program gives it the link's name, since no link is resolved.
     ///
     /// # Errors
-    /// When what remains is no name.
+    /// When the result is not a valid name.
     pub fn from_argv0(argv0: &str) -> Result<Self, IdError> {
         let file = Path::new(argv0).file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         Self::new(file.strip_prefix("nomad-driver-").unwrap_or(&file))
     }
 
-    /// The name of a plugin that is called `argv0` and has these `args`: `--name NAME`, else what it is called.
+    /// The name of a plugin that was started as `argv0` with `args`: the one of `--name NAME`, else the one of `argv0`.
     ///
     /// # Errors
-    /// When there is something else in `args`, or what remains is no name.
+    /// When `args` contains anything else, or the name is not valid.
     pub fn of_plugin(argv0: &str, args: &[String]) -> Result<Self, IdError> {
         match args {
             [] => Self::from_argv0(argv0),
@@ -69,7 +71,7 @@ impl DriverName {
         &self.0
     }
 
-    /// Whose defaults hold.
+    /// Which set of defaults this name selects.
     pub fn flavor(&self) -> Flavor {
         if self.0 == DROP_IN_NAME { Flavor::DropIn } else { Flavor::Secure }
     }
@@ -81,16 +83,17 @@ impl fmt::Display for DriverName {
     }
 }
 
-/// Which set of defaults holds.
+/// A set of defaults for the driver's options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flavor {
-    /// Our own name: closed unless opened.
+    /// The defaults of every other name: what is not allowed explicitly is forbidden.
     Secure,
-    /// `containerd-driver`: what the old driver did.
+    /// The defaults of nomad-driver-containerd, under its name `containerd-driver`.
     DropIn,
 }
 
-/// Nomad's task id: `<alloc id>/<task name>/<8 hex>`, unique per start attempt, opaque to us.
+/// Nomad's task id: `<alloc id>/<task name>/<8 hex>`, unique for each attempt to start a task. The driver does not
+/// parse it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct TaskId(pub String);
 
@@ -100,14 +103,14 @@ impl fmt::Display for TaskId {
     }
 }
 
-/// A container's name for shims and runtimes: at most 64 characters of `[A-Za-z0-9-]`, which suits containerd (76,
-/// single separators), runc and crun alike.
+/// The id of a task's container, as shims and runtimes get it: at most 64 characters of `[A-Za-z0-9-]`, which
+/// containerd (76 characters, no two separators in a row), runc and crun all accept.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ContainerId(String);
 
 impl ContainerId {
-    /// A readable prefix from the task's name and a hash of allocation, task and attempt. Any name Nomad allows works:
-    /// spaces, 200 characters, double dashes.
+    /// Makes an id from a readable prefix of the task's name and a hash of the allocation, the task and the attempt.
+    /// Every task name that Nomad allows works, with spaces, 200 characters or double dashes, too.
     pub fn derive(alloc_id: &str, task_name: &str, task_id: &TaskId) -> Self {
         let mut hash = Sha256::new();
         for part in [alloc_id, task_name, task_id.0.as_str()] {
@@ -130,7 +133,8 @@ impl ContainerId {
         Self(if prefix.is_empty() { format!("task-{hash}") } else { format!("{prefix}-{hash}") })
     }
 
-    /// The container that a file or directory of ours is named after; None for a name that we never gave.
+    /// The container that a file or directory of this driver is named after; `None` for a name that the driver never
+    /// gives.
     pub fn from_file_name(name: &str) -> Option<Self> {
         let ours =
             name.len() <= 64 && name.contains('-') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
@@ -155,7 +159,7 @@ impl fmt::Display for ContainerId {
 pub struct Digest(String);
 
 impl Digest {
-    /// Checks a digest's form. Other algorithms than SHA-256 are refused: containerd itself stores no others.
+    /// Checks a digest's form. Algorithms other than SHA-256 are refused: containerd itself stores no others.
     ///
     /// # Errors
     /// When the form is wrong.
@@ -171,17 +175,17 @@ impl Digest {
         Self::from_hash(&Sha256::digest(bytes))
     }
 
-    /// The digest of a finished SHA-256.
+    /// The digest that has these 32 bytes, the result of a SHA-256 computation.
     pub fn from_hash(hash: &[u8]) -> Self {
         Self(format!("sha256:{}", hex(hash)))
     }
 
-    /// The digest as text, algorithm included.
+    /// The digest as text, with the algorithm.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The first 12 hexadecimal digits, for people.
+    /// The first 12 hexadecimal digits, to be shown to people.
     pub fn short(&self) -> &str {
         &self.0[7..19]
     }
@@ -206,13 +210,13 @@ impl fmt::Display for Digest {
     }
 }
 
-/// The name of a stack of unpacked layers
-/// (OCI image spec, "Layer `ChainID`"): `chain(0) = diff(0)`, `chain(n) = sha256(chain(n-1) + " " + diff(n))`.
+/// The id of a stack of unpacked layers (OCI image spec, "Layer `ChainID`"):
+/// `chain(0) = diff(0)`, `chain(n) = sha256(chain(n-1) + " " + diff(n))`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ChainId(Digest);
 
 impl ChainId {
-    /// The chain after `diff` is laid on `parent`.
+    /// The id of the stack that `diff` on top of `parent` makes.
     pub fn next(parent: Option<&Self>, diff: &Digest) -> Self {
         match parent {
             None => Self(diff.clone()),
@@ -220,7 +224,7 @@ impl ChainId {
         }
     }
 
-    /// The chain as text.
+    /// The id as text.
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
@@ -232,7 +236,7 @@ impl fmt::Display for ChainId {
     }
 }
 
-/// Lower-case hexadecimal.
+/// Formats bytes as lower-case hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     use fmt::Write as _;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
@@ -241,15 +245,15 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// `bytes` fresh random bytes in hexadecimal, for names that must not collide.
+/// Returns `bytes` random bytes as hexadecimal digits, for names that must not collide.
 ///
 /// # Panics
-/// When the kernel has no randomness to give, which `getrandom(2)` rules out once the system has booted.
+/// When the kernel returns fewer bytes, which `getrandom(2)` rules out for up to 256 bytes once the system has booted.
 pub fn random_hex(bytes: usize) -> String {
     let mut buffer = vec![0u8; bytes];
-    // SAFETY: the pointer and the length describe the buffer just made.
+    // SAFETY: the pointer and the length describe the buffer that was just made.
     let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    assert_eq!(usize::try_from(got), Ok(bytes), "getrandom gives up to 256 bytes whole");
+    assert_eq!(usize::try_from(got), Ok(bytes), "getrandom returns up to 256 bytes at once");
     hex(&buffer)
 }
 

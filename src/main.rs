@@ -1,4 +1,4 @@
-//! `nomad-driver-shim`: a Nomad driver plugin when Nomad starts it, a command line otherwise.
+//! `nomad-driver-shim`: a Nomad driver plugin if Nomad starts it, a command line tool otherwise.
 
 use std::{path::Path, process::ExitCode};
 
@@ -12,7 +12,7 @@ use nomad_driver_shim::{
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 fn main() -> ExitCode {
-    // While there is one thread, from which all others have their mask.
+    // Before there is a second thread: threads inherit the signal mask of the thread that starts them.
     process::unblock_signals();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [command, rest @ ..] = &arguments[..]
@@ -25,37 +25,37 @@ fn main() -> ExitCode {
     {
         return gvisor::keeper_main(rest);
     }
-    // While there is one thread: capabilities are each thread's own.
+    // Before there is a second thread: each thread has capabilities of its own.
     let reduced = plugin::is_plugin().then(privileges::reduce_plugin);
-    // One crypto library for the registry client and AutoMTLS; a second call would fail, and there is none.
+    // The registry client and AutoMTLS use the same crypto library. Only a second call could fail, and there is none.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(4).max_blocking_threads(64).enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&format!("start the runtime: {error}")),
+        Err(error) => return fail(&format!("start the async runtime: {error}")),
     };
     let code = match reduced {
         Some(reduced) => runtime.block_on(run_plugin(reduced)),
         None => runtime.block_on(cli::main()),
     };
-    // Nothing that still runs may keep us: the agent waits 2 s, then kills.
+    // Tasks that still run must not delay the exit: the agent waits 2 s for the plugin to end, then kills it.
     runtime.shutdown_background();
     code
 }
 
-/// The log writer or its keeper: plain threads, so that they stay small.
+/// Runs the log writer or its supervisor. Both use plain threads instead of the async runtime, to need little memory.
 fn run_log_writer(arguments: &[String]) -> ExitCode {
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(EnvFilter::new("info"))).init();
     process::raise_descriptor_limit();
     let (role, logs) = match arguments {
         [flag, logs] if flag == logs::WRITER => (logs::Role::Writer, Path::new(logs)),
         [logs] => (logs::Role::Keeper, Path::new(logs)),
-        _ => return fail("log-writer DIRECTORY is for the driver itself"),
+        _ => return fail("`log-writer DIRECTORY` is an internal command, which only the driver itself calls"),
     };
     if let Err(error) = role.confine() {
-        // Tasks wait for what they have written to be taken: that must go on.
-        tracing::warn!(error = chain(&error), "a log process keeps privileges that it does not need");
+        // The process goes on: tasks block until the log writer has read what they write.
+        tracing::warn!(error = chain(&error), "could not drop the unneeded privileges of a log process");
     }
     let outcome = match role {
         logs::Role::Writer => logs::write(logs),
@@ -67,8 +67,9 @@ fn run_log_writer(arguments: &[String]) -> ExitCode {
     }
 }
 
+/// Runs the plugin until the agent or a successor asks it to stop.
 async fn run_plugin(reduced: Result<Reduced, PrivilegeError>) -> ExitCode {
-    // The agent filters by its own level, which a plugin is not told.
+    // The agent filters by its own log level, which it does not pass to plugins.
     let filter = EnvFilter::try_from_env("NOMAD_DRIVER_SHIM_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,nomad_driver_shim=debug"));
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(filter)).init();
@@ -76,7 +77,7 @@ async fn run_plugin(reduced: Result<Reduced, PrivilegeError>) -> ExitCode {
     match reduced {
         Ok(Reduced::Yes) => {}
         Ok(Reduced::No(reason)) => tracing::info!(%reason, "the plugin keeps all capabilities of the agent"),
-        Err(error) => tracing::warn!(error = chain(&error), "the plugin keeps capabilities that it does not need"),
+        Err(error) => tracing::warn!(error = chain(&error), "could not drop the unneeded capabilities of the plugin"),
     }
     let mut arguments = std::env::args();
     let argv0 = arguments.next().unwrap_or_default();
@@ -90,7 +91,8 @@ async fn run_plugin(reduced: Result<Reduced, PrivilegeError>) -> ExitCode {
     }
 }
 
-#[allow(clippy::print_stderr, reason = "the last word of a program that can't go on")]
+/// Reports a problem on stderr and returns the exit code of a failure.
+#[allow(clippy::print_stderr, reason = "the program can't go on and reports why")]
 fn fail(problem: &str) -> ExitCode {
     eprintln!("nomad-driver-shim: {problem}");
     ExitCode::FAILURE

@@ -1,6 +1,7 @@
-//! Addresses and routes of another network namespace: looked at, and put back where somebody has taken them away.
+//! Reads the addresses and routes of another network namespace, and restores them after a program has removed them.
 //!
-//! rtnetlink(7), with its messages kept as they come: what a dump says of an address or route is what adds it again.
+//! This uses rtnetlink(7) and keeps its messages unchanged: the message by which a dump reports an address or a route
+//! is also the one that adds it again.
 
 use std::{
     fs::{self, File},
@@ -22,35 +23,36 @@ use serde::{Deserialize, Serialize};
 
 use crate::process;
 
-/// The kernel answers at once.
+/// How long the kernel's answer is waited for, in seconds. The kernel answers at once.
 const LIMIT: i64 = 5;
-/// More than any message of a dump.
+/// Size of the receive buffer in bytes: larger than any message of a dump.
 const BUFFER: usize = 64 << 10;
-/// Of `nlmsghdr`, netlink(7).
+/// Size of `nlmsghdr` in bytes (netlink(7)).
 const HEADER: usize = 16;
 
-/// Addresses and routes of a namespace, but for the loopback device's and what the kernel makes by itself.
+/// The addresses and routes of a network namespace, without those of the loopback device and those that the kernel
+/// makes by itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Addresses {
-    /// `ifaddrmsg` with its attributes, each.
+    /// Each address as an `ifaddrmsg` with its attributes.
     addresses: Vec<Vec<u8>>,
-    /// `rtmsg` with its attributes, each.
+    /// Each route as an `rtmsg` with its attributes.
     routes: Vec<Vec<u8>>,
 }
 
 impl Addresses {
-    /// Is there none?
+    /// Returns whether the namespace has no address.
     pub fn is_empty(&self) -> bool {
         self.addresses.is_empty()
     }
 
-    /// Those that a namespace has now. Blocks for a moment.
+    /// Reads the addresses and routes that a namespace has now. Blocks for a moment.
     ///
     /// # Errors
-    /// When the namespace can't be entered, or the kernel refuses.
+    /// When the namespace can't be entered, or the kernel refuses the request.
     pub fn of(namespace: &Path) -> io::Result<Self> {
         let socket = route_socket(namespace)?;
-        // ifaddrmsg: family, prefix length, flags, scope, then the device's number; 1 is the loopback device's.
+        // ifaddrmsg: family, prefix length, flags, scope, then the device's index; 1 is the loopback device.
         let is_own = |address: &Vec<u8>| address.get(4..8).is_some_and(|index| index != 1_u32.to_ne_bytes());
         // rtmsg: family, two lengths, tos, table, protocol, scope, type.
         let is_set = |route: &Vec<u8>| {
@@ -65,10 +67,10 @@ impl Addresses {
         Ok(Self { addresses, routes })
     }
 
-    /// Adds them to a namespace; those that it has are fine. Blocks for a moment.
+    /// Adds the addresses and routes to a namespace, which may still have some of them. Blocks for a moment.
     ///
     /// # Errors
-    /// The first that the kernel refuses; the others are added.
+    /// The kernel's first refusal of an address or route; the others are added all the same.
     pub fn put_back(&self, namespace: &Path) -> io::Result<()> {
         let socket = route_socket(namespace)?;
         let all = [(libc::RTM_NEWADDR, &self.addresses), (libc::RTM_NEWROUTE, &self.routes)];
@@ -87,7 +89,8 @@ impl Addresses {
                     _ => {}
                 }
             }
-            // A route may need another to reach its gateway, and a dump has the widest first.
+            // A route may need another route to reach its gateway, and a dump lists the widest routes first, so refused
+            // messages are tried again as long as others succeed.
             match why {
                 None => return Ok(()),
                 Some(error) if refused.len() == before => return Err(error),
@@ -97,15 +100,15 @@ impl Addresses {
     }
 }
 
-/// A process whose network namespace this is, if there is one. Looks at every process: 3 µs each.
+/// Finds a process that is in a network namespace. Looks at every process of the host, which takes 3 µs for each.
 ///
 /// # Errors
-/// When that can't be told.
+/// When the namespace, the list of processes or the namespace of a process can't be read.
 pub fn who_is_in(namespace: &Path) -> io::Result<Option<u32>> {
     let Some(wanted) = process::unless_vanished(fs::metadata(namespace))? else { return Ok(None) };
     for pid in process::all()? {
-        // A process that is about to end, and has no namespaces any more, reads as one that has ended. One that a security
-        // module keeps even from root is not in a task's namespace as far as anybody can tell.
+        // A process that is about to end and has no namespaces any more looks as if it had ended. A process that a
+        // security module hides even from root counts as one outside of the namespace: nothing better can be known.
         let own = match fs::metadata(format!("/proc/{pid}/ns/net")) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
             looked => process::unless_vanished(looked)?,
@@ -117,7 +120,8 @@ pub fn who_is_in(namespace: &Path) -> io::Result<Option<u32>> {
     Ok(None)
 }
 
-/// A socket in that namespace, which it stays in. Only a thread can enter one, and one of its own, because it stays there.
+/// Opens a socket in that namespace, where the socket stays. A thread enters the namespace to do so; it is a thread of
+/// its own, because it stays there, too.
 fn route_socket(namespace: &Path) -> io::Result<OwnedFd> {
     let namespace = File::open(namespace)?;
     let enter = || -> io::Result<OwnedFd> {
@@ -127,9 +131,10 @@ fn route_socket(namespace: &Path) -> io::Result<OwnedFd> {
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(LIMIT))?;
         Ok(socket)
     };
-    thread::scope(|scope| scope.spawn(enter).join()).map_err(|_| io::Error::other("a thread ended early"))?
+    thread::scope(|scope| scope.spawn(enter).join()).map_err(|_| io::Error::other("the namespace's thread panicked"))?
 }
 
+/// Sends a request to the kernel.
 fn tell(socket: &OwnedFd, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
     let length = u32::try_from(HEADER + body.len()).map_err(io::Error::other)?;
     let flags = u16::try_from(flags).map_err(io::Error::other)?;
@@ -137,14 +142,14 @@ fn tell(socket: &OwnedFd, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Res
     message.extend(length.to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
-    // Sequence number and port: one question at a time, and the kernel knows whose.
+    // Sequence number and port id may be 0: one request at a time is made on this socket.
     message.extend([0; 8]);
     message.extend(body);
     send(socket.as_raw_fd(), &message, MsgFlags::empty())?;
     Ok(())
 }
 
-/// Hands each message to `take`, until the kernel has no more to say or says that something failed.
+/// Receives messages and passes each to `take`, until the kernel reports the end of a dump, a success or an error.
 fn read(socket: &OwnedFd, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -170,6 +175,8 @@ fn read(socket: &OwnedFd, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
     }
 }
 
+/// Has the kernel dump all objects of a kind: `ask` is the type of the request, whose body has `length` zeros, and
+/// `answer` is the type of the messages to return.
 fn dump(socket: &OwnedFd, ask: u16, answer: u16, length: usize) -> io::Result<Vec<Vec<u8>>> {
     tell(socket, ask, libc::NLM_F_REQUEST | libc::NLM_F_DUMP, &vec![0; length])?;
     let mut found = Vec::new();
@@ -192,7 +199,7 @@ mod tests {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// A namespace with a veth pair, gone when this is dropped.
+    /// A network namespace with a veth pair, which is removed on drop.
     struct Namespace(String);
 
     impl Namespace {
@@ -209,7 +216,7 @@ mod tests {
                 ip(&format!("-n {name} {words}"));
             }
             ip(&format!("-n {name} route add 10.20.0.0/16 via 10.9.8.9 metric 7"));
-            // A gateway that only another route reaches.
+            // A gateway that is reachable only by another route.
             ip(&format!("-n {name} route add 169.254.1.1 dev eth0 scope link"));
             ip(&format!("-n {name} route add 9.0.0.0/8 via 169.254.1.1 dev eth0"));
             this
@@ -235,14 +242,14 @@ mod tests {
             )
         };
         let before = look();
-        let kept = Addresses::of(&path).expect("looked at");
+        let kept = Addresses::of(&path).expect("the namespace can be read");
         assert!(!kept.is_empty());
         ip(&format!("-n {name} addr flush dev eth0 scope global"));
         assert!(!ip(&format!("-n {name} route")).contains("default"));
-        let text = serde_json::to_string(&kept).expect("JSON");
-        serde_json::from_str::<Addresses>(&text).expect("read").put_back(&path).expect("put back");
+        let text = serde_json::to_string(&kept).expect("serialized");
+        serde_json::from_str::<Addresses>(&text).expect("deserialized").put_back(&path).expect("restored");
         assert_eq!(look(), before);
-        kept.put_back(&path).expect("what is there is fine");
+        kept.put_back(&path).expect("addresses that exist are fine");
         assert_eq!(look(), before);
     }
 
@@ -250,7 +257,7 @@ mod tests {
     fn who_is_in_a_namespace_is_found() {
         let namespace = Namespace::new();
         let path = Path::new("/run/netns").join(&namespace.0);
-        let who_is_in = |path: &Path| who_is_in(path).expect("looked at");
+        let who_is_in = |path: &Path| who_is_in(path).expect("processes can be read");
         assert_eq!(who_is_in(&path), None);
         let mut child = Command::new("ip").args(["netns", "exec", &namespace.0, "sleep", "600"]).spawn().expect("runs");
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);

@@ -1,9 +1,9 @@
-//! overlayfs through mount(2): many layers, short options.
+//! Overlay mounts of many layers by mount(2).
 //!
-//! mount(2) takes one page (4096 bytes) of options. A few dozen layers fit as absolute paths; beyond that the paths
-//! are written relative to their common parent, and a thread of its own, with its own working directory
-//! (`CLONE_FS` undone), makes the call. The newer mount API is not used: `fsconfig` strings end at 256 bytes, and
-//! `lowerdir+` needs Linux 6.5 (docs/decisions/003).
+//! mount(2) takes one page (4096 bytes) of options. A few dozen layers fit into that as absolute paths. For more
+//! layers, the paths are written relative to their common parent directory, and the call is made by a new thread that
+//! has a working directory of its own (`unshare(CLONE_FS)`). The newer mount API is not used, because `fsconfig`
+//! strings are limited to 256 bytes and `lowerdir+` needs Linux 6.5 (docs/decisions/003).
 
 use std::{
     io,
@@ -16,17 +16,20 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-/// The kernel copies one page of options and cuts the rest off (mount(2)).
+/// The longest option string. The kernel copies one page, which ends with a terminator, and ignores the rest
+/// (mount(2)).
 const OPTIONS_MAX: usize = 4095;
 
-/// Has this kernel no `volatile` (Linux before 5.10)?
+/// Whether this kernel lacks the overlay option `volatile` (Linux before 5.10). Found out by the first mount.
 static NO_VOLATILE: AtomicBool = AtomicBool::new(false);
 
-/// Mounts `lowers` (topmost first) with a writable layer at `target`. Nothing of that layer is ever synced to disk
-/// (`volatile`, overlayfs.rst): it doesn't outlive the mount, and a sync at each unmount would cost a disk's flush.
+/// Mounts the read-only layers `lowers` (topmost first) with a writable layer on top at `target`. `upper` is the
+/// directory that contains the writable layer's `upper` and `work`. The kernel never syncs that layer to disk
+/// (`volatile`, overlayfs.rst): the layer doesn't outlive the mount, and a sync at each unmount would cost a flush of
+/// the disk.
 ///
 /// # Errors
-/// As mount(2); `InvalidInput` when a path has a character that overlayfs reads as a separator.
+/// As mount(2); `InvalidInput` when a path contains a character that overlayfs reads as a separator.
 pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, target: &Path) -> io::Result<()> {
     let layers =
         [format!("upperdir={}", text(&upper.join("upper"))?), format!("workdir={}", text(&upper.join("work"))?)];
@@ -39,21 +42,22 @@ pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, targ
         }
     }
     overlay(lowers, &options, MsFlags::empty(), target)?;
-    // Without it the mount works: it was that.
+    // The mount works without `volatile`, so that option was the invalid one.
     NO_VOLATILE.store(true, Ordering::Relaxed);
     Ok(())
 }
 
-/// Mounts two or more `lowers` (topmost first) read-only at `target`.
+/// Mounts two or more layers `lowers` (topmost first) read-only at `target`.
 ///
 /// # Errors
 /// As [`mount_writable`].
 pub fn mount_read_only(lowers: &[PathBuf], options: &[String], target: &Path) -> io::Result<()> {
-    // For looking at, not for running: no device of the image works there.
+    // The mount is for reading files, not for running programs: device nodes of the image must not work there.
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     overlay(lowers, options, flags, target)
 }
 
+/// Mounts an overlay with absolute paths if they fit into the options, else with relative ones.
 fn overlay(lowers: &[PathBuf], options: &[String], flags: MsFlags, target: &Path) -> io::Result<()> {
     let absolute = lowers.iter().map(|lower| text(lower)).collect::<io::Result<Vec<_>>>()?;
     let data = join(&absolute, options);
@@ -83,6 +87,7 @@ fn call(target: &Path, flags: MsFlags, data: &str) -> io::Result<()> {
     Ok(mount(Some("overlay"), target, Some("overlay"), flags, Some(data))?)
 }
 
+/// Formats the mount options.
 fn join<T: AsRef<str>>(lowers: &[T], options: &[String]) -> String {
     let mut data = String::from("lowerdir=");
     for (n, lower) in lowers.iter().enumerate() {
@@ -104,6 +109,7 @@ fn common_parent(paths: &[PathBuf]) -> PathBuf {
     parent
 }
 
+/// Returns the path as text, unless overlayfs would misread it in its options.
 fn text(path: &Path) -> io::Result<&str> {
     let text = path.to_str().filter(|text| !text.contains([':', ',', '\\']));
     text.ok_or_else(|| {

@@ -1,12 +1,14 @@
-//! The generated wire types (`build.rs`), nested as their packages are, with short names for the ones in use.
+//! The wire types that `build.rs` generates from `proto/`. They are nested as their protobuf packages are, and the
+//! types in use are exported under short names.
 //!
-//! gRPC types are prost's, shim types are rust-protobuf's; the two meet nowhere but in our own structs.
+//! The gRPC types are generated for prost and the shim's types for rust-protobuf. No module passes one to the other:
+//! each side is converted to the driver's own types.
 #![allow(
     missing_docs,
     clippy::all,
     clippy::pedantic,
     clippy::unwrap_used,
-    reason = "generated code is documented in proto/ and not held to our style"
+    reason = "generated code is documented in proto/ and does not follow this project's style"
 )]
 
 mod grpc {
@@ -18,7 +20,7 @@ mod grpc {
     }
 }
 
-/// Task service messages of the shims and runc's options.
+/// Messages of the shims' Task service, and the options of runc's shim and of shims that are configured by a file.
 pub mod shim {
     mod generated {
         include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));

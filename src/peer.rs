@@ -1,5 +1,5 @@
-//! Who is at the other end of a unix socket (unix(7), SO_PEERCRED). The mode of a socket's file says the same, as long as
-//! nobody changes it or the directory around it.
+//! Checks which user is at the other end of a unix socket (unix(7), SO_PEERCRED). The mode of the socket's file gives
+//! the same protection only as long as neither that mode nor the directory above it changes.
 
 use std::{io, os::fd::AsRawFd as _};
 
@@ -7,38 +7,39 @@ use tokio::net::UnixStream;
 
 /// The most groups that a user can have (`NGROUPS_MAX`, credentials(7)).
 const GROUPS_MAX: usize = 65_536;
-/// Not in libc yet (linux, `include/uapi/asm-generic/socket.h`).
+/// The libc crate does not define this yet (linux, `include/uapi/asm-generic/socket.h`).
 const SO_PEERGROUPS: libc::c_int = 59;
 
-/// Why a connection is closed, or not used.
+/// Why a connection is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    /// The kernel doesn't say who it is.
-    #[error("the process at the other end of the socket is not known")]
+    /// The kernel doesn't report the process at the other end.
+    #[error("the kernel does not report which process is at the other end of the socket")]
     Unknown(#[source] io::Error),
-    /// It is another user.
+    /// The process at the other end belongs to a user that is not allowed.
     #[error("the other end of the socket is process {pid} of user {uid}, which may not use it")]
     Stranger {
-        /// The process; 0 when it is not in this pid namespace.
+        /// The pid of the process; 0 when the process is not in this pid namespace.
         pid: i32,
-        /// Its user.
+        /// The id of the user that the process runs as.
         uid: u32,
     },
 }
 
-/// Which users may be at the other end: root and the user that this process runs as, and nobody else.
+/// Which users may be at the other end of a socket: root, the user that this process runs as and, if wanted, the
+/// members of one group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Peers {
     group: Option<u32>,
 }
 
 impl Peers {
-    /// Root and this process's own user.
+    /// Allows root and the user that this process runs as.
     pub fn root() -> Self {
         Self::default()
     }
 
-    /// Also the members of a group, which the socket's file is given to.
+    /// Allows the members of a group, too. The socket's file belongs to that group.
     pub fn with_group(group: Option<u32>) -> Self {
         Self { group }
     }
@@ -46,7 +47,7 @@ impl Peers {
     /// Checks the other end of a connection.
     ///
     /// # Errors
-    /// When it is none of these users.
+    /// When the other end belongs to another user, or the kernel does not report it.
     pub fn check(self, stream: &UnixStream) -> Result<(), PeerError> {
         let peer = stream.peer_cred().map_err(PeerError::Unknown)?;
         let (uid, gid, pid) = (peer.uid(), peer.gid(), peer.pid().unwrap_or_default());
@@ -60,12 +61,12 @@ impl Peers {
     }
 }
 
-/// The supplementary groups of the other end.
+/// Returns the supplementary groups of the process at the other end.
 fn groups(stream: &UnixStream) -> io::Result<Vec<libc::gid_t>> {
     let mut groups: Vec<libc::gid_t> = vec![0; GROUPS_MAX];
     let size = size_of::<libc::gid_t>();
     let mut length = libc::socklen_t::try_from(GROUPS_MAX * size).map_err(io::Error::other)?;
-    // SAFETY: the buffer has the length that the kernel is told, which writes no more and tells how much it wrote.
+    // SAFETY: `length` is the buffer's size. The kernel writes no more than that, and stores how much it wrote.
     let outcome = unsafe {
         libc::getsockopt(
             stream.as_raw_fd(),

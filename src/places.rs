@@ -1,4 +1,5 @@
-//! Where things live on disk. Every path of ours is made here and nowhere else.
+//! The paths of the driver's files and directories, and helpers to create, write and list them. Modules get the paths
+//! from [`Places`]; they only append names of files inside of a bundle, a shim's directory or a task's log directory.
 
 use std::{
     fs,
@@ -9,47 +10,47 @@ use std::{
 
 use crate::ids::{ContainerId, Digest, DriverName, random_hex};
 
-/// Longest path a unix socket can have (`sun_path` less its terminator, unix(7)).
+/// The longest path that a unix socket can have (`sun_path` without its terminator, unix(7)).
 pub const SOCKET_PATH_MAX: usize = 107;
 
-/// The mode that versions up to 0.1.0 gave to directories.
+/// The mode of directories that versions up to 0.1.0 created.
 const FORMER_MODE: u32 = 0o711;
-/// The entry of the image directory that is no record.
+/// The entry of the image directory that is not an image record.
 const EMPTY_LAYER: &str = "empty";
 
-/// Why a directory of ours can't be used.
+/// Why a directory of the driver can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PlacesError {
-    /// A directory could not be made.
+    /// A directory can't be created.
     #[error("create directory {path}")]
     Create {
-        /// Which.
+        /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Other users can get at a directory or file, and that could not be changed.
-    #[error("close {path} to other users")]
+    /// Other users have access to a directory or file, and its mode can't be changed.
+    #[error("remove other users' access to {path}")]
     Close {
         /// The directory or file.
         path: PathBuf,
-        /// Why its mode can't be changed.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// What is in a directory is not known. That is not to be taken for an empty one.
+    /// A directory can't be listed, so its content is not known. It must not be treated as an empty directory.
     #[error("list {path}")]
     List {
-        /// Which.
+        /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Shims' sockets would not fit under the run directory.
+    /// The run directory's path is so long that the paths of shims' sockets below it would exceed the kernel's limit.
     #[error("state.run_dir {0} is too long: sockets below it would pass {SOCKET_PATH_MAX} bytes; use a shorter path")]
     TooLong(PathBuf),
 }
 
-/// The directories of one driver on this host.
+/// The directories of one driver on this host: those of a plugin, or of one run of the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Places {
     run: PathBuf,
@@ -59,7 +60,7 @@ pub struct Places {
 }
 
 impl Places {
-    /// Below `run` and `state`.
+    /// The paths below the run directory `run` and the state directory `state`.
     pub fn new(run: impl Into<PathBuf>, state: impl Into<PathBuf>) -> Self {
         let (run, state): (PathBuf, PathBuf) = (run.into(), state.into());
         let owner = Digest::of(run.as_os_str().as_encoded_bytes()).to_string();
@@ -68,25 +69,25 @@ impl Places {
         Self { run, state, uppers, ahead }
     }
 
-    /// The defaults of a driver called `name`.
+    /// The default paths of a driver with this name.
     pub fn of(name: &DriverName) -> Self {
         Self::new(Self::run_parent().join(name.as_str()), Self::state_parent().join(name.as_str()))
     }
 
-    /// Where the default run directories of all drivers on this host are.
+    /// The parent directory of all drivers' default run directories.
     pub fn run_parent() -> PathBuf {
         PathBuf::from("/run/nomad-driver-shim")
     }
 
-    /// Where the default state directories of all drivers on this host are.
+    /// The parent directory of all drivers' default state directories.
     pub fn state_parent() -> PathBuf {
         PathBuf::from("/var/lib/nomad-driver-shim")
     }
 
-    /// Makes the directories that must be there before anything starts.
+    /// Creates the directories that must exist before anything starts, and corrects the modes of existing ones.
     ///
     /// # Errors
-    /// When one can't be made, or sockets would not fit.
+    /// When a directory can't be created or its mode can't be corrected, or when the run directory's path is too long.
     pub fn create(&self) -> Result<(), PlacesError> {
         if self.shim("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
             return Err(PlacesError::TooLong(self.run.clone()));
@@ -97,7 +98,7 @@ impl Places {
         self.repair()
     }
 
-    /// Closes directories and files to other users that earlier versions left open to them.
+    /// Removes other users' access to directories and files that earlier versions have created with it.
     fn repair(&self) -> Result<(), PlacesError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -105,7 +106,8 @@ impl Places {
         };
         let close = |path: &Path| close_to_others(path).map_err(failed(path));
         let list = |path: &Path| listed(path).map_err(failed(path));
-        // A directory with another mode is the operator's, who may keep other things in it. What lies in it is ours.
+        // A directory with any other mode belongs to the operator, who may keep other things in it. The directories
+        // below it are this driver's own.
         for path in [&self.run, &Self::run_parent(), &self.state, &Self::state_parent()] {
             if fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == FORMER_MODE) {
                 close(path)?;
@@ -132,7 +134,8 @@ impl Places {
         close(&self.lock())
     }
 
-    /// What an image without layers is mounted over: the container's root has its mode.
+    /// The empty directory that serves as the only layer of an image without layers. The container's root directory
+    /// gets its mode.
     pub fn empty_layer(&self) -> PathBuf {
         self.images().join(EMPTY_LAYER)
     }
@@ -147,123 +150,125 @@ impl Places {
         &self.state
     }
 
-    /// Held by the one live plugin of this run directory.
+    /// The lock file that the one live plugin of this run directory holds.
     pub fn lock(&self) -> PathBuf {
         self.run.join("lock")
     }
 
-    /// What of the last plugin's settings is needed to look after its directories.
+    /// The part of the last plugin's settings that `gc` needs to clean up its directories.
     pub fn kept_settings(&self) -> PathBuf {
         self.run.join("settings.json")
     }
 
-    /// Where the live plugin takes requests of the command line and of its successor.
+    /// The socket at which the live plugin accepts requests of the command line and of its successor.
     pub fn control(&self) -> PathBuf {
         self.run.join("control.sock")
     }
 
-    /// Task records.
+    /// The directory of the task records.
     pub fn tasks(&self) -> PathBuf {
         self.run.join("tasks")
     }
 
-    /// One task's record.
+    /// The record of one task.
     pub fn record(&self, id: &ContainerId) -> PathBuf {
         self.tasks().join(format!("{id}.json"))
     }
 
-    /// OCI bundles.
+    /// The directory of the OCI bundles.
     pub fn bundles(&self) -> PathBuf {
         self.run.join("bundles")
     }
 
-    /// One task's bundle.
+    /// The bundle of one task.
     pub fn bundle(&self, id: &ContainerId) -> PathBuf {
         self.bundles().join(id.as_str())
     }
 
-    /// Where a task's root file system is mounted.
+    /// The mount point of a task's root file system.
     pub fn rootfs(&self, id: &ContainerId) -> PathBuf {
         self.bundle(id).join("rootfs")
     }
 
-    /// Names of the processes that were exec'd in a task and may still run.
+    /// The directory of markers for processes that were exec'd in a task and may still run.
     pub fn execs(&self, id: &ContainerId) -> PathBuf {
         self.bundle(id).join("execs")
     }
 
-    /// Directories of the shims.
+    /// The directory that contains one directory for each shim.
     pub fn shims(&self) -> PathBuf {
         self.run.join("shims")
     }
 
-    /// One shim's directory: its working directory, socket, log and identity.
+    /// The directory of one shim: its working directory, with its socket, its log and its pid file.
     pub fn shim(&self, shim: &str) -> PathBuf {
         self.shims().join(shim)
     }
 
-    /// Logs that are ours to write, one directory a task.
+    /// The directory of the tasks whose logs the driver's log writer writes; one directory for each task.
     pub fn logs(&self) -> PathBuf {
         self.run.join("logs")
     }
 
-    /// One task's log: its FIFOs and what they are for.
+    /// The log directory of one task: its FIFOs and the description of what to do with them.
     pub fn log(&self, id: &ContainerId) -> PathBuf {
         self.logs().join(id.as_str())
     }
 
-    /// State roots of the OCI runtimes, one each.
+    /// The directory of the OCI runtimes' state roots; one for each runtime.
     pub fn runtimes(&self) -> PathBuf {
         self.run.join("runtimes")
     }
 
-    /// One OCI runtime's state root; shims append their namespace.
+    /// The state root of one OCI runtime. Shims append their containerd namespace to it.
     pub fn runtime_root(&self, runtime: &str) -> PathBuf {
         self.runtimes().join(runtime)
     }
 
-    /// Where an OCI runtime keeps the containers of shims with this namespace.
+    /// The directory in which an OCI runtime keeps the state of containers whose shims have this namespace.
     pub fn runtime_state(&self, runtime: &str, namespace: &str) -> PathBuf {
         self.runtime_root(runtime).join(namespace)
     }
 
-    /// Scripts that shims call instead of a runtime that needs flags: below the state directory, because /run is often
-    /// mounted so that nothing in it can be executed.
+    /// The directory of the scripts that shims call instead of a runtime that needs flags. It is below the state
+    /// directory, because /run is often mounted `noexec`.
     pub fn wrappers(&self) -> PathBuf {
         self.state.join("wrappers")
     }
 
-    /// What all sandboxes of this host share: an empty network namespace for their file servers. Sentries don't reach it.
+    /// The directory that all gVisor sandboxes of this host share. It contains an empty network namespace for their
+    /// file servers (gofers), which sentries have no access to.
     pub fn shared_gvisor() -> PathBuf {
         Self::run_parent().join("gvisor")
     }
 
-    /// What gVisor sandboxes have taken from groups' network namespaces, to be put back.
+    /// The directory of the addresses that gVisor sandboxes have removed from groups' network namespaces, and that the
+    /// driver restores there.
     pub fn namespaces(&self) -> PathBuf {
         self.run.join("netns")
     }
 
-    /// Writable layers. Runs of the command line share a state directory: each has its own part, so that none takes
-    /// another's for remains.
+    /// The directory of the tasks' writable layers. Runs of the command line share a state directory, so each run
+    /// directory has a part of its own there: no run may mistake another run's layers for remains.
     pub fn uppers(&self) -> PathBuf {
         self.uppers.clone()
     }
 
-    /// Root file systems made ahead.
+    /// The directory of the root file systems that are prepared before a task needs them.
     pub fn ahead(&self) -> PathBuf {
         self.ahead.clone()
     }
 
-    /// Nothing is left: the state directory keeps nothing of ours but images.
+    /// Removes the directory of writable layers if it is empty, so that only images are left in the state directory.
     pub fn leave_uppers(&self) {
-        // Not empty: somebody's task runs on.
+        // Fails while the directory is not empty, because a task still runs.
         let _ = fs::remove_dir(&self.uppers);
     }
 
-    /// Has nobody else tasks below this state directory?
+    /// Returns whether no other run directory has tasks below this state directory.
     ///
     /// # Errors
-    /// When that can't be told.
+    /// When a directory can't be listed.
     pub fn is_alone(&self) -> Result<bool, PlacesError> {
         let parts = self.state.join("uppers");
         for part in names(&parts)? {
@@ -275,24 +280,25 @@ impl Places {
         Ok(true)
     }
 
-    /// One task's writable layer: `upper` and `work` below it.
+    /// The directory of one task's writable layer, with `upper` and `work` below it.
     pub fn upper(&self, id: &ContainerId) -> PathBuf {
         self.uppers.join(id.as_str())
     }
 
-    /// Image records.
+    /// The directory of the image records.
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
     }
 
-    /// Eight hexadecimal digits that tell this state directory's leases and views from another's in one containerd.
+    /// Eight hexadecimal digits that distinguish this state directory's leases and views in containerd from those of
+    /// another state directory.
     pub fn identity(&self) -> String {
         Digest::of(self.state.as_os_str().as_encoded_bytes()).short()[..8].to_owned()
     }
 }
 
-/// Makes `path` and its parents, for root alone (0700). Below them lie the root file systems of tasks: a local user who
-/// could pass through would run a task's set-user-id programs on the host (CVE-2021-41091).
+/// Creates `path` and its parents with access for root only (0700). The root file systems of tasks are below: a local
+/// user with access could run a task's set-user-id programs on the host (CVE-2021-41091).
 ///
 /// # Errors
 /// As mkdir(2).
@@ -300,7 +306,7 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Makes a directory that everybody may read and pass (0755): containers see it.
+/// Creates a directory that every user may list and enter (0755), because containers see it.
 ///
 /// # Errors
 /// As mkdir(2).
@@ -308,8 +314,8 @@ pub fn make_open_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
 
-/// Opens a file whose lock processes of ours take, and makes it where it is missing. Nobody else can open it: reading a
-/// lock file is enough to hold its lock.
+/// Opens a lock file of the driver, and creates it if it is missing. Only root can open it, because read access is
+/// enough to take a lock.
 ///
 /// # Errors
 /// As open(2).
@@ -317,7 +323,7 @@ pub fn open_lock(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)
 }
 
-/// Opens a new or emptied file that root alone can read (0600).
+/// Opens a new or truncated file that only root can read (0600).
 ///
 /// # Errors
 /// As open(2).
@@ -325,23 +331,23 @@ pub fn create_private(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
-/// Writes a file that root alone can read (0600). On a full file system nothing is left of it.
+/// Writes a file that only root can read (0600), and removes it if writing fails, as on a full file system.
 ///
 /// # Errors
-/// As the file system.
+/// When the file can't be created or written.
 pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     create_private(path)?.write_all(content).inspect_err(|_| remove_draft(path))
 }
 
-/// Removes a file that could not be completed: half of it is of no use to anybody, and it takes space.
+/// Removes a file that could not be written completely: half of it is of no use and takes space.
 fn remove_draft(path: &Path) {
     if let Err(error) = fs::remove_file(path) {
-        tracing::warn!(path = %path.display(), %error, "a file that could not be written stays");
+        tracing::warn!(path = %path.display(), %error, "could not remove an incompletely written file");
     }
 }
 
-/// Takes other users' access to a directory or file away, where an earlier version or somebody else has given it. What is
-/// not there is fine, and a link is not followed.
+/// Removes other users' access to a directory or file, in case an earlier version or another program has granted it. A
+/// missing file is fine, and a symlink is left alone.
 ///
 /// # Errors
 /// As chmod(2).
@@ -355,19 +361,19 @@ fn close_to_others(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Where something is mounted, as of one moment.
+/// The mount points of this process's mount namespace at one moment.
 #[derive(Debug)]
 pub struct MountPoints(String);
 
 impl MountPoints {
-    /// Of our mount namespace.
+    /// Reads the mount points.
     pub fn read() -> Self {
         Self(fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
     }
 
-    /// May something be mounted at `path` or below it? Also when that can't be told.
+    /// Returns whether something may be mounted at `path` or below it. True as well if that is not known.
     pub fn may_be_in(&self, path: &Path) -> bool {
-        // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes written in another way.
+        // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes escaped.
         let mut points = self.0.lines().filter_map(|line| line.split(' ').nth(4));
         self.0.is_empty()
             || path.to_string_lossy().contains([' ', '\t', '\n', '\\'])
@@ -375,10 +381,11 @@ impl MountPoints {
     }
 }
 
-/// Writes a file whole or not at all, by a draft beside it, and makes the directory that it is in.
+/// Writes a file completely or not at all: writes a draft in the same directory and renames it. Creates the directory
+/// if it is missing.
 ///
 /// # Errors
-/// As the file system.
+/// When a step fails; the draft is removed then.
 pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         make_dir(parent)?;
@@ -389,17 +396,17 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     written.inspect_err(|_| remove_draft(&draft))
 }
 
-/// What lies in a directory of ours, by name. One that is not there is empty.
+/// Returns the names of the entries of a directory of the driver. A missing directory counts as empty.
 ///
 /// # Errors
-/// When it can't be listed: what is in it is not known then.
+/// When the directory can't be listed, and so its content is not known.
 pub fn names(path: &Path) -> Result<Vec<String>, PlacesError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let listed = crate::fault::look(&name).and_then(|()| listed(path));
     listed.map_err(|source| PlacesError::List { path: path.to_owned(), source })
 }
 
-/// The names in a directory. One that is not there is empty.
+/// Returns the names of a directory's entries. A missing directory counts as empty.
 fn listed(path: &Path) -> io::Result<Vec<String>> {
     match fs::read_dir(path) {
         Ok(entries) => {
@@ -417,14 +424,14 @@ mod tests {
     #[test]
     fn what_can_not_be_listed_is_not_empty() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        assert_eq!(names(&directory.path().join("absent")).expect("an empty one"), Vec::<String>::new());
+        assert_eq!(names(&directory.path().join("absent")).expect("a missing one is empty"), Vec::<String>::new());
         let file = directory.path().join("file");
         fs::write(&file, "").expect("written");
         assert!(matches!(names(&file), Err(PlacesError::List { .. })));
         let places = Places::new(directory.path().join("run"), directory.path());
-        assert!(places.is_alone().expect("known"));
+        assert!(places.is_alone().expect("the directories can be listed"));
         fs::create_dir(directory.path().join("uppers")).expect("made");
         fs::write(directory.path().join("uppers/other"), "").expect("written");
-        places.is_alone().expect_err("what is in it is not known");
+        places.is_alone().expect_err("the content is not known");
     }
 }

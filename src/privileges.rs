@@ -1,10 +1,11 @@
-//! What the processes of this program may do: each keeps the capabilities that it needs (capabilities(7)), and helpers
-//! run under a filter of system calls besides (seccomp(2)).
+//! Restricts what the processes of this program may do. Each process keeps only the capabilities that it needs
+//! (capabilities(7)), and helper processes and threads also run under a system call filter (seccomp(2)).
 //!
-//! The plugin runs as root and starts programs that need every capability: shims, runtimes, an operator's hooks. A
-//! program that root executes has all that is in the bounding set, which the plugin leaves as it is. The reduction
-//! therefore limits what a confused plugin can be made to do, such as setting the clock or loading a module. It does not
-//! stop an attacker who runs code of his own in the plugin: that code can execute a program.
+//! The plugin runs as root and starts programs that need every capability: shims, runtimes and an operator's hooks. A
+//! program that root executes gets all capabilities of the bounding set, which the plugin therefore leaves unchanged.
+//! So the reduction limits what a plugin can be tricked into doing itself, such as setting the clock or loading a
+//! kernel module. It does not stop an attacker who executes code of their own in the plugin, since that code can
+//! execute a program.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -14,72 +15,74 @@ use std::{
 use caps::{CapSet, Capability};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, apply_filter};
 
-/// Why a process or thread kept what it does not need.
+/// Why a process or thread could not drop all privileges that it does not need.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivilegeError {
-    /// Capabilities stayed.
+    /// The capabilities can't be dropped.
     #[error("drop capabilities")]
     Capabilities(#[from] caps::errors::CapsError),
-    /// It could still gain privileges by executing a program.
+    /// The attribute no_new_privs can't be set, so the process could gain privileges by executing a program.
     #[error("set no_new_privs")]
     NoNewPrivileges(#[source] io::Error),
-    /// The filter was not made.
+    /// The system call filter can't be built.
     #[error("build the seccomp filter")]
     Build(#[from] seccompiler::BackendError),
-    /// The kernel refused it.
+    /// The kernel refused the system call filter.
     #[error("load the seccomp filter")]
     Load(#[from] seccompiler::Error),
 }
 
-/// What the plugin itself needs, on any host and with any option.
+/// The capabilities that the plugin itself needs, on any host and with any options.
 ///
-/// Overlays are the reason for many of these: the kernel does what a task does to its root file system with the rights
-/// of the process that has mounted it, which is the plugin (linux, `Documentation/filesystems/overlayfs.rst`,
-/// "Permission model"). What is not here, a task can't do to its files, whatever capabilities it has itself.
+/// Overlays are the reason for many of these: the kernel performs a task's operations on its root file system with the
+/// capabilities of the process that has mounted the overlay, which is the plugin (linux,
+/// `Documentation/filesystems/overlayfs.rst`, "Permission model"). A task can't use a capability on its files that is
+/// missing here, whatever capabilities the task itself has.
 const PLUGIN: [Capability; 14] = [
-    // Tasks' files, by way of their overlays, and directories that tasks can change.
+    // For the files of tasks, which the kernel accesses through the overlays, and for directories that tasks can
+    // change.
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_FOWNER,
     Capability::CAP_FSETID,
     Capability::CAP_MKNOD,
     Capability::CAP_SETFCAP,
-    // The same, on kernels before 5.15: later overlays keep the immutable flag themselves.
+    // For the same files on kernels before 5.15; since then overlays store the immutable flag themselves.
     Capability::CAP_LINUX_IMMUTABLE,
-    // Mounts, and the network namespaces of groups, which are entered.
+    // For mounts, and to enter the network namespaces of groups.
     Capability::CAP_SYS_ADMIN,
-    // The addresses that a sandbox has taken from a group's network.
+    // To restore the addresses that a sandbox has removed from a group's network.
     Capability::CAP_NET_ADMIN,
-    // Tasks have users of their own.
+    // To send signals to tasks, which run as other users.
     Capability::CAP_KILL,
-    // Links below /proc of processes that have capabilities which the plugin lacks: shims, and some tasks (ptrace(2),
-    // "Ptrace access mode checking").
+    // To follow links below /proc of processes that have capabilities which the plugin lacks: shims and some tasks
+    // (ptrace(2), "Ptrace access mode checking").
     Capability::CAP_SYS_PTRACE,
-    // A process that has more capabilities than the plugin is moved into a cpuset only with this (linux,
-    // `security/commoncap.c`, `cap_safe_nice`): shims are.
+    // To move shims into a cpuset: they have more capabilities than the plugin, and the kernel requires this one for
+    // such a process (linux, `security/commoncap.c`, `cap_safe_nice`).
     Capability::CAP_SYS_NICE,
-    // OOM scores below the one that shims inherit; the blocks that file systems reserve for root.
+    // For OOM scores below the one that shims inherit, and for the blocks that file systems reserve for root.
     Capability::CAP_SYS_RESOURCE,
-    // `metrics { address }` may have a port below 1024.
+    // For a `metrics { address }` with a port below 1024.
     Capability::CAP_NET_BIND_SERVICE,
 ];
 
-/// linux, `include/uapi/linux/securebits.h`.
+/// The secure bit by which root's programs get no capabilities (linux, `include/uapi/linux/securebits.h`).
 const SECBIT_NOROOT: libc::c_int = 1;
 
-/// What became of the plugin's capabilities.
+/// The outcome of reducing the plugin's capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reduced {
-    /// It has only those that it needs.
+    /// The plugin has only those that it needs.
     Yes,
-    /// It kept all that it was started with, since programs that it executes would not get the others back.
+    /// The plugin kept all that it was started with, because programs that it executes would not regain the others.
     No(Inheritance),
 }
 
-/// Why a program that the plugin executes would have no more capabilities than the plugin.
+/// Why a program that the plugin executes could not have more capabilities than the plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inheritance {
-    /// It does not run as root.
+    /// The plugin does not run as root.
     NotRoot,
     /// The agent was started with no_new_privs (systemd's `NoNewPrivileges`).
     NoNewPrivileges,
@@ -97,8 +100,8 @@ impl std::fmt::Display for Inheritance {
     }
 }
 
-/// Takes from the calling thread, and from those that it starts, all capabilities that the plugin never needs. Must be
-/// called before there is a second thread. Programs that are executed later have them again, by the bounding set.
+/// Drops all capabilities that the plugin never needs, in the calling thread and in the threads that it starts later.
+/// Must be called before there is a second thread. Programs that are executed later regain them from the bounding set.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -110,10 +113,10 @@ pub fn reduce_plugin() -> Result<Reduced, PrivilegeError> {
     Ok(Reduced::Yes)
 }
 
-/// Why executed programs would not have the bounding set's capabilities (capabilities(7), "Capabilities and execution of
-/// programs by root"); `None` where they have.
+/// Returns why executed programs would not get the bounding set's capabilities (capabilities(7), "Capabilities and
+/// execution of programs by root"); `None` if they get them.
 fn inheritance() -> Option<Inheritance> {
-    // SAFETY: prctl with numbers only.
+    // SAFETY: this prctl takes and returns numbers only.
     let secure_bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) };
     if !nix::unistd::geteuid().is_root() || !nix::unistd::getuid().is_root() {
         Some(Inheritance::NotRoot)
@@ -126,20 +129,21 @@ fn inheritance() -> Option<Inheritance> {
     }
 }
 
-/// Which system calls a process or thread may still make. All others answer EPERM.
+/// Which system calls a process or thread may still make. All others fail with EPERM.
 #[derive(Debug, Clone, Copy)]
 pub enum Calls<'a> {
-    /// These only.
+    /// Allows these only.
     Only(&'a [libc::c_long]),
-    /// All but these.
+    /// Allows all but these.
     AllBut(&'a [libc::c_long]),
 }
 
-/// Confines the calling thread for the rest of its life, and what it starts: of its capabilities it keeps those in
-/// `keep`, and gains none by executing a program. A process must call it while it has one thread.
+/// Confines the calling thread, and the threads and programs that it starts, for the rest of their lives. They keep the
+/// capabilities in `keep` only, and gain none by executing a program. To confine a whole process, it must be called
+/// while there is one thread.
 ///
 /// # Errors
-/// When the kernel has no seccomp, the architecture no filter, or capabilities stay.
+/// When the kernel has no seccomp, there is no filter for the architecture, or capabilities can't be dropped.
 pub fn confine(keep: &[Capability], calls: Calls<'_>) -> Result<(), PrivilegeError> {
     let program = filter(calls)?;
     nix::sys::prctl::set_no_new_privs().map_err(|errno| PrivilegeError::NoNewPrivileges(errno.into()))?;
@@ -148,28 +152,30 @@ pub fn confine(keep: &[Capability], calls: Calls<'_>) -> Result<(), PrivilegeErr
     Ok(apply_filter(&program)?)
 }
 
-/// The sets of the calling thread, of which it can have the effective and permitted one only as far as it has them now.
+/// Reduces the capability sets of the calling thread to those in `keep`. Its effective and permitted sets can contain
+/// only what it is permitted now.
 fn keep_only(keep: &[Capability]) -> Result<(), PrivilegeError> {
     let permitted: HashSet<Capability> =
         caps::read(None, CapSet::Permitted)?.into_iter().filter(|one| keep.contains(one)).collect();
     for set in [CapSet::Effective, CapSet::Permitted] {
         caps::set(None, set, &permitted)?;
     }
-    // The ambient set goes with the inheritable one.
+    // The kernel removes from the ambient set what is not in the inheritable set.
     Ok(caps::clear(None, CapSet::Inheritable)?)
 }
 
-/// Leaves those in `keep` only. An agent without CAP_SETPCAP may not do that, nor need it be done: no_new_privs keeps an
-/// executed program from gaining anything.
+/// Reduces the bounding set to the capabilities in `keep`. Without CAP_SETPCAP, which the agent may lack, this fails
+/// and is not needed: no_new_privs prevents an executed program from gaining anything.
 fn shrink_bounding_set(keep: &[Capability]) {
     for number in 0..u64::BITS {
         if !keep.iter().any(|one| u32::from(one.index()) == number) {
-            // SAFETY: prctl with numbers only; one that the kernel does not know is refused.
+            // SAFETY: this prctl takes numbers only, and refuses capabilities that the kernel does not know.
             unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(number), 0, 0, 0) };
         }
     }
 }
 
+/// Builds the system call filter.
 fn filter(calls: Calls<'_>) -> Result<BpfProgram, PrivilegeError> {
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let numbers = |calls: &[libc::c_long], abi: libc::c_long| -> BTreeMap<i64, Vec<SeccompRule>> {
@@ -179,7 +185,7 @@ fn filter(calls: Calls<'_>) -> Result<BpfProgram, PrivilegeError> {
         Calls::Only(allowed) => (numbers(allowed, 0), refuse, SeccompAction::Allow),
         Calls::AllBut(refused) => {
             let mut rules = numbers(refused, 0);
-            // The same calls by x32's numbers, which count as this architecture's.
+            // The same system calls by the numbers of the x32 ABI, which the filter sees under the same architecture.
             #[cfg(target_arch = "x86_64")]
             rules.extend(numbers(refused, 0x4000_0000));
             (rules, SeccompAction::Allow, refuse)
@@ -194,8 +200,8 @@ mod tests {
     use std::{fs::File, thread};
 
     fn status(field: &str) -> String {
-        let text = std::fs::read_to_string("/proc/thread-self/status").expect("read");
-        text.lines().find_map(|line| line.strip_prefix(field)).expect("a line").trim().to_owned()
+        let text = std::fs::read_to_string("/proc/thread-self/status").expect("the thread's status is readable");
+        text.lines().find_map(|line| line.strip_prefix(field)).expect("the status has the field").trim().to_owned()
     }
 
     #[test]
@@ -213,7 +219,7 @@ mod tests {
         assert_eq!(bounding & !Capability::CAP_DAC_OVERRIDE.bitmask(), 0, "{bounding:x}");
         assert_eq!(no_new_privileges, "1");
         assert_eq!(socket, Err(Some(libc::EPERM)));
-        assert!(std::net::UdpSocket::bind("127.0.0.1:0").is_ok(), "other threads are free");
+        assert!(std::net::UdpSocket::bind("127.0.0.1:0").is_ok(), "other threads are not confined");
     }
 
     #[test]

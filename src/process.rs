@@ -1,4 +1,7 @@
-//! Processes, named so that a reused pid deceives nobody: by pid and start time on disk, by pidfd while we live.
+//! Identifies, starts and watches processes.
+//!
+//! A pid alone may belong to another process later. A process is therefore identified by its pid and start time on
+//! disk, and by a pidfd while this process runs.
 
 use std::{
     ffi::OsStr,
@@ -18,13 +21,13 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _, Interest, unix::AsyncFd};
 
-/// How much of each output stream of a program is kept. Versions, answers and errors are kilobytes.
+/// How many bytes of each output stream of a program are kept. Versions, answers and errors have a few kilobytes.
 const OUTPUT_MAX: u64 = 256 << 10;
 
-/// The kernel's name for this boot: pids and start times of another one mean nothing (random(4)).
+/// Returns the kernel's id of this boot (random(4)). Pids and start times of another boot mean nothing.
 ///
 /// # Errors
-/// When the kernel does not tell.
+/// When the id can't be read.
 pub fn boot_id() -> io::Result<String> {
     if let Some(boot) = crate::fault::boot_id() {
         return Ok(boot);
@@ -37,27 +40,29 @@ pub fn boot_id() -> io::Result<String> {
     Ok(BOOT.get_or_init(|| text.trim().to_owned()).clone())
 }
 
-/// The soft limit on descriptors that this process was started with.
+/// The soft limit on file descriptors that this process was started with; not set before [`raise_descriptor_limit`] was
+/// called.
 static DESCRIPTORS: OnceLock<libc::rlim_t> = OnceLock::new();
 
-/// Raises the soft limit on descriptors to the hard one: each task takes three, and agents are often started with 1024.
-/// What we start gets the old limit back.
+/// Raises the soft limit on file descriptors to the hard limit: each task needs three, and agents are often started
+/// with a limit of 1024. Programs that this process executes get the old limit back.
 pub fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         DESCRIPTORS.get_or_init(|| soft);
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     });
     if let Err(error) = raised {
-        tracing::warn!(%error, "the limit on descriptors stays as it is");
+        tracing::warn!(%error, "could not raise the limit on file descriptors");
     }
 }
 
-/// The soft limit on descriptors that what we start inherits, where it is not our own.
+/// Returns the soft limit on file descriptors that executed programs get, if it differs from this process's own.
 pub fn inherited_descriptor_limit() -> Option<u64> {
     DESCRIPTORS.get().copied()
 }
 
-/// Gives a process that is about to be exec'ed the limit that we were started with. Safe between fork and exec.
+/// Sets the soft limit on file descriptors that this process was started with, in a forked child before it executes a
+/// program. Safe between fork and exec.
 fn restore_descriptor_limit() {
     if let Some(&soft) = DESCRIPTORS.get() {
         let _ = getrlimit(Resource::RLIMIT_NOFILE)
@@ -65,34 +70,35 @@ fn restore_descriptor_limit() {
     }
 }
 
-/// Gives a process that is about to be exec'ed a session of its own and no descriptor from `first` on, not even of those
-/// that we have inherited from the agent. Safe between fork and exec.
+/// Gives a forked child a session of its own and marks all its descriptors from `first` on as close-on-exec, including
+/// those that this process has inherited from the agent. Safe between fork and exec.
 ///
 /// # Errors
 /// As setsid(2).
 pub fn start_anew(first: libc::c_uint) -> io::Result<()> {
-    // SAFETY: two calls that touch no memory.
+    // SAFETY: neither call accesses memory.
     unsafe {
         if libc::setsid() < 0 {
             return Err(io::Error::last_os_error());
         }
-        // Kernels before 5.11 don't know the flag and answer EINVAL; everything of ours is close-on-exec from birth.
+        // Kernels before 5.11 don't know the flag and answer EINVAL. That is fine: this driver opens every descriptor
+        // as close-on-exec.
         libc::close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
     }
     Ok(())
 }
 
-/// A program that starts with default signal dispositions and no signal blocked, whatever this process was started with,
-/// and with the limit on descriptors that this process was started with: programs that close all descriptors up to their
-/// limit, or that use select(2), don't get along with a large one.
+/// Returns a command whose program starts with default signal dispositions and no signal blocked, however this process
+/// was started, and with the limit on file descriptors that this process was started with. A large limit is a problem
+/// for programs that close all descriptors up to their limit, or that use select(2).
 ///
-/// All that this driver executes is started by this or [`async_command`], because ignored and blocked signals outlive
-/// execve(2): through a shim and a runtime they would reach tasks. An agent that was started by `nohup` ignores SIGHUP, a
-/// script's `&` leaves SIGINT ignored, and glibc's posix_spawn(3), which std prefers where it can, leaves signal 32 ignored
-/// in every child (glibc sysdeps/unix/sysv/linux/spawni.c, `__spawni_child`).
+/// The driver starts every program by this function or [`async_command`], because ignored and blocked signals survive
+/// execve(2) and would reach tasks through a shim and a runtime. An agent that was started by `nohup` ignores SIGHUP, a
+/// script's `&` leaves SIGINT ignored, and glibc's posix_spawn(3), which std prefers where it can, leaves signal 32
+/// ignored in every child (glibc sysdeps/unix/sysv/linux/spawni.c, `__spawni_child`).
 pub fn command(program: impl AsRef<OsStr>) -> std::process::Command {
     let mut command = std::process::Command::new(program);
-    // SAFETY: between fork and exec only system calls are made, and no memory of ours is touched.
+    // SAFETY: between fork and exec, the closure makes only system calls and writes no memory.
     unsafe {
         command.pre_exec(|| {
             reset_signals();
@@ -103,22 +109,23 @@ pub fn command(program: impl AsRef<OsStr>) -> std::process::Command {
     command
 }
 
-/// The same as [`command`], to be waited for without blocking.
+/// Returns the same as [`command`], for a program that is waited for without blocking the thread.
 pub fn async_command(program: impl AsRef<OsStr>) -> tokio::process::Command {
     command(program).into()
 }
 
-/// Gives a process that is about to be exec'ed the default dispositions of all signals and an empty mask. Safe between
-/// fork and exec.
+/// Sets the default dispositions of all signals and an empty signal mask, in a forked child before it executes a
+/// program. Safe between fork and exec.
 fn reset_signals() {
-    /// At least as large as the kernel's `struct sigaction` of any architecture; all zeros are SIG_DFL without flags.
+    /// A `struct sigaction`: all zeros mean SIG_DFL without flags. It is at least as large as the kernel's struct on
+    /// every architecture.
     const DEFAULT: [u64; 8] = [0; 8];
-    /// Of the kernel's own signal set, which has 64 bits (rt_sigaction(2)).
+    /// Size of the kernel's signal set, which has 64 bits (rt_sigaction(2)).
     const SET_SIZE: usize = size_of::<u64>();
     const LAST_SIGNAL: libc::c_int = 64;
     for number in 1..=LAST_SIGNAL {
-        // The C library's functions refuse 32 and 33, which it uses itself. SIGKILL and SIGSTOP are refused by the kernel,
-        // and always have their defaults.
+        // This is a system call because the C library's functions refuse 32 and 33, which the library uses itself. The
+        // kernel refuses SIGKILL and SIGSTOP, which always have their defaults.
         // SAFETY: the kernel reads a struct that lives until the call returns, and writes nothing.
         unsafe {
             libc::syscall(libc::SYS_rt_sigaction, number, DEFAULT.as_ptr(), ptr::null_mut::<u64>(), SET_SIZE);
@@ -127,8 +134,8 @@ fn reset_signals() {
     unblock_signals();
 }
 
-/// Blocks no signal in this thread and those that it starts. One that the parent had blocked would never arrive here, such
-/// as the SIGTERM by which an agent's service is stopped.
+/// Unblocks all signals in this thread and in those that it starts. A signal that the parent process had blocked would
+/// never arrive, such as the SIGTERM by which an agent's service is stopped.
 pub fn unblock_signals() {
     let none: u64 = 0;
     // SAFETY: the kernel reads 8 bytes that live until the call returns, and writes nothing.
@@ -143,8 +150,7 @@ pub fn unblock_signals() {
     }
 }
 
-/// A process's number, which is never 0: written to `cgroup.procs`, and given to many system calls, 0 means whoever
-/// makes the call (cgroups(7)).
+/// A pid, which is never 0: in `cgroup.procs` and for many system calls, 0 means the calling process (cgroups(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pid(NonZeroU32);
 
@@ -152,13 +158,13 @@ impl Pid {
     /// Returns the pid of a child that has not been waited for.
     ///
     /// # Errors
-    /// When it was waited for already: its pid may be another process's by now.
+    /// When the child was waited for already: its pid may belong to another process by now.
     pub fn of_child(child: &tokio::process::Child) -> io::Result<Self> {
         let reaped = || io::Error::other("the process that was just started has been waited for already");
         child.id().and_then(NonZeroU32::new).map(Self).ok_or_else(reaped)
     }
 
-    /// Returns it as a plain number.
+    /// Returns the pid as a plain number.
     pub fn get(self) -> u32 {
         self.0.get()
     }
@@ -170,38 +176,38 @@ impl fmt::Display for Pid {
     }
 }
 
-/// Moves a process of ours that is to outlive us out of the agent's cgroup, so that stopping the agent's service does not
-/// end it, and makes the kernel's OOM killer prefer it to us. `procs`: `cgroup.procs` of the group for it, one for each
-/// hierarchy.
+/// Moves a helper process that is to outlive this one out of the agent's cgroup, so that stopping the agent's service
+/// does not end it, and makes the kernel's OOM killer prefer the helper to this process. `procs` are the `cgroup.procs`
+/// files of the helper's new cgroup, one for each hierarchy.
 pub fn set_apart(pid: Pid, procs: &[PathBuf]) {
     for procs in procs {
         if let Err(error) = fs::write(procs, pid.to_string()) {
-            tracing::warn!(path = %procs.display(), %error, "a process of ours stays in the agent's cgroup");
+            tracing::warn!(path = %procs.display(), %error, "could not move a process out of the agent's cgroup");
         }
     }
     let own = fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse::<i32>().ok());
     if let Some(own) = own {
         let score = (own + 1).min(1000).to_string();
         if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score) {
-            tracing::debug!(%error, "a process of ours keeps our OOM score");
+            tracing::debug!(%error, "could not raise a process's OOM score");
         }
     }
 }
 
-/// A process of this boot.
+/// The identity of a process of this boot: a later process with the same pid has another start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {
-    /// On the host.
+    /// The pid on the host.
     pub pid: u32,
-    /// When it was started, in clock ticks since the boot (proc_pid_stat(5), field 22).
+    /// When the process was started, in clock ticks since the boot (proc_pid_stat(5), field 22).
     pub start: u64,
 }
 
 impl ProcessId {
-    /// The process that has this pid now.
+    /// Returns the identity of the process that has this pid now.
     ///
     /// # Errors
-    /// When there is none, or only what is left of it until its parent looks.
+    /// When there is no such process, or it is a zombie; when its status can't be read.
     pub fn of(pid: u32) -> io::Result<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let (state, start) = parse_stat(&text).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
@@ -211,7 +217,7 @@ impl ProcessId {
         Ok(Self { pid, start })
     }
 
-    /// Has it surely ended? That it can't be looked at just now is no proof.
+    /// Returns whether the process has certainly ended. A failure to read its status is no proof of that.
     pub fn is_gone(&self) -> bool {
         match Self::of(self.pid) {
             Ok(now) => now != *self,
@@ -219,13 +225,14 @@ impl ProcessId {
         }
     }
 
-    /// Does this very process still live?
+    /// Returns whether this very process still runs.
     pub fn is_alive(&self) -> bool {
         Self::of(self.pid).is_ok_and(|now| now == *self)
     }
 }
 
-/// State and start time. The name in parentheses may hold blanks and parentheses itself.
+/// Returns the state and the start time of a process from its `stat` file. The name in parentheses may itself contain
+/// blanks and parentheses.
 fn parse_stat(text: &str) -> Option<(&str, u64)> {
     let (_, rest) = text.rsplit_once(") ")?;
     let mut fields = rest.split(' ');
@@ -234,44 +241,45 @@ fn parse_stat(text: &str) -> Option<(&str, u64)> {
     Some((state, fields.nth(18)?.parse().ok()?))
 }
 
-/// The parent of a process.
+/// Returns the pid of a process's parent.
 ///
 /// # Errors
-/// When there is no such process, or it can't be looked at.
+/// When there is no such process, or its status can't be read.
 pub fn parent_of(pid: u32) -> io::Result<u32> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let parent = text.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
     parent.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// A descriptor that names one process, however its number is used later (pidfd_open(2), Linux 5.3).
+/// A descriptor of one process, which stays valid when the pid is reused (pidfd_open(2), Linux 5.3).
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);
 
 impl PidFd {
-    /// The process that has this pid now. For a child of ours that is the child, since its pid is ours until we reap.
+    /// Opens the process that has this pid now. For a child of this process that is the child itself, whose pid is not
+    /// reused until it is waited for.
     ///
     /// # Errors
     /// As pidfd_open(2).
     pub fn open(pid: u32) -> io::Result<Self> {
-        // SAFETY: pidfd_open takes a number and flags and gives a new close-on-exec descriptor.
+        // SAFETY: pidfd_open takes a number and flags, and returns a new close-on-exec descriptor.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         let fd = i32::try_from(fd).map_err(io::Error::other)?;
-        // SAFETY: just made, and ours alone.
+        // SAFETY: the descriptor was just created, and nothing else uses it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// This very process.
+    /// Opens this very process.
     ///
     /// # Errors
-    /// As pidfd_open(2); not found when it has ended.
+    /// As pidfd_open(2); `NotFound` when the process has ended.
     pub fn of(process: &ProcessId) -> io::Result<Self> {
         let fd = Self::open(process.pid)?;
-        // Looked at after the descriptor is had: if it lives now, it is what the descriptor names. That we can't look
-        // is another answer than that it is gone.
+        // The identity is read after the descriptor was opened: if the process still runs now, the descriptor names it.
+        // A failure to read it does not mean that the process has ended.
         match ProcessId::of(process.pid) {
             Ok(now) if now == *process => Ok(fd),
             Ok(_) => Err(io::ErrorKind::NotFound.into()),
@@ -279,15 +287,16 @@ impl PidFd {
         }
     }
 
-    /// Sends a signal. A process that has ended is fine.
+    /// Sends a signal. Does nothing if the process has ended.
     pub fn signal(&self, number: i32) {
-        // SAFETY: a signal to the process that the descriptor names; no memory is passed. ESRCH for a dead one is fine.
+        // SAFETY: sends a signal to the process that the descriptor names; no memory is passed. ESRCH, for a process
+        // that has ended, is ignored.
         unsafe {
             libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), number, std::ptr::null::<u8>(), 0);
         }
     }
 
-    /// Has the process ended? (pidfd_open(2): its descriptor is readable then.)
+    /// Returns whether the process has ended (pidfd_open(2): the descriptor is readable then).
     pub fn has_ended(&self) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         use std::os::fd::AsFd as _;
@@ -295,19 +304,19 @@ impl PidFd {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Returns when the process has ended.
+    /// Waits until the process has ended.
     ///
     /// # Errors
-    /// When it can't be watched.
+    /// When the process can't be watched.
     pub async fn ended(&self) -> io::Result<()> {
         let own = self.0.try_clone()?;
-        // SAFETY: an OwnedFd, which stays open and itself for as long as the AsyncFd has it.
+        // SAFETY: the AsyncFd owns the OwnedFd, which stays open and unchanged for as long.
         let fd = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?;
         fd.readable().await.map(drop)
     }
 }
 
-/// A program by path or by name in PATH.
+/// Finds a program by its path, or by its name in the directories of PATH.
 pub fn which(program: &Path) -> Option<PathBuf> {
     let executable = |path: &Path| {
         use std::os::unix::fs::PermissionsExt as _;
@@ -320,8 +329,8 @@ pub fn which(program: &Path) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|directory| directory.join(program)).find(|path| executable(path))
 }
 
-/// Runs a program to its end and keeps the beginning of what it prints. One that prints more finds its pipe closed, so
-/// that a program that never stops costs no memory.
+/// Runs a program to its end and keeps the beginning of what it prints. The pipe of a program that prints more is
+/// closed, so that endless output takes no memory.
 ///
 /// # Errors
 /// When the program can't be started, or its pipes can't be read.
@@ -339,13 +348,14 @@ pub async fn bounded_output(command: &mut tokio::process::Command) -> io::Result
     Ok(Output { status, stdout, stderr })
 }
 
-/// Did a look at a process below `/proc` fail because the process has ended (proc(5))? Any other failure, of descriptors
-/// or memory, says nothing of the process.
+/// Returns whether reading a file below `/proc/<pid>` failed because the process has ended (proc(5)). Any other
+/// failure, such as a lack of descriptors or memory, says nothing about the process.
 pub fn has_vanished(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
-/// Will what failed with this error work again by itself, once somebody has closed descriptors or given memory back?
+/// Returns whether an operation that failed with this error can succeed later by itself, once other operations have
+/// freed descriptors or memory.
 pub fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -353,10 +363,10 @@ pub fn is_passing(error: &io::Error) -> bool {
     )
 }
 
-/// Looks at a process below `/proc`; `None` when it has ended.
+/// Turns the error of reading a file below `/proc/<pid>` into `None` if the process has ended.
 ///
 /// # Errors
-/// When that can't be told.
+/// Every other error: whether the process has ended is not known then.
 pub fn unless_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
     match looked {
         Ok(seen) => Ok(Some(seen)),
@@ -365,11 +375,11 @@ pub fn unless_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// A process and all that it and its children have started and that still live, itself first. Processes that were
-/// handed to another parent are not found.
+/// Returns the pids of a process and all its living descendants, the process itself first. Descendants that were
+/// reparented, because their parent has ended, are not found.
 ///
 /// # Errors
-/// When `/proc` can't be read: there may be others then.
+/// When `/proc` can't be read: there may be more descendants then.
 pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
     crate::fault::look("descendants")?;
     let mut all = vec![pid];
@@ -389,7 +399,7 @@ pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
     Ok(all)
 }
 
-/// All processes there are.
+/// Returns the pids of all processes.
 ///
 /// # Errors
 /// When `/proc` can't be listed.
@@ -425,10 +435,10 @@ mod tests {
     fn only_a_process_that_has_ended_is_taken_for_gone() {
         for number in [libc::ENOENT, libc::ESRCH] {
             let looked = unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number)));
-            assert_eq!(looked.expect("it has ended"), None);
+            assert_eq!(looked.expect("the process has ended"), None);
         }
         for number in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EIO, libc::EACCES] {
-            unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number))).expect_err("not known");
+            unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number))).expect_err("nothing is known");
         }
         for (number, passing) in [(libc::EMFILE, true), (libc::ENOMEM, true), (libc::EIO, false), (libc::ENOENT, false)]
         {
@@ -448,13 +458,13 @@ mod tests {
             (&small.stdout[..], &small.stderr[..], small.status.code()),
             (&b"out\n"[..], &b"err\n"[..], Some(3))
         );
-        // Without the closed pipe it would not end.
+        // These programs end only because their pipes are closed.
         let endless = bounded_output(&mut shell("yes >&2 & exec yes")).await.expect("runs");
         let kept = usize::try_from(OUTPUT_MAX).expect("a small number");
         assert_eq!((endless.stdout.len(), endless.stderr.len()), (kept, kept));
     }
 
-    /// The number 0 would move this process itself.
+    /// A pid of 0 would make a caller move this process itself.
     #[tokio::test]
     async fn a_child_that_was_waited_for_has_no_pid() {
         let mut child = tokio::process::Command::new("true").spawn().expect("spawned");

@@ -1,15 +1,15 @@
-//! Sizes as docker writes them: `64m`, `1.5g`, `65536k`, bytes without a unit.
+//! Parses sizes as docker writes them: `64m`, `1.5g`, `65536k`, or a number of bytes without a unit.
 
-/// Text that is no size.
+/// A text that is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a size such as 64m, 1.5g or a number of bytes")]
 pub struct SizeError(String);
 
-/// Reads a size in bytes. Units are powers of 1024, in either case, with or without `b` or `ib` after them
-/// (docker/go-units, `RAMInBytes`).
+/// Parses a size and returns bytes. Units are powers of 1024, in upper or lower case, with or without `b` or `ib` after
+/// them (docker/go-units, `RAMInBytes`).
 ///
 /// # Errors
-/// When it is not one, or more than the kernel could count.
+/// When the text is not a size, or the size is larger than the kernel's counters.
 pub fn parse(text: &str) -> Result<u64, SizeError> {
     let wrong = || SizeError(text.to_owned());
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -29,7 +29,7 @@ pub fn parse(text: &str) -> Result<u64, SizeError> {
         _ => return Err(wrong()),
     };
     let size = number * 1024_f64.powi(power);
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "digits only, and in range as checked")]
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "digits only, and the range is checked")]
     if size < 9.0e18 { Ok(size as u64) } else { Err(wrong()) }
 }
 

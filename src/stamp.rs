@@ -1,10 +1,10 @@
-//! What tells a file from its successor under the same name.
+//! Identifies a file's content without reading it, to notice when another file has taken its name or it was changed.
 
 use std::{fs::Metadata, os::unix::fs::MetadataExt as _};
 
 use serde::{Deserialize, Serialize};
 
-/// A file's stamp.
+/// The identity of a file at one moment. Two equal values mean the same unchanged file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Stamp {
     device: u64,
@@ -14,13 +14,14 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    /// Of a file as it is now.
+    /// The identity of the file that has this metadata.
     pub fn of(file: &Metadata) -> Self {
         Self {
             device: file.dev(),
             inode: file.ino(),
             size: file.size(),
-            // Not the time of the content, which archives and copies set as they like.
+            // The time of the last status change (ctime). Programs that copy or unpack files set the time of the last
+            // modification (mtime) to any value.
             changed: (file.ctime(), file.ctime_nsec()),
         }
     }

@@ -1,38 +1,38 @@
-//! Text of strangers (images, registries, runtimes, shims, job files) as it may be shown to people: in a status, a task
-//! event, a log line, on a terminal.
+//! Makes text that is not trusted (of images, registries, runtimes, shims and job files) safe to show to people: in a
+//! gRPC status, a task event, a log line or on a terminal.
 //!
-//! Nomad keeps events in its replicated state and prints them raw, so a megabyte of text costs every server a megabyte,
-//! and an escape sequence reaches the operator's terminal. Text is cut in the middle, because its beginning says what was
-//! tried and its end says why it failed.
+//! Nomad stores events in its replicated state and prints them unescaped. A megabyte of text would therefore cost every
+//! server a megabyte, and an escape sequence would reach the operator's terminal. Long text is cut in the middle,
+//! because its beginning says what was tried and its end says why it failed.
 
 use std::fmt;
 
-/// The longest piece of somebody else's text within a message, in characters.
+/// The longest untrusted text within a message, in characters.
 pub const FOREIGN_MAX: usize = 500;
 
 /// The longest message, in characters.
 pub const MESSAGE_MAX: usize = 2000;
 
-/// Escapes what terminals and log readers act on, and cuts what is longer than `most` characters in the middle. The mark
-/// of the cut comes on top of that.
+/// Escapes the characters that terminals and log readers interpret, and cuts text longer than `most` characters in the
+/// middle. The note that says how much was cut is not counted.
 pub fn shown(text: &str, most: usize) -> String {
     escape_and_cut(text.chars().map(Piece::plain), text.len(), most)
 }
 
-/// A piece of somebody else's text between quotes, escaped and cut at [`FOREIGN_MAX`].
+/// Puts an untrusted text in quotes, escaped and cut to [`EXCERPT_MAX`].
 pub fn quoted(text: &str) -> String {
     format!("\"{}\"", escape_and_cut(text.chars().map(Piece::quoted), text.len(), FOREIGN_MAX))
 }
 
-/// Does a terminal print all of a text as it is?
+/// Returns whether a terminal prints every character of a text literally.
 pub fn is_printable(text: &str) -> bool {
     !text.contains(is_acted_on)
 }
 
-/// Does a terminal or a reader of logs act on this character instead of printing it?
+/// Returns whether a terminal or a log reader interprets this character instead of printing it.
 ///
-/// Control characters of both sets (ISO 6429), line separators, and the characters that change the order in which others
-/// are shown ("Trojan Source", CVE-2021-42574) or that are not shown at all.
+/// These are the control characters of both sets (ISO 6429), line separators, the characters that change the order in
+/// which other characters are shown ("Trojan Source", CVE-2021-42574), and invisible characters.
 fn is_acted_on(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -40,7 +40,7 @@ fn is_acted_on(c: char) -> bool {
             | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// One character as it is shown.
+/// One character in the form in which it is shown.
 #[derive(Clone, Copy)]
 enum Piece {
     Plain(char),
@@ -56,7 +56,7 @@ impl Piece {
         if matches!(c, '"' | '\\') { Self::Escaped(c) } else { Self::plain(c) }
     }
 
-    /// How many characters it is shown as.
+    /// How many characters it takes when it is shown.
     fn width(self) -> usize {
         match self {
             Self::Plain(_) => 1,
@@ -64,6 +64,7 @@ impl Piece {
         }
     }
 
+    /// How many bytes the character has in the original text.
     fn bytes(self) -> usize {
         match self {
             Self::Plain(c) | Self::Escaped(c) => c.len_utf8(),
@@ -80,7 +81,8 @@ impl fmt::Display for Piece {
     }
 }
 
-/// Joins pieces of a text of `length` bytes, and cuts what is longer than `most` characters. Looks at no more of them than can be shown: the text may be megabytes.
+/// Joins the characters of a text of `length` bytes, and cuts the middle out of a text longer than `most` characters.
+/// It reads no more characters than can be shown, since the text may have megabytes.
 fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = Piece> + Clone, length: usize, most: usize) -> String {
     fn fitting(pieces: impl Iterator<Item = Piece>, room: usize) -> Vec<Piece> {
         let mut used = 0;
@@ -116,7 +118,7 @@ mod tests {
             shown("\u{9b}2J \u{202e}txt.exe \u{2066}\u{feff}", 99),
             "\\u{9b}2J \\u{202e}txt.exe \\u{2066}\\u{feff}"
         );
-        assert_eq!(shown("häßlich \"日本\" \\n", 99), "häßlich \"日本\" \\n", "what can be printed stays as it is");
+        assert_eq!(shown("häßlich \"日本\" \\n", 99), "häßlich \"日本\" \\n", "printable characters stay as they are");
         assert_eq!(quoted("a\"b\\c\n"), r#""a\"b\\c\n""#);
     }
 

@@ -1,8 +1,10 @@
-//! Is the floor's task as confined as runc's? Asked of the kernel, from outside, while both wait.
+//! Compares how the kernel confines two processes. It shows whether the floor's task is as confined as runc's; both are
+//! inspected from outside while they wait.
 
 use std::{collections::BTreeMap, fs};
 
-/// How a process is confined, in the kernel's words: two with the same answers are confined alike.
+/// Collects what the kernel reports about a process's confinement, by name. Two processes with equal results are
+/// confined alike.
 pub(super) fn portrait(pid: u32) -> BTreeMap<String, String> {
     let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let mut found = BTreeMap::new();
@@ -19,7 +21,7 @@ pub(super) fn portrait(pid: u32) -> BTreeMap<String, String> {
         let own = of(&pid.to_string()) != of("self");
         found.insert(format!("namespace {kind}"), if own { "its own" } else { "the host's" }.to_owned());
     }
-    // Where, of which kind, with which flags; what lies below a task's own directories has its own names.
+    // Mount point, file system type and flags. The mount's source is left out: it differs from task to task.
     for line in read("mountinfo").lines() {
         let (left, right) = line.split_once(" - ").unwrap_or_default();
         let fields: Vec<&str> = left.split(' ').collect();
@@ -35,7 +37,7 @@ pub(super) fn portrait(pid: u32) -> BTreeMap<String, String> {
         .unwrap_or_default();
     devices.sort_unstable();
     found.insert("devices".to_owned(), devices.join(" "));
-    // Limits, by what the groups say that it is in.
+    // The limits of the cgroups that the process is in.
     for line in read("cgroup").lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controllers, path) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
@@ -55,7 +57,8 @@ pub(super) fn portrait(pid: u32) -> BTreeMap<String, String> {
             if let Ok(value) =
                 fs::read_to_string(format!("/sys/fs/cgroup/{below}{}/{file}", path.trim_start_matches('/')))
             {
-                // runc 1.1 opens tun and tap to everybody, on version 1; the floor need not.
+                // On cgroup version 1, runc 1.1 allows every container to use tun and tap devices. The floor does not
+                // need to.
                 let mut lines: Vec<&str> = value.lines().filter(|line| *line != "c 10:200 rwm").collect();
                 lines.sort_unstable();
                 found.insert(format!("limit {file}"), lines.join(", "));
@@ -65,7 +68,7 @@ pub(super) fn portrait(pid: u32) -> BTreeMap<String, String> {
     found
 }
 
-/// What differs: name, the one, the other.
+/// Lists the differences as text, each with its name, the value of `one` and the value of `other`.
 pub(super) fn differences(one: &BTreeMap<String, String>, other: &BTreeMap<String, String>) -> Vec<String> {
     let names: std::collections::BTreeSet<&String> = one.keys().chain(other.keys()).collect();
     let none = "nothing".to_owned();

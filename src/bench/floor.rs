@@ -1,8 +1,8 @@
-//! The floor: a container made with raw calls and nothing else, from the same spec as all others. What it takes is what
-//! the kernel takes.
+//! The floor: a container that is made by raw system calls and nothing else, from the same spec as those of all other
+//! subjects. The time it needs is the time that the kernel needs.
 //!
-//! Everything is worked out before the clone, in `Order`: the child shares our memory until it execs (`CLONE_VM`,
-//! `CLONE_VFORK`), so it allocates nothing, takes no lock and only makes system calls.
+//! Everything is prepared before the clone, in [`ChildPlan`]: the child shares the parent's memory until it executes
+//! the task's program (`CLONE_VM`, `CLONE_VFORK`), so it allocates nothing, takes no lock and makes only system calls.
 
 use std::{
     ffi::{CString, c_char, c_int, c_void},
@@ -27,18 +27,18 @@ use crate::{
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// The child's stack: its frames are small, and nothing in it recurses.
+/// Size of the child's stack in bytes. Its frames are small, and nothing in it recurses.
 const STACK: usize = 256 << 10;
 
-/// What makes floors.
+/// Makes containers by raw system calls.
 #[derive(Debug)]
 pub struct Floor {
     cgroups: Cgroups,
-    /// The compiled seccomp filter, as the kernel takes it.
+    /// The compiled seccomp filter, in the kernel's format.
     program: Vec<libc::sock_filter>,
 }
 
-/// A floor's process, our child.
+/// The first process of a container, a child of this process.
 #[derive(Debug, Clone)]
 pub struct Process {
     pid: libc::pid_t,
@@ -47,29 +47,29 @@ pub struct Process {
 }
 
 impl Process {
-    /// Waits for its end: true for exit code 0.
+    /// Waits for the end of the process and returns whether its exit code was 0.
     pub(super) async fn wait(&self) -> io::Result<bool> {
         self.handle.ended().await?;
         let mut status = 0;
-        // SAFETY: our own child, which has ended and which nobody else waits for.
+        // SAFETY: the process is a child of this one, has ended, and is waited for nowhere else.
         if unsafe { libc::waitpid(self.pid, &raw mut status, 0) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0)
     }
 
-    /// Its pid.
+    /// Returns the pid of the process.
     pub(super) fn pid(&self) -> u32 {
         self.pid.cast_unsigned()
     }
 
-    /// Sends a signal; one that has ended does not need it.
+    /// Sends a signal. Does nothing if the process has ended.
     pub(super) fn signal(&self, signal: c_int) {
         self.handle.signal(signal);
     }
 }
 
-/// One mount(2).
+/// The arguments of one mount(2).
 struct MountCall {
     source: CString,
     target: CString,
@@ -78,14 +78,18 @@ struct MountCall {
     data: CString,
 }
 
-/// All that the child needs, in the form that system calls take it.
+/// All that the child needs, in the form that system calls require.
 struct Order {
+    /// The cgroups' files that move a process into them.
     procs: Vec<CString>,
     root: CString,
     mounts: Vec<MountCall>,
-    /// After the nodes: they are made of one.
+    /// Mounts that hide paths or make them read-only. They come after the device nodes, since files are hidden by
+    /// `/dev/null`.
     masks: Vec<MountCall>,
+    /// Device nodes: path, mode and device number.
     nodes: Vec<(CString, libc::mode_t, libc::dev_t)>,
+    /// Symlinks: target and path.
     links: Vec<(CString, CString)>,
     hostname: CString,
     groups: Vec<libc::gid_t>,
@@ -100,14 +104,14 @@ struct Order {
     path: CString,
     args: Vec<*const c_char>,
     env: Vec<*const c_char>,
-    /// What the pointers above point to.
+    /// The strings that `args` and `env` point to.
     _words: Vec<CString>,
-    /// Written by the child when a step fails: which, and errno.
+    /// Written by the child if a step fails: the step's number (see `enter_container`) and errno.
     failed: (c_int, c_int),
 }
 
 impl Floor {
-    /// `program`: base64 of the instructions, as crun takes them.
+    /// `program` is the compiled seccomp filter: its instructions in base64, as crun takes them.
     pub(super) fn new(program: Option<&str>) -> Result<Self, Failure> {
         let bytes = base64::engine::general_purpose::STANDARD.decode(program.unwrap_or_default())?;
         let program = bytes
@@ -122,7 +126,7 @@ impl Floor {
         Ok(Self { cgroups: Cgroups::detect()?, program })
     }
 
-    /// Makes the container of `spec`, whose root file system is mounted, and runs its process.
+    /// Creates the container of `spec`, whose root file system is mounted already, and starts its process.
     pub(super) fn spawn(&self, spec: &Value, stdout: &Path, stderr: &Path) -> Result<Process, Failure> {
         let procs = self.make_cgroup(spec)?;
         let write = |path: &Path| fs::OpenOptions::new().write(true).open(path);
@@ -140,18 +144,19 @@ impl Floor {
             };
         }
         let mut stack = vec![0_u8; STACK];
-        // SAFETY: one past the end of the stack, aligned down to 16 as the ABI wants; it grows downwards.
+        // SAFETY: the pointer is one past the end of the stack, aligned down to 16 bytes as the ABI requires. The stack
+        // grows downwards.
         let top = unsafe { stack.as_mut_ptr().add(STACK & !15) };
-        // No handler of ours may run in the child, which has a copy of their table.
+        // All signals are blocked: no signal handler of this process may run in the child, which inherits the handlers.
         let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-        // SAFETY: the child runs `child` on a stack of its own and gets `order`, which outlives it here: with CLONE_VFORK
-        // this thread goes on only when the child has exec'ed or ended.
+        // SAFETY: the child runs `child` on a stack of its own and gets `order`. Both outlive its use of them, because
+        // with CLONE_VFORK this thread goes on only after the child has executed a program or ended.
         let pid = unsafe { libc::clone(child, top.cast(), flags, (&raw mut order).cast()) };
         let cloned = if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
         before.thread_set_mask()?;
         cloned?;
         if order.failed.0 != 0 {
-            // SAFETY: our own child, which has ended.
+            // SAFETY: the process is a child of this one and has ended.
             unsafe { libc::waitpid(pid, ptr::null_mut(), 0) };
             let error = io::Error::from_raw_os_error(order.failed.1);
             return Err(format!("step {} of the floor failed: {error}", order.failed.0).into());
@@ -160,12 +165,12 @@ impl Floor {
         Ok(Process { pid, handle, cgroup: CgroupPath::recorded(cgroup_path(spec)) })
     }
 
-    /// Removes what an ended container leaves.
+    /// Removes the cgroup of a container that has ended.
     pub(super) fn clear(&self, process: &Process) -> Result<(), Failure> {
         Ok(self.cgroups.remove(&process.cgroup)?)
     }
 
-    /// Makes the cgroup with its limits in every hierarchy: the files that move a process there.
+    /// Creates the cgroup with its limits in every hierarchy, and returns the files that move a process into it.
     fn make_cgroup(&self, spec: &Value) -> Result<Vec<CString>, Failure> {
         let path = cgroup_path(spec).trim_start_matches('/');
         let v2 = self.cgroups.mode() == CgroupMode::V2;
@@ -183,6 +188,7 @@ impl Floor {
         Ok(procs)
     }
 
+    /// Prepares everything that the child needs.
     fn order(&self, spec: &Value, procs: Vec<CString>, stdio: [c_int; 3]) -> Result<Order, Failure> {
         let root = PathBuf::from(spec["root"]["path"].as_str().unwrap_or_default());
         let strings = |value: &Value| -> Vec<String> {
@@ -195,7 +201,7 @@ impl Floor {
         let inside = |path: &str| root.join(path.trim_start_matches('/'));
         let mut masks = Vec::new();
         for path in strings(&spec["linux"]["maskedPaths"]) {
-            // What it is shows on the host's own /proc and /sys.
+            // Whether the path is a directory, and exists, is looked up in the host's own /proc and /sys.
             let Ok(metadata) = fs::metadata(&path) else { continue };
             let target = text(&inside(&path))?;
             let empty = CString::default();
@@ -288,7 +294,7 @@ fn text(path: &Path) -> Result<CString, Failure> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// The calls of one mount of the spec. Its target is made here, from outside.
+/// Returns the calls that make one mount of the spec, and creates the mount's target from outside of the container.
 fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
     let word = |key: &str| mount[key].as_str().unwrap_or_default().to_owned();
     let (source, kind) = (word("source"), word("type"));
@@ -309,7 +315,7 @@ fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
         }
     }
     let on_dev = target.starts_with(root.join("dev")) && target != root.join("dev");
-    // Below /dev they are made after that is mounted, by the child.
+    // Targets below /dev are created by the child, after /dev was mounted.
     if bind && fs::metadata(&source).is_ok_and(|source| source.is_file()) {
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent)?;
@@ -342,7 +348,7 @@ fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
     Ok(all)
 }
 
-/// Limits as runtimes write them on version 1 (cgroup-v1/*.rst).
+/// Writes the limits to a cgroup of version 1, as runtimes do (linux, Documentation/admin-guide/cgroup-v1).
 fn limit_v1(group: &Path, hierarchy: &Path, resources: &Value) -> io::Result<()> {
     let put = |file: &str, value: String| {
         let path = group.join(file);
@@ -350,7 +356,7 @@ fn limit_v1(group: &Path, hierarchy: &Path, resources: &Value) -> io::Result<()>
     };
     for file in ["cpuset.cpus", "cpuset.mems"] {
         if group.join(file).exists() {
-            // The parent may be new, too.
+            // The parent groups may be new, too, and then have no processors and memory nodes yet.
             let mut place = hierarchy.to_owned();
             for part in group.strip_prefix(hierarchy).into_iter().flat_map(Path::iter) {
                 let above = fs::read_to_string(place.join(file))?;
@@ -385,7 +391,7 @@ fn limit_v1(group: &Path, hierarchy: &Path, resources: &Value) -> io::Result<()>
     Ok(())
 }
 
-/// The same on version 2, but for devices, which are a BPF program there.
+/// Writes the limits to a cgroup of version 2, except those on devices, which need a BPF program there.
 fn limit_v2(group: &Path, resources: &Value) -> io::Result<()> {
     let shares = resources["cpu"]["shares"].as_u64().map(|shares| 1 + (shares.saturating_sub(2) * 9999) / 262_142);
     for (file, value) in [
@@ -404,27 +410,29 @@ fn limit_v2(group: &Path, resources: &Value) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs in the child, on memory that it shares with us: system calls only.
+/// Returns the cgroup's path from the spec.
 fn cgroup_path(spec: &Value) -> &str {
     spec["linux"]["cgroupsPath"].as_str().unwrap_or_default()
 }
 
+/// The child's entry point. It runs on memory that it shares with the parent, so it may only make system calls.
 extern "C" fn child(order: *mut c_void) -> c_int {
-    // SAFETY: `spawn` passes an `Order` that lives until this process has exec'ed or ended, and does not touch it
-    // meanwhile.
+    // SAFETY: `spawn` passes a `ChildPlan` that lives until this process has executed a program or ended, and does not
+    // access it until then.
     let order = unsafe { &mut *order.cast::<Order>() };
     let failed = container(order);
-    // SAFETY: errno is the parent thread's, who waits.
+    // SAFETY: this is errno of the parent's thread, which waits.
     order.failed = (failed, unsafe { *libc::__errno_location() });
-    // SAFETY: ends this process only, without running anything of the parent's.
+    // SAFETY: `_exit` ends this process only, and runs no exit handlers of the parent.
     unsafe { libc::_exit(127) }
 }
 
-/// Makes the container around this process and execs: the number of the step that failed.
+/// Makes the container around this process and executes its program. Returns only if a step fails: the number of that
+/// step. Number 17 stands for two steps, the signal mask and execve(2).
 fn container(order: &Order) -> c_int {
     let null = ptr::null::<c_char>();
-    // SAFETY: every pointer below comes from a CString, array or struct in `order` or on this stack, alive and
-    // terminated as the calls want it (mount(2), pivot_root(2), capset(2), seccomp(2), netdevice(7)).
+    // SAFETY: every pointer below comes from a CString, array or struct in `order` or on this stack. It is valid during
+    // the call and terminated as the call requires (mount(2), pivot_root(2), capset(2), seccomp(2), netdevice(7)).
     unsafe {
         for procs in &order.procs {
             let fd = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
@@ -443,7 +451,7 @@ fn container(order: &Order) -> c_int {
         let mut dev_is_made = false;
         for mount in &order.mounts {
             if !dev_is_made {
-                // The first that can't be reached yet lies on /dev, which is mounted by now.
+                // The first target that doesn't exist yet is below /dev, which is mounted by now.
                 dev_is_made = libc::access(mount.target.as_ptr(), libc::F_OK) != 0;
             }
             if dev_is_made {
@@ -497,7 +505,7 @@ fn container(order: &Order) -> c_int {
         }
         libc::close_range(3, libc::c_uint::MAX, 0);
         for capability in 0..=63 {
-            // EINVAL: the kernel knows no more of them.
+            // An error is EINVAL: the kernel knows no capabilities of this and higher numbers.
             if order.capabilities & (1_u64 << capability) == 0
                 && libc::prctl(libc::PR_CAPBSET_DROP, capability as libc::c_ulong, 0, 0, 0) != 0
             {
@@ -511,7 +519,7 @@ fn container(order: &Order) -> c_int {
         {
             return 12;
         }
-        // struct __user_cap_header_struct of version 3, and two of __user_cap_data_struct.
+        // A `struct __user_cap_header_struct` of version 3, and two of `struct __user_cap_data_struct`.
         let header: [u32; 2] = [0x2008_0522, 0];
         let (low, high) = (order.capabilities as u32, (order.capabilities >> 32) as u32);
         let sets: [u32; 6] = [low, low, 0, high, high, 0];
@@ -524,7 +532,7 @@ fn container(order: &Order) -> c_int {
         if libc::chdir(order.cwd.as_ptr()) != 0 {
             return 15;
         }
-        // Ignored signals stay ignored over execve(2), and so does the mask.
+        // execve(2) keeps the signal mask and leaves ignored signals ignored, so both are reset here.
         for signal in 1..=libc::SIGRTMAX() {
             libc::signal(signal, libc::SIG_DFL);
         }
@@ -543,12 +551,13 @@ fn container(order: &Order) -> c_int {
     17
 }
 
-/// Brings `lo` up, as runtimes do in a network namespace that they made.
+/// Sets the loopback device `lo` up, as runtimes do in a network namespace that they create.
 ///
 /// # Safety
-/// As `container`: system calls only.
+/// The child calls this, so it makes only system calls.
 unsafe fn loopback_up() -> bool {
-    // SAFETY: a zeroed ifreq is valid; the name fits; the union's member is the one that the call reads (netdevice(7)).
+    // SAFETY: a zeroed ifreq is valid; the name fits; the call reads the member of the union that was written
+    // (netdevice(7)).
     unsafe {
         let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
         if socket < 0 {

@@ -1,4 +1,4 @@
-//! One measured task: its directories, FIFOs and reader, made before any clock runs.
+//! One measured task: its directories, its FIFOs and their readers, which exist before the time is taken.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::{
     ids::random_hex,
 };
 
-/// One task.
+/// One measured task.
 #[derive(Debug)]
 pub struct Job {
     pub(super) id: String,
@@ -19,19 +19,19 @@ pub struct Job {
     stderr: Collector,
 }
 
-/// How long its program goes on.
+/// How long the task's program runs.
 #[derive(Debug, Clone, Copy)]
 enum Lives {
-    /// It ends at once.
+    /// The program ends at once.
     NotAtAll,
-    /// It waits for longer than any start's answer takes.
+    /// The program waits for longer than any subject takes to answer a start, then ends.
     Awhile,
-    /// It waits for SIGTERM.
+    /// The program waits for SIGTERM.
     UntilStopped,
 }
 
 impl Job {
-    /// Makes one below `allocs` that lives as `sequence` says.
+    /// Makes a task below `allocs` whose program runs as long as the steps of `sequence` need.
     pub(super) fn new(allocs: &Path, sequence: &[Step]) -> Result<Self, BenchError> {
         let id = format!("bench-{}", random_hex(8));
         let alloc = Alloc::create(allocs, &id)?;
@@ -48,7 +48,7 @@ impl Job {
         Ok(Self { id, alloc, dirs, lives, stdout, stderr })
     }
 
-    /// Its command.
+    /// Returns the program and its arguments.
     pub(super) fn command(&self) -> Vec<String> {
         let arguments: &[&str] = match self.lives {
             Lives::NotAtAll => &[],
@@ -58,17 +58,17 @@ impl Job {
         [&[stamp::PATH], arguments].concat().into_iter().map(str::to_owned).collect()
     }
 
-    /// What it has said: its first and its last stamp.
+    /// Returns the times that the program has written, in nanoseconds: of its first and of its last instruction.
     pub(super) fn stamps(&self) -> (Option<u64>, Option<u64>) {
         stamp::read(&self.stdout.bytes())
     }
 
-    /// What it has complained of.
+    /// Returns what the task has written to stderr.
     pub(super) fn complaints(&self) -> String {
         self.stderr.text()
     }
 
-    /// Its output is read to the end, and its directories go.
+    /// Reads the task's output to its end, for up to `limit`, and removes the task's directories.
     pub(super) async fn clear(self, limit: std::time::Duration) -> Result<(), BenchError> {
         for stream in [&self.stdout, &self.stderr] {
             stream.ended(limit).await;

@@ -1,4 +1,4 @@
-//! One task's life, step by step, and how long each took.
+//! Takes one task through the steps of a sequence and measures each step.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ use super::{
     stamp::now,
 };
 
-/// No step of a task's life takes longer.
+/// The limit for each step of a task.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// Nor does giving up one that failed.
+/// The limit for cleaning up after a task that failed.
 const ABANDON: Duration = Duration::from_secs(30);
 
-/// Has a path do something, within the limit.
+/// Waits for a step of a subject, for at most `STEP_TIMEOUT`. `doing` names the step in errors.
 pub(super) async fn within<T>(
     path: &str,
     doing: &'static str,
@@ -27,13 +27,15 @@ pub(super) async fn within<T>(
     }
 }
 
-/// One task's life: nanoseconds by metric.
+/// What was measured of one task.
 pub(super) struct Life {
+    /// Nanoseconds of the metrics in `summary::METRICS`.
     pub(super) main: Vec<(&'static str, u64)>,
+    /// Nanoseconds of further metrics.
     pub(super) details: Vec<(String, u64)>,
 }
 
-/// Takes a task through a sequence. Nothing of it is left, however that goes.
+/// Takes a task through a sequence of steps. Nothing of the task is left afterwards, even if a step fails.
 pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Life, BenchError> {
     match steps(path, &job, sequence).await {
         Ok(life) => job.clear(LIMIT).await.map(|()| life),
@@ -44,14 +46,15 @@ pub(super) async fn life(path: &Path, job: Job, sequence: &[Step]) -> Result<Lif
     }
 }
 
-/// Gives up a task that something went wrong with, or that nothing more is asked of.
+/// Ends and removes a task, whose steps may have failed or may not be complete.
 pub(super) async fn abandon(path: &Path, job: Job) {
     drop(tokio::time::timeout(ABANDON, path.abandon(&job)).await);
     drop(job.clear(Duration::ZERO).await);
 }
 
+/// Carries out the steps of a sequence.
 async fn steps(path: &Path, job: &Job, sequence: &[Step]) -> Result<Life, BenchError> {
-    // One clock for all: what the reader notes is carried over to it.
+    // All times are of one clock. The reader of the output uses `Instant`, whose times are converted by this pair.
     let (instant, base) = (std::time::Instant::now(), now());
     let mut life = Life { main: Vec::new(), details: Vec::new() };
     let (mut seen, mut stopped, mut destroyed) = (None, None, None);
@@ -65,7 +68,7 @@ async fn steps(path: &Path, job: &Job, sequence: &[Step]) -> Result<Life, BenchE
                 began = before;
                 within(&path.name, "start", path.start(job)).await?;
                 let command = matches!(path.way, Way::Runtime { .. } | Way::Engine { .. });
-                // A foreground command has no answer but the task's own.
+                // A foreground command answers only when the task has ended.
                 if !command && ends_itself {
                     life.main.push(("start_task", now() - before));
                 }
@@ -78,14 +81,14 @@ async fn steps(path: &Path, job: &Job, sequence: &[Step]) -> Result<Life, BenchE
                 let well = within(&path.name, "wait", path.wait(job)).await?;
                 seen = Some(now());
                 if !well {
-                    let problem = format!("the task did not end well: {}", job.complaints());
+                    let problem = format!("the task did not exit with code 0: {}", job.complaints());
                     return Err(BenchError::Unsound { path: path.name.clone(), problem });
                 }
                 life.details.extend(path.phases(job).await.into_iter().map(|(name, ms)| {
                     #[allow(
                         clippy::cast_possible_truncation,
                         clippy::cast_sign_loss,
-                        reason = "milliseconds of a start"
+                        reason = "a start takes few milliseconds"
                     )]
                     let nanoseconds = (ms * 1e6) as u64;
                     (format!("phase.{name}"), nanoseconds)
@@ -113,10 +116,10 @@ async fn steps(path: &Path, job: &Job, sequence: &[Step]) -> Result<Life, BenchE
     job.stdout.ended(LIMIT).await;
     let (first, last) = job.stamps();
     let (Some(first), Some(last)) = (first, last) else {
-        let problem = format!("the task did not say when it ran: {}", job.complaints());
+        let problem = format!("the task did not write when it ran: {}", job.complaints());
         return Err(BenchError::Unsound { path: path.name.clone(), problem });
     };
-    // A sandbox has a clock of its own, which begins with it: its stamps tell that it ran, and nothing else.
+    // A gVisor sandbox has a clock of its own, which begins with the sandbox: its times show only that the task ran.
     let (first, last) = if first < began { (None, None) } else { (Some(first), Some(last)) };
     if lingers {
         let gone = last.zip(seen).map(|(last, seen)| seen.saturating_sub(last));
@@ -146,12 +149,12 @@ async fn steps(path: &Path, job: &Job, sequence: &[Step]) -> Result<Life, BenchE
     Ok(life)
 }
 
-/// A stop before the task is ready for it would measure something else.
+/// Waits until the task can be stopped. Stopping it earlier would measure something else.
 pub(super) async fn stoppable(path: &Path, job: &Job) -> Result<(), BenchError> {
     let deadline = tokio::time::Instant::now() + LIMIT;
     while job.stamps().0.is_none() || !path.is_known(job).await {
         if tokio::time::Instant::now() > deadline {
-            return Err(BenchError::Late { path: path.name.clone(), doing: "say that it runs" });
+            return Err(BenchError::Late { path: path.name.clone(), doing: "report that the task runs" });
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

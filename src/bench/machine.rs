@@ -1,4 +1,4 @@
-//! The machine, and how quiet it was.
+//! Describes the host, and measures how quiet it was during the run.
 
 use std::{collections::BTreeMap, fs, io, time::Duration};
 
@@ -10,35 +10,37 @@ use crate::{
     process,
 };
 
-/// What figures are worth little without.
+/// The host that figures were measured on. Figures mean little without it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Of the kernel.
+    /// The kernel's release.
     pub kernel: String,
-    /// Processors.
+    /// The number of processors.
     pub cpus: usize,
-    /// The first one's name.
+    /// The first processor's model name.
     pub cpu: String,
-    /// Of memory.
+    /// The size of the memory in MiB.
     pub memory_mib: u64,
-    /// 1 (hybrid included) or 2.
+    /// The version of cgroups: 1 (also on hybrid hosts) or 2.
     pub cgroup_version: u8,
-    /// Mean number of busy processes in the last minute, before and after.
+    /// The load average of the last minute before the run.
     pub load_before: f64,
-    /// After.
+    /// The load average of the last minute after the run.
     pub load_after: f64,
-    /// A fixed piece of work, over and over between the measurements: its 90th percentile by its minimum.
+    /// How evenly the host worked: a fixed piece of work is timed again and again between the measurements, and this is
+    /// the 90th percentile of its time divided by the minimum.
     pub unevenness: f64,
-    /// Was it too noisy for the figures to mean much?
+    /// Whether the host was too busy for the figures to mean much.
     pub noisy: bool,
-    /// Versions of the programs involved.
+    /// The versions of the programs that may be involved, by name.
     pub programs: BTreeMap<String, String>,
 }
 
-/// Above this, medians move by themselves.
+/// The largest unevenness of a quiet host. Above it, medians change from run to run.
 const UNEVEN: f64 = 1.6;
 
 impl Machine {
+    /// Describes this host, before the run.
     pub(super) fn look() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let field = |text: &str, name: &str| {
@@ -61,6 +63,7 @@ impl Machine {
         }
     }
 
+    /// Decides by the times of the fixed work and by the load whether the host was noisy.
     pub(super) fn judge(&mut self, mut work: Vec<u64>) {
         self.load_after = load();
         work.sort_unstable();
@@ -68,13 +71,13 @@ impl Machine {
         if let (Some(least), Some(most)) = (work.first(), work.get(work.len() * 9 / 10)) {
             self.unevenness = *most as f64 / (*least).max(1) as f64;
         }
-        #[allow(clippy::cast_precision_loss, reason = "a handful")]
+        #[allow(clippy::cast_precision_loss, reason = "a small number")]
         let busy = self.load_before > self.cpus as f64 * 0.75;
         self.noisy = busy || self.unevenness > UNEVEN;
     }
 }
 
-/// Versions of the programs that may be involved.
+/// Returns the versions of the programs that may be involved, by name.
 pub(super) async fn programs() -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     for (name, flag) in [
@@ -95,12 +98,13 @@ pub(super) async fn programs() -> BTreeMap<String, String> {
     found
 }
 
+/// Returns the load average of the last minute.
 fn load() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or_default()
 }
 
-/// A millisecond or so of work that does not depend on anything: how long it took.
+/// Does about a millisecond of work that depends on nothing but the processor, and returns the nanoseconds it took.
 pub(super) fn fixed_work() -> u64 {
     use sha2::Digest as _;
     let began = now();
@@ -113,7 +117,7 @@ pub(super) fn fixed_work() -> u64 {
     now() - began
 }
 
-/// Ticks of all processors spent on anything but waiting, and how many make a second.
+/// Returns the clock ticks that all processors together have spent on anything but idling.
 pub(super) fn cpu_ticks() -> u64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let numbers: Vec<u64> = text
@@ -128,14 +132,14 @@ pub(super) fn cpu_ticks() -> u64 {
     [0, 1, 2, 5, 6].iter().filter_map(|n| numbers.get(*n)).sum()
 }
 
-/// Proportional set size of a process in KiB (proc_pid_smaps(5)); 0 when it is gone.
+/// Returns the proportional set size of a process in KiB (proc_pid_smaps(5)); 0 if the process has ended.
 pub(super) fn pss(pid: u32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap_or_default();
     line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or_default()
 }
 
-/// Processes whose command line holds `text`, with their names.
+/// Returns the pids and names of processes whose command line contains `text`.
 ///
 /// # Errors
 /// When `/proc` can't be listed.

@@ -1,4 +1,5 @@
-//! The run: every path in turn, block by block, so that what the machine does meanwhile meets all of them.
+//! Runs a plan: measures the subjects in turn, in blocks of tasks, so that other work of the machine affects all of
+//! them alike.
 
 use std::{
     collections::BTreeMap,
@@ -30,36 +31,38 @@ use crate::{
     process::descendants,
 };
 
-/// The name that jobs know this driver by.
+/// The name under which the benchmark starts this driver.
 const DRIVER: &str = "shim";
-/// After a block, for what a path does in the background.
+/// The pause after a block of tasks, in which a subject can complete its work in the background.
 const SETTLE: Duration = Duration::from_millis(150);
-/// The memory of idle tasks is counted when starts are over and done with.
+/// The pause before the memory of idle tasks is counted, in which all work for their starts is completed.
 const IDLE: Duration = Duration::from_secs(3);
 
-/// Where the benchmark works.
+/// The programs, directories and services that the benchmark uses.
 #[derive(Debug, Clone)]
 pub struct Ground {
-    /// This program.
+    /// The program of this driver.
     pub program: PathBuf,
-    /// Sockets, records, bundles; short, and its own.
+    /// Directory for sockets, records and bundles. It belongs to this run, and its path is short because of the
+    /// sockets.
     pub run: PathBuf,
-    /// Bundles of the paths without a driver, on the disk that a node would have its writable layers on.
+    /// Directory for the bundles of the subjects without a driver, on the disk that a node has its writable layers on.
     pub state: PathBuf,
-    /// Where this driver's image records and writable layers are; kept.
+    /// This driver's state directory with its image records and writable layers. It is kept after the run.
     pub images: PathBuf,
-    /// containerd's socket.
+    /// The path of containerd's socket.
     pub address: PathBuf,
-    /// containerd's namespace.
+    /// The namespace in containerd.
     pub namespace: String,
-    /// Told after each task.
+    /// Called after each task with the number of tasks, to show progress.
     pub tick: fn(u64),
 }
 
-/// Carries a plan out.
+/// Carries out a plan.
 ///
 /// # Errors
-/// When this driver's spec can't be had. A path that fails is left out from then on, and named.
+/// When this driver's spec can't be read, or the benchmark's own files can't be used. A subject that fails is left out
+/// from then on and listed in the results.
 pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
     let mut machine = Machine::look();
     let allocs = ground.run.join("allocs");
@@ -70,7 +73,7 @@ pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
     if bench.templates.program.hash() != spec_hash {
         return Err(BenchError::Unsound {
             path: "driver".to_owned(),
-            problem: "its spec for crun is not the one for runc".to_owned(),
+            problem: "the spec that it writes for crun differs from the one for runc".to_owned(),
         });
     }
     let mut paths = Vec::new();
@@ -111,13 +114,13 @@ pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
     })
 }
 
-/// The spec in both forms: with the seccomp profile as JSON, and with the compiled program.
+/// The spec in both forms: with the seccomp profile as JSON (for runc), and with the compiled filter (for crun).
 struct Templates {
     json: Template,
     program: Template,
 }
 
-/// Both forms, from this driver.
+/// Starts a task by this driver with each of the two runtimes and reads the spec that the driver writes for it.
 async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError> {
     let of = async |runtime: &str| -> Result<Template, BenchError> {
         let name = format!("probe-{runtime}");
@@ -130,9 +133,9 @@ async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError
         let allocs = ground.run.join("allocs");
         let job = Job::new(&allocs, &[Step::Start, Step::Stop, Step::Destroy])?;
         let outcome = async {
-            within(&path.name, "start a task for its spec", path.start(&job)).await?;
+            within(&path.name, "start a task to read its spec", path.start(&job)).await?;
             let template = Template::of_driver(&run, &ground.images, &plan.image, &job);
-            within(&path.name, "remove that task", path.destroy(&job)).await?;
+            within(&path.name, "remove the task whose spec was read", path.destroy(&job)).await?;
             template
         };
         let outcome = outcome.await;
@@ -143,12 +146,14 @@ async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError
     Ok(Templates { json: of("runc").await?, program: of("crun").await? })
 }
 
+/// Returns `base` with `over` merged into it.
 fn merged(base: &Value, over: &Value) -> Value {
     let mut value = base.clone();
     merge(&mut value, over);
     value
 }
 
+/// The configuration of this driver's plugin, with a run directory called `name`.
 fn driver_config(ground: &Ground, name: &str) -> Value {
     json!({
         "containerd": { "address": ground.address, "namespace": ground.namespace },
@@ -157,19 +162,22 @@ fn driver_config(ground: &Ground, name: &str) -> Value {
     })
 }
 
-/// What has been measured.
+/// What has been measured so far.
 #[derive(Default)]
 struct Taken {
+    /// The names of the subjects, by the index that keys of samples use.
     names: Vec<String>,
     left_out: BTreeMap<String, String>,
     main: Measured,
     details: Measured,
     throughput: Vec<Throughput>,
     memory: Vec<Memory>,
+    /// The times of the fixed work that shows how quiet the machine was.
     work: Vec<u64>,
 }
 
 impl Taken {
+    /// Leaves a subject out from now on, because of an error.
     fn leave_out(&mut self, path: &str, error: &BenchError) {
         self.left_out.insert(path.to_owned(), crate::chain(error));
     }
@@ -178,6 +186,7 @@ impl Taken {
         self.left_out.contains_key(&path.name)
     }
 
+    /// Adds the samples of one task.
     fn note(&mut self, life: Life, path: usize, mode: Mode, concurrency: usize) {
         let key = |metric: String| Key { path, mode, concurrency, metric };
         for (metric, value) in life.main {
@@ -189,6 +198,7 @@ impl Taken {
     }
 }
 
+/// One run of a plan.
 struct Bench<'a> {
     plan: &'a Plan,
     ground: &'a Ground,
@@ -197,6 +207,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
+    /// Makes a subject ready to run tasks.
     async fn open(&self, plan: &PathPlan) -> Result<Path, BenchError> {
         let ground = self.ground;
         let installed = |name: &str| {
@@ -256,9 +267,10 @@ impl Bench<'_> {
         Ok(Path { name: plan.name.clone(), way })
     }
 
-    /// Everything, interleaved. A path that fails once is left out from then on, with what it had.
+    /// Measures everything, interleaved. A subject that fails once is left out from then on; its earlier samples stay.
     async fn take(&self, paths: &mut Vec<Arc<Path>>, taken: &mut Taken) -> Result<(), BenchError> {
-        // Warm: pulls, caches, pools; and who can't do it at all.
+        // A first round that is not measured pulls images, fills caches and pools, and finds the subjects that don't
+        // work.
         let mut warm = Vec::new();
         for path in paths.drain(..) {
             let mut outcome: Result<(), BenchError> = Ok(());
@@ -317,7 +329,8 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// A floor whose task is not confined as runc's would be no floor: how it is not.
+    /// Returns how the confinement of the floor's task differs from the confinement of runc's task, or why that is not
+    /// known; `None` if it doesn't differ. A floor that confines its task less would be no fair lower bound.
     async fn unlike_runc(&self, floor: &Path) -> Result<Option<String>, BenchError> {
         let runc = match self.open(&PathPlan::new("confinement", Kind::Runc)).await {
             Ok(runc) => runc,
@@ -330,7 +343,7 @@ impl Bench<'_> {
             let portrait = async {
                 within(&path.name, "start", path.start(&job)).await?;
                 stoppable(path, &job).await?;
-                let pid = within(&path.name, "say who its task is", path.pid(&job)).await?;
+                let pid = within(&path.name, "report the pid of its task", path.pid(&job)).await?;
                 Ok::<_, BenchError>(confinement::portrait(pid))
             };
             let portrait = portrait.await;
@@ -344,6 +357,7 @@ impl Bench<'_> {
         Ok((!differences.is_empty()).then(|| format!("not confined as runc's task: {}", differences.join("; "))))
     }
 
+    /// Runs the tasks of a sequence one at a time, in blocks of one subject after another.
     async fn alone(
         &self,
         paths: &[Arc<Path>],
@@ -356,7 +370,7 @@ impl Bench<'_> {
         while done < self.plan.count {
             let block = self.plan.block.min(self.plan.count - done);
             for n in 0..paths.len() {
-                // Each round begins with another one.
+                // Each round begins with another subject.
                 let index = (n + round) % paths.len();
                 let path = &paths[index];
                 for _ in 0..block {
@@ -382,11 +396,12 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// Runs `concurrency` tasks at once, and measures the throughput.
     async fn together(&self, paths: &[Arc<Path>], concurrency: usize, taken: &mut Taken) -> Result<(), BenchError> {
         let Some(sequence) = self.plan.sequences.iter().find(|sequence| sequence.contains(&Step::Wait)) else {
             return Ok(());
         };
-        // Two turns each, so that a slow spell of the machine meets more than one.
+        // Each subject gets two turns, so that a slow phase of the machine affects more than one subject.
         let turn = self.plan.concurrent_count.div_ceil(2);
         let mut sums: Vec<(usize, u64, u64)> = vec![(0, 0, 0); paths.len()];
         for _ in 0..2 {
@@ -422,7 +437,7 @@ impl Bench<'_> {
                         Ok(lives) => {
                             lives.into_iter().for_each(|life| taken.note(life, index, Mode::BackToBack, concurrency));
                         }
-                        // The others end what they are at, and begin nothing more.
+                        // The other workers complete their current task and begin no further one.
                         Err(error) => {
                             taken.leave_out(&path.name, &error);
                             jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
@@ -431,7 +446,7 @@ impl Bench<'_> {
                 }
                 let sum = &mut sums[index];
                 sum.1 += now() - began;
-                // What is still done in the background is paid for, too.
+                // Work in the background counts as well: it uses the processor for these tasks.
                 tokio::time::sleep(SETTLE * 4).await;
                 *sum = (sum.0 + turn, sum.1, sum.2 + machine::cpu_ticks() - ticks);
             }
@@ -453,7 +468,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// What lives beside so many idle tasks.
+    /// Starts idle tasks, and counts the memory of all processes that a subject runs for them.
     async fn idle(&self, path: &Path, jobs: &mut Vec<Job>) -> Result<Memory, BenchError> {
         let sequence = [Step::Start, Step::Stop, Step::Destroy];
         for _ in 0..self.plan.idle_tasks {
@@ -468,7 +483,8 @@ impl Bench<'_> {
             all.extend(descendants(daemon).map_err(unlisted)?.into_iter().chain([daemon]).map(|pid| (pid, name(pid))));
         }
         if let Way::Containerd { .. } = path.way {
-            // The daemon itself, whoever has started it, and the shims that it has started for us.
+            // The daemon itself, which another process may have started, and the shims that it has started for these
+            // tasks.
             let daemon = tokio::net::UnixStream::connect(&self.ground.address).await;
             let daemon = daemon.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
             all.extend(daemon.map(|pid| (pid.cast_unsigned(), name(pid.cast_unsigned()))));
@@ -476,7 +492,7 @@ impl Bench<'_> {
                 all.extend(machine::processes(&format!("-id {}", job.id)).map_err(unlisted)?);
             }
         }
-        // The tasks themselves are everybody's alike.
+        // The tasks' own processes are the same for every subject, so they are not counted.
         all.retain(|_, name| name != "stamp");
         let mut parts: BTreeMap<String, (usize, u64)> = BTreeMap::new();
         for (pid, name) in all {

@@ -1,14 +1,18 @@
-//! The benchmark: the same task through this driver, any other Nomad driver plugin, containerd's own path, runc, crun and
-//! the bare kernel, in one interleaved run.
+//! The benchmark: runs the same task by this driver, other Nomad driver plugins, containerd's own services, runc, crun,
+//! runsc, docker, podman and bare system calls (the floor), in one interleaved run.
 //!
-//! What is measured is the same for all: a task that stamps its first and its last instruction (`stamp`), read from the
-//! same FIFOs by the same reader. It knows this driver only by the wire, and by the spec that it writes, which the paths
-//! without a driver are given, too.
+//! The things that are compared are called subjects in the code, and paths in plan files and results. All subjects run
+//! the same program, which writes the time of its first and of its last instruction (`stamp`), and its output is read
+//! from the same kind of FIFO by the same reader. The benchmark uses this driver only by Nomad's plugin protocol; it
+//! also reads the OCI spec that the driver writes, and runs that spec with the subjects that need one.
+//!
+//! - `plan`: what is measured. `measure`: the run. `lifecycle`: one task from start to removal. `job`: a task's files.
+//! - `subject`: how each subject starts, stops and removes a task. `floor`: a container by raw system calls.
+//! - `template`: the OCI spec. `confinement`: checks that the floor confines its task as runc does.
+//! - `summary`: figures from samples. `report`, `pictures`: results for people. `machine`: the host, and how quiet it
+//!   was.
 
-#![allow(
-    clippy::large_futures,
-    reason = "one run in a process, whose futures lie on the heap by the command line's own box"
-)]
+#![allow(clippy::large_futures, reason = "a process makes one run, and the command line boxes its future")]
 
 mod confinement;
 mod floor;
@@ -33,48 +37,49 @@ pub use plan::{Kind, Mode, PathPlan, Plan, Step};
 pub use report::{compare, html, table};
 pub use summary::{Results, Row};
 
-/// Why something could not be measured.
+/// Why the benchmark, or one of its subjects, failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// A path did not do what it was asked.
+    /// A subject failed to carry out a step.
     #[error("{path}: {doing}")]
     Path {
-        /// Its name.
+        /// The subject's name.
         path: String,
-        /// What it was asked.
+        /// The step, as a verb phrase.
         doing: &'static str,
-        /// Why not.
+        /// The error of the step.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// It took for ever.
+    /// A subject did not complete a step in time.
     #[error("{path}: {doing}: no answer in {} s", life::LIMIT.as_secs())]
     Late {
-        /// Its name.
+        /// The subject's name.
         path: String,
-        /// What it was asked.
+        /// The step, as a verb phrase.
         doing: &'static str,
     },
-    /// Something is not as it must be for the figures to mean anything.
+    /// A precondition is not met, without which the figures would mean nothing.
     #[error("{path}: {problem}")]
     Unsound {
-        /// Its name.
+        /// The subject's name.
         path: String,
-        /// What.
+        /// What is wrong.
         problem: String,
     },
-    /// Our own files.
+    /// A file or directory of the benchmark can't be used.
     #[error("{path}")]
     File {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Nomad's side.
+    /// A plugin can't be started or called, or a task's directories can't be made or removed.
     #[error(transparent)]
     Host(#[from] crate::host::HostError),
 }
 
+/// Makes the error of a file operation.
 fn file(path: &std::path::Path) -> impl Fn(io::Error) -> BenchError {
     let path = path.to_owned();
     move |source| BenchError::File { path: path.clone(), source }

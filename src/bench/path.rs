@@ -1,4 +1,5 @@
-//! The things compared, each driven in its own way, all asked the same.
+//! The subjects of the benchmark: the things that are compared. Each has its own way to start, wait for, stop and
+//! remove a task, behind the same methods.
 
 use std::{
     collections::HashMap,
@@ -32,34 +33,34 @@ use crate::{
     },
 };
 
-/// Before a stop turns into a kill.
+/// How long a task may take to stop before it is killed. This is also the limit of an exec.
 const STOP: prost_types::Duration = prost_types::Duration { seconds: 30, nanos: 0 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// One of the things compared, ready.
+/// One of the things that are compared, ready to run tasks.
 #[derive(Debug)]
 pub struct Path {
     pub(super) name: String,
     pub(super) way: Way,
 }
 
-/// How it is driven.
+/// How a subject runs tasks.
 #[derive(Debug)]
 pub enum Way {
-    /// A driver plugin.
+    /// By calls to a Nomad driver plugin.
     Plugin(Box<PluginWay>),
-    /// containerd's own services.
+    /// By calls to containerd's own services.
     Containerd { client: Client, lease: LeaseId, template: Template },
-    /// An OCI runtime's command line.
+    /// By the command line of an OCI runtime, in the foreground.
     Runtime { binary: PathBuf, flags: Vec<String>, dir: PathBuf, template: Template, running: Running<Child> },
-    /// docker's or podman's.
+    /// By the command line of docker or podman, in the foreground.
     Engine { binary: PathBuf, image: String, running: Running<Child> },
-    /// Raw calls.
+    /// By raw system calls.
     Floor { dir: PathBuf, template: Template, floor: Box<Floor>, running: Running<Process> },
 }
 
-/// What runs, by task.
+/// The processes of running tasks, by the task's id.
 #[derive(Debug)]
 pub struct Running<T>(Mutex<HashMap<String, T>>);
 
@@ -75,14 +76,14 @@ impl<T> Running<T> {
     }
 
     fn take(&self, job: &Job) -> Result<T, Failure> {
-        Ok(self.map().remove(&job.id).ok_or("it does not run")?)
+        Ok(self.map().remove(&job.id).ok_or("the task does not run")?)
     }
 
     fn get(&self, job: &Job) -> Result<T, Failure>
     where
         T: Clone,
     {
-        Ok(self.map().get(&job.id).cloned().ok_or("it does not run")?)
+        Ok(self.map().get(&job.id).cloned().ok_or("the task does not run")?)
     }
 
     fn map(&self) -> MutexGuard<'_, HashMap<String, T>> {
@@ -90,7 +91,7 @@ impl<T> Running<T> {
     }
 }
 
-/// A plugin and what its tasks are given.
+/// A plugin, and the options of the tasks that it runs.
 #[derive(Debug)]
 pub struct PluginWay {
     pub(super) plugin: Plugin,
@@ -99,7 +100,7 @@ pub struct PluginWay {
     pub(super) schema: Option<Spec>,
 }
 
-/// Overlays one JSON object over another, block by block.
+/// Merges one JSON object into another, recursively: values of `from` replace those of `into`.
 pub(super) fn merge(into: &mut Value, from: &Value) {
     match (into, from) {
         (Value::Object(into), Value::Object(from)) => {
@@ -112,7 +113,7 @@ pub(super) fn merge(into: &mut Value, from: &Value) {
 }
 
 impl PluginWay {
-    /// Starts a plugin as an agent does, and configures it.
+    /// Starts a plugin as an agent does, configures it, and asks for its schema of task options.
     pub(super) async fn launch(launch: &Launch, config: &Value, image: &str, task: Value) -> Result<Self, BenchError> {
         let plugin = Plugin::launch(launch).await?;
         if let Err(error) = plugin.configure(config).await {
@@ -139,7 +140,8 @@ impl PluginWay {
 }
 
 impl Path {
-    /// Starts the task: returns when whoever asked would be told that it runs.
+    /// Starts the task. Returns when the subject reports to its caller that the task runs; a foreground command never
+    /// does, so for one this returns when the command was started.
     pub(super) async fn start(&self, job: &Job) -> Result<(), Failure> {
         match &self.way {
             Way::Plugin(way) => way.start(job).await,
@@ -192,7 +194,7 @@ impl Path {
         }
     }
 
-    /// Waits for its end: true when it ended well.
+    /// Waits for the task's end and returns whether its exit code was 0.
     pub(super) async fn wait(&self, job: &Job) -> Result<bool, Failure> {
         match &self.way {
             Way::Plugin(way) => {
@@ -208,7 +210,7 @@ impl Path {
         }
     }
 
-    /// Has it stop: returns when it has.
+    /// Stops the task and waits for its end.
     pub(super) async fn stop(&self, job: &Job) -> Result<(), Failure> {
         match &self.way {
             Way::Plugin(way) => {
@@ -238,15 +240,17 @@ impl Path {
         self.wait(job).await.map(drop)
     }
 
-    /// Can it be told to stop? crun notes a task when that may have begun already (1.8).
+    /// Returns whether the task can be stopped. An OCI runtime has to know the task first: crun 1.8 writes a
+    /// container's state only when the task may run already.
     pub(super) async fn is_known(&self, job: &Job) -> bool {
         !matches!(self.way, Way::Runtime { .. }) || self.pid(job).await.is_ok()
     }
 
-    /// Ends and removes what there is of a task, whatever went wrong with it before. That is told; not what lacks here.
+    /// Ends and removes whatever is left of a task that has failed. Further errors are ignored: the failure was
+    /// reported already.
     pub(super) async fn abandon(&self, job: &Job) {
         let will_end = match &self.way {
-            // Its removal ends it.
+            // `destroy` ends the task as well.
             Way::Plugin(_) => false,
             Way::Containerd { client, .. } => client.kill_all(&job.id).await.is_ok(),
             Way::Runtime { binary, dir, .. } => {
@@ -267,7 +271,7 @@ impl Path {
         drop(self.destroy(job).await);
     }
 
-    /// Removes it.
+    /// Removes the task.
     pub(super) async fn destroy(&self, job: &Job) -> Result<(), Failure> {
         match &self.way {
             Way::Plugin(way) => {
@@ -291,9 +295,9 @@ impl Path {
         Ok(())
     }
 
-    /// Runs a process in it.
+    /// Runs a process in the task.
     pub(super) async fn exec(&self, job: &Job) -> Result<(), Failure> {
-        let Way::Plugin(way) = &self.way else { return Err("exec is for plugins".into()) };
+        let Way::Plugin(way) = &self.way else { return Err("only plugins can run the step exec".into()) };
         let request = ExecTaskRequest {
             task_id: PluginWay::task_id(job),
             command: vec![super::stamp::PATH.to_owned()],
@@ -303,27 +307,28 @@ impl Path {
         Ok(())
     }
 
-    /// Asks what it uses, once.
+    /// Reads the task's resource usage once.
     pub(super) async fn stats(&self, job: &Job) -> Result<(), Failure> {
-        let Way::Plugin(way) = &self.way else { return Err("stats are for plugins".into()) };
+        let Way::Plugin(way) = &self.way else { return Err("only plugins can run the step stats".into()) };
         let request = TaskStatsRequest {
             task_id: PluginWay::task_id(job),
             collection_interval: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
         };
         let mut stream = way.plugin.driver().task_stats(request).await.map_err(called("TaskStats"))?.into_inner();
-        stream.message().await?.ok_or("no statistics")?;
+        stream.message().await?.ok_or("the plugin sent no statistics")?;
         Ok(())
     }
 
-    /// Sends a signal that it does not heed.
+    /// Sends the task a signal that its program ignores.
     pub(super) async fn signal(&self, job: &Job) -> Result<(), Failure> {
-        let Way::Plugin(way) = &self.way else { return Err("signals are for plugins".into()) };
+        let Way::Plugin(way) = &self.way else { return Err("only plugins can run the step signal".into()) };
         let request = SignalTaskRequest { task_id: PluginWay::task_id(job), signal: "SIGWINCH".to_owned() };
         way.plugin.driver().signal_task(request).await.map_err(called("SignalTask"))?;
         Ok(())
     }
 
-    /// How long the parts of its start took, by our own driver's word: milliseconds by name.
+    /// Returns how long the phases of the task's start took, as this driver reports it: milliseconds by name. Empty for
+    /// other subjects.
     pub(super) async fn phases(&self, job: &Job) -> Vec<(String, f64)> {
         let Way::Plugin(way) = &self.way else { return Vec::new() };
         let request = InspectTaskRequest { task_id: PluginWay::task_id(job) };
@@ -338,7 +343,7 @@ impl Path {
             .collect()
     }
 
-    /// The process of a task that runs, on the host.
+    /// Returns the pid, on the host, of a running task's process.
     pub(super) async fn pid(&self, job: &Job) -> Result<u32, Failure> {
         match &self.way {
             Way::Runtime { binary, dir, .. } => {
@@ -346,14 +351,14 @@ impl Path {
                 command.args(["state", &job.id]).stdin(Stdio::null());
                 let output = command.kill_on_drop(true).output().await?;
                 let state: Value = serde_json::from_slice(&output.stdout)?;
-                Ok(state["pid"].as_u64().and_then(|pid| pid.try_into().ok()).ok_or("no pid in its state")?)
+                Ok(state["pid"].as_u64().and_then(|pid| pid.try_into().ok()).ok_or("the runtime reports no pid")?)
             }
             Way::Floor { running, .. } => Ok(running.get(job)?.pid()),
-            _ => Err("it does not say".into()),
+            _ => Err("this subject does not report the pids of its tasks".into()),
         }
     }
 
-    /// The processes that it keeps beside the tasks.
+    /// Returns the pids of the daemons that the subject runs besides the tasks.
     pub(super) fn daemons(&self) -> Vec<u32> {
         match &self.way {
             Way::Plugin(way) => way.plugin.pid().into_iter().collect(),
@@ -361,12 +366,12 @@ impl Path {
         }
     }
 
-    /// Does it have something that lives between tasks, whose memory could be counted?
+    /// Returns whether the subject has processes that live longer than a task, whose memory can be counted.
     pub(super) fn has_memory(&self) -> bool {
         matches!(self.way, Way::Plugin(_) | Way::Containerd { .. })
     }
 
-    /// Ends what only it uses.
+    /// Ends and removes what only this subject uses.
     pub(super) async fn close(self) {
         match self.way {
             Way::Plugin(way) => {
@@ -378,14 +383,14 @@ impl Path {
     }
 }
 
-/// An OCI runtime's command on its own tasks.
+/// Returns a command of an OCI runtime whose state is below `dir`.
 fn runtime(binary: &FilePath, dir: &FilePath) -> tokio::process::Command {
     let mut command = tokio::process::Command::new(binary);
     command.arg("--root").arg(dir.join("state"));
     command
 }
 
-/// Starts a foreground command with the task's FIFOs as its output.
+/// Starts a command in the foreground, with the task's FIFOs as its stdout and stderr.
 fn spawn(mut command: tokio::process::Command, job: &Job) -> Result<tokio::process::Child, Failure> {
     let write = |path: &FilePath| fs::OpenOptions::new().write(true).open(path);
     let (stdout, stderr) =
@@ -393,19 +398,20 @@ fn spawn(mut command: tokio::process::Command, job: &Job) -> Result<tokio::proce
     Ok(command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).kill_on_drop(true).spawn()?)
 }
 
+/// Runs a command to its end. What it wrote to stderr is the error if it fails.
 async fn check(mut command: tokio::process::Command) -> Result<(), Failure> {
     let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await?;
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).trim().to_owned().into()) }
 }
 
-/// hosts and resolv.conf, which the spec mounts from the bundle.
+/// Writes `hosts` and `resolv.conf`, which the spec mounts from the bundle.
 fn own_files(bundle: &FilePath) -> std::io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(bundle)?;
     fs::write(bundle.join("hosts"), "127.0.0.1 localhost\n")?;
     fs::write(bundle.join("resolv.conf"), "")
 }
 
-/// A bundle with its root file system, as the driver makes it.
+/// Makes a bundle and mounts its root file system, as this driver does.
 fn mount(bundle: &FilePath, template: &Template) -> std::io::Result<()> {
     own_files(bundle)?;
     for directory in ["rootfs", "upper", "work"] {
@@ -414,6 +420,7 @@ fn mount(bundle: &FilePath, template: &Template) -> std::io::Result<()> {
     overlay::mount_writable(&template.lowers, &template.overlay_options, bundle, &bundle.join("rootfs"))
 }
 
+/// Unmounts a bundle's root file system and removes the bundle.
 fn unmount(bundle: &FilePath) -> std::io::Result<()> {
     nix::mount::umount2(&bundle.join("rootfs"), nix::mount::MntFlags::MNT_DETACH)?;
     fs::remove_dir_all(bundle)

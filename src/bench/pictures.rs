@@ -1,4 +1,5 @@
-//! Distributions as pictures: SVG by hand, well-formed, readable by itself and inside of a page.
+//! Draws distributions as SVG. Each picture is well-formed XML, so that it is readable as a file and inside of an HTML
+//! page.
 
 use std::fmt::Write as _;
 
@@ -7,30 +8,31 @@ use super::{
     summary::{METRICS, Samples},
 };
 
+/// The colours of the subjects.
 const COLOURS: [&str; 9] =
     ["#0b7a75", "#7fc8c2", "#c1440e", "#e08e45", "#8a6fbf", "#444444", "#1f5fbf", "#b03a78", "#808000"];
 
-/// One picture.
+/// One picture: the distributions of one metric.
 #[derive(Debug, Clone)]
 pub struct Picture<'a> {
-    /// What of the tasks.
+    /// The metric's name.
     pub metric: &'a str,
-    /// How they were run.
+    /// How the tasks were run.
     pub mode: Mode,
-    /// How many at once.
+    /// How many tasks ran at once.
     pub concurrency: usize,
     /// The picture, as an `svg` element.
     pub svg: String,
 }
 
 impl Picture<'_> {
-    /// What it is called as a file.
+    /// The name of the picture's file.
     pub fn file_name(&self) -> String {
         format!("{}-{}-{}.svg", self.metric, self.mode.name(), self.concurrency)
     }
 }
 
-/// The paths of a run in the order of its plan, each with its colour.
+/// Returns the names of the measured subjects in the order of the plan, each with its colour.
 pub(super) fn paths(results: &Results) -> Vec<(&str, &'static str)> {
     let mut paths: Vec<&str> = results.rows.iter().map(|row| row.path.as_str()).collect();
     paths.sort_by_key(|path| results.plan.paths.iter().position(|plan| plan.name == *path));
@@ -38,12 +40,12 @@ pub(super) fn paths(results: &Results) -> Vec<(&str, &'static str)> {
     paths.into_iter().enumerate().map(|(n, path)| (path, COLOURS[n % COLOURS.len()])).collect()
 }
 
-/// Where a metric belongs among the others.
+/// Returns the position of a metric among all metrics, to sort by.
 pub(super) fn place(metric: &str) -> usize {
     METRICS.iter().position(|(known, _)| *known == metric).unwrap_or(METRICS.len())
 }
 
-/// All pictures of a run, in order.
+/// Draws all pictures of a run, in the order in which they are shown.
 pub fn pictures<'a>(results: &'a Results) -> Vec<Picture<'a>> {
     let paths = paths(results);
     let mut kinds: Vec<(Mode, usize, &str)> =
@@ -65,17 +67,19 @@ pub fn pictures<'a>(results: &'a Results) -> Vec<Picture<'a>> {
     pictures
 }
 
+/// The curve of one subject.
 struct Line<'a> {
     path: &'a str,
     colour: &'static str,
     values: &'a [f64],
 }
 
+/// Escapes text for XML and HTML.
 pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Distributions: how many of a path's tasks took at most so long, on a logarithmic axis.
+/// Draws cumulative distributions: the share of a subject's tasks that took at most the time on the logarithmic axis.
 fn draw(lines: &[Line<'_>]) -> String {
     const WIDTH: f64 = 860.0;
     const HEIGHT: f64 = 280.0;
@@ -123,7 +127,7 @@ fn draw(lines: &[Line<'_>]) -> String {
         sorted.sort_by(f64::total_cmp);
         let mut points = String::new();
         for (n, value) in sorted.iter().enumerate() {
-            #[allow(clippy::cast_precision_loss, reason = "a few hundred")]
+            #[allow(clippy::cast_precision_loss, reason = "a few hundred samples")]
             let (from, to) = (n as f64 / sorted.len() as f64, (n + 1) as f64 / sorted.len() as f64);
             let _ = write!(points, "{0:.1},{1:.1} {0:.1},{2:.1} ", x(*value), y(from), y(to));
         }
@@ -136,7 +140,7 @@ fn draw(lines: &[Line<'_>]) -> String {
             bottom - 9.0,
             key + 14.0
         );
-        #[allow(clippy::cast_precision_loss, reason = "a name")]
+        #[allow(clippy::cast_precision_loss, reason = "a name is short")]
         let width = path.len() as f64 * 7.0;
         key += 34.0 + width;
     }

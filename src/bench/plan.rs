@@ -1,47 +1,47 @@
-//! What is measured: a TOML file, or the default.
+//! The plan of a run, which says what is measured: a TOML file, or the default plan.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// A plan.
+/// What is measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Plan {
     /// The image of all tasks.
     pub image: String,
-    /// Tasks of each path in each mode, one at a time.
+    /// How many tasks of each subject are run in each mode, one at a time.
     pub count: usize,
-    /// So many in a row before another path's turn.
+    /// How many of these are run in a row before it is another subject's turn.
     pub block: usize,
-    /// One after the other, or with a pause before each.
+    /// The modes in which they are run.
     pub modes: Vec<Mode>,
-    /// That pause, in milliseconds.
+    /// The pause before each task in the mode `gaps`, in milliseconds.
     pub gap_ms: u64,
-    /// How many at once, beside one: each is a measurement of its own.
+    /// The numbers of tasks that run at once, besides one at a time. Each is a measurement of its own.
     pub concurrency: Vec<usize>,
-    /// Tasks of each path at each of these.
+    /// How many tasks of each subject are run at each of these numbers.
     pub concurrent_count: usize,
-    /// What becomes of a task. Each sequence is measured for itself.
+    /// The sequences of steps that tasks go through. Each sequence is measured separately.
     pub sequences: Vec<Vec<Step>>,
-    /// Idle tasks whose memory is counted; 0 for none.
+    /// How many idle tasks are started to count the memory that they need; 0 to count no memory.
     pub idle_tasks: usize,
-    /// What is compared.
+    /// The subjects that are compared.
     pub paths: Vec<PathPlan>,
 }
 
-/// Back to back or with gaps.
+/// The pauses between the tasks of a subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// One after the other.
+    /// Each task starts right after the one before.
     BackToBack,
-    /// After a pause each, as tasks come to a node.
+    /// There is a pause before each task, as is usual on a node.
     Gaps,
 }
 
 impl Mode {
-    /// As plans and results have it.
+    /// The mode's name in plans and results.
     pub fn name(self) -> &'static str {
         match self {
             Self::BackToBack => "back_to_back",
@@ -50,57 +50,60 @@ impl Mode {
     }
 }
 
-/// A step in a task's life.
+/// A step that a task goes through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
-    /// It is started.
+    /// The task is started.
     Start,
-    /// A process is run in it.
+    /// A process is run in the task.
     Exec,
-    /// Its use of the machine is asked for once.
+    /// The task's resource usage is read once.
     Stats,
-    /// It is sent a signal that it does not heed.
+    /// The task is sent a signal that its program ignores.
     Signal,
-    /// It is told to stop.
+    /// The task is stopped by SIGTERM.
     Stop,
-    /// Nothing is done: the task goes on for long enough that its end is waited for when it comes. A sequence with this
-    /// tells only how long after the end that is seen.
+    /// Nothing is done. The task runs for so long that the subject already waits for its end when it comes. A sequence
+    /// with this step measures only the time from the task's end until the end is reported.
     Linger,
-    /// It ends by itself.
+    /// The task ends by itself.
     Wait,
-    /// It is removed.
+    /// The task is removed.
     Destroy,
 }
 
-/// One of the things compared.
+/// The description of one subject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PathPlan {
-    /// Its name in the results.
+    /// The subject's name in the results.
     pub name: String,
-    /// What it is.
+    /// What the subject is.
     pub kind: Kind,
-    /// A plugin's program; its name is the path's name where none is given.
+    /// The program of a plugin. The kind `plugin` requires it; other kinds ignore it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<PathBuf>,
-    /// A plugin's configuration, over what the benchmark sets.
+    /// A plugin's configuration. For this driver, it is merged into the configuration that the benchmark makes; another
+    /// plugin gets it unchanged.
     #[serde(default = "nothing", skip_serializing_if = "is_empty")]
     pub config: serde_json::Value,
-    /// Options of its tasks' `config` block, over what the benchmark sets.
+    /// Options of the `config` block of a plugin's tasks, merged into those that the benchmark sets.
     #[serde(default = "nothing", skip_serializing_if = "is_empty")]
     pub task: serde_json::Value,
 }
 
+/// An empty JSON object.
 fn nothing() -> serde_json::Value {
     serde_json::json!({})
 }
 
+/// Returns whether a value is no object or an empty one.
 fn is_empty(value: &serde_json::Value) -> bool {
     value.as_object().is_none_or(serde_json::Map::is_empty)
 }
 
-/// What a path is.
+/// The kinds of subjects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -114,9 +117,9 @@ pub enum Kind {
     Runc,
     /// `crun run`.
     Crun,
-    /// `runsc run`: gVisor's, with loopback only, as this driver's tasks without a group have it.
+    /// `runsc run` (gVisor), with loopback only, as this driver's tasks without a group's network have it.
     Runsc,
-    /// What the kernel takes.
+    /// Raw system calls: the time that the kernel needs at least.
     Floor,
     /// `docker run`.
     Docker,
@@ -125,7 +128,7 @@ pub enum Kind {
 }
 
 impl PathPlan {
-    /// A path of this kind with nothing special.
+    /// A subject of this kind with default options.
     pub fn new(name: &str, kind: Kind) -> Self {
         Self { name: name.to_owned(), kind, program: None, config: nothing(), task: nothing() }
     }
@@ -168,33 +171,33 @@ impl Default for Plan {
 }
 
 impl Plan {
-    /// How many tasks it comes to, idle ones not counted.
+    /// Returns how many tasks the plan runs, without idle tasks.
     pub fn tasks(&self) -> u64 {
         let alone = self.count * self.modes.len() * self.sequences.len();
         let together = self.concurrent_count * self.concurrency.len();
         ((alone + together) * self.paths.len()) as u64
     }
 
-    /// A first look, in half a minute.
+    /// Reduces the plan to a run of half a minute, for a first impression.
     #[must_use]
     pub fn quick(self) -> Self {
         Self { count: self.count.min(20), block: 5, concurrency: vec![4], concurrent_count: 16, idle_tasks: 8, ..self }
     }
 
-    /// Reads a plan file.
+    /// Parses a plan file.
     ///
     /// # Errors
-    /// In words for who wrote it.
+    /// A text for the file's author, when the plan is not valid.
     pub fn parse(text: &str) -> Result<Self, String> {
         let plan: Self = toml::from_str(text).map_err(|error| error.to_string())?;
         plan.check()?;
         Ok(plan)
     }
 
-    /// Can it be carried out?
+    /// Checks whether the plan can be carried out.
     ///
     /// # Errors
-    /// Which part can't.
+    /// A text that names the part that can't be carried out.
     pub fn check(&self) -> Result<(), String> {
         for sequence in &self.sequences {
             let good = sequence.first() == Some(&Step::Start)
@@ -204,7 +207,8 @@ impl Plan {
                 && (!sequence.contains(&Step::Linger) || sequence.contains(&Step::Wait));
             if !good {
                 return Err(format!(
-                    "sequences: {sequence:?} is not start, anything, one of stop and wait, anything, destroy"
+                    "sequences: {sequence:?} must begin with start, have exactly one of stop and wait, and end with \
+                     destroy; linger needs wait"
                 ));
             }
         }
@@ -221,10 +225,10 @@ impl Plan {
         let mut names = std::collections::BTreeSet::new();
         for path in &self.paths {
             if !names.insert(&path.name) {
-                return Err(format!("paths: {:?} is there twice", path.name));
+                return Err(format!("paths: the name {:?} is used twice", path.name));
             }
             if path.kind == Kind::Plugin && path.program.is_none() {
-                return Err(format!("paths: {:?} is a plugin and has no program", path.name));
+                return Err(format!("paths: {:?} is a plugin, but has no program", path.name));
             }
         }
         Ok(())
@@ -237,7 +241,7 @@ mod tests {
 
     #[test]
     fn plans_are_read_and_checked() {
-        Plan::default().check().expect("the default holds");
+        Plan::default().check().expect("the default plan is valid");
         let plan = Plan::parse(
             "count = 5\nconcurrency = []\nsequences = [['start', 'exec', 'stop', 'destroy']]\n\
              [[paths]]\nname = 'a'\nkind = 'driver'\n[paths.config.shim]\npool = 3\n",

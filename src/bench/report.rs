@@ -1,4 +1,4 @@
-//! Results for people: a table, a page with pictures, a comparison.
+//! Formats results for people: as a text table, as an HTML page with pictures, and as a comparison of two runs.
 
 use std::fmt::Write as _;
 
@@ -7,7 +7,7 @@ use super::{
     pictures::{Picture, escape, pictures, place},
 };
 
-/// All figures, as text.
+/// Formats all figures as text tables.
 pub fn table(results: &Results) -> String {
     let mut text = String::new();
     let machine = &results.machine;
@@ -22,7 +22,7 @@ pub fn table(results: &Results) -> String {
         machine.load_after,
         machine.unevenness,
         if machine.noisy {
-            "\nTOO NOISY: the machine did other things meanwhile; read ratios only, and repeat this"
+            "\nTOO NOISY: the machine did other work meanwhile; trust only the ratios, and repeat the run"
         } else {
             ""
         },
@@ -56,7 +56,7 @@ pub fn table(results: &Results) -> String {
         }
     }
     if !results.throughput.is_empty() {
-        let _ = writeln!(text, "\n{:28} {:>3} {:>7} {:>10} {:>14}", "path", "at", "tasks", "tasks/s", "cpu ms a task");
+        let _ = writeln!(text, "\n{:28} {:>3} {:>7} {:>10} {:>14}", "path", "at", "tasks", "tasks/s", "cpu ms/task");
         for one in &results.throughput {
             let _ = writeln!(
                 text,
@@ -68,7 +68,7 @@ pub fn table(results: &Results) -> String {
     for memory in &results.memory {
         let _ = writeln!(
             text,
-            "\n{}: {:.0} KiB an idle task ({} KiB PSS for {})",
+            "\n{}: {:.0} KiB for each idle task ({} KiB PSS for {} tasks)",
             memory.path, memory.per_task_kib, memory.total_kib, memory.tasks
         );
         for (name, (count, kib)) in &memory.parts {
@@ -78,14 +78,14 @@ pub fn table(results: &Results) -> String {
     text
 }
 
-/// Medians of two results side by side.
+/// Formats the medians of two results side by side.
 pub fn compare(before: &Results, after: &Results) -> String {
     let mut text = format!(
         "{:28} {:>12} {:>3} {:30} {:>9} {:>9} {:>7}\n",
         "path", "mode", "at", "metric", "before", "after", "ratio"
     );
     if before.machine.kernel != after.machine.kernel || before.machine.cpu != after.machine.cpu {
-        text.insert_str(0, "These are results of two different machines.\n");
+        text.insert_str(0, "The two results come from different machines.\n");
     }
     for new in after.rows.iter().chain(&after.details) {
         let same = |row: &&Row| {
@@ -108,7 +108,7 @@ pub fn compare(before: &Results, after: &Results) -> String {
     text
 }
 
-/// A page by itself: pictures of the distributions, then all figures.
+/// Formats a self-contained HTML page: each distribution's picture with its figures, then throughput and memory.
 pub fn html(results: &Results) -> String {
     let mut page = String::from(
         "<!doctype html><meta charset=utf-8><title>nomad-driver-shim: benchmark</title><style>\
@@ -121,8 +121,8 @@ pub fn html(results: &Results) -> String {
     let machine = &results.machine;
     let _ = write!(
         page,
-        "<p>{} × {}, Linux {}, cgroup v{}, {} MiB. Load {:.2} before, {:.2} after; a fixed piece of work took {:.2} \
-         times its least at the 90th percentile.</p>",
+        "<p>{} × {}, Linux {}, cgroup v{}, {} MiB. Load {:.2} before, {:.2} after; the 90th percentile of the time of \
+         a fixed piece of work was {:.2} times its minimum.</p>",
         machine.cpus,
         escape(&machine.cpu),
         escape(&machine.kernel),
@@ -133,7 +133,7 @@ pub fn html(results: &Results) -> String {
         machine.unevenness
     );
     if machine.noisy {
-        page.push_str("<p class=noisy>The machine was too noisy: read ratios only, and repeat this.</p>");
+        page.push_str("<p class=noisy>The machine was too noisy: trust only the ratios, and repeat the run.</p>");
     }
     for (path, why) in &results.left_out {
         let _ = write!(page, "<p>Left out: {}: {}</p>", escape(path), escape(why));
@@ -169,7 +169,7 @@ pub fn html(results: &Results) -> String {
         page.push_str("</table>");
     }
     if !results.throughput.is_empty() {
-        page.push_str("<h2>Throughput</h2><table><tr><th>path<th>at once<th>tasks/s<th>CPU ms a task</tr>");
+        page.push_str("<h2>Throughput</h2><table><tr><th>path<th>at once<th>tasks/s<th>CPU ms per task</tr>");
         for one in &results.throughput {
             let _ = write!(
                 page,
@@ -184,7 +184,7 @@ pub fn html(results: &Results) -> String {
     }
     if !results.memory.is_empty() {
         page.push_str(
-            "<h2>Memory beside idle tasks (PSS)</h2><table><tr><th>path<th>tasks<th>KiB a task<th>KiB in all</tr>",
+            "<h2>Memory for idle tasks (PSS)</h2><table><tr><th>path<th>tasks<th>KiB per task<th>KiB in total</tr>",
         );
         for one in &results.memory {
             let _ = write!(

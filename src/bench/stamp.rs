@@ -1,23 +1,24 @@
-//! The measured task: a program of 300 bytes, put into each task's own directory, that says when its first and its last
-//! instruction ran. So one measure holds for every driver and runtime, and no clock but the kernel's is asked.
+//! The program of the measured tasks: an executable of 300 bytes in each task's own directory, which writes when its
+//! first and its last instruction ran. So every driver and runtime is measured in the same way, and by the kernel's
+//! clock only.
 //!
-//! It writes `CLOCK_MONOTONIC` as its first act, 16 bytes of `struct timespec`, and again as its last. With an argument it
-//! waits for SIGTERM in between, with two for no longer than 50 ms.
+//! The program first reads `CLOCK_MONOTONIC` and writes it as a `struct timespec` of 16 bytes; before it ends, it does
+//! so again. With one argument it waits for SIGTERM in between, with two arguments for at most 50 ms.
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path};
 
 use crate::elf;
 
-/// Where a task finds it: Nomad's task directory is mounted there by every driver.
+/// The program's path inside of a container: every driver mounts Nomad's task directory there.
 pub const PATH: &str = "/local/stamp";
-/// The argument that makes it wait.
+/// The argument that makes the program wait for SIGTERM.
 pub const WAIT: &str = "wait";
-/// The further one that makes it wait for 50 ms only, which is longer than any path takes to answer a start once the task
-/// runs.
+/// The second argument, which makes the program wait for 50 ms at most. That is longer than any subject takes to answer
+/// a start once the task runs.
 pub const AWHILE: &str = "a while";
 
-// Position independent, without a stack beyond what the kernel gives. The mask is SIGTERM's (1 << 14); it is blocked
-// before the first write, so that a stop that follows that is never lost.
+// The code is position independent and uses only the stack that the kernel provides. The mask 0x4000 (1 << 14) means
+// SIGTERM, which is blocked before the first write, so that a stop after that write is never lost.
 #[cfg(target_arch = "x86_64")]
 std::arch::global_asm!(
     ".pushsection .rodata.nds_stamp, \"a\"",
@@ -140,30 +141,31 @@ unsafe extern "C" {
     static nds_stamp_end: u8;
 }
 
+/// Returns the machine code.
 fn code() -> &'static [u8] {
-    // SAFETY: both labels are in one read-only section, the second after the first, with the code between them.
+    // SAFETY: both labels are in one read-only section, in this order and with the code between them.
     unsafe {
         let (start, end) = (&raw const nds_stamp_start, &raw const nds_stamp_end);
         std::slice::from_raw_parts(start, usize::try_from(end.offset_from(start)).unwrap_or_default())
     }
 }
 
-/// The program, as a file's content.
+/// Returns the program's file content.
 pub fn program() -> Vec<u8> {
     elf::executable(code())
 }
 
-/// Puts it into a task's own directory.
+/// Writes the program into a task's own directory.
 ///
 /// # Errors
-/// As the file system.
+/// When the file can't be written or made executable.
 pub fn put(local: &Path) -> io::Result<()> {
     let path = local.join("stamp");
     fs::write(&path, program())?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
 }
 
-/// What it wrote: nanoseconds of its first and, if it has ended, of its last act.
+/// Parses the program's output: the times in nanoseconds of its first and, if it has ended, of its last instruction.
 pub fn read(output: &[u8]) -> (Option<u64>, Option<u64>) {
     let mut stamps = output.chunks_exact(16).map(|stamp| {
         let word = |bytes: &[u8]| bytes.iter().rev().fold(0_u64, |word, byte| word << 8 | u64::from(*byte));
@@ -172,10 +174,10 @@ pub fn read(output: &[u8]) -> (Option<u64>, Option<u64>) {
     (stamps.next(), stamps.next())
 }
 
-/// The kernel's monotonic clock, in nanoseconds, as the program reads it.
+/// Returns the time of the kernel's monotonic clock in nanoseconds, the clock that the program reads.
 pub fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: writes one timespec; the clock always exists.
+    // SAFETY: the call writes one timespec, and this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
     u64::try_from(time.tv_sec).unwrap_or_default() * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or_default()
 }
@@ -194,22 +196,22 @@ mod tests {
         let after = now();
         assert!(output.status.success() && output.stderr.is_empty());
         let (first, last) = read(&output.stdout);
-        let (first, last) = (first.expect("a first"), last.expect("a last"));
+        let (first, last) = (first.expect("the first time"), last.expect("the last time"));
         assert!(before < first && first <= last && last < after, "{before} {first} {last} {after}");
 
         let mut waiting =
             Command::new(directory.path().join("stamp")).arg(WAIT).stdout(Stdio::piped()).spawn().expect("runs");
         let mut stdout = waiting.stdout.take().expect("piped");
         let mut stamp = [0; 16];
-        std::io::Read::read_exact(&mut stdout, &mut stamp).expect("its first");
-        assert!(waiting.try_wait().expect("asked").is_none(), "it waits");
+        std::io::Read::read_exact(&mut stdout, &mut stamp).expect("the program writes its first time");
+        assert!(waiting.try_wait().expect("the child can be waited for").is_none(), "the program waits");
         let pid = nix::unistd::Pid::from_raw(i32::try_from(waiting.id()).expect("a pid"));
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("sent");
         assert!(waiting.wait().expect("ends").success());
 
         let output = Command::new(directory.path().join("stamp")).args([WAIT, AWHILE]).output().expect("runs");
         let (first, last) = read(&output.stdout);
-        let lived = last.expect("a last") - first.expect("a first");
+        let lived = last.expect("the last time") - first.expect("the first time");
         assert!(lived >= 50_000_000, "{lived} ns");
     }
 }

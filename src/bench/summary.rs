@@ -1,4 +1,4 @@
-//! From samples to figures.
+//! Computes the figures of a run from its samples. The types of the results file are here, too.
 
 use std::collections::BTreeMap;
 
@@ -6,171 +6,175 @@ use serde::{Deserialize, Serialize};
 
 use super::{Kind, Machine, Mode, Plan};
 
-/// The metrics of the first list, each with what it is.
+/// The main metrics, each with its definition. All other metrics are details.
 pub const METRICS: [(&str, &str); 6] = [
     ("start_task", "from the call that starts the task to its answer"),
     ("first_instruction", "from that call to the first instruction of the task's program"),
-    ("first_byte", "from that call to the first byte of its output at the reader"),
-    ("exit_seen", "from that call to the answer that tells of its end; the task ends at once"),
+    ("first_byte", "from that call to the first byte of the task's output at the reader"),
+    ("exit_seen", "from that call to the answer that reports the task's end; the task ends at once"),
     ("stop", "from the call that stops a task to its answer; the task ends at SIGTERM"),
-    ("destroyed", "from the call that starts the task to the answer that it is removed; the task ends at once"),
+    ("destroyed", "from the call that starts the task to the answer that the task is removed; the task ends at once"),
 ];
 
-/// One figure: milliseconds.
+/// The figures of one metric of one subject, in milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// What was measured.
+    /// The subject's name.
     pub path: String,
-    /// How.
+    /// The mode in which the tasks were run.
     pub mode: Mode,
-    /// How many at once.
+    /// How many tasks ran at once.
     pub concurrency: usize,
-    /// What of it.
+    /// The metric's name.
     pub metric: String,
-    /// Of so many.
+    /// The number of samples.
     pub n: usize,
-    /// The least.
+    /// The minimum.
     pub min_ms: f64,
     /// The median.
     pub p50_ms: f64,
-    /// One in ten took longer.
+    /// The 90th percentile.
     pub p90_ms: f64,
-    /// One in a hundred took longer.
+    /// The 99th percentile.
     pub p99_ms: f64,
-    /// The most.
+    /// The maximum.
     pub max_ms: f64,
 }
 
-/// How many tasks a path gets through.
+/// The throughput of one subject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Throughput {
-    /// Which path.
+    /// The subject's name.
     pub path: String,
-    /// How many at once.
+    /// How many tasks ran at once.
     pub concurrency: usize,
-    /// Of so many tasks, from start to removal.
+    /// How many tasks were run, from start to removal.
     pub tasks: usize,
-    /// In a second.
+    /// Tasks per second.
     pub per_second: f64,
-    /// Milliseconds of processor for each task, of everything that ran on the machine meanwhile.
+    /// Milliseconds of processor time per task, of everything that ran on the machine meanwhile.
     pub cpu_ms_per_task: f64,
 }
 
-/// What lives while tasks idle.
+/// The memory that one subject needs for idle tasks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Memory {
-    /// Which path.
+    /// The subject's name.
     pub path: String,
-    /// How many tasks.
+    /// The number of idle tasks.
     pub tasks: usize,
-    /// Proportional set size of all that lives beside them, in KiB.
+    /// The proportional set size, in KiB, of all processes that run for the tasks, without the tasks' own.
     pub total_kib: u64,
-    /// By task, in KiB.
+    /// The same per task, in KiB.
     pub per_task_kib: f64,
-    /// The same by program: how many processes, and KiB.
+    /// The same by program: the number of processes, and KiB.
     pub parts: BTreeMap<String, (usize, u64)>,
 }
 
-/// A ratio of medians.
+/// The ratio of two subjects' medians.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ratio {
-    /// What.
+    /// The first subject's name.
     pub path: String,
-    /// By what.
+    /// The name of the subject that the first one is compared with.
     pub to: String,
-    /// How.
+    /// The mode in which the tasks were run.
     pub mode: Mode,
-    /// How many at once.
+    /// How many tasks ran at once.
     pub concurrency: usize,
-    /// What of it.
+    /// The metric's name.
     pub metric: String,
-    /// The median of the one by the other's.
+    /// The first subject's median divided by the other's.
     pub p50: f64,
 }
 
-/// Raw figures, in the order they were taken: milliseconds.
+/// The raw samples of one metric of one subject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Samples {
-    /// Which path.
+    /// The subject's name.
     pub path: String,
-    /// How.
+    /// The mode in which the tasks were run.
     pub mode: Mode,
-    /// How many at once.
+    /// How many tasks ran at once.
     pub concurrency: usize,
-    /// What.
+    /// The metric's name.
     pub metric: String,
-    /// The figures.
+    /// Milliseconds, in the order in which they were measured.
     pub ms: Vec<f64>,
 }
 
-/// All that came out.
+/// All results of a run: the content of a results file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Results {
-    /// The form of this file.
+    /// The version of the file's format.
     pub version: u32,
-    /// Seconds since the epoch.
+    /// When the run ended, in seconds since the epoch.
     pub at: u64,
-    /// The machine.
+    /// The host.
     pub machine: Machine,
-    /// What was planned.
+    /// The plan of the run.
     pub plan: Plan,
-    /// The spec that all paths but other plugins and engines ran, without names.
+    /// The hash of the spec that all subjects ran except other plugins, docker and podman, without the names that
+    /// differ from task to task.
     pub spec_hash: String,
-    /// Paths that could not be measured, or from some moment on, and why.
+    /// The subjects that could not be measured, at all or from some moment on, with the reason.
     pub left_out: BTreeMap<String, String>,
-    /// What the metrics are.
+    /// The definitions of the main metrics.
     pub definitions: BTreeMap<String, String>,
-    /// The figures.
+    /// The figures of the main metrics.
     pub rows: Vec<Row>,
-    /// Further ones: our own driver's phases, the time from the task's last instruction to the answer, single calls.
+    /// The figures of further metrics: the phases of this driver's starts, the time from the task's last instruction to
+    /// the answer, and single calls.
     pub details: Vec<Row>,
-    /// How many tasks they get through.
+    /// The throughput of the subjects.
     pub throughput: Vec<Throughput>,
-    /// What lives beside idle tasks.
+    /// The memory that the subjects need for idle tasks.
     pub memory: Vec<Memory>,
-    /// Of the first path to all others.
+    /// The ratios of the first subject's medians to those of all others.
     pub ratios: Vec<Ratio>,
-    /// Everything, raw.
+    /// The raw samples of all metrics.
     pub samples: Vec<Samples>,
 }
 
 impl Results {
-    /// Has this driver failed, or a path that had been measured in part? What is not installed is no failure.
+    /// Returns whether this driver has failed, or a subject that was measured in part. A program that is not installed
+    /// is no failure.
     pub fn is_broken(&self) -> bool {
         let own = |name: &str| self.plan.paths.iter().any(|path| path.name == name && path.kind == Kind::Driver);
         self.left_out.keys().any(|name| own(name) || self.rows.iter().any(|row| row.path == *name))
     }
 }
 
-/// What samples belong to.
+/// What a series of samples belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
-    /// Which path, by its place in the plan.
+    /// The subject, by its index among the measured ones.
     pub path: usize,
-    /// How.
+    /// The mode in which the tasks were run.
     pub mode: Mode,
-    /// How many at once.
+    /// How many tasks ran at once.
     pub concurrency: usize,
-    /// What.
+    /// The metric's name.
     pub metric: String,
 }
 
-/// Nanoseconds by what they belong to.
+/// All samples in nanoseconds, by what they belong to.
 pub type Measured = BTreeMap<Key, Vec<u64>>;
 
+/// Converts nanoseconds to milliseconds, rounded to microseconds.
 #[allow(clippy::cast_precision_loss, reason = "nanoseconds of a run")]
 fn ms(nanoseconds: u64) -> f64 {
     (nanoseconds as f64 / 1000.0).round() / 1000.0
 }
 
-/// The value at a rank from 0 to 1: the nearest one, never made up.
+/// Returns the sample at a rank from 0 to 1. This is always a value that was measured, never one that is interpolated.
 fn at(sorted: &[u64], rank: f64) -> u64 {
     #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank")]
     let index = ((sorted.len() as f64 * rank).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(index).copied().unwrap_or_default()
 }
 
-/// Figures of all samples.
+/// Computes the figures of all samples.
 pub fn rows(measured: &Measured, names: &[String]) -> Vec<Row> {
     measured
         .iter()
@@ -193,7 +197,7 @@ pub fn rows(measured: &Measured, names: &[String]) -> Vec<Row> {
         .collect()
 }
 
-/// Raw samples.
+/// Returns all samples in milliseconds.
 pub fn samples(measured: &Measured, names: &[String]) -> Vec<Samples> {
     measured
         .iter()
@@ -207,7 +211,7 @@ pub fn samples(measured: &Measured, names: &[String]) -> Vec<Samples> {
         .collect()
 }
 
-/// Medians of `path` by those of all others.
+/// Computes the ratios of the medians of the subject `path` to those of all others.
 pub fn ratios(rows: &[Row], path: &str) -> Vec<Ratio> {
     let own = rows.iter().filter(|row| row.path == path);
     own.flat_map(|own| {

@@ -1,4 +1,5 @@
-//! The spec that all paths share: this driver's own, as it wrote it for a task, with that task's names taken out.
+//! The OCI spec that all subjects share: the one that this driver has written for a task, with that task's names
+//! replaced by placeholders.
 
 use std::{
     collections::BTreeMap,
@@ -11,23 +12,24 @@ use sha2::{Digest as _, Sha256};
 
 use super::{BenchError, job::Job};
 
-/// Where the OCI spec has a compiled seccomp filter, for runtimes that take one.
+/// The annotation by which an OCI spec carries a compiled seccomp filter, for runtimes that accept one (crun).
 const PROGRAM: &str = "run.oci.seccomp_bpf_data";
 
-/// A spec with blanks for names.
+/// A spec with placeholders for names.
 #[derive(Debug, Clone)]
 pub struct Template {
     text: String,
-    /// Read-only layers, topmost first, and what overlayfs is told besides.
+    /// The image's read-only layers, topmost first.
     pub(super) lowers: Vec<PathBuf>,
+    /// Further options of the overlay mount.
     pub(super) overlay_options: Vec<String>,
-    /// The snapshot that those are.
+    /// The chain id of those layers: the name of their snapshot in containerd.
     pub(super) chain_id: String,
-    /// The compiled filter, if the driver gave one.
+    /// The compiled seccomp filter in base64, if the driver has written one.
     pub(super) program: Option<String>,
 }
 
-/// Names that differ from task to task.
+/// Returns the names that differ from task to task, by their placeholders.
 fn names(job: &Job, bundle: &Path, id: &str) -> BTreeMap<&'static str, String> {
     BTreeMap::from([
         ("{BUNDLE}", bundle.to_string_lossy().into_owned()),
@@ -37,10 +39,12 @@ fn names(job: &Job, bundle: &Path, id: &str) -> BTreeMap<&'static str, String> {
     ])
 }
 
-/// The longer ones first: an allocation's directory holds its id.
+/// The placeholders in the order of their replacement: longer names come first, since an allocation's directory
+/// contains its id.
 const ORDER: [&str; 4] = ["{BUNDLE}", "{ALLOC_DIR}", "{ALLOC}", "{CONTAINER}"];
 
-/// The driver takes sources of mounts from below its bundle, where it has put what others take from its own place.
+/// Replaces the source of a mount. The driver mounts each source below its bundle and lets the runtime mount it from
+/// there; the other subjects mount it from its original path.
 fn name_source(mount: &mut Value, task: &str) {
     let is_pinned = mount["source"].as_str().is_some_and(|source| source.starts_with("{BUNDLE}/mounts/"));
     let source = match mount["destination"].as_str().filter(|_| is_pinned) {
@@ -54,7 +58,7 @@ fn name_source(mount: &mut Value, task: &str) {
 }
 
 impl Template {
-    /// Reads what the driver wrote for `job`, its only running task.
+    /// Makes a template from what the driver has written for `job`, which must be its only running task.
     pub(super) fn of_driver(run: &Path, state: &Path, image: &str, job: &Job) -> Result<Self, BenchError> {
         let unsound = |problem: String| BenchError::Unsound { path: "driver".to_owned(), problem };
         let list = |path: &Path| -> Result<Vec<PathBuf>, BenchError> {
@@ -78,7 +82,7 @@ impl Template {
         let records = list(&state.join("images"))?.into_iter().filter_map(|path| fs::read(path).ok());
         let mut records = records.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
         let image = records.find(|record| record["reference"] == image);
-        let image = image.ok_or_else(|| unsound("no record of the image".to_owned()))?;
+        let image = image.ok_or_else(|| unsound("it has no record of the image".to_owned()))?;
         let strings = |key: &str| -> Vec<String> {
             let list = image[key].as_array().into_iter().flatten();
             list.filter_map(|item| item.as_str().map(str::to_owned)).collect()
@@ -92,23 +96,24 @@ impl Template {
         })
     }
 
-    /// Of all but names and the form of the filter: two paths with the same one run the same container.
+    /// Returns a hash of the spec without names and without the seccomp filter, whose form depends on the runtime. Two
+    /// subjects with the same hash run the same container.
     pub(super) fn hash(&self) -> String {
         let mut value: Value = serde_json::from_str(&self.text).unwrap_or_default();
         if let Some(linux) = value["linux"].as_object_mut() {
             linux.remove("seccomp");
         }
-        // A set, in whatever order.
+        // The capabilities are a set, whose order means nothing.
         for set in value["process"]["capabilities"].as_object_mut().into_iter().flat_map(serde_json::Map::values_mut) {
             if let Some(names) = set.as_array_mut() {
                 names.sort_by_key(ToString::to_string);
             }
         }
-        // Maps are sorted by serde_json, annotations and the rest alike.
+        // serde_json sorts the keys of all maps, so annotations need no sorting.
         Sha256::digest(value.to_string()).iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The spec for `job`, with its root file system at `root`.
+    /// Returns the spec for `job`, with the root file system at `root`.
     pub(super) fn fill(&self, job: &Job, bundle: &Path, id: &str, root: &str) -> Value {
         let mut text = self.text.clone();
         let names = names(job, bundle, id);

@@ -1,4 +1,4 @@
-//! cgroups of version 1 and 2: where tasks and shims go, and what the kernel says of them afterwards.
+//! The cgroups of tasks and shims, for cgroup versions 1 and 2: their paths, processes, limits, usage and removal.
 
 mod share_pool;
 mod stats;
@@ -21,23 +21,23 @@ use crate::{
     process::{PidFd, unless_vanished},
 };
 
-/// Where the hierarchies are mounted on any Linux that Nomad supports.
+/// The directory below which every Linux that Nomad supports mounts the cgroup hierarchies.
 const ROOT: &str = "/sys/fs/cgroup";
-/// Group of our shims and helpers, beside Nomad's.
+/// The cgroup of this driver's shims and helpers, next to Nomad's own.
 const OWN: &str = "nomad-driver-shim";
-/// Linux's limit on a file name.
+/// The longest file name in Linux.
 const NAME_MAX: usize = 255;
 
-/// Which cgroup interface this host uses for resources.
+/// The cgroup version that this host uses for resources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CgroupMode {
-    /// Version 1, or a hybrid whose controllers are on version 1.
+    /// Version 1, or a hybrid setup whose controllers are on version 1.
     V1,
-    /// Version 2 only.
+    /// Only version 2.
     V2,
 }
 
-/// Why a cgroup could not be used.
+/// The reason why a cgroup could not be used.
 #[derive(Debug, thiserror::Error)]
 #[error("cgroup: {doing} {path}")]
 pub struct CgroupError {
@@ -50,22 +50,23 @@ pub struct CgroupError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cgroups {
     mode: CgroupMode,
-    /// Mount points of all hierarchies, controllers and systemd's alike.
+    /// The mount points of all hierarchies, those of controllers and systemd's.
     hierarchies: Vec<PathBuf>,
     counts_swap: bool,
 }
 
-/// A task's cgroup, relative to each hierarchy's root, with a leading slash: the OCI spec's `cgroupsPath`.
+/// The path of a task's cgroup, relative to each hierarchy's root and with a leading slash (`cgroupsPath` in the OCI
+/// runtime specification).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CgroupPath(String);
 
 impl CgroupPath {
-    /// A path that was recorded before.
+    /// Creates the value from a path that was read from a record.
     pub fn recorded(path: &str) -> Self {
         Self(path.to_owned())
     }
 
-    /// The path as text.
+    /// Returns the path as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -76,10 +77,10 @@ impl CgroupPath {
 }
 
 impl Cgroups {
-    /// Looks at what is mounted.
+    /// Detects the cgroup hierarchies from the mount table.
     ///
     /// # Errors
-    /// When `/proc/self/mountinfo` can't be read.
+    /// Fails when `/proc/self/mountinfo` can't be read.
     pub fn detect() -> Result<Self, CgroupError> {
         let path = PathBuf::from("/proc/self/mountinfo");
         let text =
@@ -87,7 +88,8 @@ impl Cgroups {
         Ok(Self::from_mountinfo(&text))
     }
 
-    /// proc_pid_mountinfo(5): the fifth field is the mount point, the first after ` - ` the type.
+    /// Parses a mount table. The fifth field is the mount point, and the first field after ` - ` is the type
+    /// (proc_pid_mountinfo(5)).
     fn from_mountinfo(text: &str) -> Self {
         let mut hierarchies = Vec::new();
         let mut mode = CgroupMode::V1;
@@ -98,7 +100,7 @@ impl Cgroups {
                 continue;
             }
             let Some(point) = left.split(' ').nth(4).map(PathBuf::from) else { continue };
-            // Containers and sandboxes may have mounted others elsewhere; runtimes only look here.
+            // Containers and sandboxes may have mounted further hierarchies elsewhere; runtimes only use these.
             if !point.starts_with(ROOT) {
                 continue;
             }
@@ -113,19 +115,20 @@ impl Cgroups {
         Self { mode, hierarchies, counts_swap }
     }
 
-    /// Version 1 (hybrid included) or 2.
+    /// Returns the cgroup version of this host; a hybrid setup counts as version 1.
     pub fn mode(&self) -> CgroupMode {
         self.mode
     }
 
-    /// Mount points of all hierarchies.
+    /// Returns the mount points of all hierarchies.
     pub fn hierarchies(&self) -> &[PathBuf] {
         &self.hierarchies
     }
 
-    /// Where a task's limits go. On v2 it is the scope that Nomad made (`cpuset_cgroup`), so that its partitions hold
-    /// and its `cgroup.kill` works; on v1 `/<parent>/<alloc>.<task>` in every hierarchy. Without Nomad's word (an
-    /// agent that manages no cgroups) the paths are those it would have chosen.
+    /// Returns the path of a task's cgroup, which gets the task's limits. On version 2 it is the scope that Nomad has
+    /// created (`cpuset_cgroup`), so that Nomad's partitions apply and its `cgroup.kill` works. On version 1 it is
+    /// `/<parent>/<alloc>.<task>` in every hierarchy. If Nomad names no cgroup (because the agent does not manage
+    /// cgroups), the paths are those that Nomad would have chosen.
     pub fn task_path(&self, cpuset_cgroup: &str, alloc_id: &str, task: &str, id: &ContainerId) -> CgroupPath {
         let given = Path::new(cpuset_cgroup).strip_prefix(ROOT).ok();
         let name = format!("{alloc_id}.{task}");
@@ -137,17 +140,18 @@ impl Cgroups {
                 _ => CgroupPath(format!("/nomad.slice/{name}.scope")),
             },
             CgroupMode::V1 => {
-                // `/sys/fs/cgroup/cpuset/<parent>/share`: the parent's name is the operator's choice.
+                // The path is `/sys/fs/cgroup/cpuset/<parent>/share`, and the operator chooses the parent's name.
                 let parent = given.and_then(|path| path.iter().nth(1)).and_then(|part| part.to_str());
                 CgroupPath(format!("/{}/{name}", parent.unwrap_or("nomad")))
             }
         }
     }
 
-    /// Makes the group of our shims in every hierarchy: the files that move a process there.
+    /// Creates the cgroup of this driver's shims in every hierarchy. Returns the `cgroup.procs` files, by which a
+    /// process is moved there.
     ///
     /// # Errors
-    /// When a group can't be made.
+    /// Fails when a cgroup can't be created.
     pub fn own_group(&self) -> Result<Vec<PathBuf>, CgroupError> {
         let mut procs = Vec::new();
         for hierarchy in &self.hierarchies {
@@ -158,7 +162,7 @@ impl Cgroups {
                 }
                 _ => {}
             }
-            // A v1 cpuset takes no process before it has CPUs and memory nodes (cgroup-v1/cpusets.rst).
+            // A cpuset of version 1 accepts no process before it has CPUs and memory nodes (cgroup-v1/cpusets.rst).
             for file in ["cpuset.cpus", "cpuset.mems"] {
                 let (own, parent) = (path.join(file), hierarchy.join(file));
                 if self.mode == CgroupMode::V1
@@ -174,12 +178,13 @@ impl Cgroups {
         Ok(procs)
     }
 
-    /// Can the kernel account swap? (On v1 a boot option; on v2 it always can.)
+    /// Returns whether the kernel accounts swap. On version 1 that is a boot option, on version 2 it always does.
     pub fn counts_swap(&self) -> bool {
         self.counts_swap
     }
 
-    /// How often the OOM killer has struck in a task's cgroup; None when the kernel does not say, or the group is gone.
+    /// Returns how many processes the OOM killer has killed in a task's cgroup. Returns `None` if the kernel does not
+    /// count them, or the cgroup is gone.
     pub fn oom_kills(&self, task: &CgroupPath) -> Option<u64> {
         let file = match self.mode {
             CgroupMode::V1 => task.below(&Path::new(ROOT).join("memory")).join("memory.oom_control"),
@@ -189,10 +194,10 @@ impl Cgroups {
         text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
     }
 
-    /// Names of the groups at the root of any hierarchy that begin so.
+    /// Returns the names of the cgroups at the root of any hierarchy that start with `prefix`.
     ///
     /// # Errors
-    /// When a hierarchy can't be listed.
+    /// Fails when a hierarchy can't be listed.
     pub fn at_the_root(&self, prefix: &str) -> Result<BTreeSet<String>, CgroupError> {
         let mut found = BTreeSet::new();
         for hierarchy in &self.hierarchies {
@@ -205,10 +210,10 @@ impl Cgroups {
         Ok(found)
     }
 
-    /// The processes of a group in any hierarchy.
+    /// Returns the processes that are in a cgroup, or in a cgroup below it, in any hierarchy.
     ///
     /// # Errors
-    /// When they can't be told.
+    /// Fails when the processes can't be listed.
     pub fn processes(&self, group: &CgroupPath) -> Result<BTreeSet<u32>, CgroupError> {
         let mut found = Vec::new();
         for hierarchy in &self.hierarchies {
@@ -217,17 +222,17 @@ impl Cgroups {
         Ok(found.into_iter().collect())
     }
 
-    /// When this group was changed last, in any hierarchy; None where that can't be told.
+    /// Returns when this cgroup was last changed in any hierarchy, or `None` if that is not known.
     pub fn modified(&self, group: &CgroupPath) -> Option<SystemTime> {
         let times =
             self.hierarchies.iter().filter_map(|hierarchy| fs::metadata(group.below(hierarchy)).ok()?.modified().ok());
         times.max()
     }
 
-    /// Is this process in the task's cgroup? One that has ended is not.
+    /// Returns whether a process is in the task's cgroup, and `false` for a process that has ended.
     ///
     /// # Errors
-    /// When that can't be told.
+    /// Fails when the cgroups of the process can't be read.
     pub fn holds(&self, task: &CgroupPath, pid: u32) -> io::Result<bool> {
         let Some(groups) = groups_of(pid)? else { return Ok(false) };
         let below = format!("{}/", task.0);
@@ -235,21 +240,21 @@ impl Cgroups {
         Ok(paths.any(|path| path == task.0 || path.starts_with(&below)))
     }
 
-    /// Are these two processes in the same group of every hierarchy? One that has ended is not.
+    /// Returns whether two processes are in the same cgroup of every hierarchy, and `false` if one of them has ended.
     ///
     /// # Errors
-    /// When that can't be told.
+    /// Fails when the cgroups of a process can't be read.
     pub fn are_together(&self, one: u32, other: u32) -> io::Result<bool> {
         let Some(groups) = groups_of(one)? else { return Ok(false) };
         Ok(groups_of(other)?.is_some_and(|others| others == groups))
     }
 
-    /// Sends SIGKILL to whatever is in a task's cgroup: how many processes that were. A cgroup that a runtime has frozen, and
-    /// was killed before it could thaw it, is thawed: frozen processes of cgroup version 1 do not die
-    /// (freezer-subsystem.rst).
+    /// Sends SIGKILL to all processes in a task's cgroup, and returns their number. The cgroup is thawed as well,
+    /// because a runtime may have frozen it and may have been killed before it could thaw it: frozen processes of
+    /// cgroup version 1 do not die (freezer-subsystem.rst).
     ///
     /// # Errors
-    /// When it can't be told who is in it; those that were found are killed all the same.
+    /// Fails when the processes can't be listed. Those that were found are killed nevertheless.
     pub fn kill(&self, task: &CgroupPath) -> Result<usize, CgroupError> {
         if task.0.trim_matches('/').is_empty() {
             return Ok(0);
@@ -260,7 +265,8 @@ impl Cgroups {
         pids.sort_unstable();
         pids.dedup();
         let found = looked.into_iter().collect::<Result<(), _>>().map(|()| pids.len());
-        // All at once, forks among them (cgroup-v2.rst, since Linux 5.14).
+        // `cgroup.kill` kills all processes at once, also those that are just being forked (cgroup-v2.rst, since Linux
+        // 5.14).
         if self.mode == CgroupMode::V2
             && !pids.is_empty()
             && fs::write(task.below(Path::new(ROOT)).join("cgroup.kill"), "1").is_ok()
@@ -268,8 +274,8 @@ impl Cgroups {
             return found;
         }
         for &pid in &pids {
-            // Looked at again when its descriptor is had: then it is this very process that is there. One that can't be
-            // looked at is counted, so that the caller comes again.
+            // The cgroup is checked again once the process's descriptor is open, so that the descriptor surely names a
+            // process of this cgroup. A process that can't be checked is counted, so that the caller tries again.
             if let Ok(process) = PidFd::open(pid)
                 && self.holds(task, pid).unwrap_or(false)
             {
@@ -282,15 +288,15 @@ impl Cgroups {
         found
     }
 
-    /// Removes what the runtime left of a task's cgroup. Not there is fine.
+    /// Removes what the runtime has left of a task's cgroup. Succeeds if nothing is there.
     ///
     /// # Errors
-    /// When a group still has processes.
+    /// Fails when a cgroup still has processes.
     pub fn remove(&self, task: &CgroupPath) -> Result<(), CgroupError> {
         if fault::skipped("cgroup") {
             return Ok(());
         }
-        // The root is everybody's.
+        // An empty path is the root cgroup, which must never be removed.
         if task.0.trim_matches('/').is_empty() {
             return Ok(());
         }
@@ -301,19 +307,20 @@ impl Cgroups {
     }
 }
 
-/// The line of each hierarchy for a process; `None` when it has ended.
+/// Returns the contents of `/proc/<pid>/cgroup`, which has one line for each hierarchy; `None` if the process has
+/// ended.
 fn groups_of(pid: u32) -> io::Result<Option<String>> {
     unless_vanished(fs::read_to_string(format!("/proc/{pid}/cgroup")))
 }
 
-/// Thaws a group and those below it, where this hierarchy has the freezer.
+/// Thaws a cgroup and those below it, if this hierarchy has the freezer.
 fn thaw(path: &Path) {
     match fs::write(path.join("freezer.state"), "THAWED") {
         Ok(()) => {}
-        // Another hierarchy, or a group that is gone.
+        // This hierarchy has no freezer, or the cgroup is gone.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-        // The caller sees that its processes stay.
-        Err(error) => tracing::warn!(path = %path.display(), %error, "a frozen cgroup can't be thawed"),
+        // The caller notices that the processes do not end.
+        Err(error) => tracing::warn!(path = %path.display(), %error, "could not thaw a frozen cgroup"),
     }
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -322,16 +329,16 @@ fn thaw(path: &Path) {
     }
 }
 
-/// Adds the processes of a group and of those below it. A group that is gone has none.
+/// Adds the processes of a cgroup and of those below it to `pids`. A cgroup that is gone has no processes.
 fn members(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
     let file = path.join("cgroup.procs");
     let read = crate::fault::look("cgroup.procs").and_then(|()| fs::read_to_string(&file));
     match read {
-        // Those of other pid namespaces read as 0.
+        // Processes of other pid namespaces are listed as 0.
         Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid: &u32| pid != 0)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        // ENODEV: it was removed while we had it open. EOPNOTSUPP: its threads belong to processes of a group above it,
-        // which lists them (cgroup-v2.rst, "Threads").
+        // ENODEV: the cgroup was removed while the file was open. EOPNOTSUPP: the cgroup's threads belong to processes
+        // of a cgroup above it, which lists them (cgroup-v2.rst, "Threads").
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP)) => {}
         Err(source) => return Err(CgroupError { doing: "read", path: file, source }),
     }
@@ -349,7 +356,7 @@ fn members(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
     Ok(())
 }
 
-/// Groups are removed from the leaves up; their files go with them.
+/// Removes a cgroup and those below it, from the leaves up. A cgroup's files are removed with its directory.
 fn remove_tree(path: &Path) -> Result<(), CgroupError> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,

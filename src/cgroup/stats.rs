@@ -1,4 +1,5 @@
-//! What a task uses, read from the kernel's own files: no call to a shim, no process, 0.1 ms.
+//! Reads a task's resource usage from the cgroup files of the kernel. That takes 0.1 ms, and needs neither a call to a
+//! shim nor a further process.
 
 use std::{
     fs::File,
@@ -26,73 +27,74 @@ use super::{CgroupMode, CgroupPath, Cgroups, ROOT};
 
 /// USER_HZ is 100 wherever Linux runs containers (sysconf(3), `_SC_CLK_TCK`).
 const NANOS_PER_TICK: u64 = 10_000_000;
-/// The longest file read here, memory.stat, has some 2 KB.
+/// The size of the buffer for memory.stat. This is the longest file that is read here, with some 2 KB.
 const MEMORY_STAT_MAX: usize = 16 << 10;
-/// cpu.stat has a tenth of it.
+/// The size of the buffer for cpu.stat, which is a tenth as long as memory.stat.
 const CPU_STAT_MAX: usize = 2 << 10;
 
-/// One look at a task's cgroup. None where this kernel does not say.
+/// One measurement of a task's usage. A value is `None` if this kernel does not report it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Processor time in nanoseconds since the group was made.
+    /// CPU time in nanoseconds since the cgroup was created.
     pub cpu: CpuUsage,
     /// Memory in bytes.
     pub memory: MemoryUsage,
 }
 
-/// Of one processor, in percent: what was spent between two looks that lie `time` apart. 100 is a whole one.
+/// Returns the CPU usage between two measurements that lie `time` apart, in percent of one CPU: 100 is one whole CPU.
 #[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
 pub fn percent(before_ns: u64, after_ns: u64, time: Duration) -> f64 {
     let spent = after_ns.saturating_sub(before_ns);
     if time.is_zero() { 0.0 } else { spent as f64 / time.as_nanos() as f64 * 100.0 }
 }
 
-/// Processor time.
+/// A task's CPU time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CpuUsage {
-    /// All of it, in nanoseconds.
+    /// The total CPU time in nanoseconds.
     pub total_ns: u64,
-    /// In user mode, in nanoseconds.
+    /// The CPU time in user mode, in nanoseconds.
     pub user_ns: Option<u64>,
-    /// In the kernel, in nanoseconds.
+    /// The CPU time in the kernel, in nanoseconds.
     pub system_ns: Option<u64>,
-    /// How many periods it was held back in.
+    /// The number of periods in which the task was throttled.
     pub throttled_periods: Option<u64>,
-    /// How long it was held back, in nanoseconds.
+    /// The time for which the task was throttled, in nanoseconds.
     pub throttled_ns: Option<u64>,
 }
 
-/// Memory, in bytes.
+/// A task's memory, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryUsage {
     /// Anonymous memory.
     pub rss: Option<u64>,
-    /// Page cache.
+    /// The page cache.
     pub cache: Option<u64>,
-    /// All that is charged to the group.
+    /// All memory that is charged to the cgroup.
     pub usage: Option<u64>,
-    /// The most that ever was.
+    /// The maximum of `usage` so far.
     pub max_usage: Option<u64>,
-    /// Swap.
+    /// Swapped memory.
     pub swap: Option<u64>,
-    /// The kernel's own on its behalf.
+    /// Memory of the kernel on behalf of the task.
     pub kernel: Option<u64>,
-    /// The most that ever was of it.
+    /// The maximum of `kernel` so far.
     pub kernel_max: Option<u64>,
 }
 
-/// What a task's memory is made of is read again when it holds more or less of it, or has held more. That is relied on
-/// after so many looks at which nothing moved (memory.stat is up to two seconds late) ...
+/// The number of measurements with unchanged memory usage after which memory.stat is not read at every measurement any
+/// more (memory.stat is up to two seconds late). It is then read only when the task's memory usage or its maximum has
+/// changed. Reading memory.stat is most of a measurement's cost, and the memory of few tasks changes within a second.
 const SETTLED: u32 = 3;
-/// ... and not in each tenth. It is most of what a look costs, and few tasks' memory moves in a second.
+/// One in this many measurements with unchanged memory usage reads memory.stat nevertheless.
 const WHOLE: u32 = 10;
 
-/// A task's cgroup, held open for many looks.
+/// A task's cgroup, kept open for many measurements.
 #[derive(Debug)]
 pub struct Meter {
     groups: Groups,
     last: Option<Usage>,
-    /// For how many looks it has held as much memory.
+    /// The number of successive measurements with the same memory usage.
     still: u32,
 }
 
@@ -103,12 +105,12 @@ enum Groups {
 }
 
 impl Cgroups {
-    /// What a task uses right now; None when its group is gone.
+    /// Measures a task's present usage. Returns `None` if its cgroup is gone.
     pub fn usage(&self, task: &CgroupPath) -> Option<Usage> {
         self.meter(task)?.usage()
     }
 
-    /// Opens a task's cgroup; None when it is gone.
+    /// Opens a task's cgroup for many measurements. Returns `None` if the cgroup is gone.
     pub fn meter(&self, task: &CgroupPath) -> Option<Meter> {
         let groups = match self.mode {
             CgroupMode::V1 => Groups::V1 {
@@ -121,7 +123,8 @@ impl Cgroups {
         Some(Meter::new(groups))
     }
 
-    /// Where a v1 controller is mounted: alone, or with another as `cpu,cpuacct`.
+    /// Returns the mount point of a controller of version 1, which is mounted alone or together with another one, as
+    /// `cpu,cpuacct`.
     fn controller(&self, name: &str) -> std::path::PathBuf {
         let has = |point: &&std::path::PathBuf| {
             point.file_name().and_then(|file| file.to_str()).is_some_and(|file| file.split(',').any(|one| one == name))
@@ -135,7 +138,7 @@ impl Meter {
         Self { groups, last: None, still: 0 }
     }
 
-    /// What the task uses right now; None when its group is gone.
+    /// Measures the task's present usage. Returns `None` if its cgroup is gone.
     pub fn usage(&mut self) -> Option<Usage> {
         let settled = self.still >= SETTLED && !self.still.is_multiple_of(WHOLE);
         let known = self.last.as_ref().filter(|_| settled);
@@ -150,13 +153,14 @@ impl Meter {
     }
 }
 
-/// cgroup-v1/cpuacct.rst, memory.rst: times in nanoseconds, and of user and system in ticks. `cpuacct.usage_user` and
-/// `_sys` have nanoseconds, too, but only count who runs at a tick: a task that wakes up for moments seems idle.
+/// Reads the usage on version 1 (cgroup-v1/cpuacct.rst, memory.rst). The total time is in nanoseconds, user and system
+/// time are in ticks. `cpuacct.usage_user` and `cpuacct.usage_sys` are in nanoseconds, too, but only account the task
+/// that runs at a tick: a task that wakes up for short moments seems idle in them.
 fn version1(cpuacct: &mut Dir, cpu: &mut Dir, memory: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
     let total_ns = cpuacct.number("cpuacct.usage")?;
     let held = memory.number("memory.usage_in_bytes");
     let known = known.filter(|known| known.memory.usage == held);
-    // It has not run: two files have told, in place of eight.
+    // The task has not run since the last measurement, so two files were enough instead of eight.
     if let Some(known) = known.filter(|known| known.cpu.total_ns == total_ns) {
         return Some(*known);
     }
@@ -191,7 +195,7 @@ fn version1(cpuacct: &mut Dir, cpu: &mut Dir, memory: &mut Dir, known: Option<&U
     })
 }
 
-/// cgroup-v2.rst: times in microseconds.
+/// Reads the usage on version 2 (cgroup-v2.rst). Times are in microseconds.
 fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
     let mut cpu_text = [0; CPU_STAT_MAX];
     let table = Table(group.read("cpu.stat", &mut cpu_text));
@@ -210,7 +214,7 @@ fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
     }
     let mut memory_text = [0; MEMORY_STAT_MAX];
     let stat = Table(group.read("memory.stat", &mut memory_text));
-    // `kernel` is younger (5.18) than its largest parts.
+    // The total `kernel` exists since Linux 5.18 only. Its largest parts are older and are added up if it is missing.
     let parts = stat.get("kernel_stack").zip(stat.get("slab")).map(|(stack, slab)| stack + slab);
     Some(Usage {
         cpu,
@@ -226,7 +230,8 @@ fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
     })
 }
 
-/// A cgroup's directory, and its files once they were read. Opening and closing one costs twice as much as reading it.
+/// The directory of a cgroup, and its files once they were read. The files are kept open, because opening and closing a
+/// file costs twice as much as reading it.
 #[derive(Debug)]
 struct Dir {
     fd: OwnedFd,
@@ -234,20 +239,21 @@ struct Dir {
     keep: Option<Kept>,
 }
 
-/// Directories whose files are kept open.
+/// The number of directories whose files are kept open.
 static KEPT: AtomicUsize = AtomicUsize::new(0);
-/// One of them.
+/// A permit to keep the files of one directory open.
 #[derive(Debug)]
 struct Kept;
 
 impl Kept {
     fn new() -> Option<Self> {
-        // It counts first, and takes itself back by being dropped.
+        // The permit is counted first; dropping it undoes that if there are too many.
         let (kept, before) = (Self, KEPT.fetch_add(1, Ordering::Relaxed));
         (before < Self::most()).then_some(kept)
     }
 
-    /// With some three files each, they have at most half of the descriptors; tasks need five each themselves.
+    /// Returns the most directories whose files are kept open. With some three files each, they use at most half of the
+    /// file descriptors. A task needs five descriptors for other purposes.
     fn most() -> usize {
         static MOST: OnceLock<usize> = OnceLock::new();
         *MOST.get_or_init(|| {
@@ -269,14 +275,15 @@ impl Dir {
         Some(Self { fd, files: Vec::new(), keep: Kept::new() })
     }
 
-    /// A file's text; empty when it is not there.
+    /// Returns the text of a file, or an empty text if the file does not exist.
     fn read<'a>(&mut self, name: &'static str, buffer: &'a mut [u8]) -> &'a str {
-        // Read from its beginning, such a file tells the present state, however long it has been open (seq_file.rst).
+        // A read from the beginning of such a file returns the present state, however long the file has been open
+        // (seq_file.rst).
         let all_of = |file: &File, buffer: &mut [u8]| {
             let mut length = 0;
             while let Ok(more @ 1..) = file.read_at(&mut buffer[length..], length as u64) {
                 length += more;
-                // A number, or less than a page: that was all of it.
+                // The kernel returns up to a page at a time, so less than a page was the whole text.
                 if length < 4096 {
                     break;
                 }
@@ -301,7 +308,7 @@ impl Dir {
     }
 }
 
-/// `name value` lines.
+/// A text of lines of the form `name value`.
 struct Table<'a>(&'a str);
 
 impl Table<'_> {
@@ -371,7 +378,7 @@ mod tests {
         assert_eq!(usage.memory.kernel, None);
     }
 
-    /// Reading everything of five hundred tasks each second is two thirds of what watching them costs.
+    /// Reading all files of five hundred tasks each second is two thirds of the cost of watching these tasks.
     #[test]
     fn memory_that_does_not_move_is_not_taken_apart_each_time() {
         let group = group(&[
@@ -384,27 +391,27 @@ mod tests {
         let mut meter = Meter::new(Groups::V1 { cpuacct, cpu, memory });
         let set = |file: &str, text: &str| fs::write(group.path().join(file), text).expect("written");
         let mut look = || meter.usage().map(|usage| (usage.cpu.total_ns, usage.memory.rss)).expect("a group");
-        // The first look, and as many as it takes to rely on nothing having moved.
+        // The first measurement, and as many as it takes until memory.stat is not read every time any more.
         for n in 0..=SETTLED {
             set("memory.stat", &format!("total_rss {n}\n"));
-            assert_eq!(look(), (5, Some(u64::from(n))), "late news of what it did");
+            assert_eq!(look(), (5, Some(u64::from(n))), "a late change in memory.stat is read");
         }
         set("memory.stat", "total_rss 70\n");
         for n in SETTLED..WHOLE {
-            // It may run, and that is told.
+            // The task may run, and its CPU time is measured.
             set("cpuacct.usage", &n.to_string());
             assert_eq!(look(), (u64::from(n), Some(u64::from(SETTLED))));
         }
-        assert_eq!(look(), (9, Some(70)), "for ever");
+        assert_eq!(look(), (9, Some(70)), "memory.stat is read again after that many measurements");
         set("memory.stat", "total_rss 80\n");
         assert_eq!(look(), (9, Some(70)));
         set("memory.max_usage_in_bytes", "41\n");
-        assert_eq!(look(), (9, Some(70)), "what does not run can't have held more");
+        assert_eq!(look(), (9, Some(70)), "the maximum is not read for a task that has not run");
         set("cpuacct.usage", "10\n");
-        assert_eq!(look(), (10, Some(80)), "it has held more");
+        assert_eq!(look(), (10, Some(80)), "the maximum has changed");
         set("memory.stat", "total_rss 90\n");
         set("memory.usage_in_bytes", "34\n");
-        assert_eq!(look(), (10, Some(90)), "it holds more");
+        assert_eq!(look(), (10, Some(90)), "the usage has changed");
     }
 
     #[test]

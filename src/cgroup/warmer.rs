@@ -1,11 +1,12 @@
-//! Keeps the kernel's cgroup migration lock warm while a task is started, on version 1.
+//! Primes the kernel's cgroup migration lock while a task is started, on cgroup version 1.
 //!
-//! Moving a process between groups takes a lock (`cgroup_threadgroup_rwsem`) that is cheap for readers, who are every
-//! fork and exit, and dear for the first writer after a pause: it waits for an RCU grace period, 8 to 16 ms. On version 1
-//! every runtime moves its container's process. So a thread of ours moves its own process to and fro, from the moment
-//! that a start begins: the grace period passes while the bundle is made and the runtime comes up, and the runtime finds
-//! the lock warm. An operator can have it kept warm all the time (docs/decisions/010 has the price), or never.
-//! cgroup version 2 needs none of this: runtimes clone right into the group there.
+//! Moving a process between cgroups takes a lock (`cgroup_threadgroup_rwsem`). It is cheap for readers, which are all
+//! forks and exits. It is expensive for the first writer after a pause, which waits for an RCU grace period of 8 to 16
+//! ms. On version 1 every runtime moves its container's process. Therefore, a thread of this plugin moves the plugin's
+//! own process to and fro from the beginning of a start. The grace period passes while the bundle is created and the
+//! runtime is loaded, and the runtime gets the lock without a delay. With the option `cgroup { keep_warm }` an operator
+//! can have the lock primed all the time (docs/decisions/022 has the cost), or never. cgroup version 2 needs no
+//! priming, because runtimes clone processes directly into their cgroup.
 
 use std::{
     fs, io,
@@ -20,24 +21,24 @@ use std::{
 
 use super::{CgroupMode, Cgroups, OWN, ROOT};
 
-/// The hierarchy with the least to do at a move.
+/// The hierarchy in which a move costs least.
 const HIERARCHY: &str = "freezer";
 
-/// While it is warmed: well below a grace period.
+/// The interval between two moves during a start, well below an RCU grace period.
 const EVERY: Duration = Duration::from_millis(3);
 
-/// When the lock is kept warm.
+/// The times at which the lock is primed (`cgroup { keep_warm }`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeepWarm {
     /// Never.
     Never,
-    /// While a task is started.
+    /// While tasks are started.
     Starts,
-    /// All the time, this often.
+    /// All the time, at this interval.
     Always(Duration),
 }
 
-/// The warming thread; it ends with this.
+/// Owns the thread that primes the lock. Dropping this stops the thread.
 #[derive(Debug)]
 pub struct Warmer {
     wanted: Arc<Wanted>,
@@ -51,7 +52,7 @@ struct Wanted {
     starts: AtomicUsize,
 }
 
-/// A start is at work until this is dropped.
+/// A guard for a start in progress: the lock is primed until the guard is dropped.
 #[derive(Debug)]
 pub struct Warm(Arc<Wanted>);
 
@@ -62,29 +63,30 @@ impl Drop for Warm {
 }
 
 impl Warmer {
-    /// Starts it.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// On version 2, where there is nothing to warm, and when the groups can't be made.
+    /// Fails on cgroup version 2, which needs no priming, and when the thread's cgroups can't be created.
     pub fn start(cgroups: &Cgroups, keep: KeepWarm) -> io::Result<Self> {
         if cgroups.mode() == CgroupMode::V2 {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "this host has cgroup version 2, which needs no warming",
+                "this host has cgroup version 2, whose migration lock needs no priming",
             ));
         }
         let hierarchy = Path::new(ROOT).join(HIERARCHY);
         let home = hierarchy.join(own_place()?.trim_start_matches('/')).join("cgroup.procs");
         let parent = hierarchy.join(OWN);
         fs::create_dir_all(&parent)?;
-        // Of plugins that were killed. Those of the living are theirs, also while nobody is in them.
+        // Removes the cgroups of plugins that were killed. The cgroups of running plugins are kept, even if they are
+        // empty.
         for entry in fs::read_dir(&parent)?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let pid = name.strip_prefix("warm-").and_then(|rest| rest.split('-').next());
             if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
                 && let Err(error) = fs::remove_dir(entry.path())
             {
-                tracing::debug!(name, %error, "an old warming group stays");
+                tracing::debug!(name, %error, "could not remove a cgroup that an earlier plugin used for priming");
             }
         }
         let groups = [0, 1].map(|n| parent.join(format!("warm-{}-{n}", std::process::id())));
@@ -95,12 +97,12 @@ impl Warmer {
         let seen = wanted.clone();
         let thread = thread::Builder::new().name("cgroup-warmer".to_owned()).spawn(move || {
             warm(&groups, keep, &seen);
-            for (what, outcome) in [("go home", fs::write(&home, "0"))]
+            for (what, outcome) in [("move back", fs::write(&home, "0"))]
                 .into_iter()
-                .chain(groups.iter().map(|group| ("remove a group", fs::remove_dir(group))))
+                .chain(groups.iter().map(|group| ("remove a cgroup", fs::remove_dir(group))))
             {
                 if let Err(error) = outcome {
-                    tracing::warn!(what, %error, "the cgroup warmer leaves something");
+                    tracing::warn!(what, %error, "could not clean up after priming the cgroup lock");
                 }
             }
         })?;
@@ -108,14 +110,14 @@ impl Warmer {
         Ok(Self { wanted, thread: Mutex::new(Some(thread)), sleeper })
     }
 
-    /// A start begins: the lock is warmed from now on, beside it.
+    /// Primes the lock from now on until the returned guard is dropped, concurrently with a start.
     pub fn warm(&self) -> Warm {
         self.wanted.starts.fetch_add(1, Ordering::Relaxed);
         self.sleeper.unpark();
         Warm(self.wanted.clone())
     }
 
-    /// Ends it, and returns when its groups are gone.
+    /// Stops the thread, and returns when its cgroups are removed.
     pub fn end(&self) {
         self.wanted.stop.store(true, Ordering::Relaxed);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -140,21 +142,21 @@ fn warm(groups: &[PathBuf; 2], keep: KeepWarm, wanted: &Wanted) {
             KeepWarm::Always(every) => every,
             _ if wanted.starts.load(Ordering::Relaxed) > 0 => EVERY,
             _ => {
-                // Woken by the next start, or when it is to end.
+                // The next start wakes the thread, and so does stopping it.
                 thread::park();
                 continue;
             }
         };
-        // 0: whoever writes.
+        // 0 stands for the process that writes.
         if let Some(Err(error)) = targets.next().map(|target| fs::write(target, "0")) {
-            tracing::error!(%error, "the cgroup warmer gives up; starts after a pause take longer");
+            tracing::error!(%error, "could not prime the cgroup lock; starts after a pause take longer from now on");
             return;
         }
         thread::park_timeout(every);
     }
 }
 
-/// Where this process is in the hierarchy (cgroups(7), /proc/pid/cgroup).
+/// Returns the path of this process's cgroup in the hierarchy (cgroups(7), /proc/pid/cgroup).
 fn own_place() -> io::Result<String> {
     let text = fs::read_to_string("/proc/self/cgroup")?;
     let line = text.lines().find_map(|line| {

@@ -1,8 +1,9 @@
-//! Vulnerabilities of the programs that tasks depend on, by the versions that fixed them: what `doctor` compares.
+//! Known vulnerabilities of the programs that tasks depend on, and the versions that fixed them. `doctor` compares
+//! installed versions with this table.
 //!
-//! The versions are the projects' own, as their change logs and advisories give them (November 2026). A distribution
-//! back-ports fixes and keeps the version, so this can only be a note. The table has what a container, an image or a local
-//! user can use against the host.
+//! The versions are those of the projects' change logs and advisories (November 2026). A distribution back-ports fixes
+//! and keeps the version, so a match can only be a note. The table has the vulnerabilities that a container, an image
+//! or a local user can use against the host.
 
 use std::fmt;
 
@@ -20,7 +21,7 @@ pub enum Program {
 }
 
 impl Program {
-    /// What it is called in PATH.
+    /// Returns the program's name in PATH.
     pub fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",
@@ -35,18 +36,18 @@ impl Program {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Advisory {
     program: Program,
-    /// Its name.
+    /// The advisory's id.
     pub id: &'static str,
-    /// What it is about, in a few words.
+    /// A short description of the vulnerability.
     pub what: &'static str,
-    /// The first version that has it; empty for all before the fix.
+    /// The first version with the vulnerability; empty if all versions before the fix have it.
     introduced: &'static str,
-    /// The first version without it in each line of releases, oldest first.
+    /// The first fixed version of each release line, oldest first.
     fixed: &'static [&'static str],
 }
 
 impl Advisory {
-    /// The version of this line of releases that has the fix, or of the next one where this line never got it.
+    /// Returns the fixed version of this release line, or of the next one if this line never got the fix.
     pub fn fixed_for(&self, version: &Version) -> &'static str {
         let fixes = || self.fixed.iter().filter(|fixed| Version::parse(fixed).is_some_and(|fixed| *version < fixed));
         fixes().next().or(self.fixed.last()).copied().unwrap_or_default()
@@ -59,7 +60,7 @@ impl Advisory {
         let fixes: Vec<Version> = self.fixed.iter().filter_map(|fixed| Version::parse(fixed)).collect();
         match fixes.iter().find(|fixed| fixed.line() == version.line()) {
             Some(fixed) => version < fixed,
-            // A line that never got the fix, unless it began after that.
+            // A release line that never got the fix has the vulnerability, unless the line began after the fix.
             None => fixes.last().is_some_and(|newest| version < newest),
         }
     }
@@ -77,8 +78,8 @@ const fn row(
 
 use Program::{Containerd, Crun, Runc, Youki};
 
-/// Sources: runc's CHANGELOG.md; crun's NEWS; youki's tags; containerd's docs/security/THREAT_MODEL.md; and of each the
-/// record in CVEProject/cvelistV5 or the project's advisory on GitHub, where the versions are.
+/// Sources: runc's CHANGELOG.md; crun's NEWS; youki's tags; containerd's THREAT_MODEL.md; and for each advisory the
+/// record in CVEProject/cvelistV5 or the project's advisory on GitHub, which have the versions.
 const ADVISORIES: &[Advisory] = &[
     row(Runc, "CVE-2023-27561", "", &["1.1.5"], "a container's volumes are mounted over its /proc"),
     // GHSA-xr7r-f8xq-vfvv.
@@ -89,7 +90,7 @@ const ADVISORIES: &[Advisory] = &[
     row(Runc, "CVE-2025-31133", "", &["1.2.8", "1.3.3", "1.4.0-rc.3"], "masked paths are opened or redirected"),
     row(Runc, "CVE-2025-52565", "", &["1.2.8", "1.3.3", "1.4.0-rc.3"], "/dev/console is bound over another file"),
     row(Runc, "CVE-2025-52881", "", &["1.2.8", "1.3.3", "1.4.0-rc.3"], "writes to /proc are redirected"),
-    // GHSA-xjvp-4fhw-gc47. 1.2 got no fix any more.
+    // GHSA-xjvp-4fhw-gc47. Release line 1.2 never got the fix.
     row(Runc, "CVE-2026-41579", "", &["1.3.6", "1.4.3", "1.5.0-rc.3"], "an image's /dev link makes files on the host"),
     row(Crun, "CVE-2022-27650", "", &["1.4.4"], "exec'd processes inherit capabilities"),
     row(Crun, "CVE-2025-24965", "", &["1.20"], "with krun, files are written outside of the container"),
@@ -148,20 +149,20 @@ const ADVISORIES: &[Advisory] = &[
     ),
 ];
 
-/// Lines of containerd that get no fixes any more, and since when (its RELEASES.md).
+/// The release lines of containerd that no longer get fixes, and since when (containerd's RELEASES.md).
 const UNSUPPORTED: &[(&str, &str)] = &[("1.6", "August 2025"), ("1.7", "September 2026"), ("2.1", "July 2026")];
 
 /// A version, as far as it can be compared.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
     numbers: [u32; 3],
-    /// Alpha and beta are the zeroth candidate; a release comes after all of them.
+    /// The number of the release candidate. An alpha or beta version has 0; a release comes after all candidates.
     candidate: u32,
 }
 
 impl Version {
-    /// Reads `1.1.5+ds1`, `v2.4.2`, `1.4.0-rc.3`, `1.30`. What a distribution appends is left out: it is not the
-    /// project's. None for what does not begin with a version.
+    /// Parses `1.1.5+ds1`, `v2.4.2`, `1.4.0-rc.3`, `1.30`. What a distribution appends is ignored: it is not part of
+    /// the project's version. `None` for a text that does not begin with a version.
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim().trim_start_matches('v');
         let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
@@ -192,7 +193,7 @@ impl Version {
         Some(Self { numbers, candidate })
     }
 
-    /// The line of releases: major and minor.
+    /// Returns the release line: major and minor version.
     fn line(&self) -> [u32; 2] {
         [self.numbers[0], self.numbers[1]]
     }
@@ -206,21 +207,21 @@ impl fmt::Display for Version {
     }
 }
 
-/// The advisories that a program's version is older than the fixes of.
+/// Returns the advisories whose fixes this version of a program does not have.
 pub fn of(program: Program, version: &Version) -> impl Iterator<Item = &'static Advisory> {
     ADVISORIES.iter().filter(move |advisory| advisory.program == program && advisory.concerns(version))
 }
 
-/// Since when a line of containerd gets no fixes.
+/// Returns since when a release line of containerd gets no fixes; `None` if it still gets them.
 pub fn unsupported_since(program: Program, version: &Version) -> Option<&'static str> {
     let lines = UNSUPPORTED.iter().filter_map(|(line, since)| Some((Version::parse(line)?.line(), *since)));
     let mut lines = lines.filter(|_| program == Program::Containerd);
     let found = lines.clone().find(|(line, _)| *line == version.line());
-    // Older ones than the oldest that is listed ended before that.
+    // Lines older than the oldest in the list ended before that one.
     found.or_else(|| lines.next().filter(|(oldest, _)| version.line() < *oldest)).map(|(_, since)| since)
 }
 
-/// What there is to say of a program's version, as one line for people; None when nothing is known against it.
+/// Describes in one line what is known against a version of a program; `None` if nothing is.
 pub fn note(program: Program, version: &str) -> Option<String> {
     let parsed = Version::parse(version)?;
     let known: Vec<String> = of(program, &parsed)
@@ -229,7 +230,7 @@ pub fn note(program: Program, version: &str) -> Option<String> {
     let name = program.name();
     let old = (!known.is_empty()).then(|| {
         format!(
-            "{name} {version} is older than the fixes of {}; a distribution may have put them into this version: see its security tracker",
+            "{name} {version} is older than the fixes of {}; a distribution may have back-ported them to this version: see its security tracker",
             known.join(", ")
         )
     });

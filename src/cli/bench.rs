@@ -1,4 +1,4 @@
-//! `bench`: what a task costs, side by side.
+//! `bench`: compares what a task costs with this driver and with other ways to run it.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use crate::{
     ids::random_hex,
 };
 
-/// The bar of the one run that a process makes: the harness knows no terminals.
+/// The progress bar of the one benchmark that a process runs. It is here because the harness does not use the terminal.
 static BAR: std::sync::OnceLock<ProgressBar> = std::sync::OnceLock::new();
 
 #[derive(Args, Debug)]
@@ -21,46 +21,46 @@ pub struct Bench {
     /// The image of all tasks; its program is not run
     #[arg(required_unless_present = "compare")]
     image: Option<String>,
-    /// What is measured, as TOML
+    /// The plan of what is measured, as TOML
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
-    /// A first look, in less than a minute
+    /// Measure only roughly, in less than a minute
     #[arg(long)]
     quick: bool,
-    /// Tasks of each path in each mode
+    /// The number of tasks of each path in each mode
     #[arg(long, value_name = "N")]
     count: Option<usize>,
-    /// Only these paths of the plan, by name
+    /// Measure only these paths of the plan, by name
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
     paths: Vec<String>,
-    /// A further Nomad driver plugin
+    /// Measure an additional Nomad driver plugin
     #[arg(long, value_name = "PROGRAM")]
     plugin: Vec<PathBuf>,
-    /// The configuration of each of those, as JSON, in the same order
+    /// The configuration of each --plugin, as JSON, in the same order
     #[arg(long, value_name = "JSON", requires = "plugin")]
     plugin_config: Vec<String>,
-    /// Options of the `config` block of each of their tasks, as JSON, in the same order
+    /// Options of the `config` block of the tasks of each --plugin, as JSON, in the same order
     #[arg(long, value_name = "JSON", requires = "plugin")]
     task_config: Vec<String>,
-    /// Where all figures go, as JSON
+    /// Write all figures to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Where a page with pictures goes
+    /// Write a page with pictures to this file
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write its pictures there, one SVG file each
+    /// Write the pictures to this directory, one SVG file each
     #[arg(long, value_name = "DIR")]
     pictures: Option<PathBuf>,
-    /// Compares two earlier results instead
+    /// Compare two earlier results instead of measuring
     #[arg(long, num_args = 2, value_names = ["BEFORE", "AFTER"], conflicts_with = "image")]
     compare: Option<Vec<PathBuf>>,
 }
 
 impl Bench {
-    /// Measures, or compares; 1 when this driver failed, or a path that was being measured.
+    /// Measures or compares; returns 1 if this driver failed, or a path while it was being measured.
     ///
     /// # Errors
-    /// When this driver can't be measured, or the plan is wrong.
+    /// When this driver can't be measured, or the plan is not valid.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         if let Some(files) = &self.compare {
             let [before, after] = [&files[0], &files[1]].map(|path| -> Result<Results, CliError> {
@@ -73,7 +73,7 @@ impl Bench {
         let plan = self.planned()?;
         let _lock = StoreLock::shared(common)?;
         let store = Store::open(common).await?;
-        // Short: sockets are below it.
+        // The name is short because sockets are below the directory, and their paths are limited.
         let id = format!("bench-{}", random_hex(4));
         let ground = Ground {
             program: std::env::current_exe()?,
@@ -153,7 +153,7 @@ impl Bench {
         if !self.paths.is_empty() {
             let known: Vec<&str> = plan.paths.iter().map(|path| path.name.as_str()).collect();
             if let Some(strange) = self.paths.iter().find(|name| !known.contains(&name.as_str())) {
-                return Err(usage(format!("--paths {strange:?} is not in the plan; there is {}", known.join(", "))));
+                return Err(usage(format!("--paths {strange:?} is not in the plan, which has {}", known.join(", "))));
             }
             plan.paths.retain(|path| self.paths.contains(&path.name));
         }

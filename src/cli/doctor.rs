@@ -1,4 +1,4 @@
-//! `doctor`: what this host can do, what is missing, and how to fix it.
+//! `doctor`: shows what this host supports, what is missing, and how to fix it.
 
 use std::path::{Path, PathBuf};
 
@@ -19,15 +19,15 @@ use crate::{
     },
 };
 
-/// Say what this host can do
+/// Show what this host supports
 #[derive(Args, Debug)]
 pub struct Doctor {
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// One finding.
+/// One finding about this host.
 struct Finding {
     what: &'static str,
     verdict: Verdict,
@@ -36,10 +36,11 @@ struct Finding {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
+    /// The host has what the driver needs.
     Good,
-    /// Works without it, less well.
+    /// The driver works without it, but less well.
     Note,
-    /// Does not work.
+    /// The driver does not work without it.
     Bad,
 }
 
@@ -54,7 +55,7 @@ impl Verdict {
 }
 
 impl Doctor {
-    /// Prints the findings; 1 when something is missing that every start needs.
+    /// Prints the findings; returns 1 if something is missing that every start needs.
     ///
     /// # Errors
     /// When output fails.
@@ -204,14 +205,14 @@ async fn examine(common: &Common) -> Vec<Finding> {
     findings
 }
 
-/// Notes what is known against this version of a program.
+/// Adds a note about what is known against this version of a program.
 fn advise(find: &mut impl FnMut(&'static str, Verdict, String), program: Program, version: &str) {
     if let Some(note) = advisories::note(program, version) {
         find("advisories", Verdict::Note, note);
     }
 }
 
-/// Says whether tasks get an AppArmor profile on this host, and what to do if they get none.
+/// Returns whether tasks get an AppArmor profile on this host, and what to do if they get none.
 fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
     let without = "tasks run without a profile";
     let (parser, loaded) = match (host.support(), host.parser(), host.loaded()) {
@@ -223,7 +224,7 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
         (AppArmorSupport::Enabled, _, Err(error)) => {
             return (
                 Verdict::Note,
-                format!("enabled; which profiles are loaded can't be seen: {}", crate::chain(&error)),
+                format!("enabled; the list of loaded profiles can't be read: {}", crate::chain(&error)),
             );
         }
         (AppArmorSupport::Enabled, parser, Ok(loaded)) => (parser, loaded),
@@ -235,13 +236,13 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
         None => (
             Verdict::Note,
             format!(
-                "enabled, but apparmor_parser is not in PATH: {without} that is not loaded already (loaded: {own}); install {PARSER_PACKAGE}"
+                "enabled, but apparmor_parser is not in PATH: {without} unless it is loaded already (loaded: {own}); install {PARSER_PACKAGE}"
             ),
         ),
     }
 }
 
-/// The first version-like word that a program says of itself.
+/// Returns the first word of a program's output that looks like a version.
 async fn version(program: &Path, flag: &str) -> String {
     let output = async_command(program).arg(flag).output().await;
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `events`: what happens to the tasks of live plugins, as it happens.
+//! `events`: prints the events of the tasks of live plugins, as they happen.
 
 use clap::Args;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
@@ -7,15 +7,15 @@ use serde_json::json;
 use super::{CliError, Common, print, say, tasks};
 use crate::control::{Answer, Connection, Request};
 
-/// Tell what happens to tasks, as it happens
+/// Print what happens to tasks, as it happens
 #[derive(Args, Debug)]
 pub struct Events {
-    /// As JSON, one object a line
+    /// Print JSON, one object a line
     #[arg(long)]
     json: bool,
 }
 
-/// RFC 3339 in UTC.
+/// Formats a time by RFC 3339 in UTC.
 fn time(millis: u64) -> String {
     let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(millis);
     prost_types::Timestamp::from(at).to_string()
@@ -25,7 +25,7 @@ impl Events {
     /// Prints events until interrupted.
     ///
     /// # Errors
-    /// When no plugin lives here, or output fails.
+    /// When no plugin runs on this host, or output fails.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let mut open = Vec::new();
         for (driver, places) in tasks::drivers(common) {
@@ -36,9 +36,9 @@ impl Events {
             }
         }
         if open.is_empty() {
-            return Err(CliError::Usage("no plugin lives on this host".to_owned()));
+            return Err(CliError::Usage("no plugin is running on this host".to_owned()));
         }
-        say(&format!("nomad-driver-shim: listening to {}", open.len()));
+        say(&format!("nomad-driver-shim: listening to {} plugin(s)", open.len()));
         let next = |(driver, mut connection): (String, Connection)| async move {
             let answer = connection.next().await;
             (driver, connection, answer)
@@ -46,7 +46,7 @@ impl Events {
         let mut waiting: FuturesUnordered<_> = open.into_iter().map(next).collect();
         while let Some((driver, connection, answer)) = waiting.next().await {
             let Ok(Some(Answer::Event(event))) = answer else {
-                say(&format!("nomad-driver-shim: {driver}: its plugin has left"));
+                say(&format!("nomad-driver-shim: {driver}: its plugin has ended"));
                 continue;
             };
             if self.json {

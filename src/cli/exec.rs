@@ -1,4 +1,4 @@
-//! `exec`: a further process in a task, spoken to through the task's shim. Agent and plugin are not asked.
+//! `exec`: runs a further process in a task, through the task's shim. Neither the agent nor the plugin takes part.
 
 use std::{
     io::IsTerminal as _,
@@ -18,26 +18,26 @@ use tokio::{
 use super::{CliError, Common, say, tasks};
 use crate::task::{ExecRequest, Session, WindowSize, exec_alone};
 
-/// What is still in the pipes after the exit.
+/// After the exit, output that pauses for this long is taken to be complete.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Run a command in a task
 #[derive(Args, Debug)]
 pub struct Exec {
-    /// Give it a terminal
+    /// Give the command a terminal
     #[arg(long, short)]
     tty: bool,
-    /// Hand on our input
+    /// Pass standard input on to the command
     #[arg(long, short)]
     interactive: bool,
-    /// The task: its id or name, its container's id, or the beginning of its allocation's
+    /// The task: its id, its name, its container's id, or the beginning of its allocation's id
     task: String,
     /// The command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
     command: Vec<String>,
 }
 
-/// Puts the terminal back as it was.
+/// Restores the terminal's settings when it is dropped.
 struct Raw(Termios);
 
 impl Drop for Raw {
@@ -46,6 +46,7 @@ impl Drop for Raw {
     }
 }
 
+/// Puts the terminal into raw mode.
 fn raw() -> Option<Raw> {
     let stdin = std::io::stdin();
     let before = termios::tcgetattr(stdin.as_fd()).ok()?;
@@ -57,16 +58,16 @@ fn raw() -> Option<Raw> {
 
 fn window() -> Option<WindowSize> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the kernel fills the structure that we own.
+    // SAFETY: the kernel fills a structure that this function owns.
     let done = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
     (done == 0).then(|| WindowSize { width: size.ws_col.into(), height: size.ws_row.into() })
 }
 
 impl Exec {
-    /// Runs it: its own exit code.
+    /// Runs the command, and returns its exit code.
     ///
     /// # Errors
-    /// When it can't be run.
+    /// When the command can't be run.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let found = tasks::one(common, &self.task)?;
         let request = ExecRequest { command: self.command, terminal: self.tty, stdin: self.interactive };
@@ -77,7 +78,7 @@ impl Exec {
             && let Some(size) = window()
             && let Err(error) = exec.resize(size).await
         {
-            say(&format!("nomad-driver-shim: resize: {error}"));
+            say(&format!("nomad-driver-shim: resize the terminal: {error}"));
         }
         let mut changes = signal(SignalKind::window_change())?;
         let mut ends = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
@@ -97,8 +98,8 @@ impl Exec {
             loop {
                 tokio::select! {
                     exit = &mut waiting => {
-                        // What it wrote last, however slowly we are read; children of it that keep the stream open and
-                        // say nothing are not waited for.
+                        // The process's last output is printed, however slowly it is read. Children of the process that
+                        // keep the stream open and write nothing are not waited for.
                         if !drained {
                             tokio::select! {
                                 _ = &mut output => {}
@@ -110,14 +111,14 @@ impl Exec {
                     }
                     read = &mut output, if !drained => match read {
                         Ok(_) => drained = true,
-                        // Nobody reads us any more (`exec ... | head`).
+                        // The reader of this command's output has ended (`exec ... | head`).
                         Err(_) => break None,
                     },
                     _ = &mut ended => break None,
                     () = &mut input, if !typed => {
                         typed = true;
                         if let Err(error) = exec.close_input().await {
-                            tracing::debug!(%error, "close stdin");
+                            tracing::debug!(%error, "could not close the standard input of the process");
                         }
                     }
                     _ = changes.recv(), if self.tty => {
@@ -142,14 +143,14 @@ impl Exec {
     }
 }
 
-/// What goes through us: pieces so far, and how many are being written just now.
+/// The output that this command passes on: how many pieces so far, and how many are being written right now.
 #[derive(Default)]
 struct Flow {
     pieces: AtomicU64,
     writing: AtomicU64,
 }
 
-/// Returns when nothing has come for a while, and nothing waits to be written.
+/// Returns when no output has arrived for `OUTPUT_SILENCE_TIMEOUT`, and none waits to be written.
 async fn silence(flow: &Flow) {
     loop {
         let before = flow.pieces.load(Ordering::Relaxed);
@@ -173,6 +174,7 @@ async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin, flo
     Ok(())
 }
 
+/// Passes this command's standard input on to the process.
 async fn feed(to: Option<pipe::Sender>) {
     let Some(mut to) = to else { return std::future::pending().await };
     let (mut stdin, mut buffer) = (tokio::io::stdin(), vec![0; 4 << 10]);

@@ -1,5 +1,5 @@
-//! `gc` and `rmi`: what nobody needs goes. Live plugins look after their own; directories of drivers without a plugin, and
-//! the command line's own images, are looked after here.
+//! `gc` and `rmi`: remove what is no longer needed. Live plugins clean up their own directories; these commands clean
+//! up the directories of drivers without a live plugin, and the command line's own images.
 
 use std::{fs::File, time::Duration};
 
@@ -16,19 +16,20 @@ use crate::{
     task::{AppArmorDefault, Settings, clear_unattended},
 };
 
-/// Remove what nobody needs: remains of tasks, idle images
+/// Remove what is no longer needed: remains of tasks, unused images
 #[derive(Args, Debug)]
 pub struct Gc {
-    /// Only tell what would go
+    /// Only show what would be removed
     #[arg(long)]
     dry_run: bool,
     /// Keep images of `run` and `pull` that were used within this time
     #[arg(long, default_value = "24h", value_name = "DURATION")]
     keep: String,
-    /// Where no plugin lives: keep tasks that ended within this time, since their agent may come back and ask how
+    /// Without a live plugin: keep tasks that ended within this time, since their agent may come back and ask how they
+    /// ended
     #[arg(long, default_value = "1h", value_name = "DURATION")]
     keep_ended: String,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -36,19 +37,20 @@ pub struct Gc {
 /// Remove images
 #[derive(Args, Debug)]
 pub struct Rmi {
-    /// Their names
+    /// The images' names
     #[arg(required = true)]
     images: Vec<String>,
 }
 
-/// Commands that use the command line's image store hold this together; those that take from it hold it alone.
+/// The lock of the command line's image store: shared by commands that use images, exclusive for those that remove
+/// images.
 pub struct StoreLock(#[allow(dead_code, reason = "held until it is dropped")] Flock<File>);
 
 impl StoreLock {
-    /// Together with others.
+    /// Takes the lock together with other commands that use images.
     ///
     /// # Errors
-    /// When somebody takes from it just now, or the file can't be made.
+    /// When another command is removing images, or the file can't be created.
     pub fn shared(common: &Common) -> Result<Self, CliError> {
         Self::take(common, FlockArg::LockSharedNonblock)
     }
@@ -72,12 +74,13 @@ impl StoreLock {
     }
 }
 
+/// Makes an entry of a failure that concerns no single thing.
 fn failed(error: &dyn std::error::Error) -> Garbage {
     Garbage::new("-", "-", Some(crate::chain(error)))
 }
 
-/// Clears the directories of a driver that no plugin looks after. Its settings are those of its last plugin, where that has
-/// written them down, else this command's own.
+/// Cleans up the directories of a driver without a live plugin. The settings are those of the driver's last plugin, if
+/// it has saved them, else this command's own.
 async fn without_plugin(
     common: &Common,
     driver: &str,
@@ -89,7 +92,7 @@ async fn without_plugin(
         Ok(clearing) => match clearing.await {
             Ok(Some(garbage)) => garbage,
             Ok(None) => {
-                let why = "it has the driver's lock and does not listen: it is just being started, or ends";
+                let why = "it holds the driver's lock and does not listen: it is just starting, or ending";
                 vec![Garbage::staying("plugin", driver, why)]
             }
             Err(error) => vec![failed(&error)],
@@ -99,7 +102,7 @@ async fn without_plugin(
 }
 
 fn settings(common: &Common, driver: &str, places: Places) -> Result<Settings, CliError> {
-    // Its name decides about defaults that matter to starts only.
+    // The name only decides on defaults that matter to starts.
     let name = DriverName::new(driver).or_else(|_| DriverName::new("shim"));
     let name = name.map_err(|error| CliError::Usage(error.to_string()))?;
     let mut settings = plugin::settings(&name, &[]).map_err(|error| CliError::Usage(error.to_string()))?;
@@ -108,12 +111,13 @@ fn settings(common: &Common, driver: &str, places: Places) -> Result<Settings, C
     if let Some(address) = &common.address {
         settings.containerd.address.clone_from(address);
     }
-    // Nothing is started, so that no profile need be loaded.
+    // Nothing is started, so no profile needs to be loaded.
     settings.security.apparmor = AppArmorDefault::Unconfined;
     Ok(settings)
 }
 
-/// Sockets of plugins that were killed, where those of plugins are that have this command's environment.
+/// Removes the sockets of plugins that were killed, from the directory that plugins with this command's environment
+/// use.
 fn sockets(dry_run: bool) -> Vec<Garbage> {
     let abandoned = plugin::abandoned_sockets(&plugin::socket_directory()).into_iter();
     let removed = abandoned.map(|path| {
@@ -125,7 +129,7 @@ fn sockets(dry_run: bool) -> Vec<Garbage> {
 }
 
 impl Gc {
-    /// Removes it, and says what it was.
+    /// Removes what is no longer needed, and prints what it was.
     ///
     /// # Errors
     /// When a plugin refuses, or output fails.
@@ -140,22 +144,22 @@ impl Gc {
             let garbage = match ask(&places.control(), &Request::Gc { dry_run: self.dry_run }, PATIENCE).await {
                 Ok(Answer::Removed(garbage)) => garbage,
                 Ok(_) => Vec::new(),
-                // Where nobody has the lock, it has ended while it was asked.
+                // If the lock is free, the plugin has ended during the request.
                 Err(error) if error.is_nobody() || runs::is_over(common, &driver) => {
-                    // What is left of runs is looked at below.
+                    // The remains of runs are removed below.
                     if tasks::is_run(&driver) {
                         continue;
                     }
                     unattended = true;
                     Box::pin(without_plugin(common, &driver, places, keep_ended, self.dry_run)).await
                 }
-                // What others have removed is told all the same.
+                // What the other plugins have removed is printed nevertheless.
                 Err(error) => vec![failed(&error)],
             };
             found.extend(garbage.into_iter().map(|one| (driver.clone(), one)));
         }
         if unattended {
-            // A plugin does this when it is started.
+            // A live plugin has removed these sockets when it started.
             found.extend(sockets(self.dry_run).into_iter().map(|one| ("-".to_owned(), one)));
         }
         found.extend(self.runs(common).await?);
@@ -171,8 +175,8 @@ impl Gc {
                 .map(|(driver, one)| {
                     let what = match (&one.problem, self.dry_run) {
                         (Some(problem), _) => problem.as_str(),
-                        (None, _) if one.stays => "stays",
-                        (None, true) => "would go",
+                        (None, _) if one.stays => "kept",
+                        (None, true) => "would be removed",
                         (None, false) => "removed",
                     };
                     let cells = [driver, &one.kind, &one.name, what, &one.why];
@@ -184,13 +188,13 @@ impl Gc {
         Ok(u8::from(found.iter().any(|(_, one)| one.problem.is_some())))
     }
 
-    /// What is left of `run`s that were killed.
+    /// Removes the remains of `run`s that were killed.
     async fn runs(&self, common: &Common) -> Result<Vec<(String, Garbage)>, CliError> {
         const WHY: &str = "the command that it belongs to has ended";
         let mut abandoned = Vec::new();
         let runs = tasks::drivers(common).into_iter().filter(|(driver, _)| tasks::is_run(driver)).map(|(id, _)| id);
         if self.dry_run {
-            // One whose plugin lives is asked to leave first, and only that tells whether anybody still needs it.
+            // A run whose plugin lives is left out: only a request to shut down would show whether the run has ended.
             let over = runs.filter(|id| runs::is_over(common, id));
             return Ok(over.map(|id| (id.clone(), Garbage::new("run", &id, None).because(WHY))).collect());
         }
@@ -206,14 +210,14 @@ impl Gc {
         let mut found = Vec::new();
         for id in abandoned {
             runs::clear_up(common, &store.address, &id).await;
-            let problem = common.places(&id).run().exists().then(|| "something of it stays".to_owned());
+            let problem = common.places(&id).run().exists().then(|| "some of it could not be removed".to_owned());
             found.push((id.clone(), Garbage::new("run", &id, problem).because(WHY)));
         }
         store.close().await;
         Ok(found)
     }
 
-    /// The images of `run` and `pull`; not while one of them is at work.
+    /// Removes unused images of `run` and `pull`, unless one of these commands is running.
     async fn own(&self, common: &Common, keep: Duration) -> Result<Vec<Garbage>, CliError> {
         if !common.places("cli").images().is_dir() {
             return Ok(Vec::new());
@@ -236,10 +240,10 @@ impl Gc {
 }
 
 impl Rmi {
-    /// Removes them: from live plugins that have them, and from the command line's own.
+    /// Removes the images: from live plugins that have them, and from the command line's own store.
     ///
     /// # Errors
-    /// When one is in use, or nobody has it.
+    /// When an image is in use, or neither a plugin nor the command line has it.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         for image in &self.images {
             let name = image_named(image)?.to_string();
@@ -254,7 +258,7 @@ impl Rmi {
             let store = Store::open(common).await?;
             let outcome = match store.images(common) {
                 Ok(images) if removed && images.by_name(&name).is_none() => Ok(()),
-                // A `run` that goes on keeps us out.
+                // A `run` in progress holds the lock, so this fails.
                 Ok(images) => match StoreLock::alone(common) {
                     Ok(_lock) => images.remove(&name, &tasks::in_use_by_runs(common)).await.map_err(CliError::Records),
                     Err(error) => Err(error),

@@ -1,4 +1,5 @@
-//! `images`: what the store holds, and which of it can be started without asking anybody.
+//! `images`: lists the images in the store, and which of them can be started without a call to containerd or a
+//! registry.
 
 use std::collections::HashMap;
 
@@ -10,7 +11,7 @@ use super::{CliError, Common, Store, print, table};
 /// List images
 #[derive(Args, Debug)]
 pub struct Images {
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -19,7 +20,7 @@ impl Images {
     /// Prints the list.
     ///
     /// # Errors
-    /// When containerd can't be asked.
+    /// When containerd does not answer, or output fails.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let store = Store::open(common).await?;
         let outcome = self.list(&store, common).await;

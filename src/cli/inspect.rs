@@ -1,25 +1,25 @@
-//! `inspect`: all that is known of a task, as JSON.
+//! `inspect`: prints everything that is known about a task, as JSON.
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::{CliError, Common, print, ps, tasks};
 
-/// Say all that is known of a task
+/// Show everything that is known about a task
 #[derive(Args, Debug)]
 pub struct Inspect {
-    /// The task: its id or name, its container's id, or the beginning of its allocation's
+    /// The task: its id, its name, its container's id, or the beginning of its allocation's id
     task: String,
-    /// Show the values of environment variables too; they may be secrets
+    /// Show the values of environment variables as well; they may be secrets
     #[arg(long)]
     env: bool,
 }
 
 impl Inspect {
-    /// Prints it.
+    /// Prints the task.
     ///
     /// # Errors
-    /// When the task is not there, or output fails.
+    /// When the task does not exist, or output fails.
     pub fn execute(self, common: &Common) -> Result<u8, CliError> {
         let tasks::Found { driver, places, record } = tasks::one(common, &self.task)?;
         let bundle = places.bundle(&record.container_id);

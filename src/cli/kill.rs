@@ -1,4 +1,5 @@
-//! `kill`: a signal to a task. Its live plugin is asked, so that it knows; without one the shim is.
+//! `kill`: sends a signal to a task. A live plugin is asked to send it, so that the plugin knows; without one the
+//! task's shim is asked.
 
 use clap::Args;
 
@@ -8,21 +9,21 @@ use crate::{
     task::{kill_alone, parse_signal},
 };
 
-/// Send a signal to a task, or kill all of it
+/// Send a signal to a task, or kill the whole task
 #[derive(Args, Debug)]
 pub struct Kill {
-    /// The task: its id or name, its container's id, or the beginning of its allocation's
+    /// The task: its id, its name, its container's id, or the beginning of its allocation's id
     task: String,
-    /// The signal, for its first process; without it the whole task is killed
+    /// The signal, which goes to the task's first process; without this option the whole task is killed
     #[arg(long, short)]
     signal: Option<String>,
 }
 
 impl Kill {
-    /// Sends it.
+    /// Sends the signal.
     ///
     /// # Errors
-    /// When the task is not there or can't be reached, or no such signal is.
+    /// When the task does not exist or can't be reached, or the signal does not exist.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let tasks::Found { places, record, .. } = tasks::one(common, &self.task)?;
         let number = self.signal.as_deref().map(parse_signal).transpose()?;

@@ -1,4 +1,4 @@
-//! `logs`: what Nomad's collector has written of a task's output.
+//! `logs`: prints a task's output from the files that Nomad's log collector has written.
 
 use std::{
     fs::File,
@@ -12,30 +12,30 @@ use clap::Args;
 
 use super::{CliError, Common, tasks};
 
-/// Between two looks while following.
+/// The interval at which `--follow` looks for new output.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Print a task's output, as Nomad keeps it
+/// Print a task's output from Nomad's log files
 #[derive(Args, Debug)]
 pub struct Logs {
-    /// The task: its id or name, its container's id, or the beginning of its allocation's
+    /// The task: its id, its name, its container's id, or the beginning of its allocation's id
     task: String,
-    /// Standard error instead of standard output
+    /// Print standard error instead of standard output
     #[arg(long)]
     stderr: bool,
-    /// Go on as more is written
+    /// Go on as more output is written
     #[arg(long, short)]
     follow: bool,
-    /// Only the last so many lines
+    /// Print only the last lines
     #[arg(long, value_name = "LINES")]
     tail: Option<usize>,
 }
 
 impl Logs {
-    /// Prints them.
+    /// Prints the task's output.
     ///
     /// # Errors
-    /// When there are none (a task of `run` has no collector), or they can't be read.
+    /// When the task has no log files (a task of `run` has no log collector), or they can't be read.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let found = tasks::one(common, &self.task)?;
         let named = found.record.alloc_dir.join("alloc/logs");
@@ -47,14 +47,15 @@ impl Logs {
         let prefix = format!("{}.{stream}.", found.record.name);
         let parts = parts(&directory, &prefix);
         let Some(&newest) = parts.last() else {
-            let problem = format!("no logs of it in {}; a task of `run` prints to its own terminal", named.display());
+            let problem =
+                format!("no logs of the task in {}; a task of `run` prints to its own terminal", named.display());
             return Err(CliError::Usage(problem));
         };
         let path = |n: u64| directory.join(format!("{prefix}{n}"));
         let mut text = Vec::new();
         let mut last = None;
         for n in parts {
-            // Rotated away since we looked.
+            // The rotation has removed the file since it was listed.
             let Ok(mut file) = open(&path(n)) else { continue };
             file.read_to_end(&mut text)?;
             last = Some(file);
@@ -69,15 +70,15 @@ impl Logs {
     }
 }
 
-/// Opens a log file. A task that can write to the directory of its logs may have put a link or a FIFO in its place: neither
-/// is followed or waited for.
+/// Opens a log file. A task that can write to the directory of its logs may have put a link or a FIFO in the file's
+/// place: a link is not followed, and a FIFO is not waited for.
 fn open(path: &Path) -> std::io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(std::io::ErrorKind::InvalidInput.into()) }
 }
 
-/// Numbers of the files, in order.
+/// Returns the numbers of the log files, in order.
 fn parts(directory: &Path, prefix: &str) -> Vec<u64> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let mut parts: Vec<u64> =
@@ -86,6 +87,7 @@ fn parts(directory: &Path, prefix: &str) -> Vec<u64> {
     parts
 }
 
+/// Returns the last `count` lines, or all of them.
 fn last_lines(text: &[u8], count: Option<usize>) -> &[u8] {
     let Some(count) = count else { return text };
     let body = text.strip_suffix(b"\n").unwrap_or(text);
@@ -96,12 +98,12 @@ fn last_lines(text: &[u8], count: Option<usize>) -> &[u8] {
     starts.nth(count - 1).map_or(text, |start| &text[start..])
 }
 
-/// Until the reader has enough: from one file to the next as they are rotated. A file that is open is read to its end
-/// even when Nomad has removed it meanwhile.
+/// Prints further output until the reader has enough, and goes from one file to the next as they are rotated. An open
+/// file is read to its end even if Nomad has removed it meanwhile.
 async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> Result<(), CliError> {
     let mut stdout = std::io::stdout();
     loop {
-        // Asked for first: what comes after the next file is there is in the next file.
+        // The next file is looked for before this one is read: once it exists, all later output is in the next file.
         let next = parts(directory, prefix).into_iter().find(|&later| later > n);
         let mut text = Vec::new();
         file.read_to_end(&mut text)?;

@@ -1,6 +1,6 @@
-//! The command line: containers without an agent, and a look at what the driver keeps.
+//! The command line: runs containers without an agent, and shows and cleans up the driver's state.
 //!
-//! Data goes to stdout, talk to stderr, `--json` works on every list.
+//! Data goes to stdout, messages to stderr; `--json` works for every list.
 
 mod advisories;
 mod bench;
@@ -40,7 +40,7 @@ use crate::{
     text::{self, MESSAGE_MAX},
 };
 
-/// Errors of ours, as docker's.
+/// The exit code for errors of the command line itself, as docker's.
 const OURS: u8 = 125;
 
 #[derive(Parser, Debug)]
@@ -59,23 +59,23 @@ struct Cli {
 /// Options of every command.
 #[derive(Args, Debug, Clone)]
 pub struct Common {
-    /// containerd's socket; a private containerd is started when nobody listens at the default one
+    /// containerd's socket; a private containerd is started if none answers at the default one
     #[arg(long, global = true, value_name = "SOCKET", env = "NOMAD_DRIVER_SHIM_ADDRESS")]
     address: Option<PathBuf>,
     /// containerd's namespace
     #[arg(long, global = true, default_value = "nomad", env = "NOMAD_DRIVER_SHIM_NAMESPACE")]
     namespace: String,
-    /// Where run directories are
+    /// The parent of the drivers' run directories
     #[arg(long, global = true, value_name = "DIR", env = "NOMAD_DRIVER_SHIM_RUN_DIR", default_value_os_t = Places::run_parent())]
     run_dir: PathBuf,
-    /// Where state directories are
+    /// The parent of the drivers' state directories
     #[arg(long, global = true, value_name = "DIR", env = "NOMAD_DRIVER_SHIM_STATE_DIR", default_value_os_t = Places::state_parent())]
     state_dir: PathBuf,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Run a command in a new container, through the whole real path: plugin, handshake, StartTask
+    /// Run a command in a new container the way Nomad would: through a plugin, its handshake and StartTask
     Run(Box<run::Run>),
     /// Pull an image
     Pull(pull::Pull),
@@ -83,79 +83,80 @@ enum Command {
     Images(images::Images),
     /// List the tasks of all drivers on this host
     Ps(ps::Ps),
-    /// Say all that is known of a task
+    /// Show everything that is known about a task
     Inspect(inspect::Inspect),
-    /// Print a task's output, as Nomad keeps it
+    /// Print a task's output from Nomad's log files
     Logs(logs::Logs),
     /// Run a command in a task
     Exec(exec::Exec),
-    /// Say what running tasks use
+    /// Show the resource usage of running tasks
     Stats(stats::Stats),
-    /// Send a signal to a task, or kill all of it
+    /// Send a signal to a task, or kill the whole task
     Kill(kill::Kill),
-    /// Tell what happens to tasks, as it happens
+    /// Print what happens to tasks, as it happens
     Events(events::Events),
     /// Remove images
     Rmi(gc::Rmi),
-    /// Remove what nobody needs: remains of tasks, idle images
+    /// Remove what is no longer needed: remains of tasks, unused images
     Gc(gc::Gc),
     /// Measure what a task costs: this driver, other plugins, containerd, runc, crun, the bare kernel
     Bench(Box<bench::Bench>),
-    /// Say what this host can do, what is missing, and how to fix it
+    /// Show what this host supports, what is missing, and how to fix it
     Doctor(doctor::Doctor),
-    /// Check agent and job files before Nomad has them
+    /// Check agent and job files before they are submitted to Nomad
     Config(config::Config),
 }
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
-    /// The private containerd.
+    /// The private containerd failed.
     #[error(transparent)]
     Private(#[from] PrivateError),
-    /// An image.
+    /// An image can't be pulled.
     #[error("{}", text::shown(&chain(&**.0), MESSAGE_MAX))]
     Image(SharedError),
-    /// An image record.
+    /// The image store failed.
     #[error(transparent)]
     Records(#[from] ImageError),
-    /// A name.
+    /// An image's name is not valid.
     #[error(transparent)]
     Reference(#[from] crate::image::ReferenceError),
-    /// containerd.
+    /// containerd failed.
     #[error(transparent)]
     Containerd(#[from] crate::containerd::ContainerdError),
-    /// Nomad's side.
+    /// The host's side of the plugin protocol failed.
     #[error(transparent)]
     Host(#[from] crate::host::HostError),
-    /// A task.
+    /// An operation on a task failed.
     #[error(transparent)]
     Task(#[from] crate::task::TaskError),
-    /// A process in a task.
+    /// A process can't be run in a task.
     #[error(transparent)]
     Exec(#[from] crate::task::ExecError),
-    /// A live plugin.
+    /// A live plugin refused a request, or could not be reached.
     #[error(transparent)]
     Control(#[from] crate::control::ControlError),
-    /// Our own directories.
+    /// The command line's own directories can't be created.
     #[error(transparent)]
     Places(#[from] PlacesError),
-    /// A benchmark.
+    /// A benchmark failed.
     #[error(transparent)]
     Bench(#[from] crate::bench::BenchError),
-    /// Ctrl-C, before the task ran.
+    /// The user pressed Ctrl-C before the task was running.
     #[error("interrupted")]
     Interrupted,
-    /// An option.
+    /// An option or argument can't be used.
     #[error("{0}")]
     Usage(String),
-    /// Output.
+    /// Output can't be written, or a file can't be used.
     #[error("write output")]
     Output(#[from] std::io::Error),
 }
 
 impl CliError {
-    /// docker's convention: 127 for a command that is not there, 126 for one that can't be run, 125 for all else.
+    /// Returns the exit code by docker's convention: 127 for a command that does not exist, 126 for one that can't be
+    /// executed, 125 for everything else.
     fn code(&self) -> u8 {
         match self {
             Self::Host(crate::host::HostError::Call { call: "StartTask", status }) => {
@@ -208,41 +209,41 @@ pub async fn main() -> ExitCode {
     )
 }
 
-/// For somebody who starts a plugin by hand.
+/// Explains the program to a user who starts the plugin by hand.
 fn explain() {
     say("nomad-driver-shim is a task driver plugin for HashiCorp Nomad.\n\n\
          Nomad starts it by itself: put this program (or a link to it) into the agent's plugin_dir, and name it in the\n\
          agent's configuration:\n\n  plugin \"nomad-driver-shim\" {\n    config {\n    }\n  }\n\n\
          A job then says driver = \"shim\". The name is the file's, without a leading \"nomad-driver-\"; linked as\n\
-         containerd-driver it takes that driver's place.\n\n\
+         containerd-driver it replaces nomad-driver-containerd.\n\n\
          Without an agent: nomad-driver-shim run IMAGE [COMMAND...], and nomad-driver-shim --help for more.");
 }
 
-/// Warnings only: talk must not drown what a user asked for. `NOMAD_DRIVER_SHIM_LOG` opens it.
+/// Logs errors only: log lines must not drown what the user asked for. `NOMAD_DRIVER_SHIM_LOG` sets another filter.
 fn log_to_stderr() {
     use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
     let filter = EnvFilter::try_from_env("NOMAD_DRIVER_SHIM_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
     tracing_subscriber::registry().with(crate::plugin::Hclog.with_filter(filter)).init();
 }
 
-/// Talk.
+/// Prints a message to stderr.
 fn say(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
-/// Data.
+/// Prints data to stdout.
 fn print(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
 }
 
-/// May progress bars be drawn?
+/// Whether progress bars may be drawn.
 fn is_interactive() -> bool {
     std::io::stderr().is_terminal()
 }
 
-/// An image's name as a user typed it: files are looked for where they stand.
+/// Parses an image's name as a user typed it; the path of an image file becomes absolute.
 fn image_named(text: &str) -> Result<crate::image::Reference, CliError> {
     use crate::image::{Archive, Reference};
     Ok(match Reference::parse(text)? {
@@ -254,7 +255,7 @@ fn image_named(text: &str) -> Result<crate::image::Reference, CliError> {
     })
 }
 
-/// The containerd that a command uses: the one it was told, the system's when it answers, else a private one.
+/// The containerd that a command uses: the one given by `--address`, the system's if it answers, else a private one.
 struct Store {
     client: Client,
     hold: Option<Hold>,
@@ -283,7 +284,7 @@ impl Store {
         }
     }
 
-    /// The image records that the command line's runs share.
+    /// Opens the image records that all `run`s share.
     fn images(&self, common: &Common) -> Result<ImageStore, CliError> {
         let places = common.places("cli");
         let images = places.images();
@@ -293,7 +294,7 @@ impl Store {
 }
 
 impl Common {
-    /// Directories of `run`, of which each has its own run directory and all share one state directory.
+    /// Returns the directories of a `run`: each has a run directory of its own, and all share one state directory.
     fn places(&self, run: &str) -> Places {
         Places::new(self.run_dir.join(run), self.state_dir.join("cli"))
     }

@@ -1,4 +1,4 @@
-//! `ps`: the tasks of all drivers on this host, from their records, whether an agent lives or not.
+//! `ps`: lists the tasks of all drivers on this host from their records, whether an agent is running or not.
 
 use clap::Args;
 use serde_json::json;
@@ -9,7 +9,7 @@ use crate::task::{Record, RecordState};
 /// List the tasks of all drivers on this host
 #[derive(Args, Debug)]
 pub struct Ps {
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -18,7 +18,7 @@ impl Ps {
     /// Prints the list.
     ///
     /// # Errors
-    /// When output fails. A run directory that can't be read is told and passed over.
+    /// When output fails. A run directory that can't be read is reported and skipped.
     pub fn execute(self, common: &Common) -> Result<u8, CliError> {
         let records: Vec<(String, Record)> =
             tasks::all(common).into_iter().map(|found| (found.driver, found.record)).collect();
@@ -61,7 +61,7 @@ fn pid(record: &Record) -> Option<u32> {
     record.state.run().map(|run| run.process.pid)
 }
 
-/// The record's word, checked against the kernel's.
+/// Returns a task's state by its record, corrected by whether the task's process is alive.
 pub fn state(record: &Record) -> String {
     let alive = record.is_current() && record.state.run().is_some_and(|run| run.process.is_alive());
     match &record.state {

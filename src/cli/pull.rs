@@ -1,4 +1,4 @@
-//! `pull`: an image into the store, with a bar for each layer on a terminal.
+//! `pull`: pulls an image into the store, with a progress bar for each layer on a terminal.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ use crate::{
 /// Pull an image
 #[derive(Args, Debug)]
 pub struct Pull {
-    /// The image
+    /// The image's name
     image: String,
     /// Registry credentials, USER:PASSWORD
     #[arg(long, value_name = "USER:PASSWORD", env = "NOMAD_DRIVER_SHIM_AUTH", hide_env_values = true)]
@@ -29,21 +29,21 @@ pub struct Pull {
 }
 
 impl Pull {
-    /// Pulls it and prints its name and digest.
+    /// Pulls the image, and prints its name and digest.
     ///
     /// # Errors
-    /// When it can't be had.
+    /// When the image can't be pulled.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let reference = image_named(&self.image)?;
         let _lock = StoreLock::shared(common)?;
         let credentials = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
             None => None,
             Some(Some((username, password))) => {
-                // The caller names the image as well.
+                // The user chooses the image as well, so the image's registry may see the password.
                 let scope = CredentialScope::ImageRegistry;
                 Some(Credentials { username: username.to_owned(), password: password.to_owned(), scope })
             }
-            Some(None) => return Err(CliError::Usage("--auth wants USER:PASSWORD".to_owned())),
+            Some(None) => return Err(CliError::Usage("--auth needs USER:PASSWORD".to_owned())),
         };
         let store = Store::open(common).await?;
         let outcome = async {
@@ -67,7 +67,7 @@ impl Pull {
     }
 }
 
-/// A bar for each layer, and a line for the unpacking.
+/// Shows a progress bar for each layer, and a line for the unpacking.
 fn bars() -> Progress {
     let all = MultiProgress::new();
     let style = ProgressStyle::with_template("{prefix:12} {wide_bar} {bytes:>10} / {total_bytes:10}");

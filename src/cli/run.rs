@@ -1,4 +1,5 @@
-//! `run`: one task through the whole real path. This very binary is started as a plugin and driven as Nomad would.
+//! `run`: runs one task the way Nomad would. This same binary is started as a plugin, and gets the calls that an agent
+//! makes.
 
 use std::{
     io::Write,
@@ -27,11 +28,11 @@ use crate::{
     task::refusal_code,
 };
 
-/// Between the first Ctrl-C and SIGKILL, as docker's.
+/// The time between the first Ctrl-C and SIGKILL, as docker's.
 const STOP: prost_types::Duration = prost_types::Duration { seconds: 10, nanos: 0 };
-/// Create and Start take a tenth of this even on a busy machine.
+/// How long an interrupt waits for a start in progress. Create and Start take a tenth of this even on a busy machine.
 const ABOUT_TO_RUN: Duration = Duration::from_secs(2);
-/// What is still in the pipes after the exit.
+/// How long to wait after the exit for output that is still in the pipes.
 const DRAIN: Duration = Duration::from_secs(10);
 
 /// Run a command in a new container
@@ -72,7 +73,7 @@ pub struct Run {
     /// Use the host's network
     #[arg(long)]
     host_network: bool,
-    /// Take (nearly) all confinement away
+    /// Remove (nearly) all confinement
     #[arg(long)]
     privileged: bool,
     /// Add a capability
@@ -84,7 +85,7 @@ pub struct Run {
     /// Registry credentials, USER:PASSWORD
     #[arg(long, value_name = "USER:PASSWORD", env = "NOMAD_DRIVER_SHIM_AUTH", hide_env_values = true)]
     auth: Option<String>,
-    /// Further options of the task's config block, as JSON
+    /// Additional options of the task's config block, as JSON
     #[arg(long, value_name = "JSON")]
     config: Option<String>,
     /// Print how long each phase took
@@ -92,7 +93,7 @@ pub struct Run {
     time: bool,
 }
 
-/// docker's exit codes for a start that failed, by what the runtime said.
+/// Returns docker's exit code for a start that failed, by the runtime's message.
 pub fn start_failure(message: &str) -> u8 {
     let create = message.contains("create the container") || message.contains("start the container");
     let code = refusal_code(message).filter(|_| create);
@@ -100,13 +101,13 @@ pub fn start_failure(message: &str) -> u8 {
 }
 
 impl Run {
-    /// Runs it: the task's own exit code.
+    /// Runs the task, and returns its exit code.
     ///
     /// # Errors
-    /// When it could not be started.
+    /// When the task can't be started.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let config = self.task_config()?;
-        // Refused before a containerd is started for it.
+        // A bad name is refused before a containerd is started for it.
         image_named(&self.image)?;
         let _lock = StoreLock::shared(common)?;
         let began = Instant::now();
@@ -140,7 +141,7 @@ impl Run {
         let auth = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
             None => None,
             Some(Some((username, password))) => Some(json!({ "username": username, "password": password })),
-            Some(None) => return Err(CliError::Usage("--auth wants USER:PASSWORD".to_owned())),
+            Some(None) => return Err(CliError::Usage("--auth needs USER:PASSWORD".to_owned())),
         };
         let options = [
             ("command", command.map(|command| json!(command))),
@@ -170,7 +171,7 @@ impl Run {
     }
 }
 
-/// `type=bind,source=/a,target=/b,ro` as a `mounts` block.
+/// Converts `type=bind,source=/a,target=/b,ro` to a `mounts` block.
 fn mount(spec: &str) -> Result<serde_json::Value, String> {
     let mut block = serde_json::Map::new();
     let mut options = Vec::new();
@@ -190,7 +191,7 @@ fn mount(spec: &str) -> Result<serde_json::Value, String> {
     Ok(block.into())
 }
 
-/// One run.
+/// One `run`.
 struct Session<'a> {
     run: &'a Run,
     config: serde_json::Value,
@@ -232,7 +233,7 @@ impl Session<'_> {
         let alloc = Alloc::create(allocs, self.id)?;
         let dirs = alloc.task(&run.name)?;
         let mut task = dirs.config("1", config);
-        // No limits on a command that somebody typed.
+        // A command that a user typed gets no limits.
         task.resources = None;
         task.user.clone_from(&run.user);
         for pair in &run.env {
@@ -242,7 +243,7 @@ impl Session<'_> {
         }
         let stdout = Collector::start(&dirs.stdout, to(std::io::stdout()));
         let stderr = Collector::start(&dirs.stderr, to(std::io::stderr()));
-        // From here on an interrupt stops the task, even one that comes before we know that it runs.
+        // From here on an interrupt stops the task, even if it comes before StartTask has answered.
         let mut interrupts = Interrupts::listen()?;
         let began = Instant::now();
         let task_id = task.id.clone();
@@ -252,7 +253,7 @@ impl Session<'_> {
         let answer = tokio::select! {
             answer = &mut start => Some(answer),
             () = interrupts.next() => {
-                // Its container may be about to run: then it is stopped in order. A pull is not waited for.
+                // The container may be about to run: then it is stopped properly. A pull is not waited for.
                 interrupts.again = true;
                 tokio::time::timeout(ABOUT_TO_RUN, &mut start).await.ok()
             }
@@ -287,7 +288,8 @@ impl Session<'_> {
         Ok(code)
     }
 
-    /// The task's exit code. Ctrl-C and SIGTERM stop the task; a second one is left to the stop's own deadline.
+    /// Waits for the task's exit code. Ctrl-C and SIGTERM stop the task; a second one changes nothing, since the stop
+    /// has its own deadline.
     async fn wait(
         &self,
         driver: &mut crate::pb::driver::driver_client::DriverClient<tonic::transport::Channel>,
@@ -320,17 +322,17 @@ impl Session<'_> {
     ) -> T {
         let request = StopTaskRequest { task_id: task_id.to_owned(), timeout: Some(STOP), signal: String::new() };
         if let Err(status) = driver.stop_task(request).await {
-            say(&format!("nomad-driver-shim: stop: {}", status.message()));
+            say(&format!("nomad-driver-shim: stop the task: {}", status.message()));
         }
         wait.await
     }
 }
 
-/// Ctrl-C and SIGTERM.
+/// Waits for Ctrl-C and SIGTERM.
 struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
-    /// One that has come already and still counts.
+    /// An interrupt that has already come and must be seen once more.
     again: bool,
 }
 
@@ -355,7 +357,7 @@ fn to(writer: impl Write + Send + 'static) -> Output {
     Output::To(Box::new(writer))
 }
 
-/// The phases, those of the plugin below StartTask.
+/// Renders the phases of a run; those inside of the plugin are below StartTask.
 fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Option<Duration>)]) -> String {
     let mut text = String::from("phase                                  ms\n");
     for (name, took) in steps {
@@ -363,16 +365,16 @@ fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Op
         text.push_str(&format!("{name:32} {took:>8}\n"));
         if *name == "StartTask" {
             let pooled = phases.get("phase.shim_pooled").is_some_and(|pooled| pooled == "true");
-            let shim = if pooled { "shim (one waited)" } else { "shim (started now)" };
+            let shim = if pooled { "shim (from the pool)" } else { "shim (started now)" };
             let parts = [
                 ("image", "image_ms"),
                 (shim, "shim_ms"),
                 ("record, rootfs, bundle", "bundle_ms"),
                 ("shim: Create", "create_ms"),
                 ("shim: Start", "start_ms"),
-                ("process let go, from the start", "released_ms"),
-                ("what is not the shim's", "own_ms"),
-                ("all of it, in the plugin", "total_ms"),
+                ("until the process runs", "released_ms"),
+                ("all but the shim's part", "own_ms"),
+                ("total, in the plugin", "total_ms"),
             ];
             for (label, key) in parts {
                 let value = phases.get(&format!("phase.{key}")).and_then(|value| value.parse::<f64>().ok());

@@ -1,4 +1,4 @@
-//! The directory and plugin that each `run` has for itself, and clearing them away.
+//! The directory and the plugin of each `run`, and their removal.
 
 use std::{fs::File, path::Path};
 
@@ -14,34 +14,34 @@ use crate::{
     task::read_records,
 };
 
-/// This very binary as a plugin.
+/// Starts this same binary as a plugin.
 pub async fn own_plugin() -> Result<Plugin, CliError> {
     Ok(Plugin::launch(&Launch::named(std::env::current_exe()?, "shim")).await?)
 }
 
-/// The plugin's configuration for the run called `id`.
+/// Returns the plugin's configuration for the run called `id`.
 pub fn settings(common: &Common, address: &Path, id: &str) -> serde_json::Value {
     let places = common.places(id);
-    // Whoever types this is root already: nothing is closed to them.
+    // A user of this command is root already, so nothing is forbidden.
     json!({
         "allow_privileged": true,
         "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
         "containerd": { "address": address, "namespace": common.namespace },
         "state": { "run_dir": places.run(), "state_dir": places.state() },
         "shim": { "pool": 0 },
-        // Its image store is shared with all other commands; `gc` looks after it.
+        // All commands share one image store, from which only `gc` and `rmi` remove images.
         "image": { "keep": "forever" },
     })
 }
 
-/// Removes a run's directory. A plugin that died, or was left in the middle of a start, has left a record there; then
-/// another one undoes it first.
+/// Removes a run's directory. A plugin that died, or was stopped in the middle of a start, has left a task's record
+/// there; then another plugin destroys the task first.
 pub async fn clear_up(common: &Common, address: &Path, id: &str) {
     let places = common.places(id);
     let remains = || match read_records(&places.tasks()) {
         Ok(records) => Some(records.good),
         Err(error) => {
-            say(&format!("nomad-driver-shim: {}: what is left of the run stays", crate::chain(&error)));
+            say(&format!("nomad-driver-shim: {}: the remains of the run are kept", crate::chain(&error)));
             None
         }
     };
@@ -53,7 +53,7 @@ pub async fn clear_up(common: &Common, address: &Path, id: &str) {
             for record in remains().unwrap_or_default() {
                 let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
                 if let Err(status) = plugin.driver().destroy_task(request).await {
-                    say(&format!("nomad-driver-shim: clean up: {}", status.message()));
+                    say(&format!("nomad-driver-shim: destroy the task of the run: {}", status.message()));
                 }
             }
         }
@@ -65,7 +65,8 @@ pub async fn clear_up(common: &Common, address: &Path, id: &str) {
     }
 }
 
-/// Removes a directory of ours, but never what is mounted in it: that may be the host's own. True when nothing was.
+/// Removes a directory of the command line, unless something may be mounted in it: that may be the host's own. Returns
+/// false if something may be mounted.
 pub fn remove_unless_mounted(path: &Path) -> bool {
     if MountPoints::read().may_be_in(path) {
         return false;
@@ -79,19 +80,19 @@ pub fn remove_unless_mounted(path: &Path) -> bool {
     true
 }
 
-/// Has the run's plugin ended? Nothing is asked of one that lives.
+/// Whether the run's plugin has ended. A plugin that lives gets no request.
 pub fn is_over(common: &Common, id: &str) -> bool {
     let lock = File::options().append(true).open(common.places(id).lock());
     lock.is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok())
 }
 
-/// Is the run's own process gone? Its plugin, if that lives, is told to leave then: a run is nothing without its
+/// Whether the run's own process is gone. Its plugin, if it still runs, is then shut down: a run is useless without its
 /// terminal.
 pub async fn is_abandoned(common: &Common, id: &str) -> bool {
     let places = common.places(id);
     match ask(&places.control(), &Request::Leave, PATIENCE).await {
         Ok(_) => true,
-        // One that is just beginning has taken its lock and does not listen yet.
+        // A plugin that is just starting holds its lock, but does not listen yet.
         Err(error) if error.is_nobody() => is_over(common, id),
         Err(_) => false,
     }

@@ -1,4 +1,4 @@
-//! `stats`: what running tasks use, from the kernel.
+//! `stats`: shows the resource usage of running tasks, as the kernel counts it.
 
 use std::time::{Duration, Instant};
 
@@ -8,15 +8,15 @@ use serde_json::json;
 use super::{CliError, Common, print, ps, table, tasks};
 use crate::cgroup::{CgroupError, CgroupPath, Cgroups, Usage, percent};
 
-/// Between the two looks that processor time is told from.
+/// The time between the two samples from which processor usage is computed.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Say what running tasks use
+/// Show the resource usage of running tasks
 #[derive(Args, Debug)]
 pub struct Stats {
-    /// Only this task
+    /// Show only this task
     task: Option<String>,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -31,7 +31,7 @@ impl Stats {
     /// Prints the list.
     ///
     /// # Errors
-    /// When the task is not there, or output fails.
+    /// When the task does not exist, or output fails.
     pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
         let tasks = match &self.task {
             Some(task) => vec![tasks::one(common, task)?],

@@ -1,6 +1,6 @@
-//! Lists for people: columns as wide as they must be, two blanks between.
+//! Tables for people: columns as wide as needed, with two spaces between them.
 
-/// Lines up rows under their heads.
+/// Renders rows in aligned columns below their headings.
 pub fn render(heads: &[&str], rows: &[Vec<String>]) -> String {
     let width = |n: usize| {
         rows.iter()

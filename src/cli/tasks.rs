@@ -1,4 +1,4 @@
-//! The tasks of all drivers on this host, straight from their records: no agent and no plugin is needed.
+//! The tasks of all drivers on this host, read from their records: neither an agent nor a plugin is needed.
 
 use std::fs;
 
@@ -9,18 +9,18 @@ use crate::{
     task::{Record, read_records},
 };
 
-/// A task and whose it is.
+/// A task and its driver.
 #[derive(Debug, Clone)]
 pub struct Found {
     /// The driver's name.
     pub driver: String,
     /// The driver's directories.
     pub places: Places,
-    /// Its record.
+    /// The task's record.
     pub record: Record,
 }
 
-/// Run directories, by driver name.
+/// Returns the drivers on this host by name, with their directories.
 pub fn drivers(common: &Common) -> Vec<(String, Places)> {
     let entries = fs::read_dir(&common.run_dir).into_iter().flatten().flatten();
     let mut found: Vec<(String, Places)> = entries
@@ -35,12 +35,13 @@ pub fn drivers(common: &Common) -> Vec<(String, Places)> {
     found
 }
 
-/// Is it the directory of a `run`, whose images are the command line's?
+/// Whether this is the directory of a `run`, whose images belong to the command line.
 pub fn is_run(driver: &str) -> bool {
     driver.starts_with("run-")
 }
 
-/// What the tasks of all `run`s use, whether their processes live or not: as long as the layers are mounted.
+/// Returns the images that the tasks of all `run`s use, whether their processes live or not: an image is in use as long
+/// as its layers are mounted.
 pub fn in_use_by_runs(common: &Common) -> InUse {
     let mounts = MountPoints::read();
     let mounted = |found: &Found| mounts.may_be_in(&found.places.rootfs(&found.record.container_id));
@@ -48,7 +49,7 @@ pub fn in_use_by_runs(common: &Common) -> InUse {
     runs.filter(mounted).map(|found| (found.record.intent.image, found.record.intent.lease)).collect()
 }
 
-/// All tasks, in the order of drivers and ids. A run directory that can't be read is told and passed over.
+/// Returns all tasks, in the order of drivers and ids. A run directory that can't be read is reported and skipped.
 pub fn all(common: &Common) -> Vec<Found> {
     let mut found = Vec::new();
     for (driver, places) in drivers(common) {
@@ -65,10 +66,11 @@ pub fn all(common: &Common) -> Vec<Found> {
     found
 }
 
-/// The one task that `wanted` means: a task's id or name, a container's id, or the beginning of an allocation's.
+/// Returns the one task that `wanted` means: by a task's id or name, by an allocation's or a container's id, or by the
+/// beginning of one of these two.
 ///
 /// # Errors
-/// When there is none, or more than one.
+/// When there is no such task, or more than one.
 pub fn one(common: &Common, wanted: &str) -> Result<Found, CliError> {
     let tasks = all(common);
     let exact = |found: &&Found| {
@@ -89,7 +91,7 @@ pub fn one(common: &Common, wanted: &str) -> Result<Found, CliError> {
         [] => Err(CliError::Usage(format!("no task {wanted:?} on this host; `ps` lists them"))),
         _ => {
             let names: Vec<String> = fitting.iter().map(|found| found.record.container_id.to_string()).collect();
-            Err(CliError::Usage(format!("{wanted:?} means {} tasks: {}; say which", names.len(), names.join(", "))))
+            Err(CliError::Usage(format!("{wanted:?} means {} tasks: {}; choose one", names.len(), names.join(", "))))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The content store: blobs by digest.
+//! The calls of containerd's content store, which keeps blobs by digest.
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -13,9 +13,10 @@ use crate::{
     },
 };
 
-/// How much goes into one write message. containerd takes up to 16 MiB; a quarter keeps both ends' buffers small.
+/// The most data in one write message. containerd accepts messages of up to 16 MiB; 1 MiB keeps the buffers of both
+/// ends small.
 const CHUNK: usize = 1 << 20;
-/// Gigabytes on a slow disk.
+/// The timeout of a commit, which may have to write gigabytes to a slow disk.
 const COMMIT: std::time::Duration = std::time::Duration::from_secs(10 * 60);
 
 impl Client {
@@ -23,10 +24,10 @@ impl Client {
         ContentClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_MAX)
     }
 
-    /// The size and labels of a blob, if it is there.
+    /// Returns the size and labels of a blob, if the blob exists.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn blob(&self, digest: &Digest) -> Result<Option<(i64, Labels)>, ContainerdError> {
         let request = self.request(None, InfoRequest { digest: digest.to_string() });
         match self.call("Content.Info", digest.as_str(), self.content().info(request)).await {
@@ -36,10 +37,10 @@ impl Client {
         }
     }
 
-    /// A whole blob. Meant for manifests and configurations: more than `limit` bytes are refused.
+    /// Reads a whole blob. This is meant for manifests and image configurations.
     ///
     /// # Errors
-    /// As containerd, and when the blob is larger.
+    /// Fails when a call to containerd fails, and when the blob is larger than `limit` bytes.
     pub async fn read_blob(&self, digest: &Digest, limit: usize) -> Result<Vec<u8>, ContainerdError> {
         let subject = digest.as_str();
         let request = self.request(None, ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 });
@@ -48,17 +49,17 @@ impl Client {
         while let Some(part) = self.message("Content.Read", subject, &mut stream).await? {
             bytes.extend_from_slice(&part.data);
             if bytes.len() > limit {
-                let problem = format!("larger than {limit} bytes");
+                let problem = format!("the blob is larger than {limit} bytes");
                 return Err(ContainerdError::Nonsense { call: "Content.Read", subject: subject.to_owned(), problem });
             }
         }
         Ok(bytes)
     }
 
-    /// Stores a small blob whole; one that is there already only gets the labels.
+    /// Stores a small blob at once. A blob that exists already is added to the lease and gets the labels.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn write_blob(&self, lease: &LeaseId, bytes: &[u8], labels: Labels) -> Result<Digest, ContainerdError> {
         let digest = Digest::of(bytes);
         let size = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
@@ -73,13 +74,13 @@ impl Client {
         Ok(digest)
     }
 
-    /// Puts a blob that is there already under the lease and adds labels to it: false when it is not there (any more:
-    /// the garbage collector may be at work on what an earlier pull left).
+    /// Adds an existing blob to the lease and adds labels to the blob. Returns `false` if the blob does not exist, or
+    /// not any more, because containerd's garbage collector may be removing what an earlier pull has left.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn keep_blob(&self, lease: &LeaseId, digest: &Digest, labels: Labels) -> Result<bool, ContainerdError> {
-        // The lease first: what the collector has not taken by now, it won't take.
+        // The lease comes first: a blob that the garbage collector has not removed by then is kept.
         self.add_to_lease(lease, "content", digest.as_str()).await?;
         if labels.is_empty() {
             return Ok(self.blob(digest).await?.is_some());
@@ -94,10 +95,11 @@ impl Client {
         }
     }
 
-    /// Opens a blob for writing from its start; None when it is there already.
+    /// Opens a blob for writing from its start. Returns `None` if the blob exists already. While another writer writes
+    /// the same blob, this waits.
     ///
     /// # Errors
-    /// As containerd. While somebody else writes the same blob, this waits.
+    /// Fails when the call to containerd fails.
     pub async fn open_blob(
         &self,
         lease: &LeaseId,
@@ -109,8 +111,8 @@ impl Client {
         let mut stale = Stale::Refuse;
         loop {
             match self.try_open_blob(lease, digest, size, (&reference, stale)).await {
-                // Another writer holds the reference: another image's pull of the same layer, which ends or commits.
-                // How long that may take is the pull's own deadline to say.
+                // Another writer has the reference: another image's pull of the same layer, which will fail or commit.
+                // The time for which this waits is limited by the pull's own timeout.
                 Err(ContainerdError::Refused { source, .. }) if source.code == Code::Unavailable => {
                     patience.tick().await;
                 }
@@ -122,7 +124,7 @@ impl Client {
         }
     }
 
-    /// None when there was a stale ingest, which has been thrown away.
+    /// Opens a blob for writing. Returns `None` if there was a stale ingest, which was thrown away.
     async fn try_open_blob(
         &self,
         lease: &LeaseId,
@@ -139,7 +141,7 @@ impl Client {
             expected: digest.to_string(),
             ..Default::default()
         };
-        // The first message has to be on its way before containerd answers the call at all.
+        // The first message must be sent before containerd answers the call at all.
         if send.send(stat).await.is_err() {
             unreachable!("the receiver is held right here");
         }
@@ -159,24 +161,26 @@ impl Client {
             return Ok(Some(writer));
         }
         if answer.offset == size && stale == Stale::Accept {
-            // Still whole after it was thrown away: containerd has it for another namespace and shares it.
+            // The blob is still complete after it was thrown away: containerd has it for another namespace and shares
+            // it.
             writer.offset = size;
             return Ok(Some(writer));
         }
-        // A cut-off download of earlier, perhaps of ours, which nobody has looked through: start over.
+        // An earlier download, perhaps of this driver, was cut off, and its data was not verified. The write starts
+        // over.
         drop(writer);
         let abort = self.request(None, AbortRequest { r#ref: reference.to_owned() });
         match self.call("Content.Abort", reference, self.content().abort(abort)).await {
-            // Another image's pull of the same layer was faster.
+            // "Not found" is fine: another image's pull of the same layer was faster.
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(None),
         }
     }
 
-    /// Opens a blob for reading, piece by piece.
+    /// Opens a blob for reading in pieces.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn blob_reader(&self, digest: &Digest) -> Result<BlobReader, ContainerdError> {
         let request = self.request(None, ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 });
         let stream = self.call("Content.Read", digest.as_str(), self.content().read(request)).await?;
@@ -207,7 +211,7 @@ impl Client {
     }
 }
 
-/// A blob being read.
+/// A blob that is being read.
 #[derive(Debug)]
 pub struct BlobReader {
     client: Client,
@@ -216,24 +220,27 @@ pub struct BlobReader {
 }
 
 impl BlobReader {
-    /// The next piece; None at the end.
+    /// Returns the next piece, or `None` at the end of the blob.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, ContainerdError> {
         let part = self.client.message("Content.Read", self.digest.as_str(), &mut self.stream).await?;
         Ok(part.map(|part| part.data))
     }
 }
 
-/// What to do with an ingest that has bytes already.
+/// The treatment of an ingest that has data already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stale {
+    /// Throws the ingest away.
     Refuse,
+    /// Uses the data, if it is the whole blob.
     Accept,
 }
 
-/// A blob being written. Dropped before `commit`, nothing of it is seen by anyone (`abandon` frees its space at once).
+/// A blob that is being written. If this is dropped before `commit`, the blob never becomes visible. `abandon` also
+/// frees its space at once.
 #[derive(Debug)]
 pub struct BlobWriter {
     client: Client,
@@ -246,15 +253,15 @@ pub struct BlobWriter {
 }
 
 impl BlobWriter {
-    /// Is all of it there, so that only `commit` is left to do?
+    /// Returns whether all data is written, so that only `commit` remains.
     pub fn is_complete(&self) -> bool {
         self.offset == self.size
     }
 
-    /// Appends `bytes`.
+    /// Appends data to the blob.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ContainerdError> {
         for data in bytes.chunks(CHUNK) {
             let message = WriteContentRequest {
@@ -265,21 +272,21 @@ impl BlobWriter {
                 ..Default::default()
             };
             self.offset += i64::try_from(data.len()).unwrap_or(i64::MAX);
-            // A closed stream shows itself, with its reason, in the answer.
+            // If the stream is closed, the answer below fails with the reason.
             let _ = self.send.send(message).await;
             let answer = self.answer().await?;
             if answer.offset != self.offset {
-                let problem = format!("at offset {} where {} was written", answer.offset, self.offset);
+                let problem = format!("the offset is {} after writing up to {}", answer.offset, self.offset);
                 return Err(self.nonsense(problem));
             }
         }
         Ok(())
     }
 
-    /// Ends the blob: containerd checks size and digest, and keeps it under the lease.
+    /// Completes the blob: containerd checks its size and digest, and adds it to the lease.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn commit(mut self, labels: Labels) -> Result<(), ContainerdError> {
         let message = WriteContentRequest {
             action: WriteAction::Commit.into(),
@@ -298,13 +305,13 @@ impl BlobWriter {
         }
     }
 
-    /// Gives up: what was written is thrown away.
+    /// Aborts the write. containerd throws the written data away.
     pub async fn abandon(self) {
         let Self { client, reference, send, answers, .. } = self;
         drop((send, answers));
         let request = client.request(None, AbortRequest { r#ref: reference.clone() });
         if let Err(error) = client.call("Content.Abort", &reference, client.content().abort(request)).await {
-            tracing::debug!(%error, "an abandoned download is left to containerd's own collection");
+            tracing::debug!(%error, "could not abort a download; containerd's garbage collector removes its data");
         }
     }
 
@@ -316,7 +323,7 @@ impl BlobWriter {
         let subject = self.digest.as_str();
         match self.client.message_within(limit, "Content.Write", subject, &mut self.answers).await? {
             Some(answer) => Ok(answer),
-            None => Err(self.nonsense("the stream ended before its answer".to_owned())),
+            None => Err(self.nonsense("the stream ended without an answer".to_owned())),
         }
     }
 

@@ -1,6 +1,6 @@
-//! A client of containerd's image side: leases, content, snapshots, diff and image records (containerd 1.6 to 2.x).
+//! A client of containerd's image services: leases, content, snapshots, diff and image records (containerd 1.6 to 2.x).
 //!
-//! Nothing here is called while a cached image's task starts; only pulls, the image list and the fingerprint come here.
+//! Starting a task whose image is cached makes none of these calls. Only pulls, the image list and the fingerprint do.
 
 mod content;
 pub mod private;
@@ -34,20 +34,21 @@ use crate::{
     },
 };
 
-/// containerd answers metadata calls in milliseconds; a busy disk (bolt's fsync) has been seen to take seconds.
+/// The timeout of a call. containerd answers metadata calls in milliseconds, but was seen to take seconds on a busy
+/// disk (bolt's fsync).
 const CALL: Duration = Duration::from_secs(30);
-/// Is it there at all? Asked often, so kept short.
+/// The timeout of the check whether containerd is running. The check is made often, so the timeout is short.
 const PROBE: Duration = Duration::from_secs(2);
-/// containerd's own limit on a message.
+/// The largest message, which is containerd's own limit.
 const MESSAGE_MAX: usize = 16 << 20;
 
-/// What containerd said no with.
+/// The status with which containerd, or the transport, refused a call.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct Refusal {
-    /// Its gRPC code.
+    /// The gRPC status code.
     pub code: Code,
-    /// Its words.
+    /// The message.
     pub message: String,
 }
 
@@ -57,65 +58,66 @@ impl From<Status> for Refusal {
     }
 }
 
-/// Why a call to containerd failed.
+/// The reason why a call to containerd failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ContainerdError {
-    /// Nobody listens, or the daemon went away.
+    /// No daemon listens at the socket, or the daemon has stopped during the call.
     #[error("containerd at {address} is out of reach")]
     Unreachable {
-        /// Its socket.
+        /// containerd's socket.
         address: PathBuf,
-        /// The transport's words.
+        /// The error of the transport.
         source: Refusal,
     },
-    /// It answered, with a refusal.
+    /// containerd refused the call.
     #[error("containerd: {call} {subject}")]
     Refused {
-        /// The call.
+        /// The method that was called.
         call: &'static str,
-        /// What it was about.
+        /// The object of the call.
         subject: String,
-        /// The answer.
+        /// The refusal.
         source: Refusal,
     },
-    /// It did not answer in time.
+    /// containerd did not answer in time.
     #[error("containerd: {call} {subject}: no answer in {} s", after.as_secs())]
     Late {
-        /// The call.
+        /// The method that was called.
         call: &'static str,
-        /// What it was about.
+        /// The object of the call.
         subject: String,
-        /// How long we waited.
+        /// The timeout of the call.
         after: Duration,
     },
-    /// It answered something that no version of it should.
+    /// containerd answered in a way that no version of it should.
     #[error("containerd: {call} {subject}: {problem}")]
     Nonsense {
-        /// The call.
+        /// The method that was called.
         call: &'static str,
-        /// What it was about.
+        /// The object of the call.
         subject: String,
-        /// What was wrong.
+        /// What is wrong with the answer.
         problem: String,
     },
 }
 
 impl ContainerdError {
-    /// Did containerd say "not found"?
+    /// Returns whether containerd answered "not found".
     pub fn is_not_found(&self) -> bool {
         self.code() == Some(Code::NotFound)
     }
 
-    /// Did containerd say "already exists"?
+    /// Returns whether containerd answered "already exists".
     pub fn is_already_exists(&self) -> bool {
         self.code() == Some(Code::AlreadyExists)
     }
 
-    /// What has to change before another attempt can succeed.
+    /// Returns what has to change before another attempt can succeed: the host's state or the job.
     pub fn failure_cause(&self) -> Cause {
         match self {
             Self::Unreachable { .. } | Self::Late { .. } | Self::Nonsense { .. } => Cause::Host,
-            // Go's errors come with the code Unknown whatever they are, so the words come first.
+            // Errors of Go code come with the code Unknown, whatever their kind, so the message is looked at before the
+            // code.
             Self::Refused { source, .. } => failure::of_message(&source.message).unwrap_or(match source.code {
                 Code::InvalidArgument
                 | Code::NotFound
@@ -137,8 +139,8 @@ impl ContainerdError {
     }
 }
 
-/// One containerd, one of its namespaces, one of its snapshotters. Cheap to clone; connects when first used, and again
-/// after the daemon was restarted.
+/// A client of one containerd, for one of its namespaces and one of its snapshotters. It is cheap to clone. It connects
+/// when it is first used, and again after the daemon was restarted.
 #[derive(Debug, Clone)]
 pub struct Client {
     address: PathBuf,
@@ -147,18 +149,20 @@ pub struct Client {
     channel: Channel,
 }
 
-/// Which objects a call makes belong to which lease.
+/// The id of a lease. Objects that are created by a call with a lease belong to that lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseId(pub String);
 
-/// containerd's own name for a lease's expiry (an RFC 3339 time), after which its garbage collector drops it.
+/// containerd's label for the expiry of a lease (an RFC 3339 time), after which containerd's garbage collector deletes
+/// the lease.
 const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
 
-/// Our note on an image's name: which state directory's pull made it.
+/// This driver's label on an image record. Its value identifies the state directory of the driver whose pull has
+/// created the record.
 const LABEL_OWNER: &str = "nomad-driver-shim/owner";
 
 impl Client {
-    /// A client for the socket at `address`. Nothing is dialled yet.
+    /// Creates a client for the socket at `address`. No connection is made yet.
     pub fn new(address: &Path, namespace: &str, snapshotter: &str) -> Self {
         let socket = address.to_owned();
         // The URI is never used: the connector dials the socket.
@@ -176,30 +180,31 @@ impl Client {
         }
     }
 
-    /// The snapshotter in use.
+    /// Returns the snapshotter in use.
     pub fn snapshotter(&self) -> &str {
         &self.snapshotter
     }
 
-    /// The socket.
+    /// Returns the path of containerd's socket.
     pub fn address(&self) -> &Path {
         &self.address
     }
 
-    /// Its version and revision.
+    /// Returns containerd's version and revision.
     ///
     /// # Errors
-    /// When it does not answer within 2 s.
+    /// Fails when containerd does not answer within 2 s.
     pub async fn version(&self) -> Result<(String, String), ContainerdError> {
         let mut client = VersionClient::new(self.channel.clone());
         let answer = self.within(PROBE, "Version", "", client.version(self.request(None, ()))).await?;
         Ok((answer.version, answer.revision))
     }
 
-    /// Makes a lease. `expires` is an RFC 3339 time after which containerd drops it by itself; None keeps it.
+    /// Creates a lease. `expires` is an RFC 3339 time after which containerd deletes the lease by itself; with `None`
+    /// the lease does not expire. Succeeds if the lease exists already.
     ///
     /// # Errors
-    /// As containerd; a lease that exists already is fine.
+    /// Fails when the call to containerd fails.
     pub async fn create_lease(&self, lease: &LeaseId, expires: Option<String>) -> Result<(), ContainerdError> {
         let labels = expires.map(|time| (LABEL_EXPIRE.to_owned(), time)).into_iter().collect();
         let request = leases::CreateRequest { id: lease.0.clone(), labels };
@@ -210,10 +215,11 @@ impl Client {
         }
     }
 
-    /// Drops a lease; what only it held is collected afterwards.
+    /// Deletes a lease. containerd's garbage collector then removes the objects that only this lease kept. Succeeds if
+    /// the lease is gone already.
     ///
     /// # Errors
-    /// As containerd; a lease that is gone already is fine.
+    /// Fails when the call to containerd fails.
     pub async fn delete_lease(&self, lease: &LeaseId) -> Result<(), ContainerdError> {
         let mut client = LeasesClient::new(self.channel.clone());
         let request = leases::DeleteRequest { id: lease.0.clone(), sync: false };
@@ -223,10 +229,10 @@ impl Client {
         }
     }
 
-    /// All leases of the namespace.
+    /// Returns the ids of all leases of the namespace.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn leases(&self) -> Result<Vec<String>, ContainerdError> {
         let mut client = LeasesClient::new(self.channel.clone());
         let request = self.request(None, leases::ListRequest::default());
@@ -234,10 +240,10 @@ impl Client {
         Ok(answer.leases.into_iter().map(|lease| lease.id).collect())
     }
 
-    /// Puts an existing object under a lease. Kinds are `content` and `snapshots/<snapshotter>`.
+    /// Adds an existing object to a lease. The kind is `content` or `snapshots/<snapshotter>`.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn add_to_lease(&self, lease: &LeaseId, kind: &str, id: &str) -> Result<(), ContainerdError> {
         let resource = leases::Resource { id: id.to_owned(), r#type: kind.to_owned() };
         let request = leases::AddResourceRequest { id: lease.0.clone(), resource: Some(resource) };
@@ -245,10 +251,10 @@ impl Client {
         self.call("Leases.AddResource", id, client.add_resource(self.request(None, request))).await
     }
 
-    /// The image called `name`, if there is one.
+    /// Returns the target of the image record `name`, if there is such a record.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn image(&self, name: &str) -> Result<Option<Descriptor>, ContainerdError> {
         let mut client = ImagesClient::new(self.channel.clone());
         let request = self.request(None, images::GetImageRequest { name: name.to_owned() });
@@ -259,10 +265,10 @@ impl Client {
         }
     }
 
-    /// All images of the namespace, by name.
+    /// Returns the names and targets of all image records of the namespace.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn images(&self) -> Result<Vec<(String, Descriptor)>, ContainerdError> {
         let mut client = ImagesClient::new(self.channel.clone());
         let request = self.request(None, images::ListImagesRequest::default());
@@ -270,10 +276,10 @@ impl Client {
         Ok(answer.images.into_iter().filter_map(|image| Some((image.name, image.target?))).collect())
     }
 
-    /// Who made the image called `name`, if it was one of us.
+    /// Returns the owner of the image record `name`, if this driver, with any state directory, has created the record.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn image_owner(&self, name: &str) -> Result<Option<String>, ContainerdError> {
         let mut client = ImagesClient::new(self.channel.clone());
         let request = self.request(None, images::GetImageRequest { name: name.to_owned() });
@@ -284,10 +290,11 @@ impl Client {
         }
     }
 
-    /// Forgets a name; what only it held is collected afterwards.
+    /// Deletes the image record `name`. containerd's garbage collector then removes the objects that only this record
+    /// kept. Succeeds if the record is gone already.
     ///
     /// # Errors
-    /// As containerd; a name that is gone already is fine.
+    /// Fails when the call to containerd fails.
     pub async fn delete_image(&self, name: &str) -> Result<(), ContainerdError> {
         let mut client = ImagesClient::new(self.channel.clone());
         let request = self.request(None, images::DeleteImageRequest { name: name.to_owned(), sync: false });
@@ -297,10 +304,11 @@ impl Client {
         }
     }
 
-    /// Makes `name` stand for `target`, whatever it stood for before. `owner` is noted if the name is new.
+    /// Creates the image record `name` with this target, or changes the target of an existing record. A new record is
+    /// labelled with `owner`.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn set_image(&self, name: &str, target: Descriptor, owner: &str) -> Result<(), ContainerdError> {
         let labels = Labels::from([(LABEL_OWNER.to_owned(), owner.to_owned())]);
         let image = images::Image { name: name.to_owned(), target: Some(target), labels, ..Default::default() };
@@ -316,7 +324,7 @@ impl Client {
         }
     }
 
-    /// A request with the metadata that containerd wants.
+    /// Creates a request with the metadata that containerd requires.
     fn request<T>(&self, lease: Option<&LeaseId>, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let mut put = |key: &'static str, text: &str| {
@@ -355,7 +363,8 @@ impl Client {
     }
 
     fn refused(&self, call: &'static str, subject: &str, status: Status) -> ContainerdError {
-        // containerd says Unavailable for a locked ingest too; without a transport error below it, it did answer.
+        // containerd answers Unavailable for a locked ingest, too. Without a transport error as the cause, containerd
+        // has answered.
         let transport = std::error::Error::source(&status)
             .and_then(|source| source.downcast_ref::<tonic::transport::Error>())
             .is_some();
@@ -374,5 +383,5 @@ impl Client {
     }
 }
 
-/// Labels on a content blob or snapshot.
+/// The labels of a blob, snapshot, lease or image record.
 pub type Labels = HashMap<String, String>;

@@ -1,7 +1,8 @@
-//! A containerd of our own, for a host that has none running: generated configuration, own root, state and socket.
+//! A private containerd, for a host on which none is running. It has a generated configuration and a root, state and
+//! socket of its own.
 //!
-//! Several programs share one: each holds a shared lock on the directory while it uses the daemon, the first starts
-//! it, and the last ends it. The store stays.
+//! Several programs may share one private containerd. Each has a shared lock on the directory while it uses the daemon.
+//! The first program starts the daemon, and the last one stops it. The store remains.
 
 use std::{
     fs::{self, File},
@@ -24,41 +25,44 @@ use crate::{
     process::command,
 };
 
-/// Bolt and the plugins are up in well under a second; a cold disk takes longer.
+/// The timeout for the daemon to come up. bolt and containerd's plugins are up in well under a second, but it takes
+/// longer on a cold disk.
 const START: Duration = Duration::from_secs(30);
-/// After SIGTERM.
+/// The time for the daemon to exit after SIGTERM.
 const STOP: Duration = Duration::from_secs(10);
 
-/// Why a private containerd could not be had.
+/// The reason why a private containerd could not be started or joined.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateError {
-    /// A file or directory of it.
+    /// An operation on a file or directory of the daemon failed.
     #[error("private containerd: {path}")]
     File {
-        /// Which.
+        /// The path of the file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The program.
-    #[error("private containerd: start {program:?}; install containerd, or name a running one with --address")]
+    /// The daemon's program could not be started.
+    #[error(
+        "private containerd: could not start {program:?}; install containerd, or name a running one with --address"
+    )]
     Spawn {
-        /// Which.
+        /// The program.
         program: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It ended or never answered.
+    /// The daemon exited, or never answered.
     #[error("private containerd did not come up; its log is {log}")]
     Silent {
-        /// Where to look.
+        /// The daemon's log.
         log: PathBuf,
-        /// The last answer.
+        /// The error of the last attempt to reach it.
         source: ContainerdError,
     },
 }
 
-/// A hold on the private containerd below one directory. Ended with `release`.
+/// A hold on the private containerd below one directory. It keeps the daemon running until `release` is called.
 #[derive(Debug)]
 pub struct Hold {
     lock: Option<Flock<File>>,
@@ -66,12 +70,12 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Where it listens.
+    /// Returns the path of the daemon's socket.
     pub fn socket(&self) -> PathBuf {
         socket(&self.run)
     }
 
-    /// Ends our use; the daemon stops if nobody else uses it.
+    /// Releases the hold. The daemon is stopped if no other program uses it.
     pub async fn release(mut self) {
         let Some(lock) = self.lock.take() else { return };
         if let Ok(mine) = lock
@@ -89,7 +93,7 @@ fn socket(run: &Path) -> PathBuf {
     run.join("containerd.sock")
 }
 
-/// The configuration: no CRI, no metrics, everything below our own directories.
+/// Returns the daemon's configuration: no CRI, no metrics, and all files below the directories `root` and `run`.
 fn configuration(root: &Path, run: &Path) -> String {
     format!(
         "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
@@ -100,10 +104,10 @@ fn configuration(root: &Path, run: &Path) -> String {
     )
 }
 
-/// Starts the private containerd with its store in `root` and its sockets in `run`, or joins the one that runs.
+/// Starts the private containerd with its store in `root` and its sockets in `run`, or joins one that is running.
 ///
 /// # Errors
-/// When it can't be started or does not answer.
+/// Fails when the daemon can't be started or does not answer.
 pub async fn hold(root: &Path, run: &Path) -> Result<Hold, PrivateError> {
     let file = |path: &Path| {
         let path = path.to_owned();
@@ -117,18 +121,19 @@ pub async fn hold(root: &Path, run: &Path) -> Result<Hold, PrivateError> {
         if client(run).version().await.is_ok() {
             return Ok(Hold { lock: Some(shared), run: run.to_owned() });
         }
-        // Nobody there, or somebody is just ending it. Starting is for one at a time, with nobody else using it.
+        // The daemon does not run, or another program is stopping it. Only one program may start it, while no other one
+        // uses it.
         drop(shared);
         let exclusive = lock(&path, FlockArg::LockExclusive).await?;
         if client(run).version().await.is_err() {
             start(root, run).await?;
         }
-        // Between this lock and the next a last user may end the daemon again; then it is started once more.
+        // Before the shared lock is taken again, a last user may stop the daemon. The loop then starts it once more.
         drop(exclusive);
     }
 }
 
-/// Waits for the lock off the runtime's workers: another program may be starting the daemon right now.
+/// Takes the lock on a blocking thread, because another program may have the lock while it starts the daemon.
 async fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, PrivateError> {
     let failed = |source| PrivateError::File { path: path.to_owned(), source };
     let handle = open_lock(path).map_err(failed)?;
@@ -150,7 +155,8 @@ async fn start(root: &Path, run: &Path) -> Result<(), PrivateError> {
     write_private(&config, configuration(root, run).as_bytes()).map_err(file(&config))?;
     let log = create_private(&log_path).map_err(file(&log_path))?;
     let program = "containerd";
-    // Its own process group: Ctrl-C at the terminal is for the command, which ends the daemon itself when it leaves.
+    // The daemon gets a process group of its own: Ctrl-C at the terminal is meant for this program, which stops the
+    // daemon itself when it exits.
     let mut child = command(program)
         .arg("--config")
         .arg(&config)
@@ -164,7 +170,7 @@ async fn start(root: &Path, run: &Path) -> Result<(), PrivateError> {
     if up.is_err() {
         let _ = child.kill();
     }
-    // Reaped here for as long as we live; it may well outlive us.
+    // The thread reaps the daemon if it exits before this program; the daemon may also outlive it.
     std::thread::spawn(move || child.wait());
     up
 }
@@ -185,7 +191,7 @@ async fn wait_until_up(run: &Path, child: &mut std::process::Child, log: &Path) 
     }
 }
 
-/// Ends the daemon whose pid we recorded, after checking that it is the one.
+/// Stops the daemon of the recorded pid, after checking that the process is this daemon.
 async fn stop(run: &Path) {
     let Ok(pid) = fs::read_to_string(run.join("pid")).unwrap_or_default().parse::<i32>() else { return };
     let ours = fs::read(format!("/proc/{pid}/cmdline"))

@@ -1,4 +1,4 @@
-//! Snapshots and the unpacking of layers into them.
+//! The calls of containerd for snapshots, and for unpacking layers into them.
 
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ use crate::{
     },
 };
 
-/// Unpacking one layer: gigabytes on a slow disk. The pull's own deadline is what users set; this only ends a hang.
+/// The timeout of unpacking one layer, which may be gigabytes on a slow disk. Users set the timeout of the whole pull;
+/// this one only ends a call that hangs.
 const APPLY: Duration = Duration::from_secs(30 * 60);
 
 impl Client {
@@ -25,15 +26,15 @@ impl Client {
         SnapshotsClient::new(self.channel.clone())
     }
 
-    /// What leases call this client's snapshots.
+    /// Returns the kind of this client's snapshots as objects of a lease.
     pub fn snapshot_kind(&self) -> String {
         format!("snapshots/{}", self.snapshotter)
     }
 
-    /// Is there a snapshot called `key`?
+    /// Returns whether the snapshot `key` exists.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn has_snapshot(&self, key: &str) -> Result<bool, ContainerdError> {
         let request = StatSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
         match self.call("Snapshots.Stat", key, self.snapshots().stat(self.request(None, request))).await {
@@ -43,10 +44,10 @@ impl Client {
         }
     }
 
-    /// A writable snapshot `key` on `parent`, under the lease: its mounts.
+    /// Creates the writable snapshot `key` on `parent`, adds it to the lease, and returns its mounts.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn prepare_snapshot(
         &self,
         lease: &LeaseId,
@@ -65,10 +66,11 @@ impl Client {
         Ok(answer.mounts)
     }
 
-    /// A read-only view `key` of `parent`, under the lease: its mounts. One that is there already serves.
+    /// Creates the read-only view `key` of `parent`, or uses an existing one, adds it to the lease, and returns its
+    /// mounts.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn view_snapshot(
         &self,
         lease: &LeaseId,
@@ -94,10 +96,10 @@ impl Client {
         }
     }
 
-    /// Unpacks a layer into `mounts`: the digest of the uncompressed stream.
+    /// Unpacks a layer into `mounts`, and returns the digest of the uncompressed stream.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn apply_layer(&self, layer: Descriptor, mounts: Vec<Mount>) -> Result<Digest, ContainerdError> {
         let subject = layer.digest.clone();
         let request = self.request(None, ApplyRequest { diff: Some(layer), mounts });
@@ -111,10 +113,10 @@ impl Client {
         })
     }
 
-    /// Makes the writable snapshot `key` the permanent snapshot `name`.
+    /// Commits the writable snapshot `key` as the permanent snapshot `name`.
     ///
     /// # Errors
-    /// As containerd; `AlreadyExists` when somebody else was faster.
+    /// Fails when the call to containerd fails, and with `AlreadyExists` when another pull was faster.
     pub async fn commit_snapshot(
         &self,
         lease: &LeaseId,
@@ -133,10 +135,10 @@ impl Client {
         self.within(APPLY, "Snapshots.Commit", name.as_str(), self.snapshots().commit(request)).await
     }
 
-    /// Removes a snapshot.
+    /// Removes a snapshot. Succeeds if the snapshot is gone already.
     ///
     /// # Errors
-    /// As containerd; one that is gone already is fine.
+    /// Fails when the call to containerd fails.
     pub async fn remove_snapshot(&self, key: &str) -> Result<(), ContainerdError> {
         let request = RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
         match self.call("Snapshots.Remove", key, self.snapshots().remove(self.request(None, request))).await {
@@ -145,10 +147,10 @@ impl Client {
         }
     }
 
-    /// The names of all snapshots of the namespace.
+    /// Returns the keys of all snapshots of the namespace.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when a call to containerd fails.
     pub async fn snapshot_keys(&self) -> Result<Vec<String>, ContainerdError> {
         let request = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), ..Default::default() };
         let mut stream = self.call("Snapshots.List", "", self.snapshots().list(self.request(None, request))).await?;

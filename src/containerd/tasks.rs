@@ -1,5 +1,5 @@
-//! containerd's own way to start a container. The driver never goes it: the benchmark does, to compare, and containers
-//! of the driver that was here before are ended by it.
+//! containerd's own calls for containers and tasks. The driver never starts tasks this way. The benchmark does, for
+//! comparison, and the driver ends containers of nomad-driver-containerd this way.
 
 use super::{Client, ContainerdError};
 use crate::pb::{
@@ -24,10 +24,11 @@ impl Client {
         ContainersClient::new(self.channel.clone())
     }
 
-    /// Records a container on the snapshot of its own name, for `io.containerd.runc.v2` with its default runtime.
+    /// Creates the record of a container, which uses the snapshot of the same name and `io.containerd.runc.v2` with its
+    /// default runtime.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn create_container(&self, id: &str, spec: Vec<u8>) -> Result<(), ContainerdError> {
         let spec = prost_types::Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".to_owned(),
@@ -45,19 +46,19 @@ impl Client {
         self.call("Containers.Create", id, self.containers().create(request)).await.map(drop)
     }
 
-    /// Forgets a container; one that is gone is fine.
+    /// Deletes the record of a container. Succeeds if the container is gone already.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn delete_container(&self, id: &str) -> Result<(), ContainerdError> {
         let request = self.request(None, DeleteContainerRequest { id: id.to_owned() });
         gone_is_fine(self.call("Containers.Delete", id, self.containers().delete(request)).await)
     }
 
-    /// Makes a container's process, waiting to be started.
+    /// Creates a container's task, whose process waits to be started.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn create_task(
         &self,
         id: &str,
@@ -75,19 +76,19 @@ impl Client {
         self.call("Tasks.Create", id, self.tasks().create(self.request(None, request))).await.map(drop)
     }
 
-    /// Lets it go.
+    /// Starts the process of a created task.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn start_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = StartRequest { container_id: id.to_owned(), ..Default::default() };
         self.call("Tasks.Start", id, self.tasks().start(self.request(None, request))).await.map(drop)
     }
 
-    /// Waits for its end, however long that takes: its exit code.
+    /// Waits until the task has ended, for up to a day, and returns its exit code.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn wait_task(&self, id: &str) -> Result<u32, ContainerdError> {
         let request = WaitRequest { container_id: id.to_owned(), ..Default::default() };
         let day = std::time::Duration::from_secs(24 * 3600);
@@ -95,18 +96,18 @@ impl Client {
         Ok(answer.exit_status)
     }
 
-    /// Sends a signal to its first process.
+    /// Sends a signal to the first process of a task. Succeeds if the process is gone already.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn kill_task(&self, id: &str, signal: u32) -> Result<(), ContainerdError> {
         self.kill(KillRequest { container_id: id.to_owned(), signal, ..Default::default() }).await
     }
 
-    /// Kills all its processes; one that is gone is fine.
+    /// Kills all processes of a task. Succeeds if the task is gone already.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn kill_all(&self, id: &str) -> Result<(), ContainerdError> {
         let signal = libc::SIGKILL.cast_unsigned();
         self.kill(KillRequest { container_id: id.to_owned(), signal, all: true, ..Default::default() }).await
@@ -117,10 +118,10 @@ impl Client {
         gone_is_fine(self.call("Tasks.Kill", &id, self.tasks().kill(self.request(None, request))).await)
     }
 
-    /// Does containerd know a container of this name?
+    /// Returns whether containerd has a record of the container `id`.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn has_container(&self, id: &str) -> Result<bool, ContainerdError> {
         let request = self.request(None, GetContainerRequest { id: id.to_owned() });
         match self.call("Containers.Get", id, self.containers().get(request)).await {
@@ -130,10 +131,10 @@ impl Client {
         }
     }
 
-    /// Removes a process that has ended; one that is gone is fine.
+    /// Deletes a task that has ended. Succeeds if the task is gone already.
     ///
     /// # Errors
-    /// As containerd.
+    /// Fails when the call to containerd fails.
     pub async fn delete_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = self.request(None, DeleteTaskRequest { container_id: id.to_owned() });
         gone_is_fine(self.call("Tasks.Delete", id, self.tasks().delete(request)).await)

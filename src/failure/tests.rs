@@ -1,7 +1,7 @@
 use super::*;
 
-/// Messages that crun 1.8.1, runc 1.1.5 and their shim (containerd 1.6.20) were made to say on a host with a full disk,
-/// few descriptors, few processes, remains, and by killing them.
+/// Messages of crun 1.8.1, runc 1.1.5 and their shim (containerd 1.6.20) on a host with a full disk, few descriptors,
+/// few processes, and remains of earlier containers, and after they had been killed.
 const HOST: &[&str] = &[
     "OCI runtime create failed: /usr/sbin/runc did not terminate successfully: exit status 137: unknown",
     "OCI runtime create failed: unable to retrieve OCI runtime error (open /run/x/log.json: no such file or directory): /proc/7/fd/4 did not terminate successfully: exit status 137",
@@ -22,7 +22,7 @@ const HOST: &[&str] = &[
     "read /x: input/output error",
 ];
 
-/// What the same programs say about faults of a job.
+/// Messages of the same programs about faults of a job.
 const JOB: &[&str] = &[
     "executable file `/no/such` not found in $PATH: No such file or directory",
     "OCI runtime create failed: executable file `nosuch` not found: No such file or directory: unknown",
@@ -47,9 +47,9 @@ const JOB: &[&str] = &[
     "runc create failed: unable to start container process: unable to setup user: uids and gids must be in range 0-2147483647",
 ];
 
-/// Messages without any word that is known: nothing says that the job is at fault.
+/// Messages without any known words. They do not say that the job is at fault.
 const UNKNOWN: &[&str] = &[
-    // A full run directory, in runc 1.1.5's words.
+    // This is how runc 1.1.5 reports a full run directory.
     "runc create failed: unable to start container process: error during container init: unable to store init state: %!w(<nil>)",
     "OCI runtime create failed: write to seccomp fd: unknown",
     "runc create failed: unable to create new parent process: namespace path: lstat /run/netns/nope: no such file or directory",
@@ -75,11 +75,11 @@ fn names_that_a_job_has_chosen_do_not_count() {
             format!("runc create failed: exec: \"{name}\": executable file not found in $PATH"),
             format!("OCI runtime create failed: mount `{name}` to `tmp`: Invalid argument"),
         ] {
-            // "signal: killed" has a colon of its own, but is preceded by none.
+            // "signal: killed" contains a colon, but none precedes it.
             assert_eq!(of_message(&message), Some(Cause::Job), "{message}");
         }
     }
-    // The words must be whole.
+    // Only whole words count.
     assert_eq!(of_message("hook: exit status 1370"), None);
     assert_eq!(of_message("x: timeouts"), None);
 }
@@ -99,7 +99,7 @@ fn an_errno_is_found_below_every_wrapping() {
     assert_eq!(of_error(&Outer(io::Error::other("words"))), None);
 }
 
-/// The kernel's own words for each errno lead to the same class as the errno.
+/// The kernel's text for an errno is classified like the errno itself.
 #[test]
 fn errnos_and_their_words_agree() {
     for rule in RULES {
@@ -114,7 +114,7 @@ fn errnos_and_their_words_agree() {
     }
 }
 
-/// The table as operators read it.
+/// Renders the table for operators.
 fn table(cause: Cause) -> String {
     let mut text =
         "| failure | errors of the kernel | words in a message | why |\n| --- | --- | --- | --- |\n".to_owned();
@@ -127,15 +127,15 @@ fn table(cause: Cause) -> String {
     text
 }
 
-/// `UPDATE_DOCS=1 cargo test reliability` writes them.
+/// Compares the tables in docs/reliability.md with the rules. `UPDATE_DOCS=1 cargo test reliability` writes them.
 #[test]
 fn docs_reliability_has_the_tables() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reliability.md");
     let mut document = std::fs::read_to_string(path).expect("docs/reliability.md");
     for (name, cause) in [("host", Cause::Host), ("job", Cause::Job)] {
         let (begin, end) = (format!("<!-- failures: {name} -->\n"), format!("<!-- end of failures: {name} -->"));
-        let from = document.find(&begin).expect("where the table begins") + begin.len();
-        let to = document.find(&end).expect("where the table ends");
+        let from = document.find(&begin).expect("a marker where the table begins") + begin.len();
+        let to = document.find(&end).expect("a marker where the table ends");
         if std::env::var_os("UPDATE_DOCS").is_some() {
             document.replace_range(from..to, &table(cause));
         } else {

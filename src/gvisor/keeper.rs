@@ -1,9 +1,10 @@
-//! The keeper of a sandbox's exit code, for gVisor's own shim.
+//! The sandbox supervisor, which saves the exit code of a sandbox for gVisor's own shim.
 //!
-//! That shim learns how a task ended from `runsc wait`, which asks the sandbox itself: one that is gone by then, because
-//! it was quick, killed or out of memory, can't be asked, and the shim answers 128. The kernel knows better: the
-//! sandbox's process ends as the task's first process did. So `runsc create` is called by a process that stays behind as
-//! the sandbox's parent, notes how it ends, and lets go of a lock; and `runsc wait` waits for that lock.
+//! That shim learns from `runsc wait` how a task ended, and `runsc wait` asks the sandbox itself. A sandbox that is
+//! gone by then, because it was quick, was killed or ran out of memory, can't answer, and the shim reports 128. But the
+//! kernel knows the exit code, because the sandbox's process ends in the same way as the task's first process. So the
+//! supervisor calls `runsc create`, remains as the sandbox's parent, writes the exit code to a file, and releases a
+//! lock on that file. `runsc wait` is replaced by waiting for the lock.
 
 use std::{
     fs::{self, File},
@@ -24,14 +25,15 @@ use crate::{
     process,
 };
 
-/// The command of ours that wrappers call: `runsc-keeper RUNSC [FLAG...] -- [WORD...]`, the words being what the shim has
-/// called its runsc with.
+/// This program's command that wrapper scripts call: `runsc-keeper RUNSC [FLAG...] -- [WORD...]`. The words are the
+/// arguments with which the shim has called its runsc.
 pub const COMMAND: &str = "runsc-keeper";
 
-/// What a keeper is called once its container is made.
+/// The process name of a sandbox supervisor once its container has been created.
 pub const KEEPING: &std::ffi::CStr = c"runsc-keeper";
 
-/// All that a keeper calls once its sandbox runs: it waits for its end, notes it in a file that it has open, and ends.
+/// The system calls that a sandbox supervisor needs once its sandbox runs: it waits for the sandbox's end, writes the
+/// exit code to a file that is already open, and ends.
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_close,
@@ -54,18 +56,19 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_write,
 ];
 
-/// What a shim calls runsc for.
+/// A shim's call of runsc.
 #[derive(Debug, PartialEq, Eq)]
 struct Call<'a> {
     command: &'a str,
     root: Option<&'a str>,
     pid_file: Option<&'a str>,
     id: &'a str,
-    /// Is it for a container's first process, and nothing else of it?
+    /// Whether the call is about the container's first process, and not about an exec'd one.
     whole: bool,
 }
 
-/// Reads what gVisor's shim says: global flags as `--name=value`, the command, its flags with `=` or as two words, the id.
+/// Parses the arguments of a call by gVisor's shim: global flags as `--name=value`, the command, the command's flags
+/// with `=` or as two arguments, and the container's id.
 fn parse(words: &[String]) -> Option<Call<'_>> {
     let at = words.iter().position(|word| !word.starts_with('-'))?;
     let (globals, rest) = words.split_at(at);
@@ -84,16 +87,16 @@ fn parse(words: &[String]) -> Option<Call<'_>> {
 }
 
 impl Call<'_> {
-    /// Where the exit code is noted, and which lock says that it is not yet.
+    /// Returns the file for the exit code. The file is locked until the exit code has been written.
     fn note(&self) -> Option<PathBuf> {
         Some(Path::new(self.root?).join(format!("{}{SUFFIX}", self.id)))
     }
 }
 
-/// Follows the container's id in the note's name.
+/// The suffix of the file for the exit code, which follows the container's id.
 pub(super) const SUFFIX: &str = ".exit-code";
 
-/// Does what the shim wants of runsc.
+/// Handles a shim's call of runsc.
 pub fn main(arguments: &[String]) -> ExitCode {
     let Some(at) = arguments.iter().position(|word| word == "--") else { return refused("-- is missing") };
     let (runsc, words) = (&arguments[..at], &arguments[at + 1..]);
@@ -124,20 +127,21 @@ pub fn main(arguments: &[String]) -> ExitCode {
     }
 }
 
-#[allow(clippy::print_stderr, reason = "read by the shim, as runsc's own words are")]
+#[allow(clippy::print_stderr, reason = "read by the shim, like runsc's own messages")]
 fn refused(problem: &str) -> ExitCode {
     eprintln!("nomad-driver-shim: {COMMAND}: {problem}");
     ExitCode::from(128)
 }
 
-/// As `runsc wait` says it.
+/// Prints an exit code in the format of `runsc wait`.
 #[allow(clippy::print_stdout, reason = "read by the shim")]
 fn told(id: &str, code: u8) -> ExitCode {
     println!("{}", serde_json::json!({ "id": id, "exitStatus": code }));
     ExitCode::SUCCESS
 }
 
-/// Waits until the keeper has ended: the code that it has noted, if it lived to do so.
+/// Waits until the supervisor has released its lock, and returns the exit code that it has written. `None` if the
+/// supervisor died before it could write one.
 fn awaited(note: &Path) -> Option<u8> {
     let file = File::open(note).ok()?;
     let mut file = Flock::lock(file, FlockArg::LockShared).ok()?;
@@ -146,21 +150,23 @@ fn awaited(note: &Path) -> Option<u8> {
     text.trim().parse().ok()
 }
 
-/// Has a keeper run `runsc create` and waits for that only: its exit code.
+/// Starts a sandbox supervisor that runs `runsc create`, and waits for the end of `runsc create` only. Returns the exit
+/// code of `runsc create`.
 fn create(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result<Option<u8>> {
     let Some(pid_file) = pid_file else { return Ok(None) };
     if let Some(root) = note.parent() {
         crate::places::make_dir(root)?;
     }
     let file = File::options().create(true).truncate(true).write(true).read(true).mode(0o600).open(note)?;
-    // Of the open file, so that the child has it, too; and whoever waits finds it taken once we have answered.
+    // The lock belongs to the open file, so that the child has it, too. It is held before the shim gets an answer, so a
+    // later `runsc wait` finds the file locked.
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| io::Error::from(error))?;
     let (answer, tell) = pipe()?;
-    // SAFETY: this process has one thread, so the child may do what it likes.
+    // SAFETY: this process has one thread, so the child may call anything.
     match unsafe { fork() }? {
         ForkResult::Parent { .. } => {
             drop(tell);
-            // The lock is the child's now.
+            // The child holds the lock from now on. Dropping it here would release it for both.
             std::mem::forget(lock);
             let mut code = Vec::new();
             File::from(answer).read_to_end(&mut code)?;
@@ -172,30 +178,31 @@ fn create(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result
             if kept.is_err() {
                 let _ = fs::remove_file(note);
             }
-            // Nobody asks.
+            // No process waits for the supervisor's exit code.
             Ok(Some(0))
         }
     }
 }
 
-/// Becomes the parent of whatever `runsc create` leaves, and waits for the sandbox among it.
+/// Runs `runsc create`, becomes the parent of the processes that it leaves behind, and waits for the sandbox among
+/// them.
 fn keep(runsc: &mut Command, mut lock: Flock<File>, pid_file: &Path, mut tell: File) -> io::Result<()> {
     setsid()?;
     nix::sys::prctl::set_child_subreaper(true)?;
     let child = runsc.spawn()?;
-    // The shim waits for the end of its pipes, which must be the sandbox's alone.
+    // The shim waits for the end of its pipes, which only the sandbox may keep open.
     silence()?;
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     let code = code_of(&waitpid(child, None)?).unwrap_or(128);
     let sandbox = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse().ok()).map(Pid::from_raw);
-    // For whoever looks whether a runtime is at work: this is none.
+    // With this name, the process is not mistaken for a runtime that is creating a container.
     nix::sys::prctl::set_name(KEEPING)?;
     tell.write_all(&[code])?;
     drop(tell);
     let Some(sandbox) = sandbox.filter(|_| code == 0) else {
         return Err(io::ErrorKind::NotFound.into());
     };
-    // The sandbox lives on in any case, and a keeper that could not be confined is still its parent.
+    // A failure is ignored: the sandbox lives on, and a supervisor that could not be confined is still its parent.
     let _ = confine(&[], Calls::Only(ALLOWED));
     loop {
         let status = wait()?;
@@ -207,6 +214,7 @@ fn keep(runsc: &mut Command, mut lock: Flock<File>, pid_file: &Path, mut tell: F
     }
 }
 
+/// Redirects the standard streams of this process to /dev/null.
 fn silence() -> io::Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     nix::unistd::dup2_stdin(&null)?;
@@ -215,7 +223,7 @@ fn silence() -> io::Result<()> {
     Ok(())
 }
 
-/// 128 + n for a death by signal n; None while it lives.
+/// Converts a status to an exit code, which is 128 + n if signal n ended the process. `None` while the process lives.
 fn code_of(status: &WaitStatus) -> Option<u8> {
     match status {
         WaitStatus::Exited(_, code) => u8::try_from(*code).ok(),

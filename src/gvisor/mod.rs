@@ -1,7 +1,8 @@
-//! gVisor's `runsc`: what an operator can set of it, and the command line that follows.
+//! gVisor's `runsc`: the settings that an operator has, and the command line that follows from them.
 //!
-//! Shims have no place for a runtime's flags, so runsc is called through a generated script that carries them: one for
-//! each way in which a task can be connected. Pure functions; `task::runtime` does the rest.
+//! Shims can't pass flags to a runtime, so they call runsc through a generated wrapper script that adds the flags.
+//! There is one script for each kind of network that a task can have. Apart from the sandbox supervisor, which is a
+//! process of its own, this module consists of pure functions; `task::runtime` does the rest.
 
 mod keeper;
 mod wrapper;
@@ -16,38 +17,39 @@ use std::{
 pub use keeper::{COMMAND as KEEPER_COMMAND, KEEPING, main as keeper_main};
 pub use wrapper::{Caller, shim_config, wrapper};
 
-/// How runsc gets hold of what a task's processes ask of the kernel (its `--platform`).
+/// The way in which runsc intercepts the system calls of a task's processes (its `--platform`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Platform {
-    /// Seccomp traps; works everywhere.
+    /// Seccomp traps, which work everywhere.
     Systrap,
-    /// The processor's virtualisation, by /dev/kvm.
+    /// The processor's virtualization, through /dev/kvm.
     Kvm,
-    /// ptrace(2): slow, and works on old kernels.
+    /// ptrace(2), which is slow and works on old kernels.
     Ptrace,
 }
 
-/// What a task's sockets are (its `--network`).
+/// The network stack of a task's sockets (runsc's `--network`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Network {
-    /// gVisor's own network stack, which takes the namespace's addresses over.
+    /// gVisor's own network stack, which takes over the namespace's addresses.
     #[default]
     Sandbox,
-    /// Those of the kernel, in the task's namespace.
+    /// The kernel's network stack, in the task's namespace.
     Host,
-    /// Loopback only.
+    /// A loopback interface only.
     None,
 }
 
-/// May others change the root file system under a running task (its `--file-access`)?
+/// Whether others may change the root file system under a running task (runsc's `--file-access`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileAccess {
-    /// No, so that much can be kept in memory.
+    /// Only the sandbox changes the root file system, so runsc can cache much of it in memory.
     Exclusive,
-    /// Yes.
+    /// Others may change the root file system.
     Shared,
 }
 
+/// Implements `Display` and `FromStr` for an enum whose variants have the given words.
 macro_rules! words {
     ($kind:ty, $one_of:literal, $($variant:path => $word:literal),+) => {
         impl fmt::Display for $kind {
@@ -69,20 +71,21 @@ words!(Platform, "systrap, kvm or ptrace",
 words!(Network, "sandbox, host or none", Network::Sandbox => "sandbox", Network::Host => "host", Network::None => "none");
 words!(FileAccess, "exclusive or shared", FileAccess::Exclusive => "exclusive", FileAccess::Shared => "shared");
 
-/// What an operator can set of a runtime that is runsc.
+/// The settings that an operator has for a runtime that is runsc.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GvisorSettings {
-    /// None: the first one that is seen to work on this host.
+    /// The platform; `None` uses the first one that is found to work on this host.
     pub platform: Option<Platform>,
-    /// In the network namespace of a group. One of a task's own has nothing but loopback, whose ever it is.
+    /// The network stack in the network namespace of a group. In a task's own namespace there is only a loopback
+    /// interface, whatever this is.
     pub network: Network,
-    /// `--overlay2`; None: runsc's default.
+    /// `--overlay2`; `None` uses runsc's default.
     pub overlay: Option<String>,
-    /// None: runsc's default.
+    /// `--file-access`; `None` uses runsc's default.
     pub file_access: Option<FileAccess>,
-    /// Is the sandbox in the task's cgroup, with its limits?
+    /// Whether the sandbox is in the task's cgroup, and thus has the task's limits.
     pub cgroups: bool,
-    /// Where debug logs go, a file for each command.
+    /// The directory for debug logs, in which each command has a file.
     pub debug_log: Option<PathBuf>,
     /// Further flags, as `name=value` or `name`.
     pub flags: Vec<String>,
@@ -102,7 +105,7 @@ impl Default for GvisorSettings {
     }
 }
 
-/// Flags that are ours to set.
+/// The flags that this driver sets. They are not allowed among the operator's further flags.
 const OWN_FLAGS: [&str; 12] = [
     "root",
     "log",
@@ -118,67 +121,71 @@ const OWN_FLAGS: [&str; 12] = [
     "allow-flag-override",
 ];
 
-/// Checks a further flag.
+/// Checks one of the operator's further flags.
 ///
 /// # Errors
-/// With what is wrong with it.
+/// A message that says what is wrong with the flag.
 pub fn check_flag(flag: &str) -> Result<(), String> {
     let name = flag.split('=').next().unwrap_or_default();
     if name.is_empty() || name.starts_with('-') || flag.contains(['\n', '\0']) {
         Err(format!("{flag:?} is not a flag's name with its value, such as \"host-uds=open\""))
     } else if OWN_FLAGS.contains(&name) {
-        Err(format!("{name:?} is not for this list; there are options for what an operator can set of it"))
+        Err(format!(
+            "{name:?} is not allowed in this list, because the driver sets it; the runtime block has options for what an operator can set"
+        ))
     } else {
         Ok(())
     }
 }
 
-/// Is this process making a container, by its name and command line? A sandbox, its file server and its keeper are not.
+/// Says by a process's name and command line whether it is a runsc that is creating a container. A sandbox, its file
+/// server and its supervisor are not.
 pub fn is_at_work(name: &str, line: &[u8]) -> bool {
     let has = |wanted: &[u8]| line.split(|byte| *byte == 0).any(|word| word == wanted);
     let creates = has(b"create") || (has(b"run") && has(b"--detach"));
     creates && name.trim_end().as_bytes() != KEEPING.to_bytes()
 }
 
-/// Devices that gVisor passes on to a task (its nvproxy, tpuproxy): everything else of `/dev` is its own.
+/// Says whether gVisor passes a device on to a task (by its nvproxy or tpuproxy). Everything else in a sandbox's `/dev`
+/// is emulated by gVisor.
 pub fn passes_on(device: &Path) -> bool {
     const KNOWN: [&str; 3] = ["/dev/nvidia", "/dev/accel", "/dev/vfio/"];
     let device = device.to_string_lossy();
     KNOWN.iter().any(|prefix| device.starts_with(prefix))
 }
 
-/// Kernel parameters that gVisor acts on; it takes all others and does nothing.
+/// The kernel parameters that have an effect in gVisor. It accepts all others and ignores them.
 pub const SYSCTLS: [&str; 2] = ["net.ipv6.conf.all.disable_ipv6", "fs.nr_open"];
 
-/// What was found out about a runsc.
+/// The result of probing a runsc.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Probed {
-    /// The platform that works here.
+    /// The platform that works on this host.
     pub platform: String,
-    /// Its own words.
+    /// The version, as runsc prints it.
     pub version: String,
-    /// Does it know `--shared-root`? Without it each sandbox makes a network namespace anew for its file server.
+    /// Whether runsc knows `--shared-root`. Without it, each sandbox creates a network namespace for its file server.
     pub shares_root: bool,
 }
 
-/// Names of the flags in what `runsc flags` prints.
+/// Returns the names of the flags in the output of `runsc flags`.
 pub fn known_flags(text: &str) -> BTreeSet<&str> {
-    // `  -name type`, as Go's flag package prints them.
+    // Go's flag package prints a flag as `  -name type`.
     text.lines().filter_map(|line| line.strip_prefix("  -")?.split([' ', '\t']).next()).collect()
 }
 
 impl GvisorSettings {
-    /// Are there files of a sandbox in its volumes, for `runsc delete` to remove? (`--overlay2=all:self`.)
+    /// Says whether a sandbox has files in its volumes that `runsc delete` removes (`--overlay2=all:self`).
     pub fn writes_into_volumes(&self) -> bool {
         self.overlay.as_ref().is_some_and(|overlay| overlay.starts_with("all:"))
     }
 
-    /// The flags of a task's calls.
+    /// Returns the flags for runsc's calls for a task.
     pub fn flags(&self, platform: &str, network: Network, shared_root: Option<&Path>) -> Vec<String> {
         let mut flags = vec![
             format!("--platform={platform}"),
             format!("--network={network}"),
-            // A job's own filter holds inside of the sandbox, too.
+            // With this, a job's own seccomp filter is also enforced inside the sandbox.
             "--oci-seccomp=true".to_owned(),
         ];
         if let Some(root) = shared_root {
@@ -195,7 +202,7 @@ impl GvisorSettings {
         }
         if let Some(directory) = &self.debug_log {
             flags.push("--debug=true".to_owned());
-            // A directory: a file for each command in it, by runsc's own names.
+            // The slash makes it a directory, in which runsc creates a file for each command.
             flags.push(format!("--debug-log={}/", directory.display()));
         }
         flags.extend(self.flags.iter().map(|flag| format!("--{flag}")));
@@ -203,24 +210,25 @@ impl GvisorSettings {
     }
 }
 
-/// Where runsc has a container's state, in its state directory.
+/// Returns the name of the file in runsc's state directory that has a container's state.
 pub fn state_file(id: &str) -> String {
     format!("{id}_sandbox:{id}.state")
 }
 
-/// Whose container's such a file is, by its name.
+/// Returns the id of the container to which a file in runsc's state directory belongs, by the file's name.
 pub fn container_of(file: &str) -> &str {
     let bare = file.strip_suffix(keeper::SUFFIX).or_else(|| Some(file.split_once("_sandbox:")?.0));
     bare.or_else(|| file.strip_prefix("runsc-")?.strip_suffix(".sock")).unwrap_or(file)
 }
 
-/// Follows the name of a shim's pid file in that of the file with the pid that an exec'd process has in its sandbox.
+/// The suffix of the file with the pid that an exec'd process has in its sandbox. It follows the name of the shim's pid
+/// file.
 pub const INSIDE: &str = ".inside";
 
-/// What gVisor's own shim wants to be told by a container's annotations: that it is a sandbox of its own. Without it, its
-/// Create never ends (reference: gVisor's shim, `SpecContainerType`).
+/// The annotation that tells gVisor's own shim that a container is a sandbox. Without it, the shim's Create never
+/// returns (reference: gVisor's shim, `SpecContainerType`).
 pub const SANDBOX_ANNOTATION: (&str, &str) = ("io.kubernetes.cri.container-type", "sandbox");
-/// The type of the options by which gVisor's own shim is told of its configuration.
+/// The type URL of the options that carry the configuration of gVisor's own shim.
 pub const SHIM_OPTIONS: &str = "io.containerd.runsc.v1.options";
 
 #[cfg(test)]

@@ -1,25 +1,26 @@
-//! The script that carries runsc's flags, and the file that gVisor's own shim is configured by.
+//! The wrapper script that adds runsc's flags, and the configuration file of gVisor's own shim.
 
 use std::path::Path;
 
 use super::keeper;
 
-/// Who calls a wrapper.
+/// The shim that calls a wrapper script.
 #[derive(Debug, Clone, Copy)]
 pub enum Caller<'a> {
-    /// runc's shim. Does deleting a container do more than undoing a task does?
+    /// runc's shim.
     Runc {
-        /// Hooks are called, or files removed that are not the task's own.
+        /// Whether `runsc delete` has to be called for a sandbox that has ended, because it does more than the task's
+        /// teardown: it runs hooks, or removes files that are not the task's own.
         deletes: bool,
     },
-    /// gVisor's own, for which this program keeps the exit codes of sandboxes.
+    /// gVisor's own shim, for which a sandbox supervisor saves the exit codes of sandboxes.
     Own {
-        /// This program.
+        /// The path of this program, which contains the sandbox supervisor.
         keeper: &'a Path,
     },
 }
 
-/// The script that a shim calls instead of runsc.
+/// Returns the text of the script that a shim calls instead of runsc.
 pub fn wrapper(binary: &Path, flags: &[String], caller: Caller<'_>) -> String {
     let flags: String = flags.iter().map(|word| format!(" {}", quoted(word))).collect();
     let runsc = quoted(&binary.to_string_lossy());
@@ -45,28 +46,29 @@ pub fn wrapper(binary: &Path, flags: &[String], caller: Caller<'_>) -> String {
     )
 }
 
-/// What `runsc delete` would remove of a sandbox that has ended, undoing a task removes, too; without it a destroy takes
-/// 15 ms of CPU less.
+/// Skips `runsc delete` for a sandbox that has ended. What it would remove is removed by the task's teardown, too, and
+/// without it a destroy takes 15 ms less CPU time.
 const DELETE: &str = "*\" --force \"*) ;;\n\
     *\" delete \"*) [ -n \"$log\" ] && { read -r pid < \"${log%/*}/init.pid\" || [ -n \"$pid\" ]; } && ! kill -0 \"$pid\" && exit 0 ;;\n";
 
-/// A sandbox is made and its process started by one call in place of two, each of which costs 10 ms of processor before it
-/// does anything: we would call `start` as soon as `create` is done.
+/// Replaces `create` by `run --detach`, so that one call creates a sandbox and starts its process. This driver would
+/// call `start` as soon as `create` is done, and each call costs 10 ms of CPU time before it does anything.
 const CREATE: &str = "*\" create \"*)\n\
     for word; do shift; [ \"$word\" = create ] && [ -z \"$run\" ] && run=--detach && set -- \"$@\" run \"$run\" || set -- \"$@\" \"$word\"\n\
     done ;;\n";
 
-/// runc's shim knows an exec'd process by the runsc that waits for it, and kills that one: who it is in the sandbox is
-/// written down for us.
+/// Makes runsc write the pid that an exec'd process has in its sandbox to a file for this driver. runc's shim knows
+/// only the runsc that waits for the process, and would kill that one.
 const EXEC: &str = "*\" exec \"*)\n\
     for word; do shift; set -- \"$@\" \"$word\"\n\
     [ \"$word\" = exec ] && [ -n \"$file\" ] && set -- \"$@\" --internal-pid-file \"$file.inside\"\n\
     done ;;\n";
 
-/// The configuration of gVisor's own shim. Flags are in the wrapper, which is its runsc.
+/// Returns the configuration of gVisor's own shim, which calls the wrapper script as its runsc. The flags are in the
+/// script.
 ///
 /// # Errors
-/// When a path can't be said in TOML.
+/// When a path can't be written in TOML.
 pub fn shim_config(wrapper: &Path, root: &Path) -> Result<String, toml::ser::Error> {
     #[derive(serde::Serialize)]
     struct Config<'a> {
@@ -76,7 +78,7 @@ pub fn shim_config(wrapper: &Path, root: &Path) -> Result<String, toml::ser::Err
     toml::to_string(&Config { binary_name: wrapper, root })
 }
 
-/// A word for sh(1).
+/// Quotes a word for sh(1).
 fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', "'\\''"))
 }
@@ -106,7 +108,7 @@ mod tests {
         let asked = "--root /r exec --process /p --detach --pid-file /b/x.pid c1";
         assert_eq!(run(asked), asked.replace("exec ", "exec --internal-pid-file /b/x.pid.inside "));
         assert_eq!(run("--root /r delete c1"), "--root /r delete c1");
-        // And what is created is started.
+        // `create` becomes `run --detach`.
         let created = "--root /r create --bundle /create --pid-file /b/init.pid create";
         assert_eq!(run(created), created.replacen("create", "run --detach", 1));
     }
@@ -124,14 +126,14 @@ mod tests {
             assert!(output.status.success());
             String::from_utf8_lossy(&output.stdout).contains("delete")
         };
-        assert!(run(false, ""), "nobody knows whether it has ended");
+        assert!(run(false, ""), "without a pid file the sandbox may live");
         std::fs::write(directory.path().join("init.pid"), std::process::id().to_string()).expect("written");
-        assert!(run(false, ""), "it lives");
+        assert!(run(false, ""), "the sandbox lives");
         let mut child = std::process::Command::new("true").spawn().expect("runs");
         child.wait().expect("reaped");
-        // As runsc writes it: without a line's end.
+        // runsc writes the pid without a line break.
         std::fs::write(directory.path().join("init.pid"), child.id().to_string()).expect("written");
         assert!(!run(false, ""));
-        assert!(run(true, "") && run(false, " --force"), "hooks, or somebody who cleans up");
+        assert!(run(true, "") && run(false, " --force"), "hooks and forced deletes need runsc");
     }
 }

@@ -1,4 +1,4 @@
-//! An allocation's directories, as Nomad's client makes them for drivers with image isolation.
+//! Creates an allocation's directories as Nomad's client does for drivers with image isolation.
 
 use std::{
     collections::HashMap,
@@ -14,16 +14,16 @@ use crate::pb::driver::{
     AllocatedCpuResources, AllocatedMemoryResources, AllocatedTaskResources, LinuxResources, Resources, TaskConfig,
 };
 
-/// An allocation.
+/// An allocation and its directory.
 #[derive(Debug, Clone)]
 pub struct Alloc {
-    /// Its id.
+    /// The allocation's id.
     pub id: String,
-    /// Its directory.
+    /// The allocation's directory.
     pub dir: PathBuf,
 }
 
-/// A task's part of it.
+/// A task of an allocation, with its FIFOs.
 #[derive(Debug, Clone)]
 pub struct TaskDirs {
     /// The task's name.
@@ -32,9 +32,9 @@ pub struct TaskDirs {
     pub alloc_id: String,
     /// The allocation's directory.
     pub alloc_dir: PathBuf,
-    /// FIFO for standard output.
+    /// The FIFO of standard output.
     pub stdout: PathBuf,
-    /// FIFO for standard error.
+    /// The FIFO of standard error.
     pub stderr: PathBuf,
 }
 
@@ -49,10 +49,10 @@ fn directory(path: &Path, mode: u32) -> Result<(), HostError> {
 }
 
 impl Alloc {
-    /// Makes the allocation's directory below `parent`.
+    /// Creates an allocation's directory below `parent`.
     ///
     /// # Errors
-    /// As the file system.
+    /// When a directory can't be created.
     pub fn create(parent: &Path, id: &str) -> Result<Self, HostError> {
         let dir = parent.join(id);
         for shared in ["alloc", "alloc/data", "alloc/logs", "alloc/tmp"] {
@@ -61,10 +61,10 @@ impl Alloc {
         Ok(Self { id: id.to_owned(), dir })
     }
 
-    /// Makes a task's directories and its two FIFOs.
+    /// Creates a task's directories and its two FIFOs.
     ///
     /// # Errors
-    /// As the file system.
+    /// When a directory or FIFO can't be created.
     pub fn task(&self, name: &str) -> Result<TaskDirs, HostError> {
         for (own, mode) in [("local", 0o777), ("secrets", 0o777), ("private", 0o700), ("tmp", 0o777)] {
             directory(&self.dir.join(name).join(own), mode)?;
@@ -89,14 +89,15 @@ impl Alloc {
     /// Removes the allocation's directory.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the directory can't be removed.
     pub fn remove(&self) -> Result<(), HostError> {
         fs::remove_dir_all(&self.dir).map_err(failed(&self.dir))
     }
 }
 
 impl TaskDirs {
-    /// What Nomad sends for attempt `attempt` of this task: 100 MHz and 64 MiB, to be changed at will.
+    /// Returns the configuration that Nomad sends for the attempt `attempt` of this task, with 100 MHz and 64 MiB. The
+    /// caller may change it.
     pub fn config(&self, attempt: &str, msgpack_driver_config: Vec<u8>) -> TaskConfig {
         let env = [
             ("NOMAD_ALLOC_DIR", "/alloc"),
@@ -124,7 +125,7 @@ impl TaskDirs {
     }
 }
 
-/// What Nomad sends for so many MHz and MiB.
+/// Returns the resources that Nomad sends for a task with this CPU and memory.
 fn resources(mhz: i64, mebibytes: i64) -> Resources {
     Resources {
         allocated_resources: Some(AllocatedTaskResources {

@@ -1,19 +1,20 @@
-//! Configurations the way Nomad sends them: decoded by the plugin's schema, then msgpack with every key present.
+//! Encodes configurations as Nomad does: decodes them by the plugin's schema, and encodes them as msgpack with every
+//! key of the schema.
 
 use rmpv::Value as Wire;
 use serde_json::Value as Json;
 
 use crate::pb::hclspec::{Spec, spec::Block};
 
-/// A configuration that the schema does not take; Nomad refuses it before the plugin hears of it.
+/// A configuration that does not match the schema. Nomad refuses it without a call to the plugin.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("config: {0}")]
 pub struct ConfigMismatch(String);
 
-/// Decodes `json` by `spec` and encodes the result. A missing schema takes no configuration.
+/// Decodes `json` by `spec` and encodes the result. Without a schema, the result is an empty configuration.
 ///
 /// # Errors
-/// When something is unknown, missing or of the wrong kind, as in Nomad.
+/// When an argument is unknown, missing or of the wrong type, as in Nomad.
 pub fn encode(spec: Option<&Spec>, json: &Json) -> Result<Vec<u8>, ConfigMismatch> {
     let value = match spec {
         Some(spec) => decode(spec, "", Some(json).filter(|json| !json.is_null()))?,
@@ -22,7 +23,7 @@ pub fn encode(spec: Option<&Spec>, json: &Json) -> Result<Vec<u8>, ConfigMismatc
     Ok(pack(&value))
 }
 
-/// Encodes `json` as it is, past any schema: what a broken host might send.
+/// Encodes `json` without a schema, as a faulty host might send it.
 pub fn encode_raw(json: &Json) -> Vec<u8> {
     pack(&convert(json))
 }
@@ -30,7 +31,7 @@ pub fn encode_raw(json: &Json) -> Vec<u8> {
 fn pack(value: &Wire) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Err(error) = rmpv::encode::write_value(&mut bytes, value) {
-        tracing::error!(%error, "writing to memory can't fail");
+        tracing::error!(%error, "could not encode a configuration in memory, which should never fail");
     }
     bytes
 }
@@ -43,7 +44,7 @@ fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMi
             let given = match json {
                 Some(Json::Object(map)) => map,
                 None => &empty,
-                Some(_) => return Err(mismatch(format!("{name}: a block is wanted"))),
+                Some(_) => return Err(mismatch(format!("{name}: a block is required"))),
             };
             if let Some(unknown) = given.keys().find(|key| !object.attributes.contains_key(*key)) {
                 let block = if name.is_empty() { String::new() } else { format!("{name}: ") };
@@ -98,13 +99,13 @@ fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMi
                 .map(|(label, block)| Ok((Wire::from(label.as_str()), decode(nested, name, Some(block))?)));
             entries.collect::<Result<_, _>>().map(Wire::Map)
         }
-        _ => Err(mismatch(format!("{name}: a kind of schema that this host does not know"))),
+        _ => Err(mismatch(format!("{name}: this program does not know this kind of schema"))),
     }
 }
 
-/// HCL's conversions between scalars, and nothing beyond them.
+/// Converts a value to the type of an attribute. Only HCL's own conversions between scalars are allowed.
 fn coerce(kind: &str, name: &str, value: &Json) -> Result<Wire, ConfigMismatch> {
-    let wrong = || ConfigMismatch(format!("{name}: {kind} is wanted"));
+    let wrong = || ConfigMismatch(format!("{name}: a value of type {kind} is required"));
     match (kind, value) {
         ("string", Json::Number(number)) => Ok(Wire::from(number.to_string())),
         ("string", Json::Bool(flag)) => Ok(Wire::from(flag.to_string())),
@@ -114,7 +115,7 @@ fn coerce(kind: &str, name: &str, value: &Json) -> Result<Wire, ConfigMismatch> 
         ("list(string)", Json::Array(items)) => {
             items.iter().map(|item| coerce("string", name, item)).collect::<Result<_, _>>().map(Wire::Array)
         }
-        // A block is a list of one.
+        // A single block counts as a list with one element.
         ("list(map(string))", Json::Object(_)) => coerce(kind, name, &Json::Array(vec![value.clone()])),
         ("list(map(string))", Json::Array(items)) => {
             let map = |item: &Json| {

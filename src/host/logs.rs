@@ -1,5 +1,5 @@
-//! What Nomad's logmon does with a task's FIFOs: each is opened for reading, blocking, in a thread of its own, as soon
-//! as it is there, and read until its last writer has gone.
+//! Collects a task's output as Nomad's logmon does: each FIFO is opened for reading as soon as it exists, with a
+//! blocking open in a thread of its own, and is read until the last writer has closed it.
 
 use std::{
     fmt,
@@ -13,19 +13,19 @@ use std::{
 
 use tokio::sync::watch;
 
-/// Where collected output goes.
+/// The destination of collected output.
 pub enum Output {
-    /// Into memory.
+    /// The output is kept in memory.
     Keep,
-    /// To a writer.
+    /// The output is written to this writer.
     To(Box<dyn Write + Send>),
 }
 
 impl fmt::Debug for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Keep => "Keep",
-            Self::To(_) => "To(..)",
+            Self::Keep => "Memory",
+            Self::To(_) => "Writer(..)",
         })
     }
 }
@@ -39,36 +39,37 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Starts to read.
+    /// Starts a thread that reads the FIFO.
     pub fn start(fifo: &Path, output: Output) -> Self {
         let (text, first) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(None)));
         let (tell, ended) = watch::channel(false);
         let (fifo, kept, began) = (fifo.to_owned(), text.clone(), first.clone());
         thread::spawn(move || {
             if let Err(error) = read(&fifo, output, &kept, &began) {
-                tracing::warn!(fifo = %fifo.display(), %error, "log collector");
+                tracing::warn!(fifo = %fifo.display(), %error, "could not collect the output of a FIFO");
             }
             tell.send_replace(true);
         });
         Self { text, first, ended }
     }
 
-    /// What has come so far, if it is kept.
+    /// Returns the output so far as text; empty if it is not kept in memory.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
-    /// The same, byte by byte.
+    /// Returns the output so far as bytes; empty if it is not kept in memory.
     pub fn bytes(&self) -> Vec<u8> {
         self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// When the first byte came.
+    /// Returns the time at which the first byte was read.
     pub fn first_byte(&self) -> Option<Instant> {
         *self.first.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the end of the stream: how long that took; None when it did not come in time.
+    /// Waits for the end of the stream, and returns how long that took; `None` when the stream did not end within
+    /// `limit`.
     pub async fn ended(&self, limit: Duration) -> Option<Duration> {
         let began = Instant::now();
         let mut ended = self.ended.clone();

@@ -1,7 +1,8 @@
-//! Nomad's side of the plugin protocol: starts a driver plugin through the real handshake and calls it as an agent does.
+//! The agent's side of Nomad's plugin protocol: starts a driver plugin with the real handshake and calls it as an agent
+//! does.
 //!
-//! Used by `run`, the tests, and whoever wants to drive a driver without an agent. It knows only the wire: any Nomad
-//! driver plugin will do.
+//! The command `run` and the tests use this module to run a driver without an agent. It depends only on the protocol,
+//! so that it works with any Nomad driver plugin.
 
 mod alloc;
 mod config;
@@ -44,90 +45,91 @@ use crate::{
     process::async_command,
 };
 
-/// Nomad's own limit on the handshake line.
+/// The time within which a plugin must write its handshake line. Nomad has the same limit.
 const HANDSHAKE: Duration = Duration::from_secs(60);
-/// How long Nomad waits for a plugin that it asked to leave, before it kills it.
+/// The time for which Nomad waits for a plugin to shut down before it kills the plugin.
 const LEAVE: Duration = Duration::from_secs(2);
 
-/// Why a plugin could not be used.
+/// Why a plugin can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// The program.
-    #[error("start plugin {program}")]
+    /// The program can't be started.
+    #[error("could not start plugin {program}")]
     Spawn {
-        /// Which.
+        /// The program.
         program: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// It said nothing, or something else.
+    /// The plugin wrote no handshake line, or one that Nomad does not accept.
     #[error("plugin {program}: {problem}; its stderr: {stderr}")]
     Handshake {
-        /// Which.
+        /// The program.
         program: PathBuf,
-        /// What was wrong.
+        /// What is wrong with the handshake.
         problem: String,
-        /// What it wrote.
+        /// What the plugin wrote to standard error.
         stderr: String,
     },
-    /// The connection.
-    #[error("connect to the plugin")]
+    /// The connection to the plugin's socket failed.
+    #[error("could not connect to the plugin")]
     Connect(#[from] tonic::transport::Error),
-    /// TLS.
-    #[error("TLS with the plugin")]
+    /// The TLS connection to the plugin failed.
+    #[error("could not set up TLS with the plugin")]
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// A call.
+    /// A call failed.
     #[error("{call}: {}", status.message())]
     Call {
-        /// Which.
+        /// The name of the call.
         call: &'static str,
-        /// The answer.
+        /// The plugin's answer.
         status: Box<Status>,
     },
-    /// A configuration that its schema does not take.
+    /// The plugin's schema does not allow a configuration.
     #[error(transparent)]
     Config(#[from] ConfigMismatch),
-    /// A directory or FIFO.
-    #[error("{path}")]
+    /// A directory or FIFO of an allocation can't be created or removed.
+    #[error("could not create or remove {path}")]
     File {
-        /// Which.
+        /// The directory or FIFO.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// How a plugin is started.
+/// The parameters of a plugin's start.
 #[derive(Debug, Clone)]
 pub struct Launch {
     /// The program.
     pub program: PathBuf,
-    /// The name it is called by, when that is not its path.
+    /// The first word of the command line, if it is not the program's path.
     pub arg0: Option<OsString>,
-    /// Its arguments.
+    /// The arguments.
     pub args: Vec<String>,
-    /// Added to our environment.
+    /// Variables that are added to the environment of this process.
     pub env: Vec<(String, String)>,
-    /// Ask for AutoMTLS, as go-plugin hosts other than Nomad do.
+    /// Whether to ask for AutoMTLS, as hosts of go-plugin other than Nomad do.
     pub tls: bool,
 }
 
 impl Launch {
-    /// `program` under this driver name, whatever its file is called (our own `--name`).
+    /// Makes the parameters to start `program` with this driver's option `--name`, so that the driver's name does not
+    /// depend on the file's name.
     pub fn named(program: impl Into<PathBuf>, name: &str) -> Self {
         Self { args: vec!["--name".to_owned(), name.to_owned()], ..Self::new(program) }
     }
 
-    /// `program`, as Nomad would start it.
+    /// Makes the parameters with which Nomad starts `program`.
     pub fn new(program: impl Into<PathBuf>) -> Self {
         Self { program: program.into(), arg0: None, args: Vec::new(), env: Vec::new(), tls: false }
     }
 }
 
-/// A running plugin.
+/// A running plugin, and the connection to it.
 #[derive(Debug)]
 pub struct Plugin {
-    /// None for one that another host started.
+    /// The process; `None` if another host has started the plugin.
     child: Option<tokio::process::Child>,
     channel: Channel,
     socket: PathBuf,
@@ -135,22 +137,22 @@ pub struct Plugin {
     readers: Vec<tokio::task::JoinHandle<()>>,
 }
 
-/// How a plugin left.
+/// The outcome of a plugin's shutdown.
 #[derive(Debug)]
 pub struct Left {
-    /// Its status; None when it had to be killed.
+    /// The exit status; `None` if the plugin had to be killed.
     pub status: Option<ExitStatus>,
-    /// How long it took.
+    /// The duration of the shutdown.
     pub took: Duration,
-    /// What it had written to standard error, as far as that is kept.
+    /// What the plugin wrote to standard error; empty if another host has started the plugin.
     pub stderr: String,
 }
 
 impl Plugin {
-    /// Starts a plugin and shakes hands.
+    /// Starts a plugin, performs the handshake and connects to the plugin.
     ///
     /// # Errors
-    /// When it does not start, says the wrong thing, or can't be reached.
+    /// When the plugin does not start, writes a wrong handshake line, or can't be reached.
     pub async fn launch(launch: &Launch) -> Result<Self, HostError> {
         let program = launch.program.clone();
         let identity = if launch.tls { Some(tls::Identity::new()?) } else { None };
@@ -204,7 +206,7 @@ impl Plugin {
             Ok(Err(error)) => return Err(refused(error.to_string())),
             Err(_) => return Err(refused(format!("no handshake in {} s", HANDSHAKE.as_secs()))),
         };
-        // Drained for as long as it lives: a full pipe would block it.
+        // The plugin's standard output is read as long as the plugin runs, because a full pipe would block it.
         readers.push(tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} }));
         let (socket, certificate) = parse_line(&line).map_err(refused)?;
         let channel = connect(&socket, identity, certificate).await?;
@@ -214,14 +216,15 @@ impl Plugin {
     /// Connects to a plugin that another host has started and left running, as a new agent does.
     ///
     /// # Errors
-    /// When it can't be reached.
+    /// When the plugin can't be reached.
     pub async fn reattach(socket: &Path) -> Result<Self, HostError> {
         let channel = connect(socket, None, String::new()).await?;
         let readers = Vec::new();
         Ok(Self { child: None, channel, socket: socket.to_owned(), stderr: Arc::default(), readers })
     }
 
-    /// Leaves it running, as an agent that dies does: its pipes break. It can be waited for, should it end.
+    /// Closes the plugin's pipes and leaves it running, as an agent that dies does. Returns the process, for which the
+    /// caller can wait.
     pub fn abandon(mut self) -> Option<tokio::process::Child> {
         for reader in self.readers.drain(..) {
             reader.abort();
@@ -229,15 +232,15 @@ impl Plugin {
         self.child.take()
     }
 
-    /// Its process, if we started it.
+    /// Returns the plugin's pid, if this process has started it.
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref()?.id()
     }
 
-    /// Waits for its end: how it ended.
+    /// Waits for the plugin's end, and returns its exit status.
     ///
     /// # Errors
-    /// When it is not ours to wait for.
+    /// When another host has started the plugin, or waiting fails.
     pub async fn ended(&mut self) -> io::Result<ExitStatus> {
         match &mut self.child {
             Some(child) => child.wait().await,
@@ -245,44 +248,45 @@ impl Plugin {
         }
     }
 
-    /// Its socket, by which another host could reattach.
+    /// Returns the plugin's socket, by which another host can reattach.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// What it has written to stderr so far.
+    /// Returns what the plugin has written to standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The connection, for services that have no method here.
+    /// Returns the connection, for services that have no method here.
     pub fn channel(&self) -> Channel {
         self.channel.clone()
     }
 
-    /// The driver service.
+    /// Returns a client of the driver service.
     pub fn driver(&self) -> DriverClient<Channel> {
         DriverClient::new(self.channel.clone()).max_decoding_message_size(usize::MAX)
     }
 
-    /// The base service.
+    /// Returns a client of the base service.
     pub fn base(&self) -> BasePluginClient<Channel> {
         BasePluginClient::new(self.channel.clone())
     }
 
-    /// Who it is.
+    /// Returns the plugin's name, type and versions.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// When the call fails.
     pub async fn info(&self) -> Result<PluginInfoResponse, HostError> {
         let answer = self.base().plugin_info(PluginInfoRequest {}).await;
         answer.map(tonic::Response::into_inner).map_err(called("PluginInfo"))
     }
 
-    /// Configures it as an agent does: the configuration is decoded by its schema, then sent, then `Init` is called.
+    /// Configures the plugin as an agent does: decodes the configuration by the plugin's schema, sends it, and calls
+    /// `Init`.
     ///
     /// # Errors
-    /// When the schema or the plugin refuses it.
+    /// When the schema or the plugin refuses the configuration.
     pub async fn configure(&self, config: &serde_json::Value) -> Result<(), HostError> {
         let schema =
             self.base().config_schema(ConfigSchemaRequest {}).await.map_err(called("ConfigSchema"))?.into_inner();
@@ -296,7 +300,7 @@ impl Plugin {
         }
     }
 
-    /// Asks it to leave as an agent does, and kills it when it has not within 2 s.
+    /// Asks the plugin to shut down as an agent does, and kills it if it has not ended within 2 s.
     pub async fn leave(mut self) -> Left {
         let began = Instant::now();
         let leave = async {
@@ -311,14 +315,15 @@ impl Plugin {
         if let (None, Some(child)) = (status, &mut self.child) {
             let _ = child.kill().await;
         }
-        // The agent waits for the end of both pipes: a child that inherited them would show here.
+        // The agent waits for the end of both pipes. If a child of the plugin has inherited them, that takes longer
+        // here.
         for reader in std::mem::take(&mut self.readers) {
             let _ = tokio::time::timeout(LEAVE, reader).await;
         }
         Left { status, took, stderr: self.stderr() }
     }
 
-    /// Kills it with SIGKILL.
+    /// Kills the plugin with SIGKILL.
     pub async fn kill(mut self) {
         if let Some(child) = &mut self.child {
             let _ = child.kill().await;
@@ -326,12 +331,12 @@ impl Plugin {
     }
 }
 
-/// A failed call's status, with the call's name.
+/// Returns a function that turns the status of a failed call into an error with the call's name.
 pub fn called(call: &'static str) -> impl Fn(Status) -> HostError {
     move |status| HostError::Call { call, status: Box::new(status) }
 }
 
-/// May Nomad's restart policy act on this error? (Nomad's rule: protocol reference 4.1.)
+/// Returns whether Nomad's restart policy applies to this error (Nomad's rule: docs/protocol/nomad-plugin.md#4.1).
 pub fn is_recoverable(status: &Status) -> bool {
     if status.code() != Code::FailedPrecondition {
         return false;
@@ -343,14 +348,14 @@ pub fn is_recoverable(status: &Status) -> bool {
     })
 }
 
-/// `1|2|unix|<path>|grpc|<certificate>`.
+/// Parses a handshake line, `1|2|unix|<path>|grpc|<certificate>`, and returns the socket and the certificate.
 fn parse_line(line: &str) -> Result<(PathBuf, String), String> {
     let fields: Vec<&str> = line.trim_end().split('|').collect();
     match fields[..] {
         ["1", "2", "unix", socket, "grpc", ref rest @ ..] => {
             Ok((PathBuf::from(socket), rest.first().copied().unwrap_or_default().to_owned()))
         }
-        _ => Err(format!("handshake line {line:?}")),
+        _ => Err(format!("unexpected handshake line {line:?}")),
     }
 }
 

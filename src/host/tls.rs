@@ -1,4 +1,4 @@
-//! The host's half of go-plugin's AutoMTLS, with a certificate like go-plugin's own: P-521, marked as a CA.
+//! The host's side of go-plugin's AutoMTLS. The certificate is like that of go-plugin itself: P-521, marked as a CA.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use tokio_rustls::TlsConnector;
 
 use super::HostError;
 
-/// A certificate for one connection.
+/// A certificate and its key for one connection.
 pub struct Identity {
     certificate: rcgen::Certificate,
     key: rcgen::KeyPair,
@@ -19,7 +19,7 @@ fn failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> HostErr
 }
 
 impl Identity {
-    /// A fresh one.
+    /// Creates a new key and a self-signed certificate.
     pub fn new() -> Result<Self, HostError> {
         let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P521_SHA512).map_err(failed)?;
         let mut parameters = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).map_err(failed)?;
@@ -27,12 +27,13 @@ impl Identity {
         Ok(Self { certificate: parameters.self_signed(&key).map_err(failed)?, key })
     }
 
-    /// For `PLUGIN_CLIENT_CERT`.
+    /// Returns the certificate for the environment variable `PLUGIN_CLIENT_CERT`.
     pub fn pem(&self) -> String {
         self.certificate.pem()
     }
 
-    /// Connects only to the holder of the certificate in the handshake line.
+    /// Returns a connector that accepts only a server with the certificate `server`, which comes from the handshake
+    /// line.
     pub fn connector(self, server: &str) -> Result<TlsConnector, HostError> {
         let server = base64::engine::general_purpose::STANDARD_NO_PAD.decode(server).map_err(failed)?;
         let mut roots = rustls::RootCertStore::empty();

@@ -1,5 +1,5 @@
-//! Images in files: `oci:DIR`, `oci-archive:FILE`, `docker-archive:FILE`. Nothing of them is unpacked by us; blobs are
-//! looked up by digest, and go the same way as downloaded ones.
+//! Images in files: `oci:DIR`, `oci-archive:FILE`, `docker-archive:FILE`. This module unpacks nothing: it looks blobs
+//! up by digest, and the pull checks and stores them like downloaded blobs.
 
 use std::{
     collections::HashMap,
@@ -22,44 +22,45 @@ use sha2::{Digest as _, Sha256};
 use super::{ImageError, Reference, manifest::LAYERS_MAX};
 use crate::{ids::Digest, stamp::Stamp};
 
-/// Indexes and manifests; distribution's limit on them.
+/// The largest index or manifest that is read. It is the limit of distribution, the reference registry.
 const DOCUMENT_MAX: u64 = 4 << 20;
-/// An image of 127 layers has some 260 entries.
+/// The largest number of entries in an archive. An image of 127 layers has some 260 entries.
 const ENTRIES_MAX: usize = 100_000;
-/// A name or attribute in an archive; longer ones are an attack.
+/// The largest name or attribute of an archive's entry; longer ones are an attack.
 const EXTENSION_MAX: u64 = 1 << 20;
-/// Of all long names together.
+/// The limit on the length of all long names of an archive together.
 const NAMES_MAX: usize = 16 << 20;
-/// The name of an image in an index (image-spec, annotations.md).
+/// The annotation with the name of an image in an index (image-spec, annotations.md).
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// How an image lies in its files.
+/// The format of an image in files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ArchiveFormat {
-    /// A directory in OCI's layout.
+    /// A directory in OCI's image layout.
     OciDir,
-    /// The same as a tar file.
+    /// A tar file of a directory in OCI's image layout.
     OciArchive,
-    /// What `docker save` writes.
+    /// A tar file as `docker save` writes it.
     DockerArchive,
 }
 
-/// Where an image is, if not in a registry.
+/// The location of an image in files.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Archive {
-    /// How it lies there.
+    /// The format of the files.
     pub format: ArchiveFormat,
-    /// Where.
+    /// The directory or tar file.
     pub path: PathBuf,
-    /// Which image of several.
+    /// The name of the image, needed where the files hold several.
     pub tag: Option<String>,
 }
 
 impl Archive {
-    /// The file's stamp. `opened` stands for its path, where somebody has checked what that leads to.
+    /// Returns the identity of the tar file or of the layout's `index.json`. A caller that has already checked and
+    /// opened the path passes the descriptor as `opened`, which is then used instead of the path.
     ///
     /// # Errors
-    /// When it is not there.
+    /// When the file does not exist or can't be examined.
     pub fn stamp(&self, opened: Option<&OwnedFd>) -> io::Result<Stamp> {
         let path = self.at(opened);
         let path = if self.format == ArchiveFormat::OciDir { path.join("index.json") } else { path };
@@ -71,29 +72,30 @@ impl Archive {
     }
 }
 
-/// An opened image.
+/// An image in files whose index or manifest has been read.
 #[derive(Debug)]
 pub struct Layout {
     image: String,
     store: Store,
-    /// docker's archives name their blobs otherwise.
+    /// The names of blobs in docker's archives, which do not follow from the digests as in OCI's layout.
     blobs: HashMap<Digest, String>,
-    /// What the whole is: media type and bytes.
+    /// Media type and bytes of the index or manifest that the image's name stands for.
     top: (String, Vec<u8>),
 }
 
 #[derive(Debug)]
 enum Store {
     Dir(OwnedFd),
-    /// Name → place and length.
+    /// A tar file, and the offset and length of each entry by name.
     Tar(File, HashMap<String, (u64, u64)>),
 }
 
 impl Layout {
-    /// Opens an image and reads its table of contents. Blocks, for as long as `wanted`.
+    /// Opens an image and reads its index or manifest. Blocks; hashing a docker archive ends early when `keep_going`
+    /// becomes false.
     ///
     /// # Errors
-    /// When it is not what its name says.
+    /// When the files can't be read, or are not in the format that the image's name says.
     pub fn open(
         reference: &Reference,
         archive: &Archive,
@@ -121,7 +123,7 @@ impl Layout {
         Ok(layout)
     }
 
-    /// What the whole is: media type and bytes of an index or a manifest.
+    /// Returns media type and bytes of the index or manifest that the image's name stands for.
     pub fn top(&self) -> (String, Vec<u8>) {
         self.top.clone()
     }
@@ -131,10 +133,10 @@ impl Layout {
         self.blobs.contains_key(digest)
     }
 
-    /// A blob, from its beginning. Its bytes are the caller's to check.
+    /// Returns a reader of a blob. The caller must check the digest of the bytes.
     ///
     /// # Errors
-    /// When it is not there, or less of it than there should be.
+    /// When the blob does not exist, can't be opened, or does not have `size` bytes.
     pub fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<io::Take<File>, ImageError> {
         let default = || format!("blobs/{}", digest.as_str().replace(':', "/"));
         let name = self.blobs.get(digest).cloned().unwrap_or_else(default);
@@ -151,10 +153,10 @@ impl Layout {
         }
     }
 
-    /// A small blob, whole.
+    /// Returns all bytes of a small blob.
     ///
     /// # Errors
-    /// As `blob`; when it is larger than `limit`.
+    /// The errors of `blob`, and when the blob is larger than `limit`.
     pub fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, ImageError> {
         let blob = self.blob(digest, None)?;
         whole(blob, limit).map_err(|error| self.unreadable(digest, error))
@@ -167,7 +169,7 @@ impl Layout {
     fn read(&self, name: &str) -> io::Result<io::Take<File>> {
         match &self.store {
             Store::Dir(root) => {
-                // Blobs may be shared between layouts by hard links, never by symlinks that lead elsewhere.
+                // Layouts may share blobs by hard links, but a symlink must not lead out of the layout's directory.
                 let how = OpenHow::new()
                     .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
                     .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -180,7 +182,7 @@ impl Layout {
                     let problem = format!("there is no {name} in the archive; it may be cut off");
                     io::Error::new(io::ErrorKind::NotFound, problem)
                 })?;
-                // Opened anew: readers side by side each need a place of their own in the file.
+                // Opened once more, because concurrent readers each need a file offset of their own.
                 let mut own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
                 if place + length > own.metadata()?.len() {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the archive is cut off"));
@@ -196,7 +198,7 @@ impl Layout {
         read.map_err(|error| format!("{name}: {error}"))
     }
 
-    /// image-spec, image-layout.md.
+    /// Reads `index.json` (image-spec, image-layout.md) and returns media type and bytes of the image that `tag` names.
     fn of_oci(&self, tag: Option<&str>) -> Result<(String, Vec<u8>), String> {
         let bytes = self.json("index.json")?;
         let index: ImageIndex = serde_json::from_slice(&bytes).map_err(|error| format!("index.json: {error}"))?;
@@ -209,7 +211,8 @@ impl Layout {
             (Some(tag), _) => named(tag).ok_or_else(|| format!("it has no image called {tag:?}"))?,
             (None, [only]) => only,
             (None, []) => return Err("it holds no image".to_owned()),
-            // One image for several platforms, or several images: then a name is needed.
+            // Several entries are one image for several platforms if each names its platform. Otherwise they are
+            // several images, and the caller must name one.
             (None, many) if many.iter().any(|manifest| manifest.platform().is_none()) => {
                 return Err(format!("it holds {} images; say which (oci:PATH:NAME)", many.len()));
             }
@@ -218,13 +221,14 @@ impl Layout {
         let digest = Digest::new(chosen.digest().as_ref()).map_err(|error| error.to_string())?;
         let bytes = self.document(&digest, DOCUMENT_MAX).map_err(|error| crate::chain(&error))?;
         if Digest::of(&bytes) != digest {
-            return Err(format!("manifest {digest} is something else"));
+            return Err(format!("the content of manifest {digest} has another digest"));
         }
         Ok((chosen.media_type().to_string(), bytes))
     }
 
-    /// docker's image-spec v1.2: `manifest.json` names a configuration and plain tar files. From these a manifest is
-    /// made, as `docker push` makes one.
+    /// Reads an archive of `docker save` (docker's image-spec v1.2): `manifest.json` names a configuration and plain
+    /// tar files. The function makes a manifest from these, as `docker push` does, and returns its media type and
+    /// bytes.
     fn of_docker(&mut self, tag: Option<&str>, wanted: &AtomicBool) -> Result<(String, Vec<u8>), String> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
@@ -271,7 +275,7 @@ impl Layout {
         let mut kind = "application/vnd.oci.image.layer.v1.tar";
         loop {
             if !wanted.load(Ordering::Relaxed) {
-                return Err(io::Error::new(io::ErrorKind::Interrupted, "nobody waits for it any more"));
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "the pull was cancelled"));
             }
             let count = file.read(&mut buffer)?;
             if count == 0 {
@@ -295,8 +299,8 @@ fn whole(mut file: io::Take<File>, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The entries of a tar file by name. Links (older dockers save a layer that comes twice as one) lead to what they
-/// name.
+/// Returns the offset and length of each file in a tar archive by name. A link, with which older versions of docker
+/// save a layer that an image has twice, gets those of its target.
 fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     let mut magic = [0; 4];
     let read = (&*file).read(&mut magic).map_err(|error| error.to_string())?;
@@ -309,9 +313,10 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     }
     let mut archive = tar::Archive::new(file);
     let (mut found, mut links) = (HashMap::new(), Vec::new());
-    let unreadable = |error: io::Error| format!("it is no tar archive, or cut off: {error}");
+    let unreadable = |error: io::Error| format!("it is not a tar archive, or it is cut off: {error}");
     let (mut extended, mut names) = (Extended::default(), 0);
-    // Raw, since the library reads what goes before an entry (its long name, its attributes) into memory, all of it.
+    // Raw entries are read, because otherwise the library reads the whole extension entry before an entry (its long
+    // name, its attributes) into memory, without a limit.
     for (count, entry) in archive.entries_with_seek().map_err(unreadable)?.raw(true).enumerate() {
         let mut entry = entry.map_err(unreadable)?;
         if count >= ENTRIES_MAX {
@@ -356,7 +361,7 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     Ok(found)
 }
 
-/// What goes before an entry.
+/// The long names that extension entries give to the next entry of a tar archive.
 #[derive(Default)]
 struct Extended {
     path: Option<String>,
@@ -385,14 +390,15 @@ impl Extended {
     }
 }
 
-/// What a path must lead to.
+/// The kind of file that a path must lead to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wanted {
     File,
     Directory,
 }
 
-/// Named first and looked at, opened second: a FIFO would be waited for, and opening some devices does things.
+/// Opens a path for reading after its kind was checked through an `O_PATH` descriptor: opening a FIFO would block, and
+/// opening some devices has side effects.
 fn open_path(path: &Path, wanted: Wanted) -> io::Result<File> {
     reopen(&File::options().read(true).custom_flags(libc::O_PATH).open(path)?, wanted)
 }
@@ -400,13 +406,13 @@ fn open_path(path: &Path, wanted: Wanted) -> io::Result<File> {
 fn reopen(named: &File, wanted: Wanted) -> io::Result<File> {
     let kind = named.metadata()?.file_type();
     match wanted {
-        Wanted::File if !kind.is_file() => Err(io::Error::other("it is no plain file")),
-        Wanted::Directory if !kind.is_dir() => Err(io::Error::other("it is no directory")),
+        Wanted::File if !kind.is_file() => Err(io::Error::other("it is not a regular file")),
+        Wanted::Directory if !kind.is_dir() => Err(io::Error::other("it is not a directory")),
         _ => File::open(format!("/proc/self/fd/{}", named.as_raw_fd())),
     }
 }
 
-/// `./a/../b` → `b`: names in archives are only looked up, in a table.
+/// Normalizes a name in an archive: `./a/../b` becomes `b`. Such names are only looked up in a table, never opened.
 fn plain(path: &Path) -> String {
     let mut parts: Vec<String> = Vec::new();
     for part in path.components() {
@@ -433,13 +439,13 @@ mod tests {
     #[test]
     fn what_is_no_archive_is_told_from_one() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let told = |bytes: &[u8]| {
+        let read = |bytes: &[u8]| {
             let path = directory.path().join("x");
             std::fs::write(&path, bytes).expect("written");
             contents(&File::open(path).expect("opened"))
         };
-        assert!(told(&[0x1f, 0x8b, 8, 0]).expect_err("gzip").contains("compressed"));
-        assert!(told(b"").expect_err("nothing").contains("empty"));
-        assert!(told(&[b'x'; 700]).expect_err("no header").contains("no tar archive"));
+        assert!(read(&[0x1f, 0x8b, 8, 0]).expect_err("gzip").contains("compressed"));
+        assert!(read(b"").expect_err("nothing").contains("empty"));
+        assert!(read(&[b'x'; 700]).expect_err("no header").contains("not a tar archive"));
     }
 }

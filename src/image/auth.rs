@@ -1,4 +1,5 @@
-//! `WWW-Authenticate` challenges of registries, the token realms that they name, and tokens.
+//! Parses the `WWW-Authenticate` challenges of registries, checks the token realms that they name, and reads the
+//! answers of token servers.
 
 use std::collections::HashMap;
 
@@ -7,21 +8,21 @@ use serde::Deserialize;
 
 use super::{RegistryName, reference::is_loopback};
 
-/// What a registry asks for in `WWW-Authenticate` (RFC 9110, section 11.6.1).
+/// The authentication that a registry asks for in `WWW-Authenticate` (RFC 9110, section 11.6.1).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Challenge {
-    /// Name and password with every request.
+    /// User name and password with every request.
     Basic,
-    /// A token from elsewhere (distribution spec, "token authentication").
+    /// A token of a token server (distribution spec, "token authentication").
     Bearer {
-        /// Where tokens are had.
+        /// The token server's URL.
         realm: String,
-        /// Sent along to it.
+        /// The parameters of the request to the token server.
         parameters: Vec<(String, String)>,
     },
 }
 
-/// Reads one `WWW-Authenticate` header; None when it asks for something we can't do.
+/// Parses one `WWW-Authenticate` header; `None` for a scheme other than Basic and Bearer.
 pub fn parse_challenge(header: &str) -> Option<Challenge> {
     let (scheme, rest) = header.trim().split_once(' ').unwrap_or((header.trim(), ""));
     if scheme.eq_ignore_ascii_case("basic") {
@@ -34,7 +35,7 @@ pub fn parse_challenge(header: &str) -> Option<Challenge> {
     let mut rest = rest.trim_start();
     while let Some((key, after)) = rest.split_once('=') {
         let (value, after) = match after.strip_prefix('"') {
-            // Quoted: to the next bare quote, with backslash escapes.
+            // A quoted value ends at the next quote without a backslash before it.
             Some(quoted) => {
                 let mut value = String::new();
                 let mut chars = quoted.char_indices();
@@ -70,22 +71,23 @@ pub fn parse_challenge(header: &str) -> Option<Challenge> {
 /// Why no token is requested from a realm.
 #[derive(Debug, thiserror::Error)]
 pub enum RealmError {
-    /// It is no URL.
+    /// The realm is not a URL.
     #[error("it is not a URL")]
     NotUrl,
-    /// A user name in front of the host, which an HTTP client would send as credentials of its own.
-    #[error("it holds a user name")]
+    /// The realm has a user name before the host, which an HTTP client would send as credentials of its own.
+    #[error("it contains a user name")]
     UserInfo,
-    /// The password and the token could be read on the way.
-    #[error("it does not use TLS; only a registry on this host may name such a realm, and only on this host")]
+    /// The realm does not use TLS, so that others could read the password and the token.
+    #[error("it does not use TLS, which is allowed only where the registry and the realm are both on this host")]
     NoTls,
 }
 
-/// Returns the URL at which `place`'s registry wants a token requested. The realm may be on any host, as Docker Hub's is
-/// (`auth.docker.io`): the registry sees the same credentials and could pass them on anyway. But it must use TLS.
+/// Returns the URL from which a token for the registry of `image_name` must be requested. The realm may be on any host,
+/// as Docker Hub's is (`auth.docker.io`): the registry sees the same credentials and could pass them on anyway. But it
+/// must use TLS.
 ///
 /// # Errors
-/// When no token must be requested there.
+/// When no token may be requested from the realm.
 pub fn token_address(realm: &str, query: &[(String, String)], place: &RegistryName) -> Result<Url, RealmError> {
     let address = Url::parse_with_params(realm, query).map_err(|_| RealmError::NotUrl)?;
     if !address.username().is_empty() || address.password().is_some() {
@@ -99,7 +101,7 @@ pub fn token_address(realm: &str, query: &[(String, String)], place: &RegistryNa
     }
 }
 
-/// A token server's answer; the two names mean the same.
+/// A token server's answer. `token` and `access_token` have the same meaning.
 #[derive(Deserialize)]
 pub struct TokenAnswer {
     token: Option<String>,
@@ -107,7 +109,7 @@ pub struct TokenAnswer {
 }
 
 impl TokenAnswer {
-    /// The token, if there is one.
+    /// Returns the token, if the answer has one.
     pub fn token(self) -> Option<String> {
         self.token.or(self.access_token).filter(|token| !token.is_empty())
     }

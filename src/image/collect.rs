@@ -1,4 +1,5 @@
-//! Images that nobody needs any more: their records, what keeps them in containerd, and leases that lost their record.
+//! Garbage collection of images: removes the records of unused images, their leases and views in containerd, and leases
+//! without a record.
 
 use std::{
     collections::HashSet,
@@ -12,15 +13,15 @@ use crate::{
     control::Garbage,
 };
 
-/// What records of tasks name.
+/// The images that task records name.
 #[derive(Debug, Clone, Default)]
 pub struct InUse {
     names: HashSet<String>,
-    /// A name may stand for another image by now; its lease does not.
+    /// The leases of the images, because a name may stand for another image by now.
     leases: HashSet<String>,
 }
 
-/// Of pairs of an image's name and its lease.
+/// Collects pairs of an image's name and its lease.
 impl FromIterator<(String, String)> for InUse {
     fn from_iter<T: IntoIterator<Item = (String, String)>>(pairs: T) -> Self {
         let (names, leases) = pairs.into_iter().unzip();
@@ -29,26 +30,27 @@ impl FromIterator<(String, String)> for InUse {
 }
 
 impl ImageStore {
-    /// Removes images that no task in `in_use` names, no start is about to use, and no task has used for `keep`: what
-    /// it was, or, for a dry run, would be.
+    /// Removes images that are not in `in_use`, that no start is about to use, and that no task has used for the time
+    /// `keep`. Also removes leases without a record. Returns what was removed, or would be removed without `dry_run`.
     pub async fn collect(&self, keep: Duration, in_use: &InUse, dry_run: bool) -> Vec<Garbage> {
         let mut found = Vec::new();
         for record in self.take_unused(keep, in_use, dry_run) {
             let outcome = if dry_run { Ok(()) } else { self.discard(&record, in_use).await };
             if outcome.is_err() {
-                // Known again, and tried again.
+                // The record is put back, so that the next garbage collection tries again.
                 lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
             }
             found.push(
                 Garbage::removed("image", &record.reference, &outcome)
-                    .because("no task uses it, and none has for as long as images are kept"),
+                    .because("no task uses it, and none has used it within `image { keep }`"),
             );
         }
         found.extend(self.collect_leases(in_use, dry_run).await);
         found
     }
 
-    /// From here on a start does not find them: it pulls, and waits for the removal.
+    /// Takes the records of unused images out of the store, or only lists them with `dry_run`. A start no longer finds
+    /// such a record: it pulls the image, and waits for the removal.
     fn take_unused(&self, keep: Duration, in_use: &InUse, dry_run: bool) -> Vec<Arc<ImageRecord>> {
         let directory = self.inner().places.images();
         let mut records = lock(&self.inner().records);
@@ -68,7 +70,7 @@ impl ImageStore {
     /// Removes one image.
     ///
     /// # Errors
-    /// When a task uses it, it is not here, or containerd refuses.
+    /// When a task uses the image, the image is not stored, or containerd refuses.
     pub async fn remove(&self, name: &str, in_use: &InUse) -> Result<(), ImageError> {
         let record = {
             let mut records = lock(&self.inner().records);
@@ -93,14 +95,15 @@ impl ImageStore {
         Ok(self.inner().client.delete_image(name).await?)
     }
 
-    /// containerd's lease goes with its last name; its image record only if a pull of ours made it.
+    /// Removes an image's record. Its lease is removed if no other image needs it, and containerd's image if this
+    /// driver created that.
     async fn discard(&self, record: &ImageRecord, in_use: &InUse) -> Result<(), ImageError> {
         let inner = self.inner();
         let _changing = inner.leases.lock().await;
         if !self.leases_in_use(in_use).contains(&record.lease) {
             self.release(&record.lease).await?;
         }
-        // It came back meanwhile, and what has its name now is somebody's.
+        // A pull has stored an image under this name meanwhile. It must stay.
         if lock(&inner.records).contains_key(&record.reference) {
             return Ok(());
         }
@@ -110,18 +113,22 @@ impl ImageStore {
         record.forget(&inner.places.images())
     }
 
-    /// Gives up a lease, and the view of its name if it has one.
+    /// Deletes a lease, and the view of the same name if there is one.
     async fn release(&self, lease: &str) -> Result<(), ContainerdError> {
         let client = &self.inner().client;
         client.delete_lease(&LeaseId(lease.to_owned())).await?;
-        // containerd's collector would take the view with it, some time: on a busy host that is after a minute.
+        // containerd's garbage collector would remove the view as well, but on a busy host only after a minute.
         if let Err(error) = client.remove_snapshot(lease).await {
-            tracing::debug!(error = %crate::chain(&error), "a view is left to containerd's own collection");
+            tracing::debug!(
+                error = %crate::chain(&error),
+                "could not remove the view of an image; containerd's garbage collector will remove it"
+            );
         }
         Ok(())
     }
 
-    /// Of images that are here or are being pulled, and of those that tasks still use though their name has moved on.
+    /// Returns the leases of images that are stored or are being pulled, and of images that tasks still use although
+    /// their name stands for another image by now.
     fn leases_in_use(&self, in_use: &InUse) -> HashSet<String> {
         let inner = self.inner();
         let mut leases = in_use.leases.clone();
@@ -133,7 +140,8 @@ impl ImageStore {
         leases
     }
 
-    /// Leases of ours without a record or a pull: an earlier instance of us was cut off.
+    /// Removes this driver's leases without a record or a running pull, which an earlier plugin left when it was
+    /// killed.
     pub async fn collect_leases(&self, in_use: &InUse, dry_run: bool) -> Vec<Garbage> {
         let inner = self.inner();
         let _changing = inner.leases.lock().await;
@@ -141,7 +149,7 @@ impl ImageStore {
         let leases = match inner.client.leases().await {
             Ok(leases) => leases,
             Err(error) => {
-                tracing::debug!(%error, "leases are looked at another time");
+                tracing::debug!(%error, "could not list containerd's leases; the next garbage collection tries again");
                 return Vec::new();
             }
         };
@@ -149,7 +157,7 @@ impl ImageStore {
         let mut found = Vec::new();
         for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
             let outcome = if dry_run { Ok(()) } else { self.release(&lease).await };
-            found.push(Garbage::removed("lease", &lease, &outcome).because("no image of ours needs it"));
+            found.push(Garbage::removed("lease", &lease, &outcome).because("no image of this driver needs it"));
         }
         found
     }

@@ -1,12 +1,13 @@
-//! Confines a thread that reads what a stranger packed: decompressors and tar headers are old attack surfaces.
+//! Confines a thread that reads untrusted layers: decompressors and tar parsers are common attack surfaces.
 //!
 //! The thread loses all capabilities and every system call but those of computing on memory. It reads no file and
-//! opens none; its input comes through a channel. Both are per thread (capabilities(7), seccomp(2)), so it must be a
-//! thread made for the purpose, never one of the runtime's.
+//! opens none; its input comes through a channel. Capabilities and seccomp filters are per thread (capabilities(7),
+//! seccomp(2)), so the thread must be made for the purpose: a thread of the async runtime must never be confined.
 
 use crate::privileges::{Calls, PrivilegeError, confine};
 
-/// Memory, waking other threads, panicking and ending: all that hashing and parsing need.
+/// The system calls that hashing and parsing need: for memory, for waking other threads, for a panic and for the
+/// thread's end.
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -31,14 +32,15 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_set_robust_list,
     libc::SYS_sigaltstack,
     libc::SYS_tgkill,
-    // To descriptors that are open already: the runtime's wake-up eventfd, and stderr for a panic.
+    // The thread writes to two descriptors that are open already: the runtime's wake-up eventfd, and stderr for a
+    // panic.
     libc::SYS_write,
 ];
 
-/// Confines the calling thread for the rest of its life. Everything not allowed answers EPERM.
+/// Confines the calling thread for the rest of its life. Every other system call fails with EPERM.
 ///
 /// # Errors
-/// When the kernel has no seccomp, or the architecture no filter.
+/// When the kernel has no seccomp, or the filter does not know the architecture.
 pub fn this_thread() -> Result<(), PrivilegeError> {
     confine(&[], Calls::Only(ALLOWED))
 }

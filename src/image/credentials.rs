@@ -1,10 +1,11 @@
-//! User names and passwords for registries, and which registry may see them. docs/decisions/014 says why.
+//! User names and passwords for registries, and the rules about which registry may see them. docs/decisions/014
+//! explains the rules.
 
 use std::{fmt, str::FromStr};
 
 use super::RegistryName;
 
-/// How image names spell Docker Hub.
+/// The host of Docker Hub in image names.
 const DOCKER_HUB: &str = "docker.io";
 /// Docker Hub's other names (moby, daemon/pkg/registry/config.go: `IndexHostname`, `DefaultRegistryHost`).
 const DOCKER_HUB_ALIASES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
@@ -12,25 +13,25 @@ const DOCKER_HUB_ALIASES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"
 /// A user name and a password for a registry. Neither is ever printed.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Credentials {
-    /// User name.
+    /// The user name.
     pub username: String,
-    /// Password or token.
+    /// The password or token.
     pub password: String,
-    /// The registry that may see them.
+    /// The registry that may see the credentials.
     pub scope: CredentialScope,
 }
 
 /// The registry that credentials may be sent to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum CredentialScope {
-    /// This one only.
+    /// Only the registry with this address.
     Registry(RegistryAddress),
-    /// The registry of the image that is pulled, whichever that is. This is the scope of a job's own credentials, because
-    /// their author names the image as well.
+    /// The registry of the image that is pulled, whichever that is. This is the scope of a job's own credentials,
+    /// because the job's author names the image as well.
     ImageRegistry,
 }
 
-/// How a registry is spoken to.
+/// The transport of requests to a registry.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Transport {
     /// HTTPS.
@@ -41,7 +42,7 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// The scheme of its URLs.
+    /// Returns the scheme of URLs with this transport.
     pub fn scheme(self) -> &'static str {
         match self {
             Self::Tls => "https",
@@ -58,7 +59,7 @@ impl Transport {
 }
 
 impl Credentials {
-    /// Returns whether the registry of `place`, spoken to over `transport`, may see them.
+    /// Returns whether the credentials may be sent to the registry of `image_name` over `transport`.
     pub fn are_for(&self, place: &RegistryName, transport: Transport) -> bool {
         match &self.scope {
             CredentialScope::ImageRegistry => true,
@@ -80,31 +81,32 @@ impl fmt::Debug for Credentials {
 pub struct RegistryAddress {
     /// In lower case, and without Docker Hub's aliases.
     host: String,
-    /// None stands for the transport's default.
+    /// The port; `None` stands for the transport's default.
     port: Option<u16>,
 }
 
-/// Why a text is no registry's address.
+/// Why a text is not the address of a registry.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum AddressError {
-    /// There is a user name in front of the host, and perhaps a password, so the text is not repeated.
-    #[error("a user name is no part of a registry's address; write the host alone, such as registry.example:5000")]
+    /// The text has a user name before the host, and perhaps a password, so that the message does not repeat the text.
+    #[error("a registry's address must not contain a user name; write the host alone, such as registry.example:5000")]
     UserInfo,
-    /// Anything else.
+    /// The text is malformed in another way.
     #[error("{text:?} is not a registry's address such as registry.example or registry.example:5000")]
     Malformed {
-        /// As written.
+        /// The text.
         text: String,
     },
 }
 
 impl RegistryAddress {
-    /// Docker Hub's.
+    /// Returns the address of Docker Hub.
     pub fn docker_hub() -> Self {
         Self { host: DOCKER_HUB.to_owned(), port: None }
     }
 
-    /// Returns whether both lead to the same place. A port that is not written is the transport's own.
+    /// Returns whether both addresses mean the same registry. An address without a port has the transport's default
+    /// port.
     fn is_same(&self, other: &Self, transport: Transport) -> bool {
         let port = |address: &Self| address.port.unwrap_or(transport.default_port());
         self.host == other.host && port(self) == port(other)
@@ -114,9 +116,9 @@ impl RegistryAddress {
 impl FromStr for RegistryAddress {
     type Err = AddressError;
 
-    /// Accepts what docker accepts for `server_address`: a scheme in front of the host and a path behind it are ignored
-    /// (moby, daemon/pkg/registry/auth.go, `ConvertToHostname`). Unlike docker, it refuses text that can't be a host:
-    /// such credentials would silently be sent nowhere, or to another host than the reader thinks.
+    /// Parses an address. As in docker's `server_address`, a scheme before the host and a path after it are ignored
+    /// (moby, daemon/pkg/registry/auth.go, `ConvertToHostname`). Unlike docker, this function refuses a text that can't
+    /// be a host: such credentials would silently be sent nowhere, or to another host than the reader thinks.
     fn from_str(text: &str) -> Result<Self, AddressError> {
         if text.contains('@') {
             return Err(AddressError::UserInfo);
@@ -141,7 +143,8 @@ impl FromStr for RegistryAddress {
     }
 }
 
-/// The grammar of hosts in image names (distribution, reference/regexp.go, `domain-component`), in lower case.
+/// Returns whether the text is a component of a host's name in an image's name, in lower case (distribution,
+/// reference/regexp.go, `domain-component`).
 fn is_host_label(label: &str) -> bool {
     !label.is_empty()
         && !label.starts_with('-')
@@ -211,7 +214,7 @@ mod tests {
         }
     }
 
-    /// The same two ports are one over TLS and two without it.
+    /// An address with port 443 and one without a port are the same over TLS, and different over plain HTTP.
     #[test]
     fn the_port_that_is_not_written_is_the_transports() {
         assert!(for_server("127.0.0.1:443").are_for(&place("127.0.0.1/a"), Transport::Tls));

@@ -1,5 +1,5 @@
-//! How one layer gets from a registry or an archive into containerd's store, and what is checked before a layer that is
-//! stored already is used for another image.
+//! Brings one layer from a registry or an archive into containerd's store, and checks a layer that is stored already
+//! before another image uses it.
 
 use tokio::sync::Semaphore;
 
@@ -15,12 +15,12 @@ use crate::{
     ids::Digest,
 };
 
-/// containerd's label on a layer: the digest of what it unpacks to.
+/// containerd's label on a layer with the digest of the layer's uncompressed bytes.
 const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 
-/// A layer of an image that is pulled.
+/// The transfer of one layer of an image that is pulled.
 pub struct Download<'a> {
-    /// The store, and the listener to the pull's progress.
+    /// containerd's store, and the listener to the pull's progress.
     pub source: &'a Source<'a>,
     /// The registry or archive that the image comes from.
     pub origin: &'a Origin<'a>,
@@ -38,7 +38,7 @@ impl Download<'_> {
     /// Brings the layer into the store, under `lease`.
     ///
     /// # Errors
-    /// When it can't be had, or is not what its name or the image's configuration says.
+    /// When the layer can't be downloaded, or has another digest than its name or the image's configuration says.
     pub async fn run(self, lease: &LeaseId) -> Result<(), ImageError> {
         let Layer { digest, size, .. } = self.layer;
         let client = self.source.client;
@@ -47,14 +47,14 @@ impl Download<'_> {
                 return self.take(lease, &stored).await;
             }
             let transfer = self.transfers.acquire().await;
-            // None: another pull of the same layer has just completed.
+            // `None` means that another pull of the same layer has just completed.
             let writer = client.open_blob(lease, digest, i64::try_from(*size).unwrap_or(i64::MAX)).await?;
             if let Some(writer) = writer {
                 break (transfer, writer);
             }
         };
         if writer.is_complete() {
-            // Another namespace of containerd has it, and containerd shares the bytes but not the labels.
+            // Another namespace of containerd has the layer, and containerd shares the bytes but not the labels.
             writer.commit(Labels::new()).await?;
             drop(transfer);
             let stored = self.stored(lease).await?.ok_or_else(|| self.interrupted(0, None))?;
@@ -69,7 +69,7 @@ impl Download<'_> {
         }
     }
 
-    /// Returns the labels of the layer if it is in the store; it is under the lease from then on.
+    /// Returns the labels of the layer if it is in the store, and adds it to the lease.
     async fn stored(&self, lease: &LeaseId) -> Result<Option<Labels>, ImageError> {
         let client = self.source.client;
         if !client.keep_blob(lease, &self.layer.digest, Labels::new()).await? {
@@ -80,8 +80,9 @@ impl Download<'_> {
 
     /// Uses the stored layer for this image after two checks. First, the image's own registry or archive must have the
     /// layer: otherwise anybody who knows the digest of a private layer could read it by naming it in an image of their
-    /// own. Second, the layer must unpack to what this image's configuration states: otherwise the configuration could
-    /// claim the unpacked layers of another image. The order matters, because the second error contains the real digest.
+    /// own. Second, the layer's uncompressed digest must be the one in this image's configuration: otherwise the
+    /// configuration could claim the unpacked layers of another image. The order matters, because the second error
+    /// contains the real digest.
     async fn take(&self, lease: &LeaseId, stored: &Labels) -> Result<(), ImageError> {
         let label = stored.get(UNCOMPRESSED);
         let scanned = if self.origin.confirms(&self.layer.digest, stored).await {
@@ -119,7 +120,7 @@ impl Download<'_> {
     }
 
     /// Downloads a layer that is stored already without storing it again, as proof that the image's registry or archive
-    /// has it: bytes with the right digest can't be invented. With `scan`, the result is what the layer unpacks to.
+    /// has it: bytes with the right digest can't be invented. With `scan`, returns the layer's uncompressed digest.
     async fn prove(&self, scan: bool) -> Result<Option<Digest>, ImageError> {
         let _transfer = self.transfers.acquire().await;
         let scan = scan.then(Scan::start);
@@ -130,7 +131,8 @@ impl Download<'_> {
         }
     }
 
-    /// Reads the layer from its registry or archive, passes the bytes to `writer` and `scan`, and checks size and digest.
+    /// Reads the layer from its registry or archive, passes the bytes to `writer` and `scan`, and checks size and
+    /// digest.
     async fn read(&self, mut writer: Option<&mut BlobWriter>, scan: Option<&Scan>) -> Result<(), ImageError> {
         let Layer { digest, size, .. } = self.layer;
         let mut chunks = self.origin.blob(digest, Some(*size)).await?;
@@ -139,7 +141,7 @@ impl Download<'_> {
         while let Some(chunk) = chunks.next().await.map_err(|error| self.interrupted(received, error))? {
             received += chunk.len() as u64;
             if received > *size {
-                // Never read past what the manifest promised.
+                // More bytes than the manifest states are never read.
                 return Err(self.interrupted(received, None));
             }
             sha2::Digest::update(&mut hash, &chunk);
@@ -157,7 +159,7 @@ impl Download<'_> {
         check(self.reference, "layer", digest, &Digest::from_hash(&sha2::Digest::finalize(hash)))
     }
 
-    /// Scans the stored layer and returns what it unpacks to.
+    /// Scans the stored layer and returns its uncompressed digest.
     async fn scan_stored(&self) -> Result<Digest, ImageError> {
         let _transfer = self.transfers.acquire().await;
         let scan = Scan::start();

@@ -1,53 +1,55 @@
-//! Keeps a tar archive's extension entries small.
+//! Limits the size of a tar archive's extension entries, and checks the names in pax records.
 //!
-//! Long names (GNU `L`, `K`) and pax records (`x`, `g`) are read whole into memory by every tar reader. A few megabytes
-//! of compressed zeroes could make that a hundred gigabytes. So the plain stream is followed header by header, and an
-//! extension larger than Go's own limit ends it.
+//! Every tar reader reads long names (GNU `L`, `K`) and pax records (`x`, `g`) into memory as a whole. A few megabytes
+//! of compressed zeroes could become a name of a hundred gigabytes. So this module parses the plain stream header by
+//! header, and refuses an archive with an extension entry that is larger than the limit of Go's archive/tar.
 //!
-//! Names in pax records are read here by their lengths, as containerd reads them (Go's archive/tar, `parsePAXRecord`). The
-//! tar crate reads them by lines and takes the first of a kind, where Go takes the last.
+//! This module reads the records of a pax header by their lengths, as containerd does (Go's archive/tar,
+//! `parsePAXRecord`). The tar crate reads them by lines and uses the first record of a key, where Go uses the last.
 
 use super::layer::climbs;
 
-/// As in Go's archive/tar, so nothing that containerd unpacks is refused here.
+/// The largest extension entry that is accepted. Go's archive/tar has the same limit, so that every archive that
+/// containerd can unpack is accepted.
 const EXTENSION_MAX: u64 = 1 << 20;
-/// A hard link's type in its header.
+/// The type of a hard link in an entry's header.
 const HARD_LINK: u8 = b'1';
-/// tar's block (POSIX.1-1988, ustar).
+/// The size of a tar block (POSIX.1-1988, ustar).
 const BLOCK: usize = 512;
 
-/// Why an archive is not read on.
+/// Why an archive is refused.
 #[derive(Debug, PartialEq, Eq)]
 pub enum ExtensionProblem {
     /// An extension entry is too large.
     TooLarge,
-    /// Readers of pax records disagree on how long the next entry is: what one takes for a file's content is a further
-    /// entry to another, which nobody would have looked at.
+    /// Readers of pax records disagree about the length of the next entry: bytes that are a file's content to one
+    /// reader are a further entry to another reader, and that entry would not have been checked.
     Ambiguous,
 }
 
-/// Follows an archive.
+/// A parser of a tar archive's headers and extension entries.
 #[derive(Debug, Default)]
 pub struct Extensions {
     header: Vec<u8>,
-    /// Of the entry at hand, padding included.
+    /// The bytes of the current entry that are still to come, padding included.
     left: u64,
-    /// The body of a pax record, whose `size` counts for the next entry.
+    /// The body of the current pax header, whose record `size` applies to the next entry.
     pax: Option<Vec<u8>>,
     next_size: Option<u64>,
-    /// A name that the next entry links to, if it is a hard link, and that climbs out of the root.
+    /// The target of the next entry according to a pax record, if that target escapes the root. It counts only if that
+    /// entry is a hard link.
     next_link: Option<Vec<u8>>,
-    /// The first name in a pax record that climbs out of the root.
+    /// The first name in a pax record that escapes the root.
     climbing: Option<Vec<u8>>,
 }
 
 impl Extensions {
-    /// The first name in a pax record, of an entry or of what a hard link leads to, that climbs out of the root.
+    /// Returns the first name in a pax record that escapes the root: the name of an entry or the target of a hard link.
     pub fn climbing(&self) -> Option<&[u8]> {
         self.climbing.as_deref()
     }
 
-    /// The next bytes of the plain archive.
+    /// Parses the next bytes of the plain archive.
     ///
     /// # Errors
     /// When an extension entry is too large or ambiguous.
@@ -79,7 +81,7 @@ impl Extensions {
         Ok(())
     }
 
-    /// Looks at the records of a pax header for names that climb.
+    /// Checks the records of a pax header: whether readers agree about the size, and whether a name escapes the root.
     fn look_at(&mut self, pax: &[u8]) -> Result<(), ExtensionProblem> {
         let of = |wanted: &'static [u8]| records(pax).filter(move |(key, _)| *key == wanted).map(|(_, value)| value);
         let size = of(b"size").last().and_then(|value| std::str::from_utf8(value).ok()?.parse().ok());
@@ -92,6 +94,7 @@ impl Extensions {
         Ok(())
     }
 
+    /// Begins the entry whose header is complete.
     fn enter(&mut self) -> Result<(), ExtensionProblem> {
         let size = size(&self.header[124..136]);
         let kind = self.header[156];
@@ -117,7 +120,8 @@ impl Extensions {
     }
 }
 
-/// Octal, or GNU's base 256 when the first bit is set. Nonsense is 0: the reader proper refuses it.
+/// Parses the size field of a header: octal, or GNU's base 256 when the first bit is set. A malformed field counts as
+/// 0, because the tar reader refuses it.
 fn size(field: &[u8]) -> u64 {
     if field[0] & 0x80 != 0 {
         return field[4..].iter().fold(0, |number: u64, byte| number << 8 | u64::from(*byte));
@@ -126,13 +130,14 @@ fn size(field: &[u8]) -> u64 {
     u64::from_str_radix(text.trim_matches(['\0', ' ']), 8).unwrap_or(0)
 }
 
-/// `size` of a pax record's body: lines of `LENGTH KEY=VALUE`.
+/// Returns the record `size` of a pax header's body as the tar crate reads it: by lines of `LENGTH KEY=VALUE`.
 fn pax_size(body: &[u8]) -> Option<u64> {
     let text = String::from_utf8_lossy(body);
     text.lines().find_map(|line| line.split_once(' ')?.1.strip_prefix("size=")?.parse().ok())
 }
 
-/// The records of a pax body, each by its own length; what follows a malformed one is not read by anybody.
+/// Returns the records of a pax header's body, each read by its own length. Records after a malformed one are left out,
+/// as no reader uses them.
 fn records(mut body: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     std::iter::from_fn(move || {
         let blank = body.iter().position(|byte| *byte == b' ')?;
@@ -164,7 +169,7 @@ mod tests {
         small.extend(header(b'0', 5000));
         small.extend(vec![0; 5120]);
         small.extend(header(b'x', EXTENSION_MAX + 1));
-        // In pieces of any size.
+        // The outcome must not depend on the size of the pieces.
         for piece in [1, 7, 512, 100_000] {
             let mut extensions = Extensions::default();
             let outcome = small.chunks(piece).try_for_each(|chunk| extensions.follow(chunk));
@@ -180,13 +185,14 @@ mod tests {
         archive.extend_from_slice(record);
         archive.resize(1024, 0);
         archive.extend(header(b'0', 0));
-        // The file's body looks like a huge extension; it must be passed over.
+        // The file's content looks like a huge extension entry. It must be skipped.
         archive.extend(header(b'L', 1 << 40));
         archive.extend(vec![0; 512]);
         assert_eq!(Extensions::default().follow(&archive), Ok(()));
     }
 
-    /// A pax header with this body, and a header of this kind after it.
+    /// Parses a pax header with this body and an entry of this kind after it. Returns the outcome and the name that
+    /// escapes the root.
     fn followed(body: &str, kind: u8) -> (Result<(), ExtensionProblem>, Option<String>) {
         let mut archive = header(b'x', body.len() as u64);
         archive.extend_from_slice(body.as_bytes());

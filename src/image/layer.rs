@@ -1,4 +1,4 @@
-//! Looks through a layer while it is downloaded: its uncompressed digest, and whether any entry climbs out of the root.
+//! Scans a layer while it is downloaded: computes its uncompressed digest, and refuses entries that escape the root.
 
 use std::{
     fmt,
@@ -18,54 +18,55 @@ use crate::ids::Digest;
 /// Why a layer was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerProblem {
-    /// An entry would land outside of the container's root.
-    #[error("entry {entry:?} climbs out of the image's root")]
+    /// An entry would be unpacked outside of the container's root.
+    #[error("entry {entry:?} escapes the image's root")]
     Climbs {
-        /// Its name.
+        /// The entry's name.
         entry: String,
     },
-    /// A hard link would.
-    #[error("entry {entry:?} is a hard link to {target:?}, which climbs out of the image's root")]
+    /// The target of a hard link is outside of the container's root.
+    #[error("entry {entry:?} is a hard link to {target:?}, which escapes the image's root")]
     LinkClimbs {
-        /// Its name.
+        /// The entry's name.
         entry: String,
-        /// Its target.
+        /// The link's target.
         target: String,
     },
     /// The compressed stream or the archive ends early.
     #[error("it is cut off")]
     Truncated,
-    /// Neither gzip, zstd nor tar.
+    /// The layer is not a valid gzip, zstd or tar stream.
     #[error("it can't be unpacked")]
     Unreadable {
-        /// In the decoder's words.
+        /// The error of the decoder.
         source: io::Error,
     },
-    /// Not what the configuration says.
+    /// The layer's uncompressed digest is not the one in the image's configuration.
     #[error("its uncompressed digest is {actual}, the image's config says {expected}")]
     DiffId {
-        /// By the configuration.
+        /// The digest in the configuration.
         expected: Digest,
-        /// By its bytes.
+        /// The digest of the layer's uncompressed bytes.
         actual: Digest,
     },
-    /// More than a layer can reasonably be.
+    /// The layer unpacks to more bytes than a real layer has.
     #[error("it unpacks to more than {} GiB", UNPACKED_MAX >> 30)]
     TooLarge,
-    /// A name or attribute of more than a megabyte.
+    /// An entry has a name or attributes of more than a megabyte.
     #[error("an entry's name or attributes take more than 1 MiB")]
     LongName,
-    /// The looking itself failed.
-    #[error("the thread that reads it ended")]
+    /// The thread that scans the layer could not be started, or ended without a result.
+    #[error("the thread that scans it ended without a result")]
     Thread,
 }
 
-/// Some thousand-fold compression fits a layer of a megabyte into a disk's worth of zeroes.
+/// The largest number of bytes that a layer may unpack to. Zeroes compress by a factor of some thousand and more, so
+/// that a layer of megabytes could fill a disk.
 const UNPACKED_MAX: u64 = 256 << 30;
-/// Downloaded chunks that wait for the reader.
+/// The number of downloaded chunks that wait for the scanning thread.
 const BACKLOG: usize = 16;
 
-/// A scan under way: feed it with the compressed bytes, then `finish`.
+/// A running scan of a layer. The caller passes the compressed bytes to `feed`, and then calls `finish`.
 pub struct Scan {
     feed: mpsc::Sender<Vec<u8>>,
     verdict: oneshot::Receiver<Result<Digest, LayerProblem>>,
@@ -78,39 +79,40 @@ impl fmt::Debug for Scan {
 }
 
 impl Scan {
-    /// Starts a confined thread that reads.
+    /// Starts a confined thread that scans the layer.
     pub fn start() -> Self {
         let (feed, receive) = mpsc::channel(BACKLOG);
         let (tell, verdict) = oneshot::channel();
         let spawned = thread::Builder::new().name("layer".to_owned()).spawn(move || {
             if let Err(error) = confine::this_thread() {
-                tracing::warn!(%error, "layers are read without confinement");
+                tracing::warn!(%error, "could not confine the thread that scans a layer; it runs without confinement");
             }
             let _ = tell.send(read(Feed { receive, chunk: Vec::new(), at: 0 }));
         });
         if let Err(error) = spawned {
-            // The verdict's sender is gone with the closure: `finish` says so.
-            tracing::warn!(%error, "no thread for reading layers");
+            // The sender of the result was dropped with the closure, so that `finish` returns an error.
+            tracing::warn!(%error, "could not start a thread that scans a layer");
         }
         Self { feed, verdict }
     }
 
-    /// Hands over the next compressed bytes. A reader that has seen enough to refuse takes no more; that is no error.
+    /// Passes the next compressed bytes to the thread. It is not an error if the thread has already ended, because it
+    /// has refused the layer.
     pub async fn feed(&self, bytes: Vec<u8>) {
         let _ = self.feed.send(bytes).await;
     }
 
-    /// All bytes were fed: the digest of the uncompressed stream, unless the layer is refused.
+    /// Ends the input, waits for the thread, and returns the digest of the uncompressed stream.
     ///
     /// # Errors
-    /// Why the layer is refused.
+    /// When the layer is refused, or the thread ended without a result.
     pub async fn finish(self) -> Result<Digest, LayerProblem> {
         drop(self.feed);
         self.verdict.await.unwrap_or(Err(LayerProblem::Thread))
     }
 }
 
-/// The channel as a blocking reader.
+/// A blocking reader of the chunks that come through a channel.
 struct Feed {
     receive: mpsc::Receiver<Vec<u8>>,
     chunk: Vec<u8>,
@@ -132,7 +134,7 @@ impl Read for Feed {
     }
 }
 
-/// Hashes and counts what passes.
+/// A reader that hashes and counts the bytes of the plain archive, and checks its extension entries.
 struct Hashing<R> {
     inner: R,
     hash: Sha256,
@@ -158,8 +160,9 @@ impl<R: Read> Read for Hashing<R> {
     }
 }
 
+/// Scans a layer and returns the digest of its uncompressed bytes.
 fn read(mut input: impl Read + 'static) -> Result<Digest, LayerProblem> {
-    // The first chunk of a download can be of any size; the magic number may be in two.
+    // The first chunk of a download can be of any size, so that two chunks may share the magic number.
     let mut magic = Vec::new();
     input.by_ref().take(4).read_to_end(&mut magic).map_err(problem)?;
     let packing = magic.clone();
@@ -185,10 +188,11 @@ fn read(mut input: impl Read + 'static) -> Result<Digest, LayerProblem> {
             return Err(LayerProblem::LinkClimbs { entry: entry.into_owned(), target: target.into_owned() });
         }
     }
-    // What follows the end-of-archive marker (padding) counts toward the digest too.
+    // The digest includes the bytes after the end-of-archive marker (padding).
     let mut rest = archive.into_inner();
     io::copy(&mut rest, &mut io::sink()).map_err(problem)?;
-    // The names as containerd reads them, where they are others than those above.
+    // `tar_extensions` reads names in pax records as containerd does, which may differ from those of the tar crate
+    // above.
     if let Some(name) = rest.extensions.climbing() {
         return Err(LayerProblem::Climbs { entry: String::from_utf8_lossy(name).into_owned() });
     }
@@ -200,13 +204,13 @@ fn problem(source: io::Error) -> LayerProblem {
         io::ErrorKind::UnexpectedEof => LayerProblem::Truncated,
         io::ErrorKind::FileTooLarge => LayerProblem::TooLarge,
         io::ErrorKind::QuotaExceeded => LayerProblem::LongName,
-        // The tar crate reports a header that is cut off in words only.
+        // The tar crate reports a header that is cut off only by the text of its error.
         _ if source.to_string().contains("failed to read entire block") => LayerProblem::Truncated,
         _ => LayerProblem::Unreadable { source },
     }
 }
 
-/// Does a path, read from the root downwards, ever go above it? (`a/../b` does not; `a/../../b` does.)
+/// Returns whether any prefix of a path leads above the root: `a/../../b` does, `a/../b` does not.
 pub(super) fn climbs(path: &[u8]) -> bool {
     let mut depth = 0_i64;
     for part in path.split(|&byte| byte == b'/') {
@@ -235,26 +239,27 @@ mod tests {
             header.set_entry_type(*kind);
             header.set_size(0);
             header.set_mode(0o644);
-            // Written raw: the crate's own setter refuses what we want to see refused.
+            // The name is written into the header's bytes, because the crate's own setter refuses the names that this
+            // test needs.
             header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
             header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
             header.set_cksum();
-            builder.append(&header, io::empty()).expect("in memory");
+            builder.append(&header, io::empty()).expect("written to memory");
         }
-        builder.into_inner().expect("in memory")
+        builder.into_inner().expect("written to memory")
     }
 
     fn gzip(bytes: &[u8]) -> Vec<u8> {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        encoder.write_all(bytes).expect("in memory");
-        encoder.finish().expect("in memory")
+        encoder.write_all(bytes).expect("written to memory");
+        encoder.finish().expect("written to memory")
     }
 
     #[test]
     fn the_digest_is_that_of_the_plain_archive_however_it_is_packed() {
         let plain = archive(&[("bin/", tar::EntryType::Directory, ""), ("bin/sh", tar::EntryType::Regular, "")]);
         let expected = Digest::of(&plain);
-        for packed in [plain.clone(), gzip(&plain), zstd::encode_all(&plain[..], 1).expect("in memory")] {
+        for packed in [plain.clone(), gzip(&plain), zstd::encode_all(&plain[..], 1).expect("compressed")] {
             assert_eq!(read(io::Cursor::new(packed)).expect("a good layer"), expected);
         }
         let half = plain.len() / 2;

@@ -1,4 +1,4 @@
-//! Reading indexes, manifests and configurations, with nothing taken on trust.
+//! Parses indexes, manifests and configurations, and checks everything in them that is used.
 
 use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os};
 
@@ -8,16 +8,16 @@ use crate::{ids::Digest, pb::types};
 /// A layer as its manifest describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layer {
-    /// Digest of the compressed bytes.
+    /// The digest of the compressed bytes.
     pub digest: Digest,
-    /// Their number.
+    /// The number of compressed bytes.
     pub size: u64,
-    /// How they are packed.
+    /// The media type, which states the compression.
     pub media_type: String,
 }
 
 impl Layer {
-    /// As containerd wants it.
+    /// Returns the layer's descriptor for containerd.
     pub fn descriptor(&self) -> types::Descriptor {
         types::Descriptor {
             media_type: self.media_type.clone(),
@@ -28,7 +28,7 @@ impl Layer {
     }
 }
 
-/// A manifest with its digests checked for form.
+/// A manifest whose digests are well-formed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     /// The configuration's digest.
@@ -37,16 +37,17 @@ pub struct Manifest {
     pub layers: Vec<Layer>,
 }
 
-/// What a target turned out to be.
+/// A parsed index or manifest.
 #[derive(Debug)]
 pub enum Document {
-    /// A list of manifests, of which this one is for our platform.
+    /// An index. The digest is that of its manifest for this host's platform.
     Index(Digest),
-    /// One image.
+    /// A manifest.
     Manifest(Manifest),
 }
 
-/// Layers we can unpack. Others (foreign, encrypted, artifacts) are refused by name.
+/// The media types of layers that can be unpacked. For others (foreign layers, encrypted layers, artifacts) the error
+/// names the media type.
 const LAYER_TYPES: [&str; 6] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -56,7 +57,8 @@ const LAYER_TYPES: [&str; 6] = [
     "application/vnd.docker.image.rootfs.diff.tar.zstd",
 ];
 
-/// Kernel's limit on lower directories is 500 (`OVL_MAX_STACK`); docker's on layers is 127.
+/// The largest number of layers of an image. docker has the same limit; overlayfs allows 500 lower directories
+/// (`OVL_MAX_STACK`).
 pub const LAYERS_MAX: usize = 127;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -69,14 +71,16 @@ fn value_of(image: &Reference, bytes: &[u8]) -> Result<serde_json::Value, ImageE
         image: image.to_string(),
         what: "manifest",
         digest: Digest::of(bytes),
-        problem: format!("no JSON: {error}"),
+        problem: format!("not JSON: {error}"),
     })
 }
 
-/// What a document is: by its own word, else the registry's, else by what it holds.
+/// Returns a document's media type: the one that the document states, else the one that the registry stated, else the
+/// one that follows from the document's fields.
 ///
 /// # Errors
-/// When it is no JSON, or could be read as either kind (CVE-2021-41190: one digest must not mean two images).
+/// When the document is not JSON, or could be read both as an index and as a manifest (CVE-2021-41190: one digest must
+/// not mean two images).
 pub fn kind(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<String, ImageError> {
     let value = value_of(image, bytes)?;
     let (manifests, layers) = (value.get("manifests").is_some(), value.get("layers").is_some());
@@ -94,10 +98,10 @@ pub fn kind(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<String,
     Ok(said.unwrap_or(if manifests { OCI_INDEX } else { OCI_MANIFEST }).to_owned())
 }
 
-/// Reads what `media_type` says, or what the document itself says where the registry was silent.
+/// Parses an index or manifest. `media_type` is the type that the registry stated, empty if it stated none.
 ///
 /// # Errors
-/// When it makes no sense or has nothing for this host.
+/// When the document is malformed, or an index has no manifest for this host.
 pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Document, ImageError> {
     let digest = Digest::of(bytes);
     let malformed = |what: &'static str, problem: String| ImageError::Malformed {
@@ -108,7 +112,7 @@ pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Docume
     };
     let value = value_of(image, bytes)?;
     if value.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
-        return Err(malformed("manifest", "schema version 1, which registries gave up; rebuild the image".to_owned()));
+        return Err(malformed("manifest", "schema version 1, which is obsolete; rebuild the image".to_owned()));
     }
     let kind = kind(image, media_type, bytes)?;
     let is_index = kind == OCI_INDEX || kind == DOCKER_LIST;
@@ -124,7 +128,7 @@ pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Docume
     match config.media_type() {
         MediaType::ImageConfig => {}
         MediaType::Other(other) if other == "application/vnd.docker.container.image.v1+json" => {}
-        other => return Err(malformed("manifest", format!("no container image: its config is of type {other}"))),
+        other => return Err(malformed("manifest", format!("not a container image: its config is of type {other}"))),
     }
     let digest_of = |descriptor: &Descriptor| {
         Digest::new(descriptor.digest().as_ref()).map_err(|error| malformed("manifest", error.to_string()))
@@ -146,10 +150,10 @@ pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Docume
     Ok(Document::Manifest(Manifest { config: digest_of(config)?, layers }))
 }
 
-/// Reads a configuration and its layers' uncompressed digests.
+/// Parses a configuration, and returns it with the uncompressed digests of its layers.
 ///
 /// # Errors
-/// When it makes no sense, or counts other layers than the manifest.
+/// When the configuration is malformed, or has another number of layers than the manifest.
 pub fn parse_config(
     image: &Reference,
     manifest: &Manifest,
@@ -174,7 +178,7 @@ pub fn parse_config(
     Ok((config, diffs))
 }
 
-/// The manifest of an index that fits this host best.
+/// Returns the manifest of an index that fits this host best.
 fn choose<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor, ImageError> {
     let wanted = host_arch();
     let fits = |descriptor: &&Descriptor| {
@@ -183,8 +187,8 @@ fn choose<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor
             .as_ref()
             .is_none_or(|platform| *platform.os() == Os::Linux && *platform.architecture() == wanted)
     };
-    // arm64 is "v8" where a variant is given at all; amd64's variants (v2, v3) may not run here, so plain ones first.
-    // An entry without a platform may be anything, and comes last.
+    // Manifests without a variant come first, because amd64's variants (v2, v3) may not run on this host. arm64 has the
+    // variant "v8" where it has one at all. A manifest without a platform may be for any platform, and comes last.
     let rank = |descriptor: &&Descriptor| {
         descriptor.platform().as_ref().map_or(3, |platform| match platform.variant().as_deref() {
             None => 0,
@@ -208,7 +212,7 @@ fn choose<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor
     })
 }
 
-/// This host's architecture in the image spec's words (Go's).
+/// Returns this host's architecture by the image specification's names, which are Go's.
 pub fn host_arch() -> Arch {
     match std::env::consts::ARCH {
         "x86_64" => Arch::Amd64,

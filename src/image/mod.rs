@@ -1,5 +1,5 @@
-//! From an image's name to directories that can be mounted: references, registries, the pull into containerd's store,
-//! and the records that let a task start without asking anybody.
+//! Turns an image's name into directories that can be mounted: references, registries, the pull into containerd's
+//! store, and the image records with which a task starts without a request to a registry or to containerd.
 
 mod archive;
 mod auth;
@@ -40,40 +40,40 @@ use crate::{
     ids::Digest,
 };
 
-/// Why an image can't be had.
+/// Why an image can't be pulled, read or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// The registry doesn't know it.
+    /// The registry does not have the image.
     #[error("image {image} was not found: {registry} says {detail}")]
     NotFound {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Who said so.
+        /// The registry that answered.
         registry: String,
-        /// In its words.
+        /// The error text of the registry.
         detail: String,
     },
-    /// The registry knows us not, or well enough.
+    /// The registry wants credentials, or does not accept those that it got.
     #[error("pull access denied for {image}: {registry} says {detail}; check the name, and `auth` for a private image")]
     Denied {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Who said so.
+        /// The registry that answered.
         registry: String,
-        /// In its words.
+        /// The error text of the registry.
         detail: String,
     },
-    /// The registry denies the pull. It did not see the credentials, because they are for another registry.
+    /// The registry denies the pull. It did not get the configured credentials, because they are for another registry.
     #[error(
         "pull access denied for {image}: {registry} says {detail}; the configured `auth` is for {scope} only and was not \
          sent; to send it to this registry, write auth {{ server_address = {registry:?} }}"
     )]
     Withheld {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Who said so.
+        /// The registry that answered.
         registry: String,
-        /// In its words.
+        /// The error text of the registry.
         detail: String,
         /// The registry that the credentials are for.
         scope: RegistryAddress,
@@ -85,166 +85,166 @@ pub enum ImageError {
         registry: String,
         /// The realm's URL.
         realm: String,
-        /// Why it is not used.
+        /// Why no token is requested there.
         source: RealmError,
     },
     /// The registry did not answer.
     #[error("registry {registry} is out of reach")]
     Unreachable {
-        /// Which.
+        /// The registry.
         registry: String,
-        /// Why.
+        /// The error of the connection.
         source: reqwest::Error,
     },
-    /// The registry answered something else.
+    /// The registry answered with a status that is none of the above.
     #[error("registry {registry} answered {status} to {request}: {detail}")]
     Answer {
-        /// Which.
+        /// The registry.
         registry: String,
-        /// What it was asked.
+        /// The path of the request, or what the request was for.
         request: String,
         /// The HTTP status.
         status: u16,
-        /// In its words.
+        /// The error text of the registry.
         detail: String,
     },
-    /// A download was cut off.
-    #[error("download of {digest} from {registry} broke off after {received} of {size} bytes")]
+    /// A download ended early, or brought more bytes than the manifest says.
+    #[error("download of {digest} from {registry} was interrupted after {received} of {size} bytes")]
     Interrupted {
-        /// Whence.
+        /// The registry, or "the archive".
         registry: String,
-        /// What.
+        /// The digest of the blob.
         digest: Digest,
-        /// How far it came.
+        /// The bytes that were received.
         received: u64,
-        /// How far it should have come.
+        /// The bytes that the blob should have; 0 where that is not known.
         size: u64,
-        /// Why, where the transport says.
+        /// The error of the transport, if it reported one.
         source: Option<reqwest::Error>,
     },
-    /// Time is up.
-    #[error("pull of image {image} did not end within image_pull_timeout = {after:?}")]
+    /// The pull took longer than its caller waits.
+    #[error("pull of image {image} did not finish within image_pull_timeout = {after:?}")]
     Timeout {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// The limit.
+        /// The time limit.
         after: Duration,
     },
-    /// What came is not what its name says.
+    /// A downloaded document or layer has another digest than the one it was requested by.
     #[error("{what} of image {image} has digest {actual}, not {expected}")]
     WrongDigest {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Manifest, config or layer.
+        /// The kind of blob: "manifest", "config" or "layer".
         what: &'static str,
-        /// Its name.
+        /// The digest that was requested.
         expected: Digest,
-        /// What it is.
+        /// The digest of the bytes.
         actual: Digest,
     },
-    /// A manifest, index or configuration that makes no sense.
+    /// A manifest, index or configuration can't be parsed, or contradicts itself.
     #[error("{what} {digest} of image {image} is malformed: {problem}")]
     Malformed {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Manifest, index or config.
+        /// The kind of document, such as "manifest", "index" or "config".
         what: &'static str,
-        /// Its digest.
+        /// The document's digest.
         digest: Digest,
-        /// What is wrong.
+        /// What is wrong with the document.
         problem: String,
     },
-    /// An index without our platform.
+    /// An index has no manifest for this host's platform.
     #[error("image {image} has no manifest for {wanted}; it has {offered}")]
     Platform {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// What this host is.
+        /// This host's platform.
         wanted: String,
-        /// What there is.
+        /// The platforms of the index.
         offered: String,
     },
-    /// A layer that is refused.
+    /// A layer is refused because of its content.
     #[error("layer {digest} of image {image} is refused")]
     Layer {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Which.
+        /// The layer's digest.
         digest: Digest,
-        /// Why.
+        /// Why the layer is refused.
         source: LayerProblem,
     },
-    /// Accounts files that can't be used.
+    /// The image's passwd or group file can't be used.
     #[error("image {image} is refused")]
     Accounts {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Why.
+        /// Why the file can't be used.
         source: AccountsError,
     },
-    /// Mounts of a snapshotter that no root file system is made of.
-    #[error("snapshotter {snapshotter} gives mounts for image {image} that are refused")]
+    /// The mounts that a snapshotter returned can't become a root file system.
+    #[error("snapshotter {snapshotter} returned mounts for image {image} that are refused")]
     View {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
         /// The snapshotter's name.
         snapshotter: String,
-        /// What is wrong with them.
+        /// What is wrong with the mounts.
         source: ViewProblem,
     },
-    /// Files that don't hold what their name says.
+    /// An archive is not in the format that its name says, or lacks a part of the image.
     #[error("image {image} can't be read: {problem}")]
     Archive {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// What is wrong.
+        /// What is wrong with the archive.
         problem: String,
     },
-    /// Files that can't be opened.
+    /// An archive can't be opened.
     #[error("image {image} can't be read")]
     ArchiveFile {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// A blob in files that can't be read.
+    /// A blob of an archive can't be read.
     #[error("image {image} can't be read: blob {digest}")]
     ArchiveBlob {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
-        /// Which.
+        /// The blob's digest.
         digest: Digest,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Not to be removed.
+    /// The image can't be removed, because a task uses it.
     #[error("image {image} is in use by a task")]
     InUse {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
     },
-    /// Nothing to be removed.
-    #[error("image {image} is not here")]
+    /// The image is not in containerd's store, and may not be pulled or is to be removed.
+    #[error("image {image} is not stored on this node")]
     NotHere {
-        /// As asked for.
+        /// The image as the caller named it.
         image: String,
     },
-    /// containerd said no.
+    /// A call to containerd failed.
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
-    /// A file of ours.
-    #[error("image record {path}")]
+    /// A file or directory of the image store can't be read or written.
+    #[error("could not access {path} of the image store")]
     Record {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The HTTP client could not be made.
     #[error("set up HTTPS (trust store: SSL_CERT_FILE, or the system's)")]
     Client {
-        /// Why.
+        /// The error of the HTTP library.
         source: reqwest::Error,
     },
 }
@@ -262,11 +262,11 @@ impl ImageError {
             Self::Answer { status, .. } if *status == 429 || *status >= 500 => Cause::Host,
             Self::Containerd(error) => error.failure_cause(),
             Self::Archive { problem, .. } => failure::of_message(problem).unwrap_or(Cause::Job),
-            // The image, or what the job says about it, unless the kernel failed on the way.
+            // The cause is the image, or what the job says about it, unless a system call failed on the way.
             other => failure::of_error(other).unwrap_or(Cause::Job),
         }
     }
 }
 
-/// Errors are shared by all who waited for the same pull.
+/// The error of a pull, shared by all callers that waited for the same pull.
 pub type SharedError = Arc<ImageError>;

@@ -1,4 +1,4 @@
-//! Where a pull has its blobs from: a registry, or files on this host.
+//! The origin of an image that is pulled: a registry, or files on this host.
 
 use std::{
     io::Read as _,
@@ -19,32 +19,33 @@ use super::{
 };
 use crate::{containerd::Labels, ids::Digest};
 
-/// Read from files at a time.
+/// The number of bytes that are read from a file at a time.
 const CHUNK: usize = 256 << 10;
-/// Chunks that wait for the store.
+/// The number of chunks of a file that wait to be stored.
 const BACKLOG: usize = 4;
-/// Indexes and manifests; distribution's limit on them.
+/// The largest index or manifest that is read. It is the limit of distribution, the reference registry.
 const DOCUMENT_MAX: u64 = 4 << 20;
 
-/// One of them.
+/// The origin of an image that is pulled.
 #[derive(Debug)]
 pub enum Origin<'a> {
-    /// A registry.
+    /// A registry, and the image's name there.
     Registry(Registry<'a>, &'a RegistryName),
-    /// Files.
+    /// Files on this host.
     Files(Arc<Layout>),
 }
 
-/// A blob that comes in pieces.
+/// The bytes of a blob, which arrive in chunks.
 #[derive(Debug)]
 pub enum Chunks {
-    /// From a registry.
+    /// The body of a registry's response.
     Body(reqwest::Response),
-    /// From a thread that reads a file.
+    /// A channel from a thread that reads a file.
     File(mpsc::Receiver<std::io::Result<Vec<u8>>>),
 }
 
-/// Says that somebody waits, until it is dropped: a thread can't be given up otherwise.
+/// A flag that becomes false when this guard is dropped. A blocking thread can't be cancelled, so that it reads the
+/// flag and ends by itself.
 struct Wanted(Arc<AtomicBool>);
 
 impl Default for Wanted {
@@ -60,10 +61,10 @@ impl Drop for Wanted {
 }
 
 impl<'a> Origin<'a> {
-    /// The place that a name stands for.
+    /// Returns the origin of an image. For files, `opened` is a descriptor of them that the caller has already checked.
     ///
     /// # Errors
-    /// When files are not what the name says.
+    /// When files can't be read, or are not in the format that the image's name says.
     pub async fn of(
         http: &'a HttpClients,
         reference: &'a Reference,
@@ -86,10 +87,10 @@ impl<'a> Origin<'a> {
         }
     }
 
-    /// What the whole name stands for: media type and bytes of an index or a manifest.
+    /// Returns media type and bytes of the index or manifest that the image's name stands for.
     ///
     /// # Errors
-    /// When it can't be had.
+    /// When the registry does not send it.
     pub async fn top(&self) -> Result<(String, Vec<u8>), ImageError> {
         match self {
             Self::Registry(registry, place) => registry.manifest(place.target()).await,
@@ -97,10 +98,10 @@ impl<'a> Origin<'a> {
         }
     }
 
-    /// A manifest that an index names. The digest is for the caller to check.
+    /// Returns media type and bytes of a manifest that an index names. The caller must check the digest.
     ///
     /// # Errors
-    /// When it can't be had.
+    /// When the registry does not send the manifest, or the files do not contain it.
     pub async fn manifest(&self, digest: &Digest) -> Result<(String, Vec<u8>), ImageError> {
         match self {
             Self::Registry(registry, _) => registry.manifest(digest.as_str()).await,
@@ -108,10 +109,10 @@ impl<'a> Origin<'a> {
         }
     }
 
-    /// A blob's bytes, of which there should be `size`. They are the caller's to check.
+    /// Returns the bytes of a blob, of which there should be `size`. The caller must check size and digest.
     ///
     /// # Errors
-    /// When it can't be had.
+    /// When the registry does not send the blob, or the files do not contain it.
     pub async fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<Chunks, ImageError> {
         match self {
             Self::Registry(registry, _) => registry.blob(digest).await.map(Chunks::Body),
@@ -137,8 +138,8 @@ impl<'a> Origin<'a> {
         }
     }
 
-    /// Returns whether this origin is known to have a blob that is stored with these labels. If not, only reading the blob
-    /// from here can show it.
+    /// Returns whether this origin is known to have a blob that is stored with these labels. If it is not known, only
+    /// reading the blob from the origin can prove it.
     pub async fn confirms(&self, digest: &Digest, labels: &Labels) -> bool {
         match self {
             Self::Registry(registry, place) => match BlobSource::of(place).in_labels(labels) {
@@ -150,14 +151,15 @@ impl<'a> Origin<'a> {
         }
     }
 
-    /// Adds to `labels` the one that records this origin, for a blob with the labels `stored`. Archives leave none.
+    /// Adds to `labels` the label that records this origin, for a blob with the labels `stored`. An origin in files is
+    /// not recorded.
     pub fn label(&self, labels: &mut Labels, stored: &Labels) {
         if let Self::Registry(_, place) = self {
             BlobSource::of(place).add_to(labels, stored);
         }
     }
 
-    /// Its name, for messages.
+    /// Returns the origin's name for messages.
     pub fn name(&self) -> &str {
         match self {
             Self::Registry(registry, _) => registry.name(),
@@ -167,10 +169,11 @@ impl<'a> Origin<'a> {
 }
 
 impl Chunks {
-    /// The next piece; None at the end.
+    /// Returns the next chunk; `None` at the end.
     ///
     /// # Errors
-    /// When it breaks off; without a reason where a file can't be read on.
+    /// When the transfer is interrupted. The error is `None` where a file can't be read, because its error is logged
+    /// here.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Option<reqwest::Error>> {
         match self {
             Self::Body(response) => response.chunk().await.map(|chunk| chunk.map(|bytes| bytes.to_vec())).map_err(Some),
@@ -178,7 +181,7 @@ impl Chunks {
                 None => Ok(None),
                 Some(Ok(bytes)) => Ok(Some(bytes)),
                 Some(Err(error)) => {
-                    tracing::warn!(%error, "an image's file");
+                    tracing::warn!(%error, "could not read a blob from the file of an image");
                     Err(None)
                 }
             },

@@ -1,10 +1,10 @@
 //! The labels in containerd's store that record which repositories a blob was pulled from. A stored layer is used only
-//! for images whose repository has it; docs/decisions/014 says why.
+//! for an image whose repository has that layer; docs/decisions/014 says why.
 
 use super::{RegistryName, reference::is_loopback};
 use crate::containerd::Labels;
 
-/// The prefix of these labels. A registry's host follows after a dot, and the value is a comma separated list of its
+/// The prefix of these labels. A registry's host follows after a dot, and the value is a comma-separated list of its
 /// repositories (containerd, core/remotes/docker/handler.go, `AppendDistributionSourceLabel`).
 const SOURCE: &str = "containerd.io/distribution.source";
 /// The limit on the length of a label's key and value together (containerd, pkg/labels/validate.go).
@@ -17,13 +17,13 @@ pub struct BlobSource {
     repository: String,
 }
 
-/// What a blob's labels say about a repository.
+/// The relation of a stored blob to a repository, according to the blob's labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provenance {
     /// The blob was pulled from this repository.
     Repository,
-    /// The blob was pulled from another repository of the same registry. That registry has the blob, so it can be trusted
-    /// to say which of its other repositories have it, too.
+    /// The blob was pulled from another repository of the same registry. That registry has the blob, so its answer
+    /// about whether one of its other repositories has the blob, too, can be trusted.
     Registry,
     /// The blob was never pulled from this registry, which may belong to an attacker and claim to have any blob.
     Elsewhere,
@@ -33,9 +33,10 @@ impl BlobSource {
     /// Returns the repository of an image.
     pub fn of(place: &RegistryName) -> Self {
         let registry = place.registry().to_ascii_lowercase();
-        // containerd leaves the port out. We write it, as moby does (daemon/internal/distribution/manifest.go,
-        // `makeDistributionSourceLabel`), because another port is another registry, and on this host any task may open
-        // one. For this host the default port is written, too: a label without one may be from any port.
+        // containerd leaves the port out. This driver writes it, as moby does
+        // (daemon/internal/distribution/manifest.go, `makeDistributionSourceLabel`), because another port is another
+        // registry, and on this host any task may open one. For this host the default port is written, too: a label
+        // without a port may be from any port.
         let host = match registry.rsplit_once(':') {
             Some((host, "443")) if !is_loopback(host) => host.to_owned(),
             None if is_loopback(&registry) => format!("{registry}:443"),
@@ -44,7 +45,7 @@ impl BlobSource {
         Self { key: format!("{SOURCE}.{host}"), repository: place.repository().to_owned() }
     }
 
-    /// Returns what `labels` say about this repository.
+    /// Returns whether the blob with these `labels` was pulled from this repository.
     pub fn in_labels(&self, labels: &Labels) -> Provenance {
         match labels.get(&self.key) {
             Some(list) if list.split(',').any(|repository| repository == self.repository) => Provenance::Repository,
@@ -53,8 +54,8 @@ impl BlobSource {
         }
     }
 
-    /// Adds to `labels` the label that names this repository and the ones that `stored` names already. A label that would
-    /// be too long is not changed, as in containerd; the registry is then asked at each pull.
+    /// Adds to `labels` the label with this repository and the repositories that `stored` names already. A label that
+    /// would become too long is not changed, as in containerd; the registry is then asked at each pull.
     pub fn add_to(&self, labels: &mut Labels, stored: &Labels) {
         let mut repositories: Vec<&str> =
             stored.get(&self.key).map(|list| list.split(',').collect()).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! One pull: from a registry into containerd's content store, everything checked on the way.
+//! One pull: brings an image from a registry or from files into containerd's content store, and checks every document
+//! and layer on the way.
 
 use std::{
     fmt,
@@ -23,40 +24,40 @@ use crate::{
     pb::types::Descriptor,
 };
 
-/// Layers downloaded side by side; docker's and containerd's default too.
+/// The number of layers that are downloaded concurrently. docker and containerd have the same default.
 const PARALLEL: usize = 3;
-/// A pull that was killed leaves its lease behind; containerd drops it after this.
+/// The time after which containerd removes the lease of a pull that was killed.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
-/// Configurations are kilobytes; this only ends nonsense.
+/// The largest configuration that is read. A real configuration has some kilobytes.
 pub(super) const CONFIG_MAX: usize = 8 << 20;
 
-/// Layers that are checked side by side. A layer that is stored already mostly costs one short request.
+/// The number of layers that are checked concurrently. A layer that is stored already mostly costs one short request.
 const CHECKED: usize = 8;
 
-/// What a pull tells while it goes on.
+/// The progress of a running pull.
 #[derive(Debug, Clone)]
 pub enum PullEvent {
-    /// The name stands for this.
+    /// The index or manifest that the image's name stands for was received, and has this digest.
     Resolved(Digest),
-    /// A layer has come so far.
+    /// A part of a layer was received.
     Layer {
-        /// Which.
+        /// The layer's digest.
         digest: Digest,
-        /// Bytes so far.
+        /// The bytes that were received so far.
         done: u64,
-        /// Bytes in all.
+        /// The layer's compressed size.
         size: u64,
     },
-    /// Layers are being unpacked: so many of so many are done.
+    /// A layer was unpacked: the number of unpacked layers, and the number of all layers.
     Unpacked(usize, usize),
 }
 
-/// Where a pull tells it.
+/// The listener to a pull's events, if there is one.
 #[derive(Clone, Default)]
 pub struct Progress(Option<Arc<dyn Fn(PullEvent) + Send + Sync>>);
 
 impl Progress {
-    /// To `listener`, which must not block.
+    /// Makes a value that passes events to `listener`, which must not block.
     pub fn to(listener: impl Fn(PullEvent) + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(listener)))
     }
@@ -77,7 +78,7 @@ impl fmt::Debug for Progress {
 /// An image whose blobs are all in the content store.
 #[derive(Debug)]
 pub struct Fetched {
-    /// What the name stands for.
+    /// The index or manifest that the name stands for.
     pub target: Descriptor,
     /// The manifest for this host.
     pub manifest: Manifest,
@@ -85,7 +86,8 @@ pub struct Fetched {
     pub config: Vec<u8>,
 }
 
-/// A lease for the time of a pull. Dropped without `end` (a pull given up), it is deleted in the background.
+/// The lease that protects a pull's blobs while the pull runs. If it is dropped without a call to `release`, because
+/// the pull was cancelled, it is deleted in the background.
 #[derive(Debug)]
 pub struct PullLease {
     client: Client,
@@ -93,25 +95,25 @@ pub struct PullLease {
 }
 
 impl PullLease {
-    /// Makes one called `lease`.
+    /// Creates a lease with the name `lease`.
     ///
     /// # Errors
-    /// As containerd.
+    /// When containerd does not create it.
     pub async fn begin(client: &Client, lease: LeaseId) -> Result<Self, ContainerdError> {
         let this = Self { client: client.clone(), id: Some(lease.clone()) };
         client.create_lease(&lease, Some(rfc3339(SystemTime::now() + LEASE_LIFE))).await?;
         Ok(this)
     }
 
-    /// Its name.
+    /// Returns the lease's name.
     pub fn id(&self) -> &LeaseId {
-        self.id.as_ref().expect("taken only by `end`, which consumes self, and by drop")
+        self.id.as_ref().expect("taken only by `release`, which consumes self, and by drop")
     }
 
-    /// Deletes it; what an image holds by now stays.
+    /// Deletes the lease. Blobs that an image refers to by now stay.
     ///
     /// # Errors
-    /// As containerd.
+    /// When containerd does not delete it.
     pub async fn end(mut self) -> Result<(), ContainerdError> {
         match self.id.take() {
             Some(id) => self.client.delete_lease(&id).await,
@@ -124,41 +126,41 @@ impl Drop for PullLease {
     fn drop(&mut self) {
         let Some(id) = self.id.take() else { return };
         let client = self.client.clone();
-        // Outside of a runtime there is nobody to do it; the lease's expiry does then.
+        // Without an async runtime the lease can't be deleted here. Then containerd removes it when it expires.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
                 if let Err(error) = client.delete_lease(&id).await {
-                    tracing::debug!(%error, "the lease of a pull that was given up is left to its expiry");
+                    tracing::debug!(%error, "could not delete the lease of a cancelled pull; it will expire");
                 }
             });
         }
     }
 }
 
-/// RFC 3339 in UTC with whole seconds, which is what containerd's labels want.
+/// Formats a time for containerd's labels: RFC 3339 in UTC with whole seconds.
 fn rfc3339(time: SystemTime) -> String {
     prost_types::Timestamp { nanos: 0, ..prost_types::Timestamp::from(time) }.to_string()
 }
 
-/// What a pull needs besides the image's name.
+/// The clients and parameters that a pull needs besides the image's name.
 #[derive(Debug)]
 pub struct Source<'a> {
-    /// Where blobs go.
+    /// The client of containerd, which stores the blobs.
     pub client: &'a Client,
-    /// The connection pools for registries.
+    /// The HTTP clients for registries.
     pub http: &'a HttpClients,
-    /// Who we are to the registry.
+    /// The credentials for the registry.
     pub credentials: Option<&'a Credentials>,
-    /// An image's file or directory, where somebody has checked what its path leads to.
+    /// The descriptor of an image in files, if the caller has already checked and opened it.
     pub opened: Option<Arc<OwnedFd>>,
-    /// Who hears of it.
+    /// The listener to the pull's progress.
     pub progress: &'a Progress,
 }
 
-/// Downloads what is missing of `reference` into the content store, under `lease`.
+/// Downloads the blobs of `reference` that the content store does not have, and adds all its blobs to `lease`.
 ///
 /// # Errors
-/// When any part can't be had or is not what its name says.
+/// When a blob can't be downloaded, or has another digest than the one it was requested by.
 pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) -> Result<Fetched, ImageError> {
     let origin = Origin::of(source.http, reference, source.credentials, source.opened.clone()).await?;
     let (media_type, bytes) = origin.top().await?;
@@ -203,7 +205,8 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
     }
     futures_util::stream::iter(downloads).buffer_unordered(CHECKED).try_collect::<Vec<()>>().await?;
 
-    // Parents come last: what a label names must be there, or the collector may see a hole.
+    // Manifest and index are stored last: their labels refer to the other blobs, which must exist, or the garbage
+    // collector may find a reference to a missing blob.
     let manifest_digest = source.client.write_blob(lease, &manifest_bytes, references(&manifest)).await?;
     let target = match index {
         None => descriptor(&manifest_type, &manifest_digest, manifest_bytes.len()),
@@ -216,7 +219,7 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
     Ok(Fetched { target, manifest, config })
 }
 
-/// containerd's garbage collection labels of a manifest: its config and its layers.
+/// Returns the labels by which containerd's garbage collector finds a manifest's configuration and layers.
 fn references(manifest: &Manifest) -> Labels {
     let config = ("containerd.io/gc.ref.content.config".to_owned(), manifest.config.to_string());
     let layers = manifest
@@ -236,6 +239,7 @@ fn descriptor(media_type: &str, digest: &Digest, size: usize) -> Descriptor {
     }
 }
 
+/// Checks that a blob has the digest by which it was requested.
 pub(super) fn check(
     reference: &Reference,
     what: &'static str,

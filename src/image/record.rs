@@ -1,4 +1,5 @@
-//! What a start needs of an image, kept in memory and on disk, so that nobody has to be asked.
+//! Image records: all that a start needs to know about an image, kept in memory and on disk, so that a start asks
+//! neither containerd nor a registry.
 
 use std::{
     fs, io,
@@ -15,10 +16,10 @@ use crate::{
     stamp::Stamp,
 };
 
-/// The form of the record's file.
+/// The version of the record file's format.
 const VERSION: u32 = 1;
 
-/// The part of an image's configuration that shapes a process.
+/// The part of an image's configuration that describes the container's process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageConfig {
     /// ENTRYPOINT.
@@ -49,29 +50,29 @@ impl From<&ImageConfiguration> for ImageConfig {
     }
 }
 
-/// One image, ready to be started from.
+/// An image that is unpacked, so that a task can start from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRecord {
     version: u32,
     /// The completed name.
     pub reference: String,
-    /// What the name stood for when it was pulled: an index or a manifest.
+    /// The digest of the index or manifest that the name stood for when the image was pulled.
     pub digest: Digest,
-    /// Its stack of layers; None for an image without any.
+    /// The chain id of all layers together; `None` for an image without layers.
     pub chain_id: Option<ChainId>,
-    /// containerd's lease that keeps layers and view from its garbage collector.
+    /// The lease that protects layers and view from containerd's garbage collector.
     pub lease: String,
-    /// The read-only snapshot that the directories below belong to.
+    /// The key of the read-only snapshot that the directories in `lowers` belong to.
     pub view: Option<String>,
     /// Read-only directories, topmost first, as overlayfs wants them.
     pub lowers: Vec<PathBuf>,
-    /// Overlay options that the snapshotter asked for (`index=off`, `userxattr`).
+    /// Mount options of overlayfs that the snapshotter asked for (`index=off`, `userxattr`).
     pub overlay_options: Vec<String>,
-    /// Compressed size in bytes.
+    /// Compressed size of all layers in bytes.
     pub size: u64,
-    /// What its process is to be.
+    /// The description of the container's process.
     pub config: ImageConfig,
-    /// The file it was read from, if it was.
+    /// The identity of the file that the image was read from, for an image in files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stamp: Option<Stamp>,
     /// The image's `/etc/passwd`, empty when it has none.
@@ -80,23 +81,23 @@ pub struct ImageRecord {
     pub group: String,
 }
 
-/// What `ImageRecord::new` takes besides what it can tell by itself.
+/// The fields of an [`ImageRecord`] that the pull determines, for `ImageRecord::new`.
 #[derive(Debug)]
 pub struct Parts {
-    /// What the name stands for.
+    /// The digest of the index or manifest that the name stands for.
     pub digest: Digest,
-    /// The stack of layers.
+    /// The chain id of all layers together; `None` for an image without layers.
     pub chain_id: Option<ChainId>,
-    /// The lease.
+    /// The lease that protects layers and view.
     pub lease: String,
-    /// The view's key.
+    /// The key of the view.
     pub view: Option<String>,
-    /// Compressed size in bytes.
+    /// Compressed size of all layers in bytes.
     pub size: u64,
 }
 
 impl ImageRecord {
-    /// A record without directories and accounts yet.
+    /// Makes a record whose directories, accounts and file identity are still empty.
     pub fn new(reference: &Reference, parts: Parts, config: ImageConfig) -> Self {
         let Parts { digest, chain_id, lease, view, size } = parts;
         Self {
@@ -120,20 +121,20 @@ impl ImageRecord {
         directory.join(format!("{}.json", &Digest::of(reference.as_bytes()).as_str()[7..39]))
     }
 
-    /// Writes the record beside its siblings, whole or not at all.
+    /// Writes the record's file in `directory`, completely or not at all.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the file can't be written.
     pub fn save(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
         let write = || write_whole(&path, &serde_json::to_vec(self)?, 0o600);
         write().map_err(|source| ImageError::Record { path: path.clone(), source })
     }
 
-    /// Removes the record's file; one that is gone is fine.
+    /// Removes the record's file. It is not an error if the file does not exist.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the file can't be removed.
     pub fn forget(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
         match fs::remove_file(&path) {
@@ -142,23 +143,27 @@ impl ImageRecord {
         }
     }
 
-    /// A task has just stopped using it. Kept as the file's time: `keep` is counted from there.
+    /// Stores the current time as the time of the image's last use, after a task has stopped using it. It is stored as
+    /// the modification time of the record's file, and the period of the option `image { keep }` begins with it.
     pub fn touch(&self, directory: &Path) {
         let now = fs::File::options().append(true).open(Self::path(directory, &self.reference));
         if let Err(error) = now.and_then(|file| file.set_modified(std::time::SystemTime::now())) {
-            tracing::debug!(image = self.reference, %error, "time of last use");
+            tracing::debug!(image = self.reference, %error, "could not store the time of an image's last use");
         }
     }
 
-    /// When a task last used it, or it was pulled; None when the record is not on disk.
+    /// Returns when a task last used the image, or when the image was pulled if none did; `None` when the record is not
+    /// on disk.
     pub fn last_used(&self, directory: &Path) -> Option<std::time::SystemTime> {
         fs::metadata(Self::path(directory, &self.reference)).and_then(|file| file.modified()).ok()
     }
 
-    /// All records of a directory. One that is torn is renamed to `.bad` and reported; the rest goes on.
+    /// Reads all records of a directory. A record that is corrupt or of another version is renamed to `.bad` and
+    /// logged; the others are read.
     ///
     /// # Errors
-    /// When the directory or one of the records can't be read just now: an image that is forgotten loses its layers.
+    /// When the directory can't be read, or a record can't be read for a temporary reason: if such a record were
+    /// skipped, garbage collection would remove the layers of its image.
     pub fn load_all(directory: &Path) -> Result<Vec<Self>, ImageError> {
         let unreadable = |source| ImageError::Record { path: directory.to_owned(), source };
         let mut records = Vec::new();
@@ -178,9 +183,13 @@ impl ImageRecord {
             match record {
                 Ok(record) => records.push(record),
                 Err(problem) => {
-                    tracing::warn!(path = %path.display(), problem, "image record set aside; the image is pulled anew");
+                    tracing::warn!(
+                        path = %path.display(),
+                        problem,
+                        "an image record can't be used and is renamed to .bad; the next start pulls the image again"
+                    );
                     if let Err(error) = fs::rename(&path, path.with_extension("bad")) {
-                        tracing::warn!(path = %path.display(), %error, "it could not even be renamed");
+                        tracing::warn!(path = %path.display(), %error, "could not rename an unusable image record");
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! Image names, normalised the way docker and containerd do it.
+//! Parses and completes image names in the same way as docker and containerd.
 
 use std::{fmt, net::IpAddr};
 
@@ -20,16 +20,17 @@ pub struct ReferenceError {
 /// A checked and completed image name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Reference {
-    /// In a registry.
+    /// The image is in a registry.
     Registry(RegistryName),
-    /// In files.
+    /// The image is in files on this host.
     Archive(Archive),
 }
 
-/// The name of an image in a registry.
+/// The completed name of an image in a registry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RegistryName(Parsed);
 
+/// The prefixes of names of images in files.
 const FORMATS: [(&str, ArchiveFormat); 3] = [
     ("oci-archive:", ArchiveFormat::OciArchive),
     ("docker-archive:", ArchiveFormat::DockerArchive),
@@ -37,18 +38,18 @@ const FORMATS: [(&str, ArchiveFormat); 3] = [
 ];
 
 impl Reference {
-    /// Compiles the pattern behind `parse`, which the first use does otherwise: 40 ms in a debug build, and the first
-    /// task's start would pay for it.
+    /// Compiles the regular expression that `parse` uses. Otherwise its first use compiles it, which takes 40 ms in a
+    /// debug build and would delay the first task's start.
     pub fn prepare() {
         let _ = Parsed::try_from("prepare");
     }
 
-    /// Reads a name; short ones are completed with Docker Hub, `library/` and `latest`. An `https://` in front, which
-    /// docker's driver takes, is taken off. `oci:DIR`, `oci-archive:FILE` and `docker-archive:FILE`, each with `:NAME`
-    /// behind it where there are several, are images in files.
+    /// Parses a name. A short name is completed with Docker Hub, `library/` and `latest`. The prefix `https://`, which
+    /// Nomad's docker driver accepts, is removed. `oci:DIR`, `oci-archive:FILE` and `docker-archive:FILE` are images in
+    /// files; `:NAME` after the path selects one of several images.
     ///
     /// # Errors
-    /// When it is no reference.
+    /// When the text is not an image reference.
     pub fn parse(image: &str) -> Result<Self, ReferenceError> {
         if let Some(archive) = archive(image) {
             return Ok(Self::Archive(archive));
@@ -59,14 +60,15 @@ impl Reference {
         if let Some(digest) = parsed.digest() {
             Digest::new(digest).map_err(|_| refused(ParseError::DigestUnsupported))?;
         }
-        // `A/b`: a host without a dot to some, a repository to others; its whole name would not be read again.
+        // Some parsers take `A` in `A/b` for a host, others for a part of the repository, and the completed name would
+        // not be parsed again in the same way.
         if parsed.repository().bytes().any(|byte| byte.is_ascii_uppercase()) {
             return Err(refused(ParseError::NameContainsUppercase));
         }
         Ok(Self::Registry(RegistryName(parsed)))
     }
 
-    /// The files it is in, if it is.
+    /// Returns the location of the files, if the image is in files.
     pub fn archive(&self) -> Option<&Archive> {
         match self {
             Self::Archive(archive) => Some(archive),
@@ -75,7 +77,8 @@ impl Reference {
     }
 }
 
-/// `oci:5000/app` is a host called `oci`; everything else with one of these prefixes is a path.
+/// Parses the name of an image in files; `None` for an image in a registry. `oci:5000/app` is an image of a registry on
+/// the host `oci`; everything else after one of the prefixes is a path.
 fn archive(image: &str) -> Option<Archive> {
     let (prefix, format) = FORMATS.iter().find(|(prefix, _)| image.starts_with(prefix))?;
     let rest = &image[prefix.len()..];
@@ -84,7 +87,7 @@ fn archive(image: &str) -> Option<Archive> {
     if rest.is_empty() || (port && *format == ArchiveFormat::OciDir) {
         return None;
     }
-    // As skopeo has it: a path has no colon, a name may.
+    // As in skopeo, the path can't contain a colon, but the image's name after it can.
     let (path, tag) = match rest.split_once(':') {
         Some((path, tag)) => (path, Some(tag.to_owned()).filter(|tag| !tag.is_empty())),
         None => (rest, None),
@@ -93,12 +96,12 @@ fn archive(image: &str) -> Option<Archive> {
 }
 
 impl RegistryName {
-    /// The registry's host and port as the user wrote them, `docker.io` for Docker Hub.
+    /// Returns the registry's host and port as the user wrote them, `docker.io` for Docker Hub.
     pub fn registry(&self) -> &str {
         self.0.registry()
     }
 
-    /// Where that registry's API is.
+    /// Returns the host and port of the registry's API.
     pub fn api_host(&self) -> &str {
         match self.0.registry() {
             "docker.io" => "registry-1.docker.io",
@@ -106,29 +109,29 @@ impl RegistryName {
         }
     }
 
-    /// The repository's path.
+    /// Returns the repository's path.
     pub fn repository(&self) -> &str {
         self.0.repository()
     }
 
-    /// What to ask the registry for: the digest if there is one, else the tag.
+    /// Returns the digest if the name has one, else the tag. The registry is asked for a manifest by this.
     pub fn target(&self) -> &str {
         self.0.digest().or(self.0.tag()).unwrap_or("latest")
     }
 
-    /// The digest, when the name has one.
+    /// Returns the digest, if the name has one.
     pub fn digest(&self) -> Option<Digest> {
         self.0.digest().and_then(|digest| Digest::new(digest).ok())
     }
 
-    /// May this registry be spoken to without TLS? Only on this very host.
+    /// Returns whether the registry is on this host. Only then may it be used without TLS.
     pub fn is_loopback(&self) -> bool {
         let host = self.registry();
         is_loopback(host.rsplit_once(':').map_or(host, |(host, _)| host))
     }
 }
 
-/// Returns whether a URL's host is this very host, by what it says and not by what it would resolve to.
+/// Returns whether a URL's host is a loopback name or address. The name is compared as text and never resolved.
 pub(super) fn is_loopback(host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())

@@ -1,4 +1,4 @@
-//! The pull side of a registry's HTTP API (OCI distribution spec 1.1).
+//! A client of the part of a registry's HTTP API that a pull needs (OCI distribution spec 1.1).
 
 use std::{
     error::Error as _,
@@ -16,26 +16,26 @@ use super::{
 };
 use crate::{ids::Digest, text};
 
-/// All that we can make sense of, best first.
+/// The media types of manifests and indexes that this driver understands, preferred ones first.
 const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
-/// A registry that does not take a connection in this time is away.
+/// The time limit for establishing a connection to a registry.
 const CONNECT: Duration = Duration::from_secs(15);
-/// A download that gives no byte for so long has stalled.
+/// A download that brings no byte for this time has failed.
 const STALL: Duration = Duration::from_secs(60);
-/// Distribution's own limit on manifests.
+/// The largest manifest that is read. It is the limit of distribution, the reference registry.
 const MANIFEST_MAX: usize = 4 << 20;
-/// Error bodies are a line of JSON.
+/// The largest part of an error's body that is read; usually it is a line of JSON.
 const ERROR_MAX: usize = 64 << 10;
-/// Tokens are a few kilobytes.
+/// The largest answer of a token server that is read; usually a token has a few kilobytes.
 const TOKEN_MAX: usize = 1 << 20;
-/// What of a registry's words goes into ours.
+/// The largest part of a registry's error text that an error message of this driver quotes.
 const DETAIL_MAX: usize = 300;
-/// How often a busy (429) or failing (5xx) registry is asked again.
+/// The number of retries when a registry is busy (429) or fails (5xx).
 const RETRIES: u32 = 2;
 
-/// The HTTP clients for all registries, with the system's trust store or `SSL_CERT_FILE`, and proxies from the environment.
-/// Each is made when it is first needed, because reading the trust store takes milliseconds.
+/// The HTTP clients for all registries, with the system's trust store or `SSL_CERT_FILE`, and proxies from the
+/// environment. Each client is made when it is first needed, because reading the trust store takes milliseconds.
 #[derive(Debug, Default)]
 pub struct HttpClients {
     proxied: OnceLock<reqwest::Client>,
@@ -50,8 +50,9 @@ impl HttpClients {
     fn client(&self, reach: Reach) -> Result<&reqwest::Client, ImageError> {
         let (slot, builder) = match reach {
             Reach::Elsewhere => (&self.proxied, reqwest::Client::builder()),
-            // A proxy would read passwords that are sent without TLS, and its loopback is another one. Go's clients,
-            // docker among them, use no proxy for loopback either (golang/net, http/httpproxy/proxy.go, `useProxy`).
+            // A proxy would read passwords that are sent without TLS, and a loopback address means another host there.
+            // Go's clients, docker among them, use no proxy for loopback either (golang/net, http/httpproxy/proxy.go,
+            // `useProxy`).
             Reach::ThisHost => (&self.direct, reqwest::Client::builder().no_proxy()),
         };
         if let Some(client) = slot.get() {
@@ -60,7 +61,8 @@ impl HttpClients {
         let client = builder
             .connect_timeout(CONNECT)
             .read_timeout(STALL)
-            // A redirect's target need not know where it comes from. reqwest drops credentials at another origin.
+            // The target of a redirect must not learn the URL that led to it. reqwest itself removes credentials when
+            // a redirect leads to another origin.
             .referer(false)
             .user_agent(concat!("nomad-driver-shim/", env!("CARGO_PKG_VERSION")))
             .build()
@@ -69,7 +71,7 @@ impl HttpClients {
     }
 }
 
-/// Where a server is.
+/// Whether a server is on this host, which decides about the use of a proxy.
 #[derive(Debug, Clone, Copy)]
 enum Reach {
     ThisHost,
@@ -82,7 +84,7 @@ impl Reach {
     }
 }
 
-/// One repository at one registry, with what it told us about scheme and authorization.
+/// A client of one repository of a registry. It remembers the transport and the authorization that the registry wants.
 #[derive(Debug)]
 pub struct Registry<'a> {
     http: &'a HttpClients,
@@ -92,6 +94,7 @@ pub struct Registry<'a> {
     learnt: Mutex<Learnt>,
 }
 
+/// The transport and the `Authorization` header that earlier requests to the registry have found out.
 #[derive(Debug, Default, Clone)]
 struct Learnt {
     transport: Transport,
@@ -99,7 +102,7 @@ struct Learnt {
 }
 
 impl<'a> Registry<'a> {
-    /// A repository whose transport and authorization are not known yet.
+    /// Makes a client of a repository. It tries TLS without authorization first.
     pub fn new(
         http: &'a HttpClients,
         reference: &'a Reference,
@@ -109,10 +112,11 @@ impl<'a> Registry<'a> {
         Self { http, reference, place, credentials, learnt: Mutex::default() }
     }
 
-    /// A manifest or index by tag or digest: its media type and bytes. The digest is for the caller to check.
+    /// Downloads a manifest or index by tag or digest, and returns its media type and bytes. The caller must check the
+    /// digest.
     ///
     /// # Errors
-    /// When it can't be had.
+    /// When the registry can't be reached or refuses the request, or the document is too large.
     pub async fn manifest(&self, target: &str) -> Result<(String, Vec<u8>), ImageError> {
         let mut response = self.ask(Method::GET, &format!("manifests/{target}"), Some(ACCEPT)).await?;
         let media_type = response
@@ -136,30 +140,37 @@ impl<'a> Registry<'a> {
         Ok((media_type, bytes))
     }
 
-    /// A blob's body, to be streamed.
+    /// Requests a blob, and returns the response with the blob's bytes as a stream.
     ///
     /// # Errors
-    /// When it can't be had.
+    /// When the registry can't be reached or refuses the request.
     pub async fn blob(&self, digest: &Digest) -> Result<Response, ImageError> {
         self.ask(Method::GET, &format!("blobs/{digest}"), None).await
     }
 
-    /// Asks the registry whether the repository has a blob. The answer is false also for a registry without `HEAD`.
+    /// Asks the registry whether the repository has a blob. Returns false also where a registry does not support
+    /// `HEAD`.
     pub async fn has_blob(&self, digest: &Digest) -> bool {
         match self.ask(Method::HEAD, &format!("blobs/{digest}"), None).await {
             Ok(_) => true,
             Err(error) => {
-                tracing::debug!(%digest, error = %crate::chain(&error), "the registry does not confirm a blob");
+                tracing::debug!(
+                    %digest,
+                    error = %crate::chain(&error),
+                    "the registry does not confirm that the repository has a blob"
+                );
                 false
             }
         }
     }
 
-    /// The registry's name, for messages.
+    /// Returns the registry's name for messages.
     pub fn name(&self) -> &str {
         self.place.registry()
     }
 
+    /// Sends a request for `path` below the repository, and repeats it without TLS, with authorization or after a delay
+    /// where the registry's answer demands that.
     async fn ask(&self, method: Method, path: &str, accept: Option<&str>) -> Result<Response, ImageError> {
         let mut authorized = false;
         let mut tries = 0;
@@ -177,7 +188,7 @@ impl<'a> Registry<'a> {
             }
             let response = match request.send().await {
                 Ok(response) => response,
-                // A registry on this host may do without TLS, and shows it by answering something else to our hello.
+                // A registry on this host may use plain HTTP: then its answer to the TLS hello is no TLS message.
                 Err(error)
                     if learnt.transport == Transport::Tls && self.place.is_loopback() && speaks_no_tls(&error) =>
                 {
@@ -188,7 +199,7 @@ impl<'a> Registry<'a> {
             };
             match response.status() {
                 status if status.is_success() => return Ok(response),
-                // Only the registry itself is answered: behind a redirect there may be somebody else.
+                // Only the registry itself gets credentials: a redirect may lead to another server.
                 StatusCode::UNAUTHORIZED if !authorized && self.is_from_us(&response, scheme) => {
                     authorized = true;
                     let authorization = self.authorize(&response).await?;
@@ -203,6 +214,7 @@ impl<'a> Registry<'a> {
         }
     }
 
+    /// Returns whether the registry itself has answered, and not the target of a redirect to another origin.
     fn is_from_us(&self, response: &Response, scheme: &str) -> bool {
         let asked = reqwest::Url::parse(&format!("{scheme}://{}/", self.place.api_host()));
         asked.is_ok_and(|asked| asked.origin() == response.url().origin())
@@ -216,12 +228,12 @@ impl<'a> Registry<'a> {
         change(&mut self.learnt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     }
 
-    /// Returns the credentials if this registry may see them.
+    /// Returns the credentials if they may be sent to this registry.
     fn own_credentials(&self) -> Option<&'a Credentials> {
         self.credentials.filter(|credentials| credentials.are_for(self.place, self.learnt().transport))
     }
 
-    /// Answers a 401: what to put into `Authorization` from now on.
+    /// Returns the `Authorization` header that a response with status 401 asks for, if it asks for one.
     async fn authorize(&self, response: &Response) -> Result<Option<String>, ImageError> {
         let challenges = response.headers().get_all(header::WWW_AUTHENTICATE);
         let challenge = challenges.iter().filter_map(|value| value.to_str().ok()).find_map(parse_challenge);
@@ -235,9 +247,9 @@ impl<'a> Registry<'a> {
         }
     }
 
-    /// Gets a token from the realm that the registry names.
+    /// Requests a token from the realm that the registry names.
     async fn token(&self, realm: &str, mut query: Vec<(String, String)>) -> Result<String, ImageError> {
-        // Without a scope the token would be good for nothing; some registries leave it out of the challenge.
+        // A token without a scope permits nothing, but some registries leave the scope out of the challenge.
         if !query.iter().any(|(key, _)| key == "scope") {
             query.push(("scope".to_owned(), format!("repository:{}:pull", self.place.repository())));
         }
@@ -292,7 +304,7 @@ impl<'a> Registry<'a> {
     }
 }
 
-/// A small body; what is beyond `limit` is left unread.
+/// Reads at most the first `limit` bytes of a response's body.
 async fn body(mut response: Response, limit: usize) -> Result<Vec<u8>, reqwest::Error> {
     let mut bytes = Vec::new();
     while let Some(chunk) = response.chunk().await? {
@@ -312,15 +324,16 @@ fn basic(credentials: &Credentials) -> String {
 
 fn retry_after(response: &Response) -> Option<Duration> {
     let seconds = response.headers().get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
-    // A registry may ask for minutes; the pull's own deadline decides whether that is worth waiting for.
+    // A registry may ask for a delay of minutes. There is no limit here, because the pull has a time limit of its own.
     Some(Duration::from_secs(seconds))
 }
 
-/// Did the other end answer our TLS hello with something that is no TLS at all? (A bad certificate does not count.)
+/// Returns whether the server answered the TLS hello with bytes that are no TLS message. A bad certificate does not
+/// count.
 fn speaks_no_tls(error: &reqwest::Error) -> bool {
     let mut cause = error.source();
     while let Some(error) = cause {
-        // rustls wraps itself into an io::Error on the way up, whose `source` skips the error that it carries.
+        // A rustls error is wrapped in an `io::Error`, whose `source` skips the error that it wraps.
         let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
         let tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>()).or_else(|| error.downcast_ref());
         if let Some(tls) = tls {
@@ -334,7 +347,7 @@ fn speaks_no_tls(error: &reqwest::Error) -> bool {
     false
 }
 
-/// The text of a registry's error body (distribution spec, "error codes"): `CODE: message`, with the first one only.
+/// Returns the first error of a registry's error body (distribution spec, "error codes") as `CODE: message`.
 fn error_detail(body: &[u8]) -> Option<String> {
     let value: serde_json::Value = serde_json::from_slice(body).ok()?;
     let first = value.get("errors")?.get(0)?;

@@ -1,4 +1,4 @@
-//! The images of one driver: records in memory, and pulls of which the same one never runs twice.
+//! The images of one driver: image records in memory, and pulls, of which callers with the same request share one.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -30,40 +30,42 @@ use crate::{
     stamp::Stamp,
 };
 
-/// Manifests that `ctr` stored; distribution's limit again.
+/// The largest manifest that is read from containerd's store, where `ctr` may have put it. It is the limit of
+/// distribution, the reference registry.
 const MANIFEST_MAX: usize = 4 << 20;
 
 type PullResult = Result<Arc<ImageRecord>, SharedError>;
-/// Callers with other credentials get their own answer.
+/// The properties in which two requests must be equal to share a pull. The credentials are among them, so that a caller
+/// with other credentials gets an answer of its own.
 type FlightKey = (Reference, Option<Credentials>, Option<Stamp>, PullPolicy);
 type Flight = Pin<Box<dyn Future<Output = PullResult> + Send>>;
 
-/// When the registry is asked for an image of its.
+/// When an image is requested from its registry.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum PullPolicy {
-    /// When containerd's store has not all of it.
+    /// When a part of the image is missing in containerd's store.
     #[default]
     Missing,
-    /// At every pull: what is here may be an older one of that name.
+    /// At every pull, because the stored image may be an older one of the same name.
     Always,
     /// Never.
     Never,
 }
 
-/// What a pull is asked with.
+/// The parameters of a pull.
 #[derive(Debug, Clone)]
 pub struct PullRequest {
     /// The image.
     pub reference: Reference,
-    /// Who we are to its registry.
+    /// The credentials for the image's registry.
     pub credentials: Option<Credentials>,
-    /// An archive that somebody has checked and opened already.
+    /// The descriptor of an image in files, if the caller has already checked and opened it.
     pub opened: Option<Arc<OwnedFd>>,
     /// How long the caller waits.
     pub timeout: Duration,
-    /// Who hears of it (of the pull that is joined, the first caller).
+    /// The listener to the pull's progress. Where several callers share a pull, only the first caller's is used.
     pub progress: Progress,
-    /// When its registry is asked.
+    /// When the registry is asked.
     pub policy: PullPolicy,
 }
 
@@ -77,11 +79,11 @@ pub(super) struct Inner {
     http: HttpClients,
     pub(super) records: Mutex<HashMap<String, Arc<ImageRecord>>>,
     flights: Mutex<HashMap<FlightKey, WeakShared<Flight>>>,
-    /// Records whose name has moved on to another image, as long as somebody uses them.
+    /// Records whose name stands for another image by now, but which a start or a task still uses.
     pub(super) retired: Mutex<Vec<Arc<ImageRecord>>>,
-    /// Leases of the pulls that go on.
+    /// The leases of running pulls.
     pub(super) pulls: Mutex<HashSet<String>>,
-    /// Held while a lease and its record are made or removed: several names may share a lease.
+    /// Locked while a lease and its record are created or removed, because several names may share a lease.
     pub(super) leases: tokio::sync::Mutex<()>,
 }
 
@@ -92,7 +94,7 @@ impl std::fmt::Debug for ImageStore {
 }
 
 impl ImageStore {
-    /// Reads the records; containerd is not asked.
+    /// Reads the records. containerd is not called.
     ///
     /// # Errors
     /// When the directory of the records can't be read.
@@ -117,7 +119,7 @@ impl ImageStore {
         &self.0
     }
 
-    /// The record of an image that is here; of an archive only as long as it is the same file.
+    /// Returns the record of an image that is stored. For an image in files, the file must not have changed since.
     pub fn cached(&self, reference: &Reference, opened: Option<&OwnedFd>) -> Option<Arc<ImageRecord>> {
         let record = self.by_name(&reference.to_string())?;
         match reference.archive() {
@@ -129,42 +131,43 @@ impl ImageStore {
         }
     }
 
-    /// The record of an image by its completed name.
+    /// Returns the record of an image by its completed name.
     pub fn by_name(&self, name: &str) -> Option<Arc<ImageRecord>> {
         lock(&self.0.records).get(name).cloned()
     }
 
-    /// A task that used it is gone.
+    /// Stores the current time as the time of an image's last use, after a task that used it was destroyed.
     pub fn touch(&self, name: &str) {
         if let Some(record) = self.by_name(name) {
             record.touch(&self.0.places.images());
         }
     }
 
-    /// All records, by name.
+    /// Returns all records, sorted by name.
     pub fn records(&self) -> Vec<Arc<ImageRecord>> {
         let mut records: Vec<_> = lock(&self.0.records).values().cloned().collect();
         records.sort_by(|a, b| a.reference.cmp(&b.reference));
         records
     }
 
-    /// Forgets a record whose directories turned out to be gone (containerd's store was wiped), so that the next
-    /// caller pulls.
+    /// Removes a record whose directories no longer exist (containerd's store was wiped), so that the next caller pulls
+    /// the image.
     pub fn forget(&self, record: &ImageRecord) {
         lock(&self.0.records).remove(&record.reference);
         if let Err(error) = record.forget(&self.0.places.images()) {
-            tracing::warn!(%error, "stale image record");
+            tracing::warn!(%error, "could not remove the record of an image whose layers are gone");
         }
     }
 
-    /// Has the image pulled, if it must be, and waits for it. Callers that want the same image with the same
-    /// credentials share one pull; it goes on as long as one of them waits.
+    /// Pulls the image if that is necessary, and returns its record. Callers that want the same image with the same
+    /// credentials share one pull. It runs as long as at least one of them waits.
     ///
     /// # Errors
-    /// When the image can't be had in the caller's time.
+    /// When the pull fails, or is not complete within the request's `timeout`.
     pub async fn pull(&self, request: PullRequest) -> PullResult {
         let PullRequest { reference, credentials, opened, timeout, progress, policy } = request;
-        // Taken before anything is read: a file that changes meanwhile is read anew by the next caller.
+        // The file's identity is taken before the file is read: if the file changes meanwhile, the next caller reads it
+        // again.
         let stamp = reference.archive().and_then(|archive| archive.stamp(opened.as_deref()).ok());
         let flight = {
             let mut flights = lock(&self.0.flights);
@@ -203,7 +206,7 @@ impl ImageStore {
             let flying = self.fly();
             let lease = PullLease::begin(client, LeaseId(flying.0.clone())).await?;
             let local = match (reference, policy) {
-                // What containerd has under its name may be an older one.
+                // The image that containerd has under this name may be an older one.
                 (Reference::Archive(_), _) | (_, PullPolicy::Always) => None,
                 (Reference::Registry(_), _) => self.local(reference, progress, lease.id()).await?,
             };
@@ -220,7 +223,7 @@ impl ImageStore {
                     (fetched, chain)
                 }
             };
-            // Refused before there is anything that outlives the pull.
+            // The account files are checked first, because everything that is created from here on outlives the pull.
             let accounts = self.accounts(reference, chain.as_ref(), lease.id()).await?;
             if !is_here {
                 client.set_image(&name, fetched.target.clone(), &self.0.places.identity()).await?;
@@ -232,19 +235,21 @@ impl ImageStore {
         work.await.map_err(Arc::new)
     }
 
-    /// A lease's name for a pull; nobody collects it while the pull goes on.
+    /// Makes a name for the lease of a pull, and protects that lease from garbage collection until the guard is
+    /// dropped.
     fn fly(&self) -> Flying<'_> {
         let name = format!("{}pull-{}", self.lease_prefix(), random_hex(8));
         lock(&self.0.pulls).insert(name.clone());
         Flying(name, &self.0.pulls)
     }
 
-    /// What all leases of this driver begin with.
+    /// Returns the prefix of the names of this driver's leases.
     pub(super) fn lease_prefix(&self) -> String {
         format!("nomad-driver-shim-{}-", self.0.places.identity())
     }
 
-    /// An image that containerd has already, whoever pulled it, if it is whole for this host.
+    /// Looks for the image in containerd's store, where any client of containerd may have pulled it. Returns `None`
+    /// when the image is not there, or a part of it for this host's platform is missing.
     async fn local(
         &self,
         reference: &Reference,
@@ -258,7 +263,8 @@ impl ImageStore {
                 Err(ImageError::Containerd(error)) if error.is_not_found() => Ok(None),
                 Err(error) => Err(error),
             },
-            // Blobs are missing (another platform was pulled, or only the metadata): the registry has them.
+            // Blobs are missing, because the image was pulled for another platform, or only its metadata was pulled.
+            // The registry has them.
             Err(ImageError::Containerd(error)) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
@@ -301,14 +307,15 @@ impl ImageStore {
         let client = &self.0.client;
         let chain = unpack::unpack(client, reference, lease, &layers, progress).await?;
         if let Some(chain) = &chain {
-            // What keeps the unpacked layers as long as the image is there, for every other user of containerd.
+            // This label protects the unpacked layers from garbage collection for as long as the image exists, also
+            // when another client of containerd uses the image.
             let label = format!("containerd.io/gc.ref.snapshot.{}", client.snapshotter());
             client.keep_blob(lease, config, Labels::from([(label, chain.to_string())])).await?;
         }
         Ok(chain)
     }
 
-    /// Reads the image's passwd and group files, through a view that is gone afterwards.
+    /// Reads the image's passwd and group files through a view, which is removed before the function returns.
     async fn accounts(
         &self,
         reference: &Reference,
@@ -317,7 +324,7 @@ impl ImageStore {
     ) -> Result<Accounts, ImageError> {
         let Some(chain) = chain else { return Ok(Accounts::default()) };
         let Inner { places, client, .. } = &*self.0;
-        // The lease's name is this pull's alone.
+        // The key of the view is the lease's name, which no other pull has.
         let mounts = client.view_snapshot(lease, &lease.0, chain).await?;
         let (named, scratch) = (reference.clone(), places.images());
         let read = match self.checked(reference, &mounts).await {
@@ -330,7 +337,7 @@ impl ImageStore {
         })
     }
 
-    /// Puts a view of the layers under a lease of ours, and writes the record.
+    /// Creates the image's lease and a view of the layers under it, and writes the record.
     async fn keep(
         &self,
         reference: &Reference,
@@ -346,7 +353,7 @@ impl ImageStore {
             digest: fetched.manifest.config.clone(),
             problem: error.to_string(),
         })?;
-        // One lease and one view for each stack of layers and driver, however many names lead to it.
+        // Images with the same layers share one lease and one view in each driver, however many names they have.
         let stack = chain.as_ref().map_or("empty", ChainId::as_str).trim_start_matches("sha256:");
         let name = format!("{}{}", self.lease_prefix(), &stack[..stack.len().min(20)]);
         let lease = LeaseId(name.clone());
@@ -379,7 +386,7 @@ impl ImageStore {
         Ok(record)
     }
 
-    /// The layers of a view, when its mounts are a snapshotter's.
+    /// Reads the layers of a view and checks them as `view` describes.
     async fn checked(&self, reference: &Reference, mounts: &[Mount]) -> Result<Stack, ImageError> {
         let refused = |source| ImageError::View {
             image: reference.to_string(),
@@ -394,7 +401,7 @@ impl ImageStore {
         Ok(stack)
     }
 
-    /// What an image without layers is mounted over.
+    /// Creates and returns the empty directory that is the lower layer of an image without layers.
     fn empty_layer(&self) -> Result<std::path::PathBuf, ImageError> {
         let path = self.0.places.empty_layer();
         crate::places::make_open_dir(&path).map_err(|source| ImageError::Record { path: path.clone(), source })?;
@@ -402,7 +409,7 @@ impl ImageStore {
     }
 }
 
-/// Names the lease of a pull that goes on, until it is dropped.
+/// A guard that protects the lease of a running pull from garbage collection until it is dropped.
 struct Flying<'a>(String, &'a Mutex<HashSet<String>>);
 
 impl Drop for Flying<'_> {
@@ -411,6 +418,7 @@ impl Drop for Flying<'_> {
     }
 }
 
+/// Locks a mutex, also after a panic of a thread that had it locked.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

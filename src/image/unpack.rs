@@ -1,4 +1,4 @@
-//! From blobs to directories: layers applied into containerd's snapshotter, and the view that keeps them.
+//! Unpacks layers into containerd's snapshotter, and reads an image's passwd and group files from the unpacked layers.
 
 use std::{fs, io, path::Path};
 
@@ -16,10 +16,11 @@ use crate::{
     ids::{ChainId, Digest, random_hex},
 };
 
-/// Makes sure that all layers are unpacked: the name of the whole stack, None for an image without layers.
+/// Unpacks the layers that are not unpacked yet, and returns the chain id of all layers together; `None` for an image
+/// without layers.
 ///
 /// # Errors
-/// When containerd can't unpack one, or unpacks something else than the configuration says.
+/// When containerd can't unpack a layer, or a layer's uncompressed digest is not the one in the image's configuration.
 pub async fn unpack(
     client: &Client,
     reference: &Reference,
@@ -47,13 +48,14 @@ pub async fn unpack(
     Ok(Some(top.clone()))
 }
 
-/// Is there an unpacked stack of this name? If so it is under the lease from now on; the lease comes first, since the
-/// garbage collector may be at work on what an earlier pull left.
+/// Adds the snapshot `chain` to the lease and returns whether it exists. It is added before containerd is asked,
+/// because containerd's garbage collector may be about to remove a snapshot that an earlier pull left.
 async fn kept(client: &Client, lease: &LeaseId, chain: &ChainId) -> Result<bool, ImageError> {
     client.add_to_lease(lease, &client.snapshot_kind(), chain.as_str()).await?;
     Ok(client.has_snapshot(chain.as_str()).await?)
 }
 
+/// A layer that is unpacked on top of the layers below it.
 struct Step<'a> {
     layer: &'a Layer,
     diff: &'a Digest,
@@ -64,10 +66,12 @@ struct Step<'a> {
 async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: Step<'_>) -> Result<(), ImageError> {
     let Step { layer, diff, parent, chain } = step;
     let labels = Labels::from([("containerd.io/snapshot.ref".to_owned(), chain.to_string())]);
-    // A fresh key: two pulls may unpack the same layer at the same time, and the slower one's commit says so.
+    // The key is unique, because two pulls may unpack the same layer at the same time: the commit of the slower one
+    // then fails with "already exists".
     let key = format!("extract-{} {chain}", random_hex(8));
     let mounts = match client.prepare_snapshot(lease, &key, parent, labels.clone()).await {
-        // Another pull has committed it since we looked; it is under our lease by its name.
+        // Another pull has committed the snapshot since `lease_if_unpacked` looked. Its name is under the lease
+        // already.
         Err(error) if error.is_already_exists() => return Ok(()),
         prepared => prepared?,
     };
@@ -87,7 +91,10 @@ async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: St
         Ok(()) => Ok(()),
         Err(error) => {
             if let Err(left) = client.remove_snapshot(&key).await {
-                tracing::debug!(error = %left, "a half-unpacked layer is left to containerd's own collection");
+                tracing::debug!(
+                    error = %left,
+                    "could not remove a partly unpacked layer; containerd's garbage collector will remove it"
+                );
             }
             match &error {
                 ImageError::Containerd(inner) if inner.is_already_exists() => Ok(()),
@@ -97,19 +104,20 @@ async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: St
     }
 }
 
-/// Where an image's users and groups are named; empty where it names none.
+/// The passwd and group files of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Accounts {
-    /// passwd(5).
+    /// The content of the passwd file (passwd(5)); empty if the image has none.
     pub passwd: String,
-    /// group(5).
+    /// The content of the group file (group(5)); empty if the image has none.
     pub group: String,
 }
 
-/// The image's passwd and group files as its processes would see them, read through a mount that is gone afterwards.
+/// Reads the image's passwd and group files as its processes would see them: through a mount of all layers, which is
+/// removed before the function returns.
 ///
 /// # Errors
-/// When the layers can't be mounted, or a file can't be read or is no plain one. An image without them has empty ones.
+/// When the layers can't be mounted, or a file can't be read or is not a regular file. A missing file is not an error.
 pub fn accounts(reference: &Reference, stack: &Stack, scratch: &Path) -> Result<Accounts, ImageError> {
     let path = scratch.join(format!("view-{}", random_hex(8)));
     let failed = |source: io::Error| ImageError::Record { path: path.clone(), source };

@@ -1,10 +1,11 @@
-//! What a snapshotter says about an image's layers, checked before anything of it is mounted.
+//! Checks the mounts that a snapshotter returns for a view of an image's layers, before anything is mounted.
 //!
-//! Its directories become the lower layers of root file systems by their names, and its options are joined with commas:
-//! a directory of the host in the list would be readable in every container of the image, and an option with a comma in
-//! it could name another upper directory. containerd's own snapshotters answer with `ROOT/snapshots/NUMBER/fs`
-//! (overlayfs) or `ROOT/snapshots/NUMBER` (native), where only root can write to `ROOT/snapshots` (containerd/containerd,
-//! plugins/snapshots/overlay/overlay.go and plugins/snapshots/native/native.go).
+//! The directories that the snapshotter names become the lower layers of root file systems, and its options are joined
+//! with commas: a directory of the host in the list would be readable in every container of the image, and an option
+//! with a comma in it could name another upper directory. containerd's own snapshotters answer with
+//! `ROOT/snapshots/NUMBER/fs` (overlayfs) or `ROOT/snapshots/NUMBER` (native), where only root can write to
+//! `ROOT/snapshots` (containerd/containerd, plugins/snapshots/overlay/overlay.go and
+//! plugins/snapshots/native/native.go).
 
 use std::{
     fs::File,
@@ -17,12 +18,12 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use crate::pb::types::Mount;
 
-/// The directory of a snapshotter that holds its snapshots.
+/// The name of the directory in which a snapshotter has its snapshots.
 const SNAPSHOTS: &str = "snapshots";
-/// The directory of a snapshot that the overlayfs snapshotter mounts.
+/// The name of the directory in a snapshot that the overlayfs snapshotter mounts.
 const LAYER: &str = "fs";
-/// Options of overlayfs that name no path (Documentation/filesystems/overlayfs.rst). The snapshotter sets the first two
-/// by itself, and its configuration can have others.
+/// Options of overlayfs that name no path (Documentation/filesystems/overlayfs.rst). The overlayfs snapshotter sets the
+/// first two by itself, and its configuration can add others.
 const OPTIONS: [&str; 8] = ["index", "userxattr", "metacopy", "nfs_export", "redirect_dir", "uuid", "volatile", "xino"];
 /// Write permission for the group and for others.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
@@ -33,39 +34,39 @@ pub enum ViewProblem {
     /// There is not exactly one mount, or it is of another type.
     #[error("mounts of type {0:?} can't be stacked; use overlayfs or native (containerd.snapshotter)")]
     Type(String),
-    /// A directory that no snapshotter of containerd makes.
+    /// A directory does not have the form of those of containerd's snapshotters.
     #[error("directory {0:?} is not of the form /.../snapshots/NUMBER or /.../snapshots/NUMBER/fs")]
     Directory(PathBuf),
-    /// A directory that somebody else could have made.
+    /// A directory could have been made by a user other than root.
     #[error("directory {0:?} does not belong to root, or others can write to it")]
     Owner(PathBuf),
-    /// A directory that is not there, or that a symlink leads to.
+    /// A directory does not exist, or is reached through a symlink.
     #[error("directory {path:?} can't be opened without following a symlink")]
     Open {
-        /// As the snapshotter names it.
+        /// The directory as the snapshotter names it.
         path: PathBuf,
-        /// Why it can't.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// An option that names a path or that is none of overlayfs.
+    /// An option names a path or is not an option of overlayfs.
     #[error("mount option {0:?} is not one of {list}", list = OPTIONS.join(", "))]
     Option(String),
 }
 
-/// Where a view's layers are.
+/// The directories of a view's layers, and how overlayfs must mount them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stack {
     /// Read-only directories, topmost first.
     pub lowers: Vec<PathBuf>,
-    /// Other options the snapshotter wants on an overlay.
+    /// The mount options besides `lowerdir` that the snapshotter wants.
     pub options: Vec<String>,
 }
 
 impl Stack {
-    /// Reads a view's mounts: one read-only bind, or an overlay without an upper directory.
+    /// Reads a view's mounts: one read-only bind mount, or an overlay without an upper directory.
     ///
     /// # Errors
-    /// When the snapshotter gives anything else, or directories or options that are not a snapshotter's.
+    /// When the mounts are anything else, or have directories or options that containerd's snapshotters do not use.
     pub fn read(mounts: &[Mount]) -> Result<Self, ViewProblem> {
         let [mount] = mounts else { return Err(ViewProblem::Type(format!("{} mounts", mounts.len()))) };
         let mut stack = Self { lowers: Vec::new(), options: Vec::new() };
@@ -91,15 +92,16 @@ impl Stack {
         }
     }
 
-    /// Looks at the directories: whether only root can have put them there.
+    /// Checks that only root can have made the directories.
     ///
     /// # Errors
-    /// When one is missing, is reached through a symlink, or lies where others can write.
+    /// When a directory is missing, is reached through a symlink, or is in a directory that others can write to.
     pub fn check(&self) -> Result<(), ViewProblem> {
         self.lowers.iter().try_for_each(|lower| {
             let (root, below) = split(lower).ok_or_else(|| ViewProblem::Directory(lower.clone()))?;
             let failed = |source| ViewProblem::Open { path: lower.clone(), source };
-            // containerd's own root may be a link of the operator's.
+            // The path to the snapshots may go through symlinks, because the operator may have made containerd's root
+            // one.
             let flags = libc::O_PATH | libc::O_DIRECTORY;
             let root = File::options().read(true).custom_flags(flags).open(root).map_err(failed)?;
             let metadata = root.metadata().map_err(failed)?;
@@ -114,13 +116,14 @@ impl Stack {
     }
 }
 
-/// Is it one option that names no path? A comma would begin another one.
+/// Returns whether the text is a single option that names no path. A comma in it would begin another option.
 fn is_plain(option: &str) -> bool {
     let (name, value) = option.split_once('=').unwrap_or((option, ""));
     OPTIONS.contains(&name) && value.bytes().all(|byte| byte.is_ascii_lowercase())
 }
 
-/// A layer's directory as that of all snapshots and what is below it; None when no snapshotter of containerd names one so.
+/// Splits a layer's directory into the directory of all snapshots and the path below that; `None` if the path does not
+/// have the form that containerd's snapshotters use.
 fn split(lower: &Path) -> Option<(&Path, &Path)> {
     if !lower.is_absolute() || lower.components().any(|part| part == Component::ParentDir) {
         return None;
@@ -206,7 +209,7 @@ mod tests {
     fn only_roots_own_directories_are_used() {
         let scratch = tempfile::tempdir().expect("a directory");
         let snapshots = scratch.path().join("snapshots");
-        fs::create_dir_all(snapshots.join("1/fs")).expect("made");
+        fs::create_dir_all(snapshots.join("1/fs")).expect("created");
         fs::set_permissions(&snapshots, fs::Permissions::from_mode(0o700)).expect("changed");
         std::os::unix::fs::symlink("/etc", snapshots.join("2")).expect("linked");
         std::os::unix::fs::symlink(scratch.path(), scratch.path().join("link")).expect("linked");

@@ -1,4 +1,5 @@
-//! What the log writer and its keeper may do. They run as root, since the directories that they write to are root's.
+//! The confinement of the log writer and the log writer supervisor. They run as root, because the directories that they
+//! write to belong to root.
 
 use caps::Capability;
 
@@ -7,24 +8,27 @@ use crate::privileges::{Calls, PrivilegeError, confine};
 /// One of the two processes that write the logs of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// It moves what tasks write to Nomad's files.
+    /// The log writer, which moves the output of tasks to Nomad's files.
     Writer,
-    /// It starts writers, and holds every FIFO open all the while.
+    /// The log writer supervisor, which starts log writers and has every FIFO open.
     Keeper,
 }
 
-/// The capabilities of both. The keeper does not use the first; a writer could not have it if its keeper had not.
+/// The capabilities of both processes. The supervisor does not use the first, but a log writer inherits its
+/// capabilities from its supervisor.
 const KEPT: [Capability; 2] = [
-    // The directory of an allocation's logs may be anybody's: Nomad gives it to nobody, and tasks can change that.
+    // The directory of an allocation's logs may belong to any user: Nomad gives it to the user `nobody`, and tasks can
+    // change that.
     Capability::CAP_DAC_OVERRIDE,
-    // The kernel cuts the pipes of a user who has more than a thousand to two pages each, unless the process has this
-    // (pipe(7), `pipe-user-pages-soft`). It also opens the blocks that file systems reserve for root.
+    // If a user has more than a thousand pipes, the kernel reduces each further pipe to two pages, unless the process
+    // has this capability (pipe(7), `pipe-user-pages-soft`). With it, a process can also use the blocks that file
+    // systems reserve for root.
     Capability::CAP_SYS_RESOURCE,
 ];
 
-/// Calls that moving bytes from FIFOs to files never needs: the network, other processes' memory, mounts and namespaces,
-/// keys, and the kernel's own settings. It lists what is refused instead of what is allowed, so that a C library which
-/// makes another call for a read or a wait does not cost a task its log.
+/// System calls that are never needed to move bytes from FIFOs to files: those for the network, other processes'
+/// memory, mounts and namespaces, keys, and the kernel's own settings. The filter lists the refused calls and not the
+/// allowed ones, so that a task does not lose its log when a C library uses another call for a read or a wait.
 const REFUSED: &[libc::c_long] = &[
     libc::SYS_accept,
     libc::SYS_accept4,
@@ -80,17 +84,17 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// A writer starts no program either.
+/// System calls that are refused to a log writer in addition, because it starts no program.
 const REFUSED_TO_WRITERS: &[libc::c_long] = &[libc::SYS_execve, libc::SYS_execveat];
 
 impl Role {
-    /// Confines the calling process, which has one thread yet, for the rest of its life.
+    /// Confines the calling process for the rest of its life. The process must have only one thread.
     ///
     /// # Errors
-    /// When the kernel has no seccomp, or capabilities stay.
+    /// When the kernel has no seccomp, or capabilities can't be dropped.
     pub fn confine(self) -> Result<(), PrivilegeError> {
         let refused = match self {
-            // The keeper's filter holds for it already: filters are inherited (seccomp(2)).
+            // The filter of the supervisor applies already, because a log writer inherits it (seccomp(2)).
             Self::Writer => REFUSED_TO_WRITERS,
             Self::Keeper => REFUSED,
         };

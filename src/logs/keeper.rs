@@ -1,5 +1,6 @@
-//! The writer's keeper: starts it, starts it again when it dies, and has every FIFO open all the while, so that nothing
-//! in them is lost when a task ends while no writer lives. It does so little that there is little to die of.
+//! The log writer supervisor: starts the log writer, starts another one when it dies, and has every FIFO open, so that
+//! no output in a FIFO is lost when a task ends while no log writer runs. The supervisor does nothing else, so that it
+//! has few reasons to die.
 
 use std::{
     collections::HashMap,
@@ -25,28 +26,29 @@ use super::{
 };
 use crate::process::{self, PidFd, ProcessId, unless_vanished};
 
-/// Held by the one keeper; its pid and start time are in it.
+/// The file that the running supervisor has locked. It contains the supervisor's pid and start time.
 const LOCK: &str = ".keeper.lock";
-/// The argument by which a keeper asks for the writer itself.
+/// The argument with which the supervisor starts the log writer.
 pub const WRITER: &str = "--writer";
-/// The command of ours that is the keeper.
+/// The command of this program that runs the supervisor.
 pub const COMMAND: &str = "log-writer";
-/// A writer that lived shorter than this is given a moment before the next.
+/// If a log writer ran for a shorter time than this, the next one is started after a delay.
 const SHORT: Duration = Duration::from_secs(1);
 
-/// Keeps a writer for `logs`, until the directory is gone. Returns at once where another keeper does.
+/// Runs the supervisor for the directory `logs` until the directory is removed. Returns at once if another supervisor
+/// runs.
 ///
 /// # Errors
-/// When the kernel refuses what it needs.
+/// When the lock, the processes or the directory can't be examined.
 pub fn keep(logs: &Path) -> io::Result<()> {
-    // Our starter moves us out of the agent's cgroup first, and closes its end then.
+    // The plugin closes its end of the pipe after it has moved this process out of the agent's cgroup.
     io::stdin().read_to_end(&mut Vec::new())?;
     let lock = File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(logs.join(LOCK))?;
     let Ok(mut lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
     let own = serde_json::to_vec(&ProcessId::of(std::process::id())?)?;
     lock.set_len(0)?;
     lock.write_all(&own)?;
-    // Children inherit nothing of this: the lock's end tells that this very process is gone.
+    // Children do not inherit the lock, so that it is free as soon as this process has ended.
     let watch = Watch::new(logs, LOCK, InitFlags::empty())?;
     let mut held: HashMap<String, Hold> = HashMap::new();
     let hold_all = |held: &mut HashMap<String, Hold>| -> io::Result<()> {
@@ -72,38 +74,38 @@ pub fn keep(logs: &Path) -> io::Result<()> {
     }
 }
 
-/// One writer after the other. Returns when one ends of itself: its directory is gone.
+/// Runs one log writer after the other. Returns when a log writer ends successfully, because the directory was removed.
 ///
-/// A writer whose keeper has died goes on, and is taken over as it is: a second one beside it would only wait for it, for as
-/// long as it lives.
+/// A log writer whose supervisor has died goes on. This function waits for its end, because a second log writer would
+/// only wait for its lock.
 fn restart(logs: &Path) {
     loop {
         match outlast_writer(logs) {
             Ok(true) => {}
             Ok(false) => return,
-            // The writer itself waits for its turn, too.
-            Err(error) => tracing::warn!(%error, "the log writer's lock can't be waited for"),
+            // The log writer that is started next waits for the lock as well.
+            Err(error) => tracing::warn!(%error, "could not wait for the lock of the log writer"),
         }
         let began = Instant::now();
-        // By what we are, not by our name: the file may have been replaced.
+        // This path starts the program of this process, although the file may have been replaced.
         let mut command = process::command("/proc/self/exe");
         command.arg0("nomad-driver-shim").args([COMMAND, WRITER]).arg(logs).stdin(Stdio::null());
         match command.spawn().and_then(|mut child| child.wait()) {
             Ok(status) if status.success() => return,
-            Ok(status) => tracing::warn!(%status, "the log writer died; starting another"),
-            Err(error) => tracing::error!(%error, "the log writer can't be started; trying again"),
+            Ok(status) => tracing::warn!(%status, "the log writer died; starting another one"),
+            Err(error) => tracing::error!(%error, "could not start the log writer; trying again"),
         }
         if began.elapsed() < SHORT {
-            #[allow(clippy::disallowed_methods, reason = "a thread that does nothing else, without a runtime")]
+            #[allow(clippy::disallowed_methods, reason = "a thread that does nothing else, without an async runtime")]
             thread::sleep(SHORT / 4);
         }
     }
 }
 
-/// The keeper of `logs`, if one lives.
+/// Returns the running supervisor of the directory `logs`, if there is one.
 ///
 /// # Errors
-/// When that can't be told.
+/// When the lock file or the process can't be examined.
 pub fn keeper_of(logs: &Path) -> io::Result<Option<PidFd>> {
     let Some(mut lock) = unless_vanished(File::options().read(true).write(true).open(logs.join(LOCK)))? else {
         return Ok(None);
@@ -111,29 +113,34 @@ pub fn keeper_of(logs: &Path) -> io::Result<Option<PidFd>> {
     let mut text = String::new();
     lock.read_to_string(&mut text)?;
     match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
-        // Nobody holds it.
+        // No supervisor has the lock.
         Ok(_) => Ok(None),
         Err((_, Errno::EWOULDBLOCK)) => match serde_json::from_str(&text) {
             Ok(keeper) => unless_vanished(PidFd::of(&keeper)),
-            // It has just taken the lock, and not yet written who it is. Another one that is started ends at once.
+            // A supervisor has just locked the file and not yet written its pid. If the caller starts another
+            // supervisor, that one ends at once.
             Err(_) => Ok(None),
         },
         Err((_, error)) => Err(error.into()),
     }
 }
 
-/// Ends keeper and writer, if there are any: no task may have a log any more.
+/// Ends the supervisor and the log writer, if they run. The caller must have checked that no task has a log any more.
 pub fn end(logs: &Path) {
-    // They end with their directory.
+    // Both processes end when their directory is removed.
     match fs::remove_dir_all(logs) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %logs.display(), %error, "the log writer stays");
+            tracing::warn!(
+                path = %logs.display(),
+                %error,
+                "could not remove the directory of logs; the log writer keeps running"
+            );
         }
         _ => {}
     }
 }
 
-/// What a keeper is started with, below a run directory's `logs`: arguments of our own program.
+/// Returns the arguments of this program that run the supervisor for the directory `logs`.
 pub fn arguments(logs: &Path) -> [PathBuf; 2] {
     [PathBuf::from(COMMAND), logs.to_owned()]
 }

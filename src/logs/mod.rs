@@ -1,12 +1,14 @@
-//! Tasks' logs without Nomad's collector: a task's shim writes into FIFOs of ours, and one log writer a node moves what
-//! comes to the files where Nomad looks for them, `<alloc>/alloc/logs/<task>.stdout.N`, rotated by size and count.
+//! Tasks' logs without Nomad's log collector: a task's shim writes into FIFOs of this driver, and one log writer for
+//! each node moves the output to the files where Nomad looks for it, `<alloc>/alloc/logs/<task>.stdout.N`, rotated by
+//! size and count.
 //!
-//! Nothing is lost, doubled or out of order whoever dies: bytes go from a FIFO to a file by splice(2), which takes from
-//! the one what it has given to the other, and a FIFO's contents live as long as somebody has it open, which the shim,
-//! the writer and the writer's keeper do.
+//! No output is lost, duplicated or reordered when one of the processes dies. Bytes go from a FIFO to a file by
+//! splice(2), which removes from the pipe exactly the bytes that it has written to the file. A FIFO's content exists as
+//! long as a process has the FIFO open, and the shim, the log writer and the log writer supervisor have it open.
 //!
-//! What there is to do is on disk: a directory for each task in [`crate::places::Places::logs`], with its two FIFOs and
-//! a description. It appears whole (by rename) and goes when the task is destroyed.
+//! The work of the log writer is described on disk: each task has a directory in [`crate::places::Places::logs`] with
+//! its two FIFOs and a description. The directory appears complete (by rename), and is removed when the task is
+//! destroyed.
 
 mod confine;
 mod keeper;
@@ -33,43 +35,45 @@ pub use writer::write;
 
 use crate::places::{create_private, write_private};
 
-/// In a task's directory: what its log is to be.
+/// The file in a task's directory with its [`LogSpec`].
 const SPEC: &str = "spec.json";
-/// In a task's directory, once its shim has its FIFOs open: from then on, no writer means the end.
+/// The file in a task's directory that exists once the task's shim has the FIFOs open. From then on, a FIFO that no
+/// process has open for writing is at its end.
 const STARTED: &str = "started";
-/// The two streams, and the names of their FIFOs.
+/// The names of the two streams and of their FIFOs.
 pub const STREAMS: [&str; 2] = ["stdout", "stderr"];
-/// Between two looks at what is about to be written out.
+/// The interval of the checks whether the log writer has removed the FIFOs of a task that has ended.
 const LOOK: Duration = Duration::from_millis(2);
 
 /// Why a log could not be set up.
 #[derive(Debug, thiserror::Error)]
-#[error("log: {doing} {path}")]
+#[error("could not {doing} {path} for a task's log")]
 pub struct LogError {
     doing: &'static str,
     path: PathBuf,
     source: io::Error,
 }
 
-/// What happens to output that can't be written: the disk is full, or the directory is not what it was.
+/// The treatment of output that can't be written, because the disk is full or the log directory was replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogPolicy {
-    /// The task waits in its write until it can.
+    /// The task's writes block until the output can be written.
     #[default]
     Block,
-    /// It is dropped, and counted.
+    /// The output is dropped and counted.
     Drop,
 }
 
-/// How a task's log is kept. The defaults are those of Nomad's `logs` block.
+/// The limits of a task's log, and the policy for output that can't be written. The defaults are those of Nomad's
+/// `logs` block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogOptions {
-    /// Bytes of one file at most.
+    /// The largest size of a file in bytes.
     pub max_size: u64,
-    /// Files of one stream at most.
+    /// The largest number of files of one stream.
     pub max_files: u32,
-    /// When it can't be written.
+    /// The treatment of output that can't be written.
     pub policy: LogPolicy,
 }
 
@@ -79,29 +83,29 @@ impl Default for LogOptions {
     }
 }
 
-/// A task's log, as the writer needs to know it.
+/// The description of a task's log for the log writer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogSpec {
     /// The allocation's directory on the host.
     pub alloc_dir: PathBuf,
-    /// The task's name, by which its files are called.
+    /// The task's name, with which the names of its log files begin.
     pub task: String,
-    /// How it is kept.
+    /// The limits and the policy.
     #[serde(flatten)]
     pub options: LogOptions,
 }
 
-/// The FIFO of a stream in a task's directory.
+/// Returns the path of a stream's FIFO in a task's directory.
 pub fn fifo(dir: &Path, stream: &str) -> PathBuf {
     dir.join(stream)
 }
 
-/// Descriptors of a task's FIFOs, never read: what is in them lives as long as this does.
+/// Descriptors of a task's FIFOs, which are never read: the content of the FIFOs exists as long as this guard.
 #[derive(Debug, Default)]
-pub struct Hold(#[allow(dead_code, reason = "held, never used")] Vec<fs::File>);
+pub struct Hold(#[allow(dead_code, reason = "the descriptors are kept open, never used")] Vec<fs::File>);
 
 impl Hold {
-    /// Of a task's directory. What is not there need not be held.
+    /// Opens the FIFOs in a task's directory. A FIFO that does not exist is left out.
     pub fn new(dir: &Path) -> Self {
         let open = |stream: &&str| {
             let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
@@ -111,10 +115,10 @@ impl Hold {
     }
 }
 
-/// Makes a task's directory, which the writer sees from then on. With a terminal there is one stream only.
+/// Creates a task's directory, so that the log writer finds the task. A task with a terminal has only one stream.
 ///
 /// # Errors
-/// As the file system; nothing is left then.
+/// When a file can't be created. Then the function removes what it has created.
 pub fn prepare(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogError> {
     let failed = |doing, path: &Path| {
         let path = path.to_owned();
@@ -130,17 +134,18 @@ pub fn prepare(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogErro
             mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| failed("create", &path)(errno.into()))?;
         }
         let path = making.join(SPEC);
-        let text = serde_json::to_vec(spec).map_err(|error| failed("describe", &path)(error.into()))?;
+        let text = serde_json::to_vec(spec).map_err(|error| failed("encode", &path)(error.into()))?;
         write_private(&path, &text).map_err(failed("write", &path))?;
         fs::rename(&making, dir).map_err(failed("create", dir))
     };
     make().inspect_err(|_| drop(remove(&making)))
 }
 
-/// Says that the shim has the FIFOs open. A task without a log of ours is fine.
+/// Records for the log writer that the shim has the FIFOs open. Does nothing for a task whose log this driver does not
+/// write.
 ///
 /// # Errors
-/// As the file system.
+/// When the file can't be created.
 pub fn started(dir: &Path) -> Result<(), LogError> {
     let path = dir.join(STARTED);
     match create_private(&path) {
@@ -149,10 +154,11 @@ pub fn started(dir: &Path) -> Result<(), LogError> {
     }
 }
 
-/// Waits until the writer has written out what a task that has ended left in its FIFOs: true when it has.
+/// Waits until the log writer has written all output that a task that has ended left in its FIFOs. Returns false when
+/// that takes longer than `limit`.
 pub async fn drained(dir: &Path, limit: Duration) -> bool {
     let deadline = tokio::time::Instant::now() + limit;
-    // The writer removes a FIFO when it has seen its end.
+    // The log writer removes a FIFO after it has written all of it.
     while dir.join(STARTED).exists() && STREAMS.iter().any(|stream| fifo(dir, stream).exists()) {
         if tokio::time::Instant::now() > deadline {
             return false;
@@ -162,10 +168,10 @@ pub async fn drained(dir: &Path, limit: Duration) -> bool {
     true
 }
 
-/// Removes a task's directory. Not there is fine.
+/// Removes a task's directory. It is not an error if the directory does not exist.
 ///
 /// # Errors
-/// As the file system.
+/// When the directory can't be removed.
 pub fn remove(dir: &Path) -> Result<(), LogError> {
     match fs::remove_dir_all(dir) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -175,7 +181,7 @@ pub fn remove(dir: &Path) -> Result<(), LogError> {
     }
 }
 
-/// Is there a task with a log? Where that can't be told, there may be.
+/// Returns whether there is a task with a log. Also returns true when the directory of logs can't be read.
 pub fn has_tasks(logs: &Path) -> bool {
     match tasks(logs) {
         Ok(tasks) => !tasks.is_empty(),
@@ -183,7 +189,7 @@ pub fn has_tasks(logs: &Path) -> bool {
     }
 }
 
-/// Names of the tasks that have a log.
+/// Returns the names of the tasks' directories.
 fn tasks(logs: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(logs)? {

@@ -1,9 +1,10 @@
-//! The files of one stream: `<task>.stdout.0`, `.1`, …, as Nomad's own rotator names them, so that `nomad alloc logs`
-//! finds them.
+//! The rotated files of one stream: `<task>.stdout.0`, `.1`, …, with the names of Nomad's own rotator, so that
+//! `nomad alloc logs` finds them.
 //!
-//! Other tasks of the group can write to the directory. Nothing there is trusted: names are opened beneath the
-//! allocation's directory without following a symlink, looked at before they are opened for writing, and what is no
-//! plain file of one name is passed by. After the first file, only those are written to that were made here.
+//! Other tasks of the group can write to the directory, so that nothing in it is trusted. Names are opened beneath the
+//! allocation's directory without following a symlink, and are checked before they are opened for writing. A name is
+//! skipped if it is not a regular file with one name. A new log writer continues the last file; after that, it writes
+//! only to files that it has created itself.
 
 use std::{
     collections::VecDeque,
@@ -24,36 +25,37 @@ use nix::{
     unistd::{UnlinkatFlags, unlinkat},
 };
 
-/// Below an allocation's directory (Nomad's client, `allocdir`).
+/// The directory of logs below an allocation's directory (Nomad's client, `allocdir`).
 const LOGS: &str = "alloc/logs";
-/// Foreign things in the way of a name that are passed by, one after the other.
+/// The largest number of consecutive names that are skipped because other files have them.
 const IN_THE_WAY: u64 = 1000;
-/// Old files removed at a rotation, at most: the others wait.
+/// The largest number of old files that one rotation removes. Later rotations remove the others.
 const AT_ONCE: usize = 16;
 
-/// One stream's files.
+/// The rotated files of one stream.
 #[derive(Debug)]
 pub struct Series {
     alloc_dir: PathBuf,
-    /// `<task>.stdout`.
+    /// The names of the files without the index: `<task>.stdout`.
     base: String,
     max_files: usize,
-    /// The file that is written to.
+    /// The current file, which is written to.
     open: Option<File>,
-    /// The files there are of it, the oldest first. Looked up once: later, a name that appears is not ours.
+    /// The indices of the stream's files, the oldest first. The directory is listed only once, because a file that
+    /// appears later was not created by this driver.
     kept: Option<VecDeque<u64>>,
 }
 
 impl Series {
-    /// Files `<base>.N` of an allocation, of which `max_files` are kept.
+    /// Makes a value for the files `<base>.N` of an allocation. At most `max_files` of them are kept.
     pub fn new(alloc_dir: PathBuf, base: String, max_files: u32) -> Self {
         Self { alloc_dir, base, max_files: max_files.max(1) as usize, open: None, kept: None }
     }
 
-    /// The file to write to, and its size. Whoever removed it gets a new one.
+    /// Returns the file to write to and its size. If the current file was removed, another one is created.
     ///
     /// # Errors
-    /// When there is none that may be written to.
+    /// When no file can be opened or created.
     pub fn current(&mut self) -> io::Result<(&File, u64)> {
         let known = self.open.as_ref().and_then(|file| file.metadata().ok()).filter(|meta| meta.nlink() > 0);
         if known.is_none() {
@@ -68,7 +70,7 @@ impl Series {
             self.open = match goes_on {
                 Some(Ok(file)) => Some(file),
                 Some(Err(error)) if !is_in_the_way(&error) => return Err(error),
-                // Removed under our hands, or something that is not ours.
+                // The last file was removed meanwhile, or its name does not belong to a log file of this driver.
                 _ => Some(self.make_from(&directory, last.unwrap_or(0))?),
             };
         }
@@ -77,22 +79,22 @@ impl Series {
         Ok((file, size))
     }
 
-    /// Goes on to the next file, and removes the oldest.
+    /// Creates the next file, makes it the current one, and removes the oldest file if there are too many.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no file can be created, or the oldest can't be removed.
     pub fn rotate(&mut self) -> io::Result<()> {
         if self.open.take().is_none() {
             return self.current().map(drop);
         }
-        // Again by its name: what was put in the directory's place is not written to.
+        // The directory is opened again by its name, so that nothing is written to a directory that has been replaced.
         let directory = self.directory()?;
         let last = self.kept.iter().flatten().next_back().copied().unwrap_or(0);
         self.open = Some(self.make_from(&directory, last + 1)?);
         Ok(())
     }
 
-    /// Makes the first file from `index` on whose name is free: what others have put there is passed by, whatever it is.
+    /// Creates the file with the first free name from `index` on. Names that other files have are skipped.
     fn make_from(&mut self, directory: &OwnedFd, index: u64) -> io::Result<File> {
         let end = index.saturating_add(IN_THE_WAY);
         for index in index..end {
@@ -105,11 +107,12 @@ impl Series {
                 Err(error) => return Err(error),
             }
         }
-        // The next try begins behind them.
+        // The next attempt begins after the names that were skipped.
         self.kept.get_or_insert_default().push_back(end);
         Err(in_the_way(&self.name(end)))
     }
 
+    /// Adds a new file to the known ones, and removes the oldest files if there are too many.
     fn keep(&mut self, directory: &OwnedFd, index: u64) -> io::Result<()> {
         let kept = self.kept.get_or_insert_default();
         if kept.back() != Some(&index) {
@@ -119,7 +122,7 @@ impl Series {
         let old: Vec<u64> = kept.drain(..too_many.min(AT_ONCE)).collect();
         for index in old {
             match unlinkat(directory, self.name(index).as_str(), UnlinkatFlags::NoRemoveDir) {
-                // Not a file of ours.
+                // The file was removed already, or its name belongs to something that this driver did not create.
                 Ok(()) | Err(Errno::ENOENT | Errno::EISDIR | Errno::EPERM) => {}
                 Err(errno) => return Err(errno.into()),
             }
@@ -131,6 +134,7 @@ impl Series {
         format!("{}.{index}", self.base)
     }
 
+    /// Opens the directory of logs.
     fn directory(&self) -> io::Result<OwnedFd> {
         let root = File::open(&self.alloc_dir)?;
         let how = OpenHow::new()
@@ -139,7 +143,8 @@ impl Series {
         Ok(openat2(&root, LOGS, how)?)
     }
 
-    /// Numbers of the files that are there, the last ones that matter.
+    /// Lists the indices of the files that exist, in ascending order. Only the highest ones are returned, as many as
+    /// may be kept or removed by one rotation.
     fn indices(&self, directory: &OwnedFd) -> io::Result<VecDeque<u64>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut listing = Dir::from_fd(openat(directory, ".", flags, Mode::empty())?)?;
@@ -148,7 +153,8 @@ impl Series {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy();
             let number = name.strip_prefix(&self.base).and_then(|rest| rest.strip_prefix('.'));
-            // As it is written by us and by Nomad: no sign, no zeros in front. Nobody has come to the last ones by writing.
+            // This driver and Nomad write an index without a sign and without leading zeros. No log reaches the upper
+            // half of the indices by rotation; a task has created such a file.
             let number = number.and_then(|text| text.parse::<u32>().ok().filter(|index| index.to_string() == text));
             found.extend(number.filter(|index| *index < u32::MAX / 2).map(u64::from));
         }
@@ -157,7 +163,7 @@ impl Series {
     }
 }
 
-/// Makes a file. A name that is taken is in the way.
+/// Creates a file. If the name is taken, the error is one for which `is_name_unusable` is true.
 fn make(directory: &OwnedFd, name: &str) -> io::Result<File> {
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IROTH;
@@ -172,8 +178,9 @@ fn make(directory: &OwnedFd, name: &str) -> io::Result<File> {
     }
 }
 
-/// Opens a plain file of one name. Anything else in its place is in the way, and not touched; so is one that its owner
-/// keeps from being opened, by a lease (fcntl(2)) or by running it.
+/// Opens a regular file with one name for writing. For anything else, which is not touched, the error is one for which
+/// `is_name_unusable` is true; also for a file whose owner prevents opening it by a lease (fcntl(2)) or by executing
+/// it.
 fn open_plain(directory: &OwnedFd, name: &str) -> io::Result<File> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
@@ -187,7 +194,7 @@ fn open_plain(directory: &OwnedFd, name: &str) -> io::Result<File> {
     if !meta.is_file() || meta.nlink() != 1 {
         return Err(in_the_way(name));
     }
-    // The very inode that was looked at.
+    // This path opens the same inode that was checked.
     let path = format!("/proc/self/fd/{}", found.as_raw_fd());
     match File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EWOULDBLOCK | libc::ETXTBSY | libc::EPERM)) => {
@@ -197,12 +204,13 @@ fn open_plain(directory: &OwnedFd, name: &str) -> io::Result<File> {
     }
 }
 
+/// Returns whether a name can't be used because of what it belongs to, so that the next name must be tried.
 fn is_in_the_way(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AlreadyExists
 }
 
 fn in_the_way(name: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::AlreadyExists, format!("{name} is in the way"))
+    io::Error::new(io::ErrorKind::AlreadyExists, format!("the name {name} belongs to another file"))
 }
 
 #[cfg(test)]
@@ -226,17 +234,17 @@ mod tests {
     fn a_later_writer_goes_on_and_nobody_elses_file_is_written_to() {
         let alloc = tempfile::tempdir().expect("a temporary directory");
         let logs = alloc.path().join("alloc/logs");
-        fs::create_dir_all(&logs).expect("made");
+        fs::create_dir_all(&logs).expect("created");
         let new = || Series::new(alloc.path().to_owned(), "web.stdout".to_owned(), 2);
         write(&mut new(), "one ");
-        // Neither numbers that nobody comes to by writing, nor what has another form, is taken for the last file.
+        // An index that no log reaches by rotation, or one in another form, is not taken for that of the last file.
         for name in ["web.stdout.4294967295", "web.stdout.99999999999999999999", "web.stdout.07", "web.stdout.x"] {
             fs::write(logs.join(name), "").expect("written");
         }
         let mut series = new();
         write(&mut series, "two");
         assert_eq!(fs::read_to_string(logs.join("web.stdout.0")).expect("read"), "one two");
-        // A plain file that somebody has put where the next one would be.
+        // Another process has created a regular file with the name of the next log file.
         fs::write(logs.join("web.stdout.1"), "theirs").expect("written");
         series.rotate().expect("rotated");
         write(&mut series, "three");
@@ -244,7 +252,7 @@ mod tests {
         assert_eq!(fs::read_to_string(logs.join("web.stdout.2")).expect("read"), "three");
         series.rotate().expect("rotated");
         assert!(!names(&logs).contains(&"web.stdout.0".to_owned()), "two are kept: {:?}", names(&logs));
-        // Whoever removes the file that is written to gets another.
+        // When the current file is removed, another one is created.
         fs::remove_file(logs.join("web.stdout.3")).expect("removed");
         write(&mut series, "four");
         assert_eq!(fs::read_to_string(logs.join("web.stdout.3")).expect("read"), "four");

@@ -1,4 +1,5 @@
-//! What the writer has to say of a task's log: bytes it dropped, and why it can't write just now.
+//! The losses of tasks' logs, which the log writer reports in files: the bytes that it has dropped, and why it can't
+//! write at present.
 
 use std::{
     fs, io,
@@ -9,43 +10,43 @@ use serde::{Deserialize, Serialize};
 
 use crate::places::write_private;
 
-/// In a task's directory.
+/// The file of losses in a task's directory.
 const FILE: &str = "losses.json";
-/// Beside the tasks' directories: touched when any of them changes.
+/// The file in the directory of logs whose modification time changes with any file of losses.
 const CHANGED: &str = ".losses";
 
-/// Of one stream.
+/// The losses of one stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamLosses {
-    /// Bytes dropped so far.
+    /// The number of bytes that were dropped.
     pub dropped: u64,
-    /// Why nothing can be written now.
+    /// The error for which nothing can be written at present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stuck: Option<String>,
 }
 
-/// Of both.
+/// The losses of both streams of a task.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Losses {
-    /// Standard output.
+    /// The losses of standard output.
     #[serde(default)]
     pub stdout: StreamLosses,
-    /// Standard error.
+    /// The losses of standard error.
     #[serde(default)]
     pub stderr: StreamLosses,
 }
 
 impl Losses {
-    /// By the stream's name.
+    /// Returns the losses of the stream with this name.
     pub fn of(&mut self, stream: &str) -> &mut StreamLosses {
         if stream == "stderr" { &mut self.stderr } else { &mut self.stdout }
     }
 }
 
-/// What the writer has said of a task; nothing is nothing lost.
+/// Reads the losses of the task in `dir`. If the file does not exist, nothing was lost.
 ///
 /// # Errors
-/// When that can't be read.
+/// When the file can't be read.
 pub fn read_losses(dir: &Path) -> io::Result<Losses> {
     match fs::read(dir.join(FILE)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Losses::default()),
@@ -53,7 +54,7 @@ pub fn read_losses(dir: &Path) -> io::Result<Losses> {
     }
 }
 
-/// Says it. The file is replaced: its reader never sees half of it.
+/// Writes the losses of the task in `dir`. The file is replaced by rename, so that a reader never sees a part of it.
 pub(super) fn write_losses(dir: &Path, losses: &Losses) -> io::Result<()> {
     let (path, new) = (dir.join(FILE), dir.join(".losses.new"));
     write_private(&new, &serde_json::to_vec(losses)?)?;
@@ -61,7 +62,7 @@ pub(super) fn write_losses(dir: &Path, losses: &Losses) -> io::Result<()> {
     dir.parent().map_or(Ok(()), |logs| write_private(&changed(logs), b""))
 }
 
-/// The file whose time tells that something was said of some task.
+/// Returns the file whose modification time shows that the losses of a task have changed.
 pub fn changed(logs: &Path) -> PathBuf {
     logs.join(CHANGED)
 }

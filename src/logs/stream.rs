@@ -1,4 +1,4 @@
-//! One stream of one task, from its FIFO to its files.
+//! Moves the output of one stream of a task from its FIFO to its log files.
 
 use std::{
     fs::File,
@@ -16,27 +16,27 @@ use nix::{
 use super::{LogPolicy, LogSpec, STARTED, fifo, series::Series, status::StreamLosses};
 use crate::fifo::{is_closed, unread};
 
-/// A stream's turn is over after so many bytes: the others wait.
+/// The number of bytes after which a transfer of a stream ends, because other streams wait.
 const TURN: u64 = 1 << 20;
-/// A line up to this long is not split over two files (Nomad's rotator: `lineScanLimit`).
+/// The length up to which a line is not split between two files (Nomad's rotator: `lineScanLimit`).
 const LINE: usize = 32 << 10;
-/// What could not be written is tried again after this.
+/// The delay before output that could not be written is tried again.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// What a turn came to.
+/// The outcome of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {
-    /// All that was there has been moved: so many bytes.
+    /// The FIFO is empty. The number is that of the bytes that were moved or dropped.
     Idle(u64),
-    /// There is more.
+    /// The FIFO has more output. The number is that of the bytes that were moved or dropped.
     More(u64),
-    /// Its file takes nothing; it rests until then.
+    /// The file can't be written. The transfer must be tried again at this time.
     Stuck(Instant),
-    /// Its last writer has gone, and all is written.
+    /// The last writer has closed the FIFO, and all output is written.
     Over,
 }
 
-/// A pipe to look at a FIFO's contents without taking them.
+/// A pipe with which a FIFO's content is read without removing it, and a descriptor of `/dev/null`.
 #[derive(Debug)]
 pub struct Scratch {
     read: File,
@@ -50,7 +50,7 @@ impl Scratch {
         Ok(Self { read: read.into(), write: write.into(), null: File::options().write(true).open("/dev/null")? })
     }
 
-    /// The first bytes of a FIFO, up to `limit`, which stay there.
+    /// Returns the first bytes of a FIFO, up to `limit`, without removing them.
     fn peek(&mut self, fifo: &File, limit: usize) -> io::Result<Vec<u8>> {
         let count = tee(fifo, &self.write, limit, SpliceFFlags::SPLICE_F_NONBLOCK)?;
         let mut bytes = vec![0; count];
@@ -59,7 +59,7 @@ impl Scratch {
     }
 }
 
-/// A FIFO and where it goes.
+/// A FIFO and the files to which its output is moved.
 #[derive(Debug)]
 pub struct Stream {
     path: PathBuf,
@@ -67,46 +67,48 @@ pub struct Stream {
     series: Series,
     max_size: u64,
     policy: LogPolicy,
-    /// Dropped since the file was last written to; told there when it can be again.
+    /// The number of bytes that were dropped and that no notice in the log file reports yet.
     untold: u64,
-    /// Dropped in all.
+    /// The number of all bytes that were dropped.
     pub dropped: u64,
-    /// Why nothing is written.
+    /// The error for which nothing can be written now.
     pub stuck: Option<String>,
+    /// The time at which writing is tried again after an error.
     again: Option<Instant>,
 }
 
 impl Stream {
-    /// The stream `name` of the task in `dir`, of which so much was `lost` before.
+    /// Opens the stream `name` of the task in `dir`. `lost` are the losses that an earlier log writer has reported.
     ///
     /// # Errors
-    /// When its FIFO can't be opened; not found when it has been written out.
+    /// When the FIFO can't be opened. It does not exist if all its output has been written.
     pub fn open(dir: &Path, name: &str, spec: &LogSpec, lost: &StreamLosses) -> io::Result<Self> {
         let path = fifo(dir, name);
         let open = |read: bool| {
             File::options().read(read).write(!read).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(&path)
         };
         let fifo = open(true)?;
-        // Its shim has had it open; one that comes later is seen. A reader that has seen no writer is not told that the
-        // last one is gone (fifo(7)): let it see one.
+        // The kernel reports the end of a FIFO only to a reader that had the FIFO open while a writer had it open
+        // (fifo(7)). If the shim has had the FIFO open, it may have closed it already. This process then opens and
+        // closes the FIFO as a writer. A writer that opens the FIFO later needs no such help.
         if dir.join(STARTED).exists() {
             drop(open(false)?);
         }
         let mut series = Series::new(spec.alloc_dir.clone(), format!("{}.{name}", spec.task), spec.options.max_files);
-        // As Nomad's collector does: who follows a log that says nothing yet finds it. Where that fails, the first bytes
-        // will tell.
+        // As Nomad's log collector does, the first file is created at once, so that a client can follow a log without
+        // output. An error is ignored here, because the first output will meet it again.
         let _ = series.current();
         let (max_size, policy) = (spec.options.max_size.max(1), spec.options.policy);
         let (dropped, stuck) = (lost.dropped, lost.stuck.clone());
         Ok(Self { path, fifo, series, max_size, policy, untold: 0, dropped, stuck, again: None })
     }
 
-    /// For epoll.
+    /// Returns the FIFO for epoll.
     pub fn fifo(&self) -> &File {
         &self.fifo
     }
 
-    /// Removes the FIFO: that is how the others know that all of it is written.
+    /// Removes the FIFO, which shows other processes that all its output is written.
     pub fn finish(&self) -> io::Result<()> {
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -114,10 +116,11 @@ impl Stream {
         }
     }
 
-    /// Moves what there is, up to a turn's worth.
+    /// Moves the output in the FIFO to the files, up to `TRANSFER_MAX` bytes. Output that can't be written is treated
+    /// according to the log's policy.
     ///
     /// # Errors
-    /// When the FIFO fails; what is wrong with the file is the policy's business.
+    /// When the FIFO can't be read.
     pub fn turn(&mut self, scratch: &mut Scratch) -> io::Result<Turn> {
         let mut moved = 0;
         loop {
@@ -150,12 +153,14 @@ impl Stream {
         }
     }
 
-    /// Has its last writer gone? Asked before the FIFO is looked at again: what came before its end is there by then.
+    /// Returns whether the last writer has closed the FIFO and no output is left in it. The FIFO's content is checked
+    /// last, because output that was written before the end is certainly there then.
     fn has_ended(&self) -> io::Result<bool> {
         Ok(is_closed(&self.fifo)? && unread(&self.fifo)? == 0)
     }
 
-    /// Moves some of the `waiting` bytes to the file, which never grows beyond its size.
+    /// Moves some of the `waiting` bytes to the current file, which never exceeds the size limit. Returns 0 after a
+    /// rotation.
     fn write_some(&mut self, scratch: &mut Scratch, waiting: u64) -> io::Result<u64> {
         if self.untold > 0 {
             self.tell_of_the_dropped()?;
@@ -183,6 +188,7 @@ impl Stream {
         Ok(moved as u64)
     }
 
+    /// Drops up to `waiting` bytes of the FIFO.
     fn drop_some(&mut self, scratch: &Scratch, waiting: u64) -> io::Result<u64> {
         let count = usize::try_from(waiting).unwrap_or(usize::MAX);
         let moved = match splice(&self.fifo, None, &scratch.null, None, count, SpliceFFlags::SPLICE_F_NONBLOCK) {
@@ -195,6 +201,7 @@ impl Stream {
         Ok(moved)
     }
 
+    /// Writes a notice about the bytes that were dropped into the log file.
     fn tell_of_the_dropped(&mut self) -> io::Result<()> {
         use std::os::unix::fs::FileExt as _;
         let why = self.stuck.clone().unwrap_or_default();
@@ -204,7 +211,7 @@ impl Stream {
         }
         let (file, size) = self.series.current()?;
         file.write_all_at(line.as_bytes(), size).inspect_err(|_| {
-            // Not half a line.
+            // Removes a notice that was written in part.
             let _ = file.set_len(size);
         })?;
         self.untold = 0;
@@ -212,8 +219,9 @@ impl Stream {
     }
 }
 
-/// How much of `next` goes into the `room` that is left, when more is to come than fits: whole lines. None: nothing, it
-/// goes into the next file. A line longer than [`LINE`], or than a whole file (`fresh`: this one is empty), is split.
+/// Returns how many bytes of `next` go into the current file, which has `room` bytes left, when not all output fits:
+/// whole lines. `None` means that all of it goes into the next file. A line is split if it is longer than
+/// `WHOLE_LINE_MAX`, or does not fit into an empty file (`fresh`).
 fn split(next: &[u8], room: u64, fresh: bool) -> Option<usize> {
     let room = usize::try_from(room).unwrap_or(usize::MAX);
     let fits = &next[..next.len().min(room)];
@@ -232,8 +240,8 @@ mod tests {
     fn lines_stay_whole_when_they_can() {
         assert_eq!(split(b"one\ntwo\nthr", 10, false), Some(8));
         assert_eq!(split(b"one\ntwo\n", 5, false), Some(4));
-        assert_eq!(split(b"toolong\n", 5, false), None, "into the next file");
-        assert_eq!(split(b"toolong\n", 5, true), Some(5), "no file would hold it");
+        assert_eq!(split(b"toolong\n", 5, false), None, "the line goes into the next file");
+        assert_eq!(split(b"toolong\n", 5, true), Some(5), "the line fits into no file");
         assert_eq!(split(&vec![b'x'; 2 * LINE], LINE as u64 + 7, false), Some(LINE + 7), "too long to be kept whole");
         assert_eq!(split(b"", 5, true), None);
     }

@@ -1,4 +1,4 @@
-//! What comes to the directory of tasks' logs, and goes: for the writer and for its keeper.
+//! Watches the directory of tasks' logs by inotify, for the log writer and the log writer supervisor.
 
 use std::{
     io,
@@ -11,36 +11,38 @@ use nix::{
     sys::inotify::{AddWatchFlags, InitFlags, Inotify},
 };
 
-/// A change.
+/// A change of the directory.
 #[derive(Debug)]
 pub(super) enum Change {
-    /// A task's directory is there, whole.
+    /// A task's directory has appeared, with all of its files.
     Came(String),
-    /// A task's directory is gone.
+    /// A task's directory was removed.
     Gone(String),
-    /// Something was missed: whoever cares looks again.
+    /// The kernel has dropped events, so that the caller must list the directory again.
     Missed,
-    /// All of it is being removed.
+    /// The directory of all logs is being removed.
     Over,
 }
 
-/// A watch over the directory.
+/// An inotify watch of the directory.
 #[derive(Debug)]
 pub(super) struct Watch {
     inotify: Inotify,
-    /// A file there. Its end is the directory's, which is not told itself: our open files keep it.
+    /// The name of a file in the directory. Its removal means that the directory is being removed: inotify does not
+    /// report that itself as long as this process has files of the directory open.
     lock: &'static str,
 }
 
 impl Watch {
-    /// Of `logs`, with the file `lock` in it.
+    /// Starts to watch `logs`, in which the file `lock_name` exists.
     pub(super) fn new(logs: &Path, lock: &'static str, flags: InitFlags) -> io::Result<Self> {
         let inotify = Inotify::init(flags | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(logs, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE)?;
         Ok(Self { inotify, lock })
     }
 
-    /// What has changed since the last time; waits for that, unless the watch was made not to.
+    /// Returns the changes since the last call. Waits for one if there is none, unless the watch was created with
+    /// `IN_NONBLOCK`.
     pub(super) fn changes(&self) -> io::Result<Vec<Change>> {
         let events = match self.inotify.read_events() {
             Ok(events) => events,

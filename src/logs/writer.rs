@@ -1,4 +1,4 @@
-//! The log writer: one process, one thread, all streams of the node.
+//! The log writer: one process with one thread, which writes all streams of the node.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,28 +27,29 @@ use super::{
 };
 use crate::places::create_private;
 
-/// One writer at a time: a second one waits here.
+/// The file that the running log writer has locked. A second log writer waits for the lock.
 const LOCK: &str = ".writer.lock";
-/// The inotify descriptor's number in epoll; streams have others.
+/// The id of the inotify descriptor in epoll. Streams have other ids.
 const DIRECTORY: u64 = 0;
-/// After a round with little to do it waits so long for each stream it had, so that the next round finds more in each:
-/// a wakeup a line would cost more than the line.
+/// The delay after a round in which no stream brought much, for each stream that was served. The next round then finds
+/// more output in each stream: a wakeup for each line would cost more than writing the line.
 const LULL: Duration = Duration::from_micros(500);
-/// At most; Nomad's collector flushes at this interval.
+/// The largest delay after a round. Nomad's log collector flushes at this interval.
 const LULL_MAX: Duration = Duration::from_millis(100);
-/// A stream that brought so much at a turn is not kept waiting: its pipe would fill.
+/// If a stream brought this many bytes in a round, the next round begins without delay, because the stream's pipe would
+/// fill.
 const BUSY: u64 = 16 << 10;
-/// What was lost is said so often at most.
+/// The shortest interval between two reports of a stream's losses, and the delay before a failed step is tried again.
 const TELL: Duration = Duration::from_secs(1);
 
-/// Writes the logs below `logs`, until it is killed or the directory is gone.
+/// Writes the logs of the tasks in the directory `logs` until that directory is removed.
 ///
 /// # Errors
-/// When the kernel refuses what it needs.
+/// When the lock, the watch of the directory or epoll fails.
 pub fn write(logs: &Path) -> io::Result<()> {
     let Some(_lock) = wait_for_turn(logs)? else { return Ok(()) };
     let mut writer = Writer::new(logs)?;
-    // Watched first, looked through second: what appears in between is seen twice, which is harmless.
+    // The directory is listed after the watch exists. A task that appears in between is found twice, which is harmless.
     writer.look()?;
     loop {
         if !writer.round()? {
@@ -57,7 +58,8 @@ pub fn write(logs: &Path) -> io::Result<()> {
     }
 }
 
-/// Waits until no other writer lives. None when that is no longer wanted: our keeper has died, or all is over.
+/// Waits until no other log writer runs, and returns the lock. Returns `None` when this log writer is no longer needed,
+/// because its supervisor has died or the directory was removed.
 fn wait_for_turn(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
     let keeper = nix::unistd::getppid();
     let mut lock = create_private(&logs.join(LOCK))?;
@@ -71,12 +73,13 @@ fn wait_for_turn(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
         if nix::unistd::getppid() != keeper {
             return Ok(None);
         }
-        #[allow(clippy::disallowed_methods, reason = "a process of one thread, without a runtime")]
+        #[allow(clippy::disallowed_methods, reason = "a process with one thread and no async runtime")]
         thread::sleep(LULL_MAX);
     }
 }
 
-/// Waits until no writer lives. False when there will be nothing to write any more: the directory is gone.
+/// Waits until no log writer runs. Returns false when no further log writer is needed, because the directory was
+/// removed.
 ///
 /// # Errors
 /// When the lock file can't be opened or locked.
@@ -94,17 +97,17 @@ pub(super) fn outlast_writer(logs: &Path) -> io::Result<bool> {
     }
 }
 
-/// A stream that is taken on.
+/// A stream that the log writer has open.
 struct Taken {
     task: String,
     name: &'static str,
     stream: Stream,
-    /// When its losses were said last.
+    /// The time of the last report of the stream's losses.
     told: Option<Instant>,
 }
 
 impl Taken {
-    /// Says what was lost.
+    /// Reports the stream's losses in the task's file of losses.
     fn say(&mut self, logs: &Path) {
         let dir = logs.join(&self.task);
         let said = read_losses(&dir).and_then(|mut losses| {
@@ -113,7 +116,7 @@ impl Taken {
             write_losses(&dir, &losses)
         });
         if let Err(error) = said {
-            tracing::error!(task = self.task, %error, "what its log has lost");
+            tracing::error!(task = self.task, %error, "could not report the losses of a task's log");
         }
         self.told = Some(Instant::now());
     }
@@ -124,10 +127,11 @@ struct Writer {
     epoll: Epoll,
     watch: Watch,
     streams: HashMap<u64, Taken>,
-    /// Tasks whose streams could not be opened: descriptors or memory had run out.
+    /// Tasks whose streams could not be opened, for example for lack of descriptors or memory. They are tried again.
     untaken: HashSet<String>,
-    /// Those that rest, since their files take nothing.
+    /// Streams that are not served until the given time, because a file can't be written or a FIFO can't be read.
     resting: HashMap<u64, Instant>,
+    /// The epoll id of the next stream.
     next: u64,
     scratch: Scratch,
 }
@@ -149,7 +153,7 @@ impl Writer {
         })
     }
 
-    /// Takes on what is there and not yet known.
+    /// Opens the streams of all tasks that are not open yet.
     fn look(&mut self) -> io::Result<()> {
         for task in tasks(&self.logs)? {
             self.take_on(&task);
@@ -157,7 +161,8 @@ impl Writer {
         Ok(())
     }
 
-    /// A task whose description can't be read keeps its output in its pipes; somebody must look.
+    /// Opens the streams of a task that are not open yet. If the task's description can't be read, its output stays in
+    /// the pipes, and an operator must fix the cause.
     fn take_on(&mut self, task: &str) {
         let dir = self.logs.join(task);
         let spec = fs::read(dir.join(SPEC)).and_then(|text| Ok(serde_json::from_slice::<LogSpec>(&text)?));
@@ -165,13 +170,17 @@ impl Writer {
             Ok(spec) => spec,
             Err(error) => {
                 if error.kind() != io::ErrorKind::NotFound {
-                    tracing::error!(task, %error, "the description of its log");
+                    tracing::error!(task, %error, "could not read the description of a task's log");
                 }
                 return;
             }
         };
         let mut losses = read_losses(&dir).unwrap_or_else(|error| {
-            tracing::error!(task, %error, "what its log had lost before is not known; it is counted anew");
+            tracing::error!(
+                task,
+                %error,
+                "could not read the earlier losses of a task's log; losses are counted from zero again"
+            );
             Losses::default()
         });
         for name in STREAMS {
@@ -187,10 +196,10 @@ impl Writer {
                 Ok(())
             });
             match added {
-                // Written out by an earlier writer, or a terminal has none.
+                // An earlier log writer has written all of the stream, or the task has a terminal and thus one stream.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    tracing::error!(task, stream = name, %error, "its log; trying again");
+                    tracing::error!(task, stream = name, %error, "could not open a stream of a log; trying again");
                     self.untaken.insert(task.to_owned());
                 }
                 Ok(()) => {}
@@ -198,7 +207,8 @@ impl Writer {
         }
     }
 
-    /// Waits for something to do, and does it. False when there will never be anything again.
+    /// Waits until a stream has output or the directory has changed, and serves all streams that have output. Returns
+    /// false when the directory was removed.
     fn round(&mut self) -> io::Result<bool> {
         let mut events = [EpollEvent::empty(); 256];
         let untaken = (!self.untaken.is_empty()).then(|| Instant::now() + TELL);
@@ -239,18 +249,18 @@ impl Writer {
         }
         if !busy {
             let lull = LULL * u32::try_from(ready.len()).unwrap_or(u32::MAX);
-            #[allow(clippy::disallowed_methods, reason = "a process of one thread, without a runtime")]
+            #[allow(clippy::disallowed_methods, reason = "a process with one thread and no async runtime")]
             thread::sleep(lull.min(LULL_MAX));
         }
         Ok(true)
     }
 
-    /// One stream's turn: is it in a hurry?
+    /// Writes the output of one stream. Returns whether the next round must begin without delay.
     fn serve(&mut self, id: u64) -> io::Result<bool> {
         let Some(taken) = self.streams.get_mut(&id) else { return Ok(false) };
         let (dropped, was_stuck) = (taken.stream.dropped, taken.stream.stuck.is_some());
         let turn = taken.stream.turn(&mut self.scratch);
-        // At once when it begins or ends, else now and then.
+        // Losses are reported at once when the stream becomes stuck or is no longer stuck, and at intervals in between.
         let turned = taken.stream.stuck.is_some() != was_stuck;
         let more = taken.stream.dropped != dropped && taken.told.is_none_or(|at| at.elapsed() >= TELL);
         if turned || more {
@@ -268,13 +278,14 @@ impl Writer {
                 Ok(false)
             }
             Err(error) => {
-                tracing::error!(task = taken.task, %error, "its FIFO");
+                tracing::error!(task = taken.task, %error, "could not read the FIFO of a task's log");
                 self.rest(id, Instant::now() + TELL)?;
                 Ok(false)
             }
         }
     }
 
+    /// Stops serving a stream until the given time.
     fn rest(&mut self, id: u64, until: Instant) -> io::Result<()> {
         if let Some(taken) = self.streams.get(&id) {
             self.epoll.delete(taken.stream.fifo())?;
@@ -283,31 +294,34 @@ impl Writer {
         Ok(())
     }
 
+    /// Ends a stream whose output is written completely.
     fn drop_stream(&mut self, id: u64) {
         self.resting.remove(&id);
-        // Closing it takes it out of epoll: nobody else has this description.
+        // Closing the FIFO also removes it from epoll, because no other descriptor shares its open file description.
         let Some(mut taken) = self.streams.remove(&id) else { return };
         if taken.stream.dropped > 0 {
             taken.say(&self.logs);
         }
         if let Err(error) = taken.stream.finish() {
-            tracing::error!(task = taken.task, stream = taken.name, %error, "its FIFO stays");
+            tracing::error!(task = taken.task, stream = taken.name, %error, "could not remove the FIFO of a log");
         }
     }
 
-    /// What has come or gone. False when the directory itself is gone.
+    /// Opens the streams of new tasks, and closes those of removed tasks. Returns false when the directory was removed.
     fn directory_changed(&mut self) -> io::Result<bool> {
         for change in self.watch.changes()? {
             match change {
                 Change::Came(task) => self.take_on(&task),
                 Change::Gone(task) => {
-                    // Not by its name, which may be another attempt's by now.
+                    // The streams are only closed. Their FIFOs are not removed by name, because a directory of the same
+                    // name may belong to another attempt by now.
                     self.streams.retain(|_, taken| taken.task != task);
                     self.resting.retain(|id, _| self.streams.contains_key(id));
                     self.untaken.remove(&task);
                 }
                 Change::Missed => {
-                    // Whatever came or went: what is in the pipes stays there.
+                    // All streams are closed and opened again, because any task may have come or gone. The output in
+                    // the pipes stays there.
                     (self.streams, self.resting) = (HashMap::new(), HashMap::new());
                     self.look()?;
                 }

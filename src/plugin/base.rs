@@ -1,5 +1,6 @@
-//! The base service: who we are, what can be configured. Nothing here touches anything shared: Nomad starts three
-//! processes of us at each agent start, two of them only for this, while tasks of a live one run.
+//! The base service: the plugin's name, its options and its configuration. Nothing here touches shared state: Nomad
+//! starts three processes of the plugin at each agent start, two of them only for this service, while tasks of a live
+//! one run.
 
 use tonic::{Code, Request, Response, Status};
 
@@ -19,7 +20,7 @@ pub struct Base {
 }
 
 impl Base {
-    /// For the plugin that `driver` serves.
+    /// Creates the base service of the plugin that `driver` serves.
     pub fn new(driver: DriverService) -> Self {
         Self { driver }
     }

@@ -1,4 +1,4 @@
-//! The control socket: what the command line and a successor ask of a live plugin.
+//! The control socket, at which a live plugin answers the command line and a successor.
 
 use std::{io, time::Duration};
 
@@ -19,25 +19,25 @@ use crate::{
     text::{self, MESSAGE_MAX},
 };
 
-/// Whoever connects has its request ready.
+/// How long a client may take to send its request, which it has ready when it connects.
 const REQUEST: Duration = Duration::from_secs(10);
 
-/// Answers at the control socket.
+/// Serves the control socket.
 #[derive(Clone)]
 pub struct Doorkeeper {
-    /// What is asked about.
+    /// The engine that requests are about.
     pub engine: Engine,
-    /// How we are told to leave.
+    /// Set to `ShutdownMode::HandOver` when another plugin takes over.
     pub leave: watch::Sender<Leave>,
-    /// Whether an agent is connected.
+    /// The agents' connections: while there is one, another plugin can't take over.
     pub clients: Clients,
 }
 
 impl Doorkeeper {
-    /// Listens.
+    /// Listens at the control socket, and answers requests in the background.
     ///
     /// # Errors
-    /// When the socket can't be made.
+    /// When the socket can't be created.
     pub fn open(self) -> io::Result<()> {
         let listener = listen_privately(&self.engine.settings().places.control())?;
         tokio::spawn(async move {
@@ -45,7 +45,7 @@ impl Doorkeeper {
                 match listener.accept().await {
                     Ok((stream, _)) => drop(tokio::spawn(self.clone().serve(stream))),
                     Err(error) => {
-                        tracing::warn!(%error, "control socket");
+                        tracing::warn!(%error, "could not accept a connection to the control socket");
                         tokio::time::sleep(Duration::from_millis(50)).await;
                     }
                 }
@@ -68,7 +68,7 @@ impl Doorkeeper {
         let answer = match serde_json::from_str(&line) {
             Ok(Request::Events) => return self.events(write).await,
             Ok(request) => self.answer(request).await,
-            Err(error) => Answer::Refused(format!("request not understood: {error}")),
+            Err(error) => Answer::Refused(format!("the request can't be parsed: {error}")),
         };
         let _ = say(&mut write, &answer).await;
     }
@@ -79,7 +79,7 @@ impl Doorkeeper {
                 Answer::Refused(format!("plugin {} has an agent connected", std::process::id()))
             }
             Request::Leave => {
-                tracing::info!("gives way to another plugin");
+                tracing::info!("this plugin gives way to another plugin");
                 self.leave.send_replace(Leave::GivingWay);
                 Answer::Done
             }
@@ -105,6 +105,7 @@ impl Doorkeeper {
         }
     }
 
+    /// Sends task events until the client disconnects.
     async fn events(&self, mut write: OwnedWriteHalf) {
         let mut events = self.engine.listen();
         loop {

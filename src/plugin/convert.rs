@@ -1,4 +1,4 @@
-//! Between Nomad's messages and our own types.
+//! Converts between Nomad's messages and the driver's own types.
 
 use std::{
     collections::BTreeMap,
@@ -17,15 +17,15 @@ use crate::{
     task::{Compute, ExitRecord, JobLimits, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
 };
 
-/// What Nomad's docker driver says of a task whose cgroup had an OOM kill.
+/// The exit message of Nomad's docker driver for a task whose cgroup had an OOM kill.
 const OOM_KILLED: &str = "OOM Killed";
-/// Go's zero time, which is how "not yet" is said (0001-01-01T00:00:00Z).
+/// Go's zero time (0001-01-01T00:00:00Z), which means "not yet".
 const ZERO_TIME: prost_types::Timestamp = prost_types::Timestamp { seconds: -62_135_596_800, nanos: 0 };
 
-/// Reads what Nomad asks to be started.
+/// Reads Nomad's request to start a task.
 ///
 /// # Errors
-/// With everything that is wrong with its `config`.
+/// When anything is wrong with the request or its `config`; the error has all faults.
 pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<StartRequest, ConfigError> {
     texts::check(task)?;
     let network = match &task.network_isolation_spec {
@@ -102,6 +102,7 @@ fn volume(mount: &wire::Mount) -> Result<Volume, ConfigError> {
     })
 }
 
+/// Converts a task's resources; the second value is the cgroup of its reserved cores.
 fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
     let allocated = resources.and_then(|resources| resources.allocated_resources.as_ref());
     let linux = resources.and_then(|resources| resources.linux_resources.as_ref());
@@ -123,7 +124,7 @@ fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
     (resources, linux.map(|linux| linux.cpuset_cgroup.clone()).unwrap_or_default())
 }
 
-/// Adds what the job's `config` says of limits.
+/// Applies the limits in the job's `config`.
 fn limit(
     to: &mut Resources,
     limits: &JobLimits,
@@ -132,7 +133,7 @@ fn limit(
 ) -> Result<(), ConfigError> {
     let fault = |fault: String| Err(ConfigError::one(fault));
     if !limits.cpuset_cpus.is_empty() {
-        // The old driver's forks took the option's word.
+        // In the forks of nomad-driver-containerd the option wins.
         if !to.cpuset_cpus.is_empty() && flavor == Flavor::Secure {
             return fault("cpuset_cpus and resources.cores exclude each other; remove one of them".to_owned());
         }
@@ -156,8 +157,8 @@ fn limit(
     Ok(())
 }
 
-/// What this node's processors can do: the operator's word, else the sum over all cores, else (agents before 1.7, and
-/// the validation pass, send nothing) what this host's own files say.
+/// Returns the compute capacity of this node: the operator's value, else the sum over all cores, else (agents before
+/// 1.7, and the validation pass, send nothing) what this host's own files say.
 pub fn compute(topology: Option<&pb::ClientTopology>) -> Compute {
     let Some(topology) = topology.filter(|topology| !topology.cores.is_empty()) else { return host_compute() };
     let speed = |core: &pb::ClientTopologyCore| {
@@ -179,18 +180,20 @@ fn host_compute() -> Compute {
     Compute { total_mhz: per_core * cores as u64, cores: u32::try_from(cores).unwrap_or(1) }
 }
 
-/// How a task ended. Deaths by signal keep 128 + n in the code and 0 as the signal, as upstream's container drivers do.
+/// Converts a task's exit. A death by signal has 128 + n as its code and 0 as its signal, as in Nomad's own container
+/// drivers.
 pub fn exit_result(exit: &ExitRecord) -> wire::ExitResult {
     wire::ExitResult { exit_code: exit.code, signal: 0, oom_killed: exit.oom_killed }
 }
 
 /// Returns the text that Nomad's Terminated event shows as the exit message; empty for none.
 ///
-/// An OOM kill anywhere in the task's cgroup is told in the words of Nomad's docker driver (hashicorp/nomad
-/// drivers/docker/handle.go `run`), since `nomad alloc status` shows neither `oom_killed` nor the event of ours. Nomad keeps
-/// the exit code beside the text (plugins/drivers/client.go `handleWaitTask`), but counts every exit with a text as a failure
-/// (plugins/drivers/driver.go `Successful`): a task whose first process outlived the OOM kill of another one and then
-/// succeeded has none, or a finished batch job would be run again.
+/// An OOM kill anywhere in the task's cgroup is reported in the words of Nomad's docker driver (hashicorp/nomad
+/// drivers/docker/handle.go `run`), since `nomad alloc status` shows neither `oom_killed` nor this driver's event.
+/// Nomad keeps the exit code along with the text (plugins/drivers/client.go `handleWaitTask`), but counts every exit
+/// with a text as a failure (plugins/drivers/driver.go `Successful`). So there is no text for a task whose first
+/// process outlived the OOM kill of another process and then succeeded; otherwise a finished batch job would be run
+/// again.
 pub fn exit_message(exit: &ExitRecord) -> String {
     match &exit.error {
         Some(error) if exit.oom_killed => format!("{OOM_KILLED}; {error}"),
@@ -200,22 +203,22 @@ pub fn exit_message(exit: &ExitRecord) -> String {
     }
 }
 
-/// A time that is always there.
+/// Converts a time; `None` becomes Go's zero time.
 pub fn timestamp(time: Option<SystemTime>) -> prost_types::Timestamp {
     time.map_or(ZERO_TIME, prost_types::Timestamp::from)
 }
 
-/// A time from a record.
+/// Converts the milliseconds since the epoch that a record holds.
 pub fn from_millis(millis: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
 }
 
-/// A duration that may be absent or negative; both are zero.
+/// Converts a duration; an absent or negative one becomes zero.
 pub fn duration(duration: Option<prost_types::Duration>) -> Duration {
     duration.and_then(|duration| Duration::try_from(duration).ok()).unwrap_or_default()
 }
 
-/// An event for Nomad.
+/// Converts a task event.
 pub fn event(event: TaskEvent) -> wire::DriverTaskEvent {
     wire::DriverTaskEvent {
         task_id: event.task_id.0,
@@ -259,13 +262,13 @@ mod tests {
         };
         let hard = JobLimits { cfs_period: Some(100_000), ..JobLimits::default() };
         let quota = |ticks| with(&hard, ticks).expect("limits").cpu_quota.expect("a quota").quota;
-        assert_eq!((quota(0.0), quota(0.25)), (50_000, 100_000), "by our own count, by Nomad's");
+        assert_eq!((quota(0.0), quota(0.25)), (50_000, 100_000), "from CPU shares, from Nomad's percentage");
         let low = JobLimits { memory_max: MemoryMax::Bytes(32 << 20), ..JobLimits::default() };
         assert!(with(&low, 0.0).expect_err("refused").contains("memory_hard_limit = 32"));
         let mut reserved = Resources { cpuset_cpus: "0".to_owned(), ..Resources::default() };
         let wanted = JobLimits { cpuset_cpus: "1".to_owned(), ..JobLimits::default() };
         assert!(limit(&mut reserved, &wanted, None, (compute, Flavor::Secure)).is_err());
-        limit(&mut reserved, &wanted, None, (compute, Flavor::DropIn)).expect("the option's word");
+        limit(&mut reserved, &wanted, None, (compute, Flavor::DropIn)).expect("the option wins");
         assert_eq!(reserved.cpuset_cpus, "1");
     }
 

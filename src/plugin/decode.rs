@@ -1,7 +1,8 @@
-//! From Nomad's msgpack to checked values, by the option tables. All faults are collected, none stops the others.
+//! Decodes Nomad's msgpack into checked values, by the option tables. All faults are collected; none stops the decoding
+//! of the other options.
 //!
-//! Nomad decodes a job against our schema and sends every key, absent ones as nil; numbers come as any integer form, a
-//! float or text, texts may come as binary, and older helpers wrap a single block into an array.
+//! Nomad decodes a job against the plugin's schema and sends every key, absent ones as nil. Numbers come as any integer
+//! form, as a float or as text; texts may come as binary; older helpers wrap a single block into an array.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +10,7 @@ use rmpv::Value as Wire;
 
 use super::options::{Kind, Presence, Row};
 
-/// A decoded option.
+/// The decoded value of an option.
 #[derive(Clone, PartialEq)]
 enum Value {
     Text(String),
@@ -22,12 +23,12 @@ enum Value {
     Map(BTreeMap<String, String>),
 }
 
-/// Decoded options by name; those that were absent and have no default are not there.
+/// Decoded options by name; options that were absent and have no default are missing.
 #[derive(Clone, Default, PartialEq)]
 pub struct Values(BTreeMap<&'static str, Value>);
 
 impl Values {
-    /// A text.
+    /// Returns the text of an option.
     pub fn text(&self, name: &str) -> Option<&str> {
         match self.0.get(name) {
             Some(Value::Text(text)) => Some(text),
@@ -35,12 +36,12 @@ impl Values {
         }
     }
 
-    /// A text that is not empty; HCL's `""` mostly means "not set".
+    /// Returns the text of an option unless it is empty; HCL's `""` mostly means "not set".
     pub fn filled(&self, name: &str) -> Option<&str> {
         self.text(name).filter(|text| !text.is_empty())
     }
 
-    /// A flag.
+    /// Returns the value of a flag.
     pub fn flag(&self, name: &str) -> Option<bool> {
         match self.0.get(name) {
             Some(Value::Flag(flag)) => Some(*flag),
@@ -48,7 +49,7 @@ impl Values {
         }
     }
 
-    /// A number.
+    /// Returns the value of a number.
     pub fn number(&self, name: &str) -> Option<i64> {
         match self.0.get(name) {
             Some(Value::Number(number)) => Some(*number),
@@ -56,12 +57,12 @@ impl Values {
         }
     }
 
-    /// Was it given?
+    /// Whether the option has a value.
     pub fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
 
-    /// A list; None when it is absent.
+    /// Returns the texts of a list; `None` when the list is absent.
     pub fn list(&self, name: &str) -> Option<&[String]> {
         match self.0.get(name) {
             Some(Value::List(list)) => Some(list),
@@ -69,7 +70,7 @@ impl Values {
         }
     }
 
-    /// A block.
+    /// Returns the content of a block.
     pub fn block(&self, name: &str) -> Option<&Self> {
         match self.0.get(name) {
             Some(Value::Block(block)) => Some(block),
@@ -77,7 +78,7 @@ impl Values {
         }
     }
 
-    /// Blocks, in order.
+    /// Returns the contents of the blocks of this name, in order.
     pub fn blocks(&self, name: &str) -> &[Self] {
         match self.0.get(name) {
             Some(Value::Blocks(blocks)) => blocks,
@@ -85,7 +86,7 @@ impl Values {
         }
     }
 
-    /// Texts by name.
+    /// Returns the texts of a map by their names; an absent map is empty.
     pub fn map(&self, name: &str) -> BTreeMap<String, String> {
         match self.0.get(name) {
             Some(Value::Map(map)) => map.clone(),
@@ -93,7 +94,7 @@ impl Values {
         }
     }
 
-    /// Labelled blocks.
+    /// Returns the labels and contents of labelled blocks.
     pub fn labelled(&self, name: &str) -> impl Iterator<Item = (&String, &Self)> {
         let blocks = match self.0.get(name) {
             Some(Value::Labelled(blocks)) => Some(blocks),
@@ -103,9 +104,9 @@ impl Values {
     }
 }
 
-/// Decodes `bytes` by `rows`. Empty input means that everything is absent.
+/// Decodes `bytes` by `rows`. Empty input means that all options are absent.
 ///
-/// Every fault is named by its option's path; values that may be secret are not repeated.
+/// Each fault names its option's path; values that may be secret are not repeated.
 pub fn decode(rows: &'static [Row], bytes: &[u8], faults: &mut Vec<String>) -> Values {
     let wire = if bytes.is_empty() {
         Wire::Map(Vec::new())
@@ -136,7 +137,7 @@ fn object(rows: &'static [Row], wire: &Wire, path: &mut String, faults: &mut Vec
     for (key, value) in entries {
         match text(key) {
             Some(key) => drop(given.insert(key, value)),
-            None => faults.push(format!("{path}: an option's name is {}", kind_of(key))),
+            None => faults.push(format!("{path}: an option's name must be a string, not {}", kind_of(key))),
         }
     }
     for name in given.keys().filter(|name| !rows.iter().any(|row| row.name == *name)) {
@@ -201,7 +202,7 @@ fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -
             Some(Value::Blocks(blocks))
         }
         Kind::Map => {
-            // One map for each block of the name, from left to right.
+            // Nomad sends one map for each block of this name; later maps win.
             let maps = match wire {
                 Wire::Array(items) => items.as_slice(),
                 single => std::slice::from_ref(single),
@@ -234,7 +235,8 @@ fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -
     }
 }
 
-/// C's readers (the kernel, crun) take a NUL byte for the end of a text, and would see another one than we have checked.
+/// Refuses NUL bytes: C programs (the kernel, crun) end a text there, and would see another text than the one that is
+/// checked here.
 fn no_nul(value: &Value, path: &str, faults: &mut Vec<String>) {
     let mut check = |text: &str| {
         if text.contains('\0') {
@@ -246,13 +248,13 @@ fn no_nul(value: &Value, path: &str, faults: &mut Vec<String>) {
         Value::List(list) => list.iter().for_each(|text| check(text)),
         Value::Map(map) => map.iter().flat_map(|(key, value)| [key, value]).for_each(|text| check(text)),
         Value::Labelled(blocks) => blocks.keys().for_each(|label| check(label)),
-        // Looked at option by option.
+        // The options of a block are checked one by one.
         Value::Block(_) | Value::Blocks(_) => {}
         Value::Flag(_) | Value::Number(_) => {}
     }
 }
 
-/// Our own tables' defaults, which are texts with quotes, flags and numbers.
+/// Parses a default of the option tables: a quoted text, a flag or a number.
 fn literal_value(kind: Kind, literal: &str) -> Value {
     match kind {
         Kind::Flag => Value::Flag(literal == "true"),
@@ -269,7 +271,8 @@ fn text(wire: &Wire) -> Option<String> {
     }
 }
 
-/// Integral floats and decimal texts count: HCL's numbers arrive in whichever form holds them exactly.
+/// Reads a number. Integral floats and decimal texts count as well: HCL's numbers arrive in whichever form holds them
+/// exactly.
 fn number(wire: &Wire) -> Option<i64> {
     if let Some(number) = wire.as_i64() {
         return Some(number);
@@ -299,13 +302,13 @@ fn join(path: &str, name: &str) -> String {
     if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
-/// "did you mean": the option whose letters differ least, if it is near.
+/// Suggests the option whose name differs least ("did you mean"), if it is near enough.
 fn nearest(rows: &[Row], name: &str) -> String {
     let near = rows.iter().map(|row| (distance(row.name, name), row.name)).min().filter(|(distance, _)| *distance <= 2);
     near.map(|(_, name)| format!(" (did you mean {name}?)")).unwrap_or_default()
 }
 
-/// Levenshtein's distance.
+/// The Levenshtein distance of two texts.
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

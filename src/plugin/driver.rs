@@ -1,5 +1,5 @@
-//! The driver service: decode, hand to the engine, encode. Bodies that make or undo something run as tasks of their
-//! own, so that a call dropped by a dying agent finishes all the same.
+//! The driver service: decodes requests, passes them to the engine, and encodes the answers. Handlers that create or
+//! remove something run as tasks of their own, so that they finish even if a dying agent drops the call.
 
 use std::{collections::HashMap, path::Path, pin::Pin, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     text::{self, FOREIGN_MAX, MESSAGE_MAX},
 };
 
-/// The pool is filled this long after `Init`: an `Init` may come to a process that lives 12 ms.
+/// The delay from `Init` to the first filling of the pool: some processes that get an `Init` live for only 12 ms.
 const WARM_UP: Duration = Duration::from_secs(2);
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -31,19 +31,20 @@ impl DriverService {
         Box::pin(engine.start(request)).await.map_err(refuse)
     }
 
+    /// Checks a request's task id, and opens the engine.
     async fn known(&self, id: &str) -> Result<(Engine, TaskId), Status> {
         let id = task_id("task_id", id)?;
         Ok((self.engine().await?, id))
     }
 }
 
-/// Runs `body` to its end whatever becomes of the caller.
+/// Runs `body` to its end, even if the caller goes away.
 async fn to_the_end<T: Send + 'static>(
     body: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<T, Status> {
     match tokio::spawn(body).await {
         Ok(outcome) => outcome,
-        Err(join) => Err(status::new(Code::Internal, &format!("a handler ended early: {join}"))),
+        Err(join) => Err(status::new(Code::Internal, &format!("a request's handler did not finish: {join}"))),
     }
 }
 
@@ -65,7 +66,8 @@ impl Driver for DriverService {
 
     async fn init(&self, _: Request<wire::InitRequest>) -> Result<Response<wire::InitResponse>, Status> {
         let this = self.clone();
-        // An error here would make the agent kill us; the fingerprint tells it instead, and each call tries again.
+        // An error here would make the agent kill the plugin. The fingerprint reports the error instead, and each call
+        // tries again.
         if self.settings()?.enabled && this.engine().await.is_ok() {
             tokio::spawn(async move {
                 tokio::time::sleep(WARM_UP).await;
@@ -120,7 +122,7 @@ impl Driver for DriverService {
         let id = task_id("handle.config.id", &config.id)?;
         let unrecoverable = |problem: String| refuse(TaskError::Unrecoverable { id: id.clone(), problem });
         if handle.version == FORMER_VERSION {
-            // Its container's name is made of these.
+            // The container's name is made of these two.
             for (field, text) in [("handle.config.alloc_id", &config.alloc_id), ("handle.config.name", &config.name)] {
                 if text.is_empty() {
                     return Err(status::new(Code::InvalidArgument, &format!("request: {field} is empty")));
@@ -131,25 +133,25 @@ impl Driver for DriverService {
             let ended = to_the_end(async move { Ok(engine.end_former(former).await) }).await?;
             return Err(unrecoverable(match ended {
                 Ok(ended) if ended.is_empty() => {
-                    "it was started by the driver that was here before, and its container is gone".to_owned()
+                    "it was started by nomad-driver-containerd, and its container is gone".to_owned()
                 }
                 Ok(ended) => format!(
-                    "it was started by the driver that was here before; its container {} was ended, so that it does not run twice",
+                    "it was started by nomad-driver-containerd; its container {} was killed, so that the task does not run twice",
                     ended.join(", ")
                 ),
                 Err(error) => format!(
-                    "it was started by the driver that was here before; its container could not be ended and may still run: {}",
+                    "it was started by nomad-driver-containerd; its container could not be killed and may still run: {}",
                     crate::chain(&error)
                 ),
             }));
         }
         if handle.version != TaskHandle::VERSION {
             let problem =
-                format!("its handle has version {}, this driver's is {}", handle.version, TaskHandle::VERSION);
+                format!("its handle has version {}, but this driver uses {}", handle.version, TaskHandle::VERSION);
             return Err(unrecoverable(problem));
         }
         let handle = TaskHandle::decode(&handle.driver_state)
-            .map_err(|error| unrecoverable(format!("its handle is torn: {error}")))?;
+            .map_err(|error| unrecoverable(format!("its handle can't be decoded: {error}")))?;
         let engine = self.engine().await?;
         let id = id.clone();
         to_the_end(async move { engine.recover(&id, &handle).await.map_err(refuse) }).await?;
@@ -227,7 +229,7 @@ impl Driver for DriverService {
         let inspection = engine.inspect(&id).await.map_err(refuse)?;
         let exit = inspection.exit.as_ref();
         let state = if exit.is_some() { wire::TaskState::Exited } else { wire::TaskState::Running };
-        // Nomad's client dereferences result and both times without looking.
+        // Nomad's client dereferences the result and both times without checking for nil.
         let task = wire::TaskStatus {
             id: id.0,
             name: inspection.name.clone(),
@@ -272,7 +274,7 @@ impl Driver for DriverService {
                             return;
                         }
                     }
-                    Err(RecvError::Lagged(missed)) => tracing::warn!(missed, "a slow listener missed task events"),
+                    Err(RecvError::Lagged(missed)) => tracing::warn!(missed, "a slow reader missed task events"),
                     Err(RecvError::Closed) => return,
                 }
             }
@@ -281,7 +283,7 @@ impl Driver for DriverService {
     }
 
     async fn shutdown(&self, _: Request<wire::ShutdownRequest>) -> Result<Response<wire::ShutdownResponse>, Status> {
-        // Records are written as things happen; there is nothing to flush, and tasks stay.
+        // Records are written at each change, so there is nothing to flush, and tasks keep running.
         Ok(Response::new(wire::ShutdownResponse {}))
     }
 
@@ -328,7 +330,7 @@ impl Driver for DriverService {
     }
 }
 
-/// What `InspectTask` adds for people, and for `run --time`.
+/// Returns the attributes that `InspectTask` adds for people, and for `run --time`.
 fn attributes(inspection: &Inspection) -> HashMap<String, String> {
     let Inspection { record, phases, pid, .. } = inspection;
     let mut attributes = HashMap::from([

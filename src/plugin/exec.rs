@@ -1,4 +1,4 @@
-//! ExecTask and ExecTaskStreaming: a session's pipes on one side, Nomad's messages on the other.
+//! ExecTask and ExecTaskStreaming: data passes between the pipes of an exec'd process and Nomad's messages.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -17,33 +17,35 @@ use crate::{
     text::{self, MESSAGE_MAX},
 };
 
-/// Of each stream of ExecTask the last so many bytes are kept; Nomad's own drivers keep 4 KiB.
+/// ExecTask returns this many bytes of the end of each output stream; Nomad's own drivers return 4 KiB.
 const KEPT: usize = 1 << 20;
-/// One message's worth.
+/// The most bytes of output in one message.
 const CHUNK: usize = 32 << 10;
-/// How long output is waited for after a process's end, while its children keep the stream open.
+/// How long output is still read after a process has ended, while its children keep the stream open.
 #[derive(Debug, Clone, Copy)]
 struct Drain {
-    /// Nothing has come for this long.
+    /// Reading stops when no output has arrived for this long.
     silence: Duration,
-    /// However much still comes.
+    /// Reading stops after this time, however much output still arrives.
     at_most: Duration,
 }
 
-/// Without a terminal output is read to its end; a daemon that was started in passing must not keep its caller, though.
+/// Without a terminal, output is read to its end. A daemon that the command has started must not block the caller,
+/// though, so a silence ends the reading as well.
 const PIPES: Drain = Drain { silence: Duration::from_secs(2), at_most: FOR_EVER };
-/// With one, the end of the process is the end (Nomad's contract); only what it wrote last is waited for.
+/// With a terminal, the session ends when the process ends (Nomad's contract); only the process's last output is still
+/// read.
 const TERMINAL: Drain = Drain { silence: Duration::from_millis(200), at_most: Duration::from_secs(1) };
 
-/// As good as never.
+/// A year stands for "no limit": `Instant` arithmetic needs a finite duration.
 const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 type Answer = Result<wire::ExecTaskStreamingResponse, Status>;
 
-/// Runs a command to its end, with no input: its output and exit code.
+/// Runs a command without input until it ends, and returns its output and exit code.
 ///
 /// # Errors
-/// When it can't be run, or does not end in time; then it is killed.
+/// When the command can't be run, or does not end within its timeout; it is killed then.
 pub async fn run(
     engine: &Engine,
     id: TaskId,
@@ -69,10 +71,10 @@ pub async fn run(
     })
 }
 
-/// Runs a command for somebody who talks with it; returns when it was started.
+/// Runs a command with an interactive client; returns once the command has started.
 ///
 /// # Errors
-/// When it can't be started.
+/// When the command can't be started.
 pub async fn stream(
     engine: &Engine,
     mut requests: Streaming<wire::ExecTaskStreamingRequest>,
@@ -96,15 +98,15 @@ pub async fn stream(
         let gone = send.clone();
         tokio::select! {
             () = converse(session, requests, send, setup.tty) => {}
-            // The client has left: dropping the session kills what it had started.
+            // The client has disconnected: dropping the session kills the process.
             () = gone.closed() => {}
         }
     });
     Ok(receive)
 }
 
-/// A command that is not there or can't be run: said where the user looks, with the code that a shell would give. The
-/// agent shows an error of the call as "unexpected EOF".
+/// Reports a command that does not exist or can't be executed as output of the session, with the exit code that a shell
+/// would give. The agent shows an error of the call only as "unexpected EOF".
 async fn refuse(send: mpsc::Sender<Answer>, terminal: bool, error: ExecError) {
     let text = format!("{}\n", text::shown(&crate::chain(&error), MESSAGE_MAX));
     let text = if terminal { text.replace('\n', "\r\n") } else { text };
@@ -121,7 +123,7 @@ async fn refuse(send: mpsc::Sender<Answer>, terminal: bool, error: ExecError) {
     }
 }
 
-/// The last of both streams.
+/// Collects both output streams, and keeps the last `EXEC_OUTPUT_MAX` bytes of each.
 async fn collect(mut output: mpsc::Receiver<Answer>) -> (Vec<u8>, Vec<u8>) {
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     while let Some(Ok(answer)) = output.recv().await {
@@ -138,6 +140,7 @@ async fn collect(mut output: mpsc::Receiver<Answer>) -> (Vec<u8>, Vec<u8>) {
     (stdout, stderr)
 }
 
+/// Passes on input and output of an interactive session, and sends its result.
 async fn converse(
     mut session: Session,
     requests: Streaming<wire::ExecTaskStreamingRequest>,
@@ -149,7 +152,7 @@ async fn converse(
     let drain = if terminal { TERMINAL } else { PIPES };
     let outcome = tokio::select! {
         outcome = pump(session, drain, input, send.clone()) => outcome,
-        // Only a broken call ends the listening; a client that has no more to say does not.
+        // Only a broken call ends this future; a client that has closed its side of the stream does not.
         error = listen(requests, typist) => Err(error),
     };
     let last = outcome.map(|exit| wire::ExecTaskStreamingResponse {
@@ -160,7 +163,7 @@ async fn converse(
     let _ = send.send(last).await;
 }
 
-/// Reads what the client sends, until the call breaks.
+/// Forwards the client's messages until the call breaks, and returns the call's error.
 async fn listen(
     mut requests: Streaming<wire::ExecTaskStreamingRequest>,
     input: mpsc::Sender<wire::ExecTaskStreamingRequest>,
@@ -188,30 +191,31 @@ enum StreamName {
     Stderr,
 }
 
-/// Where a session's input comes from.
+/// A session's input: the process's standard input, and the client's messages that are written to it.
 struct Input {
     stdin: Option<pipe::Sender>,
     typed: mpsc::Receiver<wire::ExecTaskStreamingRequest>,
 }
 
-/// Hands on a session's output, with a word at the end of each stream, until the process has gone and all it wrote was
-/// taken.
+/// Passes on a session's input and output, with a closing message for each output stream, until the process has ended
+/// and the client has taken all of its output.
 async fn pump(session: Session, drain: Drain, input: Input, send: mpsc::Sender<Answer>) -> Result<Exit, Status> {
     let Session { exec, io } = session;
     let feeding = async {
         feed(&exec, input).await;
         std::future::pending::<Infallible>().await
     };
-    // Side by side: a client that does not read for a while must not keep its own input from the process.
+    // Input and output run concurrently: a client that does not read for a while must not delay its own input.
     let exit = tokio::select! {
         exit = hand_on(&exec, io, drain, &send) => exit?,
         never = feeding => match never {},
     };
-    // The shim waits for the output's end before it answers this; nobody needs to wait with it.
+    // The shim answers this call only after the output has ended; the client need not wait for that.
     tokio::spawn(exec.finish());
     Ok(exit)
 }
 
+/// Passes on a session's output until the process has ended and its output is drained; returns how the process ended.
 async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answer>) -> Result<Exit, Status> {
     let (mut stdout, mut stderr) = (Some(io.stdout), io.stderr);
     let (mut out, mut err) = (vec![0; CHUNK], vec![0; CHUNK]);
@@ -241,10 +245,10 @@ async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answ
         let bytes = if stream == StreamName::Stdout { &out[..count] } else { &err[..count] };
         let began = tokio::time::Instant::now();
         if send.send(Ok(answer(stream, bytes))).await.is_err() {
-            // Nobody is there any more; the session's end kills the process.
-            return Err(Status::aborted("exec: the client has left"));
+            // The caller drops the session, which kills the process.
+            return Err(Status::aborted("exec: the client has disconnected"));
         }
-        // A client that is slow to take it is not silence of the process.
+        // The time that a slow client takes to read does not count as silence of the process.
         quiet = tokio::time::Instant::now();
         limit += began.elapsed();
         match (stream, count) {
@@ -253,7 +257,7 @@ async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answ
             _ => {}
         }
     };
-    // Streams that somebody else keeps open.
+    // Close the streams that other processes still keep open.
     for (stream, open) in [(StreamName::Stdout, stdout.is_some()), (StreamName::Stderr, stderr.is_some())] {
         if open {
             let _ = send.send(Ok(answer(stream, &[]))).await;
@@ -262,7 +266,7 @@ async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answ
     Ok(exit)
 }
 
-/// A piece of output; the empty one is the end of its stream.
+/// Makes a message of a piece of output; an empty piece closes its stream.
 fn answer(stream: StreamName, bytes: &[u8]) -> wire::ExecTaskStreamingResponse {
     let operation = Some(Operation { data: bytes.to_vec(), close: bytes.is_empty() });
     match stream {
@@ -271,6 +275,7 @@ fn answer(stream: StreamName, bytes: &[u8]) -> wire::ExecTaskStreamingResponse {
     }
 }
 
+/// Reads from a stream; 0 at its end and on an error. Never returns for a stream that is closed.
 async fn read(stream: &mut Option<pipe::Receiver>, buffer: &mut [u8]) -> usize {
     match stream {
         Some(stream) => stream.read(buffer).await.unwrap_or(0),
@@ -278,7 +283,7 @@ async fn read(stream: &mut Option<pipe::Receiver>, buffer: &mut [u8]) -> usize {
     }
 }
 
-/// Hands on what the client types, sizes and closes.
+/// Passes on the client's input, window sizes and end of input.
 async fn feed(exec: &Exec, input: Input) {
     let Input { mut stdin, mut typed } = input;
     while let Some(request) = typed.recv().await {
@@ -286,7 +291,7 @@ async fn feed(exec: &Exec, input: Input) {
             let length = |length: i32| u32::try_from(length).unwrap_or(0);
             let size = WindowSize { width: length(size.width), height: length(size.height) };
             if let Err(error) = exec.resize(size).await {
-                tracing::debug!(%error, "resize");
+                tracing::debug!(%error, "could not resize the terminal of an exec'd process");
             }
         }
         let Some(operation) = request.stdin else { continue };
@@ -294,13 +299,13 @@ async fn feed(exec: &Exec, input: Input) {
             && !operation.data.is_empty()
             && let Err(error) = pipe.write_all(&operation.data).await
         {
-            tracing::debug!(%error, "the exec'd process takes no more input");
+            tracing::debug!(%error, "could not write to the standard input of an exec'd process");
         }
         if operation.close
             && stdin.take().is_some()
             && let Err(error) = exec.close_input().await
         {
-            tracing::debug!(%error, "close stdin");
+            tracing::debug!(%error, "could not close the standard input of an exec'd process");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What the node can do, told to Nomad at once and again whenever it may have changed. The stream never ends: a clean
-//! end would make the agent reopen it without a pause.
+//! Fingerprints: what the node supports, sent to Nomad at once and again whenever it may have changed. The stream never
+//! ends: after a clean end the agent would reopen it without a pause.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -18,12 +18,12 @@ use crate::{
     text::{self, MESSAGE_MAX},
 };
 
-/// Upstream's drivers look every 30 s.
+/// The interval of fingerprints; Nomad's own drivers send one every 30 s.
 const PERIOD: Duration = Duration::from_secs(30);
-/// Trouble is looked at more often, so that its end shows soon.
+/// The interval while the driver is not healthy: shorter, so that a recovery shows soon.
 const PERIOD_IN_TROUBLE: Duration = Duration::from_secs(5);
 
-/// Sends fingerprints until the agent goes.
+/// Sends fingerprints until the agent disconnects.
 pub async fn run(driver: DriverService, send: mpsc::Sender<Result<FingerprintResponse, Status>>) {
     loop {
         let fingerprint = look(&driver).await;
@@ -31,7 +31,7 @@ pub async fn run(driver: DriverService, send: mpsc::Sender<Result<FingerprintRes
         if send.send(Ok(fingerprint)).await.is_err() {
             return;
         }
-        // What sandboxes can do here is found out beside, since a runtime may hang; the news is told at once.
+        // Sandboxes are probed concurrently, since a runtime may hang; a changed result is sent at once.
         let news = async {
             match driver.engine().await {
                 Ok(engine) if engine.runtimes().look().await => {}
@@ -46,6 +46,7 @@ pub async fn run(driver: DriverService, send: mpsc::Sender<Result<FingerprintRes
     }
 }
 
+/// Finds out what the node supports.
 async fn look(driver: &DriverService) -> FingerprintResponse {
     let settings = match driver.settings() {
         Ok(settings) => settings,
@@ -86,7 +87,7 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
     put(format!("{prefix}.runtimes"), Value::StringVal(names.join(",")));
     for name in runtimes.names() {
         let usable = installed.iter().find(|(runtime, _)| runtime.name == name);
-        // A key that is left out would stay on the node as it was.
+        // A key that is left out would keep its old value on the node.
         let probed = usable.and_then(|(_, probed)| probed.clone());
         put(format!("{prefix}.runtime.{name}"), Value::BoolVal(usable.is_some()));
         if runtimes.is_gvisor(name) {
@@ -98,7 +99,7 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
     put(format!("{prefix}.apparmor"), Value::StringVal(apparmor));
     put(format!("{prefix}.privileged"), Value::BoolVal(settings.security.allow_privileged));
     let answer = containerd(&settings).await;
-    // A key that is left out stays on the node as it was; an empty value takes it off.
+    // A key that is left out keeps its old value on the node; an empty value removes it.
     let (version, revision) = answer.as_ref().map_or((String::new(), String::new()), Clone::clone);
     for key in containerd_keys(&settings.name) {
         put(format!("{key}_version"), Value::StringVal(version.clone()));
@@ -110,7 +111,8 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
     }
 }
 
-/// The old driver's constraint keys had a prefix of their own.
+/// Returns the prefixes of the attributes about containerd. Under nomad-driver-containerd's name it is that driver's
+/// prefix, which jobs use in constraints.
 fn containerd_keys(name: &DriverName) -> Vec<String> {
     if name.as_str() == DROP_IN_NAME {
         vec!["driver.containerd.containerd".to_owned()]
@@ -119,6 +121,7 @@ fn containerd_keys(name: &DriverName) -> Vec<String> {
     }
 }
 
+/// Returns containerd's version and revision.
 async fn containerd(settings: &Settings) -> Result<(String, String), String> {
     let at = &settings.containerd;
     let client = Client::new(&at.address, &at.namespace, &at.snapshotter);

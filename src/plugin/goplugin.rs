@@ -1,5 +1,5 @@
-//! go-plugin's own services: the broker and stdio streams that Nomad opens and never uses, and the controller by which
-//! it asks us to leave.
+//! go-plugin's own services: the broker and stdio streams, which Nomad opens and never uses, and the controller, with
+//! which the agent shuts the plugin down.
 
 use std::pin::Pin;
 
@@ -13,10 +13,10 @@ use crate::pb::goplugin::{
     grpc_stdio_server::GrpcStdio,
 };
 
-/// A stream that stays open and says nothing, until the client goes.
+/// A stream that stays open without messages until the client disconnects.
 type Silent<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Broker: accepted, held open, never used.
+/// The broker service: its stream is accepted and held open, and never used.
 #[derive(Debug)]
 pub struct Broker;
 
@@ -29,7 +29,7 @@ impl GrpcBroker for Broker {
     }
 }
 
-/// Stdio: nothing is ever sent; Nomad would throw it away.
+/// The stdio service: nothing is ever sent, since Nomad would discard it.
 #[derive(Debug)]
 pub struct Stdio;
 
@@ -42,17 +42,17 @@ impl GrpcStdio for Stdio {
     }
 }
 
-/// Controller: tells the server that it is time to leave.
+/// The controller service: shuts the plugin down when the agent asks for it.
 #[derive(Debug)]
 pub struct Controller {
-    /// Set once.
+    /// Set to `ShutdownMode::Exit` when the agent asks the plugin to shut down.
     pub leave: watch::Sender<Leave>,
 }
 
 #[tonic::async_trait]
 impl GrpcController for Controller {
     async fn shutdown(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
-        tracing::debug!("asked to leave");
+        tracing::debug!("the agent asked the plugin to shut down");
         self.leave.send_replace(Leave::Ending);
         Ok(Response::new(Empty {}))
     }

@@ -1,5 +1,5 @@
-//! go-plugin's handshake and the life of the plugin process: cookie, versions, socket, the one line on stdout, and
-//! leaving at once when asked.
+//! go-plugin's handshake and the lifetime of the plugin process: magic cookie, protocol versions, socket, the one line
+//! on stdout, and a prompt exit when asked.
 
 use std::{
     env, fs, io,
@@ -42,57 +42,57 @@ use crate::{
     places::SOCKET_PATH_MAX,
 };
 
-/// The application protocol of every Nomad since 0.9.
+/// The version of the application protocol of every Nomad since 0.9.
 const PROTOCOL: &str = "2";
-/// A TLS hello takes a millisecond on a local socket.
+/// The timeout of a TLS handshake, which takes a millisecond on a local socket.
 const TLS_HELLO: Duration = Duration::from_secs(10);
-/// Without settings nothing runs here.
+/// How long a plugin without settings stays without an agent; it runs no tasks.
 const ORPHAN: Duration = Duration::from_secs(600);
-/// Lets the answer to `Shutdown` out before the connection goes.
+/// A delay in which the answer to `Shutdown` is sent before the connection is closed.
 const LAST_WORDS: Duration = Duration::from_millis(10);
 
 /// Why the plugin can't serve.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
-    /// The host speaks something else.
+    /// The host does not offer this plugin's protocol version.
     #[error("the host offers plugin protocol versions {0:?}; this plugin speaks {PROTOCOL} (Nomad 0.9 and newer)")]
     Version(String),
-    /// The socket.
-    #[error("plugin socket {path}")]
+    /// The socket can't be created.
+    #[error("create the plugin's socket {path}")]
     Socket {
-        /// Where.
+        /// The socket, or its directory.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
-    /// The directory for it.
+    /// The socket's path would be too long.
     #[error(
-        "plugin socket {0} would pass {SOCKET_PATH_MAX} bytes; set TMPDIR or PLUGIN_UNIX_SOCKET_DIR to a shorter path"
+        "plugin socket {0} would be longer than {SOCKET_PATH_MAX} bytes; set TMPDIR or PLUGIN_UNIX_SOCKET_DIR to a shorter path"
     )]
     TooLong(PathBuf),
-    /// Its group.
+    /// The socket's group is not known.
     #[error("PLUGIN_UNIX_SOCKET_GROUP {0:?} is neither a group nor a number")]
     Group(String),
-    /// AutoMTLS.
+    /// AutoMTLS can't be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The line.
+    /// The handshake line can't be written.
     #[error("write the handshake line")]
     Line(#[source] io::Error),
-    /// The server.
-    #[error("serve")]
+    /// The gRPC server failed.
+    #[error("serve the plugin's socket")]
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Were we started by Nomad (or another host that knows the cookie)?
+/// Whether this process was started by Nomad, or by another host that knows the cookie.
 pub fn is_plugin() -> bool {
     env::var(MAGIC_COOKIE_KEY).is_ok_and(|cookie| cookie == MAGIC_COOKIE)
 }
 
-/// Serves as a plugin called `name` until the host asks us to leave.
+/// Serves as a plugin called `name` until the host asks the plugin to shut down.
 ///
 /// # Errors
-/// When the handshake can't be made.
+/// When the handshake or the server fails.
 pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     let offered = env::var("PLUGIN_PROTOCOL_VERSIONS").unwrap_or_else(|_| PROTOCOL.to_owned());
     if !offered.split(',').any(|version| version.trim() == PROTOCOL) {
@@ -109,7 +109,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     health_reporter.set_service_status("plugin", tonic_health::ServingStatus::Serving).await;
     let clients = Clients::default();
     let driver = DriverService::new(name.clone(), leave.clone(), clients.clone());
-    // The host takes messages of up to 2 GiB; our answers are small, its requests as large as a job makes them.
+    // The host accepts messages of up to 2 GiB. The plugin's answers are small, but a job can make requests large.
     let server = Server::builder()
         .add_service(health)
         .add_service(GrpcBrokerServer::new(Broker))
@@ -123,10 +123,10 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     let certificate = tls.map(|tls| tls.certificate).unwrap_or_default();
     let multiplexing = if env::var_os("PLUGIN_MULTIPLEX_GRPC").is_some() { "|false" } else { "" };
     print_line(&format!("1|{PROTOCOL}|unix|{}|grpc|{certificate}{multiplexing}\n", socket.display()))?;
-    tracing::debug!(%name, version = env!("CARGO_PKG_VERSION"), "serving");
+    tracing::debug!(%name, version = env!("CARGO_PKG_VERSION"), "the plugin serves requests");
 
     let terminated = async {
-        // systemd stopping the agent's whole cgroup: go without touching tasks, as Go plugins do.
+        // systemd stops the agent's whole cgroup with SIGTERM: exit without touching tasks, as Go plugins do.
         match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
             Ok(mut signal) => drop(signal.recv().await),
             Err(_) => std::future::pending().await,
@@ -136,7 +136,9 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
         outcome = serving => outcome?,
         _ = leaving.wait_for(|leave| *leave != Leave::Not) => {}
         () = terminated => {}
-        () = orphaned(&clients, &driver) => tracing::warn!("no agent for a long time; leaving, tasks go on"),
+        () = orphaned(&clients, &driver) => {
+            tracing::warn!("no agent has connected for a long time; the plugin exits, and its tasks keep running");
+        }
     }
     let how = *leaving.borrow();
     driver.leave(how).await;
@@ -145,7 +147,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     Ok(())
 }
 
-/// Returns when nobody has been connected for as long as the settings allow.
+/// Returns when no agent has been connected for as long as the settings allow.
 async fn orphaned(clients: &Clients, driver: &DriverService) {
     let mut since = tokio::time::Instant::now();
     loop {
@@ -159,20 +161,20 @@ async fn orphaned(clients: &Clients, driver: &DriverService) {
     }
 }
 
-/// A terminal's Ctrl-C goes to the whole process group; only the agent may act on it.
+/// Ignores SIGINT: a terminal's Ctrl-C goes to the whole process group, and only the agent may act on it.
 fn ignore_interrupt() {
     // SAFETY: ignoring a signal installs no handler and touches no memory.
     unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
 }
 
-#[allow(clippy::print_stdout, reason = "the one line that belongs there")]
+#[allow(clippy::print_stdout, reason = "go-plugin reads this one line from stdout")]
 fn print_line(line: &str) -> Result<(), HandshakeError> {
     use io::Write as _;
     let mut stdout = io::stdout().lock();
     stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()).map_err(HandshakeError::Line)
 }
 
-/// Removes the socket's file at the end, however we end.
+/// Removes the socket's file when it is dropped, on success as well as on failure.
 struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {
@@ -181,7 +183,8 @@ impl Drop for SocketFile {
     }
 }
 
-/// The socket, where it is, and who may connect to it: root, and the members of the group that the host asks for.
+/// Creates the socket. Returns it with its path and with the peers that may connect to it: root, and the members of the
+/// group that the host asks for.
 fn listen() -> Result<(UnixListener, PathBuf, Peers), HandshakeError> {
     let directory = sockets::directory();
     let path =
@@ -202,8 +205,8 @@ fn listen() -> Result<(UnixListener, PathBuf, Peers), HandshakeError> {
     Ok((listener, path, peers))
 }
 
-/// Connections as they come, TLS done. A client that is slow or wrong with its hello keeps nobody else waiting, and one
-/// that may not connect does not count as an agent.
+/// Returns connections as they come, after their TLS handshake. A client whose handshake is slow or fails does not
+/// delay other clients, and a client that may not connect does not count as an agent.
 fn accept(
     listener: UnixListener,
     peers: Peers,
@@ -216,8 +219,8 @@ fn accept(
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Out of descriptors, most likely: that passes.
-                    tracing::warn!(%error, "accept");
+                    // Most likely the process is out of file descriptors, which passes.
+                    tracing::warn!(%error, "could not accept a connection to the plugin's socket");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
@@ -232,8 +235,8 @@ fn accept(
                     None => Stream::Plain(stream, entered),
                     Some(tls) => match tokio::time::timeout(TLS_HELLO, tls.accept(stream)).await {
                         Ok(Ok(stream)) => Stream::Tls(Box::new(stream), entered),
-                        Ok(Err(error)) => return tracing::warn!(%error, "TLS client refused"),
-                        Err(_) => return tracing::warn!("TLS client too slow"),
+                        Ok(Err(error)) => return tracing::warn!(%error, "the TLS handshake of a client failed"),
+                        Err(_) => return tracing::warn!("the TLS handshake of a client timed out"),
                     },
                 };
                 let _ = send.send(Ok(stream)).await;
@@ -245,8 +248,8 @@ fn accept(
 
 /// A connection from the host.
 enum Stream {
-    Plain(UnixStream, #[allow(dead_code, reason = "counts until it is dropped")] Entered),
-    Tls(Box<TlsStream<UnixStream>>, #[allow(dead_code, reason = "counts until it is dropped")] Entered),
+    Plain(UnixStream, #[allow(dead_code, reason = "counts as a connection until it is dropped")] Entered),
+    Tls(Box<TlsStream<UnixStream>>, #[allow(dead_code, reason = "counts as a connection until it is dropped")] Entered),
 }
 
 impl Connected for Stream {

@@ -1,10 +1,11 @@
-//! Log lines the way Nomad's agent reads them from our stderr: one JSON object a line, hclog's keys.
+//! Log lines in the form that Nomad's agent reads from the plugin's stderr: one JSON object a line, with hclog's keys.
 //!
-//! The agent asserts that `@level`, `@message` and `@timestamp` are strings, wants exactly six fractional digits, and
-//! reads lines of up to 64 KiB. When it has died, nobody reads: writes fail with EPIPE, and that must not hurt us.
+//! The agent asserts that `@level`, `@message` and `@timestamp` are strings, requires exactly six fractional digits,
+//! and reads lines of up to 64 KiB. When the agent has died, writes fail with EPIPE; that must not harm the plugin.
 //!
-//! The agent decodes the JSON and prints messages raw (hashicorp/go-hclog, `intlogger.go`), so what is escaped by JSON alone
-//! would reach a terminal, or begin a line of its own in a log file: texts are escaped before they become JSON.
+//! The agent decodes the JSON and prints messages unescaped (hashicorp/go-hclog, `intlogger.go`), so control characters
+//! that only JSON escapes would reach a terminal, or begin a line of their own in a log file. Texts are therefore
+//! escaped before they become JSON.
 
 use std::{fmt, io::Write as _, time::SystemTime};
 
@@ -17,11 +18,11 @@ use tracing_subscriber::{Layer, layer::Context};
 
 use crate::text;
 
-/// The longest text of one field, in characters. A shim's log is the longest that anybody needs.
+/// The longest text of one field, in characters. The longest text that is needed is a shim's log.
 const FIELD_MAX: usize = 8 << 10;
-/// The longest line, in bytes: the agent reads 64 KiB, and takes what is longer for several lines, none of them JSON.
+/// The longest line, in bytes: the agent reads 64 KiB, and splits a longer line into several, none of them JSON.
 const LINE_MAX: usize = 60 << 10;
-/// The longest text of a field in a line that would be longer, in characters.
+/// The longest text of one field in a line that would otherwise exceed `LINE_MAX`, in characters.
 const SHORT_FIELD_MAX: usize = 500;
 
 /// A layer that writes hclog lines to stderr.
@@ -56,7 +57,7 @@ fn line(event: &Event<'_>, now: SystemTime) -> String {
     encode(map)
 }
 
-/// One line of JSON that the agent reads.
+/// Encodes one line of JSON, short enough for the agent to read it whole.
 fn encode(map: Map<String, Value>) -> String {
     let mut object = Value::Object(map);
     let mut line = object.to_string();
@@ -71,13 +72,14 @@ fn encode(map: Map<String, Value>) -> String {
     line + "\n"
 }
 
-/// RFC 3339 in UTC with six fractional digits.
+/// Formats a time by RFC 3339 in UTC with six fractional digits.
 fn timestamp(now: SystemTime) -> String {
     let stamp = prost_types::Timestamp::from(now);
     let whole = prost_types::Timestamp { nanos: 0, ..stamp }.to_string();
     format!("{}.{:06}Z", whole.trim_end_matches('Z'), stamp.nanos / 1000)
 }
 
+/// Collects the fields of an event.
 struct Fields(Map<String, Value>);
 
 impl Fields {
@@ -88,7 +90,7 @@ impl Fields {
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // The agent wants the message as a string, whatever was logged.
+        // The agent requires the message to be a string, whatever type was logged.
         self.record_str(field, &format!("{value:?}"));
     }
     fn record_str(&mut self, field: &Field, value: &str) {

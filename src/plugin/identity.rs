@@ -1,4 +1,4 @@
-//! Names by which requests speak of tasks: each is checked before anything is looked up or made by it.
+//! The ids and names by which requests refer to tasks: each is checked before it is used to look up or create anything.
 
 use tonic::Status;
 
@@ -8,8 +8,8 @@ use crate::{ids::TaskId, pb::driver as wire};
 /// Returns the task id that a request has in `field`.
 ///
 /// # Errors
-/// `InvalidArgument`, with the field's name, when the id is empty or has a NUL byte: no task has such an id, and "not
-/// found", or the success that `StopTask` has for tasks that are not here, would hide a fault of the caller.
+/// `InvalidArgument`, with the field's name, when the id is empty or has a NUL byte. No task has such an id; the answer
+/// "not found", or the success of `StopTask` for unknown tasks, would hide a mistake of the caller.
 pub fn task_id(field: &str, text: &str) -> Result<TaskId, Status> {
     match fault(text) {
         None => Ok(TaskId(text.to_owned())),
@@ -20,10 +20,11 @@ pub fn task_id(field: &str, text: &str) -> Result<TaskId, Status> {
     }
 }
 
-/// Checks what a task that is to be started is called. Its name and its allocation's directory become parts of paths.
+/// Checks the ids, name and directory of a task that is to be started. The task's name and its allocation's directory
+/// become parts of paths.
 ///
 /// # Errors
-/// With every field that can't be used.
+/// When a field can't be used; the error has all such fields.
 pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
     let mut faults = Vec::new();
     for (field, text) in [("task.id", &task.id), ("task.name", &task.name), ("task.alloc_id", &task.alloc_id)] {
@@ -42,6 +43,7 @@ pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
     if faults.is_empty() { Ok(()) } else { Err(ConfigError::of_request(faults)) }
 }
 
+/// Returns what is wrong with an id or a name, if anything is.
 fn fault(text: &str) -> Option<&'static str> {
     match text {
         "" => Some("is empty"),
@@ -57,7 +59,7 @@ mod tests {
     #[test]
     fn an_id_that_no_task_can_have_is_refused_by_its_field() {
         assert_eq!(task_id("task_id", "a/web/1").expect("an id"), TaskId("a/web/1".to_owned()));
-        // Whatever else Nomad allows in names is no fault.
+        // Everything else that Nomad allows in names is accepted.
         assert!(task_id("task_id", "a/ \u{e9}\n/1").is_ok());
         for (text, said) in [("", "task_id is empty"), ("a\0b", "task_id contains a NUL byte")] {
             let status = task_id("task_id", text).expect_err("refused");

@@ -21,10 +21,10 @@ use crate::{
     task::{Engine, MetricsAddress},
 };
 
-/// A scraper has its request ready.
+/// How long a scraper may take to send its request, which it has ready when it connects.
 const HEADER: Duration = Duration::from_secs(10);
 
-/// One of the two things that can be listened at.
+/// A listener at an address or at a unix socket.
 enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener),
@@ -47,10 +47,10 @@ impl Listener {
     }
 }
 
-/// Answers scrapers for as long as the plugin lives.
+/// Answers scrapers for as long as the plugin runs.
 ///
 /// # Errors
-/// When the address can't be listened at.
+/// When the plugin can't listen at the address.
 pub async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
     let listener = match address {
         MetricsAddress::Tcp(address) => Listener::Tcp(TcpListener::bind(address).await?),
@@ -64,7 +64,7 @@ pub async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
                     tracing::warn!(%error, "a connection to the metrics socket was refused");
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "metrics endpoint");
+                    tracing::warn!(%error, "could not accept a connection to the metrics endpoint");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             }
@@ -78,7 +78,7 @@ async fn talk(engine: Engine, stream: Box<dyn Connection>) {
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER).keep_alive(false);
     if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
-        tracing::debug!(%error, "a scraper broke off");
+        tracing::debug!(%error, "a scraper's connection to the metrics endpoint failed");
     }
 }
 
@@ -87,7 +87,7 @@ async fn answer(engine: Engine, request: Request<Incoming>) -> Result<Response<F
     let (status, text) = if found {
         (StatusCode::OK, engine.metrics())
     } else {
-        (StatusCode::NOT_FOUND, "only GET /metrics is here\n".to_owned())
+        (StatusCode::NOT_FOUND, "only GET /metrics is served here\n".to_owned())
     };
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = status;

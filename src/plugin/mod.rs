@@ -1,4 +1,5 @@
-//! All that Nomad sees: handshake, services, schemas, typed configuration, fingerprint, events, logs.
+//! The plugin as Nomad sees it: handshake, gRPC services, option schemas, typed configuration, fingerprint, task events
+//! and log lines.
 
 mod base;
 mod config;

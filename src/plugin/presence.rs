@@ -1,4 +1,5 @@
-//! Who is connected to us, at which sockets besides Nomad's, and whether we are to leave.
+//! The plugin's connections: how many hosts are connected, private sockets besides Nomad's, and whether the plugin is
+//! to shut down.
 
 use std::{
     fs, io,
@@ -10,10 +11,11 @@ use std::{
 
 use tokio::net::UnixListener;
 
-/// Listens where only root can connect. We hold the driver's lock: a socket that is there is a dead plugin's.
+/// Listens at a socket to which only root can connect. An existing socket is removed: this process holds the driver's
+/// lock, so the socket is a dead plugin's.
 ///
 /// # Errors
-/// When the socket can't be made.
+/// When the socket can't be created.
 pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -24,40 +26,40 @@ pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Whether the plugin is to leave, and how.
+/// Whether the plugin is to shut down, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Leave {
-    /// It stays.
+    /// The plugin keeps running.
     Not,
-    /// Its agent has no more use for it: what only it uses goes with it.
+    /// The agent does not need the plugin any more: what only this plugin uses is removed.
     Ending,
-    /// Another plugin takes its place: what it has prepared is left to that one.
+    /// Another plugin takes over: what this plugin has prepared is left to the other one.
     GivingWay,
 }
 
-/// How many connections hosts have to us right now, and since when there is one.
+/// How many connections hosts have to the plugin, and since when there has been at least one.
 #[derive(Debug, Clone, Default)]
 pub struct Clients(Arc<Mutex<Connected>>);
 
 #[derive(Debug, Default)]
 struct Connected {
     count: usize,
-    /// When the first of those came that are connected now, or were without a break in between.
+    /// Since when there has been at least one connection without a break.
     since: Option<Instant>,
 }
 
 impl Clients {
-    /// Is any agent connected?
+    /// Whether any agent is connected.
     pub fn any(&self) -> bool {
         self.connected().count > 0
     }
 
-    /// For how long an agent has been connected without a break; zero when none is.
+    /// Returns for how long an agent has been connected without a break; zero when none is.
     pub fn attended_for(&self) -> Duration {
         self.connected().since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// One more; counted until what is returned is dropped.
+    /// Counts one more connection until the returned guard is dropped.
     pub fn enter(&self) -> Entered {
         let mut connected = self.connected();
         connected.count += 1;
@@ -71,7 +73,7 @@ impl Clients {
     }
 }
 
-/// One connection; counted until it is dropped.
+/// A guard for one connection, which is counted until the guard is dropped.
 #[derive(Debug)]
 pub struct Entered(Clients);
 

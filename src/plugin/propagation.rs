@@ -1,19 +1,19 @@
-//! Which tasks may share mounts with the host.
+//! Limits which tasks may share mounts with the host.
 //!
-//! A runtime makes a task's mounts one after the other. Where one of them is shared with the host, every later one below it
-//! appears on the host as well, and stays there when the task is gone (mount_namespaces(7), "Shared subtrees"). A job
-//! could fill the host's memory with such tmpfs mounts, and no allocation's directory with one in it can be removed.
-//! Kubernetes allows bidirectional propagation in privileged containers only (kubernetes/kubernetes,
+//! A runtime makes a task's mounts one after the other. If one of them is shared with the host, every later mount below
+//! it appears on the host as well, and stays there when the task is gone (mount_namespaces(7), "Shared subtrees"). A
+//! job could fill the host's memory with such tmpfs mounts, and an allocation's directory that has one can't be
+//! removed. Kubernetes allows bidirectional propagation in privileged containers only (kubernetes/kubernetes,
 //! pkg/apis/core/validation/validation.go, `validateMountPropagation`).
 
 use crate::{ids::Flavor, rootfs::Capabilities, task::StartRequest};
 
-/// The capability that mount(2) asks for.
+/// The capability that mount(2) requires.
 const MAY_MOUNT: &str = "CAP_SYS_ADMIN";
 
-/// Turns shared mounts into slaves, unless the task itself can mount something. A task that can't does not see the
-/// difference: the host's mounts still reach it, and it has none of its own that could reach the host. So CSI plugins
-/// without privileges, which Nomad gives bidirectional mounts, run as before.
+/// Turns shared mounts into slave mounts, unless the task itself is able to mount. A task that is not able to mount
+/// does not see the difference: the host's mounts still reach it, and it has no mounts of its own that could reach the
+/// host. So CSI plugins without privileges, which Nomad gives bidirectional mounts, run as before.
 pub(super) fn keep_from_the_host(request: &mut StartRequest, flavor: Flavor) {
     let options = &mut request.options;
     let capabilities = Capabilities::defaults(flavor).adjusted(&options.cap_add, &options.cap_drop);
@@ -38,7 +38,7 @@ mod tests {
     use crate::{host::encode_raw, ids::DriverName, pb::driver as wire, plugin::settings};
     use serde_json::{Value, json};
 
-    /// The propagation of a job's mounts and of a bidirectional volume, as a task with these options gets it.
+    /// Returns the propagation of a job's mounts and of a bidirectional volume, for a task with these further options.
     fn propagation(driver: &str, more: &Value) -> (Vec<String>, &'static str) {
         let config = encode_raw(&json!({"allow_privileged": true, "security": {"allow_caps": ["ALL"]}}));
         let settings = settings(&DriverName::new(driver).expect("a name"), &config).expect("valid");

@@ -1,11 +1,11 @@
-//! The option tables in Nomad's schema language (hclspec).
+//! Converts the option tables to Nomad's schema language (hclspec).
 
 use std::collections::HashMap;
 
 use super::options::{Kind, Presence, Row};
 use crate::pb::hclspec::{Attr, Block, BlockList, BlockMap, Default as SpecDefault, Literal, Object, Spec, spec};
 
-/// The schema of a table.
+/// Returns the schema of an option table.
 pub fn of(rows: &[Row]) -> Spec {
     let attributes: HashMap<String, Spec> = rows.iter().map(|row| (row.name.to_owned(), of_row(row))).collect();
     wrap(spec::Block::Object(Object { attributes }))
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
     use crate::plugin::options::{PLUGIN, TASK};
 
-    /// Inside a `Default` the name is not implied by the key, so it must be there (protocol reference 2.3).
+    /// Inside a `Default` the key does not imply the name, so it must be there (docs/protocol/nomad-plugin.md#2.3).
     #[test]
     fn defaulted_attributes_carry_their_names() {
         let Some(spec::Block::Object(object)) = of(TASK).block else { panic!("an object") };

@@ -1,4 +1,5 @@
-//! What the plugin's services share: who we are, the settings, and the engine, which is opened at the first real work.
+//! The state that the plugin's services share: the driver's name, the settings, and the engine, which is opened by the
+//! first call that needs it.
 
 use std::{
     fmt,
@@ -25,10 +26,10 @@ use crate::{
 #[derive(Clone)]
 pub struct DriverService(Arc<Inner>);
 
-/// Why a plugin keeps the settings that it has.
+/// The refusal of a configuration: the plugin keeps the one that it has.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "plugin config: process {pid} of this driver works with another configuration and keeps it; nothing of the new one is applied (what differs: {}); to apply it, end that process with kill {pid}: the agent starts it again, and its tasks go on",
+    "plugin config: process {pid} of this driver runs with another configuration and keeps it; nothing of the new one is applied (options that differ: {}); to apply it, stop that process with kill {pid}: the agent starts it again, and its tasks keep running",
     .options.join(", ")
 )]
 pub struct ConfigurationKept {
@@ -36,12 +37,12 @@ pub struct ConfigurationKept {
     options: Vec<&'static str>,
 }
 
-/// What the agent has configured.
+/// The agent's configuration, as it was sent and as it takes effect.
 #[derive(Clone)]
 struct Configured {
-    /// As the agent has it, to be compared.
+    /// The settings as the agent has sent them, to compare them with later ones.
     given: Settings,
-    /// The same, bounded by what this host has.
+    /// The same settings, with ceilings bounded by what this host has.
     bounded: Settings,
 }
 
@@ -55,9 +56,10 @@ impl Configured {
 
 struct Inner {
     name: DriverName,
-    /// Never changed once the engine is open: requests are checked by these, and executed by the engine's copy.
+    /// Never changed once the engine is open: requests are checked against these settings, and executed with the
+    /// engine's copy.
     settings: Mutex<Option<Configured>>,
-    /// Opened at the first real work; an opening that failed is tried again by the next call.
+    /// Opened by the first call that needs it; if that fails, the next call tries again.
     engine: tokio::sync::Mutex<Option<Engine>>,
     events: EventHub,
     leave: watch::Sender<Leave>,
@@ -71,7 +73,7 @@ impl fmt::Debug for DriverService {
 }
 
 impl DriverService {
-    /// A driver that has done nothing yet.
+    /// Creates the service, without settings or an engine.
     pub fn new(name: DriverName, leave: watch::Sender<Leave>, clients: Clients) -> Self {
         Self(Arc::new(Inner {
             name,
@@ -83,20 +85,20 @@ impl DriverService {
         }))
     }
 
-    /// Its name in job files.
+    /// The driver's name in job files.
     pub fn name(&self) -> &DriverName {
         &self.0.name
     }
 
-    /// Keeps settings for the first real work; the last ones before it win. From then on only equal ones are taken: tasks
-    /// are checked, made and undone by one set of settings. Nomad itself configures only processes that it has just
-    /// started, and none that it reattaches to (hashicorp/nomad, helper/pluginutils/loader/loader.go, Dispense and
-    /// Reattach).
+    /// Stores the settings with which the engine will be opened; the last ones win. Once the engine is open, only equal
+    /// settings are accepted: tasks are checked, started and torn down with one set of settings. Nomad itself
+    /// configures only processes that it has just started, and none that it reattaches to (hashicorp/nomad,
+    /// helper/pluginutils/loader/loader.go, Dispense and Reattach).
     ///
     /// # Errors
-    /// When others are in use already; they stay in use.
+    /// When other settings are in use already; they stay in use.
     pub async fn configure(&self, settings: Settings) -> Result<(), ConfigurationKept> {
-        // Whoever opens the engine holds this, and has read the settings that it will work with.
+        // A call that opens the engine holds this lock, and has read the settings that the engine will use.
         let engine = self.0.engine.lock().await;
         let mut known = self.configured();
         if let (Some(_), Some(in_use)) = (&*engine, &*known) {
@@ -105,14 +107,14 @@ impl DriverService {
                 return Ok(());
             }
             let kept = ConfigurationKept { pid: std::process::id(), options };
-            tracing::error!(error = %kept, "another configuration is refused");
+            tracing::error!(error = %kept, "refused a configuration that differs from the one in use");
             return Err(kept);
         }
         *known = Some(Configured::new(settings));
         Ok(())
     }
 
-    /// The settings; the defaults when Nomad set none.
+    /// Returns the settings; the defaults if Nomad has sent none.
     ///
     /// # Errors
     /// Never for a host that calls `SetConfig`.
@@ -129,10 +131,10 @@ impl DriverService {
         self.0.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The engine, opened now if it is not yet.
+    /// Returns the engine, and opens it first if it is not open yet.
     ///
     /// # Errors
-    /// When it can't be opened.
+    /// When the engine can't be opened.
     pub async fn engine(&self) -> Result<Engine, Status> {
         let mut engine = self.0.engine.lock().await;
         if let Some(engine) = &*engine {
@@ -143,30 +145,31 @@ impl DriverService {
             return Err(Status::failed_precondition("the driver is disabled (plugin option enabled = false)"));
         }
         let opened = Engine::open(settings, self.0.events.clone()).await.map_err(|error| {
-            tracing::error!(error = %crate::chain(&error), "the driver can't work");
+            tracing::error!(error = %crate::chain(&error), "could not open the driver's engine");
             status::of(&error)
         })?;
         let clients = self.0.clients.clone();
         opened.watch_attendance(move || clients.attended_for());
-        // Nobody waits for it, and it ends by itself.
+        // No call waits for this task, and it ends by itself.
         drop(tokio::task::spawn_blocking(sockets::clear));
         let doorkeeper =
             Doorkeeper { engine: opened.clone(), leave: self.0.leave.clone(), clients: self.0.clients.clone() };
         if let Err(error) = doorkeeper.open() {
-            // Nomad's side works without it.
-            tracing::error!(%error, "no control socket");
+            // Nomad's calls work without the control socket.
+            tracing::error!(%error, "could not open the control socket");
         }
         if let Some(address) = &opened.settings().metrics
             && let Err(error) = metrics::serve(opened.clone(), address).await
         {
-            tracing::error!(%address, %error, "no metrics endpoint");
+            tracing::error!(%address, %error, "could not open the metrics endpoint");
         }
         Ok(engine.insert(opened).clone())
     }
 
-    /// Lets runtimes that are at work finish, and ends what only we use, unless a successor is to have that. Tasks go on.
+    /// Lets running calls of runtimes finish, and removes what only this plugin uses, unless a successor takes it over.
+    /// Tasks keep running.
     pub async fn leave(&self, how: Leave) {
-        // Whoever is opening the engine right now has no shims yet.
+        // An engine that is being opened right now has no shims yet.
         let engine = self.0.engine.try_lock().ok().and_then(|engine| engine.clone());
         match engine {
             Some(engine) if how == Leave::GivingWay => engine.finish_calls().await,
@@ -175,7 +178,7 @@ impl DriverService {
         }
     }
 
-    /// Task events from now on.
+    /// Returns a receiver for task events from now on.
     pub fn listen(&self) -> tokio::sync::broadcast::Receiver<crate::task::TaskEvent> {
         self.0.events.listen()
     }

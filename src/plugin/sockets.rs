@@ -1,8 +1,10 @@
-//! The socket that the agent speaks to us at: what it is called, and those that killed plugins have left behind.
+//! The socket at which the plugin serves the agent: its name, and the removal of sockets that killed plugins have left
+//! behind.
 //!
-//! A plugin that is killed can't remove its socket, and Nomad does not. They lie where go-plugin wants them, in a directory
-//! that is everybody's as a rule, so that a socket is only removed when its name says that a process of ours made it which
-//! has ended, it is a socket of our own user, and nobody listens at it.
+//! A plugin that is killed can't remove its socket, and Nomad does not remove it. The sockets lie where go-plugin wants
+//! them, as a rule in a directory to which everybody can write. A socket is therefore removed only if its name says
+//! that a process of this driver has made it, that process has ended, the socket belongs to this process's user, and no
+//! process listens at it.
 
 use std::{
     env, fs, io,
@@ -21,26 +23,27 @@ use nix::{
 
 use crate::{ids::random_hex, places::SOCKET_PATH_MAX, process::ProcessId};
 
-/// What every plugin's socket begins with, as go-plugin's own.
+/// The prefix of every socket's name, as in go-plugin itself.
 const PREFIX: &str = "plugin-";
-/// What ours go on with; the maker's pid and start time follow.
+/// The second part of the names of this driver's sockets; the pid and start time of the process that made it follow.
 const OURS: &str = "shim-";
-/// Digits that end a name. Those of earlier versions had nothing else after the prefix.
+/// The number of random digits at the end of a name. Names of earlier versions have nothing else after the prefix.
 const DIGITS: usize = 12;
-/// A socket whose name does not say who made it is left alone for this long. Between bind(2) and listen(2), where nobody
-/// can be told to listen, lie microseconds.
+/// The age before which a socket is left alone if its name does not identify the process that made it. A socket between
+/// bind(2) and listen(2) seems to have no listener, but only for microseconds.
 const ANONYMOUS_AGE: Duration = Duration::from_secs(600);
 
-/// Where the agent wants it (`PLUGIN_UNIX_SOCKET_DIR`, of go-plugin 1.5 and newer), else where temporary files are.
+/// Returns the directory that the agent asks for (`PLUGIN_UNIX_SOCKET_DIR`, of go-plugin 1.5 and newer), else the
+/// directory of temporary files.
 pub fn directory() -> PathBuf {
     env::var_os("PLUGIN_UNIX_SOCKET_DIR").filter(|dir| !dir.is_empty()).map_or_else(env::temp_dir, PathBuf::from)
 }
 
-/// A path for a new socket. It says that this process has made it, where the directory leaves room for that in a socket's
-/// address; else it is as short as those of earlier versions.
+/// Returns a path for a new socket. The name identifies this process if the directory leaves room for that in a
+/// socket's address; else the name is as short as those of earlier versions.
 ///
 /// # Errors
-/// When /proc does not tell when this process was started.
+/// When /proc does not give the start time of this process.
 pub fn new_path(directory: &Path) -> io::Result<PathBuf> {
     let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
     let random = random_hex(DIGITS / 2);
@@ -49,16 +52,16 @@ pub fn new_path(directory: &Path) -> io::Result<PathBuf> {
     Ok(if fits { path } else { directory.join(format!("{PREFIX}{random}")) })
 }
 
-/// Who has made a socket of this name.
+/// The process that has made a socket, by the socket's name.
 #[derive(Debug, PartialEq, Eq)]
 enum Maker {
-    /// This process of ours.
+    /// This process of the driver.
     Known(ProcessId),
-    /// An earlier version of ours, most likely.
+    /// A process that the name does not identify; most likely of an earlier version of the driver.
     Unknown,
 }
 
-/// None for a name that is not ours.
+/// Reads a socket's name; `None` for a name that this driver does not give.
 fn maker(name: &str) -> Option<Maker> {
     let rest = name.strip_prefix(PREFIX)?;
     let is_random = |text: &str| text.len() == DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -68,7 +71,7 @@ fn maker(name: &str) -> Option<Maker> {
     (is_random(parts.next()?) && parts.next().is_none()).then_some(Maker::Known(process))
 }
 
-/// Sockets in this directory that plugins of ours, of whatever driver name, have left behind.
+/// Returns the sockets in this directory that killed plugins of this driver, under any driver name, have left behind.
 pub fn abandoned(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let candidates = entries.filter_map(|entry| Some((entry.path(), maker(entry.file_name().to_str()?)?)));
@@ -76,7 +79,7 @@ pub fn abandoned(directory: &Path) -> Vec<PathBuf> {
 }
 
 fn is_abandoned(path: &Path, maker: &Maker) -> bool {
-    // Not what a link of somebody else's leads to.
+    // A link, which may be another user's, is not followed.
     let Ok(found) = fs::symlink_metadata(path) else { return false };
     if !found.file_type().is_socket() || found.uid() != nix::unistd::geteuid().as_raw() {
         return false;
@@ -88,11 +91,11 @@ fn is_abandoned(path: &Path, maker: &Maker) -> bool {
             age.is_some_and(|age| age > ANONYMOUS_AGE)
         }
     };
-    // The process may be gone only as this pid namespace sees it.
+    // A process that is gone may only be invisible in this PID namespace, so the socket itself is tested as well.
     is_over && nobody_listens(path)
 }
 
-/// Is a connection refused? Never waits: a listener that is busy is one.
+/// Whether a connection to the socket is refused. Never waits: a listener that is busy counts as a listener.
 fn nobody_listens(path: &Path) -> bool {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let refused = || {
@@ -103,10 +106,10 @@ fn nobody_listens(path: &Path) -> bool {
     refused() == Err(Errno::ECONNREFUSED)
 }
 
-/// Removes one. That somebody else was faster is fine.
+/// Removes a socket. A socket that another process has already removed is no error.
 ///
 /// # Errors
-/// As unlink(2).
+/// Those of unlink(2).
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -114,12 +117,12 @@ pub fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes all that killed plugins have left where our own socket is.
+/// Removes all sockets that killed plugins have left in the directory of this plugin's own socket.
 pub fn clear() {
     for path in abandoned(&directory()) {
         match remove(&path) {
             Ok(()) => tracing::info!(path = %path.display(), "removed the socket of a plugin that was killed"),
-            Err(error) => tracing::warn!(path = %path.display(), %error, "the socket of a killed plugin stays"),
+            Err(error) => tracing::warn!(path = %path.display(), %error, "could not remove a killed plugin's socket"),
         }
     }
 }
@@ -130,7 +133,7 @@ mod tests {
 
     use super::*;
 
-    /// A process that there has never been.
+    /// A name whose process has never existed.
     const GONE: &str = "plugin-shim-1-99999999999-0123456789ab";
 
     #[test]
@@ -143,7 +146,7 @@ mod tests {
         let short = new_path(Path::new(&long)).expect("a path");
         assert_eq!(short.as_os_str().len(), SOCKET_PATH_MAX, "{}", short.display());
         assert_eq!(maker(short.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Maker::Unknown));
-        // go-plugin's own are of agents and their helpers.
+        // go-plugin's own names belong to agents and their helpers.
         for other in ["plugin123456789", "plugin-", "plugin-xyz456789012", "plugin-shim-1-2", "plugin-shim-1-2-3-4"] {
             assert_eq!(maker(other), None, "{other}");
         }
@@ -153,7 +156,7 @@ mod tests {
     fn only_sockets_that_nobody_listens_at_are_abandoned() {
         let directory = tempfile::tempdir().expect("made");
         let path = |name: &str| directory.path().join(name);
-        // A listener that is gone leaves its socket.
+        // A listener that is dropped leaves its socket behind.
         for name in [GONE, "plugin-0123456789ab", "plugin987654321"] {
             drop(UnixListener::bind(path(name)).expect("bound"));
         }
@@ -161,7 +164,7 @@ mod tests {
         fs::write(path("plugin-shim-3-99999999999-0123456789ab"), "no socket").expect("written");
         std::os::unix::fs::symlink(path(GONE), path("plugin-shim-4-99999999999-0123456789ab")).expect("linked");
         drop(UnixListener::bind(new_path(directory.path()).expect("a path")).expect("bound"));
-        assert_eq!(abandoned(directory.path()), [path(GONE)], "the one without a name is too young");
+        assert_eq!(abandoned(directory.path()), [path(GONE)], "the socket without a process in its name is too young");
         let old = SystemTime::now() - 2 * ANONYMOUS_AGE;
         let time = nix::sys::time::TimeSpec::from_duration(
             old.duration_since(SystemTime::UNIX_EPOCH).expect("after the epoch"),

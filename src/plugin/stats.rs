@@ -1,4 +1,4 @@
-//! TaskStats: what a task uses, in Nomad's units, at once and then at each interval until it ends.
+//! TaskStats: a task's resource usage in Nomad's units, sent at once and then at each interval until the task ends.
 
 use std::{
     pin::Pin,
@@ -17,16 +17,17 @@ use crate::{
     task::{Compute, Engine, TaskMeter},
 };
 
-/// Nomad's own default, for a host that asks for none.
+/// The interval for a host that asks for none; it is Nomad's own default.
 const DEFAULT: Duration = Duration::from_secs(1);
-/// Often enough for anybody; a zero would never pause.
+/// The shortest interval: short enough for every user, while an interval of zero would never pause.
 const SHORTEST: Duration = Duration::from_millis(50);
 
-/// Samples are taken at multiples of a quarter of their interval since the first, but of no more than this.
+/// The longest alignment step. Samples are taken at multiples of a quarter of their interval, but of no more than this,
+/// counted from a moment that all streams share.
 const STEP: Duration = Duration::from_millis(250);
 
-/// Samples until the task ends, taken when the agent can have them. A task that is not here any more has none: Nomad
-/// would log an error for each try.
+/// Returns usage samples until the task ends; a sample is taken when the agent can receive it. A task that is unknown
+/// here gives an empty stream instead of an error: Nomad would log an error for each try.
 pub async fn samples(
     engine: Engine,
     id: TaskId,
@@ -45,7 +46,7 @@ pub async fn samples(
             before: None,
         })
     });
-    // One future for each stream, polled by its connection: a task of its own and a channel cost as much as a look.
+    // Each stream is one future, polled by its connection: a spawned task and a channel would cost as much as a sample.
     stream::unfold(sampler, |sampler| async {
         let mut sampler = sampler?;
         let stats = sampler.next().await?;
@@ -53,20 +54,20 @@ pub async fn samples(
     })
 }
 
-/// What one stream of samples knows between them.
+/// The state of one stream between its samples.
 struct Sampler {
     id: TaskId,
     meter: TaskMeter,
     ended: Pin<Box<dyn Future<Output = ()> + Send>>,
     interval: Duration,
     compute: Compute,
-    /// When the last sample was to be taken.
+    /// When the last sample was due.
     due: Instant,
     before: Option<(Instant, CpuUsage)>,
 }
 
 impl Sampler {
-    /// The next sample, when it is time; None once the task has ended.
+    /// Waits until the next sample is due and takes it; `None` once the task has ended.
     async fn next(&mut self) -> Option<wire::TaskStats> {
         if let Some((then, _)) = self.before {
             self.due = together((self.due + self.interval).max(then), (self.interval / 4).min(STEP));
@@ -92,7 +93,8 @@ impl Sampler {
     }
 }
 
-/// The next moment at which samples are taken: those of many tasks are taken and sent together, which costs a third.
+/// Returns the first multiple of `step` at or after `wanted`, so that the samples of many tasks are taken and sent
+/// together, which costs a third of separate samples.
 fn together(wanted: Instant, step: Duration) -> Instant {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let began = *BEGAN.get_or_init(Instant::now);
@@ -100,7 +102,7 @@ fn together(wanted: Instant, step: Duration) -> Instant {
     began + step * u32::try_from(steps).unwrap_or(u32::MAX)
 }
 
-/// Of one processor: 100 is a whole one.
+/// Processor usage in percent of one processor: 100 is a whole processor.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Percent {
     total: f64,
@@ -180,7 +182,7 @@ mod tests {
         let percent = Percent::between(&spent(1_000_000_000), &spent(3_500_000_000), second);
         assert!((percent.total - 250.0).abs() < 1e-9 && (percent.user - 125.0).abs() < 1e-9, "{percent:?}");
         let nothing = Percent::between(&spent(5), &spent(3), Duration::ZERO);
-        assert!(nothing.total.abs() < 1e-9, "a clock that stands, and a counter that was reset");
+        assert!(nothing.total.abs() < 1e-9, "no time has passed, and the counter was reset");
         let compute = Compute { total_mhz: 8000, cores: 4 };
         let wire = cpu(&Usage { cpu: spent(1), ..Default::default() }, percent, compute);
         assert!((wire.total_ticks - 5000.0).abs() < 1e-9, "{wire:?}");

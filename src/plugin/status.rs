@@ -1,6 +1,7 @@
-//! Errors as Nomad reads them: one place decides code, text and whether the restart policy may try again.
+//! Converts errors to the statuses that Nomad reads. Only this module decides on the code, the text, and whether the
+//! restart policy may try again.
 //!
-//! Every text passes [`crate::text::shown`] on its way out: it may hold words of images, registries, runtimes and jobs.
+//! Every text passes through [`crate::text::shown`]: it may contain text of images, registries, runtimes and jobs.
 
 use prost::Message as _;
 use tonic::{Code, Status};
@@ -12,10 +13,11 @@ use crate::{
     text::{self, MESSAGE_MAX},
 };
 
-/// How Nomad finds the detail.
+/// The type URL by which Nomad finds the detail of a recoverable error.
 const RECOVERABLE: &str = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
 
-/// A task's error. `Unavailable` and `Canceled` are never used: Nomad reads them as "the plugin is going away".
+/// Converts a task's error. `Unavailable` and `Canceled` are never used: Nomad reads them as "the plugin is going
+/// away".
 pub fn of(error: &TaskError) -> Status {
     let text = crate::chain(error);
     if error.is_recoverable() {
@@ -34,18 +36,19 @@ pub fn of(error: &TaskError) -> Status {
     new(code, &text)
 }
 
-/// A configuration's error: trying again changes nothing.
+/// Converts a configuration's error, which is not recoverable: trying again changes nothing.
 pub fn of_config(error: &ConfigError) -> Status {
-    // Bounded by itself, since it may list many faults; each of them was cut for itself.
+    // The text is bounded already: it may list many faults, and each of them was truncated separately.
     Status::invalid_argument(error.to_string())
 }
 
-/// A status with a text that may hold somebody else's words.
+/// Creates a status from a text that may contain foreign text.
 pub fn new(code: Code, text: &str) -> Status {
     Status::new(code, text::shown(text, MESSAGE_MAX))
 }
 
-/// An error that may pass: `FailedPrecondition` with Nomad's detail first (protocol reference 4.1).
+/// Creates the status of an error that may pass: `FailedPrecondition` with Nomad's detail first
+/// (docs/protocol/nomad-plugin.md#4.1).
 pub fn recoverable(text: &str) -> Status {
     let text = text::shown(text, MESSAGE_MAX);
     let detail = prost_types::Any {

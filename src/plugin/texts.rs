@@ -1,13 +1,14 @@
-//! Texts that Nomad sends beside a job's `config`, of which the job's author has written some: its environment, its user,
-//! volumes, name servers. Those in `config` are checked where they are decoded.
+//! Checks the texts that Nomad sends in addition to a job's `config`. The job's author has written some of them:
+//! environment, user, volumes, name servers. Texts in `config` are checked where they are decoded.
 
 use super::config::ConfigError;
 use crate::{pb::driver as wire, text::quoted};
 
-/// Checks that no text ends early for C's readers, and that none begins a line of its own in a file that we write.
+/// Checks that no text has a NUL byte, at which C programs would end it, and that no text could begin a new line in a
+/// file that the driver writes.
 ///
 /// # Errors
-/// With everything that is wrong.
+/// When a text has a forbidden character; the error has all faults.
 pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
     let mut faults = Vec::new();
     let mut forbid = |name: String, text: &str, forbidden: Forbidden| {
@@ -38,7 +39,7 @@ pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
         let texts = [&device.task_path, &device.host_path, &device.cgroup_permissions];
         texts.into_iter().for_each(|text| forbid(format!("device {}", quoted(text)), text, Forbidden::Nul));
     }
-    // Lines of hosts(5) and resolv.conf(5).
+    // These texts become parts of lines of hosts(5) and resolv.conf(5).
     let dns = task.dns.clone().unwrap_or_default();
     for (name, list) in [("servers", &dns.servers), ("searches", &dns.searches), ("options", &dns.options)] {
         list.iter().for_each(|text| forbid(format!("dns: {name}: {}", quoted(text)), text, Forbidden::Control));
@@ -53,11 +54,12 @@ pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
     if faults.is_empty() { Ok(()) } else { Err(ConfigError::many(faults)) }
 }
 
-/// What a text may not contain.
+/// The characters that a text must not contain.
 #[derive(Clone, Copy)]
 enum Forbidden {
+    /// The NUL byte.
     Nul,
-    /// Line ends among them.
+    /// Control characters, which include line ends.
     Control,
 }
 

@@ -1,9 +1,9 @@
 //! go-plugin's AutoMTLS, for hosts that ask for it (Nomad does not): each side makes a certificate for this one
 //! connection and pins the other's.
 //!
-//! The host's certificate is marked as a CA and used as a leaf, on curve P-521. WebPKI's rules refuse that, and rightly
-//! mean nothing here: the certificate came through our environment, from our parent. So it is compared byte by byte,
-//! and only the proof of the private key is left to rustls.
+//! The host's certificate is marked as a CA and used as a leaf, on curve P-521. WebPKI's rules refuse that, but they do
+//! not apply here: the certificate comes from the parent process, through the environment. So it is compared byte by
+//! byte, and only the proof of the private key is left to rustls.
 
 use std::sync::Arc;
 
@@ -19,30 +19,30 @@ use rustls::{
 /// Why TLS could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The host's certificate.
+    /// The host's certificate can't be read.
     #[error("PLUGIN_CLIENT_CERT is not a PEM certificate")]
     ClientCertificate(#[source] rustls::pki_types::pem::Error),
-    /// Ours.
-    #[error("make a certificate")]
+    /// The plugin's own certificate can't be made.
+    #[error("make the plugin's TLS certificate")]
     Certificate(#[from] rcgen::Error),
-    /// The rest.
-    #[error("set up TLS")]
+    /// rustls refuses the configuration.
+    #[error("set up TLS for the plugin's socket")]
     Setup(#[from] Error),
 }
 
-/// What serves TLS, and field 6 of the handshake line.
+/// The server's TLS configuration and its certificate.
 #[derive(Debug)]
 pub struct ServerTls {
-    /// For the accept loop.
+    /// The configuration for the accept loop.
     pub config: Arc<rustls::ServerConfig>,
-    /// Base64 of our certificate, unpadded.
+    /// The server's certificate in base64 without padding, which is field 6 of the handshake line.
     pub certificate: String,
 }
 
-/// A fresh certificate, and a server that lets in only the holder of `client_pem`.
+/// Makes a new certificate, and a TLS configuration that accepts only the holder of `client_pem`.
 ///
 /// # Errors
-/// When the client's certificate can't be read.
+/// When the client's certificate can't be read, or TLS can't be set up.
 pub fn server(client_pem: &str) -> Result<ServerTls, TlsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let pinned = CertificateDer::from_pem_slice(client_pem.as_bytes()).map_err(TlsError::ClientCertificate)?;
@@ -56,11 +56,12 @@ pub fn server(client_pem: &str) -> Result<ServerTls, TlsError> {
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(verifier)
         .with_single_cert(vec![der], key)?;
-    // grpc-go refuses a server that picks no protocol.
+    // grpc-go refuses a server that negotiates no ALPN protocol.
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(ServerTls { config: Arc::new(config), certificate: encoded })
 }
 
+/// Accepts exactly one client certificate.
 #[derive(Debug)]
 struct Pinned {
     leaf: CertificateDer<'static>,

@@ -1,8 +1,9 @@
-//! Root file systems made ahead: an overlay with a fresh writable layer for each of the images used last, attached nowhere
-//! yet. To mount one takes half a millisecond, most of it the disk's; to put one in its place takes a tenth.
+//! A pool of prepared root file systems: for each of the most recently used images, an overlay with a fresh writable
+//! layer that is not attached anywhere yet. To mount an overlay takes half a millisecond, most of it spent on the disk;
+//! to attach a prepared one takes a tenth of that.
 //!
-//! An overlay that is attached nowhere lives as long as its descriptor (open_tree(2), Linux 5.2): what is left of it when we
-//! are killed is its writable layer, which the next instance removes.
+//! A detached overlay lives as long as its descriptor (open_tree(2), Linux 5.2). If the plugin is killed, only the
+//! overlay's writable layer remains, and the next plugin removes it.
 
 use std::{
     fs, io,
@@ -22,19 +23,19 @@ use crate::{
     places::{make_dir, names},
 };
 
-/// Those that wait.
+/// The pool of prepared root file systems.
 #[derive(Debug)]
 pub struct Ahead {
     dir: PathBuf,
     most: usize,
     cells: Mutex<Vec<Cell>>,
-    /// Directories of those that were taken, to be removed: not while a task is started.
+    /// The directories of root file systems that tasks have taken. They are removed later, and not while a task starts.
     spent: Mutex<Vec<BundlePaths>>,
-    /// Who makes one holds this: true when none is to be made any more.
+    /// Whether the pool prepares no more root file systems. A thread that prepares one holds this lock.
     closed: Mutex<bool>,
 }
 
-/// One of them.
+/// A root file system that waits for a task, and the file system for the sources of the task's mounts.
 #[derive(Debug)]
 struct Cell {
     stack: Stack,
@@ -43,7 +44,8 @@ struct Cell {
     pins: PreparedPins,
 }
 
-/// Layers, and which directories those were: an image's may be removed and come back as others.
+/// The layers of a root file system, identified by path, device and inode: an image's layers may be removed and come
+/// back as other directories.
 #[derive(Debug, PartialEq, Eq)]
 struct Stack {
     lowers: Vec<(PathBuf, u64, u64)>,
@@ -63,18 +65,22 @@ impl Stack {
     }
 }
 
-/// Which directory that is.
+/// Returns the device and inode of a directory.
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
 impl Ahead {
-    /// Keeps up to `most` of them; `dir` is ours alone, on the file system of the writable layers.
+    /// Returns a pool of up to `most` root file systems. No other process uses `dir`, which is on the file system of
+    /// the writable layers.
     pub fn new(dir: PathBuf, most: usize) -> Self {
         let this = Self { dir, most, cells: Mutex::default(), spent: Mutex::default(), closed: Mutex::new(most == 0) };
-        // Of an instance that was killed. What can't be listed now is the next one's to remove.
+        // These are from a plugin that was killed. If they can't be listed now, the next plugin removes them.
         let stale = names(&this.dir).unwrap_or_else(|error| {
-            tracing::warn!(error = %crate::chain(&error), "root file systems that an earlier plugin made ahead stay");
+            tracing::warn!(
+                error = %crate::chain(&error),
+                "could not list an earlier plugin's prepared root file systems"
+            );
             Vec::new()
         });
         for name in stale {
@@ -101,11 +107,12 @@ impl Ahead {
         self.cells.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Mounts a root file system that was made from these layers, as they are now, in a bundle that is there. Returns the
-    /// file system for the sources of mounts that was made with it; `None` when none was made from these layers.
+    /// Attaches a root file system that was prepared from these layers, as they are now, in an existing bundle. Returns
+    /// the file system for the sources of mounts that was prepared with it, or `None` when the pool has no root file
+    /// system with these layers.
     ///
     /// # Errors
-    /// As rename(2) and move_mount(2); nothing is mounted then.
+    /// Fails as rename(2) and move_mount(2) do; nothing is mounted then.
     pub fn attach(&self, layers: Layers<'_>, to: &BundlePaths) -> io::Result<Option<PreparedPins>> {
         if self.cells().is_empty() {
             return Ok(None);
@@ -120,17 +127,18 @@ impl Ahead {
         self.spent().push(paths);
         if attached.is_err() {
             drop(tree);
-            // Whoever makes a new one there says so if that is no good.
+            // If the directory can't be removed, the caller's next step, which makes a new one there, reports it.
             let _ = fs::remove_dir_all(&to.upper);
         }
         attached.map(|()| Some(pins))
     }
 
-    /// Makes one for these layers where none waits, in place of the one that has waited longest, unless somebody is at it.
-    /// Blocks for some milliseconds.
+    /// Prepares a root file system for these layers if the pool has none. In a full pool it replaces the oldest one.
+    /// Does nothing while another thread prepares one. Blocks for some milliseconds.
     ///
     /// # Errors
-    /// As the file system and mount(2). Where the kernel has no detached mounts, or nobody may use them, that is told once.
+    /// Fails when a file system operation or mount(2) fails. Where the kernel has no detached mounts, or the plugin may
+    /// not use them, only the first call fails: the pool is closed then.
     pub fn make(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
         let Ok(mut closed) = self.closed.try_lock() else { return Ok(()) };
         self.remove_spent();
@@ -159,24 +167,24 @@ impl Ahead {
         }
     }
 
-    /// Gives up those whose layers are gone.
+    /// Discards root file systems whose layers are gone.
     pub fn prune(&self) {
         let gone: Vec<Cell> = self.cells().extract_if(.., |cell| !cell.stack.is_current()).collect();
         gone.into_iter().for_each(Cell::discard);
     }
 
-    /// Gives up all of them.
+    /// Discards all root file systems.
     pub fn give_up(&self) {
         let all = std::mem::take(&mut *self.cells());
         all.into_iter().for_each(Cell::discard);
         self.remove_spent();
     }
 
-    /// Gives up all of them, and makes no more.
+    /// Discards all root file systems, and prepares no more.
     pub fn close(&self) {
         *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.give_up();
-        // Not empty: of somebody who could not remove it, and has said so.
+        // The directory is not empty when a root file system could not be removed, which has been logged then.
         let _ = fs::remove_dir(&self.dir);
     }
 }
@@ -190,11 +198,15 @@ impl Cell {
 
 fn remove(paths: &BundlePaths) {
     if let Err(error) = paths.unmount().and_then(|()| paths.remove()) {
-        tracing::warn!(path = %paths.bundle.display(), error = %crate::chain(&error), "a root file system made ahead stays");
+        tracing::warn!(
+            path = %paths.bundle.display(),
+            error = %crate::chain(&error),
+            "could not remove a prepared root file system"
+        );
     }
 }
 
-/// Mounts an overlay, and a file system for the sources of mounts, and detaches both at once.
+/// Mounts an overlay and a file system for the sources of mounts, and detaches both right away.
 fn prepared(paths: &BundlePaths, layers: Layers<'_>) -> Result<(OwnedFd, PreparedPins), RootfsError> {
     let (rootfs, pins) = (paths.rootfs(), paths.pins());
     make_dir(&rootfs).map_err(|source| RootfsError::File { doing: "create", path: rootfs.clone(), source })?;

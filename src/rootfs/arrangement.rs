@@ -1,8 +1,9 @@
-//! Which mounts lie below which: a pure function of targets.
+//! Finds out which mounts lie below which others: a pure function of their targets.
 //!
-//! A runtime finds a target by name in the file systems that it has mounted so far. Below a bind those are files of a task
-//! or of another task of the allocation, which may put a link there at any moment. So only mounts with nothing but the
-//! image or a fresh file system below them are left to the runtime. The others are put into the tree that is bound.
+//! A runtime looks up a target by name in the file systems that it has mounted so far. Below a bind mount, those
+//! contain files of the task or of another task of the allocation, and either task may put a link there at any moment.
+//! So the runtime gets only those mounts whose target lies in the image or in a fresh file system. The driver itself
+//! puts all other mounts into the tree that is bound.
 
 use std::path::{Path, PathBuf};
 
@@ -11,47 +12,47 @@ use super::{
     target::MountTarget,
 };
 
-/// How a mount gets to its target.
+/// Who puts a mount at its target, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
     /// The runtime mounts it.
     Runtime,
-    /// It is mounted into the tree of another mount before the runtime takes that.
+    /// The driver mounts it into the tree of another mount, before the runtime takes that tree.
     Within {
-        /// The number of the outermost mount, which the runtime mounts.
+        /// The index of the outermost mount, which the runtime mounts.
         top: usize,
-        /// The path below that one's target.
+        /// The path below the outermost mount's target.
         path: PathBuf,
-        /// The number of the mount that this one lies in directly.
+        /// The index of the mount in which this one lies directly.
         holder: usize,
-        /// The path below the holder's target.
+        /// The path below the target of that direct parent.
         below: PathBuf,
     },
 }
 
-/// A mount with its place.
+/// A mount for which a placement was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Placed {
-    /// Its number in the list of mounts.
+    /// The mount's index in the list of mounts.
     pub(super) number: usize,
-    /// Where it goes, free of links.
+    /// The mount's target, without links on the way.
     pub(super) target: MountTarget,
-    /// How it gets there.
+    /// How the mount gets to its target.
     pub(super) place: Place,
 }
 
-/// A mount that can't be placed.
+/// A mount that can't be placed, with its index and the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Misplaced {
     pub(super) number: usize,
     pub(super) problem: String,
 }
 
-/// Orders mounts so that each comes after those that it lies below, and says how each gets to its target. Of several with
-/// one target only the last is seen, so only that is mounted.
+/// Orders mounts so that each one comes after the mounts that it lies below, and decides how each gets to its target.
+/// Of several mounts with the same target only the last would be visible, so only that one is mounted.
 ///
 /// # Errors
-/// When a mount lies below one that can't hold it.
+/// Fails when a mount lies below another one in which nothing can be mounted.
 pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<Vec<Placed>, Misplaced> {
     let is_hidden = |number: &usize| targets[number + 1..].contains(&targets[*number]);
     let mut order: Vec<usize> = (0..mounts.len()).filter(|number| !is_hidden(number)).collect();
@@ -59,10 +60,10 @@ pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<V
     let mut placed: Vec<Placed> = Vec::with_capacity(order.len());
     for number in order {
         let target = targets[number].clone();
-        // The deepest comes last.
+        // The mounts are sorted by depth, so the last match is the deepest.
         let parent = placed.iter().rfind(|other| target.path().starts_with(other.target.path()));
         let place = match parent {
-            // The image, or a fresh file system that every container has.
+            // The target lies in the image, or in a fresh file system that every container has.
             None => Place::Runtime,
             Some(parent) => within(parent, &mounts[parent.number], &mounts[number], target.path())
                 .map_err(|problem| Misplaced { number, problem })?,
@@ -106,7 +107,7 @@ mod tests {
 
     fn bind(target: &str, options: &[&str]) -> TaskMount {
         let source = std::fs::File::open("/").expect("the root can be opened");
-        mount(target, MountContent::Bind(Source::of(source.into()).expect("looked at")), options)
+        mount(target, MountContent::Bind(Source::of(source.into()).expect("fstat")), options)
     }
 
     fn tmpfs(target: &str) -> TaskMount {
@@ -122,10 +123,10 @@ mod tests {
         }
     }
 
-    /// A target, with the number of the mount whose tree it is put into and the path there.
+    /// A target; for a mount in another one's tree also the outermost mount's index, and the path in its tree.
     type Arranged = (String, Option<(usize, String)>);
 
-    /// All targets in order.
+    /// Returns all targets in the order in which they are mounted.
     fn arranged(mounts: &[TaskMount]) -> Result<Vec<Arranged>, String> {
         let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
         let placed = arrange(mounts, &targets).map_err(|misplaced| misplaced.problem)?;
@@ -172,7 +173,7 @@ mod tests {
             arranged(&mounts),
             Ok(vec![own("/scratch"), own("/scratch/in"), own("/dev/fuse"), own("/dev/shm/x")])
         );
-        // The host's /dev covers the fresh one.
+        // The host's /dev covers the container's fresh one.
         let mounts = [bind("/dev", &[]), bind("/dev/shm/x", &[])];
         assert_eq!(arranged(&mounts), Ok(vec![own("/dev"), below("/dev/shm/x", 0, "shm/x")]));
     }
@@ -198,7 +199,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the targets: no mount that is left to the runtime lies below a bind.
+        /// For any targets, no mount that is left to the runtime lies below a bind.
         #[test]
         fn nothing_below_a_bind_is_left_to_the_runtime(
             list in proptest::collection::vec((proptest::collection::vec(0..3_u8, 1..4), any::<bool>()), 0..8)
@@ -213,7 +214,7 @@ mod tests {
                 let is_bind = |other: &&&Placed| matches!(mounts[other.number].content, MountContent::Bind(_));
                 let above = left.iter().filter(is_bind).any(|other| {
                     other.target != mount.target && mount.target.path().starts_with(other.target.path())
-                        // A fresh file system in between holds it.
+                        // With a fresh file system in between, the mount may be left to the runtime.
                         && !left.iter().any(|fresh| matches!(mounts[fresh.number].content, MountContent::FileSystem { .. })
                             && fresh.target != mount.target
                             && mount.target.path().starts_with(fresh.target.path())

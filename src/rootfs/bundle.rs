@@ -1,6 +1,8 @@
-//! The bundle: a directory with `config.json`, the files we mount into the container, and the root file system.
+//! The bundle: a directory with `config.json`, the files that the driver mounts into the container, and the root file
+//! system.
 //!
-//! What is made here is undone here, each step for itself and harmless when there is nothing to undo.
+//! This module also removes what it creates. Each step of the removal works by itself, and does no harm when there is
+//! nothing to remove.
 
 use std::{
     fs, io,
@@ -19,23 +21,23 @@ use crate::{
     places::{MountPoints, Places, make_dir, write_private},
 };
 
-/// Where one task's files are.
+/// The paths of one task's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BundlePaths {
-    /// The bundle.
+    /// The bundle's directory.
     pub bundle: PathBuf,
-    /// The writable layer: `upper` and `work` below it.
+    /// The writable layer's directory, with `upper` and `work` below it.
     pub upper: PathBuf,
 }
 
-/// Where writable layers are.
+/// Where the driver stores writable layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpperOn {
     /// In the state directory.
     Disk,
-    /// In memory, each for itself: gone with one unmount, counted to the task's own memory.
+    /// In a file system in memory for each task. One unmount removes it, and its pages count as the task's own memory.
     Tmpfs {
-        /// As tmpfs(5) takes it; the kernel's default otherwise.
+        /// The size, as tmpfs(5) takes it; the kernel's default if it is `None`.
         size: Option<String>,
     },
 }
@@ -43,36 +45,37 @@ pub enum UpperOn {
 /// The layers of an image.
 #[derive(Debug, Clone, Copy)]
 pub struct Layers<'a> {
-    /// Read-only directories, topmost first.
+    /// The read-only directories, the topmost first.
     pub lowers: &'a [PathBuf],
-    /// Further overlay options.
+    /// Further options of the overlay.
     pub options: &'a [String],
 }
 
 impl BundlePaths {
-    /// A container's.
+    /// Returns the paths of a container's files.
     pub fn of(places: &Places, id: &ContainerId) -> Self {
         Self { bundle: places.bundle(id), upper: places.upper(id) }
     }
 
-    /// Where the root file system is mounted.
+    /// Returns the mount point of the root file system.
     pub fn rootfs(&self) -> PathBuf {
         self.bundle.join("rootfs")
     }
 
-    /// Makes the bundle's directories.
+    /// Creates the bundle's directories.
     ///
     /// # Errors
-    /// As the file system.
+    /// Fails when a file system operation fails.
     pub fn create(&self) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
         make_dir(&rootfs).map_err(|source| file("create", &rootfs, source))
     }
 
-    /// Makes the writable layer, and mounts the layers in a bundle that is there.
+    /// Creates the writable layer, and mounts the root file system in an existing bundle.
     ///
     /// # Errors
-    /// When anything can't be made; `LayersGone` when the image's directories have vanished.
+    /// Fails when a directory can't be created or mounted; with `LayersGone` when the image's directories have
+    /// vanished.
     pub fn mount(&self, layers: Layers<'_>, on: &UpperOn) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
         make_dir(&self.upper).map_err(|source| file("create", &self.upper, source))?;
@@ -84,7 +87,8 @@ impl BundlePaths {
         }
         let work = self.upper.join("work");
         fs::DirBuilder::new().mode(0o700).create(&work).map_err(|source| file("create", &work, source))?;
-        // The container's "/" has the mode of the upper directory, which every image has at 0755.
+        // The upper directory's mode becomes the mode of the container's "/", so it is copied from the topmost layer.
+        // All images have 0755 there.
         let upper = self.upper.join("upper");
         let mode = layers
             .lowers
@@ -95,7 +99,8 @@ impl BundlePaths {
             .mode(mode)
             .create(&upper)
             .and_then(|()| {
-                // Less what the process's mask took away; a change costs the disk's journal something.
+                // The process's umask may have cleared some bits. Only then is the mode set: a change costs a write to
+                // the disk's journal.
                 let made = fs::metadata(&upper)?.permissions().mode() & 0o7777;
                 if made == mode { Ok(()) } else { fs::set_permissions(&upper, fs::Permissions::from_mode(mode)) }
             })
@@ -106,10 +111,10 @@ impl BundlePaths {
         })
     }
 
-    /// Is the root file system mounted? An overlay is a device of its own.
+    /// Tells whether the root file system is mounted: an overlay has a device number of its own.
     ///
     /// # Errors
-    /// As stat(2).
+    /// Fails as stat(2) does.
     pub fn is_mounted(&self) -> io::Result<bool> {
         Ok(fs::metadata(self.rootfs())?.dev() != fs::metadata(&self.bundle)?.dev())
     }
@@ -117,27 +122,28 @@ impl BundlePaths {
     /// Writes `config.json`.
     ///
     /// # Errors
-    /// As the file system.
+    /// Fails when a file system operation fails.
     pub fn write_spec(&self, spec: &Spec) -> Result<(), RootfsError> {
         let path = self.bundle.join("config.json");
         let bytes = serde_json::to_vec(spec).map_err(|error| file("encode", &path, error.into()))?;
         self.write(&path, &bytes)
     }
 
-    /// Writes a file of the bundle. Readable by us alone: `config.json` holds the task's environment, secrets included.
+    /// Writes a file of the bundle. Only the driver's own user can read it: `config.json` holds the task's environment,
+    /// secrets included.
     ///
     /// # Errors
-    /// As the file system.
+    /// Fails when a file system operation fails.
     pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), RootfsError> {
         write_private(path, bytes).map_err(|source| file("write", path, source))
     }
 
-    /// Where the source of the task's n-th mount is, from where the runtime takes it.
+    /// Returns the path at which the source of the task's n-th mount is pinned, and from which the runtime mounts it.
     pub fn pinned(&self, n: usize) -> PathBuf {
         self.pins().join(n.to_string())
     }
 
-    /// Where the sources of all mounts are: a file system of its own (`mount_tree`).
+    /// Returns the directory in which the sources of all mounts are pinned: a file system of its own (`mount_tree`).
     pub(super) fn pins(&self) -> PathBuf {
         self.bundle.join("mounts")
     }
@@ -145,7 +151,7 @@ impl BundlePaths {
     /// Unmounts the sources of the task's mounts.
     ///
     /// # Errors
-    /// As umount2(2); not mounted and not there are fine.
+    /// Fails as umount2(2) does. Nothing mounted, or no directory, is not an error.
     pub fn unmount_pins(&self) -> Result<(), RootfsError> {
         if fault::skipped("unmount") {
             return Ok(());
@@ -158,8 +164,9 @@ impl BundlePaths {
         Ok(())
     }
 
-    /// Where the sources of a task of an earlier version are mounted: each in the directory itself. A listing that fails is
-    /// an error: taken for "nothing", the removal would descend.
+    /// Returns the mount points of the sources of a task that an earlier version has started: it mounted each source in
+    /// the bundle's directory on disk. A failure to list them is an error: if it passed for "nothing is mounted", the
+    /// removal would descend into the sources.
     fn former_pins(&self) -> Result<Vec<PathBuf>, RootfsError> {
         let pins = self.pins();
         let listed = match fs::read_dir(&pins) {
@@ -170,27 +177,27 @@ impl BundlePaths {
         listed.map_err(|source| file("list", &pins, source))
     }
 
-    /// Unmounts the root file system and the job's sources, however often they are mounted.
+    /// Unmounts the root file system and the sources of the task's mounts, however often they are mounted.
     ///
     /// # Errors
-    /// As umount2(2); not mounted and not there are fine.
+    /// Fails as umount2(2) does. Nothing mounted, or no directory, is not an error.
     pub fn unmount(&self) -> Result<(), RootfsError> {
         if fault::skipped("unmount") {
             return Ok(());
         }
         self.unmount_pins()?;
-        // The layer after what is made of it.
+        // The writable layer comes after the root file system, which uses it.
         for point in [self.rootfs(), self.upper.clone()] {
             unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())
     }
 
-    /// Removes the bundle. Nothing may be mounted in it: a mount point can't be removed, and that is tried first, so
-    /// that what is mounted (the host's own directories among it) is never descended into.
+    /// Removes the bundle. Nothing may be mounted in it. A mount point can't be removed, so the possible mount points
+    /// are removed first: the removal then never descends into a mount, which may be one of the host's own directories.
     ///
     /// # Errors
-    /// As the file system; not there is fine.
+    /// Fails when a file system operation fails. A missing bundle is not an error.
     pub fn remove(&self) -> Result<(), RootfsError> {
         for point in self.former_pins()?.into_iter().chain([self.rootfs(), self.pins()]) {
             let removed = match fs::symlink_metadata(&point) {
@@ -215,7 +222,7 @@ impl BundlePaths {
     /// Removes the writable layer.
     ///
     /// # Errors
-    /// As the file system; not there is fine.
+    /// Fails when a file system operation fails. A missing layer is not an error.
     pub fn remove_upper(&self) -> Result<(), RootfsError> {
         if fault::skipped("upper") {
             return Ok(());
@@ -224,14 +231,15 @@ impl BundlePaths {
     }
 }
 
-/// Unmounts whatever is mounted at `point`, layer by layer.
+/// Unmounts everything that is mounted at `point`, one mount after the other.
 fn unmount_all(point: &Path) -> io::Result<()> {
     loop {
-        // A bind of the host's directory is a peer of it, and a lazy unmount reaches peers: what is mounted below the
-        // host's own directory would go with ours (mount_namespaces(7)). As a slave it hears and does not speak.
+        // A bind mount of a host's directory is a peer of that directory's mount, and a lazy unmount propagates to
+        // peers: mounts below the host's own directory would be unmounted, too (mount_namespaces(7)). A slave mount
+        // receives such events and sends none.
         match mount(None::<&str>, point, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>) {
             Ok(()) => {}
-            // EINVAL: not a mount point.
+            // EINVAL means that it is not a mount point.
             Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
             Err(errno) => return Err(errno.into()),
         }
@@ -243,8 +251,9 @@ fn unmount_all(point: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes what a runtime that was cut off has put where the root file system was no more (gVisor makes its mount points
-/// there), if nothing at all is mounted in it: what is mounted there may be the host's own.
+/// Removes the files that an interrupted runtime has created at the root file system's mount point after it was
+/// unmounted (gVisor creates its own mount points there). Refuses if anything is mounted below it, which may be the
+/// host's own.
 fn remove_unmounted(path: &Path) -> io::Result<()> {
     if MountPoints::read().may_be_in(path) {
         return Err(io::ErrorKind::DirectoryNotEmpty.into());

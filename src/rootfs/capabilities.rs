@@ -1,4 +1,5 @@
-//! Linux capabilities by name (capabilities(7)): defaults, what a job adds and drops, what an operator allows.
+//! Linux capabilities by name (capabilities(7)): the defaults, those that a job adds and drops, and those that an
+//! operator allows.
 
 use std::{collections::BTreeSet, str::FromStr as _};
 
@@ -7,7 +8,7 @@ use oci_spec::runtime::Capability as OciCapability;
 
 use crate::ids::Flavor;
 
-/// A capability that no kernel knows.
+/// A name that is not a capability's.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0:?} is not a capability such as NET_ADMIN, nor ALL")]
 pub struct CapabilityError(String);
@@ -19,16 +20,16 @@ pub struct Capabilities(BTreeSet<u8>);
 /// One entry of `cap_add` or `cap_drop`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CapabilityRequest {
-    /// Every one there is.
+    /// All capabilities.
     All,
-    /// This one.
+    /// A single capability.
     One(Capability),
 }
 
-/// Reads `NET_ADMIN`, `CAP_NET_ADMIN`, `net_admin` or `ALL`.
+/// Parses `NET_ADMIN`, `CAP_NET_ADMIN`, `net_admin` or `ALL`.
 ///
 /// # Errors
-/// When the name is unknown.
+/// Fails when the name is unknown.
 pub fn parse_capability(name: &str) -> Result<CapabilityRequest, CapabilityError> {
     let upper = name.trim().to_ascii_uppercase();
     if upper == "ALL" || upper == "CAP_ALL" {
@@ -55,22 +56,22 @@ const SECURE: [Capability; 13] = [
     Capability::CAP_AUDIT_WRITE,
 ];
 
-/// What a job may add under our own name when the operator says nothing: nothing beyond the defaults, as docker's
-/// driver does.
+/// Returns the capabilities that a job may add with `Flavor::Strict` if the operator sets nothing: none beyond the
+/// defaults, as in Nomad's docker driver.
 pub fn default_allowed() -> Capabilities {
     Capabilities::of(SECURE)
 }
 
 impl Capabilities {
-    /// A set of these.
+    /// Returns a set of these capabilities.
     pub fn of(list: impl IntoIterator<Item = Capability>) -> Self {
         Self(list.into_iter().map(|capability| capability.index()).collect())
     }
 
-    /// A set as named in a configuration.
+    /// Parses a configuration's list of names.
     ///
     /// # Errors
-    /// When a name is unknown.
+    /// Fails when a name is unknown.
     pub fn parse(names: &[String]) -> Result<Self, CapabilityError> {
         let mut set = Self::default();
         for name in names {
@@ -84,7 +85,7 @@ impl Capabilities {
         Ok(set)
     }
 
-    /// What a container has by default.
+    /// Returns a container's default capabilities.
     pub fn defaults(flavor: Flavor) -> Self {
         let mut set = Self::of(SECURE);
         if flavor == Flavor::DropIn {
@@ -93,17 +94,17 @@ impl Capabilities {
         set
     }
 
-    /// All that this very process could hand on: a runtime can't give what its caller's bounding set lacks.
+    /// Returns this process's bounding set: a runtime can't give a container what its caller's bounding set lacks.
     pub fn of_this_process() -> Self {
         caps::read(None, caps::CapSet::Bounding).map_or_else(|_| Self::default(), Self::of)
     }
 
-    /// Is this one in it? By the kernel's name, `CAP_SYS_ADMIN`.
+    /// Tells whether the set contains a capability, given by the kernel's name, such as `CAP_SYS_ADMIN`.
     pub fn has(&self, name: &str) -> bool {
         Capability::from_str(name).is_ok_and(|capability| self.0.contains(&capability.index()))
     }
 
-    /// Adds, then drops, in docker's sense: `ALL` in `drop` empties the set before anything is added.
+    /// Adds capabilities and then drops others, by docker's rules: `ALL` in `drop` empties the set before any is added.
     #[must_use]
     pub fn adjusted(mut self, add: &[CapabilityRequest], drop: &[CapabilityRequest]) -> Self {
         if drop.contains(&CapabilityRequest::All) {
@@ -125,13 +126,13 @@ impl Capabilities {
         self
     }
 
-    /// Only those that `limit` has too.
+    /// Returns the capabilities that are also in `limit`.
     #[must_use]
     pub fn within(self, limit: &Self) -> Self {
         Self(self.0.intersection(&limit.0).copied().collect())
     }
 
-    /// The first of `requests` that is not in the set, by name.
+    /// Returns the name of the first of `requests` that is not in the set.
     pub fn first_missing(&self, requests: &[CapabilityRequest]) -> Option<String> {
         requests.iter().find_map(|request| match request {
             CapabilityRequest::All => {
@@ -141,7 +142,7 @@ impl Capabilities {
         })
     }
 
-    /// As the OCI spec names them.
+    /// Returns the set in the form of the OCI spec.
     pub fn to_oci(&self) -> oci_spec::runtime::Capabilities {
         caps::all()
             .into_iter()

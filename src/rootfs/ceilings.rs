@@ -1,5 +1,5 @@
-//! The most that jobs may ask for: limits of setrlimit(2), and the size of file systems in memory. Everything here is
-//! pure but [`HostLimits::read`].
+//! Upper bounds on what jobs may ask for: limits of setrlimit(2), and the size of file systems in memory. Everything
+//! here is pure except [`HostLimits::read`].
 
 use std::collections::BTreeMap;
 
@@ -14,20 +14,20 @@ use super::{
 };
 use crate::{ids::Flavor, process};
 
-/// No job gets a priority over the host's own processes under the driver's own name, whatever the agent has: neither a
-/// real-time one (`rtprio`) nor one by nice(2).
+/// Limits that would give a job a priority above the host's own processes: a real-time one (`rtprio`), or one set by
+/// nice(2). With `Flavor::Strict` they are 0 by default, whatever limits the agent itself has.
 const PRIORITIES: [&str; 2] = ["rtprio", "nice"];
-/// What the kernel gives a tmpfs without a size, in percent of the host's memory (tmpfs(5)).
+/// The size that the kernel gives a tmpfs without a size option, in percent of the host's memory (tmpfs(5)).
 const KERNEL_DEFAULT: u64 = 50;
-/// The size of a page where the kernel does not say it.
+/// The page size that is assumed where the kernel does not report one.
 const PAGE: u64 = 4096;
 
-/// What a job asks for is more than the operator allows.
+/// A job asks for more than the operator allows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CeilingError {
-    /// A limit of setrlimit(2).
+    /// A limit of setrlimit(2) is above its ceiling.
     #[error(
-        "{name} = {} is above {}, the most on this node; ask for no more, or have the operator raise the plugin option security {{ ulimit_max }}",
+        "{name} = {} is above {}, the maximum on this node; lower it, or have the operator raise the plugin option security {{ ulimit_max }}",
         shown(*.wanted),
         shown(*.ceiling)
     )]
@@ -36,25 +36,25 @@ pub enum CeilingError {
         name: &'static str,
         /// The hard limit that the job asks for.
         wanted: u64,
-        /// The most that it may.
+        /// The highest value that is allowed.
         ceiling: u64,
     },
-    /// The size of a file system in memory.
-    #[error("{option:?} is above {} MiB, the most on this node; ask for no more, or have the operator raise the plugin option security {{ tmpfs_max }}", .ceiling >> 20)]
+    /// A file system in memory is larger than the ceiling.
+    #[error("{option:?} is above {} MiB, the maximum on this node; lower it, or have the operator raise the plugin option security {{ tmpfs_max }}", .ceiling >> 20)]
     Memory {
         /// The option, as the job has it.
         option: String,
-        /// The most that it may ask for, in bytes.
+        /// The largest size that is allowed, in bytes.
         ceiling: u64,
     },
-    /// The size of a file system in memory, where the host's memory is not known.
+    /// A file system in memory is larger than the ceiling, and the size of the host's memory is not known.
     #[error(
-        "{option:?} is above {ceiling} % of the host's memory; ask for no more, or have the operator raise the plugin option security {{ tmpfs_max }}"
+        "{option:?} is above {ceiling} % of the host's memory, the maximum on this node; lower it, or have the operator raise the plugin option security {{ tmpfs_max }}"
     )]
     Share {
         /// The option, as the job has it.
         option: String,
-        /// The most that it may ask for, in percent.
+        /// The largest share of the host's memory that is allowed, in percent.
         ceiling: u64,
     },
 }
@@ -63,22 +63,22 @@ fn shown(limit: u64) -> String {
     if limit == libc::RLIM_INFINITY { "unlimited".to_owned() } else { limit.to_string() }
 }
 
-/// What this host and this process have. It bounds jobs where the operator has set no bound.
+/// The limits of this host and this process. They bound jobs where the operator has set no ceiling.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostLimits {
-    /// Soft and hard limits of this process, by docker's names. What it starts inherits them.
+    /// Soft and hard limits of this process, by docker's names. Its child processes inherit them.
     rlimits: BTreeMap<&'static str, (u64, u64)>,
-    /// The host's memory in bytes, where the kernel says it.
+    /// The host's memory in bytes, where the kernel reports it.
     memory: Option<u64>,
-    /// The size of a page in bytes, likewise.
+    /// The size of a page in bytes, where the kernel reports it.
     page: Option<u64>,
 }
 
 impl HostLimits {
-    /// Asks the kernel.
+    /// Reads the limits from the kernel.
     pub fn read() -> Self {
         let limit = |(name, _, resource)| {
-            // It fails for limits only that the kernel does not know, and these bound nothing.
+            // getrlimit(2) fails only for limits that the kernel does not know, and such limits bound nothing.
             let (soft, hard) = getrlimit(resource).unwrap_or((libc::RLIM_INFINITY, libc::RLIM_INFINITY));
             let soft = if name == "nofile" { process::inherited_descriptor_limit().unwrap_or(soft) } else { soft };
             (name, (soft, hard))
@@ -90,28 +90,29 @@ impl HostLimits {
         Self { rlimits: ULIMITS.into_iter().map(limit).collect(), memory, page }
     }
 
-    /// A host with this much memory and no limits.
+    /// Returns a host with this much memory and no limits.
     #[cfg(test)]
     pub fn of_memory(memory: u64) -> Self {
         Self { memory: Some(memory), ..Self::default() }
     }
 }
 
-/// The most that jobs may ask for: `security { ulimit_max, tmpfs_max }`.
+/// Upper bounds on what jobs may ask for: `security { ulimit_max, tmpfs_max }`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ceilings {
-    /// By docker's names.
+    /// The ceilings of setrlimit(2) limits, by docker's names.
     ulimits: BTreeMap<&'static str, u64>,
-    /// Is every limit that is not in `ulimits` bounded by this process's own?
+    /// Whether each limit that is not in `ulimits` is bounded by this process's own limit.
     own_limits: bool,
     tmpfs: TmpfsSize,
-    /// Unknown where a configuration is checked that is another host's.
+    /// The host's limits; `None` when another host's configuration is checked.
     host: Option<HostLimits>,
 }
 
 impl Ceilings {
-    /// The operator's ceilings over the defaults: under the driver's own name, no priorities, no limit above this
-    /// process's own, and no file system in memory above the kernel's default. As containerd-driver there are none.
+    /// Merges the operator's ceilings with the defaults. With `Flavor::Strict` jobs get by default no priorities, no
+    /// limit above this process's own, and no file system in memory above the kernel's default size. With
+    /// `Flavor::ContainerdDriver` there are no default ceilings.
     pub fn new(flavor: Flavor, ulimits: BTreeMap<&'static str, u64>, tmpfs: Option<TmpfsSize>) -> Self {
         let mut all = BTreeMap::new();
         let (own_limits, default) = match flavor {
@@ -125,7 +126,7 @@ impl Ceilings {
         Self { ulimits: all, own_limits, tmpfs: tmpfs.unwrap_or(default), host: None }
     }
 
-    /// The same on a host with these limits. Until then only those ceilings hold that are the same on every host.
+    /// Adds the limits of the host. Without them only those ceilings apply that are the same on every host.
     #[must_use]
     pub fn on_host(self, host: HostLimits) -> Self {
         Self { host: Some(host), ..self }
@@ -136,10 +137,10 @@ impl Ceilings {
         self.ulimits.get(name).copied().or_else(|| self.own_limits.then(own).flatten())
     }
 
-    /// Holds a job's limit against the ceiling.
+    /// Checks a job's limit against the ceiling.
     ///
     /// # Errors
-    /// When it is above.
+    /// Fails when the hard limit is above the ceiling.
     pub fn check_ulimit(&self, limit: &Ulimit) -> Result<(), CeilingError> {
         let name = limit.name();
         match self.ulimit(name) {
@@ -148,11 +149,11 @@ impl Ceilings {
         }
     }
 
-    /// The limits of a task whose job says nothing of them. Without these it would have this process's, which may be
-    /// above the ceiling.
+    /// Returns the limits of a task whose job does not set them. Without these, the task would inherit this process's
+    /// limits, which may be above the ceiling.
     ///
-    /// The limit on descriptors is always among them under the driver's own name. A shim that was built by a Go before
-    /// 1.19.9 or 1.20.4 raises its own soft limit (src/os/rlimit.go) and hands it down to the runtime and the task.
+    /// With `Flavor::Strict` the limit on open files is always among them: a shim that was built with Go before 1.19.9
+    /// or 1.20.4 raises its own soft limit (src/os/rlimit.go), and the runtime and the task inherit it.
     pub fn defaults(&self) -> Vec<Ulimit> {
         let own = self.host.as_ref().map(|host| &host.rlimits);
         let inherited = |name| own.and_then(|own| own.get(name)).copied().unwrap_or((0, 0));
@@ -169,27 +170,27 @@ impl Ceilings {
         lowered.collect()
     }
 
-    /// The size of a page of the host's memory.
+    /// Returns the size of a page of the host's memory.
     pub fn page(&self) -> u64 {
         self.host.as_ref().and_then(|host| host.page).unwrap_or(PAGE)
     }
 
-    /// Is there a ceiling on file systems in memory?
+    /// Tells whether there is a ceiling on file systems in memory.
     pub fn bounds_memory(&self) -> bool {
         self.tmpfs != TmpfsSize::Unlimited
     }
 
-    /// Holds the size of a file system in memory against the ceiling. `option` names it in the error.
+    /// Checks the size of a file system in memory against the ceiling. `option` names it in the error.
     ///
     /// # Errors
-    /// When it is above.
+    /// Fails when the size is above the ceiling.
     pub fn check_memory(&self, option: &str, size: TmpfsSize) -> Result<(), CeilingError> {
         let memory = self.host.as_ref().and_then(|host| host.memory);
         let option = option.to_owned();
         match (size.bytes(memory), self.tmpfs.bytes(memory)) {
             (Some(size), Some(ceiling)) if size > ceiling => Err(CeilingError::Memory { option, ceiling }),
             (Some(_), Some(_)) => Ok(()),
-            // The memory is not known: shares of it can be compared, and nothing is larger than no limit.
+            // The host's memory is not known. Shares of it can still be compared, and "unlimited" is above every share.
             _ => match (size, self.tmpfs) {
                 (TmpfsSize::Percent(share), TmpfsSize::Percent(ceiling)) if share > ceiling => {
                     Err(CeilingError::Share { option, ceiling })
@@ -200,14 +201,14 @@ impl Ceilings {
         }
     }
 
-    /// The ceiling on file systems in memory, in bytes, where it is below what the kernel gives one without a size.
+    /// Returns the ceiling on file systems in memory, in bytes, if it is below the kernel's default size.
     pub fn below_kernel_default(&self) -> Option<u64> {
         let memory = self.host.as_ref()?.memory;
         let default = TmpfsSize::Percent(KERNEL_DEFAULT).bytes(memory)?;
         self.tmpfs.bytes(memory).filter(|ceiling| *ceiling < default)
     }
 
-    /// The size of `/dev/shm` for a task whose job says nothing of it, where the usual one is above the ceiling.
+    /// Returns the size of `/dev/shm` for a task whose job does not set it, if the default size is above the ceiling.
     pub fn shm_size(&self) -> Option<u64> {
         self.below_kernel_default().filter(|ceiling| *ceiling < SHM_SIZE)
     }
@@ -254,7 +255,7 @@ mod tests {
         assert_eq!(check(&ceilings, "nofile", "1048576"), Ok(()));
         assert!(check(&ceilings, "rtprio", "21").is_err() && check(&ceilings, "nofile", "-1").is_err());
         let drop_in = Ceilings::new(Flavor::DropIn, [("rtprio", 1)].into(), None);
-        assert!(check(&drop_in, "rtprio", "2").is_err(), "one that is set holds under every name");
+        assert!(check(&drop_in, "rtprio", "2").is_err(), "the operator's ceiling applies with every flavor");
     }
 
     #[test]
@@ -270,7 +271,7 @@ mod tests {
         assert_eq!(
             limits,
             [("nice", 0, 0), ("nofile", 1024, 4096), ("rtprio", 0, 0)],
-            "what the driver was started with"
+            "the limit on open files is the one that the driver was started with"
         );
     }
 
@@ -278,7 +279,7 @@ mod tests {
     fn another_hosts_limits_are_not_this_ones() {
         let ceilings = Ceilings::new(Flavor::Secure, [].into(), None);
         assert_eq!(check(&ceilings, "nofile", "unlimited"), Ok(()));
-        assert!(check(&ceilings, "rtprio", "1").is_err(), "the same on every host");
+        assert!(check(&ceilings, "rtprio", "1").is_err(), "this ceiling is the same on every host");
         let size = |text: &str| ceilings.check_memory(text, TmpfsSize::parse(text).expect("a size"));
         assert_eq!(size("900t"), Ok(()));
         assert_eq!(size("50%"), Ok(()));

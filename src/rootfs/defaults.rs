@@ -1,5 +1,5 @@
-//! What every container gets: mounts, masked paths, device rules. The lists are containerd's (`pkg/oci/spec.go`,
-//! `pkg/oci/mounts.go`) and moby's (`daemon/pkg/oci/defaults.go`), which agree.
+//! The defaults of every container: mounts, masked paths and device rules. The lists are those of containerd
+//! (`pkg/oci/spec.go`, `pkg/oci/mounts.go`) and moby (`daemon/pkg/oci/defaults.go`), which agree.
 
 use std::{
     collections::BTreeSet,
@@ -14,10 +14,10 @@ use oci_spec::runtime::{
 use super::{RootfsError, tmpfs::SHM_SIZE};
 use crate::ids::Flavor;
 
-/// Proc and sys entries that tell or change something about the host, and are the same on every host: moby's list
-/// (`daemon/pkg/oci/defaults.go`, since moby/moby#49560 of 2025) and containerd's (since containerd/containerd#14090 of
-/// September 2026). `/proc/interrupts` counts thermal events of the host's processors, which tell what others compute
-/// (moby's advisory GHSA-6fw5-f8r9-fgfm).
+/// Entries of /proc and /sys that reveal or change something of the host, and are the same on every host. The list is
+/// moby's (`daemon/pkg/oci/defaults.go`, since moby/moby#49560 of 2025) and containerd's (since
+/// containerd/containerd#14090 of September 2026). `/proc/interrupts` counts thermal events of the host's processors,
+/// which reveal what others compute (moby's advisory GHSA-6fw5-f8r9-fgfm).
 const MASKED_PATHS: [&str; 12] = [
     "/proc/acpi",
     "/proc/asound",
@@ -33,27 +33,27 @@ const MASKED_PATHS: [&str; 12] = [
     "/proc/scsi",
 ];
 
-/// Where the kernel shows processors.
+/// The directory in which the kernel lists processors.
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 
-/// What is hidden from every task that is not privileged.
+/// The paths that are hidden from every task that is not privileged.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MaskedPaths(Vec<String>);
 
 impl MaskedPaths {
-    /// Looks at what this host has, which is done once for all tasks: a host may have hundreds of processors. Those that
-    /// are brought online later count from the next start of the plugin, as in moby.
+    /// Returns the masked paths of this host, which are looked up once for all tasks: a host may have hundreds of
+    /// processors. Processors that are brought online later are found when the plugin starts next, as in moby.
     pub fn of_this_host() -> Self {
         Self::of(Path::new(PROCESSORS))
     }
 
-    /// The fixed paths alone: for a sandbox, whose own kernel shows nothing of the host's processors.
+    /// Returns only the fixed paths, for a sandbox: its own kernel shows nothing of the host's processors.
     pub fn of_a_sandbox() -> Self {
         Self(MASKED_PATHS.map(str::to_owned).to_vec())
     }
 
-    /// With the thermal events of each processor whose directory in `processors` has them
-    /// (`cpu0/thermal_throttle`, on Intel's: Documentation/admin-guide/cputopology.rst names the directories).
+    /// Returns the fixed paths and the thermal event counters of each processor that has them in `processors`
+    /// (`cpu0/thermal_throttle` on Intel's; Documentation/admin-guide/cputopology.rst names the directories).
     fn of(processors: &Path) -> Self {
         let number = |name: &str| name.strip_prefix("cpu")?.parse::<u32>().ok();
         let listed = fs::read_dir(processors).into_iter().flatten().flatten();
@@ -65,19 +65,19 @@ impl MaskedPaths {
         this
     }
 
-    /// The paths.
+    /// Returns the paths.
     pub fn as_slice(&self) -> &[String] {
         &self.0
     }
 }
 
-/// Proc entries that stay readable.
+/// Entries of /proc that a task may read but not write.
 pub const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Builds one mount.
 ///
 /// # Errors
-/// When the spec's own builder refuses.
+/// Fails when the spec's builder rejects a value.
 pub fn mount(target: &str, kind: &str, source: &str, options: &[&str]) -> Result<Mount, RootfsError> {
     Ok(MountBuilder::default()
         .destination(PathBuf::from(target))
@@ -87,23 +87,23 @@ pub fn mount(target: &str, kind: &str, source: &str, options: &[&str]) -> Result
         .build()?)
 }
 
-/// What the first mounts depend on.
+/// The properties of a task that its base mounts depend on.
 #[derive(Debug, Clone, Copy)]
 pub struct BaseMounts {
-    /// Whose defaults hold.
+    /// The flavor whose defaults apply.
     pub flavor: Flavor,
-    /// Leaves sysfs writable.
+    /// Whether the task is privileged; sysfs is then writable.
     pub privileged: bool,
-    /// The host's /dev/shm is mounted with the task's own mounts.
+    /// Whether the task is in the host's IPC namespace. The host's /dev/shm is then one of the task's own mounts.
     pub host_ipc: bool,
-    /// Of /dev/shm, in bytes.
+    /// The size of /dev/shm in bytes; `None` for the default.
     pub shm_size: Option<u64>,
 }
 
-/// The mounts below everything else.
+/// Returns the base mounts, which every container has and which come before the task's own mounts.
 ///
 /// # Errors
-/// When the spec's own builder refuses.
+/// Fails when the spec's builder rejects a value.
 pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
     let BaseMounts { flavor, privileged, host_ipc, shm_size } = base;
     let sys = if privileged { "rw" } else { "ro" };
@@ -122,7 +122,7 @@ pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
     if !host_ipc {
         mounts.push(mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", &shm_size])?);
     }
-    // Shows the queues of the IPC namespace in which it is mounted (mq_overview(7)).
+    // This mount shows the queues of the IPC namespace in which it is made (mq_overview(7)).
     mounts.push(mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?);
     if flavor == Flavor::DropIn {
         mounts.push(mount("/run", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?);
@@ -130,18 +130,19 @@ pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
     Ok(mounts)
 }
 
-/// Device access: everything denied but the usual harmless ones (which the runtime makes), or everything allowed.
+/// Returns the device rules of a container. They allow all devices if `all` is set. Otherwise they allow only the usual
+/// harmless devices, whose nodes the runtime creates.
 ///
 /// # Errors
-/// When the spec's own builder refuses.
+/// Fails when the spec's builder rejects a value.
 pub fn device_rules(all: bool) -> Result<Vec<LinuxDeviceCgroup>, RootfsError> {
     let every = LinuxDeviceCgroupBuilder::default().allow(all).access("rwm").build()?;
     if all {
         return Ok(vec![every]);
     }
     let mut rules = vec![every];
-    // Making nodes is allowed (mknod), opening them is not; then null, zero, full, random, urandom, tty, console,
-    // ptmx and the pseudo-terminals (containerd's WithDefaultUnixDevices).
+    // The first two rules allow to create device nodes (mknod), but not to open them. The others are for null, zero,
+    // full, random, urandom, tty, console, ptmx and the pseudo-terminals (containerd's WithDefaultUnixDevices).
     let devices: [(LinuxDeviceType, Option<i64>, Option<i64>, &str); 11] = [
         (LinuxDeviceType::C, None, None, "m"),
         (LinuxDeviceType::B, None, None, "m"),
@@ -168,10 +169,10 @@ pub fn device_rules(all: bool) -> Result<Vec<LinuxDeviceCgroup>, RootfsError> {
     Ok(rules)
 }
 
-/// Access to one device.
+/// Returns a rule that allows access to one device.
 ///
 /// # Errors
-/// When the spec's own builder refuses.
+/// Fails when the spec's builder rejects a value.
 pub fn allow_device(device: &LinuxDevice, access: &str) -> Result<LinuxDeviceCgroup, RootfsError> {
     Ok(LinuxDeviceCgroupBuilder::default()
         .allow(true)

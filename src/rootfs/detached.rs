@@ -1,5 +1,5 @@
-//! Mounts that are attached nowhere (open_tree(2) and move_mount(2), Linux 5.2): a descriptor keeps such a mount alive, and
-//! attaching it takes a tenth of the time that mounting takes.
+//! Detached mounts, which are attached nowhere (open_tree(2) and move_mount(2), Linux 5.2). A descriptor keeps such a
+//! mount alive. To attach it takes a tenth of the time that mounting takes.
 
 use std::{
     ffi::CString,
@@ -13,13 +13,14 @@ use std::{
 
 use nix::mount::{MntFlags, umount2};
 
-/// Attach the mount that a descriptor refers to (move_mount(2), `linux/mount.h`).
+/// The flag that makes move_mount(2) attach the mount that a descriptor refers to (`linux/mount.h`).
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x4;
 
-/// Detaches what is mounted at `path`: from then on it lives as long as the descriptor.
+/// Detaches the mount at `path`. From then on it lives as long as the descriptor.
 ///
 /// # Errors
-/// As open_tree(2) and umount2(2): ENOSYS or EPERM where the kernel has no detached mounts, or nobody may use them.
+/// Fails as open_tree(2) and umount2(2) do, with ENOSYS or EPERM where the kernel has no detached mounts or the process
+/// may not use them.
 pub fn detach(path: &Path) -> io::Result<OwnedFd> {
     let tree = open_tree(path);
     umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(io::Error::from).and(tree)
@@ -28,11 +29,11 @@ pub fn detach(path: &Path) -> io::Result<OwnedFd> {
 /// Attaches a detached mount at `target`.
 ///
 /// # Errors
-/// As move_mount(2).
+/// Fails as move_mount(2) does.
 pub fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
     let target = CString::new(target.as_os_str().as_bytes())?;
     let (from, empty) = (tree.as_raw_fd(), c"");
-    // SAFETY: an open descriptor and two terminated strings, which the kernel only reads.
+    // SAFETY: the arguments are an open descriptor and two NUL-terminated strings, which the kernel only reads.
     let moved = unsafe {
         let to = target.as_ptr();
         libc::syscall(libc::SYS_move_mount, from, empty.as_ptr(), libc::AT_FDCWD, to, MOVE_MOUNT_F_EMPTY_PATH)
@@ -40,16 +41,16 @@ pub fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
     if moved == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A copy of what is mounted at `path`, attached nowhere.
+/// Returns a detached copy of the mount at `path`.
 fn open_tree(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: a terminated string, which the kernel only reads; it gives a new descriptor.
+    // SAFETY: the argument is a NUL-terminated string, which the kernel only reads. The call returns a new descriptor.
     let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: just made, and owned by nobody else.
+    // SAFETY: the descriptor is new, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,4 +1,4 @@
-//! The host's device nodes, which a privileged container gets all of.
+//! Device nodes: all of the host's for a privileged container, and those that a task is given.
 
 use std::{
     fs, io,
@@ -10,13 +10,13 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 
 use super::RootfsError;
 
-/// Directories below /dev that a container has of its own.
+/// Entries of /dev that each container has of its own, and that are not copied from the host.
 const OWN: [&str; 6] = ["pts", "shm", "fd", "mqueue", "console", ".lxc"];
 
-/// All character and block devices below `/dev`, as containerd's `HostDevices` finds them.
+/// Returns all character and block devices below `/dev`, as containerd's `HostDevices` does.
 ///
 /// # Errors
-/// When `/dev` can't be read.
+/// Fails when `/dev` can't be read.
 pub fn of_the_host() -> Result<Vec<LinuxDevice>, RootfsError> {
     let mut devices = Vec::new();
     walk(Path::new("/dev"), &mut devices).map_err(|source| RootfsError::File {
@@ -27,21 +27,21 @@ pub fn of_the_host() -> Result<Vec<LinuxDevice>, RootfsError> {
     Ok(devices)
 }
 
-/// A device for one task.
+/// A device that a task is given.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceRequest<'a> {
-    /// On the host.
+    /// The device's path on the host.
     pub host_path: &'a Path,
-    /// In the container.
+    /// The device's path in the container.
     pub task_path: &'a Path,
-    /// Of `rwm`; empty for all of them.
+    /// The allowed kinds of access, a subset of `rwm`; empty for all of them.
     pub access: &'a str,
 }
 
-/// Nodes and access rules for the devices that Nomad gave to a task.
+/// Returns the nodes of the devices that a task is given, each with the allowed access.
 ///
 /// # Errors
-/// When one is missing or no device.
+/// Fails when a path does not exist, or is not a device.
 pub fn of_the_task<'a>(
     requests: impl Iterator<Item = DeviceRequest<'a>>,
 ) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
@@ -50,7 +50,7 @@ pub fn of_the_task<'a>(
             let failed = |source| RootfsError::File { doing: "use device", path: request.host_path.to_owned(), source };
             let metadata = fs::metadata(request.host_path).map_err(failed)?;
             let device = node(request.task_path.to_owned(), &metadata)
-                .ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidInput, "it is no device")))?;
+                .ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidInput, "it is not a device")))?;
             let access = if request.access.is_empty() { "rwm" } else { request.access };
             Ok((device, access.to_owned()))
         })
@@ -83,7 +83,7 @@ fn walk(directory: &Path, devices: &mut Vec<LinuxDevice>) -> io::Result<()> {
         if OWN.iter().any(|own| entry.file_name() == *own) {
             continue;
         }
-        // lstat: symlinks (/dev/stdin, /dev/cdrom) are the runtime's or the image's business.
+        // Symlinks such as /dev/stdin and /dev/cdrom are not followed: the runtime creates them, or the image has them.
         let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
         if metadata.is_dir() {
             walk(&path, devices)?;

@@ -1,4 +1,4 @@
-//! Where a task reaches its host.
+//! The address at which a task reaches its host.
 
 use std::{
     fs, io,
@@ -10,11 +10,11 @@ use nix::sched::{CloneFlags, setns};
 
 use super::{NetworkNamespace, network};
 
-/// The host's address as a task in this network sees it: the default gateway of a group's namespace, which Nomad's bridge
-/// has on the host; loopback in the host's own.
+/// Returns the host's address as a task in this network sees it. In a group's namespace this is the default gateway,
+/// whose address Nomad's bridge has on the host. In the host's namespace it is the loopback address.
 ///
 /// # Errors
-/// When there is none.
+/// Fails when the network has no such address, or its routes can't be read.
 pub fn of(network: &NetworkNamespace) -> io::Result<IpAddr> {
     match network {
         NetworkNamespace::Host => Ok(Ipv4Addr::LOCALHOST.into()),
@@ -27,7 +27,8 @@ pub fn of(network: &NetworkNamespace) -> io::Result<IpAddr> {
     }
 }
 
-/// The routes of a namespace can be read from within it only: by a thread of its own, which ends with that.
+/// Returns the IPv4 and IPv6 route tables of a network namespace. They can be read only from within the namespace, so a
+/// short-lived thread enters it.
 fn tables(namespace: &Path) -> io::Result<(String, String)> {
     let namespace = fs::File::open(namespace)?;
     let inside = std::thread::Builder::new().name("netns".to_owned()).spawn(move || {
@@ -36,5 +37,5 @@ fn tables(namespace: &Path) -> io::Result<(String, String)> {
         // Kernels without IPv6 have no such table.
         Ok((read("route")?, read("ipv6_route").unwrap_or_default()))
     })?;
-    inside.join().map_err(|_| io::Error::other("the thread that looked into it ended early"))?
+    inside.join().map_err(|_| io::Error::other("the thread that read the routes of the group's network panicked"))?
 }

@@ -1,8 +1,8 @@
-//! Symbolic links in an image at places where something is written or mounted before the task's process runs.
+//! Symbolic links in an image at paths where something is written or mounted before the task's process runs.
 //!
-//! A runtime that follows such a link may leave the container (runc 1.1 makes its device nodes behind a link at `/dev`).
-//! So no runtime meets one: links at the places that every container has are replaced, and targets of mounts are resolved
-//! here, below the root, as docker does both (moby, `daemon/initlayer/setup_unix.go` and
+//! A runtime that follows such a link may leave the container (runc 1.1 creates its device nodes behind a link at
+//! `/dev`). So no runtime may find one. This module replaces links at the paths that every container has, and resolves
+//! the targets of mounts below the root. Docker does both, too (moby, `daemon/initlayer/setup_unix.go` and
 //! `moby/sys/symlink`, `FollowSymlinkInScope`).
 
 use std::{
@@ -20,24 +20,24 @@ use nix::{
     unistd::{UnlinkatFlags, unlinkat},
 };
 
-/// As many links as the kernel follows (path_resolution(7)).
+/// The number of links that the kernel follows in one path (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
-/// What has to be at a path of the image.
+/// The kind of entry that a path of the image must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// A directory, below which a file system is mounted or files are made.
+    /// A directory, in which a file system is mounted or files are created.
     Directory,
-    /// A regular file, over which another is mounted.
+    /// A regular file, over which another file is mounted.
     File,
 }
 
-/// Sees to it that `path` (relative to the root file system) is what is wanted, or is not there, and that nothing on the
-/// way to it is a link. Whatever else the image has there is replaced in the container's own layer: by an empty directory,
-/// or by nothing, which runtimes fill.
+/// Makes sure that `path` (relative to the root file system) is of the wanted kind or does not exist, and that no
+/// component on the way to it is a link. Any other entry is replaced in the container's own layer: by an empty
+/// directory where a directory is wanted; a file is only removed, since runtimes create it.
 ///
 /// # Errors
-/// When a directory is where a file must be, and as the file system.
+/// Fails when a directory is where a file must be, or when a file system operation fails.
 pub(super) fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> io::Result<()> {
     let mut parent: Option<OwnedFd> = None;
     let mut components = path.components().peekable();
@@ -54,7 +54,7 @@ pub(super) fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> i
     Ok(())
 }
 
-/// The opened entry, or None where nothing is.
+/// Opens an entry, and replaces it first if it is not of the wanted kind. Returns `None` when there is no such entry.
 fn plain(at: BorrowedFd<'_>, name: &OsStr, wanted: Wanted) -> io::Result<Option<OwnedFd>> {
     let opened = match open_entry(at, name) {
         Ok(opened) => opened,
@@ -69,7 +69,10 @@ fn plain(at: BorrowedFd<'_>, name: &OsStr, wanted: Wanted) -> io::Result<Option<
         Wanted::Directory | Wanted::File => {}
     }
     let wanted_words = if wanted == Wanted::File { "a regular file" } else { "a directory" };
-    tracing::debug!(name = %name.display(), "an entry of the image is replaced in the container, because it is not {wanted_words}");
+    tracing::debug!(
+        name = %name.display(),
+        "an entry of the image is replaced in the container, because it is not {wanted_words}"
+    );
     unlinkat(at, name, UnlinkatFlags::NoRemoveDir)?;
     if wanted == Wanted::File {
         return Ok(None);
@@ -78,12 +81,12 @@ fn plain(at: BorrowedFd<'_>, name: &OsStr, wanted: Wanted) -> io::Result<Option<
     Ok(Some(open_entry(at, name)?))
 }
 
-/// Finds where `target` leads in the root file system, following the image's links below the root only. The path that
-/// comes out has no link in it. What does not exist is taken as it is written. `is_mount` tells the paths at which a mount
-/// will be: what lies below one is not the image's, and is taken as it is written, too.
+/// Resolves `target` in the root file system. It follows the image's links, but never leaves the root. The resulting
+/// path contains no link. Components that do not exist are taken literally. `is_mount` tells at which paths a mount
+/// will be: what lies below a mount is not the image's, so components there are taken literally, too.
 ///
 /// # Errors
-/// When the links never end, a file is in the way, or as the file system.
+/// Fails when there are too many links, when a component on the way is a file, or when a file system operation fails.
 pub(super) fn resolve(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -> io::Result<PathBuf> {
     let outermost = target.ancestors().filter(|path| is_mount(path)).last();
     let relative = |path: &Path| path.strip_prefix("/").map(Path::to_owned).unwrap_or_default();
@@ -91,14 +94,14 @@ pub(super) fn resolve(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Pa
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS);
     match openat2(root, &relative(outermost.unwrap_or(target)), how) {
-        // No link on the way, as nearly always.
+        // There is no link on the way, as in nearly all images.
         Ok(_) | Err(nix::Error::ENOENT) => Ok(target.to_owned()),
         Err(nix::Error::ELOOP) => walk(root, target, is_mount),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Is there a directory of the image at `path`, when its links are followed below the root?
+/// Tells whether the image has a directory at `path` when its links are followed below the root.
 pub(super) fn leads_to_directory(root: BorrowedFd<'_>, path: &Path, is_mount: impl Fn(&Path) -> bool) -> bool {
     let Ok(found) = resolve(root, path, &is_mount) else { return false };
     let how = OpenHow::new()
@@ -110,11 +113,11 @@ pub(super) fn leads_to_directory(root: BorrowedFd<'_>, path: &Path, is_mount: im
 
 fn walk(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -> io::Result<PathBuf> {
     let mut waiting: VecDeque<OsString> = names(target).collect();
-    // The entries of the image from the root to here.
+    // The image's entries from the root to the current one.
     let mut opened: Vec<OwnedFd> = Vec::new();
     let mut found = PathBuf::from("/");
-    // How many of the last components are taken as written: in another mount, or below what does not exist, the image has
-    // no links.
+    // How many of the last components are taken literally: in another mount, and below a component that does not exist,
+    // the image has no links.
     let mut literal = 0_usize;
     let mut links = 0;
     while let Some(name) = waiting.pop_front() {
@@ -164,7 +167,7 @@ fn walk(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -
     Ok(found)
 }
 
-/// The components that a walk takes one after the other: names and `..`.
+/// Returns the components of a path that are resolved one after the other: names and `..`.
 fn names(path: &Path) -> impl DoubleEndedIterator<Item = OsString> + '_ {
     path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name.to_owned()),
@@ -173,13 +176,13 @@ fn names(path: &Path) -> impl DoubleEndedIterator<Item = OsString> + '_ {
     })
 }
 
-/// A descriptor that names the entry itself, be it a link.
+/// Opens an entry itself, also if it is a link.
 fn open_entry(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(nix::fcntl::openat(at, Path::new(name), flags, Mode::empty())?)
 }
 
-/// What has been opened: a directory, a regular file, a link.
+/// Returns the type of an opened entry, such as directory, regular file or link.
 pub(super) fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
     Ok(SFlag::from_bits_truncate(fstat(opened)?.st_mode & SFlag::S_IFMT.bits()))
 }
@@ -187,7 +190,7 @@ pub(super) fn kind_of(opened: &OwnedFd) -> io::Result<SFlag> {
 /// Opens the root file system that is mounted at `path`.
 ///
 /// # Errors
-/// As open(2).
+/// Fails as open(2) does.
 pub(super) fn open_root(path: &Path) -> io::Result<OwnedFd> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;

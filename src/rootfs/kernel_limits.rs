@@ -1,6 +1,6 @@
-//! What the kernel takes of a process's strings and paths, checked before a runtime has them: some runtimes hang on what is
-//! longer (runc's `create` of a command of a megabyte), and crun cuts at NUL bytes, so that it would see something else
-//! than what was checked.
+//! The kernel's limits on a process's strings and paths. They are checked before a runtime gets the strings: some
+//! runtimes hang on longer ones (runc's `create` with a command of a megabyte). crun cuts strings at NUL bytes, so it
+//! would see something else than what the driver has checked.
 
 use std::{os::unix::ffi::OsStrExt as _, path::Path};
 
@@ -12,88 +12,92 @@ use oci_spec::runtime::{PosixRlimit, PosixRlimitType, Process, Spec};
 
 use crate::text::quoted;
 
-/// The longest path, without its NUL byte (`PATH_MAX`, `linux/limits.h`).
+/// The length of the longest path in bytes, without its NUL byte (`PATH_MAX`, `linux/limits.h`).
 const PATH_MAX: usize = 4095;
-/// The most that arguments and environment can have, whatever the stack's limit (fs/exec.c, `bprm_stack_limits`: three
-/// quarters of `_STK_LIM`).
+/// The upper limit on the total size of arguments and environment in bytes, however large the stack's limit is
+/// (fs/exec.c, `bprm_stack_limits`: three quarters of `_STK_LIM`).
 const TOTAL_MAX: u64 = 6 << 20;
-/// What they can have in any case (`ARG_MAX`, `linux/limits.h`).
+/// The total size in bytes that arguments and environment may have even with a small stack (`ARG_MAX`,
+/// `linux/limits.h`).
 const TOTAL_MIN: u64 = 128 << 10;
-/// Each string costs a pointer, too.
+/// The size of the pointer that the kernel counts for each string, in bytes.
 const POINTER: u64 = 8;
 
-/// A string or path that the kernel does not take.
+/// The kernel does not accept a string or path, or not as it is.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StringError {
-    /// C's end of a string within it.
+    /// The string contains a NUL byte, at which C ends a string.
     #[error("{what} contains a NUL byte: {}", quoted(.value))]
     Nul {
-        /// Where it was found.
+        /// What the string is.
         what: String,
-        /// All of it.
+        /// The whole string.
         value: String,
     },
-    /// Too long for execve(2).
-    #[error("{what} has {bytes} bytes; the kernel takes {most} in one argument or variable; pass it in a file")]
+    /// A string is too long for execve(2).
+    #[error(
+        "{what} has {bytes} bytes; the kernel accepts at most {most} in one argument or variable; pass it in a file"
+    )]
     Long {
-        /// Which argument or variable.
+        /// Which argument or variable it is.
         what: String,
-        /// How long it is.
+        /// The string's length.
         bytes: usize,
-        /// How long it may be.
+        /// The longest length that the kernel accepts.
         most: usize,
     },
-    /// Too much for execve(2).
+    /// All strings together are too long for execve(2).
     #[error(
-        "arguments and environment have {bytes} bytes; the kernel takes {most} of them, a quarter of the stack's limit; pass them in a file, or raise ulimit {{ stack }}"
+        "arguments and environment have {bytes} bytes; the kernel accepts at most {most} of them, a quarter of the stack's limit; pass them in a file, or raise ulimit {{ stack }}"
     )]
     Total {
-        /// How much it is, pointers included.
+        /// The total size, including pointers.
         bytes: u64,
-        /// How much it may be.
+        /// The largest size that the kernel accepts.
         most: u64,
     },
-    /// Too long for a path.
-    #[error("{what} has {bytes} bytes; the kernel takes {PATH_MAX} in a path: {}", quoted(.path))]
+    /// A path is too long.
+    #[error("{what} has {bytes} bytes; the kernel accepts at most {PATH_MAX} in a path: {}", quoted(.path))]
     Path {
-        /// Whose path it is.
+        /// What the path is for.
         what: String,
-        /// How long it is.
+        /// The path's length.
         bytes: usize,
         /// The path.
         path: String,
     },
 }
 
-/// What this host's kernel takes, as far as that differs from host to host.
+/// The limits of this host's kernel that differ from host to host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KernelLimits {
-    /// The longest argument or variable, without its NUL byte (`MAX_ARG_STRLEN`, `linux/binfmts.h`: 32 pages).
+    /// The length of the longest argument or variable in bytes, without its NUL byte (`MAX_ARG_STRLEN`,
+    /// `linux/binfmts.h`: 32 pages).
     string: usize,
-    /// The soft limit on the stack that a task inherits from us.
+    /// The soft limit on the stack that a task inherits from this process.
     stack: u64,
 }
 
 impl KernelLimits {
-    /// Asks the kernel. What we start has our limits, and so have shims, runtimes and tasks.
+    /// Reads the limits from the kernel. Shims, runtimes and tasks inherit this process's limit on the stack.
     pub fn of_this_process() -> Self {
         let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|page| usize::try_from(page).ok());
         let stack = getrlimit(Resource::RLIMIT_STACK).map_or(8 << 20, |(soft, _)| soft);
         Self { string: page.unwrap_or(4096) * 32 - 1, stack }
     }
 
-    /// How much arguments and environment may have together where the stack is limited to `stack` bytes.
+    /// Returns the largest total size of arguments and environment where the stack is limited to `stack` bytes.
     fn total(stack: u64) -> u64 {
         TOTAL_MAX.min(stack / 4).max(TOTAL_MIN)
     }
 
-    /// Checks the strings of a process: each for itself and all together, with the task's own limit on its stack if it has
-    /// one.
+    /// Checks the strings of a process, each by itself and all together. `stack` is the task's own limit on its stack,
+    /// if it has one.
     ///
     /// # Errors
-    /// With the first that execve(2) would not take as it is.
+    /// Fails with the first string that execve(2) would not accept as it is.
     fn check_strings(&self, args: &[String], env: &[String], stack: Option<u64>) -> Result<(), StringError> {
-        // It is looked up as a path, in PATH or as it is.
+        // The command is a path itself, or becomes one when it is looked up in PATH.
         if let Some(command) = args.first() {
             path("the command", Path::new(command))?;
         }
@@ -116,7 +120,7 @@ impl KernelLimits {
     /// Checks the strings and paths of a process.
     ///
     /// # Errors
-    /// With the first that the kernel would not take as it is.
+    /// Fails with the first one that the kernel would not accept as it is.
     pub fn check_process(&self, process: &Process) -> Result<(), StringError> {
         let mut limits = process.rlimits().iter().flatten();
         let stack = limits.find(|limit| limit.typ() == PosixRlimitType::RlimitStack).map(PosixRlimit::soft);
@@ -125,10 +129,10 @@ impl KernelLimits {
         path("cwd", process.cwd())
     }
 
-    /// Checks all of a spec that jobs and images have a say in.
+    /// Checks all strings and paths of a spec that jobs and images can influence.
     ///
     /// # Errors
-    /// With the first string or path that the kernel would not take as it is.
+    /// Fails with the first string or path that the kernel would not accept as it is.
     pub fn check(&self, spec: &Spec) -> Result<(), StringError> {
         if let Some(process) = spec.process() {
             self.check_process(process)?;
@@ -159,11 +163,11 @@ impl KernelLimits {
     }
 }
 
-/// A string of a process, for messages.
+/// How error messages name a string of a process.
 enum Named<'a> {
-    /// By its place in the vector.
+    /// An argument, by its index.
     Argument(usize),
-    /// `NAME=value`.
+    /// A variable, as `NAME=value`.
     Variable(&'a str),
 }
 
@@ -179,10 +183,10 @@ impl std::fmt::Display for Named<'_> {
     }
 }
 
-/// Checks what a mount is described by: its target, its source, and its type and options.
+/// Checks the strings and paths of a mount: its target, its source, its type and its options.
 ///
 /// # Errors
-/// With the first string or path that the kernel would not take as it is.
+/// Fails with the first string or path that the kernel would not accept as it is.
 pub fn check_mount<'a>(
     target: &Path,
     source: Option<&Path>,
@@ -196,15 +200,15 @@ pub fn check_mount<'a>(
     words.try_for_each(|word| no_nul(|| named("an option"), word))
 }
 
-/// Checks that C will see all of a text.
+/// Checks that a text contains no NUL byte, at which C would end the string.
 ///
 /// # Errors
-/// When it contains a NUL byte.
+/// Fails when the text contains a NUL byte.
 pub fn no_nul(what: impl FnOnce() -> String, text: &str) -> Result<(), StringError> {
     if text.contains('\0') { Err(StringError::Nul { what: what(), value: text.to_owned() }) } else { Ok(()) }
 }
 
-/// Checks a path's length, and that C will see all of it.
+/// Checks a path's length, and that it contains no NUL byte.
 fn path(what: &str, path: &Path) -> Result<(), StringError> {
     let bytes = path.as_os_str().as_bytes();
     if bytes.contains(&0) {
@@ -231,12 +235,15 @@ mod tests {
         check(&["sh".to_owned(), long(131_071)], &[], None).expect("fits");
         check(&[long(4095)], &[], None).expect("a path");
         let error = check(&[long(4096)], &[], None).expect_err("no path").to_string();
-        assert!(error.starts_with("the command has 4096 bytes; the kernel takes 4095 in a path"), "{error}");
+        assert!(error.starts_with("the command has 4096 bytes; the kernel accepts at most 4095 in a path"), "{error}");
         let error = check(&["sh".to_owned(), long(131_072)], &[], None).expect_err("too long").to_string();
-        assert!(error.starts_with("argument 1 of the command has 131072 bytes; the kernel takes 131071"), "{error}");
+        assert!(
+            error.starts_with("argument 1 of the command has 131072 bytes; the kernel accepts at most 131071"),
+            "{error}"
+        );
         let error = check(&[], &[format!("BIG={}", long(131_072))], None).expect_err("too long").to_string();
         assert!(error.starts_with("environment variable \"BIG\" has 131076 bytes"), "{error}");
-        // 2 MiB by default: 16 strings of 128 KiB with their pointers are a little more.
+        // The default limit is 2 MiB: 16 strings of 128 KiB with their pointers are slightly larger.
         let many = |count| [vec!["sh".to_owned()], vec![long(131_071); count]].concat();
         check(&many(15), &[], None).expect("fits");
         assert!(matches!(check(&many(16), &[], None), Err(StringError::Total { most: 2_097_152, .. })));
@@ -264,7 +271,7 @@ mod tests {
         })
     }
 
-    /// Calls `visit` with each text of a spec that a stranger has a say in.
+    /// Calls `visit` with each text of a spec and its JSON pointer.
     fn each_text(value: &mut Value, at: &str, visit: &mut impl FnMut(&str, &mut String)) {
         match value {
             Value::String(text) => visit(at, text),
@@ -280,7 +287,7 @@ mod tests {
     fn no_text_of_a_spec_may_contain_a_nul_byte() {
         let mut places = Vec::new();
         each_text(&mut spec(), "", &mut |at, _| places.push(at.to_owned()));
-        // Ours, and words of the spec itself.
+        // These are set by the driver, or are keywords of the OCI spec.
         let ours = [
             "/ociVersion",
             "/root/path",

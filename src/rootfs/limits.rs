@@ -1,4 +1,5 @@
-//! What a job asks for beyond the defaults, each checked for form: user limits, kernel parameters, namespaces.
+//! Options of a job that go beyond the defaults, with a check of their form: limits of setrlimit(2), kernel parameters,
+//! namespaces and annotations.
 
 use std::collections::BTreeMap;
 
@@ -8,15 +9,15 @@ use oci_spec::runtime::PosixRlimitType;
 /// A limit of setrlimit(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ulimit {
-    /// Of what.
+    /// The resource that is limited.
     pub kind: PosixRlimitType,
-    /// What holds.
+    /// The soft limit, which the kernel enforces.
     pub soft: u64,
-    /// How far the task may raise it.
+    /// The hard limit, up to which the task may raise the soft one.
     pub hard: u64,
 }
 
-/// docker's names for them (docker/go-units, `ulimit.go`), with OCI's and the kernel's.
+/// The limits of setrlimit(2): docker's names (docker/go-units, `ulimit.go`), OCI's and the kernel's.
 pub const ULIMITS: [(&str, PosixRlimitType, Resource); 15] = [
     ("core", PosixRlimitType::RlimitCore, Resource::RLIMIT_CORE),
     ("cpu", PosixRlimitType::RlimitCpu, Resource::RLIMIT_CPU),
@@ -36,25 +37,26 @@ pub const ULIMITS: [(&str, PosixRlimitType, Resource); 15] = [
 ];
 
 impl Ulimit {
-    /// As many files, and no more.
+    /// Returns a limit on open files, with the same soft and hard value.
     pub fn files(limit: u64) -> Self {
         Self { kind: PosixRlimitType::RlimitNofile, soft: limit, hard: limit }
     }
 
-    /// docker's name of what is limited.
+    /// Returns docker's name of the limit.
     pub fn name(&self) -> &'static str {
         ULIMITS.iter().find(|(_, kind, _)| *kind == self.kind).map_or("ulimit", |(name, ..)| name)
     }
 
-    /// Reads `nofile` and `1024:2048`; one number is both, `-1` and `unlimited` are no limit.
+    /// Parses a limit such as `nofile` with the value `1024:2048` (soft and hard). A single number is both. `-1` and
+    /// `unlimited` mean no limit.
     ///
     /// # Errors
-    /// With what is wrong.
+    /// Returns a description of what is wrong.
     pub fn parse(name: &str, value: &str) -> Result<Self, String> {
         let known = ULIMITS.iter().find(|(known, ..)| *known == name);
         let Some((_, kind, _)) = known else {
             let names = ULIMITS.map(|(name, ..)| name).join(", ");
-            return Err(format!("{name:?} is no limit; there is {names}"));
+            return Err(format!("{name:?} is not a limit; the limits are {names}"));
         };
         let number = |text: &str| match text {
             "-1" | "unlimited" => Some(libc::RLIM_INFINITY),
@@ -69,30 +71,31 @@ impl Ulimit {
     }
 }
 
-/// Whose a namespace is.
+/// Whether a task has a namespace of its own or shares the host's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Namespace {
-    /// The task's own.
+    /// The task has a namespace of its own.
     #[default]
     Private,
-    /// The host's.
+    /// The task is in the host's namespace.
     Host,
 }
 
-/// Whose namespaces a task is in; its mounts are always its own, and the network is told apart.
+/// The namespaces of a task. Its mount namespace is always its own, and its network is a `NetworkNamespace`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Namespaces {
-    /// Processes.
+    /// The namespace of process ids.
     pub pid: Namespace,
-    /// System V IPC and POSIX message queues; /dev/shm goes with them.
+    /// The namespace of System V IPC and POSIX message queues. /dev/shm is the task's own or the host's accordingly.
     pub ipc: Namespace,
-    /// The host name.
+    /// The namespace of the host name.
     pub uts: Namespace,
-    /// The view of cgroups; None: the task's own on version 2, the host's on version 1, as docker has it.
+    /// The cgroup namespace. With `None` it is the task's own on cgroup version 2 and the host's on version 1, as in
+    /// docker.
     pub cgroup: Option<Namespace>,
 }
 
-/// Kernel parameters that belong to an IPC namespace (`ipc_namespaces(7)`), besides `fs.mqueue.`.
+/// Kernel parameters that belong to an IPC namespace (`ipc_namespaces(7)`), besides those that begin with `fs.mqueue.`.
 const IPC: [&str; 8] = [
     "kernel.msgmax",
     "kernel.msgmnb",
@@ -104,10 +107,11 @@ const IPC: [&str; 8] = [
     "kernel.shm_rmid_forced",
 ];
 
-/// May a task with these namespaces set this kernel parameter? Anything else would be set for the whole host.
+/// Checks whether a task with these namespaces may set this kernel parameter. A parameter that does not belong to one
+/// of the task's own namespaces would be set for the whole host.
 ///
 /// # Errors
-/// Why not.
+/// Returns the reason why the task may not set it.
 pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> Result<(), String> {
     let (owner, option) = if name.starts_with("net.") {
         (network, "host_network")
@@ -116,7 +120,7 @@ pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> R
     } else if name == "kernel.domainname" {
         (namespaces.uts, "uts_mode = \"host\"")
     } else {
-        return Err(format!("{name:?} is not a container's own; it would be set for the whole host"));
+        return Err(format!("{name:?} belongs to no namespace of a container; it would be set for the whole host"));
     };
     match owner {
         Namespace::Private => Ok(()),
@@ -124,7 +128,7 @@ pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> R
     }
 }
 
-/// Keys that runtimes and this driver act on: a job that could set them could change its own confinement.
+/// Prefixes of keys that runtimes and this driver act on. A job that could set them could change its own confinement.
 const RESERVED: [&str; 13] = [
     "module.wasm.",
     "krun.",
@@ -144,7 +148,7 @@ const RESERVED: [&str; 13] = [
 /// Checks the keys of labels and annotations.
 ///
 /// # Errors
-/// With the first that is not a job's to set.
+/// Fails with the first key that a job may not set.
 pub fn check_annotations(annotations: &BTreeMap<String, String>) -> Result<(), String> {
     match annotations.keys().find(|key| key.is_empty() || RESERVED.iter().any(|prefix| key.starts_with(prefix))) {
         None => Ok(()),
@@ -165,7 +169,7 @@ mod tests {
         assert_eq!((core.soft, core.hard), (u64::MAX, u64::MAX));
         assert_eq!(Ulimit::parse("nproc", "7").expect("a limit").hard, 7);
         for (name, value, part) in
-            [("files", "1", "is no limit"), ("nofile", "2:1", "above the hard"), ("nofile", "x", "not a number")]
+            [("files", "1", "is not a limit"), ("nofile", "2:1", "above the hard"), ("nofile", "x", "not a number")]
         {
             assert!(Ulimit::parse(name, value).expect_err("refused").contains(part), "{name} {value}");
         }

@@ -1,5 +1,5 @@
-//! What a task's process will see: the OCI spec, made by pure functions from plain inputs, and the bundle that holds
-//! it, with the root file system mounted by us.
+//! What a task's process sees of its container: the OCI spec, which pure functions build from plain inputs, and the
+//! bundle that holds the spec and the root file system, which this driver mounts itself.
 
 mod ahead;
 pub mod apparmor;
@@ -43,134 +43,134 @@ pub use users::UserError;
 
 use crate::{accounts::AccountsError, text::quoted};
 
-/// Why no spec or bundle could be made.
+/// Why the OCI spec or the bundle of a task could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
-    /// Neither job nor image says what to run.
+    /// Neither the job nor the image names a command.
     #[error("nothing to run: the image has neither ENTRYPOINT nor CMD; set `command`, `args` or `entrypoint`")]
     NoCommand,
-    /// A user or group that the image doesn't have.
+    /// A user or group can't be resolved in the image.
     #[error(transparent)]
     User(#[from] UserError),
-    /// The files that the runtime finds users in, of the image or mounted over it.
+    /// The files in which the runtime looks up users, the image's own or those mounted over them, can't be used.
     #[error(transparent)]
     Accounts(#[from] AccountsError),
-    /// A string or path that the kernel does not take.
+    /// The kernel does not accept a string or path of the spec.
     #[error(transparent)]
     String(#[from] StringError),
-    /// A working directory that is no absolute path.
+    /// The working directory is not an absolute path.
     #[error("cwd {} is not an absolute path", quoted(.0))]
     Cwd(String),
-    /// A part of the OCI spec was refused by its own builder.
-    #[error("OCI spec")]
+    /// A builder of the crate `oci_spec` rejected a part of the spec.
+    #[error("could not build the OCI spec")]
     Spec(#[from] oci_spec::OciSpecError),
-    /// The seccomp profile.
+    /// The seccomp profile can't be used.
     #[error(transparent)]
     Seccomp(#[from] seccomp::SeccompError),
-    /// A file or directory of the host that can't be opened.
-    #[error("{option} {source_path:?}")]
+    /// A file or directory of the host can't be opened.
+    #[error("{option} {source_path:?} could not be opened")]
     Source {
-        /// Who names it, such as `mounts: source`.
+        /// The option that names the path, such as `mounts: source`.
         option: &'static str,
-        /// As the job has it.
+        /// The path, as the job has it.
         source_path: String,
-        /// Why.
+        /// The system call's error.
         source: io::Error,
     },
-    /// A file or directory of the host that the job may not use.
+    /// The job may not use a file or directory of the host.
     #[error(
         "{option} {source_path:?} is outside of the task's and allocation's directories; an operator can open it with security {{ allow_paths }}"
     )]
     SourceOutside {
-        /// Which option of the job names it.
+        /// The option of the job that names the path.
         option: &'static str,
-        /// As the job has it.
+        /// The path, as the job has it.
         source_path: String,
     },
-    /// A directory that Nomad has made for the task.
-    #[error("open the task's directory {path}")]
+    /// A directory that Nomad has made for the task can't be opened.
+    #[error("could not open the task's directory {path}")]
     AllocDir {
         /// The directory.
         path: PathBuf,
-        /// Why it can't be mounted.
+        /// Why the directory can't be mounted.
         source: io::Error,
     },
-    /// A mount's target.
+    /// Nothing may be mounted at a target, or the target can't be found.
     #[error("{option}: target {target:?}: {problem}")]
     Target {
         /// The option that names the target.
         option: &'static str,
-        /// As it is written there.
+        /// The target, as the option has it.
         target: String,
         /// Why nothing can be mounted there.
         problem: String,
     },
-    /// A mount that the kernel refuses.
-    #[error("{option}: mount at target {target:?}")]
+    /// The kernel refuses a mount.
+    #[error("{option}: could not mount at target {target:?}")]
     Mounting {
         /// The option that asks for the mount.
         option: &'static str,
-        /// Its target.
+        /// The mount's target.
         target: String,
         /// Why it can't be mounted.
         source: io::Error,
     },
-    /// Something of the image that is in the way.
-    #[error("the image's /{path} is in the way of what every container has there")]
+    /// The image has an entry at a path that every container needs, and the entry can't be replaced.
+    #[error("the image's /{path} is in the way of a file or directory that every container has there")]
     Image {
-        /// The path, from the root.
+        /// The path, relative to the root.
         path: PathBuf,
-        /// Why it can't be replaced.
+        /// Why the entry can't be replaced.
         source: io::Error,
     },
-    /// `host-gateway` in `extra_hosts`.
+    /// `host-gateway` in `extra_hosts` can't be resolved to an address.
     #[error("extra_hosts: {name}:host-gateway has no address here")]
     Gateway {
-        /// The name that was to have it.
+        /// The host name that the address is for.
         name: String,
-        /// Why not.
+        /// Why the task's network has no such address.
         source: io::Error,
     },
-    /// A device that a job may not have.
+    /// The job may not use a device.
     #[error(
         "devices: {path:?} is {resolved:?}, which is not allowed on this node (plugin option security {{ allow_devices }})"
     )]
     Device {
-        /// As the job has it.
+        /// The path, as the job has it.
         path: PathBuf,
-        /// What it leads to.
+        /// The path without symbolic links.
         resolved: PathBuf,
     },
-    /// A volume's label.
-    #[error("volume_mount {path}: selinux_label")]
+    /// A volume can't be given its SELinux label.
+    #[error("volume_mount {path}: could not set selinux_label")]
     Label {
-        /// The volume, on the host.
+        /// The volume's path on the host.
         path: PathBuf,
-        /// Why.
+        /// The system call's error.
         source: io::Error,
     },
-    /// A file or directory of the bundle.
-    #[error("bundle: {doing} {path}")]
+    /// An operation on a file or directory failed: of the bundle, or of the host for the bundle.
+    #[error("could not {doing} {path}")]
     File {
-        /// What was done.
+        /// The operation as a verb, such as `create`.
         doing: &'static str,
-        /// To what.
+        /// The file or directory.
         path: PathBuf,
-        /// Why it failed.
+        /// Why the operation failed.
         source: io::Error,
     },
     /// The root file system can't be mounted because layers are gone.
     #[error("the image's unpacked layers are gone from containerd's store")]
     LayersGone {
-        /// By mount(2).
+        /// The error of mount(2) or stat(2).
         source: io::Error,
     },
     /// The root file system can't be mounted.
-    #[error("mount the root file system at {path}")]
+    #[error("could not mount the root file system at {path}")]
     Mount {
-        /// Where.
+        /// The mount point.
         path: PathBuf,
-        /// Why.
+        /// The system call's error.
         source: io::Error,
     },
 }

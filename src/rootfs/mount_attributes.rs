@@ -1,4 +1,4 @@
-//! What is set on a mount and not on its file system: read-only, no devices, and the like (mount_setattr(2)).
+//! Attributes that belong to a mount and not to its file system, such as read-only or no devices (mount_setattr(2)).
 
 use std::{
     ffi::CString,
@@ -9,7 +9,8 @@ use std::{
 
 use nix::mount::{MsFlags, mount};
 
-/// The options of fstab(5) that are a mount's attributes: the bit for mount_setattr(2) (`linux/mount.h`) and for mount(2).
+/// The options of fstab(5) that are attributes of a mount, each with its bit for mount_setattr(2) (`linux/mount.h`) and
+/// its flag for mount(2).
 const ATTRIBUTES: [(&str, u64, MsFlags); 6] = [
     ("ro", 0x01, MsFlags::MS_RDONLY),
     ("nosuid", 0x02, MsFlags::MS_NOSUID),
@@ -18,32 +19,32 @@ const ATTRIBUTES: [(&str, u64, MsFlags); 6] = [
     ("noatime", 0x10, MsFlags::MS_NOATIME),
     ("nodiratime", 0x80, MsFlags::MS_NODIRATIME),
 ];
-/// A change of the access time needs these bits cleared first (`MOUNT_ATTR__ATIME`).
+/// The bits that must be cleared before the access time attribute is changed (`MOUNT_ATTR__ATIME`).
 const ATIME_MASK: u64 = 0x70;
 const NOATIME: u64 = 0x10;
 
-/// How far attributes reach.
+/// The mounts that attributes are set on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
-    /// The mount itself.
+    /// Only the mount itself.
     Top,
-    /// The mount and every mount below it.
+    /// The mount and all mounts below it.
     Tree,
 }
 
-/// Attributes to be set on a mount. Attributes that are not named stay as they are.
+/// Attributes to be set on a mount. All other attributes of the mount stay as they are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Attributes {
     bits: u64,
 }
 
 impl Attributes {
-    /// The attribute `ro`.
+    /// Returns the attribute `ro`.
     pub fn read_only() -> Self {
         Self::of_options(&["ro"])
     }
 
-    /// The attributes among the options of a mount; other options are passed over.
+    /// Returns the attributes among the options of a mount. Other options are ignored.
     pub fn of_options<T: AsRef<str>>(options: &[T]) -> Self {
         let mut found = Self::default();
         for option in options {
@@ -54,21 +55,21 @@ impl Attributes {
         found
     }
 
-    /// The attributes as mount(2) takes them.
+    /// Returns the attributes as flags for mount(2).
     fn flags(self) -> MsFlags {
         ATTRIBUTES.iter().filter(|(_, bit, _)| self.bits & bit != 0).map(|(_, _, flag)| *flag).collect()
     }
 
-    /// Is there anything to set?
+    /// Tells whether there are no attributes to set.
     pub fn is_empty(self) -> bool {
         self.bits == 0
     }
 
-    /// Sets the attributes on what is mounted at `path`. Kernels before 5.12 have no mount_setattr(2); there each mount is
-    /// changed by itself.
+    /// Sets the attributes on the mount at `path`. Kernels before 5.12 have no mount_setattr(2); there each mount is
+    /// remounted by itself.
     ///
     /// # Errors
-    /// As mount_setattr(2) and mount(2).
+    /// Fails as mount_setattr(2) and mount(2) do.
     pub fn set(self, path: &Path, depth: Depth) -> io::Result<()> {
         match self.set_at_once(path, depth) {
             Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => self.set_one_by_one(path, depth),
@@ -78,11 +79,11 @@ impl Attributes {
 
     fn set_at_once(self, path: &Path, depth: Depth) -> io::Result<()> {
         let clear = if self.bits & NOATIME == 0 { 0 } else { ATIME_MASK };
-        // struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
+        // The fields of struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
         let attributes: [u64; 4] = [self.bits, clear, 0, 0];
         let path = CString::new(path.as_os_str().as_bytes())?;
         let flags = libc::AT_SYMLINK_NOFOLLOW | if depth == Depth::Tree { libc::AT_RECURSIVE } else { 0 };
-        // SAFETY: a terminated string and a structure with its size, both of which the kernel only reads.
+        // SAFETY: the arguments are a NUL-terminated string and a structure with its size. The kernel only reads both.
         let outcome = unsafe {
             libc::syscall(
                 libc::SYS_mount_setattr,
@@ -109,8 +110,8 @@ impl Attributes {
     }
 }
 
-/// The mounts at `path` and below it, with the attributes that they have: fields five and six of
-/// proc_pid_mountinfo(5), in which blanks and backslashes are octal.
+/// Returns the mounts at `path` and below it, with their attributes. These are fields five and six of
+/// proc_pid_mountinfo(5), in which blanks and backslashes are escaped as octal numbers.
 fn mounts_in(mountinfo: &[u8], path: &Path) -> Vec<(PathBuf, MsFlags)> {
     let mut found = Vec::new();
     for line in mountinfo.split(|byte| *byte == b'\n') {
@@ -170,7 +171,7 @@ mod tests {
         );
     }
 
-    /// Both ways end with the same: every mount of the tree is read-only, and keeps what else it has.
+    /// Both methods have the same result: each mount of the tree is read-only, and keeps its other attributes.
     #[test]
     fn a_tree_becomes_read_only_in_both_ways() {
         let base = tempfile::tempdir().expect("a temporary directory");

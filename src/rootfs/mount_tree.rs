@@ -1,7 +1,7 @@
-//! Puts the sources of a task's mounts below the bundle's `mounts/`, from where the runtime takes them.
+//! Pins the sources of a task's mounts below the bundle's `mounts/`, from where the runtime mounts them.
 //!
-//! `mounts` is a small file system in memory of its own: the task's own files (hosts, resolv.conf) lie in it, so that a task
-//! that writes to them can't fill a directory of the host, and one unmount takes all of it away.
+//! `mounts` is a small file system in memory of its own. The task's own files (hosts, resolv.conf) lie in it, so a task
+//! that writes to them can't fill a directory of the host. One unmount removes everything in it.
 
 use std::{
     fs, io,
@@ -30,30 +30,33 @@ use super::{
     target::{MountTarget, SysTargets},
 };
 
-/// Options that say how mounts spread between mount namespaces (mount_namespaces(7)).
+/// Options that set how mounts propagate between mount namespaces (mount_namespaces(7)).
 const PROPAGATION: [&str; 6] = ["private", "rprivate", "slave", "rslave", "shared", "rshared"];
-/// Options of file systems in memory that are the default, or the opposite of an attribute.
+/// Options of file systems in memory that need no action: they are the default, or the opposite of an attribute.
 const WITHOUT_EFFECT: [&str; 9] =
     ["rw", "suid", "dev", "exec", "relatime", "norelatime", "atime", "diratime", "strictatime"];
-/// Places of every container, where runtimes mount or make files.
+/// Directories of every container in which runtimes mount file systems or create files.
 const DIRECTORIES: [&str; 4] = ["dev", "proc", "sys", "etc"];
 
-/// Who mounts what lies below another bind.
+/// Whether the driver or the runtime mounts a mount whose target lies below another bind mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Nesting {
-    /// We do, into the tree that the runtime takes as a whole.
+    /// The driver mounts it, into the tree that the runtime takes as a whole.
     InTheTree,
-    /// The runtime does, by itself: a gVisor sandbox has mounts of its own kernel, by which alone its tasks see a mount point,
-    /// and finds targets inside of the sandbox only. That no link is on the way is still seen to.
+    /// The runtime mounts each one by itself. A gVisor sandbox needs this: only the mounts of its own kernel are mount
+    /// points for its tasks, and it looks up targets only inside of the sandbox. The driver still makes sure that no
+    /// link is on the way.
     ByTheRuntime,
 }
 
-/// Makes the places of `base` and of the task's mounts in the root file system free of links, puts the sources of all
-/// mounts below the bundle's `mounts/`, and each mount that lies below a bind into that one's tree: the mounts that are
-/// left to the runtime, after those of `base`, and the file system that the sources are in.
+/// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
+/// system, and pins the sources of all mounts below the bundle's `mounts/`. It puts each mount that lies below a bind
+/// mount into that one's tree. Returns the mounts that are left to the runtime, to follow those of `base`, and the file
+/// system in which the sources are pinned.
 ///
 /// # Errors
-/// When a mount can't go where it should, named by its option and target. What was mounted goes with the bundle.
+/// Fails when a mount can't be put at its target; the error names its option and target. What has been mounted by then
+/// is removed with the bundle.
 pub fn place(
     paths: &BundlePaths,
     base: &[Mount],
@@ -68,8 +71,8 @@ pub fn place(
     let is_base = |path: &Path| base.iter().any(|base| base == path);
     for directory in DIRECTORIES {
         let path = Path::new(directory);
-        // Nothing is written to /etc but what is mounted there, and for that the link is resolved. docker puts an empty
-        // directory over it, and the image's own files would be gone.
+        // /etc may be a link to a directory: nothing is written there, and the targets of mounts in it are resolved.
+        // Docker replaces such a link by an empty directory, which would hide the image's own files.
         if directory != "etc" || !image_links::leads_to_directory(root.as_fd(), Path::new("/etc"), is_base) {
             make_plain(root.as_fd(), path, Wanted::Directory)?;
         }
@@ -90,26 +93,27 @@ pub fn place(
     Ok((left, pins))
 }
 
-/// Refuses targets at which a mount would take away what confines the task.
+/// Refuses targets at which a mount would remove a part of the task's confinement.
 ///
 /// # Errors
-/// Why the mount may not go there, with its option and target.
+/// Returns the reason why the mount may not be there, with its option and target.
 pub fn check(mount: &TaskMount, target: &MountTarget, sys: SysTargets) -> Result<(), RootfsError> {
     target.check(sys).map_err(|problem| mount.refused(problem))?;
-    // runc masks parts of /proc and /sys by the container's own /dev/null (CVE-2025-31133). Nomad gives the host's /dev to
-    // CSI plugins.
+    // runc masks parts of /proc and /sys with the container's own /dev/null (CVE-2025-31133), so nothing else may be
+    // there. The host's own /dev is allowed: Nomad mounts it in CSI plugins.
     let covers_null = ["/dev", "/dev/null"].into_iter().find(|path| target.path() == Path::new(path));
     let is_the_hosts = |path: &str| matches!(&mount.content, MountContent::Bind(source) if source.is_the_hosts(path));
     match covers_null.filter(|path| sys == SysTargets::Refused && !is_the_hosts(path)) {
         None => Ok(()),
         Some(path) => Err(mount.refused(format!(
-            "{path} can be covered in privileged tasks only, except by the host's own {path}; mount below /dev, or elsewhere"
+            "only privileged tasks may mount over {path}, except for the host's own {path}; mount below /dev, or elsewhere"
         ))),
     }
 }
 
-/// How far the root of the container's mounts must spread for its mounts to do so: runtimes set it before they bind, and
-/// a bind below a private root has no peers any more (mount_namespaces(7)). docker's rule.
+/// Returns the propagation that the root of the container's mounts must have for its mounts to propagate; `None` leaves
+/// it to the runtime. Runtimes set it before they make bind mounts, and a bind mount below a private root loses its
+/// peers (mount_namespaces(7)). Docker has the same rule.
 pub fn root_propagation(mounts: &[TaskMount]) -> Option<&'static str> {
     let has = |wanted: [&str; 2]| {
         mounts.iter().flat_map(|mount| &mount.options).any(|option| wanted.contains(&option.as_str()))
@@ -121,7 +125,7 @@ pub fn root_propagation(mounts: &[TaskMount]) -> Option<&'static str> {
     }
 }
 
-/// Mounts the file system in which everything is pinned.
+/// Mounts the file system in which the sources are pinned.
 fn attach_pins(paths: &BundlePaths, mounts: &[TaskMount], prepared: Option<PreparedPins>) -> Result<Pins, RootfsError> {
     let length = |mount: &TaskMount| if let MountContent::File(text) = &mount.content { text.len() } else { 0 };
     let pins = paths.pins();
@@ -133,7 +137,8 @@ fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> Result<(), R
     image_links::make_plain(root, path, wanted).map_err(|source| RootfsError::Image { path: path.to_owned(), source })
 }
 
-/// Where the mounts' targets lead in the image, the outermost first, since what lies below one of them is not the image's.
+/// Resolves the mounts' targets in the image. The outermost targets come first: what lies below one of them does not
+/// belong to the image.
 fn resolve_targets(
     root: BorrowedFd<'_>,
     base: &[PathBuf],
@@ -150,7 +155,7 @@ fn resolve_targets(
         let resolve = |path: &Path| image_links::resolve(root, path, is_mount).map_err(|error| mount.unresolved(error));
         let target = mount.target.path();
         let found = match (&mount.content, target.parent(), target.file_name()) {
-            // A file that every container has: docker puts its own in the place of whatever the image has there.
+            // The driver's own file (such as /etc/hosts) replaces whatever the image has there, as in docker.
             (MountContent::File(_), Some(parent), Some(name)) if !target.ancestors().any(is_mount) => {
                 let found = resolve(parent)?.join(name);
                 make_plain(root, found.strip_prefix("/").unwrap_or(&found), Wanted::File)?;
@@ -165,7 +170,7 @@ fn resolve_targets(
     Ok(targets)
 }
 
-/// What the mounts of a task are put with.
+/// The mounts of a task with their placements, from which the tree of mounts is built.
 struct Tree<'a> {
     paths: &'a BundlePaths,
     placed: &'a [Placed],
@@ -178,7 +183,7 @@ impl Tree<'_> {
         &self.mounts[placed.number]
     }
 
-    /// Do other mounts lie in this one's tree?
+    /// Tells whether other mounts are put into this one's tree.
     fn holds_others(&self, placed: &Placed) -> bool {
         self.nesting == Nesting::InTheTree
             && self
@@ -187,7 +192,7 @@ impl Tree<'_> {
                 .any(|other| matches!(&other.place, Place::Within { top, .. } if *top == placed.number))
     }
 
-    /// Pins a mount's source, and moves it to its target where that lies in another's tree.
+    /// Pins a mount's source, and moves it to its target if that lies in another mount's tree.
     fn put(&self, placed: &Placed) -> io::Result<()> {
         let mount = self.mount(placed);
         let pin = self.paths.pinned(placed.number);
@@ -200,7 +205,7 @@ impl Tree<'_> {
             }
             MountContent::File(text) => {
                 fs::write(&pin, text)?;
-                // Less what the process's mask took away.
+                // The process's umask may have cleared some bits of the mode.
                 fs::set_permissions(&pin, fs::Permissions::from_mode(0o644))?;
             }
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
@@ -216,7 +221,7 @@ impl Tree<'_> {
                 };
                 Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
             }
-            // The runtime mounts it later; that no link is on the way is seen to now.
+            // The runtime mounts it later, but the mount point is opened now, to make sure that no link is on the way.
             Place::Within { holder, below, .. } if is_bind(*holder) => {
                 open_mount_point(&self.paths.pinned(*holder), below, self.kind(placed)).map(drop)
             }
@@ -224,7 +229,7 @@ impl Tree<'_> {
         }
     }
 
-    /// What a mount's place has to be.
+    /// Returns the file type that a mount's mount point must have.
     fn kind(&self, placed: &Placed) -> SFlag {
         if is_directory(self.mount(placed)) { SFlag::S_IFDIR } else { SFlag::S_IFREG }
     }
@@ -240,23 +245,24 @@ impl Tree<'_> {
         let (recursion, depth) =
             if has("rbind") { (MsFlags::MS_REC, Depth::Tree) } else { (MsFlags::empty(), Depth::Top) };
         mount(Some(&source.by_descriptor()), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
-        // Before the source may become read-only: mount points that it lacks are made in it, as crun makes them.
+        // Missing mount points of other mounts are created in the source, as crun does, before it may become read-only.
         for other in self.placed {
             if let Place::Within { holder, below, .. } = &other.place
                 && *holder == placed.number
             {
-                // What can't be made is refused under its own name, when that mount is put in its place.
+                // A mount point that can't be created becomes an error of its own mount, when that one is placed.
                 if let Err(error) = open_mount_point(pin, below, self.kind(other)) {
-                    tracing::debug!(target = %other.target, %error, "a mount point can't be made");
+                    tracing::debug!(target = %other.target, %error, "could not create a mount point in a source");
                 }
             }
         }
         if has("ro") {
-            // Runtimes would make the topmost mount read-only, and leave those below it writable.
+            // Runtimes would make only the topmost mount read-only, and leave the mounts below it writable.
             Attributes::read_only().set(pin, depth)?;
         }
         if is_inside || self.holds_others(placed) {
-            // Now, and not by the runtime: a mount that is put into a shared one would appear on the host as well.
+            // The propagation must be set now, and not later by the runtime: a mount that is put into a shared mount
+            // would appear on the host as well.
             mount(None::<&str>, pin, None::<&str>, propagation(options) | MsFlags::MS_REC, None::<&str>)?;
         }
         let attributes = Attributes::of_options(options);
@@ -266,7 +272,7 @@ impl Tree<'_> {
         Ok(())
     }
 
-    /// A mount as the runtime takes it.
+    /// Returns a mount in the form of the OCI spec, for the runtime.
     fn for_runtime(&self, placed: &Placed) -> Result<Mount, RootfsError> {
         let mount = self.mount(placed);
         let mut options = mount.options.clone();
@@ -275,7 +281,7 @@ impl Tree<'_> {
             MountContent::Bind(_) | MountContent::File(_) => ("bind", self.paths.pinned(placed.number)),
         };
         if self.holds_others(placed) {
-            // The tree as it is: how its mounts spread has been set for each.
+            // The runtime takes the tree as it is: the propagation of each of its mounts has been set already.
             options.retain(|option| option != "bind" && option != "rbind" && !PROPAGATION.contains(&option.as_str()));
             options.insert(0, "rbind".to_owned());
         }
@@ -292,8 +298,8 @@ fn is_directory(mount: &TaskMount) -> bool {
     }
 }
 
-/// Returns the propagation that the options name. Without one it is slave, as in runtimes: mounts that the host makes below
-/// the source later reach the task.
+/// Returns the propagation that the options name. The default is slave, as in runtimes: mounts that the host makes
+/// below the source later appear in the task, too.
 fn propagation(options: &[String]) -> MsFlags {
     match options.iter().rev().map(String::as_str).find(|option| PROPAGATION.contains(option)) {
         Some("private" | "rprivate") => MsFlags::MS_PRIVATE,
@@ -316,7 +322,7 @@ fn mount_in_memory(at: &Path, options: &[String]) -> io::Result<()> {
     if attributes.is_empty() { Ok(()) } else { attributes.set(at, Depth::Top) }
 }
 
-/// Opens the place of a mount in the tree at `top`, and makes it where it is missing, without ever following a link.
+/// Opens the mount point `path` in the tree at `top`, and creates it if it is missing. Never follows a link.
 fn open_mount_point(top: &Path, path: &Path, wanted: SFlag) -> io::Result<OwnedFd> {
     let top = open_path(top)?;
     let opened = match open_plain(&top, path) {

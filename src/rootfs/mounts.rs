@@ -1,5 +1,5 @@
-//! Sources of mounts: found without leaving the directories they may come from, and held open, so that nobody can put
-//! something else in their place.
+//! Sources of mounts. They are looked up without leaving the directories that they may come from. Each is held open, so
+//! that no task can put something else in its place.
 
 use std::{
     fs::File,
@@ -22,33 +22,33 @@ use crate::{
     ids::Flavor,
 };
 
-/// What errors call the source of a `mounts` block.
+/// The name of a `mounts` block's source in errors.
 const OPTION: &str = "mounts: source";
 
-/// One `mounts` block, its form checked.
+/// One `mounts` block whose form has been checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountRequest {
-    /// What it is.
+    /// The kind of mount, with its source.
     pub kind: MountKind,
-    /// Where it goes.
+    /// The mount's target in the container.
     pub target: MountTarget,
-    /// fstab-style options.
+    /// The options, as in fstab(5).
     pub options: Vec<String>,
 }
 
-/// What a job can mount.
+/// The kinds of mount that a job can ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MountKind {
-    /// A file or directory of the host (`bind`, and `volume`, which has no store behind it).
+    /// A file or directory of the host (`bind`, and `volume`, for which there is no store of volumes).
     Bind {
-        /// Absolute, or relative to the task's directory.
+        /// The path, absolute or relative to the task's directory.
         source: String,
     },
-    /// Another file system type, passed on as it is (`tmpfs`).
+    /// A file system of another type, such as `tmpfs`, which is passed to the runtime as it is.
     FileSystem {
-        /// Its type.
+        /// The file system's type.
         kind: String,
-        /// Its source.
+        /// The file system's source.
         source: String,
     },
 }
@@ -56,33 +56,33 @@ pub enum MountKind {
 /// Directories of the allocation on the host.
 #[derive(Debug, Clone, Copy)]
 pub struct AllocDirs<'a> {
-    /// The allocation's.
+    /// The allocation's directory.
     pub alloc: &'a Path,
-    /// The task's name, which is its directory below.
+    /// The task's name, which is also the name of its directory in the allocation's.
     pub task: &'a str,
 }
 
-/// A mount of a task, with everything that it needs of the host.
+/// A mount of a task, whose source on the host has been opened.
 #[derive(Debug)]
 pub struct TaskMount {
-    /// The option that asked for the mount, for errors: `mounts`, `volume_mount`, `NOMAD_ALLOC_DIR`.
+    /// The option that asks for the mount, for errors: `mounts`, `volume_mount`, `NOMAD_ALLOC_DIR`.
     pub option: &'static str,
-    /// Where the mount goes.
+    /// The mount's target in the container.
     pub target: MountTarget,
-    /// What is mounted.
+    /// The file, directory or file system that is mounted.
     pub content: MountContent,
-    /// fstab-style options.
+    /// The options, as in fstab(5).
     pub options: Vec<String>,
 }
 
 impl TaskMount {
-    /// The error of a mount that may not, or can't, go to its target.
+    /// Returns the error for a mount that may not be, or can't be, at its target.
     pub(super) fn refused(&self, problem: String) -> RootfsError {
         RootfsError::Target { option: self.option, target: self.target.to_string(), problem }
     }
 
-    /// The error of a mount whose target could not be looked up in the image. A failure of the host keeps its errno, by
-    /// which it is told from a path that the image does not have.
+    /// Returns the error for a mount whose target could not be looked up in the image. A failure of the host keeps its
+    /// errno, which distinguishes it from a path that the image does not have.
     pub(super) fn unresolved(&self, source: io::Error) -> RootfsError {
         match failure::of_error(&source) {
             Some(Cause::Host) => RootfsError::Mounting { option: self.option, target: self.target.to_string(), source },
@@ -91,7 +91,7 @@ impl TaskMount {
     }
 }
 
-/// A file or directory of the host, held so that nobody can swap it.
+/// A file or directory of the host. It is held open, so that no other process can exchange it.
 #[derive(Debug)]
 pub struct Source {
     opened: OwnedFd,
@@ -101,61 +101,63 @@ pub struct Source {
 }
 
 impl Source {
-    /// Looks at what has been opened, once: a dead file system would hold up every further look.
+    /// Reads the type and identity of an opened file or directory. This is done only once, because each further call of
+    /// fstat(2) could block on a dead network file system.
     ///
     /// # Errors
-    /// As fstat(2).
+    /// Fails as fstat(2) does.
     pub fn of(opened: OwnedFd) -> io::Result<Self> {
         let found = fstat(&opened)?;
         let is_directory = SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR;
         Ok(Self { opened, is_directory, identity: (found.st_dev, found.st_ino) })
     }
 
-    /// Is it a directory?
+    /// Tells whether the source is a directory.
     pub fn is_directory(&self) -> bool {
         self.is_directory
     }
 
-    /// Is it what the host has at `path`?
+    /// Tells whether the source is the file or directory that the host has at `path`.
     pub fn is_the_hosts(&self, path: &str) -> bool {
         std::fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == self.identity)
     }
 
-    /// The path that leads to it now.
+    /// Returns the current path of the source.
     ///
     /// # Errors
-    /// As readlink(2).
+    /// Fails as readlink(2) does.
     pub fn path(&self) -> io::Result<PathBuf> {
         std::fs::read_link(self.by_descriptor())
     }
 
-    /// A path by which this process can mount it.
+    /// Returns a path by which this process can mount the source.
     pub(super) fn by_descriptor(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.opened.as_raw_fd()))
     }
 }
 
-/// What is mounted.
+/// The content of a mount.
 #[derive(Debug)]
 pub enum MountContent {
     /// A file or directory of the host.
     Bind(Source),
-    /// A file of the task's own with this text.
+    /// A file that the driver makes for the task, with this text.
     File(String),
-    /// A file system of its own.
+    /// A new file system.
     FileSystem {
-        /// Its type.
+        /// The file system's type.
         kind: String,
-        /// Its source.
+        /// The file system's source.
         source: String,
     },
 }
 
-/// Finds every source. Relative ones lie below the task's directory (`local/…`, `secrets/…`) or are `alloc/…`;
-/// absolute ones, under our own name, below the allocation's directory or one of `allow_paths`.
+/// Opens the sources of all `mounts` blocks. A relative source is a path in the task's directory (`local/…`,
+/// `secrets/…`), or begins with `alloc/`. An absolute source must, with `Flavor::Strict`, be below the allocation's
+/// directory or one of `allow_paths`.
 ///
 /// # Errors
-/// When a source is missing, leaves its directory, or may not be mounted.
+/// Fails when a source is missing, leaves its directory, or may not be mounted.
 pub fn resolve(
     requests: &[MountRequest],
     dirs: AllocDirs<'_>,
@@ -182,11 +184,11 @@ pub fn resolve(
     resolved.collect()
 }
 
-/// Opens a directory that Nomad has made for a task (`alloc`, `local`, `secrets`, `alloc/logs`), below the allocation's.
-/// No component may be a link, since tasks of the allocation can make links in some of them.
+/// Opens a directory that Nomad has made for a task (`alloc`, `local`, `secrets`, `alloc/logs`) below the allocation's
+/// directory. No component may be a link, since tasks of the allocation can create links in some of these directories.
 ///
 /// # Errors
-/// When it is missing, is no directory, or is behind a link.
+/// Fails when it is missing, is not a directory, or is behind a link.
 pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<Source, RootfsError> {
     let opened = || {
         let root = open_path(alloc_dir)?;
@@ -200,11 +202,11 @@ pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<Source, RootfsEr
     opened().map_err(|source| RootfsError::AllocDir { path: alloc_dir.join(below), source })
 }
 
-/// Opens a file or directory of the host that the operator names, or that Nomad does: its path is followed as it is.
-/// Errors name the option that asks for it.
+/// Opens a file or directory of the host whose path the operator or Nomad has chosen, so links are followed. Errors
+/// name the option that asks for it.
 ///
 /// # Errors
-/// When it is missing.
+/// Fails when it is missing.
 pub fn open_host_path(option: &'static str, path: &Path) -> Result<Source, RootfsError> {
     open_path(path).and_then(Source::of).map_err(|source| RootfsError::Source {
         option,
@@ -213,11 +215,11 @@ pub fn open_host_path(option: &'static str, path: &Path) -> Result<Source, Rootf
     })
 }
 
-/// Opens a file or directory of the host that a job names, by the rules of mounts' sources, as a descriptor that only
-/// names it. Errors name the option that asks for it.
+/// Opens a file or directory of the host that a job names, by the rules for sources of mounts (`resolve_sources`). The
+/// descriptor only refers to the file (`O_PATH`). Errors name the option that asks for it.
 ///
 /// # Errors
-/// When it is missing, leaves its directory, or may not be used.
+/// Fails when it is missing, leaves its directory, or may not be used.
 pub fn open_source(
     option: &'static str,
     source: &str,
@@ -230,11 +232,11 @@ pub fn open_source(
     let path = Path::new(source);
     if path.is_absolute() {
         if flavor == Flavor::DropIn {
-            // As the old driver: any path of the host, symlinks followed.
+            // As in nomad-driver-containerd, a job may name any path of the host, and symlinks are followed.
             return open_path(path).map_err(failed);
         }
         if let Some(root) = allow_paths.iter().find(|root| path.starts_with(root)) {
-            // Nothing lies outside of the root; its own absolute links may be followed.
+            // Nothing lies outside of "/", so absolute links may be followed.
             if root == Path::new("/") {
                 return open_path(path).map_err(failed);
             }
@@ -252,8 +254,8 @@ pub fn open_source(
     if is_the_tasks(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) }
 }
 
-/// Is it in one of the directories that the task sees anyway? Asked of what was opened, not of how it was written:
-/// `private` is Nomad's own, and the other tasks' secrets are theirs.
+/// Tells whether an opened file is in one of the directories that the task sees anyway. The check uses the opened
+/// file's real path, not the path in the job: `private` belongs to Nomad, and other tasks' secrets must stay secret.
 fn is_the_tasks(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
     let opened = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
     let alloc = std::fs::canonicalize(dirs.alloc)?;
@@ -262,12 +264,13 @@ fn is_the_tasks(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
     Ok(seen.iter().any(|directory| opened.starts_with(directory)))
 }
 
-/// A descriptor that only names a file: nothing is read, and a FIFO or device is not waited for.
+/// Opens a descriptor that only refers to a file (`O_PATH`): it can't read, and opening a FIFO or device does not
+/// block.
 pub(super) fn open_path(path: &Path) -> io::Result<OwnedFd> {
     File::options().read(true).custom_flags(libc::O_PATH).open(path).map(OwnedFd::from)
 }
 
-/// Opens `below` without ever leaving `root`, whatever symlinks stand in the way (openat2(2), Linux 5.6).
+/// Opens `below` without ever leaving `root`, whatever symlinks are on the way (openat2(2), Linux 5.6).
 fn open_beneath(root: &Path, below: &Path) -> io::Result<OwnedFd> {
     let root = open_path(root)?;
     if below.as_os_str().is_empty() {
@@ -284,10 +287,10 @@ fn open_beneath(root: &Path, below: &Path) -> io::Result<OwnedFd> {
     }
 }
 
-/// Opens `below` a directory where nothing on the way may be a link.
+/// Opens `below` in the directory `root`. No component may be a link.
 ///
 /// # Errors
-/// When something is a link, or as openat2(2).
+/// Fails when a component is a link, and as openat2(2) does.
 pub(super) fn open_plain(root: impl AsFd, below: &Path) -> io::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)

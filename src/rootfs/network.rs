@@ -1,25 +1,25 @@
-//! The files that make a network usable: hosts(5) and resolv.conf(5), as text.
+//! The text of a container's network files, hosts(5) and resolv.conf(5), and what they are made from.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Name servers and search domains; an empty list means "the system's".
+/// The settings of a resolv.conf. An empty list means that the host's list is used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dns {
-    /// `nameserver` lines.
+    /// The addresses of the `nameserver` lines.
     pub servers: Vec<String>,
-    /// `search` domains.
+    /// The domains of the `search` line.
     pub searches: Vec<String>,
-    /// `options`.
+    /// The words of the `options` line.
     pub options: Vec<String>,
 }
 
 impl Dns {
-    /// Three empty lists mean that the job has no `dns` block.
+    /// Tells whether all three lists are empty: the job has no `dns` block then.
     pub fn is_unset(&self) -> bool {
         self.servers.is_empty() && self.searches.is_empty() && self.options.is_empty()
     }
 
-    /// Reads a resolv.conf; what else it holds is left out.
+    /// Parses a resolv.conf. Other lines are ignored.
     pub fn parse(text: &str) -> Self {
         let mut dns = Self::default();
         for line in text.lines() {
@@ -35,7 +35,7 @@ impl Dns {
         dns
     }
 
-    /// The file: each list as given, or the system's where it is empty.
+    /// Returns the text of a resolv.conf. Each empty list is replaced by the one of `system`.
     pub fn render(&self, system: &Self) -> String {
         fn or<'a>(own: &'a [String], system: &'a [String]) -> &'a [String] {
             if own.is_empty() { system } else { own }
@@ -55,29 +55,29 @@ impl Dns {
     }
 }
 
-/// One of a job's `extra_hosts`.
+/// One entry of a job's `extra_hosts`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtraHost {
-    /// The name.
+    /// The host's name.
     pub name: String,
-    /// Where it is.
+    /// The host's address.
     pub address: HostAddress,
 }
 
-/// Where a host is.
+/// The address of an entry of `extra_hosts`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostAddress {
-    /// There.
+    /// A given address.
     At(IpAddr),
-    /// `host-gateway`: where the task reaches its host.
+    /// `host-gateway`: the address at which the task reaches its host.
     Gateway,
 }
 
 impl ExtraHost {
-    /// Reads `name:address`; what follows the first colon is the address, so that it can be IPv6, in brackets or not.
+    /// Parses `name:address`. Everything after the first colon is the address, which may be IPv6, in brackets or not.
     ///
     /// # Errors
-    /// With what is wrong.
+    /// Returns a description of what is wrong.
     pub fn parse(text: &str) -> Result<Self, String> {
         let (name, address) = text.split_once(':').ok_or_else(|| format!("{text:?} is not name:address"))?;
         if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control() || c == '#') {
@@ -97,11 +97,11 @@ impl ExtraHost {
     }
 }
 
-/// The usual names.
+/// The lines that each hosts file begins with.
 pub const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
      ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n";
 
-/// A hosts file: what `base` has, then a line for each further name.
+/// Returns the text of a hosts file: `base`, then a line for each of `names`, which are pairs of address and name.
 pub fn hosts<'a>(base: &str, names: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let mut text = base.to_owned();
     if !text.is_empty() && !text.ends_with('\n') {
@@ -113,16 +113,17 @@ pub fn hosts<'a>(base: &str, names: impl Iterator<Item = (&'a str, &'a str)>) ->
     text
 }
 
-/// The default gateway in a network namespace, by the text of its /proc/net/route and /proc/net/ipv6_route.
+/// Returns the default gateway of a network namespace, given the text of its /proc/net/route and /proc/net/ipv6_route.
 pub fn gateway(route: &str, route6: &str) -> Option<IpAddr> {
-    // Destination, gateway: hexadecimal, in the host's byte order (linux, fib_route_seq_show).
+    // The fields are destination and gateway, hexadecimal and in the host's byte order (linux, fib_route_seq_show).
     let v4 = route.lines().skip(1).find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let (destination, gateway) = (fields.get(1)?, fields.get(2)?);
         let gateway = u32::from_str_radix(gateway, 16).ok().filter(|&gateway| gateway != 0)?;
         (*destination == "00000000").then(|| IpAddr::V4(Ipv4Addr::from(gateway.to_ne_bytes())))
     });
-    // Destination and its prefix, source and its prefix, next hop: hexadecimal, in network order.
+    // The fields are destination and its prefix length, source and its prefix length, and next hop, hexadecimal and in
+    // network byte order.
     let v6 = || {
         route6.lines().find_map(|line| {
             let fields: Vec<&str> = line.split_whitespace().collect();

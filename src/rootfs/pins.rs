@@ -1,4 +1,4 @@
-//! The file system in memory below a bundle, `mounts`, in which the sources of the task's mounts are pinned.
+//! The directory `mounts` of a bundle: a file system in memory in which the sources of the task's mounts are pinned.
 
 use std::{
     fs, io,
@@ -13,37 +13,39 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::{detached, mounts::open_path};
 
-/// How far a task may let its own hosts file and the like grow.
+/// The number of bytes by which a task may let its own files, such as its hosts file, grow.
 const GROWTH_MAX: usize = 1 << 20;
-/// Texts of this length fit into each file system of this kind; for longer ones it is made larger.
+/// The total length of the task's own files for which each such file system has room. For longer files it is made
+/// larger.
 const TEXT_MAX: usize = 32 << 10;
 
-/// A file system for a bundle, made ahead and attached nowhere. Dropping it removes it.
+/// A prepared file system for the sources of a task's mounts. It is not attached anywhere yet, and vanishes when it is
+/// dropped.
 #[derive(Debug)]
 pub struct PreparedPins(OwnedFd);
 
 impl PreparedPins {
-    /// Makes one, with `dir` as its mount point meanwhile.
+    /// Prepares a file system, with `dir` as its temporary mount point.
     ///
     /// # Errors
-    /// As the file system, mount(2) and open_tree(2).
+    /// Fails when a file system operation, mount(2) or open_tree(2) fails.
     pub fn make(dir: &Path) -> io::Result<Self> {
         mount_at(dir, 0)?;
         detached::detach(dir).map(Self)
     }
 }
 
-/// The file system of one start. Its mount is known by a descriptor, and not by its path: a later start of the same bundle
-/// has another one there.
+/// The file system for the sources of one start's mounts. A descriptor identifies its mount, and not its path: a later
+/// start with the same bundle mounts another one at that path.
 #[derive(Debug)]
 pub struct Pins(OwnedFd);
 
 impl Pins {
-    /// Puts the file system at `dir`, which it makes: the prepared one where the task's own files, of `text` bytes
-    /// together, have room in that.
+    /// Creates `dir` and puts the file system there. It uses the prepared one if that has room for the task's own
+    /// files, which have `text` bytes in total.
     ///
     /// # Errors
-    /// As the file system and mount(2).
+    /// Fails when a file system operation or mount(2) fails.
     pub fn attach(dir: &Path, text: usize, prepared: Option<PreparedPins>) -> io::Result<Self> {
         match prepared {
             Some(PreparedPins(tree)) if text <= TEXT_MAX => {
@@ -57,26 +59,27 @@ impl Pins {
         }
     }
 
-    /// Unmounts the file system and all that is mounted in it. It is fine if that has happened already.
+    /// Unmounts the file system and everything that is mounted in it. Does nothing if it is unmounted already.
     ///
     /// # Errors
-    /// As mount(2) and umount2(2).
+    /// Fails as mount(2) and umount2(2) do.
     pub fn unmount(&self) -> io::Result<()> {
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         let path = path.as_str();
-        // A lazy unmount reaches the peers of what is mounted in there, which are the host's own: `bundle.rs`.
+        // A lazy unmount would propagate to the host's own mounts, which are peers of the pinned ones. See
+        // `unmount_all` in `bundle.rs`.
         let unmounted = mount(None::<&str>, path, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
             .and_then(|()| umount2(path, MntFlags::MNT_DETACH));
         match unmounted {
-            // EINVAL: it is attached nowhere any more.
+            // EINVAL means that it is not attached anywhere any more.
             Ok(()) | Err(nix::Error::EINVAL) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
     }
 }
 
-/// Makes `dir` and mounts the file system there. It spreads nowhere, so that the sources are not held in other mount
-/// namespaces as well.
+/// Creates `dir` and mounts the file system there. The mount is private, so that other mount namespaces don't keep the
+/// sources in use as well.
 fn mount_at(dir: &Path, text: usize) -> io::Result<()> {
     let options = format!("mode=700,size={}", GROWTH_MAX + 2 * text.max(TEXT_MAX));
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;

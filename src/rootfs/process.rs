@@ -1,28 +1,28 @@
-//! The process's arguments and environment.
+//! The arguments and the environment of a task's process.
 
 use std::collections::BTreeMap;
 
 use super::RootfsError;
 use crate::ids::Flavor;
 
-/// What containerd and docker give an image that sets none.
+/// The `PATH` of images that set none, as in containerd and docker.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What a job says about the command. `command` and `entrypoint` exclude each other, which is checked before.
+/// The job's options for the command. `command` and `entrypoint` exclude each other, which has been checked before.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Command {
-    /// Replaces the image's CMD.
+    /// The option `command`, which replaces the image's CMD.
     pub command: Option<String>,
-    /// Follows `command` or `entrypoint`; alone it replaces CMD.
+    /// The option `args`. The arguments follow `command` or `entrypoint`; without either they replace the image's CMD.
     pub args: Vec<String>,
-    /// Replaces the image's ENTRYPOINT and CMD. One whose first element is empty only clears them.
+    /// The option `entrypoint`, which replaces the image's ENTRYPOINT and CMD. An empty first element only clears both.
     pub entrypoint: Vec<String>,
 }
 
-/// The argument vector, by docker's rules.
+/// Returns the argument vector, by docker's rules.
 ///
 /// # Errors
-/// When nothing is left to run.
+/// Fails when no command results.
 pub fn arguments(job: &Command, entrypoint: &[String], cmd: &[String]) -> Result<Vec<String>, RootfsError> {
     let mut arguments = Vec::new();
     if let Some(first) = job.entrypoint.first() {
@@ -44,7 +44,8 @@ pub fn arguments(job: &Command, entrypoint: &[String], cmd: &[String]) -> Result
     if arguments.first().is_none_or(String::is_empty) { Err(RootfsError::NoCommand) } else { Ok(arguments) }
 }
 
-/// The environment: the image's, then the task's on top. Under the old driver's name the image's `PATH` stays.
+/// Returns the environment: the image's variables, overridden by the task's. With `Flavor::ContainerdDriver` the
+/// image's `PATH` is kept.
 pub fn environment(image: &[String], task: &BTreeMap<String, String>, flavor: Flavor) -> Vec<String> {
     let key = |entry: &str| entry.split('=').next().unwrap_or(entry).to_owned();
     let mut merged: Vec<String> = Vec::with_capacity(image.len() + task.len() + 1);

@@ -1,4 +1,4 @@
-//! Nomad's resources as the OCI spec's limits.
+//! Translates Nomad's resources to the OCI spec's limits.
 
 use oci_spec::runtime::{
     LinuxCpuBuilder, LinuxDeviceCgroup, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder,
@@ -6,36 +6,37 @@ use oci_spec::runtime::{
 
 use super::RootfsError;
 
-/// What Nomad allots to a task.
+/// The resources that Nomad assigns to a task.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Resources {
-    /// CPU in MHz, used as the shares weight; 0 when unknown.
+    /// The task's CPU in MHz, used as its weight (cpu.shares); 0 if it is unknown.
     pub cpu_shares: u64,
-    /// The job's `memory` in bytes; 0 when unknown.
+    /// The job's `memory` in bytes; 0 if it is unknown.
     pub memory: u64,
     /// The job's `memory_max`.
     pub memory_max: MemoryMax,
-    /// Reserved cores as a list such as `0-1,4`; empty for the share pool.
+    /// Reserved cores as a list such as `0-1,4`; empty for a task in the share pool.
     pub cpuset_cpus: String,
-    /// Memory nodes in the same form; empty for all.
+    /// Memory nodes as such a list; empty for all.
     pub cpuset_mems: String,
-    /// How much processor time at most.
+    /// The limit on processor time.
     pub cpu_quota: Option<CpuQuota>,
-    /// How many processes and threads.
+    /// The limit on the number of processes and threads.
     pub pids: Option<i64>,
 }
 
-/// So much of so much time (cpu.cfs_quota_us, cpu.cfs_period_us; cpu.max on version 2).
+/// A limit on processor time in each period (cpu.cfs_quota_us and cpu.cfs_period_us; cpu.max on cgroup version 2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CpuQuota {
-    /// Microseconds of processor, all cores together.
+    /// The processor time in each period, in microseconds, summed over all cores.
     pub quota: i64,
-    /// In so many microseconds.
+    /// The length of a period in microseconds.
     pub period: u64,
 }
 
 impl CpuQuota {
-    /// A share of all cores of the node, over `period` microseconds; not below what the kernel takes (1 ms).
+    /// Returns the quota for a share of all cores of the node, with this period in microseconds. It is at least 1 ms,
+    /// the smallest quota that the kernel accepts.
     pub fn of(share: f64, cores: u32, period: u64) -> Self {
         #[allow(
             clippy::cast_precision_loss,
@@ -47,26 +48,26 @@ impl CpuQuota {
     }
 }
 
-/// The job's `memory_max` (Nomad: 0 unset, −1 no limit).
+/// The job's `memory_max` (in Nomad, 0 means unset and −1 no limit).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum MemoryMax {
-    /// `memory` is the limit.
+    /// The job has no `memory_max`; `memory` is the limit.
     #[default]
     Unset,
-    /// No limit at all.
+    /// There is no limit.
     Unlimited,
-    /// So many bytes.
+    /// The limit in bytes.
     Bytes(u64),
 }
 
 /// The kernel's bounds on cpu.shares (Documentation/admin-guide/cgroup-v1, `MIN_SHARES`, `MAX_SHARES`).
 const SHARES: std::ops::RangeInclusive<u64> = 2..=262_144;
 
-/// Limits: `memory` is the hard limit unless `memory_max` is set, then it is what is reserved. No swap beyond the limit
-/// where the kernel can count it.
+/// Builds the limits. `memory` is the hard limit, unless `memory_max` is set; then it is the reservation. If the kernel
+/// can count swap, memory and swap together have the same limit, so the task gets no swap beyond it.
 ///
 /// # Errors
-/// When the spec's own builders refuse.
+/// Fails when the spec's builders reject a value.
 pub fn build(
     resources: &Resources,
     counts_swap: bool,

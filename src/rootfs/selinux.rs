@@ -1,4 +1,5 @@
-//! SELinux labels of volumes, as docker's `z` and `Z` mean them: what containers may use, all of them or this one alone.
+//! SELinux labels of volumes, with the meaning of docker's `z` and `Z`: a volume that all containers may use, or only
+//! this one.
 
 use std::{
     ffi::CString,
@@ -14,12 +15,12 @@ use nix::{
     sys::stat::{Mode, SFlag, fstat},
 };
 
-/// Whose a volume is.
+/// The containers that may use a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VolumeLabel {
-    /// `z`: any container's.
+    /// `z`: all containers may use it.
     Shared,
-    /// `Z`: this task's, and no other container's that has a label.
+    /// `Z`: only this task may use it, and no other container that has a label.
     Private,
 }
 
@@ -34,12 +35,12 @@ impl FromStr for VolumeLabel {
     }
 }
 
-/// The attribute that holds a label (security(7) attributes, xattr(7)).
+/// The extended attribute that holds a label (a security attribute, xattr(7)).
 const ATTRIBUTE: &str = "security.selinux";
-/// Categories of the targeted policy: c0 to c1023.
+/// The number of categories of the targeted policy, which are c0 to c1023.
 const CATEGORIES: u64 = 1024;
 
-/// Directories of the host that a relabelling would break; docker's list.
+/// Files and directories of the host that would break if they were relabelled. The list is docker's.
 const SYSTEM: [&str; 24] = [
     "/",
     "/bin",
@@ -67,34 +68,35 @@ const SYSTEM: [&str; 24] = [
     "/var/log",
 ];
 
-/// Does the kernel look at labels?
+/// Tells whether SELinux is enabled in the kernel.
 pub fn is_enabled() -> bool {
     Path::new("/sys/fs/selinux/enforce").exists()
 }
 
-/// The label of a volume of the task whose number this is: the two categories of a private one follow from it.
+/// Returns the label of a volume. The two categories of a private one are derived from the task's number.
 fn label(kind: VolumeLabel, task: u64) -> String {
     let shared = "system_u:object_r:container_file_t:s0";
     match kind {
         VolumeLabel::Shared => shared.to_owned(),
         VolumeLabel::Private => {
             let (one, other) = (task % CATEGORIES, task / CATEGORIES % (CATEGORIES - 1));
-            // Two different ones, the smaller first.
+            // The categories must differ, and the smaller one comes first.
             let other = if other >= one { other + 1 } else { other };
             format!("{shared}:c{},c{}", one.min(other), one.max(other))
         }
     }
 }
 
-/// Labels a volume and all below it. Symlinks are labelled, never followed: what is below may be a task's to change.
-/// Blocks, for 10 µs a file.
+/// Labels a volume and everything below it. Symlinks below it are labelled and never followed, since a task may be able
+/// to change them. Blocks for about 10 µs for each file.
 ///
 /// # Errors
-/// For directories of the system, and as the file system; one without labels is fine.
+/// Fails for directories of the system, and when a file system operation fails. A file system without labels is not an
+/// error.
 pub fn relabel(path: &Path, kind: VolumeLabel, task: u64) -> io::Result<()> {
     let real = path.canonicalize()?;
     if SYSTEM.iter().any(|system| real == Path::new(system)) {
-        let problem = format!("selinux_label: {} is the host's own, and is not relabelled", real.display());
+        let problem = format!("{} belongs to the host's system, and is not relabelled", real.display());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
     }
     let label = CString::new(label(kind, task)).map_err(io::Error::other)?;
@@ -110,7 +112,7 @@ pub fn relabel(path: &Path, kind: VolumeLabel, task: u64) -> io::Result<()> {
         for entry in names(node.as_fd())? {
             match openat(&node, &entry, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()) {
                 Ok(below) => waiting.push(below),
-                // It went while we looked.
+                // The entry was removed after it had been listed.
                 Err(nix::Error::ENOENT) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -133,7 +135,7 @@ fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Has this file system labels?
+/// Whether a file system supports labels.
 #[derive(PartialEq, Eq)]
 enum Labels {
     Some,
@@ -144,7 +146,7 @@ fn set(node: &OwnedFd, label: &CString) -> io::Result<Labels> {
     let path = CString::new(format!("/proc/self/fd/{}", node.as_raw_fd())).map_err(io::Error::other)?;
     let name = CString::new(ATTRIBUTE).map_err(io::Error::other)?;
     let value = label.as_bytes_with_nul();
-    // SAFETY: three C strings that live until the call returns, and the length of the third.
+    // SAFETY: the arguments are three C strings, which live until the call returns, and the length of the third.
     let outcome = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
     if outcome == 0 {
         return Ok(Labels::Some);
@@ -164,7 +166,7 @@ mod tests {
         let path = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
         let name = CString::new(ATTRIBUTE).expect("no NUL");
         let mut value = [0_u8; 256];
-        // SAFETY: two C strings and a buffer with its length.
+        // SAFETY: the arguments are two C strings, and a buffer with its length.
         let length = unsafe { libc::lgetxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
         let length = usize::try_from(length).ok()?;
         Some(String::from_utf8_lossy(&value[..length]).trim_end_matches('\0').to_owned())
@@ -182,7 +184,7 @@ mod tests {
         }
     }
 
-    /// Root may set the attribute whether the kernel looks at it or not.
+    /// This test also works without SELinux: root may set the attribute, even if the kernel ignores it.
     #[test]
     fn all_of_a_volume_is_labelled_and_nothing_else() {
         let (volume, outside) = (tempfile::tempdir().expect("made"), tempfile::tempdir().expect("made"));

@@ -1,4 +1,4 @@
-//! The OCI runtime spec of a task: a pure function of its inputs.
+//! Builds the OCI runtime spec of a task, by pure functions of its inputs.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -22,161 +22,162 @@ use super::{
 };
 use crate::ids::Flavor;
 
-/// The version of the OCI runtime spec that runc 1.1 and crun 1.8 speak.
+/// The version of the OCI runtime spec that runc 1.1 and crun 1.8 support.
 const OCI_VERSION: &str = "1.0.2";
 
-/// What the image says.
+/// The settings of the image, and its user database.
 #[derive(Debug, Clone, Copy)]
 pub struct ImageDefaults<'a> {
-    /// ENTRYPOINT.
+    /// The image's ENTRYPOINT.
     pub entrypoint: &'a [String],
-    /// CMD.
+    /// The image's CMD.
     pub cmd: &'a [String],
-    /// ENV.
+    /// The image's ENV.
     pub env: &'a [String],
-    /// USER.
+    /// The image's USER.
     pub user: &'a str,
-    /// WORKDIR.
+    /// The image's WORKDIR.
     pub working_dir: &'a str,
-    /// Its passwd file.
+    /// The content of the image's /etc/passwd.
     pub passwd: &'a str,
-    /// Its group file.
+    /// The content of the image's /etc/group.
     pub group: &'a str,
 }
 
-/// Whose network the task sees.
+/// The network namespace of a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetworkNamespace {
-    /// Its own, with loopback only.
+    /// A namespace of its own, with loopback only.
     Private,
-    /// The host's.
+    /// The host's namespace.
     Host,
-    /// The one that Nomad made for the group.
+    /// The namespace that Nomad has made for the group.
     Path(PathBuf),
 }
 
-/// How far the task is let.
+/// Whether a task is privileged.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Privilege {
-    /// As far as its capabilities go.
+    /// The task is confined, and has only its capabilities.
     Confined,
-    /// Everything the driver may, with these devices of the host.
+    /// The task may do everything that the driver may, and has these devices of the host.
     Privileged {
         /// The host's devices.
         devices: Vec<LinuxDevice>,
     },
 }
 
-/// May the root file system be written to?
+/// Whether a task may write to its root file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RootMode {
-    /// Into the task's own layer.
+    /// The task may write, to its own writable layer.
     Writable,
-    /// No.
+    /// The task may not write.
     ReadOnly,
 }
 
-/// Programs that the runtime calls around a container's life (OCI runtime-spec, config.md, "POSIX-platform Hooks"),
-/// each with its arguments.
+/// Programs that the runtime calls when a container is created, started and deleted (OCI runtime-spec, config.md,
+/// "POSIX-platform Hooks"), each with its arguments.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Hooks {
-    /// `prestart`.
+    /// The hooks `prestart`.
     pub prestart: Vec<Vec<String>>,
-    /// `createRuntime`.
+    /// The hooks `createRuntime`.
     pub create_runtime: Vec<Vec<String>>,
-    /// `createContainer`.
+    /// The hooks `createContainer`.
     pub create_container: Vec<Vec<String>>,
-    /// `startContainer`.
+    /// The hooks `startContainer`.
     pub start_container: Vec<Vec<String>>,
-    /// `poststart`.
+    /// The hooks `poststart`.
     pub poststart: Vec<Vec<String>>,
-    /// `poststop`.
+    /// The hooks `poststop`.
     pub poststop: Vec<Vec<String>>,
 }
 
-/// Does the task have a terminal?
+/// Whether a task has a terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Terminal {
-    /// One that the shim holds.
+    /// The task has a terminal, which the shim holds open.
     Yes,
-    /// No.
+    /// The task has no terminal.
     No,
 }
 
-/// All that a spec is made of.
+/// The inputs of a spec.
 #[derive(Debug)]
 pub struct SpecInput<'a> {
-    /// Whose defaults hold.
+    /// The flavor whose defaults apply.
     pub flavor: Flavor,
-    /// The image's part.
+    /// The image's settings.
     pub image: ImageDefaults<'a>,
     /// The job's command.
     pub command: &'a Command,
-    /// The job's working directory.
+    /// The job's working directory; `None` for the image's.
     pub cwd: Option<&'a str>,
     /// The job's user; empty for the image's.
     pub user: &'a str,
-    /// Nomad's environment.
+    /// The task's environment, as Nomad passes it.
     pub env: &'a BTreeMap<String, String>,
-    /// UTS host name.
+    /// The host name in the task's UTS namespace.
     pub hostname: &'a str,
-    /// Root file system.
+    /// Whether the root file system is writable.
     pub root: RootMode,
-    /// What the process can do.
+    /// The process's capabilities.
     pub capabilities: Capabilities,
-    /// Privileged or not.
+    /// Whether the task is privileged.
     pub privilege: Privilege,
-    /// What is hidden from a task that is not.
+    /// The paths that are hidden from a task that is not privileged.
     pub masked: &'a MaskedPaths,
-    /// Network.
+    /// The task's network namespace.
     pub network: NetworkNamespace,
-    /// How far the root of its mounts spreads; None leaves it to the runtime.
+    /// The propagation of the root of the task's mounts; `None` leaves it to the runtime.
     pub root_propagation: Option<&'static str>,
-    /// Devices that Nomad gave to the task, with what it may do to them.
+    /// The devices that the task is given, each with the allowed access.
     pub devices: Vec<(LinuxDevice, String)>,
-    /// Limits.
+    /// The limits of the task's cgroup.
     pub resources: &'a Resources,
-    /// Limits of setrlimit(2), beyond the defaults.
+    /// The job's limits of setrlimit(2), which override the defaults.
     pub ulimits: &'a [Ulimit],
-    /// Limits for what the job says nothing of, where the driver's own are above the operator's ceiling.
+    /// The limits that the job does not set, where the driver's own limits are above the operator's ceiling.
     pub ulimit_defaults: Vec<Ulimit>,
-    /// Kernel parameters of its namespaces.
+    /// The kernel parameters of the task's namespaces.
     pub sysctl: &'a BTreeMap<String, String>,
-    /// Whose namespaces it is in.
+    /// The task's other namespaces.
     pub namespaces: Namespaces,
-    /// Does the host have cgroup version 2?
+    /// Whether the host has cgroup version 2.
     pub unified: bool,
-    /// Of /dev/shm, in bytes.
+    /// The size of /dev/shm in bytes; `None` for the default.
     pub shm_size: Option<u64>,
-    /// Further groups, by the image's names or by number.
+    /// Supplementary groups, by the image's names or by number.
     pub groups: &'a [String],
-    /// How much the OOM killer likes it.
+    /// The task's OOM score adjustment (proc(5)).
     pub oom_score_adj: i32,
-    /// May it never gain privileges? None: unless it is privileged.
+    /// Whether the process may never gain privileges; with `None` only a privileged task may.
     pub no_new_privileges: Option<bool>,
-    /// Its terminal.
+    /// Whether the task has a terminal.
     pub terminal: Terminal,
     /// The operator's hooks.
     pub hooks: &'a Hooks,
-    /// Can the kernel count swap?
+    /// Whether the kernel can count swap.
     pub counts_swap: bool,
-    /// Where the limits are.
+    /// The path of the task's cgroup.
     pub cgroup: &'a str,
-    /// What this host's kernel takes of strings.
+    /// The limits of this host's kernel on strings.
     pub kernel: KernelLimits,
-    /// What it may call.
+    /// The task's seccomp filter.
     pub seccomp: Option<Filter>,
-    /// Its AppArmor profile.
+    /// The task's AppArmor profile.
     pub apparmor: Option<&'a ProfileName>,
-    /// For people and tools that look at the container.
+    /// The container's annotations, for people and tools that inspect it.
     pub annotations: BTreeMap<String, String>,
 }
 
-/// Builds the spec. The root file system is expected at `rootfs` in the bundle. Its mounts are those that every container
-/// has; the task's own follow when they have been placed (`mount_tree`).
+/// Builds the spec. The root file system is expected at `rootfs` in the bundle. The spec contains only the mounts that
+/// every container has; the task's own mounts are added when they have been placed (`mount_tree`).
 ///
 /// # Errors
-/// When there is nothing to run, the user is unknown, a path is not absolute, or the kernel would not take a string.
+/// Fails when there is no command, the user is unknown, a path is not absolute, or the kernel would not accept a
+/// string.
 pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     let privileged = matches!(input.privilege, Privilege::Privileged { .. });
     let cwd = match input.cwd {
@@ -189,8 +190,8 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     }
     let user = if input.user.is_empty() { input.image.user } else { input.user };
     let ids = users::resolve(user, input.image.passwd, input.image.group)?;
-    // The primary group is among them: without it, a program that drops it could still act with its rights
-    // (CVE-2022-36109).
+    // The primary group is also listed as a supplementary group. Otherwise a program could drop the primary group and
+    // so get around a restriction of that group (CVE-2022-36109).
     let mut groups = vec![ids.gid];
     let mut seen = HashSet::from([ids.gid]);
     let further = ids.groups.iter().copied().chain(users::groups(input.groups, input.image.group)?);
@@ -205,9 +206,9 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         .env(process::environment(input.image.env, input.env, input.flavor))
         .cwd(PathBuf::from(cwd))
         .no_new_privileges(input.no_new_privileges.unwrap_or(!privileged))
-        // Never the agent's own score, which is often set to survive its tasks.
+        // Without it the task would inherit the agent's score, which is often set so that the agent outlives its tasks.
         .oom_score_adj(input.oom_score_adj)
-        // The crate has limits of its own.
+        // Without it the crate `oci_spec` would set default limits of its own.
         .rlimits(rlimits(input.flavor, input.ulimit_defaults, input.ulimits)?)
         .capabilities(capability_sets(&input.capabilities)?);
     if let Some(profile) = input.apparmor {
@@ -268,7 +269,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     }
     let mut spec = spec.build()?;
     if input.namespaces.uts == Namespace::Host {
-        // It would be set for the host.
+        // The host name would be set for the whole host.
         spec.set_hostname(None);
     }
     input.kernel.check(&spec)?;
@@ -280,7 +281,7 @@ fn hooks(hooks: &Hooks) -> Result<oci_spec::runtime::Hooks, RootfsError> {
         let programs = commands.iter().filter_map(|command| Some((command.first()?, command)));
         programs.map(|(path, command)| Ok(HookBuilder::default().path(path).args(command.clone()).build()?)).collect()
     };
-    #[allow(deprecated, reason = "what the NVIDIA and other older tools are installed as")]
+    #[allow(deprecated, reason = "NVIDIA's and other older tools are installed as prestart hooks")]
     let prestart = HooksBuilder::default().prestart(of(&hooks.prestart)?);
     Ok(prestart
         .create_runtime(of(&hooks.create_runtime)?)
@@ -291,8 +292,8 @@ fn hooks(hooks: &Hooks) -> Result<oci_spec::runtime::Hooks, RootfsError> {
         .build()?)
 }
 
-/// Inheritable and ambient stay empty: with them, a set-user-id program run by another user would keep too much
-/// (CVE-2022-24769).
+/// Returns the capability sets of a process. The inheritable and ambient sets stay empty: with them, a set-user-id
+/// program that is run by another user would keep too many capabilities (CVE-2022-24769).
 fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::LinuxCapabilities, RootfsError> {
     let none = oci_spec::runtime::Capabilities::default();
     Ok(LinuxCapabilitiesBuilder::default()
@@ -460,7 +461,7 @@ mod tests {
         assert_eq!((&spec["process"]["oomScoreAdj"], &spec["process"]["terminal"]), (&json!(100), &json!(true)));
         assert_eq!(spec["process"]["noNewPrivileges"], false);
         let shm = spec["mounts"].as_array().expect("a list").iter().find(|mount| mount["destination"] == "/dev/shm");
-        assert_eq!(shm, None, "the host's own, which is placed with the task's mounts");
+        assert_eq!(shm, None, "the host's own /dev/shm is placed with the task's mounts");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Where a mount goes in the container, and whether a mount may go there.
+//! Targets of mounts in the container, and the rules for where a mount may be.
 
 use std::{
     fmt,
@@ -7,35 +7,35 @@ use std::{
 
 use crate::ids::Flavor;
 
-/// Files of /proc that lxcfs and its like replace by views of a container. Runtimes allow these and nothing else below
-/// /proc (opencontainers/runc, libcontainer/rootfs_linux.go, `checkProcMount`).
+/// Files of /proc that lxcfs and similar programs replace by a container's own view of them. Runtimes allow mounts over
+/// these files and nowhere else below /proc (opencontainers/runc, libcontainer/rootfs_linux.go, `checkProcMount`).
 const PROC_FILES: [&str; 8] = ["cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "uptime"];
 
 /// An absolute path below the container's root, without `.`, `..` and empty components.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct MountTarget(PathBuf);
 
-/// May mounts cover parts of /sys?
+/// Whether mounts may cover parts of /sys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SysTargets {
-    /// They may: under the old driver's name, and for privileged tasks.
+    /// Mounts may cover /sys: with `Flavor::ContainerdDriver`, and for privileged tasks.
     Allowed,
-    /// They may not.
+    /// Mounts may not cover /sys.
     Refused,
 }
 
 impl SysTargets {
-    /// What holds for a task of a driver with these defaults.
+    /// Returns the rule for a task of a driver with this flavor.
     pub fn of(flavor: Flavor, privileged: bool) -> Self {
         if privileged || flavor == Flavor::DropIn { Self::Allowed } else { Self::Refused }
     }
 }
 
 impl MountTarget {
-    /// Reads a target as a job writes it.
+    /// Parses a target of a job.
     ///
     /// # Errors
-    /// With what is wrong with it.
+    /// Returns a description of what is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {
         let path = Path::new(text);
         let climbs = path.components().any(|component| component == Component::ParentDir);
@@ -46,11 +46,11 @@ impl MountTarget {
         Ok(Self(Path::new("/").join(target)))
     }
 
-    /// Reads a volume's destination, which Nomad passes on as the job has it: a relative one is below the root, and `..` is
-    /// resolved by its words, as runtimes do both.
+    /// Parses a volume's destination, which Nomad passes on as the job has it. A relative path is taken as relative to
+    /// the root, and `..` is resolved without looking at the file system. Runtimes do both in the same way.
     ///
     /// # Errors
-    /// When that is the root itself.
+    /// Fails when the result is the root itself.
     pub fn of_volume(text: &str) -> Result<Self, String> {
         let mut target = PathBuf::from("/");
         for component in Path::new(text).components() {
@@ -63,26 +63,26 @@ impl MountTarget {
         Self::parse(&target.to_string_lossy())
     }
 
-    /// The target that `path` is, which was found in a root file system.
+    /// Returns the target for a path that has been resolved in a root file system.
     pub(super) fn found(path: PathBuf) -> Self {
         Self(path)
     }
 
-    /// The path in the container.
+    /// Returns the path in the container.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// How deep the target lies: a mount at a shallower one comes first.
+    /// Returns the number of the path's components. Mounts at targets with fewer components come first.
     pub(super) fn depth(&self) -> usize {
         self.0.components().count()
     }
 
-    /// Refuses places where a mount hides what confines the task: /proc, by which runtimes and the kernel set labels
-    /// (CVE-2019-16884, CVE-2025-52881), and /sys.
+    /// Refuses targets at which a mount would hide parts of the task's confinement: /proc, through which runtimes and
+    /// the kernel set security labels (CVE-2019-16884, CVE-2025-52881), and /sys.
     ///
     /// # Errors
-    /// Why no mount may go there.
+    /// Returns the reason why no mount may be there.
     pub fn check(&self, sys: SysTargets) -> Result<(), String> {
         let below = |parent: &str| self.0.strip_prefix(parent).ok();
         if let Some(rest) = below("/proc") {

@@ -1,25 +1,26 @@
-//! File systems in memory that a job asks for: the options of a tmpfs (tmpfs(5)), checked and completed.
+//! Checks and completes the options of file systems in memory (tmpfs(5)) that a job asks for.
 
 use super::ceilings::{CeilingError, Ceilings};
 use crate::ids::Flavor;
 
-/// The size of `/dev/shm` for a job that says nothing of it: docker's.
+/// The size of `/dev/shm` for a job that does not set it, as in docker.
 pub const SHM_SIZE: u64 = 64 << 20;
 
 /// Options without a value.
 const FLAGS: [&str; 10] = ["ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "noatime", "relatime"];
 /// Options with a value.
 const KEYS: [&str; 6] = ["size", "mode", "uid", "gid", "nr_inodes", "nr_blocks"];
+
 /// Why a job's tmpfs is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum TmpfsError {
-    /// The option is not known, or not a job's to set.
+    /// The option is not known, or a job may not set it.
     #[error("options: {option:?} is not one of {}", known())]
     Unknown {
         /// The option, as the job has it.
         option: String,
     },
-    /// The option's value has no form that the kernel reads as it looks.
+    /// The option has no value, or one that the kernel might read differently from a person.
     #[error("options: {option:?} has no value such as size=64m, size=10%, nr_inodes=10k, mode=1777 or uid=1000")]
     Value {
         /// The option, as the job has it.
@@ -42,14 +43,14 @@ pub enum TmpfsSize {
     Count(u64),
     /// This share of the host's memory.
     Percent(u64),
-    /// The kernel takes 0 for no limit at all.
+    /// There is no limit. The kernel reads the size 0 so.
     Unlimited,
 }
 
 impl TmpfsSize {
-    /// Reads a size as the kernel does: a decimal number with a suffix, or a percentage. What the kernel would read as
-    /// another number than a person does (`010m` is octal, `0x10` hexadecimal: linux, `lib/cmdline.c`, `memparse`) is
-    /// no size.
+    /// Parses a size as the kernel does: a decimal number with a suffix, or a percentage. Returns `None` for a text
+    /// that the kernel would read as another number than a person does (`010m` is octal, `0x10` hexadecimal: linux,
+    /// `lib/cmdline.c`, `memparse`).
     pub fn parse(text: &str) -> Option<Self> {
         let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let (number, suffix) = text.split_at(digits);
@@ -75,7 +76,8 @@ impl TmpfsSize {
         }
     }
 
-    /// The bytes that it comes to on a host with this much memory; `None` for a share of a memory that is not known.
+    /// Returns the size in bytes on a host with this much memory; `None` for a share of a memory whose size is not
+    /// known.
     pub fn bytes(self, memory: Option<u64>) -> Option<u64> {
         match self {
             Self::Count(count) => Some(count),
@@ -85,14 +87,14 @@ impl TmpfsSize {
     }
 }
 
-/// Checks the options of a job's tmpfs and completes them: what the runtime is to be given.
+/// Checks the options of a job's tmpfs, and returns the complete options for the runtime.
 ///
-/// Under the driver's own name the file system has neither set-user-id programs nor devices unless the job asks for
-/// them, and each option is one that is known. Runtimes join the options by commas, so an item of the list that has
-/// commas itself is several options.
+/// With `Flavor::Strict`, the file system allows neither set-user-id programs nor devices unless the job asks for them,
+/// and unknown options are refused. Runtimes join the options with commas, so an item of the list that contains commas
+/// is several options.
 ///
 /// # Errors
-/// With the first option that is refused.
+/// Fails with the first option that is refused.
 pub fn options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -> Result<Vec<String>, TmpfsError> {
     let single: Vec<&str> = given.iter().flat_map(|option| option.split(',')).filter(|one| !one.is_empty()).collect();
     let mut sized = false;
@@ -105,7 +107,7 @@ pub fn options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -> Result<
         check_size(option, key, value, ceilings)?;
     }
     let mut options: Vec<String> = match flavor {
-        // As the job wrote them, whatever they are.
+        // The options are passed on as the job has them, without a check.
         Flavor::DropIn => given.to_vec(),
         Flavor::Secure => {
             let said = |names: [&str; 2]| single.iter().any(|option| names.contains(option));
@@ -114,7 +116,7 @@ pub fn options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -> Result<
             closed.chain(single.iter().copied()).map(str::to_owned).collect()
         }
     };
-    // One without a size may grow to half of the host's memory.
+    // A tmpfs without a size may grow to half of the host's memory, which may be above the ceiling.
     if let Some(bytes) = ceilings.below_kernel_default().filter(|_| !sized) {
         options.push(format!("size={bytes}"));
     }
@@ -134,9 +136,9 @@ fn check_form(option: &str, key: &str, value: Option<&str>) -> Result<(), TmpfsE
     if fits { Ok(()) } else { Err(TmpfsError::Value { option: option.to_owned() }) }
 }
 
-/// Holds what the file system may grow to against the operator's ceiling. The kernel counts `nr_blocks` in pages, and by
-/// default has one inode for every two pages of the host's memory (linux, `mm/shmem.c`, `shmem_default_max_inodes`): a
-/// ceiling of half of the memory is one inode for each page of it.
+/// Checks the size that the file system may grow to against the operator's ceiling. The kernel counts `nr_blocks` in
+/// pages. By default it allows one inode for every two pages of the host's memory (linux, `mm/shmem.c`,
+/// `shmem_default_max_inodes`), so a ceiling of half of the memory allows one inode for each page of the ceiling.
 fn check_size(option: &str, key: &str, value: Option<&str>, ceilings: &Ceilings) -> Result<(), TmpfsError> {
     let unit = match key {
         "size" => 1,
@@ -193,7 +195,11 @@ mod tests {
         assert_eq!(with(&[]), ["nosuid", "nodev"]);
         assert_eq!(with(&["size=64m"]), ["nosuid", "nodev", "size=64m"]);
         assert_eq!(with(&["suid"]), ["nodev", "suid"]);
-        assert_eq!(with(&["dev,mode=700", "ro"]), ["nosuid", "dev", "mode=700", "ro"], "an item may be several");
+        assert_eq!(
+            with(&["dev,mode=700", "ro"]),
+            ["nosuid", "dev", "mode=700", "ro"],
+            "an item may contain several options"
+        );
         assert_eq!(checked(&["size=1m,rw"], Flavor::DropIn, None).expect("allowed"), ["size=1m,rw"]);
     }
 
@@ -214,7 +220,10 @@ mod tests {
         let small = Some(TmpfsSize::Count(32 << 20));
         for flavor in [Flavor::Secure, Flavor::DropIn] {
             assert!(checked(&["size=33m"], flavor, small).is_err(), "{flavor:?}");
-            assert!(checked(&["size=what"], flavor, small).is_err(), "{flavor:?}: nobody knows how large it is");
+            assert!(
+                checked(&["size=what"], flavor, small).is_err(),
+                "{flavor:?}: a size that can't be read is refused"
+            );
             let unsized_one = checked(&["mode=700"], flavor, small).expect("allowed");
             assert_eq!(unsized_one.last().map(String::as_str), Some("size=33554432"), "{flavor:?}");
         }

@@ -1,15 +1,15 @@
-//! Users and groups by name, looked up in the image's own passwd(5) and group(5).
+//! Resolves the names of users and groups with the image's own passwd(5) and group(5).
 //!
-//! Ids are docker's (moby/sys, `user/user.go`): 0 to 2147483647, in whatever way Go's `Atoi` reads a number, so `+5` and
-//! `007` are numbers and `" 5"` is a name. Beyond that range there is (uid_t)-1, which means "leave as it is" to the kernel:
-//! a process that should get it stays root. What looks like a number is never taken for a name (CVE-2026-46680 in
-//! containerd: an image may have a user of that name, whose id is 0).
+//! Ids are those of docker (moby/sys, `user/user.go`): 0 to 2147483647, as Go's `Atoi` reads numbers, so `+5` and `007`
+//! are numbers and `" 5"` is a name. Outside of that range lies (uid_t)-1, which means "leave as it is" to the kernel:
+//! a process that should get this id would stay root. A text that looks like a number is never taken for a name
+//! (CVE-2026-46680 in containerd: an image may have a user of that name with the id 0).
 
 use std::collections::{BTreeSet, HashMap};
 
 use crate::text::quoted;
 
-/// The highest id, so that no system takes one for negative.
+/// The highest id. No system takes an id up to this one for a negative number.
 const ID_MAX: u32 = i32::MAX.cast_unsigned();
 /// The kernel's limit on supplementary groups (`NGROUPS_MAX`, setgroups(2)).
 pub const GROUPS_MAX: usize = 65536;
@@ -17,21 +17,21 @@ pub const GROUPS_MAX: usize = 65536;
 /// A user or group that can't be resolved.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum UserError {
-    /// No such user.
+    /// The image has no such user.
     #[error("user {} is not in the image's /etc/passwd", quoted(.0))]
     User(String),
-    /// No such group.
+    /// The image has no such group.
     #[error("group {} is not in the image's /etc/group", quoted(.0))]
     Group(String),
-    /// A number that is no id.
+    /// A number is outside of the range of ids.
     #[error("{kind} {}: uids and gids must be in range 0-{ID_MAX}", quoted(.number))]
     Number {
         /// `user` or `group`.
         kind: &'static str,
-        /// As it was given.
+        /// The number, as it was given.
         number: String,
     },
-    /// An entry of the image with a number that is no id.
+    /// An entry of the image has a number outside of the range of ids.
     #[error(
         "{kind} {}: entry {} of the image's {file}: uids and gids must be in range 0-{ID_MAX}; use another user, or correct the image",
         quoted(.name), quoted(.entry)
@@ -39,41 +39,41 @@ pub enum UserError {
     Entry {
         /// `user` or `group`.
         kind: &'static str,
-        /// Who was looked up.
+        /// The name of the user or group.
         name: String,
-        /// The line.
+        /// The entry's line.
         entry: String,
-        /// Where it is.
+        /// The file that contains the entry.
         file: &'static str,
     },
-    /// More supplementary groups than a process can have.
-    #[error("user {} has {count} groups by the image's /etc/group and group_add; the kernel takes {GROUPS_MAX}", quoted(.name))]
+    /// The user has more supplementary groups than a process can have.
+    #[error("user {} has {count} groups by the image's /etc/group and group_add; the kernel accepts at most {GROUPS_MAX}", quoted(.name))]
     Groups {
         /// The user.
         name: String,
-        /// How many groups that are.
+        /// The number of groups.
         count: usize,
     },
 }
 
-/// Numbers for the kernel.
+/// The numeric ids of a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ids {
-    /// User.
+    /// The user's id.
     pub uid: u32,
-    /// Primary group.
+    /// The primary group's id.
     pub gid: u32,
-    /// Supplementary groups.
+    /// The ids of supplementary groups.
     pub groups: Vec<u32>,
 }
 
-/// What a text is when an id is wanted.
+/// The result of reading a text as an id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Number {
     Id(u32),
-    /// A number, though not one that can be an id.
+    /// The text is a number outside of the range of ids.
     OutOfRange,
-    /// Not a number at all.
+    /// The text is not a number.
     None,
 }
 
@@ -94,8 +94,8 @@ impl Number {
     }
 }
 
-/// A line of passwd(5) whose ids are numbers. Other lines are passed over: docker's reader takes an id that is no number
-/// for 0, which is root.
+/// A line of passwd(5) whose ids are numbers. Other lines are ignored: docker would read an id that is not a number as
+/// 0, which is root.
 struct Passwd<'a> {
     line: &'a str,
     name: &'a str,
@@ -159,18 +159,20 @@ impl Group<'_> {
     }
 }
 
-/// Resolves `name`, `uid`, `name:group`, `uid:gid` and their mixtures; empty is root. A number needs no entry, a name
-/// does. Supplementary groups are those that list the user, unless a group is named (docker's rule).
+/// Resolves `name`, `uid`, `name:group`, `uid:gid` and other combinations of names and ids; an empty text is root. Only
+/// names need an entry in the files. Unless `user` names a group, the supplementary groups are those whose entries list
+/// the user (docker's rule).
 ///
 /// # Errors
-/// When a name is unknown, or an id is out of range.
+/// Fails when a name is unknown, or an id is out of range.
 pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> {
     let (user, wanted_group) = match user.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
         None => (user, None),
     };
     let user = if user.is_empty() { "0" } else { user };
-    // A number is always one, even if an image has a user of that name: who forces `1000` must not get root.
+    // A number is always an id, even if the image has a user of that name: an operator who forces `1000` must not get
+    // root.
     let (uid, gid, name) = match Number::of(user) {
         Number::OutOfRange => return Err(UserError::Number { kind: "user", number: user.to_owned() }),
         Number::Id(uid) => match passwd_lines(passwd).find(|entry| entry.uid == Number::Id(uid)) {
@@ -195,22 +197,23 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
 /// Resolves a group's name or number.
 ///
 /// # Errors
-/// When a name is unknown, or an id is out of range.
+/// Fails when the name is unknown, or an id is out of range.
 fn group(wanted: &str, group: &str) -> Result<u32, UserError> {
     id_of_group(wanted, |name| group_lines(group).find(|entry| entry.name == name).map(|entry| entry.id()))
 }
 
-/// Resolves many groups' names and numbers, each once. The file is read once, since job and image choose both lengths.
+/// Resolves the names and numbers of several groups, without duplicates. The file is parsed only once: the job chooses
+/// the number of groups and the image the length of the file, so both may be large.
 ///
 /// # Errors
-/// When a name is unknown, or an id is out of range.
+/// Fails when a name is unknown, or an id is out of range.
 pub fn groups(wanted: &[String], group: &str) -> Result<BTreeSet<u32>, UserError> {
     if wanted.is_empty() {
         return Ok(BTreeSet::new());
     }
     let mut known: HashMap<&str, Group<'_>> = HashMap::new();
     for entry in group_lines(group) {
-        // The first one of a name wins.
+        // The first entry of a name counts.
         known.entry(entry.name).or_insert(entry);
     }
     wanted.iter().map(|wanted| id_of_group(wanted, |name| known.get(name).map(Group::id))).collect()
@@ -241,7 +244,7 @@ mod tests {
         assert_eq!(resolve("4242"), Ok(Ids { uid: 4242, gid: 0, groups: vec![] }));
         assert_eq!(resolve("user:extra"), Ok(Ids { uid: 1000, gid: 2000, groups: vec![] }));
         assert_eq!(resolve("4242:4243"), Ok(Ids { uid: 4242, gid: 4243, groups: vec![] }));
-        assert_eq!(resolve("77"), Ok(Ids { uid: 77, gid: 0, groups: vec![] }), "a number, though a user is called so");
+        assert_eq!(resolve("77"), Ok(Ids { uid: 77, gid: 0, groups: vec![] }), "a number, though a user has that name");
         assert_eq!(resolve("nobody"), Err(UserError::User("nobody".to_owned())));
         assert_eq!(resolve("user:none"), Err(UserError::Group("none".to_owned())));
     }
@@ -259,11 +262,11 @@ mod tests {
             let error = group(text, "").expect_err("refused").to_string();
             assert!(error.contains(text) && error.contains("in range 0-2147483647"), "{error}");
         }
-        // Names, that nobody has.
+        // These are names, and no user has them.
         for text in [" 5", "5 ", "0x5", "5_0", "+", "-", "5.0"] {
             assert_eq!(uid(text), Err(UserError::User(text.to_owned())));
         }
-        // containerd took one that is too large for a name (CVE-2026-46680).
+        // containerd took a number that is too large for a name (CVE-2026-46680).
         assert!(matches!(resolve("4294967295", "4294967295:x:0:0::/:\n", ""), Err(UserError::Number { .. })));
     }
 
@@ -279,7 +282,7 @@ mod tests {
         }
         assert_eq!(resolve("text", passwd, group), Err(UserError::User("text".to_owned())), "not root");
         assert!(matches!(super::group("big", group), Err(UserError::Entry { .. })));
-        // Entries that nobody uses do no harm.
+        // Entries that are not used do no harm.
         assert_eq!(resolve("fine:ok", passwd, group), Ok(Ids { uid: 9, gid: 7, groups: vec![] }));
     }
 

@@ -1,13 +1,13 @@
-//! Calls in which a shim runs an OCI runtime.
+//! Counts the calls in which a shim runs an OCI runtime.
 //!
-//! A shim kills the runtime that it has called when the connection of its caller breaks. So a plugin that leaves lets the
-//! calls at work end first, and makes no new ones.
+//! When the connection of a caller breaks, the shim kills the runtime that it runs for that caller. A plugin that shuts
+//! down therefore starts no new calls and waits for the calls in progress.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
-/// The calls of one plugin. Cheap to clone; all clones count together.
+/// Counts the runtime calls of one plugin. It is cheap to clone, and all clones share one count.
 #[derive(Debug, Clone, Default)]
 pub struct RuntimeCalls(Arc<watch::Sender<Calls>>);
 
@@ -19,25 +19,26 @@ struct Calls {
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum Phase {
-    /// All calls are made.
+    /// All calls are admitted.
     #[default]
     Open,
-    /// The plugin leaves: calls that end something are made, calls that begin something are not.
+    /// The plugin shuts down. Calls for existing containers and processes are admitted, calls that create new ones are
+    /// not.
     Leaving,
-    /// No call is made any more.
+    /// No call is admitted any more.
     Closed,
 }
 
-/// What a call does for a container.
+/// Whether a call creates a container or process, or belongs to an existing one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// It makes a container or a process.
+    /// The call creates a container or a process.
     Begin,
-    /// It belongs to one that was made before.
+    /// The call belongs to a container or process that an earlier call has created.
     Continue,
 }
 
-/// A call is at work until this is dropped.
+/// A guard that counts a call as in progress until the guard is dropped.
 #[derive(Debug)]
 pub struct RuntimeCall(RuntimeCalls);
 
@@ -48,8 +49,8 @@ impl Drop for RuntimeCall {
 }
 
 impl RuntimeCalls {
-    /// Says that a call is at work. Does not return once the plugin leaves and makes no such calls any more: what is left to
-    /// do is the next plugin's.
+    /// Counts a call as in progress while the returned guard exists. Once the plugin shuts down and admits no calls of
+    /// this kind, this never returns: the next plugin does the remaining work.
     pub async fn begin(&self, purpose: Purpose) -> RuntimeCall {
         let may_begin = self.0.send_if_modified(|calls| {
             let admitted = match calls.phase {
@@ -66,12 +67,13 @@ impl RuntimeCalls {
         RuntimeCall(self.clone())
     }
 
-    /// Waits for the calls at work, and makes none any more afterwards: true when all have ended within `limit`.
+    /// Waits until the calls in progress have ended, for at most `limit`, and admits no call afterwards. Returns
+    /// whether all calls have ended in time.
     pub async fn finish(&self, limit: Duration) -> bool {
         self.0.send_modify(|calls| calls.phase = Phase::Leaving);
         let mut calls = self.0.subscribe();
         let idle = tokio::time::timeout(limit, async {
-            // A call may begin between the wait and the closing.
+            // A call may begin after the wait has ended and before the phase is closed.
             while !self.close_if_idle() {
                 let _ = calls.wait_for(|calls| calls.at_work == 0).await;
             }
@@ -111,12 +113,12 @@ mod tests {
             async move { calls.finish(Duration::from_secs(60)).await }
         });
         tokio::time::sleep(SOON).await;
-        assert!(!is_made(&calls, Purpose::Begin).await, "nothing new");
-        assert!(is_made(&calls, Purpose::Continue).await, "what ends something");
+        assert!(!is_made(&calls, Purpose::Begin).await, "no new container is created");
+        assert!(is_made(&calls, Purpose::Continue).await, "an existing container can be ended");
         assert!(!leaving.is_finished());
         drop(create);
         assert!(leaving.await.expect("no panic"));
-        assert!(!is_made(&calls, Purpose::Continue).await, "nothing at all afterwards");
+        assert!(!is_made(&calls, Purpose::Continue).await, "no call is admitted afterwards");
     }
 
     #[tokio::test]

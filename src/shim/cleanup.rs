@@ -1,4 +1,4 @@
-//! What is left of a container whose shim died: the shim binary's own `delete` command knows how to end it.
+//! Removes the remains of a container whose shim has died, with the `delete` command of the shim's program.
 
 use std::{io, path::Path, process::Stdio, time::Duration};
 
@@ -12,46 +12,47 @@ use crate::{
     text::{self, FOREIGN_MAX},
 };
 
-/// `runtime delete --force` takes 20 to 220 ms.
+/// The longest time for the shim's `delete` command; its `runtime delete --force` takes 20 to 220 ms.
 const DELETE: Duration = Duration::from_secs(30);
 
-/// In a bundle: where shims since 2.4.2 note how the container ended.
+/// The file in a bundle in which shims since 2.4.2 record how the container ended.
 pub const EXIT_NOTE: &str = "exit.json";
 
-/// A container without a shim.
+/// A container whose shim has died.
 #[derive(Debug, Clone, Copy)]
 pub struct DeadTask<'a> {
-    /// Its id.
+    /// The id of the container.
     pub id: &'a str,
-    /// Its shim's namespace, below which the runtime keeps its state.
+    /// The namespace of the shim, below which the runtime keeps its state.
     pub namespace: &'a str,
-    /// Its shim's program, where that is not the launcher's.
+    /// The shim's program, if it is not the launcher's.
     pub program: Option<&'a Path>,
-    /// The OCI runtime's program, where that is known.
+    /// The OCI runtime's program, if it is known.
     pub runtime: Option<&'a Path>,
-    /// Is its shim gVisor's?
+    /// Whether the shim is gVisor's.
     pub is_gvisor: bool,
-    /// Its bundle, whose directory name is the id (the command looks at `../<id>`).
+    /// The container's bundle. The name of its directory is the id, because the `delete` command reads `../<id>`.
     pub bundle: &'a Path,
 }
 
-/// Did the shim live to see the container's end, and note it in the bundle? Those since 2.4.2 do.
+/// Returns whether the shim has seen the container's end and recorded it in the bundle, as shims since 2.4.2 do.
 pub fn has_noted_exit(bundle: &Path) -> bool {
     bundle.join(EXIT_NOTE).exists()
 }
 
-/// Kills what still runs of the container and removes the runtime's state: how it had ended, where the shim noted that
-/// (without a note the command always says 137). Harmless when nothing is left.
+/// Kills the processes of the container that still run, and removes the runtime's state. Returns how the container
+/// ended, if the shim has recorded that (without a record the command always reports 137). Does nothing if nothing is
+/// left.
 ///
 /// # Errors
-/// When the command can't be run or fails.
+/// Fails when the command can't be run or fails.
 pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Option<Exit>, ShimError> {
-    // Written by the shim at Create, one after the other, before it calls the runtime; removed by us once the container
-    // is gone. Without one of them there is none.
+    // At Create the shim writes these files, one after the other, before it calls the runtime. The driver removes them
+    // once the container is gone. If one of them is missing, there is no container.
     let written: &[&str] = match task.program {
         None => &["options.json", "runtime"],
         Some(_) if task.is_gvisor => &["state.json"],
-        // Written last of a bundle.
+        // The last file that is written of a bundle.
         Some(_) => &["config.json"],
     };
     for path in written.iter().map(|file| task.bundle.join(file)) {
@@ -62,20 +63,20 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         }
     }
     let program = task.program.unwrap_or(launcher.binary());
-    // The name that the shim knew the runtime by, its own descriptor, died with it.
+    // The file names the runtime by a descriptor of the shim, which is gone with the shim.
     let named = task.bundle.join("runtime");
     let failed = |doing| {
         let (id, path) = (task.id.to_owned(), named.clone());
         move |source| ShimError::File { id, doing, path, source }
     };
     let name = match std::fs::read(&named) {
-        // gVisor's own shim has none.
+        // gVisor's shim writes no such file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         read => read.map_err(failed("read"))?,
     };
     if name.starts_with(b"/proc/") {
         let Some(runtime) = task.runtime else {
-            let message = "its runtime is not known or not installed any more".to_owned();
+            let message = "the container's runtime is unknown or no longer installed".to_owned();
             return Err(ShimError::Refused { call: "delete", code: -1, message });
         };
         let draft = task.bundle.join("runtime.tmp");

@@ -1,7 +1,7 @@
-//! Typed calls of the Task service over one ttrpc connection, with a deadline on each but `wait`.
+//! Typed calls of the Task service over one ttrpc connection. Every call but `wait` has a timeout.
 //!
-//! Shims before 2.0 serve `containerd.task.v2.Task`, those since `v3`; the messages are the same, so the service's name
-//! is all that differs, and it is found out once per connection.
+//! Shims before 2.0 serve `containerd.task.v2.Task`, later shims serve `containerd.task.v3.Task`. The messages are the
+//! same, and only the name of the service differs. The client finds it out once per connection.
 
 use std::{
     io,
@@ -27,28 +27,29 @@ use crate::{
     text::{self, FOREIGN_MAX},
 };
 
-/// runc needs 12 to 20 ms when idle; a loaded machine with a cold disk has been seen to take seconds.
+/// The timeout of Create. runc needs 12 to 20 ms on an idle host, and was seen to take seconds on a loaded one with a
+/// cold disk.
 const CREATE: Duration = Duration::from_secs(60);
-/// `runc start`: 3 to 6 ms.
+/// The timeout of Start. `runc start` takes 3 to 6 ms.
 const START: Duration = Duration::from_secs(30);
-/// Spawns the runtime too.
+/// The timeout of Kill, which starts the runtime, too.
 const KILL: Duration = Duration::from_secs(30);
-/// The shim drains output for up to 10 s before it answers.
+/// The timeout of Delete. The shim drains the container's output for up to 10 s before it answers.
 const DELETE: Duration = Duration::from_secs(45);
-/// Answered from memory.
+/// The timeout of calls that the shim answers from memory.
 const QUICK: Duration = Duration::from_secs(10);
-/// How long a shim that is not just starting has for its first answer.
+/// The timeout of the first answer of a shim that is not just starting.
 pub const CONNECT: Duration = QUICK;
 
-/// The exec id of a container's first process.
+/// The exec id that stands for a container's first process.
 const INIT: &str = "";
 
-/// Which Task service a shim serves.
+/// The version of the Task service that a shim serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TaskApi {
-    /// Shims 1.x, and gVisor's.
+    /// The version of shims 1.x and of gVisor's shim.
     V2,
-    /// Shims since 2.0.
+    /// The version of shims since 2.0.
     V3,
 }
 
@@ -61,41 +62,41 @@ impl TaskApi {
     }
 }
 
-/// What `create` needs.
+/// The arguments of [`Client::create`].
 #[derive(Debug, Clone)]
 pub struct CreateTask<'a> {
-    /// The container.
+    /// The id of the container.
     pub id: &'a str,
-    /// Its bundle, root file system mounted.
+    /// The container's bundle, with its root file system mounted.
     pub bundle: &'a Path,
-    /// A FIFO for standard output, or empty for none; then `stderr` must be empty too.
+    /// A FIFO for standard output. If it is empty, the process has no output and `stderr` must be empty, too.
     pub stdout: &'a str,
-    /// A FIFO for standard error.
+    /// A FIFO for standard error; empty if `stdout` is empty.
     pub stderr: &'a str,
-    /// What the shim is told of the runtime.
+    /// The runtime options for the shim.
     pub runtime: RuntimeOptions<'a>,
-    /// Does its process have a terminal, whose output goes to `stdout`?
+    /// Whether the process has a terminal, whose output goes to `stdout`.
     pub terminal: bool,
 }
 
-/// What a shim is told of the runtime that it is to call.
+/// The options that tell a shim which runtime to call, and how.
 #[derive(Debug, Clone, Copy)]
 pub enum RuntimeOptions<'a> {
-    /// runc's shim.
+    /// The options of runc's shim.
     Runc {
-        /// The OCI runtime's binary.
+        /// The OCI runtime's program.
         binary: &'a Path,
-        /// The OCI runtime's state root; the shim appends its namespace.
+        /// The OCI runtime's state root, to which the shim appends its namespace.
         root: &'a Path,
     },
-    /// Any other: the file that it is configured by (`runtimeoptions.v1.Options`).
+    /// A configuration file for any other shim (`runtimeoptions.v1.Options`).
     File {
-        /// What kind of file that is.
+        /// The type URL of the file's content.
         kind: &'a str,
-        /// The file.
+        /// The path of the file.
         path: &'a Path,
     },
-    /// Any other, with its own defaults.
+    /// No options: the shim uses its own defaults.
     Default,
 }
 
@@ -128,9 +129,9 @@ impl RuntimeOptions<'_> {
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exit {
-    /// 0 to 255; 128 + n for a death by signal n.
+    /// The exit code, 0 to 255. For a process that signal n has killed it is 128 + n.
     pub code: u32,
-    /// Seconds and nanoseconds since the epoch, by the shim's clock.
+    /// The time of the exit in seconds and nanoseconds since the epoch, by the shim's clock, if the shim reports it.
     pub at: Option<(i64, i32)>,
 }
 
@@ -140,57 +141,58 @@ impl Exit {
     }
 }
 
-/// A further process in a container.
+/// The arguments of [`Client::exec`]: a further process in a container.
 #[derive(Debug, Clone)]
 pub struct ExecProcess<'a> {
-    /// The container.
+    /// The id of the container.
     pub id: &'a str,
-    /// The process's own name.
+    /// The id of the process within the container.
     pub exec_id: &'a str,
-    /// Give it a terminal? Then `stderr` is empty.
+    /// Whether the process gets a terminal, whose output goes to `stdout`.
     pub terminal: bool,
     /// A FIFO for standard input, or empty for none.
     pub stdin: &'a str,
     /// A FIFO for standard output.
     pub stdout: &'a str,
-    /// A FIFO for standard error.
+    /// A FIFO for standard error; empty with a terminal.
     pub stderr: &'a str,
-    /// The OCI process, as JSON.
+    /// The OCI description of the process, as JSON.
     pub spec: Vec<u8>,
 }
 
 /// A terminal's size in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WindowSize {
-    /// Columns.
+    /// The number of columns.
     pub width: u32,
-    /// Lines.
+    /// The number of lines.
     pub height: u32,
 }
 
-/// Whom a signal goes to.
+/// The processes that a signal goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kill {
-    /// The container's first process.
+    /// Only the container's first process.
     Init,
-    /// Every process of the container.
+    /// All processes of the container.
     All,
 }
 
-/// A connection to one shim. Cheap to clone; calls on it run side by side.
+/// A connection to one shim. It is cheap to clone, and calls on it run concurrently.
 #[derive(Clone)]
 pub struct Client {
     inner: ttrpc::asynchronous::Client,
     connection: ConnectionState,
     api: TaskApi,
-    /// The library numbers a request and queues it in two steps; shims since 2.0 refuse one that overtakes another
-    /// in between ("StreamID ... must increment"). Held while a call is polled, both steps are one.
+    /// A lock that is held while a call is polled. The library numbers a request and queues it in two steps, and shims
+    /// since 2.0 refuse a request that overtakes another one in between ("StreamID ... must increment"). The lock makes
+    /// both steps one.
     order: Arc<Mutex<()>>,
-    /// Shims 1.x hold a lock over Create that the reader of their children's exits wants for each. With many Creates in
-    /// it, 32 exits are soon unread, and each further one stops the shim for a second (containerd, sys/reaper): one at a
-    /// time, they wait here.
+    /// The permits for Create: one for shims 1.x, which hold a lock over Create that the reader of their children's
+    /// exits takes for each exit. With many concurrent Creates, 32 exits are soon unread, and each further one stops
+    /// the shim for a second (containerd, sys/reaper). The Creates therefore wait here instead.
     creating: Arc<Semaphore>,
-    /// Those in which the shim runs a runtime.
+    /// Counts the calls in which the shim runs a runtime.
     calls: RuntimeCalls,
 }
 
@@ -201,22 +203,23 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// Connects to a shim that has been running for a while, and finds out which service it serves, `hint` first.
+    /// Connects to a shim that has been running for a while, and finds out which service the shim serves. `hint` is
+    /// tried first.
     ///
     /// # Errors
-    /// When it does not answer within 10 s, or neither service is there.
+    /// Fails when the shim does not answer within 10 s, or serves neither service.
     pub async fn connect(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
         Self::connect_within(CONNECT, socket, hint).await
     }
 
-    /// As `connect`, to a shim that is still starting, which may take as long as a start may: with 20 starts at once on two
-    /// slow processors, 12 shims needed more than 10 s. The kernel takes the connection as soon as the socket listens, and
-    /// a shim that dies meanwhile closes it, so that only one that hangs is waited for in vain. The number of shims that
-    /// start at once is not bounded instead: all of them would be up at the same time as before, and one that hangs would
-    /// keep others waiting.
+    /// Connects like [`Client::connect`], but to a shim that is still starting. The shim may take as long as a start
+    /// may: with 20 starts at once on two slow processors, 12 shims needed more than 10 s. The kernel accepts the
+    /// connection as soon as the socket listens, and a shim that dies meanwhile closes it, so that only a shim that
+    /// hangs uses up the whole timeout. A limit on the number of shims that start at once is no alternative: all shims
+    /// would be up at the same time as without it, and a shim that hangs would delay others.
     ///
     /// # Errors
-    /// When it does not answer within a minute, or neither service is there.
+    /// Fails when the shim does not answer within a minute, or serves neither service.
     pub async fn connect_to_starting(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
         Self::connect_within(CREATE, socket, hint).await
     }
@@ -227,7 +230,8 @@ impl Client {
             .await
             .map_err(|_| ShimError::Late { call: "Connect", after: limit })?
             .map_err(gone)?;
-        // The listener is one that a plugin made, and its shim got.
+        // The kernel reports the process that called listen(2) as the peer (unix(7)): a plugin, which has passed the
+        // socket to its shim.
         Peers::root().check(&stream).map_err(|error| gone(io::Error::other(error)))?;
         let (stream, connection) = Watched::new(stream);
         let inner = ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
@@ -253,27 +257,27 @@ impl Client {
         Err(ShimError::NoService(apis[0].service(), apis[1].service()))
     }
 
-    /// The same connection, whose calls count among these.
+    /// Returns the same connection, whose runtime calls are counted in `calls`.
     pub fn counted_in(self, calls: &RuntimeCalls) -> Self {
         Self { calls: calls.clone(), ..self }
     }
 
-    /// Which service it serves.
+    /// Returns the version of the Task service that the shim serves.
     pub fn api(&self) -> TaskApi {
         self.api
     }
 
-    /// Makes the container, its process waiting to be started: the process's pid.
+    /// Creates the container and returns the pid of its process, which waits to be started.
     ///
     /// # Errors
-    /// With the runtime's words when it can't be made.
+    /// Fails with the runtime's message when the runtime can't create the container.
     pub async fn create(&self, task: &CreateTask<'_>) -> Result<u32, ShimError> {
         let request = wire::CreateTaskRequest {
             id: task.id.to_owned(),
             bundle: task.bundle.to_string_lossy().into_owned(),
-            // The shim copies a terminal's output in any case.
+            // The shim copies a terminal's output in any case, and needs a place to copy it to.
             stdout: if task.terminal && task.stdout.is_empty() { "/dev/null".into() } else { task.stdout.to_owned() },
-            // A terminal has one stream.
+            // A terminal has only one output stream.
             stderr: if task.terminal { String::new() } else { task.stderr.to_owned() },
             terminal: task.terminal,
             options: MessageField(task.runtime.encode()?.map(Box::new)),
@@ -286,26 +290,26 @@ impl Client {
         Ok(answer.pid)
     }
 
-    /// Lets the container's process go.
+    /// Starts the process of a created container.
     ///
     /// # Errors
-    /// With the runtime's words.
+    /// Fails with the runtime's message.
     pub async fn start(&self, id: &str) -> Result<(), ShimError> {
         self.start_exec(id, INIT).await.map(drop)
     }
 
-    /// Waits until the container's process has ended, however long that takes.
+    /// Waits without a timeout until the container's process has ended.
     ///
     /// # Errors
-    /// `Gone` when the shim dies first.
+    /// Fails with `ConnectionLost` when the shim dies first.
     pub async fn wait(&self, id: &str) -> Result<Exit, ShimError> {
         self.wait_exec(id, INIT).await
     }
 
-    /// Announces a further process; `start_exec` runs it.
+    /// Adds a further process to a container. [`Client::start_exec`] starts the process.
     ///
     /// # Errors
-    /// With the shim's words.
+    /// Fails with the shim's message.
     pub async fn exec(&self, process: ExecProcess<'_>) -> Result<(), ShimError> {
         let request = wire::ExecProcessRequest {
             id: process.id.to_owned(),
@@ -324,10 +328,10 @@ impl Client {
         self.call::<_, wire::Empty>("Exec", &request, Some(QUICK)).await.map(drop)
     }
 
-    /// Runs an announced process: its pid.
+    /// Starts a process that [`Client::exec`] has added, and returns its pid.
     ///
     /// # Errors
-    /// With the runtime's words.
+    /// Fails with the runtime's message.
     pub async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, ShimError> {
         let request = wire::StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         let purpose = if exec_id == INIT { Purpose::Continue } else { Purpose::Begin };
@@ -335,10 +339,10 @@ impl Client {
         self.call::<_, wire::StartResponse>("Start", &request, Some(START)).await.map(|answer| answer.pid)
     }
 
-    /// Waits until an exec'd process has ended, however long that takes.
+    /// Waits without a timeout until an exec'd process has ended.
     ///
     /// # Errors
-    /// `Gone` when the shim dies first.
+    /// Fails with `ConnectionLost` when the shim dies first.
     pub async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<Exit, ShimError> {
         let request = wire::WaitRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         self.call::<_, wire::WaitResponse>("Wait", &request, None)
@@ -346,18 +350,18 @@ impl Client {
             .map(|answer| Exit::new(answer.exit_status, answer.exited_at.as_ref()))
     }
 
-    /// Kills an exec'd process. One that has ended already is fine.
+    /// Kills an exec'd process. Succeeds if the process has ended already.
     ///
     /// # Errors
-    /// With the runtime's words.
+    /// Fails with the runtime's message.
     pub async fn kill_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         self.signal(id, exec_id, libc::SIGKILL, Kill::Init).await
     }
 
-    /// Forgets an exec'd process that has ended or never ran. One that is gone is fine.
+    /// Deletes an exec'd process that has ended or never ran from the shim. Succeeds if the process is gone already.
     ///
     /// # Errors
-    /// With the shim's words.
+    /// Fails with the shim's message.
     pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request = wire::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
         let _at_work = self.calls.begin(Purpose::Continue).await;
@@ -367,7 +371,7 @@ impl Client {
     /// Sets the size of an exec'd process's terminal.
     ///
     /// # Errors
-    /// With the shim's words.
+    /// Fails with the shim's message.
     pub async fn resize_exec(&self, id: &str, exec_id: &str, size: WindowSize) -> Result<(), ShimError> {
         let request = wire::ResizePtyRequest {
             id: id.to_owned(),
@@ -379,20 +383,21 @@ impl Client {
         self.call::<_, wire::Empty>("ResizePty", &request, Some(QUICK)).await.map(drop)
     }
 
-    /// Lets an exec'd process see the end of its input, once our end of it is closed too.
+    /// Closes the shim's end of an exec'd process's input. The process sees the end of its input once this driver's end
+    /// is closed, too.
     ///
     /// # Errors
-    /// With the shim's words.
+    /// Fails with the shim's message.
     pub async fn close_exec_input(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request =
             wire::CloseIORequest { id: id.to_owned(), exec_id: exec_id.to_owned(), stdin: true, ..Default::default() };
         gone_is_fine(self.call::<_, wire::Empty>("CloseIO", &request, Some(QUICK)).await)
     }
 
-    /// Sends a signal. A process that has ended already is fine.
+    /// Sends a signal to a container. Succeeds if the process has ended already.
     ///
     /// # Errors
-    /// With the runtime's words.
+    /// Fails with the runtime's message.
     pub async fn kill(&self, id: &str, signal: i32, whom: Kill) -> Result<(), ShimError> {
         self.signal(id, INIT, signal, whom).await
     }
@@ -409,28 +414,30 @@ impl Client {
         gone_is_fine(self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await)
     }
 
-    /// Removes an ended (or never started) container from shim and runtime. One that is gone is fine.
+    /// Deletes a container that has ended, or was never started, from the shim and the runtime. Succeeds if the
+    /// container is gone already.
     ///
     /// # Errors
-    /// With the runtime's words.
+    /// Fails with the runtime's message.
     pub async fn delete(&self, id: &str) -> Result<(), ShimError> {
         self.delete_exec(id, INIT).await
     }
 
-    /// Does the container's process live, waiting to be started or running?
+    /// Returns whether the container's process is alive, be it running or waiting to be started.
     ///
     /// # Errors
-    /// When it can't be asked; "not found" when the shim does not hold the container.
+    /// Fails when the call fails, and with "not found" when the shim does not have the container.
     pub async fn is_alive(&self, id: &str) -> Result<bool, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
         let state: wire::StateResponse = self.repeatable_call("State", &request, QUICK).await?;
         Ok(state.status.enum_value() != Ok(wire::Status::STOPPED))
     }
 
-    /// Asks the shim to end, which it does if it holds no container. It often closes before it answers.
+    /// Asks the shim to shut down. The shim exits if it has no container, and often closes the connection before it
+    /// answers.
     ///
     /// # Errors
-    /// When it refuses.
+    /// Fails when the shim refuses.
     pub async fn shutdown(&self, id: &str) -> Result<(), ShimError> {
         let request = wire::ShutdownRequest { id: id.to_owned(), now: true, ..Default::default() };
         match self.call::<_, wire::Empty>("Shutdown", &request, Some(QUICK)).await {
@@ -439,7 +446,7 @@ impl Client {
         }
     }
 
-    /// A call that does no harm when it is made twice, and is made again when its answer was not understood.
+    /// Makes a call that is idempotent. It is made a second time if its answer can't be decoded.
     async fn repeatable_call<Q: Message, A: Message>(
         &self,
         call: &'static str,
@@ -448,7 +455,7 @@ impl Client {
     ) -> Result<A, ShimError> {
         match self.call(call, request, Some(limit)).await {
             Err(error @ ShimError::NotUnderstood { .. }) => {
-                tracing::warn!(%error, "asking the shim again");
+                tracing::warn!(%error, "the answer of a shim could not be decoded; the call is repeated");
                 self.call(call, request, Some(limit)).await
             }
             outcome => outcome,
@@ -465,13 +472,14 @@ impl Client {
             service: self.api.service().to_owned(),
             method: call.to_owned(),
             payload: request.write_to_bytes().map_err(|error| encoding(call, &error))?,
-            // 0 waits for ever. The shim gets the deadline too, but some calls ignore it: the outer one always holds.
-            // The library keeps it too, and would report a broken connection: the outer one must come first.
+            // 0 means no timeout. The shim gets this timeout, too, but some of its calls ignore it, so the outer
+            // timeout below is the one that always holds. The library applies this timeout as well and would report a
+            // broken connection, so the outer timeout must expire first.
             timeout_nano: limit
                 .map_or(0, |limit| i64::try_from((limit + Duration::from_secs(1)).as_nanos()).unwrap_or(i64::MAX)),
             ..Default::default()
         };
-        // Unconstrained: the runtime's budget must not cut between the two steps either.
+        // Unconstrained: tokio's cooperative budget must not separate the two steps either (see `send_order`).
         let mut asking = std::pin::pin!(tokio::task::unconstrained(self.inner.request(request)));
         let asking = async {
             self.connection.room().await;
@@ -487,7 +495,8 @@ impl Client {
                 .unwrap_or_else(|_| Err(TtrpcError::RpcStatus(deadline_status()))),
             None => asking.await,
         };
-        // A shim hands on what the runtime says, and that what an image says: megabytes of it, and escape sequences.
+        // A shim passes on the runtime's message, and the runtime passes on text of the image. That may be megabytes
+        // and may contain escape sequences, so the message is cut and cleaned.
         let answer = answer.map_err(|error| match error {
             TtrpcError::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {
                 ShimError::Late { call, after: limit.unwrap_or_default() }
@@ -501,8 +510,9 @@ impl Client {
         A::parse_from_bytes(&answer.payload).map_err(|error| encoding(call, &error))
     }
 
-    /// The error of a call that the library gave up. It says `Others` both for an answer that it can't decode and for a
-    /// connection that had broken before the call (ttrpc-rust, src/asynchronous/client.rs), so the connection is asked.
+    /// Converts the error of a call that the library gave up. The library reports `Others` both for an answer that it
+    /// can't decode and for a connection that had broken before the call (ttrpc-rust, src/asynchronous/client.rs), so
+    /// the state of the connection decides.
     fn failure(&self, call: &'static str, error: &TtrpcError) -> ShimError {
         let detail = text::shown(&error.to_string(), FOREIGN_MAX);
         match error {
@@ -512,12 +522,13 @@ impl Client {
     }
 }
 
-/// A request that can't be encoded, or an answer that can't be decoded: neither says anything about the shim's life.
+/// Converts the error of a request that can't be encoded, or of an answer that can't be decoded. Neither means that the
+/// shim has died.
 fn encoding(call: &'static str, error: &protobuf::Error) -> ShimError {
     ShimError::NotUnderstood { call, detail: error.to_string() }
 }
 
-/// What is not there (any more) needs nothing done to it.
+/// Treats "not found" as success: an object that does not exist (any more) needs nothing done to it.
 fn gone_is_fine<T>(outcome: Result<T, ShimError>) -> Result<(), ShimError> {
     match outcome {
         Err(error) if !error.is_not_found() => Err(error),
@@ -534,13 +545,14 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-    /// A shim that was stopped, say, with a task whose health is checked all the time. Its task is not taken for ended.
+    /// A shim hangs, for example after SIGSTOP, while the health of its task is checked all the time. The driver must
+    /// not regard the task as ended.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_shim_that_answers_nothing_is_not_taken_for_dead_however_often_it_is_asked() {
         let dir = tempfile::tempdir().expect("a directory");
         let socket = dir.path().join("sock");
         let listener = tokio::net::UnixListener::bind(&socket).expect("bound");
-        // Connect is answered with an empty message; nothing is read afterwards.
+        // The fake shim answers Connect with an empty message, and reads nothing afterwards.
         let accept = async {
             let (mut stream, _) = listener.accept().await.expect("accepted");
             let mut head = [0; 10];
@@ -559,11 +571,11 @@ mod tests {
         });
         for _ in 0..600 {
             let asked = client.kill("x", libc::SIGHUP, Kill::Init);
-            assert!(tokio::time::timeout(Duration::from_millis(1), asked).await.is_err(), "it answers nothing");
-            assert!(!waiting.is_finished(), "it is taken for dead");
+            assert!(tokio::time::timeout(Duration::from_millis(1), asked).await.is_err(), "the shim answers nothing");
+            assert!(!waiting.is_finished(), "the shim is regarded as dead");
         }
         drop(stream);
-        let error = waiting.await.expect("no panic").expect_err("it is gone now");
+        let error = waiting.await.expect("no panic").expect_err("the connection is closed");
         assert!(matches!(error, ShimError::Gone { .. }), "{error:?}");
     }
 }

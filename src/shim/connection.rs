@@ -1,7 +1,7 @@
-//! A shim's connection, which knows whether it is broken.
+//! The connection to a shim, which records whether it is broken.
 //!
-//! Only a broken connection means that a shim is gone. ttrpc's library has one kind of error for that and for an answer
-//! that makes no sense, so the stream itself notes its end.
+//! Only a broken connection means that a shim is gone. The ttrpc library reports a broken connection and a malformed
+//! answer as the same kind of error, so the stream itself records when it has ended.
 
 use std::{
     io,
@@ -19,34 +19,35 @@ use tokio::{
     sync::watch,
 };
 
-/// So many bytes are written to a peer that answers nothing: half of what a socket's buffer takes (`net.core.wmem_default`).
-/// The library closes a connection when a call is given up whose request does not fit any more (ttrpc-rust,
-/// src/asynchronous/connection.rs, `run_writer`), and a shim that only hangs would be taken for dead.
+/// The most bytes that are written to a peer that answers nothing: half of a socket's buffer (`net.core.wmem_default`).
+/// The library closes a connection when a call is given up whose request does not fit into the buffer any more
+/// (ttrpc-rust, src/asynchronous/connection.rs, `run_writer`), and a shim that only hangs would then be regarded as
+/// dead.
 const UNANSWERED_MAX: usize = 100 << 10;
-/// What the kernel counts for a small write, at most, besides the bytes themselves.
+/// The most bytes that the kernel counts for a small write in addition to the data.
 const WRITE_OVERHEAD: usize = 1 << 10;
 
-/// The state of one connection, for everybody who makes calls on it.
+/// The state of one connection, shared by all callers.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ConnectionState(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
     is_broken: AtomicBool,
-    /// How many bytes were written since the last ones were read.
+    /// The number of bytes that were written since bytes were last read.
     unanswered: watch::Sender<usize>,
 }
 
 impl ConnectionState {
-    /// Has the peer closed the connection, or have we?
+    /// Returns whether the peer or this process has closed the connection.
     pub(super) fn is_broken(&self) -> bool {
         self.0.is_broken.load(Ordering::SeqCst)
     }
 
-    /// Waits until the peer, which may hang, has answered something, if much was written to it since its last answer.
+    /// Waits until little enough is unanswered that a further request fits into the socket's buffer. The peer may hang.
     pub(super) async fn room(&self) {
         let mut unanswered = self.0.unanswered.subscribe();
-        // It fails when nobody can write any more, which the call finds out.
+        // This fails when nothing can be written any more, and then the call itself fails.
         let _ = unanswered.wait_for(|count| *count < UNANSWERED_MAX || self.is_broken()).await;
     }
 
@@ -64,7 +65,7 @@ impl ConnectionState {
     }
 }
 
-/// A stream that notes its end: one of the peer's, a failed read or write, or that the library has dropped it.
+/// A stream that records its end: the peer has closed it, a read or write has failed, or the library has dropped it.
 pub(super) struct Watched {
     stream: UnixStream,
     state: ConnectionState,
@@ -101,7 +102,7 @@ impl AsyncRead for Watched {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let (before, room) = (buffer.filled().len(), buffer.remaining());
         let outcome = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        // read(2): nothing was read although there was room for it, which is the end of the stream.
+        // Nothing was read although the buffer had room: that is the end of the stream (read(2)).
         if matches!(outcome, Poll::Ready(Ok(()))) && room > 0 {
             if buffer.filled().len() == before {
                 self.state.set_broken();

@@ -1,12 +1,12 @@
-//! The streams of an exec'd process: anonymous pipes, which a shim opens by their names below `/proc`, so that nothing
-//! is left on disk however we end.
+//! The streams of an exec'd process: anonymous pipes, which a shim opens by their names below `/proc`. Nothing is left
+//! on disk, however this process ends.
 
 use std::{io, os::fd::AsRawFd as _, os::fd::OwnedFd};
 
 use nix::{fcntl::OFlag, unistd::pipe2};
 use tokio::net::unix::pipe;
 
-/// One pipe: the end we use, and the end that keeps its name valid until the shim has opened it.
+/// One pipe. This process uses one end; the other end keeps the pipe's name valid until the shim has opened it.
 #[derive(Debug)]
 struct Pipe {
     read: OwnedFd,
@@ -15,13 +15,13 @@ struct Pipe {
 
 impl Pipe {
     fn new() -> io::Result<Self> {
-        // Non-blocking is a property of our descriptions; the shim opens its own.
+        // O_NONBLOCK holds for the open file descriptions of this process; the shim opens its own.
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         Ok(Self { read, write })
     }
 }
 
-/// Pipes that wait for the shim to open them.
+/// The pipes of an exec'd process before the shim has opened them.
 #[derive(Debug)]
 pub struct ExecPipes {
     stdin: Option<Pipe>,
@@ -29,31 +29,31 @@ pub struct ExecPipes {
     stderr: Option<Pipe>,
 }
 
-/// Our ends.
+/// This process's ends of the pipes of an exec'd process.
 #[derive(Debug)]
 pub struct ExecIo {
-    /// What is written here, the process reads. None without input.
+    /// The write end of the process's standard input; `None` without input.
     pub stdin: Option<pipe::Sender>,
-    /// What the process writes; with a terminal, all of it.
+    /// The read end of the process's standard output; with a terminal, of all its output.
     pub stdout: pipe::Receiver,
-    /// None with a terminal.
+    /// The read end of the process's standard error; `None` with a terminal.
     pub stderr: Option<pipe::Receiver>,
-    /// The shim opens its input in the background, some time after it has said that the process runs: until then this
-    /// keeps the pipe, and what was written into it, alive.
+    /// The read end of the process's standard input. The shim opens its own in the background, some time after it has
+    /// reported that the process runs. Until then, this descriptor keeps the pipe and its content alive.
     _input: Option<OwnedFd>,
 }
 
 impl ExecPipes {
-    /// Makes them. A terminal has no stream for errors.
+    /// Creates the pipes. A process with a terminal has no separate standard error.
     ///
     /// # Errors
-    /// When descriptors have run out.
+    /// Fails when no file descriptors are left.
     pub fn new(stdin: bool, terminal: bool) -> io::Result<Self> {
         let when = |wanted: bool| wanted.then(Pipe::new).transpose();
         Ok(Self { stdin: when(stdin)?, stdout: Pipe::new()?, stderr: when(!terminal)? })
     }
 
-    /// What the shim is to open: stdin, stdout, stderr; empty for none.
+    /// Returns the paths of stdin, stdout and stderr that the shim opens; a path is empty if there is no such stream.
     pub fn paths(&self) -> [String; 3] {
         let path = |fd: &OwnedFd| format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
         [
@@ -63,10 +63,11 @@ impl ExecPipes {
         ]
     }
 
-    /// The shim has opened them: closes its ends here, so that we see the end of its output.
+    /// Closes the shim's ends in this process once the shim has opened the pipes, so that the end of the output can be
+    /// seen here.
     ///
     /// # Errors
-    /// When our ends can't be watched.
+    /// Fails when this process's ends can't be registered with tokio.
     pub fn handed_over(self) -> io::Result<ExecIo> {
         let (write, read) = self.stdin.map(|pipe| (pipe.write, pipe.read)).unzip();
         Ok(ExecIo {

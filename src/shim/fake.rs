@@ -1,4 +1,4 @@
-//! A shim for unit tests: answers ttrpc calls with the bytes that a test gives it.
+//! A fake shim for unit tests. It answers ttrpc calls with the bytes that a test chooses.
 
 use std::{
     io::{Read as _, Write as _},
@@ -7,16 +7,16 @@ use std::{
     thread,
 };
 
-/// What a call is answered with.
+/// The answer to a call.
 pub enum Answer {
-    /// An encoded `ttrpc.Response`, or something else in its place.
+    /// An encoded `ttrpc.Response`, or other bytes in its place.
     Bytes(&'static [u8]),
-    /// The connection is closed.
+    /// The fake shim closes the connection.
     Close,
 }
 
-/// Listens at a socket in `dir`. Connect succeeds; `answer` says what becomes of the other calls, by the method's name and
-/// the number of calls before.
+/// Listens at a socket in `dir` and returns its path. Connect succeeds; `answer` chooses the answers to all other
+/// calls, by the name of the method and the number of earlier calls.
 pub fn listen(dir: &Path, answer: impl Fn(&str, usize) -> Answer + Send + 'static) -> PathBuf {
     let path = dir.join("sock");
     let listener = UnixListener::bind(&path).expect("bound");
@@ -28,7 +28,8 @@ pub fn listen(dir: &Path, answer: impl Fn(&str, usize) -> Answer + Send + 'stati
     path
 }
 
-/// ttrpc's frames: a length and a stream in four bytes each, a type, and a byte of flags (containerd/ttrpc, PROTOCOL.md).
+/// Answers the calls of one connection. A ttrpc frame begins with a length and a stream id of four bytes each, a type,
+/// and a byte of flags (containerd/ttrpc, PROTOCOL.md).
 fn serve(mut connection: UnixStream, answer: &dyn Fn(&str, usize) -> Answer) {
     const NOTHING: &[u8] = &[];
     let mut calls = 0;

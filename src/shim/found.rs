@@ -1,4 +1,4 @@
-//! Shims that an earlier instance of us has started: found again by what is noted in their directories.
+//! Adopts shims that an earlier plugin has started. They are found by the identity files in their directories.
 
 use std::{
     fs, io,
@@ -16,29 +16,29 @@ use super::{
 };
 use crate::process::{PidFd, ProcessId, boot_id, has_vanished};
 
-/// Between two looks.
+/// The interval between two attempts to find a shim, or to connect to it.
 const AGAIN: Duration = Duration::from_millis(100);
 
-/// Between two attempts to watch a process, for which there are no descriptors.
+/// The interval between two attempts to watch a shim's process while no file descriptors are left.
 const WATCH_AGAIN: Duration = Duration::from_secs(1);
 
-/// What became of a shim that an earlier instance of us has started.
+/// The outcome of adopting a shim that an earlier plugin has started.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "one a task, nearly always the large one")]
 pub enum Found {
-    /// It lives and answers.
+    /// The shim lives and answers.
     Alive(Shim),
-    /// It lives and does not answer.
+    /// The shim lives and does not answer.
     Hung(PidFd),
-    /// It has ended.
+    /// The shim has ended.
     Gone,
-    /// It could not be looked for, or not be connected to, for want of descriptors or memory: it may live, and may hold a
-    /// container.
+    /// The shim could not be looked up, or not be connected to, for lack of file descriptors or memory. It may live,
+    /// and may have a container.
     Unknown(io::Error),
 }
 
 impl Found {
-    /// A connection, if the shim lives and answers.
+    /// Returns the connection, if the shim lives and answers.
     pub fn client(&self) -> Option<&Client> {
         match self {
             Self::Alive(shim) if !shim.has_ended() => Some(shim.client()),
@@ -47,23 +47,23 @@ impl Found {
     }
 }
 
-/// What is noted in a shim's directory.
+/// The identity of a shim, as recorded in its directory.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Identity {
     #[serde(flatten)]
     pub(super) process: ProcessId,
     pub(super) boot: String,
     pub(super) namespace: String,
-    /// What it has a sealed copy of.
+    /// The runtime's program of which the shim has a sealed copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) runtime: Option<PathBuf>,
-    /// Its own program, where that is not the launcher's.
+    /// The shim's program, if it is not the launcher's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) program: Option<PathBuf>,
 }
 
 impl Launcher {
-    /// Takes over the shim called `id` of an earlier instance of us.
+    /// Adopts the shim `id` of an earlier plugin.
     pub async fn adopt(&self, id: &str) -> Found {
         let held = self.hold(id);
         let dir = self.places.shim(id);
@@ -98,7 +98,8 @@ impl Launcher {
                     }
                     return Found::Alive(shim);
                 }
-                // That we can't connect just now (no descriptors) does not mean that it hangs.
+                // That no connection can be made at this moment (no file descriptors) does not mean that the shim
+                // hangs.
                 Err(error) if matches!(error, ShimError::Late { .. }) => break error,
                 Err(error) if tokio::time::Instant::now() > deadline => break error,
                 Err(_) => match find(&dir).await {
@@ -108,12 +109,12 @@ impl Launcher {
                 },
             }
         };
-        // It may have ended while we asked.
+        // The shim may have ended in the meantime.
         match find(&dir).await {
-            // Whether it answers is known only to those who can ask.
+            // Without the means to make a connection, nothing is known about whether the shim answers.
             Ok(Some(_)) if !can_connect() => Found::Unknown(io::Error::other(crate::chain(&error))),
             Ok(Some((pidfd, ..))) => {
-                tracing::warn!(shim = id, %error, "a shim lives and does not answer");
+                tracing::warn!(shim = id, %error, "a shim of an earlier plugin lives and does not answer");
                 Found::Hung(pidfd)
             }
             Ok(None) => Found::Gone,
@@ -122,36 +123,38 @@ impl Launcher {
     }
 }
 
-/// Does this process get the descriptors that a connection takes?
+/// Returns whether this process can still open the file descriptors that a connection takes.
 fn can_connect() -> bool {
     std::os::unix::net::UnixStream::pair().is_ok()
 }
 
-/// Tells when the process has ended. One that can't be watched is not told to be dead; its connection tells, too.
+/// Spawns a task that reports when the process has ended. While the process can't be watched, it is not reported as
+/// ended; a broken connection to the shim is noticed independently of that.
 fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
     let (tell, ended) = watch::channel(false);
     let pidfd = pidfd.clone();
     tokio::spawn(async move {
         let ended = async {
             while let Err(error) = pidfd.ended().await {
-                tracing::warn!(%error, "a shim can't be watched; trying again");
+                tracing::warn!(%error, "the process of a shim can't be watched; trying again");
                 tokio::time::sleep(WATCH_AGAIN).await;
             }
         };
         tokio::select! {
             () = ended => drop(tell.send_replace(true)),
-            // Nobody wants to know any more: the descriptor goes.
+            // All receivers are gone, so the descriptor can be closed.
             () = tell.closed() => {}
         }
     });
     ended
 }
 
-/// The shim whose directory this is, if it lives: its process and what is noted of it. That we can't look just now (no
-/// descriptors, no memory) does not mean that it is dead; it is looked for again, for a while.
+/// Returns the process and the identity of the shim that belongs to this directory, if the shim lives. A lookup that
+/// fails for lack of file descriptors or memory does not mean that the shim is dead, so it is repeated until
+/// `EXIT_TIMEOUT` is over.
 ///
 /// # Errors
-/// When it could not be looked for in all that time.
+/// Fails when no lookup succeeds in that time.
 async fn find(dir: &Path) -> io::Result<Option<(PidFd, Identity)>> {
     let deadline = tokio::time::Instant::now() + END;
     loop {
@@ -172,26 +175,28 @@ fn look(dir: &Path) -> io::Result<(PidFd, Identity)> {
     Ok((PidFd::of(&identity.process)?, identity))
 }
 
-/// Does the shim whose directory this is live? Where that can't be told, it may.
+/// Returns whether the shim that belongs to this directory lives, and `true` if that is not known.
 pub fn is_alive(dir: &Path) -> bool {
     look(dir).map_or_else(|error| !has_vanished(&error), |_| true)
 }
 
-/// Does the shim whose directory this is hold a container that it can't delete? It says yes when asked to end, and stays.
+/// Returns whether the shim that belongs to this directory has a container that it can't delete. Such a shim accepts
+/// the request to shut down and does not exit.
 pub fn is_unusable(dir: &Path) -> bool {
     dir.join(UNUSABLE).exists()
 }
 
-/// Ends a shim at once, whatever it holds: what it held is then the dead-shim case. One that is gone is fine.
+/// Kills the shim that belongs to this directory, even if it has containers, which are then cleaned up as those of a
+/// dead shim. Does nothing if the shim is gone.
 pub fn kill_shim(dir: &Path) {
     match look(dir) {
         Ok((pidfd, ..)) => pidfd.signal(libc::SIGKILL),
         Err(error) if has_vanished(&error) => {}
-        Err(error) => tracing::error!(dir = %dir.display(), %error, "a shim that is to be killed can't be looked for"),
+        Err(error) => tracing::error!(dir = %dir.display(), %error, "could not look up a shim that is to be killed"),
     }
 }
 
-/// Ends a shim that does not answer, by force, and removes its directory: true when it is gone.
+/// Kills a shim that does not answer, and removes its directory. Returns whether the shim is gone.
 pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
     pidfd.signal(libc::SIGKILL);
     let gone = tokio::time::timeout(END, pidfd.ended()).await.is_ok_and(|ended| ended.is_ok());
@@ -201,8 +206,9 @@ pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
     gone
 }
 
-/// Ends a shim that another instance of us left behind, by its directory: true when it is gone. One that holds a
-/// container answers and stays; then its directory stays too, since its socket is the only way to it.
+/// Shuts down an unrecorded shim that another plugin has left behind, found by its directory. Returns whether the shim
+/// is gone. A shim that has a container answers and does not exit. Its directory is kept then, because the socket in it
+/// is the only way to reach the shim.
 pub async fn end_stray(dir: &Path) -> bool {
     let socket = dir.join("sock");
     let deadline = tokio::time::Instant::now() + END;
@@ -210,7 +216,7 @@ pub async fn end_stray(dir: &Path) -> bool {
     loop {
         match tokio::time::timeout(END, tokio::net::UnixStream::connect(&socket)).await {
             Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
-                // One that listens no more is about to end, and can't be asked anything.
+                // A shim that no longer listens is about to exit, and accepts no calls.
                 let Ok((pidfd, _)) = look(dir) else {
                     remove_dir(dir);
                     return true;
@@ -224,13 +230,13 @@ pub async fn end_stray(dir: &Path) -> bool {
                 if let Ok(client) = Client::connect(&socket, None).await
                     && let Err(error) = client.shutdown("").await
                 {
-                    tracing::warn!(dir = %dir.display(), %error, "a stray shim refuses to end");
+                    tracing::warn!(dir = %dir.display(), %error, "an unrecorded shim refuses to shut down");
                 }
             }
             _ => {}
         }
         if tokio::time::Instant::now() > deadline {
-            tracing::warn!(dir = %dir.display(), "a stray shim does not end; it may still hold a container");
+            tracing::warn!(dir = %dir.display(), "an unrecorded shim does not exit; it may still hold a container");
             return false;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -250,8 +256,8 @@ mod tests {
         },
     };
 
-    /// A shim with a container says yes when it is asked to end, and stays (containerd, `runtime/v2/runc/task/service.go`,
-    /// `Shutdown`). If it can never delete that container, it would stay for ever.
+    /// A shim with a container accepts the request to shut down and does not exit (containerd,
+    /// `runtime/v2/runc/task/service.go`, `Shutdown`). If the shim can't delete that container, it would never exit.
     #[tokio::test]
     async fn a_shim_with_a_container_that_it_can_not_delete_is_ended_by_force() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -270,7 +276,7 @@ mod tests {
         fs::write(own.join(PID), serde_json::to_vec(&identity).expect("encoded")).expect("written");
         fs::write(own.join(UNUSABLE), "").expect("written");
         let launcher = Launcher::new("none".into(), "test".to_owned(), ShimScope::Node, places, Vec::new());
-        let Found::Alive(shim) = Arc::new(launcher).adopt("a").await else { panic!("it lives") };
+        let Found::Alive(shim) = Arc::new(launcher).adopt("a").await else { panic!("the shim lives and answers") };
         assert!(shim.end().await);
         assert!(!own.exists());
         assert_eq!(child.wait().expect("waited for").signal(), Some(libc::SIGKILL));

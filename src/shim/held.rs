@@ -1,23 +1,23 @@
-//! Who in this process holds which shim. The last one who lets go of a shim ends it.
+//! Counts the holds on each shim in this process. The holder that releases the last hold on a shim shuts the shim down.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// Who in this process holds which shim, by its name.
+/// The shims that have holds in this process, by id.
 pub(super) type Holders = Arc<Mutex<HashMap<String, Holding>>>;
 
-/// What is known here of a shim that somebody holds.
+/// The state of a shim that has at least one hold.
 #[derive(Debug, Default)]
 pub(super) struct Holding {
-    /// How many hold it.
+    /// The number of holds on the shim.
     pub(super) count: usize,
-    /// Does it hold a container that it can't delete?
+    /// Whether the shim has a container that it can't delete.
     pub(super) is_unusable: bool,
 }
 
-/// Says that somebody here holds a shim, until it is dropped.
+/// A hold on a shim: the shim is in use by this process until the last hold on it is dropped.
 #[derive(Debug)]
 pub struct Held {
     id: String,
@@ -31,7 +31,7 @@ impl Held {
         Self { id: id.to_owned(), own: own.clone(), given_up: false }
     }
 
-    /// Lets go, unless nobody else holds it: true when somebody does.
+    /// Releases this hold if there is a further hold on the shim. Returns whether this hold was released.
     pub(super) fn leave_to_others(&mut self) -> bool {
         let mut own = holders(&self.own);
         match own.get_mut(&self.id) {

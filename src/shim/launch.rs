@@ -1,5 +1,6 @@
-//! Starting a shim: its daemon stage is exec'ed directly with our listening socket as descriptor 3, which is the same
-//! for every containerd from 1.6 to 2.4 (the `start` helper's three dialects are not needed).
+//! Starts shims. The driver executes the daemon stage of a shim directly, with a listening socket of its own as
+//! descriptor 3. This interface is the same in every containerd from 1.6 to 2.4, so the three dialects of the shim's
+//! `start` helper are not needed.
 
 use std::{
     collections::HashSet,
@@ -34,52 +35,53 @@ use crate::{
     process::{Pid, PidFd, ProcessId, async_command, boot_id, set_apart, start_anew},
 };
 
-/// A shim that was asked to end does so in about 2 ms.
+/// The longest time for a shim to exit. A shim that was asked to shut down does so in about 2 ms.
 pub(super) const END: Duration = Duration::from_secs(5);
-/// How much of its log is shown of a shim that did not come up.
+/// The most bytes of its log that are shown of a shim that did not come up.
 const LAST_WORDS_MAX: u64 = 4 << 10;
-/// In a shim's directory: who it is, so that another instance of us finds it again.
+/// The file in a shim's directory that records its identity, by which the next plugin finds the shim.
 pub(super) const PID: &str = "pid";
-/// There, too: where it listens.
+/// The socket in a shim's directory at which the shim listens.
 const SOCKET: &str = "sock";
-/// There, too: what it has to say.
+/// The file in a shim's directory that the shim logs to.
 const LOG: &str = "log";
-/// In a shim's directory: it holds a container that it can't delete.
+/// The file in a shim's directory that marks a shim with a container that it can't delete.
 pub(super) const UNUSABLE: &str = "unusable";
 
-/// How shims are started.
+/// Starts shims and counts the holds on them.
 #[derive(Debug)]
 pub struct Launcher {
     binary: PathBuf,
     namespace: String,
     scope: ShimScope,
     pub(super) places: Places,
-    /// `cgroup.procs` of the group that shims belong in, one for each hierarchy.
+    /// The `cgroup.procs` files of the cgroup for shims, one for each hierarchy.
     cgroup: Vec<PathBuf>,
-    /// The service this binary turned out to serve: 0 unknown, 2, 3.
+    /// The version of the Task service that the program serves: 2 or 3, and 0 as long as it is not known.
     api: AtomicU8,
     own: Holders,
     runtime: Current,
     calls: RuntimeCalls,
 }
 
-/// The name of a shim that is not there yet.
+/// The id of a shim that is not started yet, and a hold on it.
 #[derive(Debug)]
 pub struct Unborn {
     id: String,
     held: Held,
-    /// A program other than the launcher's own.
+    /// The shim's program, if it is not the launcher's.
     program: Option<PathBuf>,
 }
 
 impl Unborn {
-    /// The name it will have.
+    /// Returns the id that the shim will have.
     pub fn id(&self) -> &str {
         &self.id
     }
 }
 
-/// A running shim, started by us or by an earlier instance of us. Its directory goes with `end`.
+/// A running shim and a hold on it. This plugin or an earlier one has started the shim. `shut_down` removes its
+/// directory.
 #[derive(Debug)]
 pub struct Shim {
     pub(super) id: String,
@@ -90,17 +92,17 @@ pub struct Shim {
     pub(super) ended: watch::Receiver<bool>,
     pub(super) namespace: String,
     pub(super) held: Held,
-    /// The program that it has a sealed copy of.
+    /// The runtime's program of which the shim has a sealed copy.
     pub(super) runtime: Option<PathBuf>,
-    /// Its own program, where that is not the launcher's.
+    /// The shim's program, if it is not the launcher's.
     pub(super) program: Option<PathBuf>,
-    /// How many containers it has had.
+    /// The number of containers that the shim has had.
     pub(super) uses: u32,
-    /// Was it started by an earlier instance of us?
+    /// Whether an earlier plugin has started the shim.
     pub(super) adopted: bool,
 }
 
-/// A shim's process, not spoken to yet.
+/// The process of a shim that no connection was made to yet.
 struct Spawned {
     child: tokio::process::Child,
     pid: u32,
@@ -108,7 +110,7 @@ struct Spawned {
     runtime: Option<PathBuf>,
 }
 
-/// A shim that is coming up. It goes when nobody waits for that any more.
+/// A shim that is starting. If this is dropped before the shim is up, the shim is killed and its directory removed.
 struct Coming {
     pidfd: Arc<PidFd>,
     dir: PathBuf,
@@ -125,7 +127,7 @@ impl Drop for Coming {
 }
 
 impl Launcher {
-    /// Shims from `binary`, in `namespace`, each with a directory below `places`.
+    /// Creates a launcher of the program `binary`, whose shims use `namespace` and directories below `places`.
     pub fn new(binary: PathBuf, namespace: String, scope: ShimScope, places: Places, cgroup: Vec<PathBuf>) -> Self {
         Self {
             binary,
@@ -140,73 +142,73 @@ impl Launcher {
         }
     }
 
-    /// Says what an operator should know of this shim, where tasks are to share it.
+    /// Logs a warning if tasks are to share shims and the shim's version starts only one task at a time.
     pub async fn warn(&self) {
         if self.scope != ShimScope::Task {
             version::warn_of_queues(&self.binary).await;
         }
     }
 
-    /// The program.
+    /// Returns the shim's program.
     pub fn binary(&self) -> &Path {
         &self.binary
     }
 
-    /// How many threads of a shim run Go code at a time. With one, a task's shim takes a quarter less memory and a fifth
-    /// less time over a task (docs/decisions/010); what waits in the kernel is not counted. Shared ones get as many as
-    /// containerd gives them.
+    /// Returns how many threads of a shim run Go code at a time; threads that wait in the kernel are not counted. With
+    /// one, a task's shim takes a quarter less memory and a fifth less time for a task (docs/decisions/024). A shared
+    /// shim gets as many threads as containerd gives it.
     fn processors(&self, program: Option<&Path>) -> &'static str {
         match self.scope {
-            // As gVisor's starts itself.
+            // The value with which gVisor's shim starts itself.
             _ if program.is_some() => "2",
             ShimScope::Task => "1",
             ShimScope::Alloc | ShimScope::Node => "4",
         }
     }
 
-    /// The namespace that ends up below the runtimes' state roots.
+    /// Returns the shims' namespace, which is a directory below the runtimes' state roots.
     pub fn namespace(&self) -> &str {
         &self.namespace
     }
 
-    /// The calls in which its shims run a runtime.
+    /// Returns the count of the calls in which this launcher's shims run a runtime.
     pub fn calls(&self) -> &RuntimeCalls {
         &self.calls
     }
 
-    /// New shims get this copy of a runtime.
+    /// Sets the sealed copy of a runtime that new shims get.
     pub fn hand_out(&self, sealed: Sealed) {
         self.runtime.set(sealed);
     }
 
-    /// Names of the shims that somebody in this process holds.
+    /// Returns the ids of the shims that have holds in this process.
     pub fn own(&self) -> HashSet<String> {
         holders(&self.own).keys().cloned().collect()
     }
 
-    /// How many in this process hold this one.
+    /// Returns the number of holds on a shim in this process.
     pub(super) fn holders_of(&self, id: &str) -> usize {
         holders(&self.own).get(id).map_or(0, |holding| holding.count)
     }
 
-    /// Says that somebody here is about to take this one over.
+    /// Takes a hold on a shim that is about to be adopted.
     pub fn hold(&self, id: &str) -> Held {
         Held::new(id, &self.own)
     }
 
-    /// A name for a shim that will be launched: it can be noted before there is anything.
+    /// Reserves an id for a shim that will be launched, so that the id can be recorded before the shim exists.
     pub fn name(&self) -> Unborn {
         let id = random_hex(6);
         let held = self.hold(&id);
         Unborn { id, held, program: None }
     }
 
-    /// The same for a shim of another kind, whose program this is.
+    /// Reserves an id for a dedicated shim, which runs `program` and serves one task only.
     pub fn name_of(&self, program: &Path) -> Unborn {
         Unborn { program: Some(program.to_owned()), ..self.name() }
     }
 
-    /// What a shim of this kind is likely to serve.
+    /// Returns the version of the Task service that a shim of this program probably serves.
     pub(super) fn hint(&self, program: Option<&Path>) -> Option<TaskApi> {
         match self.api.load(Ordering::Relaxed) {
             _ if program.is_some() => None,
@@ -216,10 +218,10 @@ impl Launcher {
         }
     }
 
-    /// Starts a shim and waits until it answers.
+    /// Starts a shim and waits until it answers. If this is dropped early, nothing is left behind.
     ///
     /// # Errors
-    /// When it can't be started or does not answer; nothing is left behind then, nor when this is dropped.
+    /// Fails when the shim can't be started or does not answer. Nothing is left behind then.
     pub async fn launch(self: &Arc<Self>, unborn: Unborn) -> Result<Shim, ShimError> {
         let Unborn { id, held, program } = unborn;
         let dir = self.places.shim(&id);
@@ -239,9 +241,10 @@ impl Launcher {
         };
         let (tell, ended) = watch::channel(false);
         tokio::spawn(async move {
-            // Our child: reaped the moment it dies, and everybody who waits for its end is told.
+            // The shim is a child of this process: it is reaped as soon as it dies, and its end is reported to all
+            // receivers.
             if let Err(error) = child.wait().await {
-                tracing::warn!(%error, "a shim could not be waited for");
+                tracing::warn!(%error, "could not wait for the exit of a shim");
             }
             tell.send_replace(true);
         });
@@ -284,7 +287,8 @@ impl Launcher {
         let (socket, log) = (dir.join(SOCKET), dir.join(LOG));
         let listener = UnixListener::bind(&socket).map_err(failed("listen at", &socket))?;
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
-        // A plain file: a FIFO would need a reader for the shim's whole life. The shim opens it by this name itself.
+        // The log is a plain file, because a FIFO would need a reader for the shim's whole life. The shim opens it by
+        // this name itself.
         let log_file = create_private(&log).map_err(failed("create", &log))?;
         let mut command = async_command(binary);
         command
@@ -299,19 +303,20 @@ impl Launcher {
             .stdout(Stdio::null())
             .stderr(log_file)
             .kill_on_drop(false);
-        // Well above 3, so that making descriptor 3 in the child can't close it.
-        let listener = duplicate_above(&listener, 10).map_err(failed("keep", &socket))?;
+        // The numbers are well above 3, so that creating descriptors 3 and 4 in the child can't close these
+        // descriptors.
+        let listener = duplicate_above(&listener, 10).map_err(failed("duplicate", &socket))?;
         let raw = listener.as_raw_fd();
         let sealed = self.runtime.get().filter(|_| program.is_none());
         let copy = match &sealed {
             None => None,
-            Some(sealed) => Some(duplicate_above(&sealed.fd, 10).map_err(failed("keep", &sealed.path))?),
+            Some(sealed) => Some(duplicate_above(&sealed.fd, 10).map_err(failed("duplicate", &sealed.path))?),
         };
         let raw_copy = copy.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let runtime = sealed.as_ref().map(|sealed| sealed.path.clone());
-        // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open until
-        // then (`listener` and `copy` outlive the spawn). The runtime's own epoll descriptor and the like occupy 3 and
-        // 4 in this process, so std's error pipe is not there.
+        // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open until then
+        // (`listener` and `copy` outlive the spawn). Descriptors 3 and 4 of this process are tokio's own (epoll and the
+        // like), so std's error pipe is neither of them.
         unsafe {
             command.pre_exec(move || {
                 if libc::dup2(raw, 3) < 0 {
@@ -329,8 +334,8 @@ impl Launcher {
         }
         let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: binary.to_owned(), source })?;
         drop((listener, copy));
-        let pid = Pid::of_child(&child).map_err(failed("watch", dir))?;
-        // Before it can be found: whoever adopts it takes it as it is.
+        let pid = Pid::of_child(&child).map_err(failed("record the process of", dir))?;
+        // This happens before the shim's identity is recorded, because an adopted shim is not moved any more.
         set_apart(pid, &self.cgroup);
         let pid = pid.get();
         let named = PidFd::open(pid).and_then(|pidfd| {
@@ -347,34 +352,35 @@ impl Launcher {
             )?;
             Ok(pidfd)
         });
-        let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("watch", dir))?;
+        let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("record the process of", dir))?;
         let coming = Coming { pidfd: Arc::new(pidfd), dir: dir.to_owned(), is_up: false };
         Ok(Spawned { child, pid, coming, runtime })
     }
 }
 
 impl Shim {
-    /// Its name, which is its directory's.
+    /// Returns the shim's id, which is the name of its directory.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// Its process.
+    /// Returns the pid of the shim.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Its namespace.
+    /// Returns the shim's namespace.
     pub fn namespace(&self) -> &str {
         &self.namespace
     }
 
-    /// Calls go through this.
+    /// Returns the connection to the shim.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// By what name it finds this runtime: its own sealed copy, if it has one of it.
+    /// Returns the path by which the shim calls the runtime `binary`: that of its own sealed copy, if it has one of
+    /// this runtime.
     pub fn runtime(&self, binary: &Path) -> PathBuf {
         if self.runtime.as_deref() == Some(binary) {
             format!("/proc/{}/fd/{DESCRIPTOR}", self.pid).into()
@@ -383,22 +389,22 @@ impl Shim {
         }
     }
 
-    /// Is it of another kind than those that wait for tasks?
+    /// Returns whether the shim runs a program other than the launcher's, and serves one task only.
     pub fn is_of_another_kind(&self) -> bool {
         self.program.is_some()
     }
 
-    /// Has it died? Asked of the kernel: who waits for it may not have been told yet.
+    /// Returns whether the shim has died. This asks the kernel, too, because the end may not have been reported yet.
     pub fn has_ended(&self) -> bool {
         *self.ended.borrow() || self.pidfd.has_ended()
     }
 
-    /// Returns when it has died.
+    /// Returns a receiver of the value `true` once the shim has died.
     pub fn watch(&self) -> watch::Receiver<bool> {
         self.ended.clone()
     }
 
-    /// Another hold on the same shim, for another container.
+    /// Takes a further hold on the same shim, for another container.
     pub fn share(&self) -> Self {
         Self {
             id: self.id.clone(),
@@ -416,52 +422,54 @@ impl Shim {
         }
     }
 
-    /// Only the hold on it, for as long as it has a container that could not be ended: nobody takes it for idle meanwhile.
+    /// Keeps only the hold on the shim, for as long as the shim has a container that could not be ended. The hold keeps
+    /// the shim from being regarded as idle.
     pub fn into_hold(self) -> Held {
         self.held
     }
 
-    /// Says that it holds a container which it can't delete, to all who hold it and to the next plugin.
+    /// Marks the shim as unusable because it has a container that it can't delete, both for all holders and on disk for
+    /// the next plugin.
     pub(super) fn mark_unusable(&self) {
         self.note_unusable();
         let path = self.dir.join(UNUSABLE);
         if let Err(error) = create_private(&path) {
-            tracing::warn!(path = %path.display(), %error, "the next plugin will not know that this shim can't be used again");
+            tracing::warn!(path = %path.display(), %error, "could not mark a shim as unusable for the next plugin");
         }
     }
 
-    /// Notes what an earlier plugin has found out.
+    /// Marks the shim as unusable in this process only, for all holders.
     pub(super) fn note_unusable(&self) {
         if let Some(holding) = holders(&self.held.own).get_mut(&self.id) {
             holding.is_unusable = true;
         }
     }
 
-    /// Does it hold a container that it can't delete? Then it is of no use to further tasks.
+    /// Returns whether the shim has a container that it can't delete. Such a shim gets no further tasks.
     pub(super) fn is_unusable(&self) -> bool {
         holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.is_unusable)
     }
 
-    /// Is this the only hold on it here?
+    /// Returns whether there is exactly one hold on the shim in this process.
     pub fn is_held_once(&self) -> bool {
         holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.count == 1)
     }
 
-    /// Lets go of it if somebody else here holds it, too: true then.
+    /// Releases the hold on the shim if there is a further one in this process. Returns whether the hold was released.
     pub(super) fn leave_to_others(&mut self) -> bool {
         self.held.leave_to_others()
     }
 
-    /// Ends a shim that holds no container, or none but those that it can't delete, by force if it does not go, and removes its
-    /// directory: true when it is gone.
+    /// Shuts down a shim that has no containers but those that it can't delete, and removes its directory. A shim that
+    /// does not exit is killed. Returns whether the shim is gone.
     ///
-    /// One that others hold, too, is left to them.
+    /// If there are further holds on the shim, only this hold is released, and the result is `true`.
     pub async fn end(mut self) -> bool {
         if self.leave_to_others() {
             return true;
         }
         if self.is_unusable() {
-            // It would say yes and stay.
+            // An unusable shim would accept the request and not exit.
             return self.end_by_force().await;
         }
         let refused = !self.has_ended() && self.client.shutdown(&self.id).await.is_err();
@@ -470,8 +478,9 @@ impl Shim {
         }
         if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
             if self.adopted && !refused {
-                // It says yes and stays: then it holds a container that nobody here knows of.
-                tracing::warn!(shim = self.id, "a shim of an earlier plugin does not end; it may hold a container");
+                // The shim has accepted the request and does not exit, so it has a container that this plugin does not
+                // know.
+                tracing::warn!(shim = self.id, "a shim of an earlier plugin does not exit; it may hold a container");
                 return false;
             }
             return self.end_by_force().await;
@@ -480,31 +489,33 @@ impl Shim {
         true
     }
 
-    /// Ends a shim with SIGKILL, whatever it holds, and removes its directory: true when it is gone.
+    /// Kills the shim, even if it has containers, waits for its exit and removes its directory. Returns whether the
+    /// shim is gone.
     pub(super) async fn end_by_force(mut self) -> bool {
         self.pidfd.signal(libc::SIGKILL);
         if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
-            tracing::error!(shim = self.id, "it survives SIGKILL");
+            tracing::error!(shim = self.id, "a shim survives SIGKILL");
             return false;
         }
         remove_dir(&self.dir);
         true
     }
 
-    /// Ends the shim's process, whatever it holds: its connection breaks, and the rest is the dead-shim case.
+    /// Kills the shim's process, even if it has containers. Its connection breaks, and the containers are cleaned up as
+    /// those of a dead shim.
     pub fn kill_process(&self) {
         self.pidfd.signal(libc::SIGKILL);
     }
 
-    /// Ends an idle shim at once, without asking: for a plugin that is told to leave.
+    /// Kills an idle shim without asking it to shut down first, and removes its directory.
     pub fn kill(self) {
         self.pidfd.signal(libc::SIGKILL);
         remove_dir(&self.dir);
     }
 }
 
-/// Removes a shim's directory. The files that the driver has made there are removed by their names, since a listing needs a
-/// descriptor, and the want of those may be the reason why the shim did not come up.
+/// Removes a shim's directory. The files that the driver has made there are removed by their names, because listing the
+/// directory needs a file descriptor, and the lack of descriptors may be the reason why the shim did not come up.
 pub(super) fn remove_dir(dir: &Path) {
     if crate::fault::skipped("shim-dir") {
         return;
@@ -512,11 +523,11 @@ pub(super) fn remove_dir(dir: &Path) {
     let by_name = [SOCKET, LOG, PID, UNUSABLE].iter().try_for_each(|file| absent(fs::remove_file(dir.join(file))));
     let removed = by_name.and_then(|()| absent(fs::remove_dir(dir))).or_else(|_| absent(fs::remove_dir_all(dir)));
     if let Err(error) = removed {
-        tracing::warn!(dir = %dir.display(), %error, "a shim's directory stays");
+        tracing::warn!(dir = %dir.display(), %error, "could not remove the directory of a shim");
     }
 }
 
-/// What was removed, or was not there.
+/// Treats "not found" as success: the file was removed, or did not exist.
 fn absent(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -524,7 +535,8 @@ fn absent(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// The end of a shim's log, where it says why it gave up. All of it may be more than this process should hold.
+/// Returns the end of a shim's log, which says why the shim gave up. The whole log may be too large for this process's
+/// memory.
 fn last_words(log: &Path) -> io::Result<String> {
     let mut log = File::open(log)?;
     let length = log.metadata()?.len();
@@ -535,11 +547,11 @@ fn last_words(log: &Path) -> io::Result<String> {
 }
 
 fn duplicate_above(fd: &impl AsRawFd, lowest: i32) -> io::Result<OwnedFd> {
-    // SAFETY: fcntl on a descriptor that is open; the result is a new descriptor that nobody else has.
+    // SAFETY: fcntl on a descriptor that is open; the result is a new descriptor with no other owner.
     let fd = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, lowest) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just made, and ours alone.
+    // SAFETY: the descriptor was just created and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,7 +1,7 @@
-//! Shims: started by us, spoken to over ttrpc, without containerd.
+//! Starts shims and talks to them over ttrpc, without containerd.
 //!
 //! A shim is a small program (`containerd-shim-runc-v2`) that calls the OCI runtime and stays as the parent of the
-//! container's process. Any running one takes `Create` for any container, which is what the pool lives on.
+//! container's process. Any running shim accepts `Create` for any container, and the pool is built on that.
 
 mod calls;
 mod cleanup;
@@ -36,89 +36,90 @@ pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
 pub use release::release;
 pub use sealed::Sealed;
 
-/// Why a shim did not do what it was asked.
+/// The reason why an operation on a shim failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
-    /// Its directory, socket or log.
+    /// An operation on the shim's directory, socket or log failed.
     #[error("shim {id}: {doing} {path}")]
     File {
-        /// Which shim.
+        /// The id of the shim.
         id: String,
-        /// What was done.
+        /// The operation that failed.
         doing: &'static str,
-        /// To what.
+        /// The file or directory of the operation.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
-    /// The program.
-    #[error("start shim {binary}; it comes with containerd")]
+    /// The shim's program could not be started.
+    #[error("could not start the shim {binary}; it comes with containerd")]
     Spawn {
-        /// Which program.
+        /// The shim's program.
         binary: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The connection to it broke: it died, or never lived.
+    /// The connection to the shim broke, or could not be made: the shim has died, or never came up.
     #[error("shim: {call}: connection lost ({detail})")]
     Gone {
-        /// The call.
+        /// The method that was called.
         call: &'static str,
-        /// The transport's words.
+        /// The message of the transport.
         detail: String,
     },
-    /// An answer came that makes no sense. The shim lives, and so does what it holds.
-    #[error("shim: {call}: its answer was not understood ({detail})")]
+    /// An answer could not be decoded, or a request not encoded. The shim and its containers go on running.
+    #[error("shim: {call}: malformed message ({detail})")]
     NotUnderstood {
-        /// The call.
+        /// The method that was called.
         call: &'static str,
-        /// What is wrong with the answer.
+        /// What is wrong with the message.
         detail: String,
     },
-    /// It did not answer in time.
+    /// The shim did not answer in time.
     #[error("shim: {call}: no answer in {} s", after.as_secs())]
     Late {
-        /// The call.
+        /// The method that was called.
         call: &'static str,
-        /// How long we waited.
+        /// The timeout of the call.
         after: Duration,
     },
-    /// It was asked to end, and lives.
-    #[error("shim: it does not end; it may hold a container")]
+    /// The shim accepted the request to shut down, and still runs.
+    #[error("the shim does not exit; it may still hold a container")]
     Stays,
-    /// It answered no, mostly with the OCI runtime's words.
+    /// The shim refused the call. The message is mostly the OCI runtime's.
     #[error("{message}")]
     Refused {
-        /// The call.
+        /// The method that was called.
         call: &'static str,
-        /// A gRPC code.
+        /// The gRPC status code.
         code: i32,
-        /// Its words.
+        /// The message of the shim or of the runtime.
         message: String,
     },
-    /// Neither service version is served.
+    /// The shim serves neither version of the Task service.
     #[error("shim serves neither {0} nor {1}")]
     NoService(&'static str, &'static str),
 }
 
-/// gRPC's INVALID_ARGUMENT.
+/// The status code INVALID_ARGUMENT of gRPC.
 const INVALID_ARGUMENT: i32 = 3;
-/// gRPC's NOT_FOUND.
+/// The status code NOT_FOUND of gRPC.
 const NOT_FOUND: i32 = 5;
-/// gRPC's UNIMPLEMENTED.
+/// The status code UNIMPLEMENTED of gRPC.
 const UNIMPLEMENTED: i32 = 12;
 
 impl ShimError {
-    /// Does the shim not know the container or process (any more)?
+    /// Returns whether the shim does not know the container or process (any more).
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused { code: NOT_FOUND, .. })
     }
 
-    /// What has to change before another attempt can succeed.
+    /// Returns what has to change before another attempt can succeed: the host's state or the job.
     pub fn failure_cause(&self) -> Cause {
         match self {
-            // A runtime is called with what the job wants, so its words say whose fault it is. Many failures of the host
-            // have words that nobody else uses: what is not known to be the job's fault is not told as that.
+            // A runtime is called with what the job asks for, so the runtime's message decides whether the job or the
+            // host is the cause. A failure that is not known to be the job's is reported as the host's: many failures
+            // of the host have messages that occur nowhere else, and no table lists them all.
             Self::Refused { code, message, .. } => failure::of_message(message).unwrap_or(match *code {
                 INVALID_ARGUMENT | UNIMPLEMENTED => Cause::Job,
                 _ => Cause::Host,

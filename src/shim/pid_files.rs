@@ -1,8 +1,8 @@
-//! Tells when a runtime has made a container, without waiting for the shim to say so.
+//! Reports that a runtime has created a container before the shim answers.
 //!
-//! The last thing that runc and crun do in `create` is to write the container's pid to the file that the shim names
-//! (`--pid-file`, `init.pid` in the bundle). The shim then waits for the runtime's end and looks at the container's
-//! cgroups, which takes it 2 to 4 ms on a host with cgroup version 1.
+//! The last step of runc and crun in `create` is to write the container's pid to the file that the shim names
+//! (`--pid-file`, `init.pid` in the bundle). The shim then waits for the runtime's exit and reads the container's
+//! cgroups, which takes 2 to 4 ms on a host with cgroup version 1.
 
 use std::{
     collections::HashMap,
@@ -19,10 +19,11 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-/// As shims call it.
+/// The name that shims give the pid file.
 const NAME: &str = "init.pid";
 
-/// Watches bundles. One for all: closing an inotify instance waits for the kernel's readers, for milliseconds.
+/// Watches bundles for their pid files. One inotify instance serves all bundles, because closing an instance waits some
+/// milliseconds for readers in the kernel.
 #[derive(Debug)]
 pub struct PidFiles {
     watches: Arc<Watches>,
@@ -56,7 +57,7 @@ impl std::os::fd::AsRawFd for Source {
     }
 }
 
-/// The pid file of one bundle.
+/// The pid file of one bundle, watched until this is dropped.
 #[derive(Debug)]
 pub struct PidFile {
     watches: Arc<Watches>,
@@ -65,35 +66,35 @@ pub struct PidFile {
 }
 
 impl PidFiles {
-    /// Begins to listen.
+    /// Creates the inotify instance and starts to read its events.
     ///
     /// # Errors
-    /// As inotify_init1(2): a user has 128 instances by default.
+    /// Fails as inotify_init1(2) does; by default a user may have 128 instances.
     pub fn new() -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-        // SAFETY: `Source` owns its descriptor, which stays open and itself for as long as the AsyncFd has it.
+        // SAFETY: `InotifyFd` owns its descriptor, which stays open and unchanged for as long as the AsyncFd has it.
         let inotify = unsafe { AsyncFd::register_with_interest(Source(inotify), Interest::READABLE) }?;
         let watches = Arc::new(Watches { inotify, awaited: Mutex::default() });
         let listening = tokio::spawn({
             let watches = watches.clone();
             async move {
                 if let Err(error) = watches.listen().await {
-                    tracing::warn!(%error, "pid files can't be watched; each start waits for its shim");
+                    tracing::warn!(%error, "pid files can't be watched any more; each start waits for its shim");
                 }
             }
         });
         Ok(Self { watches, _listening: AbortOnDropHandle::new(listening) })
     }
 
-    /// Watches a bundle, which has no pid file yet.
+    /// Watches a bundle that has no pid file yet.
     ///
     /// # Errors
-    /// As inotify_add_watch(2).
+    /// Fails as inotify_add_watch(2) does.
     pub fn watch(&self, bundle: &Path) -> io::Result<PidFile> {
         // crun writes the file, runc renames another one to it.
         let flags = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;
         let (tell, told) = oneshot::channel();
-        // Held over both, or an event could come before anybody is known to wait for it.
+        // The lock is held over both steps. Otherwise an event could arrive before its receiver is registered.
         let mut awaited = self.watches.awaited();
         let watch = self.watches.inotify.get_ref().0.add_watch(bundle, flags)?;
         awaited.insert(watch, Awaited { path: bundle.join(NAME), tell });
@@ -119,15 +120,16 @@ impl Watches {
         let Some(Awaited { path, tell }) = self.awaited().remove(&watch) else { return };
         let pid = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
         match pid {
-            // Nobody waits any more: fine.
+            // The receiver may have given up, which is fine.
             Some(pid) => drop(tell.send(pid)),
-            None => tracing::debug!(path = %path.display(), "not a pid file"),
+            None => tracing::debug!(path = %path.display(), "a pid file contains no pid"),
         }
     }
 }
 
 impl PidFile {
-    /// The container's pid, as soon as it is written. Never returns when that can't be known.
+    /// Returns the container's pid as soon as it is written. Never returns if there is no pid file to watch, or its pid
+    /// can't be read.
     pub async fn written(file: Option<Self>) -> u32 {
         if let Some(mut file) = file
             && let Ok(pid) = (&mut file.told).await
@@ -141,7 +143,7 @@ impl PidFile {
 impl Drop for PidFile {
     fn drop(&mut self) {
         self.watches.awaited().remove(&self.watch);
-        // Gone with its directory, maybe.
+        // The watch may be gone already, together with the bundle's directory.
         let _ = self.watches.inotify.get_ref().0.rm_watch(self.watch);
     }
 }

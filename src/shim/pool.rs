@@ -1,7 +1,7 @@
-//! Shims that wait for a task: started ahead, or left over from a task that has gone.
+//! The pool of idle shims, which were started in advance or have served a task that is gone.
 //!
-//! Any running shim takes `Create` for any container, so one whose container is gone serves the next: starting a shim
-//! costs 7 to 14 ms of CPU, as much as all the rest of a start.
+//! Any running shim accepts `Create` for any container, so a shim whose container is gone serves the next task.
+//! Starting a shim costs 7 to 14 ms of CPU time, as much as all the rest of a start.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -17,46 +17,48 @@ use tokio::sync::{Notify, watch};
 
 use super::{Launcher, Shim, ShimError, launch::Unborn};
 
-/// How long the end of the pool waits for a shim that has just been launched, before it ends that, too; to come up takes
-/// some 10 ms.
+/// The time for which closing the pool waits for a shim that is being launched, before it abandons the launch. A shim
+/// comes up in some 10 ms.
 const COMING_UP: Duration = Duration::from_millis(500);
-/// A refill waits this long after a start, in which the task has the processors,
+/// The delay between a start and a refill of the pool. The started task has the processors meanwhile.
 const BREATH: Duration = Duration::from_millis(20);
-/// and so long while another shim still waits: a short task gives its own back before that.
+/// The additional delay of a refill while the pool still has an idle shim. A short task returns its own shim before
+/// that.
 const LONG_BREATH: Duration = Duration::from_millis(500);
-/// And then for starts at work to be done, but not for ever: an empty pool makes them slower still.
+/// The longest time for which a refill then waits for starts in progress. The time is limited because an empty pool
+/// makes these starts even slower.
 const BACK_PRESSURE: Duration = Duration::from_millis(200);
-/// So many more than wanted may wait after a burst, for the next one,
+/// The most idle shims above the pool's size that are kept after a burst of tasks, for the next burst.
 const SPARE: usize = 16;
-/// for so long.
+/// The time for which idle shims above the pool's size are kept.
 const SPARE_TIME: Duration = Duration::from_secs(1);
-/// A shim is replaced after so many containers: nobody has promised that it doesn't grow.
+/// The number of containers after which a shim is replaced. Nothing guarantees that a shim's memory doesn't grow.
 const USES: u32 = 500;
 
-/// Who shares a shim.
+/// The tasks that share a shim.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ShimScope {
-    /// Nobody: one shim a task.
+    /// Each task has a shim of its own.
     #[default]
     Task,
-    /// The tasks of an allocation.
+    /// The tasks of an allocation share a shim.
     Alloc,
-    /// All tasks of this node.
+    /// All tasks of this node share a shim.
     Node,
 }
 
-/// What pools are made with.
+/// The settings of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PoolSettings {
-    /// How many shims wait.
+    /// The number of idle shims that the pool keeps.
     pub size: usize,
-    /// Who shares one.
+    /// The tasks that share a shim.
     pub scope: ShimScope,
-    /// May a shim serve one task after the other?
+    /// Whether a shim may serve one task after the other.
     pub reuse: bool,
 }
 
-/// Idle shims of one kind. Cheap to clone.
+/// A pool of idle shims of one launcher. It is cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Pool(Arc<Inner>);
 
@@ -65,23 +67,24 @@ struct Inner {
     launcher: Arc<Launcher>,
     settings: PoolSettings,
     idle: Mutex<VecDeque<Shim>>,
-    /// Shims that further tasks of the same allocation or node share, by what they share. The node's stays.
+    /// The pool's own holds on shared shims, which further tasks of the same allocation or node join. The key is the
+    /// allocation's id, or empty for the node's shim, which is kept even when no task uses it.
     shared: Mutex<HashMap<String, Shim>>,
-    /// Who makes a shared one.
+    /// The lock of a task that starts a shared shim.
     making: tokio::sync::Mutex<()>,
-    /// One refill at a time.
+    /// The lock of a refill; only one runs at a time.
     refilling: tokio::sync::Mutex<()>,
     trimming: AtomicBool,
     closed: AtomicBool,
-    /// Starts at work.
+    /// The number of starts in progress.
     busy: watch::Sender<usize>,
-    /// The last idle one was taken.
+    /// Notifies a refill that the last idle shim was taken.
     empty: Notify,
-    /// A shim that has not come up by now is not waited for.
+    /// Notifies a refill that the launch of its shim is abandoned, because the pool is closed.
     too_late: Notify,
 }
 
-/// A start is at work until this is dropped; refills wait for that.
+/// A guard that counts a start as in progress until the guard is dropped. Refills wait for starts in progress.
 #[derive(Debug)]
 pub struct Busy(Pool);
 
@@ -91,17 +94,17 @@ impl Drop for Busy {
     }
 }
 
-/// A shim for a task.
+/// A shim that is reserved for a task.
 #[derive(Debug)]
 pub enum Reserved {
-    /// It is there.
+    /// The shim runs.
     Waiting(Shim),
-    /// It has to be launched; only its name is known.
+    /// The shim has to be launched; only its id is known.
     Named(Unborn),
 }
 
 impl Reserved {
-    /// Its name.
+    /// Returns the id of the shim.
     pub fn id(&self) -> &str {
         match self {
             Self::Waiting(shim) => shim.id(),
@@ -111,7 +114,7 @@ impl Reserved {
 }
 
 impl Pool {
-    /// An empty pool.
+    /// Creates an empty pool.
     pub fn new(launcher: Arc<Launcher>, settings: PoolSettings) -> Self {
         Self(Arc::new(Inner {
             launcher,
@@ -128,22 +131,22 @@ impl Pool {
         }))
     }
 
-    /// How its shims are started.
+    /// Returns the launcher of the pool's shims.
     pub fn launcher(&self) -> &Arc<Launcher> {
         &self.0.launcher
     }
 
-    /// A start is at work.
+    /// Counts a start as in progress while the returned guard exists.
     pub fn busy(&self) -> Busy {
         self.0.busy.send_modify(|count| *count += 1);
         Busy(self.clone())
     }
 
-    /// A shim for a task of this allocation: a waiting one, or the name of one to launch. One of another kind, whose
-    /// `program` this is, is the task's alone.
+    /// Reserves a shim for a task of this allocation: a running one, or the id of one to launch. With a `program`, the
+    /// shim is dedicated: it runs that program and serves this task only.
     ///
     /// # Errors
-    /// When one that is to be shared can't be started.
+    /// Fails when a shim that tasks are to share can't be started.
     pub async fn reserve(&self, alloc_id: &str, program: Option<&Path>) -> Result<Reserved, ShimError> {
         if let Some(program) = program {
             return Ok(Reserved::Named(self.0.launcher.name_of(program)));
@@ -165,7 +168,7 @@ impl Pool {
         Ok(Reserved::Waiting(own))
     }
 
-    /// A shim of an earlier instance of us that holds a task of this allocation: others may join that.
+    /// Lets further tasks of this allocation join an adopted shim that has one of the allocation's tasks.
     pub fn adopted(&self, alloc_id: &str, shim: &Shim) {
         let Some(key) = self.key(alloc_id).filter(|_| !shim.is_of_another_kind()) else { return };
         let mut shared = self.shared();
@@ -174,11 +177,11 @@ impl Pool {
         }
     }
 
-    /// By what a task of this allocation finds those that it shares a shim with, if it shares one.
+    /// Returns the key of the shim that a task of this allocation shares with others, if it shares one.
     fn key<'a>(&self, alloc_id: &'a str) -> Option<&'a str> {
         match self.0.settings.scope {
             ShimScope::Task => None,
-            // Tasks of no allocation share nothing.
+            // Tasks without an allocation don't share a shim.
             ShimScope::Alloc => Some(alloc_id).filter(|id| !id.is_empty()),
             ShimScope::Node => Some(""),
         }
@@ -189,7 +192,7 @@ impl Pool {
         match shared.get(key) {
             Some(shim) if !shim.has_ended() => Some(shim.share()),
             Some(_) => {
-                // What it held is the dead-shim case of its tasks.
+                // The engine cleans up the containers of a dead shim when it handles their tasks.
                 shared.remove(key);
                 None
             }
@@ -207,7 +210,7 @@ impl Pool {
                 self.0.empty.notify_waiters();
             }
             match next {
-                // One that died while it waited left nothing but its directory.
+                // A shim that has died while it was idle has left only its directory.
                 Some(dead) if dead.has_ended() => dead.kill(),
                 Some(shim) => return Reserved::Waiting(shim),
                 None => return Reserved::Named(self.0.launcher.name()),
@@ -215,14 +218,16 @@ impl Pool {
         }
     }
 
-    /// Where work that can wait begins: `breath` from now, or when no start is at work then, but at most `patience` later.
+    /// Delays work that can wait: sleeps for `delay`, and then waits until no start is in progress, for at most
+    /// `max_delay`.
     pub async fn calm(&self, breath: Duration, patience: Duration) {
         tokio::time::sleep(breath).await;
         let mut busy = self.0.busy.subscribe();
         let _ = tokio::time::timeout(patience, busy.wait_for(|count| *count == 0)).await;
     }
 
-    /// Starts what is missing, in the background. Called after a start has returned, never on its path.
+    /// Starts the missing idle shims in the background. This is called after a start has returned, never on the start's
+    /// path.
     pub fn refill(&self) {
         let pool = self.clone();
         tokio::spawn(async move {
@@ -236,7 +241,7 @@ impl Pool {
                     }
                     pool.calm(BREATH, BACK_PRESSURE).await;
                 };
-                // Once none is left, waiting has an end.
+                // When no idle shim is left, the refill stops waiting.
                 tokio::select! {
                     () = calm => {}
                     () = pool.0.empty.notified() => {}
@@ -251,7 +256,7 @@ impl Pool {
                 match launched {
                     Ok(shim) => pool.put(shim),
                     Err(error) => {
-                        tracing::warn!(%error, "shim pool: not refilled; the next start launches its own");
+                        tracing::warn!(%error, "could not refill the shim pool; the next start launches its own shim");
                         return;
                     }
                 }
@@ -264,24 +269,25 @@ impl Pool {
         !self.is_closed() && self.idle().len() < size
     }
 
-    /// How many shims are to wait.
+    /// Returns the number of idle shims that the pool should have.
     fn size(&self) -> usize {
         match self.0.settings.scope {
-            // The one that all share is enough.
+            // The shim that all tasks share is enough.
             ShimScope::Node if self.shared().values().any(|shim| !shim.has_ended()) => 0,
             ShimScope::Node => self.0.settings.size.min(1),
             ShimScope::Task | ShimScope::Alloc => self.0.settings.size,
         }
     }
 
-    /// Takes in an idle shim, new or of an earlier instance of us, or ends it when there are enough.
+    /// Adds an idle shim, new or adopted, to the pool. Kills the shim if it can't serve further tasks, or the pool is
+    /// full or closed.
     pub fn put(&self, shim: Shim) {
         if shim.is_of_another_kind() || shim.is_unusable() {
             return shim.kill();
         }
         let size = self.size();
         let mut idle = self.idle();
-        // Closing takes the same lock to empty the queue, so a shim either is seen there or ends here.
+        // Closing the pool takes the same lock to empty the queue, so a shim is either removed there or killed here.
         if self.is_closed() || idle.len() >= size {
             shim.kill();
         } else {
@@ -289,7 +295,7 @@ impl Pool {
         }
     }
 
-    /// Removes the directories of shims that have died while no task had them.
+    /// Removes the directories of shims that have died while no task used them.
     fn remove_ended(&self) {
         let ended_idle: Vec<Shim> = {
             let mut idle = self.idle();
@@ -302,13 +308,13 @@ impl Pool {
         ended_shared.chain(ended_idle).for_each(let_go);
     }
 
-    /// Ends what has come to be of no use while nobody gave it back: shims that have died, and those of allocations whose last
-    /// task let go of its shim in another way.
+    /// Removes unused shims that no task has returned to the pool: shims that have died, and shims of allocations whose
+    /// last task has released its hold in another way. Refills the pool afterwards.
     pub async fn tidy(&self) {
         self.remove_ended();
         let unused: Vec<Shim> = match self.0.settings.scope {
             ShimScope::Alloc => {
-                // Further holds are made under the same lock.
+                // Further holds are taken under the same lock.
                 self.shared().extract_if(|_, shim| shim.is_held_once()).map(|(_, shim)| shim).collect()
             }
             ShimScope::Task | ShimScope::Node => Vec::new(),
@@ -319,7 +325,8 @@ impl Pool {
         self.refill();
     }
 
-    /// Ends a shim whose container is gone, if nobody else holds it. True when it is gone or others hold it.
+    /// Shuts down a shim whose container is gone, unless there are further holds on it. Returns whether the shim is
+    /// gone or has further holds.
     pub async fn end(&self, alloc_id: &str, shim: Shim) -> bool {
         match self.last_hold(alloc_id, shim) {
             Some(shim) => shim.end().await,
@@ -327,7 +334,8 @@ impl Pool {
         }
     }
 
-    /// Takes back a shim whose container is gone: for the next task, or to its end. True when it is gone or ours again.
+    /// Takes back a shim whose container is gone, to keep it for the next task or to shut it down. Returns `false` only
+    /// if the shim had to be shut down and is not gone.
     pub async fn take_back(&self, alloc_id: &str, shim: Shim) -> bool {
         let Some(mut shim) = self.last_hold(alloc_id, shim) else { return true };
         if shim.is_unusable() {
@@ -335,7 +343,8 @@ impl Pool {
         }
         shim.uses += 1;
         let settings = self.0.settings;
-        // Others are not made for a second container: gVisor's closes what it needs for terminals with the first.
+        // Dedicated shims don't support a second container: gVisor's shim closes what it needs for terminals with the
+        // first one.
         let worn =
             shim.is_of_another_kind() || !settings.reuse || settings.size == 0 || shim.uses >= USES || shim.has_ended();
         let refused = if worn { Some(shim) } else { self.keep(shim) };
@@ -345,42 +354,45 @@ impl Pool {
         }
     }
 
-    /// Lets go of a shim that holds an ended container which it can't delete: it serves the tasks that it has and no others,
-    /// and then it is ended by force, since it would not leave when asked to. True when it is gone or others hold it.
+    /// Quarantines a shim that has an ended container which it can't delete. The shim serves its present tasks and gets
+    /// no others. The last task's release kills the shim, because the shim would not exit when asked to. Returns
+    /// whether the shim is gone or has further holds.
     pub async fn discard(&self, mut shim: Shim) -> bool {
         shim.mark_unusable();
         self.shared().retain(|_, kept| kept.id() != shim.id());
         shim.leave_to_others() || shim.end_by_force().await
     }
 
-    /// How many tasks hold this shim: the pool's own hold, which further tasks of an allocation or node would share, is none.
+    /// Returns the number of tasks that have a hold on this shim. The pool's own hold, which is there for further tasks
+    /// of an allocation or node, is not counted.
     pub fn tasks_of(&self, id: &str) -> usize {
         let shared = self.shared();
         let own = shared.values().filter(|kept| kept.id() == id).count();
         self.0.launcher.holders_of(id).saturating_sub(own)
     }
 
-    /// Gives up a task's hold on a shim, unless it is the last one, which is returned.
+    /// Releases a task's hold on a shim. Returns the shim if that was the last hold of a task on it, and the caller has
+    /// to end the shim.
     fn last_hold(&self, alloc_id: &str, mut shim: Shim) -> Option<Shim> {
         let mut shared = self.shared();
         if !shim.leave_to_others() {
             return Some(shim);
         }
-        // The last task of an allocation is gone when only we hold its shim.
+        // The last task of an allocation is gone when only the pool has a hold on its shim.
         let last = self.0.settings.scope == ShimScope::Alloc
             && shared.get(alloc_id).is_some_and(|kept| kept.id() == shim.id() && kept.is_held_once());
         last.then(|| shared.remove(alloc_id)).flatten()
     }
 
-    /// Has it wait for the next task; gives it back when there are enough.
+    /// Adds a used shim to the idle ones, for the next task. Returns the shim if there are enough.
     fn keep(&self, shim: Shim) -> Option<Shim> {
         let size = self.size();
         let mut idle = self.idle();
-        // Looked at under the lock that closing takes.
+        // The flag is read under the lock that closing the pool takes.
         if self.is_closed() || idle.len() >= size + SPARE {
             return Some(shim);
         }
-        // The one that was used last is warmest.
+        // The shim that was used last has the warmest caches, so it is used first.
         idle.push_front(shim);
         if idle.len() > size {
             self.trim_later();
@@ -388,7 +400,7 @@ impl Pool {
         None
     }
 
-    /// Ends what a burst has left over, when no other burst has come.
+    /// Shuts down the surplus idle shims that a burst of tasks has left, unless another burst has used them.
     fn trim_later(&self) {
         if self.0.trimming.swap(true, Ordering::SeqCst) {
             return;
@@ -397,7 +409,7 @@ impl Pool {
         tokio::spawn(async move {
             tokio::time::sleep(SPARE_TIME).await;
             pool.0.trimming.store(false, Ordering::SeqCst);
-            // One at a time: whoever closes the pool meanwhile sees the others.
+            // The surplus shims are taken one at a time, so that closing the pool meanwhile finds the others.
             loop {
                 let size = pool.size();
                 let surplus = {
@@ -412,14 +424,15 @@ impl Pool {
         });
     }
 
-    /// Ends all idle shims and starts no more. One that is coming up is waited for, or goes: nobody would know of it.
+    /// Kills all idle shims and starts no more. A shim that is starting is waited for, or its launch is abandoned,
+    /// because it would otherwise be left unrecorded.
     pub async fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
         self.0.empty.notify_waiters();
         if tokio::time::timeout(COMING_UP, self.0.refilling.lock()).await.is_err() {
             self.0.too_late.notify_waiters();
             if tokio::time::timeout(COMING_UP, self.0.refilling.lock()).await.is_err() {
-                tracing::warn!("a shim is still being started; the next plugin takes it over");
+                tracing::warn!("a shim of the pool is still being started; the next plugin adopts it");
             }
         }
         let shared: Vec<Shim> = self.shared().drain().map(|(_, shim)| shim).collect();
@@ -429,7 +442,7 @@ impl Pool {
         }
     }
 
-    /// Names of the idle shims.
+    /// Returns the ids of the idle shims.
     pub fn idle_ids(&self) -> Vec<String> {
         self.idle().iter().map(|shim| shim.id().to_owned()).collect()
     }
@@ -447,8 +460,8 @@ impl Pool {
     }
 }
 
-/// Gives up the pool's hold on a shim, and ends the shim at once if no task holds it. Those of tasks that go on are theirs, and one
-/// that has died is the dead-shim case of its tasks.
+/// Releases the pool's hold on a shim, and kills the shim if no task has a hold on it. A shim with holds of tasks
+/// remains theirs; if it has died, the engine cleans up its containers when it handles those tasks.
 fn let_go(mut shim: Shim) {
     if !shim.leave_to_others() {
         shim.kill();

@@ -1,10 +1,11 @@
-//! Lets a created container's process go without a further run of the runtime.
+//! Starts the process of a created container without a further run of the runtime.
 //!
-//! Between `create` and `start` the process waits at a FIFO, `exec.fifo` in the runtime's state directory, and all that
-//! `runc start` and `crun start` do for a container without `poststart` hooks is to open it and remove it: runc reads the
-//! byte that the process then writes (libcontainer's `container_linux.go`, since 1.0.0-rc2), crun writes the byte that the
-//! process then reads (its `status.c`, `libcrun_status_write_exec_fifo`). Running them for that takes 3 to 10 ms. The shim
-//! goes on to call such a container created, and does all that it does for a running one but to pause it.
+//! Between `create` and `start` the process waits at a FIFO, `exec.fifo` in the runtime's state directory. For a
+//! container without `poststart` hooks, `runc start` and `crun start` only open and remove that FIFO: runc reads the
+//! byte that the process then writes (libcontainer's `container_linux.go`, since 1.0.0-rc2), and crun writes the byte
+//! that the process then reads (crun's `status.c`, `libcrun_status_write_exec_fifo`). Running the runtime for that
+//! takes 3 to 10 ms. The shim still reports such a container as created, and supports every operation on it that it
+//! supports for a running one, except pause.
 
 use std::{
     fs::{self, OpenOptions},
@@ -18,24 +19,24 @@ use tokio::net::unix::pipe;
 
 use crate::process::{PidFd, ProcessId};
 
-/// The process has little left to do until it comes to the FIFO.
+/// The longest time for the process to reach the FIFO, to which it has little left to do.
 const COMING: Duration = Duration::from_secs(30);
 
-/// Lets the created container's process go, whose state is in `state` (the runtime's directory for this container).
+/// Starts the process of a created container. `state` is the runtime's directory for this container.
 ///
 /// # Errors
-/// When that could not be done, and nothing was: NotFound if this runtime has no such FIFO. The shim's `Start` is the way
-/// then, and tells what is wrong.
+/// Fails when the process could not be started; it is not running then. The error is NotFound if this runtime has no
+/// such FIFO. The caller uses the shim's `Start` instead, which reports what is wrong.
 pub async fn release(state: &Path, process: &ProcessId) -> io::Result<()> {
     let path = state.join("exec.fifo");
     let open = |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(&path);
     match open(OpenOptions::new().write(true)) {
         Ok(mut fifo) => {
-            // crun's order: who finds no FIFO knows that the container runs.
+            // crun uses this order, too: a missing FIFO means that the container runs.
             fs::remove_file(&path)?;
             fifo.write_all(&[0])
         }
-        // Nobody has it open to read (fifo(7)): runc's process waits, or will, until it can write.
+        // No process has the FIFO open for reading (fifo(7)): runc's process waits, or will wait, until it can write.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
             let init = PidFd::of(process)?;
             let file = open(OpenOptions::new().read(true))?;
@@ -44,13 +45,13 @@ pub async fn release(state: &Path, process: &ProcessId) -> io::Result<()> {
                 written = tokio::time::timeout(COMING, fifo.readable()) => written??,
                 ended = init.ended() => ended?,
             }
-            // Also of one that has ended meanwhile: it may have been that quick.
+            // The byte is read even if the process has ended meanwhile, because the process may have written it before.
             if (&file).read(&mut [0])? == 0 {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
-            // It runs, whatever becomes of the file.
+            // The process runs, even if the file can't be removed.
             if let Err(error) = fs::remove_file(&path) {
-                tracing::debug!(%error, path = %path.display(), "stays");
+                tracing::debug!(%error, path = %path.display(), "could not remove a started container's exec FIFO");
             }
             Ok(())
         }

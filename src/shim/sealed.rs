@@ -1,9 +1,9 @@
-//! A copy of the OCI runtime that nobody can write to, for crun.
+//! A sealed copy of the OCI runtime's program, which can't be written to. It is meant for crun.
 //!
-//! A runtime that a container could overwrite through `/proc/self/exe` would run with the host's rights the next time
-//! (CVE-2019-5736). crun therefore clones itself whenever it is called, unless it sees that it runs from a sealed memfd
-//! already (memfd_create(2)): 1.4 ms of each call. We make one such copy, and every shim gets it as a descriptor, which
-//! it has for as long as it lives, whoever of us dies meanwhile.
+//! If a container could overwrite the runtime through `/proc/self/exe`, the container's code would run with the host's
+//! rights at the next call (CVE-2019-5736). crun therefore clones itself at every call, which takes 1.4 ms, unless it
+//! already runs from a sealed memfd (memfd_create(2)). This plugin makes one such copy and passes its descriptor to
+//! every shim. A shim keeps the descriptor for as long as it lives, even if the plugin dies.
 
 use std::{
     fs::{self, File},
@@ -16,13 +16,13 @@ use std::{
 
 use crate::{process::command, stamp::Stamp};
 
-/// Where a shim has it: behind its listener.
+/// The descriptor number of the sealed copy in a shim, the one after the listening socket.
 pub(super) const DESCRIPTOR: i32 = 4;
 
-/// Larger programs are not crun.
+/// The largest size of a program that is copied; crun is never larger.
 const SIZE_MAX: u64 = 32 << 20;
 
-/// A sealed copy, and which file it is of.
+/// A sealed copy of a program, and the identity of the file that was copied.
 #[derive(Debug)]
 pub struct Sealed {
     pub(super) fd: OwnedFd,
@@ -30,7 +30,7 @@ pub struct Sealed {
     stamp: Stamp,
 }
 
-/// The runtime that new shims get a copy of.
+/// The sealed copy of the runtime that new shims get, if one was set.
 #[derive(Debug, Default)]
 pub(super) struct Current(Mutex<Option<Arc<Sealed>>>);
 
@@ -39,7 +39,8 @@ impl Current {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(sealed));
     }
 
-    /// The copy; a new one when the program was replaced on disk. None when that can't be had: the next call tries again.
+    /// Returns the sealed copy, and a new one if the program was replaced on disk. Returns `None` if the new copy can't
+    /// be made; the next call tries again.
     pub(super) fn get(&self) -> Option<Arc<Sealed>> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
         if fs::metadata(&known.path).is_ok_and(|file| Stamp::of(&file) == known.stamp) {
@@ -52,7 +53,7 @@ impl Current {
                 Some(renewed)
             }
             Err(error) => {
-                tracing::warn!(runtime = %known.path.display(), %error, "the OCI runtime has changed and can't be copied");
+                tracing::warn!(runtime = %known.path.display(), %error, "could not copy the changed OCI runtime");
                 None
             }
         }
@@ -60,28 +61,31 @@ impl Current {
 }
 
 impl Sealed {
-    /// Copies the program at `path`, seals the copy, and sees that it can be executed: a kernel may be told to allow no
-    /// such thing (`vm.memfd_noexec`). Blocks for some milliseconds.
+    /// Copies the program at `path`, seals the copy, and checks that it can be executed, because a kernel may be
+    /// configured to forbid that (`vm.memfd_noexec`). This blocks for some milliseconds.
     ///
     /// # Errors
-    /// When any of that fails; the program itself serves then.
+    /// Fails when any of these steps fails. The program itself is used then.
     pub fn of(path: &Path) -> io::Result<Self> {
         let mut program = File::open(path)?;
         let metadata = program.metadata()?;
         if metadata.len() > SIZE_MAX {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is larger than any crun"));
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "the program is larger than any crun"));
         }
         let fd = memfd()?;
         let mut copy = File::from(fd);
         io::copy(&mut program, &mut copy)?;
-        // Half of a program may be an empty script, which the probe below would find to be fine.
+        // A half-written program may be an empty script, and the check below would accept it.
         let is_whole =
             copy.metadata()?.len() == metadata.len() && Stamp::of(&program.metadata()?) == Stamp::of(&metadata);
         if metadata.len() == 0 || !is_whole {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is empty, or was written while it was copied"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the program is empty, or was written to while it was copied",
+            ));
         }
         let seals = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
-        // SAFETY: fcntl on a descriptor that is open and ours.
+        // SAFETY: fcntl on a descriptor that is open and owned by `copy`.
         if unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -90,17 +94,17 @@ impl Sealed {
         let mut probe = command(name);
         let status =
             probe.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
-        if status.success() { Ok(sealed) } else { Err(io::Error::other(format!("its copy ends with {status}"))) }
+        if status.success() { Ok(sealed) } else { Err(io::Error::other(format!("the copy fails with {status}"))) }
     }
 }
 
 fn memfd() -> io::Result<OwnedFd> {
-    // Kernels before 6.3 don't know MFD_EXEC, and allow it anyway.
+    // Kernels before 6.3 don't know MFD_EXEC, and allow execution without it.
     for more in [libc::MFD_EXEC, 0] {
         // SAFETY: a C string literal and flags.
         let fd = unsafe { libc::memfd_create(c"runtime".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | more) };
         if fd >= 0 {
-            // SAFETY: just made, and ours alone.
+            // SAFETY: the descriptor was just created and has no other owner.
             return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
@@ -114,23 +118,24 @@ mod tests {
     use super::*;
 
     fn program(path: &Path, text: &str) {
-        fs::write(path, text).expect("done");
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("done");
+        fs::write(path, text).expect("written");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("made executable");
     }
 
-    /// A program that is being written is no program: a shell would take an empty file for a script that is fine.
+    /// A program that is still being written must not be copied: a shell would run an empty file as a script without an
+    /// error.
     #[test]
     fn half_written_runtimes_are_not_copied_and_are_tried_again() {
-        let dir = tempfile::tempdir().expect("made");
+        let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("runtime");
         program(&path, "#!/bin/sh\n");
         let current = Current::default();
-        current.set(Sealed::of(&path).expect("done"));
-        let first = current.get().expect("done");
+        current.set(Sealed::of(&path).expect("the program is copied"));
+        let first = current.get().expect("a copy");
         program(&path, "");
-        assert_eq!(Sealed::of(&path).expect_err("copied").kind(), io::ErrorKind::InvalidData);
+        assert_eq!(Sealed::of(&path).expect_err("an empty program is refused").kind(), io::ErrorKind::InvalidData);
         assert!(current.get().is_none());
         program(&path, "#!/bin/sh\nexit 0\n");
-        assert_ne!(current.get().expect("done").stamp, first.stamp);
+        assert_ne!(current.get().expect("a new copy").stamp, first.stamp);
     }
 }

@@ -1,8 +1,8 @@
-//! A task's standard streams: Nomad's FIFOs, handed to the shim without ever trusting their directory.
+//! A task's output streams: passes Nomad's FIFOs to the shim without trusting the directory in which they lie.
 //!
-//! The log directory is writable from inside the task (`/alloc/logs`), which can put a symlink in a FIFO's place.
-//! Each is therefore opened with `O_PATH | O_NOFOLLOW` beneath the allocation's directory, looked at, and handed on as
-//! `/proc/<our pid>/fd/N`, which names the very inode that was looked at.
+//! The log directory is writable from inside the task (`/alloc/logs`), so the task can replace a FIFO by a symlink.
+//! Each FIFO is therefore opened with `O_PATH | O_NOFOLLOW` beneath the allocation's directory, checked, and passed on
+//! as `/proc/<pid of this process>/fd/N`, which names exactly the inode that was checked.
 
 use std::{
     ffi::OsStr,
@@ -20,57 +20,59 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use crate::fifo;
 
-/// Why a stream was refused.
+/// The reason why a stream was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
-    /// It is not there, or leads elsewhere.
-    #[error("log FIFO {path}")]
+    /// The FIFO does not exist, can't be opened, or its path leads out of the allocation's directory.
+    #[error("could not open the log FIFO {path}")]
     Open {
-        /// As Nomad names it.
+        /// The path that Nomad has passed.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It is something else.
+    /// The path is no FIFO.
     #[error("log FIFO {path} is {kind}; it was replaced, possibly from inside the task")]
     NotFifo {
-        /// As Nomad names it.
+        /// The path that Nomad has passed.
         path: PathBuf,
-        /// What it is.
+        /// The type of the file that is there.
         kind: &'static str,
     },
 }
 
-/// One stream.
+/// One output stream.
 #[derive(Debug)]
 enum Stream {
-    /// Nobody wants it.
+    /// The output is discarded.
     Discard,
-    /// A checked FIFO.
+    /// A FIFO that was checked.
     Fifo(OwnedFd),
 }
 
-/// A task's output streams, held until the shim has opened them.
+/// A task's output streams, which are kept open until the shim has opened them.
 #[derive(Debug)]
 pub struct Stdio {
     stdout: Stream,
     stderr: Stream,
-    /// Read ends that keep the shim from waiting for a reader, and what a very quick task has written from going with
-    /// it, when Nomad's collector opens later than that. Never read from.
+    /// Read ends of the FIFOs, which are never read from. Because of them the shim need not wait for a reader, and the
+    /// output of a very short task is not lost when Nomad's log collector opens the FIFOs only after the task's end.
     readers: Vec<(String, File)>,
 }
 
 impl Stdio {
-    /// Opens and checks both. `/dev/null` (Nomad's `logs { disabled = true }`) and an empty path mean: discard.
+    /// Opens and checks both streams. The output is discarded for `/dev/null` (Nomad's `logs { disabled = true }`) and
+    /// for an empty path.
     ///
     /// # Errors
-    /// When one is missing or no FIFO.
+    /// Fails when a path is missing or is no FIFO.
     pub fn open(alloc_dir: &Path, stdout: &Path, stderr: &Path) -> Result<Self, StdioError> {
         let (stdout, stderr) = (open(alloc_dir, stdout)?, open(alloc_dir, stderr)?);
         let mut readers = Vec::new();
         for stream in [&stdout, &stderr] {
             if let Some(path) = stream.path() {
-                // Never a write end: were we to die with the last one, the collector would take it for the stream's end.
+                // This must not be a write end: if this process died with the last write end, the log collector would
+                // see the end of the stream.
                 let reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
                 let reader = reader.map_err(|source| StdioError::Open { path: (&path).into(), source })?;
                 readers.push((path, reader));
@@ -79,7 +81,7 @@ impl Stdio {
         Ok(Self { stdout, stderr, readers })
     }
 
-    /// What the shim is to open: both streams or neither, as it insists.
+    /// Returns the paths that the shim opens: both or none, because the shim requires that.
     pub fn paths(&self) -> (String, String) {
         let null = || "/dev/null".to_owned();
         match (self.stdout.path(), self.stderr.path()) {
@@ -88,8 +90,9 @@ impl Stdio {
         }
     }
 
-    /// The shim has both open (it holds read ends too): ours are no longer needed, unless the task has ended before its
-    /// collector was there, as on a busy node. Then what it has written waits here for a moment.
+    /// Closes the streams once they are no longer needed. By now the shim has both streams open (and keeps read ends,
+    /// too), so this process's ends are needed only if the task ends before its log collector has opened the FIFOs, as
+    /// may happen on a busy node. In that case this keeps the task's output for the log collector for a moment.
     pub async fn outlast(self, ended: impl Future<Output = ()>) {
         if tokio::time::timeout(LATE_TASK, ended).await.is_err() {
             return;
@@ -101,14 +104,15 @@ impl Stdio {
     }
 }
 
-/// The task is over; its collector may be reading, done, about to open its end, or waiting in that for a writer.
+/// Keeps the output of an ended task until its log collector has read it, or a deadline is over. The log collector may
+/// be reading, may be done, may be about to open its end, or may wait in open(2) for a writer.
 async fn wait_for_the_late(path: String, reader: File) {
     let deadline = tokio::time::Instant::now() + LATE_READER;
     let mut pause = Duration::from_millis(1);
-    // As long as the shim may still write, or something is unread, nothing must be closed. A reader that holds on keeps
-    // nobody from seeing the end.
+    // While the shim may still write, or output is unread, nothing may be closed. The read end that is kept here does
+    // not delay the end of the stream for the log collector.
     loop {
-        // Lets one in that waits for a writer.
+        // This unblocks a log collector that waits for a writer in open(2).
         drop(open_to_write(&path));
         let is_closed = fifo::is_closed(&reader).unwrap_or(false);
         let has_unread = fifo::unread(&reader).is_ok_and(|count| count > 0);
@@ -119,32 +123,34 @@ async fn wait_for_the_late(path: String, reader: File) {
         pause = (pause * 2).min(Duration::from_millis(20));
     }
     drop(reader);
-    // It is done, or not there yet.
+    // The log collector is done, or has not opened the FIFO yet.
     if let Some(both) = end_or_hold(&path) {
         tokio::time::sleep_until(deadline).await;
         drop(both);
     }
 }
 
-/// Fails with ENXIO when nobody has it open for reading (fifo(7)).
+/// Opens a FIFO for writing. Fails with ENXIO if no process has it open for reading (fifo(7)).
 fn open_to_write(path: &str) -> io::Result<File> {
     File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
-/// Shows a reader that is there the end of the stream; for one that is not, both ends, to be held for a while.
+/// Lets a present reader see the end of the stream. If there is no reader yet, returns both ends of the FIFO, which the
+/// caller keeps open for a while.
 fn end_or_hold(path: &str) -> Option<File> {
     let nobody = open_to_write(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO));
     let both = || File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
     nobody.then(both)?.ok()
 }
 
-/// Write ends of a task's FIFOs, held over the end of one attempt until the next has opened them: Nomad's collector
-/// takes the last writer's end for the end of the stream, and would leave the next attempt without a reader.
+/// Write ends of a task's FIFOs, which are kept open from the end of one attempt until the next attempt has opened the
+/// FIFOs. Nomad's log collector regards the close by the last writer as the end of the stream, and would leave the next
+/// attempt without a reader.
 #[derive(Debug)]
-pub struct HeldOpen(#[allow(dead_code, reason = "held, never used")] Vec<File>);
+pub struct HeldOpen(#[allow(dead_code, reason = "kept open, never used")] Vec<File>);
 
 impl HeldOpen {
-    /// Holds what can be held. A FIFO that is gone or was replaced is the next attempt's business.
+    /// Opens the write ends that can be opened. A FIFO that is gone or was replaced is left to the next attempt.
     pub fn new(alloc_dir: &Path, stdout: &Path, stderr: &Path) -> Self {
         let hold = |path: &&Path| {
             let stream = open(alloc_dir, path).ok()?;
@@ -154,19 +160,20 @@ impl HeldOpen {
     }
 }
 
-/// A task that runs longer than this has not ended before its collector was there.
+/// The longest time that a log collector needs to open a task's FIFOs. A task that runs longer has not ended before
+/// that.
 const LATE_TASK: Duration = Duration::from_secs(2);
-/// A reader that is about to open its end has done so within this.
+/// The longest time that a reader needs to open its end of a FIFO.
 const LATE_READER: Duration = Duration::from_millis(500);
 
-/// Nothing was started: lets Nomad's collector see the end of both streams at once. It waits four seconds for somebody
-/// to open them otherwise. Must be called inside of a runtime.
+/// Lets Nomad's log collector see the end of both streams at once when a start has failed. Without that, the log
+/// collector waits four seconds for a writer. This must be called in the context of a tokio runtime.
 pub fn give_up(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     for path in [stdout, stderr] {
         let Ok(stream) = open(alloc_dir, path) else { continue };
         let Some(path) = stream.path() else { continue };
-        // No reader yet: we failed faster than the collector opens. Both ends held for a moment let it in, and their end
-        // is what it then sees.
+        // There is no reader yet: the start has failed before the log collector has opened the FIFO. Both ends are kept
+        // open for a moment, so that the log collector can open the FIFO, and then sees the end of the stream.
         if let Some(held) = end_or_hold(&path) {
             tokio::spawn(async move {
                 tokio::time::sleep(LATE_READER).await;
@@ -190,8 +197,8 @@ fn open(alloc_dir: &Path, path: &Path) -> Result<Stream, StdioError> {
         return Ok(Stream::Discard);
     }
     let failed = |source| StdioError::Open { path: path.to_owned(), source };
-    // Below the allocation's directory no symlink is followed at all. A harness may have its FIFOs elsewhere; there
-    // only the last component can be a trap.
+    // Below the allocation's directory no symlink is followed at all. A test harness may have its FIFOs elsewhere;
+    // there, only the last component is checked.
     let (root, below) = match path.strip_prefix(alloc_dir) {
         Ok(below) if !alloc_dir.as_os_str().is_empty() => (alloc_dir, below.as_os_str()),
         _ => (path.parent().unwrap_or(Path::new("/")), path.file_name().unwrap_or(OsStr::new("."))),

@@ -1,15 +1,16 @@
-//! What a shim's own version means for us.
+//! Checks the version of a shim's program.
 
 use std::{path::Path, process::Stdio, time::Duration};
 
 use crate::process::{async_command, bounded_output};
 
-/// Before it, shims hold one lock over Create: who shares one starts one task at a time (containerd's release notes).
+/// The first version that serves several Creates at a time. Earlier shims hold one lock over Create, so tasks that
+/// share a shim start one at a time (containerd's release notes).
 const PARALLEL: [u32; 3] = [2, 3, 2];
-/// It prints and goes.
+/// The timeout of the command that prints the version.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Says so when tasks that are to share a shim would queue at it.
+/// Logs a warning if the shim starts one task at a time, so that tasks which share it would queue.
 pub(super) async fn warn_of_queues(binary: &Path) {
     let mut command = async_command(binary);
     command.arg("-v").stdin(Stdio::null()).kill_on_drop(true);
@@ -19,13 +20,14 @@ pub(super) async fn warn_of_queues(binary: &Path) {
         let [major, minor, patch] = version;
         tracing::warn!(
             shim = %binary.display(),
-            "shim_scope: this shim has version {major}.{minor}.{patch} and starts one task at a time; tasks that share it \
-             queue. Use containerd-shim-runc-v2 2.3.2 or newer, or shim_scope = \"task\""
+            "shim_scope: this shim has version {major}.{minor}.{patch} and starts one task at a time; tasks that \
+             share it queue. Use containerd-shim-runc-v2 2.3.2 or newer, or shim_scope = \"task\""
         );
     }
 }
 
-/// Of `containerd-shim-runc-v2 -v`: a line `Version:  v2.3.1` or, of distributions, `1.6.20~ds1`.
+/// Parses the output of `containerd-shim-runc-v2 -v`, which has a line such as `Version:  v2.3.1`. Distributions have
+/// versions such as `1.6.20~ds1`.
 fn version(text: &str) -> Option<[u32; 3]> {
     let line = text.lines().find_map(|line| line.trim().strip_prefix("Version:"))?;
     let number = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok();

@@ -1,11 +1,12 @@
-//! The choice of a task's AppArmor profile: the job's option comes first, then the operator's, then what the host has.
+//! The choice of a task's AppArmor profile. The job's option comes first, then the operator's option, then what the
+//! host supports.
 
 use std::time::Duration;
 
 use super::{Engine, StartRequest, runtime::Runtime};
 use crate::rootfs::apparmor::{AppArmorError, Loader, ProfileName, Support};
 
-/// How long the fingerprint waits for a profile that is being loaded. The agent waits for the fingerprint.
+/// How long a fingerprint waits for a profile that is being loaded. The agent waits for the fingerprint.
 const FINGERPRINT: Duration = Duration::from_secs(2);
 
 /// The operator's option, as error messages name it.
@@ -65,8 +66,8 @@ enum Wanted<'a> {
     Named(&'a ProfileName),
 }
 
-/// Chooses between the job's option and the operator's. As in docker, a privileged task has no profile unless its job asks
-/// for one (moby/moby, daemon/oci_linux.go `WithApparmor`).
+/// Chooses between the job's option and the operator's. As in docker, a privileged task has no profile unless its job
+/// asks for one (moby/moby, daemon/oci_linux.go `WithApparmor`).
 fn wanted<'a>(request: &'a AppArmorRequest, privileged: bool, default: &'a AppArmorDefault) -> Wanted<'a> {
     match (request, default) {
         (AppArmorRequest::Unconfined, _) => Wanted::None,
@@ -79,8 +80,8 @@ fn wanted<'a>(request: &'a AppArmorRequest, privileged: bool, default: &'a AppAr
     }
 }
 
-/// Chooses the profile of a task and makes sure that it is loaded. A task without a profile keeps the agent's label, which
-/// usually is `unconfined`.
+/// Chooses the profile of a task and makes sure that it is loaded. A task without a profile keeps the agent's label,
+/// which usually is `unconfined`.
 ///
 /// # Errors
 /// When the profile can't be had.
@@ -100,8 +101,8 @@ pub(super) async fn of_task(
     outcome.map_err(|source| ProfileError { option, source })
 }
 
-/// runsc ignores profiles (google/gvisor, runsc/specutils `ValidateSpec`), and its sandbox has filters of its own. A job that
-/// asks for a profile is refused, since it would not get one.
+/// runsc ignores profiles (google/gvisor, runsc/specutils `ValidateSpec`), and its sandbox has filters of its own. A
+/// job that asks for a profile is refused, since it would not get one.
 fn in_sandbox(loader: &Loader, request: &AppArmorRequest, runtime: &str) -> Result<Option<ProfileName>, AppArmorError> {
     let profile = match request {
         AppArmorRequest::Unset | AppArmorRequest::Unconfined => return Ok(None),
@@ -116,7 +117,7 @@ async fn ready(loader: &Loader, wanted: Wanted<'_>) -> Result<Option<ProfileName
     match wanted {
         Wanted::None => Ok(None),
         Wanted::OwnWhereSupported => match loader.ensure().await {
-            // docker, too, takes a host without `apparmor_parser` for one without AppArmor (containerd/containerd,
+            // docker, too, treats a host without `apparmor_parser` as one without AppArmor (containerd/containerd,
             // pkg/apparmor `hostSupports`). Debian's kernel has AppArmor enabled even if the package is not installed.
             Err(AppArmorError::Unsupported { .. } | AppArmorError::NoParser(_)) => Ok(None),
             outcome => outcome.map(|()| Some(loader.name().clone())),
@@ -136,11 +137,11 @@ async fn ready(loader: &Loader, wanted: Wanted<'_>) -> Result<Option<ProfileName
     }
 }
 
-/// Hands the driver's own profile to the kernel, in the background, if it is the profile of this node's tasks.
+/// Loads the driver's own profile into the kernel in the background, if it is the profile of this node's tasks.
 pub(super) fn prepare(loader: Loader, default: AppArmorDefault) {
     match (default, loader.host().support(), loader.host().parser()) {
         (AppArmorDefault::Unconfined | AppArmorDefault::Named(_), ..) => {}
-        (_, Support::Disabled, _) => tracing::debug!("the kernel has no AppArmor"),
+        (_, Support::Disabled, _) => tracing::debug!("the kernel does not support AppArmor"),
         (_, support @ Support::NoSecurityFs, _) => {
             tracing::warn!(%support, "tasks run without an AppArmor profile, although the kernel has AppArmor");
         }
@@ -152,7 +153,10 @@ pub(super) fn prepare(loader: Loader, default: AppArmorDefault) {
         (_, Support::Enabled, Some(_)) => {
             tokio::spawn(async move {
                 if let Err(error) = loader.refresh().await {
-                    tracing::error!(error = %crate::chain(&error), "the AppArmor profile of this driver is not refreshed");
+                    tracing::error!(
+                        error = %crate::chain(&error),
+                        "could not refresh the AppArmor profile of this driver"
+                    );
                 }
             });
         }
@@ -160,8 +164,8 @@ pub(super) fn prepare(loader: Loader, default: AppArmorDefault) {
 }
 
 impl Engine {
-    /// Returns the profile of tasks whose job names none, or `unconfined`. If the driver's own profile was unloaded, this
-    /// loads it again.
+    /// Returns the profile of tasks whose job names none, or `unconfined`. If the driver's own profile was unloaded,
+    /// this loads it again.
     ///
     /// # Errors
     /// Says why such tasks can't be started.

@@ -1,5 +1,5 @@
-//! Who undoes a task: a guard, so that a task whose undoing is broken off by a panic is neither taken for ever nor counted
-//! for ever, but undone again.
+//! Guards that keep track of starts and teardowns. A teardown that a panic interrupts is queued again, instead of
+//! staying claimed and counted forever.
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
 
@@ -10,25 +10,25 @@ use super::{
     shared::{Hands, Leftover, Shared},
 };
 
-/// Somebody undoes this task. Dropped without [`Claim::settle`], it leaves the task to the next who comes: the reaper, or a
-/// new attempt.
+/// The guard of a teardown in progress. Dropped without [`TeardownGuard::finish`], it queues the teardown again, for
+/// the garbage collection or a new attempt of the task.
 pub(super) struct Claim {
     shared: Arc<Shared>,
     record: Record,
-    /// Is it one of the teardowns that are counted in `clearing`?
+    /// Is this teardown counted in `background_teardowns`?
     is_counted: bool,
     is_settled: bool,
 }
 
 impl Claim {
-    /// On a task that is nobody's yet.
+    /// Begins a new teardown, and adds it to the pending teardowns as in progress.
     pub(super) fn new(shared: &Arc<Shared>, record: &Record) -> Self {
         let leftover = Leftover { record: record.clone(), hands: Hands::Taken, shim: None };
         shared.leftovers().insert(record.task_id.clone(), leftover);
         Self::on(shared, record.clone())
     }
 
-    /// On a task that was marked as taken.
+    /// Guards a pending teardown that the caller has marked as in progress.
     pub(super) fn on(shared: &Arc<Shared>, record: Record) -> Self {
         Self { shared: shared.clone(), record, is_counted: false, is_settled: false }
     }
@@ -41,7 +41,7 @@ impl Claim {
         &self.record
     }
 
-    /// Its container is gone and whoever asked for that has the answer; from here on it is the background's.
+    /// Marks the teardown as running in the background: the container is gone, and the caller gets its answer.
     pub(super) fn is_clearing(&mut self) {
         if !std::mem::replace(&mut self.is_counted, true) {
             self.shared.clearing.send_modify(|count| *count += 1);
@@ -50,7 +50,7 @@ impl Claim {
         self.shared.leftovers().insert(self.record.task_id.clone(), leftover);
     }
 
-    /// Says how it went: the task is gone, or to be undone once more.
+    /// Reports the outcome: the task is gone, or its teardown is queued again.
     pub(super) fn settle(mut self, is_gone: bool) {
         self.is_settled = true;
         if is_gone {
@@ -64,7 +64,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if !self.is_settled {
-            tracing::error!(task = %self.record.task_id, "the undoing of a task was broken off; it is undone again later");
+            tracing::error!(task = %self.record.task_id, "the teardown of a task was interrupted; it is queued again");
             self.shared.keep(self.record.clone());
         }
         if self.is_counted {
@@ -73,7 +73,8 @@ impl Drop for Claim {
     }
 }
 
-/// A start that has something to undo. Dropped without [`Attempt::over`], as by a panic, it has the task undone.
+/// The guard of a start that has made something. Dropped without [`StartGuard::disarm`], as by a panic, it queues the
+/// task's teardown.
 pub(super) struct Attempt {
     shared: Arc<Shared>,
     record: Record,
@@ -81,12 +82,12 @@ pub(super) struct Attempt {
 }
 
 impl Attempt {
-    /// Whose record, or the name of whose container and shim, this is.
+    /// Guards the start that `record` describes, whether the record is on disk or not.
     pub(super) fn new(shared: &Arc<Shared>, record: &Record) -> Self {
         Self { shared: shared.clone(), record: record.clone(), is_over: false }
     }
 
-    /// The task runs, or was undone, or somebody is at that.
+    /// Ends the guard: the task runs, or its teardown was begun.
     pub(super) fn over(mut self) {
         self.is_over = true;
     }
@@ -95,13 +96,13 @@ impl Attempt {
 impl Drop for Attempt {
     fn drop(&mut self) {
         if !self.is_over {
-            tracing::error!(task = %self.record.task_id, "a start was broken off; what it has made is undone later");
+            tracing::error!(task = %self.record.task_id, "a start was interrupted; its teardown is queued");
             self.shared.keep(self.record.clone());
         }
     }
 }
 
-/// Runs work that goes on without anybody who waits for it; `None` when it has panicked, which is logged.
+/// Runs work of a detached task, and catches and logs a panic. Returns `None` if the work has panicked.
 pub(super) async fn caught<T>(what: &'static str, work: impl Future<Output = T>) -> Option<T> {
     match AssertUnwindSafe(work).catch_unwind().await {
         Ok(done) => Some(done),
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    #[allow(clippy::panic, reason = "what is tested")]
+    #[allow(clippy::panic, reason = "the test is about a panic")]
     async fn a_panic_is_caught_and_told_apart_from_an_answer() {
         assert_eq!(caught("work", async { 7 }).await, Some(7));
         assert_eq!(caught("work", async { panic!("on purpose") }).await, None::<()>);

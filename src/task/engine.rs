@@ -1,6 +1,6 @@
-//! All tasks of one plugin: who they are, what state they are in, and what can be asked of them.
+//! The engine: the map of all tasks of one plugin with their states, and the operations on them.
 //!
-//! The map is locked only to look things up. What takes time happens outside of it, per task.
+//! The map is locked only for lookups and updates. Slow work runs outside of that lock, per task.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -29,55 +29,54 @@ use crate::{
     shim::{Found, Held, Kill, stdio::HeldOpen},
 };
 
-/// Nomad kills a plugin 2 s after it has asked it to leave (go-plugin, `client.go`, `Kill`).
+/// How long a plugin that exits waits for runtime calls and teardowns. Nomad kills a plugin 2 s after it has asked the
+/// plugin to exit (go-plugin, `client.go`, `Kill`).
 const LAST_CALLS: Duration = Duration::from_millis(1500);
 
-/// Held by whoever starts or undoes an attempt of one allocation's task.
+/// The lock of one task of an allocation. A start or a teardown of one of the task's attempts holds it.
 type Turn = Arc<tokio::sync::Mutex<()>>;
 
 /// An allocation and the name of a task in it.
 pub(super) type Owner = (String, String);
 
-/// For how long an agent has been connected without a break; zero when none is.
+/// Returns for how long an agent has been connected without interruption; zero when no agent is connected.
 type Attended = Box<dyn Fn() -> Duration + Send + Sync>;
 
-/// What an engine is.
+/// The state of an engine; all clones of an [`Engine`] have it in common.
 pub(super) struct Inner {
     pub(super) shared: Arc<Shared>,
     pub(super) tasks: Mutex<HashMap<TaskId, Slot>>,
-    /// One at a time for each allocation and task: an attempt that is being made, or being undone.
+    /// For each task of an allocation, the lock that lets only one attempt at a time be started or torn down.
     pub(super) turns: Mutex<HashMap<Owner, Turn>>,
-    /// Log FIFOs of starts that an earlier instance left half made, until Nomad asks for them again.
+    /// The log FIFOs of starts that an earlier plugin did not complete. They are kept open until Nomad starts the tasks
+    /// again.
     pub(super) held: Mutex<HashMap<Owner, HeldOpen>>,
-    /// Tasks of the old driver whose containers could not be ended yet.
+    /// Tasks of nomad-driver-containerd whose containers could not be stopped yet.
     pub(super) former: Mutex<HashMap<Owner, FormerTask>>,
-    /// Permits for tasks that are being recovered.
+    /// Permits for recoveries, which limit how many run at a time.
     pub(super) recoveries: Semaphore,
     pub(super) opened: Instant,
     pub(super) attended: OnceLock<Attended>,
-    /// Tasks that this engine has nothing to do with, although their records lie where its own do. Their shims are held, so
-    /// that none is ended with another task of the same shim.
+    /// Tasks that this engine must not touch, although their records are in its directory. The engine holds their
+    /// shims, so that no shim is ended together with another task that shares it.
     pub(super) left_alone: Mutex<Vec<(Record, Held)>>,
     pub(super) _lock: Flock<File>,
 }
 
+/// The state of a task in the engine's map.
+
 #[derive(Clone)]
 pub(super) enum Slot {
-    /// StartTask is at work; the channel closes when it is done.
-    Starting {
-        stop: CancellationToken,
-        done: watch::Receiver<()>,
-    },
-    /// Its shim is being connected to; the channel closes when that is done.
-    Recovering {
-        record: Box<Record>,
-        done: watch::Receiver<()>,
-    },
+    /// StartTask is running; the channel closes when it is done.
+    Starting { stop: CancellationToken, done: watch::Receiver<()> },
+    /// The engine is recovering the task from an earlier plugin; the channel closes when that is done.
+    Recovering { record: Box<Record>, done: watch::Receiver<()> },
+    /// The task runs or has ended.
     Task(Arc<Task>),
 }
 
 impl Slot {
-    /// Its record; a start at work has none yet.
+    /// The task's record; `None` while the task is being started.
     pub(super) fn record(&self) -> Option<Record> {
         match self {
             Self::Task(task) => Some(task.record()),
@@ -87,20 +86,20 @@ impl Slot {
     }
 }
 
-/// What `InspectTask` tells.
+/// The answer to `InspectTask`.
 #[derive(Debug, Clone)]
 pub struct Inspection {
     /// The task's name.
     pub name: String,
-    /// When its process was started.
+    /// When the task's process was started.
     pub started_at: SystemTime,
-    /// How it ended, if it has.
+    /// How the task ended; `None` while it runs.
     pub exit: Option<ExitRecord>,
-    /// Where it is.
+    /// The task's record, with its container, shim and cgroup.
     pub record: Record,
-    /// Its process on the host.
+    /// The pid of the task's first process on the host.
     pub pid: u32,
-    /// How long the start's parts took.
+    /// How long each phase of the start took.
     pub phases: Phases,
 }
 
@@ -123,22 +122,23 @@ impl Engine {
         Arc::downgrade(&self.0)
     }
 
-    /// Says how to find out for how long an agent has been connected. Until then no agent is taken to be.
+    /// Sets the function that returns for how long an agent has been connected. Before this call, the engine assumes
+    /// that no agent is connected.
     pub fn watch_attendance(&self, attended: impl Fn() -> Duration + Send + Sync + 'static) {
         let _ = self.0.attended.set(Box::new(attended));
     }
 
-    /// For how long an agent has been connected without a break.
+    /// Returns for how long an agent has been connected without interruption; zero when no agent is connected.
     pub(super) fn attended_for(&self) -> Duration {
         self.0.attended.get().map_or(Duration::ZERO, |attended| attended())
     }
 
-    /// How long it has been open.
+    /// Returns how long ago the engine was opened.
     pub(super) fn age(&self) -> Duration {
         self.0.opened.elapsed()
     }
 
-    /// All tasks that run or have ended.
+    /// Returns all tasks that run or have ended, but none that is being started or recovered.
     pub(super) fn live(&self) -> Vec<(TaskId, Arc<Task>)> {
         let tasks = self.tasks();
         let live = tasks.iter().filter_map(|(id, slot)| match slot {
@@ -148,20 +148,20 @@ impl Engine {
         live.collect()
     }
 
-    /// Task events from now on.
+    /// Subscribes to the task events that happen from now on.
     pub fn listen(&self) -> tokio::sync::broadcast::Receiver<TaskEvent> {
         self.0.shared.events.listen()
     }
 
-    /// Who starts or undoes an attempt of this allocation's task holds this meanwhile.
+    /// Returns the lock of an allocation's task. A start or a teardown of one of the task's attempts holds the lock.
     pub(super) fn turn(&self, alloc_id: &str, name: &str) -> Turn {
         let mut turns = self.0.turns.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those that nobody holds or waits for any more.
+        // Locks that are neither held nor waited for are dropped.
         turns.retain(|_, turn| Arc::strong_count(turn) > 1);
         turns.entry((alloc_id.to_owned(), name.to_owned())).or_default().clone()
     }
 
-    /// The settings it was opened with.
+    /// The settings that the engine was opened with.
     pub fn settings(&self) -> &Settings {
         &self.0.shared.settings
     }
@@ -171,20 +171,21 @@ impl Engine {
         &self.0.shared.runtimes
     }
 
-    /// Is the shim's program there?
+    /// Is the shim's binary installed?
     pub fn shim_is_installed(&self) -> bool {
         crate::process::which(self.0.shared.pool.launcher().binary()).is_some()
     }
 
-    /// Starts shims ahead.
+    /// Fills the pool of idle shims in the background.
     pub fn warm_up(&self) {
         self.0.shared.pool.refill();
     }
 
-    /// Starts a task; it runs when this returns. A predecessor of the same allocation and name goes first.
+    /// Starts a task; it runs when this returns. An earlier attempt of the same task of the allocation is destroyed
+    /// first.
     ///
     /// # Errors
-    /// When it can't be started; nothing is left of it then.
+    /// When the task can't be started. Everything that the start has made is removed then.
     pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let outcome = Box::pin(self.start_uncounted(request)).await;
         if let Err(error) = &outcome {
@@ -207,7 +208,8 @@ impl Engine {
             Entry::Occupied(_) => return Err(TaskError::AlreadyStarted(id.0)),
         }
         let slot = Reserved { engine: self, id: &id, _done: tell };
-        // An agent that died may have left its own call at work; that attempt is finished first, and then replaced.
+        // A StartTask call of an agent that died may still be running. That attempt completes first, and is then
+        // replaced.
         let mut turn = Box::pin(self.turn(&request.alloc_id, &request.name).lock_owned());
         let _turn = tokio::select! {
             turn = &mut turn => turn,
@@ -227,7 +229,7 @@ impl Engine {
             task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,
             pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
-            released_us = phases.released.map(micros), start_us = phases.start.map(micros), "started"
+            released_us = phases.released.map(micros), start_us = phases.start.map(micros), "task started"
         );
         self.0.shared.events.tell_host(&record, format!("Started, process {}", run.process.pid));
         let (shim, image) = (Found::Alive(shim), Some(image));
@@ -246,10 +248,11 @@ impl Engine {
         Ok(handle)
     }
 
-    /// Waits until the task has ended: how. Any number may wait, before and after the end.
+    /// Waits until the task has ended, and returns how it ended. Any number of callers may wait, before and after the
+    /// end.
     ///
     /// # Errors
-    /// When it is unknown.
+    /// When the task is unknown.
     pub async fn wait(&self, id: &TaskId) -> Result<ExitRecord, TaskError> {
         let task = self.find(id).await?;
         let mut exit = task.exit.subscribe();
@@ -257,15 +260,17 @@ impl Engine {
         ended.ok().flatten().ok_or_else(|| TaskError::NotFound(id.clone()))
     }
 
-    /// Stops a task: `signal`, else what the image says, else SIGTERM; after `timeout` SIGKILL to all of it. Returns
-    /// when it has ended. One that has ended already, or is unknown, is fine: Nomad would retry an error for minutes.
+    /// Stops a task and returns when it has ended. The task's first process gets the signal `signal_name`; when that is
+    /// empty or unknown, the signal that the image names, or else SIGTERM. After `timeout`, all processes of the task
+    /// get SIGKILL. A task that has ended already or is unknown is no error, since Nomad would retry an error for
+    /// minutes.
     ///
     /// # Errors
-    /// When it survives SIGKILL.
+    /// When the task survives SIGKILL.
     pub async fn stop(&self, id: &TaskId, timeout: Duration, wanted: &str) -> Result<(), TaskError> {
         self.stop_starting(id).await;
         let Ok(task) = self.find(id).await else {
-            tracing::debug!(task = %id, "stop of a task that is not here");
+            tracing::debug!(task = %id, "the task to be stopped is unknown");
             return Ok(());
         };
         if task.has_ended() {
@@ -275,7 +280,7 @@ impl Engine {
         let number = match wanted {
             "" => record.stop_signal,
             name => signal::parse(name).unwrap_or_else(|error| {
-                tracing::warn!(task = %id, %error, "kill_signal; using the image's");
+                tracing::warn!(task = %id, %error, "the job's kill_signal is invalid; using the image's stop signal");
                 record.stop_signal
             }),
         };
@@ -288,12 +293,13 @@ impl Engine {
         if !timeout.is_zero() {
             let politely = async {
                 if let Err(error) = client.kill(name, number, Kill::Init).await {
-                    tracing::warn!(task = %id, %error, "the stop signal could not be sent");
+                    tracing::warn!(task = %id, %error, "could not send the stop signal to the task");
                 }
                 fault::point("stop.signalled");
                 exit.wait_for(Option::is_some).await.is_ok()
             };
-            // The time counts from the question: a shim that hangs is no reason to take longer.
+            // The timeout starts before the shim is asked to send the signal, so that a shim that hangs can't prolong
+            // it.
             if tokio::time::timeout(timeout, politely).await.is_ok() {
                 return Ok(());
             }
@@ -303,7 +309,8 @@ impl Engine {
         ended
     }
 
-    /// Gives up a start that is still at work, on a slow pull or with a runtime that hangs: true when there was one.
+    /// Cancels a start that is still running, for example because a pull is slow or a runtime hangs, and waits for its
+    /// end. Returns whether there was such a start.
     async fn stop_starting(&self, id: &TaskId) -> bool {
         let starting = match self.tasks().get(id) {
             Some(Slot::Starting { stop, done }) => Some((stop.clone(), done.clone())),
@@ -319,7 +326,7 @@ impl Engine {
     /// Sends a signal to the task's first process.
     ///
     /// # Errors
-    /// When the signal's name is unknown, or the task is or has ended.
+    /// When the signal's name is unknown, or the task is unknown or has ended.
     pub async fn signal(&self, id: &TaskId, name: &str) -> Result<(), TaskError> {
         let number = signal::parse(name)?;
         let task = self.find(id).await?;
@@ -333,7 +340,7 @@ impl Engine {
             .map_err(|source| TaskError::Shim { doing: "send the signal", source })
     }
 
-    /// Runs a further process in a task.
+    /// Starts a further process in a task.
     ///
     /// # Errors
     /// When the task is unknown or has ended, or the process can't be started.
@@ -343,27 +350,29 @@ impl Engine {
         let client = task.client.as_ref().filter(|_| !task.has_ended()).ok_or_else(ended)?;
         let (client, record, request) = (client.clone(), task.record(), request.clone());
         let places = self.0.shared.settings.places.clone();
-        // To its end, whatever becomes of the caller: a session that nobody takes is dropped, and that kills it.
+        // The start completes even if the caller goes away. A session without a caller is then dropped, which kills its
+        // process.
         let started = tokio::spawn(async move { exec::start(&client, &places, &record, &request).await }).await?;
         started.map_err(|error| {
-            // It may have ended while we asked.
+            // The task may have ended while the process was being started.
             if task.has_ended() { ended() } else { error.into() }
         })
     }
 
-    /// Removes a task and all it left. A running one must be forced.
+    /// Destroys a task: removes everything of it. A running task is killed first, but only with [`Force::Yes`].
     ///
     /// # Errors
-    /// When it is unknown, or runs and is not forced, or something of it can't be removed. The latter is tried again in
-    /// the background: Nomad never asks twice.
+    /// When the task is unknown, when it runs and `force` is [`Force::No`], or when something of it can't be removed. A
+    /// removal that failed is retried in the background, since Nomad calls DestroyTask only once.
     pub async fn destroy(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
         let interrupted = force == Force::Yes && self.stop_starting(id).await;
         let outcome = match self.destroy_once(id, force).await {
-            // The start that was given up has left nothing.
+            // The start that was cancelled has removed everything that it had made.
             Err(TaskError::NotFound(_)) if interrupted => return Ok(()),
             outcome => outcome,
         };
-        // Killed in vain, and so still in the map; everything else is kept as a leftover and tried again from there.
+        // A task that could not be killed is still in the map, and is retried here. Any other failure leaves a pending
+        // teardown, which has its own retries.
         if force == Force::Yes && outcome.is_err() && self.find(id).await.is_ok() {
             let (engine, id) = (self.clone(), id.clone());
             tokio::spawn(async move {
@@ -371,7 +380,9 @@ impl Engine {
                     tokio::time::sleep(pause).await;
                     match engine.destroy_once(&id, Force::Yes).await {
                         Ok(()) | Err(TaskError::NotFound(_)) => return,
-                        Err(error) => tracing::warn!(task = %id, error = %crate::chain(&error), "destroy, once more"),
+                        Err(error) => {
+                            tracing::warn!(task = %id, error = %crate::chain(&error), "could not destroy the task");
+                        }
                     }
                 }
             });
@@ -382,7 +393,7 @@ impl Engine {
     async fn destroy_once(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
         let task = match self.find(id).await {
             Ok(task) => task,
-            // Somebody may be at it: the answer is theirs.
+            // A teardown that is queued is run here; one that is in progress is waited for. Its outcome is the answer.
             Err(_) if matches!(self.0.shared.hands_on(id), Some(Hands::Free | Hands::Taken)) => {
                 return self.outlast_leftover(id, &CancellationToken::new()).await;
             }
@@ -391,35 +402,37 @@ impl Engine {
         if force == Force::No && !task.has_ended() {
             return Err(TaskError::StillRunning(id.clone()));
         }
-        // Nomad never asks twice: from here on the next instance of us would go on with it.
+        // Nomad calls DestroyTask only once. With this state in the record, the next plugin would complete the
+        // teardown.
         task.set_state(&self.0.shared, RecordState::Destroying);
         fault::point("destroy.marked");
-        // Whoever comes second waits here, and then finds nothing to do.
+        // A concurrent second call waits here, and then finds that the task is destroyed.
         let mut shim = task.shim.lock().await;
         if shim.is_some()
             && !task.has_ended()
             && let Some(client) = &task.client
         {
-            // Waiters get their answer before the task is forgotten.
+            // WaitTask calls get their answer before the task is removed from the map.
             task.end_by_force(&self.0.shared, id, client).await?;
             fault::point("destroy.killed");
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
-        // Whatever becomes of the undoing: from here on the task is among what is to be undone.
+        // From here on the task is a pending teardown, so that it leaves the map however the teardown ends.
         let _forgotten = Forgotten { engine: self, id };
         undo_soon(&self.0.shared, &task.record(), shim).await
     }
 
+    /// Runs the pending teardown of a task. Returns `None` when there is none, or when another caller runs it already.
     pub(super) async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
         let claim = self.0.shared.take_leftover(id)?;
         let shim = find_shim(&self.0.shared, claim.record()).await;
         Some(undo_or_keep(claim, shim).await)
     }
 
-    /// What is known of a task.
+    /// Returns what is known of a task.
     ///
     /// # Errors
-    /// When it is unknown.
+    /// When the task is unknown.
     pub async fn inspect(&self, id: &TaskId) -> Result<Inspection, TaskError> {
         let task = self.find(id).await?;
         let record = task.record();
@@ -434,7 +447,7 @@ impl Engine {
         })
     }
 
-    /// Numbers about the driver, in Prometheus' text format.
+    /// Returns the driver's metrics in Prometheus' text format.
     pub fn metrics(&self) -> String {
         let mut gauges = Gauges {
             leftovers: self.leftovers().len(),
@@ -452,22 +465,23 @@ impl Engine {
         self.0.shared.metrics.render(gauges)
     }
 
-    /// Lets the calls to runtimes that are at work end, and makes none afterwards. What takes too long is cut off, and the
-    /// next plugin completes it.
+    /// Waits for the runtime calls that are in progress, and allows no further ones. A call that takes too long is cut
+    /// off when the plugin exits, and the next plugin completes it.
     pub async fn finish_calls(&self) {
         if !self.0.shared.pool.launcher().calls().finish(LAST_CALLS).await {
             tracing::warn!(
                 limit_ms = LAST_CALLS.as_millis(),
-                "a call to a runtime has not ended while the plugin leaves; the next plugin completes it"
+                "a runtime call did not end before the plugin exits; the next plugin completes it"
             );
         }
     }
 
-    /// Ends what only we use: the idle shims, once tasks that are gone are cleared away. Other tasks go on.
+    /// Closes the engine: waits for the teardowns in the background, and ends what only this plugin uses, such as the
+    /// idle shims. Running tasks go on.
     pub async fn close(&self) {
         let teardowns = async {
             if tokio::time::timeout(LAST_CALLS, self.0.shared.all_cleared()).await.is_err() {
-                tracing::warn!("tasks that are gone are not all cleared away; the next plugin goes on with that");
+                tracing::warn!("teardowns of destroyed tasks are still in progress; the next plugin completes them");
             }
         };
         tokio::join!(self.finish_calls(), teardowns, self.0.shared.pool.close());
@@ -479,11 +493,16 @@ impl Engine {
         self.settings().places.leave_uppers();
     }
 
+    /// Returns the task, after its recovery if it is being recovered.
+    ///
+    /// # Errors
+    /// When the task is unknown, or is being started.
     pub(super) async fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {
         self.settled(id).await.ok_or_else(|| TaskError::NotFound(id.clone()))
     }
 
-    /// The task, once it is known how it is; that takes as long as its shim needs to answer, and has a deadline.
+    /// Returns the task, after its recovery if it is being recovered; `None` when it is unknown or is being started.
+    /// The wait takes as long as the task's shim needs to answer, and is bounded by the deadlines of those calls.
     pub(super) async fn settled(&self, id: &TaskId) -> Option<Arc<Task>> {
         loop {
             let mut done = match self.tasks().get(id)? {
@@ -492,7 +511,7 @@ impl Engine {
                 Slot::Starting { .. } => return None,
             };
             while done.changed().await.is_ok() {}
-            // Whoever closes it has put something else into the map before.
+            // The recovery changes the map before it closes the channel.
             tokio::task::yield_now().await;
         }
     }
@@ -525,13 +544,13 @@ impl Engine {
 /// `DestroyTask`'s flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Force {
-    /// Kill it first.
+    /// A running task is killed first.
     Yes,
-    /// Refuse when it runs.
+    /// The call is refused when the task runs.
     No,
 }
 
-/// Takes a task out of the map when it is dropped.
+/// A guard that removes a task from the map when it is dropped.
 struct Forgotten<'a> {
     engine: &'a Engine,
     id: &'a TaskId,
@@ -543,7 +562,8 @@ impl Drop for Forgotten<'_> {
     }
 }
 
-/// A task id that is being started; freed when the start fails.
+/// A guard of the map's entry of a start. Dropped without [`Self::fill`], it removes the entry, since the start has
+/// failed.
 struct Reserved<'a> {
     engine: &'a Engine,
     id: &'a TaskId,
@@ -551,6 +571,7 @@ struct Reserved<'a> {
 }
 
 impl Reserved<'_> {
+    /// Replaces the entry by the task that was started.
     fn fill(self, task: Arc<Task>) {
         self.engine.tasks().insert(self.id.clone(), Slot::Task(task));
     }

@@ -1,4 +1,4 @@
-//! What users see of a task in `nomad alloc status`, besides its states.
+//! Events of tasks, which users see in `nomad alloc status` along with a task's states.
 
 use std::{collections::HashMap, time::SystemTime};
 
@@ -10,35 +10,35 @@ use crate::{
     text::{self, FOREIGN_MAX, MESSAGE_MAX},
 };
 
-/// One event. Only the newest ten of a task are kept by Nomad, so they are sparse.
+/// One event of a task. Nomad keeps only the newest ten of a task, so events are sparse.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskEvent {
-    /// The task.
+    /// The id of the attempt.
     pub task_id: TaskId,
-    /// Its allocation.
+    /// The id of its allocation.
     pub alloc_id: String,
-    /// Its name.
+    /// The task's name.
     pub task_name: String,
-    /// When.
+    /// When it happened.
     pub at: SystemTime,
     /// What happened.
     pub message: String,
-    /// Details.
+    /// Further details.
     pub annotations: HashMap<String, String>,
-    /// Who is told.
+    /// Who receives the event.
     pub audience: Audience,
 }
 
-/// Who hears of an event.
+/// Who receives an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Audience {
-    /// Nomad's users, too.
+    /// Nomad's users and the listeners on this host.
     Everybody,
-    /// Only who listens on this host: Nomad tells it by itself.
+    /// Only the listeners on this host, because Nomad reports the same by itself.
     Host,
 }
 
-/// Hands events to whoever listens. Nobody is waited for: a slow listener misses the oldest.
+/// Distributes events to all listeners. Sending never waits: a slow listener misses the oldest events.
 #[derive(Debug, Clone)]
 pub struct EventHub(broadcast::Sender<TaskEvent>);
 
@@ -49,20 +49,21 @@ impl Default for EventHub {
 }
 
 impl EventHub {
-    /// Tells all who listen; without listeners it is lost, as Nomad's contract has it. Its texts are cut and escaped here:
-    /// they may hold words of images, registries and runtimes.
+    /// Sends an event to all listeners. Without listeners the event is lost, which Nomad's contract permits. The
+    /// event's texts are truncated and escaped here, because they may contain strings from images, registries and
+    /// runtimes.
     pub fn tell(&self, mut event: TaskEvent) {
         event.message = text::shown(&event.message, MESSAGE_MAX);
         event.annotations.values_mut().for_each(|value| *value = text::shown(value, FOREIGN_MAX));
         let _ = self.0.send(event);
     }
 
-    /// Tells who listens on this host what became of a task.
+    /// Sends an event about a task to the listeners on this host.
     pub fn tell_host(&self, record: &Record, message: String) {
         self.tell_of(record, message, Audience::Host);
     }
 
-    /// Tells everybody of this audience what became of a task.
+    /// Sends an event about a task to this audience.
     pub fn tell_of(&self, record: &Record, message: String, audience: Audience) {
         self.tell(TaskEvent {
             task_id: record.task_id.clone(),
@@ -75,7 +76,7 @@ impl EventHub {
         });
     }
 
-    /// Listens from now on.
+    /// Returns a receiver of all events from now on.
     pub fn listen(&self) -> broadcast::Receiver<TaskEvent> {
         self.0.subscribe()
     }

@@ -1,5 +1,7 @@
-//! Further processes in a running task: with the task's user, directory, environment, capabilities and limits, since
-//! their description is the task's own with another command in it. Needs the task's record and its shim, no engine.
+//! Further processes in a running task (`nomad alloc exec`).
+//!
+//! The description of such a process is the task's own with another command in it, so the process has the task's user,
+//! directory, environment, capabilities and limits. This module needs the task's record and its shim, but no engine.
 
 use std::{
     fs, io,
@@ -20,45 +22,47 @@ use crate::{
     text::quoted,
 };
 
-/// SIGKILL works at once, or the process hangs in the kernel.
+/// How long the end of a process is waited for after SIGKILL. SIGKILL works at once, or the process hangs in the
+/// kernel.
 const KILLED: Duration = Duration::from_secs(10);
 
-/// Ten times this is more than a process needs to be gone that has let go of its lock.
+/// How often the owner of an exec'd process is checked while it may be about to exit, ten times at most. Ten times this
+/// interval is more than a plugin needs to exit once it has released its lock.
 const GOING: Duration = Duration::from_millis(10);
 
-/// Why a process can't be run in a task.
+/// A process can't be run in a task.
 #[derive(Debug, thiserror::Error)]
 pub enum ExecError {
-    /// Nothing to run.
+    /// The request has no command.
     #[error("exec: the command is empty")]
     Empty,
-    /// A string that the kernel does not take.
+    /// The kernel does not accept a string of the command or its environment.
     #[error("exec")]
     String(#[from] StringError),
-    /// The task's own description.
+    /// A file of the task's bundle can't be used: its description, or the marker of the process.
     #[error("exec: {path}")]
     Bundle {
-        /// Its file.
+        /// The file.
         path: PathBuf,
-        /// Why it can't be used.
+        /// The error of the file system.
         source: io::Error,
     },
-    /// Descriptors have run out.
-    #[error("exec: pipes")]
+    /// The pipes of the process can't be set up, usually because there are no descriptors left.
+    #[error("exec: can't set up the pipes of the process")]
     Pipes(#[source] io::Error),
-    /// The shim or the runtime.
+    /// The shim or the runtime failed.
     #[error("exec {}", quoted(.command))]
     Shim {
-        /// What was to be run.
+        /// The command that was to be run.
         command: String,
-        /// Their words.
+        /// The error of the shim or the runtime.
         source: ShimError,
     },
 }
 
 impl ExecError {
-    /// The exit code that shells and docker give when the runtime refuses a command: 127 for one that is not there, 126
-    /// for one that can't be run. None when it is not the command's fault.
+    /// Returns the exit code that shells and docker use when the runtime refuses a command: 127 for a command that does
+    /// not exist, 126 for one that can't be run. `None` if the command is not at fault.
     pub fn exit_code(&self) -> Option<i32> {
         match self {
             Self::Shim { source: ShimError::Refused { message, .. }, .. } => Some(refusal_code(message).unwrap_or(126)),
@@ -68,7 +72,8 @@ impl ExecError {
     }
 }
 
-/// What a runtime's words say of a command: 127 when it is not there, 126 when it may not be run.
+/// Derives an exit code from the message of a runtime that refused a command: 127 if the command does not exist, 126 if
+/// it may not be run. `None` if the message says neither.
 pub fn refusal_code(message: &str) -> Option<i32> {
     let missing = ["no such file or directory", "not found in $PATH", "executable file not found", "executable file `"];
     if message.to_ascii_lowercase().contains("permission denied") {
@@ -78,27 +83,27 @@ pub fn refusal_code(message: &str) -> Option<i32> {
     }
 }
 
-/// What is to be run.
+/// A request to run a process in a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecRequest {
-    /// Program and arguments.
+    /// The program and its arguments.
     pub command: Vec<String>,
-    /// Give it a terminal?
+    /// Whether the process gets a terminal.
     pub terminal: bool,
-    /// Will there be input?
+    /// Whether the process gets input.
     pub stdin: bool,
 }
 
-/// A process that was started, and its streams.
+/// A process that was started in a task, and its streams.
 #[derive(Debug)]
 pub struct Session {
     /// The process.
     pub exec: Exec,
-    /// Our ends of its streams.
+    /// This side's ends of the process's streams.
     pub io: ExecIo,
 }
 
-/// A process that was started. Dropped before `finish`, it is killed, and what it has started with it.
+/// A process that was started in a task. If it is dropped before `finish`, the process and its descendants are killed.
 #[derive(Debug)]
 pub struct Exec {
     client: Client,
@@ -108,10 +113,10 @@ pub struct Exec {
     over: bool,
 }
 
-/// Starts a process in the task of `record`, whose shim is `client`.
+/// Starts a process in the task of `record`. `client` is connected to the task's shim.
 ///
 /// # Errors
-/// When it can't be started; nothing is left of it then.
+/// When the process can't be started. Nothing is left of it then.
 pub async fn start(
     client: &Client,
     places: &Places,
@@ -130,7 +135,7 @@ pub async fn start(
     KernelLimits::of_this_process().check_process(&process)?;
     let pipes = ExecPipes::new(request.stdin, request.terminal).map_err(ExecError::Pipes)?;
     let [stdin, stdout, stderr] = pipes.paths();
-    // Noted first: whatever becomes of us, our successor finds it.
+    // The marker is written first: if this plugin dies, the next one finds the process by it.
     let (exec_id, execs) = (random_hex(8), places.execs(&record.container_id));
     let marker = execs.join(&exec_id);
     let owner = ProcessId::of(std::process::id()).ok();
@@ -160,7 +165,8 @@ pub async fn start(
             return Err(ExecError::Shim { command: command.clone(), source });
         }
         Err(source) => {
-            // Late: it may still be run, and open the pipes by the numbers they have here.
+            // The shim may still run the process, which then opens the pipes by the descriptor numbers that they have
+            // in this process. So the pipes stay open until the process is killed.
             tokio::spawn(async move {
                 exec.kill().await;
                 drop(pipes);
@@ -171,22 +177,23 @@ pub async fn start(
     if let Ok(process) = ProcessId::of(pid)
         && let Err(error) = write_whole(&exec.marker, &note(Some(process)))
     {
-        tracing::warn!(path = %exec.marker.display(), %error, "an exec'd process is not noted");
+        tracing::warn!(path = %exec.marker.display(), %error, "could not write an exec'd process's pid to its marker");
     }
     set_oom_score(pid, oom_score);
     let io = pipes.handed_over().map_err(ExecError::Pipes)?;
     Ok(Session { exec, io })
 }
 
-/// Gives a process of a task its score. Runtimes leave some as the shim's, which is the agent's and one more: crun before
-/// 1.9 a task's own where it is 0, both an exec'd process's. An agent is often protected; its tasks must not be.
+/// Sets the `oom_score_adj` of a task's process, because runtimes leave some processes with the shim's value, which is
+/// the agent's plus one: crun before 1.9 does so with a task's first process if the task's value is 0, and both crun
+/// and runc with exec'd processes. An agent is often protected from the OOM killer; its tasks must not be.
 pub(super) fn set_oom_score(pid: u32, score: i64) {
     if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
-        tracing::debug!(pid, %error, "oom_score_adj; it has ended, most likely");
+        tracing::debug!(pid, %error, "could not set oom_score_adj of a process, which most likely has ended");
     }
 }
 
-/// As `start`, for somebody who has no engine.
+/// Does the same as `start` for callers that have no engine, such as the command line.
 ///
 /// # Errors
 /// When the task's shim can't be reached, or the process can't be started.
@@ -196,7 +203,8 @@ pub async fn start_alone(places: &Places, record: &Record, request: &ExecRequest
     start(&client, places, record, request).await
 }
 
-/// Sends a signal to a task's first process, or kills all of it; for somebody who has no engine.
+/// Sends a signal to a task's first process or, without a signal, kills all processes of the task. For callers that
+/// have no engine, such as the command line.
 ///
 /// # Errors
 /// When the task's shim can't be reached or refuses.
@@ -211,21 +219,21 @@ async fn reach(places: &Places, record: &Record) -> Result<Client, ShimError> {
     Client::connect(&places.shim(&record.shim).join("sock"), None).await
 }
 
-/// What is to be run.
+/// The description of a process that is to be run in a task.
 struct Described {
-    /// OCI's process, as JSON.
+    /// The `process` object of the OCI runtime specification, as JSON.
     spec: Vec<u8>,
     oom_score: i64,
 }
 
-/// The task's own process with another command.
+/// Describes the task's own process with another command.
 fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Described> {
     let mut config: Value = serde_json::from_slice(config)?;
     let mut process = config["process"].take();
     process["args"] = json!(request.command);
     process["terminal"] = json!(request.terminal);
     if let Some(fields) = process.as_object_mut() {
-        // Its parents' lines are the task's own.
+        // These describe the task's own command and terminal.
         fields.remove("commandLine");
         fields.remove("consoleSize");
     }
@@ -239,37 +247,37 @@ fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Describe
 }
 
 impl Exec {
-    /// Waits for its end.
+    /// Waits for the end of the process.
     ///
     /// # Errors
-    /// When the shim dies first.
+    /// When the shim dies before the process.
     pub async fn wait(&self) -> Result<Exit, ShimError> {
         self.client.wait_exec(self.container.as_str(), &self.exec_id).await
     }
 
-    /// Sets its terminal's size.
+    /// Sets the size of the process's terminal.
     ///
     /// # Errors
-    /// With the shim's words.
+    /// When the shim refuses.
     pub async fn resize(&self, size: WindowSize) -> Result<(), ShimError> {
         self.client.resize_exec(self.container.as_str(), &self.exec_id, size).await
     }
 
-    /// Lets it see the end of its input; our end of the pipe must be closed first.
+    /// Lets the process see the end of its input. The caller must close this side's end of the pipe before.
     ///
     /// # Errors
-    /// With the shim's words.
+    /// When the shim refuses.
     pub async fn close_input(&self) -> Result<(), ShimError> {
         self.client.close_exec_input(self.container.as_str(), &self.exec_id).await
     }
 
-    /// Ends it, with all that it has started.
+    /// Kills the process and its descendants.
     pub async fn kill(mut self) {
         self.over = true;
         end(&self.client, &self.container, &self.exec_id, &self.marker).await;
     }
 
-    /// It has ended and its output was read: nothing of it is kept. Its own children may go on, in the task.
+    /// Removes all traces of a process that has ended and whose output was read. Its children may run on in the task.
     pub async fn finish(mut self) {
         self.forget().await;
     }
@@ -287,24 +295,25 @@ impl Drop for Exec {
         }
         let (client, container) = (self.client.clone(), self.container.clone());
         let (exec_id, marker) = (self.exec_id.clone(), self.marker.clone());
-        // Outside of a runtime we are leaving, and our successor does it.
+        // Without a tokio runtime this plugin is shutting down, and the next one kills the process.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move { end(&client, &container, &exec_id, &marker).await });
         }
     }
 }
 
-/// Notes of processes that somebody else than this process has had run in a task.
+/// Lists the markers of the processes that were exec'd in a task: `execs` is their directory. Called before this plugin
+/// runs any, it returns those of other owners.
 ///
 /// # Errors
-/// When they can't be listed.
+/// When the directory can't be listed.
 pub fn abandoned(execs: &Path) -> Result<Vec<PathBuf>, PlacesError> {
     Ok(names(execs)?.into_iter().map(|marker| execs.join(marker)).collect())
 }
 
-/// Ends the processes of these notes whose owners are gone: an earlier instance of us, most likely. Notes that could not be
-/// listed are listed again later; those of this process, which may be there by then, have an owner that lives. `shim` is the
-/// process of the task's shim.
+/// Kills the processes of these markers whose owners are gone, most likely earlier plugins. Markers that could not be
+/// listed are listed again later. By then there may be markers of this process, but their owner is alive. `shim` is the
+/// pid of the task's shim.
 pub async fn end_abandoned(
     client: Client,
     shim: u32,
@@ -317,13 +326,21 @@ pub async fn end_abandoned(
         match (listed, pauses.next()) {
             (Ok(markers), _) => break markers,
             (Err(error), Some(pause)) => {
-                tracing::warn!(%container, error = %crate::chain(&error), "the notes of exec'd processes are listed again later");
+                tracing::warn!(
+                    %container,
+                    error = %crate::chain(&error),
+                    "could not list the markers of exec'd processes; trying again later"
+                );
                 tokio::time::sleep(pause).await;
                 listed = abandoned(&execs);
             }
             (Err(error), None) => {
                 let error = crate::chain(&error);
-                return tracing::error!(%container, error, "processes that were exec'd for an earlier plugin may go on");
+                return tracing::error!(
+                    %container,
+                    error,
+                    "could not list the markers of exec'd processes; those of an earlier plugin may keep running"
+                );
             }
         }
     };
@@ -332,23 +349,25 @@ pub async fn end_abandoned(
             continue;
         }
         let exec_id = marker.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        tracing::info!(%container, exec_id, "ends what was exec'd for somebody who is gone");
+        tracing::info!(%container, exec_id, "killing an exec'd process whose owner is gone");
         match unknown_to_shim(&marker, shim) {
             Ok(unknown) => {
                 end(&client, &container, &exec_id, &marker).await;
                 unknown.iter().for_each(|process| process.signal(libc::SIGKILL));
             }
-            // The note stays, by which the next plugin ends it.
-            Err(error) => tracing::warn!(%container, exec_id, %error, "an exec that was cut off can't be looked for"),
+            // The marker stays, so that the next plugin can kill the process.
+            Err(error) => {
+                tracing::warn!(%container, exec_id, %error, "could not look for the process of an interrupted exec");
+            }
         }
     }
 }
 
-/// The processes of an exec that was cut off after its process was there: the shim has killed the runtime, and does not
-/// know of the process.
+/// Finds the processes of an exec that was interrupted after its process had been created: the shim has killed the
+/// runtime, and does not know the process.
 ///
 /// # Errors
-/// When they can't be found.
+/// When the marker, the pid file or `/proc` can't be read.
 fn unknown_to_shim(marker: &Path, shim: u32) -> io::Result<Vec<PidFd>> {
     if noted(marker)?.process.is_some() {
         return Ok(Vec::new());
@@ -357,7 +376,7 @@ fn unknown_to_shim(marker: &Path, shim: u32) -> io::Result<Vec<PidFd>> {
     let text = unless_vanished(fs::read_to_string(path))?;
     let Some(pid) = text.and_then(|text| text.trim().parse().ok()) else { return Ok(Vec::new()) };
     let Some(process) = unless_vanished(PidFd::open(pid))? else { return Ok(Vec::new()) };
-    // A pid may have been reused: an exec'd process is a child of its shim, which inherits the children of runtimes.
+    // The pid may have been reused. An exec'd process is a child of its shim, which inherits the children of runtimes.
     if unless_vanished(parent_of(pid))? != Some(shim) {
         return Ok(Vec::new());
     }
@@ -366,28 +385,29 @@ fn unknown_to_shim(marker: &Path, shim: u32) -> io::Result<Vec<PidFd>> {
     Ok(found)
 }
 
-/// Where a runtime writes the pid of an exec'd process, as its last act: in the task's bundle (containerd,
-/// `cmd/containerd-shim-runc-v2/process/exec.go`).
+/// Returns the file in the task's bundle to which a runtime writes the pid of an exec'd process, as its last act
+/// (containerd, `cmd/containerd-shim-runc-v2/process/exec.go`).
 fn pid_file(marker: &Path) -> Option<PathBuf> {
     let name = marker.file_name()?.to_str()?;
     Some(marker.parent()?.parent()?.join(format!("{name}.pid")))
 }
 
-/// What is noted of an exec'd process.
+/// The content of the marker file of an exec'd process.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Marker {
-    /// Who has it run: a plugin, or somebody at the command line.
+    /// The process that requested the exec: a plugin, or a command line.
     owner: Option<ProcessId>,
-    /// The process, once it runs.
+    /// The exec'd process, once it runs.
     process: Option<ProcessId>,
-    /// How it is found in its sandbox, where that is gVisor's: on the host there is only a runsc that waits for it.
+    /// How the process is found in its sandbox if the task runs in gVisor. On the host there is only a runsc that waits
+    /// for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sandbox: Option<InSandbox>,
 }
 
-/// A reader sees the old text or the new one, never half of one.
+/// Writes a marker. A reader sees the old text or the new one, never a part of one.
 fn write_whole(marker: &Path, text: &str) -> io::Result<()> {
-    // Beside the directory, which is listed for markers.
+    // The draft is not in the directory itself, which is listed for markers.
     let name = marker.file_name().unwrap_or_default().to_string_lossy();
     let draft = marker.with_file_name("..").join(format!("exec-{name}.tmp"));
     write_private(&draft, text.as_bytes())?;
@@ -398,10 +418,10 @@ fn read_marker(marker: &Path) -> io::Result<Marker> {
     serde_json::from_slice(&fs::read(marker)?).map_err(Into::into)
 }
 
-/// What is noted; nothing where the note is gone or torn.
+/// Reads a marker. A marker that is gone or torn is an empty one.
 ///
 /// # Errors
-/// When the note can't be read just now.
+/// When the marker can't be read at the moment.
 fn noted(marker: &Path) -> io::Result<Marker> {
     match read_marker(marker) {
         Err(error) if is_passing(&error) => Err(error),
@@ -409,21 +429,22 @@ fn noted(marker: &Path) -> io::Result<Marker> {
     }
 }
 
-/// Is whoever had it run surely gone? A plugin that has just given way to us is about to be.
+/// Says whether the owner of a marker is surely gone. It waits a moment for the owner to exit, because a plugin that
+/// has just handed over to this one is about to.
 async fn is_abandoned(marker: &Path) -> bool {
     for _ in 0..10 {
         match read_marker(marker) {
-            // Over already.
+            // The exec is over already.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
             Ok(marker) if marker.owner.is_none_or(|owner| owner.is_gone()) => return true,
-            // Its owner lives, or can't be looked at just now.
+            // The owner lives, or can't be checked at the moment.
             _ => tokio::time::sleep(GOING).await,
         }
     }
     false
 }
 
-/// Kills an exec'd process with all that it has started, and forgets it.
+/// Kills an exec'd process and its descendants, and removes its traces.
 async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
     let looked = noted(marker);
     if let Ok(Marker { sandbox: Some(sandbox), .. }) = &looked {
@@ -443,20 +464,21 @@ async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &P
     let family = family.map(|family| family.iter().for_each(|member| member.signal(libc::SIGKILL)));
     match (killed, family) {
         (Ok(()) | Err(ShimError::Gone { .. }), Ok(())) => forget(client, container, exec_id, marker).await,
-        // The note stays, by which the next plugin ends them.
-        (Err(error), _) => tracing::warn!(%container, exec_id, %error, "an exec'd process can't be killed"),
+        // The marker stays, so that the next plugin can kill them.
+        (Err(error), _) => tracing::warn!(%container, exec_id, %error, "could not kill an exec'd process"),
         (_, Err(error)) => {
-            tracing::warn!(%container, exec_id, %error, "what an exec'd process has started can't be found");
+            tracing::warn!(%container, exec_id, %error, "could not find the descendants of an exec'd process");
         }
     }
 }
 
-/// Does this very process still live?
+/// Says whether this very process still lives: its pid and its start time are the same.
 fn is_alive(process: &ProcessId) -> io::Result<bool> {
     Ok(unless_vanished(ProcessId::of(process.pid))?.is_some_and(|now| now == *process))
 }
 
-/// What a process has started, each surely so at the time it was looked at.
+/// Opens the descendants of a process. Each of them was a descendant after its pidfd had been opened, so none is an
+/// unrelated process with a reused pid.
 fn family(pid: u32) -> io::Result<Vec<PidFd>> {
     let mut opened = Vec::new();
     for pid in descendants(pid)?.into_iter().skip(1) {
@@ -470,23 +492,25 @@ async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker:
     match client.delete_exec(container.as_str(), exec_id).await {
         Ok(()) | Err(ShimError::Gone { .. }) => {}
         Err(error) => {
-            return tracing::warn!(%container, exec_id, %error, "the shim keeps an exec'd process in mind");
+            return tracing::warn!(%container, exec_id, %error, "the shim could not delete an exec'd process");
         }
     }
     match noted(marker) {
         Ok(noted) => noted.sandbox.iter().for_each(InSandbox::forget),
-        Err(error) => tracing::debug!(path = %marker.display(), %error, "its pid in the sandbox stays noted"),
+        Err(error) => {
+            tracing::debug!(path = %marker.display(), %error, "could not read a marker; its sandbox's pid file stays");
+        }
     }
-    // Shims leave it, one for each exec.
+    // Shims leave this file behind, one for each exec.
     if let Some(path) = pid_file(marker)
         && let Err(error) = fs::remove_file(&path)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %path.display(), %error, "the pid file of an exec'd process can't be removed");
+        tracing::warn!(path = %path.display(), %error, "could not remove the pid file of an exec'd process");
     }
     match fs::remove_file(marker) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %marker.display(), %error, "note of an exec'd process");
+            tracing::warn!(path = %marker.display(), %error, "could not remove the marker of an exec'd process");
         }
         _ => {}
     }

@@ -1,7 +1,7 @@
-//! Which errors of a task Nomad may answer with another attempt.
+//! Classifies the errors of tasks: may Nomad answer an error with another attempt?
 //!
-//! The restart policy of a job is applied to recoverable errors only; an unrecoverable one ends the task for good. So an
-//! error is unrecoverable only if the job itself has to change: an error that nobody has classified is the host's.
+//! Nomad applies a job's restart policy to recoverable errors only; an unrecoverable error ends the task for good. So
+//! an error is unrecoverable only if the job itself has to change, and an error that is not classified is the host's.
 
 use std::error::Error;
 
@@ -14,7 +14,8 @@ use crate::{
 };
 
 impl TaskError {
-    /// May another attempt succeed although the job does not change? Nomad's restart policy is applied only then.
+    /// Says whether another attempt may succeed although the job does not change. Nomad applies its restart policy only
+    /// then.
     pub fn is_recoverable(&self) -> bool {
         self.failure_cause() == Cause::Host && !fault::skipped("recoverable")
     }
@@ -25,7 +26,7 @@ impl TaskError {
             Self::Shim { source, .. } => source.failure_cause(),
             Self::Rootfs(error) => rootfs(error),
             Self::AppArmor(error) if error.is_transient() => Cause::Host,
-            // The sentence says what is wrong with a job's or an operator's setting, unless the kernel failed.
+            // Unless the kernel failed, the error says what is wrong with a setting of the job or the operator.
             Self::AppArmor(error) => errno_or(error, Cause::Job),
             Self::Runtime(error) => runtime(error),
             Self::Stdio(error) => stdio(error),
@@ -46,7 +47,7 @@ impl TaskError {
             Self::Busy(_) | Self::Earlier { .. } | Self::Former(_) | Self::Stays { .. } | Self::Unkillable { .. } => {
                 Cause::Host
             }
-            // What was asked for can't be done, however often it is asked. Exec sessions are not restarted by anybody.
+            // The request can't be fulfilled, however often it is made. Nomad does not restart exec sessions.
             Self::AlreadyStarted(_)
             | Self::NotFound(_)
             | Self::StillRunning(_)
@@ -61,7 +62,7 @@ impl TaskError {
     }
 }
 
-/// By the errno of an error, where it has one that is known.
+/// Classifies an error by its errno, or as `otherwise` if it has none that is known.
 fn errno_or(error: &(dyn Error + 'static), otherwise: Cause) -> Cause {
     failure::of_error(error).unwrap_or(otherwise)
 }
@@ -73,7 +74,7 @@ fn rootfs(error: &RootfsError) -> Cause {
         | RootfsError::Mount { .. }
         | RootfsError::LayersGone { .. }
         | RootfsError::AllocDir { .. } => Cause::Host,
-        // Names and paths of the job and its image.
+        // The other errors are about names and paths of the job and its image.
         other => errno_or(other, Cause::Job),
     }
 }
@@ -81,7 +82,7 @@ fn rootfs(error: &RootfsError) -> Cause {
 fn runtime(error: &RuntimeError) -> Cause {
     match error {
         RuntimeError::Wrapper { .. } | RuntimeError::Delete { .. } => Cause::Host,
-        // What the probe of a runtime has found; a runtime is also broken while its host is.
+        // The problem that a runtime's probe has found. A runtime does not work either while its host is broken.
         RuntimeError::Broken { problem, .. } => failure::of_message(problem).unwrap_or(Cause::Host),
         RuntimeError::Unknown { .. }
         | RuntimeError::NotAllowed { .. }
@@ -93,7 +94,8 @@ fn runtime(error: &RuntimeError) -> Cause {
 
 fn stdio(error: &StdioError) -> Cause {
     match error {
-        // Nomad makes the FIFOs, and makes them anew for each attempt. A link in their place is the task's.
+        // Nomad makes the FIFOs, and makes them again for each attempt. A link in their place was put there by the
+        // task.
         StdioError::Open { .. } => errno_or(error, Cause::Host),
         StdioError::NotFifo { .. } => Cause::Job,
     }
@@ -114,7 +116,7 @@ mod tests {
         io::Error::from_raw_os_error(errno)
     }
 
-    /// One error of each step of a start: each tells of the host's state by its errno, and of the job otherwise.
+    /// There is one error of each step of a start here. Its errno says that the host is at fault.
     #[test]
     fn passing_failures_are_recoverable_in_every_step() {
         let layer = |errno| ImageError::Layer {

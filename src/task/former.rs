@@ -1,28 +1,29 @@
-//! Tasks of the driver that this one replaces: their handles have version 1, and their containers are containerd's own.
-//! They can't be taken over (their output goes through a process that is gone); they are ended, so that none runs twice.
+//! Legacy tasks: those of nomad-driver-containerd, which this driver replaces. Their handles have version 1, and
+//! containerd manages their containers. They can't be recovered, because their output goes through a process that has
+//! ended. Their containers are ended instead, so that no task runs twice.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use super::{Engine, TaskError};
 use crate::containerd::{Client, ContainerdError};
 
-/// The version of the old driver's handles.
+/// The version of nomad-driver-containerd's handles.
 pub const FORMER_VERSION: i32 = 1;
-/// Nothing survives SIGKILL longer than this but a process that hangs in the kernel.
+/// How long a process may survive SIGKILL. Only a process that hangs in the kernel survives it longer.
 const KILL_GRACE: Duration = Duration::from_secs(30);
 
-/// A task as the old driver knew it.
+/// A task of nomad-driver-containerd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FormerTask {
     alloc_id: String,
     task: String,
-    /// What its container may be called in containerd.
+    /// The possible names of its container in containerd.
     names: BTreeSet<String>,
 }
 
 impl FormerTask {
-    /// By its handle (a msgpack map with `ContainerName`), and by the names that the old driver gave on both versions of
-    /// cgroups.
+    /// Derives the possible container names from the handle (a msgpack map with `ContainerName`), and from the two
+    /// schemes that nomad-driver-containerd used, one for each version of cgroups.
     pub fn of(driver_state: &[u8], alloc_id: &str, task: &str) -> Self {
         let mut names = BTreeSet::from([format!("{task}-{alloc_id}"), format!("{alloc_id}.{task}.scope")]);
         if let Ok(rmpv::Value::Map(fields)) = rmpv::decode::read_value(&mut &driver_state[..]) {
@@ -34,11 +35,11 @@ impl FormerTask {
 }
 
 impl Engine {
-    /// Ends what is left of a task of the old driver: the containers that were ended. One that may still run is kept in
-    /// mind: the same task of the same allocation is not started beside it.
+    /// Ends and deletes the containers of a legacy task, and returns their names. After an error, a container may still
+    /// run. The engine remembers that, and does not start the same task of the same allocation concurrently with it.
     ///
     /// # Errors
-    /// When containerd can't be asked, or does not end it.
+    /// When containerd does not answer, or does not end a container.
     pub async fn end_former(&self, task: FormerTask) -> Result<Vec<String>, ContainerdError> {
         let owner = (task.alloc_id.clone(), task.task.clone());
         let outcome = self.end_now(&task).await;
@@ -49,7 +50,10 @@ impl Engine {
         outcome
     }
 
-    /// A start comes: what could not be ended before must be by now.
+    /// Retries, before a start, to end the containers of the same legacy task that could not be ended yet.
+    ///
+    /// # Errors
+    /// When they can't be ended now either.
     pub(super) async fn clear_former(&self, alloc_id: &str, name: &str) -> Result<(), TaskError> {
         let found = self.former().get(&(alloc_id.to_owned(), name.to_owned())).cloned();
         let Some(task) = found else { return Ok(()) };
@@ -58,7 +62,7 @@ impl Engine {
 
     async fn end_now(&self, task: &FormerTask) -> Result<Vec<String>, ContainerdError> {
         let at = &self.settings().containerd;
-        // The old driver had these two, by the version of cgroups.
+        // nomad-driver-containerd used the two fixed names, one for each version of cgroups.
         let namespaces = BTreeSet::from([at.namespace.as_str(), "nomad", "nomad.slice"]);
         let mut ended = Vec::new();
         for namespace in namespaces {
@@ -75,13 +79,13 @@ impl Engine {
 }
 
 async fn end(client: &Client, name: &str) -> Result<(), ContainerdError> {
-    tracing::warn!(container = name, "ending a container of the driver that was here before");
+    tracing::warn!(container = name, "ending a container of nomad-driver-containerd");
     client.kill_all(name).await?;
-    // One that has never had a process, or has none any more, is not waited for.
+    // A container without a process answers "not found", and there is nothing to wait for.
     match tokio::time::timeout(KILL_GRACE, client.wait_task(name)).await {
         Ok(Err(error)) if !error.is_not_found() => return Err(error),
         Ok(_) => {}
-        Err(_) => tracing::error!(container = name, "it is still there after SIGKILL"),
+        Err(_) => tracing::error!(container = name, "a container of nomad-driver-containerd survives SIGKILL"),
     }
     client.delete_task(name).await?;
     client.delete_container(name).await?;

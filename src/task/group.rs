@@ -1,6 +1,8 @@
-//! Network namespaces of groups, which tasks share: a gVisor sandbox with a network stack of its own takes a namespace's
-//! addresses over, so that nobody else in it has any (its `removeLinkAddresses`). It has the namespace to itself, then,
-//! and gives it back as it was.
+//! Network namespaces of groups, which the group's tasks share.
+//!
+//! A gVisor sandbox with a network stack of its own takes over the addresses of its namespace (gVisor's
+//! `removeLinkAddresses`), so no other process in the namespace has any. Such a sandbox therefore gets the namespace
+//! for itself, and the addresses are put back after its end.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,63 +20,63 @@ use crate::{
     places::{Places, write_whole},
 };
 
-/// Whose network stack a task uses in its group's namespace.
+/// The network stack that a task uses in its group's namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stack {
-    /// The kernel's, with all others in the namespace.
+    /// The kernel's, shared with all others in the namespace.
     Kernel,
-    /// Its sandbox's, alone.
+    /// The one of the task's sandbox. No other task can use the namespace then.
     Sandbox,
 }
 
-/// What a task is in.
+/// A task's membership in its group's network namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
     /// The group's namespace.
     pub namespace: PathBuf,
-    /// How it uses that.
+    /// The network stack that the task uses in it.
     pub stack: Stack,
 }
 
-/// Why a task can't be in its group's namespace.
+/// A task can't use its group's network namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum GroupError {
-    /// It would have no addresses.
+    /// The task would have no addresses, because another task's sandbox has taken them over.
     #[error(
         "network: the group's namespace {namespace} belongs to the gVisor sandbox of task {other:?} alone; let the group share it with network = \"host\" in that task's runtime block, or give it a group of its own"
     )]
     Taken {
-        /// Which.
+        /// The group's namespace.
         namespace: PathBuf,
-        /// Whose it is.
+        /// The name of the task whose sandbox has the namespace.
         other: String,
     },
-    /// Others would have none.
+    /// The task's sandbox would take over the addresses of others in the namespace.
     #[error(
         "network: a gVisor sandbox with network = \"sandbox\" needs the group's namespace {namespace} for itself, and {who} is in it; let the group share it with network = \"host\" in this task's runtime block, or give it a group of its own"
     )]
     Shared {
-        /// Which.
+        /// The group's namespace.
         namespace: PathBuf,
-        /// Who is there.
+        /// The task or process that is in the namespace.
         who: String,
     },
-    /// Its addresses.
-    #[error("network: addresses of the group's namespace {namespace}")]
+    /// The namespace's addresses can't be read, saved or put back.
+    #[error("network: can't read or restore the addresses of the group's namespace {namespace}")]
     Addresses {
-        /// Which.
+        /// The group's namespace.
         namespace: PathBuf,
-        /// Why.
+        /// The error of the kernel or the file system.
         source: io::Error,
     },
 }
 
-/// Who is in which namespace.
+/// The tasks in each network namespace of a group.
 #[derive(Debug, Default)]
 pub struct Groups(Mutex<HashMap<PathBuf, Members>>);
 
-/// Tasks in one namespace, with their names.
+/// The tasks in one namespace, with their names and network stacks.
 type Members = BTreeMap<TaskId, (String, Stack)>;
 
 impl Groups {
@@ -82,7 +84,8 @@ impl Groups {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A task of an earlier instance of us is in its namespace, whatever we think of that.
+    /// Registers a task that an earlier plugin has started. The task is in its namespace already, so nothing is
+    /// checked.
     pub(super) fn known(&self, record: &Record) {
         if let Some(group) = &record.group {
             let mut all = self.all();
@@ -91,6 +94,7 @@ impl Groups {
         }
     }
 
+    /// Registers a task in its namespace, if it can share the namespace with the tasks that are in it.
     fn claim(&self, id: &TaskId, name: &str, group: &Membership) -> Result<(), GroupError> {
         let mut all = self.all();
         let members = all.entry(group.namespace.clone()).or_default();
@@ -109,7 +113,7 @@ impl Groups {
         }
     }
 
-    /// It is not in there any more: how it was.
+    /// Removes a task from its namespace, and returns the network stack that it used there.
     fn release(&self, id: &TaskId, namespace: &Path) -> Option<Stack> {
         let mut all = self.all();
         let members = all.get_mut(namespace)?;
@@ -125,13 +129,13 @@ impl Groups {
     }
 }
 
-/// Has a task enter its group's namespace, and sees that it finds addresses there.
+/// Registers a task in its group's namespace, and makes sure that the task will find the namespace's addresses there.
 ///
 /// # Errors
-/// When it can't share it with who is there.
+/// When the task can't share the namespace with those that are in it.
 pub(super) fn enter(shared: &Shared, id: &TaskId, name: &str, group: &Membership) -> Result<(), GroupError> {
     shared.groups.claim(id, name, group)?;
-    // Nearly all are here without a sandbox, and nothing was taken.
+    // The common case: there is no sandbox, and no addresses were taken over.
     if group.stack == Stack::Kernel && !note(&shared.settings.places, &group.namespace).exists() {
         return Ok(());
     }
@@ -142,10 +146,12 @@ pub(super) fn enter(shared: &Shared, id: &TaskId, name: &str, group: &Membership
     entered
 }
 
+/// Makes sure that the namespace has its addresses and, for a sandbox, that no process is in the namespace, and saves
+/// the addresses that the sandbox is going to take over.
 fn settle(places: &Places, group: &Membership) -> Result<(), GroupError> {
     let namespace = &group.namespace;
     let failed = |source| GroupError::Addresses { namespace: namespace.clone(), source };
-    // Of a sandbox whose end we did not live to see.
+    // A sandbox may have left this namespace without addresses if it ended while no plugin was running.
     restore(places, namespace).map_err(failed)?;
     if group.stack == Stack::Kernel {
         return Ok(());
@@ -163,19 +169,23 @@ fn settle(places: &Places, group: &Membership) -> Result<(), GroupError> {
     text.and_then(|text| write_whole(&note(places, namespace), &text, 0o600)).map_err(failed)
 }
 
-/// A task's container is gone: its namespace is as it was before.
+/// Removes a task whose container is gone from its namespace, and puts the namespace's addresses back.
 pub(super) fn leave(shared: &Shared, record: &Record) {
-    // One that was refused has left nothing, and what another has left is not its to put back.
+    // A task that was refused has changed nothing, and must not restore what another task's sandbox has taken over.
     let Some(group) = record.group.as_ref().filter(|group| shared.groups.has(&record.task_id, group)) else { return };
     if group.stack == Stack::Sandbox
         && let Err(error) = restore(&shared.settings.places, &group.namespace)
     {
-        tracing::warn!(namespace = %group.namespace.display(), %error, "its addresses are not put back");
+        tracing::warn!(
+            namespace = %group.namespace.display(),
+            %error,
+            "could not restore the addresses of a network namespace"
+        );
     }
     shared.groups.release(&record.task_id, &group.namespace);
 }
 
-/// Puts back what a sandbox took away, if one did.
+/// Restores the addresses that a sandbox has taken over, if one did.
 fn restore(places: &Places, namespace: &Path) -> io::Result<()> {
     let path = note(places, namespace);
     let text = match fs::read(&path) {
@@ -183,17 +193,18 @@ fn restore(places: &Places, namespace: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
-    // Nomad may have removed the namespace already: then there is nothing to be put back.
+    // If Nomad has removed the namespace already, there is nothing to restore.
     if namespace.exists() {
         serde_json::from_slice::<Addresses>(&text)?.put_back(namespace)?;
     }
     match fs::remove_file(&path) {
-        // Somebody who came at the same time has done the same.
+        // A concurrent call may have restored the addresses and removed the file.
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
 
+/// Returns the file with the addresses that a sandbox has taken over from this namespace.
 fn note(places: &Places, namespace: &Path) -> PathBuf {
     let name = Digest::of(namespace.as_os_str().as_encoded_bytes());
     places.namespaces().join(format!("{}.json", name.short()))
@@ -211,15 +222,15 @@ mod tests {
     #[test]
     fn a_sandbox_has_its_namespace_to_itself() {
         let groups = Groups::default();
-        claim(&groups, "one", Stack::Kernel).expect("the first");
-        claim(&groups, "two", Stack::Kernel).expect("they share");
+        claim(&groups, "one", Stack::Kernel).expect("the namespace is empty");
+        claim(&groups, "two", Stack::Kernel).expect("tasks with the kernel's stack share the namespace");
         let error = claim(&groups, "three", Stack::Sandbox).expect_err("refused").to_string();
         assert!(error.contains("task \"one\"") && error.contains("network = \"host\""), "{error}");
         for id in ["one", "two"] {
             groups.release(&TaskId(id.to_owned()), Path::new("/run/netns/a"));
         }
-        claim(&groups, "three", Stack::Sandbox).expect("alone now");
-        claim(&groups, "three", Stack::Sandbox).expect("itself is not in its way");
+        claim(&groups, "three", Stack::Sandbox).expect("the namespace is empty again");
+        claim(&groups, "three", Stack::Sandbox).expect("a task does not conflict with itself");
         let error = claim(&groups, "one", Stack::Kernel).expect_err("refused").to_string();
         assert!(error.contains("task \"three\" alone"), "{error}");
     }

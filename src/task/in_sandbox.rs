@@ -1,4 +1,4 @@
-//! A process in a gVisor sandbox: only runsc knows it by its pid.
+//! A process that was exec'd in a gVisor sandbox. Its pid in the sandbox is known to runsc only, so runsc kills it.
 
 use std::{
     collections::BTreeSet,
@@ -13,21 +13,21 @@ use serde::{Deserialize, Serialize};
 use super::Record;
 use crate::{gvisor, ids::ContainerId, places::Places, process::async_command};
 
-/// runsc takes 20 ms to ask a sandbox something.
+/// How long a call of runsc may take. A query to a sandbox takes 20 ms.
 const ASK: Duration = Duration::from_secs(10);
 
-/// How a process that was exec'd in a sandbox is found again.
+/// What is needed to find a process again that was exec'd in a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InSandbox {
-    /// Where the shim has noted by what program it calls runsc.
+    /// The file in which the shim has written the path of the program that it calls as runsc.
     program: PathBuf,
     /// runsc's state directory.
     root: PathBuf,
-    /// Where runsc has written the pid that it has in the sandbox.
+    /// The file in which runsc has written the pid that the process has in the sandbox.
     pid_file: PathBuf,
 }
 
-/// A process of `runsc ps --format=json`.
+/// A process in the output of `runsc ps --format=json`.
 #[derive(Debug, Deserialize)]
 struct Listed {
     pid: i32,
@@ -44,7 +44,8 @@ impl InSandbox {
         }
     }
 
-    /// Kills it and what it has started. What can't be done is the shim's own kill's to do.
+    /// Kills the process and its descendants in the sandbox. Failures are left to the shim, which kills the process as
+    /// well.
     pub(super) async fn kill(&self, container: &ContainerId) {
         let Some(pid) = fs::read_to_string(&self.pid_file).ok().and_then(|text| text.trim().parse().ok()) else {
             return;
@@ -57,28 +58,29 @@ impl InSandbox {
         }
     }
 
-    /// It is over.
+    /// Removes the file with the pid of a process that has ended.
     pub(super) fn forget(&self) {
-        // Not there where it was not kept by our wrapper.
+        // Without this driver's wrapper script there is no such file.
         let _ = fs::remove_file(&self.pid_file);
     }
 
-    /// What it says; None when it fails, as for a sandbox that has ended.
+    /// Runs runsc and returns its output. `None` if runsc fails, which it does for a sandbox that has ended.
     async fn runsc(&self, words: &[&str]) -> Option<String> {
         let program = fs::read_to_string(&self.program).ok()?;
         let mut command = async_command(Path::new(program.trim()));
         command.arg("--root").arg(&self.root).args(words).stdin(Stdio::null()).kill_on_drop(true);
         let output = tokio::time::timeout(ASK, command.output()).await.ok()?;
-        let output = output.inspect_err(|error| tracing::warn!(%error, program, "call runsc")).ok()?;
+        let output = output.inspect_err(|error| tracing::warn!(%error, program, "could not run runsc")).ok()?;
         if output.status.success() {
             return Some(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        tracing::debug!(said = %String::from_utf8_lossy(&output.stderr).trim(), "runsc {words:?}");
+        tracing::debug!(said = %String::from_utf8_lossy(&output.stderr).trim(), "runsc {words:?} failed");
         None
     }
 }
 
-/// A process and its descendants, itself first: so that it can't start others meanwhile.
+/// Returns the pids of a process and its descendants. The process itself is the first, so that it is killed first and
+/// can't start others meanwhile.
 fn family(pid: i32, all: &[Listed]) -> Vec<i32> {
     let (mut members, mut known, mut next) = (vec![pid], BTreeSet::from([pid]), 0);
     while let Some(&parent) = members.get(next) {

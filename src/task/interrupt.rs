@@ -1,7 +1,7 @@
-//! Breaks off a start while its runtime is at work: StopTask and DestroyTask do not wait for a runtime that hangs.
+//! Cancels a start while its runtime is running, so that StopTask and DestroyTask do not wait for a runtime that hangs.
 //!
-//! A shim does not give up a runtime that it has called, and answers nothing about the container meanwhile. So the runtime
-//! is killed, which the shim takes for a failed Create, and the start is undone as any other that failed.
+//! A shim does not give up a runtime that it has called, and answers no request about the container meanwhile. So the
+//! runtime is killed. For the shim that is a failed Create, and the start is undone like any other failed start.
 
 use std::{fs, io, pin::pin, time::Duration};
 
@@ -15,17 +15,18 @@ use crate::{
     shim::{Shim, ShimError},
 };
 
-/// A create takes 10 to 30 ms, and some hundred on a busy machine: one that is nearly done is not killed.
+/// How long a Create may go on after the start was cancelled. A Create takes 10 to 30 ms, and some hundred on a busy
+/// machine; one that is nearly done should not be killed.
 const CREATE_GRACE: Duration = Duration::from_secs(1);
-/// A shim whose runtime is dead answers in milliseconds.
+/// How long the driver waits for the answer of a shim whose runtime was killed. The answer takes milliseconds.
 const SHIM_ANSWER_DEADLINE: Duration = Duration::from_secs(5);
-/// Between two looks for the runtime, which may not have been called yet.
+/// How often the driver looks for the runtime, which the shim may not have called yet.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Waits for the part of a start that the shim has in its hands, and breaks it off when the task is stopped.
+/// Waits for `starting`, the part of a start that the shim carries out, and cancels it when the task is stopped.
 ///
 /// # Errors
-/// `Stopped` when it was broken off; its own otherwise. All that was made is still to be undone then.
+/// `Stopped` if the start was cancelled, else the error of `starting`. The caller has to undo what the start has made.
 pub(super) async fn unless_stopped<T>(
     starting: impl Future<Output = Result<T, TaskError>>,
     stop: &CancellationToken,
@@ -44,13 +45,13 @@ pub(super) async fn unless_stopped<T>(
     }
     let task = &plan.request.task_id;
     let stopped = |error: TaskError| {
-        tracing::debug!(%task, error = crate::chain(&error), "the start that was broken off ended with this error");
+        tracing::debug!(%task, error = crate::chain(&error), "a cancelled start ended with an error");
         TaskError::Stopped(task.clone())
     };
     if let Ok(outcome) = timeout(CREATE_GRACE, &mut starting).await {
         return outcome.map_err(stopped);
     }
-    tracing::warn!(%task, "the task is stopped, and the runtime that makes its container is killed");
+    tracing::warn!(%task, "the task is stopped; killing the runtime that creates its container");
     let deadline = Instant::now() + SHIM_ANSWER_DEADLINE;
     while Instant::now() < deadline {
         kill_runtime(shim.pid(), &plan.container_id);
@@ -58,20 +59,20 @@ pub(super) async fn unless_stopped<T>(
             return outcome.map_err(stopped);
         }
     }
-    // The shim itself hangs. Others may have their tasks in one that is shared.
+    // The shim itself hangs. It is killed, unless it has other tasks.
     if shim.is_held_once() {
-        tracing::warn!(%task, shim = shim.id(), "the shim does not answer either, and is killed");
+        tracing::warn!(%task, shim = shim.id(), "the shim does not answer; killing it");
         shim.kill_process();
     }
     Err(TaskError::Stopped(task.clone()))
 }
 
-/// Kills the runtimes that a shim has called for one container, with all that they have started. This includes the
-/// container's own first process; processes of other containers are not affected. What could not be found is logged: the
-/// caller sees by the shim's answer whether the runtime has ended.
+/// Kills the runtimes that a shim has called for one container, with all processes that they have started. This
+/// includes the container's own first process. Processes of other containers are not affected. An error is only logged,
+/// since the caller learns from the shim's answer whether the runtime has ended.
 pub(super) fn kill_runtime(shim: u32, container: &ContainerId) {
     if let Err(error) = try_to_kill_runtime(shim, container) {
-        tracing::warn!(%container, %error, "the processes of a runtime that is to be killed can't all be found");
+        tracing::warn!(%container, %error, "could not find all processes of a runtime that is to be killed");
     }
 }
 
@@ -86,31 +87,31 @@ fn try_to_kill_runtime(shim: u32, container: &ContainerId) -> io::Result<()> {
     Ok(())
 }
 
-/// Kills all processes of this host that were called with a container's name.
+/// Kills all processes of this host that have a container's id among their arguments.
 pub(super) fn kill_called_for(container: &ContainerId) {
     let is_called = |pid: u32| is_called_for(pid, container).unwrap_or(false);
-    // Asked again when its descriptor is had: a number may have been given to another process.
+    // Checked again once the pidfd is open, since the pid may have been reused for another process.
     let opened = |pid: u32| PidFd::open(pid).ok().filter(|_| is_called(pid));
     match process::all() {
         Ok(pids) => pids.into_iter().filter(|pid| is_called(*pid)).filter_map(opened).for_each(|process| {
             process.signal(libc::SIGKILL);
         }),
         Err(error) => {
-            tracing::warn!(%container, %error, "the processes that were called for a container can't be found");
+            tracing::warn!(%container, %error, "could not find the processes that were called for a container");
         }
     }
 }
 
-/// All processes below a shim, for the time when it is gone.
+/// Opens all descendants of a shim, since they can't be found any more after the shim's end.
 ///
 /// # Errors
-/// When they can't be found.
+/// When the processes can't be listed or opened.
 pub(super) fn all_below(shim: u32) -> io::Result<Vec<PidFd>> {
     still_below(shim, descendants(shim)?.into_iter().skip(1).collect())
 }
 
-/// Opens those of `pids` that are descendants of a shim. A pid may have been reused since it was listed, so that it is
-/// looked for once more when its process is open.
+/// Opens those of `pids` that are descendants of a shim. A pid may have been reused since it was listed, so the
+/// descendants are listed again once the pidfds are open.
 fn still_below(shim: u32, pids: Vec<u32>) -> io::Result<Vec<PidFd>> {
     let mut opened = Vec::new();
     for pid in pids {
@@ -120,10 +121,11 @@ fn still_below(shim: u32, pids: Vec<u32>) -> io::Result<Vec<PidFd>> {
     Ok(opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process).collect())
 }
 
-/// Was a process called with a container's name? Runtimes have it as their last argument, wrappers hand it on.
+/// Does a process have a container's id among its arguments? Runtimes have it as their last argument, and wrappers pass
+/// it on. The answer is no for a process that has ended.
 ///
 /// # Errors
-/// When that can't be told. A process that has ended was not.
+/// When the process's arguments can't be read.
 pub(super) fn is_called_for(pid: u32, container: &ContainerId) -> io::Result<bool> {
     let line = unless_vanished(fs::read(format!("/proc/{pid}/cmdline")))?.unwrap_or_default();
     Ok(line.split(|byte| *byte == 0).any(|word| word == container.as_str().as_bytes()))
@@ -135,7 +137,8 @@ mod tests {
     use crate::ids::TaskId;
     use std::process::Command;
 
-    /// Of two runtimes below one shim only the one for this container is killed, and what it has started with it.
+    /// Of two runtimes below one shim, only the one of this container is killed, together with the process that it has
+    /// started.
     #[tokio::test]
     async fn only_the_runtime_of_this_container_is_killed() {
         let of = |task: &str| ContainerId::derive("alloc", task, &TaskId(task.to_owned()));
@@ -150,11 +153,11 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        until("two runtimes with a child each", 4).await;
-        // The shim of this test has both names in its own line, and is no runtime.
+        until("two runtimes run, with one child each", 4).await;
+        // The shim of this test has both ids in its own arguments, and must not be taken for a runtime.
         kill_runtime(shim.id(), &mine);
-        until("the other one and its child stay", 2).await;
+        until("the other runtime and its child remain", 2).await;
         kill_runtime(shim.id(), &other);
-        shim.wait().expect("it has nothing left to wait for");
+        shim.wait().expect("the shim's script has ended");
     }
 }

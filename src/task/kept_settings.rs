@@ -1,5 +1,5 @@
-//! What of the settings others need who look after a driver's directories while no plugin lives: where things are and
-//! which programs made them. Each plugin writes it down in its run directory; it has no secrets.
+//! The settings that commands need to manage a driver's directories while no plugin is running: where files are, and
+//! which programs have created containers. Each plugin saves them in its run directory. They contain no secrets.
 
 use std::{collections::BTreeMap, fs, io, path::PathBuf};
 
@@ -11,7 +11,7 @@ use crate::{
     places::{Places, write_whole},
 };
 
-/// Settings as the last plugin of a run directory had them.
+/// The settings of the last plugin of a run directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptSettings {
     state_dir: PathBuf,
@@ -33,7 +33,7 @@ struct KeptRuntime {
 }
 
 impl KeptSettings {
-    /// What of these settings is kept.
+    /// Extracts the part of the settings that is saved.
     pub fn of(settings: &Settings) -> Self {
         let kept = |runtime: &RuntimeSettings| KeptRuntime {
             binary: runtime.binary.clone(),
@@ -51,18 +51,19 @@ impl KeptSettings {
         }
     }
 
-    /// Writes it into the run directory.
+    /// Saves the settings in the run directory.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the file can't be written.
     pub fn save(&self, places: &Places) -> io::Result<()> {
         write_whole(&places.kept_settings(), &serde_json::to_vec(self)?, 0o600)
     }
 
-    /// What the last plugin of this run directory has written; None where no plugin did, as those of earlier versions.
+    /// Reads the settings that the last plugin of this run directory has saved. `None` if no plugin did, since earlier
+    /// versions do not.
     ///
     /// # Errors
-    /// When it can't be read.
+    /// When the file can't be read.
     pub fn read(places: &Places) -> io::Result<Option<Self>> {
         match fs::read(places.kept_settings()) {
             Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
@@ -71,7 +72,7 @@ impl KeptSettings {
         }
     }
 
-    /// These settings with what was kept in place of their own.
+    /// Returns these settings, with the saved ones in place of their own.
     pub fn apply(self, settings: Settings) -> Settings {
         let runtime = |kept: KeptRuntime| RuntimeSettings {
             binary: kept.binary,

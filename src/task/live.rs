@@ -1,4 +1,4 @@
-//! One task that runs or has ended: its record, its shim, and the watch over its end.
+//! A task that runs or has ended: its record, its shim, and the background work that waits for its end.
 
 use std::{
     sync::{
@@ -28,61 +28,63 @@ use crate::{
     shim::{self, Client, Exit, Found, Kill, Shim, ShimError},
 };
 
-/// A kill takes 5 ms; a shim that has not done it by now hangs.
+/// How long a shim may take to kill a task. A kill takes 5 ms; a shim that takes longer than this hangs.
 const HUNG: Duration = Duration::from_secs(5);
-/// Between two questions to a shim whose answer was refused or not understood, at first and at most.
+/// The first delay before the shim is asked again, after it refused to wait or its answer was not understood. The delay
+/// doubles with each such answer. Also the delay before a wait that has panicked is restarted.
 const AGAIN: Duration = Duration::from_millis(200);
+/// The longest delay before the shim is asked again.
 const AGAIN_MAX: Duration = Duration::from_secs(10);
 
 /// A task that runs or has ended.
 pub struct Task {
     record: Mutex<Record>,
-    /// Held by whoever writes a state that could not be written at once.
+    /// The lock of the background work that retries to write the record.
     pub(super) saving: Arc<tokio::sync::Mutex<()>>,
-    /// Taken by whoever destroys it.
+    /// The task's shim; `None` once the task is being torn down.
     pub(super) shim: tokio::sync::Mutex<Option<Found>>,
-    /// Works as long as the shim lives. None for a task that had ended when it was found.
+    /// The connection to the task's shim. `None` for a task that had ended when it was recovered.
     pub(super) client: Option<Client>,
-    /// The process of that shim.
+    /// The pid of that shim.
     shim_pid: Option<u32>,
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) exit: watch::Sender<Option<ExitRecord>>,
-    /// Who has it, as far as this very process knows.
+    /// Whether an agent has confirmed the task to this plugin, or the garbage collection removes it.
     holder: Mutex<Holder>,
-    /// Was it said that nobody asks for it?
+    /// Was it logged that no agent has asked for the task?
     warned: AtomicBool,
-    /// Why nothing can be told of how it ended, when nothing can.
+    /// Why the task can't be recovered: it has ended, and it is not known how. `None` for all other tasks.
     pub(super) lost: Option<String>,
-    /// Held, so that nobody collects it.
+    /// Protects the image from garbage collection.
     _image: Option<Arc<ImageRecord>>,
-    /// Held, so that what it has written outlives the log writer.
+    /// Keeps the log FIFOs open, so that the output in them outlives the log writer.
     _log: Hold,
 }
 
-/// Who has a task.
+/// Whether a task belongs to an agent, to the garbage collection, or to neither yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
-    /// No agent has asked this process for it.
+    /// No agent has asked this plugin for the task.
     Nobody,
-    /// An agent has.
+    /// An agent has started the task with this plugin, or has asked the plugin for it.
     Agent,
-    /// It is being removed, since no agent had asked for it.
+    /// The garbage collection is removing the task, since no agent had asked for it.
     Reaper,
 }
 
-/// What an agent that asks for a task is told.
+/// The answer to an agent that asks for a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Claim {
-    /// It has it from now on.
+    /// The agent is the first to ask for the task, and has it from now on.
     First,
-    /// It had it already.
+    /// An agent has the task already.
     Again,
-    /// It comes too late: the task is being removed.
+    /// The agent asks too late: the task is being removed.
     Refused,
 }
 
-/// What a `Task` is made of.
+/// The arguments of [`Task::new`].
 pub struct Parts {
     pub(super) record: Record,
     pub(super) shim: Found,
@@ -136,7 +138,7 @@ impl Task {
         self.exit.borrow().is_some()
     }
 
-    /// An agent asks for it.
+    /// Confirms the task for an agent that asks for it.
     pub(super) fn claim(&self) -> Claim {
         let mut holder = self.holder();
         match *holder {
@@ -149,7 +151,8 @@ impl Task {
         }
     }
 
-    /// The reaper is about to remove it: true when no agent has asked for it, and none can have it any more.
+    /// Reserves the task for the garbage collection, which is about to remove it. Returns false if an agent has asked
+    /// for the task; after true, no agent can get it any more.
     pub(super) fn claim_for_reaper(&self) -> bool {
         let mut holder = self.holder();
         let is_free = *holder == Holder::Nobody;
@@ -159,7 +162,7 @@ impl Task {
         is_free
     }
 
-    /// The reaper could not remove it.
+    /// Gives up that reservation: the garbage collection could not remove the task.
     pub(super) fn release_by_reaper(&self) {
         *self.holder() = Holder::Nobody;
     }
@@ -168,7 +171,7 @@ impl Task {
         *self.holder() != Holder::Nobody
     }
 
-    /// Is it to be said for the first time that nobody asks for it?
+    /// Returns true at the first call only: the warning that no agent has asked for the task is logged once.
     pub(super) fn is_first_warning(&self) -> bool {
         !self.warned.swap(true, Ordering::SeqCst)
     }
@@ -181,9 +184,10 @@ impl Task {
         UNIX_EPOCH + Duration::from_millis(self.run.started_at)
     }
 
+    /// Changes the task's state and writes its record.
     pub(super) fn set_state(self: &Arc<Self>, shared: &Arc<Shared>, state: RecordState) {
         let mut record = self.lock_record();
-        // How it ended is the last word but one, whoever comes later; that nobody wants it any more is the last.
+        // `Exited` may be followed by `Destroying` only, and `Destroying` by no other state.
         match (&record.state, &state) {
             (RecordState::Destroying, _) => return,
             (RecordState::Exited(_), next) if *next != RecordState::Destroying => return,
@@ -192,27 +196,33 @@ impl Task {
         self.save_locked(shared, &record);
     }
 
+    /// Notes in the record that the task is being stopped, so that the next plugin can complete the stop.
     pub(super) fn mark_stopping(self: &Arc<Self>, shared: &Arc<Shared>, timeout: Duration) {
         let deadline = millis(SystemTime::now() + timeout);
         self.set_state(shared, RecordState::Stopping { run: self.run, deadline });
     }
 
+    /// Kills the task and waits for its end: through its shim, or without the shim if it hangs.
+    ///
+    /// # Errors
+    /// When the task survives SIGKILL.
     pub(super) async fn end_by_force(&self, shared: &Shared, id: &TaskId, client: &Client) -> Result<(), TaskError> {
         let container = self.record().intent.container_id;
         let mut exit = self.exit.subscribe();
         let asked = client.kill(container.as_str(), libc::SIGKILL, Kill::All);
         match tokio::time::timeout(HUNG, asked).await {
-            // A dead shim is the watcher's business: it ends the container and tells.
+            // After the death of a shim, `watch_exit` kills the container and reports its end.
             Ok(Ok(()) | Err(ShimError::Gone { .. })) => {}
             outcome => {
                 let problem =
                     outcome.map_or_else(|_| "it does not answer".to_owned(), |refused| format!("{refused:?}"));
-                tracing::error!(task = %id, problem, "the shim does not kill the task; doing it ourselves");
+                tracing::error!(task = %id, problem, "the shim does not kill the task; the driver kills it");
                 if let Ok(init) = PidFd::of(&self.run.process) {
                     init.signal(libc::SIGKILL);
                 }
                 self.kill_cgroup(shared);
-                // A shim tells of the end only after the runtime that it has called to kill the container.
+                // A shim reports the container's end only after the runtime has ended that it called to kill the
+                // container.
                 if let Some(shim) = self.shim_pid {
                     interrupt::kill_runtime(shim, &container);
                 }
@@ -231,23 +241,27 @@ impl Task {
         }
     }
 
-    /// Kills all processes of the task. A runtime that was killed itself may have left the task's cgroup frozen, and frozen
-    /// processes of cgroup version 1 die only when they are thawed.
+    /// Kills all processes in the task's cgroup. A runtime that was killed itself may have left the cgroup frozen, and
+    /// on cgroup version 1, frozen processes die only when they are thawed.
     fn kill_cgroup(&self, shared: &Shared) {
         let record = self.record();
         let cgroup = CgroupPath::recorded(&record.cgroup);
         if let Err(error) = tokio::task::block_in_place(|| shared.cgroups.kill(&cgroup)) {
-            tracing::warn!(task = %record.task_id, error = %crate::chain(&error), "the task's cgroup can't be killed");
+            tracing::warn!(
+                task = %record.task_id, error = %crate::chain(&error),
+                "could not kill the processes in the task's cgroup"
+            );
         }
     }
 
-    /// Ends a shim that does not tell of the task's end: that of its connection does. Other tasks of a shared one go on.
+    /// Kills a shim that does not report the task's end, since the end of its connection reports it. A shim that other
+    /// tasks share is not killed.
     fn kill_shim(&self, shared: &Shared) {
         let record = self.record();
         if shared.pool.tasks_of(&record.shim) > 1 {
             tracing::error!(
                 task = %record.task_id, shim = record.shim,
-                "the shim does not tell of the task's end, and is not killed, since other tasks share it"
+                "the shim does not report the task's end, and is not killed, since other tasks share it"
             );
             return;
         }
@@ -255,9 +269,10 @@ impl Task {
     }
 }
 
-/// Waits for a task's end, notes it on disk, and tells all who wait. A panic must not leave them waiting for ever.
+/// Waits for a task's end, writes it to the task's record, and notifies all waiting calls. After a panic it starts
+/// again, since those calls would wait forever otherwise.
 pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
-    while caught("the watch over a task's end", watch_once(&shared, &task)).await.is_none() && !task.has_ended() {
+    while caught("waiting for a task's end", watch_once(&shared, &task)).await.is_none() && !task.has_ended() {
         tokio::time::sleep(AGAIN).await;
     }
 }
@@ -268,7 +283,7 @@ async fn watch_once(shared: &Arc<Shared>, task: &Arc<Task>) {
     let id = record.container_id.as_str();
     let outcome = wait_out(client, id).await;
     fault::point("exit.seen");
-    // Before the cgroup goes: it is all that remembers.
+    // Read before the cgroup is removed, since only the cgroup counts the OOM kills.
     let oom_killed = has_oom_kill(shared, &record);
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
@@ -283,40 +298,45 @@ async fn watch_once(shared: &Arc<Shared>, task: &Arc<Task>) {
     };
     let exit = ExitRecord { code, oom_killed, error, started_at: task.run.started_at, at };
     shared.metrics.exited(oom_killed, exit.error.is_some());
-    tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "exited");
+    tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "task exited");
     let oom = if oom_killed { ", out of memory" } else { "" };
     shared.events.tell_host(&record, format!("Exited with code {code}{oom}"));
     task.set_state(shared, RecordState::Exited(exit.clone()));
     fault::point("exit.recorded");
     task.exit.send_replace(Some(exit));
     if orphaned {
-        // What its shim would have removed. Whoever destroys the task meanwhile does the same, and waits for us.
+        // The dead shim would have deleted the container. A concurrent DestroyTask deletes it, too, and waits for this
+        // lock.
         let shim = task.shim.lock().await;
         if shim.is_some()
             && let Err(left) = shared.delete_dead(&record).await
         {
-            tracing::error!(task = %record.task_id, error = %crate::chain(&left), "after its shim's death");
+            tracing::error!(
+                task = %record.task_id, error = %crate::chain(&left),
+                "could not delete the container of a dead shim"
+            );
         }
     }
 }
 
-/// Has the kernel's OOM killer ended a process of this task? Its cgroup remembers, and the runtime's `delete` removes that.
+/// Has the kernel's OOM killer ended a process of this task? The task's cgroup counts these, until the runtime's
+/// `delete` removes it.
 pub(super) fn has_oom_kill(shared: &Shared, record: &Record) -> bool {
     shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0)
 }
 
-/// Waits for the end of the container's process, or of its shim: nothing else ends the waiting.
+/// Waits until the container's process or its shim has ended. Other errors do not end the wait.
 async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
     let mut pause = AGAIN;
     loop {
         match client.wait(id).await {
             Ok(exit) => return Ok(exit),
             Err(error @ ShimError::Gone { .. }) => return Err(error),
-            // A shim that does not know the container can't tell of its end.
+            // A shim that does not have the container can't report its end.
             Err(error) if error.is_not_found() => return Err(error),
             Err(error) => {
-                // The task runs on: an answer that was not understood says nothing about it.
-                tracing::warn!(container = id, %error, "a shim did not wait; asking again");
+                // The task runs on: a refusal, or an answer that was not understood, does not mean that it has ended.
+                tracing::warn!(container = id, %error, "the shim did not wait for the container's end; asking again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(AGAIN_MAX);
             }
@@ -324,9 +344,10 @@ async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
     }
 }
 
-/// Nobody watches the container any more, and its output is cut: it must not run on. Its first process takes all others
-/// along; the answer to Nomad does not wait for the runtime to tidy up, which takes runc 100 ms. True when that is
-/// still to be done.
+/// Kills a container whose shim has died, unless the shim has written down the container's end before. The end of such
+/// a container is no longer watched and its output is cut off, so that it must not run on. With its first process, all
+/// others die. The answer to Nomad does not wait for the runtime's cleanup, which takes runc 100 ms. Returns how the
+/// container ended, and true if that cleanup is still to be done.
 async fn after_shim_death(
     shared: &Shared,
     task: &Task,
@@ -342,13 +363,14 @@ async fn after_shim_death(
     if let Ok(init) = PidFd::of(&task.run.process) {
         init.signal(libc::SIGKILL);
         if tokio::time::timeout(KILL_GRACE, init.ended()).await.is_err() {
-            tracing::error!(task = %record.task_id, "its shim died, and its process survives SIGKILL");
+            tracing::error!(task = %record.task_id, "the task's shim died, and the task's process survives SIGKILL");
         }
     }
     (Err(error), true)
 }
 
-/// The shim's time, where it has one (Go's zero time means that it has not).
+/// Returns when the container ended, in milliseconds since the epoch: the shim's time, or now if the shim does not know
+/// it (Go's zero time).
 pub(super) fn ended_at(exit: &Exit) -> u64 {
     let told = exit.at.and_then(|(seconds, nanos)| {
         let (seconds, nanos) = (u64::try_from(seconds).ok()?, u64::try_from(nanos).ok()?);
@@ -362,8 +384,8 @@ mod tests {
     use super::*;
     use crate::shim::fake::{Answer, listen};
 
-    /// Answers that can't be decoded, in the transport's message and in the shim's, and a refusal: none says that the task has
-    /// ended. The last one is a `Response` with a `WaitResponse` whose exit status is 7.
+    /// The answers are two that can't be decoded (the transport's message and the shim's) and a refusal. None of them
+    /// means that the task has ended. The last answer is a `Response` with a `WaitResponse` whose exit status is 7.
     #[tokio::test]
     async fn a_task_outlives_answers_that_are_not_understood() {
         const ANSWERS: [&[u8]; 4] =
@@ -372,7 +394,7 @@ mod tests {
         let socket =
             listen(dir.path(), |_, before| ANSWERS.get(before).map_or(Answer::Close, |bytes| Answer::Bytes(bytes)));
         let client = Client::connect(&socket, None).await.expect("connected");
-        // State is asked twice.
+        // `is_alive` sends State a second time, since the first answer can't be decoded.
         let error = client.is_alive("x").await.expect_err("not understood");
         assert!(matches!(error, ShimError::NotUnderstood { .. }), "{error:?}");
         let exit = wait_out(&client, "x").await.expect("asked again after the refusal");

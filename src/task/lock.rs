@@ -1,4 +1,4 @@
-//! The lock that makes one plugin the only one of its name on a host, and how it changes hands.
+//! The lock that allows only one plugin of a driver name on a host, and its handover from one plugin to the next.
 
 use std::{fs::File, time::Duration};
 
@@ -11,18 +11,20 @@ use crate::{
     places::{Places, open_lock},
 };
 
-/// A plugin that was asked to leave, by us or by its agent, is gone well within this.
+/// How long to wait for a lock whose holder listens on the control socket. A plugin that was asked to exit, by this
+/// plugin or by its agent, has exited well within this time.
 const LOCK: Duration = Duration::from_secs(5);
-/// A holder that does not listen is no plugin at work: it is `gc` where no plugin lives, or a plugin that is being started
-/// or ends. It is waited for, because Nomad starts the tasks anew whose RecoverTask fails (hashicorp/nomad,
-/// client/allocrunner/taskrunner/task_runner.go, `restoreHandle`).
+/// How long to wait for a lock whose holder does not listen. Such a holder is not a serving plugin, but `gc` where no
+/// plugin runs, or a plugin that is starting or exiting. The wait is this long because Nomad starts those tasks anew
+/// whose RecoverTask fails (hashicorp/nomad, client/allocrunner/taskrunner/task_runner.go, `restoreHandle`).
 const SILENT: Duration = Duration::from_secs(60);
-/// Between two looks.
+/// How often the lock is tried.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Between two requests to leave: the holder refuses while an agent is connected to it, and that may be over soon.
+/// How often the holder is asked to exit. It refuses while an agent is connected to it, and that agent may disconnect
+/// soon.
 const AGAIN: Duration = Duration::from_millis(250);
 
-/// Takes the lock unless somebody holds it: None then.
+/// Takes the lock. Returns `None` when another process holds it.
 ///
 /// # Errors
 /// When the lock's file can't be opened or locked.
@@ -36,15 +38,17 @@ pub fn try_take(places: &Places) -> Result<Option<Flock<File>>, TaskError> {
     }
 }
 
-/// Takes the lock; a plugin that holds it and has lost its agent is asked to give way.
+/// Takes the lock, and waits for it if necessary. A plugin that holds the lock is asked to exit, and does so if no
+/// agent is connected to it.
 ///
 /// # Errors
-/// When a plugin keeps the lock, or somebody holds it for long who does not listen.
+/// When a plugin does not release the lock, or a process that does not listen holds it for too long.
 pub async fn take(places: &Places) -> Result<Flock<File>, TaskError> {
     take_within(places, LOCK, SILENT).await
 }
 
-/// Waits for a holder that listens for as long as `listening`, and for one that does not as long as `silent`.
+/// Takes the lock as [`take`] does. Waits up to `listening` for a holder that listens, and up to `silent` for any other
+/// holder.
 async fn take_within(places: &Places, listening: Duration, silent: Duration) -> Result<Flock<File>, TaskError> {
     let path = places.lock();
     let began = Instant::now();
@@ -64,7 +68,7 @@ async fn take_within(places: &Places, listening: Duration, silent: Duration) -> 
             let is_listening = !matches!(&answer, Err(error) if error.is_nobody());
             listens_since = if is_listening { listens_since.or_else(|| Some(Instant::now())) } else { None };
             match answer {
-                Ok(_) => tracing::info!("an orphaned plugin was asked to give way"),
+                Ok(_) => tracing::info!("asked a plugin without an agent to exit"),
                 Err(error) => reason = crate::chain(&error),
             }
         }
@@ -83,15 +87,15 @@ mod tests {
     const LISTENING: Duration = Duration::from_millis(200);
     const SILENT: Duration = Duration::from_secs(60);
 
-    /// Somebody has the lock of these directories.
+    /// Returns directories whose lock is held.
     fn held() -> (tempfile::TempDir, Places, Flock<File>) {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let places = Places::new(directory.path(), directory.path());
-        let lock = try_take(&places).expect("opened").expect("nobody has it");
+        let lock = try_take(&places).expect("opened").expect("the lock is free");
         (directory, places, lock)
     }
 
-    /// As `gc` does, which works for longer than a plugin needs to leave.
+    /// `gc` is such a holder, and may run for longer than a plugin needs to exit.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_holder_that_does_not_listen_is_waited_for() {
         let (_directory, places, lock) = held();
@@ -105,9 +109,9 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_plugin_that_does_not_answer_is_not_waited_for_for_long() {
         let (_directory, places, _lock) = held();
-        // The kernel takes connections for it.
+        // The kernel accepts connections on behalf of the process that does not answer.
         let _hangs = UnixListener::bind(places.control()).expect("bound");
-        let error = take_within(&places, LISTENING, SILENT).await.expect_err("it is held");
+        let error = take_within(&places, LISTENING, SILENT).await.expect_err("the lock is held");
         assert!(matches!(error, TaskError::Held { .. }), "{error:?}");
     }
 }

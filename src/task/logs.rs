@@ -1,4 +1,5 @@
-//! Tasks' logs where the agent collects none (`disable_log_collection`): the engine's side of the log writer.
+//! The engine's side of the log writer, which writes the logs of tasks if the agent collects none
+//! (`disable_log_collection`).
 
 use std::{
     collections::HashMap,
@@ -19,18 +20,20 @@ use crate::{
     shim::stdio::Stdio,
 };
 
-/// What a task left in its FIFOs is written out in a millisecond; where it can't be, nobody waits for ever.
+/// How long the remaining output of a task that has ended may take to be written. It is written in a millisecond,
+/// unless it can't be written at all.
 const DRAIN: Duration = Duration::from_secs(5);
-/// What the writer says of losses is looked at so often.
+/// How often the losses that the log writer reports are checked, and a start of the log writer that failed is retried.
 const LOOK: Duration = Duration::from_secs(2);
-/// A keeper that dies over and over is not restarted faster than this.
+/// The delay before a log writer supervisor that has died is restarted.
 const BREATH: Duration = Duration::from_millis(50);
 
-/// The log writer's keeper, started when it is first needed, and again when it dies.
+/// Starts the log writer supervisor when it is first needed, and again when it dies. The log writer supervisor is a
+/// process that keeps the log writer running.
 #[derive(Debug)]
 pub(super) struct LogKeeper {
     places: Places,
-    /// `cgroup.procs` of the group that it belongs in.
+    /// The `cgroup.procs` files of the cgroup that the supervisor belongs in.
     cgroup: Vec<PathBuf>,
     living: Mutex<Option<Arc<PidFd>>>,
 }
@@ -40,13 +43,13 @@ impl LogKeeper {
         Arc::new(Self { places, cgroup, living: Mutex::default() })
     }
 
-    /// Sees to it that one lives.
+    /// Makes sure that a log writer supervisor is running.
     ///
     /// # Errors
     /// When it can't be started.
     pub(super) async fn ensure(self: &Arc<Self>) -> Result<(), TaskError> {
         let mut living = self.living.lock().await;
-        // Asked of the kernel: who watches it may not have seen its end yet.
+        // The kernel is asked, because the task that watches the supervisor may not have seen its end yet.
         if living.as_ref().is_some_and(|keeper| !keeper.has_ended()) {
             return Ok(());
         }
@@ -56,13 +59,13 @@ impl LogKeeper {
         Ok(())
     }
 
-    /// Starts another one when one dies, as long as somebody needs it.
+    /// Starts another log writer supervisor whenever one dies, as long as there are logs to write.
     async fn stand_by(self: Arc<Self>, mut pidfd: Arc<PidFd>) {
         loop {
             if let Err(error) = pidfd.ended().await {
-                tracing::warn!(%error, "the log writer's keeper can't be watched");
+                tracing::warn!(%error, "could not watch the log writer supervisor");
             }
-            // At once: who starts a task meanwhile starts one.
+            // Cleared at once, so that a start of a task during the delay starts another supervisor.
             self.living.lock().await.take_if(|keeper| Arc::ptr_eq(keeper, &pidfd));
             let mut pause = BREATH;
             pidfd = loop {
@@ -77,7 +80,10 @@ impl LogKeeper {
                         break next;
                     }
                     Err(error) => {
-                        tracing::error!(error = crate::chain(&error), "the log writer died and can't be started again");
+                        tracing::error!(
+                            error = crate::chain(&error),
+                            "the log writer supervisor died and could not be restarted"
+                        );
                         pause = (2 * pause).min(LOOK);
                     }
                 }
@@ -85,12 +91,12 @@ impl LogKeeper {
         }
     }
 
-    /// The same as [`Self::ensure`], until it works.
+    /// Does the same as `ensure_running` in the background, and retries until it succeeds.
     pub(super) fn insist(self: &Arc<Self>) {
         let this = self.clone();
         tokio::spawn(async move {
             while let Err(error) = this.ensure().await {
-                tracing::error!(error = crate::chain(&error), "the log writer can't be started");
+                tracing::error!(error = crate::chain(&error), "could not start the log writer supervisor");
                 tokio::time::sleep(LOOK).await;
             }
         });
@@ -100,41 +106,41 @@ impl LogKeeper {
         let logs = self.places.logs();
         make_dir(&logs).map_err(|source| PlacesError::Create { path: logs.clone(), source })?;
         match logs::keeper_of(&logs).map_err(TaskError::LogWriter)? {
-            // An earlier instance of us has started it.
+            // An earlier plugin has started it.
             Some(pidfd) => Ok(Arc::new(pidfd)),
             None => self.spawn().map_err(TaskError::LogWriter),
         }
     }
 
-    /// Is there a task with a log of ours?
+    /// Says whether there is a task whose log this driver writes.
     pub(super) fn has_work(&self) -> bool {
         logs::has_tasks(&self.places.logs())
     }
 
     fn spawn(&self) -> std::io::Result<Arc<PidFd>> {
         let logs = self.places.logs();
-        // Of the one before.
+        // The messages of the previous supervisor.
         let _ = std::fs::remove_file(logs.join(".said"));
         let said = create_private(&logs.join(".said"))?;
         let mut command = async_command("/proc/self/exe");
         command.arg0("nomad-driver-shim").args(logs::arguments(&logs)).env_clear().stdin(ChildStdio::piped());
         command.stdout(ChildStdio::null()).stderr(said).kill_on_drop(false);
-        // SAFETY: only async-signal-safe calls between fork and exec, and no memory of ours is touched.
+        // SAFETY: only async-signal-safe calls between fork and exec, and no memory of this process is touched.
         unsafe {
             command.pre_exec(|| start_anew(3));
         }
         let mut child = command.spawn()?;
         let pid = Pid::of_child(&child)?;
         set_apart(pid, &self.cgroup);
-        // It has waited for this: what it starts is where it is.
+        // The supervisor waits for the end of its input, so that the log writer is started in the same cgroup.
         drop(child.stdin.take());
         let pidfd = Arc::new(PidFd::open(pid.get())?);
-        // Reaped when it dies.
+        // This reaps it when it dies.
         tokio::spawn(async move { child.wait().await });
         Ok(pidfd)
     }
 
-    /// Nobody needs it: it ends, and the writer with it.
+    /// Ends the log writer supervisor and the log writer, if there is no task whose log they write.
     pub(super) fn end_idle(&self) {
         if !self.has_work() {
             logs::end(&self.places.logs());
@@ -142,50 +148,51 @@ impl LogKeeper {
     }
 }
 
-/// Is this task's log ours to write? Not when the job has disabled it.
+/// Says whether this driver writes this task's log. It does not if the job has disabled the log.
 pub(super) fn is_ours(settings: &Settings, request: &StartRequest) -> bool {
     settings.own_logs && request.stdout != Path::new("/dev/null")
 }
 
-/// Sets a task's log up, and sees to it that somebody writes it: its streams, for the shim. With a terminal there is one.
+/// Sets up a task's log, makes sure that the log writer is running, and returns the task's streams for the shim. A task
+/// with a terminal has one stream.
 ///
 /// # Errors
-/// When that can't be done. What is left then, the task's undoing takes away.
+/// When a step fails. The task's teardown removes what is left then.
 pub(super) async fn set_up(shared: &Shared, request: &StartRequest, id: &ContainerId) -> Result<Stdio, TaskError> {
     let spec =
         LogSpec { alloc_dir: request.alloc_dir.clone(), task: request.name.clone(), options: request.options.log };
     let (dir, terminal) = (shared.settings.places.log(id), request.options.tty);
     shared.log_keeper.ensure().await?;
     logs::prepare(&dir, &spec, terminal)?;
-    // Had it died just before, it would have seen nothing to do.
+    // If the supervisor died before the log was prepared, it was not restarted, because there was nothing to write.
     shared.log_keeper.ensure().await?;
     let [stdout, stderr] = logs::STREAMS.map(|stream| logs::fifo(&dir, stream));
     let stderr = if terminal { PathBuf::from("/dev/null") } else { stderr };
     Ok(Stdio::open(&dir, &stdout, &stderr)?)
 }
 
-/// Waits until the log of a task that has ended is written out, but not for what can't be written.
+/// Waits until the log of a task that has ended is written completely, but no longer than `DRAIN_TIMEOUT`.
 pub(super) async fn written_out(places: &Places, id: &ContainerId) {
     if !logs::drained(&places.log(id), DRAIN).await {
-        tracing::warn!(container = %id, "the end of its log could not be written and is lost");
+        tracing::warn!(container = %id, "could not write the end of a task's log, which is lost");
     }
 }
 
 impl Engine {
-    /// Tells of output that the log writer could not write, for as long as the engine lives.
+    /// Reports output that the log writer could not write, for as long as the engine lives.
     pub(super) fn watch_logs(&self) {
         let engine = self.downgrade();
         tokio::spawn(async move {
             let mut seen = None;
             let mut known: HashMap<TaskId, Losses> = HashMap::new();
-            // What an earlier instance of us has told of is known.
+            // Losses of recovered tasks were reported by the plugin that started them.
             tokio::time::sleep(LOOK).await;
             if let Some(inner) = engine.upgrade() {
                 let this = Self(inner);
                 let places = &this.settings().places;
                 let recovered = this.live().into_iter().filter(|(_, task)| task.phases == Phases::default());
                 known.extend(recovered.filter_map(|(id, task)| {
-                    // Otherwise it is told once more.
+                    // If the losses can't be read, they are reported once more.
                     Some((id, logs::read_losses(&places.log(&task.record().container_id)).ok()?))
                 }));
             }
@@ -197,7 +204,7 @@ impl Engine {
                 let now = changed.and_then(|meta| meta.modified()).ok();
                 if now != seen {
                     seen = now;
-                    caught("what logs have lost", async { this.tell_losses(&mut known) }).await;
+                    caught("reporting lost output of logs", async { this.tell_losses(&mut known) }).await;
                 }
             }
         });
@@ -210,9 +217,9 @@ impl Engine {
             let record = task.record();
             let mut now = match logs::read_losses(&self.settings().places.log(&record.container_id)) {
                 Ok(now) => now,
-                // What was told stays told; the next change brings the rest.
+                // The losses that were reported so far stay known; the next change brings the rest.
                 Err(error) => {
-                    tracing::warn!(task = %id, %error, "what its log has lost can't be read");
+                    tracing::warn!(task = %id, %error, "could not read the losses of a task's log");
                     continue;
                 }
             };

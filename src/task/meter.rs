@@ -1,4 +1,4 @@
-//! What a task uses, as often as somebody wants to know.
+//! Measures the resources that a task uses.
 
 use tokio::sync::watch;
 
@@ -8,7 +8,7 @@ use crate::{
     ids::TaskId,
 };
 
-/// A task that is looked at.
+/// Measures one task repeatedly, until the task has ended.
 #[derive(Debug)]
 pub struct TaskMeter {
     meter: Meter,
@@ -16,26 +16,26 @@ pub struct TaskMeter {
 }
 
 impl TaskMeter {
-    /// What it uses right now; None once it has ended.
+    /// Returns what the task uses now. `None` once the task has ended.
     pub fn usage(&mut self) -> Option<Usage> {
         if self.exit.borrow().is_some() { None } else { self.meter.usage() }
     }
 
-    /// Completes when it has ended.
+    /// Completes when the task has ended.
     pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut exit = self.exit.clone();
         async move {
-            // A task that is forgotten has ended, too.
+            // The sender is dropped with a task that was destroyed, which has ended, too.
             let _ = exit.wait_for(Option::is_some).await;
         }
     }
 }
 
 impl Engine {
-    /// What a task uses, for as many looks as are wanted; None once it has ended.
+    /// Returns a meter of a task. `None` once the task has ended.
     ///
     /// # Errors
-    /// When it is unknown.
+    /// When the task is unknown.
     pub async fn meter(&self, id: &TaskId) -> Result<Option<TaskMeter>, TaskError> {
         let task = self.find(id).await?;
         let meter = self.shared().cgroups.meter(&CgroupPath::recorded(&task.record().cgroup));

@@ -1,6 +1,6 @@
-//! Numbers about the driver, in Prometheus' text format (its exposition_formats.md, version 0.0.4).
+//! Metrics of the driver in Prometheus' text format (Prometheus' exposition_formats.md, version 0.0.4).
 //!
-//! Counting is a few atomic additions; nothing is locked on the start path.
+//! Counting is a few atomic additions, and nothing is locked on the start path.
 
 use std::{
     fmt::Write as _,
@@ -10,13 +10,14 @@ use std::{
 
 use super::{Phases, TaskError};
 
-/// Upper bounds of the buckets, in seconds: from our own share of a start to a slow pull.
+/// Upper bounds of the histograms' buckets, in seconds. They range from the driver's own share of a start to a slow
+/// pull.
 const BUCKETS: [f64; 14] = [0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 5.0, 30.0];
 
-/// Why starts fail; the label of `starts_failed_total`.
+/// The causes of failed starts, which are the values of the label `cause` of `starts_failed_total`.
 const CAUSES: [&str; 7] = ["config", "image", "rootfs", "shim", "runtime", "stopped", "host"];
 
-/// How often something took how long.
+/// A histogram of durations.
 #[derive(Debug, Default)]
 struct Histogram {
     buckets: [AtomicU64; BUCKETS.len()],
@@ -49,7 +50,7 @@ impl Histogram {
     }
 }
 
-/// What is counted while the plugin lives.
+/// Counters since the plugin was started.
 #[derive(Debug, Default)]
 pub struct Metrics {
     starts: AtomicU64,
@@ -66,7 +67,7 @@ pub struct Metrics {
     log_dropped: AtomicU64,
 }
 
-/// What there is at the moment of asking.
+/// Numbers of what exists at the moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Gauges {
     /// Tasks that are being started.
@@ -75,16 +76,16 @@ pub struct Gauges {
     pub running: usize,
     /// Tasks that have ended and are not yet destroyed.
     pub exited: usize,
-    /// Tasks that could not be undone yet.
+    /// Tasks whose teardown is pending.
     pub leftovers: usize,
     /// Shims that wait for a task.
     pub idle_shims: usize,
-    /// Images that can be started from.
+    /// Images that tasks can be started from without contacting containerd or a registry.
     pub images: usize,
 }
 
 impl Metrics {
-    /// A task was started.
+    /// Counts a start of a task and the durations of its phases.
     pub fn started(&self, phases: &Phases) {
         self.starts.fetch_add(1, Ordering::Relaxed);
         for (histogram, (_, time)) in self.phases.iter().zip(phases.by_name()) {
@@ -96,38 +97,37 @@ impl Metrics {
         pool.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A start failed.
+    /// Counts a failed start.
     pub fn failed(&self, error: &TaskError) {
         if let Some(at) = CAUSES.iter().position(|known| *known == cause(error)) {
             self.failures[at].fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// An image had to be pulled; did it come?
+    /// Counts a pull of an image; `came` says whether it succeeded.
     pub fn pulled(&self, came: bool) {
         let counter = if came { &self.pulls } else { &self.pulls_failed };
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A task has ended.
+    /// Counts the end of a task.
     pub fn exited(&self, oom_killed: bool, shim_died: bool) {
         self.exits.fetch_add(1, Ordering::Relaxed);
         self.oom_kills.fetch_add(u64::from(oom_killed), Ordering::Relaxed);
         self.shims_died.fetch_add(u64::from(shim_died), Ordering::Relaxed);
     }
 
-    /// The reaper has removed so many things.
-    /// Bytes of output that the log writer dropped.
+    /// Counts bytes of output that the log writer dropped.
     pub fn log_dropped(&self, bytes: u64) {
         self.log_dropped.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// The reaper removed so many things.
+    /// Counts remains that garbage collection removed.
     pub fn swept(&self, count: usize) {
         self.swept.fetch_add(count as u64, Ordering::Relaxed);
     }
 
-    /// All of it, as Prometheus reads it.
+    /// Renders all metrics in Prometheus' text format.
     pub fn render(&self, gauges: Gauges) -> String {
         let mut text = String::with_capacity(8 << 10);
         let mut counter = |name: &str, help: &str, value: &AtomicU64| {
@@ -148,7 +148,7 @@ impl Metrics {
             "Output of tasks that could not be written and was dropped.",
             &self.log_dropped,
         );
-        counter("swept_total", "Things that nobody claimed and the reaper removed.", &self.swept);
+        counter("swept_total", "Remains that no agent asked for and garbage collection removed.", &self.swept);
         let name = "nomad_driver_shim_starts_failed_total";
         let _ = writeln!(text, "# HELP {name} Starts that failed, by cause.\n# TYPE {name} counter");
         for (cause, count) in CAUSES.iter().zip(&self.failures) {
@@ -171,7 +171,11 @@ impl Metrics {
         }
         for (name, help, count) in [
             ("idle_shims", "Shims that wait for a task.", gauges.idle_shims),
-            ("images", "Images that can be started from without asking anybody.", gauges.images),
+            (
+                "images",
+                "Images that tasks can be started from without contacting containerd or a registry.",
+                gauges.images,
+            ),
         ] {
             let _ = writeln!(text, "# HELP nomad_driver_shim_{name} {help}\n# TYPE nomad_driver_shim_{name} gauge");
             let _ = writeln!(text, "nomad_driver_shim_{name} {count}");
@@ -219,7 +223,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|known| known == line), "{line} is not in\n{text}");
         }
-        // Every line is a comment or a name, perhaps with labels, and a number.
+        // Every line is a comment, or a name (perhaps with labels) and a number.
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').expect("a value");
             assert!(name.starts_with("nomad_driver_shim_") && value.parse::<f64>().is_ok(), "{line}");

@@ -1,4 +1,4 @@
-//! Tasks: their states, their records, and the one place where images, root file systems, shims and cgroups meet.
+//! Tasks: their states and their records. Only this module combines images, root file systems, shims and cgroups.
 
 mod apparmor;
 mod claim;
@@ -93,88 +93,90 @@ pub use crate::{
 /// Why something could not be done to a task.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    /// Nomad never uses an id twice.
+    /// A task with this id exists already. Nomad never uses an id twice.
     #[error("task with ID {0:?} already started")]
     AlreadyStarted(String),
-    /// Upstream's own text for it.
+    /// The task is unknown. The text is that of Nomad's own drivers.
     #[error("task not found for given id")]
     NotFound(TaskId),
-    /// `DestroyTask` without force.
+    /// `DestroyTask` was called without force, and the task runs.
     #[error("task {0} is still running; stop it first, or destroy it with force")]
     StillRunning(TaskId),
-    /// A signal that no Linux knows.
+    /// Linux has no such signal.
     #[error("invalid signal: {0:?} is neither a name such as SIGHUP nor a number from 1 to 64")]
     Signal(String),
-    /// What the last plugin has written down of its settings.
-    #[error("read the settings of the last plugin in {path}; remove the file to use those of the command line")]
+    /// The settings that the last plugin has saved can't be read.
+    #[error(
+        "could not read the settings of the last plugin in {path}; remove the file to use those of the command line"
+    )]
     KeptSettings {
-        /// Where.
+        /// The file with the settings.
         path: PathBuf,
-        /// Why.
+        /// Why the file can't be read.
         source: io::Error,
     },
-    /// Garbage that could not be removed.
-    #[error("{path} stays")]
+    /// Garbage could not be removed.
+    #[error("could not remove {path}")]
     Stays {
-        /// Where.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// Why it could not be removed.
         source: io::Error,
     },
-    /// SIGKILL did not end it.
-    #[error("task {id} is still there {} s after SIGKILL; a process of it hangs in the kernel", after.as_secs())]
+    /// SIGKILL did not end the task.
+    #[error("task {id} still runs {} s after SIGKILL; one of its processes hangs in the kernel", after.as_secs())]
     Unkillable {
-        /// Which.
+        /// The task.
         id: TaskId,
-        /// How long we waited.
+        /// How long the driver waited after SIGKILL.
         after: Duration,
     },
-    /// The root file system went away under a start.
+    /// The root file system was unmounted during the start.
     #[error(
-        "the root file system was unmounted while the container was made, probably by a late clean-up of an earlier plugin"
+        "the root file system was unmounted while the container was created, probably by a late cleanup of an earlier plugin"
     )]
     Unmounted {
-        /// What came of it.
+        /// The error that the start failed with.
         source: Box<Self>,
     },
-    /// The image can't be had.
+    /// The image is not available.
     #[error(transparent)]
     Image(#[from] SharedImageError),
-    /// The image's name.
+    /// The image's reference is invalid.
     #[error(transparent)]
     Reference(#[from] ReferenceError),
-    /// Spec, bundle or root file system.
+    /// The spec, the bundle or the root file system could not be made or removed.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
-    /// Its AppArmor profile.
+    /// The task's AppArmor profile can't be used.
     #[error(transparent)]
     AppArmor(#[from] ProfileError),
-    /// The shim or the runtime.
+    /// A call of the shim, or of the runtime through the shim, failed.
     #[error("{doing}")]
     Shim {
-        /// What was asked of it.
+        /// What the call was to do.
         doing: &'static str,
-        /// What it answered.
+        /// The error of the call.
         source: ShimError,
     },
-    /// The log FIFOs.
+    /// The log FIFOs can't be opened.
     #[error(transparent)]
     Stdio(#[from] StdioError),
-    /// A log that is ours to write.
+    /// A log that the driver writes itself could not be set up or removed.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// Who writes it.
-    #[error("start the log writer")]
+    /// The log writer could not be started.
+    #[error("could not start the log writer")]
     LogWriter(#[source] std::io::Error),
-    /// cgroups.
+    /// A cgroup operation failed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    /// The runtime's name.
+    /// The runtime is unknown or can't be used.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
-    /// A device that it does not get.
+    /// gVisor does not pass the device on to the task.
     #[error(
-        "devices: {device:?} can't be had with runtime {runtime:?}: gVisor passes on GPUs and TPUs (/dev/nvidia*, /dev/accel*, /dev/vfio/*) only; remove it, or use a runtime without a sandbox"
+        "devices: {device:?} is not available with runtime {runtime:?}: gVisor passes on GPUs and TPUs (/dev/nvidia*, /dev/accel*, /dev/vfio/*) only; remove it, or use a runtime without a sandbox"
     )]
     NotInSandbox {
         /// The runtime.
@@ -182,65 +184,65 @@ pub enum TaskError {
         /// The device.
         device: PathBuf,
     },
-    /// The group's network.
+    /// The network namespace of the task's group can't be used.
     #[error(transparent)]
     Group(#[from] GroupError),
-    /// Our own records.
+    /// A record of a task can't be read, written or removed.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// Our own directories.
+    /// A directory of the driver can't be read or made.
     #[error(transparent)]
     Places(#[from] PlacesError),
-    /// Another plugin of the same name lives on this host, and has an agent.
+    /// Another process of the same driver name holds the lock on this host and does not release it.
     #[error(
-        "another plugin holds {path} and does not give way ({reason}); one driver name can have one live plugin on a host (link the binary under another name for a second one)"
+        "another plugin holds {path} and does not exit ({reason}); only one plugin of a driver name can run on a host (link the binary under another name for a second one)"
     )]
     Held {
-        /// Its lock.
+        /// The lock file.
         path: PathBuf,
-        /// What it says.
+        /// The holder's answer, or why there is none.
         reason: String,
     },
-    /// The lock could not be taken.
-    #[error("lock {path}")]
+    /// The lock file can't be opened or locked.
+    #[error("could not lock {path}")]
     Lock {
-        /// The file.
+        /// The lock file.
         path: PathBuf,
-        /// Why.
+        /// Why it can't be opened or locked.
         source: io::Error,
     },
-    /// A handle that leads to nothing.
+    /// The task of a handle can't be recovered.
     #[error("task {id} can't be recovered: {problem}")]
     Unrecoverable {
-        /// Which.
+        /// The task.
         id: TaskId,
-        /// Why.
+        /// Why the task can't be recovered.
         problem: String,
     },
-    /// A process in a task.
+    /// A further process in a task failed.
     #[error(transparent)]
     Exec(#[from] ExecError),
-    /// It may still run.
-    #[error("a container of this task, of the driver that was here before, can't be ended")]
+    /// A container that nomad-driver-containerd started for this task could not be stopped, and may still run.
+    #[error("a container that nomad-driver-containerd started for this task could not be stopped")]
     Former(#[source] crate::containerd::ContainerdError),
-    /// Nothing can be started beside that.
-    #[error("an earlier attempt of the task, {0}, is still being undone")]
+    /// The teardown of an earlier attempt of the task takes too long. No attempt can be started concurrently with it.
+    #[error("an earlier attempt of the task, {0}, is still being removed")]
     Busy(TaskId),
-    /// What an earlier attempt has left.
-    #[error("an earlier attempt of the task, {id}, is not removed yet; the driver tries again")]
+    /// The teardown of an earlier attempt of the task failed.
+    #[error("an earlier attempt of the task, {id}, could not be removed yet; the driver tries again")]
     Earlier {
-        /// The attempt.
+        /// The earlier attempt.
         id: TaskId,
         /// What could not be removed.
         source: Box<TaskError>,
     },
-    /// Somebody changed their mind.
+    /// StopTask or DestroyTask was called during the start.
     #[error("task {0} was stopped while it was being started")]
     Stopped(TaskId),
-    /// A task that is over.
-    #[error("task {0} has ended; nothing can be run in it")]
+    /// The task has ended, so that no process can be started in it.
+    #[error("task {0} has ended; no process can be started in it")]
     Ended(TaskId),
-    /// A volume's file system.
+    /// A file system with sources of the task's mounts does not answer.
     #[error("task {id}: the sources of its mounts can't be reached: {problem}")]
     Hanging {
         /// The task.
@@ -248,17 +250,17 @@ pub enum TaskError {
         /// What happened.
         problem: String,
     },
-    /// A worker thread is gone.
-    #[error("internal: a worker ended early")]
+    /// A worker thread of the driver panicked or was cancelled.
+    #[error("internal error: a worker thread panicked or was cancelled")]
     Worker(#[from] tokio::task::JoinError),
 }
 
-/// An image error as others share it.
+/// An image error that several waiting starts share.
 #[derive(Debug, Clone)]
 pub struct SharedImageError(pub SharedError);
 
 impl SharedImageError {
-    /// Is there no such image here?
+    /// Is the error that the image is not available locally?
     pub fn is_not_here(&self) -> bool {
         matches!(*self.0, crate::image::ImageError::NotHere { .. })
     }
@@ -276,7 +278,7 @@ impl std::error::Error for SharedImageError {
     }
 }
 
-/// A start failed, wherever: lets whoever reads the task's log FIFOs see their end.
+/// Shows the end of the task's log FIFOs to their reader. Called when a start has failed, wherever it failed.
 pub fn give_up_logs(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     stdio::give_up(alloc_dir, stdout, stderr);
 }

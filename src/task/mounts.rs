@@ -1,5 +1,5 @@
-//! The mounts of a task: the job's own, Nomad's volumes, and what every task has. Each source is opened here, before
-//! anything is made.
+//! The mounts of a task: the job's own, Nomad's volumes, and those that every task has. Their sources are opened here,
+//! before anything of the task is created.
 
 use std::{
     path::{Path, PathBuf},
@@ -25,27 +25,27 @@ use crate::{
     },
 };
 
-/// The directories that Nomad makes for a task, by the variable that says where the task has them.
+/// The directories that Nomad makes for a task, each with the environment variable that has its path in the task.
 const DIRECTORIES: [(&str, &str); 3] =
     [("NOMAD_SECRETS_DIR", "secrets"), ("NOMAD_TASK_DIR", "local"), ("NOMAD_ALLOC_DIR", "alloc")];
 
-/// Where mounts of this task may go.
+/// Says whether this task's mounts may have targets below `/sys`.
 pub(super) fn sys_targets(shared: &Shared, request: &StartRequest) -> SysTargets {
     SysTargets::of(shared.settings.name.flavor(), request.options.privileged)
 }
 
-/// May the sources of this task's mounts lie on a file system that does not answer? Nomad's own directories are on the
-/// agent's disk.
+/// Says whether sources of this task's mounts may be on a file system that does not answer. Nomad's own directories are
+/// on the agent's disk.
 pub(super) fn may_hang(request: &StartRequest) -> bool {
     let is_absolute =
         |mount: &MountRequest| matches!(&mount.kind, MountKind::Bind { source } if source.starts_with('/'));
     !request.volumes.is_empty() || request.options.mounts.iter().any(is_absolute)
 }
 
-/// Opens the sources of all mounts, where a dead file system can hold nobody else up.
+/// Opens the sources of all mounts, on a thread where a dead file system does not block anything else.
 ///
 /// # Errors
-/// As [`open_all`], and when a file system does not answer.
+/// Those of [`open_all`], and when a file system does not answer.
 pub(super) async fn open(
     shared: &Arc<Shared>,
     request: &StartRequest,
@@ -59,8 +59,8 @@ pub(super) async fn open(
     Ok(off_workers::run(&request.task_id, stop, move || open_all(&shared, &owned, names)).await??)
 }
 
-/// Opens the sources of all mounts. Those that every task has come last: of two with one target the later is seen, so
-/// that no job hides `/secrets` by accident.
+/// Opens the sources of all mounts. Those that every task has come last, so that no job hides `/secrets` by accident:
+/// of two mounts with the same target, the later one is visible.
 ///
 /// # Errors
 /// When a source is missing or may not be mounted, or a target may not be mounted over.
@@ -101,8 +101,9 @@ fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec
     Ok(mounts)
 }
 
-/// Keeps the files of logs, which this driver writes, out of reach of a job's own binds: one of their directory, or of
-/// something in it, becomes read-only, and into one of a directory above it the read-only directory is put.
+/// Makes the log files that this driver writes read-only in the job's own bind mounts. A bind mount of the log
+/// directory, or of something in it, becomes read-only itself. In a bind mount of a directory above it, the log
+/// directory is mounted read-only.
 fn guard_logs(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> Result<(), RootfsError> {
     if !mounts.iter().any(|mount| matches!(mount.content, MountContent::Bind(_))) {
         return Ok(());
@@ -131,17 +132,18 @@ fn network_files(names: Names) -> Result<Vec<TaskMount>, RootfsError> {
     let resolv_conf = names.resolv_conf.map(MountContent::File);
     let (hosts, mode) = match names.hosts {
         Hosts::OfTheHost => (MountContent::Bind(open_host_path("host_network:", Path::new("/etc/hosts"))?), "ro"),
-        // The old driver let a task edit its hosts file; some images' entry points do.
+        // nomad-driver-containerd let a task edit its hosts file, and the entry points of some images do.
         Hosts::Text(text) => (MountContent::File(text), "rw"),
     };
     let resolv_conf = resolv_conf.map(|text| mount("host_dns", "/etc/resolv.conf", text, &["rbind", "ro"]));
     resolv_conf.into_iter().chain([mount("extra_hosts", "/etc/hosts", hosts, &["rbind", mode])]).collect()
 }
 
-/// Nomad's own directories. Where this driver writes the logs of tasks, their directory is read-only in all tasks, also in
-/// those whose logs are disabled: what has been logged is not a task's to change, and no task can put a link in its place.
+/// Returns the mounts of Nomad's own directories. If this driver writes the logs of tasks, the log directory is
+/// read-only in all tasks, also in those whose logs are disabled: no task may change what has been logged or put a link
+/// in its place.
 fn nomads(own_logs: bool, flavor: Flavor, request: &StartRequest) -> Result<Vec<TaskMount>, RootfsError> {
-    // The secrets file system may be mounted anew by the agent: its new mount must reach the task.
+    // The agent may mount the secrets file system again, and the new mount must reach the task.
     let propagation = if flavor == Flavor::DropIn { "rprivate" } else { "rslave" };
     let open = |below: &Path| Ok::<_, RootfsError>(MountContent::Bind(open_alloc_dir(&request.alloc_dir, below)?));
     let mut mounts = Vec::new();

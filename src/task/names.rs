@@ -1,4 +1,4 @@
-//! By which names a task finds others: its hosts file and its name servers.
+//! A task's network files: `/etc/hosts` and `/etc/resolv.conf`.
 
 use std::{fs, io, path::Path};
 
@@ -13,37 +13,41 @@ use crate::{
 
 const HOSTS_FILE: &str = "/etc/hosts";
 
-/// A task's network files.
+/// The content of a task's network files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Names {
     pub(super) hosts: Hosts,
-    /// None: the image's own.
+    /// The text of `/etc/resolv.conf`. `None` keeps the image's own file.
     pub(super) resolv_conf: Option<String>,
 }
 
-/// What `/etc/hosts` is.
+/// The task's `/etc/hosts`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Hosts {
-    /// The host's, read-only.
+    /// The host's file, read-only.
     OfTheHost,
-    /// A file of the task's own.
+    /// A file of the task's own, with this text.
     Text(String),
 }
 
 impl Names {
-    /// As the job and its group say.
+    /// Builds the files from the options of the job and its group.
     ///
     /// # Errors
-    /// When `host-gateway` has no address.
+    /// When `host-gateway` has no address, or a file of the host can't be read.
     pub(super) fn of(request: &StartRequest, network: &NetworkNamespace, flavor: Flavor) -> Result<Self, RootfsError> {
         let options = &request.options;
         let mut extra = Vec::new();
         for host in &options.extra_hosts {
             match address(host, network) {
                 Ok(found) => extra.push(found),
-                // The old driver wrote a line that meant nothing.
+                // nomad-driver-containerd wrote a line without effect.
                 Err(error) if flavor == Flavor::DropIn => {
-                    tracing::warn!(task = %request.task_id, error = %crate::chain(&error), "a line of extra_hosts is left out");
+                    tracing::warn!(
+                        task = %request.task_id,
+                        error = %crate::chain(&error),
+                        "left out an entry of extra_hosts that has no address"
+                    );
                 }
                 Err(error) => return Err(error),
             }
@@ -55,7 +59,7 @@ impl Names {
             (true, false) => Hosts::Text(network::hosts(&read(Path::new(HOSTS_FILE))?, extra())),
             (false, _) => Hosts::Text(network::hosts(HOSTS, own.into_iter().chain(extra()))),
         };
-        // The old driver gave tasks with the host's network its name servers, too, whatever `host_dns` said.
+        // nomad-driver-containerd gave tasks with the host's network the host's name servers, whatever `host_dns` said.
         let host_dns = options.host_dns || (options.host_network && flavor == Flavor::DropIn);
         let servers = host_dns || !request.dns.is_unset();
         let resolv_conf = match servers {
@@ -80,10 +84,10 @@ fn read(path: &Path) -> Result<String, RootfsError> {
     fs::read_to_string(path).map_err(|source| RootfsError::File { doing: "read", path: path.to_owned(), source })
 }
 
-/// The host's name servers. systemd-resolved's stub listens on the host's loopback only; a task with a network of its
-/// own needs the servers behind it.
+/// Returns the host's name servers. systemd-resolved's stub resolver listens on the host's loopback interface only, so
+/// a task with a network of its own gets the servers that the stub forwards to.
 fn system_dns(host_network: bool) -> Result<Dns, RootfsError> {
-    // A host without the file has no name servers; one whose file can't be read has some.
+    // A host without the file has no name servers. If the file can't be read, there may be some, so that is an error.
     let read = |path: &str| match fs::read_to_string(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
             Err(RootfsError::File { doing: "read", path: path.into(), source })

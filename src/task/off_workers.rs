@@ -1,5 +1,5 @@
-//! File operations that a dead file system may hold up for ever (NFS, FUSE, CSI volumes): each on a thread of its own, so that
-//! neither the runtime's workers nor the threads that undo tasks wait for it.
+//! Runs file operations that a dead file system (NFS, FUSE, a CSI volume) may block forever. Each runs on a thread of
+//! its own, so that neither tokio's worker threads nor the threads that tear tasks down wait for it.
 
 use std::{
     sync::{Arc, LazyLock},
@@ -12,39 +12,43 @@ use tokio_util::sync::CancellationToken;
 use super::TaskError;
 use crate::ids::TaskId;
 
-/// How many such threads there may be. A thread that hangs keeps its place until its file system answers.
+/// The maximum number of such threads. A thread that hangs keeps its permit until its file system answers.
 const THREADS_MAX: usize = 128;
-/// A file system that has not answered for so long is taken for dead.
+/// A file system that has not answered for this long is considered dead.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 static THREADS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS_MAX)));
 
-/// Runs `work` on a thread of its own, and waits until it is done, the task is stopped, or the deadline is over. Work that
-/// is not waited for any more goes on, and its result is dropped.
+/// Runs `work` on a thread of its own, and waits until it is done, the task is stopped, or the timeout has passed.
+/// After that the work goes on, and its result is dropped.
 ///
 /// # Errors
-/// `Stopped`; `Hanging` when the file system does not answer, or when too many others do not.
+/// `Stopped` when the task is stopped. `Hanging` when the file system does not answer, when too many others do not, or
+/// when there is no thread.
 pub(super) async fn run<T: Send + 'static>(
     task: &TaskId,
     stop: &CancellationToken,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, TaskError> {
     let Ok(place) = THREADS.clone().try_acquire_owned() else {
-        return Err(TaskError::Hanging { id: task.clone(), problem: format!("{THREADS_MAX} others hang already") });
+        return Err(TaskError::Hanging {
+            id: task.clone(),
+            problem: format!("{THREADS_MAX} file operations hang already"),
+        });
     };
     let (answer, done) = oneshot::channel();
     let thread = std::thread::Builder::new().name("volumes".to_owned()).spawn(move || {
-        // Nobody waits when the start has been given up.
+        // The receiver is gone if the start has been given up.
         let _ = answer.send(work());
         drop(place);
     });
     if let Err(error) = thread {
-        return Err(TaskError::Hanging { id: task.clone(), problem: format!("no thread for it: {error}") });
+        return Err(TaskError::Hanging { id: task.clone(), problem: format!("no thread could be started: {error}") });
     }
     tokio::select! {
         outcome = tokio::time::timeout(DEADLINE, done) => match outcome {
             Ok(Ok(result)) => Ok(result),
-            Ok(Err(_)) => Err(TaskError::Hanging { id: task.clone(), problem: "its thread ended early".to_owned() }),
+            Ok(Err(_)) => Err(TaskError::Hanging { id: task.clone(), problem: "the thread ended early".to_owned() }),
             Err(_) => {
                 let problem = format!("a file system did not answer in {} s", DEADLINE.as_secs());
                 Err(TaskError::Hanging { id: task.clone(), problem })

@@ -1,4 +1,4 @@
-//! Opening an engine: what it works with is made, and what an earlier instance of us has left is sorted out.
+//! Opens an engine: creates its components, and recovers or tears down the tasks of an earlier plugin.
 
 use std::{
     collections::HashSet,
@@ -34,24 +34,25 @@ use crate::{
 };
 
 impl Engine {
-    /// Makes the directories, takes the lock, reads the records, and undoes what an earlier instance left half done.
+    /// Creates the directories, takes the lock, reads the records, and tears down what an earlier plugin left
+    /// unfinished.
     ///
     /// # Errors
     /// When another plugin holds the lock, or the host can't be used at all.
     pub async fn open(settings: Settings, events: EventHub) -> Result<Self, TaskError> {
-        // Beside the rest: nobody waits for it, unless a start comes that very moment.
+        // This runs concurrently with the rest. Only a start that comes at this very moment has to wait for it.
         drop(tokio::task::spawn_blocking(Reference::prepare));
         let places = settings.places.clone();
         places.create()?;
         let lock = lock::take(&places).await?;
         if let Err(error) = KeptSettings::of(&settings).save(&places) {
-            tracing::warn!(%error, "the settings could not be written down; gc will not know them when no plugin lives");
+            tracing::warn!(%error, "could not save the settings; gc will not know them while no plugin is running");
         }
         Self::open_locked(settings, events, lock, &HashSet::new()).await
     }
 
-    /// The same for who holds the lock already, and the directories are there. The containers in `alone` are neither taken
-    /// over nor undone: nothing is asked of them or of their shims.
+    /// Opens an engine for a caller that holds the lock already and has created the directories. The containers in
+    /// `excluded` are neither recovered nor torn down, and no requests are sent to them or their shims.
     ///
     /// # Errors
     /// When the host can't be used at all.
@@ -74,10 +75,10 @@ impl Engine {
         let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
         let launcher =
             Launcher::new(binary, containerd.namespace.clone(), settings.shim.pool.scope, places.clone(), group);
-        // Of crun: other runtimes gain nothing by it.
+        // Only crun gets a sealed copy: other runtimes gain nothing by it.
         if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == Form::Program) {
             let (binary, refused) =
-                (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "no sealed copy of crun"));
+                (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "could not seal a copy of crun"));
             if let Ok(Ok(sealed)) = tokio::task::spawn_blocking(move || Sealed::of(&binary).inspect_err(refused)).await
             {
                 launcher.hand_out(sealed);
@@ -92,21 +93,28 @@ impl Engine {
             match places.is_alone() {
                 Ok(true) => runtimes.prune(&places),
                 Ok(false) => {}
-                Err(error) => tracing::warn!(error = %crate::chain(&error), "old copies of runsc are kept"),
+                Err(error) => {
+                    tracing::warn!(
+                        error = %crate::chain(&error),
+                        "could not check whether old copies of runsc are in use; they are kept"
+                    );
+                }
             }
         }
         let warmer = match settings.keep_warm {
             KeepWarm::Starts if cgroups.mode() == CgroupMode::V2 => None,
             KeepWarm::Never => None,
             keep => {
-                let refused = |error: &std::io::Error| tracing::warn!(%error, "cgroup.keep_warm");
+                let refused = |error: &std::io::Error| {
+                    tracing::warn!(%error, "could not start the cgroup lock primer (cgroup.keep_warm)");
+                };
                 Warmer::start(&cgroups, keep).inspect_err(refused).ok()
             }
         };
         let most = if settings.upper == UpperOn::Disk { settings.shim.pool.size } else { 0 };
         let ahead = Ahead::new(places.ahead(), most);
         let unwatched =
-            |error: &std::io::Error| tracing::warn!(%error, "pid files can't be watched; starts take longer");
+            |error: &std::io::Error| tracing::warn!(%error, "could not watch pid files; starts take longer");
         let pid_files = PidFiles::new().inspect_err(unwatched).ok();
         let shared = Arc::new(Shared {
             settings,
@@ -147,7 +155,7 @@ impl Engine {
         let whole = engine.sort_out(records, alone);
         engine.watch_over(whole);
         engine.follow_share_pools();
-        // Tasks of an earlier instance may have logs of ours, whatever the settings say now.
+        // This driver may write the logs of tasks of an earlier plugin, whatever the settings say now.
         let has_logs = engine.shared().log_keeper.has_work();
         if has_logs {
             engine.shared().log_keeper.insist();

@@ -1,7 +1,8 @@
-//! Tasks of an earlier plugin that no agent has asked this one for within the grace period.
+//! Orphans: tasks of an earlier plugin that run, and that no agent has asked this plugin for within the grace period.
 //!
-//! What they do is the operator's choice, `state { orphans }`: they run on, since their agent may still come back, or they
-//! are stopped and destroyed. An agent that is down is no agent that does not ask: the period counts while one is connected.
+//! The operator's setting `state { orphans }` decides what happens to them: they run on, since their agent may still
+//! come back, or they are stopped and destroyed. The grace period counts only while an agent is connected, since an
+//! agent that is down can't ask for its tasks.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,13 +11,14 @@ use futures_util::future::join_all;
 use super::{Engine, Force, TaskError, live::Task};
 use crate::{control::Garbage, ids::TaskId};
 
-/// How long such a task has after its stop signal. Nomad's `kill_timeout` comes with its StopTask, which nobody sends here.
+/// How long an orphan may run after its stop signal. Nomad's `kill_timeout` is not known here, since it comes with
+/// StopTask.
 const STOP: Duration = Duration::from_secs(30);
 
-/// What becomes of tasks that run and that no agent asks for.
+/// What happens to orphans.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Orphans {
-    /// They run on, and the log says so.
+    /// They run on, which is logged.
     #[default]
     Keep,
     /// They are stopped and destroyed.
@@ -24,8 +26,8 @@ pub enum Orphans {
 }
 
 impl Engine {
-    /// Treats tasks that run and that no agent has asked for as the operator wants it: what was ended, or, for a dry run,
-    /// would be; and what stays.
+    /// Applies the operator's setting to orphans. Returns those that were ended (in a dry run: would be ended) and
+    /// those that stay.
     pub(super) async fn treat_orphans(&self, orphans: Vec<(TaskId, Arc<Task>)>, dry_run: bool) -> Vec<Garbage> {
         let grace = self.settings().grace;
         let policy = self.settings().orphans;
@@ -39,14 +41,14 @@ impl Engine {
         match why {
             Some(why) => {
                 for (id, _) in orphans.iter().filter(|(_, task)| !dry_run && task.is_first_warning()) {
-                    tracing::warn!(task = %id, why, "runs, and no agent has asked for it");
+                    tracing::warn!(task = %id, why, "no agent has asked for a running task; it runs on");
                 }
                 orphans.iter().map(|(id, _)| Garbage::staying("task", &id.0, why)).collect()
             }
             None if dry_run => orphans.iter().map(|(id, _)| garbage(id, &Ok(()))).collect(),
             None => {
                 let ends = orphans.iter().map(async |(id, task)| {
-                    // An agent that has asked a moment ago has it.
+                    // A task that an agent has asked for meanwhile stays.
                     task.claim_for_reaper().then_some(())?;
                     Some(garbage(id, &self.end_orphan(id, task).await))
                 });
@@ -55,6 +57,7 @@ impl Engine {
         }
     }
 
+    /// Stops and destroys an orphan.
     async fn end_orphan(&self, id: &TaskId, task: &Task) -> Result<(), TaskError> {
         let grace_s = self.settings().grace.as_secs();
         tracing::warn!(task = %id, grace_s, "stopping a task that no agent has asked for (state.orphans = \"end\")");
@@ -63,7 +66,7 @@ impl Engine {
             Err(error) => Err(error),
         };
         match outcome {
-            // An agent that starts it anew has done it meanwhile.
+            // A task that is no longer found was destroyed meanwhile, by an agent that starts it anew.
             Ok(()) | Err(TaskError::NotFound(_)) => Ok(()),
             Err(error) => {
                 task.release_by_reaper();

@@ -1,4 +1,5 @@
-//! What a start will make, worked out before anything is made: names, the spec, the bundle's contents.
+//! The plan of a start: the container's names, the spec and the bundle, derived from the request, the settings and the
+//! image; and the functions that write the plan to disk.
 
 use std::{
     os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
@@ -37,42 +38,43 @@ use crate::{
     },
 };
 
-/// docker's default profile has 15 KB.
+/// The largest seccomp profile that is read. docker's default profile has 15 KB.
 const PROFILE_MAX: u64 = 1 << 20;
 
-/// What is known about a task before anything is made.
+/// Everything that is decided about a task before anything of it is made.
 pub(super) struct Plan<'a> {
     pub(super) request: &'a StartRequest,
     pub(super) runtime: Runtime,
-    /// Its AppArmor profile, which is loaded.
+    /// The task's AppArmor profile, which is loaded into the kernel; `None` without AppArmor.
     pub(super) apparmor: Option<ProfileName>,
     pub(super) image: Arc<ImageRecord>,
     pub(super) mounts: Arc<Vec<TaskMount>>,
-    /// With what it may do to them.
+    /// The task's devices, each with the access that it gets (`r`, `w`, `m`).
     pub(super) devices: Vec<(LinuxDevice, String)>,
     pub(super) container_id: ContainerId,
     pub(super) cgroup: CgroupPath,
-    /// With its processors.
+    /// The task's cpuset share pool and the pool's processors; `None` where it is in none.
     pub(super) share_pool: Option<(SharePool, String)>,
 }
 
-/// Who starts the process of a container that is made.
+/// The component that starts the process of a created container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Starter {
-    /// We do: letting it go is all that the runtime's `start` would do.
+    /// The driver opens the runtime's exec FIFO, which is all that the runtime's `start` would do.
     Driver,
-    /// gVisor's wrapper has started it with the container.
+    /// gVisor's wrapper has started the process together with the container.
     Wrapper,
-    /// The shim, asked to.
+    /// The shim starts the process when the driver calls its `Start`.
     Shim,
 }
 
-/// Whose network a task sees.
+/// Returns the network namespace that a task runs in.
 pub(super) fn network(request: &StartRequest) -> NetworkNamespace {
     if request.options.host_network { NetworkNamespace::Host } else { request.network.clone() }
 }
 
-/// The devices of Nomad's device plugins, and those that the job names, where the operator allows what they lead to.
+/// Returns the devices of Nomad's device plugins and those that the job names. The operator must allow the file that
+/// each device of the job resolves to.
 pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
     let security = &shared.settings.security;
     let mut own = Vec::new();
@@ -84,7 +86,7 @@ pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(Li
         }
         own.push((resolved, path));
     }
-    // From here on by what was allowed, which has no symlinks that somebody could turn elsewhere.
+    // The resolved path is used from here on: it has no symlinks that could be changed after this check.
     let own = own.iter().map(|(host_path, task_path)| DeviceRequest { host_path, task_path, access: "rwm" });
     let given = request.devices.iter().map(|device| DeviceRequest {
         host_path: &device.host_path,
@@ -94,10 +96,11 @@ pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(Li
     devices::of_the_task(given.chain(own))
 }
 
-/// Can this runtime do what the job wants? Nothing is passed over in silence that a job relies on.
+/// Checks that the runtime supports what the job asks for, since the driver never silently ignores what a job relies
+/// on.
 ///
 /// # Errors
-/// With what it can't do.
+/// When the runtime does not pass on one of the task's devices.
 pub(super) fn fits(runtime: &Runtime, request: &StartRequest) -> Result<(), TaskError> {
     if runtime.gvisor.is_none() {
         return Ok(());
@@ -111,7 +114,7 @@ pub(super) fn fits(runtime: &Runtime, request: &StartRequest) -> Result<(), Task
 }
 
 impl Plan<'_> {
-    /// The file that the task's own shim is configured by, if it has one.
+    /// Returns the configuration file of a runtime's own shim, if the runtime has such a shim and the shim such a file.
     pub(super) fn shim_config(&self, shared: &Shared) -> Option<PathBuf> {
         let shim = self.runtime.shim.as_ref()?;
         if self.runtime.gvisor.is_some() {
@@ -120,7 +123,7 @@ impl Plan<'_> {
         shim.config.clone()
     }
 
-    /// What kind of file that is: `io.containerd.NAME.options`, as containerd's own clients say it.
+    /// Returns the type of the shim's configuration: `io.containerd.NAME.options`, as containerd's own clients name it.
     pub(super) fn shim_options(&self) -> String {
         match self.runtime.gvisor {
             Some(_) => gvisor::SHIM_OPTIONS.to_owned(),
@@ -128,11 +131,12 @@ impl Plan<'_> {
         }
     }
 
+    /// Writes the task's record to disk, in the state "intended", and returns it.
     pub(super) fn record(&self, shared: &Shared, shim: &str) -> Result<Record, TaskError> {
         let stop_signal = match self.image.config.stop_signal.as_str() {
             "" => libc::SIGTERM,
             name => signal::parse(name).unwrap_or_else(|error| {
-                tracing::warn!(image = self.image.reference, %error, "STOPSIGNAL of the image; using SIGTERM");
+                tracing::warn!(image = self.image.reference, %error, "invalid STOPSIGNAL in the image; using SIGTERM");
                 libc::SIGTERM
             }),
         };
@@ -156,7 +160,7 @@ impl Plan<'_> {
             group: self.membership(),
             stop_signal,
         })?;
-        // Without this, `save_state` writes the record when the task runs.
+        // In a test that skips this step, `save_state` writes the record when the task runs.
         if !fault::skipped("intent") {
             record.save(&shared.settings.places.record(&self.container_id))?;
         }
@@ -164,7 +168,7 @@ impl Plan<'_> {
         Ok(record)
     }
 
-    /// How it is in its group's network namespace, if there is one.
+    /// Returns how the task takes part in its group's network namespace; `None` if it is in no such namespace.
     pub(super) fn membership(&self) -> Option<Membership> {
         let namespace = network(self.request);
         let stack = match self.runtime.network(&namespace) {
@@ -177,7 +181,7 @@ impl Plan<'_> {
         }
     }
 
-    /// Who starts the process of a container that is made.
+    /// Returns the component that starts the process of the created container.
     pub(super) fn starter(&self, shared: &Shared) -> Starter {
         match (&self.runtime.gvisor, &self.runtime.shim) {
             (Some(_), None) => Starter::Wrapper,
@@ -196,9 +200,10 @@ impl Plan<'_> {
         BundlePaths::of(&shared.settings.places, &self.container_id)
     }
 
-    /// Makes the bundle. A few dozen system calls on local file systems, half a millisecond in all where a root file system
-    /// was made ahead: less than handing them to another thread and back would cost on a busy machine. Where sources of mounts
-    /// may lie on a dead file system, the mounts are placed on a thread of their own.
+    /// Makes the bundle: the root file system, the task's mounts and the files. This takes a few dozen system calls on
+    /// local file systems, and half a millisecond with a prepared root file system. A handover to another thread and
+    /// back would cost more on a busy machine. If sources of mounts may be on a dead file system, the mounts are made
+    /// on a separate thread.
     ///
     /// # Errors
     /// When something can't be made or mounted, a file system does not answer, or the task is stopped meanwhile.
@@ -226,7 +231,8 @@ impl Plan<'_> {
         Ok(Sources::new(pins, self.mounts.clone()))
     }
 
-    /// Mounts the root file system. Returns a file system for the sources of mounts where one was made ahead with it.
+    /// Mounts the root file system. A prepared root file system comes with a file system for the sources of mounts,
+    /// which is returned.
     fn make_root(&self, shared: &Shared) -> Result<Option<PreparedPins>, TaskError> {
         let paths = self.bundle(shared);
         paths.create()?;
@@ -234,7 +240,7 @@ impl Plan<'_> {
         let attached = shared.ahead.attach(layers, &paths);
         let is_attached = matches!(attached, Ok(Some(_)));
         let pins = attached.unwrap_or_else(|error| {
-            tracing::debug!(%error, "a root file system made ahead can't be used");
+            tracing::debug!(%error, "could not attach a prepared root file system");
             None
         });
         if !is_attached {
@@ -244,6 +250,7 @@ impl Plan<'_> {
         Ok(pins)
     }
 
+    /// Writes the bundle's files: the spec and, for gVisor's own shim, the shim's configuration.
     fn write_bundle(&self, shared: &Shared, spec: &Spec) -> Result<(), TaskError> {
         let paths = self.bundle(shared);
         let root = shared.settings.places.runtime_root(&self.runtime.name);
@@ -257,6 +264,10 @@ impl Plan<'_> {
         Ok(paths.write_spec(spec)?)
     }
 
+    /// Builds the OCI spec. This changes nothing on the host.
+    ///
+    /// # Errors
+    /// When the job, the image or the settings ask for what can't be done.
     pub(super) fn spec(&self, shared: &Shared) -> Result<Spec, TaskError> {
         let Self { request, image, .. } = self;
         let options = &request.options;
@@ -264,7 +275,7 @@ impl Plan<'_> {
         let flavor = settings.name.flavor();
         let own = &shared.own_capabilities;
         let (privilege, base) = if options.privileged {
-            // gVisor has none of the host's devices, whoever asks.
+            // gVisor passes none of the host's devices on, not even to a privileged task.
             let devices = if self.runtime.gvisor.is_some() { Vec::new() } else { devices::of_the_host()? };
             (Privilege::Privileged { devices }, own.clone())
         } else {
@@ -327,7 +338,8 @@ impl Plan<'_> {
         Ok(spec)
     }
 
-    /// What the task may call: the job's word, else the operator's.
+    /// Returns the task's seccomp filter: the one that the job names, else the operator's default. `None` means no
+    /// filter.
     fn filter(&self, shared: &Shared, capabilities: &Capabilities) -> Result<Option<Filter>, TaskError> {
         let settings = &shared.settings;
         let options = &self.request.options;
@@ -338,8 +350,9 @@ impl Plan<'_> {
             (SeccompRequest::Off, _) => return Ok(None),
             (SeccompRequest::Unsaid, _) if options.privileged => return Ok(None),
             (SeccompRequest::Unsaid, SeccompDefault::Unconfined) => return Ok(None),
-            // docker's filter guards the host's kernel, which a task in a sandbox does not reach; gVisor's own kernel would
-            // only ask it for each call. One that somebody has named holds in the sandbox, too.
+            // docker's filter protects the host's kernel, which a task in a sandbox does not reach; gVisor's own kernel
+            // would merely run the filter for each system call. A filter that the job or the operator names applies in
+            // the sandbox, too.
             (SeccompRequest::Unsaid, SeccompDefault::Default) if self.runtime.gvisor.is_some() => return Ok(None),
             (SeccompRequest::File(path), _) => {
                 let dirs = AllocDirs { alloc: &self.request.alloc_dir, task: &self.request.name };
@@ -355,7 +368,8 @@ impl Plan<'_> {
             }
             (SeccompRequest::On | SeccompRequest::Unsaid, operators) => operators,
         };
-        // The driver's AppArmor profile refuses the forbidden families to every socket, whichever call opens it.
+        // The driver's AppArmor profile denies sockets of the forbidden address families, whichever system call opens
+        // them.
         let has_own_profile = self.apparmor.as_ref() == Some(shared.apparmor.name());
         let multiplexer = if has_own_profile { Multiplexer::Allowed } else { settings.security.multiplexer };
         match operators {
@@ -368,11 +382,11 @@ impl Plan<'_> {
     }
 }
 
-/// A profile's file; one that is larger than any profile is none.
+/// Reads a seccomp profile. A file that is larger than any real profile is refused.
 fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
     use std::io::Read as _;
     let read = || {
-        // A FIFO in a profile's place must not hold the start up.
+        // O_NONBLOCK, since a FIFO in place of the profile must not block the start.
         let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         if !file.metadata()?.is_file() {
             return Err(std::io::Error::other("it is not a regular file"));
@@ -387,8 +401,8 @@ fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
     read().map_err(|source| seccomp::SeccompError::Read { path: shown.into(), source }.into())
 }
 
-/// Places the mounts of a task in its root file system: the spec with those that are left to the runtime, and the file
-/// system that the sources are in.
+/// Mounts the task's mounts in its root file system. Returns the spec, completed by the mounts that the runtime has to
+/// make, and the file system that holds the sources.
 fn placed(
     paths: &BundlePaths,
     mounts: &[TaskMount],
@@ -399,12 +413,12 @@ fn placed(
     let base = spec.mounts().clone().unwrap_or_default();
     let (placed, pins) = mount_tree::place(paths, &base, mounts, how, prepared)?;
     spec.set_mounts(Some([base, placed].concat()));
-    // By now the root file system is what the runtime will read accounts from.
+    // The root file system is complete now, and the runtime will read the accounts from it.
     accounts::check(&paths.rootfs(), binds(&spec))?;
     Ok((spec, pins))
 }
 
-/// What a spec binds: places in the container, and what is bound there.
+/// Returns the bind mounts of a spec: each destination in the container with its source.
 fn binds(spec: &Spec) -> impl Iterator<Item = (&Path, &Path)> {
     let mounts = spec.mounts().iter().flatten().filter(|mount| mount.typ().as_deref() == Some("bind"));
     mounts.filter_map(|mount| Some((mount.destination().as_path(), mount.source().as_deref()?)))

@@ -1,5 +1,5 @@
-//! What stands in the way of a start: the same start made by an earlier instance of us, earlier attempts, and their
-//! remains.
+//! What a start has to clear away first: the same start made by an earlier plugin, earlier attempts of the task, and
+//! their remains.
 
 use std::time::Duration;
 
@@ -11,10 +11,11 @@ use super::{
 };
 use crate::{ids::TaskId, shim::stdio::HeldOpen};
 
-/// How long a start waits for somebody who is undoing an earlier attempt.
+/// How long a start waits for the teardown of an earlier attempt that another caller runs.
 const OTHERS: Duration = Duration::from_secs(120);
 
-/// The job can do nothing about what is left of its earlier attempt: a later start may find it removed.
+/// Wraps the error of an earlier attempt's teardown. It is not the job's fault, and a later start may find the attempt
+/// removed.
 fn earlier(id: TaskId, error: TaskError) -> TaskError {
     match error {
         error @ TaskError::Busy(_) => error,
@@ -23,8 +24,10 @@ fn earlier(id: TaskId, error: TaskError) -> TaskError {
 }
 
 impl Engine {
-    /// A plugin that died before its answer was out is asked again, with the same id: the task runs already, and is
-    /// what was asked for. One that was to stop meanwhile, or whose end is not known, is made anew.
+    /// Returns the handle of a task that an earlier plugin has started for this same request. If a plugin dies before
+    /// its answer to StartTask reaches Nomad, Nomad repeats the call with the same task id, and the task runs already.
+    /// If that task was being stopped, or it is not known how it ended, it is destroyed instead, and the caller starts
+    /// it anew.
     pub(super) async fn started_before(&self, request: &StartRequest) -> Option<TaskHandle> {
         let id = &request.task_id;
         let task = self.settled(id).await?;
@@ -34,19 +37,20 @@ impl Engine {
             return None;
         }
         if sound && claim == Claim::First {
-            tracing::warn!(task = %id, "an earlier plugin had started it already");
+            tracing::warn!(task = %id, "an earlier plugin has already started this task; keeping it");
             return Some(task.handle());
         }
         let held = HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
         self.held().insert((request.alloc_id.clone(), request.name.clone()), held);
         if let Err(error) = self.destroy(id, Force::Yes).await {
-            tracing::warn!(task = %id, error = %crate::chain(&error), "an unsound earlier start of it");
+            tracing::warn!(task = %id, error = %crate::chain(&error), "could not destroy an earlier start of the task");
         }
         None
     }
 
-    /// A new attempt of an allocation's task means that whatever is left of the old one is not wanted: Nomad gave up on
-    /// it, or died before it knew of it. The logs of both are one stream, which what is returned keeps open.
+    /// Destroys all earlier attempts of the task. A new attempt means that Nomad no longer needs the old ones: it gave
+    /// up on them, or died before it got the answer to their start. The logs of the attempts are one stream; the
+    /// returned FIFOs keep that stream open.
     pub(super) async fn clear_predecessors(
         &self,
         request: &StartRequest,
@@ -65,10 +69,10 @@ impl Engine {
             .map(|record| record.intent.task_id)
             .collect();
         for old in olds {
-            tracing::warn!(task = %old, new = %request.task_id, "replaces an attempt that was never destroyed");
+            tracing::warn!(task = %old, new = %request.task_id, "destroying an attempt that Nomad never destroyed");
             held = Some(hold());
             match self.destroy(&old, Force::Yes).await {
-                // Somebody else, most likely the old agent's own call, was faster.
+                // Another call, most likely DestroyTask of the old agent, has destroyed the task meanwhile.
                 Ok(()) | Err(TaskError::NotFound(_)) => {}
                 Err(error) => return Err(earlier(old, error)),
             }
@@ -79,7 +83,7 @@ impl Engine {
             records.filter(|record| same(record)).map(|record| record.task_id.clone()).collect()
         };
         for old in leftovers {
-            tracing::warn!(task = %old, new = %request.task_id, "replaces a task of an earlier plugin");
+            tracing::warn!(task = %old, new = %request.task_id, "removing the remains of an earlier attempt");
             held = Some(hold());
             match self.outlast_leftover(&old, stop).await {
                 Err(TaskError::Stopped(_)) => return Err(TaskError::Stopped(request.task_id.clone())),
@@ -89,34 +93,37 @@ impl Engine {
         Ok(held)
     }
 
-    /// Ends the predecessors of a start that was stopped while it waited for its turn: an attempt that a dead agent had begun
-    /// comes up only then, and no agent knows of it. Later starts of the same task wait for this, since they are behind
-    /// it in the queue.
+    /// Destroys the earlier attempts of a start that was stopped while it waited for its attempt lock. The lock is then
+    /// held by a start that a dead agent has begun; when that start completes, no agent knows of its task. Later starts
+    /// of the same task wait for this, since they are behind it in the lock's queue.
     pub(super) fn clear_predecessors_later(
         &self,
         turn: impl Future<Output = OwnedMutexGuard<()>> + Send + 'static,
         request: StartRequest,
     ) {
         let engine = self.clone();
-        tokio::spawn(caught("the end of a stopped start's predecessors", async move {
+        tokio::spawn(caught("destroying the earlier attempts of a stopped start", async move {
             let _turn = turn.await;
             if let Err(error) = engine.clear_predecessors(&request, &CancellationToken::new()).await {
                 tracing::warn!(
                     task = %request.task_id, error = %crate::chain(&error),
-                    "an earlier attempt of a task that was stopped is not removed yet"
+                    "could not yet remove an earlier attempt of a task whose start was stopped"
                 );
             }
         }));
     }
 
-    /// Undoes a leftover, or waits until whoever is at it is done: two attempts share a cgroup, and with the same id all
-    /// else too.
+    /// Runs a pending teardown, or waits for the caller that runs it. A new attempt can't start before that, since two
+    /// attempts of a task share a cgroup, and two starts with the same task id share everything.
+    ///
+    /// # Errors
+    /// When the teardown fails or takes too long, or `stop` is cancelled.
     pub(super) async fn outlast_leftover(&self, id: &TaskId, stop: &CancellationToken) -> Result<(), TaskError> {
         let deadline = tokio::time::Instant::now() + OTHERS;
         self.shared().hurry.notify_waiters();
         loop {
             let mut settled = std::pin::pin!(self.shared().settled.notified());
-            // From here on: what settles while we look is not missed.
+            // Registered before the check, so that a teardown that finishes during the check is not missed.
             settled.as_mut().enable();
             if let Some(outcome) = self.destroy_leftover(id).await {
                 return outcome;

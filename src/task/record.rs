@@ -1,8 +1,9 @@
-//! Records of tasks on disk: written before anything is made, so that whatever was made can be found and undone.
+//! Records of tasks on disk. A record is written before anything of its task is created, so that everything that was
+//! created can be found and removed.
 //!
-//! A record's file has the record in its first line, and in each further one a later state; the last that can be read
-//! holds. Appending a line costs a tenth of replacing a file, which makes ext4 write out the new one's content
-//! (`auto_da_alloc`).
+//! The first line of a record's file is the record, and each further line is a later state. The last line that can be
+//! read is valid. Appending a line costs a tenth of replacing the file, because ext4 writes out the content of a file
+//! that replaces another one (`auto_da_alloc`).
 
 use std::{
     fs,
@@ -21,10 +22,10 @@ use crate::{
     process::{self, ProcessId},
 };
 
-/// The form of the record's file.
+/// The version of the file's format.
 const VERSION: u32 = 2;
 
-/// Why a record could not be kept.
+/// A task record could not be read, written or removed.
 #[derive(Debug, thiserror::Error)]
 #[error("task record: {doing} {path}")]
 pub struct RecordError {
@@ -33,16 +34,17 @@ pub struct RecordError {
     source: io::Error,
 }
 
-/// A task as its next finder needs to know it. All names of what is made follow from `container_id`.
+/// What a later plugin needs to know about a task. The names of everything that is created for the task follow from
+/// `container_id`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     version: u32,
-    /// The kernel's boot id: after a reboot nothing of it runs any more.
+    /// The kernel's boot id. After a reboot nothing of the task runs any more.
     pub boot_id: String,
-    /// Who it is and what belongs to it; fixed before anything is made.
+    /// What the task is and what belongs to it. This is fixed before anything of the task is created.
     #[serde(flatten)]
     pub intent: Intent,
-    /// How far it came.
+    /// How far the task has come.
     pub state: RecordState,
 }
 
@@ -53,75 +55,75 @@ impl std::ops::Deref for Record {
     }
 }
 
-/// What a record is made of besides its own bookkeeping.
+/// The part of a record that does not change: what the task is and what belongs to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {
-    /// Nomad's id.
+    /// Nomad's id of this attempt.
     pub task_id: TaskId,
     /// The task's name.
     pub name: String,
-    /// Its allocation.
+    /// The id of the task's allocation.
     pub alloc_id: String,
     /// The allocation's directory on the host.
     pub alloc_dir: PathBuf,
-    /// Where its standard output goes.
+    /// The path that the task's standard output goes to.
     pub stdout: PathBuf,
-    /// Where its standard error goes.
+    /// The path that the task's standard error goes to.
     pub stderr: PathBuf,
-    /// The container.
+    /// The id of the task's container.
     pub container_id: ContainerId,
-    /// Its image.
+    /// The task's image.
     pub image: String,
-    /// What keeps the image's layers in containerd.
+    /// The lease that keeps the image's layers in containerd.
     pub lease: String,
     /// The runtime's name.
     pub runtime: String,
-    /// Is that gVisor's runsc?
+    /// Whether the runtime is gVisor's runsc.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub gvisor: bool,
-    /// The shim's directory name.
+    /// The name of the shim's directory.
     pub shim: String,
-    /// The shim's program, where that is not everybody's.
+    /// The shim's program, if the runtime has a shim of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shim_program: Option<PathBuf>,
-    /// The shim's namespace, below which the runtime keeps its state.
+    /// The shim's namespace. The runtime keeps its state in a directory of this name.
     pub namespace: String,
-    /// Its cgroup.
+    /// The task's cgroup.
     pub cgroup: String,
-    /// The pool whose processors it has, where that is ours to follow.
+    /// The pool of shared processors that the task uses, if this driver has to follow the pool's changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share_pool: Option<SharePool>,
-    /// The group's network namespace, where it is in one.
+    /// The group's network namespace, if the task is in one, and how the task uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<Membership>,
-    /// The signal that asks it to stop.
+    /// The signal that asks the task to stop.
     pub stop_signal: i32,
 }
 
-/// How far a task came.
+/// How far a task has come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "is")]
 pub enum RecordState {
-    /// About to be made.
+    /// The task is about to be created.
     Intended,
-    /// Its process runs.
+    /// The task's process runs.
     Running(RunRecord),
-    /// It was asked to stop.
+    /// The task was asked to stop.
     Stopping {
-        /// What runs.
+        /// The process that runs.
         #[serde(flatten)]
         run: RunRecord,
-        /// When it is killed; milliseconds since the epoch.
+        /// When the task is killed, in milliseconds since the epoch.
         deadline: u64,
     },
-    /// It has ended, and is not yet destroyed.
+    /// The task has ended, and is not yet destroyed.
     Exited(ExitRecord),
-    /// Nobody wants it any more; something of it may still be there.
+    /// The task is no longer needed and is being destroyed. Parts of it may still be there.
     Destroying,
 }
 
 impl RecordState {
-    /// What runs, as far as this tells.
+    /// Returns the process that runs in this state, if there is one.
     pub fn run(&self) -> Option<RunRecord> {
         match self {
             Self::Running(run) | Self::Stopping { run, .. } => Some(*run),
@@ -136,68 +138,69 @@ pub struct RunRecord {
     /// The container's first process.
     #[serde(flatten)]
     pub process: ProcessId,
-    /// Milliseconds since the epoch.
+    /// When it was started, in milliseconds since the epoch.
     pub started_at: u64,
 }
 
 /// How a task ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
-    /// 0 to 255; 128 + n for a death by signal n.
+    /// The exit code: 0 to 255, or 128 + n if signal n ended the process.
     pub code: i32,
-    /// Did the OOM killer strike in its cgroup?
+    /// Whether the OOM killer killed a process in the task's cgroup.
     pub oom_killed: bool,
-    /// Why the code is not the process's own, when it is not.
+    /// The reason why the code is not the process's own, if it is not.
     pub error: Option<String>,
-    /// When it was started; milliseconds since the epoch.
+    /// When the task was started, in milliseconds since the epoch.
     pub started_at: u64,
-    /// When it ended; milliseconds since the epoch.
+    /// When the task ended, in milliseconds since the epoch.
     pub at: u64,
 }
 
-/// What Nomad keeps for us and gives back to `RecoverTask` (its `driver_state`).
+/// The handle of a task, which Nomad stores and gives back to `RecoverTask` (its `driver_state`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskHandle {
-    /// The task as it was when it had been started: by this it is found when its record was lost or torn.
+    /// The task as it was when it had been started. By this the task is found if its record was lost or torn.
     pub record: Record,
 }
 
 impl TaskHandle {
-    /// The handle's version; 1 is the old driver's.
+    /// The version of this driver's handles. Version 1 is the one of nomad-driver-containerd.
     pub const VERSION: i32 = 2;
 
-    /// For Nomad's keeping.
+    /// Encodes the handle for Nomad.
     pub fn encode(&self) -> Vec<u8> {
         serde_json::json!(self).to_string().into_bytes()
     }
 
-    /// From Nomad's keeping.
+    /// Decodes a handle that Nomad has stored.
     ///
     /// # Errors
-    /// When it is not ours.
+    /// When it is not a handle of this driver.
     pub fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(bytes)
     }
 }
 
 impl Record {
-    /// An intent of this boot.
+    /// Creates a record of the current boot in the state `Intended`.
     ///
     /// # Errors
-    /// When the kernel does not tell its boot id.
+    /// When the kernel's boot id can't be read.
     pub fn new(intent: Intent) -> Result<Self, RecordError> {
         Ok(Self { version: VERSION, boot_id: boot_id()?, intent, state: RecordState::Intended })
     }
 
-    /// Is it of this boot?
+    /// Says whether the record is of the current boot.
     pub fn is_current(&self) -> bool {
         boot_id().is_ok_and(|boot| boot == self.boot_id)
     }
 
-    /// Writes the record, whole or not at all. No fsync: after a crash of the host nothing of it runs.
+    /// Writes the record, whole or not at all. It is not synced to disk, because after a crash of the host nothing of
+    /// the task runs.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the file can't be written or renamed.
     pub fn save(&self, path: &Path) -> Result<(), RecordError> {
         let draft = path.with_extension("tmp");
         let failed = |doing| {
@@ -215,30 +218,30 @@ impl Record {
         saved
     }
 
-    /// Adds the state to the record's file, or writes that anew when it is gone.
+    /// Appends the state to the record's file, or writes the whole record again if the file is gone.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the file can't be written.
     pub fn save_state(&self, path: &Path) -> Result<(), RecordError> {
         if self.append_state(path)? { Ok(()) } else { self.save(path) }
     }
 
-    /// As `save_state`, some time after the state was set: the record of a task that is being destroyed may have been
-    /// removed by then, and is not written anew.
+    /// Does the same as `save_state`, some time after the state was set. The record of a task that is being destroyed
+    /// may have been removed by then, and is not written again.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the file can't be written.
     pub fn save_late(&self, path: &Path) -> Result<(), RecordError> {
         let is_there = self.append_state(path)?;
         if is_there || self.state == RecordState::Destroying { Ok(()) } else { self.save(path) }
     }
 
-    /// True when the record's file is there.
+    /// Appends the state to the record's file. Returns false if there is no such file.
     fn append_state(&self, path: &Path) -> Result<bool, RecordError> {
         let failed = |doing| move |source: io::Error| RecordError { doing, path: path.to_owned(), source };
         let state = serde_json::to_string(&self.state).map_err(|error| failed("encode")(error.into()))?;
         match fs::OpenOptions::new().append(true).open(path) {
-            // In one write, and with the line's end before it: one that was cut off spoils itself only.
+            // One write, which begins with the line break: a line that is cut off spoils only itself.
             Ok(mut file) => {
                 file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to"))?;
                 Ok(true)
@@ -260,7 +263,7 @@ impl Record {
     fn parse(bytes: &[u8]) -> Result<Self, String> {
         let mut lines = bytes.split(|&byte| byte == b'\n');
         let first = lines.next().unwrap_or_default();
-        // The version first: a later one may have another form.
+        // The version is checked first, because a later version may have another format.
         let version = serde_json::from_slice::<Versioned>(first).map_err(|error| error.to_string())?.version;
         if version != VERSION {
             return Err(format!("it has version {version}, this driver's is {VERSION}"));
@@ -272,15 +275,15 @@ impl Record {
         Ok(record)
     }
 
-    /// Removes a record. One that is gone is fine.
+    /// Removes a record. It may be gone already.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the file can't be removed.
     pub fn remove(path: &Path) -> Result<(), RecordError> {
         if crate::fault::skipped("record") {
             return Ok(());
         }
-        // A torn one of the same container was set aside; what it stood for is gone now.
+        // A torn record of the same container may have been set aside. What it described is gone now.
         for path in [path, &path.with_extension("bad")] {
             match fs::remove_file(path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -293,30 +296,31 @@ impl Record {
     }
 }
 
-/// Why a record was not read.
+/// The reason why a record was not read.
 enum Unread {
-    /// It was removed meanwhile.
+    /// The record was removed meanwhile.
     Gone,
-    /// There is no descriptor or memory to read it with; that says nothing of the record.
+    /// There is no descriptor or memory to read the record with. That says nothing about the record.
     NotNow(io::Error),
-    /// It is torn, of another version, or the file system can't give it.
+    /// The record is torn or of another version, or the file system can't read it.
     Bad(String),
 }
 
-/// What a directory of records holds.
+/// The records in a directory.
 #[derive(Debug, Default)]
 pub struct Records {
-    /// Those that can be read.
+    /// The records that can be read.
     pub good: Vec<Record>,
-    /// Files that can't, and are set aside as `<container>.bad`.
+    /// The files that can't be read. `load_all` has renamed them to `<container>.bad`.
     pub bad: Vec<PathBuf>,
 }
 
-/// All records of a directory. One that is torn is renamed to `.bad` and reported; the rest goes on.
+/// Reads all records of a directory. A record that is torn is renamed to `.bad` and logged; the others are read all the
+/// same.
 ///
 /// # Errors
-/// When the directory or one of the records can't be read just now, or the kernel does not tell its boot id: what a record
-/// says is nothing to go by then.
+/// When the directory or one of the records can't be read at the moment, or the kernel's boot id can't be read. Without
+/// them the caller must not draw any conclusion from the records.
 pub fn load_all(directory: &Path) -> Result<Records, RecordError> {
     boot_id()?;
     let mut records = read_all(directory)?;
@@ -326,21 +330,22 @@ pub fn load_all(directory: &Path) -> Result<Records, RecordError> {
         }
         let aside = path.with_extension("bad");
         if let Err(error) = fs::rename(&*path, &aside) {
-            tracing::error!(path = %path.display(), %error, "a bad record could not even be renamed");
+            tracing::error!(path = %path.display(), %error, "could not set aside an unreadable task record");
         }
         *path = aside;
     }
     for draft in drafts(directory) {
-        // A write that was cut off; its predecessor, if any, is whole.
+        // The write of this file was interrupted. The record that it was to replace, if there is one, is whole.
         let _ = fs::remove_file(draft);
     }
     Ok(records)
 }
 
-/// As `load_all`, without touching anything: for those who only look. A directory that is not there has no records.
+/// Reads all records of a directory and changes nothing, for callers that only inspect them. A directory that does not
+/// exist has no records.
 ///
 /// # Errors
-/// When the directory or one of the records can't be read just now.
+/// When the directory or one of the records can't be read at the moment.
 pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
     let unreadable = |source| RecordError { doing: "list", path: directory.to_owned(), source };
     let mut records = Records::default();
@@ -362,7 +367,7 @@ pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
             Err(Unread::Gone) => {}
             Err(Unread::NotNow(source)) => return Err(RecordError { doing: "read", path, source }),
             Err(Unread::Bad(problem)) => {
-                tracing::error!(path = %path.display(), problem, "task record can't be read");
+                tracing::error!(path = %path.display(), problem, "could not read a task record");
                 records.bad.push(path);
             }
         }
@@ -380,7 +385,7 @@ fn drafts(directory: &Path) -> Vec<PathBuf> {
     entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|kind| kind == "tmp")).collect()
 }
 
-/// Milliseconds since the epoch.
+/// Converts a time to milliseconds since the epoch.
 pub fn millis(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
@@ -433,10 +438,10 @@ mod tests {
         fs::write(directory.path().join("cut.tmp"), "{").expect("written");
         let looked = read_all(directory.path()).expect("read");
         assert_eq!((looked.good, looked.bad.len()), (vec![record.clone()], 3));
-        assert!(directory.path().join("torn.json").exists(), "who only looks touches nothing");
+        assert!(directory.path().join("torn.json").exists(), "read_all changes nothing");
         let records = load_all(directory.path()).expect("read");
         assert_eq!((records.good, records.bad.len()), (vec![record.clone()], 3));
-        assert_eq!(load_all(directory.path()).expect("read").bad.len(), 3, "and they are known the next time");
+        assert_eq!(load_all(directory.path()).expect("read").bad.len(), 3, "they are reported again");
         assert!(record.is_current());
         for name in ["torn.bad", "empty.bad", "future.bad"] {
             assert!(directory.path().join(name).exists(), "{name}");
@@ -447,7 +452,7 @@ mod tests {
     #[test]
     fn a_record_that_can_not_be_saved_leaves_no_draft() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        // No file is renamed over a directory.
+        // rename(2) does not put a file in the place of a directory.
         let path = directory.path().join("x.json");
         fs::create_dir(&path).expect("made");
         record().save(&path).expect_err("a directory is in its place");
@@ -471,14 +476,14 @@ mod tests {
         }
         let torn = fs::read_to_string(&path).expect("read") + "\n{\"is\":\"exi";
         fs::write(&path, torn).expect("written");
-        assert_eq!(read(), record, "a line that was cut off says nothing");
+        assert_eq!(read(), record, "a line that was cut off is ignored");
         record.state = RecordState::Destroying;
         record.save_state(&path).expect("added");
-        assert_eq!(read(), record, "and spoils none after it");
+        assert_eq!(read(), record, "a line that was cut off does not spoil the next one");
         fs::remove_file(&path).expect("removed");
-        record.save_late(&path).expect("nothing to be done");
-        assert!(!path.exists(), "the record of a task that was destroyed comes back");
-        record.save_state(&path).expect("written anew");
+        record.save_late(&path).expect("nothing to do");
+        assert!(!path.exists(), "the record of a destroyed task was written again");
+        record.save_state(&path).expect("written again");
         assert_eq!(read(), record);
     }
 
@@ -493,7 +498,7 @@ mod tests {
         ] {
             let record = Record { state, ..record() };
             let bytes = TaskHandle { record: record.clone() }.encode();
-            assert_eq!(TaskHandle::decode(&bytes).expect("ours").record, record);
+            assert_eq!(TaskHandle::decode(&bytes).expect("a handle of this driver").record, record);
         }
     }
 }

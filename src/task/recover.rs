@@ -1,5 +1,5 @@
-//! Taking over from an earlier instance of us: its records are read, its shims connected to, side by side; what it left
-//! half done is finished or undone.
+//! Recovery of the tasks of an earlier plugin: the engine reads their records and connects to their shims concurrently.
+//! Starts and teardowns that the earlier plugin did not complete are undone or completed.
 
 use std::{
     collections::HashSet,
@@ -32,30 +32,33 @@ use crate::{
     shim::{self, Found, ShimError, stdio::HeldOpen},
 };
 
-/// How many tasks are recovered at a time. A StartTask that comes meanwhile is served beside these, not behind all tasks of
-/// the node.
+/// How many tasks are recovered at a time. A StartTask that comes meanwhile runs concurrently with these, and does not
+/// wait for the recovery of all tasks of the node.
 pub(super) const RECOVERIES: usize = 4;
-/// A recovery that takes longer, as with a shim that hangs, no longer counts among these.
+/// How long a recovery keeps its permit. A recovery that takes longer, for example because a shim hangs, goes on
+/// without one.
 const RECOVERY_COUNTS: Duration = Duration::from_millis(500);
-/// How long the shim of a task is looked for where looking fails.
+/// How long the search for a task's shim is retried when the search itself fails.
 const SHIM_SEARCH: Duration = Duration::from_secs(60);
-/// Between two such attempts, each of which takes seconds itself.
+/// The pause between two such searches, each of which takes seconds itself.
 const SHIM_SEARCH_PAUSE: Duration = Duration::from_millis(500);
 
 impl Engine {
-    /// Half-made starts were never told to Nomad, and half-undone tasks are not wanted by it: they go. The others are
-    /// taken over at once, and wait for `RecoverTask`. Nothing of this is waited for: Nomad waits for `Init` without
-    /// a deadline. True when every container has a record that can be read.
+    /// Begins the recovery of all recorded tasks, and the teardown of those whose start or teardown an earlier plugin
+    /// did not complete: Nomad never got an answer to such a start, and no longer needs such a task. The recovered
+    /// tasks wait for `RecoverTask`. The containers in `left_alone` are not touched. All of this runs in the
+    /// background, because Nomad waits for `Init` without a deadline. Returns true if every container has a readable
+    /// record.
     pub(super) fn sort_out(&self, records: Records, alone: &HashSet<ContainerId>) -> bool {
         let whole = self.sort_out_shims(&records);
         let (alone, ours): (Vec<Record>, Vec<Record>) =
             records.good.into_iter().partition(|record| alone.contains(&record.container_id));
-        // First: what is undone below must not take a shim of theirs along.
+        // These holds come first: a teardown below must not end a shim that such a task shares.
         let held = alone.into_iter().map(|record| (record.clone(), self.shared().pool.launcher().hold(&record.shim)));
         self.left_alone().extend(held);
         for record in ours {
             let why = match &record.state {
-                _ if !record.is_current() => Some("the host was restarted since"),
+                _ if !record.is_current() => Some("the host was restarted since the task was started"),
                 RecordState::Intended => Some("an earlier plugin had only begun to start it"),
                 RecordState::Destroying => Some("an earlier plugin had begun to destroy it"),
                 RecordState::Running(_) | RecordState::Stopping { .. } | RecordState::Exited(_) => None,
@@ -63,7 +66,7 @@ impl Engine {
             match why {
                 None => self.take_over(record),
                 Some(why) => {
-                    tracing::warn!(task = %record.task_id, why, "undoing what is left of it");
+                    tracing::warn!(task = %record.task_id, why, "removing the remains of a task of an earlier plugin");
                     if record.state == RecordState::Intended {
                         let held = HeldOpen::new(&record.alloc_dir, &record.stdout, &record.stderr);
                         self.held().insert((record.alloc_id.clone(), record.name.clone()), held);
@@ -75,6 +78,7 @@ impl Engine {
         whole
     }
 
+    /// Queues the teardown of a task and runs it in the background, under the task's attempt lock.
     fn undo_in_background(&self, record: Record) {
         let (id, engine) = (record.task_id.clone(), self.clone());
         let turn = self.turn(&record.alloc_id, &record.name);
@@ -83,13 +87,17 @@ impl Engine {
         tokio::spawn(async move {
             let _turn = turn.lock().await;
             if let Some(Err(error)) = engine.destroy_leftover(&id).await {
-                tracing::error!(task = %id, error = %crate::chain(&error), "remains of an earlier plugin stay");
+                tracing::error!(
+                    task = %id, error = %crate::chain(&error),
+                    "could not remove the remains of a task of an earlier plugin"
+                );
             }
         });
     }
 
-    /// Shims that no record names were idle ones, and become ours. Where a record or its name was lost, a nameless shim
-    /// may hold that task: then they are asked to leave, which one with a container does not do.
+    /// Adopts the unrecorded shims of an earlier plugin into the pool, since they were idle. If a record was lost, one
+    /// of them may hold the container of that task. Then they are asked to exit instead, which a shim with a container
+    /// refuses. Returns true if every container has a readable record.
     fn sort_out_shims(&self, records: &Records) -> bool {
         let places = &self.shared().settings.places;
         let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
@@ -98,9 +106,9 @@ impl Engine {
         let (bundles, shims) = match listed {
             Ok(listed) => listed,
             Err(error) => {
-                // The reaper looks again, and ends those that are idle.
+                // The garbage collection looks for these shims again, and ends those that are idle.
                 let error = crate::chain(&error);
-                tracing::error!(error, "no idle shim of an earlier plugin is taken over: each may hold a container");
+                tracing::error!(error, "no idle shim of an earlier plugin is adopted: each may hold a container");
                 return false;
             }
         };
@@ -114,7 +122,7 @@ impl Engine {
                     return;
                 }
                 match shared.pool.launcher().adopt(&id).await {
-                    // Settings may have changed since it was prepared.
+                    // The settings may have changed since the shim was launched.
                     Found::Alive(shim) if shim.namespace() == shared.pool.launcher().namespace() => {
                         shared.pool.put(shim);
                     }
@@ -122,7 +130,10 @@ impl Engine {
                     Found::Hung(pidfd) => drop(shim::end_hung(&dir, &pidfd).await),
                     Found::Gone => drop(shim::end_stray(&dir).await),
                     Found::Unknown(error) => {
-                        tracing::warn!(shim = id, %error, "an idle shim of an earlier plugin is left to the reaper");
+                        tracing::warn!(
+                            shim = id, %error,
+                            "could not look for an idle shim of an earlier plugin; the next garbage collection ends it"
+                        );
                     }
                 }
             });
@@ -130,14 +141,15 @@ impl Engine {
         !nameless
     }
 
-    /// Connects to the task's shim in the background; whoever asks for the task meanwhile waits for that.
+    /// Recovers a task in the background. Calls for the task wait until its recovery has ended.
     fn take_over(&self, record: Record) {
         self.shared().groups.known(&record);
         let (tell, done) = watch::channel(());
         let id = record.task_id.clone();
         self.tasks().insert(id.clone(), Slot::Recovering { record: Box::new(record.clone()), done });
         let engine = self.clone();
-        // At once: until it is connected to, another task of the same shim must not take that for its own.
+        // The shim is held from here on, so that it does not look unshared to another of its tasks before the
+        // connection is made.
         let held = self.shared().pool.launcher().hold(&record.shim);
         tokio::spawn(async move {
             let revived = in_turn(&engine.0.recoveries, Box::pin(engine.revive_in_spite_of_panics(&record))).await;
@@ -156,7 +168,8 @@ impl Engine {
         });
     }
 
-    /// Takes a task over; where that panics each time, the task is to be undone, or its name would be taken for ever.
+    /// Recovers a task, and retries that after a panic. If every attempt panics, the teardown of the task is queued,
+    /// since its id would stay in use forever otherwise.
     async fn revive_in_spite_of_panics(&self, record: &Record) -> Option<Arc<Task>> {
         for pause in RETRIES {
             if let Some(task) = caught("the recovery of a task", self.revive(record.clone())).await {
@@ -164,11 +177,12 @@ impl Engine {
             }
             tokio::time::sleep(pause).await;
         }
-        tracing::error!(task = %record.task_id, "a task can't be taken over, and is ended");
+        tracing::error!(task = %record.task_id, "could not recover the task; removing it");
         self.shared().keep(record.clone());
         None
     }
 
+    /// Recovers a task: finds its shim, and finds out whether the task runs or how it has ended.
     async fn revive(&self, mut record: Record) -> Arc<Task> {
         let shared = self.shared();
         let shim = find_shim_in_time(shared, &record).await;
@@ -184,7 +198,7 @@ impl Engine {
             let code = if fault::skipped("recovered-exit") { 0 } else { known.code };
             Some(ExitRecord { code, ..known.clone() })
         } else {
-            // Before the container of a dead shim is deleted, and its cgroup with it.
+            // Read before the container of a dead shim is deleted, since its cgroup is deleted with it.
             let oom_killed = has_oom_kill(shared, &record);
             let ended = |code, error| {
                 let at = millis(SystemTime::now());
@@ -194,7 +208,7 @@ impl Engine {
                 Ok(code) => code.map(|code| ended(code, None)),
                 Err(problem) => {
                     lost = Some(problem.clone());
-                    // Killed, by us just now or by whoever killed its shim: there is no other truth to be had.
+                    // The task was killed, by this plugin or together with its shim. Its real exit code is lost.
                     Some(ended(128 + libc::SIGKILL, Some(problem)))
                 }
             }
@@ -202,7 +216,8 @@ impl Engine {
         if exit.is_none()
             && let (Found::Alive(alive), Some(client)) = (&shim, shim.client())
         {
-            // Listed now, ended beside: RecoverTask waits for us, and what comes later is not abandoned.
+            // The abandoned exec processes are listed now, since later ones belong to this plugin, and are ended in the
+            // background, since RecoverTask waits for this function.
             let execs = shared.settings.places.execs(&record.container_id);
             let listed = exec::abandoned(&execs);
             let container = record.container_id.clone();
@@ -214,24 +229,24 @@ impl Engine {
             record.state = RecordState::Exited(exit.clone());
         }
         let is_news = record.state != before;
-        // The plugin before us may have died before it could say so.
+        // The earlier plugin may have died before it could write this down.
         saving::log_started(shared, &record);
-        tracing::info!(task = %record.task_id, pid = run.process.pid, lost, "found again");
+        tracing::info!(task = %record.task_id, pid = run.process.pid, lost, "took over a task of an earlier plugin");
         let image = shared.images.by_name(&record.image);
         let log = Hold::new(&shared.settings.places.log(&record.container_id));
         let task =
             Task::new(Parts { record, shim, run, phases: Phases::default(), exit, lost, claimed: false, image, log });
         if is_news {
-            // How it ended: its shim, which is gone, can't tell the next plugin.
+            // The record must say how the task ended, since the shim is gone and can't report it to the next plugin.
             task.save(shared);
         }
         task
     }
 
-    /// An earlier instance of us was asked to stop this task, and did not live to do it.
+    /// Completes a stop that an earlier plugin had begun: waits until `deadline`, and then kills the task.
     async fn finish_stop(self, id: TaskId, task: Arc<Task>, deadline: u64) {
         let left = Duration::from_millis(deadline.saturating_sub(millis(SystemTime::now())));
-        tracing::info!(task = %id, left_ms = left.as_millis(), "completes a stop");
+        tracing::info!(task = %id, left_ms = left.as_millis(), "completing a stop that an earlier plugin had begun");
         let mut exit = task.exit.subscribe();
         if tokio::time::timeout(left, exit.wait_for(Option::is_some)).await.is_ok() {
             return;
@@ -239,21 +254,23 @@ impl Engine {
         if let Some(client) = &task.client
             && let Err(error) = task.end_by_force(self.shared(), &id, client).await
         {
-            tracing::error!(task = %id, error = %crate::chain(&error), "a stop can't be completed");
+            tracing::error!(task = %id, error = %crate::chain(&error), "could not complete the stop of a task");
         }
     }
 
-    /// Takes over a task of an earlier instance of us. A task whose record was lost or torn is found by its handle.
+    /// Confirms the task of an earlier plugin for the agent that asks for it, after its recovery. A task whose record
+    /// was lost or is torn is recovered from its handle.
     ///
     /// # Errors
-    /// When it is unknown, or nothing can be told of how it ended.
+    /// When the task is unknown, when it has ended and nothing is known of how, or when it is already being removed
+    /// because no agent had asked for it in time.
     pub async fn recover(&self, id: &TaskId, handle: &TaskHandle) -> Result<(), TaskError> {
         let unrecoverable = |problem: &str| TaskError::Unrecoverable { id: id.clone(), problem: problem.to_owned() };
         let mut saved = Ok(());
         if !self.knows(id) {
             let record = &handle.record;
             if record.task_id != *id {
-                return Err(unrecoverable("its handle is another task's"));
+                return Err(unrecoverable("its handle belongs to another task"));
             }
             if !record.is_current() {
                 return Err(unrecoverable("the host was restarted since it was started"));
@@ -263,27 +280,29 @@ impl Engine {
                 return Err(unrecoverable("it was destroyed; no record of it on this host"));
             }
             if hands.is_some() {
-                return Err(unrecoverable("it was not wholly started, or was being destroyed, and is undone"));
+                return Err(unrecoverable(
+                    "its start was not completed, or it was being destroyed, and it is being removed",
+                ));
             }
             let path = self.shared().settings.places.bundle(&record.container_id);
             if !path.try_exists().map_err(|source| PlacesError::List { path, source })? {
                 return Err(unrecoverable("no record of it on this host"));
             }
-            tracing::warn!(task = %id, "its record is gone or torn; taken over by its handle");
+            tracing::warn!(task = %id, "the task's record is lost or torn; recovering the task from its handle");
             saved = record.save(&self.shared().settings.places.record(&record.container_id));
             self.take_over(record.clone());
         }
         let task = self.settled(id).await.ok_or_else(|| unrecoverable("it is being started"))?;
         if let Err(error) = saved {
-            // A full disk is no reason to give a task up that runs.
-            tracing::warn!(task = %id, error = %crate::chain(&error), "its record can't be written yet");
+            // A full disk is no reason to give up a running task.
+            tracing::warn!(task = %id, error = %crate::chain(&error), "could not write the task's record; retrying");
             task.save(self.shared());
         }
         if let Some(problem) = &task.lost {
             return Err(unrecoverable(problem));
         }
         match task.claim() {
-            Claim::First => tracing::info!(task = %id, "recovered"),
+            Claim::First => tracing::info!(task = %id, "the agent has recovered the task"),
             Claim::Again => {}
             Claim::Refused => {
                 return Err(unrecoverable("no agent had asked for it within state.grace, and it is being removed"));
@@ -293,7 +312,7 @@ impl Engine {
     }
 }
 
-/// Runs a recovery when few others are at work.
+/// Runs a recovery with a permit, which it gives back when it ends or after `RECOVERY_PERMIT_TIMEOUT`.
 async fn in_turn<T>(recoveries: &Semaphore, recovery: impl Future<Output = T>) -> T {
     let permit = recoveries.acquire().await;
     let mut recovery = pin!(recovery);
@@ -304,14 +323,14 @@ async fn in_turn<T>(recoveries: &Semaphore, recovery: impl Future<Output = T>) -
     recovery.await
 }
 
-/// The shim of a task that may run. A plugin that can't look for it, for want of descriptors or memory, knows nothing of the
-/// task: it is looked for again for a minute, in which RecoverTask waits.
+/// Finds the shim of a task that may run. A plugin that can't search for the shim, for lack of descriptors or memory,
+/// knows nothing about the task. It retries the search for a minute, in which RecoverTask waits.
 async fn find_shim_in_time(shared: &Shared, record: &Record) -> Found {
     let deadline = tokio::time::Instant::now() + SHIM_SEARCH;
     loop {
         match find_shim(shared, record).await {
             Found::Unknown(error) if tokio::time::Instant::now() < deadline => {
-                tracing::warn!(task = %record.task_id, %error, "its shim can't be looked for; trying again");
+                tracing::warn!(task = %record.task_id, %error, "could not look for the task's shim; retrying");
                 tokio::time::sleep(SHIM_SEARCH_PAUSE).await;
             }
             found => return found,
@@ -319,23 +338,29 @@ async fn find_shim_in_time(shared: &Shared, record: &Record) -> Found {
     }
 }
 
-/// What became of a task that was running when we last knew: None when its shim has it, its exit code when that can
-/// still be told, else why not.
+/// Finds out what became of a task that was last known to run. Returns `None` if its shim still has it, and its exit
+/// code if that is still known.
+///
+/// # Errors
+/// Why the exit code is not known.
 async fn how_it_is(shared: &Shared, record: &Record, shim: &Found) -> Result<Option<i32>, String> {
     let id = record.container_id.as_str();
     match shim {
         Found::Alive(shim) => match shim.client().is_alive(id).await {
             Ok(_) => Ok(None),
             Err(error) if error.is_not_found() => Err("its shim does not know it any more".to_owned()),
-            // The shim lives and has the container. Whether that still runs, the watch over its end finds out.
+            // The shim lives and has the container. `watch_exit` finds out whether the container still runs.
             Err(error @ (ShimError::NotUnderstood { .. } | ShimError::Refused { .. })) => {
-                tracing::warn!(task = %record.task_id, %error, "its shim does not tell its state; taken over as running");
+                tracing::warn!(
+                    task = %record.task_id, %error,
+                    "the shim does not report the task's state; assuming that the task runs"
+                );
                 Ok(None)
             }
-            Err(error) => Err(format!("its shim can't be asked: {error}")),
+            Err(error) => Err(format!("its shim can't be queried: {error}")),
         },
         Found::Hung(_) => Err("its shim does not answer".to_owned()),
-        Found::Unknown(error) => Err(format!("its shim can't be looked for: {error}")),
+        Found::Unknown(error) => Err(format!("could not look for its shim: {error}")),
         Found::Gone => match delete_alone(shared, record).await {
             Ok(Some(exit)) => Ok(Some(i32::try_from(exit.code).unwrap_or(255))),
             Ok(None) => Err("its shim is gone; how it ended is not known".to_owned()),
@@ -366,7 +391,7 @@ mod tests {
             biased;
             _ = hung => unreachable!("these never end"),
             _ = others => {}
-            () = tokio::time::sleep(Duration::from_secs(60)) => panic!("two that hang hold up all others"),
+            () = tokio::time::sleep(Duration::from_secs(60)) => panic!("two recoveries that hang block all others"),
         }
         assert_eq!(most.load(Ordering::SeqCst), 2);
     }

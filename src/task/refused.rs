@@ -1,14 +1,15 @@
 //! Ends a container whose shim lives and answers, but whose runtime refuses to kill or to delete it.
 //!
-//! A shim kills the runtime that it has called when the connection of its caller breaks. A plugin that dies while a
-//! runtime deletes a container leaves one whose state the runtime has removed, wholly or in part, and which the shim
-//! still holds. Each further Delete is refused then: crun says "cannot open directory" (runc says "does not exist", which
-//! shims take for success: containerd, `cmd/containerd-shim-runc-v2/process/init.go`, `delete`). The same is left by a
-//! runtime that the OOM killer has ended.
+//! A shim kills the runtime that it has called when its caller's connection breaks. If a plugin dies while a runtime
+//! deletes a container, the runtime has removed the container's state in whole or in part, and the shim still holds the
+//! container. Then the runtime refuses each further Delete: crun says "cannot open directory" (runc says "does not
+//! exist", which shims take for success: containerd, `cmd/containerd-shim-runc-v2/process/init.go`, `delete`). A
+//! runtime that the OOM killer has ended leaves the same state.
 //!
-//! A shim also hangs with a runtime that hangs, and answers nothing about the container meanwhile.
+//! A shim also hangs together with a runtime that hangs, and answers no request about the container meanwhile.
 //!
-//! What is true is asked of the kernel, the shim and the runtime's state directory; what is left is removed here.
+//! This module checks the kernel, the shim and the runtime's state directory for the container's actual state, and
+//! removes what is left of the container.
 
 use std::{fs, io, path::Path, time::Duration};
 
@@ -24,15 +25,15 @@ use crate::{
     shim::{Client, Shim, ShimError},
 };
 
-/// A shim that was killed is seen to be dead within milliseconds.
+/// How long the driver waits for the end of a shim that it has killed, which takes milliseconds.
 const SHIM_DEATH: Duration = Duration::from_secs(5);
 
-/// Completes the end of a container after `refusal`, the answer of its shim to State, Kill or Delete. Other containers of
-/// a shared shim are not affected.
+/// Ends a container after `refusal`, the error of its shim's State, Kill or Delete. Other containers of a shared shim
+/// are not affected.
 ///
 /// # Errors
-/// `refusal` when it is not one that can be completed, or the container does not end. Others when a shared shim hangs, or
-/// what is left can't be removed.
+/// `refusal` if this function can't help with such an error, or the container does not end. Another error if a shared
+/// shim hangs, or what is left of the container can't be removed.
 pub(super) async fn complete(
     shared: &Shared,
     record: &Record,
@@ -57,7 +58,8 @@ pub(super) async fn complete(
             if shared.pool.tasks_of(shim.id()) <= 1 {
                 return end_with_shim(shared, record, shim).await;
             }
-            // One that is shared answers again, now that the runtime is gone. One that hangs itself is left to the others.
+            // A shared shim answers again, now that the runtime is gone. A shared shim that hangs itself is not killed,
+            // because of its other containers.
         }
         _ => return Err(failed(refusal)),
     }
@@ -70,14 +72,14 @@ pub(super) async fn complete(
             Err(_) => return Err(failed(refusal)),
         }
     }
-    // The refusal may have been that of a Kill, or a passing one.
+    // A Delete may succeed now: the refusal may have been that of a Kill, or a temporary one.
     match client.delete(id).await {
         Ok(()) => return Ok(Ended::ByItsShim),
         Err(ShimError::Refused { .. } | ShimError::NotUnderstood { .. }) => {}
         Err(ShimError::Late { .. }) => interrupt::kill_runtime(shim.pid(), &record.container_id),
         Err(error) => return Err(failed(error)),
     }
-    // Only a shim of another kind knows how its containers are removed, and it has no other container.
+    // Only a runtime's own shim knows how to remove its containers. Such a shim has no other container.
     if record.shim_program.is_some() {
         return end_with_shim(shared, record, shim).await;
     }
@@ -86,11 +88,12 @@ pub(super) async fn complete(
     Ok(Ended::InSpiteOfItsShim)
 }
 
-/// Kills a shim that has no other task, with all that it has called, and has what it leaves removed.
+/// Kills a shim that has no other task, with all processes that it has called, and deletes the container that it
+/// leaves.
 async fn end_with_shim(shared: &Shared, record: &Record, shim: &Shim) -> Result<Ended, TaskError> {
     let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
     let called = interrupt::all_below(shim.pid()).unwrap_or_else(|error| {
-        tracing::warn!(task = %record.task_id, %error, "what a shim has called can't be found, and may outlive it");
+        tracing::warn!(task = %record.task_id, %error, "could not list the processes of a shim; they may outlive it");
         Vec::new()
     });
     shim.kill_process();
@@ -102,7 +105,7 @@ async fn end_with_shim(shared: &Shared, record: &Record, shim: &Shim) -> Result<
     Ok(Ended::Otherwise)
 }
 
-/// Does the container's process live? None when the shim does not hold the container.
+/// Does the container's process live? `None` when the shim does not hold the container.
 async fn is_alive(client: &Client, id: &str) -> Result<Option<bool>, ShimError> {
     match client.is_alive(id).await {
         Ok(alive) => Ok(Some(alive)),
@@ -114,7 +117,7 @@ async fn is_alive(client: &Client, id: &str) -> Result<Option<bool>, ShimError> 
 /// Kills the container's processes without its runtime.
 ///
 /// # Errors
-/// When they can't be found.
+/// When the processes of the container's cgroup can't be listed or killed.
 async fn kill_processes(shared: &Shared, record: &Record) -> Result<(), TaskError> {
     let init = record.state.run().and_then(|run| PidFd::of(&run.process).ok());
     if let Some(init) = init {
@@ -123,8 +126,8 @@ async fn kill_processes(shared: &Shared, record: &Record) -> Result<(), TaskErro
     empty_cgroup(shared, record).await
 }
 
-/// Removes what the runtime still knows of a container without processes: by the runtime itself, which also calls the
-/// hooks for a container's end, and where that fails by hand.
+/// Removes the runtime's state of a container without processes. The runtime's own `delete` is tried first, since it
+/// also calls the hooks for a container's end; if it fails, the driver removes the state directory.
 async fn remove_runtime_state(shared: &Shared, record: &Record) -> Result<(), RootfsError> {
     let root = shared.settings.places.runtime_state(&record.runtime, &record.namespace);
     let state = root.join(record.container_id.as_str());
@@ -134,7 +137,7 @@ async fn remove_runtime_state(shared: &Shared, record: &Record) -> Result<(), Ro
     if let Err(error) = shared.delete_by_runtime(&record.runtime, &root, &record.container_id).await {
         tracing::warn!(
             task = %record.task_id, error = %crate::chain(&error),
-            "the runtime does not delete a container without processes; the driver removes its state"
+            "the runtime does not delete a container without processes; the driver removes the container's state"
         );
     }
     match fs::remove_dir_all(&state) {

@@ -1,4 +1,4 @@
-//! What a start is asked with.
+//! The request to start a task.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
@@ -81,7 +81,7 @@ pub struct TaskOptions {
     pub annotations: BTreeMap<String, String>,
 }
 
-/// What a job says about its limits beside its `resources`.
+/// The limits that a job sets in addition to its `resources`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct JobLimits {
     /// `pids_limit`.
@@ -90,86 +90,86 @@ pub struct JobLimits {
     pub cpuset_cpus: String,
     /// `cpuset_mems`.
     pub cpuset_mems: String,
-    /// `cpu_hard_limit` with its `cpu_cfs_period`, in microseconds.
+    /// The period of `cpu_hard_limit`, which is `cpu_cfs_period`, in microseconds. `None` without a hard limit.
     pub cfs_period: Option<u64>,
     /// `memory_hard_limit`.
     pub memory_max: MemoryMax,
 }
 
-/// What a job says about its filter.
+/// The seccomp filter that a job asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SeccompRequest {
-    /// Nothing: the operator's, and none for a privileged task.
+    /// The option is not set: the operator's filter, and no filter for a privileged task.
     Unsaid,
-    /// None.
+    /// No filter.
     Off,
-    /// The operator's, or docker's where that is none.
+    /// The operator's filter, or docker's if the operator has set none.
     On,
-    /// This file.
+    /// The profile in this file.
     File(String),
 }
 
 /// A volume that Nomad itself mounts into the task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Volume {
-    /// On the host.
+    /// The volume's path on the host.
     pub host_path: PathBuf,
-    /// In the container.
+    /// The volume's path in the container.
     pub task_path: PathBuf,
-    /// May the task write?
+    /// Whether the task may only read.
     pub readonly: bool,
-    /// An option for mount(8): `rprivate`, `rslave`, `rshared`.
+    /// The mount propagation, as an option of mount(8): `rprivate`, `rslave` or `rshared`.
     pub propagation: &'static str,
     /// `selinux_label`.
     pub label: Option<VolumeLabel>,
 }
 
-/// A device that Nomad's device plugins gave to the task.
+/// A device that one of Nomad's device plugins has assigned to the task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskDevice {
-    /// On the host.
+    /// The device's path on the host.
     pub host_path: PathBuf,
-    /// In the container.
+    /// The device's path in the container.
     pub task_path: PathBuf,
-    /// Of `rwm`.
+    /// The permitted kinds of access, a subset of `rwm`.
     pub access: String,
 }
 
-/// All that a start is asked with, checked for form.
+/// A request to start a task, whose form has been checked.
 #[derive(Debug, Clone)]
 pub struct StartRequest {
     /// Nomad's id of this attempt.
     pub task_id: TaskId,
     /// The task's name.
     pub name: String,
-    /// The allocation.
+    /// The id of the allocation.
     pub alloc_id: String,
     /// The allocation's directory on the host.
     pub alloc_dir: PathBuf,
-    /// FIFO for standard output.
+    /// The FIFO for standard output.
     pub stdout: PathBuf,
-    /// FIFO for standard error.
+    /// The FIFO for standard error.
     pub stderr: PathBuf,
-    /// The whole environment.
+    /// The task's whole environment.
     pub env: BTreeMap<String, String>,
     /// The job's `user`.
     pub user: String,
     /// The job's `config`.
     pub options: TaskOptions,
-    /// Limits.
+    /// The task's resource limits.
     pub resources: Resources,
-    /// The cgroup that Nomad made or means.
+    /// The task's cgroup as Nomad names it. Nomad may have created it or not.
     pub cpuset_cgroup: String,
-    /// The group's network.
+    /// The network namespace of the task's group.
     pub network: NetworkNamespace,
     /// The group's `dns`.
     pub dns: Dns,
-    /// The group's address and host name, where Nomad knows them.
+    /// The group's address and host name, if Nomad knows them.
     pub group_host: Option<(String, String)>,
-    /// Host and CSI volumes.
+    /// Host volumes and CSI volumes.
     pub volumes: Vec<Volume>,
-    /// Devices of device plugins.
+    /// Devices of Nomad's device plugins.
     pub devices: Vec<TaskDevice>,
-    /// For people and tools that look at the container.
+    /// Annotations of the container, for people and tools that inspect it.
     pub annotations: BTreeMap<String, String>,
 }

@@ -1,4 +1,4 @@
-//! The driver's settings, as the agent's configuration has them, checked.
+//! The driver's settings, which come from the agent's configuration and have been checked.
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -30,31 +30,31 @@ pub struct Settings {
     pub containerd: ContainerdSettings,
     /// `shim { … }`.
     pub shim: ShimSettings,
-    /// `runtime "NAME" { … }`, the built-in ones included.
+    /// `runtime "NAME" { … }`, including the built-in runtimes.
     pub runtimes: BTreeMap<String, RuntimeSettings>,
     /// `default_runtime`.
     pub default_runtime: Option<String>,
-    /// `allow_runtimes`; None allows all that are configured.
+    /// `allow_runtimes`; `None` allows all runtimes that are configured.
     pub allow_runtimes: Option<Vec<String>>,
     /// `state { upper, upper_size }`.
     pub upper: UpperOn,
     /// `cgroup { keep_warm }`.
     pub keep_warm: KeepWarm,
-    /// `state { grace }`: how long what nobody has asked for is kept.
+    /// `state { grace }`: how long remains that no agent has asked for are kept.
     pub grace: Duration,
-    /// `state { orphans }`: what becomes of tasks that run and that no agent asks for.
+    /// `state { orphans }`: what happens to running tasks that no agent asks for.
     pub orphans: Orphans,
-    /// `state { orphan_timeout }`: how long a plugin without an agent stays.
+    /// `state { orphan_timeout }`: how long a plugin without an agent keeps running.
     pub orphan_timeout: Duration,
-    /// `stats_interval`; None: as the agent asks.
+    /// `stats_interval`; `None` uses the interval that the agent asks for.
     pub stats_interval: Option<Duration>,
-    /// What this node's processors can do, as the agent sees it.
+    /// The performance of this node's processors, as the agent reports it.
     pub compute: Compute,
-    /// `disable_log_collection`: tasks' logs are ours to write.
+    /// `disable_log_collection`: the agent collects no logs, and this driver writes the logs of tasks.
     pub own_logs: bool,
-    /// `image { keep }`: how long an image that no task uses stays; None: for ever.
+    /// `image { keep }`: how long an image that no task uses is kept; `None` keeps it forever.
     pub keep_images: Option<Duration>,
-    /// `pids_limit`: how many processes a task has at most, and by default; `None` for any number.
+    /// `pids_limit`: the maximum number of processes of a task, which is also the default; `None` sets no limit.
     pub pids_limit: Option<i64>,
     /// `hooks { … }`.
     pub hooks: Hooks,
@@ -62,23 +62,23 @@ pub struct Settings {
     pub metrics: Option<MetricsAddress>,
     /// `auth { … }`.
     pub auth: Option<Credentials>,
-    /// What jobs may do.
+    /// What jobs are allowed to do.
     pub security: SecuritySettings,
 }
 
-/// Where metrics are served.
+/// The address at which metrics are served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MetricsAddress {
-    /// An address and port.
+    /// An IP address and a port.
     Tcp(SocketAddr),
-    /// A unix socket.
+    /// The path of a Unix socket.
     Unix(PathBuf),
 }
 
 impl FromStr for MetricsAddress {
     type Err = &'static str;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wanted = "is neither an address with a port (127.0.0.1:9107) nor unix: and an absolute path";
+        let wanted = "is neither an address with a port (127.0.0.1:9107) nor \"unix:\" followed by an absolute path";
         match text.strip_prefix("unix:") {
             Some(path) if path.starts_with('/') => Ok(Self::Unix(path.into())),
             Some(_) => Err(wanted),
@@ -96,17 +96,17 @@ impl fmt::Display for MetricsAddress {
     }
 }
 
-/// A node's processors.
+/// The performance of a node's processors.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Compute {
-    /// Of all cores.
+    /// The sum of all cores' clock rates, in MHz.
     pub total_mhz: u64,
-    /// How many.
+    /// The number of cores.
     pub cores: u32,
 }
 
 impl Compute {
-    /// What one core can do; 0 when that is not known.
+    /// Returns the clock rate of one core in MHz, or 0 if it is not known.
     pub fn mhz_per_core(self) -> f64 {
         #[allow(clippy::cast_precision_loss, reason = "megahertz are small numbers")]
         let total = self.total_mhz as f64;
@@ -117,19 +117,20 @@ impl Compute {
 /// A runtime that jobs can name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeSettings {
-    /// `binary`: its program, by path or by name in PATH.
+    /// `binary`: the runtime's program, by path or by name in PATH.
     pub binary: PathBuf,
-    /// `shim`, `config`: a shim that is not runc's. By path or by name in PATH.
+    /// `shim`, `config`: a shim other than runc's, by path or by name in PATH.
     pub shim: Option<OwnShim>,
-    /// Where it is gVisor's runsc.
+    /// The settings of gVisor, if the runtime is gVisor's runsc.
     pub gvisor: Option<GvisorSettings>,
 }
 
 impl Settings {
-    /// Returns the options, by the operator's names, in which `other` differs. What is not an option is not compared: the
-    /// driver's name, which no running plugin changes, and the node's processors, whose clock may read otherwise each time.
+    /// Returns the options, by the operator's names, in which `other` differs. Two fields are no options and are not
+    /// compared: the driver's name, which no running plugin changes, and the node's processors, whose clock rate may be
+    /// measured differently each time.
     pub fn differences(&self, other: &Self) -> Vec<&'static str> {
-        // Each field is named, so that whoever adds one has to say what it is called.
+        // All fields are listed, so that the compiler asks for the option's name when a field is added.
         let Self {
             name: _,
             enabled,
@@ -180,21 +181,22 @@ impl Settings {
         differ.into_iter().filter(|(_, differs)| *differs).map(|(option, _)| option).collect()
     }
 
-    /// What is configured under the name that a job uses, or under the default's. None: that is found out at the start.
+    /// Returns the settings of the runtime that a job names, or else of the default runtime. `None` if no default
+    /// runtime is configured, since it is chosen at the start then.
     pub fn runtime(&self, wanted: Option<&str>) -> Option<&RuntimeSettings> {
         let named = wanted.filter(|name| !SHIM_NAMES.contains(name));
         self.runtimes.get(named.or(self.default_runtime.as_deref())?)
     }
 }
 
-/// Where images are kept.
+/// The containerd that stores images.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerdSettings {
-    /// Its socket.
+    /// The path of containerd's socket.
     pub address: PathBuf,
-    /// Its namespace.
+    /// The namespace in containerd that this driver uses.
     pub namespace: String,
-    /// Its snapshotter.
+    /// The snapshotter that this driver uses.
     pub snapshotter: String,
 }
 
@@ -209,12 +211,12 @@ impl ContainerdSettings {
     }
 }
 
-/// How shims are had.
+/// The settings of shims.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShimSettings {
-    /// The program.
+    /// The shim's program.
     pub binary: PathBuf,
-    /// How many wait, and who shares one.
+    /// How many idle shims there are, and which tasks share one.
     pub pool: PoolSettings,
 }
 
@@ -230,32 +232,32 @@ impl ShimSettings {
     }
 }
 
-/// What jobs may do.
+/// What jobs are allowed to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SecuritySettings {
     /// `allow_privileged`.
     pub allow_privileged: bool,
-    /// `security { allow_caps }`; None allows all (the old driver's way).
+    /// `security { allow_caps }`; `None` allows all, as nomad-driver-containerd does.
     pub allow_caps: Option<Capabilities>,
     /// `security { allow_paths }`.
     pub allow_paths: Vec<PathBuf>,
-    /// May jobs use the host's network and other namespaces?
+    /// Whether jobs may use the host's network namespace and its other namespaces.
     pub allow_host_namespaces: bool,
-    /// Paths of devices that jobs may have, with a `*` at the end for all that begin so; None allows all.
+    /// The paths of devices that jobs may use; a `*` at the end of a path matches any rest. `None` allows all.
     pub allow_devices: Option<Vec<String>>,
-    /// Kernel parameters that jobs may set, in the same form; None allows all that are a container's own.
+    /// The kernel parameters that jobs may set, in the same form. `None` allows all that a container has for itself.
     pub allow_sysctls: Option<Vec<String>>,
-    /// `security { ulimit_max, tmpfs_max }`: the most that jobs may ask for.
+    /// `security { ulimit_max, tmpfs_max }`: the maximum values that jobs may ask for.
     pub ceilings: Ceilings,
     /// `security { seccomp }`.
     pub seccomp: SeccompDefault,
-    /// May jobs have another filter, or none?
+    /// Whether jobs may choose another seccomp filter, or none.
     pub allow_seccomp_override: bool,
-    /// `security { allow_socketcall }`: what docker's profile does with `socketcall`.
+    /// `security { allow_socketcall }`: how docker's seccomp profile treats `socketcall`.
     pub multiplexer: Multiplexer,
     /// `security { apparmor }`.
     pub apparmor: AppArmorDefault,
-    /// May jobs have another profile, or none?
+    /// Whether jobs may choose another AppArmor profile, or none.
     pub allow_apparmor_override: bool,
 }
 
@@ -291,24 +293,24 @@ impl SecuritySettings {
         ]
     }
 
-    /// May jobs have this device?
+    /// Says whether jobs may use this device.
     pub fn allows_device(&self, path: &str) -> bool {
         self.allow_devices.as_ref().is_none_or(|patterns| matches_any(patterns, path))
     }
 }
 
-/// Does a name match one of the patterns, whose last character may be a `*`?
+/// Says whether a name matches one of the patterns, whose last character may be a `*`.
 pub fn matches_any(patterns: &[String], name: &str) -> bool {
     patterns.iter().any(|pattern| pattern.strip_suffix('*').map_or(pattern == name, |start| name.starts_with(start)))
 }
 
-/// The filter of tasks whose job says nothing.
+/// The seccomp filter of tasks whose job chooses none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SeccompDefault {
-    /// None.
+    /// No filter.
     Unconfined,
-    /// Docker's.
+    /// Docker's default profile.
     Default,
-    /// A profile of the operator's.
+    /// A profile of the operator, in this file.
     File(PathBuf),
 }

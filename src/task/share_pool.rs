@@ -1,4 +1,4 @@
-//! Tasks without cores of their own stay in Nomad's pool of shared processors when it grows and shrinks.
+//! Keeps tasks without reserved cores on the processors of Nomad's share pool when the pool grows or shrinks.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -11,10 +11,11 @@ use crate::{
     ids::TaskId,
 };
 
-/// One small file is read so often, while there are such tasks. (inotify would miss a pool that is made anew.)
+/// How often the processors of a pool are read, which is one small file, while there are such tasks. (inotify would
+/// miss a pool that is created again.)
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The pool of a task that has no cores of its own, and its processors now.
+/// Returns the share pool of a task that has no reserved cores, and the pool's processors at the moment.
 pub(super) fn of(shared: &Shared, request: &StartRequest) -> Option<(SharePool, String)> {
     if !request.resources.cpuset_cpus.is_empty() {
         return None;
@@ -23,14 +24,18 @@ pub(super) fn of(shared: &Shared, request: &StartRequest) -> Option<(SharePool, 
     match pool.cpus() {
         Ok(cpus) => Some((pool, cpus)),
         Err(error) => {
-            tracing::warn!(task = %request.task_id, error = crate::chain(&error), "the pool of shared processors");
+            tracing::warn!(
+                task = %request.task_id,
+                error = crate::chain(&error),
+                "could not read the processors of the task's share pool"
+            );
             None
         }
     }
 }
 
 impl Engine {
-    /// Copies the pools' processors to their tasks, for as long as the engine lives.
+    /// Copies the processors of the share pools to the cgroups of their tasks, for as long as the engine lives.
     pub(super) fn follow_share_pools(&self) {
         if self.shared().cgroups.mode() == CgroupMode::V2 {
             return;
@@ -42,12 +47,12 @@ impl Engine {
                 tokio::time::sleep(LOOK).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let engine = Self(inner);
-                caught("the pool of shared processors", async { engine.give_processors(&mut given) }).await;
+                caught("updating the processors of share pools", async { engine.give_processors(&mut given) }).await;
             }
         });
     }
 
-    /// To whom has not got them yet.
+    /// Sets the processors of all tasks whose share pool has changed.
     fn give_processors(&self, given: &mut HashMap<TaskId, String>) {
         let running = self.live().into_iter().filter(|(_, task)| !task.has_ended());
         let in_pools: Vec<(TaskId, SharePool, CgroupPath)> = running
@@ -59,18 +64,23 @@ impl Engine {
         let ids: HashSet<&TaskId> = in_pools.iter().map(|(id, ..)| id).collect();
         given.retain(|id, _| ids.contains(id));
         let pools: HashSet<&SharePool> = in_pools.iter().map(|(_, pool, _)| pool).collect();
-        // Nomad's client may be making it just now: until it is there, the tasks keep what they have.
+        // Nomad's client may be creating a pool at the moment. Until it can be read, its tasks keep their processors.
         let now: HashMap<&SharePool, String> =
             pools.into_iter().filter_map(|pool| Some((pool, pool.cpus().ok()?))).collect();
         for (id, pool, cgroup) in &in_pools {
             let Some(cpus) = now.get(pool).filter(|cpus| given.get(id) != Some(cpus)) else { continue };
             match self.shared().cgroups.set_cpus(cgroup, cpus) {
                 Ok(()) => drop(given.insert(id.clone(), cpus.clone())),
-                // Tried again; said once.
+                // This is tried again with the next poll, but logged only once.
                 Err(error) => {
                     let refused = format!("not {cpus}");
                     if given.insert(id.clone(), refused.clone()) != Some(refused) {
-                        tracing::warn!(task = %id, cpus, error = crate::chain(&error), "the pool of shared processors");
+                        tracing::warn!(
+                            task = %id,
+                            cpus,
+                            error = crate::chain(&error),
+                            "could not give a task the processors of its share pool"
+                        );
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! What starting, undoing and the engine itself work with.
+//! The context that starts, teardowns and the engine itself have in common, and the list of pending teardowns.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -26,88 +26,89 @@ use crate::{
     shim::{self, DeadTask, Exit, Held, PidFiles, Pool, Purpose, ShimError},
 };
 
-/// The parts of an open engine, and what it has still to take over or undo.
+/// The components of an open engine, and its pending teardowns.
 pub struct Shared {
     pub(super) settings: Settings,
     pub(super) cgroups: Cgroups,
     pub(super) runtimes: Runtimes,
     pub(super) images: ImageStore,
     pub(super) filters: Filters,
-    /// The driver's own AppArmor profile.
+    /// Loads the driver's own AppArmor profile.
     pub(super) apparmor: Loader,
     pub(super) pool: Pool,
-    /// Where they can be watched.
+    /// Watches the runtimes' pid files; `None` where inotify is not available.
     pub(super) pid_files: Option<PidFiles>,
-    /// Root file systems of the images used last.
+    /// Prepared root file systems of the images that were used last.
     pub(super) ahead: Ahead,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
-    /// Who shares network namespaces.
+    /// The groups whose tasks share a network namespace.
     pub(super) groups: Groups,
-    /// Where tasks' logs are ours to write.
+    /// Supervises the log writer, which writes the tasks' logs where Nomad's log collector does not.
     pub(super) log_keeper: Arc<LogKeeper>,
-    /// Where it is wanted, and there is something to warm.
+    /// Primes the kernel's cgroup lock for starts; `None` where this is disabled, not needed or not possible.
     pub(super) warmer: Option<Warmer>,
-    /// What this process could hand on to a privileged task.
+    /// The capabilities of this process, which are the most that a privileged task can get.
     pub(super) own_capabilities: Capabilities,
-    /// What is hidden from tasks.
+    /// The paths that are hidden from tasks.
     pub(super) masked: Masked,
-    /// What this host's kernel takes of a task's strings.
+    /// This kernel's limits on a task's arguments and environment.
     pub(super) kernel: KernelLimits,
-    /// Tasks that the background is clearing away, or will.
+    /// The number of teardowns that run in the background, or wait for that.
     pub(super) clearing: watch::Sender<usize>,
-    /// So many tasks are cleared away at a time.
+    /// Permits for teardowns in the background.
     pub(super) teardowns: Semaphore,
-    /// Somebody waits for what is being cleared away.
+    /// Notified when a caller waits for teardowns, which then begin without delay.
     pub(super) hurry: Notify,
-    /// A leftover is gone, or free again.
+    /// Notified when a pending teardown has succeeded, or is queued again.
     pub(super) settled: Notify,
-    /// Tasks that are to be undone: of an earlier instance of us, and those whose undo failed.
+    /// The tasks that are to be torn down: those that an earlier plugin left, those whose teardown failed, and those
+    /// whose teardown is in progress.
     pub(super) leftovers: Mutex<HashMap<TaskId, Leftover>>,
 }
 
-/// What is hidden from tasks, by where they run.
+/// The paths that are hidden from tasks: of those on the host's kernel, and of those in a gVisor sandbox.
 pub(super) struct Masked {
     pub(super) host: MaskedPaths,
     pub(super) sandbox: MaskedPaths,
 }
 
-/// They wait for disks and kernel locks, not for processors.
+/// How many teardowns run in the background at a time. Teardowns wait for disks and kernel locks, not for processors.
 pub const TEARDOWNS: usize = 4;
-/// A disk that is slower than this is not waited for.
+/// How long a caller waits for the teardowns in the background. A slower disk is not waited for.
 const CLEARED: Duration = Duration::from_secs(30);
 
-/// The work that a start leaves for later begins so long after it,
+/// How long after a start the work begins that the start has deferred.
 const BREATH: Duration = Duration::from_millis(5);
-/// and at most so long later when other starts are at work.
+/// How long that work waits, in addition, for other starts in progress.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// A task that is to be undone.
+/// A task that is to be torn down.
 pub struct Leftover {
     pub(super) record: Record,
     pub(super) hands: Hands,
-    /// A hold on its shim, where the container in it could not be ended.
+    /// A hold on the task's shim, if the container in the shim could not be ended.
     pub(super) shim: Option<Held>,
 }
 
-/// Who is at a leftover.
+/// The state of a pending teardown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hands {
-    /// Nobody.
+    /// The teardown waits for a caller to run it.
     Free,
-    /// Somebody, who will say how it went.
+    /// A caller runs the teardown and will report its outcome.
     Taken,
-    /// The background: its container is gone, and whoever asked for that has had the answer.
+    /// The container is gone, the caller has its answer, and the rest of the teardown runs in the background.
     Clearing,
 }
 
-/// What an image's root file system is made of.
+/// Returns the layers of an image's root file system.
 pub(super) fn layers(image: &ImageRecord) -> Layers<'_> {
     Layers { lowers: &image.lowers, options: &image.overlay_options }
 }
 
 impl Shared {
-    /// Keeps in mind what is still to be undone.
+    /// Queues the teardown of a task, for the first time or again.
     pub(super) fn keep(&self, record: Record) {
         match self.leftovers().entry(record.task_id.clone()) {
             Entry::Occupied(mut known) => {
@@ -119,14 +120,15 @@ impl Shared {
         self.settled.notify_waiters();
     }
 
-    /// Holds the shim of a task that is to be undone once more, or lets go of it.
+    /// Sets or releases the hold on the shim of a task whose teardown is pending.
     pub(super) fn hold_shim(&self, id: &TaskId, shim: Option<Held>) {
         if let Some(leftover) = self.leftovers().get_mut(id) {
             leftover.shim = shim;
         }
     }
 
-    /// Takes it, so that nobody else does. It stays in mind until it is gone.
+    /// Claims a queued teardown, so that no other caller runs it. The task stays in the list until its teardown
+    /// succeeds.
     pub(super) fn take_leftover(self: &Arc<Self>, id: &TaskId) -> Option<Claim> {
         let record = {
             let mut leftovers = self.leftovers();
@@ -137,13 +139,13 @@ impl Shared {
         Some(Claim::on(self, record))
     }
 
-    /// Who is at it, if there is such a leftover.
+    /// Returns the state of the task's pending teardown, if it has one.
     pub(super) fn hands_on(&self, id: &TaskId) -> Option<Hands> {
         self.leftovers().get(id).map(|leftover| leftover.hands)
     }
 
-    /// Does in the background what a start leaves for later: unmounts the sources of its mounts, and makes a root file system
-    /// ahead for the next task of its image.
+    /// Does in the background what a start has deferred: unmounts the sources of its mounts, and prepares a root file
+    /// system for the next task of its image.
     pub(super) fn after_start(self: &Arc<Self>, record: &Record, image: Arc<ImageRecord>, sources: Sources) {
         let shared = self.clone();
         let task = record.task_id.clone();
@@ -156,30 +158,31 @@ impl Shared {
                 }
                 shared.ahead.make(layers(&image))
             };
-            // The next start makes its own, and says what is wrong.
+            // Without a prepared root file system, the next start mounts its own, and reports what is wrong.
             if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
-                tracing::debug!(error = %crate::chain(&error), "no root file system made ahead");
+                tracing::debug!(error = %crate::chain(&error), "could not prepare a root file system");
             }
         });
     }
 
-    /// Waits until what has been destroyed is cleared away, but not for what hangs.
+    /// Waits until the teardowns in the background have ended, but at most `TEARDOWNS_TIMEOUT`.
     pub(super) async fn all_cleared(&self) {
         self.hurry.notify_waiters();
         let mut clearing = self.clearing.subscribe();
         let cleared = tokio::time::timeout(CLEARED, clearing.wait_for(|count| *count == 0)).await;
         if cleared.is_err() {
-            tracing::warn!("tasks that are gone are still being cleared away");
+            tracing::warn!("teardowns of destroyed tasks are still in progress");
         }
     }
 
-    /// It is gone.
+    /// Removes a task from the pending teardowns: its teardown has succeeded.
     pub(super) fn forget(&self, id: &TaskId) {
         self.leftovers().remove(id);
         self.settled.notify_waiters();
     }
 
-    /// What is left of a container whose shim is dead: ended and removed; how it had ended, where that was noted.
+    /// Kills and deletes what is left of a container whose shim is dead. Returns how the container had ended, if the
+    /// shim has written that down.
     pub(super) async fn delete_dead(&self, record: &Record) -> Result<Option<Exit>, ShimError> {
         let bundle = self.settings.places.bundle(&record.container_id);
         let runtime = self.runtimes.binary(&record.runtime);
@@ -193,7 +196,7 @@ impl Shared {
         };
         let _at_work = self.pool.launcher().calls().begin(Purpose::Continue).await;
         let exit = shim::delete_dead(self.pool.launcher(), dead).await?;
-        // gVisor's own shim says that all went well when its runsc could not be run.
+        // gVisor's own shim reports success even if it could not run runsc.
         let root = self.settings.places.runtime_state(&record.runtime, &record.namespace);
         if record.gvisor && root.join(gvisor::state_file(record.container_id.as_str())).exists() {
             let message = "runsc has not deleted the container; its state is still there".to_owned();
@@ -202,7 +205,7 @@ impl Shared {
         Ok(exit)
     }
 
-    /// Has a runtime end and forget a container that no shim holds. `root` is the runtime's state directory.
+    /// Makes a runtime kill and delete a container that no shim holds. `root` is the runtime's state directory.
     pub(super) async fn delete_by_runtime(
         &self,
         runtime: &str,

@@ -1,4 +1,4 @@
-//! Signals by name, the way Nomad's users write them.
+//! Parses signals as Nomad's users write them.
 
 use std::str::FromStr as _;
 
@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 
 use super::TaskError;
 
-/// Reads `SIGHUP`, `hup`, `1` or `SIGRTMIN+3`.
+/// Parses a signal such as `SIGHUP`, `hup`, `1` or `SIGRTMIN+3`, and returns its number.
 ///
 /// # Errors
 /// When Linux has no such signal.

@@ -1,8 +1,8 @@
-//! The sources of a task's mounts on the host: they are needed until the container has been made with them.
+//! The sources of a task's mounts on the host, which are needed until the container has been created.
 //!
-//! What stays mounted is copied into the mount namespace of every container that is made later, and keeps the host from
-//! removing what is mounted over. Unmounting takes half a millisecond and kernel locks that a start needs as well, so that it
-//! waits until the start has been answered.
+//! A source that stays mounted is copied into the mount namespace of every container that is created later, and
+//! prevents the host from removing the file or directory that it covers. Unmounting the sources takes half a
+//! millisecond and kernel locks that a start needs as well. So it is deferred until the start has been answered.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Sources {
     pins: Pins,
-    /// The opened sources, closed together with the mounts: that takes time as well.
+    /// The opened sources. They are closed together with the unmounting, since closing takes time as well.
     _opened: Arc<Vec<TaskMount>>,
 }
 
@@ -25,7 +25,8 @@ impl Sources {
         Self { pins, _opened: opened }
     }
 
-    /// Unmounts the sources. Blocks for half a millisecond. What fails is logged, and done with the task's teardown.
+    /// Unmounts the sources. Blocks for half a millisecond. A failure is logged, and the task's teardown unmounts the
+    /// sources.
     pub(super) fn release(self, task: &TaskId) {
         if let Err(error) = self.pins.unmount() {
             tracing::warn!(%task, %error, "the sources of the task's mounts stay mounted until the task is destroyed");
@@ -33,13 +34,13 @@ impl Sources {
     }
 }
 
-/// Does the shim of a task need the sources for as long as the task lives? runc's and gVisor's shims do not; nothing is
-/// known of others.
+/// Does the shim of a task need the sources for as long as the task lives? The shims of runc and gVisor do not; other
+/// shims might.
 pub(super) fn needs_sources(record: &Record) -> bool {
     record.shim_program.is_some() && !record.gvisor
 }
 
-/// Unmounts the sources of a running task whose plugin ended before it did so.
+/// Unmounts the sources of a running task, in case the earlier plugin ended before it did so.
 pub(super) fn release_after_recovery(shared: &Shared, record: &Record) {
     if needs_sources(record) {
         return;

@@ -1,5 +1,5 @@
-//! The start path. With the image here and a shim waiting, it asks neither containerd nor a registry, spawns nothing
-//! but what the shim spawns, waits on no timer, and syncs nothing to disk.
+//! The start of a task. If the image is unpacked and a shim is idle in the pool, a start contacts neither containerd
+//! nor a registry, spawns no process other than those of the shim, waits for no timer, and syncs nothing to disk.
 
 use std::{
     collections::HashMap,
@@ -38,32 +38,34 @@ use crate::{
     shim::{self, CreateTask, Found, PidFile, Reserved, RuntimeOptions, Shim, ShimError, stdio},
 };
 
-/// How long each part of a start took.
+/// How long each phase of a start took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Phases {
-    /// Until the image was here.
+    /// From the beginning of the start until the image was available.
     pub image: Duration,
-    /// Intent record, root file system and bundle.
+    /// The intent record, the root file system and the bundle.
     pub bundle: Duration,
-    /// From then until a shim was at hand, which comes up meanwhile when none has waited.
+    /// From the completed bundle until a shim was ready. A shim that does not come from the pool is launched while the
+    /// bundle is made.
     pub shim: Duration,
-    /// Had one waited?
+    /// Did the shim come from the pool?
     pub pooled: bool,
     /// The shim's `Create`.
     pub create: Duration,
-    /// From the beginning until we let the process go, mostly before `Create` is answered; none where somebody else did that.
+    /// From the beginning of the start until the driver started the container's process, mostly before the shim
+    /// answered `Create`. `None` if the shim or gVisor's wrapper started the process.
     pub released: Option<Duration>,
-    /// The shim's `Start`, where it was called.
+    /// The shim's `Start`, if it was called.
     pub start: Option<Duration>,
-    /// All of it.
+    /// The whole start.
     pub total: Duration,
 }
 
 impl Phases {
-    /// How many there are.
+    /// The number of phases that [`Self::by_name`] returns.
     pub const COUNT: usize = 8;
 
-    /// All of them, by the names that metrics and InspectTask have.
+    /// Returns all phases with their names in metrics and in InspectTask.
     pub fn by_name(&self) -> [(&'static str, Option<Duration>); Self::COUNT] {
         [
             ("image", Some(self.image)),
@@ -77,7 +79,8 @@ impl Phases {
         ]
     }
 
-    /// What was neither the image's nor the shim's: all of it less the pull, the shim's coming up and its calls.
+    /// Returns the driver's own part of the start: the total without the pull, the launch of the shim and the shim's
+    /// calls.
     pub fn own(&self) -> Duration {
         let others = [self.image, self.shim, self.create, self.start.unwrap_or_default()];
         self.total.saturating_sub(others.iter().sum())
@@ -95,10 +98,10 @@ pub struct Running {
     pub(super) sources: Sources,
 }
 
-/// Starts a task: on success its process runs; on failure nothing is left.
+/// Starts a task. On success the task's process runs; on failure everything that the start has made is removed.
 ///
 /// # Errors
-/// When it can't be started, or `stop` comes before it runs.
+/// When the task can't be started, or `stop` is cancelled before the task runs.
 pub async fn start(
     shared: &Arc<Shared>,
     request: &StartRequest,
@@ -109,7 +112,7 @@ pub async fn start(
     if stop.is_cancelled() {
         return Err(TaskError::Stopped(request.task_id.clone()));
     }
-    // Everything that can be found wrong without touching anything comes first.
+    // All checks that change nothing on the host come first.
     let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
     plan::fits(&runtime, request)?;
     let default_profile = &shared.settings.security.apparmor;
@@ -133,13 +136,14 @@ pub async fn start(
     let share_pool = share_pool::of(shared, request);
     let mut plan = Plan { request, runtime, apparmor, image, mounts, devices, container_id, cgroup, share_pool };
     match made(shared, &plan, began, stop).await {
-        // containerd's store was wiped under a record of ours: forget it, pull, and try once more.
+        // The image's layers were deleted from containerd's store, although the driver has a record of the image. The
+        // record is dropped, the image is pulled again, and the start is tried a second time.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))
             if !shared.leftovers().contains_key(&request.task_id) =>
         {
             tracing::warn!(
                 image = plan.image.reference,
-                "its layers are gone from containerd's store; pulling it again"
+                "the image's layers are gone from containerd's store; pulling the image again"
             );
             shared.images.forget(&plan.image);
             plan.image = self::image(shared, request, stop).await?;
@@ -149,8 +153,8 @@ pub async fn start(
     }
 }
 
-/// Gives volumes the labels that the job asks for, where the kernel looks at them. docker's rule: not for a privileged
-/// task, which no label stops.
+/// Gives volumes the SELinux labels that the job asks for, if SELinux is enabled. As with docker, the volumes of a
+/// privileged task get no labels, since no label restricts such a task.
 async fn label_volumes(request: &StartRequest) -> Result<(), TaskError> {
     let labelled: Vec<_> =
         request.volumes.iter().filter_map(|volume| Some((volume.host_path.clone(), volume.label?))).collect();
@@ -167,6 +171,7 @@ async fn label_volumes(request: &StartRequest) -> Result<(), TaskError> {
     tokio::task::spawn_blocking(label).await?.map_err(|error: RootfsError| error.into())
 }
 
+/// Returns the task's image, which is pulled if it is not available locally or the job asks for that.
 async fn image(
     shared: &Shared,
     request: &StartRequest,
@@ -201,20 +206,20 @@ async fn image(
             shared.metrics.pulled(pulled.is_ok());
             pulled.map_err(|error| super::SharedImageError(error).into())
         }
-        // A pull that nobody else waits for ends with this.
+        // The pull is cancelled here, unless another start waits for it, too.
         () = stop.cancelled() => Err(TaskError::Stopped(request.task_id.clone())),
     }
 }
 
-/// The image's name, and for one in files what that leads to: a job may use its own files and what the operator allows,
-/// as with mounts.
+/// Returns the image's reference and, for an image in a file, the opened file. As with mounts, a job may use its own
+/// files and those that the operator allows.
 fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<Arc<OwnedFd>>), TaskError> {
     let Reference::Archive(archive) = &request.options.image else { return Ok((request.options.image.clone(), None)) };
     let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
     let settings = &shared.settings;
     let path = archive.path.to_string_lossy();
     let opened = open_source("image: file", &path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
-    // The same relative path is another file in another allocation.
+    // The reference needs the absolute path, since the same relative path is a different file in another allocation.
     let path = if archive.path.is_absolute() {
         archive.path.clone()
     } else {
@@ -223,7 +228,7 @@ fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<A
     Ok((Reference::Archive(Archive { path, ..archive.clone() }), Some(Arc::new(opened))))
 }
 
-/// From here on there is something to undo.
+/// Makes everything that the task needs and starts its process. When that fails, everything that was made is undone.
 async fn made(
     shared: &Arc<Shared>,
     plan: &Plan<'_>,
@@ -232,9 +237,10 @@ async fn made(
 ) -> Result<Running, TaskError> {
     let request = plan.request;
     let mut phases = Phases { image: began.elapsed(), ..Phases::default() };
-    // From here on it is a matter of milliseconds.
+    // The runtime will need the cgroup lock within milliseconds.
     let warm = shared.warmer.as_ref().map(Warmer::warm);
-    // The spec is pure: a bad user or an empty command shows before anything is made.
+    // Building the spec changes nothing on the host, so that an invalid user or an empty command is found before
+    // anything is made.
     let spec = plan.spec(shared)?;
     let nomads = if logs::is_ours(&shared.settings, request) {
         None
@@ -244,7 +250,7 @@ async fn made(
 
     let step = Instant::now();
     let own_shim = plan.runtime.shim.as_ref().map(|shim| shim.program.as_path());
-    // One that others will share is launched in here, which may take as long as a start.
+    // A shim that several tasks will share is launched within this call, which may take as long as a start.
     let reserved = tokio::select! {
         reserved = shared.pool.reserve(&request.alloc_id, own_shim) => reserved.map_err(no_shim)?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
@@ -283,7 +289,7 @@ async fn made(
         }
     };
     fault::intrude(&shared.settings.containerd.address);
-    // One that is launched comes up beside the making of the bundle.
+    // A shim that has to be launched starts up concurrently with the making of the bundle.
     let coming = match reserved {
         Reserved::Waiting(shim) => Coming::Here(shim),
         Reserved::Named(unborn) => {
@@ -316,39 +322,47 @@ async fn made(
     };
     undo_failed(shared, &record, shim).await;
     attempt.over();
-    // Only now: a shim that was late may still open them by the numbers they have here.
+    // Dropped only now, because a late shim may still open the FIFOs by the numbers of these descriptors.
     drop(stdio);
     Err(error)
 }
 
-/// The error of a start, unless that is a consequence of a root file system that is no longer mounted.
+/// Returns the error of a failed start, or [`TaskError::RootfsUnmounted`] if the root file system is no longer mounted,
+/// which explains any other error.
 ///
-/// A clean-up that an earlier plugin has begun for the same attempt unmounts the root file system of the bundle, which is the next
-/// start's as well. Such a clean-up is waited for (`undo.rs`); whatever is overlooked must not be told as the job's fault.
+/// A cleanup that an earlier plugin has begun for the same attempt unmounts the root file system of the bundle, which
+/// the next start of that attempt uses as well. The driver waits for such a cleanup (`undo.rs`). A cleanup that it
+/// overlooks must not be reported as the job's fault.
 fn unless_unmounted(shared: &Shared, plan: &Plan<'_>, error: TaskError) -> TaskError {
     let paths = BundlePaths::of(&shared.settings.places, &plan.container_id);
     match paths.is_mounted() {
         Ok(false) => TaskError::Unmounted { source: Box::new(error) },
-        // Where that can't be told, the error is what it says.
+        // If the mount can't be checked, the original error is returned.
         Ok(true) | Err(_) => error,
     }
 }
 
+/// Undoes a failed start. What can't be undone is retried in the background.
 async fn undo_failed(shared: &Arc<Shared>, record: &Record, shim: Found) {
     if let Err(left) = undo_or_keep(Claim::new(shared, record), shim).await {
-        tracing::error!(task = %record.task_id, error = %crate::chain(&left), "a failed start left something");
+        tracing::error!(
+            task = %record.task_id, error = %crate::chain(&left),
+            "could not undo a failed start completely; the driver retries in the background"
+        );
     }
 }
 
-/// A shim, or what will be one.
-#[allow(clippy::large_enum_variant, reason = "one a start, nearly always the large one")]
+/// The shim of a start: one from the pool, or one that is being launched.
+#[allow(clippy::large_enum_variant, reason = "there is one per start, nearly always of the large variant")]
 enum Coming {
+    /// The shim is ready.
     Here(Shim),
+    /// The shim is being launched in a background task.
     Launched(tokio::task::JoinHandle<Result<Shim, ShimError>>),
 }
 
 impl Coming {
-    /// The shim once it is there, unless the task is stopped before: then the shim goes as well.
+    /// Waits for the shim. If the task is stopped before the shim is ready, the launch is aborted.
     async fn arrived(self, stop: &CancellationToken, task: &TaskId) -> Result<Shim, TaskError> {
         let mut launched = match self {
             Self::Here(shim) => return Ok(shim),
@@ -358,13 +372,16 @@ impl Coming {
             launched = &mut launched => launched?.map_err(no_shim),
             () = stop.cancelled() => {
                 launched.abort();
-                // It may have come up all the same.
+                // The launch may have completed before it was aborted.
                 match launched.await {
                     Ok(Ok(shim)) => return Ok(shim),
                     Ok(Err(error)) => {
-                        tracing::debug!(%task, error = crate::chain(&error), "the shim of a start that was broken off did not come up");
+                        tracing::debug!(
+                            %task, error = crate::chain(&error),
+                            "the shim of a cancelled start could not be launched"
+                        );
                     }
-                    Err(error) => tracing::debug!(%task, %error, "the launch of a shim was broken off"),
+                    Err(error) => tracing::debug!(%task, %error, "the launch of a shim was cancelled"),
                 }
                 Err(TaskError::Stopped(task.clone()))
             }
@@ -376,7 +393,7 @@ fn no_shim(source: ShimError) -> TaskError {
     TaskError::Shim { doing: "get a shim", source }
 }
 
-/// What one start works with.
+/// What [`create_and_start`] needs besides the plan.
 struct Parts<'a> {
     began: Instant,
     warm: Option<Warm>,
@@ -384,6 +401,7 @@ struct Parts<'a> {
     stdio: &'a stdio::Stdio,
 }
 
+/// Creates the container, starts its process, and writes the running task's record.
 async fn run(
     shared: &Arc<Shared>,
     plan: &Plan<'_>,
@@ -421,20 +439,23 @@ async fn run(
     fault::point_within("start.creating", Duration::from_millis(4));
     let mut creating = pin!(client.create(&create));
     let refused = failed("create the container");
-    // The runtime says so some milliseconds before the shim does.
+    // The runtime writes the pid file some milliseconds before the shim answers.
     let (pid, created) = tokio::select! {
         created = &mut creating => (created.map_err(refused)?, true),
         pid = PidFile::written(pid_file) => (pid, false),
     };
-    // The process is in its cgroup.
+    // The container's process is in its cgroup by now.
     drop(warm);
-    // Now, while it surely lives: it waits for its start. One that does not is never taken for another by this.
+    // The process waits for its start now, so that its start time can be read. For a process that has ended already,
+    // the start time 0 matches no other process that gets the same pid.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
     let state = places.runtime_state(&plan.runtime.name, &record.namespace).join(id);
     let started = match starter {
         Starter::Driver => {
-            let unlike = |error: &std::io::Error| tracing::debug!(%error, "left to the shim's Start");
+            let unlike = |error: &std::io::Error| {
+                tracing::debug!(%error, "the driver could not start the process; calling the shim's Start");
+            };
             shim::release(&state, &process).await.inspect_err(unlike).is_ok()
         }
         Starter::Wrapper => true,
@@ -448,7 +469,7 @@ async fn run(
     phases.create = step.elapsed();
     fault::await_point("start.creating");
     fault::point("start.created");
-    // The shim has the FIFOs open by now.
+    // The shim has opened the log FIFOs by now.
     crate::logs::started(&places.log(&plan.container_id))?;
     if !started {
         let step = Instant::now();

@@ -1,4 +1,5 @@
-//! The reaper: what nobody claims goes, after a grace period in which Nomad could have asked for it.
+//! Garbage collection: removes tasks, containers, shims and images that nothing uses, after the grace period in which
+//! Nomad could have asked for them.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -31,17 +32,19 @@ use crate::{
     shim::{self, Client, Found, ShimError},
 };
 
-/// Where a shim is looked for that no record names.
+/// The shim id in the record that is made up for an unrecorded container. No shim has this id.
 const NO_SHIM: &str = "none";
 
 impl Engine {
-    /// Sweeps after each grace period, for as long as the engine lives.
+    /// Runs the garbage collection in the background after each grace period, for as long as the engine lives.
+    /// `all_recorded` says whether every container has a readable record.
     pub(super) fn watch_over(&self, whole: bool) {
         let (grace, engine) = (self.settings().grace, self.downgrade());
         let (keep, images, in_use) = (self.settings().keep_images, self.shared().images.clone(), self.images_in_use());
         tokio::spawn(async move {
-            // Pulls of an earlier instance can't be going on. Where a record is missing, its task's lease is not known
-            // before RecoverTask brings it; then the first sweep does it.
+            // No pull of an earlier plugin can be in progress, so that its unused leases are collected now. If a record
+            // is missing, the lease of its task is unknown before RecoverTask brings the handle. Then the first regular
+            // garbage collection does this.
             if keep.is_some() && whole {
                 images.collect_leases(&in_use, false).await;
             }
@@ -52,8 +55,8 @@ impl Engine {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
-                // A reaper that ended with a panic would leave everything that is nobody's for ever.
-                let mut swept = caught("the reaper", this.sweep(false)).await.unwrap_or_default();
+                // Without this, a panic would end the garbage collection of this plugin forever.
+                let mut swept = caught("the garbage collection", this.sweep(false)).await.unwrap_or_default();
                 swept.retain(|garbage| !garbage.stays);
                 this.shared().metrics.swept(swept.iter().filter(|one| one.problem.is_none()).count());
                 tell(swept);
@@ -61,9 +64,10 @@ impl Engine {
         });
     }
 
-    /// Removes what nobody claims: what it was, or, for a dry run, would be.
+    /// Runs the garbage collection once. Returns what was removed (in a dry run: what would be removed) and what could
+    /// not be removed.
     pub async fn sweep(&self, dry_run: bool) -> Vec<Garbage> {
-        // What is just being cleared away would be counted.
+        // Otherwise teardowns that are just in progress would be reported as garbage.
         self.shared().all_cleared().await;
         if !dry_run && self.age() >= self.settings().grace {
             self.held().clear();
@@ -82,7 +86,7 @@ impl Engine {
         found
     }
 
-    /// Tasks of an earlier instance of us that Nomad has not named to this one.
+    /// Removes tasks of an earlier plugin that no agent has asked this plugin for.
     async fn sweep_tasks(&self, dry_run: bool) -> Vec<Garbage> {
         if self.age() < self.settings().grace {
             return Vec::new();
@@ -90,10 +94,10 @@ impl Engine {
         let given_up = |task: &Task| task.record().state == RecordState::Destroying && task.has_ended();
         let (mut found, mut orphans) = (Vec::new(), Vec::new());
         for (id, task) in self.live() {
-            // Its destroy had failed when its process would not die; Nomad never asks twice.
+            // DestroyTask failed, because the task's process did not die. Nomad does not repeat the call.
             if given_up(&task) {
                 let outcome = if dry_run { Ok(()) } else { self.destroy(&id, Force::Yes).await };
-                found.push(garbage("task", &id.0, outcome).because("it was destroyed, and something of it was left"));
+                found.push(garbage("task", &id.0, outcome).because("it was destroyed, but not completely removed"));
                 continue;
             }
             if task.is_claimed() {
@@ -103,7 +107,7 @@ impl Engine {
                 orphans.push((id, task));
                 continue;
             }
-            // Claimed meanwhile, it is Nomad's business.
+            // A task that an agent has asked for meanwhile stays.
             if !dry_run && !task.claim_for_reaper() {
                 continue;
             }
@@ -115,7 +119,7 @@ impl Engine {
         found
     }
 
-    /// What probes of runtimes have left that were cut off.
+    /// Removes the remains of runtime probes that were cut off.
     async fn sweep_probes(&self, dry_run: bool) -> Vec<Garbage> {
         let (run, cgroups) = (self.settings().places.run(), &self.shared().cgroups);
         let stale = match tokio::task::block_in_place(|| stale_probes(run, cgroups)) {
@@ -131,7 +135,7 @@ impl Engine {
         found
     }
 
-    /// Those whose undo failed, over and over.
+    /// Runs the queued teardowns, which have failed before.
     async fn sweep_leftovers(&self, dry_run: bool) -> Vec<Garbage> {
         let ids: Vec<TaskId> = {
             let leftovers = self.leftovers();
@@ -141,18 +145,19 @@ impl Engine {
         let mut found = Vec::new();
         for id in ids {
             let outcome = if dry_run { Ok(()) } else { self.destroy_leftover(&id).await.unwrap_or(Ok(())) };
-            found.push(garbage("task", &id.0, outcome).because("it could not be undone before, and is tried again"));
+            found.push(garbage("task", &id.0, outcome).because("it could not be removed before, and is tried again"));
         }
         found
     }
 
-    /// Containers and shims without a record.
+    /// Removes unrecorded containers and shims.
     async fn sweep_nameless(&self, dry_run: bool) -> Vec<Garbage> {
         if self.age() < self.settings().grace {
             return Vec::new();
         }
         let places = &self.settings().places;
-        // What is there first, what is claimed second: a record is written before anything of its task is made.
+        // The containers and shims are listed before the records, since a record is written before anything of its task
+        // is made.
         let containers = containers_on_disk(places, self.shared().pool.launcher().namespace());
         let (containers, shims) = match containers.and_then(|containers| Ok((containers, names(&places.shims())?))) {
             Ok(listed) => listed,
@@ -162,7 +167,7 @@ impl Engine {
             Ok(records) => records,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
         };
-        // A record that can't be read just now is one all the same; those that are torn were set aside at the opening.
+        // A record that can't be read just now counts, too. Torn records were renamed when the engine was opened.
         let unread = records.bad.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json"));
         let mut claimed: HashSet<ContainerId> =
             unread.filter_map(|path| ContainerId::from_file_name(path.file_stem()?.to_str()?)).collect();
@@ -178,20 +183,20 @@ impl Engine {
         let mut found = Vec::new();
         for id in containers {
             let outcome = if dry_run { Ok(()) } else { self.undo_nameless(&id, &shims).await };
-            found.push(garbage("container", id.as_str(), outcome).because("no record claims it"));
+            found.push(garbage("container", id.as_str(), outcome).because("no record names it"));
         }
         let all_ended = found.iter().all(|container| container.problem.is_none());
-        // What held a container that was just ended serves others now.
+        // A shim whose container was just removed may be in the pool now.
         let own = self.shared().pool.launcher().own();
         for name in shims.into_iter().filter(|name| !own.contains(name)) {
             let dir = places.shim(&name);
-            // Where that can't be told, it is asked to end all the same.
+            // If the check fails, the shim is asked to exit all the same.
             if dir.try_exists().unwrap_or(true) {
                 if !dry_run && all_ended && shim::is_unusable(&dir) {
                     shim::kill_shim(&dir);
                 }
                 let gone = dry_run || shim::end_stray(&dir).await;
-                let problem = (!gone).then(|| "it does not end; it may still hold a container".to_owned());
+                let problem = (!gone).then(|| "it does not exit; it may still hold a container".to_owned());
                 found.push(
                     Garbage::new("shim", &name, problem).because("no record names it, and it holds no container"),
                 );
@@ -200,10 +205,10 @@ impl Engine {
         found
     }
 
-    /// The one of these shims that has the container, if one has.
+    /// Returns the one of these shims that has the container; [`Found::Gone`] if none has it.
     ///
     /// # Errors
-    /// When one of them can't be asked: it may have it.
+    /// When one of the shims can't be queried, since that shim may have the container.
     async fn shim_that_holds(&self, id: &ContainerId, shims: &[String]) -> Result<Found, TaskError> {
         let shared = self.shared();
         for name in shims {
@@ -211,7 +216,7 @@ impl Engine {
             let (path, failed) = (dir.join("sock"), |source| TaskError::Shim { doing: "ask a shim", source });
             match UnixStream::connect(&path).await {
                 Ok(_) => {}
-                // Nobody listens any more.
+                // The shim no longer listens.
                 Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                     continue;
                 }
@@ -222,7 +227,7 @@ impl Engine {
             let client = Client::connect(&path, None).await.map_err(failed)?;
             match client.is_alive(id.as_str()).await {
                 Ok(_) => return Ok(shared.pool.launcher().adopt(name).await),
-                // It has ended since; then it has nothing.
+                // A shim that has ended meanwhile has no container.
                 Err(error) if error.is_not_found() || matches!(error, ShimError::Gone { .. }) => {}
                 Err(error) => return Err(failed(error)),
             }
@@ -230,13 +235,16 @@ impl Engine {
         Ok(Found::Gone)
     }
 
-    /// Ends and removes a container that no record claims. `shims`: those that may hold it.
+    /// Kills and removes an unrecorded container. `shims` are the shims that may hold it.
+    ///
+    /// # Errors
+    /// When it is not known which shim has the container, or something of the container can't be removed.
     pub(super) async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
         let shared = self.shared();
         let places = &shared.settings.places;
         let shim = self.shim_that_holds(id, shims).await?;
         let cgroup = cgroup_of(places, id)?;
-        // A later attempt of the same task has the same one: then it is no longer this container's to be emptied.
+        // A later attempt of the same task uses the same cgroup. Then the processes in it are not this container's.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
         known.extend(self.leftovers().values().map(|leftover| leftover.record.clone()));
         known.extend(self.left_alone().iter().map(|(record, _)| record.clone()));
@@ -265,7 +273,7 @@ impl Engine {
             image: String::new(),
             lease: String::new(),
             runtime: runtime.unwrap_or_default(),
-            // Its files are what the runtime finds it by, below.
+            // `runsc` needs the container's files to delete it below, so that `undo` must not remove them.
             gvisor: false,
             shim: NO_SHIM.to_owned(),
             shim_program: None,
@@ -276,12 +284,12 @@ impl Engine {
             stop_signal: libc::SIGKILL,
         })?;
         undo(shared, &record, shim).await?;
-        // Without its bundle only the runtime itself still knows the container.
+        // If the bundle is gone, only the runtime itself still knows the container.
         for runtime in names(&places.runtimes())? {
             let root = places.runtime_state(&runtime, shared.pool.launcher().namespace());
             if known_to(&root)? {
                 match shared.delete_by_runtime(&runtime, &root, id).await {
-                    // Nobody can be asked any more; its processes were ended by their cgroup.
+                    // The runtime is no longer installed. The container's processes were killed by their cgroup.
                     Err(_) if emptied && shared.runtimes.binary(&runtime).is_none() => {}
                     outcome => outcome?,
                 }
@@ -291,20 +299,20 @@ impl Engine {
         Ok(())
     }
 
-    /// Removes an image that no task uses, and what keeps it in containerd.
+    /// Removes an image that no task uses, and its lease in containerd.
     ///
     /// # Errors
-    /// When a task uses it, it is not here, or containerd refuses.
+    /// When a task uses the image, the image is not available locally, or containerd refuses.
     pub async fn remove_image(&self, reference: &Reference) -> Result<(), TaskError> {
         self.shared().all_cleared().await;
         let in_use = self.images_in_use();
         let removed = self.shared().images.remove(&reference.to_string(), &in_use).await;
-        // One of its own would keep its layers.
+        // A prepared root file system of this image would keep the image's layers mounted.
         tokio::task::block_in_place(|| self.shared().ahead.give_up());
         removed.map_err(|error| TaskError::Image(super::SharedImageError(Arc::new(error))))
     }
 
-    /// Images that a record names. Those of starts at work are held by the starts themselves.
+    /// Returns the images and leases that a record names. Starts in progress hold their images themselves.
     fn images_in_use(&self) -> InUse {
         let mut records: Vec<Record> = self.leftovers().values().map(|leftover| leftover.record.clone()).collect();
         records.extend(self.tasks().values().filter_map(Slot::record));
@@ -312,7 +320,7 @@ impl Engine {
     }
 }
 
-/// Container ids that anything on disk is named after.
+/// Returns the ids of all containers that any file or directory of the driver is named after.
 pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> Result<BTreeSet<ContainerId>, PlacesError> {
     let mut found = Vec::new();
     for path in [places.bundles(), places.uppers(), places.logs()] {
@@ -321,14 +329,14 @@ pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> Result<BTr
     for runtime in names(&places.runtimes())? {
         found.extend(names(&places.runtime_state(&runtime, namespace))?);
     }
-    // gVisor's files are named after containers, too.
+    // The names of gVisor's files contain the container's id.
     found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
     let bad = names(&places.tasks())?.into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
     found.extend(bad);
     Ok(found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect())
 }
 
-/// The cgroup that a container's bundle names; empty where it has none.
+/// Returns the cgroup that a container's bundle names; empty if there is no bundle, or it names none.
 ///
 /// # Errors
 /// When the bundle can't be read.
@@ -340,23 +348,23 @@ pub(super) fn cgroup_of(places: &Places, id: &ContainerId) -> Result<String, Roo
         }
         read => read.unwrap_or_default(),
     };
-    // A bundle that was cut off has half of it: then nothing was started with it.
+    // A file that can't be parsed was cut off while it was written. Then no container was started with it.
     let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
     Ok(config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned())
 }
 
-/// Writes down what was removed, and what could not be.
+/// Logs what was removed, and what could not be removed.
 fn tell(swept: Vec<Garbage>) {
     for Garbage { kind, name, problem, why, .. } in swept {
         match problem {
-            None => tracing::info!(kind, name, why, "removed; nobody claims it"),
-            Some(problem) => tracing::warn!(kind, name, problem, "nobody claims it"),
+            None => tracing::info!(kind, name, why, "garbage collection removed an unused item"),
+            Some(problem) => tracing::warn!(kind, name, problem, "garbage collection could not remove an unused item"),
         }
     }
 }
 
 fn garbage(kind: &str, name: &str, outcome: Result<(), TaskError>) -> Garbage {
-    // Somebody else was faster.
+    // Another call may have destroyed the task meanwhile.
     let outcome = outcome.or_else(|error| if matches!(error, TaskError::NotFound(_)) { Ok(()) } else { Err(error) });
     Garbage::removed(kind, name, &outcome)
 }

@@ -1,7 +1,9 @@
-//! Garbage of a driver that no plugin looks after: what is in its directories, what of that nobody needs, and why.
+//! Offline garbage collection: the garbage of a driver whose plugin does not run.
 //!
-//! The survey only looks. What it finds to go is removed by an engine that has the driver's lock and leaves everything else
-//! alone. Taking the other tasks over, as the next plugin would, could end them: one whose shim has died, for example.
+//! A survey first lists everything in the driver's directories, and decides what is garbage and why, without changing
+//! anything. Then an engine that has the driver's lock removes the garbage, and touches nothing else. It does not
+//! recover the other tasks, as the next plugin would, since a recovery can end a task, for example one whose shim has
+//! died.
 
 use std::{
     collections::HashSet,
@@ -28,29 +30,30 @@ use crate::{
     shim::{self, Client, ShimError},
 };
 
-/// Nothing of what an engine does at intervals is done by one that only clears.
+/// The grace period of an engine that only removes garbage: so long that none of its periodic work begins.
 const NEVER: Duration = Duration::from_secs(24 * 3600);
-/// A shim that answers does so in a millisecond.
+/// How long a shim may take to answer. A healthy shim answers within a millisecond.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Idle shims are asked to end when the engine is opened, in the background.
+/// How long to wait until the engine has removed what it removes in the background when it is opened, such as idle
+/// shims.
 const END: Duration = Duration::from_secs(10);
-/// Between two looks at that.
+/// How often to check whether that is removed.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Something in the directories of a driver.
+/// An item in the directories of a driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Thing {
-    /// A task whose record an engine undoes when it is opened.
+    /// A task whose start or teardown was not completed. The engine removes it when it is opened.
     HalfDone(TaskId),
     /// A task that has ended.
     Ended(TaskId),
-    /// A container that no record claims.
+    /// An unrecorded container.
     Container(ContainerId),
-    /// A shim that no record names.
+    /// An unrecorded shim.
     Shim(String),
-    /// A root file system that was made ahead.
+    /// A prepared root file system.
     Ahead(String),
-    /// A runtime's probe.
+    /// The remains of a probe of a runtime.
     Probe(String),
 }
 
@@ -66,30 +69,30 @@ impl Thing {
     }
 }
 
-/// What is to become of a thing, and why.
+/// Whether an item is removed or stays, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
     Goes(String),
     Stays(String),
 }
 
-/// What was found, and the containers with a record that stay.
+/// All items with their verdicts, and the recorded containers that stay.
 type Survey = (Vec<(Thing, Verdict)>, HashSet<ContainerId>);
 
-/// When a task ended, as far as that can be told.
+/// How long ago a task ended, as far as that is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// It has not: this is its process.
+    /// The task still runs, with this pid.
     Lives(u32),
-    /// So long ago.
+    /// The task ended this long ago.
     Ago(Duration),
-    /// Nobody can tell any more how it ended, so that nobody needs what is left.
+    /// The task and its shim have ended. It is no longer known how the task ended, so that its remains are of no use.
     Lost,
-    /// Its shim knows, and does not answer.
+    /// The task has ended, and its shim, which knows how, does not answer.
     Silent,
 }
 
-/// What becomes of a task that was started: a pure function of how it is.
+/// Decides whether a task that was started is garbage. A pure function of the task's end.
 fn judge_started(end: End, keep_ended: Duration) -> Verdict {
     match end {
         End::Lives(pid) => Verdict::Stays(format!("its container lives, process {pid}")),
@@ -98,16 +101,16 @@ fn judge_started(end: End, keep_ended: Duration) -> Verdict {
             ago.as_secs()
         )),
         End::Ago(ago) => Verdict::Goes(format!("it ended {} s ago", ago.as_secs())),
-        End::Lost => Verdict::Goes("it has ended, its shim too, and nobody can tell how".to_owned()),
-        End::Silent => Verdict::Stays("its process has ended, and its shim does not answer how".to_owned()),
+        End::Lost => Verdict::Goes("it has ended, and so has its shim; it is no longer known how it ended".to_owned()),
+        End::Silent => Verdict::Stays("its process has ended, and its shim does not report how".to_owned()),
     }
 }
 
-/// Clears a driver's directories that no plugin looks after, or, for a dry run, says what would go; with what stays, and
-/// why. None where a plugin has them after all.
+/// Removes the garbage of a driver whose plugin does not run. Returns what was removed (in a dry run: would be removed)
+/// and what stays, with the reasons. Returns `None` if another process holds the driver's lock.
 ///
 /// # Errors
-/// When the directories can't be looked at, or no engine can be opened for them.
+/// When the directories can't be read, or no engine can be opened for them.
 pub async fn clear_unattended(
     settings: Settings,
     keep_ended: Duration,
@@ -119,7 +122,7 @@ pub async fn clear_unattended(
         Some(kept) => kept.apply(settings),
         None => settings,
     });
-    // Held to the end: no plugin can be started meanwhile.
+    // The lock is held until the end, so that no plugin can start meanwhile.
     let Some(lock) = lock::try_take(&settings.places)? else { return Ok(None) };
     let (found, alone) = survey(&settings, keep_ended).await?;
     let goes = found.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Goes(_))).count();
@@ -140,7 +143,8 @@ pub async fn clear_unattended(
     Ok(Some(outcomes))
 }
 
-/// The same settings for an engine that starts nothing.
+/// Returns the settings for an engine that only removes garbage: without a shim pool, prepared root file systems and
+/// periodic work.
 fn restrict(mut settings: Settings) -> Settings {
     settings.shim.pool.size = 0;
     Settings {
@@ -154,6 +158,7 @@ fn restrict(mut settings: Settings) -> Settings {
     }
 }
 
+/// Converts an item with its verdict and the outcome of its removal into a line of the report.
 fn told(thing: &Thing, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Garbage {
     let (kind, name) = thing.kind_and_name();
     match verdict {
@@ -162,7 +167,7 @@ fn told(thing: &Thing, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Ga
     }
 }
 
-/// Everything that is there, without touching any of it; and which containers stay.
+/// Lists all items and judges them, without changing anything. Also returns the recorded containers that stay.
 async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, TaskError> {
     let places = &settings.places;
     let cgroups = Cgroups::detect()?;
@@ -180,7 +185,7 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
     for path in records.bad.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json")) {
         let id = path.file_stem().and_then(|name| ContainerId::from_file_name(name.to_str()?));
         if let Some(id) = id.filter(|id| claimed.insert(id.clone())) {
-            let why = "its record can't be read; its agent can bring it back, and the next plugin sorts that out";
+            let why = "its record can't be read; the next plugin can recover it from its agent's handle, or removes it";
             found.push((Thing::Container(id), Verdict::Stays(why.to_owned())));
         }
     }
@@ -192,51 +197,54 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
         let verdict = judge_nameless(places, &cgroups, &id, &nameless).await;
         found.push((Thing::Container(id), verdict));
     }
-    // It may have one whose record is lost: it is the only way to that.
+    // An unrecorded shim may hold a container whose record is lost, and is then the only way to reach that container.
     let hides =
         found.iter().any(|(thing, verdict)| matches!((thing, verdict), (Thing::Container(_), Verdict::Stays(_))));
     for name in nameless {
         let verdict = if hides {
             Verdict::Stays("no record names it, and it may hold a container whose record is lost".to_owned())
         } else {
-            goes("no record names it: it waited for the next task of a plugin that has ended")
+            goes("no record names it: it was an idle shim of a plugin that has ended")
         };
         found.push((Thing::Shim(name), verdict));
     }
     let ahead = names(&places.ahead())?.into_iter();
-    found.extend(ahead.map(|name| (Thing::Ahead(name), goes("made for the next task of a plugin that has ended"))));
+    found.extend(
+        ahead.map(|name| (Thing::Ahead(name), goes("it was prepared for the next task of a plugin that has ended"))),
+    );
     let probes = stale_probes(places.run(), &cgroups);
     let probes = probes.map_err(|source| TaskError::Stays { path: places.run().to_owned(), source })?.into_iter();
     found.extend(probes.map(|name| (Thing::Probe(name), goes("the process that probed a runtime with it has ended"))));
     Ok((found, alone))
 }
 
-/// What becomes of a container that no record claims. `shims`: those that may hold it.
+/// Decides whether an unrecorded container is garbage. `shims` are the shims that may hold it.
 async fn judge_nameless(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[String]) -> Verdict {
     let unknown = |why: String| {
-        Verdict::Stays(format!("no record claims it, and whether a process of it lives can't be told ({why})"))
+        Verdict::Stays(format!("no record names it, and it is not known whether a process of it lives ({why})"))
     };
     match process_of(places, cgroups, id) {
         Ok(Some(pid)) => {
-            return Verdict::Stays(format!("its container lives, process {pid}, though no record claims it"));
+            return Verdict::Stays(format!("its container lives, process {pid}, though no record names it"));
         }
         Ok(None) => {}
         Err(error) => return unknown(crate::chain(&error)),
     }
-    // Sandboxes may be in a cgroup of their own choice, and their runtimes write their state in other forms.
+    // `find_process` may miss a sandbox, since sandboxes may choose their cgroup and their runtimes write their state
+    // in other formats. So the shims are asked as well.
     for shim in shims {
         match lives_in(&places.shim(shim), id).await {
             Ok(false) => {}
             Ok(true) => {
-                return Verdict::Stays(format!("its container lives in shim {shim}, though no record claims it"));
+                return Verdict::Stays(format!("its container lives in shim {shim}, though no record names it"));
             }
             Err(error) => return unknown(format!("shim {shim}: {}", crate::chain(&error))),
         }
     }
-    Verdict::Goes("no record claims it, and no process of it lives".to_owned())
+    Verdict::Goes("no record names it, and no process of it lives".to_owned())
 }
 
-/// Does the shim whose directory this is have this container, and does its process live? One that has ended has none.
+/// Does the container's process live in the shim of this directory? A shim that has ended has no container.
 async fn lives_in(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> {
     if !shim::is_alive(dir) {
         return Ok(false);
@@ -249,6 +257,7 @@ async fn lives_in(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> {
     }
 }
 
+/// Decides whether a recorded task is garbage.
 async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing, Verdict) {
     let id = record.task_id.clone();
     let half_done = |why: &str| (Thing::HalfDone(record.task_id.clone()), Verdict::Goes(why.to_owned()));
@@ -257,7 +266,7 @@ async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing
     }
     let end = match &record.state {
         RecordState::Intended => {
-            return half_done("a plugin had begun to start it, and no agent was told that it runs");
+            return half_done("a plugin had begun to start it, and no agent knows that it runs");
         }
         RecordState::Destroying => return half_done("a plugin had begun to destroy it"),
         RecordState::Exited(exit) => End::Ago(since(exit.at)),
@@ -266,12 +275,12 @@ async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing
     (Thing::Ended(id), judge_started(end, keep_ended))
 }
 
-/// How it is with a task that had not ended when its plugin last knew.
+/// Finds out whether a task still runs, or how long ago it ended, if its record says that it runs.
 async fn end_of(places: &Places, record: &Record, run: &RunRecord) -> End {
     if !run.process.is_gone() {
         return End::Lives(run.process.pid);
     }
-    // Shims since containerd 2.4.2 note it before they go.
+    // Since containerd 2.4.2, a shim writes the end of its container to this file before it exits.
     let noted = fs::metadata(places.bundle(&record.container_id).join(shim::EXIT_NOTE));
     if let Some(at) = noted.ok().and_then(|note| note.modified().ok()) {
         return End::Ago(SystemTime::now().duration_since(at).unwrap_or_default());
@@ -290,14 +299,15 @@ async fn end_of(places: &Places, record: &Record, run: &RunRecord) -> End {
     }
 }
 
+/// Returns how long ago `at` was, a time in milliseconds since the epoch.
 fn since(at: u64) -> Duration {
     Duration::from_millis(millis(SystemTime::now()).saturating_sub(at))
 }
 
-/// A process of a container without a record; None where it has none.
+/// Returns the pid of a process of an unrecorded container; `None` if it has no process.
 ///
 /// # Errors
-/// When that can't be told.
+/// When the container's files or cgroup can't be read.
 fn process_of(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Option<u32>, TaskError> {
     let group = CgroupPath::recorded(&cgroup_of(places, id)?);
     if !group.as_str().is_empty()
@@ -305,7 +315,7 @@ fn process_of(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Op
     {
         return Ok(Some(pid));
     }
-    // Where its bundle is gone, its runtime still has the pid.
+    // If the bundle is gone, the runtime's state still names the pid.
     for runtime in names(&places.runtimes())? {
         let root = places.runtime_root(&runtime);
         for namespace in names(&root)? {
@@ -319,7 +329,7 @@ fn process_of(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Op
     Ok(None)
 }
 
-/// The process that a runtime's state directory names: runc's and crun's names for it.
+/// Returns the pid in a container's directory of runc's (`state.json`) or crun's (`status`) state.
 fn pid_in(state: &Path) -> Result<Option<u32>, TaskError> {
     for (name, field) in [("state.json", "init_process_pid"), ("status", "pid")] {
         let path = state.join(name);
@@ -346,9 +356,9 @@ impl Engine {
         match thing {
             Thing::HalfDone(id) => self.outlast_leftover(id, &CancellationToken::new()).await,
             Thing::Ended(id) => {
-                // Its shim is asked once more, in the background: how it ended is known a moment later.
+                // The engine's recovery asks the shim in the background how the task ended.
                 let _ = tokio::time::timeout(ANSWER, self.wait(id)).await;
-                // Refused, should it live after all.
+                // This call is refused if the task runs after all.
                 self.destroy(id, Force::No).await
             }
             Thing::Container(id) => self.undo_nameless(id, &names(&places.shims())?).await,
@@ -361,7 +371,7 @@ impl Engine {
     }
 }
 
-/// Waits for the end of what an engine removes when it is opened.
+/// Waits until the engine, which removes this path in the background when it is opened, has done so.
 async fn gone(path: &Path) -> Result<(), TaskError> {
     let deadline = tokio::time::Instant::now() + END;
     while path.exists() {

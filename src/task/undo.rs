@@ -1,7 +1,8 @@
-//! Undoing a task: every step for itself, in the reverse order of making, harmless when there is nothing to undo.
+//! The teardown of a task. The steps run in the reverse order of the start; each is independent of the others, and does
+//! nothing if there is nothing to remove.
 //!
-//! A failed start, a destroy and the remains of a crashed plugin all come through here, so there is one list of what
-//! there is to undo, and the tests of any of them guard it.
+//! A failed start, DestroyTask and the remains of a crashed plugin all use this code. So there is only one list of
+//! steps, and the tests of each use cover it.
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
@@ -21,47 +22,54 @@ use crate::{
     shim::{self, Client, Exit, Found, Kill, Shim, ShimError},
 };
 
-/// Nothing survives SIGKILL longer than this but a process that hangs in the kernel (NFS, a dying disk).
+/// How long a process may survive SIGKILL. Only a process that hangs in the kernel (NFS, a dying disk) survives it
+/// longer.
 pub const KILL_GRACE: Duration = Duration::from_secs(30);
-/// What a runtime makes whose task is to be undone is of no use: so long it may go on, and then it is killed.
+/// How long a runtime may go on that is creating a container which is to be torn down. Then it is killed, since the
+/// container is of no use.
 const RUNTIME_GRACE: Duration = Duration::from_secs(5);
-/// Between two looks at what is about to be gone.
+/// How often the driver checks whether processes have ended.
 const LOOK: Duration = Duration::from_millis(5);
-/// Who destroys a task often starts the next one at once: clearing away waits so long for that,
+/// How long after DestroyTask the teardown in the background begins. A caller often starts the next task at once.
 const BREATH: Duration = Duration::from_millis(3);
-/// and so long for it to be over.
+/// How long the teardown in the background waits, in addition, for such a start to end.
 const PATIENCE: Duration = Duration::from_millis(40);
-/// So many tasks may wait to be cleared away.
+/// How many teardowns may run or wait in the background before DestroyTask waits for them.
 const BACKLOG: usize = 64;
-/// When a cleanup that failed is tried again.
+/// The delays before the retries of a failed teardown.
 pub const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
 
-/// Removes everything of a task. Goes on past failures and reports the first; the record stays until all is done, so
-/// that another try knows what to look for.
+/// Removes everything of a task. A step that fails does not keep later steps from running. The record is removed last,
+/// and only if all steps succeed, so that a retry knows what to look for.
 ///
 /// # Errors
-/// The first step that failed.
+/// The error of the first step that failed.
 pub async fn undo(shared: &Shared, record: &Record, shim: Found) -> Result<(), TaskError> {
-    // What of the mounts could not be undone is tried again with the rest.
+    // Mounts that could not be unmounted are retried in `finish`.
     let (released, _mounts) = release(shared, record, shim).await?;
     logs::written_out(&shared.settings.places, &record.container_id).await;
     released.finish(shared, record).await
 }
 
-/// A task whose container is gone, and with it every process and the job's own mounts: what is left is only ours.
+/// A task whose container, processes and mount sources are gone. Only the driver's own files, mounts and cgroup are
+/// left.
 pub struct Released {
-    /// Fit for the next task, once nothing of this one is left: until then the record names it.
+    /// The shim, if it can serve the next task. It is reusable only after the teardown, since the record names it until
+    /// then.
     shim: Option<Shim>,
     outcome: Outcome,
 }
 
-/// The first failure of several steps.
+/// The error of the first of several steps that failed.
 struct Outcome(Result<(), TaskError>);
 
 impl Outcome {
     fn note(&mut self, record: &Record, step: &'static str, outcome: Result<(), TaskError>) {
         if let Err(error) = outcome {
-            tracing::warn!(task = %record.task_id, step, error = %crate::chain(&error), "undo");
+            tracing::warn!(
+                task = %record.task_id, step, error = %crate::chain(&error),
+                "a step of the task's teardown failed"
+            );
             if self.0.is_ok() {
                 self.0 = Err(error);
             }
@@ -69,23 +77,31 @@ impl Outcome {
     }
 }
 
+/// The outcome of unmounting the sources of the task's mounts.
 type Mounts = Result<(), TaskError>;
 
+/// Ends the container and, unless it can be reused, the shim, and unmounts the sources of the task's mounts.
+///
+/// # Errors
+/// When the container can't be ended. Everything else is kept then, since it is needed for a retry.
 async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Released, Mounts), TaskError> {
     let mut outcome = Outcome(Ok(()));
     if let Found::Unknown(source) = shim {
-        // It may hold the container, so that nobody else may end it.
+        // The shim may hold the container, which only that shim may end.
         let (id, path) = (record.shim.clone(), shared.settings.places.shim(&record.shim));
         let source = ShimError::File { id, doing: "look for", path, source };
         return Err(TaskError::Shim { doing: "find the task's shim", source });
     }
-    // A hold from an earlier try would be taken for that of another task that shares the shim.
+    // The hold of an earlier attempt of this teardown would look like that of another task which shares the shim.
     shared.hold_shim(&record.task_id, None);
-    // Without its shim and bundle a living container could never be ended: then everything else stays, for another try.
+    // Without its shim and bundle, a living container could never be ended. So everything else stays for a retry.
     let ended = match end_container(shared, record, &shim).await {
         Ok(ended) => ended,
         Err(error) => {
-            tracing::warn!(task = %record.task_id, step = "container", error = %crate::chain(&error), "undo");
+            tracing::warn!(
+                task = %record.task_id, step = "container", error = %crate::chain(&error),
+                "a step of the task's teardown failed"
+            );
             let hold = match shim {
                 Found::Alive(shim) => Some(shim.into_hold()),
                 Found::Hung(_) => Some(shared.pool.launcher().hold(&record.shim)),
@@ -99,11 +115,15 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
         tokio::task::block_in_place(|| group::leave(shared, record));
     }
     if record.gvisor && !fault::skipped("container") {
-        // As other runtimes' `delete` does it, which an ended sandbox is spared. What stays is told of below.
+        // Other runtimes do this in their `delete`, which is not called for an ended sandbox. A cgroup that can't be
+        // removed here is retried and reported in `finish`.
         outcome.note(record, "processes", empty_cgroup(shared, record).await);
         let cgroup = CgroupPath::recorded(&record.cgroup);
         if let Err(error) = tokio::task::block_in_place(|| shared.cgroups.remove(&cgroup)) {
-            tracing::debug!(task = %record.task_id, error = %crate::chain(&error), "its cgroup is removed later");
+            tracing::debug!(
+                task = %record.task_id, error = %crate::chain(&error),
+                "could not remove the task's cgroup; retrying later"
+            );
         }
     }
     fault::point("undo.container");
@@ -125,17 +145,20 @@ async fn release(shared: &Shared, record: &Record, shim: Found) -> Result<(Relea
     let bundle = BundlePaths::of(&shared.settings.places, &record.container_id);
     let unmounted = tokio::task::block_in_place(|| bundle.unmount_pins());
     let unmounted = unmounted.map_err(TaskError::from).inspect_err(|error| {
-        tracing::warn!(task = %record.task_id, step = "mounts", error = %crate::chain(error), "undo");
+        tracing::warn!(
+            task = %record.task_id, step = "mounts", error = %crate::chain(error),
+            "a step of the task's teardown failed"
+        );
     });
     Ok((Released { shim, outcome }, unmounted))
 }
 
 impl Released {
-    /// Removes the rest: the root file system, the bundle, the writable layer, the cgroup, the record; and gives the
-    /// shim back.
+    /// Removes the rest: the log, the root file system, the bundle, the writable layer, the cgroup and the record. Then
+    /// returns the shim to the pool.
     ///
     /// # Errors
-    /// The first step that failed, here or before.
+    /// The error of the first step that failed, here or in [`end_task`].
     async fn finish(self, shared: &Shared, record: &Record) -> Result<(), TaskError> {
         let Self { shim, mut outcome } = self;
         if !fault::skipped("container") {
@@ -174,7 +197,8 @@ impl Released {
             );
         }
         if let Some(shim) = shim {
-            // As long as a record names it, another try would end it, whoever has it by then.
+            // While a record names the shim, a retry of this teardown would end it, even if it serves another task by
+            // then.
             let returned = match outcome.0 {
                 _ if fault::skipped("shim") => true,
                 Ok(()) => shared.pool.take_back(&record.alloc_id, shim).await,
@@ -191,8 +215,8 @@ impl Released {
     }
 }
 
-/// Removes what is left of a container in runsc's state directory: of an ended one all of it, since runsc is not asked
-/// to, and of others what one that was cut off would have removed.
+/// Removes a container's files in runsc's state directory. An ended container has all of its files there, because
+/// `delete` is not called for it. Of other containers, only the files of a runsc that was cut off are left.
 pub(super) fn remove_state(root: &Path, id: &ContainerId) -> Result<(), TaskError> {
     for name in names(root)?.into_iter().filter(|name| gvisor::container_of(name) == id.as_str()) {
         let path = root.join(name);
@@ -206,17 +230,22 @@ pub(super) fn remove_state(root: &Path, id: &ContainerId) -> Result<(), TaskErro
     Ok(())
 }
 
-/// Who has ended the container?
+/// How the container was ended, which decides what becomes of its shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// Its shim, which is as good as new.
+    /// The shim ended and deleted the container, and can be reused.
     ByItsShim,
-    /// The driver, after the shim or its runtime had refused to. The shim lives and holds the container for ever.
+    /// The driver ended the container, because the shim or its runtime refused to. The shim lives and holds the
+    /// container forever.
     InSpiteOfItsShim,
-    /// Somebody else, or nobody had it.
+    /// The container was ended in another way, or did not exist. The shim can't be reused.
     Otherwise,
 }
 
+/// Ends and deletes the container: through its shim if the shim answers, else without it.
+///
+/// # Errors
+/// When the container can't be ended.
 async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result<Ended, TaskError> {
     if fault::skipped("container") {
         return Ok(Ended::Otherwise);
@@ -226,11 +255,11 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
     if let (Found::Alive(alive), Some(client)) = (shim, shim.client()) {
         let complete = async |refusal| refused::complete(shared, record, alive, refusal).await;
         match end_through(client, id).await {
-            // It died under our hands: what it left is the dead-shim case.
+            // The shim died during the call. What it left is handled as for any dead shim, below.
             Err(ShimError::Gone { .. }) => {}
             Err(error) => return complete(error).await,
             Ok(Known::Yes) => return Ok(Ended::ByItsShim),
-            // A Create that was cut off, and may still be at work.
+            // A Create of this container may have been cut off, and its runtime may still be running.
             Ok(Known::No) => {
                 runtime_done(shared, record, alive).await;
                 match end_through(client, id).await {
@@ -243,11 +272,11 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
     }
     if let Found::Hung(pidfd) = shim {
         if shared.pool.tasks_of(&record.shim) > 0 {
-            // They would end with it.
+            // The containers of the shim's other tasks would end with the shim.
             let source = ShimError::Late { call: "Connect", after: shim::CONNECT };
             return Err(failed("end the container of a shim that has other tasks")(source));
         }
-        // It has the container in its hands and does not let go of it otherwise.
+        // A hung shim holds the container until the shim is killed.
         pidfd.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_GRACE, pidfd.ended()).await;
     }
@@ -255,14 +284,14 @@ async fn end_container(shared: &Shared, record: &Record, shim: &Found) -> Result
     Ok(Ended::Otherwise)
 }
 
-/// Deletes the container of a dead shim, when no clean-up that an earlier plugin has begun for it is at work any more. Such a
-/// clean-up deletes whatever container and unmounts whatever root file system has the names (containerd,
-/// `runtime/v2/runc/manager`, `Stop`), and those of the attempt's next start are the same.
+/// Deletes the container of a dead shim, after the end of any cleanup that an earlier plugin has begun for it. Such a
+/// cleanup deletes any container and unmounts any root file system that has the attempt's names (containerd,
+/// `runtime/v2/runc/manager`, `Stop`), and the attempt's next start has the same names.
 ///
 /// # Errors
 /// When the container can't be deleted.
 pub(super) async fn delete_alone(shared: &Shared, record: &Record) -> Result<Option<Exit>, ShimError> {
-    // A living sandbox has the container's name in its arguments, too.
+    // For gVisor this check does not work: a living sandbox has the container's name among its arguments, too.
     if !record.gvisor {
         let at_work = || any(process::all()?.into_iter(), |pid| interrupt::is_called_for(pid, &record.container_id));
         outlast(record, RUNTIME_GRACE, at_work).await;
@@ -274,11 +303,13 @@ pub(super) async fn delete_alone(shared: &Shared, record: &Record) -> Result<Opt
     shared.delete_dead(record).await
 }
 
-/// Waits until no runtime that the shim has called is at work any more: a plugin that died in the middle of a Create
-/// leaves one behind, which may go on to make the container, or was cut off with its process half made.
+/// Waits until no runtime that the shim has called for this container is running any more, and kills those that take
+/// too long. A plugin that dies during a Create leaves such a runtime behind. It may still create the container, or was
+/// cut off while it created the container's process.
 async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
     let cgroup = CgroupPath::recorded(&record.cgroup);
-    // Of a shim that others share, only what was called for this container and is still where the shim itself is.
+    // Of a shared shim's processes, only those count that were called for this container and are still in the shim's
+    // own cgroup.
     let alone = shim.is_held_once();
     let at_work = || {
         if record.gvisor {
@@ -298,24 +329,25 @@ async fn runtime_done(shared: &Shared, record: &Record, shim: &Shim) {
     }
 }
 
-/// Does the condition hold for one of these processes?
+/// Does the condition hold for any of these processes?
 fn any(mut pids: impl Iterator<Item = u32>, holds: impl Fn(u32) -> io::Result<bool>) -> io::Result<bool> {
     pids.find_map(|pid| holds(pid).map(|holds| holds.then_some(())).transpose()).transpose().map(|one| one.is_some())
 }
 
-/// Waits while a runtime is at work, though not for ever: true when one was. Where that can't be told, one may be.
+/// Waits while a runtime is running, but at most `limit`. Returns true if one was running. If the check fails, a
+/// runtime is assumed to be running.
 async fn outlast(record: &Record, limit: Duration, at_work: impl Fn() -> io::Result<bool>) -> bool {
     let deadline = tokio::time::Instant::now() + limit;
     let mut was = false;
     loop {
         let problem = match at_work() {
             Ok(false) => break,
-            Ok(true) => "it does not come to an end".to_owned(),
-            Err(error) => format!("its processes can't be looked at: {error}"),
+            Ok(true) => "it is still running".to_owned(),
+            Err(error) => format!("its processes can't be inspected: {error}"),
         };
         was = true;
         if tokio::time::Instant::now() > deadline {
-            tracing::warn!(task = %record.task_id, problem, "a runtime may be at work and is not waited for");
+            tracing::warn!(task = %record.task_id, problem, "a runtime may still be running; no longer waiting for it");
             break;
         }
         tokio::time::sleep(LOOK).await;
@@ -323,8 +355,8 @@ async fn outlast(record: &Record, limit: Duration, at_work: impl Fn() -> io::Res
     was
 }
 
-/// Is a runsc making this container, wherever it is? A shim that gives up kills what it has called, and not what that had
-/// called.
+/// Is a runsc creating this container? All processes of the host are searched, because a shim that gives up kills the
+/// process that it has called, but not that process's children.
 fn runsc_is_at_work(record: &Record) -> io::Result<bool> {
     any(process::all()?.into_iter(), |pid| {
         let read = |file: &str| process::unless_vanished(fs::read(format!("/proc/{pid}/{file}")));
@@ -336,7 +368,8 @@ fn runsc_is_at_work(record: &Record) -> io::Result<bool> {
     })
 }
 
-/// Ends what a runsc has made that its shim had called just before it was ended itself, when it is done.
+/// Waits for a runsc that the shim had called just before the shim was ended, and deletes the container that this runsc
+/// has created.
 async fn end_late(shared: &Shared, record: &Record) -> Result<(), TaskError> {
     if outlast(record, KILL_GRACE, || runsc_is_at_work(record)).await {
         let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
@@ -345,7 +378,8 @@ async fn end_late(shared: &Shared, record: &Record) -> Result<(), TaskError> {
     Ok(())
 }
 
-/// Nothing of a task may outlive its undoing: what a runtime that was cut off has half made belongs to no container.
+/// Kills all processes in the task's cgroup. No process may outlive the task's teardown, and those of a runtime that
+/// was cut off belong to no container.
 pub(super) async fn empty_cgroup(shared: &Shared, record: &Record) -> Result<(), TaskError> {
     let cgroup = CgroupPath::recorded(&record.cgroup);
     let deadline = tokio::time::Instant::now() + KILL_GRACE;
@@ -355,18 +389,23 @@ pub(super) async fn empty_cgroup(shared: &Shared, record: &Record) -> Result<(),
     Ok(())
 }
 
-/// Did the shim know the container?
+/// Does the shim have the container?
 enum Known {
     Yes,
     No,
 }
 
+/// Kills the container and deletes it through its shim.
+///
+/// # Errors
+/// When the shim or its runtime refuses, does not answer in time, or dies.
 async fn end_through(client: &Client, id: &str) -> Result<Known, ShimError> {
     let alive = match client.is_alive(id).await {
         Err(error) if error.is_not_found() => return Ok(Known::No),
         other => other?,
     };
-    // One that was created and never started could be deleted as it is; that takes shims two seconds, though.
+    // A container that was created and never started could be deleted without a kill, but that takes a shim two
+    // seconds.
     if alive {
         client.kill(id, libc::SIGKILL, Kill::All).await?;
         fault::point("undo.killed");
@@ -380,6 +419,7 @@ async fn end_through(client: &Client, id: &str) -> Result<Known, ShimError> {
     Ok(Known::Yes)
 }
 
+/// Ends the shim of a container that is gone, unless other tasks hold it.
 async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), TaskError> {
     if fault::skipped("shim") {
         return Ok(());
@@ -393,7 +433,8 @@ async fn end_shim(shared: &Shared, record: &Record, shim: Found) -> Result<(), T
     if gone { Ok(()) } else { Err(shim_stays()) }
 }
 
-/// Lets go of a shim that holds an ended container which it can't delete. It is ended with the last task that holds it.
+/// Releases a shim that holds an ended container which it can't delete. The shim is ended with the last task that holds
+/// it.
 async fn discard_shim(shared: &Shared, shim: Shim) -> Result<(), TaskError> {
     if shared.pool.discard(shim).await { Ok(()) } else { Err(shim_stays()) }
 }
@@ -402,21 +443,23 @@ fn shim_stays() -> TaskError {
     TaskError::Shim { doing: "end the shim", source: ShimError::Stays }
 }
 
-/// Undoes, and where that fails keeps the task in mind and tries again in the background: Nomad never asks twice.
+/// Removes everything of a task. If that fails, the teardown is queued and retried in the background, since Nomad does
+/// not repeat its call.
 ///
 /// # Errors
-/// What failed at the first try.
+/// The error of the first attempt.
 pub async fn undo_or_keep(claim: Claim, shim: Found) -> Result<(), TaskError> {
     let outcome = undo(claim.shared(), claim.record(), shim).await;
     settle(claim, outcome.is_ok());
     outcome
 }
 
-/// Ends the container and lets go of all that is not ours; the rest is removed in the background, by so many at a time.
-/// Meanwhile the task is a leftover that somebody is at: a new attempt waits for it, and a crash leaves its record.
+/// Ends the container and unmounts the sources of its mounts. The rest is removed in the background, by a limited
+/// number of teardowns at a time. Meanwhile the task is a pending teardown: a new attempt waits for it, and after a
+/// crash the next plugin finds its record.
 ///
 /// # Errors
-/// When its container can't be ended, or the job's own mounts stay.
+/// When the container can't be ended, or the sources of its mounts can't be unmounted.
 pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Result<(), TaskError> {
     let mut claim = Claim::new(shared, record);
     let (released, answer) = match release(shared, record, shim).await {
@@ -427,12 +470,12 @@ pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Re
         }
     };
     claim.is_clearing();
-    // Whoever makes tasks faster than they can be cleared away waits here.
+    // A caller that destroys tasks faster than they can be torn down waits here.
     let _ = shared.clearing.subscribe().wait_for(|count| *count <= BACKLOG).await;
-    // A panic in it drops the claim, and the task is undone again.
+    // A panic in the background drops the guard, which queues the teardown again.
     tokio::spawn(caught("the teardown of a task", async move {
         let (shared, record) = (claim.shared(), claim.record());
-        // Its locks and disk writes would be in the way of starts.
+        // The teardown's kernel locks and disk writes would delay starts.
         tokio::select! {
             () = shared.pool.calm(BREATH, PATIENCE) => {}
             () = shared.hurry.notified() => {}
@@ -447,16 +490,17 @@ pub async fn undo_soon(shared: &Arc<Shared>, record: &Record, shim: Found) -> Re
     answer
 }
 
+/// Reports the outcome of a teardown to its guard. If the teardown failed, it is retried in the background.
 fn settle(claim: Claim, is_gone: bool) {
     let (shared, id) = (claim.shared().clone(), claim.record().task_id.clone());
     claim.settle(is_gone);
     if is_gone {
         return;
     }
-    tokio::spawn(caught("another teardown of a task", async move {
+    tokio::spawn(caught("the retry of a task's teardown", async move {
         for pause in RETRIES {
             tokio::time::sleep(pause).await;
-            // Somebody else took it: a new attempt of the task, or its destroy.
+            // Otherwise another caller runs the teardown, such as a new attempt of the task, or it has succeeded.
             let Some(claim) = shared.take_leftover(&id) else { return };
             let shim = find_shim(&shared, claim.record()).await;
             let is_gone = undo(&shared, claim.record(), shim).await.is_ok();
@@ -468,7 +512,7 @@ fn settle(claim: Claim, is_gone: bool) {
     }));
 }
 
-/// The shim of a record, if it still lives.
+/// Finds the shim of a record and connects to it.
 pub async fn find_shim(shared: &Shared, record: &Record) -> Found {
     if record.is_current() { shared.pool.launcher().adopt(&record.shim).await } else { Found::Gone }
 }

@@ -170,11 +170,11 @@ async fn bad_archives_are_refused_with_a_reason() {
     fs::File::options().write(true).open(&long_name).unwrap().set_len(65 << 30).unwrap();
     for (image, told) in [
         (format!("docker-archive:{long_name}"), "more than 1 MiB"),
-        (format!("docker-archive:{}", files.join("fifo").display()), "no plain file"),
-        (format!("oci-archive:{}", files.display()), "no plain file"),
+        (format!("docker-archive:{}", files.join("fifo").display()), "not a regular file"),
+        (format!("oci-archive:{}", files.display()), "not a regular file"),
         ("oci-archive:/dev/zero".to_owned(), "allow_paths"),
         (format!("docker-archive:{}", file("half.tar", &bytes[..bytes.len() / 2])), "cut off"),
-        (format!("docker-archive:{}", file("head.tar", &bytes[..100])), "no tar archive"),
+        (format!("docker-archive:{}", file("head.tar", &bytes[..100])), "not a tar archive"),
         (format!("docker-archive:{}", file("zip.tar.gz", &gzip)), "compressed"),
         (format!("docker-archive:{}", file("nothing.tar", b"")), "empty"),
         (format!("docker-archive:{}:other:1", tar.display()), "say which"),
@@ -182,7 +182,7 @@ async fn bad_archives_are_refused_with_a_reason() {
         (format!("oci:{}", files.join("missing").display()), "No such file"),
         (format!("oci:{}:two", good.display()), "no image called \"two\""),
         (format!("oci:{}", empty.display()), "holds no image"),
-        (format!("oci:{}", climbs.display()), "climbs out"),
+        (format!("oci:{}", climbs.display()), "escapes"),
         (format!("oci:{}", tampered.display()), "digest"),
         (format!("oci:{}", short.display()), "it has 14 bytes"),
         (format!("oci:{}", linked.display()), "blob sha256:"),

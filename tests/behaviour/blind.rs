@@ -55,7 +55,7 @@ async fn recovered_after_a_shortage(spare: usize) {
     recovered.unwrap_or_else(|status| panic!("{spare} descriptors to spare: {}\n{said}", status.message()));
     assert_eq!(env.attribute(&task, "pid").await, pid, "{spare} descriptors to spare\n{said}");
     assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
-    assert!(!said.contains("task record can't be read"), "{spare} descriptors to spare\n{said}");
+    assert!(!said.contains("could not read a task record"), "{spare} descriptors to spare\n{said}");
     env.destroy(&task).await.unwrap();
     eventually("nothing is left", async || {
         let left = leak::while_alive(&env).await;
@@ -87,7 +87,7 @@ async fn no_shim_is_taken_over_when_bundles_can_not_be_listed() {
     env.start_plugin().await;
     eventually("the bundles are looked for", async || {
         let said = env.plugin().stderr();
-        if said.contains("refused by the fault switch") { Ok(()) } else { Err(said) }
+        if said.contains("a failpoint let a look-up fail") { Ok(()) } else { Err(said) }
     })
     .await;
     // Its own shim: not the one that has a container already.
@@ -129,11 +129,11 @@ async fn nothing_is_reaped_when_it_can_not_be_listed() {
         env.start_plugin().await;
         eventually("the reaper says that it can't look", async || {
             let said = env.plugin().stderr();
-            let told = said.contains("nobody claims it") && said.contains(&format!("/{blind}"));
+            let told = said.contains("could not remove an unused item") && said.contains(&format!("/{blind}"));
             if told { Ok(()) } else { Err(said) }
         })
         .await;
-        assert!(!env.plugin().stderr().contains("removed; nobody claims it"), "{}", env.plugin().stderr());
+        assert!(!env.plugin().stderr().contains("removed an unused item"), "{}", env.plugin().stderr());
         let bundles = leak::entries(&env.dir.join("run/bundles"));
         assert_eq!(bundles.len(), 1, "{blind}: {bundles:?}");
         env.kill_plugin().await;

@@ -67,7 +67,7 @@ async fn run_exits_with_the_tasks_code_and_gives_its_output() {
     cli.assert_clean();
     let output = cli.run(&["run", "--time", &image, "true"]).await;
     assert_eq!(output.status.code(), Some(0));
-    for phase in ["StartTask", "image", "shim: Create", "process let go", "not the shim's", "first byte"] {
+    for phase in ["StartTask", "image", "shim: Create", "until the process runs", "but the shim's part", "first byte"] {
         assert!(text(&output.stderr).contains(phase), "{}", text(&output.stderr));
     }
     cli.assert_clean();

@@ -183,7 +183,7 @@ async fn a_task_is_named_clearly_or_not_at_all() {
 async fn logs_are_read_where_nomad_keeps_them() {
     let mut env = Env::new().await;
     let (task, id) = tasks(&mut env).await;
-    assert!(refused(&env, &["logs", &id]).await.1.contains("no logs of it"));
+    assert!(refused(&env, &["logs", &id]).await.1.contains("no logs of the task"));
     let logs = task.dirs.alloc_dir.join("alloc/logs");
     fs::write(logs.join("web.stdout.0"), "a\nb\n").unwrap();
     fs::write(logs.join("web.stdout.10"), "d\n").unwrap();
@@ -235,7 +235,7 @@ async fn events_are_told_as_they_happen() {
     listening.kill().unwrap();
     listening.wait().unwrap();
     env.plugin.take().unwrap().leave().await;
-    assert!(refused(&env, &["events"]).await.1.contains("no plugin lives"));
+    assert!(refused(&env, &["events"]).await.1.contains("no plugin is running"));
     env.start_plugin().await;
     env.finish().await;
 }
@@ -249,7 +249,7 @@ async fn garbage_is_shown_and_removed() {
     let task = env.sh("exit 0").await;
     env.finish_task(task).await;
     let shown = told(&env, &["gc", "--dry-run", "--keep", "0s"]).await;
-    assert_eq!(shown.matches("would go").count(), 2, "the plugin's and the command line's: {shown}");
+    assert_eq!(shown.matches("would be removed").count(), 2, "the plugin's and the command line's: {shown}");
     let removed = told(&env, &["gc", "--keep", "0s"]).await;
     assert_eq!(removed.matches("removed").count(), 2, "{removed}");
     assert_eq!(told(&env, &["gc", "--keep", "0s"]).await.lines().count(), 1, "nothing is left");

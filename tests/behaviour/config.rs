@@ -127,7 +127,7 @@ fn an_agents_faults_are_told() {
     assert!(stdout.contains("stats_interval") && stdout.contains("keep_warm"), "{stdout}");
     // Whether the job is fine depends on settings that nobody knows.
     let (code, stdout, _) = check(&[], &[("agent.hcl", agent), ("a.nomad", &job("fast", "image = local.image"))]);
-    assert!(code == Some(1) && stdout.contains("task j/g/t: not looked at"), "{stdout}");
+    assert!(code == Some(1) && stdout.contains("task j/g/t: not checked"), "{stdout}");
     let renamed = r#"plugin "nomad-driver-shim" { args = ["--name", "fast"] }"#;
     let (code, stdout, _) = check(&[], &[("agent.hcl", renamed), ("a.nomad", &job("fast", "image = local.image"))]);
     assert!(code == Some(0) && stdout.contains("task j/g/t: fine"), "{stdout}");
@@ -163,7 +163,7 @@ fn values_that_are_not_known_are_left_out_and_named() {
     let (code, stdout, stderr) = check(&[], &[("a.nomad", &job)]);
     assert_eq!((code, stdout.as_str()), (Some(0), "a.nomad: task j/g/t: fine\n"), "{stderr}");
     for name in ["image", "command", "hostname", "mounts.source"] {
-        assert!(stderr.contains(&format!("{name} was not looked at")), "{name}: {stderr}");
+        assert!(stderr.contains(&format!("{name} was not checked")), "{name}: {stderr}");
     }
     assert_eq!(stderr.lines().count(), 4, "{stderr}");
     let (code, stdout, stderr) = check(&["--var", "secret=a b", "--var", "tag=x"], &[("a.nomad", &job)]);
@@ -210,8 +210,8 @@ fn tasks_that_are_made_or_whose_driver_is_not_known_are_told() {
     assert_eq!(code, Some(1), "{stdout}{stderr}");
     let lines: Vec<&str> = stdout.lines().collect();
     assert!(lines[0].starts_with("a.nomad: task j/dynamic/t: task config: shm_size"), "{stdout}");
-    assert_eq!(lines[1..], ["a.nomad: task j/dynamic/u: not looked at"]);
-    assert!(stderr.contains("u: driver was not looked at"), "{stderr}");
+    assert_eq!(lines[1..], ["a.nomad: task j/dynamic/u: not checked"]);
+    assert!(stderr.contains("u: driver was not checked"), "{stderr}");
     let (_, stdout, _) = check(&["--var", "driver=containerd-driver"], &[("a.nomad", job)]);
     assert!(stdout.contains("task j/dynamic/u: config: missing required argument"), "{stdout}");
 }

@@ -49,7 +49,7 @@ async fn doomed(point: &str) -> Env {
 async fn next(env: &mut Env, point: &str) {
     let (said, signal) = env.plugin_died().await;
     assert_eq!(signal, Some(libc::SIGKILL), "{point}: the switch must fire; {said}");
-    assert!(said.contains(&format!("killed at {point} by the fault switch")), "{said}");
+    assert!(said.contains(&format!("killed at {point} by a failpoint")), "{said}");
     env.set_var(SWITCH, None);
     env.start_plugin().await;
 }

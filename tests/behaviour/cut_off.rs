@@ -268,7 +268,7 @@ async fn a_root_file_system_that_goes_away_is_not_the_jobs_fault() {
         stretched.arm();
         let mut task = env.prepare(config).await;
         let status = env.try_start(&mut task).await.expect_err("there is no /bin/sh");
-        assert!(status.message().contains("was unmounted while the container was made"), "{runtime}: {status:?}");
+        assert!(status.message().contains("was unmounted while the container was created"), "{runtime}: {status:?}");
         assert!(nomad_driver_shim::host::is_recoverable(&status), "{runtime}: {status:?}");
         stretched.disarm();
         next_attempt_runs(&env, task, &runtime).await;

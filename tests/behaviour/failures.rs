@@ -109,7 +109,7 @@ async fn lying_registries_are_caught_by_name() {
             false,
         ),
         (
-            "broke off",
+            "was interrupted",
             Box::new(|kind, mut answer| {
                 if kind == "layer" {
                     answer.body.truncate(5000);
@@ -147,8 +147,8 @@ async fn bad_layers_are_refused_by_name() {
     let garbage = Layer { bytes: b"\x1f\x8bgarbage".repeat(50), ..honest.clone() };
     let lying = Layer { diff_id: nomad_driver_shim::ids::Digest::of(b"other"), ..honest };
     for (n, (layer, words)) in [
-        (climbing, "\"../../escaped\" climbs out"),
-        (linking, "\"../../etc/shadow\", which climbs out"),
+        (climbing, "\"../../escaped\" escapes"),
+        (linking, "\"../../etc/shadow\", which escapes"),
         (cut, "cut off"),
         (garbage, "can't be unpacked"),
         (lying, "uncompressed digest"),

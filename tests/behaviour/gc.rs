@@ -150,8 +150,8 @@ async fn what_lives_stays_and_what_has_ended_goes_without_a_plugin() {
         let line = of(lines, name);
         assert!(!line.stays && line.why.contains(why), "{line:?}");
     };
-    goes(&shown, &lost.id, "nobody can tell how");
-    goes(&shown, &stray, "no record claims it");
+    goes(&shown, &lost.id, "no longer known how it ended");
+    goes(&shown, &stray, "no record names it");
     assert!(shown.iter().any(|line| line.kind == "shim" && !line.stays), "the one that waits: {shown:#?}");
 
     let done = gc(&env, &[]).await;
@@ -350,7 +350,7 @@ async fn a_plugin_that_can_not_be_asked_keeps_its_things() {
     let held = Flock::lock(lock, FlockArg::LockExclusiveNonblock).unwrap();
     let before = everything(&env);
     let done = gc(&env, &["--keep-ended", "0s"]).await;
-    assert!(done.len() == 1 && done[0].stays && done[0].why.contains("has the driver's lock"), "{done:#?}");
+    assert!(done.len() == 1 && done[0].stays && done[0].why.contains("holds the driver's lock"), "{done:#?}");
     assert_eq!(everything(&env), before);
     drop(held);
     assert!(!of(&gc(&env, &["--keep-ended", "0s"]).await, &task.id).stays);
@@ -378,7 +378,7 @@ async fn a_live_plugin_gives_reasons() {
     for arguments in [&["gc", "--dry-run"][..], &["gc"]] {
         let table = cli(&env, arguments).await;
         let table = String::from_utf8(table.stdout).unwrap();
-        assert!(table.lines().next().unwrap().trim_end().ends_with("WHY") && table.contains("stays"), "{table}");
+        assert!(table.lines().next().unwrap().trim_end().ends_with("WHY") && table.contains("kept"), "{table}");
     }
     env.recover(&task).await.unwrap();
     env.destroy(&task).await.unwrap();

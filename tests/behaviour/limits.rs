@@ -145,7 +145,7 @@ async fn limits_of_the_job_are_the_kernels() {
     assert_eq!(seen(&mut env, json!({"work_dir": "/etc"}), "pwd").await, "/etc\n");
 
     for (options, part) in [
-        (json!({"ulimit": {"files": "1"}}), "ulimit: \"files\" is no limit"),
+        (json!({"ulimit": {"files": "1"}}), "ulimit: \"files\" is not a limit"),
         (json!({"ulimit": {"nofile": "2:1"}}), "above the hard one"),
         (json!({"ulimit": {"nofile": "2"}, "file_limit": 2}), "exclude each other"),
         (json!({"file_limit": -2}), "file_limit = -2"),
@@ -167,7 +167,7 @@ async fn limits_of_the_job_are_the_kernels() {
         (json!({"devices": ["null"]}), "not an absolute path"),
         (json!({"devices": ["/dev/dri/../null"]}), "without \"..\""),
         (json!({"devices": ["/dev/nothing"]}), "use device /dev/nothing"),
-        (json!({"devices": ["/dev/shm"]}), "it is no device"),
+        (json!({"devices": ["/dev/shm"]}), "it is not a device"),
         (json!({"extra_hosts": ["db"]}), "\"db\" is not name:address"),
         (json!({"extra_hosts": ["db:1.2.3"]}), "not an IP address"),
         (json!({"extra_hosts": ["up:host-gateway"]}), "extra_hosts: up:host-gateway has no address"),
@@ -337,7 +337,7 @@ async fn images_are_pulled_when_the_job_says() {
         let mut task = env.prepare(config("never")).await;
         env.try_start(&mut task).await.expect_err("refused").message().to_owned()
     };
-    assert!(error.contains("is not here"), "{error}");
+    assert!(error.contains("is not stored on this node"), "{error}");
     assert_eq!(env.run(config("missing")).await.1, "one\n");
     push("two\n").await;
     assert_eq!(env.run(config("missing")).await.1, "one\n");

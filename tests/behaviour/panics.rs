@@ -23,7 +23,7 @@ async fn nothing_is_left(mut env: Env, point: &str) {
     })
     .await;
     let said = env.plugin().stderr();
-    assert!(said.contains(&format!("at {point} by the fault switch")), "no panic at {point}: {said}");
+    assert!(said.contains(&format!("at {point} by a failpoint")), "no panic at {point}: {said}");
     env.kill_plugin().await;
     env.set_var("NOMAD_DRIVER_SHIM_PANIC_AT", None);
     env.start_plugin().await;

@@ -207,7 +207,7 @@ async fn warmers_leave_nothing_and_each_other_alone() {
         assert_eq!(groups(*pid), if v2 { 0 } else { 2 });
         assert!(!env.plugin().stderr().contains("gives up"), "{}", env.plugin().stderr());
     }
-    assert_eq!(envs[0].plugin().stderr().contains("needs no warming"), v2);
+    assert_eq!(envs[0].plugin().stderr().contains("needs no priming"), v2);
     for env in envs {
         env.finish().await;
     }

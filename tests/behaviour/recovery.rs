@@ -77,7 +77,7 @@ async fn a_task_of_the_old_driver_is_ended_and_never_doubled() {
     assert!(ctr(&["tasks", "ls"]).contains("RUNNING"));
     (task.handle.as_mut().unwrap().version, task.handle.as_mut().unwrap().driver_state) = (1, Vec::new());
     let error = env.recover(&task).await.unwrap_err();
-    assert!(error.message().contains(&container) && error.message().contains("was ended"), "{error:?}");
+    assert!(error.message().contains(&container) && error.message().contains("was killed"), "{error:?}");
     assert!(
         !ctr(&["tasks", "ls", "-q"]).contains(&container) && !ctr(&["containers", "ls", "-q"]).contains(&container)
     );
@@ -102,7 +102,7 @@ async fn nothing_is_started_beside_a_container_of_the_old_driver() {
     let error = away.recover(&task).await.unwrap_err();
     assert!(error.message().contains("may still run"), "{error:?}");
     let error = away.try_start(&mut task).await.unwrap_err();
-    assert!(error.message().contains("of the driver that was here before, can't be ended"), "{error:?}");
+    assert!(error.message().contains("started for this task could not be stopped"), "{error:?}");
     assert!(away.plugin.take().unwrap().leave().await.status.is_some_and(|status| status.success()));
     env.finish().await;
 }

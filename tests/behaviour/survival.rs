@@ -308,7 +308,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
         }
     }
     let said = env.plugin().stderr();
-    assert_eq!(said.matches("task record can't be read").count(), 4, "{said}");
+    assert_eq!(said.matches("could not read a task record").count(), 4, "{said}");
     assert!(said.contains("it has version 99"), "{said}");
     for (name, task, ..) in &tasks {
         match *name {

@@ -58,6 +58,6 @@ fn warning(line: &str) -> Option<String> {
         return line.contains("panicked").then(|| line.to_owned());
     };
     let of = |key: &str| entry[key].as_str().unwrap_or_default();
-    let is_severe = matches!(of("@level"), "warn" | "error") && !of("@message").contains("fault switch");
+    let is_severe = matches!(of("@level"), "warn" | "error") && !of("@message").contains("failpoint");
     is_severe.then(|| format!("{} {} {} {}{}", of("@level"), of("@message"), of("task"), of("error"), of("problem")))
 }

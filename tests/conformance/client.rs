@@ -1,4 +1,4 @@
-//! 6.3, items 24 to 26 and 28: what an agent does to a driver.
+//! docs/protocol/nomad-plugin.md#6.3, rows 24 to 26 and 28: what an agent does to a driver.
 
 use std::{fs, process::Command, time::Duration};
 

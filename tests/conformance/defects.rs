@@ -1,4 +1,5 @@
-//! B1 to B28: defects that nomad-driver-containerd has, each as what its users wanted instead.
+//! docs/protocol/nomad-driver-containerd.md#9: the defects B1 to B28 of that driver, each as what its users wanted
+//! instead.
 
 use std::{fs, time::Duration};
 

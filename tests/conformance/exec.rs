@@ -1,4 +1,5 @@
-//! 6.1: the cases that Nomad's own harness has for every driver that announces `exec`, and the one for DNS.
+//! docs/protocol/nomad-plugin.md#6.1: the cases that Nomad's own harness has for every driver that announces `exec`,
+//! and the one for DNS.
 
 use std::time::Duration;
 

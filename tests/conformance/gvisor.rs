@@ -148,19 +148,19 @@ async fn limits_of_the_sandbox(env: &mut Env) {
 
 async fn devices(env: &mut Env) {
     let why = refused(env, json!({"devices": ["/dev/loop0"]})).await;
-    assert!(why.contains("\"/dev/loop0\" can't be had with runtime"), "{why}");
+    assert!(why.contains("\"/dev/loop0\" is not available with runtime"), "{why}");
     let config = shell(env, "true", json!({})).await;
     let mut task = env.prepare(config).await;
     let (task_path, host_path) = ("/dev/card".to_owned(), "/dev/zero".to_owned());
     task.config.devices.push(Device { task_path, host_path, cgroup_permissions: "rwm".to_owned() });
     let why = env.try_start(&mut task).await.expect_err("a device").message().to_owned();
-    assert!(why.contains("\"/dev/zero\" can't be had with runtime"), "{why}");
+    assert!(why.contains("\"/dev/zero\" is not available with runtime"), "{why}");
 }
 
 async fn host_namespaces(env: &mut Env) {
     for option in ["pid_mode", "ipc_mode", "uts_mode"] {
         let why = refused(env, json!({option: "host"})).await;
-        assert!(why.contains(&format!("{option} = \"host\" can't be had with runtime")), "{why}");
+        assert!(why.contains(&format!("{option} = \"host\" is not possible with runtime")), "{why}");
     }
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -1,4 +1,4 @@
-//! 6.3, items 14 and 15: registries and what an image says is run.
+//! docs/protocol/nomad-plugin.md#6.3, rows 14 and 15: registries, and the command that an image has.
 
 use std::time::Duration;
 

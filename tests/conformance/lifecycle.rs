@@ -1,4 +1,4 @@
-//! 6.3, items 1 to 13: a task from its start to its end.
+//! docs/protocol/nomad-plugin.md#6.3, rows 1 to 13: a task from its start to its end.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! 6.3, items 22 and 23: a task's output in Nomad's log collector.
+//! docs/protocol/nomad-plugin.md#6.3, rows 22 and 23: a task's output in Nomad's log collector.
 
 use std::{fs, os::unix::fs::MetadataExt as _, os::unix::fs::OpenOptionsExt as _, path::Path};
 

@@ -1,5 +1,6 @@
-//! What any Nomad driver with images must do, row by row, told by the wire and by the kernel only: chapter 6 of the
-//! protocol's reference, the old driver's shell tests, and its defects B1 to B28.
+//! What any Nomad driver with images must do, row by row, seen on the wire and in the kernel only: the rows of
+//! docs/protocol/nomad-plugin.md#6, the shell tests of nomad-driver-containerd, and its defects B1 to B28
+//! (docs/protocol/nomad-driver-containerd.md#9).
 //!
 //! `make test DRIVER=/path/to/plugin` runs the rows on that driver (its plugin configuration: `DRIVER_CONFIG`, as
 //! JSON), else they run on ours, and then on ours with a fault put in, where the matching rows must go red. A whole

@@ -1,4 +1,4 @@
-//! 6.3, items 16 to 18: what a job can say, seen from inside.
+//! docs/protocol/nomad-plugin.md#6.3, rows 16 to 18: the options of a job, seen from inside of the task.
 
 use std::{
     fs,

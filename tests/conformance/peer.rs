@@ -1,4 +1,4 @@
-//! nomad-driver-containerd's own eleven shell tests, as behaviours.
+//! docs/protocol/nomad-driver-containerd.md#10: that driver's own eleven shell tests, as behaviours.
 
 use std::fs;
 

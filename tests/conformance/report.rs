@@ -19,11 +19,12 @@ pub struct Report {
 }
 
 const HEAD: &str = "# Conformance\n\n\
-    What a Nomad driver with images must do. Rows 6.x are those of the upstream harness and of the drivers' own test \
-    suites, the numbered tests are nomad-driver-containerd's, B1 to B28 are its defects. `make test` runs them on this \
-    driver and writes this page; `make test DRIVER=/path/to/plugin` runs them on any other, \
-    `DRIVER_CONFIG='{\"option\": ...}'` being its plugin configuration. A row that needs an option which the driver's \
-    schema does not have is not applicable.\n\n";
+    What a Nomad driver that runs images must do, and whether this driver does it. Rows 6.x come from Nomad's own test \
+    harness and from the drivers' own suites (docs/protocol/nomad-plugin.md#6). Rows 001 to 011 are the shell tests of \
+    nomad-driver-containerd, and rows B1 to B28 are its defects (docs/protocol/nomad-driver-containerd.md#9). \
+    `make test` runs the rows on this driver and writes this page. `make test DRIVER=/path/to/plugin` runs them on any \
+    other driver, with the plugin configuration `DRIVER_CONFIG='{\"option\": ...}'`. A row is not applicable if the \
+    driver's schema lacks an option that the row needs.\n\n";
 
 impl Report {
     pub fn add(&self, row: &Row, verdict: &Verdict) {
@@ -46,7 +47,7 @@ impl Report {
         let limited = count(|verdict| matches!(verdict, Verdict::Limited(_)));
         let green = lines.len() - red - absent - limited;
         let sum = format!("{} rows, {green} green, {red} red, {absent} not applicable", lines.len());
-        let sum = if limited > 0 { format!("{sum}, {limited} kept otherwise") } else { sum };
+        let sum = if limited > 0 { format!("{sum}, {limited} met differently") } else { sum };
         eprintln!("conformance: {sum}");
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let ours = root.join("docs/conformance.md");
@@ -82,7 +83,7 @@ impl Report {
         faults.sort();
         if !faults.is_empty() {
             text.push_str(
-                "\n## Rows that notice a fault\n\nThis driver with a fault put in: the rows that go red.\n\n",
+                "\n## Rows that notice a fault\n\nThe rows that go red when this driver has a planted fault:\n\n",
             );
             text.push_str("| a driver that | red |\n| --- | --- |\n");
             for (says, red) in faults.iter() {
@@ -95,8 +96,8 @@ impl Report {
 
 /// What follows is written by runs with a runtime of gVisor's.
 const SANDBOXES: &str = "\n## In a gVisor sandbox\n\n\
-    `make test-gvisor` runs the same rows with gVisor as the default runtime. Those listed here gVisor keeps otherwise: \
-    what holds instead is looked at in the row's place (`tests/conformance/gvisor.rs`). All others are green.\n";
+    `make test-gvisor` runs the same rows with gVisor as the default runtime. All rows are green except those listed \
+    here. For a listed row, the suite checks what gVisor does instead (`tests/conformance/gvisor.rs`).\n";
 
 /// The runtime's own part; those of other runtimes stay.
 fn section(runtime: &str, sum: &str, lines: &[Line], before: &str) -> String {

@@ -1,4 +1,4 @@
-//! 6.3, items 19 to 21: memory, processors, statistics.
+//! docs/protocol/nomad-plugin.md#6.3, rows 19 to 21: memory, processors, statistics.
 
 use std::{
     fs,

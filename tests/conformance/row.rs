@@ -11,7 +11,8 @@ use crate::support::{Env, EnvOptions, NotApplicable, leak, patience};
 pub type Run = for<'a> fn(&'a mut Env) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 pub struct Row {
-    /// Its number in the reference: `6.3.4`, `B6`, `001-test-redis`.
+    /// Its number in docs/protocol/nomad-plugin.md#6 (`6.3.4`) or docs/protocol/nomad-driver-containerd.md#9 (`B6`,
+    /// `001-test-redis`).
     pub id: &'static str,
     /// What a driver promises.
     pub says: &'static str,

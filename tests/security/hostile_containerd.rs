@@ -217,7 +217,7 @@ async fn only_a_snapshotters_own_directories_become_layers() {
         *told.lock().unwrap() = Some(mounts);
         let seen = outcome(&mut env, config.clone()).await;
         match &seen {
-            Outcome::Refused(reason) if reason.contains("snapshotter overlayfs gives mounts") => {}
+            Outcome::Refused(reason) if reason.contains("snapshotter overlayfs returned mounts") => {}
             other => taken.push(format!("{name}: {other:?}")),
         }
         taken.extend(decoy.changes().into_iter().map(|change| format!("{name}: {change}")));

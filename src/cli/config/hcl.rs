@@ -1,4 +1,4 @@
-//! What of an HCL file can be told without servers: its blocks, and the values that depend on nothing else.
+//! Reads the parts of an HCL file that are known without a server: blocks, and values that depend on nothing else.
 
 use hcl::{
     Block, Body, Expression, Map, Structure, Value,
@@ -6,8 +6,8 @@ use hcl::{
 };
 use serde_json::Value as Json;
 
-/// The variables of a job file with those values that are `given`, else their defaults, and the locals made of them.
-/// Nomad's functions are not known, nor what it fills in on a node.
+/// Returns the scope of a job file: its variables with the values in `given`, else with their defaults, and the locals
+/// made of them. Nomad's functions are not known, nor the values that Nomad fills in on a node.
 pub fn scope(body: &Body, given: &[(String, String)]) -> Context<'static> {
     let mut scope = Context::new();
     let mut variables = Map::new();
@@ -23,7 +23,7 @@ pub fn scope(body: &Body, given: &[(String, String)]) -> Context<'static> {
     scope.declare_var("var", Value::Object(variables));
     let mut locals = Map::new();
     let all: Vec<_> = blocks(body, "locals").flat_map(|block| block.body().attributes()).collect();
-    // They may be made of each other, in any order.
+    // Locals may refer to each other in any order, so this repeats until no further local becomes known.
     loop {
         scope.declare_var("local", Value::Object(locals.clone()));
         let before = locals.len();
@@ -35,24 +35,25 @@ pub fn scope(body: &Body, given: &[(String, String)]) -> Context<'static> {
     }
 }
 
-/// A value from the command line: a text for a variable that holds one, else an expression.
+/// Reads a variable's value from the command line: as text if the variable is a string, else as an expression.
 fn typed(variable: &Body, text: &str) -> Value {
     let is_text = attribute(variable, "type").is_some_and(|kind| kind.to_string() == "string");
     let value = text.parse::<Expression>().ok().filter(|_| !is_text);
     value.and_then(|value| value.evaluate(&Context::new()).ok()).unwrap_or_else(|| Value::from(text))
 }
 
-/// A block's content the way HCL's JSON syntax writes it.
+/// A block's content in the form of HCL's JSON syntax.
 #[derive(Debug, Default)]
 pub struct Content {
-    /// What is known.
+    /// The attributes and blocks whose values are known.
     pub known: serde_json::Map<String, Json>,
-    /// The names of what is not. A block in a block is left out whole: half of it would be told as faulty.
+    /// The names of those whose values are not known. A nested block with an unknown value is left out whole: half of
+    /// it would be reported as faulty.
     pub unknown: Vec<String>,
 }
 
 impl Content {
-    /// Of a block's body.
+    /// Reads a block's body.
     pub fn of(body: &Body, scope: &Context<'_>) -> Self {
         let mut content = Self::default();
         for structure in body {
@@ -79,7 +80,7 @@ impl Content {
         content
     }
 
-    /// Blocks of one name make a list; those with labels, one block with all labels.
+    /// Adds a value. Several blocks of one name make a list; those with labels make one object with all labels.
     fn add(&mut self, name: &str, labelled: bool, value: Json) {
         let value = match (self.known.remove(name), value) {
             (None, value) => value,
@@ -99,29 +100,29 @@ impl Content {
     }
 }
 
-/// An expression's value, where it has one here.
+/// Evaluates an expression; `None` if its value is not known here.
 pub fn json(expression: &Expression, scope: &Context<'_>) -> Option<Json> {
     serde_json::to_value(expression.evaluate(scope).ok()?).ok()
 }
 
-/// An attribute's expression.
+/// Returns the expression of an attribute.
 pub fn attribute<'a>(body: &'a Body, name: &str) -> Option<&'a Expression> {
     body.attributes().find(|attribute| attribute.key() == name).map(hcl::Attribute::expr)
 }
 
-/// The blocks of a kind.
+/// Returns the blocks of a kind.
 pub fn blocks<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = &'a Block> {
     body.blocks().filter(move |block| block.identifier() == kind)
 }
 
-/// The labels and bodies of blocks of a kind, those that a `dynamic` block makes among them.
+/// Returns the labels and bodies of the blocks of a kind, including those that a `dynamic` block makes.
 pub fn named<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = (&'a str, &'a Body)> {
     let made = blocks(body, "dynamic").filter(move |block| label(block) == Some(kind));
     let made = made.flat_map(|block| blocks(block.body(), "content")).map(|content| ("dynamic", content.body()));
     blocks(body, kind).map(|block| (label(block).unwrap_or_default(), block.body())).chain(made)
 }
 
-/// A block's first label.
+/// Returns a block's first label.
 pub fn label(block: &Block) -> Option<&str> {
     block.labels().first().map(hcl::BlockLabel::as_str)
 }

@@ -1,4 +1,4 @@
-//! `config check`: what a plugin would say to agent and job files, said before Nomad has them.
+//! `config check`: reports what a plugin would refuse in agent and job files, before they are submitted to Nomad.
 
 mod hcl;
 
@@ -21,14 +21,14 @@ use crate::{
     task::Settings,
 };
 
-/// The driver's names where nobody has given it another one.
+/// The driver's names, unless an operator has given it another one.
 const NAMES: [&str; 2] = ["shim", DROP_IN_NAME];
-/// A task that may be another driver's: its `driver` is not known.
+/// The attribute with a task's driver. Where its value is not known, the task may be another driver's.
 const DRIVER: &str = "driver";
-/// Stands where an image's name is not known: an image is wanted in any case.
+/// Takes the place of an image's name that is not known, since an image is required.
 const PLACEHOLDER: &str = "unknown";
 
-/// Look at configuration
+/// Check configuration files
 #[derive(Args, Debug)]
 pub struct Config {
     #[command(subcommand)]
@@ -37,22 +37,22 @@ pub struct Config {
 
 #[derive(Subcommand, Debug)]
 enum What {
-    /// Check agent and job files (HCL) against what this driver takes
+    /// Check agent and job files (HCL) against the options of this driver
     Check(Check),
 }
 
 #[derive(Args, Debug)]
 struct Check {
-    /// Agent and job files. What an agent file allows holds for the jobs beside it
+    /// Agent and job files. Jobs are checked against what the agent files given with them allow
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// A further name that the driver has
+    /// An additional name of the driver
     #[arg(long, value_name = "NAME")]
     driver: Vec<String>,
-    /// A variable of job files
+    /// The value of a variable in the job files
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
     var: Vec<(String, String)>,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -62,21 +62,21 @@ fn variable(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
-/// What there is to say of one plugin's or task's configuration.
+/// The result for the configuration of one plugin or task.
 #[derive(Debug, Serialize)]
 struct Finding {
     file: PathBuf,
     place: String,
     fault: Option<String>,
-    /// What was left out, since its value is not known here.
+    /// The options that were not checked, since their values are not known here.
     unknown: Vec<String>,
 }
 
 impl Config {
-    /// Prints what is right and what is wrong; 1 when something is wrong.
+    /// Prints what is right and what is wrong; returns 1 if something is wrong.
     ///
     /// # Errors
-    /// When a file can't be read, or none has anything for this driver.
+    /// When a file can't be read, or no file has anything for this driver.
     pub fn execute(self) -> Result<u8, CliError> {
         let What::Check(check) = self.command;
         let mut names: Vec<String> = NAMES.map(str::to_owned).to_vec();
@@ -89,9 +89,8 @@ impl Config {
             match ::hcl::parse(&text) {
                 Ok(body) => bodies.push((file, body)),
                 Err(error) => {
-                    // Agents read HCL's first version, where lines mean nothing.
-                    let hint =
-                        "blocks in blocks and several arguments want lines of their own here, also in agent files";
+                    // Agents read HCL 1, in which line breaks have no meaning.
+                    let hint = "nested blocks and arguments must be on lines of their own here, also in agent files";
                     let fault = format!("{}\n({hint})", error.to_string().trim());
                     look.add(file, "HCL".to_owned(), Some(fault), Vec::new());
                 }
@@ -100,15 +99,16 @@ impl Config {
         let declared =
             |name: &str| bodies.iter().any(|(_, body)| hcl::named(body, "variable").any(|(own, _)| own == name));
         let unknown = check.var.iter().find(|(name, _)| !declared(name));
-        // A file that can't be parsed may have it.
+        // A file that can't be parsed may declare the variable.
         if let Some((name, _)) = unknown.filter(|_| look.findings.is_empty()) {
-            return Err(CliError::Usage(format!("--var {name}: none of these files has such a variable")));
+            return Err(CliError::Usage(format!("--var {name}: none of these files declares this variable")));
         }
         bodies.iter().for_each(|(file, body)| look.agent(file, body));
         bodies.iter().for_each(|(file, body)| look.jobs(file, body, &check.var));
         if look.findings.is_empty() {
             let names = look.names.join(", ");
-            let problem = format!("nothing in these files is for this driver ({names}); --driver NAME names another");
+            let problem =
+                format!("nothing in these files is for this driver ({names}); give another name with --driver NAME");
             return Err(CliError::Usage(problem));
         }
         report(&look.findings, check.json)?;
@@ -121,20 +121,21 @@ fn report(findings: &[Finding], as_json: bool) -> Result<(), CliError> {
         return Ok(print(&format!("{}\n", json!(findings)))?);
     }
     for Finding { file, place, fault, unknown } in findings {
-        let skipped = if unknown.iter().any(|name| name == DRIVER) { "not looked at" } else { "fine" };
+        let skipped = if unknown.iter().any(|name| name == DRIVER) { "not checked" } else { "fine" };
         let verdict = fault.as_deref().unwrap_or(skipped);
         print(&format!("{}: {place}: {verdict}\n", file.display()))?;
         for name in unknown {
-            say(&format!("{}: {place}: {name} was not looked at: its value is not known here", file.display()));
+            say(&format!("{}: {place}: {name} was not checked: its value is not known here", file.display()));
         }
     }
     Ok(())
 }
 
-/// What was found so far.
+/// The state of a check.
 struct Look {
+    /// The driver's names.
     names: Vec<String>,
-    /// What agent files say of drivers. None where a driver's settings have a fault.
+    /// The settings in agent files, by driver name; `None` where a driver's settings have a fault.
     agents: BTreeMap<String, Option<Settings>>,
     findings: Vec<Finding>,
 }
@@ -144,7 +145,7 @@ impl Look {
         self.findings.push(Finding { file: file.to_owned(), place, fault, unknown });
     }
 
-    /// The plugin blocks of a file.
+    /// Checks the plugin blocks of a file.
     fn agent(&mut self, file: &Path, body: &Body) {
         // Agent files have no variables.
         let scope = Context::new();
@@ -167,17 +168,17 @@ impl Look {
         }
     }
 
-    /// The tasks of a file.
+    /// Checks the tasks of a file.
     fn jobs(&mut self, file: &Path, body: &Body, variables: &[(String, String)]) {
         let scope = hcl::scope(body, variables);
         for kind in ["group", "task"] {
             for (name, _) in hcl::named(body, kind) {
-                let fault = format!("Nomad takes a {kind} block inside of a job block only");
+                let fault = format!("Nomad accepts a {kind} block only inside of a job block");
                 self.add(file, format!("{kind} {name:?}"), Some(fault), Vec::new());
             }
         }
         for (job, body) in hcl::named(body, "job") {
-            // Nomad makes a group of the same name for a task that stands in the job itself.
+            // Nomad makes a group of the same name for a task that is directly in the job.
             for (task, body) in hcl::named(body, "task") {
                 if let Some((fault, unknown)) = self.task(body, GroupNetwork::None, &scope) {
                     self.add(file, format!("task {job}/{task}"), fault, unknown);
@@ -194,7 +195,7 @@ impl Look {
         }
     }
 
-    /// What is wrong with a task and what is not known of it; None for another driver's.
+    /// Returns what is wrong with a task and what is not known of it; `None` for another driver's task.
     fn task(&self, task: &Body, network: GroupNetwork, scope: &Context<'_>) -> Option<(Option<String>, Vec<String>)> {
         let Some(driver) = hcl::json(hcl::attribute(task, DRIVER)?, scope) else {
             return Some((None, vec![DRIVER.to_owned()]));
@@ -208,10 +209,10 @@ impl Look {
         Some((checked.err(), content.unknown))
     }
 
-    /// An agent file's settings, else those of an agent that says nothing.
+    /// Returns the settings in an agent file, else the defaults.
     fn settings(&self, driver: &str) -> Result<Settings, String> {
         if let Some(settings) = self.agents.get(driver) {
-            let refused = || format!("not looked at: the agent's plugin block for {driver:?} has a fault");
+            let refused = || format!("not checked: the agent's plugin block for {driver:?} has a fault");
             return settings.clone().ok_or_else(refused);
         }
         let name = DriverName::new(driver).map_err(|error| error.to_string())?;
@@ -219,7 +220,7 @@ impl Look {
     }
 }
 
-/// The arguments that the agent starts a plugin with.
+/// Returns the arguments with which the agent starts a plugin.
 fn arguments(plugin: &Body, scope: &Context<'_>) -> Result<Vec<String>, String> {
     let Some(args) = hcl::attribute(plugin, "args") else { return Ok(Vec::new()) };
     let value = hcl::json(args, scope).unwrap_or_else(|| Json::from(args.to_string()));
@@ -231,7 +232,7 @@ fn read_settings(name: &DriverName, known: serde_json::Map<String, Json>) -> Res
     settings(name, &encoded(PLUGIN, known)?).map_err(|error| error.to_string())
 }
 
-/// The content of the one `config` block, with a stand-in for what must be there and is not known.
+/// Returns the content of the `config` block, with a placeholder for required options whose values are not known.
 fn config(body: &Body, rows: &[Row], scope: &Context<'_>) -> Content {
     let block = hcl::blocks(body, "config").next();
     let mut content = block.map(|block| Content::of(block.body(), scope)).unwrap_or_default();
@@ -242,12 +243,12 @@ fn config(body: &Body, rows: &[Row], scope: &Context<'_>) -> Content {
     content
 }
 
-/// As Nomad sends it.
+/// Encodes options as Nomad sends them.
 fn encoded(rows: &[Row], known: serde_json::Map<String, Json>) -> Result<Vec<u8>, String> {
     host::encode(Some(&hclspec(rows)), &Json::Object(known)).map_err(|error| error.to_string())
 }
 
-/// Nomad makes a namespace for every group whose network has a mode, but for the host's.
+/// Nomad makes a network namespace for every group whose network has a mode other than `host`.
 fn group_network(group: &Body, scope: &Context<'_>) -> GroupNetwork {
     let network = hcl::blocks(group, "network").next();
     let mode = network.and_then(|network| hcl::json(hcl::attribute(network.body(), "mode")?, scope));

@@ -1,4 +1,4 @@
-//! The agent's plugin configuration.
+//! Reads the agent's plugin configuration.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -20,13 +20,13 @@ use crate::{
     },
 };
 
-/// More idle shims than this are a mistake: 150 MB.
+/// The largest size of the pool: more idle shims than this, which take 150 MB, are a mistake.
 const POOL_MAX: i64 = 64;
 
 /// Reads the agent's plugin configuration.
 ///
 /// # Errors
-/// With everything that is wrong with it.
+/// When anything is wrong with the configuration; the error has all faults.
 pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError> {
     let mut faults = Vec::new();
     let values = decode(PLUGIN, bytes, &mut faults);
@@ -60,7 +60,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         Some(text) => {
             let every = span(block("cgroup"), "cgroup", "keep_warm", "", &mut faults);
             if !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&every) {
-                faults.push(format!("cgroup.keep_warm = {text:?} is not starts, never, or from 1ms to 1s"));
+                faults.push(format!("cgroup.keep_warm = {text:?} is not starts, never, or a duration from 1ms to 1s"));
             }
             KeepWarm::Always(every)
         }
@@ -110,11 +110,11 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     };
     let runtimes = runtime::runtimes(&values, &mut Faults(&mut faults));
     let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
-    // The old driver's one runtime for all tasks. Its runc shim leaves the binary to us.
+    // nomad-driver-containerd's option for the runtime of all tasks. The name of runc's shim leaves the binary open.
     let old_runtime = values.filled("containerd_runtime").filter(|old| !SHIM_NAMES.contains(old)).map(str::to_owned);
     if let Some(old) = old_runtime.as_ref().filter(|old| !runtimes.contains_key(*old)) {
         faults.push(format!(
-            "containerd_runtime = {old:?} is not configured; there is {}, {known}, and what runtime blocks add",
+            "containerd_runtime = {old:?} is not configured; the runtimes are {}, {known}, and those of runtime blocks",
             SHIM_NAMES.join(", ")
         ));
     }
@@ -122,8 +122,8 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         let parsed = duration::parse(interval);
         parsed
             .map_err(|error| match name.flavor() {
-                // As the old driver: the agent's own interval holds.
-                Flavor::DropIn => tracing::warn!(%error, "stats_interval is passed over"),
+                // As in nomad-driver-containerd, the agent's own interval applies.
+                Flavor::DropIn => tracing::warn!(%error, "ignored the plugin option stats_interval"),
                 Flavor::Secure => faults.push(format!("stats_interval: {error}")),
             })
             .ok()
@@ -144,7 +144,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         .chain(allow_runtimes.iter().flatten().map(|name| ("allow_runtimes", name)))
     {
         if !runtimes.contains_key(runtime) {
-            faults.push(format!("{option}: runtime {runtime:?} is not configured; there is {known}"));
+            faults.push(format!("{option}: runtime {runtime:?} is not configured; the runtimes are {known}"));
         }
     }
     let drop_in = name.flavor() == Flavor::DropIn;
@@ -241,8 +241,8 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     finish("plugin config", Some(settings), faults)
 }
 
-/// Returns the scope of the operator's credentials if they name no registry. The image's registry would be wrong: any job
-/// author could name a registry of their own and read the password there.
+/// Returns the scope of the operator's credentials if they name no registry. Under the driver's own name it is not the
+/// image's registry: any job author could name a registry of their own and read the password there.
 fn unnamed_registry(flavor: Flavor) -> CredentialScope {
     match flavor {
         Flavor::Secure => CredentialScope::Registry(RegistryAddress::docker_hub()),
@@ -256,7 +256,7 @@ fn unnamed_registry(flavor: Flavor) -> CredentialScope {
     }
 }
 
-/// As tmpfs(5) has it.
+/// Whether `text` is a size as tmpfs(5) writes it.
 fn is_tmpfs_size(text: &str) -> bool {
     let digits = text.trim_end_matches(['k', 'K', 'm', 'M', 'g', 'G', '%']);
     text.len() - digits.len() <= 1 && !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
@@ -267,7 +267,7 @@ fn hooks(block: &Values, faults: &mut Vec<String>) -> Hooks {
         let lines = block.list(kind).unwrap_or_default();
         let words = |line: &String| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         for line in lines.iter().filter(|line| !line.trim_start().starts_with('/')) {
-            faults.push(format!("hooks.{kind}: {line:?} is not a program by its absolute path"));
+            faults.push(format!("hooks.{kind}: {line:?} does not begin with the absolute path of a program"));
         }
         lines.iter().map(words).filter(|words| !words.is_empty()).collect()
     };

@@ -7,7 +7,7 @@ use crate::{
     task::{AppArmorDefault, AppArmorRequest, SecuritySettings},
 };
 
-/// Reads the agent's option.
+/// Reads the agent's `security { apparmor }`.
 pub(super) fn default(security: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> AppArmorDefault {
     match security.filled("apparmor") {
         None if flavor == Flavor::DropIn => AppArmorDefault::Unconfined,
@@ -21,8 +21,8 @@ pub(super) fn default(security: &Values, flavor: Flavor, faults: &mut Faults<'_>
     }
 }
 
-/// Reads `value`, which follows `apparmor=` in the job's `option`. Every job may ask for the node's profile. The operator
-/// decides whether jobs may ask for another profile or none.
+/// Reads `value`, which follows `apparmor=` in the job's `option`. Every job may ask for the node's profile. The
+/// operator decides whether jobs may ask for another profile or none.
 pub(super) fn request(
     option: &str,
     value: &str,

@@ -9,12 +9,13 @@ use crate::{
     rootfs::{ceilings::Ceilings, limits::Ulimit, tmpfs::TmpfsSize},
 };
 
-/// podman's default (containers/common, `pkg/config/default.go`, `DefaultPidsLimit`).
+/// The default of the plugin's `pids_limit`; it is podman's (containers/common, `pkg/config/default.go`,
+/// `DefaultPidsLimit`).
 const PIDS_LIMIT: i64 = 2048;
 /// The kernel refuses a larger `pids.max` (linux, `kernel/cgroup/pids.c`, `PIDS_MAX`).
 const PIDS_MAX: i64 = 4_194_304;
 
-/// The plugin's `pids_limit`; `None` for no limit.
+/// Reads the plugin's `pids_limit`; `None` means no limit.
 pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> Option<i64> {
     let default = match flavor {
         Flavor::Secure => Some(PIDS_LIMIT),
@@ -23,34 +24,35 @@ pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Fa
     match values.number("pids_limit") {
         None => default,
         Some(limit) if limit > PIDS_MAX => {
-            faults.say(format!("pids_limit = {limit} is more than the kernel counts ({PIDS_MAX})"));
+            faults.say(format!("pids_limit = {limit} is above the kernel's maximum ({PIDS_MAX})"));
             default
         }
-        // As in a job, and in Nomad's docker driver: any number.
+        // As in a job, and as in Nomad's docker driver, 0 or less means no limit.
         Some(limit) => Some(limit).filter(|limit| *limit > 0),
     }
 }
 
-/// A job's `pids_limit`: the plugin's is the default and the most that a job may have, as in Nomad's docker driver
-/// (hashicorp/nomad, `drivers/docker/driver.go`). That one passes over a job's wish for no limit; here it is refused.
+/// Reads a job's `pids_limit`. The plugin's limit is the default and the most that a job may have, as in Nomad's docker
+/// driver (hashicorp/nomad, `drivers/docker/driver.go`). The docker driver ignores a job's request for no limit; this
+/// driver refuses it.
 pub(super) fn pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut Faults<'_>) -> Option<i64> {
     let Some(limit) = values.number("pids_limit") else { return ceiling };
     match ceiling {
         Some(ceiling) if limit <= 0 => faults.say(format!(
-            "pids_limit = {limit} means any number, but {ceiling} is the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
+            "pids_limit = {limit} means no limit, but {ceiling} is the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
         )),
         Some(ceiling) if limit > ceiling => faults.say(format!(
             "pids_limit = {limit} is above {ceiling}, the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
         )),
         None if limit > PIDS_MAX => {
-            faults.say(format!("pids_limit = {limit} is more than the kernel counts ({PIDS_MAX})"));
+            faults.say(format!("pids_limit = {limit} is above the kernel's maximum ({PIDS_MAX})"));
         }
         _ => {}
     }
     Some(limit).filter(|limit| *limit > 0)
 }
 
-/// `security { ulimit_max, tmpfs_max }`.
+/// Reads `security { ulimit_max, tmpfs_max }`.
 pub(super) fn ceilings(security: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> Ceilings {
     let mut ulimits = BTreeMap::new();
     for (name, value) in security.map("ulimit_max") {

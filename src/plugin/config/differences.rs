@@ -1,4 +1,5 @@
-//! Every option of the agent's configuration: a running plugin sees that it differs, and names it.
+//! Tests for each option of the agent's configuration that a running plugin notices a different value, and names the
+//! option.
 
 use rmpv::Value as Wire;
 use serde_json::{Value, json};
@@ -10,8 +11,8 @@ use crate::{
     task::Settings,
 };
 
-/// Each option, in its blocks, with two values that mean different things, and the name by which it is refused. Where
-/// another option is needed for them to be valid, `also` has it.
+/// Each option with its blocks, two values of different meaning, and the name by which a difference is reported. The
+/// last column has the other options that the values need to be valid.
 const CHANGES: &[(&str, [&str; 2], &str, &str)] = &[
     ("enabled", ["true", "false"], "enabled", ""),
     ("containerd_runtime", [r#""io.containerd.runc.v2""#, r#""runc""#], "containerd_runtime", ""),
@@ -72,7 +73,7 @@ const CHANGES: &[(&str, [&str; 2], &str, &str)] = &[
     ("metrics.address", [r#""127.0.0.1:1""#, r#""127.0.0.1:2""#], "metrics.address", ""),
 ];
 
-/// The options of these rows that have a value of their own, in their blocks.
+/// Returns the options in `rows` that hold a value themselves, each with the path of its blocks.
 fn options(rows: &[Row], block: &str) -> Vec<String> {
     let named = |name: &str| if block.is_empty() { name.to_owned() } else { format!("{block}.{name}") };
     let of = |row: &Row| match row.kind {
@@ -82,7 +83,7 @@ fn options(rows: &[Row], block: &str) -> Vec<String> {
     rows.iter().flat_map(of).collect()
 }
 
-/// What Nomad sends for this configuration.
+/// Encodes `config` as Nomad sends it.
 fn encoded(config: &Value) -> Vec<u8> {
     fn wire(value: &Value) -> Wire {
         match value {
@@ -101,7 +102,7 @@ fn encoded(config: &Value) -> Vec<u8> {
     bytes
 }
 
-/// The settings with one option, and whatever else it needs.
+/// Returns the settings that result from one option, and from the other options that it needs.
 fn configured(option: &str, value: &str, also: &str) -> Settings {
     let parsed = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
     let mut config = if also.is_empty() { json!({}) } else { parsed(also) };

@@ -1,4 +1,4 @@
-//! A job's `config` block.
+//! Reads a job's `config` block.
 
 use std::time::Duration;
 
@@ -23,19 +23,19 @@ use crate::{
 /// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
 const HOSTNAME_MAX: usize = 64;
 
-/// What of a job's surroundings its options can conflict with.
+/// Whether the task's group has a network namespace. The option `host_network` conflicts with one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GroupNetwork {
-    /// Nomad made a namespace for the group.
+    /// Nomad has made a network namespace for the group.
     Namespace,
-    /// It did not.
+    /// The group has no network namespace.
     None,
 }
 
 /// Reads a job's `config` block and checks it against what the operator allows.
 ///
 /// # Errors
-/// With everything that is wrong with it.
+/// When anything is wrong with the block; the error has all faults.
 pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> Result<TaskOptions, ConfigError> {
     let mut faults = Vec::new();
     let values = decode(TASK, bytes, &mut faults);
@@ -43,7 +43,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     let flag = |name: &str| values.flag(name).unwrap_or(false);
 
     let image = match values.text("image") {
-        // Its absence has been noted.
+        // The decoder has reported the missing image.
         None => None,
         Some(image) => Reference::parse(image).map_err(|error| faults.push(crate::chain(&error))).ok(),
     };
@@ -98,9 +98,9 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
             .iter()
             .filter_map(|name| match parse_capability(name) {
                 Ok(capability) => Some(capability),
-                // The old driver passed them on, and runc passes over what it does not know.
+                // nomad-driver-containerd passed unknown names on, and runc ignores them.
                 Err(error) if flavor == Flavor::DropIn => {
-                    tracing::warn!(option, %error, "passed over");
+                    tracing::warn!(option, %error, "ignored an unknown capability of a job");
                     None
                 }
                 Err(error) => {
@@ -142,7 +142,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         limits::in_a_sandbox(name, namespaces, &sysctl, noted);
     }
     let log = limits::log(&values, noted);
-    // The job's author wrote the password beside the image, so it is no secret from that image's registry.
+    // The job's author chose both the password and the image, so the image's registry may see the password.
     let auth = credentials(values.block("auth"), || CredentialScope::ImageRegistry, &mut faults);
 
     let options = image.map(|image| TaskOptions {
@@ -180,11 +180,11 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     finish(JOB, options, faults)
 }
 
-/// What is wrong with a host name, if anything is.
+/// Returns what is wrong with a host name, if anything is.
 ///
-/// docker takes any text since it gave up its rule (moby/moby#28990: people use underscores), and the kernel does, too.
-/// Prompts, logs and scripts of the image do not expect that. Under our own name a host name is what RFC 1123 has and an
-/// underscore; under the old driver's only what no terminal or file would take for text is refused.
+/// docker accepts any text since it gave up its rule (moby/moby#28990: people use underscores), and so does the kernel.
+/// Prompts, logs and scripts in the image do not expect that. Under this driver's own name a host name has the
+/// characters of RFC 1123 and underscores; under the name containerd-driver only text that is not printable is refused.
 fn bad_hostname(name: &str, flavor: Flavor) -> Option<String> {
     if name.len() > HOSTNAME_MAX {
         return Some(format!("hostname = {} is longer than {HOSTNAME_MAX} bytes", quoted(name)));
@@ -198,7 +198,7 @@ fn bad_hostname(name: &str, flavor: Flavor) -> Option<String> {
     };
     (!fine).then(|| {
         format!(
-            "hostname = {} is no host name: use letters, digits, dots, dashes and underscores, the first of them no dot or dash; without the option it is the container's id",
+            "hostname = {} is not a valid host name: use letters, digits, dots, dashes and underscores, and begin with neither a dot nor a dash; without the option it is the container's id",
             quoted(name)
         )
     })
@@ -225,7 +225,7 @@ fn pull_policy(values: &Values, faults: &mut Faults<'_>) -> PullPolicy {
     }
 }
 
-/// docker's `security_opt`, as far as it has a meaning here.
+/// The supported part of docker's `security_opt`.
 struct SecurityOpt {
     no_new_privileges: Option<bool>,
     seccomp: Option<SeccompRequest>,
@@ -235,7 +235,7 @@ struct SecurityOpt {
 fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> SecurityOpt {
     let mut found = SecurityOpt { no_new_privileges: None, seccomp: None, apparmor: AppArmorRequest::Unset };
     for option in values.list("security_opt").unwrap_or_default() {
-        // docker took a colon before it took the equals sign.
+        // docker used a colon before it introduced the equals sign.
         let (key, value) = option.split_once(['=', ':']).unwrap_or((option, ""));
         match (key, value) {
             ("no-new-privileges", "" | "true") => found.no_new_privileges = Some(true),
@@ -249,7 +249,7 @@ fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Fault
                 found.apparmor = apparmor::request(option, value, security, faults).unwrap_or_default();
             }
             _ => faults.say(format!(
-                "security_opt: {option:?} is not known; there is no-new-privileges[=false], seccomp=unconfined, seccomp=FILE, apparmor=default, apparmor=unconfined and apparmor=PROFILE"
+                "security_opt: {option:?} is not known; the options are no-new-privileges[=false], seccomp=unconfined, seccomp=FILE, apparmor=default, apparmor=unconfined and apparmor=PROFILE"
             )),
         }
     }

@@ -1,4 +1,5 @@
-//! A job's namespaces, limits and kernel parameters, against each other and against what the operator allows.
+//! Reads a job's options for namespaces, limits, kernel parameters, devices, hosts and logs, and checks them against
+//! each other and against what the operator allows.
 
 use std::collections::BTreeMap;
 
@@ -18,22 +19,24 @@ use crate::{
     task::{JobLimits, SecuritySettings, matches_any},
 };
 
-/// The kernel's bounds on cpu.cfs_period_us (Documentation/scheduler/sched-bwc.rst).
+/// The kernel's bounds on cpu.cfs_period_us, in microseconds (Documentation/scheduler/sched-bwc.rst).
 const CFS_PERIOD: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
 const DEFAULT_CFS_PERIOD: i64 = 100_000;
 
-/// A log file smaller than this holds no line worth its name.
+/// The smallest size of a log file, in bytes: a smaller file would not hold an ordinary line.
 const LOG_MIN: u64 = 4 << 10;
 const LOG_FILES_MAX: u32 = 10_000;
 
-/// What is wrong, one after the other.
+/// Collects everything that is wrong with a configuration.
 pub(super) struct Faults<'a>(pub(super) &'a mut Vec<String>);
 
 impl Faults<'_> {
+    /// Returns the value of `outcome`; an error becomes a fault of `option`.
     pub(super) fn note<T>(&mut self, option: &str, outcome: Result<T, impl std::fmt::Display>) -> Option<T> {
         outcome.map_err(|problem| self.0.push(format!("{option}: {problem}"))).ok()
     }
 
+    /// Adds a fault.
     pub(super) fn say(&mut self, fault: String) {
         self.0.push(fault);
     }
@@ -45,7 +48,7 @@ pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &
         let host = text.eq_ignore_ascii_case("host");
         if !host && !others.contains(&text) {
             let known: Vec<String> = ["host"].iter().chain(others).map(|known| format!("{known:?}")).collect();
-            faults.say(format!("{option} = {text:?} is invalid; there is {}", known.join(" and ")));
+            faults.say(format!("{option} = {text:?} is invalid; the values are {}", known.join(" and ")));
         } else if host && option != "userns_mode" && !security.allow_host_namespaces {
             faults.say(format!(
                 "{option} = {text:?} is not allowed on this node (plugin option security {{ allow_host_namespaces }})"
@@ -53,7 +56,7 @@ pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &
         }
         Some(if host { Namespace::Host } else { Namespace::Private })
     };
-    // There are no others yet, so that it changes nothing.
+    // `host` is the only mode so far, so the option is checked but changes nothing.
     mode("userns_mode", &[]);
     let namespaces = Namespaces {
         pid: mode("pid_mode", &["private"]).unwrap_or_default(),
@@ -78,7 +81,7 @@ pub(super) fn sysctls(
 ) -> BTreeMap<String, String> {
     let host = values.flag("host_network").unwrap_or(false) && group == GroupNetwork::None;
     let network = if host { Namespace::Host } else { Namespace::Private };
-    // sysctl(8) takes both spellings.
+    // sysctl(8) accepts names with slashes as well as with dots.
     let named: BTreeMap<String, String> =
         values.map("sysctl").into_iter().map(|(name, value)| (name.replace('/', "."), value)).collect();
     for name in named.keys() {
@@ -152,12 +155,12 @@ pub(super) fn job_limits(values: &Values, pids_ceiling: Option<i64>, faults: &mu
     }
 }
 
-/// As cpuset(7) writes lists; empty is none.
+/// Whether `text` is a list as cpuset(7) writes it; an empty text is an empty list.
 fn is_cpu_list(text: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.len() < 6 && text.bytes().all(|byte| byte.is_ascii_digit());
     text.is_empty()
         || text.split(',').map(str::trim).all(|part| {
-            // `0-6:2/4`: of each group of four the first two.
+            // `0-6:2/4` means the first two of each group of four.
             let (range, group) = part.split_once(':').map_or((part, None), |(range, group)| (range, Some(group)));
             let is_group = group.is_none_or(|group| {
                 group.split_once('/').is_some_and(|(used, size)| is_number(used) && is_number(size))
@@ -224,7 +227,7 @@ pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut
     devices.to_vec()
 }
 
-/// What gVisor passes over in silence, or can't do.
+/// Refuses options that gVisor silently ignores or does not support.
 pub(super) fn in_a_sandbox(
     runtime: &str,
     namespaces: Namespaces,
@@ -234,17 +237,17 @@ pub(super) fn in_a_sandbox(
     let theirs = [("pid_mode", namespaces.pid), ("ipc_mode", namespaces.ipc), ("uts_mode", namespaces.uts)];
     for (option, _) in theirs.iter().filter(|(_, whose)| *whose == Namespace::Host) {
         faults.say(format!(
-            "{option} = \"host\" can't be had with runtime {runtime:?}: a gVisor sandbox has its own; remove it, or use a runtime without a sandbox"
+            "{option} = \"host\" is not possible with runtime {runtime:?}: a gVisor sandbox has its own namespaces; remove it, or use a runtime without a sandbox"
         ));
     }
     for name in sysctls.keys().filter(|name| !gvisor::SYSCTLS.contains(&name.as_str())) {
         faults.say(format!(
-            "sysctl: {name:?} has no effect with runtime {runtime:?}: gVisor's kernel does not have it; remove it, or use a runtime without a sandbox"
+            "sysctl: {name:?} has no effect with runtime {runtime:?}: gVisor's kernel does not have this parameter; remove it, or use a runtime without a sandbox"
         ));
     }
 }
 
-/// Nomad's `logs` block does not come to a driver, so a job says it here.
+/// Reads the job's log options. Nomad does not pass its `logs` block to drivers, so these options take its place.
 pub(super) fn log(values: &Values, faults: &mut Faults<'_>) -> LogOptions {
     let mut log = LogOptions::default();
     if let Some(text) = values.filled("log_max_size") {

@@ -1,4 +1,4 @@
-//! Typed configuration: from decoded values to settings and task options, with every fault in one message.
+//! Typed configuration: turns decoded values into settings and task options, and reports all faults in one message.
 
 mod agent;
 mod apparmor;
@@ -25,17 +25,17 @@ use crate::{
     text,
 };
 
-/// What a job's `config` is called in errors.
+/// The name of a job's `config` in errors.
 const JOB: &str = "task config";
-/// What a request's own fields are called in errors.
+/// The name of a request's own fields in errors.
 const REQUEST: &str = "request";
 
-/// The longest that one fault is shown, in characters: it may quote a value of a job, of any length.
+/// The most characters of one fault in a message: a fault may quote a job's value, of any length.
 const FAULT_MAX: usize = 600;
-/// The longest list of faults that is shown, in characters.
+/// The most characters of all faults in a message.
 const FAULTS_MAX: usize = 8000;
 
-/// A configuration with all its faults.
+/// All faults of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
     what: &'static str,
@@ -43,17 +43,17 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    /// One fault of a job's `config`.
+    /// Makes an error of one fault of a job's `config`.
     pub fn one(fault: String) -> Self {
         Self::many(vec![fault])
     }
 
-    /// Faults of a request's own fields.
+    /// Makes an error of the faults of a request's own fields.
     pub fn of_request(faults: Vec<String>) -> Self {
         Self { what: REQUEST, faults }
     }
 
-    /// Faults of a job.
+    /// Makes an error of the faults of a job's `config`.
     pub fn many(faults: Vec<String>) -> Self {
         Self { what: JOB, faults }
     }
@@ -67,7 +67,7 @@ impl fmt::Display for ConfigError {
             many => many,
         };
         write!(f, "{}: {} problems", self.what, many.len())?;
-        // Each fault is cut for itself, so that none hides another; a list beyond all measure ends with a count.
+        // Each fault is truncated separately, so that none hides another; a list that is too long ends with a count.
         let mut length = 0;
         for (n, fault) in many.iter().map(shown).enumerate() {
             length += fault.len();
@@ -82,6 +82,7 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
+/// Returns the value if there are no faults.
 fn finish<T>(what: &'static str, value: Option<T>, faults: Vec<String>) -> Result<T, ConfigError> {
     match value {
         Some(value) if faults.is_empty() => Ok(value),

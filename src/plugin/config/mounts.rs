@@ -1,4 +1,4 @@
-//! A job's `mounts`.
+//! Reads a job's `mounts` blocks.
 
 use crate::{
     ids::Flavor,
@@ -11,7 +11,7 @@ use crate::{
     },
 };
 
-/// What a job may say of a bind, under our own name (mount(8)).
+/// The options of a bind mount that a job may use under the driver's own name (mount(8)).
 const BIND_OPTIONS: &[&str] = &[
     "bind",
     "rbind",
@@ -44,14 +44,14 @@ pub(super) fn mount(
     sys: SysTargets,
     ceilings: &Ceilings,
 ) -> Result<MountRequest, String> {
-    // A missing target was noted by the decoder; the empty one here is not told twice.
+    // The decoder has reported a missing target; the placeholder keeps it from being reported twice.
     let target = block.text("target").unwrap_or("/-");
     let target = MountTarget::parse(target).map_err(|problem| format!("target = {problem}"))?;
     target.check(sys).map_err(|problem| format!("target = {problem}"))?;
     let kind = block.filled("type").unwrap_or("volume");
     let source = block.filled("source");
     let options = block.list("options").unwrap_or_default().to_vec();
-    // Runtimes take anything with these options for a bind, whatever its type says.
+    // Runtimes treat every mount with one of these options as a bind, whatever its type is.
     let binds = options.iter().any(|option| option == "bind" || option == "rbind");
     let kind = match kind {
         "bind" | "volume" => None,
@@ -79,7 +79,7 @@ pub(super) fn mount(
             }
             MountKind::Bind { source: source.to_owned() }
         }
-        // A tmpfs has no source; what a job writes there must not mean anything.
+        // A tmpfs has no source; a source in the job must have no effect.
         Some("tmpfs") => MountKind::FileSystem { kind: "tmpfs".to_owned(), source: "tmpfs".to_owned() },
         Some(other) => MountKind::FileSystem { kind: other.to_owned(), source: source.unwrap_or(other).to_owned() },
     };

@@ -1,4 +1,5 @@
-//! Whatever Nomad can send decodes, or is refused with a word that names an option. Nothing panics.
+//! Property tests: everything that Nomad can send decodes, or is refused with a message that names an option, and
+//! nothing panics.
 
 use proptest::{collection::vec, prelude::*};
 use rmpv::Value as Wire;
@@ -9,7 +10,7 @@ use crate::{
     plugin::options::{Kind, PLUGIN, Row, TASK},
 };
 
-/// Texts that mean something to some option, and those that mean nothing to any.
+/// Generates texts that are valid for some option, and arbitrary ones.
 fn text() -> BoxedStrategy<Wire> {
     let telling = prop::sample::select(vec![
         "",
@@ -71,7 +72,7 @@ fn number() -> BoxedStrategy<Wire> {
     .boxed()
 }
 
-/// What Nomad sends for an option of this kind: its schema has seen to that.
+/// Generates what Nomad sends for an option of this kind, after it has applied the schema.
 fn of_kind(kind: Kind) -> BoxedStrategy<Wire> {
     match kind {
         Kind::Text => text(),
@@ -88,7 +89,7 @@ fn of_kind(kind: Kind) -> BoxedStrategy<Wire> {
     }
 }
 
-/// What no schema lets through, but a broken host might send.
+/// Generates values that no schema lets through, but that a broken host might send.
 fn anything() -> BoxedStrategy<Wire> {
     let leaf = prop_oneof![
         Just(Wire::Nil),
@@ -108,7 +109,7 @@ fn anything() -> BoxedStrategy<Wire> {
     .boxed()
 }
 
-/// A few of a table's options, the others nil, as Nomad sends what was not set.
+/// Generates a few of a table's options; the others are nil, as Nomad sends options that were not set.
 fn table(rows: &'static [Row], value: &dyn Fn(&Row) -> BoxedStrategy<Wire>) -> BoxedStrategy<Wire> {
     let entries: Vec<BoxedStrategy<(Wire, Wire)>> = rows
         .iter()

@@ -1,4 +1,4 @@
-//! The agent's `runtime "NAME" {}` blocks, and the runtimes that are there without them.
+//! Reads the agent's `runtime "NAME" {}` blocks, and adds the built-in runtimes.
 
 use std::{
     collections::BTreeMap,
@@ -13,10 +13,10 @@ use crate::{
     task::{OwnShim, RuntimeSettings},
 };
 
-/// Options that only a runtime of gVisor's has.
+/// The options that only a gVisor runtime has.
 const GVISOR: [&str; 7] = ["platform", "network", "overlay", "file_access", "cgroups", "debug_log", "flags"];
 
-/// All runtimes that jobs can name.
+/// Returns all runtimes that jobs can name.
 pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<String, RuntimeSettings> {
     let empty = Values::default();
     let built_in = ["crun", "runc", "runsc", "io.containerd.runsc.v1"];
@@ -27,7 +27,7 @@ pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<Str
             || name.len() > 64
             || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         {
-            // It becomes part of paths.
+            // The name becomes part of paths.
             faults.say(format!("runtime {name:?}: a name has up to 64 letters, digits, dots, underscores and hyphens"));
             continue;
         }
@@ -45,7 +45,7 @@ fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettin
         }
     }
     if config.is_some() && shim.is_none() {
-        faults.say(format!("runtime {name:?}: config needs a shim of its own; runc's has no such file"));
+        faults.say(format!("runtime {name:?}: config needs a shim of its own; runc's shim has no configuration file"));
     }
     let own_name = shim.is_some() && name.ends_with("runsc.v1");
     let default = if own_name { "runsc" } else { name };
@@ -65,7 +65,7 @@ fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettin
             .say(format!("runtime {name:?}: config is not for gVisor's shim; its settings are options of this block"));
     }
     if shim.is_some() && !is_gvisor && block.filled("binary").is_some() {
-        faults.say(format!("runtime {name:?}: binary and shim exclude each other; such a shim has its own"));
+        faults.say(format!("runtime {name:?}: binary and shim exclude each other; such a shim has its own binary"));
     }
     let given = GVISOR.iter().find(|option| block.has(option));
     let gvisor = match (is_gvisor, given) {
@@ -77,7 +77,7 @@ fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettin
         }
     };
     let shim = shim.map(|program| OwnShim { program, config });
-    // The shim of another kind of container calls what it likes.
+    // A shim for another kind of container chooses its runtime itself.
     let binary = match &shim {
         Some(shim) if gvisor.is_none() && block.filled("binary").is_none() => shim.program.clone(),
         _ => binary,
@@ -85,7 +85,8 @@ fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettin
     RuntimeSettings { binary, shim, gvisor }
 }
 
-/// containerd's rule: `io.containerd.NAME.VERSION` means `containerd-shim-NAME-VERSION`. runc's is everybody's.
+/// Returns the shim that a runtime's name stands for, by containerd's rule: `io.containerd.NAME.VERSION` means
+/// `containerd-shim-NAME-VERSION`. `None` for runc's shim, which all other runtimes use.
 fn shim_of(name: &str) -> Option<PathBuf> {
     let (kind, version) = name.strip_prefix("io.containerd.")?.rsplit_once('.')?;
     (kind != "runc").then(|| format!("containerd-shim-{kind}-{version}").into())
@@ -109,7 +110,7 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings
         ));
     }
     let file_access = word(of, "file_access", faults);
-    // runsc insists: what is kept in an overlay is not seen to change below.
+    // runsc requires this: through an overlay, changes of the files below are not seen.
     let overlay = match (file_access, overlay) {
         (Some(FileAccess::Shared), None) => Some("none".to_owned()),
         (Some(FileAccess::Shared), Some(overlay)) if overlay != "none" => {
@@ -135,7 +136,7 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings
     }
 }
 
-/// As `--overlay2` takes it, with an optional `,size=`.
+/// Whether runsc's `--overlay2` accepts this text, with an optional `,size=`.
 fn is_overlay(text: &str) -> bool {
     let Some((whose, medium)) = text.split_once(':') else { return false };
     let medium = medium.split(",size=").next().unwrap_or_default();

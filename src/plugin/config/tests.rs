@@ -42,7 +42,7 @@ fn hostnames_are_names() {
         let error = with("shim", name).expect_err(name).to_string();
         assert!(error.contains("hostname") && !error.contains(char::is_control), "{error}");
     }
-    // The old driver took everything.
+    // nomad-driver-containerd accepted everything.
     for name in ["-x;$(id)", "a b", "h\u{f6}st"] {
         with("containerd-driver", name).expect(name);
     }
@@ -113,7 +113,7 @@ fn mounts_are_checked_by_kind() {
     assert!(check("shim", &[target, ("type", Wire::from("tmpfs"))]).is_ok());
     assert!(check("shim", &[("target", Wire::from("/a/../..")), ("type", Wire::from("tmpfs"))]).is_err());
     let target = ("target", Wire::from("/t"));
-    // A "tmpfs" with the options of a bind is one, and checked as one; strange options are refused.
+    // A "tmpfs" with the options of a bind is a bind, and is checked as one; unknown options are refused.
     for name in ["shim", "containerd-driver"] {
         let disguised = [
             target.clone(),
@@ -206,7 +206,7 @@ fn what_a_runtime_can_not_be_is_said() {
         "overlay = \"self\"",
         "debug_log = \"logs\" is not an absolute path",
         "\"--x\" is not a flag's name",
-        "\"root\" is not for this list",
+        "\"root\" is not allowed in this list",
         "overlay = \"root:self\" and file_access = \"shared\"",
         "containerd_runtime = \"io.containerd.wasm.v1\" is not configured",
     ] {
@@ -230,7 +230,7 @@ fn what_a_sandbox_can_not_have_is_refused() {
     let error = task_options(&named("containerd-driver"), GroupNetwork::None, &bytes).expect_err("refused").to_string();
     assert!(error.contains("4 problems") && error.contains("net.core.somaxconn"), "{error}");
     for option in ["pid_mode", "ipc_mode", "uts_mode"] {
-        assert!(error.contains(&format!("{option} = \"host\" can't be had with runtime \"runsc\"")), "{error}");
+        assert!(error.contains(&format!("{option} = \"host\" is not possible with runtime \"runsc\"")), "{error}");
     }
 }
 

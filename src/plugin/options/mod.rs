@@ -1,4 +1,5 @@
-//! Every option, as a row: what Nomad may send, what it is checked against, and what users read about it.
+//! The option tables. One row for each option gives what Nomad may send, what the value is checked against, and what
+//! users read about the option.
 
 mod agent;
 mod job;
@@ -8,12 +9,12 @@ mod tables;
 pub use agent::PLUGIN;
 pub use job::TASK;
 
-/// What an option holds.
+/// The type of an option's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Text.
+    /// A text.
     Text,
-    /// true or false.
+    /// `true` or `false`.
     Flag,
     /// A whole number.
     Number,
@@ -23,33 +24,33 @@ pub enum Kind {
     Block(&'static [Row]),
     /// Any number of blocks, in order.
     Blocks(&'static [Row]),
-    /// Blocks with a label each.
+    /// Any number of blocks, each with a label.
     Labelled(&'static [Row]),
     /// Texts by name: `x { a = "1" }`, `x = [{ a = "1" }]`.
     Map,
 }
 
-/// Must it be there?
+/// Whether an option must be set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
-    /// Yes.
+    /// The option must be set.
     Required,
-    /// No.
+    /// The option may be left out, and then has no value.
     Optional,
-    /// No, and then it is this (an HCL expression: texts with their quotes).
+    /// The option may be left out, and then has this value (an HCL expression: texts with their quotes).
     Default(&'static str),
 }
 
-/// One option.
+/// One option: a row of an option table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// Its name.
+    /// The option's name.
     pub name: &'static str,
-    /// What it holds.
+    /// The type of its value.
     pub kind: Kind,
-    /// Must it be there?
+    /// Whether the option must be set.
     pub presence: Presence,
-    /// What it does, in a sentence.
+    /// What the option does, for users.
     pub help: &'static str,
 }
 
@@ -71,6 +72,6 @@ const AUTH: &[Row] = &[
     row(
         "server_address",
         Kind::Text,
-        "The only registry these are sent to, and the token realm that it names: `registry.example:5000`. Default in a job: the image's registry; in the plugin's configuration: Docker Hub, or as containerd-driver the image's.",
+        "The registry, `registry.example:5000`, to which alone these credentials are sent, along with the token realm that it names. Default in a job: the image's registry; in the plugin's configuration: Docker Hub, or as containerd-driver the image's registry.",
     ),
 ];

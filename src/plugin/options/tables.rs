@@ -1,8 +1,8 @@
-//! The tables as users read them.
+//! The option tables in Markdown, as docs/options.md has them.
 
 use super::{Kind, Presence, Row};
 
-/// A table in markdown: one line an option, those of a block after it.
+/// Renders a table in Markdown: one line for each option, and the options of a block after the block.
 pub fn table(rows: &[Row]) -> String {
     let mut text = "| option | kind | what |\n| --- | --- | --- |\n".to_owned();
     lines(rows, "", &mut text);
@@ -24,7 +24,7 @@ fn lines(rows: &[Row], block: &str, text: &mut String) {
         };
         let help = row.help.replace('|', "\\|");
         text.push_str(&format!("| `{name}` | {} | {help}{presence} |\n", kind(row.kind)));
-        // A block in a block would need a name for both; there is none.
+        // No option table has a block inside of a block, whose name would have to show both.
         lines(nested, &name, text);
     }
 }
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
     use crate::plugin::options::{PLUGIN, TASK};
 
-    /// `UPDATE_OPTIONS=1 cargo test options_page` writes them.
+    /// `UPDATE_OPTIONS=1 cargo test options_page` writes the tables into docs/options.md.
     #[test]
     fn the_options_page_has_the_tables() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/options.md");
@@ -60,7 +60,7 @@ mod tests {
             if std::env::var_os("UPDATE_OPTIONS").is_some() {
                 page.replace_range(from..to, &table(rows));
             } else {
-                assert_eq!(page[from..to], table(rows), "UPDATE_OPTIONS=1 cargo test options_page writes it");
+                assert_eq!(page[from..to], table(rows), "UPDATE_OPTIONS=1 cargo test options_page writes the table");
             }
         }
         if page != before {

@@ -1,28 +1,28 @@
-//! What the host says about AppArmor: the kernel's files, the parser, and the distribution's profile directory.
+//! AppArmor on the host: the kernel's files, the parser, and the distribution's profile directory.
 
 use std::{fmt, fs, path::PathBuf, sync::Arc};
 
 use super::{AppArmorError, Peer, ProfileName};
 
-/// The files that describe AppArmor on a host. Tests use a directory of their own instead.
+/// The files that describe AppArmor on a host. Tests use files in a directory of their own instead.
 #[derive(Debug, Clone)]
 pub struct Host {
-    /// Contains `Y` if the kernel has AppArmor and it is active.
+    /// The kernel's file that contains `Y` if AppArmor is built in and active.
     pub(super) enabled: PathBuf,
     /// AppArmor's directory in securityfs.
     pub(super) policy: PathBuf,
     /// The distribution's profile directory.
     pub(super) includes: PathBuf,
-    /// This process's own label, under the current name (Linux 5.8) and the old one.
+    /// The files that contain this process's own label: the current one (since Linux 5.8) and the older one.
     pub(super) own_label: [PathBuf; 2],
-    /// The program that loads profiles, by path or by name in PATH.
+    /// The program that loads profiles, as a path or as a name to look up in PATH.
     pub(super) parser: PathBuf,
 }
 
 /// Whether profiles can be applied on a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Support {
-    /// They can.
+    /// The kernel applies profiles.
     Enabled,
     /// The kernel has no AppArmor, or another security module was chosen at boot.
     Disabled,
@@ -54,7 +54,7 @@ impl Default for Host {
 }
 
 impl Host {
-    /// Says whether profiles can be applied.
+    /// Tells whether profiles can be applied.
     pub fn support(&self) -> Support {
         if !fs::read_to_string(&self.enabled).is_ok_and(|text| text.starts_with('Y')) {
             Support::Disabled
@@ -72,7 +72,7 @@ impl Host {
     /// Returns the names of all loaded profiles.
     ///
     /// # Errors
-    /// When the kernel's list can't be read; only root may.
+    /// Fails when the kernel's list can't be read; only root may read it.
     pub fn loaded(&self) -> Result<Vec<String>, AppArmorError> {
         let path = self.list();
         let text = fs::read_to_string(&path)
@@ -80,15 +80,15 @@ impl Host {
         Ok(text.lines().map(|line| label_of(line).to_owned()).collect())
     }
 
-    /// Says whether this profile is loaded. This reads one file of the kernel's, which has a line for each profile.
+    /// Tells whether this profile is loaded. This reads one file of the kernel, which has a line for each profile.
     ///
     /// # Errors
-    /// When the kernel's list can't be read.
+    /// Fails when the kernel's list can't be read.
     pub fn is_loaded(&self, name: &ProfileName) -> Result<bool, AppArmorError> {
         Ok(self.loaded()?.iter().any(|loaded| loaded == name.as_str()))
     }
 
-    /// Returns the plugin's own profile as a peer for rules. Usually the plugin has none.
+    /// Returns the plugin's own profile as a peer for rules. Usually the plugin has no profile.
     pub(super) fn plugin_peer(&self) -> Option<Peer> {
         let text = self.own_label.iter().find_map(|path| fs::read_to_string(path).ok())?;
         let label = label_of(text.trim_end_matches(['\n', '\0']));
@@ -99,14 +99,14 @@ impl Host {
         if peer.is_none() {
             tracing::warn!(
                 label,
-                "the plugin's own AppArmor label can't be named in the tasks' profile; tasks may not take its signals"
+                "the plugin's own AppArmor label can't be named in the tasks' profile; tasks may not accept the plugin's signals"
             );
         }
         peer
     }
 
-    /// Returns the file that pins the meaning of rules, if it is installed. Version 3.0 is the newest that all supported
-    /// distributions have (moby/profiles, apparmor/template.go).
+    /// Returns the file that fixes the meaning of rules (their ABI), if it is installed. Version 3.0 is the newest that
+    /// all supported distributions have (moby/profiles, apparmor/template.go).
     pub(super) fn abi(&self) -> Option<&'static str> {
         let abi = "abi/3.0";
         self.includes.join(abi).is_file().then_some(abi)
@@ -118,8 +118,8 @@ impl Host {
     }
 }
 
-/// The label in a line such as `docker-default (enforce)`. Names may contain blanks and parentheses, so the mode begins
-/// at the last ` (`.
+/// Returns the label in a line such as `docker-default (enforce)`. Names may contain blanks and parentheses, so the
+/// mode begins at the last ` (`.
 fn label_of(line: &str) -> &str {
     match line.strip_suffix(')').and_then(|line| line.rsplit_once(" (")) {
         Some((label, _)) => label,
@@ -132,7 +132,7 @@ pub(super) mod tests {
     use super::*;
     use std::{io, path::Path};
 
-    /// A made-up host with AppArmor enabled and these profiles loaded.
+    /// Returns a simulated host with AppArmor enabled and these profiles loaded.
     pub(in crate::rootfs::apparmor) fn host(directory: &Path, profiles: &[&str]) -> io::Result<Host> {
         let host = Host {
             enabled: directory.join("enabled"),

@@ -1,11 +1,12 @@
-//! Loading the driver's own profile, by `apparmor_parser`, off the start path.
+//! Loads the driver's own profile with `apparmor_parser`, outside of the start path.
 //!
-//! A plugin hands its profile to the kernel each time it starts. The kernel skips a profile that is identical to the
-//! loaded one ("same as current profile, skipping", security/apparmor/policy.c `aa_replace_profiles`). A different one
-//! replaces it, for running tasks as well. docker does the same since moby/moby#52537: changes to a profile are fixes.
+//! A plugin gives its profile to the kernel each time the plugin starts. The kernel skips a profile that is identical
+//! to the loaded one ("same as current profile, skipping", security/apparmor/policy.c `aa_replace_profiles`). A
+//! different one replaces it, for running tasks as well. Docker does the same since moby/moby#52537: changes to a
+//! profile are fixes.
 //!
-//! A start reads the kernel's list of profiles. It waits for the parser only if the profile is missing: before the first
-//! load after a boot, and after the profile was unloaded, which an upgrade of the apparmor package may do.
+//! A task's start reads the kernel's list of profiles. It waits for the parser only if the profile is missing: before
+//! the first load after a boot, and after the profile was unloaded, which an upgrade of the apparmor package may do.
 
 use std::{
     path::{Path, PathBuf},
@@ -23,15 +24,16 @@ use tokio::io::AsyncWriteExt as _;
 use super::{AppArmorError, Host, OwnProfile, ProfileName, Support};
 use crate::process::async_command;
 
-/// The parser needs a few milliseconds for this profile. If it takes this long, it hangs.
+/// The time after which the parser is killed. It needs a few milliseconds for this profile, so it hangs if it takes
+/// this long.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// After a failed load, no other one begins until this time has passed since the failed one began. It is longer than the
-/// deadline, so that a parser that hangs does not delay every start.
+/// The time from the beginning of a failed load to the next one. It is longer than the parser's timeout, so that a
+/// parser that hangs does not delay every start.
 const RETRY: Duration = Duration::from_secs(60);
-/// How many characters of the parser's error message are passed on.
+/// The number of characters of the parser's error message that are passed on.
 const COMPLAINT: usize = 300;
 
-/// The driver's own profile on this host.
+/// Loads the driver's own profile on this host.
 #[derive(Debug, Clone)]
 pub struct Loader(Arc<Inner>);
 
@@ -67,34 +69,35 @@ impl Loader {
         Self(Arc::new(Inner { host, profile, deadline, last: Mutex::default() }))
     }
 
-    /// The host that the profile is for.
+    /// Returns the host that the profile is for.
     pub fn host(&self) -> &Host {
         &self.0.host
     }
 
-    /// The profile's name.
+    /// Returns the profile's name.
     pub fn name(&self) -> &ProfileName {
         self.0.profile.name()
     }
 
-    /// Hands the profile to the kernel, whether or not one of its name is loaded.
+    /// Gives the profile to the kernel, whether or not a profile of this name is loaded.
     ///
     /// # Errors
-    /// When the host has no AppArmor or no parser, and when the parser fails or hangs.
+    /// Fails when the host has no AppArmor or no parser, and when the parser fails or hangs.
     pub async fn refresh(&self) -> Result<(), AppArmorError> {
         self.attempt().await
     }
 
-    /// Makes sure that the profile is loaded. If it is, no process is started.
+    /// Makes sure that the profile is loaded. Starts no process if it is loaded already.
     ///
     /// # Errors
-    /// When the profile is missing and can't be loaded.
+    /// Fails when the profile is missing and can't be loaded.
     pub async fn ensure(&self) -> Result<(), AppArmorError> {
         let support = self.host().support();
         if support != Support::Enabled {
             return Err(AppArmorError::Unsupported { profile: self.name().to_string(), support });
         }
-        // Two rounds, because the first may return the result of a load that was over before the profile was unloaded.
+        // There are two rounds, because the first may return the result of a load that ended before the profile was
+        // unloaded.
         for _ in 0..2 {
             if self.host().is_loaded(self.name())? {
                 return Ok(());
@@ -104,8 +107,8 @@ impl Loader {
         Ok(())
     }
 
-    /// Returns the load that is running or has failed recently, or begins a new one. A load goes on if its callers are
-    /// cancelled.
+    /// Returns the load that is running or has failed recently, or begins a new one. A load continues when its callers
+    /// are cancelled.
     fn attempt(&self) -> impl Future<Output = Result<(), AppArmorError>> + use<> {
         let mut last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
         let current = last.clone().filter(|attempt| match attempt.outcome.peek() {
@@ -143,7 +146,12 @@ impl Inner {
         let failed =
             |problem: String| AppArmorError::Load { profile: name.to_string(), parser: parser.clone(), problem };
         match tokio::time::timeout(self.deadline, parse(&parser, &text)).await {
-            Err(_) => return Err(failed(format!("it was killed after {} s without an end", self.deadline.as_secs()))),
+            Err(_) => {
+                return Err(failed(format!(
+                    "it was killed because it had not ended after {} s",
+                    self.deadline.as_secs()
+                )));
+            }
             Ok(outcome) => outcome.map_err(failed)?,
         }
         if self.host.is_loaded(name)? {
@@ -164,7 +172,7 @@ async fn parse(parser: &Path, text: &str) -> Result<(), String> {
     command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     let mut child = command.spawn().map_err(|error| format!("it can't be run: {error}"))?;
     if let Some(mut stdin) = child.stdin.take() {
-        // If the parser ends before it has read everything, its own message says why.
+        // If the parser ends before it has read everything, its own error message explains it.
         let _ = stdin.write_all(text.as_bytes()).await;
     }
     let output = child.wait_with_output().await.map_err(|error| error.to_string())?;
@@ -174,7 +182,7 @@ async fn parse(parser: &Path, text: &str) -> Result<(), String> {
     Err(format!("{}: {}", output.status, complaint(&output.stderr)))
 }
 
-/// The beginning of the parser's error message, as one line without control characters.
+/// Returns the beginning of the parser's error message, as one line without control characters.
 fn complaint(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
@@ -218,8 +226,9 @@ mod tests {
         }
     }
 
-    /// Writes a program by another process. If this process had it open for writing, a child that another test forks
-    /// meanwhile would inherit the descriptor, and executing the file would fail (ETXTBSY).
+    /// Writes a program with the help of another process. If this process had the file open for writing, a child
+    /// process that another test forks at that moment would inherit the descriptor, and executing the file would fail
+    /// (ETXTBSY).
     fn install(path: &Path, text: &str) {
         let mut command = std::process::Command::new("install");
         command.args(["-m", "755", "/dev/stdin"]).arg(path).stdin(Stdio::piped());
@@ -239,7 +248,7 @@ mod tests {
         for outcome in futures_util::future::join_all(all).await {
             outcome.expect("loaded");
         }
-        fake.loader.ensure().await.expect("it is there");
+        fake.loader.ensure().await.expect("it is loaded");
         assert_eq!(fake.calls().len(), 1);
         // All profiles are unloaded.
         let list = fake.directory.path().join("policy/profiles");
@@ -255,7 +264,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(DEADLINE, ended).await.expect("it goes on without a caller");
+        tokio::time::timeout(DEADLINE, ended).await.expect("the load continues without a caller");
         assert!(fake.loader.host().is_loaded(fake.loader.name()).expect("read"));
         fs::write(&list, "").expect("written");
         fake.loader.ensure().await.expect("loaded again");
@@ -268,7 +277,7 @@ mod tests {
         fake.loader.ensure().await.expect("it is loaded");
         assert_eq!(fake.calls().len(), 0, "no process for a loaded profile");
         assert!(fake.loader.refresh().await.is_err());
-        fake.loader.ensure().await.expect("it is there");
+        fake.loader.ensure().await.expect("it is still loaded");
         assert_eq!(fake.calls().len(), 1);
     }
 
@@ -291,12 +300,12 @@ mod tests {
     async fn a_parser_that_hangs_is_killed() {
         let fake = Fake::new(Some("exec sleep 600"), &[], Duration::from_millis(300));
         let told = refused(&fake).await;
-        assert!(told.contains("killed after 0 s without an end"), "{told}");
+        assert!(told.contains("killed because it had not ended after 0 s"), "{told}");
         let calls = fake.calls();
         let [pid] = &calls[..] else { panic!("{calls:?}") };
         let deadline = Instant::now() + Duration::from_secs(10);
         while Path::new("/proc").join(pid).exists() {
-            assert!(Instant::now() < deadline, "the parser lives on");
+            assert!(Instant::now() < deadline, "the parser is still running");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

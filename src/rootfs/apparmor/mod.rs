@@ -1,7 +1,7 @@
-//! AppArmor: the driver's own profile with docker's default rules, how it is loaded, and what the host says about it.
+//! AppArmor: the driver's own profile with docker's default rules, and how it is loaded.
 //!
-//! `profile` makes the text, `host` reads the kernel's files, `loader` calls `apparmor_parser`. `task/apparmor.rs` decides
-//! which profile a task gets.
+//! `profile` makes the profile's text, `host` reads the kernel's files, and `loader` calls `apparmor_parser`.
+//! `task/apparmor.rs` decides which profile a task gets.
 
 mod host;
 mod loader;
@@ -13,18 +13,19 @@ pub use host::{Host, Support};
 pub use loader::Loader;
 pub use profile::{OWN_PREFIX, OwnProfile, Peer};
 
-/// The package that has `apparmor_parser`, under Debian's and Ubuntu's name.
+/// The package that contains `apparmor_parser`, by its name on Debian and Ubuntu.
 pub const PARSER_PACKAGE: &str = "apparmor";
 
-/// Longer names are a mistake; the kernel's own limit is a page.
+/// The length of the longest name that is accepted. Longer names are surely a mistake; the kernel's own limit is a
+/// page.
 const NAME_MAX: usize = 256;
 
-/// The name of one profile, which the kernel can't take for anything else.
+/// The name of exactly one profile, without any syntax that has another meaning to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ProfileName(String);
 
 impl ProfileName {
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -39,8 +40,8 @@ impl fmt::Display for ProfileName {
 impl FromStr for ProfileName {
     type Err = AppArmorError;
 
-    /// Checks a name. Runtimes write `exec NAME` into `/proc/self/attr/apparmor/exec`. There, a leading `&` and an inner `//&` stack
-    /// profiles, a leading `:` names another policy namespace, and the kernel trims white space
+    /// Checks a name. Runtimes write `exec NAME` into `/proc/self/attr/apparmor/exec`. In such a name, a leading `&` or
+    /// an inner `//&` stacks profiles, a leading `:` names another policy namespace, and the kernel trims white space
     /// (security/apparmor/lsm.c, label.c `aa_label_strn_parse`).
     fn from_str(name: &str) -> Result<Self, AppArmorError> {
         let is_one_profile = !name.is_empty()
@@ -49,7 +50,7 @@ impl FromStr for ProfileName {
             && !name.chars().any(char::is_control)
             && !name.starts_with(['&', ':'])
             && !name.contains("//&")
-            // This means no profile. The options have a value of their own for it.
+            // This name means no profile. The options have a separate value for that.
             && name != "unconfined";
         if is_one_profile { Ok(Self(name.to_owned())) } else { Err(AppArmorError::Name(name.to_owned())) }
     }
@@ -61,7 +62,7 @@ pub enum AppArmorError {
     /// The text is not the name of one profile.
     #[error("{0:?} is not the name of an AppArmor profile")]
     Name(String),
-    /// The host can't confine anything.
+    /// The host can't apply AppArmor profiles.
     #[error("AppArmor profile {profile:?} can't be applied: {support}")]
     Unsupported {
         /// The profile that was asked for.
@@ -69,7 +70,7 @@ pub enum AppArmorError {
         /// What the host lacks.
         support: Support,
     },
-    /// The profile is not in the kernel, and is not ours to load.
+    /// The profile is not loaded in the kernel, and the driver loads only its own profile.
     #[error(
         "AppArmor profile {0:?} is not loaded on this node; load it with apparmor_parser, or name another one (aa-status lists them)"
     )]
@@ -88,20 +89,20 @@ pub enum AppArmorError {
         profile: String,
         /// The program that was called.
         parser: PathBuf,
-        /// What it said, or what became of it.
+        /// The program's error message, or how it ended.
         problem: String,
     },
     /// The kernel's list of loaded profiles can't be read.
-    #[error("read {path}")]
+    #[error("could not read the list of loaded AppArmor profiles {path}")]
     List {
-        /// The list.
+        /// The list's path.
         path: PathBuf,
         /// Why it can't be read.
         source: Arc<io::Error>,
     },
-    /// gVisor has no AppArmor.
+    /// gVisor does not support AppArmor.
     #[error(
-        "AppArmor profile {profile:?} can't be had with runtime {runtime:?}: gVisor ignores profiles; remove it, or use a runtime without a sandbox"
+        "AppArmor profile {profile:?} can't be used with runtime {runtime:?}: gVisor ignores profiles; remove it, or use a runtime without a sandbox"
     )]
     Sandbox {
         /// The profile that was asked for.

@@ -1,23 +1,24 @@
-//! The text of the driver's own profile: a pure function of the driver's name and of what the host has.
+//! The text of the driver's own profile: a pure function of the driver's name and of the host's AppArmor.
 //!
 //! The rules are docker's (moby/profiles, apparmor/template.go, as of June 2026; `deny network alg` came with
-//! moby/moby#52547). Where docker's patterns let names through that its comments deny, such as
-//! `/proc/sys/kernel/sysrq`, ours are exact.
+//! moby/moby#52547). Some of docker's patterns allow names that its comments deny, such as `/proc/sys/kernel/sysrq`.
+//! The patterns here are exact.
 
 use std::fmt::Write as _;
 
 use super::ProfileName;
 use crate::ids::DriverName;
 
-/// The prefix of the names of all our profiles.
+/// The prefix of the names of all profiles of this driver.
 pub const OWN_PREFIX: &str = "nomad-driver-shim-";
 
-/// Another profile, whose name can stand in a rule as it is.
+/// Another profile, whose name can be used in a rule as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer(String);
 
 impl Peer {
-    /// Returns None for a label that a rule would read as a pattern, and for a stack of several profiles.
+    /// Returns the peer of this label. Returns `None` for a label that the parser would read as a pattern, and for a
+    /// stack of several profiles.
     pub fn of_label(label: &str) -> Option<Self> {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
         (!label.is_empty() && label.chars().all(is_plain)).then(|| Self(label.to_owned()))
@@ -31,27 +32,29 @@ pub struct OwnProfile {
 }
 
 impl OwnProfile {
-    /// Returns the profile of the driver of this name. A [`DriverName`] has no character with a meaning in profiles.
+    /// Returns the profile of the driver of this name. A [`DriverName`] contains no character that has a special
+    /// meaning in profiles.
     pub fn of(driver: &DriverName) -> Self {
         Self { name: ProfileName(format!("{OWN_PREFIX}{driver}")) }
     }
 
-    /// Its name in the kernel.
+    /// Returns the profile's name in the kernel.
     pub fn name(&self) -> &ProfileName {
         &self.name
     }
 
     /// Returns the text for `apparmor_parser`.
     ///
-    /// `plugin` is the plugin's own profile, if it has one: the plugin and its shims send signals to tasks. `abi` is a file
-    /// that pins the meaning of rules, such as `abi/3.0`. Without it, the parser's own version decides.
+    /// `plugin` is the plugin's own profile, if it has one: the plugin and its shims send signals to tasks. `abi` is a
+    /// file that fixes the meaning of rules, such as `abi/3.0`. Without it, the parser's own version decides.
     pub fn text(&self, plugin: Option<&Peer>, abi: Option<&str>) -> String {
         let name = &self.name;
         let mut text = String::new();
         if let Some(abi) = abi {
             let _ = writeln!(text, "abi <{abi}>,");
         }
-        // With attach_disconnected, files from outside of the task's mount namespace, such as its logs, have a path.
+        // With attach_disconnected, the kernel has paths also for files from outside of the task's mount namespace,
+        // such as its logs.
         let _ = writeln!(text, "profile \"{name}\" flags=(attach_disconnected,mediate_deleted) {{");
         for rule in ALLOWED {
             let _ = writeln!(text, "  {rule},");
@@ -75,20 +78,20 @@ impl OwnProfile {
     }
 }
 
-/// Rules that allow whatever no rule below denies. Since version 4 of the ABI, `network` does not include unix sockets
-/// (containerd/containerd#12726). As in abstractions/base, which docker includes, processes under other profiles may
-/// observe and trace tasks if their own rules allow it: monitoring, `runc exec`.
+/// Rules that allow everything that no rule in `DENY_RULES` denies. Since version 4 of the ABI, `network` does not
+/// include unix sockets (containerd/containerd#12726). As in abstractions/base, which docker includes, processes under
+/// other profiles may observe and trace tasks if their own rules allow it; monitoring and `runc exec` need this.
 const ALLOWED: [&str; 7] =
     ["capability", "file", "umount", "network", "unix", "signal (receive) set=(exists)", "ptrace (readby,tracedby)"];
 
 /// Senders of signals to tasks: root's own processes, and the runtimes, which have profiles of these names on Ubuntu.
 const SENDERS: [&str; 3] = ["unconfined", "runc", "crun"];
 
-/// Rules that deny, besides those for writing below `/proc` and `/sys`.
+/// Rules that deny, besides those against writing below `/proc` and `/sys`.
 const DENIED: [&str; 8] = [
     "mount",
-    // CVE-2026-31431, and the hypervisor's channel (moby/moby#53551). A seccomp filter can't see the family behind a 32-bit
-    // `socketcall`.
+    // AF_ALG is denied for CVE-2026-31431, and AF_VSOCK as the channel to the hypervisor (moby/moby#53551). A seccomp
+    // filter can't see the address family of a 32-bit `socketcall`.
     "network alg",
     "network vsock",
     "/proc/sysrq-trigger rwklx",
@@ -101,8 +104,9 @@ const DENIED: [&str; 8] = [
 /// Returns patterns that match every path below `base`, except those that continue with `spared` and those whose first
 /// character is in `class`.
 ///
-/// In AppArmor, nothing can be excepted from a rule that denies. So there is one pattern for each character at which a
-/// path can differ from `spared`. A path that ends before it differs is a directory on the way, and is not matched.
+/// AppArmor has no exceptions from a rule that denies. So there is one pattern for each character at which a path can
+/// differ from `spared`. A path that ends before it differs is a parent directory of `spared`, and no pattern matches
+/// it.
 fn all_but(base: &str, class: &str, spared: &str) -> Vec<String> {
     let pattern = |(at, c): (usize, char)| {
         let class = if at == 0 { class } else { "" };
@@ -120,7 +124,7 @@ mod tests {
         OwnProfile::of(&DriverName::new(name).expect("a name"))
     }
 
-    /// The patterns of [`all_but`]: a literal, one negated class, the rest.
+    /// Matches a path against a pattern of `deny_patterns`: literal text, one negated class, and the rest of the path.
     fn matches(pattern: &str, path: &str) -> bool {
         let (literal, rest) = pattern.split_once("[^").expect("a class");
         let class = rest.strip_suffix("]**").expect("the rest of a path");
@@ -154,7 +158,7 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line:?} in {text}");
         }
         assert!(text.ends_with("}\n"));
-        // No file of the host's is included, so that a driver has the same profile on all hosts.
+        // No file of the host is included, so that a driver has the same profile on all hosts.
         assert!(!text.contains("include"), "{text}");
         assert!(profile("shim").text(None, None).starts_with("profile "));
     }
@@ -179,7 +183,7 @@ mod tests {
         for path in [
             "/proc/sysrq-trigger",
             "/proc/sys/kernel/core_pattern",
-            // docker's patterns let these two through.
+            // Docker's patterns allow these two.
             "/proc/sys/kernel/sysrq",
             "/proc/sys/kernel/sem",
             "/proc/sys/kernel/modprobe",
@@ -212,7 +216,7 @@ mod tests {
     }
 
     proptest! {
-        /// Two drivers' profiles differ in nothing but the name.
+        /// The profiles of two drivers differ only in the name.
         #[test]
         fn a_drivers_name_is_only_a_name(name in "[A-Za-z0-9][A-Za-z0-9._-]{0,62}") {
             let (own, plain) = (profile(&name), profile("x"));

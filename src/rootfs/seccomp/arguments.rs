@@ -1,25 +1,25 @@
-//! How much of each argument the kernel looks at.
+//! The width of each system call's arguments: the bits that the kernel uses.
 //!
-//! A filter sees every argument as a 64-bit register. A system call that declares an `int` gets the low word of that
-//! register only (`SYSCALL_DEFINEx` casts each argument to its declared type: linux, include/linux/syscalls.h,
-//! `__SC_CAST`). A rule that compares the whole register is evaded by a bit that the kernel then drops:
+//! A filter sees every argument as a 64-bit register. A system call that declares an `int` gets only the low word of
+//! that register (`SYSCALL_DEFINEx` casts each argument to its declared type: linux, include/linux/syscalls.h,
+//! `__SC_CAST`). A task can evade a rule that compares the whole register by setting a bit that the kernel then drops:
 //! `socket(1 << 32 | AF_VSOCK, ...)` opens a vsock socket.
 
 use std::{collections::HashMap, sync::OnceLock};
 
-/// How much of an argument the kernel looks at.
+/// The number of bits of an argument that the kernel uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Width {
     /// 16 bits (`umode_t`).
     Half,
     /// 32 bits (`int`, `unsigned int`, `pid_t`, file descriptors, ...).
     Word,
-    /// The whole register: pointers, sizes, `long`, and every argument that the tables don't name.
+    /// The whole register: pointers, sizes, `long`, and all arguments that the tables don't list.
     Register,
 }
 
 impl Width {
-    /// The bits of the register that the kernel looks at.
+    /// Returns the bits of the register that the kernel uses.
     pub(super) fn mask(self) -> u64 {
         match self {
             Self::Half => 0xffff,
@@ -29,7 +29,7 @@ impl Width {
     }
 }
 
-/// Which of clone's first two arguments is the flags: s390 has the stack first (`CONFIG_CLONE_BACKWARDS2`).
+/// The order of clone's first two arguments: s390 has the stack first (`CONFIG_CLONE_BACKWARDS2`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CloneArguments {
     FlagsFirst,
@@ -37,13 +37,13 @@ pub(super) enum CloneArguments {
 }
 
 impl CloneArguments {
-    /// The order on an architecture, by Go's name of it.
+    /// Returns the order on an architecture, given by Go's name.
     pub(super) fn on(arch: &str) -> Self {
         if arch.starts_with("s390") { Self::StackFirst } else { Self::FlagsFirst }
     }
 }
 
-/// How much of an argument of a system call the kernel looks at.
+/// Returns the width of an argument of a system call.
 pub(super) fn width(call: &str, argument: usize, clone: CloneArguments) -> Width {
     static TABLE: OnceLock<HashMap<&'static str, &'static str>> = OnceLock::new();
     let table = TABLE.get_or_init(|| {
@@ -61,12 +61,13 @@ pub(super) fn width(call: &str, argument: usize, clone: CloneArguments) -> Width
     }
 }
 
-/// Arguments that are narrow in the kernel's own prototype (every `SYSCALL_DEFINE` of Linux 6.12 that is in the system
-/// call table of x86-64 or in the generic one, what other 64-bit machines have besides, and what 6.13 to 6.19 added). One
-/// letter stands for one argument: `i` for 32 bits, `h` for 16, a dot for the whole register.
+/// Arguments that are narrow in the kernel's own prototype. The table covers every `SYSCALL_DEFINE` of Linux 6.12 that
+/// is in the system call table of x86-64 or in the generic one, further calls of other 64-bit machines, and the calls
+/// that 6.13 to 6.19 added. One letter stands for one argument: `i` for 32 bits, `h` for 16, a dot for the whole
+/// register.
 ///
-/// Prototypes of the old calls with 16-bit user ids (`setuid` and its like on 32-bit x86 and ARM) are not here: a rule
-/// is for a name, and the same name takes 32 bits on the other architectures.
+/// The prototypes of the old calls with 16-bit user ids (`setuid` and similar calls on 32-bit x86 and ARM) are not in
+/// the table: a rule is for a name, and the same name takes 32 bits on the other architectures.
 const PROTOTYPES: &[(&str, &str)] = &[
     (
         "i",
@@ -139,15 +140,15 @@ const PROTOTYPES: &[(&str, &str)] = &[
     ("i.i..i", "copy_file_range splice"),
 ];
 
-/// Arguments that are declared as `unsigned long` and truncated in the call's body.
+/// Arguments that are declared as `unsigned long` but truncated in the call's implementation.
 const BODIES: &[(&str, &str)] = &[
     // kernel/fork.c takes `lower_32_bits(clone_flags)`.
     ("i", "clone"),
-    // mm/mmap.c hands the file descriptor to `fget(unsigned int)`.
+    // mm/mmap.c passes the file descriptor to `fget(unsigned int)`.
     ("....i", "mmap"),
-    // kernel/ptrace.c hands the process id to `find_get_task_by_vpid(pid_t)`.
+    // kernel/ptrace.c passes the process id to `find_get_task_by_vpid(pid_t)`.
     (".i", "ptrace"),
-    // mm/mempolicy.c copies the mode to an `int`; the flags are one by prototype.
+    // mm/mempolicy.c copies the mode to an `int`; the prototype declares the flags as an `unsigned int`.
     ("..i..i", "mbind"),
 ];
 
@@ -198,7 +199,7 @@ mod tests {
         assert_eq!(names.len(), distinct.len());
         let unknown: Vec<_> =
             names.iter().filter(|name| Machine::ALL.iter().all(|machine| machine.number(name).is_none())).collect();
-        // Newer than the numbers that we have, or of machines that we have none of.
+        // These calls are newer than the tables of numbers, or belong to machines that have no table.
         let others = ["file_setattr", "listns", "riscv_hwprobe", "s390_guarded_storage", "s390_runtime_instr"];
         assert!(unknown.iter().all(|name| others.contains(name)), "{unknown:?}");
         assert!(PROTOTYPES.iter().chain(BODIES).all(|(widths, _)| widths.len() <= 6));

@@ -1,11 +1,13 @@
-//! From the OCI spec's `linux.seccomp` to a BPF program.
+//! Compiles the OCI spec's `linux.seccomp` to a BPF program.
 //!
-//! For each architecture the numbers from 0 upwards are cut into ranges with one verdict each, and the ranges are found
-//! by a balanced tree of "at least this?" jumps. Docker's allow list is some 46 ranges, so a few jumps decide, where
-//! libseccomp's default output compares one number after the other. The kernel runs a filter once for every number when
-//! it is loaded (seccomp's bitmap of calls that are always allowed, Linux 5.11), so this is a start's time, too.
+//! For each architecture the compiler divides the call numbers into ranges with one verdict each. A balanced tree of
+//! greater-or-equal jumps finds a call's range. Docker's list of allowed calls makes some 46 ranges, so a few jumps
+//! decide, where libseccomp's default output compares one number after the other. This also saves time at each start:
+//! the kernel runs a filter once for each call number when the filter is loaded (for seccomp's bitmap of calls that are
+//! always allowed, Linux 5.11).
 //!
-//! Only what surely means the same as in libseccomp is compiled. The rest says why not, and is left to libseccomp.
+//! A profile is compiled only if the program is certain to mean the same as libseccomp's. Otherwise the compiler
+//! returns the reason, and the profile is left to libseccomp.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -19,14 +21,15 @@ use super::{
     syscalls::{Machine, X32_BIT},
 };
 
-/// The kernel's limit on a program (`BPF_MAXINSNS`).
+/// The kernel's limit on the instructions of a program (`BPF_MAXINSNS`).
 const INSTRUCTIONS_MAX: usize = 4096;
 /// The kernel's largest errno (`MAX_ERRNO`).
 const ERRNO_MAX: u32 = 4095;
-/// What libseccomp does with calls of architectures that a profile doesn't name: it kills the thread.
+/// The verdict on calls of architectures that a profile doesn't name, as in libseccomp: the kernel kills the thread.
 const BAD_ARCHITECTURE: u32 = 0;
 
-/// 32-bit x86 has one call for all of sockets and one for all of SysV IPC, beside or instead of one for each.
+/// The multiplexers of 32-bit x86: one call for all socket calls and one for all SysV IPC calls, in addition to or
+/// instead of the direct calls.
 const X86_MULTIPLEXED: [(&str, &[&str]); 2] = [
     (
         "socketcall",
@@ -75,27 +78,28 @@ const X86_MULTIPLEXED: [(&str, &[&str]); 2] = [
 /// Why a profile is left to libseccomp.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum NotCompiled {
-    /// We make programs for x86 and ARM.
+    /// The compiler makes programs only for x86 and ARM.
     #[error("it names the architecture {0}")]
     Architecture(String),
-    /// A task that is watched from outside needs more than a program.
+    /// The compiler does not support a feature of the profile. A notifying filter, for example, needs a supervisor
+    /// process and not only a program.
     #[error("it uses {0}")]
     Feature(String),
-    /// The order of such rules matters, and is libseccomp's to know.
+    /// A call has rules of different actions. Their order matters, and only libseccomp knows it.
     #[error("it has rules of different actions for {0}")]
     Mixed(String),
-    /// 32-bit x86's `socketcall` and `ipc` hide what is called.
+    /// The multiplexers `socketcall` and `ipc` of 32-bit x86 hide which call is made.
     #[error("it has a rule for {0} and none without conditions for {1}, which 32-bit x86 uses for it")]
     Multiplexed(String, &'static str),
-    /// The program has grown too large.
-    #[error("its program has {0} instructions; the kernel takes {INSTRUCTIONS_MAX}")]
+    /// The program is too large.
+    #[error("its program has {0} instructions; the kernel accepts at most {INSTRUCTIONS_MAX}")]
     Long(usize),
 }
 
 /// Compiles a profile for a host.
 ///
 /// # Errors
-/// When it should be left to libseccomp.
+/// Returns the reason why the profile should be left to libseccomp.
 pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>, NotCompiled> {
     if profile.flags().as_ref().is_some_and(|flags| !flags.is_empty()) {
         return Err(NotCompiled::Feature("filter flags".to_owned()));
@@ -112,17 +116,17 @@ pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>
     }
     let mut program = Program::default();
     let killed = program.give(BAD_ARCHITECTURE);
-    // x32 shares x86-64's architecture, and its numbers lie above.
+    // x32 shares x86-64's architecture value. Its numbers lie above those of x86-64.
     let x32 = if machines.contains(&Machine::X32) { Some(verdicts(profile, Machine::X32, default)?) } else { None };
     let mut bodies = Vec::new();
     for machine in machines.iter().copied().filter(|machine| *machine != Machine::X32) {
         let mut ranges = ranges(&verdicts(profile, machine, default)?, default);
         if machine == Machine::X86_64 {
-            // All that the numbers above X32_BIT hold comes from x32's own rules.
+            // The verdicts on numbers above X32_BIT come only from x32's own rules.
             ranges.retain(|(first, _)| *first < X32_BIT);
             let above = match &x32 {
                 Some(x32) => self::ranges(x32, default),
-                // -1 is what a tracer writes to have a call skipped: libseccomp leaves it out of its test for x32.
+                // A tracer writes -1 to have a call skipped: libseccomp excludes this number from its test for x32.
                 None => vec![(X32_BIT, Verdict::Always(BAD_ARCHITECTURE)), (u32::MAX, Verdict::Always(default))],
             };
             ranges.extend(above.into_iter().map(|(first, verdict)| (first.max(X32_BIT), verdict)));
@@ -130,7 +134,7 @@ pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>
         }
         bodies.push((machine, program.by_number(&ranges, machine, default)));
     }
-    // The last one pushed is met first: the host's own architecture.
+    // The program is written backwards: the last comparison, for the host's own architecture, is executed first.
     let mut start = killed;
     for (machine, body) in bodies.into_iter().rev() {
         start = program.if_architecture(machine, body, start);
@@ -151,14 +155,14 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<u32, NotComp
     }
 }
 
-/// What is done with each call that the profile has a rule for.
+/// Returns the verdict on each call that the profile has a rule for.
 fn verdicts(profile: &LinuxSeccomp, machine: Machine, default: u32) -> Result<BTreeMap<u32, Verdict>, NotCompiled> {
     let mut verdicts: BTreeMap<u32, Verdict> = BTreeMap::new();
     let mut names: HashMap<&str, u32> = HashMap::new();
     for rule in profile.syscalls().iter().flatten() {
         let then = action(rule.action(), rule.errno_ret())?;
         if then == default {
-            // As runc and crun do: libseccomp refuses a rule that says what the default says.
+            // runc and crun skip such a rule, too: libseccomp refuses a rule with the same action as the default.
             continue;
         }
         for name in rule.names() {
@@ -168,7 +172,7 @@ fn verdicts(profile: &LinuxSeccomp, machine: Machine, default: u32) -> Result<BT
             }
             let any = conditions(name, rule.args().as_deref().unwrap_or_default(), machine)?;
             let Some(number) = machine.number(name) else {
-                // Newer than our tables, and forbidden: a newer libseccomp may know it.
+                // A rule restricts a call that is newer than the tables of numbers. A newer libseccomp may know it.
                 if is_permissive(default) && !Machine::ALL.iter().any(|machine| machine.number(name).is_some()) {
                     return Err(NotCompiled::Feature(format!("the unknown call {name}")));
                 }
@@ -191,8 +195,8 @@ fn verdicts(profile: &LinuxSeccomp, machine: Machine, default: u32) -> Result<BT
 fn refuse_hidden_calls(verdicts: &BTreeMap<u32, Verdict>, names: &HashMap<&str, u32>) -> Result<(), NotCompiled> {
     for (through, calls) in X86_MULTIPLEXED {
         let outer = Machine::X86.number(through).and_then(|number| verdicts.get(&number));
-        // libseccomp adds a rule for `socketcall` to each rule for `socket`, but one without conditions takes its place
-        // (src/db.c, `db_rule_add`).
+        // libseccomp adds a rule for `socketcall` to each rule for `socket`, but a rule for `socketcall` without
+        // conditions replaces those (src/db.c, `db_rule_add`).
         if matches!(outer, Some(Verdict::Always(_))) {
             continue;
         }
@@ -203,13 +207,13 @@ fn refuse_hidden_calls(verdicts: &BTreeMap<u32, Verdict>, names: &HashMap<&str, 
     Ok(())
 }
 
-/// Does this verdict let a call pass (`SECCOMP_RET_LOG`, `SECCOMP_RET_ALLOW`)?
+/// Tells whether a verdict allows a call (`SECCOMP_RET_LOG`, `SECCOMP_RET_ALLOW`).
 fn is_permissive(verdict: u32) -> bool {
     verdict >= LinuxSeccompAction::ScmpActLog.as_u32(None)
         && verdict < LinuxSeccompAction::ScmpActKillProcess.as_u32(None)
 }
 
-/// A rule's conditions on the arguments of a call.
+/// Returns a rule's conditions on the arguments of a call.
 fn conditions(call: &str, arguments: &[LinuxSeccompArg], machine: Machine) -> Result<Alternatives, NotCompiled> {
     let width = |index| width(call, index, CloneArguments::FlagsFirst);
     let found = alternatives(arguments, width).map_err(|error| NotCompiled::Feature(error.to_string()))?;
@@ -226,7 +230,8 @@ fn conditions(call: &str, arguments: &[LinuxSeccompArg], machine: Machine) -> Re
     Ok(found)
 }
 
-/// The numbers from 0 upwards, cut where the verdict changes: where each range begins.
+/// Divides the call numbers from 0 upwards into ranges with the same verdict. Returns the first number of each range
+/// with its verdict.
 fn ranges(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Vec<(u32, Verdict)> {
     let mut ranges = vec![(0, Verdict::Always(default))];
     let mut next = 0;
@@ -241,7 +246,8 @@ fn ranges(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Vec<(u32, Verdict)
     tidy(ranges)
 }
 
-/// Of two that begin at the same number the later one holds; neighbours with one verdict are one.
+/// Removes redundant ranges: of two that begin at the same number the later one is kept, and adjacent ranges with the
+/// same verdict are merged.
 fn tidy(mut ranges: Vec<(u32, Verdict)>) -> Vec<(u32, Verdict)> {
     ranges.reverse();
     ranges.dedup_by_key(|(first, _)| *first);

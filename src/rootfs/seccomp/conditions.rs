@@ -1,11 +1,11 @@
-//! A rule's conditions on arguments, reduced to what the kernel sees of each argument.
+//! A rule's conditions on arguments, reduced to the bits that the kernel uses of each argument.
 
 use oci_spec::runtime::{LinuxSeccompArg, LinuxSeccompOperator as Op};
 
 use super::arguments::Width;
 
-/// A condition on an argument: `(argument & mask) operator value`. The mask of an argument that the kernel truncates has
-/// no bits above the argument's width; any operator may have one.
+/// A condition on an argument: `(argument & mask) operator value`. The mask of an argument that the kernel truncates
+/// has no bits above the argument's width; any operator may have one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Condition {
     pub(super) argument: u32,
@@ -14,19 +14,21 @@ pub(super) struct Condition {
     pub(super) mask: u64,
 }
 
-/// When a rule holds: if all conditions of one of these lists do. An empty list always holds.
+/// The alternatives under which a rule applies: all conditions of one of these lists must hold. An empty inner list
+/// always holds.
 pub(super) type Alternatives = Vec<Vec<Condition>>;
 
-/// System calls have six arguments; a rule names another one.
+/// A rule names an argument that does not exist: system calls have six arguments.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("argument {0} (system calls have the arguments 0 to 5)")]
 pub(super) struct NoSuchArgument(usize);
 
-/// When a rule with these arguments holds: if all conditions do. Several conditions on one argument are alternatives, as
-/// in runc (libcontainer/seccomp/seccomp_linux.go, `matchCall`) and in crun.
+/// Returns the alternatives under which a rule with these arguments applies. All conditions must hold, unless one
+/// argument has several conditions: then each condition of the rule is an alternative, as in runc
+/// (libcontainer/seccomp/seccomp_linux.go, `matchCall`) and in crun.
 ///
 /// # Errors
-/// When there is no such argument.
+/// Fails when there is no such argument.
 pub(super) fn alternatives(
     arguments: &[LinuxSeccompArg],
     width: impl Fn(usize) -> Width,
@@ -57,13 +59,15 @@ pub(super) fn alternatives(
     Ok(vec![all])
 }
 
-/// What is known of a condition without a call.
+/// A condition after its reduction to the bits that the kernel uses: it may hold for all values of the argument, or for
+/// none.
 enum Truth {
     Always,
     Never,
     If(Condition),
 }
 
+/// Reduces a condition to the bits that the kernel uses of an argument of this width.
 fn truth(argument: &LinuxSeccompArg, width: Width) -> Truth {
     let (value, mask) = match argument.op() {
         Op::ScmpCmpMaskedEq => (argument.value_two().unwrap_or_default() & argument.value(), argument.value()),
@@ -78,10 +82,10 @@ fn truth(argument: &LinuxSeccompArg, width: Width) -> Truth {
     }
 }
 
-/// A comparison with a value, for an argument of which the kernel keeps these bits.
+/// Reduces a comparison with a value, for an argument of which the kernel keeps the bits in `kept`.
 ///
-/// A negative number may be written as long as it likes, since the kernel sees the same of all its forms. Any other
-/// value with bits beyond the width is larger than every argument.
+/// A negative number may be written with the argument's width, 32 or 64 bits: the kernel keeps the same bits of all
+/// these forms. Any other value with bits beyond the width is larger than every possible argument.
 fn narrow(whole: Condition, kept: u64) -> Truth {
     let low = whole.value & kept;
     let is_negative = low > kept >> 1;
@@ -98,7 +102,7 @@ fn narrow(whole: Condition, kept: u64) -> Truth {
     }
 }
 
-/// A masked comparison, for an argument of which the kernel keeps these bits.
+/// Reduces a masked comparison, for an argument of which the kernel keeps the bits in `kept`.
 fn narrow_mask(whole: Condition, kept: u64) -> Truth {
     let (low, high) = (whole.value & kept, whole.value & !kept);
     let (low_mask, high_mask) = (whole.mask & kept, whole.mask & !kept);
@@ -114,7 +118,7 @@ fn narrow_mask(whole: Condition, kept: u64) -> Truth {
 }
 
 impl Condition {
-    /// Can it be proven that no argument meets both conditions?
+    /// Tells whether it is certain that no argument meets both conditions.
     pub(super) fn excludes(&self, other: &Self) -> bool {
         if self.argument != other.argument {
             return false;
@@ -132,7 +136,7 @@ impl Condition {
         self.is_opposite_of(other) || other.is_opposite_of(self)
     }
 
-    /// The arguments that meet the condition, where they lie side by side.
+    /// Returns the first and last argument that meet the condition, if those arguments form an interval.
     fn interval(&self) -> Option<(u64, u64)> {
         match self.operator {
             Op::ScmpCmpEq => Some((self.value, self.value)),
@@ -144,7 +148,7 @@ impl Condition {
         }
     }
 
-    /// The bits that all arguments which meet the condition have in common, and which bits those are.
+    /// Returns the bits that all arguments which meet the condition have in common, as a value and a mask.
     fn bits(&self) -> Option<(u64, u64)> {
         matches!(self.operator, Op::ScmpCmpEq | Op::ScmpCmpMaskedEq).then_some((self.value, self.mask))
     }
@@ -165,7 +169,7 @@ mod tests {
         two.into_iter().fold(builder, LinuxSeccompArgBuilder::value_two).build().expect("an argument")
     }
 
-    /// The one condition that is left of an argument, as (value, mask); true and false for always and never.
+    /// Returns the reduced condition as (value, mask), or as an error whether it always (true) or never (false) holds.
     fn left(op: Op, value: u64, two: Option<u64>, width: Width) -> Result<(u64, u64), bool> {
         let found = alternatives(&[argument(0, op, value, two)], |_| width).expect("an argument");
         match found.as_slice() {
@@ -193,7 +197,7 @@ mod tests {
             (ScmpCmpLt, 1 << 32, Err(true)),
             (ScmpCmpGt, LOW, Err(false)),
             (ScmpCmpGe, 0xffff_ffff_0000_0001, Err(false)),
-            // Borders.
+            // These values are at the ends of an argument's range.
             (ScmpCmpGe, 0, Err(true)),
             (ScmpCmpLt, 0, Err(false)),
             (ScmpCmpLe, LOW, Err(true)),
@@ -232,7 +236,7 @@ mod tests {
         let condition = Condition { argument: 1, operator: Op::ScmpCmpEq, value: 7, mask: LOW };
         assert_eq!(found(&[always, other]), [vec![condition]]);
         assert_eq!(found(&[never, other]), Alternatives::new());
-        // Several on one argument are alternatives.
+        // Several conditions on one argument are alternatives.
         assert_eq!(found(&[never, never, other]), [vec![condition]]);
         assert_eq!(found(&[never, always]), [vec![]]);
         assert_eq!(found(&[]), [vec![]]);

@@ -1,4 +1,4 @@
-//! Docker's default profile (moby/profiles, June 2026), as a table: what containers may call, by common consent.
+//! Docker's default profile (moby/profiles, June 2026) as a table of the calls that containers may make.
 
 use oci_spec::runtime::{
     Arch, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator as Op,
@@ -9,16 +9,16 @@ use super::{
     profile::{ArchMap, Condition, Profile, Rule},
 };
 
-/// EPERM, for everything that is not on the list.
+/// The errno of calls that are not on the list.
 const EPERM: u32 = 1;
-/// ENOSYS: C libraries then fall back from clone3 to clone, whose flags a filter can see.
+/// The errno of clone3: C libraries then fall back to clone, whose flags a filter can see.
 const ENOSYS: u32 = 38;
-/// AF_VSOCK is kept out: it knows no namespaces.
+/// The address family that tasks may not use, because it does not belong to a network namespace.
 const AF_VSOCK: u64 = 40;
-/// CLONE_NEWNS to CLONE_NEWNET: making namespaces needs CAP_SYS_ADMIN.
+/// The flags from CLONE_NEWNS to CLONE_NEWNET, which create namespaces. They need CAP_SYS_ADMIN.
 const NAMESPACE_FLAGS: u64 = 0x7e02_0000;
 
-/// For everybody.
+/// Calls that all tasks may make.
 const ALLOWED: &str = "
 accept accept4 access adjtimex alarm bind brk cachestat capget capset chdir chmod chown chown32 clock_adjtime
 clock_adjtime64 clock_getres clock_getres_time64 clock_gettime clock_gettime64 clock_nanosleep
@@ -57,7 +57,7 @@ timerfd_settime64 times tkill truncate truncate64 ugetrlimit umask uname unlink 
 utimensat utimensat_time64 utimes vfork vmsplice wait4 waitid waitpid write writev
 ";
 
-/// For whoever has the capability.
+/// Calls that only tasks with a capability may make.
 const BY_CAPABILITY: &[(&str, &str)] = &[
     ("CAP_DAC_READ_SEARCH", "open_by_handle_at"),
     (
@@ -80,7 +80,7 @@ const BY_CAPABILITY: &[(&str, &str)] = &[
     ("CAP_PERFMON", "perf_event_open"),
 ];
 
-/// For whoever runs on the architecture (Go's names).
+/// Calls that are allowed only on some architectures, by Go's names of them.
 const BY_ARCHITECTURE: &[(&[&str], &str)] = &[
     (&["ppc64le"], "sync_file_range2 swapcontext"),
     (&["arm", "arm64"], "arm_fadvise64_64 arm_sync_file_range sync_file_range2 breakpoint cacheflush set_tls"),
@@ -90,13 +90,14 @@ const BY_ARCHITECTURE: &[(&[&str], &str)] = &[
     (&["riscv64"], "riscv_flush_icache"),
 ];
 
-/// Harmless since Linux 4.8: before, a tracer could get round its tracee's filter.
+/// Calls that are harmless since Linux 4.8. Before, a tracer could bypass its tracee's filter.
 const SINCE_4_8: &str = "process_vm_readv process_vm_writev ptrace";
 
-/// Personalities: Linux, its 32-bit address space, uname 2.6, both, and "which is it?".
+/// The allowed arguments of personality: Linux, its 32-bit address space, uname 2.6, both of these, and the query of
+/// the current personality.
 const PERSONALITIES: [u64; 5] = [0, 8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
-/// 64-bit architectures with the 32-bit ones that run beside them.
+/// The 64-bit architectures, each with the 32-bit ones that it can also run.
 const ARCHITECTURES: [(Arch, &[Arch]); 5] = [
     (Arch::ScmpArchX86_64, &[Arch::ScmpArchX86, Arch::ScmpArchX32]),
     (Arch::ScmpArchAarch64, &[Arch::ScmpArchArm]),
@@ -105,11 +106,12 @@ const ARCHITECTURES: [(Arch, &[Arch]); 5] = [
     (Arch::ScmpArchLoongarch64, &[]),
 ];
 
-/// The profile.
+/// Returns docker's default profile.
 pub fn profile(multiplexer: Multiplexer) -> Profile {
     let mut rules = vec![allow(ALLOWED), Rule { includes: kernel("4.8"), ..allow(SINCE_4_8) }];
-    // libseccomp lets a rule without conditions win over what it derives for `socketcall` from the rules for `socket` and
-    // its like. The default's EPERM would not do: runtimes leave out rules that say the same as the default.
+    // libseccomp derives rules for `socketcall` from the rules for `socket` and similar calls. A rule without
+    // conditions takes precedence over those. It can't have the default's EPERM, because runtimes leave out rules that
+    // have the same effect as the default.
     rules.push(match multiplexer {
         Multiplexer::Allowed => allow("socketcall"),
         Multiplexer::Enosys => missing("socketcall"),
@@ -126,7 +128,7 @@ pub fn profile(multiplexer: Multiplexer) -> Profile {
     for (capability, names) in BY_CAPABILITY {
         rules.push(Rule { includes: with(capability), ..allow(names) });
     }
-    // Without CAP_SYS_ADMIN: no new namespaces. s390 has clone's arguments the other way round.
+    // Without CAP_SYS_ADMIN a task can't create namespaces. On s390, clone's first two arguments are in reverse order.
     let s390: &[&str] = &["s390", "s390x"];
     let admin = with("CAP_SYS_ADMIN");
     let flags = |index| Some(vec![argument(index, NAMESPACE_FLAGS, Op::ScmpCmpMaskedEq)]);
@@ -157,13 +159,13 @@ fn allow(names: &str) -> Rule {
     }
 }
 
-/// As on a kernel that doesn't have the call.
+/// Returns a rule that fails a call with ENOSYS, as on a kernel that does not have it.
 fn missing(name: &str) -> Rule {
     Rule { action: LinuxSeccompAction::ScmpActErrno, errno_ret: Some(ENOSYS), ..allow(name) }
 }
 
 fn argument(index: usize, value: u64, operator: Op) -> LinuxSeccompArg {
-    // `valueTwo` stays away, and docker means 0 by that.
+    // `valueTwo` is left out, which means 0 to docker.
     let argument = LinuxSeccompArgBuilder::default().index(index).value(value).op(operator);
     argument.build().expect("every field has a default")
 }

@@ -1,9 +1,10 @@
-//! seccomp filters of tasks: docker's default profile, profiles from files, and our own compiler for them.
+//! seccomp filters of tasks: docker's default profile, profiles from files, and a compiler for both.
 //!
-//! Every profile ends as the OCI spec's `linux.seccomp`, which any runtime takes and has compiled by libseccomp at
-//! each start (10 to 15 ms for the default profile). A runtime that takes a compiled program gets one of ours instead:
-//! compiled once, a tenth of the size, and equal in every verdict (tests/seccomp/). In both forms, arguments that the
-//! kernel truncates are compared by the bits that it keeps.
+//! Each profile can be passed as the OCI spec's `linux.seccomp`. All runtimes accept this form, and compile it with
+//! libseccomp at each start (10 to 15 ms for the default profile). A runtime that accepts a compiled program gets one
+//! of this module's compiler instead. Such a program is compiled only once, has a tenth of the size, and the same
+//! verdict for each call (tests/seccomp/). In both forms, arguments that the kernel truncates are compared only by the
+//! bits that the kernel keeps.
 
 mod arguments;
 mod compile;
@@ -33,32 +34,33 @@ pub use profile::{Host, Profile};
 pub use restate::for_libseccomp;
 pub use syscalls::Machine;
 
-/// crun reads a compiled program from here (base64 of `struct sock_filter`s), and skips libseccomp.
+/// The annotation from which crun reads a compiled program (base64 of `struct sock_filter`s) instead of using
+/// libseccomp.
 pub const CRUN_PROGRAM: &str = "run.oci.seccomp_bpf_data";
 
 /// Why a profile can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// The file can't be read.
-    #[error("seccomp profile {path}")]
+    #[error("could not read seccomp profile {path}")]
     Read {
-        /// Which.
+        /// The file's path.
         path: PathBuf,
-        /// Why.
+        /// The system call's error.
         source: std::io::Error,
     },
-    /// The file is no profile.
+    /// The file is not a profile.
     #[error("seccomp profile {path} is neither docker's nor the OCI spec's form of one")]
     Parse {
-        /// Which.
+        /// The file's path.
         path: PathBuf,
-        /// Why.
+        /// The parser's error.
         source: serde_json::Error,
     },
-    /// It says something that nobody knows.
+    /// The profile contradicts itself, or can't be expressed.
     #[error("seccomp profile: {0}")]
     Invalid(String),
-    /// libseccomp would decide by an order of its own.
+    /// Rules with different actions apply to the same call, and libseccomp would choose one by an order of its own.
     #[error(
         "seccomp profile: rules of different actions for {call} hold for the same arguments; \
         make their conditions exclude each other"
@@ -69,76 +71,80 @@ pub enum SeccompError {
     },
 }
 
-/// A task's filter, in the form its runtime takes.
+/// A task's filter, in the form that its runtime accepts.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Filter {
-    /// For `linux.seccomp`.
+    /// A profile for `linux.seccomp`.
     Profile(Arc<LinuxSeccomp>),
-    /// For [`CRUN_PROGRAM`].
+    /// A compiled program for [`CRUN_PROGRAM`].
     Program(Arc<str>),
 }
 
-/// In which form a runtime takes a filter.
+/// The form in which a runtime accepts a filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// As `linux.seccomp`.
+    /// A profile in `linux.seccomp`.
     Profile,
-    /// As a compiled program.
+    /// A compiled program.
     Program,
 }
 
-/// What the default profile does with `socketcall`, by which 32-bit x86 (and s390) programs make every call about sockets.
+/// The default profile's verdict on `socketcall`, the call through which 32-bit x86 (and s390) programs make all socket
+/// calls.
 ///
-/// The address family lies in memory, where no filter can see it: whoever may use `socketcall` may open sockets of the
-/// families that the profile forbids (AF_ALG, AF_VSOCK). docker refused it (moby/moby#52494), broke 32-bit programs with
-/// that (moby/moby#52506), and had AppArmor and SELinux refuse the families instead (moby/moby#52547, moby/moby#53551).
+/// The address family lies in memory, where no filter can see it. A task that may use `socketcall` may therefore open
+/// sockets of the families that the profile forbids (AF_ALG, AF_VSOCK). Docker refused the call (moby/moby#52494),
+/// which broke 32-bit programs (moby/moby#52506), and let AppArmor and SELinux refuse the families instead
+/// (moby/moby#52547, moby/moby#53551).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Multiplexer {
-    /// It works. An LSM profile should refuse the families.
+    /// The call is allowed. An LSM profile should refuse the families.
     Allowed,
-    /// It answers ENOSYS. Programs can make the direct calls that Linux has since 4.3, but not all C libraries do.
+    /// The call fails with ENOSYS. Programs can make the direct calls, which Linux has since 4.3, but not all C
+    /// libraries do.
     Enosys,
 }
 
-/// Where a profile comes from.
+/// The source of a profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source<'a> {
-    /// Docker's default.
+    /// Docker's default profile.
     Default(Multiplexer),
-    /// A file, read already.
+    /// A file, which has been read already.
     File {
-        /// Which, for messages.
+        /// The file's path, for error messages.
         path: &'a Path,
-        /// What is in it.
+        /// The file's content.
         text: &'a [u8],
     },
 }
 
-/// Which profile was read.
+/// Identifies a profile.
 #[derive(Debug, PartialEq, Eq, Hash)]
 enum Origin {
     Default(Multiplexer),
-    /// A file, by its hash.
+    /// A file, identified by the hash of its content.
     File(Vec<u8>),
 }
 
-/// What a filter depends on: the profile, what the task may do, and the form.
+/// Everything that a filter depends on: the profile, the task's capabilities, and the form.
 type Key = (Origin, Capabilities, Form);
 
-/// Filters that have been made once. A plugin makes docker's default again in under a millisecond, so they are kept in
-/// memory only: nothing that confines tasks is read back from a file.
+/// A cache of filters. It is kept only in memory, because a plugin makes docker's default filter in under a
+/// millisecond: nothing that confines tasks is read back from a file.
 #[derive(Debug, Default)]
 pub struct Filters(Mutex<HashMap<Key, Filter>>);
 
-/// Jobs have a handful of capability sets between them; one that makes up ever new profiles must not fill memory.
+/// The number of filters that are cached. All jobs together usually have a handful of capability sets. A job that uses
+/// ever new profiles must not fill the memory.
 const FILTERS_MAX: usize = 64;
 
 impl Filters {
-    /// The filter of a task with these capabilities. A profile that we don't compile stays in its own form, which
-    /// every runtime takes.
+    /// Returns the filter of a task with these capabilities. A profile that can't be compiled is returned as a profile,
+    /// which every runtime accepts.
     ///
     /// # Errors
-    /// When the file is no profile, or contradicts itself.
+    /// Fails when the file is not a profile, or the profile contradicts itself.
     pub fn get(&self, source: Source<'_>, capabilities: &Capabilities, form: Form) -> Result<Filter, SeccompError> {
         let origin = match source {
             Source::Default(multiplexer) => Origin::Default(multiplexer),
@@ -174,15 +180,18 @@ fn made(profile: &LinuxSeccomp, host: Host, form: Form) -> Result<Filter, Seccom
                 return Ok(Filter::Program(encoded(&program).into()));
             }
             Err(reason) => {
-                tracing::info!(%reason, "a seccomp profile is left to libseccomp; starts with it take longer");
+                tracing::info!(
+                    %reason,
+                    "a seccomp profile can't be compiled and is left to libseccomp; starts with it take longer"
+                );
             }
         }
     }
     Ok(Filter::Profile(Arc::new(for_libseccomp(profile, host)?)))
 }
 
-/// A program in the form of [`CRUN_PROGRAM`] that lets everything pass but one call, which fails with `errno`. None on
-/// architectures that we make no programs for.
+/// Returns a program, in the form of [`CRUN_PROGRAM`], that allows all calls except one, which fails with `errno`.
+/// Returns `None` on architectures for which the compiler makes no programs.
 pub fn failing(call: &str, errno: u32) -> Option<String> {
     let failing = LinuxSyscallBuilder::default().names([call.to_owned()]).action(LinuxSeccompAction::ScmpActErrno);
     let failing = failing.errno_ret(errno).build().ok()?;
@@ -194,7 +203,8 @@ fn encoded(program: &[sock_filter]) -> String {
     base64::engine::general_purpose::STANDARD.encode(bytes(program))
 }
 
-/// A program as the kernel and crun take it: `struct sock_filter`s in this machine's byte order (linux/filter.h).
+/// Returns a program as the kernel and crun accept it: `struct sock_filter`s in this machine's byte order
+/// (linux/filter.h).
 pub fn bytes(program: &[sock_filter]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(program.len() * 8);
     for instruction in program {

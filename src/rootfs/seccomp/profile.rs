@@ -1,5 +1,5 @@
-//! Profiles as docker writes them, which is the OCI spec's `linux.seccomp` and conditions on each rule: capabilities,
-//! architectures, kernels. Resolved for a task they become the OCI spec's form.
+//! Profiles in docker's form: the OCI spec's `linux.seccomp` with additional conditions on each rule (capabilities,
+//! architectures, kernel versions). A profile is resolved for a task to the OCI spec's form.
 
 use std::path::Path;
 
@@ -12,8 +12,8 @@ use serde::Deserialize;
 use super::SeccompError;
 use crate::rootfs::Capabilities;
 
-/// A profile. What it says beyond this is refused: a key that is written otherwise (`Args`) would make a rule that holds
-/// for some hold for all.
+/// A profile. Unknown keys are refused: if a misspelled key (`Args`) were ignored, a rule for some arguments would
+/// apply to all.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Profile {
@@ -30,7 +30,7 @@ pub struct Profile {
     pub(super) syscalls: Vec<Rule>,
 }
 
-/// A 64-bit architecture and what runs beside it.
+/// A 64-bit architecture and the 32-bit ones that it can also run.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct ArchMap {
@@ -39,13 +39,13 @@ pub(super) struct ArchMap {
     pub(super) sub_architectures: Option<Vec<Arch>>,
 }
 
-/// What is done with some calls, and for whom.
+/// The action for some calls, with the conditions under which the rule applies.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Rule {
     #[serde(default)]
     pub(super) comment: Option<String>,
-    /// docker's older form has one name a rule.
+    /// The single name of a rule in docker's older form.
     #[serde(default)]
     pub(super) name: Option<String>,
     #[serde(default, deserialize_with = "or_null")]
@@ -61,7 +61,7 @@ pub(super) struct Rule {
     pub(super) excludes: Condition,
 }
 
-/// When a rule holds, or does not.
+/// A condition on the task and the host under which a rule applies (`includes`) or does not apply (`excludes`).
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Condition {
@@ -73,22 +73,22 @@ pub(super) struct Condition {
     pub(super) min_kernel: Option<String>,
 }
 
-/// Go writes an empty list as null.
+/// Deserializes a value that may be null: Go writes an empty list as null.
 fn or_null<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Default>(value: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(value)?.unwrap_or_default())
 }
 
-/// What of a host a profile's conditions look at.
+/// The properties of a host that a profile's conditions refer to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Host {
-    /// Go's name of the architecture.
+    /// The architecture, by Go's name.
     pub arch: &'static str,
-    /// Version and patch level of the kernel.
+    /// The kernel's major and minor version.
     pub kernel: (u32, u32),
 }
 
 impl Host {
-    /// This one. A kernel that does not say its version counts as older than any.
+    /// Returns the properties of this host. A kernel whose version can't be read counts as older than any other.
     pub fn this() -> Self {
         let arch = match std::env::consts::ARCH {
             "x86_64" => "amd64",
@@ -100,7 +100,7 @@ impl Host {
         Self { arch, kernel: release.as_deref().and_then(version).unwrap_or_default() }
     }
 
-    /// The OCI spec's name of the architecture.
+    /// Returns the OCI spec's name of the architecture.
     fn native(self) -> Option<Arch> {
         Some(match self.arch {
             "amd64" => Arch::ScmpArchX86_64,
@@ -114,25 +114,25 @@ impl Host {
     }
 }
 
-/// `6.1.0-18-amd64` and `4.8` as numbers.
+/// Parses major and minor version of a kernel release such as `6.1.0-18-amd64` or `4.8`.
 fn version(text: &str) -> Option<(u32, u32)> {
     let mut parts = text.split(|c: char| !c.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 impl Profile {
-    /// Reads a profile file.
+    /// Parses the text of a profile file. `path` names the file in errors.
     ///
     /// # Errors
-    /// When it can't be read or is no profile.
+    /// Fails when the text is not a profile.
     pub fn read(path: &Path, text: &[u8]) -> Result<Self, SeccompError> {
         serde_json::from_slice(text).map_err(|source| SeccompError::Parse { path: path.to_owned(), source })
     }
 
-    /// What the profile means for a task with these capabilities on this host.
+    /// Resolves the profile for a task with these capabilities on this host.
     ///
     /// # Errors
-    /// When it contradicts itself.
+    /// Fails when the profile contradicts itself.
     pub fn resolve(&self, host: Host, capabilities: &Capabilities) -> Result<LinuxSeccomp, SeccompError> {
         let invalid = |problem: String| SeccompError::Invalid(problem);
         let mut architectures = self.architectures.clone();
@@ -178,14 +178,14 @@ impl Profile {
 }
 
 impl Condition {
-    /// Does all of it hold? What is not said holds.
+    /// Tells whether all parts of the condition hold. A part that is missing holds.
     fn all(&self, host: Host, capabilities: &Capabilities) -> Result<bool, SeccompError> {
         Ok((self.arches.is_empty() || self.arches.iter().any(|arch| arch == host.arch))
             && self.caps.iter().all(|name| capabilities.has(name))
             && self.kernel(host)?.unwrap_or(true))
     }
 
-    /// Does any of it hold? What is not said does not.
+    /// Tells whether any part of the condition holds. A part that is missing does not hold.
     fn any(&self, host: Host, capabilities: &Capabilities) -> Result<bool, SeccompError> {
         Ok(self.arches.iter().any(|arch| arch == host.arch)
             || self.caps.iter().any(|name| capabilities.has(name))
@@ -194,7 +194,8 @@ impl Condition {
 
     fn kernel(&self, host: Host) -> Result<Option<bool>, SeccompError> {
         let Some(text) = self.min_kernel.as_deref().filter(|text| !text.is_empty()) else { return Ok(None) };
-        let wanted = version(text).ok_or_else(|| SeccompError::Invalid(format!("minKernel {text:?} is no version")))?;
+        let wanted =
+            version(text).ok_or_else(|| SeccompError::Invalid(format!("minKernel {text:?} is not a version")))?;
         Ok(Some(host.kernel >= wanted))
     }
 }
@@ -259,7 +260,7 @@ mod tests {
             (
                 r#"{"defaultAction": "SCMP_ACT_ALLOW",
                     "syscalls": [{"name": "a", "action": "SCMP_ACT_ERRNO", "includes": {"minKernel": "new"}}]}"#,
-                "\"new\" is no version",
+                "\"new\" is not a version",
             ),
         ] {
             let error = names(profile, &[]).expect_err("refused");

@@ -1,4 +1,4 @@
-//! A BPF program in the making: the tree that finds a call's number, and the comparisons of its arguments.
+//! Writes a BPF program: the tree that finds the verdict for a call's number, and the comparisons of its arguments.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use super::{
     syscalls::{Machine, X32_BIT},
 };
 
-// Classic BPF (linux/bpf_common.h).
+// Instruction codes of classic BPF (linux/bpf_common.h).
 const LOAD: u16 = 0x20;
 const AND: u16 = 0x54;
 const JUMP: u16 = 0x05;
@@ -19,16 +19,16 @@ const JUMP_GREATER: u16 = 0x25;
 const JUMP_AT_LEAST: u16 = 0x35;
 const RETURN: u16 = 0x06;
 
-// struct seccomp_data (linux/seccomp.h).
+// Offsets in struct seccomp_data (linux/seccomp.h).
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const ARGUMENTS: u32 = 16;
 
-/// What is done with a call.
+/// The verdict on a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Verdict {
     Always(u32),
-    /// `then` if one of these lists of conditions holds as a whole, else the default.
+    /// The verdict is `then` if all conditions of one of these lists hold, else the default.
     If {
         any: Alternatives,
         then: u32,
@@ -36,7 +36,7 @@ pub(super) enum Verdict {
 }
 
 impl Verdict {
-    /// Adds a rule's alternatives. False if the call has another action already.
+    /// Adds a rule's alternatives. Returns false if the call has another action already.
     pub(super) fn add(&mut self, alternatives: Alternatives, action: u32) -> bool {
         match self {
             Self::Always(known) | Self::If { then: known, .. } if *known != action => return false,
@@ -52,37 +52,37 @@ impl Verdict {
     }
 }
 
-/// A place in a program: how many instructions follow it, itself included.
+/// A position in a program: the number of instructions from it to the program's end, including its own.
 pub(super) type Place = usize;
 
-/// A program, written from its end to its start, because jumps only go forwards.
+/// A program, which is written from its end to its start, because jumps only go forwards.
 #[derive(Default)]
 pub(super) struct Program {
     backwards: Vec<sock_filter>,
-    /// The latest `return` of each verdict.
+    /// The position of the latest `return` instruction for each verdict.
     returns: HashMap<u32, Place>,
 }
 
 impl Program {
-    /// Decides by the call's number, for calls of this machine's architecture.
+    /// Appends the decision by the call's number, for calls of this machine's architecture.
     pub(super) fn by_number(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Place {
         let tree = self.tree(ranges, machine, default);
         self.push(LOAD, NUMBER, tree)
     }
 
-    /// Decides by the call's architecture, which [`Program::finish`] loads.
+    /// Appends a branch on the call's architecture, which [`Program::finish`] loads.
     pub(super) fn if_architecture(&mut self, machine: Machine, yes: Place, no: Place) -> Place {
         self.branch(JUMP_EQUAL, machine.audit(), yes, no)
     }
 
-    /// The program, which begins with the architecture's comparisons.
+    /// Returns the program, which begins with the comparisons of the architecture.
     pub(super) fn finish(mut self, start: Place) -> Vec<sock_filter> {
         self.push(LOAD, ARCHITECTURE, start);
         self.backwards.reverse();
         self.backwards
     }
 
-    /// An instruction that goes on at `next`.
+    /// Appends an instruction after which the program continues at `next`.
     fn push(&mut self, code: u16, k: u32, next: Place) -> Place {
         if next != self.backwards.len() {
             self.jump(next);
@@ -100,9 +100,10 @@ impl Program {
         self.put(JUMP, 0, 0, distance)
     }
 
+    /// Returns the position of an instruction that returns `verdict`. A nearby one is used again.
     pub(super) fn give(&mut self, verdict: u32) -> Place {
         match self.returns.get(&verdict) {
-            // Near enough that a few more instructions in between don't put it out of reach.
+            // It is so near that it stays in reach of a jump when a few more instructions are added.
             Some(place) if self.backwards.len() - place < 200 => *place,
             _ => {
                 let place = self.put(RETURN, 0, 0, verdict);
@@ -112,19 +113,20 @@ impl Program {
         }
     }
 
-    /// A comparison with `k`. Targets that lie too far away are reached by a jump right behind it.
+    /// Appends a comparison with `k`. Targets that are too far away are reached by an unconditional jump right after
+    /// it.
     fn branch(&mut self, code: u16, k: u32, yes: Place, no: Place) -> Place {
         let far = |program: &Self, place: Place| program.backwards.len() + 1 - place > usize::from(u8::MAX);
         let yes = if far(self, yes) { self.jump(yes) } else { yes };
         let no = if far(self, no) { self.jump(no) } else { no };
-        // The second of two jumps may have pushed a near target out of reach by one.
+        // The second jump may have put the first target out of reach by one instruction.
         let yes = if far(self, yes) { self.jump(yes) } else { yes };
         let offset = |place: Place| u8::try_from(self.backwards.len() - place).unwrap_or(u8::MAX);
         let (jt, jf) = (offset(yes), offset(no));
         self.put(code, jt, jf, k)
     }
 
-    /// Finds the range that the number, which has been loaded, is in.
+    /// Appends the tree that finds the range of the call's number, which has been loaded.
     fn tree(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Place {
         match ranges {
             [] => self.give(default),
@@ -165,7 +167,8 @@ impl Program {
             Op::ScmpCmpNe | Op::ScmpCmpLt | Op::ScmpCmpLe => (no, yes),
             _ => (yes, no),
         };
-        // struct seccomp_data is in the machine's byte order; all of ours are little-endian.
+        // struct seccomp_data is in the machine's byte order. All machines that this compiler supports are
+        // little-endian.
         let offset = ARGUMENTS + condition.argument * 8;
         #[allow(clippy::cast_possible_truncation, reason = "the halves of a 64-bit number")]
         let (low, high) = (condition.value as u32, (condition.value >> 32) as u32);

@@ -1,8 +1,9 @@
-//! Profiles for libseccomp, which runs in runc, and in crun where our compiler gives a profile up.
+//! Restates profiles for libseccomp, which is used in runc, and in crun for profiles that this driver does not compile.
 //!
-//! libseccomp compares all 64 bits of an argument. Only its masked equality can look at less, so every condition on an
-//! argument that the kernel truncates is restated as one or several of those. A range is cut where binary prefixes begin
-//! and end, as address ranges are cut into CIDR blocks: `< 38` becomes 0 to 31, 32 to 35, and 36 to 37.
+//! libseccomp compares all 64 bits of an argument. Only its masked equality can compare fewer bits, so every condition
+//! on an argument that the kernel truncates is restated as one or several masked equalities. A range is divided into
+//! blocks with a common binary prefix, as address ranges are divided into CIDR blocks: `< 38` becomes 0 to 31, 32 to
+//! 35, and 36 to 37.
 
 use std::collections::HashMap;
 
@@ -17,19 +18,19 @@ use super::{
     conditions::{Alternatives, Condition, alternatives},
 };
 
-/// How many rules one rule may become. More would make a program that the kernel refuses (4096 instructions, of which a
-/// masked comparison takes three on each architecture).
+/// The maximum number of rules that one rule may become. More rules would make a program that the kernel refuses (its
+/// limit is 4096 instructions, of which a masked comparison takes three on each architecture).
 const RULES_MAX: usize = 256;
 
-/// crun passes over all but the first six conditions of a rule (src/libcrun/seccomp.c), although several on one argument
-/// may be more.
+/// The maximum number of conditions of a rule: crun ignores all after the first six (src/libcrun/seccomp.c), although a
+/// rule with several conditions on one argument may have more.
 const CONDITIONS_MAX: usize = 6;
 
-/// Restates a profile so that libseccomp compares no bits that the kernel drops. Whatever a profile says of arguments
-/// within the width that the kernel takes stays as it is.
+/// Restates a profile so that libseccomp compares no bits that the kernel drops. The profile's meaning stays the same
+/// for all arguments within the width that the kernel uses.
 ///
 /// # Errors
-/// When that can't be done without changing what the profile means.
+/// Fails when that is impossible without changing the profile's meaning.
 pub fn for_libseccomp(profile: &LinuxSeccomp, host: Host) -> Result<LinuxSeccomp, SeccompError> {
     let clone = CloneArguments::on(host.arch);
     let mut rules = Vec::new();
@@ -42,7 +43,7 @@ pub fn for_libseccomp(profile: &LinuxSeccomp, host: Host) -> Result<LinuxSeccomp
     Ok(profile)
 }
 
-/// A rule, split where its calls take arguments of different widths.
+/// Restates a rule. It is split into several if its calls have arguments of different widths.
 fn restated(rule: &LinuxSyscall, clone: CloneArguments) -> Result<Vec<LinuxSyscall>, SeccompError> {
     let arguments = rule.args().as_deref().unwrap_or_default();
     let mut groups: Vec<(Vec<Width>, Vec<String>)> = Vec::new();
@@ -67,7 +68,7 @@ fn restated(rule: &LinuxSyscall, clone: CloneArguments) -> Result<Vec<LinuxSysca
     Ok(rules)
 }
 
-/// The same rule for these calls and with these arguments.
+/// Returns the same rule for these calls and with these arguments.
 fn with(
     rule: &LinuxSyscall,
     names: Vec<String>,
@@ -83,13 +84,14 @@ fn with(
     builder.build().map_err(|error| SeccompError::Invalid(error.to_string()))
 }
 
+/// Returns the alternatives under which a rule for this call applies.
 fn conditions(call: &str, arguments: &[LinuxSeccompArg], clone: CloneArguments) -> Result<Alternatives, SeccompError> {
     let found = alternatives(arguments, |index| width(call, index, clone));
     found.map_err(|error| SeccompError::Invalid(format!("a rule for {call} names {error}")))
 }
 
-/// The arguments of rules that together hold when one of these alternatives does. An empty list is a rule that always
-/// holds.
+/// Returns the arguments of the rules that together apply whenever one of these alternatives holds. An empty inner list
+/// is a rule that always applies.
 fn masked(call: &str, alternatives: &Alternatives) -> Result<Vec<Vec<LinuxSeccompArg>>, SeccompError> {
     let mut rules: Vec<Vec<LinuxSeccompArg>> = Vec::new();
     for all in alternatives {
@@ -115,7 +117,8 @@ fn masked(call: &str, alternatives: &Alternatives) -> Result<Vec<Vec<LinuxSeccom
     Ok(joined(rules))
 }
 
-/// Joins rules with one condition each: runtimes read several conditions on one argument as alternatives.
+/// Joins rules that have a single condition on the same argument: runtimes read several conditions on one argument as
+/// alternatives.
 fn joined(rules: Vec<Vec<LinuxSeccompArg>>) -> Vec<Vec<LinuxSeccompArg>> {
     let mut joined: Vec<Vec<LinuxSeccompArg>> = Vec::new();
     for rule in rules {
@@ -133,7 +136,7 @@ fn joined(rules: Vec<Vec<LinuxSeccompArg>>) -> Vec<Vec<LinuxSeccompArg>> {
     joined
 }
 
-/// A condition as libseccomp can compare it: one of these holds.
+/// Returns conditions that libseccomp can compare, and of which one holds whenever `condition` does.
 fn forms(condition: &Condition) -> Vec<LinuxSeccompArg> {
     let argument = |op, value, two: Option<u64>| {
         let index = condition.argument as usize;
@@ -146,10 +149,11 @@ fn forms(condition: &Condition) -> Vec<LinuxSeccompArg> {
     prefixes(condition).into_iter().map(|(mask, value)| argument(Op::ScmpCmpMaskedEq, mask, Some(value))).collect()
 }
 
-/// The masks and values whose masked equalities make up a condition on an argument that the kernel truncates.
+/// Returns the masks and values of the masked equalities that together are equivalent to a condition on an argument
+/// that the kernel truncates.
 fn prefixes(condition: &Condition) -> Vec<(u64, u64)> {
     let Condition { value, mask, operator, .. } = *condition;
-    // Numbers that agree with the value above a bit, and differ from it in that bit.
+    // For each bit: the numbers that have the same higher bits as the value, and differ from it in that bit.
     let bits = (0..mask.count_ones()).rev();
     let differing = bits.map(|bit| {
         let prefix = mask & !((1 << bit) - 1);
@@ -161,13 +165,13 @@ fn prefixes(condition: &Condition) -> Vec<(u64, u64)> {
         Op::ScmpCmpNe => differing.map(|(_, prefix)| prefix).collect(),
         Op::ScmpCmpGt => differing.filter(|(larger, _)| *larger).map(|(_, prefix)| prefix).collect(),
         Op::ScmpCmpLt => differing.filter(|(larger, _)| !*larger).map(|(_, prefix)| prefix).collect(),
-        // The neighbour exists: a condition that always holds is none.
+        // The neighbouring value exists: conditions that always hold have been left out before.
         Op::ScmpCmpGe => prefixes(&Condition { operator: Op::ScmpCmpGt, value: value - 1, ..*condition }),
         Op::ScmpCmpLe => prefixes(&Condition { operator: Op::ScmpCmpLt, value: value + 1, ..*condition }),
     }
 }
 
-/// What a rule does with a call, and when.
+/// The action of a rule for a call, and the alternatives under which the rule applies.
 struct Known {
     action: u32,
     holds: Alternatives,
@@ -175,15 +179,16 @@ struct Known {
     is_restated: bool,
 }
 
-/// Where rules of different actions hold for the same call, libseccomp decides by an order that it makes of operators and
-/// values (src/db.c, `_db_chain_lt`). Restating a rule would change that order, and with it the answer.
+/// Refuses profiles in which rules of different actions apply to the same call. libseccomp decides between such rules
+/// by an order of operators and values (src/db.c, `_db_chain_lt`). Restating a rule would change that order, and so the
+/// verdict.
 fn refuse_conflicts(profile: &LinuxSeccomp, clone: CloneArguments) -> Result<(), SeccompError> {
     let default = profile.default_action().as_u32(profile.default_errno_ret());
     let mut calls: HashMap<&str, Vec<Known>> = HashMap::new();
     for rule in profile.syscalls().iter().flatten() {
         let action = rule.action().as_u32(rule.errno_ret());
         let arguments = rule.args().as_deref().unwrap_or_default();
-        // Runtimes leave out what says the same as the default.
+        // Runtimes leave out rules that have the same action as the default.
         if action == default {
             continue;
         }
@@ -206,7 +211,7 @@ fn refuse_conflicts(profile: &LinuxSeccomp, clone: CloneArguments) -> Result<(),
 
 impl Known {
     fn conflicts_with(&self, other: &Self) -> bool {
-        // A rule without conditions wins over all that have some, unless those have lost them.
+        // A rule without conditions takes precedence over rules with conditions, unless all of those always hold.
         let is_ordered = self.is_conditional == other.is_conditional || self.always_holds() && other.always_holds();
         self.action != other.action
             && (self.is_restated || other.is_restated)
@@ -219,7 +224,7 @@ impl Known {
     }
 }
 
-/// Can a call meet both?
+/// Tells whether one call can meet both.
 fn can_meet(one: &Alternatives, other: &Alternatives) -> bool {
     let excluded =
         |all: &[Condition], others: &[Condition]| all.iter().any(|one| others.iter().any(|other| one.excludes(other)));
@@ -306,7 +311,7 @@ mod tests {
         let seven: Vec<_> = (0..7).map(equal).collect();
         let found = after(&serde_json::json!([
             {"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "op": "SCMP_CMP_NE", "value": 40}]},
-            // These are not truncated.
+            // The kernel does not truncate the arguments of this call.
             {"names": ["write"], "action": "SCMP_ACT_ALLOW", "args": seven},
         ]));
         let found = found.expect("restated");

@@ -1,10 +1,10 @@
-//! System call numbers of each architecture that a filter of ours can tell apart.
+//! System call numbers of each architecture for which the compiler makes filters.
 
 use std::{collections::HashMap, sync::OnceLock};
 
 use oci_spec::runtime::Arch;
 
-/// An architecture as the kernel tells it to a filter: `AUDIT_ARCH_*` (linux/audit.h), and for x32 a bit in the number.
+/// An architecture that a filter can recognize: by `AUDIT_ARCH_*` (linux/audit.h), and x32 also by a bit in the number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Machine {
     /// 64-bit x86.
@@ -19,10 +19,10 @@ pub enum Machine {
     Arm,
 }
 
-/// x32's calls are x86-64's with this bit in their number (asm/unistd.h).
+/// The bit that is set in the numbers of x32's calls, which otherwise are those of x86-64 (asm/unistd.h).
 pub(super) const X32_BIT: u32 = 0x4000_0000;
 
-/// Calls of x86-64 that x32 has under numbers of its own, from 512 upwards in this order, because their arguments hold
+/// Calls that x32 has under numbers of its own, from 512 upwards in this order, because their arguments contain
 /// pointers or longs (arch/x86/entry/syscalls/syscall_64.tbl).
 const X32_OWN: [&str; 36] = [
     "rt_sigaction",
@@ -63,7 +63,7 @@ const X32_OWN: [&str; 36] = [
     "pwritev2",
 ];
 
-/// Calls of x86-64 that x32 does not have at all (the same table: "64").
+/// Calls of x86-64 that x32 does not have at all (marked "64" in the same table).
 const NOT_X32: [&str; 11] = [
     "_sysctl",
     "create_module",
@@ -78,7 +78,7 @@ const NOT_X32: [&str; 11] = [
     "vserver",
 ];
 
-/// Private calls of 32-bit ARM (asm/unistd.h: `__ARM_NR_BASE`), and names of the same calls that profiles use.
+/// Private calls of 32-bit ARM (asm/unistd.h: `__ARM_NR_BASE`), and calls for which profiles use another name.
 const ARM_MORE: [(&str, u32); 5] = [
     ("breakpoint", 0x000f_0001),
     ("cacheflush", 0x000f_0002),
@@ -88,10 +88,10 @@ const ARM_MORE: [(&str, u32); 5] = [
 ];
 
 impl Machine {
-    /// Every one that has a table here.
+    /// All architectures, each of which has a table of numbers.
     pub(super) const ALL: [Self; 5] = [Self::X86_64, Self::X86, Self::X32, Self::Aarch64, Self::Arm];
 
-    /// The one this program was built for, if a filter can be made for it.
+    /// Returns the architecture that this program was built for, if the compiler can make a filter for it.
     pub fn of_this_host() -> Option<Self> {
         match std::env::consts::ARCH {
             "x86_64" => Some(Self::X86_64),
@@ -100,7 +100,7 @@ impl Machine {
         }
     }
 
-    /// By the OCI spec's name, which is libseccomp's.
+    /// Returns the architecture with the OCI spec's name, which is also libseccomp's.
     pub(super) fn named(arch: Arch) -> Option<Self> {
         match arch {
             Arch::ScmpArchX86_64 => Some(Self::X86_64),
@@ -112,7 +112,7 @@ impl Machine {
         }
     }
 
-    /// What the kernel calls it in `seccomp_data.arch`.
+    /// Returns the kernel's value for the architecture in `seccomp_data.arch`.
     pub(super) fn audit(self) -> u32 {
         match self {
             Self::X86_64 | Self::X32 => 0xc000_003e,
@@ -122,12 +122,12 @@ impl Machine {
         }
     }
 
-    /// How many bits of an argument libseccomp compares: x32 counts as a 32-bit architecture there.
+    /// Tells whether libseccomp compares 64 bits of an argument; it treats x32 as a 32-bit architecture.
     pub(super) fn has_wide_arguments(self) -> bool {
         matches!(self, Self::X86_64 | Self::Aarch64)
     }
 
-    /// The number of a call; None for one that this architecture does not have.
+    /// Returns the number of a call, or `None` for a call that this architecture does not have.
     pub fn number(self, name: &str) -> Option<u32> {
         static TABLES: OnceLock<HashMap<Machine, HashMap<&'static str, u32>>> = OnceLock::new();
         let tables = TABLES.get_or_init(|| Self::ALL.map(|machine| (machine, machine.table())).into_iter().collect());
@@ -135,7 +135,7 @@ impl Machine {
     }
 
     fn table(self) -> HashMap<&'static str, u32> {
-        /// Each architecture's list is a type of its own.
+        /// Returns the names and numbers of one architecture's calls. Each architecture's list is a type of its own.
         macro_rules! all {
             ($list:ident) => {
                 syscalls::$list::Sysno::iter().filter_map(|call| Some((call.name(), u32::try_from(call.id()).ok()?)))
@@ -144,7 +144,7 @@ impl Machine {
         match self {
             Self::X86_64 => all!(x86_64).collect(),
             Self::X86 => all!(x86).collect(),
-            // The kernel's own name of it (asm-generic/unistd.h) is what profiles use.
+            // Profiles use the kernel's own name of this call (asm-generic/unistd.h).
             Self::Aarch64 => all!(aarch64).chain([("newfstatat", 79)]).collect(),
             Self::Arm => all!(arm).chain(ARM_MORE).collect(),
             Self::X32 => all!(x86_64)

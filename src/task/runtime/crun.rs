@@ -1,4 +1,4 @@
-//! What a crun can do on this host: it is asked.
+//! Probes what a crun can do on this host.
 
 use std::{fs, path::Path, process::Stdio, time::Duration};
 
@@ -9,45 +9,48 @@ use crate::{
     rootfs::seccomp::{self, Form},
 };
 
-/// `crun create` on a loaded machine; a quiet one needs 10 ms.
+/// How long a call of crun may take on a loaded machine. On an idle one it takes 10 ms.
 const PROBE: Duration = Duration::from_secs(10);
 
-/// Does crun work here? It refuses hybrid cgroup hosts in part, old kernels, and what its build left out, so it is
-/// asked: a container whose program is an empty file must fail for just that reason, which crun finds after everything
-/// else. It is given a filter, too, that has execve fail in a way of its own: who does not fail in that way has not loaded
-/// it. First a compiled one, then the plain form: a crun without seccomp takes both, and does nothing.
+/// Checks whether crun works on this host, and returns the form in which it takes seccomp filters.
+///
+/// crun does not work on some hosts with hybrid cgroups and on old kernels, and its build may lack features. So it is
+/// probed with a container whose program is an empty file. The container must fail for just that reason, which crun
+/// finds last of all. The container also has a seccomp filter under which execve fails with an error of its own. If the
+/// container fails with another error, crun has not loaded the filter. The compiled form of the filter is tried first,
+/// then the plain form. A crun that was built without seccomp accepts both and ignores them.
 ///
 /// # Errors
-/// Its own words when it fails for another reason.
+/// crun's message if the container fails for another reason.
 pub async fn crun_works(binary: &Path, scratch: &Path, cgroups: &Cgroups) -> Result<Form, String> {
     let id = probes::new_name().map_err(|error| error.to_string())?;
     let bundle = scratch.join(&id);
     let mut outcome = probe(binary, &bundle, &id, Form::Program).await;
-    // It has run the program, and not under the filter: does it know the plain form?
+    // crun has run the program without the compiled filter, so the plain form is tried.
     if outcome == Ok(false) {
         outcome = probe(binary, &bundle, &id, Form::Profile)
             .await
             .and_then(|filtered| if filtered { Ok(false) } else { Err(NO_SECCOMP.to_owned()) });
     }
     let outcome = outcome.map(|program| if program { Form::Program } else { Form::Profile });
-    // A crun that was killed has not removed its cgroup.
+    // A crun that was killed has left its cgroup behind.
     if let Err(error) = probes::remove_probe(scratch, cgroups, &id).await {
-        tracing::warn!(%error, name = id, "something of a runtime's probe stays");
+        tracing::warn!(%error, name = id, "could not remove everything of a runtime's probe");
     }
     outcome
 }
 
-/// What execve answers under the probe's filter: EXDEV, which it never answers by itself.
+/// The error of execve under the probe's filter: EXDEV, which execve never returns by itself.
 const TELLTALE: u32 = libc::EXDEV.cast_unsigned();
 
-/// Such a crun reads filters in either form and does nothing with them.
+/// The problem of a crun that accepts filters in either form and ignores them.
 pub(super) const NO_SECCOMP: &str = "it was built without seccomp";
 
-/// Was the filter, in this form, seen to hold?
+/// Runs the probe's container with a filter in this form. Returns true if the filter was enforced.
 async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<bool, String> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let text = |error: std::io::Error| error.to_string();
-    // crun makes links in /dev, and expects the directory.
+    // crun creates links in /dev, and expects that the directory exists.
     for directory in ["rootfs/proc", "rootfs/dev"] {
         fs::create_dir_all(bundle.join(directory)).map_err(text)?;
     }
@@ -74,9 +77,9 @@ async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<boo
     };
     let output = run(&["run", "--bundle", ".", id]).await.map_err(|_| "it hangs".to_owned())?.map_err(text)?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    // Gone by itself after a failed `run`; asked for in case this version leaves something.
+    // A failed `run` removes the container by itself. This is for versions that leave something.
     let _ = run(&["delete", "--force", id]).await;
-    // As glibc and musl say EXDEV and ENOEXEC.
+    // These are the texts of glibc and musl for EXDEV and ENOEXEC.
     let lower = said.to_lowercase();
     if lower.contains("cross-device link") {
         Ok(true)

@@ -1,5 +1,5 @@
-//! A runtime that is gVisor's runsc: what it can do on this host is seen by running a small sandbox once, and what shims
-//! call is a script that carries its flags.
+//! A runtime that is gVisor's runsc. What it can do on this host is found out by running a small sandbox once. Shims
+//! call a wrapper script that adds runsc's flags.
 
 use std::{
     fs,
@@ -26,16 +26,16 @@ use crate::{
     rootfs::NetworkNamespace,
 };
 
-/// A sandbox takes 0.1 to 0.3 s; a platform that hangs is never used.
+/// How long the probe's sandbox may take. It takes 0.1 to 0.3 s, and a platform that hangs is never used.
 const PROBE: Duration = Duration::from_secs(10);
-/// It prints and goes.
+/// How long runsc may take to print its version or its flags.
 const ASK: Duration = Duration::from_secs(10);
-/// A failure is looked at again after this.
+/// How long the failure of a probe is remembered before runsc is probed again.
 const AGAIN: Duration = Duration::from_secs(30);
-/// What the probe's program ends with.
+/// The exit code of the probe's program.
 const TELLTALE: u8 = 42;
 
-/// One named runtime that is runsc.
+/// One configured runtime that is gVisor's runsc.
 #[derive(Debug)]
 pub struct Gvisor {
     name: String,
@@ -43,11 +43,11 @@ pub struct Gvisor {
     places: Places,
     cgroups: Cgroups,
     known: Mutex<Option<Known>>,
-    /// One probe at a time.
+    /// A running probe holds this, so that there is one at a time.
     probing: tokio::sync::Mutex<()>,
 }
 
-/// What was found out, of which file, and when.
+/// The result of the last probe, the program that was probed, and the time.
 #[derive(Debug, Clone)]
 struct Known {
     of: Program,
@@ -56,7 +56,8 @@ struct Known {
 }
 
 impl Known {
-    /// May it serve instead of a further probe? A shortage of the host's says nothing of the program.
+    /// Says whether this result can be used instead of another probe. A failure that comes from the host's state, such
+    /// as a lack of descriptors, says nothing about the program.
     fn is_fresh(&self) -> bool {
         match &self.outcome {
             Ok(_) => true,
@@ -65,7 +66,7 @@ impl Known {
     }
 }
 
-/// What is kept on disk of a probe that went well: it holds until the host is started anew.
+/// The result of a successful probe on disk. It is valid until the host is rebooted.
 #[derive(Serialize, Deserialize)]
 struct Noted {
     boot: String,
@@ -79,20 +80,21 @@ impl Gvisor {
         Self { name, settings, places, cgroups, known: Mutex::default(), probing: tokio::sync::Mutex::default() }
     }
 
-    /// What was found out last; None while that is not known.
+    /// Returns the result of the last probe. `None` if there was none yet.
     pub fn known(&self) -> Option<Result<Probed, String>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|known| known.outcome.clone())
     }
 
-    /// What it can do here. Runs a sandbox if that was not done since the host came up or the program was replaced.
+    /// Returns what runsc can do on this host. It is probed with a sandbox if that was not done since the host was
+    /// booted or the program was replaced.
     ///
     /// # Errors
-    /// Its own words, or that it hangs.
+    /// runsc's message, or that it hangs.
     pub async fn probed(self: &Arc<Self>, binary: &Path) -> Result<Probed, String> {
         if let Some(outcome) = self.fresh(binary) {
             return outcome;
         }
-        // To its end, whoever stops waiting: a sandbox that is cut off leaves something.
+        // The probe runs to its end even if the caller stops waiting, because an interrupted sandbox leaves remains.
         let (this, binary) = (self.clone(), binary.to_owned());
         let probed = tokio::spawn(async move { this.look_at(&binary).await });
         probed.await.unwrap_or_else(|join| Err(format!("its probe ended early: {join}")))
@@ -110,7 +112,9 @@ impl Gvisor {
                 let outcome = self.probe(&self.kept(binary).await).await;
                 match &outcome {
                     Ok(probed) => self.note(&of, probed),
-                    Err(problem) => tracing::warn!(runtime = self.name, problem, "it does not work on this host"),
+                    Err(problem) => {
+                        tracing::warn!(runtime = self.name, problem, "a runtime does not work on this host");
+                    }
                 }
                 outcome
             }
@@ -126,7 +130,7 @@ impl Gvisor {
         (Program::of(binary).as_ref() == Some(&known.of)).then(|| known.outcome.clone())
     }
 
-    /// The program under a name that it keeps when it is upgraded or removed.
+    /// Returns the path of the pinned program, which stays when the program is upgraded or removed.
     pub(super) async fn kept(&self, binary: &Path) -> PathBuf {
         let (places, owned) = (self.places.clone(), binary.to_owned());
         let keep = move || match Program::of(&owned) {
@@ -135,7 +139,11 @@ impl Gvisor {
         };
         let kept = tokio::task::spawn_blocking(keep).await.map_err(std::io::Error::other).and_then(|kept| kept);
         kept.unwrap_or_else(|error| {
-            tracing::warn!(binary = %binary.display(), %error, "it is not kept; upgrade it when no task uses it");
+            tracing::warn!(
+                binary = %binary.display(),
+                %error,
+                "could not pin the program of runsc; upgrade it only while no task uses it"
+            );
             binary.to_owned()
         })
     }
@@ -155,12 +163,12 @@ impl Gvisor {
         let noted = Noted { boot, of: of.clone(), settings: format!("{:?}", self.settings), probed: probed.clone() };
         let text = serde_json::json!(noted).to_string();
         if let Err(error) = write_whole(&self.note_path(), text.as_bytes(), 0o600) {
-            tracing::debug!(%error, "what was found out about runsc is not kept");
+            tracing::debug!(%error, "could not save the result of runsc's probe");
         }
     }
 
-    /// The platforms to try, in the order of preference. KVM is the operator's word only: in virtual machines it is often
-    /// there and very slow.
+    /// Returns the platforms to try, in the order of preference. KVM is used only if the operator asks for it, because
+    /// in virtual machines it is often available and very slow.
     fn platforms(&self) -> Vec<Platform> {
         self.settings.platform.map_or_else(|| vec![Platform::Systrap, Platform::Ptrace], |one| vec![one])
     }
@@ -189,7 +197,7 @@ impl Gvisor {
         let bundle = self.places.run().join(&id);
         let outcome = self.run_in(&bundle, &id, binary, probed).await;
         if let Err(error) = probes::remove_probe(self.places.run(), &self.cgroups, &id).await {
-            tracing::warn!(%error, name = id, "something of a runtime's probe stays");
+            tracing::warn!(%error, name = id, "could not remove everything of a runtime's probe");
         }
         outcome
     }
@@ -216,9 +224,9 @@ impl Gvisor {
         let child = command.spawn().map_err(text)?;
         let pid = child.id();
         let Ok(output) = tokio::time::timeout(PROBE, child.wait_with_output()).await else {
-            // Its sandbox and file server may not be in the cgroup yet.
+            // The sandbox and its file server may not be in the cgroup yet, so they are killed as descendants of runsc.
             let family = pid.map_or(Ok(Vec::new()), descendants).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the processes of a sandbox that hangs can't be listed; its cgroup is emptied later");
+                tracing::warn!(%error, "could not list the processes of a hung sandbox; its cgroup is emptied later");
                 Vec::new()
             });
             let family: Vec<PidFd> = family.into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
@@ -238,22 +246,23 @@ impl Gvisor {
         (probed.shares_root && make_dir(&root).is_ok()).then_some(root)
     }
 
-    /// How a task with this namespace is connected.
+    /// Returns the kind of network that a task in this namespace has.
     pub fn network(&self, namespace: &NetworkNamespace) -> Network {
         match namespace {
-            // runsc copies what a namespace has that is up, and nothing is up in a new one; this is loopback.
+            // runsc copies the interfaces of a namespace that are up, and in a new namespace none is. `None` means
+            // loopback.
             NetworkNamespace::Private => Network::None,
             NetworkNamespace::Path(_) => self.settings.network,
-            // The host's own namespace has no addresses to be taken over.
+            // A sandbox must not take over the addresses of the host's own namespace.
             NetworkNamespace::Host if self.settings.network == Network::None => Network::None,
             NetworkNamespace::Host => Network::Host,
         }
     }
 
-    /// The script that a shim calls.
+    /// Writes the wrapper script that a shim calls, and returns its path.
     ///
     /// # Errors
-    /// As the file system.
+    /// When the script can't be written.
     pub(super) fn wrapper(
         &self,
         binary: &Path,
@@ -263,10 +272,10 @@ impl Gvisor {
     ) -> std::io::Result<PathBuf> {
         let flags = self.settings.flags(&probed.platform, network, self.shared_root(probed).as_deref());
         let text = wrapper(binary, &flags, caller);
-        // Its name says what is in it: one that a task was started with never changes.
+        // The name contains a digest of the content, so the script that a task was started with never changes.
         let digest = Digest::of(text.as_bytes());
         let path = self.places.wrappers().join(format!("{}-{network}-{}", self.name, &digest.short()[..8]));
-        // Looked into, too: a host that lost its power may have kept the name only.
+        // The content is compared, too, because after a power failure the file may be empty.
         if !fs::read(&path).is_ok_and(|written| written == text.as_bytes()) {
             write_whole(&path, text.as_bytes(), 0o755)?;
         }
@@ -274,27 +283,28 @@ impl Gvisor {
     }
 }
 
-/// What this runsc can do here, for somebody who has no engine.
+/// Probes what this runsc can do on this host, for callers that have no engine.
 ///
 /// # Errors
-/// Its own words, or that it hangs.
+/// runsc's message, or that it hangs.
 pub async fn runsc_works(binary: &Path) -> Result<Probed, String> {
     let dir = std::env::temp_dir().join(format!("nomad-driver-shim-{}", random_hex(6)));
     let cgroups = Cgroups::detect().map_err(|error| crate::chain(&error))?;
     let settings = GvisorSettings::default();
     let outcome = Gvisor::new("runsc".to_owned(), settings, Places::new(&dir, &dir), cgroups).probe(binary).await;
     if let Err(error) = fs::remove_dir_all(&dir) {
-        tracing::debug!(%error, "the probe's directory stays");
+        tracing::debug!(%error, "could not remove the directory of runsc's probe");
     }
     outcome
 }
 
+/// Calls runsc with one argument and returns what it prints.
 async fn ask(binary: &Path, word: &str) -> Result<String, String> {
     let mut command = async_command(binary);
     command.arg(word).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(ASK, command.output()).await;
     let output = output.map_err(|_| format!("{word}: it hangs"))?.map_err(|error| format!("{word}: {error}"))?;
-    // Go prints help to either.
+    // Go programs print help to standard output or to standard error.
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
 }
 

@@ -1,5 +1,5 @@
-//! A runsc kept for as long as sandboxes of it run. A sandbox answers only the runsc that it was made by, so one that was
-//! upgraded or removed under running tasks could neither exec in them nor end them.
+//! Pins the program of runsc for as long as sandboxes of it run. A sandbox can only be controlled by the runsc that
+//! created it. If runsc were upgraded or removed under running tasks, nothing could exec in the tasks or end them.
 
 use std::{
     fs, io,
@@ -13,17 +13,17 @@ use crate::{
     places::{Places, make_dir},
 };
 
-/// Where runsc looks for programs of its own, beside itself (gVisor's `gvisorbinaries`).
+/// The directory next to runsc in which runsc looks for its helper programs (gVisor's `gvisorbinaries`).
 const SIDECARS: &str = "gvisor-bin";
-/// Older ones that nothing was made of since are removed.
+/// The age above which copies of replaced programs are removed.
 const OLD: Duration = Duration::from_secs(24 * 3600);
 
-/// A program's file, by what does not change when it gets another name.
+/// The identity of a program's file, which does not change when the file gets another name.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Program(String);
 
 impl Program {
-    /// That file now; None when it is gone.
+    /// Returns the identity of the file that is at this path now. `None` if there is none.
     pub(super) fn of(binary: &Path) -> Option<Self> {
         let file = fs::metadata(binary).ok()?;
         let text = format!("{}.{}.{}.{}.{}", file.dev(), file.ino(), file.size(), file.mtime(), file.mtime_nsec());
@@ -35,18 +35,18 @@ impl Program {
     }
 }
 
-/// Another name of the program, or a copy of it where the state directory is on another file system; with its sidecars.
-/// Blocks.
+/// Pins a program and its helper programs: hard links to them, or copies if the state directory is on another file
+/// system. Returns the path of the pinned program. This function blocks.
 ///
 /// # Errors
-/// As the file system; the program itself serves then.
+/// When a file can't be linked, copied or written. The caller can use the program itself then.
 pub(super) fn keep(binary: &Path, program: &Program, places: &Places) -> io::Result<PathBuf> {
     let dir = program.dir(places);
     let kept = dir.join("runsc");
     let size = fs::metadata(binary)?.len();
     match fs::metadata(&kept) {
         Ok(file) if file.len() == size => return Ok(kept),
-        // A copy whose content was lost with the host's power.
+        // The content of this copy was lost in a power failure.
         Ok(_) => fs::remove_dir_all(&dir)?,
         Err(_) => {}
     }
@@ -67,7 +67,7 @@ pub(super) fn keep(binary: &Path, program: &Program, places: &Places) -> io::Res
     })();
     if filled.is_err() {
         let _ = fs::remove_dir_all(&draft);
-        // Somebody else was faster.
+        // It is no error if a concurrent call has pinned the program.
         if !kept.exists() {
             filled?;
         }
@@ -85,7 +85,8 @@ fn same(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes those that are not `current` and were made long ago. For when no task runs that could be of one.
+/// Removes the pinned programs that are old and not among the `current` ones. The caller makes sure that no task runs
+/// that may use one of them.
 pub(super) fn prune(places: &Places, current: &[Program]) {
     let now = SystemTime::now();
     for entry in fs::read_dir(places.wrappers()).into_iter().flatten().flatten() {
@@ -98,7 +99,7 @@ pub(super) fn prune(places: &Places, current: &[Program]) {
             && !in_use
             && let Err(error) = fs::remove_dir_all(entry.path())
         {
-            tracing::debug!(%error, "an old runsc stays");
+            tracing::debug!(%error, "could not remove an old pinned copy of runsc");
         }
     }
 }
@@ -116,7 +117,7 @@ mod tests {
         fs::write(directory.path().join(SIDECARS).join("sentry"), "s").expect("written");
         let program = Program::of(&binary).expect("it is there");
         let kept = keep(&binary, &program, &places).expect("kept");
-        assert_eq!(Program::of(&binary), Some(program.clone()), "another name changes nothing");
+        assert_eq!(Program::of(&binary), Some(program.clone()), "another name does not change the identity");
         assert_eq!(keep(&binary, &program, &places).expect("kept"), kept);
         fs::remove_file(&binary).expect("removed");
         fs::write(&binary, "two").expect("written");
@@ -124,6 +125,6 @@ mod tests {
         assert_eq!(fs::read_to_string(&kept).expect("read"), "one");
         assert_eq!(fs::read_to_string(kept.with_file_name(SIDECARS).join("sentry")).expect("read"), "s");
         prune(&places, &[]);
-        assert!(kept.exists(), "it is not old");
+        assert!(kept.exists(), "a copy that is not old stays");
     }
 }

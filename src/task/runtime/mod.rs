@@ -1,4 +1,4 @@
-//! OCI runtimes by name, and which one is taken when a job names none.
+//! The OCI runtimes by name, and the choice of one for a job that names none.
 
 mod crun;
 mod gvisor;
@@ -30,64 +30,64 @@ use crate::{
     stamp::Stamp,
 };
 
-/// `delete --force` takes 20 to 220 ms.
+/// How long a runtime's `delete --force` may take. It usually takes 20 to 220 ms.
 const DELETE: Duration = Duration::from_secs(30);
 
-/// Why a runtime can't be used.
+/// A runtime can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    /// Not configured.
+    /// No runtime of this name is configured.
     #[error("runtime {name:?} is not configured; there is {known}")]
     Unknown {
-        /// As the job has it.
+        /// The name that the job uses.
         name: String,
-        /// What there is.
+        /// The names that are configured.
         known: String,
     },
-    /// Not allowed.
+    /// The operator does not allow the runtime.
     #[error("runtime {name:?} is not among allow_runtimes = {allowed}")]
     NotAllowed {
-        /// As the job has it.
+        /// The name that the job uses.
         name: String,
-        /// What is.
+        /// The names that are allowed.
         allowed: String,
     },
-    /// Not installed.
+    /// The runtime or its shim is not installed.
     #[error("runtime {name:?}: {binary} is not installed")]
     Missing {
-        /// Its name.
+        /// The runtime's name.
         name: String,
-        /// Its program.
+        /// The program that is missing.
         binary: String,
     },
-    /// A clean-up that it did not do.
+    /// The runtime did not delete a container.
     #[error("runtime {name:?} can't delete a container: {problem}")]
     Delete {
-        /// Its name.
+        /// The runtime's name.
         name: String,
-        /// Why.
+        /// What the runtime says, or what became of its call.
         problem: String,
     },
-    /// Installed, and no good on this host.
+    /// The runtime is installed, but does not work on this host.
     #[error("runtime {name:?} does not work on this host: {problem}")]
     Broken {
-        /// Its name.
+        /// The runtime's name.
         name: String,
-        /// What its probe said.
+        /// What the runtime's probe found.
         problem: String,
     },
-    /// The script that shims call it by.
-    #[error("runtime {name:?}: write its wrapper")]
+    /// The script that shims call instead of runsc can't be written.
+    #[error("runtime {name:?}: can't write its wrapper script")]
     Wrapper {
-        /// Its name.
+        /// The runtime's name.
         name: String,
-        /// Why.
+        /// The error of the file system.
         source: std::io::Error,
     },
-    /// One that confines nobody.
-    #[error("runtime {0:?} was built without seccomp, and would pass any filter over in silence; install one with it")]
+    /// The runtime does not confine tasks.
+    #[error("runtime {0:?} was built without seccomp and would silently ignore any filter; install one with seccomp")]
     Unfiltered(String),
-    /// None at all.
+    /// There is no runtime at all.
     #[error("neither crun nor runc is installed")]
     None,
 }
@@ -95,53 +95,53 @@ pub enum RuntimeError {
 /// A runtime that can be used.
 #[derive(Debug, Clone)]
 pub struct Runtime {
-    /// Its name.
+    /// The runtime's name.
     pub name: String,
-    /// What shims call, as an absolute path.
+    /// The program that shims call, as an absolute path.
     pub binary: PathBuf,
-    /// How it takes a seccomp filter.
+    /// The form in which the runtime takes a seccomp filter.
     pub filters: Form,
-    /// Its own shim, where it has one.
+    /// The runtime's own shim, if it has one.
     pub shim: Option<OwnShim>,
-    /// Where it is gVisor's.
+    /// gVisor's part, if the runtime is gVisor's runsc.
     pub gvisor: Option<Arc<Gvisor>>,
 }
 
-/// A shim that is not runc's.
+/// A shim other than runc's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnShim {
-    /// Its program, as an absolute path.
+    /// The shim's program, as an absolute path.
     pub program: PathBuf,
-    /// The file that it is configured by, where the operator named one.
+    /// The shim's configuration file, if the operator named one.
     pub config: Option<PathBuf>,
 }
 
 impl Runtime {
-    /// How a task in this namespace is connected, where that is the runtime's own doing.
+    /// Returns the kind of network that a task in this namespace has, if the runtime provides the network itself.
     pub fn network(&self, namespace: &NetworkNamespace) -> Option<Network> {
         self.gvisor.as_ref().map(|gvisor| gvisor.network(namespace))
     }
 
-    /// Is it one of those whose containers wait at a FIFO, and do nothing else at `start`? By its name: of a wrapper with
-    /// another one nobody knows what it does then.
+    /// Says whether this runtime's containers wait at a FIFO, and `start` does nothing but release them. This is
+    /// decided by the program's name, because a wrapper with another name may do anything at `start`.
     pub fn waits_at_fifo(&self) -> bool {
         ["crun", "runc"].iter().any(|name| is_called(&self.binary, name))
     }
 
-    /// Is it known to work here? Only gVisor's is looked at for that.
+    /// Returns the result of the runtime's probe. Only gVisor is probed; `None` for other runtimes.
     ///
     /// # Errors
-    /// When it does not.
+    /// When the runtime does not work on this host.
     pub async fn works(&self) -> Result<Option<Probed>, RuntimeError> {
         let Some(gvisor) = &self.gvisor else { return Ok(None) };
         let broken = |problem| RuntimeError::Broken { name: self.name.clone(), problem };
         gvisor.probed(&self.binary).await.map(Some).map_err(broken)
     }
 
-    /// Waits until it is known to work here, and has what its shim calls for a task in this namespace.
+    /// Waits for the runtime's probe, and writes the wrapper script that its shim calls for a task in this namespace.
     ///
     /// # Errors
-    /// When it does not work here.
+    /// When the runtime does not work on this host, or the wrapper script can't be written.
     pub async fn made_ready(mut self, namespace: &NetworkNamespace, hooks: &Hooks) -> Result<Self, RuntimeError> {
         let probed = self.works().await?;
         let (Some(gvisor), Some(probed)) = (&self.gvisor, probed) else { return Ok(self) };
@@ -162,36 +162,40 @@ impl Runtime {
 #[derive(Debug, Clone)]
 pub struct Runtimes {
     configured: BTreeMap<String, RuntimeSettings>,
-    /// Those that are gVisor's, by name.
+    /// The runtimes that are gVisor's runsc, by name.
     gvisor: BTreeMap<String, Arc<Gvisor>>,
-    /// Those that were seen to honour a compiled filter, and which file that was: another one has to be asked anew.
+    /// The runtimes whose probe has shown that they enforce a compiled filter, and the program that was probed. If the
+    /// program is replaced by another one, it counts as not probed.
     take_programs: BTreeMap<String, Asked>,
-    /// Those that were seen to honour none.
+    /// The runtimes whose probe has shown that they enforce no filter.
     unfiltered: BTreeSet<String>,
+    /// `allow_runtimes`.
     allowed: Option<Vec<String>>,
+    /// The default runtime, or the reason why there is none.
     default: Result<Runtime, String>,
     /// `default_runtime`.
     wanted: Option<String>,
 }
 
-/// Does the file's name begin so (`crun`, `crun-1.20`)?
+/// Says whether the file's name begins with `name`, as `crun` and `crun-1.20` begin with `crun`.
 fn is_called(binary: &Path, name: &str) -> bool {
     binary.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name))
 }
 
-/// A program's place, and what says that it is still the same file.
+/// A program's path, and the identity of the file that was there when the program was probed.
 type Asked = (PathBuf, Stamp);
 
 fn asked(binary: &Path) -> Option<Asked> {
     Some((binary.to_owned(), Stamp::of(&fs::metadata(binary).ok()?)))
 }
 
-/// Names of the old driver and containerd that mean "runc's shim, whatever its binary".
+/// Names that nomad-driver-containerd and containerd use for runc's shim, whatever the runtime's program is. Here they
+/// mean the default runtime.
 pub const SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
 
 impl Runtimes {
-    /// Finds the default: the one the operator named, else crun where it works on this host, else runc. Every crun is
-    /// asked what it can do.
+    /// Probes every crun, and finds the default runtime: the one that the operator named, or else crun if it works on
+    /// this host, or else runc.
     pub async fn find(settings: &Settings, cgroups: &Cgroups) -> Self {
         let scratch = settings.places.run();
         let configured = settings.runtimes.clone();
@@ -250,7 +254,7 @@ impl Runtimes {
         Some(Runtime { name: name.to_owned(), binary, filters, shim, gvisor })
     }
 
-    /// The program of a runtime, by its name.
+    /// Returns the path of a runtime's program, if it is installed.
     pub fn binary(&self, name: &str) -> Option<PathBuf> {
         self.configured.get(name).and_then(|runtime| which(&runtime.binary))
     }
@@ -264,22 +268,22 @@ impl Runtimes {
         RuntimeError::Missing { name: name.to_owned(), binary }
     }
 
-    /// The default.
+    /// Returns the default runtime.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason why there is none.
     pub fn default_runtime(&self) -> Result<&Runtime, &str> {
         self.default.as_ref().map_err(String::as_str)
     }
 
-    /// The runtime a job asks for.
+    /// Returns the runtime that a job asks for, or the default runtime.
     ///
     /// # Errors
-    /// When it is not configured, not allowed or not installed: never another one instead.
+    /// When the runtime is not configured, not allowed or not installed. It is never replaced by another one.
     pub fn choose(&self, wanted: Option<&str>) -> Result<Runtime, RuntimeError> {
         let name = match wanted {
             Some(name) if !SHIM_NAMES.contains(&name) => name,
-            // By its name: what was found out about its file may hold no longer.
+            // The default is looked up again by its name, because its program may have been replaced since.
             _ => match (&self.default, &self.wanted) {
                 (Ok(default), _) => &default.name,
                 (Err(_), Some(name)) => name,
@@ -305,8 +309,8 @@ impl Runtimes {
         }
     }
 
-    /// All that are installed and not known to be no good here, with what was found out of gVisor's; one of those that
-    /// was not looked at yet is left out.
+    /// Returns all runtimes that are installed and not known to fail on this host. Runtimes of gVisor come with the
+    /// result of their probe, and are left out while they have not been probed.
     pub fn usable(&self) -> Vec<(Runtime, Option<Probed>)> {
         let installed = self.configured.keys().filter_map(|name| self.installed_as(name));
         let usable = installed.filter_map(|runtime| match runtime.gvisor.as_ref().map(|gvisor| gvisor.known()) {
@@ -316,18 +320,18 @@ impl Runtimes {
         usable.collect()
     }
 
-    /// Is it configured, and gVisor's?
+    /// Says whether a runtime of this name is configured and is gVisor's.
     pub fn is_gvisor(&self, name: &str) -> bool {
         self.gvisor.contains_key(name)
     }
 
-    /// No task of gVisor's is recorded: what is kept of programs that were replaced can go.
+    /// Removes old pinned copies of runsc. The caller has made sure that no task is recorded that runs in gVisor.
     pub fn prune(&self, places: &Places) {
         let binaries = self.gvisor.keys().filter_map(|name| self.binary(name));
         kept::prune(places, &binaries.filter_map(|binary| Program::of(&binary)).collect::<Vec<_>>());
     }
 
-    /// Looks at what gVisor's runtimes can do here: true when something else was found than was known.
+    /// Probes the runtimes of gVisor that have to be probed. Returns true if a result differs from the last one.
     pub async fn look(&self) -> bool {
         let mut news = false;
         for (name, gvisor) in &self.gvisor {
@@ -339,15 +343,16 @@ impl Runtimes {
         news
     }
 
-    /// Names of all that are configured.
+    /// Returns the names of all runtimes that are configured.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.configured.keys().map(String::as_str)
     }
 
-    /// Has a runtime end and forget a container, by its own command. `root` is its state directory.
+    /// Calls a runtime's `delete --force`, which kills a container and removes its state. `root` is the runtime's state
+    /// directory.
     ///
     /// # Errors
-    /// When it is not installed, hangs or refuses.
+    /// When the runtime is not installed, hangs or refuses.
     pub async fn delete(&self, runtime: &str, root: &Path, id: &ContainerId) -> Result<(), RuntimeError> {
         let failed = |problem: String| RuntimeError::Delete { name: runtime.to_owned(), problem };
         let binary = self.binary(runtime).ok_or_else(|| failed("it is not installed".to_owned()))?;
@@ -364,15 +369,16 @@ impl Runtimes {
     }
 }
 
-/// This program's file, or what has taken its place since we were started.
+/// Returns the path of this program's file, or of the file that has replaced it since this process was started.
 fn own_program() -> std::io::Result<PathBuf> {
     let path = std::env::current_exe()?;
     let bare = path.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map_or(path.clone(), PathBuf::from);
-    // Without it the exit codes of sandboxes would be lost, in silence.
+    // A missing program is an error, because the exit codes of sandboxes would be lost silently without it.
     which(&bare).ok_or_else(|| std::io::Error::new(std::io::ErrorKind::NotFound, format!("{} is gone", bare.display())))
 }
 
-/// The least that a runtime runs `program` by, in `rootfs` of the bundle.
+/// Returns the smallest description of a container by which a runtime runs `program` in the bundle's directory
+/// `rootfs`.
 fn probe_spec(id: &str, program: &str, namespaces: &[&str]) -> serde_json::Value {
     let namespaces: Vec<_> = namespaces.iter().map(|kind| serde_json::json!({ "type": kind })).collect();
     serde_json::json!({
@@ -420,7 +426,7 @@ mod tests {
         assert_eq!(chosen(None), Ok("runc".to_owned()));
         assert_eq!(chosen(Some("io.containerd.runc.v2")), Ok("runc".to_owned()));
         assert!(matches!(all.choose(Some("kata")), Err(RuntimeError::Missing { .. })));
-        // Its shim is what is missing, and said to be.
+        // The shim is missing, not the runtime, and the error names the shim.
         assert!(chosen(Some("odd")).is_err_and(|problem| problem.contains("/no/shim")));
         assert!(matches!(all.choose(Some("runsc")), Err(RuntimeError::Unknown { .. })));
         assert!(matches!(runtimes(Some(&["crun"])).choose(Some("runc")), Err(RuntimeError::NotAllowed { .. })));

@@ -1,7 +1,8 @@
-//! Containers that a runtime is probed with: how they are called, and what is left of those that were cut off.
+//! The containers that runtimes are probed with: their names, and the cleanup of probes that were interrupted.
 //!
-//! Their cgroups lie at the root of every hierarchy, where plugins of other names have theirs, too. So a name says which
-//! process has made it: what a process that lives has made is at work, and everything else is nobody's.
+//! The cgroups of probes are at the root of every hierarchy, as are those of plugins with other names. So the name of a
+//! probe contains the process that has created it: if that process lives, the probe is in progress, and otherwise it is
+//! stale.
 
 use std::{
     collections::BTreeSet,
@@ -17,43 +18,44 @@ use crate::{
     process::ProcessId,
 };
 
-/// What a probe's directory is called, before the rest of its name.
+/// The beginning of a probe's name, which is also the name of its directory.
 const PREFIX: &str = "probe-";
-/// What comes before that in the name of its cgroup.
+/// What precedes a probe's name in the name of its cgroup.
 const CGROUP: &str = "nomad-driver-shim-";
-/// Earlier versions did not say whose a probe's cgroup was. None of their probes took longer than this.
+/// The age above which a probe's cgroup is stale if its name does not contain the creator. Earlier versions used such
+/// names, and none of their probes took longer than this.
 const ANONYMOUS_AGE: Duration = Duration::from_secs(600);
-/// What a cgroup holds is gone within milliseconds of a SIGKILL.
+/// How long the processes of a cgroup are waited for after SIGKILL. They usually end within milliseconds.
 const CLEAR: Duration = Duration::from_secs(5);
-/// Between two looks at that.
+/// How often a cgroup is checked for processes after SIGKILL.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// A new name, which says that this process has made it.
+/// Returns a new name for a probe of this process.
 ///
 /// # Errors
-/// When /proc does not tell when this process was started.
+/// When the start time of this process can't be read from /proc.
 pub(super) fn new_name() -> io::Result<String> {
     let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
     Ok(format!("{PREFIX}{pid}-{start}-{}", random_hex(6)))
 }
 
-/// The process that has made it; None where the name does not say.
+/// Returns the process that has created the probe of this name. `None` if the name does not contain it.
 fn maker(name: &str) -> Option<ProcessId> {
     let mut parts = name.strip_prefix(PREFIX)?.split('-');
     let process = ProcessId { pid: parts.next()?.parse().ok()?, start: parts.next()?.parse().ok()? };
     parts.next().map(|_| process)
 }
 
-/// The cgroup of a probe.
+/// Returns the cgroup of a probe.
 pub(super) fn cgroup(name: &str) -> String {
     format!("/{CGROUP}{name}")
 }
 
-/// Names of probes that were cut off: their directories below `scratch`, of which nobody else makes any, and cgroups of
-/// this host's.
+/// Returns the names of probes that were interrupted, by their directories below `scratch`, where only this driver's
+/// probes have directories, and by the cgroups of this host.
 ///
 /// # Errors
-/// When either can't be listed.
+/// When the directory or the cgroups can't be listed.
 pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> io::Result<BTreeSet<String>> {
     let is_over = |name: &String| maker(name).is_none_or(|maker| maker.is_gone());
     let mut found: BTreeSet<String> = names(scratch).map_err(io::Error::other)?.into_iter().collect();
@@ -64,15 +66,17 @@ pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> io::Result<BTreeSet<St
     Ok(found)
 }
 
-/// Is this cgroup, whose maker is not known, empty and old? Where that can't be told it is not.
+/// Says whether the cgroup of a probe whose creator is not known is empty and old. If that can't be found out, it is
+/// not.
 fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
     let group = CgroupPath::recorded(&cgroup(name));
-    // The time of a cgroup's directory is never older than the cgroup (it is set when the kernel first looks it up).
+    // The time of a cgroup's directory is never before the creation of the cgroup, because the kernel sets it when the
+    // directory is first looked up.
     let age = cgroups.modified(&group).and_then(|at| SystemTime::now().duration_since(at).ok());
     cgroups.processes(&group).is_ok_and(|processes| processes.is_empty()) && age.is_some_and(|age| age > ANONYMOUS_AGE)
 }
 
-/// Removes what is left of a probe: its processes, its cgroup and its directory.
+/// Removes the remains of a probe: its processes, its cgroup and its directory.
 ///
 /// # Errors
 /// When a process survives SIGKILL, or a directory can't be removed.
@@ -98,7 +102,7 @@ mod tests {
         let me = ProcessId::of(std::process::id()).expect("this process");
         assert_eq!(maker(&new_name().expect("a name")), Some(me));
         assert_eq!(maker("probe-12-345-ab12"), Some(ProcessId { pid: 12, start: 345 }));
-        // As earlier versions called them, also where all digits are decimal.
+        // Earlier versions used names like the first two. The second one has decimal digits only.
         for anonymous in ["probe-d016bdcf8d83", "probe-016000128083", "probe-12-345", "other-12-345-ab12"] {
             assert_eq!(maker(anonymous), None, "{anonymous}");
         }
