@@ -163,10 +163,14 @@ impl Ground {
     fn few_descriptors(self: &Arc<Self>, spare: u64, ms: u64) -> bool {
         let Some(plugin) = self.journal.plugin() else { return false };
         let open = leak::entries(Path::new(&format!("/proc/{plugin}/fd"))).len() as u64;
-        let Some(former) = limit_descriptors(plugin, open + spare) else { return false };
+        if !limit_descriptors(plugin, open + spare) {
+            return false;
+        }
         self.journal.hit(&Hit::Unsettled);
         self.lasting(ms, move |ground| {
-            let _ = limit_descriptors(plugin, former);
+            // Up to the hard limit, as the plugin does it at its start. Another fault of this kind may have come meanwhile, so
+            // that the limit before this fault may have been a low one.
+            limit_descriptors(plugin, u64::MAX);
             ground.journal.hit(&Hit::Unsettled);
         });
         true
@@ -213,18 +217,17 @@ impl Ground {
     }
 }
 
-/// Sets the soft limit on descriptors of a process: what it was.
-fn limit_descriptors(pid: u32, limit: u64) -> Option<u64> {
-    let pid = libc::pid_t::try_from(pid).ok()?;
+/// Sets the soft limit on descriptors of a process, to the hard limit at most. Returns whether that was possible.
+fn limit_descriptors(pid: u32, limit: u64) -> bool {
+    let Ok(pid) = libc::pid_t::try_from(pid) else { return false };
     let mut former = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes one rlimit to where `former` is, and reads none.
     if unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut former) } != 0 {
-        return None;
+        return false;
     }
     let new = libc::rlimit { rlim_cur: limit.min(former.rlim_max), ..former };
     // SAFETY: the kernel reads one rlimit from where `new` is, and writes none.
-    (unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const new, std::ptr::null_mut()) } == 0)
-        .then_some(former.rlim_cur)
+    unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const new, std::ptr::null_mut()) == 0 }
 }
 
 /// Kills all processes of the node and its tasks until none is left, as a power cut does.
