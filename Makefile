@@ -79,6 +79,8 @@ test-fresh:
 lint:
 	@$(CARGO) fmt --check
 	@$(CARGO) clippy --locked --all-targets -- -D warnings
+	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	@scripts/msrv.sh
 	@if command -v cargo-deny >/dev/null; then cargo deny check licenses bans sources; \
 	 else echo "lint: cargo-deny is not installed (cargo install cargo-deny --locked); skipped"; fi
 

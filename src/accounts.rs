@@ -91,7 +91,7 @@ pub fn check<'a>(root: &Path, binds: impl Iterator<Item = (&'a Path, &'a Path)>)
         let target = normal(target);
         for name in [PASSWD, GROUP] {
             match Path::new(name).strip_prefix(&target).map(Path::to_str) {
-                Ok(Some("")) => is_plain(&open(source, name)?, name)?,
+                Ok(Some("")) => check_is_plain(&open(source, name)?, name)?,
                 // The bind mount covers a directory above the file. That is `/etc`: nothing is mounted at the root.
                 Ok(Some(below)) if below != name => drop(plain_file(open(source, name)?.as_fd(), below)?),
                 _ => {}
@@ -129,7 +129,7 @@ fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, Accounts
             if is_whiteout(&named).map_err(|source| AccountsError::Read { name: name.to_owned(), source })? {
                 return Ok(None);
             }
-            is_plain(&named, name)?;
+            check_is_plain(&named, name)?;
             Ok(Some(named))
         }
         // Tells a missing file from a link to a missing file. In the container, the link may still lead to a FIFO or
@@ -149,7 +149,7 @@ fn is_whiteout(named: &File) -> io::Result<bool> {
 }
 
 /// Refuses everything but a plain file.
-fn is_plain(named: &File, name: &str) -> Result<(), AccountsError> {
+fn check_is_plain(named: &File, name: &str) -> Result<(), AccountsError> {
     let failed = |source| AccountsError::Read { name: name.to_owned(), source };
     let kind = named.metadata().map_err(failed)?.file_type();
     let kind = match () {

@@ -16,14 +16,14 @@ use tokio::{
     net::UnixStream,
 };
 
-use crate::peer::Peers;
+use crate::peer::AllowedPeers;
 
 /// The longest request, in bytes.
 pub const REQUEST_MAX: u64 = 64 << 10;
 /// Limit for connecting to the socket and writing the request. Both succeed without any work of the other side.
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Limit for an answer. Garbage collection takes the longest of all requests.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A request to a plugin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,18 +93,18 @@ impl Garbage {
     }
 
     /// An item that is kept, with the reason.
-    pub fn staying(kind: &str, name: &str, why: &str) -> Self {
-        Self { stays: true, ..Self::new(kind, name, None).because(why) }
+    pub fn kept(kind: &str, name: &str, why: &str) -> Self {
+        Self { stays: true, ..Self::new(kind, name, None).with_reason(why) }
     }
 
     /// Adds the reason.
-    pub fn because(self, why: &str) -> Self {
+    pub fn with_reason(self, why: &str) -> Self {
         Self { why: why.to_owned(), ..self }
     }
 
     /// An item whose removal had this outcome.
     pub fn removed<E: std::error::Error>(kind: &str, name: &str, outcome: &Result<(), E>) -> Self {
-        Self::new(kind, name, outcome.as_ref().err().map(|error| crate::chain(error)))
+        Self::new(kind, name, outcome.as_ref().err().map(|error| crate::error_chain(error)))
     }
 }
 
@@ -139,7 +139,7 @@ pub enum ControlError {
     Refused(String),
     /// The plugin sent no answer, or an invalid one.
     #[error("control socket {path}: {problem}")]
-    Silent {
+    NoValidAnswer {
         /// The socket's path.
         path: PathBuf,
         /// What is wrong with the answer.
@@ -149,7 +149,7 @@ pub enum ControlError {
 
 impl ControlError {
     /// Returns whether the request failed because no plugin listens at the socket.
-    pub fn is_nobody(&self) -> bool {
+    pub fn no_plugin_listens(&self) -> bool {
         matches!(self, Self::Socket { source, .. }
             if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
     }
@@ -173,11 +173,11 @@ impl Connection {
         line.push(b'\n');
         let connect = async {
             let mut stream = UnixStream::connect(path).await?;
-            Peers::root().check(&stream).map_err(io::Error::other)?;
+            AllowedPeers::root().check(&stream).map_err(io::Error::other)?;
             stream.write_all(&line).await?;
             Ok(stream)
         };
-        let stream = tokio::time::timeout(CONNECT, connect)
+        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             .map_err(failed)?;
@@ -188,8 +188,8 @@ impl Connection {
     ///
     /// # Errors
     /// When the connection breaks, the answer is invalid, or the plugin refuses the request.
-    pub async fn next(&mut self) -> Result<Option<Answer>, ControlError> {
-        let silent = |problem: String| ControlError::Silent { path: self.path.clone(), problem };
+    pub async fn next_answer(&mut self) -> Result<Option<Answer>, ControlError> {
+        let silent = |problem: String| ControlError::NoValidAnswer { path: self.path.clone(), problem };
         let Some(line) = self.lines.next_line().await.map_err(|error| silent(error.to_string()))? else {
             return Ok(None);
         };
@@ -205,10 +205,10 @@ impl Connection {
 ///
 /// # Errors
 /// When no answer comes within `limit`, or the plugin refuses the request.
-pub async fn ask(path: &Path, request: &Request, limit: Duration) -> Result<Answer, ControlError> {
+pub async fn send_request(path: &Path, request: &Request, limit: Duration) -> Result<Answer, ControlError> {
     let mut connection = Connection::open(path, request).await?;
-    let silent = |problem: &str| ControlError::Silent { path: path.to_owned(), problem: problem.to_owned() };
-    tokio::time::timeout(limit, connection.next())
+    let silent = |problem: &str| ControlError::NoValidAnswer { path: path.to_owned(), problem: problem.to_owned() };
+    tokio::time::timeout(limit, connection.next_answer())
         .await
         .unwrap_or_else(|_| Err(silent("no answer in time")))?
         .ok_or_else(|| silent("the connection was closed without an answer"))

@@ -307,7 +307,7 @@ fn errnos(error: &(dyn Error + 'static)) -> Vec<Errno> {
             found.push(*errno);
         }
         if let Some(error) = error.downcast_ref::<io::Error>() {
-            found.extend(error.raw_os_error().map(Errno::from_raw).or_else(|| by_kind(error.kind())));
+            found.extend(error.raw_os_error().map(Errno::from_raw).or_else(|| errno_of_kind(error.kind())));
             if let Some(inner) = error.get_ref() {
                 let inner: &(dyn Error + 'static) = inner;
                 found.extend(errnos(inner));
@@ -319,7 +319,7 @@ fn errnos(error: &(dyn Error + 'static)) -> Vec<Errno> {
 }
 
 /// Returns the errno that corresponds to the kind of an [`io::Error`] that does not come from the kernel.
-fn by_kind(kind: io::ErrorKind) -> Option<Errno> {
+fn errno_of_kind(kind: io::ErrorKind) -> Option<Errno> {
     Some(match kind {
         io::ErrorKind::StorageFull => Errno::ENOSPC,
         io::ErrorKind::QuotaExceeded => Errno::EDQUOT,

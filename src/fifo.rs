@@ -26,7 +26,7 @@ pub fn unread(reader: &File) -> io::Result<u64> {
 ///
 /// # Errors
 /// As poll(2).
-pub fn is_closed(reader: &File) -> io::Result<bool> {
+pub fn has_hung_up(reader: &File) -> io::Result<bool> {
     let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO)?;
     Ok(fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))

@@ -26,7 +26,7 @@ pub enum IdError {
 pub struct DriverName(String);
 
 /// The name of nomad-driver-containerd. Under this name, the driver has that driver's defaults.
-pub const DROP_IN_NAME: &str = "containerd-driver";
+pub const CONTAINERD_DRIVER_NAME: &str = "containerd-driver";
 
 impl DriverName {
     /// Checks a name.
@@ -57,7 +57,7 @@ impl DriverName {
     ///
     /// # Errors
     /// When `args` contains anything else, or the name is not valid.
-    pub fn of_plugin(argv0: &str, args: &[String]) -> Result<Self, IdError> {
+    pub fn from_command_line(argv0: &str, args: &[String]) -> Result<Self, IdError> {
         match args {
             [] => Self::from_argv0(argv0),
             [flag, name] if flag == "--name" => Self::new(name),
@@ -73,7 +73,7 @@ impl DriverName {
 
     /// Which set of defaults this name selects.
     pub fn flavor(&self) -> Flavor {
-        if self.0 == DROP_IN_NAME { Flavor::DropIn } else { Flavor::Secure }
+        if self.0 == CONTAINERD_DRIVER_NAME { Flavor::ContainerdDriver } else { Flavor::Strict }
     }
 }
 
@@ -87,9 +87,9 @@ impl fmt::Display for DriverName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flavor {
     /// The defaults of every other name: what is not allowed explicitly is forbidden.
-    Secure,
+    Strict,
     /// The defaults of nomad-driver-containerd, under its name `containerd-driver`.
-    DropIn,
+    ContainerdDriver,
 }
 
 /// Nomad's task id: `<alloc id>/<task name>/<8 hex>`, unique for each attempt to start a task. The driver does not

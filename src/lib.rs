@@ -102,9 +102,10 @@ pub mod control;
 pub mod cookie;
 pub mod duration;
 pub mod elf;
+pub mod failpoint;
 pub mod failure;
-pub mod fault;
 pub mod fifo;
+pub mod file_id;
 pub mod gvisor;
 pub mod host;
 pub mod ids;
@@ -121,12 +122,11 @@ pub mod process;
 pub mod rootfs;
 pub mod shim;
 pub mod size;
-pub mod stamp;
 pub mod task;
 pub mod text;
 
 /// Formats an error and all its causes as one line of text for people.
-pub fn chain(error: &dyn std::error::Error) -> String {
+pub fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {

@@ -3,10 +3,10 @@
 use std::{path::Path, process::ExitCode};
 
 use nomad_driver_shim::{
-    chain, cli, gvisor,
+    cli, error_chain, gvisor,
     ids::DriverName,
     logs, plugin,
-    privileges::{self, PrivilegeError, Reduced},
+    privileges::{self, PrivilegeError, Reduction},
     process,
 };
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
@@ -16,14 +16,14 @@ fn main() -> ExitCode {
     process::unblock_signals();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [command, rest @ ..] = &arguments[..]
-        && command == logs::COMMAND
+        && command == logs::SUPERVISOR_COMMAND
     {
         return run_log_writer(rest);
     }
     if let [command, rest @ ..] = &arguments[..]
-        && command == gvisor::KEEPER_COMMAND
+        && command == gvisor::SUPERVISOR_COMMAND
     {
-        return gvisor::keeper_main(rest);
+        return gvisor::supervisor_main(rest);
     }
     // Before there is a second thread: each thread has capabilities of its own.
     let reduced = plugin::is_plugin().then(privileges::reduce_plugin);
@@ -49,17 +49,17 @@ fn run_log_writer(arguments: &[String]) -> ExitCode {
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(EnvFilter::new("info"))).init();
     process::raise_descriptor_limit();
     let (role, logs) = match arguments {
-        [flag, logs] if flag == logs::WRITER => (logs::Role::Writer, Path::new(logs)),
-        [logs] => (logs::Role::Keeper, Path::new(logs)),
+        [flag, logs] if flag == logs::WRITER_FLAG => (logs::Role::Writer, Path::new(logs)),
+        [logs] => (logs::Role::Supervisor, Path::new(logs)),
         _ => return fail("`log-writer DIRECTORY` is an internal command, which only the driver itself calls"),
     };
     if let Err(error) = role.confine() {
         // The process goes on: tasks block until the log writer has read what they write.
-        tracing::warn!(error = chain(&error), "could not drop the unneeded privileges of a log process");
+        tracing::warn!(error = error_chain(&error), "could not drop the unneeded privileges of a log process");
     }
     let outcome = match role {
-        logs::Role::Writer => logs::write(logs),
-        logs::Role::Keeper => logs::keep(logs),
+        logs::Role::Writer => logs::run_writer(logs),
+        logs::Role::Supervisor => logs::run_supervisor(logs),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -68,26 +68,28 @@ fn run_log_writer(arguments: &[String]) -> ExitCode {
 }
 
 /// Runs the plugin until the agent or a successor asks it to stop.
-async fn run_plugin(reduced: Result<Reduced, PrivilegeError>) -> ExitCode {
+async fn run_plugin(reduced: Result<Reduction, PrivilegeError>) -> ExitCode {
     // The agent filters by its own log level, which it does not pass to plugins.
     let filter = EnvFilter::try_from_env("NOMAD_DRIVER_SHIM_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,nomad_driver_shim=debug"));
     tracing_subscriber::registry().with(plugin::Hclog.with_filter(filter)).init();
     process::raise_descriptor_limit();
     match reduced {
-        Ok(Reduced::Yes) => {}
-        Ok(Reduced::No(reason)) => tracing::info!(%reason, "the plugin keeps all capabilities of the agent"),
-        Err(error) => tracing::warn!(error = chain(&error), "could not drop the unneeded capabilities of the plugin"),
+        Ok(Reduction::Dropped) => {}
+        Ok(Reduction::Kept(reason)) => tracing::info!(%reason, "the plugin keeps all capabilities of the agent"),
+        Err(error) => {
+            tracing::warn!(error = error_chain(&error), "could not drop the unneeded capabilities of the plugin");
+        }
     }
     let mut arguments = std::env::args();
     let argv0 = arguments.next().unwrap_or_default();
-    let name = match DriverName::of_plugin(&argv0, &arguments.collect::<Vec<_>>()) {
+    let name = match DriverName::from_command_line(&argv0, &arguments.collect::<Vec<_>>()) {
         Ok(name) => name,
         Err(error) => return fail(&error.to_string()),
     };
     match plugin::serve(name).await {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&chain(&error)),
+        Err(error) => fail(&error_chain(&error)),
     }
 }
 

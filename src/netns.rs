@@ -24,11 +24,11 @@ use serde::{Deserialize, Serialize};
 use crate::process;
 
 /// How long the kernel's answer is waited for, in seconds. The kernel answers at once.
-const LIMIT: i64 = 5;
+const ANSWER_TIMEOUT_SECONDS: i64 = 5;
 /// Size of the receive buffer in bytes: larger than any message of a dump.
-const BUFFER: usize = 64 << 10;
+const BUFFER_SIZE: usize = 64 << 10;
 /// Size of `nlmsghdr` in bytes (netlink(7)).
-const HEADER: usize = 16;
+const HEADER_SIZE: usize = 16;
 
 /// The addresses and routes of a network namespace, without those of the loopback device and those that the kernel
 /// makes by itself.
@@ -71,7 +71,7 @@ impl Addresses {
     ///
     /// # Errors
     /// The kernel's first refusal of an address or route; the others are added all the same.
-    pub fn put_back(&self, namespace: &Path) -> io::Result<()> {
+    pub fn restore(&self, namespace: &Path) -> io::Result<()> {
         let socket = route_socket(namespace)?;
         let all = [(libc::RTM_NEWADDR, &self.addresses), (libc::RTM_NEWROUTE, &self.routes)];
         let mut left: Vec<_> =
@@ -80,8 +80,8 @@ impl Addresses {
             let (before, mut refused, mut why) = (left.len(), Vec::new(), None);
             for (kind, message) in left {
                 let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
-                tell(&socket, kind, flags, message)?;
-                match read(&socket, |_, _| {}) {
+                send_request(&socket, kind, flags, message)?;
+                match receive(&socket, |_, _| {}) {
                     Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                         refused.push((kind, message));
                         why = why.or(Some(error));
@@ -104,14 +104,14 @@ impl Addresses {
 ///
 /// # Errors
 /// When the namespace, the list of processes or the namespace of a process can't be read.
-pub fn who_is_in(namespace: &Path) -> io::Result<Option<u32>> {
-    let Some(wanted) = process::unless_vanished(fs::metadata(namespace))? else { return Ok(None) };
-    for pid in process::all()? {
+pub fn find_process_in(namespace: &Path) -> io::Result<Option<u32>> {
+    let Some(wanted) = process::none_if_vanished(fs::metadata(namespace))? else { return Ok(None) };
+    for pid in process::all_pids()? {
         // A process that is about to end and has no namespaces any more looks as if it had ended. A process that a
         // security module hides even from root counts as one outside of the namespace: nothing better can be known.
         let own = match fs::metadata(format!("/proc/{pid}/ns/net")) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
-            looked => process::unless_vanished(looked)?,
+            looked => process::none_if_vanished(looked)?,
         };
         if own.is_some_and(|own| (own.dev(), own.ino()) == (wanted.dev(), wanted.ino())) {
             return Ok(Some(pid));
@@ -128,17 +128,17 @@ fn route_socket(namespace: &Path) -> io::Result<OwnedFd> {
         setns(&namespace, CloneFlags::CLONE_NEWNET)?;
         let kind = (AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
         let socket = socket(kind.0, kind.1, kind.2, kind.3)?;
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(LIMIT))?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT_SECONDS))?;
         Ok(socket)
     };
     thread::scope(|scope| scope.spawn(enter).join()).map_err(|_| io::Error::other("the namespace's thread panicked"))?
 }
 
 /// Sends a request to the kernel.
-fn tell(socket: &OwnedFd, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
-    let length = u32::try_from(HEADER + body.len()).map_err(io::Error::other)?;
+fn send_request(socket: &OwnedFd, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
+    let length = u32::try_from(HEADER_SIZE + body.len()).map_err(io::Error::other)?;
     let flags = u16::try_from(flags).map_err(io::Error::other)?;
-    let mut message = Vec::with_capacity(HEADER + body.len());
+    let mut message = Vec::with_capacity(HEADER_SIZE + body.len());
     message.extend(length.to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
@@ -150,16 +150,16 @@ fn tell(socket: &OwnedFd, kind: u16, flags: libc::c_int, body: &[u8]) -> io::Res
 }
 
 /// Receives messages and passes each to `take`, until the kernel reports the end of a dump, a success or an error.
-fn read(socket: &OwnedFd, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER];
+fn receive(socket: &OwnedFd, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_SIZE];
     loop {
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
         let mut rest = &buffer[..length];
-        while let Some((header, _)) = rest.split_at_checked(HEADER) {
+        while let Some((header, _)) = rest.split_at_checked(HEADER_SIZE) {
             let number = |bytes: &[u8]| bytes.try_into().map_or(0, u32::from_ne_bytes);
             let size = number(&header[..4]) as usize;
             let kind = u16::from_ne_bytes([header[4], header[5]]);
-            let Some(body) = rest.get(HEADER..size) else { return Err(io::ErrorKind::InvalidData.into()) };
+            let Some(body) = rest.get(HEADER_SIZE..size) else { return Err(io::ErrorKind::InvalidData.into()) };
             match i32::from(kind) {
                 libc::NLMSG_DONE => return Ok(()),
                 libc::NLMSG_ERROR => {
@@ -178,9 +178,9 @@ fn read(socket: &OwnedFd, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
 /// Has the kernel dump all objects of a kind: `ask` is the type of the request, whose body has `length` zeros, and
 /// `answer` is the type of the messages to return.
 fn dump(socket: &OwnedFd, ask: u16, answer: u16, length: usize) -> io::Result<Vec<Vec<u8>>> {
-    tell(socket, ask, libc::NLM_F_REQUEST | libc::NLM_F_DUMP, &vec![0; length])?;
+    send_request(socket, ask, libc::NLM_F_REQUEST | libc::NLM_F_DUMP, &vec![0; length])?;
     let mut found = Vec::new();
-    read(socket, |kind, body| {
+    receive(socket, |kind, body| {
         if kind == answer {
             found.push(body.to_vec());
         }
@@ -247,9 +247,9 @@ mod tests {
         ip(&format!("-n {name} addr flush dev eth0 scope global"));
         assert!(!ip(&format!("-n {name} route")).contains("default"));
         let text = serde_json::to_string(&kept).expect("serialized");
-        serde_json::from_str::<Addresses>(&text).expect("deserialized").put_back(&path).expect("restored");
+        serde_json::from_str::<Addresses>(&text).expect("deserialized").restore(&path).expect("restored");
         assert_eq!(look(), before);
-        kept.put_back(&path).expect("addresses that exist are fine");
+        kept.restore(&path).expect("addresses that exist are fine");
         assert_eq!(look(), before);
     }
 
@@ -257,7 +257,7 @@ mod tests {
     fn who_is_in_a_namespace_is_found() {
         let namespace = Namespace::new();
         let path = Path::new("/run/netns").join(&namespace.0);
-        let who_is_in = |path: &Path| who_is_in(path).expect("processes can be read");
+        let who_is_in = |path: &Path| find_process_in(path).expect("processes can be read");
         assert_eq!(who_is_in(&path), None);
         let mut child = Command::new("ip").args(["netns", "exec", &namespace.0, "sleep", "600"]).spawn().expect("runs");
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);

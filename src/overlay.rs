@@ -21,7 +21,7 @@ use nix::{
 const OPTIONS_MAX: usize = 4095;
 
 /// Whether this kernel lacks the overlay option `volatile` (Linux before 5.10). Found out by the first mount.
-static NO_VOLATILE: AtomicBool = AtomicBool::new(false);
+static VOLATILE_UNSUPPORTED: AtomicBool = AtomicBool::new(false);
 
 /// Mounts the read-only layers `lowers` (topmost first) with a writable layer on top at `target`. `upper` is the
 /// directory that contains the writable layer's `upper` and `work`. The kernel never syncs that layer to disk
@@ -31,10 +31,12 @@ static NO_VOLATILE: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// As mount(2); `InvalidInput` when a path contains a character that overlayfs reads as a separator.
 pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, target: &Path) -> io::Result<()> {
-    let layers =
-        [format!("upperdir={}", text(&upper.join("upper"))?), format!("workdir={}", text(&upper.join("work"))?)];
+    let layers = [
+        format!("upperdir={}", checked_path(&upper.join("upper"))?),
+        format!("workdir={}", checked_path(&upper.join("work"))?),
+    ];
     let options = [&layers[..], options].concat();
-    if !NO_VOLATILE.load(Ordering::Relaxed) {
+    if !VOLATILE_UNSUPPORTED.load(Ordering::Relaxed) {
         let volatile = [&options[..], &["volatile".to_owned()]].concat();
         match overlay(lowers, &volatile, MsFlags::empty(), target) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
@@ -43,7 +45,7 @@ pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, targ
     }
     overlay(lowers, &options, MsFlags::empty(), target)?;
     // The mount works without `volatile`, so that option was the invalid one.
-    NO_VOLATILE.store(true, Ordering::Relaxed);
+    VOLATILE_UNSUPPORTED.store(true, Ordering::Relaxed);
     Ok(())
 }
 
@@ -59,7 +61,7 @@ pub fn mount_read_only(lowers: &[PathBuf], options: &[String], target: &Path) ->
 
 /// Mounts an overlay with absolute paths if they fit into the options, else with relative ones.
 fn overlay(lowers: &[PathBuf], options: &[String], flags: MsFlags, target: &Path) -> io::Result<()> {
-    let absolute = lowers.iter().map(|lower| text(lower)).collect::<io::Result<Vec<_>>>()?;
+    let absolute = lowers.iter().map(|lower| checked_path(lower)).collect::<io::Result<Vec<_>>>()?;
     let data = join(&absolute, options);
     if data.len() <= OPTIONS_MAX {
         return call(target, flags, &data);
@@ -67,7 +69,9 @@ fn overlay(lowers: &[PathBuf], options: &[String], flags: MsFlags, target: &Path
     let parent = common_parent(lowers);
     let relative: Vec<&str> = absolute
         .iter()
-        .map(|lower| lower.strip_prefix(text(&parent)?).map(|rest| rest.trim_start_matches('/')).ok_or_else(too_long))
+        .map(|lower| {
+            lower.strip_prefix(checked_path(&parent)?).map(|rest| rest.trim_start_matches('/')).ok_or_else(too_long)
+        })
         .collect::<io::Result<_>>()?;
     let data = join(&relative, options);
     if data.len() > OPTIONS_MAX {
@@ -110,7 +114,7 @@ fn common_parent(paths: &[PathBuf]) -> PathBuf {
 }
 
 /// Returns the path as text, unless overlayfs would misread it in its options.
-fn text(path: &Path) -> io::Result<&str> {
+fn checked_path(path: &Path) -> io::Result<&str> {
     let text = path.to_str().filter(|text| !text.contains([':', ',', '\\']));
     text.ok_or_else(|| {
         let problem = format!("overlayfs can't take the path {}: it has a colon, comma or backslash", path.display());

@@ -5,6 +5,7 @@
 //! each side is converted to the driver's own types.
 #![allow(
     missing_docs,
+    unreachable_pub,
     clippy::all,
     clippy::pedantic,
     clippy::unwrap_used,
@@ -12,10 +13,10 @@
 )]
 
 mod grpc {
-    pub mod nomad_side {
+    pub(crate) mod nomad_side {
         include!(concat!(env!("OUT_DIR"), "/nomad_side.rs"));
     }
-    pub mod containerd_side {
+    pub(crate) mod containerd_side {
         include!(concat!(env!("OUT_DIR"), "/containerd_side.rs"));
     }
 }

@@ -18,7 +18,7 @@ pub enum PeerError {
     Unknown(#[source] io::Error),
     /// The process at the other end belongs to a user that is not allowed.
     #[error("the other end of the socket is process {pid} of user {uid}, which may not use it")]
-    Stranger {
+    UserNotAllowed {
         /// The pid of the process; 0 when the process is not in this pid namespace.
         pid: i32,
         /// The id of the user that the process runs as.
@@ -29,11 +29,11 @@ pub enum PeerError {
 /// Which users may be at the other end of a socket: root, the user that this process runs as and, if wanted, the
 /// members of one group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Peers {
+pub struct AllowedPeers {
     group: Option<u32>,
 }
 
-impl Peers {
+impl AllowedPeers {
     /// Allows root and the user that this process runs as.
     pub fn root() -> Self {
         Self::default()
@@ -56,7 +56,7 @@ impl Peers {
         }
         match self.group {
             Some(group) if gid == group || groups(stream).map_err(PeerError::Unknown)?.contains(&group) => Ok(()),
-            _ => Err(PeerError::Stranger { pid, uid }),
+            _ => Err(PeerError::UserNotAllowed { pid, uid }),
         }
     }
 }
@@ -90,7 +90,7 @@ mod tests {
     #[tokio::test]
     async fn the_other_end_of_a_pair_is_this_process() {
         let (one, _other) = UnixStream::pair().expect("a pair");
-        assert!(Peers::root().check(&one).is_ok());
+        assert!(AllowedPeers::root().check(&one).is_ok());
         let own: Vec<u32> = nix::unistd::getgroups().expect("groups").iter().map(|group| group.as_raw()).collect();
         assert_eq!(groups(&one).expect("groups"), own);
     }

@@ -14,7 +14,7 @@ use crate::ids::{ContainerId, Digest, DriverName, random_hex};
 pub const SOCKET_PATH_MAX: usize = 107;
 
 /// The mode of directories that versions up to 0.1.0 created.
-const FORMER_MODE: u32 = 0o711;
+const LEGACY_DIR_MODE: u32 = 0o711;
 /// The entry of the image directory that is not an image record.
 const EMPTY_LAYER: &str = "empty";
 
@@ -31,7 +31,7 @@ pub enum PlacesError {
     },
     /// Other users have access to a directory or file, and its mode can't be changed.
     #[error("remove other users' access to {path}")]
-    Close {
+    RemoveAccess {
         /// The directory or file.
         path: PathBuf,
         /// The error of the system call.
@@ -47,7 +47,7 @@ pub enum PlacesError {
     },
     /// The run directory's path is so long that the paths of shims' sockets below it would exceed the kernel's limit.
     #[error("state.run_dir {0} is too long: sockets below it would pass {SOCKET_PATH_MAX} bytes; use a shorter path")]
-    TooLong(PathBuf),
+    RunDirTooLong(PathBuf),
 }
 
 /// The directories of one driver on this host: those of a plugin, or of one run of the command line.
@@ -56,7 +56,7 @@ pub struct Places {
     run: PathBuf,
     state: PathBuf,
     uppers: PathBuf,
-    ahead: PathBuf,
+    prepared_rootfs: PathBuf,
 }
 
 impl Places {
@@ -66,7 +66,7 @@ impl Places {
         let owner = Digest::of(run.as_os_str().as_encoded_bytes()).to_string();
         let (_, owner) = owner.split_at("sha256:".len());
         let [uppers, ahead] = ["uppers", "ahead"].map(|kind| state.join(kind).join(&owner[..12]));
-        Self { run, state, uppers, ahead }
+        Self { run, state, uppers, prepared_rootfs: ahead }
     }
 
     /// The default paths of a driver with this name.
@@ -90,40 +90,40 @@ impl Places {
     /// When a directory can't be created or its mode can't be corrected, or when the run directory's path is too long.
     pub fn create(&self) -> Result<(), PlacesError> {
         if self.shim("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
-            return Err(PlacesError::TooLong(self.run.clone()));
+            return Err(PlacesError::RunDirTooLong(self.run.clone()));
         }
         for path in [self.tasks(), self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.images()] {
-            make_dir(&path).map_err(|source| PlacesError::Create { path, source })?;
+            create_private_dir(&path).map_err(|source| PlacesError::Create { path, source })?;
         }
-        self.repair()
+        self.restrict_old_permissions()
     }
 
     /// Removes other users' access to directories and files that earlier versions have created with it.
-    fn repair(&self) -> Result<(), PlacesError> {
+    fn restrict_old_permissions(&self) -> Result<(), PlacesError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
-            move |source| PlacesError::Close { path, source }
+            move |source| PlacesError::RemoveAccess { path, source }
         };
-        let close = |path: &Path| close_to_others(path).map_err(failed(path));
-        let list = |path: &Path| listed(path).map_err(failed(path));
+        let close = |path: &Path| remove_access_of_others(path).map_err(failed(path));
+        let list = |path: &Path| list_entries(path).map_err(failed(path));
         // A directory with any other mode belongs to the operator, who may keep other things in it. The directories
         // below it are this driver's own.
         for path in [&self.run, &Self::run_parent(), &self.state, &Self::state_parent()] {
-            if fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == FORMER_MODE) {
+            if fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == LEGACY_DIR_MODE) {
                 close(path)?;
             }
         }
-        let shared = [self.uppers(), self.ahead()].map(|own| own.parent().map(Path::to_owned));
+        let shared = [self.uppers(), self.prepared_rootfs()].map(|own| own.parent().map(Path::to_owned));
         for path in shared.into_iter().flatten() {
             close(&path)?;
         }
-        for directory in [self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.ahead()] {
+        for directory in [self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.prepared_rootfs()] {
             close(&directory)?;
             for name in list(&directory)? {
                 close(&directory.join(name))?;
             }
         }
-        for directory in [self.tasks(), self.images(), self.logs(), self.wrappers(), self.namespaces()] {
+        for directory in [self.tasks(), self.images(), self.logs(), self.wrappers(), self.saved_addresses()] {
             close(&directory)?;
         }
         for directory in [self.tasks(), self.images()] {
@@ -238,13 +238,13 @@ impl Places {
 
     /// The directory that all gVisor sandboxes of this host share. It contains an empty network namespace for their
     /// file servers (gofers), which sentries have no access to.
-    pub fn shared_gvisor() -> PathBuf {
+    pub fn gvisor_shared_root() -> PathBuf {
         Self::run_parent().join("gvisor")
     }
 
     /// The directory of the addresses that gVisor sandboxes have removed from groups' network namespaces, and that the
     /// driver restores there.
-    pub fn namespaces(&self) -> PathBuf {
+    pub fn saved_addresses(&self) -> PathBuf {
         self.run.join("netns")
     }
 
@@ -255,12 +255,12 @@ impl Places {
     }
 
     /// The directory of the root file systems that are prepared before a task needs them.
-    pub fn ahead(&self) -> PathBuf {
-        self.ahead.clone()
+    pub fn prepared_rootfs(&self) -> PathBuf {
+        self.prepared_rootfs.clone()
     }
 
     /// Removes the directory of writable layers if it is empty, so that only images are left in the state directory.
-    pub fn leave_uppers(&self) {
+    pub fn remove_uppers_if_empty(&self) {
         // Fails while the directory is not empty, because a task still runs.
         let _ = fs::remove_dir(&self.uppers);
     }
@@ -269,11 +269,11 @@ impl Places {
     ///
     /// # Errors
     /// When a directory can't be listed.
-    pub fn is_alone(&self) -> Result<bool, PlacesError> {
+    pub fn is_only_user_of_state_dir(&self) -> Result<bool, PlacesError> {
         let parts = self.state.join("uppers");
-        for part in names(&parts)? {
+        for part in list_names(&parts)? {
             let part = parts.join(part);
-            if part != self.uppers && !names(&part)?.is_empty() {
+            if part != self.uppers && !list_names(&part)?.is_empty() {
                 return Ok(false);
             }
         }
@@ -292,7 +292,7 @@ impl Places {
 
     /// Eight hexadecimal digits that distinguish this state directory's leases and views in containerd from those of
     /// another state directory.
-    pub fn identity(&self) -> String {
+    pub fn state_dir_hash(&self) -> String {
         Digest::of(self.state.as_os_str().as_encoded_bytes()).short()[..8].to_owned()
     }
 }
@@ -302,7 +302,7 @@ impl Places {
 ///
 /// # Errors
 /// As mkdir(2).
-pub fn make_dir(path: &Path) -> io::Result<()> {
+pub fn create_private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
@@ -310,7 +310,7 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// As mkdir(2).
-pub fn make_open_dir(path: &Path) -> io::Result<()> {
+pub fn create_public_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
 
@@ -319,7 +319,7 @@ pub fn make_open_dir(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// As open(2).
-pub fn open_lock(path: &Path) -> io::Result<fs::File> {
+pub fn open_lock_file(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)
 }
 
@@ -351,7 +351,7 @@ fn remove_draft(path: &Path) {
 ///
 /// # Errors
 /// As chmod(2).
-fn close_to_others(path: &Path) -> io::Result<()> {
+fn remove_access_of_others(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.permissions().mode() & 0o077 != 0 && !found.is_symlink() => {
             fs::set_permissions(path, fs::Permissions::from_mode(found.permissions().mode() & 0o700))
@@ -372,7 +372,7 @@ impl MountPoints {
     }
 
     /// Returns whether something may be mounted at `path` or below it. True as well if that is not known.
-    pub fn may_be_in(&self, path: &Path) -> bool {
+    pub fn may_be_below(&self, path: &Path) -> bool {
         // proc_pid_mountinfo(5): the fifth field is the mount point, with blanks and backslashes escaped.
         let mut points = self.0.lines().filter_map(|line| line.split(' ').nth(4));
         self.0.is_empty()
@@ -386,9 +386,9 @@ impl MountPoints {
 ///
 /// # Errors
 /// When a step fails; the draft is removed then.
-pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     if let Some(parent) = path.parent() {
-        make_dir(parent)?;
+        create_private_dir(parent)?;
     }
     let draft = path.with_extension(format!("{}.tmp", random_hex(4)));
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
@@ -400,14 +400,14 @@ pub fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 ///
 /// # Errors
 /// When the directory can't be listed, and so its content is not known.
-pub fn names(path: &Path) -> Result<Vec<String>, PlacesError> {
+pub fn list_names(path: &Path) -> Result<Vec<String>, PlacesError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let listed = crate::fault::look(&name).and_then(|()| listed(path));
+    let listed = crate::failpoint::fail_lookup(&name).and_then(|()| list_entries(path));
     listed.map_err(|source| PlacesError::List { path: path.to_owned(), source })
 }
 
 /// Returns the names of a directory's entries. A missing directory counts as empty.
-fn listed(path: &Path) -> io::Result<Vec<String>> {
+fn list_entries(path: &Path) -> io::Result<Vec<String>> {
     match fs::read_dir(path) {
         Ok(entries) => {
             entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned())).collect()
@@ -424,14 +424,14 @@ mod tests {
     #[test]
     fn what_can_not_be_listed_is_not_empty() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        assert_eq!(names(&directory.path().join("absent")).expect("a missing one is empty"), Vec::<String>::new());
+        assert_eq!(list_names(&directory.path().join("absent")).expect("a missing one is empty"), Vec::<String>::new());
         let file = directory.path().join("file");
         fs::write(&file, "").expect("written");
-        assert!(matches!(names(&file), Err(PlacesError::List { .. })));
+        assert!(matches!(list_names(&file), Err(PlacesError::List { .. })));
         let places = Places::new(directory.path().join("run"), directory.path());
-        assert!(places.is_alone().expect("the directories can be listed"));
+        assert!(places.is_only_user_of_state_dir().expect("the directories can be listed"));
         fs::create_dir(directory.path().join("uppers")).expect("made");
         fs::write(directory.path().join("uppers/other"), "").expect("written");
-        places.is_alone().expect_err("the content is not known");
+        places.is_only_user_of_state_dir().expect_err("the content is not known");
     }
 }

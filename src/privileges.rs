@@ -38,7 +38,7 @@ pub enum PrivilegeError {
 /// capabilities of the process that has mounted the overlay, which is the plugin (linux,
 /// `Documentation/filesystems/overlayfs.rst`, "Permission model"). A task can't use a capability on its files that is
 /// missing here, whatever capabilities the task itself has.
-const PLUGIN: [Capability; 14] = [
+const PLUGIN_CAPABILITIES: [Capability; 14] = [
     // For the files of tasks, which the kernel accesses through the overlays, and for directories that tasks can
     // change.
     Capability::CAP_CHOWN,
@@ -72,16 +72,16 @@ const SECBIT_NOROOT: libc::c_int = 1;
 
 /// The outcome of reducing the plugin's capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reduced {
+pub enum Reduction {
     /// The plugin has only those that it needs.
-    Yes,
+    Dropped,
     /// The plugin kept all that it was started with, because programs that it executes would not regain the others.
-    No(Inheritance),
+    Kept(KeptReason),
 }
 
 /// Why a program that the plugin executes could not have more capabilities than the plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Inheritance {
+pub enum KeptReason {
     /// The plugin does not run as root.
     NotRoot,
     /// The agent was started with no_new_privs (systemd's `NoNewPrivileges`).
@@ -90,7 +90,7 @@ pub enum Inheritance {
     NoRoot,
 }
 
-impl std::fmt::Display for Inheritance {
+impl std::fmt::Display for KeptReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::NotRoot => "this process does not run as root",
@@ -105,25 +105,25 @@ impl std::fmt::Display for Inheritance {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn reduce_plugin() -> Result<Reduced, PrivilegeError> {
-    if let Some(reason) = inheritance() {
-        return Ok(Reduced::No(reason));
+pub fn reduce_plugin() -> Result<Reduction, PrivilegeError> {
+    if let Some(reason) = reason_to_keep() {
+        return Ok(Reduction::Kept(reason));
     }
-    keep_only(&PLUGIN)?;
-    Ok(Reduced::Yes)
+    reduce_capabilities(&PLUGIN_CAPABILITIES)?;
+    Ok(Reduction::Dropped)
 }
 
 /// Returns why executed programs would not get the bounding set's capabilities (capabilities(7), "Capabilities and
 /// execution of programs by root"); `None` if they get them.
-fn inheritance() -> Option<Inheritance> {
+fn reason_to_keep() -> Option<KeptReason> {
     // SAFETY: this prctl takes and returns numbers only.
     let secure_bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) };
     if !nix::unistd::geteuid().is_root() || !nix::unistd::getuid().is_root() {
-        Some(Inheritance::NotRoot)
+        Some(KeptReason::NotRoot)
     } else if nix::sys::prctl::get_no_new_privs().unwrap_or(true) {
-        Some(Inheritance::NoNewPrivileges)
+        Some(KeptReason::NoNewPrivileges)
     } else if secure_bits & SECBIT_NOROOT != 0 {
-        Some(Inheritance::NoRoot)
+        Some(KeptReason::NoRoot)
     } else {
         None
     }
@@ -131,7 +131,7 @@ fn inheritance() -> Option<Inheritance> {
 
 /// Which system calls a process or thread may still make. All others fail with EPERM.
 #[derive(Debug, Clone, Copy)]
-pub enum Calls<'a> {
+pub enum SyscallFilter<'a> {
     /// Allows these only.
     Only(&'a [libc::c_long]),
     /// Allows all but these.
@@ -144,17 +144,17 @@ pub enum Calls<'a> {
 ///
 /// # Errors
 /// When the kernel has no seccomp, there is no filter for the architecture, or capabilities can't be dropped.
-pub fn confine(keep: &[Capability], calls: Calls<'_>) -> Result<(), PrivilegeError> {
+pub fn confine(keep: &[Capability], calls: SyscallFilter<'_>) -> Result<(), PrivilegeError> {
     let program = filter(calls)?;
     nix::sys::prctl::set_no_new_privs().map_err(|errno| PrivilegeError::NoNewPrivileges(errno.into()))?;
     shrink_bounding_set(keep);
-    keep_only(keep)?;
+    reduce_capabilities(keep)?;
     Ok(apply_filter(&program)?)
 }
 
 /// Reduces the capability sets of the calling thread to those in `keep`. Its effective and permitted sets can contain
 /// only what it is permitted now.
-fn keep_only(keep: &[Capability]) -> Result<(), PrivilegeError> {
+fn reduce_capabilities(keep: &[Capability]) -> Result<(), PrivilegeError> {
     let permitted: HashSet<Capability> =
         caps::read(None, CapSet::Permitted)?.into_iter().filter(|one| keep.contains(one)).collect();
     for set in [CapSet::Effective, CapSet::Permitted] {
@@ -176,14 +176,14 @@ fn shrink_bounding_set(keep: &[Capability]) {
 }
 
 /// Builds the system call filter.
-fn filter(calls: Calls<'_>) -> Result<BpfProgram, PrivilegeError> {
+fn filter(calls: SyscallFilter<'_>) -> Result<BpfProgram, PrivilegeError> {
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let numbers = |calls: &[libc::c_long], abi: libc::c_long| -> BTreeMap<i64, Vec<SeccompRule>> {
         calls.iter().map(|&number| (number | abi, Vec::new())).collect()
     };
     let (rules, others, listed) = match calls {
-        Calls::Only(allowed) => (numbers(allowed, 0), refuse, SeccompAction::Allow),
-        Calls::AllBut(refused) => {
+        SyscallFilter::Only(allowed) => (numbers(allowed, 0), refuse, SeccompAction::Allow),
+        SyscallFilter::AllBut(refused) => {
             let mut rules = numbers(refused, 0);
             // The same system calls by the numbers of the x32 ABI, which the filter sees under the same architecture.
             #[cfg(target_arch = "x86_64")]
@@ -208,7 +208,7 @@ mod tests {
     fn a_thread_keeps_what_it_is_left_and_no_more() {
         let seen = thread::spawn(|| {
             let refused = [libc::SYS_socket];
-            confine(&[Capability::CAP_DAC_OVERRIDE], Calls::AllBut(&refused)).expect("this kernel has seccomp");
+            confine(&[Capability::CAP_DAC_OVERRIDE], SyscallFilter::AllBut(&refused)).expect("this kernel has seccomp");
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").map(drop).map_err(|error| error.raw_os_error());
             (["CapEff:", "CapBnd:", "CapInh:"].map(status), status("NoNewPrivs:"), socket)
         });
@@ -228,9 +228,9 @@ mod tests {
         let seen = thread::spawn(|| (reduce_plugin().expect("reduced"), status("CapEff:"), status("CapBnd:")));
         let (reduced, effective, left) = seen.join().expect("the thread ends");
         assert_eq!(left, bounding);
-        if reduced == Reduced::Yes {
+        if reduced == Reduction::Dropped {
             let effective = u64::from_str_radix(&effective, 16).expect("a number");
-            assert_eq!(effective & !PLUGIN.iter().fold(0, |set, one| set | one.bitmask()), 0);
+            assert_eq!(effective & !PLUGIN_CAPABILITIES.iter().fold(0, |set, one| set | one.bitmask()), 0);
             assert_ne!(effective, 0);
         }
         assert!(File::open("/dev/null").is_ok());

@@ -29,7 +29,7 @@ const OUTPUT_MAX: u64 = 256 << 10;
 /// # Errors
 /// When the id can't be read.
 pub fn boot_id() -> io::Result<String> {
-    if let Some(boot) = crate::fault::boot_id() {
+    if let Some(boot) = crate::failpoint::boot_id() {
         return Ok(boot);
     }
     static BOOT: OnceLock<String> = OnceLock::new();
@@ -42,13 +42,13 @@ pub fn boot_id() -> io::Result<String> {
 
 /// The soft limit on file descriptors that this process was started with; not set before [`raise_descriptor_limit`] was
 /// called.
-static DESCRIPTORS: OnceLock<libc::rlim_t> = OnceLock::new();
+static ORIGINAL_DESCRIPTOR_LIMIT: OnceLock<libc::rlim_t> = OnceLock::new();
 
 /// Raises the soft limit on file descriptors to the hard limit: each task needs three, and agents are often started
 /// with a limit of 1024. Programs that this process executes get the old limit back.
 pub fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        DESCRIPTORS.get_or_init(|| soft);
+        ORIGINAL_DESCRIPTOR_LIMIT.get_or_init(|| soft);
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     });
     if let Err(error) = raised {
@@ -58,13 +58,13 @@ pub fn raise_descriptor_limit() {
 
 /// Returns the soft limit on file descriptors that executed programs get, if it differs from this process's own.
 pub fn inherited_descriptor_limit() -> Option<u64> {
-    DESCRIPTORS.get().copied()
+    ORIGINAL_DESCRIPTOR_LIMIT.get().copied()
 }
 
 /// Sets the soft limit on file descriptors that this process was started with, in a forked child before it executes a
 /// program. Safe between fork and exec.
 fn restore_descriptor_limit() {
-    if let Some(&soft) = DESCRIPTORS.get() {
+    if let Some(&soft) = ORIGINAL_DESCRIPTOR_LIMIT.get() {
         let _ = getrlimit(Resource::RLIMIT_NOFILE)
             .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard), hard));
     }
@@ -75,7 +75,7 @@ fn restore_descriptor_limit() {
 ///
 /// # Errors
 /// As setsid(2).
-pub fn start_anew(first: libc::c_uint) -> io::Result<()> {
+pub fn detach_session(first: libc::c_uint) -> io::Result<()> {
     // SAFETY: neither call accesses memory.
     unsafe {
         if libc::setsid() < 0 {
@@ -179,7 +179,7 @@ impl fmt::Display for Pid {
 /// Moves a helper process that is to outlive this one out of the agent's cgroup, so that stopping the agent's service
 /// does not end it, and makes the kernel's OOM killer prefer the helper to this process. `procs` are the `cgroup.procs`
 /// files of the helper's new cgroup, one for each hierarchy.
-pub fn set_apart(pid: Pid, procs: &[PathBuf]) {
+pub fn detach_from_agent(pid: Pid, procs: &[PathBuf]) {
     for procs in procs {
         if let Err(error) = fs::write(procs, pid.to_string()) {
             tracing::warn!(path = %procs.display(), %error, "could not move a process out of the agent's cgroup");
@@ -308,7 +308,7 @@ impl PidFd {
     ///
     /// # Errors
     /// When the process can't be watched.
-    pub async fn ended(&self) -> io::Result<()> {
+    pub async fn wait_for_end(&self) -> io::Result<()> {
         let own = self.0.try_clone()?;
         // SAFETY: the AsyncFd owns the OwnedFd, which stays open and unchanged for as long.
         let fd = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?;
@@ -356,7 +356,7 @@ pub fn has_vanished(error: &io::Error) -> bool {
 
 /// Returns whether an operation that failed with this error can succeed later by itself, once other operations have
 /// freed descriptors or memory.
-pub fn is_passing(error: &io::Error) -> bool {
+pub fn is_transient(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN | libc::EINTR | libc::ENOBUFS)
@@ -367,7 +367,7 @@ pub fn is_passing(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// Every other error: whether the process has ended is not known then.
-pub fn unless_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
+pub fn none_if_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
     match looked {
         Ok(seen) => Ok(Some(seen)),
         Err(error) if has_vanished(&error) => Ok(None),
@@ -381,18 +381,20 @@ pub fn unless_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
 /// # Errors
 /// When `/proc` can't be read: there may be more descendants then.
 pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
-    crate::fault::look("descendants")?;
+    crate::failpoint::fail_lookup("descendants")?;
     let mut all = vec![pid];
     let mut next = 0;
     while let Some(&pid) = all.get(next) {
         next += 1;
-        let Some(threads) = unless_vanished(fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")))?
+        let Some(threads) = none_if_vanished(fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")))?
         else {
             continue;
         };
         for thread in threads {
-            let Some(thread) = unless_vanished(thread)? else { break };
-            let Some(children) = unless_vanished(fs::read_to_string(thread.path().join("children")))? else { continue };
+            let Some(thread) = none_if_vanished(thread)? else { break };
+            let Some(children) = none_if_vanished(fs::read_to_string(thread.path().join("children")))? else {
+                continue;
+            };
             all.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
         }
     }
@@ -403,8 +405,8 @@ pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
 ///
 /// # Errors
 /// When `/proc` can't be listed.
-pub fn all() -> io::Result<Vec<u32>> {
-    crate::fault::look("processes")?;
+pub fn all_pids() -> io::Result<Vec<u32>> {
+    crate::failpoint::fail_lookup("processes")?;
     let mut all = Vec::new();
     for entry in fs::read_dir("/proc")? {
         all.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
@@ -434,15 +436,15 @@ mod tests {
     #[test]
     fn only_a_process_that_has_ended_is_taken_for_gone() {
         for number in [libc::ENOENT, libc::ESRCH] {
-            let looked = unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number)));
+            let looked = none_if_vanished(Err::<(), _>(io::Error::from_raw_os_error(number)));
             assert_eq!(looked.expect("the process has ended"), None);
         }
         for number in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EIO, libc::EACCES] {
-            unless_vanished(Err::<(), _>(io::Error::from_raw_os_error(number))).expect_err("nothing is known");
+            none_if_vanished(Err::<(), _>(io::Error::from_raw_os_error(number))).expect_err("nothing is known");
         }
         for (number, passing) in [(libc::EMFILE, true), (libc::ENOMEM, true), (libc::EIO, false), (libc::ENOENT, false)]
         {
-            assert_eq!(is_passing(&io::Error::from_raw_os_error(number)), passing);
+            assert_eq!(is_transient(&io::Error::from_raw_os_error(number)), passing);
         }
     }
 
@@ -478,10 +480,13 @@ mod tests {
     async fn the_end_of_a_process_is_seen() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("spawned");
         let fd = PidFd::open(child.id()).expect("opened");
-        assert!(tokio::time::timeout(std::time::Duration::from_millis(50), fd.ended()).await.is_err());
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(50), fd.wait_for_end()).await.is_err());
         assert!(!fd.has_ended());
         fd.signal(libc::SIGKILL);
-        tokio::time::timeout(std::time::Duration::from_secs(10), fd.ended()).await.expect("in time").expect("watched");
+        tokio::time::timeout(std::time::Duration::from_secs(10), fd.wait_for_end())
+            .await
+            .expect("in time")
+            .expect("watched");
         assert!(fd.has_ended());
         child.wait().expect("reaped");
         assert!(ProcessId::of(child.id()).is_err());

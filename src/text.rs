@@ -8,32 +8,32 @@
 use std::fmt;
 
 /// The longest untrusted text within a message, in characters.
-pub const FOREIGN_MAX: usize = 500;
+pub const EXCERPT_MAX: usize = 500;
 
 /// The longest message, in characters.
 pub const MESSAGE_MAX: usize = 2000;
 
 /// Escapes the characters that terminals and log readers interpret, and cuts text longer than `most` characters in the
 /// middle. The note that says how much was cut is not counted.
-pub fn shown(text: &str, most: usize) -> String {
-    escape_and_cut(text.chars().map(Piece::plain), text.len(), most)
+pub fn sanitize(text: &str, most: usize) -> String {
+    escape_and_cut(text.chars().map(ShownChar::plain), text.len(), most)
 }
 
 /// Puts an untrusted text in quotes, escaped and cut to [`EXCERPT_MAX`].
 pub fn quoted(text: &str) -> String {
-    format!("\"{}\"", escape_and_cut(text.chars().map(Piece::quoted), text.len(), FOREIGN_MAX))
+    format!("\"{}\"", escape_and_cut(text.chars().map(ShownChar::quoted), text.len(), EXCERPT_MAX))
 }
 
 /// Returns whether a terminal prints every character of a text literally.
 pub fn is_printable(text: &str) -> bool {
-    !text.contains(is_acted_on)
+    !text.contains(is_interpreted)
 }
 
 /// Returns whether a terminal or a log reader interprets this character instead of printing it.
 ///
 /// These are the control characters of both sets (ISO 6429), line separators, the characters that change the order in
 /// which other characters are shown ("Trojan Source", CVE-2021-42574), and invisible characters.
-fn is_acted_on(c: char) -> bool {
+fn is_interpreted(c: char) -> bool {
     c.is_control()
         || matches!(c,
             '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
@@ -42,14 +42,14 @@ fn is_acted_on(c: char) -> bool {
 
 /// One character in the form in which it is shown.
 #[derive(Clone, Copy)]
-enum Piece {
+enum ShownChar {
     Plain(char),
     Escaped(char),
 }
 
-impl Piece {
+impl ShownChar {
     fn plain(c: char) -> Self {
-        if is_acted_on(c) { Self::Escaped(c) } else { Self::Plain(c) }
+        if is_interpreted(c) { Self::Escaped(c) } else { Self::Plain(c) }
     }
 
     fn quoted(c: char) -> Self {
@@ -72,7 +72,7 @@ impl Piece {
     }
 }
 
-impl fmt::Display for Piece {
+impl fmt::Display for ShownChar {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain(c) => fmt::Write::write_char(f, *c),
@@ -83,8 +83,8 @@ impl fmt::Display for Piece {
 
 /// Joins the characters of a text of `length` bytes, and cuts the middle out of a text longer than `most` characters.
 /// It reads no more characters than can be shown, since the text may have megabytes.
-fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = Piece> + Clone, length: usize, most: usize) -> String {
-    fn fitting(pieces: impl Iterator<Item = Piece>, room: usize) -> Vec<Piece> {
+fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = ShownChar> + Clone, length: usize, most: usize) -> String {
+    fn fitting(pieces: impl Iterator<Item = ShownChar>, room: usize) -> Vec<ShownChar> {
         let mut used = 0;
         pieces
             .take_while(|piece| {
@@ -93,8 +93,8 @@ fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = Piece> + Clone, length
             })
             .collect()
     }
-    let join = |pieces: &[Piece]| pieces.iter().map(Piece::to_string).collect::<String>();
-    let bytes = |pieces: &[Piece]| pieces.iter().map(|piece| piece.bytes()).sum::<usize>();
+    let join = |pieces: &[ShownChar]| pieces.iter().map(ShownChar::to_string).collect::<String>();
+    let bytes = |pieces: &[ShownChar]| pieces.iter().map(|piece| piece.bytes()).sum::<usize>();
     let whole = fitting(pieces.clone(), most);
     if bytes(&whole) == length {
         return join(&whole);
@@ -113,33 +113,37 @@ mod tests {
 
     #[test]
     fn what_terminals_act_on_is_escaped() {
-        assert_eq!(shown("a\r\nb\tc\u{1b}[31m\u{7}", 99), "a\\r\\nb\\tc\\u{1b}[31m\\u{7}");
+        assert_eq!(sanitize("a\r\nb\tc\u{1b}[31m\u{7}", 99), "a\\r\\nb\\tc\\u{1b}[31m\\u{7}");
         assert_eq!(
-            shown("\u{9b}2J \u{202e}txt.exe \u{2066}\u{feff}", 99),
+            sanitize("\u{9b}2J \u{202e}txt.exe \u{2066}\u{feff}", 99),
             "\\u{9b}2J \\u{202e}txt.exe \\u{2066}\\u{feff}"
         );
-        assert_eq!(shown("häßlich \"日本\" \\n", 99), "häßlich \"日本\" \\n", "printable characters stay as they are");
+        assert_eq!(
+            sanitize("häßlich \"日本\" \\n", 99),
+            "häßlich \"日本\" \\n",
+            "printable characters stay as they are"
+        );
         assert_eq!(quoted("a\"b\\c\n"), r#""a\"b\\c\n""#);
     }
 
     #[test]
     fn beginning_and_end_stay() {
         let text = format!("exec {}: no such file", "x".repeat(1 << 20));
-        let cut = shown(&text, 60);
+        let cut = sanitize(&text, 60);
         assert!(cut.starts_with("exec xxx") && cut.ends_with("xx: no such file"), "{cut}");
         assert!(cut.contains(" [1048535 bytes left out] ") && cut.len() < 100, "{cut}");
-        assert_eq!(shown("twelve bytes", 12), "twelve bytes");
-        assert_eq!(shown("", 0), "");
+        assert_eq!(sanitize("twelve bytes", 12), "twelve bytes");
+        assert_eq!(sanitize("", 0), "");
     }
 
     proptest! {
         #[test]
         fn nothing_is_longer_than_allowed_or_acted_on(text in ".{0,80}", most in 0_usize..60) {
-            let cut = shown(&text, most);
+            let cut = sanitize(&text, most);
             let mark = " [ bytes left out] ".len() + 6;
             prop_assert!(cut.chars().count() <= most + mark, "{cut:?}");
-            prop_assert!(!cut.chars().any(is_acted_on), "{cut:?}");
-            prop_assert_eq!(shown(&cut, usize::MAX - 1), cut, "a second time changes nothing");
+            prop_assert!(!cut.chars().any(is_interpreted), "{cut:?}");
+            prop_assert_eq!(sanitize(&cut, usize::MAX - 1), cut, "a second time changes nothing");
         }
     }
 }

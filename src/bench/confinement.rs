@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs};
 
 /// Collects what the kernel reports about a process's confinement, by name. Two processes with equal results are
 /// confined alike.
-pub(super) fn portrait(pid: u32) -> BTreeMap<String, String> {
+pub(super) fn read_confinement(pid: u32) -> BTreeMap<String, String> {
     let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let mut found = BTreeMap::new();
     for line in read("status").lines() {
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn a_process_is_confined_as_itself_and_differences_are_named() {
-        let own = portrait(std::process::id());
+        let own = read_confinement(std::process::id());
         assert!(own.contains_key("CapBnd") && own.contains_key("namespace pid"), "{own:?}");
         assert!(differences(&own, &own).is_empty());
         let mut other = own.clone();

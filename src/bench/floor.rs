@@ -28,28 +28,28 @@ use crate::{
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Size of the child's stack in bytes. Its frames are small, and nothing in it recurses.
-const STACK: usize = 256 << 10;
+const STACK_SIZE: usize = 256 << 10;
 
 /// Makes containers by raw system calls.
 #[derive(Debug)]
-pub struct Floor {
+pub(crate) struct Floor {
     cgroups: Cgroups,
     /// The compiled seccomp filter, in the kernel's format.
-    program: Vec<libc::sock_filter>,
+    seccomp_filter: Vec<libc::sock_filter>,
 }
 
 /// The first process of a container, a child of this process.
 #[derive(Debug, Clone)]
-pub struct Process {
+pub(crate) struct ContainerProcess {
     pid: libc::pid_t,
     handle: Arc<PidFd>,
     cgroup: CgroupPath,
 }
 
-impl Process {
+impl ContainerProcess {
     /// Waits for the end of the process and returns whether its exit code was 0.
     pub(super) async fn wait(&self) -> io::Result<bool> {
-        self.handle.ended().await?;
+        self.handle.wait_for_end().await?;
         let mut status = 0;
         // SAFETY: the process is a child of this one, has ended, and is waited for nowhere else.
         if unsafe { libc::waitpid(self.pid, &raw mut status, 0) } < 0 {
@@ -79,7 +79,7 @@ struct MountCall {
 }
 
 /// All that the child needs, in the form that system calls require.
-struct Order {
+struct ChildPlan {
     /// The cgroups' files that move a process into them.
     procs: Vec<CString>,
     root: CString,
@@ -98,7 +98,7 @@ struct Order {
     capabilities: u64,
     no_new_privileges: bool,
     oom_score: CString,
-    program: libc::sock_fprog,
+    seccomp_filter: libc::sock_fprog,
     stdio: [c_int; 3],
     cwd: CString,
     path: CString,
@@ -106,8 +106,8 @@ struct Order {
     env: Vec<*const c_char>,
     /// The strings that `args` and `env` point to.
     _words: Vec<CString>,
-    /// Written by the child if a step fails: the step's number (see `enter_container`) and errno.
-    failed: (c_int, c_int),
+    /// Written by the child if a step fails: the step and errno.
+    failed: Option<(ChildStep, c_int)>,
 }
 
 impl Floor {
@@ -123,15 +123,15 @@ impl Floor {
                 k: u32::from_ne_bytes([i[4], i[5], i[6], i[7]]),
             })
             .collect();
-        Ok(Self { cgroups: Cgroups::detect()?, program })
+        Ok(Self { cgroups: Cgroups::detect()?, seccomp_filter: program })
     }
 
     /// Creates the container of `spec`, whose root file system is mounted already, and starts its process.
-    pub(super) fn spawn(&self, spec: &Value, stdout: &Path, stderr: &Path) -> Result<Process, Failure> {
+    pub(super) fn spawn(&self, spec: &Value, stdout: &Path, stderr: &Path) -> Result<ContainerProcess, Failure> {
         let procs = self.make_cgroup(spec)?;
         let write = |path: &Path| fs::OpenOptions::new().write(true).open(path);
         let (stdin, stdout, stderr) = (fs::File::open("/dev/null")?, write(stdout)?, write(stderr)?);
-        let mut order = self.order(spec, procs, [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()])?;
+        let mut order = self.plan_child(spec, procs, [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()])?;
         let mut flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD | libc::CLONE_NEWNS;
         for namespace in spec["linux"]["namespaces"].as_array().into_iter().flatten() {
             flags |= match namespace["type"].as_str() {
@@ -143,10 +143,10 @@ impl Floor {
                 _ => 0,
             };
         }
-        let mut stack = vec![0_u8; STACK];
+        let mut stack = vec![0_u8; STACK_SIZE];
         // SAFETY: the pointer is one past the end of the stack, aligned down to 16 bytes as the ABI requires. The stack
         // grows downwards.
-        let top = unsafe { stack.as_mut_ptr().add(STACK & !15) };
+        let top = unsafe { stack.as_mut_ptr().add(STACK_SIZE & !15) };
         // All signals are blocked: no signal handler of this process may run in the child, which inherits the handlers.
         let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
         // SAFETY: the child runs `child` on a stack of its own and gets `order`. Both outlive its use of them, because
@@ -155,18 +155,18 @@ impl Floor {
         let cloned = if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
         before.thread_set_mask()?;
         cloned?;
-        if order.failed.0 != 0 {
+        if let Some((step, errno)) = order.failed {
             // SAFETY: the process is a child of this one and has ended.
             unsafe { libc::waitpid(pid, ptr::null_mut(), 0) };
-            let error = io::Error::from_raw_os_error(order.failed.1);
-            return Err(format!("step {} of the floor failed: {error}", order.failed.0).into());
+            let error = io::Error::from_raw_os_error(errno);
+            return Err(format!("the floor's container could not {}: {error}", step.text()).into());
         }
         let handle = Arc::new(PidFd::open(pid.cast_unsigned())?);
-        Ok(Process { pid, handle, cgroup: CgroupPath::recorded(cgroup_path(spec)) })
+        Ok(ContainerProcess { pid, handle, cgroup: CgroupPath::recorded(cgroup_path(spec)) })
     }
 
     /// Removes the cgroup of a container that has ended.
-    pub(super) fn clear(&self, process: &Process) -> Result<(), Failure> {
+    pub(super) fn clear(&self, process: &ContainerProcess) -> Result<(), Failure> {
         Ok(self.cgroups.remove(&process.cgroup)?)
     }
 
@@ -189,49 +189,13 @@ impl Floor {
     }
 
     /// Prepares everything that the child needs.
-    fn order(&self, spec: &Value, procs: Vec<CString>, stdio: [c_int; 3]) -> Result<Order, Failure> {
+    fn plan_child(&self, spec: &Value, procs: Vec<CString>, stdio: [c_int; 3]) -> Result<ChildPlan, Failure> {
         let root = PathBuf::from(spec["root"]["path"].as_str().unwrap_or_default());
-        let strings = |value: &Value| -> Vec<String> {
-            value.as_array().into_iter().flatten().filter_map(|item| item.as_str().map(str::to_owned)).collect()
-        };
         let mut mounts = Vec::new();
         for mount in spec["mounts"].as_array().into_iter().flatten() {
             mounts.extend(calls(mount, &root)?);
         }
-        let inside = |path: &str| root.join(path.trim_start_matches('/'));
-        let mut masks = Vec::new();
-        for path in strings(&spec["linux"]["maskedPaths"]) {
-            // Whether the path is a directory, and exists, is looked up in the host's own /proc and /sys.
-            let Ok(metadata) = fs::metadata(&path) else { continue };
-            let target = text(&inside(&path))?;
-            let empty = CString::default();
-            masks.push(if metadata.is_dir() {
-                let kind = CString::new("tmpfs")?;
-                MountCall { source: kind.clone(), target, kind, flags: libc::MS_RDONLY, data: empty }
-            } else {
-                let source = text(&inside("/dev/null"))?;
-                MountCall { source, target, kind: empty.clone(), flags: libc::MS_BIND, data: empty }
-            });
-        }
-        for path in strings(&spec["linux"]["readonlyPaths"]) {
-            if fs::metadata(&path).is_err() {
-                continue;
-            }
-            let target = text(&inside(&path))?;
-            for flags in [
-                libc::MS_BIND | libc::MS_REC,
-                libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
-            ] {
-                let empty = CString::default();
-                masks.push(MountCall {
-                    source: target.clone(),
-                    target: target.clone(),
-                    kind: empty.clone(),
-                    flags,
-                    data: empty,
-                });
-            }
-        }
+        let masks = masks(spec, &root)?;
         let process = &spec["process"];
         let capabilities = strings(&process["capabilities"]["bounding"]);
         let capabilities = capabilities
@@ -248,7 +212,7 @@ impl Floor {
             Ok((dev(name)?, libc::S_IFCHR | 0o666, libc::makedev(major, minor)))
         };
         let link = |target: &str, name: &str| -> Result<_, Failure> { Ok((CString::new(target)?, dev(name)?)) };
-        Ok(Order {
+        Ok(ChildPlan {
             procs,
             mounts,
             masks,
@@ -275,9 +239,9 @@ impl Floor {
             capabilities,
             no_new_privileges: process["noNewPrivileges"].as_bool().unwrap_or_default(),
             oom_score: CString::new(process["oomScoreAdj"].as_i64().unwrap_or_default().to_string())?,
-            program: libc::sock_fprog {
-                len: u16::try_from(self.program.len())?,
-                filter: self.program.as_ptr().cast_mut(),
+            seccomp_filter: libc::sock_fprog {
+                len: u16::try_from(self.seccomp_filter.len())?,
+                filter: self.seccomp_filter.as_ptr().cast_mut(),
             },
             stdio,
             cwd: CString::new(process["cwd"].as_str().unwrap_or("/"))?,
@@ -285,9 +249,53 @@ impl Floor {
             args: pointers(&args),
             env: pointers(&env),
             _words: args.into_iter().chain(env).collect(),
-            failed: (0, 0),
+            failed: None,
         })
     }
+}
+
+/// The strings of an array in the spec.
+fn strings(value: &Value) -> Vec<String> {
+    value.as_array().into_iter().flatten().filter_map(|item| item.as_str().map(str::to_owned)).collect()
+}
+
+/// Returns the calls that hide the spec's masked paths and make its read-only paths read-only.
+fn masks(spec: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
+    let inside = |path: &str| root.join(path.trim_start_matches('/'));
+    let mut masks = Vec::new();
+    for path in strings(&spec["linux"]["maskedPaths"]) {
+        // Whether the path is a directory, and exists, is looked up in the host's own /proc and /sys.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        let target = text(&inside(&path))?;
+        let empty = CString::default();
+        masks.push(if metadata.is_dir() {
+            let kind = CString::new("tmpfs")?;
+            MountCall { source: kind.clone(), target, kind, flags: libc::MS_RDONLY, data: empty }
+        } else {
+            let source = text(&inside("/dev/null"))?;
+            MountCall { source, target, kind: empty.clone(), flags: libc::MS_BIND, data: empty }
+        });
+    }
+    for path in strings(&spec["linux"]["readonlyPaths"]) {
+        if fs::metadata(&path).is_err() {
+            continue;
+        }
+        let target = text(&inside(&path))?;
+        for flags in [
+            libc::MS_BIND | libc::MS_REC,
+            libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+        ] {
+            let empty = CString::default();
+            masks.push(MountCall {
+                source: target.clone(),
+                target: target.clone(),
+                kind: empty.clone(),
+                flags,
+                data: empty,
+            });
+        }
+    }
+    Ok(masks)
 }
 
 fn text(path: &Path) -> Result<CString, Failure> {
@@ -419,34 +427,107 @@ fn cgroup_path(spec: &Value) -> &str {
 extern "C" fn child(order: *mut c_void) -> c_int {
     // SAFETY: `spawn` passes a `ChildPlan` that lives until this process has executed a program or ended, and does not
     // access it until then.
-    let order = unsafe { &mut *order.cast::<Order>() };
-    let failed = container(order);
+    let order = unsafe { &mut *order.cast::<ChildPlan>() };
+    let (Err(step) | Ok(step)) = enter_container(order);
     // SAFETY: this is errno of the parent's thread, which waits.
-    order.failed = (failed, unsafe { *libc::__errno_location() });
+    order.failed = Some((step, unsafe { *libc::__errno_location() }));
     // SAFETY: `_exit` ends this process only, and runs no exit handlers of the parent.
     unsafe { libc::_exit(127) }
 }
 
-/// Makes the container around this process and executes its program. Returns only if a step fails: the number of that
-/// step. Number 17 stands for two steps, the signal mask and execve(2).
-fn container(order: &Order) -> c_int {
-    let null = ptr::null::<c_char>();
-    // SAFETY: every pointer below comes from a CString, array or struct in `order` or on this stack. It is valid during
-    // the call and terminated as the call requires (mount(2), pivot_root(2), capset(2), seccomp(2), netdevice(7)).
+/// What the child does, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ChildStep {
+    JoinCgroup,
+    Setsid,
+    MakeSlave,
+    Mount,
+    MakeDevice,
+    Mask,
+    Symlink,
+    PivotRoot,
+    SetHostname,
+    LoopbackUp,
+    SetOomScore,
+    SetStdio,
+    SetUser,
+    SetCapabilities,
+    NoNewPrivileges,
+    ChangeDirectory,
+    ResetSignals,
+    SetSeccompFilter,
+    Execute,
+}
+
+impl ChildStep {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::JoinCgroup => "join its cgroup",
+            Self::Setsid => "make a session",
+            Self::MakeSlave => "make the mounts slaves",
+            Self::Mount => "mount",
+            Self::MakeDevice => "make a device",
+            Self::Mask => "mask a path",
+            Self::Symlink => "make a link",
+            Self::PivotRoot => "change its root",
+            Self::SetHostname => "set its host name",
+            Self::LoopbackUp => "set lo up",
+            Self::SetOomScore => "set oom_score_adj",
+            Self::SetStdio => "set its standard streams",
+            Self::SetUser => "change its user",
+            Self::SetCapabilities => "set its capabilities",
+            Self::NoNewPrivileges => "set no_new_privs",
+            Self::ChangeDirectory => "change its directory",
+            Self::ResetSignals => "reset its signal mask",
+            Self::SetSeccompFilter => "set its seccomp filter",
+            Self::Execute => "execute its program",
+        }
+    }
+}
+
+/// Tells whether a system call of the child succeeded.
+const fn check(succeeded: bool, step: ChildStep) -> Result<(), ChildStep> {
+    if succeeded { Ok(()) } else { Err(step) }
+}
+
+/// Makes the container around this process and executes its program. Returns only if a step fails, with that step.
+fn enter_container(order: &ChildPlan) -> Result<ChildStep, ChildStep> {
+    // SAFETY: the child calls these functions; see each of them.
+    unsafe {
+        join_cgroup(order)?;
+        enter_root(order)?;
+        set_up_process(order)?;
+        drop_privileges(order)?;
+        execute(order)
+    }
+}
+
+/// Joins the cgroups and leaves the session.
+///
+/// # Safety
+/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` of `order`.
+unsafe fn join_cgroup(order: &ChildPlan) -> Result<(), ChildStep> {
+    // SAFETY: each pointer is valid during its call, and each string is terminated.
     unsafe {
         for procs in &order.procs {
             let fd = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-            if fd < 0 || libc::write(fd, c"0".as_ptr().cast(), 1) != 1 {
-                return 1;
-            }
+            check(fd >= 0 && libc::write(fd, c"0".as_ptr().cast(), 1) == 1, ChildStep::JoinCgroup)?;
             libc::close(fd);
         }
-        if libc::setsid() < 0 {
-            return 2;
-        }
-        if libc::mount(null, c"/".as_ptr(), null, libc::MS_REC | libc::MS_SLAVE, ptr::null()) != 0 {
-            return 3;
-        }
+        check(libc::setsid() >= 0, ChildStep::Setsid)
+    }
+}
+
+/// Mounts what the container has, and changes the root directory (mount(2), pivot_root(2)).
+///
+/// # Safety
+/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` of `order`.
+unsafe fn enter_root(order: &ChildPlan) -> Result<(), ChildStep> {
+    let null = ptr::null::<c_char>();
+    // SAFETY: each pointer is valid during its call, and each string is terminated.
+    unsafe {
+        let slave = libc::MS_REC | libc::MS_SLAVE;
+        check(libc::mount(null, c"/".as_ptr(), null, slave, ptr::null()) == 0, ChildStep::MakeSlave)?;
         let old = libc::umask(0);
         let mut dev_is_made = false;
         for mount in &order.mounts {
@@ -457,53 +538,65 @@ fn container(order: &Order) -> c_int {
             if dev_is_made {
                 libc::mkdir(mount.target.as_ptr(), 0o755);
             }
-            let (source, target) = (mount.source.as_ptr(), mount.target.as_ptr());
-            if libc::mount(source, target, mount.kind.as_ptr(), mount.flags, mount.data.as_ptr().cast()) != 0 {
-                return 4;
-            }
+            check(call_mount(mount), ChildStep::Mount)?;
         }
         for (path, mode, device) in &order.nodes {
-            if libc::mknod(path.as_ptr(), *mode, *device) != 0 {
-                return 5;
-            }
+            check(libc::mknod(path.as_ptr(), *mode, *device) == 0, ChildStep::MakeDevice)?;
         }
         for mask in &order.masks {
-            let (source, target) = (mask.source.as_ptr(), mask.target.as_ptr());
-            if libc::mount(source, target, mask.kind.as_ptr(), mask.flags, mask.data.as_ptr().cast()) != 0 {
-                return 18;
-            }
+            check(call_mount(mask), ChildStep::Mask)?;
         }
         for (target, path) in &order.links {
-            if libc::symlink(target.as_ptr(), path.as_ptr()) != 0 {
-                return 6;
-            }
+            check(libc::symlink(target.as_ptr(), path.as_ptr()) == 0, ChildStep::Symlink)?;
         }
         libc::umask(old);
-        if libc::chdir(order.root.as_ptr()) != 0
-            || libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) != 0
-            || libc::umount2(c".".as_ptr(), libc::MNT_DETACH) != 0
-            || libc::chdir(c"/".as_ptr()) != 0
-        {
-            return 7;
-        }
-        if libc::sethostname(order.hostname.as_ptr(), order.hostname.as_bytes().len()) != 0 {
-            return 8;
-        }
-        if !loopback_up() {
-            return 9;
-        }
+        let is_entered = libc::chdir(order.root.as_ptr()) == 0
+            && libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) == 0
+            && libc::umount2(c".".as_ptr(), libc::MNT_DETACH) == 0
+            && libc::chdir(c"/".as_ptr()) == 0;
+        check(is_entered, ChildStep::PivotRoot)
+    }
+}
+
+/// Makes one call of mount(2). Returns whether it succeeded.
+///
+/// # Safety
+/// The child calls this, so it makes only a system call.
+unsafe fn call_mount(mount: &MountCall) -> bool {
+    let (source, target) = (mount.source.as_ptr(), mount.target.as_ptr());
+    // SAFETY: each pointer comes from a `CString` that lives during the call.
+    unsafe { libc::mount(source, target, mount.kind.as_ptr(), mount.flags, mount.data.as_ptr().cast()) == 0 }
+}
+
+/// Sets the host name, the loopback device, the OOM score and the standard streams.
+///
+/// # Safety
+/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` or array of `order`.
+unsafe fn set_up_process(order: &ChildPlan) -> Result<(), ChildStep> {
+    // SAFETY: each pointer is valid during its call, and each length is that of the memory it goes with.
+    unsafe {
+        let is_named = libc::sethostname(order.hostname.as_ptr(), order.hostname.as_bytes().len()) == 0;
+        check(is_named, ChildStep::SetHostname)?;
+        check(loopback_up(), ChildStep::LoopbackUp)?;
         let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         let score = order.oom_score.as_bytes();
-        if fd < 0 || libc::write(fd, score.as_ptr().cast(), score.len()) < 0 {
-            return 10;
-        }
+        check(fd >= 0 && libc::write(fd, score.as_ptr().cast(), score.len()) >= 0, ChildStep::SetOomScore)?;
         libc::close(fd);
         for (to, from) in order.stdio.iter().enumerate() {
-            if libc::dup2(*from, c_int::try_from(to).unwrap_or_default()) < 0 {
-                return 11;
-            }
+            check(libc::dup2(*from, c_int::try_from(to).unwrap_or_default()) >= 0, ChildStep::SetStdio)?;
         }
         libc::close_range(3, libc::c_uint::MAX, 0);
+    }
+    Ok(())
+}
+
+/// Changes the user and reduces the capabilities (capset(2)).
+///
+/// # Safety
+/// The child calls this, so it makes only system calls. Every pointer comes from an array of `order` or of this stack.
+unsafe fn drop_privileges(order: &ChildPlan) -> Result<(), ChildStep> {
+    // SAFETY: each pointer is valid during its call; the structs have the layout that the kernel wants.
+    unsafe {
         for capability in 0..=63 {
             // An error is EINVAL: the kernel knows no capabilities of this and higher numbers.
             if order.capabilities & (1_u64 << capability) == 0
@@ -512,43 +605,44 @@ fn container(order: &Order) -> c_int {
                 break;
             }
         }
-        if libc::syscall(libc::SYS_setgroups, order.groups.len(), order.groups.as_ptr()) != 0
-            || libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) != 0
-            || libc::syscall(libc::SYS_setresgid, order.gid, order.gid, order.gid) != 0
-            || libc::syscall(libc::SYS_setresuid, order.uid, order.uid, order.uid) != 0
-        {
-            return 12;
-        }
+        let is_changed = libc::syscall(libc::SYS_setgroups, order.groups.len(), order.groups.as_ptr()) == 0
+            && libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) == 0
+            && libc::syscall(libc::SYS_setresgid, order.gid, order.gid, order.gid) == 0
+            && libc::syscall(libc::SYS_setresuid, order.uid, order.uid, order.uid) == 0;
+        check(is_changed, ChildStep::SetUser)?;
         // A `struct __user_cap_header_struct` of version 3, and two of `struct __user_cap_data_struct`.
         let header: [u32; 2] = [0x2008_0522, 0];
         let (low, high) = (order.capabilities as u32, (order.capabilities >> 32) as u32);
         let sets: [u32; 6] = [low, low, 0, high, high, 0];
-        if libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) != 0 {
-            return 13;
-        }
-        if order.no_new_privileges && libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 {
-            return 14;
-        }
-        if libc::chdir(order.cwd.as_ptr()) != 0 {
-            return 15;
-        }
+        check(libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) == 0, ChildStep::SetCapabilities)?;
+        let is_set = !order.no_new_privileges || libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+        check(is_set, ChildStep::NoNewPrivileges)
+    }
+}
+
+/// Executes the program with default signals and under the seccomp filter (seccomp(2)). Returns only if that fails.
+///
+/// # Safety
+/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` or array of `order`.
+unsafe fn execute(order: &ChildPlan) -> Result<ChildStep, ChildStep> {
+    // SAFETY: each pointer is valid during its call, and the arrays of pointers end with a null pointer.
+    unsafe {
+        check(libc::chdir(order.cwd.as_ptr()) == 0, ChildStep::ChangeDirectory)?;
         // execve(2) keeps the signal mask and leaves ignored signals ignored, so both are reset here.
         for signal in 1..=libc::SIGRTMAX() {
             libc::signal(signal, libc::SIG_DFL);
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
-        if libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) != 0 {
-            return 17;
-        }
-        if order.program.len > 0
-            && libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const order.program) != 0
-        {
-            return 16;
-        }
+        let is_reset = libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) == 0;
+        check(is_reset, ChildStep::ResetSignals)?;
+        let filter = &raw const order.seccomp_filter;
+        let is_filtered = order.seccomp_filter.len == 0
+            || libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, filter) == 0;
+        check(is_filtered, ChildStep::SetSeccompFilter)?;
         libc::execve(order.path.as_ptr(), order.args.as_ptr(), order.env.as_ptr());
     }
-    17
+    Ok(ChildStep::Execute)
 }
 
 /// Sets the loopback device `lo` up, as runtimes do in a network namespace that they create.

@@ -10,22 +10,22 @@ use crate::{
 
 /// One measured task.
 #[derive(Debug)]
-pub struct Job {
+pub(crate) struct Job {
     pub(super) id: String,
     pub(super) alloc: Alloc,
     pub(super) dirs: TaskDirs,
-    lives: Lives,
+    lives: Lifetime,
     pub(super) stdout: Collector,
     stderr: Collector,
 }
 
 /// How long the task's program runs.
 #[derive(Debug, Clone, Copy)]
-enum Lives {
+enum Lifetime {
     /// The program ends at once.
-    NotAtAll,
+    EndsAtOnce,
     /// The program waits for longer than any subject takes to answer a start, then ends.
-    Awhile,
+    WaitsBriefly,
     /// The program waits for SIGTERM.
     UntilStopped,
 }
@@ -35,15 +35,15 @@ impl Job {
     pub(super) fn new(allocs: &Path, sequence: &[Step]) -> Result<Self, BenchError> {
         let id = format!("bench-{}", random_hex(8));
         let alloc = Alloc::create(allocs, &id)?;
-        let dirs = alloc.task("task")?;
+        let dirs = alloc.create_task("task")?;
         let local = alloc.dir.join("task/local");
-        stamp::put(&local).map_err(file(&local))?;
-        let read = |fifo: &Path| Collector::start(fifo, Output::Keep);
+        stamp::install(&local).map_err(file(&local))?;
+        let read = |fifo: &Path| Collector::start(fifo, Output::Memory);
         let (stdout, stderr) = (read(&dirs.stdout), read(&dirs.stderr));
         let lives = match (sequence.contains(&Step::Wait), sequence.contains(&Step::Linger)) {
-            (false, _) => Lives::UntilStopped,
-            (true, true) => Lives::Awhile,
-            (true, false) => Lives::NotAtAll,
+            (false, _) => Lifetime::UntilStopped,
+            (true, true) => Lifetime::WaitsBriefly,
+            (true, false) => Lifetime::EndsAtOnce,
         };
         Ok(Self { id, alloc, dirs, lives, stdout, stderr })
     }
@@ -51,9 +51,9 @@ impl Job {
     /// Returns the program and its arguments.
     pub(super) fn command(&self) -> Vec<String> {
         let arguments: &[&str] = match self.lives {
-            Lives::NotAtAll => &[],
-            Lives::Awhile => &[stamp::WAIT, stamp::AWHILE],
-            Lives::UntilStopped => &[stamp::WAIT],
+            Lifetime::EndsAtOnce => &[],
+            Lifetime::WaitsBriefly => &[stamp::WAIT_ARG, stamp::BRIEF_WAIT_ARG],
+            Lifetime::UntilStopped => &[stamp::WAIT_ARG],
         };
         [&[stamp::PATH], arguments].concat().into_iter().map(str::to_owned).collect()
     }
@@ -64,14 +64,14 @@ impl Job {
     }
 
     /// Returns what the task has written to stderr.
-    pub(super) fn complaints(&self) -> String {
+    pub(super) fn stderr_text(&self) -> String {
         self.stderr.text()
     }
 
     /// Reads the task's output to its end, for up to `limit`, and removes the task's directories.
     pub(super) async fn clear(self, limit: std::time::Duration) -> Result<(), BenchError> {
         for stream in [&self.stdout, &self.stderr] {
-            stream.ended(limit).await;
+            stream.wait_for_end(limit).await;
         }
         Ok(self.alloc.remove()?)
     }

@@ -37,7 +37,7 @@ pub struct Machine {
 }
 
 /// The largest unevenness of a quiet host. Above it, medians change from run to run.
-const UNEVEN: f64 = 1.6;
+const UNEVENNESS_MAX: f64 = 1.6;
 
 impl Machine {
     /// Describes this host, before the run.
@@ -64,7 +64,7 @@ impl Machine {
     }
 
     /// Decides by the times of the fixed work and by the load whether the host was noisy.
-    pub(super) fn judge(&mut self, mut work: Vec<u64>) {
+    pub(super) fn rate_noise(&mut self, mut work: Vec<u64>) {
         self.load_after = load();
         work.sort_unstable();
         #[allow(clippy::cast_precision_loss, reason = "microseconds")]
@@ -73,7 +73,7 @@ impl Machine {
         }
         #[allow(clippy::cast_precision_loss, reason = "a small number")]
         let busy = self.load_before > self.cpus as f64 * 0.75;
-        self.noisy = busy || self.unevenness > UNEVEN;
+        self.noisy = busy || self.unevenness > UNEVENNESS_MAX;
     }
 }
 
@@ -133,7 +133,7 @@ pub(super) fn cpu_ticks() -> u64 {
 }
 
 /// Returns the proportional set size of a process in KiB (proc_pid_smaps(5)); 0 if the process has ended.
-pub(super) fn pss(pid: u32) -> u64 {
+pub(super) fn pss_kib(pid: u32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap_or_default();
     line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or_default()
@@ -144,7 +144,7 @@ pub(super) fn pss(pid: u32) -> u64 {
 /// # Errors
 /// When `/proc` can't be listed.
 pub(super) fn processes(text: &str) -> io::Result<Vec<(u32, String)>> {
-    let found = process::all()?
+    let found = process::all_pids()?
         .into_iter()
         .filter_map(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;

@@ -5,27 +5,28 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path as FilePath, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::{
-    BenchError, Kind, Machine, Mode, PathPlan, Plan, Results, Step, confinement, file,
+    BenchError, Machine, Mode, Plan, Results, Step, SubjectKind, SubjectPlan, confinement, file,
     floor::Floor,
     job::Job,
-    life::{LIMIT, Life, abandon, life, stoppable, within},
+    lifecycle::{Lifecycle, STEP_TIMEOUT, abandon, run_lifecycle, wait_until_stoppable, with_timeout},
     machine,
-    path::{Path, PluginWay, Running, Way, merge},
     stamp::now,
+    subject::{Backend, PluginBackend, RunningTasks, Subject, merge},
     summary::{self, Key, METRICS, Measured, Memory, Throughput},
     template::Template,
 };
 use crate::{
     containerd::{Client, LeaseId},
-    host::Launch,
+    host::PluginCommand,
     ids::random_hex,
     places::Places,
     process::descendants,
@@ -34,13 +35,13 @@ use crate::{
 /// The name under which the benchmark starts this driver.
 const DRIVER: &str = "shim";
 /// The pause after a block of tasks, in which a subject can complete its work in the background.
-const SETTLE: Duration = Duration::from_millis(150);
+const BACKGROUND_DELAY: Duration = Duration::from_millis(150);
 /// The pause before the memory of idle tasks is counted, in which all work for their starts is completed.
-const IDLE: Duration = Duration::from_secs(3);
+const IDLE_DELAY: Duration = Duration::from_secs(3);
 
 /// The programs, directories and services that the benchmark uses.
 #[derive(Debug, Clone)]
-pub struct Ground {
+pub struct Workspace {
     /// The program of this driver.
     pub program: PathBuf,
     /// Directory for sockets, records and bundles. It belongs to this run, and its path is short because of the
@@ -49,13 +50,13 @@ pub struct Ground {
     /// Directory for the bundles of the subjects without a driver, on the disk that a node has its writable layers on.
     pub state: PathBuf,
     /// This driver's state directory with its image records and writable layers. It is kept after the run.
-    pub images: PathBuf,
+    pub driver_state: PathBuf,
     /// The path of containerd's socket.
     pub address: PathBuf,
     /// The namespace in containerd.
     pub namespace: String,
     /// Called after each task with the number of tasks, to show progress.
-    pub tick: fn(u64),
+    pub on_progress: fn(u64),
 }
 
 /// Carries out a plan.
@@ -63,15 +64,15 @@ pub struct Ground {
 /// # Errors
 /// When this driver's spec can't be read, or the benchmark's own files can't be used. A subject that fails is left out
 /// from then on and listed in the results.
-pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
+pub async fn run(plan: &Plan, ground: &Workspace) -> Result<Results, BenchError> {
     let mut machine = Machine::look();
     let allocs = ground.run.join("allocs");
     fs::create_dir_all(&allocs).map_err(file(&allocs))?;
-    let bench = Bench { plan, ground, allocs, templates: templates(plan, ground).await? };
+    let bench = Bench { plan, workspace: ground, allocs, templates: templates(plan, ground).await? };
     let spec_hash = bench.templates.json.hash();
-    let mut taken = Taken::default();
+    let mut taken = Samples::default();
     if bench.templates.program.hash() != spec_hash {
-        return Err(BenchError::Unsound {
+        return Err(BenchError::Precondition {
             path: "driver".to_owned(),
             problem: "the spec that it writes for crun differs from the one for runc".to_owned(),
         });
@@ -83,14 +84,14 @@ pub async fn run(plan: &Plan, ground: &Ground) -> Result<Results, BenchError> {
             Err(error) => taken.leave_out(&path.name, &error),
         }
     }
-    let outcome = bench.take(&mut paths, &mut taken).await;
+    let outcome = bench.measure_all(&mut paths, &mut taken).await;
     for path in paths {
         if let Ok(path) = Arc::try_unwrap(path) {
             path.close().await;
         }
     }
     outcome?;
-    machine.judge(taken.work);
+    machine.rate_noise(taken.work);
     machine.programs = machine::programs().await;
     let names = taken.names;
     let rows = summary::rows(&taken.main, &names);
@@ -121,26 +122,27 @@ struct Templates {
 }
 
 /// Starts a task by this driver with each of the two runtimes and reads the spec that the driver writes for it.
-async fn templates(plan: &Plan, ground: &Ground) -> Result<Templates, BenchError> {
+async fn templates(plan: &Plan, ground: &Workspace) -> Result<Templates, BenchError> {
     let of = async |runtime: &str| -> Result<Template, BenchError> {
         let name = format!("probe-{runtime}");
         let run = ground.run.join(&name);
         let config = merged(&driver_config(ground, &name), &json!({"shim": {"pool": 0}}));
-        let own = plan.paths.iter().find(|path| path.kind == Kind::Driver);
+        let own = plan.paths.iter().find(|path| path.kind == SubjectKind::Driver);
         let task = merged(&own.map_or(json!({}), |path| path.task.clone()), &json!({"runtime": runtime}));
-        let way = PluginWay::launch(&Launch::named(&ground.program, DRIVER), &config, &plan.image, task).await?;
-        let path = Path { name: "driver".to_owned(), way: Way::Plugin(Box::new(way)) };
+        let way = PluginBackend::launch(&PluginCommand::with_name(&ground.program, DRIVER), &config, &plan.image, task)
+            .await?;
+        let path = Subject { name: "driver".to_owned(), backend: Backend::Plugin(Box::new(way)) };
         let allocs = ground.run.join("allocs");
         let job = Job::new(&allocs, &[Step::Start, Step::Stop, Step::Destroy])?;
         let outcome = async {
-            within(&path.name, "start a task to read its spec", path.start(&job)).await?;
-            let template = Template::of_driver(&run, &ground.images, &plan.image, &job);
-            within(&path.name, "remove the task whose spec was read", path.destroy(&job)).await?;
+            with_timeout(&path.name, "start a task to read its spec", path.start(&job)).await?;
+            let template = Template::of_driver(&run, &ground.driver_state, &plan.image, &job);
+            with_timeout(&path.name, "remove the task whose spec was read", path.destroy(&job)).await?;
             template
         };
         let outcome = outcome.await;
         path.close().await;
-        job.clear(LIMIT).await?;
+        job.clear(STEP_TIMEOUT).await?;
         outcome
     };
     Ok(Templates { json: of("runc").await?, program: of("crun").await? })
@@ -154,17 +156,17 @@ fn merged(base: &Value, over: &Value) -> Value {
 }
 
 /// The configuration of this driver's plugin, with a run directory called `name`.
-fn driver_config(ground: &Ground, name: &str) -> Value {
+fn driver_config(ground: &Workspace, name: &str) -> Value {
     json!({
         "containerd": { "address": ground.address, "namespace": ground.namespace },
-        "state": { "run_dir": ground.run.join(name), "state_dir": ground.images },
+        "state": { "run_dir": ground.run.join(name), "state_dir": ground.driver_state },
         "image": { "keep": "forever" },
     })
 }
 
 /// What has been measured so far.
 #[derive(Default)]
-struct Taken {
+struct Samples {
     /// The names of the subjects, by the index that keys of samples use.
     names: Vec<String>,
     left_out: BTreeMap<String, String>,
@@ -176,18 +178,18 @@ struct Taken {
     work: Vec<u64>,
 }
 
-impl Taken {
+impl Samples {
     /// Leaves a subject out from now on, because of an error.
     fn leave_out(&mut self, path: &str, error: &BenchError) {
-        self.left_out.insert(path.to_owned(), crate::chain(error));
+        self.left_out.insert(path.to_owned(), crate::error_chain(error));
     }
 
-    fn is_left_out(&self, path: &Path) -> bool {
+    fn is_left_out(&self, path: &Subject) -> bool {
         self.left_out.contains_key(&path.name)
     }
 
     /// Adds the samples of one task.
-    fn note(&mut self, life: Life, path: usize, mode: Mode, concurrency: usize) {
+    fn note(&mut self, life: Lifecycle, path: usize, mode: Mode, concurrency: usize) {
         let key = |metric: String| Key { path, mode, concurrency, metric };
         for (metric, value) in life.main {
             self.main.entry(key(metric.to_owned())).or_default().push(value);
@@ -201,74 +203,80 @@ impl Taken {
 /// One run of a plan.
 struct Bench<'a> {
     plan: &'a Plan,
-    ground: &'a Ground,
+    workspace: &'a Workspace,
     allocs: PathBuf,
     templates: Templates,
 }
 
 impl Bench<'_> {
     /// Makes a subject ready to run tasks.
-    async fn open(&self, plan: &PathPlan) -> Result<Path, BenchError> {
-        let ground = self.ground;
+    async fn open(&self, plan: &SubjectPlan) -> Result<Subject, BenchError> {
+        let ground = self.workspace;
         let installed = |name: &str| {
-            crate::process::which(FilePath::new(name)).ok_or_else(|| BenchError::Unsound {
+            crate::process::which(FilePath::new(name)).ok_or_else(|| BenchError::Precondition {
                 path: plan.name.clone(),
                 problem: format!("{name} is not installed"),
             })
         };
         let dir = ground.state.join(&plan.name);
         fs::create_dir_all(&dir).map_err(file(&dir))?;
-        let failed = |source| BenchError::Path { path: plan.name.clone(), doing: "get ready", source };
+        let failed = |source| BenchError::Step { path: plan.name.clone(), doing: "get ready", source };
         let way = match plan.kind {
-            Kind::Driver => {
+            SubjectKind::Driver => {
                 let config = merged(&driver_config(ground, &plan.name), &plan.config);
-                let way = PluginWay::launch(
-                    &Launch::named(&ground.program, DRIVER),
+                let way = PluginBackend::launch(
+                    &PluginCommand::with_name(&ground.program, DRIVER),
                     &config,
                     &self.plan.image,
                     plan.task.clone(),
                 )
                 .await?;
-                Way::Plugin(Box::new(way))
+                Backend::Plugin(Box::new(way))
             }
-            Kind::Plugin => {
-                let launch = Launch::new(plan.program.clone().unwrap_or_default());
-                let way = PluginWay::launch(&launch, &plan.config, &self.plan.image, plan.task.clone()).await?;
-                Way::Plugin(Box::new(way))
+            SubjectKind::Plugin => {
+                let launch = PluginCommand::new(plan.program.clone().unwrap_or_default());
+                let way = PluginBackend::launch(&launch, &plan.config, &self.plan.image, plan.task.clone()).await?;
+                Backend::Plugin(Box::new(way))
             }
-            Kind::Containerd => {
+            SubjectKind::Containerd => {
                 let client = Client::new(&ground.address, &ground.namespace, "overlayfs");
                 let lease = LeaseId(format!("nomad-driver-shim-bench-{}", random_hex(6)));
                 client.create_lease(&lease, None).await.map_err(|error| failed(Box::new(error)))?;
-                Way::Containerd { client, lease, template: self.templates.json.clone() }
+                Backend::Containerd { client, lease, template: self.templates.json.clone() }
             }
-            Kind::Runc | Kind::Crun | Kind::Runsc => {
+            SubjectKind::Runc | SubjectKind::Crun | SubjectKind::Runsc => {
                 let (name, flags) = match plan.kind {
-                    Kind::Runc => ("runc", Vec::new()),
-                    Kind::Runsc => {
-                        let shared = format!("--shared-root={}", Places::shared_gvisor().display());
+                    SubjectKind::Runc => ("runc", Vec::new()),
+                    SubjectKind::Runsc => {
+                        let shared = format!("--shared-root={}", Places::gvisor_shared_root().display());
                         ("runsc", vec!["--network=none".to_owned(), shared])
                     }
                     _ => ("crun", Vec::new()),
                 };
                 let binary = installed(name)?;
-                Way::Runtime { binary, flags, dir, template: self.templates.json.clone(), running: Running::default() }
+                Backend::Runtime {
+                    binary,
+                    flags,
+                    dir,
+                    template: self.templates.json.clone(),
+                    running: RunningTasks::default(),
+                }
             }
-            Kind::Docker | Kind::Podman => {
-                let binary = installed(if plan.kind == Kind::Docker { "docker" } else { "podman" })?;
-                Way::Engine { binary, image: self.plan.image.clone(), running: Running::default() }
+            SubjectKind::Docker | SubjectKind::Podman => {
+                let binary = installed(if plan.kind == SubjectKind::Docker { "docker" } else { "podman" })?;
+                Backend::Engine { binary, image: self.plan.image.clone(), running: RunningTasks::default() }
             }
-            Kind::Floor => {
+            SubjectKind::Floor => {
                 let template = self.templates.program.clone();
-                let floor = Floor::new(template.program.as_deref()).map_err(failed)?;
-                Way::Floor { dir, template, floor: Box::new(floor), running: Running::default() }
+                let floor = Floor::new(template.seccomp_filter.as_deref()).map_err(failed)?;
+                Backend::Floor { dir, template, floor: Box::new(floor), running: RunningTasks::default() }
             }
         };
-        Ok(Path { name: plan.name.clone(), way })
+        Ok(Subject { name: plan.name.clone(), backend: way })
     }
 
     /// Measures everything, interleaved. A subject that fails once is left out from then on; its earlier samples stay.
-    async fn take(&self, paths: &mut Vec<Arc<Path>>, taken: &mut Taken) -> Result<(), BenchError> {
+    async fn measure_all(&self, paths: &mut Vec<Arc<Subject>>, taken: &mut Samples) -> Result<(), BenchError> {
         // A first round that is not measured pulls images, fills caches and pools, and finds the subjects that don't
         // work.
         let mut warm = Vec::new();
@@ -276,7 +284,7 @@ impl Bench<'_> {
             let mut outcome: Result<(), BenchError> = Ok(());
             for sequence in &self.plan.sequences {
                 outcome = match Job::new(&self.allocs, sequence) {
-                    Ok(job) => life(&path, job, sequence).await.map(drop),
+                    Ok(job) => run_lifecycle(&path, job, sequence).await.map(drop),
                     Err(error) => Err(error),
                 };
                 if outcome.is_err() {
@@ -293,29 +301,29 @@ impl Bench<'_> {
                 }
             }
         }
-        if let Some(index) = warm.iter().position(|path| matches!(path.way, Way::Floor { .. }))
-            && let Some(problem) = self.unlike_runc(&warm[index]).await?
+        if let Some(index) = warm.iter().position(|path| matches!(path.backend, Backend::Floor { .. }))
+            && let Some(problem) = self.confinement_difference(&warm[index]).await?
         {
             taken.left_out.insert(warm.remove(index).name.clone(), problem);
         }
         *paths = warm;
         taken.names = paths.iter().map(|path| path.name.clone()).collect();
-        tokio::time::sleep(SETTLE * 4).await;
+        tokio::time::sleep(BACKGROUND_DELAY * 4).await;
         for mode in &self.plan.modes {
             for sequence in &self.plan.sequences {
-                self.alone(paths, *mode, sequence, taken).await?;
+                self.measure_one_at_a_time(paths, *mode, sequence, taken).await?;
             }
         }
         for concurrency in &self.plan.concurrency {
-            self.together(paths, *concurrency, taken).await?;
+            self.measure_concurrently(paths, *concurrency, taken).await?;
         }
         if self.plan.idle_tasks > 0 {
-            for path in paths.iter().filter(|path| path.has_memory()) {
+            for path in paths.iter().filter(|path| path.has_daemons()) {
                 if taken.is_left_out(path) {
                     continue;
                 }
                 let mut jobs = Vec::new();
-                match self.idle(path, &mut jobs).await {
+                match self.measure_idle_memory(path, &mut jobs).await {
                     Ok(memory) => taken.memory.push(memory),
                     Err(error) => {
                         taken.leave_out(&path.name, &error);
@@ -331,26 +339,26 @@ impl Bench<'_> {
 
     /// Returns how the confinement of the floor's task differs from the confinement of runc's task, or why that is not
     /// known; `None` if it doesn't differ. A floor that confines its task less would be no fair lower bound.
-    async fn unlike_runc(&self, floor: &Path) -> Result<Option<String>, BenchError> {
-        let runc = match self.open(&PathPlan::new("confinement", Kind::Runc)).await {
+    async fn confinement_difference(&self, floor: &Subject) -> Result<Option<String>, BenchError> {
+        let runc = match self.open(&SubjectPlan::new("confinement", SubjectKind::Runc)).await {
             Ok(runc) => runc,
-            Err(error) => return Ok(Some(format!("it can't be compared with runc: {}", crate::chain(&error)))),
+            Err(error) => return Ok(Some(format!("it can't be compared with runc: {}", crate::error_chain(&error)))),
         };
         let sequence = [Step::Start, Step::Stop, Step::Destroy];
         let mut portraits = Vec::new();
         for path in [&runc, floor] {
             let job = Job::new(&self.allocs, &sequence)?;
             let portrait = async {
-                within(&path.name, "start", path.start(&job)).await?;
-                stoppable(path, &job).await?;
-                let pid = within(&path.name, "report the pid of its task", path.pid(&job)).await?;
-                Ok::<_, BenchError>(confinement::portrait(pid))
+                with_timeout(&path.name, "start", path.start(&job)).await?;
+                wait_until_stoppable(path, &job).await?;
+                let pid = with_timeout(&path.name, "report the pid of its task", path.pid(&job)).await?;
+                Ok::<_, BenchError>(confinement::read_confinement(pid))
             };
             let portrait = portrait.await;
             abandon(path, job).await;
             match portrait {
                 Ok(portrait) => portraits.push(portrait),
-                Err(error) => return Ok(Some(crate::chain(&error))),
+                Err(error) => return Ok(Some(crate::error_chain(&error))),
             }
         }
         let differences = confinement::differences(&portraits[0], &portraits[1]);
@@ -358,12 +366,12 @@ impl Bench<'_> {
     }
 
     /// Runs the tasks of a sequence one at a time, in blocks of one subject after another.
-    async fn alone(
+    async fn measure_one_at_a_time(
         &self,
-        paths: &[Arc<Path>],
+        paths: &[Arc<Subject>],
         mode: Mode,
         sequence: &[Step],
-        taken: &mut Taken,
+        taken: &mut Samples,
     ) -> Result<(), BenchError> {
         let mut done = 0;
         let mut round = 0;
@@ -381,13 +389,13 @@ impl Bench<'_> {
                     if mode == Mode::Gaps {
                         tokio::time::sleep(Duration::from_millis(self.plan.gap_ms)).await;
                     }
-                    match life(path, job, sequence).await {
+                    match run_lifecycle(path, job, sequence).await {
                         Ok(life) => taken.note(life, index, mode, 1),
                         Err(error) => taken.leave_out(&path.name, &error),
                     }
-                    (self.ground.tick)(1);
+                    (self.workspace.on_progress)(1);
                 }
-                tokio::time::sleep(SETTLE).await;
+                tokio::time::sleep(BACKGROUND_DELAY).await;
                 taken.work.push(machine::fixed_work());
             }
             done += block;
@@ -397,7 +405,12 @@ impl Bench<'_> {
     }
 
     /// Runs `concurrency` tasks at once, and measures the throughput.
-    async fn together(&self, paths: &[Arc<Path>], concurrency: usize, taken: &mut Taken) -> Result<(), BenchError> {
+    async fn measure_concurrently(
+        &self,
+        paths: &[Arc<Subject>],
+        concurrency: usize,
+        taken: &mut Samples,
+    ) -> Result<(), BenchError> {
         let Some(sequence) = self.plan.sequences.iter().find(|sequence| sequence.contains(&Step::Wait)) else {
             return Ok(());
         };
@@ -418,20 +431,20 @@ impl Bench<'_> {
                 let mut workers = JoinSet::new();
                 for _ in 0..concurrency {
                     let (path, jobs, sequence) = (path.clone(), jobs.clone(), sequence.clone());
-                    let tick = self.ground.tick;
+                    let tick = self.workspace.on_progress;
                     workers.spawn(async move {
                         let mut lives = Vec::new();
                         loop {
-                            let job = jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
+                            let job = jobs.lock().pop();
                             let Some(job) = job else { return Ok::<_, BenchError>(lives) };
-                            lives.push(life(&path, job, &sequence).await?);
+                            lives.push(run_lifecycle(&path, job, &sequence).await?);
                             tick(1);
                         }
                     });
                 }
                 while let Some(worker) = workers.join_next().await {
                     let lives = worker.unwrap_or_else(|error| {
-                        Err(BenchError::Unsound { path: path.name.clone(), problem: error.to_string() })
+                        Err(BenchError::Precondition { path: path.name.clone(), problem: error.to_string() })
                     });
                     match lives {
                         Ok(lives) => {
@@ -440,14 +453,14 @@ impl Bench<'_> {
                         // The other workers complete their current task and begin no further one.
                         Err(error) => {
                             taken.leave_out(&path.name, &error);
-                            jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+                            jobs.lock().clear();
                         }
                     }
                 }
                 let sum = &mut sums[index];
                 sum.1 += now() - began;
                 // Work in the background counts as well: it uses the processor for these tasks.
-                tokio::time::sleep(SETTLE * 4).await;
+                tokio::time::sleep(BACKGROUND_DELAY * 4).await;
                 *sum = (sum.0 + turn, sum.1, sum.2 + machine::cpu_ticks() - ticks);
             }
         }
@@ -469,23 +482,23 @@ impl Bench<'_> {
     }
 
     /// Starts idle tasks, and counts the memory of all processes that a subject runs for them.
-    async fn idle(&self, path: &Path, jobs: &mut Vec<Job>) -> Result<Memory, BenchError> {
+    async fn measure_idle_memory(&self, path: &Subject, jobs: &mut Vec<Job>) -> Result<Memory, BenchError> {
         let sequence = [Step::Start, Step::Stop, Step::Destroy];
         for _ in 0..self.plan.idle_tasks {
             jobs.push(Job::new(&self.allocs, &sequence)?);
-            within(&path.name, "start an idle task", path.start(&jobs[jobs.len() - 1])).await?;
+            with_timeout(&path.name, "start an idle task", path.start(&jobs[jobs.len() - 1])).await?;
         }
-        tokio::time::sleep(IDLE).await;
+        tokio::time::sleep(IDLE_DELAY).await;
         let mut all: BTreeMap<u32, String> = BTreeMap::new();
         let name = |pid: u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
         let unlisted = |source| BenchError::File { path: "/proc".into(), source };
         for daemon in path.daemons() {
             all.extend(descendants(daemon).map_err(unlisted)?.into_iter().chain([daemon]).map(|pid| (pid, name(pid))));
         }
-        if let Way::Containerd { .. } = path.way {
+        if let Backend::Containerd { .. } = path.backend {
             // The daemon itself, which another process may have started, and the shims that it has started for these
             // tasks.
-            let daemon = tokio::net::UnixStream::connect(&self.ground.address).await;
+            let daemon = tokio::net::UnixStream::connect(&self.workspace.address).await;
             let daemon = daemon.and_then(|stream| stream.peer_cred()).ok().and_then(|peer| peer.pid());
             all.extend(daemon.map(|pid| (pid.cast_unsigned(), name(pid.cast_unsigned()))));
             for job in jobs.iter() {
@@ -497,15 +510,15 @@ impl Bench<'_> {
         let mut parts: BTreeMap<String, (usize, u64)> = BTreeMap::new();
         for (pid, name) in all {
             let part = parts.entry(name).or_default();
-            *part = (part.0 + 1, part.1 + machine::pss(pid));
+            *part = (part.0 + 1, part.1 + machine::pss_kib(pid));
         }
         let total_kib = parts.values().map(|(_, kib)| kib).sum();
         let tasks = jobs.len();
         while let Some(job) = jobs.last() {
-            within(&path.name, "stop an idle task", path.stop(job)).await?;
-            within(&path.name, "remove an idle task", path.destroy(job)).await?;
+            with_timeout(&path.name, "stop an idle task", path.stop(job)).await?;
+            with_timeout(&path.name, "remove an idle task", path.destroy(job)).await?;
             if let Some(job) = jobs.pop() {
-                job.clear(LIMIT).await?;
+                job.clear(STEP_TIMEOUT).await?;
             }
         }
         #[allow(clippy::cast_precision_loss, reason = "kibibytes")]

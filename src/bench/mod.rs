@@ -17,23 +17,23 @@
 mod confinement;
 mod floor;
 mod job;
-mod life;
+mod lifecycle;
 mod machine;
 mod measure;
-mod path;
 mod pictures;
 mod plan;
 mod report;
 mod stamp;
+mod subject;
 mod summary;
 mod template;
 
 use std::{io, path::PathBuf};
 
 pub use machine::Machine;
-pub use measure::{Ground, run};
+pub use measure::{Workspace, run};
 pub use pictures::{Picture, pictures};
-pub use plan::{Kind, Mode, PathPlan, Plan, Step};
+pub use plan::{Mode, Plan, Step, SubjectKind, SubjectPlan};
 pub use report::{compare, html, table};
 pub use summary::{Results, Row};
 
@@ -42,7 +42,7 @@ pub use summary::{Results, Row};
 pub enum BenchError {
     /// A subject failed to carry out a step.
     #[error("{path}: {doing}")]
-    Path {
+    Step {
         /// The subject's name.
         path: String,
         /// The step, as a verb phrase.
@@ -51,8 +51,8 @@ pub enum BenchError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A subject did not complete a step in time.
-    #[error("{path}: {doing}: no answer in {} s", life::LIMIT.as_secs())]
-    Late {
+    #[error("{path}: {doing}: no answer in {} s", lifecycle::STEP_TIMEOUT.as_secs())]
+    Timeout {
         /// The subject's name.
         path: String,
         /// The step, as a verb phrase.
@@ -60,7 +60,7 @@ pub enum BenchError {
     },
     /// A precondition is not met, without which the figures would mean nothing.
     #[error("{path}: {problem}")]
-    Unsound {
+    Precondition {
         /// The subject's name.
         path: String,
         /// What is wrong.

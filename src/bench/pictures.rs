@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::{
     Mode, Results,
-    summary::{METRICS, Samples},
+    summary::{METRICS, SampleSeries},
 };
 
 /// The colours of the subjects.
@@ -41,7 +41,7 @@ pub(super) fn paths(results: &Results) -> Vec<(&str, &'static str)> {
 }
 
 /// Returns the position of a metric among all metrics, to sort by.
-pub(super) fn place(metric: &str) -> usize {
+pub(super) fn metric_position(metric: &str) -> usize {
     METRICS.iter().position(|(known, _)| *known == metric).unwrap_or(METRICS.len())
 }
 
@@ -50,11 +50,11 @@ pub fn pictures<'a>(results: &'a Results) -> Vec<Picture<'a>> {
     let paths = paths(results);
     let mut kinds: Vec<(Mode, usize, &str)> =
         results.rows.iter().map(|row| (row.mode, row.concurrency, row.metric.as_str())).collect();
-    kinds.sort_by_key(|(mode, concurrency, metric)| (*concurrency, *mode, place(metric)));
+    kinds.sort_by_key(|(mode, concurrency, metric)| (*concurrency, *mode, metric_position(metric)));
     kinds.dedup();
     let mut pictures = Vec::new();
     for (mode, concurrency, metric) in kinds {
-        let same = |one: &&Samples, path| {
+        let same = |one: &&SampleSeries, path| {
             one.path == path && one.mode == mode && one.concurrency == concurrency && one.metric == metric
         };
         let line = |(path, colour): &(&'a str, &'static str)| {

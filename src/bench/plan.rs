@@ -27,7 +27,7 @@ pub struct Plan {
     /// How many idle tasks are started to count the memory that they need; 0 to count no memory.
     pub idle_tasks: usize,
     /// The subjects that are compared.
-    pub paths: Vec<PathPlan>,
+    pub paths: Vec<SubjectPlan>,
 }
 
 /// The pauses between the tasks of a subject.
@@ -76,11 +76,11 @@ pub enum Step {
 /// The description of one subject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct PathPlan {
+pub struct SubjectPlan {
     /// The subject's name in the results.
     pub name: String,
     /// What the subject is.
-    pub kind: Kind,
+    pub kind: SubjectKind,
     /// The program of a plugin. The kind `plugin` requires it; other kinds ignore it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<PathBuf>,
@@ -106,7 +106,7 @@ fn is_empty(value: &serde_json::Value) -> bool {
 /// The kinds of subjects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum SubjectKind {
     /// This driver.
     Driver,
     /// Another Nomad driver plugin.
@@ -127,17 +127,19 @@ pub enum Kind {
     Podman,
 }
 
-impl PathPlan {
+impl SubjectPlan {
     /// A subject of this kind with default options.
-    pub fn new(name: &str, kind: Kind) -> Self {
+    pub fn new(name: &str, kind: SubjectKind) -> Self {
         Self { name: name.to_owned(), kind, program: None, config: nothing(), task: nothing() }
     }
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        let cold =
-            PathPlan { config: serde_json::json!({"shim": {"pool": 0}}), ..PathPlan::new("shim_cold", Kind::Driver) };
+        let cold = SubjectPlan {
+            config: serde_json::json!({"shim": {"pool": 0}}),
+            ..SubjectPlan::new("shim_cold", SubjectKind::Driver)
+        };
         Self {
             image: String::new(),
             count: 200,
@@ -153,18 +155,18 @@ impl Default for Plan {
             ],
             idle_tasks: 100,
             paths: vec![
-                PathPlan::new("driver", Kind::Driver),
-                PathPlan {
+                SubjectPlan::new("driver", SubjectKind::Driver),
+                SubjectPlan {
                     config: serde_json::json!({"shim_scope": "node"}),
-                    ..PathPlan::new("driver_node_scope", Kind::Driver)
+                    ..SubjectPlan::new("driver_node_scope", SubjectKind::Driver)
                 },
                 cold,
-                PathPlan::new("containerd", Kind::Containerd),
-                PathPlan::new("runc", Kind::Runc),
-                PathPlan::new("crun", Kind::Crun),
-                PathPlan::new("floor", Kind::Floor),
-                PathPlan::new("docker", Kind::Docker),
-                PathPlan::new("podman", Kind::Podman),
+                SubjectPlan::new("containerd", SubjectKind::Containerd),
+                SubjectPlan::new("runc", SubjectKind::Runc),
+                SubjectPlan::new("crun", SubjectKind::Crun),
+                SubjectPlan::new("floor", SubjectKind::Floor),
+                SubjectPlan::new("docker", SubjectKind::Docker),
+                SubjectPlan::new("podman", SubjectKind::Podman),
             ],
         }
     }
@@ -227,7 +229,7 @@ impl Plan {
             if !names.insert(&path.name) {
                 return Err(format!("paths: the name {:?} is used twice", path.name));
             }
-            if path.kind == Kind::Plugin && path.program.is_none() {
+            if path.kind == SubjectKind::Plugin && path.program.is_none() {
                 return Err(format!("paths: {:?} is a plugin, but has no program", path.name));
             }
         }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{
     Mode, Results, Row,
-    pictures::{Picture, escape, pictures, place},
+    pictures::{Picture, escape, metric_position, pictures},
 };
 
 /// Formats all figures as text tables.
@@ -37,7 +37,7 @@ pub fn table(results: &Results) -> String {
             "path", "mode", "at", "metric", "n", "min", "p50", "p90", "p99", "max"
         );
         let mut rows: Vec<&Row> = rows.iter().collect();
-        rows.sort_by_key(|row| (row.mode, row.concurrency, place(&row.metric), row.metric.clone()));
+        rows.sort_by_key(|row| (row.mode, row.concurrency, metric_position(&row.metric), row.metric.clone()));
         for row in rows {
             let _ = writeln!(
                 text,

@@ -10,12 +10,12 @@ use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path};
 use crate::elf;
 
 /// The program's path inside of a container: every driver mounts Nomad's task directory there.
-pub const PATH: &str = "/local/stamp";
+pub(crate) const PATH: &str = "/local/stamp";
 /// The argument that makes the program wait for SIGTERM.
-pub const WAIT: &str = "wait";
+pub(crate) const WAIT_ARG: &str = "wait";
 /// The second argument, which makes the program wait for 50 ms at most. That is longer than any subject takes to answer
 /// a start once the task runs.
-pub const AWHILE: &str = "a while";
+pub(crate) const BRIEF_WAIT_ARG: &str = "a while";
 
 // The code is position independent and uses only the stack that the kernel provides. The mask 0x4000 (1 << 14) means
 // SIGTERM, which is blocked before the first write, so that a stop after that write is never lost.
@@ -151,7 +151,7 @@ fn code() -> &'static [u8] {
 }
 
 /// Returns the program's file content.
-pub fn program() -> Vec<u8> {
+pub(crate) fn program() -> Vec<u8> {
     elf::executable(code())
 }
 
@@ -159,14 +159,14 @@ pub fn program() -> Vec<u8> {
 ///
 /// # Errors
 /// When the file can't be written or made executable.
-pub fn put(local: &Path) -> io::Result<()> {
+pub(crate) fn install(local: &Path) -> io::Result<()> {
     let path = local.join("stamp");
     fs::write(&path, program())?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
 }
 
 /// Parses the program's output: the times in nanoseconds of its first and, if it has ended, of its last instruction.
-pub fn read(output: &[u8]) -> (Option<u64>, Option<u64>) {
+pub(crate) fn read(output: &[u8]) -> (Option<u64>, Option<u64>) {
     let mut stamps = output.chunks_exact(16).map(|stamp| {
         let word = |bytes: &[u8]| bytes.iter().rev().fold(0_u64, |word, byte| word << 8 | u64::from(*byte));
         word(&stamp[..8]) * 1_000_000_000 + word(&stamp[8..])
@@ -175,7 +175,7 @@ pub fn read(output: &[u8]) -> (Option<u64>, Option<u64>) {
 }
 
 /// Returns the time of the kernel's monotonic clock in nanoseconds, the clock that the program reads.
-pub fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call writes one timespec, and this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn the_program_says_when_it_began_and_ended() {
         let directory = tempfile::tempdir().expect("a directory");
-        put(directory.path()).expect("written");
+        install(directory.path()).expect("written");
         let before = now();
         let output = Command::new(directory.path().join("stamp")).output().expect("runs");
         let after = now();
@@ -200,7 +200,7 @@ mod tests {
         assert!(before < first && first <= last && last < after, "{before} {first} {last} {after}");
 
         let mut waiting =
-            Command::new(directory.path().join("stamp")).arg(WAIT).stdout(Stdio::piped()).spawn().expect("runs");
+            Command::new(directory.path().join("stamp")).arg(WAIT_ARG).stdout(Stdio::piped()).spawn().expect("runs");
         let mut stdout = waiting.stdout.take().expect("piped");
         let mut stamp = [0; 16];
         std::io::Read::read_exact(&mut stdout, &mut stamp).expect("the program writes its first time");
@@ -209,7 +209,8 @@ mod tests {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("sent");
         assert!(waiting.wait().expect("ends").success());
 
-        let output = Command::new(directory.path().join("stamp")).args([WAIT, AWHILE]).output().expect("runs");
+        let output =
+            Command::new(directory.path().join("stamp")).args([WAIT_ARG, BRIEF_WAIT_ARG]).output().expect("runs");
         let (first, last) = read(&output.stdout);
         let lived = last.expect("the last time") - first.expect("the first time");
         assert!(lived >= 50_000_000, "{lived} ns");

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Machine, Mode, Plan};
+use super::{Machine, Mode, Plan, SubjectKind};
 
 /// The main metrics, each with its definition. All other metrics are details.
-pub const METRICS: [(&str, &str); 6] = [
+pub(crate) const METRICS: [(&str, &str); 6] = [
     ("start_task", "from the call that starts the task to its answer"),
     ("first_instruction", "from that call to the first instruction of the task's program"),
     ("first_byte", "from that call to the first byte of the task's output at the reader"),
@@ -90,7 +90,7 @@ pub struct Ratio {
 
 /// The raw samples of one metric of one subject.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Samples {
+pub struct SampleSeries {
     /// The subject's name.
     pub path: String,
     /// The mode in which the tasks were run.
@@ -133,21 +133,21 @@ pub struct Results {
     /// The ratios of the first subject's medians to those of all others.
     pub ratios: Vec<Ratio>,
     /// The raw samples of all metrics.
-    pub samples: Vec<Samples>,
+    pub samples: Vec<SampleSeries>,
 }
 
 impl Results {
     /// Returns whether this driver has failed, or a subject that was measured in part. A program that is not installed
     /// is no failure.
     pub fn is_broken(&self) -> bool {
-        let own = |name: &str| self.plan.paths.iter().any(|path| path.name == name && path.kind == Kind::Driver);
+        let own = |name: &str| self.plan.paths.iter().any(|path| path.name == name && path.kind == SubjectKind::Driver);
         self.left_out.keys().any(|name| own(name) || self.rows.iter().any(|row| row.path == *name))
     }
 }
 
 /// What a series of samples belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key {
+pub(crate) struct Key {
     /// The subject, by its index among the measured ones.
     pub path: usize,
     /// The mode in which the tasks were run.
@@ -159,7 +159,7 @@ pub struct Key {
 }
 
 /// All samples in nanoseconds, by what they belong to.
-pub type Measured = BTreeMap<Key, Vec<u64>>;
+pub(crate) type Measured = BTreeMap<Key, Vec<u64>>;
 
 /// Converts nanoseconds to milliseconds, rounded to microseconds.
 #[allow(clippy::cast_precision_loss, reason = "nanoseconds of a run")]
@@ -168,14 +168,14 @@ fn ms(nanoseconds: u64) -> f64 {
 }
 
 /// Returns the sample at a rank from 0 to 1. This is always a value that was measured, never one that is interpolated.
-fn at(sorted: &[u64], rank: f64) -> u64 {
+fn percentile(sorted: &[u64], rank: f64) -> u64 {
     #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank")]
     let index = ((sorted.len() as f64 * rank).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(index).copied().unwrap_or_default()
 }
 
 /// Computes the figures of all samples.
-pub fn rows(measured: &Measured, names: &[String]) -> Vec<Row> {
+pub(crate) fn rows(measured: &Measured, names: &[String]) -> Vec<Row> {
     measured
         .iter()
         .map(|(key, values)| {
@@ -187,21 +187,21 @@ pub fn rows(measured: &Measured, names: &[String]) -> Vec<Row> {
                 concurrency: key.concurrency,
                 metric: key.metric.clone(),
                 n: sorted.len(),
-                min_ms: ms(at(&sorted, 0.0)),
-                p50_ms: ms(at(&sorted, 0.5)),
-                p90_ms: ms(at(&sorted, 0.9)),
-                p99_ms: ms(at(&sorted, 0.99)),
-                max_ms: ms(at(&sorted, 1.0)),
+                min_ms: ms(percentile(&sorted, 0.0)),
+                p50_ms: ms(percentile(&sorted, 0.5)),
+                p90_ms: ms(percentile(&sorted, 0.9)),
+                p99_ms: ms(percentile(&sorted, 0.99)),
+                max_ms: ms(percentile(&sorted, 1.0)),
             }
         })
         .collect()
 }
 
 /// Returns all samples in milliseconds.
-pub fn samples(measured: &Measured, names: &[String]) -> Vec<Samples> {
+pub(crate) fn samples(measured: &Measured, names: &[String]) -> Vec<SampleSeries> {
     measured
         .iter()
-        .map(|(key, values)| Samples {
+        .map(|(key, values)| SampleSeries {
             path: names[key.path].clone(),
             mode: key.mode,
             concurrency: key.concurrency,
@@ -212,7 +212,7 @@ pub fn samples(measured: &Measured, names: &[String]) -> Vec<Samples> {
 }
 
 /// Computes the ratios of the medians of the subject `path` to those of all others.
-pub fn ratios(rows: &[Row], path: &str) -> Vec<Ratio> {
+pub(crate) fn ratios(rows: &[Row], path: &str) -> Vec<Ratio> {
     let own = rows.iter().filter(|row| row.path == path);
     own.flat_map(|own| {
         let same = move |row: &&Row| {
@@ -239,8 +239,8 @@ mod tests {
     #[test]
     fn ranks_are_values_that_were_measured() {
         let sorted: Vec<u64> = (1..=100).collect();
-        assert_eq!([0.0, 0.5, 0.9, 0.99, 1.0].map(|rank| at(&sorted, rank)), [1, 50, 90, 99, 100]);
-        assert_eq!(at(&[7], 0.99), 7);
+        assert_eq!([0.0, 0.5, 0.9, 0.99, 1.0].map(|rank| percentile(&sorted, rank)), [1, 50, 90, 99, 100]);
+        assert_eq!(percentile(&[7], 0.99), 7);
     }
 
     #[test]

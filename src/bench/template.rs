@@ -13,11 +13,11 @@ use sha2::{Digest as _, Sha256};
 use super::{BenchError, job::Job};
 
 /// The annotation by which an OCI spec carries a compiled seccomp filter, for runtimes that accept one (crun).
-const PROGRAM: &str = "run.oci.seccomp_bpf_data";
+const SECCOMP_ANNOTATION: &str = "run.oci.seccomp_bpf_data";
 
 /// A spec with placeholders for names.
 #[derive(Debug, Clone)]
-pub struct Template {
+pub(crate) struct Template {
     text: String,
     /// The image's read-only layers, topmost first.
     pub(super) lowers: Vec<PathBuf>,
@@ -26,7 +26,7 @@ pub struct Template {
     /// The chain id of those layers: the name of their snapshot in containerd.
     pub(super) chain_id: String,
     /// The compiled seccomp filter in base64, if the driver has written one.
-    pub(super) program: Option<String>,
+    pub(super) seccomp_filter: Option<String>,
 }
 
 /// Returns the names that differ from task to task, by their placeholders.
@@ -41,11 +41,11 @@ fn names(job: &Job, bundle: &Path, id: &str) -> BTreeMap<&'static str, String> {
 
 /// The placeholders in the order of their replacement: longer names come first, since an allocation's directory
 /// contains its id.
-const ORDER: [&str; 4] = ["{BUNDLE}", "{ALLOC_DIR}", "{ALLOC}", "{CONTAINER}"];
+const PLACEHOLDERS: [&str; 4] = ["{BUNDLE}", "{ALLOC_DIR}", "{ALLOC}", "{CONTAINER}"];
 
 /// Replaces the source of a mount. The driver mounts each source below its bundle and lets the runtime mount it from
 /// there; the other subjects mount it from its original path.
-fn name_source(mount: &mut Value, task: &str) {
+fn replace_source(mount: &mut Value, task: &str) {
     let is_pinned = mount["source"].as_str().is_some_and(|source| source.starts_with("{BUNDLE}/mounts/"));
     let source = match mount["destination"].as_str().filter(|_| is_pinned) {
         Some("/etc/hosts") => "{BUNDLE}/hosts".to_owned(),
@@ -60,7 +60,7 @@ fn name_source(mount: &mut Value, task: &str) {
 impl Template {
     /// Makes a template from what the driver has written for `job`, which must be its only running task.
     pub(super) fn of_driver(run: &Path, state: &Path, image: &str, job: &Job) -> Result<Self, BenchError> {
-        let unsound = |problem: String| BenchError::Unsound { path: "driver".to_owned(), problem };
+        let unsound = |problem: String| BenchError::Precondition { path: "driver".to_owned(), problem };
         let list = |path: &Path| -> Result<Vec<PathBuf>, BenchError> {
             let entries = fs::read_dir(path).map_err(super::file(path))?;
             Ok(entries.flatten().map(|entry| entry.path()).collect())
@@ -71,14 +71,15 @@ impl Template {
         let mut text = fs::read_to_string(&config).map_err(super::file(&config))?;
         let id = bundle.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let names = names(job, bundle, &id);
-        for blank in ORDER {
+        for blank in PLACEHOLDERS {
             text = text.replace(&names[blank], blank);
         }
         let mut value: Value = serde_json::from_str(&text).map_err(|error| unsound(error.to_string()))?;
         for mount in value["mounts"].as_array_mut().into_iter().flatten() {
-            name_source(mount, &job.dirs.name);
+            replace_source(mount, &job.dirs.name);
         }
-        let program = value["annotations"].as_object_mut().and_then(|annotations| annotations.remove(PROGRAM));
+        let program =
+            value["annotations"].as_object_mut().and_then(|annotations| annotations.remove(SECCOMP_ANNOTATION));
         let records = list(&state.join("images"))?.into_iter().filter_map(|path| fs::read(path).ok());
         let mut records = records.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
         let image = records.find(|record| record["reference"] == image);
@@ -92,7 +93,7 @@ impl Template {
             lowers: strings("lowers").into_iter().map(PathBuf::from).collect(),
             overlay_options: strings("overlay_options"),
             chain_id: image["chain_id"].as_str().unwrap_or_default().to_owned(),
-            program: program.and_then(|program| program.as_str().map(str::to_owned)),
+            seccomp_filter: program.and_then(|program| program.as_str().map(str::to_owned)),
         })
     }
 
@@ -117,7 +118,7 @@ impl Template {
     pub(super) fn fill(&self, job: &Job, bundle: &Path, id: &str, root: &str) -> Value {
         let mut text = self.text.clone();
         let names = names(job, bundle, id);
-        for blank in ORDER {
+        for blank in PLACEHOLDERS {
             text = text.replace(blank, &names[blank]);
         }
         let mut spec: Value = serde_json::from_str(&text).unwrap_or_default();

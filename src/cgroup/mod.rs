@@ -1,8 +1,8 @@
 //! The cgroups of tasks and shims, for cgroup versions 1 and 2: their paths, processes, limits, usage and removal.
 
+mod lock_primer;
 mod share_pool;
 mod stats;
-mod warmer;
 
 use std::{
     collections::BTreeSet,
@@ -11,20 +11,20 @@ use std::{
     time::SystemTime,
 };
 
+pub use lock_primer::{CgroupLockPrimer, Priming, PrimingMode};
 pub use share_pool::SharePool;
-pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, percent};
-pub use warmer::{KeepWarm, Warm, Warmer};
+pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, cpu_percent};
 
 use crate::{
-    fault,
+    failpoint,
     ids::ContainerId,
-    process::{PidFd, unless_vanished},
+    process::{PidFd, none_if_vanished},
 };
 
 /// The directory below which every Linux that Nomad supports mounts the cgroup hierarchies.
-const ROOT: &str = "/sys/fs/cgroup";
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// The cgroup of this driver's shims and helpers, next to Nomad's own.
-const OWN: &str = "nomad-driver-shim";
+const OWN_GROUP: &str = "nomad-driver-shim";
 /// The longest file name in Linux.
 const NAME_MAX: usize = 255;
 
@@ -52,7 +52,7 @@ pub struct Cgroups {
     mode: CgroupMode,
     /// The mount points of all hierarchies, those of controllers and systemd's.
     hierarchies: Vec<PathBuf>,
-    counts_swap: bool,
+    accounts_swap: bool,
 }
 
 /// The path of a task's cgroup, relative to each hierarchy's root and with a leading slash (`cgroupsPath` in the OCI
@@ -71,7 +71,7 @@ impl CgroupPath {
         &self.0
     }
 
-    fn below(&self, hierarchy: &Path) -> PathBuf {
+    fn in_hierarchy(&self, hierarchy: &Path) -> PathBuf {
         hierarchy.join(self.0.trim_start_matches('/'))
     }
 }
@@ -101,18 +101,19 @@ impl Cgroups {
             }
             let Some(point) = left.split(' ').nth(4).map(PathBuf::from) else { continue };
             // Containers and sandboxes may have mounted further hierarchies elsewhere; runtimes only use these.
-            if !point.starts_with(ROOT) {
+            if !point.starts_with(CGROUP_ROOT) {
                 continue;
             }
-            if kind == "cgroup2" && point == Path::new(ROOT) {
+            if kind == "cgroup2" && point == Path::new(CGROUP_ROOT) {
                 mode = CgroupMode::V2;
             }
             if !hierarchies.contains(&point) {
                 hierarchies.push(point);
             }
         }
-        let counts_swap = mode == CgroupMode::V2 || Path::new(ROOT).join("memory/memory.memsw.limit_in_bytes").exists();
-        Self { mode, hierarchies, counts_swap }
+        let counts_swap =
+            mode == CgroupMode::V2 || Path::new(CGROUP_ROOT).join("memory/memory.memsw.limit_in_bytes").exists();
+        Self { mode, hierarchies, accounts_swap: counts_swap }
     }
 
     /// Returns the cgroup version of this host; a hybrid setup counts as version 1.
@@ -130,7 +131,7 @@ impl Cgroups {
     /// `/<parent>/<alloc>.<task>` in every hierarchy. If Nomad names no cgroup (because the agent does not manage
     /// cgroups), the paths are those that Nomad would have chosen.
     pub fn task_path(&self, cpuset_cgroup: &str, alloc_id: &str, task: &str, id: &ContainerId) -> CgroupPath {
-        let given = Path::new(cpuset_cgroup).strip_prefix(ROOT).ok();
+        let given = Path::new(cpuset_cgroup).strip_prefix(CGROUP_ROOT).ok();
         let name = format!("{alloc_id}.{task}");
         let fits = name.len() + ".scope".len() <= NAME_MAX && !alloc_id.is_empty() && !name.contains(['/', '\0']);
         let name = if fits { name } else { id.to_string() };
@@ -152,10 +153,10 @@ impl Cgroups {
     ///
     /// # Errors
     /// Fails when a cgroup can't be created.
-    pub fn own_group(&self) -> Result<Vec<PathBuf>, CgroupError> {
+    pub fn create_own_group(&self) -> Result<Vec<PathBuf>, CgroupError> {
         let mut procs = Vec::new();
         for hierarchy in &self.hierarchies {
-            let path = hierarchy.join(OWN);
+            let path = hierarchy.join(OWN_GROUP);
             match fs::create_dir(&path) {
                 Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
                     return Err(CgroupError { doing: "create", path, source });
@@ -179,16 +180,16 @@ impl Cgroups {
     }
 
     /// Returns whether the kernel accounts swap. On version 1 that is a boot option, on version 2 it always does.
-    pub fn counts_swap(&self) -> bool {
-        self.counts_swap
+    pub fn accounts_swap(&self) -> bool {
+        self.accounts_swap
     }
 
     /// Returns how many processes the OOM killer has killed in a task's cgroup. Returns `None` if the kernel does not
     /// count them, or the cgroup is gone.
     pub fn oom_kills(&self, task: &CgroupPath) -> Option<u64> {
         let file = match self.mode {
-            CgroupMode::V1 => task.below(&Path::new(ROOT).join("memory")).join("memory.oom_control"),
-            CgroupMode::V2 => task.below(Path::new(ROOT)).join("memory.events"),
+            CgroupMode::V1 => task.in_hierarchy(&Path::new(CGROUP_ROOT).join("memory")).join("memory.oom_control"),
+            CgroupMode::V2 => task.in_hierarchy(Path::new(CGROUP_ROOT)).join("memory.events"),
         };
         let text = fs::read_to_string(file).ok()?;
         text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
@@ -198,7 +199,7 @@ impl Cgroups {
     ///
     /// # Errors
     /// Fails when a hierarchy can't be listed.
-    pub fn at_the_root(&self, prefix: &str) -> Result<BTreeSet<String>, CgroupError> {
+    pub fn root_groups(&self, prefix: &str) -> Result<BTreeSet<String>, CgroupError> {
         let mut found = BTreeSet::new();
         for hierarchy in &self.hierarchies {
             let failed = |source| CgroupError { doing: "list", path: hierarchy.clone(), source };
@@ -217,15 +218,17 @@ impl Cgroups {
     pub fn processes(&self, group: &CgroupPath) -> Result<BTreeSet<u32>, CgroupError> {
         let mut found = Vec::new();
         for hierarchy in &self.hierarchies {
-            members(&group.below(hierarchy), &mut found)?;
+            collect_pids(&group.in_hierarchy(hierarchy), &mut found)?;
         }
         Ok(found.into_iter().collect())
     }
 
     /// Returns when this cgroup was last changed in any hierarchy, or `None` if that is not known.
-    pub fn modified(&self, group: &CgroupPath) -> Option<SystemTime> {
-        let times =
-            self.hierarchies.iter().filter_map(|hierarchy| fs::metadata(group.below(hierarchy)).ok()?.modified().ok());
+    pub fn last_modified(&self, group: &CgroupPath) -> Option<SystemTime> {
+        let times = self
+            .hierarchies
+            .iter()
+            .filter_map(|hierarchy| fs::metadata(group.in_hierarchy(hierarchy)).ok()?.modified().ok());
         times.max()
     }
 
@@ -233,8 +236,8 @@ impl Cgroups {
     ///
     /// # Errors
     /// Fails when the cgroups of the process can't be read.
-    pub fn holds(&self, task: &CgroupPath, pid: u32) -> io::Result<bool> {
-        let Some(groups) = groups_of(pid)? else { return Ok(false) };
+    pub fn contains(&self, task: &CgroupPath, pid: u32) -> io::Result<bool> {
+        let Some(groups) = read_groups(pid)? else { return Ok(false) };
         let below = format!("{}/", task.0);
         let mut paths = groups.lines().filter_map(|line| line.splitn(3, ':').nth(2));
         Ok(paths.any(|path| path == task.0 || path.starts_with(&below)))
@@ -244,9 +247,9 @@ impl Cgroups {
     ///
     /// # Errors
     /// Fails when the cgroups of a process can't be read.
-    pub fn are_together(&self, one: u32, other: u32) -> io::Result<bool> {
-        let Some(groups) = groups_of(one)? else { return Ok(false) };
-        Ok(groups_of(other)?.is_some_and(|others| others == groups))
+    pub fn are_in_same_groups(&self, one: u32, other: u32) -> io::Result<bool> {
+        let Some(groups) = read_groups(one)? else { return Ok(false) };
+        Ok(read_groups(other)?.is_some_and(|others| others == groups))
     }
 
     /// Sends SIGKILL to all processes in a task's cgroup, and returns their number. The cgroup is thawed as well,
@@ -261,7 +264,7 @@ impl Cgroups {
         }
         let mut pids = Vec::new();
         let looked: Vec<_> =
-            self.hierarchies.iter().map(|hierarchy| members(&task.below(hierarchy), &mut pids)).collect();
+            self.hierarchies.iter().map(|hierarchy| collect_pids(&task.in_hierarchy(hierarchy), &mut pids)).collect();
         pids.sort_unstable();
         pids.dedup();
         let found = looked.into_iter().collect::<Result<(), _>>().map(|()| pids.len());
@@ -269,7 +272,7 @@ impl Cgroups {
         // 5.14).
         if self.mode == CgroupMode::V2
             && !pids.is_empty()
-            && fs::write(task.below(Path::new(ROOT)).join("cgroup.kill"), "1").is_ok()
+            && fs::write(task.in_hierarchy(Path::new(CGROUP_ROOT)).join("cgroup.kill"), "1").is_ok()
         {
             return found;
         }
@@ -277,13 +280,13 @@ impl Cgroups {
             // The cgroup is checked again once the process's descriptor is open, so that the descriptor surely names a
             // process of this cgroup. A process that can't be checked is counted, so that the caller tries again.
             if let Ok(process) = PidFd::open(pid)
-                && self.holds(task, pid).unwrap_or(false)
+                && self.contains(task, pid).unwrap_or(false)
             {
                 process.signal(libc::SIGKILL);
             }
         }
         if self.mode == CgroupMode::V1 && !pids.is_empty() {
-            self.hierarchies.iter().for_each(|hierarchy| thaw(&task.below(hierarchy)));
+            self.hierarchies.iter().for_each(|hierarchy| thaw(&task.in_hierarchy(hierarchy)));
         }
         found
     }
@@ -293,7 +296,7 @@ impl Cgroups {
     /// # Errors
     /// Fails when a cgroup still has processes.
     pub fn remove(&self, task: &CgroupPath) -> Result<(), CgroupError> {
-        if fault::skipped("cgroup") {
+        if failpoint::skip("cgroup") {
             return Ok(());
         }
         // An empty path is the root cgroup, which must never be removed.
@@ -301,7 +304,7 @@ impl Cgroups {
             return Ok(());
         }
         for hierarchy in &self.hierarchies {
-            remove_tree(&task.below(hierarchy))?;
+            remove_tree(&task.in_hierarchy(hierarchy))?;
         }
         Ok(())
     }
@@ -309,8 +312,8 @@ impl Cgroups {
 
 /// Returns the contents of `/proc/<pid>/cgroup`, which has one line for each hierarchy; `None` if the process has
 /// ended.
-fn groups_of(pid: u32) -> io::Result<Option<String>> {
-    unless_vanished(fs::read_to_string(format!("/proc/{pid}/cgroup")))
+fn read_groups(pid: u32) -> io::Result<Option<String>> {
+    none_if_vanished(fs::read_to_string(format!("/proc/{pid}/cgroup")))
 }
 
 /// Thaws a cgroup and those below it, if this hierarchy has the freezer.
@@ -330,9 +333,9 @@ fn thaw(path: &Path) {
 }
 
 /// Adds the processes of a cgroup and of those below it to `pids`. A cgroup that is gone has no processes.
-fn members(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
+fn collect_pids(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
     let file = path.join("cgroup.procs");
-    let read = crate::fault::look("cgroup.procs").and_then(|()| fs::read_to_string(&file));
+    let read = crate::failpoint::fail_lookup("cgroup.procs").and_then(|()| fs::read_to_string(&file));
     match read {
         // Processes of other pid namespaces are listed as 0.
         Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid: &u32| pid != 0)),
@@ -350,7 +353,7 @@ fn members(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
     for entry in entries {
         let entry = entry.map_err(failed)?;
         if entry.file_type().map_err(failed)?.is_dir() {
-            members(&entry.path(), pids)?;
+            collect_pids(&entry.path(), pids)?;
         }
     }
     Ok(())

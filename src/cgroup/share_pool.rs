@@ -10,9 +10,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{CgroupError, CgroupMode, CgroupPath, Cgroups, ROOT};
+use super::{CGROUP_ROOT, CgroupError, CgroupMode, CgroupPath, Cgroups};
 
-const CPUS: &str = "cpuset.cpus";
+const CPUSET_CPUS: &str = "cpuset.cpus";
 
 /// Nomad's cpuset directory of the share pool on version 1.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ impl SharePool {
     /// # Errors
     /// Fails when the pool does not exist or is empty.
     pub fn cpus(&self) -> Result<String, CgroupError> {
-        let path = self.0.join(CPUS);
+        let path = self.0.join(CPUSET_CPUS);
         let failed = |source| CgroupError { doing: "read", path: path.clone(), source };
         let text = fs::read_to_string(&path).map_err(failed)?;
         match text.trim() {
@@ -39,7 +39,7 @@ impl Cgroups {
     /// Returns the share pool that a task's `cpuset_cgroup` names. Returns `None` on version 2, where the kernel
     /// applies the pool, and if Nomad names no pool.
     pub fn share_pool(&self, cpuset_cgroup: &str) -> Option<SharePool> {
-        let hierarchy = Path::new(ROOT).join("cpuset");
+        let hierarchy = Path::new(CGROUP_ROOT).join("cpuset");
         let path = Path::new(cpuset_cgroup);
         (self.mode == CgroupMode::V1 && path.starts_with(hierarchy)).then(|| SharePool(path.to_owned()))
     }
@@ -49,7 +49,7 @@ impl Cgroups {
     /// # Errors
     /// Fails when the kernel refuses the list, because a cgroup below has other CPUs.
     pub fn set_cpus(&self, task: &CgroupPath, cpus: &str) -> Result<(), CgroupError> {
-        let path = task.below(&Path::new(ROOT).join("cpuset")).join(CPUS);
+        let path = task.in_hierarchy(&Path::new(CGROUP_ROOT).join("cpuset")).join(CPUSET_CPUS);
         match fs::write(&path, cpus) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                 Err(CgroupError { doing: "set", path, source })

@@ -23,7 +23,7 @@ use nix::{
     },
 };
 
-use super::{CgroupMode, CgroupPath, Cgroups, ROOT};
+use super::{CGROUP_ROOT, CgroupMode, CgroupPath, Cgroups};
 
 /// USER_HZ is 100 wherever Linux runs containers (sysconf(3), `_SC_CLK_TCK`).
 const NANOS_PER_TICK: u64 = 10_000_000;
@@ -43,7 +43,7 @@ pub struct Usage {
 
 /// Returns the CPU usage between two measurements that lie `time` apart, in percent of one CPU: 100 is one whole CPU.
 #[allow(clippy::cast_precision_loss, reason = "percentages need no more than 52 bits")]
-pub fn percent(before_ns: u64, after_ns: u64, time: Duration) -> f64 {
+pub fn cpu_percent(before_ns: u64, after_ns: u64, time: Duration) -> f64 {
     let spent = after_ns.saturating_sub(before_ns);
     if time.is_zero() { 0.0 } else { spent as f64 / time.as_nanos() as f64 * 100.0 }
 }
@@ -85,9 +85,9 @@ pub struct MemoryUsage {
 /// The number of measurements with unchanged memory usage after which memory.stat is not read at every measurement any
 /// more (memory.stat is up to two seconds late). It is then read only when the task's memory usage or its maximum has
 /// changed. Reading memory.stat is most of a measurement's cost, and the memory of few tasks changes within a second.
-const SETTLED: u32 = 3;
+const SETTLED_AFTER: u32 = 3;
 /// One in this many measurements with unchanged memory usage reads memory.stat nevertheless.
-const WHOLE: u32 = 10;
+const FULL_READ_EVERY: u32 = 10;
 
 /// A task's cgroup, kept open for many measurements.
 #[derive(Debug)]
@@ -95,13 +95,13 @@ pub struct Meter {
     groups: Groups,
     last: Option<Usage>,
     /// The number of successive measurements with the same memory usage.
-    still: u32,
+    unchanged: u32,
 }
 
 #[derive(Debug)]
 enum Groups {
-    V1 { cpuacct: Dir, cpu: Dir, memory: Dir },
-    V2(Dir),
+    V1 { cpuacct: GroupDir, cpu: GroupDir, memory: GroupDir },
+    V2(GroupDir),
 }
 
 impl Cgroups {
@@ -114,11 +114,11 @@ impl Cgroups {
     pub fn meter(&self, task: &CgroupPath) -> Option<Meter> {
         let groups = match self.mode {
             CgroupMode::V1 => Groups::V1 {
-                cpuacct: Dir::open(&task.below(&self.controller("cpuacct")))?,
-                cpu: Dir::open(&task.below(&self.controller("cpu")))?,
-                memory: Dir::open(&task.below(&self.controller("memory")))?,
+                cpuacct: GroupDir::open(&task.in_hierarchy(&self.controller("cpuacct")))?,
+                cpu: GroupDir::open(&task.in_hierarchy(&self.controller("cpu")))?,
+                memory: GroupDir::open(&task.in_hierarchy(&self.controller("memory")))?,
             },
-            CgroupMode::V2 => Groups::V2(Dir::open(&task.below(Path::new(ROOT)))?),
+            CgroupMode::V2 => Groups::V2(GroupDir::open(&task.in_hierarchy(Path::new(CGROUP_ROOT)))?),
         };
         Some(Meter::new(groups))
     }
@@ -129,25 +129,25 @@ impl Cgroups {
         let has = |point: &&std::path::PathBuf| {
             point.file_name().and_then(|file| file.to_str()).is_some_and(|file| file.split(',').any(|one| one == name))
         };
-        self.hierarchies.iter().find(has).cloned().unwrap_or_else(|| Path::new(ROOT).join(name))
+        self.hierarchies.iter().find(has).cloned().unwrap_or_else(|| Path::new(CGROUP_ROOT).join(name))
     }
 }
 
 impl Meter {
     fn new(groups: Groups) -> Self {
-        Self { groups, last: None, still: 0 }
+        Self { groups, last: None, unchanged: 0 }
     }
 
     /// Measures the task's present usage. Returns `None` if its cgroup is gone.
     pub fn usage(&mut self) -> Option<Usage> {
-        let settled = self.still >= SETTLED && !self.still.is_multiple_of(WHOLE);
+        let settled = self.unchanged >= SETTLED_AFTER && !self.unchanged.is_multiple_of(FULL_READ_EVERY);
         let known = self.last.as_ref().filter(|_| settled);
         let usage = match &mut self.groups {
-            Groups::V1 { cpuacct, cpu, memory } => version1(cpuacct, cpu, memory, known),
-            Groups::V2(group) => version2(group, known),
+            Groups::V1 { cpuacct, cpu, memory } => read_version1(cpuacct, cpu, memory, known),
+            Groups::V2(group) => read_version2(group, known),
         };
         let still = usage.zip(self.last).is_some_and(|(now, last)| now.memory.usage == last.memory.usage);
-        self.still = if still { self.still.wrapping_add(1) } else { 0 };
+        self.unchanged = if still { self.unchanged.wrapping_add(1) } else { 0 };
         self.last = usage;
         usage
     }
@@ -156,18 +156,23 @@ impl Meter {
 /// Reads the usage on version 1 (cgroup-v1/cpuacct.rst, memory.rst). The total time is in nanoseconds, user and system
 /// time are in ticks. `cpuacct.usage_user` and `cpuacct.usage_sys` are in nanoseconds, too, but only account the task
 /// that runs at a tick: a task that wakes up for short moments seems idle in them.
-fn version1(cpuacct: &mut Dir, cpu: &mut Dir, memory: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
-    let total_ns = cpuacct.number("cpuacct.usage")?;
-    let held = memory.number("memory.usage_in_bytes");
-    let known = known.filter(|known| known.memory.usage == held);
+fn read_version1(
+    cpuacct: &mut GroupDir,
+    cpu: &mut GroupDir,
+    memory: &mut GroupDir,
+    known: Option<&Usage>,
+) -> Option<Usage> {
+    let total_ns = cpuacct.read_number("cpuacct.usage")?;
+    let memory_usage = memory.read_number("memory.usage_in_bytes");
+    let known = known.filter(|known| known.memory.usage == memory_usage);
     // The task has not run since the last measurement, so two files were enough instead of eight.
     if let Some(known) = known.filter(|known| known.cpu.total_ns == total_ns) {
         return Some(*known);
     }
     let (mut parts_text, mut cpu_text) = ([0; 128], [0; CPU_STAT_MAX]);
-    let parts = Table(cpuacct.read("cpuacct.stat", &mut parts_text));
+    let parts = FlatKeyed(cpuacct.read("cpuacct.stat", &mut parts_text));
     let nanos = |name: &str| parts.get(name).map(|ticks| ticks.saturating_mul(NANOS_PER_TICK));
-    let throttling = Table(cpu.read("cpu.stat", &mut cpu_text));
+    let throttling = FlatKeyed(cpu.read("cpu.stat", &mut cpu_text));
     let cpu = CpuUsage {
         total_ns,
         user_ns: nanos("user"),
@@ -175,30 +180,30 @@ fn version1(cpuacct: &mut Dir, cpu: &mut Dir, memory: &mut Dir, known: Option<&U
         throttled_periods: throttling.get("nr_throttled"),
         throttled_ns: throttling.get("throttled_time"),
     };
-    let max_usage = memory.number("memory.max_usage_in_bytes");
+    let max_usage = memory.read_number("memory.max_usage_in_bytes");
     if let Some(known) = known.filter(|known| known.memory.max_usage == max_usage) {
         return Some(Usage { cpu, memory: known.memory });
     }
     let mut memory_text = [0; MEMORY_STAT_MAX];
-    let stat = Table(memory.read("memory.stat", &mut memory_text));
+    let stat = FlatKeyed(memory.read("memory.stat", &mut memory_text));
     Some(Usage {
         cpu,
         memory: MemoryUsage {
             rss: stat.get("total_rss"),
             cache: stat.get("total_cache"),
-            usage: held,
+            usage: memory_usage,
             max_usage,
             swap: stat.get("total_swap"),
-            kernel: memory.number("memory.kmem.usage_in_bytes"),
-            kernel_max: memory.number("memory.kmem.max_usage_in_bytes"),
+            kernel: memory.read_number("memory.kmem.usage_in_bytes"),
+            kernel_max: memory.read_number("memory.kmem.max_usage_in_bytes"),
         },
     })
 }
 
 /// Reads the usage on version 2 (cgroup-v2.rst). Times are in microseconds.
-fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
+fn read_version2(group: &mut GroupDir, known: Option<&Usage>) -> Option<Usage> {
     let mut cpu_text = [0; CPU_STAT_MAX];
-    let table = Table(group.read("cpu.stat", &mut cpu_text));
+    let table = FlatKeyed(group.read("cpu.stat", &mut cpu_text));
     let nanos = |name: &str| table.get(name).map(|micros| micros.saturating_mul(1000));
     let cpu = CpuUsage {
         total_ns: nanos("usage_usec")?,
@@ -207,13 +212,14 @@ fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
         throttled_periods: table.get("nr_throttled"),
         throttled_ns: nanos("throttled_usec"),
     };
-    let held = group.number("memory.current");
-    let max_usage = group.number("memory.peak");
-    if let Some(known) = known.filter(|known| (known.memory.usage, known.memory.max_usage) == (held, max_usage)) {
+    let memory_usage = group.read_number("memory.current");
+    let max_usage = group.read_number("memory.peak");
+    if let Some(known) = known.filter(|known| (known.memory.usage, known.memory.max_usage) == (memory_usage, max_usage))
+    {
         return Some(Usage { cpu, memory: known.memory });
     }
     let mut memory_text = [0; MEMORY_STAT_MAX];
-    let stat = Table(group.read("memory.stat", &mut memory_text));
+    let stat = FlatKeyed(group.read("memory.stat", &mut memory_text));
     // The total `kernel` exists since Linux 5.18 only. Its largest parts are older and are added up if it is missing.
     let parts = stat.get("kernel_stack").zip(stat.get("slab")).map(|(stack, slab)| stack + slab);
     Some(Usage {
@@ -221,9 +227,9 @@ fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
         memory: MemoryUsage {
             rss: stat.get("anon"),
             cache: stat.get("file"),
-            usage: held,
+            usage: memory_usage,
             max_usage,
-            swap: group.number("memory.swap.current"),
+            swap: group.read_number("memory.swap.current"),
             kernel: stat.get("kernel").or(parts),
             kernel_max: None,
         },
@@ -233,46 +239,46 @@ fn version2(group: &mut Dir, known: Option<&Usage>) -> Option<Usage> {
 /// The directory of a cgroup, and its files once they were read. The files are kept open, because opening and closing a
 /// file costs twice as much as reading it.
 #[derive(Debug)]
-struct Dir {
+struct GroupDir {
     fd: OwnedFd,
     files: Vec<(&'static str, Option<File>)>,
-    keep: Option<Kept>,
+    keep_open: Option<KeepOpenPermit>,
 }
 
 /// The number of directories whose files are kept open.
-static KEPT: AtomicUsize = AtomicUsize::new(0);
+static KEPT_OPEN: AtomicUsize = AtomicUsize::new(0);
 /// A permit to keep the files of one directory open.
 #[derive(Debug)]
-struct Kept;
+struct KeepOpenPermit;
 
-impl Kept {
+impl KeepOpenPermit {
     fn new() -> Option<Self> {
         // The permit is counted first; dropping it undoes that if there are too many.
-        let (kept, before) = (Self, KEPT.fetch_add(1, Ordering::Relaxed));
-        (before < Self::most()).then_some(kept)
+        let (kept, before) = (Self, KEPT_OPEN.fetch_add(1, Ordering::Relaxed));
+        (before < Self::max_kept_open()).then_some(kept)
     }
 
     /// Returns the most directories whose files are kept open. With some three files each, they use at most half of the
     /// file descriptors. A task needs five descriptors for other purposes.
-    fn most() -> usize {
-        static MOST: OnceLock<usize> = OnceLock::new();
-        *MOST.get_or_init(|| {
+    fn max_kept_open() -> usize {
+        static MAX: OnceLock<usize> = OnceLock::new();
+        *MAX.get_or_init(|| {
             let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
             usize::try_from(soft / 8).unwrap_or(usize::MAX)
         })
     }
 }
 
-impl Drop for Kept {
+impl Drop for KeepOpenPermit {
     fn drop(&mut self) {
-        KEPT.fetch_sub(1, Ordering::Relaxed);
+        KEPT_OPEN.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Dir {
+impl GroupDir {
     fn open(path: &Path) -> Option<Self> {
         let fd = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
-        Some(Self { fd, files: Vec::new(), keep: Kept::new() })
+        Some(Self { fd, files: Vec::new(), keep_open: KeepOpenPermit::new() })
     }
 
     /// Returns the text of a file, or an empty text if the file does not exist.
@@ -297,21 +303,21 @@ impl Dir {
             self.files.len() - 1
         });
         let length = self.files[at].1.as_ref().map_or(0, |file| all_of(file, buffer));
-        if self.keep.is_none() {
+        if self.keep_open.is_none() {
             self.files.clear();
         }
         std::str::from_utf8(&buffer[..length]).unwrap_or_default()
     }
 
-    fn number(&mut self, name: &'static str) -> Option<u64> {
+    fn read_number(&mut self, name: &'static str) -> Option<u64> {
         self.read(name, &mut [0; 64]).trim().parse().ok()
     }
 }
 
 /// A text of lines of the form `name value`.
-struct Table<'a>(&'a str);
+struct FlatKeyed<'a>(&'a str);
 
-impl Table<'_> {
+impl FlatKeyed<'_> {
     fn get(&self, name: &str) -> Option<u64> {
         let value = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         value?.trim().parse().ok()
@@ -324,8 +330,8 @@ mod tests {
 
     use super::*;
 
-    fn dir(group: &tempfile::TempDir) -> Dir {
-        Dir::open(group.path()).expect("a directory")
+    fn dir(group: &tempfile::TempDir) -> GroupDir {
+        GroupDir::open(group.path()).expect("a directory")
     }
 
     fn group(files: &[(&str, &str)]) -> tempfile::TempDir {
@@ -344,7 +350,7 @@ mod tests {
             ("memory.current", "33\n"),
             ("memory.swap.current", "0\n"),
         ]);
-        let usage = version2(&mut dir(&group), None).expect("a group");
+        let usage = read_version2(&mut dir(&group), None).expect("a group");
         assert_eq!(
             (usage.cpu.total_ns, usage.cpu.user_ns, usage.cpu.throttled_ns),
             (3_000_000, Some(2_000_000), Some(7000))
@@ -370,7 +376,7 @@ mod tests {
             ("memory.usage_in_bytes", "33\n"),
             ("memory.max_usage_in_bytes", "50\n"),
         ]);
-        let usage = version1(&mut dir(&group), &mut dir(&group), &mut dir(&group), None).expect("a group");
+        let usage = read_version1(&mut dir(&group), &mut dir(&group), &mut dir(&group), None).expect("a group");
         let CpuUsage { total_ns, user_ns, system_ns, throttled_periods, .. } = usage.cpu;
         assert_eq!((total_ns, user_ns, system_ns), (38_000_000, Some(20_000_000), Some(10_000_000)));
         assert_eq!(throttled_periods, Some(4));
@@ -380,7 +386,7 @@ mod tests {
 
     /// Reading all files of five hundred tasks each second is two thirds of the cost of watching these tasks.
     #[test]
-    fn memory_that_does_not_move_is_not_taken_apart_each_time() {
+    fn memory_stat_is_not_read_each_time_while_memory_is_unchanged() {
         let group = group(&[
             ("cpuacct.usage", "5\n"),
             ("memory.usage_in_bytes", "33\n"),
@@ -392,15 +398,15 @@ mod tests {
         let set = |file: &str, text: &str| fs::write(group.path().join(file), text).expect("written");
         let mut look = || meter.usage().map(|usage| (usage.cpu.total_ns, usage.memory.rss)).expect("a group");
         // The first measurement, and as many as it takes until memory.stat is not read every time any more.
-        for n in 0..=SETTLED {
+        for n in 0..=SETTLED_AFTER {
             set("memory.stat", &format!("total_rss {n}\n"));
             assert_eq!(look(), (5, Some(u64::from(n))), "a late change in memory.stat is read");
         }
         set("memory.stat", "total_rss 70\n");
-        for n in SETTLED..WHOLE {
+        for n in SETTLED_AFTER..FULL_READ_EVERY {
             // The task may run, and its CPU time is measured.
             set("cpuacct.usage", &n.to_string());
-            assert_eq!(look(), (u64::from(n), Some(u64::from(SETTLED))));
+            assert_eq!(look(), (u64::from(n), Some(u64::from(SETTLED_AFTER))));
         }
         assert_eq!(look(), (9, Some(70)), "memory.stat is read again after that many measurements");
         set("memory.stat", "total_rss 80\n");
@@ -418,7 +424,7 @@ mod tests {
     fn a_group_that_is_gone_has_no_usage() {
         let empty = group(&[]);
         let (mut one, mut two, mut three) = (dir(&empty), dir(&empty), dir(&empty));
-        assert_eq!((version1(&mut one, &mut two, &mut three, None), version2(&mut one, None)), (None, None));
-        assert!(Dir::open(Path::new("/nonexistent")).is_none());
+        assert_eq!((read_version1(&mut one, &mut two, &mut three, None), read_version2(&mut one, None)), (None, None));
+        assert!(GroupDir::open(Path::new("/nonexistent")).is_none());
     }
 }

@@ -9,7 +9,7 @@ use std::fmt;
 
 /// A program that tasks depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Program {
+pub(crate) enum Program {
     /// opencontainers/runc.
     Runc,
     /// containers/crun.
@@ -22,7 +22,7 @@ pub enum Program {
 
 impl Program {
     /// Returns the program's name in PATH.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",
             Self::Crun => "crun",
@@ -34,12 +34,12 @@ impl Program {
 
 /// One advisory.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Advisory {
+pub(crate) struct Advisory {
     program: Program,
     /// The advisory's id.
     pub id: &'static str,
     /// A short description of the vulnerability.
-    pub what: &'static str,
+    pub summary: &'static str,
     /// The first version with the vulnerability; empty if all versions before the fix have it.
     introduced: &'static str,
     /// The first fixed version of each release line, oldest first.
@@ -48,17 +48,17 @@ pub struct Advisory {
 
 impl Advisory {
     /// Returns the fixed version of this release line, or of the next one if this line never got the fix.
-    pub fn fixed_for(&self, version: &Version) -> &'static str {
+    pub(crate) fn fixed_for(&self, version: &Version) -> &'static str {
         let fixes = || self.fixed.iter().filter(|fixed| Version::parse(fixed).is_some_and(|fixed| *version < fixed));
         fixes().next().or(self.fixed.last()).copied().unwrap_or_default()
     }
 
-    fn concerns(&self, version: &Version) -> bool {
+    fn affects(&self, version: &Version) -> bool {
         if Version::parse(self.introduced).is_some_and(|introduced| *version < introduced) {
             return false;
         }
         let fixes: Vec<Version> = self.fixed.iter().filter_map(|fixed| Version::parse(fixed)).collect();
-        match fixes.iter().find(|fixed| fixed.line() == version.line()) {
+        match fixes.iter().find(|fixed| fixed.release_line() == version.release_line()) {
             Some(fixed) => version < fixed,
             // A release line that never got the fix has the vulnerability, unless the line began after the fix.
             None => fixes.last().is_some_and(|newest| version < newest),
@@ -73,7 +73,7 @@ const fn row(
     fixed: &'static [&'static str],
     what: &'static str,
 ) -> Advisory {
-    Advisory { program, id, what, introduced, fixed }
+    Advisory { program, id, summary: what, introduced, fixed }
 }
 
 use Program::{Containerd, Crun, Runc, Youki};
@@ -150,11 +150,11 @@ const ADVISORIES: &[Advisory] = &[
 ];
 
 /// The release lines of containerd that no longer get fixes, and since when (containerd's RELEASES.md).
-const UNSUPPORTED: &[(&str, &str)] = &[("1.6", "August 2025"), ("1.7", "September 2026"), ("2.1", "July 2026")];
+const UNSUPPORTED_LINES: &[(&str, &str)] = &[("1.6", "August 2025"), ("1.7", "September 2026"), ("2.1", "July 2026")];
 
 /// A version, as far as it can be compared.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
+pub(crate) struct Version {
     numbers: [u32; 3],
     /// The number of the release candidate. An alpha or beta version has 0; a release comes after all candidates.
     candidate: u32,
@@ -163,7 +163,7 @@ pub struct Version {
 impl Version {
     /// Parses `1.1.5+ds1`, `v2.4.2`, `1.4.0-rc.3`, `1.30`. What a distribution appends is ignored: it is not part of
     /// the project's version. `None` for a text that does not begin with a version.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let text = text.trim().trim_start_matches('v');
         let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
         let mut numbers = [0; 3];
@@ -194,7 +194,7 @@ impl Version {
     }
 
     /// Returns the release line: major and minor version.
-    fn line(&self) -> [u32; 2] {
+    fn release_line(&self) -> [u32; 2] {
         [self.numbers[0], self.numbers[1]]
     }
 }
@@ -208,24 +208,25 @@ impl fmt::Display for Version {
 }
 
 /// Returns the advisories whose fixes this version of a program does not have.
-pub fn of(program: Program, version: &Version) -> impl Iterator<Item = &'static Advisory> {
-    ADVISORIES.iter().filter(move |advisory| advisory.program == program && advisory.concerns(version))
+pub(crate) fn affecting(program: Program, version: &Version) -> impl Iterator<Item = &'static Advisory> {
+    ADVISORIES.iter().filter(move |advisory| advisory.program == program && advisory.affects(version))
 }
 
 /// Returns since when a release line of containerd gets no fixes; `None` if it still gets them.
-pub fn unsupported_since(program: Program, version: &Version) -> Option<&'static str> {
-    let lines = UNSUPPORTED.iter().filter_map(|(line, since)| Some((Version::parse(line)?.line(), *since)));
+pub(crate) fn unsupported_since(program: Program, version: &Version) -> Option<&'static str> {
+    let lines =
+        UNSUPPORTED_LINES.iter().filter_map(|(line, since)| Some((Version::parse(line)?.release_line(), *since)));
     let mut lines = lines.filter(|_| program == Program::Containerd);
-    let found = lines.clone().find(|(line, _)| *line == version.line());
+    let found = lines.clone().find(|(line, _)| *line == version.release_line());
     // Lines older than the oldest in the list ended before that one.
-    found.or_else(|| lines.next().filter(|(oldest, _)| version.line() < *oldest)).map(|(_, since)| since)
+    found.or_else(|| lines.next().filter(|(oldest, _)| version.release_line() < *oldest)).map(|(_, since)| since)
 }
 
 /// Describes in one line what is known against a version of a program; `None` if nothing is.
-pub fn note(program: Program, version: &str) -> Option<String> {
+pub(crate) fn note(program: Program, version: &str) -> Option<String> {
     let parsed = Version::parse(version)?;
-    let known: Vec<String> = of(program, &parsed)
-        .map(|advisory| format!("{} ({}; fixed in {})", advisory.id, advisory.what, advisory.fixed_for(&parsed)))
+    let known: Vec<String> = affecting(program, &parsed)
+        .map(|advisory| format!("{} ({}; fixed in {})", advisory.id, advisory.summary, advisory.fixed_for(&parsed)))
         .collect();
     let name = program.name();
     let old = (!known.is_empty()).then(|| {
@@ -234,7 +235,7 @@ pub fn note(program: Program, version: &str) -> Option<String> {
             known.join(", ")
         )
     });
-    let [major, minor] = parsed.line();
+    let [major, minor] = parsed.release_line();
     let ended = unsupported_since(program, &parsed);
     let ended = ended.map(|since| format!("the project has made no fixes for {name} {major}.{minor} since {since}"));
     let notes: Vec<String> = old.into_iter().chain(ended).collect();
@@ -246,7 +247,7 @@ mod tests {
     use super::*;
 
     fn ids(program: Program, version: &str) -> Vec<&'static str> {
-        of(program, &Version::parse(version).expect(version)).map(|advisory| advisory.id).collect()
+        affecting(program, &Version::parse(version).expect(version)).map(|advisory| advisory.id).collect()
     }
 
     #[test]

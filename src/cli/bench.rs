@@ -6,10 +6,11 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
-    CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print, runs::remove_unless_mounted, say,
+    CliError, CommonArgs, ContainerdSession, gc::StoreLock, is_interactive, parse_image, print_data, print_message,
+    runs::remove_unless_mounted,
 };
 use crate::{
-    bench::{self, Ground, Kind, PathPlan, Plan, Results},
+    bench::{self, Plan, Results, SubjectKind, SubjectPlan, Workspace},
     ids::random_hex,
 };
 
@@ -17,7 +18,7 @@ use crate::{
 static BAR: std::sync::OnceLock<ProgressBar> = std::sync::OnceLock::new();
 
 #[derive(Args, Debug)]
-pub struct Bench {
+pub(crate) struct Bench {
     /// The image of all tasks; its program is not run
     #[arg(required_unless_present = "compare")]
     image: Option<String>,
@@ -61,28 +62,28 @@ impl Bench {
     ///
     /// # Errors
     /// When this driver can't be measured, or the plan is not valid.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         if let Some(files) = &self.compare {
             let [before, after] = [&files[0], &files[1]].map(|path| -> Result<Results, CliError> {
                 let text = std::fs::read_to_string(path)?;
                 serde_json::from_str(&text).map_err(|error| CliError::Usage(format!("{}: {error}", path.display())))
             });
-            print(&bench::compare(&before?, &after?))?;
+            print_data(&bench::compare(&before?, &after?))?;
             return Ok(0);
         }
-        let plan = self.planned()?;
+        let plan = self.build_plan()?;
         let _lock = StoreLock::shared(common)?;
-        let store = Store::open(common).await?;
+        let store = ContainerdSession::open(common).await?;
         // The name is short because sockets are below the directory, and their paths are limited.
         let id = format!("bench-{}", random_hex(4));
-        let ground = Ground {
+        let ground = Workspace {
             program: std::env::current_exe()?,
             run: common.run_dir.join(&id),
             state: common.state_dir.join(&id),
-            images: common.places(&id).state().to_owned(),
+            driver_state: common.places(&id).state().to_owned(),
             address: store.address.clone(),
             namespace: common.namespace.clone(),
-            tick: |count| {
+            on_progress: |count| {
                 if let Some(bar) = BAR.get() {
                     bar.inc(count);
                 }
@@ -100,7 +101,7 @@ impl Bench {
         store.close().await;
         for directory in [&ground.run, &ground.state] {
             if !remove_unless_mounted(directory) {
-                say(&format!("nomad-driver-shim: something is still mounted in {}", directory.display()));
+                print_message(&format!("nomad-driver-shim: something is still mounted in {}", directory.display()));
             }
         }
         let results = outcome?;
@@ -117,11 +118,11 @@ impl Bench {
                 std::fs::write(directory.join(picture.file_name()), picture.svg)?;
             }
         }
-        print(&bench::table(&results))?;
+        print_data(&bench::table(&results))?;
         Ok(u8::from(results.is_broken()))
     }
 
-    fn planned(&self) -> Result<Plan, CliError> {
+    fn build_plan(&self) -> Result<Plan, CliError> {
         let usage = CliError::Usage;
         let mut plan = match &self.plan {
             None => Plan::default(),
@@ -129,7 +130,7 @@ impl Bench {
                 .map_err(|problem| usage(format!("{}: {problem}", path.display())))?,
         };
         if let Some(image) = &self.image {
-            plan.image = image_named(image)?.to_string();
+            plan.image = parse_image(image)?.to_string();
         }
         if let Some(count) = self.count {
             plan.count = count;
@@ -143,11 +144,11 @@ impl Bench {
                 let text = texts.get(n).map_or("{}", String::as_str);
                 serde_json::from_str(text).map_err(|error| usage(format!("--{option} {text:?}: {error}")))
             };
-            plan.paths.push(PathPlan {
+            plan.paths.push(SubjectPlan {
                 program: Some(program.clone()),
                 config: object("plugin-config", &self.plugin_config)?,
                 task: object("task-config", &self.task_config)?,
-                ..PathPlan::new(&name, Kind::Plugin)
+                ..SubjectPlan::new(&name, SubjectKind::Plugin)
             });
         }
         if !self.paths.is_empty() {

@@ -6,22 +6,22 @@ use clap::Args;
 use serde_json::json;
 
 use super::{
-    CliError, Common,
+    CliError, CommonArgs,
     advisories::{self, Program},
-    print,
+    print_data,
 };
 use crate::{
     cgroup::{CgroupMode, Cgroups},
     containerd::Client,
     process::async_command,
     task::{
-        APPARMOR_PREFIX, AppArmorHost, AppArmorSupport, FilterForm, PARSER_PACKAGE, crun_works, runsc_works, which,
+        APPARMOR_PREFIX, AppArmorHost, AppArmorSupport, FilterForm, PARSER_PACKAGE, probe_crun, probe_runsc, which,
     },
 };
 
 /// Show what this host supports
 #[derive(Args, Debug)]
-pub struct Doctor {
+pub(crate) struct Doctor {
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -45,7 +45,7 @@ enum Verdict {
 }
 
 impl Verdict {
-    fn word(self) -> &'static str {
+    fn label(self) -> &'static str {
         match self {
             Self::Good => "ok",
             Self::Note => "note",
@@ -59,25 +59,25 @@ impl Doctor {
     ///
     /// # Errors
     /// When output fails.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let findings = examine(common).await;
         let bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
         if self.json {
             let list: Vec<_> = findings
                 .iter()
-                .map(|finding| json!({ "what": finding.what, "verdict": finding.verdict.word(), "detail": finding.detail }))
+                .map(|finding| json!({ "what": finding.what, "verdict": finding.verdict.label(), "detail": finding.detail }))
                 .collect();
-            print(&format!("{}\n", json!(list)))?;
+            print_data(&format!("{}\n", json!(list)))?;
         } else {
             let line =
-                |finding: &Finding| format!("{:8} {:12} {}\n", finding.verdict.word(), finding.what, finding.detail);
-            print(&findings.iter().map(line).collect::<String>())?;
+                |finding: &Finding| format!("{:8} {:12} {}\n", finding.verdict.label(), finding.what, finding.detail);
+            print_data(&findings.iter().map(line).collect::<String>())?;
         }
         Ok(u8::from(bad))
     }
 }
 
-async fn examine(common: &Common) -> Vec<Finding> {
+async fn examine(common: &CommonArgs) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |what, verdict, detail: String| findings.push(Finding { what, verdict, detail });
 
@@ -102,7 +102,7 @@ async fn examine(common: &Common) -> Vec<Finding> {
             );
         }
         Ok(_) => find("cgroups", Verdict::Bad, "none mounted below /sys/fs/cgroup".into()),
-        Err(error) => find("cgroups", Verdict::Bad, crate::chain(&error)),
+        Err(error) => find("cgroups", Verdict::Bad, crate::error_chain(&error)),
     }
 
     let overlay = std::fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("\toverlay\n");
@@ -133,8 +133,8 @@ async fn examine(common: &Common) -> Vec<Finding> {
         Some(path) => {
             let version = version(&path, "--version").await;
             let works = match Cgroups::detect() {
-                Ok(cgroups) => crun_works(&path, &std::env::temp_dir(), &cgroups).await,
-                Err(error) => Err(crate::chain(&error)),
+                Ok(cgroups) => probe_crun(&path, &std::env::temp_dir(), &cgroups).await,
+                Err(error) => Err(crate::error_chain(&error)),
             };
             match works {
                 Ok(form) => {
@@ -166,7 +166,7 @@ async fn examine(common: &Common) -> Vec<Finding> {
     }
 
     match which(Path::new("runsc")) {
-        Some(path) => match runsc_works(&path).await {
+        Some(path) => match probe_runsc(&path).await {
             Ok(probed) => find(
                 "runsc",
                 Verdict::Good,
@@ -224,7 +224,7 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
         (AppArmorSupport::Enabled, _, Err(error)) => {
             return (
                 Verdict::Note,
-                format!("enabled; the list of loaded profiles can't be read: {}", crate::chain(&error)),
+                format!("enabled; the list of loaded profiles can't be read: {}", crate::error_chain(&error)),
             );
         }
         (AppArmorSupport::Enabled, parser, Ok(loaded)) => (parser, loaded),

@@ -4,19 +4,19 @@ use clap::Args;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use serde_json::json;
 
-use super::{CliError, Common, print, say, tasks};
+use super::{CliError, CommonArgs, print_data, print_message, tasks};
 use crate::control::{Answer, Connection, Request};
 
 /// Print what happens to tasks, as it happens
 #[derive(Args, Debug)]
-pub struct Events {
+pub(crate) struct Events {
     /// Print JSON, one object a line
     #[arg(long)]
     json: bool,
 }
 
 /// Formats a time by RFC 3339 in UTC.
-fn time(millis: u64) -> String {
+fn format_time(millis: u64) -> String {
     let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(millis);
     prost_types::Timestamp::from(at).to_string()
 }
@@ -26,37 +26,37 @@ impl Events {
     ///
     /// # Errors
     /// When no plugin runs on this host, or output fails.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let mut open = Vec::new();
         for (driver, places) in tasks::drivers(common) {
             match Connection::open(&places.control(), &Request::Events).await {
                 Ok(connection) => open.push((driver, connection)),
-                Err(error) if error.is_nobody() => {}
-                Err(error) => say(&format!("nomad-driver-shim: {driver}: {}", crate::chain(&error))),
+                Err(error) if error.no_plugin_listens() => {}
+                Err(error) => print_message(&format!("nomad-driver-shim: {driver}: {}", crate::error_chain(&error))),
             }
         }
         if open.is_empty() {
             return Err(CliError::Usage("no plugin is running on this host".to_owned()));
         }
-        say(&format!("nomad-driver-shim: listening to {} plugin(s)", open.len()));
+        print_message(&format!("nomad-driver-shim: listening to {} plugin(s)", open.len()));
         let next = |(driver, mut connection): (String, Connection)| async move {
-            let answer = connection.next().await;
+            let answer = connection.next_answer().await;
             (driver, connection, answer)
         };
         let mut waiting: FuturesUnordered<_> = open.into_iter().map(next).collect();
         while let Some((driver, connection, answer)) = waiting.next().await {
             let Ok(Some(Answer::Event(event))) = answer else {
-                say(&format!("nomad-driver-shim: {driver}: its plugin has ended"));
+                print_message(&format!("nomad-driver-shim: {driver}: its plugin has ended"));
                 continue;
             };
             if self.json {
                 let mut line = json!(event);
                 line["driver"] = json!(driver);
-                print(&format!("{line}\n"))?;
+                print_data(&format!("{line}\n"))?;
             } else {
-                let at = time(event.at);
+                let at = format_time(event.at);
                 let alloc: String = event.alloc_id.chars().take(8).collect();
-                print(&format!("{at}  {driver}  {alloc}  {}  {}\n", event.task_name, event.message))?;
+                print_data(&format!("{at}  {driver}  {alloc}  {}  {}\n", event.task_name, event.message))?;
             }
             waiting.push(next((driver, connection)));
         }

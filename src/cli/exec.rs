@@ -15,15 +15,15 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{CliError, Common, say, tasks};
-use crate::task::{ExecRequest, Session, WindowSize, exec_alone};
+use super::{CliError, CommonArgs, print_message, tasks};
+use crate::task::{ExecRequest, ExecSession, WindowSize, exec_alone};
 
 /// After the exit, output that pauses for this long is taken to be complete.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const OUTPUT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Run a command in a task
 #[derive(Args, Debug)]
-pub struct Exec {
+pub(crate) struct Exec {
     /// Give the command a terminal
     #[arg(long, short)]
     tty: bool,
@@ -38,25 +38,25 @@ pub struct Exec {
 }
 
 /// Restores the terminal's settings when it is dropped.
-struct Raw(Termios);
+struct RawModeGuard(Termios);
 
-impl Drop for Raw {
+impl Drop for RawModeGuard {
     fn drop(&mut self) {
         let _ = termios::tcsetattr(std::io::stdin().as_fd(), SetArg::TCSANOW, &self.0);
     }
 }
 
 /// Puts the terminal into raw mode.
-fn raw() -> Option<Raw> {
+fn enter_raw_mode() -> Option<RawModeGuard> {
     let stdin = std::io::stdin();
     let before = termios::tcgetattr(stdin.as_fd()).ok()?;
     let mut raw = before.clone();
     termios::cfmakeraw(&mut raw);
     termios::tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &raw).ok()?;
-    Some(Raw(before))
+    Some(RawModeGuard(before))
 }
 
-fn window() -> Option<WindowSize> {
+fn window_size() -> Option<WindowSize> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: the kernel fills a structure that this function owns.
     let done = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
@@ -68,31 +68,32 @@ impl Exec {
     ///
     /// # Errors
     /// When the command can't be run.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let found = tasks::one(common, &self.task)?;
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
+        let found = tasks::find_task(common, &self.task)?;
         let request = ExecRequest { command: self.command, terminal: self.tty, stdin: self.interactive };
         let session = exec_alone(&found.places, &found.record, &request).await?;
-        let _raw = if self.tty && self.interactive && std::io::stdin().is_terminal() { raw() } else { None };
-        let Session { exec, io } = session;
+        let _raw = if self.tty && self.interactive && std::io::stdin().is_terminal() { enter_raw_mode() } else { None };
+        let ExecSession { exec, io } = session;
         if self.tty
-            && let Some(size) = window()
+            && let Some(size) = window_size()
             && let Err(error) = exec.resize(size).await
         {
-            say(&format!("nomad-driver-shim: resize the terminal: {error}"));
+            print_message(&format!("nomad-driver-shim: resize the terminal: {error}"));
         }
-        let mut changes = signal(SignalKind::window_change())?;
-        let mut ends = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
+        let mut window_changes = signal(SignalKind::window_change())?;
+        let mut termination_signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
             .map(signal)
             .into_iter()
             .collect::<Result<Vec<_>, _>>()?;
         let outcome = {
-            let flow = Flow::default();
+            let flow = OutputFlow::default();
             let out = copy(Some(io.stdout), tokio::io::stdout(), &flow);
             let err = copy(io.stderr, tokio::io::stderr(), &flow);
             let output = async { tokio::try_join!(out, err) };
-            let (input, waiting) = (feed(io.stdin), exec.wait());
-            let ended =
-                async { futures_util::future::select_all(ends.iter_mut().map(|end| Box::pin(end.recv()))).await };
+            let (input, waiting) = (relay_stdin(io.stdin), exec.wait());
+            let ended = async {
+                futures_util::future::select_all(termination_signals.iter_mut().map(|end| Box::pin(end.recv()))).await
+            };
             tokio::pin!(output, input, waiting, ended);
             let (mut typed, mut drained) = (false, false);
             loop {
@@ -104,7 +105,7 @@ impl Exec {
                             tokio::select! {
                                 _ = &mut output => {}
                                 _ = &mut ended => break None,
-                                () = silence(&flow) => {}
+                                () = wait_for_silence(&flow) => {}
                             }
                         }
                         break Some(exit);
@@ -121,8 +122,8 @@ impl Exec {
                             tracing::debug!(%error, "could not close the standard input of the process");
                         }
                     }
-                    _ = changes.recv(), if self.tty => {
-                        if let Some(size) = window() {
+                    _ = window_changes.recv(), if self.tty => {
+                        if let Some(size) = window_size() {
                             let _ = exec.resize(size).await;
                         }
                     }
@@ -133,7 +134,7 @@ impl Exec {
             Some(exit) => {
                 let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
                 exec.finish().await;
-                Ok(u8::try_from(exit.code).unwrap_or(super::OURS))
+                Ok(u8::try_from(exit.code).unwrap_or(super::CLI_ERROR_CODE))
             }
             None => {
                 exec.kill().await;
@@ -145,23 +146,23 @@ impl Exec {
 
 /// The output that this command passes on: how many pieces so far, and how many are being written right now.
 #[derive(Default)]
-struct Flow {
+struct OutputFlow {
     pieces: AtomicU64,
     writing: AtomicU64,
 }
 
 /// Returns when no output has arrived for `OUTPUT_SILENCE_TIMEOUT`, and none waits to be written.
-async fn silence(flow: &Flow) {
+async fn wait_for_silence(flow: &OutputFlow) {
     loop {
         let before = flow.pieces.load(Ordering::Relaxed);
-        tokio::time::sleep(LAST_WORDS).await;
+        tokio::time::sleep(OUTPUT_SILENCE_TIMEOUT).await;
         if flow.pieces.load(Ordering::Relaxed) == before && flow.writing.load(Ordering::Relaxed) == 0 {
             return;
         }
     }
 }
 
-async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin, flow: &Flow) -> std::io::Result<()> {
+async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin, flow: &OutputFlow) -> std::io::Result<()> {
     let Some(mut from) = from else { return Ok(()) };
     let mut buffer = vec![0; 32 << 10];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
@@ -175,7 +176,7 @@ async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin, flo
 }
 
 /// Passes this command's standard input on to the process.
-async fn feed(to: Option<pipe::Sender>) {
+async fn relay_stdin(to: Option<pipe::Sender>) {
     let Some(mut to) = to else { return std::future::pending().await };
     let (mut stdin, mut buffer) = (tokio::io::stdin(), vec![0; 4 << 10]);
     while let Ok(count @ 1..) = stdin.read(&mut buffer).await {

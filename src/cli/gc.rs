@@ -6,19 +6,19 @@ use std::{fs::File, time::Duration};
 use clap::Args;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{CliError, Common, Store, image_named, print, runs, table, tasks};
+use super::{CliError, CommonArgs, ContainerdSession, parse_image, print_data, runs, table, tasks};
 use crate::{
-    control::{Answer, Garbage, PATIENCE, Request, ask},
+    control::{ANSWER_TIMEOUT, Answer, Garbage, Request, send_request},
     ids::DriverName,
     image::ImageError,
-    places::{Places, make_dir},
+    places::{Places, create_private_dir},
     plugin,
-    task::{AppArmorDefault, Settings, clear_unattended},
+    task::{AppArmorDefault, Settings, gc_offline},
 };
 
 /// Remove what is no longer needed: remains of tasks, unused images
 #[derive(Args, Debug)]
-pub struct Gc {
+pub(crate) struct Gc {
     /// Only show what would be removed
     #[arg(long)]
     dry_run: bool,
@@ -36,7 +36,7 @@ pub struct Gc {
 
 /// Remove images
 #[derive(Args, Debug)]
-pub struct Rmi {
+pub(crate) struct Rmi {
     /// The images' names
     #[arg(required = true)]
     images: Vec<String>,
@@ -44,24 +44,24 @@ pub struct Rmi {
 
 /// The lock of the command line's image store: shared by commands that use images, exclusive for those that remove
 /// images.
-pub struct StoreLock(#[allow(dead_code, reason = "held until it is dropped")] Flock<File>);
+pub(crate) struct StoreLock(#[allow(dead_code, reason = "held until it is dropped")] Flock<File>);
 
 impl StoreLock {
     /// Takes the lock together with other commands that use images.
     ///
     /// # Errors
     /// When another command is removing images, or the file can't be created.
-    pub fn shared(common: &Common) -> Result<Self, CliError> {
-        Self::take(common, FlockArg::LockSharedNonblock)
+    pub(crate) fn shared(common: &CommonArgs) -> Result<Self, CliError> {
+        Self::acquire(common, FlockArg::LockSharedNonblock)
     }
 
-    fn alone(common: &Common) -> Result<Self, CliError> {
-        Self::take(common, FlockArg::LockExclusiveNonblock)
+    fn exclusive(common: &CommonArgs) -> Result<Self, CliError> {
+        Self::acquire(common, FlockArg::LockExclusiveNonblock)
     }
 
-    fn take(common: &Common, how: FlockArg) -> Result<Self, CliError> {
+    fn acquire(common: &CommonArgs, how: FlockArg) -> Result<Self, CliError> {
         let directory = common.places("cli").state().to_owned();
-        make_dir(&directory)?;
+        create_private_dir(&directory)?;
         let path = directory.join("lock");
         let file = File::options().create(true).append(true).open(&path)?;
         Flock::lock(file, how).map(Self).map_err(|(_, errno)| match errno {
@@ -75,33 +75,33 @@ impl StoreLock {
 }
 
 /// Makes an entry of a failure that concerns no single thing.
-fn failed(error: &dyn std::error::Error) -> Garbage {
-    Garbage::new("-", "-", Some(crate::chain(error)))
+fn failure_entry(error: &dyn std::error::Error) -> Garbage {
+    Garbage::new("-", "-", Some(crate::error_chain(error)))
 }
 
 /// Cleans up the directories of a driver without a live plugin. The settings are those of the driver's last plugin, if
 /// it has saved them, else this command's own.
-async fn without_plugin(
-    common: &Common,
+async fn gc_without_plugin(
+    common: &CommonArgs,
     driver: &str,
     places: Places,
     keep_ended: Duration,
     dry_run: bool,
 ) -> Vec<Garbage> {
-    match settings(common, driver, places).map(|settings| clear_unattended(settings, keep_ended, dry_run)) {
+    match settings(common, driver, places).map(|settings| gc_offline(settings, keep_ended, dry_run)) {
         Ok(clearing) => match clearing.await {
             Ok(Some(garbage)) => garbage,
             Ok(None) => {
                 let why = "it holds the driver's lock and does not listen: it is just starting, or ending";
-                vec![Garbage::staying("plugin", driver, why)]
+                vec![Garbage::kept("plugin", driver, why)]
             }
-            Err(error) => vec![failed(&error)],
+            Err(error) => vec![failure_entry(&error)],
         },
-        Err(error) => vec![failed(&error)],
+        Err(error) => vec![failure_entry(&error)],
     }
 }
 
-fn settings(common: &Common, driver: &str, places: Places) -> Result<Settings, CliError> {
+fn settings(common: &CommonArgs, driver: &str, places: Places) -> Result<Settings, CliError> {
     // The name only decides on defaults that matter to starts.
     let name = DriverName::new(driver).or_else(|_| DriverName::new("shim"));
     let name = name.map_err(|error| CliError::Usage(error.to_string()))?;
@@ -118,12 +118,12 @@ fn settings(common: &Common, driver: &str, places: Places) -> Result<Settings, C
 
 /// Removes the sockets of plugins that were killed, from the directory that plugins with this command's environment
 /// use.
-fn sockets(dry_run: bool) -> Vec<Garbage> {
+fn gc_sockets(dry_run: bool) -> Vec<Garbage> {
     let abandoned = plugin::abandoned_sockets(&plugin::socket_directory()).into_iter();
     let removed = abandoned.map(|path| {
         let outcome = if dry_run { Ok(()) } else { plugin::remove_socket(&path) };
         let why = "the plugin that listened at it has ended";
-        Garbage::removed("socket", &path.display().to_string(), &outcome).because(why)
+        Garbage::removed("socket", &path.display().to_string(), &outcome).with_reason(why)
     });
     removed.collect()
 }
@@ -133,7 +133,7 @@ impl Gc {
     ///
     /// # Errors
     /// When a plugin refuses, or output fails.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let span = |name: &str, text: &str| {
             crate::duration::parse(text).map_err(|error| CliError::Usage(format!("--{name}: {error}")))
         };
@@ -141,34 +141,35 @@ impl Gc {
         let mut found: Vec<(String, Garbage)> = Vec::new();
         let mut unattended = false;
         for (driver, places) in tasks::drivers(common) {
-            let garbage = match ask(&places.control(), &Request::Gc { dry_run: self.dry_run }, PATIENCE).await {
-                Ok(Answer::Removed(garbage)) => garbage,
-                Ok(_) => Vec::new(),
-                // If the lock is free, the plugin has ended during the request.
-                Err(error) if error.is_nobody() || runs::is_over(common, &driver) => {
-                    // The remains of runs are removed below.
-                    if tasks::is_run(&driver) {
-                        continue;
+            let garbage =
+                match send_request(&places.control(), &Request::Gc { dry_run: self.dry_run }, ANSWER_TIMEOUT).await {
+                    Ok(Answer::Removed(garbage)) => garbage,
+                    Ok(_) => Vec::new(),
+                    // If the lock is free, the plugin has ended during the request.
+                    Err(error) if error.no_plugin_listens() || runs::has_ended(common, &driver) => {
+                        // The remains of runs are removed below.
+                        if tasks::is_run(&driver) {
+                            continue;
+                        }
+                        unattended = true;
+                        Box::pin(gc_without_plugin(common, &driver, places, keep_ended, self.dry_run)).await
                     }
-                    unattended = true;
-                    Box::pin(without_plugin(common, &driver, places, keep_ended, self.dry_run)).await
-                }
-                // What the other plugins have removed is printed nevertheless.
-                Err(error) => vec![failed(&error)],
-            };
+                    // What the other plugins have removed is printed nevertheless.
+                    Err(error) => vec![failure_entry(&error)],
+                };
             found.extend(garbage.into_iter().map(|one| (driver.clone(), one)));
         }
         if unattended {
             // A live plugin has removed these sockets when it started.
-            found.extend(sockets(self.dry_run).into_iter().map(|one| ("-".to_owned(), one)));
+            found.extend(gc_sockets(self.dry_run).into_iter().map(|one| ("-".to_owned(), one)));
         }
-        found.extend(self.runs(common).await?);
-        match self.own(common, keep).await {
+        found.extend(self.gc_runs(common).await?);
+        match self.gc_images(common, keep).await {
             Ok(garbage) => found.extend(garbage.into_iter().map(|one| ("cli".to_owned(), one))),
-            Err(error) => found.push(("cli".to_owned(), failed(&error))),
+            Err(error) => found.push(("cli".to_owned(), failure_entry(&error))),
         }
         if self.json {
-            print(&format!("{}\n", serde_json::json!(found)))?;
+            print_data(&format!("{}\n", serde_json::json!(found)))?;
         } else {
             let rows: Vec<Vec<String>> = found
                 .iter()
@@ -183,20 +184,20 @@ impl Gc {
                     cells.map(str::to_owned).to_vec()
                 })
                 .collect();
-            print(&table::render(&["DRIVER", "KIND", "NAME", "OUTCOME", "WHY"], &rows))?;
+            print_data(&table::render(&["DRIVER", "KIND", "NAME", "OUTCOME", "WHY"], &rows))?;
         }
         Ok(u8::from(found.iter().any(|(_, one)| one.problem.is_some())))
     }
 
     /// Removes the remains of `run`s that were killed.
-    async fn runs(&self, common: &Common) -> Result<Vec<(String, Garbage)>, CliError> {
+    async fn gc_runs(&self, common: &CommonArgs) -> Result<Vec<(String, Garbage)>, CliError> {
         const WHY: &str = "the command that it belongs to has ended";
         let mut abandoned = Vec::new();
         let runs = tasks::drivers(common).into_iter().filter(|(driver, _)| tasks::is_run(driver)).map(|(id, _)| id);
         if self.dry_run {
             // A run whose plugin lives is left out: only a request to shut down would show whether the run has ended.
-            let over = runs.filter(|id| runs::is_over(common, id));
-            return Ok(over.map(|id| (id.clone(), Garbage::new("run", &id, None).because(WHY))).collect());
+            let over = runs.filter(|id| runs::has_ended(common, id));
+            return Ok(over.map(|id| (id.clone(), Garbage::new("run", &id, None).with_reason(WHY))).collect());
         }
         for id in runs {
             if runs::is_abandoned(common, &id).await {
@@ -206,33 +207,34 @@ impl Gc {
         if abandoned.is_empty() {
             return Ok(Vec::new());
         }
-        let store = Store::open(common).await?;
+        let store = ContainerdSession::open(common).await?;
         let mut found = Vec::new();
         for id in abandoned {
-            runs::clear_up(common, &store.address, &id).await;
+            runs::clean_up(common, &store.address, &id).await;
             let problem = common.places(&id).run().exists().then(|| "some of it could not be removed".to_owned());
-            found.push((id.clone(), Garbage::new("run", &id, problem).because(WHY)));
+            found.push((id.clone(), Garbage::new("run", &id, problem).with_reason(WHY)));
         }
         store.close().await;
         Ok(found)
     }
 
     /// Removes unused images of `run` and `pull`, unless one of these commands is running.
-    async fn own(&self, common: &Common, keep: Duration) -> Result<Vec<Garbage>, CliError> {
+    async fn gc_images(&self, common: &CommonArgs, keep: Duration) -> Result<Vec<Garbage>, CliError> {
         if !common.places("cli").images().is_dir() {
             return Ok(Vec::new());
         }
-        let _lock = match StoreLock::alone(common) {
+        let _lock = match StoreLock::exclusive(common) {
             Ok(lock) => lock,
             Err(CliError::Usage(why)) => {
-                super::say(&format!("nomad-driver-shim: {why}"));
+                super::print_message(&format!("nomad-driver-shim: {why}"));
                 return Ok(Vec::new());
             }
             Err(error) => return Err(error),
         };
-        let store = Store::open(common).await?;
-        let outcome =
-            async { Ok(store.images(common)?.collect(keep, &tasks::in_use_by_runs(common), self.dry_run).await) };
+        let store = ContainerdSession::open(common).await?;
+        let outcome = async {
+            Ok(store.images(common)?.collect_garbage(keep, &tasks::in_use_by_runs(common), self.dry_run).await)
+        };
         let outcome = outcome.await;
         store.close().await;
         outcome
@@ -244,22 +246,24 @@ impl Rmi {
     ///
     /// # Errors
     /// When an image is in use, or neither a plugin nor the command line has it.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         for image in &self.images {
-            let name = image_named(image)?.to_string();
+            let name = parse_image(image)?.to_string();
             let mut removed = false;
             for (_, places) in tasks::drivers(common).into_iter().filter(|(driver, _)| !tasks::is_run(driver)) {
-                match ask(&places.control(), &Request::RemoveImage { image: name.clone() }, PATIENCE).await {
+                match send_request(&places.control(), &Request::RemoveImage { image: name.clone() }, ANSWER_TIMEOUT)
+                    .await
+                {
                     Ok(answer) => removed |= answer == Answer::Done,
-                    Err(error) if error.is_nobody() => {}
+                    Err(error) if error.no_plugin_listens() => {}
                     Err(error) => return Err(error.into()),
                 }
             }
-            let store = Store::open(common).await?;
+            let store = ContainerdSession::open(common).await?;
             let outcome = match store.images(common) {
                 Ok(images) if removed && images.by_name(&name).is_none() => Ok(()),
                 // A `run` in progress holds the lock, so this fails.
-                Ok(images) => match StoreLock::alone(common) {
+                Ok(images) => match StoreLock::exclusive(common) {
                     Ok(_lock) => images.remove(&name, &tasks::in_use_by_runs(common)).await.map_err(CliError::Records),
                     Err(error) => Err(error),
                 },
@@ -267,10 +271,10 @@ impl Rmi {
             };
             store.close().await;
             match outcome {
-                Err(CliError::Records(ImageError::NotHere { .. })) if removed => {}
+                Err(CliError::Records(ImageError::NotStored { .. })) if removed => {}
                 other => other?,
             }
-            print(&format!("{name}\n"))?;
+            print_data(&format!("{name}\n"))?;
         }
         Ok(0)
     }

@@ -6,11 +6,11 @@ use std::collections::HashMap;
 use clap::Args;
 use serde_json::json;
 
-use super::{CliError, Common, Store, print, table};
+use super::{CliError, CommonArgs, ContainerdSession, print_data, table};
 
 /// List images
 #[derive(Args, Debug)]
-pub struct Images {
+pub(crate) struct Images {
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -21,14 +21,14 @@ impl Images {
     ///
     /// # Errors
     /// When containerd does not answer, or output fails.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let store = Store::open(common).await?;
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
+        let store = ContainerdSession::open(common).await?;
         let outcome = self.list(&store, common).await;
         store.close().await;
         outcome
     }
 
-    async fn list(&self, store: &Store, common: &Common) -> Result<u8, CliError> {
+    async fn list(&self, store: &ContainerdSession, common: &CommonArgs) -> Result<u8, CliError> {
         let ready: HashMap<String, u64> =
             store.images(common)?.records().iter().map(|record| (record.reference.clone(), record.size)).collect();
         let mut images = store.client.images().await?;
@@ -43,7 +43,7 @@ impl Images {
                     })
                 })
                 .collect();
-            print(&format!("{}\n", json!(list)))?;
+            print_data(&format!("{}\n", json!(list)))?;
             return Ok(0);
         }
         let rows: Vec<Vec<String>> = images
@@ -56,7 +56,7 @@ impl Images {
                 vec![name.clone(), digest.chars().take(12).collect(), size, state.to_owned()]
             })
             .collect();
-        print(&table::render(&["IMAGE", "DIGEST", "SIZE", "READY"], &rows))?;
+        print_data(&table::render(&["IMAGE", "DIGEST", "SIZE", "READY"], &rows))?;
         Ok(0)
     }
 }

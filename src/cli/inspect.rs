@@ -3,11 +3,11 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{CliError, Common, print, ps, tasks};
+use super::{CliError, CommonArgs, print_data, ps, tasks};
 
 /// Show everything that is known about a task
 #[derive(Args, Debug)]
-pub struct Inspect {
+pub(crate) struct Inspect {
     /// The task: its id, its name, its container's id, or the beginning of its allocation's id
     task: String,
     /// Show the values of environment variables as well; they may be secrets
@@ -20,8 +20,8 @@ impl Inspect {
     ///
     /// # Errors
     /// When the task does not exist, or output fails.
-    pub fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let tasks::Found { driver, places, record } = tasks::one(common, &self.task)?;
+    pub(crate) fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
+        let tasks::FoundTask { driver, places, record } = tasks::find_task(common, &self.task)?;
         let bundle = places.bundle(&record.container_id);
         let spec = std::fs::read(bundle.join("config.json")).unwrap_or_default();
         let mut spec: Value = serde_json::from_slice(&spec).unwrap_or_default();
@@ -40,7 +40,7 @@ impl Inspect {
             "rootfs": places.rootfs(&record.container_id),
             "spec": spec,
         });
-        print(&format!("{}\n", serde_json::to_string_pretty(&text).unwrap_or_default()))?;
+        print_data(&format!("{}\n", serde_json::to_string_pretty(&text).unwrap_or_default()))?;
         Ok(0)
     }
 }

@@ -3,15 +3,15 @@
 
 use clap::Args;
 
-use super::{CliError, Common, tasks};
+use super::{CliError, CommonArgs, tasks};
 use crate::{
-    control::{PATIENCE, Request, ask},
-    task::{kill_alone, parse_signal},
+    control::{ANSWER_TIMEOUT, Request, send_request},
+    task::{parse_signal, signal_without_engine},
 };
 
 /// Send a signal to a task, or kill the whole task
 #[derive(Args, Debug)]
-pub struct Kill {
+pub(crate) struct Kill {
     /// The task: its id, its name, its container's id, or the beginning of its allocation's id
     task: String,
     /// The signal, which goes to the task's first process; without this option the whole task is killed
@@ -24,12 +24,12 @@ impl Kill {
     ///
     /// # Errors
     /// When the task does not exist or can't be reached, or the signal does not exist.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let tasks::Found { places, record, .. } = tasks::one(common, &self.task)?;
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
+        let tasks::FoundTask { places, record, .. } = tasks::find_task(common, &self.task)?;
         let number = self.signal.as_deref().map(parse_signal).transpose()?;
         let request = Request::Kill { task: record.task_id.0.clone(), signal: self.signal };
-        match ask(&places.control(), &request, PATIENCE).await {
-            Err(error) if error.is_nobody() => kill_alone(&places, &record, number).await?,
+        match send_request(&places.control(), &request, ANSWER_TIMEOUT).await {
+            Err(error) if error.no_plugin_listens() => signal_without_engine(&places, &record, number).await?,
             other => drop(other?),
         }
         Ok(0)

@@ -10,14 +10,14 @@ use std::{
 
 use clap::Args;
 
-use super::{CliError, Common, tasks};
+use super::{CliError, CommonArgs, tasks};
 
 /// The interval at which `--follow` looks for new output.
-const LOOK: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Print a task's output from Nomad's log files
 #[derive(Args, Debug)]
-pub struct Logs {
+pub(crate) struct Logs {
     /// The task: its id, its name, its container's id, or the beginning of its allocation's id
     task: String,
     /// Print standard error instead of standard output
@@ -36,8 +36,8 @@ impl Logs {
     ///
     /// # Errors
     /// When the task has no log files (a task of `run` has no log collector), or they can't be read.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let found = tasks::one(common, &self.task)?;
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
+        let found = tasks::find_task(common, &self.task)?;
         let named = found.record.alloc_dir.join("alloc/logs");
         let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
         let opened = File::options().read(true).custom_flags(flags).open(&named);
@@ -45,7 +45,7 @@ impl Logs {
         let directory = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
         let stream = if self.stderr { "stderr" } else { "stdout" };
         let prefix = format!("{}.{stream}.", found.record.name);
-        let parts = parts(&directory, &prefix);
+        let parts = file_numbers(&directory, &prefix);
         let Some(&newest) = parts.last() else {
             let problem =
                 format!("no logs of the task in {}; a task of `run` prints to its own terminal", named.display());
@@ -79,7 +79,7 @@ fn open(path: &Path) -> std::io::Result<File> {
 }
 
 /// Returns the numbers of the log files, in order.
-fn parts(directory: &Path, prefix: &str) -> Vec<u64> {
+fn file_numbers(directory: &Path, prefix: &str) -> Vec<u64> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let mut parts: Vec<u64> =
         entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()).collect();
@@ -104,7 +104,7 @@ async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> R
     let mut stdout = std::io::stdout();
     loop {
         // The next file is looked for before this one is read: once it exists, all later output is in the next file.
-        let next = parts(directory, prefix).into_iter().find(|&later| later > n);
+        let next = file_numbers(directory, prefix).into_iter().find(|&later| later > n);
         let mut text = Vec::new();
         file.read_to_end(&mut text)?;
         if stdout.write_all(&text).and_then(|()| stdout.flush()).is_err() {
@@ -112,7 +112,7 @@ async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> R
         }
         match next.map(|next| (next, open(&directory.join(format!("{prefix}{next}"))))) {
             Some((next, Ok(opened))) => (n, file) = (next, opened),
-            _ => tokio::time::sleep(LOOK).await,
+            _ => tokio::time::sleep(POLL_INTERVAL).await,
         }
     }
 }

@@ -30,18 +30,18 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    chain,
     containerd::{
         Client,
-        private::{self, Hold, PrivateError},
+        private::{self, DaemonHold, PrivateError},
     },
-    image::{ImageError, ImageStore, SharedError},
-    places::{Places, PlacesError, make_dir},
+    error_chain,
+    image::{ImageError, ImageStore, SharedPullError},
+    places::{Places, PlacesError, create_private_dir},
     text::{self, MESSAGE_MAX},
 };
 
 /// The exit code for errors of the command line itself, as docker's.
-const OURS: u8 = 125;
+const CLI_ERROR_CODE: u8 = 125;
 
 #[derive(Parser, Debug)]
 #[command(
@@ -51,14 +51,14 @@ const OURS: u8 = 125;
 #[command(arg_required_else_help = false, max_term_width = 100)]
 struct Cli {
     #[command(flatten)]
-    common: Common,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Option<Command>,
 }
 
 /// Options of every command.
 #[derive(Args, Debug, Clone)]
-pub struct Common {
+pub struct CommonArgs {
     /// containerd's socket; a private containerd is started if none answers at the default one
     #[arg(long, global = true, value_name = "SOCKET", env = "NOMAD_DRIVER_SHIM_ADDRESS")]
     address: Option<PathBuf>,
@@ -114,8 +114,8 @@ pub enum CliError {
     #[error(transparent)]
     Private(#[from] PrivateError),
     /// An image can't be pulled.
-    #[error("{}", text::shown(&chain(&**.0), MESSAGE_MAX))]
-    Image(SharedError),
+    #[error("{}", text::sanitize(&error_chain(&**.0), MESSAGE_MAX))]
+    Image(SharedPullError),
     /// The image store failed.
     #[error(transparent)]
     Records(#[from] ImageError),
@@ -160,10 +160,10 @@ impl CliError {
     fn code(&self) -> u8 {
         match self {
             Self::Host(crate::host::HostError::Call { call: "StartTask", status }) => {
-                run::start_failure(status.message())
+                run::start_failure_code(status.message())
             }
-            Self::Exec(error) => error.exit_code().and_then(|code| u8::try_from(code).ok()).unwrap_or(OURS),
-            _ => OURS,
+            Self::Exec(error) => error.exit_code().and_then(|code| u8::try_from(code).ok()).unwrap_or(CLI_ERROR_CODE),
+            _ => CLI_ERROR_CODE,
         }
     }
 }
@@ -173,13 +173,13 @@ pub async fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let code = if error.use_stderr() { OURS } else { 0 };
+            let code = if error.use_stderr() { CLI_ERROR_CODE } else { 0 };
             let _ = error.print();
             return ExitCode::from(code);
         }
     };
     let Some(command) = cli.command else {
-        explain();
+        print_introduction();
         return ExitCode::FAILURE;
     };
     log_to_stderr();
@@ -202,7 +202,7 @@ pub async fn main() -> ExitCode {
     };
     outcome.map_or_else(
         |error| {
-            say(&format!("nomad-driver-shim: {}", chain(&error)));
+            print_message(&format!("nomad-driver-shim: {}", error_chain(&error)));
             ExitCode::from(error.code())
         },
         ExitCode::from,
@@ -210,13 +210,15 @@ pub async fn main() -> ExitCode {
 }
 
 /// Explains the program to a user who starts the plugin by hand.
-fn explain() {
-    say("nomad-driver-shim is a task driver plugin for HashiCorp Nomad.\n\n\
+fn print_introduction() {
+    print_message(
+        "nomad-driver-shim is a task driver plugin for HashiCorp Nomad.\n\n\
          Nomad starts it by itself: put this program (or a link to it) into the agent's plugin_dir, and name it in the\n\
          agent's configuration:\n\n  plugin \"nomad-driver-shim\" {\n    config {\n    }\n  }\n\n\
          A job then says driver = \"shim\". The name is the file's, without a leading \"nomad-driver-\"; linked as\n\
          containerd-driver it replaces nomad-driver-containerd.\n\n\
-         Without an agent: nomad-driver-shim run IMAGE [COMMAND...], and nomad-driver-shim --help for more.");
+         Without an agent: nomad-driver-shim run IMAGE [COMMAND...], and nomad-driver-shim --help for more.",
+    );
 }
 
 /// Logs errors only: log lines must not drown what the user asked for. `NOMAD_DRIVER_SHIM_LOG` sets another filter.
@@ -227,12 +229,12 @@ fn log_to_stderr() {
 }
 
 /// Prints a message to stderr.
-fn say(text: &str) {
+fn print_message(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
 /// Prints data to stdout.
-fn print(text: &str) -> std::io::Result<()> {
+fn print_data(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
@@ -244,7 +246,7 @@ fn is_interactive() -> bool {
 }
 
 /// Parses an image's name as a user typed it; the path of an image file becomes absolute.
-fn image_named(text: &str) -> Result<crate::image::Reference, CliError> {
+fn parse_image(text: &str) -> Result<crate::image::Reference, CliError> {
     use crate::image::{Archive, Reference};
     Ok(match Reference::parse(text)? {
         Reference::Archive(archive) => {
@@ -256,14 +258,14 @@ fn image_named(text: &str) -> Result<crate::image::Reference, CliError> {
 }
 
 /// The containerd that a command uses: the one given by `--address`, the system's if it answers, else a private one.
-struct Store {
+struct ContainerdSession {
     client: Client,
-    hold: Option<Hold>,
+    hold: Option<DaemonHold>,
     address: PathBuf,
 }
 
-impl Store {
-    async fn open(common: &Common) -> Result<Self, CliError> {
+impl ContainerdSession {
+    async fn open(common: &CommonArgs) -> Result<Self, CliError> {
         let system = PathBuf::from("/run/containerd/containerd.sock");
         let address = common.address.clone().unwrap_or_else(|| system.clone());
         let client = Client::new(&address, &common.namespace, "overlayfs");
@@ -272,7 +274,7 @@ impl Store {
             Err(error) if common.address.is_some() => return Err(error.into()),
             Err(_) => {}
         }
-        let hold = private::hold(&common.state_dir.join("containerd"), &common.run_dir.join("containerd")).await?;
+        let hold = private::acquire(&common.state_dir.join("containerd"), &common.run_dir.join("containerd")).await?;
         let address = hold.socket();
         let client = Client::new(&address, &common.namespace, "overlayfs");
         Ok(Self { client, hold: Some(hold), address })
@@ -285,15 +287,15 @@ impl Store {
     }
 
     /// Opens the image records that all `run`s share.
-    fn images(&self, common: &Common) -> Result<ImageStore, CliError> {
+    fn images(&self, common: &CommonArgs) -> Result<ImageStore, CliError> {
         let places = common.places("cli");
         let images = places.images();
-        make_dir(&images).map_err(|source| PlacesError::Create { path: images, source })?;
+        create_private_dir(&images).map_err(|source| PlacesError::Create { path: images, source })?;
         Ok(ImageStore::open(&places, self.client.clone())?)
     }
 }
 
-impl Common {
+impl CommonArgs {
     /// Returns the directories of a `run`: each has a run directory of its own, and all share one state directory.
     fn places(&self, run: &str) -> Places {
         Places::new(self.run_dir.join(run), self.state_dir.join("cli"))

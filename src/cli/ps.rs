@@ -3,12 +3,12 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{CliError, Common, print, table, tasks};
+use super::{CliError, CommonArgs, print_data, table, tasks};
 use crate::task::{Record, RecordState};
 
 /// List the tasks of all drivers on this host
 #[derive(Args, Debug)]
-pub struct Ps {
+pub(crate) struct Ps {
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -19,9 +19,9 @@ impl Ps {
     ///
     /// # Errors
     /// When output fails. A run directory that can't be read is reported and skipped.
-    pub fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let records: Vec<(String, Record)> =
-            tasks::all(common).into_iter().map(|found| (found.driver, found.record)).collect();
+            tasks::all_tasks(common).into_iter().map(|found| (found.driver, found.record)).collect();
         if self.json {
             let list: Vec<_> = records
                 .iter()
@@ -33,7 +33,7 @@ impl Ps {
                     })
                 })
                 .collect();
-            print(&format!("{}\n", json!(list)))?;
+            print_data(&format!("{}\n", json!(list)))?;
             return Ok(0);
         }
         let rows: Vec<Vec<String>> = records
@@ -52,7 +52,7 @@ impl Ps {
                 ]
             })
             .collect();
-        print(&table::render(&["DRIVER", "ALLOC", "TASK", "STATE", "PID", "RUNTIME", "IMAGE"], &rows))?;
+        print_data(&table::render(&["DRIVER", "ALLOC", "TASK", "STATE", "PID", "RUNTIME", "IMAGE"], &rows))?;
         Ok(0)
     }
 }
@@ -62,7 +62,7 @@ fn pid(record: &Record) -> Option<u32> {
 }
 
 /// Returns a task's state by its record, corrected by whether the task's process is alive.
-pub fn state(record: &Record) -> String {
+pub(crate) fn state(record: &Record) -> String {
     let alive = record.is_current() && record.state.run().is_some_and(|run| run.process.is_alive());
     match &record.state {
         RecordState::Intended => "starting".to_owned(),

@@ -1,15 +1,12 @@
 //! `pull`: pulls an image into the store, with a progress bar for each layer on a terminal.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use parking_lot::Mutex;
 
-use super::{CliError, Common, Store, gc::StoreLock, image_named, is_interactive, print};
+use super::{CliError, CommonArgs, ContainerdSession, gc::StoreLock, is_interactive, parse_image, print_data};
 use crate::{
     ids::Digest,
     image::{CredentialScope, Credentials, Progress, PullEvent, PullPolicy, PullRequest},
@@ -17,7 +14,7 @@ use crate::{
 
 /// Pull an image
 #[derive(Args, Debug)]
-pub struct Pull {
+pub(crate) struct Pull {
     /// The image's name
     image: String,
     /// Registry credentials, USER:PASSWORD
@@ -33,8 +30,8 @@ impl Pull {
     ///
     /// # Errors
     /// When the image can't be pulled.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
-        let reference = image_named(&self.image)?;
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
+        let reference = parse_image(&self.image)?;
         let _lock = StoreLock::shared(common)?;
         let credentials = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
             None => None,
@@ -45,7 +42,7 @@ impl Pull {
             }
             Some(None) => return Err(CliError::Usage("--auth needs USER:PASSWORD".to_owned())),
         };
-        let store = Store::open(common).await?;
+        let store = ContainerdSession::open(common).await?;
         let outcome = async {
             let images = store.images(common)?;
             let progress = if is_interactive() { bars() } else { Progress::default() };
@@ -58,7 +55,7 @@ impl Pull {
                 progress,
             };
             let record = images.pull(request).await.map_err(CliError::Image)?;
-            print(&format!("{}@{}\n", record.reference, record.digest))?;
+            print_data(&format!("{}@{}\n", record.reference, record.digest))?;
             Ok(0)
         };
         let outcome = outcome.await;
@@ -74,10 +71,10 @@ fn bars() -> Progress {
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
     let layers: Mutex<HashMap<Digest, ProgressBar>> = Mutex::default();
     let unpacking = all.add(ProgressBar::new_spinner());
-    Progress::to(move |event| match event {
+    Progress::with_listener(move |event| match event {
         PullEvent::Resolved(digest) => unpacking.set_message(format!("{digest}")),
         PullEvent::Layer { digest, done, size } => {
-            let mut layers = layers.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut layers = layers.lock();
             let bar = layers.entry(digest).or_insert_with_key(|digest| {
                 let bar = all.insert_before(&unpacking, ProgressBar::new(size).with_style(style.clone()));
                 bar.set_prefix(digest.short().to_owned());

@@ -12,14 +12,13 @@ use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
-    CliError, Common, Store,
+    CliError, CommonArgs, ContainerdSession,
     gc::StoreLock,
-    image_named,
-    runs::{clear_up, own_plugin, settings},
-    say,
+    parse_image, print_message,
+    runs::{clean_up, own_plugin, settings},
 };
 use crate::{
-    host::{Alloc, Collector, Output, Plugin, called, encode},
+    host::{Alloc, Collector, Output, Plugin, call_error, encode},
     ids::random_hex,
     pb::driver::{
         DestroyTaskRequest, InspectTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfigSchemaRequest,
@@ -29,15 +28,15 @@ use crate::{
 };
 
 /// The time between the first Ctrl-C and SIGKILL, as docker's.
-const STOP: prost_types::Duration = prost_types::Duration { seconds: 10, nanos: 0 };
+const STOP_TIMEOUT: prost_types::Duration = prost_types::Duration { seconds: 10, nanos: 0 };
 /// How long an interrupt waits for a start in progress. Create and Start take a tenth of this even on a busy machine.
-const ABOUT_TO_RUN: Duration = Duration::from_secs(2);
+const START_GRACE: Duration = Duration::from_secs(2);
 /// How long to wait after the exit for output that is still in the pipes.
-const DRAIN: Duration = Duration::from_secs(10);
+const OUTPUT_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Run a command in a new container
 #[derive(Args, Debug)]
-pub struct Run {
+pub(crate) struct Run {
     /// The image: redis:7, registry.example:5000/app@sha256:...
     image: String,
     /// The command and its arguments; they replace the image's CMD
@@ -94,10 +93,10 @@ pub struct Run {
 }
 
 /// Returns docker's exit code for a start that failed, by the runtime's message.
-pub fn start_failure(message: &str) -> u8 {
+pub(crate) fn start_failure_code(message: &str) -> u8 {
     let create = message.contains("create the container") || message.contains("start the container");
     let code = refusal_code(message).filter(|_| create);
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(super::OURS)
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(super::CLI_ERROR_CODE)
 }
 
 impl Run {
@@ -105,25 +104,25 @@ impl Run {
     ///
     /// # Errors
     /// When the task can't be started.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let config = self.task_config()?;
         // A bad name is refused before a containerd is started for it.
-        image_named(&self.image)?;
+        parse_image(&self.image)?;
         let _lock = StoreLock::shared(common)?;
         let began = Instant::now();
-        let store = Store::open(common).await?;
+        let store = ContainerdSession::open(common).await?;
         let containerd = began.elapsed();
         let id = format!("run-{}", random_hex(6));
         let session = Session { run: &self, config, id: &id, address: store.address.clone(), common };
         let outcome = Box::pin(session.execute(containerd)).await;
-        clear_up(common, &store.address, &id).await;
+        clean_up(common, &store.address, &id).await;
         store.close().await;
         outcome
     }
 
     fn task_config(&self) -> Result<serde_json::Value, CliError> {
         let mut config = json!({
-            "image": image_named(&self.image)?.to_string(),
+            "image": parse_image(&self.image)?.to_string(),
             "image_pull_timeout": "30m",
             "readonly_rootfs": self.read_only,
             "host_network": self.host_network,
@@ -197,7 +196,7 @@ struct Session<'a> {
     config: serde_json::Value,
     id: &'a str,
     address: PathBuf,
-    common: &'a Common,
+    common: &'a CommonArgs,
 }
 
 impl Session<'_> {
@@ -213,9 +212,9 @@ impl Session<'_> {
             Err(error) => Err(error.into()),
         };
         if outcome.is_err() && std::env::var_os("NOMAD_DRIVER_SHIM_LOG").is_some() {
-            say(plugin.stderr().trim_end());
+            print_message(plugin.stderr().trim_end());
         }
-        plugin.leave().await;
+        plugin.shut_down().await;
         outcome
     }
 
@@ -228,10 +227,11 @@ impl Session<'_> {
     ) -> Result<u8, CliError> {
         let run = self.run;
         let mut driver = plugin.driver();
-        let schema = driver.task_config_schema(TaskConfigSchemaRequest {}).await.map_err(called("TaskConfigSchema"))?;
+        let schema =
+            driver.task_config_schema(TaskConfigSchemaRequest {}).await.map_err(call_error("TaskConfigSchema"))?;
         let config = encode(schema.into_inner().spec.as_ref(), &self.config).map_err(crate::host::HostError::from)?;
         let alloc = Alloc::create(allocs, self.id)?;
-        let dirs = alloc.task(&run.name)?;
+        let dirs = alloc.create_task(&run.name)?;
         let mut task = dirs.config("1", config);
         // A command that a user typed gets no limits.
         task.resources = None;
@@ -241,8 +241,8 @@ impl Session<'_> {
                 pair.split_once('=').ok_or_else(|| CliError::Usage(format!("--env {pair:?} has no =")))?;
             task.env.insert(key.to_owned(), value.to_owned());
         }
-        let stdout = Collector::start(&dirs.stdout, to(std::io::stdout()));
-        let stderr = Collector::start(&dirs.stderr, to(std::io::stderr()));
+        let stdout = Collector::start(&dirs.stdout, forward_to(std::io::stdout()));
+        let stderr = Collector::start(&dirs.stderr, forward_to(std::io::stderr()));
         // From here on an interrupt stops the task, even if it comes before StartTask has answered.
         let mut interrupts = Interrupts::listen()?;
         let began = Instant::now();
@@ -254,22 +254,22 @@ impl Session<'_> {
             answer = &mut start => Some(answer),
             () = interrupts.next() => {
                 // The container may be about to run: then it is stopped properly. A pull is not waited for.
-                interrupts.again = true;
-                tokio::time::timeout(ABOUT_TO_RUN, &mut start).await.ok()
+                interrupts.pending = true;
+                tokio::time::timeout(START_GRACE, &mut start).await.ok()
             }
         };
-        answer.ok_or(CliError::Interrupted)?.map_err(called("StartTask"))?;
+        answer.ok_or(CliError::Interrupted)?.map_err(call_error("StartTask"))?;
         let started = began.elapsed();
         let exit = self.wait(&mut driver.clone(), &task_id, &mut interrupts).await;
         let lasted = began.elapsed();
-        stdout.ended(DRAIN).await;
-        stderr.ended(DRAIN).await;
+        stdout.wait_for_end(OUTPUT_DRAIN_TIMEOUT).await;
+        stderr.wait_for_end(OUTPUT_DRAIN_TIMEOUT).await;
         if run.time {
             let inspect = InspectTaskRequest { task_id: task_id.clone() };
-            let answer = driver.inspect_task(inspect).await.map_err(called("InspectTask"))?.into_inner();
+            let answer = driver.inspect_task(inspect).await.map_err(call_error("InspectTask"))?.into_inner();
             let first = stdout.first_byte().or(stderr.first_byte()).map(|first| first.duration_since(began));
             let phases = answer.driver.map(|driver| driver.attributes).unwrap_or_default();
-            say(&timing(
+            print_message(&timing(
                 &phases,
                 &[
                     ("containerd ready", Some(containerd)),
@@ -281,7 +281,7 @@ impl Session<'_> {
             ));
         }
         let request = DestroyTaskRequest { task_id, force: true };
-        let destroyed = driver.destroy_task(request).await.map_err(called("DestroyTask"));
+        let destroyed = driver.destroy_task(request).await.map_err(call_error("DestroyTask"));
         let code = exit?;
         destroyed?;
         alloc.remove()?;
@@ -303,15 +303,15 @@ impl Session<'_> {
             answer = &mut wait => answer,
             () = interrupts.next() => self.stop(driver, task_id, wait).await,
         };
-        let answer = answer.map_err(called("WaitTask"))?.into_inner();
+        let answer = answer.map_err(call_error("WaitTask"))?.into_inner();
         if !answer.err.is_empty() {
-            say(&format!("nomad-driver-shim: {}", answer.err));
+            print_message(&format!("nomad-driver-shim: {}", answer.err));
         }
         let result = answer.result.unwrap_or_default();
         if result.oom_killed && answer.err.is_empty() {
-            say("nomad-driver-shim: a process of the task was OOM Killed; the task itself succeeded");
+            print_message("nomad-driver-shim: a process of the task was OOM Killed; the task itself succeeded");
         }
-        Ok(u8::try_from(result.exit_code).unwrap_or(super::OURS))
+        Ok(u8::try_from(result.exit_code).unwrap_or(super::CLI_ERROR_CODE))
     }
 
     async fn stop<T>(
@@ -320,9 +320,10 @@ impl Session<'_> {
         task_id: &str,
         wait: impl Future<Output = T>,
     ) -> T {
-        let request = StopTaskRequest { task_id: task_id.to_owned(), timeout: Some(STOP), signal: String::new() };
+        let request =
+            StopTaskRequest { task_id: task_id.to_owned(), timeout: Some(STOP_TIMEOUT), signal: String::new() };
         if let Err(status) = driver.stop_task(request).await {
-            say(&format!("nomad-driver-shim: stop the task: {}", status.message()));
+            print_message(&format!("nomad-driver-shim: stop the task: {}", status.message()));
         }
         wait.await
     }
@@ -333,17 +334,17 @@ struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
     /// An interrupt that has already come and must be seen once more.
-    again: bool,
+    pending: bool,
 }
 
 impl Interrupts {
     fn listen() -> Result<Self, CliError> {
         let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        Ok(Self { interrupt, terminate, again: false })
+        Ok(Self { interrupt, terminate, pending: false })
     }
 
     async fn next(&mut self) {
-        if std::mem::take(&mut self.again) {
+        if std::mem::take(&mut self.pending) {
             return;
         }
         tokio::select! {
@@ -353,8 +354,8 @@ impl Interrupts {
     }
 }
 
-fn to(writer: impl Write + Send + 'static) -> Output {
-    Output::To(Box::new(writer))
+fn forward_to(writer: impl Write + Send + 'static) -> Output {
+    Output::Writer(Box::new(writer))
 }
 
 /// Renders the phases of a run; those inside of the plugin are below StartTask.
@@ -401,9 +402,9 @@ mod tests {
             ("open executable: Permission denied", 126),
             ("cgroups: something else", 125),
         ] {
-            assert_eq!(start_failure(&format!("{prefix}{message}")), code, "{message}");
+            assert_eq!(start_failure_code(&format!("{prefix}{message}")), code, "{message}");
         }
-        assert_eq!(start_failure("image x was not found: no such file or directory"), 125);
+        assert_eq!(start_failure_code("image x was not found: no such file or directory"), 125);
     }
 
     #[test]

@@ -5,22 +5,22 @@ use std::{fs::File, path::Path};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::json;
 
-use super::{CliError, Common, say};
+use super::{CliError, CommonArgs, print_message};
 use crate::{
-    control::{PATIENCE, Request, ask},
-    host::{Launch, Plugin},
+    control::{ANSWER_TIMEOUT, Request, send_request},
+    host::{Plugin, PluginCommand},
     pb::driver::DestroyTaskRequest,
     places::MountPoints,
     task::read_records,
 };
 
 /// Starts this same binary as a plugin.
-pub async fn own_plugin() -> Result<Plugin, CliError> {
-    Ok(Plugin::launch(&Launch::named(std::env::current_exe()?, "shim")).await?)
+pub(crate) async fn own_plugin() -> Result<Plugin, CliError> {
+    Ok(Plugin::launch(&PluginCommand::with_name(std::env::current_exe()?, "shim")).await?)
 }
 
 /// Returns the plugin's configuration for the run called `id`.
-pub fn settings(common: &Common, address: &Path, id: &str) -> serde_json::Value {
+pub(crate) fn settings(common: &CommonArgs, address: &Path, id: &str) -> serde_json::Value {
     let places = common.places(id);
     // A user of this command is root already, so nothing is forbidden.
     json!({
@@ -36,44 +36,50 @@ pub fn settings(common: &Common, address: &Path, id: &str) -> serde_json::Value 
 
 /// Removes a run's directory. A plugin that died, or was stopped in the middle of a start, has left a task's record
 /// there; then another plugin destroys the task first.
-pub async fn clear_up(common: &Common, address: &Path, id: &str) {
+pub(crate) async fn clean_up(common: &CommonArgs, address: &Path, id: &str) {
     let places = common.places(id);
-    let remains = || match read_records(&places.tasks()) {
-        Ok(records) => Some(records.good),
+    let read_remaining = || match read_records(&places.tasks()) {
+        Ok(records) => Some(records.readable),
         Err(error) => {
-            say(&format!("nomad-driver-shim: {}: the remains of the run are kept", crate::chain(&error)));
+            print_message(&format!(
+                "nomad-driver-shim: {}: the remains of the run are kept",
+                crate::error_chain(&error)
+            ));
             None
         }
     };
-    let Some(records) = remains() else { return };
+    let Some(records) = read_remaining() else { return };
     if !records.is_empty()
         && let Ok(plugin) = own_plugin().await
     {
         if plugin.configure(&settings(common, address, id)).await.is_ok() {
-            for record in remains().unwrap_or_default() {
+            for record in read_remaining().unwrap_or_default() {
                 let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
                 if let Err(status) = plugin.driver().destroy_task(request).await {
-                    say(&format!("nomad-driver-shim: destroy the task of the run: {}", status.message()));
+                    print_message(&format!("nomad-driver-shim: destroy the task of the run: {}", status.message()));
                 }
             }
         }
-        plugin.leave().await;
+        plugin.shut_down().await;
     }
-    places.leave_uppers();
-    if remains().is_none_or(|records| !records.is_empty()) || !remove_unless_mounted(places.run()) {
-        say(&format!("nomad-driver-shim: something could not be removed; it is in {}", places.run().display()));
+    places.remove_uppers_if_empty();
+    if read_remaining().is_none_or(|records| !records.is_empty()) || !remove_unless_mounted(places.run()) {
+        print_message(&format!(
+            "nomad-driver-shim: something could not be removed; it is in {}",
+            places.run().display()
+        ));
     }
 }
 
 /// Removes a directory of the command line, unless something may be mounted in it: that may be the host's own. Returns
 /// false if something may be mounted.
-pub fn remove_unless_mounted(path: &Path) -> bool {
-    if MountPoints::read().may_be_in(path) {
+pub(crate) fn remove_unless_mounted(path: &Path) -> bool {
+    if MountPoints::read().may_be_below(path) {
         return false;
     }
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            say(&format!("nomad-driver-shim: {}: {error}", path.display()));
+            print_message(&format!("nomad-driver-shim: {}: {error}", path.display()));
         }
         _ => {}
     }
@@ -81,19 +87,19 @@ pub fn remove_unless_mounted(path: &Path) -> bool {
 }
 
 /// Whether the run's plugin has ended. A plugin that lives gets no request.
-pub fn is_over(common: &Common, id: &str) -> bool {
+pub(crate) fn has_ended(common: &CommonArgs, id: &str) -> bool {
     let lock = File::options().append(true).open(common.places(id).lock());
     lock.is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok())
 }
 
 /// Whether the run's own process is gone. Its plugin, if it still runs, is then shut down: a run is useless without its
 /// terminal.
-pub async fn is_abandoned(common: &Common, id: &str) -> bool {
+pub(crate) async fn is_abandoned(common: &CommonArgs, id: &str) -> bool {
     let places = common.places(id);
-    match ask(&places.control(), &Request::Leave, PATIENCE).await {
+    match send_request(&places.control(), &Request::Leave, ANSWER_TIMEOUT).await {
         Ok(_) => true,
         // A plugin that is just starting holds its lock, but does not listen yet.
-        Err(error) if error.is_nobody() => is_over(common, id),
+        Err(error) if error.no_plugin_listens() => has_ended(common, id),
         Err(_) => false,
     }
 }

@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde_json::json;
 
-use super::{CliError, Common, print, ps, table, tasks};
-use crate::cgroup::{CgroupError, CgroupPath, Cgroups, Usage, percent};
+use super::{CliError, CommonArgs, print_data, ps, table, tasks};
+use crate::cgroup::{CgroupError, CgroupPath, Cgroups, Usage, cpu_percent};
 
 /// The time between the two samples from which processor usage is computed.
-const LOOK: Duration = Duration::from_secs(1);
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Show the resource usage of running tasks
 #[derive(Args, Debug)]
-pub struct Stats {
+pub(crate) struct Stats {
     /// Show only this task
     task: Option<String>,
     /// Print JSON
@@ -23,7 +23,7 @@ pub struct Stats {
 
 impl From<CgroupError> for CliError {
     fn from(error: CgroupError) -> Self {
-        Self::Usage(crate::chain(&error))
+        Self::Usage(crate::error_chain(&error))
     }
 }
 
@@ -32,25 +32,25 @@ impl Stats {
     ///
     /// # Errors
     /// When the task does not exist, or output fails.
-    pub async fn execute(self, common: &Common) -> Result<u8, CliError> {
+    pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks = match &self.task {
-            Some(task) => vec![tasks::one(common, task)?],
-            None => tasks::all(common),
+            Some(task) => vec![tasks::find_task(common, task)?],
+            None => tasks::all_tasks(common),
         };
         let cgroups = Cgroups::detect()?;
-        let look = |found: &tasks::Found| cgroups.usage(&CgroupPath::recorded(&found.record.cgroup));
+        let sample = |found: &tasks::FoundTask| cgroups.usage(&CgroupPath::recorded(&found.record.cgroup));
         let running: Vec<_> = tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
-        let (first, began): (Vec<Option<Usage>>, Instant) = (running.iter().map(look).collect(), Instant::now());
+        let (first, began): (Vec<Option<Usage>>, Instant) = (running.iter().map(sample).collect(), Instant::now());
         if !running.is_empty() {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(SAMPLE_INTERVAL).await;
         }
-        let second: Vec<Option<Usage>> = running.iter().map(look).collect();
+        let second: Vec<Option<Usage>> = running.iter().map(sample).collect();
         let time = began.elapsed();
         let mut list = Vec::new();
         let mut rows = Vec::new();
         for (found, (before, after)) in running.iter().zip(first.iter().zip(&second)) {
             let (Some(before), Some(after)) = (before, after) else { continue };
-            let percent = percent(before.cpu.total_ns, after.cpu.total_ns, time);
+            let percent = cpu_percent(before.cpu.total_ns, after.cpu.total_ns, time);
             let record = &found.record;
             list.push(json!({
                 "driver": found.driver, "task_id": record.task_id, "container_id": record.container_id,
@@ -72,9 +72,9 @@ impl Stats {
             ]);
         }
         if self.json {
-            print(&format!("{}\n", json!(list)))?;
+            print_data(&format!("{}\n", json!(list)))?;
         } else {
-            print(&table::render(&["DRIVER", "ALLOC", "TASK", "CPU %", "MEMORY", "RSS", "CACHE", "SWAP"], &rows))?;
+            print_data(&table::render(&["DRIVER", "ALLOC", "TASK", "CPU %", "MEMORY", "RSS", "CACHE", "SWAP"], &rows))?;
         }
         Ok(0)
     }

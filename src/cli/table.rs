@@ -1,7 +1,7 @@
 //! Tables for people: columns as wide as needed, with two spaces between them.
 
 /// Renders rows in aligned columns below their headings.
-pub fn render(heads: &[&str], rows: &[Vec<String>]) -> String {
+pub(crate) fn render(heads: &[&str], rows: &[Vec<String>]) -> String {
     let width = |n: usize| {
         rows.iter()
             .filter_map(|row| row.get(n))

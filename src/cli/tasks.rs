@@ -2,16 +2,16 @@
 
 use std::fs;
 
-use super::{CliError, Common, say};
+use super::{CliError, CommonArgs, print_message};
 use crate::{
-    image::InUse,
+    image::ImagesInUse,
     places::{MountPoints, Places},
     task::{Record, read_records},
 };
 
 /// A task and its driver.
 #[derive(Debug, Clone)]
-pub struct Found {
+pub(crate) struct FoundTask {
     /// The driver's name.
     pub driver: String,
     /// The driver's directories.
@@ -21,7 +21,7 @@ pub struct Found {
 }
 
 /// Returns the drivers on this host by name, with their directories.
-pub fn drivers(common: &Common) -> Vec<(String, Places)> {
+pub(crate) fn drivers(common: &CommonArgs) -> Vec<(String, Places)> {
     let entries = fs::read_dir(&common.run_dir).into_iter().flatten().flatten();
     let mut found: Vec<(String, Places)> = entries
         .filter(|entry| entry.path().join("tasks").is_dir())
@@ -36,30 +36,30 @@ pub fn drivers(common: &Common) -> Vec<(String, Places)> {
 }
 
 /// Whether this is the directory of a `run`, whose images belong to the command line.
-pub fn is_run(driver: &str) -> bool {
+pub(crate) fn is_run(driver: &str) -> bool {
     driver.starts_with("run-")
 }
 
 /// Returns the images that the tasks of all `run`s use, whether their processes live or not: an image is in use as long
 /// as its layers are mounted.
-pub fn in_use_by_runs(common: &Common) -> InUse {
+pub(crate) fn in_use_by_runs(common: &CommonArgs) -> ImagesInUse {
     let mounts = MountPoints::read();
-    let mounted = |found: &Found| mounts.may_be_in(&found.places.rootfs(&found.record.container_id));
-    let runs = all(common).into_iter().filter(|found| is_run(&found.driver));
+    let mounted = |found: &FoundTask| mounts.may_be_below(&found.places.rootfs(&found.record.container_id));
+    let runs = all_tasks(common).into_iter().filter(|found| is_run(&found.driver));
     runs.filter(mounted).map(|found| (found.record.intent.image, found.record.intent.lease)).collect()
 }
 
 /// Returns all tasks, in the order of drivers and ids. A run directory that can't be read is reported and skipped.
-pub fn all(common: &Common) -> Vec<Found> {
+pub(crate) fn all_tasks(common: &CommonArgs) -> Vec<FoundTask> {
     let mut found = Vec::new();
     for (driver, places) in drivers(common) {
         match read_records(&places.tasks()) {
-            Ok(records) => found.extend(records.good.into_iter().map(|record| Found {
+            Ok(records) => found.extend(records.readable.into_iter().map(|record| FoundTask {
                 driver: driver.clone(),
                 places: places.clone(),
                 record,
             })),
-            Err(error) => say(&format!("nomad-driver-shim: {}", crate::chain(&error))),
+            Err(error) => print_message(&format!("nomad-driver-shim: {}", crate::error_chain(&error))),
         }
     }
     found.sort_by(|a, b| (&a.driver, &a.record.task_id).cmp(&(&b.driver, &b.record.task_id)));
@@ -71,18 +71,18 @@ pub fn all(common: &Common) -> Vec<Found> {
 ///
 /// # Errors
 /// When there is no such task, or more than one.
-pub fn one(common: &Common, wanted: &str) -> Result<Found, CliError> {
-    let tasks = all(common);
-    let exact = |found: &&Found| {
+pub(crate) fn find_task(common: &CommonArgs, wanted: &str) -> Result<FoundTask, CliError> {
+    let tasks = all_tasks(common);
+    let exact = |found: &&FoundTask| {
         let record = &found.record;
         [record.task_id.0.as_str(), record.container_id.as_str(), record.name.as_str(), record.alloc_id.as_str()]
             .contains(&wanted)
     };
-    let begins = |found: &&Found| {
+    let begins = |found: &&FoundTask| {
         let record = &found.record;
         wanted.len() >= 4 && (record.alloc_id.starts_with(wanted) || record.container_id.as_str().starts_with(wanted))
     };
-    let mut fitting: Vec<&Found> = tasks.iter().filter(exact).collect();
+    let mut fitting: Vec<&FoundTask> = tasks.iter().filter(exact).collect();
     if fitting.is_empty() {
         fitting = tasks.iter().filter(begins).collect();
     }

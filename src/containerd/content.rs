@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
-use super::{CALL, Client, ContainerdError, Labels, LeaseId, MESSAGE_MAX};
+use super::{CALL_TIMEOUT, Client, ContainerdError, Labels, LeaseId, MESSAGE_MAX};
 use crate::{
     ids::Digest,
     pb::services::content::v1::{
@@ -15,9 +15,9 @@ use crate::{
 
 /// The most data in one write message. containerd accepts messages of up to 16 MiB; 1 MiB keeps the buffers of both
 /// ends small.
-const CHUNK: usize = 1 << 20;
+const CHUNK_SIZE: usize = 1 << 20;
 /// The timeout of a commit, which may have to write gigabytes to a slow disk.
-const COMMIT: std::time::Duration = std::time::Duration::from_secs(10 * 60);
+const COMMIT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10 * 60);
 
 impl Client {
     fn content(&self) -> ContentClient<tonic::transport::Channel> {
@@ -46,11 +46,15 @@ impl Client {
         let request = self.request(None, ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 });
         let mut stream = self.call("Content.Read", subject, self.content().read(request)).await?;
         let mut bytes = Vec::new();
-        while let Some(part) = self.message("Content.Read", subject, &mut stream).await? {
+        while let Some(part) = self.next_message("Content.Read", subject, &mut stream).await? {
             bytes.extend_from_slice(&part.data);
             if bytes.len() > limit {
                 let problem = format!("the blob is larger than {limit} bytes");
-                return Err(ContainerdError::Nonsense { call: "Content.Read", subject: subject.to_owned(), problem });
+                return Err(ContainerdError::MalformedAnswer {
+                    call: "Content.Read",
+                    subject: subject.to_owned(),
+                    problem,
+                });
             }
         }
         Ok(bytes)
@@ -63,7 +67,7 @@ impl Client {
     pub async fn write_blob(&self, lease: &LeaseId, bytes: &[u8], labels: Labels) -> Result<Digest, ContainerdError> {
         let digest = Digest::of(bytes);
         let size = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
-        while !self.keep_blob(lease, &digest, labels.clone()).await? {
+        while !self.add_blob_to_lease(lease, &digest, labels.clone()).await? {
             let Some(mut writer) = self.open_blob(lease, &digest, size).await? else { continue };
             if !writer.is_complete() {
                 writer.write(bytes).await?;
@@ -79,7 +83,12 @@ impl Client {
     ///
     /// # Errors
     /// Fails when a call to containerd fails.
-    pub async fn keep_blob(&self, lease: &LeaseId, digest: &Digest, labels: Labels) -> Result<bool, ContainerdError> {
+    pub async fn add_blob_to_lease(
+        &self,
+        lease: &LeaseId,
+        digest: &Digest,
+        labels: Labels,
+    ) -> Result<bool, ContainerdError> {
         // The lease comes first: a blob that the garbage collector has not removed by then is kept.
         self.add_to_lease(lease, "content", digest.as_str()).await?;
         if labels.is_empty() {
@@ -107,17 +116,17 @@ impl Client {
         size: i64,
     ) -> Result<Option<BlobWriter>, ContainerdError> {
         let reference = format!("nomad-driver-shim-{digest}");
-        let mut patience = tokio::time::interval(std::time::Duration::from_millis(250));
-        let mut stale = Stale::Refuse;
+        let mut retry_interval = tokio::time::interval(std::time::Duration::from_millis(250));
+        let mut stale = StaleIngest::Discard;
         loop {
             match self.try_open_blob(lease, digest, size, (&reference, stale)).await {
                 // Another writer has the reference: another image's pull of the same layer, which will fail or commit.
                 // The time for which this waits is limited by the pull's own timeout.
                 Err(ContainerdError::Refused { source, .. }) if source.code == Code::Unavailable => {
-                    patience.tick().await;
+                    retry_interval.tick().await;
                 }
                 Err(error) if error.is_already_exists() => return Ok(None),
-                Ok(None) => stale = Stale::Accept,
+                Ok(None) => stale = StaleIngest::Accept,
                 Ok(writer) => return Ok(writer),
                 Err(error) => return Err(error),
             }
@@ -130,7 +139,7 @@ impl Client {
         lease: &LeaseId,
         digest: &Digest,
         size: i64,
-        (reference, stale): (&str, Stale),
+        (reference, stale): (&str, StaleIngest),
     ) -> Result<Option<BlobWriter>, ContainerdError> {
         const CALL_NAME: &str = "Content.Write";
         let (send, receive) = mpsc::channel(4);
@@ -160,7 +169,7 @@ impl Client {
         if answer.offset == 0 {
             return Ok(Some(writer));
         }
-        if answer.offset == size && stale == Stale::Accept {
+        if answer.offset == size && stale == StaleIngest::Accept {
             // The blob is still complete after it was thrown away: containerd has it for another namespace and shares
             // it.
             writer.offset = size;
@@ -187,16 +196,16 @@ impl Client {
         Ok(BlobReader { client: self.clone(), digest: digest.clone(), stream })
     }
 
-    pub(super) async fn message<T>(
+    pub(super) async fn next_message<T>(
         &self,
         call: &'static str,
         subject: &str,
         stream: &mut Streaming<T>,
     ) -> Result<Option<T>, ContainerdError> {
-        self.message_within(CALL, call, subject, stream).await
+        self.next_message_within(CALL_TIMEOUT, call, subject, stream).await
     }
 
-    async fn message_within<T>(
+    async fn next_message_within<T>(
         &self,
         limit: std::time::Duration,
         call: &'static str,
@@ -206,7 +215,7 @@ impl Client {
         match tokio::time::timeout(limit, stream.message()).await {
             Ok(Ok(message)) => Ok(message),
             Ok(Err(status)) => Err(self.refused(call, subject, status)),
-            Err(_) => Err(ContainerdError::Late { call, subject: subject.to_owned(), after: limit }),
+            Err(_) => Err(ContainerdError::TimedOut { call, subject: subject.to_owned(), after: limit }),
         }
     }
 }
@@ -225,16 +234,16 @@ impl BlobReader {
     /// # Errors
     /// Fails when a call to containerd fails.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, ContainerdError> {
-        let part = self.client.message("Content.Read", self.digest.as_str(), &mut self.stream).await?;
+        let part = self.client.next_message("Content.Read", self.digest.as_str(), &mut self.stream).await?;
         Ok(part.map(|part| part.data))
     }
 }
 
 /// The treatment of an ingest that has data already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stale {
+enum StaleIngest {
     /// Throws the ingest away.
-    Refuse,
+    Discard,
     /// Uses the data, if it is the whole blob.
     Accept,
 }
@@ -263,7 +272,7 @@ impl BlobWriter {
     /// # Errors
     /// Fails when a call to containerd fails.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ContainerdError> {
-        for data in bytes.chunks(CHUNK) {
+        for data in bytes.chunks(CHUNK_SIZE) {
             let message = WriteContentRequest {
                 action: WriteAction::Write.into(),
                 r#ref: self.reference.clone(),
@@ -277,7 +286,7 @@ impl BlobWriter {
             let answer = self.answer().await?;
             if answer.offset != self.offset {
                 let problem = format!("the offset is {} after writing up to {}", answer.offset, self.offset);
-                return Err(self.nonsense(problem));
+                return Err(self.malformed_answer(problem));
             }
         }
         Ok(())
@@ -299,7 +308,7 @@ impl BlobWriter {
         };
         let _ = self.send.send(message).await;
         // containerd syncs the whole blob to disk before it answers.
-        match self.answer_within(COMMIT).await {
+        match self.answer_within(COMMIT_TIMEOUT).await {
             Err(error) if !error.is_already_exists() => Err(error),
             _ => Ok(()),
         }
@@ -316,18 +325,18 @@ impl BlobWriter {
     }
 
     async fn answer(&mut self) -> Result<WriteContentResponse, ContainerdError> {
-        self.answer_within(CALL).await
+        self.answer_within(CALL_TIMEOUT).await
     }
 
     async fn answer_within(&mut self, limit: std::time::Duration) -> Result<WriteContentResponse, ContainerdError> {
         let subject = self.digest.as_str();
-        match self.client.message_within(limit, "Content.Write", subject, &mut self.answers).await? {
+        match self.client.next_message_within(limit, "Content.Write", subject, &mut self.answers).await? {
             Some(answer) => Ok(answer),
-            None => Err(self.nonsense("the stream ended without an answer".to_owned())),
+            None => Err(self.malformed_answer("the stream ended without an answer".to_owned())),
         }
     }
 
-    fn nonsense(&self, problem: String) -> ContainerdError {
-        ContainerdError::Nonsense { call: "Content.Write", subject: self.digest.to_string(), problem }
+    fn malformed_answer(&self, problem: String) -> ContainerdError {
+        ContainerdError::MalformedAnswer { call: "Content.Write", subject: self.digest.to_string(), problem }
     }
 }

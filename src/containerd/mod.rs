@@ -36,9 +36,9 @@ use crate::{
 
 /// The timeout of a call. containerd answers metadata calls in milliseconds, but was seen to take seconds on a busy
 /// disk (bolt's fsync).
-const CALL: Duration = Duration::from_secs(30);
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The timeout of the check whether containerd is running. The check is made often, so the timeout is short.
-const PROBE: Duration = Duration::from_secs(2);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The largest message, which is containerd's own limit.
 const MESSAGE_MAX: usize = 16 << 20;
 
@@ -81,7 +81,7 @@ pub enum ContainerdError {
     },
     /// containerd did not answer in time.
     #[error("containerd: {call} {subject}: no answer in {} s", after.as_secs())]
-    Late {
+    TimedOut {
         /// The method that was called.
         call: &'static str,
         /// The object of the call.
@@ -91,7 +91,7 @@ pub enum ContainerdError {
     },
     /// containerd answered in a way that no version of it should.
     #[error("containerd: {call} {subject}: {problem}")]
-    Nonsense {
+    MalformedAnswer {
         /// The method that was called.
         call: &'static str,
         /// The object of the call.
@@ -115,7 +115,7 @@ impl ContainerdError {
     /// Returns what has to change before another attempt can succeed: the host's state or the job.
     pub fn failure_cause(&self) -> Cause {
         match self {
-            Self::Unreachable { .. } | Self::Late { .. } | Self::Nonsense { .. } => Cause::Host,
+            Self::Unreachable { .. } | Self::TimedOut { .. } | Self::MalformedAnswer { .. } => Cause::Host,
             // Errors of Go code come with the code Unknown, whatever their kind, so the message is looked at before the
             // code.
             Self::Refused { source, .. } => failure::of_message(&source.message).unwrap_or(match source.code {
@@ -166,12 +166,12 @@ impl Client {
     pub fn new(address: &Path, namespace: &str, snapshotter: &str) -> Self {
         let socket = address.to_owned();
         // The URI is never used: the connector dials the socket.
-        let channel = Endpoint::from_static("http://containerd").connect_timeout(PROBE).connect_with_connector_lazy(
-            tower::service_fn(move |_| {
+        let channel = Endpoint::from_static("http://containerd")
+            .connect_timeout(PROBE_TIMEOUT)
+            .connect_with_connector_lazy(tower::service_fn(move |_| {
                 let socket = socket.clone();
                 async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
-            }),
-        );
+            }));
         Self {
             address: address.to_owned(),
             namespace: namespace.to_owned(),
@@ -196,7 +196,7 @@ impl Client {
     /// Fails when containerd does not answer within 2 s.
     pub async fn version(&self) -> Result<(String, String), ContainerdError> {
         let mut client = VersionClient::new(self.channel.clone());
-        let answer = self.within(PROBE, "Version", "", client.version(self.request(None, ()))).await?;
+        let answer = self.call_within(PROBE_TIMEOUT, "Version", "", client.version(self.request(None, ()))).await?;
         Ok((answer.version, answer.revision))
     }
 
@@ -345,10 +345,10 @@ impl Client {
         subject: &str,
         future: impl Future<Output = Result<tonic::Response<T>, Status>>,
     ) -> Result<T, ContainerdError> {
-        self.within(CALL, call, subject, future).await
+        self.call_within(CALL_TIMEOUT, call, subject, future).await
     }
 
-    async fn within<T>(
+    async fn call_within<T>(
         &self,
         limit: Duration,
         call: &'static str,
@@ -358,7 +358,7 @@ impl Client {
         match tokio::time::timeout(limit, future).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             Ok(Err(status)) => Err(self.refused(call, subject, status)),
-            Err(_) => Err(ContainerdError::Late { call, subject: subject.to_owned(), after: limit }),
+            Err(_) => Err(ContainerdError::TimedOut { call, subject: subject.to_owned(), after: limit }),
         }
     }
 

@@ -21,15 +21,15 @@ use nix::{
 
 use super::{Client, ContainerdError};
 use crate::{
-    places::{create_private, make_dir, open_lock, write_private},
+    places::{create_private, create_private_dir, open_lock_file, write_private},
     process::command,
 };
 
 /// The timeout for the daemon to come up. bolt and containerd's plugins are up in well under a second, but it takes
 /// longer on a cold disk.
-const START: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time for the daemon to exit after SIGTERM.
-const STOP: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The reason why a private containerd could not be started or joined.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,7 @@ pub enum PrivateError {
     },
     /// The daemon exited, or never answered.
     #[error("private containerd did not come up; its log is {log}")]
-    Silent {
+    DidNotComeUp {
         /// The daemon's log.
         log: PathBuf,
         /// The error of the last attempt to reach it.
@@ -64,12 +64,12 @@ pub enum PrivateError {
 
 /// A hold on the private containerd below one directory. It keeps the daemon running until `release` is called.
 #[derive(Debug)]
-pub struct Hold {
+pub struct DaemonHold {
     lock: Option<Flock<File>>,
     run: PathBuf,
 }
 
-impl Hold {
+impl DaemonHold {
     /// Returns the path of the daemon's socket.
     pub fn socket(&self) -> PathBuf {
         socket(&self.run)
@@ -78,13 +78,13 @@ impl Hold {
     /// Releases the hold. The daemon is stopped if no other program uses it.
     pub async fn release(mut self) {
         let Some(lock) = self.lock.take() else { return };
-        if let Ok(mine) = lock
+        if let Ok(exclusive) = lock
             .unlock()
             .map_err(|(_, errno)| errno)
             .and_then(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno))
         {
             stop(&self.run).await;
-            drop(mine);
+            drop(exclusive);
         }
     }
 }
@@ -108,18 +108,18 @@ fn configuration(root: &Path, run: &Path) -> String {
 ///
 /// # Errors
 /// Fails when the daemon can't be started or does not answer.
-pub async fn hold(root: &Path, run: &Path) -> Result<Hold, PrivateError> {
+pub async fn acquire(root: &Path, run: &Path) -> Result<DaemonHold, PrivateError> {
     let file = |path: &Path| {
         let path = path.to_owned();
         move |source| PrivateError::File { path, source }
     };
-    make_dir(root).map_err(file(root))?;
-    make_dir(run).map_err(file(run))?;
+    create_private_dir(root).map_err(file(root))?;
+    create_private_dir(run).map_err(file(run))?;
     let path = run.join("lock");
     loop {
         let shared = lock(&path, FlockArg::LockShared).await?;
         if client(run).version().await.is_ok() {
-            return Ok(Hold { lock: Some(shared), run: run.to_owned() });
+            return Ok(DaemonHold { lock: Some(shared), run: run.to_owned() });
         }
         // The daemon does not run, or another program is stopping it. Only one program may start it, while no other one
         // uses it.
@@ -136,7 +136,7 @@ pub async fn hold(root: &Path, run: &Path) -> Result<Hold, PrivateError> {
 /// Takes the lock on a blocking thread, because another program may have the lock while it starts the daemon.
 async fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, PrivateError> {
     let failed = |source| PrivateError::File { path: path.to_owned(), source };
-    let handle = open_lock(path).map_err(failed)?;
+    let handle = open_lock_file(path).map_err(failed)?;
     let locked = tokio::task::spawn_blocking(move || Flock::lock(handle, how).map_err(|(_, errno)| errno)).await;
     locked.map_err(|join| failed(io::Error::other(join)))?.map_err(|errno| failed(errno.into()))
 }
@@ -180,12 +180,12 @@ async fn wait_until_up(run: &Path, child: &mut std::process::Child, log: &Path) 
     write_private(&pid, child.id().to_string().as_bytes())
         .map_err(|source| PrivateError::File { path: pid, source })?;
     let client = client(run);
-    let deadline = tokio::time::Instant::now() + START;
+    let deadline = tokio::time::Instant::now() + START_TIMEOUT;
     loop {
         let Err(source) = client.version().await else { return Ok(()) };
         let ended = matches!(child.try_wait(), Ok(Some(_)));
         if ended || tokio::time::Instant::now() > deadline {
-            return Err(PrivateError::Silent { log: log.to_owned(), source });
+            return Err(PrivateError::DidNotComeUp { log: log.to_owned(), source });
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -194,14 +194,14 @@ async fn wait_until_up(run: &Path, child: &mut std::process::Child, log: &Path) 
 /// Stops the daemon of the recorded pid, after checking that the process is this daemon.
 async fn stop(run: &Path) {
     let Ok(pid) = fs::read_to_string(run.join("pid")).unwrap_or_default().parse::<i32>() else { return };
-    let ours = fs::read(format!("/proc/{pid}/cmdline"))
+    let is_private_daemon = fs::read(format!("/proc/{pid}/cmdline"))
         .is_ok_and(|line| line.windows(run.as_os_str().len()).any(|part| part == run.as_os_str().as_encoded_bytes()));
-    if !ours {
+    if !is_private_daemon {
         return;
     }
     let pid = Pid::from_raw(pid);
     let _ = kill(pid, Signal::SIGTERM);
-    let deadline = tokio::time::Instant::now() + STOP;
+    let deadline = tokio::time::Instant::now() + STOP_TIMEOUT;
     while fs::metadata(format!("/proc/{pid}/cmdline")).is_ok() && kill(pid, None).is_ok() {
         if tokio::time::Instant::now() > deadline {
             tracing::warn!(%pid, "the private containerd ignores SIGTERM");

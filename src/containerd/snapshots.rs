@@ -19,7 +19,7 @@ use crate::{
 
 /// The timeout of unpacking one layer, which may be gigabytes on a slow disk. Users set the timeout of the whole pull;
 /// this one only ends a call that hangs.
-const APPLY: Duration = Duration::from_secs(30 * 60);
+const APPLY_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 impl Client {
     fn snapshots(&self) -> SnapshotsClient<tonic::transport::Channel> {
@@ -104,9 +104,9 @@ impl Client {
         let subject = layer.digest.clone();
         let request = self.request(None, ApplyRequest { diff: Some(layer), mounts });
         let mut client = DiffClient::new(self.channel.clone());
-        let answer = self.within(APPLY, "Diff.Apply", &subject, client.apply(request)).await?;
+        let answer = self.call_within(APPLY_TIMEOUT, "Diff.Apply", &subject, client.apply(request)).await?;
         let digest = answer.applied.map(|applied| applied.digest).unwrap_or_default();
-        Digest::new(&digest).map_err(|error| ContainerdError::Nonsense {
+        Digest::new(&digest).map_err(|error| ContainerdError::MalformedAnswer {
             call: "Diff.Apply",
             subject,
             problem: error.to_string(),
@@ -132,7 +132,7 @@ impl Client {
         };
         // The snapshotter counts every file of the layer before it answers.
         let request = self.request(Some(lease), request);
-        self.within(APPLY, "Snapshots.Commit", name.as_str(), self.snapshots().commit(request)).await
+        self.call_within(APPLY_TIMEOUT, "Snapshots.Commit", name.as_str(), self.snapshots().commit(request)).await
     }
 
     /// Removes a snapshot. Succeeds if the snapshot is gone already.
@@ -155,7 +155,7 @@ impl Client {
         let request = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), ..Default::default() };
         let mut stream = self.call("Snapshots.List", "", self.snapshots().list(self.request(None, request))).await?;
         let mut keys = Vec::new();
-        while let Some(part) = self.message("Snapshots.List", "", &mut stream).await? {
+        while let Some(part) = self.next_message("Snapshots.List", "", &mut stream).await? {
             keys.extend(part.info.into_iter().map(|info| info.name));
         }
         Ok(keys)

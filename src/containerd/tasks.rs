@@ -52,7 +52,7 @@ impl Client {
     /// Fails when the call to containerd fails.
     pub async fn delete_container(&self, id: &str) -> Result<(), ContainerdError> {
         let request = self.request(None, DeleteContainerRequest { id: id.to_owned() });
-        gone_is_fine(self.call("Containers.Delete", id, self.containers().delete(request)).await)
+        ignore_not_found(self.call("Containers.Delete", id, self.containers().delete(request)).await)
     }
 
     /// Creates a container's task, whose process waits to be started.
@@ -91,8 +91,8 @@ impl Client {
     /// Fails when the call to containerd fails.
     pub async fn wait_task(&self, id: &str) -> Result<u32, ContainerdError> {
         let request = WaitRequest { container_id: id.to_owned(), ..Default::default() };
-        let day = std::time::Duration::from_secs(24 * 3600);
-        let answer = self.within(day, "Tasks.Wait", id, self.tasks().wait(self.request(None, request))).await?;
+        let limit = std::time::Duration::from_secs(24 * 3600);
+        let answer = self.call_within(limit, "Tasks.Wait", id, self.tasks().wait(self.request(None, request))).await?;
         Ok(answer.exit_status)
     }
 
@@ -115,7 +115,7 @@ impl Client {
 
     async fn kill(&self, request: KillRequest) -> Result<(), ContainerdError> {
         let id = request.container_id.clone();
-        gone_is_fine(self.call("Tasks.Kill", &id, self.tasks().kill(self.request(None, request))).await)
+        ignore_not_found(self.call("Tasks.Kill", &id, self.tasks().kill(self.request(None, request))).await)
     }
 
     /// Returns whether containerd has a record of the container `id`.
@@ -137,11 +137,11 @@ impl Client {
     /// Fails when the call to containerd fails.
     pub async fn delete_task(&self, id: &str) -> Result<(), ContainerdError> {
         let request = self.request(None, DeleteTaskRequest { container_id: id.to_owned() });
-        gone_is_fine(self.call("Tasks.Delete", id, self.tasks().delete(request)).await)
+        ignore_not_found(self.call("Tasks.Delete", id, self.tasks().delete(request)).await)
     }
 }
 
-fn gone_is_fine<T>(outcome: Result<T, ContainerdError>) -> Result<(), ContainerdError> {
+fn ignore_not_found<T>(outcome: Result<T, ContainerdError>) -> Result<(), ContainerdError> {
     match outcome {
         Err(error) if !error.is_not_found() => Err(error),
         _ => Ok(()),

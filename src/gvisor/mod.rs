@@ -4,7 +4,7 @@
 //! There is one script for each kind of network that a task can have. Apart from the sandbox supervisor, which is a
 //! process of its own, this module consists of pure functions; `task::runtime` does the rest.
 
-mod keeper;
+mod supervisor;
 mod wrapper;
 
 use std::{
@@ -14,7 +14,7 @@ use std::{
     str::FromStr,
 };
 
-pub use keeper::{COMMAND as KEEPER_COMMAND, KEEPING, main as keeper_main};
+pub use supervisor::{COMMAND as SUPERVISOR_COMMAND, SUPERVISOR_COMM, main as supervisor_main};
 pub use wrapper::{Caller, shim_config, wrapper};
 
 /// The way in which runsc intercepts the system calls of a task's processes (its `--platform`).
@@ -50,7 +50,7 @@ pub enum FileAccess {
 }
 
 /// Implements `Display` and `FromStr` for an enum whose variants have the given words.
-macro_rules! words {
+macro_rules! string_enum {
     ($kind:ty, $one_of:literal, $($variant:path => $word:literal),+) => {
         impl fmt::Display for $kind {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -66,10 +66,10 @@ macro_rules! words {
     };
 }
 
-words!(Platform, "systrap, kvm or ptrace",
+string_enum!(Platform, "systrap, kvm or ptrace",
     Platform::Systrap => "systrap", Platform::Kvm => "kvm", Platform::Ptrace => "ptrace");
-words!(Network, "sandbox, host or none", Network::Sandbox => "sandbox", Network::Host => "host", Network::None => "none");
-words!(FileAccess, "exclusive or shared", FileAccess::Exclusive => "exclusive", FileAccess::Shared => "shared");
+string_enum!(Network, "sandbox, host or none", Network::Sandbox => "sandbox", Network::Host => "host", Network::None => "none");
+string_enum!(FileAccess, "exclusive or shared", FileAccess::Exclusive => "exclusive", FileAccess::Shared => "shared");
 
 /// The settings that an operator has for a runtime that is runsc.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,26 +140,26 @@ pub fn check_flag(flag: &str) -> Result<(), String> {
 
 /// Says by a process's name and command line whether it is a runsc that is creating a container. A sandbox, its file
 /// server and its supervisor are not.
-pub fn is_at_work(name: &str, line: &[u8]) -> bool {
+pub fn is_creating_container(name: &str, line: &[u8]) -> bool {
     let has = |wanted: &[u8]| line.split(|byte| *byte == 0).any(|word| word == wanted);
     let creates = has(b"create") || (has(b"run") && has(b"--detach"));
-    creates && name.trim_end().as_bytes() != KEEPING.to_bytes()
+    creates && name.trim_end().as_bytes() != SUPERVISOR_COMM.to_bytes()
 }
 
 /// Says whether gVisor passes a device on to a task (by its nvproxy or tpuproxy). Everything else in a sandbox's `/dev`
 /// is emulated by gVisor.
-pub fn passes_on(device: &Path) -> bool {
+pub fn passes_device_through(device: &Path) -> bool {
     const KNOWN: [&str; 3] = ["/dev/nvidia", "/dev/accel", "/dev/vfio/"];
     let device = device.to_string_lossy();
     KNOWN.iter().any(|prefix| device.starts_with(prefix))
 }
 
 /// The kernel parameters that have an effect in gVisor. It accepts all others and ignores them.
-pub const SYSCTLS: [&str; 2] = ["net.ipv6.conf.all.disable_ipv6", "fs.nr_open"];
+pub const SUPPORTED_SYSCTLS: [&str; 2] = ["net.ipv6.conf.all.disable_ipv6", "fs.nr_open"];
 
 /// The result of probing a runsc.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Probed {
+pub struct RunscProbe {
     /// The platform that works on this host.
     pub platform: String,
     /// The version, as runsc prints it.
@@ -216,14 +216,14 @@ pub fn state_file(id: &str) -> String {
 }
 
 /// Returns the id of the container to which a file in runsc's state directory belongs, by the file's name.
-pub fn container_of(file: &str) -> &str {
-    let bare = file.strip_suffix(keeper::SUFFIX).or_else(|| Some(file.split_once("_sandbox:")?.0));
+pub fn container_of_state_file(file: &str) -> &str {
+    let bare = file.strip_suffix(supervisor::EXIT_CODE_SUFFIX).or_else(|| Some(file.split_once("_sandbox:")?.0));
     bare.or_else(|| file.strip_prefix("runsc-")?.strip_suffix(".sock")).unwrap_or(file)
 }
 
 /// The suffix of the file with the pid that an exec'd process has in its sandbox. It follows the name of the shim's pid
 /// file.
-pub const INSIDE: &str = ".inside";
+pub const SANDBOX_PID_SUFFIX: &str = ".inside";
 
 /// The annotation that tells gVisor's own shim that a container is a sandbox. Without it, the shim's Create never
 /// returns (reference: gVisor's shim, `SpecContainerType`).
@@ -278,9 +278,9 @@ mod tests {
     #[test]
     fn state_files_are_known_by_their_names() {
         for file in ["web-1_sandbox:web-1.state", "web-1_sandbox:web-1.lock", "runsc-web-1.sock", "web-1.exit-code"] {
-            assert_eq!(container_of(file), "web-1", "{file}");
+            assert_eq!(container_of_state_file(file), "web-1", "{file}");
         }
-        assert_eq!(container_of("web-1"), "web-1");
+        assert_eq!(container_of_state_file("web-1"), "web-1");
     }
 
     #[test]

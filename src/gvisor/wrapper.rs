@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::keeper;
+use super::supervisor;
 
 /// The shim that calls a wrapper script.
 #[derive(Debug, Clone, Copy)]
@@ -11,12 +11,12 @@ pub enum Caller<'a> {
     Runc {
         /// Whether `runsc delete` has to be called for a sandbox that has ended, because it does more than the task's
         /// teardown: it runs hooks, or removes files that are not the task's own.
-        deletes: bool,
+        needs_delete: bool,
     },
     /// gVisor's own shim, for which a sandbox supervisor saves the exit codes of sandboxes.
     Own {
         /// The path of this program, which contains the sandbox supervisor.
-        keeper: &'a Path,
+        supervisor: &'a Path,
     },
 }
 
@@ -25,17 +25,17 @@ pub fn wrapper(binary: &Path, flags: &[String], caller: Caller<'_>) -> String {
     let flags: String = flags.iter().map(|word| format!(" {}", quoted(word))).collect();
     let runsc = quoted(&binary.to_string_lossy());
     let own = match caller {
-        Caller::Own { keeper } => {
+        Caller::Own { supervisor: keeper } => {
             let keeper = quoted(&keeper.to_string_lossy());
-            let kept = format!("[ -x {keeper} ] && exec {keeper} {} {runsc}{flags} -- \"$@\"", keeper::COMMAND);
+            let kept = format!("[ -x {keeper} ] && exec {keeper} {} {runsc}{flags} -- \"$@\"", supervisor::COMMAND);
             format!("for word; do case $word in create|wait|delete) {kept};; esac; done\n")
         }
-        Caller::Runc { deletes } => {
-            let delete = if deletes { "" } else { DELETE };
+        Caller::Runc { needs_delete: deletes } => {
+            let delete = if deletes { "" } else { DELETE_CASE };
             format!(
                 "file= log= last= run=\n\
                  for word; do case $last in --pid-file) file=$word;; --log) log=$word;; esac; last=$word; done\n\
-                 case \" $* \" in\n{delete}{CREATE}{EXEC}esac\n"
+                 case \" $* \" in\n{delete}{CREATE_CASE}{EXEC_CASE}esac\n"
             )
         }
     };
@@ -48,18 +48,18 @@ pub fn wrapper(binary: &Path, flags: &[String], caller: Caller<'_>) -> String {
 
 /// Skips `runsc delete` for a sandbox that has ended. What it would remove is removed by the task's teardown, too, and
 /// without it a destroy takes 15 ms less CPU time.
-const DELETE: &str = "*\" --force \"*) ;;\n\
+const DELETE_CASE: &str = "*\" --force \"*) ;;\n\
     *\" delete \"*) [ -n \"$log\" ] && { read -r pid < \"${log%/*}/init.pid\" || [ -n \"$pid\" ]; } && ! kill -0 \"$pid\" && exit 0 ;;\n";
 
 /// Replaces `create` by `run --detach`, so that one call creates a sandbox and starts its process. This driver would
 /// call `start` as soon as `create` is done, and each call costs 10 ms of CPU time before it does anything.
-const CREATE: &str = "*\" create \"*)\n\
+const CREATE_CASE: &str = "*\" create \"*)\n\
     for word; do shift; [ \"$word\" = create ] && [ -z \"$run\" ] && run=--detach && set -- \"$@\" run \"$run\" || set -- \"$@\" \"$word\"\n\
     done ;;\n";
 
 /// Makes runsc write the pid that an exec'd process has in its sandbox to a file for this driver. runc's shim knows
 /// only the runsc that waits for the process, and would kill that one.
-const EXEC: &str = "*\" exec \"*)\n\
+const EXEC_CASE: &str = "*\" exec \"*)\n\
     for word; do shift; set -- \"$@\" \"$word\"\n\
     [ \"$word\" = exec ] && [ -n \"$file\" ] && set -- \"$@\" --internal-pid-file \"$file.inside\"\n\
     done ;;\n";
@@ -87,7 +87,7 @@ fn quoted(word: &str) -> String {
 mod tests {
     use super::*;
 
-    const RUNC: Caller<'_> = Caller::Runc { deletes: false };
+    const RUNC: Caller<'_> = Caller::Runc { needs_delete: false };
 
     #[test]
     fn a_wrapper_passes_every_word_on_as_it_is() {
@@ -117,7 +117,7 @@ mod tests {
     fn an_ended_sandbox_is_deleted_without_runsc() {
         let directory = tempfile::tempdir().expect("a directory");
         let run = |deletes: bool, force: &str| {
-            let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], Caller::Runc { deletes });
+            let script = wrapper(Path::new("/bin/echo"), &["-n".to_owned()], Caller::Runc { needs_delete: deletes });
             let log = directory.path().join("log.json");
             let words = format!("--root /r --log {} delete{force} c1", log.display());
             let output =

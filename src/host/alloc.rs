@@ -65,7 +65,7 @@ impl Alloc {
     ///
     /// # Errors
     /// When a directory or FIFO can't be created.
-    pub fn task(&self, name: &str) -> Result<TaskDirs, HostError> {
+    pub fn create_task(&self, name: &str) -> Result<TaskDirs, HostError> {
         for (own, mode) in [("local", 0o777), ("secrets", 0o777), ("private", 0o700), ("tmp", 0o777)] {
             directory(&self.dir.join(name).join(own), mode)?;
         }

@@ -1,7 +1,7 @@
 //! Encodes configurations as Nomad does: decodes them by the plugin's schema, and encodes them as msgpack with every
 //! key of the schema.
 
-use rmpv::Value as Wire;
+use rmpv::Value as MsgpackValue;
 use serde_json::Value as Json;
 
 use crate::pb::hclspec::{Spec, spec::Block};
@@ -18,7 +18,7 @@ pub struct ConfigMismatch(String);
 pub fn encode(spec: Option<&Spec>, json: &Json) -> Result<Vec<u8>, ConfigMismatch> {
     let value = match spec {
         Some(spec) => decode(spec, "", Some(json).filter(|json| !json.is_null()))?,
-        None => Wire::Map(Vec::new()),
+        None => MsgpackValue::Map(Vec::new()),
     };
     Ok(pack(&value))
 }
@@ -28,7 +28,7 @@ pub fn encode_raw(json: &Json) -> Vec<u8> {
     pack(&convert(json))
 }
 
-fn pack(value: &Wire) -> Vec<u8> {
+fn pack(value: &MsgpackValue) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Err(error) = rmpv::encode::write_value(&mut bytes, value) {
         tracing::error!(%error, "could not encode a configuration in memory, which should never fail");
@@ -36,7 +36,7 @@ fn pack(value: &Wire) -> Vec<u8> {
     bytes
 }
 
-fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMismatch> {
+fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<MsgpackValue, ConfigMismatch> {
     let mismatch = |problem: String| ConfigMismatch(problem);
     match &spec.block {
         Some(Block::Object(object)) => {
@@ -54,20 +54,20 @@ fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMi
             keys.sort();
             let entries = keys.into_iter().map(|key| {
                 let value = given.get(key).filter(|value| !value.is_null());
-                Ok((Wire::from(key.as_str()), decode(&object.attributes[key], key, value)?))
+                Ok((MsgpackValue::from(key.as_str()), decode(&object.attributes[key], key, value)?))
             });
-            entries.collect::<Result<Vec<_>, _>>().map(Wire::Map)
+            entries.collect::<Result<Vec<_>, _>>().map(MsgpackValue::Map)
         }
         Some(Block::Attr(attr)) => match json {
             None if attr.required => Err(mismatch(format!("missing required argument {name:?}"))),
-            None => Ok(Wire::Nil),
+            None => Ok(MsgpackValue::Nil),
             Some(value) => coerce(&attr.r#type, name, value),
         },
         Some(Block::Default(default)) => {
             let primary = default.primary.as_deref().map(|spec| decode(spec, name, json)).transpose()?;
             match (primary, default.default.as_deref()) {
-                (Some(Wire::Nil) | None, Some(fallback)) => decode(fallback, name, None),
-                (primary, _) => Ok(primary.unwrap_or(Wire::Nil)),
+                (Some(MsgpackValue::Nil) | None, Some(fallback)) => decode(fallback, name, None),
+                (primary, _) => Ok(primary.unwrap_or(MsgpackValue::Nil)),
             }
         }
         Some(Block::Literal(literal)) => {
@@ -75,7 +75,7 @@ fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMi
             Ok(convert(&value))
         }
         Some(Block::BlockValue(block)) => match (json, block.nested.as_deref()) {
-            (None, _) => Ok(Wire::Nil),
+            (None, _) => Ok(MsgpackValue::Nil),
             (Some(Json::Array(items)), Some(nested)) if items.len() == 1 => decode(nested, name, items.first()),
             (Some(value), Some(nested)) => decode(nested, name, Some(value)),
             (Some(_), None) => Err(mismatch(format!("{name}: schema without a nested block"))),
@@ -88,32 +88,36 @@ fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<Wire, ConfigMi
             };
             let nested =
                 list.nested.as_deref().ok_or_else(|| mismatch(format!("{name}: schema without a nested block")))?;
-            items.into_iter().map(|item| decode(nested, name, Some(item))).collect::<Result<_, _>>().map(Wire::Array)
+            items
+                .into_iter()
+                .map(|item| decode(nested, name, Some(item)))
+                .collect::<Result<_, _>>()
+                .map(MsgpackValue::Array)
         }
         Some(Block::BlockMap(map)) => {
-            let Some(Json::Object(blocks)) = json else { return Ok(Wire::Map(Vec::new())) };
+            let Some(Json::Object(blocks)) = json else { return Ok(MsgpackValue::Map(Vec::new())) };
             let nested =
                 map.nested.as_deref().ok_or_else(|| mismatch(format!("{name}: schema without a nested block")))?;
             let entries = blocks
                 .iter()
-                .map(|(label, block)| Ok((Wire::from(label.as_str()), decode(nested, name, Some(block))?)));
-            entries.collect::<Result<_, _>>().map(Wire::Map)
+                .map(|(label, block)| Ok((MsgpackValue::from(label.as_str()), decode(nested, name, Some(block))?)));
+            entries.collect::<Result<_, _>>().map(MsgpackValue::Map)
         }
         _ => Err(mismatch(format!("{name}: this program does not know this kind of schema"))),
     }
 }
 
 /// Converts a value to the type of an attribute. Only HCL's own conversions between scalars are allowed.
-fn coerce(kind: &str, name: &str, value: &Json) -> Result<Wire, ConfigMismatch> {
+fn coerce(kind: &str, name: &str, value: &Json) -> Result<MsgpackValue, ConfigMismatch> {
     let wrong = || ConfigMismatch(format!("{name}: a value of type {kind} is required"));
     match (kind, value) {
-        ("string", Json::Number(number)) => Ok(Wire::from(number.to_string())),
-        ("string", Json::Bool(flag)) => Ok(Wire::from(flag.to_string())),
-        ("bool", Json::String(text)) => text.parse::<bool>().map(Wire::from).map_err(|_| wrong()),
-        ("number", Json::String(text)) => text.parse::<i64>().map(Wire::from).map_err(|_| wrong()),
+        ("string", Json::Number(number)) => Ok(MsgpackValue::from(number.to_string())),
+        ("string", Json::Bool(flag)) => Ok(MsgpackValue::from(flag.to_string())),
+        ("bool", Json::String(text)) => text.parse::<bool>().map(MsgpackValue::from).map_err(|_| wrong()),
+        ("number", Json::String(text)) => text.parse::<i64>().map(MsgpackValue::from).map_err(|_| wrong()),
         ("string", Json::String(_)) | ("bool", Json::Bool(_)) | ("number", Json::Number(_)) => Ok(convert(value)),
         ("list(string)", Json::Array(items)) => {
-            items.iter().map(|item| coerce("string", name, item)).collect::<Result<_, _>>().map(Wire::Array)
+            items.iter().map(|item| coerce("string", name, item)).collect::<Result<_, _>>().map(MsgpackValue::Array)
         }
         // A single block counts as a list with one element.
         ("list(map(string))", Json::Object(_)) => coerce(kind, name, &Json::Array(vec![value.clone()])),
@@ -121,26 +125,26 @@ fn coerce(kind: &str, name: &str, value: &Json) -> Result<Wire, ConfigMismatch> 
             let map = |item: &Json| {
                 let entries = item.as_object().ok_or_else(wrong)?.iter();
                 let entries =
-                    entries.map(|(key, value)| Ok((Wire::from(key.as_str()), coerce("string", name, value)?)));
-                entries.collect::<Result<_, _>>().map(Wire::Map)
+                    entries.map(|(key, value)| Ok((MsgpackValue::from(key.as_str()), coerce("string", name, value)?)));
+                entries.collect::<Result<_, _>>().map(MsgpackValue::Map)
             };
-            items.iter().map(map).collect::<Result<_, _>>().map(Wire::Array)
+            items.iter().map(map).collect::<Result<_, _>>().map(MsgpackValue::Array)
         }
         _ => Err(wrong()),
     }
 }
 
-fn convert(json: &Json) -> Wire {
+fn convert(json: &Json) -> MsgpackValue {
     match json {
-        Json::Null => Wire::Nil,
-        Json::Bool(flag) => Wire::Boolean(*flag),
+        Json::Null => MsgpackValue::Nil,
+        Json::Bool(flag) => MsgpackValue::Boolean(*flag),
         Json::Number(number) => {
-            number.as_i64().map_or_else(|| Wire::F64(number.as_f64().unwrap_or_default()), Wire::from)
+            number.as_i64().map_or_else(|| MsgpackValue::F64(number.as_f64().unwrap_or_default()), MsgpackValue::from)
         }
-        Json::String(text) => Wire::from(text.as_str()),
-        Json::Array(items) => Wire::Array(items.iter().map(convert).collect()),
-        Json::Object(map) => {
-            Wire::Map(map.iter().map(|(key, value)| (Wire::from(key.as_str()), convert(value))).collect())
-        }
+        Json::String(text) => MsgpackValue::from(text.as_str()),
+        Json::Array(items) => MsgpackValue::Array(items.iter().map(convert).collect()),
+        Json::Object(map) => MsgpackValue::Map(
+            map.iter().map(|(key, value)| (MsgpackValue::from(key.as_str()), convert(value))).collect(),
+        ),
     }
 }

@@ -6,7 +6,7 @@
 
 mod alloc;
 mod config;
-mod logs;
+mod log_collector;
 mod tls;
 
 use std::{
@@ -14,11 +14,12 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tonic::{
@@ -28,7 +29,7 @@ use tonic::{
 
 pub use alloc::{Alloc, TaskDirs};
 pub use config::{ConfigMismatch, encode, encode_raw};
-pub use logs::{Collector, Output};
+pub use log_collector::{Collector, Output};
 
 use crate::{
     cookie::{MAGIC_COOKIE, MAGIC_COOKIE_KEY},
@@ -46,9 +47,9 @@ use crate::{
 };
 
 /// The time within which a plugin must write its handshake line. Nomad has the same limit.
-const HANDSHAKE: Duration = Duration::from_secs(60);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The time for which Nomad waits for a plugin to shut down before it kills the plugin.
-const LEAVE: Duration = Duration::from_secs(2);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a plugin can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -100,7 +101,7 @@ pub enum HostError {
 
 /// The parameters of a plugin's start.
 #[derive(Debug, Clone)]
-pub struct Launch {
+pub struct PluginCommand {
     /// The program.
     pub program: PathBuf,
     /// The first word of the command line, if it is not the program's path.
@@ -113,10 +114,10 @@ pub struct Launch {
     pub tls: bool,
 }
 
-impl Launch {
+impl PluginCommand {
     /// Makes the parameters to start `program` with this driver's option `--name`, so that the driver's name does not
     /// depend on the file's name.
-    pub fn named(program: impl Into<PathBuf>, name: &str) -> Self {
+    pub fn with_name(program: impl Into<PathBuf>, name: &str) -> Self {
         Self { args: vec!["--name".to_owned(), name.to_owned()], ..Self::new(program) }
     }
 
@@ -139,7 +140,7 @@ pub struct Plugin {
 
 /// The outcome of a plugin's shutdown.
 #[derive(Debug)]
-pub struct Left {
+pub struct PluginExit {
     /// The exit status; `None` if the plugin had to be killed.
     pub status: Option<ExitStatus>,
     /// The duration of the shutdown.
@@ -153,7 +154,7 @@ impl Plugin {
     ///
     /// # Errors
     /// When the plugin does not start, writes a wrong handshake line, or can't be reached.
-    pub async fn launch(launch: &Launch) -> Result<Self, HostError> {
+    pub async fn launch(launch: &PluginCommand) -> Result<Self, HostError> {
         let program = launch.program.clone();
         let identity = if launch.tls { Some(tls::Identity::new()?) } else { None };
         let mut command = async_command(&program);
@@ -182,19 +183,19 @@ impl Plugin {
             readers.push(tokio::spawn(async move {
                 let mut lines = BufReader::new(pipe).lines();
                 while let Ok(Some(line)) = lines.next_line().await {
-                    let mut all = stderr.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut all = stderr.lock();
                     all.push_str(&line);
                     all.push('\n');
                 }
             }));
         }
         let refused = |problem: String| {
-            let stderr = stderr.lock().unwrap_or_else(PoisonError::into_inner).trim().to_owned();
+            let stderr = stderr.lock().trim().to_owned();
             HostError::Handshake { program: program.clone(), problem, stderr }
         };
         let pipe = child.stdout.take().ok_or_else(|| refused("no stdout".to_owned()))?;
         let mut lines = BufReader::new(pipe).lines();
-        let line = match tokio::time::timeout(HANDSHAKE, lines.next_line()).await {
+        let line = match tokio::time::timeout(HANDSHAKE_TIMEOUT, lines.next_line()).await {
             Ok(Ok(Some(line))) => line,
             Ok(Ok(None)) => {
                 let _ = child.wait().await;
@@ -204,11 +205,11 @@ impl Plugin {
                 return Err(refused("it ended without a handshake".to_owned()));
             }
             Ok(Err(error)) => return Err(refused(error.to_string())),
-            Err(_) => return Err(refused(format!("no handshake in {} s", HANDSHAKE.as_secs()))),
+            Err(_) => return Err(refused(format!("no handshake in {} s", HANDSHAKE_TIMEOUT.as_secs()))),
         };
         // The plugin's standard output is read as long as the plugin runs, because a full pipe would block it.
         readers.push(tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} }));
-        let (socket, certificate) = parse_line(&line).map_err(refused)?;
+        let (socket, certificate) = parse_handshake(&line).map_err(refused)?;
         let channel = connect(&socket, identity, certificate).await?;
         Ok(Self { child: Some(child), channel, socket, stderr, readers })
     }
@@ -225,7 +226,7 @@ impl Plugin {
 
     /// Closes the plugin's pipes and leaves it running, as an agent that dies does. Returns the process, for which the
     /// caller can wait.
-    pub fn abandon(mut self) -> Option<tokio::process::Child> {
+    pub fn detach(mut self) -> Option<tokio::process::Child> {
         for reader in self.readers.drain(..) {
             reader.abort();
         }
@@ -241,7 +242,7 @@ impl Plugin {
     ///
     /// # Errors
     /// When another host has started the plugin, or waiting fails.
-    pub async fn ended(&mut self) -> io::Result<ExitStatus> {
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         match &mut self.child {
             Some(child) => child.wait().await,
             None => Err(io::ErrorKind::Unsupported.into()),
@@ -255,7 +256,7 @@ impl Plugin {
 
     /// Returns what the plugin has written to standard error so far.
     pub fn stderr(&self) -> String {
-        self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.stderr.lock().clone()
     }
 
     /// Returns the connection, for services that have no method here.
@@ -279,7 +280,7 @@ impl Plugin {
     /// When the call fails.
     pub async fn info(&self) -> Result<PluginInfoResponse, HostError> {
         let answer = self.base().plugin_info(PluginInfoRequest {}).await;
-        answer.map(tonic::Response::into_inner).map_err(called("PluginInfo"))
+        answer.map(tonic::Response::into_inner).map_err(call_error("PluginInfo"))
     }
 
     /// Configures the plugin as an agent does: decodes the configuration by the plugin's schema, sends it, and calls
@@ -289,19 +290,19 @@ impl Plugin {
     /// When the schema or the plugin refuses the configuration.
     pub async fn configure(&self, config: &serde_json::Value) -> Result<(), HostError> {
         let schema =
-            self.base().config_schema(ConfigSchemaRequest {}).await.map_err(called("ConfigSchema"))?.into_inner();
+            self.base().config_schema(ConfigSchemaRequest {}).await.map_err(call_error("ConfigSchema"))?.into_inner();
         let msgpack_config = encode(schema.spec.as_ref(), config)?;
         let request =
             SetConfigRequest { msgpack_config, plugin_api_version: "v0.1.0".to_owned(), ..Default::default() };
-        self.base().set_config(request).await.map_err(called("SetConfig"))?;
+        self.base().set_config(request).await.map_err(call_error("SetConfig"))?;
         match self.driver().init(InitRequest {}).await {
-            Err(status) if status.code() != Code::Unimplemented => Err(called("Init")(status)),
+            Err(status) if status.code() != Code::Unimplemented => Err(call_error("Init")(status)),
             _ => Ok(()),
         }
     }
 
     /// Asks the plugin to shut down as an agent does, and kills it if it has not ended within 2 s.
-    pub async fn leave(mut self) -> Left {
+    pub async fn shut_down(mut self) -> PluginExit {
         let began = Instant::now();
         let leave = async {
             let _ = GrpcControllerClient::new(self.channel.clone()).shutdown(Empty {}).await;
@@ -310,7 +311,7 @@ impl Plugin {
                 None => None,
             }
         };
-        let status = tokio::time::timeout(LEAVE, leave).await.ok().flatten();
+        let status = tokio::time::timeout(SHUTDOWN_TIMEOUT, leave).await.ok().flatten();
         let took = began.elapsed();
         if let (None, Some(child)) = (status, &mut self.child) {
             let _ = child.kill().await;
@@ -318,9 +319,9 @@ impl Plugin {
         // The agent waits for the end of both pipes. If a child of the plugin has inherited them, that takes longer
         // here.
         for reader in std::mem::take(&mut self.readers) {
-            let _ = tokio::time::timeout(LEAVE, reader).await;
+            let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, reader).await;
         }
-        Left { status, took, stderr: self.stderr() }
+        PluginExit { status, took, stderr: self.stderr() }
     }
 
     /// Kills the plugin with SIGKILL.
@@ -332,7 +333,7 @@ impl Plugin {
 }
 
 /// Returns a function that turns the status of a failed call into an error with the call's name.
-pub fn called(call: &'static str) -> impl Fn(Status) -> HostError {
+pub fn call_error(call: &'static str) -> impl Fn(Status) -> HostError {
     move |status| HostError::Call { call, status: Box::new(status) }
 }
 
@@ -349,7 +350,7 @@ pub fn is_recoverable(status: &Status) -> bool {
 }
 
 /// Parses a handshake line, `1|2|unix|<path>|grpc|<certificate>`, and returns the socket and the certificate.
-fn parse_line(line: &str) -> Result<(PathBuf, String), String> {
+fn parse_handshake(line: &str) -> Result<(PathBuf, String), String> {
     let fields: Vec<&str> = line.trim_end().split('|').collect();
     match fields[..] {
         ["1", "2", "unix", socket, "grpc", ref rest @ ..] => {
@@ -394,9 +395,9 @@ mod tests {
 
     #[test]
     fn handshake_lines_are_read_as_nomad_reads_them() {
-        assert_eq!(parse_line("1|2|unix|/tmp/x|grpc|"), Ok((PathBuf::from("/tmp/x"), String::new())));
-        assert_eq!(parse_line("1|2|unix|/tmp/x|grpc|abc|false"), Ok((PathBuf::from("/tmp/x"), "abc".to_owned())));
-        assert!(parse_line("1|1|unix|/tmp/x|grpc|").is_err());
-        assert!(parse_line("hello").is_err());
+        assert_eq!(parse_handshake("1|2|unix|/tmp/x|grpc|"), Ok((PathBuf::from("/tmp/x"), String::new())));
+        assert_eq!(parse_handshake("1|2|unix|/tmp/x|grpc|abc|false"), Ok((PathBuf::from("/tmp/x"), "abc".to_owned())));
+        assert!(parse_handshake("1|1|unix|/tmp/x|grpc|").is_err());
+        assert!(parse_handshake("hello").is_err());
     }
 }

@@ -9,7 +9,7 @@ use tokio_rustls::TlsConnector;
 use super::HostError;
 
 /// A certificate and its key for one connection.
-pub struct Identity {
+pub(crate) struct Identity {
     certificate: rcgen::Certificate,
     key: rcgen::KeyPair,
 }
@@ -20,7 +20,7 @@ fn failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> HostErr
 
 impl Identity {
     /// Creates a new key and a self-signed certificate.
-    pub fn new() -> Result<Self, HostError> {
+    pub(crate) fn new() -> Result<Self, HostError> {
         let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P521_SHA512).map_err(failed)?;
         let mut parameters = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).map_err(failed)?;
         parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -28,13 +28,13 @@ impl Identity {
     }
 
     /// Returns the certificate for the environment variable `PLUGIN_CLIENT_CERT`.
-    pub fn pem(&self) -> String {
+    pub(crate) fn pem(&self) -> String {
         self.certificate.pem()
     }
 
     /// Returns a connector that accepts only a server with the certificate `server`, which comes from the handshake
     /// line.
-    pub fn connector(self, server: &str) -> Result<TlsConnector, HostError> {
+    pub(crate) fn connector(self, server: &str) -> Result<TlsConnector, HostError> {
         let server = base64::engine::general_purpose::STANDARD_NO_PAD.decode(server).map_err(failed)?;
         let mut roots = rustls::RootCertStore::empty();
         roots.add(CertificateDer::from(server)).map_err(failed)?;

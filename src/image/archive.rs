@@ -20,7 +20,7 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::{ImageError, Reference, manifest::LAYERS_MAX};
-use crate::{ids::Digest, stamp::Stamp};
+use crate::{file_id::FileId, ids::Digest};
 
 /// The largest index or manifest that is read. It is the limit of distribution, the reference registry.
 const DOCUMENT_MAX: u64 = 4 << 20;
@@ -61,26 +61,26 @@ impl Archive {
     ///
     /// # Errors
     /// When the file does not exist or can't be examined.
-    pub fn stamp(&self, opened: Option<&OwnedFd>) -> io::Result<Stamp> {
-        let path = self.at(opened);
+    pub fn file_id(&self, opened: Option<&OwnedFd>) -> io::Result<FileId> {
+        let path = self.path_to_open(opened);
         let path = if self.format == ArchiveFormat::OciDir { path.join("index.json") } else { path };
-        Ok(Stamp::of(&std::fs::metadata(path)?))
+        Ok(FileId::of(&std::fs::metadata(path)?))
     }
 
-    fn at(&self, opened: Option<&OwnedFd>) -> PathBuf {
+    fn path_to_open(&self, opened: Option<&OwnedFd>) -> PathBuf {
         opened.map_or_else(|| self.path.clone(), |fd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())))
     }
 }
 
 /// An image in files whose index or manifest has been read.
 #[derive(Debug)]
-pub struct Layout {
+pub(crate) struct OpenedArchive {
     image: String,
     store: Store,
     /// The names of blobs in docker's archives, which do not follow from the digests as in OCI's layout.
     blobs: HashMap<Digest, String>,
     /// Media type and bytes of the index or manifest that the image's name stands for.
-    top: (String, Vec<u8>),
+    root_document: (String, Vec<u8>),
 }
 
 #[derive(Debug)]
@@ -90,46 +90,46 @@ enum Store {
     Tar(File, HashMap<String, (u64, u64)>),
 }
 
-impl Layout {
+impl OpenedArchive {
     /// Opens an image and reads its index or manifest. Blocks; hashing a docker archive ends early when `keep_going`
     /// becomes false.
     ///
     /// # Errors
     /// When the files can't be read, or are not in the format that the image's name says.
-    pub fn open(
+    pub(crate) fn open(
         reference: &Reference,
         archive: &Archive,
         opened: Option<&OwnedFd>,
-        wanted: &AtomicBool,
+        keep_going: &AtomicBool,
     ) -> Result<Self, ImageError> {
         let image = reference.to_string();
         let failed = |problem: String| ImageError::Archive { image: image.clone(), problem };
         let unreadable = |source| ImageError::ArchiveFile { image: image.clone(), source };
-        let path = archive.at(opened);
+        let path = archive.path_to_open(opened);
         let store = match archive.format {
-            ArchiveFormat::OciDir => Store::Dir(open_path(&path, Wanted::Directory).map_err(unreadable)?.into()),
+            ArchiveFormat::OciDir => Store::Dir(open_path(&path, FileKind::Directory).map_err(unreadable)?.into()),
             ArchiveFormat::OciArchive | ArchiveFormat::DockerArchive => {
-                let file = open_path(&path, Wanted::File).map_err(unreadable)?;
-                let entries = contents(&file).map_err(failed)?;
+                let file = open_path(&path, FileKind::File).map_err(unreadable)?;
+                let entries = list_entries(&file).map_err(failed)?;
                 Store::Tar(file, entries)
             }
         };
-        let mut layout = Self { image: image.clone(), store, blobs: HashMap::new(), top: Default::default() };
-        layout.top = match archive.format {
-            ArchiveFormat::DockerArchive => layout.of_docker(archive.tag.as_deref(), wanted),
-            ArchiveFormat::OciDir | ArchiveFormat::OciArchive => layout.of_oci(archive.tag.as_deref()),
+        let mut layout = Self { image: image.clone(), store, blobs: HashMap::new(), root_document: Default::default() };
+        layout.root_document = match archive.format {
+            ArchiveFormat::DockerArchive => layout.read_docker_manifest(archive.tag.as_deref(), keep_going),
+            ArchiveFormat::OciDir | ArchiveFormat::OciArchive => layout.read_oci_index(archive.tag.as_deref()),
         }
         .map_err(failed)?;
         Ok(layout)
     }
 
     /// Returns media type and bytes of the index or manifest that the image's name stands for.
-    pub fn top(&self) -> (String, Vec<u8>) {
-        self.top.clone()
+    pub(crate) fn root_document(&self) -> (String, Vec<u8>) {
+        self.root_document.clone()
     }
 
     /// Returns whether this blob's digest was computed from its bytes when the archive was opened.
-    pub fn has_hashed(&self, digest: &Digest) -> bool {
+    pub(crate) fn has_hashed(&self, digest: &Digest) -> bool {
         self.blobs.contains_key(digest)
     }
 
@@ -137,7 +137,7 @@ impl Layout {
     ///
     /// # Errors
     /// When the blob does not exist, can't be opened, or does not have `size` bytes.
-    pub fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<io::Take<File>, ImageError> {
+    pub(crate) fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<io::Take<File>, ImageError> {
         let default = || format!("blobs/{}", digest.as_str().replace(':', "/"));
         let name = self.blobs.get(digest).cloned().unwrap_or_else(default);
         let failed = |problem: String| ImageError::Archive {
@@ -157,9 +157,9 @@ impl Layout {
     ///
     /// # Errors
     /// The errors of `blob`, and when the blob is larger than `limit`.
-    pub fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, ImageError> {
+    pub(crate) fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, ImageError> {
         let blob = self.blob(digest, None)?;
-        whole(blob, limit).map_err(|error| self.unreadable(digest, error))
+        read_all(blob, limit).map_err(|error| self.unreadable(digest, error))
     }
 
     fn unreadable(&self, digest: &Digest, source: io::Error) -> ImageError {
@@ -173,7 +173,7 @@ impl Layout {
                 let how = OpenHow::new()
                     .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
                     .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-                let file = reopen(&File::from(openat2(root, name, how)?), Wanted::File)?;
+                let file = reopen(&File::from(openat2(root, name, how)?), FileKind::File)?;
                 let length = file.metadata()?.len();
                 Ok(file.take(length))
             }
@@ -194,12 +194,12 @@ impl Layout {
     }
 
     fn json(&self, name: &str) -> Result<Vec<u8>, String> {
-        let read = self.read(name).and_then(|file| whole(file, DOCUMENT_MAX));
+        let read = self.read(name).and_then(|file| read_all(file, DOCUMENT_MAX));
         read.map_err(|error| format!("{name}: {error}"))
     }
 
     /// Reads `index.json` (image-spec, image-layout.md) and returns media type and bytes of the image that `tag` names.
-    fn of_oci(&self, tag: Option<&str>) -> Result<(String, Vec<u8>), String> {
+    fn read_oci_index(&self, tag: Option<&str>) -> Result<(String, Vec<u8>), String> {
         let bytes = self.json("index.json")?;
         let index: ImageIndex = serde_json::from_slice(&bytes).map_err(|error| format!("index.json: {error}"))?;
         let named = |tag: &str| {
@@ -219,7 +219,7 @@ impl Layout {
             (None, _) => return Ok((String::new(), bytes)),
         };
         let digest = Digest::new(chosen.digest().as_ref()).map_err(|error| error.to_string())?;
-        let bytes = self.document(&digest, DOCUMENT_MAX).map_err(|error| crate::chain(&error))?;
+        let bytes = self.document(&digest, DOCUMENT_MAX).map_err(|error| crate::error_chain(&error))?;
         if Digest::of(&bytes) != digest {
             return Err(format!("the content of manifest {digest} has another digest"));
         }
@@ -229,7 +229,11 @@ impl Layout {
     /// Reads an archive of `docker save` (docker's image-spec v1.2): `manifest.json` names a configuration and plain
     /// tar files. The function makes a manifest from these, as `docker push` does, and returns its media type and
     /// bytes.
-    fn of_docker(&mut self, tag: Option<&str>, wanted: &AtomicBool) -> Result<(String, Vec<u8>), String> {
+    fn read_docker_manifest(
+        &mut self,
+        tag: Option<&str>,
+        keep_going: &AtomicBool,
+    ) -> Result<(String, Vec<u8>), String> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Saved {
@@ -254,7 +258,7 @@ impl Layout {
         }
         let mut layers = Vec::new();
         for name in &one.layers {
-            let (digest, size, kind) = self.hash(name, wanted).map_err(|error| format!("{name}: {error}"))?;
+            let (digest, size, kind) = self.hash(name, keep_going).map_err(|error| format!("{name}: {error}"))?;
             self.blobs.insert(digest.clone(), name.clone());
             layers.push(json!({"mediaType": kind, "digest": digest, "size": size}));
         }
@@ -269,12 +273,12 @@ impl Layout {
         Ok((media_type.to_owned(), manifest.to_string().into_bytes()))
     }
 
-    fn hash(&self, name: &str, wanted: &AtomicBool) -> io::Result<(Digest, u64, &'static str)> {
+    fn hash(&self, name: &str, keep_going: &AtomicBool) -> io::Result<(Digest, u64, &'static str)> {
         let mut file = self.read(name)?;
         let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
         let mut kind = "application/vnd.oci.image.layer.v1.tar";
         loop {
-            if !wanted.load(Ordering::Relaxed) {
+            if !keep_going.load(Ordering::Relaxed) {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "the pull was cancelled"));
             }
             let count = file.read(&mut buffer)?;
@@ -290,7 +294,7 @@ impl Layout {
     }
 }
 
-fn whole(mut file: io::Take<File>, limit: u64) -> io::Result<Vec<u8>> {
+fn read_all(mut file: io::Take<File>, limit: u64) -> io::Result<Vec<u8>> {
     if file.limit() > limit {
         return Err(io::Error::other(format!("it is larger than {limit} bytes")));
     }
@@ -301,7 +305,7 @@ fn whole(mut file: io::Take<File>, limit: u64) -> io::Result<Vec<u8>> {
 
 /// Returns the offset and length of each file in a tar archive by name. A link, with which older versions of docker
 /// save a layer that an image has twice, gets those of its target.
-fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
+fn list_entries(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     let mut magic = [0; 4];
     let read = (&*file).read(&mut magic).map_err(|error| error.to_string())?;
     (&*file).rewind().map_err(|error| error.to_string())?;
@@ -314,7 +318,7 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     let mut archive = tar::Archive::new(file);
     let (mut found, mut links) = (HashMap::new(), Vec::new());
     let unreadable = |error: io::Error| format!("it is not a tar archive, or it is cut off: {error}");
-    let (mut extended, mut names) = (Extended::default(), 0);
+    let (mut extended, mut names) = (LongNames::default(), 0);
     // Raw entries are read, because otherwise the library reads the whole extension entry before an entry (its long
     // name, its attributes) into memory, without a limit.
     for (count, entry) in archive.entries_with_seek().map_err(unreadable)?.raw(true).enumerate() {
@@ -332,14 +336,14 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
             extended.take(kind, &bytes)?;
             continue;
         }
-        let Extended { path, link } = std::mem::take(&mut extended);
+        let LongNames { path, link } = std::mem::take(&mut extended);
         names += path.as_ref().map_or(0, String::len) + link.as_ref().map_or(0, String::len);
         if names > NAMES_MAX {
             return Err(format!("its long names take more than {} MiB", NAMES_MAX >> 20));
         }
         let name = match path {
-            Some(path) => plain(Path::new(&path)),
-            None => plain(&entry.header().path().map_err(unreadable)?),
+            Some(path) => normalize_name(Path::new(&path)),
+            None => normalize_name(&entry.header().path().map_err(unreadable)?),
         };
         if kind.is_file() {
             found.insert(name, (entry.raw_file_position(), entry.size()));
@@ -347,8 +351,8 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
             let named = entry.header().link_name().ok().flatten().map(|link| link.to_string_lossy().into_owned());
             let Some(target) = link.or(named) else { continue };
             let target = match Path::new(&name).parent().filter(|_| kind.is_symlink()) {
-                Some(parent) => plain(&parent.join(target)),
-                None => plain(Path::new(&target)),
+                Some(parent) => normalize_name(&parent.join(target)),
+                None => normalize_name(Path::new(&target)),
             };
             links.push((name, target));
         }
@@ -363,12 +367,12 @@ fn contents(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
 
 /// The long names that extension entries give to the next entry of a tar archive.
 #[derive(Default)]
-struct Extended {
+struct LongNames {
     path: Option<String>,
     link: Option<String>,
 }
 
-impl Extended {
+impl LongNames {
     fn take(&mut self, kind: tar::EntryType, bytes: &[u8]) -> Result<(), String> {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
         if kind.is_gnu_longname() {
@@ -392,28 +396,28 @@ impl Extended {
 
 /// The kind of file that a path must lead to.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
+enum FileKind {
     File,
     Directory,
 }
 
 /// Opens a path for reading after its kind was checked through an `O_PATH` descriptor: opening a FIFO would block, and
 /// opening some devices has side effects.
-fn open_path(path: &Path, wanted: Wanted) -> io::Result<File> {
+fn open_path(path: &Path, wanted: FileKind) -> io::Result<File> {
     reopen(&File::options().read(true).custom_flags(libc::O_PATH).open(path)?, wanted)
 }
 
-fn reopen(named: &File, wanted: Wanted) -> io::Result<File> {
+fn reopen(named: &File, wanted: FileKind) -> io::Result<File> {
     let kind = named.metadata()?.file_type();
     match wanted {
-        Wanted::File if !kind.is_file() => Err(io::Error::other("it is not a regular file")),
-        Wanted::Directory if !kind.is_dir() => Err(io::Error::other("it is not a directory")),
+        FileKind::File if !kind.is_file() => Err(io::Error::other("it is not a regular file")),
+        FileKind::Directory if !kind.is_dir() => Err(io::Error::other("it is not a directory")),
         _ => File::open(format!("/proc/self/fd/{}", named.as_raw_fd())),
     }
 }
 
 /// Normalizes a name in an archive: `./a/../b` becomes `b`. Such names are only looked up in a table, never opened.
-fn plain(path: &Path) -> String {
+fn normalize_name(path: &Path) -> String {
     let mut parts: Vec<String> = Vec::new();
     for part in path.components() {
         match part {
@@ -432,7 +436,7 @@ mod tests {
     #[test]
     fn names_are_made_plain() {
         for (name, plain_name) in [("./a/b", "a/b"), ("x/../y", "y"), ("../../etc/passwd", "etc/passwd"), ("/a", "a")] {
-            assert_eq!(plain(Path::new(name)), plain_name);
+            assert_eq!(normalize_name(Path::new(name)), plain_name);
         }
     }
 
@@ -442,7 +446,7 @@ mod tests {
         let read = |bytes: &[u8]| {
             let path = directory.path().join("x");
             std::fs::write(&path, bytes).expect("written");
-            contents(&File::open(path).expect("opened"))
+            list_entries(&File::open(path).expect("opened"))
         };
         assert!(read(&[0x1f, 0x8b, 8, 0]).expect_err("gzip").contains("compressed"));
         assert!(read(b"").expect_err("nothing").contains("empty"));

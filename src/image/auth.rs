@@ -6,11 +6,11 @@ use std::collections::HashMap;
 use reqwest::Url;
 use serde::Deserialize;
 
-use super::{RegistryName, reference::is_loopback};
+use super::{RegistryImage, reference::is_loopback};
 
 /// The authentication that a registry asks for in `WWW-Authenticate` (RFC 9110, section 11.6.1).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Challenge {
+pub(crate) enum Challenge {
     /// User name and password with every request.
     Basic,
     /// A token of a token server (distribution spec, "token authentication").
@@ -23,7 +23,7 @@ pub enum Challenge {
 }
 
 /// Parses one `WWW-Authenticate` header; `None` for a scheme other than Basic and Bearer.
-pub fn parse_challenge(header: &str) -> Option<Challenge> {
+pub(crate) fn parse_challenge(header: &str) -> Option<Challenge> {
     let (scheme, rest) = header.trim().split_once(' ').unwrap_or((header.trim(), ""));
     if scheme.eq_ignore_ascii_case("basic") {
         return Some(Challenge::Basic);
@@ -88,12 +88,16 @@ pub enum RealmError {
 ///
 /// # Errors
 /// When no token may be requested from the realm.
-pub fn token_address(realm: &str, query: &[(String, String)], place: &RegistryName) -> Result<Url, RealmError> {
+pub(crate) fn token_url(
+    realm: &str,
+    query: &[(String, String)],
+    image_name: &RegistryImage,
+) -> Result<Url, RealmError> {
     let address = Url::parse_with_params(realm, query).map_err(|_| RealmError::NotUrl)?;
     if !address.username().is_empty() || address.password().is_some() {
         return Err(RealmError::UserInfo);
     }
-    let on_this_host = place.is_loopback() && address.host_str().is_some_and(is_loopback);
+    let on_this_host = image_name.is_loopback() && address.host_str().is_some_and(is_loopback);
     match address.scheme() {
         "https" => Ok(address),
         "http" if on_this_host => Ok(address),
@@ -103,14 +107,14 @@ pub fn token_address(realm: &str, query: &[(String, String)], place: &RegistryNa
 
 /// A token server's answer. `token` and `access_token` have the same meaning.
 #[derive(Deserialize)]
-pub struct TokenAnswer {
+pub(crate) struct TokenAnswer {
     token: Option<String>,
     access_token: Option<String>,
 }
 
 impl TokenAnswer {
     /// Returns the token, if the answer has one.
-    pub fn token(self) -> Option<String> {
+    pub(crate) fn token(self) -> Option<String> {
         self.token.or(self.access_token).filter(|token| !token.is_empty())
     }
 }
@@ -144,7 +148,7 @@ mod tests {
     fn realms_without_tls_are_on_this_host_or_not_asked() {
         let asked = |realm: &str, image: &str| {
             let Ok(Reference::Registry(place)) = Reference::parse(image) else { panic!("{image}") };
-            token_address(realm, &[], &place)
+            token_url(realm, &[], &place)
         };
         for (realm, image) in [
             ("https://auth.docker.io/token", "redis:7"),

@@ -4,7 +4,7 @@
 //! opens none; its input comes through a channel. Capabilities and seccomp filters are per thread (capabilities(7),
 //! seccomp(2)), so the thread must be made for the purpose: a thread of the async runtime must never be confined.
 
-use crate::privileges::{Calls, PrivilegeError, confine};
+use crate::privileges::{PrivilegeError, SyscallFilter, confine};
 
 /// The system calls that hashing and parsing need: for memory, for waking other threads, for a panic and for the
 /// thread's end.
@@ -41,8 +41,8 @@ const ALLOWED: &[libc::c_long] = &[
 ///
 /// # Errors
 /// When the kernel has no seccomp, or the filter does not know the architecture.
-pub fn this_thread() -> Result<(), PrivilegeError> {
-    confine(&[], Calls::Only(ALLOWED))
+pub(crate) fn this_thread() -> Result<(), PrivilegeError> {
+    confine(&[], SyscallFilter::Only(ALLOWED))
 }
 
 #[cfg(test)]

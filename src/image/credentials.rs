@@ -3,7 +3,7 @@
 
 use std::{fmt, str::FromStr};
 
-use super::RegistryName;
+use super::RegistryImage;
 
 /// The host of Docker Hub in image names.
 const DOCKER_HUB: &str = "docker.io";
@@ -60,11 +60,11 @@ impl Transport {
 
 impl Credentials {
     /// Returns whether the credentials may be sent to the registry of `image_name` over `transport`.
-    pub fn are_for(&self, place: &RegistryName, transport: Transport) -> bool {
+    pub fn may_be_sent_to(&self, image_name: &RegistryImage, transport: Transport) -> bool {
         match &self.scope {
             CredentialScope::ImageRegistry => true,
             CredentialScope::Registry(address) => {
-                place.registry().parse().is_ok_and(|asked| address.is_same(&asked, transport))
+                image_name.registry().parse().is_ok_and(|asked| address.is_same_registry(&asked, transport))
             }
         }
     }
@@ -107,7 +107,7 @@ impl RegistryAddress {
 
     /// Returns whether both addresses mean the same registry. An address without a port has the transport's default
     /// port.
-    fn is_same(&self, other: &Self, transport: Transport) -> bool {
+    fn is_same_registry(&self, other: &Self, transport: Transport) -> bool {
         let port = |address: &Self| address.port.unwrap_or(transport.default_port());
         self.host == other.host && port(self) == port(other)
     }
@@ -171,7 +171,7 @@ mod tests {
         Credentials { username: "u".into(), password: "hidden".into(), scope }
     }
 
-    fn place(image: &str) -> RegistryName {
+    fn place(image: &str) -> RegistryImage {
         match Reference::parse(image) {
             Ok(Reference::Registry(name)) => name,
             other => panic!("{image}: {other:?}"),
@@ -198,7 +198,7 @@ mod tests {
             ("registry.example:80", "registry.example/a", false),
             ("registry.example", "a", false),
         ] {
-            assert_eq!(for_server(server).are_for(&place(image), Transport::Tls), same, "{server} {image}");
+            assert_eq!(for_server(server).may_be_sent_to(&place(image), Transport::Tls), same, "{server} {image}");
         }
     }
 
@@ -206,10 +206,10 @@ mod tests {
     fn docker_hub_has_three_names() {
         for server in ["docker.io", "index.docker.io", "registry-1.docker.io", "https://index.docker.io/v1/"] {
             for image in ["redis:7", "team/app", "docker.io/a/b", "index.docker.io/a/b", "registry-1.docker.io/a/b"] {
-                assert!(for_server(server).are_for(&place(image), Transport::Tls), "{server} {image}");
+                assert!(for_server(server).may_be_sent_to(&place(image), Transport::Tls), "{server} {image}");
             }
             for image in ["docker.io:5000/a/b", "docker.io.evil.example/a/b", "auth.docker.io/a", "localhost/a"] {
-                assert!(!for_server(server).are_for(&place(image), Transport::Tls), "{server} {image}");
+                assert!(!for_server(server).may_be_sent_to(&place(image), Transport::Tls), "{server} {image}");
             }
         }
     }
@@ -217,9 +217,9 @@ mod tests {
     /// An address with port 443 and one without a port are the same over TLS, and different over plain HTTP.
     #[test]
     fn the_port_that_is_not_written_is_the_transports() {
-        assert!(for_server("127.0.0.1:443").are_for(&place("127.0.0.1/a"), Transport::Tls));
-        assert!(!for_server("127.0.0.1:443").are_for(&place("127.0.0.1/a"), Transport::Plain));
-        assert!(for_server("127.0.0.1:80").are_for(&place("127.0.0.1/a"), Transport::Plain));
+        assert!(for_server("127.0.0.1:443").may_be_sent_to(&place("127.0.0.1/a"), Transport::Tls));
+        assert!(!for_server("127.0.0.1:443").may_be_sent_to(&place("127.0.0.1/a"), Transport::Plain));
+        assert!(for_server("127.0.0.1:80").may_be_sent_to(&place("127.0.0.1/a"), Transport::Plain));
     }
 
     #[test]

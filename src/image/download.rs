@@ -5,10 +5,10 @@ use tokio::sync::Semaphore;
 
 use super::{
     ImageError, LayerProblem, Reference,
-    layer::Scan,
+    layer::LayerScan,
     manifest::Layer,
     origin::Origin,
-    pull::{PullEvent, Source, check},
+    pull::{PullContext, PullEvent, check_digest},
 };
 use crate::{
     containerd::{BlobWriter, Labels, LeaseId},
@@ -19,9 +19,9 @@ use crate::{
 const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 
 /// The transfer of one layer of an image that is pulled.
-pub struct Download<'a> {
+pub(crate) struct LayerDownload<'a> {
     /// containerd's store, and the listener to the pull's progress.
-    pub source: &'a Source<'a>,
+    pub source: &'a PullContext<'a>,
     /// The registry or archive that the image comes from.
     pub origin: &'a Origin<'a>,
     /// The image.
@@ -34,17 +34,17 @@ pub struct Download<'a> {
     pub transfers: &'a Semaphore,
 }
 
-impl Download<'_> {
+impl LayerDownload<'_> {
     /// Brings the layer into the store, under `lease`.
     ///
     /// # Errors
     /// When the layer can't be downloaded, or has another digest than its name or the image's configuration says.
-    pub async fn run(self, lease: &LeaseId) -> Result<(), ImageError> {
+    pub(crate) async fn run(self, lease: &LeaseId) -> Result<(), ImageError> {
         let Layer { digest, size, .. } = self.layer;
         let client = self.source.client;
         let (transfer, mut writer) = loop {
-            if let Some(stored) = self.stored(lease).await? {
-                return self.take(lease, &stored).await;
+            if let Some(stored) = self.lease_stored(lease).await? {
+                return self.use_stored(lease, &stored).await;
             }
             let transfer = self.transfers.acquire().await;
             // `None` means that another pull of the same layer has just completed.
@@ -57,10 +57,10 @@ impl Download<'_> {
             // Another namespace of containerd has the layer, and containerd shares the bytes but not the labels.
             writer.commit(Labels::new()).await?;
             drop(transfer);
-            let stored = self.stored(lease).await?.ok_or_else(|| self.interrupted(0, None))?;
-            return self.take(lease, &stored).await;
+            let stored = self.lease_stored(lease).await?.ok_or_else(|| self.interrupted(0, None))?;
+            return self.use_stored(lease, &stored).await;
         }
-        match self.store(&mut writer).await {
+        match self.download_into(&mut writer).await {
             Ok(()) => Ok(writer.commit(self.labels(&Labels::new())).await?),
             Err(error) => {
                 writer.abandon().await;
@@ -70,9 +70,9 @@ impl Download<'_> {
     }
 
     /// Returns the labels of the layer if it is in the store, and adds it to the lease.
-    async fn stored(&self, lease: &LeaseId) -> Result<Option<Labels>, ImageError> {
+    async fn lease_stored(&self, lease: &LeaseId) -> Result<Option<Labels>, ImageError> {
         let client = self.source.client;
-        if !client.keep_blob(lease, &self.layer.digest, Labels::new()).await? {
+        if !client.add_blob_to_lease(lease, &self.layer.digest, Labels::new()).await? {
             return Ok(None);
         }
         Ok(client.blob(&self.layer.digest).await?.map(|(_, labels)| labels))
@@ -83,12 +83,12 @@ impl Download<'_> {
     /// own. Second, the layer's uncompressed digest must be the one in this image's configuration: otherwise the
     /// configuration could claim the unpacked layers of another image. The order matters, because the second error
     /// contains the real digest.
-    async fn take(&self, lease: &LeaseId, stored: &Labels) -> Result<(), ImageError> {
+    async fn use_stored(&self, lease: &LeaseId, stored: &Labels) -> Result<(), ImageError> {
         let label = stored.get(UNCOMPRESSED);
-        let scanned = if self.origin.confirms(&self.layer.digest, stored).await {
+        let scanned = if self.origin.is_known_to_have(&self.layer.digest, stored).await {
             None
         } else {
-            self.prove(label.is_none()).await?
+            self.download_as_proof(label.is_none()).await?
         };
         let actual = match (label, scanned) {
             (Some(label), _) => Digest::new(label).unwrap_or_else(|_| Digest::of(label.as_bytes())),
@@ -98,33 +98,33 @@ impl Download<'_> {
         self.check_diff(actual)?;
         let mut labels = self.labels(stored);
         labels.retain(|key, value| stored.get(key) != Some(value));
-        if !labels.is_empty() && !self.source.client.keep_blob(lease, &self.layer.digest, labels).await? {
+        if !labels.is_empty() && !self.source.client.add_blob_to_lease(lease, &self.layer.digest, labels).await? {
             return Err(self.interrupted(0, None));
         }
-        self.tell(self.layer.size);
+        self.report(self.layer.size);
         Ok(())
     }
 
     /// Returns the labels that the layer should get in addition to those in `stored`.
     fn labels(&self, stored: &Labels) -> Labels {
         let mut labels = Labels::from([(UNCOMPRESSED.to_owned(), self.diff.to_string())]);
-        self.origin.label(&mut labels, stored);
+        self.origin.add_label(&mut labels, stored);
         labels
     }
 
     /// Downloads the layer into `writer`.
-    async fn store(&self, writer: &mut BlobWriter) -> Result<(), ImageError> {
-        let scan = Scan::start();
-        self.read(Some(writer), Some(&scan)).await?;
+    async fn download_into(&self, writer: &mut BlobWriter) -> Result<(), ImageError> {
+        let scan = LayerScan::start();
+        self.transfer(Some(writer), Some(&scan)).await?;
         self.check_diff(self.scanned(scan).await?)
     }
 
     /// Downloads a layer that is stored already without storing it again, as proof that the image's registry or archive
     /// has it: bytes with the right digest can't be invented. With `scan`, returns the layer's uncompressed digest.
-    async fn prove(&self, scan: bool) -> Result<Option<Digest>, ImageError> {
+    async fn download_as_proof(&self, scan: bool) -> Result<Option<Digest>, ImageError> {
         let _transfer = self.transfers.acquire().await;
-        let scan = scan.then(Scan::start);
-        self.read(None, scan.as_ref()).await?;
+        let scan = scan.then(LayerScan::start);
+        self.transfer(None, scan.as_ref()).await?;
         match scan {
             Some(scan) => self.scanned(scan).await.map(Some),
             None => Ok(None),
@@ -133,7 +133,7 @@ impl Download<'_> {
 
     /// Reads the layer from its registry or archive, passes the bytes to `writer` and `scan`, and checks size and
     /// digest.
-    async fn read(&self, mut writer: Option<&mut BlobWriter>, scan: Option<&Scan>) -> Result<(), ImageError> {
+    async fn transfer(&self, mut writer: Option<&mut BlobWriter>, scan: Option<&LayerScan>) -> Result<(), ImageError> {
         let Layer { digest, size, .. } = self.layer;
         let mut chunks = self.origin.blob(digest, Some(*size)).await?;
         let mut hash = <sha2::Sha256 as sha2::Digest>::new();
@@ -151,18 +151,18 @@ impl Download<'_> {
             if let Some(scan) = scan {
                 scan.feed(chunk).await;
             }
-            self.tell(received);
+            self.report(received);
         }
         if received < *size {
             return Err(self.interrupted(received, None));
         }
-        check(self.reference, "layer", digest, &Digest::from_hash(&sha2::Digest::finalize(hash)))
+        check_digest(self.reference, "layer", digest, &Digest::from_hash(&sha2::Digest::finalize(hash)))
     }
 
     /// Scans the stored layer and returns its uncompressed digest.
     async fn scan_stored(&self) -> Result<Digest, ImageError> {
         let _transfer = self.transfers.acquire().await;
-        let scan = Scan::start();
+        let scan = LayerScan::start();
         let mut reader = self.source.client.blob_reader(&self.layer.digest).await?;
         while let Some(bytes) = reader.next().await? {
             scan.feed(bytes).await;
@@ -170,7 +170,7 @@ impl Download<'_> {
         self.scanned(scan).await
     }
 
-    async fn scanned(&self, scan: Scan) -> Result<Digest, ImageError> {
+    async fn scanned(&self, scan: LayerScan) -> Result<Digest, ImageError> {
         scan.finish().await.map_err(|source| self.refused(source))
     }
 
@@ -181,9 +181,9 @@ impl Download<'_> {
         Err(self.refused(LayerProblem::DiffId { expected: self.diff.clone(), actual }))
     }
 
-    fn tell(&self, done: u64) {
+    fn report(&self, done: u64) {
         let Layer { digest, size, .. } = self.layer;
-        self.source.progress.tell(PullEvent::Layer { digest: digest.clone(), done, size: *size });
+        self.source.progress.report(PullEvent::Layer { digest: digest.clone(), done, size: *size });
     }
 
     fn interrupted(&self, received: u64, source: Option<reqwest::Error>) -> ImageError {

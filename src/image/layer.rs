@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     confine,
-    extensions::{ExtensionProblem, Extensions},
+    tar_extensions::{ExtensionProblem, ExtensionScanner},
 };
 use crate::ids::Digest;
 
@@ -20,13 +20,13 @@ use crate::ids::Digest;
 pub enum LayerProblem {
     /// An entry would be unpacked outside of the container's root.
     #[error("entry {entry:?} escapes the image's root")]
-    Climbs {
+    EntryEscapes {
         /// The entry's name.
         entry: String,
     },
     /// The target of a hard link is outside of the container's root.
     #[error("entry {entry:?} is a hard link to {target:?}, which escapes the image's root")]
-    LinkClimbs {
+    LinkEscapes {
         /// The entry's name.
         entry: String,
         /// The link's target.
@@ -57,37 +57,37 @@ pub enum LayerProblem {
     LongName,
     /// The thread that scans the layer could not be started, or ended without a result.
     #[error("the thread that scans it ended without a result")]
-    Thread,
+    ScanFailed,
 }
 
 /// The largest number of bytes that a layer may unpack to. Zeroes compress by a factor of some thousand and more, so
 /// that a layer of megabytes could fill a disk.
 const UNPACKED_MAX: u64 = 256 << 30;
 /// The number of downloaded chunks that wait for the scanning thread.
-const BACKLOG: usize = 16;
+const QUEUED_CHUNKS_MAX: usize = 16;
 
 /// A running scan of a layer. The caller passes the compressed bytes to `feed`, and then calls `finish`.
-pub struct Scan {
+pub(crate) struct LayerScan {
     feed: mpsc::Sender<Vec<u8>>,
     verdict: oneshot::Receiver<Result<Digest, LayerProblem>>,
 }
 
-impl fmt::Debug for Scan {
+impl fmt::Debug for LayerScan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Scan").finish_non_exhaustive()
     }
 }
 
-impl Scan {
+impl LayerScan {
     /// Starts a confined thread that scans the layer.
-    pub fn start() -> Self {
-        let (feed, receive) = mpsc::channel(BACKLOG);
+    pub(crate) fn start() -> Self {
+        let (feed, receive) = mpsc::channel(QUEUED_CHUNKS_MAX);
         let (tell, verdict) = oneshot::channel();
         let spawned = thread::Builder::new().name("layer".to_owned()).spawn(move || {
             if let Err(error) = confine::this_thread() {
                 tracing::warn!(%error, "could not confine the thread that scans a layer; it runs without confinement");
             }
-            let _ = tell.send(read(Feed { receive, chunk: Vec::new(), at: 0 }));
+            let _ = tell.send(scan_layer(ChunkReader { receive, chunk: Vec::new(), at: 0 }));
         });
         if let Err(error) = spawned {
             // The sender of the result was dropped with the closure, so that `finish` returns an error.
@@ -98,7 +98,7 @@ impl Scan {
 
     /// Passes the next compressed bytes to the thread. It is not an error if the thread has already ended, because it
     /// has refused the layer.
-    pub async fn feed(&self, bytes: Vec<u8>) {
+    pub(crate) async fn feed(&self, bytes: Vec<u8>) {
         let _ = self.feed.send(bytes).await;
     }
 
@@ -106,20 +106,20 @@ impl Scan {
     ///
     /// # Errors
     /// When the layer is refused, or the thread ended without a result.
-    pub async fn finish(self) -> Result<Digest, LayerProblem> {
+    pub(crate) async fn finish(self) -> Result<Digest, LayerProblem> {
         drop(self.feed);
-        self.verdict.await.unwrap_or(Err(LayerProblem::Thread))
+        self.verdict.await.unwrap_or(Err(LayerProblem::ScanFailed))
     }
 }
 
 /// A blocking reader of the chunks that come through a channel.
-struct Feed {
+struct ChunkReader {
     receive: mpsc::Receiver<Vec<u8>>,
     chunk: Vec<u8>,
     at: usize,
 }
 
-impl Read for Feed {
+impl Read for ChunkReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.at == self.chunk.len() {
             match self.receive.blocking_recv() {
@@ -135,14 +135,14 @@ impl Read for Feed {
 }
 
 /// A reader that hashes and counts the bytes of the plain archive, and checks its extension entries.
-struct Hashing<R> {
+struct HashingReader<R> {
     inner: R,
     hash: Sha256,
     count: u64,
-    extensions: Extensions,
+    extensions: ExtensionScanner,
 }
 
-impl<R: Read> Read for Hashing<R> {
+impl<R: Read> Read for HashingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         self.hash.update(&buffer[..count]);
@@ -150,7 +150,7 @@ impl<R: Read> Read for Hashing<R> {
         if self.count > UNPACKED_MAX {
             return Err(io::Error::from(io::ErrorKind::FileTooLarge));
         }
-        match self.extensions.follow(&buffer[..count]) {
+        match self.extensions.feed(&buffer[..count]) {
             Ok(()) => Ok(count),
             Err(ExtensionProblem::TooLarge) => Err(io::Error::from(io::ErrorKind::QuotaExceeded)),
             Err(ExtensionProblem::Ambiguous) => {
@@ -161,45 +161,49 @@ impl<R: Read> Read for Hashing<R> {
 }
 
 /// Scans a layer and returns the digest of its uncompressed bytes.
-fn read(mut input: impl Read + 'static) -> Result<Digest, LayerProblem> {
+fn scan_layer(mut input: impl Read + 'static) -> Result<Digest, LayerProblem> {
     // The first chunk of a download can be of any size, so that two chunks may share the magic number.
     let mut magic = Vec::new();
-    input.by_ref().take(4).read_to_end(&mut magic).map_err(problem)?;
+    input.by_ref().take(4).read_to_end(&mut magic).map_err(classify_error)?;
     let packing = magic.clone();
     let input = BufReader::with_capacity(256 << 10, io::Cursor::new(magic).chain(input));
     let plain: Box<dyn Read> = match packing[..] {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(input).map_err(problem)?),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(input).map_err(classify_error)?),
         _ => Box::new(input),
     };
-    let mut archive =
-        tar::Archive::new(Hashing { inner: plain, hash: Sha256::new(), count: 0, extensions: Extensions::default() });
-    for entry in archive.entries().map_err(problem)? {
-        let entry = entry.map_err(problem)?;
+    let mut archive = tar::Archive::new(HashingReader {
+        inner: plain,
+        hash: Sha256::new(),
+        count: 0,
+        extensions: ExtensionScanner::default(),
+    });
+    for entry in archive.entries().map_err(classify_error)? {
+        let entry = entry.map_err(classify_error)?;
         let name = entry.path_bytes();
-        if climbs(&name) {
-            return Err(LayerProblem::Climbs { entry: String::from_utf8_lossy(&name).into_owned() });
+        if escapes_root(&name) {
+            return Err(LayerProblem::EntryEscapes { entry: String::from_utf8_lossy(&name).into_owned() });
         }
         if entry.header().entry_type().is_hard_link()
             && let Some(target) = entry.link_name_bytes()
-            && climbs(&target)
+            && escapes_root(&target)
         {
             let (entry, target) = (String::from_utf8_lossy(&name), String::from_utf8_lossy(&target));
-            return Err(LayerProblem::LinkClimbs { entry: entry.into_owned(), target: target.into_owned() });
+            return Err(LayerProblem::LinkEscapes { entry: entry.into_owned(), target: target.into_owned() });
         }
     }
     // The digest includes the bytes after the end-of-archive marker (padding).
     let mut rest = archive.into_inner();
-    io::copy(&mut rest, &mut io::sink()).map_err(problem)?;
+    io::copy(&mut rest, &mut io::sink()).map_err(classify_error)?;
     // `tar_extensions` reads names in pax records as containerd does, which may differ from those of the tar crate
     // above.
-    if let Some(name) = rest.extensions.climbing() {
-        return Err(LayerProblem::Climbs { entry: String::from_utf8_lossy(name).into_owned() });
+    if let Some(name) = rest.extensions.escaping_name() {
+        return Err(LayerProblem::EntryEscapes { entry: String::from_utf8_lossy(name).into_owned() });
     }
     Ok(Digest::from_hash(&rest.hash.finalize()))
 }
 
-fn problem(source: io::Error) -> LayerProblem {
+fn classify_error(source: io::Error) -> LayerProblem {
     match source.kind() {
         io::ErrorKind::UnexpectedEof => LayerProblem::Truncated,
         io::ErrorKind::FileTooLarge => LayerProblem::TooLarge,
@@ -211,7 +215,7 @@ fn problem(source: io::Error) -> LayerProblem {
 }
 
 /// Returns whether any prefix of a path leads above the root: `a/../../b` does, `a/../b` does not.
-pub(super) fn climbs(path: &[u8]) -> bool {
+pub(super) fn escapes_root(path: &[u8]) -> bool {
     let mut depth = 0_i64;
     for part in path.split(|&byte| byte == b'/') {
         match part {
@@ -260,24 +264,24 @@ mod tests {
         let plain = archive(&[("bin/", tar::EntryType::Directory, ""), ("bin/sh", tar::EntryType::Regular, "")]);
         let expected = Digest::of(&plain);
         for packed in [plain.clone(), gzip(&plain), zstd::encode_all(&plain[..], 1).expect("compressed")] {
-            assert_eq!(read(io::Cursor::new(packed)).expect("a good layer"), expected);
+            assert_eq!(scan_layer(io::Cursor::new(packed)).expect("a good layer"), expected);
         }
         let half = plain.len() / 2;
         let members = [gzip(&plain[..half]), gzip(&plain[half..])].concat();
-        assert_eq!(read(io::Cursor::new(members)).expect("several gzip members"), expected);
+        assert_eq!(scan_layer(io::Cursor::new(members)).expect("several gzip members"), expected);
     }
 
     #[test]
     fn climbing_entries_are_named() {
         for name in ["../x", "a/../../x", "/../x"] {
             let layer = archive(&[(name, tar::EntryType::Regular, "")]);
-            let problem = read(io::Cursor::new(layer)).expect_err("refused");
-            assert!(matches!(&problem, LayerProblem::Climbs { entry } if entry == name), "{problem:?}");
+            let problem = scan_layer(io::Cursor::new(layer)).expect_err("refused");
+            assert!(matches!(&problem, LayerProblem::EntryEscapes { entry } if entry == name), "{problem:?}");
         }
         let layer = archive(&[("x", tar::EntryType::Link, "../../etc/shadow")]);
-        assert!(matches!(read(io::Cursor::new(layer)), Err(LayerProblem::LinkClimbs { .. })));
+        assert!(matches!(scan_layer(io::Cursor::new(layer)), Err(LayerProblem::LinkEscapes { .. })));
         let fine = archive(&[("a/../b", tar::EntryType::Regular, ""), ("l", tar::EntryType::Symlink, "../../../x")]);
-        assert!(read(io::Cursor::new(fine)).is_ok(), "a symlink's target is resolved inside the root");
+        assert!(scan_layer(io::Cursor::new(fine)).is_ok(), "a symlink's target is resolved inside the root");
     }
 
     #[test]
@@ -285,8 +289,8 @@ mod tests {
         let plain = archive(&[("a", tar::EntryType::Regular, ""), ("b", tar::EntryType::Regular, "")]);
         let packed = gzip(&plain);
         let cut = packed[..packed.len() - 12].to_vec();
-        assert!(matches!(read(io::Cursor::new(cut)), Err(LayerProblem::Truncated)));
-        assert!(matches!(read(io::Cursor::new(plain[..700].to_vec())), Err(LayerProblem::Truncated)));
+        assert!(matches!(scan_layer(io::Cursor::new(cut)), Err(LayerProblem::Truncated)));
+        assert!(matches!(scan_layer(io::Cursor::new(plain[..700].to_vec())), Err(LayerProblem::Truncated)));
     }
 
     #[test]
@@ -296,13 +300,13 @@ mod tests {
         header.set_size(1 << 34);
         header.set_cksum();
         let bomb = io::Cursor::new(header.as_bytes().to_vec()).chain(io::repeat(b'a').take(1 << 34));
-        assert!(matches!(read(bomb), Err(LayerProblem::LongName)));
+        assert!(matches!(scan_layer(bomb), Err(LayerProblem::LongName)));
     }
 
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
-            let _ = read(io::Cursor::new(bytes));
+            let _ = scan_layer(io::Cursor::new(bytes));
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::{ids::Digest, pb::types};
 
 /// A layer as its manifest describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layer {
+pub(crate) struct Layer {
     /// The digest of the compressed bytes.
     pub digest: Digest,
     /// The number of compressed bytes.
@@ -18,7 +18,7 @@ pub struct Layer {
 
 impl Layer {
     /// Returns the layer's descriptor for containerd.
-    pub fn descriptor(&self) -> types::Descriptor {
+    pub(crate) fn descriptor(&self) -> types::Descriptor {
         types::Descriptor {
             media_type: self.media_type.clone(),
             digest: self.digest.to_string(),
@@ -30,7 +30,7 @@ impl Layer {
 
 /// A manifest whose digests are well-formed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Manifest {
+pub(crate) struct Manifest {
     /// The configuration's digest.
     pub config: Digest,
     /// The layers, lowest first.
@@ -39,7 +39,7 @@ pub struct Manifest {
 
 /// A parsed index or manifest.
 #[derive(Debug)]
-pub enum Document {
+pub(crate) enum Document {
     /// An index. The digest is that of its manifest for this host's platform.
     Index(Digest),
     /// A manifest.
@@ -59,14 +59,14 @@ const LAYER_TYPES: [&str; 6] = [
 
 /// The largest number of layers of an image. docker has the same limit; overlayfs allows 500 lower directories
 /// (`OVL_MAX_STACK`).
-pub const LAYERS_MAX: usize = 127;
+pub(crate) const LAYERS_MAX: usize = 127;
 
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
-fn value_of(image: &Reference, bytes: &[u8]) -> Result<serde_json::Value, ImageError> {
+fn parse_json(image: &Reference, bytes: &[u8]) -> Result<serde_json::Value, ImageError> {
     serde_json::from_slice(bytes).map_err(|error| ImageError::Malformed {
         image: image.to_string(),
         what: "manifest",
@@ -81,8 +81,8 @@ fn value_of(image: &Reference, bytes: &[u8]) -> Result<serde_json::Value, ImageE
 /// # Errors
 /// When the document is not JSON, or could be read both as an index and as a manifest (CVE-2021-41190: one digest must
 /// not mean two images).
-pub fn kind(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<String, ImageError> {
-    let value = value_of(image, bytes)?;
+pub(crate) fn media_type_of(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<String, ImageError> {
+    let value = parse_json(image, bytes)?;
     let (manifests, layers) = (value.get("manifests").is_some(), value.get("layers").is_some());
     if manifests && (layers || value.get("config").is_some()) {
         return Err(ImageError::Malformed {
@@ -102,7 +102,7 @@ pub fn kind(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<String,
 ///
 /// # Errors
 /// When the document is malformed, or an index has no manifest for this host.
-pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Document, ImageError> {
+pub(crate) fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Document, ImageError> {
     let digest = Digest::of(bytes);
     let malformed = |what: &'static str, problem: String| ImageError::Malformed {
         image: image.to_string(),
@@ -110,15 +110,15 @@ pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Docume
         digest: digest.clone(),
         problem,
     };
-    let value = value_of(image, bytes)?;
+    let value = parse_json(image, bytes)?;
     if value.get("schemaVersion").and_then(serde_json::Value::as_u64) == Some(1) {
         return Err(malformed("manifest", "schema version 1, which is obsolete; rebuild the image".to_owned()));
     }
-    let kind = kind(image, media_type, bytes)?;
+    let kind = media_type_of(image, media_type, bytes)?;
     let is_index = kind == OCI_INDEX || kind == DOCKER_LIST;
     if is_index {
         let index: ImageIndex = serde_json::from_value(value).map_err(|error| malformed("index", error.to_string()))?;
-        let chosen = choose(image, &index)?;
+        let chosen = choose_manifest(image, &index)?;
         let chosen = Digest::new(chosen.digest().as_ref()).map_err(|error| malformed("index", error.to_string()))?;
         return Ok(Document::Index(chosen));
     }
@@ -154,7 +154,7 @@ pub fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Docume
 ///
 /// # Errors
 /// When the configuration is malformed, or has another number of layers than the manifest.
-pub fn parse_config(
+pub(crate) fn parse_config(
     image: &Reference,
     manifest: &Manifest,
     bytes: &[u8],
@@ -179,7 +179,7 @@ pub fn parse_config(
 }
 
 /// Returns the manifest of an index that fits this host best.
-fn choose<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor, ImageError> {
+fn choose_manifest<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor, ImageError> {
     let wanted = host_arch();
     let fits = |descriptor: &&Descriptor| {
         descriptor
@@ -213,7 +213,7 @@ fn choose<'a>(image: &Reference, index: &'a ImageIndex) -> Result<&'a Descriptor
 }
 
 /// Returns this host's architecture by the image specification's names, which are Go's.
-pub fn host_arch() -> Arch {
+pub(crate) fn host_arch() -> Arch {
     match std::env::consts::ARCH {
         "x86_64" => Arch::Amd64,
         "aarch64" => Arch::ARM64,

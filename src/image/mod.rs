@@ -3,11 +3,10 @@
 
 mod archive;
 mod auth;
-mod collect;
 mod confine;
 mod credentials;
 mod download;
-mod extensions;
+mod gc;
 mod layer;
 mod manifest;
 mod origin;
@@ -17,6 +16,7 @@ mod record;
 mod reference;
 mod registry;
 mod store;
+mod tar_extensions;
 mod unpack;
 mod view;
 
@@ -24,12 +24,12 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 pub use archive::{Archive, ArchiveFormat};
 pub use auth::RealmError;
-pub use collect::InUse;
 pub use credentials::{AddressError, CredentialScope, Credentials, RegistryAddress};
+pub use gc::ImagesInUse;
 pub use layer::LayerProblem;
 pub use pull::{Progress, PullEvent};
 pub use record::{ImageConfig, ImageRecord};
-pub use reference::{Reference, ReferenceError, RegistryName};
+pub use reference::{Reference, ReferenceError, RegistryImage};
 pub use store::{ImageStore, PullPolicy, PullRequest};
 pub use view::ViewProblem;
 
@@ -55,7 +55,7 @@ pub enum ImageError {
     },
     /// The registry wants credentials, or does not accept those that it got.
     #[error("pull access denied for {image}: {registry} says {detail}; check the name, and `auth` for a private image")]
-    Denied {
+    AccessDenied {
         /// The image as the caller named it.
         image: String,
         /// The registry that answered.
@@ -68,7 +68,7 @@ pub enum ImageError {
         "pull access denied for {image}: {registry} says {detail}; the configured `auth` is for {scope} only and was not \
          sent; to send it to this registry, write auth {{ server_address = {registry:?} }}"
     )]
-    Withheld {
+    CredentialsWithheld {
         /// The image as the caller named it.
         image: String,
         /// The registry that answered.
@@ -98,7 +98,7 @@ pub enum ImageError {
     },
     /// The registry answered with a status that is none of the above.
     #[error("registry {registry} answered {status} to {request}: {detail}")]
-    Answer {
+    UnexpectedAnswer {
         /// The registry.
         registry: String,
         /// The path of the request, or what the request was for.
@@ -184,7 +184,7 @@ pub enum ImageError {
     },
     /// The mounts that a snapshotter returned can't become a root file system.
     #[error("snapshotter {snapshotter} returned mounts for image {image} that are refused")]
-    View {
+    SnapshotterMounts {
         /// The image as the caller named it.
         image: String,
         /// The snapshotter's name.
@@ -226,7 +226,7 @@ pub enum ImageError {
     },
     /// The image is not in containerd's store, and may not be pulled or is to be removed.
     #[error("image {image} is not stored on this node")]
-    NotHere {
+    NotStored {
         /// The image as the caller named it.
         image: String,
     },
@@ -235,7 +235,7 @@ pub enum ImageError {
     Containerd(#[from] ContainerdError),
     /// A file or directory of the image store can't be read or written.
     #[error("could not access {path} of the image store")]
-    Record {
+    StoreFile {
         /// The file or directory.
         path: PathBuf,
         /// The error of the system call.
@@ -256,10 +256,10 @@ impl ImageError {
             Self::Unreachable { .. }
             | Self::Interrupted { .. }
             | Self::Timeout { .. }
-            | Self::Record { .. }
+            | Self::StoreFile { .. }
             | Self::Client { .. }
-            | Self::Layer { source: LayerProblem::Thread, .. } => Cause::Host,
-            Self::Answer { status, .. } if *status == 429 || *status >= 500 => Cause::Host,
+            | Self::Layer { source: LayerProblem::ScanFailed, .. } => Cause::Host,
+            Self::UnexpectedAnswer { status, .. } if *status == 429 || *status >= 500 => Cause::Host,
             Self::Containerd(error) => error.failure_cause(),
             Self::Archive { problem, .. } => failure::of_message(problem).unwrap_or(Cause::Job),
             // The cause is the image, or what the job says about it, unless a system call failed on the way.
@@ -269,4 +269,4 @@ impl ImageError {
 }
 
 /// The error of a pull, shared by all callers that waited for the same pull.
-pub type SharedError = Arc<ImageError>;
+pub type SharedPullError = Arc<ImageError>;

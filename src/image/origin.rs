@@ -12,8 +12,8 @@ use std::{
 use tokio::sync::mpsc;
 
 use super::{
-    Archive, Credentials, ImageError, Reference, RegistryName,
-    archive::Layout,
+    Archive, Credentials, ImageError, Reference, RegistryImage,
+    archive::OpenedArchive,
     provenance::{BlobSource, Provenance},
     registry::{HttpClients, Registry},
 };
@@ -22,22 +22,22 @@ use crate::{containerd::Labels, ids::Digest};
 /// The number of bytes that are read from a file at a time.
 const CHUNK: usize = 256 << 10;
 /// The number of chunks of a file that wait to be stored.
-const BACKLOG: usize = 4;
+const QUEUED_CHUNKS_MAX: usize = 4;
 /// The largest index or manifest that is read. It is the limit of distribution, the reference registry.
 const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// The origin of an image that is pulled.
 #[derive(Debug)]
-pub enum Origin<'a> {
+pub(crate) enum Origin<'a> {
     /// A registry, and the image's name there.
-    Registry(Registry<'a>, &'a RegistryName),
+    Registry(Registry<'a>, &'a RegistryImage),
     /// Files on this host.
-    Files(Arc<Layout>),
+    Files(Arc<OpenedArchive>),
 }
 
 /// The bytes of a blob, which arrive in chunks.
 #[derive(Debug)]
-pub enum Chunks {
+pub(crate) enum Chunks {
     /// The body of a registry's response.
     Body(reqwest::Response),
     /// A channel from a thread that reads a file.
@@ -46,15 +46,15 @@ pub enum Chunks {
 
 /// A flag that becomes false when this guard is dropped. A blocking thread can't be cancelled, so that it reads the
 /// flag and ends by itself.
-struct Wanted(Arc<AtomicBool>);
+struct CancelOnDrop(Arc<AtomicBool>);
 
-impl Default for Wanted {
+impl Default for CancelOnDrop {
     fn default() -> Self {
         Self(Arc::new(AtomicBool::new(true)))
     }
 }
 
-impl Drop for Wanted {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Relaxed);
     }
@@ -65,7 +65,7 @@ impl<'a> Origin<'a> {
     ///
     /// # Errors
     /// When files can't be read, or are not in the format that the image's name says.
-    pub async fn of(
+    pub(crate) async fn of(
         http: &'a HttpClients,
         reference: &'a Reference,
         credentials: Option<&'a Credentials>,
@@ -76,9 +76,9 @@ impl<'a> Origin<'a> {
             Reference::Archive(archive) => {
                 let (reference, archive): (Reference, Archive) = (reference.clone(), archive.clone());
                 let image = reference.to_string();
-                let wanted = Wanted::default();
-                let asked = wanted.0.clone();
-                let open = move || Layout::open(&reference, &archive, opened.as_deref(), &asked);
+                let cancel_guard = CancelOnDrop::default();
+                let asked = cancel_guard.0.clone();
+                let open = move || OpenedArchive::open(&reference, &archive, opened.as_deref(), &asked);
                 let layout = tokio::task::spawn_blocking(open)
                     .await
                     .map_err(|join| ImageError::Archive { image, problem: join.to_string() })??;
@@ -91,10 +91,10 @@ impl<'a> Origin<'a> {
     ///
     /// # Errors
     /// When the registry does not send it.
-    pub async fn top(&self) -> Result<(String, Vec<u8>), ImageError> {
+    pub(crate) async fn root_document(&self) -> Result<(String, Vec<u8>), ImageError> {
         match self {
-            Self::Registry(registry, place) => registry.manifest(place.target()).await,
-            Self::Files(layout) => Ok(layout.top()),
+            Self::Registry(registry, place) => registry.manifest(place.tag_or_digest()).await,
+            Self::Files(layout) => Ok(layout.root_document()),
         }
     }
 
@@ -102,7 +102,7 @@ impl<'a> Origin<'a> {
     ///
     /// # Errors
     /// When the registry does not send the manifest, or the files do not contain it.
-    pub async fn manifest(&self, digest: &Digest) -> Result<(String, Vec<u8>), ImageError> {
+    pub(crate) async fn manifest(&self, digest: &Digest) -> Result<(String, Vec<u8>), ImageError> {
         match self {
             Self::Registry(registry, _) => registry.manifest(digest.as_str()).await,
             Self::Files(layout) => Ok((String::new(), layout.document(digest, DOCUMENT_MAX)?)),
@@ -113,12 +113,12 @@ impl<'a> Origin<'a> {
     ///
     /// # Errors
     /// When the registry does not send the blob, or the files do not contain it.
-    pub async fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<Chunks, ImageError> {
+    pub(crate) async fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<Chunks, ImageError> {
         match self {
             Self::Registry(registry, _) => registry.blob(digest).await.map(Chunks::Body),
             Self::Files(layout) => {
                 let mut file = layout.blob(digest, size)?;
-                let (send, receive) = mpsc::channel(BACKLOG);
+                let (send, receive) = mpsc::channel(QUEUED_CHUNKS_MAX);
                 tokio::task::spawn_blocking(move || {
                     loop {
                         let mut bytes = vec![0; CHUNK];
@@ -127,8 +127,8 @@ impl<'a> Origin<'a> {
                             bytes
                         });
                         let last = !matches!(&read, Ok(bytes) if !bytes.is_empty());
-                        let told = matches!(&read, Ok(bytes) if bytes.is_empty());
-                        if told || send.blocking_send(read).is_err() || last {
+                        let at_end = matches!(&read, Ok(bytes) if bytes.is_empty());
+                        if at_end || send.blocking_send(read).is_err() || last {
                             return;
                         }
                     }
@@ -140,9 +140,9 @@ impl<'a> Origin<'a> {
 
     /// Returns whether this origin is known to have a blob that is stored with these labels. If it is not known, only
     /// reading the blob from the origin can prove it.
-    pub async fn confirms(&self, digest: &Digest, labels: &Labels) -> bool {
+    pub(crate) async fn is_known_to_have(&self, digest: &Digest, labels: &Labels) -> bool {
         match self {
-            Self::Registry(registry, place) => match BlobSource::of(place).in_labels(labels) {
+            Self::Registry(registry, place) => match BlobSource::of(place).provenance_by(labels) {
                 Provenance::Repository => true,
                 Provenance::Registry => registry.has_blob(digest).await,
                 Provenance::Elsewhere => false,
@@ -153,14 +153,14 @@ impl<'a> Origin<'a> {
 
     /// Adds to `labels` the label that records this origin, for a blob with the labels `stored`. An origin in files is
     /// not recorded.
-    pub fn label(&self, labels: &mut Labels, stored: &Labels) {
+    pub(crate) fn add_label(&self, labels: &mut Labels, stored: &Labels) {
         if let Self::Registry(_, place) = self {
             BlobSource::of(place).add_to(labels, stored);
         }
     }
 
     /// Returns the origin's name for messages.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         match self {
             Self::Registry(registry, _) => registry.name(),
             Self::Files(_) => "the archive",
@@ -174,7 +174,7 @@ impl Chunks {
     /// # Errors
     /// When the transfer is interrupted. The error is `None` where a file can't be read, because its error is logged
     /// here.
-    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Option<reqwest::Error>> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Vec<u8>>, Option<reqwest::Error>> {
         match self {
             Self::Body(response) => response.chunk().await.map(|chunk| chunk.map(|bytes| bytes.to_vec())).map_err(Some),
             Self::File(receive) => match receive.recv().await {

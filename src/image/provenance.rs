@@ -1,7 +1,7 @@
 //! The labels in containerd's store that record which repositories a blob was pulled from. A stored layer is used only
 //! for an image whose repository has that layer; docs/decisions/014 says why.
 
-use super::{RegistryName, reference::is_loopback};
+use super::{RegistryImage, reference::is_loopback};
 use crate::containerd::Labels;
 
 /// The prefix of these labels. A registry's host follows after a dot, and the value is a comma-separated list of its
@@ -12,14 +12,14 @@ const LABEL_MAX: usize = 4096;
 
 /// One repository of one registry, as a blob's label names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BlobSource {
+pub(crate) struct BlobSource {
     key: String,
     repository: String,
 }
 
 /// The relation of a stored blob to a repository, according to the blob's labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Provenance {
+pub(crate) enum Provenance {
     /// The blob was pulled from this repository.
     Repository,
     /// The blob was pulled from another repository of the same registry. That registry has the blob, so its answer
@@ -31,8 +31,8 @@ pub enum Provenance {
 
 impl BlobSource {
     /// Returns the repository of an image.
-    pub fn of(place: &RegistryName) -> Self {
-        let registry = place.registry().to_ascii_lowercase();
+    pub(crate) fn of(image_name: &RegistryImage) -> Self {
+        let registry = image_name.registry().to_ascii_lowercase();
         // containerd leaves the port out. This driver writes it, as moby does
         // (daemon/internal/distribution/manifest.go, `makeDistributionSourceLabel`), because another port is another
         // registry, and on this host any task may open one. For this host the default port is written, too: a label
@@ -42,11 +42,11 @@ impl BlobSource {
             None if is_loopback(&registry) => format!("{registry}:443"),
             _ => registry,
         };
-        Self { key: format!("{SOURCE}.{host}"), repository: place.repository().to_owned() }
+        Self { key: format!("{SOURCE}.{host}"), repository: image_name.repository().to_owned() }
     }
 
     /// Returns whether the blob with these `labels` was pulled from this repository.
-    pub fn in_labels(&self, labels: &Labels) -> Provenance {
+    pub(crate) fn provenance_by(&self, labels: &Labels) -> Provenance {
         match labels.get(&self.key) {
             Some(list) if list.split(',').any(|repository| repository == self.repository) => Provenance::Repository,
             Some(list) if !list.is_empty() => Provenance::Registry,
@@ -56,7 +56,7 @@ impl BlobSource {
 
     /// Adds to `labels` the label with this repository and the repositories that `stored` names already. A label that
     /// would become too long is not changed, as in containerd; the registry is then asked at each pull.
-    pub fn add_to(&self, labels: &mut Labels, stored: &Labels) {
+    pub(crate) fn add_to(&self, labels: &mut Labels, stored: &Labels) {
         let mut repositories: Vec<&str> =
             stored.get(&self.key).map(|list| list.split(',').collect()).unwrap_or_default();
         repositories.push(&self.repository);
@@ -111,14 +111,17 @@ mod tests {
             ("registry.example.evil/team/app", Provenance::Elsewhere),
             ("team/app", Provenance::Elsewhere),
         ] {
-            assert_eq!(source(image).in_labels(&labels), provenance, "{image}");
+            assert_eq!(source(image).provenance_by(&labels), provenance, "{image}");
         }
         // The label that `ctr pull 127.0.0.1:5000/app` writes.
         let foreign = Labels::from([(format!("{SOURCE}.127.0.0.1"), "app".to_owned())]);
         for image in ["127.0.0.1:5000/app", "127.0.0.1/app", "127.0.0.1:443/app"] {
-            assert_eq!(source(image).in_labels(&foreign), Provenance::Elsewhere, "{image}");
+            assert_eq!(source(image).provenance_by(&foreign), Provenance::Elsewhere, "{image}");
         }
-        assert_eq!(source("a/b").in_labels(&Labels::from([(source("a/b").key, String::new())])), Provenance::Elsewhere);
+        assert_eq!(
+            source("a/b").provenance_by(&Labels::from([(source("a/b").key, String::new())])),
+            Provenance::Elsewhere
+        );
     }
 
     #[test]
@@ -130,7 +133,7 @@ mod tests {
             stored.extend(labels);
         }
         assert!(stored.iter().all(|(key, list)| key.len() + list.len() <= LABEL_MAX));
-        assert_eq!(source("registry.example/team/app-399").in_labels(&stored), Provenance::Registry);
-        assert_eq!(source("registry.example/team/app-0").in_labels(&stored), Provenance::Repository);
+        assert_eq!(source("registry.example/team/app-399").provenance_by(&stored), Provenance::Registry);
+        assert_eq!(source("registry.example/team/app-0").provenance_by(&stored), Provenance::Repository);
     }
 }

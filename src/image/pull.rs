@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use super::{
     Credentials, ImageError, Reference,
-    download::Download,
+    download::LayerDownload,
     manifest::{self, Document, Manifest},
     origin::Origin,
     registry::HttpClients,
@@ -25,14 +25,14 @@ use crate::{
 };
 
 /// The number of layers that are downloaded concurrently. docker and containerd have the same default.
-const PARALLEL: usize = 3;
+const TRANSFERS_MAX: usize = 3;
 /// The time after which containerd removes the lease of a pull that was killed.
-const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
+const LEASE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// The largest configuration that is read. A real configuration has some kilobytes.
 pub(super) const CONFIG_MAX: usize = 8 << 20;
 
 /// The number of layers that are checked concurrently. A layer that is stored already mostly costs one short request.
-const CHECKED: usize = 8;
+const CHECKS_MAX: usize = 8;
 
 /// The progress of a running pull.
 #[derive(Debug, Clone)]
@@ -58,11 +58,11 @@ pub struct Progress(Option<Arc<dyn Fn(PullEvent) + Send + Sync>>);
 
 impl Progress {
     /// Makes a value that passes events to `listener`, which must not block.
-    pub fn to(listener: impl Fn(PullEvent) + Send + Sync + 'static) -> Self {
+    pub fn with_listener(listener: impl Fn(PullEvent) + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(listener)))
     }
 
-    pub(super) fn tell(&self, event: PullEvent) {
+    pub(super) fn report(&self, event: PullEvent) {
         if let Some(listener) = &self.0 {
             listener(event);
         }
@@ -77,7 +77,7 @@ impl fmt::Debug for Progress {
 
 /// An image whose blobs are all in the content store.
 #[derive(Debug)]
-pub struct Fetched {
+pub(crate) struct FetchedImage {
     /// The index or manifest that the name stands for.
     pub target: Descriptor,
     /// The manifest for this host.
@@ -89,7 +89,7 @@ pub struct Fetched {
 /// The lease that protects a pull's blobs while the pull runs. If it is dropped without a call to `release`, because
 /// the pull was cancelled, it is deleted in the background.
 #[derive(Debug)]
-pub struct PullLease {
+pub(crate) struct PullLease {
     client: Client,
     id: Option<LeaseId>,
 }
@@ -99,14 +99,14 @@ impl PullLease {
     ///
     /// # Errors
     /// When containerd does not create it.
-    pub async fn begin(client: &Client, lease: LeaseId) -> Result<Self, ContainerdError> {
+    pub(crate) async fn create(client: &Client, lease: LeaseId) -> Result<Self, ContainerdError> {
         let this = Self { client: client.clone(), id: Some(lease.clone()) };
-        client.create_lease(&lease, Some(rfc3339(SystemTime::now() + LEASE_LIFE))).await?;
+        client.create_lease(&lease, Some(rfc3339(SystemTime::now() + LEASE_LIFETIME))).await?;
         Ok(this)
     }
 
     /// Returns the lease's name.
-    pub fn id(&self) -> &LeaseId {
+    pub(crate) fn id(&self) -> &LeaseId {
         self.id.as_ref().expect("taken only by `release`, which consumes self, and by drop")
     }
 
@@ -114,7 +114,7 @@ impl PullLease {
     ///
     /// # Errors
     /// When containerd does not delete it.
-    pub async fn end(mut self) -> Result<(), ContainerdError> {
+    pub(crate) async fn release(mut self) -> Result<(), ContainerdError> {
         match self.id.take() {
             Some(id) => self.client.delete_lease(&id).await,
             None => Ok(()),
@@ -144,7 +144,7 @@ fn rfc3339(time: SystemTime) -> String {
 
 /// The clients and parameters that a pull needs besides the image's name.
 #[derive(Debug)]
-pub struct Source<'a> {
+pub(crate) struct PullContext<'a> {
     /// The client of containerd, which stores the blobs.
     pub client: &'a Client,
     /// The HTTP clients for registries.
@@ -161,24 +161,28 @@ pub struct Source<'a> {
 ///
 /// # Errors
 /// When a blob can't be downloaded, or has another digest than the one it was requested by.
-pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) -> Result<Fetched, ImageError> {
+pub(crate) async fn fetch(
+    source: &PullContext<'_>,
+    reference: &Reference,
+    lease: &LeaseId,
+) -> Result<FetchedImage, ImageError> {
     let origin = Origin::of(source.http, reference, source.credentials, source.opened.clone()).await?;
-    let (media_type, bytes) = origin.top().await?;
+    let (media_type, bytes) = origin.root_document().await?;
     let digest = Digest::of(&bytes);
     if let Reference::Registry(name) = reference
         && let Some(expected) = name.digest()
     {
-        check(reference, "manifest", &expected, &digest)?;
+        check_digest(reference, "manifest", &expected, &digest)?;
     }
-    source.progress.tell(PullEvent::Resolved(digest.clone()));
+    source.progress.report(PullEvent::Resolved(digest.clone()));
 
-    let media_type = manifest::kind(reference, &media_type, &bytes)?;
+    let media_type = manifest::media_type_of(reference, &media_type, &bytes)?;
     let (index, manifest_bytes, manifest_type, manifest) = match manifest::parse(reference, &media_type, &bytes)? {
         Document::Manifest(manifest) => (None, bytes, media_type, manifest),
         Document::Index(chosen) => {
             let (manifest_type, inner) = origin.manifest(&chosen).await?;
-            check(reference, "manifest", &chosen, &Digest::of(&inner))?;
-            let manifest_type = manifest::kind(reference, &manifest_type, &inner)?;
+            check_digest(reference, "manifest", &chosen, &Digest::of(&inner))?;
+            let manifest_type = manifest::media_type_of(reference, &manifest_type, &inner)?;
             match manifest::parse(reference, &manifest_type, &inner)? {
                 Document::Manifest(manifest) => (Some((bytes, media_type, chosen)), inner, manifest_type, manifest),
                 Document::Index(_) => {
@@ -197,17 +201,17 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
     let (_, diffs) = manifest::parse_config(reference, &manifest, &config)?;
     source.client.write_blob(lease, &config, Labels::new()).await?;
 
-    let transfers = Semaphore::new(PARALLEL);
+    let transfers = Semaphore::new(TRANSFERS_MAX);
     let mut downloads: Vec<BoxFuture<'_, Result<(), ImageError>>> = Vec::new();
     for (layer, diff) in manifest.layers.iter().zip(&diffs) {
-        let download = Download { source, origin: &origin, reference, layer, diff, transfers: &transfers };
+        let download = LayerDownload { source, origin: &origin, reference, layer, diff, transfers: &transfers };
         downloads.push(Box::pin(download.run(lease)));
     }
-    futures_util::stream::iter(downloads).buffer_unordered(CHECKED).try_collect::<Vec<()>>().await?;
+    futures_util::stream::iter(downloads).buffer_unordered(CHECKS_MAX).try_collect::<Vec<()>>().await?;
 
     // Manifest and index are stored last: their labels refer to the other blobs, which must exist, or the garbage
     // collector may find a reference to a missing blob.
-    let manifest_digest = source.client.write_blob(lease, &manifest_bytes, references(&manifest)).await?;
+    let manifest_digest = source.client.write_blob(lease, &manifest_bytes, gc_labels(&manifest)).await?;
     let target = match index {
         None => descriptor(&manifest_type, &manifest_digest, manifest_bytes.len()),
         Some((bytes, media_type, chosen)) => {
@@ -216,11 +220,11 @@ pub async fn fetch(source: &Source<'_>, reference: &Reference, lease: &LeaseId) 
             descriptor(&media_type, &digest, bytes.len())
         }
     };
-    Ok(Fetched { target, manifest, config })
+    Ok(FetchedImage { target, manifest, config })
 }
 
 /// Returns the labels by which containerd's garbage collector finds a manifest's configuration and layers.
-fn references(manifest: &Manifest) -> Labels {
+fn gc_labels(manifest: &Manifest) -> Labels {
     let config = ("containerd.io/gc.ref.content.config".to_owned(), manifest.config.to_string());
     let layers = manifest
         .layers
@@ -240,7 +244,7 @@ fn descriptor(media_type: &str, digest: &Digest, size: usize) -> Descriptor {
 }
 
 /// Checks that a blob has the digest by which it was requested.
-pub(super) fn check(
+pub(super) fn check_digest(
     reference: &Reference,
     what: &'static str,
     expected: &Digest,
@@ -283,6 +287,6 @@ async fn fetch_config(origin: &Origin<'_>, reference: &Reference, digest: &Diges
             }
         }
     }
-    check(reference, "config", digest, &Digest::of(&bytes))?;
+    check_digest(reference, "config", digest, &Digest::of(&bytes))?;
     Ok(bytes)
 }

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{ImageError, Reference};
 use crate::{
+    file_id::FileId,
     ids::{ChainId, Digest},
-    places::write_whole,
-    stamp::Stamp,
+    places::write_atomically,
 };
 
 /// The version of the record file's format.
@@ -74,7 +74,7 @@ pub struct ImageRecord {
     pub config: ImageConfig,
     /// The identity of the file that the image was read from, for an image in files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stamp: Option<Stamp>,
+    pub stamp: Option<FileId>,
     /// The image's `/etc/passwd`, empty when it has none.
     pub passwd: String,
     /// The image's `/etc/group`, empty when it has none.
@@ -83,7 +83,7 @@ pub struct ImageRecord {
 
 /// The fields of an [`ImageRecord`] that the pull determines, for `ImageRecord::new`.
 #[derive(Debug)]
-pub struct Parts {
+pub struct RecordParts {
     /// The digest of the index or manifest that the name stands for.
     pub digest: Digest,
     /// The chain id of all layers together; `None` for an image without layers.
@@ -98,8 +98,8 @@ pub struct Parts {
 
 impl ImageRecord {
     /// Makes a record whose directories, accounts and file identity are still empty.
-    pub fn new(reference: &Reference, parts: Parts, config: ImageConfig) -> Self {
-        let Parts { digest, chain_id, lease, view, size } = parts;
+    pub fn new(reference: &Reference, parts: RecordParts, config: ImageConfig) -> Self {
+        let RecordParts { digest, chain_id, lease, view, size } = parts;
         Self {
             version: VERSION,
             reference: reference.to_string(),
@@ -127,18 +127,18 @@ impl ImageRecord {
     /// When the file can't be written.
     pub fn save(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
-        let write = || write_whole(&path, &serde_json::to_vec(self)?, 0o600);
-        write().map_err(|source| ImageError::Record { path: path.clone(), source })
+        let write = || write_atomically(&path, &serde_json::to_vec(self)?, 0o600);
+        write().map_err(|source| ImageError::StoreFile { path: path.clone(), source })
     }
 
     /// Removes the record's file. It is not an error if the file does not exist.
     ///
     /// # Errors
     /// When the file can't be removed.
-    pub fn forget(&self, directory: &Path) -> Result<(), ImageError> {
+    pub fn delete(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
         match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ImageError::Record { path, source }),
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ImageError::StoreFile { path, source }),
             _ => Ok(()),
         }
     }
@@ -165,7 +165,7 @@ impl ImageRecord {
     /// When the directory can't be read, or a record can't be read for a temporary reason: if such a record were
     /// skipped, garbage collection would remove the layers of its image.
     pub fn load_all(directory: &Path) -> Result<Vec<Self>, ImageError> {
-        let unreadable = |source| ImageError::Record { path: directory.to_owned(), source };
+        let unreadable = |source| ImageError::StoreFile { path: directory.to_owned(), source };
         let mut records = Vec::new();
         for entry in fs::read_dir(directory).map_err(unreadable)? {
             let path = entry.map_err(unreadable)?.path();
@@ -173,7 +173,9 @@ impl ImageRecord {
                 continue;
             }
             let bytes = match fs::read(&path) {
-                Err(source) if crate::process::is_passing(&source) => return Err(ImageError::Record { path, source }),
+                Err(source) if crate::process::is_transient(&source) => {
+                    return Err(ImageError::StoreFile { path, source });
+                }
                 read => read.map_err(|error| error.to_string()),
             };
             let record = bytes.and_then(|bytes| {
@@ -206,14 +208,15 @@ mod tests {
     fn torn_records_are_set_aside_and_the_rest_is_read() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let reference = Reference::parse("app:1").expect("a reference");
-        let parts = Parts { digest: Digest::of(b"x"), chain_id: None, lease: "l".to_owned(), view: None, size: 0 };
+        let parts =
+            RecordParts { digest: Digest::of(b"x"), chain_id: None, lease: "l".to_owned(), view: None, size: 0 };
         let record = ImageRecord::new(&reference, parts, ImageConfig::default());
         record.save(directory.path()).expect("saved");
         fs::write(directory.path().join("torn.json"), b"{\"version\":1,").expect("written");
         fs::write(directory.path().join("future.json"), b"{\"version\":99}").expect("written");
         assert_eq!(ImageRecord::load_all(directory.path()).expect("read"), vec![record.clone()]);
         assert!(directory.path().join("torn.bad").exists() && directory.path().join("future.bad").exists());
-        record.forget(directory.path()).expect("forgotten");
+        record.delete(directory.path()).expect("forgotten");
         assert_eq!(ImageRecord::load_all(directory.path()).expect("read"), vec![]);
     }
 }

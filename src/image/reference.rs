@@ -21,17 +21,17 @@ pub struct ReferenceError {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Reference {
     /// The image is in a registry.
-    Registry(RegistryName),
+    Registry(RegistryImage),
     /// The image is in files on this host.
     Archive(Archive),
 }
 
 /// The completed name of an image in a registry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct RegistryName(Parsed);
+pub struct RegistryImage(Parsed);
 
 /// The prefixes of names of images in files.
-const FORMATS: [(&str, ArchiveFormat); 3] = [
+const ARCHIVE_PREFIXES: [(&str, ArchiveFormat); 3] = [
     ("oci-archive:", ArchiveFormat::OciArchive),
     ("docker-archive:", ArchiveFormat::DockerArchive),
     ("oci:", ArchiveFormat::OciDir),
@@ -40,7 +40,7 @@ const FORMATS: [(&str, ArchiveFormat); 3] = [
 impl Reference {
     /// Compiles the regular expression that `parse` uses. Otherwise its first use compiles it, which takes 40 ms in a
     /// debug build and would delay the first task's start.
-    pub fn prepare() {
+    pub fn precompile_pattern() {
         let _ = Parsed::try_from("prepare");
     }
 
@@ -51,7 +51,7 @@ impl Reference {
     /// # Errors
     /// When the text is not an image reference.
     pub fn parse(image: &str) -> Result<Self, ReferenceError> {
-        if let Some(archive) = archive(image) {
+        if let Some(archive) = parse_archive(image) {
             return Ok(Self::Archive(archive));
         }
         let bare = image.strip_prefix("https://").unwrap_or(image);
@@ -65,7 +65,7 @@ impl Reference {
         if parsed.repository().bytes().any(|byte| byte.is_ascii_uppercase()) {
             return Err(refused(ParseError::NameContainsUppercase));
         }
-        Ok(Self::Registry(RegistryName(parsed)))
+        Ok(Self::Registry(RegistryImage(parsed)))
     }
 
     /// Returns the location of the files, if the image is in files.
@@ -79,8 +79,8 @@ impl Reference {
 
 /// Parses the name of an image in files; `None` for an image in a registry. `oci:5000/app` is an image of a registry on
 /// the host `oci`; everything else after one of the prefixes is a path.
-fn archive(image: &str) -> Option<Archive> {
-    let (prefix, format) = FORMATS.iter().find(|(prefix, _)| image.starts_with(prefix))?;
+fn parse_archive(image: &str) -> Option<Archive> {
+    let (prefix, format) = ARCHIVE_PREFIXES.iter().find(|(prefix, _)| image.starts_with(prefix))?;
     let rest = &image[prefix.len()..];
     let port =
         rest.split_once('/').is_some_and(|(port, _)| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()));
@@ -95,7 +95,7 @@ fn archive(image: &str) -> Option<Archive> {
     Some(Archive { format: *format, path: path.into(), tag })
 }
 
-impl RegistryName {
+impl RegistryImage {
     /// Returns the registry's host and port as the user wrote them, `docker.io` for Docker Hub.
     pub fn registry(&self) -> &str {
         self.0.registry()
@@ -115,7 +115,7 @@ impl RegistryName {
     }
 
     /// Returns the digest if the name has one, else the tag. The registry is asked for a manifest by this.
-    pub fn target(&self) -> &str {
+    pub fn tag_or_digest(&self) -> &str {
         self.0.digest().or(self.0.tag()).unwrap_or("latest")
     }
 
@@ -142,8 +142,10 @@ impl fmt::Display for Reference {
         match self {
             Self::Registry(name) => name.0.fmt(f),
             Self::Archive(archive) => {
-                let prefix =
-                    FORMATS.iter().find(|(_, format)| *format == archive.format).map_or("", |(prefix, _)| prefix);
+                let prefix = ARCHIVE_PREFIXES
+                    .iter()
+                    .find(|(_, format)| *format == archive.format)
+                    .map_or("", |(prefix, _)| prefix);
                 write!(f, "{prefix}{}", archive.path.display())?;
                 archive.tag.iter().try_for_each(|tag| write!(f, ":{tag}"))
             }
@@ -169,7 +171,7 @@ mod tests {
         }
         let digest = format!("sha256:{}", "0".repeat(64));
         let Ok(Reference::Registry(by_digest)) = Reference::parse(&format!("app@{digest}")) else { panic!("a name") };
-        assert_eq!(by_digest.target(), digest);
+        assert_eq!(by_digest.tag_or_digest(), digest);
     }
 
     #[test]

@@ -1,16 +1,13 @@
 //! A client of the part of a registry's HTTP API that a pull needs (OCI distribution spec 1.1).
 
-use std::{
-    error::Error as _,
-    sync::{Mutex, OnceLock},
-    time::Duration,
-};
+use std::{error::Error as _, sync::OnceLock, time::Duration};
 
+use parking_lot::Mutex;
 use reqwest::{Method, Response, StatusCode, header};
 
 use super::{
-    CredentialScope, Credentials, ImageError, Reference, RegistryName,
-    auth::{Challenge, TokenAnswer, parse_challenge, token_address},
+    CredentialScope, Credentials, ImageError, Reference, RegistryImage,
+    auth::{Challenge, TokenAnswer, parse_challenge, token_url},
     credentials::Transport,
     reference::is_loopback,
 };
@@ -20,9 +17,9 @@ use crate::{ids::Digest, text};
 const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, \
     application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
 /// The time limit for establishing a connection to a registry.
-const CONNECT: Duration = Duration::from_secs(15);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// A download that brings no byte for this time has failed.
-const STALL: Duration = Duration::from_secs(60);
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// The largest manifest that is read. It is the limit of distribution, the reference registry.
 const MANIFEST_MAX: usize = 4 << 20;
 /// The largest part of an error's body that is read; usually it is a line of JSON.
@@ -32,12 +29,12 @@ const TOKEN_MAX: usize = 1 << 20;
 /// The largest part of a registry's error text that an error message of this driver quotes.
 const DETAIL_MAX: usize = 300;
 /// The number of retries when a registry is busy (429) or fails (5xx).
-const RETRIES: u32 = 2;
+const RETRIES_MAX: u32 = 2;
 
 /// The HTTP clients for all registries, with the system's trust store or `SSL_CERT_FILE`, and proxies from the
 /// environment. Each client is made when it is first needed, because reading the trust store takes milliseconds.
 #[derive(Debug, Default)]
-pub struct HttpClients {
+pub(crate) struct HttpClients {
     proxied: OnceLock<reqwest::Client>,
     direct: OnceLock<reqwest::Client>,
 }
@@ -47,20 +44,20 @@ impl HttpClients {
     ///
     /// # Errors
     /// When the trust store can't be loaded.
-    fn client(&self, reach: Reach) -> Result<&reqwest::Client, ImageError> {
+    fn client(&self, reach: ServerLocation) -> Result<&reqwest::Client, ImageError> {
         let (slot, builder) = match reach {
-            Reach::Elsewhere => (&self.proxied, reqwest::Client::builder()),
+            ServerLocation::Elsewhere => (&self.proxied, reqwest::Client::builder()),
             // A proxy would read passwords that are sent without TLS, and a loopback address means another host there.
             // Go's clients, docker among them, use no proxy for loopback either (golang/net, http/httpproxy/proxy.go,
             // `useProxy`).
-            Reach::ThisHost => (&self.direct, reqwest::Client::builder().no_proxy()),
+            ServerLocation::ThisHost => (&self.direct, reqwest::Client::builder().no_proxy()),
         };
         if let Some(client) = slot.get() {
             return Ok(client);
         }
         let client = builder
-            .connect_timeout(CONNECT)
-            .read_timeout(STALL)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .read_timeout(READ_TIMEOUT)
             // The target of a redirect must not learn the URL that led to it. reqwest itself removes credentials when
             // a redirect leads to another origin.
             .referer(false)
@@ -73,12 +70,12 @@ impl HttpClients {
 
 /// Whether a server is on this host, which decides about the use of a proxy.
 #[derive(Debug, Clone, Copy)]
-enum Reach {
+enum ServerLocation {
     ThisHost,
     Elsewhere,
 }
 
-impl Reach {
+impl ServerLocation {
     fn of(is_loopback: bool) -> Self {
         if is_loopback { Self::ThisHost } else { Self::Elsewhere }
     }
@@ -86,30 +83,30 @@ impl Reach {
 
 /// A client of one repository of a registry. It remembers the transport and the authorization that the registry wants.
 #[derive(Debug)]
-pub struct Registry<'a> {
+pub(crate) struct Registry<'a> {
     http: &'a HttpClients,
     reference: &'a Reference,
-    place: &'a RegistryName,
+    image_name: &'a RegistryImage,
     credentials: Option<&'a Credentials>,
-    learnt: Mutex<Learnt>,
+    session: Mutex<SessionState>,
 }
 
 /// The transport and the `Authorization` header that earlier requests to the registry have found out.
 #[derive(Debug, Default, Clone)]
-struct Learnt {
+struct SessionState {
     transport: Transport,
     authorization: Option<String>,
 }
 
 impl<'a> Registry<'a> {
     /// Makes a client of a repository. It tries TLS without authorization first.
-    pub fn new(
+    pub(crate) fn new(
         http: &'a HttpClients,
         reference: &'a Reference,
-        place: &'a RegistryName,
+        place: &'a RegistryImage,
         credentials: Option<&'a Credentials>,
     ) -> Self {
-        Self { http, reference, place, credentials, learnt: Mutex::default() }
+        Self { http, reference, image_name: place, credentials, session: Mutex::default() }
     }
 
     /// Downloads a manifest or index by tag or digest, and returns its media type and bytes. The caller must check the
@@ -117,8 +114,8 @@ impl<'a> Registry<'a> {
     ///
     /// # Errors
     /// When the registry can't be reached or refuses the request, or the document is too large.
-    pub async fn manifest(&self, target: &str) -> Result<(String, Vec<u8>), ImageError> {
-        let mut response = self.ask(Method::GET, &format!("manifests/{target}"), Some(ACCEPT)).await?;
+    pub(crate) async fn manifest(&self, target: &str) -> Result<(String, Vec<u8>), ImageError> {
+        let mut response = self.send(Method::GET, &format!("manifests/{target}"), Some(ACCEPT)).await?;
         let media_type = response
             .headers()
             .get(header::CONTENT_TYPE)
@@ -144,19 +141,19 @@ impl<'a> Registry<'a> {
     ///
     /// # Errors
     /// When the registry can't be reached or refuses the request.
-    pub async fn blob(&self, digest: &Digest) -> Result<Response, ImageError> {
-        self.ask(Method::GET, &format!("blobs/{digest}"), None).await
+    pub(crate) async fn blob(&self, digest: &Digest) -> Result<Response, ImageError> {
+        self.send(Method::GET, &format!("blobs/{digest}"), None).await
     }
 
     /// Asks the registry whether the repository has a blob. Returns false also where a registry does not support
     /// `HEAD`.
-    pub async fn has_blob(&self, digest: &Digest) -> bool {
-        match self.ask(Method::HEAD, &format!("blobs/{digest}"), None).await {
+    pub(crate) async fn has_blob(&self, digest: &Digest) -> bool {
+        match self.send(Method::HEAD, &format!("blobs/{digest}"), None).await {
             Ok(_) => true,
             Err(error) => {
                 tracing::debug!(
                     %digest,
-                    error = %crate::chain(&error),
+                    error = %crate::error_chain(&error),
                     "the registry does not confirm that the repository has a blob"
                 );
                 false
@@ -165,34 +162,36 @@ impl<'a> Registry<'a> {
     }
 
     /// Returns the registry's name for messages.
-    pub fn name(&self) -> &str {
-        self.place.registry()
+    pub(crate) fn name(&self) -> &str {
+        self.image_name.registry()
     }
 
     /// Sends a request for `path` below the repository, and repeats it without TLS, with authorization or after a delay
     /// where the registry's answer demands that.
-    async fn ask(&self, method: Method, path: &str, accept: Option<&str>) -> Result<Response, ImageError> {
+    async fn send(&self, method: Method, path: &str, accept: Option<&str>) -> Result<Response, ImageError> {
         let mut authorized = false;
         let mut tries = 0;
         loop {
-            let learnt = self.learnt();
-            let scheme = learnt.transport.scheme();
-            let (host, repository) = (self.place.api_host(), self.place.repository());
-            let client = self.http.client(Reach::of(self.place.is_loopback()))?;
+            let session = self.session();
+            let scheme = session.transport.scheme();
+            let (host, repository) = (self.image_name.api_host(), self.image_name.repository());
+            let client = self.http.client(ServerLocation::of(self.image_name.is_loopback()))?;
             let mut request = client.request(method.clone(), format!("{scheme}://{host}/v2/{repository}/{path}"));
             if let Some(accept) = accept {
                 request = request.header(header::ACCEPT, accept);
             }
-            if let Some(authorization) = &learnt.authorization {
+            if let Some(authorization) = &session.authorization {
                 request = request.header(header::AUTHORIZATION, authorization);
             }
             let response = match request.send().await {
                 Ok(response) => response,
                 // A registry on this host may use plain HTTP: then its answer to the TLS hello is no TLS message.
                 Err(error)
-                    if learnt.transport == Transport::Tls && self.place.is_loopback() && speaks_no_tls(&error) =>
+                    if session.transport == Transport::Tls
+                        && self.image_name.is_loopback()
+                        && is_plaintext_answer(&error) =>
                 {
-                    self.learn(|learnt| learnt.transport = Transport::Plain);
+                    self.update_session(|learnt| learnt.transport = Transport::Plain);
                     continue;
                 }
                 Err(source) => return Err(self.unreachable(source)),
@@ -200,37 +199,39 @@ impl<'a> Registry<'a> {
             match response.status() {
                 status if status.is_success() => return Ok(response),
                 // Only the registry itself gets credentials: a redirect may lead to another server.
-                StatusCode::UNAUTHORIZED if !authorized && self.is_from_us(&response, scheme) => {
+                StatusCode::UNAUTHORIZED if !authorized && self.is_from_registry(&response, scheme) => {
                     authorized = true;
                     let authorization = self.authorize(&response).await?;
-                    self.learn(|learnt| learnt.authorization = authorization);
+                    self.update_session(|learnt| learnt.authorization = authorization);
                 }
-                status if (status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error()) && tries < RETRIES => {
+                status
+                    if (status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error()) && tries < RETRIES_MAX =>
+                {
                     tries += 1;
                     tokio::time::sleep(retry_after(&response).unwrap_or(Duration::from_millis(300) * tries)).await;
                 }
-                status => return Err(self.refused(path, status, response).await),
+                status => return Err(self.status_error(path, status, response).await),
             }
         }
     }
 
     /// Returns whether the registry itself has answered, and not the target of a redirect to another origin.
-    fn is_from_us(&self, response: &Response, scheme: &str) -> bool {
-        let asked = reqwest::Url::parse(&format!("{scheme}://{}/", self.place.api_host()));
+    fn is_from_registry(&self, response: &Response, scheme: &str) -> bool {
+        let asked = reqwest::Url::parse(&format!("{scheme}://{}/", self.image_name.api_host()));
         asked.is_ok_and(|asked| asked.origin() == response.url().origin())
     }
 
-    fn learnt(&self) -> Learnt {
-        self.learnt.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    fn session(&self) -> SessionState {
+        self.session.lock().clone()
     }
 
-    fn learn(&self, change: impl FnOnce(&mut Learnt)) {
-        change(&mut self.learnt.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    fn update_session(&self, change: impl FnOnce(&mut SessionState)) {
+        change(&mut self.session.lock());
     }
 
     /// Returns the credentials if they may be sent to this registry.
-    fn own_credentials(&self) -> Option<&'a Credentials> {
-        self.credentials.filter(|credentials| credentials.are_for(self.place, self.learnt().transport))
+    fn permitted_credentials(&self) -> Option<&'a Credentials> {
+        self.credentials.filter(|credentials| credentials.may_be_sent_to(self.image_name, self.session().transport))
     }
 
     /// Returns the `Authorization` header that a response with status 401 asks for, if it asks for one.
@@ -238,9 +239,9 @@ impl<'a> Registry<'a> {
         let challenges = response.headers().get_all(header::WWW_AUTHENTICATE);
         let challenge = challenges.iter().filter_map(|value| value.to_str().ok()).find_map(parse_challenge);
         match challenge {
-            Some(Challenge::Basic) => Ok(self.own_credentials().map(basic)),
+            Some(Challenge::Basic) => Ok(self.permitted_credentials().map(basic_authorization)),
             Some(Challenge::Bearer { realm, parameters }) => {
-                let token = self.token(&realm, parameters).await?;
+                let token = self.request_token(&realm, parameters).await?;
                 Ok(Some(format!("Bearer {token}")))
             }
             None => Ok(None),
@@ -248,29 +249,29 @@ impl<'a> Registry<'a> {
     }
 
     /// Requests a token from the realm that the registry names.
-    async fn token(&self, realm: &str, mut query: Vec<(String, String)>) -> Result<String, ImageError> {
+    async fn request_token(&self, realm: &str, mut query: Vec<(String, String)>) -> Result<String, ImageError> {
         // A token without a scope permits nothing, but some registries leave the scope out of the challenge.
         if !query.iter().any(|(key, _)| key == "scope") {
-            query.push(("scope".to_owned(), format!("repository:{}:pull", self.place.repository())));
+            query.push(("scope".to_owned(), format!("repository:{}:pull", self.image_name.repository())));
         }
-        let address = token_address(realm, &query, self.place).map_err(|source| ImageError::Realm {
+        let address = token_url(realm, &query, self.image_name).map_err(|source| ImageError::Realm {
             registry: self.name().to_owned(),
             realm: realm.to_owned(),
             source,
         })?;
-        let reach = Reach::of(address.host_str().is_some_and(is_loopback));
+        let reach = ServerLocation::of(address.host_str().is_some_and(is_loopback));
         let mut request = self.http.client(reach)?.get(address);
-        if let Some(credentials) = self.own_credentials() {
-            request = request.header(header::AUTHORIZATION, basic(credentials));
+        if let Some(credentials) = self.permitted_credentials() {
+            request = request.header(header::AUTHORIZATION, basic_authorization(credentials));
         }
         let response = request.send().await.map_err(|source| self.unreachable(source))?;
         let status = response.status();
         if !status.is_success() {
-            return Err(self.refused("token", status, response).await);
+            return Err(self.status_error("token", status, response).await);
         }
-        let body = body(response, TOKEN_MAX).await.map_err(|source| self.unreachable(source))?;
+        let body = read_body(response, TOKEN_MAX).await.map_err(|source| self.unreachable(source))?;
         let token = serde_json::from_slice::<TokenAnswer>(&body).ok().and_then(TokenAnswer::token);
-        token.ok_or_else(|| ImageError::Answer {
+        token.ok_or_else(|| ImageError::UnexpectedAnswer {
             registry: self.name().to_owned(),
             request: "authentication".to_owned(),
             status: status.as_u16(),
@@ -278,24 +279,26 @@ impl<'a> Registry<'a> {
         })
     }
 
-    fn denied(&self, image: String, detail: String) -> ImageError {
+    fn access_denied(&self, image: String, detail: String) -> ImageError {
         let registry = self.name().to_owned();
         match self.credentials.map(|credentials| &credentials.scope) {
-            Some(CredentialScope::Registry(scope)) if self.own_credentials().is_none() => {
-                ImageError::Withheld { image, registry, detail, scope: scope.clone() }
+            Some(CredentialScope::Registry(scope)) if self.permitted_credentials().is_none() => {
+                ImageError::CredentialsWithheld { image, registry, detail, scope: scope.clone() }
             }
-            _ => ImageError::Denied { image, registry, detail },
+            _ => ImageError::AccessDenied { image, registry, detail },
         }
     }
 
-    async fn refused(&self, request: &str, status: StatusCode, response: Response) -> ImageError {
-        let body = body(response, ERROR_MAX).await.unwrap_or_default();
+    async fn status_error(&self, request: &str, status: StatusCode, response: Response) -> ImageError {
+        let body = read_body(response, ERROR_MAX).await.unwrap_or_default();
         let detail = error_detail(&body).unwrap_or_else(|| status.to_string());
         let (image, registry) = (self.reference.to_string(), self.name().to_owned());
         match status {
             StatusCode::NOT_FOUND => ImageError::NotFound { image, registry, detail },
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.denied(image, detail),
-            _ => ImageError::Answer { registry, request: request.to_owned(), status: status.as_u16(), detail },
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.access_denied(image, detail),
+            _ => {
+                ImageError::UnexpectedAnswer { registry, request: request.to_owned(), status: status.as_u16(), detail }
+            }
         }
     }
 
@@ -305,7 +308,7 @@ impl<'a> Registry<'a> {
 }
 
 /// Reads at most the first `limit` bytes of a response's body.
-async fn body(mut response: Response, limit: usize) -> Result<Vec<u8>, reqwest::Error> {
+async fn read_body(mut response: Response, limit: usize) -> Result<Vec<u8>, reqwest::Error> {
     let mut bytes = Vec::new();
     while let Some(chunk) = response.chunk().await? {
         bytes.extend_from_slice(&chunk[..chunk.len().min(limit - bytes.len())]);
@@ -316,7 +319,7 @@ async fn body(mut response: Response, limit: usize) -> Result<Vec<u8>, reqwest::
     Ok(bytes)
 }
 
-fn basic(credentials: &Credentials) -> String {
+fn basic_authorization(credentials: &Credentials) -> String {
     use base64::Engine as _;
     let pair = format!("{}:{}", credentials.username, credentials.password);
     format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair))
@@ -330,7 +333,7 @@ fn retry_after(response: &Response) -> Option<Duration> {
 
 /// Returns whether the server answered the TLS hello with bytes that are no TLS message. A bad certificate does not
 /// count.
-fn speaks_no_tls(error: &reqwest::Error) -> bool {
+fn is_plaintext_answer(error: &reqwest::Error) -> bool {
     let mut cause = error.source();
     while let Some(error) = cause {
         // A rustls error is wrapped in an `io::Error`, whose `source` skips the error that it wraps.
@@ -354,5 +357,5 @@ fn error_detail(body: &[u8]) -> Option<String> {
     let code = first.get("code")?.as_str()?;
     let message = first.get("message").and_then(serde_json::Value::as_str).unwrap_or_default();
     let detail = if message.is_empty() { code.to_owned() } else { format!("{code}: {message}") };
-    Some(text::shown(&detail, DETAIL_MAX))
+    Some(text::sanitize(&detail, DETAIL_MAX))
 }

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     os::fd::OwnedFd,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -12,33 +12,34 @@ use futures_util::{
     FutureExt as _,
     future::{Shared, WeakShared},
 };
+use parking_lot::Mutex;
 
 use super::{
-    Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedError,
+    Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedPullError,
     manifest::{self, Document, Manifest},
-    pull::{self, CONFIG_MAX, Fetched, PullLease, Source},
-    record::Parts,
+    pull::{self, CONFIG_MAX, FetchedImage, PullContext, PullLease},
+    record::RecordParts,
     registry::HttpClients,
     unpack::{self, Accounts},
-    view::Stack,
+    view::LayerStack,
 };
 use crate::{
     containerd::{Client, Labels, LeaseId},
+    file_id::FileId,
     ids::{ChainId, Digest, random_hex},
     pb::types::{Descriptor, Mount},
     places::Places,
-    stamp::Stamp,
 };
 
 /// The largest manifest that is read from containerd's store, where `ctr` may have put it. It is the limit of
 /// distribution, the reference registry.
 const MANIFEST_MAX: usize = 4 << 20;
 
-type PullResult = Result<Arc<ImageRecord>, SharedError>;
+type PullResult = Result<Arc<ImageRecord>, SharedPullError>;
 /// The properties in which two requests must be equal to share a pull. The credentials are among them, so that a caller
 /// with other credentials gets an answer of its own.
-type FlightKey = (Reference, Option<Credentials>, Option<Stamp>, PullPolicy);
-type Flight = Pin<Box<dyn Future<Output = PullResult> + Send>>;
+type PullKey = (Reference, Option<Credentials>, Option<FileId>, PullPolicy);
+type PullFuture = Pin<Box<dyn Future<Output = PullResult> + Send>>;
 
 /// When an image is requested from its registry.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -78,13 +79,13 @@ pub(super) struct Inner {
     pub(super) client: Client,
     http: HttpClients,
     pub(super) records: Mutex<HashMap<String, Arc<ImageRecord>>>,
-    flights: Mutex<HashMap<FlightKey, WeakShared<Flight>>>,
+    shared_pulls: Mutex<HashMap<PullKey, WeakShared<PullFuture>>>,
     /// Records whose name stands for another image by now, but which a start or a task still uses.
-    pub(super) retired: Mutex<Vec<Arc<ImageRecord>>>,
+    pub(super) superseded: Mutex<Vec<Arc<ImageRecord>>>,
     /// The leases of running pulls.
-    pub(super) pulls: Mutex<HashSet<String>>,
+    pub(super) pull_leases: Mutex<HashSet<String>>,
     /// Locked while a lease and its record are created or removed, because several names may share a lease.
-    pub(super) leases: tokio::sync::Mutex<()>,
+    pub(super) lease_lock: tokio::sync::Mutex<()>,
 }
 
 impl std::fmt::Debug for ImageStore {
@@ -108,10 +109,10 @@ impl ImageStore {
             client,
             http: HttpClients::default(),
             records: Mutex::new(records),
-            flights: Mutex::default(),
-            retired: Mutex::default(),
-            pulls: Mutex::default(),
-            leases: tokio::sync::Mutex::default(),
+            shared_pulls: Mutex::default(),
+            superseded: Mutex::default(),
+            pull_leases: Mutex::default(),
+            lease_lock: tokio::sync::Mutex::default(),
         })))
     }
 
@@ -125,7 +126,7 @@ impl ImageStore {
         match reference.archive() {
             None => Some(record),
             Some(archive) => {
-                let stamp = archive.stamp(opened).ok();
+                let stamp = archive.file_id(opened).ok();
                 (stamp.is_some() && record.stamp == stamp).then_some(record)
             }
         }
@@ -152,9 +153,9 @@ impl ImageStore {
 
     /// Removes a record whose directories no longer exist (containerd's store was wiped), so that the next caller pulls
     /// the image.
-    pub fn forget(&self, record: &ImageRecord) {
+    pub fn discard_stale(&self, record: &ImageRecord) {
         lock(&self.0.records).remove(&record.reference);
-        if let Err(error) = record.forget(&self.0.places.images()) {
+        if let Err(error) = record.delete(&self.0.places.images()) {
             tracing::warn!(%error, "could not remove the record of an image whose layers are gone");
         }
     }
@@ -168,68 +169,68 @@ impl ImageStore {
         let PullRequest { reference, credentials, opened, timeout, progress, policy } = request;
         // The file's identity is taken before the file is read: if the file changes meanwhile, the next caller reads it
         // again.
-        let stamp = reference.archive().and_then(|archive| archive.stamp(opened.as_deref()).ok());
-        let flight = {
-            let mut flights = lock(&self.0.flights);
-            flights.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
+        let stamp = reference.archive().and_then(|archive| archive.file_id(opened.as_deref()).ok());
+        let pull = {
+            let mut pulls = lock(&self.0.shared_pulls);
+            pulls.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
             let key = (reference.clone(), credentials.clone(), stamp, policy);
-            match flights.get(&key).and_then(WeakShared::upgrade) {
+            match pulls.get(&key).and_then(WeakShared::upgrade) {
                 Some(flight) => flight,
                 None => {
                     let (store, reference) = (self.clone(), reference.clone());
                     let work = async move {
-                        store.run(&reference, credentials.as_ref(), (opened, stamp), (policy, &progress)).await
+                        store.run_pull(&reference, credentials.as_ref(), (opened, stamp), (policy, &progress)).await
                     };
-                    let flight: Shared<Flight> = (Box::pin(work) as Flight).shared();
+                    let flight: Shared<PullFuture> = (Box::pin(work) as PullFuture).shared();
                     if let Some(weak) = flight.downgrade() {
-                        flights.insert(key, weak);
+                        pulls.insert(key, weak);
                     }
                     flight
                 }
             }
         };
-        tokio::time::timeout(timeout, flight)
+        tokio::time::timeout(timeout, pull)
             .await
             .unwrap_or_else(|_| Err(Arc::new(ImageError::Timeout { image: reference.to_string(), after: timeout })))
     }
 
-    async fn run(
+    async fn run_pull(
         &self,
         reference: &Reference,
         credentials: Option<&Credentials>,
-        (opened, stamp): (Option<Arc<OwnedFd>>, Option<Stamp>),
+        (opened, stamp): (Option<Arc<OwnedFd>>, Option<FileId>),
         (policy, progress): (PullPolicy, &Progress),
     ) -> PullResult {
         let name = reference.to_string();
         let client = &self.0.client;
         let work = async {
-            let flying = self.fly();
-            let lease = PullLease::begin(client, LeaseId(flying.0.clone())).await?;
+            let protected = self.protect_new_lease();
+            let lease = PullLease::create(client, LeaseId(protected.0.clone())).await?;
             let local = match (reference, policy) {
                 // The image that containerd has under this name may be an older one.
                 (Reference::Archive(_), _) | (_, PullPolicy::Always) => None,
-                (Reference::Registry(_), _) => self.local(reference, progress, lease.id()).await?,
+                (Reference::Registry(_), _) => self.find_in_containerd(reference, progress, lease.id()).await?,
             };
             let is_here = local.is_some();
             let (fetched, chain) = match local {
                 Some(found) => found,
                 None if policy == PullPolicy::Never && reference.archive().is_none() => {
-                    return Err(ImageError::NotHere { image: name.clone() });
+                    return Err(ImageError::NotStored { image: name.clone() });
                 }
                 None => {
-                    let source = Source { client, http: &self.0.http, credentials, opened, progress };
+                    let source = PullContext { client, http: &self.0.http, credentials, opened, progress };
                     let fetched = pull::fetch(&source, reference, lease.id()).await?;
                     let chain = self.unpack(reference, &fetched, progress, lease.id()).await?;
                     (fetched, chain)
                 }
             };
             // The account files are checked first, because everything that is created from here on outlives the pull.
-            let accounts = self.accounts(reference, chain.as_ref(), lease.id()).await?;
+            let accounts = self.read_accounts(reference, chain.as_ref(), lease.id()).await?;
             if !is_here {
-                client.set_image(&name, fetched.target.clone(), &self.0.places.identity()).await?;
+                client.set_image(&name, fetched.target.clone(), &self.0.places.state_dir_hash()).await?;
             }
-            let record = self.keep(reference, &fetched, chain, (stamp, accounts)).await?;
-            lease.end().await?;
+            let record = self.save_record(reference, &fetched, chain, (stamp, accounts)).await?;
+            lease.release().await?;
             Ok::<_, ImageError>(record)
         };
         work.await.map_err(Arc::new)
@@ -237,27 +238,27 @@ impl ImageStore {
 
     /// Makes a name for the lease of a pull, and protects that lease from garbage collection until the guard is
     /// dropped.
-    fn fly(&self) -> Flying<'_> {
+    fn protect_new_lease(&self) -> ProtectedLease<'_> {
         let name = format!("{}pull-{}", self.lease_prefix(), random_hex(8));
-        lock(&self.0.pulls).insert(name.clone());
-        Flying(name, &self.0.pulls)
+        lock(&self.0.pull_leases).insert(name.clone());
+        ProtectedLease(name, &self.0.pull_leases)
     }
 
     /// Returns the prefix of the names of this driver's leases.
     pub(super) fn lease_prefix(&self) -> String {
-        format!("nomad-driver-shim-{}-", self.0.places.identity())
+        format!("nomad-driver-shim-{}-", self.0.places.state_dir_hash())
     }
 
     /// Looks for the image in containerd's store, where any client of containerd may have pulled it. Returns `None`
     /// when the image is not there, or a part of it for this host's platform is missing.
-    async fn local(
+    async fn find_in_containerd(
         &self,
         reference: &Reference,
         progress: &Progress,
         lease: &LeaseId,
-    ) -> Result<Option<(Fetched, Option<ChainId>)>, ImageError> {
+    ) -> Result<Option<(FetchedImage, Option<ChainId>)>, ImageError> {
         let Some(target) = self.0.client.image(&reference.to_string()).await? else { return Ok(None) };
-        match self.read_local(reference, target).await {
+        match self.read_from_containerd(reference, target).await {
             Ok(fetched) => match self.unpack(reference, &fetched, progress, lease).await {
                 Ok(chain) => Ok(Some((fetched, chain))),
                 Err(ImageError::Containerd(error)) if error.is_not_found() => Ok(None),
@@ -270,7 +271,11 @@ impl ImageStore {
         }
     }
 
-    async fn read_local(&self, reference: &Reference, target: Descriptor) -> Result<Fetched, ImageError> {
+    async fn read_from_containerd(
+        &self,
+        reference: &Reference,
+        target: Descriptor,
+    ) -> Result<FetchedImage, ImageError> {
         let client = &self.0.client;
         let digest_of = |text: &str| {
             Digest::new(text).map_err(|error| ImageError::Malformed {
@@ -291,13 +296,13 @@ impl ImageStore {
             return Err(ImageError::Malformed { image: reference.to_string(), what: "index", digest, problem });
         };
         let config = client.read_blob(&manifest.config, CONFIG_MAX).await?;
-        Ok(Fetched { target, manifest, config })
+        Ok(FetchedImage { target, manifest, config })
     }
 
     async fn unpack(
         &self,
         reference: &Reference,
-        fetched: &Fetched,
+        fetched: &FetchedImage,
         progress: &Progress,
         lease: &LeaseId,
     ) -> Result<Option<ChainId>, ImageError> {
@@ -310,13 +315,13 @@ impl ImageStore {
             // This label protects the unpacked layers from garbage collection for as long as the image exists, also
             // when another client of containerd uses the image.
             let label = format!("containerd.io/gc.ref.snapshot.{}", client.snapshotter());
-            client.keep_blob(lease, config, Labels::from([(label, chain.to_string())])).await?;
+            client.add_blob_to_lease(lease, config, Labels::from([(label, chain.to_string())])).await?;
         }
         Ok(chain)
     }
 
     /// Reads the image's passwd and group files through a view, which is removed before the function returns.
-    async fn accounts(
+    async fn read_accounts(
         &self,
         reference: &Reference,
         chain: Option<&ChainId>,
@@ -327,23 +332,23 @@ impl ImageStore {
         // The key of the view is the lease's name, which no other pull has.
         let mounts = client.view_snapshot(lease, &lease.0, chain).await?;
         let (named, scratch) = (reference.clone(), places.images());
-        let read = match self.checked(reference, &mounts).await {
-            Ok(stack) => tokio::task::spawn_blocking(move || unpack::accounts(&named, &stack, &scratch)).await,
+        let read = match self.checked_layers(reference, &mounts).await {
+            Ok(stack) => tokio::task::spawn_blocking(move || unpack::read_accounts(&named, &stack, &scratch)).await,
             Err(error) => Ok(Err(error)),
         };
         client.remove_snapshot(&lease.0).await?;
         read.unwrap_or_else(|join| {
-            Err(ImageError::Record { path: places.images(), source: std::io::Error::other(join) })
+            Err(ImageError::StoreFile { path: places.images(), source: std::io::Error::other(join) })
         })
     }
 
     /// Creates the image's lease and a view of the layers under it, and writes the record.
-    async fn keep(
+    async fn save_record(
         &self,
         reference: &Reference,
-        fetched: &Fetched,
+        fetched: &FetchedImage,
         chain: Option<ChainId>,
-        (stamp, accounts): (Option<Stamp>, Accounts),
+        (stamp, accounts): (Option<FileId>, Accounts),
     ) -> Result<Arc<ImageRecord>, ImageError> {
         let Inner { places, client, .. } = &*self.0;
         let (configuration, _) = manifest::parse_config(reference, &fetched.manifest, &fetched.config)?;
@@ -357,16 +362,16 @@ impl ImageStore {
         let stack = chain.as_ref().map_or("empty", ChainId::as_str).trim_start_matches("sha256:");
         let name = format!("{}{}", self.lease_prefix(), &stack[..stack.len().min(20)]);
         let lease = LeaseId(name.clone());
-        let _changing = self.0.leases.lock().await;
+        let _changing = self.0.lease_lock.lock().await;
         let (view, stack) = match &chain {
             Some(chain) => {
                 client.create_lease(&lease, None).await?;
                 let mounts = client.view_snapshot(&lease, &name, chain).await?;
-                (Some(name), self.checked(reference, &mounts).await?)
+                (Some(name), self.checked_layers(reference, &mounts).await?)
             }
-            None => (None, Stack { lowers: vec![self.empty_layer()?], options: Vec::new() }),
+            None => (None, LayerStack { lowers: vec![self.empty_layer()?], options: Vec::new() }),
         };
-        let parts = Parts {
+        let parts = RecordParts {
             digest,
             chain_id: chain,
             lease: lease.0,
@@ -381,44 +386,47 @@ impl ImageStore {
         if let Some(old) = lock(&self.0.records).insert(record.reference.clone(), record.clone())
             && old.lease != record.lease
         {
-            lock(&self.0.retired).push(old);
+            lock(&self.0.superseded).push(old);
         }
         Ok(record)
     }
 
     /// Reads the layers of a view and checks them as `view` describes.
-    async fn checked(&self, reference: &Reference, mounts: &[Mount]) -> Result<Stack, ImageError> {
-        let refused = |source| ImageError::View {
+    async fn checked_layers(&self, reference: &Reference, mounts: &[Mount]) -> Result<LayerStack, ImageError> {
+        let refused = |source| ImageError::SnapshotterMounts {
             image: reference.to_string(),
             snapshotter: self.0.client.snapshotter().to_owned(),
             source,
         };
-        let stack = Stack::read(mounts).map_err(refused)?;
+        let stack = LayerStack::from_mounts(mounts).map_err(refused)?;
         let looked_at = stack.clone();
-        let looking = tokio::task::spawn_blocking(move || looked_at.check()).await;
+        let looking = tokio::task::spawn_blocking(move || looked_at.check_ownership()).await;
         let path = self.0.places.images();
-        looking.map_err(|join| ImageError::Record { path, source: std::io::Error::other(join) })?.map_err(refused)?;
+        looking
+            .map_err(|join| ImageError::StoreFile { path, source: std::io::Error::other(join) })?
+            .map_err(refused)?;
         Ok(stack)
     }
 
     /// Creates and returns the empty directory that is the lower layer of an image without layers.
     fn empty_layer(&self) -> Result<std::path::PathBuf, ImageError> {
         let path = self.0.places.empty_layer();
-        crate::places::make_open_dir(&path).map_err(|source| ImageError::Record { path: path.clone(), source })?;
+        crate::places::create_public_dir(&path)
+            .map_err(|source| ImageError::StoreFile { path: path.clone(), source })?;
         Ok(path)
     }
 }
 
 /// A guard that protects the lease of a running pull from garbage collection until it is dropped.
-struct Flying<'a>(String, &'a Mutex<HashSet<String>>);
+struct ProtectedLease<'a>(String, &'a Mutex<HashSet<String>>);
 
-impl Drop for Flying<'_> {
+impl Drop for ProtectedLease<'_> {
     fn drop(&mut self) {
         lock(self.1).remove(&self.0);
     }
 }
 
 /// Locks a mutex, also after a panic of a thread that had it locked.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
+    mutex.lock()
 }

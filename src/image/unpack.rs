@@ -8,7 +8,7 @@ use super::{
     ImageError, Reference,
     manifest::Layer,
     pull::{Progress, PullEvent},
-    view::Stack,
+    view::LayerStack,
 };
 use crate::{
     accounts::{self, AccountsError},
@@ -21,7 +21,7 @@ use crate::{
 ///
 /// # Errors
 /// When containerd can't unpack a layer, or a layer's uncompressed digest is not the one in the image's configuration.
-pub async fn unpack(
+pub(crate) async fn unpack(
     client: &Client,
     reference: &Reference,
     lease: &LeaseId,
@@ -36,13 +36,13 @@ pub async fn unpack(
         })
         .collect();
     let Some(top) = chains.last() else { return Ok(None) };
-    if !kept(client, lease, top).await? {
+    if !lease_if_unpacked(client, lease, top).await? {
         for (n, ((layer, diff), chain)) in layers.iter().zip(&chains).enumerate() {
-            if !kept(client, lease, chain).await? {
+            if !lease_if_unpacked(client, lease, chain).await? {
                 let parent = n.checked_sub(1).map(|below| &chains[below]);
-                apply(client, reference, lease, Step { layer, diff, parent, chain }).await?;
+                apply_layer(client, reference, lease, LayerStep { layer, diff, parent, chain }).await?;
             }
-            progress.tell(PullEvent::Unpacked(n + 1, layers.len()));
+            progress.report(PullEvent::Unpacked(n + 1, layers.len()));
         }
     }
     Ok(Some(top.clone()))
@@ -50,21 +50,26 @@ pub async fn unpack(
 
 /// Adds the snapshot `chain` to the lease and returns whether it exists. It is added before containerd is asked,
 /// because containerd's garbage collector may be about to remove a snapshot that an earlier pull left.
-async fn kept(client: &Client, lease: &LeaseId, chain: &ChainId) -> Result<bool, ImageError> {
+async fn lease_if_unpacked(client: &Client, lease: &LeaseId, chain: &ChainId) -> Result<bool, ImageError> {
     client.add_to_lease(lease, &client.snapshot_kind(), chain.as_str()).await?;
     Ok(client.has_snapshot(chain.as_str()).await?)
 }
 
 /// A layer that is unpacked on top of the layers below it.
-struct Step<'a> {
+struct LayerStep<'a> {
     layer: &'a Layer,
     diff: &'a Digest,
     parent: Option<&'a ChainId>,
     chain: &'a ChainId,
 }
 
-async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: Step<'_>) -> Result<(), ImageError> {
-    let Step { layer, diff, parent, chain } = step;
+async fn apply_layer(
+    client: &Client,
+    reference: &Reference,
+    lease: &LeaseId,
+    step: LayerStep<'_>,
+) -> Result<(), ImageError> {
+    let LayerStep { layer, diff, parent, chain } = step;
     let labels = Labels::from([("containerd.io/snapshot.ref".to_owned(), chain.to_string())]);
     // The key is unique, because two pulls may unpack the same layer at the same time: the commit of the slower one
     // then fails with "already exists".
@@ -106,7 +111,7 @@ async fn apply(client: &Client, reference: &Reference, lease: &LeaseId, step: St
 
 /// The passwd and group files of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Accounts {
+pub(crate) struct Accounts {
     /// The content of the passwd file (passwd(5)); empty if the image has none.
     pub passwd: String,
     /// The content of the group file (group(5)); empty if the image has none.
@@ -118,9 +123,9 @@ pub struct Accounts {
 ///
 /// # Errors
 /// When the layers can't be mounted, or a file can't be read or is not a regular file. A missing file is not an error.
-pub fn accounts(reference: &Reference, stack: &Stack, scratch: &Path) -> Result<Accounts, ImageError> {
+pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: &Path) -> Result<Accounts, ImageError> {
     let path = scratch.join(format!("view-{}", random_hex(8)));
-    let failed = |source: io::Error| ImageError::Record { path: path.clone(), source };
+    let failed = |source: io::Error| ImageError::StoreFile { path: path.clone(), source };
     let both = |root: &Path| {
         let (passwd, group) = (accounts::read(root, accounts::PASSWD)?, accounts::read(root, accounts::GROUP)?);
         Ok(Accounts { passwd, group })

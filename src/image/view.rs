@@ -55,19 +55,19 @@ pub enum ViewProblem {
 
 /// The directories of a view's layers, and how overlayfs must mount them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stack {
+pub(crate) struct LayerStack {
     /// Read-only directories, topmost first.
     pub lowers: Vec<PathBuf>,
     /// The mount options besides `lowerdir` that the snapshotter wants.
     pub options: Vec<String>,
 }
 
-impl Stack {
+impl LayerStack {
     /// Reads a view's mounts: one read-only bind mount, or an overlay without an upper directory.
     ///
     /// # Errors
     /// When the mounts are anything else, or have directories or options that containerd's snapshotters do not use.
-    pub fn read(mounts: &[Mount]) -> Result<Self, ViewProblem> {
+    pub(crate) fn from_mounts(mounts: &[Mount]) -> Result<Self, ViewProblem> {
         let [mount] = mounts else { return Err(ViewProblem::Type(format!("{} mounts", mounts.len()))) };
         let mut stack = Self { lowers: Vec::new(), options: Vec::new() };
         match mount.r#type.as_str() {
@@ -76,7 +76,7 @@ impl Stack {
                 for option in &mount.options {
                     match option.strip_prefix("lowerdir=") {
                         Some(list) => stack.lowers = list.split(':').map(PathBuf::from).collect(),
-                        None if is_plain(option) => stack.options.push(option.clone()),
+                        None if names_no_path(option) => stack.options.push(option.clone()),
                         None => return Err(ViewProblem::Option(option.clone())),
                     }
                 }
@@ -86,7 +86,7 @@ impl Stack {
             }
             other => return Err(ViewProblem::Type(other.to_owned())),
         }
-        match stack.lowers.iter().find(|lower| split(lower).is_none()) {
+        match stack.lowers.iter().find(|lower| split_snapshot_path(lower).is_none()) {
             Some(strange) => Err(ViewProblem::Directory(strange.clone())),
             None => Ok(stack),
         }
@@ -96,9 +96,9 @@ impl Stack {
     ///
     /// # Errors
     /// When a directory is missing, is reached through a symlink, or is in a directory that others can write to.
-    pub fn check(&self) -> Result<(), ViewProblem> {
+    pub(crate) fn check_ownership(&self) -> Result<(), ViewProblem> {
         self.lowers.iter().try_for_each(|lower| {
-            let (root, below) = split(lower).ok_or_else(|| ViewProblem::Directory(lower.clone()))?;
+            let (root, below) = split_snapshot_path(lower).ok_or_else(|| ViewProblem::Directory(lower.clone()))?;
             let failed = |source| ViewProblem::Open { path: lower.clone(), source };
             // The path to the snapshots may go through symlinks, because the operator may have made containerd's root
             // one.
@@ -117,14 +117,14 @@ impl Stack {
 }
 
 /// Returns whether the text is a single option that names no path. A comma in it would begin another option.
-fn is_plain(option: &str) -> bool {
+fn names_no_path(option: &str) -> bool {
     let (name, value) = option.split_once('=').unwrap_or((option, ""));
     OPTIONS.contains(&name) && value.bytes().all(|byte| byte.is_ascii_lowercase())
 }
 
 /// Splits a layer's directory into the directory of all snapshots and the path below that; `None` if the path does not
 /// have the form that containerd's snapshotters use.
-fn split(lower: &Path) -> Option<(&Path, &Path)> {
+fn split_snapshot_path(lower: &Path) -> Option<(&Path, &Path)> {
     if !lower.is_absolute() || lower.components().any(|part| part == Component::ParentDir) {
         return None;
     }
@@ -132,8 +132,8 @@ fn split(lower: &Path) -> Option<(&Path, &Path)> {
     let number = snapshot.file_name()?.to_str()?;
     let root = snapshot.parent()?;
     let is_numbered = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
-    let is_ours = is_numbered && root.file_name()? == SNAPSHOTS;
-    is_ours.then(|| Some((root, lower.strip_prefix(root).ok()?))).flatten()
+    let is_snapshot = is_numbered && root.file_name()? == SNAPSHOTS;
+    is_snapshot.then(|| Some((root, lower.strip_prefix(root).ok()?))).flatten()
 }
 
 #[cfg(test)]
@@ -152,11 +152,18 @@ mod tests {
 
     #[test]
     fn mounts_of_containerds_snapshotters_are_read() {
-        let stack = Stack::read(&overlay(&["index=off", "userxattr", "lowerdir=/s/snapshots/2/fs:/s/snapshots/1/fs"]));
+        let stack = LayerStack::from_mounts(&overlay(&[
+            "index=off",
+            "userxattr",
+            "lowerdir=/s/snapshots/2/fs:/s/snapshots/1/fs",
+        ]));
         let stack = stack.expect("as overlayfs has it");
         assert_eq!(stack.lowers, [Path::new("/s/snapshots/2/fs"), Path::new("/s/snapshots/1/fs")]);
         assert_eq!(stack.options, ["index=off", "userxattr"]);
-        assert!(Stack::read(&bind("/s/snapshots/12")).is_ok() && Stack::read(&bind("/s/snapshots/12/fs")).is_ok());
+        assert!(
+            LayerStack::from_mounts(&bind("/s/snapshots/12")).is_ok()
+                && LayerStack::from_mounts(&bind("/s/snapshots/12/fs")).is_ok()
+        );
     }
 
     #[test]
@@ -176,9 +183,9 @@ mod tests {
             "/s/snapshots/1/fs/etc",
             "/s/1/fs",
         ] {
-            assert!(matches!(Stack::read(&bind(path)), Err(ViewProblem::Directory(_))), "{path}");
+            assert!(matches!(LayerStack::from_mounts(&bind(path)), Err(ViewProblem::Directory(_))), "{path}");
             let list = format!("lowerdir=/s/snapshots/1/fs:{path}");
-            assert!(matches!(Stack::read(&overlay(&[&list])), Err(ViewProblem::Directory(_))), "{list}");
+            assert!(matches!(LayerStack::from_mounts(&overlay(&[&list])), Err(ViewProblem::Directory(_))), "{list}");
         }
     }
 
@@ -198,11 +205,11 @@ mod tests {
             "uidmap=0:0:1",
             "",
         ] {
-            let refused = Stack::read(&overlay(&[lower, option]));
+            let refused = LayerStack::from_mounts(&overlay(&[lower, option]));
             assert!(matches!(&refused, Err(ViewProblem::Option(named)) if named == option), "{option}: {refused:?}");
         }
-        assert!(matches!(Stack::read(&overlay(&["index=off"])), Err(ViewProblem::Type(_))));
-        assert!(matches!(Stack::read(&[]), Err(ViewProblem::Type(_))));
+        assert!(matches!(LayerStack::from_mounts(&overlay(&["index=off"])), Err(ViewProblem::Type(_))));
+        assert!(matches!(LayerStack::from_mounts(&[]), Err(ViewProblem::Type(_))));
     }
 
     #[test]
@@ -213,7 +220,7 @@ mod tests {
         fs::set_permissions(&snapshots, fs::Permissions::from_mode(0o700)).expect("changed");
         std::os::unix::fs::symlink("/etc", snapshots.join("2")).expect("linked");
         std::os::unix::fs::symlink(scratch.path(), scratch.path().join("link")).expect("linked");
-        let check = |path: PathBuf| Stack { lowers: vec![path], options: Vec::new() }.check();
+        let check = |path: PathBuf| LayerStack { lowers: vec![path], options: Vec::new() }.check_ownership();
         assert!(check(snapshots.join("1/fs")).is_ok());
         assert!(check(scratch.path().join("link/snapshots/1/fs")).is_ok(), "the operator's own link");
         assert!(matches!(check(snapshots.join("2")), Err(ViewProblem::Open { .. })));

@@ -3,7 +3,7 @@
 
 use caps::Capability;
 
-use crate::privileges::{Calls, PrivilegeError, confine};
+use crate::privileges::{PrivilegeError, SyscallFilter, confine};
 
 /// One of the two processes that write the logs of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,12 +11,12 @@ pub enum Role {
     /// The log writer, which moves the output of tasks to Nomad's files.
     Writer,
     /// The log writer supervisor, which starts log writers and has every FIFO open.
-    Keeper,
+    Supervisor,
 }
 
 /// The capabilities of both processes. The supervisor does not use the first, but a log writer inherits its
 /// capabilities from its supervisor.
-const KEPT: [Capability; 2] = [
+const KEPT_CAPABILITIES: [Capability; 2] = [
     // The directory of an allocation's logs may belong to any user: Nomad gives it to the user `nobody`, and tasks can
     // change that.
     Capability::CAP_DAC_OVERRIDE,
@@ -96,8 +96,8 @@ impl Role {
         let refused = match self {
             // The filter of the supervisor applies already, because a log writer inherits it (seccomp(2)).
             Self::Writer => REFUSED_TO_WRITERS,
-            Self::Keeper => REFUSED,
+            Self::Supervisor => REFUSED,
         };
-        confine(&KEPT, Calls::AllBut(refused))
+        confine(&KEPT_CAPABILITIES, SyscallFilter::AllBut(refused))
     }
 }

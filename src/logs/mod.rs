@@ -11,10 +11,10 @@
 //! destroyed.
 
 mod confine;
-mod keeper;
-mod series;
+mod rotated_files;
 mod status;
 mod stream;
+mod supervisor;
 mod watch;
 mod writer;
 
@@ -29,9 +29,9 @@ use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde::{Deserialize, Serialize};
 
 pub use confine::Role;
-pub use keeper::{COMMAND, WRITER, arguments, end, keep, keeper_of};
-pub use status::{Losses, StreamLosses, changed, read_losses};
-pub use writer::write;
+pub use status::{Losses, StreamLosses, changed_file, read_losses};
+pub use supervisor::{SUPERVISOR_COMMAND, WRITER_FLAG, run_supervisor, running_supervisor, stop, supervisor_args};
+pub use writer::run_writer;
 
 use crate::places::{create_private, write_private};
 
@@ -43,7 +43,7 @@ const STARTED: &str = "started";
 /// The names of the two streams and of their FIFOs.
 pub const STREAMS: [&str; 2] = ["stdout", "stderr"];
 /// The interval of the checks whether the log writer has removed the FIFOs of a task that has ended.
-const LOOK: Duration = Duration::from_millis(2);
+const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Why a log could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -96,20 +96,20 @@ pub struct LogSpec {
 }
 
 /// Returns the path of a stream's FIFO in a task's directory.
-pub fn fifo(dir: &Path, stream: &str) -> PathBuf {
+pub fn fifo_path(dir: &Path, stream: &str) -> PathBuf {
     dir.join(stream)
 }
 
 /// Descriptors of a task's FIFOs, which are never read: the content of the FIFOs exists as long as this guard.
 #[derive(Debug, Default)]
-pub struct Hold(#[allow(dead_code, reason = "the descriptors are kept open, never used")] Vec<fs::File>);
+pub struct FifoGuard(#[allow(dead_code, reason = "the descriptors are kept open, never used")] Vec<fs::File>);
 
-impl Hold {
+impl FifoGuard {
     /// Opens the FIFOs in a task's directory. A FIFO that does not exist is left out.
     pub fn new(dir: &Path) -> Self {
         let open = |stream: &&str| {
             let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
-            fs::File::options().read(true).custom_flags(flags).open(fifo(dir, stream)).ok()
+            fs::File::options().read(true).custom_flags(flags).open(fifo_path(dir, stream)).ok()
         };
         Self(STREAMS.iter().filter_map(open).collect())
     }
@@ -119,18 +119,18 @@ impl Hold {
 ///
 /// # Errors
 /// When a file can't be created. Then the function removes what it has created.
-pub fn prepare(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogError> {
+pub fn create_task_dir(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogError> {
     let failed = |doing, path: &Path| {
         let path = path.to_owned();
         move |source| LogError { doing, path, source }
     };
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     let making = dir.with_file_name(format!(".{name}"));
-    remove(&making)?;
+    remove_task_dir(&making)?;
     let make = || {
         fs::DirBuilder::new().mode(0o700).create(&making).map_err(failed("create", &making))?;
         for stream in &STREAMS[..if terminal { 1 } else { 2 }] {
-            let path = fifo(&making, stream);
+            let path = fifo_path(&making, stream);
             mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| failed("create", &path)(errno.into()))?;
         }
         let path = making.join(SPEC);
@@ -138,7 +138,7 @@ pub fn prepare(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogErro
         write_private(&path, &text).map_err(failed("write", &path))?;
         fs::rename(&making, dir).map_err(failed("create", dir))
     };
-    make().inspect_err(|_| drop(remove(&making)))
+    make().inspect_err(|_| drop(remove_task_dir(&making)))
 }
 
 /// Records for the log writer that the shim has the FIFOs open. Does nothing for a task whose log this driver does not
@@ -146,7 +146,7 @@ pub fn prepare(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(), LogErro
 ///
 /// # Errors
 /// When the file can't be created.
-pub fn started(dir: &Path) -> Result<(), LogError> {
+pub fn mark_started(dir: &Path) -> Result<(), LogError> {
     let path = dir.join(STARTED);
     match create_private(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LogError { doing: "create", path, source }),
@@ -156,14 +156,14 @@ pub fn started(dir: &Path) -> Result<(), LogError> {
 
 /// Waits until the log writer has written all output that a task that has ended left in its FIFOs. Returns false when
 /// that takes longer than `limit`.
-pub async fn drained(dir: &Path, limit: Duration) -> bool {
+pub async fn wait_until_drained(dir: &Path, limit: Duration) -> bool {
     let deadline = tokio::time::Instant::now() + limit;
     // The log writer removes a FIFO after it has written all of it.
-    while dir.join(STARTED).exists() && STREAMS.iter().any(|stream| fifo(dir, stream).exists()) {
+    while dir.join(STARTED).exists() && STREAMS.iter().any(|stream| fifo_path(dir, stream).exists()) {
         if tokio::time::Instant::now() > deadline {
             return false;
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(DRAIN_POLL_INTERVAL).await;
     }
     true
 }
@@ -172,7 +172,7 @@ pub async fn drained(dir: &Path, limit: Duration) -> bool {
 ///
 /// # Errors
 /// When the directory can't be removed.
-pub fn remove(dir: &Path) -> Result<(), LogError> {
+pub fn remove_task_dir(dir: &Path) -> Result<(), LogError> {
     match fs::remove_dir_all(dir) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
             Err(LogError { doing: "remove", path: dir.to_owned(), source })
@@ -183,14 +183,14 @@ pub fn remove(dir: &Path) -> Result<(), LogError> {
 
 /// Returns whether there is a task with a log. Also returns true when the directory of logs can't be read.
 pub fn has_tasks(logs: &Path) -> bool {
-    match tasks(logs) {
+    match task_names(logs) {
         Ok(tasks) => !tasks.is_empty(),
         Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 
 /// Returns the names of the tasks' directories.
-fn tasks(logs: &Path) -> io::Result<Vec<String>> {
+fn task_names(logs: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(logs)? {
         let entry = entry?;

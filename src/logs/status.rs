@@ -38,7 +38,7 @@ pub struct Losses {
 
 impl Losses {
     /// Returns the losses of the stream with this name.
-    pub fn of(&mut self, stream: &str) -> &mut StreamLosses {
+    pub fn stream_mut(&mut self, stream: &str) -> &mut StreamLosses {
         if stream == "stderr" { &mut self.stderr } else { &mut self.stdout }
     }
 }
@@ -59,10 +59,10 @@ pub(super) fn write_losses(dir: &Path, losses: &Losses) -> io::Result<()> {
     let (path, new) = (dir.join(FILE), dir.join(".losses.new"));
     write_private(&new, &serde_json::to_vec(losses)?)?;
     fs::rename(&new, path)?;
-    dir.parent().map_or(Ok(()), |logs| write_private(&changed(logs), b""))
+    dir.parent().map_or(Ok(()), |logs| write_private(&changed_file(logs), b""))
 }
 
 /// Returns the file whose modification time shows that the losses of a task have changed.
-pub fn changed(logs: &Path) -> PathBuf {
+pub fn changed_file(logs: &Path) -> PathBuf {
     logs.join(CHANGED)
 }

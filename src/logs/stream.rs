@@ -13,39 +13,39 @@ use nix::{
     fcntl::{SpliceFFlags, splice, tee},
 };
 
-use super::{LogPolicy, LogSpec, STARTED, fifo, series::Series, status::StreamLosses};
-use crate::fifo::{is_closed, unread};
+use super::{LogPolicy, LogSpec, STARTED, fifo_path, rotated_files::RotatedFiles, status::StreamLosses};
+use crate::fifo::{has_hung_up, unread};
 
 /// The number of bytes after which a transfer of a stream ends, because other streams wait.
-const TURN: u64 = 1 << 20;
+const TRANSFER_MAX: u64 = 1 << 20;
 /// The length up to which a line is not split between two files (Nomad's rotator: `lineScanLimit`).
-const LINE: usize = 32 << 10;
+const WHOLE_LINE_MAX: usize = 32 << 10;
 /// The delay before output that could not be written is tried again.
-const AGAIN: Duration = Duration::from_millis(500);
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The outcome of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub(crate) enum TransferOutcome {
     /// The FIFO is empty. The number is that of the bytes that were moved or dropped.
-    Idle(u64),
+    Drained(u64),
     /// The FIFO has more output. The number is that of the bytes that were moved or dropped.
-    More(u64),
+    Pending(u64),
     /// The file can't be written. The transfer must be tried again at this time.
     Stuck(Instant),
     /// The last writer has closed the FIFO, and all output is written.
-    Over,
+    Finished,
 }
 
 /// A pipe with which a FIFO's content is read without removing it, and a descriptor of `/dev/null`.
 #[derive(Debug)]
-pub struct Scratch {
+pub(crate) struct PeekPipe {
     read: File,
     write: File,
     null: File,
 }
 
-impl Scratch {
-    pub fn new() -> io::Result<Self> {
+impl PeekPipe {
+    pub(crate) fn new() -> io::Result<Self> {
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)?;
         Ok(Self { read: read.into(), write: write.into(), null: File::options().write(true).open("/dev/null")? })
     }
@@ -61,20 +61,20 @@ impl Scratch {
 
 /// A FIFO and the files to which its output is moved.
 #[derive(Debug)]
-pub struct Stream {
+pub(crate) struct Stream {
     path: PathBuf,
     fifo: File,
-    series: Series,
+    files: RotatedFiles,
     max_size: u64,
     policy: LogPolicy,
     /// The number of bytes that were dropped and that no notice in the log file reports yet.
-    untold: u64,
+    unreported: u64,
     /// The number of all bytes that were dropped.
     pub dropped: u64,
     /// The error for which nothing can be written now.
     pub stuck: Option<String>,
     /// The time at which writing is tried again after an error.
-    again: Option<Instant>,
+    retry_at: Option<Instant>,
 }
 
 impl Stream {
@@ -82,8 +82,8 @@ impl Stream {
     ///
     /// # Errors
     /// When the FIFO can't be opened. It does not exist if all its output has been written.
-    pub fn open(dir: &Path, name: &str, spec: &LogSpec, lost: &StreamLosses) -> io::Result<Self> {
-        let path = fifo(dir, name);
+    pub(crate) fn open(dir: &Path, name: &str, spec: &LogSpec, lost: &StreamLosses) -> io::Result<Self> {
+        let path = fifo_path(dir, name);
         let open = |read: bool| {
             File::options().read(read).write(!read).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(&path)
         };
@@ -94,22 +94,23 @@ impl Stream {
         if dir.join(STARTED).exists() {
             drop(open(false)?);
         }
-        let mut series = Series::new(spec.alloc_dir.clone(), format!("{}.{name}", spec.task), spec.options.max_files);
+        let mut series =
+            RotatedFiles::new(spec.alloc_dir.clone(), format!("{}.{name}", spec.task), spec.options.max_files);
         // As Nomad's log collector does, the first file is created at once, so that a client can follow a log without
         // output. An error is ignored here, because the first output will meet it again.
         let _ = series.current();
         let (max_size, policy) = (spec.options.max_size.max(1), spec.options.policy);
         let (dropped, stuck) = (lost.dropped, lost.stuck.clone());
-        Ok(Self { path, fifo, series, max_size, policy, untold: 0, dropped, stuck, again: None })
+        Ok(Self { path, fifo, files: series, max_size, policy, unreported: 0, dropped, stuck, retry_at: None })
     }
 
     /// Returns the FIFO for epoll.
-    pub fn fifo(&self) -> &File {
+    pub(crate) fn fifo(&self) -> &File {
         &self.fifo
     }
 
     /// Removes the FIFO, which shows other processes that all its output is written.
-    pub fn finish(&self) -> io::Result<()> {
+    pub(crate) fn remove_fifo(&self) -> io::Result<()> {
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
@@ -121,33 +122,33 @@ impl Stream {
     ///
     /// # Errors
     /// When the FIFO can't be read.
-    pub fn turn(&mut self, scratch: &mut Scratch) -> io::Result<Turn> {
+    pub(crate) fn transfer(&mut self, scratch: &mut PeekPipe) -> io::Result<TransferOutcome> {
         let mut moved = 0;
         loop {
             let waiting = unread(&self.fifo)?;
             if waiting == 0 {
-                return Ok(if self.has_ended()? { Turn::Over } else { Turn::Idle(moved) });
+                return Ok(if self.has_ended()? { TransferOutcome::Finished } else { TransferOutcome::Drained(moved) });
             }
-            if moved >= TURN {
-                return Ok(Turn::More(moved));
+            if moved >= TRANSFER_MAX {
+                return Ok(TransferOutcome::Pending(moved));
             }
-            if let Some(again) = self.again.filter(|again| *again > Instant::now()) {
+            if let Some(again) = self.retry_at.filter(|again| *again > Instant::now()) {
                 match self.policy {
-                    LogPolicy::Block => return Ok(Turn::Stuck(again)),
-                    LogPolicy::Drop => moved += self.drop_some(scratch, waiting)?,
+                    LogPolicy::Block => return Ok(TransferOutcome::Stuck(again)),
+                    LogPolicy::Drop => moved += self.drop_bytes(scratch, waiting)?,
                 }
                 continue;
             }
-            match self.write_some(scratch, waiting) {
+            match self.write_bytes(scratch, waiting) {
                 Ok(count) => {
-                    (self.stuck, self.again) = (None, None);
+                    (self.stuck, self.retry_at) = (None, None);
                     moved += count;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Idle(moved)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(TransferOutcome::Drained(moved)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     self.stuck = Some(error.to_string());
-                    self.again = Some(Instant::now() + AGAIN);
+                    self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
                 }
             }
         }
@@ -156,28 +157,29 @@ impl Stream {
     /// Returns whether the last writer has closed the FIFO and no output is left in it. The FIFO's content is checked
     /// last, because output that was written before the end is certainly there then.
     fn has_ended(&self) -> io::Result<bool> {
-        Ok(is_closed(&self.fifo)? && unread(&self.fifo)? == 0)
+        Ok(has_hung_up(&self.fifo)? && unread(&self.fifo)? == 0)
     }
 
     /// Moves some of the `waiting` bytes to the current file, which never exceeds the size limit. Returns 0 after a
     /// rotation.
-    fn write_some(&mut self, scratch: &mut Scratch, waiting: u64) -> io::Result<u64> {
-        if self.untold > 0 {
-            self.tell_of_the_dropped()?;
+    fn write_bytes(&mut self, scratch: &mut PeekPipe, waiting: u64) -> io::Result<u64> {
+        if self.unreported > 0 {
+            self.write_drop_notice()?;
         }
-        let (file, size) = self.series.current()?;
+        let (file, size) = self.files.current()?;
         let room = self.max_size.saturating_sub(size);
         if room == 0 {
-            self.series.rotate()?;
+            self.files.rotate()?;
             return Ok(0);
         }
         let count = if waiting <= room {
             waiting
         } else {
-            match split(&scratch.peek(&self.fifo, usize::try_from(room).unwrap_or(usize::MAX))?, room, size == 0) {
+            match whole_lines(&scratch.peek(&self.fifo, usize::try_from(room).unwrap_or(usize::MAX))?, room, size == 0)
+            {
                 Some(count) => count as u64,
                 None => {
-                    self.series.rotate()?;
+                    self.files.rotate()?;
                     return Ok(0);
                 }
             }
@@ -189,32 +191,32 @@ impl Stream {
     }
 
     /// Drops up to `waiting` bytes of the FIFO.
-    fn drop_some(&mut self, scratch: &Scratch, waiting: u64) -> io::Result<u64> {
+    fn drop_bytes(&mut self, scratch: &PeekPipe, waiting: u64) -> io::Result<u64> {
         let count = usize::try_from(waiting).unwrap_or(usize::MAX);
         let moved = match splice(&self.fifo, None, &scratch.null, None, count, SpliceFFlags::SPLICE_F_NONBLOCK) {
             Ok(moved) => moved as u64,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
             Err(errno) => return Err(errno.into()),
         };
-        self.untold += moved;
+        self.unreported += moved;
         self.dropped += moved;
         Ok(moved)
     }
 
     /// Writes a notice about the bytes that were dropped into the log file.
-    fn tell_of_the_dropped(&mut self) -> io::Result<()> {
+    fn write_drop_notice(&mut self) -> io::Result<()> {
         use std::os::unix::fs::FileExt as _;
         let why = self.stuck.clone().unwrap_or_default();
-        let line = format!("\n[nomad-driver-shim: {} bytes of output were dropped here: {why}]\n", self.untold);
-        if self.series.current()?.1 + line.len() as u64 > self.max_size {
-            self.series.rotate()?;
+        let line = format!("\n[nomad-driver-shim: {} bytes of output were dropped here: {why}]\n", self.unreported);
+        if self.files.current()?.1 + line.len() as u64 > self.max_size {
+            self.files.rotate()?;
         }
-        let (file, size) = self.series.current()?;
+        let (file, size) = self.files.current()?;
         file.write_all_at(line.as_bytes(), size).inspect_err(|_| {
             // Removes a notice that was written in part.
             let _ = file.set_len(size);
         })?;
-        self.untold = 0;
+        self.unreported = 0;
         Ok(())
     }
 }
@@ -222,12 +224,12 @@ impl Stream {
 /// Returns how many bytes of `next` go into the current file, which has `room` bytes left, when not all output fits:
 /// whole lines. `None` means that all of it goes into the next file. A line is split if it is longer than
 /// `WHOLE_LINE_MAX`, or does not fit into an empty file (`fresh`).
-fn split(next: &[u8], room: u64, fresh: bool) -> Option<usize> {
+fn whole_lines(next: &[u8], room: u64, fresh: bool) -> Option<usize> {
     let room = usize::try_from(room).unwrap_or(usize::MAX);
     let fits = &next[..next.len().min(room)];
     match fits.iter().rposition(|byte| *byte == b'\n') {
         Some(end) => Some(end + 1),
-        None if fresh || fits.len() >= LINE => Some(fits.len()).filter(|count| *count > 0),
+        None if fresh || fits.len() >= WHOLE_LINE_MAX => Some(fits.len()).filter(|count| *count > 0),
         None => None,
     }
 }
@@ -238,11 +240,15 @@ mod tests {
 
     #[test]
     fn lines_stay_whole_when_they_can() {
-        assert_eq!(split(b"one\ntwo\nthr", 10, false), Some(8));
-        assert_eq!(split(b"one\ntwo\n", 5, false), Some(4));
-        assert_eq!(split(b"toolong\n", 5, false), None, "the line goes into the next file");
-        assert_eq!(split(b"toolong\n", 5, true), Some(5), "the line fits into no file");
-        assert_eq!(split(&vec![b'x'; 2 * LINE], LINE as u64 + 7, false), Some(LINE + 7), "too long to be kept whole");
-        assert_eq!(split(b"", 5, true), None);
+        assert_eq!(whole_lines(b"one\ntwo\nthr", 10, false), Some(8));
+        assert_eq!(whole_lines(b"one\ntwo\n", 5, false), Some(4));
+        assert_eq!(whole_lines(b"toolong\n", 5, false), None, "the line goes into the next file");
+        assert_eq!(whole_lines(b"toolong\n", 5, true), Some(5), "the line fits into no file");
+        assert_eq!(
+            whole_lines(&vec![b'x'; 2 * WHOLE_LINE_MAX], WHOLE_LINE_MAX as u64 + 7, false),
+            Some(WHOLE_LINE_MAX + 7),
+            "too long to be kept whole"
+        );
+        assert_eq!(whole_lines(b"", 5, true), None);
     }
 }

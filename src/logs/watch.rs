@@ -13,37 +13,37 @@ use nix::{
 
 /// A change of the directory.
 #[derive(Debug)]
-pub(super) enum Change {
+pub(super) enum DirChange {
     /// A task's directory has appeared, with all of its files.
-    Came(String),
+    Added(String),
     /// A task's directory was removed.
-    Gone(String),
+    Removed(String),
     /// The kernel has dropped events, so that the caller must list the directory again.
-    Missed,
+    Overflow,
     /// The directory of all logs is being removed.
-    Over,
+    DirRemoved,
 }
 
 /// An inotify watch of the directory.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct DirWatch {
     inotify: Inotify,
     /// The name of a file in the directory. Its removal means that the directory is being removed: inotify does not
     /// report that itself as long as this process has files of the directory open.
-    lock: &'static str,
+    lock_name: &'static str,
 }
 
-impl Watch {
+impl DirWatch {
     /// Starts to watch `logs`, in which the file `lock_name` exists.
-    pub(super) fn new(logs: &Path, lock: &'static str, flags: InitFlags) -> io::Result<Self> {
+    pub(super) fn new(logs: &Path, lock_name: &'static str, flags: InitFlags) -> io::Result<Self> {
         let inotify = Inotify::init(flags | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(logs, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE)?;
-        Ok(Self { inotify, lock })
+        Ok(Self { inotify, lock_name })
     }
 
     /// Returns the changes since the last call. Waits for one if there is none, unless the watch was created with
     /// `IN_NONBLOCK`.
-    pub(super) fn changes(&self) -> io::Result<Vec<Change>> {
+    pub(super) fn changes(&self) -> io::Result<Vec<DirChange>> {
         let events = match self.inotify.read_events() {
             Ok(events) => events,
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Vec::new()),
@@ -53,11 +53,11 @@ impl Watch {
             let gone = event.mask.contains(AddWatchFlags::IN_DELETE);
             let name = event.name.map(|name| name.to_string_lossy().into_owned());
             match name {
-                _ if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) => Some(Change::Missed),
-                Some(name) if gone && name == self.lock => Some(Change::Over),
+                _ if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) => Some(DirChange::Overflow),
+                Some(name) if gone && name == self.lock_name => Some(DirChange::DirRemoved),
                 Some(name) if name.starts_with('.') => None,
-                Some(name) if gone => Some(Change::Gone(name)),
-                Some(name) => Some(Change::Came(name)),
+                Some(name) if gone => Some(DirChange::Removed(name)),
+                Some(name) => Some(DirChange::Added(name)),
                 None => None,
             }
         };
@@ -65,7 +65,7 @@ impl Watch {
     }
 }
 
-impl AsFd for Watch {
+impl AsFd for DirWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inotify.as_fd()
     }

@@ -8,38 +8,38 @@ use tokio::{
     sync::{broadcast::error::RecvError, watch},
 };
 
-use super::presence::{Clients, Leave, listen_privately};
+use super::connections::{Connections, ShutdownMode, listen_root_only};
 use crate::{
-    chain,
     control::{Answer, Event, REQUEST_MAX, Request},
+    error_chain,
     ids::TaskId,
     image::Reference,
-    peer::Peers,
-    task::{Engine, TaskError, millis},
+    peer::AllowedPeers,
+    task::{Engine, TaskError, epoch_millis},
     text::{self, MESSAGE_MAX},
 };
 
 /// How long a client may take to send its request, which it has ready when it connects.
-const REQUEST: Duration = Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves the control socket.
 #[derive(Clone)]
-pub struct Doorkeeper {
+pub(crate) struct ControlServer {
     /// The engine that requests are about.
     pub engine: Engine,
     /// Set to `ShutdownMode::HandOver` when another plugin takes over.
-    pub leave: watch::Sender<Leave>,
+    pub shutdown_mode: watch::Sender<ShutdownMode>,
     /// The agents' connections: while there is one, another plugin can't take over.
-    pub clients: Clients,
+    pub clients: Connections,
 }
 
-impl Doorkeeper {
+impl ControlServer {
     /// Listens at the control socket, and answers requests in the background.
     ///
     /// # Errors
     /// When the socket can't be created.
-    pub fn open(self) -> io::Result<()> {
-        let listener = listen_privately(&self.engine.settings().places.control())?;
+    pub(crate) fn listen(self) -> io::Result<()> {
+        let listener = listen_root_only(&self.engine.settings().places.control())?;
         tokio::spawn(async move {
             loop {
                 match listener.accept().await {
@@ -55,13 +55,13 @@ impl Doorkeeper {
     }
 
     async fn serve(self, stream: UnixStream) {
-        if let Err(error) = Peers::root().check(&stream) {
-            return tracing::warn!(error = chain(&error), "a connection to the control socket was refused");
+        if let Err(error) = AllowedPeers::root().check(&stream) {
+            return tracing::warn!(error = error_chain(&error), "a connection to the control socket was refused");
         }
         let (read, mut write) = stream.into_split();
         let mut line = String::new();
         let mut reader = BufReader::new(read.take(REQUEST_MAX));
-        let read = tokio::time::timeout(REQUEST, reader.read_line(&mut line)).await;
+        let read = tokio::time::timeout(REQUEST_TIMEOUT, reader.read_line(&mut line)).await;
         if !matches!(read, Ok(Ok(1..))) {
             return;
         }
@@ -70,30 +70,30 @@ impl Doorkeeper {
             Ok(request) => self.answer(request).await,
             Err(error) => Answer::Refused(format!("the request can't be parsed: {error}")),
         };
-        let _ = say(&mut write, &answer).await;
+        let _ = send(&mut write, &answer).await;
     }
 
     async fn answer(&self, request: Request) -> Answer {
         match request {
-            Request::Leave if self.clients.any() => {
+            Request::Leave if self.clients.any_connected() => {
                 Answer::Refused(format!("plugin {} has an agent connected", std::process::id()))
             }
             Request::Leave => {
                 tracing::info!("this plugin gives way to another plugin");
-                self.leave.send_replace(Leave::GivingWay);
+                self.shutdown_mode.send_replace(ShutdownMode::HandOver);
                 Answer::Done
             }
-            Request::Gc { dry_run } => Answer::Removed(self.engine.sweep(dry_run).await),
+            Request::Gc { dry_run } => Answer::Removed(self.engine.gc(dry_run).await),
             Request::RemoveImage { image } => match Reference::parse(&image) {
                 Ok(reference) => match self.engine.remove_image(&reference).await {
-                    Err(TaskError::Image(error)) if error.is_not_here() => Answer::NotHere,
-                    other => done(other),
+                    Err(TaskError::Image(error)) if error.is_missing() => Answer::NotHere,
+                    other => to_answer(other),
                 },
-                Err(error) => Answer::Refused(text::shown(&chain(&error), MESSAGE_MAX)),
+                Err(error) => Answer::Refused(text::sanitize(&error_chain(&error), MESSAGE_MAX)),
             },
             Request::Kill { task, signal } => {
                 let id = TaskId(task);
-                done(match signal {
+                to_answer(match signal {
                     Some(signal) => self.engine.signal(&id, &signal).await,
                     None => match self.engine.inspect(&id).await {
                         Ok(_) => self.engine.stop(&id, Duration::ZERO, "").await,
@@ -107,7 +107,7 @@ impl Doorkeeper {
 
     /// Sends task events until the client disconnects.
     async fn events(&self, mut write: OwnedWriteHalf) {
-        let mut events = self.engine.listen();
+        let mut events = self.engine.subscribe();
         loop {
             let event = match events.recv().await {
                 Ok(event) => event,
@@ -115,27 +115,27 @@ impl Doorkeeper {
                 Err(RecvError::Closed) => return,
             };
             let event = Event {
-                at: millis(event.at),
+                at: epoch_millis(event.at),
                 task_id: event.task_id.0,
                 alloc_id: event.alloc_id,
                 task_name: event.task_name,
                 message: event.message,
             };
-            if say(&mut write, &Answer::Event(event)).await.is_err() {
+            if send(&mut write, &Answer::Event(event)).await.is_err() {
                 return;
             }
         }
     }
 }
 
-fn done(outcome: Result<(), TaskError>) -> Answer {
+fn to_answer(outcome: Result<(), TaskError>) -> Answer {
     match outcome {
         Ok(()) => Answer::Done,
-        Err(error) => Answer::Refused(text::shown(&chain(&error), MESSAGE_MAX)),
+        Err(error) => Answer::Refused(text::sanitize(&error_chain(&error), MESSAGE_MAX)),
     }
 }
 
-async fn say(write: &mut OwnedWriteHalf, answer: &Answer) -> io::Result<()> {
+async fn send(write: &mut OwnedWriteHalf, answer: &Answer) -> io::Result<()> {
     let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
     write.write_all(&line).await

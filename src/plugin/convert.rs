@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     config::{self, ConfigError, GroupNetwork},
-    propagation, texts,
+    propagation, request_texts,
 };
 use crate::{
     ids::{Flavor, TaskId},
@@ -26,8 +26,8 @@ const ZERO_TIME: prost_types::Timestamp = prost_types::Timestamp { seconds: -62_
 ///
 /// # Errors
 /// When anything is wrong with the request or its `config`; the error has all faults.
-pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<StartRequest, ConfigError> {
-    texts::check(task)?;
+pub(crate) fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<StartRequest, ConfigError> {
+    request_texts::check(task)?;
     let network = match &task.network_isolation_spec {
         Some(spec) if !spec.path.is_empty() => NetworkNamespace::Path(PathBuf::from(&spec.path)),
         _ => NetworkNamespace::Private,
@@ -41,7 +41,12 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
     let dns = task.dns.clone().unwrap_or_default();
     let options = config::task_options(settings, group, &task.msgpack_driver_config)?;
     let (mut resources, cpuset_cgroup) = resources(task.resources.as_ref());
-    limit(&mut resources, &options.limits, task.resources.as_ref(), (settings.compute, settings.name.flavor()))?;
+    apply_job_limits(
+        &mut resources,
+        &options.limits,
+        task.resources.as_ref(),
+        (settings.compute, settings.name.flavor()),
+    )?;
     let named = [
         ("com.hashicorp.nomad.alloc_id", &task.alloc_id),
         ("com.hashicorp.nomad.job_id", &task.job_id),
@@ -82,13 +87,13 @@ pub fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<Sta
             .collect(),
         annotations,
     };
-    propagation::keep_from_the_host(&mut request, settings.name.flavor());
+    propagation::restrict_propagation(&mut request, settings.name.flavor());
     Ok(request)
 }
 
 fn volume(mount: &wire::Mount) -> Result<Volume, ConfigError> {
     let label = Some(mount.selinux_label.as_str()).filter(|label| !label.is_empty()).map(str::parse);
-    let named = |problem: String| ConfigError::one(format!("volume_mount {:?}: {problem}", mount.task_path));
+    let named = |problem: String| ConfigError::job_fault(format!("volume_mount {:?}: {problem}", mount.task_path));
     Ok(Volume {
         label: label.transpose().map_err(named)?,
         host_path: PathBuf::from(&mount.host_path),
@@ -125,16 +130,16 @@ fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
 }
 
 /// Applies the limits in the job's `config`.
-fn limit(
+fn apply_job_limits(
     to: &mut Resources,
     limits: &JobLimits,
     sent: Option<&wire::Resources>,
     (compute, flavor): (Compute, Flavor),
 ) -> Result<(), ConfigError> {
-    let fault = |fault: String| Err(ConfigError::one(fault));
+    let fault = |fault: String| Err(ConfigError::job_fault(fault));
     if !limits.cpuset_cpus.is_empty() {
         // In the forks of nomad-driver-containerd the option wins.
-        if !to.cpuset_cpus.is_empty() && flavor == Flavor::Secure {
+        if !to.cpuset_cpus.is_empty() && flavor == Flavor::Strict {
             return fault("cpuset_cpus and resources.cores exclude each other; remove one of them".to_owned());
         }
         to.cpuset_cpus.clone_from(&limits.cpuset_cpus);
@@ -159,7 +164,7 @@ fn limit(
 
 /// Returns the compute capacity of this node: the operator's value, else the sum over all cores, else (agents before
 /// 1.7, and the validation pass, send nothing) what this host's own files say.
-pub fn compute(topology: Option<&pb::ClientTopology>) -> Compute {
+pub(crate) fn compute(topology: Option<&pb::ClientTopology>) -> Compute {
     let Some(topology) = topology.filter(|topology| !topology.cores.is_empty()) else { return host_compute() };
     let speed = |core: &pb::ClientTopologyCore| {
         [core.base_speed, core.max_speed, core.guess_speed].into_iter().find(|&mhz| mhz > 0).unwrap_or(0)
@@ -182,7 +187,7 @@ fn host_compute() -> Compute {
 
 /// Converts a task's exit. A death by signal has 128 + n as its code and 0 as its signal, as in Nomad's own container
 /// drivers.
-pub fn exit_result(exit: &ExitRecord) -> wire::ExitResult {
+pub(crate) fn exit_result(exit: &ExitRecord) -> wire::ExitResult {
     wire::ExitResult { exit_code: exit.code, signal: 0, oom_killed: exit.oom_killed }
 }
 
@@ -194,7 +199,7 @@ pub fn exit_result(exit: &ExitRecord) -> wire::ExitResult {
 /// with a text as a failure (plugins/drivers/driver.go `Successful`). So there is no text for a task whose first
 /// process outlived the OOM kill of another process and then succeeded; otherwise a finished batch job would be run
 /// again.
-pub fn exit_message(exit: &ExitRecord) -> String {
+pub(crate) fn exit_message(exit: &ExitRecord) -> String {
     match &exit.error {
         Some(error) if exit.oom_killed => format!("{OOM_KILLED}; {error}"),
         Some(error) => error.clone(),
@@ -204,22 +209,22 @@ pub fn exit_message(exit: &ExitRecord) -> String {
 }
 
 /// Converts a time; `None` becomes Go's zero time.
-pub fn timestamp(time: Option<SystemTime>) -> prost_types::Timestamp {
+pub(crate) fn timestamp(time: Option<SystemTime>) -> prost_types::Timestamp {
     time.map_or(ZERO_TIME, prost_types::Timestamp::from)
 }
 
 /// Converts the milliseconds since the epoch that a record holds.
-pub fn from_millis(millis: u64) -> SystemTime {
+pub(crate) fn from_millis(millis: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
 }
 
 /// Converts a duration; an absent or negative one becomes zero.
-pub fn duration(duration: Option<prost_types::Duration>) -> Duration {
+pub(crate) fn duration(duration: Option<prost_types::Duration>) -> Duration {
     duration.and_then(|duration| Duration::try_from(duration).ok()).unwrap_or_default()
 }
 
 /// Converts a task event.
-pub fn event(event: TaskEvent) -> wire::DriverTaskEvent {
+pub(crate) fn event(event: TaskEvent) -> wire::DriverTaskEvent {
     wire::DriverTaskEvent {
         task_id: event.task_id.0,
         alloc_id: event.alloc_id,
@@ -256,7 +261,7 @@ mod tests {
                 ..Default::default()
             };
             let mut resources = Resources { cpu_shares: 500, memory: 64 << 20, ..Resources::default() };
-            limit(&mut resources, limits, Some(&sent), (compute, Flavor::Secure))
+            apply_job_limits(&mut resources, limits, Some(&sent), (compute, Flavor::Strict))
                 .map(|()| resources)
                 .map_err(|error| error.to_string())
         };
@@ -267,8 +272,8 @@ mod tests {
         assert!(with(&low, 0.0).expect_err("refused").contains("memory_hard_limit = 32"));
         let mut reserved = Resources { cpuset_cpus: "0".to_owned(), ..Resources::default() };
         let wanted = JobLimits { cpuset_cpus: "1".to_owned(), ..JobLimits::default() };
-        assert!(limit(&mut reserved, &wanted, None, (compute, Flavor::Secure)).is_err());
-        limit(&mut reserved, &wanted, None, (compute, Flavor::DropIn)).expect("the option wins");
+        assert!(apply_job_limits(&mut reserved, &wanted, None, (compute, Flavor::Strict)).is_err());
+        apply_job_limits(&mut reserved, &wanted, None, (compute, Flavor::ContainerdDriver)).expect("the option wins");
         assert_eq!(reserved.cpuset_cpus, "1");
     }
 

@@ -6,9 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use rmpv::Value as Wire;
+use rmpv::Value as MsgpackValue;
 
-use super::options::{Kind, Presence, Row};
+use super::options::{OptionKind, OptionRow, Presence};
 
 /// The decoded value of an option.
 #[derive(Clone, PartialEq)]
@@ -25,11 +25,11 @@ enum Value {
 
 /// Decoded options by name; options that were absent and have no default are missing.
 #[derive(Clone, Default, PartialEq)]
-pub struct Values(BTreeMap<&'static str, Value>);
+pub(crate) struct Values(BTreeMap<&'static str, Value>);
 
 impl Values {
     /// Returns the text of an option.
-    pub fn text(&self, name: &str) -> Option<&str> {
+    pub(crate) fn text(&self, name: &str) -> Option<&str> {
         match self.0.get(name) {
             Some(Value::Text(text)) => Some(text),
             _ => None,
@@ -37,12 +37,12 @@ impl Values {
     }
 
     /// Returns the text of an option unless it is empty; HCL's `""` mostly means "not set".
-    pub fn filled(&self, name: &str) -> Option<&str> {
+    pub(crate) fn non_empty_text(&self, name: &str) -> Option<&str> {
         self.text(name).filter(|text| !text.is_empty())
     }
 
     /// Returns the value of a flag.
-    pub fn flag(&self, name: &str) -> Option<bool> {
+    pub(crate) fn flag(&self, name: &str) -> Option<bool> {
         match self.0.get(name) {
             Some(Value::Flag(flag)) => Some(*flag),
             _ => None,
@@ -50,7 +50,7 @@ impl Values {
     }
 
     /// Returns the value of a number.
-    pub fn number(&self, name: &str) -> Option<i64> {
+    pub(crate) fn number(&self, name: &str) -> Option<i64> {
         match self.0.get(name) {
             Some(Value::Number(number)) => Some(*number),
             _ => None,
@@ -58,12 +58,12 @@ impl Values {
     }
 
     /// Whether the option has a value.
-    pub fn has(&self, name: &str) -> bool {
+    pub(crate) fn is_set(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
 
     /// Returns the texts of a list; `None` when the list is absent.
-    pub fn list(&self, name: &str) -> Option<&[String]> {
+    pub(crate) fn list(&self, name: &str) -> Option<&[String]> {
         match self.0.get(name) {
             Some(Value::List(list)) => Some(list),
             _ => None,
@@ -71,7 +71,7 @@ impl Values {
     }
 
     /// Returns the content of a block.
-    pub fn block(&self, name: &str) -> Option<&Self> {
+    pub(crate) fn block(&self, name: &str) -> Option<&Self> {
         match self.0.get(name) {
             Some(Value::Block(block)) => Some(block),
             _ => None,
@@ -79,7 +79,7 @@ impl Values {
     }
 
     /// Returns the contents of the blocks of this name, in order.
-    pub fn blocks(&self, name: &str) -> &[Self] {
+    pub(crate) fn blocks(&self, name: &str) -> &[Self] {
         match self.0.get(name) {
             Some(Value::Blocks(blocks)) => blocks,
             _ => &[],
@@ -87,7 +87,7 @@ impl Values {
     }
 
     /// Returns the texts of a map by their names; an absent map is empty.
-    pub fn map(&self, name: &str) -> BTreeMap<String, String> {
+    pub(crate) fn map(&self, name: &str) -> BTreeMap<String, String> {
         match self.0.get(name) {
             Some(Value::Map(map)) => map.clone(),
             _ => BTreeMap::new(),
@@ -95,7 +95,7 @@ impl Values {
     }
 
     /// Returns the labels and contents of labelled blocks.
-    pub fn labelled(&self, name: &str) -> impl Iterator<Item = (&String, &Self)> {
+    pub(crate) fn labelled(&self, name: &str) -> impl Iterator<Item = (&String, &Self)> {
         let blocks = match self.0.get(name) {
             Some(Value::Labelled(blocks)) => Some(blocks),
             _ => None,
@@ -107,9 +107,9 @@ impl Values {
 /// Decodes `bytes` by `rows`. Empty input means that all options are absent.
 ///
 /// Each fault names its option's path; values that may be secret are not repeated.
-pub fn decode(rows: &'static [Row], bytes: &[u8], faults: &mut Vec<String>) -> Values {
+pub(crate) fn decode(rows: &'static [OptionRow], bytes: &[u8], faults: &mut Vec<String>) -> Values {
     let wire = if bytes.is_empty() {
-        Wire::Map(Vec::new())
+        MsgpackValue::Map(Vec::new())
     } else {
         match rmpv::decode::read_value(&mut &bytes[..]) {
             Ok(wire) => wire,
@@ -120,20 +120,25 @@ pub fn decode(rows: &'static [Row], bytes: &[u8], faults: &mut Vec<String>) -> V
         }
     };
     let mut path = String::new();
-    object(rows, &wire, &mut path, faults).unwrap_or_default()
+    decode_block(rows, &wire, &mut path, faults).unwrap_or_default()
 }
 
-fn object(rows: &'static [Row], wire: &Wire, path: &mut String, faults: &mut Vec<String>) -> Option<Values> {
+fn decode_block(
+    rows: &'static [OptionRow],
+    wire: &MsgpackValue,
+    path: &mut String,
+    faults: &mut Vec<String>,
+) -> Option<Values> {
     let entries = match wire {
-        Wire::Map(entries) => entries.as_slice(),
-        Wire::Nil => &[],
+        MsgpackValue::Map(entries) => entries.as_slice(),
+        MsgpackValue::Nil => &[],
         other => {
             let name = if path.is_empty() { "config" } else { path.as_str() };
             faults.push(format!("{name} must be a block, not {}", kind_of(other)));
             return None;
         }
     };
-    let mut given: BTreeMap<String, &Wire> = BTreeMap::new();
+    let mut given: BTreeMap<String, &MsgpackValue> = BTreeMap::new();
     for (key, value) in entries {
         match text(key) {
             Some(key) => drop(given.insert(key, value)),
@@ -141,21 +146,21 @@ fn object(rows: &'static [Row], wire: &Wire, path: &mut String, faults: &mut Vec
         }
     }
     for name in given.keys().filter(|name| !rows.iter().any(|row| row.name == *name)) {
-        faults.push(format!("unknown option {}{}", join(path, name).escape_debug(), nearest(rows, name)));
+        faults.push(format!("unknown option {}{}", join(path, name).escape_debug(), suggestion(rows, name)));
     }
     let mut values = Values::default();
     for row in rows {
         let length = path.len();
         *path = join(path, row.name);
         match given.get(row.name) {
-            None | Some(Wire::Nil) => match row.presence {
+            None | Some(MsgpackValue::Nil) => match row.presence {
                 Presence::Required => faults.push(format!("{path} is required")),
                 Presence::Default(literal) => drop(values.0.insert(row.name, literal_value(row.kind, literal))),
                 Presence::Optional => {}
             },
             Some(wire) => {
-                if let Some(value) = value(row.kind, wire, path, faults) {
-                    no_nul(&value, path, faults);
+                if let Some(value) = decode_value(row.kind, wire, path, faults) {
+                    refuse_nul(&value, path, faults);
                     values.0.insert(row.name, value);
                 }
             }
@@ -165,51 +170,53 @@ fn object(rows: &'static [Row], wire: &Wire, path: &mut String, faults: &mut Vec
     Some(values)
 }
 
-fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -> Option<Value> {
+fn decode_value(kind: OptionKind, wire: &MsgpackValue, path: &mut String, faults: &mut Vec<String>) -> Option<Value> {
     let mut wrong = |wanted: &str| {
         faults.push(format!("{path} must be {wanted}, not {}", kind_of(wire)));
         None
     };
     match kind {
-        Kind::Text => text(wire).map(Value::Text).or_else(|| wrong("a string")),
-        Kind::Flag => wire.as_bool().map(Value::Flag).or_else(|| wrong("true or false")),
-        Kind::Number => number(wire).map(Value::Number).or_else(|| wrong("a whole number")),
-        Kind::List => match wire {
-            Wire::Array(items) => {
+        OptionKind::Text => text(wire).map(Value::Text).or_else(|| wrong("a string")),
+        OptionKind::Flag => wire.as_bool().map(Value::Flag).or_else(|| wrong("true or false")),
+        OptionKind::Number => number(wire).map(Value::Number).or_else(|| wrong("a whole number")),
+        OptionKind::List => match wire {
+            MsgpackValue::Array(items) => {
                 let texts: Option<Vec<String>> = items.iter().map(text).collect();
                 texts.map(Value::List).or_else(|| wrong("a list of strings"))
             }
             _ => wrong("a list of strings"),
         },
-        Kind::Block(rows) => match wire {
-            Wire::Array(items) if items.is_empty() => None,
-            Wire::Array(items) if items.len() == 1 => object(rows, &items[0], path, faults).map(Value::Block),
-            other => object(rows, other, path, faults).map(Value::Block),
+        OptionKind::Block(rows) => match wire {
+            MsgpackValue::Array(items) if items.is_empty() => None,
+            MsgpackValue::Array(items) if items.len() == 1 => {
+                decode_block(rows, &items[0], path, faults).map(Value::Block)
+            }
+            other => decode_block(rows, other, path, faults).map(Value::Block),
         },
-        Kind::Blocks(rows) => {
+        OptionKind::Blocks(rows) => {
             let items = match wire {
-                Wire::Array(items) => items.as_slice(),
-                single @ Wire::Map(_) => std::slice::from_ref(single),
+                MsgpackValue::Array(items) => items.as_slice(),
+                single @ MsgpackValue::Map(_) => std::slice::from_ref(single),
                 _ => return wrong("a list of blocks"),
             };
             let mut blocks = Vec::new();
             for (n, item) in items.iter().enumerate() {
                 let length = path.len();
                 path.push_str(&format!("[{n}]"));
-                blocks.extend(object(rows, item, path, faults));
+                blocks.extend(decode_block(rows, item, path, faults));
                 path.truncate(length);
             }
             Some(Value::Blocks(blocks))
         }
-        Kind::Map => {
+        OptionKind::Map => {
             // Nomad sends one map for each block of this name; later maps win.
             let maps = match wire {
-                Wire::Array(items) => items.as_slice(),
+                MsgpackValue::Array(items) => items.as_slice(),
                 single => std::slice::from_ref(single),
             };
             let mut map = BTreeMap::new();
             for entries in maps {
-                let Wire::Map(entries) = entries else { return wrong("a map of strings") };
+                let MsgpackValue::Map(entries) = entries else { return wrong("a map of strings") };
                 for (key, value) in entries {
                     let scalar = text(value).or_else(|| number(value).map(|number| number.to_string()));
                     let (Some(key), Some(value)) = (text(key), scalar) else { return wrong("a map of strings") };
@@ -218,14 +225,14 @@ fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -
             }
             Some(Value::Map(map))
         }
-        Kind::Labelled(rows) => {
-            let Wire::Map(entries) = wire else { return wrong("labelled blocks") };
+        OptionKind::Labelled(rows) => {
+            let MsgpackValue::Map(entries) = wire else { return wrong("labelled blocks") };
             let mut blocks = BTreeMap::new();
             for (label, item) in entries {
                 let Some(label) = text(label) else { continue };
                 let length = path.len();
                 path.push_str(&format!("[{label:?}]"));
-                if let Some(block) = object(rows, item, path, faults) {
+                if let Some(block) = decode_block(rows, item, path, faults) {
                     blocks.insert(label, block);
                 }
                 path.truncate(length);
@@ -237,7 +244,7 @@ fn value(kind: Kind, wire: &Wire, path: &mut String, faults: &mut Vec<String>) -
 
 /// Refuses NUL bytes: C programs (the kernel, crun) end a text there, and would see another text than the one that is
 /// checked here.
-fn no_nul(value: &Value, path: &str, faults: &mut Vec<String>) {
+fn refuse_nul(value: &Value, path: &str, faults: &mut Vec<String>) {
     let mut check = |text: &str| {
         if text.contains('\0') {
             faults.push(format!("{path} contains a NUL byte"));
@@ -255,29 +262,29 @@ fn no_nul(value: &Value, path: &str, faults: &mut Vec<String>) {
 }
 
 /// Parses a default of the option tables: a quoted text, a flag or a number.
-fn literal_value(kind: Kind, literal: &str) -> Value {
+fn literal_value(kind: OptionKind, literal: &str) -> Value {
     match kind {
-        Kind::Flag => Value::Flag(literal == "true"),
-        Kind::Number => Value::Number(literal.parse().unwrap_or_default()),
+        OptionKind::Flag => Value::Flag(literal == "true"),
+        OptionKind::Number => Value::Number(literal.parse().unwrap_or_default()),
         _ => Value::Text(literal.trim_matches('"').to_owned()),
     }
 }
 
-fn text(wire: &Wire) -> Option<String> {
+fn text(wire: &MsgpackValue) -> Option<String> {
     match wire {
-        Wire::String(text) => text.as_str().map(str::to_owned),
-        Wire::Binary(bytes) => String::from_utf8(bytes.clone()).ok(),
+        MsgpackValue::String(text) => text.as_str().map(str::to_owned),
+        MsgpackValue::Binary(bytes) => String::from_utf8(bytes.clone()).ok(),
         _ => None,
     }
 }
 
 /// Reads a number. Integral floats and decimal texts count as well: HCL's numbers arrive in whichever form holds them
 /// exactly.
-fn number(wire: &Wire) -> Option<i64> {
+fn number(wire: &MsgpackValue) -> Option<i64> {
     if let Some(number) = wire.as_i64() {
         return Some(number);
     }
-    let float = wire.as_f64().filter(|_| matches!(wire, Wire::F32(_) | Wire::F64(_)));
+    let float = wire.as_f64().filter(|_| matches!(wire, MsgpackValue::F32(_) | MsgpackValue::F64(_)));
     if let Some(float) = float {
         let whole = float.fract() == 0.0 && float.abs() < 9.0e18;
         #[allow(clippy::cast_possible_truncation, reason = "whole and in range, as just checked")]
@@ -286,15 +293,15 @@ fn number(wire: &Wire) -> Option<i64> {
     text(wire)?.parse().ok()
 }
 
-fn kind_of(wire: &Wire) -> &'static str {
+fn kind_of(wire: &MsgpackValue) -> &'static str {
     match wire {
-        Wire::Nil => "nothing",
-        Wire::Boolean(_) => "a bool",
-        Wire::Integer(_) | Wire::F32(_) | Wire::F64(_) => "a number",
-        Wire::String(_) | Wire::Binary(_) => "a string",
-        Wire::Array(_) => "a list",
-        Wire::Map(_) => "a block",
-        Wire::Ext(..) => "an extension value",
+        MsgpackValue::Nil => "nothing",
+        MsgpackValue::Boolean(_) => "a bool",
+        MsgpackValue::Integer(_) | MsgpackValue::F32(_) | MsgpackValue::F64(_) => "a number",
+        MsgpackValue::String(_) | MsgpackValue::Binary(_) => "a string",
+        MsgpackValue::Array(_) => "a list",
+        MsgpackValue::Map(_) => "a block",
+        MsgpackValue::Ext(..) => "an extension value",
     }
 }
 
@@ -303,7 +310,7 @@ fn join(path: &str, name: &str) -> String {
 }
 
 /// Suggests the option whose name differs least ("did you mean"), if it is near enough.
-fn nearest(rows: &[Row], name: &str) -> String {
+fn suggestion(rows: &[OptionRow], name: &str) -> String {
     let near = rows.iter().map(|row| (distance(row.name, name), row.name)).min().filter(|(distance, _)| *distance <= 2);
     near.map(|(_, name)| format!(" (did you mean {name}?)")).unwrap_or_default()
 }
@@ -329,7 +336,7 @@ mod tests {
     use super::*;
     use crate::{
         host::encode_raw,
-        plugin::options::{PLUGIN, TASK},
+        plugin::options::{PLUGIN_OPTIONS, TASK_OPTIONS},
     };
     use proptest::prelude::*;
 
@@ -339,7 +346,7 @@ mod tests {
         let config = serde_json::json!({
             "commmand": "x", "args": "not a list", "privileged": "yes", "mounts": [{"type": "bind"}], "zzzzzzz": 1,
         });
-        decode(TASK, &encode_raw(&config), &mut faults);
+        decode(TASK_OPTIONS, &encode_raw(&config), &mut faults);
         let text = faults.join("; ");
         for part in [
             "unknown option commmand (did you mean command?)",
@@ -359,17 +366,17 @@ mod tests {
         let mut faults = Vec::new();
         let config =
             serde_json::json!({"image": "a", "args": null, "auth": [{"username": "u", "password": "p"}], "mounts": []});
-        let values = decode(TASK, &encode_raw(&config), &mut faults);
+        let values = decode(TASK_OPTIONS, &encode_raw(&config), &mut faults);
         assert!(faults.is_empty(), "{faults:?}");
         assert_eq!(values.block("auth").and_then(|auth| auth.text("username")), Some("u"));
         assert_eq!(values.text("image_pull_timeout"), Some("5m"));
         assert_eq!(values.list("args"), None);
-        let binary = Wire::Map(vec![(Wire::from("image"), Wire::Binary(b"b".to_vec()))]);
+        let binary = MsgpackValue::Map(vec![(MsgpackValue::from("image"), MsgpackValue::Binary(b"b".to_vec()))]);
         let mut bytes = Vec::new();
         rmpv::encode::write_value(&mut bytes, &binary).expect("in memory");
-        assert_eq!(decode(TASK, &bytes, &mut faults).text("image"), Some("b"));
+        assert_eq!(decode(TASK_OPTIONS, &bytes, &mut faults).text("image"), Some("b"));
         let values = decode(
-            PLUGIN,
+            PLUGIN_OPTIONS,
             &encode_raw(&serde_json::json!({"shim": {"pool": 3.0}, "runtime": {"x": {"binary": "/x"}}})),
             &mut faults,
         );
@@ -392,7 +399,7 @@ mod tests {
             let mut faults = Vec::new();
             let mut config = serde_json::json!({"image": "a"});
             config[option.split(['.', '[']).next().expect("a name")] = value;
-            decode(TASK, &encode_raw(&config), &mut faults);
+            decode(TASK_OPTIONS, &encode_raw(&config), &mut faults);
             assert_eq!(faults, [format!("{option} contains a NUL byte")]);
         }
     }
@@ -401,8 +408,8 @@ mod tests {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let mut faults = Vec::new();
-            decode(TASK, &bytes, &mut faults);
-            decode(PLUGIN, &bytes, &mut faults);
+            decode(TASK_OPTIONS, &bytes, &mut faults);
+            decode(PLUGIN_OPTIONS, &bytes, &mut faults);
         }
     }
 }

@@ -8,38 +8,41 @@ use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{
-    convert, exec, fingerprint, identity, identity::task_id, options::TASK, schema, service::DriverService, stats,
-    status,
+    convert, exec, fingerprint, identity, identity::task_id, options::TASK_OPTIONS, schema, service::DriverService,
+    stats, status,
 };
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, driver_server::Driver},
-    task::{Audience, Engine, FORMER_VERSION, Force, FormerTask, Inspection, TaskError, TaskHandle, give_up_logs},
-    text::{self, FOREIGN_MAX, MESSAGE_MAX},
+    task::{
+        Audience, Engine, Force, Inspection, LEGACY_HANDLE_VERSION, LegacyTask, TaskError, TaskHandle, signal_log_end,
+    },
+    text::{self, EXCERPT_MAX, MESSAGE_MAX},
 };
 
 /// The delay from `Init` to the first filling of the pool: some processes that get an `Init` live for only 12 ms.
-const WARM_UP: Duration = Duration::from_secs(2);
+const POOL_FILL_DELAY: Duration = Duration::from_secs(2);
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl DriverService {
     async fn start(&self, task: &wire::TaskConfig) -> Result<TaskHandle, Status> {
-        identity::check(task).map_err(|error| status::of_config(&error))?;
-        let request = convert::start_request(&self.settings()?, task).map_err(|error| status::of_config(&error))?;
+        identity::check_task(task).map_err(|error| status::from_config_error(&error))?;
+        let request =
+            convert::start_request(&self.settings()?, task).map_err(|error| status::from_config_error(&error))?;
         let engine = self.engine().await?;
-        Box::pin(engine.start(request)).await.map_err(refuse)
+        Box::pin(engine.start(request)).await.map_err(to_status)
     }
 
     /// Checks a request's task id, and opens the engine.
-    async fn known(&self, id: &str) -> Result<(Engine, TaskId), Status> {
+    async fn engine_and_id(&self, id: &str) -> Result<(Engine, TaskId), Status> {
         let id = task_id("task_id", id)?;
         Ok((self.engine().await?, id))
     }
 }
 
 /// Runs `body` to its end, even if the caller goes away.
-async fn to_the_end<T: Send + 'static>(
+async fn run_detached<T: Send + 'static>(
     body: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<T, Status> {
     match tokio::spawn(body).await {
@@ -49,8 +52,8 @@ async fn to_the_end<T: Send + 'static>(
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "the shape map_err wants")]
-fn refuse(error: TaskError) -> Status {
-    status::of(&error)
+fn to_status(error: TaskError) -> Status {
+    status::from_task_error(&error)
 }
 
 fn unsupported(what: &str) -> Status {
@@ -70,9 +73,9 @@ impl Driver for DriverService {
         // tries again.
         if self.settings()?.enabled && this.engine().await.is_ok() {
             tokio::spawn(async move {
-                tokio::time::sleep(WARM_UP).await;
+                tokio::time::sleep(POOL_FILL_DELAY).await;
                 if let Ok(engine) = this.engine().await {
-                    engine.warm_up();
+                    engine.fill_shim_pool();
                 }
             });
         }
@@ -83,7 +86,7 @@ impl Driver for DriverService {
         &self,
         _: Request<wire::TaskConfigSchemaRequest>,
     ) -> Result<Response<wire::TaskConfigSchemaResponse>, Status> {
-        Ok(Response::new(wire::TaskConfigSchemaResponse { spec: Some(schema::of(TASK)) }))
+        Ok(Response::new(wire::TaskConfigSchemaResponse { spec: Some(schema::to_hclspec(TASK_OPTIONS)) }))
     }
 
     async fn capabilities(
@@ -96,7 +99,7 @@ impl Driver for DriverService {
             exec: true,
             fs_isolation: wire::driver_capabilities::FsIsolation::Image.into(),
             network_isolation_modes: vec![Mode::Group.into(), Mode::Task.into()],
-            disable_log_collection: self.settings()?.own_logs,
+            disable_log_collection: self.settings()?.disable_log_collection,
             ..Default::default()
         };
         Ok(Response::new(wire::CapabilitiesResponse { capabilities: Some(capabilities) }))
@@ -120,17 +123,17 @@ impl Driver for DriverService {
         let handle = request.handle.ok_or_else(|| Status::invalid_argument("no handle to recover from"))?;
         let config = handle.config.unwrap_or_default();
         let id = task_id("handle.config.id", &config.id)?;
-        let unrecoverable = |problem: String| refuse(TaskError::Unrecoverable { id: id.clone(), problem });
-        if handle.version == FORMER_VERSION {
+        let unrecoverable = |problem: String| to_status(TaskError::Unrecoverable { id: id.clone(), problem });
+        if handle.version == LEGACY_HANDLE_VERSION {
             // The container's name is made of these two.
             for (field, text) in [("handle.config.alloc_id", &config.alloc_id), ("handle.config.name", &config.name)] {
                 if text.is_empty() {
                     return Err(status::new(Code::InvalidArgument, &format!("request: {field} is empty")));
                 }
             }
-            let former = FormerTask::of(&handle.driver_state, &config.alloc_id, &config.name);
+            let legacy = LegacyTask::of(&handle.driver_state, &config.alloc_id, &config.name);
             let engine = self.engine().await?;
-            let ended = to_the_end(async move { Ok(engine.end_former(former).await) }).await?;
+            let ended = run_detached(async move { Ok(engine.end_legacy(legacy).await) }).await?;
             return Err(unrecoverable(match ended {
                 Ok(ended) if ended.is_empty() => {
                     "it was started by nomad-driver-containerd, and its container is gone".to_owned()
@@ -141,7 +144,7 @@ impl Driver for DriverService {
                 ),
                 Err(error) => format!(
                     "it was started by nomad-driver-containerd; its container could not be killed and may still run: {}",
-                    crate::chain(&error)
+                    crate::error_chain(&error)
                 ),
             }));
         }
@@ -154,7 +157,7 @@ impl Driver for DriverService {
             .map_err(|error| unrecoverable(format!("its handle can't be decoded: {error}")))?;
         let engine = self.engine().await?;
         let id = id.clone();
-        to_the_end(async move { engine.recover(&id, &handle).await.map_err(refuse) }).await?;
+        run_detached(async move { engine.recover(&id, &handle).await.map_err(to_status) }).await?;
         Ok(Response::new(wire::RecoverTaskResponse {}))
     }
 
@@ -164,13 +167,13 @@ impl Driver for DriverService {
     ) -> Result<Response<wire::StartTaskResponse>, Status> {
         let task = request.into_inner().task.ok_or_else(|| Status::invalid_argument("no task to start"))?;
         let this = self.clone();
-        let handle = to_the_end({
+        let handle = run_detached({
             let task = task.clone();
             async move {
                 let outcome = Box::pin(this.start(&task)).await;
                 if outcome.is_err() {
                     let paths = [&task.alloc_dir, &task.stdout_path, &task.stderr_path].map(Path::new);
-                    give_up_logs(paths[0], paths[1], paths[2]);
+                    signal_log_end(paths[0], paths[1], paths[2]);
                 }
                 outcome
             }
@@ -191,11 +194,11 @@ impl Driver for DriverService {
         &self,
         request: Request<wire::WaitTaskRequest>,
     ) -> Result<Response<wire::WaitTaskResponse>, Status> {
-        let (engine, id) = self.known(&request.into_inner().task_id).await?;
-        let exit = engine.wait(&id).await.map_err(refuse)?;
+        let (engine, id) = self.engine_and_id(&request.into_inner().task_id).await?;
+        let exit = engine.wait(&id).await.map_err(to_status)?;
         Ok(Response::new(wire::WaitTaskResponse {
             result: Some(convert::exit_result(&exit)),
-            err: text::shown(&convert::exit_message(&exit), MESSAGE_MAX),
+            err: text::sanitize(&convert::exit_message(&exit), MESSAGE_MAX),
         }))
     }
 
@@ -204,9 +207,9 @@ impl Driver for DriverService {
         request: Request<wire::StopTaskRequest>,
     ) -> Result<Response<wire::StopTaskResponse>, Status> {
         let request = request.into_inner();
-        let (engine, id) = self.known(&request.task_id).await?;
+        let (engine, id) = self.engine_and_id(&request.task_id).await?;
         let timeout = convert::duration(request.timeout);
-        to_the_end(async move { engine.stop(&id, timeout, &request.signal).await.map_err(refuse) }).await?;
+        run_detached(async move { engine.stop(&id, timeout, &request.signal).await.map_err(to_status) }).await?;
         Ok(Response::new(wire::StopTaskResponse {}))
     }
 
@@ -215,9 +218,9 @@ impl Driver for DriverService {
         request: Request<wire::DestroyTaskRequest>,
     ) -> Result<Response<wire::DestroyTaskResponse>, Status> {
         let request = request.into_inner();
-        let (engine, id) = self.known(&request.task_id).await?;
+        let (engine, id) = self.engine_and_id(&request.task_id).await?;
         let force = if request.force { Force::Yes } else { Force::No };
-        to_the_end(async move { engine.destroy(&id, force).await.map_err(refuse) }).await?;
+        run_detached(async move { engine.destroy(&id, force).await.map_err(to_status) }).await?;
         Ok(Response::new(wire::DestroyTaskResponse {}))
     }
 
@@ -225,8 +228,8 @@ impl Driver for DriverService {
         &self,
         request: Request<wire::InspectTaskRequest>,
     ) -> Result<Response<wire::InspectTaskResponse>, Status> {
-        let (engine, id) = self.known(&request.into_inner().task_id).await?;
-        let inspection = engine.inspect(&id).await.map_err(refuse)?;
+        let (engine, id) = self.engine_and_id(&request.into_inner().task_id).await?;
+        let inspection = engine.inspect(&id).await.map_err(to_status)?;
         let exit = inspection.exit.as_ref();
         let state = if exit.is_some() { wire::TaskState::Exited } else { wire::TaskState::Running };
         // Nomad's client dereferences the result and both times without checking for nil.
@@ -250,7 +253,7 @@ impl Driver for DriverService {
         request: Request<wire::TaskStatsRequest>,
     ) -> Result<Response<Self::TaskStatsStream>, Status> {
         let request = request.into_inner();
-        let (engine, id) = self.known(&request.task_id).await?;
+        let (engine, id) = self.engine_and_id(&request.task_id).await?;
         let samples = stats::samples(engine, id, convert::duration(request.collection_interval)).await;
         Ok(Response::new(Box::pin(samples)))
     }
@@ -259,7 +262,7 @@ impl Driver for DriverService {
         &self,
         _: Request<wire::TaskEventsRequest>,
     ) -> Result<Response<Self::TaskEventsStream>, Status> {
-        let mut events = self.listen();
+        let mut events = self.subscribe();
         let (send, receive) = tokio::sync::mpsc::channel(16);
         tokio::spawn(async move {
             loop {
@@ -268,7 +271,7 @@ impl Driver for DriverService {
                     () = send.closed() => return,
                 };
                 match event {
-                    Ok(event) if event.audience == Audience::Host => {}
+                    Ok(event) if event.audience == Audience::HostOnly => {}
                     Ok(event) => {
                         if send.send(Ok(convert::event(event))).await.is_err() {
                             return;
@@ -292,8 +295,8 @@ impl Driver for DriverService {
         request: Request<wire::SignalTaskRequest>,
     ) -> Result<Response<wire::SignalTaskResponse>, Status> {
         let request = request.into_inner();
-        let (engine, id) = self.known(&request.task_id).await?;
-        engine.signal(&id, &request.signal).await.map_err(refuse)?;
+        let (engine, id) = self.engine_and_id(&request.task_id).await?;
+        engine.signal(&id, &request.signal).await.map_err(to_status)?;
         Ok(Response::new(wire::SignalTaskResponse {}))
     }
 
@@ -302,7 +305,7 @@ impl Driver for DriverService {
         request: Request<wire::ExecTaskRequest>,
     ) -> Result<Response<wire::ExecTaskResponse>, Status> {
         let request = request.into_inner();
-        let (engine, id) = self.known(&request.task_id).await?;
+        let (engine, id) = self.engine_and_id(&request.task_id).await?;
         Box::pin(exec::run(&engine, id, request)).await.map(Response::new)
     }
 
@@ -335,7 +338,7 @@ fn attributes(inspection: &Inspection) -> HashMap<String, String> {
     let Inspection { record, phases, pid, .. } = inspection;
     let mut attributes = HashMap::from([
         ("container_id".to_owned(), record.container_id.to_string()),
-        ("image".to_owned(), text::shown(&record.image, FOREIGN_MAX)),
+        ("image".to_owned(), text::sanitize(&record.image, EXCERPT_MAX)),
         ("runtime".to_owned(), record.runtime.clone()),
         ("cgroup".to_owned(), record.cgroup.clone()),
         ("pid".to_owned(), pid.to_string()),

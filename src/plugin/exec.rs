@@ -13,32 +13,33 @@ use super::{convert, identity::task_id, status};
 use crate::{
     ids::TaskId,
     pb::driver::{self as wire, ExecTaskStreamingIoOperation as Operation},
-    task::{Engine, Exec, ExecError, ExecIo, ExecRequest, Exit, Session, TaskError, WindowSize},
+    task::{Engine, Exec, ExecError, ExecIo, ExecRequest, ExecSession, Exit, TaskError, WindowSize},
     text::{self, MESSAGE_MAX},
 };
 
 /// ExecTask returns this many bytes of the end of each output stream; Nomad's own drivers return 4 KiB.
-const KEPT: usize = 1 << 20;
+const EXEC_OUTPUT_MAX: usize = 1 << 20;
 /// The most bytes of output in one message.
-const CHUNK: usize = 32 << 10;
+const OUTPUT_CHUNK_MAX: usize = 32 << 10;
 /// How long output is still read after a process has ended, while its children keep the stream open.
 #[derive(Debug, Clone, Copy)]
-struct Drain {
+struct DrainLimits {
     /// Reading stops when no output has arrived for this long.
-    silence: Duration,
+    idle_timeout: Duration,
     /// Reading stops after this time, however much output still arrives.
-    at_most: Duration,
+    max_duration: Duration,
 }
 
 /// Without a terminal, output is read to its end. A daemon that the command has started must not block the caller,
 /// though, so a silence ends the reading as well.
-const PIPES: Drain = Drain { silence: Duration::from_secs(2), at_most: FOR_EVER };
+const PIPE_DRAIN: DrainLimits = DrainLimits { idle_timeout: Duration::from_secs(2), max_duration: NO_LIMIT };
 /// With a terminal, the session ends when the process ends (Nomad's contract); only the process's last output is still
 /// read.
-const TERMINAL: Drain = Drain { silence: Duration::from_millis(200), at_most: Duration::from_secs(1) };
+const TERMINAL_DRAIN: DrainLimits =
+    DrainLimits { idle_timeout: Duration::from_millis(200), max_duration: Duration::from_secs(1) };
 
 /// A year stands for "no limit": `Instant` arithmetic needs a finite duration.
-const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
+const NO_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 type Answer = Result<wire::ExecTaskStreamingResponse, Status>;
 
@@ -46,7 +47,7 @@ type Answer = Result<wire::ExecTaskStreamingResponse, Status>;
 ///
 /// # Errors
 /// When the command can't be run, or does not end within its timeout; it is killed then.
-pub async fn run(
+pub(crate) async fn run(
     engine: &Engine,
     id: TaskId,
     request: wire::ExecTaskRequest,
@@ -55,11 +56,11 @@ pub async fn run(
     let shown = request.command.join(" ");
     let wanted = ExecRequest { command: request.command, terminal: false, stdin: false };
     let work = async {
-        let session = engine.exec(&id, &wanted).await.map_err(|error| status::of(&error))?;
+        let session = engine.exec(&id, &wanted).await.map_err(|error| status::from_task_error(&error))?;
         let (_nobody, typed) = mpsc::channel(1);
         let (send, output) = mpsc::channel(4);
-        let input = Input { stdin: None, typed };
-        let (exit, (stdout, stderr)) = tokio::join!(pump(session, PIPES, input, send), collect(output));
+        let input = Input { stdin: None, requests: typed };
+        let (exit, (stdout, stderr)) = tokio::join!(pump(session, PIPE_DRAIN, input, send), collect(output));
         Ok(wire::ExecTaskResponse { stdout, stderr, result: Some(result(&exit?)) })
     };
     if timeout.is_zero() {
@@ -75,7 +76,7 @@ pub async fn run(
 ///
 /// # Errors
 /// When the command can't be started.
-pub async fn stream(
+pub(crate) async fn stream(
     engine: &Engine,
     mut requests: Streaming<wire::ExecTaskStreamingRequest>,
 ) -> Result<mpsc::Receiver<Answer>, Status> {
@@ -89,15 +90,15 @@ pub async fn stream(
     let session = match engine.exec(&id, &wanted).await {
         Ok(session) => session,
         Err(TaskError::Exec(error)) if error.exit_code().is_some() => {
-            tokio::spawn(refuse(send, setup.tty, error));
+            tokio::spawn(report_start_failure(send, setup.tty, error));
             return Ok(receive);
         }
-        Err(error) => return Err(status::of(&error)),
+        Err(error) => return Err(status::from_task_error(&error)),
     };
     tokio::spawn(async move {
         let gone = send.clone();
         tokio::select! {
-            () = converse(session, requests, send, setup.tty) => {}
+            () = run_session(session, requests, send, setup.tty) => {}
             // The client has disconnected: dropping the session kills the process.
             () = gone.closed() => {}
         }
@@ -107,11 +108,12 @@ pub async fn stream(
 
 /// Reports a command that does not exist or can't be executed as output of the session, with the exit code that a shell
 /// would give. The agent shows an error of the call only as "unexpected EOF".
-async fn refuse(send: mpsc::Sender<Answer>, terminal: bool, error: ExecError) {
-    let text = format!("{}\n", text::shown(&crate::chain(&error), MESSAGE_MAX));
+async fn report_start_failure(send: mpsc::Sender<Answer>, terminal: bool, error: ExecError) {
+    let text = format!("{}\n", text::sanitize(&crate::error_chain(&error), MESSAGE_MAX));
     let text = if terminal { text.replace('\n', "\r\n") } else { text };
     let stream = if terminal { StreamName::Stdout } else { StreamName::Stderr };
-    let exit = Exit { code: error.exit_code().and_then(|code| u32::try_from(code).ok()).unwrap_or(126), at: None };
+    let exit =
+        Exit { code: error.exit_code().and_then(|code| u32::try_from(code).ok()).unwrap_or(126), exited_at: None };
     let ends = [StreamName::Stdout, StreamName::Stderr].into_iter().take(if terminal { 1 } else { 2 });
     let mut answers = vec![answer(stream, text.as_bytes())];
     answers.extend(ends.map(|stream| answer(stream, &[])));
@@ -129,31 +131,31 @@ async fn collect(mut output: mpsc::Receiver<Answer>) -> (Vec<u8>, Vec<u8>) {
     while let Some(Ok(answer)) = output.recv().await {
         for (kept, operation) in [(&mut stdout, answer.stdout), (&mut stderr, answer.stderr)] {
             kept.extend(operation.map(|operation| operation.data).unwrap_or_default());
-            if kept.len() > 2 * KEPT {
-                kept.drain(..kept.len() - KEPT);
+            if kept.len() > 2 * EXEC_OUTPUT_MAX {
+                kept.drain(..kept.len() - EXEC_OUTPUT_MAX);
             }
         }
     }
     for kept in [&mut stdout, &mut stderr] {
-        kept.drain(..kept.len().saturating_sub(KEPT));
+        kept.drain(..kept.len().saturating_sub(EXEC_OUTPUT_MAX));
     }
     (stdout, stderr)
 }
 
 /// Passes on input and output of an interactive session, and sends its result.
-async fn converse(
-    mut session: Session,
+async fn run_session(
+    mut session: ExecSession,
     requests: Streaming<wire::ExecTaskStreamingRequest>,
     send: mpsc::Sender<Answer>,
     terminal: bool,
 ) {
     let (typist, typed) = mpsc::channel(1);
-    let input = Input { stdin: session.io.stdin.take(), typed };
-    let drain = if terminal { TERMINAL } else { PIPES };
+    let input = Input { stdin: session.io.stdin.take(), requests: typed };
+    let drain = if terminal { TERMINAL_DRAIN } else { PIPE_DRAIN };
     let outcome = tokio::select! {
         outcome = pump(session, drain, input, send.clone()) => outcome,
         // Only a broken call ends this future; a client that has closed its side of the stream does not.
-        error = listen(requests, typist) => Err(error),
+        error = forward_requests(requests, typist) => Err(error),
     };
     let last = outcome.map(|exit| wire::ExecTaskStreamingResponse {
         exited: true,
@@ -164,7 +166,7 @@ async fn converse(
 }
 
 /// Forwards the client's messages until the call breaks, and returns the call's error.
-async fn listen(
+async fn forward_requests(
     mut requests: Streaming<wire::ExecTaskStreamingRequest>,
     input: mpsc::Sender<wire::ExecTaskStreamingRequest>,
 ) -> Status {
@@ -194,20 +196,25 @@ enum StreamName {
 /// A session's input: the process's standard input, and the client's messages that are written to it.
 struct Input {
     stdin: Option<pipe::Sender>,
-    typed: mpsc::Receiver<wire::ExecTaskStreamingRequest>,
+    requests: mpsc::Receiver<wire::ExecTaskStreamingRequest>,
 }
 
 /// Passes on a session's input and output, with a closing message for each output stream, until the process has ended
 /// and the client has taken all of its output.
-async fn pump(session: Session, drain: Drain, input: Input, send: mpsc::Sender<Answer>) -> Result<Exit, Status> {
-    let Session { exec, io } = session;
+async fn pump(
+    session: ExecSession,
+    drain: DrainLimits,
+    input: Input,
+    send: mpsc::Sender<Answer>,
+) -> Result<Exit, Status> {
+    let ExecSession { exec, io } = session;
     let feeding = async {
-        feed(&exec, input).await;
+        relay_input(&exec, input).await;
         std::future::pending::<Infallible>().await
     };
     // Input and output run concurrently: a client that does not read for a while must not delay its own input.
     let exit = tokio::select! {
-        exit = hand_on(&exec, io, drain, &send) => exit?,
+        exit = relay_output(&exec, io, drain, &send) => exit?,
         never = feeding => match never {},
     };
     // The shim answers this call only after the output has ended; the client need not wait for that.
@@ -216,9 +223,14 @@ async fn pump(session: Session, drain: Drain, input: Input, send: mpsc::Sender<A
 }
 
 /// Passes on a session's output until the process has ended and its output is drained; returns how the process ended.
-async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answer>) -> Result<Exit, Status> {
+async fn relay_output(
+    exec: &Exec,
+    io: ExecIo,
+    drain: DrainLimits,
+    send: &mpsc::Sender<Answer>,
+) -> Result<Exit, Status> {
     let (mut stdout, mut stderr) = (Some(io.stdout), io.stderr);
-    let (mut out, mut err) = (vec![0; CHUNK], vec![0; CHUNK]);
+    let (mut out, mut err) = (vec![0; OUTPUT_CHUNK_MAX], vec![0; OUTPUT_CHUNK_MAX]);
     let mut exit: Option<Exit> = None;
     let (mut quiet, mut limit) = (tokio::time::Instant::now(), tokio::time::Instant::now());
     let waiting = exec.wait();
@@ -234,10 +246,10 @@ async fn hand_on(exec: &Exec, io: ExecIo, drain: Drain, send: &mpsc::Sender<Answ
                 let broken = |error| status::new(Code::Unknown, &format!("exec: the task's shim died ({error})"));
                 exit = Some(ended.map_err(broken)?);
                 quiet = tokio::time::Instant::now();
-                limit = quiet + drain.at_most;
+                limit = quiet + drain.max_duration;
                 continue;
             }
-            () = tokio::time::sleep_until(limit.min(quiet + drain.silence)), if exit.is_some() => match exit {
+            () = tokio::time::sleep_until(limit.min(quiet + drain.idle_timeout)), if exit.is_some() => match exit {
                 Some(exit) => break exit,
                 None => continue,
             },
@@ -284,8 +296,8 @@ async fn read(stream: &mut Option<pipe::Receiver>, buffer: &mut [u8]) -> usize {
 }
 
 /// Passes on the client's input, window sizes and end of input.
-async fn feed(exec: &Exec, input: Input) {
-    let Input { mut stdin, mut typed } = input;
+async fn relay_input(exec: &Exec, input: Input) {
+    let Input { mut stdin, requests: mut typed } = input;
     while let Some(request) = typed.recv().await {
         if let Some(size) = request.tty_size {
             let length = |length: i32| u32::try_from(length).unwrap_or(0);

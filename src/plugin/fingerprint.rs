@@ -9,7 +9,7 @@ use tonic::Status;
 use super::service::DriverService;
 use crate::{
     containerd::Client,
-    ids::{DROP_IN_NAME, DriverName},
+    ids::{CONTAINERD_DRIVER_NAME, DriverName},
     pb::{
         driver::{FingerprintResponse, fingerprint_response::HealthState},
         structs::{Attribute, attribute::Value},
@@ -19,62 +19,62 @@ use crate::{
 };
 
 /// The interval of fingerprints; Nomad's own drivers send one every 30 s.
-const PERIOD: Duration = Duration::from_secs(30);
+const HEALTHY_INTERVAL: Duration = Duration::from_secs(30);
 /// The interval while the driver is not healthy: shorter, so that a recovery shows soon.
-const PERIOD_IN_TROUBLE: Duration = Duration::from_secs(5);
+const UNHEALTHY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Sends fingerprints until the agent disconnects.
-pub async fn run(driver: DriverService, send: mpsc::Sender<Result<FingerprintResponse, Status>>) {
+pub(crate) async fn run(driver: DriverService, send: mpsc::Sender<Result<FingerprintResponse, Status>>) {
     loop {
-        let fingerprint = look(&driver).await;
+        let fingerprint = take_fingerprint(&driver).await;
         let healthy = fingerprint.health == i32::from(HealthState::Healthy);
         if send.send(Ok(fingerprint)).await.is_err() {
             return;
         }
         // Sandboxes are probed concurrently, since a runtime may hang; a changed result is sent at once.
-        let news = async {
+        let changed_probe = async {
             match driver.engine().await {
-                Ok(engine) if engine.runtimes().look().await => {}
+                Ok(engine) if engine.runtimes().refresh_probes().await => {}
                 _ => std::future::pending().await,
             }
         };
         tokio::select! {
-            () = tokio::time::sleep(if healthy { PERIOD } else { PERIOD_IN_TROUBLE }) => {}
-            () = news => {}
+            () = tokio::time::sleep(if healthy { HEALTHY_INTERVAL } else { UNHEALTHY_INTERVAL }) => {}
+            () = changed_probe => {}
             () = send.closed() => return,
         }
     }
 }
 
 /// Finds out what the node supports.
-async fn look(driver: &DriverService) -> FingerprintResponse {
+async fn take_fingerprint(driver: &DriverService) -> FingerprintResponse {
     let settings = match driver.settings() {
         Ok(settings) => settings,
-        Err(status) => return state(HealthState::Unhealthy, status.message(), HashMap::new()),
+        Err(status) => return response(HealthState::Unhealthy, status.message(), HashMap::new()),
     };
     if !settings.enabled {
-        return state(HealthState::Undetected, "disabled", HashMap::new());
+        return response(HealthState::Undetected, "disabled", HashMap::new());
     }
     let engine = match driver.engine().await {
         Ok(engine) => engine,
-        Err(status) => return state(HealthState::Unhealthy, status.message(), HashMap::new()),
+        Err(status) => return response(HealthState::Unhealthy, status.message(), HashMap::new()),
     };
     let runtimes = engine.runtimes();
     let default = match runtimes.default_runtime() {
         Ok(default) => default,
-        Err(problem) => return state(HealthState::Undetected, problem, HashMap::new()),
+        Err(problem) => return response(HealthState::Undetected, problem, HashMap::new()),
     };
-    if let Err(problem) = default.works().await {
-        return state(HealthState::Undetected, &problem.to_string(), HashMap::new());
+    if let Err(problem) = default.probe().await {
+        return response(HealthState::Undetected, &problem.to_string(), HashMap::new());
     }
     let default = default.name.clone();
     if !engine.shim_is_installed() {
         let problem = format!("shim {} is not installed; it comes with containerd", settings.shim.binary.display());
-        return state(HealthState::Undetected, &problem, HashMap::new());
+        return response(HealthState::Undetected, &problem, HashMap::new());
     }
     let apparmor = match engine.apparmor().await {
         Ok(profile) => profile,
-        Err(problem) => return state(HealthState::Unhealthy, &problem, HashMap::new()),
+        Err(problem) => return response(HealthState::Unhealthy, &problem, HashMap::new()),
     };
     let installed = runtimes.usable();
     let mut attributes = HashMap::new();
@@ -98,7 +98,7 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
     }
     put(format!("{prefix}.apparmor"), Value::StringVal(apparmor));
     put(format!("{prefix}.privileged"), Value::BoolVal(settings.security.allow_privileged));
-    let answer = containerd(&settings).await;
+    let answer = containerd_version(&settings).await;
     // A key that is left out keeps its old value on the node; an empty value removes it.
     let (version, revision) = answer.as_ref().map_or((String::new(), String::new()), Clone::clone);
     for key in containerd_keys(&settings.name) {
@@ -106,15 +106,15 @@ async fn look(driver: &DriverService) -> FingerprintResponse {
         put(format!("{key}_revision"), Value::StringVal(revision.clone()));
     }
     match answer {
-        Ok(_) => state(HealthState::Healthy, "Healthy", attributes),
-        Err(problem) => state(HealthState::Unhealthy, &problem, attributes),
+        Ok(_) => response(HealthState::Healthy, "Healthy", attributes),
+        Err(problem) => response(HealthState::Unhealthy, &problem, attributes),
     }
 }
 
 /// Returns the prefixes of the attributes about containerd. Under nomad-driver-containerd's name it is that driver's
 /// prefix, which jobs use in constraints.
 fn containerd_keys(name: &DriverName) -> Vec<String> {
-    if name.as_str() == DROP_IN_NAME {
+    if name.as_str() == CONTAINERD_DRIVER_NAME {
         vec!["driver.containerd.containerd".to_owned()]
     } else {
         vec![format!("driver.{name}.containerd")]
@@ -122,17 +122,17 @@ fn containerd_keys(name: &DriverName) -> Vec<String> {
 }
 
 /// Returns containerd's version and revision.
-async fn containerd(settings: &Settings) -> Result<(String, String), String> {
+async fn containerd_version(settings: &Settings) -> Result<(String, String), String> {
     let at = &settings.containerd;
     let client = Client::new(&at.address, &at.namespace, &at.snapshotter);
-    client.version().await.map_err(|error| crate::chain(&error))
+    client.version().await.map_err(|error| crate::error_chain(&error))
 }
 
-fn state(health: HealthState, description: &str, attributes: HashMap<String, Attribute>) -> FingerprintResponse {
+fn response(health: HealthState, description: &str, attributes: HashMap<String, Attribute>) -> FingerprintResponse {
     FingerprintResponse {
         attributes,
         health: health.into(),
-        health_description: text::shown(description, MESSAGE_MAX),
+        health_description: text::sanitize(description, MESSAGE_MAX),
         err: String::new(),
     }
 }

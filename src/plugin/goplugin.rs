@@ -7,22 +7,22 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::presence::Leave;
+use super::connections::ShutdownMode;
 use crate::pb::goplugin::{
     ConnInfo, Empty, StdioData, grpc_broker_server::GrpcBroker, grpc_controller_server::GrpcController,
     grpc_stdio_server::GrpcStdio,
 };
 
 /// A stream that stays open without messages until the client disconnects.
-type Silent<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type SilentStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// The broker service: its stream is accepted and held open, and never used.
 #[derive(Debug)]
-pub struct Broker;
+pub(crate) struct Broker;
 
 #[tonic::async_trait]
 impl GrpcBroker for Broker {
-    type StartStreamStream = Silent<ConnInfo>;
+    type StartStreamStream = SilentStream<ConnInfo>;
 
     async fn start_stream(&self, _: Request<Streaming<ConnInfo>>) -> Result<Response<Self::StartStreamStream>, Status> {
         Ok(Response::new(Box::pin(tokio_stream::pending())))
@@ -31,11 +31,11 @@ impl GrpcBroker for Broker {
 
 /// The stdio service: nothing is ever sent, since Nomad would discard it.
 #[derive(Debug)]
-pub struct Stdio;
+pub(crate) struct Stdio;
 
 #[tonic::async_trait]
 impl GrpcStdio for Stdio {
-    type StreamStdioStream = Silent<StdioData>;
+    type StreamStdioStream = SilentStream<StdioData>;
 
     async fn stream_stdio(&self, _: Request<()>) -> Result<Response<Self::StreamStdioStream>, Status> {
         Ok(Response::new(Box::pin(tokio_stream::pending())))
@@ -44,16 +44,16 @@ impl GrpcStdio for Stdio {
 
 /// The controller service: shuts the plugin down when the agent asks for it.
 #[derive(Debug)]
-pub struct Controller {
+pub(crate) struct Controller {
     /// Set to `ShutdownMode::Exit` when the agent asks the plugin to shut down.
-    pub leave: watch::Sender<Leave>,
+    pub shutdown_mode: watch::Sender<ShutdownMode>,
 }
 
 #[tonic::async_trait]
 impl GrpcController for Controller {
     async fn shutdown(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
         tracing::debug!("the agent asked the plugin to shut down");
-        self.leave.send_replace(Leave::Ending);
+        self.shutdown_mode.send_replace(ShutdownMode::Exit);
         Ok(Response::new(Empty {}))
     }
 }

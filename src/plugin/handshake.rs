@@ -21,8 +21,8 @@ use tonic::transport::{Server, server::Connected};
 
 use super::{
     base::Base,
+    connections::{ConnectionGuard, Connections, ShutdownMode},
     goplugin::{Broker, Controller, Stdio},
-    presence::{Clients, Entered, Leave},
     service::DriverService,
     sockets,
     tls::{self, TlsError},
@@ -38,24 +38,26 @@ use crate::{
             grpc_stdio_server::GrpcStdioServer,
         },
     },
-    peer::Peers,
+    peer::AllowedPeers,
     places::SOCKET_PATH_MAX,
 };
 
 /// The version of the application protocol of every Nomad since 0.9.
-const PROTOCOL: &str = "2";
+const PROTOCOL_VERSION: &str = "2";
 /// The timeout of a TLS handshake, which takes a millisecond on a local socket.
-const TLS_HELLO: Duration = Duration::from_secs(10);
+const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a plugin without settings stays without an agent; it runs no tasks.
-const ORPHAN: Duration = Duration::from_secs(600);
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(600);
 /// A delay in which the answer to `Shutdown` is sent before the connection is closed.
-const LAST_WORDS: Duration = Duration::from_millis(10);
+const SHUTDOWN_ANSWER_DELAY: Duration = Duration::from_millis(10);
 
 /// Why the plugin can't serve.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
     /// The host does not offer this plugin's protocol version.
-    #[error("the host offers plugin protocol versions {0:?}; this plugin speaks {PROTOCOL} (Nomad 0.9 and newer)")]
+    #[error(
+        "the host offers plugin protocol versions {0:?}; this plugin speaks {PROTOCOL_VERSION} (Nomad 0.9 and newer)"
+    )]
     Version(String),
     /// The socket can't be created.
     #[error("create the plugin's socket {path}")]
@@ -94,27 +96,27 @@ pub fn is_plugin() -> bool {
 /// # Errors
 /// When the handshake or the server fails.
 pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
-    let offered = env::var("PLUGIN_PROTOCOL_VERSIONS").unwrap_or_else(|_| PROTOCOL.to_owned());
-    if !offered.split(',').any(|version| version.trim() == PROTOCOL) {
+    let offered = env::var("PLUGIN_PROTOCOL_VERSIONS").unwrap_or_else(|_| PROTOCOL_VERSION.to_owned());
+    if !offered.split(',').any(|version| version.trim() == PROTOCOL_VERSION) {
         return Err(HandshakeError::Version(offered));
     }
     ignore_interrupt();
     let tls = env::var("PLUGIN_CLIENT_CERT").ok().filter(|pem| !pem.is_empty());
-    let tls = tls.map(|pem| tls::server(&pem)).transpose()?;
+    let tls = tls.map(|pem| tls::server_tls(&pem)).transpose()?;
     let (listener, socket, peers) = listen()?;
-    let guard = SocketFile(socket.clone());
+    let guard = SocketFileGuard(socket.clone());
 
-    let (leave, mut leaving) = watch::channel(Leave::Not);
+    let (shutdown_sender, mut shutdown_receiver) = watch::channel(ShutdownMode::NotRequested);
     let (health_reporter, health) = tonic_health::server::health_reporter();
     health_reporter.set_service_status("plugin", tonic_health::ServingStatus::Serving).await;
-    let clients = Clients::default();
-    let driver = DriverService::new(name.clone(), leave.clone(), clients.clone());
+    let clients = Connections::default();
+    let driver = DriverService::new(name.clone(), shutdown_sender.clone(), clients.clone());
     // The host accepts messages of up to 2 GiB. The plugin's answers are small, but a job can make requests large.
     let server = Server::builder()
         .add_service(health)
         .add_service(GrpcBrokerServer::new(Broker))
         .add_service(GrpcStdioServer::new(Stdio))
-        .add_service(GrpcControllerServer::new(Controller { leave }))
+        .add_service(GrpcControllerServer::new(Controller { shutdown_mode: shutdown_sender }))
         .add_service(BasePluginServer::new(Base::new(driver.clone())).max_decoding_message_size(usize::MAX))
         .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(usize::MAX));
     let acceptor = tls.as_ref().map(|tls| TlsAcceptor::from(tls.config.clone()));
@@ -122,7 +124,7 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
 
     let certificate = tls.map(|tls| tls.certificate).unwrap_or_default();
     let multiplexing = if env::var_os("PLUGIN_MULTIPLEX_GRPC").is_some() { "|false" } else { "" };
-    print_line(&format!("1|{PROTOCOL}|unix|{}|grpc|{certificate}{multiplexing}\n", socket.display()))?;
+    print_line(&format!("1|{PROTOCOL_VERSION}|unix|{}|grpc|{certificate}{multiplexing}\n", socket.display()))?;
     tracing::debug!(%name, version = env!("CARGO_PKG_VERSION"), "the plugin serves requests");
 
     let terminated = async {
@@ -134,25 +136,25 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     };
     tokio::select! {
         outcome = serving => outcome?,
-        _ = leaving.wait_for(|leave| *leave != Leave::Not) => {}
+        _ = shutdown_receiver.wait_for(|leave| *leave != ShutdownMode::NotRequested) => {}
         () = terminated => {}
-        () = orphaned(&clients, &driver) => {
+        () = wait_until_orphaned(&clients, &driver) => {
             tracing::warn!("no agent has connected for a long time; the plugin exits, and its tasks keep running");
         }
     }
-    let how = *leaving.borrow();
-    driver.leave(how).await;
-    tokio::time::sleep(LAST_WORDS).await;
+    let mode = *shutdown_receiver.borrow();
+    driver.shut_down(mode).await;
+    tokio::time::sleep(SHUTDOWN_ANSWER_DELAY).await;
     drop(guard);
     Ok(())
 }
 
 /// Returns when no agent has been connected for as long as the settings allow.
-async fn orphaned(clients: &Clients, driver: &DriverService) {
+async fn wait_until_orphaned(clients: &Connections, driver: &DriverService) {
     let mut since = tokio::time::Instant::now();
     loop {
-        let limit = driver.settings().map_or(ORPHAN, |settings| settings.orphan_timeout);
-        if clients.any() {
+        let limit = driver.settings().map_or(ORPHAN_TIMEOUT, |settings| settings.orphan_timeout);
+        if clients.any_connected() {
             since = tokio::time::Instant::now();
         } else if since.elapsed() >= limit {
             return;
@@ -175,9 +177,9 @@ fn print_line(line: &str) -> Result<(), HandshakeError> {
 }
 
 /// Removes the socket's file when it is dropped, on success as well as on failure.
-struct SocketFile(PathBuf);
+struct SocketFileGuard(PathBuf);
 
-impl Drop for SocketFile {
+impl Drop for SocketFileGuard {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
     }
@@ -185,7 +187,7 @@ impl Drop for SocketFile {
 
 /// Creates the socket. Returns it with its path and with the peers that may connect to it: root, and the members of the
 /// group that the host asks for.
-fn listen() -> Result<(UnixListener, PathBuf, Peers), HandshakeError> {
+fn listen() -> Result<(UnixListener, PathBuf, AllowedPeers), HandshakeError> {
     let directory = sockets::directory();
     let path =
         sockets::new_path(&directory).map_err(|source| HandshakeError::Socket { path: directory.clone(), source })?;
@@ -194,12 +196,12 @@ fn listen() -> Result<(UnixListener, PathBuf, Peers), HandshakeError> {
     }
     let failed = |source| HandshakeError::Socket { path: path.clone(), source };
     let listener = UnixListener::bind(&path).map_err(failed)?;
-    let (mut mode, mut peers) = (0o600, Peers::root());
+    let (mut mode, mut peers) = (0o600, AllowedPeers::root());
     if let Some(group) = env::var("PLUGIN_UNIX_SOCKET_GROUP").ok().filter(|group| !group.is_empty()) {
         let known = nix::unistd::Group::from_name(&group).ok().flatten().map(|group| group.gid.as_raw());
         let gid = known.or_else(|| group.parse().ok()).ok_or(HandshakeError::Group(group))?;
         std::os::unix::fs::chown(&path, None, Some(gid)).map_err(failed)?;
-        (mode, peers) = (0o660, Peers::with_group(Some(gid)));
+        (mode, peers) = (0o660, AllowedPeers::with_group(Some(gid)));
     }
     fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(failed)?;
     Ok((listener, path, peers))
@@ -209,10 +211,10 @@ fn listen() -> Result<(UnixListener, PathBuf, Peers), HandshakeError> {
 /// delay other clients, and a client that may not connect does not count as an agent.
 fn accept(
     listener: UnixListener,
-    peers: Peers,
+    peers: AllowedPeers,
     tls: Option<TlsAcceptor>,
-    clients: Clients,
-) -> ReceiverStream<io::Result<Stream>> {
+    clients: Connections,
+) -> ReceiverStream<io::Result<HostConnection>> {
     let (send, receive) = mpsc::channel(16);
     tokio::spawn(async move {
         loop {
@@ -226,15 +228,15 @@ fn accept(
                 }
             };
             if let Err(error) = peers.check(&stream) {
-                tracing::warn!(error = crate::chain(&error), "a connection to the plugin's socket was refused");
+                tracing::warn!(error = crate::error_chain(&error), "a connection to the plugin's socket was refused");
                 continue;
             }
-            let (send, tls, entered) = (send.clone(), tls.clone(), clients.enter());
+            let (send, tls, entered) = (send.clone(), tls.clone(), clients.register());
             tokio::spawn(async move {
                 let stream = match tls {
-                    None => Stream::Plain(stream, entered),
-                    Some(tls) => match tokio::time::timeout(TLS_HELLO, tls.accept(stream)).await {
-                        Ok(Ok(stream)) => Stream::Tls(Box::new(stream), entered),
+                    None => HostConnection::Plain(stream, entered),
+                    Some(tls) => match tokio::time::timeout(TLS_HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+                        Ok(Ok(stream)) => HostConnection::Tls(Box::new(stream), entered),
                         Ok(Err(error)) => return tracing::warn!(%error, "the TLS handshake of a client failed"),
                         Err(_) => return tracing::warn!("the TLS handshake of a client timed out"),
                     },
@@ -247,17 +249,20 @@ fn accept(
 }
 
 /// A connection from the host.
-enum Stream {
-    Plain(UnixStream, #[allow(dead_code, reason = "counts as a connection until it is dropped")] Entered),
-    Tls(Box<TlsStream<UnixStream>>, #[allow(dead_code, reason = "counts as a connection until it is dropped")] Entered),
+enum HostConnection {
+    Plain(UnixStream, #[allow(dead_code, reason = "counts as a connection until it is dropped")] ConnectionGuard),
+    Tls(
+        Box<TlsStream<UnixStream>>,
+        #[allow(dead_code, reason = "counts as a connection until it is dropped")] ConnectionGuard,
+    ),
 }
 
-impl Connected for Stream {
+impl Connected for HostConnection {
     type ConnectInfo = ();
     fn connect_info(&self) {}
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for HostConnection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(stream, _) => Pin::new(stream).poll_read(cx, buf),
@@ -266,7 +271,7 @@ impl AsyncRead for Stream {
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for HostConnection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Plain(stream, _) => Pin::new(stream).poll_write(cx, buf),

@@ -64,7 +64,7 @@ fn encode(map: Map<String, Value>) -> String {
     if line.len() > LINE_MAX {
         for value in object.as_object_mut().into_iter().flat_map(Map::values_mut) {
             if let Value::String(long) = value {
-                *long = text::shown(long, SHORT_FIELD_MAX);
+                *long = text::sanitize(long, SHORT_FIELD_MAX);
             }
         }
         line = object.to_string();
@@ -94,7 +94,7 @@ impl Visit for Fields {
         self.record_str(field, &format!("{value:?}"));
     }
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, text::shown(value, FIELD_MAX));
+        self.put(field, text::sanitize(value, FIELD_MAX));
     }
     fn record_i64(&mut self, field: &Field, value: i64) {
         self.put(field, value);
@@ -116,7 +116,7 @@ mod tests {
     fn no_text_breaks_a_line_or_is_acted_on() {
         let words = format!("{}\u{1b}[31m\r\n\u{9b}2J\u{202e}\\\"", "\"".repeat(1 << 20));
         let fields: Map<_, _> = ["@message", "@level", "a", "b", "c", "d", "e", "f"]
-            .map(|name| (name.to_owned(), Value::from(text::shown(&words, FIELD_MAX))))
+            .map(|name| (name.to_owned(), Value::from(text::sanitize(&words, FIELD_MAX))))
             .into_iter()
             .collect();
         let line = encode(fields);

@@ -10,12 +10,12 @@ use crate::{ids::TaskId, pb::driver as wire};
 /// # Errors
 /// `InvalidArgument`, with the field's name, when the id is empty or has a NUL byte. No task has such an id; the answer
 /// "not found", or the success of `StopTask` for unknown tasks, would hide a mistake of the caller.
-pub fn task_id(field: &str, text: &str) -> Result<TaskId, Status> {
+pub(crate) fn task_id(field: &str, text: &str) -> Result<TaskId, Status> {
     match fault(text) {
         None => Ok(TaskId(text.to_owned())),
         Some(fault) => {
             let problem = format!("{field} {fault}; send the id that the task was started with");
-            Err(status::of_config(&ConfigError::of_request(vec![problem])))
+            Err(status::from_config_error(&ConfigError::request_faults(vec![problem])))
         }
     }
 }
@@ -25,7 +25,7 @@ pub fn task_id(field: &str, text: &str) -> Result<TaskId, Status> {
 ///
 /// # Errors
 /// When a field can't be used; the error has all such fields.
-pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
+pub(crate) fn check_task(task: &wire::TaskConfig) -> Result<(), ConfigError> {
     let mut faults = Vec::new();
     for (field, text) in [("task.id", &task.id), ("task.name", &task.name), ("task.alloc_id", &task.alloc_id)] {
         if let Some(fault) = fault(text) {
@@ -40,7 +40,7 @@ pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
     if !task.alloc_dir.starts_with('/') {
         faults.push(format!("task.alloc_dir = {:?} is not an absolute path", task.alloc_dir));
     }
-    if faults.is_empty() { Ok(()) } else { Err(ConfigError::of_request(faults)) }
+    if faults.is_empty() { Ok(()) } else { Err(ConfigError::request_faults(faults)) }
 }
 
 /// Returns what is wrong with an id or a name, if anything is.
@@ -77,11 +77,11 @@ mod tests {
             alloc_dir: "/allocs/a".to_owned(),
             ..Default::default()
         };
-        check(&task()).expect("fine");
+        check_task(&task()).expect("fine");
         let refused = |change: &dyn Fn(&mut wire::TaskConfig)| {
             let mut task = task();
             change(&mut task);
-            check(&task).expect_err("refused").to_string()
+            check_task(&task).expect_err("refused").to_string()
         };
         assert!(refused(&|task| task.id.clear()).contains("task.id is empty"));
         assert!(refused(&|task| task.name.clear()).contains("task.name is empty"));
@@ -90,7 +90,7 @@ mod tests {
         assert!(refused(&|task| "../x".clone_into(&mut task.name)).contains("task.name = \"../x\""));
         assert!(refused(&|task| "..".clone_into(&mut task.alloc_id)).contains("task.alloc_id = \"..\""));
         assert!(refused(&|task| "a\0".clone_into(&mut task.id)).contains("task.id contains a NUL byte"));
-        let all = check(&wire::TaskConfig::default()).expect_err("refused").to_string();
+        let all = check_task(&wire::TaskConfig::default()).expect_err("refused").to_string();
         assert!(all.contains("4 problems"), "{all}");
     }
 }

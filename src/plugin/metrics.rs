@@ -15,14 +15,14 @@ use tokio::{
     net::{TcpListener, UnixListener},
 };
 
-use super::presence::listen_privately;
+use super::connections::listen_root_only;
 use crate::{
-    peer::Peers,
+    peer::AllowedPeers,
     task::{Engine, MetricsAddress},
 };
 
 /// How long a scraper may take to send its request, which it has ready when it connects.
-const HEADER: Duration = Duration::from_secs(10);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A listener at an address or at a unix socket.
 enum Listener {
@@ -40,7 +40,9 @@ impl Listener {
             Self::Tcp(listener) => Box::new(listener.accept().await?.0),
             Self::Unix(listener) => {
                 let stream = listener.accept().await?.0;
-                Peers::root().check(&stream).map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
+                AllowedPeers::root()
+                    .check(&stream)
+                    .map_err(|error| io::Error::new(io::ErrorKind::PermissionDenied, error))?;
                 Box::new(stream)
             }
         })
@@ -51,15 +53,15 @@ impl Listener {
 ///
 /// # Errors
 /// When the plugin can't listen at the address.
-pub async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
+pub(crate) async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
     let listener = match address {
         MetricsAddress::Tcp(address) => Listener::Tcp(TcpListener::bind(address).await?),
-        MetricsAddress::Unix(path) => Listener::Unix(listen_privately(path)?),
+        MetricsAddress::Unix(path) => Listener::Unix(listen_root_only(path)?),
     };
     tokio::spawn(async move {
         loop {
             match listener.accept().await {
-                Ok(stream) => drop(tokio::spawn(talk(engine.clone(), stream))),
+                Ok(stream) => drop(tokio::spawn(serve_connection(engine.clone(), stream))),
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                     tracing::warn!(%error, "a connection to the metrics socket was refused");
                 }
@@ -73,10 +75,10 @@ pub async fn serve(engine: Engine, address: &MetricsAddress) -> io::Result<()> {
     Ok(())
 }
 
-async fn talk(engine: Engine, stream: Box<dyn Connection>) {
+async fn serve_connection(engine: Engine, stream: Box<dyn Connection>) {
     let service = service_fn(move |request| answer(engine.clone(), request));
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER).keep_alive(false);
+    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).keep_alive(false);
     if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
         tracing::debug!(%error, "a scraper's connection to the metrics endpoint failed");
     }

@@ -3,6 +3,7 @@
 
 mod base;
 mod config;
+mod connections;
 mod control;
 mod convert;
 mod decode;
@@ -15,19 +16,18 @@ mod hclog;
 mod identity;
 mod metrics;
 mod options;
-mod presence;
 mod propagation;
+mod request_texts;
 mod schema;
 mod service;
 mod sockets;
 mod stats;
 mod status;
-mod texts;
 mod tls;
 
 pub use config::{ConfigError, GroupNetwork, settings, task_options};
 pub use handshake::{HandshakeError, is_plugin, serve};
 pub use hclog::Hclog;
-pub use options::{Kind, PLUGIN, Presence, Row, TASK};
-pub use schema::of as hclspec;
+pub use options::{OptionKind, OptionRow, PLUGIN_OPTIONS, Presence, TASK_OPTIONS};
+pub use schema::to_hclspec as hclspec;
 pub use sockets::{abandoned as abandoned_sockets, directory as socket_directory, remove as remove_socket};

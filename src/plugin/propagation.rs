@@ -9,15 +9,15 @@
 use crate::{ids::Flavor, rootfs::Capabilities, task::StartRequest};
 
 /// The capability that mount(2) requires.
-const MAY_MOUNT: &str = "CAP_SYS_ADMIN";
+const MOUNT_CAPABILITY: &str = "CAP_SYS_ADMIN";
 
 /// Turns shared mounts into slave mounts, unless the task itself is able to mount. A task that is not able to mount
 /// does not see the difference: the host's mounts still reach it, and it has no mounts of its own that could reach the
 /// host. So CSI plugins without privileges, which Nomad gives bidirectional mounts, run as before.
-pub(super) fn keep_from_the_host(request: &mut StartRequest, flavor: Flavor) {
+pub(super) fn restrict_propagation(request: &mut StartRequest, flavor: Flavor) {
     let options = &mut request.options;
     let capabilities = Capabilities::defaults(flavor).adjusted(&options.cap_add, &options.cap_drop);
-    if options.privileged || capabilities.has(MAY_MOUNT) {
+    if options.privileged || capabilities.has(MOUNT_CAPABILITY) {
         return;
     }
     for option in options.mounts.iter_mut().flat_map(|mount| &mut mount.options) {

@@ -1,20 +1,17 @@
 //! The state that the plugin's services share: the driver's name, the settings, and the engine, which is opened by the
 //! first call that needs it.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{fmt, sync::Arc};
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use tonic::Status;
 
 use super::{
     config,
-    control::Doorkeeper,
-    metrics,
-    presence::{Clients, Leave},
-    sockets, status,
+    connections::{Connections, ShutdownMode},
+    control::ControlServer,
+    metrics, sockets, status,
 };
 use crate::{
     ids::DriverName,
@@ -24,7 +21,7 @@ use crate::{
 
 /// The driver service. Cheap to clone.
 #[derive(Clone)]
-pub struct DriverService(Arc<Inner>);
+pub(crate) struct DriverService(Arc<Inner>);
 
 /// The refusal of a configuration: the plugin keeps the one that it has.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +29,7 @@ pub struct DriverService(Arc<Inner>);
     "plugin config: process {pid} of this driver runs with another configuration and keeps it; nothing of the new one is applied (options that differ: {}); to apply it, stop that process with kill {pid}: the agent starts it again, and its tasks keep running",
     .options.join(", ")
 )]
-pub struct ConfigurationKept {
+pub(crate) struct ConfigurationRefused {
     pid: u32,
     options: Vec<&'static str>,
 }
@@ -41,16 +38,16 @@ pub struct ConfigurationKept {
 #[derive(Clone)]
 struct Configured {
     /// The settings as the agent has sent them, to compare them with later ones.
-    given: Settings,
+    received: Settings,
     /// The same settings, with ceilings bounded by what this host has.
-    bounded: Settings,
+    effective: Settings,
 }
 
 impl Configured {
     fn new(given: Settings) -> Self {
         let mut bounded = given.clone();
         bounded.security.ceilings = bounded.security.ceilings.clone().on_host(HostLimits::read());
-        Self { given, bounded }
+        Self { received: given, effective: bounded }
     }
 }
 
@@ -62,8 +59,8 @@ struct Inner {
     /// Opened by the first call that needs it; if that fails, the next call tries again.
     engine: tokio::sync::Mutex<Option<Engine>>,
     events: EventHub,
-    leave: watch::Sender<Leave>,
-    clients: Clients,
+    shutdown_mode: watch::Sender<ShutdownMode>,
+    clients: Connections,
 }
 
 impl fmt::Debug for DriverService {
@@ -74,19 +71,19 @@ impl fmt::Debug for DriverService {
 
 impl DriverService {
     /// Creates the service, without settings or an engine.
-    pub fn new(name: DriverName, leave: watch::Sender<Leave>, clients: Clients) -> Self {
+    pub(crate) fn new(name: DriverName, leave: watch::Sender<ShutdownMode>, clients: Connections) -> Self {
         Self(Arc::new(Inner {
             name,
             settings: Mutex::default(),
             engine: tokio::sync::Mutex::default(),
             events: EventHub::default(),
-            leave,
+            shutdown_mode: leave,
             clients,
         }))
     }
 
     /// The driver's name in job files.
-    pub fn name(&self) -> &DriverName {
+    pub(crate) fn name(&self) -> &DriverName {
         &self.0.name
     }
 
@@ -97,16 +94,16 @@ impl DriverService {
     ///
     /// # Errors
     /// When other settings are in use already; they stay in use.
-    pub async fn configure(&self, settings: Settings) -> Result<(), ConfigurationKept> {
+    pub(crate) async fn configure(&self, settings: Settings) -> Result<(), ConfigurationRefused> {
         // A call that opens the engine holds this lock, and has read the settings that the engine will use.
         let engine = self.0.engine.lock().await;
         let mut known = self.configured();
         if let (Some(_), Some(in_use)) = (&*engine, &*known) {
-            let options = in_use.given.differences(&settings);
+            let options = in_use.received.differences(&settings);
             if options.is_empty() {
                 return Ok(());
             }
-            let kept = ConfigurationKept { pid: std::process::id(), options };
+            let kept = ConfigurationRefused { pid: std::process::id(), options };
             tracing::error!(error = %kept, "refused a configuration that differs from the one in use");
             return Err(kept);
         }
@@ -118,24 +115,24 @@ impl DriverService {
     ///
     /// # Errors
     /// Never for a host that calls `SetConfig`.
-    pub fn settings(&self) -> Result<Settings, Status> {
+    pub(crate) fn settings(&self) -> Result<Settings, Status> {
         let mut known = self.configured();
         if let Some(configured) = &*known {
-            return Ok(configured.bounded.clone());
+            return Ok(configured.effective.clone());
         }
-        let defaults = config::settings(&self.0.name, &[]).map_err(|error| status::of_config(&error))?;
-        Ok(known.insert(Configured::new(defaults)).bounded.clone())
+        let defaults = config::settings(&self.0.name, &[]).map_err(|error| status::from_config_error(&error))?;
+        Ok(known.insert(Configured::new(defaults)).effective.clone())
     }
 
     fn configured(&self) -> MutexGuard<'_, Option<Configured>> {
-        self.0.settings.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.settings.lock()
     }
 
     /// Returns the engine, and opens it first if it is not open yet.
     ///
     /// # Errors
     /// When the engine can't be opened.
-    pub async fn engine(&self) -> Result<Engine, Status> {
+    pub(crate) async fn engine(&self) -> Result<Engine, Status> {
         let mut engine = self.0.engine.lock().await;
         if let Some(engine) = &*engine {
             return Ok(engine.clone());
@@ -145,16 +142,19 @@ impl DriverService {
             return Err(Status::failed_precondition("the driver is disabled (plugin option enabled = false)"));
         }
         let opened = Engine::open(settings, self.0.events.clone()).await.map_err(|error| {
-            tracing::error!(error = %crate::chain(&error), "could not open the driver's engine");
-            status::of(&error)
+            tracing::error!(error = %crate::error_chain(&error), "could not open the driver's engine");
+            status::from_task_error(&error)
         })?;
         let clients = self.0.clients.clone();
-        opened.watch_attendance(move || clients.attended_for());
+        opened.set_agent_connected_for(move || clients.connected_for());
         // No call waits for this task, and it ends by itself.
-        drop(tokio::task::spawn_blocking(sockets::clear));
-        let doorkeeper =
-            Doorkeeper { engine: opened.clone(), leave: self.0.leave.clone(), clients: self.0.clients.clone() };
-        if let Err(error) = doorkeeper.open() {
+        drop(tokio::task::spawn_blocking(sockets::remove_abandoned));
+        let control_server = ControlServer {
+            engine: opened.clone(),
+            shutdown_mode: self.0.shutdown_mode.clone(),
+            clients: self.0.clients.clone(),
+        };
+        if let Err(error) = control_server.listen() {
             // Nomad's calls work without the control socket.
             tracing::error!(%error, "could not open the control socket");
         }
@@ -168,18 +168,18 @@ impl DriverService {
 
     /// Lets running calls of runtimes finish, and removes what only this plugin uses, unless a successor takes it over.
     /// Tasks keep running.
-    pub async fn leave(&self, how: Leave) {
+    pub(crate) async fn shut_down(&self, how: ShutdownMode) {
         // An engine that is being opened right now has no shims yet.
         let engine = self.0.engine.try_lock().ok().and_then(|engine| engine.clone());
         match engine {
-            Some(engine) if how == Leave::GivingWay => engine.finish_calls().await,
+            Some(engine) if how == ShutdownMode::HandOver => engine.finish_runtime_calls().await,
             Some(engine) => engine.close().await,
             None => {}
         }
     }
 
     /// Returns a receiver for task events from now on.
-    pub fn listen(&self) -> tokio::sync::broadcast::Receiver<crate::task::TaskEvent> {
-        self.0.events.listen()
+    pub(crate) fn subscribe(&self) -> tokio::sync::broadcast::Receiver<crate::task::TaskEvent> {
+        self.0.events.subscribe()
     }
 }

@@ -24,14 +24,14 @@ use nix::{
 use crate::{ids::random_hex, places::SOCKET_PATH_MAX, process::ProcessId};
 
 /// The prefix of every socket's name, as in go-plugin itself.
-const PREFIX: &str = "plugin-";
+const SOCKET_PREFIX: &str = "plugin-";
 /// The second part of the names of this driver's sockets; the pid and start time of the process that made it follow.
-const OURS: &str = "shim-";
+const DRIVER_INFIX: &str = "shim-";
 /// The number of random digits at the end of a name. Names of earlier versions have nothing else after the prefix.
-const DIGITS: usize = 12;
+const RANDOM_DIGITS: usize = 12;
 /// The age before which a socket is left alone if its name does not identify the process that made it. A socket between
 /// bind(2) and listen(2) seems to have no listener, but only for microseconds.
-const ANONYMOUS_AGE: Duration = Duration::from_secs(600);
+const ANONYMOUS_MIN_AGE: Duration = Duration::from_secs(600);
 
 /// Returns the directory that the agent asks for (`PLUGIN_UNIX_SOCKET_DIR`, of go-plugin 1.5 and newer), else the
 /// directory of temporary files.
@@ -44,17 +44,17 @@ pub fn directory() -> PathBuf {
 ///
 /// # Errors
 /// When /proc does not give the start time of this process.
-pub fn new_path(directory: &Path) -> io::Result<PathBuf> {
+pub(crate) fn new_path(directory: &Path) -> io::Result<PathBuf> {
     let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
-    let random = random_hex(DIGITS / 2);
-    let path = directory.join(format!("{PREFIX}{OURS}{pid}-{start}-{random}"));
+    let random = random_hex(RANDOM_DIGITS / 2);
+    let path = directory.join(format!("{SOCKET_PREFIX}{DRIVER_INFIX}{pid}-{start}-{random}"));
     let fits = path.as_os_str().len() <= SOCKET_PATH_MAX;
-    Ok(if fits { path } else { directory.join(format!("{PREFIX}{random}")) })
+    Ok(if fits { path } else { directory.join(format!("{SOCKET_PREFIX}{random}")) })
 }
 
 /// The process that has made a socket, by the socket's name.
 #[derive(Debug, PartialEq, Eq)]
-enum Maker {
+enum Creator {
     /// This process of the driver.
     Known(ProcessId),
     /// A process that the name does not identify; most likely of an earlier version of the driver.
@@ -62,41 +62,41 @@ enum Maker {
 }
 
 /// Reads a socket's name; `None` for a name that this driver does not give.
-fn maker(name: &str) -> Option<Maker> {
-    let rest = name.strip_prefix(PREFIX)?;
-    let is_random = |text: &str| text.len() == DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let Some(ours) = rest.strip_prefix(OURS) else { return is_random(rest).then_some(Maker::Unknown) };
+fn creator(name: &str) -> Option<Creator> {
+    let rest = name.strip_prefix(SOCKET_PREFIX)?;
+    let is_random = |text: &str| text.len() == RANDOM_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let Some(ours) = rest.strip_prefix(DRIVER_INFIX) else { return is_random(rest).then_some(Creator::Unknown) };
     let mut parts = ours.split('-');
     let process = ProcessId { pid: parts.next()?.parse().ok()?, start: parts.next()?.parse().ok()? };
-    (is_random(parts.next()?) && parts.next().is_none()).then_some(Maker::Known(process))
+    (is_random(parts.next()?) && parts.next().is_none()).then_some(Creator::Known(process))
 }
 
 /// Returns the sockets in this directory that killed plugins of this driver, under any driver name, have left behind.
 pub fn abandoned(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let candidates = entries.filter_map(|entry| Some((entry.path(), maker(entry.file_name().to_str()?)?)));
+    let candidates = entries.filter_map(|entry| Some((entry.path(), creator(entry.file_name().to_str()?)?)));
     candidates.filter(|(path, maker)| is_abandoned(path, maker)).map(|(path, _)| path).collect()
 }
 
-fn is_abandoned(path: &Path, maker: &Maker) -> bool {
+fn is_abandoned(path: &Path, maker: &Creator) -> bool {
     // A link, which may be another user's, is not followed.
     let Ok(found) = fs::symlink_metadata(path) else { return false };
     if !found.file_type().is_socket() || found.uid() != nix::unistd::geteuid().as_raw() {
         return false;
     }
     let is_over = match maker {
-        Maker::Known(process) => process.is_gone(),
-        Maker::Unknown => {
+        Creator::Known(process) => process.is_gone(),
+        Creator::Unknown => {
             let age = found.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
-            age.is_some_and(|age| age > ANONYMOUS_AGE)
+            age.is_some_and(|age| age > ANONYMOUS_MIN_AGE)
         }
     };
     // A process that is gone may only be invisible in this PID namespace, so the socket itself is tested as well.
-    is_over && nobody_listens(path)
+    is_over && has_no_listener(path)
 }
 
 /// Whether a connection to the socket is refused. Never waits: a listener that is busy counts as a listener.
-fn nobody_listens(path: &Path) -> bool {
+fn has_no_listener(path: &Path) -> bool {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let refused = || {
         let address = UnixAddr::new(path)?;
@@ -118,7 +118,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Removes all sockets that killed plugins have left in the directory of this plugin's own socket.
-pub fn clear() {
+pub(crate) fn remove_abandoned() {
     for path in abandoned(&directory()) {
         match remove(&path) {
             Ok(()) => tracing::info!(path = %path.display(), "removed the socket of a plugin that was killed"),
@@ -140,15 +140,15 @@ mod tests {
     fn names_say_who_has_made_a_socket() {
         let own = new_path(Path::new("/x")).expect("a path");
         let me = ProcessId::of(std::process::id()).expect("this process");
-        assert_eq!(maker(own.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Maker::Known(me)));
-        assert_eq!(maker("plugin-0123456789ab"), Some(Maker::Unknown));
+        assert_eq!(creator(own.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Creator::Known(me)));
+        assert_eq!(creator("plugin-0123456789ab"), Some(Creator::Unknown));
         let long = format!("/{}", "x".repeat(SOCKET_PATH_MAX - "/plugin-0123456789ab".len() - 1));
         let short = new_path(Path::new(&long)).expect("a path");
         assert_eq!(short.as_os_str().len(), SOCKET_PATH_MAX, "{}", short.display());
-        assert_eq!(maker(short.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Maker::Unknown));
+        assert_eq!(creator(short.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Creator::Unknown));
         // go-plugin's own names belong to agents and their helpers.
         for other in ["plugin123456789", "plugin-", "plugin-xyz456789012", "plugin-shim-1-2", "plugin-shim-1-2-3-4"] {
-            assert_eq!(maker(other), None, "{other}");
+            assert_eq!(creator(other), None, "{other}");
         }
     }
 
@@ -165,7 +165,7 @@ mod tests {
         std::os::unix::fs::symlink(path(GONE), path("plugin-shim-4-99999999999-0123456789ab")).expect("linked");
         drop(UnixListener::bind(new_path(directory.path()).expect("a path")).expect("bound"));
         assert_eq!(abandoned(directory.path()), [path(GONE)], "the socket without a process in its name is too young");
-        let old = SystemTime::now() - 2 * ANONYMOUS_AGE;
+        let old = SystemTime::now() - 2 * ANONYMOUS_MIN_AGE;
         let time = nix::sys::time::TimeSpec::from_duration(
             old.duration_since(SystemTime::UNIX_EPOCH).expect("after the epoch"),
         );

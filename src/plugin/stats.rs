@@ -11,24 +11,24 @@ use tokio::time::{Instant, sleep_until};
 use tonic::Status;
 
 use crate::{
-    cgroup::{CpuUsage, MemoryUsage, Usage, percent},
+    cgroup::{CpuUsage, MemoryUsage, Usage, cpu_percent},
     ids::TaskId,
     pb::driver::{self as wire, cpu_usage::Fields as CpuField, memory_usage::Fields as MemoryField},
     task::{Compute, Engine, TaskMeter},
 };
 
 /// The interval for a host that asks for none; it is Nomad's own default.
-const DEFAULT: Duration = Duration::from_secs(1);
+const DEFAULT_INTERVAL: Duration = Duration::from_secs(1);
 /// The shortest interval: short enough for every user, while an interval of zero would never pause.
-const SHORTEST: Duration = Duration::from_millis(50);
+const MIN_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The longest alignment step. Samples are taken at multiples of a quarter of their interval, but of no more than this,
 /// counted from a moment that all streams share.
-const STEP: Duration = Duration::from_millis(250);
+const ALIGNMENT_STEP_MAX: Duration = Duration::from_millis(250);
 
 /// Returns usage samples until the task ends; a sample is taken when the agent can receive it. A task that is unknown
 /// here gives an empty stream instead of an error: Nomad would log an error for each try.
-pub async fn samples(
+pub(crate) async fn samples(
     engine: Engine,
     id: TaskId,
     asked: Duration,
@@ -40,7 +40,10 @@ pub async fn samples(
             ended: Box::pin(meter.ended()),
             id,
             meter,
-            interval: settings.stats_interval.unwrap_or(if asked.is_zero() { DEFAULT } else { asked }).max(SHORTEST),
+            interval: settings
+                .stats_interval
+                .unwrap_or(if asked.is_zero() { DEFAULT_INTERVAL } else { asked })
+                .max(MIN_INTERVAL),
             compute: settings.compute,
             due: Instant::now(),
             before: None,
@@ -70,7 +73,7 @@ impl Sampler {
     /// Waits until the next sample is due and takes it; `None` once the task has ended.
     async fn next(&mut self) -> Option<wire::TaskStats> {
         if let Some((then, _)) = self.before {
-            self.due = together((self.due + self.interval).max(then), (self.interval / 4).min(STEP));
+            self.due = align_up((self.due + self.interval).max(then), (self.interval / 4).min(ALIGNMENT_STEP_MAX));
             tokio::select! {
                 () = sleep_until(self.due) => {}
                 () = &mut self.ended => return None,
@@ -95,7 +98,7 @@ impl Sampler {
 
 /// Returns the first multiple of `step` at or after `wanted`, so that the samples of many tasks are taken and sent
 /// together, which costs a third of separate samples.
-fn together(wanted: Instant, step: Duration) -> Instant {
+fn align_up(wanted: Instant, step: Duration) -> Instant {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let began = *BEGAN.get_or_init(Instant::now);
     let steps = (wanted - began).as_micros().div_ceil(step.as_micros());
@@ -112,7 +115,8 @@ struct Percent {
 
 impl Percent {
     fn between(before: &CpuUsage, after: &CpuUsage, time: Duration) -> Self {
-        let share = |before: Option<u64>, after: Option<u64>| percent(before.unwrap_or(0), after.unwrap_or(0), time);
+        let share =
+            |before: Option<u64>, after: Option<u64>| cpu_percent(before.unwrap_or(0), after.unwrap_or(0), time);
         Self {
             total: share(Some(before.total_ns), Some(after.total_ns)),
             user: share(before.user_ns, after.user_ns),

@@ -14,12 +14,12 @@ use crate::{
 };
 
 /// The type URL by which Nomad finds the detail of a recoverable error.
-const RECOVERABLE: &str = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
+const RECOVERABLE_TYPE_URL: &str = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
 
 /// Converts a task's error. `Unavailable` and `Canceled` are never used: Nomad reads them as "the plugin is going
 /// away".
-pub fn of(error: &TaskError) -> Status {
-    let text = crate::chain(error);
+pub(crate) fn from_task_error(error: &TaskError) -> Status {
+    let text = crate::error_chain(error);
     if error.is_recoverable() {
         return recoverable(&text);
     }
@@ -37,22 +37,22 @@ pub fn of(error: &TaskError) -> Status {
 }
 
 /// Converts a configuration's error, which is not recoverable: trying again changes nothing.
-pub fn of_config(error: &ConfigError) -> Status {
+pub(crate) fn from_config_error(error: &ConfigError) -> Status {
     // The text is bounded already: it may list many faults, and each of them was truncated separately.
     Status::invalid_argument(error.to_string())
 }
 
 /// Creates a status from a text that may contain foreign text.
-pub fn new(code: Code, text: &str) -> Status {
-    Status::new(code, text::shown(text, MESSAGE_MAX))
+pub(crate) fn new(code: Code, text: &str) -> Status {
+    Status::new(code, text::sanitize(text, MESSAGE_MAX))
 }
 
 /// Creates the status of an error that may pass: `FailedPrecondition` with Nomad's detail first
 /// (docs/protocol/nomad-plugin.md#4.1).
-pub fn recoverable(text: &str) -> Status {
-    let text = text::shown(text, MESSAGE_MAX);
+pub(crate) fn recoverable(text: &str) -> Status {
+    let text = text::sanitize(text, MESSAGE_MAX);
     let detail = prost_types::Any {
-        type_url: RECOVERABLE.to_owned(),
+        type_url: RECOVERABLE_TYPE_URL.to_owned(),
         value: RecoverableError { recoverable: true }.encode_to_vec(),
     };
     let details = rpc::Status { code: Code::FailedPrecondition as i32, message: text.clone(), details: vec![detail] };
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn each_kind_of_error_has_its_code() {
         let id = || TaskId("a/b/1".to_owned());
-        let gone = ShimError::Gone { call: "Create", detail: "x".to_owned() };
+        let gone = ShimError::ConnectionLost { call: "Create", detail: "x".to_owned() };
         let refused =
             ShimError::Refused { call: "Create", code: 2, message: "executable file `/x` not found".to_owned() };
         let message = "runc did not terminate successfully: exit status 137".to_owned();
@@ -80,26 +80,26 @@ mod tests {
             (TaskError::Shim { doing: "create", source: gone }, Code::FailedPrecondition, true),
             (TaskError::Shim { doing: "create", source: refused }, Code::Unknown, false),
             (TaskError::Shim { doing: "create", source: killed }, Code::FailedPrecondition, true),
-            (TaskError::Held { path: "/x".into(), reason: "no".to_owned() }, Code::FailedPrecondition, true),
+            (TaskError::LockHeld { path: "/x".into(), reason: "no".to_owned() }, Code::FailedPrecondition, true),
         ] {
-            let status = of(&error);
+            let status = from_task_error(&error);
             assert_eq!((status.code(), is_recoverable(&status)), (code, again), "{error:?}");
         }
-        assert_eq!(of(&TaskError::NotFound(id())).message(), "task not found for given id");
+        assert_eq!(from_task_error(&TaskError::NotFound(id())).message(), "task not found for given id");
     }
 
     #[test]
     fn strangers_words_are_cut_and_escaped() {
         let words = format!("exec \u{1b}]0;x\u{7}{}\r\nno such file", "A".repeat(1 << 20));
         let refused = ShimError::Refused { call: "Create", code: 2, message: words.clone() };
-        let gone = ShimError::Gone { call: "Create", detail: words.clone() };
+        let gone = ShimError::ConnectionLost { call: "Create", detail: words.clone() };
         for status in [
-            of(&TaskError::Shim { doing: "create the container", source: refused }),
-            of(&TaskError::Shim { doing: "create the container", source: gone }),
-            of(&TaskError::Signal(words.clone())),
+            from_task_error(&TaskError::Shim { doing: "create the container", source: refused }),
+            from_task_error(&TaskError::Shim { doing: "create the container", source: gone }),
+            from_task_error(&TaskError::Signal(words.clone())),
             new(Code::Internal, &words),
             recoverable(&words),
-            of_config(&ConfigError::one(words)),
+            from_config_error(&ConfigError::job_fault(words)),
         ] {
             let text = status.message();
             assert!(text.chars().count() < 2 * MESSAGE_MAX && status.details().len() < 2 * MESSAGE_MAX, "{text}");

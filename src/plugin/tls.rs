@@ -32,7 +32,7 @@ pub enum TlsError {
 
 /// The server's TLS configuration and its certificate.
 #[derive(Debug)]
-pub struct ServerTls {
+pub(crate) struct ServerTls {
     /// The configuration for the accept loop.
     pub config: Arc<rustls::ServerConfig>,
     /// The server's certificate in base64 without padding, which is field 6 of the handshake line.
@@ -43,14 +43,14 @@ pub struct ServerTls {
 ///
 /// # Errors
 /// When the client's certificate can't be read, or TLS can't be set up.
-pub fn server(client_pem: &str) -> Result<ServerTls, TlsError> {
+pub(crate) fn server_tls(client_pem: &str) -> Result<ServerTls, TlsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let pinned = CertificateDer::from_pem_slice(client_pem.as_bytes()).map_err(TlsError::ClientCertificate)?;
     let key = rcgen::KeyPair::generate()?;
     let certificate = rcgen::CertificateParams::new(vec!["localhost".to_owned()])?.self_signed(&key)?;
     let der = certificate.der().clone();
     let encoded = base64::engine::general_purpose::STANDARD_NO_PAD.encode(&der);
-    let verifier = Arc::new(Pinned { leaf: pinned, provider: provider.clone() });
+    let verifier = Arc::new(PinnedClientCert { leaf: pinned, provider: provider.clone() });
     let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|problem| Error::General(problem.to_owned()))?;
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
@@ -63,12 +63,12 @@ pub fn server(client_pem: &str) -> Result<ServerTls, TlsError> {
 
 /// Accepts exactly one client certificate.
 #[derive(Debug)]
-struct Pinned {
+struct PinnedClientCert {
     leaf: CertificateDer<'static>,
     provider: Arc<CryptoProvider>,
 }
 
-impl ClientCertVerifier for Pinned {
+impl ClientCertVerifier for PinnedClientCert {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }

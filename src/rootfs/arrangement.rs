@@ -14,31 +14,31 @@ use super::{
 
 /// Who puts a mount at its target, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Placement {
     /// The runtime mounts it.
-    Runtime,
+    ByRuntime,
     /// The driver mounts it into the tree of another mount, before the runtime takes that tree.
-    Within {
+    InTree {
         /// The index of the outermost mount, which the runtime mounts.
-        top: usize,
+        outermost: usize,
         /// The path below the outermost mount's target.
-        path: PathBuf,
+        path_in_outermost: PathBuf,
         /// The index of the mount in which this one lies directly.
-        holder: usize,
+        parent: usize,
         /// The path below the target of that direct parent.
-        below: PathBuf,
+        path_in_parent: PathBuf,
     },
 }
 
 /// A mount for which a placement was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Placed {
+pub(super) struct PlacedMount {
     /// The mount's index in the list of mounts.
     pub(super) number: usize,
     /// The mount's target, without links on the way.
     pub(super) target: MountTarget,
     /// How the mount gets to its target.
-    pub(super) place: Place,
+    pub(super) place: Placement,
 }
 
 /// A mount that can't be placed, with its index and the reason.
@@ -53,29 +53,29 @@ pub(super) struct Misplaced {
 ///
 /// # Errors
 /// Fails when a mount lies below another one in which nothing can be mounted.
-pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<Vec<Placed>, Misplaced> {
+pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<Vec<PlacedMount>, Misplaced> {
     let is_hidden = |number: &usize| targets[number + 1..].contains(&targets[*number]);
     let mut order: Vec<usize> = (0..mounts.len()).filter(|number| !is_hidden(number)).collect();
     order.sort_by_key(|number| targets[*number].depth());
-    let mut placed: Vec<Placed> = Vec::with_capacity(order.len());
+    let mut placed: Vec<PlacedMount> = Vec::with_capacity(order.len());
     for number in order {
         let target = targets[number].clone();
         // The mounts are sorted by depth, so the last match is the deepest.
         let parent = placed.iter().rfind(|other| target.path().starts_with(other.target.path()));
         let place = match parent {
             // The target lies in the image, or in a fresh file system that every container has.
-            None => Place::Runtime,
+            None => Placement::ByRuntime,
             Some(parent) => within(parent, &mounts[parent.number], &mounts[number], target.path())
                 .map_err(|problem| Misplaced { number, problem })?,
         };
-        placed.push(Placed { number, target, place });
+        placed.push(PlacedMount { number, target, place });
     }
     Ok(placed)
 }
 
-fn within(parent: &Placed, holder: &TaskMount, mount: &TaskMount, target: &Path) -> Result<Place, String> {
-    if let (Place::Runtime, MountContent::FileSystem { .. }) = (&parent.place, &holder.content) {
-        return Ok(Place::Runtime);
+fn within(parent: &PlacedMount, holder: &TaskMount, mount: &TaskMount, target: &Path) -> Result<Placement, String> {
+    if let (Placement::ByRuntime, MountContent::FileSystem { .. }) = (&parent.place, &holder.content) {
+        return Ok(Placement::ByRuntime);
     }
     let holder_path = &parent.target;
     if matches!(holder.content, MountContent::File(_)) {
@@ -92,22 +92,27 @@ fn within(parent: &Placed, holder: &TaskMount, mount: &TaskMount, target: &Path)
         return Err(format!("a file system of type {kind:?} can't be mounted below the bind at {holder_path}"));
     }
     let (top, above) = match &parent.place {
-        Place::Runtime => (parent.number, Path::new("")),
-        Place::Within { top, path, .. } => (*top, path.as_path()),
+        Placement::ByRuntime => (parent.number, Path::new("")),
+        Placement::InTree { outermost: top, path_in_outermost: path, .. } => (*top, path.as_path()),
     };
     let below = target.strip_prefix(holder_path.path()).unwrap_or(target).to_owned();
-    Ok(Place::Within { top, path: above.join(&below), holder: parent.number, below })
+    Ok(Placement::InTree {
+        outermost: top,
+        path_in_outermost: above.join(&below),
+        parent: parent.number,
+        path_in_parent: below,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rootfs::mounts::Source;
+    use crate::rootfs::mounts::MountSource;
     use proptest::prelude::*;
 
     fn bind(target: &str, options: &[&str]) -> TaskMount {
         let source = std::fs::File::open("/").expect("the root can be opened");
-        mount(target, MountContent::Bind(Source::of(source.into()).expect("fstat")), options)
+        mount(target, MountContent::Bind(MountSource::of(source.into()).expect("fstat")), options)
     }
 
     fn tmpfs(target: &str) -> TaskMount {
@@ -130,9 +135,11 @@ mod tests {
     fn arranged(mounts: &[TaskMount]) -> Result<Vec<Arranged>, String> {
         let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
         let placed = arrange(mounts, &targets).map_err(|misplaced| misplaced.problem)?;
-        let text = |placed: &Placed| match &placed.place {
-            Place::Runtime => (placed.target.to_string(), None),
-            Place::Within { top, path, .. } => (placed.target.to_string(), Some((*top, path.display().to_string()))),
+        let text = |placed: &PlacedMount| match &placed.place {
+            Placement::ByRuntime => (placed.target.to_string(), None),
+            Placement::InTree { outermost: top, path_in_outermost: path, .. } => {
+                (placed.target.to_string(), Some((*top, path.display().to_string())))
+            }
         };
         Ok(placed.iter().map(text).collect())
     }
@@ -209,9 +216,9 @@ mod tests {
                 list.iter().map(|(parts, is_bind)| if *is_bind { bind(&path(parts), &[]) } else { tmpfs(&path(parts)) }).collect();
             let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
             let placed = arrange(&mounts, &targets).expect("all can be placed");
-            let left: Vec<_> = placed.iter().filter(|placed| placed.place == Place::Runtime).collect();
+            let left: Vec<_> = placed.iter().filter(|placed| placed.place == Placement::ByRuntime).collect();
             for mount in &left {
-                let is_bind = |other: &&&Placed| matches!(mounts[other.number].content, MountContent::Bind(_));
+                let is_bind = |other: &&&PlacedMount| matches!(mounts[other.number].content, MountContent::Bind(_));
                 let above = left.iter().filter(is_bind).any(|other| {
                     other.target != mount.target && mount.target.path().starts_with(other.target.path())
                         // With a fresh file system in between, the mount may be left to the runtime.

@@ -15,10 +15,10 @@ use oci_spec::runtime::Spec;
 
 use super::RootfsError;
 use crate::{
-    fault,
+    failpoint,
     ids::ContainerId,
     overlay,
-    places::{MountPoints, Places, make_dir, write_private},
+    places::{MountPoints, Places, create_private_dir, write_private},
 };
 
 /// The paths of one task's files.
@@ -32,7 +32,7 @@ pub struct BundlePaths {
 
 /// Where the driver stores writable layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum UpperOn {
+pub enum UpperStorage {
     /// In the state directory.
     Disk,
     /// In a file system in memory for each task. One unmount removes it, and its pages count as the task's own memory.
@@ -68,7 +68,7 @@ impl BundlePaths {
     /// Fails when a file system operation fails.
     pub fn create(&self) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
-        make_dir(&rootfs).map_err(|source| file("create", &rootfs, source))
+        create_private_dir(&rootfs).map_err(|source| file("create", &rootfs, source))
     }
 
     /// Creates the writable layer, and mounts the root file system in an existing bundle.
@@ -76,14 +76,14 @@ impl BundlePaths {
     /// # Errors
     /// Fails when a directory can't be created or mounted; with `LayersGone` when the image's directories have
     /// vanished.
-    pub fn mount(&self, layers: Layers<'_>, on: &UpperOn) -> Result<(), RootfsError> {
+    pub fn mount(&self, layers: Layers<'_>, on: &UpperStorage) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
-        make_dir(&self.upper).map_err(|source| file("create", &self.upper, source))?;
-        if let UpperOn::Tmpfs { size } = on {
+        create_private_dir(&self.upper).map_err(|source| file("create", &self.upper, source))?;
+        if let UpperStorage::Tmpfs { size } = on {
             let path = &self.upper;
             let options = size.iter().fold("mode=700".to_owned(), |options, size| format!("{options},size={size}"));
             mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some(options.as_str()))
-                .map_err(|errno| RootfsError::Mount { path: path.clone(), source: errno.into() })?;
+                .map_err(|errno| RootfsError::MountRootfs { path: path.clone(), source: errno.into() })?;
         }
         let work = self.upper.join("work");
         fs::DirBuilder::new().mode(0o700).create(&work).map_err(|source| file("create", &work, source))?;
@@ -107,7 +107,11 @@ impl BundlePaths {
             .map_err(|source| file("make", &upper, source))?;
         overlay::mount_writable(layers.lowers, layers.options, &self.upper, &rootfs).map_err(|source| {
             let gone = source.kind() == io::ErrorKind::NotFound && layers.lowers.iter().any(|lower| !lower.exists());
-            if gone { RootfsError::LayersGone { source } } else { RootfsError::Mount { path: rootfs.clone(), source } }
+            if gone {
+                RootfsError::LayersGone { source }
+            } else {
+                RootfsError::MountRootfs { path: rootfs.clone(), source }
+            }
         })
     }
 
@@ -139,7 +143,7 @@ impl BundlePaths {
     }
 
     /// Returns the path at which the source of the task's n-th mount is pinned, and from which the runtime mounts it.
-    pub fn pinned(&self, n: usize) -> PathBuf {
+    pub fn pin_path(&self, n: usize) -> PathBuf {
         self.pins().join(n.to_string())
     }
 
@@ -153,12 +157,12 @@ impl BundlePaths {
     /// # Errors
     /// Fails as umount2(2) does. Nothing mounted, or no directory, is not an error.
     pub fn unmount_pins(&self) -> Result<(), RootfsError> {
-        if fault::skipped("unmount") {
+        if failpoint::skip("unmount") {
             return Ok(());
         }
         let pins = self.pins();
         unmount_all(&pins).map_err(|source| file("unmount", &pins, source))?;
-        for point in self.former_pins()? {
+        for point in self.legacy_pins()? {
             unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())
@@ -167,7 +171,7 @@ impl BundlePaths {
     /// Returns the mount points of the sources of a task that an earlier version has started: it mounted each source in
     /// the bundle's directory on disk. A failure to list them is an error: if it passed for "nothing is mounted", the
     /// removal would descend into the sources.
-    fn former_pins(&self) -> Result<Vec<PathBuf>, RootfsError> {
+    fn legacy_pins(&self) -> Result<Vec<PathBuf>, RootfsError> {
         let pins = self.pins();
         let listed = match fs::read_dir(&pins) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -182,7 +186,7 @@ impl BundlePaths {
     /// # Errors
     /// Fails as umount2(2) does. Nothing mounted, or no directory, is not an error.
     pub fn unmount(&self) -> Result<(), RootfsError> {
-        if fault::skipped("unmount") {
+        if failpoint::skip("unmount") {
             return Ok(());
         }
         self.unmount_pins()?;
@@ -199,7 +203,7 @@ impl BundlePaths {
     /// # Errors
     /// Fails when a file system operation fails. A missing bundle is not an error.
     pub fn remove(&self) -> Result<(), RootfsError> {
-        for point in self.former_pins()?.into_iter().chain([self.rootfs(), self.pins()]) {
+        for point in self.legacy_pins()?.into_iter().chain([self.rootfs(), self.pins()]) {
             let removed = match fs::symlink_metadata(&point) {
                 Ok(metadata) if metadata.is_dir() => fs::remove_dir(&point).or_else(|error| match error.kind() {
                     io::ErrorKind::DirectoryNotEmpty if point == self.rootfs() => remove_unmounted(&point),
@@ -213,7 +217,7 @@ impl BundlePaths {
                 _ => {}
             }
         }
-        if fault::skipped("bundle") {
+        if failpoint::skip("bundle") {
             return Ok(());
         }
         remove_all(&self.bundle)
@@ -224,7 +228,7 @@ impl BundlePaths {
     /// # Errors
     /// Fails when a file system operation fails. A missing layer is not an error.
     pub fn remove_upper(&self) -> Result<(), RootfsError> {
-        if fault::skipped("upper") {
+        if failpoint::skip("upper") {
             return Ok(());
         }
         remove_all(&self.upper)
@@ -255,7 +259,7 @@ fn unmount_all(point: &Path) -> io::Result<()> {
 /// unmounted (gVisor creates its own mount points there). Refuses if anything is mounted below it, which may be the
 /// host's own.
 fn remove_unmounted(path: &Path) -> io::Result<()> {
-    if MountPoints::read().may_be_in(path) {
+    if MountPoints::read().may_be_below(path) {
         return Err(io::ErrorKind::DirectoryNotEmpty.into());
     }
     fs::remove_dir_all(path)

@@ -40,7 +40,7 @@ pub fn parse_capability(name: &str) -> Result<CapabilityRequest, CapabilityError
 }
 
 /// Docker's default capabilities without `NET_RAW`, which allows ARP spoofing on a shared bridge.
-const SECURE: [Capability; 13] = [
+const STRICT_DEFAULTS: [Capability; 13] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_FSETID,
@@ -59,7 +59,7 @@ const SECURE: [Capability; 13] = [
 /// Returns the capabilities that a job may add with `Flavor::Strict` if the operator sets nothing: none beyond the
 /// defaults, as in Nomad's docker driver.
 pub fn default_allowed() -> Capabilities {
-    Capabilities::of(SECURE)
+    Capabilities::of(STRICT_DEFAULTS)
 }
 
 impl Capabilities {
@@ -87,15 +87,15 @@ impl Capabilities {
 
     /// Returns a container's default capabilities.
     pub fn defaults(flavor: Flavor) -> Self {
-        let mut set = Self::of(SECURE);
-        if flavor == Flavor::DropIn {
+        let mut set = Self::of(STRICT_DEFAULTS);
+        if flavor == Flavor::ContainerdDriver {
             set.0.insert(Capability::CAP_NET_RAW.index());
         }
         set
     }
 
     /// Returns this process's bounding set: a runtime can't give a container what its caller's bounding set lacks.
-    pub fn of_this_process() -> Self {
+    pub fn bounding_set() -> Self {
         caps::read(None, caps::CapSet::Bounding).map_or_else(|_| Self::default(), Self::of)
     }
 
@@ -174,15 +174,15 @@ mod tests {
 
     #[test]
     fn dropping_all_leaves_what_is_added() {
-        let set = Capabilities::defaults(Flavor::Secure).adjusted(&parse(&["net_raw"]), &parse(&["all"]));
+        let set = Capabilities::defaults(Flavor::Strict).adjusted(&parse(&["net_raw"]), &parse(&["all"]));
         assert_eq!(set, Capabilities::of([Capability::CAP_NET_RAW]));
-        let set = Capabilities::defaults(Flavor::Secure).adjusted(&parse(&["ALL"]), &parse(&["SYS_ADMIN"]));
+        let set = Capabilities::defaults(Flavor::Strict).adjusted(&parse(&["ALL"]), &parse(&["SYS_ADMIN"]));
         assert_eq!(set.0.len(), caps::all().len() - 1);
     }
 
     #[test]
     fn the_old_driver_had_fourteen_and_ours_has_no_raw_sockets() {
-        assert_eq!(Capabilities::defaults(Flavor::DropIn).0.len(), 14);
-        assert!(!Capabilities::defaults(Flavor::Secure).0.contains(&Capability::CAP_NET_RAW.index()));
+        assert_eq!(Capabilities::defaults(Flavor::ContainerdDriver).0.len(), 14);
+        assert!(!Capabilities::defaults(Flavor::Strict).0.contains(&Capability::CAP_NET_RAW.index()));
     }
 }

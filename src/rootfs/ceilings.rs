@@ -20,7 +20,7 @@ const PRIORITIES: [&str; 2] = ["rtprio", "nice"];
 /// The size that the kernel gives a tmpfs without a size option, in percent of the host's memory (tmpfs(5)).
 const KERNEL_DEFAULT: u64 = 50;
 /// The page size that is assumed where the kernel does not report one.
-const PAGE: u64 = 4096;
+const FALLBACK_PAGE_SIZE: u64 = 4096;
 
 /// A job asks for more than the operator allows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,7 +103,7 @@ pub struct Ceilings {
     /// The ceilings of setrlimit(2) limits, by docker's names.
     ulimits: BTreeMap<&'static str, u64>,
     /// Whether each limit that is not in `ulimits` is bounded by this process's own limit.
-    own_limits: bool,
+    is_bounded_by_own_limits: bool,
     tmpfs: TmpfsSize,
     /// The host's limits; `None` when another host's configuration is checked.
     host: Option<HostLimits>,
@@ -116,14 +116,14 @@ impl Ceilings {
     pub fn new(flavor: Flavor, ulimits: BTreeMap<&'static str, u64>, tmpfs: Option<TmpfsSize>) -> Self {
         let mut all = BTreeMap::new();
         let (own_limits, default) = match flavor {
-            Flavor::DropIn => (false, TmpfsSize::Unlimited),
-            Flavor::Secure => {
+            Flavor::ContainerdDriver => (false, TmpfsSize::Unlimited),
+            Flavor::Strict => {
                 all.extend(PRIORITIES.map(|name| (name, 0)));
                 (true, TmpfsSize::Percent(KERNEL_DEFAULT))
             }
         };
         all.extend(ulimits);
-        Self { ulimits: all, own_limits, tmpfs: tmpfs.unwrap_or(default), host: None }
+        Self { ulimits: all, is_bounded_by_own_limits: own_limits, tmpfs: tmpfs.unwrap_or(default), host: None }
     }
 
     /// Adds the limits of the host. Without them only those ceilings apply that are the same on every host.
@@ -134,7 +134,7 @@ impl Ceilings {
 
     fn ulimit(&self, name: &str) -> Option<u64> {
         let own = || self.host.as_ref()?.rlimits.get(name).map(|(_, hard)| *hard);
-        self.ulimits.get(name).copied().or_else(|| self.own_limits.then(own).flatten())
+        self.ulimits.get(name).copied().or_else(|| self.is_bounded_by_own_limits.then(own).flatten())
     }
 
     /// Checks a job's limit against the ceiling.
@@ -154,7 +154,7 @@ impl Ceilings {
     ///
     /// With `Flavor::Strict` the limit on open files is always among them: a shim that was built with Go before 1.19.9
     /// or 1.20.4 raises its own soft limit (src/os/rlimit.go), and the runtime and the task inherit it.
-    pub fn defaults(&self) -> Vec<Ulimit> {
+    pub fn default_ulimits(&self) -> Vec<Ulimit> {
         let own = self.host.as_ref().map(|host| &host.rlimits);
         let inherited = |name| own.and_then(|own| own.get(name)).copied().unwrap_or((0, 0));
         let lowered = ULIMITS.iter().filter_map(|(name, kind, _)| {
@@ -163,7 +163,9 @@ impl Ceilings {
                 Some(&ceiling) if ceiling <= hard => {
                     Some(Ulimit { kind: *kind, soft: soft.min(ceiling), hard: ceiling })
                 }
-                _ if *name == "nofile" && self.own_limits && own.is_some() => Some(Ulimit { kind: *kind, soft, hard }),
+                _ if *name == "nofile" && self.is_bounded_by_own_limits && own.is_some() => {
+                    Some(Ulimit { kind: *kind, soft, hard })
+                }
                 _ => None,
             }
         });
@@ -172,7 +174,7 @@ impl Ceilings {
 
     /// Returns the size of a page of the host's memory.
     pub fn page(&self) -> u64 {
-        self.host.as_ref().and_then(|host| host.page).unwrap_or(PAGE)
+        self.host.as_ref().and_then(|host| host.page).unwrap_or(FALLBACK_PAGE_SIZE)
     }
 
     /// Tells whether there is a ceiling on file systems in memory.
@@ -230,7 +232,7 @@ mod tests {
 
     #[test]
     fn no_job_gets_more_than_the_agent_has() {
-        let ceilings = Ceilings::new(Flavor::Secure, [].into(), None).on_host(host());
+        let ceilings = Ceilings::new(Flavor::Strict, [].into(), None).on_host(host());
         for (name, value) in [("nofile", "10:4096"), ("memlock", "8"), ("rtprio", "0"), ("core", "unlimited")] {
             assert_eq!(check(&ceilings, name, value), Ok(()), "{name}");
         }
@@ -243,31 +245,33 @@ mod tests {
             let error = check(&ceilings, name, value).expect_err("refused");
             assert!(error.contains(part) && error.contains("security { ulimit_max }"), "{error}");
         }
-        let drop_in = Ceilings::new(Flavor::DropIn, [].into(), None).on_host(host());
+        let drop_in = Ceilings::new(Flavor::ContainerdDriver, [].into(), None).on_host(host());
         assert_eq!(check(&drop_in, "rtprio", "99"), Ok(()));
     }
 
     #[test]
     fn the_operators_ceiling_beats_the_default() {
         let ulimits = [("rtprio", 20), ("nofile", 1 << 20)].into();
-        let ceilings = Ceilings::new(Flavor::Secure, ulimits, None).on_host(host());
+        let ceilings = Ceilings::new(Flavor::Strict, ulimits, None).on_host(host());
         assert_eq!(check(&ceilings, "rtprio", "20"), Ok(()));
         assert_eq!(check(&ceilings, "nofile", "1048576"), Ok(()));
         assert!(check(&ceilings, "rtprio", "21").is_err() && check(&ceilings, "nofile", "-1").is_err());
-        let drop_in = Ceilings::new(Flavor::DropIn, [("rtprio", 1)].into(), None);
+        let drop_in = Ceilings::new(Flavor::ContainerdDriver, [("rtprio", 1)].into(), None);
         assert!(check(&drop_in, "rtprio", "2").is_err(), "the operator's ceiling applies with every flavor");
     }
 
     #[test]
     fn tasks_inherit_nothing_above_the_ceiling() {
         let ulimits = [("nofile", 2048)].into();
-        let ceilings = Ceilings::new(Flavor::Secure, ulimits, None).on_host(host());
-        let limits: Vec<_> = ceilings.defaults().iter().map(|limit| (limit.name(), limit.soft, limit.hard)).collect();
+        let ceilings = Ceilings::new(Flavor::Strict, ulimits, None).on_host(host());
+        let limits: Vec<_> =
+            ceilings.default_ulimits().iter().map(|limit| (limit.name(), limit.soft, limit.hard)).collect();
         assert_eq!(limits, [("nice", 0, 0), ("nofile", 1024, 2048), ("rtprio", 0, 0)]);
-        let above = Ceilings::new(Flavor::DropIn, [("nofile", 8192)].into(), None).on_host(host());
-        assert_eq!(above.defaults(), [], "nothing is raised");
-        let plain = Ceilings::new(Flavor::Secure, [].into(), None).on_host(host());
-        let limits: Vec<_> = plain.defaults().iter().map(|limit| (limit.name(), limit.soft, limit.hard)).collect();
+        let above = Ceilings::new(Flavor::ContainerdDriver, [("nofile", 8192)].into(), None).on_host(host());
+        assert_eq!(above.default_ulimits(), [], "nothing is raised");
+        let plain = Ceilings::new(Flavor::Strict, [].into(), None).on_host(host());
+        let limits: Vec<_> =
+            plain.default_ulimits().iter().map(|limit| (limit.name(), limit.soft, limit.hard)).collect();
         assert_eq!(
             limits,
             [("nice", 0, 0), ("nofile", 1024, 4096), ("rtprio", 0, 0)],
@@ -277,7 +281,7 @@ mod tests {
 
     #[test]
     fn another_hosts_limits_are_not_this_ones() {
-        let ceilings = Ceilings::new(Flavor::Secure, [].into(), None);
+        let ceilings = Ceilings::new(Flavor::Strict, [].into(), None);
         assert_eq!(check(&ceilings, "nofile", "unlimited"), Ok(()));
         assert!(check(&ceilings, "rtprio", "1").is_err(), "this ceiling is the same on every host");
         let size = |text: &str| ceilings.check_memory(text, TmpfsSize::parse(text).expect("a size"));

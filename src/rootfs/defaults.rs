@@ -43,12 +43,12 @@ pub struct MaskedPaths(Vec<String>);
 impl MaskedPaths {
     /// Returns the masked paths of this host, which are looked up once for all tasks: a host may have hundreds of
     /// processors. Processors that are brought online later are found when the plugin starts next, as in moby.
-    pub fn of_this_host() -> Self {
+    pub fn for_this_host() -> Self {
         Self::of(Path::new(PROCESSORS))
     }
 
     /// Returns only the fixed paths, for a sandbox: its own kernel shows nothing of the host's processors.
-    pub fn of_a_sandbox() -> Self {
+    pub fn for_sandbox() -> Self {
         Self(MASKED_PATHS.map(str::to_owned).to_vec())
     }
 
@@ -60,7 +60,7 @@ impl MaskedPaths {
         let numbers: BTreeSet<u32> = listed.filter_map(|entry| number(entry.file_name().to_str()?)).collect();
         let counters = numbers.into_iter().map(|number| format!("cpu{number}/thermal_throttle"));
         let found = counters.filter(|counters| processors.join(counters).is_dir());
-        let mut this = Self::of_a_sandbox();
+        let mut this = Self::for_sandbox();
         this.0.extend(found.map(|counters| format!("{PROCESSORS}/{counters}")));
         this
     }
@@ -72,13 +72,13 @@ impl MaskedPaths {
 }
 
 /// Entries of /proc that a task may read but not write.
-pub const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+pub(crate) const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Builds one mount.
 ///
 /// # Errors
 /// Fails when the spec's builder rejects a value.
-pub fn mount(target: &str, kind: &str, source: &str, options: &[&str]) -> Result<Mount, RootfsError> {
+pub(crate) fn mount(target: &str, kind: &str, source: &str, options: &[&str]) -> Result<Mount, RootfsError> {
     Ok(MountBuilder::default()
         .destination(PathBuf::from(target))
         .typ(kind)
@@ -89,7 +89,7 @@ pub fn mount(target: &str, kind: &str, source: &str, options: &[&str]) -> Result
 
 /// The properties of a task that its base mounts depend on.
 #[derive(Debug, Clone, Copy)]
-pub struct BaseMounts {
+pub(crate) struct BaseMounts {
     /// The flavor whose defaults apply.
     pub flavor: Flavor,
     /// Whether the task is privileged; sysfs is then writable.
@@ -104,7 +104,7 @@ pub struct BaseMounts {
 ///
 /// # Errors
 /// Fails when the spec's builder rejects a value.
-pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
+pub(crate) fn base_mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
     let BaseMounts { flavor, privileged, host_ipc, shm_size } = base;
     let sys = if privileged { "rw" } else { "ro" };
     let shm_size = format!("size={}k", shm_size.unwrap_or(SHM_SIZE) >> 10);
@@ -124,7 +124,7 @@ pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
     }
     // This mount shows the queues of the IPC namespace in which it is made (mq_overview(7)).
     mounts.push(mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?);
-    if flavor == Flavor::DropIn {
+    if flavor == Flavor::ContainerdDriver {
         mounts.push(mount("/run", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?);
     }
     Ok(mounts)
@@ -135,7 +135,7 @@ pub fn mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
 ///
 /// # Errors
 /// Fails when the spec's builder rejects a value.
-pub fn device_rules(all: bool) -> Result<Vec<LinuxDeviceCgroup>, RootfsError> {
+pub(crate) fn device_rules(all: bool) -> Result<Vec<LinuxDeviceCgroup>, RootfsError> {
     let every = LinuxDeviceCgroupBuilder::default().allow(all).access("rwm").build()?;
     if all {
         return Ok(vec![every]);
@@ -173,7 +173,7 @@ pub fn device_rules(all: bool) -> Result<Vec<LinuxDeviceCgroup>, RootfsError> {
 ///
 /// # Errors
 /// Fails when the spec's builder rejects a value.
-pub fn allow_device(device: &LinuxDevice, access: &str) -> Result<LinuxDeviceCgroup, RootfsError> {
+pub(crate) fn allow_device(device: &LinuxDevice, access: &str) -> Result<LinuxDeviceCgroup, RootfsError> {
     Ok(LinuxDeviceCgroupBuilder::default()
         .allow(true)
         .typ(device.typ())
@@ -200,6 +200,6 @@ mod tests {
         assert_eq!(paths.as_slice()[..fixed], MASKED_PATHS);
         let expected = ["cpu0", "cpu2", "cpu10"].map(|cpu| format!("/sys/devices/system/cpu/{cpu}/thermal_throttle"));
         assert_eq!(paths.as_slice()[fixed..], expected);
-        assert_eq!(MaskedPaths::of(&host.path().join("none")), MaskedPaths::of_a_sandbox());
+        assert_eq!(MaskedPaths::of(&host.path().join("none")), MaskedPaths::for_sandbox());
     }
 }

@@ -21,7 +21,7 @@ const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x4;
 /// # Errors
 /// Fails as open_tree(2) and umount2(2) do, with ENOSYS or EPERM where the kernel has no detached mounts or the process
 /// may not use them.
-pub fn detach(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn detach(path: &Path) -> io::Result<OwnedFd> {
     let tree = open_tree(path);
     umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(io::Error::from).and(tree)
 }
@@ -30,7 +30,7 @@ pub fn detach(path: &Path) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// Fails as move_mount(2) does.
-pub fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+pub(crate) fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
     let target = CString::new(target.as_os_str().as_bytes())?;
     let (from, empty) = (tree.as_raw_fd(), c"");
     // SAFETY: the arguments are an open descriptor and two NUL-terminated strings, which the kernel only reads.

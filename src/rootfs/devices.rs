@@ -17,7 +17,7 @@ const OWN: [&str; 6] = ["pts", "shm", "fd", "mqueue", "console", ".lxc"];
 ///
 /// # Errors
 /// Fails when `/dev` can't be read.
-pub fn of_the_host() -> Result<Vec<LinuxDevice>, RootfsError> {
+pub fn host_devices() -> Result<Vec<LinuxDevice>, RootfsError> {
     let mut devices = Vec::new();
     walk(Path::new("/dev"), &mut devices).map_err(|source| RootfsError::File {
         doing: "list devices below",
@@ -42,7 +42,7 @@ pub struct DeviceRequest<'a> {
 ///
 /// # Errors
 /// Fails when a path does not exist, or is not a device.
-pub fn of_the_task<'a>(
+pub fn task_devices<'a>(
     requests: impl Iterator<Item = DeviceRequest<'a>>,
 ) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
     requests

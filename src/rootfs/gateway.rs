@@ -15,13 +15,13 @@ use super::{NetworkNamespace, network};
 ///
 /// # Errors
 /// Fails when the network has no such address, or its routes can't be read.
-pub fn of(network: &NetworkNamespace) -> io::Result<IpAddr> {
+pub fn host_address(network: &NetworkNamespace) -> io::Result<IpAddr> {
     match network {
         NetworkNamespace::Host => Ok(Ipv4Addr::LOCALHOST.into()),
         NetworkNamespace::Private => Err(io::Error::other("a task without a network does not reach its host")),
         NetworkNamespace::Path(path) => {
             let (route, route6) = tables(path)?;
-            network::gateway(&route, &route6)
+            network::default_gateway(&route, &route6)
                 .ok_or_else(|| io::Error::other("the group's network has no default route"))
         }
     }

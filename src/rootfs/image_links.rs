@@ -25,7 +25,7 @@ const LINKS_MAX: usize = 40;
 
 /// The kind of entry that a path of the image must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wanted {
+pub(super) enum EntryKind {
     /// A directory, in which a file system is mounted or files are created.
     Directory,
     /// A regular file, over which another file is mounted.
@@ -38,15 +38,15 @@ pub(super) enum Wanted {
 ///
 /// # Errors
 /// Fails when a directory is where a file must be, or when a file system operation fails.
-pub(super) fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> io::Result<()> {
+pub(super) fn ensure_plain(root: BorrowedFd<'_>, path: &Path, wanted: EntryKind) -> io::Result<()> {
     let mut parent: Option<OwnedFd> = None;
     let mut components = path.components().peekable();
     while let Some(component) = components.next() {
         let name = component.as_os_str();
         let at = parent.as_ref().map_or(root, OwnedFd::as_fd);
         let is_last = components.peek().is_none();
-        let here = if is_last { wanted } else { Wanted::Directory };
-        match plain(at, name, here)? {
+        let here = if is_last { wanted } else { EntryKind::Directory };
+        match open_or_replace(at, name, here)? {
             Some(opened) => parent = Some(opened),
             None => return Ok(()),
         }
@@ -55,7 +55,7 @@ pub(super) fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> i
 }
 
 /// Opens an entry, and replaces it first if it is not of the wanted kind. Returns `None` when there is no such entry.
-fn plain(at: BorrowedFd<'_>, name: &OsStr, wanted: Wanted) -> io::Result<Option<OwnedFd>> {
+fn open_or_replace(at: BorrowedFd<'_>, name: &OsStr, wanted: EntryKind) -> io::Result<Option<OwnedFd>> {
     let opened = match open_entry(at, name) {
         Ok(opened) => opened,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -63,18 +63,18 @@ fn plain(at: BorrowedFd<'_>, name: &OsStr, wanted: Wanted) -> io::Result<Option<
     };
     let kind = kind_of(&opened)?;
     match wanted {
-        Wanted::Directory if kind == SFlag::S_IFDIR => return Ok(Some(opened)),
-        Wanted::File if kind == SFlag::S_IFREG => return Ok(Some(opened)),
-        Wanted::File if kind == SFlag::S_IFDIR => return Err(io::ErrorKind::IsADirectory.into()),
-        Wanted::Directory | Wanted::File => {}
+        EntryKind::Directory if kind == SFlag::S_IFDIR => return Ok(Some(opened)),
+        EntryKind::File if kind == SFlag::S_IFREG => return Ok(Some(opened)),
+        EntryKind::File if kind == SFlag::S_IFDIR => return Err(io::ErrorKind::IsADirectory.into()),
+        EntryKind::Directory | EntryKind::File => {}
     }
-    let wanted_words = if wanted == Wanted::File { "a regular file" } else { "a directory" };
+    let wanted_words = if wanted == EntryKind::File { "a regular file" } else { "a directory" };
     tracing::debug!(
         name = %name.display(),
         "an entry of the image is replaced in the container, because it is not {wanted_words}"
     );
     unlinkat(at, name, UnlinkatFlags::NoRemoveDir)?;
-    if wanted == Wanted::File {
+    if wanted == EntryKind::File {
         return Ok(None);
     }
     mkdirat(at, name, Mode::from_bits_truncate(0o755))?;
@@ -258,14 +258,14 @@ mod tests {
         symlink(outside.path().join("ptmx"), dir.path().join("etc/hosts")).expect("linked");
         nix::unistd::mkfifo(&dir.path().join("etc/resolv.conf"), Mode::S_IRWXU).expect("made");
         fs::create_dir(dir.path().join("etc/directory")).expect("made");
-        let make = |path: &str, wanted| make_plain(root.as_fd(), Path::new(path), wanted);
-        make("dev", Wanted::Directory).expect("replaced");
-        make("etc/hosts", Wanted::File).expect("replaced");
-        make("etc/resolv.conf", Wanted::File).expect("replaced");
-        make("lib/modules", Wanted::Directory).expect("replaced");
-        make("not/there", Wanted::File).expect("nothing to do");
-        make("file", Wanted::File).expect("left");
-        assert!(make("etc/directory", Wanted::File).is_err());
+        let make = |path: &str, wanted| ensure_plain(root.as_fd(), Path::new(path), wanted);
+        make("dev", EntryKind::Directory).expect("replaced");
+        make("etc/hosts", EntryKind::File).expect("replaced");
+        make("etc/resolv.conf", EntryKind::File).expect("replaced");
+        make("lib/modules", EntryKind::Directory).expect("replaced");
+        make("not/there", EntryKind::File).expect("nothing to do");
+        make("file", EntryKind::File).expect("left");
+        assert!(make("etc/directory", EntryKind::File).is_err());
         let is_dir = |path: &str| fs::symlink_metadata(dir.path().join(path)).is_ok_and(|meta| meta.is_dir());
         assert!(is_dir("dev") && is_dir("lib") && is_dir("usr/lib"));
         assert!(!dir.path().join("etc/hosts").exists() && !dir.path().join("etc/resolv.conf").exists());

@@ -204,7 +204,7 @@ pub fn check_mount<'a>(
 ///
 /// # Errors
 /// Fails when the text contains a NUL byte.
-pub fn no_nul(what: impl FnOnce() -> String, text: &str) -> Result<(), StringError> {
+pub(crate) fn no_nul(what: impl FnOnce() -> String, text: &str) -> Result<(), StringError> {
     if text.contains('\0') { Err(StringError::Nul { what: what(), value: text.to_owned() }) } else { Ok(()) }
 }
 

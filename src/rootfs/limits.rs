@@ -96,7 +96,7 @@ pub struct Namespaces {
 }
 
 /// Kernel parameters that belong to an IPC namespace (`ipc_namespaces(7)`), besides those that begin with `fs.mqueue.`.
-const IPC: [&str; 8] = [
+const IPC_SYSCTLS: [&str; 8] = [
     "kernel.msgmax",
     "kernel.msgmnb",
     "kernel.msgmni",
@@ -115,7 +115,7 @@ const IPC: [&str; 8] = [
 pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> Result<(), String> {
     let (owner, option) = if name.starts_with("net.") {
         (network, "host_network")
-    } else if name.starts_with("fs.mqueue.") || IPC.contains(&name) {
+    } else if name.starts_with("fs.mqueue.") || IPC_SYSCTLS.contains(&name) {
         (namespaces.ipc, "ipc_mode = \"host\"")
     } else if name == "kernel.domainname" {
         (namespaces.uts, "uts_mode = \"host\"")
@@ -129,7 +129,7 @@ pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> R
 }
 
 /// Prefixes of keys that runtimes and this driver act on. A job that could set them could change its own confinement.
-const RESERVED: [&str; 13] = [
+const RESERVED_PREFIXES: [&str; 13] = [
     "module.wasm.",
     "krun.",
     "cdi.k8s.io/",
@@ -150,7 +150,10 @@ const RESERVED: [&str; 13] = [
 /// # Errors
 /// Fails with the first key that a job may not set.
 pub fn check_annotations(annotations: &BTreeMap<String, String>) -> Result<(), String> {
-    match annotations.keys().find(|key| key.is_empty() || RESERVED.iter().any(|prefix| key.starts_with(prefix))) {
+    match annotations
+        .keys()
+        .find(|key| key.is_empty() || RESERVED_PREFIXES.iter().any(|prefix| key.starts_with(prefix)))
+    {
         None => Ok(()),
         Some(key) if key.is_empty() => Err("a key is empty".to_owned()),
         Some(key) => Err(format!("{key:?} is reserved for the runtime and this driver")),

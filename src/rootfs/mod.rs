@@ -1,7 +1,6 @@
 //! What a task's process sees of its container: the OCI spec, which pure functions build from plain inputs, and the
 //! bundle that holds the spec and the root file system, which this driver mounts itself.
 
-mod ahead;
 pub mod apparmor;
 mod arrangement;
 pub mod bundle;
@@ -21,6 +20,7 @@ pub mod network;
 mod pins;
 mod process;
 mod resources;
+mod rootfs_pool;
 pub mod seccomp;
 pub mod selinux;
 mod spec;
@@ -30,14 +30,14 @@ mod users;
 
 use std::{io, path::PathBuf};
 
-pub use ahead::Ahead;
-pub use bundle::UpperOn;
+pub use bundle::UpperStorage;
 pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default_allowed, parse_capability};
 pub use defaults::MaskedPaths;
 pub use kernel_limits::{KernelLimits, StringError, check_mount};
 pub use pins::{Pins, PreparedPins};
 pub use process::Command;
 pub use resources::{CpuQuota, MemoryMax, Resources};
+pub use rootfs_pool::RootfsPool;
 pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, Terminal, build};
 pub use users::UserError;
 
@@ -107,7 +107,7 @@ pub enum RootfsError {
     },
     /// The kernel refuses a mount.
     #[error("{option}: could not mount at target {target:?}")]
-    Mounting {
+    MountAtTarget {
         /// The option that asks for the mount.
         option: &'static str,
         /// The mount's target.
@@ -167,7 +167,7 @@ pub enum RootfsError {
     },
     /// The root file system can't be mounted.
     #[error("could not mount the root file system at {path}")]
-    Mount {
+    MountRootfs {
         /// The mount point.
         path: PathBuf,
         /// The system call's error.

@@ -25,7 +25,7 @@ const NOATIME: u64 = 0x10;
 
 /// The mounts that attributes are set on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Depth {
+pub(crate) enum Depth {
     /// Only the mount itself.
     Top,
     /// The mount and all mounts below it.
@@ -34,18 +34,18 @@ pub enum Depth {
 
 /// Attributes to be set on a mount. All other attributes of the mount stay as they are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Attributes {
+pub(crate) struct Attributes {
     bits: u64,
 }
 
 impl Attributes {
     /// Returns the attribute `ro`.
-    pub fn read_only() -> Self {
+    pub(crate) fn read_only() -> Self {
         Self::of_options(&["ro"])
     }
 
     /// Returns the attributes among the options of a mount. Other options are ignored.
-    pub fn of_options<T: AsRef<str>>(options: &[T]) -> Self {
+    pub(crate) fn of_options<T: AsRef<str>>(options: &[T]) -> Self {
         let mut found = Self::default();
         for option in options {
             if let Some((_, bit, _)) = ATTRIBUTES.iter().find(|(name, _, _)| *name == option.as_ref()) {
@@ -61,7 +61,7 @@ impl Attributes {
     }
 
     /// Tells whether there are no attributes to set.
-    pub fn is_empty(self) -> bool {
+    pub(crate) fn is_empty(self) -> bool {
         self.bits == 0
     }
 
@@ -70,7 +70,7 @@ impl Attributes {
     ///
     /// # Errors
     /// Fails as mount_setattr(2) and mount(2) do.
-    pub fn set(self, path: &Path, depth: Depth) -> io::Result<()> {
+    pub(crate) fn set(self, path: &Path, depth: Depth) -> io::Result<()> {
         match self.set_at_once(path, depth) {
             Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => self.set_one_by_one(path, depth),
             other => other,

@@ -21,19 +21,19 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::{
     RootfsError,
-    arrangement::{Place, Placed, arrange},
+    arrangement::{PlacedMount, Placement, arrange},
     bundle::BundlePaths,
-    image_links::{self, Wanted, kind_of},
+    image_links::{self, EntryKind, kind_of},
     mount_attributes::{Attributes, Depth},
-    mounts::{MountContent, Source, TaskMount, open_path, open_plain},
+    mounts::{MountContent, MountSource, TaskMount, open_path, open_without_links},
     pins::{Pins, PreparedPins},
     target::{MountTarget, SysTargets},
 };
 
 /// Options that set how mounts propagate between mount namespaces (mount_namespaces(7)).
-const PROPAGATION: [&str; 6] = ["private", "rprivate", "slave", "rslave", "shared", "rshared"];
+const PROPAGATION_OPTIONS: [&str; 6] = ["private", "rprivate", "slave", "rslave", "shared", "rshared"];
 /// Options of file systems in memory that need no action: they are the default, or the opposite of an attribute.
-const WITHOUT_EFFECT: [&str; 9] =
+const NO_OP_TMPFS_OPTIONS: [&str; 9] =
     ["rw", "suid", "dev", "exec", "relatime", "norelatime", "atime", "diratime", "strictatime"];
 /// Directories of every container in which runtimes mount file systems or create files.
 const DIRECTORIES: [&str; 4] = ["dev", "proc", "sys", "etc"];
@@ -42,11 +42,11 @@ const DIRECTORIES: [&str; 4] = ["dev", "proc", "sys", "etc"];
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Nesting {
     /// The driver mounts it, into the tree that the runtime takes as a whole.
-    InTheTree,
+    ByDriver,
     /// The runtime mounts each one by itself. A gVisor sandbox needs this: only the mounts of its own kernel are mount
     /// points for its tasks, and it looks up targets only inside of the sandbox. The driver still makes sure that no
     /// link is on the way.
-    ByTheRuntime,
+    ByRuntime,
 }
 
 /// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
@@ -57,7 +57,7 @@ pub enum Nesting {
 /// # Errors
 /// Fails when a mount can't be put at its target; the error names its option and target. What has been mounted by then
 /// is removed with the bundle.
-pub fn place(
+pub fn place_mounts(
     paths: &BundlePaths,
     base: &[Mount],
     mounts: &[TaskMount],
@@ -74,19 +74,20 @@ pub fn place(
         // /etc may be a link to a directory: nothing is written there, and the targets of mounts in it are resolved.
         // Docker replaces such a link by an empty directory, which would hide the image's own files.
         if directory != "etc" || !image_links::leads_to_directory(root.as_fd(), Path::new("/etc"), is_base) {
-            make_plain(root.as_fd(), path, Wanted::Directory)?;
+            ensure_plain(root.as_fd(), path, EntryKind::Directory)?;
         }
     }
     let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
-    let placed = arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.number].refused(misplaced.problem))?;
-    let tree = Tree { paths, placed: &placed, mounts, nesting };
+    let placed =
+        arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
+    let tree = MountTree { paths, placed: &placed, mounts, nesting };
     let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
-        tree.put(one).map_err(|source| {
+        tree.pin_and_place(one).map_err(|source| {
             let mount = tree.mount(one);
-            RootfsError::Mounting { option: mount.option, target: mount.target.to_string(), source }
+            RootfsError::MountAtTarget { option: mount.option, target: mount.target.to_string(), source }
         })?;
-        if one.place == Place::Runtime || nesting == Nesting::ByTheRuntime {
+        if one.place == Placement::ByRuntime || nesting == Nesting::ByRuntime {
             left.push(tree.for_runtime(one)?);
         }
     }
@@ -97,15 +98,15 @@ pub fn place(
 ///
 /// # Errors
 /// Returns the reason why the mount may not be there, with its option and target.
-pub fn check(mount: &TaskMount, target: &MountTarget, sys: SysTargets) -> Result<(), RootfsError> {
-    target.check(sys).map_err(|problem| mount.refused(problem))?;
+pub fn check_target(mount: &TaskMount, target: &MountTarget, sys: SysTargets) -> Result<(), RootfsError> {
+    target.check(sys).map_err(|problem| mount.target_error(problem))?;
     // runc masks parts of /proc and /sys with the container's own /dev/null (CVE-2025-31133), so nothing else may be
     // there. The host's own /dev is allowed: Nomad mounts it in CSI plugins.
     let covers_null = ["/dev", "/dev/null"].into_iter().find(|path| target.path() == Path::new(path));
-    let is_the_hosts = |path: &str| matches!(&mount.content, MountContent::Bind(source) if source.is_the_hosts(path));
+    let is_the_hosts = |path: &str| matches!(&mount.content, MountContent::Bind(source) if source.is_host_path(path));
     match covers_null.filter(|path| sys == SysTargets::Refused && !is_the_hosts(path)) {
         None => Ok(()),
-        Some(path) => Err(mount.refused(format!(
+        Some(path) => Err(mount.target_error(format!(
             "only privileged tasks may mount over {path}, except for the host's own {path}; mount below /dev, or elsewhere"
         ))),
     }
@@ -133,8 +134,8 @@ fn attach_pins(paths: &BundlePaths, mounts: &[TaskMount], prepared: Option<Prepa
         .map_err(|source| file("mount a file system at", &pins, source))
 }
 
-fn make_plain(root: BorrowedFd<'_>, path: &Path, wanted: Wanted) -> Result<(), RootfsError> {
-    image_links::make_plain(root, path, wanted).map_err(|source| RootfsError::Image { path: path.to_owned(), source })
+fn ensure_plain(root: BorrowedFd<'_>, path: &Path, wanted: EntryKind) -> Result<(), RootfsError> {
+    image_links::ensure_plain(root, path, wanted).map_err(|source| RootfsError::Image { path: path.to_owned(), source })
 }
 
 /// Resolves the mounts' targets in the image. The outermost targets come first: what lies below one of them does not
@@ -158,45 +159,45 @@ fn resolve_targets(
             // The driver's own file (such as /etc/hosts) replaces whatever the image has there, as in docker.
             (MountContent::File(_), Some(parent), Some(name)) if !target.ancestors().any(is_mount) => {
                 let found = resolve(parent)?.join(name);
-                make_plain(root, found.strip_prefix("/").unwrap_or(&found), Wanted::File)?;
+                ensure_plain(root, found.strip_prefix("/").unwrap_or(&found), EntryKind::File)?;
                 found
             }
             _ => resolve(target)?,
         };
         let found = MountTarget::found(found);
-        check(mount, &found, sys)?;
+        check_target(mount, &found, sys)?;
         targets[number] = found;
     }
     Ok(targets)
 }
 
 /// The mounts of a task with their placements, from which the tree of mounts is built.
-struct Tree<'a> {
+struct MountTree<'a> {
     paths: &'a BundlePaths,
-    placed: &'a [Placed],
+    placed: &'a [PlacedMount],
     mounts: &'a [TaskMount],
     nesting: Nesting,
 }
 
-impl Tree<'_> {
-    fn mount(&self, placed: &Placed) -> &TaskMount {
+impl MountTree<'_> {
+    fn mount(&self, placed: &PlacedMount) -> &TaskMount {
         &self.mounts[placed.number]
     }
 
     /// Tells whether other mounts are put into this one's tree.
-    fn holds_others(&self, placed: &Placed) -> bool {
-        self.nesting == Nesting::InTheTree
+    fn holds_others(&self, placed: &PlacedMount) -> bool {
+        self.nesting == Nesting::ByDriver
             && self
                 .placed
                 .iter()
-                .any(|other| matches!(&other.place, Place::Within { top, .. } if *top == placed.number))
+                .any(|other| matches!(&other.place, Placement::InTree { outermost, .. } if *outermost == placed.number))
     }
 
     /// Pins a mount's source, and moves it to its target if that lies in another mount's tree.
-    fn put(&self, placed: &Placed) -> io::Result<()> {
+    fn pin_and_place(&self, placed: &PlacedMount) -> io::Result<()> {
         let mount = self.mount(placed);
-        let pin = self.paths.pinned(placed.number);
-        let is_inside = placed.place != Place::Runtime && self.nesting == Nesting::InTheTree;
+        let pin = self.paths.pin_path(placed.number);
+        let is_inside = placed.place != Placement::ByRuntime && self.nesting == Nesting::ByDriver;
         match &mount.content {
             MountContent::FileSystem { .. } if !is_inside => {}
             MountContent::FileSystem { .. } => {
@@ -212,8 +213,8 @@ impl Tree<'_> {
         }
         let is_bind = |number: usize| matches!(self.mounts[number].content, MountContent::Bind(_));
         match &placed.place {
-            Place::Within { top, path, .. } if is_inside => {
-                let point = open_mount_point(&self.paths.pinned(*top), path, self.kind(placed))?;
+            Placement::InTree { outermost: top, path_in_outermost: path, .. } if is_inside => {
+                let point = open_mount_point(&self.paths.pin_path(*top), path, self.kind(placed))?;
                 let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
                 let flags = match mount.content {
                     MountContent::File(_) => MsFlags::MS_BIND,
@@ -222,19 +223,19 @@ impl Tree<'_> {
                 Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
             }
             // The runtime mounts it later, but the mount point is opened now, to make sure that no link is on the way.
-            Place::Within { holder, below, .. } if is_bind(*holder) => {
-                open_mount_point(&self.paths.pinned(*holder), below, self.kind(placed)).map(drop)
+            Placement::InTree { parent: holder, path_in_parent: below, .. } if is_bind(*holder) => {
+                open_mount_point(&self.paths.pin_path(*holder), below, self.kind(placed)).map(drop)
             }
-            Place::Within { .. } | Place::Runtime => Ok(()),
+            Placement::InTree { .. } | Placement::ByRuntime => Ok(()),
         }
     }
 
     /// Returns the file type that a mount's mount point must have.
-    fn kind(&self, placed: &Placed) -> SFlag {
+    fn kind(&self, placed: &PlacedMount) -> SFlag {
         if is_directory(self.mount(placed)) { SFlag::S_IFDIR } else { SFlag::S_IFREG }
     }
 
-    fn bind(&self, placed: &Placed, source: &Source, pin: &Path, is_inside: bool) -> io::Result<()> {
+    fn bind(&self, placed: &PlacedMount, source: &MountSource, pin: &Path, is_inside: bool) -> io::Result<()> {
         let options = &self.mount(placed).options;
         let has = |wanted: &str| options.iter().any(|option| option == wanted);
         if source.is_directory() {
@@ -244,10 +245,10 @@ impl Tree<'_> {
         }
         let (recursion, depth) =
             if has("rbind") { (MsFlags::MS_REC, Depth::Tree) } else { (MsFlags::empty(), Depth::Top) };
-        mount(Some(&source.by_descriptor()), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
+        mount(Some(&source.fd_path()), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
         // Missing mount points of other mounts are created in the source, as crun does, before it may become read-only.
         for other in self.placed {
-            if let Place::Within { holder, below, .. } = &other.place
+            if let Placement::InTree { parent: holder, path_in_parent: below, .. } = &other.place
                 && *holder == placed.number
             {
                 // A mount point that can't be created becomes an error of its own mount, when that one is placed.
@@ -273,16 +274,18 @@ impl Tree<'_> {
     }
 
     /// Returns a mount in the form of the OCI spec, for the runtime.
-    fn for_runtime(&self, placed: &Placed) -> Result<Mount, RootfsError> {
+    fn for_runtime(&self, placed: &PlacedMount) -> Result<Mount, RootfsError> {
         let mount = self.mount(placed);
         let mut options = mount.options.clone();
         let (kind, source) = match &mount.content {
             MountContent::FileSystem { kind, source } => (kind.as_str(), PathBuf::from(source)),
-            MountContent::Bind(_) | MountContent::File(_) => ("bind", self.paths.pinned(placed.number)),
+            MountContent::Bind(_) | MountContent::File(_) => ("bind", self.paths.pin_path(placed.number)),
         };
         if self.holds_others(placed) {
             // The runtime takes the tree as it is: the propagation of each of its mounts has been set already.
-            options.retain(|option| option != "bind" && option != "rbind" && !PROPAGATION.contains(&option.as_str()));
+            options.retain(|option| {
+                option != "bind" && option != "rbind" && !PROPAGATION_OPTIONS.contains(&option.as_str())
+            });
             options.insert(0, "rbind".to_owned());
         }
         let built = MountBuilder::default().destination(placed.target.path()).typ(kind).source(source).options(options);
@@ -301,7 +304,7 @@ fn is_directory(mount: &TaskMount) -> bool {
 /// Returns the propagation that the options name. The default is slave, as in runtimes: mounts that the host makes
 /// below the source later appear in the task, too.
 fn propagation(options: &[String]) -> MsFlags {
-    match options.iter().rev().map(String::as_str).find(|option| PROPAGATION.contains(option)) {
+    match options.iter().rev().map(String::as_str).find(|option| PROPAGATION_OPTIONS.contains(option)) {
         Some("private" | "rprivate") => MsFlags::MS_PRIVATE,
         Some("shared" | "rshared") => MsFlags::MS_SHARED,
         _ => MsFlags::MS_SLAVE,
@@ -313,7 +316,7 @@ fn mount_in_memory(at: &Path, options: &[String]) -> io::Result<()> {
     let attributes = |option: &&String| !Attributes::of_options(std::slice::from_ref(*option)).is_empty();
     let is_data = |option: &&String| {
         let name = option.as_str();
-        !attributes(option) && !WITHOUT_EFFECT.contains(&name) && !PROPAGATION.contains(&name)
+        !attributes(option) && !NO_OP_TMPFS_OPTIONS.contains(&name) && !PROPAGATION_OPTIONS.contains(&name)
     };
     let data: Vec<&str> = options.iter().filter(is_data).map(String::as_str).collect();
     mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(data.join(",").as_str()))?;
@@ -325,7 +328,7 @@ fn mount_in_memory(at: &Path, options: &[String]) -> io::Result<()> {
 /// Opens the mount point `path` in the tree at `top`, and creates it if it is missing. Never follows a link.
 fn open_mount_point(top: &Path, path: &Path, wanted: SFlag) -> io::Result<OwnedFd> {
     let top = open_path(top)?;
-    let opened = match open_plain(&top, path) {
+    let opened = match open_without_links(&top, path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => make_mount_point(top, path, wanted)?,
         other => other?,
     };
@@ -355,7 +358,7 @@ fn make_mount_point(top: OwnedFd, path: &Path, wanted: SFlag) -> io::Result<Owne
                 Err(error) => return Err(error.into()),
             }
         }
-        at = open_plain(&at, name)?;
+        at = open_without_links(&at, name)?;
     }
     Ok(at)
 }

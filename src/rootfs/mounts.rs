@@ -77,7 +77,7 @@ pub struct TaskMount {
 
 impl TaskMount {
     /// Returns the error for a mount that may not be, or can't be, at its target.
-    pub(super) fn refused(&self, problem: String) -> RootfsError {
+    pub(super) fn target_error(&self, problem: String) -> RootfsError {
         RootfsError::Target { option: self.option, target: self.target.to_string(), problem }
     }
 
@@ -85,22 +85,24 @@ impl TaskMount {
     /// errno, which distinguishes it from a path that the image does not have.
     pub(super) fn unresolved(&self, source: io::Error) -> RootfsError {
         match failure::of_error(&source) {
-            Some(Cause::Host) => RootfsError::Mounting { option: self.option, target: self.target.to_string(), source },
-            _ => self.refused(source.to_string()),
+            Some(Cause::Host) => {
+                RootfsError::MountAtTarget { option: self.option, target: self.target.to_string(), source }
+            }
+            _ => self.target_error(source.to_string()),
         }
     }
 }
 
 /// A file or directory of the host. It is held open, so that no other process can exchange it.
 #[derive(Debug)]
-pub struct Source {
+pub struct MountSource {
     opened: OwnedFd,
     is_directory: bool,
     /// Device and inode.
     identity: (u64, u64),
 }
 
-impl Source {
+impl MountSource {
     /// Reads the type and identity of an opened file or directory. This is done only once, because each further call of
     /// fstat(2) could block on a dead network file system.
     ///
@@ -118,7 +120,7 @@ impl Source {
     }
 
     /// Tells whether the source is the file or directory that the host has at `path`.
-    pub fn is_the_hosts(&self, path: &str) -> bool {
+    pub fn is_host_path(&self, path: &str) -> bool {
         std::fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == self.identity)
     }
 
@@ -127,11 +129,11 @@ impl Source {
     /// # Errors
     /// Fails as readlink(2) does.
     pub fn path(&self) -> io::Result<PathBuf> {
-        std::fs::read_link(self.by_descriptor())
+        std::fs::read_link(self.fd_path())
     }
 
     /// Returns a path by which this process can mount the source.
-    pub(super) fn by_descriptor(&self) -> PathBuf {
+    pub(super) fn fd_path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.opened.as_raw_fd()))
     }
 }
@@ -140,7 +142,7 @@ impl Source {
 #[derive(Debug)]
 pub enum MountContent {
     /// A file or directory of the host.
-    Bind(Source),
+    Bind(MountSource),
     /// A file that the driver makes for the task, with this text.
     File(String),
     /// A new file system.
@@ -158,7 +160,7 @@ pub enum MountContent {
 ///
 /// # Errors
 /// Fails when a source is missing, leaves its directory, or may not be mounted.
-pub fn resolve(
+pub fn resolve_sources(
     requests: &[MountRequest],
     dirs: AllocDirs<'_>,
     flavor: Flavor,
@@ -176,7 +178,7 @@ pub fn resolve(
                 }
                 let opened = open_source(OPTION, source, dirs, flavor, allow_paths)?;
                 let failed = |error| RootfsError::Source { option: OPTION, source_path: source.clone(), source: error };
-                MountContent::Bind(Source::of(opened).map_err(failed)?)
+                MountContent::Bind(MountSource::of(opened).map_err(failed)?)
             }
         };
         Ok(TaskMount { option: "mounts", target: request.target.clone(), content, options })
@@ -189,10 +191,10 @@ pub fn resolve(
 ///
 /// # Errors
 /// Fails when it is missing, is not a directory, or is behind a link.
-pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<Source, RootfsError> {
+pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<MountSource, RootfsError> {
     let opened = || {
         let root = open_path(alloc_dir)?;
-        let source = Source::of(open_plain(&root, below)?)?;
+        let source = MountSource::of(open_without_links(&root, below)?)?;
         if source.is_directory() {
             Ok(source)
         } else {
@@ -207,8 +209,8 @@ pub fn open_alloc_dir(alloc_dir: &Path, below: &Path) -> Result<Source, RootfsEr
 ///
 /// # Errors
 /// Fails when it is missing.
-pub fn open_host_path(option: &'static str, path: &Path) -> Result<Source, RootfsError> {
-    open_path(path).and_then(Source::of).map_err(|source| RootfsError::Source {
+pub fn open_host_path(option: &'static str, path: &Path) -> Result<MountSource, RootfsError> {
+    open_path(path).and_then(MountSource::of).map_err(|source| RootfsError::Source {
         option,
         source_path: path.to_string_lossy().into_owned(),
         source,
@@ -231,7 +233,7 @@ pub fn open_source(
     let outside = || RootfsError::SourceOutside { option, source_path: source.to_owned() };
     let path = Path::new(source);
     if path.is_absolute() {
-        if flavor == Flavor::DropIn {
+        if flavor == Flavor::ContainerdDriver {
             // As in nomad-driver-containerd, a job may name any path of the host, and symlinks are followed.
             return open_path(path).map_err(failed);
         }
@@ -244,19 +246,19 @@ pub fn open_source(
         }
         let below = path.strip_prefix(dirs.alloc).map_err(|_| outside())?;
         let fd = open_beneath(dirs.alloc, below).map_err(failed)?;
-        return if is_the_tasks(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) };
+        return if is_visible_to_task(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) };
     }
     let (root, below) = match path.strip_prefix("alloc") {
         Ok(below) => (dirs.alloc.join("alloc"), below),
         Err(_) => (dirs.alloc.join(dirs.task), path),
     };
     let fd = open_beneath(&root, below).map_err(failed)?;
-    if is_the_tasks(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) }
+    if is_visible_to_task(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) }
 }
 
 /// Tells whether an opened file is in one of the directories that the task sees anyway. The check uses the opened
 /// file's real path, not the path in the job: `private` belongs to Nomad, and other tasks' secrets must stay secret.
-fn is_the_tasks(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
+fn is_visible_to_task(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
     let opened = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
     let alloc = std::fs::canonicalize(dirs.alloc)?;
     let task = alloc.join(dirs.task);
@@ -291,7 +293,7 @@ fn open_beneath(root: &Path, below: &Path) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// Fails when a component is a link, and as openat2(2) does.
-pub(super) fn open_plain(root: impl AsFd, below: &Path) -> io::Result<OwnedFd> {
+pub(super) fn open_without_links(root: impl AsFd, below: &Path) -> io::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -327,10 +329,11 @@ mod tests {
         std::os::unix::fs::symlink(outside.path(), alloc.path().join("web/local/out")).expect("linked");
         std::os::unix::fs::symlink("file", alloc.path().join("web/local/in")).expect("linked");
         let dirs = AllocDirs { alloc: alloc.path(), task: "web" };
-        let resolve = |source: &str, flavor, allowed: &[PathBuf]| resolve(&[bind(source)], dirs, flavor, allowed);
+        let resolve =
+            |source: &str, flavor, allowed: &[PathBuf]| resolve_sources(&[bind(source)], dirs, flavor, allowed);
         let whole = alloc.path().join("alloc/data");
         for source in ["local/file", "local/in", "alloc/data", "local", whole.to_str().expect("utf-8")] {
-            let resolved = resolve(source, Flavor::Secure, &[]).expect(source);
+            let resolved = resolve(source, Flavor::Strict, &[]).expect(source);
             assert!(matches!(resolved[0].content, MountContent::Bind(_)), "a bind");
             assert_eq!(resolved[0].options, ["ro", "rbind"]);
         }
@@ -349,16 +352,16 @@ mod tests {
             "local/../../x",
             outside.path().to_str().expect("utf-8"),
         ] {
-            assert!(resolve(source, Flavor::Secure, &[]).is_err(), "{source}");
+            assert!(resolve(source, Flavor::Strict, &[]).is_err(), "{source}");
         }
         let outside_text = outside.path().to_str().expect("utf-8");
-        assert!(resolve(outside_text, Flavor::Secure, &[outside.path().to_owned()]).is_ok());
-        assert!(resolve(outside_text, Flavor::DropIn, &[]).is_ok());
-        assert!(resolve("local/missing", Flavor::DropIn, &[]).is_err());
+        assert!(resolve(outside_text, Flavor::Strict, &[outside.path().to_owned()]).is_ok());
+        assert!(resolve(outside_text, Flavor::ContainerdDriver, &[]).is_ok());
+        assert!(resolve("local/missing", Flavor::ContainerdDriver, &[]).is_err());
         let fifo = outside.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("made");
         let fifo_text = fifo.to_str().expect("utf-8");
-        assert!(resolve(fifo_text, Flavor::Secure, std::slice::from_ref(&fifo)).is_ok(), "not waited for");
+        assert!(resolve(fifo_text, Flavor::Strict, std::slice::from_ref(&fifo)).is_ok(), "not waited for");
     }
 
     #[test]
@@ -370,7 +373,8 @@ mod tests {
         fs::write(alloc.path().join("web/secrets"), "").expect("written");
         std::os::unix::fs::symlink(outside.path(), alloc.path().join("alloc/logs")).expect("linked");
         std::os::unix::fs::symlink("../alloc", alloc.path().join("web/alloc")).expect("linked");
-        let open = |below: &str| open_alloc_dir(alloc.path(), Path::new(below)).map_err(|error| crate::chain(&error));
+        let open =
+            |below: &str| open_alloc_dir(alloc.path(), Path::new(below)).map_err(|error| crate::error_chain(&error));
         assert!(open("alloc").is_ok() && open("alloc/data").is_ok());
         for (below, why) in [
             ("alloc/logs", "symbolic link"),

@@ -114,7 +114,7 @@ pub fn hosts<'a>(base: &str, names: impl Iterator<Item = (&'a str, &'a str)>) ->
 }
 
 /// Returns the default gateway of a network namespace, given the text of its /proc/net/route and /proc/net/ipv6_route.
-pub fn gateway(route: &str, route6: &str) -> Option<IpAddr> {
+pub fn default_gateway(route: &str, route6: &str) -> Option<IpAddr> {
     // The fields are destination and gateway, hexadecimal and in the host's byte order (linux, fib_route_seq_show).
     let v4 = route.lines().skip(1).find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
@@ -156,11 +156,11 @@ mod tests {
         let route =
             "Iface\tDestination\tGateway\tFlags\neth0\t0011A8C0\t00000000\t0001\neth0\t00000000\t011AA8C0\t0003\n";
         let swapped = u32::from_str_radix("011AA8C0", 16).expect("hexadecimal").to_ne_bytes();
-        assert_eq!(gateway(route, ""), Some(IpAddr::V4(Ipv4Addr::from(swapped))));
+        assert_eq!(default_gateway(route, ""), Some(IpAddr::V4(Ipv4Addr::from(swapped))));
         let zero = "0".repeat(32);
         let route6 = format!("{zero} 00 {zero} 00 fd000000000000000000000000000001 00000400 0 0 00000003 eth0\n");
-        assert_eq!(gateway("Iface\n", &route6), Some("fd00::1".parse().expect("an address")));
-        assert_eq!(gateway("Iface\n", &format!("{zero} 00 {zero} 00 {zero} ffffffff 1 0 00200200 lo\n")), None);
+        assert_eq!(default_gateway("Iface\n", &route6), Some("fd00::1".parse().expect("an address")));
+        assert_eq!(default_gateway("Iface\n", &format!("{zero} 00 {zero} 00 {zero} ffffffff 1 0 00200200 lo\n")), None);
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub struct Command {
 ///
 /// # Errors
 /// Fails when no command results.
-pub fn arguments(job: &Command, entrypoint: &[String], cmd: &[String]) -> Result<Vec<String>, RootfsError> {
+pub(crate) fn arguments(job: &Command, entrypoint: &[String], cmd: &[String]) -> Result<Vec<String>, RootfsError> {
     let mut arguments = Vec::new();
     if let Some(first) = job.entrypoint.first() {
         if !first.is_empty() {
@@ -46,7 +46,7 @@ pub fn arguments(job: &Command, entrypoint: &[String], cmd: &[String]) -> Result
 
 /// Returns the environment: the image's variables, overridden by the task's. With `Flavor::ContainerdDriver` the
 /// image's `PATH` is kept.
-pub fn environment(image: &[String], task: &BTreeMap<String, String>, flavor: Flavor) -> Vec<String> {
+pub(crate) fn environment(image: &[String], task: &BTreeMap<String, String>, flavor: Flavor) -> Vec<String> {
     let key = |entry: &str| entry.split('=').next().unwrap_or(entry).to_owned();
     let mut merged: Vec<String> = Vec::with_capacity(image.len() + task.len() + 1);
     if !image.iter().any(|entry| entry.starts_with("PATH=")) {
@@ -54,7 +54,7 @@ pub fn environment(image: &[String], task: &BTreeMap<String, String>, flavor: Fl
     }
     merged.extend(image.iter().cloned());
     for (name, value) in task {
-        if name == "PATH" && flavor == Flavor::DropIn {
+        if name == "PATH" && flavor == Flavor::ContainerdDriver {
             continue;
         }
         let entry = format!("{name}={value}");
@@ -95,8 +95,8 @@ mod tests {
     fn the_task_wins_but_the_old_name_keeps_the_images_path() {
         let task = BTreeMap::from([("PATH".to_owned(), "/job".to_owned()), ("A".to_owned(), "2".to_owned())]);
         let image = ["PATH=/image".to_owned(), "A=1".to_owned(), "B=1".to_owned()];
-        assert_eq!(environment(&image, &task, Flavor::Secure), ["PATH=/job", "A=2", "B=1"]);
-        assert_eq!(environment(&image, &task, Flavor::DropIn), ["PATH=/image", "A=2", "B=1"]);
-        assert_eq!(environment(&[], &BTreeMap::new(), Flavor::Secure), [DEFAULT_PATH]);
+        assert_eq!(environment(&image, &task, Flavor::Strict), ["PATH=/job", "A=2", "B=1"]);
+        assert_eq!(environment(&image, &task, Flavor::ContainerdDriver), ["PATH=/image", "A=2", "B=1"]);
+        assert_eq!(environment(&[], &BTreeMap::new(), Flavor::Strict), [DEFAULT_PATH]);
     }
 }

@@ -68,7 +68,7 @@ const SHARES: std::ops::RangeInclusive<u64> = 2..=262_144;
 ///
 /// # Errors
 /// Fails when the spec's builders reject a value.
-pub fn build(
+pub(crate) fn build(
     resources: &Resources,
     counts_swap: bool,
     devices: Vec<LinuxDeviceCgroup>,

@@ -103,7 +103,7 @@ pub fn relabel(path: &Path, kind: VolumeLabel, task: u64) -> io::Result<()> {
     let root = openat(AT_FDCWD, &real, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
     let mut waiting = vec![root];
     while let Some(node) = waiting.pop() {
-        if set(&node, &label)? == Labels::None {
+        if set(&node, &label)? == LabelSupport::Unsupported {
             return Ok(());
         }
         if fstat(&node)?.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFDIR.bits() {
@@ -137,22 +137,22 @@ fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
 
 /// Whether a file system supports labels.
 #[derive(PartialEq, Eq)]
-enum Labels {
-    Some,
-    None,
+enum LabelSupport {
+    Supported,
+    Unsupported,
 }
 
-fn set(node: &OwnedFd, label: &CString) -> io::Result<Labels> {
+fn set(node: &OwnedFd, label: &CString) -> io::Result<LabelSupport> {
     let path = CString::new(format!("/proc/self/fd/{}", node.as_raw_fd())).map_err(io::Error::other)?;
     let name = CString::new(ATTRIBUTE).map_err(io::Error::other)?;
     let value = label.as_bytes_with_nul();
     // SAFETY: the arguments are three C strings, which live until the call returns, and the length of the third.
     let outcome = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
     if outcome == 0 {
-        return Ok(Labels::Some);
+        return Ok(LabelSupport::Supported);
     }
     match io::Error::last_os_error() {
-        error if error.raw_os_error() == Some(libc::ENOTSUP) => Ok(Labels::None),
+        error if error.raw_os_error() == Some(libc::ENOTSUP) => Ok(LabelSupport::Unsupported),
         error => Err(error),
     }
 }

@@ -145,7 +145,7 @@ pub struct SpecInput<'a> {
     /// The task's other namespaces.
     pub namespaces: Namespaces,
     /// Whether the host has cgroup version 2.
-    pub unified: bool,
+    pub is_cgroup_v2: bool,
     /// The size of /dev/shm in bytes; `None` for the default.
     pub shm_size: Option<u64>,
     /// Supplementary groups, by the image's names or by number.
@@ -189,12 +189,12 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         return Err(RootfsError::Cwd(cwd.to_owned()));
     }
     let user = if input.user.is_empty() { input.image.user } else { input.user };
-    let ids = users::resolve(user, input.image.passwd, input.image.group)?;
+    let ids = users::resolve_user(user, input.image.passwd, input.image.group)?;
     // The primary group is also listed as a supplementary group. Otherwise a program could drop the primary group and
     // so get around a restriction of that group (CVE-2022-36109).
     let mut groups = vec![ids.gid];
     let mut seen = HashSet::from([ids.gid]);
-    let further = ids.groups.iter().copied().chain(users::groups(input.groups, input.image.group)?);
+    let further = ids.groups.iter().copied().chain(users::resolve_groups(input.groups, input.image.group)?);
     groups.extend(further.filter(|group| seen.insert(*group)));
     if groups.len() > users::GROUPS_MAX {
         return Err(users::UserError::Groups { name: user.to_owned(), count: groups.len() }.into());
@@ -215,7 +215,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
         process = process.apparmor_profile(profile.as_str());
     }
 
-    let mounts = defaults::mounts(BaseMounts {
+    let mounts = defaults::base_mounts(BaseMounts {
         flavor: input.flavor,
         privileged,
         host_ipc: input.namespaces.ipc == Namespace::Host,
@@ -230,7 +230,7 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     let mut devices: Vec<LinuxDevice> = nodes.into_iter().map(|(device, _)| device).collect();
     let mut linux = LinuxBuilder::default()
         .cgroups_path(PathBuf::from(input.cgroup))
-        .namespaces(namespaces(&input.network, input.namespaces, input.unified)?)
+        .namespaces(namespaces(&input.network, input.namespaces, input.is_cgroup_v2)?)
         .resources(resources)
         .masked_paths(Vec::<String>::new())
         .readonly_paths(Vec::<String>::new());
@@ -307,7 +307,7 @@ fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::Lin
 
 fn rlimits(flavor: Flavor, defaults: Vec<Ulimit>, wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
     let mut limits = defaults;
-    if flavor == Flavor::DropIn {
+    if flavor == Flavor::ContainerdDriver {
         let old = Ulimit::files(1024);
         match limits.iter_mut().find(|limit| limit.kind == old.kind) {
             Some(limit) => (limit.soft, limit.hard) = (limit.soft.min(old.soft), limit.hard.min(old.hard)),
@@ -360,7 +360,7 @@ mod tests {
         let (command, task_env, resources) = (Command::default(), BTreeMap::new(), Resources::default());
         let (sysctl, hooks) = (BTreeMap::new(), Hooks::default());
         let mut input = SpecInput {
-            flavor: Flavor::Secure,
+            flavor: Flavor::Strict,
             image: ImageDefaults {
                 entrypoint: &entrypoint,
                 cmd: &cmd,
@@ -376,9 +376,9 @@ mod tests {
             env: &task_env,
             hostname: "host",
             root: RootMode::Writable,
-            capabilities: Capabilities::defaults(Flavor::Secure),
+            capabilities: Capabilities::defaults(Flavor::Strict),
             privilege: Privilege::Confined,
-            masked: Box::leak(Box::new(MaskedPaths::of_a_sandbox())),
+            masked: Box::leak(Box::new(MaskedPaths::for_sandbox())),
             network: NetworkNamespace::Private,
             root_propagation: None,
             devices: Vec::new(),
@@ -387,7 +387,7 @@ mod tests {
             ulimit_defaults: Vec::new(),
             sysctl: &sysctl,
             namespaces: Namespaces::default(),
-            unified: false,
+            is_cgroup_v2: false,
             shm_size: None,
             groups: &[],
             oom_score_adj: 0,
@@ -438,11 +438,11 @@ mod tests {
         let (sysctl, groups) = (BTreeMap::from([("net.core.somaxconn".to_owned(), "9".to_owned())]), ["7".to_owned()]);
         let hooks = Hooks { poststop: vec![vec!["/bin/true".to_owned(), "x".to_owned()]], ..Hooks::default() };
         let spec = build_with(|input| {
-            input.flavor = Flavor::DropIn;
+            input.flavor = Flavor::ContainerdDriver;
             input.ulimits = &[Ulimit { kind: oci_spec::runtime::PosixRlimitType::RlimitNofile, soft: 5, hard: 6 }];
             input.namespaces =
                 Namespaces { pid: Namespace::Host, ipc: Namespace::Host, uts: Namespace::Host, cgroup: None };
-            input.unified = true;
+            input.is_cgroup_v2 = true;
             (input.sysctl, input.groups, input.hooks) =
                 (Box::leak(Box::new(sysctl)), Box::leak(Box::new(groups)), Box::leak(Box::new(hooks)));
             input.oom_score_adj = 100;
@@ -493,7 +493,7 @@ mod tests {
 
     #[test]
     fn the_old_name_keeps_the_old_defaults() {
-        let spec = build_with(|input| input.flavor = Flavor::DropIn).expect("builds");
+        let spec = build_with(|input| input.flavor = Flavor::ContainerdDriver).expect("builds");
         assert_eq!(spec["process"]["rlimits"], json!([{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}]));
         assert!(spec["mounts"].as_array().expect("a list").iter().any(|mount| mount["destination"] == "/run"));
     }

@@ -27,7 +27,7 @@ pub enum SysTargets {
 impl SysTargets {
     /// Returns the rule for a task of a driver with this flavor.
     pub fn of(flavor: Flavor, privileged: bool) -> Self {
-        if privileged || flavor == Flavor::DropIn { Self::Allowed } else { Self::Refused }
+        if privileged || flavor == Flavor::ContainerdDriver { Self::Allowed } else { Self::Refused }
     }
 }
 
@@ -51,7 +51,7 @@ impl MountTarget {
     ///
     /// # Errors
     /// Fails when the result is the root itself.
-    pub fn of_volume(text: &str) -> Result<Self, String> {
+    pub fn parse_volume(text: &str) -> Result<Self, String> {
         let mut target = PathBuf::from("/");
         for component in Path::new(text).components() {
             match component {
@@ -129,10 +129,10 @@ mod tests {
     #[test]
     fn destinations_of_volumes_are_cleaned() {
         for (text, path) in [("data", "/data"), ("/a/../data", "/data"), ("../../data/", "/data"), ("/a/./b", "/a/b")] {
-            assert_eq!(MountTarget::of_volume(text).expect("a target").path(), Path::new(path), "{text}");
+            assert_eq!(MountTarget::parse_volume(text).expect("a target").path(), Path::new(path), "{text}");
         }
         for text in ["", "/", "..", "/a/..", "/a\0b"] {
-            assert!(MountTarget::of_volume(text).is_err(), "{text:?}");
+            assert!(MountTarget::parse_volume(text).is_err(), "{text:?}");
         }
     }
 

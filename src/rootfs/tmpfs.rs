@@ -95,21 +95,21 @@ impl TmpfsSize {
 ///
 /// # Errors
 /// Fails with the first option that is refused.
-pub fn options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -> Result<Vec<String>, TmpfsError> {
+pub fn complete_options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -> Result<Vec<String>, TmpfsError> {
     let single: Vec<&str> = given.iter().flat_map(|option| option.split(',')).filter(|one| !one.is_empty()).collect();
     let mut sized = false;
     for option in &single {
         let (key, value) = option.split_once('=').map_or((*option, None), |(key, value)| (key, Some(value)));
         sized |= matches!(key, "size" | "nr_blocks");
-        if flavor == Flavor::Secure {
+        if flavor == Flavor::Strict {
             check_form(option, key, value)?;
         }
         check_size(option, key, value, ceilings)?;
     }
     let mut options: Vec<String> = match flavor {
         // The options are passed on as the job has them, without a check.
-        Flavor::DropIn => given.to_vec(),
-        Flavor::Secure => {
+        Flavor::ContainerdDriver => given.to_vec(),
+        Flavor::Strict => {
             let said = |names: [&str; 2]| single.iter().any(|option| names.contains(option));
             let closed = [("nosuid", said(["suid", "nosuid"])), ("nodev", said(["dev", "nodev"]))];
             let closed = closed.iter().filter(|(_, said)| !said).map(|(option, _)| *option);
@@ -168,7 +168,7 @@ mod tests {
     fn checked(given: &[&str], flavor: Flavor, max: Option<TmpfsSize>) -> Result<Vec<String>, String> {
         let ceilings = Ceilings::new(flavor, [].into(), max).on_host(HostLimits::of_memory(8 * GIB));
         let given: Vec<String> = given.iter().map(|option| (*option).to_owned()).collect();
-        options(&given, flavor, &ceilings).map_err(|error| error.to_string())
+        complete_options(&given, flavor, &ceilings).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_tmpfs_is_closed_unless_the_job_opens_it() {
-        let with = |given: &[&str]| checked(given, Flavor::Secure, None).expect("allowed");
+        let with = |given: &[&str]| checked(given, Flavor::Strict, None).expect("allowed");
         assert_eq!(with(&[]), ["nosuid", "nodev"]);
         assert_eq!(with(&["size=64m"]), ["nosuid", "nodev", "size=64m"]);
         assert_eq!(with(&["suid"]), ["nodev", "suid"]);
@@ -200,25 +200,25 @@ mod tests {
             ["nosuid", "dev", "mode=700", "ro"],
             "an item may contain several options"
         );
-        assert_eq!(checked(&["size=1m,rw"], Flavor::DropIn, None).expect("allowed"), ["size=1m,rw"]);
+        assert_eq!(checked(&["size=1m,rw"], Flavor::ContainerdDriver, None).expect("allowed"), ["size=1m,rw"]);
     }
 
     #[test]
     fn no_tmpfs_is_larger_than_the_ceiling() {
         for option in ["size=100%", "size=51%", "size=900t", "size=5g", "size=0", "nr_blocks=0", "nr_blocks=2m"] {
-            let error = checked(&["mode=700", option], Flavor::Secure, None).expect_err("refused");
+            let error = checked(&["mode=700", option], Flavor::Strict, None).expect_err("refused");
             assert!(error.contains(&format!("{option:?} is above 4096 MiB")), "{error}");
             assert!(error.contains("security { tmpfs_max }"), "{error}");
         }
         for option in ["nr_inodes=0", "nr_inodes=2m", "size=1m,size=5g", "mode=700,size=100%"] {
-            assert!(checked(&[option], Flavor::Secure, None).is_err(), "{option}");
+            assert!(checked(&[option], Flavor::Strict, None).is_err(), "{option}");
         }
         for option in ["size=50%", "size=4g", "nr_blocks=1m", "nr_inodes=1m"] {
-            assert!(checked(&[option], Flavor::Secure, None).is_ok(), "{option}");
-            assert!(checked(&[option], Flavor::DropIn, None).is_ok(), "{option}");
+            assert!(checked(&[option], Flavor::Strict, None).is_ok(), "{option}");
+            assert!(checked(&[option], Flavor::ContainerdDriver, None).is_ok(), "{option}");
         }
         let small = Some(TmpfsSize::Count(32 << 20));
-        for flavor in [Flavor::Secure, Flavor::DropIn] {
+        for flavor in [Flavor::Strict, Flavor::ContainerdDriver] {
             assert!(checked(&["size=33m"], flavor, small).is_err(), "{flavor:?}");
             assert!(
                 checked(&["size=what"], flavor, small).is_err(),
@@ -227,14 +227,14 @@ mod tests {
             let unsized_one = checked(&["mode=700"], flavor, small).expect("allowed");
             assert_eq!(unsized_one.last().map(String::as_str), Some("size=33554432"), "{flavor:?}");
         }
-        assert!(checked(&["size=900t"], Flavor::Secure, Some(TmpfsSize::Unlimited)).is_ok());
-        assert!(checked(&["size=900t"], Flavor::DropIn, None).is_ok());
+        assert!(checked(&["size=900t"], Flavor::Strict, Some(TmpfsSize::Unlimited)).is_ok());
+        assert!(checked(&["size=900t"], Flavor::ContainerdDriver, None).is_ok());
     }
 
     #[test]
     fn nothing_strange_is_passed_on() {
         for option in ["lowerdir=/", "size=1m,context=x", "mpol=bind:0", "huge=always", "remount", "mode=9", "uid=-1"] {
-            assert!(checked(&[option], Flavor::Secure, Some(TmpfsSize::Unlimited)).is_err(), "{option}");
+            assert!(checked(&[option], Flavor::Strict, Some(TmpfsSize::Unlimited)).is_err(), "{option}");
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::text::quoted;
 /// The highest id. No system takes an id up to this one for a negative number.
 const ID_MAX: u32 = i32::MAX.cast_unsigned();
 /// The kernel's limit on supplementary groups (`NGROUPS_MAX`, setgroups(2)).
-pub const GROUPS_MAX: usize = 65536;
+pub(crate) const GROUPS_MAX: usize = 65536;
 
 /// A user or group that can't be resolved.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub enum UserError {
 
 /// The numeric ids of a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Ids {
+pub(crate) struct Ids {
     /// The user's id.
     pub uid: u32,
     /// The primary group's id.
@@ -69,22 +69,22 @@ pub struct Ids {
 
 /// The result of reading a text as an id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Number {
+enum ParsedId {
     Id(u32),
     /// The text is a number outside of the range of ids.
     OutOfRange,
     /// The text is not a number.
-    None,
+    NotANumber,
 }
 
-impl Number {
+impl ParsedId {
     fn of(text: &str) -> Self {
         let (negative, digits) = match text.strip_prefix(['+', '-']) {
             Some(digits) => (text.starts_with('-'), digits),
             None => (false, text),
         };
         if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Self::None;
+            return Self::NotANumber;
         }
         match digits.parse::<u32>() {
             Ok(0) => Self::Id(0),
@@ -96,27 +96,27 @@ impl Number {
 
 /// A line of passwd(5) whose ids are numbers. Other lines are ignored: docker would read an id that is not a number as
 /// 0, which is root.
-struct Passwd<'a> {
+struct PasswdEntry<'a> {
     line: &'a str,
     name: &'a str,
-    uid: Number,
-    gid: Number,
+    uid: ParsedId,
+    gid: ParsedId,
 }
 
-fn passwd_lines(text: &str) -> impl Iterator<Item = Passwd<'_>> {
+fn passwd_lines(text: &str) -> impl Iterator<Item = PasswdEntry<'_>> {
     text.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
-        let uid = Number::of(fields.nth(1)?);
-        let gid = Number::of(fields.next()?);
-        (uid != Number::None && gid != Number::None).then_some(Passwd { line, name, uid, gid })
+        let uid = ParsedId::of(fields.nth(1)?);
+        let gid = ParsedId::of(fields.next()?);
+        (uid != ParsedId::NotANumber && gid != ParsedId::NotANumber).then_some(PasswdEntry { line, name, uid, gid })
     })
 }
 
-impl Passwd<'_> {
+impl PasswdEntry<'_> {
     fn ids(&self) -> Result<(u32, u32), UserError> {
         match (self.uid, self.gid) {
-            (Number::Id(uid), Number::Id(gid)) => Ok((uid, gid)),
+            (ParsedId::Id(uid), ParsedId::Id(gid)) => Ok((uid, gid)),
             _ => Err(UserError::Entry {
                 kind: "user",
                 name: self.name.to_owned(),
@@ -128,28 +128,28 @@ impl Passwd<'_> {
 }
 
 /// A line of group(5) whose id is a number.
-struct Group<'a> {
+struct GroupEntry<'a> {
     line: &'a str,
     name: &'a str,
-    gid: Number,
+    gid: ParsedId,
     members: &'a str,
 }
 
-fn group_lines(text: &str) -> impl Iterator<Item = Group<'_>> {
+fn group_lines(text: &str) -> impl Iterator<Item = GroupEntry<'_>> {
     text.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
-        let gid = Number::of(fields.nth(1)?);
+        let gid = ParsedId::of(fields.nth(1)?);
         let members = fields.next().unwrap_or_default();
-        (gid != Number::None).then_some(Group { line, name, gid, members })
+        (gid != ParsedId::NotANumber).then_some(GroupEntry { line, name, gid, members })
     })
 }
 
-impl Group<'_> {
+impl GroupEntry<'_> {
     fn id(&self) -> Result<u32, UserError> {
         match self.gid {
-            Number::Id(gid) => Ok(gid),
-            Number::OutOfRange | Number::None => Err(UserError::Entry {
+            ParsedId::Id(gid) => Ok(gid),
+            ParsedId::OutOfRange | ParsedId::NotANumber => Err(UserError::Entry {
                 kind: "group",
                 name: self.name.to_owned(),
                 entry: self.line.to_owned(),
@@ -165,7 +165,7 @@ impl Group<'_> {
 ///
 /// # Errors
 /// Fails when a name is unknown, or an id is out of range.
-pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> {
+pub(crate) fn resolve_user(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> {
     let (user, wanted_group) = match user.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
         None => (user, None),
@@ -173,13 +173,13 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
     let user = if user.is_empty() { "0" } else { user };
     // A number is always an id, even if the image has a user of that name: an operator who forces `1000` must not get
     // root.
-    let (uid, gid, name) = match Number::of(user) {
-        Number::OutOfRange => return Err(UserError::Number { kind: "user", number: user.to_owned() }),
-        Number::Id(uid) => match passwd_lines(passwd).find(|entry| entry.uid == Number::Id(uid)) {
+    let (uid, gid, name) = match ParsedId::of(user) {
+        ParsedId::OutOfRange => return Err(UserError::Number { kind: "user", number: user.to_owned() }),
+        ParsedId::Id(uid) => match passwd_lines(passwd).find(|entry| entry.uid == ParsedId::Id(uid)) {
             Some(entry) => (uid, entry.ids()?.1, entry.name),
             None => (uid, 0, ""),
         },
-        Number::None => {
+        ParsedId::NotANumber => {
             let entry = passwd_lines(passwd).find(|entry| entry.name == user);
             let entry = entry.ok_or_else(|| UserError::User(user.to_owned()))?;
             let (uid, gid) = entry.ids()?;
@@ -187,7 +187,7 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
         }
     };
     if let Some(wanted) = wanted_group {
-        return Ok(Ids { uid, gid: self::group(wanted, group)?, groups: Vec::new() });
+        return Ok(Ids { uid, gid: self::resolve_group(wanted, group)?, groups: Vec::new() });
     }
     let lists = |members: &str| !name.is_empty() && members.split(',').any(|member| member.trim() == name);
     let groups = group_lines(group).filter(|entry| lists(entry.members)).map(|entry| entry.id());
@@ -198,7 +198,7 @@ pub fn resolve(user: &str, passwd: &str, group: &str) -> Result<Ids, UserError> 
 ///
 /// # Errors
 /// Fails when the name is unknown, or an id is out of range.
-fn group(wanted: &str, group: &str) -> Result<u32, UserError> {
+fn resolve_group(wanted: &str, group: &str) -> Result<u32, UserError> {
     id_of_group(wanted, |name| group_lines(group).find(|entry| entry.name == name).map(|entry| entry.id()))
 }
 
@@ -207,23 +207,23 @@ fn group(wanted: &str, group: &str) -> Result<u32, UserError> {
 ///
 /// # Errors
 /// Fails when a name is unknown, or an id is out of range.
-pub fn groups(wanted: &[String], group: &str) -> Result<BTreeSet<u32>, UserError> {
+pub(crate) fn resolve_groups(wanted: &[String], group: &str) -> Result<BTreeSet<u32>, UserError> {
     if wanted.is_empty() {
         return Ok(BTreeSet::new());
     }
-    let mut known: HashMap<&str, Group<'_>> = HashMap::new();
+    let mut known: HashMap<&str, GroupEntry<'_>> = HashMap::new();
     for entry in group_lines(group) {
         // The first entry of a name counts.
         known.entry(entry.name).or_insert(entry);
     }
-    wanted.iter().map(|wanted| id_of_group(wanted, |name| known.get(name).map(Group::id))).collect()
+    wanted.iter().map(|wanted| id_of_group(wanted, |name| known.get(name).map(GroupEntry::id))).collect()
 }
 
 fn id_of_group(wanted: &str, look_up: impl FnOnce(&str) -> Option<Result<u32, UserError>>) -> Result<u32, UserError> {
-    match Number::of(wanted) {
-        Number::Id(gid) => Ok(gid),
-        Number::OutOfRange => Err(UserError::Number { kind: "group", number: wanted.to_owned() }),
-        Number::None => look_up(wanted).unwrap_or_else(|| Err(UserError::Group(wanted.to_owned()))),
+    match ParsedId::of(wanted) {
+        ParsedId::Id(gid) => Ok(gid),
+        ParsedId::OutOfRange => Err(UserError::Number { kind: "group", number: wanted.to_owned() }),
+        ParsedId::NotANumber => look_up(wanted).unwrap_or_else(|| Err(UserError::Group(wanted.to_owned()))),
     }
 }
 
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn users_are_found_the_way_docker_finds_them() {
-        let resolve = |user| resolve(user, PASSWD, GROUP);
+        let resolve = |user| resolve_user(user, PASSWD, GROUP);
         assert_eq!(resolve(""), Ok(Ids::default()));
         assert_eq!(resolve("user"), Ok(Ids { uid: 1000, gid: 1001, groups: vec![2000] }));
         assert_eq!(resolve("1000"), Ok(Ids { uid: 1000, gid: 1001, groups: vec![2000] }));
@@ -251,7 +251,7 @@ mod tests {
 
     #[test]
     fn numbers_are_read_as_docker_reads_them() {
-        let uid = |text: &str| resolve(text, "", "").map(|ids| ids.uid);
+        let uid = |text: &str| resolve_user(text, "", "").map(|ids| ids.uid);
         for (text, id) in [("+5", 5), ("007", 7), ("-0", 0), ("2147483647", 2_147_483_647)] {
             assert_eq!(uid(text), Ok(id), "{text}");
         }
@@ -259,7 +259,7 @@ mod tests {
             ["-1", "2147483648", "4294967295", "4294967296", "99999999999999999999", "+2147483648", "-2147483648"]
         {
             assert_eq!(uid(text), Err(UserError::Number { kind: "user", number: text.to_owned() }));
-            let error = group(text, "").expect_err("refused").to_string();
+            let error = resolve_group(text, "").expect_err("refused").to_string();
             assert!(error.contains(text) && error.contains("in range 0-2147483647"), "{error}");
         }
         // These are names, and no user has them.
@@ -267,7 +267,7 @@ mod tests {
             assert_eq!(uid(text), Err(UserError::User(text.to_owned())));
         }
         // containerd took a number that is too large for a name (CVE-2026-46680).
-        assert!(matches!(resolve("4294967295", "4294967295:x:0:0::/:\n", ""), Err(UserError::Number { .. })));
+        assert!(matches!(resolve_user("4294967295", "4294967295:x:0:0::/:\n", ""), Err(UserError::Number { .. })));
     }
 
     #[test]
@@ -276,14 +276,14 @@ mod tests {
                       text:x:zero:0::/:\nfine:x:9:9::/:\n";
         let group = "big:x:4294967295:fine\nother:x:4294967295:\nok:x:7:ok\n";
         for user in ["evil", "neg", "gid", "5", "long", "evil:7", "fine"] {
-            let error = resolve(user, passwd, group).expect_err(user);
+            let error = resolve_user(user, passwd, group).expect_err(user);
             let entry = if user == "fine" { "big:x:4294967295:fine" } else { passwd_line(passwd, user) };
             assert!(matches!(&error, UserError::Entry { entry: found, .. } if found == entry), "{user}: {error}");
         }
-        assert_eq!(resolve("text", passwd, group), Err(UserError::User("text".to_owned())), "not root");
-        assert!(matches!(super::group("big", group), Err(UserError::Entry { .. })));
+        assert_eq!(resolve_user("text", passwd, group), Err(UserError::User("text".to_owned())), "not root");
+        assert!(matches!(super::resolve_group("big", group), Err(UserError::Entry { .. })));
         // Entries that are not used do no harm.
-        assert_eq!(resolve("fine:ok", passwd, group), Ok(Ids { uid: 9, gid: 7, groups: vec![] }));
+        assert_eq!(resolve_user("fine:ok", passwd, group), Ok(Ids { uid: 9, gid: 7, groups: vec![] }));
     }
 
     fn passwd_line<'a>(passwd: &'a str, user: &str) -> &'a str {
@@ -295,7 +295,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_file_panics(user in ".*", passwd in ".*", group in ".*") {
-            let _ = super::resolve(&user, &passwd, &group);
+            let _ = super::resolve_user(&user, &passwd, &group);
         }
     }
 }

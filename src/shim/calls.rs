@@ -13,7 +13,7 @@ pub struct RuntimeCalls(Arc<watch::Sender<Calls>>);
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Calls {
-    at_work: usize,
+    in_progress: usize,
     phase: Phase,
 }
 
@@ -24,68 +24,68 @@ enum Phase {
     Open,
     /// The plugin shuts down. Calls for existing containers and processes are admitted, calls that create new ones are
     /// not.
-    Leaving,
+    ShuttingDown,
     /// No call is admitted any more.
     Closed,
 }
 
 /// Whether a call creates a container or process, or belongs to an existing one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
+pub enum CallKind {
     /// The call creates a container or a process.
-    Begin,
+    Create,
     /// The call belongs to a container or process that an earlier call has created.
-    Continue,
+    FollowUp,
 }
 
 /// A guard that counts a call as in progress until the guard is dropped.
 #[derive(Debug)]
-pub struct RuntimeCall(RuntimeCalls);
+pub struct RuntimeCallGuard(RuntimeCalls);
 
-impl Drop for RuntimeCall {
+impl Drop for RuntimeCallGuard {
     fn drop(&mut self) {
-        self.0.0.send_modify(|calls| calls.at_work -= 1);
+        self.0.0.send_modify(|calls| calls.in_progress -= 1);
     }
 }
 
 impl RuntimeCalls {
     /// Counts a call as in progress while the returned guard exists. Once the plugin shuts down and admits no calls of
     /// this kind, this never returns: the next plugin does the remaining work.
-    pub async fn begin(&self, purpose: Purpose) -> RuntimeCall {
+    pub async fn begin(&self, purpose: CallKind) -> RuntimeCallGuard {
         let may_begin = self.0.send_if_modified(|calls| {
             let admitted = match calls.phase {
                 Phase::Open => true,
-                Phase::Leaving => purpose == Purpose::Continue,
+                Phase::ShuttingDown => purpose == CallKind::FollowUp,
                 Phase::Closed => false,
             };
-            calls.at_work += usize::from(admitted);
+            calls.in_progress += usize::from(admitted);
             admitted
         });
         if !may_begin {
             std::future::pending::<()>().await;
         }
-        RuntimeCall(self.clone())
+        RuntimeCallGuard(self.clone())
     }
 
     /// Waits until the calls in progress have ended, for at most `limit`, and admits no call afterwards. Returns
     /// whether all calls have ended in time.
-    pub async fn finish(&self, limit: Duration) -> bool {
-        self.0.send_modify(|calls| calls.phase = Phase::Leaving);
+    pub async fn drain(&self, limit: Duration) -> bool {
+        self.0.send_modify(|calls| calls.phase = Phase::ShuttingDown);
         let mut calls = self.0.subscribe();
         let idle = tokio::time::timeout(limit, async {
             // A call may begin after the wait has ended and before the phase is closed.
             while !self.close_if_idle() {
-                let _ = calls.wait_for(|calls| calls.at_work == 0).await;
+                let _ = calls.wait_for(|calls| calls.in_progress == 0).await;
             }
         });
-        let all = idle.await.is_ok();
+        let all_ended = idle.await.is_ok();
         self.0.send_modify(|calls| calls.phase = Phase::Closed);
-        all
+        all_ended
     }
 
     fn close_if_idle(&self) -> bool {
         self.0.send_if_modified(|calls| {
-            let idle = calls.at_work == 0;
+            let idle = calls.in_progress == 0;
             if idle {
                 calls.phase = Phase::Closed;
             }
@@ -98,34 +98,34 @@ impl RuntimeCalls {
 mod tests {
     use super::*;
 
-    const SOON: Duration = Duration::from_millis(20);
+    const SHORT_TIMEOUT: Duration = Duration::from_millis(20);
 
-    async fn is_made(calls: &RuntimeCalls, purpose: Purpose) -> bool {
-        tokio::time::timeout(SOON, calls.begin(purpose)).await.is_ok()
+    async fn is_admitted(calls: &RuntimeCalls, purpose: CallKind) -> bool {
+        tokio::time::timeout(SHORT_TIMEOUT, calls.begin(purpose)).await.is_ok()
     }
 
     #[tokio::test]
-    async fn calls_at_work_end_and_only_their_sequels_are_made() {
+    async fn calls_in_progress_end_and_only_follow_up_calls_are_admitted() {
         let calls = RuntimeCalls::default();
-        let create = calls.begin(Purpose::Begin).await;
+        let create = calls.begin(CallKind::Create).await;
         let leaving = tokio::spawn({
             let calls = calls.clone();
-            async move { calls.finish(Duration::from_secs(60)).await }
+            async move { calls.drain(Duration::from_secs(60)).await }
         });
-        tokio::time::sleep(SOON).await;
-        assert!(!is_made(&calls, Purpose::Begin).await, "no new container is created");
-        assert!(is_made(&calls, Purpose::Continue).await, "an existing container can be ended");
+        tokio::time::sleep(SHORT_TIMEOUT).await;
+        assert!(!is_admitted(&calls, CallKind::Create).await, "no new container is created");
+        assert!(is_admitted(&calls, CallKind::FollowUp).await, "an existing container can be ended");
         assert!(!leaving.is_finished());
         drop(create);
         assert!(leaving.await.expect("no panic"));
-        assert!(!is_made(&calls, Purpose::Continue).await, "no call is admitted afterwards");
+        assert!(!is_admitted(&calls, CallKind::FollowUp).await, "no call is admitted afterwards");
     }
 
     #[tokio::test]
     async fn a_call_that_hangs_is_not_waited_for_for_ever() {
         let calls = RuntimeCalls::default();
-        let _hangs = calls.begin(Purpose::Continue).await;
-        assert!(!calls.finish(SOON).await);
-        assert!(!is_made(&calls, Purpose::Continue).await);
+        let _hangs = calls.begin(CallKind::FollowUp).await;
+        assert!(!calls.drain(SHORT_TIMEOUT).await);
+        assert!(!is_admitted(&calls, CallKind::FollowUp).await);
     }
 }

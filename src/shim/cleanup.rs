@@ -9,18 +9,18 @@ use crate::{
     pb::shim as wire,
     places::write_private,
     process::{async_command, bounded_output},
-    text::{self, FOREIGN_MAX},
+    text::{self, EXCERPT_MAX},
 };
 
 /// The longest time for the shim's `delete` command; its `runtime delete --force` takes 20 to 220 ms.
-const DELETE: Duration = Duration::from_secs(30);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The file in a bundle in which shims since 2.4.2 record how the container ended.
-pub const EXIT_NOTE: &str = "exit.json";
+pub const EXIT_FILE: &str = "exit.json";
 
 /// A container whose shim has died.
 #[derive(Debug, Clone, Copy)]
-pub struct DeadTask<'a> {
+pub struct DeadContainer<'a> {
     /// The id of the container.
     pub id: &'a str,
     /// The namespace of the shim, below which the runtime keeps its state.
@@ -36,8 +36,8 @@ pub struct DeadTask<'a> {
 }
 
 /// Returns whether the shim has seen the container's end and recorded it in the bundle, as shims since 2.4.2 do.
-pub fn has_noted_exit(bundle: &Path) -> bool {
-    bundle.join(EXIT_NOTE).exists()
+pub fn has_exit_file(bundle: &Path) -> bool {
+    bundle.join(EXIT_FILE).exists()
 }
 
 /// Kills the processes of the container that still run, and removes the runtime's state. Returns how the container
@@ -46,16 +46,16 @@ pub fn has_noted_exit(bundle: &Path) -> bool {
 ///
 /// # Errors
 /// Fails when the command can't be run or fails.
-pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Option<Exit>, ShimError> {
+pub async fn delete_dead_container(launcher: &Launcher, task: DeadContainer<'_>) -> Result<Option<Exit>, ShimError> {
     // At Create the shim writes these files, one after the other, before it calls the runtime. The driver removes them
     // once the container is gone. If one of them is missing, there is no container.
-    let written: &[&str] = match task.program {
+    let create_markers: &[&str] = match task.program {
         None => &["options.json", "runtime"],
         Some(_) if task.is_gvisor => &["state.json"],
         // The last file that is written of a bundle.
         Some(_) => &["config.json"],
     };
-    for path in written.iter().map(|file| task.bundle.join(file)) {
+    for path in create_markers.iter().map(|file| task.bundle.join(file)) {
         let looked = path.try_exists();
         let failed = |source| ShimError::File { id: task.id.to_owned(), doing: "look for", path, source };
         if !looked.map_err(failed)? {
@@ -64,26 +64,26 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
     }
     let program = task.program.unwrap_or(launcher.binary());
     // The file names the runtime by a descriptor of the shim, which is gone with the shim.
-    let named = task.bundle.join("runtime");
+    let runtime_file = task.bundle.join("runtime");
     let failed = |doing| {
-        let (id, path) = (task.id.to_owned(), named.clone());
+        let (id, path) = (task.id.to_owned(), runtime_file.clone());
         move |source| ShimError::File { id, doing, path, source }
     };
-    let name = match std::fs::read(&named) {
+    let runtime_name = match std::fs::read(&runtime_file) {
         // gVisor's shim writes no such file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         read => read.map_err(failed("read"))?,
     };
-    if name.starts_with(b"/proc/") {
+    if runtime_name.starts_with(b"/proc/") {
         let Some(runtime) = task.runtime else {
             let message = "the container's runtime is unknown or no longer installed".to_owned();
             return Err(ShimError::Refused { call: "delete", code: -1, message });
         };
         let draft = task.bundle.join("runtime.tmp");
         let written = write_private(&draft, runtime.as_os_str().as_encoded_bytes());
-        written.and_then(|()| std::fs::rename(&draft, &named)).map_err(failed("write"))?;
+        written.and_then(|()| std::fs::rename(&draft, &runtime_file)).map_err(failed("write"))?;
     }
-    let noted = has_noted_exit(task.bundle);
+    let has_exit = has_exit_file(task.bundle);
     let failed = |source| ShimError::Spawn { binary: program.to_owned(), source };
     let mut command = async_command(program);
     command
@@ -95,14 +95,14 @@ pub async fn delete_dead(launcher: &Launcher, task: DeadTask<'_>) -> Result<Opti
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    let output = tokio::time::timeout(DELETE, bounded_output(&mut command))
+    let output = tokio::time::timeout(DELETE_TIMEOUT, bounded_output(&mut command))
         .await
-        .map_err(|_| ShimError::Late { call: "delete", after: DELETE })?
+        .map_err(|_| ShimError::TimedOut { call: "delete", after: DELETE_TIMEOUT })?
         .map_err(failed)?;
     if output.status.success() {
-        let answer = wire::DeleteResponse::parse_from_bytes(&output.stdout).ok().filter(|_| noted);
+        let answer = wire::DeleteResponse::parse_from_bytes(&output.stdout).ok().filter(|_| has_exit);
         return Ok(answer.map(|answer| Exit::new(answer.exit_status, answer.exited_at.as_ref())));
     }
-    let message = text::shown(String::from_utf8_lossy(&output.stderr).trim(), FOREIGN_MAX);
+    let message = text::sanitize(String::from_utf8_lossy(&output.stderr).trim(), EXCERPT_MAX);
     Err(ShimError::Refused { call: "delete", code: output.status.code().unwrap_or(-1), message })
 }

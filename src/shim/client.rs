@@ -3,13 +3,9 @@
 //! Shims before 2.0 serve `containerd.task.v2.Task`, later shims serve `containerd.task.v3.Task`. The messages are the
 //! same, and only the name of the service differs. The client finds it out once per connection.
 
-use std::{
-    io,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use protobuf::{
     Message, MessageField,
     well_known_types::{any::Any, timestamp::Timestamp},
@@ -18,31 +14,31 @@ use tokio::sync::Semaphore;
 use ttrpc::{Error as TtrpcError, proto::Request};
 
 use super::{
-    Purpose, RuntimeCalls, ShimError, UNIMPLEMENTED,
-    connection::{ConnectionState, Watched},
+    CallKind, RuntimeCalls, ShimError, UNIMPLEMENTED,
+    connection::{ConnectionState, WatchedStream},
 };
 use crate::{
     pb::shim as wire,
-    peer::Peers,
-    text::{self, FOREIGN_MAX},
+    peer::AllowedPeers,
+    text::{self, EXCERPT_MAX},
 };
 
 /// The timeout of Create. runc needs 12 to 20 ms on an idle host, and was seen to take seconds on a loaded one with a
 /// cold disk.
-const CREATE: Duration = Duration::from_secs(60);
+const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The timeout of Start. `runc start` takes 3 to 6 ms.
-const START: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// The timeout of Kill, which starts the runtime, too.
-const KILL: Duration = Duration::from_secs(30);
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The timeout of Delete. The shim drains the container's output for up to 10 s before it answers.
-const DELETE: Duration = Duration::from_secs(45);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(45);
 /// The timeout of calls that the shim answers from memory.
-const QUICK: Duration = Duration::from_secs(10);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The timeout of the first answer of a shim that is not just starting.
-pub const CONNECT: Duration = QUICK;
+pub const CONNECT_TIMEOUT: Duration = QUERY_TIMEOUT;
 
 /// The exec id that stands for a container's first process.
-const INIT: &str = "";
+const INIT_EXEC_ID: &str = "";
 
 /// The version of the Task service that a shim serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,7 +117,7 @@ impl RuntimeOptions<'_> {
                 ("runtimeoptions.v1.Options", options.write_to_bytes())
             }
         };
-        let value = value.map_err(|error| encoding("Create", &error))?;
+        let value = value.map_err(|error| malformed("Create", &error))?;
         Ok(Some(Any { type_url: type_url.to_owned(), value, ..Default::default() }))
     }
 }
@@ -132,12 +128,12 @@ pub struct Exit {
     /// The exit code, 0 to 255. For a process that signal n has killed it is 128 + n.
     pub code: u32,
     /// The time of the exit in seconds and nanoseconds since the epoch, by the shim's clock, if the shim reports it.
-    pub at: Option<(i64, i32)>,
+    pub exited_at: Option<(i64, i32)>,
 }
 
 impl Exit {
     pub(super) fn new(code: u32, at: Option<&Timestamp>) -> Self {
-        Self { code, at: at.map(|time| (time.seconds, time.nanos)) }
+        Self { code, exited_at: at.map(|time| (time.seconds, time.nanos)) }
     }
 }
 
@@ -171,7 +167,7 @@ pub struct WindowSize {
 
 /// The processes that a signal goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kill {
+pub enum SignalTarget {
     /// Only the container's first process.
     Init,
     /// All processes of the container.
@@ -187,13 +183,13 @@ pub struct Client {
     /// A lock that is held while a call is polled. The library numbers a request and queues it in two steps, and shims
     /// since 2.0 refuse a request that overtakes another one in between ("StreamID ... must increment"). The lock makes
     /// both steps one.
-    order: Arc<Mutex<()>>,
+    send_order: Arc<Mutex<()>>,
     /// The permits for Create: one for shims 1.x, which hold a lock over Create that the reader of their children's
     /// exits takes for each exit. With many concurrent Creates, 32 exits are soon unread, and each further one stops
     /// the shim for a second (containerd, sys/reaper). The Creates therefore wait here instead.
-    creating: Arc<Semaphore>,
+    create_permits: Arc<Semaphore>,
     /// Counts the calls in which the shim runs a runtime.
-    calls: RuntimeCalls,
+    runtime_calls: RuntimeCalls,
 }
 
 impl std::fmt::Debug for Client {
@@ -209,7 +205,7 @@ impl Client {
     /// # Errors
     /// Fails when the shim does not answer within 10 s, or serves neither service.
     pub async fn connect(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
-        Self::connect_within(CONNECT, socket, hint).await
+        Self::connect_within(CONNECT_TIMEOUT, socket, hint).await
     }
 
     /// Connects like [`Client::connect`], but to a shim that is still starting. The shim may take as long as a start
@@ -221,32 +217,33 @@ impl Client {
     /// # Errors
     /// Fails when the shim does not answer within a minute, or serves neither service.
     pub async fn connect_to_starting(socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
-        Self::connect_within(CREATE, socket, hint).await
+        Self::connect_within(CREATE_TIMEOUT, socket, hint).await
     }
 
     async fn connect_within(limit: Duration, socket: &Path, hint: Option<TaskApi>) -> Result<Self, ShimError> {
-        let gone = |error: io::Error| ShimError::Gone { call: "Connect", detail: error.to_string() };
+        let gone = |error: io::Error| ShimError::ConnectionLost { call: "Connect", detail: error.to_string() };
         let stream = tokio::time::timeout(limit, tokio::net::UnixStream::connect(socket))
             .await
-            .map_err(|_| ShimError::Late { call: "Connect", after: limit })?
+            .map_err(|_| ShimError::TimedOut { call: "Connect", after: limit })?
             .map_err(gone)?;
         // The kernel reports the process that called listen(2) as the peer (unix(7)): a plugin, which has passed the
         // socket to its shim.
-        Peers::root().check(&stream).map_err(|error| gone(io::Error::other(error)))?;
-        let (stream, connection) = Watched::new(stream);
+        AllowedPeers::root().check(&stream).map_err(|error| gone(io::Error::other(error)))?;
+        let (stream, connection) = WatchedStream::new(stream);
         let inner = ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
         let apis = match hint {
             Some(TaskApi::V2) => [TaskApi::V2, TaskApi::V3],
             _ => [TaskApi::V3, TaskApi::V2],
         };
-        let order: Arc<Mutex<()>> = Arc::default();
+        let send_order: Arc<Mutex<()>> = Arc::default();
         for api in apis {
-            let creating = Arc::new(Semaphore::new(match api {
+            let create_permits = Arc::new(Semaphore::new(match api {
                 TaskApi::V2 => 1,
                 TaskApi::V3 => Semaphore::MAX_PERMITS,
             }));
             let (inner, connection, calls) = (inner.clone(), connection.clone(), RuntimeCalls::default());
-            let client = Self { inner, connection, api, order: order.clone(), creating, calls };
+            let client =
+                Self { inner, connection, api, send_order: send_order.clone(), create_permits, runtime_calls: calls };
             let request = wire::ConnectRequest::new();
             match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(limit)).await {
                 Ok(_) => return Ok(client),
@@ -254,12 +251,12 @@ impl Client {
                 Err(error) => return Err(error),
             }
         }
-        Err(ShimError::NoService(apis[0].service(), apis[1].service()))
+        Err(ShimError::NoTaskService(apis[0].service(), apis[1].service()))
     }
 
     /// Returns the same connection, whose runtime calls are counted in `calls`.
-    pub fn counted_in(self, calls: &RuntimeCalls) -> Self {
-        Self { calls: calls.clone(), ..self }
+    pub fn with_runtime_calls(self, calls: &RuntimeCalls) -> Self {
+        Self { runtime_calls: calls.clone(), ..self }
     }
 
     /// Returns the version of the Task service that the shim serves.
@@ -283,10 +280,10 @@ impl Client {
             options: MessageField(task.runtime.encode()?.map(Box::new)),
             ..Default::default()
         };
-        let turn = tokio::time::timeout(CREATE, self.creating.acquire()).await;
-        let _turn = turn.map_err(|_| ShimError::Late { call: "Create", after: CREATE })?;
-        let _at_work = self.calls.begin(Purpose::Begin).await;
-        let answer: wire::CreateTaskResponse = self.call("Create", &request, Some(CREATE)).await?;
+        let permit = tokio::time::timeout(CREATE_TIMEOUT, self.create_permits.acquire()).await;
+        let _permit = permit.map_err(|_| ShimError::TimedOut { call: "Create", after: CREATE_TIMEOUT })?;
+        let _call_guard = self.runtime_calls.begin(CallKind::Create).await;
+        let answer: wire::CreateTaskResponse = self.call("Create", &request, Some(CREATE_TIMEOUT)).await?;
         Ok(answer.pid)
     }
 
@@ -295,7 +292,7 @@ impl Client {
     /// # Errors
     /// Fails with the runtime's message.
     pub async fn start(&self, id: &str) -> Result<(), ShimError> {
-        self.start_exec(id, INIT).await.map(drop)
+        self.start_exec(id, INIT_EXEC_ID).await.map(drop)
     }
 
     /// Waits without a timeout until the container's process has ended.
@@ -303,7 +300,7 @@ impl Client {
     /// # Errors
     /// Fails with `ConnectionLost` when the shim dies first.
     pub async fn wait(&self, id: &str) -> Result<Exit, ShimError> {
-        self.wait_exec(id, INIT).await
+        self.wait_exec(id, INIT_EXEC_ID).await
     }
 
     /// Adds a further process to a container. [`Client::start_exec`] starts the process.
@@ -325,7 +322,7 @@ impl Client {
             }),
             ..Default::default()
         };
-        self.call::<_, wire::Empty>("Exec", &request, Some(QUICK)).await.map(drop)
+        self.call::<_, wire::Empty>("Exec", &request, Some(QUERY_TIMEOUT)).await.map(drop)
     }
 
     /// Starts a process that [`Client::exec`] has added, and returns its pid.
@@ -334,9 +331,9 @@ impl Client {
     /// Fails with the runtime's message.
     pub async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, ShimError> {
         let request = wire::StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
-        let purpose = if exec_id == INIT { Purpose::Continue } else { Purpose::Begin };
-        let _at_work = self.calls.begin(purpose).await;
-        self.call::<_, wire::StartResponse>("Start", &request, Some(START)).await.map(|answer| answer.pid)
+        let purpose = if exec_id == INIT_EXEC_ID { CallKind::FollowUp } else { CallKind::Create };
+        let _call_guard = self.runtime_calls.begin(purpose).await;
+        self.call::<_, wire::StartResponse>("Start", &request, Some(START_TIMEOUT)).await.map(|answer| answer.pid)
     }
 
     /// Waits without a timeout until an exec'd process has ended.
@@ -355,7 +352,7 @@ impl Client {
     /// # Errors
     /// Fails with the runtime's message.
     pub async fn kill_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
-        self.signal(id, exec_id, libc::SIGKILL, Kill::Init).await
+        self.signal(id, exec_id, libc::SIGKILL, SignalTarget::Init).await
     }
 
     /// Deletes an exec'd process that has ended or never ran from the shim. Succeeds if the process is gone already.
@@ -364,8 +361,8 @@ impl Client {
     /// Fails with the shim's message.
     pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request = wire::DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
-        let _at_work = self.calls.begin(Purpose::Continue).await;
-        gone_is_fine(self.repeatable_call::<_, wire::DeleteResponse>("Delete", &request, DELETE).await)
+        let _call_guard = self.runtime_calls.begin(CallKind::FollowUp).await;
+        ignore_not_found(self.idempotent_call::<_, wire::DeleteResponse>("Delete", &request, DELETE_TIMEOUT).await)
     }
 
     /// Sets the size of an exec'd process's terminal.
@@ -380,7 +377,7 @@ impl Client {
             height: size.height,
             ..Default::default()
         };
-        self.call::<_, wire::Empty>("ResizePty", &request, Some(QUICK)).await.map(drop)
+        self.call::<_, wire::Empty>("ResizePty", &request, Some(QUERY_TIMEOUT)).await.map(drop)
     }
 
     /// Closes the shim's end of an exec'd process's input. The process sees the end of its input once this driver's end
@@ -391,27 +388,27 @@ impl Client {
     pub async fn close_exec_input(&self, id: &str, exec_id: &str) -> Result<(), ShimError> {
         let request =
             wire::CloseIORequest { id: id.to_owned(), exec_id: exec_id.to_owned(), stdin: true, ..Default::default() };
-        gone_is_fine(self.call::<_, wire::Empty>("CloseIO", &request, Some(QUICK)).await)
+        ignore_not_found(self.call::<_, wire::Empty>("CloseIO", &request, Some(QUERY_TIMEOUT)).await)
     }
 
     /// Sends a signal to a container. Succeeds if the process has ended already.
     ///
     /// # Errors
     /// Fails with the runtime's message.
-    pub async fn kill(&self, id: &str, signal: i32, whom: Kill) -> Result<(), ShimError> {
-        self.signal(id, INIT, signal, whom).await
+    pub async fn kill(&self, id: &str, signal: i32, whom: SignalTarget) -> Result<(), ShimError> {
+        self.signal(id, INIT_EXEC_ID, signal, whom).await
     }
 
-    async fn signal(&self, id: &str, exec_id: &str, signal: i32, whom: Kill) -> Result<(), ShimError> {
+    async fn signal(&self, id: &str, exec_id: &str, signal: i32, whom: SignalTarget) -> Result<(), ShimError> {
         let request = wire::KillRequest {
             id: id.to_owned(),
             exec_id: exec_id.to_owned(),
             signal: signal.cast_unsigned(),
-            all: whom == Kill::All,
+            all: whom == SignalTarget::All,
             ..Default::default()
         };
-        let _at_work = self.calls.begin(Purpose::Continue).await;
-        gone_is_fine(self.call::<_, wire::Empty>("Kill", &request, Some(KILL)).await)
+        let _call_guard = self.runtime_calls.begin(CallKind::FollowUp).await;
+        ignore_not_found(self.call::<_, wire::Empty>("Kill", &request, Some(KILL_TIMEOUT)).await)
     }
 
     /// Deletes a container that has ended, or was never started, from the shim and the runtime. Succeeds if the
@@ -420,7 +417,7 @@ impl Client {
     /// # Errors
     /// Fails with the runtime's message.
     pub async fn delete(&self, id: &str) -> Result<(), ShimError> {
-        self.delete_exec(id, INIT).await
+        self.delete_exec(id, INIT_EXEC_ID).await
     }
 
     /// Returns whether the container's process is alive, be it running or waiting to be started.
@@ -429,7 +426,7 @@ impl Client {
     /// Fails when the call fails, and with "not found" when the shim does not have the container.
     pub async fn is_alive(&self, id: &str) -> Result<bool, ShimError> {
         let request = wire::StateRequest { id: id.to_owned(), ..Default::default() };
-        let state: wire::StateResponse = self.repeatable_call("State", &request, QUICK).await?;
+        let state: wire::StateResponse = self.idempotent_call("State", &request, QUERY_TIMEOUT).await?;
         Ok(state.status.enum_value() != Ok(wire::Status::STOPPED))
     }
 
@@ -440,21 +437,21 @@ impl Client {
     /// Fails when the shim refuses.
     pub async fn shutdown(&self, id: &str) -> Result<(), ShimError> {
         let request = wire::ShutdownRequest { id: id.to_owned(), now: true, ..Default::default() };
-        match self.call::<_, wire::Empty>("Shutdown", &request, Some(QUICK)).await {
-            Ok(_) | Err(ShimError::Gone { .. }) => Ok(()),
+        match self.call::<_, wire::Empty>("Shutdown", &request, Some(QUERY_TIMEOUT)).await {
+            Ok(_) | Err(ShimError::ConnectionLost { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
     /// Makes a call that is idempotent. It is made a second time if its answer can't be decoded.
-    async fn repeatable_call<Q: Message, A: Message>(
+    async fn idempotent_call<Q: Message, A: Message>(
         &self,
         call: &'static str,
         request: &Q,
         limit: Duration,
     ) -> Result<A, ShimError> {
         match self.call(call, request, Some(limit)).await {
-            Err(error @ ShimError::NotUnderstood { .. }) => {
+            Err(error @ ShimError::Malformed { .. }) => {
                 tracing::warn!(%error, "the answer of a shim could not be decoded; the call is repeated");
                 self.call(call, request, Some(limit)).await
             }
@@ -471,7 +468,7 @@ impl Client {
         let request = Request {
             service: self.api.service().to_owned(),
             method: call.to_owned(),
-            payload: request.write_to_bytes().map_err(|error| encoding(call, &error))?,
+            payload: request.write_to_bytes().map_err(|error| malformed(call, &error))?,
             // 0 means no timeout. The shim gets this timeout, too, but some of its calls ignore it, so the outer
             // timeout below is the one that always holds. The library applies this timeout as well and would report a
             // broken connection, so the outer timeout must expire first.
@@ -480,56 +477,56 @@ impl Client {
             ..Default::default()
         };
         // Unconstrained: tokio's cooperative budget must not separate the two steps either (see `send_order`).
-        let mut asking = std::pin::pin!(tokio::task::unconstrained(self.inner.request(request)));
-        let asking = async {
-            self.connection.room().await;
+        let mut exchange = std::pin::pin!(tokio::task::unconstrained(self.inner.request(request)));
+        let ordered = async {
+            self.connection.wait_for_room().await;
             let polled = std::future::poll_fn(|cx| {
-                let _turn = self.order.lock().unwrap_or_else(PoisonError::into_inner);
-                asking.as_mut().poll(cx)
+                let _order_lock = self.send_order.lock();
+                exchange.as_mut().poll(cx)
             });
             polled.await
         };
         let answer = match limit {
-            Some(limit) => tokio::time::timeout(limit, asking)
+            Some(limit) => tokio::time::timeout(limit, ordered)
                 .await
                 .unwrap_or_else(|_| Err(TtrpcError::RpcStatus(deadline_status()))),
-            None => asking.await,
+            None => ordered.await,
         };
         // A shim passes on the runtime's message, and the runtime passes on text of the image. That may be megabytes
         // and may contain escape sequences, so the message is cut and cleaned.
         let answer = answer.map_err(|error| match error {
             TtrpcError::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {
-                ShimError::Late { call, after: limit.unwrap_or_default() }
+                ShimError::TimedOut { call, after: limit.unwrap_or_default() }
             }
             TtrpcError::RpcStatus(status) => {
-                let message = text::shown(&status.message, FOREIGN_MAX);
+                let message = text::sanitize(&status.message, EXCERPT_MAX);
                 ShimError::Refused { call, code: status.code.value(), message }
             }
-            other => self.failure(call, &other),
+            other => self.transport_error(call, &other),
         })?;
-        A::parse_from_bytes(&answer.payload).map_err(|error| encoding(call, &error))
+        A::parse_from_bytes(&answer.payload).map_err(|error| malformed(call, &error))
     }
 
     /// Converts the error of a call that the library gave up. The library reports `Others` both for an answer that it
     /// can't decode and for a connection that had broken before the call (ttrpc-rust, src/asynchronous/client.rs), so
     /// the state of the connection decides.
-    fn failure(&self, call: &'static str, error: &TtrpcError) -> ShimError {
-        let detail = text::shown(&error.to_string(), FOREIGN_MAX);
+    fn transport_error(&self, call: &'static str, error: &TtrpcError) -> ShimError {
+        let detail = text::sanitize(&error.to_string(), EXCERPT_MAX);
         match error {
-            TtrpcError::Others(_) if !self.connection.is_broken() => ShimError::NotUnderstood { call, detail },
-            _ => ShimError::Gone { call, detail },
+            TtrpcError::Others(_) if !self.connection.is_broken() => ShimError::Malformed { call, detail },
+            _ => ShimError::ConnectionLost { call, detail },
         }
     }
 }
 
 /// Converts the error of a request that can't be encoded, or of an answer that can't be decoded. Neither means that the
 /// shim has died.
-fn encoding(call: &'static str, error: &protobuf::Error) -> ShimError {
-    ShimError::NotUnderstood { call, detail: error.to_string() }
+fn malformed(call: &'static str, error: &protobuf::Error) -> ShimError {
+    ShimError::Malformed { call, detail: error.to_string() }
 }
 
 /// Treats "not found" as success: an object that does not exist (any more) needs nothing done to it.
-fn gone_is_fine<T>(outcome: Result<T, ShimError>) -> Result<(), ShimError> {
+fn ignore_not_found<T>(outcome: Result<T, ShimError>) -> Result<(), ShimError> {
     match outcome {
         Err(error) if !error.is_not_found() => Err(error),
         _ => Ok(()),
@@ -570,12 +567,12 @@ mod tests {
             async move { client.wait("x").await }
         });
         for _ in 0..600 {
-            let asked = client.kill("x", libc::SIGHUP, Kill::Init);
+            let asked = client.kill("x", libc::SIGHUP, SignalTarget::Init);
             assert!(tokio::time::timeout(Duration::from_millis(1), asked).await.is_err(), "the shim answers nothing");
             assert!(!waiting.is_finished(), "the shim is regarded as dead");
         }
         drop(stream);
         let error = waiting.await.expect("no panic").expect_err("the connection is closed");
-        assert!(matches!(error, ShimError::Gone { .. }), "{error:?}");
+        assert!(matches!(error, ShimError::ConnectionLost { .. }), "{error:?}");
     }
 }

@@ -45,7 +45,7 @@ impl ConnectionState {
     }
 
     /// Waits until little enough is unanswered that a further request fits into the socket's buffer. The peer may hang.
-    pub(super) async fn room(&self) {
+    pub(super) async fn wait_for_room(&self) {
         let mut unanswered = self.0.unanswered.subscribe();
         // This fails when nothing can be written any more, and then the call itself fails.
         let _ = unanswered.wait_for(|count| *count < UNANSWERED_MAX || self.is_broken()).await;
@@ -66,39 +66,39 @@ impl ConnectionState {
 }
 
 /// A stream that records its end: the peer has closed it, a read or write has failed, or the library has dropped it.
-pub(super) struct Watched {
+pub(super) struct WatchedStream {
     stream: UnixStream,
     state: ConnectionState,
 }
 
-impl Watched {
+impl WatchedStream {
     pub(super) fn new(stream: UnixStream) -> (Self, ConnectionState) {
         let state = ConnectionState::default();
         (Self { stream, state: state.clone() }, state)
     }
 
-    fn note<T>(&self, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    fn record_failure<T>(&self, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if matches!(outcome, Poll::Ready(Err(_))) {
             self.state.set_broken();
         }
         outcome
     }
 
-    fn note_written(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    fn record_write(&self, outcome: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(count)) = outcome {
             self.state.add_unanswered(count);
         }
-        self.note(outcome)
+        self.record_failure(outcome)
     }
 }
 
-impl Drop for Watched {
+impl Drop for WatchedStream {
     fn drop(&mut self) {
         self.state.set_broken();
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for WatchedStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let (before, room) = (buffer.filled().len(), buffer.remaining());
         let outcome = Pin::new(&mut self.stream).poll_read(cx, buffer);
@@ -110,14 +110,14 @@ impl AsyncRead for Watched {
                 self.state.set_answered();
             }
         }
-        self.note(outcome)
+        self.record_failure(outcome)
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for WatchedStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.note_written(outcome)
+        self.record_write(outcome)
     }
 
     fn poll_write_vectored(
@@ -126,7 +126,7 @@ impl AsyncWrite for Watched {
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, parts);
-        self.note_written(outcome)
+        self.record_write(outcome)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -150,7 +150,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_is_broken_when_either_side_has_closed_it() {
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
-        let (mut stream, state) = Watched::new(ours);
+        let (mut stream, state) = WatchedStream::new(ours);
         theirs.write_all(b"x").await.expect("written");
         assert_eq!(stream.read_u8().await.expect("read"), b'x');
         assert!(!state.is_broken());
@@ -159,7 +159,7 @@ mod tests {
         assert!(state.is_broken());
 
         let (ours, _theirs) = UnixStream::pair().expect("a pair");
-        let (stream, state) = Watched::new(ours);
+        let (stream, state) = WatchedStream::new(ours);
         assert!(!state.is_broken());
         drop(stream);
         assert!(state.is_broken());

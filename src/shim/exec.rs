@@ -40,7 +40,7 @@ pub struct ExecIo {
     pub stderr: Option<pipe::Receiver>,
     /// The read end of the process's standard input. The shim opens its own in the background, some time after it has
     /// reported that the process runs. Until then, this descriptor keeps the pipe and its content alive.
-    _input: Option<OwnedFd>,
+    _stdin_reader: Option<OwnedFd>,
 }
 
 impl ExecPipes {
@@ -49,8 +49,8 @@ impl ExecPipes {
     /// # Errors
     /// Fails when no file descriptors are left.
     pub fn new(stdin: bool, terminal: bool) -> io::Result<Self> {
-        let when = |wanted: bool| wanted.then(Pipe::new).transpose();
-        Ok(Self { stdin: when(stdin)?, stdout: Pipe::new()?, stderr: when(!terminal)? })
+        let pipe_if = |wanted: bool| wanted.then(Pipe::new).transpose();
+        Ok(Self { stdin: pipe_if(stdin)?, stdout: Pipe::new()?, stderr: pipe_if(!terminal)? })
     }
 
     /// Returns the paths of stdin, stdout and stderr that the shim opens; a path is empty if there is no such stream.
@@ -68,11 +68,11 @@ impl ExecPipes {
     ///
     /// # Errors
     /// Fails when this process's ends can't be registered with tokio.
-    pub fn handed_over(self) -> io::Result<ExecIo> {
+    pub fn into_io(self) -> io::Result<ExecIo> {
         let (write, read) = self.stdin.map(|pipe| (pipe.write, pipe.read)).unzip();
         Ok(ExecIo {
             stdin: write.map(pipe::Sender::from_owned_fd).transpose()?,
-            _input: read,
+            _stdin_reader: read,
             stdout: pipe::Receiver::from_owned_fd(self.stdout.read)?,
             stderr: self.stderr.map(|pipe| pipe::Receiver::from_owned_fd(pipe.read)).transpose()?,
         })

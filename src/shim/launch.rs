@@ -23,30 +23,30 @@ use tokio::sync::watch;
 
 use super::{
     Client, RuntimeCalls, ShimError, TaskApi,
-    found::Identity,
-    held::{Held, Holders, holders},
+    adopt::ShimIdentity,
+    hold::{HoldRegistry, ShimHold, lock_registry},
     pool::ShimScope,
-    sealed::{Current, DESCRIPTOR, Sealed},
+    sealed::{CurrentSealedCopy, SEALED_FD, SealedCopy},
     version,
 };
 use crate::{
     ids::random_hex,
-    places::{Places, create_private, make_dir, write_private},
-    process::{Pid, PidFd, ProcessId, async_command, boot_id, set_apart, start_anew},
+    places::{Places, create_private, create_private_dir, write_private},
+    process::{Pid, PidFd, ProcessId, async_command, boot_id, detach_from_agent, detach_session},
 };
 
 /// The longest time for a shim to exit. A shim that was asked to shut down does so in about 2 ms.
-pub(super) const END: Duration = Duration::from_secs(5);
+pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most bytes of its log that are shown of a shim that did not come up.
-const LAST_WORDS_MAX: u64 = 4 << 10;
+const LOG_TAIL_MAX: u64 = 4 << 10;
 /// The file in a shim's directory that records its identity, by which the next plugin finds the shim.
-pub(super) const PID: &str = "pid";
+pub(super) const PID_FILE: &str = "pid";
 /// The socket in a shim's directory at which the shim listens.
-const SOCKET: &str = "sock";
+const SOCKET_FILE: &str = "sock";
 /// The file in a shim's directory that the shim logs to.
-const LOG: &str = "log";
+const LOG_FILE: &str = "log";
 /// The file in a shim's directory that marks a shim with a container that it can't delete.
-pub(super) const UNUSABLE: &str = "unusable";
+pub(super) const UNUSABLE_FILE: &str = "unusable";
 
 /// Starts shims and counts the holds on them.
 #[derive(Debug)]
@@ -59,21 +59,21 @@ pub struct Launcher {
     cgroup: Vec<PathBuf>,
     /// The version of the Task service that the program serves: 2 or 3, and 0 as long as it is not known.
     api: AtomicU8,
-    own: Holders,
-    runtime: Current,
+    hold_registry: HoldRegistry,
+    sealed_runtime: CurrentSealedCopy,
     calls: RuntimeCalls,
 }
 
 /// The id of a shim that is not started yet, and a hold on it.
 #[derive(Debug)]
-pub struct Unborn {
+pub struct ShimReservation {
     id: String,
-    held: Held,
+    held: ShimHold,
     /// The shim's program, if it is not the launcher's.
     program: Option<PathBuf>,
 }
 
-impl Unborn {
+impl ShimReservation {
     /// Returns the id that the shim will have.
     pub fn id(&self) -> &str {
         &self.id
@@ -91,7 +91,7 @@ pub struct Shim {
     pub(super) pidfd: Arc<PidFd>,
     pub(super) ended: watch::Receiver<bool>,
     pub(super) namespace: String,
-    pub(super) held: Held,
+    pub(super) held: ShimHold,
     /// The runtime's program of which the shim has a sealed copy.
     pub(super) runtime: Option<PathBuf>,
     /// The shim's program, if it is not the launcher's.
@@ -106,18 +106,18 @@ pub struct Shim {
 struct Spawned {
     child: tokio::process::Child,
     pid: u32,
-    coming: Coming,
+    starting: StartingShim,
     runtime: Option<PathBuf>,
 }
 
 /// A shim that is starting. If this is dropped before the shim is up, the shim is killed and its directory removed.
-struct Coming {
+struct StartingShim {
     pidfd: Arc<PidFd>,
     dir: PathBuf,
     is_up: bool,
 }
 
-impl Drop for Coming {
+impl Drop for StartingShim {
     fn drop(&mut self) {
         if !self.is_up {
             self.pidfd.signal(libc::SIGKILL);
@@ -136,16 +136,16 @@ impl Launcher {
             places,
             cgroup,
             api: AtomicU8::new(0),
-            own: Holders::default(),
-            runtime: Current::default(),
+            hold_registry: HoldRegistry::default(),
+            sealed_runtime: CurrentSealedCopy::default(),
             calls: RuntimeCalls::default(),
         }
     }
 
     /// Logs a warning if tasks are to share shims and the shim's version starts only one task at a time.
-    pub async fn warn(&self) {
+    pub async fn warn_about_version(&self) {
         if self.scope != ShimScope::Task {
-            version::warn_of_queues(&self.binary).await;
+            version::warn_if_serial(&self.binary).await;
         }
     }
 
@@ -157,7 +157,7 @@ impl Launcher {
     /// Returns how many threads of a shim run Go code at a time; threads that wait in the kernel are not counted. With
     /// one, a task's shim takes a quarter less memory and a fifth less time for a task (docs/decisions/024). A shared
     /// shim gets as many threads as containerd gives it.
-    fn processors(&self, program: Option<&Path>) -> &'static str {
+    fn gomaxprocs(&self, program: Option<&Path>) -> &'static str {
         match self.scope {
             // The value with which gVisor's shim starts itself.
             _ if program.is_some() => "2",
@@ -177,39 +177,39 @@ impl Launcher {
     }
 
     /// Sets the sealed copy of a runtime that new shims get.
-    pub fn hand_out(&self, sealed: Sealed) {
-        self.runtime.set(sealed);
+    pub fn set_sealed_runtime(&self, sealed: SealedCopy) {
+        self.sealed_runtime.set(sealed);
     }
 
     /// Returns the ids of the shims that have holds in this process.
-    pub fn own(&self) -> HashSet<String> {
-        holders(&self.own).keys().cloned().collect()
+    pub fn held_ids(&self) -> HashSet<String> {
+        lock_registry(&self.hold_registry).keys().cloned().collect()
     }
 
     /// Returns the number of holds on a shim in this process.
-    pub(super) fn holders_of(&self, id: &str) -> usize {
-        holders(&self.own).get(id).map_or(0, |holding| holding.count)
+    pub(super) fn hold_count(&self, id: &str) -> usize {
+        lock_registry(&self.hold_registry).get(id).map_or(0, |holding| holding.holds)
     }
 
     /// Takes a hold on a shim that is about to be adopted.
-    pub fn hold(&self, id: &str) -> Held {
-        Held::new(id, &self.own)
+    pub fn acquire(&self, id: &str) -> ShimHold {
+        ShimHold::new(id, &self.hold_registry)
     }
 
     /// Reserves an id for a shim that will be launched, so that the id can be recorded before the shim exists.
-    pub fn name(&self) -> Unborn {
+    pub fn reserve(&self) -> ShimReservation {
         let id = random_hex(6);
-        let held = self.hold(&id);
-        Unborn { id, held, program: None }
+        let held = self.acquire(&id);
+        ShimReservation { id, held, program: None }
     }
 
     /// Reserves an id for a dedicated shim, which runs `program` and serves one task only.
-    pub fn name_of(&self, program: &Path) -> Unborn {
-        Unborn { program: Some(program.to_owned()), ..self.name() }
+    pub fn reserve_with_program(&self, program: &Path) -> ShimReservation {
+        ShimReservation { program: Some(program.to_owned()), ..self.reserve() }
     }
 
     /// Returns the version of the Task service that a shim of this program probably serves.
-    pub(super) fn hint(&self, program: Option<&Path>) -> Option<TaskApi> {
+    pub(super) fn api_hint(&self, program: Option<&Path>) -> Option<TaskApi> {
         match self.api.load(Ordering::Relaxed) {
             _ if program.is_some() => None,
             2 => Some(TaskApi::V2),
@@ -222,8 +222,8 @@ impl Launcher {
     ///
     /// # Errors
     /// Fails when the shim can't be started or does not answer. Nothing is left behind then.
-    pub async fn launch(self: &Arc<Self>, unborn: Unborn) -> Result<Shim, ShimError> {
-        let Unborn { id, held, program } = unborn;
+    pub async fn launch(self: &Arc<Self>, reservation: ShimReservation) -> Result<Shim, ShimError> {
+        let ShimReservation { id, held, program } = reservation;
         let dir = self.places.shim(&id);
         let this = self.clone();
         let (spawn_id, spawn_dir, spawn_program) = (id.clone(), dir.clone(), program.clone());
@@ -232,34 +232,34 @@ impl Launcher {
         let spawned = spawned.unwrap_or_else(|join| {
             Err(ShimError::Spawn { binary: self.binary.clone(), source: io::Error::other(join) })
         });
-        let Spawned { mut child, pid, mut coming, runtime } = match spawned {
+        let Spawned { mut child, pid, mut starting, runtime } = match spawned {
             Ok(spawned) => spawned,
             Err(error) => {
                 remove_dir(&dir);
                 return Err(error);
             }
         };
-        let (tell, ended) = watch::channel(false);
+        let (ended_tx, ended) = watch::channel(false);
         tokio::spawn(async move {
             // The shim is a child of this process: it is reaped as soon as it dies, and its end is reported to all
             // receivers.
             if let Err(error) = child.wait().await {
                 tracing::warn!(%error, "could not wait for the exit of a shim");
             }
-            tell.send_replace(true);
+            ended_tx.send_replace(true);
         });
-        match Client::connect_to_starting(&dir.join(SOCKET), self.hint(program.as_deref())).await {
+        match Client::connect_to_starting(&dir.join(SOCKET_FILE), self.api_hint(program.as_deref())).await {
             Ok(client) => {
                 if program.is_none() {
                     self.api.store(if client.api() == TaskApi::V2 { 2 } else { 3 }, Ordering::Relaxed);
                 }
-                coming.is_up = true;
+                starting.is_up = true;
                 Ok(Shim {
                     id,
                     pid,
                     dir,
-                    client: client.counted_in(&self.calls),
-                    pidfd: coming.pidfd.clone(),
+                    client: client.with_runtime_calls(&self.calls),
+                    pidfd: starting.pidfd.clone(),
                     ended,
                     namespace: self.namespace.clone(),
                     held,
@@ -270,7 +270,7 @@ impl Launcher {
                 })
             }
             Err(error) => {
-                let log = last_words(&dir.join(LOG)).unwrap_or_default();
+                let log = log_tail(&dir.join(LOG_FILE)).unwrap_or_default();
                 tracing::warn!(shim = id, log = log.trim(), "a shim did not come up");
                 Err(error)
             }
@@ -283,8 +283,8 @@ impl Launcher {
             let (id, path) = (id.to_owned(), path.to_owned());
             move |source| ShimError::File { id, doing, path, source }
         };
-        make_dir(dir).map_err(failed("create", dir))?;
-        let (socket, log) = (dir.join(SOCKET), dir.join(LOG));
+        create_private_dir(dir).map_err(failed("create", dir))?;
+        let (socket, log) = (dir.join(SOCKET_FILE), dir.join(LOG_FILE));
         let listener = UnixListener::bind(&socket).map_err(failed("listen at", &socket))?;
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
         // The log is a plain file, because a FIFO would need a reader for the shim's whole life. The shim opens it by
@@ -297,7 +297,7 @@ impl Launcher {
             .current_dir(dir)
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("GOMAXPROCS", self.processors(program))
+            .env("GOMAXPROCS", self.gomaxprocs(program))
             .env("TTRPC_ADDRESS", "")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -307,7 +307,7 @@ impl Launcher {
         // descriptors.
         let listener = duplicate_above(&listener, 10).map_err(failed("duplicate", &socket))?;
         let raw = listener.as_raw_fd();
-        let sealed = self.runtime.get().filter(|_| program.is_none());
+        let sealed = self.sealed_runtime.get().filter(|_| program.is_none());
         let copy = match &sealed {
             None => None,
             Some(sealed) => Some(duplicate_above(&sealed.fd, 10).map_err(failed("duplicate", &sealed.path))?),
@@ -324,25 +324,25 @@ impl Launcher {
                 }
                 let mut first = 4;
                 if raw_copy >= 0 {
-                    if libc::dup2(raw_copy, DESCRIPTOR) < 0 {
+                    if libc::dup2(raw_copy, SEALED_FD) < 0 {
                         return Err(io::Error::last_os_error());
                     }
                     first = 5;
                 }
-                start_anew(first)
+                detach_session(first)
             });
         }
         let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: binary.to_owned(), source })?;
         drop((listener, copy));
         let pid = Pid::of_child(&child).map_err(failed("record the process of", dir))?;
         // This happens before the shim's identity is recorded, because an adopted shim is not moved any more.
-        set_apart(pid, &self.cgroup);
+        detach_from_agent(pid, &self.cgroup);
         let pid = pid.get();
-        let named = PidFd::open(pid).and_then(|pidfd| {
+        let recorded = PidFd::open(pid).and_then(|pidfd| {
             let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
             write_private(
-                &dir.join(PID),
-                &serde_json::to_vec(&Identity {
+                &dir.join(PID_FILE),
+                &serde_json::to_vec(&ShimIdentity {
                     process,
                     boot,
                     namespace,
@@ -352,9 +352,9 @@ impl Launcher {
             )?;
             Ok(pidfd)
         });
-        let pidfd = named.inspect_err(|_| drop(child.start_kill())).map_err(failed("record the process of", dir))?;
-        let coming = Coming { pidfd: Arc::new(pidfd), dir: dir.to_owned(), is_up: false };
-        Ok(Spawned { child, pid, coming, runtime })
+        let pidfd = recorded.inspect_err(|_| drop(child.start_kill())).map_err(failed("record the process of", dir))?;
+        let starting = StartingShim { pidfd: Arc::new(pidfd), dir: dir.to_owned(), is_up: false };
+        Ok(Spawned { child, pid, starting, runtime })
     }
 }
 
@@ -381,16 +381,16 @@ impl Shim {
 
     /// Returns the path by which the shim calls the runtime `binary`: that of its own sealed copy, if it has one of
     /// this runtime.
-    pub fn runtime(&self, binary: &Path) -> PathBuf {
+    pub fn runtime_path(&self, binary: &Path) -> PathBuf {
         if self.runtime.as_deref() == Some(binary) {
-            format!("/proc/{}/fd/{DESCRIPTOR}", self.pid).into()
+            format!("/proc/{}/fd/{SEALED_FD}", self.pid).into()
         } else {
             binary.to_owned()
         }
     }
 
     /// Returns whether the shim runs a program other than the launcher's, and serves one task only.
-    pub fn is_of_another_kind(&self) -> bool {
+    pub fn is_dedicated(&self) -> bool {
         self.program.is_some()
     }
 
@@ -400,7 +400,7 @@ impl Shim {
     }
 
     /// Returns a receiver of the value `true` once the shim has died.
-    pub fn watch(&self) -> watch::Receiver<bool> {
+    pub fn subscribe_exit(&self) -> watch::Receiver<bool> {
         self.ended.clone()
     }
 
@@ -416,7 +416,7 @@ impl Shim {
             namespace: self.namespace.clone(),
             runtime: self.runtime.clone(),
             program: self.program.clone(),
-            held: Held::new(&self.id, &self.held.own),
+            held: ShimHold::new(&self.id, &self.held.registry),
             uses: self.uses,
             adopted: self.adopted,
         }
@@ -424,66 +424,66 @@ impl Shim {
 
     /// Keeps only the hold on the shim, for as long as the shim has a container that could not be ended. The hold keeps
     /// the shim from being regarded as idle.
-    pub fn into_hold(self) -> Held {
+    pub fn into_hold(self) -> ShimHold {
         self.held
     }
 
     /// Marks the shim as unusable because it has a container that it can't delete, both for all holders and on disk for
     /// the next plugin.
     pub(super) fn mark_unusable(&self) {
-        self.note_unusable();
-        let path = self.dir.join(UNUSABLE);
+        self.set_unusable();
+        let path = self.dir.join(UNUSABLE_FILE);
         if let Err(error) = create_private(&path) {
             tracing::warn!(path = %path.display(), %error, "could not mark a shim as unusable for the next plugin");
         }
     }
 
     /// Marks the shim as unusable in this process only, for all holders.
-    pub(super) fn note_unusable(&self) {
-        if let Some(holding) = holders(&self.held.own).get_mut(&self.id) {
+    pub(super) fn set_unusable(&self) {
+        if let Some(holding) = lock_registry(&self.held.registry).get_mut(&self.id) {
             holding.is_unusable = true;
         }
     }
 
     /// Returns whether the shim has a container that it can't delete. Such a shim gets no further tasks.
     pub(super) fn is_unusable(&self) -> bool {
-        holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.is_unusable)
+        lock_registry(&self.held.registry).get(&self.id).is_some_and(|holding| holding.is_unusable)
     }
 
     /// Returns whether there is exactly one hold on the shim in this process.
-    pub fn is_held_once(&self) -> bool {
-        holders(&self.held.own).get(&self.id).is_some_and(|holding| holding.count == 1)
+    pub fn has_single_hold(&self) -> bool {
+        lock_registry(&self.held.registry).get(&self.id).is_some_and(|holding| holding.holds == 1)
     }
 
     /// Releases the hold on the shim if there is a further one in this process. Returns whether the hold was released.
-    pub(super) fn leave_to_others(&mut self) -> bool {
-        self.held.leave_to_others()
+    pub(super) fn release_if_shared(&mut self) -> bool {
+        self.held.release_if_shared()
     }
 
     /// Shuts down a shim that has no containers but those that it can't delete, and removes its directory. A shim that
     /// does not exit is killed. Returns whether the shim is gone.
     ///
     /// If there are further holds on the shim, only this hold is released, and the result is `true`.
-    pub async fn end(mut self) -> bool {
-        if self.leave_to_others() {
+    pub async fn shut_down(mut self) -> bool {
+        if self.release_if_shared() {
             return true;
         }
         if self.is_unusable() {
             // An unusable shim would accept the request and not exit.
-            return self.end_by_force().await;
+            return self.kill_and_wait().await;
         }
         let refused = !self.has_ended() && self.client.shutdown(&self.id).await.is_err();
         if refused {
             self.pidfd.signal(libc::SIGKILL);
         }
-        if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
+        if tokio::time::timeout(EXIT_TIMEOUT, self.ended.wait_for(|ended| *ended)).await.is_err() {
             if self.adopted && !refused {
                 // The shim has accepted the request and does not exit, so it has a container that this plugin does not
                 // know.
                 tracing::warn!(shim = self.id, "a shim of an earlier plugin does not exit; it may hold a container");
                 return false;
             }
-            return self.end_by_force().await;
+            return self.kill_and_wait().await;
         }
         remove_dir(&self.dir);
         true
@@ -491,9 +491,9 @@ impl Shim {
 
     /// Kills the shim, even if it has containers, waits for its exit and removes its directory. Returns whether the
     /// shim is gone.
-    pub(super) async fn end_by_force(mut self) -> bool {
+    pub(super) async fn kill_and_wait(mut self) -> bool {
         self.pidfd.signal(libc::SIGKILL);
-        if tokio::time::timeout(END, self.ended.wait_for(|ended| *ended)).await.is_err() {
+        if tokio::time::timeout(EXIT_TIMEOUT, self.ended.wait_for(|ended| *ended)).await.is_err() {
             tracing::error!(shim = self.id, "a shim survives SIGKILL");
             return false;
         }
@@ -508,7 +508,7 @@ impl Shim {
     }
 
     /// Kills an idle shim without asking it to shut down first, and removes its directory.
-    pub fn kill(self) {
+    pub fn kill_and_remove(self) {
         self.pidfd.signal(libc::SIGKILL);
         remove_dir(&self.dir);
     }
@@ -517,18 +517,22 @@ impl Shim {
 /// Removes a shim's directory. The files that the driver has made there are removed by their names, because listing the
 /// directory needs a file descriptor, and the lack of descriptors may be the reason why the shim did not come up.
 pub(super) fn remove_dir(dir: &Path) {
-    if crate::fault::skipped("shim-dir") {
+    if crate::failpoint::skip("shim-dir") {
         return;
     }
-    let by_name = [SOCKET, LOG, PID, UNUSABLE].iter().try_for_each(|file| absent(fs::remove_file(dir.join(file))));
-    let removed = by_name.and_then(|()| absent(fs::remove_dir(dir))).or_else(|_| absent(fs::remove_dir_all(dir)));
+    let by_name = [SOCKET_FILE, LOG_FILE, PID_FILE, UNUSABLE_FILE]
+        .iter()
+        .try_for_each(|file| ignore_not_found(fs::remove_file(dir.join(file))));
+    let removed = by_name
+        .and_then(|()| ignore_not_found(fs::remove_dir(dir)))
+        .or_else(|_| ignore_not_found(fs::remove_dir_all(dir)));
     if let Err(error) = removed {
         tracing::warn!(dir = %dir.display(), %error, "could not remove the directory of a shim");
     }
 }
 
 /// Treats "not found" as success: the file was removed, or did not exist.
-fn absent(removed: io::Result<()>) -> io::Result<()> {
+fn ignore_not_found(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -537,12 +541,12 @@ fn absent(removed: io::Result<()>) -> io::Result<()> {
 
 /// Returns the end of a shim's log, which says why the shim gave up. The whole log may be too large for this process's
 /// memory.
-fn last_words(log: &Path) -> io::Result<String> {
+fn log_tail(log: &Path) -> io::Result<String> {
     let mut log = File::open(log)?;
     let length = log.metadata()?.len();
-    log.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS_MAX)))?;
+    log.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_MAX)))?;
     let mut bytes = Vec::new();
-    log.take(LAST_WORDS_MAX).read_to_end(&mut bytes)?;
+    log.take(LOG_TAIL_MAX).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 

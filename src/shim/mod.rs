@@ -3,19 +3,19 @@
 //! A shim is a small program (`containerd-shim-runc-v2`) that calls the OCI runtime and stays as the parent of the
 //! container's process. Any running shim accepts `Create` for any container, and the pool is built on that.
 
+mod adopt;
 mod calls;
 mod cleanup;
 mod client;
 mod connection;
 mod exec;
+mod exec_fifo;
 #[cfg(test)]
 pub mod fake;
-mod found;
-mod held;
+mod hold;
 mod launch;
 mod pid_files;
 mod pool;
-mod release;
 mod sealed;
 pub mod stdio;
 mod version;
@@ -24,17 +24,19 @@ use std::{io, path::PathBuf, time::Duration};
 
 use crate::failure::{self, Cause};
 
-pub use calls::{Purpose, RuntimeCall, RuntimeCalls};
-pub use cleanup::{DeadTask, EXIT_NOTE, delete_dead, has_noted_exit};
-pub use client::{CONNECT, Client, CreateTask, ExecProcess, Exit, Kill, RuntimeOptions, TaskApi, WindowSize};
+pub use adopt::{Adoption, is_alive, is_unusable, kill_hung, kill_shim, shut_down_unrecorded};
+pub use calls::{CallKind, RuntimeCallGuard, RuntimeCalls};
+pub use cleanup::{DeadContainer, EXIT_FILE, delete_dead_container, has_exit_file};
+pub use client::{
+    CONNECT_TIMEOUT, Client, CreateTask, ExecProcess, Exit, RuntimeOptions, SignalTarget, TaskApi, WindowSize,
+};
 pub use exec::{ExecIo, ExecPipes};
-pub use found::{Found, end_hung, end_stray, is_alive, is_unusable, kill_shim};
-pub use held::Held;
-pub use launch::{Launcher, Shim, Unborn};
+pub use exec_fifo::start_via_exec_fifo;
+pub use hold::ShimHold;
+pub use launch::{Launcher, Shim, ShimReservation};
 pub use pid_files::{PidFile, PidFiles};
-pub use pool::{Pool, PoolSettings, Reserved, ShimScope};
-pub use release::release;
-pub use sealed::Sealed;
+pub use pool::{Pool, PoolSettings, ReservedShim, ShimScope};
+pub use sealed::SealedCopy;
 
 /// The reason why an operation on a shim failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +63,7 @@ pub enum ShimError {
     },
     /// The connection to the shim broke, or could not be made: the shim has died, or never came up.
     #[error("shim: {call}: connection lost ({detail})")]
-    Gone {
+    ConnectionLost {
         /// The method that was called.
         call: &'static str,
         /// The message of the transport.
@@ -69,7 +71,7 @@ pub enum ShimError {
     },
     /// An answer could not be decoded, or a request not encoded. The shim and its containers go on running.
     #[error("shim: {call}: malformed message ({detail})")]
-    NotUnderstood {
+    Malformed {
         /// The method that was called.
         call: &'static str,
         /// What is wrong with the message.
@@ -77,7 +79,7 @@ pub enum ShimError {
     },
     /// The shim did not answer in time.
     #[error("shim: {call}: no answer in {} s", after.as_secs())]
-    Late {
+    TimedOut {
         /// The method that was called.
         call: &'static str,
         /// The timeout of the call.
@@ -85,7 +87,7 @@ pub enum ShimError {
     },
     /// The shim accepted the request to shut down, and still runs.
     #[error("the shim does not exit; it may still hold a container")]
-    Stays,
+    DoesNotExit,
     /// The shim refused the call. The message is mostly the OCI runtime's.
     #[error("{message}")]
     Refused {
@@ -98,7 +100,7 @@ pub enum ShimError {
     },
     /// The shim serves neither version of the Task service.
     #[error("shim serves neither {0} nor {1}")]
-    NoService(&'static str, &'static str),
+    NoTaskService(&'static str, &'static str),
 }
 
 /// The status code INVALID_ARGUMENT of gRPC.
@@ -126,11 +128,11 @@ impl ShimError {
             }),
             Self::File { .. }
             | Self::Spawn { .. }
-            | Self::Gone { .. }
-            | Self::NotUnderstood { .. }
-            | Self::Late { .. }
-            | Self::Stays
-            | Self::NoService(..) => Cause::Host,
+            | Self::ConnectionLost { .. }
+            | Self::Malformed { .. }
+            | Self::TimedOut { .. }
+            | Self::DoesNotExit
+            | Self::NoTaskService(..) => Cause::Host,
         }
     }
 }

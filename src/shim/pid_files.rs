@@ -9,10 +9,11 @@ use std::{
     fs, io,
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::oneshot,
@@ -20,7 +21,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 /// The name that shims give the pid file.
-const NAME: &str = "init.pid";
+const PID_FILE_NAME: &str = "init.pid";
 
 /// Watches bundles for their pid files. One inotify instance serves all bundles, because closing an instance waits some
 /// milliseconds for readers in the kernel.
@@ -32,26 +33,26 @@ pub struct PidFiles {
 
 #[derive(Debug)]
 struct Watches {
-    inotify: AsyncFd<Source>,
-    awaited: Mutex<HashMap<WatchDescriptor, Awaited>>,
+    inotify: AsyncFd<InotifyFd>,
+    awaited: Mutex<HashMap<WatchDescriptor, AwaitedPid>>,
 }
 
 #[derive(Debug)]
-struct Awaited {
+struct AwaitedPid {
     path: PathBuf,
-    tell: oneshot::Sender<u32>,
+    pid_sender: oneshot::Sender<u32>,
 }
 
 #[derive(Debug)]
-struct Source(Inotify);
+struct InotifyFd(Inotify);
 
-impl AsFd for Source {
+impl AsFd for InotifyFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-impl std::os::fd::AsRawFd for Source {
+impl std::os::fd::AsRawFd for InotifyFd {
     fn as_raw_fd(&self) -> i32 {
         self.0.as_fd().as_raw_fd()
     }
@@ -62,7 +63,7 @@ impl std::os::fd::AsRawFd for Source {
 pub struct PidFile {
     watches: Arc<Watches>,
     watch: WatchDescriptor,
-    told: oneshot::Receiver<u32>,
+    pid_receiver: oneshot::Receiver<u32>,
 }
 
 impl PidFiles {
@@ -73,7 +74,7 @@ impl PidFiles {
     pub fn new() -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         // SAFETY: `InotifyFd` owns its descriptor, which stays open and unchanged for as long as the AsyncFd has it.
-        let inotify = unsafe { AsyncFd::register_with_interest(Source(inotify), Interest::READABLE) }?;
+        let inotify = unsafe { AsyncFd::register_with_interest(InotifyFd(inotify), Interest::READABLE) }?;
         let watches = Arc::new(Watches { inotify, awaited: Mutex::default() });
         let listening = tokio::spawn({
             let watches = watches.clone();
@@ -93,35 +94,35 @@ impl PidFiles {
     pub fn watch(&self, bundle: &Path) -> io::Result<PidFile> {
         // crun writes the file, runc renames another one to it.
         let flags = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ONLYDIR;
-        let (tell, told) = oneshot::channel();
+        let (pid_sender, pid_receiver) = oneshot::channel();
         // The lock is held over both steps. Otherwise an event could arrive before its receiver is registered.
         let mut awaited = self.watches.awaited();
         let watch = self.watches.inotify.get_ref().0.add_watch(bundle, flags)?;
-        awaited.insert(watch, Awaited { path: bundle.join(NAME), tell });
-        Ok(PidFile { watches: self.watches.clone(), watch, told })
+        awaited.insert(watch, AwaitedPid { path: bundle.join(PID_FILE_NAME), pid_sender });
+        Ok(PidFile { watches: self.watches.clone(), watch, pid_receiver })
     }
 }
 
 impl Watches {
-    fn awaited(&self) -> MutexGuard<'_, HashMap<WatchDescriptor, Awaited>> {
-        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    fn awaited(&self) -> MutexGuard<'_, HashMap<WatchDescriptor, AwaitedPid>> {
+        self.awaited.lock()
     }
 
     async fn listen(&self) -> io::Result<()> {
         loop {
             let mut ready = self.inotify.readable().await?;
             let Ok(events) = ready.try_io(|inotify| Ok(inotify.get_ref().0.read_events()?)) else { continue };
-            let named = |event: &&InotifyEvent| event.name.as_ref().is_some_and(|name| name == NAME);
-            events?.iter().filter(named).for_each(|event| self.written(event.wd));
+            let named = |event: &&InotifyEvent| event.name.as_ref().is_some_and(|name| name == PID_FILE_NAME);
+            events?.iter().filter(named).for_each(|event| self.on_written(event.wd));
         }
     }
 
-    fn written(&self, watch: WatchDescriptor) {
-        let Some(Awaited { path, tell }) = self.awaited().remove(&watch) else { return };
+    fn on_written(&self, watch: WatchDescriptor) {
+        let Some(AwaitedPid { path, pid_sender }) = self.awaited().remove(&watch) else { return };
         let pid = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
         match pid {
             // The receiver may have given up, which is fine.
-            Some(pid) => drop(tell.send(pid)),
+            Some(pid) => drop(pid_sender.send(pid)),
             None => tracing::debug!(path = %path.display(), "a pid file contains no pid"),
         }
     }
@@ -130,9 +131,9 @@ impl Watches {
 impl PidFile {
     /// Returns the container's pid as soon as it is written. Never returns if there is no pid file to watch, or its pid
     /// can't be read.
-    pub async fn written(file: Option<Self>) -> u32 {
+    pub async fn wait(file: Option<Self>) -> u32 {
         if let Some(mut file) = file
-            && let Ok(pid) = (&mut file.told).await
+            && let Ok(pid) = (&mut file.pid_receiver).await
         {
             return pid;
         }

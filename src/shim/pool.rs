@@ -7,33 +7,34 @@ use std::{
     collections::{HashMap, VecDeque},
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 
-use super::{Launcher, Shim, ShimError, launch::Unborn};
+use super::{Launcher, Shim, ShimError, launch::ShimReservation};
 
 /// The time for which closing the pool waits for a shim that is being launched, before it abandons the launch. A shim
 /// comes up in some 10 ms.
-const COMING_UP: Duration = Duration::from_millis(500);
+const LAUNCH_GRACE: Duration = Duration::from_millis(500);
 /// The delay between a start and a refill of the pool. The started task has the processors meanwhile.
-const BREATH: Duration = Duration::from_millis(20);
+const REFILL_DELAY: Duration = Duration::from_millis(20);
 /// The additional delay of a refill while the pool still has an idle shim. A short task returns its own shim before
 /// that.
-const LONG_BREATH: Duration = Duration::from_millis(500);
+const REFILL_LONG_DELAY: Duration = Duration::from_millis(500);
 /// The longest time for which a refill then waits for starts in progress. The time is limited because an empty pool
 /// makes these starts even slower.
-const BACK_PRESSURE: Duration = Duration::from_millis(200);
+const REFILL_MAX_DELAY: Duration = Duration::from_millis(200);
 /// The most idle shims above the pool's size that are kept after a burst of tasks, for the next burst.
-const SPARE: usize = 16;
+const SPARE_MAX: usize = 16;
 /// The time for which idle shims above the pool's size are kept.
-const SPARE_TIME: Duration = Duration::from_secs(1);
+const SPARE_GRACE: Duration = Duration::from_secs(1);
 /// The number of containers after which a shim is replaced. Nothing guarantees that a shim's memory doesn't grow.
-const USES: u32 = 500;
+const USES_MAX: u32 = 500;
 
 /// The tasks that share a shim.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -71,44 +72,44 @@ struct Inner {
     /// allocation's id, or empty for the node's shim, which is kept even when no task uses it.
     shared: Mutex<HashMap<String, Shim>>,
     /// The lock of a task that starts a shared shim.
-    making: tokio::sync::Mutex<()>,
+    launch_lock: tokio::sync::Mutex<()>,
     /// The lock of a refill; only one runs at a time.
-    refilling: tokio::sync::Mutex<()>,
+    refill_lock: tokio::sync::Mutex<()>,
     trimming: AtomicBool,
     closed: AtomicBool,
     /// The number of starts in progress.
-    busy: watch::Sender<usize>,
+    starts_in_progress: watch::Sender<usize>,
     /// Notifies a refill that the last idle shim was taken.
-    empty: Notify,
+    became_empty: Notify,
     /// Notifies a refill that the launch of its shim is abandoned, because the pool is closed.
-    too_late: Notify,
+    launch_abandoned: Notify,
 }
 
 /// A guard that counts a start as in progress until the guard is dropped. Refills wait for starts in progress.
 #[derive(Debug)]
-pub struct Busy(Pool);
+pub struct StartGuard(Pool);
 
-impl Drop for Busy {
+impl Drop for StartGuard {
     fn drop(&mut self) {
-        self.0.0.busy.send_modify(|count| *count -= 1);
+        self.0.0.starts_in_progress.send_modify(|count| *count -= 1);
     }
 }
 
 /// A shim that is reserved for a task.
 #[derive(Debug)]
-pub enum Reserved {
+pub enum ReservedShim {
     /// The shim runs.
-    Waiting(Shim),
+    Running(Shim),
     /// The shim has to be launched; only its id is known.
-    Named(Unborn),
+    ToLaunch(ShimReservation),
 }
 
-impl Reserved {
+impl ReservedShim {
     /// Returns the id of the shim.
     pub fn id(&self) -> &str {
         match self {
-            Self::Waiting(shim) => shim.id(),
-            Self::Named(unborn) => unborn.id(),
+            Self::Running(shim) => shim.id(),
+            Self::ToLaunch(unborn) => unborn.id(),
         }
     }
 }
@@ -121,13 +122,13 @@ impl Pool {
             settings,
             idle: Mutex::default(),
             shared: Mutex::default(),
-            making: tokio::sync::Mutex::default(),
-            refilling: tokio::sync::Mutex::default(),
+            launch_lock: tokio::sync::Mutex::default(),
+            refill_lock: tokio::sync::Mutex::default(),
             trimming: AtomicBool::new(false),
             closed: AtomicBool::new(false),
-            busy: watch::Sender::new(0),
-            empty: Notify::new(),
-            too_late: Notify::new(),
+            starts_in_progress: watch::Sender::new(0),
+            became_empty: Notify::new(),
+            launch_abandoned: Notify::new(),
         }))
     }
 
@@ -137,9 +138,9 @@ impl Pool {
     }
 
     /// Counts a start as in progress while the returned guard exists.
-    pub fn busy(&self) -> Busy {
-        self.0.busy.send_modify(|count| *count += 1);
-        Busy(self.clone())
+    pub fn start_guard(&self) -> StartGuard {
+        self.0.starts_in_progress.send_modify(|count| *count += 1);
+        StartGuard(self.clone())
     }
 
     /// Reserves a shim for a task of this allocation: a running one, or the id of one to launch. With a `program`, the
@@ -147,30 +148,30 @@ impl Pool {
     ///
     /// # Errors
     /// Fails when a shim that tasks are to share can't be started.
-    pub async fn reserve(&self, alloc_id: &str, program: Option<&Path>) -> Result<Reserved, ShimError> {
+    pub async fn reserve(&self, alloc_id: &str, program: Option<&Path>) -> Result<ReservedShim, ShimError> {
         if let Some(program) = program {
-            return Ok(Reserved::Named(self.0.launcher.name_of(program)));
+            return Ok(ReservedShim::ToLaunch(self.0.launcher.reserve_with_program(program)));
         }
-        let Some(key) = self.key(alloc_id) else { return Ok(self.reserve_own()) };
-        if let Some(shim) = self.join(key) {
-            return Ok(Reserved::Waiting(shim));
+        let Some(key) = self.sharing_key(alloc_id) else { return Ok(self.reserve_unshared()) };
+        if let Some(shim) = self.join_shared(key) {
+            return Ok(ReservedShim::Running(shim));
         }
-        let _making = self.0.making.lock().await;
-        if let Some(shim) = self.join(key) {
-            return Ok(Reserved::Waiting(shim));
+        let _launch_lock = self.0.launch_lock.lock().await;
+        if let Some(shim) = self.join_shared(key) {
+            return Ok(ReservedShim::Running(shim));
         }
-        let shim = match self.reserve_own() {
-            Reserved::Waiting(shim) => shim,
-            Reserved::Named(unborn) => self.0.launcher.launch(unborn).await?,
+        let shim = match self.reserve_unshared() {
+            ReservedShim::Running(shim) => shim,
+            ReservedShim::ToLaunch(unborn) => self.0.launcher.launch(unborn).await?,
         };
         let own = shim.share();
         self.shared().insert(key.to_owned(), shim);
-        Ok(Reserved::Waiting(own))
+        Ok(ReservedShim::Running(own))
     }
 
     /// Lets further tasks of this allocation join an adopted shim that has one of the allocation's tasks.
-    pub fn adopted(&self, alloc_id: &str, shim: &Shim) {
-        let Some(key) = self.key(alloc_id).filter(|_| !shim.is_of_another_kind()) else { return };
+    pub fn share_adopted(&self, alloc_id: &str, shim: &Shim) {
+        let Some(key) = self.sharing_key(alloc_id).filter(|_| !shim.is_dedicated()) else { return };
         let mut shared = self.shared();
         if !self.is_closed() && !shim.is_unusable() && !shared.contains_key(key) {
             shared.insert(key.to_owned(), shim.share());
@@ -178,7 +179,7 @@ impl Pool {
     }
 
     /// Returns the key of the shim that a task of this allocation shares with others, if it shares one.
-    fn key<'a>(&self, alloc_id: &'a str) -> Option<&'a str> {
+    fn sharing_key<'a>(&self, alloc_id: &'a str) -> Option<&'a str> {
         match self.0.settings.scope {
             ShimScope::Task => None,
             // Tasks without an allocation don't share a shim.
@@ -187,7 +188,7 @@ impl Pool {
         }
     }
 
-    fn join(&self, key: &str) -> Option<Shim> {
+    fn join_shared(&self, key: &str) -> Option<Shim> {
         let mut shared = self.shared();
         match shared.get(key) {
             Some(shim) if !shim.has_ended() => Some(shim.share()),
@@ -200,30 +201,30 @@ impl Pool {
         }
     }
 
-    fn reserve_own(&self) -> Reserved {
+    fn reserve_unshared(&self) -> ReservedShim {
         loop {
             let (next, left) = {
                 let mut idle = self.idle();
                 (idle.pop_front(), idle.len())
             };
             if left == 0 {
-                self.0.empty.notify_waiters();
+                self.0.became_empty.notify_waiters();
             }
             match next {
                 // A shim that has died while it was idle has left only its directory.
-                Some(dead) if dead.has_ended() => dead.kill(),
-                Some(shim) => return Reserved::Waiting(shim),
-                None => return Reserved::Named(self.0.launcher.name()),
+                Some(dead) if dead.has_ended() => dead.kill_and_remove(),
+                Some(shim) => return ReservedShim::Running(shim),
+                None => return ReservedShim::ToLaunch(self.0.launcher.reserve()),
             }
         }
     }
 
     /// Delays work that can wait: sleeps for `delay`, and then waits until no start is in progress, for at most
     /// `max_delay`.
-    pub async fn calm(&self, breath: Duration, patience: Duration) {
-        tokio::time::sleep(breath).await;
-        let mut busy = self.0.busy.subscribe();
-        let _ = tokio::time::timeout(patience, busy.wait_for(|count| *count == 0)).await;
+    pub async fn wait_until_idle(&self, delay: Duration, max_delay: Duration) {
+        tokio::time::sleep(delay).await;
+        let mut busy = self.0.starts_in_progress.subscribe();
+        let _ = tokio::time::timeout(max_delay, busy.wait_for(|count| *count == 0)).await;
     }
 
     /// Starts the missing idle shims in the background. This is called after a start has returned, never on the start's
@@ -231,30 +232,30 @@ impl Pool {
     pub fn refill(&self) {
         let pool = self.clone();
         tokio::spawn(async move {
-            let Ok(_turn) = pool.0.refilling.try_lock() else { return };
+            let Ok(_refill_lock) = pool.0.refill_lock.try_lock() else { return };
             pool.remove_ended();
-            while pool.is_short() {
+            while pool.needs_refill() {
                 let left = pool.idle().len();
-                let calm = async {
+                let idle = async {
                     if left > 0 {
-                        tokio::time::sleep(LONG_BREATH).await;
+                        tokio::time::sleep(REFILL_LONG_DELAY).await;
                     }
-                    pool.calm(BREATH, BACK_PRESSURE).await;
+                    pool.wait_until_idle(REFILL_DELAY, REFILL_MAX_DELAY).await;
                 };
                 // When no idle shim is left, the refill stops waiting.
                 tokio::select! {
-                    () = calm => {}
-                    () = pool.0.empty.notified() => {}
+                    () = idle => {}
+                    () = pool.0.became_empty.notified() => {}
                 }
-                if !pool.is_short() {
+                if !pool.needs_refill() {
                     return;
                 }
                 let launched = tokio::select! {
-                    launched = pool.0.launcher.launch(pool.0.launcher.name()) => launched,
-                    () = pool.0.too_late.notified() => return,
+                    launched = pool.0.launcher.launch(pool.0.launcher.reserve()) => launched,
+                    () = pool.0.launch_abandoned.notified() => return,
                 };
                 match launched {
-                    Ok(shim) => pool.put(shim),
+                    Ok(shim) => pool.add_idle(shim),
                     Err(error) => {
                         tracing::warn!(%error, "could not refill the shim pool; the next start launches its own shim");
                         return;
@@ -264,13 +265,13 @@ impl Pool {
         });
     }
 
-    fn is_short(&self) -> bool {
-        let size = self.size();
+    fn needs_refill(&self) -> bool {
+        let size = self.target_size();
         !self.is_closed() && self.idle().len() < size
     }
 
     /// Returns the number of idle shims that the pool should have.
-    fn size(&self) -> usize {
+    fn target_size(&self) -> usize {
         match self.0.settings.scope {
             // The shim that all tasks share is enough.
             ShimScope::Node if self.shared().values().any(|shim| !shim.has_ended()) => 0,
@@ -281,15 +282,15 @@ impl Pool {
 
     /// Adds an idle shim, new or adopted, to the pool. Kills the shim if it can't serve further tasks, or the pool is
     /// full or closed.
-    pub fn put(&self, shim: Shim) {
-        if shim.is_of_another_kind() || shim.is_unusable() {
-            return shim.kill();
+    pub fn add_idle(&self, shim: Shim) {
+        if shim.is_dedicated() || shim.is_unusable() {
+            return shim.kill_and_remove();
         }
-        let size = self.size();
+        let size = self.target_size();
         let mut idle = self.idle();
         // Closing the pool takes the same lock to empty the queue, so a shim is either removed there or killed here.
         if self.is_closed() || idle.len() >= size {
-            shim.kill();
+            shim.kill_and_remove();
         } else {
             idle.push_back(shim);
         }
@@ -305,51 +306,51 @@ impl Pool {
         };
         let mut shared = self.shared();
         let ended_shared = shared.extract_if(|_, shim| shim.has_ended()).map(|(_, shim)| shim);
-        ended_shared.chain(ended_idle).for_each(let_go);
+        ended_shared.chain(ended_idle).for_each(release_hold);
     }
 
     /// Removes unused shims that no task has returned to the pool: shims that have died, and shims of allocations whose
     /// last task has released its hold in another way. Refills the pool afterwards.
-    pub async fn tidy(&self) {
+    pub async fn remove_unused(&self) {
         self.remove_ended();
         let unused: Vec<Shim> = match self.0.settings.scope {
             ShimScope::Alloc => {
                 // Further holds are taken under the same lock.
-                self.shared().extract_if(|_, shim| shim.is_held_once()).map(|(_, shim)| shim).collect()
+                self.shared().extract_if(|_, shim| shim.has_single_hold()).map(|(_, shim)| shim).collect()
             }
             ShimScope::Task | ShimScope::Node => Vec::new(),
         };
         for shim in unused {
-            shim.end().await;
+            shim.shut_down().await;
         }
         self.refill();
     }
 
     /// Shuts down a shim whose container is gone, unless there are further holds on it. Returns whether the shim is
     /// gone or has further holds.
-    pub async fn end(&self, alloc_id: &str, shim: Shim) -> bool {
-        match self.last_hold(alloc_id, shim) {
-            Some(shim) => shim.end().await,
+    pub async fn shut_down(&self, alloc_id: &str, shim: Shim) -> bool {
+        match self.release_unless_last(alloc_id, shim) {
+            Some(shim) => shim.shut_down().await,
             None => true,
         }
     }
 
     /// Takes back a shim whose container is gone, to keep it for the next task or to shut it down. Returns `false` only
     /// if the shim had to be shut down and is not gone.
-    pub async fn take_back(&self, alloc_id: &str, shim: Shim) -> bool {
-        let Some(mut shim) = self.last_hold(alloc_id, shim) else { return true };
+    pub async fn recycle(&self, alloc_id: &str, shim: Shim) -> bool {
+        let Some(mut shim) = self.release_unless_last(alloc_id, shim) else { return true };
         if shim.is_unusable() {
-            return shim.end_by_force().await;
+            return shim.kill_and_wait().await;
         }
         shim.uses += 1;
         let settings = self.0.settings;
         // Dedicated shims don't support a second container: gVisor's shim closes what it needs for terminals with the
         // first one.
-        let worn =
-            shim.is_of_another_kind() || !settings.reuse || settings.size == 0 || shim.uses >= USES || shim.has_ended();
-        let refused = if worn { Some(shim) } else { self.keep(shim) };
+        let unfit =
+            shim.is_dedicated() || !settings.reuse || settings.size == 0 || shim.uses >= USES_MAX || shim.has_ended();
+        let refused = if unfit { Some(shim) } else { self.keep_idle(shim) };
         match refused {
-            Some(shim) => shim.end().await,
+            Some(shim) => shim.shut_down().await,
             None => true,
         }
     }
@@ -357,67 +358,67 @@ impl Pool {
     /// Quarantines a shim that has an ended container which it can't delete. The shim serves its present tasks and gets
     /// no others. The last task's release kills the shim, because the shim would not exit when asked to. Returns
     /// whether the shim is gone or has further holds.
-    pub async fn discard(&self, mut shim: Shim) -> bool {
+    pub async fn quarantine(&self, mut shim: Shim) -> bool {
         shim.mark_unusable();
         self.shared().retain(|_, kept| kept.id() != shim.id());
-        shim.leave_to_others() || shim.end_by_force().await
+        shim.release_if_shared() || shim.kill_and_wait().await
     }
 
     /// Returns the number of tasks that have a hold on this shim. The pool's own hold, which is there for further tasks
     /// of an allocation or node, is not counted.
-    pub fn tasks_of(&self, id: &str) -> usize {
+    pub fn task_count(&self, id: &str) -> usize {
         let shared = self.shared();
         let own = shared.values().filter(|kept| kept.id() == id).count();
-        self.0.launcher.holders_of(id).saturating_sub(own)
+        self.0.launcher.hold_count(id).saturating_sub(own)
     }
 
     /// Releases a task's hold on a shim. Returns the shim if that was the last hold of a task on it, and the caller has
     /// to end the shim.
-    fn last_hold(&self, alloc_id: &str, mut shim: Shim) -> Option<Shim> {
+    fn release_unless_last(&self, alloc_id: &str, mut shim: Shim) -> Option<Shim> {
         let mut shared = self.shared();
-        if !shim.leave_to_others() {
+        if !shim.release_if_shared() {
             return Some(shim);
         }
         // The last task of an allocation is gone when only the pool has a hold on its shim.
         let last = self.0.settings.scope == ShimScope::Alloc
-            && shared.get(alloc_id).is_some_and(|kept| kept.id() == shim.id() && kept.is_held_once());
+            && shared.get(alloc_id).is_some_and(|kept| kept.id() == shim.id() && kept.has_single_hold());
         last.then(|| shared.remove(alloc_id)).flatten()
     }
 
     /// Adds a used shim to the idle ones, for the next task. Returns the shim if there are enough.
-    fn keep(&self, shim: Shim) -> Option<Shim> {
-        let size = self.size();
+    fn keep_idle(&self, shim: Shim) -> Option<Shim> {
+        let size = self.target_size();
         let mut idle = self.idle();
         // The flag is read under the lock that closing the pool takes.
-        if self.is_closed() || idle.len() >= size + SPARE {
+        if self.is_closed() || idle.len() >= size + SPARE_MAX {
             return Some(shim);
         }
         // The shim that was used last has the warmest caches, so it is used first.
         idle.push_front(shim);
         if idle.len() > size {
-            self.trim_later();
+            self.schedule_trim();
         }
         None
     }
 
     /// Shuts down the surplus idle shims that a burst of tasks has left, unless another burst has used them.
-    fn trim_later(&self) {
+    fn schedule_trim(&self) {
         if self.0.trimming.swap(true, Ordering::SeqCst) {
             return;
         }
         let pool = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(SPARE_TIME).await;
+            tokio::time::sleep(SPARE_GRACE).await;
             pool.0.trimming.store(false, Ordering::SeqCst);
             // The surplus shims are taken one at a time, so that closing the pool meanwhile finds the others.
             loop {
-                let size = pool.size();
+                let size = pool.target_size();
                 let surplus = {
                     let mut idle = pool.idle();
                     if idle.len() > size { idle.pop_back() } else { None }
                 };
                 match surplus {
-                    Some(shim) => drop(shim.end().await),
+                    Some(shim) => drop(shim.shut_down().await),
                     None => return,
                 }
             }
@@ -428,17 +429,17 @@ impl Pool {
     /// because it would otherwise be left unrecorded.
     pub async fn close(&self) {
         self.0.closed.store(true, Ordering::SeqCst);
-        self.0.empty.notify_waiters();
-        if tokio::time::timeout(COMING_UP, self.0.refilling.lock()).await.is_err() {
-            self.0.too_late.notify_waiters();
-            if tokio::time::timeout(COMING_UP, self.0.refilling.lock()).await.is_err() {
+        self.0.became_empty.notify_waiters();
+        if tokio::time::timeout(LAUNCH_GRACE, self.0.refill_lock.lock()).await.is_err() {
+            self.0.launch_abandoned.notify_waiters();
+            if tokio::time::timeout(LAUNCH_GRACE, self.0.refill_lock.lock()).await.is_err() {
                 tracing::warn!("a shim of the pool is still being started; the next plugin adopts it");
             }
         }
         let shared: Vec<Shim> = self.shared().drain().map(|(_, shim)| shim).collect();
-        shared.into_iter().for_each(let_go);
+        shared.into_iter().for_each(release_hold);
         for shim in self.idle().drain(..) {
-            shim.kill();
+            shim.kill_and_remove();
         }
     }
 
@@ -452,18 +453,18 @@ impl Pool {
     }
 
     fn idle(&self) -> MutexGuard<'_, VecDeque<Shim>> {
-        self.0.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.idle.lock()
     }
 
     fn shared(&self) -> MutexGuard<'_, HashMap<String, Shim>> {
-        self.0.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.shared.lock()
     }
 }
 
 /// Releases the pool's hold on a shim, and kills the shim if no task has a hold on it. A shim with holds of tasks
 /// remains theirs; if it has died, the engine cleans up its containers when it handles those tasks.
-fn let_go(mut shim: Shim) {
-    if !shim.leave_to_others() {
-        shim.kill();
+fn release_hold(mut shim: Shim) {
+    if !shim.release_if_shared() {
+        shim.kill_and_remove();
     }
 }

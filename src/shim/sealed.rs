@@ -11,45 +11,46 @@ use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
-use crate::{process::command, stamp::Stamp};
+use crate::{file_id::FileId, process::command};
+use parking_lot::Mutex;
 
 /// The descriptor number of the sealed copy in a shim, the one after the listening socket.
-pub(super) const DESCRIPTOR: i32 = 4;
+pub(super) const SEALED_FD: i32 = 4;
 
 /// The largest size of a program that is copied; crun is never larger.
 const SIZE_MAX: u64 = 32 << 20;
 
 /// A sealed copy of a program, and the identity of the file that was copied.
 #[derive(Debug)]
-pub struct Sealed {
+pub struct SealedCopy {
     pub(super) fd: OwnedFd,
     pub(super) path: PathBuf,
-    stamp: Stamp,
+    stamp: FileId,
 }
 
 /// The sealed copy of the runtime that new shims get, if one was set.
 #[derive(Debug, Default)]
-pub(super) struct Current(Mutex<Option<Arc<Sealed>>>);
+pub(super) struct CurrentSealedCopy(Mutex<Option<Arc<SealedCopy>>>);
 
-impl Current {
-    pub(super) fn set(&self, sealed: Sealed) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(sealed));
+impl CurrentSealedCopy {
+    pub(super) fn set(&self, sealed: SealedCopy) {
+        *self.0.lock() = Some(Arc::new(sealed));
     }
 
     /// Returns the sealed copy, and a new one if the program was replaced on disk. Returns `None` if the new copy can't
     /// be made; the next call tries again.
-    pub(super) fn get(&self) -> Option<Arc<Sealed>> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
-        if fs::metadata(&known.path).is_ok_and(|file| Stamp::of(&file) == known.stamp) {
+    pub(super) fn get(&self) -> Option<Arc<SealedCopy>> {
+        let known = self.0.lock().clone()?;
+        if fs::metadata(&known.path).is_ok_and(|file| FileId::of(&file) == known.stamp) {
             return Some(known);
         }
-        match Sealed::of(&known.path) {
+        match SealedCopy::of(&known.path) {
             Ok(renewed) => {
                 let renewed = Arc::new(renewed);
-                *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(renewed.clone());
+                *self.0.lock() = Some(renewed.clone());
                 Some(renewed)
             }
             Err(error) => {
@@ -60,7 +61,7 @@ impl Current {
     }
 }
 
-impl Sealed {
+impl SealedCopy {
     /// Copies the program at `path`, seals the copy, and checks that it can be executed, because a kernel may be
     /// configured to forbid that (`vm.memfd_noexec`). This blocks for some milliseconds.
     ///
@@ -77,7 +78,7 @@ impl Sealed {
         io::copy(&mut program, &mut copy)?;
         // A half-written program may be an empty script, and the check below would accept it.
         let is_whole =
-            copy.metadata()?.len() == metadata.len() && Stamp::of(&program.metadata()?) == Stamp::of(&metadata);
+            copy.metadata()?.len() == metadata.len() && FileId::of(&program.metadata()?) == FileId::of(&metadata);
         if metadata.len() == 0 || !is_whole {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -89,7 +90,7 @@ impl Sealed {
         if unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let sealed = Self { fd: copy.into(), path: path.to_owned(), stamp: Stamp::of(&metadata) };
+        let sealed = Self { fd: copy.into(), path: path.to_owned(), stamp: FileId::of(&metadata) };
         let name = format!("/proc/{}/fd/{}", std::process::id(), sealed.fd.as_raw_fd());
         let mut probe = command(name);
         let status =
@@ -129,11 +130,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("runtime");
         program(&path, "#!/bin/sh\n");
-        let current = Current::default();
-        current.set(Sealed::of(&path).expect("the program is copied"));
+        let current = CurrentSealedCopy::default();
+        current.set(SealedCopy::of(&path).expect("the program is copied"));
         let first = current.get().expect("a copy");
         program(&path, "");
-        assert_eq!(Sealed::of(&path).expect_err("an empty program is refused").kind(), io::ErrorKind::InvalidData);
+        assert_eq!(SealedCopy::of(&path).expect_err("an empty program is refused").kind(), io::ErrorKind::InvalidData);
         assert!(current.get().is_none());
         program(&path, "#!/bin/sh\nexit 0\n");
         assert_ne!(current.get().expect("a new copy").stamp, first.stamp);

@@ -43,7 +43,7 @@ pub enum StdioError {
 
 /// One output stream.
 #[derive(Debug)]
-enum Stream {
+enum OutputStream {
     /// The output is discarded.
     Discard,
     /// A FIFO that was checked.
@@ -53,8 +53,8 @@ enum Stream {
 /// A task's output streams, which are kept open until the shim has opened them.
 #[derive(Debug)]
 pub struct Stdio {
-    stdout: Stream,
-    stderr: Stream,
+    stdout: OutputStream,
+    stderr: OutputStream,
     /// Read ends of the FIFOs, which are never read from. Because of them the shim need not wait for a reader, and the
     /// output of a very short task is not lost when Nomad's log collector opens the FIFOs only after the task's end.
     readers: Vec<(String, File)>,
@@ -93,12 +93,12 @@ impl Stdio {
     /// Closes the streams once they are no longer needed. By now the shim has both streams open (and keeps read ends,
     /// too), so this process's ends are needed only if the task ends before its log collector has opened the FIFOs, as
     /// may happen on a busy node. In that case this keeps the task's output for the log collector for a moment.
-    pub async fn outlast(self, ended: impl Future<Output = ()>) {
-        if tokio::time::timeout(LATE_TASK, ended).await.is_err() {
+    pub async fn hold_until_read(self, ended: impl Future<Output = ()>) {
+        if tokio::time::timeout(COLLECTOR_GRACE, ended).await.is_err() {
             return;
         }
         let Self { stdout, stderr, readers } = self;
-        let readers = readers.into_iter().map(|(path, reader)| wait_for_the_late(path, reader));
+        let readers = readers.into_iter().map(|(path, reader)| wait_for_late_reader(path, reader));
         futures_util::future::join_all(readers).await;
         drop((stdout, stderr));
     }
@@ -106,15 +106,15 @@ impl Stdio {
 
 /// Keeps the output of an ended task until its log collector has read it, or a deadline is over. The log collector may
 /// be reading, may be done, may be about to open its end, or may wait in open(2) for a writer.
-async fn wait_for_the_late(path: String, reader: File) {
-    let deadline = tokio::time::Instant::now() + LATE_READER;
+async fn wait_for_late_reader(path: String, reader: File) {
+    let deadline = tokio::time::Instant::now() + READER_GRACE;
     let mut pause = Duration::from_millis(1);
     // While the shim may still write, or output is unread, nothing may be closed. The read end that is kept here does
     // not delay the end of the stream for the log collector.
     loop {
         // This unblocks a log collector that waits for a writer in open(2).
         drop(open_to_write(&path));
-        let is_closed = fifo::is_closed(&reader).unwrap_or(false);
+        let is_closed = fifo::has_hung_up(&reader).unwrap_or(false);
         let has_unread = fifo::unread(&reader).is_ok_and(|count| count > 0);
         if (is_closed && !has_unread) || tokio::time::Instant::now() > deadline {
             break;
@@ -124,7 +124,7 @@ async fn wait_for_the_late(path: String, reader: File) {
     }
     drop(reader);
     // The log collector is done, or has not opened the FIFO yet.
-    if let Some(both) = end_or_hold(&path) {
+    if let Some(both) = show_end_or_open_both(&path) {
         tokio::time::sleep_until(deadline).await;
         drop(both);
     }
@@ -137,19 +137,19 @@ fn open_to_write(path: &str) -> io::Result<File> {
 
 /// Lets a present reader see the end of the stream. If there is no reader yet, returns both ends of the FIFO, which the
 /// caller keeps open for a while.
-fn end_or_hold(path: &str) -> Option<File> {
-    let nobody = open_to_write(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO));
+fn show_end_or_open_both(path: &str) -> Option<File> {
+    let no_reader = open_to_write(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO));
     let both = || File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
-    nobody.then(both)?.ok()
+    no_reader.then(both)?.ok()
 }
 
 /// Write ends of a task's FIFOs, which are kept open from the end of one attempt until the next attempt has opened the
 /// FIFOs. Nomad's log collector regards the close by the last writer as the end of the stream, and would leave the next
 /// attempt without a reader.
 #[derive(Debug)]
-pub struct HeldOpen(#[allow(dead_code, reason = "kept open, never used")] Vec<File>);
+pub struct ParkedFifos(#[allow(dead_code, reason = "kept open, never used")] Vec<File>);
 
-impl HeldOpen {
+impl ParkedFifos {
     /// Opens the write ends that can be opened. A FIFO that is gone or was replaced is left to the next attempt.
     pub fn new(alloc_dir: &Path, stdout: &Path, stderr: &Path) -> Self {
         let hold = |path: &&Path| {
@@ -162,28 +162,28 @@ impl HeldOpen {
 
 /// The longest time that a log collector needs to open a task's FIFOs. A task that runs longer has not ended before
 /// that.
-const LATE_TASK: Duration = Duration::from_secs(2);
+const COLLECTOR_GRACE: Duration = Duration::from_secs(2);
 /// The longest time that a reader needs to open its end of a FIFO.
-const LATE_READER: Duration = Duration::from_millis(500);
+const READER_GRACE: Duration = Duration::from_millis(500);
 
 /// Lets Nomad's log collector see the end of both streams at once when a start has failed. Without that, the log
 /// collector waits four seconds for a writer. This must be called in the context of a tokio runtime.
-pub fn give_up(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
+pub fn show_end(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     for path in [stdout, stderr] {
         let Ok(stream) = open(alloc_dir, path) else { continue };
         let Some(path) = stream.path() else { continue };
         // There is no reader yet: the start has failed before the log collector has opened the FIFO. Both ends are kept
         // open for a moment, so that the log collector can open the FIFO, and then sees the end of the stream.
-        if let Some(held) = end_or_hold(&path) {
+        if let Some(held) = show_end_or_open_both(&path) {
             tokio::spawn(async move {
-                tokio::time::sleep(LATE_READER).await;
+                tokio::time::sleep(READER_GRACE).await;
                 drop(held);
             });
         }
     }
 }
 
-impl Stream {
+impl OutputStream {
     fn path(&self) -> Option<String> {
         match self {
             Self::Discard => None,
@@ -192,9 +192,9 @@ impl Stream {
     }
 }
 
-fn open(alloc_dir: &Path, path: &Path) -> Result<Stream, StdioError> {
+fn open(alloc_dir: &Path, path: &Path) -> Result<OutputStream, StdioError> {
     if path.as_os_str().is_empty() || path == Path::new("/dev/null") {
-        return Ok(Stream::Discard);
+        return Ok(OutputStream::Discard);
     }
     let failed = |source| StdioError::Open { path: path.to_owned(), source };
     // Below the allocation's directory no symlink is followed at all. A test harness may have its FIFOs elsewhere;
@@ -211,7 +211,7 @@ fn open(alloc_dir: &Path, path: &Path) -> Result<Stream, StdioError> {
     let file = File::from(fd);
     let kind = file.metadata().map_err(failed)?.file_type();
     let name = match () {
-        () if kind.is_fifo() => return Ok(Stream::Fifo(file.into())),
+        () if kind.is_fifo() => return Ok(OutputStream::Fifo(file.into())),
         () if kind.is_symlink() => "a symbolic link",
         () if kind.is_dir() => "a directory",
         () if kind.is_file() => "a plain file",

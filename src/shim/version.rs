@@ -6,17 +6,17 @@ use crate::process::{async_command, bounded_output};
 
 /// The first version that serves several Creates at a time. Earlier shims hold one lock over Create, so tasks that
 /// share a shim start one at a time (containerd's release notes).
-const PARALLEL: [u32; 3] = [2, 3, 2];
+const FIRST_PARALLEL_VERSION: [u32; 3] = [2, 3, 2];
 /// The timeout of the command that prints the version.
-const LIMIT: Duration = Duration::from_secs(5);
+const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Logs a warning if the shim starts one task at a time, so that tasks which share it would queue.
-pub(super) async fn warn_of_queues(binary: &Path) {
+pub(super) async fn warn_if_serial(binary: &Path) {
     let mut command = async_command(binary);
     command.arg("-v").stdin(Stdio::null()).kill_on_drop(true);
-    let Ok(Ok(output)) = tokio::time::timeout(LIMIT, bounded_output(&mut command)).await else { return };
+    let Ok(Ok(output)) = tokio::time::timeout(VERSION_TIMEOUT, bounded_output(&mut command)).await else { return };
     let text = String::from_utf8_lossy(&output.stdout);
-    if let Some(version) = version(&text).filter(|version| *version < PARALLEL) {
+    if let Some(version) = parse_version(&text).filter(|version| *version < FIRST_PARALLEL_VERSION) {
         let [major, minor, patch] = version;
         tracing::warn!(
             shim = %binary.display(),
@@ -28,7 +28,7 @@ pub(super) async fn warn_of_queues(binary: &Path) {
 
 /// Parses the output of `containerd-shim-runc-v2 -v`, which has a line such as `Version:  v2.3.1`. Distributions have
 /// versions such as `1.6.20~ds1`.
-fn version(text: &str) -> Option<[u32; 3]> {
+fn parse_version(text: &str) -> Option<[u32; 3]> {
     let line = text.lines().find_map(|line| line.trim().strip_prefix("Version:"))?;
     let number = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok();
     let mut parts = line.trim().trim_start_matches('v').splitn(3, '.').map(number);
@@ -42,9 +42,9 @@ mod tests {
     #[test]
     fn versions_are_read_as_makers_and_distributions_write_them() {
         let debian = "containerd-shim-runc-v2:\n  Version:  1.6.20~ds1\n  Revision: 1.6.20~ds1-1+deb12u4\n";
-        assert_eq!(version(debian), Some([1, 6, 20]));
-        assert_eq!(version("  Version:  v2.4.0-rc.1\n"), Some([2, 4, 0]));
-        assert_eq!(version("shim 7"), None);
-        assert!([2, 3, 1] < PARALLEL && [2, 4, 0] > PARALLEL);
+        assert_eq!(parse_version(debian), Some([1, 6, 20]));
+        assert_eq!(parse_version("  Version:  v2.4.0-rc.1\n"), Some([2, 4, 0]));
+        assert_eq!(parse_version("shim 7"), None);
+        assert!([2, 3, 1] < FIRST_PARALLEL_VERSION && [2, 4, 0] > FIRST_PARALLEL_VERSION);
     }
 }

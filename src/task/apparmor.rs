@@ -7,7 +7,7 @@ use super::{Engine, StartRequest, runtime::Runtime};
 use crate::rootfs::apparmor::{AppArmorError, Loader, ProfileName, Support};
 
 /// How long a fingerprint waits for a profile that is being loaded. The agent waits for the fingerprint.
-const FINGERPRINT: Duration = Duration::from_secs(2);
+const FINGERPRINT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The operator's option, as error messages name it.
 const OPERATOR_OPTION: &str = "security.apparmor";
@@ -59,7 +59,7 @@ pub enum AppArmorRequest {
 
 /// The profile that a task is to have.
 #[derive(Debug, PartialEq, Eq)]
-enum Wanted<'a> {
+enum ProfileChoice<'a> {
     None,
     OwnWhereSupported,
     Own,
@@ -68,15 +68,21 @@ enum Wanted<'a> {
 
 /// Chooses between the job's option and the operator's. As in docker, a privileged task has no profile unless its job
 /// asks for one (moby/moby, daemon/oci_linux.go `WithApparmor`).
-fn wanted<'a>(request: &'a AppArmorRequest, privileged: bool, default: &'a AppArmorDefault) -> Wanted<'a> {
+fn choose_profile<'a>(
+    request: &'a AppArmorRequest,
+    privileged: bool,
+    default: &'a AppArmorDefault,
+) -> ProfileChoice<'a> {
     match (request, default) {
-        (AppArmorRequest::Unconfined, _) => Wanted::None,
-        (AppArmorRequest::Named(name), _) => Wanted::Named(name),
-        (AppArmorRequest::Unset, _) if privileged => Wanted::None,
-        (AppArmorRequest::Unset, AppArmorDefault::Unconfined) => Wanted::None,
-        (AppArmorRequest::Unset, AppArmorDefault::WhereSupported) => Wanted::OwnWhereSupported,
-        (AppArmorRequest::Confined | AppArmorRequest::Unset, AppArmorDefault::Named(name)) => Wanted::Named(name),
-        (AppArmorRequest::Confined, _) | (AppArmorRequest::Unset, AppArmorDefault::Own) => Wanted::Own,
+        (AppArmorRequest::Unconfined, _) => ProfileChoice::None,
+        (AppArmorRequest::Named(name), _) => ProfileChoice::Named(name),
+        (AppArmorRequest::Unset, _) if privileged => ProfileChoice::None,
+        (AppArmorRequest::Unset, AppArmorDefault::Unconfined) => ProfileChoice::None,
+        (AppArmorRequest::Unset, AppArmorDefault::WhereSupported) => ProfileChoice::OwnWhereSupported,
+        (AppArmorRequest::Confined | AppArmorRequest::Unset, AppArmorDefault::Named(name)) => {
+            ProfileChoice::Named(name)
+        }
+        (AppArmorRequest::Confined, _) | (AppArmorRequest::Unset, AppArmorDefault::Own) => ProfileChoice::Own,
     }
 }
 
@@ -85,7 +91,7 @@ fn wanted<'a>(request: &'a AppArmorRequest, privileged: bool, default: &'a AppAr
 ///
 /// # Errors
 /// When the profile can't be had.
-pub(super) async fn of_task(
+pub(super) async fn profile_of_task(
     loader: &Loader,
     default: &AppArmorDefault,
     request: &StartRequest,
@@ -93,9 +99,9 @@ pub(super) async fn of_task(
 ) -> Result<Option<ProfileName>, ProfileError> {
     let options = &request.options;
     let outcome = if runtime.gvisor.is_some() {
-        in_sandbox(loader, &options.apparmor, &runtime.name)
+        refuse_in_sandbox(loader, &options.apparmor, &runtime.name)
     } else {
-        ready(loader, wanted(&options.apparmor, options.privileged, default)).await
+        ensure_loaded(loader, choose_profile(&options.apparmor, options.privileged, default)).await
     };
     let option = if options.apparmor == AppArmorRequest::Unset { OPERATOR_OPTION } else { JOB_OPTION };
     outcome.map_err(|source| ProfileError { option, source })
@@ -103,7 +109,11 @@ pub(super) async fn of_task(
 
 /// runsc ignores profiles (google/gvisor, runsc/specutils `ValidateSpec`), and its sandbox has filters of its own. A
 /// job that asks for a profile is refused, since it would not get one.
-fn in_sandbox(loader: &Loader, request: &AppArmorRequest, runtime: &str) -> Result<Option<ProfileName>, AppArmorError> {
+fn refuse_in_sandbox(
+    loader: &Loader,
+    request: &AppArmorRequest,
+    runtime: &str,
+) -> Result<Option<ProfileName>, AppArmorError> {
     let profile = match request {
         AppArmorRequest::Unset | AppArmorRequest::Unconfined => return Ok(None),
         AppArmorRequest::Confined => loader.name(),
@@ -113,18 +123,18 @@ fn in_sandbox(loader: &Loader, request: &AppArmorRequest, runtime: &str) -> Resu
 }
 
 /// Makes sure that a profile is loaded.
-async fn ready(loader: &Loader, wanted: Wanted<'_>) -> Result<Option<ProfileName>, AppArmorError> {
+async fn ensure_loaded(loader: &Loader, wanted: ProfileChoice<'_>) -> Result<Option<ProfileName>, AppArmorError> {
     match wanted {
-        Wanted::None => Ok(None),
-        Wanted::OwnWhereSupported => match loader.ensure().await {
+        ProfileChoice::None => Ok(None),
+        ProfileChoice::OwnWhereSupported => match loader.ensure().await {
             // docker, too, treats a host without `apparmor_parser` as one without AppArmor (containerd/containerd,
             // pkg/apparmor `hostSupports`). Debian's kernel has AppArmor enabled even if the package is not installed.
             Err(AppArmorError::Unsupported { .. } | AppArmorError::NoParser(_)) => Ok(None),
             outcome => outcome.map(|()| Some(loader.name().clone())),
         },
-        Wanted::Own => loader.ensure().await.map(|()| Some(loader.name().clone())),
-        Wanted::Named(name) if name == loader.name() => loader.ensure().await.map(|()| Some(name.clone())),
-        Wanted::Named(name) => {
+        ProfileChoice::Own => loader.ensure().await.map(|()| Some(loader.name().clone())),
+        ProfileChoice::Named(name) if name == loader.name() => loader.ensure().await.map(|()| Some(name.clone())),
+        ProfileChoice::Named(name) => {
             let support = loader.host().support();
             if support != Support::Enabled {
                 return Err(AppArmorError::Unsupported { profile: name.to_string(), support });
@@ -138,7 +148,7 @@ async fn ready(loader: &Loader, wanted: Wanted<'_>) -> Result<Option<ProfileName
 }
 
 /// Loads the driver's own profile into the kernel in the background, if it is the profile of this node's tasks.
-pub(super) fn prepare(loader: Loader, default: AppArmorDefault) {
+pub(super) fn load_own_profile(loader: Loader, default: AppArmorDefault) {
     match (default, loader.host().support(), loader.host().parser()) {
         (AppArmorDefault::Unconfined | AppArmorDefault::Named(_), ..) => {}
         (_, Support::Disabled, _) => tracing::debug!("the kernel does not support AppArmor"),
@@ -154,7 +164,7 @@ pub(super) fn prepare(loader: Loader, default: AppArmorDefault) {
             tokio::spawn(async move {
                 if let Err(error) = loader.refresh().await {
                     tracing::error!(
-                        error = %crate::chain(&error),
+                        error = %crate::error_chain(&error),
                         "could not refresh the AppArmor profile of this driver"
                     );
                 }
@@ -170,11 +180,11 @@ impl Engine {
     /// # Errors
     /// Says why such tasks can't be started.
     pub async fn apparmor(&self) -> Result<String, String> {
-        let loader = &self.shared().apparmor;
-        let wanted = wanted(&AppArmorRequest::Unset, false, &self.settings().security.apparmor);
-        match tokio::time::timeout(FINGERPRINT, ready(loader, wanted)).await {
+        let loader = &self.context().apparmor;
+        let wanted = choose_profile(&AppArmorRequest::Unset, false, &self.settings().security.apparmor);
+        match tokio::time::timeout(FINGERPRINT_TIMEOUT, ensure_loaded(loader, wanted)).await {
             Ok(Ok(profile)) => Ok(profile.map_or_else(|| "unconfined".to_owned(), |name| name.to_string())),
-            Ok(Err(source)) => Err(crate::chain(&ProfileError { option: OPERATOR_OPTION, source })),
+            Ok(Err(source)) => Err(crate::error_chain(&ProfileError { option: OPERATOR_OPTION, source })),
             Err(_) => Err(format!("AppArmor profile {:?} is still being loaded", loader.name().as_str())),
         }
     }
@@ -185,7 +195,7 @@ mod tests {
     use super::*;
     use crate::{
         ids::DriverName,
-        rootfs::apparmor::{Host, OwnProfile},
+        rootfs::apparmor::{AppArmorHost, DriverProfile},
     };
 
     fn name(name: &str) -> ProfileName {
@@ -198,34 +208,34 @@ mod tests {
         use AppArmorRequest as Request;
         let (theirs, its) = (Default::Named(name("node")), Request::Named(name("job")));
         for (request, privileged, default, expected) in [
-            (Request::Unset, false, &Default::WhereSupported, Wanted::OwnWhereSupported),
-            (Request::Unset, false, &Default::Own, Wanted::Own),
-            (Request::Unset, false, &Default::Unconfined, Wanted::None),
-            (Request::Unset, false, &theirs, Wanted::Named(&name("node"))),
-            (Request::Unset, true, &Default::WhereSupported, Wanted::None),
-            (Request::Unset, true, &Default::Own, Wanted::None),
-            (Request::Unset, true, &theirs, Wanted::None),
+            (Request::Unset, false, &Default::WhereSupported, ProfileChoice::OwnWhereSupported),
+            (Request::Unset, false, &Default::Own, ProfileChoice::Own),
+            (Request::Unset, false, &Default::Unconfined, ProfileChoice::None),
+            (Request::Unset, false, &theirs, ProfileChoice::Named(&name("node"))),
+            (Request::Unset, true, &Default::WhereSupported, ProfileChoice::None),
+            (Request::Unset, true, &Default::Own, ProfileChoice::None),
+            (Request::Unset, true, &theirs, ProfileChoice::None),
             // A task that asks for a profile never runs without one.
-            (Request::Confined, false, &Default::WhereSupported, Wanted::Own),
-            (Request::Confined, true, &Default::Unconfined, Wanted::Own),
-            (Request::Confined, true, &theirs, Wanted::Named(&name("node"))),
-            (Request::Unconfined, false, &theirs, Wanted::None),
-            (its.clone(), true, &theirs, Wanted::Named(&name("job"))),
+            (Request::Confined, false, &Default::WhereSupported, ProfileChoice::Own),
+            (Request::Confined, true, &Default::Unconfined, ProfileChoice::Own),
+            (Request::Confined, true, &theirs, ProfileChoice::Named(&name("node"))),
+            (Request::Unconfined, false, &theirs, ProfileChoice::None),
+            (its.clone(), true, &theirs, ProfileChoice::Named(&name("job"))),
         ] {
-            assert_eq!(wanted(&request, privileged, default), expected, "{request:?} {privileged} {default:?}");
+            assert_eq!(choose_profile(&request, privileged, default), expected, "{request:?} {privileged} {default:?}");
         }
     }
 
     #[test]
     fn a_sandbox_has_no_profile_and_says_so() {
-        let loader = Loader::new(Host::default(), OwnProfile::of(&DriverName::new("shim").expect("a name")));
+        let loader = Loader::new(AppArmorHost::default(), DriverProfile::of(&DriverName::new("shim").expect("a name")));
         for fine in [AppArmorRequest::Unset, AppArmorRequest::Unconfined] {
-            assert_eq!(in_sandbox(&loader, &fine, "runsc").expect("nothing is asked for"), None);
+            assert_eq!(refuse_in_sandbox(&loader, &fine, "runsc").expect("nothing is asked for"), None);
         }
         for (request, named) in
             [(AppArmorRequest::Confined, "nomad-driver-shim-shim"), (AppArmorRequest::Named(name("x")), "\"x\"")]
         {
-            let error = in_sandbox(&loader, &request, "runsc").expect_err("refused").to_string();
+            let error = refuse_in_sandbox(&loader, &request, "runsc").expect_err("refused").to_string();
             assert!(error.contains(named) && error.contains("runtime \"runsc\""), "{error}");
         }
     }

@@ -5,61 +5,63 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     fs::File,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    sync::{Arc, OnceLock, Weak},
     time::{Duration, Instant, SystemTime},
 };
 
 use nix::fcntl::Flock;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ExecRequest, ExitRecord, FormerTask, Phases, Record, RecordState, Runtimes, Session, Settings, StartRequest,
-    TaskError, TaskEvent, TaskHandle, exec,
-    live::{Parts, Task, watch_exit},
+    ExecRequest, ExecSession, ExitRecord, LegacyTask, Phases, Record, RecordState, Runtimes, Settings, StartRequest,
+    TaskError, TaskEvent, TaskHandle,
+    context::{EngineContext, PendingTeardown, TeardownState},
+    exec,
+    live::{Task, TaskParts, watch_exit},
     metrics::Gauges,
-    shared::{Hands, Leftover, Shared},
     signal, start,
-    undo::{RETRIES, find_shim, undo_or_keep, undo_soon},
+    undo::{RETRY_DELAYS, end_and_defer_teardown, find_shim, undo_or_retry},
 };
 use crate::{
-    fault,
+    failpoint,
     ids::TaskId,
-    logs::Hold,
-    shim::{Found, Held, Kill, stdio::HeldOpen},
+    logs::FifoGuard,
+    shim::{Adoption, ShimHold, SignalTarget, stdio::ParkedFifos},
 };
 
 /// How long a plugin that exits waits for runtime calls and teardowns. Nomad kills a plugin 2 s after it has asked the
 /// plugin to exit (go-plugin, `client.go`, `Kill`).
-const LAST_CALLS: Duration = Duration::from_millis(1500);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// The lock of one task of an allocation. A start or a teardown of one of the task's attempts holds it.
-type Turn = Arc<tokio::sync::Mutex<()>>;
+type AttemptLock = Arc<tokio::sync::Mutex<()>>;
 
 /// An allocation and the name of a task in it.
-pub(super) type Owner = (String, String);
+pub(super) type AllocTask = (String, String);
 
 /// Returns for how long an agent has been connected without interruption; zero when no agent is connected.
-type Attended = Box<dyn Fn() -> Duration + Send + Sync>;
+type AgentConnectedFor = Box<dyn Fn() -> Duration + Send + Sync>;
 
 /// The state of an engine; all clones of an [`Engine`] have it in common.
 pub(super) struct Inner {
-    pub(super) shared: Arc<Shared>,
+    pub(super) context: Arc<EngineContext>,
     pub(super) tasks: Mutex<HashMap<TaskId, Slot>>,
     /// For each task of an allocation, the lock that lets only one attempt at a time be started or torn down.
-    pub(super) turns: Mutex<HashMap<Owner, Turn>>,
+    pub(super) attempt_locks: Mutex<HashMap<AllocTask, AttemptLock>>,
     /// The log FIFOs of starts that an earlier plugin did not complete. They are kept open until Nomad starts the tasks
     /// again.
-    pub(super) held: Mutex<HashMap<Owner, HeldOpen>>,
+    pub(super) parked_fifos: Mutex<HashMap<AllocTask, ParkedFifos>>,
     /// Tasks of nomad-driver-containerd whose containers could not be stopped yet.
-    pub(super) former: Mutex<HashMap<Owner, FormerTask>>,
+    pub(super) legacy: Mutex<HashMap<AllocTask, LegacyTask>>,
     /// Permits for recoveries, which limit how many run at a time.
-    pub(super) recoveries: Semaphore,
-    pub(super) opened: Instant,
-    pub(super) attended: OnceLock<Attended>,
+    pub(super) recovery_permits: Semaphore,
+    pub(super) opened_at: Instant,
+    pub(super) agent_connected_for: OnceLock<AgentConnectedFor>,
     /// Tasks that this engine must not touch, although their records are in its directory. The engine holds their
     /// shims, so that no shim is ended together with another task that shares it.
-    pub(super) left_alone: Mutex<Vec<(Record, Held)>>,
+    pub(super) left_alone: Mutex<Vec<(Record, ShimHold)>>,
     pub(super) _lock: Flock<File>,
 }
 
@@ -109,13 +111,13 @@ pub struct Engine(pub(super) Arc<Inner>);
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("name", &self.0.shared.settings.name).finish_non_exhaustive()
+        f.debug_struct("Engine").field("name", &self.0.context.settings.name).finish_non_exhaustive()
     }
 }
 
 impl Engine {
-    pub(super) fn shared(&self) -> &Arc<Shared> {
-        &self.0.shared
+    pub(super) fn context(&self) -> &Arc<EngineContext> {
+        &self.0.context
     }
 
     pub(super) fn downgrade(&self) -> Weak<Inner> {
@@ -124,22 +126,22 @@ impl Engine {
 
     /// Sets the function that returns for how long an agent has been connected. Before this call, the engine assumes
     /// that no agent is connected.
-    pub fn watch_attendance(&self, attended: impl Fn() -> Duration + Send + Sync + 'static) {
-        let _ = self.0.attended.set(Box::new(attended));
+    pub fn set_agent_connected_for(&self, attended: impl Fn() -> Duration + Send + Sync + 'static) {
+        let _ = self.0.agent_connected_for.set(Box::new(attended));
     }
 
     /// Returns for how long an agent has been connected without interruption; zero when no agent is connected.
-    pub(super) fn attended_for(&self) -> Duration {
-        self.0.attended.get().map_or(Duration::ZERO, |attended| attended())
+    pub(super) fn agent_connected_for(&self) -> Duration {
+        self.0.agent_connected_for.get().map_or(Duration::ZERO, |attended| attended())
     }
 
     /// Returns how long ago the engine was opened.
     pub(super) fn age(&self) -> Duration {
-        self.0.opened.elapsed()
+        self.0.opened_at.elapsed()
     }
 
     /// Returns all tasks that run or have ended, but none that is being started or recovered.
-    pub(super) fn live(&self) -> Vec<(TaskId, Arc<Task>)> {
+    pub(super) fn started_tasks(&self) -> Vec<(TaskId, Arc<Task>)> {
         let tasks = self.tasks();
         let live = tasks.iter().filter_map(|(id, slot)| match slot {
             Slot::Task(task) => Some((id.clone(), task.clone())),
@@ -149,36 +151,36 @@ impl Engine {
     }
 
     /// Subscribes to the task events that happen from now on.
-    pub fn listen(&self) -> tokio::sync::broadcast::Receiver<TaskEvent> {
-        self.0.shared.events.listen()
+    pub fn subscribe(&self) -> tokio::sync::broadcast::Receiver<TaskEvent> {
+        self.0.context.events.subscribe()
     }
 
     /// Returns the lock of an allocation's task. A start or a teardown of one of the task's attempts holds the lock.
-    pub(super) fn turn(&self, alloc_id: &str, name: &str) -> Turn {
-        let mut turns = self.0.turns.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn attempt_lock(&self, alloc_id: &str, name: &str) -> AttemptLock {
+        let mut attempt_locks = self.0.attempt_locks.lock();
         // Locks that are neither held nor waited for are dropped.
-        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
-        turns.entry((alloc_id.to_owned(), name.to_owned())).or_default().clone()
+        attempt_locks.retain(|_, turn| Arc::strong_count(turn) > 1);
+        attempt_locks.entry((alloc_id.to_owned(), name.to_owned())).or_default().clone()
     }
 
     /// The settings that the engine was opened with.
     pub fn settings(&self) -> &Settings {
-        &self.0.shared.settings
+        &self.0.context.settings
     }
 
     /// The runtimes of this host.
     pub fn runtimes(&self) -> &Runtimes {
-        &self.0.shared.runtimes
+        &self.0.context.runtimes
     }
 
     /// Is the shim's binary installed?
     pub fn shim_is_installed(&self) -> bool {
-        crate::process::which(self.0.shared.pool.launcher().binary()).is_some()
+        crate::process::which(self.0.context.pool.launcher().binary()).is_some()
     }
 
     /// Fills the pool of idle shims in the background.
-    pub fn warm_up(&self) {
-        self.0.shared.pool.refill();
+    pub fn fill_shim_pool(&self) {
+        self.0.context.pool.refill();
     }
 
     /// Starts a task; it runs when this returns. An earlier attempt of the same task of the allocation is destroyed
@@ -189,62 +191,72 @@ impl Engine {
     pub async fn start(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let outcome = Box::pin(self.start_uncounted(request)).await;
         if let Err(error) = &outcome {
-            self.0.shared.metrics.failed(error);
+            self.0.context.metrics.failed(error);
         }
         outcome
     }
 
     async fn start_uncounted(&self, request: StartRequest) -> Result<TaskHandle, TaskError> {
         let id = request.task_id.clone();
-        if let Some(handle) = self.started_before(&request).await {
+        if let Some(handle) = self.reuse_earlier_start(&request).await {
             return Ok(handle);
         }
-        let held = self.held().remove(&(request.alloc_id.clone(), request.name.clone()));
-        let (stop, (tell, done)) = (CancellationToken::new(), watch::channel(()));
+        let parked = self.parked_fifos().remove(&(request.alloc_id.clone(), request.name.clone()));
+        let (stop, (done_sender, done)) = (CancellationToken::new(), watch::channel(()));
         match self.tasks().entry(id.clone()) {
             Entry::Vacant(free) => {
                 free.insert(Slot::Starting { stop: stop.clone(), done });
             }
             Entry::Occupied(_) => return Err(TaskError::AlreadyStarted(id.0)),
         }
-        let slot = Reserved { engine: self, id: &id, _done: tell };
+        let slot = StartingSlot { engine: self, id: &id, _done: done_sender };
         // A StartTask call of an agent that died may still be running. That attempt completes first, and is then
         // replaced.
-        let mut turn = Box::pin(self.turn(&request.alloc_id, &request.name).lock_owned());
+        let mut attempt_lock = Box::pin(self.attempt_lock(&request.alloc_id, &request.name).lock_owned());
         let _turn = tokio::select! {
-            turn = &mut turn => turn,
+            turn = &mut attempt_lock => turn,
             () = stop.cancelled() => {
-                self.clear_predecessors_later(turn, request);
+                self.destroy_previous_attempts_later(attempt_lock, request);
                 return Err(TaskError::Stopped(id.clone()));
             }
         };
-        self.clear_former(&request.alloc_id, &request.name).await?;
-        let _held = (held, self.clear_predecessors(&request, &stop).await?);
-        let began = start::start(&self.0.shared, &request, &stop).await;
-        self.0.shared.pool.refill();
-        let start::Running { record, shim, run, phases, image, stdio, sources } = began?;
-        self.0.shared.after_start(&record, image.clone(), sources);
-        self.0.shared.metrics.started(&phases);
+        self.end_remaining_legacy(&request.alloc_id, &request.name).await?;
+        let _held = (parked, self.destroy_previous_attempts(&request, &stop).await?);
+        let began = start::start(&self.0.context, &request, &stop).await;
+        self.0.context.pool.refill();
+        let start::StartedTask { record, shim, run, phases, image, stdio, sources } = began?;
+        self.0.context.spawn_deferred_work(&record, image.clone(), sources);
+        self.0.context.metrics.started(&phases);
         tracing::info!(
             task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,
             pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
             released_us = phases.released.map(micros), start_us = phases.start.map(micros), "task started"
         );
-        self.0.shared.events.tell_host(&record, format!("Started, process {}", run.process.pid));
-        let (shim, image) = (Found::Alive(shim), Some(image));
-        let log = Hold::new(&self.settings().places.log(&record.container_id));
-        let task = Task::new(Parts { record, shim, run, phases, exit: None, lost: None, claimed: true, image, log });
+        self.0.context.events.send_to_host(&record, format!("Started, process {}", run.process.pid));
+        let (shim, image) = (Adoption::Alive(shim), Some(image));
+        let log = FifoGuard::new(&self.settings().places.log(&record.container_id));
+        let task = Task::new(TaskParts {
+            record,
+            shim,
+            run,
+            phases,
+            exit: None,
+            unrecoverable_reason: None,
+            confirmed: true,
+            image,
+            log,
+        });
         let handle = task.handle();
         slot.fill(task.clone());
         let mut exit = task.exit.subscribe();
-        tokio::spawn(stdio.outlast(async move { drop(exit.wait_for(Option::is_some).await) }));
-        tokio::spawn(watch_exit(self.0.shared.clone(), task));
+        tokio::spawn(stdio.hold_until_read(async move { drop(exit.wait_for(Option::is_some).await) }));
+        tokio::spawn(watch_exit(self.0.context.clone(), task));
         if stop.is_cancelled() {
             self.destroy(&id, Force::Yes).await?;
             return Err(TaskError::Stopped(id));
         }
-        fault::point("start.answer");
+        failpoint::kill_at("start.answer");
         Ok(handle)
     }
 
@@ -267,8 +279,8 @@ impl Engine {
     ///
     /// # Errors
     /// When the task survives SIGKILL.
-    pub async fn stop(&self, id: &TaskId, timeout: Duration, wanted: &str) -> Result<(), TaskError> {
-        self.stop_starting(id).await;
+    pub async fn stop(&self, id: &TaskId, timeout: Duration, signal_name: &str) -> Result<(), TaskError> {
+        self.cancel_start(id).await;
         let Ok(task) = self.find(id).await else {
             tracing::debug!(task = %id, "the task to be stopped is unknown");
             return Ok(());
@@ -277,41 +289,41 @@ impl Engine {
             return Ok(());
         }
         let record = task.record();
-        let number = match wanted {
+        let number = match signal_name {
             "" => record.stop_signal,
             name => signal::parse(name).unwrap_or_else(|error| {
                 tracing::warn!(task = %id, %error, "the job's kill_signal is invalid; using the image's stop signal");
                 record.stop_signal
             }),
         };
-        fault::point("stop.begun");
-        task.mark_stopping(&self.0.shared, timeout);
-        fault::point("stop.marked");
+        failpoint::kill_at("stop.begun");
+        task.mark_stopping(&self.0.context, timeout);
+        failpoint::kill_at("stop.marked");
         let mut exit = task.exit.subscribe();
         let Some(client) = &task.client else { return Err(TaskError::NotFound(id.clone())) };
         let name = record.container_id.as_str();
         if !timeout.is_zero() {
-            let politely = async {
-                if let Err(error) = client.kill(name, number, Kill::Init).await {
+            let signal_and_wait = async {
+                if let Err(error) = client.kill(name, number, SignalTarget::Init).await {
                     tracing::warn!(task = %id, %error, "could not send the stop signal to the task");
                 }
-                fault::point("stop.signalled");
+                failpoint::kill_at("stop.signalled");
                 exit.wait_for(Option::is_some).await.is_ok()
             };
             // The timeout starts before the shim is asked to send the signal, so that a shim that hangs can't prolong
             // it.
-            if tokio::time::timeout(timeout, politely).await.is_ok() {
+            if tokio::time::timeout(timeout, signal_and_wait).await.is_ok() {
                 return Ok(());
             }
         }
-        let ended = task.end_by_force(&self.0.shared, id, client).await;
-        fault::point("stop.killed");
+        let ended = task.kill_and_wait(&self.0.context, id, client).await;
+        failpoint::kill_at("stop.killed");
         ended
     }
 
     /// Cancels a start that is still running, for example because a pull is slow or a runtime hangs, and waits for its
     /// end. Returns whether there was such a start.
-    async fn stop_starting(&self, id: &TaskId) -> bool {
+    async fn cancel_start(&self, id: &TaskId) -> bool {
         let starting = match self.tasks().get(id) {
             Some(Slot::Starting { stop, done }) => Some((stop.clone(), done.clone())),
             _ => None,
@@ -335,7 +347,7 @@ impl Engine {
         };
         let container = task.record().intent.container_id;
         client
-            .kill(container.as_str(), number, Kill::Init)
+            .kill(container.as_str(), number, SignalTarget::Init)
             .await
             .map_err(|source| TaskError::Shim { doing: "send the signal", source })
     }
@@ -344,12 +356,12 @@ impl Engine {
     ///
     /// # Errors
     /// When the task is unknown or has ended, or the process can't be started.
-    pub async fn exec(&self, id: &TaskId, request: &ExecRequest) -> Result<Session, TaskError> {
+    pub async fn exec(&self, id: &TaskId, request: &ExecRequest) -> Result<ExecSession, TaskError> {
         let task = self.find(id).await?;
         let ended = || TaskError::Ended(id.clone());
         let client = task.client.as_ref().filter(|_| !task.has_ended()).ok_or_else(ended)?;
         let (client, record, request) = (client.clone(), task.record(), request.clone());
-        let places = self.0.shared.settings.places.clone();
+        let places = self.0.context.settings.places.clone();
         // The start completes even if the caller goes away. A session without a caller is then dropped, which kills its
         // process.
         let started = tokio::spawn(async move { exec::start(&client, &places, &record, &request).await }).await?;
@@ -365,7 +377,7 @@ impl Engine {
     /// When the task is unknown, when it runs and `force` is [`Force::No`], or when something of it can't be removed. A
     /// removal that failed is retried in the background, since Nomad calls DestroyTask only once.
     pub async fn destroy(&self, id: &TaskId, force: Force) -> Result<(), TaskError> {
-        let interrupted = force == Force::Yes && self.stop_starting(id).await;
+        let interrupted = force == Force::Yes && self.cancel_start(id).await;
         let outcome = match self.destroy_once(id, force).await {
             // The start that was cancelled has removed everything that it had made.
             Err(TaskError::NotFound(_)) if interrupted => return Ok(()),
@@ -376,12 +388,12 @@ impl Engine {
         if force == Force::Yes && outcome.is_err() && self.find(id).await.is_ok() {
             let (engine, id) = (self.clone(), id.clone());
             tokio::spawn(async move {
-                for pause in RETRIES {
+                for pause in RETRY_DELAYS {
                     tokio::time::sleep(pause).await;
                     match engine.destroy_once(&id, Force::Yes).await {
                         Ok(()) | Err(TaskError::NotFound(_)) => return,
                         Err(error) => {
-                            tracing::warn!(task = %id, error = %crate::chain(&error), "could not destroy the task");
+                            tracing::warn!(task = %id, error = %crate::error_chain(&error), "could not destroy the task");
                         }
                     }
                 }
@@ -394,8 +406,13 @@ impl Engine {
         let task = match self.find(id).await {
             Ok(task) => task,
             // A teardown that is queued is run here; one that is in progress is waited for. Its outcome is the answer.
-            Err(_) if matches!(self.0.shared.hands_on(id), Some(Hands::Free | Hands::Taken)) => {
-                return self.outlast_leftover(id, &CancellationToken::new()).await;
+            Err(_)
+                if matches!(
+                    self.0.context.teardown_state(id),
+                    Some(TeardownState::Queued | TeardownState::InProgress)
+                ) =>
+            {
+                return self.complete_teardown(id, &CancellationToken::new()).await;
             }
             Err(unknown) => return Err(unknown),
         };
@@ -404,8 +421,8 @@ impl Engine {
         }
         // Nomad calls DestroyTask only once. With this state in the record, the next plugin would complete the
         // teardown.
-        task.set_state(&self.0.shared, RecordState::Destroying);
-        fault::point("destroy.marked");
+        task.set_state(&self.0.context, RecordState::Destroying);
+        failpoint::kill_at("destroy.marked");
         // A concurrent second call waits here, and then finds that the task is destroyed.
         let mut shim = task.shim.lock().await;
         if shim.is_some()
@@ -413,20 +430,20 @@ impl Engine {
             && let Some(client) = &task.client
         {
             // WaitTask calls get their answer before the task is removed from the map.
-            task.end_by_force(&self.0.shared, id, client).await?;
-            fault::point("destroy.killed");
+            task.kill_and_wait(&self.0.context, id, client).await?;
+            failpoint::kill_at("destroy.killed");
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
         // From here on the task is a pending teardown, so that it leaves the map however the teardown ends.
-        let _forgotten = Forgotten { engine: self, id };
-        undo_soon(&self.0.shared, &task.record(), shim).await
+        let _forgotten = RemoveOnDrop { engine: self, id };
+        end_and_defer_teardown(&self.0.context, &task.record(), shim).await
     }
 
     /// Runs the pending teardown of a task. Returns `None` when there is none, or when another caller runs it already.
-    pub(super) async fn destroy_leftover(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
-        let claim = self.0.shared.take_leftover(id)?;
-        let shim = find_shim(&self.0.shared, claim.record()).await;
-        Some(undo_or_keep(claim, shim).await)
+    pub(super) async fn destroy_pending(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
+        let guard = self.0.context.claim_teardown(id)?;
+        let shim = find_shim(&self.0.context, guard.record()).await;
+        Some(undo_or_retry(guard, shim).await)
     }
 
     /// Returns what is known of a task.
@@ -450,9 +467,9 @@ impl Engine {
     /// Returns the driver's metrics in Prometheus' text format.
     pub fn metrics(&self) -> String {
         let mut gauges = Gauges {
-            leftovers: self.leftovers().len(),
-            idle_shims: self.0.shared.pool.idle_ids().len(),
-            images: self.0.shared.images.records().len(),
+            pending_teardowns: self.pending_teardowns().len(),
+            idle_shims: self.0.context.pool.idle_ids().len(),
+            images: self.0.context.images.records().len(),
             ..Gauges::default()
         };
         for slot in self.tasks().values() {
@@ -462,15 +479,15 @@ impl Engine {
                 Slot::Task(_) | Slot::Recovering { .. } => gauges.running += 1,
             }
         }
-        self.0.shared.metrics.render(gauges)
+        self.0.context.metrics.render(gauges)
     }
 
     /// Waits for the runtime calls that are in progress, and allows no further ones. A call that takes too long is cut
     /// off when the plugin exits, and the next plugin completes it.
-    pub async fn finish_calls(&self) {
-        if !self.0.shared.pool.launcher().calls().finish(LAST_CALLS).await {
+    pub async fn finish_runtime_calls(&self) {
+        if !self.0.context.pool.launcher().calls().drain(SHUTDOWN_TIMEOUT).await {
             tracing::warn!(
-                limit_ms = LAST_CALLS.as_millis(),
+                limit_ms = SHUTDOWN_TIMEOUT.as_millis(),
                 "a runtime call did not end before the plugin exits; the next plugin completes it"
             );
         }
@@ -480,17 +497,17 @@ impl Engine {
     /// idle shims. Running tasks go on.
     pub async fn close(&self) {
         let teardowns = async {
-            if tokio::time::timeout(LAST_CALLS, self.0.shared.all_cleared()).await.is_err() {
+            if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.0.context.wait_for_teardowns()).await.is_err() {
                 tracing::warn!("teardowns of destroyed tasks are still in progress; the next plugin completes them");
             }
         };
-        tokio::join!(self.finish_calls(), teardowns, self.0.shared.pool.close());
-        if let Some(warmer) = &self.0.shared.warmer {
-            warmer.end();
+        tokio::join!(self.finish_runtime_calls(), teardowns, self.0.context.pool.close());
+        if let Some(warmer) = &self.0.context.cgroup_primer {
+            warmer.stop();
         }
-        tokio::task::block_in_place(|| self.0.shared.ahead.close());
-        self.0.shared.log_keeper.end_idle();
-        self.settings().places.leave_uppers();
+        tokio::task::block_in_place(|| self.0.context.rootfs_pool.close());
+        self.0.context.log_writer_supervisor.end_if_idle();
+        self.settings().places.remove_uppers_if_empty();
     }
 
     /// Returns the task, after its recovery if it is being recovered.
@@ -498,12 +515,12 @@ impl Engine {
     /// # Errors
     /// When the task is unknown, or is being started.
     pub(super) async fn find(&self, id: &TaskId) -> Result<Arc<Task>, TaskError> {
-        self.settled(id).await.ok_or_else(|| TaskError::NotFound(id.clone()))
+        self.wait_for_recovery(id).await.ok_or_else(|| TaskError::NotFound(id.clone()))
     }
 
     /// Returns the task, after its recovery if it is being recovered; `None` when it is unknown or is being started.
     /// The wait takes as long as the task's shim needs to answer, and is bounded by the deadlines of those calls.
-    pub(super) async fn settled(&self, id: &TaskId) -> Option<Arc<Task>> {
+    pub(super) async fn wait_for_recovery(&self, id: &TaskId) -> Option<Arc<Task>> {
         loop {
             let mut done = match self.tasks().get(id)? {
                 Slot::Task(task) => return Some(task.clone()),
@@ -521,23 +538,23 @@ impl Engine {
     }
 
     pub(super) fn tasks(&self) -> MutexGuard<'_, HashMap<TaskId, Slot>> {
-        self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.tasks.lock()
     }
 
-    pub(super) fn former(&self) -> MutexGuard<'_, HashMap<Owner, FormerTask>> {
-        self.0.former.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn legacy(&self) -> MutexGuard<'_, HashMap<AllocTask, LegacyTask>> {
+        self.0.legacy.lock()
     }
 
-    pub(super) fn held(&self) -> MutexGuard<'_, HashMap<Owner, HeldOpen>> {
-        self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn parked_fifos(&self) -> MutexGuard<'_, HashMap<AllocTask, ParkedFifos>> {
+        self.0.parked_fifos.lock()
     }
 
-    pub(super) fn left_alone(&self) -> MutexGuard<'_, Vec<(Record, Held)>> {
-        self.0.left_alone.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn left_alone(&self) -> MutexGuard<'_, Vec<(Record, ShimHold)>> {
+        self.0.left_alone.lock()
     }
 
-    pub(super) fn leftovers(&self) -> MutexGuard<'_, HashMap<TaskId, Leftover>> {
-        self.0.shared.leftovers()
+    pub(super) fn pending_teardowns(&self) -> MutexGuard<'_, HashMap<TaskId, PendingTeardown>> {
+        self.0.context.pending_teardowns()
     }
 }
 
@@ -551,12 +568,12 @@ pub enum Force {
 }
 
 /// A guard that removes a task from the map when it is dropped.
-struct Forgotten<'a> {
+struct RemoveOnDrop<'a> {
     engine: &'a Engine,
     id: &'a TaskId,
 }
 
-impl Drop for Forgotten<'_> {
+impl Drop for RemoveOnDrop<'_> {
     fn drop(&mut self) {
         self.engine.tasks().remove(self.id);
     }
@@ -564,20 +581,20 @@ impl Drop for Forgotten<'_> {
 
 /// A guard of the map's entry of a start. Dropped without [`Self::fill`], it removes the entry, since the start has
 /// failed.
-struct Reserved<'a> {
+struct StartingSlot<'a> {
     engine: &'a Engine,
     id: &'a TaskId,
     _done: watch::Sender<()>,
 }
 
-impl Reserved<'_> {
+impl StartingSlot<'_> {
     /// Replaces the entry by the task that was started.
     fn fill(self, task: Arc<Task>) {
         self.engine.tasks().insert(self.id.clone(), Slot::Task(task));
     }
 }
 
-impl Drop for Reserved<'_> {
+impl Drop for StartingSlot<'_> {
     fn drop(&mut self) {
         let mut tasks = self.engine.tasks();
         if matches!(tasks.get(self.id), Some(Slot::Starting { .. })) {

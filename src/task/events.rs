@@ -7,7 +7,7 @@ use tokio::sync::broadcast;
 use super::Record;
 use crate::{
     ids::TaskId,
-    text::{self, FOREIGN_MAX, MESSAGE_MAX},
+    text::{self, EXCERPT_MAX, MESSAGE_MAX},
 };
 
 /// One event of a task. Nomad keeps only the newest ten of a task, so events are sparse.
@@ -35,7 +35,7 @@ pub enum Audience {
     /// Nomad's users and the listeners on this host.
     Everybody,
     /// Only the listeners on this host, because Nomad reports the same by itself.
-    Host,
+    HostOnly,
 }
 
 /// Distributes events to all listeners. Sending never waits: a slow listener misses the oldest events.
@@ -52,20 +52,20 @@ impl EventHub {
     /// Sends an event to all listeners. Without listeners the event is lost, which Nomad's contract permits. The
     /// event's texts are truncated and escaped here, because they may contain strings from images, registries and
     /// runtimes.
-    pub fn tell(&self, mut event: TaskEvent) {
-        event.message = text::shown(&event.message, MESSAGE_MAX);
-        event.annotations.values_mut().for_each(|value| *value = text::shown(value, FOREIGN_MAX));
+    pub fn send(&self, mut event: TaskEvent) {
+        event.message = text::sanitize(&event.message, MESSAGE_MAX);
+        event.annotations.values_mut().for_each(|value| *value = text::sanitize(value, EXCERPT_MAX));
         let _ = self.0.send(event);
     }
 
     /// Sends an event about a task to the listeners on this host.
-    pub fn tell_host(&self, record: &Record, message: String) {
-        self.tell_of(record, message, Audience::Host);
+    pub fn send_to_host(&self, record: &Record, message: String) {
+        self.send_about(record, message, Audience::HostOnly);
     }
 
     /// Sends an event about a task to this audience.
-    pub fn tell_of(&self, record: &Record, message: String, audience: Audience) {
-        self.tell(TaskEvent {
+    pub fn send_about(&self, record: &Record, message: String, audience: Audience) {
+        self.send(TaskEvent {
             task_id: record.task_id.clone(),
             alloc_id: record.alloc_id.clone(),
             task_name: record.name.clone(),
@@ -77,7 +77,7 @@ impl EventHub {
     }
 
     /// Returns a receiver of all events from now on.
-    pub fn listen(&self) -> broadcast::Receiver<TaskEvent> {
+    pub fn subscribe(&self) -> broadcast::Receiver<TaskEvent> {
         self.0.subscribe()
     }
 }

@@ -12,23 +12,23 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Record, TaskError, in_sandbox::InSandbox, undo::RETRIES};
+use super::{Record, TaskError, sandbox_exec::SandboxExec, undo::RETRY_DELAYS};
 use crate::{
     ids::{ContainerId, random_hex},
-    places::{Places, PlacesError, make_dir, names, write_private},
-    process::{PidFd, ProcessId, descendants, is_passing, parent_of, unless_vanished},
+    places::{Places, PlacesError, create_private_dir, list_names, write_private},
+    process::{PidFd, ProcessId, descendants, is_transient, none_if_vanished, parent_of},
     rootfs::{KernelLimits, StringError},
-    shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, Kill, ShimError, WindowSize},
+    shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, ShimError, SignalTarget, WindowSize},
     text::quoted,
 };
 
 /// How long the end of a process is waited for after SIGKILL. SIGKILL works at once, or the process hangs in the
 /// kernel.
-const KILLED: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often the owner of an exec'd process is checked while it may be about to exit, ten times at most. Ten times this
 /// interval is more than a plugin needs to exit once it has released its lock.
-const GOING: Duration = Duration::from_millis(10);
+const OWNER_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A process can't be run in a task.
 #[derive(Debug, thiserror::Error)]
@@ -96,7 +96,7 @@ pub struct ExecRequest {
 
 /// A process that was started in a task, and its streams.
 #[derive(Debug)]
-pub struct Session {
+pub struct ExecSession {
     /// The process.
     pub exec: Exec,
     /// This side's ends of the process's streams.
@@ -110,19 +110,19 @@ pub struct Exec {
     container: ContainerId,
     exec_id: String,
     marker: PathBuf,
-    over: bool,
+    is_finished: bool,
 }
 
 /// Starts a process in the task of `record`. `client` is connected to the task's shim.
 ///
 /// # Errors
 /// When the process can't be started. Nothing is left of it then.
-pub async fn start(
+pub(crate) async fn start(
     client: &Client,
     places: &Places,
     record: &Record,
     request: &ExecRequest,
-) -> Result<Session, ExecError> {
+) -> Result<ExecSession, ExecError> {
     let command = request.command.first().filter(|command| !command.is_empty()).ok_or(ExecError::Empty)?;
     let config = places.bundle(&record.container_id).join("config.json");
     let unusable = |path: &Path| {
@@ -130,7 +130,8 @@ pub async fn start(
         move |source| ExecError::Bundle { path, source }
     };
     let text = fs::read(&config).map_err(unusable(&config))?;
-    let Described { spec, oom_score } = describe(&text, request).map_err(|error| unusable(&config)(error.into()))?;
+    let ProcessDescription { spec, oom_score } =
+        describe_process(&text, request).map_err(|error| unusable(&config)(error.into()))?;
     let process = serde_json::from_slice(&spec).map_err(|error| unusable(&config)(error.into()))?;
     KernelLimits::of_this_process().check_process(&process)?;
     let pipes = ExecPipes::new(request.stdin, request.terminal).map_err(ExecError::Pipes)?;
@@ -139,12 +140,12 @@ pub async fn start(
     let (exec_id, execs) = (random_hex(8), places.execs(&record.container_id));
     let marker = execs.join(&exec_id);
     let owner = ProcessId::of(std::process::id()).ok();
-    let sandbox = record.gvisor.then(|| InSandbox::of(places, record, &exec_id));
+    let sandbox = record.gvisor.then(|| SandboxExec::of(places, record, &exec_id));
     let note = |process| json!(Marker { owner, process, sandbox: sandbox.clone() }).to_string();
-    make_dir(&execs).and_then(|()| write_whole(&marker, &note(None))).map_err(unusable(&marker))?;
+    create_private_dir(&execs).and_then(|()| write_marker(&marker, &note(None))).map_err(unusable(&marker))?;
     let id = record.container_id.as_str();
     let mut exec =
-        Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, over: false };
+        Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, is_finished: false };
     let process = ExecProcess {
         id,
         exec_id: &exec.exec_id,
@@ -161,7 +162,7 @@ pub async fn start(
     let pid = match started.await {
         Ok(pid) => pid,
         Err(source @ ShimError::Refused { .. }) => {
-            exec.forget().await;
+            exec.remove_traces().await;
             return Err(ExecError::Shim { command: command.clone(), source });
         }
         Err(source) => {
@@ -175,13 +176,13 @@ pub async fn start(
         }
     };
     if let Ok(process) = ProcessId::of(pid)
-        && let Err(error) = write_whole(&exec.marker, &note(Some(process)))
+        && let Err(error) = write_marker(&exec.marker, &note(Some(process)))
     {
         tracing::warn!(path = %exec.marker.display(), %error, "could not write an exec'd process's pid to its marker");
     }
     set_oom_score(pid, oom_score);
-    let io = pipes.handed_over().map_err(ExecError::Pipes)?;
-    Ok(Session { exec, io })
+    let io = pipes.into_io().map_err(ExecError::Pipes)?;
+    Ok(ExecSession { exec, io })
 }
 
 /// Sets the `oom_score_adj` of a task's process, because runtimes leave some processes with the shim's value, which is
@@ -197,9 +198,13 @@ pub(super) fn set_oom_score(pid: u32, score: i64) {
 ///
 /// # Errors
 /// When the task's shim can't be reached, or the process can't be started.
-pub async fn start_alone(places: &Places, record: &Record, request: &ExecRequest) -> Result<Session, ExecError> {
+pub async fn start_without_engine(
+    places: &Places,
+    record: &Record,
+    request: &ExecRequest,
+) -> Result<ExecSession, ExecError> {
     let command = request.command.first().cloned().unwrap_or_default();
-    let client = reach(places, record).await.map_err(|source| ExecError::Shim { command, source })?;
+    let client = connect_to_shim(places, record).await.map_err(|source| ExecError::Shim { command, source })?;
     start(&client, places, record, request).await
 }
 
@@ -208,26 +213,26 @@ pub async fn start_alone(places: &Places, record: &Record, request: &ExecRequest
 ///
 /// # Errors
 /// When the task's shim can't be reached or refuses.
-pub async fn kill_alone(places: &Places, record: &Record, signal: Option<i32>) -> Result<(), TaskError> {
+pub async fn signal_without_engine(places: &Places, record: &Record, signal: Option<i32>) -> Result<(), TaskError> {
     let failed = |source| TaskError::Shim { doing: "send the signal", source };
-    let client = reach(places, record).await.map_err(failed)?;
-    let whom = if signal.is_some() { Kill::Init } else { Kill::All };
+    let client = connect_to_shim(places, record).await.map_err(failed)?;
+    let whom = if signal.is_some() { SignalTarget::Init } else { SignalTarget::All };
     client.kill(record.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), whom).await.map_err(failed)
 }
 
-async fn reach(places: &Places, record: &Record) -> Result<Client, ShimError> {
+async fn connect_to_shim(places: &Places, record: &Record) -> Result<Client, ShimError> {
     Client::connect(&places.shim(&record.shim).join("sock"), None).await
 }
 
 /// The description of a process that is to be run in a task.
-struct Described {
+struct ProcessDescription {
     /// The `process` object of the OCI runtime specification, as JSON.
     spec: Vec<u8>,
     oom_score: i64,
 }
 
 /// Describes the task's own process with another command.
-fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Described> {
+fn describe_process(config: &[u8], request: &ExecRequest) -> serde_json::Result<ProcessDescription> {
     let mut config: Value = serde_json::from_slice(config)?;
     let mut process = config["process"].take();
     process["args"] = json!(request.command);
@@ -243,7 +248,10 @@ fn describe(config: &[u8], request: &ExecRequest) -> serde_json::Result<Describe
     {
         env.push(json!("TERM=xterm"));
     }
-    Ok(Described { spec: serde_json::to_vec(&process)?, oom_score: process["oomScoreAdj"].as_i64().unwrap_or(0) })
+    Ok(ProcessDescription {
+        spec: serde_json::to_vec(&process)?,
+        oom_score: process["oomScoreAdj"].as_i64().unwrap_or(0),
+    })
 }
 
 impl Exec {
@@ -273,31 +281,31 @@ impl Exec {
 
     /// Kills the process and its descendants.
     pub async fn kill(mut self) {
-        self.over = true;
-        end(&self.client, &self.container, &self.exec_id, &self.marker).await;
+        self.is_finished = true;
+        kill_and_remove(&self.client, &self.container, &self.exec_id, &self.marker).await;
     }
 
     /// Removes all traces of a process that has ended and whose output was read. Its children may run on in the task.
     pub async fn finish(mut self) {
-        self.forget().await;
+        self.remove_traces().await;
     }
 
-    async fn forget(&mut self) {
-        self.over = true;
-        forget(&self.client, &self.container, &self.exec_id, &self.marker).await;
+    async fn remove_traces(&mut self) {
+        self.is_finished = true;
+        remove_traces(&self.client, &self.container, &self.exec_id, &self.marker).await;
     }
 }
 
 impl Drop for Exec {
     fn drop(&mut self) {
-        if self.over {
+        if self.is_finished {
             return;
         }
         let (client, container) = (self.client.clone(), self.container.clone());
         let (exec_id, marker) = (self.exec_id.clone(), self.marker.clone());
         // Without a tokio runtime this plugin is shutting down, and the next one kills the process.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { end(&client, &container, &exec_id, &marker).await });
+            runtime.spawn(async move { kill_and_remove(&client, &container, &exec_id, &marker).await });
         }
     }
 }
@@ -307,35 +315,35 @@ impl Drop for Exec {
 ///
 /// # Errors
 /// When the directory can't be listed.
-pub fn abandoned(execs: &Path) -> Result<Vec<PathBuf>, PlacesError> {
-    Ok(names(execs)?.into_iter().map(|marker| execs.join(marker)).collect())
+pub(crate) fn list_markers(execs: &Path) -> Result<Vec<PathBuf>, PlacesError> {
+    Ok(list_names(execs)?.into_iter().map(|marker| execs.join(marker)).collect())
 }
 
 /// Kills the processes of these markers whose owners are gone, most likely earlier plugins. Markers that could not be
 /// listed are listed again later. By then there may be markers of this process, but their owner is alive. `shim` is the
 /// pid of the task's shim.
-pub async fn end_abandoned(
+pub(crate) async fn kill_abandoned(
     client: Client,
     shim: u32,
     container: ContainerId,
     execs: PathBuf,
     mut listed: Result<Vec<PathBuf>, PlacesError>,
 ) {
-    let mut pauses = RETRIES.into_iter();
+    let mut pauses = RETRY_DELAYS.into_iter();
     let markers = loop {
         match (listed, pauses.next()) {
             (Ok(markers), _) => break markers,
             (Err(error), Some(pause)) => {
                 tracing::warn!(
                     %container,
-                    error = %crate::chain(&error),
+                    error = %crate::error_chain(&error),
                     "could not list the markers of exec'd processes; trying again later"
                 );
                 tokio::time::sleep(pause).await;
-                listed = abandoned(&execs);
+                listed = list_markers(&execs);
             }
             (Err(error), None) => {
-                let error = crate::chain(&error);
+                let error = crate::error_chain(&error);
                 return tracing::error!(
                     %container,
                     error,
@@ -350,9 +358,9 @@ pub async fn end_abandoned(
         }
         let exec_id = marker.file_name().unwrap_or_default().to_string_lossy().into_owned();
         tracing::info!(%container, exec_id, "killing an exec'd process whose owner is gone");
-        match unknown_to_shim(&marker, shim) {
+        match find_unknown_to_shim(&marker, shim) {
             Ok(unknown) => {
-                end(&client, &container, &exec_id, &marker).await;
+                kill_and_remove(&client, &container, &exec_id, &marker).await;
                 unknown.iter().for_each(|process| process.signal(libc::SIGKILL));
             }
             // The marker stays, so that the next plugin can kill the process.
@@ -368,19 +376,19 @@ pub async fn end_abandoned(
 ///
 /// # Errors
 /// When the marker, the pid file or `/proc` can't be read.
-fn unknown_to_shim(marker: &Path, shim: u32) -> io::Result<Vec<PidFd>> {
-    if noted(marker)?.process.is_some() {
+fn find_unknown_to_shim(marker: &Path, shim: u32) -> io::Result<Vec<PidFd>> {
+    if read_marker_or_default(marker)?.process.is_some() {
         return Ok(Vec::new());
     }
     let Some(path) = pid_file(marker) else { return Ok(Vec::new()) };
-    let text = unless_vanished(fs::read_to_string(path))?;
+    let text = none_if_vanished(fs::read_to_string(path))?;
     let Some(pid) = text.and_then(|text| text.trim().parse().ok()) else { return Ok(Vec::new()) };
-    let Some(process) = unless_vanished(PidFd::open(pid))? else { return Ok(Vec::new()) };
+    let Some(process) = none_if_vanished(PidFd::open(pid))? else { return Ok(Vec::new()) };
     // The pid may have been reused. An exec'd process is a child of its shim, which inherits the children of runtimes.
-    if unless_vanished(parent_of(pid))? != Some(shim) {
+    if none_if_vanished(parent_of(pid))? != Some(shim) {
         return Ok(Vec::new());
     }
-    let mut found = family(pid)?;
+    let mut found = open_descendants(pid)?;
     found.push(process);
     Ok(found)
 }
@@ -402,11 +410,11 @@ struct Marker {
     /// How the process is found in its sandbox if the task runs in gVisor. On the host there is only a runsc that waits
     /// for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    sandbox: Option<InSandbox>,
+    sandbox: Option<SandboxExec>,
 }
 
 /// Writes a marker. A reader sees the old text or the new one, never a part of one.
-fn write_whole(marker: &Path, text: &str) -> io::Result<()> {
+fn write_marker(marker: &Path, text: &str) -> io::Result<()> {
     // The draft is not in the directory itself, which is listed for markers.
     let name = marker.file_name().unwrap_or_default().to_string_lossy();
     let draft = marker.with_file_name("..").join(format!("exec-{name}.tmp"));
@@ -422,9 +430,9 @@ fn read_marker(marker: &Path) -> io::Result<Marker> {
 ///
 /// # Errors
 /// When the marker can't be read at the moment.
-fn noted(marker: &Path) -> io::Result<Marker> {
+fn read_marker_or_default(marker: &Path) -> io::Result<Marker> {
     match read_marker(marker) {
-        Err(error) if is_passing(&error) => Err(error),
+        Err(error) if is_transient(&error) => Err(error),
         other => Ok(other.unwrap_or_default()),
     }
 }
@@ -438,32 +446,34 @@ async fn is_abandoned(marker: &Path) -> bool {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
             Ok(marker) if marker.owner.is_none_or(|owner| owner.is_gone()) => return true,
             // The owner lives, or can't be checked at the moment.
-            _ => tokio::time::sleep(GOING).await,
+            _ => tokio::time::sleep(OWNER_POLL_INTERVAL).await,
         }
     }
     false
 }
 
 /// Kills an exec'd process and its descendants, and removes its traces.
-async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
-    let looked = noted(marker);
+async fn kill_and_remove(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
+    let looked = read_marker_or_default(marker);
     if let Ok(Marker { sandbox: Some(sandbox), .. }) = &looked {
         sandbox.kill(container).await;
     }
     let family = looked.and_then(|noted| match noted.process {
-        Some(process) if is_alive(&process)? => family(process.pid),
+        Some(process) if is_alive(&process)? => open_descendants(process.pid),
         _ => Ok(Vec::new()),
     });
     let killed = client.kill_exec(container.as_str(), exec_id).await;
     if killed.is_ok() {
-        let ended = tokio::time::timeout(KILLED, client.wait_exec(container.as_str(), exec_id)).await;
+        let ended = tokio::time::timeout(KILL_TIMEOUT, client.wait_exec(container.as_str(), exec_id)).await;
         if ended.is_err() {
             tracing::warn!(%container, exec_id, "an exec'd process survives SIGKILL");
         }
     }
     let family = family.map(|family| family.iter().for_each(|member| member.signal(libc::SIGKILL)));
     match (killed, family) {
-        (Ok(()) | Err(ShimError::Gone { .. }), Ok(())) => forget(client, container, exec_id, marker).await,
+        (Ok(()) | Err(ShimError::ConnectionLost { .. }), Ok(())) => {
+            remove_traces(client, container, exec_id, marker).await;
+        }
         // The marker stays, so that the next plugin can kill them.
         (Err(error), _) => tracing::warn!(%container, exec_id, %error, "could not kill an exec'd process"),
         (_, Err(error)) => {
@@ -474,29 +484,29 @@ async fn end(client: &Client, container: &ContainerId, exec_id: &str, marker: &P
 
 /// Says whether this very process still lives: its pid and its start time are the same.
 fn is_alive(process: &ProcessId) -> io::Result<bool> {
-    Ok(unless_vanished(ProcessId::of(process.pid))?.is_some_and(|now| now == *process))
+    Ok(none_if_vanished(ProcessId::of(process.pid))?.is_some_and(|now| now == *process))
 }
 
 /// Opens the descendants of a process. Each of them was a descendant after its pidfd had been opened, so none is an
 /// unrelated process with a reused pid.
-fn family(pid: u32) -> io::Result<Vec<PidFd>> {
+fn open_descendants(pid: u32) -> io::Result<Vec<PidFd>> {
     let mut opened = Vec::new();
     for pid in descendants(pid)?.into_iter().skip(1) {
-        opened.extend(unless_vanished(PidFd::open(pid))?.map(|process| (pid, process)));
+        opened.extend(none_if_vanished(PidFd::open(pid))?.map(|process| (pid, process)));
     }
     let still = descendants(pid)?;
     Ok(opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, fd)| fd).collect())
 }
 
-async fn forget(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
+async fn remove_traces(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
     match client.delete_exec(container.as_str(), exec_id).await {
-        Ok(()) | Err(ShimError::Gone { .. }) => {}
+        Ok(()) | Err(ShimError::ConnectionLost { .. }) => {}
         Err(error) => {
             return tracing::warn!(%container, exec_id, %error, "the shim could not delete an exec'd process");
         }
     }
-    match noted(marker) {
-        Ok(noted) => noted.sandbox.iter().for_each(InSandbox::forget),
+    match read_marker_or_default(marker) {
+        Ok(noted) => noted.sandbox.iter().for_each(SandboxExec::remove_pid_file),
         Err(error) => {
             tracing::debug!(path = %marker.display(), %error, "could not read a marker; its sandbox's pid file stays");
         }
@@ -527,7 +537,7 @@ mod tests {
             "capabilities": {"bounding": ["CAP_CHOWN"]}, "noNewPrivileges": true,
         }});
         let request = ExecRequest { command: vec!["ls".to_owned(), "-l".to_owned()], terminal: true, stdin: false };
-        let spec = describe(config.to_string().as_bytes(), &request).expect("described");
+        let spec = describe_process(config.to_string().as_bytes(), &request).expect("described");
         let spec: Value = serde_json::from_slice(&spec.spec).expect("JSON");
         let mut expected = config["process"].clone();
         expected["args"] = json!(["ls", "-l"]);

@@ -7,8 +7,8 @@ use std::error::Error;
 
 use super::{RuntimeError, TaskError};
 use crate::{
+    failpoint,
     failure::{self, Cause},
-    fault,
     rootfs::RootfsError,
     shim::stdio::StdioError,
 };
@@ -17,36 +17,38 @@ impl TaskError {
     /// Says whether another attempt may succeed although the job does not change. Nomad applies its restart policy only
     /// then.
     pub fn is_recoverable(&self) -> bool {
-        self.failure_cause() == Cause::Host && !fault::skipped("recoverable")
+        self.failure_cause() == Cause::Host && !failpoint::skip("recoverable")
     }
 
     fn failure_cause(&self) -> Cause {
         match self {
             Self::Image(error) => error.0.failure_cause(),
             Self::Shim { source, .. } => source.failure_cause(),
-            Self::Rootfs(error) => rootfs(error),
+            Self::Rootfs(error) => rootfs_cause(error),
             Self::AppArmor(error) if error.is_transient() => Cause::Host,
             // Unless the kernel failed, the error says what is wrong with a setting of the job or the operator.
-            Self::AppArmor(error) => errno_or(error, Cause::Job),
-            Self::Runtime(error) => runtime(error),
-            Self::Stdio(error) => stdio(error),
-            Self::Group(error) => errno_or(error, Cause::Job),
+            Self::AppArmor(error) => cause_by_errno_or(error, Cause::Job),
+            Self::Runtime(error) => runtime_cause(error),
+            Self::Stdio(error) => stdio_cause(error),
+            Self::Group(error) => cause_by_errno_or(error, Cause::Job),
             // Files, processes and connections of the driver itself: a job has no part in them.
             Self::Log(_)
             | Self::LogWriter(_)
             | Self::Cgroup(_)
             | Self::Record(_)
             | Self::Places(_)
-            | Self::Held { .. }
+            | Self::LockHeld { .. }
             | Self::Lock { .. }
             | Self::KeptSettings { .. }
             | Self::Worker(_)
-            | Self::Hanging { .. }
-            | Self::Unmounted { .. } => Cause::Host,
+            | Self::MountSourcesUnreachable { .. }
+            | Self::RootfsUnmounted { .. } => Cause::Host,
             // Remains of an earlier attempt.
-            Self::Busy(_) | Self::Earlier { .. } | Self::Former(_) | Self::Stays { .. } | Self::Unkillable { .. } => {
-                Cause::Host
-            }
+            Self::TeardownInProgress(_)
+            | Self::EarlierAttemptRemains { .. }
+            | Self::Legacy(_)
+            | Self::NotRemoved { .. }
+            | Self::Unkillable { .. } => Cause::Host,
             // The request can't be fulfilled, however often it is made. Nomad does not restart exec sessions.
             Self::AlreadyStarted(_)
             | Self::NotFound(_)
@@ -63,23 +65,23 @@ impl TaskError {
 }
 
 /// Classifies an error by its errno, or as `otherwise` if it has none that is known.
-fn errno_or(error: &(dyn Error + 'static), otherwise: Cause) -> Cause {
+fn cause_by_errno_or(error: &(dyn Error + 'static), otherwise: Cause) -> Cause {
     failure::of_error(error).unwrap_or(otherwise)
 }
 
-fn rootfs(error: &RootfsError) -> Cause {
+fn rootfs_cause(error: &RootfsError) -> Cause {
     match error {
         // The driver's own files and mounts, Nomad's directories, and containerd's layers.
         RootfsError::File { .. }
-        | RootfsError::Mount { .. }
+        | RootfsError::MountRootfs { .. }
         | RootfsError::LayersGone { .. }
         | RootfsError::AllocDir { .. } => Cause::Host,
         // The other errors are about names and paths of the job and its image.
-        other => errno_or(other, Cause::Job),
+        other => cause_by_errno_or(other, Cause::Job),
     }
 }
 
-fn runtime(error: &RuntimeError) -> Cause {
+fn runtime_cause(error: &RuntimeError) -> Cause {
     match error {
         RuntimeError::Wrapper { .. } | RuntimeError::Delete { .. } => Cause::Host,
         // The problem that a runtime's probe has found. A runtime does not work either while its host is broken.
@@ -92,11 +94,11 @@ fn runtime(error: &RuntimeError) -> Cause {
     }
 }
 
-fn stdio(error: &StdioError) -> Cause {
+fn stdio_cause(error: &StdioError) -> Cause {
     match error {
         // Nomad makes the FIFOs, and makes them again for each attempt. A link in their place was put there by the
         // task.
-        StdioError::Open { .. } => errno_or(error, Cause::Host),
+        StdioError::Open { .. } => cause_by_errno_or(error, Cause::Host),
         StdioError::NotFifo { .. } => Cause::Job,
     }
 }
@@ -129,7 +131,7 @@ mod tests {
                 TaskError::Image(SharedImageError(Arc::new(layer(errno)))),
                 RootfsError::Source { option: "mounts: source", source_path: "x".to_owned(), source: kernel(errno) }
                     .into(),
-                RootfsError::Mounting { option: "mounts", target: "/x".to_owned(), source: kernel(errno) }.into(),
+                RootfsError::MountAtTarget { option: "mounts", target: "/x".to_owned(), source: kernel(errno) }.into(),
                 RootfsError::AllocDir { path: "/x".into(), source: kernel(errno) }.into(),
                 RootfsError::File { doing: "write", path: "/x".into(), source: kernel(errno) }.into(),
                 RootfsError::Gateway { name: "x".to_owned(), source: kernel(errno) }.into(),
@@ -140,7 +142,7 @@ mod tests {
                 shim(ShimError::Spawn { binary: "/x".into(), source: kernel(errno) }),
                 RuntimeError::Broken { name: "x".to_owned(), problem: kernel(errno).to_string() }.into(),
             ] {
-                assert!(error.is_recoverable(), "{}", crate::chain(&error));
+                assert!(error.is_recoverable(), "{}", crate::error_chain(&error));
             }
         }
     }
@@ -150,7 +152,8 @@ mod tests {
         for error in [
             RootfsError::Source { option: "mounts: source", source_path: "x".to_owned(), source: kernel(libc::ENOENT) }
                 .into(),
-            RootfsError::Mounting { option: "mounts", target: "/x".to_owned(), source: kernel(libc::EINVAL) }.into(),
+            RootfsError::MountAtTarget { option: "mounts", target: "/x".to_owned(), source: kernel(libc::EINVAL) }
+                .into(),
             RootfsError::NoCommand.into(),
             StdioError::NotFifo { path: "/x".into(), kind: "a symbolic link" }.into(),
             RuntimeError::None.into(),
@@ -158,7 +161,7 @@ mod tests {
             shim(refused(3, "invalid")),
         ] {
             let error: TaskError = error;
-            assert!(!error.is_recoverable(), "{}", crate::chain(&error));
+            assert!(!error.is_recoverable(), "{}", crate::error_chain(&error));
         }
     }
 

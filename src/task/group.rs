@@ -8,22 +8,22 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
-use super::{Record, shared::Shared};
+use super::{Record, context::EngineContext};
 use crate::{
     ids::{Digest, TaskId},
-    netns::{Addresses, who_is_in},
-    places::{Places, write_whole},
+    netns::{Addresses, find_process_in},
+    places::{Places, write_atomically},
 };
 
 /// The network stack that a task uses in its group's namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stack {
+pub enum NetworkStack {
     /// The kernel's, shared with all others in the namespace.
     Kernel,
     /// The one of the task's sandbox. No other task can use the namespace then.
@@ -32,11 +32,11 @@ pub enum Stack {
 
 /// A task's membership in its group's network namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Membership {
+pub struct NetnsMembership {
     /// The group's namespace.
     pub namespace: PathBuf,
     /// The network stack that the task uses in it.
-    pub stack: Stack,
+    pub stack: NetworkStack,
 }
 
 /// A task can't use its group's network namespace.
@@ -46,7 +46,7 @@ pub enum GroupError {
     #[error(
         "network: the group's namespace {namespace} belongs to the gVisor sandbox of task {other:?} alone; let the group share it with network = \"host\" in that task's runtime block, or give it a group of its own"
     )]
-    Taken {
+    TakenBySandbox {
         /// The group's namespace.
         namespace: PathBuf,
         /// The name of the task whose sandbox has the namespace.
@@ -56,7 +56,7 @@ pub enum GroupError {
     #[error(
         "network: a gVisor sandbox with network = \"sandbox\" needs the group's namespace {namespace} for itself, and {who} is in it; let the group share it with network = \"host\" in this task's runtime block, or give it a group of its own"
     )]
-    Shared {
+    InUse {
         /// The group's namespace.
         namespace: PathBuf,
         /// The task or process that is in the namespace.
@@ -74,48 +74,54 @@ pub enum GroupError {
 
 /// The tasks in each network namespace of a group.
 #[derive(Debug, Default)]
-pub struct Groups(Mutex<HashMap<PathBuf, Members>>);
+pub(crate) struct NetnsRegistry(Mutex<HashMap<PathBuf, Members>>);
 
 /// The tasks in one namespace, with their names and network stacks.
-type Members = BTreeMap<TaskId, (String, Stack)>;
+type Members = BTreeMap<TaskId, (String, NetworkStack)>;
 
-impl Groups {
-    fn all(&self) -> MutexGuard<'_, HashMap<PathBuf, Members>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl NetnsRegistry {
+    fn lock(&self) -> MutexGuard<'_, HashMap<PathBuf, Members>> {
+        self.0.lock()
     }
 
     /// Registers a task that an earlier plugin has started. The task is in its namespace already, so nothing is
     /// checked.
-    pub(super) fn known(&self, record: &Record) {
+    pub(super) fn register_recovered(&self, record: &Record) {
         if let Some(group) = &record.group {
-            let mut all = self.all();
+            let mut all = self.lock();
             let members = all.entry(group.namespace.clone()).or_default();
             members.insert(record.task_id.clone(), (record.name.clone(), group.stack));
         }
     }
 
     /// Registers a task in its namespace, if it can share the namespace with the tasks that are in it.
-    fn claim(&self, id: &TaskId, name: &str, group: &Membership) -> Result<(), GroupError> {
-        let mut all = self.all();
+    fn register(&self, id: &TaskId, name: &str, group: &NetnsMembership) -> Result<(), GroupError> {
+        let mut all = self.lock();
         let members = all.entry(group.namespace.clone()).or_default();
         let mut others = members.iter().filter(|(other, _)| *other != id).map(|(_, other)| other);
         let (namespace, in_the_way) = match group.stack {
-            Stack::Sandbox => (group.namespace.clone(), others.next()),
-            Stack::Kernel => (group.namespace.clone(), others.find(|(_, stack)| *stack == Stack::Sandbox)),
+            NetworkStack::Sandbox => (group.namespace.clone(), others.next()),
+            NetworkStack::Kernel => {
+                (group.namespace.clone(), others.find(|(_, stack)| *stack == NetworkStack::Sandbox))
+            }
         };
         match (in_the_way, group.stack) {
             (None, stack) => {
                 members.insert(id.clone(), (name.to_owned(), stack));
                 Ok(())
             }
-            (Some((other, _)), Stack::Kernel) => Err(GroupError::Taken { namespace, other: other.clone() }),
-            (Some((other, _)), Stack::Sandbox) => Err(GroupError::Shared { namespace, who: format!("task {other:?}") }),
+            (Some((other, _)), NetworkStack::Kernel) => {
+                Err(GroupError::TakenBySandbox { namespace, other: other.clone() })
+            }
+            (Some((other, _)), NetworkStack::Sandbox) => {
+                Err(GroupError::InUse { namespace, who: format!("task {other:?}") })
+            }
         }
     }
 
     /// Removes a task from its namespace, and returns the network stack that it used there.
-    fn release(&self, id: &TaskId, namespace: &Path) -> Option<Stack> {
-        let mut all = self.all();
+    fn remove(&self, id: &TaskId, namespace: &Path) -> Option<NetworkStack> {
+        let mut all = self.lock();
         let members = all.get_mut(namespace)?;
         let (_, stack) = members.remove(id)?;
         if members.is_empty() {
@@ -124,8 +130,8 @@ impl Groups {
         Some(stack)
     }
 
-    fn has(&self, id: &TaskId, group: &Membership) -> bool {
-        self.all().get(&group.namespace).is_some_and(|members| members.contains_key(id))
+    fn contains(&self, id: &TaskId, group: &NetnsMembership) -> bool {
+        self.lock().get(&group.namespace).is_some_and(|members| members.contains_key(id))
     }
 }
 
@@ -133,48 +139,56 @@ impl Groups {
 ///
 /// # Errors
 /// When the task can't share the namespace with those that are in it.
-pub(super) fn enter(shared: &Shared, id: &TaskId, name: &str, group: &Membership) -> Result<(), GroupError> {
-    shared.groups.claim(id, name, group)?;
+pub(super) fn enter(
+    context: &EngineContext,
+    id: &TaskId,
+    name: &str,
+    group: &NetnsMembership,
+) -> Result<(), GroupError> {
+    context.groups.register(id, name, group)?;
     // The common case: there is no sandbox, and no addresses were taken over.
-    if group.stack == Stack::Kernel && !note(&shared.settings.places, &group.namespace).exists() {
+    if group.stack == NetworkStack::Kernel && !saved_addresses_path(&context.settings.places, &group.namespace).exists()
+    {
         return Ok(());
     }
-    let entered = tokio::task::block_in_place(|| settle(&shared.settings.places, group));
+    let entered = tokio::task::block_in_place(|| prepare_namespace(&context.settings.places, group));
     if entered.is_err() {
-        shared.groups.release(id, &group.namespace);
+        context.groups.remove(id, &group.namespace);
     }
     entered
 }
 
 /// Makes sure that the namespace has its addresses and, for a sandbox, that no process is in the namespace, and saves
 /// the addresses that the sandbox is going to take over.
-fn settle(places: &Places, group: &Membership) -> Result<(), GroupError> {
+fn prepare_namespace(places: &Places, group: &NetnsMembership) -> Result<(), GroupError> {
     let namespace = &group.namespace;
     let failed = |source| GroupError::Addresses { namespace: namespace.clone(), source };
     // A sandbox may have left this namespace without addresses if it ended while no plugin was running.
-    restore(places, namespace).map_err(failed)?;
-    if group.stack == Stack::Kernel {
+    restore_addresses(places, namespace).map_err(failed)?;
+    if group.stack == NetworkStack::Kernel {
         return Ok(());
     }
-    if let Some(pid) = who_is_in(namespace).map_err(failed)? {
+    if let Some(pid) = find_process_in(namespace).map_err(failed)? {
         let program = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         let who = format!("process {pid} ({})", program.trim());
-        return Err(GroupError::Shared { namespace: namespace.clone(), who });
+        return Err(GroupError::InUse { namespace: namespace.clone(), who });
     }
     let addresses = Addresses::of(namespace).map_err(failed)?;
     if addresses.is_empty() {
         return Ok(());
     }
     let text = serde_json::to_vec(&addresses).map_err(io::Error::from);
-    text.and_then(|text| write_whole(&note(places, namespace), &text, 0o600)).map_err(failed)
+    text.and_then(|text| write_atomically(&saved_addresses_path(places, namespace), &text, 0o600)).map_err(failed)
 }
 
 /// Removes a task whose container is gone from its namespace, and puts the namespace's addresses back.
-pub(super) fn leave(shared: &Shared, record: &Record) {
+pub(super) fn leave(context: &EngineContext, record: &Record) {
     // A task that was refused has changed nothing, and must not restore what another task's sandbox has taken over.
-    let Some(group) = record.group.as_ref().filter(|group| shared.groups.has(&record.task_id, group)) else { return };
-    if group.stack == Stack::Sandbox
-        && let Err(error) = restore(&shared.settings.places, &group.namespace)
+    let Some(group) = record.group.as_ref().filter(|group| context.groups.contains(&record.task_id, group)) else {
+        return;
+    };
+    if group.stack == NetworkStack::Sandbox
+        && let Err(error) = restore_addresses(&context.settings.places, &group.namespace)
     {
         tracing::warn!(
             namespace = %group.namespace.display(),
@@ -182,12 +196,12 @@ pub(super) fn leave(shared: &Shared, record: &Record) {
             "could not restore the addresses of a network namespace"
         );
     }
-    shared.groups.release(&record.task_id, &group.namespace);
+    context.groups.remove(&record.task_id, &group.namespace);
 }
 
 /// Restores the addresses that a sandbox has taken over, if one did.
-fn restore(places: &Places, namespace: &Path) -> io::Result<()> {
-    let path = note(places, namespace);
+fn restore_addresses(places: &Places, namespace: &Path) -> io::Result<()> {
+    let path = saved_addresses_path(places, namespace);
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -195,7 +209,7 @@ fn restore(places: &Places, namespace: &Path) -> io::Result<()> {
     };
     // If Nomad has removed the namespace already, there is nothing to restore.
     if namespace.exists() {
-        serde_json::from_slice::<Addresses>(&text)?.put_back(namespace)?;
+        serde_json::from_slice::<Addresses>(&text)?.restore(namespace)?;
     }
     match fs::remove_file(&path) {
         // A concurrent call may have restored the addresses and removed the file.
@@ -205,33 +219,33 @@ fn restore(places: &Places, namespace: &Path) -> io::Result<()> {
 }
 
 /// Returns the file with the addresses that a sandbox has taken over from this namespace.
-fn note(places: &Places, namespace: &Path) -> PathBuf {
+fn saved_addresses_path(places: &Places, namespace: &Path) -> PathBuf {
     let name = Digest::of(namespace.as_os_str().as_encoded_bytes());
-    places.namespaces().join(format!("{}.json", name.short()))
+    places.saved_addresses().join(format!("{}.json", name.short()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn claim(groups: &Groups, id: &str, stack: Stack) -> Result<(), GroupError> {
-        let group = Membership { namespace: "/run/netns/a".into(), stack };
-        groups.claim(&TaskId(id.to_owned()), id, &group)
+    fn claim(groups: &NetnsRegistry, id: &str, stack: NetworkStack) -> Result<(), GroupError> {
+        let group = NetnsMembership { namespace: "/run/netns/a".into(), stack };
+        groups.register(&TaskId(id.to_owned()), id, &group)
     }
 
     #[test]
     fn a_sandbox_has_its_namespace_to_itself() {
-        let groups = Groups::default();
-        claim(&groups, "one", Stack::Kernel).expect("the namespace is empty");
-        claim(&groups, "two", Stack::Kernel).expect("tasks with the kernel's stack share the namespace");
-        let error = claim(&groups, "three", Stack::Sandbox).expect_err("refused").to_string();
+        let groups = NetnsRegistry::default();
+        claim(&groups, "one", NetworkStack::Kernel).expect("the namespace is empty");
+        claim(&groups, "two", NetworkStack::Kernel).expect("tasks with the kernel's stack share the namespace");
+        let error = claim(&groups, "three", NetworkStack::Sandbox).expect_err("refused").to_string();
         assert!(error.contains("task \"one\"") && error.contains("network = \"host\""), "{error}");
         for id in ["one", "two"] {
-            groups.release(&TaskId(id.to_owned()), Path::new("/run/netns/a"));
+            groups.remove(&TaskId(id.to_owned()), Path::new("/run/netns/a"));
         }
-        claim(&groups, "three", Stack::Sandbox).expect("the namespace is empty again");
-        claim(&groups, "three", Stack::Sandbox).expect("a task does not conflict with itself");
-        let error = claim(&groups, "one", Stack::Kernel).expect_err("refused").to_string();
+        claim(&groups, "three", NetworkStack::Sandbox).expect("the namespace is empty again");
+        claim(&groups, "three", NetworkStack::Sandbox).expect("a task does not conflict with itself");
+        let error = claim(&groups, "one", NetworkStack::Kernel).expect_err("refused").to_string();
         assert!(error.contains("task \"three\" alone"), "{error}");
     }
 }

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::{TaskError, plan::Plan};
 use crate::{
     ids::ContainerId,
-    process::{self, PidFd, descendants, unless_vanished},
+    process::{self, PidFd, descendants, none_if_vanished},
     shim::{Shim, ShimError},
 };
 
@@ -19,7 +19,7 @@ use crate::{
 /// machine; one that is nearly done should not be killed.
 const CREATE_GRACE: Duration = Duration::from_secs(1);
 /// How long the driver waits for the answer of a shim whose runtime was killed. The answer takes milliseconds.
-const SHIM_ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+const SHIM_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the driver looks for the runtime, which the shim may not have called yet.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -27,7 +27,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// `Stopped` if the start was cancelled, else the error of `starting`. The caller has to undo what the start has made.
-pub(super) async fn unless_stopped<T>(
+pub(super) async fn run_until_stopped<T>(
     starting: impl Future<Output = Result<T, TaskError>>,
     stop: &CancellationToken,
     plan: &Plan<'_>,
@@ -36,7 +36,7 @@ pub(super) async fn unless_stopped<T>(
     let mut starting = pin!(starting);
     tokio::select! {
         outcome = &mut starting => {
-            if matches!(outcome, Err(TaskError::Shim { source: ShimError::Late { .. }, .. })) {
+            if matches!(outcome, Err(TaskError::Shim { source: ShimError::TimedOut { .. }, .. })) {
                 kill_runtime(shim.pid(), &plan.container_id);
             }
             return outcome;
@@ -45,14 +45,14 @@ pub(super) async fn unless_stopped<T>(
     }
     let task = &plan.request.task_id;
     let stopped = |error: TaskError| {
-        tracing::debug!(%task, error = crate::chain(&error), "a cancelled start ended with an error");
+        tracing::debug!(%task, error = crate::error_chain(&error), "a cancelled start ended with an error");
         TaskError::Stopped(task.clone())
     };
     if let Ok(outcome) = timeout(CREATE_GRACE, &mut starting).await {
         return outcome.map_err(stopped);
     }
     tracing::warn!(%task, "the task is stopped; killing the runtime that creates its container");
-    let deadline = Instant::now() + SHIM_ANSWER_DEADLINE;
+    let deadline = Instant::now() + SHIM_ANSWER_TIMEOUT;
     while Instant::now() < deadline {
         kill_runtime(shim.pid(), &plan.container_id);
         if let Ok(outcome) = timeout(POLL_INTERVAL, &mut starting).await {
@@ -60,7 +60,7 @@ pub(super) async fn unless_stopped<T>(
         }
     }
     // The shim itself hangs. It is killed, unless it has other tasks.
-    if shim.is_held_once() {
+    if shim.has_single_hold() {
         tracing::warn!(%task, shim = shim.id(), "the shim does not answer; killing it");
         shim.kill_process();
     }
@@ -79,20 +79,20 @@ pub(super) fn kill_runtime(shim: u32, container: &ContainerId) {
 fn try_to_kill_runtime(shim: u32, container: &ContainerId) -> io::Result<()> {
     let mut called = Vec::new();
     for pid in descendants(shim)?.into_iter().skip(1) {
-        if is_called_for(pid, container)? {
+        if has_container_arg(pid, container)? {
             called.extend(descendants(pid)?);
         }
     }
-    still_below(shim, called)?.iter().for_each(|process| process.signal(libc::SIGKILL));
+    open_if_descendants(shim, called)?.iter().for_each(|process| process.signal(libc::SIGKILL));
     Ok(())
 }
 
 /// Kills all processes of this host that have a container's id among their arguments.
-pub(super) fn kill_called_for(container: &ContainerId) {
-    let is_called = |pid: u32| is_called_for(pid, container).unwrap_or(false);
+pub(super) fn kill_processes_of(container: &ContainerId) {
+    let is_called = |pid: u32| has_container_arg(pid, container).unwrap_or(false);
     // Checked again once the pidfd is open, since the pid may have been reused for another process.
     let opened = |pid: u32| PidFd::open(pid).ok().filter(|_| is_called(pid));
-    match process::all() {
+    match process::all_pids() {
         Ok(pids) => pids.into_iter().filter(|pid| is_called(*pid)).filter_map(opened).for_each(|process| {
             process.signal(libc::SIGKILL);
         }),
@@ -106,16 +106,16 @@ pub(super) fn kill_called_for(container: &ContainerId) {
 ///
 /// # Errors
 /// When the processes can't be listed or opened.
-pub(super) fn all_below(shim: u32) -> io::Result<Vec<PidFd>> {
-    still_below(shim, descendants(shim)?.into_iter().skip(1).collect())
+pub(super) fn open_descendants(shim: u32) -> io::Result<Vec<PidFd>> {
+    open_if_descendants(shim, descendants(shim)?.into_iter().skip(1).collect())
 }
 
 /// Opens those of `pids` that are descendants of a shim. A pid may have been reused since it was listed, so the
 /// descendants are listed again once the pidfds are open.
-fn still_below(shim: u32, pids: Vec<u32>) -> io::Result<Vec<PidFd>> {
+fn open_if_descendants(shim: u32, pids: Vec<u32>) -> io::Result<Vec<PidFd>> {
     let mut opened = Vec::new();
     for pid in pids {
-        opened.extend(unless_vanished(PidFd::open(pid))?.map(|process| (pid, process)));
+        opened.extend(none_if_vanished(PidFd::open(pid))?.map(|process| (pid, process)));
     }
     let still = descendants(shim)?;
     Ok(opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process).collect())
@@ -126,8 +126,8 @@ fn still_below(shim: u32, pids: Vec<u32>) -> io::Result<Vec<PidFd>> {
 ///
 /// # Errors
 /// When the process's arguments can't be read.
-pub(super) fn is_called_for(pid: u32, container: &ContainerId) -> io::Result<bool> {
-    let line = unless_vanished(fs::read(format!("/proc/{pid}/cmdline")))?.unwrap_or_default();
+pub(super) fn has_container_arg(pid: u32, container: &ContainerId) -> io::Result<bool> {
+    let line = none_if_vanished(fs::read(format!("/proc/{pid}/cmdline")))?.unwrap_or_default();
     Ok(line.split(|byte| *byte == 0).any(|word| word == container.as_str().as_bytes()))
 }
 

@@ -2,47 +2,48 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use super::{
     ExitRecord, Phases, Record, RecordState, TaskError, TaskHandle,
-    claim::caught,
+    context::EngineContext,
+    guards::catch_panic,
     interrupt,
-    record::{RunRecord, millis},
-    shared::Shared,
+    record::{RunRecord, epoch_millis},
     undo::KILL_GRACE,
 };
 use crate::{
     cgroup::CgroupPath,
-    fault,
+    failpoint,
     ids::TaskId,
     image::ImageRecord,
-    logs::Hold,
+    logs::FifoGuard,
     process::PidFd,
-    shim::{self, Client, Exit, Found, Kill, Shim, ShimError},
+    shim::{self, Adoption, Client, Exit, Shim, ShimError, SignalTarget},
 };
 
 /// How long a shim may take to kill a task. A kill takes 5 ms; a shim that takes longer than this hangs.
-const HUNG: Duration = Duration::from_secs(5);
+const SHIM_KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The first delay before the shim is asked again, after it refused to wait or its answer was not understood. The delay
 /// doubles with each such answer. Also the delay before a wait that has panicked is restarted.
-const AGAIN: Duration = Duration::from_millis(200);
+const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// The longest delay before the shim is asked again.
-const AGAIN_MAX: Duration = Duration::from_secs(10);
+const RETRY_MAX_DELAY: Duration = Duration::from_secs(10);
 
 /// A task that runs or has ended.
-pub struct Task {
+pub(crate) struct Task {
     record: Mutex<Record>,
     /// The lock of the background work that retries to write the record.
-    pub(super) saving: Arc<tokio::sync::Mutex<()>>,
+    pub(super) save_lock: Arc<tokio::sync::Mutex<()>>,
     /// The task's shim; `None` once the task is being torn down.
-    pub(super) shim: tokio::sync::Mutex<Option<Found>>,
+    pub(super) shim: tokio::sync::Mutex<Option<Adoption>>,
     /// The connection to the task's shim. `None` for a task that had ended when it was recovered.
     pub(super) client: Option<Client>,
     /// The pid of that shim.
@@ -55,27 +56,27 @@ pub struct Task {
     /// Was it logged that no agent has asked for the task?
     warned: AtomicBool,
     /// Why the task can't be recovered: it has ended, and it is not known how. `None` for all other tasks.
-    pub(super) lost: Option<String>,
+    pub(super) unrecoverable_reason: Option<String>,
     /// Protects the image from garbage collection.
     _image: Option<Arc<ImageRecord>>,
     /// Keeps the log FIFOs open, so that the output in them outlives the log writer.
-    _log: Hold,
+    _log: FifoGuard,
 }
 
 /// Whether a task belongs to an agent, to the garbage collection, or to neither yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
     /// No agent has asked this plugin for the task.
-    Nobody,
+    Unconfirmed,
     /// An agent has started the task with this plugin, or has asked the plugin for it.
     Agent,
     /// The garbage collection is removing the task, since no agent had asked for it.
-    Reaper,
+    GarbageCollector,
 }
 
 /// The answer to an agent that asks for a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Claim {
+pub(super) enum Confirmation {
     /// The agent is the first to ask for the task, and has it from now on.
     First,
     /// An agent has the task already.
@@ -85,38 +86,39 @@ pub(super) enum Claim {
 }
 
 /// The arguments of [`Task::new`].
-pub struct Parts {
+pub(crate) struct TaskParts {
     pub(super) record: Record,
-    pub(super) shim: Found,
+    pub(super) shim: Adoption,
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) exit: Option<ExitRecord>,
-    pub(super) lost: Option<String>,
-    pub(super) claimed: bool,
+    pub(super) unrecoverable_reason: Option<String>,
+    pub(super) confirmed: bool,
     pub(super) image: Option<Arc<ImageRecord>>,
-    pub(super) log: Hold,
+    pub(super) log: FifoGuard,
 }
 
 impl Task {
-    pub(super) fn new(parts: Parts) -> Arc<Self> {
-        let Parts { record, shim, run, phases, exit, lost, claimed, image, log } = parts;
+    pub(super) fn new(parts: TaskParts) -> Arc<Self> {
+        let TaskParts { record, shim, run, phases, exit, unrecoverable_reason: lost, confirmed: claimed, image, log } =
+            parts;
         let alive = match &shim {
-            Found::Alive(shim) if exit.is_none() => Some(shim),
+            Adoption::Alive(shim) if exit.is_none() => Some(shim),
             _ => None,
         };
         let (client, shim_pid) = (alive.map(|shim| shim.client().clone()), alive.map(Shim::pid));
         Arc::new(Self {
             record: Mutex::new(record),
-            saving: Arc::default(),
+            save_lock: Arc::default(),
             shim: tokio::sync::Mutex::new(Some(shim)),
             client,
             shim_pid,
             run,
             phases,
             exit: watch::Sender::new(exit),
-            holder: Mutex::new(if claimed { Holder::Agent } else { Holder::Nobody }),
+            holder: Mutex::new(if claimed { Holder::Agent } else { Holder::Unconfirmed }),
             warned: AtomicBool::new(false),
-            lost,
+            unrecoverable_reason: lost,
             _image: image,
             _log: log,
         })
@@ -127,7 +129,7 @@ impl Task {
     }
 
     pub(super) fn lock_record(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+        self.record.lock()
     }
 
     pub(super) fn handle(&self) -> TaskHandle {
@@ -139,36 +141,36 @@ impl Task {
     }
 
     /// Confirms the task for an agent that asks for it.
-    pub(super) fn claim(&self) -> Claim {
+    pub(super) fn confirm(&self) -> Confirmation {
         let mut holder = self.holder();
         match *holder {
-            Holder::Nobody => {
+            Holder::Unconfirmed => {
                 *holder = Holder::Agent;
-                Claim::First
+                Confirmation::First
             }
-            Holder::Agent => Claim::Again,
-            Holder::Reaper => Claim::Refused,
+            Holder::Agent => Confirmation::Again,
+            Holder::GarbageCollector => Confirmation::Refused,
         }
     }
 
     /// Reserves the task for the garbage collection, which is about to remove it. Returns false if an agent has asked
     /// for the task; after true, no agent can get it any more.
-    pub(super) fn claim_for_reaper(&self) -> bool {
+    pub(super) fn reserve_for_gc(&self) -> bool {
         let mut holder = self.holder();
-        let is_free = *holder == Holder::Nobody;
+        let is_free = *holder == Holder::Unconfirmed;
         if is_free {
-            *holder = Holder::Reaper;
+            *holder = Holder::GarbageCollector;
         }
         is_free
     }
 
     /// Gives up that reservation: the garbage collection could not remove the task.
-    pub(super) fn release_by_reaper(&self) {
-        *self.holder() = Holder::Nobody;
+    pub(super) fn release_from_gc(&self) {
+        *self.holder() = Holder::Unconfirmed;
     }
 
-    pub(super) fn is_claimed(&self) -> bool {
-        *self.holder() != Holder::Nobody
+    pub(super) fn is_confirmed(&self) -> bool {
+        *self.holder() != Holder::Unconfirmed
     }
 
     /// Returns true at the first call only: the warning that no agent has asked for the task is logged once.
@@ -177,7 +179,7 @@ impl Task {
     }
 
     fn holder(&self) -> MutexGuard<'_, Holder> {
-        self.holder.lock().unwrap_or_else(PoisonError::into_inner)
+        self.holder.lock()
     }
 
     pub(super) fn started_at(&self) -> SystemTime {
@@ -185,7 +187,7 @@ impl Task {
     }
 
     /// Changes the task's state and writes its record.
-    pub(super) fn set_state(self: &Arc<Self>, shared: &Arc<Shared>, state: RecordState) {
+    pub(super) fn set_state(self: &Arc<Self>, context: &Arc<EngineContext>, state: RecordState) {
         let mut record = self.lock_record();
         // `Exited` may be followed by `Destroying` only, and `Destroying` by no other state.
         match (&record.state, &state) {
@@ -193,26 +195,31 @@ impl Task {
             (RecordState::Exited(_), next) if *next != RecordState::Destroying => return,
             _ => record.state = state,
         }
-        self.save_locked(shared, &record);
+        self.save_locked(context, &record);
     }
 
     /// Notes in the record that the task is being stopped, so that the next plugin can complete the stop.
-    pub(super) fn mark_stopping(self: &Arc<Self>, shared: &Arc<Shared>, timeout: Duration) {
-        let deadline = millis(SystemTime::now() + timeout);
-        self.set_state(shared, RecordState::Stopping { run: self.run, deadline });
+    pub(super) fn mark_stopping(self: &Arc<Self>, context: &Arc<EngineContext>, timeout: Duration) {
+        let deadline = epoch_millis(SystemTime::now() + timeout);
+        self.set_state(context, RecordState::Stopping { run: self.run, deadline });
     }
 
     /// Kills the task and waits for its end: through its shim, or without the shim if it hangs.
     ///
     /// # Errors
     /// When the task survives SIGKILL.
-    pub(super) async fn end_by_force(&self, shared: &Shared, id: &TaskId, client: &Client) -> Result<(), TaskError> {
+    pub(super) async fn kill_and_wait(
+        &self,
+        context: &EngineContext,
+        id: &TaskId,
+        client: &Client,
+    ) -> Result<(), TaskError> {
         let container = self.record().intent.container_id;
         let mut exit = self.exit.subscribe();
-        let asked = client.kill(container.as_str(), libc::SIGKILL, Kill::All);
-        match tokio::time::timeout(HUNG, asked).await {
+        let asked = client.kill(container.as_str(), libc::SIGKILL, SignalTarget::All);
+        match tokio::time::timeout(SHIM_KILL_TIMEOUT, asked).await {
             // After the death of a shim, `watch_exit` kills the container and reports its end.
-            Ok(Ok(()) | Err(ShimError::Gone { .. })) => {}
+            Ok(Ok(()) | Err(ShimError::ConnectionLost { .. })) => {}
             outcome => {
                 let problem =
                     outcome.map_or_else(|_| "it does not answer".to_owned(), |refused| format!("{refused:?}"));
@@ -220,21 +227,21 @@ impl Task {
                 if let Ok(init) = PidFd::of(&self.run.process) {
                     init.signal(libc::SIGKILL);
                 }
-                self.kill_cgroup(shared);
+                self.kill_cgroup(context);
                 // A shim reports the container's end only after the runtime has ended that it called to kill the
                 // container.
                 if let Some(shim) = self.shim_pid {
                     interrupt::kill_runtime(shim, &container);
                 }
-                if tokio::time::timeout(HUNG, exit.wait_for(Option::is_some)).await.is_err() {
-                    self.kill_shim(shared);
+                if tokio::time::timeout(SHIM_KILL_TIMEOUT, exit.wait_for(Option::is_some)).await.is_err() {
+                    self.kill_shim(context);
                 }
             }
         }
-        if tokio::time::timeout(HUNG, exit.wait_for(Option::is_some)).await.is_ok() {
+        if tokio::time::timeout(SHIM_KILL_TIMEOUT, exit.wait_for(Option::is_some)).await.is_ok() {
             return Ok(());
         }
-        self.kill_cgroup(shared);
+        self.kill_cgroup(context);
         match tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some)).await {
             Ok(_) => Ok(()),
             Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
@@ -243,12 +250,12 @@ impl Task {
 
     /// Kills all processes in the task's cgroup. A runtime that was killed itself may have left the cgroup frozen, and
     /// on cgroup version 1, frozen processes die only when they are thawed.
-    fn kill_cgroup(&self, shared: &Shared) {
+    fn kill_cgroup(&self, context: &EngineContext) {
         let record = self.record();
         let cgroup = CgroupPath::recorded(&record.cgroup);
-        if let Err(error) = tokio::task::block_in_place(|| shared.cgroups.kill(&cgroup)) {
+        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.kill(&cgroup)) {
             tracing::warn!(
-                task = %record.task_id, error = %crate::chain(&error),
+                task = %record.task_id, error = %crate::error_chain(&error),
                 "could not kill the processes in the task's cgroup"
             );
         }
@@ -256,63 +263,64 @@ impl Task {
 
     /// Kills a shim that does not report the task's end, since the end of its connection reports it. A shim that other
     /// tasks share is not killed.
-    fn kill_shim(&self, shared: &Shared) {
+    fn kill_shim(&self, context: &EngineContext) {
         let record = self.record();
-        if shared.pool.tasks_of(&record.shim) > 1 {
+        if context.pool.task_count(&record.shim) > 1 {
             tracing::error!(
                 task = %record.task_id, shim = record.shim,
                 "the shim does not report the task's end, and is not killed, since other tasks share it"
             );
             return;
         }
-        shim::kill_shim(&shared.settings.places.shim(&record.shim));
+        shim::kill_shim(&context.settings.places.shim(&record.shim));
     }
 }
 
 /// Waits for a task's end, writes it to the task's record, and notifies all waiting calls. After a panic it starts
 /// again, since those calls would wait forever otherwise.
-pub async fn watch_exit(shared: Arc<Shared>, task: Arc<Task>) {
-    while caught("waiting for a task's end", watch_once(&shared, &task)).await.is_none() && !task.has_ended() {
-        tokio::time::sleep(AGAIN).await;
+pub(crate) async fn watch_exit(context: Arc<EngineContext>, task: Arc<Task>) {
+    while catch_panic("waiting for a task's end", watch_exit_once(&context, &task)).await.is_none() && !task.has_ended()
+    {
+        tokio::time::sleep(RETRY_DELAY).await;
     }
 }
 
-async fn watch_once(shared: &Arc<Shared>, task: &Arc<Task>) {
+async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
     let Some(client) = &task.client else { return };
     let record = task.record();
     let id = record.container_id.as_str();
-    let outcome = wait_out(client, id).await;
-    fault::point("exit.seen");
+    let outcome = wait_for_exit(client, id).await;
+    failpoint::kill_at("exit.seen");
     // Read before the cgroup is removed, since only the cgroup counts the OOM kills.
-    let oom_killed = has_oom_kill(shared, &record);
+    let oom_killed = has_oom_kill(context, &record);
     let (exit, orphaned) = match outcome {
         Ok(exit) => (Ok(exit), false),
-        Err(error) => after_shim_death(shared, task, &record, error).await,
+        Err(error) => end_after_shim_death(context, task, &record, error).await,
     };
     let (code, error, at) = match exit {
         Ok(exit) => (i32::try_from(exit.code).unwrap_or(255), None, ended_at(&exit)),
         Err(error) => {
             let text = format!("the task's shim died, and the task was killed ({error})");
-            (128 + libc::SIGKILL, Some(text), millis(SystemTime::now()))
+            (128 + libc::SIGKILL, Some(text), epoch_millis(SystemTime::now()))
         }
     };
     let exit = ExitRecord { code, oom_killed, error, started_at: task.run.started_at, at };
-    shared.metrics.exited(oom_killed, exit.error.is_some());
+    context.metrics.exited(oom_killed, exit.error.is_some());
     tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "task exited");
     let oom = if oom_killed { ", out of memory" } else { "" };
-    shared.events.tell_host(&record, format!("Exited with code {code}{oom}"));
-    task.set_state(shared, RecordState::Exited(exit.clone()));
-    fault::point("exit.recorded");
+    context.events.send_to_host(&record, format!("Exited with code {code}{oom}"));
+    task.set_state(context, RecordState::Exited(exit.clone()));
+    failpoint::kill_at("exit.recorded");
     task.exit.send_replace(Some(exit));
     if orphaned {
         // The dead shim would have deleted the container. A concurrent DestroyTask deletes it, too, and waits for this
         // lock.
         let shim = task.shim.lock().await;
         if shim.is_some()
-            && let Err(left) = shared.delete_dead(&record).await
+            && let Err(left) = context.delete_dead(&record).await
         {
             tracing::error!(
-                task = %record.task_id, error = %crate::chain(&left),
+                task = %record.task_id, error = %crate::error_chain(&left),
                 "could not delete the container of a dead shim"
             );
         }
@@ -321,24 +329,24 @@ async fn watch_once(shared: &Arc<Shared>, task: &Arc<Task>) {
 
 /// Has the kernel's OOM killer ended a process of this task? The task's cgroup counts these, until the runtime's
 /// `delete` removes it.
-pub(super) fn has_oom_kill(shared: &Shared, record: &Record) -> bool {
-    shared.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0)
+pub(super) fn has_oom_kill(context: &EngineContext, record: &Record) -> bool {
+    context.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0)
 }
 
 /// Waits until the container's process or its shim has ended. Other errors do not end the wait.
-async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
-    let mut pause = AGAIN;
+async fn wait_for_exit(client: &Client, id: &str) -> Result<Exit, ShimError> {
+    let mut pause = RETRY_DELAY;
     loop {
         match client.wait(id).await {
             Ok(exit) => return Ok(exit),
-            Err(error @ ShimError::Gone { .. }) => return Err(error),
+            Err(error @ ShimError::ConnectionLost { .. }) => return Err(error),
             // A shim that does not have the container can't report its end.
             Err(error) if error.is_not_found() => return Err(error),
             Err(error) => {
                 // The task runs on: a refusal, or an answer that was not understood, does not mean that it has ended.
                 tracing::warn!(container = id, %error, "the shim did not wait for the container's end; asking again");
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(AGAIN_MAX);
+                pause = (pause * 2).min(RETRY_MAX_DELAY);
             }
         }
     }
@@ -348,21 +356,21 @@ async fn wait_out(client: &Client, id: &str) -> Result<Exit, ShimError> {
 /// a container is no longer watched and its output is cut off, so that it must not run on. With its first process, all
 /// others die. The answer to Nomad does not wait for the runtime's cleanup, which takes runc 100 ms. Returns how the
 /// container ended, and true if that cleanup is still to be done.
-async fn after_shim_death(
-    shared: &Shared,
+async fn end_after_shim_death(
+    context: &EngineContext,
     task: &Task,
     record: &Record,
     error: ShimError,
 ) -> (Result<Exit, ShimError>, bool) {
-    if shim::has_noted_exit(&shared.settings.places.bundle(&record.container_id)) {
-        return match shared.delete_dead(record).await {
+    if shim::has_exit_file(&context.settings.places.bundle(&record.container_id)) {
+        return match context.delete_dead(record).await {
             Ok(Some(exit)) => (Ok(exit), false),
             _ => (Err(error), true),
         };
     }
     if let Ok(init) = PidFd::of(&task.run.process) {
         init.signal(libc::SIGKILL);
-        if tokio::time::timeout(KILL_GRACE, init.ended()).await.is_err() {
+        if tokio::time::timeout(KILL_GRACE, init.wait_for_end()).await.is_err() {
             tracing::error!(task = %record.task_id, "the task's shim died, and the task's process survives SIGKILL");
         }
     }
@@ -372,11 +380,11 @@ async fn after_shim_death(
 /// Returns when the container ended, in milliseconds since the epoch: the shim's time, or now if the shim does not know
 /// it (Go's zero time).
 pub(super) fn ended_at(exit: &Exit) -> u64 {
-    let told = exit.at.and_then(|(seconds, nanos)| {
+    let told = exit.exited_at.and_then(|(seconds, nanos)| {
         let (seconds, nanos) = (u64::try_from(seconds).ok()?, u64::try_from(nanos).ok()?);
         Some(seconds * 1000 + nanos / 1_000_000)
     });
-    told.filter(|&at| at > 0).unwrap_or_else(|| millis(SystemTime::now()))
+    told.filter(|&at| at > 0).unwrap_or_else(|| epoch_millis(SystemTime::now()))
 }
 
 #[cfg(test)]
@@ -396,12 +404,12 @@ mod tests {
         let client = Client::connect(&socket, None).await.expect("connected");
         // `is_alive` sends State a second time, since the first answer can't be decoded.
         let error = client.is_alive("x").await.expect_err("not understood");
-        assert!(matches!(error, ShimError::NotUnderstood { .. }), "{error:?}");
-        let exit = wait_out(&client, "x").await.expect("asked again after the refusal");
+        assert!(matches!(error, ShimError::Malformed { .. }), "{error:?}");
+        let exit = wait_for_exit(&client, "x").await.expect("asked again after the refusal");
         assert_eq!(exit.code, 7);
         for _ in 0..3 {
-            let error = wait_out(&client, "x").await.expect_err("the connection is closed");
-            assert!(matches!(error, ShimError::Gone { .. }), "{error:?}");
+            let error = wait_for_exit(&client, "x").await.expect_err("the connection is closed");
+            assert!(matches!(error, ShimError::ConnectionLost { .. }), "{error:?}");
         }
     }
 
@@ -414,6 +422,6 @@ mod tests {
             _ => Answer::Bytes(b"\x12\x02\x08\x07"),
         });
         let client = Client::connect(&socket, None).await.expect("connected");
-        assert_eq!(wait_out(&client, "x").await.expect("an exit").code, 7);
+        assert_eq!(wait_for_exit(&client, "x").await.expect("an exit").code, 7);
     }
 }

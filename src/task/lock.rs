@@ -8,29 +8,29 @@ use tokio::time::Instant;
 use super::TaskError;
 use crate::{
     control,
-    places::{Places, open_lock},
+    places::{Places, open_lock_file},
 };
 
 /// How long to wait for a lock whose holder listens on the control socket. A plugin that was asked to exit, by this
 /// plugin or by its agent, has exited well within this time.
-const LOCK: Duration = Duration::from_secs(5);
+const LISTENING_HOLDER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for a lock whose holder does not listen. Such a holder is not a serving plugin, but `gc` where no
 /// plugin runs, or a plugin that is starting or exiting. The wait is this long because Nomad starts those tasks anew
 /// whose RecoverTask fails (hashicorp/nomad, client/allocrunner/taskrunner/task_runner.go, `restoreHandle`).
-const SILENT: Duration = Duration::from_secs(60);
+const SILENT_HOLDER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often the lock is tried.
-const PAUSE: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// How often the holder is asked to exit. It refuses while an agent is connected to it, and that agent may disconnect
 /// soon.
-const AGAIN: Duration = Duration::from_millis(250);
+const REQUEST_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Takes the lock. Returns `None` when another process holds it.
 ///
 /// # Errors
 /// When the lock's file can't be opened or locked.
-pub fn try_take(places: &Places) -> Result<Option<Flock<File>>, TaskError> {
+pub(crate) fn try_take(places: &Places) -> Result<Option<Flock<File>>, TaskError> {
     let failed = |source| TaskError::Lock { path: places.lock(), source };
-    let file = open_lock(&places.lock()).map_err(failed)?;
+    let file = open_lock_file(&places.lock()).map_err(failed)?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Some(lock)),
         Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
@@ -43,8 +43,8 @@ pub fn try_take(places: &Places) -> Result<Option<Flock<File>>, TaskError> {
 ///
 /// # Errors
 /// When a plugin does not release the lock, or a process that does not listen holds it for too long.
-pub async fn take(places: &Places) -> Result<Flock<File>, TaskError> {
-    take_within(places, LOCK, SILENT).await
+pub(crate) async fn take(places: &Places) -> Result<Flock<File>, TaskError> {
+    take_within(places, LISTENING_HOLDER_TIMEOUT, SILENT_HOLDER_TIMEOUT).await
 }
 
 /// Takes the lock as [`take`] does. Waits up to `listening` for a holder that listens, and up to `silent` for any other
@@ -59,23 +59,23 @@ async fn take_within(places: &Places, listening: Duration, silent: Duration) -> 
         if let Some(lock) = try_take(places)? {
             return Ok(lock);
         }
-        if asked.is_none_or(|at: Instant| at.elapsed() > AGAIN) {
+        if asked.is_none_or(|at: Instant| at.elapsed() > REQUEST_INTERVAL) {
             if asked.is_none() {
                 tracing::info!(path = %path.display(), "waiting for the driver's lock, which another process holds");
             }
             asked = Some(Instant::now());
-            let answer = control::ask(&places.control(), &control::Request::Leave, AGAIN * 4).await;
-            let is_listening = !matches!(&answer, Err(error) if error.is_nobody());
+            let answer = control::send_request(&places.control(), &control::Request::Leave, REQUEST_INTERVAL * 4).await;
+            let is_listening = !matches!(&answer, Err(error) if error.no_plugin_listens());
             listens_since = if is_listening { listens_since.or_else(|| Some(Instant::now())) } else { None };
             match answer {
                 Ok(_) => tracing::info!("asked a plugin without an agent to exit"),
-                Err(error) => reason = crate::chain(&error),
+                Err(error) => reason = crate::error_chain(&error),
             }
         }
         if began.elapsed() > silent || listens_since.is_some_and(|since| since.elapsed() > listening) {
-            return Err(TaskError::Held { path, reason });
+            return Err(TaskError::LockHeld { path, reason });
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -88,7 +88,7 @@ mod tests {
     const SILENT: Duration = Duration::from_secs(60);
 
     /// Returns directories whose lock is held.
-    fn held() -> (tempfile::TempDir, Places, Flock<File>) {
+    fn with_held_lock() -> (tempfile::TempDir, Places, Flock<File>) {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let places = Places::new(directory.path(), directory.path());
         let lock = try_take(&places).expect("opened").expect("the lock is free");
@@ -98,7 +98,7 @@ mod tests {
     /// `gc` is such a holder, and may run for longer than a plugin needs to exit.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_holder_that_does_not_listen_is_waited_for() {
-        let (_directory, places, lock) = held();
+        let (_directory, places, lock) = with_held_lock();
         let waiting = tokio::spawn(async move { take_within(&places, LISTENING, SILENT).await });
         tokio::time::sleep(LISTENING * 5).await;
         assert!(!waiting.is_finished(), "{:?}", waiting.await);
@@ -108,10 +108,10 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_plugin_that_does_not_answer_is_not_waited_for_for_long() {
-        let (_directory, places, _lock) = held();
+        let (_directory, places, _lock) = with_held_lock();
         // The kernel accepts connections on behalf of the process that does not answer.
         let _hangs = UnixListener::bind(places.control()).expect("bound");
         let error = take_within(&places, LISTENING, SILENT).await.expect_err("the lock is held");
-        assert!(matches!(error, TaskError::Held { .. }), "{error:?}");
+        assert!(matches!(error, TaskError::LockHeld { .. }), "{error:?}");
     }
 }

@@ -11,66 +11,66 @@ use std::{
 
 use tokio::sync::Mutex;
 
-use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, claim::caught, shared::Shared};
+use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, context::EngineContext, guards::catch_panic};
 use crate::{
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
-    places::{Places, PlacesError, create_private, make_dir},
-    process::{Pid, PidFd, async_command, set_apart, start_anew},
+    places::{Places, PlacesError, create_private, create_private_dir},
+    process::{Pid, PidFd, async_command, detach_from_agent, detach_session},
     shim::stdio::Stdio,
 };
 
 /// How long the remaining output of a task that has ended may take to be written. It is written in a millisecond,
 /// unless it can't be written at all.
-const DRAIN: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the losses that the log writer reports are checked, and a start of the log writer that failed is retried.
-const LOOK: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// The delay before a log writer supervisor that has died is restarted.
-const BREATH: Duration = Duration::from_millis(50);
+const RESTART_DELAY: Duration = Duration::from_millis(50);
 
 /// Starts the log writer supervisor when it is first needed, and again when it dies. The log writer supervisor is a
 /// process that keeps the log writer running.
 #[derive(Debug)]
-pub(super) struct LogKeeper {
+pub(super) struct LogWriterSupervisor {
     places: Places,
     /// The `cgroup.procs` files of the cgroup that the supervisor belongs in.
     cgroup: Vec<PathBuf>,
-    living: Mutex<Option<Arc<PidFd>>>,
+    running: Mutex<Option<Arc<PidFd>>>,
 }
 
-impl LogKeeper {
+impl LogWriterSupervisor {
     pub(super) fn new(places: Places, cgroup: Vec<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { places, cgroup, living: Mutex::default() })
+        Arc::new(Self { places, cgroup, running: Mutex::default() })
     }
 
     /// Makes sure that a log writer supervisor is running.
     ///
     /// # Errors
     /// When it can't be started.
-    pub(super) async fn ensure(self: &Arc<Self>) -> Result<(), TaskError> {
-        let mut living = self.living.lock().await;
+    pub(super) async fn ensure_running(self: &Arc<Self>) -> Result<(), TaskError> {
+        let mut living = self.running.lock().await;
         // The kernel is asked, because the task that watches the supervisor may not have seen its end yet.
         if living.as_ref().is_some_and(|keeper| !keeper.has_ended()) {
             return Ok(());
         }
         let pidfd = self.find_or_spawn()?;
         *living = Some(pidfd.clone());
-        tokio::spawn(self.clone().stand_by(pidfd));
+        tokio::spawn(self.clone().restart_when_dead(pidfd));
         Ok(())
     }
 
     /// Starts another log writer supervisor whenever one dies, as long as there are logs to write.
-    async fn stand_by(self: Arc<Self>, mut pidfd: Arc<PidFd>) {
+    async fn restart_when_dead(self: Arc<Self>, mut pidfd: Arc<PidFd>) {
         loop {
-            if let Err(error) = pidfd.ended().await {
+            if let Err(error) = pidfd.wait_for_end().await {
                 tracing::warn!(%error, "could not watch the log writer supervisor");
             }
             // Cleared at once, so that a start of a task during the delay starts another supervisor.
-            self.living.lock().await.take_if(|keeper| Arc::ptr_eq(keeper, &pidfd));
-            let mut pause = BREATH;
+            self.running.lock().await.take_if(|keeper| Arc::ptr_eq(keeper, &pidfd));
+            let mut pause = RESTART_DELAY;
             pidfd = loop {
                 tokio::time::sleep(pause).await;
-                let mut living = self.living.lock().await;
+                let mut living = self.running.lock().await;
                 if living.is_some() || !self.has_work() {
                     return;
                 }
@@ -81,10 +81,10 @@ impl LogKeeper {
                     }
                     Err(error) => {
                         tracing::error!(
-                            error = crate::chain(&error),
+                            error = crate::error_chain(&error),
                             "the log writer supervisor died and could not be restarted"
                         );
-                        pause = (2 * pause).min(LOOK);
+                        pause = (2 * pause).min(POLL_INTERVAL);
                     }
                 }
             };
@@ -92,20 +92,20 @@ impl LogKeeper {
     }
 
     /// Does the same as `ensure_running` in the background, and retries until it succeeds.
-    pub(super) fn insist(self: &Arc<Self>) {
+    pub(super) fn ensure_in_background(self: &Arc<Self>) {
         let this = self.clone();
         tokio::spawn(async move {
-            while let Err(error) = this.ensure().await {
-                tracing::error!(error = crate::chain(&error), "could not start the log writer supervisor");
-                tokio::time::sleep(LOOK).await;
+            while let Err(error) = this.ensure_running().await {
+                tracing::error!(error = crate::error_chain(&error), "could not start the log writer supervisor");
+                tokio::time::sleep(POLL_INTERVAL).await;
             }
         });
     }
 
     fn find_or_spawn(&self) -> Result<Arc<PidFd>, TaskError> {
         let logs = self.places.logs();
-        make_dir(&logs).map_err(|source| PlacesError::Create { path: logs.clone(), source })?;
-        match logs::keeper_of(&logs).map_err(TaskError::LogWriter)? {
+        create_private_dir(&logs).map_err(|source| PlacesError::Create { path: logs.clone(), source })?;
+        match logs::running_supervisor(&logs).map_err(TaskError::LogWriter)? {
             // An earlier plugin has started it.
             Some(pidfd) => Ok(Arc::new(pidfd)),
             None => self.spawn().map_err(TaskError::LogWriter),
@@ -123,15 +123,15 @@ impl LogKeeper {
         let _ = std::fs::remove_file(logs.join(".said"));
         let said = create_private(&logs.join(".said"))?;
         let mut command = async_command("/proc/self/exe");
-        command.arg0("nomad-driver-shim").args(logs::arguments(&logs)).env_clear().stdin(ChildStdio::piped());
+        command.arg0("nomad-driver-shim").args(logs::supervisor_args(&logs)).env_clear().stdin(ChildStdio::piped());
         command.stdout(ChildStdio::null()).stderr(said).kill_on_drop(false);
         // SAFETY: only async-signal-safe calls between fork and exec, and no memory of this process is touched.
         unsafe {
-            command.pre_exec(|| start_anew(3));
+            command.pre_exec(|| detach_session(3));
         }
         let mut child = command.spawn()?;
         let pid = Pid::of_child(&child)?;
-        set_apart(pid, &self.cgroup);
+        detach_from_agent(pid, &self.cgroup);
         // The supervisor waits for the end of its input, so that the log writer is started in the same cgroup.
         drop(child.stdin.take());
         let pidfd = Arc::new(PidFd::open(pid.get())?);
@@ -141,16 +141,16 @@ impl LogKeeper {
     }
 
     /// Ends the log writer supervisor and the log writer, if there is no task whose log they write.
-    pub(super) fn end_idle(&self) {
+    pub(super) fn end_if_idle(&self) {
         if !self.has_work() {
-            logs::end(&self.places.logs());
+            logs::stop(&self.places.logs());
         }
     }
 }
 
 /// Says whether this driver writes this task's log. It does not if the job has disabled the log.
-pub(super) fn is_ours(settings: &Settings, request: &StartRequest) -> bool {
-    settings.own_logs && request.stdout != Path::new("/dev/null")
+pub(super) fn is_written_by_driver(settings: &Settings, request: &StartRequest) -> bool {
+    settings.disable_log_collection && request.stdout != Path::new("/dev/null")
 }
 
 /// Sets up a task's log, makes sure that the log writer is running, and returns the task's streams for the shim. A task
@@ -158,22 +158,26 @@ pub(super) fn is_ours(settings: &Settings, request: &StartRequest) -> bool {
 ///
 /// # Errors
 /// When a step fails. The task's teardown removes what is left then.
-pub(super) async fn set_up(shared: &Shared, request: &StartRequest, id: &ContainerId) -> Result<Stdio, TaskError> {
+pub(super) async fn set_up_log(
+    context: &EngineContext,
+    request: &StartRequest,
+    id: &ContainerId,
+) -> Result<Stdio, TaskError> {
     let spec =
         LogSpec { alloc_dir: request.alloc_dir.clone(), task: request.name.clone(), options: request.options.log };
-    let (dir, terminal) = (shared.settings.places.log(id), request.options.tty);
-    shared.log_keeper.ensure().await?;
-    logs::prepare(&dir, &spec, terminal)?;
+    let (dir, terminal) = (context.settings.places.log(id), request.options.tty);
+    context.log_writer_supervisor.ensure_running().await?;
+    logs::create_task_dir(&dir, &spec, terminal)?;
     // If the supervisor died before the log was prepared, it was not restarted, because there was nothing to write.
-    shared.log_keeper.ensure().await?;
-    let [stdout, stderr] = logs::STREAMS.map(|stream| logs::fifo(&dir, stream));
+    context.log_writer_supervisor.ensure_running().await?;
+    let [stdout, stderr] = logs::STREAMS.map(|stream| logs::fifo_path(&dir, stream));
     let stderr = if terminal { PathBuf::from("/dev/null") } else { stderr };
     Ok(Stdio::open(&dir, &stdout, &stderr)?)
 }
 
 /// Waits until the log of a task that has ended is written completely, but no longer than `DRAIN_TIMEOUT`.
-pub(super) async fn written_out(places: &Places, id: &ContainerId) {
-    if !logs::drained(&places.log(id), DRAIN).await {
+pub(super) async fn wait_until_written(places: &Places, id: &ContainerId) {
+    if !logs::wait_until_drained(&places.log(id), DRAIN_TIMEOUT).await {
         tracing::warn!(container = %id, "could not write the end of a task's log, which is lost");
     }
 }
@@ -186,32 +190,32 @@ impl Engine {
             let mut seen = None;
             let mut known: HashMap<TaskId, Losses> = HashMap::new();
             // Losses of recovered tasks were reported by the plugin that started them.
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             if let Some(inner) = engine.upgrade() {
                 let this = Self(inner);
                 let places = &this.settings().places;
-                let recovered = this.live().into_iter().filter(|(_, task)| task.phases == Phases::default());
+                let recovered = this.started_tasks().into_iter().filter(|(_, task)| task.phases == Phases::default());
                 known.extend(recovered.filter_map(|(id, task)| {
                     // If the losses can't be read, they are reported once more.
                     Some((id, logs::read_losses(&places.log(&task.record().container_id)).ok()?))
                 }));
             }
             loop {
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
-                let changed = std::fs::metadata(logs::changed(&this.settings().places.logs()));
+                let changed = std::fs::metadata(logs::changed_file(&this.settings().places.logs()));
                 let now = changed.and_then(|meta| meta.modified()).ok();
                 if now != seen {
                     seen = now;
-                    caught("reporting lost output of logs", async { this.tell_losses(&mut known) }).await;
+                    catch_panic("reporting lost output of logs", async { this.report_losses(&mut known) }).await;
                 }
             }
         });
     }
 
-    fn tell_losses(&self, known: &mut HashMap<TaskId, Losses>) {
-        let live = self.live();
+    fn report_losses(&self, known: &mut HashMap<TaskId, Losses>) {
+        let live = self.started_tasks();
         known.retain(|id, _| live.iter().any(|(other, _)| other == id));
         for (id, task) in live {
             let record = task.record();
@@ -225,8 +229,8 @@ impl Engine {
             };
             let before = known.entry(id).or_default();
             for stream in logs::STREAMS {
-                let (old, new) = (before.of(stream).clone(), now.of(stream).clone());
-                self.shared().metrics.log_dropped(new.dropped.saturating_sub(old.dropped));
+                let (old, new) = (before.stream_mut(stream).clone(), now.stream_mut(stream).clone());
+                self.context().metrics.log_dropped(new.dropped.saturating_sub(old.dropped));
                 let message = match (&new.stuck, new.dropped) {
                     (Some(why), _) if old.stuck.is_none() => {
                         format!("The log of {stream} can't be written: {why}")
@@ -238,7 +242,7 @@ impl Engine {
                     _ => continue,
                 };
                 tracing::warn!(task = %record.task_id, message);
-                self.shared().events.tell_of(&record, message, Audience::Everybody);
+                self.context().events.send_about(&record, message, Audience::Everybody);
             }
             *before = now;
         }

@@ -52,7 +52,7 @@ impl Histogram {
 
 /// Counters since the plugin was started.
 #[derive(Debug, Default)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     starts: AtomicU64,
     failures: [AtomicU64; CAUSES.len()],
     phases: [Histogram; Phases::COUNT],
@@ -63,13 +63,13 @@ pub struct Metrics {
     exits: AtomicU64,
     oom_kills: AtomicU64,
     shims_died: AtomicU64,
-    swept: AtomicU64,
+    gc_removed: AtomicU64,
     log_dropped: AtomicU64,
 }
 
 /// Numbers of what exists at the moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Gauges {
+pub(crate) struct Gauges {
     /// Tasks that are being started.
     pub starting: usize,
     /// Tasks that run.
@@ -77,7 +77,7 @@ pub struct Gauges {
     /// Tasks that have ended and are not yet destroyed.
     pub exited: usize,
     /// Tasks whose teardown is pending.
-    pub leftovers: usize,
+    pub pending_teardowns: usize,
     /// Shims that wait for a task.
     pub idle_shims: usize,
     /// Images that tasks can be started from without contacting containerd or a registry.
@@ -86,7 +86,7 @@ pub struct Gauges {
 
 impl Metrics {
     /// Counts a start of a task and the durations of its phases.
-    pub fn started(&self, phases: &Phases) {
+    pub(crate) fn started(&self, phases: &Phases) {
         self.starts.fetch_add(1, Ordering::Relaxed);
         for (histogram, (_, time)) in self.phases.iter().zip(phases.by_name()) {
             if let Some(time) = time {
@@ -98,37 +98,37 @@ impl Metrics {
     }
 
     /// Counts a failed start.
-    pub fn failed(&self, error: &TaskError) {
+    pub(crate) fn failed(&self, error: &TaskError) {
         if let Some(at) = CAUSES.iter().position(|known| *known == cause(error)) {
             self.failures[at].fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Counts a pull of an image; `came` says whether it succeeded.
-    pub fn pulled(&self, came: bool) {
+    pub(crate) fn pulled(&self, came: bool) {
         let counter = if came { &self.pulls } else { &self.pulls_failed };
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts the end of a task.
-    pub fn exited(&self, oom_killed: bool, shim_died: bool) {
+    pub(crate) fn exited(&self, oom_killed: bool, shim_died: bool) {
         self.exits.fetch_add(1, Ordering::Relaxed);
         self.oom_kills.fetch_add(u64::from(oom_killed), Ordering::Relaxed);
         self.shims_died.fetch_add(u64::from(shim_died), Ordering::Relaxed);
     }
 
     /// Counts bytes of output that the log writer dropped.
-    pub fn log_dropped(&self, bytes: u64) {
+    pub(crate) fn log_dropped(&self, bytes: u64) {
         self.log_dropped.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Counts remains that garbage collection removed.
-    pub fn swept(&self, count: usize) {
-        self.swept.fetch_add(count as u64, Ordering::Relaxed);
+    pub(crate) fn gc_removed(&self, count: usize) {
+        self.gc_removed.fetch_add(count as u64, Ordering::Relaxed);
     }
 
     /// Renders all metrics in Prometheus' text format.
-    pub fn render(&self, gauges: Gauges) -> String {
+    pub(crate) fn render(&self, gauges: Gauges) -> String {
         let mut text = String::with_capacity(8 << 10);
         let mut counter = |name: &str, help: &str, value: &AtomicU64| {
             let _ = writeln!(text, "# HELP nomad_driver_shim_{name} {help}");
@@ -148,7 +148,7 @@ impl Metrics {
             "Output of tasks that could not be written and was dropped.",
             &self.log_dropped,
         );
-        counter("swept_total", "Remains that no agent asked for and garbage collection removed.", &self.swept);
+        counter("swept_total", "Remains that no agent asked for and garbage collection removed.", &self.gc_removed);
         let name = "nomad_driver_shim_starts_failed_total";
         let _ = writeln!(text, "# HELP {name} Starts that failed, by cause.\n# TYPE {name} counter");
         for (cause, count) in CAUSES.iter().zip(&self.failures) {
@@ -165,7 +165,7 @@ impl Metrics {
             ("starting", gauges.starting),
             ("running", gauges.running),
             ("exited", gauges.exited),
-            ("leftover", gauges.leftovers),
+            ("leftover", gauges.pending_teardowns),
         ] {
             let _ = writeln!(text, "{name}{{state=\"{state}\"}} {count}");
         }

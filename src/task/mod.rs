@@ -1,42 +1,42 @@
 //! Tasks: their states and their records. Only this module combines images, root file systems, shims and cgroups.
 
 mod apparmor;
-mod claim;
+mod context;
+mod dedicated_thread;
 mod engine;
 mod events;
 mod exec;
 mod failure;
-mod former;
+mod gc;
 mod group;
-mod in_sandbox;
+mod guards;
 mod interrupt;
-mod kept_settings;
+mod legacy;
 mod live;
 mod lock;
 mod logs;
 mod meter;
 mod metrics;
 mod mounts;
-mod names;
-mod off_workers;
+mod network_files;
+mod offline_gc;
 mod open;
 mod orphans;
+mod persisted_settings;
 mod plan;
-mod predecessors;
+mod previous_attempts;
 mod record;
 mod recover;
 mod refused;
 mod request;
 mod runtime;
+mod sandbox_exec;
 mod saving;
 mod settings;
 mod share_pool;
-mod shared;
 mod signal;
 mod sources;
 mod start;
-mod sweep;
-mod unattended;
 mod undo;
 
 use std::{
@@ -48,18 +48,21 @@ use std::{
 pub use apparmor::{AppArmorDefault, AppArmorRequest, ProfileError};
 pub use engine::{Engine, Force, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
-pub use exec::{Exec, ExecError, ExecRequest, Session, kill_alone, refusal_code, start_alone as exec_alone};
-pub use former::{FORMER_VERSION, FormerTask};
-pub use group::{GroupError, Membership, Stack};
-pub use kept_settings::KeptSettings;
+pub use exec::{
+    Exec, ExecError, ExecRequest, ExecSession, refusal_code, signal_without_engine, start_without_engine as exec_alone,
+};
+pub use group::{GroupError, NetnsMembership, NetworkStack};
+pub use legacy::{LEGACY_HANDLE_VERSION, LegacyTask};
 pub use meter::TaskMeter;
-pub use orphans::Orphans;
+pub use offline_gc::gc_offline;
+pub use orphans::OrphanPolicy;
+pub use persisted_settings::PersistedSettings;
+pub use record::epoch_millis;
 use record::load_all as load_records;
-pub use record::millis;
 pub use record::{ExitRecord, Record, RecordError, RecordState, RunRecord, TaskHandle, read_all as read_records};
 pub use request::{JobLimits, SeccompRequest, StartRequest, TaskDevice, TaskOptions, Volume};
 pub use runtime::{
-    OwnShim, Runtime, RuntimeError, Runtimes, SHIM_NAMES, crun_works, remove_probe, runsc_works, stale_probes,
+    OwnShim, RUNC_SHIM_NAMES, Runtime, RuntimeError, Runtimes, probe_crun, probe_runsc, remove_probe, stale_probes,
 };
 pub use settings::{
     Compute, ContainerdSettings, MetricsAddress, RuntimeSettings, SeccompDefault, SecuritySettings, Settings,
@@ -67,12 +70,11 @@ pub use settings::{
 };
 pub use signal::parse as parse_signal;
 pub use start::Phases;
-pub use unattended::clear_unattended;
 
 use crate::{
     cgroup::CgroupError,
     ids::TaskId,
-    image::{ReferenceError, SharedError},
+    image::{ReferenceError, SharedPullError},
     logs::LogError,
     places::PlacesError,
     rootfs::RootfsError,
@@ -84,8 +86,8 @@ use crate::{
 pub use crate::{
     process::which,
     rootfs::{
-        apparmor::{Host as AppArmorHost, OWN_PREFIX as APPARMOR_PREFIX, PARSER_PACKAGE, Support as AppArmorSupport},
-        seccomp::Form as FilterForm,
+        apparmor::{AppArmorHost, PARSER_PACKAGE, PROFILE_PREFIX as APPARMOR_PREFIX, Support as AppArmorSupport},
+        seccomp::FilterForm,
     },
     shim::{ExecIo, Exit, PoolSettings, ShimScope, WindowSize},
 };
@@ -117,7 +119,7 @@ pub enum TaskError {
     },
     /// Garbage could not be removed.
     #[error("could not remove {path}")]
-    Stays {
+    NotRemoved {
         /// The file or directory.
         path: PathBuf,
         /// Why it could not be removed.
@@ -135,7 +137,7 @@ pub enum TaskError {
     #[error(
         "the root file system was unmounted while the container was created, probably by a late cleanup of an earlier plugin"
     )]
-    Unmounted {
+    RootfsUnmounted {
         /// The error that the start failed with.
         source: Box<Self>,
     },
@@ -197,7 +199,7 @@ pub enum TaskError {
     #[error(
         "another plugin holds {path} and does not exit ({reason}); only one plugin of a driver name can run on a host (link the binary under another name for a second one)"
     )]
-    Held {
+    LockHeld {
         /// The lock file.
         path: PathBuf,
         /// The holder's answer, or why there is none.
@@ -224,13 +226,13 @@ pub enum TaskError {
     Exec(#[from] ExecError),
     /// A container that nomad-driver-containerd started for this task could not be stopped, and may still run.
     #[error("a container that nomad-driver-containerd started for this task could not be stopped")]
-    Former(#[source] crate::containerd::ContainerdError),
+    Legacy(#[source] crate::containerd::ContainerdError),
     /// The teardown of an earlier attempt of the task takes too long. No attempt can be started concurrently with it.
     #[error("an earlier attempt of the task, {0}, is still being removed")]
-    Busy(TaskId),
+    TeardownInProgress(TaskId),
     /// The teardown of an earlier attempt of the task failed.
     #[error("an earlier attempt of the task, {id}, could not be removed yet; the driver tries again")]
-    Earlier {
+    EarlierAttemptRemains {
         /// The earlier attempt.
         id: TaskId,
         /// What could not be removed.
@@ -244,7 +246,7 @@ pub enum TaskError {
     Ended(TaskId),
     /// A file system with sources of the task's mounts does not answer.
     #[error("task {id}: the sources of its mounts can't be reached: {problem}")]
-    Hanging {
+    MountSourcesUnreachable {
         /// The task.
         id: TaskId,
         /// What happened.
@@ -257,12 +259,12 @@ pub enum TaskError {
 
 /// An image error that several waiting starts share.
 #[derive(Debug, Clone)]
-pub struct SharedImageError(pub SharedError);
+pub struct SharedImageError(pub SharedPullError);
 
 impl SharedImageError {
     /// Is the error that the image is not available locally?
-    pub fn is_not_here(&self) -> bool {
-        matches!(*self.0, crate::image::ImageError::NotHere { .. })
+    pub fn is_missing(&self) -> bool {
+        matches!(*self.0, crate::image::ImageError::NotStored { .. })
     }
 }
 
@@ -279,6 +281,6 @@ impl std::error::Error for SharedImageError {
 }
 
 /// Shows the end of the task's log FIFOs to their reader. Called when a start has failed, wherever it failed.
-pub fn give_up_logs(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
-    stdio::give_up(alloc_dir, stdout, stderr);
+pub fn signal_log_end(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
+    stdio::show_end(alloc_dir, stdout, stderr);
 }

@@ -10,9 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     StartRequest, TaskError,
-    names::{Hosts, Names},
-    off_workers,
-    shared::Shared,
+    context::EngineContext,
+    dedicated_thread,
+    network_files::{HostsFile, NetworkFiles},
 };
 use crate::{
     ids::Flavor,
@@ -26,12 +26,12 @@ use crate::{
 };
 
 /// The directories that Nomad makes for a task, each with the environment variable that has its path in the task.
-const DIRECTORIES: [(&str, &str); 3] =
+const NOMAD_DIRECTORIES: [(&str, &str); 3] =
     [("NOMAD_SECRETS_DIR", "secrets"), ("NOMAD_TASK_DIR", "local"), ("NOMAD_ALLOC_DIR", "alloc")];
 
 /// Says whether this task's mounts may have targets below `/sys`.
-pub(super) fn sys_targets(shared: &Shared, request: &StartRequest) -> SysTargets {
-    SysTargets::of(shared.settings.name.flavor(), request.options.privileged)
+pub(super) fn sys_targets(context: &EngineContext, request: &StartRequest) -> SysTargets {
+    SysTargets::of(context.settings.name.flavor(), request.options.privileged)
 }
 
 /// Says whether sources of this task's mounts may be on a file system that does not answer. Nomad's own directories are
@@ -47,16 +47,16 @@ pub(super) fn may_hang(request: &StartRequest) -> bool {
 /// # Errors
 /// Those of [`open_all`], and when a file system does not answer.
 pub(super) async fn open(
-    shared: &Arc<Shared>,
+    context: &Arc<EngineContext>,
     request: &StartRequest,
-    names: Names,
+    names: NetworkFiles,
     stop: &CancellationToken,
 ) -> Result<Vec<TaskMount>, TaskError> {
     if !may_hang(request) {
-        return Ok(open_all(shared, request, names)?);
+        return Ok(open_all(context, request, names)?);
     }
-    let (shared, owned) = (shared.clone(), request.clone());
-    Ok(off_workers::run(&request.task_id, stop, move || open_all(&shared, &owned, names)).await??)
+    let (context, owned) = (context.clone(), request.clone());
+    Ok(dedicated_thread::run(&request.task_id, stop, move || open_all(&context, &owned, names)).await??)
 }
 
 /// Opens the sources of all mounts. Those that every task has come last, so that no job hides `/secrets` by accident:
@@ -64,8 +64,12 @@ pub(super) async fn open(
 ///
 /// # Errors
 /// When a source is missing or may not be mounted, or a target may not be mounted over.
-fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec<TaskMount>, RootfsError> {
-    let settings = &shared.settings;
+fn open_all(
+    context: &EngineContext,
+    request: &StartRequest,
+    names: NetworkFiles,
+) -> Result<Vec<TaskMount>, RootfsError> {
+    let settings = &context.settings;
     let flavor = settings.name.flavor();
     let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
     let mut mounts = Vec::new();
@@ -73,9 +77,14 @@ fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec
         let source = MountContent::Bind(open_host_path("ipc_mode:", Path::new("/dev/shm"))?);
         mounts.push(mount("ipc_mode", "/dev/shm", source, &["rbind", "nosuid", "noexec", "nodev"])?);
     }
-    mounts.extend(rootfs::mounts::resolve(&request.options.mounts, dirs, flavor, &settings.security.allow_paths)?);
-    if settings.own_logs {
-        guard_logs(&mut mounts, request)?;
+    mounts.extend(rootfs::mounts::resolve_sources(
+        &request.options.mounts,
+        dirs,
+        flavor,
+        &settings.security.allow_paths,
+    )?);
+    if settings.disable_log_collection {
+        make_logs_read_only(&mut mounts, request)?;
     }
     for volume in &request.volumes {
         let mode = if volume.readonly { "ro" } else { "rw" };
@@ -83,15 +92,15 @@ fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec
         let written = volume.task_path.to_string_lossy();
         let refused =
             |problem| RootfsError::Target { option: "volume_mount", target: written.clone().into_owned(), problem };
-        let target = MountTarget::of_volume(&written).map_err(refused)?;
+        let target = MountTarget::parse_volume(&written).map_err(refused)?;
         let options = ["rbind", mode, volume.propagation].map(str::to_owned).to_vec();
         mounts.push(TaskMount { option: "volume_mount", target, content: source, options });
     }
     mounts.extend(network_files(names)?);
-    mounts.extend(nomads(settings.own_logs, flavor, request)?);
-    let sys = sys_targets(shared, request);
+    mounts.extend(alloc_dir_mounts(settings.disable_log_collection, flavor, request)?);
+    let sys = sys_targets(context, request);
     for mount in &mounts {
-        mount_tree::check(mount, &mount.target, sys)?;
+        mount_tree::check_target(mount, &mount.target, sys)?;
         let source = match &mount.content {
             MountContent::FileSystem { source, .. } => Some(Path::new(source)),
             MountContent::Bind(_) | MountContent::File(_) => None,
@@ -104,7 +113,7 @@ fn open_all(shared: &Shared, request: &StartRequest, names: Names) -> Result<Vec
 /// Makes the log files that this driver writes read-only in the job's own bind mounts. A bind mount of the log
 /// directory, or of something in it, becomes read-only itself. In a bind mount of a directory above it, the log
 /// directory is mounted read-only.
-fn guard_logs(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> Result<(), RootfsError> {
+fn make_logs_read_only(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> Result<(), RootfsError> {
     if !mounts.iter().any(|mount| matches!(mount.content, MountContent::Bind(_))) {
         return Ok(());
     }
@@ -128,12 +137,12 @@ fn guard_logs(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> Result<(),
     Ok(())
 }
 
-fn network_files(names: Names) -> Result<Vec<TaskMount>, RootfsError> {
+fn network_files(names: NetworkFiles) -> Result<Vec<TaskMount>, RootfsError> {
     let resolv_conf = names.resolv_conf.map(MountContent::File);
     let (hosts, mode) = match names.hosts {
-        Hosts::OfTheHost => (MountContent::Bind(open_host_path("host_network:", Path::new("/etc/hosts"))?), "ro"),
+        HostsFile::Host => (MountContent::Bind(open_host_path("host_network:", Path::new("/etc/hosts"))?), "ro"),
         // nomad-driver-containerd let a task edit its hosts file, and the entry points of some images do.
-        Hosts::Text(text) => (MountContent::File(text), "rw"),
+        HostsFile::Text(text) => (MountContent::File(text), "rw"),
     };
     let resolv_conf = resolv_conf.map(|text| mount("host_dns", "/etc/resolv.conf", text, &["rbind", "ro"]));
     resolv_conf.into_iter().chain([mount("extra_hosts", "/etc/hosts", hosts, &["rbind", mode])]).collect()
@@ -142,17 +151,21 @@ fn network_files(names: Names) -> Result<Vec<TaskMount>, RootfsError> {
 /// Returns the mounts of Nomad's own directories. If this driver writes the logs of tasks, the log directory is
 /// read-only in all tasks, also in those whose logs are disabled: no task may change what has been logged or put a link
 /// in its place.
-fn nomads(own_logs: bool, flavor: Flavor, request: &StartRequest) -> Result<Vec<TaskMount>, RootfsError> {
+fn alloc_dir_mounts(
+    disable_log_collection: bool,
+    flavor: Flavor,
+    request: &StartRequest,
+) -> Result<Vec<TaskMount>, RootfsError> {
     // The agent may mount the secrets file system again, and the new mount must reach the task.
-    let propagation = if flavor == Flavor::DropIn { "rprivate" } else { "rslave" };
+    let propagation = if flavor == Flavor::ContainerdDriver { "rprivate" } else { "rslave" };
     let open = |below: &Path| Ok::<_, RootfsError>(MountContent::Bind(open_alloc_dir(&request.alloc_dir, below)?));
     let mut mounts = Vec::new();
-    for (variable, directory) in DIRECTORIES {
+    for (variable, directory) in NOMAD_DIRECTORIES {
         let Some(target) = request.env.get(variable).filter(|target| !target.is_empty()) else { continue };
-        let shared = variable == "NOMAD_ALLOC_DIR";
-        let below = if shared { PathBuf::from(directory) } else { Path::new(&request.name).join(directory) };
+        let is_alloc_dir = variable == "NOMAD_ALLOC_DIR";
+        let below = if is_alloc_dir { PathBuf::from(directory) } else { Path::new(&request.name).join(directory) };
         mounts.push(mount(variable, target, open(&below)?, &["rbind", "rw", propagation])?);
-        if shared && own_logs {
+        if is_alloc_dir && disable_log_collection {
             let logs = Path::new(target).join("logs");
             let source = open(&below.join("logs"))?;
             mounts.push(mount("disable_log_collection", &logs.to_string_lossy(), source, &["bind", "ro"])?);

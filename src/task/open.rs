@@ -3,34 +3,38 @@
 use std::{
     collections::HashSet,
     fs::File,
-    sync::{Arc, Mutex, OnceLock},
+    path::PathBuf,
+    sync::{Arc, OnceLock},
     time::Instant,
 };
 
 use nix::fcntl::Flock;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 
 use super::{
-    Engine, EventHub, KeptSettings, Runtimes, Settings, TaskError, apparmor,
+    Engine, EventHub, PersistedSettings, Runtimes, Settings, TaskError, apparmor,
+    context::{CONCURRENT_TEARDOWNS_MAX, EngineContext, Masked},
     engine::Inner,
-    group::Groups,
+    group::NetnsRegistry,
     load_records, lock,
-    logs::LogKeeper,
+    logs::LogWriterSupervisor,
     metrics::Metrics,
-    recover::RECOVERIES,
-    shared::{Masked, Shared, TEARDOWNS},
+    record::Records,
+    recover::CONCURRENT_RECOVERIES_MAX,
 };
 use crate::{
-    cgroup::{CgroupMode, Cgroups, KeepWarm, Warmer},
+    cgroup::{CgroupLockPrimer, CgroupMode, Cgroups, PrimingMode},
     containerd,
     ids::ContainerId,
     image::{ImageStore, Reference},
+    places::Places,
     rootfs::{
-        Ahead, Capabilities, KernelLimits, MaskedPaths, UpperOn,
-        apparmor::{Host, Loader, OwnProfile},
-        seccomp::{Filters, Form},
+        Capabilities, KernelLimits, MaskedPaths, RootfsPool, UpperStorage,
+        apparmor::{AppArmorHost, DriverProfile, Loader},
+        seccomp::{FilterCache, FilterForm},
     },
-    shim::{Launcher, PidFiles, Pool, Sealed},
+    shim::{Launcher, PidFiles, Pool, SealedCopy},
 };
 
 impl Engine {
@@ -41,11 +45,11 @@ impl Engine {
     /// When another plugin holds the lock, or the host can't be used at all.
     pub async fn open(settings: Settings, events: EventHub) -> Result<Self, TaskError> {
         // This runs concurrently with the rest. Only a start that comes at this very moment has to wait for it.
-        drop(tokio::task::spawn_blocking(Reference::prepare));
+        drop(tokio::task::spawn_blocking(Reference::precompile_pattern));
         let places = settings.places.clone();
         places.create()?;
         let lock = lock::take(&places).await?;
-        if let Err(error) = KeptSettings::of(&settings).save(&places) {
+        if let Err(error) = PersistedSettings::of(&settings).save(&places) {
             tracing::warn!(%error, "could not save the settings; gc will not know them while no plugin is running");
         }
         Self::open_locked(settings, events, lock, &HashSet::new()).await
@@ -60,109 +64,130 @@ impl Engine {
         settings: Settings,
         events: EventHub,
         lock: Flock<File>,
-        alone: &HashSet<ContainerId>,
+        excluded: &HashSet<ContainerId>,
     ) -> Result<Self, TaskError> {
         let places = settings.places.clone();
-        let loader = Loader::new(Host::default(), OwnProfile::of(&settings.name));
-        apparmor::prepare(loader.clone(), settings.security.apparmor.clone());
+        let loader = Loader::new(AppArmorHost::default(), DriverProfile::of(&settings.name));
+        apparmor::load_own_profile(loader.clone(), settings.security.apparmor.clone());
         let cgroups = Cgroups::detect()?;
-        let group = cgroups.own_group()?;
-        let log_keeper = LogKeeper::new(places.clone(), group.clone());
+        let group = cgroups.create_own_group()?;
+        let log_keeper = LogWriterSupervisor::new(places.clone(), group.clone());
         let runtimes = Runtimes::find(&settings, &cgroups).await;
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
         let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
-        let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
-        let launcher =
-            Launcher::new(binary, containerd.namespace.clone(), settings.shim.pool.scope, places.clone(), group);
-        // Only crun gets a sealed copy: other runtimes gain nothing by it.
-        if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == Form::Program) {
-            let (binary, refused) =
-                (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "could not seal a copy of crun"));
-            if let Ok(Ok(sealed)) = tokio::task::spawn_blocking(move || Sealed::of(&binary).inspect_err(refused)).await
-            {
-                launcher.hand_out(sealed);
-            }
-        }
-        let launcher = Arc::new(launcher);
-        let warning = launcher.clone();
-        tokio::spawn(async move { warning.warn().await });
+        let launcher = launcher(&settings, &runtimes, group).await;
         let pool = Pool::new(launcher, settings.shim.pool);
         let records = load_records(&places.tasks())?;
-        if records.bad.is_empty() && !records.good.iter().any(|record| record.gvisor) {
-            match places.is_alone() {
-                Ok(true) => runtimes.prune(&places),
-                Ok(false) => {}
-                Err(error) => {
-                    tracing::warn!(
-                        error = %crate::chain(&error),
-                        "could not check whether old copies of runsc are in use; they are kept"
-                    );
-                }
-            }
-        }
-        let warmer = match settings.keep_warm {
-            KeepWarm::Starts if cgroups.mode() == CgroupMode::V2 => None,
-            KeepWarm::Never => None,
-            keep => {
-                let refused = |error: &std::io::Error| {
-                    tracing::warn!(%error, "could not start the cgroup lock primer (cgroup.keep_warm)");
-                };
-                Warmer::start(&cgroups, keep).inspect_err(refused).ok()
-            }
-        };
-        let most = if settings.upper == UpperOn::Disk { settings.shim.pool.size } else { 0 };
-        let ahead = Ahead::new(places.ahead(), most);
+        prune_pinned_runtimes(&places, &runtimes, &records);
+        let primer = cgroup_primer(settings.keep_warm, &cgroups);
+        let max_prepared = if settings.upper == UpperStorage::Disk { settings.shim.pool.size } else { 0 };
+        let rootfs_pool = RootfsPool::new(places.prepared_rootfs(), max_prepared);
         let unwatched =
             |error: &std::io::Error| tracing::warn!(%error, "could not watch pid files; starts take longer");
         let pid_files = PidFiles::new().inspect_err(unwatched).ok();
-        let shared = Arc::new(Shared {
+        let context = Arc::new(EngineContext {
             settings,
             cgroups,
             runtimes,
             images,
-            filters: Filters::default(),
+            seccomp_filters: FilterCache::default(),
             apparmor: loader,
             pool,
             pid_files,
-            ahead,
+            rootfs_pool,
             events,
             metrics: Metrics::default(),
-            groups: Groups::default(),
-            log_keeper,
-            warmer,
-            own_capabilities: Capabilities::of_this_process(),
-            masked: Masked { host: MaskedPaths::of_this_host(), sandbox: MaskedPaths::of_a_sandbox() },
-            kernel: KernelLimits::of_this_process(),
-            clearing: watch::Sender::new(0),
-            teardowns: Semaphore::new(TEARDOWNS),
-            hurry: Notify::new(),
-            settled: Notify::new(),
-            leftovers: Mutex::default(),
+            groups: NetnsRegistry::default(),
+            log_writer_supervisor: log_keeper,
+            cgroup_primer: primer,
+            own_capabilities: Capabilities::bounding_set(),
+            masked: Masked { host: MaskedPaths::for_this_host(), sandbox: MaskedPaths::for_sandbox() },
+            kernel_limits: KernelLimits::of_this_process(),
+            background_teardowns: watch::Sender::new(0),
+            teardown_permits: Semaphore::new(CONCURRENT_TEARDOWNS_MAX),
+            teardown_requested: Notify::new(),
+            teardown_finished: Notify::new(),
+            pending_teardowns: Mutex::default(),
         });
         let engine = Self(Arc::new(Inner {
-            shared,
+            context,
             tasks: Mutex::default(),
-            turns: Mutex::default(),
-            held: Mutex::default(),
-            former: Mutex::default(),
-            opened: Instant::now(),
-            attended: OnceLock::new(),
-            recoveries: Semaphore::new(RECOVERIES),
+            attempt_locks: Mutex::default(),
+            parked_fifos: Mutex::default(),
+            legacy: Mutex::default(),
+            opened_at: Instant::now(),
+            agent_connected_for: OnceLock::new(),
+            recovery_permits: Semaphore::new(CONCURRENT_RECOVERIES_MAX),
             left_alone: Mutex::default(),
             _lock: lock,
         }));
-        let whole = engine.sort_out(records, alone);
-        engine.watch_over(whole);
+        let records_complete = engine.recover_all(records, excluded);
+        engine.spawn_gc_loop(records_complete);
         engine.follow_share_pools();
         // This driver may write the logs of tasks of an earlier plugin, whatever the settings say now.
-        let has_logs = engine.shared().log_keeper.has_work();
+        let has_logs = engine.context().log_writer_supervisor.has_work();
         if has_logs {
-            engine.shared().log_keeper.insist();
+            engine.context().log_writer_supervisor.ensure_in_background();
         }
-        if has_logs || engine.settings().own_logs {
+        if has_logs || engine.settings().disable_log_collection {
             engine.watch_logs();
         }
         Ok(engine)
+    }
+}
+
+/// The launcher of shims. With crun as the default runtime, shims get a sealed copy of it: other runtimes gain nothing by
+/// that.
+async fn launcher(settings: &Settings, runtimes: &Runtimes, group: Vec<PathBuf>) -> Arc<Launcher> {
+    let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
+    let launcher = Launcher::new(
+        binary,
+        settings.containerd.namespace.clone(),
+        settings.shim.pool.scope,
+        settings.places.clone(),
+        group,
+    );
+    if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == FilterForm::Program) {
+        let (binary, refused) =
+            (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "could not seal a copy of crun"));
+        if let Ok(Ok(sealed)) = tokio::task::spawn_blocking(move || SealedCopy::of(&binary).inspect_err(refused)).await
+        {
+            launcher.set_sealed_runtime(sealed);
+        }
+    }
+    let launcher = Arc::new(launcher);
+    let warning = launcher.clone();
+    tokio::spawn(async move { warning.warn_about_version().await });
+    launcher
+}
+
+/// Removes copies of runsc that no task of this host can need any more.
+fn prune_pinned_runtimes(places: &Places, runtimes: &Runtimes, records: &Records) {
+    if records.unreadable.is_empty() && !records.readable.iter().any(|record| record.gvisor) {
+        match places.is_only_user_of_state_dir() {
+            Ok(true) => runtimes.prune_pinned(places),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(
+                    error = %crate::error_chain(&error),
+                    "could not check whether old copies of runsc are in use; they are kept"
+                );
+            }
+        }
+    }
+}
+
+/// The primer of the kernel's cgroup lock, where the operator wants it and it is of use.
+fn cgroup_primer(mode: PrimingMode, cgroups: &Cgroups) -> Option<CgroupLockPrimer> {
+    match mode {
+        PrimingMode::Starts if cgroups.mode() == CgroupMode::V2 => None,
+        PrimingMode::Never => None,
+        keep => {
+            let refused = |error: &std::io::Error| {
+                tracing::warn!(%error, "could not start the cgroup lock primer (cgroup.keep_warm)");
+            };
+            CgroupLockPrimer::start(cgroups, keep).inspect_err(refused).ok()
+        }
     }
 }

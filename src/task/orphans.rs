@@ -13,11 +13,11 @@ use crate::{control::Garbage, ids::TaskId};
 
 /// How long an orphan may run after its stop signal. Nomad's `kill_timeout` is not known here, since it comes with
 /// StopTask.
-const STOP: Duration = Duration::from_secs(30);
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What happens to orphans.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Orphans {
+pub enum OrphanPolicy {
     /// They run on, which is logged.
     #[default]
     Keep,
@@ -28,28 +28,28 @@ pub enum Orphans {
 impl Engine {
     /// Applies the operator's setting to orphans. Returns those that were ended (in a dry run: would be ended) and
     /// those that stay.
-    pub(super) async fn treat_orphans(&self, orphans: Vec<(TaskId, Arc<Task>)>, dry_run: bool) -> Vec<Garbage> {
+    pub(super) async fn apply_orphan_policy(&self, orphans: Vec<(TaskId, Arc<Task>)>, dry_run: bool) -> Vec<Garbage> {
         let grace = self.settings().grace;
         let policy = self.settings().orphans;
         let why = match policy {
-            Orphans::Keep => Some("it runs, no agent has asked for it, and state.orphans is \"keep\""),
-            Orphans::End if self.attended_for() < grace => {
+            OrphanPolicy::Keep => Some("it runs, no agent has asked for it, and state.orphans is \"keep\""),
+            OrphanPolicy::End if self.agent_connected_for() < grace => {
                 Some("it runs, and no agent has been connected for as long as state.grace")
             }
-            Orphans::End => None,
+            OrphanPolicy::End => None,
         };
         match why {
             Some(why) => {
                 for (id, _) in orphans.iter().filter(|(_, task)| !dry_run && task.is_first_warning()) {
                     tracing::warn!(task = %id, why, "no agent has asked for a running task; it runs on");
                 }
-                orphans.iter().map(|(id, _)| Garbage::staying("task", &id.0, why)).collect()
+                orphans.iter().map(|(id, _)| Garbage::kept("task", &id.0, why)).collect()
             }
             None if dry_run => orphans.iter().map(|(id, _)| garbage(id, &Ok(()))).collect(),
             None => {
                 let ends = orphans.iter().map(async |(id, task)| {
                     // A task that an agent has asked for meanwhile stays.
-                    task.claim_for_reaper().then_some(())?;
+                    task.reserve_for_gc().then_some(())?;
                     Some(garbage(id, &self.end_orphan(id, task).await))
                 });
                 join_all(ends).await.into_iter().flatten().collect()
@@ -61,7 +61,7 @@ impl Engine {
     async fn end_orphan(&self, id: &TaskId, task: &Task) -> Result<(), TaskError> {
         let grace_s = self.settings().grace.as_secs();
         tracing::warn!(task = %id, grace_s, "stopping a task that no agent has asked for (state.orphans = \"end\")");
-        let outcome = match self.stop(id, STOP, "").await {
+        let outcome = match self.stop(id, STOP_TIMEOUT, "").await {
             Ok(()) => self.destroy(id, Force::Yes).await,
             Err(error) => Err(error),
         };
@@ -69,7 +69,7 @@ impl Engine {
             // A task that is no longer found was destroyed meanwhile, by an agent that starts it anew.
             Ok(()) | Err(TaskError::NotFound(_)) => Ok(()),
             Err(error) => {
-                task.release_by_reaper();
+                task.release_from_gc();
                 Err(error)
             }
         }
@@ -78,5 +78,5 @@ impl Engine {
 
 fn garbage(id: &TaskId, outcome: &Result<(), TaskError>) -> Garbage {
     let why = "it runs, no agent has asked for it within state.grace, and state.orphans is \"end\"";
-    Garbage::removed("task", &id.0, outcome).because(why)
+    Garbage::removed("task", &id.0, outcome).with_reason(why)
 }

@@ -11,18 +11,18 @@ use oci_spec::runtime::{LinuxDevice, Spec};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Membership, Record, SeccompDefault, SeccompRequest, Stack, StartRequest, TaskError, mounts as task_mounts,
-    off_workers,
+    NetnsMembership, NetworkStack, Record, SeccompDefault, SeccompRequest, StartRequest, TaskError,
+    context::{EngineContext, layers},
+    dedicated_thread, mounts as task_mounts,
     record::Intent,
     runtime::Runtime,
-    shared::{Shared, layers},
     signal,
-    sources::Sources,
+    sources::MountSources,
 };
 use crate::{
     accounts,
     cgroup::{CgroupMode, CgroupPath, SharePool},
-    fault, gvisor,
+    failpoint, gvisor,
     ids::ContainerId,
     image::ImageRecord,
     rootfs::{
@@ -33,7 +33,7 @@ use crate::{
         devices::{self, DeviceRequest},
         mount_tree::{self, Nesting},
         mounts::{self, AllocDirs, TaskMount},
-        seccomp::{self, Filter, Multiplexer},
+        seccomp::{self, Filter, SocketcallPolicy},
         target::SysTargets,
     },
 };
@@ -59,7 +59,7 @@ pub(super) struct Plan<'a> {
 
 /// The component that starts the process of a created container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Starter {
+pub(super) enum StartedBy {
     /// The driver opens the runtime's exec FIFO, which is all that the runtime's `start` would do.
     Driver,
     /// gVisor's wrapper has started the process together with the container.
@@ -69,14 +69,17 @@ pub(super) enum Starter {
 }
 
 /// Returns the network namespace that a task runs in.
-pub(super) fn network(request: &StartRequest) -> NetworkNamespace {
+pub(super) fn network_namespace(request: &StartRequest) -> NetworkNamespace {
     if request.options.host_network { NetworkNamespace::Host } else { request.network.clone() }
 }
 
 /// Returns the devices of Nomad's device plugins and those that the job names. The operator must allow the file that
 /// each device of the job resolves to.
-pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
-    let security = &shared.settings.security;
+pub(super) fn devices(
+    context: &EngineContext,
+    request: &StartRequest,
+) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
+    let security = &context.settings.security;
     let mut own = Vec::new();
     for path in request.options.devices.iter().map(PathBuf::from) {
         let failed = |source| RootfsError::File { doing: "use device", path: path.clone(), source };
@@ -93,7 +96,7 @@ pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(Li
         task_path: &device.task_path,
         access: &device.access,
     });
-    devices::of_the_task(given.chain(own))
+    devices::task_devices(given.chain(own))
 }
 
 /// Checks that the runtime supports what the job asks for, since the driver never silently ignores what a job relies
@@ -101,13 +104,13 @@ pub(super) fn devices(shared: &Shared, request: &StartRequest) -> Result<Vec<(Li
 ///
 /// # Errors
 /// When the runtime does not pass on one of the task's devices.
-pub(super) fn fits(runtime: &Runtime, request: &StartRequest) -> Result<(), TaskError> {
+pub(super) fn check_supported(runtime: &Runtime, request: &StartRequest) -> Result<(), TaskError> {
     if runtime.gvisor.is_none() {
         return Ok(());
     }
     let given = request.devices.iter().map(|device| device.host_path.as_path());
     let own = request.options.devices.iter().map(Path::new);
-    match given.chain(own).find(|path| !gvisor::passes_on(path)) {
+    match given.chain(own).find(|path| !gvisor::passes_device_through(path)) {
         None => Ok(()),
         Some(device) => Err(TaskError::NotInSandbox { runtime: runtime.name.clone(), device: device.to_owned() }),
     }
@@ -115,16 +118,16 @@ pub(super) fn fits(runtime: &Runtime, request: &StartRequest) -> Result<(), Task
 
 impl Plan<'_> {
     /// Returns the configuration file of a runtime's own shim, if the runtime has such a shim and the shim such a file.
-    pub(super) fn shim_config(&self, shared: &Shared) -> Option<PathBuf> {
+    pub(super) fn shim_config(&self, context: &EngineContext) -> Option<PathBuf> {
         let shim = self.runtime.shim.as_ref()?;
         if self.runtime.gvisor.is_some() {
-            return Some(shared.settings.places.bundle(&self.container_id).join("shim.toml"));
+            return Some(context.settings.places.bundle(&self.container_id).join("shim.toml"));
         }
         shim.config.clone()
     }
 
     /// Returns the type of the shim's configuration: `io.containerd.NAME.options`, as containerd's own clients name it.
-    pub(super) fn shim_options(&self) -> String {
+    pub(super) fn shim_options_type(&self) -> String {
         match self.runtime.gvisor {
             Some(_) => gvisor::SHIM_OPTIONS.to_owned(),
             None => format!("{}.options", self.runtime.name),
@@ -132,7 +135,7 @@ impl Plan<'_> {
     }
 
     /// Writes the task's record to disk, in the state "intended", and returns it.
-    pub(super) fn record(&self, shared: &Shared, shim: &str) -> Result<Record, TaskError> {
+    pub(super) fn record(&self, context: &EngineContext, shim: &str) -> Result<Record, TaskError> {
         let stop_signal = match self.image.config.stop_signal.as_str() {
             "" => libc::SIGTERM,
             name => signal::parse(name).unwrap_or_else(|error| {
@@ -154,41 +157,41 @@ impl Plan<'_> {
             gvisor: self.runtime.gvisor.is_some(),
             shim: shim.to_owned(),
             shim_program: self.runtime.shim.as_ref().map(|shim| shim.program.clone()),
-            namespace: shared.pool.launcher().namespace().to_owned(),
+            namespace: context.pool.launcher().namespace().to_owned(),
             cgroup: self.cgroup.as_str().to_owned(),
             share_pool: self.share_pool.as_ref().map(|(pool, _)| pool.clone()),
             group: self.membership(),
             stop_signal,
         })?;
         // In a test that skips this step, `save_state` writes the record when the task runs.
-        if !fault::skipped("intent") {
-            record.save(&shared.settings.places.record(&self.container_id))?;
+        if !failpoint::skip("intent") {
+            record.save(&context.settings.places.record(&self.container_id))?;
         }
-        fault::point("start.intent");
+        failpoint::kill_at("start.intent");
         Ok(record)
     }
 
     /// Returns how the task takes part in its group's network namespace; `None` if it is in no such namespace.
-    pub(super) fn membership(&self) -> Option<Membership> {
-        let namespace = network(self.request);
+    pub(super) fn membership(&self) -> Option<NetnsMembership> {
+        let namespace = network_namespace(self.request);
         let stack = match self.runtime.network(&namespace) {
-            Some(gvisor::Network::Sandbox) => Stack::Sandbox,
-            Some(gvisor::Network::Host | gvisor::Network::None) | None => Stack::Kernel,
+            Some(gvisor::Network::Sandbox) => NetworkStack::Sandbox,
+            Some(gvisor::Network::Host | gvisor::Network::None) | None => NetworkStack::Kernel,
         };
         match namespace {
-            NetworkNamespace::Path(namespace) => Some(Membership { namespace, stack }),
+            NetworkNamespace::Path(namespace) => Some(NetnsMembership { namespace, stack }),
             NetworkNamespace::Private | NetworkNamespace::Host => None,
         }
     }
 
     /// Returns the component that starts the process of the created container.
-    pub(super) fn starter(&self, shared: &Shared) -> Starter {
+    pub(super) fn started_by(&self, context: &EngineContext) -> StartedBy {
         match (&self.runtime.gvisor, &self.runtime.shim) {
-            (Some(_), None) => Starter::Wrapper,
-            (None, None) if self.runtime.waits_at_fifo() && shared.settings.hooks.poststart.is_empty() => {
-                Starter::Driver
+            (Some(_), None) => StartedBy::Wrapper,
+            (None, None) if self.runtime.waits_at_fifo() && context.settings.hooks.poststart.is_empty() => {
+                StartedBy::Driver
             }
-            _ => Starter::Shim,
+            _ => StartedBy::Shim,
         }
     }
 
@@ -196,8 +199,8 @@ impl Plan<'_> {
         self.request.options.hostname.as_deref().unwrap_or(self.container_id.as_str())
     }
 
-    fn bundle(&self, shared: &Shared) -> BundlePaths {
-        BundlePaths::of(&shared.settings.places, &self.container_id)
+    fn bundle(&self, context: &EngineContext) -> BundlePaths {
+        BundlePaths::of(&context.settings.places, &self.container_id)
     }
 
     /// Makes the bundle: the root file system, the task's mounts and the files. This takes a few dozen system calls on
@@ -209,54 +212,55 @@ impl Plan<'_> {
     /// When something can't be made or mounted, a file system does not answer, or the task is stopped meanwhile.
     pub(super) async fn make_bundle(
         &self,
-        shared: &Shared,
+        context: &EngineContext,
         spec: Spec,
         stop: &CancellationToken,
-    ) -> Result<Sources, TaskError> {
-        let (paths, mounts) = (self.bundle(shared), self.mounts.clone());
-        let sys = task_mounts::sys_targets(shared, self.request);
-        let nesting = if self.runtime.gvisor.is_some() { Nesting::ByTheRuntime } else { Nesting::InTheTree };
-        let place = move |prepared| placed(&paths, &mounts, spec, (sys, nesting), prepared);
+    ) -> Result<MountSources, TaskError> {
+        let (paths, mounts) = (self.bundle(context), self.mounts.clone());
+        let sys = task_mounts::sys_targets(context, self.request);
+        let nesting = if self.runtime.gvisor.is_some() { Nesting::ByRuntime } else { Nesting::ByDriver };
+        let place = move |prepared| place_mounts(&paths, &mounts, spec, (sys, nesting), prepared);
         let pins = if task_mounts::may_hang(self.request) {
-            let prepared = tokio::task::block_in_place(|| self.make_root(shared))?;
-            let (spec, pins) = off_workers::run(&self.request.task_id, stop, move || place(prepared)).await??;
-            tokio::task::block_in_place(|| self.write_bundle(shared, &spec))?;
+            let prepared = tokio::task::block_in_place(|| self.mount_rootfs(context))?;
+            let (spec, pins) = dedicated_thread::run(&self.request.task_id, stop, move || place(prepared)).await??;
+            tokio::task::block_in_place(|| self.write_bundle(context, &spec))?;
             pins
         } else {
             tokio::task::block_in_place(|| {
-                let (spec, pins) = place(self.make_root(shared)?)?;
-                self.write_bundle(shared, &spec).map(|()| pins)
+                let (spec, pins) = place(self.mount_rootfs(context)?)?;
+                self.write_bundle(context, &spec).map(|()| pins)
             })?
         };
-        Ok(Sources::new(pins, self.mounts.clone()))
+        Ok(MountSources::new(pins, self.mounts.clone()))
     }
 
     /// Mounts the root file system. A prepared root file system comes with a file system for the sources of mounts,
     /// which is returned.
-    fn make_root(&self, shared: &Shared) -> Result<Option<PreparedPins>, TaskError> {
-        let paths = self.bundle(shared);
+    fn mount_rootfs(&self, context: &EngineContext) -> Result<Option<PreparedPins>, TaskError> {
+        let paths = self.bundle(context);
         paths.create()?;
         let layers = layers(&self.image);
-        let attached = shared.ahead.attach(layers, &paths);
+        let attached = context.rootfs_pool.attach(layers, &paths);
         let is_attached = matches!(attached, Ok(Some(_)));
         let pins = attached.unwrap_or_else(|error| {
             tracing::debug!(%error, "could not attach a prepared root file system");
             None
         });
         if !is_attached {
-            paths.mount(layers, &shared.settings.upper)?;
+            paths.mount(layers, &context.settings.upper)?;
         }
-        fault::point("start.mounted");
+        failpoint::kill_at("start.mounted");
         Ok(pins)
     }
 
     /// Writes the bundle's files: the spec and, for gVisor's own shim, the shim's configuration.
-    fn write_bundle(&self, shared: &Shared, spec: &Spec) -> Result<(), TaskError> {
-        let paths = self.bundle(shared);
-        let root = shared.settings.places.runtime_root(&self.runtime.name);
-        crate::places::make_dir(&root)
+    fn write_bundle(&self, context: &EngineContext, spec: &Spec) -> Result<(), TaskError> {
+        let paths = self.bundle(context);
+        let root = context.settings.places.runtime_root(&self.runtime.name);
+        crate::places::create_private_dir(&root)
             .map_err(|source| crate::places::PlacesError::Create { path: root.clone(), source })?;
-        if let Some(path) = self.shim_config(shared).filter(|path| path.starts_with(shared.settings.places.bundles())) {
+        if let Some(path) = self.shim_config(context).filter(|path| path.starts_with(context.settings.places.bundles()))
+        {
             let text = gvisor::shim_config(&self.runtime.binary, &root).map_err(std::io::Error::other);
             let failed = |source| RootfsError::File { doing: "write", path: path.clone(), source };
             paths.write(&path, text.map_err(failed)?.as_bytes())?;
@@ -268,21 +272,21 @@ impl Plan<'_> {
     ///
     /// # Errors
     /// When the job, the image or the settings ask for what can't be done.
-    pub(super) fn spec(&self, shared: &Shared) -> Result<Spec, TaskError> {
+    pub(super) fn spec(&self, context: &EngineContext) -> Result<Spec, TaskError> {
         let Self { request, image, .. } = self;
         let options = &request.options;
-        let settings = &shared.settings;
+        let settings = &context.settings;
         let flavor = settings.name.flavor();
-        let own = &shared.own_capabilities;
+        let own = &context.own_capabilities;
         let (privilege, base) = if options.privileged {
             // gVisor passes none of the host's devices on, not even to a privileged task.
-            let devices = if self.runtime.gvisor.is_some() { Vec::new() } else { devices::of_the_host()? };
+            let devices = if self.runtime.gvisor.is_some() { Vec::new() } else { devices::host_devices()? };
             (Privilege::Privileged { devices }, own.clone())
         } else {
             (Privilege::Confined, Capabilities::defaults(flavor))
         };
         let capabilities = base.adjusted(&options.cap_add, &options.cap_drop).within(own);
-        let seccomp = self.filter(shared, &capabilities)?;
+        let seccomp = self.seccomp_filter(context, &capabilities)?;
         let config = &image.config;
         let mut resources = request.resources.clone();
         if let Some((_, cpus)) = &self.share_pool {
@@ -312,25 +316,25 @@ impl Plan<'_> {
             root: options.root,
             capabilities,
             privilege,
-            masked: if self.runtime.gvisor.is_some() { &shared.masked.sandbox } else { &shared.masked.host },
-            network: network(request),
+            masked: if self.runtime.gvisor.is_some() { &context.masked.sandbox } else { &context.masked.host },
+            network: network_namespace(request),
             root_propagation: mount_tree::root_propagation(&self.mounts),
             devices: self.devices.clone(),
             resources: &resources,
             ulimits: &options.ulimits,
-            ulimit_defaults: settings.security.ceilings.defaults(),
+            ulimit_defaults: settings.security.ceilings.default_ulimits(),
             sysctl: &options.sysctl,
             namespaces: options.namespaces,
-            unified: shared.cgroups.mode() == CgroupMode::V2,
+            is_cgroup_v2: context.cgroups.mode() == CgroupMode::V2,
             shm_size: options.shm_size,
             groups: &options.groups,
             oom_score_adj: options.oom_score_adj,
             no_new_privileges: options.no_new_privileges,
             terminal: if options.tty { Terminal::Yes } else { Terminal::No },
             hooks: &settings.hooks,
-            counts_swap: shared.cgroups.counts_swap(),
+            counts_swap: context.cgroups.accounts_swap(),
             cgroup: self.cgroup.as_str(),
-            kernel: shared.kernel,
+            kernel: context.kernel_limits,
             seccomp,
             apparmor: self.apparmor.as_ref(),
             annotations,
@@ -340,20 +344,26 @@ impl Plan<'_> {
 
     /// Returns the task's seccomp filter: the one that the job names, else the operator's default. `None` means no
     /// filter.
-    fn filter(&self, shared: &Shared, capabilities: &Capabilities) -> Result<Option<Filter>, TaskError> {
-        let settings = &shared.settings;
+    fn seccomp_filter(
+        &self,
+        context: &EngineContext,
+        capabilities: &Capabilities,
+    ) -> Result<Option<Filter>, TaskError> {
+        let settings = &context.settings;
         let options = &self.request.options;
         let made = |source| {
-            Ok(Some(shared.filters.get(source, capabilities, self.runtime.filters).map_err(RootfsError::from)?))
+            Ok(Some(
+                context.seccomp_filters.get(source, capabilities, self.runtime.filters).map_err(RootfsError::from)?,
+            ))
         };
         let operators = match (&options.seccomp, &settings.security.seccomp) {
             (SeccompRequest::Off, _) => return Ok(None),
-            (SeccompRequest::Unsaid, _) if options.privileged => return Ok(None),
-            (SeccompRequest::Unsaid, SeccompDefault::Unconfined) => return Ok(None),
+            (SeccompRequest::Unset, _) if options.privileged => return Ok(None),
+            (SeccompRequest::Unset, SeccompDefault::Unconfined) => return Ok(None),
             // docker's filter protects the host's kernel, which a task in a sandbox does not reach; gVisor's own kernel
             // would merely run the filter for each system call. A filter that the job or the operator names applies in
             // the sandbox, too.
-            (SeccompRequest::Unsaid, SeccompDefault::Default) if self.runtime.gvisor.is_some() => return Ok(None),
+            (SeccompRequest::Unset, SeccompDefault::Default) if self.runtime.gvisor.is_some() => return Ok(None),
             (SeccompRequest::File(path), _) => {
                 let dirs = AllocDirs { alloc: &self.request.alloc_dir, task: &self.request.name };
                 let opened = mounts::open_source(
@@ -363,27 +373,27 @@ impl Plan<'_> {
                     settings.name.flavor(),
                     &settings.security.allow_paths,
                 )?;
-                let text = read_profile(&format!("/proc/self/fd/{}", opened.as_raw_fd()), path)?;
-                return made(seccomp::Source::File { path: Path::new(path), text: &text });
+                let text = read_seccomp_profile(&format!("/proc/self/fd/{}", opened.as_raw_fd()), path)?;
+                return made(seccomp::ProfileSource::File { path: Path::new(path), text: &text });
             }
-            (SeccompRequest::On | SeccompRequest::Unsaid, operators) => operators,
+            (SeccompRequest::On | SeccompRequest::Unset, operators) => operators,
         };
         // The driver's AppArmor profile denies sockets of the forbidden address families, whichever system call opens
         // them.
-        let has_own_profile = self.apparmor.as_ref() == Some(shared.apparmor.name());
-        let multiplexer = if has_own_profile { Multiplexer::Allowed } else { settings.security.multiplexer };
+        let has_own_profile = self.apparmor.as_ref() == Some(context.apparmor.name());
+        let multiplexer = if has_own_profile { SocketcallPolicy::Allowed } else { settings.security.multiplexer };
         match operators {
             SeccompDefault::File(path) => {
                 let shown = path.to_string_lossy();
-                made(seccomp::Source::File { path, text: &read_profile(&shown, &shown)? })
+                made(seccomp::ProfileSource::File { path, text: &read_seccomp_profile(&shown, &shown)? })
             }
-            SeccompDefault::Default | SeccompDefault::Unconfined => made(seccomp::Source::Default(multiplexer)),
+            SeccompDefault::Default | SeccompDefault::Unconfined => made(seccomp::ProfileSource::Default(multiplexer)),
         }
     }
 }
 
 /// Reads a seccomp profile. A file that is larger than any real profile is refused.
-fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
+fn read_seccomp_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
     use std::io::Read as _;
     let read = || {
         // O_NONBLOCK, since a FIFO in place of the profile must not block the start.
@@ -403,7 +413,7 @@ fn read_profile(path: &str, shown: &str) -> Result<Vec<u8>, RootfsError> {
 
 /// Mounts the task's mounts in its root file system. Returns the spec, completed by the mounts that the runtime has to
 /// make, and the file system that holds the sources.
-fn placed(
+fn place_mounts(
     paths: &BundlePaths,
     mounts: &[TaskMount],
     mut spec: Spec,
@@ -411,15 +421,15 @@ fn placed(
     prepared: Option<PreparedPins>,
 ) -> Result<(Spec, Pins), RootfsError> {
     let base = spec.mounts().clone().unwrap_or_default();
-    let (placed, pins) = mount_tree::place(paths, &base, mounts, how, prepared)?;
+    let (placed, pins) = mount_tree::place_mounts(paths, &base, mounts, how, prepared)?;
     spec.set_mounts(Some([base, placed].concat()));
     // The root file system is complete now, and the runtime will read the accounts from it.
-    accounts::check(&paths.rootfs(), binds(&spec))?;
+    accounts::check(&paths.rootfs(), bind_mounts(&spec))?;
     Ok((spec, pins))
 }
 
 /// Returns the bind mounts of a spec: each destination in the container with its source.
-fn binds(spec: &Spec) -> impl Iterator<Item = (&Path, &Path)> {
+fn bind_mounts(spec: &Spec) -> impl Iterator<Item = (&Path, &Path)> {
     let mounts = spec.mounts().iter().flatten().filter(|mount| mount.typ().as_deref() == Some("bind"));
     mounts.filter_map(|mount| Some((mount.destination().as_path(), mount.source().as_deref()?)))
 }

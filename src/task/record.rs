@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::group::Membership;
+use super::group::NetnsMembership;
 use crate::{
     cgroup::SharePool,
     ids::{ContainerId, TaskId},
@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The version of the file's format.
-const VERSION: u32 = 2;
+const FORMAT_VERSION: u32 = 2;
 
 /// A task record could not be read, written or removed.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +95,7 @@ pub struct Intent {
     pub share_pool: Option<SharePool>,
     /// The group's network namespace, if the task is in one, and how the task uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub group: Option<Membership>,
+    pub group: Option<NetnsMembership>,
     /// The signal that asks the task to stop.
     pub stop_signal: i32,
 }
@@ -188,7 +188,7 @@ impl Record {
     /// # Errors
     /// When the kernel's boot id can't be read.
     pub fn new(intent: Intent) -> Result<Self, RecordError> {
-        Ok(Self { version: VERSION, boot_id: boot_id()?, intent, state: RecordState::Intended })
+        Ok(Self { version: FORMAT_VERSION, boot_id: boot_id()?, intent, state: RecordState::Intended })
     }
 
     /// Says whether the record is of the current boot.
@@ -251,13 +251,13 @@ impl Record {
         }
     }
 
-    fn read(path: &Path) -> Result<Self, Unread> {
+    fn read(path: &Path) -> Result<Self, ReadFailure> {
         let bytes = fs::read(path).map_err(|error| match error {
-            error if error.kind() == io::ErrorKind::NotFound => Unread::Gone,
-            error if process::is_passing(&error) => Unread::NotNow(error),
-            error => Unread::Bad(error.to_string()),
+            error if error.kind() == io::ErrorKind::NotFound => ReadFailure::Gone,
+            error if process::is_transient(&error) => ReadFailure::Transient(error),
+            error => ReadFailure::Invalid(error.to_string()),
         })?;
-        Self::parse(&bytes).map_err(Unread::Bad)
+        Self::parse(&bytes).map_err(ReadFailure::Invalid)
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {
@@ -265,8 +265,8 @@ impl Record {
         let first = lines.next().unwrap_or_default();
         // The version is checked first, because a later version may have another format.
         let version = serde_json::from_slice::<Versioned>(first).map_err(|error| error.to_string())?.version;
-        if version != VERSION {
-            return Err(format!("it has version {version}, this driver's is {VERSION}"));
+        if version != FORMAT_VERSION {
+            return Err(format!("it has version {version}, this driver's is {FORMAT_VERSION}"));
         }
         let mut record = serde_json::from_slice::<Self>(first).map_err(|error| error.to_string())?;
         if let Some(state) = lines.rev().find_map(|line| serde_json::from_slice(line).ok()) {
@@ -280,7 +280,7 @@ impl Record {
     /// # Errors
     /// When the file can't be removed.
     pub fn remove(path: &Path) -> Result<(), RecordError> {
-        if crate::fault::skipped("record") {
+        if crate::failpoint::skip("record") {
             return Ok(());
         }
         // A torn record of the same container may have been set aside. What it described is gone now.
@@ -297,22 +297,22 @@ impl Record {
 }
 
 /// The reason why a record was not read.
-enum Unread {
+enum ReadFailure {
     /// The record was removed meanwhile.
     Gone,
     /// There is no descriptor or memory to read the record with. That says nothing about the record.
-    NotNow(io::Error),
+    Transient(io::Error),
     /// The record is torn or of another version, or the file system can't read it.
-    Bad(String),
+    Invalid(String),
 }
 
 /// The records in a directory.
 #[derive(Debug, Default)]
 pub struct Records {
     /// The records that can be read.
-    pub good: Vec<Record>,
+    pub readable: Vec<Record>,
     /// The files that can't be read. `load_all` has renamed them to `<container>.bad`.
-    pub bad: Vec<PathBuf>,
+    pub unreadable: Vec<PathBuf>,
 }
 
 /// Reads all records of a directory. A record that is torn is renamed to `.bad` and logged; the others are read all the
@@ -321,10 +321,10 @@ pub struct Records {
 /// # Errors
 /// When the directory or one of the records can't be read at the moment, or the kernel's boot id can't be read. Without
 /// them the caller must not draw any conclusion from the records.
-pub fn load_all(directory: &Path) -> Result<Records, RecordError> {
+pub(crate) fn load_all(directory: &Path) -> Result<Records, RecordError> {
     boot_id()?;
     let mut records = read_all(directory)?;
-    for path in &mut records.bad {
+    for path in &mut records.unreadable {
         if path.extension().is_some_and(|extension| extension == "bad") {
             continue;
         }
@@ -349,7 +349,7 @@ pub fn load_all(directory: &Path) -> Result<Records, RecordError> {
 pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
     let unreadable = |source| RecordError { doing: "list", path: directory.to_owned(), source };
     let mut records = Records::default();
-    let Some(entries) = process::unless_vanished(fs::read_dir(directory)).map_err(unreadable)? else {
+    let Some(entries) = process::none_if_vanished(fs::read_dir(directory)).map_err(unreadable)? else {
         return Ok(records);
     };
     for entry in entries {
@@ -357,18 +357,18 @@ pub fn read_all(directory: &Path) -> Result<Records, RecordError> {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("json") => {}
             Some("bad") => {
-                records.bad.push(path);
+                records.unreadable.push(path);
                 continue;
             }
             _ => continue,
         }
         match Record::read(&path) {
-            Ok(record) => records.good.push(record),
-            Err(Unread::Gone) => {}
-            Err(Unread::NotNow(source)) => return Err(RecordError { doing: "read", path, source }),
-            Err(Unread::Bad(problem)) => {
+            Ok(record) => records.readable.push(record),
+            Err(ReadFailure::Gone) => {}
+            Err(ReadFailure::Transient(source)) => return Err(RecordError { doing: "read", path, source }),
+            Err(ReadFailure::Invalid(problem)) => {
                 tracing::error!(path = %path.display(), problem, "could not read a task record");
-                records.bad.push(path);
+                records.unreadable.push(path);
             }
         }
     }
@@ -386,7 +386,7 @@ fn drafts(directory: &Path) -> Vec<PathBuf> {
 }
 
 /// Converts a time to milliseconds since the epoch.
-pub fn millis(time: SystemTime) -> u64 {
+pub fn epoch_millis(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
@@ -437,11 +437,11 @@ mod tests {
         }
         fs::write(directory.path().join("cut.tmp"), "{").expect("written");
         let looked = read_all(directory.path()).expect("read");
-        assert_eq!((looked.good, looked.bad.len()), (vec![record.clone()], 3));
+        assert_eq!((looked.readable, looked.unreadable.len()), (vec![record.clone()], 3));
         assert!(directory.path().join("torn.json").exists(), "read_all changes nothing");
         let records = load_all(directory.path()).expect("read");
-        assert_eq!((records.good, records.bad.len()), (vec![record.clone()], 3));
-        assert_eq!(load_all(directory.path()).expect("read").bad.len(), 3, "they are reported again");
+        assert_eq!((records.readable, records.unreadable.len()), (vec![record.clone()], 3));
+        assert_eq!(load_all(directory.path()).expect("read").unreadable.len(), 3, "they are reported again");
         assert!(record.is_current());
         for name in ["torn.bad", "empty.bad", "future.bad"] {
             assert!(directory.path().join(name).exists(), "{name}");
@@ -456,7 +456,7 @@ mod tests {
         let path = directory.path().join("x.json");
         fs::create_dir(&path).expect("made");
         record().save(&path).expect_err("a directory is in its place");
-        crate::places::write_whole(&path, b"text", 0o600).expect_err("a directory is in its place");
+        crate::places::write_atomically(&path, b"text", 0o600).expect_err("a directory is in its place");
         assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 1);
     }
 
@@ -464,7 +464,7 @@ mod tests {
     fn the_last_whole_state_holds() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("x.json");
-        let read = || read_all(directory.path()).expect("read").good.pop().expect("a record");
+        let read = || read_all(directory.path()).expect("read").readable.pop().expect("a record");
         let (stopping, run) = (8, RunRecord { process: ProcessId { pid: 7, start: 9 }, started_at: 5 });
         let mut record = record();
         record.save(&path).expect("saved");

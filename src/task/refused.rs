@@ -14,19 +14,20 @@
 use std::{fs, io, path::Path, time::Duration};
 
 use super::{
-    Record, TaskError, interrupt,
-    shared::Shared,
-    undo::{Ended, KILL_GRACE, empty_cgroup},
+    Record, TaskError,
+    context::EngineContext,
+    interrupt,
+    undo::{ContainerEnd, KILL_GRACE, kill_cgroup_processes},
 };
 use crate::{
-    fault,
+    failpoint,
     process::PidFd,
     rootfs::RootfsError,
     shim::{Client, Shim, ShimError},
 };
 
 /// How long the driver waits for the end of a shim that it has killed, which takes milliseconds.
-const SHIM_DEATH: Duration = Duration::from_secs(5);
+const SHIM_DEATH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Ends a container after `refusal`, the error of its shim's State, Kill or Delete. Other containers of a shared shim
 /// are not affected.
@@ -34,29 +35,29 @@ const SHIM_DEATH: Duration = Duration::from_secs(5);
 /// # Errors
 /// `refusal` if this function can't help with such an error, or the container does not end. Another error if a shared
 /// shim hangs, or what is left of the container can't be removed.
-pub(super) async fn complete(
-    shared: &Shared,
+pub(super) async fn end_despite_refusal(
+    context: &EngineContext,
     record: &Record,
     shim: &Shim,
     refusal: ShimError,
-) -> Result<Ended, TaskError> {
+) -> Result<ContainerEnd, TaskError> {
     let failed = |source| TaskError::Shim { doing: "end the container", source };
-    if fault::skipped("delete-completed") {
+    if failpoint::skip("delete-completed") {
         return Err(failed(refusal));
     }
     match refusal {
-        ShimError::Refused { .. } | ShimError::NotUnderstood { .. } => tracing::warn!(
-            task = %record.task_id, error = %crate::chain(&refusal),
+        ShimError::Refused { .. } | ShimError::Malformed { .. } => tracing::warn!(
+            task = %record.task_id, error = %crate::error_chain(&refusal),
             "the runtime refuses to end the container; the driver ends it and removes what is left of it"
         ),
-        ShimError::Late { .. } => {
+        ShimError::TimedOut { .. } => {
             tracing::warn!(
-                task = %record.task_id, error = %crate::chain(&refusal),
+                task = %record.task_id, error = %crate::error_chain(&refusal),
                 "the shim does not end the container in time; the driver kills the runtime that the shim has called"
             );
             interrupt::kill_runtime(shim.pid(), &record.container_id);
-            if shared.pool.tasks_of(shim.id()) <= 1 {
-                return end_with_shim(shared, record, shim).await;
+            if context.pool.task_count(shim.id()) <= 1 {
+                return end_with_shim(context, record, shim).await;
             }
             // A shared shim answers again, now that the runtime is gone. A shared shim that hangs itself is not killed,
             // because of its other containers.
@@ -65,7 +66,7 @@ pub(super) async fn complete(
     }
     let (client, id) = (shim.client(), record.container_id.as_str());
     if is_alive(client, id).await.map_err(failed)? != Some(false) {
-        kill_processes(shared, record).await?;
+        kill_processes(context, record).await?;
         match tokio::time::timeout(KILL_GRACE, client.wait(id)).await {
             Ok(Err(error)) if !error.is_not_found() => return Err(failed(error)),
             Ok(_) => {}
@@ -74,35 +75,35 @@ pub(super) async fn complete(
     }
     // A Delete may succeed now: the refusal may have been that of a Kill, or a temporary one.
     match client.delete(id).await {
-        Ok(()) => return Ok(Ended::ByItsShim),
-        Err(ShimError::Refused { .. } | ShimError::NotUnderstood { .. }) => {}
-        Err(ShimError::Late { .. }) => interrupt::kill_runtime(shim.pid(), &record.container_id),
+        Ok(()) => return Ok(ContainerEnd::ByShim),
+        Err(ShimError::Refused { .. } | ShimError::Malformed { .. }) => {}
+        Err(ShimError::TimedOut { .. }) => interrupt::kill_runtime(shim.pid(), &record.container_id),
         Err(error) => return Err(failed(error)),
     }
     // Only a runtime's own shim knows how to remove its containers. Such a shim has no other container.
     if record.shim_program.is_some() {
-        return end_with_shim(shared, record, shim).await;
+        return end_with_shim(context, record, shim).await;
     }
-    kill_processes(shared, record).await?;
-    remove_runtime_state(shared, record).await?;
-    Ok(Ended::InSpiteOfItsShim)
+    kill_processes(context, record).await?;
+    remove_runtime_state(context, record).await?;
+    Ok(ContainerEnd::DespiteShim)
 }
 
 /// Kills a shim that has no other task, with all processes that it has called, and deletes the container that it
 /// leaves.
-async fn end_with_shim(shared: &Shared, record: &Record, shim: &Shim) -> Result<Ended, TaskError> {
+async fn end_with_shim(context: &EngineContext, record: &Record, shim: &Shim) -> Result<ContainerEnd, TaskError> {
     let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
-    let called = interrupt::all_below(shim.pid()).unwrap_or_else(|error| {
+    let called = interrupt::open_descendants(shim.pid()).unwrap_or_else(|error| {
         tracing::warn!(task = %record.task_id, %error, "could not list the processes of a shim; they may outlive it");
         Vec::new()
     });
     shim.kill_process();
     called.iter().for_each(|process| process.signal(libc::SIGKILL));
-    let mut death = shim.watch();
-    let seen = tokio::time::timeout(SHIM_DEATH, death.wait_for(|ended| *ended)).await;
-    seen.map_err(|_| failed(ShimError::Late { call: "SIGKILL", after: SHIM_DEATH }))?.ok();
-    shared.delete_dead(record).await.map_err(failed)?;
-    Ok(Ended::Otherwise)
+    let mut death = shim.subscribe_exit();
+    let seen = tokio::time::timeout(SHIM_DEATH_TIMEOUT, death.wait_for(|ended| *ended)).await;
+    seen.map_err(|_| failed(ShimError::TimedOut { call: "SIGKILL", after: SHIM_DEATH_TIMEOUT }))?.ok();
+    context.delete_dead(record).await.map_err(failed)?;
+    Ok(ContainerEnd::Otherwise)
 }
 
 /// Does the container's process live? `None` when the shim does not hold the container.
@@ -118,25 +119,25 @@ async fn is_alive(client: &Client, id: &str) -> Result<Option<bool>, ShimError> 
 ///
 /// # Errors
 /// When the processes of the container's cgroup can't be listed or killed.
-async fn kill_processes(shared: &Shared, record: &Record) -> Result<(), TaskError> {
+async fn kill_processes(context: &EngineContext, record: &Record) -> Result<(), TaskError> {
     let init = record.state.run().and_then(|run| PidFd::of(&run.process).ok());
     if let Some(init) = init {
         init.signal(libc::SIGKILL);
     }
-    empty_cgroup(shared, record).await
+    kill_cgroup_processes(context, record).await
 }
 
 /// Removes the runtime's state of a container without processes. The runtime's own `delete` is tried first, since it
 /// also calls the hooks for a container's end; if it fails, the driver removes the state directory.
-async fn remove_runtime_state(shared: &Shared, record: &Record) -> Result<(), RootfsError> {
-    let root = shared.settings.places.runtime_state(&record.runtime, &record.namespace);
+async fn remove_runtime_state(context: &EngineContext, record: &Record) -> Result<(), RootfsError> {
+    let root = context.settings.places.runtime_state(&record.runtime, &record.namespace);
     let state = root.join(record.container_id.as_str());
     if !state.try_exists().map_err(file("look at", &state))? {
         return Ok(());
     }
-    if let Err(error) = shared.delete_by_runtime(&record.runtime, &root, &record.container_id).await {
+    if let Err(error) = context.delete_by_runtime(&record.runtime, &root, &record.container_id).await {
         tracing::warn!(
-            task = %record.task_id, error = %crate::chain(&error),
+            task = %record.task_id, error = %crate::error_chain(&error),
             "the runtime does not delete a container without processes; the driver removes the container's state"
         );
     }

@@ -100,7 +100,7 @@ pub struct JobLimits {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SeccompRequest {
     /// The option is not set: the operator's filter, and no filter for a privileged task.
-    Unsaid,
+    Unset,
     /// No filter.
     Off,
     /// The operator's filter, or docker's if the operator has set none.

@@ -7,77 +7,79 @@ use std::{
     time::Duration,
 };
 
-use super::{Record, RecordError, claim::caught, live::Task, shared::Shared};
+use super::{Record, RecordError, context::EngineContext, guards::catch_panic, live::Task};
 use crate::ids::TaskId;
 
 /// The delay before the first retry; each later delay is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// The longest delay between two retries.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const RETRY_MAX_DELAY: Duration = Duration::from_secs(10);
 
 impl Task {
     /// Writes the current state to the task's record. If that fails, the write is retried in the background, each time
     /// with the state that is current then.
-    pub(super) fn save(self: &Arc<Self>, shared: &Arc<Shared>) {
-        self.save_locked(shared, &self.lock_record());
+    pub(super) fn save(self: &Arc<Self>, context: &Arc<EngineContext>) {
+        self.save_locked(context, &self.lock_record());
     }
 
     /// Does the same as [`Self::save`] for a caller that has locked the record already.
-    pub(super) fn save_locked(self: &Arc<Self>, shared: &Arc<Shared>, record: &Record) {
-        let path = shared.settings.places.record(&record.container_id);
+    pub(super) fn save_locked(self: &Arc<Self>, context: &Arc<EngineContext>, record: &Record) {
+        let path = context.settings.places.record(&record.container_id);
         let Err(error) = record.save_state(&path) else { return };
-        let (id, error) = (record.task_id.clone(), crate::chain(&error));
+        let (id, error) = (record.task_id.clone(), crate::error_chain(&error));
         tracing::error!(task = %id, error, "could not write the record of a task; retrying until that succeeds");
         // One retry loop per task suffices, since it writes the latest state.
-        let Ok(turn) = self.saving.clone().try_lock_owned() else { return };
-        let (task, mut turn) = (Arc::downgrade(self), Some(turn));
-        let save = move |shared: &Shared| {
+        let Ok(save_guard) = self.save_lock.clone().try_lock_owned() else { return };
+        let (task, mut save_guard) = (Arc::downgrade(self), Some(save_guard));
+        let save = move |context: &EngineContext| {
             let Some(task) = task.upgrade() else { return Ok::<_, RecordError>(()) };
             let record = task.lock_record();
-            record.save_late(&shared.settings.places.record(&record.container_id))?;
+            record.save_late(&context.settings.places.record(&record.container_id))?;
             // Released before the record's lock: a caller that then fails to write the next state must find this lock
             // free, so that it starts a new retry loop.
-            drop(turn.take());
+            drop(save_guard.take());
             Ok(())
         };
-        again(shared, id, "the record of a task", save);
+        retry_in_background(context, id, "the record of a task", save);
     }
 }
 
 /// Writes down for the log writer that a task's shim has opened the log FIFOs, and retries that until it succeeds.
 /// Without it, the log writer would never see the end of the log.
-pub(super) fn log_started(shared: &Arc<Shared>, record: &Record) {
-    let log = shared.settings.places.log(&record.container_id);
-    if let Err(error) = crate::logs::started(&log) {
+pub(super) fn mark_log_started(context: &Arc<EngineContext>, record: &Record) {
+    let log = context.settings.places.log(&record.container_id);
+    if let Err(error) = crate::logs::mark_started(&log) {
         tracing::error!(
-            task = %record.task_id, error = crate::chain(&error),
+            task = %record.task_id, error = crate::error_chain(&error),
             "could not mark the log of a task as started; retrying until that succeeds"
         );
-        again(shared, record.task_id.clone(), "the start of a log", move |_: &Shared| crate::logs::started(&log));
+        retry_in_background(context, record.task_id.clone(), "the start of a log", move |_: &EngineContext| {
+            crate::logs::mark_started(&log)
+        });
     }
 }
 
 /// Retries `write` in the background until it succeeds, for as long as the engine lives. `what` names the data in the
 /// log.
-fn again<E: std::error::Error + 'static>(
-    shared: &Arc<Shared>,
+fn retry_in_background<E: std::error::Error + 'static>(
+    context: &Arc<EngineContext>,
     id: TaskId,
     what: &'static str,
-    mut write: impl FnMut(&Shared) -> Result<(), E> + Send + 'static,
+    mut write: impl FnMut(&EngineContext) -> Result<(), E> + Send + 'static,
 ) {
-    let shared: Weak<Shared> = Arc::downgrade(shared);
-    tokio::spawn(caught(what, async move {
-        let mut pause = FIRST_PAUSE;
+    let context: Weak<EngineContext> = Arc::downgrade(context);
+    tokio::spawn(catch_panic(what, async move {
+        let mut pause = RETRY_DELAY;
         loop {
             tokio::time::sleep(pause).await;
-            let Some(shared) = shared.upgrade() else { return };
-            match write(&shared) {
+            let Some(context) = context.upgrade() else { return };
+            match write(&context) {
                 Ok(()) => return tracing::info!(task = %id, what, "a retried write succeeded"),
                 Err(error) => {
-                    tracing::debug!(task = %id, what, error = crate::chain(&error), "a retried write failed again");
+                    tracing::debug!(task = %id, what, error = crate::error_chain(&error), "a retried write failed again");
                 }
             }
-            pause = (2 * pause).min(LONGEST_PAUSE);
+            pause = (2 * pause).min(RETRY_MAX_DELAY);
         }
     }));
 }

@@ -4,16 +4,16 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromS
 
 use super::{
     apparmor::AppArmorDefault,
-    orphans::Orphans,
-    runtime::{OwnShim, SHIM_NAMES},
+    orphans::OrphanPolicy,
+    runtime::{OwnShim, RUNC_SHIM_NAMES},
 };
 use crate::{
-    cgroup::KeepWarm,
+    cgroup::PrimingMode,
     gvisor::GvisorSettings,
     ids::DriverName,
     image::Credentials,
     places::Places,
-    rootfs::{Capabilities, Hooks, UpperOn, ceilings::Ceilings, seccomp::Multiplexer},
+    rootfs::{Capabilities, Hooks, UpperStorage, ceilings::Ceilings, seccomp::SocketcallPolicy},
     shim::PoolSettings,
 };
 
@@ -37,13 +37,13 @@ pub struct Settings {
     /// `allow_runtimes`; `None` allows all runtimes that are configured.
     pub allow_runtimes: Option<Vec<String>>,
     /// `state { upper, upper_size }`.
-    pub upper: UpperOn,
+    pub upper: UpperStorage,
     /// `cgroup { keep_warm }`.
-    pub keep_warm: KeepWarm,
+    pub keep_warm: PrimingMode,
     /// `state { grace }`: how long remains that no agent has asked for are kept.
     pub grace: Duration,
     /// `state { orphans }`: what happens to running tasks that no agent asks for.
-    pub orphans: Orphans,
+    pub orphans: OrphanPolicy,
     /// `state { orphan_timeout }`: how long a plugin without an agent keeps running.
     pub orphan_timeout: Duration,
     /// `stats_interval`; `None` uses the interval that the agent asks for.
@@ -51,7 +51,7 @@ pub struct Settings {
     /// The performance of this node's processors, as the agent reports it.
     pub compute: Compute,
     /// `disable_log_collection`: the agent collects no logs, and this driver writes the logs of tasks.
-    pub own_logs: bool,
+    pub disable_log_collection: bool,
     /// `image { keep }`: how long an image that no task uses is kept; `None` keeps it forever.
     pub keep_images: Option<Duration>,
     /// `pids_limit`: the maximum number of processes of a task, which is also the default; `None` sets no limit.
@@ -147,7 +147,7 @@ impl Settings {
             orphans,
             stats_interval,
             compute: _,
-            own_logs,
+            disable_log_collection: own_logs,
             keep_images,
             pids_limit,
             hooks,
@@ -168,7 +168,7 @@ impl Settings {
             ("allow_runtimes", *allow_runtimes != other.allow_runtimes),
             ("cgroup.keep_warm", *keep_warm != other.keep_warm),
             ("stats_interval", *stats_interval != other.stats_interval),
-            ("disable_log_collection", *own_logs != other.own_logs),
+            ("disable_log_collection", *own_logs != other.disable_log_collection),
             ("image.keep", *keep_images != other.keep_images),
             ("pids_limit", *pids_limit != other.pids_limit),
             ("hooks", *hooks != other.hooks),
@@ -184,7 +184,7 @@ impl Settings {
     /// Returns the settings of the runtime that a job names, or else of the default runtime. `None` if no default
     /// runtime is configured, since it is chosen at the start then.
     pub fn runtime(&self, wanted: Option<&str>) -> Option<&RuntimeSettings> {
-        let named = wanted.filter(|name| !SHIM_NAMES.contains(name));
+        let named = wanted.filter(|name| !RUNC_SHIM_NAMES.contains(name));
         self.runtimes.get(named.or(self.default_runtime.as_deref())?)
     }
 }
@@ -254,7 +254,7 @@ pub struct SecuritySettings {
     /// Whether jobs may choose another seccomp filter, or none.
     pub allow_seccomp_override: bool,
     /// `security { allow_socketcall }`: how docker's seccomp profile treats `socketcall`.
-    pub multiplexer: Multiplexer,
+    pub multiplexer: SocketcallPolicy,
     /// `security { apparmor }`.
     pub apparmor: AppArmorDefault,
     /// Whether jobs may choose another AppArmor profile, or none.

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Engine, StartRequest, claim::caught, shared::Shared};
+use super::{Engine, StartRequest, context::EngineContext, guards::catch_panic};
 use crate::{
     cgroup::{CgroupMode, CgroupPath, SharePool},
     ids::TaskId,
@@ -13,20 +13,20 @@ use crate::{
 
 /// How often the processors of a pool are read, which is one small file, while there are such tasks. (inotify would
 /// miss a pool that is created again.)
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Returns the share pool of a task that has no reserved cores, and the pool's processors at the moment.
-pub(super) fn of(shared: &Shared, request: &StartRequest) -> Option<(SharePool, String)> {
+pub(super) fn pool_of_task(context: &EngineContext, request: &StartRequest) -> Option<(SharePool, String)> {
     if !request.resources.cpuset_cpus.is_empty() {
         return None;
     }
-    let pool = shared.cgroups.share_pool(&request.cpuset_cgroup)?;
+    let pool = context.cgroups.share_pool(&request.cpuset_cgroup)?;
     match pool.cpus() {
         Ok(cpus) => Some((pool, cpus)),
         Err(error) => {
             tracing::warn!(
                 task = %request.task_id,
-                error = crate::chain(&error),
+                error = crate::error_chain(&error),
                 "could not read the processors of the task's share pool"
             );
             None
@@ -37,24 +37,25 @@ pub(super) fn of(shared: &Shared, request: &StartRequest) -> Option<(SharePool, 
 impl Engine {
     /// Copies the processors of the share pools to the cgroups of their tasks, for as long as the engine lives.
     pub(super) fn follow_share_pools(&self) {
-        if self.shared().cgroups.mode() == CgroupMode::V2 {
+        if self.context().cgroups.mode() == CgroupMode::V2 {
             return;
         }
         let engine = self.downgrade();
         tokio::spawn(async move {
             let mut given: HashMap<TaskId, String> = HashMap::new();
             loop {
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let engine = Self(inner);
-                caught("updating the processors of share pools", async { engine.give_processors(&mut given) }).await;
+                catch_panic("updating the processors of share pools", async { engine.update_processors(&mut given) })
+                    .await;
             }
         });
     }
 
     /// Sets the processors of all tasks whose share pool has changed.
-    fn give_processors(&self, given: &mut HashMap<TaskId, String>) {
-        let running = self.live().into_iter().filter(|(_, task)| !task.has_ended());
+    fn update_processors(&self, given: &mut HashMap<TaskId, String>) {
+        let running = self.started_tasks().into_iter().filter(|(_, task)| !task.has_ended());
         let in_pools: Vec<(TaskId, SharePool, CgroupPath)> = running
             .filter_map(|(id, task)| {
                 let record = task.record();
@@ -69,7 +70,7 @@ impl Engine {
             pools.into_iter().filter_map(|pool| Some((pool, pool.cpus().ok()?))).collect();
         for (id, pool, cgroup) in &in_pools {
             let Some(cpus) = now.get(pool).filter(|cpus| given.get(id) != Some(cpus)) else { continue };
-            match self.shared().cgroups.set_cpus(cgroup, cpus) {
+            match self.context().cgroups.set_cpus(cgroup, cpus) {
                 Ok(()) => drop(given.insert(id.clone(), cpus.clone())),
                 // This is tried again with the next poll, but logged only once.
                 Err(error) => {
@@ -78,7 +79,7 @@ impl Engine {
                         tracing::warn!(
                             task = %id,
                             cpus,
-                            error = crate::chain(&error),
+                            error = crate::error_chain(&error),
                             "could not give a task the processors of its share pool"
                         );
                     }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::{Record, shared::Shared};
+use super::{Record, context::EngineContext};
 use crate::{
     ids::TaskId,
     rootfs::{Pins, bundle::BundlePaths, mounts::TaskMount},
@@ -14,20 +14,20 @@ use crate::{
 
 /// The sources of the mounts of a task that is being started.
 #[derive(Debug)]
-pub struct Sources {
+pub(crate) struct MountSources {
     pins: Pins,
     /// The opened sources. They are closed together with the unmounting, since closing takes time as well.
     _opened: Arc<Vec<TaskMount>>,
 }
 
-impl Sources {
+impl MountSources {
     pub(super) fn new(pins: Pins, opened: Arc<Vec<TaskMount>>) -> Self {
         Self { pins, _opened: opened }
     }
 
     /// Unmounts the sources. Blocks for half a millisecond. A failure is logged, and the task's teardown unmounts the
     /// sources.
-    pub(super) fn release(self, task: &TaskId) {
+    pub(super) fn unmount(self, task: &TaskId) {
         if let Err(error) = self.pins.unmount() {
             tracing::warn!(%task, %error, "the sources of the task's mounts stay mounted until the task is destroyed");
         }
@@ -41,13 +41,13 @@ pub(super) fn needs_sources(record: &Record) -> bool {
 }
 
 /// Unmounts the sources of a running task, in case the earlier plugin ended before it did so.
-pub(super) fn release_after_recovery(shared: &Shared, record: &Record) {
+pub(super) fn unmount_after_recovery(context: &EngineContext, record: &Record) {
     if needs_sources(record) {
         return;
     }
-    let bundle = BundlePaths::of(&shared.settings.places, &record.container_id);
+    let bundle = BundlePaths::of(&context.settings.places, &record.container_id);
     if let Err(error) = tokio::task::block_in_place(|| bundle.unmount_pins()) {
-        let (task, error) = (&record.task_id, crate::chain(&error));
+        let (task, error) = (&record.task_id, crate::error_chain(&error));
         tracing::warn!(%task, error, "the sources of the task's mounts stay mounted until the task is destroyed");
     }
 }

@@ -13,19 +13,20 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, apparmor,
-    claim::{Attempt, Claim},
-    exec, group, interrupt, logs, mounts as task_mounts,
-    names::Names,
-    plan::{self, Plan, Starter},
-    record::{RunRecord, millis},
+    context::EngineContext,
+    exec, group,
+    guards::{StartGuard, TeardownGuard},
+    interrupt, logs, mounts as task_mounts,
+    network_files::NetworkFiles,
+    plan::{self, Plan, StartedBy},
+    record::{RunRecord, epoch_millis},
     share_pool,
-    shared::Shared,
-    sources::Sources,
-    undo::undo_or_keep,
+    sources::MountSources,
+    undo::undo_or_retry,
 };
 use crate::{
-    cgroup::{Warm, Warmer},
-    fault,
+    cgroup::{CgroupLockPrimer, Priming},
+    failpoint,
     ids::{ContainerId, TaskId},
     image::{Archive, ImageRecord, Progress, PullPolicy, PullRequest, Reference},
     process::ProcessId,
@@ -35,7 +36,7 @@ use crate::{
         mounts::{AllocDirs, open_source},
         selinux,
     },
-    shim::{self, CreateTask, Found, PidFile, Reserved, RuntimeOptions, Shim, ShimError, stdio},
+    shim::{self, Adoption, CreateTask, PidFile, ReservedShim, RuntimeOptions, Shim, ShimError, stdio},
 };
 
 /// How long each phase of a start took.
@@ -88,66 +89,66 @@ impl Phases {
 }
 
 /// A task that has just been started.
-pub struct Running {
+pub(crate) struct StartedTask {
     pub(super) record: Record,
     pub(super) shim: Shim,
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) image: Arc<ImageRecord>,
     pub(super) stdio: stdio::Stdio,
-    pub(super) sources: Sources,
+    pub(super) sources: MountSources,
 }
 
 /// Starts a task. On success the task's process runs; on failure everything that the start has made is removed.
 ///
 /// # Errors
 /// When the task can't be started, or `stop` is cancelled before the task runs.
-pub async fn start(
-    shared: &Arc<Shared>,
+pub(crate) async fn start(
+    context: &Arc<EngineContext>,
     request: &StartRequest,
     stop: &CancellationToken,
-) -> Result<Running, TaskError> {
+) -> Result<StartedTask, TaskError> {
     let began = Instant::now();
-    let _busy = shared.pool.busy();
+    let _busy = context.pool.start_guard();
     if stop.is_cancelled() {
         return Err(TaskError::Stopped(request.task_id.clone()));
     }
     // All checks that change nothing on the host come first.
-    let runtime = shared.runtimes.choose(request.options.runtime.as_deref())?;
-    plan::fits(&runtime, request)?;
-    let default_profile = &shared.settings.security.apparmor;
+    let runtime = context.runtimes.choose(request.options.runtime.as_deref())?;
+    plan::check_supported(&runtime, request)?;
+    let default_profile = &context.settings.security.apparmor;
     let apparmor = tokio::select! {
-        profile = apparmor::of_task(&shared.apparmor, default_profile, request, &runtime) => profile?,
+        profile = apparmor::profile_of_task(&context.apparmor, default_profile, request, &runtime) => profile?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
-    let names = Names::of(request, &plan::network(request), shared.settings.name.flavor())?;
-    let mounts = Arc::new(task_mounts::open(shared, request, names, stop).await?);
-    let devices = plan::devices(shared, request)?;
+    let names = NetworkFiles::of(request, &plan::network_namespace(request), context.settings.name.flavor())?;
+    let mounts = Arc::new(task_mounts::open(context, request, names, stop).await?);
+    let devices = plan::devices(context, request)?;
     label_volumes(request).await?;
-    let network = plan::network(request);
+    let network = plan::network_namespace(request);
     let runtime = tokio::select! {
-        ready = runtime.made_ready(&network, &shared.settings.hooks) => ready?,
+        ready = runtime.prepare(&network, &context.settings.hooks) => ready?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
-    let image = self::image(shared, request, stop).await?;
-    fault::point("start.image");
+    let image = self::ensure_image(context, request, stop).await?;
+    failpoint::kill_at("start.image");
     let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
-    let cgroup = shared.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
-    let share_pool = share_pool::of(shared, request);
+    let cgroup = context.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
+    let share_pool = share_pool::pool_of_task(context, request);
     let mut plan = Plan { request, runtime, apparmor, image, mounts, devices, container_id, cgroup, share_pool };
-    match made(shared, &plan, began, stop).await {
+    match create_task(context, &plan, began, stop).await {
         // The image's layers were deleted from containerd's store, although the driver has a record of the image. The
         // record is dropped, the image is pulled again, and the start is tried a second time.
         Err(TaskError::Rootfs(RootfsError::LayersGone { .. }))
-            if !shared.leftovers().contains_key(&request.task_id) =>
+            if !context.pending_teardowns().contains_key(&request.task_id) =>
         {
             tracing::warn!(
                 image = plan.image.reference,
                 "the image's layers are gone from containerd's store; pulling the image again"
             );
-            shared.images.forget(&plan.image);
-            plan.image = self::image(shared, request, stop).await?;
-            made(shared, &plan, began, stop).await
+            context.images.discard_stale(&plan.image);
+            plan.image = self::ensure_image(context, request, stop).await?;
+            create_task(context, &plan, began, stop).await
         }
         other => other,
     }
@@ -172,19 +173,19 @@ async fn label_volumes(request: &StartRequest) -> Result<(), TaskError> {
 }
 
 /// Returns the task's image, which is pulled if it is not available locally or the job asks for that.
-async fn image(
-    shared: &Shared,
+async fn ensure_image(
+    context: &EngineContext,
     request: &StartRequest,
     stop: &CancellationToken,
 ) -> Result<Arc<ImageRecord>, TaskError> {
     let options = &request.options;
-    let (reference, opened) = place(shared, request)?;
+    let (reference, opened) = resolve_image(context, request)?;
     let policy = options.image_pull_policy;
-    let cached = shared.images.cached(&reference, opened.as_deref()).filter(|_| policy != PullPolicy::Always);
+    let cached = context.images.cached(&reference, opened.as_deref()).filter(|_| policy != PullPolicy::Always);
     if let Some(image) = cached {
         return Ok(image);
     }
-    shared.events.tell(TaskEvent {
+    context.events.send(TaskEvent {
         task_id: request.task_id.clone(),
         alloc_id: request.alloc_id.clone(),
         task_name: request.name.clone(),
@@ -196,14 +197,14 @@ async fn image(
     let pull = PullRequest {
         reference,
         opened,
-        credentials: options.auth.clone().or_else(|| shared.settings.auth.clone()),
+        credentials: options.auth.clone().or_else(|| context.settings.auth.clone()),
         timeout: options.image_pull_timeout,
         progress: Progress::default(),
         policy,
     };
     tokio::select! {
-        pulled = shared.images.pull(pull) => {
-            shared.metrics.pulled(pulled.is_ok());
+        pulled = context.images.pull(pull) => {
+            context.metrics.pulled(pulled.is_ok());
             pulled.map_err(|error| super::SharedImageError(error).into())
         }
         // The pull is cancelled here, unless another start waits for it, too.
@@ -213,10 +214,13 @@ async fn image(
 
 /// Returns the image's reference and, for an image in a file, the opened file. As with mounts, a job may use its own
 /// files and those that the operator allows.
-fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<Arc<OwnedFd>>), TaskError> {
+fn resolve_image(
+    context: &EngineContext,
+    request: &StartRequest,
+) -> Result<(Reference, Option<Arc<OwnedFd>>), TaskError> {
     let Reference::Archive(archive) = &request.options.image else { return Ok((request.options.image.clone(), None)) };
     let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
-    let settings = &shared.settings;
+    let settings = &context.settings;
     let path = archive.path.to_string_lossy();
     let opened = open_source("image: file", &path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
     // The reference needs the absolute path, since the same relative path is a different file in another allocation.
@@ -228,100 +232,121 @@ fn place(shared: &Shared, request: &StartRequest) -> Result<(Reference, Option<A
     Ok((Reference::Archive(Archive { path, ..archive.clone() }), Some(Arc::new(opened))))
 }
 
+/// Reserves a shim, and writes the record of the attempt, which names the shim.
+async fn reserve_shim(
+    context: &Arc<EngineContext>,
+    plan: &Plan<'_>,
+    stop: &CancellationToken,
+) -> Result<(ReservedShim, Record), TaskError> {
+    let request = plan.request;
+    let own_shim = plan.runtime.shim.as_ref().map(|shim| shim.program.as_path());
+    // A shim that several tasks will share is launched within this call, which may take as long as a start.
+    let reserved = tokio::select! {
+        reserved = context.pool.reserve(&request.alloc_id, own_shim) => reserved.map_err(shim_error)?,
+        () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
+    };
+    failpoint::kill_at("start.shim");
+    match plan.record(context, reserved.id()) {
+        Ok(record) => Ok((reserved, record)),
+        Err(error) => {
+            if let ReservedShim::Running(shim) = reserved {
+                context.pool.recycle(&request.alloc_id, shim).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Registers the task with its group's network namespace, and returns the task's output: what the log collector reads, or
+/// else FIFOs of the log writer, which are created here.
+async fn join_group_and_logs(
+    context: &Arc<EngineContext>,
+    plan: &Plan<'_>,
+    record: &Record,
+    collector_stdio: Option<stdio::Stdio>,
+) -> Result<stdio::Stdio, TaskError> {
+    let request = plan.request;
+    if let Some(group) = &record.group {
+        group::enter(context, &request.task_id, &request.name, group)?;
+    }
+    match collector_stdio {
+        Some(stdio) => Ok(stdio),
+        None => logs::set_up_log(context, request, &plan.container_id).await,
+    }
+}
+
 /// Makes everything that the task needs and starts its process. When that fails, everything that was made is undone.
-async fn made(
-    shared: &Arc<Shared>,
+async fn create_task(
+    context: &Arc<EngineContext>,
     plan: &Plan<'_>,
     began: Instant,
     stop: &CancellationToken,
-) -> Result<Running, TaskError> {
+) -> Result<StartedTask, TaskError> {
     let request = plan.request;
     let mut phases = Phases { image: began.elapsed(), ..Phases::default() };
     // The runtime will need the cgroup lock within milliseconds.
-    let warm = shared.warmer.as_ref().map(Warmer::warm);
+    let priming = context.cgroup_primer.as_ref().map(CgroupLockPrimer::prime);
     // Building the spec changes nothing on the host, so that an invalid user or an empty command is found before
     // anything is made.
-    let spec = plan.spec(shared)?;
-    let nomads = if logs::is_ours(&shared.settings, request) {
+    let spec = plan.spec(context)?;
+    let collector_stdio = if logs::is_written_by_driver(&context.settings, request) {
         None
     } else {
         Some(stdio::Stdio::open(&request.alloc_dir, &request.stdout, &request.stderr)?)
     };
 
     let step = Instant::now();
-    let own_shim = plan.runtime.shim.as_ref().map(|shim| shim.program.as_path());
-    // A shim that several tasks will share is launched within this call, which may take as long as a start.
-    let reserved = tokio::select! {
-        reserved = shared.pool.reserve(&request.alloc_id, own_shim) => reserved.map_err(no_shim)?,
-        () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
-    };
-    phases.pooled = matches!(reserved, Reserved::Waiting(_));
-    fault::point("start.shim");
-    let mut record = match plan.record(shared, reserved.id()) {
-        Ok(record) => record,
-        Err(error) => {
-            if let Reserved::Waiting(shim) = reserved {
-                shared.pool.take_back(&request.alloc_id, shim).await;
-            }
-            return Err(error);
-        }
-    };
-    let attempt = Attempt::new(shared, &record);
-    let entered = match &record.group {
-        Some(group) => group::enter(shared, &request.task_id, &request.name, group),
-        None => Ok(()),
-    };
-    let stdio = match (entered, nomads) {
-        (Err(error), _) => Err(error.into()),
-        (Ok(()), Some(stdio)) => Ok(stdio),
-        (Ok(()), None) => logs::set_up(shared, request, &plan.container_id).await,
-    };
-    let stdio = match stdio {
+    let (reserved, mut record) = reserve_shim(context, plan, stop).await?;
+    phases.pooled = matches!(reserved, ReservedShim::Running(_));
+    let start_guard = StartGuard::new(context, &record);
+    let stdio = match join_group_and_logs(context, plan, &record, collector_stdio).await {
         Ok(stdio) => stdio,
         Err(error) => {
             let shim = match reserved {
-                Reserved::Waiting(shim) => Found::Alive(shim),
-                Reserved::Named(_) => Found::Gone,
+                ReservedShim::Running(shim) => Adoption::Alive(shim),
+                ReservedShim::ToLaunch(_) => Adoption::Gone,
             };
-            undo_failed(shared, &record, shim).await;
-            attempt.over();
+            undo_failed_start(context, &record, shim).await;
+            start_guard.disarm();
             return Err(error);
         }
     };
-    fault::intrude(&shared.settings.containerd.address);
+    failpoint::violate(&context.settings.containerd.address);
     // A shim that has to be launched starts up concurrently with the making of the bundle.
-    let coming = match reserved {
-        Reserved::Waiting(shim) => Coming::Here(shim),
-        Reserved::Named(unborn) => {
-            let launcher = shared.pool.launcher().clone();
-            Coming::Launched(tokio::spawn(async move { launcher.launch(unborn).await }))
+    let pending_shim = match reserved {
+        ReservedShim::Running(shim) => PendingShim::Ready(shim),
+        ReservedShim::ToLaunch(unborn) => {
+            let launcher = context.pool.launcher().clone();
+            PendingShim::Launching(tokio::spawn(async move { launcher.launch(unborn).await }))
         }
     };
-    let bundle = plan.make_bundle(shared, spec, stop).await;
+    let bundle = plan.make_bundle(context, spec, stop).await;
     phases.bundle = step.elapsed();
     let step = Instant::now();
-    let shim = coming.arrived(stop, &request.task_id).await;
+    let shim = pending_shim.wait(stop, &request.task_id).await;
     phases.shim = step.elapsed();
     let (shim, error) = match (bundle, shim) {
-        (Ok(_), Ok(shim)) if stop.is_cancelled() => (Found::Alive(shim), TaskError::Stopped(request.task_id.clone())),
+        (Ok(_), Ok(shim)) if stop.is_cancelled() => {
+            (Adoption::Alive(shim), TaskError::Stopped(request.task_id.clone()))
+        }
         (Ok(sources), Ok(shim)) => {
-            fault::point("start.bundle");
-            let parts = Parts { began, warm, shim: &shim, stdio: &stdio };
-            let running = Box::pin(run(shared, plan, parts, &mut record, &mut phases));
-            match interrupt::unless_stopped(running, stop, plan, &shim).await {
+            failpoint::kill_at("start.bundle");
+            let parts = CreateInputs { began, priming, shim: &shim, stdio: &stdio };
+            let running = Box::pin(create_and_start(context, plan, parts, &mut record, &mut phases));
+            match interrupt::run_until_stopped(running, stop, plan, &shim).await {
                 Ok(run) => {
                     phases.total = began.elapsed();
-                    attempt.over();
-                    return Ok(Running { record, shim, run, phases, image: plan.image.clone(), stdio, sources });
+                    start_guard.disarm();
+                    return Ok(StartedTask { record, shim, run, phases, image: plan.image.clone(), stdio, sources });
                 }
-                Err(error) => (Found::Alive(shim), unless_unmounted(shared, plan, error)),
+                Err(error) => (Adoption::Alive(shim), explain_if_unmounted(context, plan, error)),
             }
         }
-        (Err(error), Ok(shim)) => (Found::Alive(shim), error),
-        (_, Err(error)) => (Found::Gone, error),
+        (Err(error), Ok(shim)) => (Adoption::Alive(shim), error),
+        (_, Err(error)) => (Adoption::Gone, error),
     };
-    undo_failed(shared, &record, shim).await;
-    attempt.over();
+    undo_failed_start(context, &record, shim).await;
+    start_guard.disarm();
     // Dropped only now, because a late shim may still open the FIFOs by the numbers of these descriptors.
     drop(stdio);
     Err(error)
@@ -333,20 +358,20 @@ async fn made(
 /// A cleanup that an earlier plugin has begun for the same attempt unmounts the root file system of the bundle, which
 /// the next start of that attempt uses as well. The driver waits for such a cleanup (`undo.rs`). A cleanup that it
 /// overlooks must not be reported as the job's fault.
-fn unless_unmounted(shared: &Shared, plan: &Plan<'_>, error: TaskError) -> TaskError {
-    let paths = BundlePaths::of(&shared.settings.places, &plan.container_id);
+fn explain_if_unmounted(context: &EngineContext, plan: &Plan<'_>, error: TaskError) -> TaskError {
+    let paths = BundlePaths::of(&context.settings.places, &plan.container_id);
     match paths.is_mounted() {
-        Ok(false) => TaskError::Unmounted { source: Box::new(error) },
+        Ok(false) => TaskError::RootfsUnmounted { source: Box::new(error) },
         // If the mount can't be checked, the original error is returned.
         Ok(true) | Err(_) => error,
     }
 }
 
 /// Undoes a failed start. What can't be undone is retried in the background.
-async fn undo_failed(shared: &Arc<Shared>, record: &Record, shim: Found) {
-    if let Err(left) = undo_or_keep(Claim::new(shared, record), shim).await {
+async fn undo_failed_start(context: &Arc<EngineContext>, record: &Record, shim: Adoption) {
+    if let Err(left) = undo_or_retry(TeardownGuard::new(context, record), shim).await {
         tracing::error!(
-            task = %record.task_id, error = %crate::chain(&left),
+            task = %record.task_id, error = %crate::error_chain(&left),
             "could not undo a failed start completely; the driver retries in the background"
         );
     }
@@ -354,22 +379,22 @@ async fn undo_failed(shared: &Arc<Shared>, record: &Record, shim: Found) {
 
 /// The shim of a start: one from the pool, or one that is being launched.
 #[allow(clippy::large_enum_variant, reason = "there is one per start, nearly always of the large variant")]
-enum Coming {
+enum PendingShim {
     /// The shim is ready.
-    Here(Shim),
+    Ready(Shim),
     /// The shim is being launched in a background task.
-    Launched(tokio::task::JoinHandle<Result<Shim, ShimError>>),
+    Launching(tokio::task::JoinHandle<Result<Shim, ShimError>>),
 }
 
-impl Coming {
+impl PendingShim {
     /// Waits for the shim. If the task is stopped before the shim is ready, the launch is aborted.
-    async fn arrived(self, stop: &CancellationToken, task: &TaskId) -> Result<Shim, TaskError> {
+    async fn wait(self, stop: &CancellationToken, task: &TaskId) -> Result<Shim, TaskError> {
         let mut launched = match self {
-            Self::Here(shim) => return Ok(shim),
-            Self::Launched(launched) => launched,
+            Self::Ready(shim) => return Ok(shim),
+            Self::Launching(launched) => launched,
         };
         tokio::select! {
-            launched = &mut launched => launched?.map_err(no_shim),
+            launched = &mut launched => launched?.map_err(shim_error),
             () = stop.cancelled() => {
                 launched.abort();
                 // The launch may have completed before it was aborted.
@@ -377,7 +402,7 @@ impl Coming {
                     Ok(Ok(shim)) => return Ok(shim),
                     Ok(Err(error)) => {
                         tracing::debug!(
-                            %task, error = crate::chain(&error),
+                            %task, error = crate::error_chain(&error),
                             "the shim of a cancelled start could not be launched"
                         );
                     }
@@ -389,38 +414,38 @@ impl Coming {
     }
 }
 
-fn no_shim(source: ShimError) -> TaskError {
+fn shim_error(source: ShimError) -> TaskError {
     TaskError::Shim { doing: "get a shim", source }
 }
 
 /// What [`create_and_start`] needs besides the plan.
-struct Parts<'a> {
+struct CreateInputs<'a> {
     began: Instant,
-    warm: Option<Warm>,
+    priming: Option<Priming>,
     shim: &'a Shim,
     stdio: &'a stdio::Stdio,
 }
 
 /// Creates the container, starts its process, and writes the running task's record.
-async fn run(
-    shared: &Arc<Shared>,
+async fn create_and_start(
+    context: &Arc<EngineContext>,
     plan: &Plan<'_>,
-    parts: Parts<'_>,
+    parts: CreateInputs<'_>,
     record: &mut Record,
     phases: &mut Phases,
 ) -> Result<RunRecord, TaskError> {
-    let Parts { began, warm, shim, stdio } = parts;
-    let places = &shared.settings.places;
+    let CreateInputs { began, priming: warm, shim, stdio } = parts;
+    let places = &context.settings.places;
     let bundle = places.bundle(&plan.container_id);
 
     let step = Instant::now();
     let id = plan.container_id.as_str();
     let (stdout, stderr) = stdio.paths();
-    let (root, binary) = (places.runtime_root(&plan.runtime.name), shim.runtime(&plan.runtime.binary));
-    let config = plan.shim_config(shared);
+    let (root, binary) = (places.runtime_root(&plan.runtime.name), shim.runtime_path(&plan.runtime.binary));
+    let config = plan.shim_config(context);
     let runtime = match (&plan.runtime.shim, &config) {
         (None, _) => RuntimeOptions::Runc { binary: &binary, root: &root },
-        (Some(_), Some(path)) => RuntimeOptions::File { kind: &plan.shim_options(), path },
+        (Some(_), Some(path)) => RuntimeOptions::File { kind: &plan.shim_options_type(), path },
         (Some(_), None) => RuntimeOptions::Default,
     };
     let create = CreateTask {
@@ -433,16 +458,16 @@ async fn run(
     };
     let failed = |doing| move |source: ShimError| TaskError::Shim { doing, source };
     let client = shim.client();
-    let starter = plan.starter(shared);
-    let watched = shared.pid_files.as_ref().filter(|_| starter != Starter::Shim);
+    let started_by = plan.started_by(context);
+    let watched = context.pid_files.as_ref().filter(|_| started_by != StartedBy::Shim);
     let pid_file = watched.and_then(|files| files.watch(&bundle).ok());
-    fault::point_within("start.creating", Duration::from_millis(4));
+    failpoint::kill_after("start.creating", Duration::from_millis(4));
     let mut creating = pin!(client.create(&create));
-    let refused = failed("create the container");
+    let create_failed = failed("create the container");
     // The runtime writes the pid file some milliseconds before the shim answers.
     let (pid, created) = tokio::select! {
-        created = &mut creating => (created.map_err(refused)?, true),
-        pid = PidFile::written(pid_file) => (pid, false),
+        created = &mut creating => (created.map_err(create_failed)?, true),
+        pid = PidFile::wait(pid_file) => (pid, false),
     };
     // The container's process is in its cgroup by now.
     drop(warm);
@@ -451,36 +476,36 @@ async fn run(
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
     let state = places.runtime_state(&plan.runtime.name, &record.namespace).join(id);
-    let started = match starter {
-        Starter::Driver => {
-            let unlike = |error: &std::io::Error| {
+    let started = match started_by {
+        StartedBy::Driver => {
+            let log_fallback = |error: &std::io::Error| {
                 tracing::debug!(%error, "the driver could not start the process; calling the shim's Start");
             };
-            shim::release(&state, &process).await.inspect_err(unlike).is_ok()
+            shim::start_via_exec_fifo(&state, &process).await.inspect_err(log_fallback).is_ok()
         }
-        Starter::Wrapper => true,
-        Starter::Shim => false,
+        StartedBy::Wrapper => true,
+        StartedBy::Shim => false,
     };
-    phases.released = (started && starter == Starter::Driver).then(|| began.elapsed());
-    fault::point("start.released");
+    phases.released = (started && started_by == StartedBy::Driver).then(|| began.elapsed());
+    failpoint::kill_at("start.released");
     if !created {
-        creating.await.map_err(refused)?;
+        creating.await.map_err(create_failed)?;
     }
     phases.create = step.elapsed();
-    fault::await_point("start.creating");
-    fault::point("start.created");
+    failpoint::wait_for_kill("start.creating");
+    failpoint::kill_at("start.created");
     // The shim has opened the log FIFOs by now.
-    crate::logs::started(&places.log(&plan.container_id))?;
+    crate::logs::mark_started(&places.log(&plan.container_id))?;
     if !started {
         let step = Instant::now();
         client.start(id).await.map_err(failed("start the container"))?;
         phases.start = Some(step.elapsed());
     }
-    fault::point("start.started");
+    failpoint::kill_at("start.started");
 
-    let run = RunRecord { process, started_at: millis(SystemTime::now()) };
+    let run = RunRecord { process, started_at: epoch_millis(SystemTime::now()) };
     record.state = RecordState::Running(run);
     record.save_state(&places.record(&plan.container_id))?;
-    fault::point("start.recorded");
+    failpoint::kill_at("start.recorded");
     Ok(run)
 }

@@ -9,7 +9,7 @@ use std::{
 
 use nomad_driver_shim::{
     containerd::Client,
-    control::{Answer, PATIENCE as CONTROL, Request, ask},
+    control::{ANSWER_TIMEOUT as CONTROL, Answer, Request, send_request},
     ids::Digest,
 };
 use serde_json::{Value, json};
@@ -110,13 +110,15 @@ async fn a_file_that_changed_is_another_image() {
         running.push(env.start(json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})).await);
     }
     // What a task runs from stays for as long as it runs, whatever its name stands for by now.
-    let swept = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, CONTROL).await.unwrap();
+    let swept =
+        send_request(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, CONTROL).await.unwrap();
     assert_eq!(swept, Answer::Removed(Vec::new()));
     for (task, text) in running.into_iter().zip(["one\n", "two\n"]) {
         fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
         assert_eq!(env.finish_task(task).await.1, text);
     }
-    let swept = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, CONTROL).await.unwrap();
+    let swept =
+        send_request(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, CONTROL).await.unwrap();
     let Answer::Removed(swept) = swept else { panic!("{swept:?}") };
     assert_eq!(swept.iter().map(|one| one.kind.as_str()).collect::<Vec<_>>(), ["lease"], "the first one's: {swept:?}");
     env.finish().await;
@@ -198,8 +200,8 @@ async fn bad_archives_are_refused_with_a_reason() {
     env.finish().await;
 }
 
-pub async fn gc(env: &Env, dry_run: bool) -> Vec<(String, String)> {
-    let answer = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run }, CONTROL).await.unwrap();
+pub(crate) async fn gc(env: &Env, dry_run: bool) -> Vec<(String, String)> {
+    let answer = send_request(&env.dir.join("run/control.sock"), &Request::Gc { dry_run }, CONTROL).await.unwrap();
     let Answer::Removed(removed) = answer else { panic!("{answer:?}") };
     assert!(removed.iter().all(|one| one.problem.is_none()), "{removed:?}");
     removed.into_iter().map(|one| (one.kind, one.name)).collect()
@@ -220,7 +222,7 @@ async fn an_image_that_nobody_uses_goes() {
     let task = env.sh("sleep 600").await;
     assert_eq!(gc(&env, false).await, [], "a task uses it");
     let request = Request::RemoveImage { image: image.clone() };
-    let refused = ask(&env.dir.join("run/control.sock"), &request, CONTROL).await;
+    let refused = send_request(&env.dir.join("run/control.sock"), &request, CONTROL).await;
     assert!(refused.unwrap_err().to_string().contains("in use"));
     // The next plugin's task, too.
     env.kill_plugin().await;

@@ -95,7 +95,7 @@ async fn no_shim_is_taken_over_when_bundles_can_not_be_listed() {
     assert_ne!(env.record(&other).await.1["shim"], shim_of(&env, &pid), "two tasks share a shim");
     env.destroy(&other).await.unwrap();
     // Politely: what waits in the pool ends with it.
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     env.set_var("NOMAD_DRIVER_SHIM_BLIND", None);
     env.start_plugin().await;
     env.recover(&task).await.unwrap();

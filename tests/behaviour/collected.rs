@@ -209,7 +209,7 @@ async fn the_socket_of_a_killed_plugin_goes_with_the_next_one() {
 fn log_processes(env: &Env) -> (Vec<i32>, Vec<i32>) {
     let place = env.dir.join("run/logs");
     let (mut keepers, mut writers) = (Vec::new(), Vec::new());
-    for pid in nomad_driver_shim::process::all().unwrap() {
+    for pid in nomad_driver_shim::process::all_pids().unwrap() {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
         if words.iter().any(|word| Path::new(word.as_ref()) == place) {

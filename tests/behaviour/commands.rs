@@ -234,7 +234,7 @@ async fn events_are_told_as_they_happen() {
     assert_eq!(seen[2], "Exited with code 4");
     listening.kill().unwrap();
     listening.wait().unwrap();
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     assert!(refused(&env, &["events"]).await.1.contains("no plugin is running"));
     env.start_plugin().await;
     env.finish().await;
@@ -285,7 +285,7 @@ async fn what_another_plugin_has_made_is_its_own() {
     // Three of its sweeps.
     tokio::time::sleep(Duration::from_millis(2000)).await;
     assert_eq!(env.exec_text(&task, "cat /file; echo new > /other; cat /other").await, "old\nnew\n");
-    assert!(other.plugin.take().unwrap().leave().await.status.is_some_and(|status| status.success()));
+    assert!(other.plugin.take().unwrap().shut_down().await.status.is_some_and(|status| status.success()));
     env.destroy(&task).await.unwrap();
     env.finish().await;
 }

@@ -95,7 +95,7 @@ async fn terminate(env: &mut Env) -> Duration {
     let mut plugin = env.plugin.take().unwrap();
     let began = Instant::now();
     kill(Pid::from_raw(plugin.pid().unwrap().cast_signed()), Signal::SIGTERM).unwrap();
-    tokio::time::timeout(patience(), plugin.ended()).await.expect("the plugin lives on").unwrap();
+    tokio::time::timeout(patience(), plugin.wait()).await.expect("the plugin lives on").unwrap();
     began.elapsed()
 }
 
@@ -152,7 +152,7 @@ async fn a_delete_that_is_cut_off(real: &str, scope: &str, instead: &str, end: E
     let bystander = env.start(config.clone()).await;
     bystander.says("up").await;
     // Of the same allocation, so that both share their shim wherever tasks do.
-    let dirs = env.allocs[0].task("side").unwrap();
+    let dirs = env.allocs[0].create_task("side").unwrap();
     let mut task = env.prepare_in(dirs, "1", config).await;
     env.try_start(&mut task).await.unwrap();
     task.says("up").await;
@@ -307,7 +307,7 @@ async fn a_shared_shim_that_can_not_delete_a_container_gets_no_further_task() {
         let config = sleeper(&env).await;
         let bystander = env.start(config.clone()).await;
         let beside = async |env: &mut Env, name: &str| {
-            let dirs = env.allocs[0].task(name).unwrap();
+            let dirs = env.allocs[0].create_task(name).unwrap();
             let mut task = env.prepare_in(dirs, "1", config.clone()).await;
             env.try_start(&mut task).await.unwrap();
             task

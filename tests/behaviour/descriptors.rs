@@ -5,7 +5,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use nomad_driver_shim::{host::Launch, ids::random_hex};
+use nomad_driver_shim::{host::PluginCommand, ids::random_hex};
 use serde_json::json;
 
 use crate::support::{Env, EnvOptions, Image, program, script, services, services::root};
@@ -15,8 +15,8 @@ const SOFT: &str = "777";
 const HARD: &str = "5555";
 
 /// The plugin, started with these limits. util-linux's prlimit sets them and becomes the plugin.
-fn limited() -> Launch {
-    let mut launch = Launch::new("prlimit");
+fn limited() -> PluginCommand {
+    let mut launch = PluginCommand::new("prlimit");
     let nofile = format!("--nofile={SOFT}:{HARD}");
     launch.args = [&nofile, program().to_str().unwrap(), "--name", "shim"].map(str::to_owned).to_vec();
     launch

@@ -204,15 +204,15 @@ async fn a_missing_shim_or_runtime_is_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_plugin_configuration_is_refused_by_name() {
     use nomad_driver_shim::{
-        host::{Launch, Plugin, encode_raw},
+        host::{Plugin, PluginCommand, encode_raw},
         pb::base::SetConfigRequest,
     };
-    let plugin = Plugin::launch(&Launch::new(crate::support::program())).await.unwrap();
+    let plugin = Plugin::launch(&PluginCommand::new(crate::support::program())).await.unwrap();
     let config = json!({"allow_priviledged": true, "shim": {"pool": -1}, "state": {"run_dir": "x"}});
     let request = SetConfigRequest { msgpack_config: encode_raw(&config), ..Default::default() };
     let status = plugin.base().set_config(request).await.unwrap_err();
     for part in ["allow_priviledged (did you mean allow_privileged?)", "shim.pool = -1", "state.run_dir"] {
         assert!(status.message().contains(part), "{part:?} in {}", status.message());
     }
-    plugin.leave().await;
+    plugin.shut_down().await;
 }

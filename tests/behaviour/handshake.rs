@@ -10,7 +10,7 @@ use std::{
 
 use nomad_driver_shim::{
     cookie::{MAGIC_COOKIE, MAGIC_COOKIE_KEY},
-    host::{Launch, Plugin},
+    host::{Plugin, PluginCommand},
     pb::{
         base::{ConfigSchemaRequest, SetConfigRequest},
         goplugin::{ConnInfo, grpc_broker_client::GrpcBrokerClient, grpc_stdio_client::GrpcStdioClient},
@@ -87,7 +87,7 @@ async fn through_a_link_it_says_the_links_name() {
     let link = root().join("containerd-driver");
     let _ = std::fs::remove_file(&link);
     std::os::unix::fs::symlink(program(), &link).unwrap();
-    let plugin = Plugin::launch(&Launch::new(&link)).await.unwrap();
+    let plugin = Plugin::launch(&PluginCommand::new(&link)).await.unwrap();
     let info = plugin.info().await.unwrap();
     assert_eq!((info.name.as_str(), info.plugin_api_versions), ("containerd-driver", vec!["v0.1.0".to_owned()]));
     // An agent file of the old driver, unchanged.
@@ -95,9 +95,9 @@ async fn through_a_link_it_says_the_links_name() {
     let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
     let msgpack_config = nomad_driver_shim::host::encode(schema.spec.as_ref(), &old).unwrap();
     plugin.base().set_config(SetConfigRequest { msgpack_config, ..Default::default() }).await.unwrap();
-    plugin.leave().await;
+    plugin.shut_down().await;
 
-    let mut launch = Launch::new(program());
+    let mut launch = PluginCommand::new(program());
     assert_eq!(Plugin::launch(&launch).await.unwrap().info().await.unwrap().name, "shim");
     launch.args = vec!["--name".to_owned(), "other".to_owned()];
     assert_eq!(Plugin::launch(&launch).await.unwrap().info().await.unwrap().name, "other");
@@ -105,7 +105,7 @@ async fn through_a_link_it_says_the_links_name() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_asks_for_mutual_tls_gets_it() {
-    let mut launch = Launch::new(program());
+    let mut launch = PluginCommand::new(program());
     launch.tls = true;
     let plugin = Plugin::launch(&launch).await.unwrap();
     assert_eq!(plugin.info().await.unwrap().name, "shim");
@@ -121,7 +121,7 @@ async fn a_host_that_asks_for_mutual_tls_gets_it() {
         client.plugin_info(nomad_driver_shim::pb::base::PluginInfoRequest {}).await.unwrap_err();
     }
     assert_eq!(plugin.info().await.unwrap().name, "shim", "and does no harm");
-    assert!(plugin.leave().await.status.is_some());
+    assert!(plugin.shut_down().await.status.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,7 +143,7 @@ async fn go_plugins_own_services_are_there() {
 #[tokio::test(flavor = "multi_thread")]
 async fn asking_who_it_is_touches_nothing() {
     let directory = root().join("untouched");
-    let plugin = Plugin::launch(&Launch::new(program())).await.unwrap();
+    let plugin = Plugin::launch(&PluginCommand::new(program())).await.unwrap();
     plugin.info().await.unwrap();
     let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
     let config = json!({"state": {"run_dir": directory.join("run"), "state_dir": directory.join("state")}});
@@ -152,7 +152,7 @@ async fn asking_who_it_is_touches_nothing() {
         let request = SetConfigRequest { msgpack_config: msgpack_config.clone(), ..Default::default() };
         plugin.base().set_config(request).await.unwrap();
     }
-    let left = plugin.leave().await;
+    let left = plugin.shut_down().await;
     assert!(left.status.is_some_and(|status| status.success()) && left.took < Duration::from_secs(1), "{left:?}");
     assert!(!directory.exists());
 }
@@ -166,7 +166,7 @@ async fn it_leaves_at_once_and_takes_its_socket_along() {
     let (mut driver, task_id) = (env.driver(), task.id.clone());
     let waiter =
         tokio::spawn(async move { driver.wait_task(nomad_driver_shim::pb::driver::WaitTaskRequest { task_id }).await });
-    let left = env.plugin.take().unwrap().leave().await;
+    let left = env.plugin.take().unwrap().shut_down().await;
     assert!(left.status.is_some_and(|status| status.success()) && left.took < Duration::from_secs(1), "{left:?}");
     assert!(!socket.exists());
     assert!(waiter.await.unwrap().is_err(), "an answer would be taken for the task's exit");
@@ -285,13 +285,15 @@ async fn a_second_plugin_of_the_same_name_is_refused_while_the_first_lives() {
     let mut env = Env::new().await;
     let task = env.sh("sleep 600").await;
     let second =
-        Plugin::launch(&Launch { args: vec!["--name".into(), "shim".into()], ..Launch::new(program()) }).await.unwrap();
+        Plugin::launch(&PluginCommand { args: vec!["--name".into(), "shim".into()], ..PluginCommand::new(program()) })
+            .await
+            .unwrap();
     second.configure(&env.config).await.unwrap();
     let request = nomad_driver_shim::pb::driver::StartTaskRequest { task: Some(task.config.clone()) };
     let status = second.driver().start_task(request).await.unwrap_err();
     assert!(status.message().contains("another plugin holds"), "{status:?}");
     assert!(nomad_driver_shim::host::is_recoverable(&status));
-    second.leave().await;
+    second.shut_down().await;
     env.destroy(&task).await.unwrap();
     env.finish().await;
 }

@@ -22,7 +22,7 @@ async fn leaks_without(step: &str) -> Vec<String> {
     assert!(!leaks.is_empty(), "nothing noticed without {step}");
     assert!(env.plugin().stderr().contains("a failpoint skipped a step"), "the switch must fire: {step}");
     drop(outcome);
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     leaks.extend(leak::afterwards_within(&env, SOON).await);
     clean(&env).await;
     leaks

@@ -193,7 +193,7 @@ async fn a_fingerprint_tells_what_is_wrong() {
         let first = tokio::time::timeout(patience(), fingerprints.message()).await.unwrap().unwrap().unwrap();
         assert_eq!(first.health, health as i32, "{first:?}");
         assert!(first.health_description.contains(words), "{first:?}");
-        env.plugin.take().unwrap().leave().await;
+        env.plugin.take().unwrap().shut_down().await;
         assert_eq!(leak::afterwards(&env).await, Vec::<String>::new());
     }
 }
@@ -203,7 +203,7 @@ async fn a_fingerprint_tells_what_is_wrong() {
 async fn a_cached_image_starts_without_containerd() {
     let mut env = Env::new().await;
     assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
-    assert!(env.plugin.take().unwrap().leave().await.status.is_some());
+    assert!(env.plugin.take().unwrap().shut_down().await.status.is_some());
     env.config["containerd"]["address"] = json!("/no/such.sock");
     env.start_plugin().await;
     let image = env.busybox().await;

@@ -25,9 +25,9 @@ async fn a_collector_that_comes_late_gets_everything() {
     env.try_start(&mut task).await.unwrap();
     assert_eq!(env.wait(&task).await.exit_code, 0);
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let late = fifos.map(|fifo| Collector::start(&fifo, Output::Keep));
+    let late = fifos.map(|fifo| Collector::start(&fifo, Output::Memory));
     for (collector, expected) in late.iter().zip(["out\n", "err\n"]) {
-        assert!(collector.ended(patience()).await.is_some());
+        assert!(collector.wait_for_end(patience()).await.is_some());
         assert_eq!(collector.text(), expected);
     }
     env.destroy(&task).await.unwrap();
@@ -88,7 +88,7 @@ async fn a_failed_start_does_not_make_the_log_collector_wait() {
         let mut task = env.prepare(config.clone()).await;
         env.try_start(&mut task).await.unwrap_err();
         for stream in [&task.stdout, &task.stderr] {
-            let waited = stream.ended(Duration::from_secs(2)).await;
+            let waited = stream.wait_for_end(Duration::from_secs(2)).await;
             assert!(waited.is_some(), "the collector still waits after {config}");
         }
     }

@@ -28,6 +28,7 @@ mod config;
 mod crash;
 mod cut_off;
 mod descriptors;
+mod documents;
 mod exec;
 mod failures;
 mod gc;

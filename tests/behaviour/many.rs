@@ -45,9 +45,9 @@ async fn two_hundred_rounds_leave_nothing() {
             let config =
                 encode(schema.as_ref(), &json!({"image": image, "command": "/bin/sh", "args": ["-c", script]}))
                     .unwrap();
-            let dirs = alloc.task("web").unwrap();
+            let dirs = alloc.create_task("web").unwrap();
             let (stdout, stderr) =
-                (Collector::start(&dirs.stdout, Output::Keep), Collector::start(&dirs.stderr, Output::Keep));
+                (Collector::start(&dirs.stdout, Output::Memory), Collector::start(&dirs.stderr, Output::Memory));
             let task = dirs.config("1", config);
             let task_id = task.id.clone();
             driver.start_task(StartTaskRequest { task: Some(task) }).await.unwrap();
@@ -63,7 +63,7 @@ async fn two_hundred_rounds_leave_nothing() {
             }
             let answer = driver.wait_task(WaitTaskRequest { task_id: task_id.clone() }).await.unwrap().into_inner();
             for stream in [&stdout, &stderr] {
-                assert!(stream.ended(patience()).await.is_some());
+                assert!(stream.wait_for_end(patience()).await.is_some());
             }
             driver.destroy_task(DestroyTaskRequest { task_id, force: true }).await.unwrap();
             let expected = if stopped { 42 } else { n % 100 };
@@ -107,7 +107,7 @@ async fn a_thousand_tasks_alive_at_once() {
     let started = each(allocs.collect(), |(n, alloc)| {
         let (mut driver, config) = (driver.clone(), if n < WATCHED { &sleeping } else { &waking }.clone());
         async move {
-            let dirs = alloc.task("web").unwrap();
+            let dirs = alloc.create_task("web").unwrap();
             // They say nothing: two thousand readers would only cost memory.
             let streams = [&dirs.stdout, &dirs.stderr]
                 .map(|fifo| std::fs::File::options().read(true).write(true).open(fifo).unwrap());
@@ -183,7 +183,7 @@ async fn watch(env: &Env, ids: &[String]) -> f64 {
 }
 
 /// Processor time of a process so far (proc_pid_stat(5): fields 14 and 15, in ticks of 10 ms).
-pub fn processor_time(pid: u32) -> Duration {
+pub(crate) fn processor_time(pid: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
     Duration::from_millis(fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())

@@ -131,7 +131,7 @@ async fn two_tasks_of_a_group_share_a_bridged_network_and_its_mapped_port() {
         ("server", "mkdir /www; echo from the task > /www/page; exec httpd -f -p $NOMAD_PORT_http -h /www"),
         ("client", "sleep 600"),
     ] {
-        let mut task = env.prepare_in(alloc.task(name).unwrap(), "1", sh(script)).await;
+        let mut task = env.prepare_in(alloc.create_task(name).unwrap(), "1", sh(script)).await;
         bridge.told_to(&mut task.config);
         env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{}", status.message()));
         tasks.push(task);

@@ -3,7 +3,7 @@
 use std::fs;
 
 use nomad_driver_shim::{
-    control::{Answer, Garbage, PATIENCE, Request, ask},
+    control::{ANSWER_TIMEOUT, Answer, Garbage, Request, send_request},
     host::Plugin,
     ids::random_hex,
     process::PidFd,
@@ -18,7 +18,8 @@ async fn environment(orphans: &str) -> Env {
 }
 
 async fn gc(env: &Env, dry_run: bool) -> Vec<Garbage> {
-    let answer = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run }, PATIENCE).await.unwrap();
+    let answer =
+        send_request(&env.dir.join("run/control.sock"), &Request::Gc { dry_run }, ANSWER_TIMEOUT).await.unwrap();
     let Answer::Removed(garbage) = answer else { panic!("{answer:?}") };
     garbage
 }
@@ -107,7 +108,7 @@ async fn an_orphan_without_an_agent_runs_on() {
     let runs = process(&env, &task).await;
     next_plugin(&mut env).await;
     let socket = env.plugin().socket().to_owned();
-    let child = env.plugin.take().unwrap().abandon();
+    let child = env.plugin.take().unwrap().detach();
     let why = "no agent has been connected for as long as state.grace";
     eventually("its grace is over", async || {
         let garbage = gc(&env, true).await;
@@ -126,7 +127,7 @@ async fn an_orphan_without_an_agent_runs_on() {
     env.destroy(&task).await.unwrap();
     let leaks = crate::support::leak::of_tasks(&env).await;
     assert_eq!(leaks, Vec::<String>::new());
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     child.unwrap().wait().await.unwrap();
 }
 

@@ -198,12 +198,12 @@ async fn nothing_is_lost_or_doubled_whoever_dies() {
             "agent" => {
                 let plugin = env.plugin.take().unwrap();
                 let socket = plugin.socket().to_owned();
-                let child = plugin.abandon();
+                let child = plugin.detach();
                 // Kept: its end is the kernel's to tell, not ours.
                 std::mem::forget(child);
                 env.plugin = Some(Plugin::reattach(&socket).await.unwrap());
                 // A plugin that another started can't be killed by us any more; a new one takes over.
-                env.plugin.take().unwrap().leave().await;
+                env.plugin.take().unwrap().shut_down().await;
                 env.start_plugin().await;
                 for task in &tasks {
                     env.recover(task).await.unwrap();
@@ -344,7 +344,7 @@ async fn on(disk: &SmallDisk, env: &mut Env, script: &str, policy: &str) -> Task
     let config = json!({
         "image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "log_policy": policy,
     });
-    let mut task = env.prepare_in(alloc.task("web").unwrap(), "1", config).await;
+    let mut task = env.prepare_in(alloc.create_task("web").unwrap(), "1", config).await;
     env.try_start(&mut task).await.unwrap();
     task
 }
@@ -443,7 +443,7 @@ async fn the_writer_is_in_a_group_of_its_own_and_goes_when_nobody_needs_it() {
         assert_eq!(session, found["keeper"], "a session of its own");
     }
     // Of the plugin's leaving a task's log knows nothing.
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     assert_eq!(writers(&env), found);
     env.start_plugin().await;
     env.recover(&task).await.unwrap();

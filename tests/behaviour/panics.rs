@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nomad_driver_shim::control::{Answer, Request, ask};
+use nomad_driver_shim::control::{Answer, Request, send_request};
 use serde_json::json;
 
 use crate::support::{Env, EnvOptions, eventually, leak};
@@ -43,7 +43,7 @@ async fn a_teardown_that_panics_is_done_again() {
         assert_eq!(env.finish_task(second).await.1, "second\n");
         // Far less than it waits for teardowns that hang.
         let limit = Duration::from_secs(25);
-        let swept = ask(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, limit).await;
+        let swept = send_request(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, limit).await;
         assert!(
             matches!(swept, Ok(Answer::Removed(_))),
             "gc waits for a teardown that nobody is at: {point}: {swept:?}"

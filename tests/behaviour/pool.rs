@@ -160,7 +160,7 @@ async fn an_allocations_tasks_share_a_shim_until_the_last_is_gone() {
     let alloc = env.allocs.len();
     let mut first = env.prepare(config.clone()).await;
     env.try_start(&mut first).await.unwrap();
-    let dirs = env.allocs[alloc].task("beside").unwrap();
+    let dirs = env.allocs[alloc].create_task("beside").unwrap();
     let mut second = env.prepare_in(dirs, "1", config.clone()).await;
     env.try_start(&mut second).await.unwrap();
     let mut stranger = env.prepare(config).await;

@@ -1,7 +1,7 @@
 //! A plugin that lives is configured once more: it takes what it has already, and nothing else.
 
 use nomad_driver_shim::{
-    host::{Launch, Plugin, encode},
+    host::{Plugin, PluginCommand, encode},
     pb::{
         base::{ConfigSchemaRequest, SetConfigRequest},
         driver::InitRequest,
@@ -87,7 +87,7 @@ async fn the_same_configuration_is_taken_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn until_the_first_work_the_last_configuration_wins() {
     let mut env = Env::new().await;
-    let plugin = Plugin::launch(&Launch::named(program(), "shim")).await.unwrap();
+    let plugin = Plugin::launch(&PluginCommand::with_name(program(), "shim")).await.unwrap();
     let configure = async |config: &Value| {
         let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
         let msgpack_config = encode(schema.spec.as_ref(), config).unwrap();

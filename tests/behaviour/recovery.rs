@@ -103,6 +103,6 @@ async fn nothing_is_started_beside_a_container_of_the_old_driver() {
     assert!(error.message().contains("may still run"), "{error:?}");
     let error = away.try_start(&mut task).await.unwrap_err();
     assert!(error.message().contains("started for this task could not be stopped"), "{error:?}");
-    assert!(away.plugin.take().unwrap().leave().await.status.is_some_and(|status| status.success()));
+    assert!(away.plugin.take().unwrap().shut_down().await.status.is_some_and(|status| status.success()));
     env.finish().await;
 }

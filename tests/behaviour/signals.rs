@@ -45,7 +45,7 @@ fn processes(dir: &Path, word: &str) -> Vec<u32> {
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         line.contains(dir) && line.contains(word)
     };
-    nomad_driver_shim::process::all().unwrap().into_iter().filter(of).collect()
+    nomad_driver_shim::process::all_pids().unwrap().into_iter().filter(of).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

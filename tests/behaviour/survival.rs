@@ -14,7 +14,7 @@ use nix::{
     unistd::Pid,
 };
 use nomad_driver_shim::{
-    host::{Launch, Plugin},
+    host::{Plugin, PluginCommand},
     pb::driver::TaskState,
     process::PidFd,
 };
@@ -52,7 +52,7 @@ async fn a_task_lives_through_the_death_of_everything_around_it() {
 
     // The agent dies, the plugin lives; a new agent attaches.
     let socket = env.plugin().socket().to_owned();
-    let child = env.plugin.take().unwrap().abandon();
+    let child = env.plugin.take().unwrap().detach();
     env.plugin = Some(Plugin::reattach(&socket).await.unwrap());
     env.recover(&task).await.unwrap();
     assert_eq!(env.attribute(&task, "pid").await, pid);
@@ -95,7 +95,7 @@ async fn a_task_lives_through_the_death_of_everything_around_it() {
     env.destroy(&task).await.unwrap();
     let leaks = crate::support::leak::while_alive(&env).await;
     assert!(leaks.is_empty(), "{leaks:#?}");
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
 }
 
 /// containerd is killed, is away for a while, and comes back: tasks and cached images don't notice, pulls say so and
@@ -127,7 +127,7 @@ async fn containerd_may_go_and_come_back() {
     assert_eq!(env.finish_task(task).await.0, 8);
     let leaks = crate::support::leak::while_alive(&env).await;
     assert!(leaks.is_empty(), "{leaks:#?}");
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
 }
 
 /// From the kernel's word that the shim is dead to WaitTask's answer.
@@ -149,7 +149,7 @@ async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
         let shim = shim_pid(&env, &record);
         let pidfd = PidFd::open(shim.try_into().unwrap()).unwrap();
         let dead = tokio::spawn(async move {
-            pidfd.ended().await.unwrap();
+            pidfd.wait_for_end().await.unwrap();
             Instant::now()
         });
         let (mut driver, id) = (env.driver(), task.id.clone());
@@ -391,7 +391,7 @@ async fn an_orphan_gives_way() {
     };
     eventually("an idle shim", async || if idle(&env).len() == 1 { Ok(()) } else { Err(()) }).await;
     let prepared = idle(&env);
-    let mut orphan = env.plugin.take().unwrap().abandon().unwrap();
+    let mut orphan = env.plugin.take().unwrap().detach().unwrap();
     let began = Instant::now();
     env.start_plugin().await;
     let took = began.elapsed();
@@ -414,7 +414,7 @@ async fn an_orphan_lets_go_after_a_while() {
     let pid = env.attribute(&task, "pid").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(env.attribute(&task, "pid").await, pid, "with an agent it stays");
-    let mut orphan = env.plugin.take().unwrap().abandon().unwrap();
+    let mut orphan = env.plugin.take().unwrap().detach().unwrap();
     assert!(tokio::time::timeout(Duration::from_secs(10), orphan.wait()).await.expect("it stays").unwrap().success());
     env.start_plugin().await;
     env.recover(&task).await.unwrap();
@@ -428,16 +428,16 @@ async fn an_orphan_lets_go_after_a_while() {
 async fn a_short_lived_instance_does_no_harm() {
     let mut env = Env::new().await;
     let task = env.sh("sleep 600").await;
-    assert!(env.plugin.take().unwrap().leave().await.status.is_some());
+    assert!(env.plugin.take().unwrap().shut_down().await.status.is_some());
     for delay in [0, 1, 2, 5, 12, 30] {
-        let launch = Launch { args: vec!["--name".into(), "shim".into()], ..Launch::new(program()) };
+        let launch = PluginCommand { args: vec!["--name".into(), "shim".into()], ..PluginCommand::new(program()) };
         let mut fourth = Plugin::launch(&launch).await.unwrap();
         let pid = Pid::from_raw(fourth.pid().unwrap().try_into().unwrap());
         let socket = fourth.socket().to_owned();
         let config = env.config.clone();
         let dying = tokio::spawn(async move {
             let _ = fourth.configure(&config).await;
-            fourth.ended().await
+            fourth.wait().await
         });
         tokio::time::sleep(Duration::from_millis(delay)).await;
         kill(pid, Signal::SIGKILL).unwrap();

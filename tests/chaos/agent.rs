@@ -29,14 +29,14 @@ const RESTART: Duration = Duration::from_millis(500);
 
 /// What is wanted of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wish {
+pub(crate) enum Wish {
     Run,
     Stop(Duration),
     Destroy,
 }
 
 /// A task that the agent cares for.
-pub struct Runner {
+pub(crate) struct Runner {
     node: Arc<Node>,
     pub files: TaskFiles,
     work: Work,
@@ -65,24 +65,24 @@ enum Ended {
 }
 
 impl Runner {
-    pub fn new(node: &Arc<Node>, files: TaskFiles, work: Work) -> Arc<Self> {
+    pub(crate) fn new(node: &Arc<Node>, files: TaskFiles, work: Work) -> Arc<Self> {
         node.model().add(files.number, work);
         let (wish, running) = (watch::Sender::new(Wish::Run), watch::Sender::new(None));
         Arc::new(Self { node: node.clone(), files, work, wish, running })
     }
 
     /// Nomad's id of an attempt.
-    pub fn id(&self, attempt: AttemptId) -> String {
+    pub(crate) fn id(&self, attempt: AttemptId) -> String {
         self.files.config(attempt.1).id
     }
 
     /// The attempt that runs, as far as the agent knows.
-    pub fn running(&self) -> Option<(AttemptId, TaskHandle)> {
+    pub(crate) fn running(&self) -> Option<(AttemptId, TaskHandle)> {
         self.running.borrow().clone()
     }
 
     /// From now on this is wanted. What is wanted of a task that shall end stays.
-    pub fn wish(&self, wish: Wish) {
+    pub(crate) fn wish(&self, wish: Wish) {
         if wish != Wish::Run {
             self.node.model().unwanted(self.files.number);
         }
@@ -96,7 +96,7 @@ impl Runner {
     }
 
     /// Cares for the task until nothing more is to be done.
-    pub async fn run(self: Arc<Self>) {
+    pub(crate) async fn run(self: Arc<Self>) {
         let number = self.files.number;
         let mut must_replace = false;
         while must_replace || *self.wish.borrow() == Wish::Run {
@@ -281,7 +281,7 @@ impl Runner {
     }
 
     /// DestroyTask: an error when the call was cut off.
-    pub async fn destroy(&self, attempt: AttemptId, force: bool) -> Result<(), ()> {
+    pub(crate) async fn destroy(&self, attempt: AttemptId, force: bool) -> Result<(), ()> {
         let request = DestroyTaskRequest { task_id: self.id(attempt), force };
         let answer = self.node.call(Some(call_limit()), |mut driver| async move { driver.destroy_task(request).await });
         match answer.await {

@@ -4,7 +4,7 @@ use crate::plan::Mode;
 
 /// The words, understood.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     pub seed: u64,
     /// In all, spread over the modes. None: as many as are usual.
     pub faults: Option<usize>,
@@ -29,7 +29,7 @@ pub struct Arguments {
 
 /// Who plays the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AgentKind {
+pub(crate) enum AgentKind {
     StandIn,
     /// A real one, of the program that `NOMAD_BIN` names or that is in PATH.
     Nomad,
@@ -41,7 +41,7 @@ impl Arguments {
     ///
     /// # Errors
     /// When a word is not understood.
-    pub fn parse(text: &str, default_seed: u64) -> Result<Self, String> {
+    pub(crate) fn parse(text: &str, default_seed: u64) -> Result<Self, String> {
         let mut this = Self {
             seed: default_seed,
             faults: None,

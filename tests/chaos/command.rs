@@ -22,7 +22,7 @@ fn call_limit() -> Duration {
 
 impl Runner {
     /// Does a command, if the task runs.
-    pub async fn command(&self, node: &Node, step: Step) {
+    pub(crate) async fn command(&self, node: &Node, step: Step) {
         let Some((attempt, handle)) = self.running() else { return };
         let task_id = self.id(attempt);
         let outcome = match step {

@@ -13,22 +13,22 @@ const SIZE: &str = "size=48m";
 const FILLER: &str = ".filler";
 
 /// A file system in memory.
-pub struct Disk(PathBuf);
+pub(crate) struct Disk(PathBuf);
 
 impl Disk {
     /// Mounts one at `path`, which may hold something that is hidden by it.
-    pub fn mount(path: &Path) -> Self {
+    pub(crate) fn mount(path: &Path) -> Self {
         fs::create_dir_all(path).unwrap();
         mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), Some(SIZE)).unwrap();
         Self(path.to_owned())
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
     /// Leaves no space.
-    pub fn fill(&self) {
+    pub(crate) fn fill(&self) {
         let Ok(mut file) = fs::File::create(self.0.join(FILLER)) else { return };
         for size in [1 << 20, 4096, 1] {
             while file.write_all(&vec![0; size]).is_ok() {}
@@ -36,12 +36,12 @@ impl Disk {
     }
 
     /// Gives the space back.
-    pub fn empty(&self) {
+    pub(crate) fn empty(&self) {
         let _ = fs::remove_file(self.0.join(FILLER));
     }
 
     /// Forgets all that is on it, as memory does when the host is started anew.
-    pub fn forget(&self) {
+    pub(crate) fn forget(&self) {
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
         mount(Some("tmpfs"), &self.0, Some("tmpfs"), MsFlags::empty(), Some(SIZE)).unwrap();
     }

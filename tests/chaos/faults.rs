@@ -35,7 +35,7 @@ const FORMER: &str = "NOMAD_DRIVER_SHIM_CHAOS_FORMER";
 
 impl Ground {
     /// Does what a fault is. Those that last are ended in the background.
-    pub async fn strike(self: &Arc<Self>, fault: Fault) {
+    pub(crate) async fn strike(self: &Arc<Self>, fault: Fault) {
         if let Fault::Kill { target, .. } | Fault::KillDuring { target, .. } = fault
             && matches!(target, Target::Shim | Target::Runtime)
         {
@@ -231,7 +231,7 @@ fn limit_descriptors(pid: u32, limit: u64) -> bool {
 }
 
 /// Kills all processes of the node and its tasks until none is left, as a power cut does.
-pub fn end_everything(env: &Env) {
+pub(crate) fn end_everything(env: &Env) {
     for _ in 0..200 {
         let alive = [observe::marked_processes(&env.namespace), observe::all_of(&env.dir)].concat();
         if alive.is_empty() {
@@ -246,13 +246,13 @@ pub fn end_everything(env: &Env) {
 }
 
 /// Nothing of a node stays on the machine.
-pub fn end_node(env: &Env) {
+pub(crate) fn end_node(env: &Env) {
     end_everything(env);
     unmount_all(env);
 }
 
 /// Unmounts all that the driver has mounted and removes its cgroups: no kernel remembers them after a restart.
-pub fn unmount_all(env: &Env) {
+pub(crate) fn unmount_all(env: &Env) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
         if point.starts_with(&env.dir) && !env.own_mounts.iter().any(|own| own == point) {
@@ -265,7 +265,7 @@ pub fn unmount_all(env: &Env) {
 }
 
 /// A group of the pids controller of the test's own: in its hierarchy of cgroup version 1, else in the one of version 2.
-pub fn pids_group(name: &str) -> Option<std::path::PathBuf> {
+pub(crate) fn pids_group(name: &str) -> Option<std::path::PathBuf> {
     let cgroups = Cgroups::detect().ok()?;
     let of_version_1 = cgroups.hierarchies().iter().find(|path| path.ends_with("pids"));
     let unified = || cgroups.hierarchies().iter().find(|path| path.join("cgroup.subtree_control").exists());

@@ -26,7 +26,7 @@ use crate::{
 const GRACE: &str = "6s";
 
 /// Who is told of faults, and keeps what must be true in spite of them.
-pub trait Journal: Send + Sync {
+pub(crate) trait Journal: Send + Sync {
     fn note(&self, what: &str);
     /// These tasks may have been struck.
     fn hit(&self, hit: &Hit);
@@ -39,7 +39,7 @@ pub trait Journal: Send + Sync {
 }
 
 /// What is made before the agent starts.
-pub struct Site {
+pub(crate) struct Site {
     pub dir: PathBuf,
     pub namespace: String,
     /// Of the run directory and of the state directory.
@@ -54,7 +54,7 @@ pub struct Site {
 }
 
 /// A site, and what goes on there.
-pub struct Ground {
+pub(crate) struct Ground {
     pub site: Site,
     pub journal: Arc<dyn Journal>,
     /// Commands that are at work, and ends of faults that last.
@@ -63,7 +63,7 @@ pub struct Ground {
 
 impl Site {
     /// Makes one, with the configuration of its plugin in `Env::config`. No plugin runs there yet.
-    pub async fn prepare(Setting { mode, plant, .. }: Setting<'_>) -> (Self, Env) {
+    pub(crate) async fn prepare(Setting { mode, plant, .. }: Setting<'_>) -> (Self, Env) {
         let id = random_hex(4);
         let containerd_dir = services().root.join(format!("containerd-{id}"));
         let containerd = services::start_containerd(&containerd_dir);
@@ -81,7 +81,7 @@ impl Site {
         let mut env = Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await;
         let image = env.busybox().await;
         // Before anything is started: the directories become disks of their own, and the runtimes wrappers.
-        env.plugin.take().unwrap().leave().await;
+        env.plugin.take().unwrap().shut_down().await;
         let disks = ["run", "state"].map(|name| Disk::mount(&env.dir.join(name)));
         env.own_mounts = disks.iter().map(|disk| disk.path().to_owned()).collect();
         let wrappers = Wrappers::new(&env.dir);
@@ -96,12 +96,12 @@ impl Site {
     }
 
     /// containerd's process.
-    pub fn containerd(&self) -> u32 {
+    pub(crate) fn containerd(&self) -> u32 {
         fs::read_to_string(self.containerd_dir.join("pid")).unwrap_or_default().parse().unwrap_or(u32::MAX)
     }
 
     /// After a failure much may be left; nothing of it stays on the machine.
-    pub fn clean(&self, env: &mut Env) {
+    pub(crate) fn clean(&self, env: &mut Env) {
         crate::faults::end_node(env);
         if let Ok(containerd) = nomad_driver_shim::process::PidFd::open(self.containerd()) {
             containerd.signal(libc::SIGKILL);
@@ -114,17 +114,17 @@ impl Site {
 }
 
 impl Ground {
-    pub fn new(site: Site, journal: Arc<dyn Journal>) -> Arc<Self> {
+    pub(crate) fn new(site: Site, journal: Arc<dyn Journal>) -> Arc<Self> {
         Arc::new(Self { site, journal, lasting: Mutex::default() })
     }
 
     /// Does something beside the steps; settling waits for it.
-    pub fn lasting_task(&self, task: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn lasting_task(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.lasting.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
     }
 
     /// Waits until faults and commands are over.
-    pub async fn outlast(&self) {
+    pub(crate) async fn outlast(&self) {
         let mut lasting = std::mem::take(&mut *self.lasting.lock().unwrap_or_else(PoisonError::into_inner));
         while lasting.join_next().await.is_some() {}
     }

@@ -9,7 +9,7 @@ use std::{
 const WARNINGS: usize = 40;
 
 /// Lines with the time since the beginning of the run.
-pub struct History {
+pub(crate) struct History {
     began: Instant,
     lines: Mutex<Vec<String>>,
     /// Warnings and errors of all plugins, each once.
@@ -17,26 +17,26 @@ pub struct History {
 }
 
 impl History {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { began: Instant::now(), lines: Mutex::default(), warnings: Mutex::default() }
     }
 
     /// Since the beginning of the run.
-    pub fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         self.began.elapsed()
     }
 
-    pub fn note(&self, what: &str) {
+    pub(crate) fn note(&self, what: &str) {
         let line = format!("{:8.3} {what}", self.now().as_secs_f64());
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
     }
 
-    pub fn lines(&self) -> Vec<String> {
+    pub(crate) fn lines(&self) -> Vec<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Keeps the warnings among the lines of a plugin's log.
-    pub fn listen_to(&self, log: &str) {
+    pub(crate) fn listen_to(&self, log: &str) {
         let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
         for line in log.lines() {
             if let Some(warning) = warning(line).filter(|warning| !warnings.contains(warning)) {
@@ -46,7 +46,7 @@ impl History {
     }
 
     /// The last warnings and errors of the plugins.
-    pub fn warnings(&self) -> Vec<String> {
+    pub(crate) fn warnings(&self) -> Vec<String> {
         let warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
         warnings[warnings.len().saturating_sub(WARNINGS)..].to_vec()
     }

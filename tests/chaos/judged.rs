@@ -8,7 +8,7 @@ use crate::{report::Figures, shrink, world::Outcome};
 ///
 /// # Errors
 /// With the shortest history; what else is known of the failure is printed before.
-pub async fn judged<S: Copy + Display>(
+pub(crate) async fn judged<S: Copy + Display>(
     words: &str,
     steps: &[S],
     keep: Option<&[usize]>,

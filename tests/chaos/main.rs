@@ -138,7 +138,11 @@ async fn the_long_form() {
     let asked = if arguments.modes.is_empty() { Mode::ALL.to_vec() } else { arguments.modes.clone() };
     let available = available();
     let (modes, missing): (Vec<Mode>, Vec<Mode>) = asked.into_iter().partition(|mode| available.contains(mode));
-    missing.iter().for_each(|mode| eprintln!("{} can't be had on this machine", mode.name()));
+    let is_asked_for = |mode: &&Mode| arguments.modes.contains(mode);
+    if let Some(mode) = missing.iter().find(is_asked_for) {
+        panic!("{} is not available on this machine: scripts/setup.sh gvisor builds runsc", mode.name());
+    }
+    missing.iter().for_each(|mode| eprintln!("{} is not available on this machine; NOT RUN", mode.name()));
     let count = arguments.aimed.or(arguments.faults).unwrap_or(FAULTS).div_ceil(modes.len().max(1));
     let mut runs = Vec::new();
     for mode in modes {

@@ -18,24 +18,24 @@ fn aftermath() -> Duration {
     patience() / 3
 }
 /// What a task answers to its stop signal.
-pub const STOPPED: i32 = 9;
+pub(crate) const STOPPED: i32 = 9;
 const KILLED: i32 = 137;
 /// What `runsc exec` ends with when the sandbox goes away under it (gVisor, `runsc/cmd/util`, `Fatalf`).
 const RUNSC_FAILED: i32 = 128;
 
 /// An attempt of a task: its number, and that of the attempt.
-pub type AttemptId = (TaskNumber, u32);
+pub(crate) type AttemptId = (TaskNumber, u32);
 
 /// A container's first process, as the kernel shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Init {
+pub(crate) struct Init {
     pub pid: u32,
     pub attempt: AttemptId,
 }
 
 /// Whom a fault may have struck.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Hit {
+pub(crate) enum Hit {
     /// These attempts.
     Attempts(Vec<AttemptId>),
     /// All that were just being started or ended.
@@ -82,7 +82,7 @@ struct Task {
 
 /// The node as the agent knows it.
 #[derive(Debug, Default)]
-pub struct Model {
+pub(crate) struct Model {
     tasks: BTreeMap<TaskNumber, Task>,
     /// Faults that are at work just now.
     ongoing: u32,
@@ -93,30 +93,30 @@ pub struct Model {
 
 impl Model {
     /// A model that does not mind what contains one of these texts.
-    pub fn ignoring(ignored: &[String]) -> Self {
+    pub(crate) fn ignoring(ignored: &[String]) -> Self {
         Self { violations: Violations::ignoring(ignored), ..Self::default() }
     }
 
     /// What has been found wrong so far.
-    pub fn violations(&self) -> &[String] {
+    pub(crate) fn violations(&self) -> &[String] {
         self.violations.found()
     }
 
     /// Something is wrong.
-    pub fn violated(&mut self, what: String) {
+    pub(crate) fn violated(&mut self, what: String) {
         self.violations.add(what);
     }
 
-    pub fn add(&mut self, task: TaskNumber, work: Work) {
+    pub(crate) fn add(&mut self, task: TaskNumber, work: Work) {
         let new = Task { work, attempts: Vec::new(), is_wanted: true, is_over: false, last_refusal: None };
         self.tasks.insert(task, new);
     }
 
-    pub fn fault_begins(&mut self, now: Duration) {
+    pub(crate) fn fault_begins(&mut self, now: Duration) {
         (self.ongoing, self.last_fault) = (self.ongoing + 1, Some(now));
     }
 
-    pub fn fault_ends(&mut self, now: Duration) {
+    pub(crate) fn fault_ends(&mut self, now: Duration) {
         (self.ongoing, self.last_fault) = (self.ongoing.saturating_sub(1), Some(now));
     }
 
@@ -125,7 +125,7 @@ impl Model {
         self.ongoing > 0 || self.last_fault.is_some_and(|last| now.saturating_sub(last) < aftermath())
     }
 
-    pub fn hit(&mut self, hit: &Hit) {
+    pub(crate) fn hit(&mut self, hit: &Hit) {
         for (number, task) in &mut self.tasks {
             for (attempt, index) in task.attempts.iter_mut().zip(1..) {
                 let is_unsettled = attempt.state == State::Asked || attempt.was_told_to_stop;
@@ -145,7 +145,7 @@ impl Model {
     }
 
     /// A further attempt of a task: its number.
-    pub fn next_attempt(&mut self, task: TaskNumber) -> u32 {
+    pub(crate) fn next_attempt(&mut self, task: TaskNumber) -> u32 {
         let attempts = &mut self.tasks.get_mut(&task).expect("a task that was added").attempts;
         attempts.push(Attempt {
             state: State::Asked,
@@ -159,18 +159,18 @@ impl Model {
     }
 
     /// StartTask is called.
-    pub fn asked(&mut self, id: AttemptId) {
+    pub(crate) fn asked(&mut self, id: AttemptId) {
         self.attempt(id).calls += 1;
     }
 
     /// StartTask was answered with a handle.
-    pub fn answered(&mut self, id: AttemptId) {
+    pub(crate) fn answered(&mut self, id: AttemptId) {
         let attempt = self.attempt(id);
         (attempt.state, attempt.was_answered) = (State::Running, true);
     }
 
     /// StartTask was refused.
-    pub fn refused(&mut self, id: AttemptId, is_recoverable: bool, message: &str, now: Duration) {
+    pub(crate) fn refused(&mut self, id: AttemptId, is_recoverable: bool, message: &str, now: Duration) {
         let is_excused = self.is_excused(now);
         let attempt = self.attempt(id);
         attempt.state = State::Ended;
@@ -188,28 +188,28 @@ impl Model {
     }
 
     /// The agent that had called StartTask is dead.
-    pub fn forgotten(&mut self, id: AttemptId) {
+    pub(crate) fn forgotten(&mut self, id: AttemptId) {
         self.attempt(id).state = State::Forgotten;
     }
 
-    pub fn told_to_stop(&mut self, id: AttemptId) {
+    pub(crate) fn told_to_stop(&mut self, id: AttemptId) {
         self.attempt(id).was_told_to_stop = true;
     }
 
     /// Nobody wants the task any more.
-    pub fn unwanted(&mut self, task: TaskNumber) {
+    pub(crate) fn unwanted(&mut self, task: TaskNumber) {
         if let Some(task) = self.tasks.get_mut(&task) {
             task.is_wanted = false;
         }
     }
 
     /// The agent does nothing more for the task.
-    pub fn over(&mut self, task: TaskNumber) {
+    pub(crate) fn over(&mut self, task: TaskNumber) {
         self.tasks.get_mut(&task).expect("a task that was added").is_over = true;
     }
 
     /// WaitTask was answered.
-    pub fn exited(&mut self, id: AttemptId, code: i32, text: &str) {
+    pub(crate) fn exited(&mut self, id: AttemptId, code: i32, text: &str) {
         let work = self.tasks[&id.0].work;
         let attempt = self.attempt(id);
         (attempt.state, attempt.code) = (State::Ended, Some(code));
@@ -232,7 +232,7 @@ impl Model {
     }
 
     /// RecoverTask was refused.
-    pub fn lost(&mut self, id: AttemptId, message: &str) {
+    pub(crate) fn lost(&mut self, id: AttemptId, message: &str) {
         let attempt = self.attempt(id);
         attempt.state = State::Ended;
         let is_excused = attempt.is_hit || attempt.was_told_to_stop;
@@ -245,25 +245,25 @@ impl Model {
     }
 
     /// DestroyTask is called: what is left of the attempt goes.
-    pub fn destroyed(&mut self, id: AttemptId) {
+    pub(crate) fn destroyed(&mut self, id: AttemptId) {
         let attempt = self.attempt(id);
         (attempt.state, attempt.was_told_to_stop) = (State::Ended, true);
     }
 
     /// Is the attempt running, as far as the agent knows?
-    pub fn is_running(&self, id: AttemptId) -> bool {
+    pub(crate) fn is_running(&self, id: AttemptId) -> bool {
         let task = self.tasks.get(&id.0);
         let attempt = task.and_then(|task| task.attempts.get(id.1 as usize - 1));
         attempt.is_some_and(|attempt| attempt.state == State::Running && !attempt.was_told_to_stop)
     }
 
     /// Does the attempt run, and is no fault near that would explain a failure?
-    pub fn is_quiet(&self, id: AttemptId, now: Duration) -> bool {
+    pub(crate) fn is_quiet(&self, id: AttemptId, now: Duration) -> bool {
         self.is_running(id) && !self.is_excused(now)
     }
 
     /// A command was run in a task: its code, or why the call failed.
-    pub fn executed(&mut self, id: AttemptId, wanted: i32, got: Result<i32, String>, now: Duration) {
+    pub(crate) fn executed(&mut self, id: AttemptId, wanted: i32, got: Result<i32, String>, now: Duration) {
         let may_fail = self.is_excused(now) || !self.is_running(id);
         match got {
             Ok(code) if code == wanted => self.figures.exec_ok += 1,
@@ -280,14 +280,14 @@ impl Model {
     }
 
     /// What is alive at one moment: never two of one task.
-    pub fn seen(&mut self, inits: &[Init]) {
+    pub(crate) fn seen(&mut self, inits: &[Init]) {
         self.figures.looks += 1;
         self.violations.add_doubles(inits);
     }
 
     /// What is not yet as it must be when all faults are over: each task that is wanted runs once or has done its work,
     /// and no other container is alive. Containers in sandboxes can't be seen (`inits` is None).
-    pub fn unrest(&self, inits: Option<&[Init]>) -> Vec<String> {
+    pub(crate) fn unrest(&self, inits: Option<&[Init]>) -> Vec<String> {
         let mut found = Vec::new();
         let (can_see, inits) = (inits.is_some(), inits.unwrap_or_default());
         for (number, task) in &self.tasks {
@@ -312,7 +312,7 @@ impl Model {
     }
 
     /// A batch task's file, in which each start has written a line with the attempt's number.
-    pub fn witness(&mut self, number: TaskNumber, text: &str) {
+    pub(crate) fn witness(&mut self, number: TaskNumber, text: &str) {
         let mut starts: HashMap<u32, u32> = HashMap::new();
         for attempt in text.lines().filter_map(|line| line.parse().ok()) {
             *starts.entry(attempt).or_default() += 1;
@@ -338,7 +338,7 @@ impl Model {
     }
 
     /// A task's log, as far as it has come: lines 0 to n of each attempt, in order, none missing and none double.
-    pub fn log(&mut self, number: TaskNumber, prefix: &str, text: &str) {
+    pub(crate) fn log(&mut self, number: TaskNumber, prefix: &str, text: &str) {
         let task = &self.tasks[&number];
         let mut wrong = Vec::new();
         let mut next: HashMap<u32, u32> = HashMap::new();
@@ -379,7 +379,7 @@ impl Model {
 
     /// Must the log come to its end? A start that was refused for want of descriptors can't open the log either, and Nomad
     /// waits for the end of an attempt that has run only.
-    pub fn must_end_its_log(&self, task: TaskNumber) -> bool {
+    pub(crate) fn must_end_its_log(&self, task: TaskNumber) -> bool {
         self.tasks[&task].attempts.last().is_some_and(|attempt| attempt.was_answered)
     }
 }

@@ -8,16 +8,16 @@ use std::{
 use crate::support::services::run;
 
 /// A named namespace, which goes with this.
-pub struct Network(PathBuf);
+pub(crate) struct Network(PathBuf);
 
 impl Network {
-    pub fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         run(Command::new("ip").args(["netns", "add", name]));
         run(Command::new("ip").args(["-n", name, "link", "set", "lo", "up"]));
         Self(Path::new("/run/netns").join(name))
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }

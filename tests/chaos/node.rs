@@ -30,7 +30,7 @@ const DYING: Duration = Duration::from_millis(200);
 
 /// A plugin that can be called.
 #[derive(Clone)]
-pub struct Link {
+pub(crate) struct Link {
     pub driver: DriverClient<Channel>,
     pub pid: u32,
     /// Over when the plugin has ended or its agent is dead.
@@ -39,7 +39,7 @@ pub struct Link {
 
 /// Why a call has no result.
 #[derive(Debug)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// The plugin is gone, and there will be another one.
     PluginDied,
     /// The agent that called is gone, and so is all that it did not note.
@@ -63,7 +63,7 @@ enum Request {
 }
 
 /// The node: its directories, its plugin, and what is known of its tasks.
-pub struct Node {
+pub(crate) struct Node {
     pub env: tokio::sync::Mutex<Env>,
     pub dir: PathBuf,
     pub namespace: String,
@@ -76,7 +76,7 @@ pub struct Node {
 
 impl Node {
     /// A node whose plugin is started and watched over from now on, until `end`.
-    pub fn start(env: Env, model: Model) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
+    pub(crate) fn start(env: Env, model: Model) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
         let (requests, receive) = mpsc::unbounded_channel();
         let node = Arc::new(Self {
             dir: env.dir.clone(),
@@ -92,27 +92,27 @@ impl Node {
         (node, supervisor)
     }
 
-    pub fn model(&self) -> std::sync::MutexGuard<'_, Model> {
+    pub(crate) fn model(&self) -> std::sync::MutexGuard<'_, Model> {
         self.model.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Since the beginning of the run.
-    pub fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         self.history.now()
     }
 
     /// A line of the history.
-    pub fn note(&self, what: impl AsRef<str>) {
+    pub(crate) fn note(&self, what: impl AsRef<str>) {
         self.history.note(what.as_ref());
     }
 
     /// Keeps what a plugin has warned of that is about to be forgotten.
-    pub fn listen_to(&self, plugin: &Plugin) {
+    pub(crate) fn listen_to(&self, plugin: &Plugin) {
         self.history.listen_to(&plugin.stderr());
     }
 
     /// The plugin, as soon as there is one.
-    pub async fn link(&self) -> Option<Link> {
+    pub(crate) async fn link(&self) -> Option<Link> {
         let mut link = self.link.subscribe();
         let up = tokio::time::timeout(patience(), link.wait_for(Option::is_some)).await;
         match up {
@@ -128,7 +128,7 @@ impl Node {
     ///
     /// # Errors
     /// When there is no answer, or a refusal.
-    pub async fn call<T, F>(
+    pub(crate) async fn call<T, F>(
         &self,
         limit: Option<Duration>,
         request: impl FnOnce(DriverClient<Channel>) -> F,
@@ -167,22 +167,22 @@ impl Node {
     }
 
     /// The agent dies and another one comes.
-    pub async fn restart_agent(&self, away: Duration, plugin: Fate) {
+    pub(crate) async fn restart_agent(&self, away: Duration, plugin: Fate) {
         self.request(|done| Request::Restart { away, plugin, done }).await;
     }
 
     /// Everything ends; `wipe` takes away what the host's memory held.
-    pub async fn reboot(&self, wipe: impl FnOnce(&mut Env) + Send + 'static) {
+    pub(crate) async fn reboot(&self, wipe: impl FnOnce(&mut Env) + Send + 'static) {
         self.request(|done| Request::Reboot { wipe: Box::new(wipe), done }).await;
     }
 
     /// Sees to it that the plugin is a child of this process.
-    pub async fn own_plugin(&self) {
+    pub(crate) async fn own_plugin(&self) {
         self.request(|done| Request::Own { done }).await;
     }
 
     /// Watches over the plugin no longer. It lives on in `env`.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         let _ = self.requests.send(Request::End);
     }
 
@@ -240,7 +240,7 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
             continue;
         };
         let request = tokio::select! {
-            _ = plugin.ended() => None,
+            _ = plugin.wait_for_end() => None,
             request = requests.recv() => request.or(Some(Request::End)),
         };
         for orphan in &mut orphans {
@@ -259,9 +259,9 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
                     let former = node.env.lock().await.plugin.take();
                     if let Some(former) = former {
                         node.listen_to(&former);
-                        let _ = former.leave().await;
+                        let _ = former.shut_down().await;
                     }
-                    let _ = tokio::time::timeout(patience(), plugin.ended()).await;
+                    let _ = tokio::time::timeout(patience(), plugin.wait_for_end()).await;
                     pid = launched(&node).await;
                 }
                 let _ = done.send(());
@@ -271,11 +271,11 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
                 let former = node.env.lock().await.plugin.take();
                 let socket = former.as_ref().map(|plugin| plugin.socket().to_owned());
                 former.iter().for_each(|plugin| node.listen_to(plugin));
-                orphans.extend(former.and_then(Plugin::abandon));
+                orphans.extend(former.and_then(Plugin::detach));
                 tokio::time::sleep(away).await;
                 if fate == Fate::Killed {
                     plugin.signal(libc::SIGKILL);
-                    let _ = plugin.ended().await;
+                    let _ = plugin.wait_for_end().await;
                 }
                 let again = match (&socket, fate) {
                     (Some(socket), Fate::Kept) => Plugin::reattach(socket).await.ok(),
@@ -297,7 +297,7 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
                     let mut env = node.env.lock().await;
                     env.plugin = None;
                     plugin.signal(libc::SIGKILL);
-                    let _ = plugin.ended().await;
+                    let _ = plugin.wait_for_end().await;
                     tokio::task::block_in_place(|| wipe(&mut env));
                 }
                 pid = launched(&node).await;
@@ -346,7 +346,7 @@ async fn launched(node: &Arc<Node>) -> u32 {
                 return pid;
             }
             Err(error) => {
-                let text = nomad_driver_shim::chain(&error).to_string();
+                let text = nomad_driver_shim::error_chain(&error).to_string();
                 node.note(format!("no plugin: {}", text.lines().last().unwrap_or_default()));
                 tokio::time::sleep(AGAIN).await;
             }

@@ -11,11 +11,11 @@ use crate::{
 };
 
 /// The variable that marks all processes of a task: `<namespace>/<task>/<attempt>`.
-pub const MARK: &str = "CHAOS_TASK";
+pub(crate) const MARK: &str = "CHAOS_TASK";
 
 /// A process that faults may strike.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Victim {
+pub(crate) struct Victim {
     pub pid: u32,
     /// Tasks whose first process is its child.
     pub holds: Vec<AttemptId>,
@@ -23,7 +23,7 @@ pub struct Victim {
 
 /// The containers of a node that are alive: their first processes. Two of one task are looked at once more, since one may
 /// have ended while the list was read.
-pub fn inits(namespace: &str) -> Vec<Init> {
+pub(crate) fn inits(namespace: &str) -> Vec<Init> {
     let found: Vec<(ProcessId, Init)> = pids().into_iter().filter_map(|pid| init(pid, namespace)).collect();
     let still = |(process, _): &&(ProcessId, Init)| process.is_alive() && !is_zombie(process.pid);
     found.iter().filter(still).map(|(_, init)| *init).collect()
@@ -46,7 +46,7 @@ fn is_zombie(pid: u32) -> bool {
 }
 
 /// All processes of a node's tasks.
-pub fn marked_processes(namespace: &str) -> Vec<u32> {
+pub(crate) fn marked_processes(namespace: &str) -> Vec<u32> {
     pids().into_iter().filter(|pid| marked(*pid, namespace).is_some()).collect()
 }
 
@@ -63,7 +63,7 @@ fn parse_mark(entry: &str, namespace: &str) -> Option<AttemptId> {
 }
 
 /// The processes of one kind, in the order of their numbers. `containerd` is the process of the node's own one.
-pub fn victims(target: Target, dir: &Path, namespace: &str, containerd: u32) -> Vec<Victim> {
+pub(crate) fn victims(target: Target, dir: &Path, namespace: &str, containerd: u32) -> Vec<Victim> {
     match target {
         Target::Containerd => vec![Victim { pid: containerd, holds: Vec::new() }],
         Target::Init => {
@@ -81,26 +81,26 @@ pub fn victims(target: Target, dir: &Path, namespace: &str, containerd: u32) -> 
 }
 
 /// The number of the process that was started last (proc_pid_loadavg(5): the fifth field of /proc/loadavg).
-pub fn last_pid() -> u32 {
+pub(crate) fn last_pid() -> u32 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().nth(4).and_then(|number| number.parse().ok()).unwrap_or_default()
 }
 
 /// An OCI runtime that is in the middle of a call for a container of this node, among the processes from `first` on. Only
 /// these are looked at: a call is over in milliseconds, and so must this be.
-pub fn runtime_in(call: Call, dir: &Path, first: u32) -> Option<u32> {
+pub(crate) fn runtime_in(call: Call, dir: &Path, first: u32) -> Option<u32> {
     let last = last_pid();
     let recent: Vec<u32> = if first <= last { (first..=last).collect() } else { pids() };
     recent.into_iter().find(|pid| kind(&words(*pid), dir) == Some(Target::Runtime) && calls(*pid, call))
 }
 
 /// Is a runtime in the middle of this call?
-pub fn calls(pid: u32, call: Call) -> bool {
+pub(crate) fn calls(pid: u32, call: Call) -> bool {
     words(pid).iter().any(|word| word == call.word())
 }
 
 /// Everything of the driver, alive or not, below this directory.
-pub fn all_of(dir: &Path) -> Vec<u32> {
+pub(crate) fn all_of(dir: &Path) -> Vec<u32> {
     let dir = dir.to_string_lossy();
     pids().into_iter().filter(|pid| words(*pid).iter().any(|word| word.contains(&*dir))).collect()
 }
@@ -131,13 +131,13 @@ fn words(pid: u32) -> Vec<String> {
 }
 
 /// The parent of a process.
-pub fn parent(pid: u32) -> Option<u32> {
+pub(crate) fn parent(pid: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
 fn pids() -> Vec<u32> {
-    let mut pids = nomad_driver_shim::process::all().unwrap();
+    let mut pids = nomad_driver_shim::process::all_pids().unwrap();
     pids.sort_unstable();
     pids
 }

@@ -8,7 +8,7 @@ use crate::{
 
 /// How the driver is configured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Mode {
+pub(crate) enum Mode {
     /// Nomad's FIFOs, a shim for each task.
     Base,
     /// `disable_log_collection`: the log writer.
@@ -25,11 +25,11 @@ pub enum Mode {
 
 impl Mode {
     /// All that a long run goes through.
-    pub const ALL: [Self; 6] =
+    pub(crate) const ALL: [Self; 6] =
         [Self::Base, Self::OwnLogs, Self::AllocScope, Self::NodeScope, Self::Bridge, Self::Gvisor];
 
     /// Its name on the command line.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Base => "base",
             Self::OwnLogs => "own-logs",
@@ -41,7 +41,7 @@ impl Mode {
     }
 
     /// The mode of this name.
-    pub fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 
@@ -55,7 +55,7 @@ impl Mode {
 
 /// What a list of steps is made from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
+pub(crate) struct Wanted {
     pub seed: u64,
     pub faults: usize,
     pub mode: Mode,
@@ -69,7 +69,7 @@ const SERVICES: usize = 5;
 const ROUNDS: usize = 3;
 
 /// The steps of a run.
-pub fn plan(wanted: &Wanted) -> Vec<Step> {
+pub(crate) fn plan(wanted: &Wanted) -> Vec<Step> {
     let mut planner = Planner {
         random: Random::new(wanted.seed),
         mode: wanted.mode,
@@ -93,7 +93,7 @@ pub fn plan(wanted: &Wanted) -> Vec<Step> {
 
 /// Kills of the plugin in the middle of the runtime's calls and nothing else, `faults` of them. Every other settling the
 /// calls are as quick as the runtime itself.
-pub fn aimed(wanted: &Wanted) -> Vec<Step> {
+pub(crate) fn aimed(wanted: &Wanted) -> Vec<Step> {
     let mut planner = Planner {
         random: Random::new(wanted.seed),
         mode: wanted.mode,

@@ -1,11 +1,11 @@
 //! Random numbers from a seed, the same on every machine and with every version of the compiler.
 
 /// SplitMix64 (Steele, Lea and Flood: Fast splittable pseudorandom number generators, 2014).
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     /// The sequence of this seed.
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
@@ -18,23 +18,23 @@ impl Random {
     }
 
     /// A number from `low` to `high`, both included.
-    pub fn between(&mut self, low: u64, high: u64) -> u64 {
+    pub(crate) fn between(&mut self, low: u64, high: u64) -> u64 {
         low + self.next() % (high - low + 1)
     }
 
     /// True in `percent` of 100 cases.
-    pub fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
         self.next() % 100 < percent
     }
 
     /// One of several things.
-    pub fn one_of<T: Copy>(&mut self, things: &[T]) -> T {
+    pub(crate) fn one_of<T: Copy>(&mut self, things: &[T]) -> T {
         let last = things.len() as u64 - 1;
         things[usize::try_from(self.between(0, last)).unwrap()]
     }
 
     /// One of several things, each as often as its weight says.
-    pub fn weighted<T: Copy>(&mut self, things: &[(u64, T)]) -> T {
+    pub(crate) fn weighted<T: Copy>(&mut self, things: &[(u64, T)]) -> T {
         let total: u64 = things.iter().map(|(weight, _)| weight).sum();
         let mut rest = self.between(1, total);
         for (weight, thing) in things {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 /// What was counted.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Figures {
+pub(crate) struct Figures {
     /// Faults that struck something, by kind.
     pub faults: BTreeMap<String, u32>,
     /// Faults that found nothing to strike.
@@ -32,7 +32,7 @@ pub struct Figures {
 }
 
 impl Figures {
-    pub fn struck(&mut self, kind: String) {
+    pub(crate) fn struck(&mut self, kind: String) {
         *self.faults.entry(kind).or_default() += 1;
     }
 
@@ -67,7 +67,7 @@ impl Figures {
 }
 
 /// One line for each run, one for their sum, and the faults by kind.
-pub fn table(runs: &[(String, Figures)]) -> String {
+pub(crate) fn table(runs: &[(String, Figures)]) -> String {
     let mut text = String::from(
         "| run | faults | looks at what is alive | settled / cleared | batch: right / 137 after a hit / wrong | starts refused for now | starts witnessed once | logs whole | exec ok / cut / wrong | left over |\n\
          | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",

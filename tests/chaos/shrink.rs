@@ -4,7 +4,7 @@
 ///
 /// This is ddmin (Zeller and Hildebrandt: Simplifying and isolating failure-inducing input, 2002), which first tries to keep
 /// a part of the list and then to leave one out, in ever smaller parts.
-pub async fn shortest(
+pub(crate) async fn shortest(
     indexes: Vec<usize>,
     mut replays: usize,
     mut fails: impl AsyncFnMut(&[usize]) -> bool,

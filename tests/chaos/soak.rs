@@ -14,7 +14,7 @@ const WORKERS: usize = 4;
 const SAMPLES: usize = 10;
 
 /// Runs so many tasks to their ends and prints a table of samples.
-pub async fn soak(tasks: usize) {
+pub(crate) async fn soak(tasks: usize) {
     let mut env = Env::new().await;
     let image = env.busybox().await;
     let began = Instant::now();

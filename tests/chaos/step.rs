@@ -3,11 +3,11 @@
 use std::fmt;
 
 /// A task of the run, by its number. Two tasks in a row belong to the same allocation.
-pub type TaskNumber = usize;
+pub(crate) type TaskNumber = usize;
 
 /// What a task does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Work {
+pub(crate) enum Work {
     /// Writes so many lines with a pause before each, and ends with a code.
     Batch {
         /// 0 to 5.
@@ -21,7 +21,7 @@ pub enum Work {
 
 /// An OCI runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OciRuntime {
+pub(crate) enum OciRuntime {
     Crun,
     Runc,
     /// gVisor's; only in the mode that has it.
@@ -30,7 +30,7 @@ pub enum OciRuntime {
 
 /// A kind of process that faults strike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Target {
+pub(crate) enum Target {
     Plugin,
     Shim,
     Containerd,
@@ -42,7 +42,7 @@ pub enum Target {
 
 /// A call of an OCI runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Call {
+pub(crate) enum Call {
     Create,
     Start,
     Kill,
@@ -52,7 +52,7 @@ pub enum Call {
 
 /// What becomes of the plugin while its agent is away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fate {
+pub(crate) enum Fate {
     /// It lives, and the next agent connects to it again.
     Kept,
     /// It dies, too, at the end of that time.
@@ -63,14 +63,14 @@ pub enum Fate {
 
 /// A directory of the driver, on a small disk of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub(crate) enum Place {
     Run,
     State,
 }
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// SIGKILL.
     Kill { target: Target, pick: u64 },
     /// SIGSTOP, and SIGCONT after a while.
@@ -97,7 +97,7 @@ pub enum Fault {
 
 /// One step of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     Start {
         task: TaskNumber,
         work: Work,
@@ -151,7 +151,7 @@ pub enum Step {
 
 impl Fault {
     /// What the table of figures calls it.
-    pub fn kind(&self) -> String {
+    pub(crate) fn kind(&self) -> String {
         match self {
             Self::Kill { target, .. } => format!("SIGKILL of {target}"),
             Self::Freeze { target, .. } => format!("SIGSTOP of {target}"),
@@ -172,7 +172,7 @@ impl Fault {
 
 impl Step {
     /// Is it a fault? The death of an agent counts as one.
-    pub fn is_fault(&self) -> bool {
+    pub(crate) fn is_fault(&self) -> bool {
         matches!(self, Self::Fault(_) | Self::AgentRestart { .. })
     }
 }
@@ -193,7 +193,7 @@ impl fmt::Display for Target {
 
 impl Call {
     /// The runtime's own word for it.
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Create => "create",
             Self::Start => "start",

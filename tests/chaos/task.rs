@@ -27,7 +27,7 @@ const END: Duration = Duration::from_secs(25);
 const NEXT: Duration = Duration::from_secs(2);
 
 /// What a task has on the host.
-pub struct TaskFiles {
+pub(crate) struct TaskFiles {
     pub number: TaskNumber,
     dirs: TaskDirs,
     namespace: String,
@@ -39,7 +39,7 @@ pub struct TaskFiles {
 }
 
 impl TaskFiles {
-    pub fn new(number: TaskNumber, dirs: TaskDirs, namespace: &str, encoded: Vec<u8>) -> Self {
+    pub(crate) fn new(number: TaskNumber, dirs: TaskDirs, namespace: &str, encoded: Vec<u8>) -> Self {
         Self {
             number,
             dirs,
@@ -51,17 +51,17 @@ impl TaskFiles {
     }
 
     /// The driver writes the log itself.
-    pub fn without_collectors(self) -> Self {
+    pub(crate) fn without_collectors(self) -> Self {
         Self { collectors: None, ..self }
     }
 
     /// It runs in a group's network namespace.
-    pub fn in_network(self, path: &Path) -> Self {
+    pub(crate) fn in_network(self, path: &Path) -> Self {
         Self { network: Some(path.to_owned()), ..self }
     }
 
     /// What Nomad sends for an attempt.
-    pub fn config(&self, attempt: u32) -> TaskConfig {
+    pub(crate) fn config(&self, attempt: u32) -> TaskConfig {
         let mut config = self.dirs.config(&attempt.to_string(), self.encoded.clone());
         config.env.insert(MARK.to_owned(), format!("{}/{}/{attempt}", self.namespace, self.number));
         config.env.insert("TASK".to_owned(), self.number.to_string());
@@ -75,26 +75,26 @@ impl TaskFiles {
     }
 
     /// What stands before the numbers of a line of the log.
-    pub fn prefix(&self) -> String {
+    pub(crate) fn prefix(&self) -> String {
         format!("tick {} ", self.number)
     }
 
     /// Makes sure that somebody reads the log, as Nomad does before each start.
-    pub async fn collect(&self) {
+    pub(crate) async fn collect(&self) {
         let Some(collectors) = &self.collectors else { return };
         for (stream, fifo) in collectors.lock().await.iter_mut().zip([&self.dirs.stdout, &self.dirs.stderr]) {
             let is_read = match stream.last() {
-                Some(former) => former.ended(NEXT).await.is_none(),
+                Some(former) => former.wait_for_end(NEXT).await.is_none(),
                 None => false,
             };
             if !is_read {
-                stream.push(Collector::start(fifo, Output::Keep));
+                stream.push(Collector::start(fifo, Output::Memory));
             }
         }
     }
 
     /// The log so far.
-    pub async fn log(&self) -> String {
+    pub(crate) async fn log(&self) -> String {
         match &self.collectors {
             Some(collectors) => collectors.lock().await[0].iter().map(Collector::text).collect(),
             None => {
@@ -109,12 +109,12 @@ impl TaskFiles {
     }
 
     /// The task is over: its streams end, and what it has left tells how often it ran.
-    pub async fn finish(&self, node: &Node) {
+    pub(crate) async fn finish(&self, node: &Node) {
         if let Some(collectors) = &self.collectors {
             let collectors = collectors.lock().await;
             for stream in collectors.iter().flatten() {
                 let must_end = node.model().must_end_its_log(self.number);
-                if stream.ended(if must_end { END } else { NEXT }).await.is_none() && must_end {
+                if stream.wait_for_end(if must_end { END } else { NEXT }).await.is_none() && must_end {
                     node.model().violated(format!("no end of the log of task {}", self.number));
                 }
             }
@@ -127,7 +127,7 @@ impl TaskFiles {
     }
 
     /// Waits, for some time, until an attempt that runs has left a line of its start: it may not have had a processor yet.
-    pub async fn started(&self, attempt: u32) {
+    pub(crate) async fn started(&self, attempt: u32) {
         let line = attempt.to_string();
         let deadline = tokio::time::Instant::now() + patience() / 12;
         while !fs::read_to_string(self.witness()).is_ok_and(|text| text.lines().any(|own| own == line))
@@ -138,7 +138,7 @@ impl TaskFiles {
     }
 
     /// Holds the log and the starts against the model.
-    pub async fn check(&self, node: &Node) {
+    pub(crate) async fn check(&self, node: &Node) {
         let log = self.log().await;
         node.model().log(self.number, &self.prefix(), &log);
         let started = fs::read_to_string(self.witness()).unwrap_or_default();
@@ -147,7 +147,7 @@ impl TaskFiles {
 }
 
 /// What a task runs: it notes its start, writes its lines, and ends as it was told to.
-pub fn script(work: Work) -> String {
+pub(crate) fn script(work: Work) -> String {
     let begin = format!("echo $ATTEMPT >> /alloc/data/started-$TASK; trap 'exit {STOPPED}' TERM; trap '' USR1; i=0");
     let line = "echo \"tick $TASK $ATTEMPT $i\"; i=$((i+1))";
     match work {

@@ -6,22 +6,22 @@ use crate::{model::Init, step::TaskNumber};
 
 /// Each violation once, but for those that are ignored.
 #[derive(Debug, Default)]
-pub struct Violations {
+pub(crate) struct Violations {
     found: Vec<String>,
     ignored: Vec<String>,
 }
 
 impl Violations {
     /// Does not mind what contains one of these texts.
-    pub fn ignoring(ignored: &[String]) -> Self {
+    pub(crate) fn ignoring(ignored: &[String]) -> Self {
         Self { found: Vec::new(), ignored: ignored.to_vec() }
     }
 
-    pub fn found(&self) -> &[String] {
+    pub(crate) fn found(&self) -> &[String] {
         &self.found
     }
 
-    pub fn add(&mut self, what: String) {
+    pub(crate) fn add(&mut self, what: String) {
         let is_ignored = self.ignored.iter().any(|text| what.contains(text));
         if !is_ignored && !self.found.contains(&what) {
             self.found.push(what);
@@ -29,7 +29,7 @@ impl Violations {
     }
 
     /// What is alive at one moment: never two of one task.
-    pub fn add_doubles(&mut self, inits: &[Init]) {
+    pub(crate) fn add_doubles(&mut self, inits: &[Init]) {
         let mut by_task: HashMap<TaskNumber, Vec<Init>> = HashMap::new();
         for init in inits {
             by_task.entry(init.attempt.0).or_default().push(*init);

@@ -43,7 +43,7 @@ fn swept() -> Duration {
 const LOOK: Duration = Duration::from_millis(100);
 
 /// A node under test.
-pub struct World {
+pub(crate) struct World {
     pub node: Arc<Node>,
     mode: Mode,
     runners: Mutex<BTreeMap<TaskNumber, Arc<Runner>>>,
@@ -54,7 +54,7 @@ pub struct World {
 }
 
 /// What came of a run.
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub violations: Vec<String>,
     pub figures: Figures,
     pub history: Vec<String>,
@@ -64,7 +64,7 @@ pub struct Outcome {
 
 /// How a node is set up.
 #[derive(Debug, Clone, Copy)]
-pub struct Setting<'a> {
+pub(crate) struct Setting<'a> {
     pub mode: Mode,
     /// A step of the driver that is left out.
     pub plant: Option<&'a str>,
@@ -73,7 +73,7 @@ pub struct Setting<'a> {
 }
 
 /// Plays steps on a node of their own, until all are done or something is wrong.
-pub async fn play(setting: Setting<'_>, steps: &[Step]) -> Outcome {
+pub(crate) async fn play(setting: Setting<'_>, steps: &[Step]) -> Outcome {
     let (world, supervisor) = World::start(setting).await;
     let mode = setting.mode;
     let watch = tokio::spawn(watch(world.node.clone(), mode));
@@ -199,7 +199,7 @@ impl World {
 
     async fn start_task(self: &Arc<Self>, number: TaskNumber, work: Work, runtime: OciRuntime) {
         let (alloc, network) = self.alloc(number / 2).await;
-        let dirs = alloc.task(if number.is_multiple_of(2) { "even" } else { "odd" }).unwrap();
+        let dirs = alloc.create_task(if number.is_multiple_of(2) { "even" } else { "odd" }).unwrap();
         let mut config = json!({"image": self.ground.site.image, "command": "/bin/sh", "args": ["-c", script(work)]});
         config["runtime"] = Value::from(match runtime {
             OciRuntime::Crun => "crun",
@@ -304,7 +304,7 @@ impl World {
         let plugin = self.node.env.lock().await.plugin.take();
         if let Some(plugin) = plugin {
             self.node.listen_to(&plugin);
-            plugin.leave().await;
+            plugin.shut_down().await;
         }
         // A plugin that was killed before it could be connected to has left its socket, as plugins do that are killed.
         for name in leak::entries(&self.node.dir).into_iter().filter(|name| name.starts_with("plugin-")) {

@@ -14,11 +14,11 @@ use crate::{
 };
 
 /// The programs, and how long their calls take.
-pub struct Wrappers(PathBuf);
+pub(crate) struct Wrappers(PathBuf);
 
 impl Wrappers {
     /// Writes them below `dir`.
-    pub fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path) -> Self {
         let this = Self(dir.join("wrappers"));
         fs::create_dir_all(&this.0).unwrap();
         for runtime in ["crun", "runc"] {
@@ -44,13 +44,13 @@ impl Wrappers {
     }
 
     /// The plugin's configuration that has them used.
-    pub fn config(&self) -> Value {
+    pub(crate) fn config(&self) -> Value {
         let of = |runtime: &str| json!({"binary": self.0.join(runtime)});
         json!({"crun": of("crun"), "runc": of("runc")})
     }
 
     /// From now on these calls take longer.
-    pub fn stretch(&self, call: Call, before_ms: u64, after_ms: u64) {
+    pub(crate) fn stretch(&self, call: Call, before_ms: u64, after_ms: u64) {
         let seconds = |ms: u64| if ms == 0 { "0".to_owned() } else { format!("{}.{:03}", ms / 1000, ms % 1000) };
         let path = self.0.join(call.word());
         let draft = path.with_extension("draft");

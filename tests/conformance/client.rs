@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         row!(
             agents_and_plugins_die,
@@ -51,19 +51,19 @@ async fn agents_and_plugins_die(env: &mut Env) {
     for how in ["clean", "plugin killed", "both killed", "agent killed"] {
         match how {
             "clean" => {
-                env.plugin.take().unwrap().leave().await;
+                env.plugin.take().unwrap().shut_down().await;
             }
             "plugin killed" => env.kill_plugin().await,
             "both killed" => {
                 let plugin = env.plugin.take().unwrap();
                 let socket = plugin.socket().to_owned();
-                plugin.abandon().unwrap().kill().await.unwrap();
+                plugin.detach().unwrap().kill().await.unwrap();
                 fs::remove_file(socket).unwrap();
             }
             _ => {
                 let plugin = env.plugin.take().unwrap();
                 let socket = plugin.socket().to_owned();
-                let child = plugin.abandon().unwrap();
+                let child = plugin.detach().unwrap();
                 tokio::spawn(child.wait_with_output());
                 env.plugin = Some(Plugin::reattach(&socket).await.unwrap());
             }
@@ -99,7 +99,7 @@ async fn health(env: &mut Env) {
     kill_containerd(&dir);
 }
 
-pub async fn group_network(env: &mut Env) {
+pub(crate) async fn group_network(env: &mut Env) {
     let name = format!("nds-{}", env.namespace);
     let ip = |arguments: &[&str]| services::run(Command::new("ip").args(arguments));
     ip(&["netns", "add", &name]);

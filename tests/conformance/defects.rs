@@ -25,7 +25,7 @@ use crate::{
     support::{Env, Image, eventually, leak, not_applicable, patience, services},
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     let grace = || json!({"state": {"grace": "1s"}});
     let rows = vec![
         row!(b1_the_start_is_in_start_task, "B1", "StartTask starts, and does not wait five seconds"),
@@ -303,7 +303,7 @@ async fn start_named(env: &mut Env, name: &str, script: &str) -> String {
     let alloc = Alloc::create(&env.dir.join("allocs"), &format!("{}-{}", env.namespace, random_hex(4))).unwrap();
     env.allocs.push(alloc.clone());
     let config = shell(env, script, json!({})).await;
-    let mut task = env.prepare_in(alloc.task(name).unwrap(), "1", config).await;
+    let mut task = env.prepare_in(alloc.create_task(name).unwrap(), "1", config).await;
     env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{name}: {}", status.message()));
     let (code, out, err) = env.finish_task(task).await;
     assert_eq!(code, 0, "{name}: {err}");
@@ -347,7 +347,7 @@ async fn b25_hosts_is_out_of_reach(env: &mut Env) {
 
 async fn b26_containerd_is_not_up_yet(env: &mut Env) {
     let dir = own_containerd(env).await;
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     kill_containerd(&dir);
     eventually("containerd is gone", async || {
         let socket = std::os::unix::net::UnixStream::connect(dir.join("containerd.sock"));

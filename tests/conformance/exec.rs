@@ -13,7 +13,7 @@ use crate::{
     support::{Env, Task, exec::Outcome},
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         row!(no_tty_streams_and_code, "6.1.1", "exec without a terminal: both streams apart, and the exit code"),
         row!(no_tty_output_over_time, "6.1.2", "exec without a terminal: output that takes three seconds, all of it"),
@@ -78,7 +78,7 @@ async fn tty_merges_streams(env: &mut Env) {
     is(&session(env, &task, "echo hi; echo err >&2; exit 43", true).await, "hi\r\nerr\r\n", "", 43);
 }
 
-pub async fn tty_is_resized(env: &mut Env) {
+pub(crate) async fn tty_is_resized(env: &mut Env) {
     let task = idle(env).await;
     let talk = env.talk(&task, &["/bin/sh", "-c", "sleep 1; stty size"], true).await.unwrap();
     talk.resize(50, 40).await;

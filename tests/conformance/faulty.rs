@@ -10,7 +10,7 @@ use std::{
 
 use libtest_mimic::Failed;
 use nomad_driver_shim::{
-    host::{Launch, Plugin},
+    host::{Plugin, PluginCommand},
     ids::random_hex,
     pb::{
         base::{
@@ -41,7 +41,7 @@ use crate::{
 const SWITCH: &str = "CONFORMANCE_FAULT";
 
 /// A fault, and the rows that must notice it.
-pub struct Fault {
+pub(crate) struct Fault {
     name: &'static str,
     /// "A driver that …"
     pub says: &'static str,
@@ -50,7 +50,7 @@ pub struct Fault {
     green: &'static [&'static str],
 }
 
-pub const FAULTS: &[Fault] = &[
+pub(crate) const FAULTS: &[Fault] = &[
     Fault {
         name: "sleeps",
         says: "sleeps before a start and after a stop",
@@ -69,16 +69,16 @@ pub const FAULTS: &[Fault] = &[
 ];
 
 /// The fault that this process is to have, as a plugin.
-pub fn wanted() -> Option<&'static Fault> {
+pub(crate) fn wanted() -> Option<&'static Fault> {
     let name = std::env::var(SWITCH).ok()?;
     FAULTS.iter().find(|fault| fault.name == name)
 }
 
 impl Fault {
     /// Runs its rows, and some that must not mind.
-    pub fn is_noticed(&self, report: &Report) -> Result<(), Failed> {
+    pub(crate) fn is_noticed(&self, report: &Report) -> Result<(), Failed> {
         let env = vec![(SWITCH.to_owned(), self.name.to_owned())];
-        let driver = Launch { env, ..Launch::new(std::env::current_exe()?) };
+        let driver = PluginCommand { env, ..PluginCommand::new(std::env::current_exe()?) };
         let is_in = |row: &Row, ids: &[&str]| ids.contains(&row.id);
         let rows: Vec<Row> =
             crate::rows().into_iter().filter(|row| is_in(row, self.red) || is_in(row, self.green)).collect();
@@ -100,11 +100,11 @@ impl Fault {
 }
 
 /// This process as a plugin.
-pub fn serve(fault: &'static Fault) -> ExitCode {
+pub(crate) fn serve(fault: &'static Fault) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let args = Vec::new();
-        let inner = Plugin::launch(&Launch { args, ..Launch::new(program()) }).await.unwrap();
+        let inner = Plugin::launch(&PluginCommand { args, ..PluginCommand::new(program()) }).await.unwrap();
         let directory = std::env::var_os("PLUGIN_UNIX_SOCKET_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
         let socket = directory.join(format!("plugin-{}", random_hex(6)));
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
@@ -123,7 +123,7 @@ pub fn serve(fault: &'static Fault) -> ExitCode {
             served = serving => served.unwrap(),
             () = leave.notified() => {}
         }
-        inner.leave().await;
+        inner.shut_down().await;
         let _ = std::fs::remove_file(socket);
     });
     ExitCode::SUCCESS

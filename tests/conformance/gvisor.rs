@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A row's place is taken by this.
-pub struct Limit {
+pub(crate) struct Limit {
     /// The row.
     test: &'static str,
     /// Why gVisor does otherwise.
@@ -94,7 +94,7 @@ fn limits() -> Vec<Limit> {
 }
 
 /// The rows as gVisor keeps them, each with the limit where there is one.
-pub fn adapt(runtime: &str, rows: Vec<Row>) -> Vec<(Row, Option<&'static str>)> {
+pub(crate) fn adapt(runtime: &str, rows: Vec<Row>) -> Vec<(Row, Option<&'static str>)> {
     let mut limits = limits();
     if runtime.starts_with("io.containerd.") {
         limits.push(limit!(
@@ -275,7 +275,7 @@ async fn dns(env: &mut Env) {
 /// The row itself, and what is refused without the option.
 async fn group_network(env: &mut Env) {
     crate::client::group_network(env).await;
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     let runtimes = env.config["runtime"].as_object_mut().unwrap();
     runtimes.values_mut().for_each(|runtime| runtime["network"] = json!("sandbox"));
     env.start_plugin().await;

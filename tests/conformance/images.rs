@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         row!(a_registry_out_of_reach, "6.3.14 reach", "a registry that is out of reach is a recoverable error"),
         row!(the_pull_timeout, "6.3.14 timeout", "image_pull_timeout ends a pull that takes longer"),

@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         row!(exit_codes, "6.3.1", "start, wait: the exit code, and success for 0 only"),
         row!(waiting, "6.3.2", "WaitTask waits, may be cancelled, is answered to all and again afterwards"),

@@ -12,7 +12,7 @@ use crate::{
     support::{Env, patience},
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         row!(everything_in_order, "6.3.22 order", "both streams, in order, nothing lost at the end"),
         row!(a_terminal, "6.3.22 tty", "a terminal's output is the log"),
@@ -28,7 +28,7 @@ pub fn rows() -> Vec<Row> {
 }
 
 /// Lets a collector that nobody writes to go.
-pub fn release(fifo: &Path) {
+pub(crate) fn release(fifo: &Path) {
     drop(fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(fifo));
 }
 
@@ -72,11 +72,11 @@ async fn a_collector_restarts(env: &mut Env) {
     first.kill().unwrap();
     first.wait().unwrap();
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
-    let second = Collector::start(&fifo, Output::Keep);
+    let second = Collector::start(&fifo, Output::Memory);
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
     assert_eq!(env.wait(&task).await.exit_code, 0);
-    assert!(second.ended(patience()).await.is_some(), "no end of output");
+    assert!(second.wait_for_end(patience()).await.is_some(), "no end of output");
     let text = second.text();
     assert!(text.ends_with("the end\n"), "{text}");
     let numbers: Vec<u32> = text.lines().filter_map(|line| line.strip_prefix("line ")?.parse().ok()).collect();
@@ -96,7 +96,7 @@ async fn fifos_stay_private(env: &mut Env) {
     assert_eq!(env.finish_task(task).await.1, "out\n", "the output of a user who may not open the FIFO");
 }
 
-pub async fn without_a_plugin(env: &mut Env) {
+pub(crate) async fn without_a_plugin(env: &mut Env) {
     // More than a pipe holds.
     let script = "echo first; until [ -e /alloc/data/go ]; do sleep 0.02; done; seq 1 30000; echo done > /alloc/data/over; exit 6";
     let task = env.sh(script).await;

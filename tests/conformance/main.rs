@@ -37,7 +37,7 @@ mod seen;
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use nomad_driver_shim::host::Launch;
+use nomad_driver_shim::host::PluginCommand;
 
 use report::Report;
 use row::{Row, Verdict};
@@ -78,7 +78,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = rows
         .into_iter()
         .map(|(row, limit)| {
-            let (report, driver) = (report.clone(), driver.clone().map(Launch::new));
+            let (report, driver) = (report.clone(), driver.clone().map(PluginCommand::new));
             Trial::test(row.name(), move || {
                 let verdict = match (row.run(driver), limit) {
                     (Verdict::Green, Some(reason)) => Verdict::Limited(reason),

@@ -16,7 +16,7 @@ use crate::{
     support::{Env, Task},
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     let open = || {
         json!({
             "allow_privileged": true,
@@ -246,7 +246,7 @@ async fn volumes(env: &mut Env) {
 }
 
 /// A task that has the volume twice, to write to and not, and has done both.
-pub async fn with_volume(env: &mut Env, volume: &SharedVolume) -> Task {
+pub(crate) async fn with_volume(env: &mut Env, volume: &SharedVolume) -> Task {
     let volume = &volume.0;
     fs::write(volume.join("f"), "from the host\n").unwrap();
     fs::create_dir(volume.join("later")).unwrap();
@@ -270,10 +270,10 @@ pub async fn with_volume(env: &mut Env, volume: &SharedVolume) -> Task {
 }
 
 /// A file system whose mounts are passed on.
-pub struct SharedVolume(pub PathBuf);
+pub(crate) struct SharedVolume(pub PathBuf);
 
 impl SharedVolume {
-    pub fn new(path: PathBuf) -> Self {
+    pub(crate) fn new(path: PathBuf) -> Self {
         fs::create_dir_all(&path).unwrap();
         tmpfs(&path);
         mount(None::<&str>, &path, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
@@ -287,7 +287,7 @@ impl Drop for SharedVolume {
     }
 }
 
-pub fn tmpfs(path: &Path) {
+pub(crate) fn tmpfs(path: &Path) {
     mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
 }
 

@@ -12,7 +12,7 @@ use crate::{
     support::{Env, Task, services},
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         row!(redis, "001-test-redis", "directory, hostname, seccomp, memory and memory_max, as its redis job has them")
             .drop_in(),
@@ -36,7 +36,7 @@ pub fn rows() -> Vec<Row> {
     ]
 }
 
-pub async fn redis(env: &mut Env) {
+pub(crate) async fn redis(env: &mut Env) {
     // The image is here by then.
     prints(env, "true", json!({})).await;
     let options = json!({"hostname": "foobar", "seccomp": true, "cwd": "/home/redis"});
@@ -76,7 +76,7 @@ async fn capabilities(env: &mut Env) {
 }
 
 /// A task with some more and some less, on a root that is read-only.
-pub async fn with_capabilities(env: &mut Env) -> Task {
+pub(crate) async fn with_capabilities(env: &mut Env) -> Task {
     let options = json!({
         "readonly_rootfs": true, "cap_add": ["CAP_SYS_ADMIN", "CAP_IPC_OWNER", "CAP_IPC_LOCK"],
         "cap_drop": ["CAP_CHOWN", "CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE"],

@@ -13,7 +13,7 @@ struct Line {
 
 /// What has been seen so far.
 #[derive(Default)]
-pub struct Report {
+pub(crate) struct Report {
     lines: Mutex<Vec<Line>>,
     faults: Mutex<Vec<(&'static str, Vec<&'static str>)>>,
 }
@@ -27,17 +27,17 @@ const HEAD: &str = "# Conformance\n\n\
     driver's schema lacks an option that the row needs.\n\n";
 
 impl Report {
-    pub fn add(&self, row: &Row, verdict: &Verdict) {
+    pub(crate) fn add(&self, row: &Row, verdict: &Verdict) {
         let line = Line { id: row.id, says: row.says, test: row.test.clone(), verdict: verdict.clone() };
         self.lines.lock().unwrap().push(line);
     }
 
-    pub fn add_fault(&self, says: &'static str, red: &[&'static str]) {
+    pub(crate) fn add_fault(&self, says: &'static str, red: &[&'static str]) {
         self.faults.lock().unwrap().push((says, red.to_vec()));
     }
 
     /// Writes the page and says how it went. A part of the rows, or a red one of ours, leaves the page as it is.
-    pub fn finish(&self, driver: Option<&Path>, sandboxed: Option<&str>, whole: bool) {
+    pub(crate) fn finish(&self, driver: Option<&Path>, sandboxed: Option<&str>, whole: bool) {
         let order: Vec<&str> = crate::rows().iter().map(|row| row.id).collect();
         let mut lines = self.lines.lock().unwrap();
         lines.sort_by_key(|line| (order.iter().position(|id| *id == line.id), line.test.clone()));

@@ -23,7 +23,7 @@ use crate::{
     support::{Env, Task, eventually, not_applicable, patience},
 };
 
-pub fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         row!(memory_limits, "6.3.19", "memory and memory_max, with -1: limit and reservation; no swap beyond"),
         row!(out_of_memory, "6.3.19 OOM", "a task that passes its memory is killed, and said to be"),
@@ -71,7 +71,7 @@ async fn memory_limits(env: &mut Env) {
     }
 }
 
-pub async fn out_of_memory(env: &mut Env) {
+pub(crate) async fn out_of_memory(env: &mut Env) {
     let config = shell(env, "exec tail /dev/zero", json!({})).await;
     let task = start_with(env, config, |config| {
         memory(config).memory_mb = 20;
@@ -112,7 +112,7 @@ async fn weights(env: &mut Env) {
 }
 
 /// A pool of processors as Nomad's client makes it, apart from Nomad's own.
-pub struct Pool {
+pub(crate) struct Pool {
     /// Where its processors are said.
     dir: PathBuf,
     /// What Nomad tells a driver.
@@ -121,7 +121,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    pub fn new(env: &Env, cpus: &str) -> Self {
+    pub(crate) fn new(env: &Env, cpus: &str) -> Self {
         if std::thread::available_parallelism().unwrap().get() < 2 {
             not_applicable("this machine has one processor");
         }
@@ -157,12 +157,12 @@ impl Pool {
     }
 
     /// A task that Nomad puts there.
-    pub async fn task(&self, env: &mut Env) -> Task {
+    pub(crate) async fn task(&self, env: &mut Env) -> Task {
         let config = shell(env, "sleep 600", json!({})).await;
         start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&self.told)).await
     }
 
-    pub fn set(&self, cpus: &str) {
+    pub(crate) fn set(&self, cpus: &str) {
         fs::write(self.dir.join("cpuset.cpus"), cpus).unwrap();
     }
 }
@@ -191,13 +191,13 @@ async fn share_pool(env: &mut Env) {
     env.destroy(&task).await.unwrap();
 }
 
-pub async fn stats(env: &Env, task: &Task, interval_ms: i32) -> Streaming<TaskStatsResponse> {
+pub(crate) async fn stats(env: &Env, task: &Task, interval_ms: i32) -> Streaming<TaskStatsResponse> {
     let collection_interval = Some(prost_types::Duration { seconds: 0, nanos: interval_ms * 1_000_000 });
     let request = TaskStatsRequest { task_id: task.id.clone(), collection_interval };
     env.driver().task_stats(request).await.unwrap().into_inner()
 }
 
-pub async fn sample(stream: &mut Streaming<TaskStatsResponse>) -> Option<TaskStats> {
+pub(crate) async fn sample(stream: &mut Streaming<TaskStatsResponse>) -> Option<TaskStats> {
     let answer = tokio::time::timeout(patience(), stream.message()).await.expect("no sample").unwrap();
     answer.map(|answer| answer.stats.unwrap())
 }
@@ -235,6 +235,6 @@ async fn statistics(env: &mut Env) {
 }
 
 /// For B12.
-pub fn has(fields: &[i32], wanted: &[MemoryField]) -> bool {
+pub(crate) fn has(fields: &[i32], wanted: &[MemoryField]) -> bool {
     wanted.iter().all(|field| fields.contains(&i32::from(*field)))
 }

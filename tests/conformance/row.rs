@@ -3,14 +3,14 @@
 use std::{any::Any, cell::RefCell, future::Future, panic::AssertUnwindSafe, pin::Pin, time::Duration};
 
 use futures_util::FutureExt as _;
-use nomad_driver_shim::{host::Launch, pb::driver::DestroyTaskRequest};
+use nomad_driver_shim::{host::PluginCommand, pb::driver::DestroyTaskRequest};
 use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, NotApplicable, leak, patience};
 
-pub type Run = for<'a> fn(&'a mut Env) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
+pub(crate) type Run = for<'a> fn(&'a mut Env) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
 
-pub struct Row {
+pub(crate) struct Row {
     /// Its number in docs/protocol/nomad-plugin.md#6 (`6.3.4`) or docs/protocol/nomad-driver-containerd.md#9 (`B6`,
     /// `001-test-redis`).
     pub id: &'static str,
@@ -27,7 +27,7 @@ pub struct Row {
 
 /// What came of a row.
 #[derive(Clone)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     Green,
     /// With the reason.
     Red(String),
@@ -46,31 +46,31 @@ macro_rules! row {
 }
 
 impl Row {
-    pub fn new(id: &'static str, says: &'static str, module: &str, test: &str, run: Run) -> Self {
+    pub(crate) fn new(id: &'static str, says: &'static str, module: &str, test: &str, run: Run) -> Self {
         let module = module.rsplit("::").next().unwrap_or(module);
         Self { id, says, test: format!("{module}::{test}"), config: json!({}), drop_in: false, run }
     }
 
-    pub fn config(self, config: Value) -> Self {
+    pub(crate) fn config(self, config: Value) -> Self {
         Self { config, ..self }
     }
 
-    pub fn drop_in(self) -> Self {
+    pub(crate) fn drop_in(self) -> Self {
         Self { drop_in: true, ..self }
     }
 
     /// The same row, looked at in another way.
-    pub fn kept_as(self, config: Value, run: Run) -> Self {
+    pub(crate) fn kept_as(self, config: Value, run: Run) -> Self {
         let config = if config == json!({}) { self.config.clone() } else { config };
         Self { config, run, ..self }
     }
 
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         format!("{} {}", self.id, self.test)
     }
 
     /// Runs it on `driver`, or on ours, with a plugin and directories of its own, and clears away what it has left.
-    pub fn run(&self, driver: Option<Launch>) -> Verdict {
+    pub(crate) fn run(&self, driver: Option<PluginCommand>) -> Verdict {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let verdict = runtime.block_on(async {
             let mut config = self.config.clone();
@@ -122,7 +122,7 @@ async fn clear(mut env: Env, verdict: Verdict) -> Verdict {
         _ => Vec::new(),
     };
     if let Some(plugin) = env.plugin.take() {
-        plugin.leave().await;
+        plugin.shut_down().await;
     }
     // What stays beside the tasks is every driver's own affair.
     if let (Verdict::Green, false) = (&verdict, env.foreign) {
@@ -136,7 +136,7 @@ thread_local! {
 }
 
 /// Panics are rows' verdicts, not output.
-pub fn keep_quiet() {
+pub(crate) fn keep_quiet() {
     std::panic::set_hook(Box::new(|info| {
         let payload = info.payload();
         let text = payload.downcast_ref::<&str>().copied().map(str::to_owned);

@@ -17,12 +17,12 @@ use serde_json::{Value, json};
 use crate::support::{Env, Task, eventually, leak, not_applicable, patience, services};
 
 /// What no row's work takes, and what the defects it looks for do: five seconds, the kill timeout.
-pub fn promptly() -> Duration {
+pub(crate) fn promptly() -> Duration {
     patience() / 15
 }
 
 /// `future`, which must not take as long as the defects do.
-pub async fn prompt<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(crate) async fn prompt<T>(what: &str, future: impl Future<Output = T>) -> T {
     let began = tokio::time::Instant::now();
     let answer = future.await;
     assert!(began.elapsed() < promptly(), "{what} took {:?}", began.elapsed());
@@ -30,14 +30,14 @@ pub async fn prompt<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// A shell in busybox that runs `script`, with further options.
-pub async fn shell(env: &Env, script: &str, options: Value) -> Value {
+pub(crate) async fn shell(env: &Env, script: &str, options: Value) -> Value {
     let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     config
 }
 
 /// What a shell with these options prints on its standard output.
-pub async fn prints(env: &mut Env, script: &str, options: Value) -> String {
+pub(crate) async fn prints(env: &mut Env, script: &str, options: Value) -> String {
     let config = shell(env, script, options).await;
     let (code, out, err) = env.run(config).await;
     assert_eq!(code, 0, "{script}: {out}{err}");
@@ -45,7 +45,7 @@ pub async fn prints(env: &mut Env, script: &str, options: Value) -> String {
 }
 
 /// Why a shell with these options is not started.
-pub async fn refused(env: &mut Env, options: Value) -> String {
+pub(crate) async fn refused(env: &mut Env, options: Value) -> String {
     let config = shell(env, "true", options.clone()).await;
     let mut task = env.prepare(config).await;
     match env.try_start(&mut task).await {
@@ -55,34 +55,34 @@ pub async fn refused(env: &mut Env, options: Value) -> String {
 }
 
 /// A task prepared, changed and started.
-pub async fn start_with(env: &mut Env, config: Value, change: impl FnOnce(&mut TaskConfig)) -> Task {
+pub(crate) async fn start_with(env: &mut Env, config: Value, change: impl FnOnce(&mut TaskConfig)) -> Task {
     let mut task = env.prepare(config).await;
     change(&mut task.config);
     env.try_start(&mut task).await.unwrap_or_else(|status| panic!("StartTask: {}", status.message()));
     task
 }
 
-pub fn linux(config: &mut TaskConfig) -> &mut LinuxResources {
+pub(crate) fn linux(config: &mut TaskConfig) -> &mut LinuxResources {
     config.resources.as_mut().unwrap().linux_resources.as_mut().unwrap()
 }
 
-pub fn memory(config: &mut TaskConfig) -> &mut AllocatedMemoryResources {
+pub(crate) fn memory(config: &mut TaskConfig) -> &mut AllocatedMemoryResources {
     config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap().memory.as_mut().unwrap()
 }
 
 /// Shell code: a process that shows in `/alloc/data/NAME` that it lives.
-pub fn beat(name: &str) -> String {
+pub(crate) fn beat(name: &str) -> String {
     format!("while :; do echo . >> /alloc/data/{name}; sleep 0.05; done")
 }
 
 /// Waits until the process of a [`beat`] lives.
-pub async fn beats(task: &Task, name: &str) {
+pub(crate) async fn beats(task: &Task, name: &str) {
     let path = task.dirs.alloc_dir.join("alloc/data").join(name);
     eventually(&format!("{name} beats"), async || if path.exists() { Ok(()) } else { Err(()) }).await;
 }
 
 /// The process of a [`beat`] is gone.
-pub async fn is_still(task: &Task, name: &str) {
+pub(crate) async fn is_still(task: &Task, name: &str) {
     let path = task.dirs.alloc_dir.join("alloc/data").join(name);
     let size = || fs::metadata(&path).unwrap().len();
     eventually(&format!("{name} is still"), async || {
@@ -94,7 +94,7 @@ pub async fn is_still(task: &Task, name: &str) {
 }
 
 /// The value of a file of the task's cgroup: `v1` as controller and name, or `v2`.
-pub fn limit(env: &Env, task: &Task, v1: (&str, &str), v2: &str) -> String {
+pub(crate) fn limit(env: &Env, task: &Task, v1: (&str, &str), v2: &str) -> String {
     let unified = Cgroups::detect().unwrap().mode() == CgroupMode::V2;
     let (controller, file) = if unified { ("", v2) } else { v1 };
     let ours = |path: &PathBuf| path.to_str().is_some_and(|path| path.contains(&task.dirs.alloc_id));
@@ -106,7 +106,7 @@ pub fn limit(env: &Env, task: &Task, v1: (&str, &str), v2: &str) -> String {
 }
 
 /// Processes of the task on the host, by its cgroups.
-pub fn processes(env: &Env, task: &Task) -> Vec<i32> {
+pub(crate) fn processes(env: &Env, task: &Task) -> Vec<i32> {
     let groups = leak::cgroups(env)
         .into_iter()
         .filter(|path| path.to_str().is_some_and(|path| path.contains(&task.dirs.alloc_id)));
@@ -126,7 +126,7 @@ pub fn processes(env: &Env, task: &Task) -> Vec<i32> {
 }
 
 /// The parent of the task's first process: the shim, or what another driver has in its place.
-pub fn keeper(env: &Env, task: &Task) -> i32 {
+pub(crate) fn keeper(env: &Env, task: &Task) -> i32 {
     let pids = processes(env, task);
     let outside = pids.iter().filter_map(|pid| parent_of(*pid)).find(|parent| !pids.contains(parent) && *parent > 1);
     outside.unwrap_or_else(|| panic!("nobody keeps {pids:?}"))
@@ -137,27 +137,27 @@ fn parent_of(pid: i32) -> Option<i32> {
     status.lines().find_map(|line| line.strip_prefix("PPid:\t")?.parse().ok())
 }
 
-pub fn parent(pid: i32) -> i32 {
+pub(crate) fn parent(pid: i32) -> i32 {
     parent_of(pid).unwrap_or_else(|| panic!("{pid} has no parent"))
 }
 
-pub fn kill(pid: i32) {
+pub(crate) fn kill(pid: i32) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
 }
 
 /// A containerd that may be killed, in the place of the plugin's: its directory.
-pub async fn own_containerd(env: &mut Env) -> PathBuf {
+pub(crate) async fn own_containerd(env: &mut Env) -> PathBuf {
     if env.config["containerd"]["address"].is_null() {
         not_applicable("its containerd can't be chosen");
     }
     let dir = services().root.join(format!("containerd-{}", random_hex(3)));
     let socket = services::start_containerd(&dir);
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     env.config["containerd"]["address"] = json!(socket);
     env.start_plugin().await;
     dir
 }
 
-pub fn kill_containerd(dir: &Path) {
+pub(crate) fn kill_containerd(dir: &Path) {
     kill(fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap());
 }

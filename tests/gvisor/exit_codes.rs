@@ -26,7 +26,7 @@ async fn one(env: &Env, case: Case, alloc: nomad_driver_shim::host::Alloc) -> Ex
         Case::OutOfMemory => "exec tail /dev/zero".to_owned(),
     };
     let config = sh(env, &script, json!({})).await;
-    let mut task = env.prepare_in(alloc.task("web").unwrap(), "1", config).await;
+    let mut task = env.prepare_in(alloc.create_task("web").unwrap(), "1", config).await;
     if let Case::OutOfMemory = case {
         let resources = task.config.resources.as_mut().unwrap();
         resources.allocated_resources.as_mut().unwrap().memory.as_mut().unwrap().memory_mb = 60;

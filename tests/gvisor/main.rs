@@ -29,21 +29,21 @@ use support::{Env, EnvOptions};
 pub const SPELLINGS: [&str; 2] = ["runsc", "io.containerd.runsc.v1"];
 
 /// A plugin whose tasks are in sandboxes.
-pub async fn sandboxed(runtime: &str, config: Value) -> Env {
+pub(crate) async fn sandboxed(runtime: &str, config: Value) -> Env {
     let mut config = config;
     config["default_runtime"] = json!(runtime);
     Env::with(EnvOptions { config, ..EnvOptions::default() }).await
 }
 
 /// A shell in busybox.
-pub async fn sh(env: &Env, script: &str, options: Value) -> Value {
+pub(crate) async fn sh(env: &Env, script: &str, options: Value) -> Value {
     let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     config
 }
 
 /// Processes of the host in a task's cgroup, with their command lines.
-pub fn processes(env: &Env, alloc: &str) -> Vec<(i32, String)> {
+pub(crate) fn processes(env: &Env, alloc: &str) -> Vec<(i32, String)> {
     let groups = support::leak::cgroups(env).into_iter().filter(|path| path.to_str().unwrap().contains(alloc));
     let lists = groups.filter_map(|path| std::fs::read_to_string(path.join("cgroup.procs")).ok());
     let mut pids: Vec<i32> =

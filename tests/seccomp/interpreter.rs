@@ -4,7 +4,7 @@ use seccompiler::sock_filter;
 
 /// What the kernel shows a filter (linux/seccomp.h).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Call {
+pub(crate) struct Call {
     pub number: u32,
     pub arch: u32,
     pub arguments: [u64; 6],
@@ -27,7 +27,7 @@ impl Call {
 
 /// Classic BPF as the kernel's seccomp takes it (kernel/seccomp.c, `seccomp_check_filter`); what else a program could
 /// hold makes the test fail.
-pub fn verdict(program: &[sock_filter], call: &Call) -> u32 {
+pub(crate) fn verdict(program: &[sock_filter], call: &Call) -> u32 {
     let (mut at, mut a) = (0_usize, 0_u32);
     loop {
         let instruction = program.get(at).unwrap_or_else(|| panic!("ran out of the program at {at}"));

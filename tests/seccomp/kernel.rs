@@ -7,7 +7,7 @@ const MODE: u64 = 0xffff;
 const ALL: u64 = u64::MAX;
 
 /// Calls with a number on each architecture, and the bits of each argument that the kernel looks at.
-pub const CALLS: [(&str, [u64; 6]); 14] = [
+pub(crate) const CALLS: [(&str, [u64; 6]); 14] = [
     ("read", [INT, ALL, ALL, ALL, ALL, ALL]),
     ("openat", [INT, ALL, INT, MODE, ALL, ALL]),
     ("clone", [INT, ALL, ALL, ALL, ALL, ALL]),
@@ -26,18 +26,18 @@ pub const CALLS: [(&str, [u64; 6]); 14] = [
 ];
 
 /// The calls that 32-bit x86 has no second way for.
-pub fn plain() -> Vec<&'static str> {
+pub(crate) fn plain() -> Vec<&'static str> {
     CALLS.iter().map(|(name, _)| *name).filter(|name| !name.starts_with("socket")).collect()
 }
 
 /// The bits that the kernel looks at of each argument of a call.
-pub fn kept(call: &str) -> [u64; 6] {
+pub(crate) fn kept(call: &str) -> [u64; 6] {
     CALLS.iter().find(|(name, _)| *name == call).map_or([ALL; 6], |(_, kept)| *kept)
 }
 
 /// The same call to the kernel, with other bits where it looks at none. Arguments of 32-bit machines, x32 among them, are
 /// never looked at beyond the low word.
-pub fn twins(call: &str, arguments: [u64; 6]) -> impl Iterator<Item = [u64; 6]> {
+pub(crate) fn twins(call: &str, arguments: [u64; 6]) -> impl Iterator<Item = [u64; 6]> {
     let kept = kept(call);
     [1 << 32, 1 << 63, INT << 32, 1 << 16, 0xffff_ffff_ffff_0000]
         .into_iter()

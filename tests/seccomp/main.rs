@@ -12,7 +12,7 @@ use std::path::Path;
 use libseccomp::ScmpArch;
 use nomad_driver_shim::rootfs::{
     Capabilities,
-    seccomp::{Host, Machine, NotCompiled, Profile, compile},
+    seccomp::{Machine, NotCompiled, Profile, SeccompHost, compile},
 };
 use oci_spec::runtime::{Arch, LinuxSeccomp};
 
@@ -41,8 +41,8 @@ fn machine(arch: Arch) -> Machine {
     ARCHITECTURES.iter().find(|(name, ..)| *name == arch).expect("an architecture").2
 }
 
-fn host(arch: Arch) -> Host {
-    Host { arch: if arch == Arch::ScmpArchX86_64 { "amd64" } else { "arm64" }, kernel: (6, 1) }
+fn host(arch: Arch) -> SeccompHost {
+    SeccompHost { arch: if arch == Arch::ScmpArchX86_64 { "amd64" } else { "arm64" }, kernel: (6, 1) }
 }
 
 fn capabilities(names: &[&str]) -> Capabilities {

@@ -25,7 +25,7 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> ScmpAction {
 }
 
 /// libseccomp's program, asked for as runc and crun ask.
-pub fn theirs(profile: &LinuxSeccomp, host: Arch) -> Vec<sock_filter> {
+pub(crate) fn theirs(profile: &LinuxSeccomp, host: Arch) -> Vec<sock_filter> {
     let default = action(profile.default_action(), profile.default_errno_ret());
     let mut filter = ScmpFilterContext::new(default).expect("a filter");
     let own = ScmpArch::native();

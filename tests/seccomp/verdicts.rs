@@ -7,7 +7,7 @@ use nomad_driver_shim::{
     ids::Flavor,
     rootfs::{
         Capabilities,
-        seccomp::{self, Machine, Multiplexer, compile, for_libseccomp},
+        seccomp::{self, Machine, SocketcallPolicy, compile, for_libseccomp},
     },
 };
 use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSyscall};
@@ -23,7 +23,7 @@ use super::{
 };
 
 /// Arguments at and around every value that a rule compares with.
-pub fn edges(profile: &LinuxSeccomp) -> Vec<u64> {
+pub(crate) fn edges(profile: &LinuxSeccomp) -> Vec<u64> {
     let mut values = BTreeSet::from([0, 1, u64::from(u32::MAX), 1 << 32, u64::MAX]);
     for argument in profile.syscalls().iter().flatten().flat_map(|rule| rule.args().iter().flatten()) {
         for value in [argument.value(), argument.value_two().unwrap_or_default()] {
@@ -58,13 +58,13 @@ struct Pair {
 
 /// How many verdicts were compared, and the numbers that only we know and were given a verdict other than the default's.
 #[derive(Default)]
-pub struct Compared {
+pub(crate) struct Compared {
     pub verdicts: usize,
     news: HashSet<(Machine, u32)>,
 }
 
 /// Compares all verdicts.
-pub fn compare(profile: &LinuxSeccomp, arch: Arch) -> Compared {
+pub(crate) fn compare(profile: &LinuxSeccomp, arch: Arch) -> Compared {
     let restated = for_libseccomp(profile, host(arch)).expect("restated");
     let pair = Pair { ours: compile(profile, machine(arch)).expect("compiles"), theirs: theirs(&restated, arch) };
     let edges = edges(profile);
@@ -147,7 +147,7 @@ fn compare_twins(pair: &Pair, name: &str, at: (Arch, u32), arguments: [u64; 6]) 
 
 #[test]
 fn dockers_profile_has_libseccomps_verdicts_for_every_number_on_every_architecture() {
-    for multiplexer in [Multiplexer::Enosys, Multiplexer::Allowed] {
+    for multiplexer in [SocketcallPolicy::Enosys, SocketcallPolicy::Allowed] {
         let profile = seccomp::default_profile(multiplexer);
         for arch in [Arch::ScmpArchX86_64, Arch::ScmpArchAarch64] {
             for set in [&["CHOWN"][..], &["SYS_ADMIN"], &["SYS_PTRACE", "BPF", "SYS_TIME"], &["ALL"]] {
@@ -172,10 +172,10 @@ const EPERM: u32 = 0x0005_0001;
 const ENOSYS: u32 = 0x0005_0026;
 
 /// The verdict of both programs that docker's profile becomes on x86-64.
-fn dockers(multiplexer: Multiplexer, arch: Arch, name: &str, argument: u64) -> u32 {
+fn dockers(multiplexer: SocketcallPolicy, arch: Arch, name: &str, argument: u64) -> u32 {
     let profile = seccomp::default_profile(multiplexer);
     let own = Arch::ScmpArchX86_64;
-    let resolved = profile.resolve(host(own), &Capabilities::defaults(Flavor::Secure)).expect("resolves");
+    let resolved = profile.resolve(host(own), &Capabilities::defaults(Flavor::Strict)).expect("resolves");
     let ours = compile(&resolved, Machine::X86_64).expect("compiles");
     let theirs = theirs(&for_libseccomp(&resolved, host(own)).expect("restated"), own);
     let call = call((arch, machine(arch).number(name).expect("a call")), [argument, 0, 0, 0, 0, 0]);
@@ -185,7 +185,7 @@ fn dockers(multiplexer: Multiplexer, arch: Arch, name: &str, argument: u64) -> u
 
 #[test]
 fn no_bit_beyond_an_int_gets_past_dockers_profile() {
-    let native = |name, argument| dockers(Multiplexer::Enosys, Arch::ScmpArchX86_64, name, argument);
+    let native = |name, argument| dockers(SocketcallPolicy::Enosys, Arch::ScmpArchX86_64, name, argument);
     for noise in [0, 1 << 32, 1 << 40, 1 << 63, 0xffff_ffff_0000_0000] {
         for family in 0..64 {
             let expected = if matches!(family, 38 | 40) { EPERM } else { ALLOW };
@@ -206,16 +206,16 @@ fn socketcall_is_missing_unless_it_is_allowed() {
     // All 20 of its calls, and some that are none.
     for sub_call in 0..24 {
         let of = |multiplexer| dockers(multiplexer, Arch::ScmpArchX86, "socketcall", sub_call);
-        assert_eq!((of(Multiplexer::Enosys), of(Multiplexer::Allowed)), (ENOSYS, ALLOW), "{sub_call}");
+        assert_eq!((of(SocketcallPolicy::Enosys), of(SocketcallPolicy::Allowed)), (ENOSYS, ALLOW), "{sub_call}");
     }
-    let direct = |name, argument| dockers(Multiplexer::Enosys, Arch::ScmpArchX86, name, argument);
+    let direct = |name, argument| dockers(SocketcallPolicy::Enosys, Arch::ScmpArchX86, name, argument);
     assert_eq!((direct("socket", 2), direct("socket", 40), direct("bind", 0)), (ALLOW, EPERM, ALLOW));
 }
 
 #[test]
 fn the_program_is_a_fraction_of_libseccomps() {
-    let resolved = seccomp::default_profile(Multiplexer::Enosys)
-        .resolve(host(Arch::ScmpArchX86_64), &Capabilities::defaults(Flavor::Secure))
+    let resolved = seccomp::default_profile(SocketcallPolicy::Enosys)
+        .resolve(host(Arch::ScmpArchX86_64), &Capabilities::defaults(Flavor::Strict))
         .expect("resolves");
     let ours = compile(&resolved, Machine::X86_64).expect("compiles").len();
     let theirs = theirs(&resolved, Arch::ScmpArchX86_64).len();

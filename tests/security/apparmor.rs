@@ -49,7 +49,7 @@ async fn plugin(name: &'static str, config: Value) -> Env {
 /// Starts the plugin anew with another `security` block. The image stays, which is what takes time in an emulated
 /// machine.
 async fn restart(env: &mut Env, security: Value) {
-    env.plugin.take().unwrap().leave().await;
+    env.plugin.take().unwrap().shut_down().await;
     env.config["security"] = security;
     env.start_plugin().await;
 }

@@ -5,7 +5,7 @@ use std::{fs, process::Command};
 use crate::support::services::{root, run};
 
 /// Compiles a C program and links it statically: its bytes.
-pub fn compile(name: &str, source: &str) -> Vec<u8> {
+pub(crate) fn compile(name: &str, source: &str) -> Vec<u8> {
     let directory = root().join("attacks");
     fs::create_dir_all(&directory).unwrap();
     let unique = nomad_driver_shim::ids::random_hex(4);

@@ -181,7 +181,7 @@ async fn addresses_that_are_none_are_refused() {
     }
     assert_eq!(registry.requests(), Vec::<String>::new());
     let error = env.plugin().configure(&json!({"auth": auth(Some("a@b"))})).await.expect_err("the plugin took it");
-    let message = nomad_driver_shim::chain(&error);
+    let message = nomad_driver_shim::error_chain(&error);
     assert!(message.contains("auth.server_address") && !message.contains(PASSWORD), "{message}");
     env.finish().await;
 }

@@ -9,17 +9,17 @@ use std::{
 use crate::support::Env;
 
 /// What the decoy's files hold. No task may ever print it.
-pub const SECRET: &str = "known to the host only\n";
+pub(crate) const SECRET: &str = "known to the host only\n";
 
 /// The directory, and what was in it at the beginning.
-pub struct Decoy {
+pub(crate) struct Decoy {
     pub dir: PathBuf,
     before: Vec<String>,
 }
 
 impl Decoy {
     /// Makes one in the environment's directory, with the names that runtimes write to in a root file system.
-    pub fn new(env: &Env) -> Self {
+    pub(crate) fn new(env: &Env) -> Self {
         let dir = env.dir.join("decoy");
         for below in ["", "logs", "data", "bin"] {
             fs::create_dir_all(dir.join(below)).unwrap();
@@ -33,12 +33,12 @@ impl Decoy {
     }
 
     /// Its path, as a job or an image would name it.
-    pub fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         self.dir.to_str().unwrap()
     }
 
     /// What differs from the beginning: nothing, unless an attack got through.
-    pub fn changes(&self) -> Vec<String> {
+    pub(crate) fn changes(&self) -> Vec<String> {
         let now = contents(&self.dir);
         let gone = self.before.iter().filter(|line| !now.contains(line)).map(|line| format!("- {line}"));
         let new = now.iter().filter(|line| !self.before.contains(line)).map(|line| format!("+ {line}"));
@@ -46,7 +46,7 @@ impl Decoy {
     }
 
     /// Fails when an attack changed or mounted anything here.
-    pub fn assert_untouched(&self, attack: &str) {
+    pub(crate) fn assert_untouched(&self, attack: &str) {
         assert_eq!(self.changes(), Vec::<String>::new(), "{attack} changed a directory of the host");
     }
 }
@@ -71,7 +71,7 @@ fn collect(path: &Path, lines: &mut Vec<String>) {
 }
 
 /// The mount points at and below a directory, in this process's mount namespace, which is the host's.
-pub fn mounts_below(dir: &Path) -> Vec<String> {
+pub(crate) fn mounts_below(dir: &Path) -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let point = |line: &&str| line.split(' ').nth(4).is_some_and(|point| Path::new(point).starts_with(dir));
     mounts.lines().filter(point).map(|line| format!("mount: {line}")).collect()

@@ -28,10 +28,10 @@ use crate::support::services;
 const LIED_ABOUT: [&str; 3] = ["/View", "/Mounts", "/Version"];
 
 /// Makes of an answer's body another one. Calls are known by their HTTP/2 paths.
-pub type Lie = Arc<dyn Fn(&str, Bytes) -> Bytes + Send + Sync>;
+pub(crate) type Lie = Arc<dyn Fn(&str, Bytes) -> Bytes + Send + Sync>;
 
 /// Starts the proxy: its socket. It ends with the test.
-pub fn start(lie: Lie) -> PathBuf {
+pub(crate) fn start(lie: Lie) -> PathBuf {
     let dir = services().root.join(format!("false-containerd-{}", random_hex(3)));
     fs::create_dir_all(&dir).unwrap();
     let socket = dir.join("sock");
@@ -43,7 +43,7 @@ pub fn start(lie: Lie) -> PathBuf {
 }
 
 /// A gRPC message as it stands in an answer's body: not compressed, and its length before it.
-pub fn framed(message: &impl Message) -> Bytes {
+pub(crate) fn framed(message: &impl Message) -> Bytes {
     let bytes = message.encode_to_vec();
     let length = u32::try_from(bytes.len()).unwrap().to_be_bytes();
     [&[0][..], &length, &bytes].concat().into()

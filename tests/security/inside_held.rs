@@ -158,7 +158,7 @@ async fn a_task_does_not_protect_itself_nor_end_by_its_own_exec() {
 fn processes(env: &Env) -> Vec<u32> {
     let shims = env.dir.join("run/shims");
     let is_shim = |pid: &u32| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&shims));
-    let mut pids: Vec<u32> = nomad_driver_shim::process::all().unwrap().into_iter().filter(is_shim).collect();
+    let mut pids: Vec<u32> = nomad_driver_shim::process::all_pids().unwrap().into_iter().filter(is_shim).collect();
     pids.push(env.plugin().pid().unwrap());
     pids
 }

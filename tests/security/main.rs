@@ -61,14 +61,14 @@ pub fn runtimes() -> Vec<String> {
 }
 
 /// A plugin whose tasks have this runtime, with this configuration over the tests' own.
-pub async fn plugin_with(runtime: &str, config: Value) -> Env {
+pub(crate) async fn plugin_with(runtime: &str, config: Value) -> Env {
     let mut config = config;
     config["default_runtime"] = json!(runtime);
     Env::with(EnvOptions { config, ..EnvOptions::default() }).await
 }
 
 /// Options of a task that runs a shell script in busybox, with these over them.
-pub async fn shell(env: &Env, script: &str, options: Value) -> Value {
+pub(crate) async fn shell(env: &Env, script: &str, options: Value) -> Value {
     let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     config

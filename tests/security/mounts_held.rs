@@ -20,7 +20,7 @@ fn bind(source: &str, options: &[&str]) -> Value {
 async fn prepared(env: &mut Env, decoy: &Decoy, config: Value) -> Task {
     let task = env.prepare(config).await;
     let alloc = env.allocs.last().unwrap().clone();
-    alloc.task("other").unwrap();
+    alloc.create_task("other").unwrap();
     for private in ["other/secrets/token", "other/private/token", "web/private/token"] {
         fs::write(alloc.dir.join(private), SECRET).unwrap();
     }
@@ -211,7 +211,7 @@ async fn a_bound_device_node_does_not_open() {
             let script = format!("open() {{ (: < $1) && echo opened; }}; {script}");
             let mounts = json!([bind(source, &["rbind", "rw", "dev"])]);
             let config = shell(&env, &script, json!({"mounts": mounts, "privileged": privileged})).await;
-            let mut task = env.prepare_in(alloc.task(name).unwrap(), "1", config).await;
+            let mut task = env.prepare_in(alloc.create_task(name).unwrap(), "1", config).await;
             env.try_start(&mut task).await.unwrap();
             let (_, out, err) = env.finish_task(task).await;
             let seen = (out.matches("opened").count(), err.matches("Operation not permitted").count());

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use nomad_driver_shim::host::Launch;
+use nomad_driver_shim::host::PluginCommand;
 use serde_json::{Value, json};
 
 use crate::{attack, image_with_program, plugin_with, runtimes, shell, support};
@@ -208,7 +208,7 @@ async fn an_agent_that_is_confined_itself_still_runs_tasks() {
         let words = confinement.iter().map(|word| (*word).to_owned());
         let args = words.chain([own, "--name".to_owned(), "shim".to_owned()]).collect();
         let config = json!({"allow_privileged": true, "disable_log_collection": true});
-        let driver = Some(Launch { args, ..Launch::new("setpriv") });
+        let driver = Some(PluginCommand { args, ..PluginCommand::new("setpriv") });
         let mut env = Env::with(EnvOptions { driver, config, ..EnvOptions::default() }).await;
         let plugin = Status::of(env.plugin().pid().unwrap());
         assert_eq!(plugin.set("CapBnd"), kept, "{confinement:?}");
@@ -477,7 +477,7 @@ async fn strangers_do_not_keep_a_plugin() {
     let mut out = std::io::BufReader::new(stranger.stdout.take().unwrap());
     std::io::BufRead::read_line(&mut out, &mut line).unwrap();
     assert_eq!(line, "connected\n");
-    let mut process = env.plugin.take().unwrap().abandon().unwrap();
+    let mut process = env.plugin.take().unwrap().detach().unwrap();
     let left = tokio::time::timeout(support::patience(), process.wait()).await;
     stranger.kill().unwrap();
     stranger.wait().unwrap();

@@ -169,7 +169,7 @@ async fn a_task_that_swaps_directories_for_links_gains_nothing() {
         let mut swapper = env.prepare(json!({"image": image, "command": "/attack", "args": names})).await;
         let alloc = env.allocs.last().unwrap().clone();
         pair(&alloc.dir.join("alloc/data"), "x", &host.bait);
-        let main = alloc.task("main").unwrap();
+        let main = alloc.create_task("main").unwrap();
         pair(&alloc.dir.join("main/local"), "y", &host.bait);
         env.try_start(&mut swapper).await.unwrap();
         swapper.says("swapping").await;
@@ -194,7 +194,7 @@ async fn directories_of_nomad_that_are_swapped_lead_nowhere() {
         let first = env.prepare(json!({"image": image, "command": "/bin/true"})).await;
         let alloc = env.allocs.last().unwrap().clone();
         let mut pairs = vec![pair(&alloc.dir.join("alloc/data"), "x", &host.bait)];
-        let main = alloc.task("main").unwrap();
+        let main = alloc.create_task("main").unwrap();
         pair(&alloc.dir.join("main/local"), "y", &host.bait);
         for directory in ["alloc/logs", "main/local", "main/secrets"] {
             let (real, link) = (alloc.dir.join(directory), alloc.dir.join(format!("{directory}-link")));

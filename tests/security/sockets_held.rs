@@ -11,7 +11,7 @@ use std::{
 };
 
 use nomad_driver_shim::{
-    control::{Answer, Request, ask},
+    control::{Answer, Request, send_request},
     host::Plugin,
 };
 use serde_json::json;
@@ -94,7 +94,7 @@ async fn the_control_socket_does_nothing_that_is_not_a_request() {
     assert!(grown < GROWTH, "{} MiB more", grown >> 20);
     // The same plugin serves its agent and its command line, and nothing happened to the task.
     assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
-    let answer = ask(&control, &Request::Gc { dry_run: true }, patience()).await.unwrap();
+    let answer = send_request(&control, &Request::Gc { dry_run: true }, patience()).await.unwrap();
     assert_eq!(answer, Answer::Removed(Vec::new()));
     env.destroy(&task).await.unwrap();
     env.finish().await;
@@ -116,7 +116,7 @@ async fn connections_that_say_nothing_keep_nobody_out() {
     let task = env.sh("echo served").await;
     assert!(began.elapsed() < patience() / 4, "a start took {:?}", began.elapsed());
     assert_eq!(env.finish_task(task).await.1, "served\n");
-    ask(&control, &Request::Gc { dry_run: true }, patience()).await.unwrap();
+    send_request(&control, &Request::Gc { dry_run: true }, patience()).await.unwrap();
     let grown = resident(plugin).saturating_sub(before);
     assert!(grown < GROWTH, "{} MiB more", grown >> 20);
     drop(idle);

@@ -10,14 +10,14 @@ use tokio_rustls::TlsAcceptor;
 use super::services::root;
 
 /// An authority that a plugin trusts if `SSL_CERT_FILE` names it.
-pub struct Authority {
+pub(crate) struct Authority {
     /// Its certificate's file.
     pub file: PathBuf,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut parameters = CertificateParams::new(Vec::new()).unwrap();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -27,7 +27,7 @@ impl Authority {
     }
 
     /// TLS for a server of these names and addresses.
-    pub fn server(&self, names: &[&str]) -> TlsAcceptor {
+    pub(crate) fn server(&self, names: &[&str]) -> TlsAcceptor {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let key = KeyPair::generate().unwrap();
         let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &self.issuer).unwrap();

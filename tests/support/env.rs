@@ -7,7 +7,7 @@ use std::{
 };
 
 use nomad_driver_shim::{
-    host::{Alloc, Collector, Launch, Output, Plugin, TaskDirs, encode, encode_raw},
+    host::{Alloc, Collector, Output, Plugin, PluginCommand, TaskDirs, encode, encode_raw},
     ids::random_hex,
     pb::base::ConfigSchemaRequest,
     pb::driver::{
@@ -23,7 +23,7 @@ use tonic::Status;
 use super::{Image, leak, patience, program, services, services::root};
 
 /// What a test wants different.
-pub struct EnvOptions {
+pub(crate) struct EnvOptions {
     /// Merged over the plugin's configuration.
     pub config: Value,
     /// Added to the plugin's environment.
@@ -33,7 +33,7 @@ pub struct EnvOptions {
     /// A program that starts the one under test, which it finds in the variable `PROGRAM`.
     pub wrapper: Option<PathBuf>,
     /// Another driver than the program under test. It is asked for what its schema knows.
-    pub driver: Option<Launch>,
+    pub driver: Option<PluginCommand>,
 }
 
 impl Default for EnvOptions {
@@ -43,18 +43,18 @@ impl Default for EnvOptions {
 }
 
 /// Ends a row of the conformance suite: the driver has no such thing.
-pub struct NotApplicable(pub String);
+pub(crate) struct NotApplicable(pub String);
 
-pub fn not_applicable(why: &str) -> ! {
+pub(crate) fn not_applicable(why: &str) -> ! {
     std::panic::resume_unwind(Box::new(NotApplicable(why.to_owned())))
 }
 
-pub struct Env {
+pub(crate) struct Env {
     pub plugin: Option<Plugin>,
     pub dir: PathBuf,
     pub namespace: String,
     pub config: Value,
-    launch: Launch,
+    launch: PluginCommand,
     /// Is it another driver than the program under test?
     pub foreign: bool,
     /// Allocations made, for the leak checker.
@@ -66,7 +66,7 @@ pub struct Env {
 }
 
 /// A task and its collected output.
-pub struct Task {
+pub(crate) struct Task {
     pub id: String,
     pub dirs: TaskDirs,
     pub config: TaskConfig,
@@ -76,11 +76,11 @@ pub struct Task {
 }
 
 impl Env {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         Self::with(EnvOptions::default()).await
     }
 
-    pub async fn with(options: EnvOptions) -> Self {
+    pub(crate) async fn with(options: EnvOptions) -> Self {
         let id = random_hex(4);
         let dir = root().join(&id);
         std::fs::create_dir_all(&dir).unwrap();
@@ -97,7 +97,7 @@ impl Env {
         merge(&mut config, &options.config);
         let foreign = options.driver.is_some();
         let started = options.wrapper.unwrap_or_else(program);
-        let mut launch = options.driver.unwrap_or_else(|| Launch::named(started, options.name));
+        let mut launch = options.driver.unwrap_or_else(|| PluginCommand::with_name(started, options.name));
         launch.env.push(("PROGRAM".to_owned(), program().to_str().unwrap().to_owned()));
         launch.env.extend(options.env);
         launch.env.push(("PLUGIN_UNIX_SOCKET_DIR".to_owned(), dir.to_str().unwrap().to_owned()));
@@ -107,12 +107,12 @@ impl Env {
         this
     }
 
-    pub async fn start_plugin(&mut self) {
+    pub(crate) async fn start_plugin(&mut self) {
         self.start_plugin_timed(std::time::Instant::now()).await;
     }
 
     /// The same: how long after `began` the handshake was over.
-    pub async fn start_plugin_timed(&mut self, began: std::time::Instant) -> Duration {
+    pub(crate) async fn start_plugin_timed(&mut self, began: std::time::Instant) -> Duration {
         let plugin = Plugin::launch(&self.launch).await.unwrap();
         let handshake = began.elapsed();
         if self.foreign {
@@ -125,20 +125,20 @@ impl Env {
     }
 
     /// How plugins are started from now on.
-    pub fn launch_mut(&mut self) -> &mut Launch {
+    pub(crate) fn launch_mut(&mut self) -> &mut PluginCommand {
         &mut self.launch
     }
 
     /// A variable for the plugins that are started from now on.
-    pub fn set_var(&mut self, name: &str, value: Option<&str>) {
+    pub(crate) fn set_var(&mut self, name: &str, value: Option<&str>) {
         self.launch.env.retain(|(known, _)| known != name);
         self.launch.env.extend(value.map(|value| (name.to_owned(), value.to_owned())));
     }
 
     /// Waits for the end of a plugin that was told to die, and takes its socket away: what it said, and its signal.
-    pub async fn plugin_died(&mut self) -> (String, Option<i32>) {
+    pub(crate) async fn plugin_died(&mut self) -> (String, Option<i32>) {
         let mut plugin = self.plugin.take().unwrap();
-        let ended = tokio::time::timeout(patience(), plugin.ended()).await.expect("the plugin lives on").unwrap();
+        let ended = tokio::time::timeout(patience(), plugin.wait()).await.expect("the plugin lives on").unwrap();
         let socket = plugin.socket().to_owned();
         // What it has written is read by then.
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -149,37 +149,39 @@ impl Env {
     }
 
     /// As `kill -9` does; its socket stays, as it would.
-    pub async fn kill_plugin(&mut self) {
+    pub(crate) async fn kill_plugin(&mut self) {
         let plugin = self.plugin.take().unwrap();
         let socket = plugin.socket().to_owned();
         plugin.kill().await;
         std::fs::remove_file(socket).unwrap();
     }
 
-    pub fn plugin(&self) -> &Plugin {
+    pub(crate) fn plugin(&self) -> &Plugin {
         self.plugin.as_ref().unwrap()
     }
 
-    pub fn driver(&self) -> nomad_driver_shim::pb::driver::driver_client::DriverClient<tonic::transport::Channel> {
+    pub(crate) fn driver(
+        &self,
+    ) -> nomad_driver_shim::pb::driver::driver_client::DriverClient<tonic::transport::Channel> {
         self.plugin().driver()
     }
 
     /// The busybox image in the real registry.
-    pub async fn busybox(&self) -> String {
+    pub(crate) async fn busybox(&self) -> String {
         static NAME: tokio::sync::OnceCell<String> = tokio::sync::OnceCell::const_new();
         NAME.get_or_init(async || Image::busybox().push(&services().registry, "test/busybox:1").await).await.clone()
     }
 
     /// A task of a new allocation, ready to be started, with readers on its FIFOs.
-    pub async fn prepare(&mut self, config: Value) -> Task {
+    pub(crate) async fn prepare(&mut self, config: Value) -> Task {
         let alloc = Alloc::create(&self.dir.join("allocs"), &format!("{}-{}", self.namespace, random_hex(4))).unwrap();
         self.allocs.push(alloc.clone());
-        let dirs = alloc.task("web").unwrap();
+        let dirs = alloc.create_task("web").unwrap();
         self.prepare_in(dirs, "1", config).await
     }
 
     /// A further attempt of a task, with the log collector that it has already.
-    pub async fn prepare_again(&self, task: Task, attempt: &str, config: Value) -> Task {
+    pub(crate) async fn prepare_again(&self, task: Task, attempt: &str, config: Value) -> Task {
         let config = task.dirs.config(attempt, self.encoded(config).await);
         Task { id: config.id.clone(), config, handle: None, ..task }
     }
@@ -193,20 +195,20 @@ impl Env {
         }
     }
 
-    pub async fn prepare_in(&self, dirs: TaskDirs, attempt: &str, config: Value) -> Task {
+    pub(crate) async fn prepare_in(&self, dirs: TaskDirs, attempt: &str, config: Value) -> Task {
         let config = dirs.config(attempt, self.encoded(config).await);
         let (stdout, stderr) =
-            (Collector::start(&dirs.stdout, Output::Keep), Collector::start(&dirs.stderr, Output::Keep));
+            (Collector::start(&dirs.stdout, Output::Memory), Collector::start(&dirs.stderr, Output::Memory));
         Task { id: config.id.clone(), dirs, config, stdout, stderr, handle: None }
     }
 
     /// As Nomad asks: the id only inside of the handle.
-    pub async fn recover(&self, task: &Task) -> Result<(), Status> {
+    pub(crate) async fn recover(&self, task: &Task) -> Result<(), Status> {
         let request = RecoverTaskRequest { task_id: String::new(), handle: task.handle.clone() };
         self.driver().recover_task(request).await.map(drop)
     }
 
-    pub async fn try_start(&self, task: &mut Task) -> Result<(), Status> {
+    pub(crate) async fn try_start(&self, task: &mut Task) -> Result<(), Status> {
         let request = StartTaskRequest { task: Some(task.config.clone()) };
         self.asked.lock().unwrap().push(task.id.clone());
         let answer = self.driver().start_task(request).await?.into_inner();
@@ -215,7 +217,7 @@ impl Env {
     }
 
     /// A running task of a new allocation.
-    pub async fn start(&mut self, config: Value) -> Task {
+    pub(crate) async fn start(&mut self, config: Value) -> Task {
         let mut task = self.prepare(config).await;
         self.try_start(&mut task)
             .await
@@ -224,25 +226,25 @@ impl Env {
     }
 
     /// A running shell in busybox.
-    pub async fn sh(&mut self, script: &str) -> Task {
+    pub(crate) async fn sh(&mut self, script: &str) -> Task {
         let config = json!({"image": self.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
         self.start(config).await
     }
 
     /// Runs a task to its end and destroys it: exit code, stdout, stderr.
-    pub async fn run(&mut self, config: Value) -> (i32, String, String) {
+    pub(crate) async fn run(&mut self, config: Value) -> (i32, String, String) {
         let task = self.start(config).await;
         self.finish_task(task).await
     }
 
-    pub async fn finish_task(&self, task: Task) -> (i32, String, String) {
+    pub(crate) async fn finish_task(&self, task: Task) -> (i32, String, String) {
         let code = self.wait(&task).await.exit_code;
         let (out, err) = task.output().await;
         self.destroy(&task).await.unwrap();
         (code, out, err)
     }
 
-    pub async fn try_wait(&self, id: &str) -> Result<WaitTaskResponse, Status> {
+    pub(crate) async fn try_wait(&self, id: &str) -> Result<WaitTaskResponse, Status> {
         let request = WaitTaskRequest { task_id: id.to_owned() };
         let mut driver = self.driver();
         tokio::time::timeout(patience(), driver.wait_task(request))
@@ -251,51 +253,51 @@ impl Env {
             .map(tonic::Response::into_inner)
     }
 
-    pub async fn wait(&self, task: &Task) -> ExitResult {
+    pub(crate) async fn wait(&self, task: &Task) -> ExitResult {
         self.try_wait(&task.id).await.unwrap().result.unwrap()
     }
 
-    pub async fn stop(&self, task: &Task, timeout: Duration, signal: &str) -> Result<(), Status> {
+    pub(crate) async fn stop(&self, task: &Task, timeout: Duration, signal: &str) -> Result<(), Status> {
         let timeout = Some(prost_types::Duration::try_from(timeout).unwrap());
         let request = StopTaskRequest { task_id: task.id.clone(), timeout, signal: signal.to_owned() };
         self.driver().stop_task(request).await.map(drop)
     }
 
-    pub async fn destroy(&self, task: &Task) -> Result<(), Status> {
+    pub(crate) async fn destroy(&self, task: &Task) -> Result<(), Status> {
         self.destroy_with(task, true).await
     }
 
-    pub async fn destroy_with(&self, task: &Task, force: bool) -> Result<(), Status> {
+    pub(crate) async fn destroy_with(&self, task: &Task, force: bool) -> Result<(), Status> {
         self.driver().destroy_task(DestroyTaskRequest { task_id: task.id.clone(), force }).await.map(drop)
     }
 
-    pub async fn inspect(&self, id: &str) -> Result<InspectTaskResponse, Status> {
+    pub(crate) async fn inspect(&self, id: &str) -> Result<InspectTaskResponse, Status> {
         self.driver().inspect_task(InspectTaskRequest { task_id: id.to_owned() }).await.map(tonic::Response::into_inner)
     }
 
-    pub async fn attribute(&self, task: &Task, name: &str) -> String {
+    pub(crate) async fn attribute(&self, task: &Task, name: &str) -> String {
         self.inspect(&task.id).await.unwrap().driver.unwrap().attributes[name].clone()
     }
 
     /// Where a task's record is, and what it says: its first line, and the last of the states that follow.
-    pub async fn record(&self, task: &Task) -> (PathBuf, Value) {
+    pub(crate) async fn record(&self, task: &Task) -> (PathBuf, Value) {
         let path = self.dir.join("run/tasks").join(format!("{}.json", self.attribute(task, "container_id").await));
         let record = read_record(&path);
         (path, record)
     }
 
-    pub async fn signal(&self, task: &Task, signal: &str) -> Result<(), Status> {
+    pub(crate) async fn signal(&self, task: &Task, signal: &str) -> Result<(), Status> {
         let request = SignalTaskRequest { task_id: task.id.clone(), signal: signal.to_owned() };
         self.driver().signal_task(request).await.map(drop)
     }
 
     /// Checks that nothing is left, lets the plugin leave, and checks again.
-    pub async fn finish(mut self) {
+    pub(crate) async fn finish(mut self) {
         let leaks = leak::while_alive(&self).await;
         assert!(leaks.is_empty(), "left while the plugin lives: {leaks:#?}\n{}", self.plugin().stderr());
         let open = super::modes::open_to_others(&self);
         assert!(open.is_empty(), "open to other users: {open:#?}");
-        let left = self.plugin.take().unwrap().leave().await;
+        let left = self.plugin.take().unwrap().shut_down().await;
         assert!(left.status.is_some_and(|status| status.success()), "{left:?}");
         let leaks = leak::afterwards(&self).await;
         assert!(leaks.is_empty(), "left after the plugin: {leaks:#?}\n{}", left.stderr);
@@ -304,15 +306,15 @@ impl Env {
 
 impl Task {
     /// Both streams, to their ends.
-    pub async fn output(&self) -> (String, String) {
+    pub(crate) async fn output(&self) -> (String, String) {
         for stream in [&self.stdout, &self.stderr] {
-            assert!(stream.ended(patience()).await.is_some(), "no end of the task's output");
+            assert!(stream.wait_for_end(patience()).await.is_some(), "no end of the task's output");
         }
         (self.stdout.text(), self.stderr.text())
     }
 
     /// Waits until the task has written `text`.
-    pub async fn says(&self, text: &str) {
+    pub(crate) async fn says(&self, text: &str) {
         super::eventually(&format!("output {text:?}"), async || {
             let seen = self.stdout.text();
             if seen.contains(text) { Ok(()) } else { Err(seen) }
@@ -345,7 +347,7 @@ fn merge(into: &mut Value, from: &Value) {
     }
 }
 
-pub fn read_record(path: &Path) -> Value {
+pub(crate) fn read_record(path: &Path) -> Value {
     let text = std::fs::read_to_string(path).unwrap();
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let mut record = lines[0].clone();

@@ -12,20 +12,25 @@ use super::{Env, Task, patience};
 
 /// What came of a session.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub stdout: String,
     pub stderr: String,
     pub closed: (bool, bool),
     pub code: Option<i32>,
 }
 
-pub struct Talk {
+pub(crate) struct Talk {
     pub send: mpsc::Sender<ExecTaskStreamingRequest>,
     pub receive: Streaming<ExecTaskStreamingResponse>,
 }
 
 impl Env {
-    pub async fn exec(&self, task: &Task, command: &[&str], timeout_ms: i32) -> Result<ExecTaskResponse, Status> {
+    pub(crate) async fn exec(
+        &self,
+        task: &Task,
+        command: &[&str],
+        timeout_ms: i32,
+    ) -> Result<ExecTaskResponse, Status> {
         let timeout = Some(prost_types::Duration { seconds: 0, nanos: timeout_ms * 1_000_000 });
         let request = ExecTaskRequest { task_id: task.id.clone(), command: strings(command), timeout };
         let answer = tokio::time::timeout(patience(), async { self.driver().exec_task(request).await }).await;
@@ -33,13 +38,13 @@ impl Env {
     }
 
     /// What a command prints in the task.
-    pub async fn exec_text(&self, task: &Task, script: &str) -> String {
+    pub(crate) async fn exec_text(&self, task: &Task, script: &str) -> String {
         let answer = self.exec(task, &["/bin/sh", "-c", script], 0).await.unwrap();
         assert_eq!(answer.result.unwrap().exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
         String::from_utf8(answer.stdout).unwrap()
     }
 
-    pub async fn talk(&self, task: &Task, command: &[&str], tty: bool) -> Result<Talk, Status> {
+    pub(crate) async fn talk(&self, task: &Task, command: &[&str], tty: bool) -> Result<Talk, Status> {
         let (send, requests) = mpsc::channel(64);
         let setup = Setup { task_id: task.id.clone(), command: strings(command), tty };
         send.send(ExecTaskStreamingRequest { setup: Some(setup), ..Default::default() }).await.unwrap();
@@ -54,27 +59,27 @@ fn strings(command: &[&str]) -> Vec<String> {
 }
 
 impl Talk {
-    pub async fn say(&self, request: ExecTaskStreamingRequest) {
+    pub(crate) async fn say(&self, request: ExecTaskStreamingRequest) {
         self.send.send(request).await.unwrap();
     }
 
-    pub async fn type_in(&self, text: &str) {
+    pub(crate) async fn type_in(&self, text: &str) {
         let stdin = Some(ExecTaskStreamingIoOperation { data: text.into(), close: false });
         self.say(ExecTaskStreamingRequest { stdin, ..Default::default() }).await;
     }
 
-    pub async fn close(&self) {
+    pub(crate) async fn close(&self) {
         let stdin = Some(ExecTaskStreamingIoOperation { data: Vec::new(), close: true });
         self.say(ExecTaskStreamingRequest { stdin, ..Default::default() }).await;
     }
 
-    pub async fn resize(&self, height: i32, width: i32) {
+    pub(crate) async fn resize(&self, height: i32, width: i32) {
         let tty_size = Some(TerminalSize { height, width });
         self.say(ExecTaskStreamingRequest { tty_size, ..Default::default() }).await;
     }
 
     /// Reads until `stop` holds or the session ends.
-    pub async fn until(&mut self, outcome: &mut Outcome, stop: impl Fn(&Outcome) -> bool) {
+    pub(crate) async fn until(&mut self, outcome: &mut Outcome, stop: impl Fn(&Outcome) -> bool) {
         let reading = async {
             while !stop(outcome) {
                 let Some(answer) = self.receive.message().await.unwrap() else { return };
@@ -95,7 +100,7 @@ impl Talk {
     }
 
     /// All of it.
-    pub async fn end(mut self) -> Outcome {
+    pub(crate) async fn end(mut self) -> Outcome {
         let mut outcome = Outcome::default();
         self.until(&mut outcome, |_| false).await;
         outcome

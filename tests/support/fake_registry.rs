@@ -19,7 +19,7 @@ use super::Image;
 
 /// One answer.
 #[derive(Clone)]
-pub struct Answer {
+pub(crate) struct Answer {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
@@ -31,7 +31,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub fn ok(content_type: &str, body: Vec<u8>) -> Self {
+    pub(crate) fn ok(content_type: &str, body: Vec<u8>) -> Self {
         let headers = vec![("content-type".to_owned(), content_type.to_owned())];
         Self { status: 200, headers, announced: body.len(), body, delay: Duration::ZERO, wants: None }
     }
@@ -39,7 +39,7 @@ impl Answer {
 
 /// One request, as it came.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub(crate) struct Request {
     pub method: String,
     pub host: String,
     pub path: String,
@@ -69,20 +69,20 @@ struct State {
 
 /// The registry. Paths without an answer get a 404.
 #[derive(Clone)]
-pub struct FakeRegistry {
+pub(crate) struct FakeRegistry {
     pub address: String,
     state: Arc<Mutex<State>>,
 }
 
-pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 impl FakeRegistry {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::start_with(None).await
     }
 
     /// One that speaks TLS only.
-    pub async fn start_tls(acceptor: TlsAcceptor) -> Self {
+    pub(crate) async fn start_tls(acceptor: TlsAcceptor) -> Self {
         Self::start_with(Some(acceptor)).await
     }
 
@@ -110,28 +110,28 @@ impl FakeRegistry {
     }
 
     /// The answer to `path`, or to `METHOD path` of one method only.
-    pub fn set(&self, path: &str, answer: Answer) {
+    pub(crate) fn set(&self, path: &str, answer: Answer) {
         self.state.lock().unwrap().answers.insert(path.to_owned(), answer);
     }
 
     /// Answers these (`METHOD path`) only when all of them have been asked for.
-    pub fn answer_together(&self, requests: Vec<String>) {
+    pub(crate) fn answer_together(&self, requests: Vec<String>) {
         let mut state = self.state.lock().unwrap();
         state.barrier = Some(Arc::new(Barrier::new(requests.len())));
         state.together = requests;
     }
 
-    pub fn challenge(&self, text: &str) {
+    pub(crate) fn challenge(&self, text: &str) {
         self.state.lock().unwrap().challenge = text.to_owned();
     }
 
     /// Serves an image as `app:1`, each part changed by `change` first: its name.
-    pub fn serve(&self, image: &Image, change: impl Fn(&str, Answer) -> Answer) -> String {
+    pub(crate) fn serve(&self, image: &Image, change: impl Fn(&str, Answer) -> Answer) -> String {
         self.serve_as("app:1", image, change)
     }
 
     /// Serves an image as `REPOSITORY:TAG`.
-    pub fn serve_as(&self, name: &str, image: &Image, change: impl Fn(&str, Answer) -> Answer) -> String {
+    pub(crate) fn serve_as(&self, name: &str, image: &Image, change: impl Fn(&str, Answer) -> Answer) -> String {
         let (repository, tag) = name.split_once(':').unwrap();
         let manifest = image.manifest_bytes();
         let answer = Answer::ok(MANIFEST, manifest);
@@ -145,27 +145,27 @@ impl FakeRegistry {
     }
 
     /// Forgets a blob of a repository: a 404 from now on.
-    pub fn forget_blob(&self, repository: &str, digest: &Digest) {
+    pub(crate) fn forget_blob(&self, repository: &str, digest: &Digest) {
         self.state.lock().unwrap().answers.remove(&format!("/v2/{repository}/blobs/{digest}"));
     }
 
     /// Paths asked for so far.
-    pub fn requests(&self) -> Vec<String> {
+    pub(crate) fn requests(&self) -> Vec<String> {
         self.seen().into_iter().map(|request| request.path).collect()
     }
 
     /// Requests so far.
-    pub fn seen(&self) -> Vec<Request> {
+    pub(crate) fn seen(&self) -> Vec<Request> {
         self.state.lock().unwrap().requests.clone()
     }
 
     /// What came as `Authorization` so far.
-    pub fn authorizations(&self) -> Vec<String> {
+    pub(crate) fn authorizations(&self) -> Vec<String> {
         self.seen().into_iter().filter_map(|request| request.authorization).collect()
     }
 
     /// Methods by which a blob was asked for so far.
-    pub fn asked_for(&self, digest: &Digest) -> Vec<String> {
+    pub(crate) fn asked_for(&self, digest: &Digest) -> Vec<String> {
         let of_blob = |request: &Request| request.path.ends_with(digest.as_str());
         self.seen().into_iter().filter(of_blob).map(|request| request.method).collect()
     }

@@ -6,7 +6,7 @@ use nomad_driver_shim::ids::Digest;
 use serde_json::{Value, json};
 
 /// One entry of a layer.
-pub struct Entry {
+pub(crate) struct Entry {
     pub path: String,
     pub kind: tar::EntryType,
     pub link: String,
@@ -15,7 +15,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    pub fn file(path: &str, content: impl Into<Vec<u8>>) -> Self {
+    pub(crate) fn file(path: &str, content: impl Into<Vec<u8>>) -> Self {
         Self {
             path: path.into(),
             kind: tar::EntryType::Regular,
@@ -24,16 +24,16 @@ impl Entry {
             mode: 0o755,
         }
     }
-    pub fn dir(path: &str) -> Self {
+    pub(crate) fn dir(path: &str) -> Self {
         Self { path: path.into(), kind: tar::EntryType::Directory, link: String::new(), content: vec![], mode: 0o755 }
     }
-    pub fn symlink(path: &str, target: &str) -> Self {
+    pub(crate) fn symlink(path: &str, target: &str) -> Self {
         Self { path: path.into(), kind: tar::EntryType::Symlink, link: target.into(), content: vec![], mode: 0o777 }
     }
 }
 
 #[derive(Clone, Copy)]
-pub enum Packing {
+pub(crate) enum Packing {
     Gzip,
     Zstd,
     None,
@@ -41,14 +41,14 @@ pub enum Packing {
 
 /// A packed layer.
 #[derive(Clone)]
-pub struct Layer {
+pub(crate) struct Layer {
     pub diff_id: Digest,
     pub bytes: Vec<u8>,
     pub media_type: &'static str,
 }
 
 impl Layer {
-    pub fn new(entries: &[Entry], packing: Packing) -> Self {
+    pub(crate) fn new(entries: &[Entry], packing: Packing) -> Self {
         let mut builder = tar::Builder::new(Vec::new());
         for entry in entries {
             let mut header = tar::Header::new_gnu();
@@ -78,7 +78,7 @@ impl Layer {
     }
 
     /// A static busybox with all its applets, passwd and group.
-    pub fn busybox() -> &'static Self {
+    pub(crate) fn busybox() -> &'static Self {
         static LAYER: OnceLock<Layer> = OnceLock::new();
         LAYER.get_or_init(|| {
             let path = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists());
@@ -99,36 +99,36 @@ impl Layer {
 
 /// An image.
 #[derive(Clone)]
-pub struct Image {
+pub(crate) struct Image {
     pub layers: Vec<Layer>,
     pub config: Value,
 }
 
 impl Image {
     /// busybox with `sh` as its command.
-    pub fn busybox() -> Self {
+    pub(crate) fn busybox() -> Self {
         Self {
             layers: vec![Layer::busybox().clone()],
             config: json!({"Cmd": ["/bin/sh"], "Env": ["PATH=/bin", "FROM_IMAGE=yes"]}),
         }
     }
 
-    pub fn with_config(mut self, key: &str, value: Value) -> Self {
+    pub(crate) fn with_config(mut self, key: &str, value: Value) -> Self {
         self.config[key] = value;
         self
     }
 
-    pub fn with_layer(mut self, layer: Layer) -> Self {
+    pub(crate) fn with_layer(mut self, layer: Layer) -> Self {
         self.layers.push(layer);
         self
     }
 
-    pub fn with_file(self, path: &str, text: &str) -> Self {
+    pub(crate) fn with_file(self, path: &str, text: &str) -> Self {
         self.with_layer(Layer::new(&[Entry { mode: 0o644, ..Entry::file(path, text) }], Packing::None))
     }
 
     /// The configuration's bytes.
-    pub fn config_bytes(&self) -> Vec<u8> {
+    pub(crate) fn config_bytes(&self) -> Vec<u8> {
         let diffs: Vec<_> = self.layers.iter().map(|layer| layer.diff_id.to_string()).collect();
         let arch = if std::env::consts::ARCH == "aarch64" { "arm64" } else { "amd64" };
         let config = json!({
@@ -139,7 +139,7 @@ impl Image {
     }
 
     /// The manifest's bytes.
-    pub fn manifest_bytes(&self) -> Vec<u8> {
+    pub(crate) fn manifest_bytes(&self) -> Vec<u8> {
         let config = self.config_bytes();
         let layers: Vec<_> = self.layers.iter().map(|layer| json!({
             "mediaType": layer.media_type, "digest": Digest::of(&layer.bytes).to_string(), "size": layer.bytes.len(),
@@ -153,12 +153,12 @@ impl Image {
     }
 
     /// All blobs: config and layers.
-    pub fn blobs(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn blobs(&self) -> Vec<Vec<u8>> {
         std::iter::once(self.config_bytes()).chain(self.layers.iter().map(|layer| layer.bytes.clone())).collect()
     }
 
     /// Pushes it to a real registry: its whole name.
-    pub async fn push(&self, registry: &str, name: &str) -> String {
+    pub(crate) async fn push(&self, registry: &str, name: &str) -> String {
         let (repository, tag) = name.split_once(':').unwrap();
         let client = reqwest::Client::new();
         for blob in self.blobs() {
@@ -177,7 +177,7 @@ impl Image {
     }
 
     /// Pushes it below an index, beside a manifest for another architecture: its whole name and the index's digest.
-    pub async fn push_index(&self, registry: &str, name: &str) -> (String, Digest) {
+    pub(crate) async fn push_index(&self, registry: &str, name: &str) -> (String, Digest) {
         let (repository, tag) = name.split_once(':').unwrap();
         let whole = self.push(registry, name).await;
         let manifest = self.manifest_bytes();

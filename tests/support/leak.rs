@@ -19,12 +19,12 @@ fn patience() -> Duration {
 }
 
 /// While the plugin lives and has no tasks. Polled: the last teardown may still be under way.
-pub async fn while_alive(env: &Env) -> Vec<String> {
+pub(crate) async fn while_alive(env: &Env) -> Vec<String> {
     alive_within(env, patience()).await
 }
 
 /// The same, for who waits no longer than this for a leak to go: one that is meant to be there does not.
-pub async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
+pub(crate) async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
     match env.plugin().pid() {
         Some(plugin) => beside(env, plugin, patience).await,
         None => vec!["the plugin is gone".to_owned()],
@@ -32,7 +32,7 @@ pub async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
 }
 
 /// The same beside a plugin that somebody else has started.
-pub async fn beside(env: &Env, plugin: u32, patience: Duration) -> Vec<String> {
+pub(crate) async fn beside(env: &Env, plugin: u32, patience: Duration) -> Vec<String> {
     polled(patience, async || {
         let mut leaks = kernel(env);
         leaks.extend(on_disk(env));
@@ -56,7 +56,7 @@ pub async fn beside(env: &Env, plugin: u32, patience: Duration) -> Vec<String> {
 }
 
 /// What tasks leave in the kernel and on disk, whatever driver had them.
-pub async fn of_tasks(env: &Env) -> Vec<String> {
+pub(crate) async fn of_tasks(env: &Env) -> Vec<String> {
     polled(patience(), async || {
         let mut leaks = kernel(env);
         leaks.extend(on_disk(env));
@@ -66,12 +66,12 @@ pub async fn of_tasks(env: &Env) -> Vec<String> {
 }
 
 /// After the plugin has left.
-pub async fn afterwards(env: &Env) -> Vec<String> {
+pub(crate) async fn afterwards(env: &Env) -> Vec<String> {
     afterwards_within(env, patience()).await
 }
 
 /// The same, for who waits no longer than this.
-pub async fn afterwards_within(env: &Env, patience: Duration) -> Vec<String> {
+pub(crate) async fn afterwards_within(env: &Env, patience: Duration) -> Vec<String> {
     polled(patience, async || {
         let mut leaks = kernel(env);
         leaks.extend(on_disk(env));
@@ -127,7 +127,7 @@ fn is_mounted_at(line: &str, point: &Path) -> bool {
 }
 
 /// Tasks' cgroups in every hierarchy.
-pub fn cgroups(env: &Env) -> Vec<PathBuf> {
+pub(crate) fn cgroups(env: &Env) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for hierarchy in Cgroups::detect().unwrap().hierarchies() {
         find_dirs(hierarchy, &mut |path| {
@@ -225,7 +225,7 @@ fn descriptors(env: &Env, pid: u32) -> Vec<String> {
     leaks
 }
 
-pub fn entries(path: &Path) -> Vec<String> {
+pub(crate) fn entries(path: &Path) -> Vec<String> {
     let names = fs::read_dir(path)
         .map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect());
     names.unwrap_or_default()

@@ -1,30 +1,30 @@
 //! What the behaviour tests share.
 
-pub mod authority;
-pub mod env;
-pub mod exec;
-pub mod fake_registry;
-pub mod image;
-pub mod leak;
-pub mod modes;
-pub mod services;
+pub(crate) mod authority;
+pub(crate) mod env;
+pub(crate) mod exec;
+pub(crate) mod fake_registry;
+pub(crate) mod image;
+pub(crate) mod leak;
+pub(crate) mod modes;
+pub(crate) mod services;
 
-pub use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};
-pub use image::{Entry, Image, Layer, Packing};
-pub use services::services;
+pub(crate) use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};
+pub(crate) use image::{Entry, Image, Layer, Packing};
+pub(crate) use services::services;
 
 use std::time::Duration;
 
 /// Far more than anything takes on a busy machine; a test that gets here has failed. Emulated machines are told to have
 /// more of it.
-pub fn patience() -> Duration {
+pub(crate) fn patience() -> Duration {
     static SECONDS: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
     let told = || std::env::var("NOMAD_DRIVER_SHIM_TEST_PATIENCE").ok()?.parse().ok();
     Duration::from_secs(*SECONDS.get_or_init(|| told().unwrap_or(60)))
 }
 
 /// Polls until `check` holds, and says what it saw when it never does.
-pub async fn eventually<T: std::fmt::Debug>(what: &str, mut check: impl AsyncFnMut() -> Result<(), T>) {
+pub(crate) async fn eventually<T: std::fmt::Debug>(what: &str, mut check: impl AsyncFnMut() -> Result<(), T>) {
     let deadline = tokio::time::Instant::now() + patience();
     loop {
         match check().await {
@@ -36,20 +36,20 @@ pub async fn eventually<T: std::fmt::Debug>(what: &str, mut check: impl AsyncFnM
 }
 
 /// Resident memory of a process, in bytes.
-pub fn resident(pid: u32) -> u64 {
+pub(crate) fn resident(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
 /// Writes a program of the shell.
-pub fn script(path: &std::path::Path, text: &str) {
+pub(crate) fn script(path: &std::path::Path, text: &str) {
     std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
 }
 
 /// The program under test: this build, or the one that `NOMAD_DRIVER_SHIM_TEST_PROGRAM` names.
-pub fn program() -> std::path::PathBuf {
+pub(crate) fn program() -> std::path::PathBuf {
     let named = std::env::var_os("NOMAD_DRIVER_SHIM_TEST_PROGRAM");
     named.map_or_else(|| env!("CARGO_BIN_EXE_nomad-driver-shim").into(), std::path::PathBuf::from)
 }

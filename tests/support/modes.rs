@@ -26,7 +26,7 @@ const BUNDLE: &str = "run/bundles/*";
 const WRAPPERS: &str = "state/wrappers";
 
 /// What is not root's, or is open to its group or to everybody: one line each.
-pub fn open_to_others(env: &Env) -> Vec<String> {
+pub(crate) fn open_to_others(env: &Env) -> Vec<String> {
     if env.foreign {
         return Vec::new();
     }

@@ -12,7 +12,7 @@ use std::{
 use nomad_driver_shim::ids::random_hex;
 
 /// What runs for all tests.
-pub struct Services {
+pub(crate) struct Services {
     /// containerd's socket.
     pub containerd: PathBuf,
     /// A registry without TLS.
@@ -51,20 +51,20 @@ fn spawner() -> &'static mpsc::Sender<(Command, mpsc::Sender<Child>)> {
 }
 
 /// Starts a program that ends with this process.
-pub fn spawn(command: Command) -> Child {
+pub(crate) fn spawn(command: Command) -> Child {
     let (answer, child) = mpsc::channel();
     spawner().send((command, answer)).unwrap();
     child.recv().unwrap()
 }
 
-pub fn services() -> &'static Services {
+pub(crate) fn services() -> &'static Services {
     static SERVICES: OnceLock<Services> = OnceLock::new();
     SERVICES.get_or_init(start)
 }
 
 /// Where this process keeps its files: short, since sockets live below, and on a real file system, since an overlay
 /// can't be an upper layer.
-pub fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     ROOT.get_or_init(|| {
         let parent = Path::new("/var/tmp/nds-test");
@@ -110,7 +110,7 @@ fn start() -> Services {
 }
 
 /// A containerd of its own below `dir`: its socket.
-pub fn start_containerd(dir: &Path) -> PathBuf {
+pub(crate) fn start_containerd(dir: &Path) -> PathBuf {
     fs::create_dir_all(dir).unwrap();
     let socket = dir.join("containerd.sock");
     let config = format!(
@@ -147,7 +147,7 @@ fn start_registry(dir: &Path, tls: &str, auth: &str) -> String {
 }
 
 /// A loopback address that nobody listens at.
-pub fn free_address() -> String {
+pub(crate) fn free_address() -> String {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
 
@@ -186,7 +186,7 @@ fn certificates(dir: &Path) -> (PathBuf, String) {
 }
 
 /// Runs a program to its end: its stdout.
-pub fn run(command: &mut Command) -> String {
+pub(crate) fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}; run scripts/setup.sh"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()

@@ -8,13 +8,13 @@ use serde_json::Value as Json;
 
 /// Returns the scope of a job file: its variables with the values in `given`, else with their defaults, and the locals
 /// made of them. Nomad's functions are not known, nor the values that Nomad fills in on a node.
-pub fn scope(body: &Body, given: &[(String, String)]) -> Context<'static> {
+pub(crate) fn scope(body: &Body, given: &[(String, String)]) -> Context<'static> {
     let mut scope = Context::new();
     let mut variables = Map::new();
     for variable in blocks(body, "variable") {
         let Some(name) = label(variable) else { continue };
-        let told = given.iter().rev().find(|(given, _)| given == name);
-        let value = match told {
+        let from_command_line = given.iter().rev().find(|(given, _)| given == name);
+        let value = match from_command_line {
             Some((_, text)) => Some(typed(variable.body(), text)),
             None => attribute(variable.body(), "default").and_then(|default| default.evaluate(&scope).ok()),
         };
@@ -44,7 +44,7 @@ fn typed(variable: &Body, text: &str) -> Value {
 
 /// A block's content in the form of HCL's JSON syntax.
 #[derive(Debug, Default)]
-pub struct Content {
+pub(crate) struct Content {
     /// The attributes and blocks whose values are known.
     pub known: serde_json::Map<String, Json>,
     /// The names of those whose values are not known. A nested block with an unknown value is left out whole: half of
@@ -54,7 +54,7 @@ pub struct Content {
 
 impl Content {
     /// Reads a block's body.
-    pub fn of(body: &Body, scope: &Context<'_>) -> Self {
+    pub(crate) fn of(body: &Body, scope: &Context<'_>) -> Self {
         let mut content = Self::default();
         for structure in body {
             match structure {
@@ -101,28 +101,28 @@ impl Content {
 }
 
 /// Evaluates an expression; `None` if its value is not known here.
-pub fn json(expression: &Expression, scope: &Context<'_>) -> Option<Json> {
+pub(crate) fn json(expression: &Expression, scope: &Context<'_>) -> Option<Json> {
     serde_json::to_value(expression.evaluate(scope).ok()?).ok()
 }
 
 /// Returns the expression of an attribute.
-pub fn attribute<'a>(body: &'a Body, name: &str) -> Option<&'a Expression> {
+pub(crate) fn attribute<'a>(body: &'a Body, name: &str) -> Option<&'a Expression> {
     body.attributes().find(|attribute| attribute.key() == name).map(hcl::Attribute::expr)
 }
 
 /// Returns the blocks of a kind.
-pub fn blocks<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = &'a Block> {
+pub(crate) fn blocks<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = &'a Block> {
     body.blocks().filter(move |block| block.identifier() == kind)
 }
 
 /// Returns the labels and bodies of the blocks of a kind, including those that a `dynamic` block makes.
-pub fn named<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = (&'a str, &'a Body)> {
+pub(crate) fn labelled_blocks<'a>(body: &'a Body, kind: &'a str) -> impl Iterator<Item = (&'a str, &'a Body)> {
     let made = blocks(body, "dynamic").filter(move |block| label(block) == Some(kind));
     let made = made.flat_map(|block| blocks(block.body(), "content")).map(|content| ("dynamic", content.body()));
     blocks(body, kind).map(|block| (label(block).unwrap_or_default(), block.body())).chain(made)
 }
 
 /// Returns a block's first label.
-pub fn label(block: &Block) -> Option<&str> {
+pub(crate) fn label(block: &Block) -> Option<&str> {
     block.labels().first().map(hcl::BlockLabel::as_str)
 }

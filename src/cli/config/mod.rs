@@ -13,30 +13,30 @@ use serde::Serialize;
 use serde_json::{Value as Json, json};
 
 use self::hcl::Content;
-use super::{CliError, print, say};
+use super::{CliError, print_data, print_message};
 use crate::{
     host,
-    ids::{DROP_IN_NAME, DriverName},
-    plugin::{GroupNetwork, PLUGIN, Presence, Row, TASK, hclspec, settings, task_options},
+    ids::{CONTAINERD_DRIVER_NAME, DriverName},
+    plugin::{GroupNetwork, OptionRow, PLUGIN_OPTIONS, Presence, TASK_OPTIONS, hclspec, settings, task_options},
     task::Settings,
 };
 
 /// The driver's names, unless an operator has given it another one.
-const NAMES: [&str; 2] = ["shim", DROP_IN_NAME];
+const DEFAULT_DRIVER_NAMES: [&str; 2] = ["shim", CONTAINERD_DRIVER_NAME];
 /// The attribute with a task's driver. Where its value is not known, the task may be another driver's.
-const DRIVER: &str = "driver";
+const DRIVER_ATTRIBUTE: &str = "driver";
 /// Takes the place of an image's name that is not known, since an image is required.
 const PLACEHOLDER: &str = "unknown";
 
 /// Check configuration files
 #[derive(Args, Debug)]
-pub struct Config {
+pub(crate) struct Config {
     #[command(subcommand)]
-    command: What,
+    command: ConfigCommand,
 }
 
 #[derive(Subcommand, Debug)]
-enum What {
+enum ConfigCommand {
     /// Check agent and job files (HCL) against the options of this driver
     Check(Check),
 }
@@ -77,11 +77,11 @@ impl Config {
     ///
     /// # Errors
     /// When a file can't be read, or no file has anything for this driver.
-    pub fn execute(self) -> Result<u8, CliError> {
-        let What::Check(check) = self.command;
-        let mut names: Vec<String> = NAMES.map(str::to_owned).to_vec();
+    pub(crate) fn execute(self) -> Result<u8, CliError> {
+        let ConfigCommand::Check(check) = self.command;
+        let mut names: Vec<String> = DEFAULT_DRIVER_NAMES.map(str::to_owned).to_vec();
         names.extend(check.driver.clone());
-        let mut look = Look { names, agents: BTreeMap::new(), findings: Vec::new() };
+        let mut look = Checker { names, agents: BTreeMap::new(), findings: Vec::new() };
         let mut bodies = Vec::new();
         for file in &check.files {
             let text = std::fs::read_to_string(file)
@@ -96,15 +96,16 @@ impl Config {
                 }
             }
         }
-        let declared =
-            |name: &str| bodies.iter().any(|(_, body)| hcl::named(body, "variable").any(|(own, _)| own == name));
+        let declared = |name: &str| {
+            bodies.iter().any(|(_, body)| hcl::labelled_blocks(body, "variable").any(|(own, _)| own == name))
+        };
         let unknown = check.var.iter().find(|(name, _)| !declared(name));
         // A file that can't be parsed may declare the variable.
         if let Some((name, _)) = unknown.filter(|_| look.findings.is_empty()) {
             return Err(CliError::Usage(format!("--var {name}: none of these files declares this variable")));
         }
-        bodies.iter().for_each(|(file, body)| look.agent(file, body));
-        bodies.iter().for_each(|(file, body)| look.jobs(file, body, &check.var));
+        bodies.iter().for_each(|(file, body)| look.check_agent_file(file, body));
+        bodies.iter().for_each(|(file, body)| look.check_jobs(file, body, &check.var));
         if look.findings.is_empty() {
             let names = look.names.join(", ");
             let problem =
@@ -118,21 +119,21 @@ impl Config {
 
 fn report(findings: &[Finding], as_json: bool) -> Result<(), CliError> {
     if as_json {
-        return Ok(print(&format!("{}\n", json!(findings)))?);
+        return Ok(print_data(&format!("{}\n", json!(findings)))?);
     }
     for Finding { file, place, fault, unknown } in findings {
-        let skipped = if unknown.iter().any(|name| name == DRIVER) { "not checked" } else { "fine" };
+        let skipped = if unknown.iter().any(|name| name == DRIVER_ATTRIBUTE) { "not checked" } else { "fine" };
         let verdict = fault.as_deref().unwrap_or(skipped);
-        print(&format!("{}: {place}: {verdict}\n", file.display()))?;
+        print_data(&format!("{}: {place}: {verdict}\n", file.display()))?;
         for name in unknown {
-            say(&format!("{}: {place}: {name} was not checked: its value is not known here", file.display()));
+            print_message(&format!("{}: {place}: {name} was not checked: its value is not known here", file.display()));
         }
     }
     Ok(())
 }
 
 /// The state of a check.
-struct Look {
+struct Checker {
     /// The driver's names.
     names: Vec<String>,
     /// The settings in agent files, by driver name; `None` where a driver's settings have a fault.
@@ -140,13 +141,13 @@ struct Look {
     findings: Vec<Finding>,
 }
 
-impl Look {
+impl Checker {
     fn add(&mut self, file: &Path, place: String, fault: Option<String>, unknown: Vec<String>) {
         self.findings.push(Finding { file: file.to_owned(), place, fault, unknown });
     }
 
     /// Checks the plugin blocks of a file.
-    fn agent(&mut self, file: &Path, body: &Body) {
+    fn check_agent_file(&mut self, file: &Path, body: &Body) {
         // Agent files have no variables.
         let scope = Context::new();
         for plugin in hcl::blocks(body, "plugin") {
@@ -156,9 +157,9 @@ impl Look {
                 continue;
             }
             let place = format!("plugin {label:?}");
-            let content = config(plugin.body(), PLUGIN, &scope);
+            let content = config(plugin.body(), PLUGIN_OPTIONS, &scope);
             let name = arguments(plugin.body(), &scope)
-                .and_then(|args| DriverName::of_plugin(label, &args).map_err(|error| error.to_string()));
+                .and_then(|args| DriverName::from_command_line(label, &args).map_err(|error| error.to_string()));
             let settings = name.clone().and_then(|name| read_settings(&name, content.known));
             let fault = settings.as_ref().err().cloned();
             let name = name.unwrap_or(of_label).to_string();
@@ -169,25 +170,25 @@ impl Look {
     }
 
     /// Checks the tasks of a file.
-    fn jobs(&mut self, file: &Path, body: &Body, variables: &[(String, String)]) {
+    fn check_jobs(&mut self, file: &Path, body: &Body, variables: &[(String, String)]) {
         let scope = hcl::scope(body, variables);
         for kind in ["group", "task"] {
-            for (name, _) in hcl::named(body, kind) {
+            for (name, _) in hcl::labelled_blocks(body, kind) {
                 let fault = format!("Nomad accepts a {kind} block only inside of a job block");
                 self.add(file, format!("{kind} {name:?}"), Some(fault), Vec::new());
             }
         }
-        for (job, body) in hcl::named(body, "job") {
+        for (job, body) in hcl::labelled_blocks(body, "job") {
             // Nomad makes a group of the same name for a task that is directly in the job.
-            for (task, body) in hcl::named(body, "task") {
-                if let Some((fault, unknown)) = self.task(body, GroupNetwork::None, &scope) {
+            for (task, body) in hcl::labelled_blocks(body, "task") {
+                if let Some((fault, unknown)) = self.check_task(body, GroupNetwork::None, &scope) {
                     self.add(file, format!("task {job}/{task}"), fault, unknown);
                 }
             }
-            for (group, body) in hcl::named(body, "group") {
+            for (group, body) in hcl::labelled_blocks(body, "group") {
                 let network = group_network(body, &scope);
-                for (task, body) in hcl::named(body, "task") {
-                    if let Some((fault, unknown)) = self.task(body, network, &scope) {
+                for (task, body) in hcl::labelled_blocks(body, "task") {
+                    if let Some((fault, unknown)) = self.check_task(body, network, &scope) {
                         self.add(file, format!("task {job}/{group}/{task}"), fault, unknown);
                     }
                 }
@@ -196,14 +197,19 @@ impl Look {
     }
 
     /// Returns what is wrong with a task and what is not known of it; `None` for another driver's task.
-    fn task(&self, task: &Body, network: GroupNetwork, scope: &Context<'_>) -> Option<(Option<String>, Vec<String>)> {
-        let Some(driver) = hcl::json(hcl::attribute(task, DRIVER)?, scope) else {
-            return Some((None, vec![DRIVER.to_owned()]));
+    fn check_task(
+        &self,
+        task: &Body,
+        network: GroupNetwork,
+        scope: &Context<'_>,
+    ) -> Option<(Option<String>, Vec<String>)> {
+        let Some(driver) = hcl::json(hcl::attribute(task, DRIVER_ATTRIBUTE)?, scope) else {
+            return Some((None, vec![DRIVER_ATTRIBUTE.to_owned()]));
         };
         let driver = self.names.iter().find(|name| driver == name.as_str())?;
-        let content = config(task, TASK, scope);
+        let content = config(task, TASK_OPTIONS, scope);
         let checked = self.settings(driver).and_then(|settings| {
-            let bytes = encoded(TASK, content.known)?;
+            let bytes = encoded(TASK_OPTIONS, content.known)?;
             task_options(&settings, network, &bytes).map_err(|error| error.to_string())
         });
         Some((checked.err(), content.unknown))
@@ -229,11 +235,11 @@ fn arguments(plugin: &Body, scope: &Context<'_>) -> Result<Vec<String>, String> 
 }
 
 fn read_settings(name: &DriverName, known: serde_json::Map<String, Json>) -> Result<Settings, String> {
-    settings(name, &encoded(PLUGIN, known)?).map_err(|error| error.to_string())
+    settings(name, &encoded(PLUGIN_OPTIONS, known)?).map_err(|error| error.to_string())
 }
 
 /// Returns the content of the `config` block, with a placeholder for required options whose values are not known.
-fn config(body: &Body, rows: &[Row], scope: &Context<'_>) -> Content {
+fn config(body: &Body, rows: &[OptionRow], scope: &Context<'_>) -> Content {
     let block = hcl::blocks(body, "config").next();
     let mut content = block.map(|block| Content::of(block.body(), scope)).unwrap_or_default();
     let required = rows.iter().filter(|row| row.presence == Presence::Required).map(|row| row.name);
@@ -244,7 +250,7 @@ fn config(body: &Body, rows: &[Row], scope: &Context<'_>) -> Content {
 }
 
 /// Encodes options as Nomad sends them.
-fn encoded(rows: &[Row], known: serde_json::Map<String, Json>) -> Result<Vec<u8>, String> {
+fn encoded(rows: &[OptionRow], known: serde_json::Map<String, Json>) -> Result<Vec<u8>, String> {
     host::encode(Some(&hclspec(rows)), &Json::Object(known)).map_err(|error| error.to_string())
 }
 

@@ -2,20 +2,20 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::{ConfigError, apparmor, ceilings, credentials, finish, limits::Faults, runtime};
+use super::{ConfigError, apparmor, ceilings, credentials, limits::Faults, runtime, value_or_faults};
 use crate::{
-    cgroup::KeepWarm,
+    cgroup::PrimingMode,
     duration,
     ids::{DriverName, Flavor},
     image::{CredentialScope, RegistryAddress},
     places::Places,
     plugin::{
         decode::{Values, decode},
-        options::PLUGIN,
+        options::PLUGIN_OPTIONS,
     },
-    rootfs::{Capabilities, Hooks, UpperOn, default_allowed, seccomp::Multiplexer},
+    rootfs::{Capabilities, Hooks, UpperStorage, default_allowed, seccomp::SocketcallPolicy},
     task::{
-        Compute, ContainerdSettings, MetricsAddress, Orphans, PoolSettings, SHIM_NAMES, SeccompDefault,
+        Compute, ContainerdSettings, MetricsAddress, OrphanPolicy, PoolSettings, RUNC_SHIM_NAMES, SeccompDefault,
         SecuritySettings, Settings, ShimScope, ShimSettings,
     },
 };
@@ -29,61 +29,61 @@ const POOL_MAX: i64 = 64;
 /// When anything is wrong with the configuration; the error has all faults.
 pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError> {
     let mut faults = Vec::new();
-    let values = decode(PLUGIN, bytes, &mut faults);
+    let values = decode(PLUGIN_OPTIONS, bytes, &mut faults);
     let empty = Values::default();
     let block = |name: &str| values.block(name).unwrap_or(&empty);
     let (containerd, state, shim, security) = (block("containerd"), block("state"), block("shim"), block("security"));
-    let span = |block: &Values, name: &str, option: &str, default: &str, faults: &mut Vec<String>| {
-        duration::parse(block.filled(option).unwrap_or(default)).unwrap_or_else(|error| {
+    let parse_duration = |block: &Values, name: &str, option: &str, default: &str, faults: &mut Vec<String>| {
+        duration::parse(block.non_empty_text(option).unwrap_or(default)).unwrap_or_else(|error| {
             faults.push(format!("{name}.{option}: {error}"));
             Duration::ZERO
         })
     };
-    let grace = span(state, "state", "grace", "5m", &mut faults);
-    let orphans = match state.filled("orphans") {
-        None | Some("keep") => Orphans::Keep,
-        Some("end") => Orphans::End,
+    let grace = parse_duration(state, "state", "grace", "5m", &mut faults);
+    let orphans = match state.non_empty_text("orphans") {
+        None | Some("keep") => OrphanPolicy::Keep,
+        Some("end") => OrphanPolicy::End,
         Some(other) => {
             faults.push(format!("state.orphans = {other:?} is not keep or end"));
-            Orphans::Keep
+            OrphanPolicy::Keep
         }
     };
-    let orphan_timeout = span(state, "state", "orphan_timeout", "10m", &mut faults);
-    let keep_images = match block("image").filled("keep") {
+    let orphan_timeout = parse_duration(state, "state", "orphan_timeout", "10m", &mut faults);
+    let keep_images = match block("image").non_empty_text("keep") {
         Some("forever") => None,
-        _ => Some(span(block("image"), "image", "keep", "24h", &mut faults)),
+        _ => Some(parse_duration(block("image"), "image", "keep", "24h", &mut faults)),
     };
 
-    let keep_warm = match block("cgroup").filled("keep_warm") {
-        None | Some("starts") => KeepWarm::Starts,
-        Some("never") => KeepWarm::Never,
+    let keep_warm = match block("cgroup").non_empty_text("keep_warm") {
+        None | Some("starts") => PrimingMode::Starts,
+        Some("never") => PrimingMode::Never,
         Some(text) => {
-            let every = span(block("cgroup"), "cgroup", "keep_warm", "", &mut faults);
+            let every = parse_duration(block("cgroup"), "cgroup", "keep_warm", "", &mut faults);
             if !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&every) {
                 faults.push(format!("cgroup.keep_warm = {text:?} is not starts, never, or a duration from 1ms to 1s"));
             }
-            KeepWarm::Always(every)
+            PrimingMode::Always(every)
         }
     };
-    let upper_size = state.filled("upper_size");
+    let upper_size = state.non_empty_text("upper_size");
     if let Some(size) = upper_size.filter(|size| !is_tmpfs_size(size)) {
         faults.push(format!("state.upper_size = {size:?} is not a size such as 256m, or a share such as 10%"));
     }
-    let upper = match state.filled("upper") {
+    let upper = match state.non_empty_text("upper") {
         None | Some("disk") => {
             if let Some(size) = upper_size {
                 faults.push(format!("state.upper_size = {size:?} needs upper = \"tmpfs\""));
             }
-            UpperOn::Disk
+            UpperStorage::Disk
         }
-        Some("tmpfs") => UpperOn::Tmpfs { size: upper_size.map(str::to_owned) },
+        Some("tmpfs") => UpperStorage::Tmpfs { size: upper_size.map(str::to_owned) },
         Some(other) => {
             faults.push(format!("state.upper = {other:?} is not disk or tmpfs"));
-            UpperOn::Disk
+            UpperStorage::Disk
         }
     };
     let path = |block: &Values, name: &str, option: &str, default: PathBuf, faults: &mut Vec<String>| {
-        let path = block.filled(option).map_or(default, PathBuf::from);
+        let path = block.non_empty_text(option).map_or(default, PathBuf::from);
         if !path.is_absolute() {
             faults.push(format!("{name}.{option} = {:?} is not an absolute path", path.display()));
         }
@@ -99,7 +99,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     if !(0..=POOL_MAX).contains(&pool) {
         faults.push(format!("shim.pool = {pool} is not between 0 and {POOL_MAX}"));
     }
-    let shim_scope = match values.filled("shim_scope") {
+    let shim_scope = match values.non_empty_text("shim_scope") {
         None | Some("task") => ShimScope::Task,
         Some("alloc") => ShimScope::Alloc,
         Some("node") => ShimScope::Node,
@@ -109,26 +109,27 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         }
     };
     let runtimes = runtime::runtimes(&values, &mut Faults(&mut faults));
-    let known = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
+    let known_runtimes = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
     // nomad-driver-containerd's option for the runtime of all tasks. The name of runc's shim leaves the binary open.
-    let old_runtime = values.filled("containerd_runtime").filter(|old| !SHIM_NAMES.contains(old)).map(str::to_owned);
+    let old_runtime =
+        values.non_empty_text("containerd_runtime").filter(|old| !RUNC_SHIM_NAMES.contains(old)).map(str::to_owned);
     if let Some(old) = old_runtime.as_ref().filter(|old| !runtimes.contains_key(*old)) {
         faults.push(format!(
-            "containerd_runtime = {old:?} is not configured; the runtimes are {}, {known}, and those of runtime blocks",
-            SHIM_NAMES.join(", ")
+            "containerd_runtime = {old:?} is not configured; the runtimes are {}, {known_runtimes}, and those of runtime blocks",
+            RUNC_SHIM_NAMES.join(", ")
         ));
     }
-    let stats_interval = values.filled("stats_interval").and_then(|interval| {
+    let stats_interval = values.non_empty_text("stats_interval").and_then(|interval| {
         let parsed = duration::parse(interval);
         parsed
             .map_err(|error| match name.flavor() {
                 // As in nomad-driver-containerd, the agent's own interval applies.
-                Flavor::DropIn => tracing::warn!(%error, "ignored the plugin option stats_interval"),
-                Flavor::Secure => faults.push(format!("stats_interval: {error}")),
+                Flavor::ContainerdDriver => tracing::warn!(%error, "ignored the plugin option stats_interval"),
+                Flavor::Strict => faults.push(format!("stats_interval: {error}")),
             })
             .ok()
     });
-    let default_runtime = match (values.filled("default_runtime").map(str::to_owned), old_runtime) {
+    let default_runtime = match (values.non_empty_text("default_runtime").map(str::to_owned), old_runtime) {
         (Some(new), Some(old)) if new != old => {
             faults.push(format!(
                 "default_runtime = {new:?} and containerd_runtime = {old:?} exclude each other; remove one of them"
@@ -144,10 +145,10 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         .chain(allow_runtimes.iter().flatten().map(|name| ("allow_runtimes", name)))
     {
         if !runtimes.contains_key(runtime) {
-            faults.push(format!("{option}: runtime {runtime:?} is not configured; the runtimes are {known}"));
+            faults.push(format!("{option}: runtime {runtime:?} is not configured; the runtimes are {known_runtimes}"));
         }
     }
-    let drop_in = name.flavor() == Flavor::DropIn;
+    let drop_in = name.flavor() == Flavor::ContainerdDriver;
     let allow_caps = match security.list("allow_caps") {
         None if drop_in => None,
         None => Some(default_allowed()),
@@ -164,7 +165,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
     for path in allow_paths.iter().filter(|path| !path.is_absolute()) {
         faults.push(format!("security.allow_paths: {:?} is not an absolute path", path.display()));
     }
-    let seccomp = match security.filled("seccomp") {
+    let seccomp = match security.non_empty_text("seccomp") {
         None if drop_in => SeccompDefault::Unconfined,
         None | Some("default") => SeccompDefault::Default,
         Some("unconfined") => SeccompDefault::Unconfined,
@@ -175,13 +176,13 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
             SeccompDefault::File(path.into())
         }
     };
-    let apparmor = apparmor::default(security, name.flavor(), &mut Faults(&mut faults));
-    let metrics = block("metrics").filled("address").and_then(|address| {
+    let apparmor = apparmor::agent_default(security, name.flavor(), &mut Faults(&mut faults));
+    let metrics = block("metrics").non_empty_text("address").and_then(|address| {
         let parsed = address.parse::<MetricsAddress>();
         parsed.map_err(|problem| faults.push(format!("metrics.address = {address:?} {problem}"))).ok()
     });
     let hooks = hooks(block("hooks"), &mut faults);
-    let auth = credentials(values.block("auth"), || unnamed_registry(name.flavor()), &mut faults);
+    let auth = credentials(values.block("auth"), || default_credential_scope(name.flavor()), &mut faults);
     let pids_limit = ceilings::plugin_pids_limit(&values, name.flavor(), &mut Faults(&mut faults));
     let ceilings = ceilings::ceilings(security, name.flavor(), &mut Faults(&mut faults));
     let settings = Settings {
@@ -192,11 +193,11 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         places,
         containerd: ContainerdSettings {
             address,
-            namespace: containerd.filled("namespace").unwrap_or("nomad").to_owned(),
-            snapshotter: containerd.filled("snapshotter").unwrap_or("overlayfs").to_owned(),
+            namespace: containerd.non_empty_text("namespace").unwrap_or("nomad").to_owned(),
+            snapshotter: containerd.non_empty_text("snapshotter").unwrap_or("overlayfs").to_owned(),
         },
         shim: ShimSettings {
-            binary: shim.filled("binary").unwrap_or("containerd-shim-runc-v2").into(),
+            binary: shim.non_empty_text("binary").unwrap_or("containerd-shim-runc-v2").into(),
             pool: PoolSettings {
                 size: usize::try_from(pool).unwrap_or_default(),
                 scope: shim_scope,
@@ -211,7 +212,7 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
         grace,
         orphans,
         orphan_timeout,
-        own_logs: values.flag("disable_log_collection").unwrap_or(false),
+        disable_log_collection: values.flag("disable_log_collection").unwrap_or(false),
         stats_interval,
         compute: Compute::default(),
         keep_images,
@@ -231,22 +232,22 @@ pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError
             seccomp,
             allow_seccomp_override: security.flag("allow_seccomp_override").unwrap_or(drop_in),
             multiplexer: match security.flag("allow_socketcall").unwrap_or(drop_in) {
-                true => Multiplexer::Allowed,
-                false => Multiplexer::Enosys,
+                true => SocketcallPolicy::Allowed,
+                false => SocketcallPolicy::Enosys,
             },
             apparmor,
             allow_apparmor_override: security.flag("allow_apparmor_override").unwrap_or(drop_in),
         },
     };
-    finish("plugin config", Some(settings), faults)
+    value_or_faults("plugin config", Some(settings), faults)
 }
 
 /// Returns the scope of the operator's credentials if they name no registry. Under the driver's own name it is not the
 /// image's registry: any job author could name a registry of their own and read the password there.
-fn unnamed_registry(flavor: Flavor) -> CredentialScope {
+fn default_credential_scope(flavor: Flavor) -> CredentialScope {
     match flavor {
-        Flavor::Secure => CredentialScope::Registry(RegistryAddress::docker_hub()),
-        Flavor::DropIn => {
+        Flavor::Strict => CredentialScope::Registry(RegistryAddress::docker_hub()),
+        Flavor::ContainerdDriver => {
             tracing::warn!(
                 "auth has no server_address, so its password is sent to the registry of every image that a job names; \
                  write auth {{ server_address = \"registry.example\" }}"
@@ -265,11 +266,11 @@ fn is_tmpfs_size(text: &str) -> bool {
 fn hooks(block: &Values, faults: &mut Vec<String>) -> Hooks {
     let mut commands = |kind: &str| -> Vec<Vec<String>> {
         let lines = block.list(kind).unwrap_or_default();
-        let words = |line: &String| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let argv = |line: &String| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         for line in lines.iter().filter(|line| !line.trim_start().starts_with('/')) {
             faults.push(format!("hooks.{kind}: {line:?} does not begin with the absolute path of a program"));
         }
-        lines.iter().map(words).filter(|words| !words.is_empty()).collect()
+        lines.iter().map(argv).filter(|words| !words.is_empty()).collect()
     };
     Hooks {
         prestart: commands("prestart"),

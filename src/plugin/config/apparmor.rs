@@ -8,13 +8,13 @@ use crate::{
 };
 
 /// Reads the agent's `security { apparmor }`.
-pub(super) fn default(security: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> AppArmorDefault {
-    match security.filled("apparmor") {
-        None if flavor == Flavor::DropIn => AppArmorDefault::Unconfined,
+pub(super) fn agent_default(security: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> AppArmorDefault {
+    match security.non_empty_text("apparmor") {
+        None if flavor == Flavor::ContainerdDriver => AppArmorDefault::Unconfined,
         None => AppArmorDefault::WhereSupported,
         Some("default") => AppArmorDefault::Own,
         Some("unconfined") => AppArmorDefault::Unconfined,
-        Some(name) => match faults.note("security.apparmor", name.parse()) {
+        Some(name) => match faults.record_err("security.apparmor", name.parse()) {
             Some(name) => AppArmorDefault::Named(name),
             None => AppArmorDefault::Own,
         },
@@ -23,7 +23,7 @@ pub(super) fn default(security: &Values, flavor: Flavor, faults: &mut Faults<'_>
 
 /// Reads `value`, which follows `apparmor=` in the job's `option`. Every job may ask for the node's profile. The
 /// operator decides whether jobs may ask for another profile or none.
-pub(super) fn request(
+pub(super) fn job_request(
     option: &str,
     value: &str,
     security: &SecuritySettings,
@@ -32,10 +32,10 @@ pub(super) fn request(
     let request = match value {
         "default" => return Some(AppArmorRequest::Confined),
         "unconfined" => AppArmorRequest::Unconfined,
-        name => AppArmorRequest::Named(faults.note(&format!("security_opt: {option:?}"), name.parse())?),
+        name => AppArmorRequest::Named(faults.record_err(&format!("security_opt: {option:?}"), name.parse())?),
     };
     if !security.allow_apparmor_override {
-        faults.say(format!(
+        faults.push(format!(
             "security_opt: {option:?} is not allowed on this node (plugin option security {{ allow_apparmor_override }})"
         ));
     }
@@ -46,17 +46,17 @@ pub(super) fn request(
 mod tests {
     use super::*;
     use crate::{ids::DriverName, plugin::config};
-    use rmpv::Value as Wire;
+    use rmpv::Value as MsgpackValue;
 
-    fn block(name: &str, entries: &[(&str, Wire)]) -> Vec<u8> {
-        let map = entries.iter().map(|(key, value)| (Wire::from(*key), value.clone())).collect();
-        let wire = Wire::Map(vec![(Wire::from(name), Wire::Map(map))]);
+    fn block(name: &str, entries: &[(&str, MsgpackValue)]) -> Vec<u8> {
+        let map = entries.iter().map(|(key, value)| (MsgpackValue::from(*key), value.clone())).collect();
+        let wire = MsgpackValue::Map(vec![(MsgpackValue::from(name), MsgpackValue::Map(map))]);
         let mut bytes = Vec::new();
         rmpv::encode::write_value(&mut bytes, &wire).expect("in memory");
         bytes
     }
 
-    fn agent(driver: &str, security: &[(&str, Wire)]) -> Result<SecuritySettings, String> {
+    fn agent(driver: &str, security: &[(&str, MsgpackValue)]) -> Result<SecuritySettings, String> {
         let driver = DriverName::new(driver).expect("a name");
         let settings = config::settings(&driver, &block("security", security));
         settings.map(|settings| settings.security).map_err(|error| error.to_string())
@@ -68,8 +68,9 @@ mod tests {
         assert_eq!((ours.apparmor, ours.allow_apparmor_override), (AppArmorDefault::WhereSupported, false));
         assert_eq!((old.apparmor, old.allow_apparmor_override), (AppArmorDefault::Unconfined, true));
         for driver in ["shim", "containerd-driver"] {
-            let said =
-                |value: &str| agent(driver, &[("apparmor", Wire::from(value))]).map(|security| security.apparmor);
+            let said = |value: &str| {
+                agent(driver, &[("apparmor", MsgpackValue::from(value))]).map(|security| security.apparmor)
+            };
             assert_eq!(said("default"), Ok(AppArmorDefault::Own));
             assert_eq!(said("unconfined"), Ok(AppArmorDefault::Unconfined));
             assert_eq!(said("docker-default"), Ok(AppArmorDefault::Named("docker-default".parse().expect("a name"))));
@@ -83,10 +84,10 @@ mod tests {
     #[test]
     fn a_job_may_ask_for_the_nodes_profile_and_for_others_where_they_are_allowed() {
         let request = |option: &str, allowed: bool| {
-            let security = agent("shim", &[("allow_apparmor_override", Wire::from(allowed))]).expect("valid");
+            let security = agent("shim", &[("allow_apparmor_override", MsgpackValue::from(allowed))]).expect("valid");
             let (_, value) = option.split_once('=').expect("a value");
             let mut faults = Vec::new();
-            let request = super::request(option, value, &security, &mut Faults(&mut faults));
+            let request = super::job_request(option, value, &security, &mut Faults(&mut faults));
             if faults.is_empty() { Ok(request.expect("a request")) } else { Err(faults.join("; ")) }
         };
         let named = AppArmorRequest::Named("mine".parse().expect("a name"));

@@ -11,20 +11,20 @@ use crate::{
 
 /// The default of the plugin's `pids_limit`; it is podman's (containers/common, `pkg/config/default.go`,
 /// `DefaultPidsLimit`).
-const PIDS_LIMIT: i64 = 2048;
+const DEFAULT_PIDS_LIMIT: i64 = 2048;
 /// The kernel refuses a larger `pids.max` (linux, `kernel/cgroup/pids.c`, `PIDS_MAX`).
 const PIDS_MAX: i64 = 4_194_304;
 
 /// Reads the plugin's `pids_limit`; `None` means no limit.
 pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> Option<i64> {
     let default = match flavor {
-        Flavor::Secure => Some(PIDS_LIMIT),
-        Flavor::DropIn => None,
+        Flavor::Strict => Some(DEFAULT_PIDS_LIMIT),
+        Flavor::ContainerdDriver => None,
     };
     match values.number("pids_limit") {
         None => default,
         Some(limit) if limit > PIDS_MAX => {
-            faults.say(format!("pids_limit = {limit} is above the kernel's maximum ({PIDS_MAX})"));
+            faults.push(format!("pids_limit = {limit} is above the kernel's maximum ({PIDS_MAX})"));
             default
         }
         // As in a job, and as in Nomad's docker driver, 0 or less means no limit.
@@ -35,17 +35,17 @@ pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Fa
 /// Reads a job's `pids_limit`. The plugin's limit is the default and the most that a job may have, as in Nomad's docker
 /// driver (hashicorp/nomad, `drivers/docker/driver.go`). The docker driver ignores a job's request for no limit; this
 /// driver refuses it.
-pub(super) fn pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut Faults<'_>) -> Option<i64> {
+pub(super) fn job_pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut Faults<'_>) -> Option<i64> {
     let Some(limit) = values.number("pids_limit") else { return ceiling };
     match ceiling {
-        Some(ceiling) if limit <= 0 => faults.say(format!(
+        Some(ceiling) if limit <= 0 => faults.push(format!(
             "pids_limit = {limit} means no limit, but {ceiling} is the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
         )),
-        Some(ceiling) if limit > ceiling => faults.say(format!(
+        Some(ceiling) if limit > ceiling => faults.push(format!(
             "pids_limit = {limit} is above {ceiling}, the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
         )),
         None if limit > PIDS_MAX => {
-            faults.say(format!("pids_limit = {limit} is above the kernel's maximum ({PIDS_MAX})"));
+            faults.push(format!("pids_limit = {limit} is above the kernel's maximum ({PIDS_MAX})"));
         }
         _ => {}
     }
@@ -61,17 +61,17 @@ pub(super) fn ceilings(security: &Values, flavor: Flavor, faults: &mut Faults<'_
             Ok(_) => Err(format!("{name} = {value:?} has two numbers; a ceiling has one")),
             Err(problem) => Err(problem),
         };
-        if let Some(limit) = faults.note("security.ulimit_max", parsed) {
+        if let Some(limit) = faults.record_err("security.ulimit_max", parsed) {
             ulimits.insert(limit.name(), limit.hard);
         }
     }
-    let tmpfs = security.filled("tmpfs_max").and_then(|text| {
+    let tmpfs = security.non_empty_text("tmpfs_max").and_then(|text| {
         let size = match (text, TmpfsSize::parse(text)) {
             ("unlimited", _) => Ok(TmpfsSize::Unlimited),
             (_, Some(size)) if size != TmpfsSize::Unlimited => Ok(size),
             _ => Err(format!("{text:?} is not a size such as 256m, a share such as 10%, or unlimited")),
         };
-        faults.note("security.tmpfs_max", size)
+        faults.record_err("security.tmpfs_max", size)
     });
     Ceilings::new(flavor, ulimits, tmpfs)
 }

@@ -1,13 +1,13 @@
 //! Tests for each option of the agent's configuration that a running plugin notices a different value, and names the
 //! option.
 
-use rmpv::Value as Wire;
+use rmpv::Value as MsgpackValue;
 use serde_json::{Value, json};
 
 use super::settings;
 use crate::{
     ids::DriverName,
-    plugin::options::{Kind, PLUGIN, Row},
+    plugin::options::{OptionKind, OptionRow, PLUGIN_OPTIONS},
     task::Settings,
 };
 
@@ -74,10 +74,12 @@ const CHANGES: &[(&str, [&str; 2], &str, &str)] = &[
 ];
 
 /// Returns the options in `rows` that hold a value themselves, each with the path of its blocks.
-fn options(rows: &[Row], block: &str) -> Vec<String> {
+fn options(rows: &[OptionRow], block: &str) -> Vec<String> {
     let named = |name: &str| if block.is_empty() { name.to_owned() } else { format!("{block}.{name}") };
-    let of = |row: &Row| match row.kind {
-        Kind::Block(rows) | Kind::Blocks(rows) | Kind::Labelled(rows) => options(rows, &named(row.name)),
+    let of = |row: &OptionRow| match row.kind {
+        OptionKind::Block(rows) | OptionKind::Blocks(rows) | OptionKind::Labelled(rows) => {
+            options(rows, &named(row.name))
+        }
         _ => vec![named(row.name)],
     };
     rows.iter().flat_map(of).collect()
@@ -85,16 +87,16 @@ fn options(rows: &[Row], block: &str) -> Vec<String> {
 
 /// Encodes `config` as Nomad sends it.
 fn encoded(config: &Value) -> Vec<u8> {
-    fn wire(value: &Value) -> Wire {
+    fn wire(value: &Value) -> MsgpackValue {
         match value {
-            Value::Null => Wire::Nil,
-            Value::Bool(flag) => Wire::from(*flag),
-            Value::Number(number) => Wire::from(number.as_i64().expect("a whole number")),
-            Value::String(text) => Wire::from(text.as_str()),
-            Value::Array(items) => Wire::Array(items.iter().map(wire).collect()),
-            Value::Object(fields) => {
-                Wire::Map(fields.iter().map(|(key, value)| (Wire::from(key.as_str()), wire(value))).collect())
-            }
+            Value::Null => MsgpackValue::Nil,
+            Value::Bool(flag) => MsgpackValue::from(*flag),
+            Value::Number(number) => MsgpackValue::from(number.as_i64().expect("a whole number")),
+            Value::String(text) => MsgpackValue::from(text.as_str()),
+            Value::Array(items) => MsgpackValue::Array(items.iter().map(wire).collect()),
+            Value::Object(fields) => MsgpackValue::Map(
+                fields.iter().map(|(key, value)| (MsgpackValue::from(key.as_str()), wire(value))).collect(),
+            ),
         }
     }
     let mut bytes = Vec::new();
@@ -135,7 +137,7 @@ fn every_option_is_told_when_it_differs() {
 #[test]
 fn no_option_is_left_out() {
     let mut known: Vec<String> = CHANGES.iter().map(|(option, ..)| (*option).to_owned()).collect();
-    let mut all = options(PLUGIN, "");
+    let mut all = options(PLUGIN_OPTIONS, "");
     known.sort();
     all.sort();
     assert_eq!(known, all);

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    ConfigError, JOB, apparmor, credentials, finish,
+    ConfigError, JOB_SUBJECT, apparmor, credentials,
     limits::{self, Faults},
     mounts::mount,
+    value_or_faults,
 };
 use crate::{
     duration,
@@ -13,7 +14,7 @@ use crate::{
     image::{CredentialScope, PullPolicy, Reference},
     plugin::{
         decode::{Values, decode},
-        options::TASK,
+        options::TASK_OPTIONS,
     },
     rootfs::{CapabilityRequest, Command, RootMode, parse_capability, target::SysTargets},
     task::{AppArmorRequest, SeccompRequest, SecuritySettings, Settings, TaskOptions},
@@ -38,29 +39,29 @@ pub enum GroupNetwork {
 /// When anything is wrong with the block; the error has all faults.
 pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> Result<TaskOptions, ConfigError> {
     let mut faults = Vec::new();
-    let values = decode(TASK, bytes, &mut faults);
+    let values = decode(TASK_OPTIONS, bytes, &mut faults);
     let flavor = settings.name.flavor();
     let flag = |name: &str| values.flag(name).unwrap_or(false);
 
     let image = match values.text("image") {
         // The decoder has reported the missing image.
         None => None,
-        Some(image) => Reference::parse(image).map_err(|error| faults.push(crate::chain(&error))).ok(),
+        Some(image) => Reference::parse(image).map_err(|error| faults.push(crate::error_chain(&error))).ok(),
     };
-    let timeout = values.filled("image_pull_timeout").unwrap_or("5m");
+    let timeout = values.non_empty_text("image_pull_timeout").unwrap_or("5m");
     let image_pull_timeout = duration::parse(timeout).unwrap_or_else(|error| {
         faults.push(format!("image_pull_timeout: {error}"));
         Duration::ZERO
     });
     let command = Command {
-        command: values.filled("command").map(str::to_owned),
+        command: values.non_empty_text("command").map(str::to_owned),
         args: values.list("args").unwrap_or_default().to_vec(),
         entrypoint: values.list("entrypoint").unwrap_or_default().to_vec(),
     };
     if command.command.is_some() && !command.entrypoint.is_empty() {
         faults.push("command and entrypoint exclude each other; only one of them can be set".to_owned());
     }
-    let cwd = match (values.filled("cwd"), values.filled("work_dir")) {
+    let cwd = match (values.non_empty_text("cwd"), values.non_empty_text("work_dir")) {
         (Some(cwd), Some(other)) if cwd != other => {
             faults.push("cwd and work_dir are the same option; remove one of them".to_owned());
             None
@@ -70,8 +71,8 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     if let Some(relative) = cwd.as_deref().filter(|cwd| !cwd.starts_with('/')) {
         faults.push(format!("cwd = {relative:?} is not an absolute path"));
     }
-    let hostname = values.filled("hostname").map(str::to_owned);
-    if let Some(problem) = hostname.as_deref().and_then(|name| bad_hostname(name, flavor)) {
+    let hostname = values.non_empty_text("hostname").map(str::to_owned);
+    if let Some(problem) = hostname.as_deref().and_then(|name| hostname_problem(name, flavor)) {
         faults.push(problem);
     }
     if flag("privileged") && !settings.security.allow_privileged {
@@ -99,7 +100,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
             .filter_map(|name| match parse_capability(name) {
                 Ok(capability) => Some(capability),
                 // nomad-driver-containerd passed unknown names on, and runc ignores them.
-                Err(error) if flavor == Flavor::DropIn => {
+                Err(error) if flavor == Flavor::ContainerdDriver => {
                     tracing::warn!(option, %error, "ignored an unknown capability of a job");
                     None
                 }
@@ -136,12 +137,12 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
     let annotations = limits::annotations(&values, noted);
     let extra_hosts = limits::extra_hosts(&values, noted);
     let devices = limits::devices(&values, &settings.security, noted);
-    let runtime = values.filled("runtime");
+    let runtime = values.non_empty_text("runtime");
     if settings.runtime(runtime).is_some_and(|runtime| runtime.gvisor.is_some()) {
         let name = runtime.or(settings.default_runtime.as_deref()).unwrap_or_default();
-        limits::in_a_sandbox(name, namespaces, &sysctl, noted);
+        limits::check_gvisor_support(name, namespaces, &sysctl, noted);
     }
-    let log = limits::log(&values, noted);
+    let log = limits::log_options(&values, noted);
     // The job's author chose both the password and the image, so the image's registry may see the password.
     let auth = credentials(values.block("auth"), || CredentialScope::ImageRegistry, &mut faults);
 
@@ -160,7 +161,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         cap_drop,
         seccomp,
         apparmor: security_opt.apparmor,
-        runtime: values.filled("runtime").map(str::to_owned),
+        runtime: values.non_empty_text("runtime").map(str::to_owned),
         image_pull_policy,
         namespaces,
         host_dns: values.flag("host_dns").unwrap_or(true),
@@ -177,7 +178,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         log,
         annotations,
     });
-    finish(JOB, options, faults)
+    value_or_faults(JOB_SUBJECT, options, faults)
 }
 
 /// Returns what is wrong with a host name, if anything is.
@@ -185,16 +186,16 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
 /// docker accepts any text since it gave up its rule (moby/moby#28990: people use underscores), and so does the kernel.
 /// Prompts, logs and scripts in the image do not expect that. Under this driver's own name a host name has the
 /// characters of RFC 1123 and underscores; under the name containerd-driver only text that is not printable is refused.
-fn bad_hostname(name: &str, flavor: Flavor) -> Option<String> {
+fn hostname_problem(name: &str, flavor: Flavor) -> Option<String> {
     if name.len() > HOSTNAME_MAX {
         return Some(format!("hostname = {} is longer than {HOSTNAME_MAX} bytes", quoted(name)));
     }
     let fine = match flavor {
-        Flavor::Secure => {
+        Flavor::Strict => {
             let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
             letters && !name.starts_with(['.', '-'])
         }
-        Flavor::DropIn => is_printable(name),
+        Flavor::ContainerdDriver => is_printable(name),
     };
     (!fine).then(|| {
         format!(
@@ -205,20 +206,20 @@ fn bad_hostname(name: &str, flavor: Flavor) -> Option<String> {
 }
 
 fn pull_policy(values: &Values, faults: &mut Faults<'_>) -> PullPolicy {
-    let said = match values.filled("image_pull_policy") {
+    let said = match values.non_empty_text("image_pull_policy") {
         None => None,
         Some("missing") => Some(PullPolicy::Missing),
         Some("always") => Some(PullPolicy::Always),
         Some("never") => Some(PullPolicy::Never),
         Some(other) => {
-            faults.say(format!("image_pull_policy = {other:?} is not missing, always or never"));
+            faults.push(format!("image_pull_policy = {other:?} is not missing, always or never"));
             None
         }
     };
     match (said, values.flag("force_pull").unwrap_or(false)) {
         (None | Some(PullPolicy::Always), true) => PullPolicy::Always,
         (Some(_), true) => {
-            faults.say("force_pull = true and image_pull_policy exclude each other; remove one of them".to_owned());
+            faults.push("force_pull = true and image_pull_policy exclude each other; remove one of them".to_owned());
             PullPolicy::Always
         }
         (said, false) => said.unwrap_or_default(),
@@ -240,15 +241,15 @@ fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Fault
         match (key, value) {
             ("no-new-privileges", "" | "true") => found.no_new_privileges = Some(true),
             ("no-new-privileges", "false") if security.allow_privileged => found.no_new_privileges = Some(false),
-            ("no-new-privileges", "false") => faults.say(format!(
+            ("no-new-privileges", "false") => faults.push(format!(
                 "security_opt: {option:?} is not allowed on this node (plugin option allow_privileged)"
             )),
             ("seccomp", "unconfined") => found.seccomp = Some(SeccompRequest::Off),
             ("seccomp", path) if !path.is_empty() => found.seccomp = Some(SeccompRequest::File(path.to_owned())),
             ("apparmor", value) => {
-                found.apparmor = apparmor::request(option, value, security, faults).unwrap_or_default();
+                found.apparmor = apparmor::job_request(option, value, security, faults).unwrap_or_default();
             }
-            _ => faults.say(format!(
+            _ => faults.push(format!(
                 "security_opt: {option:?} is not known; the options are no-new-privileges[=false], seccomp=unconfined, seccomp=FILE, apparmor=default, apparmor=unconfined and apparmor=PROFILE"
             )),
         }
@@ -263,21 +264,21 @@ fn seccomp(
     security: &SecuritySettings,
     faults: &mut Faults<'_>,
 ) -> SeccompRequest {
-    let said = match (values.flag("seccomp"), values.filled("seccomp_profile")) {
-        (None, None) => SeccompRequest::Unsaid,
+    let said = match (values.flag("seccomp"), values.non_empty_text("seccomp_profile")) {
+        (None, None) => SeccompRequest::Unset,
         (Some(true), None) => SeccompRequest::On,
         (Some(false), None) => SeccompRequest::Off,
         (Some(true), Some(path)) => SeccompRequest::File(path.to_owned()),
-        (None, Some(path)) if flavor == Flavor::Secure => SeccompRequest::File(path.to_owned()),
+        (None, Some(path)) if flavor == Flavor::Strict => SeccompRequest::File(path.to_owned()),
         (_, Some(path)) => {
-            faults.say(format!("seccomp_profile = {path:?} needs seccomp = true"));
+            faults.push(format!("seccomp_profile = {path:?} needs seccomp = true"));
             SeccompRequest::Off
         }
     };
     let (said, option) = match (said, opt) {
-        (SeccompRequest::Unsaid, Some(opt)) => (opt, "security_opt: seccomp"),
+        (SeccompRequest::Unset, Some(opt)) => (opt, "security_opt: seccomp"),
         (said, Some(opt)) if said != opt => {
-            faults.say("seccomp and security_opt seccomp=... exclude each other; remove one of them".to_owned());
+            faults.push("seccomp and security_opt seccomp=... exclude each other; remove one of them".to_owned());
             (said, "seccomp")
         }
         (said, _) => (said, "seccomp"),
@@ -285,10 +286,10 @@ fn seccomp(
     let overrides = match &said {
         SeccompRequest::Off => Some(format!("{option} = false")),
         SeccompRequest::File(path) => Some(format!("{option}_profile = {path:?}")),
-        SeccompRequest::Unsaid | SeccompRequest::On => None,
+        SeccompRequest::Unset | SeccompRequest::On => None,
     };
     if let Some(overrides) = overrides.filter(|_| !security.allow_seccomp_override) {
-        faults.say(format!(
+        faults.push(format!(
             "{overrides} is not allowed on this node (plugin option security {{ allow_seccomp_override }})"
         ));
     }

@@ -20,11 +20,11 @@ use crate::{
 };
 
 /// The kernel's bounds on cpu.cfs_period_us, in microseconds (Documentation/scheduler/sched-bwc.rst).
-const CFS_PERIOD: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
+const CFS_PERIOD_RANGE: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
 const DEFAULT_CFS_PERIOD: i64 = 100_000;
 
 /// The smallest size of a log file, in bytes: a smaller file would not hold an ordinary line.
-const LOG_MIN: u64 = 4 << 10;
+const LOG_SIZE_MIN: u64 = 4 << 10;
 const LOG_FILES_MAX: u32 = 10_000;
 
 /// Collects everything that is wrong with a configuration.
@@ -32,25 +32,25 @@ pub(super) struct Faults<'a>(pub(super) &'a mut Vec<String>);
 
 impl Faults<'_> {
     /// Returns the value of `outcome`; an error becomes a fault of `option`.
-    pub(super) fn note<T>(&mut self, option: &str, outcome: Result<T, impl std::fmt::Display>) -> Option<T> {
+    pub(super) fn record_err<T>(&mut self, option: &str, outcome: Result<T, impl std::fmt::Display>) -> Option<T> {
         outcome.map_err(|problem| self.0.push(format!("{option}: {problem}"))).ok()
     }
 
     /// Adds a fault.
-    pub(super) fn say(&mut self, fault: String) {
+    pub(super) fn push(&mut self, fault: String) {
         self.0.push(fault);
     }
 }
 
 pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> Namespaces {
     let mut mode = |option: &str, others: &[&str]| {
-        let text = values.filled(option)?;
+        let text = values.non_empty_text(option)?;
         let host = text.eq_ignore_ascii_case("host");
         if !host && !others.contains(&text) {
             let known: Vec<String> = ["host"].iter().chain(others).map(|known| format!("{known:?}")).collect();
-            faults.say(format!("{option} = {text:?} is invalid; the values are {}", known.join(" and ")));
+            faults.push(format!("{option} = {text:?} is invalid; the values are {}", known.join(" and ")));
         } else if host && option != "userns_mode" && !security.allow_host_namespaces {
-            faults.say(format!(
+            faults.push(format!(
                 "{option} = {text:?} is not allowed on this node (plugin option security {{ allow_host_namespaces }})"
             ));
         }
@@ -64,11 +64,11 @@ pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &
         uts: mode("uts_mode", &["private"]).unwrap_or_default(),
         cgroup: mode("cgroupns", &["private"]),
     };
-    if namespaces.uts == Namespace::Host && values.filled("hostname").is_some() {
-        faults.say("hostname and uts_mode = \"host\" exclude each other; remove one of them".to_owned());
+    if namespaces.uts == Namespace::Host && values.non_empty_text("hostname").is_some() {
+        faults.push("hostname and uts_mode = \"host\" exclude each other; remove one of them".to_owned());
     }
-    if namespaces.ipc == Namespace::Host && values.filled("shm_size").is_some() {
-        faults.say("shm_size and ipc_mode = \"host\" exclude each other; remove one of them".to_owned());
+    if namespaces.ipc == Namespace::Host && values.non_empty_text("shm_size").is_some() {
+        faults.push("shm_size and ipc_mode = \"host\" exclude each other; remove one of them".to_owned());
     }
     namespaces
 }
@@ -85,9 +85,9 @@ pub(super) fn sysctls(
     let named: BTreeMap<String, String> =
         values.map("sysctl").into_iter().map(|(name, value)| (name.replace('/', "."), value)).collect();
     for name in named.keys() {
-        faults.note("sysctl", check_sysctl(name, namespaces, network));
+        faults.record_err("sysctl", check_sysctl(name, namespaces, network));
         if !security.allow_sysctls.as_ref().is_none_or(|patterns| matches_any(patterns, name)) {
-            faults.say(format!(
+            faults.push(format!(
                 "sysctl: {name:?} is not allowed on this node (plugin option security {{ allow_sysctls }})"
             ));
         }
@@ -98,21 +98,21 @@ pub(super) fn sysctls(
 pub(super) fn ulimits(values: &Values, ceilings: &Ceilings, faults: &mut Faults<'_>) -> Vec<Ulimit> {
     let map = values.map("ulimit");
     let mut limits: Vec<Ulimit> =
-        map.iter().filter_map(|(name, value)| faults.note("ulimit", Ulimit::parse(name, value))).collect();
+        map.iter().filter_map(|(name, value)| faults.record_err("ulimit", Ulimit::parse(name, value))).collect();
     for limit in &limits {
-        faults.note("ulimit", ceilings.check_ulimit(limit));
+        faults.record_err("ulimit", ceilings.check_ulimit(limit));
     }
     match values.number("file_limit") {
         None | Some(0) => {}
         Some(_) if map.contains_key("nofile") => {
-            faults.say("file_limit and ulimit { nofile } exclude each other; remove one of them".to_owned());
+            faults.push("file_limit and ulimit { nofile } exclude each other; remove one of them".to_owned());
         }
         Some(limit) => match u64::try_from(limit) {
             Ok(limit) => {
-                faults.note("file_limit", ceilings.check_ulimit(&Ulimit::files(limit)));
+                faults.record_err("file_limit", ceilings.check_ulimit(&Ulimit::files(limit)));
                 limits.push(Ulimit::files(limit));
             }
-            Err(_) => faults.say(format!("file_limit = {limit} is negative")),
+            Err(_) => faults.push(format!("file_limit = {limit} is negative")),
         },
     }
     limits
@@ -120,21 +120,21 @@ pub(super) fn ulimits(values: &Values, ceilings: &Ceilings, faults: &mut Faults<
 
 pub(super) fn job_limits(values: &Values, pids_ceiling: Option<i64>, faults: &mut Faults<'_>) -> JobLimits {
     let cpuset = |option: &str, faults: &mut Faults<'_>| {
-        let text = values.filled(option).unwrap_or_default().trim();
+        let text = values.non_empty_text(option).unwrap_or_default().trim();
         if !is_cpu_list(text) {
-            faults.say(format!("{option} = {text:?} is not a list such as 0-3,5"));
+            faults.push(format!("{option} = {text:?} is not a list such as 0-3,5"));
         }
         text.to_owned()
     };
     let (cpuset_cpus, cpuset_mems) = (cpuset("cpuset_cpus", faults), cpuset("cpuset_mems", faults));
     let period = match values.number("cpu_cfs_period") {
         None | Some(0) => DEFAULT_CFS_PERIOD,
-        Some(period) if CFS_PERIOD.contains(&period) => period,
+        Some(period) if CFS_PERIOD_RANGE.contains(&period) => period,
         Some(period) => {
-            faults.say(format!(
+            faults.push(format!(
                 "cpu_cfs_period = {period} is not between {} and {} microseconds",
-                CFS_PERIOD.start(),
-                CFS_PERIOD.end()
+                CFS_PERIOD_RANGE.start(),
+                CFS_PERIOD_RANGE.end()
             ));
             DEFAULT_CFS_PERIOD
         }
@@ -143,11 +143,11 @@ pub(super) fn job_limits(values: &Values, pids_ceiling: Option<i64>, faults: &mu
         None | Some(0) => None,
         Some(limit) => {
             let bytes = u64::try_from(limit).ok().and_then(|limit| limit.checked_mul(1 << 20));
-            faults.note("memory_hard_limit", bytes.ok_or(format!("{limit} is not a number of MiB")))
+            faults.record_err("memory_hard_limit", bytes.ok_or(format!("{limit} is not a number of MiB")))
         }
     };
     JobLimits {
-        pids: ceilings::pids_limit(values, pids_ceiling, faults),
+        pids: ceilings::job_pids_limit(values, pids_ceiling, faults),
         cpuset_cpus,
         cpuset_mems,
         cfs_period: values.flag("cpu_hard_limit").unwrap_or(false).then_some(period.unsigned_abs()),
@@ -176,11 +176,11 @@ fn is_cpu_list(text: &str) -> bool {
 }
 
 pub(super) fn shm_size(values: &Values, ceilings: &Ceilings, faults: &mut Faults<'_>) -> Option<u64> {
-    let Some(text) = values.filled("shm_size") else { return ceilings.shm_size() };
-    let size = faults.note("shm_size", size::parse(text))?;
-    faults.note("shm_size", ceilings.check_memory(text, TmpfsSize::Count(size)));
+    let Some(text) = values.non_empty_text("shm_size") else { return ceilings.shm_size() };
+    let size = faults.record_err("shm_size", size::parse(text))?;
+    faults.record_err("shm_size", ceilings.check_memory(text, TmpfsSize::Count(size)));
     if size < 1024 {
-        faults.say(format!("shm_size = {text:?} is less than a kibibyte"));
+        faults.push(format!("shm_size = {text:?} is less than a kibibyte"));
     }
     Some(size)
 }
@@ -191,7 +191,7 @@ pub(super) fn oom_score(values: &Values, faults: &mut Faults<'_>) -> i32 {
         Some(score) => match i32::try_from(score) {
             Ok(score) if (0..=1000).contains(&score) => score,
             _ => {
-                faults.say(format!("oom_score_adj = {score} is not between 0 and 1000"));
+                faults.push(format!("oom_score_adj = {score} is not between 0 and 1000"));
                 0
             }
         },
@@ -202,7 +202,7 @@ pub(super) fn annotations(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<
     let mut all = BTreeMap::new();
     for option in ["labels", "annotations"] {
         let map = values.map(option);
-        faults.note(option, check_annotations(&map));
+        faults.record_err(option, check_annotations(&map));
         all.extend(map);
     }
     all
@@ -210,16 +210,16 @@ pub(super) fn annotations(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<
 
 pub(super) fn extra_hosts(values: &Values, faults: &mut Faults<'_>) -> Vec<ExtraHost> {
     let lines = values.list("extra_hosts").unwrap_or_default();
-    lines.iter().filter_map(|line| faults.note("extra_hosts", ExtraHost::parse(line))).collect()
+    lines.iter().filter_map(|line| faults.record_err("extra_hosts", ExtraHost::parse(line))).collect()
 }
 
 pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> Vec<String> {
     let devices = values.list("devices").unwrap_or_default();
     for device in devices {
         if !device.starts_with('/') || device.split('/').any(|part| part == "..") {
-            faults.say(format!("devices: {device:?} is not an absolute path without \"..\""));
+            faults.push(format!("devices: {device:?} is not an absolute path without \"..\""));
         } else if !security.allows_device(device) {
-            faults.say(format!(
+            faults.push(format!(
                 "devices: {device:?} is not allowed on this node (plugin option security {{ allow_devices }})"
             ));
         }
@@ -228,7 +228,7 @@ pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut
 }
 
 /// Refuses options that gVisor silently ignores or does not support.
-pub(super) fn in_a_sandbox(
+pub(super) fn check_gvisor_support(
     runtime: &str,
     namespaces: Namespaces,
     sysctls: &BTreeMap<String, String>,
@@ -236,37 +236,37 @@ pub(super) fn in_a_sandbox(
 ) {
     let theirs = [("pid_mode", namespaces.pid), ("ipc_mode", namespaces.ipc), ("uts_mode", namespaces.uts)];
     for (option, _) in theirs.iter().filter(|(_, whose)| *whose == Namespace::Host) {
-        faults.say(format!(
+        faults.push(format!(
             "{option} = \"host\" is not possible with runtime {runtime:?}: a gVisor sandbox has its own namespaces; remove it, or use a runtime without a sandbox"
         ));
     }
-    for name in sysctls.keys().filter(|name| !gvisor::SYSCTLS.contains(&name.as_str())) {
-        faults.say(format!(
+    for name in sysctls.keys().filter(|name| !gvisor::SUPPORTED_SYSCTLS.contains(&name.as_str())) {
+        faults.push(format!(
             "sysctl: {name:?} has no effect with runtime {runtime:?}: gVisor's kernel does not have this parameter; remove it, or use a runtime without a sandbox"
         ));
     }
 }
 
 /// Reads the job's log options. Nomad does not pass its `logs` block to drivers, so these options take its place.
-pub(super) fn log(values: &Values, faults: &mut Faults<'_>) -> LogOptions {
+pub(super) fn log_options(values: &Values, faults: &mut Faults<'_>) -> LogOptions {
     let mut log = LogOptions::default();
-    if let Some(text) = values.filled("log_max_size") {
+    if let Some(text) = values.non_empty_text("log_max_size") {
         match size::parse(text) {
-            Ok(size) if size >= LOG_MIN => log.max_size = size,
-            Ok(_) => faults.say(format!("log_max_size = {text:?} is less than 4k")),
-            Err(error) => faults.say(format!("log_max_size: {error}")),
+            Ok(size) if size >= LOG_SIZE_MIN => log.max_size = size,
+            Ok(_) => faults.push(format!("log_max_size = {text:?} is less than 4k")),
+            Err(error) => faults.push(format!("log_max_size: {error}")),
         }
     }
     if let Some(count) = values.number("log_max_files") {
         match u32::try_from(count) {
             Ok(count @ 1..=LOG_FILES_MAX) => log.max_files = count,
-            _ => faults.say(format!("log_max_files = {count} is not between 1 and {LOG_FILES_MAX}")),
+            _ => faults.push(format!("log_max_files = {count} is not between 1 and {LOG_FILES_MAX}")),
         }
     }
-    match values.filled("log_policy") {
+    match values.non_empty_text("log_policy") {
         None | Some("block") => {}
         Some("drop") => log.policy = LogPolicy::Drop,
-        Some(other) => faults.say(format!("log_policy = {other:?} is neither block nor drop")),
+        Some(other) => faults.push(format!("log_policy = {other:?} is neither block nor drop")),
     }
     log
 }

@@ -26,9 +26,9 @@ use crate::{
 };
 
 /// The name of a job's `config` in errors.
-const JOB: &str = "task config";
+const JOB_SUBJECT: &str = "task config";
 /// The name of a request's own fields in errors.
-const REQUEST: &str = "request";
+const REQUEST_SUBJECT: &str = "request";
 
 /// The most characters of one fault in a message: a fault may quote a job's value, of any length.
 const FAULT_MAX: usize = 600;
@@ -38,35 +38,35 @@ const FAULTS_MAX: usize = 8000;
 /// All faults of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
-    what: &'static str,
+    subject: &'static str,
     faults: Vec<String>,
 }
 
 impl ConfigError {
     /// Makes an error of one fault of a job's `config`.
-    pub fn one(fault: String) -> Self {
-        Self::many(vec![fault])
+    pub fn job_fault(fault: String) -> Self {
+        Self::job_faults(vec![fault])
     }
 
     /// Makes an error of the faults of a request's own fields.
-    pub fn of_request(faults: Vec<String>) -> Self {
-        Self { what: REQUEST, faults }
+    pub fn request_faults(faults: Vec<String>) -> Self {
+        Self { subject: REQUEST_SUBJECT, faults }
     }
 
     /// Makes an error of the faults of a job's `config`.
-    pub fn many(faults: Vec<String>) -> Self {
-        Self { what: JOB, faults }
+    pub fn job_faults(faults: Vec<String>) -> Self {
+        Self { subject: JOB_SUBJECT, faults }
     }
 }
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = |fault: &String| text::shown(fault, FAULT_MAX);
+        let shown = |fault: &String| text::sanitize(fault, FAULT_MAX);
         let many = match &self.faults[..] {
-            [only] => return write!(f, "{}: {}", self.what, shown(only)),
+            [only] => return write!(f, "{}: {}", self.subject, shown(only)),
             many => many,
         };
-        write!(f, "{}: {} problems", self.what, many.len())?;
+        write!(f, "{}: {} problems", self.subject, many.len())?;
         // Each fault is truncated separately, so that none hides another; a list that is too long ends with a count.
         let mut length = 0;
         for (n, fault) in many.iter().map(shown).enumerate() {
@@ -83,10 +83,10 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// Returns the value if there are no faults.
-fn finish<T>(what: &'static str, value: Option<T>, faults: Vec<String>) -> Result<T, ConfigError> {
+fn value_or_faults<T>(what: &'static str, value: Option<T>, faults: Vec<String>) -> Result<T, ConfigError> {
     match value {
         Some(value) if faults.is_empty() => Ok(value),
-        _ => Err(ConfigError { what, faults }),
+        _ => Err(ConfigError { subject: what, faults }),
     }
 }
 
@@ -97,8 +97,9 @@ fn credentials(
     faults: &mut Vec<String>,
 ) -> Option<Credentials> {
     let block = block?;
-    let (username, password) = (block.filled("username")?.to_owned(), block.filled("password")?.to_owned());
-    let scope = match block.filled("server_address").map(str::parse::<RegistryAddress>) {
+    let (username, password) =
+        (block.non_empty_text("username")?.to_owned(), block.non_empty_text("password")?.to_owned());
+    let scope = match block.non_empty_text("server_address").map(str::parse::<RegistryAddress>) {
         None => unnamed(),
         Some(Ok(address)) => CredentialScope::Registry(address),
         Some(Err(error)) => {

@@ -48,22 +48,22 @@ pub(super) fn mount(
     let target = block.text("target").unwrap_or("/-");
     let target = MountTarget::parse(target).map_err(|problem| format!("target = {problem}"))?;
     target.check(sys).map_err(|problem| format!("target = {problem}"))?;
-    let kind = block.filled("type").unwrap_or("volume");
-    let source = block.filled("source");
+    let kind = block.non_empty_text("type").unwrap_or("volume");
+    let source = block.non_empty_text("source");
     let options = block.list("options").unwrap_or_default().to_vec();
     // Runtimes treat every mount with one of these options as a bind, whatever its type is.
     let binds = options.iter().any(|option| option == "bind" || option == "rbind");
     let kind = match kind {
         "bind" | "volume" => None,
         _ if binds => None,
-        other if other == "tmpfs" || flavor == Flavor::DropIn => Some(other),
+        other if other == "tmpfs" || flavor == Flavor::ContainerdDriver => Some(other),
         other => return Err(format!("type = {other:?} is not bind, volume or tmpfs")),
     };
     let options = match kind {
-        Some("tmpfs") => tmpfs::options(&options, flavor, ceilings).map_err(|error| error.to_string())?,
+        Some("tmpfs") => tmpfs::complete_options(&options, flavor, ceilings).map_err(|error| error.to_string())?,
         _ => options,
     };
-    if flavor == Flavor::Secure
+    if flavor == Flavor::Strict
         && kind.is_none()
         && let Some(strange) = options.iter().find(|option| !BIND_OPTIONS.contains(&option.as_str()))
     {
@@ -72,7 +72,7 @@ pub(super) fn mount(
     let kind = match kind {
         None => {
             let source = source.ok_or_else(|| "source is required for a bind".to_owned())?;
-            if flavor == Flavor::DropIn && options.is_empty() {
+            if flavor == Flavor::ContainerdDriver && options.is_empty() {
                 return Err(
                     "options must not be empty for a bind; use [\"rbind\", \"ro\"] or [\"rbind\", \"rw\"]".to_owned()
                 );

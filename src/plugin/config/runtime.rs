@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The options that only a gVisor runtime has.
-const GVISOR: [&str; 7] = ["platform", "network", "overlay", "file_access", "cgroups", "debug_log", "flags"];
+const GVISOR_OPTIONS: [&str; 7] = ["platform", "network", "overlay", "file_access", "cgroups", "debug_log", "flags"];
 
 /// Returns all runtimes that jobs can name.
 pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<String, RuntimeSettings> {
@@ -28,7 +28,8 @@ pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<Str
             || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         {
             // The name becomes part of paths.
-            faults.say(format!("runtime {name:?}: a name has up to 64 letters, digits, dots, underscores and hyphens"));
+            faults
+                .push(format!("runtime {name:?}: a name has up to 64 letters, digits, dots, underscores and hyphens"));
             continue;
         }
         runtimes.insert(name.clone(), runtime(name, block, faults));
@@ -37,49 +38,51 @@ pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<Str
 }
 
 fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettings {
-    let shim = block.filled("shim").map(PathBuf::from).or_else(|| shim_of(name));
-    let config = block.filled("config").map(PathBuf::from);
-    for (option, path) in [("config", config.as_deref()), ("debug_log", block.filled("debug_log").map(Path::new))] {
+    let shim = block.non_empty_text("shim").map(PathBuf::from).or_else(|| shim_for_runtime(name));
+    let config = block.non_empty_text("config").map(PathBuf::from);
+    for (option, path) in
+        [("config", config.as_deref()), ("debug_log", block.non_empty_text("debug_log").map(Path::new))]
+    {
         if let Some(path) = path.filter(|path| !path.is_absolute()) {
-            faults.say(format!("runtime {name:?}: {option} = {:?} is not an absolute path", path.display()));
+            faults.push(format!("runtime {name:?}: {option} = {:?} is not an absolute path", path.display()));
         }
     }
     if config.is_some() && shim.is_none() {
-        faults.say(format!("runtime {name:?}: config needs a shim of its own; runc's shim has no configuration file"));
+        faults.push(format!("runtime {name:?}: config needs a shim of its own; runc's shim has no configuration file"));
     }
     let own_name = shim.is_some() && name.ends_with("runsc.v1");
     let default = if own_name { "runsc" } else { name };
-    let binary = PathBuf::from(block.filled("binary").unwrap_or(default));
+    let binary = PathBuf::from(block.non_empty_text("binary").unwrap_or(default));
     let file = binary.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let is_gvisor = match block.filled("type") {
+    let is_gvisor = match block.non_empty_text("type") {
         None => file.starts_with("runsc"),
         Some("gvisor") => true,
         Some("oci") => false,
         Some(other) => {
-            faults.say(format!("runtime {name:?}: type = {other:?} is not oci or gvisor"));
+            faults.push(format!("runtime {name:?}: type = {other:?} is not oci or gvisor"));
             false
         }
     };
     if config.is_some() && is_gvisor {
         faults
-            .say(format!("runtime {name:?}: config is not for gVisor's shim; its settings are options of this block"));
+            .push(format!("runtime {name:?}: config is not for gVisor's shim; its settings are options of this block"));
     }
-    if shim.is_some() && !is_gvisor && block.filled("binary").is_some() {
-        faults.say(format!("runtime {name:?}: binary and shim exclude each other; such a shim has its own binary"));
+    if shim.is_some() && !is_gvisor && block.non_empty_text("binary").is_some() {
+        faults.push(format!("runtime {name:?}: binary and shim exclude each other; such a shim has its own binary"));
     }
-    let given = GVISOR.iter().find(|option| block.has(option));
+    let given = GVISOR_OPTIONS.iter().find(|option| block.is_set(option));
     let gvisor = match (is_gvisor, given) {
         (true, _) => Some(gvisor(name, block, faults)),
         (false, None) => None,
         (false, Some(option)) => {
-            faults.say(format!("runtime {name:?}: {option} is an option of gVisor's runsc (type = \"gvisor\")"));
+            faults.push(format!("runtime {name:?}: {option} is an option of gVisor's runsc (type = \"gvisor\")"));
             None
         }
     };
     let shim = shim.map(|program| OwnShim { program, config });
     // A shim for another kind of container chooses its runtime itself.
     let binary = match &shim {
-        Some(shim) if gvisor.is_none() && block.filled("binary").is_none() => shim.program.clone(),
+        Some(shim) if gvisor.is_none() && block.non_empty_text("binary").is_none() => shim.program.clone(),
         _ => binary,
     };
     RuntimeSettings { binary, shim, gvisor }
@@ -87,34 +90,34 @@ fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettin
 
 /// Returns the shim that a runtime's name stands for, by containerd's rule: `io.containerd.NAME.VERSION` means
 /// `containerd-shim-NAME-VERSION`. `None` for runc's shim, which all other runtimes use.
-fn shim_of(name: &str) -> Option<PathBuf> {
+fn shim_for_runtime(name: &str) -> Option<PathBuf> {
     let (kind, version) = name.strip_prefix("io.containerd.")?.rsplit_once('.')?;
     (kind != "runc").then(|| format!("containerd-shim-{kind}-{version}").into())
 }
 
 fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings {
-    fn word<T: FromStr<Err = &'static str>>(
+    fn parse_option<T: FromStr<Err = &'static str>>(
         (name, block): (&str, &Values),
         option: &str,
         faults: &mut Faults<'_>,
     ) -> Option<T> {
-        let text = block.filled(option)?;
+        let text = block.non_empty_text(option)?;
         let parsed = text.parse();
-        parsed.map_err(|problem| faults.say(format!("runtime {name:?}: {option} = {text:?} {problem}"))).ok()
+        parsed.map_err(|problem| faults.push(format!("runtime {name:?}: {option} = {text:?} {problem}"))).ok()
     }
     let of = (name, block);
-    let overlay = block.filled("overlay").map(str::to_owned);
+    let overlay = block.non_empty_text("overlay").map(str::to_owned);
     if let Some(overlay) = overlay.as_ref().filter(|text| *text != "none" && !is_overlay(text)) {
-        faults.say(format!(
+        faults.push(format!(
             "runtime {name:?}: overlay = {overlay:?} is not none, or root: or all: with memory, self or dir=/PATH"
         ));
     }
-    let file_access = word(of, "file_access", faults);
+    let file_access = parse_option(of, "file_access", faults);
     // runsc requires this: through an overlay, changes of the files below are not seen.
     let overlay = match (file_access, overlay) {
         (Some(FileAccess::Shared), None) => Some("none".to_owned()),
         (Some(FileAccess::Shared), Some(overlay)) if overlay != "none" => {
-            faults.say(format!(
+            faults.push(format!(
                 "runtime {name:?}: overlay = {overlay:?} and file_access = \"shared\" exclude each other; remove one of them"
             ));
             None
@@ -123,15 +126,15 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings
     };
     let flags = block.list("flags").unwrap_or_default().to_vec();
     for problem in flags.iter().filter_map(|flag| check_flag(flag).err()) {
-        faults.say(format!("runtime {name:?}: flags: {problem}"));
+        faults.push(format!("runtime {name:?}: flags: {problem}"));
     }
     GvisorSettings {
-        platform: word(of, "platform", faults),
-        network: word(of, "network", faults).unwrap_or_default(),
+        platform: parse_option(of, "platform", faults),
+        network: parse_option(of, "network", faults).unwrap_or_default(),
         overlay,
         file_access,
         cgroups: block.flag("cgroups").unwrap_or(true),
-        debug_log: block.filled("debug_log").map(PathBuf::from),
+        debug_log: block.non_empty_text("debug_log").map(PathBuf::from),
         flags,
     }
 }
@@ -149,9 +152,9 @@ mod tests {
 
     #[test]
     fn shims_are_called_as_containerd_calls_them() {
-        assert_eq!(shim_of("io.containerd.runsc.v1"), Some("containerd-shim-runsc-v1".into()));
-        assert_eq!(shim_of("io.containerd.kata.v2"), Some("containerd-shim-kata-v2".into()));
-        assert_eq!((shim_of("io.containerd.runc.v2"), shim_of("runsc")), (None, None));
+        assert_eq!(shim_for_runtime("io.containerd.runsc.v1"), Some("containerd-shim-runsc-v1".into()));
+        assert_eq!(shim_for_runtime("io.containerd.kata.v2"), Some("containerd-shim-kata-v2".into()));
+        assert_eq!((shim_for_runtime("io.containerd.runc.v2"), shim_for_runtime("runsc")), (None, None));
     }
 
     #[test]

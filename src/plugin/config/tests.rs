@@ -1,9 +1,9 @@
 use super::*;
 use crate::{ids::DriverName, rootfs::mounts::MountKind, task::Settings};
-use rmpv::Value as Wire;
+use rmpv::Value as MsgpackValue;
 
-fn encode(entries: &[(&str, Wire)]) -> Vec<u8> {
-    let map = Wire::Map(entries.iter().map(|(key, value)| (Wire::from(*key), value.clone())).collect());
+fn encode(entries: &[(&str, MsgpackValue)]) -> Vec<u8> {
+    let map = MsgpackValue::Map(entries.iter().map(|(key, value)| (MsgpackValue::from(*key), value.clone())).collect());
     let mut bytes = Vec::new();
     rmpv::encode::write_value(&mut bytes, &map).expect("in memory");
     bytes
@@ -13,8 +13,8 @@ fn named(name: &str) -> Settings {
     settings(&DriverName::new(name).expect("a name"), &[]).expect("defaults are valid")
 }
 
-fn list(items: &[&str]) -> Wire {
-    Wire::Array(items.iter().map(|item| Wire::from(*item)).collect())
+fn list(items: &[&str]) -> MsgpackValue {
+    MsgpackValue::Array(items.iter().map(|item| MsgpackValue::from(*item)).collect())
 }
 
 #[test]
@@ -30,7 +30,7 @@ fn our_own_name_is_closed_and_the_old_one_open() {
 #[test]
 fn hostnames_are_names() {
     let with = |driver: &str, name: &str| {
-        let bytes = encode(&[("image", Wire::from("a")), ("hostname", Wire::from(name))]);
+        let bytes = encode(&[("image", MsgpackValue::from("a")), ("hostname", MsgpackValue::from(name))]);
         task_options(&named(driver), GroupNetwork::None, &bytes).map(|options| options.hostname)
     };
     for name in ["a", "web-1.example", "9lives", "under_score", "_service", "a.", &"h".repeat(64)] {
@@ -54,14 +54,14 @@ fn hostnames_are_names() {
 #[test]
 fn conflicts_and_gates_are_told_together() {
     let bytes = encode(&[
-        ("image", Wire::from("Not An Image")),
-        ("image_pull_timeout", Wire::from("soon")),
-        ("command", Wire::from("a")),
+        ("image", MsgpackValue::from("Not An Image")),
+        ("image_pull_timeout", MsgpackValue::from("soon")),
+        ("command", MsgpackValue::from("a")),
         ("entrypoint", list(&["b"])),
-        ("cwd", Wire::from("tmp")),
-        ("hostname", Wire::from("h".repeat(65))),
-        ("privileged", Wire::from(true)),
-        ("host_network", Wire::from(true)),
+        ("cwd", MsgpackValue::from("tmp")),
+        ("hostname", MsgpackValue::from("h".repeat(65))),
+        ("privileged", MsgpackValue::from(true)),
+        ("host_network", MsgpackValue::from(true)),
         ("cap_add", list(&["NET_ADMIN", "FLY"])),
     ]);
     let error = task_options(&named("shim"), GroupNetwork::Namespace, &bytes).expect_err("refused").to_string();
@@ -84,11 +84,11 @@ fn conflicts_and_gates_are_told_together() {
         &named("containerd-driver"),
         GroupNetwork::None,
         &encode(&[
-            ("image", Wire::from("redis")),
-            ("privileged", Wire::from(true)),
+            ("image", MsgpackValue::from("redis")),
+            ("privileged", MsgpackValue::from(true)),
             ("cap_add", list(&["SYS_ADMIN"])),
             ("entrypoint", list(&[])),
-            ("command", Wire::from("x")),
+            ("command", MsgpackValue::from("x")),
         ]),
     );
     assert!(old.is_ok(), "{old:?}");
@@ -96,46 +96,49 @@ fn conflicts_and_gates_are_told_together() {
 
 #[test]
 fn mounts_are_checked_by_kind() {
-    let check = |name: &str, entries: &[(&str, Wire)]| {
-        let mount = Wire::Map(entries.iter().map(|(key, value)| (Wire::from(*key), value.clone())).collect());
-        let bytes = encode(&[("image", Wire::from("a")), ("mounts", Wire::Array(vec![mount]))]);
+    let check = |name: &str, entries: &[(&str, MsgpackValue)]| {
+        let mount =
+            MsgpackValue::Map(entries.iter().map(|(key, value)| (MsgpackValue::from(*key), value.clone())).collect());
+        let bytes = encode(&[("image", MsgpackValue::from("a")), ("mounts", MsgpackValue::Array(vec![mount]))]);
         task_options(&named(name), GroupNetwork::None, &bytes).map(|options| options.mounts).map_err(|e| e.to_string())
     };
-    let target = ("target", Wire::from("/t"));
-    assert!(check("shim", &[target.clone(), ("source", Wire::from("local/x"))]).is_ok());
+    let target = ("target", MsgpackValue::from("/t"));
+    assert!(check("shim", &[target.clone(), ("source", MsgpackValue::from("local/x"))]).is_ok());
     assert!(
-        check("containerd-driver", &[target.clone(), ("source", Wire::from("local/x"))])
+        check("containerd-driver", &[target.clone(), ("source", MsgpackValue::from("local/x"))])
             .expect_err("no options")
             .contains("options")
     );
     assert!(check("shim", std::slice::from_ref(&target)).expect_err("no source").contains("source is required"));
-    assert!(check("shim", &[target.clone(), ("type", Wire::from("nfs"))]).expect_err("kind").contains("nfs"));
-    assert!(check("shim", &[target, ("type", Wire::from("tmpfs"))]).is_ok());
-    assert!(check("shim", &[("target", Wire::from("/a/../..")), ("type", Wire::from("tmpfs"))]).is_err());
-    let target = ("target", Wire::from("/t"));
+    assert!(check("shim", &[target.clone(), ("type", MsgpackValue::from("nfs"))]).expect_err("kind").contains("nfs"));
+    assert!(check("shim", &[target, ("type", MsgpackValue::from("tmpfs"))]).is_ok());
+    assert!(
+        check("shim", &[("target", MsgpackValue::from("/a/../..")), ("type", MsgpackValue::from("tmpfs"))]).is_err()
+    );
+    let target = ("target", MsgpackValue::from("/t"));
     // A "tmpfs" with the options of a bind is a bind, and is checked as one; unknown options are refused.
     for name in ["shim", "containerd-driver"] {
         let disguised = [
             target.clone(),
-            ("type", Wire::from("tmpfs")),
-            ("source", Wire::from("/")),
+            ("type", MsgpackValue::from("tmpfs")),
+            ("source", MsgpackValue::from("/")),
             ("options", list(&["rbind", "rw"])),
         ];
         let mounts = check(name, &disguised).expect("a bind");
         assert_eq!(mounts[0].kind, MountKind::Bind { source: "/".to_owned() });
     }
-    let strange = [target, ("type", Wire::from("tmpfs")), ("options", list(&["size=1m", "lowerdir=/"]))];
+    let strange = [target, ("type", MsgpackValue::from("tmpfs")), ("options", list(&["size=1m", "lowerdir=/"]))];
     assert!(check("shim", &strange).expect_err("an option").contains("lowerdir"));
 }
 
 #[test]
 fn a_bad_plugin_configuration_names_its_options() {
     let bytes = encode(&[
-        ("shim", Wire::Map(vec![(Wire::from("pool"), Wire::from(1000))])),
-        ("state", Wire::Map(vec![(Wire::from("run_dir"), Wire::from("relative"))])),
-        ("default_runtime", Wire::from("kata")),
-        ("metrics", Wire::Map(vec![(Wire::from("address"), Wire::from("9107"))])),
-        ("stats_interval", Wire::from("often")),
+        ("shim", MsgpackValue::Map(vec![(MsgpackValue::from("pool"), MsgpackValue::from(1000))])),
+        ("state", MsgpackValue::Map(vec![(MsgpackValue::from("run_dir"), MsgpackValue::from("relative"))])),
+        ("default_runtime", MsgpackValue::from("kata")),
+        ("metrics", MsgpackValue::Map(vec![(MsgpackValue::from("address"), MsgpackValue::from("9107"))])),
+        ("stats_interval", MsgpackValue::from("often")),
     ]);
     let error = settings(&DriverName::new("shim").expect("a name"), &bytes).expect_err("refused").to_string();
     for part in ["shim.pool = 1000", "state.run_dir", "kata", "stats_interval", "metrics.address = \"9107\""] {
@@ -143,21 +146,27 @@ fn a_bad_plugin_configuration_names_its_options() {
     }
 }
 
-fn block(entries: &[(&str, Wire)]) -> Wire {
-    Wire::Map(entries.iter().map(|(key, value)| (Wire::from(*key), value.clone())).collect())
+fn block(entries: &[(&str, MsgpackValue)]) -> MsgpackValue {
+    MsgpackValue::Map(entries.iter().map(|(key, value)| (MsgpackValue::from(*key), value.clone())).collect())
 }
 
 #[test]
 fn runtimes_are_what_their_blocks_say() {
     let bytes = encode(&[
-        ("containerd_runtime", Wire::from("io.containerd.runsc.v1")),
+        ("containerd_runtime", MsgpackValue::from("io.containerd.runsc.v1")),
         (
             "runtime",
             block(&[
                 ("youki", block(&[])),
-                ("boxed", block(&[("binary", Wire::from("/opt/runsc")), ("network", Wire::from("host"))])),
-                ("io.containerd.kata.v2", block(&[("config", Wire::from("/etc/kata.toml"))])),
-                ("shared", block(&[("type", Wire::from("gvisor")), ("file_access", Wire::from("shared"))])),
+                (
+                    "boxed",
+                    block(&[("binary", MsgpackValue::from("/opt/runsc")), ("network", MsgpackValue::from("host"))]),
+                ),
+                ("io.containerd.kata.v2", block(&[("config", MsgpackValue::from("/etc/kata.toml"))])),
+                (
+                    "shared",
+                    block(&[("type", MsgpackValue::from("gvisor")), ("file_access", MsgpackValue::from("shared"))]),
+                ),
             ]),
         ),
     ]);
@@ -179,21 +188,24 @@ fn runtimes_are_what_their_blocks_say() {
 fn what_a_runtime_can_not_be_is_said() {
     let wrong = block(&[
         ("x/y", block(&[])),
-        ("a", block(&[("platform", Wire::from("kvm"))])),
-        ("b", block(&[("type", Wire::from("lxc")), ("config", Wire::from("/x"))])),
+        ("a", block(&[("platform", MsgpackValue::from("kvm"))])),
+        ("b", block(&[("type", MsgpackValue::from("lxc")), ("config", MsgpackValue::from("/x"))])),
         (
             "runsc",
             block(&[
-                ("platform", Wire::from("fast")),
-                ("network", Wire::from("bridge")),
-                ("overlay", Wire::from("self")),
-                ("debug_log", Wire::from("logs")),
+                ("platform", MsgpackValue::from("fast")),
+                ("network", MsgpackValue::from("bridge")),
+                ("overlay", MsgpackValue::from("self")),
+                ("debug_log", MsgpackValue::from("logs")),
                 ("flags", list(&["--x", "root=/"])),
             ]),
         ),
-        ("runsc2", block(&[("file_access", Wire::from("shared")), ("overlay", Wire::from("root:self"))])),
+        (
+            "runsc2",
+            block(&[("file_access", MsgpackValue::from("shared")), ("overlay", MsgpackValue::from("root:self"))]),
+        ),
     ]);
-    let bytes = encode(&[("containerd_runtime", Wire::from("io.containerd.wasm.v1")), ("runtime", wrong)]);
+    let bytes = encode(&[("containerd_runtime", MsgpackValue::from("io.containerd.wasm.v1")), ("runtime", wrong)]);
     let error = settings(&DriverName::new("shim").expect("a name"), &bytes).expect_err("refused").to_string();
     for part in [
         "13 problems",
@@ -217,14 +229,17 @@ fn what_a_runtime_can_not_be_is_said() {
 #[test]
 fn what_a_sandbox_can_not_have_is_refused() {
     let bytes = encode(&[
-        ("image", Wire::from("busybox")),
-        ("runtime", Wire::from("runsc")),
-        ("pid_mode", Wire::from("host")),
-        ("ipc_mode", Wire::from("host")),
-        ("uts_mode", Wire::from("host")),
+        ("image", MsgpackValue::from("busybox")),
+        ("runtime", MsgpackValue::from("runsc")),
+        ("pid_mode", MsgpackValue::from("host")),
+        ("ipc_mode", MsgpackValue::from("host")),
+        ("uts_mode", MsgpackValue::from("host")),
         (
             "sysctl",
-            block(&[("net.core.somaxconn", Wire::from("9")), ("net.ipv6.conf.all.disable_ipv6", Wire::from("1"))]),
+            block(&[
+                ("net.core.somaxconn", MsgpackValue::from("9")),
+                ("net.ipv6.conf.all.disable_ipv6", MsgpackValue::from("1")),
+            ]),
         ),
     ]);
     let error = task_options(&named("containerd-driver"), GroupNetwork::None, &bytes).expect_err("refused").to_string();
@@ -238,15 +253,15 @@ fn what_a_sandbox_can_not_have_is_refused() {
 fn credentials_without_an_address_are_for_docker_hub_or_for_what_the_job_names() {
     let auth = |server: &str| {
         let pairs = [("username", "u"), ("password", "hidden"), ("server_address", server)];
-        let block = pairs.iter().map(|(key, value)| (Wire::from(*key), Wire::from(*value))).collect();
-        ("auth", Wire::Array(vec![Wire::Map(block)]))
+        let block = pairs.iter().map(|(key, value)| (MsgpackValue::from(*key), MsgpackValue::from(*value))).collect();
+        ("auth", MsgpackValue::Array(vec![MsgpackValue::Map(block)]))
     };
     let of_plugin = |name: &str, server: &str| {
         let name = DriverName::new(name).expect("a name");
         settings(&name, &encode(&[auth(server)])).map(|settings| settings.auth.expect("credentials").scope)
     };
     let of_job = |server: &str| {
-        let bytes = encode(&[("image", Wire::from("app")), auth(server)]);
+        let bytes = encode(&[("image", MsgpackValue::from("app")), auth(server)]);
         let options = task_options(&named("shim"), GroupNetwork::None, &bytes);
         options.map(|options| options.auth.expect("credentials").scope)
     };

@@ -6,12 +6,12 @@ mod job;
 #[cfg(test)]
 mod tables;
 
-pub use agent::PLUGIN;
-pub use job::TASK;
+pub use agent::PLUGIN_OPTIONS;
+pub use job::TASK_OPTIONS;
 
 /// The type of an option's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum OptionKind {
     /// A text.
     Text,
     /// `true` or `false`.
@@ -21,11 +21,11 @@ pub enum Kind {
     /// A list of texts.
     List,
     /// At most one block.
-    Block(&'static [Row]),
+    Block(&'static [OptionRow]),
     /// Any number of blocks, in order.
-    Blocks(&'static [Row]),
+    Blocks(&'static [OptionRow]),
     /// Any number of blocks, each with a label.
-    Labelled(&'static [Row]),
+    Labelled(&'static [OptionRow]),
     /// Texts by name: `x { a = "1" }`, `x = [{ a = "1" }]`.
     Map,
 }
@@ -43,35 +43,35 @@ pub enum Presence {
 
 /// One option: a row of an option table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Row {
+pub struct OptionRow {
     /// The option's name.
     pub name: &'static str,
     /// The type of its value.
-    pub kind: Kind,
+    pub kind: OptionKind,
     /// Whether the option must be set.
     pub presence: Presence,
     /// What the option does, for users.
     pub help: &'static str,
 }
 
-const fn row(name: &'static str, kind: Kind, help: &'static str) -> Row {
-    Row { name, kind, presence: Presence::Optional, help }
+const fn row(name: &'static str, kind: OptionKind, help: &'static str) -> OptionRow {
+    OptionRow { name, kind, presence: Presence::Optional, help }
 }
 
-const fn required(name: &'static str, kind: Kind, help: &'static str) -> Row {
-    Row { name, kind, presence: Presence::Required, help }
+const fn required(name: &'static str, kind: OptionKind, help: &'static str) -> OptionRow {
+    OptionRow { name, kind, presence: Presence::Required, help }
 }
 
-const fn default(name: &'static str, kind: Kind, value: &'static str, help: &'static str) -> Row {
-    Row { name, kind, presence: Presence::Default(value), help }
+const fn default(name: &'static str, kind: OptionKind, value: &'static str, help: &'static str) -> OptionRow {
+    OptionRow { name, kind, presence: Presence::Default(value), help }
 }
 
-const AUTH: &[Row] = &[
-    required("username", Kind::Text, "User name."),
-    required("password", Kind::Text, "Password or token. Never logged."),
+const AUTH_OPTIONS: &[OptionRow] = &[
+    required("username", OptionKind::Text, "User name."),
+    required("password", OptionKind::Text, "Password or token. Never logged."),
     row(
         "server_address",
-        Kind::Text,
+        OptionKind::Text,
         "The registry, `registry.example:5000`, to which alone these credentials are sent, along with the token realm that it names. Default in a job: the image's registry; in the plugin's configuration: Docker Hub, or as containerd-driver the image's registry.",
     ),
 ];

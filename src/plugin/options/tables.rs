@@ -1,19 +1,19 @@
 //! The option tables in Markdown, as docs/options.md has them.
 
-use super::{Kind, Presence, Row};
+use super::{OptionKind, OptionRow, Presence};
 
 /// Renders a table in Markdown: one line for each option, and the options of a block after the block.
-pub fn table(rows: &[Row]) -> String {
+pub(crate) fn table(rows: &[OptionRow]) -> String {
     let mut text = "| option | kind | what |\n| --- | --- | --- |\n".to_owned();
     lines(rows, "", &mut text);
     text
 }
 
-fn lines(rows: &[Row], block: &str, text: &mut String) {
+fn lines(rows: &[OptionRow], block: &str, text: &mut String) {
     for row in rows {
         let (name, nested) = match row.kind {
-            Kind::Block(nested) | Kind::Blocks(nested) => (row.name.to_owned(), nested),
-            Kind::Labelled(nested) => (format!("{} \"NAME\"", row.name), nested),
+            OptionKind::Block(nested) | OptionKind::Blocks(nested) => (row.name.to_owned(), nested),
+            OptionKind::Labelled(nested) => (format!("{} \"NAME\"", row.name), nested),
             _ => (row.name.to_owned(), &[][..]),
         };
         let name = if block.is_empty() { name } else { format!("{block} {{ {name} }}") };
@@ -29,23 +29,23 @@ fn lines(rows: &[Row], block: &str, text: &mut String) {
     }
 }
 
-fn kind(kind: Kind) -> &'static str {
+fn kind(kind: OptionKind) -> &'static str {
     match kind {
-        Kind::Text => "string",
-        Kind::Flag => "bool",
-        Kind::Number => "number",
-        Kind::List => "list of strings",
-        Kind::Block(_) => "block",
-        Kind::Blocks(_) => "blocks",
-        Kind::Labelled(_) => "labelled blocks",
-        Kind::Map => "map of strings",
+        OptionKind::Text => "string",
+        OptionKind::Flag => "bool",
+        OptionKind::Number => "number",
+        OptionKind::List => "list of strings",
+        OptionKind::Block(_) => "block",
+        OptionKind::Blocks(_) => "blocks",
+        OptionKind::Labelled(_) => "labelled blocks",
+        OptionKind::Map => "map of strings",
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugin::options::{PLUGIN, TASK};
+    use crate::plugin::options::{PLUGIN_OPTIONS, TASK_OPTIONS};
 
     /// `UPDATE_OPTIONS=1 cargo test options_page` writes the tables into docs/options.md.
     #[test]
@@ -53,7 +53,7 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/options.md");
         let before = std::fs::read_to_string(path).expect("the page");
         let mut page = before.clone();
-        for (name, rows) in [("job", TASK), ("agent", PLUGIN)] {
+        for (name, rows) in [("job", TASK_OPTIONS), ("agent", PLUGIN_OPTIONS)] {
             let (begin, end) = (format!("<!-- options: {name} -->\n"), format!("<!-- end of options: {name} -->"));
             let from = page.find(&begin).expect("where the table begins") + begin.len();
             let to = page.find(&end).expect("where the table ends");

@@ -6,13 +6,13 @@ use super::{AppArmorError, Peer, ProfileName};
 
 /// The files that describe AppArmor on a host. Tests use files in a directory of their own instead.
 #[derive(Debug, Clone)]
-pub struct Host {
+pub struct AppArmorHost {
     /// The kernel's file that contains `Y` if AppArmor is built in and active.
     pub(super) enabled: PathBuf,
     /// AppArmor's directory in securityfs.
     pub(super) policy: PathBuf,
     /// The distribution's profile directory.
-    pub(super) includes: PathBuf,
+    pub(super) profile_dir: PathBuf,
     /// The files that contain this process's own label: the current one (since Linux 5.8) and the older one.
     pub(super) own_label: [PathBuf; 2],
     /// The program that loads profiles, as a path or as a name to look up in PATH.
@@ -41,19 +41,19 @@ impl fmt::Display for Support {
     }
 }
 
-impl Default for Host {
+impl Default for AppArmorHost {
     fn default() -> Self {
         Self {
             enabled: "/sys/module/apparmor/parameters/enabled".into(),
             policy: "/sys/kernel/security/apparmor".into(),
-            includes: "/etc/apparmor.d".into(),
+            profile_dir: "/etc/apparmor.d".into(),
             own_label: ["/proc/self/attr/apparmor/current".into(), "/proc/self/attr/current".into()],
             parser: "apparmor_parser".into(),
         }
     }
 }
 
-impl Host {
+impl AppArmorHost {
     /// Tells whether profiles can be applied.
     pub fn support(&self) -> Support {
         if !fs::read_to_string(&self.enabled).is_ok_and(|text| text.starts_with('Y')) {
@@ -109,7 +109,7 @@ impl Host {
     /// all supported distributions have (moby/profiles, apparmor/template.go).
     pub(super) fn abi(&self) -> Option<&'static str> {
         let abi = "abi/3.0";
-        self.includes.join(abi).is_file().then_some(abi)
+        self.profile_dir.join(abi).is_file().then_some(abi)
     }
 
     /// Returns the program that loads profiles, if it is installed.
@@ -133,11 +133,11 @@ pub(super) mod tests {
     use std::{io, path::Path};
 
     /// Returns a simulated host with AppArmor enabled and these profiles loaded.
-    pub(in crate::rootfs::apparmor) fn host(directory: &Path, profiles: &[&str]) -> io::Result<Host> {
-        let host = Host {
+    pub(in crate::rootfs::apparmor) fn host(directory: &Path, profiles: &[&str]) -> io::Result<AppArmorHost> {
+        let host = AppArmorHost {
             enabled: directory.join("enabled"),
             policy: directory.join("policy"),
-            includes: directory.join("includes"),
+            profile_dir: directory.join("includes"),
             own_label: [directory.join("none"), directory.join("label")],
             parser: directory.join("parser"),
         };
@@ -174,7 +174,7 @@ pub(super) mod tests {
         }
         fs::remove_file(host.list()).expect("removed");
         let error = host.is_loaded(&"a".parse().expect("a name")).expect_err("no list");
-        assert!(crate::chain(&error).contains("policy/profiles"), "{error}");
+        assert!(crate::error_chain(&error).contains("policy/profiles"), "{error}");
     }
 
     #[test]

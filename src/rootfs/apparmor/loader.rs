@@ -11,7 +11,7 @@
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,19 +19,20 @@ use futures_util::{
     FutureExt as _,
     future::{BoxFuture, Shared},
 };
+use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt as _;
 
-use super::{AppArmorError, Host, OwnProfile, ProfileName, Support};
+use super::{AppArmorError, AppArmorHost, DriverProfile, ProfileName, Support};
 use crate::process::async_command;
 
 /// The time after which the parser is killed. It needs a few milliseconds for this profile, so it hangs if it takes
 /// this long.
-const DEADLINE: Duration = Duration::from_secs(30);
+const PARSER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time from the beginning of a failed load to the next one. It is longer than the parser's timeout, so that a
 /// parser that hangs does not delay every start.
-const RETRY: Duration = Duration::from_secs(60);
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// The number of characters of the parser's error message that are passed on.
-const COMPLAINT: usize = 300;
+const PARSER_ERROR_MAX: usize = 300;
 
 /// Loads the driver's own profile on this host.
 #[derive(Debug, Clone)]
@@ -39,21 +40,21 @@ pub struct Loader(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    host: Host,
-    profile: OwnProfile,
-    deadline: Duration,
+    host: AppArmorHost,
+    profile: DriverProfile,
+    parser_timeout: Duration,
     /// The latest load, which may still be running.
-    last: Mutex<Option<Attempt>>,
+    last: Mutex<Option<ParserRun>>,
 }
 
 /// One call of the parser, shared by all callers that need the profile while it runs.
 #[derive(Clone)]
-struct Attempt {
+struct ParserRun {
     began: Instant,
     outcome: Shared<BoxFuture<'static, Result<(), AppArmorError>>>,
 }
 
-impl std::fmt::Debug for Attempt {
+impl std::fmt::Debug for ParserRun {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Attempt").field("began", &self.began).finish_non_exhaustive()
     }
@@ -61,16 +62,16 @@ impl std::fmt::Debug for Attempt {
 
 impl Loader {
     /// Returns a loader for this profile. It loads nothing yet.
-    pub fn new(host: Host, profile: OwnProfile) -> Self {
-        Self::with_deadline(host, profile, DEADLINE)
+    pub fn new(host: AppArmorHost, profile: DriverProfile) -> Self {
+        Self::with_parser_timeout(host, profile, PARSER_TIMEOUT)
     }
 
-    fn with_deadline(host: Host, profile: OwnProfile, deadline: Duration) -> Self {
-        Self(Arc::new(Inner { host, profile, deadline, last: Mutex::default() }))
+    fn with_parser_timeout(host: AppArmorHost, profile: DriverProfile, deadline: Duration) -> Self {
+        Self(Arc::new(Inner { host, profile, parser_timeout: deadline, last: Mutex::default() }))
     }
 
     /// Returns the host that the profile is for.
-    pub fn host(&self) -> &Host {
+    pub fn host(&self) -> &AppArmorHost {
         &self.0.host
     }
 
@@ -84,7 +85,7 @@ impl Loader {
     /// # Errors
     /// Fails when the host has no AppArmor or no parser, and when the parser fails or hangs.
     pub async fn refresh(&self) -> Result<(), AppArmorError> {
-        self.attempt().await
+        self.current_or_new_run().await
     }
 
     /// Makes sure that the profile is loaded. Starts no process if it is loaded already.
@@ -102,18 +103,18 @@ impl Loader {
             if self.host().is_loaded(self.name())? {
                 return Ok(());
             }
-            self.attempt().await?;
+            self.current_or_new_run().await?;
         }
         Ok(())
     }
 
     /// Returns the load that is running or has failed recently, or begins a new one. A load continues when its callers
     /// are cancelled.
-    fn attempt(&self) -> impl Future<Output = Result<(), AppArmorError>> + use<> {
-        let mut last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
+    fn current_or_new_run(&self) -> impl Future<Output = Result<(), AppArmorError>> + use<> {
+        let mut last = self.0.last.lock();
         let current = last.clone().filter(|attempt| match attempt.outcome.peek() {
             None => true,
-            Some(outcome) => outcome.is_err() && attempt.began.elapsed() < RETRY,
+            Some(outcome) => outcome.is_err() && attempt.began.elapsed() < RETRY_INTERVAL,
         });
         let attempt = current.unwrap_or_else(|| {
             let inner = self.0.clone();
@@ -127,7 +128,7 @@ impl Loader {
                     problem: error.to_string(),
                 }),
             });
-            Attempt { began: Instant::now(), outcome: outcome.boxed().shared() }
+            ParserRun { began: Instant::now(), outcome: outcome.boxed().shared() }
         });
         *last = Some(attempt.clone());
         attempt.outcome
@@ -145,11 +146,11 @@ impl Inner {
         let text = self.profile.text(self.host.plugin_peer().as_ref(), self.host.abi());
         let failed =
             |problem: String| AppArmorError::Load { profile: name.to_string(), parser: parser.clone(), problem };
-        match tokio::time::timeout(self.deadline, parse(&parser, &text)).await {
+        match tokio::time::timeout(self.parser_timeout, run_parser(&parser, &text)).await {
             Err(_) => {
                 return Err(failed(format!(
                     "it was killed because it had not ended after {} s",
-                    self.deadline.as_secs()
+                    self.parser_timeout.as_secs()
                 )));
             }
             Ok(outcome) => outcome.map_err(failed)?,
@@ -165,7 +166,7 @@ impl Inner {
 
 /// Runs the parser. `-r` replaces a profile of the same name. `-K` bypasses the distribution's cache, which may be on a
 /// read-only file system.
-async fn parse(parser: &Path, text: &str) -> Result<(), String> {
+async fn run_parser(parser: &Path, text: &str) -> Result<(), String> {
     let mut command = async_command(parser);
     command.arg("-Kr").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     // The agent's environment may hold secrets, and the parser needs none of it.
@@ -186,7 +187,7 @@ async fn parse(parser: &Path, text: &str) -> Result<(), String> {
 fn complaint(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    words.collect::<Vec<_>>().join(" ").chars().take(COMPLAINT).collect()
+    words.collect::<Vec<_>>().join(" ").chars().take(PARSER_ERROR_MAX).collect()
 }
 
 #[cfg(test)]
@@ -216,8 +217,8 @@ mod tests {
                 let text = format!("#!/bin/sh\nLIST={}\necho $$ >> {}\n{script}\n", list.display(), calls.display());
                 install(&host.parser, &text);
             }
-            let profile = OwnProfile::of(&DriverName::new("shim").expect("a name"));
-            Self { loader: Loader::with_deadline(host, profile, deadline), directory }
+            let profile = DriverProfile::of(&DriverName::new("shim").expect("a name"));
+            Self { loader: Loader::with_parser_timeout(host, profile, deadline), directory }
         }
 
         fn calls(&self) -> Vec<String> {
@@ -238,12 +239,12 @@ mod tests {
     }
 
     async fn refused(fake: &Fake) -> String {
-        crate::chain(&fake.loader.ensure().await.expect_err("refused"))
+        crate::error_chain(&fake.loader.ensure().await.expect_err("refused"))
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_profile_is_loaded_once_and_again_when_it_is_gone() {
-        let fake = Fake::new(Some(WORKS), &["other"], DEADLINE);
+        let fake = Fake::new(Some(WORKS), &["other"], PARSER_TIMEOUT);
         let all = (0..8).map(|_| fake.loader.ensure());
         for outcome in futures_util::future::join_all(all).await {
             outcome.expect("loaded");
@@ -257,14 +258,14 @@ mod tests {
         assert_eq!(fake.calls().len(), 2);
         // A cancelled start does not wait for its load. The success of that load must not count for the next start.
         fs::write(&list, "").expect("written");
-        drop(fake.loader.attempt());
+        drop(fake.loader.current_or_new_run());
         let ended = async {
             // The load has a reference of its own.
             while Arc::strong_count(&fake.loader.0) > 1 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(DEADLINE, ended).await.expect("the load continues without a caller");
+        tokio::time::timeout(PARSER_TIMEOUT, ended).await.expect("the load continues without a caller");
         assert!(fake.loader.host().is_loaded(fake.loader.name()).expect("read"));
         fs::write(&list, "").expect("written");
         fake.loader.ensure().await.expect("loaded again");
@@ -273,7 +274,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_loaded_profile_is_used_although_its_refresh_fails() {
-        let fake = Fake::new(Some("exit 1"), &[OWN], DEADLINE);
+        let fake = Fake::new(Some("exit 1"), &[OWN], PARSER_TIMEOUT);
         fake.loader.ensure().await.expect("it is loaded");
         assert_eq!(fake.calls().len(), 0, "no process for a loaded profile");
         assert!(fake.loader.refresh().await.is_err());
@@ -284,7 +285,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_failing_parser_is_quoted_and_not_called_again_at_once() {
         let script = r"printf 'syntax\terror \033[31m\nat line 7' >&2; exit 3";
-        let fake = Fake::new(Some(script), &[], DEADLINE);
+        let fake = Fake::new(Some(script), &[], PARSER_TIMEOUT);
         let told = refused(&fake).await;
         for part in [OWN, "exit status: 3", "syntax error [31m at line 7", "security { apparmor = \"unconfined\" }"] {
             assert!(told.contains(part), "{part:?} in {told:?}");
@@ -293,7 +294,7 @@ mod tests {
         assert_eq!(refused(&fake).await, told);
         assert_eq!(fake.calls().len(), 1);
         let long = complaint("x".repeat(100_000).as_bytes());
-        assert_eq!(long.len(), COMPLAINT);
+        assert_eq!(long.len(), PARSER_ERROR_MAX);
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -312,11 +313,11 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn success_is_what_the_kernel_lists() {
-        let told = refused(&Fake::new(Some("exit 0"), &["other"], DEADLINE)).await;
+        let told = refused(&Fake::new(Some("exit 0"), &["other"], PARSER_TIMEOUT)).await;
         assert!(told.contains("the kernel does not list the profile"), "{told}");
-        let told = refused(&Fake::new(None, &[], DEADLINE)).await;
+        let told = refused(&Fake::new(None, &[], PARSER_TIMEOUT)).await;
         assert!(told.contains("apparmor_parser is not in the plugin's PATH"), "{told}");
-        let fake = Fake::new(Some(WORKS), &[], DEADLINE);
+        let fake = Fake::new(Some(WORKS), &[], PARSER_TIMEOUT);
         fs::write(fake.directory.path().join("enabled"), "N").expect("written");
         let told = refused(&fake).await;
         assert!(told.contains("AppArmor is not enabled") && fake.calls().is_empty(), "{told}");

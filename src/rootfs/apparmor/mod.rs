@@ -9,9 +9,9 @@ mod profile;
 
 use std::{fmt, io, path::PathBuf, str::FromStr, sync::Arc};
 
-pub use host::{Host, Support};
+pub use host::{AppArmorHost, Support};
 pub use loader::Loader;
-pub use profile::{OWN_PREFIX, OwnProfile, Peer};
+pub use profile::{DriverProfile, PROFILE_PREFIX, Peer};
 
 /// The package that contains `apparmor_parser`, by its name on Debian and Ubuntu.
 pub const PARSER_PACKAGE: &str = "apparmor";

@@ -10,7 +10,7 @@ use super::ProfileName;
 use crate::ids::DriverName;
 
 /// The prefix of the names of all profiles of this driver.
-pub const OWN_PREFIX: &str = "nomad-driver-shim-";
+pub const PROFILE_PREFIX: &str = "nomad-driver-shim-";
 
 /// Another profile, whose name can be used in a rule as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,15 +27,15 @@ impl Peer {
 
 /// The profile of one driver's tasks.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OwnProfile {
+pub struct DriverProfile {
     name: ProfileName,
 }
 
-impl OwnProfile {
+impl DriverProfile {
     /// Returns the profile of the driver of this name. A [`DriverName`] contains no character that has a special
     /// meaning in profiles.
     pub fn of(driver: &DriverName) -> Self {
-        Self { name: ProfileName(format!("{OWN_PREFIX}{driver}")) }
+        Self { name: ProfileName(format!("{PROFILE_PREFIX}{driver}")) }
     }
 
     /// Returns the profile's name in the kernel.
@@ -64,13 +64,13 @@ impl OwnProfile {
         }
         let _ = writeln!(text, "  signal (send,receive) peer=\"{name}\",");
         let _ = writeln!(text, "  ptrace (trace,read) peer=\"{name}\",");
-        for rule in DENIED {
+        for rule in DENY_RULES {
             let _ = writeln!(text, "  deny {rule},");
         }
-        for path in all_but("/proc/", "0-9", "sys/kernel/shm") {
+        for path in deny_patterns("/proc/", "0-9", "sys/kernel/shm") {
             let _ = writeln!(text, "  deny {path} w,");
         }
-        for path in all_but("/sys/", "", "fs/cgroup/") {
+        for path in deny_patterns("/sys/", "", "fs/cgroup/") {
             let _ = writeln!(text, "  deny {path} wklx,");
         }
         text.push_str("}\n");
@@ -88,7 +88,7 @@ const ALLOWED: [&str; 7] =
 const SENDERS: [&str; 3] = ["unconfined", "runc", "crun"];
 
 /// Rules that deny, besides those against writing below `/proc` and `/sys`.
-const DENIED: [&str; 8] = [
+const DENY_RULES: [&str; 8] = [
     "mount",
     // AF_ALG is denied for CVE-2026-31431, and AF_VSOCK as the channel to the hypervisor (moby/moby#53551). A seccomp
     // filter can't see the address family of a 32-bit `socketcall`.
@@ -107,7 +107,7 @@ const DENIED: [&str; 8] = [
 /// AppArmor has no exceptions from a rule that denies. So there is one pattern for each character at which a path can
 /// differ from `spared`. A path that ends before it differs is a parent directory of `spared`, and no pattern matches
 /// it.
-fn all_but(base: &str, class: &str, spared: &str) -> Vec<String> {
+fn deny_patterns(base: &str, class: &str, spared: &str) -> Vec<String> {
     let pattern = |(at, c): (usize, char)| {
         let class = if at == 0 { class } else { "" };
         format!("{base}{}[^{class}{c}]**", &spared[..at])
@@ -120,8 +120,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn profile(name: &str) -> OwnProfile {
-        OwnProfile::of(&DriverName::new(name).expect("a name"))
+    fn profile(name: &str) -> DriverProfile {
+        DriverProfile::of(&DriverName::new(name).expect("a name"))
     }
 
     /// Matches a path against a pattern of `deny_patterns`: literal text, one negated class, and the rest of the path.
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn writes_below_proc_and_sys_are_denied_but_where_a_container_has_its_own() {
-        let (proc, sys) = (all_but("/proc/", "0-9", "sys/kernel/shm"), all_but("/sys/", "", "fs/cgroup/"));
+        let (proc, sys) = (deny_patterns("/proc/", "0-9", "sys/kernel/shm"), deny_patterns("/sys/", "", "fs/cgroup/"));
         let denied = |path: &str| proc.iter().chain(&sys).any(|pattern| matches(pattern, path));
         for path in [
             "/proc/sysrq-trigger",
@@ -230,7 +230,7 @@ mod tests {
         #[test]
         fn what_is_not_spared_is_denied(path in "(sys/|sys/kernel/|sys/kernel/sh|fs/|[a-z0-9]{0,3}/?)[a-z0-9/_]{1,12}") {
             let denied = |base: &str, class: &str, spared: &str| {
-                all_but(base, class, spared).iter().any(|pattern| matches(pattern, &format!("{base}{path}")))
+                deny_patterns(base, class, spared).iter().any(|pattern| matches(pattern, &format!("{base}{path}")))
             };
             let below = |spared: &str| path.starts_with(spared) || spared.starts_with(&path);
             let is_process = path.starts_with(|c: char| c.is_ascii_digit());

@@ -107,7 +107,7 @@ pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>
     let default = action(profile.default_action(), profile.default_errno_ret())?;
     let mut machines = vec![host];
     for arch in profile.architectures().iter().flatten() {
-        match Machine::named(*arch) {
+        match Machine::from_oci(*arch) {
             Some(machine) if machines.contains(&machine) => {}
             Some(machine) => machines.push(machine),
             None if *arch == oci_spec::runtime::Arch::ScmpArchNative => {}
@@ -115,7 +115,7 @@ pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>
         }
     }
     let mut program = Program::default();
-    let killed = program.give(BAD_ARCHITECTURE);
+    let killed = program.return_verdict(BAD_ARCHITECTURE);
     // x32 shares x86-64's architecture value. Its numbers lie above those of x86-64.
     let x32 = if machines.contains(&Machine::X32) { Some(verdicts(profile, Machine::X32, default)?) } else { None };
     let mut bodies = Vec::new();
@@ -130,7 +130,7 @@ pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>
                 None => vec![(X32_BIT, Verdict::Always(BAD_ARCHITECTURE)), (u32::MAX, Verdict::Always(default))],
             };
             ranges.extend(above.into_iter().map(|(first, verdict)| (first.max(X32_BIT), verdict)));
-            ranges = tidy(ranges);
+            ranges = merge_ranges(ranges);
         }
         bodies.push((machine, program.by_number(&ranges, machine, default)));
     }
@@ -243,12 +243,12 @@ fn ranges(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Vec<(u32, Verdict)
         next = number + 1;
     }
     ranges.push((next, Verdict::Always(default)));
-    tidy(ranges)
+    merge_ranges(ranges)
 }
 
 /// Removes redundant ranges: of two that begin at the same number the later one is kept, and adjacent ranges with the
 /// same verdict are merged.
-fn tidy(mut ranges: Vec<(u32, Verdict)>) -> Vec<(u32, Verdict)> {
+fn merge_ranges(mut ranges: Vec<(u32, Verdict)>) -> Vec<(u32, Verdict)> {
     ranges.reverse();
     ranges.dedup_by_key(|(first, _)| *first);
     ranges.reverse();

@@ -7,7 +7,7 @@ use super::arguments::Width;
 /// A condition on an argument: `(argument & mask) operator value`. The mask of an argument that the kernel truncates
 /// has no bits above the argument's width; any operator may have one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Condition {
+pub(super) struct ArgumentCondition {
     pub(super) argument: u32,
     pub(super) operator: Op,
     pub(super) value: u64,
@@ -16,7 +16,7 @@ pub(super) struct Condition {
 
 /// The alternatives under which a rule applies: all conditions of one of these lists must hold. An empty inner list
 /// always holds.
-pub(super) type Alternatives = Vec<Vec<Condition>>;
+pub(super) type Alternatives = Vec<Vec<ArgumentCondition>>;
 
 /// A rule names an argument that does not exist: system calls have six arguments.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -38,22 +38,22 @@ pub(super) fn alternatives(
     for argument in arguments {
         let index = argument.index();
         *seen.get_mut(index).ok_or(NoSuchArgument(index))? += 1;
-        truths.push(truth(argument, width(index)));
+        truths.push(reduce(argument, width(index)));
     }
     if seen.iter().any(|times| *times > 1) {
         let holding = |truth| match truth {
-            Truth::Always => Some(Vec::new()),
-            Truth::Never => None,
-            Truth::If(condition) => Some(vec![condition]),
+            ReducedCondition::Always => Some(Vec::new()),
+            ReducedCondition::Never => None,
+            ReducedCondition::If(condition) => Some(vec![condition]),
         };
         return Ok(truths.into_iter().filter_map(holding).collect());
     }
     let mut all = Vec::new();
     for truth in truths {
         match truth {
-            Truth::Always => {}
-            Truth::Never => return Ok(Vec::new()),
-            Truth::If(condition) => all.push(condition),
+            ReducedCondition::Always => {}
+            ReducedCondition::Never => return Ok(Vec::new()),
+            ReducedCondition::If(condition) => all.push(condition),
         }
     }
     Ok(vec![all])
@@ -61,24 +61,24 @@ pub(super) fn alternatives(
 
 /// A condition after its reduction to the bits that the kernel uses: it may hold for all values of the argument, or for
 /// none.
-enum Truth {
+enum ReducedCondition {
     Always,
     Never,
-    If(Condition),
+    If(ArgumentCondition),
 }
 
 /// Reduces a condition to the bits that the kernel uses of an argument of this width.
-fn truth(argument: &LinuxSeccompArg, width: Width) -> Truth {
+fn reduce(argument: &LinuxSeccompArg, width: Width) -> ReducedCondition {
     let (value, mask) = match argument.op() {
         Op::ScmpCmpMaskedEq => (argument.value_two().unwrap_or_default() & argument.value(), argument.value()),
         _ => (argument.value(), u64::MAX),
     };
     let index = u32::try_from(argument.index()).unwrap_or(u32::MAX);
-    let whole = Condition { argument: index, operator: argument.op(), value, mask };
+    let whole = ArgumentCondition { argument: index, operator: argument.op(), value, mask };
     match (width, whole.operator) {
-        (Width::Register, _) => Truth::If(whole),
-        (_, Op::ScmpCmpMaskedEq) => narrow_mask(whole, width.mask()),
-        _ => narrow(whole, width.mask()),
+        (Width::Register, _) => ReducedCondition::If(whole),
+        (_, Op::ScmpCmpMaskedEq) => reduce_masked(whole, width.mask()),
+        _ => reduce_comparison(whole, width.mask()),
     }
 }
 
@@ -86,38 +86,38 @@ fn truth(argument: &LinuxSeccompArg, width: Width) -> Truth {
 ///
 /// A negative number may be written with the argument's width, 32 or 64 bits: the kernel keeps the same bits of all
 /// these forms. Any other value with bits beyond the width is larger than every possible argument.
-fn narrow(whole: Condition, kept: u64) -> Truth {
+fn reduce_comparison(whole: ArgumentCondition, kept: u64) -> ReducedCondition {
     let low = whole.value & kept;
     let is_negative = low > kept >> 1;
     let forms = [low, low | (!kept & u64::from(u32::MAX)), low | !kept];
     let fits = whole.value == low || is_negative && forms.contains(&whole.value);
     match whole.operator {
-        Op::ScmpCmpEq | Op::ScmpCmpGt | Op::ScmpCmpGe if !fits => Truth::Never,
-        Op::ScmpCmpNe | Op::ScmpCmpLt | Op::ScmpCmpLe if !fits => Truth::Always,
-        Op::ScmpCmpLt if low == 0 => Truth::Never,
-        Op::ScmpCmpGe if low == 0 => Truth::Always,
-        Op::ScmpCmpGt if low == kept => Truth::Never,
-        Op::ScmpCmpLe if low == kept => Truth::Always,
-        _ => Truth::If(Condition { value: low, mask: kept, ..whole }),
+        Op::ScmpCmpEq | Op::ScmpCmpGt | Op::ScmpCmpGe if !fits => ReducedCondition::Never,
+        Op::ScmpCmpNe | Op::ScmpCmpLt | Op::ScmpCmpLe if !fits => ReducedCondition::Always,
+        Op::ScmpCmpLt if low == 0 => ReducedCondition::Never,
+        Op::ScmpCmpGe if low == 0 => ReducedCondition::Always,
+        Op::ScmpCmpGt if low == kept => ReducedCondition::Never,
+        Op::ScmpCmpLe if low == kept => ReducedCondition::Always,
+        _ => ReducedCondition::If(ArgumentCondition { value: low, mask: kept, ..whole }),
     }
 }
 
 /// Reduces a masked comparison, for an argument of which the kernel keeps the bits in `kept`.
-fn narrow_mask(whole: Condition, kept: u64) -> Truth {
+fn reduce_masked(whole: ArgumentCondition, kept: u64) -> ReducedCondition {
     let (low, high) = (whole.value & kept, whole.value & !kept);
     let (low_mask, high_mask) = (whole.mask & kept, whole.mask & !kept);
     let sign = kept ^ (kept >> 1);
     let is_negative = low & low_mask & sign != 0 && high == high_mask;
     if high != 0 && !is_negative {
-        Truth::Never
+        ReducedCondition::Never
     } else if low_mask == 0 {
-        Truth::Always
+        ReducedCondition::Always
     } else {
-        Truth::If(Condition { value: low, mask: low_mask, ..whole })
+        ReducedCondition::If(ArgumentCondition { value: low, mask: low_mask, ..whole })
     }
 }
 
-impl Condition {
+impl ArgumentCondition {
     /// Tells whether it is certain that no argument meets both conditions.
     pub(super) fn excludes(&self, other: &Self) -> bool {
         if self.argument != other.argument {
@@ -233,7 +233,7 @@ mod tests {
         let (always, never) = (argument(0, Op::ScmpCmpGe, 0, None), argument(0, Op::ScmpCmpLt, 0, None));
         let other = argument(1, Op::ScmpCmpEq, 7, None);
         let found = |arguments: &[LinuxSeccompArg]| alternatives(arguments, |_| Width::Word).expect("arguments");
-        let condition = Condition { argument: 1, operator: Op::ScmpCmpEq, value: 7, mask: LOW };
+        let condition = ArgumentCondition { argument: 1, operator: Op::ScmpCmpEq, value: 7, mask: LOW };
         assert_eq!(found(&[always, other]), [vec![condition]]);
         assert_eq!(found(&[never, other]), Alternatives::new());
         // Several conditions on one argument are alternatives.
@@ -247,8 +247,8 @@ mod tests {
     #[test]
     fn conditions_that_exclude_each_other_are_known() {
         use Op::*;
-        let on = |argument: u32, operator, value| Condition { argument, operator, value, mask: LOW };
-        let masked = |value, mask| Condition { argument: 0, operator: ScmpCmpMaskedEq, value, mask };
+        let on = |argument: u32, operator, value| ArgumentCondition { argument, operator, value, mask: LOW };
+        let masked = |value, mask| ArgumentCondition { argument: 0, operator: ScmpCmpMaskedEq, value, mask };
         let excluding = [
             (on(0, ScmpCmpEq, 3), on(0, ScmpCmpEq, 4)),
             (on(0, ScmpCmpLt, 38), on(0, ScmpCmpGe, 38)),

@@ -5,8 +5,8 @@ use oci_spec::runtime::{
 };
 
 use super::{
-    Multiplexer,
-    profile::{ArchMap, Condition, Profile, Rule},
+    SocketcallPolicy,
+    profile::{ArchMap, Profile, Rule, RuleCondition},
 };
 
 /// The errno of calls that are not on the list.
@@ -107,14 +107,14 @@ const ARCHITECTURES: [(Arch, &[Arch]); 5] = [
 ];
 
 /// Returns docker's default profile.
-pub fn profile(multiplexer: Multiplexer) -> Profile {
+pub fn profile(multiplexer: SocketcallPolicy) -> Profile {
     let mut rules = vec![allow(ALLOWED), Rule { includes: kernel("4.8"), ..allow(SINCE_4_8) }];
     // libseccomp derives rules for `socketcall` from the rules for `socket` and similar calls. A rule without
     // conditions takes precedence over those. It can't have the default's EPERM, because runtimes leave out rules that
     // have the same effect as the default.
     rules.push(match multiplexer {
-        Multiplexer::Allowed => allow("socketcall"),
-        Multiplexer::Enosys => missing("socketcall"),
+        SocketcallPolicy::Allowed => allow("socketcall"),
+        SocketcallPolicy::Enosys => fail_with_enosys("socketcall"),
     });
     for (operator, family) in [(Op::ScmpCmpLt, 38), (Op::ScmpCmpEq, AF_VSOCK - 1), (Op::ScmpCmpGt, AF_VSOCK)] {
         rules.push(Rule { args: Some(vec![argument(0, family, operator)]), ..allow("socket") });
@@ -132,10 +132,10 @@ pub fn profile(multiplexer: Multiplexer) -> Profile {
     let s390: &[&str] = &["s390", "s390x"];
     let admin = with("CAP_SYS_ADMIN");
     let flags = |index| Some(vec![argument(index, NAMESPACE_FLAGS, Op::ScmpCmpMaskedEq)]);
-    let elsewhere = Condition { arches: on(s390).arches, ..admin.clone() };
+    let elsewhere = RuleCondition { arches: on(s390).arches, ..admin.clone() };
     rules.push(Rule { args: flags(0), excludes: elsewhere, ..allow("clone") });
     rules.push(Rule { args: flags(1), includes: on(s390), excludes: admin.clone(), ..allow("clone") });
-    rules.push(Rule { excludes: admin, ..missing("clone3") });
+    rules.push(Rule { excludes: admin, ..fail_with_enosys("clone3") });
     Profile {
         default_action: LinuxSeccompAction::ScmpActErrno,
         default_errno_ret: Some(EPERM),
@@ -160,7 +160,7 @@ fn allow(names: &str) -> Rule {
 }
 
 /// Returns a rule that fails a call with ENOSYS, as on a kernel that does not have it.
-fn missing(name: &str) -> Rule {
+fn fail_with_enosys(name: &str) -> Rule {
     Rule { action: LinuxSeccompAction::ScmpActErrno, errno_ret: Some(ENOSYS), ..allow(name) }
 }
 
@@ -170,14 +170,14 @@ fn argument(index: usize, value: u64, operator: Op) -> LinuxSeccompArg {
     argument.build().expect("every field has a default")
 }
 
-fn with(capability: &str) -> Condition {
-    Condition { caps: vec![capability.to_owned()], ..Condition::default() }
+fn with(capability: &str) -> RuleCondition {
+    RuleCondition { caps: vec![capability.to_owned()], ..RuleCondition::default() }
 }
 
-fn on(arches: &[&str]) -> Condition {
-    Condition { arches: arches.iter().map(|arch| (*arch).to_owned()).collect(), ..Condition::default() }
+fn on(arches: &[&str]) -> RuleCondition {
+    RuleCondition { arches: arches.iter().map(|arch| (*arch).to_owned()).collect(), ..RuleCondition::default() }
 }
 
-fn kernel(version: &str) -> Condition {
-    Condition { min_kernel: Some(version.to_owned()), ..Condition::default() }
+fn kernel(version: &str) -> RuleCondition {
+    RuleCondition { min_kernel: Some(version.to_owned()), ..RuleCondition::default() }
 }

@@ -18,11 +18,12 @@ mod syscalls;
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
 };
 
 use base64::Engine as _;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder};
+use parking_lot::{Mutex, MutexGuard};
 use seccompiler::sock_filter;
 use sha2::Digest as _;
 
@@ -30,7 +31,7 @@ use super::Capabilities;
 
 pub use compile::{NotCompiled, compile};
 pub use docker::profile as default_profile;
-pub use profile::{Host, Profile};
+pub use profile::{Profile, SeccompHost};
 pub use restate::for_libseccomp;
 pub use syscalls::Machine;
 
@@ -82,7 +83,7 @@ pub enum Filter {
 
 /// The form in which a runtime accepts a filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Form {
+pub enum FilterForm {
     /// A profile in `linux.seccomp`.
     Profile,
     /// A compiled program.
@@ -97,7 +98,7 @@ pub enum Form {
 /// which broke 32-bit programs (moby/moby#52506), and let AppArmor and SELinux refuse the families instead
 /// (moby/moby#52547, moby/moby#53551).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Multiplexer {
+pub enum SocketcallPolicy {
     /// The call is allowed. An LSM profile should refuse the families.
     Allowed,
     /// The call fails with ENOSYS. Programs can make the direct calls, which Linux has since 4.3, but not all C
@@ -107,9 +108,9 @@ pub enum Multiplexer {
 
 /// The source of a profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source<'a> {
+pub enum ProfileSource<'a> {
     /// Docker's default profile.
-    Default(Multiplexer),
+    Default(SocketcallPolicy),
     /// A file, which has been read already.
     File {
         /// The file's path, for error messages.
@@ -122,44 +123,49 @@ pub enum Source<'a> {
 /// Identifies a profile.
 #[derive(Debug, PartialEq, Eq, Hash)]
 enum Origin {
-    Default(Multiplexer),
+    Default(SocketcallPolicy),
     /// A file, identified by the hash of its content.
     File(Vec<u8>),
 }
 
 /// Everything that a filter depends on: the profile, the task's capabilities, and the form.
-type Key = (Origin, Capabilities, Form);
+type Key = (Origin, Capabilities, FilterForm);
 
 /// A cache of filters. It is kept only in memory, because a plugin makes docker's default filter in under a
 /// millisecond: nothing that confines tasks is read back from a file.
 #[derive(Debug, Default)]
-pub struct Filters(Mutex<HashMap<Key, Filter>>);
+pub struct FilterCache(Mutex<HashMap<Key, Filter>>);
 
 /// The number of filters that are cached. All jobs together usually have a handful of capability sets. A job that uses
 /// ever new profiles must not fill the memory.
 const FILTERS_MAX: usize = 64;
 
-impl Filters {
+impl FilterCache {
     /// Returns the filter of a task with these capabilities. A profile that can't be compiled is returned as a profile,
     /// which every runtime accepts.
     ///
     /// # Errors
     /// Fails when the file is not a profile, or the profile contradicts itself.
-    pub fn get(&self, source: Source<'_>, capabilities: &Capabilities, form: Form) -> Result<Filter, SeccompError> {
+    pub fn get(
+        &self,
+        source: ProfileSource<'_>,
+        capabilities: &Capabilities,
+        form: FilterForm,
+    ) -> Result<Filter, SeccompError> {
         let origin = match source {
-            Source::Default(multiplexer) => Origin::Default(multiplexer),
-            Source::File { text, .. } => Origin::File(sha2::Sha256::digest(text).to_vec()),
+            ProfileSource::Default(multiplexer) => Origin::Default(multiplexer),
+            ProfileSource::File { text, .. } => Origin::File(sha2::Sha256::digest(text).to_vec()),
         };
         let key = (origin, capabilities.clone(), form);
         if let Some(known) = self.filters().get(&key) {
             return Ok(known.clone());
         }
         let profile = match source {
-            Source::Default(multiplexer) => default_profile(multiplexer),
-            Source::File { path, text } => Profile::read(path, text)?,
+            ProfileSource::Default(multiplexer) => default_profile(multiplexer),
+            ProfileSource::File { path, text } => Profile::read(path, text)?,
         };
-        let host = Host::this();
-        let filter = made(&profile.resolve(host, capabilities)?, host, form)?;
+        let host = SeccompHost::this();
+        let filter = build_filter(&profile.resolve(host, capabilities)?, host, form)?;
         let mut filters = self.filters();
         if filters.len() >= FILTERS_MAX {
             filters.clear();
@@ -169,12 +175,12 @@ impl Filters {
     }
 
     fn filters(&self) -> MutexGuard<'_, HashMap<Key, Filter>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 
-fn made(profile: &LinuxSeccomp, host: Host, form: Form) -> Result<Filter, SeccompError> {
-    if let (Form::Program, Some(machine)) = (form, Machine::of_this_host()) {
+fn build_filter(profile: &LinuxSeccomp, host: SeccompHost, form: FilterForm) -> Result<Filter, SeccompError> {
+    if let (FilterForm::Program, Some(machine)) = (form, Machine::of_this_host()) {
         match compile(profile, machine) {
             Ok(program) => {
                 return Ok(Filter::Program(encoded(&program).into()));
@@ -192,7 +198,7 @@ fn made(profile: &LinuxSeccomp, host: Host, form: Form) -> Result<Filter, Seccom
 
 /// Returns a program, in the form of [`CRUN_PROGRAM`], that allows all calls except one, which fails with `errno`.
 /// Returns `None` on architectures for which the compiler makes no programs.
-pub fn failing(call: &str, errno: u32) -> Option<String> {
+pub fn program_failing_one_call(call: &str, errno: u32) -> Option<String> {
     let failing = LinuxSyscallBuilder::default().names([call.to_owned()]).action(LinuxSeccompAction::ScmpActErrno);
     let failing = failing.errno_ret(errno).build().ok()?;
     let profile = LinuxSeccompBuilder::default().default_action(LinuxSeccompAction::ScmpActAllow).syscalls([failing]);
@@ -200,12 +206,12 @@ pub fn failing(call: &str, errno: u32) -> Option<String> {
 }
 
 fn encoded(program: &[sock_filter]) -> String {
-    base64::engine::general_purpose::STANDARD.encode(bytes(program))
+    base64::engine::general_purpose::STANDARD.encode(program_bytes(program))
 }
 
 /// Returns a program as the kernel and crun accept it: `struct sock_filter`s in this machine's byte order
 /// (linux/filter.h).
-pub fn bytes(program: &[sock_filter]) -> Vec<u8> {
+pub fn program_bytes(program: &[sock_filter]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(program.len() * 8);
     for instruction in program {
         bytes.extend(instruction.code.to_ne_bytes());
@@ -221,17 +227,18 @@ mod tests {
 
     #[test]
     fn each_default_profile_is_kept_for_itself() {
-        let filters = Filters::default();
+        let filters = FilterCache::default();
         let capabilities = Capabilities::parse(&["CHOWN".to_owned()]).expect("capabilities");
         let made = |multiplexer| {
-            let filter = filters.get(Source::Default(multiplexer), &capabilities, Form::Profile).expect("a filter");
+            let filter =
+                filters.get(ProfileSource::Default(multiplexer), &capabilities, FilterForm::Profile).expect("a filter");
             let Filter::Profile(profile) = filter else { panic!("asked for a profile") };
             let mut rules = profile.syscalls().iter().flatten().filter(|rule| rule.names() == &["socketcall"]);
             rules.next().map(oci_spec::runtime::LinuxSyscall::action)
         };
         for _ in 0..2 {
-            assert_eq!(made(Multiplexer::Allowed), Some(LinuxSeccompAction::ScmpActAllow));
-            assert_eq!(made(Multiplexer::Enosys), Some(LinuxSeccompAction::ScmpActErrno));
+            assert_eq!(made(SocketcallPolicy::Allowed), Some(LinuxSeccompAction::ScmpActAllow));
+            assert_eq!(made(SocketcallPolicy::Enosys), Some(LinuxSeccompAction::ScmpActErrno));
         }
         assert_eq!(filters.filters().len(), 2);
     }

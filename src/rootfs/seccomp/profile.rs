@@ -56,15 +56,15 @@ pub(super) struct Rule {
     #[serde(default)]
     pub(super) args: Option<Vec<LinuxSeccompArg>>,
     #[serde(default, deserialize_with = "or_null")]
-    pub(super) includes: Condition,
+    pub(super) includes: RuleCondition,
     #[serde(default, deserialize_with = "or_null")]
-    pub(super) excludes: Condition,
+    pub(super) excludes: RuleCondition,
 }
 
 /// A condition on the task and the host under which a rule applies (`includes`) or does not apply (`excludes`).
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub(super) struct Condition {
+pub(super) struct RuleCondition {
     #[serde(default, deserialize_with = "or_null")]
     pub(super) caps: Vec<String>,
     #[serde(default, deserialize_with = "or_null")]
@@ -80,14 +80,14 @@ fn or_null<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Default>(valu
 
 /// The properties of a host that a profile's conditions refer to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Host {
+pub struct SeccompHost {
     /// The architecture, by Go's name.
     pub arch: &'static str,
     /// The kernel's major and minor version.
     pub kernel: (u32, u32),
 }
 
-impl Host {
+impl SeccompHost {
     /// Returns the properties of this host. A kernel whose version can't be read counts as older than any other.
     pub fn this() -> Self {
         let arch = match std::env::consts::ARCH {
@@ -133,7 +133,7 @@ impl Profile {
     ///
     /// # Errors
     /// Fails when the profile contradicts itself.
-    pub fn resolve(&self, host: Host, capabilities: &Capabilities) -> Result<LinuxSeccomp, SeccompError> {
+    pub fn resolve(&self, host: SeccompHost, capabilities: &Capabilities) -> Result<LinuxSeccomp, SeccompError> {
         let invalid = |problem: String| SeccompError::Invalid(problem);
         let mut architectures = self.architectures.clone();
         if !self.arch_map.is_empty() {
@@ -177,22 +177,22 @@ impl Profile {
     }
 }
 
-impl Condition {
+impl RuleCondition {
     /// Tells whether all parts of the condition hold. A part that is missing holds.
-    fn all(&self, host: Host, capabilities: &Capabilities) -> Result<bool, SeccompError> {
+    fn all(&self, host: SeccompHost, capabilities: &Capabilities) -> Result<bool, SeccompError> {
         Ok((self.arches.is_empty() || self.arches.iter().any(|arch| arch == host.arch))
             && self.caps.iter().all(|name| capabilities.has(name))
             && self.kernel(host)?.unwrap_or(true))
     }
 
     /// Tells whether any part of the condition holds. A part that is missing does not hold.
-    fn any(&self, host: Host, capabilities: &Capabilities) -> Result<bool, SeccompError> {
+    fn any(&self, host: SeccompHost, capabilities: &Capabilities) -> Result<bool, SeccompError> {
         Ok(self.arches.iter().any(|arch| arch == host.arch)
             || self.caps.iter().any(|name| capabilities.has(name))
             || self.kernel(host)?.unwrap_or(false))
     }
 
-    fn kernel(&self, host: Host) -> Result<Option<bool>, SeccompError> {
+    fn kernel(&self, host: SeccompHost) -> Result<Option<bool>, SeccompError> {
         let Some(text) = self.min_kernel.as_deref().filter(|text| !text.is_empty()) else { return Ok(None) };
         let wanted =
             version(text).ok_or_else(|| SeccompError::Invalid(format!("minKernel {text:?} is not a version")))?;
@@ -204,10 +204,10 @@ impl Condition {
 mod tests {
     use super::*;
 
-    const HOST: Host = Host { arch: "amd64", kernel: (6, 1) };
+    const HOST: SeccompHost = SeccompHost { arch: "amd64", kernel: (6, 1) };
 
     fn names(profile: &str, capabilities: &[&str]) -> Result<Vec<String>, String> {
-        let profile = Profile::read(Path::new("p"), profile.as_bytes()).map_err(|error| crate::chain(&error))?;
+        let profile = Profile::read(Path::new("p"), profile.as_bytes()).map_err(|error| crate::error_chain(&error))?;
         let capabilities: Vec<String> = capabilities.iter().map(|name| (*name).to_owned()).collect();
         let capabilities = Capabilities::parse(&capabilities).expect("capabilities");
         let resolved = profile.resolve(HOST, &capabilities).map_err(|error| error.to_string())?;

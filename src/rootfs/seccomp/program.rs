@@ -6,7 +6,7 @@ use oci_spec::runtime::LinuxSeccompOperator;
 use seccompiler::sock_filter;
 
 use super::{
-    conditions::{Alternatives, Condition},
+    conditions::{Alternatives, ArgumentCondition},
     syscalls::{Machine, X32_BIT},
 };
 
@@ -53,55 +53,55 @@ impl Verdict {
 }
 
 /// A position in a program: the number of instructions from it to the program's end, including its own.
-pub(super) type Place = usize;
+pub(super) type Position = usize;
 
 /// A program, which is written from its end to its start, because jumps only go forwards.
 #[derive(Default)]
 pub(super) struct Program {
     backwards: Vec<sock_filter>,
     /// The position of the latest `return` instruction for each verdict.
-    returns: HashMap<u32, Place>,
+    returns: HashMap<u32, Position>,
 }
 
 impl Program {
     /// Appends the decision by the call's number, for calls of this machine's architecture.
-    pub(super) fn by_number(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Place {
+    pub(super) fn by_number(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Position {
         let tree = self.tree(ranges, machine, default);
         self.push(LOAD, NUMBER, tree)
     }
 
     /// Appends a branch on the call's architecture, which [`Program::finish`] loads.
-    pub(super) fn if_architecture(&mut self, machine: Machine, yes: Place, no: Place) -> Place {
+    pub(super) fn if_architecture(&mut self, machine: Machine, yes: Position, no: Position) -> Position {
         self.branch(JUMP_EQUAL, machine.audit(), yes, no)
     }
 
     /// Returns the program, which begins with the comparisons of the architecture.
-    pub(super) fn finish(mut self, start: Place) -> Vec<sock_filter> {
+    pub(super) fn finish(mut self, start: Position) -> Vec<sock_filter> {
         self.push(LOAD, ARCHITECTURE, start);
         self.backwards.reverse();
         self.backwards
     }
 
     /// Appends an instruction after which the program continues at `next`.
-    fn push(&mut self, code: u16, k: u32, next: Place) -> Place {
+    fn push(&mut self, code: u16, k: u32, next: Position) -> Position {
         if next != self.backwards.len() {
             self.jump(next);
         }
         self.put(code, 0, 0, k)
     }
 
-    fn put(&mut self, code: u16, jt: u8, jf: u8, k: u32) -> Place {
+    fn put(&mut self, code: u16, jt: u8, jf: u8, k: u32) -> Position {
         self.backwards.push(sock_filter { code, jt, jf, k });
         self.backwards.len()
     }
 
-    fn jump(&mut self, to: Place) -> Place {
+    fn jump(&mut self, to: Position) -> Position {
         let distance = u32::try_from(self.backwards.len() - to).unwrap_or(u32::MAX);
         self.put(JUMP, 0, 0, distance)
     }
 
     /// Returns the position of an instruction that returns `verdict`. A nearby one is used again.
-    pub(super) fn give(&mut self, verdict: u32) -> Place {
+    pub(super) fn return_verdict(&mut self, verdict: u32) -> Position {
         match self.returns.get(&verdict) {
             // It is so near that it stays in reach of a jump when a few more instructions are added.
             Some(place) if self.backwards.len() - place < 200 => *place,
@@ -115,21 +115,21 @@ impl Program {
 
     /// Appends a comparison with `k`. Targets that are too far away are reached by an unconditional jump right after
     /// it.
-    fn branch(&mut self, code: u16, k: u32, yes: Place, no: Place) -> Place {
-        let far = |program: &Self, place: Place| program.backwards.len() + 1 - place > usize::from(u8::MAX);
+    fn branch(&mut self, code: u16, k: u32, yes: Position, no: Position) -> Position {
+        let far = |program: &Self, place: Position| program.backwards.len() + 1 - place > usize::from(u8::MAX);
         let yes = if far(self, yes) { self.jump(yes) } else { yes };
         let no = if far(self, no) { self.jump(no) } else { no };
         // The second jump may have put the first target out of reach by one instruction.
         let yes = if far(self, yes) { self.jump(yes) } else { yes };
-        let offset = |place: Place| u8::try_from(self.backwards.len() - place).unwrap_or(u8::MAX);
+        let offset = |place: Position| u8::try_from(self.backwards.len() - place).unwrap_or(u8::MAX);
         let (jt, jf) = (offset(yes), offset(no));
         self.put(code, jt, jf, k)
     }
 
     /// Appends the tree that finds the range of the call's number, which has been loaded.
-    fn tree(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Place {
+    fn tree(&mut self, ranges: &[(u32, Verdict)], machine: Machine, default: u32) -> Position {
         match ranges {
-            [] => self.give(default),
+            [] => self.return_verdict(default),
             [(_, verdict)] => self.verdict(verdict, machine, default),
             _ => {
                 let (low, high) = ranges.split_at(ranges.len() / 2);
@@ -145,14 +145,14 @@ impl Program {
         }
     }
 
-    fn verdict(&mut self, verdict: &Verdict, machine: Machine, default: u32) -> Place {
+    fn verdict(&mut self, verdict: &Verdict, machine: Machine, default: u32) -> Position {
         let (any, then) = match verdict {
-            Verdict::Always(verdict) => return self.give(*verdict),
+            Verdict::Always(verdict) => return self.return_verdict(*verdict),
             Verdict::If { any, then } => (any, *then),
         };
-        let mut next = self.give(default);
+        let mut next = self.return_verdict(default);
         for all in any.iter().rev() {
-            let mut here = self.give(then);
+            let mut here = self.return_verdict(then);
             for condition in all.iter().rev() {
                 here = self.condition(condition, machine, here, next);
             }
@@ -161,7 +161,7 @@ impl Program {
         next
     }
 
-    fn condition(&mut self, condition: &Condition, machine: Machine, yes: Place, no: Place) -> Place {
+    fn condition(&mut self, condition: &ArgumentCondition, machine: Machine, yes: Position, no: Position) -> Position {
         use LinuxSeccompOperator as Op;
         let (yes, no) = match condition.operator {
             Op::ScmpCmpNe | Op::ScmpCmpLt | Op::ScmpCmpLe => (no, yes),
@@ -192,7 +192,7 @@ impl Program {
         self.load(offset + 4, high_mask, here)
     }
 
-    fn load(&mut self, offset: u32, mask: u32, next: Place) -> Place {
+    fn load(&mut self, offset: u32, mask: u32, next: Position) -> Position {
         let next = if mask == u32::MAX { next } else { self.push(AND, mask, next) };
         self.push(LOAD, offset, next)
     }

@@ -13,9 +13,9 @@ use oci_spec::runtime::{
 };
 
 use super::{
-    Host, SeccompError,
+    SeccompError, SeccompHost,
     arguments::{CloneArguments, Width, width},
-    conditions::{Alternatives, Condition, alternatives},
+    conditions::{Alternatives, ArgumentCondition, alternatives},
 };
 
 /// The maximum number of rules that one rule may become. More rules would make a program that the kernel refuses (its
@@ -31,11 +31,11 @@ const CONDITIONS_MAX: usize = 6;
 ///
 /// # Errors
 /// Fails when that is impossible without changing the profile's meaning.
-pub fn for_libseccomp(profile: &LinuxSeccomp, host: Host) -> Result<LinuxSeccomp, SeccompError> {
+pub fn for_libseccomp(profile: &LinuxSeccomp, host: SeccompHost) -> Result<LinuxSeccomp, SeccompError> {
     let clone = CloneArguments::on(host.arch);
     let mut rules = Vec::new();
     for rule in profile.syscalls().iter().flatten() {
-        rules.extend(restated(rule, clone)?);
+        rules.extend(restate_rule(rule, clone)?);
     }
     refuse_conflicts(profile, clone)?;
     let mut profile = profile.clone();
@@ -44,7 +44,7 @@ pub fn for_libseccomp(profile: &LinuxSeccomp, host: Host) -> Result<LinuxSeccomp
 }
 
 /// Restates a rule. It is split into several if its calls have arguments of different widths.
-fn restated(rule: &LinuxSyscall, clone: CloneArguments) -> Result<Vec<LinuxSyscall>, SeccompError> {
+fn restate_rule(rule: &LinuxSyscall, clone: CloneArguments) -> Result<Vec<LinuxSyscall>, SeccompError> {
     let arguments = rule.args().as_deref().unwrap_or_default();
     let mut groups: Vec<(Vec<Width>, Vec<String>)> = Vec::new();
     for name in rule.names() {
@@ -61,7 +61,7 @@ fn restated(rule: &LinuxSyscall, clone: CloneArguments) -> Result<Vec<LinuxSysca
             continue;
         }
         let holds = conditions(&names[0], arguments, clone)?;
-        for arguments in masked(&names[0], &holds)? {
+        for arguments in masked_rules(&names[0], &holds)? {
             rules.push(with(rule, names.clone(), arguments)?);
         }
     }
@@ -92,12 +92,12 @@ fn conditions(call: &str, arguments: &[LinuxSeccompArg], clone: CloneArguments) 
 
 /// Returns the arguments of the rules that together apply whenever one of these alternatives holds. An empty inner list
 /// is a rule that always applies.
-fn masked(call: &str, alternatives: &Alternatives) -> Result<Vec<Vec<LinuxSeccompArg>>, SeccompError> {
+fn masked_rules(call: &str, alternatives: &Alternatives) -> Result<Vec<Vec<LinuxSeccompArg>>, SeccompError> {
     let mut rules: Vec<Vec<LinuxSeccompArg>> = Vec::new();
     for all in alternatives {
         let mut found = vec![Vec::new()];
         for condition in all {
-            let forms = forms(condition);
+            let forms = libseccomp_forms(condition);
             if found.len() * forms.len() + rules.len() > RULES_MAX {
                 return Err(SeccompError::Invalid(format!(
                     "a rule for {call} compares several arguments by order or with !=, and libseccomp would need more \
@@ -137,7 +137,7 @@ fn joined(rules: Vec<Vec<LinuxSeccompArg>>) -> Vec<Vec<LinuxSeccompArg>> {
 }
 
 /// Returns conditions that libseccomp can compare, and of which one holds whenever `condition` does.
-fn forms(condition: &Condition) -> Vec<LinuxSeccompArg> {
+fn libseccomp_forms(condition: &ArgumentCondition) -> Vec<LinuxSeccompArg> {
     let argument = |op, value, two: Option<u64>| {
         let index = condition.argument as usize;
         let builder = LinuxSeccompArgBuilder::default().index(index).op(op).value(value);
@@ -146,13 +146,16 @@ fn forms(condition: &Condition) -> Vec<LinuxSeccompArg> {
     if condition.mask == u64::MAX && condition.operator != Op::ScmpCmpMaskedEq {
         return vec![argument(condition.operator, condition.value, None)];
     }
-    prefixes(condition).into_iter().map(|(mask, value)| argument(Op::ScmpCmpMaskedEq, mask, Some(value))).collect()
+    masked_equalities(condition)
+        .into_iter()
+        .map(|(mask, value)| argument(Op::ScmpCmpMaskedEq, mask, Some(value)))
+        .collect()
 }
 
 /// Returns the masks and values of the masked equalities that together are equivalent to a condition on an argument
 /// that the kernel truncates.
-fn prefixes(condition: &Condition) -> Vec<(u64, u64)> {
-    let Condition { value, mask, operator, .. } = *condition;
+fn masked_equalities(condition: &ArgumentCondition) -> Vec<(u64, u64)> {
+    let ArgumentCondition { value, mask, operator, .. } = *condition;
     // For each bit: the numbers that have the same higher bits as the value, and differ from it in that bit.
     let bits = (0..mask.count_ones()).rev();
     let differing = bits.map(|bit| {
@@ -166,13 +169,17 @@ fn prefixes(condition: &Condition) -> Vec<(u64, u64)> {
         Op::ScmpCmpGt => differing.filter(|(larger, _)| *larger).map(|(_, prefix)| prefix).collect(),
         Op::ScmpCmpLt => differing.filter(|(larger, _)| !*larger).map(|(_, prefix)| prefix).collect(),
         // The neighbouring value exists: conditions that always hold have been left out before.
-        Op::ScmpCmpGe => prefixes(&Condition { operator: Op::ScmpCmpGt, value: value - 1, ..*condition }),
-        Op::ScmpCmpLe => prefixes(&Condition { operator: Op::ScmpCmpLt, value: value + 1, ..*condition }),
+        Op::ScmpCmpGe => {
+            masked_equalities(&ArgumentCondition { operator: Op::ScmpCmpGt, value: value - 1, ..*condition })
+        }
+        Op::ScmpCmpLe => {
+            masked_equalities(&ArgumentCondition { operator: Op::ScmpCmpLt, value: value + 1, ..*condition })
+        }
     }
 }
 
 /// The action of a rule for a call, and the alternatives under which the rule applies.
-struct Known {
+struct CallRule {
     action: u32,
     holds: Alternatives,
     is_conditional: bool,
@@ -184,7 +191,7 @@ struct Known {
 /// verdict.
 fn refuse_conflicts(profile: &LinuxSeccomp, clone: CloneArguments) -> Result<(), SeccompError> {
     let default = profile.default_action().as_u32(profile.default_errno_ret());
-    let mut calls: HashMap<&str, Vec<Known>> = HashMap::new();
+    let mut calls: HashMap<&str, Vec<CallRule>> = HashMap::new();
     for rule in profile.syscalls().iter().flatten() {
         let action = rule.action().as_u32(rule.errno_ret());
         let arguments = rule.args().as_deref().unwrap_or_default();
@@ -193,7 +200,7 @@ fn refuse_conflicts(profile: &LinuxSeccomp, clone: CloneArguments) -> Result<(),
             continue;
         }
         for name in rule.names() {
-            let new = Known {
+            let new = CallRule {
                 action,
                 holds: conditions(name, arguments, clone)?,
                 is_conditional: !arguments.is_empty(),
@@ -209,7 +216,7 @@ fn refuse_conflicts(profile: &LinuxSeccomp, clone: CloneArguments) -> Result<(),
     Ok(())
 }
 
-impl Known {
+impl CallRule {
     fn conflicts_with(&self, other: &Self) -> bool {
         // A rule without conditions takes precedence over rules with conditions, unless all of those always hold.
         let is_ordered = self.is_conditional == other.is_conditional || self.always_holds() && other.always_holds();
@@ -226,8 +233,9 @@ impl Known {
 
 /// Tells whether one call can meet both.
 fn can_meet(one: &Alternatives, other: &Alternatives) -> bool {
-    let excluded =
-        |all: &[Condition], others: &[Condition]| all.iter().any(|one| others.iter().any(|other| one.excludes(other)));
+    let excluded = |all: &[ArgumentCondition], others: &[ArgumentCondition]| {
+        all.iter().any(|one| others.iter().any(|other| one.excludes(other)))
+    };
     one.iter().any(|all| other.iter().any(|others| !excluded(all, others)))
 }
 
@@ -254,7 +262,7 @@ mod tests {
         let mask = Width::Half.mask();
         for operator in OPERATORS {
             for value in [1, 2, 37, 38, 40, 0x7fff, 0x8000, 0xfffe] {
-                let prefixes = prefixes(&Condition { argument: 0, operator, value, mask });
+                let prefixes = masked_equalities(&ArgumentCondition { argument: 0, operator, value, mask });
                 assert!(prefixes.len() <= 16, "{operator:?} {value}");
                 for is in 0..=mask {
                     let met = prefixes.iter().filter(|(mask, wanted)| is & mask == *wanted).count();
@@ -270,7 +278,7 @@ mod tests {
     }
 
     fn after(rules: &serde_json::Value) -> Result<serde_json::Value, SeccompError> {
-        let restated = for_libseccomp(&profile(rules), Host { arch: "amd64", kernel: (6, 1) })?;
+        let restated = for_libseccomp(&profile(rules), SeccompHost { arch: "amd64", kernel: (6, 1) })?;
         Ok(serde_json::to_value(restated.syscalls()).expect("rules"))
     }
 

@@ -101,7 +101,7 @@ impl Machine {
     }
 
     /// Returns the architecture with the OCI spec's name, which is also libseccomp's.
-    pub(super) fn named(arch: Arch) -> Option<Self> {
+    pub(super) fn from_oci(arch: Arch) -> Option<Self> {
         match arch {
             Arch::ScmpArchX86_64 => Some(Self::X86_64),
             Arch::ScmpArchX86 => Some(Self::X86),

@@ -6,11 +6,11 @@ use super::{probe_spec, probes};
 use crate::{
     cgroup::Cgroups,
     process::async_command,
-    rootfs::seccomp::{self, Form},
+    rootfs::seccomp::{self, FilterForm},
 };
 
 /// How long a call of crun may take on a loaded machine. On an idle one it takes 10 ms.
-const PROBE: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Checks whether crun works on this host, and returns the form in which it takes seccomp filters.
 ///
@@ -22,17 +22,17 @@ const PROBE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// crun's message if the container fails for another reason.
-pub async fn crun_works(binary: &Path, scratch: &Path, cgroups: &Cgroups) -> Result<Form, String> {
-    let id = probes::new_name().map_err(|error| error.to_string())?;
+pub async fn probe_crun(binary: &Path, scratch: &Path, cgroups: &Cgroups) -> Result<FilterForm, String> {
+    let id = probes::new_probe_name().map_err(|error| error.to_string())?;
     let bundle = scratch.join(&id);
-    let mut outcome = probe(binary, &bundle, &id, Form::Program).await;
+    let mut outcome = enforces_filter(binary, &bundle, &id, FilterForm::Program).await;
     // crun has run the program without the compiled filter, so the plain form is tried.
     if outcome == Ok(false) {
-        outcome = probe(binary, &bundle, &id, Form::Profile)
+        outcome = enforces_filter(binary, &bundle, &id, FilterForm::Profile)
             .await
             .and_then(|filtered| if filtered { Ok(false) } else { Err(NO_SECCOMP.to_owned()) });
     }
-    let outcome = outcome.map(|program| if program { Form::Program } else { Form::Profile });
+    let outcome = outcome.map(|program| if program { FilterForm::Program } else { FilterForm::Profile });
     // A crun that was killed has left its cgroup behind.
     if let Err(error) = probes::remove_probe(scratch, cgroups, &id).await {
         tracing::warn!(%error, name = id, "could not remove everything of a runtime's probe");
@@ -41,13 +41,13 @@ pub async fn crun_works(binary: &Path, scratch: &Path, cgroups: &Cgroups) -> Res
 }
 
 /// The error of execve under the probe's filter: EXDEV, which execve never returns by itself.
-const TELLTALE: u32 = libc::EXDEV.cast_unsigned();
+const PROBE_ERRNO: u32 = libc::EXDEV.cast_unsigned();
 
 /// The problem of a crun that accepts filters in either form and ignores them.
 pub(super) const NO_SECCOMP: &str = "it was built without seccomp";
 
 /// Runs the probe's container with a filter in this form. Returns true if the filter was enforced.
-async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<bool, String> {
+async fn enforces_filter(binary: &Path, bundle: &Path, id: &str, form: FilterForm) -> Result<bool, String> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let text = |error: std::io::Error| error.to_string();
     // crun creates links in /dev, and expects that the directory exists.
@@ -58,13 +58,13 @@ async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<boo
     fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o755).open(program).map_err(text)?;
     let mut spec = probe_spec(id, "/empty", &["pid", "mount", "ipc", "uts"]);
     match form {
-        Form::Program => {
-            if let Some(program) = seccomp::failing("execve", TELLTALE) {
+        FilterForm::Program => {
+            if let Some(program) = seccomp::program_failing_one_call("execve", PROBE_ERRNO) {
                 spec["annotations"] = serde_json::json!({ seccomp::CRUN_PROGRAM: program });
             }
         }
-        Form::Profile => {
-            let rule = serde_json::json!({ "names": ["execve"], "action": "SCMP_ACT_ERRNO", "errnoRet": TELLTALE });
+        FilterForm::Profile => {
+            let rule = serde_json::json!({ "names": ["execve"], "action": "SCMP_ACT_ERRNO", "errnoRet": PROBE_ERRNO });
             spec["linux"]["seccomp"] = serde_json::json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule] });
         }
     }
@@ -73,7 +73,7 @@ async fn probe(binary: &Path, bundle: &Path, id: &str, form: Form) -> Result<boo
     let run = |arguments: &[&str]| {
         let mut command = async_command(binary);
         command.arg("--root").arg(&root).args(arguments).current_dir(bundle).stdin(Stdio::null()).kill_on_drop(true);
-        tokio::time::timeout(PROBE, command.env("LC_ALL", "C").output())
+        tokio::time::timeout(PROBE_TIMEOUT, command.env("LC_ALL", "C").output())
     };
     let output = run(&["run", "--bundle", ".", id]).await.map_err(|_| "it hangs".to_owned())?.map_err(text)?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();

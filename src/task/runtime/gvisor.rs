@@ -5,35 +5,36 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    kept::{self, Program},
+    pinned_binary::{self, BinaryId},
     probe_spec, probes,
 };
 use crate::{
     cgroup::Cgroups,
     elf,
     failure::{self, Cause},
-    gvisor::{Caller, GvisorSettings, Network, Platform, Probed, known_flags, wrapper},
+    gvisor::{Caller, GvisorSettings, Network, Platform, RunscProbe, known_flags, wrapper},
     ids::{Digest, random_hex},
-    places::{Places, make_dir, write_whole},
+    places::{Places, create_private_dir, write_atomically},
     process::{PidFd, async_command, boot_id, descendants},
     rootfs::NetworkNamespace,
 };
 
 /// How long the probe's sandbox may take. It takes 0.1 to 0.3 s, and a platform that hangs is never used.
-const PROBE: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long runsc may take to print its version or its flags.
-const ASK: Duration = Duration::from_secs(10);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the failure of a probe is remembered before runsc is probed again.
-const AGAIN: Duration = Duration::from_secs(30);
+const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 /// The exit code of the probe's program.
-const TELLTALE: u8 = 42;
+const PROBE_EXIT_CODE: u8 = 42;
 
 /// One configured runtime that is gVisor's runsc.
 #[derive(Debug)]
@@ -42,47 +43,54 @@ pub struct Gvisor {
     pub(super) settings: GvisorSettings,
     places: Places,
     cgroups: Cgroups,
-    known: Mutex<Option<Known>>,
+    last_probe: Mutex<Option<CachedProbe>>,
     /// A running probe holds this, so that there is one at a time.
-    probing: tokio::sync::Mutex<()>,
+    probe_lock: tokio::sync::Mutex<()>,
 }
 
 /// The result of the last probe, the program that was probed, and the time.
 #[derive(Debug, Clone)]
-struct Known {
-    of: Program,
+struct CachedProbe {
+    binary: BinaryId,
     at: Instant,
-    outcome: Result<Probed, String>,
+    outcome: Result<RunscProbe, String>,
 }
 
-impl Known {
+impl CachedProbe {
     /// Says whether this result can be used instead of another probe. A failure that comes from the host's state, such
     /// as a lack of descriptors, says nothing about the program.
     fn is_fresh(&self) -> bool {
         match &self.outcome {
             Ok(_) => true,
-            Err(problem) => failure::of_message(problem) != Some(Cause::Host) && self.at.elapsed() < AGAIN,
+            Err(problem) => failure::of_message(problem) != Some(Cause::Host) && self.at.elapsed() < RETRY_INTERVAL,
         }
     }
 }
 
 /// The result of a successful probe on disk. It is valid until the host is rebooted.
 #[derive(Serialize, Deserialize)]
-struct Noted {
+struct SavedProbe {
     boot: String,
-    of: Program,
+    of: BinaryId,
     settings: String,
-    probed: Probed,
+    probed: RunscProbe,
 }
 
 impl Gvisor {
     pub(super) fn new(name: String, settings: GvisorSettings, places: Places, cgroups: Cgroups) -> Self {
-        Self { name, settings, places, cgroups, known: Mutex::default(), probing: tokio::sync::Mutex::default() }
+        Self {
+            name,
+            settings,
+            places,
+            cgroups,
+            last_probe: Mutex::default(),
+            probe_lock: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Returns the result of the last probe. `None` if there was none yet.
-    pub fn known(&self) -> Option<Result<Probed, String>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|known| known.outcome.clone())
+    pub fn last_probe(&self) -> Option<Result<RunscProbe, String>> {
+        self.last_probe.lock().as_ref().map(|known| known.outcome.clone())
     }
 
     /// Returns what runsc can do on this host. It is probed with a sandbox if that was not done since the host was
@@ -90,28 +98,28 @@ impl Gvisor {
     ///
     /// # Errors
     /// runsc's message, or that it hangs.
-    pub async fn probed(self: &Arc<Self>, binary: &Path) -> Result<Probed, String> {
-        if let Some(outcome) = self.fresh(binary) {
+    pub async fn probe(self: &Arc<Self>, binary: &Path) -> Result<RunscProbe, String> {
+        if let Some(outcome) = self.fresh_outcome(binary) {
             return outcome;
         }
         // The probe runs to its end even if the caller stops waiting, because an interrupted sandbox leaves remains.
         let (this, binary) = (self.clone(), binary.to_owned());
-        let probed = tokio::spawn(async move { this.look_at(&binary).await });
+        let probed = tokio::spawn(async move { this.probe_once(&binary).await });
         probed.await.unwrap_or_else(|join| Err(format!("its probe ended early: {join}")))
     }
 
-    async fn look_at(&self, binary: &Path) -> Result<Probed, String> {
-        let _turn = self.probing.lock().await;
-        if let Some(outcome) = self.fresh(binary) {
+    async fn probe_once(&self, binary: &Path) -> Result<RunscProbe, String> {
+        let _turn = self.probe_lock.lock().await;
+        if let Some(outcome) = self.fresh_outcome(binary) {
             return outcome;
         }
-        let of = Program::of(binary).ok_or_else(|| format!("{} is gone", binary.display()))?;
-        let outcome = match self.noted(&of) {
+        let of = BinaryId::of(binary).ok_or_else(|| format!("{} is gone", binary.display()))?;
+        let outcome = match self.load_saved_probe(&of) {
             Some(probed) => Ok(probed),
             None => {
-                let outcome = self.probe(&self.kept(binary).await).await;
+                let outcome = self.probe_platforms(&self.pinned_binary(binary).await).await;
                 match &outcome {
-                    Ok(probed) => self.note(&of, probed),
+                    Ok(probed) => self.save_probe(&of, probed),
                     Err(problem) => {
                         tracing::warn!(runtime = self.name, problem, "a runtime does not work on this host");
                     }
@@ -119,22 +127,22 @@ impl Gvisor {
                 outcome
             }
         };
-        let known = Known { of, at: Instant::now(), outcome: outcome.clone() };
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
+        let known = CachedProbe { binary: of, at: Instant::now(), outcome: outcome.clone() };
+        *self.last_probe.lock() = Some(known);
         outcome
     }
 
-    fn fresh(&self, binary: &Path) -> Option<Result<Probed, String>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+    fn fresh_outcome(&self, binary: &Path) -> Option<Result<RunscProbe, String>> {
+        let known = self.last_probe.lock();
         let known = known.as_ref().filter(|known| known.is_fresh())?;
-        (Program::of(binary).as_ref() == Some(&known.of)).then(|| known.outcome.clone())
+        (BinaryId::of(binary).as_ref() == Some(&known.binary)).then(|| known.outcome.clone())
     }
 
     /// Returns the path of the pinned program, which stays when the program is upgraded or removed.
-    pub(super) async fn kept(&self, binary: &Path) -> PathBuf {
+    pub(super) async fn pinned_binary(&self, binary: &Path) -> PathBuf {
         let (places, owned) = (self.places.clone(), binary.to_owned());
-        let keep = move || match Program::of(&owned) {
-            Some(program) => kept::keep(&owned, &program, &places),
+        let keep = move || match BinaryId::of(&owned) {
+            Some(program) => pinned_binary::pin(&owned, &program, &places),
             None => Err(std::io::ErrorKind::NotFound.into()),
         };
         let kept = tokio::task::spawn_blocking(keep).await.map_err(std::io::Error::other).and_then(|kept| kept);
@@ -148,21 +156,22 @@ impl Gvisor {
         })
     }
 
-    fn note_path(&self) -> PathBuf {
+    fn saved_probe_path(&self) -> PathBuf {
         self.places.wrappers().join(format!("{}.json", self.name))
     }
 
-    fn noted(&self, of: &Program) -> Option<Probed> {
-        let noted: Noted = serde_json::from_slice(&fs::read(self.note_path()).ok()?).ok()?;
+    fn load_saved_probe(&self, of: &BinaryId) -> Option<RunscProbe> {
+        let noted: SavedProbe = serde_json::from_slice(&fs::read(self.saved_probe_path()).ok()?).ok()?;
         let same = noted.of == *of && noted.settings == format!("{:?}", self.settings);
         (same && boot_id().is_ok_and(|boot| boot == noted.boot)).then_some(noted.probed)
     }
 
-    fn note(&self, of: &Program, probed: &Probed) {
+    fn save_probe(&self, of: &BinaryId, probed: &RunscProbe) {
         let Ok(boot) = boot_id() else { return };
-        let noted = Noted { boot, of: of.clone(), settings: format!("{:?}", self.settings), probed: probed.clone() };
+        let noted =
+            SavedProbe { boot, of: of.clone(), settings: format!("{:?}", self.settings), probed: probed.clone() };
         let text = serde_json::json!(noted).to_string();
-        if let Err(error) = write_whole(&self.note_path(), text.as_bytes(), 0o600) {
+        if let Err(error) = write_atomically(&self.saved_probe_path(), text.as_bytes(), 0o600) {
             tracing::debug!(%error, "could not save the result of runsc's probe");
         }
     }
@@ -173,18 +182,18 @@ impl Gvisor {
         self.settings.platform.map_or_else(|| vec![Platform::Systrap, Platform::Ptrace], |one| vec![one])
     }
 
-    async fn probe(&self, binary: &Path) -> Result<Probed, String> {
-        let version = ask(binary, "--version").await?;
-        let flags = ask(binary, "flags").await?;
+    async fn probe_platforms(&self, binary: &Path) -> Result<RunscProbe, String> {
+        let version = query(binary, "--version").await?;
+        let flags = query(binary, "flags").await?;
         let shares_root = known_flags(&flags).contains("shared-root");
         let mut problems = Vec::new();
         for platform in self.platforms() {
-            let probed = Probed {
+            let probed = RunscProbe {
                 platform: platform.to_string(),
                 version: version.lines().next().unwrap_or_default().trim_start_matches("runsc version ").to_owned(),
                 shares_root,
             };
-            match self.sandbox(binary, &probed).await {
+            match self.run_sandbox(binary, &probed).await {
                 Ok(()) => return Ok(probed),
                 Err(problem) => problems.push(format!("platform {platform}: {problem}")),
             }
@@ -192,20 +201,20 @@ impl Gvisor {
         Err(problems.join("; "))
     }
 
-    async fn sandbox(&self, binary: &Path, probed: &Probed) -> Result<(), String> {
-        let id = probes::new_name().map_err(|error| error.to_string())?;
+    async fn run_sandbox(&self, binary: &Path, probed: &RunscProbe) -> Result<(), String> {
+        let id = probes::new_probe_name().map_err(|error| error.to_string())?;
         let bundle = self.places.run().join(&id);
-        let outcome = self.run_in(&bundle, &id, binary, probed).await;
+        let outcome = self.run_sandbox_in(&bundle, &id, binary, probed).await;
         if let Err(error) = probes::remove_probe(self.places.run(), &self.cgroups, &id).await {
             tracing::warn!(%error, name = id, "could not remove everything of a runtime's probe");
         }
         outcome
     }
 
-    async fn run_in(&self, bundle: &Path, id: &str, binary: &Path, probed: &Probed) -> Result<(), String> {
+    async fn run_sandbox_in(&self, bundle: &Path, id: &str, binary: &Path, probed: &RunscProbe) -> Result<(), String> {
         let text = |error: std::io::Error| error.to_string();
-        make_dir(&bundle.join("rootfs/proc")).map_err(text)?;
-        write_whole(&bundle.join("rootfs/probe"), &elf::exits_with(TELLTALE), 0o755).map_err(text)?;
+        create_private_dir(&bundle.join("rootfs/proc")).map_err(text)?;
+        write_atomically(&bundle.join("rootfs/probe"), &elf::exits_with(PROBE_EXIT_CODE), 0o755).map_err(text)?;
         let spec = probe_spec(id, "/probe", &["pid", "mount", "ipc", "uts", "network"]);
         fs::write(bundle.join("config.json"), spec.to_string()).map_err(text)?;
         let mut command = async_command(binary);
@@ -223,7 +232,7 @@ impl Gvisor {
             .kill_on_drop(true);
         let child = command.spawn().map_err(text)?;
         let pid = child.id();
-        let Ok(output) = tokio::time::timeout(PROBE, child.wait_with_output()).await else {
+        let Ok(output) = tokio::time::timeout(PROBE_TIMEOUT, child.wait_with_output()).await else {
             // The sandbox and its file server may not be in the cgroup yet, so they are killed as descendants of runsc.
             let family = pid.map_or(Ok(Vec::new()), descendants).unwrap_or_else(|error| {
                 tracing::warn!(%error, "could not list the processes of a hung sandbox; its cgroup is emptied later");
@@ -231,19 +240,19 @@ impl Gvisor {
             });
             let family: Vec<PidFd> = family.into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
             family.iter().for_each(|process| process.signal(libc::SIGKILL));
-            return Err(format!("a sandbox was not done after {} s", PROBE.as_secs()));
+            return Err(format!("a sandbox was not done after {} s", PROBE_TIMEOUT.as_secs()));
         };
         let output = output.map_err(text)?;
-        if output.status.code() == Some(TELLTALE.into()) {
+        if output.status.code() == Some(PROBE_EXIT_CODE.into()) {
             return Ok(());
         }
         let said = String::from_utf8_lossy(&output.stderr);
         Err(format!("{}: {}", output.status, said.trim().lines().last().unwrap_or_default()))
     }
 
-    fn shared_root(&self, probed: &Probed) -> Option<PathBuf> {
-        let root = Places::shared_gvisor();
-        (probed.shares_root && make_dir(&root).is_ok()).then_some(root)
+    fn shared_root(&self, probed: &RunscProbe) -> Option<PathBuf> {
+        let root = Places::gvisor_shared_root();
+        (probed.shares_root && create_private_dir(&root).is_ok()).then_some(root)
     }
 
     /// Returns the kind of network that a task in this namespace has.
@@ -263,10 +272,10 @@ impl Gvisor {
     ///
     /// # Errors
     /// When the script can't be written.
-    pub(super) fn wrapper(
+    pub(super) fn write_wrapper(
         &self,
         binary: &Path,
-        probed: &Probed,
+        probed: &RunscProbe,
         network: Network,
         caller: Caller<'_>,
     ) -> std::io::Result<PathBuf> {
@@ -277,7 +286,7 @@ impl Gvisor {
         let path = self.places.wrappers().join(format!("{}-{network}-{}", self.name, &digest.short()[..8]));
         // The content is compared, too, because after a power failure the file may be empty.
         if !fs::read(&path).is_ok_and(|written| written == text.as_bytes()) {
-            write_whole(&path, text.as_bytes(), 0o755)?;
+            write_atomically(&path, text.as_bytes(), 0o755)?;
         }
         Ok(path)
     }
@@ -287,11 +296,12 @@ impl Gvisor {
 ///
 /// # Errors
 /// runsc's message, or that it hangs.
-pub async fn runsc_works(binary: &Path) -> Result<Probed, String> {
+pub async fn probe_runsc(binary: &Path) -> Result<RunscProbe, String> {
     let dir = std::env::temp_dir().join(format!("nomad-driver-shim-{}", random_hex(6)));
-    let cgroups = Cgroups::detect().map_err(|error| crate::chain(&error))?;
+    let cgroups = Cgroups::detect().map_err(|error| crate::error_chain(&error))?;
     let settings = GvisorSettings::default();
-    let outcome = Gvisor::new("runsc".to_owned(), settings, Places::new(&dir, &dir), cgroups).probe(binary).await;
+    let outcome =
+        Gvisor::new("runsc".to_owned(), settings, Places::new(&dir, &dir), cgroups).probe_platforms(binary).await;
     if let Err(error) = fs::remove_dir_all(&dir) {
         tracing::debug!(%error, "could not remove the directory of runsc's probe");
     }
@@ -299,10 +309,10 @@ pub async fn runsc_works(binary: &Path) -> Result<Probed, String> {
 }
 
 /// Calls runsc with one argument and returns what it prints.
-async fn ask(binary: &Path, word: &str) -> Result<String, String> {
+async fn query(binary: &Path, word: &str) -> Result<String, String> {
     let mut command = async_command(binary);
     command.arg(word).stdin(Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(ASK, command.output()).await;
+    let output = tokio::time::timeout(QUERY_TIMEOUT, command.output()).await;
     let output = output.map_err(|_| format!("{word}: it hangs"))?.map_err(|error| format!("{word}: {error}"))?;
     // Go programs print help to standard output or to standard error.
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
@@ -313,9 +323,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_shortage_of_the_hosts_is_not_remembered_of_a_program() {
-        let of = Program::of(Path::new("/proc/self/exe")).expect("this program");
-        let known = |problem: &str| Known { of: of.clone(), at: Instant::now(), outcome: Err(problem.to_owned()) };
+    fn a_failure_of_the_host_is_not_cached_for_a_program() {
+        let of = BinaryId::of(Path::new("/proc/self/exe")).expect("this program");
+        let known =
+            |problem: &str| CachedProbe { binary: of.clone(), at: Instant::now(), outcome: Err(problem.to_owned()) };
         assert!(known("--version: exit status: 127").is_fresh());
         for passing in ["--version: Too many open files (os error 24)", "platform systrap: no answer: timed out"] {
             assert!(!known(passing).is_fresh(), "{passing}");

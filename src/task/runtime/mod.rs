@@ -2,7 +2,7 @@
 
 mod crun;
 mod gvisor;
-mod kept;
+mod pinned_binary;
 mod probes;
 
 use std::{
@@ -14,24 +14,25 @@ use std::{
     time::Duration,
 };
 
-pub use crun::crun_works;
-pub use gvisor::{Gvisor, runsc_works};
-use kept::Program;
+pub use crun::probe_crun;
+pub(crate) use gvisor::Gvisor;
+pub use gvisor::probe_runsc;
+use pinned_binary::BinaryId;
 pub use probes::{remove_probe, stale_probes};
 
 use super::{RuntimeSettings, Settings};
 use crate::{
     cgroup::Cgroups,
-    gvisor::{Caller, Network, Probed},
+    file_id::FileId,
+    gvisor::{Caller, Network, RunscProbe},
     ids::ContainerId,
     places::Places,
     process::{async_command, bounded_output, which},
-    rootfs::{Hooks, NetworkNamespace, seccomp::Form},
-    stamp::Stamp,
+    rootfs::{Hooks, NetworkNamespace, seccomp::FilterForm},
 };
 
 /// How long a runtime's `delete --force` may take. It usually takes 20 to 220 ms.
-const DELETE: Duration = Duration::from_secs(30);
+const DELETE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A runtime can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -100,7 +101,7 @@ pub struct Runtime {
     /// The program that shims call, as an absolute path.
     pub binary: PathBuf,
     /// The form in which the runtime takes a seccomp filter.
-    pub filters: Form,
+    pub filters: FilterForm,
     /// The runtime's own shim, if it has one.
     pub shim: Option<OwnShim>,
     /// gVisor's part, if the runtime is gVisor's runsc.
@@ -125,34 +126,34 @@ impl Runtime {
     /// Says whether this runtime's containers wait at a FIFO, and `start` does nothing but release them. This is
     /// decided by the program's name, because a wrapper with another name may do anything at `start`.
     pub fn waits_at_fifo(&self) -> bool {
-        ["crun", "runc"].iter().any(|name| is_called(&self.binary, name))
+        ["crun", "runc"].iter().any(|name| name_starts_with(&self.binary, name))
     }
 
     /// Returns the result of the runtime's probe. Only gVisor is probed; `None` for other runtimes.
     ///
     /// # Errors
     /// When the runtime does not work on this host.
-    pub async fn works(&self) -> Result<Option<Probed>, RuntimeError> {
+    pub async fn probe(&self) -> Result<Option<RunscProbe>, RuntimeError> {
         let Some(gvisor) = &self.gvisor else { return Ok(None) };
         let broken = |problem| RuntimeError::Broken { name: self.name.clone(), problem };
-        gvisor.probed(&self.binary).await.map(Some).map_err(broken)
+        gvisor.probe(&self.binary).await.map(Some).map_err(broken)
     }
 
     /// Waits for the runtime's probe, and writes the wrapper script that its shim calls for a task in this namespace.
     ///
     /// # Errors
     /// When the runtime does not work on this host, or the wrapper script can't be written.
-    pub async fn made_ready(mut self, namespace: &NetworkNamespace, hooks: &Hooks) -> Result<Self, RuntimeError> {
-        let probed = self.works().await?;
+    pub async fn prepare(mut self, namespace: &NetworkNamespace, hooks: &Hooks) -> Result<Self, RuntimeError> {
+        let probed = self.probe().await?;
         let (Some(gvisor), Some(probed)) = (&self.gvisor, probed) else { return Ok(self) };
-        let binary = gvisor.kept(&self.binary).await;
+        let binary = gvisor.pinned_binary(&self.binary).await;
         let failed = |source| RuntimeError::Wrapper { name: self.name.clone(), source };
         let keeper = self.shim.as_ref().map(|_| own_program()).transpose().map_err(failed)?;
         let caller = match &keeper {
-            Some(keeper) => Caller::Own { keeper },
-            None => Caller::Runc { deletes: !hooks.poststop.is_empty() || gvisor.settings.writes_into_volumes() },
+            Some(keeper) => Caller::Own { supervisor: keeper },
+            None => Caller::Runc { needs_delete: !hooks.poststop.is_empty() || gvisor.settings.writes_into_volumes() },
         };
-        let wrapper = gvisor.wrapper(&binary, &probed, gvisor.network(namespace), caller);
+        let wrapper = gvisor.write_wrapper(&binary, &probed, gvisor.network(namespace), caller);
         self.binary = wrapper.map_err(failed)?;
         Ok(self)
     }
@@ -166,7 +167,7 @@ pub struct Runtimes {
     gvisor: BTreeMap<String, Arc<Gvisor>>,
     /// The runtimes whose probe has shown that they enforce a compiled filter, and the program that was probed. If the
     /// program is replaced by another one, it counts as not probed.
-    take_programs: BTreeMap<String, Asked>,
+    accept_compiled_filters: BTreeMap<String, ProbedBinary>,
     /// The runtimes whose probe has shown that they enforce no filter.
     unfiltered: BTreeSet<String>,
     /// `allow_runtimes`.
@@ -174,24 +175,24 @@ pub struct Runtimes {
     /// The default runtime, or the reason why there is none.
     default: Result<Runtime, String>,
     /// `default_runtime`.
-    wanted: Option<String>,
+    default_name: Option<String>,
 }
 
 /// Says whether the file's name begins with `name`, as `crun` and `crun-1.20` begin with `crun`.
-fn is_called(binary: &Path, name: &str) -> bool {
+fn name_starts_with(binary: &Path, name: &str) -> bool {
     binary.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name))
 }
 
 /// A program's path, and the identity of the file that was there when the program was probed.
-type Asked = (PathBuf, Stamp);
+type ProbedBinary = (PathBuf, FileId);
 
-fn asked(binary: &Path) -> Option<Asked> {
-    Some((binary.to_owned(), Stamp::of(&fs::metadata(binary).ok()?)))
+fn probed_binary(binary: &Path) -> Option<ProbedBinary> {
+    Some((binary.to_owned(), FileId::of(&fs::metadata(binary).ok()?)))
 }
 
 /// Names that nomad-driver-containerd and containerd use for runc's shim, whatever the runtime's program is. Here they
 /// mean the default runtime.
-pub const SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
+pub const RUNC_SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
 
 impl Runtimes {
     /// Probes every crun, and finds the default runtime: the one that the operator named, or else crun if it works on
@@ -206,50 +207,52 @@ impl Runtimes {
         let gvisor = gvisor.collect();
         let cruns = configured.iter().filter_map(|(name, runtime)| {
             let binary = which(&runtime.binary)?;
-            is_called(&binary, "crun")
-                .then_some(async move { (name.clone(), crun_works(&binary, scratch, cgroups).await) })
+            name_starts_with(&binary, "crun")
+                .then_some(async move { (name.clone(), probe_crun(&binary, scratch, cgroups).await) })
         });
-        let cruns: BTreeMap<String, Result<Form, String>> =
+        let cruns: BTreeMap<String, Result<FilterForm, String>> =
             futures_util::future::join_all(cruns).await.into_iter().collect();
         let take_programs = cruns
             .iter()
-            .filter(|(_, form)| **form == Ok(Form::Program))
-            .filter_map(|(name, _)| Some((name.clone(), asked(&which(&configured.get(name)?.binary)?)?)))
+            .filter(|(_, form)| **form == Ok(FilterForm::Program))
+            .filter_map(|(name, _)| Some((name.clone(), probed_binary(&which(&configured.get(name)?.binary)?)?)))
             .collect();
-        let without = |form: &Result<Form, String>| form.as_ref().is_err_and(|problem| problem == crun::NO_SECCOMP);
+        let without =
+            |form: &Result<FilterForm, String>| form.as_ref().is_err_and(|problem| problem == crun::NO_SECCOMP);
         let unfiltered = cruns.iter().filter(|(_, form)| without(form)).map(|(name, _)| name.clone()).collect();
         let allowed = settings.allow_runtimes.clone();
         let mut runtimes = Self {
             configured,
             gvisor,
-            take_programs,
+            accept_compiled_filters: take_programs,
             unfiltered,
             allowed,
             default: Err(String::new()),
-            wanted: settings.default_runtime.clone(),
+            default_name: settings.default_runtime.clone(),
         };
         runtimes.default = match &settings.default_runtime {
-            Some(name) => runtimes.installed_as(name).ok_or_else(|| runtimes.missing(name).to_string()),
+            Some(name) => runtimes.find_installed(name).ok_or_else(|| runtimes.missing_error(name).to_string()),
             None => {
                 if let Some(Err(problem)) = cruns.get("crun") {
                     tracing::info!(problem, "crun does not work on this host; runc is the default");
                 }
-                let crun = runtimes.installed_as("crun").filter(|_| cruns.get("crun").is_some_and(Result::is_ok));
-                crun.or_else(|| runtimes.installed_as("runc")).ok_or_else(|| RuntimeError::None.to_string())
+                let crun = runtimes.find_installed("crun").filter(|_| cruns.get("crun").is_some_and(Result::is_ok));
+                crun.or_else(|| runtimes.find_installed("runc")).ok_or_else(|| RuntimeError::None.to_string())
             }
         };
         runtimes
     }
 
-    fn installed_as(&self, name: &str) -> Option<Runtime> {
+    fn find_installed(&self, name: &str) -> Option<Runtime> {
         let configured = self.configured.get(name)?;
         let binary = which(&configured.binary)?;
         let shim = match &configured.shim {
             None => None,
             Some(shim) => Some(OwnShim { program: which(&shim.program)?, config: shim.config.clone() }),
         };
-        let known = self.take_programs.get(name).is_some_and(|known| asked(&binary).as_ref() == Some(known));
-        let filters = if known { Form::Program } else { Form::Profile };
+        let known =
+            self.accept_compiled_filters.get(name).is_some_and(|known| probed_binary(&binary).as_ref() == Some(known));
+        let filters = if known { FilterForm::Program } else { FilterForm::Profile };
         let gvisor = self.gvisor.get(name).cloned();
         Some(Runtime { name: name.to_owned(), binary, filters, shim, gvisor })
     }
@@ -259,7 +262,7 @@ impl Runtimes {
         self.configured.get(name).and_then(|runtime| which(&runtime.binary))
     }
 
-    fn missing(&self, name: &str) -> RuntimeError {
+    fn missing_error(&self, name: &str) -> RuntimeError {
         let configured = self.configured.get(name);
         let shim = configured.and_then(|runtime| runtime.shim.as_ref()).map(|shim| &shim.program);
         let binary = configured.map(|runtime| &runtime.binary);
@@ -282,19 +285,20 @@ impl Runtimes {
     /// When the runtime is not configured, not allowed or not installed. It is never replaced by another one.
     pub fn choose(&self, wanted: Option<&str>) -> Result<Runtime, RuntimeError> {
         let name = match wanted {
-            Some(name) if !SHIM_NAMES.contains(&name) => name,
+            Some(name) if !RUNC_SHIM_NAMES.contains(&name) => name,
             // The default is looked up again by its name, because its program may have been replaced since.
-            _ => match (&self.default, &self.wanted) {
+            _ => match (&self.default, &self.default_name) {
                 (Ok(default), _) => &default.name,
                 (Err(_), Some(name)) => name,
                 (Err(_), None) => return Err(RuntimeError::None),
             },
         };
         if !self.configured.contains_key(name) {
-            let known = self.configured.keys().map(String::as_str).chain(SHIM_NAMES).collect::<Vec<_>>().join(", ");
+            let known =
+                self.configured.keys().map(String::as_str).chain(RUNC_SHIM_NAMES).collect::<Vec<_>>().join(", ");
             return Err(RuntimeError::Unknown { name: name.to_owned(), known });
         }
-        self.allow(self.installed_as(name).ok_or_else(|| self.missing(name))?)
+        self.allow(self.find_installed(name).ok_or_else(|| self.missing_error(name))?)
     }
 
     fn allow(&self, runtime: Runtime) -> Result<Runtime, RuntimeError> {
@@ -311,9 +315,9 @@ impl Runtimes {
 
     /// Returns all runtimes that are installed and not known to fail on this host. Runtimes of gVisor come with the
     /// result of their probe, and are left out while they have not been probed.
-    pub fn usable(&self) -> Vec<(Runtime, Option<Probed>)> {
-        let installed = self.configured.keys().filter_map(|name| self.installed_as(name));
-        let usable = installed.filter_map(|runtime| match runtime.gvisor.as_ref().map(|gvisor| gvisor.known()) {
+    pub fn usable(&self) -> Vec<(Runtime, Option<RunscProbe>)> {
+        let installed = self.configured.keys().filter_map(|name| self.find_installed(name));
+        let usable = installed.filter_map(|runtime| match runtime.gvisor.as_ref().map(|gvisor| gvisor.last_probe()) {
             None => Some((runtime, None)),
             Some(known) => Some((runtime, Some(known?.ok()?))),
         });
@@ -326,18 +330,18 @@ impl Runtimes {
     }
 
     /// Removes old pinned copies of runsc. The caller has made sure that no task is recorded that runs in gVisor.
-    pub fn prune(&self, places: &Places) {
+    pub fn prune_pinned(&self, places: &Places) {
         let binaries = self.gvisor.keys().filter_map(|name| self.binary(name));
-        kept::prune(places, &binaries.filter_map(|binary| Program::of(&binary)).collect::<Vec<_>>());
+        pinned_binary::prune(places, &binaries.filter_map(|binary| BinaryId::of(&binary)).collect::<Vec<_>>());
     }
 
     /// Probes the runtimes of gVisor that have to be probed. Returns true if a result differs from the last one.
-    pub async fn look(&self) -> bool {
+    pub async fn refresh_probes(&self) -> bool {
         let mut news = false;
         for (name, gvisor) in &self.gvisor {
-            if let Some(runtime) = self.installed_as(name) {
-                let before = gvisor.known();
-                news |= Some(gvisor.probed(&runtime.binary).await) != before;
+            if let Some(runtime) = self.find_installed(name) {
+                let before = gvisor.last_probe();
+                news |= Some(gvisor.probe(&runtime.binary).await) != before;
             }
         }
         news
@@ -359,7 +363,7 @@ impl Runtimes {
         let mut command = async_command(binary);
         command.arg("--root").arg(root).args(["delete", "--force", id.as_str()]);
         command.stdin(Stdio::null()).kill_on_drop(true);
-        let output = tokio::time::timeout(DELETE, bounded_output(&mut command)).await;
+        let output = tokio::time::timeout(DELETE_TIMEOUT, bounded_output(&mut command)).await;
         let output = output.map_err(|_| failed("it hangs".to_owned()))?.map_err(|error| failed(error.to_string()))?;
         if output.status.success() {
             Ok(())
@@ -399,13 +403,13 @@ mod tests {
         let shell = Runtime {
             name: "runc".to_owned(),
             binary: PathBuf::from("/bin/sh"),
-            filters: Form::Profile,
+            filters: FilterForm::Profile,
             shim: None,
             gvisor: None,
         };
         let own = OwnShim { program: "/no/shim".into(), config: None };
         Runtimes {
-            take_programs: BTreeMap::new(),
+            accept_compiled_filters: BTreeMap::new(),
             gvisor: BTreeMap::new(),
             unfiltered: BTreeSet::new(),
             configured: BTreeMap::from([
@@ -415,7 +419,7 @@ mod tests {
             ]),
             allowed: allowed.map(|names| names.iter().map(|name| (*name).to_owned()).collect()),
             default: Ok(shell),
-            wanted: None,
+            default_name: None,
         }
     }
 

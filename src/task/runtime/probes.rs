@@ -14,41 +14,41 @@ use std::{
 use crate::{
     cgroup::{CgroupPath, Cgroups},
     ids::random_hex,
-    places::names,
+    places::list_names,
     process::ProcessId,
 };
 
 /// The beginning of a probe's name, which is also the name of its directory.
-const PREFIX: &str = "probe-";
+const NAME_PREFIX: &str = "probe-";
 /// What precedes a probe's name in the name of its cgroup.
-const CGROUP: &str = "nomad-driver-shim-";
+const CGROUP_PREFIX: &str = "nomad-driver-shim-";
 /// The age above which a probe's cgroup is stale if its name does not contain the creator. Earlier versions used such
 /// names, and none of their probes took longer than this.
-const ANONYMOUS_AGE: Duration = Duration::from_secs(600);
+const ANONYMOUS_MAX_AGE: Duration = Duration::from_secs(600);
 /// How long the processes of a cgroup are waited for after SIGKILL. They usually end within milliseconds.
-const CLEAR: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a cgroup is checked for processes after SIGKILL.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Returns a new name for a probe of this process.
 ///
 /// # Errors
 /// When the start time of this process can't be read from /proc.
-pub(super) fn new_name() -> io::Result<String> {
+pub(super) fn new_probe_name() -> io::Result<String> {
     let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
-    Ok(format!("{PREFIX}{pid}-{start}-{}", random_hex(6)))
+    Ok(format!("{NAME_PREFIX}{pid}-{start}-{}", random_hex(6)))
 }
 
 /// Returns the process that has created the probe of this name. `None` if the name does not contain it.
-fn maker(name: &str) -> Option<ProcessId> {
-    let mut parts = name.strip_prefix(PREFIX)?.split('-');
+fn creator(name: &str) -> Option<ProcessId> {
+    let mut parts = name.strip_prefix(NAME_PREFIX)?.split('-');
     let process = ProcessId { pid: parts.next()?.parse().ok()?, start: parts.next()?.parse().ok()? };
     parts.next().map(|_| process)
 }
 
 /// Returns the cgroup of a probe.
 pub(super) fn cgroup(name: &str) -> String {
-    format!("/{CGROUP}{name}")
+    format!("/{CGROUP_PREFIX}{name}")
 }
 
 /// Returns the names of probes that were interrupted, by their directories below `scratch`, where only this driver's
@@ -57,12 +57,12 @@ pub(super) fn cgroup(name: &str) -> String {
 /// # Errors
 /// When the directory or the cgroups can't be listed.
 pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> io::Result<BTreeSet<String>> {
-    let is_over = |name: &String| maker(name).is_none_or(|maker| maker.is_gone());
-    let mut found: BTreeSet<String> = names(scratch).map_err(io::Error::other)?.into_iter().collect();
-    found.retain(|name| name.starts_with(PREFIX) && is_over(name));
-    let groups = cgroups.at_the_root(&format!("{CGROUP}{PREFIX}")).map_err(io::Error::other)?;
-    let groups = groups.iter().filter_map(|group| group.strip_prefix(CGROUP)).map(str::to_owned);
-    found.extend(groups.filter(is_over).filter(|name| maker(name).is_some() || is_long_unused(name, cgroups)));
+    let is_over = |name: &String| creator(name).is_none_or(|maker| maker.is_gone());
+    let mut found: BTreeSet<String> = list_names(scratch).map_err(io::Error::other)?.into_iter().collect();
+    found.retain(|name| name.starts_with(NAME_PREFIX) && is_over(name));
+    let groups = cgroups.root_groups(&format!("{CGROUP_PREFIX}{NAME_PREFIX}")).map_err(io::Error::other)?;
+    let groups = groups.iter().filter_map(|group| group.strip_prefix(CGROUP_PREFIX)).map(str::to_owned);
+    found.extend(groups.filter(is_over).filter(|name| creator(name).is_some() || is_long_unused(name, cgroups)));
     Ok(found)
 }
 
@@ -72,8 +72,9 @@ fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
     let group = CgroupPath::recorded(&cgroup(name));
     // The time of a cgroup's directory is never before the creation of the cgroup, because the kernel sets it when the
     // directory is first looked up.
-    let age = cgroups.modified(&group).and_then(|at| SystemTime::now().duration_since(at).ok());
-    cgroups.processes(&group).is_ok_and(|processes| processes.is_empty()) && age.is_some_and(|age| age > ANONYMOUS_AGE)
+    let age = cgroups.last_modified(&group).and_then(|at| SystemTime::now().duration_since(at).ok());
+    cgroups.processes(&group).is_ok_and(|processes| processes.is_empty())
+        && age.is_some_and(|age| age > ANONYMOUS_MAX_AGE)
 }
 
 /// Removes the remains of a probe: its processes, its cgroup and its directory.
@@ -82,9 +83,9 @@ fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
 /// When a process survives SIGKILL, or a directory can't be removed.
 pub async fn remove_probe(scratch: &Path, cgroups: &Cgroups, name: &str) -> io::Result<()> {
     let group = CgroupPath::recorded(&cgroup(name));
-    let deadline = tokio::time::Instant::now() + CLEAR;
+    let deadline = tokio::time::Instant::now() + KILL_TIMEOUT;
     while cgroups.kill(&group).map_err(io::Error::other)? > 0 && tokio::time::Instant::now() < deadline {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
     cgroups.remove(&group).map_err(io::Error::other)?;
     match fs::remove_dir_all(scratch.join(name)) {
@@ -100,11 +101,11 @@ mod tests {
     #[test]
     fn a_name_says_who_has_made_it() {
         let me = ProcessId::of(std::process::id()).expect("this process");
-        assert_eq!(maker(&new_name().expect("a name")), Some(me));
-        assert_eq!(maker("probe-12-345-ab12"), Some(ProcessId { pid: 12, start: 345 }));
+        assert_eq!(creator(&new_probe_name().expect("a name")), Some(me));
+        assert_eq!(creator("probe-12-345-ab12"), Some(ProcessId { pid: 12, start: 345 }));
         // Earlier versions used names like the first two. The second one has decimal digits only.
         for anonymous in ["probe-d016bdcf8d83", "probe-016000128083", "probe-12-345", "other-12-345-ab12"] {
-            assert_eq!(maker(anonymous), None, "{anonymous}");
+            assert_eq!(creator(anonymous), None, "{anonymous}");
         }
     }
 
@@ -112,7 +113,7 @@ mod tests {
     fn directories_of_the_living_stay() {
         let directory = tempfile::tempdir().expect("made");
         let scratch = directory.path();
-        let mine = new_name().expect("a name");
+        let mine = new_probe_name().expect("a name");
         let dead = "probe-1-99999999999-ab12".to_owned();
         for name in [mine.as_str(), &dead, "probe-d016bdcf8d83", "tasks"] {
             fs::create_dir(scratch.join(name)).expect("made");

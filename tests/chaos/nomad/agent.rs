@@ -20,13 +20,13 @@ const BINARY: &str = "NOMAD_BIN";
 const LEAVES: Duration = Duration::from_secs(40);
 
 /// The program: what `NOMAD_BIN` names, or `nomad` in PATH.
-pub fn binary() -> Option<PathBuf> {
+pub(super) fn binary() -> Option<PathBuf> {
     let named = std::env::var_os(BINARY).filter(|value| !value.is_empty()).map(PathBuf::from);
     which(&named.unwrap_or_else(|| "nomad".into()))
 }
 
 /// An agent's files, and its process as long as there is one.
-pub struct Agent {
+pub(super) struct Agent {
     binary: PathBuf,
     dir: PathBuf,
     environment: Vec<(String, String)>,
@@ -37,7 +37,7 @@ pub struct Agent {
 impl Agent {
     /// Writes the configuration of an agent that has the plugin of `env`. The agent is not started yet. Its directory is not
     /// below the plugin's, so that neither's processes are taken for the other's.
-    pub fn new(binary: PathBuf, env: &mut Env) -> Self {
+    pub(super) fn new(binary: PathBuf, env: &mut Env) -> Self {
         let dir = env.dir.with_file_name(format!("{}-nomad", env.namespace));
         fs::create_dir_all(&dir).unwrap();
         let (http, rpc, serf) = (services::free_address(), services::free_address(), services::free_address());
@@ -48,12 +48,12 @@ impl Agent {
     }
 
     /// Where a task's files are that Nomad makes.
-    pub fn alloc_dir(&self) -> PathBuf {
+    pub(super) fn alloc_dir(&self) -> PathBuf {
         self.dir.join("allocs")
     }
 
     /// Starts it, and waits until it serves and its driver can run tasks.
-    pub async fn start(&mut self) {
+    pub(super) async fn start(&mut self) {
         self.launch();
         eventually("an agent with a healthy driver", async || {
             let nodes = self.api.get("nodes").await?;
@@ -66,7 +66,7 @@ impl Agent {
     }
 
     /// Starts its process.
-    pub fn launch(&mut self) {
+    pub(super) fn launch(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.join("agent.log")).unwrap();
         let mut command = Command::new(&self.binary);
         command.args(["agent", "-config"]).arg(self.dir.join("agent.hcl")).current_dir(&self.dir);
@@ -76,18 +76,18 @@ impl Agent {
     }
 
     /// Its process.
-    pub fn process(&self) -> Option<PidFd> {
+    pub(super) fn process(&self) -> Option<PidFd> {
         self.child.as_ref().and_then(|child| PidFd::open(child.id()).ok())
     }
 
     /// Sends it a signal that ends it, and waits for the end: whether it came in time.
-    pub async fn end(&mut self, signal: i32) -> bool {
+    pub(super) async fn end(&mut self, signal: i32) -> bool {
         let Some(process) = self.process() else { return true };
         process.signal(signal);
-        let came = tokio::time::timeout(LEAVES, process.ended()).await.is_ok();
+        let came = tokio::time::timeout(LEAVES, process.wait_for_end()).await.is_ok();
         if !came {
             process.signal(libc::SIGKILL);
-            let _ = process.ended().await;
+            let _ = process.wait_for_end().await;
         }
         if let Some(mut child) = self.child.take() {
             let _ = child.wait();
@@ -96,14 +96,14 @@ impl Agent {
     }
 
     /// What it and its plugins have said.
-    pub fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         fs::read(self.dir.join("agent.log"))
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
     /// Keeps a copy of its log: what a failure can't be understood without.
-    pub fn keep_log(&self) -> PathBuf {
+    pub(super) fn keep_log(&self) -> PathBuf {
         let name = self.dir.file_name().unwrap_or_default().to_string_lossy();
         let path = std::env::temp_dir().join(format!("chaos-{name}.log"));
         fs::write(&path, self.log()).unwrap();
@@ -112,7 +112,7 @@ impl Agent {
 
     /// Log collectors that an agent had started and did not live to note go: no other agent knows of them.
     fn end_collectors(&self) {
-        for pid in nomad_driver_shim::process::all().unwrap_or_default() {
+        for pid in nomad_driver_shim::process::all_pids().unwrap_or_default() {
             let is_ours = fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|path| path == self.dir);
             if let Some(process) = is_ours.then(|| PidFd::open(pid).ok()).flatten() {
                 process.signal(libc::SIGKILL);
@@ -121,7 +121,7 @@ impl Agent {
     }
 
     /// Its files go; its log collectors and what Nomad had mounted there as well.
-    pub fn remove(&self) {
+    pub(super) fn remove(&self) {
         self.end_collectors();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {

@@ -9,13 +9,13 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// A client of one agent.
 #[derive(Clone)]
-pub struct Api {
+pub(super) struct Api {
     client: reqwest::Client,
     base: String,
 }
 
 impl Api {
-    pub fn new(address: &str) -> Self {
+    pub(super) fn new(address: &str) -> Self {
         let client = reqwest::Client::builder().no_proxy().timeout(ANSWER).build().expect("a client without TLS");
         Self { client, base: format!("http://{address}/v1") }
     }
@@ -24,7 +24,7 @@ impl Api {
     ///
     /// # Errors
     /// When the agent does not answer, or refuses.
-    pub async fn get(&self, path: &str) -> Result<Value, String> {
+    pub(super) async fn get(&self, path: &str) -> Result<Value, String> {
         Self::answer(self.client.get(format!("{}/{path}", self.base))).await
     }
 
@@ -32,7 +32,7 @@ impl Api {
     ///
     /// # Errors
     /// As `get`.
-    pub async fn put(&self, path: &str, body: &Value) -> Result<Value, String> {
+    pub(super) async fn put(&self, path: &str, body: &Value) -> Result<Value, String> {
         Self::answer(self.client.put(format!("{}/{path}", self.base)).body(body.to_string())).await
     }
 
@@ -40,7 +40,7 @@ impl Api {
     ///
     /// # Errors
     /// As `get`.
-    pub async fn delete(&self, path: &str) -> Result<Value, String> {
+    pub(super) async fn delete(&self, path: &str) -> Result<Value, String> {
         Self::answer(self.client.delete(format!("{}/{path}", self.base))).await
     }
 

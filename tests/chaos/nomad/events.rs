@@ -8,7 +8,7 @@ use super::job::TASK;
 
 /// What an event of a task tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     Started,
     Terminated(i32),
     /// Nomad has lost the connection to the plugin, and takes that for the task's end.
@@ -22,7 +22,7 @@ pub enum Kind {
 
 /// An event of a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
+pub(super) struct Event {
     /// When, as Nomad says it.
     pub nanos: u64,
     /// When, since the beginning of the run.
@@ -32,7 +32,7 @@ pub struct Event {
 
 /// An allocation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AllocView {
+pub(super) struct AllocView {
     pub id: String,
     /// `pending`, `running`, `complete`, `failed`, `lost`.
     pub status: String,
@@ -46,7 +46,7 @@ pub struct AllocView {
 
 impl AllocView {
     /// Reads an entry of `/v1/allocations`. `began` is the run's beginning in nanoseconds since 1970.
-    pub fn read(entry: &Value, began: u64) -> Self {
+    pub(super) fn read(entry: &Value, began: u64) -> Self {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let task = &entry["TaskStates"][TASK];
         let events = task["Events"].as_array().into_iter().flatten().map(|event| Event::read(event, began));
@@ -84,7 +84,7 @@ impl Event {
 
 impl Kind {
     /// Tells events of the same time apart.
-    pub fn name(&self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Started => "started",
             Self::Terminated(_) => "terminated",

@@ -9,28 +9,28 @@ use crate::{
 };
 
 /// The task of each job.
-pub const TASK: &str = "t";
+pub(super) const TASK: &str = "t";
 const SECOND: u64 = 1_000_000_000;
 /// A task's attempts are counted by the task itself, from the lines that its starts have left, since Nomad tells it of none.
 const COUNT: &str = "ATTEMPT=$(( $(cat /alloc/data/started-$TASK 2>/dev/null | wc -l) + 1 ))";
 
 /// The id of a task's job.
-pub fn id(namespace: &str, number: TaskNumber) -> String {
+pub(super) fn id(namespace: &str, number: TaskNumber) -> String {
     format!("{namespace}-{number}")
 }
 
 /// The task whose job has this id.
-pub fn number(namespace: &str, id: &str) -> Option<TaskNumber> {
+pub(super) fn number(namespace: &str, id: &str) -> Option<TaskNumber> {
     id.strip_prefix(namespace)?.strip_prefix('-')?.parse().ok()
 }
 
 /// May Nomad start the task again after a failure? A batch task that is to fail may not, or it would fail for ever.
-pub fn may_restart(work: Work) -> bool {
+pub(super) fn may_restart(work: Work) -> bool {
     !matches!(work, Work::Batch { code: 1.., .. })
 }
 
 /// What is registered.
-pub fn job(namespace: &str, number: TaskNumber, work: Work, runtime: OciRuntime, image: &str) -> Value {
+pub(super) fn job(namespace: &str, number: TaskNumber, work: Work, runtime: OciRuntime, image: &str) -> Value {
     let runtime = match runtime {
         OciRuntime::Crun => "crun",
         OciRuntime::Runc => "runc",

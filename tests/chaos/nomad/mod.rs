@@ -50,7 +50,7 @@ async fn run(
 }
 
 /// What `make chaos ARGS="--agent nomad"` does: faults by chance, and then the scenarios.
-pub async fn long_form(arguments: &Arguments) {
+pub(crate) async fn long_form(arguments: &Arguments) {
     let binary = agent::binary().unwrap_or_else(|| {
         panic!("no Nomad agent was found: NOMAD_BIN names no program that can be run, and `nomad` is not in PATH")
     });

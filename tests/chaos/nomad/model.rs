@@ -64,7 +64,7 @@ struct Task {
 
 /// The jobs as Nomad shows them.
 #[derive(Debug, Default)]
-pub struct Model {
+pub(super) struct Model {
     tasks: BTreeMap<TaskNumber, Task>,
     /// The faults: begin and end, as far as they have ended.
     faults: Vec<(Duration, Option<Duration>)>,
@@ -82,19 +82,19 @@ pub struct Model {
 
 impl Model {
     /// A model that does not mind what contains one of these texts.
-    pub fn ignoring(ignored: &[String]) -> Self {
+    pub(super) fn ignoring(ignored: &[String]) -> Self {
         Self { violations: Violations::ignoring(ignored), ..Self::default() }
     }
 
-    pub fn violations(&self) -> &[String] {
+    pub(super) fn violations(&self) -> &[String] {
         self.violations.found()
     }
 
-    pub fn violated(&mut self, what: String) {
+    pub(super) fn violated(&mut self, what: String) {
         self.violations.add(what);
     }
 
-    pub fn add(&mut self, number: TaskNumber, work: Work) {
+    pub(super) fn add(&mut self, number: TaskNumber, work: Work) {
         let new = Task {
             work,
             is_wanted: true,
@@ -117,40 +117,40 @@ impl Model {
     }
 
     /// Nobody wants the task any more.
-    pub fn unwanted(&mut self, number: TaskNumber) {
+    pub(super) fn unwanted(&mut self, number: TaskNumber) {
         if let Some(task) = self.tasks.get_mut(&number) {
             task.is_wanted = false;
         }
     }
 
     /// All tasks, with their works.
-    pub fn tasks(&self) -> Vec<(TaskNumber, Work)> {
+    pub(super) fn tasks(&self) -> Vec<(TaskNumber, Work)> {
         self.tasks.iter().map(|(number, task)| (*number, task.work)).collect()
     }
 
     /// The allocation of a task.
-    pub fn alloc(&self, number: TaskNumber) -> Option<String> {
+    pub(super) fn alloc(&self, number: TaskNumber) -> Option<String> {
         Some(self.tasks.get(&number)?.alloc.as_ref()?.id.clone())
     }
 
     /// Events that have told of failed starts and of starts, so far.
-    pub fn starts(&self, number: TaskNumber) -> (u32, u32) {
+    pub(super) fn starts(&self, number: TaskNumber) -> (u32, u32) {
         self.tasks.get(&number).map_or((0, 0), |task| (task.refused, task.started))
     }
 
     /// All tasks are gone.
-    pub fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.tasks.clear();
     }
 
-    pub fn fault_begins(&mut self, now: Duration) {
+    pub(super) fn fault_begins(&mut self, now: Duration) {
         self.faults.push((now, None));
         for task in self.tasks.values_mut().filter(|task| !task.is_running()) {
             task.cut += 1;
         }
     }
 
-    pub fn fault_ends(&mut self, now: Duration) {
+    pub(super) fn fault_ends(&mut self, now: Duration) {
         if let Some(fault) = self.faults.iter_mut().find(|(_, end)| end.is_none()) {
             fault.1 = Some(now);
         }
@@ -158,19 +158,19 @@ impl Model {
 
     /// An agent is killed. Its log collectors live on; those of tasks that it was about to start are unknown to the next one,
     /// which starts others beside them, and two that read one stream may write its lines in another order.
-    pub fn agent_died(&mut self) {
+    pub(super) fn agent_died(&mut self) {
         for task in self.tasks.values_mut().filter(|task| !task.is_running()) {
             task.may_have_two_readers = true;
         }
     }
 
     /// A plugin dies.
-    pub fn plugin_died(&mut self, now: Duration) {
+    pub(super) fn plugin_died(&mut self, now: Duration) {
         self.deaths.push(now);
     }
 
     /// Something besides the plugin is struck that a start needs.
-    pub fn struck_at_start(&mut self, now: Duration) {
+    pub(super) fn struck_at_start(&mut self, now: Duration) {
         self.strikes.push(now);
     }
 
@@ -203,7 +203,7 @@ impl Model {
         self.faults.iter().any(|(begin, end)| *begin <= then && end.is_none_or(|end| then <= end + AFTERMATH))
     }
 
-    pub fn hit(&mut self, hit: &Hit, now: Duration) {
+    pub(super) fn hit(&mut self, hit: &Hit, now: Duration) {
         for (number, task) in &mut self.tasks {
             let is_hit = match hit {
                 Hit::Attempts(ids) => ids.iter().any(|(task, _)| task == number),
@@ -218,7 +218,7 @@ impl Model {
     }
 
     /// Nomad has told of an allocation: the events that are news.
-    pub fn told(&mut self, number: TaskNumber, view: &AllocView) -> Vec<Event> {
+    pub(super) fn told(&mut self, number: TaskNumber, view: &AllocView) -> Vec<Event> {
         let Some(task) = self.tasks.get_mut(&number) else { return Vec::new() };
         let former = task.alloc.replace(view.clone());
         if let Some(former) = former.filter(|former| former.id != view.id) {
@@ -331,13 +331,13 @@ impl Model {
     }
 
     /// What is alive at one moment: never two of one task.
-    pub fn seen(&mut self, inits: &[Init]) {
+    pub(super) fn seen(&mut self, inits: &[Init]) {
         self.figures.looks += 1;
         self.violations.add_doubles(inits);
     }
 
     /// What is not yet as it must be when all faults are over.
-    pub fn unrest(&self, inits: &[Init]) -> Vec<String> {
+    pub(super) fn unrest(&self, inits: &[Init]) -> Vec<String> {
         let mut found = Vec::new();
         for (number, task) in &self.tasks {
             let alive: Vec<u32> = inits.iter().filter(|init| init.attempt.0 == *number).map(|init| init.pid).collect();

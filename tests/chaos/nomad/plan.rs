@@ -10,7 +10,7 @@ use crate::{
 
 /// How an agent goes, or stands still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Agent {
+pub(super) enum Agent {
     /// SIGKILL; its plugin lives on.
     Killed,
     /// SIGKILL, and its plugin's as well.
@@ -23,7 +23,7 @@ pub enum Agent {
 
 /// One step of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub(super) enum Step {
     Run {
         task: TaskNumber,
         work: Work,
@@ -59,7 +59,7 @@ const SERVICES: usize = 4;
 const ROUNDS: usize = 3;
 
 /// The steps of a run.
-pub fn plan(wanted: &Wanted) -> Vec<Step> {
+pub(super) fn plan(wanted: &Wanted) -> Vec<Step> {
     let random = Random::new(wanted.seed);
     let mut planner = Planner { random, steps: Vec::new(), services: Vec::new(), next: 0, faults: 0 };
     let mut round = 0;
@@ -239,7 +239,7 @@ impl fmt::Display for Step {
 
 impl Agent {
     /// What the table of figures calls it.
-    pub fn kind(self) -> &'static str {
+    pub(super) fn kind(self) -> &'static str {
         match self {
             Self::Killed => "SIGKILL of the agent",
             Self::KilledWithPlugin => "SIGKILL of the agent and the plugin",

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The run, as all its parts share it.
-pub struct Record {
+pub(super) struct Record {
     pub dir: PathBuf,
     pub namespace: String,
     pub history: History,
@@ -23,12 +23,12 @@ pub struct Record {
 }
 
 impl Record {
-    pub fn new(site: &Site, model: Model) -> Self {
+    pub(super) fn new(site: &Site, model: Model) -> Self {
         let (dir, namespace) = (site.dir.clone(), site.namespace.clone());
         Self { dir, namespace, history: History::new(), model: Mutex::new(model) }
     }
 
-    pub fn model(&self) -> MutexGuard<'_, Model> {
+    pub(super) fn model(&self) -> MutexGuard<'_, Model> {
         self.model.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

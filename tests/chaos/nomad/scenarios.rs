@@ -14,7 +14,7 @@ use crate::{
 
 /// What lasts for some seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
+pub(super) enum Failure {
     /// Each runtime that creates a container is killed.
     RuntimeKilled,
     /// No space is left on a device.
@@ -29,10 +29,10 @@ pub enum Failure {
 
 impl Failure {
     /// Those that are over soon.
-    pub const QUICK: [Self; 5] =
+    pub(super) const QUICK: [Self; 5] =
         [Self::RuntimeKilled, Self::Full(Place::Run), Self::Full(Place::State), Self::NoDescriptors, Self::NoProcesses];
     /// All of them.
-    pub const ALL: [Self; 6] = {
+    pub(super) const ALL: [Self; 6] = {
         let [first, second, third, fourth, fifth] = Self::QUICK;
         [first, second, third, fourth, fifth, Self::SlowRuntime]
     };
@@ -48,7 +48,7 @@ const SLOW_MS: u64 = 64_000;
 const LOOK: Duration = Duration::from_millis(2);
 
 /// Plays them on one node, one after the other.
-pub async fn play(binary: PathBuf, failures: &[Failure]) -> Outcome {
+pub(super) async fn play(binary: PathBuf, failures: &[Failure]) -> Outcome {
     let world = World::start(binary, Setting { mode: Mode::Base, plant: None, ignored: &[] }).await;
     let watches = world.watch();
     for (failure, index) in failures.iter().zip(0..) {

@@ -43,7 +43,7 @@ const LATE_LINES: Duration = Duration::from_secs(5);
 const OURS: [&str; 2] = ["driver_mgr.nomad-driver-shim", "task_runner"];
 
 /// A node with a real agent.
-pub struct World {
+pub(super) struct World {
     pub ground: Arc<Ground>,
     pub record: Arc<Record>,
     env: Mutex<Env>,
@@ -55,7 +55,7 @@ pub struct World {
 }
 
 /// Plays steps on a node of their own, until all are done or something is wrong.
-pub async fn play(binary: PathBuf, setting: Setting<'_>, steps: &[Step]) -> Outcome {
+pub(super) async fn play(binary: PathBuf, setting: Setting<'_>, steps: &[Step]) -> Outcome {
     let world = World::start(binary, setting).await;
     let watches = world.watch();
     for (index, step) in steps.iter().enumerate() {
@@ -78,7 +78,7 @@ pub async fn play(binary: PathBuf, setting: Setting<'_>, steps: &[Step]) -> Outc
 
 impl World {
     /// A node whose agent is ready.
-    pub async fn start(binary: PathBuf, setting: Setting<'_>) -> Arc<Self> {
+    pub(super) async fn start(binary: PathBuf, setting: Setting<'_>) -> Arc<Self> {
         let (site, mut env) = Site::prepare(setting).await;
         let mut agent = Agent::new(binary, &mut env);
         let record = Arc::new(Record::new(&site, Model::ignoring(setting.ignored)));
@@ -96,7 +96,7 @@ impl World {
     }
 
     /// Looks at what is alive and at what Nomad tells, until the tasks are aborted.
-    pub fn watch(self: &Arc<Self>) -> [tokio::task::JoinHandle<()>; 2] {
+    pub(super) fn watch(self: &Arc<Self>) -> [tokio::task::JoinHandle<()>; 2] {
         let record = self.record.clone();
         let kernel = tokio::spawn(async move {
             loop {
@@ -116,7 +116,7 @@ impl World {
         [kernel, nomad]
     }
 
-    pub fn is_right(&self) -> bool {
+    pub(super) fn is_right(&self) -> bool {
         self.record.model().violations().is_empty()
     }
 
@@ -124,7 +124,7 @@ impl World {
     ///
     /// # Errors
     /// When the agent does not answer.
-    pub async fn poll(&self) -> Result<(), String> {
+    pub(super) async fn poll(&self) -> Result<(), String> {
         let answer = self.api.get("allocations?task_states=true").await?;
         let mut env = self.env.lock().await;
         for entry in answer.as_array().into_iter().flatten() {
@@ -166,14 +166,14 @@ impl World {
     }
 
     /// Registers a job.
-    pub async fn run(&self, number: TaskNumber, work: Work, runtime: OciRuntime) {
+    pub(super) async fn run(&self, number: TaskNumber, work: Work, runtime: OciRuntime) {
         self.record.model().add(number, work);
         let body = job(&self.record.namespace, number, work, runtime, &self.ground.site.image);
         self.ask(&format!("the registration of job {number}"), async || self.api.put("jobs", &body).await).await;
     }
 
     /// Stops a job.
-    pub async fn stop(&self, number: TaskNumber, purge: bool) {
+    pub(super) async fn stop(&self, number: TaskNumber, purge: bool) {
         // A part of a history may name a task that it does not start.
         if self.record.model().tasks().iter().all(|(known, _)| *known != number) {
             return;
@@ -240,7 +240,7 @@ impl World {
     }
 
     /// What is not yet as it must be.
-    pub async fn unrest(&self) -> Vec<String> {
+    pub(super) async fn unrest(&self) -> Vec<String> {
         if let Err(error) = self.poll().await {
             return vec![format!("the agent does not answer: {error}")];
         }
@@ -249,7 +249,7 @@ impl World {
     }
 
     /// Faults are over: within some time all is as it must be.
-    pub async fn settle(&self) {
+    pub(super) async fn settle(&self) {
         self.ground.outlast().await;
         let deadline = Instant::now() + SETTLED;
         let unrest = loop {
@@ -295,7 +295,7 @@ impl World {
     }
 
     /// All jobs go: within some time nothing of them is left.
-    pub async fn clear(&self) {
+    pub(super) async fn clear(&self) {
         self.ground.outlast().await;
         let tasks = self.record.model().tasks();
         for (number, _) in &tasks {
@@ -332,7 +332,7 @@ impl World {
     }
 
     /// The agent leaves, and everything ends.
-    pub async fn finish(self: Arc<Self>) -> Outcome {
+    pub(super) async fn finish(self: Arc<Self>) -> Outcome {
         self.ground.outlast().await;
         let mut agent = self.agent.lock().await;
         let came = agent.end(libc::SIGTERM).await;

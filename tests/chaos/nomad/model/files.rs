@@ -7,7 +7,7 @@ use crate::step::{TaskNumber, Work};
 
 impl Model {
     /// A task's file, in which each start has written a line.
-    pub fn witness(&mut self, number: TaskNumber, text: &str) {
+    pub(crate) fn witness(&mut self, number: TaskNumber, text: &str) {
         let task = &self.tasks[&number];
         let count = u32::try_from(text.lines().count()).unwrap_or(u32::MAX);
         // A start whose answer was cut off is undone and made once more.
@@ -26,7 +26,7 @@ impl Model {
 
     /// Why a log is not what it must be: each attempt's lines from 0 on, none missing and none double. With `is_whole` the
     /// log of the last attempt has come to its end.
-    pub fn log_faults(&self, number: TaskNumber, text: &str, is_whole: bool) -> Vec<String> {
+    pub(crate) fn log_faults(&self, number: TaskNumber, text: &str, is_whole: bool) -> Vec<String> {
         let mut attempts: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         let prefix = format!("tick {number} ");
         // A line that was cut off stands before the first one of the next attempt.
@@ -67,7 +67,7 @@ impl Model {
     }
 
     /// A batch task that has come to its end by itself has told how: by its code, or why there is none.
-    pub fn outcome(&mut self, number: TaskNumber) {
+    pub(crate) fn outcome(&mut self, number: TaskNumber) {
         let task = &self.tasks[&number];
         let Work::Batch { code, .. } = task.work else { return };
         if !task.is_wanted || task.is_given_up() || task.codes.last() == Some(&i32::from(code)) {

@@ -12,24 +12,25 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
 };
 
-use super::{CgroupMode, Cgroups, OWN, ROOT};
+use super::{CGROUP_ROOT, CgroupMode, Cgroups, OWN_GROUP};
+use parking_lot::Mutex;
 
 /// The hierarchy in which a move costs least.
-const HIERARCHY: &str = "freezer";
+const PRIMED_HIERARCHY: &str = "freezer";
 
 /// The interval between two moves during a start, well below an RCU grace period.
-const EVERY: Duration = Duration::from_millis(3);
+const PRIMING_INTERVAL: Duration = Duration::from_millis(3);
 
 /// The times at which the lock is primed (`cgroup { keep_warm }`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KeepWarm {
+pub enum PrimingMode {
     /// Never.
     Never,
     /// While tasks are started.
@@ -40,43 +41,43 @@ pub enum KeepWarm {
 
 /// Owns the thread that primes the lock. Dropping this stops the thread.
 #[derive(Debug)]
-pub struct Warmer {
-    wanted: Arc<Wanted>,
+pub struct CgroupLockPrimer {
+    state: Arc<PrimerState>,
     thread: Mutex<Option<thread::JoinHandle<()>>>,
-    sleeper: thread::Thread,
+    thread_handle: thread::Thread,
 }
 
 #[derive(Debug, Default)]
-struct Wanted {
+struct PrimerState {
     stop: AtomicBool,
     starts: AtomicUsize,
 }
 
 /// A guard for a start in progress: the lock is primed until the guard is dropped.
 #[derive(Debug)]
-pub struct Warm(Arc<Wanted>);
+pub struct Priming(Arc<PrimerState>);
 
-impl Drop for Warm {
+impl Drop for Priming {
     fn drop(&mut self) {
         self.0.starts.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Warmer {
+impl CgroupLockPrimer {
     /// Starts the thread.
     ///
     /// # Errors
     /// Fails on cgroup version 2, which needs no priming, and when the thread's cgroups can't be created.
-    pub fn start(cgroups: &Cgroups, keep: KeepWarm) -> io::Result<Self> {
+    pub fn start(cgroups: &Cgroups, keep: PrimingMode) -> io::Result<Self> {
         if cgroups.mode() == CgroupMode::V2 {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "this host has cgroup version 2, whose migration lock needs no priming",
             ));
         }
-        let hierarchy = Path::new(ROOT).join(HIERARCHY);
-        let home = hierarchy.join(own_place()?.trim_start_matches('/')).join("cgroup.procs");
-        let parent = hierarchy.join(OWN);
+        let hierarchy = Path::new(CGROUP_ROOT).join(PRIMED_HIERARCHY);
+        let original_procs = hierarchy.join(own_group_path()?.trim_start_matches('/')).join("cgroup.procs");
+        let parent = hierarchy.join(OWN_GROUP);
         fs::create_dir_all(&parent)?;
         // Removes the cgroups of plugins that were killed. The cgroups of running plugins are kept, even if they are
         // empty.
@@ -93,11 +94,11 @@ impl Warmer {
         for group in &groups {
             fs::create_dir_all(group)?;
         }
-        let wanted = Arc::new(Wanted::default());
-        let seen = wanted.clone();
+        let state = Arc::new(PrimerState::default());
+        let thread_state = state.clone();
         let thread = thread::Builder::new().name("cgroup-warmer".to_owned()).spawn(move || {
-            warm(&groups, keep, &seen);
-            for (what, outcome) in [("move back", fs::write(&home, "0"))]
+            run_primer(&groups, keep, &thread_state);
+            for (what, outcome) in [("move back", fs::write(&original_procs, "0"))]
                 .into_iter()
                 .chain(groups.iter().map(|group| ("remove a cgroup", fs::remove_dir(group))))
             {
@@ -106,41 +107,41 @@ impl Warmer {
                 }
             }
         })?;
-        let sleeper = thread.thread().clone();
-        Ok(Self { wanted, thread: Mutex::new(Some(thread)), sleeper })
+        let thread_handle = thread.thread().clone();
+        Ok(Self { state, thread: Mutex::new(Some(thread)), thread_handle })
     }
 
     /// Primes the lock from now on until the returned guard is dropped, concurrently with a start.
-    pub fn warm(&self) -> Warm {
-        self.wanted.starts.fetch_add(1, Ordering::Relaxed);
-        self.sleeper.unpark();
-        Warm(self.wanted.clone())
+    pub fn prime(&self) -> Priming {
+        self.state.starts.fetch_add(1, Ordering::Relaxed);
+        self.thread_handle.unpark();
+        Priming(self.state.clone())
     }
 
     /// Stops the thread, and returns when its cgroups are removed.
-    pub fn end(&self) {
-        self.wanted.stop.store(true, Ordering::Relaxed);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+    pub fn stop(&self) {
+        self.state.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.lock().take();
         if let Some(thread) = thread {
-            self.sleeper.unpark();
+            self.thread_handle.unpark();
             let _ = thread.join();
         }
     }
 }
 
-impl Drop for Warmer {
+impl Drop for CgroupLockPrimer {
     fn drop(&mut self) {
-        self.end();
+        self.stop();
     }
 }
 
-fn warm(groups: &[PathBuf; 2], keep: KeepWarm, wanted: &Wanted) {
+fn run_primer(groups: &[PathBuf; 2], keep: PrimingMode, wanted: &PrimerState) {
     let procs = groups.each_ref().map(|group| group.join("cgroup.procs"));
     let mut targets = procs.iter().cycle();
     while !wanted.stop.load(Ordering::Relaxed) {
         let every = match keep {
-            KeepWarm::Always(every) => every,
-            _ if wanted.starts.load(Ordering::Relaxed) > 0 => EVERY,
+            PrimingMode::Always(every) => every,
+            _ if wanted.starts.load(Ordering::Relaxed) > 0 => PRIMING_INTERVAL,
             _ => {
                 // The next start wakes the thread, and so does stopping it.
                 thread::park();
@@ -157,12 +158,12 @@ fn warm(groups: &[PathBuf; 2], keep: KeepWarm, wanted: &Wanted) {
 }
 
 /// Returns the path of this process's cgroup in the hierarchy (cgroups(7), /proc/pid/cgroup).
-fn own_place() -> io::Result<String> {
+fn own_group_path() -> io::Result<String> {
     let text = fs::read_to_string("/proc/self/cgroup")?;
     let line = text.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':');
         let controllers = fields.nth(1)?;
-        controllers.split(',').any(|name| name == HIERARCHY).then(|| fields.next().unwrap_or("/").to_owned())
+        controllers.split(',').any(|name| name == PRIMED_HIERARCHY).then(|| fields.next().unwrap_or("/").to_owned())
     });
     line.ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "this host has no freezer hierarchy"))
 }

@@ -9,36 +9,36 @@ use std::{
     fs, io,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use super::{
-    RootfsError, UpperOn,
+    RootfsError, UpperStorage,
     bundle::{BundlePaths, Layers},
     detached,
     pins::PreparedPins,
 };
 use crate::{
     ids::random_hex,
-    places::{make_dir, names},
+    places::{create_private_dir, list_names},
 };
+use parking_lot::{Mutex, MutexGuard};
 
 /// The pool of prepared root file systems.
 #[derive(Debug)]
-pub struct Ahead {
+pub struct RootfsPool {
     dir: PathBuf,
-    most: usize,
-    cells: Mutex<Vec<Cell>>,
+    capacity: usize,
+    prepared: Mutex<Vec<PreparedRootfs>>,
     /// The directories of root file systems that tasks have taken. They are removed later, and not while a task starts.
-    spent: Mutex<Vec<BundlePaths>>,
+    used: Mutex<Vec<BundlePaths>>,
     /// Whether the pool prepares no more root file systems. A thread that prepares one holds this lock.
     closed: Mutex<bool>,
 }
 
 /// A root file system that waits for a task, and the file system for the sources of the task's mounts.
 #[derive(Debug)]
-struct Cell {
-    stack: Stack,
+struct PreparedRootfs {
+    stack: LayerIds,
     paths: BundlePaths,
     tree: OwnedFd,
     pins: PreparedPins,
@@ -47,38 +47,44 @@ struct Cell {
 /// The layers of a root file system, identified by path, device and inode: an image's layers may be removed and come
 /// back as other directories.
 #[derive(Debug, PartialEq, Eq)]
-struct Stack {
+struct LayerIds {
     lowers: Vec<(PathBuf, u64, u64)>,
     options: Vec<String>,
 }
 
-impl Stack {
+impl LayerIds {
     fn of(layers: Layers<'_>) -> io::Result<Self> {
-        let identified = |path: &PathBuf| identity(path).map(|(dev, ino)| (path.clone(), dev, ino));
+        let identified = |path: &PathBuf| device_and_inode(path).map(|(dev, ino)| (path.clone(), dev, ino));
         let lowers = layers.lowers.iter().map(identified).collect::<io::Result<_>>()?;
         Ok(Self { lowers, options: layers.options.to_vec() })
     }
 
     fn is_current(&self) -> bool {
-        let same = |(path, dev, ino): &(PathBuf, u64, u64)| identity(path).is_ok_and(|now| now == (*dev, *ino));
+        let same = |(path, dev, ino): &(PathBuf, u64, u64)| device_and_inode(path).is_ok_and(|now| now == (*dev, *ino));
         self.lowers.iter().all(same)
     }
 }
 
 /// Returns the device and inode of a directory.
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
+fn device_and_inode(path: &Path) -> io::Result<(u64, u64)> {
     fs::metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-impl Ahead {
+impl RootfsPool {
     /// Returns a pool of up to `most` root file systems. No other process uses `dir`, which is on the file system of
     /// the writable layers.
-    pub fn new(dir: PathBuf, most: usize) -> Self {
-        let this = Self { dir, most, cells: Mutex::default(), spent: Mutex::default(), closed: Mutex::new(most == 0) };
+    pub fn new(dir: PathBuf, capacity: usize) -> Self {
+        let this = Self {
+            dir,
+            capacity,
+            prepared: Mutex::default(),
+            used: Mutex::default(),
+            closed: Mutex::new(capacity == 0),
+        };
         // These are from a plugin that was killed. If they can't be listed now, the next plugin removes them.
-        let stale = names(&this.dir).unwrap_or_else(|error| {
+        let stale = list_names(&this.dir).unwrap_or_else(|error| {
             tracing::warn!(
-                error = %crate::chain(&error),
+                error = %crate::error_chain(&error),
                 "could not list an earlier plugin's prepared root file systems"
             );
             Vec::new()
@@ -94,17 +100,17 @@ impl Ahead {
         BundlePaths { upper: dir.join("layer"), bundle: dir }
     }
 
-    fn spent(&self) -> MutexGuard<'_, Vec<BundlePaths>> {
-        self.spent.lock().unwrap_or_else(PoisonError::into_inner)
+    fn used(&self) -> MutexGuard<'_, Vec<BundlePaths>> {
+        self.used.lock()
     }
 
-    fn remove_spent(&self) {
-        let spent = std::mem::take(&mut *self.spent());
+    fn remove_used(&self) {
+        let spent = std::mem::take(&mut *self.used());
         spent.iter().for_each(remove);
     }
 
-    fn cells(&self) -> MutexGuard<'_, Vec<Cell>> {
-        self.cells.lock().unwrap_or_else(PoisonError::into_inner)
+    fn prepared(&self) -> MutexGuard<'_, Vec<PreparedRootfs>> {
+        self.prepared.lock()
     }
 
     /// Attaches a root file system that was prepared from these layers, as they are now, in an existing bundle. Returns
@@ -114,17 +120,17 @@ impl Ahead {
     /// # Errors
     /// Fails as rename(2) and move_mount(2) do; nothing is mounted then.
     pub fn attach(&self, layers: Layers<'_>, to: &BundlePaths) -> io::Result<Option<PreparedPins>> {
-        if self.cells().is_empty() {
+        if self.prepared().is_empty() {
             return Ok(None);
         }
-        let stack = Stack::of(layers)?;
-        let Cell { paths, tree, pins, .. } = {
-            let mut cells = self.cells();
+        let stack = LayerIds::of(layers)?;
+        let PreparedRootfs { paths, tree, pins, .. } = {
+            let mut cells = self.prepared();
             let Some(found) = cells.iter().position(|cell| cell.stack == stack) else { return Ok(None) };
             cells.remove(found)
         };
         let attached = fs::rename(&paths.upper, &to.upper).and_then(|()| detached::attach(&tree, &to.rootfs()));
-        self.spent().push(paths);
+        self.used().push(paths);
         if attached.is_err() {
             drop(tree);
             // If the directory can't be removed, the caller's next step, which makes a new one there, reports it.
@@ -139,27 +145,27 @@ impl Ahead {
     /// # Errors
     /// Fails when a file system operation or mount(2) fails. Where the kernel has no detached mounts, or the plugin may
     /// not use them, only the first call fails: the pool is closed then.
-    pub fn make(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
-        let Ok(mut closed) = self.closed.try_lock() else { return Ok(()) };
-        self.remove_spent();
-        let stack = Stack::of(layers).map_err(|source| RootfsError::LayersGone { source })?;
-        if *closed || self.cells().iter().any(|cell| cell.stack == stack) {
+    pub fn prepare(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
+        let Some(mut closed) = self.closed.try_lock() else { return Ok(()) };
+        self.remove_used();
+        let stack = LayerIds::of(layers).map_err(|source| RootfsError::LayersGone { source })?;
+        if *closed || self.prepared().iter().any(|cell| cell.stack == stack) {
             return Ok(());
         }
         let oldest = {
-            let mut cells = self.cells();
-            (cells.len() >= self.most).then(|| cells.remove(0))
+            let mut cells = self.prepared();
+            (cells.len() >= self.capacity).then(|| cells.remove(0))
         };
-        oldest.into_iter().for_each(Cell::discard);
+        oldest.into_iter().for_each(PreparedRootfs::discard);
         let paths = self.paths(&random_hex(6));
-        match prepared(&paths, layers) {
+        match mount_detached(&paths, layers) {
             Ok((tree, pins)) => {
-                self.cells().push(Cell { stack, paths, tree, pins });
+                self.prepared().push(PreparedRootfs { stack, paths, tree, pins });
                 Ok(())
             }
             Err(error) => {
                 remove(&paths);
-                if let RootfsError::Mount { source, .. } = &error {
+                if let RootfsError::MountRootfs { source, .. } = &error {
                     *closed = matches!(source.raw_os_error(), Some(libc::ENOSYS | libc::EPERM));
                 }
                 Err(error)
@@ -169,27 +175,27 @@ impl Ahead {
 
     /// Discards root file systems whose layers are gone.
     pub fn prune(&self) {
-        let gone: Vec<Cell> = self.cells().extract_if(.., |cell| !cell.stack.is_current()).collect();
-        gone.into_iter().for_each(Cell::discard);
+        let gone: Vec<PreparedRootfs> = self.prepared().extract_if(.., |cell| !cell.stack.is_current()).collect();
+        gone.into_iter().for_each(PreparedRootfs::discard);
     }
 
     /// Discards all root file systems.
-    pub fn give_up(&self) {
-        let all = std::mem::take(&mut *self.cells());
-        all.into_iter().for_each(Cell::discard);
-        self.remove_spent();
+    pub fn discard_all(&self) {
+        let all = std::mem::take(&mut *self.prepared());
+        all.into_iter().for_each(PreparedRootfs::discard);
+        self.remove_used();
     }
 
     /// Discards all root file systems, and prepares no more.
     pub fn close(&self) {
-        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.give_up();
+        *self.closed.lock() = true;
+        self.discard_all();
         // The directory is not empty when a root file system could not be removed, which has been logged then.
         let _ = fs::remove_dir(&self.dir);
     }
 }
 
-impl Cell {
+impl PreparedRootfs {
     fn discard(self) {
         drop(self.tree);
         remove(&self.paths);
@@ -200,18 +206,22 @@ fn remove(paths: &BundlePaths) {
     if let Err(error) = paths.unmount().and_then(|()| paths.remove()) {
         tracing::warn!(
             path = %paths.bundle.display(),
-            error = %crate::chain(&error),
+            error = %crate::error_chain(&error),
             "could not remove a prepared root file system"
         );
     }
 }
 
 /// Mounts an overlay and a file system for the sources of mounts, and detaches both right away.
-fn prepared(paths: &BundlePaths, layers: Layers<'_>) -> Result<(OwnedFd, PreparedPins), RootfsError> {
+fn mount_detached(paths: &BundlePaths, layers: Layers<'_>) -> Result<(OwnedFd, PreparedPins), RootfsError> {
     let (rootfs, pins) = (paths.rootfs(), paths.pins());
-    make_dir(&rootfs).map_err(|source| RootfsError::File { doing: "create", path: rootfs.clone(), source })?;
-    paths.mount(layers, &UpperOn::Disk)?;
-    let tree = detached::detach(&rootfs).map_err(|source| RootfsError::Mount { path: rootfs, source })?;
-    let pins = PreparedPins::make(&pins).map_err(|source| RootfsError::Mount { path: pins, source })?;
+    create_private_dir(&rootfs).map_err(|source| RootfsError::File {
+        doing: "create",
+        path: rootfs.clone(),
+        source,
+    })?;
+    paths.mount(layers, &UpperStorage::Disk)?;
+    let tree = detached::detach(&rootfs).map_err(|source| RootfsError::MountRootfs { path: rootfs, source })?;
+    let pins = PreparedPins::make(&pins).map_err(|source| RootfsError::MountRootfs { path: pins, source })?;
     Ok((tree, pins))
 }

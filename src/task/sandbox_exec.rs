@@ -14,11 +14,11 @@ use super::Record;
 use crate::{gvisor, ids::ContainerId, places::Places, process::async_command};
 
 /// How long a call of runsc may take. A query to a sandbox takes 20 ms.
-const ASK: Duration = Duration::from_secs(10);
+const RUNSC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is needed to find a process again that was exec'd in a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InSandbox {
+pub(crate) struct SandboxExec {
     /// The file in which the shim has written the path of the program that it calls as runsc.
     program: PathBuf,
     /// runsc's state directory.
@@ -29,18 +29,18 @@ pub struct InSandbox {
 
 /// A process in the output of `runsc ps --format=json`.
 #[derive(Debug, Deserialize)]
-struct Listed {
+struct ListedProcess {
     pid: i32,
     ppid: i32,
 }
 
-impl InSandbox {
+impl SandboxExec {
     pub(super) fn of(places: &Places, record: &Record, exec_id: &str) -> Self {
         let bundle = places.bundle(&record.container_id);
         Self {
             program: bundle.join("runtime"),
             root: places.runtime_state(&record.runtime, &record.namespace),
-            pid_file: bundle.join(format!("{exec_id}.pid{}", gvisor::INSIDE)),
+            pid_file: bundle.join(format!("{exec_id}.pid{}", gvisor::SANDBOX_PID_SUFFIX)),
         }
     }
 
@@ -50,26 +50,26 @@ impl InSandbox {
         let Some(pid) = fs::read_to_string(&self.pid_file).ok().and_then(|text| text.trim().parse().ok()) else {
             return;
         };
-        let listed = self.runsc(&["ps", "--format=json", container.as_str()]).await;
-        let all: Vec<Listed> = listed.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
-        for member in family(pid, &all) {
+        let listed = self.run_runsc(&["ps", "--format=json", container.as_str()]).await;
+        let all: Vec<ListedProcess> = listed.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+        for member in with_descendants(pid, &all) {
             let pid = format!("--pid={member}");
-            self.runsc(&["kill", &pid, container.as_str(), "KILL"]).await;
+            self.run_runsc(&["kill", &pid, container.as_str(), "KILL"]).await;
         }
     }
 
     /// Removes the file with the pid of a process that has ended.
-    pub(super) fn forget(&self) {
+    pub(super) fn remove_pid_file(&self) {
         // Without this driver's wrapper script there is no such file.
         let _ = fs::remove_file(&self.pid_file);
     }
 
     /// Runs runsc and returns its output. `None` if runsc fails, which it does for a sandbox that has ended.
-    async fn runsc(&self, words: &[&str]) -> Option<String> {
+    async fn run_runsc(&self, words: &[&str]) -> Option<String> {
         let program = fs::read_to_string(&self.program).ok()?;
         let mut command = async_command(Path::new(program.trim()));
         command.arg("--root").arg(&self.root).args(words).stdin(Stdio::null()).kill_on_drop(true);
-        let output = tokio::time::timeout(ASK, command.output()).await.ok()?;
+        let output = tokio::time::timeout(RUNSC_TIMEOUT, command.output()).await.ok()?;
         let output = output.inspect_err(|error| tracing::warn!(%error, program, "could not run runsc")).ok()?;
         if output.status.success() {
             return Some(String::from_utf8_lossy(&output.stdout).into_owned());
@@ -81,7 +81,7 @@ impl InSandbox {
 
 /// Returns the pids of a process and its descendants. The process itself is the first, so that it is killed first and
 /// can't start others meanwhile.
-fn family(pid: i32, all: &[Listed]) -> Vec<i32> {
+fn with_descendants(pid: i32, all: &[ListedProcess]) -> Vec<i32> {
     let (mut members, mut known, mut next) = (vec![pid], BTreeSet::from([pid]), 0);
     while let Some(&parent) = members.get(next) {
         next += 1;
@@ -97,8 +97,8 @@ mod tests {
     #[test]
     fn a_family_is_a_process_and_its_descendants() {
         let text = r#"[{"uid":0,"pid":1,"ppid":0},{"pid":7,"ppid":0},{"pid":8,"ppid":7},{"pid":9,"ppid":8},{"pid":10,"ppid":1}]"#;
-        let all: Vec<Listed> = serde_json::from_str(text).expect("a list");
-        assert_eq!(family(7, &all), [7, 8, 9]);
-        assert_eq!(family(99, &all), [99]);
+        let all: Vec<ListedProcess> = serde_json::from_str(text).expect("a list");
+        assert_eq!(with_descendants(7, &all), [7, 8, 9]);
+        assert_eq!(with_descendants(99, &all), [99]);
     }
 }

@@ -15,9 +15,9 @@ use crate::ids::TaskId;
 /// The maximum number of such threads. A thread that hangs keeps its permit until its file system answers.
 const THREADS_MAX: usize = 128;
 /// A file system that has not answered for this long is considered dead.
-const DEADLINE: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-static THREADS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS_MAX)));
+static THREAD_PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS_MAX)));
 
 /// Runs `work` on a thread of its own, and waits until it is done, the task is stopped, or the timeout has passed.
 /// After that the work goes on, and its result is dropped.
@@ -30,8 +30,8 @@ pub(super) async fn run<T: Send + 'static>(
     stop: &CancellationToken,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, TaskError> {
-    let Ok(place) = THREADS.clone().try_acquire_owned() else {
-        return Err(TaskError::Hanging {
+    let Ok(place) = THREAD_PERMITS.clone().try_acquire_owned() else {
+        return Err(TaskError::MountSourcesUnreachable {
             id: task.clone(),
             problem: format!("{THREADS_MAX} file operations hang already"),
         });
@@ -43,15 +43,18 @@ pub(super) async fn run<T: Send + 'static>(
         drop(place);
     });
     if let Err(error) = thread {
-        return Err(TaskError::Hanging { id: task.clone(), problem: format!("no thread could be started: {error}") });
+        return Err(TaskError::MountSourcesUnreachable {
+            id: task.clone(),
+            problem: format!("no thread could be started: {error}"),
+        });
     }
     tokio::select! {
-        outcome = tokio::time::timeout(DEADLINE, done) => match outcome {
+        outcome = tokio::time::timeout(ANSWER_TIMEOUT, done) => match outcome {
             Ok(Ok(result)) => Ok(result),
-            Ok(Err(_)) => Err(TaskError::Hanging { id: task.clone(), problem: "the thread ended early".to_owned() }),
+            Ok(Err(_)) => Err(TaskError::MountSourcesUnreachable { id: task.clone(), problem: "the thread ended early".to_owned() }),
             Err(_) => {
-                let problem = format!("a file system did not answer in {} s", DEADLINE.as_secs());
-                Err(TaskError::Hanging { id: task.clone(), problem })
+                let problem = format!("a file system did not answer in {} s", ANSWER_TIMEOUT.as_secs());
+                Err(TaskError::MountSourcesUnreachable { id: task.clone(), problem })
             }
         },
         () = stop.cancelled() => Err(TaskError::Stopped(task.clone())),

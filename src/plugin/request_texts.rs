@@ -9,11 +9,11 @@ use crate::{pb::driver as wire, text::quoted};
 ///
 /// # Errors
 /// When a text has a forbidden character; the error has all faults.
-pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
+pub(crate) fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
     let mut faults = Vec::new();
     let mut forbid = |name: String, text: &str, forbidden: Forbidden| {
-        if text.contains(|c| forbidden.holds(c)) {
-            faults.push(format!("{name} contains {}", forbidden.word()));
+        if text.contains(|c| forbidden.matches(c)) {
+            faults.push(format!("{name} contains {}", forbidden.description()));
         }
     };
     for (name, text) in [
@@ -51,7 +51,7 @@ pub fn check(task: &wire::TaskConfig) -> Result<(), ConfigError> {
         }
     }
     forbid("the network's path".to_owned(), network.map_or("", |network| &network.path), Forbidden::Nul);
-    if faults.is_empty() { Ok(()) } else { Err(ConfigError::many(faults)) }
+    if faults.is_empty() { Ok(()) } else { Err(ConfigError::job_faults(faults)) }
 }
 
 /// The characters that a text must not contain.
@@ -64,14 +64,14 @@ enum Forbidden {
 }
 
 impl Forbidden {
-    fn holds(self, c: char) -> bool {
+    fn matches(self, c: char) -> bool {
         match self {
             Self::Nul => c == '\0',
             Self::Control => c.is_control(),
         }
     }
 
-    fn word(self) -> &'static str {
+    fn description(self) -> &'static str {
         match self {
             Self::Nul => "a NUL byte",
             Self::Control => "a control character",

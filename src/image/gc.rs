@@ -15,14 +15,14 @@ use crate::{
 
 /// The images that task records name.
 #[derive(Debug, Clone, Default)]
-pub struct InUse {
+pub struct ImagesInUse {
     names: HashSet<String>,
     /// The leases of the images, because a name may stand for another image by now.
     leases: HashSet<String>,
 }
 
 /// Collects pairs of an image's name and its lease.
-impl FromIterator<(String, String)> for InUse {
+impl FromIterator<(String, String)> for ImagesInUse {
     fn from_iter<T: IntoIterator<Item = (String, String)>>(pairs: T) -> Self {
         let (names, leases) = pairs.into_iter().unzip();
         Self { names, leases }
@@ -32,26 +32,26 @@ impl FromIterator<(String, String)> for InUse {
 impl ImageStore {
     /// Removes images that are not in `in_use`, that no start is about to use, and that no task has used for the time
     /// `keep`. Also removes leases without a record. Returns what was removed, or would be removed without `dry_run`.
-    pub async fn collect(&self, keep: Duration, in_use: &InUse, dry_run: bool) -> Vec<Garbage> {
+    pub async fn collect_garbage(&self, keep: Duration, in_use: &ImagesInUse, dry_run: bool) -> Vec<Garbage> {
         let mut found = Vec::new();
         for record in self.take_unused(keep, in_use, dry_run) {
-            let outcome = if dry_run { Ok(()) } else { self.discard(&record, in_use).await };
+            let outcome = if dry_run { Ok(()) } else { self.remove_record(&record, in_use).await };
             if outcome.is_err() {
                 // The record is put back, so that the next garbage collection tries again.
                 lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
             }
             found.push(
                 Garbage::removed("image", &record.reference, &outcome)
-                    .because("no task uses it, and none has used it within `image { keep }`"),
+                    .with_reason("no task uses it, and none has used it within `image { keep }`"),
             );
         }
-        found.extend(self.collect_leases(in_use, dry_run).await);
+        found.extend(self.collect_unrecorded_leases(in_use, dry_run).await);
         found
     }
 
     /// Takes the records of unused images out of the store, or only lists them with `dry_run`. A start no longer finds
     /// such a record: it pulls the image, and waits for the removal.
-    fn take_unused(&self, keep: Duration, in_use: &InUse, dry_run: bool) -> Vec<Arc<ImageRecord>> {
+    fn take_unused(&self, keep: Duration, in_use: &ImagesInUse, dry_run: bool) -> Vec<Arc<ImageRecord>> {
         let directory = self.inner().places.images();
         let mut records = lock(&self.inner().records);
         let unused: Vec<String> = records
@@ -71,7 +71,7 @@ impl ImageStore {
     ///
     /// # Errors
     /// When a task uses the image, the image is not stored, or containerd refuses.
-    pub async fn remove(&self, name: &str, in_use: &InUse) -> Result<(), ImageError> {
+    pub async fn remove(&self, name: &str, in_use: &ImagesInUse) -> Result<(), ImageError> {
         let record = {
             let mut records = lock(&self.inner().records);
             let busy =
@@ -82,13 +82,13 @@ impl ImageStore {
             records.remove(name)
         };
         match record {
-            Some(record) => self.discard(&record, in_use).await?,
+            Some(record) => self.remove_record(&record, in_use).await?,
             None if self.inner().client.image(name).await?.is_none() => {
-                return Err(ImageError::NotHere { image: name.to_owned() });
+                return Err(ImageError::NotStored { image: name.to_owned() });
             }
             None => {}
         }
-        let _changing = self.inner().leases.lock().await;
+        let _changing = self.inner().lease_lock.lock().await;
         if lock(&self.inner().records).contains_key(name) {
             return Ok(());
         }
@@ -97,30 +97,31 @@ impl ImageStore {
 
     /// Removes an image's record. Its lease is removed if no other image needs it, and containerd's image if this
     /// driver created that.
-    async fn discard(&self, record: &ImageRecord, in_use: &InUse) -> Result<(), ImageError> {
+    async fn remove_record(&self, record: &ImageRecord, in_use: &ImagesInUse) -> Result<(), ImageError> {
         let inner = self.inner();
-        let _changing = inner.leases.lock().await;
+        let _changing = inner.lease_lock.lock().await;
         if !self.leases_in_use(in_use).contains(&record.lease) {
-            self.release(&record.lease).await?;
+            self.delete_lease_and_view(&record.lease).await?;
         }
         // A pull has stored an image under this name meanwhile. It must stay.
         if lock(&inner.records).contains_key(&record.reference) {
             return Ok(());
         }
-        if inner.client.image_owner(&record.reference).await?.as_deref() == Some(inner.places.identity().as_str()) {
+        if inner.client.image_owner(&record.reference).await?.as_deref() == Some(inner.places.state_dir_hash().as_str())
+        {
             inner.client.delete_image(&record.reference).await?;
         }
-        record.forget(&inner.places.images())
+        record.delete(&inner.places.images())
     }
 
     /// Deletes a lease, and the view of the same name if there is one.
-    async fn release(&self, lease: &str) -> Result<(), ContainerdError> {
+    async fn delete_lease_and_view(&self, lease: &str) -> Result<(), ContainerdError> {
         let client = &self.inner().client;
         client.delete_lease(&LeaseId(lease.to_owned())).await?;
         // containerd's garbage collector would remove the view as well, but on a busy host only after a minute.
         if let Err(error) = client.remove_snapshot(lease).await {
             tracing::debug!(
-                error = %crate::chain(&error),
+                error = %crate::error_chain(&error),
                 "could not remove the view of an image; containerd's garbage collector will remove it"
             );
         }
@@ -129,12 +130,12 @@ impl ImageStore {
 
     /// Returns the leases of images that are stored or are being pulled, and of images that tasks still use although
     /// their name stands for another image by now.
-    fn leases_in_use(&self, in_use: &InUse) -> HashSet<String> {
+    fn leases_in_use(&self, in_use: &ImagesInUse) -> HashSet<String> {
         let inner = self.inner();
         let mut leases = in_use.leases.clone();
-        leases.extend(lock(&inner.pulls).iter().cloned());
+        leases.extend(lock(&inner.pull_leases).iter().cloned());
         leases.extend(lock(&inner.records).values().map(|record| record.lease.clone()));
-        let mut retired = lock(&inner.retired);
+        let mut retired = lock(&inner.superseded);
         retired.retain(|record| Arc::strong_count(record) > 1);
         leases.extend(retired.iter().map(|record| record.lease.clone()));
         leases
@@ -142,9 +143,9 @@ impl ImageStore {
 
     /// Removes this driver's leases without a record or a running pull, which an earlier plugin left when it was
     /// killed.
-    pub async fn collect_leases(&self, in_use: &InUse, dry_run: bool) -> Vec<Garbage> {
+    pub async fn collect_unrecorded_leases(&self, in_use: &ImagesInUse, dry_run: bool) -> Vec<Garbage> {
         let inner = self.inner();
-        let _changing = inner.leases.lock().await;
+        let _changing = inner.lease_lock.lock().await;
         let ours = self.lease_prefix();
         let leases = match inner.client.leases().await {
             Ok(leases) => leases,
@@ -153,11 +154,11 @@ impl ImageStore {
                 return Vec::new();
             }
         };
-        let claimed = self.leases_in_use(in_use);
+        let in_use_leases = self.leases_in_use(in_use);
         let mut found = Vec::new();
-        for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !claimed.contains(lease)) {
-            let outcome = if dry_run { Ok(()) } else { self.release(&lease).await };
-            found.push(Garbage::removed("lease", &lease, &outcome).because("no image of this driver needs it"));
+        for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !in_use_leases.contains(lease)) {
+            let outcome = if dry_run { Ok(()) } else { self.delete_lease_and_view(&lease).await };
+            found.push(Garbage::removed("lease", &lease, &outcome).with_reason("no image of this driver needs it"));
         }
         found
     }

@@ -15,22 +15,22 @@ const HOSTS_FILE: &str = "/etc/hosts";
 
 /// The content of a task's network files.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Names {
-    pub(super) hosts: Hosts,
+pub(super) struct NetworkFiles {
+    pub(super) hosts: HostsFile,
     /// The text of `/etc/resolv.conf`. `None` keeps the image's own file.
     pub(super) resolv_conf: Option<String>,
 }
 
 /// The task's `/etc/hosts`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Hosts {
+pub(super) enum HostsFile {
     /// The host's file, read-only.
-    OfTheHost,
+    Host,
     /// A file of the task's own, with this text.
     Text(String),
 }
 
-impl Names {
+impl NetworkFiles {
     /// Builds the files from the options of the job and its group.
     ///
     /// # Errors
@@ -42,10 +42,10 @@ impl Names {
             match address(host, network) {
                 Ok(found) => extra.push(found),
                 // nomad-driver-containerd wrote a line without effect.
-                Err(error) if flavor == Flavor::DropIn => {
+                Err(error) if flavor == Flavor::ContainerdDriver => {
                     tracing::warn!(
                         task = %request.task_id,
-                        error = %crate::chain(&error),
+                        error = %crate::error_chain(&error),
                         "left out an entry of extra_hosts that has no address"
                     );
                 }
@@ -55,14 +55,14 @@ impl Names {
         let extra = || extra.iter().map(|(address, name)| (address.as_str(), *name));
         let own = request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
         let hosts = match (options.host_network, options.extra_hosts.is_empty()) {
-            (true, true) => Hosts::OfTheHost,
-            (true, false) => Hosts::Text(network::hosts(&read(Path::new(HOSTS_FILE))?, extra())),
-            (false, _) => Hosts::Text(network::hosts(HOSTS, own.into_iter().chain(extra()))),
+            (true, true) => HostsFile::Host,
+            (true, false) => HostsFile::Text(network::hosts(&read(Path::new(HOSTS_FILE))?, extra())),
+            (false, _) => HostsFile::Text(network::hosts(HOSTS, own.into_iter().chain(extra()))),
         };
         // nomad-driver-containerd gave tasks with the host's network the host's name servers, whatever `host_dns` said.
-        let host_dns = options.host_dns || (options.host_network && flavor == Flavor::DropIn);
-        let servers = host_dns || !request.dns.is_unset();
-        let resolv_conf = match servers {
+        let host_dns = options.host_dns || (options.host_network && flavor == Flavor::ContainerdDriver);
+        let writes_resolv_conf = host_dns || !request.dns.is_unset();
+        let resolv_conf = match writes_resolv_conf {
             true => Some(request.dns.render(&system_dns(options.host_network)?)),
             false => None,
         };
@@ -74,7 +74,7 @@ fn address<'a>(host: &'a ExtraHost, network: &NetworkNamespace) -> Result<(Strin
     let address = match host.address {
         HostAddress::At(address) => address,
         HostAddress::Gateway => {
-            gateway::of(network).map_err(|source| RootfsError::Gateway { name: host.name.clone(), source })?
+            gateway::host_address(network).map_err(|source| RootfsError::Gateway { name: host.name.clone(), source })?
         }
     };
     Ok((address.to_string(), &host.name))

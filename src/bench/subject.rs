@@ -7,21 +7,21 @@ use std::{
     os::unix::fs::DirBuilderExt as _,
     path::{Path as FilePath, PathBuf},
     process::Stdio,
-    sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use tokio::process::Child;
 
 use super::{
     BenchError,
-    floor::{Floor, Process},
+    floor::{ContainerProcess, Floor},
     job::Job,
     template::Template,
 };
 use crate::{
     containerd::{Client, LeaseId},
-    host::{Launch, Plugin, called, encode},
+    host::{Plugin, PluginCommand, call_error, encode},
     ids::ChainId,
     overlay,
     pb::{
@@ -34,43 +34,43 @@ use crate::{
 };
 
 /// How long a task may take to stop before it is killed. This is also the limit of an exec.
-const STOP: prost_types::Duration = prost_types::Duration { seconds: 30, nanos: 0 };
+const STOP_TIMEOUT: prost_types::Duration = prost_types::Duration { seconds: 30, nanos: 0 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// One of the things that are compared, ready to run tasks.
 #[derive(Debug)]
-pub struct Path {
+pub(crate) struct Subject {
     pub(super) name: String,
-    pub(super) way: Way,
+    pub(super) backend: Backend,
 }
 
 /// How a subject runs tasks.
 #[derive(Debug)]
-pub enum Way {
+pub(crate) enum Backend {
     /// By calls to a Nomad driver plugin.
-    Plugin(Box<PluginWay>),
+    Plugin(Box<PluginBackend>),
     /// By calls to containerd's own services.
     Containerd { client: Client, lease: LeaseId, template: Template },
     /// By the command line of an OCI runtime, in the foreground.
-    Runtime { binary: PathBuf, flags: Vec<String>, dir: PathBuf, template: Template, running: Running<Child> },
+    Runtime { binary: PathBuf, flags: Vec<String>, dir: PathBuf, template: Template, running: RunningTasks<Child> },
     /// By the command line of docker or podman, in the foreground.
-    Engine { binary: PathBuf, image: String, running: Running<Child> },
+    Engine { binary: PathBuf, image: String, running: RunningTasks<Child> },
     /// By raw system calls.
-    Floor { dir: PathBuf, template: Template, floor: Box<Floor>, running: Running<Process> },
+    Floor { dir: PathBuf, template: Template, floor: Box<Floor>, running: RunningTasks<ContainerProcess> },
 }
 
 /// The processes of running tasks, by the task's id.
 #[derive(Debug)]
-pub struct Running<T>(Mutex<HashMap<String, T>>);
+pub(crate) struct RunningTasks<T>(Mutex<HashMap<String, T>>);
 
-impl<T> Default for Running<T> {
+impl<T> Default for RunningTasks<T> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<T> Running<T> {
+impl<T> RunningTasks<T> {
     fn put(&self, job: &Job, process: T) {
         self.map().insert(job.id.clone(), process);
     }
@@ -87,13 +87,13 @@ impl<T> Running<T> {
     }
 
     fn map(&self) -> MutexGuard<'_, HashMap<String, T>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 
 /// A plugin, and the options of the tasks that it runs.
 #[derive(Debug)]
-pub struct PluginWay {
+pub(crate) struct PluginBackend {
     pub(super) plugin: Plugin,
     pub(super) image: String,
     pub(super) task: Value,
@@ -112,16 +112,21 @@ pub(super) fn merge(into: &mut Value, from: &Value) {
     }
 }
 
-impl PluginWay {
+impl PluginBackend {
     /// Starts a plugin as an agent does, configures it, and asks for its schema of task options.
-    pub(super) async fn launch(launch: &Launch, config: &Value, image: &str, task: Value) -> Result<Self, BenchError> {
+    pub(super) async fn launch(
+        launch: &PluginCommand,
+        config: &Value,
+        image: &str,
+        task: Value,
+    ) -> Result<Self, BenchError> {
         let plugin = Plugin::launch(launch).await?;
         if let Err(error) = plugin.configure(config).await {
-            plugin.leave().await;
+            plugin.shut_down().await;
             return Err(error.into());
         }
         let schema = plugin.driver().task_config_schema(TaskConfigSchemaRequest {}).await;
-        let schema = schema.map_err(called("TaskConfigSchema"))?.into_inner().spec;
+        let schema = schema.map_err(call_error("TaskConfigSchema"))?.into_inner().spec;
         Ok(Self { plugin, image: image.to_owned(), task, schema })
     }
 
@@ -134,22 +139,26 @@ impl PluginWay {
         let mut config = json!({ "image": self.image, "command": command[0], "args": command[1..] });
         merge(&mut config, &self.task);
         let task = job.dirs.config("1", encode(self.schema.as_ref(), &config)?);
-        self.plugin.driver().start_task(StartTaskRequest { task: Some(task) }).await.map_err(called("StartTask"))?;
+        self.plugin
+            .driver()
+            .start_task(StartTaskRequest { task: Some(task) })
+            .await
+            .map_err(call_error("StartTask"))?;
         Ok(())
     }
 }
 
-impl Path {
+impl Subject {
     /// Starts the task. Returns when the subject reports to its caller that the task runs; a foreground command never
     /// does, so for one this returns when the command was started.
     pub(super) async fn start(&self, job: &Job) -> Result<(), Failure> {
-        match &self.way {
-            Way::Plugin(way) => way.start(job).await,
-            Way::Containerd { client, lease, template } => {
+        match &self.backend {
+            Backend::Plugin(way) => way.start(job).await,
+            Backend::Containerd { client, lease, template } => {
                 let parent: Option<ChainId> = serde_json::from_value(json!(template.chain_id)).ok();
                 let mounts = client.prepare_snapshot(lease, &job.id, parent.as_ref(), HashMap::new()).await?;
                 let bundle = job.alloc.dir.join("bundle");
-                own_files(&bundle)?;
+                write_network_files(&bundle)?;
                 let spec = template.fill(job, &bundle, &job.id, "rootfs");
                 client.create_container(&job.id, serde_json::to_vec(&spec)?).await?;
                 let path = |path: &FilePath| path.to_string_lossy().into_owned();
@@ -157,9 +166,9 @@ impl Path {
                 client.start_task(&job.id).await?;
                 Ok(())
             }
-            Way::Runtime { binary, flags, dir, template, running } => {
+            Backend::Runtime { binary, flags, dir, template, running } => {
                 let bundle = dir.join(&job.id);
-                mount(&bundle, template)?;
+                make_bundle(&bundle, template)?;
                 fs::write(bundle.join("config.json"), template.fill(job, &bundle, &job.id, "rootfs").to_string())?;
                 let mut command = runtime(binary, dir);
                 command.args(flags).args(["run", "--bundle"]).arg(&bundle).arg(&job.id);
@@ -167,7 +176,7 @@ impl Path {
                 running.put(job, child);
                 Ok(())
             }
-            Way::Engine { binary, image, running } => {
+            Backend::Engine { binary, image, running } => {
                 let mut command = tokio::process::Command::new(binary);
                 let local = format!("{}:/local", job.alloc.dir.join("task/local").display());
                 let memory = ["--memory", "64m", "--network", "none", "--read-only=false"];
@@ -180,10 +189,10 @@ impl Path {
                 running.put(job, child);
                 Ok(())
             }
-            Way::Floor { dir, template, floor, running } => {
+            Backend::Floor { dir, template, floor, running } => {
                 let bundle = dir.join(&job.id);
-                let process = tokio::task::block_in_place(|| -> Result<Process, Failure> {
-                    mount(&bundle, template)?;
+                let process = tokio::task::block_in_place(|| -> Result<ContainerProcess, Failure> {
+                    make_bundle(&bundle, template)?;
                     let root = bundle.join("rootfs");
                     let spec = template.fill(job, &bundle, &job.id, &root.to_string_lossy());
                     floor.spawn(&spec, &job.dirs.stdout, &job.dirs.stderr)
@@ -196,44 +205,44 @@ impl Path {
 
     /// Waits for the task's end and returns whether its exit code was 0.
     pub(super) async fn wait(&self, job: &Job) -> Result<bool, Failure> {
-        match &self.way {
-            Way::Plugin(way) => {
-                let request = WaitTaskRequest { task_id: PluginWay::task_id(job) };
-                let answer = way.plugin.driver().wait_task(request).await.map_err(called("WaitTask"))?.into_inner();
+        match &self.backend {
+            Backend::Plugin(way) => {
+                let request = WaitTaskRequest { task_id: PluginBackend::task_id(job) };
+                let answer = way.plugin.driver().wait_task(request).await.map_err(call_error("WaitTask"))?.into_inner();
                 Ok(answer.result.is_some_and(|result| result.exit_code == 0))
             }
-            Way::Containerd { client, .. } => Ok(client.wait_task(&job.id).await? == 0),
-            Way::Runtime { running, .. } | Way::Engine { running, .. } => {
+            Backend::Containerd { client, .. } => Ok(client.wait_task(&job.id).await? == 0),
+            Backend::Runtime { running, .. } | Backend::Engine { running, .. } => {
                 Ok(running.take(job)?.wait().await?.success())
             }
-            Way::Floor { running, .. } => running.get(job)?.wait().await.map_err(Failure::from),
+            Backend::Floor { running, .. } => running.get(job)?.wait().await.map_err(Failure::from),
         }
     }
 
     /// Stops the task and waits for its end.
     pub(super) async fn stop(&self, job: &Job) -> Result<(), Failure> {
-        match &self.way {
-            Way::Plugin(way) => {
+        match &self.backend {
+            Backend::Plugin(way) => {
                 let request = StopTaskRequest {
-                    task_id: PluginWay::task_id(job),
-                    timeout: Some(STOP),
+                    task_id: PluginBackend::task_id(job),
+                    timeout: Some(STOP_TIMEOUT),
                     signal: "SIGTERM".to_owned(),
                 };
-                way.plugin.driver().stop_task(request).await.map_err(called("StopTask"))?;
+                way.plugin.driver().stop_task(request).await.map_err(call_error("StopTask"))?;
                 return Ok(());
             }
-            Way::Containerd { client, .. } => client.kill_task(&job.id, libc::SIGTERM.cast_unsigned()).await?,
-            Way::Runtime { binary, dir, .. } => {
+            Backend::Containerd { client, .. } => client.kill_task(&job.id, libc::SIGTERM.cast_unsigned()).await?,
+            Backend::Runtime { binary, dir, .. } => {
                 let mut command = runtime(binary, dir);
                 command.args(["kill", &job.id, "TERM"]);
                 check(command).await?;
             }
-            Way::Engine { binary, .. } => {
+            Backend::Engine { binary, .. } => {
                 let mut command = tokio::process::Command::new(binary);
                 command.args(["stop", "--time", "30", &job.id]);
                 check(command).await?;
             }
-            Way::Floor { running, .. } => {
+            Backend::Floor { running, .. } => {
                 running.get(job)?.signal(libc::SIGTERM);
             }
         }
@@ -242,28 +251,28 @@ impl Path {
 
     /// Returns whether the task can be stopped. An OCI runtime has to know the task first: crun 1.8 writes a
     /// container's state only when the task may run already.
-    pub(super) async fn is_known(&self, job: &Job) -> bool {
-        !matches!(self.way, Way::Runtime { .. }) || self.pid(job).await.is_ok()
+    pub(super) async fn can_be_stopped(&self, job: &Job) -> bool {
+        !matches!(self.backend, Backend::Runtime { .. }) || self.pid(job).await.is_ok()
     }
 
     /// Ends and removes whatever is left of a task that has failed. Further errors are ignored: the failure was
     /// reported already.
     pub(super) async fn abandon(&self, job: &Job) {
-        let will_end = match &self.way {
+        let will_end = match &self.backend {
             // `destroy` ends the task as well.
-            Way::Plugin(_) => false,
-            Way::Containerd { client, .. } => client.kill_all(&job.id).await.is_ok(),
-            Way::Runtime { binary, dir, .. } => {
+            Backend::Plugin(_) => false,
+            Backend::Containerd { client, .. } => client.kill_all(&job.id).await.is_ok(),
+            Backend::Runtime { binary, dir, .. } => {
                 let mut command = runtime(binary, dir);
                 command.args(["delete", "--force", &job.id]);
                 check(command).await.is_ok()
             }
-            Way::Engine { binary, .. } => {
+            Backend::Engine { binary, .. } => {
                 let mut command = tokio::process::Command::new(binary);
                 command.args(["rm", "--force", &job.id]);
                 check(command).await.is_ok()
             }
-            Way::Floor { running, .. } => running.get(job).map(|process| process.signal(libc::SIGKILL)).is_ok(),
+            Backend::Floor { running, .. } => running.get(job).map(|process| process.signal(libc::SIGKILL)).is_ok(),
         };
         if will_end {
             drop(self.wait(job).await);
@@ -273,19 +282,19 @@ impl Path {
 
     /// Removes the task.
     pub(super) async fn destroy(&self, job: &Job) -> Result<(), Failure> {
-        match &self.way {
-            Way::Plugin(way) => {
-                let request = DestroyTaskRequest { task_id: PluginWay::task_id(job), force: true };
-                way.plugin.driver().destroy_task(request).await.map_err(called("DestroyTask"))?;
+        match &self.backend {
+            Backend::Plugin(way) => {
+                let request = DestroyTaskRequest { task_id: PluginBackend::task_id(job), force: true };
+                way.plugin.driver().destroy_task(request).await.map_err(call_error("DestroyTask"))?;
             }
-            Way::Containerd { client, .. } => {
+            Backend::Containerd { client, .. } => {
                 client.delete_task(&job.id).await?;
                 client.delete_container(&job.id).await?;
                 client.remove_snapshot(&job.id).await?;
             }
-            Way::Runtime { dir, .. } => unmount(&dir.join(&job.id))?,
-            Way::Engine { .. } => {}
-            Way::Floor { dir, floor, running, .. } => {
+            Backend::Runtime { dir, .. } => unmount(&dir.join(&job.id))?,
+            Backend::Engine { .. } => {}
+            Backend::Floor { dir, floor, running, .. } => {
                 if let Ok(process) = running.take(job) {
                     floor.clear(&process)?;
                 }
@@ -297,41 +306,41 @@ impl Path {
 
     /// Runs a process in the task.
     pub(super) async fn exec(&self, job: &Job) -> Result<(), Failure> {
-        let Way::Plugin(way) = &self.way else { return Err("only plugins can run the step exec".into()) };
+        let Backend::Plugin(way) = &self.backend else { return Err("only plugins can run the step exec".into()) };
         let request = ExecTaskRequest {
-            task_id: PluginWay::task_id(job),
+            task_id: PluginBackend::task_id(job),
             command: vec![super::stamp::PATH.to_owned()],
-            timeout: Some(STOP),
+            timeout: Some(STOP_TIMEOUT),
         };
-        way.plugin.driver().exec_task(request).await.map_err(called("ExecTask"))?;
+        way.plugin.driver().exec_task(request).await.map_err(call_error("ExecTask"))?;
         Ok(())
     }
 
     /// Reads the task's resource usage once.
     pub(super) async fn stats(&self, job: &Job) -> Result<(), Failure> {
-        let Way::Plugin(way) = &self.way else { return Err("only plugins can run the step stats".into()) };
+        let Backend::Plugin(way) = &self.backend else { return Err("only plugins can run the step stats".into()) };
         let request = TaskStatsRequest {
-            task_id: PluginWay::task_id(job),
+            task_id: PluginBackend::task_id(job),
             collection_interval: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
         };
-        let mut stream = way.plugin.driver().task_stats(request).await.map_err(called("TaskStats"))?.into_inner();
+        let mut stream = way.plugin.driver().task_stats(request).await.map_err(call_error("TaskStats"))?.into_inner();
         stream.message().await?.ok_or("the plugin sent no statistics")?;
         Ok(())
     }
 
     /// Sends the task a signal that its program ignores.
     pub(super) async fn signal(&self, job: &Job) -> Result<(), Failure> {
-        let Way::Plugin(way) = &self.way else { return Err("only plugins can run the step signal".into()) };
-        let request = SignalTaskRequest { task_id: PluginWay::task_id(job), signal: "SIGWINCH".to_owned() };
-        way.plugin.driver().signal_task(request).await.map_err(called("SignalTask"))?;
+        let Backend::Plugin(way) = &self.backend else { return Err("only plugins can run the step signal".into()) };
+        let request = SignalTaskRequest { task_id: PluginBackend::task_id(job), signal: "SIGWINCH".to_owned() };
+        way.plugin.driver().signal_task(request).await.map_err(call_error("SignalTask"))?;
         Ok(())
     }
 
     /// Returns how long the phases of the task's start took, as this driver reports it: milliseconds by name. Empty for
     /// other subjects.
     pub(super) async fn phases(&self, job: &Job) -> Vec<(String, f64)> {
-        let Way::Plugin(way) = &self.way else { return Vec::new() };
-        let request = InspectTaskRequest { task_id: PluginWay::task_id(job) };
+        let Backend::Plugin(way) = &self.backend else { return Vec::new() };
+        let request = InspectTaskRequest { task_id: PluginBackend::task_id(job) };
         let Ok(answer) = way.plugin.driver().inspect_task(request).await else { return Vec::new() };
         let attributes = answer.into_inner().driver.map(|driver| driver.attributes).unwrap_or_default();
         attributes
@@ -345,39 +354,39 @@ impl Path {
 
     /// Returns the pid, on the host, of a running task's process.
     pub(super) async fn pid(&self, job: &Job) -> Result<u32, Failure> {
-        match &self.way {
-            Way::Runtime { binary, dir, .. } => {
+        match &self.backend {
+            Backend::Runtime { binary, dir, .. } => {
                 let mut command = runtime(binary, dir);
                 command.args(["state", &job.id]).stdin(Stdio::null());
                 let output = command.kill_on_drop(true).output().await?;
                 let state: Value = serde_json::from_slice(&output.stdout)?;
                 Ok(state["pid"].as_u64().and_then(|pid| pid.try_into().ok()).ok_or("the runtime reports no pid")?)
             }
-            Way::Floor { running, .. } => Ok(running.get(job)?.pid()),
+            Backend::Floor { running, .. } => Ok(running.get(job)?.pid()),
             _ => Err("this subject does not report the pids of its tasks".into()),
         }
     }
 
     /// Returns the pids of the daemons that the subject runs besides the tasks.
     pub(super) fn daemons(&self) -> Vec<u32> {
-        match &self.way {
-            Way::Plugin(way) => way.plugin.pid().into_iter().collect(),
+        match &self.backend {
+            Backend::Plugin(way) => way.plugin.pid().into_iter().collect(),
             _ => Vec::new(),
         }
     }
 
     /// Returns whether the subject has processes that live longer than a task, whose memory can be counted.
-    pub(super) fn has_memory(&self) -> bool {
-        matches!(self.way, Way::Plugin(_) | Way::Containerd { .. })
+    pub(super) fn has_daemons(&self) -> bool {
+        matches!(self.backend, Backend::Plugin(_) | Backend::Containerd { .. })
     }
 
     /// Ends and removes what only this subject uses.
     pub(super) async fn close(self) {
-        match self.way {
-            Way::Plugin(way) => {
-                way.plugin.leave().await;
+        match self.backend {
+            Backend::Plugin(way) => {
+                way.plugin.shut_down().await;
             }
-            Way::Containerd { client, lease, .. } => drop(client.delete_lease(&lease).await),
+            Backend::Containerd { client, lease, .. } => drop(client.delete_lease(&lease).await),
             _ => {}
         }
     }
@@ -405,15 +414,15 @@ async fn check(mut command: tokio::process::Command) -> Result<(), Failure> {
 }
 
 /// Writes `hosts` and `resolv.conf`, which the spec mounts from the bundle.
-fn own_files(bundle: &FilePath) -> std::io::Result<()> {
+fn write_network_files(bundle: &FilePath) -> std::io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(bundle)?;
     fs::write(bundle.join("hosts"), "127.0.0.1 localhost\n")?;
     fs::write(bundle.join("resolv.conf"), "")
 }
 
 /// Makes a bundle and mounts its root file system, as this driver does.
-fn mount(bundle: &FilePath, template: &Template) -> std::io::Result<()> {
-    own_files(bundle)?;
+fn make_bundle(bundle: &FilePath, template: &Template) -> std::io::Result<()> {
+    write_network_files(bundle)?;
     for directory in ["rootfs", "upper", "work"] {
         fs::DirBuilder::new().mode(0o755).create(bundle.join(directory))?;
     }

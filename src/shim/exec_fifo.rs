@@ -20,14 +20,14 @@ use tokio::net::unix::pipe;
 use crate::process::{PidFd, ProcessId};
 
 /// The longest time for the process to reach the FIFO, to which it has little left to do.
-const COMING: Duration = Duration::from_secs(30);
+const FIFO_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Starts the process of a created container. `state` is the runtime's directory for this container.
 ///
 /// # Errors
 /// Fails when the process could not be started; it is not running then. The error is NotFound if this runtime has no
 /// such FIFO. The caller uses the shim's `Start` instead, which reports what is wrong.
-pub async fn release(state: &Path, process: &ProcessId) -> io::Result<()> {
+pub async fn start_via_exec_fifo(state: &Path, process: &ProcessId) -> io::Result<()> {
     let path = state.join("exec.fifo");
     let open = |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(&path);
     match open(OpenOptions::new().write(true)) {
@@ -42,8 +42,8 @@ pub async fn release(state: &Path, process: &ProcessId) -> io::Result<()> {
             let file = open(OpenOptions::new().read(true))?;
             let fifo = pipe::Receiver::from_file(file.try_clone()?)?;
             tokio::select! {
-                written = tokio::time::timeout(COMING, fifo.readable()) => written??,
-                ended = init.ended() => ended?,
+                written = tokio::time::timeout(FIFO_TIMEOUT, fifo.readable()) => written??,
+                ended = init.wait_for_end() => ended?,
             }
             // The byte is read even if the process has ended meanwhile, because the process may have written it before.
             if (&file).read(&mut [0])? == 0 {

@@ -20,27 +20,27 @@ use nix::{
 };
 
 use super::{
-    Hold, tasks,
-    watch::{Change, Watch},
-    writer::outlast_writer,
+    FifoGuard, task_names,
+    watch::{DirChange, DirWatch},
+    writer::wait_for_writer_exit,
 };
-use crate::process::{self, PidFd, ProcessId, unless_vanished};
+use crate::process::{self, PidFd, ProcessId, none_if_vanished};
 
 /// The file that the running supervisor has locked. It contains the supervisor's pid and start time.
 const LOCK: &str = ".keeper.lock";
 /// The argument with which the supervisor starts the log writer.
-pub const WRITER: &str = "--writer";
+pub const WRITER_FLAG: &str = "--writer";
 /// The command of this program that runs the supervisor.
-pub const COMMAND: &str = "log-writer";
+pub const SUPERVISOR_COMMAND: &str = "log-writer";
 /// If a log writer ran for a shorter time than this, the next one is started after a delay.
-const SHORT: Duration = Duration::from_secs(1);
+const SHORT_RUN_MAX: Duration = Duration::from_secs(1);
 
 /// Runs the supervisor for the directory `logs` until the directory is removed. Returns at once if another supervisor
 /// runs.
 ///
 /// # Errors
 /// When the lock, the processes or the directory can't be examined.
-pub fn keep(logs: &Path) -> io::Result<()> {
+pub fn run_supervisor(logs: &Path) -> io::Result<()> {
     // The plugin closes its end of the pipe after it has moved this process out of the agent's cgroup.
     io::stdin().read_to_end(&mut Vec::new())?;
     let lock = File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(logs.join(LOCK))?;
@@ -49,26 +49,26 @@ pub fn keep(logs: &Path) -> io::Result<()> {
     lock.set_len(0)?;
     lock.write_all(&own)?;
     // Children do not inherit the lock, so that it is free as soon as this process has ended.
-    let watch = Watch::new(logs, LOCK, InitFlags::empty())?;
-    let mut held: HashMap<String, Hold> = HashMap::new();
-    let hold_all = |held: &mut HashMap<String, Hold>| -> io::Result<()> {
-        let all = tasks(logs)?.into_iter();
-        held.extend(all.map(|task| (task.clone(), Hold::new(&logs.join(task)))));
+    let watch = DirWatch::new(logs, LOCK, InitFlags::empty())?;
+    let mut held: HashMap<String, FifoGuard> = HashMap::new();
+    let hold_all = |held: &mut HashMap<String, FifoGuard>| -> io::Result<()> {
+        let all = task_names(logs)?.into_iter();
+        held.extend(all.map(|task| (task.clone(), FifoGuard::new(&logs.join(task)))));
         Ok(())
     };
     hold_all(&mut held)?;
     let dir = logs.to_owned();
-    thread::spawn(move || restart(&dir));
+    thread::spawn(move || run_writers(&dir));
     loop {
         for change in watch.changes()? {
             match change {
-                Change::Came(task) => {
-                    let files = Hold::new(&logs.join(&task));
+                DirChange::Added(task) => {
+                    let files = FifoGuard::new(&logs.join(&task));
                     held.insert(task, files);
                 }
-                Change::Gone(task) => drop(held.remove(&task)),
-                Change::Missed => hold_all(&mut held)?,
-                Change::Over => return Ok(()),
+                DirChange::Removed(task) => drop(held.remove(&task)),
+                DirChange::Overflow => hold_all(&mut held)?,
+                DirChange::DirRemoved => return Ok(()),
             }
         }
     }
@@ -78,9 +78,9 @@ pub fn keep(logs: &Path) -> io::Result<()> {
 ///
 /// A log writer whose supervisor has died goes on. This function waits for its end, because a second log writer would
 /// only wait for its lock.
-fn restart(logs: &Path) {
+fn run_writers(logs: &Path) {
     loop {
-        match outlast_writer(logs) {
+        match wait_for_writer_exit(logs) {
             Ok(true) => {}
             Ok(false) => return,
             // The log writer that is started next waits for the lock as well.
@@ -89,15 +89,15 @@ fn restart(logs: &Path) {
         let began = Instant::now();
         // This path starts the program of this process, although the file may have been replaced.
         let mut command = process::command("/proc/self/exe");
-        command.arg0("nomad-driver-shim").args([COMMAND, WRITER]).arg(logs).stdin(Stdio::null());
+        command.arg0("nomad-driver-shim").args([SUPERVISOR_COMMAND, WRITER_FLAG]).arg(logs).stdin(Stdio::null());
         match command.spawn().and_then(|mut child| child.wait()) {
             Ok(status) if status.success() => return,
             Ok(status) => tracing::warn!(%status, "the log writer died; starting another one"),
             Err(error) => tracing::error!(%error, "could not start the log writer; trying again"),
         }
-        if began.elapsed() < SHORT {
+        if began.elapsed() < SHORT_RUN_MAX {
             #[allow(clippy::disallowed_methods, reason = "a thread that does nothing else, without an async runtime")]
-            thread::sleep(SHORT / 4);
+            thread::sleep(SHORT_RUN_MAX / 4);
         }
     }
 }
@@ -106,8 +106,8 @@ fn restart(logs: &Path) {
 ///
 /// # Errors
 /// When the lock file or the process can't be examined.
-pub fn keeper_of(logs: &Path) -> io::Result<Option<PidFd>> {
-    let Some(mut lock) = unless_vanished(File::options().read(true).write(true).open(logs.join(LOCK)))? else {
+pub fn running_supervisor(logs: &Path) -> io::Result<Option<PidFd>> {
+    let Some(mut lock) = none_if_vanished(File::options().read(true).write(true).open(logs.join(LOCK)))? else {
         return Ok(None);
     };
     let mut text = String::new();
@@ -116,7 +116,7 @@ pub fn keeper_of(logs: &Path) -> io::Result<Option<PidFd>> {
         // No supervisor has the lock.
         Ok(_) => Ok(None),
         Err((_, Errno::EWOULDBLOCK)) => match serde_json::from_str(&text) {
-            Ok(keeper) => unless_vanished(PidFd::of(&keeper)),
+            Ok(keeper) => none_if_vanished(PidFd::of(&keeper)),
             // A supervisor has just locked the file and not yet written its pid. If the caller starts another
             // supervisor, that one ends at once.
             Err(_) => Ok(None),
@@ -126,7 +126,7 @@ pub fn keeper_of(logs: &Path) -> io::Result<Option<PidFd>> {
 }
 
 /// Ends the supervisor and the log writer, if they run. The caller must have checked that no task has a log any more.
-pub fn end(logs: &Path) {
+pub fn stop(logs: &Path) {
     // Both processes end when their directory is removed.
     match fs::remove_dir_all(logs) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -141,6 +141,6 @@ pub fn end(logs: &Path) {
 }
 
 /// Returns the arguments of this program that run the supervisor for the directory `logs`.
-pub fn arguments(logs: &Path) -> [PathBuf; 2] {
-    [PathBuf::from(COMMAND), logs.to_owned()]
+pub fn supervisor_args(logs: &Path) -> [PathBuf; 2] {
+    [PathBuf::from(SUPERVISOR_COMMAND), logs.to_owned()]
 }

@@ -7,7 +7,7 @@
 //! This module reads the records of a pax header by their lengths, as containerd does (Go's archive/tar,
 //! `parsePAXRecord`). The tar crate reads them by lines and uses the first record of a key, where Go uses the last.
 
-use super::layer::climbs;
+use super::layer::escapes_root;
 
 /// The largest extension entry that is accepted. Go's archive/tar has the same limit, so that every archive that
 /// containerd can unpack is accepted.
@@ -19,7 +19,7 @@ const BLOCK: usize = 512;
 
 /// Why an archive is refused.
 #[derive(Debug, PartialEq, Eq)]
-pub enum ExtensionProblem {
+pub(crate) enum ExtensionProblem {
     /// An extension entry is too large.
     TooLarge,
     /// Readers of pax records disagree about the length of the next entry: bytes that are a file's content to one
@@ -29,10 +29,10 @@ pub enum ExtensionProblem {
 
 /// A parser of a tar archive's headers and extension entries.
 #[derive(Debug, Default)]
-pub struct Extensions {
+pub(crate) struct ExtensionScanner {
     header: Vec<u8>,
     /// The bytes of the current entry that are still to come, padding included.
-    left: u64,
+    remaining: u64,
     /// The body of the current pax header, whose record `size` applies to the next entry.
     pax: Option<Vec<u8>>,
     next_size: Option<u64>,
@@ -40,27 +40,27 @@ pub struct Extensions {
     /// entry is a hard link.
     next_link: Option<Vec<u8>>,
     /// The first name in a pax record that escapes the root.
-    climbing: Option<Vec<u8>>,
+    escaping_name: Option<Vec<u8>>,
 }
 
-impl Extensions {
+impl ExtensionScanner {
     /// Returns the first name in a pax record that escapes the root: the name of an entry or the target of a hard link.
-    pub fn climbing(&self) -> Option<&[u8]> {
-        self.climbing.as_deref()
+    pub(crate) fn escaping_name(&self) -> Option<&[u8]> {
+        self.escaping_name.as_deref()
     }
 
     /// Parses the next bytes of the plain archive.
     ///
     /// # Errors
     /// When an extension entry is too large or ambiguous.
-    pub fn follow(&mut self, mut bytes: &[u8]) -> Result<(), ExtensionProblem> {
+    pub(crate) fn feed(&mut self, mut bytes: &[u8]) -> Result<(), ExtensionProblem> {
         while !bytes.is_empty() {
-            if self.left > 0 {
-                let count = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
+            if self.remaining > 0 {
+                let count = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(bytes.len());
                 if let Some(pax) = &mut self.pax {
                     pax.extend_from_slice(&bytes[..count]);
                 }
-                self.left -= count as u64;
+                self.remaining -= count as u64;
                 bytes = &bytes[count..];
             } else {
                 let count = (BLOCK - self.header.len()).min(bytes.len());
@@ -69,34 +69,35 @@ impl Extensions {
                 if self.header.len() < BLOCK {
                     return Ok(());
                 }
-                self.enter()?;
+                self.begin_entry()?;
             }
-            if self.left == 0
+            if self.remaining == 0
                 && let Some(pax) = self.pax.take()
             {
-                self.next_size = pax_size(&pax);
-                self.look_at(&pax)?;
+                self.next_size = pax_size_by_lines(&pax);
+                self.check_pax_records(&pax)?;
             }
         }
         Ok(())
     }
 
     /// Checks the records of a pax header: whether readers agree about the size, and whether a name escapes the root.
-    fn look_at(&mut self, pax: &[u8]) -> Result<(), ExtensionProblem> {
-        let of = |wanted: &'static [u8]| records(pax).filter(move |(key, _)| *key == wanted).map(|(_, value)| value);
-        let size = of(b"size").last().and_then(|value| std::str::from_utf8(value).ok()?.parse().ok());
+    fn check_pax_records(&mut self, pax: &[u8]) -> Result<(), ExtensionProblem> {
+        let values_of =
+            |wanted: &'static [u8]| records(pax).filter(move |(key, _)| *key == wanted).map(|(_, value)| value);
+        let size = values_of(b"size").last().and_then(|value| std::str::from_utf8(value).ok()?.parse().ok());
         if size != self.next_size {
             return Err(ExtensionProblem::Ambiguous);
         }
-        let name = of(b"path").chain(of(b"GNU.sparse.name")).find(|name| climbs(name));
-        self.climbing = self.climbing.take().or(name.map(<[u8]>::to_vec));
-        self.next_link = of(b"linkpath").find(|target| climbs(target)).map(<[u8]>::to_vec);
+        let name = values_of(b"path").chain(values_of(b"GNU.sparse.name")).find(|name| escapes_root(name));
+        self.escaping_name = self.escaping_name.take().or(name.map(<[u8]>::to_vec));
+        self.next_link = values_of(b"linkpath").find(|target| escapes_root(target)).map(<[u8]>::to_vec);
         Ok(())
     }
 
     /// Begins the entry whose header is complete.
-    fn enter(&mut self) -> Result<(), ExtensionProblem> {
-        let size = size(&self.header[124..136]);
+    fn begin_entry(&mut self) -> Result<(), ExtensionProblem> {
+        let size = parse_size(&self.header[124..136]);
         let kind = self.header[156];
         self.header.clear();
         let size = match kind {
@@ -111,18 +112,18 @@ impl Extensions {
             }
             _ => {
                 let link = self.next_link.take().filter(|_| kind == HARD_LINK);
-                self.climbing = self.climbing.take().or(link);
+                self.escaping_name = self.escaping_name.take().or(link);
                 self.next_size.take().unwrap_or(size)
             }
         };
-        self.left = size.div_ceil(BLOCK as u64).saturating_mul(BLOCK as u64);
+        self.remaining = size.div_ceil(BLOCK as u64).saturating_mul(BLOCK as u64);
         Ok(())
     }
 }
 
 /// Parses the size field of a header: octal, or GNU's base 256 when the first bit is set. A malformed field counts as
 /// 0, because the tar reader refuses it.
-fn size(field: &[u8]) -> u64 {
+fn parse_size(field: &[u8]) -> u64 {
     if field[0] & 0x80 != 0 {
         return field[4..].iter().fold(0, |number: u64, byte| number << 8 | u64::from(*byte));
     }
@@ -131,7 +132,7 @@ fn size(field: &[u8]) -> u64 {
 }
 
 /// Returns the record `size` of a pax header's body as the tar crate reads it: by lines of `LENGTH KEY=VALUE`.
-fn pax_size(body: &[u8]) -> Option<u64> {
+fn pax_size_by_lines(body: &[u8]) -> Option<u64> {
     let text = String::from_utf8_lossy(body);
     text.lines().find_map(|line| line.split_once(' ')?.1.strip_prefix("size=")?.parse().ok())
 }
@@ -171,11 +172,11 @@ mod tests {
         small.extend(header(b'x', EXTENSION_MAX + 1));
         // The outcome must not depend on the size of the pieces.
         for piece in [1, 7, 512, 100_000] {
-            let mut extensions = Extensions::default();
-            let outcome = small.chunks(piece).try_for_each(|chunk| extensions.follow(chunk));
+            let mut extensions = ExtensionScanner::default();
+            let outcome = small.chunks(piece).try_for_each(|chunk| extensions.feed(chunk));
             assert_eq!(outcome, Err(ExtensionProblem::TooLarge), "{piece}");
         }
-        assert_eq!(Extensions::default().follow(&small[..small.len() - 512]), Ok(()));
+        assert_eq!(ExtensionScanner::default().feed(&small[..small.len() - 512]), Ok(()));
     }
 
     #[test]
@@ -188,7 +189,7 @@ mod tests {
         // The file's content looks like a huge extension entry. It must be skipped.
         archive.extend(header(b'L', 1 << 40));
         archive.extend(vec![0; 512]);
-        assert_eq!(Extensions::default().follow(&archive), Ok(()));
+        assert_eq!(ExtensionScanner::default().feed(&archive), Ok(()));
     }
 
     /// Parses a pax header with this body and an entry of this kind after it. Returns the outcome and the name that
@@ -198,9 +199,9 @@ mod tests {
         archive.extend_from_slice(body.as_bytes());
         archive.resize(archive.len().next_multiple_of(BLOCK), 0);
         archive.extend(header(kind, 0));
-        let mut extensions = Extensions::default();
-        let outcome = extensions.follow(&archive);
-        (outcome, extensions.climbing().map(|name| String::from_utf8_lossy(name).into_owned()))
+        let mut extensions = ExtensionScanner::default();
+        let outcome = extensions.feed(&archive);
+        (outcome, extensions.escaping_name().map(|name| String::from_utf8_lossy(name).into_owned()))
     }
 
     #[test]
@@ -229,7 +230,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..3000)) {
-            let _ = Extensions::default().follow(&bytes);
+            let _ = ExtensionScanner::default().feed(&bytes);
         }
     }
 }

@@ -6,26 +6,27 @@ use std::{
     fs::File,
     io::{self, Read as _, Write},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 /// The destination of collected output.
 pub enum Output {
     /// The output is kept in memory.
-    Keep,
+    Memory,
     /// The output is written to this writer.
-    To(Box<dyn Write + Send>),
+    Writer(Box<dyn Write + Send>),
 }
 
 impl fmt::Debug for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Keep => "Memory",
-            Self::To(_) => "Writer(..)",
+            Self::Memory => "Memory",
+            Self::Writer(_) => "Writer(..)",
         })
     }
 }
@@ -34,7 +35,7 @@ impl fmt::Debug for Output {
 #[derive(Debug)]
 pub struct Collector {
     text: Arc<Mutex<Vec<u8>>>,
-    first: Arc<Mutex<Option<Instant>>>,
+    first_byte_at: Arc<Mutex<Option<Instant>>>,
     ended: watch::Receiver<bool>,
 }
 
@@ -45,32 +46,32 @@ impl Collector {
         let (tell, ended) = watch::channel(false);
         let (fifo, kept, began) = (fifo.to_owned(), text.clone(), first.clone());
         thread::spawn(move || {
-            if let Err(error) = read(&fifo, output, &kept, &began) {
+            if let Err(error) = read_fifo(&fifo, output, &kept, &began) {
                 tracing::warn!(fifo = %fifo.display(), %error, "could not collect the output of a FIFO");
             }
             tell.send_replace(true);
         });
-        Self { text, first, ended }
+        Self { text, first_byte_at: first, ended }
     }
 
     /// Returns the output so far as text; empty if it is not kept in memory.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.text.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+        String::from_utf8_lossy(&self.text.lock()).into_owned()
     }
 
     /// Returns the output so far as bytes; empty if it is not kept in memory.
     pub fn bytes(&self) -> Vec<u8> {
-        self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.text.lock().clone()
     }
 
     /// Returns the time at which the first byte was read.
     pub fn first_byte(&self) -> Option<Instant> {
-        *self.first.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.first_byte_at.lock()
     }
 
     /// Waits for the end of the stream, and returns how long that took; `None` when the stream did not end within
     /// `limit`.
-    pub async fn ended(&self, limit: Duration) -> Option<Duration> {
+    pub async fn wait_for_end(&self, limit: Duration) -> Option<Duration> {
         let began = Instant::now();
         let mut ended = self.ended.clone();
         let waited = tokio::time::timeout(limit, ended.wait_for(|ended| *ended)).await;
@@ -78,7 +79,7 @@ impl Collector {
     }
 }
 
-fn read(fifo: &Path, mut output: Output, kept: &Mutex<Vec<u8>>, first: &Mutex<Option<Instant>>) -> io::Result<()> {
+fn read_fifo(fifo: &Path, mut output: Output, kept: &Mutex<Vec<u8>>, first: &Mutex<Option<Instant>>) -> io::Result<()> {
     let mut file = File::open(fifo)?;
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -86,10 +87,10 @@ fn read(fifo: &Path, mut output: Output, kept: &Mutex<Vec<u8>>, first: &Mutex<Op
         if count == 0 {
             return Ok(());
         }
-        first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+        first.lock().get_or_insert_with(Instant::now);
         match &mut output {
-            Output::Keep => kept.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..count]),
-            Output::To(writer) => writer.write_all(&buffer[..count]).and_then(|()| writer.flush())?,
+            Output::Memory => kept.lock().extend_from_slice(&buffer[..count]),
+            Output::Writer(writer) => writer.write_all(&buffer[..count]).and_then(|()| writer.flush())?,
         }
     }
 }

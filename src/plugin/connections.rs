@@ -5,10 +5,11 @@ use std::{
     fs, io,
     os::unix::fs::PermissionsExt as _,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::net::UnixListener;
 
 /// Listens at a socket to which only root can connect. An existing socket is removed: this process holds the driver's
@@ -16,7 +17,7 @@ use tokio::net::UnixListener;
 ///
 /// # Errors
 /// When the socket can't be created.
-pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
+pub(crate) fn listen_root_only(path: &Path) -> io::Result<UnixListener> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -28,58 +29,58 @@ pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
 
 /// Whether the plugin is to shut down, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Leave {
+pub(crate) enum ShutdownMode {
     /// The plugin keeps running.
-    Not,
+    NotRequested,
     /// The agent does not need the plugin any more: what only this plugin uses is removed.
-    Ending,
+    Exit,
     /// Another plugin takes over: what this plugin has prepared is left to the other one.
-    GivingWay,
+    HandOver,
 }
 
 /// How many connections hosts have to the plugin, and since when there has been at least one.
 #[derive(Debug, Clone, Default)]
-pub struct Clients(Arc<Mutex<Connected>>);
+pub(crate) struct Connections(Arc<Mutex<ConnectionState>>);
 
 #[derive(Debug, Default)]
-struct Connected {
+struct ConnectionState {
     count: usize,
     /// Since when there has been at least one connection without a break.
     since: Option<Instant>,
 }
 
-impl Clients {
+impl Connections {
     /// Whether any agent is connected.
-    pub fn any(&self) -> bool {
-        self.connected().count > 0
+    pub(crate) fn any_connected(&self) -> bool {
+        self.state().count > 0
     }
 
     /// Returns for how long an agent has been connected without a break; zero when none is.
-    pub fn attended_for(&self) -> Duration {
-        self.connected().since.map_or(Duration::ZERO, |since| since.elapsed())
+    pub(crate) fn connected_for(&self) -> Duration {
+        self.state().since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// Counts one more connection until the returned guard is dropped.
-    pub fn enter(&self) -> Entered {
-        let mut connected = self.connected();
+    pub(crate) fn register(&self) -> ConnectionGuard {
+        let mut connected = self.state();
         connected.count += 1;
         connected.since.get_or_insert_with(Instant::now);
         drop(connected);
-        Entered(self.clone())
+        ConnectionGuard(self.clone())
     }
 
-    fn connected(&self) -> MutexGuard<'_, Connected> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, ConnectionState> {
+        self.0.lock()
     }
 }
 
 /// A guard for one connection, which is counted until the guard is dropped.
 #[derive(Debug)]
-pub struct Entered(Clients);
+pub(crate) struct ConnectionGuard(Connections);
 
-impl Drop for Entered {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
-        let mut connected = self.0.connected();
+        let mut connected = self.0.state();
         connected.count -= 1;
         if connected.count == 0 {
             connected.since = None;
@@ -93,16 +94,16 @@ mod tests {
 
     #[test]
     fn attendance_begins_anew_after_a_break() {
-        let clients = Clients::default();
-        assert_eq!((clients.any(), clients.attended_for()), (false, Duration::ZERO));
-        let first = clients.enter();
-        let second = clients.enter();
+        let clients = Connections::default();
+        assert_eq!((clients.any_connected(), clients.connected_for()), (false, Duration::ZERO));
+        let first = clients.register();
+        let second = clients.register();
         drop(first);
-        let attended = clients.attended_for();
-        assert!(clients.any() && attended > Duration::ZERO);
+        let attended = clients.connected_for();
+        assert!(clients.any_connected() && attended > Duration::ZERO);
         drop(second);
-        assert_eq!((clients.any(), clients.attended_for()), (false, Duration::ZERO));
-        let _third = clients.enter();
-        assert!(clients.any());
+        assert_eq!((clients.any_connected(), clients.connected_for()), (false, Duration::ZERO));
+        let _third = clients.register();
+        assert!(clients.any_connected());
     }
 }

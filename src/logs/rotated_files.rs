@@ -28,13 +28,13 @@ use nix::{
 /// The directory of logs below an allocation's directory (Nomad's client, `allocdir`).
 const LOGS: &str = "alloc/logs";
 /// The largest number of consecutive names that are skipped because other files have them.
-const IN_THE_WAY: u64 = 1000;
+const SKIPPED_NAMES_MAX: u64 = 1000;
 /// The largest number of old files that one rotation removes. Later rotations remove the others.
-const AT_ONCE: usize = 16;
+const REMOVALS_MAX: usize = 16;
 
 /// The rotated files of one stream.
 #[derive(Debug)]
-pub struct Series {
+pub(crate) struct RotatedFiles {
     alloc_dir: PathBuf,
     /// The names of the files without the index: `<task>.stdout`.
     base: String,
@@ -43,35 +43,35 @@ pub struct Series {
     open: Option<File>,
     /// The indices of the stream's files, the oldest first. The directory is listed only once, because a file that
     /// appears later was not created by this driver.
-    kept: Option<VecDeque<u64>>,
+    known_indices: Option<VecDeque<u64>>,
 }
 
-impl Series {
+impl RotatedFiles {
     /// Makes a value for the files `<base>.N` of an allocation. At most `max_files` of them are kept.
-    pub fn new(alloc_dir: PathBuf, base: String, max_files: u32) -> Self {
-        Self { alloc_dir, base, max_files: max_files.max(1) as usize, open: None, kept: None }
+    pub(crate) fn new(alloc_dir: PathBuf, base: String, max_files: u32) -> Self {
+        Self { alloc_dir, base, max_files: max_files.max(1) as usize, open: None, known_indices: None }
     }
 
     /// Returns the file to write to and its size. If the current file was removed, another one is created.
     ///
     /// # Errors
     /// When no file can be opened or created.
-    pub fn current(&mut self) -> io::Result<(&File, u64)> {
+    pub(crate) fn current(&mut self) -> io::Result<(&File, u64)> {
         let known = self.open.as_ref().and_then(|file| file.metadata().ok()).filter(|meta| meta.nlink() > 0);
         if known.is_none() {
             self.open = None;
-            let directory = self.directory()?;
-            let first = self.kept.is_none();
+            let directory = self.open_directory()?;
+            let first = self.known_indices.is_none();
             if first {
-                self.kept = Some(self.indices(&directory)?);
+                self.known_indices = Some(self.list_indices(&directory)?);
             }
-            let last = self.kept.iter().flatten().next_back().copied();
-            let goes_on = last.filter(|_| first).map(|last| open_plain(&directory, &self.name(last)));
-            self.open = match goes_on {
+            let last = self.known_indices.iter().flatten().next_back().copied();
+            let reopened = last.filter(|_| first).map(|last| open_regular(&directory, &self.name(last)));
+            self.open = match reopened {
                 Some(Ok(file)) => Some(file),
-                Some(Err(error)) if !is_in_the_way(&error) => return Err(error),
+                Some(Err(error)) if !is_name_unusable(&error) => return Err(error),
                 // The last file was removed meanwhile, or its name does not belong to a log file of this driver.
-                _ => Some(self.make_from(&directory, last.unwrap_or(0))?),
+                _ => Some(self.create_from(&directory, last.unwrap_or(0))?),
             };
         }
         let Some(file) = &self.open else { return Err(io::ErrorKind::NotFound.into()) };
@@ -83,43 +83,43 @@ impl Series {
     ///
     /// # Errors
     /// When no file can be created, or the oldest can't be removed.
-    pub fn rotate(&mut self) -> io::Result<()> {
+    pub(crate) fn rotate(&mut self) -> io::Result<()> {
         if self.open.take().is_none() {
             return self.current().map(drop);
         }
         // The directory is opened again by its name, so that nothing is written to a directory that has been replaced.
-        let directory = self.directory()?;
-        let last = self.kept.iter().flatten().next_back().copied().unwrap_or(0);
-        self.open = Some(self.make_from(&directory, last + 1)?);
+        let directory = self.open_directory()?;
+        let last = self.known_indices.iter().flatten().next_back().copied().unwrap_or(0);
+        self.open = Some(self.create_from(&directory, last + 1)?);
         Ok(())
     }
 
     /// Creates the file with the first free name from `index` on. Names that other files have are skipped.
-    fn make_from(&mut self, directory: &OwnedFd, index: u64) -> io::Result<File> {
-        let end = index.saturating_add(IN_THE_WAY);
+    fn create_from(&mut self, directory: &OwnedFd, index: u64) -> io::Result<File> {
+        let end = index.saturating_add(SKIPPED_NAMES_MAX);
         for index in index..end {
-            match make(directory, &self.name(index)) {
+            match create_file(directory, &self.name(index)) {
                 Ok(file) => {
-                    self.keep(directory, index)?;
+                    self.add_and_prune(directory, index)?;
                     return Ok(file);
                 }
-                Err(error) if is_in_the_way(&error) => {}
+                Err(error) if is_name_unusable(&error) => {}
                 Err(error) => return Err(error),
             }
         }
         // The next attempt begins after the names that were skipped.
-        self.kept.get_or_insert_default().push_back(end);
-        Err(in_the_way(&self.name(end)))
+        self.known_indices.get_or_insert_default().push_back(end);
+        Err(name_unusable(&self.name(end)))
     }
 
     /// Adds a new file to the known ones, and removes the oldest files if there are too many.
-    fn keep(&mut self, directory: &OwnedFd, index: u64) -> io::Result<()> {
-        let kept = self.kept.get_or_insert_default();
+    fn add_and_prune(&mut self, directory: &OwnedFd, index: u64) -> io::Result<()> {
+        let kept = self.known_indices.get_or_insert_default();
         if kept.back() != Some(&index) {
             kept.push_back(index);
         }
         let too_many = kept.len().saturating_sub(self.max_files);
-        let old: Vec<u64> = kept.drain(..too_many.min(AT_ONCE)).collect();
+        let old: Vec<u64> = kept.drain(..too_many.min(REMOVALS_MAX)).collect();
         for index in old {
             match unlinkat(directory, self.name(index).as_str(), UnlinkatFlags::NoRemoveDir) {
                 // The file was removed already, or its name belongs to something that this driver did not create.
@@ -135,7 +135,7 @@ impl Series {
     }
 
     /// Opens the directory of logs.
-    fn directory(&self) -> io::Result<OwnedFd> {
+    fn open_directory(&self) -> io::Result<OwnedFd> {
         let root = File::open(&self.alloc_dir)?;
         let how = OpenHow::new()
             .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
@@ -145,7 +145,7 @@ impl Series {
 
     /// Lists the indices of the files that exist, in ascending order. Only the highest ones are returned, as many as
     /// may be kept or removed by one rotation.
-    fn indices(&self, directory: &OwnedFd) -> io::Result<VecDeque<u64>> {
+    fn list_indices(&self, directory: &OwnedFd) -> io::Result<VecDeque<u64>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut listing = Dir::from_fd(openat(directory, ".", flags, Mode::empty())?)?;
         let mut found = Vec::new();
@@ -159,12 +159,12 @@ impl Series {
             found.extend(number.filter(|index| *index < u32::MAX / 2).map(u64::from));
         }
         found.sort_unstable();
-        Ok(found.split_off(found.len().saturating_sub(self.max_files + AT_ONCE)).into())
+        Ok(found.split_off(found.len().saturating_sub(self.max_files + REMOVALS_MAX)).into())
     }
 }
 
 /// Creates a file. If the name is taken, the error is one for which `is_name_unusable` is true.
-fn make(directory: &OwnedFd, name: &str) -> io::Result<File> {
+fn create_file(directory: &OwnedFd, name: &str) -> io::Result<File> {
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IROTH;
     match openat(directory, name, flags, mode) {
@@ -173,7 +173,7 @@ fn make(directory: &OwnedFd, name: &str) -> io::Result<File> {
             file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
             Ok(file)
         }
-        Err(Errno::EEXIST) => Err(in_the_way(name)),
+        Err(Errno::EEXIST) => Err(name_unusable(name)),
         Err(errno) => Err(errno.into()),
     }
 }
@@ -181,35 +181,35 @@ fn make(directory: &OwnedFd, name: &str) -> io::Result<File> {
 /// Opens a regular file with one name for writing. For anything else, which is not touched, the error is one for which
 /// `is_name_unusable` is true; also for a file whose owner prevents opening it by a lease (fcntl(2)) or by executing
 /// it.
-fn open_plain(directory: &OwnedFd, name: &str) -> io::Result<File> {
+fn open_regular(directory: &OwnedFd, name: &str) -> io::Result<File> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
     let found = match openat2(directory.as_fd(), name, how) {
         Ok(found) => File::from(found),
-        Err(Errno::ELOOP | Errno::ENOENT) => return Err(in_the_way(name)),
+        Err(Errno::ELOOP | Errno::ENOENT) => return Err(name_unusable(name)),
         Err(errno) => return Err(errno.into()),
     };
     let meta = found.metadata()?;
     if !meta.is_file() || meta.nlink() != 1 {
-        return Err(in_the_way(name));
+        return Err(name_unusable(name));
     }
     // This path opens the same inode that was checked.
     let path = format!("/proc/self/fd/{}", found.as_raw_fd());
     match File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EWOULDBLOCK | libc::ETXTBSY | libc::EPERM)) => {
-            Err(in_the_way(name))
+            Err(name_unusable(name))
         }
         other => other,
     }
 }
 
 /// Returns whether a name can't be used because of what it belongs to, so that the next name must be tried.
-fn is_in_the_way(error: &io::Error) -> bool {
+fn is_name_unusable(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AlreadyExists
 }
 
-fn in_the_way(name: &str) -> io::Error {
+fn name_unusable(name: &str) -> io::Error {
     io::Error::new(io::ErrorKind::AlreadyExists, format!("the name {name} belongs to another file"))
 }
 
@@ -218,7 +218,7 @@ mod tests {
     use super::*;
     use std::{fs, os::unix::fs::FileExt as _, path::Path};
 
-    fn write(series: &mut Series, text: &str) {
+    fn write(series: &mut RotatedFiles, text: &str) {
         let (file, size) = series.current().expect("a file");
         file.write_all_at(text.as_bytes(), size).expect("written");
     }
@@ -235,7 +235,7 @@ mod tests {
         let alloc = tempfile::tempdir().expect("a temporary directory");
         let logs = alloc.path().join("alloc/logs");
         fs::create_dir_all(&logs).expect("created");
-        let new = || Series::new(alloc.path().to_owned(), "web.stdout".to_owned(), 2);
+        let new = || RotatedFiles::new(alloc.path().to_owned(), "web.stdout".to_owned(), 2);
         write(&mut new(), "one ");
         // An index that no log reaches by rotation, or one in another form, is not taken for that of the last file.
         for name in ["web.stdout.4294967295", "web.stdout.99999999999999999999", "web.stdout.07", "web.stdout.x"] {

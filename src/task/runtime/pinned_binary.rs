@@ -10,19 +10,19 @@ use std::{
 
 use crate::{
     ids::{Digest, random_hex},
-    places::{Places, make_dir},
+    places::{Places, create_private_dir},
 };
 
 /// The directory next to runsc in which runsc looks for its helper programs (gVisor's `gvisorbinaries`).
 const SIDECARS: &str = "gvisor-bin";
 /// The age above which copies of replaced programs are removed.
-const OLD: Duration = Duration::from_secs(24 * 3600);
+const UNUSED_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// The identity of a program's file, which does not change when the file gets another name.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Program(String);
+pub(crate) struct BinaryId(String);
 
-impl Program {
+impl BinaryId {
     /// Returns the identity of the file that is at this path now. `None` if there is none.
     pub(super) fn of(binary: &Path) -> Option<Self> {
         let file = fs::metadata(binary).ok()?;
@@ -40,7 +40,7 @@ impl Program {
 ///
 /// # Errors
 /// When a file can't be linked, copied or written. The caller can use the program itself then.
-pub(super) fn keep(binary: &Path, program: &Program, places: &Places) -> io::Result<PathBuf> {
+pub(super) fn pin(binary: &Path, program: &BinaryId, places: &Places) -> io::Result<PathBuf> {
     let dir = program.dir(places);
     let kept = dir.join("runsc");
     let size = fs::metadata(binary)?.len();
@@ -52,15 +52,15 @@ pub(super) fn keep(binary: &Path, program: &Program, places: &Places) -> io::Res
     }
     let real = fs::canonicalize(binary)?;
     let draft = places.wrappers().join(format!("draft-{}", random_hex(6)));
-    make_dir(&draft)?;
+    create_private_dir(&draft)?;
     let filled = (|| {
-        same(&real, &draft.join("runsc"))?;
+        link_or_copy(&real, &draft.join("runsc"))?;
         let sidecars = real.with_file_name(SIDECARS);
         if sidecars.is_dir() {
-            make_dir(&draft.join(SIDECARS))?;
+            create_private_dir(&draft.join(SIDECARS))?;
             for entry in fs::read_dir(&sidecars)? {
                 let entry = entry?;
-                same(&fs::canonicalize(entry.path())?, &draft.join(SIDECARS).join(entry.file_name()))?;
+                link_or_copy(&fs::canonicalize(entry.path())?, &draft.join(SIDECARS).join(entry.file_name()))?;
             }
         }
         fs::rename(&draft, &dir)
@@ -75,7 +75,7 @@ pub(super) fn keep(binary: &Path, program: &Program, places: &Places) -> io::Res
     Ok(kept)
 }
 
-fn same(from: &Path, to: &Path) -> io::Result<()> {
+fn link_or_copy(from: &Path, to: &Path) -> io::Result<()> {
     match fs::hard_link(from, to) {
         Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
             fs::copy(from, to)?;
@@ -87,13 +87,13 @@ fn same(from: &Path, to: &Path) -> io::Result<()> {
 
 /// Removes the pinned programs that are old and not among the `current` ones. The caller makes sure that no task runs
 /// that may use one of them.
-pub(super) fn prune(places: &Places, current: &[Program]) {
+pub(super) fn prune(places: &Places, current: &[BinaryId]) {
     let now = SystemTime::now();
     for entry in fs::read_dir(places.wrappers()).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let in_use = current.iter().any(|program| entry.path() == program.dir(places));
         let made = entry.metadata().and_then(|file| file.modified()).unwrap_or(now);
-        let old = now.duration_since(made).is_ok_and(|age| age > OLD);
+        let old = now.duration_since(made).is_ok_and(|age| age > UNUSED_MAX_AGE);
         if (name.starts_with("kept-") || name.starts_with("draft-"))
             && old
             && !in_use
@@ -115,13 +115,13 @@ mod tests {
         fs::write(&binary, "one").expect("written");
         fs::create_dir(directory.path().join(SIDECARS)).expect("made");
         fs::write(directory.path().join(SIDECARS).join("sentry"), "s").expect("written");
-        let program = Program::of(&binary).expect("it is there");
-        let kept = keep(&binary, &program, &places).expect("kept");
-        assert_eq!(Program::of(&binary), Some(program.clone()), "another name does not change the identity");
-        assert_eq!(keep(&binary, &program, &places).expect("kept"), kept);
+        let program = BinaryId::of(&binary).expect("it is there");
+        let kept = pin(&binary, &program, &places).expect("kept");
+        assert_eq!(BinaryId::of(&binary), Some(program.clone()), "another name does not change the identity");
+        assert_eq!(pin(&binary, &program, &places).expect("kept"), kept);
         fs::remove_file(&binary).expect("removed");
         fs::write(&binary, "two").expect("written");
-        assert_ne!(Program::of(&binary), Some(program.clone()));
+        assert_ne!(BinaryId::of(&binary), Some(program.clone()));
         assert_eq!(fs::read_to_string(&kept).expect("read"), "one");
         assert_eq!(fs::read_to_string(kept.with_file_name(SIDECARS).join("sentry")).expect("read"), "s");
         prune(&places, &[]);

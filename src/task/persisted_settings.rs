@@ -8,22 +8,22 @@ use serde::{Deserialize, Serialize};
 use super::{ContainerdSettings, OwnShim, RuntimeSettings, Settings};
 use crate::{
     gvisor::GvisorSettings,
-    places::{Places, write_whole},
+    places::{Places, write_atomically},
 };
 
 /// The settings of the last plugin of a run directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeptSettings {
+pub struct PersistedSettings {
     state_dir: PathBuf,
     address: PathBuf,
     namespace: String,
     snapshotter: String,
     shim: PathBuf,
-    runtimes: BTreeMap<String, KeptRuntime>,
+    runtimes: BTreeMap<String, PersistedRuntime>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct KeptRuntime {
+struct PersistedRuntime {
     binary: PathBuf,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     shim: Option<PathBuf>,
@@ -32,10 +32,10 @@ struct KeptRuntime {
     gvisor: bool,
 }
 
-impl KeptSettings {
+impl PersistedSettings {
     /// Extracts the part of the settings that is saved.
     pub fn of(settings: &Settings) -> Self {
-        let kept = |runtime: &RuntimeSettings| KeptRuntime {
+        let kept = |runtime: &RuntimeSettings| PersistedRuntime {
             binary: runtime.binary.clone(),
             shim: runtime.shim.as_ref().map(|shim| shim.program.clone()),
             config: runtime.shim.as_ref().and_then(|shim| shim.config.clone()),
@@ -56,7 +56,7 @@ impl KeptSettings {
     /// # Errors
     /// When the file can't be written.
     pub fn save(&self, places: &Places) -> io::Result<()> {
-        write_whole(&places.kept_settings(), &serde_json::to_vec(self)?, 0o600)
+        write_atomically(&places.kept_settings(), &serde_json::to_vec(self)?, 0o600)
     }
 
     /// Reads the settings that the last plugin of this run directory has saved. `None` if no plugin did, since earlier
@@ -74,7 +74,7 @@ impl KeptSettings {
 
     /// Returns these settings, with the saved ones in place of their own.
     pub fn apply(self, settings: Settings) -> Settings {
-        let runtime = |kept: KeptRuntime| RuntimeSettings {
+        let runtime = |kept: PersistedRuntime| RuntimeSettings {
             binary: kept.binary,
             shim: kept.shim.map(|program| OwnShim { program, config: kept.config }),
             gvisor: kept.gvisor.then(GvisorSettings::default),

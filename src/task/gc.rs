@@ -12,24 +12,23 @@ use tokio::net::UnixStream;
 
 use super::{
     Engine, Force, Record, RecordState, TaskError,
-    claim::caught,
+    context::TeardownState,
     engine::Slot,
+    guards::catch_panic,
     live::Task,
     read_records,
     record::Intent,
-    remove_probe,
-    shared::Hands,
-    stale_probes,
-    undo::{remove_state, undo},
+    remove_probe, stale_probes,
+    undo::{remove_runsc_state, undo},
 };
 use crate::{
     control::Garbage,
     gvisor,
     ids::{ContainerId, TaskId},
-    image::{InUse, Reference},
-    places::{Places, PlacesError, names},
+    image::{ImagesInUse, Reference},
+    places::{Places, PlacesError, list_names},
     rootfs::RootfsError,
-    shim::{self, Client, Found, ShimError},
+    shim::{self, Adoption, Client, ShimError},
 };
 
 /// The shim id in the record that is made up for an unrecorded container. No shim has this id.
@@ -38,69 +37,69 @@ const NO_SHIM: &str = "none";
 impl Engine {
     /// Runs the garbage collection in the background after each grace period, for as long as the engine lives.
     /// `all_recorded` says whether every container has a readable record.
-    pub(super) fn watch_over(&self, whole: bool) {
+    pub(super) fn spawn_gc_loop(&self, all_recorded: bool) {
         let (grace, engine) = (self.settings().grace, self.downgrade());
-        let (keep, images, in_use) = (self.settings().keep_images, self.shared().images.clone(), self.images_in_use());
+        let (keep, images, in_use) = (self.settings().keep_images, self.context().images.clone(), self.images_in_use());
         tokio::spawn(async move {
             // No pull of an earlier plugin can be in progress, so that its unused leases are collected now. If a record
             // is missing, the lease of its task is unknown before RecoverTask brings the handle. Then the first regular
             // garbage collection does this.
-            if keep.is_some() && whole {
-                images.collect_leases(&in_use, false).await;
+            if keep.is_some() && all_recorded {
+                images.collect_unrecorded_leases(&in_use, false).await;
             }
             if let Some(inner) = engine.upgrade() {
-                tell(Self(inner).sweep_probes(false).await);
+                log_garbage(Self(inner).gc_probes(false).await);
             }
             loop {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
                 // Without this, a panic would end the garbage collection of this plugin forever.
-                let mut swept = caught("the garbage collection", this.sweep(false)).await.unwrap_or_default();
-                swept.retain(|garbage| !garbage.stays);
-                this.shared().metrics.swept(swept.iter().filter(|one| one.problem.is_none()).count());
-                tell(swept);
+                let mut removed = catch_panic("the garbage collection", this.gc(false)).await.unwrap_or_default();
+                removed.retain(|garbage| !garbage.stays);
+                this.context().metrics.gc_removed(removed.iter().filter(|one| one.problem.is_none()).count());
+                log_garbage(removed);
             }
         });
     }
 
     /// Runs the garbage collection once. Returns what was removed (in a dry run: what would be removed) and what could
     /// not be removed.
-    pub async fn sweep(&self, dry_run: bool) -> Vec<Garbage> {
+    pub async fn gc(&self, dry_run: bool) -> Vec<Garbage> {
         // Otherwise teardowns that are just in progress would be reported as garbage.
-        self.shared().all_cleared().await;
+        self.context().wait_for_teardowns().await;
         if !dry_run && self.age() >= self.settings().grace {
-            self.held().clear();
+            self.parked_fifos().clear();
         }
-        let mut found = self.sweep_tasks(dry_run).await;
-        found.extend(self.sweep_leftovers(dry_run).await);
-        found.extend(self.sweep_nameless(dry_run).await);
-        found.extend(self.sweep_probes(dry_run).await);
+        let mut found = self.gc_tasks(dry_run).await;
+        found.extend(self.gc_pending_teardowns(dry_run).await);
+        found.extend(self.gc_unrecorded(dry_run).await);
+        found.extend(self.gc_probes(dry_run).await);
         if let Some(keep) = self.settings().keep_images {
-            found.extend(self.shared().images.collect(keep, &self.images_in_use(), dry_run).await);
+            found.extend(self.context().images.collect_garbage(keep, &self.images_in_use(), dry_run).await);
         }
         if !dry_run {
-            self.shared().pool.tidy().await;
-            tokio::task::block_in_place(|| self.shared().ahead.prune());
+            self.context().pool.remove_unused().await;
+            tokio::task::block_in_place(|| self.context().rootfs_pool.prune());
         }
         found
     }
 
     /// Removes tasks of an earlier plugin that no agent has asked this plugin for.
-    async fn sweep_tasks(&self, dry_run: bool) -> Vec<Garbage> {
+    async fn gc_tasks(&self, dry_run: bool) -> Vec<Garbage> {
         if self.age() < self.settings().grace {
             return Vec::new();
         }
         let given_up = |task: &Task| task.record().state == RecordState::Destroying && task.has_ended();
         let (mut found, mut orphans) = (Vec::new(), Vec::new());
-        for (id, task) in self.live() {
+        for (id, task) in self.started_tasks() {
             // DestroyTask failed, because the task's process did not die. Nomad does not repeat the call.
             if given_up(&task) {
                 let outcome = if dry_run { Ok(()) } else { self.destroy(&id, Force::Yes).await };
-                found.push(garbage("task", &id.0, outcome).because("it was destroyed, but not completely removed"));
+                found.push(garbage("task", &id.0, outcome).with_reason("it was destroyed, but not completely removed"));
                 continue;
             }
-            if task.is_claimed() {
+            if task.is_confirmed() {
                 continue;
             }
             if !task.has_ended() {
@@ -108,20 +107,20 @@ impl Engine {
                 continue;
             }
             // A task that an agent has asked for meanwhile stays.
-            if !dry_run && !task.claim_for_reaper() {
+            if !dry_run && !task.reserve_for_gc() {
                 continue;
             }
             let outcome = if dry_run { Ok(()) } else { self.destroy(&id, Force::Yes).await };
             let why = "it has ended, and no agent has asked for it within state.grace";
-            found.push(garbage("task", &id.0, outcome).because(why));
+            found.push(garbage("task", &id.0, outcome).with_reason(why));
         }
-        found.extend(self.treat_orphans(orphans, dry_run).await);
+        found.extend(self.apply_orphan_policy(orphans, dry_run).await);
         found
     }
 
     /// Removes the remains of runtime probes that were cut off.
-    async fn sweep_probes(&self, dry_run: bool) -> Vec<Garbage> {
-        let (run, cgroups) = (self.settings().places.run(), &self.shared().cgroups);
+    async fn gc_probes(&self, dry_run: bool) -> Vec<Garbage> {
+        let (run, cgroups) = (self.settings().places.run(), &self.context().cgroups);
         let stale = match tokio::task::block_in_place(|| stale_probes(run, cgroups)) {
             Ok(stale) => stale,
             Err(error) => return vec![Garbage::removed("probe", "all", &Err::<(), _>(error))],
@@ -130,36 +129,39 @@ impl Engine {
         for name in stale {
             let outcome = if dry_run { Ok(()) } else { remove_probe(run, cgroups, &name).await };
             let why = "the process that probed a runtime with it has ended";
-            found.push(Garbage::removed("probe", &name, &outcome).because(why));
+            found.push(Garbage::removed("probe", &name, &outcome).with_reason(why));
         }
         found
     }
 
     /// Runs the queued teardowns, which have failed before.
-    async fn sweep_leftovers(&self, dry_run: bool) -> Vec<Garbage> {
+    async fn gc_pending_teardowns(&self, dry_run: bool) -> Vec<Garbage> {
         let ids: Vec<TaskId> = {
-            let leftovers = self.leftovers();
-            let free = leftovers.iter().filter(|(_, leftover)| leftover.hands == Hands::Free);
+            let pending_teardowns = self.pending_teardowns();
+            let free = pending_teardowns.iter().filter(|(_, leftover)| leftover.state == TeardownState::Queued);
             free.map(|(id, _)| id.clone()).collect()
         };
         let mut found = Vec::new();
         for id in ids {
-            let outcome = if dry_run { Ok(()) } else { self.destroy_leftover(&id).await.unwrap_or(Ok(())) };
-            found.push(garbage("task", &id.0, outcome).because("it could not be removed before, and is tried again"));
+            let outcome = if dry_run { Ok(()) } else { self.destroy_pending(&id).await.unwrap_or(Ok(())) };
+            found.push(
+                garbage("task", &id.0, outcome).with_reason("it could not be removed before, and is tried again"),
+            );
         }
         found
     }
 
     /// Removes unrecorded containers and shims.
-    async fn sweep_nameless(&self, dry_run: bool) -> Vec<Garbage> {
+    async fn gc_unrecorded(&self, dry_run: bool) -> Vec<Garbage> {
         if self.age() < self.settings().grace {
             return Vec::new();
         }
         let places = &self.settings().places;
         // The containers and shims are listed before the records, since a record is written before anything of its task
         // is made.
-        let containers = containers_on_disk(places, self.shared().pool.launcher().namespace());
-        let (containers, shims) = match containers.and_then(|containers| Ok((containers, names(&places.shims())?))) {
+        let containers = containers_on_disk(places, self.context().pool.launcher().namespace());
+        let (containers, shims) = match containers.and_then(|containers| Ok((containers, list_names(&places.shims())?)))
+        {
             Ok(listed) => listed,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
         };
@@ -168,26 +170,26 @@ impl Engine {
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
         };
         // A record that can't be read just now counts, too. Torn records were renamed when the engine was opened.
-        let unread = records.bad.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json"));
-        let mut claimed: HashSet<ContainerId> =
+        let unread = records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json"));
+        let mut recorded: HashSet<ContainerId> =
             unread.filter_map(|path| ContainerId::from_file_name(path.file_stem()?.to_str()?)).collect();
-        claimed.extend(records.good.iter().map(|record| record.container_id.clone()));
-        claimed.extend(self.tasks().values().filter_map(Slot::record).map(|record| record.intent.container_id));
-        claimed.extend(self.leftovers().values().map(|leftover| leftover.record.container_id.clone()));
-        let containers: Vec<_> = containers.into_iter().filter(|id| !claimed.contains(id)).collect();
-        let records = records.good;
-        let own = self.shared().pool.launcher().own();
+        recorded.extend(records.readable.iter().map(|record| record.container_id.clone()));
+        recorded.extend(self.tasks().values().filter_map(Slot::record).map(|record| record.intent.container_id));
+        recorded.extend(self.pending_teardowns().values().map(|leftover| leftover.record.container_id.clone()));
+        let containers: Vec<_> = containers.into_iter().filter(|id| !recorded.contains(id)).collect();
+        let records = records.readable;
+        let own = self.context().pool.launcher().held_ids();
         let named: HashSet<&str> = records.iter().map(|record| record.shim.as_str()).collect();
         let shims: Vec<_> =
             shims.into_iter().filter(|shim| !named.contains(shim.as_str()) && !own.contains(shim)).collect();
         let mut found = Vec::new();
         for id in containers {
-            let outcome = if dry_run { Ok(()) } else { self.undo_nameless(&id, &shims).await };
-            found.push(garbage("container", id.as_str(), outcome).because("no record names it"));
+            let outcome = if dry_run { Ok(()) } else { self.destroy_unrecorded(&id, &shims).await };
+            found.push(garbage("container", id.as_str(), outcome).with_reason("no record names it"));
         }
         let all_ended = found.iter().all(|container| container.problem.is_none());
         // A shim whose container was just removed may be in the pool now.
-        let own = self.shared().pool.launcher().own();
+        let own = self.context().pool.launcher().held_ids();
         for name in shims.into_iter().filter(|name| !own.contains(name)) {
             let dir = places.shim(&name);
             // If the check fails, the shim is asked to exit all the same.
@@ -195,10 +197,10 @@ impl Engine {
                 if !dry_run && all_ended && shim::is_unusable(&dir) {
                     shim::kill_shim(&dir);
                 }
-                let gone = dry_run || shim::end_stray(&dir).await;
+                let gone = dry_run || shim::shut_down_unrecorded(&dir).await;
                 let problem = (!gone).then(|| "it does not exit; it may still hold a container".to_owned());
                 found.push(
-                    Garbage::new("shim", &name, problem).because("no record names it, and it holds no container"),
+                    Garbage::new("shim", &name, problem).with_reason("no record names it, and it holds no container"),
                 );
             }
         }
@@ -209,10 +211,10 @@ impl Engine {
     ///
     /// # Errors
     /// When one of the shims can't be queried, since that shim may have the container.
-    async fn shim_that_holds(&self, id: &ContainerId, shims: &[String]) -> Result<Found, TaskError> {
-        let shared = self.shared();
+    async fn find_shim_holding(&self, id: &ContainerId, shims: &[String]) -> Result<Adoption, TaskError> {
+        let context = self.context();
         for name in shims {
-            let dir = shared.settings.places.shim(name);
+            let dir = context.settings.places.shim(name);
             let (path, failed) = (dir.join("sock"), |source| TaskError::Shim { doing: "ask a shim", source });
             match UnixStream::connect(&path).await {
                 Ok(_) => {}
@@ -226,38 +228,38 @@ impl Engine {
             }
             let client = Client::connect(&path, None).await.map_err(failed)?;
             match client.is_alive(id.as_str()).await {
-                Ok(_) => return Ok(shared.pool.launcher().adopt(name).await),
+                Ok(_) => return Ok(context.pool.launcher().adopt(name).await),
                 // A shim that has ended meanwhile has no container.
-                Err(error) if error.is_not_found() || matches!(error, ShimError::Gone { .. }) => {}
+                Err(error) if error.is_not_found() || matches!(error, ShimError::ConnectionLost { .. }) => {}
                 Err(error) => return Err(failed(error)),
             }
         }
-        Ok(Found::Gone)
+        Ok(Adoption::Gone)
     }
 
     /// Kills and removes an unrecorded container. `shims` are the shims that may hold it.
     ///
     /// # Errors
     /// When it is not known which shim has the container, or something of the container can't be removed.
-    pub(super) async fn undo_nameless(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
-        let shared = self.shared();
-        let places = &shared.settings.places;
-        let shim = self.shim_that_holds(id, shims).await?;
-        let cgroup = cgroup_of(places, id)?;
+    pub(super) async fn destroy_unrecorded(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
+        let context = self.context();
+        let places = &context.settings.places;
+        let shim = self.find_shim_holding(id, shims).await?;
+        let cgroup = cgroup_in_bundle(places, id)?;
         // A later attempt of the same task uses the same cgroup. Then the processes in it are not this container's.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
-        known.extend(self.leftovers().values().map(|leftover| leftover.record.clone()));
+        known.extend(self.pending_teardowns().values().map(|leftover| leftover.record.clone()));
         known.extend(self.left_alone().iter().map(|(record, _)| record.clone()));
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
             if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
-        let emptied = !cgroup.is_empty();
+        let cgroup_was_killed = !cgroup.is_empty();
         let known_to = |root: &Path| -> Result<bool, PlacesError> {
-            Ok(names(root)?.iter().any(|name| gvisor::container_of(name) == id.as_str()))
+            Ok(list_names(root)?.iter().any(|name| gvisor::container_of_state_file(name) == id.as_str()))
         };
         let mut runtime = None;
-        for name in names(&places.runtimes())? {
-            if known_to(&places.runtime_state(&name, shared.pool.launcher().namespace()))? {
+        for name in list_names(&places.runtimes())? {
+            if known_to(&places.runtime_state(&name, context.pool.launcher().namespace()))? {
                 runtime = Some(name);
                 break;
             }
@@ -277,23 +279,23 @@ impl Engine {
             gvisor: false,
             shim: NO_SHIM.to_owned(),
             shim_program: None,
-            namespace: shared.pool.launcher().namespace().to_owned(),
+            namespace: context.pool.launcher().namespace().to_owned(),
             cgroup,
             share_pool: None,
             group: None,
             stop_signal: libc::SIGKILL,
         })?;
-        undo(shared, &record, shim).await?;
+        undo(context, &record, shim).await?;
         // If the bundle is gone, only the runtime itself still knows the container.
-        for runtime in names(&places.runtimes())? {
-            let root = places.runtime_state(&runtime, shared.pool.launcher().namespace());
+        for runtime in list_names(&places.runtimes())? {
+            let root = places.runtime_state(&runtime, context.pool.launcher().namespace());
             if known_to(&root)? {
-                match shared.delete_by_runtime(&runtime, &root, id).await {
+                match context.delete_by_runtime(&runtime, &root, id).await {
                     // The runtime is no longer installed. The container's processes were killed by their cgroup.
-                    Err(_) if emptied && shared.runtimes.binary(&runtime).is_none() => {}
+                    Err(_) if cgroup_was_killed && context.runtimes.binary(&runtime).is_none() => {}
                     outcome => outcome?,
                 }
-                remove_state(&root, id)?;
+                remove_runsc_state(&root, id)?;
             }
         }
         Ok(())
@@ -304,17 +306,18 @@ impl Engine {
     /// # Errors
     /// When a task uses the image, the image is not available locally, or containerd refuses.
     pub async fn remove_image(&self, reference: &Reference) -> Result<(), TaskError> {
-        self.shared().all_cleared().await;
+        self.context().wait_for_teardowns().await;
         let in_use = self.images_in_use();
-        let removed = self.shared().images.remove(&reference.to_string(), &in_use).await;
+        let removed = self.context().images.remove(&reference.to_string(), &in_use).await;
         // A prepared root file system of this image would keep the image's layers mounted.
-        tokio::task::block_in_place(|| self.shared().ahead.give_up());
+        tokio::task::block_in_place(|| self.context().rootfs_pool.discard_all());
         removed.map_err(|error| TaskError::Image(super::SharedImageError(Arc::new(error))))
     }
 
     /// Returns the images and leases that a record names. Starts in progress hold their images themselves.
-    fn images_in_use(&self) -> InUse {
-        let mut records: Vec<Record> = self.leftovers().values().map(|leftover| leftover.record.clone()).collect();
+    fn images_in_use(&self) -> ImagesInUse {
+        let mut records: Vec<Record> =
+            self.pending_teardowns().values().map(|leftover| leftover.record.clone()).collect();
         records.extend(self.tasks().values().filter_map(Slot::record));
         records.into_iter().map(|record| (record.intent.image, record.intent.lease)).collect()
     }
@@ -324,14 +327,14 @@ impl Engine {
 pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> Result<BTreeSet<ContainerId>, PlacesError> {
     let mut found = Vec::new();
     for path in [places.bundles(), places.uppers(), places.logs()] {
-        found.extend(names(&path)?);
+        found.extend(list_names(&path)?);
     }
-    for runtime in names(&places.runtimes())? {
-        found.extend(names(&places.runtime_state(&runtime, namespace))?);
+    for runtime in list_names(&places.runtimes())? {
+        found.extend(list_names(&places.runtime_state(&runtime, namespace))?);
     }
     // The names of gVisor's files contain the container's id.
-    found.iter_mut().for_each(|name| *name = gvisor::container_of(name).to_owned());
-    let bad = names(&places.tasks())?.into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
+    found.iter_mut().for_each(|name| *name = gvisor::container_of_state_file(name).to_owned());
+    let bad = list_names(&places.tasks())?.into_iter().filter_map(|name| name.strip_suffix(".bad").map(str::to_owned));
     found.extend(bad);
     Ok(found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect())
 }
@@ -340,7 +343,7 @@ pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> Result<BTr
 ///
 /// # Errors
 /// When the bundle can't be read.
-pub(super) fn cgroup_of(places: &Places, id: &ContainerId) -> Result<String, RootfsError> {
+pub(super) fn cgroup_in_bundle(places: &Places, id: &ContainerId) -> Result<String, RootfsError> {
     let path = places.bundle(id).join("config.json");
     let config = match fs::read(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -354,7 +357,7 @@ pub(super) fn cgroup_of(places: &Places, id: &ContainerId) -> Result<String, Roo
 }
 
 /// Logs what was removed, and what could not be removed.
-fn tell(swept: Vec<Garbage>) {
+fn log_garbage(swept: Vec<Garbage>) {
     for Garbage { kind, name, problem, why, .. } in swept {
         match problem {
             None => tracing::info!(kind, name, why, "garbage collection removed an unused item"),

@@ -6,14 +6,14 @@ use serde::{Deserialize, Serialize};
 
 /// The identity of a file at one moment. Two equal values mean the same unchanged file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Stamp {
+pub struct FileId {
     device: u64,
     inode: u64,
     size: u64,
     changed: (i64, i64),
 }
 
-impl Stamp {
+impl FileId {
     /// The identity of the file that has this metadata.
     pub fn of(file: &Metadata) -> Self {
         Self {

@@ -12,20 +12,20 @@ use tokio::sync::watch;
 
 use super::{
     Client, Launcher, Shim, ShimError,
-    launch::{END, PID, UNUSABLE, remove_dir},
+    launch::{EXIT_TIMEOUT, PID_FILE, UNUSABLE_FILE, remove_dir},
 };
 use crate::process::{PidFd, ProcessId, boot_id, has_vanished};
 
 /// The interval between two attempts to find a shim, or to connect to it.
-const AGAIN: Duration = Duration::from_millis(100);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The interval between two attempts to watch a shim's process while no file descriptors are left.
-const WATCH_AGAIN: Duration = Duration::from_secs(1);
+const WATCH_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The outcome of adopting a shim that an earlier plugin has started.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "one a task, nearly always the large one")]
-pub enum Found {
+pub enum Adoption {
     /// The shim lives and answers.
     Alive(Shim),
     /// The shim lives and does not answer.
@@ -37,7 +37,7 @@ pub enum Found {
     Unknown(io::Error),
 }
 
-impl Found {
+impl Adoption {
     /// Returns the connection, if the shim lives and answers.
     pub fn client(&self) -> Option<&Client> {
         match self {
@@ -49,7 +49,7 @@ impl Found {
 
 /// The identity of a shim, as recorded in its directory.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Identity {
+pub(super) struct ShimIdentity {
     #[serde(flatten)]
     pub(super) process: ProcessId,
     pub(super) boot: String,
@@ -64,26 +64,26 @@ pub(super) struct Identity {
 
 impl Launcher {
     /// Adopts the shim `id` of an earlier plugin.
-    pub async fn adopt(&self, id: &str) -> Found {
-        let held = self.hold(id);
+    pub async fn adopt(&self, id: &str) -> Adoption {
+        let held = self.acquire(id);
         let dir = self.places.shim(id);
-        let (pidfd, identity) = match find(&dir).await {
+        let (pidfd, identity) = match find_alive(&dir).await {
             Ok(Some(found)) => found,
-            Ok(None) => return Found::Gone,
-            Err(error) => return Found::Unknown(error),
+            Ok(None) => return Adoption::Gone,
+            Err(error) => return Adoption::Unknown(error),
         };
-        let deadline = tokio::time::Instant::now() + END;
+        let deadline = tokio::time::Instant::now() + EXIT_TIMEOUT;
         let error = loop {
-            match Client::connect(&dir.join("sock"), self.hint(identity.program.as_deref())).await {
+            match Client::connect(&dir.join("sock"), self.api_hint(identity.program.as_deref())).await {
                 Ok(client) => {
                     let pidfd = Arc::new(pidfd);
-                    let ended = watch_over(&pidfd);
+                    let ended = spawn_exit_watcher(&pidfd);
                     let is_unusable = is_unusable(&dir);
                     let shim = Shim {
                         id: id.to_owned(),
                         pid: identity.process.pid,
                         dir,
-                        client: client.counted_in(self.calls()),
+                        client: client.with_runtime_calls(self.calls()),
                         pidfd,
                         ended,
                         namespace: identity.namespace,
@@ -94,31 +94,31 @@ impl Launcher {
                         adopted: true,
                     };
                     if is_unusable {
-                        shim.note_unusable();
+                        shim.set_unusable();
                     }
-                    return Found::Alive(shim);
+                    return Adoption::Alive(shim);
                 }
                 // That no connection can be made at this moment (no file descriptors) does not mean that the shim
                 // hangs.
-                Err(error) if matches!(error, ShimError::Late { .. }) => break error,
+                Err(error) if matches!(error, ShimError::TimedOut { .. }) => break error,
                 Err(error) if tokio::time::Instant::now() > deadline => break error,
-                Err(_) => match find(&dir).await {
-                    Ok(Some(_)) => tokio::time::sleep(AGAIN).await,
-                    Ok(None) => return Found::Gone,
-                    Err(error) => return Found::Unknown(error),
+                Err(_) => match find_alive(&dir).await {
+                    Ok(Some(_)) => tokio::time::sleep(RETRY_INTERVAL).await,
+                    Ok(None) => return Adoption::Gone,
+                    Err(error) => return Adoption::Unknown(error),
                 },
             }
         };
         // The shim may have ended in the meantime.
-        match find(&dir).await {
+        match find_alive(&dir).await {
             // Without the means to make a connection, nothing is known about whether the shim answers.
-            Ok(Some(_)) if !can_connect() => Found::Unknown(io::Error::other(crate::chain(&error))),
+            Ok(Some(_)) if !can_connect() => Adoption::Unknown(io::Error::other(crate::error_chain(&error))),
             Ok(Some((pidfd, ..))) => {
                 tracing::warn!(shim = id, %error, "a shim of an earlier plugin lives and does not answer");
-                Found::Hung(pidfd)
+                Adoption::Hung(pidfd)
             }
-            Ok(None) => Found::Gone,
-            Err(error) => Found::Unknown(error),
+            Ok(None) => Adoption::Gone,
+            Err(error) => Adoption::Unknown(error),
         }
     }
 }
@@ -130,20 +130,20 @@ fn can_connect() -> bool {
 
 /// Spawns a task that reports when the process has ended. While the process can't be watched, it is not reported as
 /// ended; a broken connection to the shim is noticed independently of that.
-fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
-    let (tell, ended) = watch::channel(false);
+fn spawn_exit_watcher(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
+    let (ended_tx, ended) = watch::channel(false);
     let pidfd = pidfd.clone();
     tokio::spawn(async move {
         let ended = async {
-            while let Err(error) = pidfd.ended().await {
+            while let Err(error) = pidfd.wait_for_end().await {
                 tracing::warn!(%error, "the process of a shim can't be watched; trying again");
-                tokio::time::sleep(WATCH_AGAIN).await;
+                tokio::time::sleep(WATCH_RETRY_INTERVAL).await;
             }
         };
         tokio::select! {
-            () = ended => drop(tell.send_replace(true)),
+            () = ended => drop(ended_tx.send_replace(true)),
             // All receivers are gone, so the descriptor can be closed.
-            () = tell.closed() => {}
+            () = ended_tx.closed() => {}
         }
     });
     ended
@@ -155,20 +155,21 @@ fn watch_over(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
 ///
 /// # Errors
 /// Fails when no lookup succeeds in that time.
-async fn find(dir: &Path) -> io::Result<Option<(PidFd, Identity)>> {
-    let deadline = tokio::time::Instant::now() + END;
+async fn find_alive(dir: &Path) -> io::Result<Option<(PidFd, ShimIdentity)>> {
+    let deadline = tokio::time::Instant::now() + EXIT_TIMEOUT;
     loop {
-        match look(dir) {
+        match open_recorded(dir) {
             Ok(found) => return Ok(Some(found)),
             Err(error) if has_vanished(&error) => return Ok(None),
             Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
-            Err(_) => tokio::time::sleep(AGAIN).await,
+            Err(_) => tokio::time::sleep(RETRY_INTERVAL).await,
         }
     }
 }
 
-fn look(dir: &Path) -> io::Result<(PidFd, Identity)> {
-    let identity: Identity = serde_json::from_slice(&fs::read(dir.join(PID))?).map_err(|_| io::ErrorKind::NotFound)?;
+fn open_recorded(dir: &Path) -> io::Result<(PidFd, ShimIdentity)> {
+    let identity: ShimIdentity =
+        serde_json::from_slice(&fs::read(dir.join(PID_FILE))?).map_err(|_| io::ErrorKind::NotFound)?;
     if boot_id()? != identity.boot {
         return Err(io::ErrorKind::NotFound.into());
     }
@@ -177,19 +178,19 @@ fn look(dir: &Path) -> io::Result<(PidFd, Identity)> {
 
 /// Returns whether the shim that belongs to this directory lives, and `true` if that is not known.
 pub fn is_alive(dir: &Path) -> bool {
-    look(dir).map_or_else(|error| !has_vanished(&error), |_| true)
+    open_recorded(dir).map_or_else(|error| !has_vanished(&error), |_| true)
 }
 
 /// Returns whether the shim that belongs to this directory has a container that it can't delete. Such a shim accepts
 /// the request to shut down and does not exit.
 pub fn is_unusable(dir: &Path) -> bool {
-    dir.join(UNUSABLE).exists()
+    dir.join(UNUSABLE_FILE).exists()
 }
 
 /// Kills the shim that belongs to this directory, even if it has containers, which are then cleaned up as those of a
 /// dead shim. Does nothing if the shim is gone.
 pub fn kill_shim(dir: &Path) {
-    match look(dir) {
+    match open_recorded(dir) {
         Ok((pidfd, ..)) => pidfd.signal(libc::SIGKILL),
         Err(error) if has_vanished(&error) => {}
         Err(error) => tracing::error!(dir = %dir.display(), %error, "could not look up a shim that is to be killed"),
@@ -197,9 +198,9 @@ pub fn kill_shim(dir: &Path) {
 }
 
 /// Kills a shim that does not answer, and removes its directory. Returns whether the shim is gone.
-pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
+pub async fn kill_hung(dir: &Path, pidfd: &PidFd) -> bool {
     pidfd.signal(libc::SIGKILL);
-    let gone = tokio::time::timeout(END, pidfd.ended()).await.is_ok_and(|ended| ended.is_ok());
+    let gone = tokio::time::timeout(EXIT_TIMEOUT, pidfd.wait_for_end()).await.is_ok_and(|ended| ended.is_ok());
     if gone {
         remove_dir(dir);
     }
@@ -209,24 +210,24 @@ pub async fn end_hung(dir: &Path, pidfd: &PidFd) -> bool {
 /// Shuts down an unrecorded shim that another plugin has left behind, found by its directory. Returns whether the shim
 /// is gone. A shim that has a container answers and does not exit. Its directory is kept then, because the socket in it
 /// is the only way to reach the shim.
-pub async fn end_stray(dir: &Path) -> bool {
+pub async fn shut_down_unrecorded(dir: &Path) -> bool {
     let socket = dir.join("sock");
-    let deadline = tokio::time::Instant::now() + END;
-    let mut asked = false;
+    let deadline = tokio::time::Instant::now() + EXIT_TIMEOUT;
+    let mut shutdown_requested = false;
     loop {
-        match tokio::time::timeout(END, tokio::net::UnixStream::connect(&socket)).await {
+        match tokio::time::timeout(EXIT_TIMEOUT, tokio::net::UnixStream::connect(&socket)).await {
             Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
                 // A shim that no longer listens is about to exit, and accepts no calls.
-                let Ok((pidfd, _)) = look(dir) else {
+                let Ok((pidfd, _)) = open_recorded(dir) else {
                     remove_dir(dir);
                     return true;
                 };
-                if tokio::time::timeout(END, pidfd.ended()).await.is_err() {
-                    return end_hung(dir, &pidfd).await;
+                if tokio::time::timeout(EXIT_TIMEOUT, pidfd.wait_for_end()).await.is_err() {
+                    return kill_hung(dir, &pidfd).await;
                 }
             }
-            Ok(Ok(_)) if !asked => {
-                asked = true;
+            Ok(Ok(_)) if !shutdown_requested => {
+                shutdown_requested = true;
                 if let Ok(client) = Client::connect(&socket, None).await
                     && let Err(error) = client.shutdown("").await
                 {
@@ -249,7 +250,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        places::{Places, make_dir},
+        places::{Places, create_private_dir},
         shim::{
             ShimScope,
             fake::{Answer, listen},
@@ -263,21 +264,21 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let places = Places::new(dir.path().join("run"), dir.path().join("state"));
         let own = places.shim("a");
-        make_dir(&own).expect("made");
+        create_private_dir(&own).expect("made");
         listen(&own, |_, _| Answer::Bytes(&[]));
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("started");
-        let identity = Identity {
+        let identity = ShimIdentity {
             process: ProcessId::of(child.id()).expect("alive"),
             boot: boot_id().expect("known"),
             namespace: "test".to_owned(),
             runtime: None,
             program: None,
         };
-        fs::write(own.join(PID), serde_json::to_vec(&identity).expect("encoded")).expect("written");
-        fs::write(own.join(UNUSABLE), "").expect("written");
+        fs::write(own.join(PID_FILE), serde_json::to_vec(&identity).expect("encoded")).expect("written");
+        fs::write(own.join(UNUSABLE_FILE), "").expect("written");
         let launcher = Launcher::new("none".into(), "test".to_owned(), ShimScope::Node, places, Vec::new());
-        let Found::Alive(shim) = Arc::new(launcher).adopt("a").await else { panic!("the shim lives and answers") };
-        assert!(shim.end().await);
+        let Adoption::Alive(shim) = Arc::new(launcher).adopt("a").await else { panic!("the shim lives and answers") };
+        assert!(shim.shut_down().await);
         assert!(!own.exists());
         assert_eq!(child.wait().expect("waited for").signal(), Some(libc::SIGKILL));
     }

@@ -7,19 +7,20 @@ use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, claim::caught, engine::Slot, live::Claim,
+    Engine, Force, Record, RecordState, StartRequest, TaskError, TaskHandle, engine::Slot, guards::catch_panic,
+    live::Confirmation,
 };
-use crate::{ids::TaskId, shim::stdio::HeldOpen};
+use crate::{ids::TaskId, shim::stdio::ParkedFifos};
 
 /// How long a start waits for the teardown of an earlier attempt that another caller runs.
-const OTHERS: Duration = Duration::from_secs(120);
+const TEARDOWN_WAIT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Wraps the error of an earlier attempt's teardown. It is not the job's fault, and a later start may find the attempt
 /// removed.
-fn earlier(id: TaskId, error: TaskError) -> TaskError {
+fn earlier_attempt_error(id: TaskId, error: TaskError) -> TaskError {
     match error {
-        error @ TaskError::Busy(_) => error,
-        error => TaskError::Earlier { id, source: Box::new(error) },
+        error @ TaskError::TeardownInProgress(_) => error,
+        error => TaskError::EarlierAttemptRemains { id, source: Box::new(error) },
     }
 }
 
@@ -28,22 +29,22 @@ impl Engine {
     /// its answer to StartTask reaches Nomad, Nomad repeats the call with the same task id, and the task runs already.
     /// If that task was being stopped, or it is not known how it ended, it is destroyed instead, and the caller starts
     /// it anew.
-    pub(super) async fn started_before(&self, request: &StartRequest) -> Option<TaskHandle> {
+    pub(super) async fn reuse_earlier_start(&self, request: &StartRequest) -> Option<TaskHandle> {
         let id = &request.task_id;
-        let task = self.settled(id).await?;
-        let sound = task.lost.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
-        let claim = task.claim();
-        if claim == Claim::Again {
+        let task = self.wait_for_recovery(id).await?;
+        let sound = task.unrecoverable_reason.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
+        let confirmation = task.confirm();
+        if confirmation == Confirmation::Again {
             return None;
         }
-        if sound && claim == Claim::First {
+        if sound && confirmation == Confirmation::First {
             tracing::warn!(task = %id, "an earlier plugin has already started this task; keeping it");
             return Some(task.handle());
         }
-        let held = HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
-        self.held().insert((request.alloc_id.clone(), request.name.clone()), held);
+        let parked = ParkedFifos::new(&request.alloc_dir, &request.stdout, &request.stderr);
+        self.parked_fifos().insert((request.alloc_id.clone(), request.name.clone()), parked);
         if let Err(error) = self.destroy(id, Force::Yes).await {
-            tracing::warn!(task = %id, error = %crate::chain(&error), "could not destroy an earlier start of the task");
+            tracing::warn!(task = %id, error = %crate::error_chain(&error), "could not destroy an earlier start of the task");
         }
         None
     }
@@ -51,16 +52,16 @@ impl Engine {
     /// Destroys all earlier attempts of the task. A new attempt means that Nomad no longer needs the old ones: it gave
     /// up on them, or died before it got the answer to their start. The logs of the attempts are one stream; the
     /// returned FIFOs keep that stream open.
-    pub(super) async fn clear_predecessors(
+    pub(super) async fn destroy_previous_attempts(
         &self,
         request: &StartRequest,
         stop: &CancellationToken,
-    ) -> Result<Option<HeldOpen>, TaskError> {
-        let mut held = None;
-        let hold = || HeldOpen::new(&request.alloc_dir, &request.stdout, &request.stderr);
+    ) -> Result<Option<ParkedFifos>, TaskError> {
+        let mut parked = None;
+        let park = || ParkedFifos::new(&request.alloc_dir, &request.stdout, &request.stderr);
         let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
         let anonymous = request.alloc_id.is_empty();
-        let olds: Vec<TaskId> = self
+        let previous: Vec<TaskId> = self
             .tasks()
             .values()
             .filter_map(Slot::record)
@@ -68,45 +69,45 @@ impl Engine {
             .filter(same)
             .map(|record| record.intent.task_id)
             .collect();
-        for old in olds {
+        for old in previous {
             tracing::warn!(task = %old, new = %request.task_id, "destroying an attempt that Nomad never destroyed");
-            held = Some(hold());
+            parked = Some(park());
             match self.destroy(&old, Force::Yes).await {
                 // Another call, most likely DestroyTask of the old agent, has destroyed the task meanwhile.
                 Ok(()) | Err(TaskError::NotFound(_)) => {}
-                Err(error) => return Err(earlier(old, error)),
+                Err(error) => return Err(earlier_attempt_error(old, error)),
             }
         }
-        let leftovers: Vec<TaskId> = {
-            let leftovers = self.leftovers();
+        let pending: Vec<TaskId> = {
+            let leftovers = self.pending_teardowns();
             let records = leftovers.values().map(|leftover| &leftover.record);
             records.filter(|record| same(record)).map(|record| record.task_id.clone()).collect()
         };
-        for old in leftovers {
+        for old in pending {
             tracing::warn!(task = %old, new = %request.task_id, "removing the remains of an earlier attempt");
-            held = Some(hold());
-            match self.outlast_leftover(&old, stop).await {
+            parked = Some(park());
+            match self.complete_teardown(&old, stop).await {
                 Err(TaskError::Stopped(_)) => return Err(TaskError::Stopped(request.task_id.clone())),
-                other => other.map_err(|error| earlier(old, error))?,
+                other => other.map_err(|error| earlier_attempt_error(old, error))?,
             }
         }
-        Ok(held)
+        Ok(parked)
     }
 
     /// Destroys the earlier attempts of a start that was stopped while it waited for its attempt lock. The lock is then
     /// held by a start that a dead agent has begun; when that start completes, no agent knows of its task. Later starts
     /// of the same task wait for this, since they are behind it in the lock's queue.
-    pub(super) fn clear_predecessors_later(
+    pub(super) fn destroy_previous_attempts_later(
         &self,
-        turn: impl Future<Output = OwnedMutexGuard<()>> + Send + 'static,
+        attempt_lock: impl Future<Output = OwnedMutexGuard<()>> + Send + 'static,
         request: StartRequest,
     ) {
         let engine = self.clone();
-        tokio::spawn(caught("destroying the earlier attempts of a stopped start", async move {
-            let _turn = turn.await;
-            if let Err(error) = engine.clear_predecessors(&request, &CancellationToken::new()).await {
+        tokio::spawn(catch_panic("destroying the earlier attempts of a stopped start", async move {
+            let _turn = attempt_lock.await;
+            if let Err(error) = engine.destroy_previous_attempts(&request, &CancellationToken::new()).await {
                 tracing::warn!(
-                    task = %request.task_id, error = %crate::chain(&error),
+                    task = %request.task_id, error = %crate::error_chain(&error),
                     "could not yet remove an earlier attempt of a task whose start was stopped"
                 );
             }
@@ -118,22 +119,22 @@ impl Engine {
     ///
     /// # Errors
     /// When the teardown fails or takes too long, or `stop` is cancelled.
-    pub(super) async fn outlast_leftover(&self, id: &TaskId, stop: &CancellationToken) -> Result<(), TaskError> {
-        let deadline = tokio::time::Instant::now() + OTHERS;
-        self.shared().hurry.notify_waiters();
+    pub(super) async fn complete_teardown(&self, id: &TaskId, stop: &CancellationToken) -> Result<(), TaskError> {
+        let deadline = tokio::time::Instant::now() + TEARDOWN_WAIT_TIMEOUT;
+        self.context().teardown_requested.notify_waiters();
         loop {
-            let mut settled = std::pin::pin!(self.shared().settled.notified());
+            let mut finished = std::pin::pin!(self.context().teardown_finished.notified());
             // Registered before the check, so that a teardown that finishes during the check is not missed.
-            settled.as_mut().enable();
-            if let Some(outcome) = self.destroy_leftover(id).await {
+            finished.as_mut().enable();
+            if let Some(outcome) = self.destroy_pending(id).await {
                 return outcome;
             }
-            if !self.leftovers().contains_key(id) {
+            if !self.pending_teardowns().contains_key(id) {
                 return Ok(());
             }
             tokio::select! {
-                () = settled => {}
-                () = tokio::time::sleep_until(deadline) => return Err(TaskError::Busy(id.clone())),
+                () = finished => {}
+                () = tokio::time::sleep_until(deadline) => return Err(TaskError::TeardownInProgress(id.clone())),
                 () = stop.cancelled() => return Err(TaskError::Stopped(id.clone())),
             }
         }

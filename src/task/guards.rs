@@ -7,34 +7,34 @@ use futures_util::FutureExt as _;
 
 use super::{
     Record,
-    shared::{Hands, Leftover, Shared},
+    context::{EngineContext, PendingTeardown, TeardownState},
 };
 
 /// The guard of a teardown in progress. Dropped without [`TeardownGuard::finish`], it queues the teardown again, for
 /// the garbage collection or a new attempt of the task.
-pub(super) struct Claim {
-    shared: Arc<Shared>,
+pub(super) struct TeardownGuard {
+    context: Arc<EngineContext>,
     record: Record,
     /// Is this teardown counted in `background_teardowns`?
     is_counted: bool,
-    is_settled: bool,
+    is_finished: bool,
 }
 
-impl Claim {
+impl TeardownGuard {
     /// Begins a new teardown, and adds it to the pending teardowns as in progress.
-    pub(super) fn new(shared: &Arc<Shared>, record: &Record) -> Self {
-        let leftover = Leftover { record: record.clone(), hands: Hands::Taken, shim: None };
-        shared.leftovers().insert(record.task_id.clone(), leftover);
-        Self::on(shared, record.clone())
+    pub(super) fn new(context: &Arc<EngineContext>, record: &Record) -> Self {
+        let pending = PendingTeardown { record: record.clone(), state: TeardownState::InProgress, shim_hold: None };
+        context.pending_teardowns().insert(record.task_id.clone(), pending);
+        Self::for_claimed(context, record.clone())
     }
 
     /// Guards a pending teardown that the caller has marked as in progress.
-    pub(super) fn on(shared: &Arc<Shared>, record: Record) -> Self {
-        Self { shared: shared.clone(), record, is_counted: false, is_settled: false }
+    pub(super) fn for_claimed(context: &Arc<EngineContext>, record: Record) -> Self {
+        Self { context: context.clone(), record, is_counted: false, is_finished: false }
     }
 
-    pub(super) fn shared(&self) -> &Arc<Shared> {
-        &self.shared
+    pub(super) fn context(&self) -> &Arc<EngineContext> {
+        &self.context
     }
 
     pub(super) fn record(&self) -> &Record {
@@ -42,68 +42,69 @@ impl Claim {
     }
 
     /// Marks the teardown as running in the background: the container is gone, and the caller gets its answer.
-    pub(super) fn is_clearing(&mut self) {
+    pub(super) fn move_to_background(&mut self) {
         if !std::mem::replace(&mut self.is_counted, true) {
-            self.shared.clearing.send_modify(|count| *count += 1);
+            self.context.background_teardowns.send_modify(|count| *count += 1);
         }
-        let leftover = Leftover { record: self.record.clone(), hands: Hands::Clearing, shim: None };
-        self.shared.leftovers().insert(self.record.task_id.clone(), leftover);
+        let pending =
+            PendingTeardown { record: self.record.clone(), state: TeardownState::Background, shim_hold: None };
+        self.context.pending_teardowns().insert(self.record.task_id.clone(), pending);
     }
 
     /// Reports the outcome: the task is gone, or its teardown is queued again.
-    pub(super) fn settle(mut self, is_gone: bool) {
-        self.is_settled = true;
+    pub(super) fn finish(mut self, is_gone: bool) {
+        self.is_finished = true;
         if is_gone {
-            self.shared.forget(&self.record.task_id);
+            self.context.remove_teardown(&self.record.task_id);
         } else {
-            self.shared.keep(self.record.clone());
+            self.context.queue_teardown(self.record.clone());
         }
     }
 }
 
-impl Drop for Claim {
+impl Drop for TeardownGuard {
     fn drop(&mut self) {
-        if !self.is_settled {
+        if !self.is_finished {
             tracing::error!(task = %self.record.task_id, "the teardown of a task was interrupted; it is queued again");
-            self.shared.keep(self.record.clone());
+            self.context.queue_teardown(self.record.clone());
         }
         if self.is_counted {
-            self.shared.clearing.send_modify(|count| *count -= 1);
+            self.context.background_teardowns.send_modify(|count| *count -= 1);
         }
     }
 }
 
 /// The guard of a start that has made something. Dropped without [`StartGuard::disarm`], as by a panic, it queues the
 /// task's teardown.
-pub(super) struct Attempt {
-    shared: Arc<Shared>,
+pub(super) struct StartGuard {
+    context: Arc<EngineContext>,
     record: Record,
-    is_over: bool,
+    is_disarmed: bool,
 }
 
-impl Attempt {
+impl StartGuard {
     /// Guards the start that `record` describes, whether the record is on disk or not.
-    pub(super) fn new(shared: &Arc<Shared>, record: &Record) -> Self {
-        Self { shared: shared.clone(), record: record.clone(), is_over: false }
+    pub(super) fn new(context: &Arc<EngineContext>, record: &Record) -> Self {
+        Self { context: context.clone(), record: record.clone(), is_disarmed: false }
     }
 
     /// Ends the guard: the task runs, or its teardown was begun.
-    pub(super) fn over(mut self) {
-        self.is_over = true;
+    pub(super) fn disarm(mut self) {
+        self.is_disarmed = true;
     }
 }
 
-impl Drop for Attempt {
+impl Drop for StartGuard {
     fn drop(&mut self) {
-        if !self.is_over {
+        if !self.is_disarmed {
             tracing::error!(task = %self.record.task_id, "a start was interrupted; its teardown is queued");
-            self.shared.keep(self.record.clone());
+            self.context.queue_teardown(self.record.clone());
         }
     }
 }
 
 /// Runs work of a detached task, and catches and logs a panic. Returns `None` if the work has panicked.
-pub(super) async fn caught<T>(what: &'static str, work: impl Future<Output = T>) -> Option<T> {
+pub(super) async fn catch_panic<T>(what: &'static str, work: impl Future<Output = T>) -> Option<T> {
     match AssertUnwindSafe(work).catch_unwind().await {
         Ok(done) => Some(done),
         Err(panic) => {
@@ -121,8 +122,8 @@ mod tests {
 
     #[tokio::test]
     #[allow(clippy::panic, reason = "the test is about a panic")]
-    async fn a_panic_is_caught_and_told_apart_from_an_answer() {
-        assert_eq!(caught("work", async { 7 }).await, Some(7));
-        assert_eq!(caught("work", async { panic!("on purpose") }).await, None::<()>);
+    async fn a_panic_is_caught_and_distinguished_from_a_result() {
+        assert_eq!(catch_panic("work", async { 7 }).await, Some(7));
+        assert_eq!(catch_panic("work", async { panic!("on purpose") }).await, None::<()>);
     }
 }

@@ -4,7 +4,7 @@
 
 /// Returns whether the step `name` is to be skipped: whether it is in `NOMAD_DRIVER_SHIM_SKIP`, a comma-separated list.
 #[cfg(debug_assertions)]
-pub fn skipped(name: &str) -> bool {
+pub fn skip(name: &str) -> bool {
     let skipped = std::env::var("NOMAD_DRIVER_SHIM_SKIP").is_ok_and(|list| list.split(',').any(|entry| entry == name));
     if skipped {
         tracing::warn!(step = name, "a failpoint skipped a step");
@@ -14,7 +14,7 @@ pub fn skipped(name: &str) -> bool {
 
 /// Always false in a release build.
 #[cfg(not(debug_assertions))]
-pub const fn skipped(_name: &str) -> bool {
+pub const fn skip(_name: &str) -> bool {
     false
 }
 
@@ -35,7 +35,7 @@ pub const fn boot_id() -> Option<String> {
 /// names it, the first call panics.
 #[cfg(debug_assertions)]
 #[allow(clippy::print_stderr, clippy::panic, reason = "tests look for these messages")]
-pub fn point(name: &str) {
+pub fn kill_at(name: &str) {
     static PANICKED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
     if std::env::var("NOMAD_DRIVER_SHIM_PANIC_AT").is_ok_and(|point| point == name)
         && !PANICKED.swap(true, std::sync::atomic::Ordering::SeqCst)
@@ -51,29 +51,29 @@ pub fn point(name: &str) {
 
 /// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
-pub const fn point(_name: &str) {}
+pub const fn kill_at(_name: &str) {}
 
 /// Kills this process as `kill_at` does, but from another thread and after `delay`, so that the caller is in the middle
 /// of its next step.
 #[cfg(debug_assertions)]
 #[allow(clippy::disallowed_methods, reason = "a thread of its own sleeps")]
-pub fn point_within(name: &'static str, delay: std::time::Duration) {
+pub fn kill_after(name: &'static str, delay: std::time::Duration) {
     if std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
         std::thread::spawn(move || {
             std::thread::sleep(delay);
-            point(name);
+            kill_at(name);
         });
     }
 }
 
 /// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
-pub const fn point_within(_name: &'static str, _delay: std::time::Duration) {}
+pub const fn kill_after(_name: &'static str, _delay: std::time::Duration) {}
 
 /// Waits to be killed by the thread of `kill_after`, in case the caller was quicker than that thread.
 #[cfg(debug_assertions)]
 #[allow(clippy::disallowed_methods, reason = "this process is about to be killed")]
-pub fn await_point(name: &str) {
+pub fn wait_for_kill(name: &str) {
     while std::env::var("NOMAD_DRIVER_SHIM_KILL_AT").is_ok_and(|point| point == name) {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
@@ -81,7 +81,7 @@ pub fn await_point(name: &str) {
 
 /// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
-pub const fn await_point(_name: &str) {}
+pub const fn wait_for_kill(_name: &str) {}
 
 /// Lets a look-up of the system's state (a directory's listing, `/proc`) fail as in a process without free descriptors,
 /// if `NOMAD_DRIVER_SHIM_BLIND`, a comma-separated list, contains `name`.
@@ -89,7 +89,7 @@ pub const fn await_point(_name: &str) {}
 /// # Errors
 /// EMFILE when the list contains `name`.
 #[cfg(debug_assertions)]
-pub fn look(name: &str) -> std::io::Result<()> {
+pub fn fail_lookup(name: &str) -> std::io::Result<()> {
     if std::env::var("NOMAD_DRIVER_SHIM_BLIND").is_ok_and(|list| list.split(',').any(|entry| entry == name)) {
         tracing::warn!(look = name, "a failpoint let a look-up fail");
         return Err(std::io::Error::from_raw_os_error(libc::EMFILE));
@@ -102,7 +102,7 @@ pub fn look(name: &str) -> std::io::Result<()> {
 /// # Errors
 /// Never.
 #[cfg(not(debug_assertions))]
-pub const fn look(_name: &str) -> std::io::Result<()> {
+pub const fn fail_lookup(_name: &str) -> std::io::Result<()> {
     Ok(())
 }
 
@@ -110,7 +110,7 @@ pub const fn look(_name: &str) -> std::io::Result<()> {
 /// `NOMAD_DRIVER_SHIM_INTRUDE` says so: `fsync`, `connect` or `process`. Tests check by this that the trace of a start
 /// notices such a violation.
 #[cfg(debug_assertions)]
-pub fn intrude(containerd: &std::path::Path) {
+pub fn violate(containerd: &std::path::Path) {
     let outcome = match std::env::var("NOMAD_DRIVER_SHIM_INTRUDE").as_deref() {
         Ok("fsync") => std::fs::File::open("/").and_then(|root| root.sync_all()),
         Ok("connect") => std::os::unix::net::UnixStream::connect(containerd).map(drop),
@@ -122,4 +122,4 @@ pub fn intrude(containerd: &std::path::Path) {
 
 /// Does nothing in a release build.
 #[cfg(not(debug_assertions))]
-pub const fn intrude(_containerd: &std::path::Path) {}
+pub const fn violate(_containerd: &std::path::Path) {}

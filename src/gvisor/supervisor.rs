@@ -21,7 +21,7 @@ use nix::{
 };
 
 use crate::{
-    privileges::{Calls, confine},
+    privileges::{SyscallFilter, confine},
     process,
 };
 
@@ -30,11 +30,11 @@ use crate::{
 pub const COMMAND: &str = "runsc-keeper";
 
 /// The process name of a sandbox supervisor once its container has been created.
-pub const KEEPING: &std::ffi::CStr = c"runsc-keeper";
+pub const SUPERVISOR_COMM: &std::ffi::CStr = c"runsc-keeper";
 
 /// The system calls that a sandbox supervisor needs once its sandbox runs: it waits for the sandbox's end, writes the
 /// exit code to a file that is already open, and ends.
-const ALLOWED: &[libc::c_long] = &[
+const ALLOWED_SYSCALLS: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_close,
     libc::SYS_exit,
@@ -58,43 +58,43 @@ const ALLOWED: &[libc::c_long] = &[
 
 /// A shim's call of runsc.
 #[derive(Debug, PartialEq, Eq)]
-struct Call<'a> {
+struct ShimCall<'a> {
     command: &'a str,
     root: Option<&'a str>,
     pid_file: Option<&'a str>,
     id: &'a str,
     /// Whether the call is about the container's first process, and not about an exec'd one.
-    whole: bool,
+    is_for_init: bool,
 }
 
 /// Parses the arguments of a call by gVisor's shim: global flags as `--name=value`, the command, the command's flags
 /// with `=` or as two arguments, and the container's id.
-fn parse(words: &[String]) -> Option<Call<'_>> {
+fn parse(words: &[String]) -> Option<ShimCall<'_>> {
     let at = words.iter().position(|word| !word.starts_with('-'))?;
     let (globals, rest) = words.split_at(at);
     let (command, rest) = rest.split_first()?;
     let value = |list: &'_ [String], name: &str| -> Option<usize> { list.iter().position(|word| word == name) };
     let pid_file = value(rest, "--pid-file").and_then(|at| rest.get(at + 1)).map(String::as_str);
-    Some(Call {
+    Some(ShimCall {
         command,
         root: globals.iter().find_map(|word| word.strip_prefix("--root=")),
         pid_file,
         id: rest.last()?,
-        whole: !rest
+        is_for_init: !rest
             .iter()
             .any(|word| word.starts_with("--pid") && word != "--pid-file" || word.starts_with("--rootpid")),
     })
 }
 
-impl Call<'_> {
+impl ShimCall<'_> {
     /// Returns the file for the exit code. The file is locked until the exit code has been written.
-    fn note(&self) -> Option<PathBuf> {
-        Some(Path::new(self.root?).join(format!("{}{SUFFIX}", self.id)))
+    fn exit_code_path(&self) -> Option<PathBuf> {
+        Some(Path::new(self.root?).join(format!("{}{EXIT_CODE_SUFFIX}", self.id)))
     }
 }
 
 /// The suffix of the file for the exit code, which follows the container's id.
-pub(super) const SUFFIX: &str = ".exit-code";
+pub(super) const EXIT_CODE_SUFFIX: &str = ".exit-code";
 
 /// Handles a shim's call of runsc.
 pub fn main(arguments: &[String]) -> ExitCode {
@@ -107,11 +107,11 @@ pub fn main(arguments: &[String]) -> ExitCode {
         command
     };
     let call = parse(words);
-    let noted = call.as_ref().and_then(|call| Some((call, call.note()?)));
+    let noted = call.as_ref().and_then(|call| Some((call, call.exit_code_path()?)));
     let outcome = match noted {
-        Some((call, note)) if call.command == "create" => create(real(), &note, call.pid_file),
-        Some((call, note)) if call.command == "wait" && call.whole => match awaited(&note) {
-            Some(code) => return told(call.id, code),
+        Some((call, note)) if call.command == "create" => create_supervised(real(), &note, call.pid_file),
+        Some((call, note)) if call.command == "wait" && call.is_for_init => match wait_for_exit_code(&note) {
+            Some(code) => return print_exit_status(call.id, code),
             None => Ok(None),
         },
         Some((call, note)) if call.command == "delete" => {
@@ -135,14 +135,14 @@ fn refused(problem: &str) -> ExitCode {
 
 /// Prints an exit code in the format of `runsc wait`.
 #[allow(clippy::print_stdout, reason = "read by the shim")]
-fn told(id: &str, code: u8) -> ExitCode {
+fn print_exit_status(id: &str, code: u8) -> ExitCode {
     println!("{}", serde_json::json!({ "id": id, "exitStatus": code }));
     ExitCode::SUCCESS
 }
 
 /// Waits until the supervisor has released its lock, and returns the exit code that it has written. `None` if the
 /// supervisor died before it could write one.
-fn awaited(note: &Path) -> Option<u8> {
+fn wait_for_exit_code(note: &Path) -> Option<u8> {
     let file = File::open(note).ok()?;
     let mut file = Flock::lock(file, FlockArg::LockShared).ok()?;
     let mut text = String::new();
@@ -152,10 +152,10 @@ fn awaited(note: &Path) -> Option<u8> {
 
 /// Starts a sandbox supervisor that runs `runsc create`, and waits for the end of `runsc create` only. Returns the exit
 /// code of `runsc create`.
-fn create(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result<Option<u8>> {
+fn create_supervised(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result<Option<u8>> {
     let Some(pid_file) = pid_file else { return Ok(None) };
     if let Some(root) = note.parent() {
-        crate::places::make_dir(root)?;
+        crate::places::create_private_dir(root)?;
     }
     let file = File::options().create(true).truncate(true).write(true).read(true).mode(0o600).open(note)?;
     // The lock belongs to the open file, so that the child has it, too. It is held before the shim gets an answer, so a
@@ -174,7 +174,7 @@ fn create(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result
         }
         ForkResult::Child => {
             drop(answer);
-            let kept = keep(&mut runsc, lock, Path::new(pid_file), File::from(tell));
+            let kept = supervise(&mut runsc, lock, Path::new(pid_file), File::from(tell));
             if kept.is_err() {
                 let _ = fs::remove_file(note);
             }
@@ -186,24 +186,24 @@ fn create(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result
 
 /// Runs `runsc create`, becomes the parent of the processes that it leaves behind, and waits for the sandbox among
 /// them.
-fn keep(runsc: &mut Command, mut lock: Flock<File>, pid_file: &Path, mut tell: File) -> io::Result<()> {
+fn supervise(runsc: &mut Command, mut lock: Flock<File>, pid_file: &Path, mut tell: File) -> io::Result<()> {
     setsid()?;
     nix::sys::prctl::set_child_subreaper(true)?;
     let child = runsc.spawn()?;
     // The shim waits for the end of its pipes, which only the sandbox may keep open.
-    silence()?;
+    redirect_streams_to_null()?;
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     let code = code_of(&waitpid(child, None)?).unwrap_or(128);
     let sandbox = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse().ok()).map(Pid::from_raw);
     // With this name, the process is not mistaken for a runtime that is creating a container.
-    nix::sys::prctl::set_name(KEEPING)?;
+    nix::sys::prctl::set_name(SUPERVISOR_COMM)?;
     tell.write_all(&[code])?;
     drop(tell);
     let Some(sandbox) = sandbox.filter(|_| code == 0) else {
         return Err(io::ErrorKind::NotFound.into());
     };
     // A failure is ignored: the sandbox lives on, and a supervisor that could not be confined is still its parent.
-    let _ = confine(&[], Calls::Only(ALLOWED));
+    let _ = confine(&[], SyscallFilter::Only(ALLOWED_SYSCALLS));
     loop {
         let status = wait()?;
         if status.pid() == Some(sandbox)
@@ -215,7 +215,7 @@ fn keep(runsc: &mut Command, mut lock: Flock<File>, pid_file: &Path, mut tell: F
 }
 
 /// Redirects the standard streams of this process to /dev/null.
-fn silence() -> io::Result<()> {
+fn redirect_streams_to_null() -> io::Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     nix::unistd::dup2_stdin(&null)?;
     nix::unistd::dup2_stdout(&null)?;
@@ -242,9 +242,9 @@ mod tests {
         let text = words("--root=/r/nomad --log=/b/log.json create --bundle /b --pid-file /b/init.pid c1");
         let call = parse(&text).expect("a call");
         assert_eq!((call.command, call.pid_file, call.id), ("create", Some("/b/init.pid"), "c1"));
-        assert_eq!(call.note(), Some(PathBuf::from("/r/nomad/c1.exit-code")));
-        assert!(parse(&words("--root=/r wait c1")).expect("a call").whole);
-        assert!(!parse(&words("--root=/r wait --pid 7 c1")).expect("a call").whole);
+        assert_eq!(call.exit_code_path(), Some(PathBuf::from("/r/nomad/c1.exit-code")));
+        assert!(parse(&words("--root=/r wait c1")).expect("a call").is_for_init);
+        assert!(!parse(&words("--root=/r wait --pid 7 c1")).expect("a call").is_for_init);
         assert_eq!(parse(&words("--version")), None);
     }
 }

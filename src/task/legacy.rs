@@ -8,20 +8,20 @@ use super::{Engine, TaskError};
 use crate::containerd::{Client, ContainerdError};
 
 /// The version of nomad-driver-containerd's handles.
-pub const FORMER_VERSION: i32 = 1;
+pub const LEGACY_HANDLE_VERSION: i32 = 1;
 /// How long a process may survive SIGKILL. Only a process that hangs in the kernel survives it longer.
 const KILL_GRACE: Duration = Duration::from_secs(30);
 
 /// A task of nomad-driver-containerd.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FormerTask {
+pub struct LegacyTask {
     alloc_id: String,
     task: String,
     /// The possible names of its container in containerd.
-    names: BTreeSet<String>,
+    container_names: BTreeSet<String>,
 }
 
-impl FormerTask {
+impl LegacyTask {
     /// Derives the possible container names from the handle (a msgpack map with `ContainerName`), and from the two
     /// schemes that nomad-driver-containerd used, one for each version of cgroups.
     pub fn of(driver_state: &[u8], alloc_id: &str, task: &str) -> Self {
@@ -30,7 +30,7 @@ impl FormerTask {
             let name = fields.iter().find(|(key, _)| key.as_str() == Some("ContainerName"));
             names.extend(name.and_then(|(_, value)| value.as_str()).map(str::to_owned));
         }
-        Self { alloc_id: alloc_id.to_owned(), task: task.to_owned(), names }
+        Self { alloc_id: alloc_id.to_owned(), task: task.to_owned(), container_names: names }
     }
 }
 
@@ -40,12 +40,12 @@ impl Engine {
     ///
     /// # Errors
     /// When containerd does not answer, or does not end a container.
-    pub async fn end_former(&self, task: FormerTask) -> Result<Vec<String>, ContainerdError> {
+    pub async fn end_legacy(&self, task: LegacyTask) -> Result<Vec<String>, ContainerdError> {
         let owner = (task.alloc_id.clone(), task.task.clone());
-        let outcome = self.end_now(&task).await;
+        let outcome = self.end_legacy_containers(&task).await;
         match &outcome {
-            Ok(_) => drop(self.former().remove(&owner)),
-            Err(_) => drop(self.former().insert(owner, task)),
+            Ok(_) => drop(self.legacy().remove(&owner)),
+            Err(_) => drop(self.legacy().insert(owner, task)),
         }
         outcome
     }
@@ -54,22 +54,22 @@ impl Engine {
     ///
     /// # Errors
     /// When they can't be ended now either.
-    pub(super) async fn clear_former(&self, alloc_id: &str, name: &str) -> Result<(), TaskError> {
-        let found = self.former().get(&(alloc_id.to_owned(), name.to_owned())).cloned();
+    pub(super) async fn end_remaining_legacy(&self, alloc_id: &str, name: &str) -> Result<(), TaskError> {
+        let found = self.legacy().get(&(alloc_id.to_owned(), name.to_owned())).cloned();
         let Some(task) = found else { return Ok(()) };
-        self.end_former(task).await.map(drop).map_err(TaskError::Former)
+        self.end_legacy(task).await.map(drop).map_err(TaskError::Legacy)
     }
 
-    async fn end_now(&self, task: &FormerTask) -> Result<Vec<String>, ContainerdError> {
+    async fn end_legacy_containers(&self, task: &LegacyTask) -> Result<Vec<String>, ContainerdError> {
         let at = &self.settings().containerd;
         // nomad-driver-containerd used the two fixed names, one for each version of cgroups.
         let namespaces = BTreeSet::from([at.namespace.as_str(), "nomad", "nomad.slice"]);
         let mut ended = Vec::new();
         for namespace in namespaces {
             let client = Client::new(&at.address, namespace, &at.snapshotter);
-            for name in &task.names {
+            for name in &task.container_names {
                 if client.has_container(name).await? {
-                    end(&client, name).await?;
+                    end_container(&client, name).await?;
                     ended.push(name.clone());
                 }
             }
@@ -78,7 +78,7 @@ impl Engine {
     }
 }
 
-async fn end(client: &Client, name: &str) -> Result<(), ContainerdError> {
+async fn end_container(client: &Client, name: &str) -> Result<(), ContainerdError> {
     tracing::warn!(container = name, "ending a container of nomad-driver-containerd");
     client.kill_all(name).await?;
     // A container without a process answers "not found", and there is nothing to wait for.
@@ -97,11 +97,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn its_container_has_the_name_in_the_handle_or_the_usual_one() {
+    fn container_names_come_from_the_handle_and_the_usual_schemes() {
         let state = rmpv::Value::Map(vec![("ContainerName".into(), "other".into()), ("StartedAt".into(), 5.into())]);
         let mut bytes = Vec::new();
         rmpv::encode::write_value(&mut bytes, &state).expect("in memory");
-        let names = |state: &[u8]| FormerTask::of(state, "a1", "web").names.into_iter().collect::<Vec<_>>();
+        let names = |state: &[u8]| LegacyTask::of(state, "a1", "web").container_names.into_iter().collect::<Vec<_>>();
         assert_eq!(names(&bytes), ["a1.web.scope", "other", "web-a1"]);
         assert_eq!(names(b"torn"), ["a1.web.scope", "web-a1"]);
     }

@@ -15,36 +15,37 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Engine, EventHub, Force, KeptSettings, Orphans, Record, RecordState, RunRecord, Settings, TaskError,
+    Engine, EventHub, Force, OrphanPolicy, PersistedSettings, Record, RecordState, RunRecord, Settings, TaskError,
+    epoch_millis,
+    gc::{cgroup_in_bundle, containers_on_disk},
     live::ended_at,
-    lock, millis, read_records, remove_probe, stale_probes,
-    sweep::{cgroup_of, containers_on_disk},
+    lock, read_records, remove_probe, stale_probes,
 };
 use crate::{
-    cgroup::{CgroupPath, Cgroups, KeepWarm},
+    cgroup::{CgroupPath, Cgroups, PrimingMode},
     control::Garbage,
     ids::{ContainerId, TaskId},
-    places::{Places, names},
-    process::{ProcessId, unless_vanished},
+    places::{Places, list_names},
+    process::{ProcessId, none_if_vanished},
     rootfs::RootfsError,
     shim::{self, Client, ShimError},
 };
 
 /// The grace period of an engine that only removes garbage: so long that none of its periodic work begins.
-const NEVER: Duration = Duration::from_secs(24 * 3600);
+const UNLIMITED_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// How long a shim may take to answer. A healthy shim answers within a millisecond.
-const ANSWER: Duration = Duration::from_secs(5);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait until the engine has removed what it removes in the background when it is opened, such as idle
 /// shims.
-const END: Duration = Duration::from_secs(10);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often to check whether that is removed.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// An item in the directories of a driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Thing {
+enum Item {
     /// A task whose start or teardown was not completed. The engine removes it when it is opened.
-    HalfDone(TaskId),
+    Unfinished(TaskId),
     /// A task that has ended.
     Ended(TaskId),
     /// An unrecorded container.
@@ -52,18 +53,18 @@ enum Thing {
     /// An unrecorded shim.
     Shim(String),
     /// A prepared root file system.
-    Ahead(String),
+    PreparedRootfs(String),
     /// The remains of a probe of a runtime.
     Probe(String),
 }
 
-impl Thing {
+impl Item {
     fn kind_and_name(&self) -> (&'static str, &str) {
         match self {
-            Self::HalfDone(id) | Self::Ended(id) => ("task", &id.0),
+            Self::Unfinished(id) | Self::Ended(id) => ("task", &id.0),
             Self::Container(id) => ("container", id.as_str()),
             Self::Shim(name) => ("shim", name),
-            Self::Ahead(name) => ("rootfs", name),
+            Self::PreparedRootfs(name) => ("rootfs", name),
             Self::Probe(name) => ("probe", name),
         }
     }
@@ -72,37 +73,39 @@ impl Thing {
 /// Whether an item is removed or stays, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
-    Goes(String),
-    Stays(String),
+    Remove(String),
+    Keep(String),
 }
 
 /// All items with their verdicts, and the recorded containers that stay.
-type Survey = (Vec<(Thing, Verdict)>, HashSet<ContainerId>);
+type Survey = (Vec<(Item, Verdict)>, HashSet<ContainerId>);
 
 /// How long ago a task ended, as far as that is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+enum TaskEnd {
     /// The task still runs, with this pid.
-    Lives(u32),
+    Running(u32),
     /// The task ended this long ago.
-    Ago(Duration),
+    EndedAgo(Duration),
     /// The task and its shim have ended. It is no longer known how the task ended, so that its remains are of no use.
-    Lost,
+    Unknown,
     /// The task has ended, and its shim, which knows how, does not answer.
-    Silent,
+    ShimSilent,
 }
 
 /// Decides whether a task that was started is garbage. A pure function of the task's end.
-fn judge_started(end: End, keep_ended: Duration) -> Verdict {
+fn judge_started(end: TaskEnd, keep_ended: Duration) -> Verdict {
     match end {
-        End::Lives(pid) => Verdict::Stays(format!("its container lives, process {pid}")),
-        End::Ago(ago) if ago < keep_ended => Verdict::Stays(format!(
+        TaskEnd::Running(pid) => Verdict::Keep(format!("its container lives, process {pid}")),
+        TaskEnd::EndedAgo(ago) if ago < keep_ended => Verdict::Keep(format!(
             "it ended {} s ago, and its agent may come back and ask how (--keep-ended)",
             ago.as_secs()
         )),
-        End::Ago(ago) => Verdict::Goes(format!("it ended {} s ago", ago.as_secs())),
-        End::Lost => Verdict::Goes("it has ended, and so has its shim; it is no longer known how it ended".to_owned()),
-        End::Silent => Verdict::Stays("its process has ended, and its shim does not report how".to_owned()),
+        TaskEnd::EndedAgo(ago) => Verdict::Remove(format!("it ended {} s ago", ago.as_secs())),
+        TaskEnd::Unknown => {
+            Verdict::Remove("it has ended, and so has its shim; it is no longer known how it ended".to_owned())
+        }
+        TaskEnd::ShimSilent => Verdict::Keep("its process has ended, and its shim does not report how".to_owned()),
     }
 }
 
@@ -111,12 +114,12 @@ fn judge_started(end: End, keep_ended: Duration) -> Verdict {
 ///
 /// # Errors
 /// When the directories can't be read, or no engine can be opened for them.
-pub async fn clear_unattended(
+pub async fn gc_offline(
     settings: Settings,
     keep_ended: Duration,
     dry_run: bool,
 ) -> Result<Option<Vec<Garbage>>, TaskError> {
-    let kept = KeptSettings::read(&settings.places)
+    let kept = PersistedSettings::read(&settings.places)
         .map_err(|source| TaskError::KeptSettings { path: settings.places.kept_settings(), source })?;
     let settings = restrict(match kept {
         Some(kept) => kept.apply(settings),
@@ -124,20 +127,20 @@ pub async fn clear_unattended(
     });
     // The lock is held until the end, so that no plugin can start meanwhile.
     let Some(lock) = lock::try_take(&settings.places)? else { return Ok(None) };
-    let (found, alone) = survey(&settings, keep_ended).await?;
-    let goes = found.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Goes(_))).count();
+    let (found, left_alone) = survey(&settings, keep_ended).await?;
+    let goes = found.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Remove(_))).count();
     if dry_run || goes == 0 {
-        return Ok(Some(found.iter().map(|(thing, verdict)| told(thing, verdict, &Ok(()))).collect()));
+        return Ok(Some(found.iter().map(|(thing, verdict)| report_line(thing, verdict, &Ok(()))).collect()));
     }
     settings.places.create()?;
-    let engine = Engine::open_locked(settings, EventHub::default(), lock, &alone).await?;
+    let engine = Engine::open_locked(settings, EventHub::default(), lock, &left_alone).await?;
     let mut outcomes = Vec::new();
     for (thing, verdict) in &found {
         let outcome = match verdict {
-            Verdict::Goes(_) => engine.clear(thing).await,
-            Verdict::Stays(_) => Ok(()),
+            Verdict::Remove(_) => engine.remove_item(thing).await,
+            Verdict::Keep(_) => Ok(()),
         };
-        outcomes.push(told(thing, verdict, &outcome));
+        outcomes.push(report_line(thing, verdict, &outcome));
     }
     engine.close().await;
     Ok(Some(outcomes))
@@ -148,10 +151,10 @@ pub async fn clear_unattended(
 fn restrict(mut settings: Settings) -> Settings {
     settings.shim.pool.size = 0;
     Settings {
-        grace: NEVER,
-        orphans: Orphans::Keep,
-        keep_warm: KeepWarm::Never,
-        own_logs: false,
+        grace: UNLIMITED_GRACE,
+        orphans: OrphanPolicy::Keep,
+        keep_warm: PrimingMode::Never,
+        disable_log_collection: false,
         keep_images: None,
         metrics: None,
         ..settings
@@ -159,11 +162,11 @@ fn restrict(mut settings: Settings) -> Settings {
 }
 
 /// Converts an item with its verdict and the outcome of its removal into a line of the report.
-fn told(thing: &Thing, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Garbage {
+fn report_line(thing: &Item, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Garbage {
     let (kind, name) = thing.kind_and_name();
     match verdict {
-        Verdict::Goes(why) => Garbage::removed(kind, name, outcome).because(why),
-        Verdict::Stays(why) => Garbage::staying(kind, name, why),
+        Verdict::Remove(why) => Garbage::removed(kind, name, outcome).with_reason(why),
+        Verdict::Keep(why) => Garbage::kept(kind, name, why),
     }
 }
 
@@ -172,155 +175,156 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
     let places = &settings.places;
     let cgroups = Cgroups::detect()?;
     let records = read_records(&places.tasks())?;
-    let (mut found, mut alone) = (Vec::new(), HashSet::new());
-    for record in &records.good {
-        let judged = judge(places, record, keep_ended).await;
-        if let Verdict::Stays(_) = judged.1 {
-            alone.insert(record.container_id.clone());
+    let (mut found, mut left_alone) = (Vec::new(), HashSet::new());
+    for record in &records.readable {
+        let judged = judge_recorded(places, record, keep_ended).await;
+        if let Verdict::Keep(_) = judged.1 {
+            left_alone.insert(record.container_id.clone());
         }
         found.push(judged);
     }
-    let goes = |why: &str| Verdict::Goes(why.to_owned());
-    let mut claimed: HashSet<ContainerId> = records.good.iter().map(|record| record.container_id.clone()).collect();
-    for path in records.bad.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json")) {
+    let goes = |why: &str| Verdict::Remove(why.to_owned());
+    let mut recorded: HashSet<ContainerId> =
+        records.readable.iter().map(|record| record.container_id.clone()).collect();
+    for path in records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json")) {
         let id = path.file_stem().and_then(|name| ContainerId::from_file_name(name.to_str()?));
-        if let Some(id) = id.filter(|id| claimed.insert(id.clone())) {
+        if let Some(id) = id.filter(|id| recorded.insert(id.clone())) {
             let why = "its record can't be read; the next plugin can recover it from its agent's handle, or removes it";
-            found.push((Thing::Container(id), Verdict::Stays(why.to_owned())));
+            found.push((Item::Container(id), Verdict::Keep(why.to_owned())));
         }
     }
-    let named: HashSet<&str> = records.good.iter().map(|record| record.shim.as_str()).collect();
-    let nameless: Vec<String> =
-        names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())).collect();
+    let named: HashSet<&str> = records.readable.iter().map(|record| record.shim.as_str()).collect();
+    let unrecorded: Vec<String> =
+        list_names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())).collect();
     let containers = containers_on_disk(places, &settings.containerd.namespace)?;
-    for id in containers.into_iter().filter(|id| !claimed.contains(id)) {
-        let verdict = judge_nameless(places, &cgroups, &id, &nameless).await;
-        found.push((Thing::Container(id), verdict));
+    for id in containers.into_iter().filter(|id| !recorded.contains(id)) {
+        let verdict = judge_unrecorded(places, &cgroups, &id, &unrecorded).await;
+        found.push((Item::Container(id), verdict));
     }
     // An unrecorded shim may hold a container whose record is lost, and is then the only way to reach that container.
-    let hides =
-        found.iter().any(|(thing, verdict)| matches!((thing, verdict), (Thing::Container(_), Verdict::Stays(_))));
-    for name in nameless {
-        let verdict = if hides {
-            Verdict::Stays("no record names it, and it may hold a container whose record is lost".to_owned())
+    let may_hide_container =
+        found.iter().any(|(thing, verdict)| matches!((thing, verdict), (Item::Container(_), Verdict::Keep(_))));
+    for name in unrecorded {
+        let verdict = if may_hide_container {
+            Verdict::Keep("no record names it, and it may hold a container whose record is lost".to_owned())
         } else {
             goes("no record names it: it was an idle shim of a plugin that has ended")
         };
-        found.push((Thing::Shim(name), verdict));
+        found.push((Item::Shim(name), verdict));
     }
-    let ahead = names(&places.ahead())?.into_iter();
-    found.extend(
-        ahead.map(|name| (Thing::Ahead(name), goes("it was prepared for the next task of a plugin that has ended"))),
-    );
+    let ahead = list_names(&places.prepared_rootfs())?.into_iter();
+    found.extend(ahead.map(|name| {
+        (Item::PreparedRootfs(name), goes("it was prepared for the next task of a plugin that has ended"))
+    }));
     let probes = stale_probes(places.run(), &cgroups);
-    let probes = probes.map_err(|source| TaskError::Stays { path: places.run().to_owned(), source })?.into_iter();
-    found.extend(probes.map(|name| (Thing::Probe(name), goes("the process that probed a runtime with it has ended"))));
-    Ok((found, alone))
+    let probes = probes.map_err(|source| TaskError::NotRemoved { path: places.run().to_owned(), source })?.into_iter();
+    found.extend(probes.map(|name| (Item::Probe(name), goes("the process that probed a runtime with it has ended"))));
+    Ok((found, left_alone))
 }
 
 /// Decides whether an unrecorded container is garbage. `shims` are the shims that may hold it.
-async fn judge_nameless(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[String]) -> Verdict {
+async fn judge_unrecorded(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[String]) -> Verdict {
     let unknown = |why: String| {
-        Verdict::Stays(format!("no record names it, and it is not known whether a process of it lives ({why})"))
+        Verdict::Keep(format!("no record names it, and it is not known whether a process of it lives ({why})"))
     };
-    match process_of(places, cgroups, id) {
+    match find_process(places, cgroups, id) {
         Ok(Some(pid)) => {
-            return Verdict::Stays(format!("its container lives, process {pid}, though no record names it"));
+            return Verdict::Keep(format!("its container lives, process {pid}, though no record names it"));
         }
         Ok(None) => {}
-        Err(error) => return unknown(crate::chain(&error)),
+        Err(error) => return unknown(crate::error_chain(&error)),
     }
     // `find_process` may miss a sandbox, since sandboxes may choose their cgroup and their runtimes write their state
     // in other formats. So the shims are asked as well.
     for shim in shims {
-        match lives_in(&places.shim(shim), id).await {
+        match lives_in_shim(&places.shim(shim), id).await {
             Ok(false) => {}
             Ok(true) => {
-                return Verdict::Stays(format!("its container lives in shim {shim}, though no record names it"));
+                return Verdict::Keep(format!("its container lives in shim {shim}, though no record names it"));
             }
-            Err(error) => return unknown(format!("shim {shim}: {}", crate::chain(&error))),
+            Err(error) => return unknown(format!("shim {shim}: {}", crate::error_chain(&error))),
         }
     }
-    Verdict::Goes("no record names it, and no process of it lives".to_owned())
+    Verdict::Remove("no record names it, and no process of it lives".to_owned())
 }
 
 /// Does the container's process live in the shim of this directory? A shim that has ended has no container.
-async fn lives_in(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> {
+async fn lives_in_shim(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> {
     if !shim::is_alive(dir) {
         return Ok(false);
     }
     let ask = async { Client::connect(&dir.join("sock"), None).await?.is_alive(id.as_str()).await };
-    match tokio::time::timeout(ANSWER, ask).await {
+    match tokio::time::timeout(QUERY_TIMEOUT, ask).await {
         Ok(Err(error)) if error.is_not_found() => Ok(false),
         Ok(answer) => answer,
-        Err(_) => Err(ShimError::Late { call: "State", after: ANSWER }),
+        Err(_) => Err(ShimError::TimedOut { call: "State", after: QUERY_TIMEOUT }),
     }
 }
 
 /// Decides whether a recorded task is garbage.
-async fn judge(places: &Places, record: &Record, keep_ended: Duration) -> (Thing, Verdict) {
+async fn judge_recorded(places: &Places, record: &Record, keep_ended: Duration) -> (Item, Verdict) {
     let id = record.task_id.clone();
-    let half_done = |why: &str| (Thing::HalfDone(record.task_id.clone()), Verdict::Goes(why.to_owned()));
+    let unfinished = |why: &str| (Item::Unfinished(record.task_id.clone()), Verdict::Remove(why.to_owned()));
     if !record.is_current() {
-        return half_done("the host was restarted since it was started");
+        return unfinished("the host was restarted since it was started");
     }
     let end = match &record.state {
         RecordState::Intended => {
-            return half_done("a plugin had begun to start it, and no agent knows that it runs");
+            return unfinished("a plugin had begun to start it, and no agent knows that it runs");
         }
-        RecordState::Destroying => return half_done("a plugin had begun to destroy it"),
-        RecordState::Exited(exit) => End::Ago(since(exit.at)),
-        RecordState::Running(run) | RecordState::Stopping { run, .. } => end_of(places, record, run).await,
+        RecordState::Destroying => return unfinished("a plugin had begun to destroy it"),
+        RecordState::Exited(exit) => TaskEnd::EndedAgo(elapsed_since(exit.at)),
+        RecordState::Running(run) | RecordState::Stopping { run, .. } => probe_end(places, record, run).await,
     };
-    (Thing::Ended(id), judge_started(end, keep_ended))
+    (Item::Ended(id), judge_started(end, keep_ended))
 }
 
 /// Finds out whether a task still runs, or how long ago it ended, if its record says that it runs.
-async fn end_of(places: &Places, record: &Record, run: &RunRecord) -> End {
+async fn probe_end(places: &Places, record: &Record, run: &RunRecord) -> TaskEnd {
     if !run.process.is_gone() {
-        return End::Lives(run.process.pid);
+        return TaskEnd::Running(run.process.pid);
     }
     // Since containerd 2.4.2, a shim writes the end of its container to this file before it exits.
-    let noted = fs::metadata(places.bundle(&record.container_id).join(shim::EXIT_NOTE));
+    let noted = fs::metadata(places.bundle(&record.container_id).join(shim::EXIT_FILE));
     if let Some(at) = noted.ok().and_then(|note| note.modified().ok()) {
-        return End::Ago(SystemTime::now().duration_since(at).unwrap_or_default());
+        return TaskEnd::EndedAgo(SystemTime::now().duration_since(at).unwrap_or_default());
     }
     let dir = places.shim(&record.shim);
     if !shim::is_alive(&dir) {
-        return End::Lost;
+        return TaskEnd::Unknown;
     }
     let ask = async {
         let client = Client::connect(&dir.join("sock"), None).await.ok()?;
         client.wait(record.container_id.as_str()).await.ok()
     };
-    match tokio::time::timeout(ANSWER, ask).await {
-        Ok(Some(exit)) => End::Ago(since(ended_at(&exit))),
-        Ok(None) | Err(_) => End::Silent,
+    match tokio::time::timeout(QUERY_TIMEOUT, ask).await {
+        Ok(Some(exit)) => TaskEnd::EndedAgo(elapsed_since(ended_at(&exit))),
+        Ok(None) | Err(_) => TaskEnd::ShimSilent,
     }
 }
 
 /// Returns how long ago `at` was, a time in milliseconds since the epoch.
-fn since(at: u64) -> Duration {
-    Duration::from_millis(millis(SystemTime::now()).saturating_sub(at))
+fn elapsed_since(at: u64) -> Duration {
+    Duration::from_millis(epoch_millis(SystemTime::now()).saturating_sub(at))
 }
 
 /// Returns the pid of a process of an unrecorded container; `None` if it has no process.
 ///
 /// # Errors
 /// When the container's files or cgroup can't be read.
-fn process_of(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Option<u32>, TaskError> {
-    let group = CgroupPath::recorded(&cgroup_of(places, id)?);
+fn find_process(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Option<u32>, TaskError> {
+    let group = CgroupPath::recorded(&cgroup_in_bundle(places, id)?);
     if !group.as_str().is_empty()
         && let Some(pid) = cgroups.processes(&group)?.into_iter().next()
     {
         return Ok(Some(pid));
     }
     // If the bundle is gone, the runtime's state still names the pid.
-    for runtime in names(&places.runtimes())? {
+    for runtime in list_names(&places.runtimes())? {
         let root = places.runtime_root(&runtime);
-        for namespace in names(&root)? {
+        for namespace in list_names(&root)? {
             if let Some(pid) = pid_in(&root.join(namespace).join(id.as_str()))?
-                && unless_vanished(ProcessId::of(pid)).map_err(file(&root))?.is_some()
+                && none_if_vanished(ProcessId::of(pid)).map_err(file(&root))?.is_some()
             {
                 return Ok(Some(pid));
             }
@@ -351,35 +355,35 @@ fn file(path: &Path) -> impl FnOnce(io::Error) -> TaskError {
 }
 
 impl Engine {
-    async fn clear(&self, thing: &Thing) -> Result<(), TaskError> {
+    async fn remove_item(&self, thing: &Item) -> Result<(), TaskError> {
         let places = &self.settings().places;
         match thing {
-            Thing::HalfDone(id) => self.outlast_leftover(id, &CancellationToken::new()).await,
-            Thing::Ended(id) => {
+            Item::Unfinished(id) => self.complete_teardown(id, &CancellationToken::new()).await,
+            Item::Ended(id) => {
                 // The engine's recovery asks the shim in the background how the task ended.
-                let _ = tokio::time::timeout(ANSWER, self.wait(id)).await;
+                let _ = tokio::time::timeout(QUERY_TIMEOUT, self.wait(id)).await;
                 // This call is refused if the task runs after all.
                 self.destroy(id, Force::No).await
             }
-            Thing::Container(id) => self.undo_nameless(id, &names(&places.shims())?).await,
-            Thing::Shim(name) => gone(&places.shim(name)).await,
-            Thing::Ahead(name) => gone(&places.ahead().join(name)).await,
-            Thing::Probe(name) => remove_probe(places.run(), &self.shared().cgroups, name)
+            Item::Container(id) => self.destroy_unrecorded(id, &list_names(&places.shims())?).await,
+            Item::Shim(name) => wait_until_removed(&places.shim(name)).await,
+            Item::PreparedRootfs(name) => wait_until_removed(&places.prepared_rootfs().join(name)).await,
+            Item::Probe(name) => remove_probe(places.run(), &self.context().cgroups, name)
                 .await
-                .map_err(|source| TaskError::Stays { path: places.run().join(name), source }),
+                .map_err(|source| TaskError::NotRemoved { path: places.run().join(name), source }),
         }
     }
 }
 
 /// Waits until the engine, which removes this path in the background when it is opened, has done so.
-async fn gone(path: &Path) -> Result<(), TaskError> {
-    let deadline = tokio::time::Instant::now() + END;
+async fn wait_until_removed(path: &Path) -> Result<(), TaskError> {
+    let deadline = tokio::time::Instant::now() + REMOVAL_TIMEOUT;
     while path.exists() {
         if tokio::time::Instant::now() > deadline {
             let source = std::io::Error::from(std::io::ErrorKind::TimedOut);
-            return Err(TaskError::Stays { path: path.to_owned(), source });
+            return Err(TaskError::NotRemoved { path: path.to_owned(), source });
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
     Ok(())
 }
@@ -389,14 +393,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_lives_or_may_still_be_asked_for_stays() {
+    fn running_and_recently_ended_tasks_stay() {
         let hour = Duration::from_secs(3600);
-        let stays = |end, keep| matches!(judge_started(end, keep), Verdict::Stays(_));
-        assert!(stays(End::Lives(7), Duration::ZERO));
-        assert!(stays(End::Silent, Duration::ZERO));
-        assert!(stays(End::Ago(Duration::from_secs(5)), hour));
-        assert!(!stays(End::Ago(hour), hour));
-        assert!(!stays(End::Ago(Duration::ZERO), Duration::ZERO));
-        assert!(!stays(End::Lost, hour));
+        let stays = |end, keep| matches!(judge_started(end, keep), Verdict::Keep(_));
+        assert!(stays(TaskEnd::Running(7), Duration::ZERO));
+        assert!(stays(TaskEnd::ShimSilent, Duration::ZERO));
+        assert!(stays(TaskEnd::EndedAgo(Duration::from_secs(5)), hour));
+        assert!(!stays(TaskEnd::EndedAgo(hour), hour));
+        assert!(!stays(TaskEnd::EndedAgo(Duration::ZERO), Duration::ZERO));
+        assert!(!stays(TaskEnd::Unknown, hour));
     }
 }
