@@ -300,10 +300,17 @@ impl PidFd {
     /// # Errors
     /// When it can't be watched.
     pub async fn ended(&self) -> io::Result<()> {
+        self.watch()?.readable().await.map(drop)
+    }
+
+    /// Registers the process to be waited for: the descriptor becomes readable when the process has ended.
+    ///
+    /// # Errors
+    /// Where no further descriptor can be had.
+    pub fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
         let own = self.0.try_clone()?;
         // SAFETY: an OwnedFd, which stays open and itself for as long as the AsyncFd has it.
-        let fd = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?;
-        fd.readable().await.map(drop)
+        Ok(unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?)
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::{
     fs::{self, OpenOptions},
-    io::{self, Read as _, Write as _},
+    io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
     time::Duration,
@@ -37,15 +37,16 @@ pub async fn release(state: &Path, process: &ProcessId) -> io::Result<()> {
         }
         // Nobody has it open to read (fifo(7)): runc's process waits, or will, until it can write.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
-            let init = PidFd::of(process)?;
-            let file = open(OpenOptions::new().read(true))?;
-            let fifo = pipe::Receiver::from_file(file.try_clone()?)?;
+            let init = PidFd::of(process)?.watch()?;
+            // The last descriptor that is needed: from here on the process runs. A shortage later would be told as "nothing
+            // was done", and `runc start` waits for ever for a process that runs already.
+            let fifo = pipe::Receiver::from_file(open(OpenOptions::new().read(true))?)?;
             tokio::select! {
                 written = tokio::time::timeout(COMING, fifo.readable()) => written??,
-                ended = init.ended() => ended?,
+                ended = init.readable() => drop(ended?),
             }
             // Also of one that has ended meanwhile: it may have been that quick.
-            if (&file).read(&mut [0])? == 0 {
+            if fifo.try_read(&mut [0])? == 0 {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             // It runs, whatever becomes of the file.
