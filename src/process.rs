@@ -309,10 +309,17 @@ impl PidFd {
     /// # Errors
     /// When the process can't be watched.
     pub async fn wait_for_end(&self) -> io::Result<()> {
+        self.watch()?.readable().await.map(drop)
+    }
+
+    /// Registers the process, so that the caller can wait for its end: the descriptor becomes readable then.
+    ///
+    /// # Errors
+    /// When no further descriptor can be had.
+    pub fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
         let own = self.0.try_clone()?;
         // SAFETY: the AsyncFd owns the OwnedFd, which stays open and unchanged for as long.
-        let fd = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?;
-        fd.readable().await.map(drop)
+        Ok(unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?)
     }
 }
 

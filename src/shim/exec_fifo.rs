@@ -9,7 +9,7 @@
 
 use std::{
     fs::{self, OpenOptions},
-    io::{self, Read as _, Write as _},
+    io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
     time::Duration,
@@ -38,15 +38,16 @@ pub async fn start_via_exec_fifo(state: &Path, process: &ProcessId) -> io::Resul
         }
         // No process has the FIFO open for reading (fifo(7)): runc's process waits, or will wait, until it can write.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
-            let init = PidFd::of(process)?;
-            let file = open(OpenOptions::new().read(true))?;
-            let fifo = pipe::Receiver::from_file(file.try_clone()?)?;
+            let init = PidFd::of(process)?.watch()?;
+            // The last descriptor that is needed, because the process runs from here on. If a later lack of descriptors were
+            // reported as "not started", `runc start` would wait forever for a process that runs already.
+            let fifo = pipe::Receiver::from_file(open(OpenOptions::new().read(true))?)?;
             tokio::select! {
                 written = tokio::time::timeout(FIFO_TIMEOUT, fifo.readable()) => written??,
-                ended = init.wait_for_end() => ended?,
+                ended = init.readable() => drop(ended?),
             }
             // The byte is read even if the process has ended meanwhile, because the process may have written it before.
-            if (&file).read(&mut [0])? == 0 {
+            if fifo.try_read(&mut [0])? == 0 {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             // The process runs, even if the file can't be removed.

@@ -1,21 +1,24 @@
 //! A plugin that can't look, for want of descriptors, takes nothing for gone: what it can't see stays as it is.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::Path,
     time::{Duration, Instant},
 };
 
+use libc::{SIGCONT, SIGSTOP};
 use nomad_driver_shim::{
     host::{Plugin, encode},
     pb::{
         base::{ConfigSchemaRequest, SetConfigRequest},
-        driver::InitRequest,
+        driver::{InitRequest, StartTaskRequest},
     },
+    process::PidFd,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, eventually, leak};
+use crate::support::{Env, EnvOptions, Task, eventually, leak, script, services::root};
 
 /// Sets the soft limit on the descriptors of a process.
 fn limit_descriptors(pid: u32, limit: &str) {
@@ -71,6 +74,103 @@ async fn recovered_after_a_shortage(spare: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_task_is_lost_to_a_shortage_of_descriptors() {
     futures_util::future::join_all((1..=12).map(recovered_after_a_shortage)).await;
+}
+
+/// A runtime that waits before it creates a container for as long as there is a file.
+fn waiting_runtime(dir: &Path, real: &str) -> Value {
+    let text = format!(
+        "case \" $* \" in *' create '*) touch {dir}/called; while [ -e {dir}/armed ]; do sleep 0.02; done;; esac; exec {real} \"$@\"",
+        dir = dir.display()
+    );
+    // The driver starts the processes of runtimes that it knows by name.
+    script(&dir.join(real), &text.replace(&format!("exec {real}"), &format!("exec /usr/bin/{real}")));
+    json!({"default_runtime": real, "runtime": {real: {"binary": dir.join(real)}}, "shim": {"pool": 2}})
+}
+
+/// The limit below which a process has so many numbers of descriptors to spare. There may be open ones above it.
+fn limit_with(pid: u32, spare: usize) -> usize {
+    let fds = leak::entries(Path::new(&format!("/proc/{pid}/fd")));
+    let open: BTreeSet<usize> = fds.iter().map(|name| name.parse().unwrap()).collect();
+    (0..).filter(|number| !open.contains(number)).nth(spare).unwrap()
+}
+
+/// A node whose runtime can be held up, and what is started there.
+struct Created {
+    env: Env,
+    dir: tempfile::TempDir,
+    config: Value,
+    plugin: u32,
+}
+
+impl Created {
+    async fn new(runtime: &str) -> Self {
+        let dir = tempfile::tempdir_in(root()).unwrap();
+        let config = waiting_runtime(dir.path(), runtime);
+        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let config = json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]});
+        // The image is here, and shims wait.
+        assert_eq!(env.run(json!({"image": config["image"], "command": "/bin/true"})).await.0, 0);
+        let plugin = env.plugin().pid().unwrap();
+        Self { env, dir, config, plugin }
+    }
+
+    /// Starts a task. The shortage begins before the runtime creates the container, and the plugin learns of the
+    /// container when its process waits at the FIFO already. Returns what the start was refused with.
+    async fn start(&mut self, shortage: impl AsyncFnOnce(u32)) -> (Task, Option<String>) {
+        let mut task = self.env.prepare(self.config.clone()).await;
+        let (armed, called) = (self.dir.path().join("armed"), self.dir.path().join("called"));
+        fs::remove_file(&called).unwrap();
+        fs::write(&armed, "").unwrap();
+        let (mut driver, request) = (self.env.driver(), StartTaskRequest { task: Some(task.config.clone()) });
+        let answer = tokio::spawn(async move { driver.start_task(request).await });
+        eventually("the runtime is called", async || if called.exists() { Ok(()) } else { Err("not called") }).await;
+        shortage(self.plugin).await;
+        let stopped = PidFd::open(self.plugin).unwrap();
+        stopped.signal(SIGSTOP);
+        fs::remove_file(&armed).unwrap();
+        let bundles = self.env.dir.join("run/bundles");
+        eventually("the container is created", async || {
+            let is_created = |name: &String| bundles.join(name).join("init.pid").exists();
+            if leak::entries(&bundles).iter().any(is_created) { Ok(()) } else { Err("no pid file") }
+        })
+        .await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        stopped.signal(SIGCONT);
+        match answer.await.unwrap() {
+            Ok(answer) => {
+                task.handle = answer.into_inner().handle;
+                (task, None)
+            }
+            Err(status) => (task, Some(status.message().to_owned())),
+        }
+    }
+
+    /// After the shortage, the task runs, or does so when it is tried again.
+    async fn check(&self, mut task: Task, refused: Option<String>, scene: &str) {
+        if let Some(refused) = refused {
+            assert!(!refused.contains("no answer"), "{scene}: {refused}");
+            let again = self.env.try_start(&mut task).await;
+            again.unwrap_or_else(|again| panic!("{scene}: {refused}, then {}", again.message()));
+        }
+        assert_eq!(self.env.exec_text(&task, "echo alive").await, "alive\n", "{scene}");
+        self.env.destroy(&task).await.unwrap();
+    }
+}
+
+/// However few descriptors are left when a container has been created, its start succeeds or is refused. A process that runs
+/// already must not be started once more: `runc start` would wait for it for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_created_container_starts_with_few_descriptors_or_is_refused() {
+    for runtime in ["crun", "runc"] {
+        let mut node = Created::new(runtime).await;
+        for spare in 0..=8 {
+            let shortage = async |plugin| limit_descriptors(plugin, &limit_with(plugin, spare).to_string());
+            let (task, refused) = node.start(shortage).await;
+            limit_descriptors(node.plugin, "1024");
+            node.check(task, refused, &format!("{runtime}, {spare} descriptors to spare")).await;
+        }
+        node.env.finish().await;
+    }
 }
 
 /// Where bundles can't be listed, a shim that no record names may hold a container: it must not wait for the next task,

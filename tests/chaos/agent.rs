@@ -102,12 +102,13 @@ impl Runner {
         while must_replace || *self.wish.borrow() == Wish::Run {
             let attempt = (number, self.node.model().next_attempt(number));
             self.files.collect().await;
+            let connection = self.node.connections();
             let started = self.start(attempt).await;
             must_replace = matches!(started, Started::Forgotten);
             match started {
                 Started::Running(handle) => {
                     self.running.send_replace(Some((attempt, handle.clone())));
-                    let ended = self.follow(attempt, &handle).await;
+                    let ended = self.follow(attempt, &handle, connection).await;
                     self.running.send_replace(None);
                     if ended != Ended::Destroyed {
                         self.destroy_once(attempt).await;
@@ -176,10 +177,12 @@ impl Runner {
         }
     }
 
-    async fn follow(&self, attempt: AttemptId, handle: &TaskHandle) -> Ended {
+    /// Waits for the end of an attempt that was started at this connection or a later one.
+    async fn follow(&self, attempt: AttemptId, handle: &TaskHandle, mut connection: u64) -> Ended {
         let mut wish = self.wish.subscribe();
         let id = self.id(attempt);
         loop {
+            let now = self.node.connections();
             let request = WaitTaskRequest { task_id: id.clone() };
             let wait = self.node.call(None, |mut driver| async move { driver.wait_task(request).await });
             let end = async {
@@ -204,11 +207,19 @@ impl Runner {
                     self.node.model().exited(attempt, code, &answer.err);
                     return Ended::Exited;
                 }
+                // The plugin went after the start was answered, so that WaitTask reached one that knows nothing of the task.
+                Err(CallError::Refused(_)) if self.node.connections() != connection => {
+                    connection = now;
+                    if self.recover(attempt, handle).await.is_err() {
+                        return Ended::Lost;
+                    }
+                }
                 Err(CallError::Refused(status)) => {
                     self.node.model().violated(format!("WaitTask of {attempt:?}: {}", status.message()));
                     return Ended::Lost;
                 }
                 Err(CallError::PluginDied | CallError::AgentDied | CallError::Hung) => {
+                    connection = self.node.connections();
                     if self.recover(attempt, handle).await.is_err() {
                         return Ended::Lost;
                     }

@@ -71,6 +71,7 @@ pub(crate) struct Node {
     pub history: History,
     link: watch::Sender<Option<Link>>,
     agents: AtomicU64,
+    connections: AtomicU64,
     requests: mpsc::UnboundedSender<Request>,
 }
 
@@ -86,6 +87,7 @@ impl Node {
             history: History::new(),
             link: watch::Sender::new(None),
             agents: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
             requests,
         });
         let supervisor = tokio::spawn(supervise(node.clone(), receive));
@@ -94,6 +96,11 @@ impl Node {
 
     pub(crate) fn model(&self) -> std::sync::MutexGuard<'_, Model> {
         self.model.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often an agent has connected to a plugin. A plugin that was connected to later has to be asked to recover a task.
+    pub(crate) fn connections(&self) -> u64 {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// Since the beginning of the run.
@@ -311,6 +318,7 @@ impl Node {
     async fn connected(&self, pid: u32) {
         let env = self.env.lock().await;
         let driver = env.driver();
+        self.connections.fetch_add(1, Ordering::SeqCst);
         self.link.send_replace(Some(Link { driver, pid, over: CancellationToken::new() }));
     }
 }
