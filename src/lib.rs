@@ -70,7 +70,7 @@
 //!
 //! - [`cli`]: the command line, with one file for each command.
 //! - [`host`]: Nomad's side of the plugin protocol, for `run`, `bench` and the tests.
-//! - [`bench`]: the benchmark, which compares this driver with other ways to start a container.
+//! - [`mod@bench`]: the benchmark, which compares this driver with other ways to start a container.
 //!
 //! Small modules that every other module may use:
 //!

@@ -1,7 +1,7 @@
 //! Converts errors to the statuses that Nomad reads. Only this module decides on the code, the text, and whether the
 //! restart policy may try again.
 //!
-//! Every text passes through [`crate::text::shown`]: it may contain text of images, registries, runtimes and jobs.
+//! Every text passes through [`crate::text::sanitize`]: it may contain text of images, registries, runtimes and jobs.
 
 use prost::Message as _;
 use tonic::{Code, Status};

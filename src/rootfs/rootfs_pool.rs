@@ -29,8 +29,9 @@ pub struct RootfsPool {
     dir: PathBuf,
     capacity: usize,
     prepared: Mutex<Vec<PreparedRootfs>>,
-    /// The directories of root file systems that tasks have taken. They are removed later, and not while a task starts.
-    used: Mutex<Vec<BundlePaths>>,
+    /// Directories to be removed, but not during a start: those of used root file systems, and those that could not be
+    /// removed before.
+    to_remove: Mutex<Vec<BundlePaths>>,
     /// Whether the pool prepares no more root file systems. A thread that prepares one holds this lock.
     closed: Mutex<bool>,
 }
@@ -78,7 +79,7 @@ impl RootfsPool {
             dir,
             capacity,
             prepared: Mutex::default(),
-            used: Mutex::default(),
+            to_remove: Mutex::default(),
             closed: Mutex::new(capacity == 0),
         };
         // These are from a plugin that was killed. If they can't be listed now, the next plugin removes them.
@@ -90,7 +91,7 @@ impl RootfsPool {
             Vec::new()
         });
         for name in stale {
-            remove(&this.paths(&name));
+            this.remove(this.paths(&name));
         }
         this
     }
@@ -100,13 +101,22 @@ impl RootfsPool {
         BundlePaths { upper: dir.join("layer"), bundle: dir }
     }
 
-    fn used(&self) -> MutexGuard<'_, Vec<BundlePaths>> {
-        self.used.lock()
+    fn remove_pending(&self) {
+        let pending = std::mem::take(&mut *self.to_remove.lock());
+        pending.into_iter().for_each(|paths| self.remove(paths));
     }
 
-    fn remove_used(&self) {
-        let spent = std::mem::take(&mut *self.used());
-        spent.iter().for_each(remove);
+    /// Removes the directories of a root file system. What can't be removed, for example for lack of descriptors, is tried
+    /// again later.
+    fn remove(&self, paths: BundlePaths) {
+        if !remove(&paths) {
+            self.to_remove.lock().push(paths);
+        }
+    }
+
+    fn discard(&self, PreparedRootfs { tree, paths, .. }: PreparedRootfs) {
+        drop(tree);
+        self.remove(paths);
     }
 
     fn prepared(&self) -> MutexGuard<'_, Vec<PreparedRootfs>> {
@@ -130,7 +140,7 @@ impl RootfsPool {
             cells.remove(found)
         };
         let attached = fs::rename(&paths.upper, &to.upper).and_then(|()| detached::attach(&tree, &to.rootfs()));
-        self.used().push(paths);
+        self.to_remove.lock().push(paths);
         if attached.is_err() {
             drop(tree);
             // If the directory can't be removed, the caller's next step, which makes a new one there, reports it.
@@ -147,7 +157,7 @@ impl RootfsPool {
     /// not use them, only the first call fails: the pool is closed then.
     pub fn prepare(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
         let Some(mut closed) = self.closed.try_lock() else { return Ok(()) };
-        self.remove_used();
+        self.remove_pending();
         let stack = LayerIds::of(layers).map_err(|source| RootfsError::LayersGone { source })?;
         if *closed || self.prepared().iter().any(|cell| cell.stack == stack) {
             return Ok(());
@@ -156,7 +166,7 @@ impl RootfsPool {
             let mut cells = self.prepared();
             (cells.len() >= self.capacity).then(|| cells.remove(0))
         };
-        oldest.into_iter().for_each(PreparedRootfs::discard);
+        oldest.into_iter().for_each(|oldest| self.discard(oldest));
         let paths = self.paths(&random_hex(6));
         match mount_detached(&paths, layers) {
             Ok((tree, pins)) => {
@@ -164,7 +174,7 @@ impl RootfsPool {
                 Ok(())
             }
             Err(error) => {
-                remove(&paths);
+                self.remove(paths);
                 if let RootfsError::MountRootfs { source, .. } = &error {
                     *closed = matches!(source.raw_os_error(), Some(libc::ENOSYS | libc::EPERM));
                 }
@@ -176,14 +186,14 @@ impl RootfsPool {
     /// Discards root file systems whose layers are gone.
     pub fn prune(&self) {
         let gone: Vec<PreparedRootfs> = self.prepared().extract_if(.., |cell| !cell.stack.is_current()).collect();
-        gone.into_iter().for_each(PreparedRootfs::discard);
+        gone.into_iter().for_each(|gone| self.discard(gone));
     }
 
     /// Discards all root file systems.
     pub fn discard_all(&self) {
         let all = std::mem::take(&mut *self.prepared());
-        all.into_iter().for_each(PreparedRootfs::discard);
-        self.remove_used();
+        all.into_iter().for_each(|prepared| self.discard(prepared));
+        self.remove_pending();
     }
 
     /// Discards all root file systems, and prepares no more.
@@ -195,21 +205,16 @@ impl RootfsPool {
     }
 }
 
-impl PreparedRootfs {
-    fn discard(self) {
-        drop(self.tree);
-        remove(&self.paths);
-    }
-}
-
-fn remove(paths: &BundlePaths) {
-    if let Err(error) = paths.unmount().and_then(|()| paths.remove()) {
+/// Removes what is left of a root file system. Returns whether that succeeded.
+fn remove(paths: &BundlePaths) -> bool {
+    let removed = paths.unmount().and_then(|()| paths.remove()).inspect_err(|error| {
         tracing::warn!(
             path = %paths.bundle.display(),
             error = %crate::error_chain(&error),
             "could not remove a prepared root file system"
         );
-    }
+    });
+    removed.is_ok()
 }
 
 /// Mounts an overlay and a file system for the sources of mounts, and detaches both right away.

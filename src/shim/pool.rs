@@ -109,7 +109,7 @@ impl ReservedShim {
     pub fn id(&self) -> &str {
         match self {
             Self::Running(shim) => shim.id(),
-            Self::ToLaunch(unborn) => unborn.id(),
+            Self::ToLaunch(reservation) => reservation.id(),
         }
     }
 }
@@ -162,7 +162,7 @@ impl Pool {
         }
         let shim = match self.reserve_unshared() {
             ReservedShim::Running(shim) => shim,
-            ReservedShim::ToLaunch(unborn) => self.0.launcher.launch(unborn).await?,
+            ReservedShim::ToLaunch(reservation) => self.0.launcher.launch(reservation).await?,
         };
         let own = shim.share();
         self.shared().insert(key.to_owned(), shim);

@@ -137,7 +137,7 @@ impl EngineContext {
     pub(super) fn claim_teardown(self: &Arc<Self>, id: &TaskId) -> Option<TeardownGuard> {
         let record = {
             let mut pending_teardowns = self.pending_teardowns();
-            let pending = pending_teardowns.get_mut(id).filter(|leftover| leftover.state == TeardownState::Queued)?;
+            let pending = pending_teardowns.get_mut(id).filter(|pending| pending.state == TeardownState::Queued)?;
             pending.state = TeardownState::InProgress;
             pending.record.clone()
         };
@@ -146,7 +146,7 @@ impl EngineContext {
 
     /// Returns the state of the task's pending teardown, if it has one.
     pub(super) fn teardown_state(&self, id: &TaskId) -> Option<TeardownState> {
-        self.pending_teardowns().get(id).map(|leftover| leftover.state)
+        self.pending_teardowns().get(id).map(|pending| pending.state)
     }
 
     /// Does in the background what a start has deferred: unmounts the sources of its mounts, and prepares a root file

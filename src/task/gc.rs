@@ -138,7 +138,7 @@ impl Engine {
     async fn gc_pending_teardowns(&self, dry_run: bool) -> Vec<Garbage> {
         let ids: Vec<TaskId> = {
             let pending_teardowns = self.pending_teardowns();
-            let free = pending_teardowns.iter().filter(|(_, leftover)| leftover.state == TeardownState::Queued);
+            let free = pending_teardowns.iter().filter(|(_, pending)| pending.state == TeardownState::Queued);
             free.map(|(id, _)| id.clone()).collect()
         };
         let mut found = Vec::new();
@@ -175,7 +175,7 @@ impl Engine {
             unread.filter_map(|path| ContainerId::from_file_name(path.file_stem()?.to_str()?)).collect();
         recorded.extend(records.readable.iter().map(|record| record.container_id.clone()));
         recorded.extend(self.tasks().values().filter_map(Slot::record).map(|record| record.intent.container_id));
-        recorded.extend(self.pending_teardowns().values().map(|leftover| leftover.record.container_id.clone()));
+        recorded.extend(self.pending_teardowns().values().map(|pending| pending.record.container_id.clone()));
         let containers: Vec<_> = containers.into_iter().filter(|id| !recorded.contains(id)).collect();
         let records = records.readable;
         let own = self.context().pool.launcher().held_ids();
@@ -207,7 +207,7 @@ impl Engine {
         found
     }
 
-    /// Returns the one of these shims that has the container; [`Found::Gone`] if none has it.
+    /// Returns the one of these shims that has the container; [`Adoption::Gone`] if none has it.
     ///
     /// # Errors
     /// When one of the shims can't be queried, since that shim may have the container.
@@ -248,7 +248,7 @@ impl Engine {
         let cgroup = cgroup_in_bundle(places, id)?;
         // A later attempt of the same task uses the same cgroup. Then the processes in it are not this container's.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
-        known.extend(self.pending_teardowns().values().map(|leftover| leftover.record.clone()));
+        known.extend(self.pending_teardowns().values().map(|pending| pending.record.clone()));
         known.extend(self.left_alone().iter().map(|(record, _)| record.clone()));
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
@@ -317,7 +317,7 @@ impl Engine {
     /// Returns the images and leases that a record names. Starts in progress hold their images themselves.
     fn images_in_use(&self) -> ImagesInUse {
         let mut records: Vec<Record> =
-            self.pending_teardowns().values().map(|leftover| leftover.record.clone()).collect();
+            self.pending_teardowns().values().map(|pending| pending.record.clone()).collect();
         records.extend(self.tasks().values().filter_map(Slot::record));
         records.into_iter().map(|record| (record.intent.image, record.intent.lease)).collect()
     }

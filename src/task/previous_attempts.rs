@@ -79,8 +79,8 @@ impl Engine {
             }
         }
         let pending: Vec<TaskId> = {
-            let leftovers = self.pending_teardowns();
-            let records = leftovers.values().map(|leftover| &leftover.record);
+            let pending_teardowns = self.pending_teardowns();
+            let records = pending_teardowns.values().map(|pending| &pending.record);
             records.filter(|record| same(record)).map(|record| record.task_id.clone()).collect()
         };
         for old in pending {

@@ -501,4 +501,24 @@ mod tests {
             assert_eq!(TaskHandle::decode(&bytes).expect("a handle of this driver").record, record);
         }
     }
+
+    /// A record as an earlier version has written it, with each state that it may end with. Its bytes stay what they are.
+    #[test]
+    fn records_of_earlier_versions_are_read_and_written_alike() {
+        let text = include_str!("../../tests/samples/record-v2.json");
+        let lines: Vec<&str> = text.lines().collect();
+        for last in 1..=lines.len() {
+            let record = Record::parse(lines[..last].join("\n").as_bytes()).expect("read");
+            let mut expected: serde_json::Value = serde_json::from_str(lines[0]).expect("json");
+            if last > 1 {
+                expected["state"] = serde_json::from_str(lines[last - 1]).expect("json");
+            }
+            assert_eq!(serde_json::to_value(&record).expect("json"), expected, "{}", lines[last - 1]);
+            // Nomad has the handle, which carries the same record.
+            let handle = serde_json::json!({"record": expected}).to_string();
+            let decoded = TaskHandle::decode(handle.as_bytes()).expect("a handle");
+            assert_eq!(decoded.record, record);
+            assert_eq!(TaskHandle::decode(&decoded.encode()).expect("a handle"), decoded);
+        }
+    }
 }

@@ -315,9 +315,9 @@ async fn create_task(
     // A shim that has to be launched starts up concurrently with the making of the bundle.
     let pending_shim = match reserved {
         ReservedShim::Running(shim) => PendingShim::Ready(shim),
-        ReservedShim::ToLaunch(unborn) => {
+        ReservedShim::ToLaunch(reservation) => {
             let launcher = context.pool.launcher().clone();
-            PendingShim::Launching(tokio::spawn(async move { launcher.launch(unborn).await }))
+            PendingShim::Launching(tokio::spawn(async move { launcher.launch(reservation).await }))
         }
     };
     let bundle = plan.make_bundle(context, spec, stop).await;

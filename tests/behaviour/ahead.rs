@@ -1,4 +1,5 @@
-//! Root file systems made ahead: used by the next task of the image, never by two, and gone with the plugin.
+//! Prepared root file systems: the next task of the image uses one, no two tasks share one, and all of them are gone
+//! when the plugin has ended.
 
 use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::PathBuf};
 
@@ -11,7 +12,7 @@ fn dir(env: &Env) -> PathBuf {
     parts.join(entries(&parts).first().map_or("none", String::as_str))
 }
 
-/// The writable layers that wait, by inode.
+/// The writable layers of the prepared root file systems that no task uses yet, by inode.
 fn waiting(env: &Env) -> BTreeSet<u64> {
     let layers = entries(&dir(env)).into_iter().map(|name| dir(env).join(name).join("layer/upper"));
     layers.filter_map(|layer| Some(fs::metadata(layer).ok()?.ino())).collect()
@@ -52,7 +53,7 @@ async fn the_next_task_of_an_image_has_one_and_nobody_elses_files() {
     assert_eq!(env.exec_text(&first, "cat /file").await, "mine\n");
     env.destroy(&first).await.unwrap();
 
-    // A plugin that is killed leaves directories, and the next one removes them.
+    // A killed plugin leaves the directories of its prepared root file systems, and the next plugin removes them.
     wait(&env, 1).await;
     env.kill_plugin().await;
     assert_eq!(waiting(&env).len(), 1);

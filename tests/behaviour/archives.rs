@@ -1,4 +1,4 @@
-//! Images in files, and the collection of images that nobody uses.
+//! Images in files, and the garbage collection of unused images.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Entry, Env, EnvOptions, Image, Layer, Packing, eventually, leak, services, services::run};
 
-/// An image in OCI's layout: the directory.
+/// Writes an image to a directory in OCI's layout.
 fn layout(image: &Image, directory: &Path) -> PathBuf {
     let blobs = directory.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
@@ -34,7 +34,7 @@ fn layout(image: &Image, directory: &Path) -> PathBuf {
     directory.to_owned()
 }
 
-/// What skopeo makes of a layout.
+/// Converts a layout with skopeo.
 fn skopeo(directory: &Path, target: &str) {
     run(Command::new("skopeo").args([
         "copy",
@@ -44,7 +44,7 @@ fn skopeo(directory: &Path, target: &str) {
     ]));
 }
 
-/// A plugin whose jobs may use images below its directory.
+/// A plugin with a directory in `allow_paths`, so that jobs may use the images in it.
 async fn environment() -> Env {
     let files = services().root.join(nomad_driver_shim::ids::random_hex(4));
     fs::create_dir_all(&files).unwrap();
@@ -84,7 +84,7 @@ async fn every_kind_of_archive_runs() {
     ] {
         assert_eq!(says(&mut env, &image).await, "from files\n", "{image}");
     }
-    // An artifact that Nomad has put into the task's own directory.
+    // The image is an artifact that Nomad has put into the task's own directory.
     let image = "docker-archive:local/app.tar";
     let mut task = env.prepare(json!({"image": image, "command": "/bin/cat", "args": ["/mark"]})).await;
     fs::copy(&docker, task.dirs.alloc_dir.join("web/local/app.tar")).unwrap();
@@ -109,7 +109,8 @@ async fn a_file_that_changed_is_another_image() {
         let script = "until [ -e /alloc/data/go ]; do sleep 0.05; done; cat /mark";
         running.push(env.start(json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})).await);
     }
-    // What a task runs from stays for as long as it runs, whatever its name stands for by now.
+    // The image of a running task stays until the task ends, even when the image's name stands for another image by
+    // now.
     let swept =
         send_request(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, CONTROL).await.unwrap();
     assert_eq!(swept, Answer::Removed(Vec::new()));
@@ -163,7 +164,7 @@ async fn bad_archives_are_refused_with_a_reason() {
         encoder.finish().unwrap()
     };
     nix::unistd::mkfifo(&files.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    // A "long name" of 64 GiB, nearly all of it a hole.
+    // A "long name" entry of 64 GiB in a sparse file.
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(tar::EntryType::GNULongName);
     header.set_size(64 << 30);
@@ -207,7 +208,7 @@ pub(crate) async fn gc(env: &Env, dry_run: bool) -> Vec<(String, String)> {
     removed.into_iter().map(|one| (one.kind, one.name)).collect()
 }
 
-/// What is left of an image in containerd and on disk.
+/// The traces of an image in containerd and on disk.
 async fn traces(env: &Env) -> (Vec<String>, Vec<String>, usize) {
     let client = Client::new(&services().containerd, &env.namespace, "overlayfs");
     let images = client.images().await.unwrap().into_iter().map(|(name, _)| name).collect();
@@ -224,7 +225,7 @@ async fn an_image_that_nobody_uses_goes() {
     let request = Request::RemoveImage { image: image.clone() };
     let refused = send_request(&env.dir.join("run/control.sock"), &request, CONTROL).await;
     assert!(refused.unwrap_err().to_string().contains("in use"));
-    // The next plugin's task, too.
+    // A task that the next plugin has recovered uses the image, too.
     env.kill_plugin().await;
     env.start_plugin().await;
     env.recover(&task).await.unwrap();
@@ -239,7 +240,7 @@ async fn an_image_that_nobody_uses_goes() {
         if left.is_empty() { Ok(()) } else { Err(left) }
     })
     .await;
-    // And comes again.
+    // The image can be pulled again.
     let again = env.sh("echo again").await;
     assert_eq!(env.finish_task(again).await.1, "again\n");
     env.finish().await;
@@ -260,7 +261,7 @@ async fn an_image_that_others_made_in_containerd_stays_there() {
     env.finish().await;
 }
 
-/// A pull that its plugin did not live to end.
+/// A pull whose plugin died before the pull ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn leases_of_a_dead_pull_go_at_the_next_opening() {
     let mut env = Env::new().await;
@@ -296,7 +297,7 @@ async fn the_time_of_the_last_use_counts() {
     age(&record);
     env.destroy(&task).await.unwrap();
     assert_eq!(gc(&env, true).await, [], "its task has only just gone");
-    // The teardown goes on in the background, and notes the time when it is done.
+    // The teardown goes on in the background, and the time of the image's last use is written when it is done.
     eventually("the task's record is gone", async || {
         let left = leak::entries(&env.dir.join("run/tasks"));
         if left.is_empty() { Ok(()) } else { Err(left) }

@@ -1,4 +1,4 @@
-//! The benchmark measures what it says, and leaves nothing.
+//! The benchmark measures what it claims to measure, and leaves nothing behind.
 
 use std::{
     collections::BTreeSet,
@@ -13,7 +13,7 @@ use tokio::process::Command;
 
 use crate::support::{Env, leak, program, script, services};
 
-/// One benchmark in directories of its own.
+/// One benchmark with directories of its own.
 struct Bench<'a> {
     env: &'a Env,
     image: String,
@@ -28,7 +28,7 @@ impl<'a> Bench<'a> {
         Self { env, image: env.busybox().await, json, run, state }
     }
 
-    /// A command on the image.
+    /// A command of the program with the benchmark's image and directories.
     fn command(&self, name: &str) -> Command {
         let mut command = Command::new(program());
         command.args([name, &self.image, "--namespace", &self.env.namespace, "--address"]);
@@ -36,7 +36,7 @@ impl<'a> Bench<'a> {
         command
     }
 
-    /// Carries a plan out.
+    /// Runs the benchmark with a plan.
     async fn measure(&self, plan: &str, options: &[&Path], path: &str) -> Output {
         let file = self.env.dir.join("plan.toml");
         fs::write(&file, plan).unwrap();
@@ -49,8 +49,8 @@ impl<'a> Bench<'a> {
         serde_json::from_slice(&fs::read(&self.json).unwrap()).unwrap()
     }
 
-    /// Nothing stays mounted, here or for a process that lives on, nor on disk but for the image store, as `run` leaves
-    /// it.
+    /// No mount is left, in this process or in one that lives on, and nothing is on disk but the image store, which
+    /// `run` leaves as well.
     async fn has_left_nothing(&self) {
         for process in fs::read_dir("/proc").unwrap() {
             let mounts = fs::read_to_string(process.unwrap().path().join("mountinfo")).unwrap_or_default();
@@ -72,7 +72,7 @@ fn paths(kinds: &[&str]) -> String {
 async fn every_path_is_measured_in_one_run() {
     let env = Env::new().await;
     let bench = Bench::new(&env).await;
-    // The floor is measured only if its task is confined as runc's.
+    // The floor is measured only if its task is confined like runc's.
     let kinds = ["driver", "containerd", "runc", "crun", "floor"];
     let plan = format!(
         "count = 2\nblock = 1\ngap_ms = 1\nconcurrency = [2]\nconcurrent_count = 4\nidle_tasks = 2\n\
@@ -99,7 +99,7 @@ async fn every_path_is_measured_in_one_run() {
             for metric in ["first_instruction", "first_byte", "exit_seen", "stop", "destroyed"] {
                 assert!(has(path, mode, metric), "{path} {mode} {metric}: {said}");
             }
-            // A foreground command has no answer but its end.
+            // A foreground command has no answer before its end.
             assert_eq!(has(path, mode, "start_task"), !matches!(path, "runc" | "crun"), "{path}");
         }
     }
@@ -117,7 +117,7 @@ async fn every_path_is_measured_in_one_run() {
     env.finish().await;
 }
 
-/// A runtime that notes its task late, as crun 1.8 does, and that can't do something the third time.
+/// The test's runtime knows a task only a while after its start, as crun 1.8 does, and refuses the third `kill`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_that_fails_is_left_out_from_then_on_and_leaves_nothing() {
     let env = Env::new().await;

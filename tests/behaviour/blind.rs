@@ -1,4 +1,5 @@
-//! A plugin that can't look, for want of descriptors, takes nothing for gone: what it can't see stays as it is.
+//! A plugin that can't inspect the host, for lack of descriptors, considers nothing gone: objects that it can't see
+//! stay as they are.
 
 use std::{
     collections::BTreeSet,
@@ -29,18 +30,19 @@ fn limit_descriptors(pid: u32, limit: &str) {
     assert!(status.success());
 }
 
-/// Longer than a shim is looked for at a time.
+/// Longer than one search for a shim lasts.
 const SHORTAGE: Duration = Duration::from_secs(7);
 
-/// A plugin whose descriptors run out at one point of its start or another, and come back a while later, finds its task.
+/// A plugin runs out of descriptors at some point of its start, and gets more a while later. It finds its task.
 async fn recovered_after_a_shortage(spare: usize) {
-    // What could not be removed meanwhile is reaped soon.
+    // Objects that could not be removed during the shortage are removed soon after it.
     let config = json!({"state": {"grace": "1s"}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let task = env.sh("sleep 600").await;
     let pid = env.attribute(&task, "pid").await;
     env.kill_plugin().await;
-    // With a directory of its own for its socket: in a shared one, other plugins remove the socket of a killed plugin.
+    // This plugin has a directory of its own for its socket: in a shared directory, other plugins remove the socket of
+    // a killed plugin.
     let plugin = Plugin::launch(env.launch_mut()).await.unwrap();
     let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
     let msgpack_config = encode(schema.spec.as_ref(), &env.config).unwrap();
@@ -65,7 +67,7 @@ async fn recovered_after_a_shortage(spare: usize) {
         if left.is_empty() { Ok(()) } else { Err(left) }
     })
     .await;
-    // The next one removes what is left of probes.
+    // The next plugin removes the remains of probes.
     env.kill_plugin().await;
     env.start_plugin().await;
     env.finish().await;
@@ -76,25 +78,26 @@ async fn no_task_is_lost_to_a_shortage_of_descriptors() {
     futures_util::future::join_all((1..=12).map(recovered_after_a_shortage)).await;
 }
 
-/// A runtime that waits before it creates a container for as long as there is a file.
+/// A runtime that waits before it creates a container, for as long as the file `armed` exists.
 fn waiting_runtime(dir: &Path, real: &str) -> Value {
     let text = format!(
         "case \" $* \" in *' create '*) touch {dir}/called; while [ -e {dir}/armed ]; do sleep 0.02; done;; esac; exec {real} \"$@\"",
         dir = dir.display()
     );
-    // The driver starts the processes of runtimes that it knows by name.
+    // For runtimes that the driver knows by name, the driver itself starts the container's process.
     script(&dir.join(real), &text.replace(&format!("exec {real}"), &format!("exec /usr/bin/{real}")));
     json!({"default_runtime": real, "runtime": {real: {"binary": dir.join(real)}}, "shim": {"pool": 2}})
 }
 
-/// The limit below which a process has so many numbers of descriptors to spare. There may be open ones above it.
+/// The limit below which `spare` descriptor numbers of a process are free. The process may have open descriptors above
+/// the limit.
 fn limit_with(pid: u32, spare: usize) -> usize {
     let fds = leak::entries(Path::new(&format!("/proc/{pid}/fd")));
     let open: BTreeSet<usize> = fds.iter().map(|name| name.parse().unwrap()).collect();
     (0..).filter(|number| !open.contains(number)).nth(spare).unwrap()
 }
 
-/// A node whose runtime can be held up, and what is started there.
+/// A node whose runtime can be made to wait, and the means to start tasks on it.
 struct Created {
     env: Env,
     dir: tempfile::TempDir,
@@ -108,14 +111,14 @@ impl Created {
         let config = waiting_runtime(dir.path(), runtime);
         let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
         let config = json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]});
-        // The image is here, and shims wait.
+        // After this task, the image is in the store and shims are idle in the pool.
         assert_eq!(env.run(json!({"image": config["image"], "command": "/bin/true"})).await.0, 0);
         let plugin = env.plugin().pid().unwrap();
         Self { env, dir, config, plugin }
     }
 
     /// Starts a task. The shortage begins before the runtime creates the container, and the plugin learns of the
-    /// container when its process waits at the FIFO already. Returns what the start was refused with.
+    /// container when the container's process waits at the FIFO already. Returns the error of a start that was refused.
     async fn start(&mut self, shortage: impl AsyncFnOnce(u32)) -> (Task, Option<String>) {
         let mut task = self.env.prepare(self.config.clone()).await;
         let (armed, called) = (self.dir.path().join("armed"), self.dir.path().join("called"));
@@ -145,7 +148,7 @@ impl Created {
         }
     }
 
-    /// After the shortage, the task runs, or does so when it is tried again.
+    /// After the shortage, the task runs, or runs when its start is repeated.
     async fn check(&self, mut task: Task, refused: Option<String>, scene: &str) {
         if let Some(refused) = refused {
             assert!(!refused.contains("no answer"), "{scene}: {refused}");
@@ -157,8 +160,8 @@ impl Created {
     }
 }
 
-/// However few descriptors are left when a container has been created, its start succeeds or is refused. A process that runs
-/// already must not be started once more: `runc start` would wait for it for ever.
+/// However few descriptors are left when a container has been created, its start succeeds or is refused. A process that
+/// runs already must not be started again: `runc start` would wait for it for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_created_container_starts_with_few_descriptors_or_is_refused() {
     for runtime in ["crun", "runc"] {
@@ -173,8 +176,8 @@ async fn a_created_container_starts_with_few_descriptors_or_is_refused() {
     }
 }
 
-/// Where bundles can't be listed, a shim that no record names may hold a container: it must not wait for the next task,
-/// nor end with the plugin.
+/// When bundles can't be listed, an unrecorded shim may hold a container. The plugin must neither give this shim to the
+/// next task nor shut it down when the plugin ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_shim_is_taken_over_when_bundles_can_not_be_listed() {
     let mut env = Env::new().await;
@@ -190,11 +193,11 @@ async fn no_shim_is_taken_over_when_bundles_can_not_be_listed() {
         if said.contains("a failpoint let a look-up fail") { Ok(()) } else { Err(said) }
     })
     .await;
-    // Its own shim: not the one that has a container already.
+    // The other task has a shim of its own, not the shim that has a container already.
     let other = env.sh("sleep 600").await;
     assert_ne!(env.record(&other).await.1["shim"], shim_of(&env, &pid), "two tasks share a shim");
     env.destroy(&other).await.unwrap();
-    // Politely: what waits in the pool ends with it.
+    // The plugin is shut down, not killed, so that the idle shims of its pool end with it.
     env.plugin.take().unwrap().shut_down().await;
     env.set_var("NOMAD_DRIVER_SHIM_BLIND", None);
     env.start_plugin().await;
@@ -215,7 +218,7 @@ fn shim_of(env: &Env, pid: &str) -> String {
     name(&cwd)
 }
 
-/// The reaper can't tell what is there, and so not what is nobody's.
+/// The garbage collection can't list the objects, and so can't know which ones are unused.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_reaped_when_it_can_not_be_listed() {
     for blind in ["shims", "bundles", "runtimes"] {
@@ -239,7 +242,8 @@ async fn nothing_is_reaped_when_it_can_not_be_listed() {
         env.kill_plugin().await;
         env.set_var("NOMAD_DRIVER_SHIM_BLIND", None);
         env.start_plugin().await;
-        // By its handle, or reaped already: nobody has named it for longer than the grace period.
+        // The task is recovered by its handle, or it has been removed already, because no agent has confirmed it for
+        // longer than the grace period.
         drop(env.recover(&task).await);
         drop(env.destroy(&task).await);
         eventually("it goes once the reaper sees it", async || {

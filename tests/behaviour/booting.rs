@@ -1,4 +1,4 @@
-//! Shims that take long to come up, as on a node that boots under load.
+//! Shims that take long to start, as on a node that boots under load.
 
 use std::{
     fs,
@@ -11,13 +11,14 @@ use serde_json::json;
 
 use crate::support::{Env, EnvOptions, eventually, script};
 
-/// A shim's program that comes up when somebody writes to the FIFO `hold`, and says in `called` that it was executed.
+/// A shim's program that starts up when a line is written to the FIFO `hold`, and creates the file `called` when it is
+/// executed.
 fn slow_shim(dir: &Path) -> PathBuf {
     let real = nomad_driver_shim::process::which("containerd-shim-runc-v2".as_ref()).unwrap();
     let program = dir.join("slow-shim");
     let (called, hold) = (dir.join("called"), dir.join("hold"));
     nix::unistd::mkfifo(&hold, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    // The shell itself waits in open(2), so that nothing is left when it is killed.
+    // The shell itself waits in open(2), so that no process is left when the shell is killed.
     let text = format!(
         "case \" $* \" in *' delete '*|*' -v '*) ;; *) touch {}; read line < {};; esac\nexec {} \"$@\"",
         called.display(),
@@ -33,7 +34,7 @@ async fn called(dir: &Path) {
     eventually("the shim is executed", async || if called.exists() { Ok(()) } else { Err("not yet") }).await;
 }
 
-/// More than a running shim has for an answer (10 s).
+/// Longer than the timeout for an answer of a running shim (10 s).
 const SLOW: Duration = Duration::from_secs(12);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -46,9 +47,10 @@ async fn a_shim_that_boots_slowly_is_waited_for() {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 7"]})).await;
         let boots = async {
             called(dir.path()).await;
-            // The fault itself, which lasts so long.
+            // The slow start that this test is about.
             tokio::time::sleep(SLOW).await;
-            // Opened for both, it opens although the shim may be gone, and keeps what is written.
+            // The FIFO is opened for reading and writing: this succeeds although the shim may be gone, and the FIFO
+            // keeps the written line.
             let mut hold = fs::File::options().read(true).write(true).open(dir.path().join("hold")).unwrap();
             hold.write_all(b"come up\n").unwrap();
             hold

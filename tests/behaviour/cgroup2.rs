@@ -1,5 +1,5 @@
-//! What is so on cgroup version 2 only, which is what users have. Run in the machine of `make test-cgroup2`; where there
-//! is version 1, each says so.
+//! Behaviour on cgroup version 2 only, which is the version that users have. `make test-cgroup2` runs these tests in
+//! its machine. On a host with version 1, each test prints that it was not run.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ fn unified(test: &str) -> bool {
     unified
 }
 
-/// A slice as Nomad's client makes it below its own, all controllers handed on.
+/// A slice like the ones that Nomad's client creates below its own slice, with all controllers delegated.
 fn slice(parent: &str, name: &str) -> PathBuf {
     let mut path = PathBuf::from(ROOT);
     for part in [parent, name] {
@@ -48,7 +48,7 @@ async fn in_scope(env: &mut Env, scope: &Path, script: &str) -> Task {
     task
 }
 
-/// Nomad makes the task's scope before it asks for the start, and looks for the task's processes there.
+/// Nomad creates the task's scope before it calls StartTask, and looks for the task's processes in this scope.
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_are_in_the_scope_that_nomad_has_made() {
     if !unified("tasks_are_in_the_scope_that_nomad_has_made") {
@@ -58,7 +58,7 @@ async fn tasks_are_in_the_scope_that_nomad_has_made() {
     let scope = slice("nomad.slice", "share.slice").join(format!("{}.web.scope", env.namespace));
     fs::create_dir(&scope).unwrap();
     let task = in_scope(&mut env, &scope, "cat /proc/self/cgroup; echo ready; sleep 600").await;
-    // In a namespace of its own.
+    // The task has a cgroup namespace of its own.
     task.says("0::/\nready").await;
     let limit = fs::read_to_string(scope.join("memory.max")).unwrap();
     assert_eq!(limit, format!("{}\n", 64 << 20));
@@ -68,17 +68,17 @@ async fn tasks_are_in_the_scope_that_nomad_has_made() {
     env.finish().await;
 }
 
-/// Reserved cores are a cpuset partition that Nomad has cut out: the task sees no other processor.
+/// Reserved cores are a cpuset partition that Nomad has created: the task sees no other processor.
 #[tokio::test(flavor = "multi_thread")]
 async fn reserved_cores_are_all_that_a_task_sees() {
     if !unified("reserved_cores_are_all_that_a_task_sees") {
         return;
     }
     let mut env = Env::new().await;
-    // Its own, so that other tests' tasks keep their processors.
+    // The test has a slice of its own, so that other tests' tasks keep their processors.
     let parent = format!("{}.slice", env.namespace);
     let reserve = slice(&parent, "reserve.slice");
-    // From the top: a partition is cut out of one.
+    // The parent comes first, because a partition can only be created inside another partition.
     let parts = [reserve.parent().unwrap(), &reserve];
     for part in parts {
         fs::write(part.join("cpuset.cpus"), "1").unwrap();

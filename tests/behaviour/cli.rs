@@ -37,7 +37,7 @@ impl Cli {
         tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
     }
 
-    /// Nothing of `run` stays: no run directory, no mount, no writable layer.
+    /// `run` leaves nothing: no run directory, no mount, no writable layer.
     fn assert_clean(&self) {
         assert_eq!(leak::entries(&self.dir.join("run")), Vec::<String>::new());
         assert_eq!(leak::entries(&self.dir.join("state/cli/uppers")), Vec::<String>::new());
@@ -126,8 +126,8 @@ async fn an_interrupt_stops_the_task() {
     cli.assert_clean();
 }
 
-/// The plugin dies under a running task with a directory of the host bound into it: that directory stays as it is, and
-/// everything else goes.
+/// The plugin dies while a task runs that has a directory of the host bound into it. The directory stays as it is, and
+/// everything else is removed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_that_dies_leaves_the_hosts_directories_alone() {
     let (cli, image) = (Cli::new(), busybox().await);
@@ -169,7 +169,7 @@ async fn pull_images_and_ps_list_what_there_is() {
         .unwrap();
     let mut line = String::new();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
-    // Its first words may come a moment before its record says that it runs.
+    // The task's first output may come a moment before its record says that it runs.
     crate::support::eventually("it is listed as running", async || {
         let tasks: serde_json::Value = serde_json::from_slice(&cli.run(&["ps", "--json"]).await.stdout).unwrap();
         let listed = (tasks[0]["name"].as_str(), tasks[0]["state"].as_str()) == (Some("sleeper"), Some("running"));
@@ -184,7 +184,8 @@ async fn pull_images_and_ps_list_what_there_is() {
     cli.assert_clean();
 }
 
-/// A `run` that was killed leaves its container behind; `gc` ends and removes it, and leaves one that lives alone.
+/// A killed `run` leaves its container behind. `gc` ends and removes this container, and does not touch the container
+/// of a `run` that lives.
 #[tokio::test(flavor = "multi_thread")]
 async fn gc_clears_runs_that_were_killed() {
     let (cli, image) = (Cli::new(), busybox().await);
@@ -234,11 +235,12 @@ async fn doctor_knows_this_host() {
     assert!(text(&bare.stdout).contains("install containerd"), "{}", text(&bare.stdout));
 }
 
-/// Without a containerd on the system, one of our own is started, shared by those who need it, and ended by the last.
+/// If the system has no containerd, the driver starts a private one. All commands that need it share it, and the last
+/// one ends it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_private_containerd_comes_and_goes() {
     let (cli, image) = (Cli::new(), busybox().await);
-    // A host may well have one running: it is hidden from these commands by a mount namespace of their own.
+    // A host may have a running containerd. A mount namespace of their own hides it from these commands.
     let hidden = "mkdir -p /run/containerd && mount -t tmpfs none /run/containerd && exec \"$0\" \"$@\"";
     let private = |arguments: &[&str]| {
         let plain = cli.command(arguments);

@@ -1,4 +1,4 @@
-//! What processes that were killed leave behind is collected: probes' cgroups and directories, sockets, log writers.
+//! Remains of killed processes are removed: cgroups and directories of probes, sockets, log writers.
 
 use std::{
     fs,
@@ -41,14 +41,15 @@ fn make_groups(name: &str) {
     }
 }
 
-/// Makes a file or directory older than any age that matters.
+/// Makes a file or directory older than any age that the driver checks.
 fn age(path: &Path) {
     let then = SystemTime::now() - Duration::from_secs(3600);
     let time = TimeSpec::from_duration(then.duration_since(SystemTime::UNIX_EPOCH).unwrap());
     utimensat(AT_FDCWD, path, &time, &time, UtimensatFlags::NoFollowSymlink).unwrap();
 }
 
-/// A plugin whose crun is `text`, a script that has the real one in `$CRUN`, and its own directory in `$DIR`.
+/// A plugin whose crun is the script `text`. The script finds the real crun in `$CRUN`, and its own directory in
+/// `$DIR`.
 async fn with_crun(text: &str) -> (Env, PathBuf) {
     let dir = crate::support::services::root().join(random_hex(4));
     fs::create_dir_all(&dir).unwrap();
@@ -59,7 +60,7 @@ async fn with_crun(text: &str) -> (Env, PathBuf) {
     (Env::with(EnvOptions { config, ..EnvOptions::default() }).await, dir)
 }
 
-/// The last word of a call is the container's id, which crun calls its cgroup by.
+/// The last argument of a call is the container's id, after which crun names the container's cgroup.
 const LAST_WORD: &str = "for id; do :; done";
 
 /// crun is killed in the middle of a probe, while the plugin lives.
@@ -101,7 +102,7 @@ async fn a_probe_whose_plugin_was_killed_is_cleared_by_the_next_one() {
     .await;
     env.kill_plugin().await;
     fs::write(dir.join("hang"), "").unwrap();
-    // Dropped in the middle of Init, the plugin is killed.
+    // The plugin is killed in the middle of Init, when this future is dropped.
     let hangs = dir.join("hangs");
     tokio::select! {
         () = env.start_plugin() => panic!("it was not probed"),
@@ -125,14 +126,15 @@ async fn a_probe_whose_plugin_was_killed_is_cleared_by_the_next_one() {
     env.finish().await;
 }
 
-/// A cgroup has a name that says whose it is, and is at the root of hierarchies that all plugins of a host share.
+/// The cgroup of a probe is at the root of hierarchies that all plugins of a host share. Its name says which plugin has
+/// created it.
 #[tokio::test(flavor = "multi_thread")]
 async fn probes_of_the_living_stay_and_those_of_the_dead_go() {
     let me = ProcessId::of(std::process::id()).unwrap();
     let random = random_hex(6);
     let of = |rest: &str| format!("nomad-driver-shim-probe-{rest}");
     let dead = of(&format!("{NOBODY}-{random}"));
-    // As earlier versions called them.
+    // These names are in the format of earlier versions.
     let (old, young) = (of(&random_hex(6)), of(&random_hex(6)));
     let living = of(&format!("{}-{}-{random}", me.pid, me.start));
     for name in [&dead, &old, &young, &living] {
@@ -160,7 +162,8 @@ async fn the_socket_of_a_killed_plugin_goes_with_the_next_one() {
     env.plugin.take().unwrap().kill().await;
     assert!(killed.exists());
     let path = |name: &str| env.dir.join(name);
-    // Of another driver name's plugin that was killed; of earlier versions; of an agent, whom nobody else may help.
+    // The sockets belong to a killed plugin with another driver name, to earlier versions, and to an agent, whose
+    // socket no other process may remove.
     let (other, old, young, agents) = (
         path(&format!("plugin-shim-{NOBODY}-{}", random_hex(6))),
         path(&format!("plugin-{}", random_hex(6))),
@@ -171,15 +174,15 @@ async fn the_socket_of_a_killed_plugin_goes_with_the_next_one() {
         drop(UnixListener::bind(socket).unwrap());
     }
     [&old, &agents].iter().for_each(|path| age(path));
-    // Somebody listens at this one, and its maker is in another pid namespace.
+    // A process listens at this socket, and the socket's owner is in another pid namespace.
     let listened = path(&format!("plugin-shim-2-99999999999-{}", random_hex(6)));
     let listener = UnixListener::bind(&listened).unwrap();
-    // Its maker has bound it, and does not listen yet.
+    // The owner of this socket has bound it, and does not listen yet.
     let me = ProcessId::of(std::process::id()).unwrap();
     let bound = path(&format!("plugin-shim-{}-{}-{}", me.pid, me.start, random_hex(6)));
     let not_yet = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     bind(std::os::fd::AsRawFd::as_raw_fd(&not_yet), &UnixAddr::new(&bound).unwrap()).unwrap();
-    // No socket at all, another user's, and a link to one that must stay.
+    // These are a file that is no socket, a socket of another user, and a link to a socket that must stay.
     let (file, theirs, link) = (
         path(&format!("plugin-shim-3-99999999999-{}", random_hex(6))),
         path(&format!("plugin-shim-4-99999999999-{}", random_hex(6))),
@@ -195,7 +198,7 @@ async fn the_socket_of_a_killed_plugin_goes_with_the_next_one() {
         if left.is_empty() { Ok(()) } else { Err(left) }
     })
     .await;
-    // All were looked at by then: those that stay were passed over, or come last of the directory.
+    // All files were examined by then: the ones that stay were passed over, or come last in the directory.
     let stay = [&young, &agents, &listened, &bound, &file, &theirs, &link];
     for path in stay {
         assert!(path.symlink_metadata().is_ok(), "{}", path.display());
@@ -205,7 +208,7 @@ async fn the_socket_of_a_killed_plugin_goes_with_the_next_one() {
     env.finish().await;
 }
 
-/// Keeper and writer of an environment's logs, and processes that wait for a lock of theirs.
+/// The log writer supervisor and the log writer of an environment, and processes that wait for a lock of one of them.
 fn log_processes(env: &Env) -> (Vec<i32>, Vec<i32>) {
     let place = env.dir.join("run/logs");
     let (mut keepers, mut writers) = (Vec::new(), Vec::new());
@@ -220,7 +223,7 @@ fn log_processes(env: &Env) -> (Vec<i32>, Vec<i32>) {
     (keepers, writers)
 }
 
-/// Does this process wait for the writer's lock? (proc_locks(5): `->` begins who waits.)
+/// Whether this process waits for the writer's lock. In /proc/locks, `->` marks a waiting process (proc_locks(5)).
 fn waits_for_writer(env: &Env, pid: i32) -> bool {
     let lock = fs::metadata(env.dir.join("run/logs/.writer.lock")).unwrap().ino();
     let locks = fs::read_to_string("/proc/locks").unwrap();
@@ -228,7 +231,8 @@ fn waits_for_writer(env: &Env, pid: i32) -> bool {
     locks.lines().filter(waits).any(|line| line.split_whitespace().any(|word| word == pid.to_string()))
 }
 
-/// The keeper dies; its writer goes on under the next one, which starts no other beside it, and another one when it dies.
+/// The log writer supervisor dies. Its log writer goes on under the next supervisor. This supervisor starts no second
+/// writer, and starts a new one when the writer dies.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_keepers_death_leaves_one_writer() {
     const LINES: usize = 400;
@@ -247,7 +251,7 @@ async fn a_keepers_death_leaves_one_writer() {
     let (keepers, writers) = log_processes(&env);
     let (&[first], &[writer]) = (&keepers[..], &writers[..]) else { panic!("{keepers:?} {writers:?}") };
     let mut keeper = first;
-    // Twice: what was handed on once is handed on again.
+    // The supervisor is killed twice, because a writer that was handed on once must be handed on again.
     for _ in 0..2 {
         kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
         let before = keeper;
@@ -278,6 +282,6 @@ async fn a_keepers_death_leaves_one_writer() {
         if whole { Ok(()) } else { Err(text.len()) }
     })
     .await;
-    // With the last task gone and the plugin told to leave, none of them stays.
+    // When the last task is gone and the plugin has been shut down, neither supervisor nor writer stays.
     env.finish().await;
 }

@@ -1,4 +1,4 @@
-//! The commands that look at and act on the tasks of a live or a dead plugin.
+//! The commands that show and control the tasks of a live or a dead plugin.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, Task, eventually, leak, program, services};
 
-/// The environment's plugin seen from the command line; its driver is called after its run directory.
+/// A command on the environment's plugin; the plugin's driver name is the name of its run directory.
 fn command(env: &Env, arguments: &[&str]) -> Command {
     let mut command = Command::new(program());
     command
@@ -76,13 +76,14 @@ async fn tasks_are_shown_and_acted_on_with_and_without_a_plugin() {
             env.kill_plugin().await;
         }
     }
-    // Without a plugin the shim is told; the next plugin finds out.
+    // Without a plugin, the command sends the signal through the shim; the next plugin finds out that the task has
+    // ended.
     told(&env, &["kill", "--signal", "USR1", &id]).await;
     env.start_plugin().await;
     env.recover(&task).await.unwrap();
     assert_eq!(env.wait(&task).await.exit_code, 12);
     env.destroy(&task).await.unwrap();
-    // With one, the plugin is.
+    // With a plugin, the command sends the signal through the plugin.
     let (task, id) = tasks(&mut env).await;
     told(&env, &["kill", &id]).await;
     assert_eq!(env.wait(&task).await.exit_code, 137);
@@ -111,7 +112,7 @@ async fn input_goes_to_what_is_execd() {
     env.finish().await;
 }
 
-/// Nobody reads any more, or somebody interrupts: what was exec'd ends, and the task goes on.
+/// The reader of the output closes it, or the command is interrupted: the exec'd process ends, and the task goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exec_that_nobody_wants_any_more_ends() {
     let mut env = Env::new().await;
@@ -138,7 +139,8 @@ async fn an_exec_that_nobody_wants_any_more_ends() {
     env.finish().await;
 }
 
-/// A plugin that dies and comes again ends what its own clients had exec'd, and not what others have.
+/// A plugin that dies and is started again ends the processes that its own clients have exec'd, but not those of other
+/// clients.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exec_of_the_command_line_outlives_the_plugin() {
     let mut env = Env::new().await;
@@ -219,7 +221,7 @@ async fn events_are_told_as_they_happen() {
     let mut said = String::new();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(listening.stderr.as_mut().unwrap()), &mut said).unwrap();
     assert!(said.contains("listening to 1"), "{said}");
-    // The request is on its way; a pull takes far longer than that.
+    // The request for events is on its way to the plugin; a pull takes far longer than that.
     let task = env.sh("exit 4").await;
     env.finish_task(task).await;
     let mut seen = Vec::new();
@@ -274,7 +276,7 @@ async fn what_no_record_names_is_reaped() {
     env.finish().await;
 }
 
-/// Runs of the command line share a state directory: none takes another's writable layers for remains.
+/// Runs of the command line share a state directory: none of them takes the writable layers of another one for remains.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_plugin_has_made_is_its_own() {
     let mut env = Env::new().await;
@@ -282,7 +284,7 @@ async fn what_another_plugin_has_made_is_its_own() {
     task.says("ready").await;
     let config = json!({"state": {"grace": "500ms", "state_dir": env.dir.join("state")}});
     let mut other = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
-    // Three of its sweeps.
+    // The other plugin runs three garbage collections in this time.
     tokio::time::sleep(Duration::from_millis(2000)).await;
     assert_eq!(env.exec_text(&task, "cat /file; echo new > /other; cat /other").await, "old\nnew\n");
     assert!(other.plugin.take().unwrap().shut_down().await.status.is_some_and(|status| status.success()));
@@ -299,7 +301,7 @@ async fn images_are_removed_by_name() {
     assert!(refused(&env, &["rmi", &image]).await.1.contains("in use"));
     env.destroy(&task).await.unwrap();
     assert!(told(&env, &["rmi", &image]).await.contains(&image));
-    assert!(refused(&env, &["rmi", &image]).await.1.contains("not here"));
+    assert!(refused(&env, &["rmi", &image]).await.1.contains("is not stored on this node"));
     assert_eq!(told(&env, &["images"]).await.lines().count(), 1);
     env.finish().await;
 }

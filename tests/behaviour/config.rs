@@ -1,4 +1,4 @@
-//! `config check`: agent and job files, looked at before Nomad has them.
+//! `config check` checks agent and job files before Nomad gets them.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::support::program;
 
-/// Exit code, stdout and stderr.
+/// Runs `config check`. Returns its exit code, stdout and stderr.
 fn check(arguments: &[&str], files: &[(&str, &str)]) -> (Option<i32>, String, String) {
     let dir = tempfile::tempdir().unwrap();
     for (name, text) in files {
@@ -55,7 +55,7 @@ fn job(driver: &str, config: &str) -> String {
 fn every_example_is_fine() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("example");
     let files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-    // capabilities.nomad says what it needs to be allowed.
+    // capabilities.nomad says which settings it needs to be allowed.
     let agent = r#"plugin "nomad-driver-shim" {
       config {
         security {
@@ -104,7 +104,7 @@ fn jobs_are_held_against_what_the_agent_allows() {
     let (code, stdout, _) = check(&[], &[("a.nomad", &job), ("agent.hcl", agent)]);
     assert_eq!(code, Some(0), "{stdout}");
     assert_eq!(stdout, "agent.hcl: plugin \"nomad-driver-shim\": fine\na.nomad: task j/g/t: fine\n");
-    // Of another driver's name, it says nothing.
+    // The block of a plugin with another name says nothing about this job.
     let agent = "plugin \"containerd-driver\" {\n config { allow_privileged = true }\n}";
     assert_eq!(check(&[], &[("a.nomad", &job), ("agent.hcl", agent)]).0, Some(1));
 }
@@ -125,7 +125,7 @@ fn an_agents_faults_are_told() {
     let (code, stdout, _) = check(&[], &[("agent.hcl", agent)]);
     assert!(code == Some(1) && stdout.lines().count() == 1, "{stdout}");
     assert!(stdout.contains("stats_interval") && stdout.contains("keep_warm"), "{stdout}");
-    // Whether the job is fine depends on settings that nobody knows.
+    // Whether the job is valid depends on settings that the command doesn't know.
     let (code, stdout, _) = check(&[], &[("agent.hcl", agent), ("a.nomad", &job("fast", "image = local.image"))]);
     assert!(code == Some(1) && stdout.contains("task j/g/t: not checked"), "{stdout}");
     let renamed = r#"plugin "nomad-driver-shim" { args = ["--name", "fast"] }"#;
@@ -142,7 +142,7 @@ fn an_agents_faults_are_told() {
     }
 }
 
-/// What a server or node fills in is neither right nor wrong here.
+/// A value that a server or node fills in is neither valid nor invalid here.
 #[test]
 fn values_that_are_not_known_are_left_out_and_named() {
     let config = r#"
@@ -178,7 +178,10 @@ fn values_that_are_not_known_are_left_out_and_named() {
 fn tasks_outside_of_groups_are_told() {
     let task = "task \"t\" {\n driver = \"shim\"\n config {\n image = \"a\"\n }\n}";
     let (code, stdout, _) = check(&[], &[("a.nomad", task)]);
-    assert!(code == Some(1) && stdout.contains("task \"t\": Nomad takes a task block inside of a job"), "{stdout}");
+    assert!(
+        code == Some(1) && stdout.contains("task \"t\": Nomad accepts a task block only inside of a job block"),
+        "{stdout}"
+    );
     let (code, stdout, _) = check(&[], &[("a.nomad", &format!("job \"j\" {{\n{task}\n}}"))]);
     assert_eq!((code, stdout.as_str()), (Some(0), "a.nomad: task j/t: fine\n"));
 }

@@ -1,5 +1,5 @@
-//! The plugin is killed with SIGKILL at named points of start, stop and destroy. The next plugin, and what Nomad asks
-//! of it then, end in exactly one container or in none, as Nomad's view demands, with nothing left beside it.
+//! The plugin is killed with SIGKILL at named points of start, stop and destroy. The next plugin, and the calls that
+//! Nomad makes then, lead to exactly one container or to none, as Nomad's view demands, and nothing else is left.
 
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ const DESTROY: [&str; 9] = [
     "undo.record",
 ];
 
-/// A plugin that dies at `point`, and whose successor does not wait long before it reaps.
+/// A plugin that is killed at `point`. The grace period is short, so that the next plugin collects garbage soon.
 async fn doomed(point: &str) -> Env {
     let options = EnvOptions {
         config: json!({"state": {"grace": "1s"}}),
@@ -45,7 +45,7 @@ async fn doomed(point: &str) -> Env {
     Env::with(options).await
 }
 
-/// The plugin is dead by its own hand; the next one has no such switch.
+/// The plugin was killed by its failpoint. The next plugin is started without a failpoint.
 async fn next(env: &mut Env, point: &str) {
     let (said, signal) = env.plugin_died().await;
     assert_eq!(signal, Some(libc::SIGKILL), "{point}: the switch must fire; {said}");
@@ -54,7 +54,7 @@ async fn next(env: &mut Env, point: &str) {
     env.start_plugin().await;
 }
 
-/// Containers, as records, runtimes and mounts have them.
+/// The number of containers according to records, runtimes and mounts.
 fn containers(env: &Env) -> [usize; 3] {
     let records = leak::entries(&env.dir.join("run/tasks")).len();
     let states = leak::entries(&env.dir.join("run/runtimes"))
@@ -65,7 +65,7 @@ fn containers(env: &Env) -> [usize; 3] {
     [records, states.sum(), roots.count()]
 }
 
-/// Says that it is up, and ends with 5 when it may.
+/// The configuration of a task that prints `up`, and ends with exit code 5 as soon as the file `go` exists.
 async fn waiting(env: &Env) -> serde_json::Value {
     let script = "echo up; until [ -e /alloc/data/go ]; do sleep 0.02; done; exit 5";
     json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]})
@@ -76,7 +76,7 @@ async fn waiting_task(env: &mut Env) -> Task {
     env.prepare(config).await
 }
 
-/// A start whose plugin has died at `point`, and the next plugin.
+/// A start whose plugin was killed at `point`. The next plugin runs.
 async fn cut_off(point: &str) -> (Env, Task) {
     eprintln!("killed at {point}");
     let mut env = doomed(point).await;
@@ -98,7 +98,7 @@ async fn is_the_only_one(env: &Env, task: Task, point: &str) {
     env.destroy(&task).await.unwrap();
 }
 
-/// The agent lives, and asks for the same start again: same id, same configuration.
+/// The agent lives, and repeats the same start: same id, same configuration.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_was_cut_off_is_asked_for_again() {
     for point in START {
@@ -109,7 +109,7 @@ async fn a_start_that_was_cut_off_is_asked_for_again() {
     }
 }
 
-/// The agent died too; the next one knows nothing of that start, and asks under a new id for the same task.
+/// The agent died, too. The next agent knows nothing of that start, and starts the same task under a new id.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_nobody_remembers_is_replaced() {
     for point in START {
@@ -121,7 +121,7 @@ async fn a_start_that_nobody_remembers_is_replaced() {
     }
 }
 
-/// A start that failed, and whose undoing was cut off.
+/// A start that failed, and whose rollback was cut off.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_start_is_undone_to_its_end() {
     for point in ["undo.container", "undo.unmount", "undo.upper"] {
@@ -133,7 +133,8 @@ async fn a_failed_start_is_undone_to_its_end() {
     }
 }
 
-/// Ends by SIGTERM where the point lies on that way, and only by SIGKILL where it does not.
+/// A stop that is cut off at `point`. The task ends by SIGTERM if `point` is reached in this way, and otherwise only by
+/// SIGKILL.
 async fn stopped_at(point: &str) -> (Env, Task) {
     let mut env = doomed(point).await;
     let script = match point {
@@ -149,7 +150,7 @@ async fn stopped_at(point: &str) -> (Env, Task) {
     (env, task)
 }
 
-/// Nomad says "killed" and never asks again (the agent stopped in the middle of a stop).
+/// Nomad reports the task as killed and never repeats the stop (the agent itself stopped in the middle of the stop).
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_that_was_cut_off_is_completed_though_nobody_asks() {
     for point in STOP {
@@ -163,7 +164,7 @@ async fn a_stop_that_was_cut_off_is_completed_though_nobody_asks() {
     }
 }
 
-/// The agent lives: it recovers the task, and asks again.
+/// The agent lives: it recovers the task, and repeats the stop.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_that_was_cut_off_is_asked_for_again() {
     for point in ["stop.begun"].into_iter().chain(STOP) {
@@ -183,7 +184,8 @@ async fn a_destroy_that_was_cut_off_is_completed() {
     for point in DESTROY {
         let mut env = doomed(point).await;
         let task = env.sh("sleep 600").await;
-        // What comes after the container and its shim is the background's: the answer may be out by then.
+        // The steps after the removal of the container and its shim run in the background: the answer may have been
+        // sent by then.
         let answer = env.destroy(&task).await;
         let before = ["destroy.marked", "destroy.killed", "undo.container", "undo.shim"].contains(&point);
         assert!(answer.is_err() || !before, "{point}");
@@ -192,7 +194,7 @@ async fn a_destroy_that_was_cut_off_is_completed() {
     }
 }
 
-/// Directories are removed file by file.
+/// The files of a bundle are removed one by one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bundle_half_removed_is_removed() {
     for file in ["runtime", "options.json", "config.json"] {
@@ -208,13 +210,13 @@ async fn a_bundle_half_removed_is_removed() {
     }
 }
 
-/// The agent dies in the middle of its call, and the plugin with it; the start is not even half made when a new agent's
-/// plugin opens.
+/// The agent dies in the middle of its StartTask call, and the plugin dies with it. The start is not even half done
+/// when the plugin of a new agent starts.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_of_a_dying_agent_leaves_nothing_half_made() {
     for delay in [1, 4, 8, 12, 16, 20, 30] {
         let mut env = Env::new().await;
-        // Cached, so that what is cut off is the start itself.
+        // The image is in the store already, so that the start itself is cut off.
         assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
         let mut task = waiting_task(&mut env).await;
         let (mut driver, config) = (env.driver(), task.config.clone());

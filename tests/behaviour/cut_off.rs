@@ -1,5 +1,5 @@
-//! A plugin that ends while a runtime is at work. The shim then kills the runtime, wherever that is, since the connection
-//! of its caller is broken; the next plugin completes what was cut off.
+//! The plugin ends while a runtime is running. The shim then kills the runtime at whatever step it is, since the
+//! connection of the shim's client is broken. The next plugin completes the step that was cut off.
 
 use std::{
     fs,
@@ -25,7 +25,8 @@ fn runtimes() -> Vec<String> {
 /// Sets the variables `root` and `id` from a runtime's arguments.
 const ARGUMENTS: &str = r#"root=; id=; for word; do [ "$id" = --root ] && root=$word; id=$word; done"#;
 
-/// A runtime whose call `verb` does `instead` and `finally` while the file `armed` is beside it, and says so in `called`.
+/// A runtime whose call `verb` runs `instead`, creates the file `called`, and runs `finally`, if the file `armed` is in
+/// its directory.
 struct Stretched {
     dir: PathBuf,
 }
@@ -80,7 +81,7 @@ enum End {
     Terminated,
 }
 
-/// Ends the plugin, and starts the next one, whose runtime is as it should be.
+/// Ends the plugin, and starts the next one.
 async fn succeed(env: &mut Env, end: End, stretched: &Stretched) {
     match end {
         End::Killed => env.kill_plugin().await,
@@ -90,7 +91,7 @@ async fn succeed(env: &mut Env, end: End, stretched: &Stretched) {
     env.start_plugin().await;
 }
 
-/// Ends the plugin as systemd does: how long that took.
+/// Ends the plugin with SIGTERM, as systemd does. Returns how long that took.
 async fn terminate(env: &mut Env) -> Duration {
     let mut plugin = env.plugin.take().unwrap();
     let began = Instant::now();
@@ -109,7 +110,7 @@ fn destroy(env: &Env, task: &Task) {
     tokio::spawn(async move { driver.destroy_task(DestroyTaskRequest { task_id, force: true }).await.map(drop) });
 }
 
-/// The next attempt of the same task starts, as Nomad's restart policy would have it, and is as any other.
+/// The next attempt of the same task starts, as Nomad's restart policy starts it, and behaves like any other attempt.
 async fn next_attempt_runs(env: &Env, task: Task, what: &str) {
     let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo again"]});
     let mut next = env.prepare_again(task, "2", config).await;
@@ -120,8 +121,8 @@ async fn next_attempt_runs(env: &Env, task: Task, what: &str) {
     env.destroy(&next).await.unwrap();
 }
 
-/// After a plugin has succeeded another: the other task is recovered and alive, the next attempt of the one that was cut off
-/// runs, and nothing is left when both are gone.
+/// After one plugin has succeeded another: the task `bystander` is recovered and alive, the next attempt of the task
+/// `cut_off` runs, and nothing is left when both are gone.
 async fn nothing_else_is_harmed(env: Env, cut_off: Task, bystander: &Task, what: &str) {
     env.recover(bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
     next_attempt_runs(&env, cut_off, what).await;
@@ -130,7 +131,7 @@ async fn nothing_else_is_harmed(env: Env, cut_off: Task, bystander: &Task, what:
     env.finish().await;
 }
 
-/// Starts a task by a call that goes on beside the test.
+/// Starts a task by a call that runs concurrently with the test.
 fn start(env: &Env, task: &Task) -> tokio::task::JoinHandle<Result<(), tonic::Status>> {
     let (mut driver, request) = (env.driver(), StartTaskRequest { task: Some(task.config.clone()) });
     tokio::spawn(async move { driver.start_task(request).await.map(drop) })
@@ -140,7 +141,7 @@ async fn is_alive(env: &Env, bystander: &Task, what: &str) {
     assert_eq!(env.exec_text(bystander, "echo alive").await, "alive\n", "{what}");
 }
 
-/// The states in which a `delete` that is killed leaves a container: its state is gone, or some files of it.
+/// The states in which a killed `delete` leaves a container: all of its state is gone, or some of its files.
 const DELETED: &str = "REAL \"$@\"";
 const HALF_DELETED: &str = "rm -f \"$root/$id/status\" \"$root/$id/state.json\"";
 
@@ -151,7 +152,7 @@ async fn a_delete_that_is_cut_off(real: &str, scope: &str, instead: &str, end: E
     let config = sleeper(&env).await;
     let bystander = env.start(config.clone()).await;
     bystander.says("up").await;
-    // Of the same allocation, so that both share their shim wherever tasks do.
+    // The tasks are in the same allocation, so that they share a shim in every scope in which tasks share shims.
     let dirs = env.allocs[0].create_task("side").unwrap();
     let mut task = env.prepare_in(dirs, "1", config).await;
     env.try_start(&mut task).await.unwrap();
@@ -182,7 +183,7 @@ async fn in_a_shim_that_tasks_share_the_others_go_on() {
     }
 }
 
-/// No plugin ends: the runtime itself does, as the OOM killer has it, after it has removed its state.
+/// No plugin ends here. The runtime itself is killed, as by the OOM killer, after it has removed its state.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delete_whose_runtime_is_killed_is_completed() {
     for runtime in runtimes() {
@@ -203,7 +204,7 @@ async fn a_delete_whose_runtime_is_killed_is_completed() {
     }
 }
 
-/// A runtime that refuses to kill, as one whose state is damaged does, keeps no container alive.
+/// A runtime that refuses to kill, as with a container whose state is damaged, keeps no container alive.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
     for runtime in runtimes() {
@@ -215,10 +216,10 @@ async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
             let bystander = env.start(config.clone()).await;
             let task = env.start(config).await;
             stretched.arm();
-            // The next plugin takes the remains for a task that was being destroyed, and has no watcher for it.
+            // The next plugin considers the remains a task that was being destroyed, and has no watcher for it.
             destroy(&env, &task);
             stretched.called().await;
-            // This runtime refuses the next plugin, too.
+            // The runtime refuses the kill of the next plugin, too.
             env.kill_plugin().await;
             env.start_plugin().await;
             env.recover(&bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
@@ -231,8 +232,8 @@ async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
     }
 }
 
-/// Runtimes freeze a container's cgroup to kill all of it, and to change its devices. One that is killed meanwhile leaves the
-/// cgroup frozen, and with cgroup version 1 its processes don't die.
+/// A runtime freezes a container's cgroup to kill all of its processes, and to change its devices. A runtime that is
+/// killed meanwhile leaves the cgroup frozen, and with cgroup version 1 the container's processes don't die.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_a_runtime_has_left_frozen_is_ended() {
     for (runtime, call) in runtimes().into_iter().flat_map(|runtime| [(runtime.clone(), "kill"), (runtime, "none")]) {
@@ -256,8 +257,8 @@ async fn a_container_that_a_runtime_has_left_frozen_is_ended() {
     }
 }
 
-/// A late clean-up of an earlier plugin may unmount the root file system of the next start. What the runtime then says of the
-/// image is no fault of the job's.
+/// A late clean-up of an earlier plugin may unmount the root file system of the next start. The runtime then reports an
+/// error about the image, which is not the job's fault.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_root_file_system_that_goes_away_is_not_the_jobs_fault() {
     for runtime in runtimes() {
@@ -276,12 +277,12 @@ async fn a_root_file_system_that_goes_away_is_not_the_jobs_fault() {
     }
 }
 
-/// The shim tells nothing of a container whose runtime hangs, and would not tell of its end either. Other tasks of the same
-/// shim go on, also where the runtime hangs each time.
+/// The shim reports nothing about a container whose runtime hangs, and would not report its end either. Other tasks of
+/// the same shim go on, even if the runtime hangs each time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runtime_that_hangs_while_it_kills_harms_no_other_task() {
     for runtime in runtimes() {
-        // What a shell calls is not killed with it, and keeps its shim waiting.
+        // A child process of the shell is not killed with the shell, and keeps the shim waiting.
         let stretched = Stretched::new(&runtime, "kill", ":", "sleep 600");
         let mut env = stretched.plugin(json!({"shim_scope": "node"})).await;
         let config = sleeper(&env).await;
@@ -297,7 +298,7 @@ async fn a_runtime_that_hangs_while_it_kills_harms_no_other_task() {
     }
 }
 
-/// A shared shim that holds a container which it can't delete gets no further task, and ends with the last one that it has.
+/// A shared shim with a container that it can't delete gets no further task, and ends with the last task that it has.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shared_shim_that_can_not_delete_a_container_gets_no_further_task() {
     let runtime = &runtimes()[0];
@@ -320,7 +321,7 @@ async fn a_shared_shim_that_can_not_delete_a_container_gets_no_further_task() {
         stretched.disarm();
         let next = beside(&mut env, "next").await;
         assert_ne!(shim_of(&env, &next).await, shim, "{scope}: it has got another task");
-        // The next plugin knows it, too.
+        // The next plugin knows that the shim is unusable, too.
         env.kill_plugin().await;
         env.start_plugin().await;
         for task in [&bystander, &next] {
@@ -339,7 +340,7 @@ async fn shim_of(env: &Env, task: &Task) -> String {
     env.record(task).await.1["shim"].as_str().unwrap().to_owned()
 }
 
-/// A create that is cut off, before and after the container is there.
+/// A `create` that is cut off before or after the container exists.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_create_that_is_cut_off_leaves_nothing() {
     for runtime in runtimes() {
@@ -359,8 +360,8 @@ async fn a_create_that_is_cut_off_leaves_nothing() {
     }
 }
 
-/// An agent dies while its start is at work, and the next one stops its own start of the same task, which waits for that:
-/// no agent knows of the attempt that comes up.
+/// An agent dies while its start is in progress. The next agent starts the same task, and stops this start while it
+/// waits for the first one. No agent knows of the attempt that the first start completes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_start_ends_the_attempt_that_it_waits_for() {
     for runtime in runtimes() {
@@ -382,12 +383,13 @@ async fn a_stopped_start_ends_the_attempt_that_it_waits_for() {
         .await;
         assert!(waits.await.unwrap().unwrap_err().message().contains("was stopped"));
         stretched.disarm();
-        // No call asks for it any more, and nothing is left.
+        // No call names this attempt any more, and nothing is left of it.
         env.finish().await;
     }
 }
 
-/// What was exec'd ends with the plugin that had it run, also where the runtime was cut off after the process was there.
+/// An exec'd process ends with the plugin that started it, even if the runtime was cut off when the process existed
+/// already.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exec_that_is_cut_off_leaves_no_process() {
     for runtime in runtimes() {
@@ -418,11 +420,11 @@ async fn an_exec_that_is_cut_off_leaves_no_process() {
     }
 }
 
-/// A runtime that needs some time when the plugin is told to leave gets it; one that hangs does not keep the plugin for
-/// longer than Nomad waits.
+/// A runtime that needs some time when the plugin is told to shut down gets this time. A runtime that hangs does not
+/// keep the plugin for longer than Nomad waits.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_that_is_told_to_leave_lets_runtimes_finish() {
-    // What a shell calls is not killed with it, and keeps its shim waiting.
+    // A child process of the shell is not killed with the shell, and keeps the shim waiting.
     for (pause, completed) in [("sleep 0.7", true), ("exec sleep 600", false), ("sleep 600", false)] {
         let runtime = &runtimes()[0];
         let done = |dir: &Path| dir.join("done").exists();
@@ -436,7 +438,8 @@ async fn a_plugin_that_is_told_to_leave_lets_runtimes_finish() {
         stretched.called().await;
         let took = terminate(&mut env).await;
         assert_eq!(done(&stretched.dir), completed, "a delete with `{pause}`, cut off after {took:?}");
-        // Nomad kills a plugin after 2 s. A busy machine may need longer; runtimes would be given 10 s and more.
+        // Nomad kills a plugin after 2 s. A busy machine may need longer. A plugin that waited for its runtimes'
+        // timeouts would need 10 s and more.
         assert!(took < Duration::from_secs(6), "the plugin waited for {took:?}");
         stretched.disarm();
         env.start_plugin().await;

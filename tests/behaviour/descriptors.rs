@@ -1,4 +1,5 @@
-//! The plugin raises its own limit on descriptors; all that it starts has the limits that the plugin was started with.
+//! The plugin raises its own limit on descriptors. All processes that it starts have the limits that the plugin was
+//! started with.
 
 use std::{
     fs,
@@ -10,7 +11,7 @@ use serde_json::json;
 
 use crate::support::{Env, EnvOptions, Image, program, script, services, services::root};
 
-/// What the plugin is started with. Far from anything that a distribution has.
+/// The limits that the plugin is started with. They are far from the defaults of every distribution.
 const SOFT: &str = "777";
 const HARD: &str = "5555";
 
@@ -22,7 +23,7 @@ fn limited() -> PluginCommand {
     launch
 }
 
-/// Soft and hard limit, from the lines of proc_pid_limits(5).
+/// The soft and the hard limit, from the lines of proc_pid_limits(5).
 fn limits(text: &str) -> (String, String) {
     let line =
         text.lines().find(|line| line.starts_with("Max open files")).unwrap_or_else(|| panic!("no limit in {text}"));
@@ -65,14 +66,16 @@ async fn tasks_shims_and_runtimes_have_the_limits_that_the_plugin_was_started_wi
             assert_eq!(limits(&task.stdout.text()), original(), "{what}: the task");
             let exec = env.exec_text(&task, "cat /proc/self/limits").await;
             let exec = limits(&exec);
-            // Before 1.1.13, runc races with Go's start-up for the soft limit of what it execs (opencontainers/runc#4195).
+            // Before 1.1.13, runc races with Go's start-up for the soft limit of an exec'd process
+            // (opencontainers/runc#4195).
             assert_eq!(exec.1, HARD, "{what}: a process of exec");
             assert!(exec == original() || runtime == "runc", "{what}: a process of exec has {exec:?}");
             let (_, record) = env.record(&task).await;
             let shim = env.dir.join("run/shims").join(record["shim"].as_str().unwrap()).join("pid");
             let shim: serde_json::Value = serde_json::from_slice(&fs::read(shim).unwrap()).unwrap();
             let text = fs::read_to_string(format!("/proc/{}/limits", shim["pid"])).unwrap();
-            // Go raises the soft limit of its own programs (src/os/rlimit.go), and before 1.19.9 of what these start.
+            // Go raises the soft limit of its own programs (src/os/rlimit.go), and before 1.19.9 that of their children
+            // as well.
             assert_eq!(limits(&text).1, HARD, "{what}: the shim");
             env.destroy(&task).await.unwrap();
             let seen = fs::read_to_string(programs.path().join(format!("{runtime}.limits"))).unwrap();
@@ -85,7 +88,7 @@ async fn tasks_shims_and_runtimes_have_the_limits_that_the_plugin_was_started_wi
     }
 }
 
-/// The command line raises nothing, and starts a plugin of its own that does.
+/// The command line does not raise its own limit, and starts a plugin that raises the plugin's limit.
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_of_run_have_the_limits_of_the_command_line() {
     let id = random_hex(4);

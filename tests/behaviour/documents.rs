@@ -1,10 +1,10 @@
-//! What documents and comments refer to is there.
+//! The pages, sections and decisions that documents and comments cite exist.
 
 use std::{fs, path::Path};
 
 use crate::structure::files;
 
-/// docs/ARCHITECTURE.md names files of `src/` by their path below it.
+/// docs/ARCHITECTURE.md names files of `src/` by their path below `src/`.
 #[test]
 fn the_architecture_names_files_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -45,12 +45,13 @@ fn cited_pages_and_sections_exist() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The citations in a text, without what follows them: `docs/chaos.md`, `docs/protocol/shim.md#7.1`, `docs/decisions/003`.
+/// The citations in a text, without the text that follows each: `docs/chaos.md`, `docs/protocol/shim.md#7.1`,
+/// `docs/decisions/003`.
 fn citations(text: &str) -> Vec<&str> {
     let in_path = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
     let mut found = Vec::new();
     for (at, _) in text.match_indices("docs/") {
-        // A path of another project, or an address on the web.
+        // This is a path of another project, or an address on the web.
         if text[..at].ends_with(in_path) {
             continue;
         }
@@ -102,7 +103,7 @@ fn links(page: &str) -> Vec<&str> {
 #[test]
 fn citations_that_lead_nowhere_are_found() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // The test above reads this file as well, so it must not have the bad citations as they are.
+    // The test above reads this file as well, so the bad citations must not appear here literally.
     let text = "See @/chaos.md, (@/protocol/shim.md#7.1). Also `@/decisions/003`; @/nowhere.md, @/decisions/999 and \
                 @/protocol/shim.md#99.1. Not of this project: https://example.org/@/other.md. No pages: @/decisions/, @/x."
         .replace('@', "docs");

@@ -1,5 +1,5 @@
-//! Processes in a running task: script checks (ExecTask) and `nomad alloc exec` (ExecTaskStreaming). What Nomad's own
-//! harness asks for is in the conformance suite.
+//! Processes in a running task: script checks (ExecTask) and `nomad alloc exec` (ExecTaskStreaming). The conformance
+//! suite has the cases of Nomad's own harness.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ async fn session(env: &Env, task: &Task, script: &str, tty: bool) -> Outcome {
     env.talk(task, &[SH[0], SH[1], script], tty).await.unwrap().end().await
 }
 
-/// Pids of the host whose command line has `mark`.
+/// Pids on the host of the processes whose command line contains `mark`.
 fn alive(mark: &str) -> Vec<i32> {
     let pids = crate::support::leak::entries(std::path::Path::new("/proc"));
     pids.into_iter()
@@ -25,11 +25,11 @@ fn alive(mark: &str) -> Vec<i32> {
         .collect()
 }
 
-/// What a process may do and where it is counted is the same for the task and for what is exec'd in it.
+/// An exec'd process has the same privileges as its task, and is in the same cgroup.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_execd_is_as_confined_as_the_task() {
     let mut env = Env::new().await;
-    // What is run in it gets its score a moment after its start.
+    // An exec'd process gets its OOM score a moment after its start.
     let look = "grep -E '^(Seccomp|NoNewPrivs|Cap...|Uid|Gid|Groups):' /proc/self/status; cat /proc/self/cgroup; \
                 sleep 1; cat /proc/self/oom_score_adj; pwd; id; ulimit -n; echo $MARK-$FROM_IMAGE";
     let mut task = env
@@ -68,7 +68,7 @@ async fn script_checks_get_output_and_code_and_are_killed_in_time() {
     })
     .await;
 
-    // The last so many bytes of a flood.
+    // Of a large output, the answer has only the last bytes.
     let answer = env.exec(&task, &[SH[0], SH[1], "yes | head -c 3000000; echo; echo the end"], 0).await.unwrap();
     assert!(answer.stdout.len() <= 1 << 20 && answer.stdout.ends_with(b"the end\n"), "{}", answer.stdout.len());
     env.destroy(&task).await.unwrap();
@@ -156,7 +156,7 @@ async fn what_can_not_be_run_is_refused_with_a_reason() {
     env.finish().await;
 }
 
-/// A plugin that dies leaves what was exec'd for its clients to the next one, which ends it.
+/// A dead plugin leaves the exec'd processes of its clients to the next plugin, which ends them.
 #[tokio::test(flavor = "multi_thread")]
 async fn execs_of_a_dead_plugin_are_ended() {
     let mut env = Env::new().await;

@@ -1,4 +1,4 @@
-//! What goes wrong is named, nothing is left, and Nomad knows whether another try makes sense.
+//! A failure is reported with its cause, nothing is left behind, and Nomad knows whether a retry makes sense.
 
 use nomad_driver_shim::host::is_recoverable;
 use serde_json::json;
@@ -38,7 +38,7 @@ async fn failed_starts_are_named_and_leave_nothing() {
     env.finish().await;
 }
 
-/// Unknown, mistyped and conflicting options, all in one message, before anything is pulled.
+/// Unknown, mistyped and conflicting options are reported, all in one message, before anything is pulled.
 #[tokio::test(flavor = "multi_thread")]
 async fn all_faults_of_a_job_come_at_once_and_first() {
     let mut env = Env::new().await;
@@ -74,7 +74,7 @@ async fn all_faults_of_a_job_come_at_once_and_first() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lying_registries_are_caught_by_name() {
     let mut env = Env::new().await;
-    // A layer that no other test has: containerd shares blobs among namespaces, and what it has is not downloaded.
+    // No other test has this layer: containerd shares blobs among namespaces, and does not download blobs that it has.
     let noise: Vec<u8> = (0..20_000).flat_map(|_| nomad_driver_shim::ids::random_hex(1).into_bytes()).collect();
     let image = Image { layers: vec![Layer::new(&[Entry::file("noise", noise)], Packing::None)], ..Image::busybox() };
     let manifest = |text: &str| Answer::ok(MANIFEST, text.as_bytes().to_vec());
@@ -87,7 +87,7 @@ async fn lying_registries_are_caught_by_name() {
             Box::new(|kind, answer| if kind == "manifest" { manifest("{\"schemaVersion\":2") } else { answer }),
             false,
         ),
-        ("no JSON", Box::new(|kind, answer| if kind == "manifest" { manifest("<html>") } else { answer }), false),
+        ("not JSON", Box::new(|kind, answer| if kind == "manifest" { manifest("<html>") } else { answer }), false),
         (
             "schema version 1",
             Box::new(|kind, answer| if kind == "manifest" { manifest("{\"schemaVersion\":1}") } else { answer }),
@@ -167,7 +167,7 @@ async fn bad_layers_are_refused_by_name() {
     env.finish().await;
 }
 
-/// A failed start gives its shim, its id and its names back: the next one works.
+/// A failed start releases its shim, its id and its names, so that the next start succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_attempt_can_be_tried_again() {
     let mut env = Env::new().await;

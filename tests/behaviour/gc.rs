@@ -1,4 +1,4 @@
-//! `gc` where no plugin lives: what nobody needs goes, what lives stays, and each thing has a reason.
+//! The command `gc` without a live plugin: unused objects are removed, live ones stay, and each object has a reason.
 
 use std::{
     fs,
@@ -25,13 +25,13 @@ async fn cli(env: &Env, arguments: &[&str]) -> Output {
         .env("NOMAD_DRIVER_SHIM_ADDRESS", &services().containerd)
         .env("NOMAD_DRIVER_SHIM_NAMESPACE", &env.namespace)
         .env("NOMAD_DRIVER_SHIM_RUN_DIR", &env.dir)
-        // Another one than the plugin's, which has written down its own.
+        // This state directory is not the plugin's: the plugin has written down its own.
         .env("NOMAD_DRIVER_SHIM_STATE_DIR", env.dir.join("cli-state"))
         .stdin(Stdio::null());
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
-/// One line of `gc`: kind, name, what becomes of it, why.
+/// One line of `gc`: kind and name of the object, whether it stays, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Line {
     kind: String,
@@ -40,7 +40,7 @@ struct Line {
     why: String,
 }
 
-/// What `gc` says of this environment's driver. No line may tell a failure.
+/// The output of `gc` for this environment's driver. No line may report a failure.
 async fn gc(env: &Env, arguments: &[&str]) -> Vec<Line> {
     let output = cli(env, &[&["gc", "--json"][..], arguments].concat()).await;
     let said = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -57,7 +57,7 @@ async fn gc(env: &Env, arguments: &[&str]) -> Vec<Line> {
     own.map(line).collect()
 }
 
-/// The line of this thing; there is exactly one.
+/// The line about the object of this name. There is exactly one.
 fn of<'a>(lines: &'a [Line], name: &str) -> &'a Line {
     let found: Vec<&Line> = lines.iter().filter(|line| line.name == name).collect();
     let [line] = found[..] else { panic!("{name}: {lines:#?}") };
@@ -68,7 +68,7 @@ fn of<'a>(lines: &'a [Line], name: &str) -> &'a Line {
 fn everything(env: &Env) -> Vec<String> {
     fn look(path: &Path, found: &mut Vec<String>) {
         let Ok(meta) = path.symlink_metadata() else { return };
-        // What a shim writes into its own log is its business.
+        // A shim may write into its own log at any time, so the size of the log does not count.
         let counts = meta.is_file() && path.file_name().is_none_or(|name| name != "log");
         found.push(format!("{} {}", path.display(), if counts { meta.len() } else { 0 }));
         if meta.is_dir() && path.file_name().is_none_or(|name| name != "rootfs") {
@@ -109,10 +109,10 @@ async fn what_lives_stays_and_what_has_ended_goes_without_a_plugin() {
     lives.says("ready").await;
     let noted = env.sh("exit 3").await;
     env.wait(&noted).await;
-    // This one ends while nobody looks: only its shim knows.
+    // This task ends while no plugin runs, so that only its shim knows of its end.
     let unseen = env.sh("echo ready; until [ -e /alloc/data/go ]; do sleep 0.05; done; exit 4").await;
     unseen.says("ready").await;
-    // Of this one nobody knows: its shim goes, too.
+    // No process knows of this task's end, because its shim is killed, too.
     let lost = env.sh("echo ready; sleep 600").await;
     lost.says("ready").await;
     let (life, unseen_ends, lost_ends) = (
@@ -165,7 +165,7 @@ async fn what_lives_stays_and_what_has_ended_goes_without_a_plugin() {
     assert_eq!(kept.len(), 3, "{kept:?}");
     assert!(!life.has_ended());
     assert!(!env.dir.join("run/bundles").join(&stray).exists());
-    // Who wants them gone all the same says so.
+    // An operator who wants these tasks removed all the same uses an option.
     let done = gc(&env, &["--keep-ended", "0s"]).await;
     for task in [&noted, &unseen] {
         goes(&done, &task.id, "it ended");
@@ -173,7 +173,7 @@ async fn what_lives_stays_and_what_has_ended_goes_without_a_plugin() {
     let kept = leak::entries(&env.dir.join("run/tasks"));
     assert_eq!(kept.len(), 1, "{kept:?}");
 
-    // The one that lives has noticed nothing.
+    // The task that lives was not disturbed.
     env.start_plugin().await;
     env.recover(&lives).await.unwrap();
     assert!(!life.has_ended());
@@ -184,7 +184,7 @@ async fn what_lives_stays_and_what_has_ended_goes_without_a_plugin() {
     env.finish().await;
 }
 
-/// Neither its cgroup nor its runtime's state leads to the process of every container: its shim is asked, too.
+/// In some cases neither a container's cgroup nor its runtime's state leads to its process, so `gc` asks the shim, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_only_its_shim_knows_stays() {
     let mut env = Env::new().await;
@@ -210,14 +210,14 @@ async fn a_container_that_only_its_shim_knows_stays() {
     env.finish().await;
 }
 
-/// The only directory in this one.
+/// The path of the only entry in this directory.
 fn leaf(path: &Path) -> std::path::PathBuf {
     let entries = leak::entries(path);
     let [only] = &entries[..] else { panic!("{entries:?}") };
     path.join(only)
 }
 
-/// Tasks that a plugin was making or undoing when it was killed.
+/// Tasks whose start or teardown was in progress when the plugin was killed.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_half_done_is_undone_without_a_plugin() {
     for (point, why) in [
@@ -245,7 +245,7 @@ async fn what_is_half_done_is_undone_without_a_plugin() {
     }
 }
 
-/// A container whose record was lost can be brought back by its agent, as long as it and its shim live.
+/// The agent can bring back a container whose record was lost, as long as the container and its shim live.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_lives_without_a_record_stays_with_its_shim() {
     let mut env = Env::new().await;
@@ -259,7 +259,7 @@ async fn a_container_that_lives_without_a_record_stays_with_its_shim() {
         if lose {
             fs::remove_file(&path).unwrap();
         } else {
-            // A record that is torn claims its container, too.
+            // A damaged record protects its container, too.
             fs::write(&path, "{ torn").unwrap();
         }
         let done = gc(&env, &[]).await;
@@ -274,7 +274,8 @@ async fn a_container_that_lives_without_a_record_stays_with_its_shim() {
     env.finish().await;
 }
 
-/// Where its programs are is known from the last plugin; where that has not said it, from this command's own options.
+/// The command knows the paths of the runtimes from the last plugin, and from its own options if the plugin has not
+/// written them down.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runtime_of_the_operators_is_found_without_a_plugin() {
     let dir = root().join(random_hex(4));
@@ -297,7 +298,7 @@ async fn a_runtime_of_the_operators_is_found_without_a_plugin() {
     .await;
     env.kill_plugin().await;
     shoot(shim);
-    // As long as its process lives, it stays, although nobody watches it.
+    // The container stays as long as its process lives, although no shim watches it.
     assert!(of(&gc(&env, &[]).await, &task.id).stays && !life.has_ended());
     life.signal(libc::SIGKILL);
     ended(&life).await;
@@ -306,14 +307,14 @@ async fn a_runtime_of_the_operators_is_found_without_a_plugin() {
     let called = fs::read_to_string(&calls).unwrap();
     assert!(called.contains(" delete "), "{called}");
     assert_eq!(leak::of_tasks(&env).await, Vec::<String>::new());
-    // A run directory of an earlier version has no settings in it.
+    // The run directory of an earlier version has no settings file.
     fs::remove_file(env.dir.join("run/settings.json")).unwrap();
     assert_eq!(gc(&env, &["--dry-run"]).await, []);
     env.start_plugin().await;
     env.finish().await;
 }
 
-/// A task that goes must not take along the shim that it shares with one that lives.
+/// The removal of a task must not end the shim that it shares with a task that lives.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shared_shim_outlives_a_task_that_goes() {
     let config = json!({"shim_scope": "node"});
@@ -339,7 +340,7 @@ async fn a_shared_shim_outlives_a_task_that_goes() {
     env.finish().await;
 }
 
-/// A plugin that has the lock and can't be asked is left alone, with all that is its own.
+/// A plugin that has the lock and can't be asked is left alone, and so are all of its objects.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_that_can_not_be_asked_keeps_its_things() {
     let mut env = Env::new().await;
@@ -358,7 +359,7 @@ async fn a_plugin_that_can_not_be_asked_keeps_its_things() {
     env.finish().await;
 }
 
-/// A live plugin does it itself, and gives reasons, too.
+/// A live plugin collects the garbage itself, and gives reasons, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_plugin_gives_reasons() {
     let config = json!({"state": {"grace": "1s"}, "image": {"keep": "0s"}});
@@ -374,7 +375,7 @@ async fn a_live_plugin_gives_reasons() {
         if stays { Ok(()) } else { Err(lines) }
     })
     .await;
-    // What it only says and what it does have the same reasons.
+    // A dry run and a real run give the same reasons.
     for arguments in [&["gc", "--dry-run"][..], &["gc"]] {
         let table = cli(&env, arguments).await;
         let table = String::from_utf8(table.stdout).unwrap();
@@ -385,7 +386,8 @@ async fn a_live_plugin_gives_reasons() {
     env.finish().await;
 }
 
-/// A `run` that was killed together with its plugin has its own directory, which only its own command would clear.
+/// A `run` that was killed together with its plugin leaves a run directory of its own, which otherwise only that `run`
+/// would remove.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_without_its_plugin_is_shown_and_cleared() {
     let id = random_hex(4);
@@ -425,7 +427,7 @@ async fn a_run_without_its_plugin_is_shown_and_cleared() {
     run.wait().unwrap();
     let process = PidFd::open(plugin.cast_unsigned()).unwrap();
     process.signal(libc::SIGKILL);
-    // Until then somebody has its lock, and may have its socket.
+    // Until the plugin has ended, it has the lock of its directory, and may have its socket.
     ended(&process).await;
     let shown = lines(&["gc", "--json", "--dry-run"]).await;
     assert!(shown.len() == 1 && shown[0]["why"] == "the command that it belongs to has ended", "{shown:?}");

@@ -1,4 +1,4 @@
-//! go-plugin's handshake and the life of the plugin process.
+//! The handshake of go-plugin, and the life cycle of the plugin process.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _},
@@ -90,7 +90,7 @@ async fn through_a_link_it_says_the_links_name() {
     let plugin = Plugin::launch(&PluginCommand::new(&link)).await.unwrap();
     let info = plugin.info().await.unwrap();
     assert_eq!((info.name.as_str(), info.plugin_api_versions), ("containerd-driver", vec!["v0.1.0".to_owned()]));
-    // An agent file of the old driver, unchanged.
+    // This is an agent configuration of nomad-driver-containerd, unchanged.
     let old = json!({"enabled": true, "containerd_runtime": "io.containerd.runc.v2", "stats_interval": "5s"});
     let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
     let msgpack_config = nomad_driver_shim::host::encode(schema.spec.as_ref(), &old).unwrap();
@@ -109,7 +109,7 @@ async fn a_host_that_asks_for_mutual_tls_gets_it() {
     launch.tls = true;
     let plugin = Plugin::launch(&launch).await.unwrap();
     assert_eq!(plugin.info().await.unwrap().name, "shim");
-    // Another client, without the pinned certificate, gets nowhere.
+    // Another client, without the pinned certificate, is refused.
     let path = plugin.socket().to_owned();
     let endpoint = tonic::transport::Endpoint::from_static("http://x");
     let plain = endpoint.connect_with_connector(tower::service_fn(move |_| {
@@ -162,7 +162,7 @@ async fn it_leaves_at_once_and_takes_its_socket_along() {
     let mut env = Env::new().await;
     let task = env.sh("sleep 600").await;
     let socket = env.plugin().socket().to_owned();
-    // A waiter that hangs must not keep it.
+    // A WaitTask call that is still waiting must not delay the plugin's end.
     let (mut driver, task_id) = (env.driver(), task.id.clone());
     let waiter =
         tokio::spawn(async move { driver.wait_task(nomad_driver_shim::pb::driver::WaitTaskRequest { task_id }).await });
@@ -185,7 +185,8 @@ async fn a_terminals_interrupt_is_ignored() {
     env.finish().await;
 }
 
-/// The agent died: nobody reads our stderr any more. Every log line fails with EPIPE, and the plugin goes on.
+/// The agent died, so no process reads the plugin's stderr any more. Every log line fails with EPIPE, and the plugin
+/// goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_stderr_does_no_harm() {
     let mut child = raw(&[]);
@@ -202,7 +203,7 @@ async fn a_broken_stderr_does_no_harm() {
         .unwrap();
     let mut driver = nomad_driver_shim::pb::driver::driver_client::DriverClient::new(channel.clone());
     for _ in 0..50 {
-        // Each is refused, and logged where nobody reads.
+        // Each call is refused, and logged to the broken stderr.
         let request =
             nomad_driver_shim::pb::driver::StopTaskRequest { task_id: "none".to_owned(), ..Default::default() };
         let mut base = nomad_driver_shim::pb::base::base_plugin_client::BasePluginClient::new(channel.clone());
@@ -217,7 +218,7 @@ async fn a_broken_stderr_does_no_harm() {
     assert!(tokio::time::timeout(patience(), ended).await.unwrap().unwrap().success());
 }
 
-/// hclog's keys, all strings where Nomad's client asserts strings, exactly six digits in the time.
+/// Log lines have the keys of hclog, strings where Nomad's client asserts strings, and exactly six digits in the time.
 #[tokio::test(flavor = "multi_thread")]
 async fn log_lines_are_what_the_agent_parses() {
     let mut env = Env::new().await;
@@ -236,7 +237,7 @@ async fn log_lines_are_what_the_agent_parses() {
     env.finish().await;
 }
 
-/// A shim that inherited our stdout or stderr would make the agent's wait for their end hang.
+/// If a shim inherited the plugin's stdout or stderr, the agent would wait for ever for the end of these streams.
 #[tokio::test(flavor = "multi_thread")]
 async fn shims_inherit_neither_streams_nor_cgroup_nor_session() {
     let mut env = Env::new().await;
@@ -246,7 +247,8 @@ async fn shims_inherit_neither_streams_nor_cgroup_nor_session() {
     let mut seen = 0;
     for process in std::fs::read_dir("/proc").unwrap().flatten() {
         let Ok(cwd) = std::fs::read_link(process.path().join("cwd")) else { continue };
-        // One that is just being started for the pool is this program's copy for a moment, until it is exec'ed.
+        // A shim that is just being started for the pool is a copy of this program for a moment, until it executes its
+        // own.
         let program = std::fs::read_link(process.path().join("exe")).unwrap_or_default();
         if !cwd.starts_with(&dir) || !program.ends_with("containerd-shim-runc-v2") {
             continue;
@@ -260,10 +262,10 @@ async fn shims_inherit_neither_streams_nor_cgroup_nor_session() {
                 2 => assert!(target.ends_with("/log"), "{target}"),
                 _ => assert!(!target.ends_with("run/lock"), "{target}"),
             }
-            // crun's sealed copy, and nothing else of that kind.
+            // The only memfd of the shim is crun's sealed copy, as descriptor 4.
             assert!(number == 4 || !target.starts_with("/memfd:"), "{number}: {target}");
         }
-        // One that is just being started for the pool is moved right after.
+        // A shim that is just being started for the pool is moved to its cgroup right after its start.
         crate::support::eventually("the shim's own cgroup", async || {
             let groups = std::fs::read_to_string(process.path().join("cgroup")).unwrap();
             if groups.lines().all(|line| line.ends_with("/nomad-driver-shim")) { Ok(()) } else { Err(groups) }
@@ -279,7 +281,7 @@ async fn shims_inherit_neither_streams_nor_cgroup_nor_session() {
     env.finish().await;
 }
 
-/// Two plugins of one name on one host: the second says so and touches nothing.
+/// Two plugins of one name on one host: the second one reports this and touches nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_plugin_of_the_same_name_is_refused_while_the_first_lives() {
     let mut env = Env::new().await;

@@ -1,4 +1,4 @@
-//! Ids and names that no task can have: every call refuses them by the field's name.
+//! Ids and names that no task can have: every call refuses them and names the field.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ fn refused(what: &str, field: &str, outcome: Result<(), Status>) {
     assert!(status.message().contains(field), "{what}: {status:?}");
 }
 
-/// An empty id was told to be started already, and StopTask succeeded for it.
+/// Formerly, a start with an empty id was reported as started already, and StopTask succeeded for an empty id.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_empty_id_is_refused_by_every_call() {
     let mut env = Env::new().await;
@@ -49,7 +49,7 @@ async fn an_empty_id_is_refused_by_every_call() {
         let recover = RecoverTaskRequest { task_id: String::new(), handle };
         refused("RecoverTask", "handle.config.id", driver.recover_task(recover).await.map(drop));
     }
-    // The one that runs has not noticed.
+    // The running task was not disturbed.
     assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
     env.stop(&task, Duration::ZERO, "").await.unwrap();
     env.destroy(&task).await.unwrap();
@@ -71,7 +71,7 @@ async fn names_that_can_not_be_directories_are_refused() {
         let outcome = env.driver().start_task(StartTaskRequest { task: Some(config) }).await;
         refused("StartTask", field, outcome.map(drop));
     }
-    // Handles that lead nowhere, ours and the old driver's.
+    // These handles lead to no task. Some are in this driver's format, some in that of nomad-driver-containerd.
     let recover = async |handle| {
         let request = RecoverTaskRequest { task_id: String::new(), handle };
         env.driver().recover_task(request).await.map(drop)

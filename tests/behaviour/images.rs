@@ -1,4 +1,4 @@
-//! Images from registries into containerd's store, and from there into tasks.
+//! Images are pulled from registries into containerd's store, and tasks run from them.
 
 use std::{process::Command, time::Duration};
 
@@ -51,7 +51,7 @@ async fn whiteouts_hide_and_later_layers_win() {
     env.finish().await;
 }
 
-/// One page of mount options holds some fifty absolute paths; 127 layers need relative ones.
+/// One page of mount options has room for some fifty absolute paths; 127 layers need relative paths.
 #[tokio::test(flavor = "multi_thread")]
 async fn from_one_layer_to_a_hundred_and_twenty_seven() {
     let mut env = Env::new().await;
@@ -94,7 +94,8 @@ async fn concurrent_pulls_of_one_image_are_one() {
     env.finish().await;
 }
 
-/// A puller that goes away (its allocation was stopped, its time is over) does not end the pull for the others.
+/// A caller that gives up (its allocation was stopped, or its time is over) does not end the pull for the other
+/// callers.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_puller_can_leave() {
     let mut env = Env::new().await;
@@ -122,7 +123,7 @@ async fn an_image_that_ctr_pulled_is_used_as_it_is() {
     let socket = services().containerd.to_str().unwrap();
     let ctr = ["-a", socket, "-n", &env.namespace];
     crate::support::services::run(Command::new("ctr").args(ctr).args(["images", "pull", "--plain-http", &name]));
-    // Under a name whose registry knows nothing: only the local image can serve.
+    // The registry in this name does not know the image, so only the local image can serve.
     let alias = format!("{}/never/pushed:1", registry.address);
     crate::support::services::run(Command::new("ctr").args(ctr).args(["images", "tag", &name, &alias]));
     assert_eq!(prints(&mut env, &alias, "echo $FROM_IMAGE").await, "yes\n");
@@ -138,7 +139,8 @@ async fn https_with_the_trust_store_of_ssl_cert_file() {
         ..EnvOptions::default()
     };
     let mut env = Env::with(trusted).await;
-    // The open registry's storage is not the TLS one's: pushed through a client that trusts the same authority.
+    // The TLS registry does not share its storage with the open one. The image is pushed through a client that trusts
+    // the same authority.
     let name = push_with_tls(&Image::busybox(), "test/tls:1").await;
     assert_eq!(prints(&mut env, &name, "echo over TLS").await, "over TLS\n");
     env.finish().await;
@@ -154,7 +156,7 @@ async fn push_with_tls(image: &Image, name: &str) -> String {
     let services = services();
     let layout = services.root.join("tls-layout");
     let (repository, tag) = name.split_once(':').unwrap();
-    // skopeo is a client of its own, so this also checks our image maker.
+    // skopeo is an independent client, so this also checks the images that the test suite makes.
     let blobs = layout.join("blobs/sha256");
     std::fs::create_dir_all(&blobs).unwrap();
     for blob in image.blobs().into_iter().chain([image.manifest_bytes()]) {
@@ -275,7 +277,7 @@ async fn the_native_snapshotter_works_too() {
     env.finish().await;
 }
 
-/// A password goes to the registry it is for, not to whom the registry's answers lead.
+/// A password is sent to the registry that it is for, not to a host that the registry's answers lead to.
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_do_not_follow_a_redirect() {
     let mut env = Env::new().await;
@@ -292,7 +294,7 @@ async fn credentials_do_not_follow_a_redirect() {
     env.finish().await;
 }
 
-/// A configuration that claims another image's layers must not be given them.
+/// An image whose configuration claims another image's layers must not be given these layers.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_layers_by_claiming_them() {
     let mut env = Env::new().await;
@@ -301,7 +303,7 @@ async fn nobody_gets_layers_by_claiming_them() {
     let private = Image { layers: vec![secret.clone()], ..Image::busybox() }.push(registry, "test/private:1").await;
     let mut task = env.prepare(json!({"image": private, "command": "/none"})).await;
     env.try_start(&mut task).await.unwrap_err();
-    // Public bytes, under the private layer's name.
+    // This layer has public bytes, and the private layer's name.
     let public = Layer { diff_id: secret.diff_id, ..Layer::busybox().clone() };
     let claiming = Image { layers: vec![public], ..Image::busybox() }.push(registry, "test/claiming:1").await;
     for _ in 0..2 {
@@ -316,8 +318,8 @@ async fn nobody_gets_layers_by_claiming_them() {
     env.finish().await;
 }
 
-/// An image of one layer is looked at without overlayfs: its mark of a file that is not there (a device 0:0) is none here,
-/// either. What else is no plain file is refused (`tests/security/inputs.rs`).
+/// The files of an image with one layer are read without overlayfs. Overlayfs's mark for a removed file (a device 0:0)
+/// counts as no file here, too. Every other file that is not a regular one is refused (`tests/security/inputs.rs`).
 #[tokio::test(flavor = "multi_thread")]
 async fn an_accounts_file_that_is_marked_as_removed_is_passed_over() {
     let mut env = Env::new().await;

@@ -1,22 +1,23 @@
-//! The leak checker itself: green when all is undone, red when any one undo is left out.
+//! The leak checker itself: it finds nothing after a complete teardown, and it finds remains when any one step of the
+//! teardown is skipped.
 
 use serde_json::json;
 
 use crate::support::{Env, EnvOptions, leak};
 
-/// What is meant to stay is looked at after this.
+/// Objects that are meant to stay, such as the shims of the pool, are checked after this delay.
 const SOON: std::time::Duration = std::time::Duration::from_millis(300);
 
-/// Runs and destroys a task in a plugin whose fault switch leaves out `step`: what the checker says.
+/// Runs and destroys a task in a plugin whose failpoint skips `step`, and returns the leaks that the checker finds.
 async fn leaks_without(step: &str) -> Vec<String> {
-    // A shim's directory only goes with the shim.
+    // A shim's directory is removed only together with its shim, so the shim must not be reused for that step.
     let config = json!({"shim": {"reuse": step != "shim-dir"}});
     let env = vec![("NOMAD_DRIVER_SHIM_SKIP".to_owned(), step.to_owned())];
     let options = EnvOptions { config, env, ..EnvOptions::default() };
     let mut env = Env::with(options).await;
     let task = env.sh("sleep 600").await;
     let outcome = env.destroy(&task).await;
-    // The pool is full again by then: one shim more than that is one too many.
+    // After this delay the pool is full again: one more shim than that is a leak.
     tokio::time::sleep(SOON).await;
     let mut leaks = leak::alive_within(&env, SOON).await;
     assert!(!leaks.is_empty(), "nothing noticed without {step}");
@@ -28,7 +29,7 @@ async fn leaks_without(step: &str) -> Vec<String> {
     leaks
 }
 
-/// A plugin without the fault undoes what is left, which shows that undoing works from the record alone.
+/// Removes what the plugin with the skipped step has left: mounts, cgroups with their processes, and shims.
 async fn clean(env: &Env) {
     for line in std::fs::read_to_string("/proc/self/mountinfo")
         .unwrap()
@@ -70,7 +71,8 @@ fn shims(env: &Env) -> Vec<(i32, String)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_undo_that_is_left_out_is_noticed() {
     for (step, sign) in [
-        // A shim that deletes a container unmounts its root, too; with neither, it shows.
+        // A shim that deletes a container also unmounts its root file system. The mount is left only if both steps are
+        // skipped.
         ("container,unmount", "mount: "),
         ("container", " state of "),
         ("bundle", "run/bundles/"),
@@ -84,7 +86,7 @@ async fn each_undo_that_is_left_out_is_noticed() {
     }
 }
 
-/// What a crashed plugin left is undone by the next one, from its records.
+/// The next plugin removes what a crashed plugin has left, by the crashed plugin's records.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_destroy_after_a_crash_undoes_by_the_record() {
     let mut env = Env::new().await;
@@ -95,10 +97,12 @@ async fn a_destroy_after_a_crash_undoes_by_the_record() {
     env.finish().await;
 }
 
-/// Half a start, as a crash between two steps leaves it: an intent on disk, nothing or some of it made.
+/// A start that was interrupted by a crash between two steps: the record's state is `intended`, and nothing or only a
+/// part of the attempt exists.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_half_made_start_is_undone_at_the_next_opening() {
-    // Its log FIFOs are held open until Nomad asks again, or the grace period is over.
+    // The plugin holds the attempt's log FIFOs open until Nomad asks for the task again, or until the grace period is
+    // over.
     let config = json!({"state": {"grace": "1s"}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let task = env.sh("sleep 600").await;

@@ -198,7 +198,7 @@ async fn a_fingerprint_tells_what_is_wrong() {
     }
 }
 
-/// The start path's rule: a cached image starts although containerd is out of reach.
+/// The rule of the start path: a task with a cached image starts although containerd can't be reached.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cached_image_starts_without_containerd() {
     let mut env = Env::new().await;
@@ -212,8 +212,8 @@ async fn a_cached_image_starts_without_containerd() {
     env.finish().await;
 }
 
-/// Nomad's agent dies in the middle of a StartTask: the call is dropped, the start ends all the same, and the task can
-/// be destroyed by the next caller.
+/// Nomad's agent dies in the middle of a StartTask: the call is dropped, the start is completed all the same, and the
+/// next agent can destroy the task.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_call_is_finished() {
     use crate::support::{
@@ -239,8 +239,8 @@ async fn a_dropped_call_is_finished() {
     env.finish().await;
 }
 
-/// The agent died during a StartTask (a long pull, say), and the next one asks for the same task under a new id while
-/// the first call is still at work: in the end there is one container, the new one.
+/// The agent died during a StartTask (during a long pull, for example). The next agent asks for the same task under a
+/// new id while the first call is still in progress. In the end there is one container, that of the new call.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_waits_for_the_one_that_a_dead_agent_left_behind() {
     use crate::support::{

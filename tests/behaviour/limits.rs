@@ -1,5 +1,5 @@
-//! The options of a job that change its limits, namespaces, devices and names: seen from the task, from a process that
-//! is run in it, and in the kernel's files.
+//! The options of a job that change its limits, namespaces, devices and names. The tests check them in the task, in a
+//! process that is executed in the task, and in the kernel's files.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, Image, Task, services};
 
-/// Everything allowed.
+/// Returns an environment whose operator allows everything that these options need.
 async fn open_env() -> Env {
     let security = json!({"allow_host_namespaces": true, "allow_devices": ["/dev/*"], "allow_caps": ["ALL"]});
     let config = json!({"allow_privileged": true, "security": security});
@@ -22,7 +22,8 @@ async fn idle(env: &mut Env, mut options: Value) -> Task {
     env.start(options).await
 }
 
-/// What `script` prints in a task with these options, as its own program and as one that is run in it: both alike.
+/// Returns what `script` prints in a task with these options. Asserts that the output is the same as the task's own
+/// program and as a process that is executed in the task.
 async fn seen(env: &mut Env, mut options: Value, script: &str) -> String {
     let task = idle(env, options.clone()).await;
     let in_exec = env.exec_text(&task, script).await;
@@ -36,7 +37,7 @@ async fn seen(env: &mut Env, mut options: Value, script: &str) -> String {
     own
 }
 
-/// Why a start is refused.
+/// Returns the error message with which a start is refused.
 async fn refused(env: &mut Env, mut options: Value) -> String {
     options["image"] = json!(env.busybox().await);
     let mut task = env.prepare(options).await;
@@ -67,7 +68,7 @@ async fn namespaces_are_the_tasks_or_the_hosts() {
         host_link("user")
     );
     assert!(refused(&mut env, json!({"userns_mode": "remap"})).await.contains("userns_mode"), "a clear word");
-    // What follows from them.
+    // Consequences of host namespaces: the host's name is seen, and some options exclude each other.
     let name = nix::unistd::gethostname().unwrap();
     assert_eq!(seen(&mut env, json!({"uts_mode": "host"}), "hostname").await.trim_end(), name.to_str().unwrap());
     assert!(refused(&mut env, json!({"uts_mode": "host", "hostname": "x"})).await.contains("exclude each other"));
@@ -75,7 +76,8 @@ async fn namespaces_are_the_tasks_or_the_hosts() {
     env.finish().await;
 }
 
-/// Its first process ends, and the others with it, though they are in the host's pid namespace.
+/// When the task's first process ends, the task's other processes end as well, though they are in the host's pid
+/// namespace.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_a_task_with_the_hosts_processes_outlives_it() {
     let mut env = open_env().await;
@@ -113,7 +115,7 @@ async fn the_operator_keeps_the_host_to_himself() {
     assert_eq!(seen(&mut env, allowed, "cat /proc/sys/net/ipv4/ip_forward").await, "1\n");
     let error = refused(&mut env, json!({"sysctl": {"net.core.somaxconn": "9"}})).await;
     assert!(error.contains("allow_sysctls"), "{error}");
-    // By what it leads to, not by its name.
+    // A device is allowed by the target of a symlink, not by the symlink's name.
     let link = env.dir.join("full");
     std::os::unix::fs::symlink("/dev/zero", &link).unwrap();
     let error = refused(&mut env, json!({"devices": [link]})).await;
@@ -132,7 +134,7 @@ async fn limits_of_the_job_are_the_kernels() {
         "3072\n"
     );
     assert_eq!(seen(&mut env, json!({"oom_score_adj": 500}), "sleep 1; cat /proc/self/oom_score_adj").await, "500\n");
-    // Not the shim's, which is the agent's and one more.
+    // The task does not inherit the shim's value, which is the agent's value plus one.
     assert_eq!(seen(&mut env, json!({}), "sleep 1; cat /proc/self/oom_score_adj").await, "0\n");
     let sysctl =
         json!({"sysctl": [{"net.core.somaxconn": "16384"}, {"net/ipv4/ip_forward": "1", "kernel.shmmni": "77"}]});
@@ -180,7 +182,7 @@ async fn limits_of_the_job_are_the_kernels() {
     env.finish().await;
 }
 
-/// In every file of the task's cgroup, on either version.
+/// Checks every file of the task's cgroup, on either cgroup version.
 #[tokio::test(flavor = "multi_thread")]
 async fn cgroups_hold_what_the_job_says() {
     let mut env = open_env().await;
@@ -216,13 +218,13 @@ async fn cgroups_hold_what_the_job_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn devices_are_there_and_others_are_not() {
     let mut env = open_env().await;
-    // One that no container has by itself.
+    // A device that no container has by default.
     let device = "/dev/loop0";
     let script = "[ -b /dev/loop0 ] && : < /dev/loop0 && echo opened";
     assert_eq!(seen(&mut env, json!({"devices": [device]}), script).await, "opened\n");
     let task = idle(&mut env, json!({})).await;
     assert_eq!(env.exec_text(&task, "ls /dev/loop0 2>/dev/null | wc -l").await, "0\n");
-    // Nor can it be made: the node, yes; opening it, no.
+    // The task can't add the device itself: it can make the device node, but it can't open the node.
     let script = "mknod /k b 7 0; (: < /k) 2>&1 | grep -c 'not permitted\\|No such'";
     assert_eq!(env.exec_text(&task, script).await, "1\n");
     env.destroy(&task).await.unwrap();
@@ -237,7 +239,8 @@ async fn hosts_and_name_servers_are_as_the_job_says() {
     for line in ["127.0.0.1\tlocalhost\n", "127.0.1.1\tpostgres\n", "fd00::5\tv6\n"] {
         assert!(hosts.contains(line), "{line:?} in {hosts}");
     }
-    // With the host's network its file is the base, and alone it is the file itself.
+    // With the host's network, the host's file is the base for `extra_hosts`; without `extra_hosts`, the task has the
+    // host's file itself.
     let of_the_host = fs::read_to_string("/etc/hosts").unwrap();
     let mut shared = extra;
     shared["host_network"] = json!(true);
@@ -300,7 +303,7 @@ async fn a_terminal_is_one_and_its_output_is_the_logs() {
     let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "tty": true});
     let (code, out, err) = env.run(config).await;
     assert_eq!((code, out.as_str(), err.as_str()), (4, "terminal\r\nerr\r\n", ""));
-    // logs { disabled = true }
+    // Nomad passes these paths for `logs { disabled = true }`.
     let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "tty": true});
     let mut task = env.prepare(config).await;
     (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
@@ -347,7 +350,7 @@ async fn images_are_pulled_when_the_job_says() {
     let forced = json!({"image": image, "command": "/bin/cat", "args": ["/which"], "force_pull": true});
     assert_eq!(env.run(forced).await.1, "three\n");
     assert_eq!(env.run(config("missing")).await.1, "three\n");
-    // What the name stood for before goes with the next round of the collector.
+    // The next garbage collection removes the images that the name stood for before.
     assert_eq!(crate::archives::gc(&env, false).await.len(), 2);
     env.finish().await;
 }

@@ -7,12 +7,12 @@ use serde_json::json;
 
 use crate::support::{Env, patience};
 
-/// On a busy node a quick task can be over before Nomad's collector has opened the FIFOs.
+/// On a busy node, a short task can end before Nomad's log collector has opened the FIFOs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_comes_late_gets_everything() {
     let mut env = Env::new().await;
     let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo out; echo err >&2"]});
-    // Everything warm, so that this one is quick.
+    // A first run pulls the image and fills the caches, so that the task under test is quick.
     assert_eq!(env.run(config.clone()).await.0, 0);
     let mut task = env.prepare(config).await;
     let logs = task.dirs.alloc_dir.join("alloc/logs");
@@ -36,13 +36,14 @@ async fn a_collector_that_comes_late_gets_everything() {
     env.finish().await;
 }
 
-/// Lets a collector that nobody wrote to go.
+/// Ends a log collector whose FIFO no task has written to: it sees the FIFO opened and closed.
 fn release(fifo: &Path) {
     use std::os::unix::fs::OpenOptionsExt as _;
     drop(fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(fifo));
 }
 
-/// The log directory is writable from inside the task: what it puts in a FIFO's place must not be written to.
+/// The log directory is writable from inside the task: the plugin must not write to an object that the task has put in
+/// a FIFO's place.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_symlink_in_place_of_a_fifo_leaves_its_target_untouched() {
     let mut env = Env::new().await;
@@ -73,8 +74,8 @@ async fn a_symlink_in_place_of_a_fifo_leaves_its_target_untouched() {
     env.finish().await;
 }
 
-/// Nomad's log collector opens both FIFOs and waits for somebody to write. After a failed start it waits four seconds,
-/// unless it sees both ends opened and closed.
+/// Nomad's log collector opens both FIFOs and waits for a writer. After a failed start the collector waits four
+/// seconds, unless it sees both FIFOs opened and closed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_start_does_not_make_the_log_collector_wait() {
     let mut env = Env::new().await;

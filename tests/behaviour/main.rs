@@ -1,7 +1,7 @@
 //! Behaviour tests: the built binary, through the real handshake, with real containerd, shims, runtimes and registry.
 //!
-//! One file a behaviour; what they share is in `support`. They need root and what `scripts/setup.sh` installs; a
-//! missing part is a failure, never a skip.
+//! Each file tests one behaviour; the code that the files share is in `support`. The tests need root and the programs
+//! that `scripts/setup.sh` installs; a missing program is a failure, never a skip.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,

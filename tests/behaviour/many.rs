@@ -1,4 +1,4 @@
-//! Many tasks, again and again: nothing mixes up, nothing adds up.
+//! Many tasks, again and again: no task gets the output or exit code of another, and nothing accumulates.
 
 use std::{future::Future, time::Duration};
 
@@ -17,7 +17,8 @@ use crate::support::{Env, patience, program, resident};
 const ROUNDS: usize = 200;
 const AT_ONCE: usize = 8;
 
-/// Start, run, stop or end by itself, destroy; 8 at a time, each with its own output and exit code.
+/// Each task is started, runs, is stopped or ends by itself, and is destroyed; 8 tasks at a time, each with its own
+/// output and exit code.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn two_hundred_rounds_leave_nothing() {
     let mut env = Env::new().await;
@@ -26,7 +27,7 @@ async fn two_hundred_rounds_leave_nothing() {
     env.allocs = (0..ROUNDS)
         .map(|n| Alloc::create(&env.dir.join("allocs"), &format!("{}-{n}", env.namespace)).unwrap())
         .collect();
-    // Warm: the first task pulls, fills caches and makes threads.
+    // The first task pulls the image, fills caches and starts threads.
     assert_eq!(env.run(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 9"]})).await.0, 9);
     let before = resident(env.plugin().pid().unwrap()) >> 10;
 
@@ -76,18 +77,18 @@ async fn two_hundred_rounds_leave_nothing() {
     }
     let after = resident(env.plugin().pid().unwrap()) >> 10;
     eprintln!("resident memory of the plugin: {before} kB before, {after} kB after {ROUNDS} rounds");
-    // 200 records, connections and logs that stayed would be many megabytes; allocator noise is not.
+    // 200 records, connections and logs that were never freed would take many megabytes; allocator noise does not.
     assert!(after < before + 12_000, "resident memory grew from {before} to {after} kB");
     env.finish().await;
 }
 
 const ALIVE: usize = 1000;
-/// Half of them sleep; the others wake up each second, without a process more.
+/// Half of the tasks sleep; the others wake up each second, without starting a further process.
 const WATCHED: usize = ALIVE / 2;
 const WAKES: &str = "mkfifo /dev/shm/f; exec 3<>/dev/shm/f; while :; do read -t 1 x <&3; done";
 
-/// Whether a node that is full stays manageable, and what watching it costs. Takes a minute of a quiet machine, and a
-/// release build says more about the second: `make test-thousand`.
+/// Checks whether a full node stays manageable, and measures what watching its tasks costs. This takes a minute on an
+/// idle machine. A release build gives better figures for the cost: `make test-thousand`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 #[ignore = "takes minutes of the whole machine: make test-thousand"]
 async fn a_thousand_tasks_alive_at_once() {
@@ -108,7 +109,7 @@ async fn a_thousand_tasks_alive_at_once() {
         let (mut driver, config) = (driver.clone(), if n < WATCHED { &sleeping } else { &waking }.clone());
         async move {
             let dirs = alloc.create_task("web").unwrap();
-            // They say nothing: two thousand readers would only cost memory.
+            // The tasks print nothing: two thousand readers of their FIFOs would only cost memory.
             let streams = [&dirs.stdout, &dirs.stderr]
                 .map(|fifo| std::fs::File::options().read(true).write(true).open(fifo).unwrap());
             let task = dirs.config("1", config);
@@ -155,7 +156,7 @@ async fn a_thousand_tasks_alive_at_once() {
     env.finish().await;
 }
 
-/// What the plugin takes for samples of all these tasks each second, in percent of a core.
+/// Returns the processor time that the plugin needs to sample all these tasks each second, in percent of a core.
 async fn watch(env: &Env, ids: &[String]) -> f64 {
     let (pid, watched) = (env.plugin().pid().unwrap(), Duration::from_secs(20));
     let collection_interval = Some(prost_types::Duration { seconds: 1, nanos: 0 });
@@ -182,14 +183,14 @@ async fn watch(env: &Env, ids: &[String]) -> f64 {
     spent.as_secs_f64() / watched.as_secs_f64() * 100.0
 }
 
-/// Processor time of a process so far (proc_pid_stat(5): fields 14 and 15, in ticks of 10 ms).
+/// Returns the processor time of a process so far (proc_pid_stat(5): fields 14 and 15, in ticks of 10 ms).
 pub(crate) fn processor_time(pid: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
     Duration::from_millis(fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())
 }
 
-/// Does it to each, so many at a time; the answers are in order.
+/// Applies `what` to each item, `AT_ONCE` at a time, and returns the answers in order.
 async fn each<T, F: Future>(all: Vec<T>, what: impl Fn(T) -> F) -> Vec<F::Output> {
     stream::iter(all.into_iter().map(what)).buffered(AT_ONCE).collect().await
 }

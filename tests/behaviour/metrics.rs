@@ -5,7 +5,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::support::{Env, EnvOptions, eventually, services::free_address};
 
-/// The value of a line.
+/// Returns the value of the metric `name` in the text of the endpoint.
 fn value(text: &str, name: &str) -> f64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("{name} is not in\n{text}")).parse().unwrap()
@@ -58,7 +58,7 @@ async fn what_happens_is_counted() {
     env.finish().await;
 }
 
-/// On a socket that only root can open, and again by the next plugin.
+/// The metrics are served on a socket that only root can open, and the next plugin serves them there again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unix_socket_serves_too() {
     let path = crate::support::services().root.join(format!("{}.sock", nomad_driver_shim::ids::random_hex(4)));

@@ -1,4 +1,5 @@
-//! A group in Nomad's bridge mode: the CNI plugins that Nomad's client calls, in namespaces of the test's own.
+//! A group in Nomad's bridge mode: the tests call the CNI plugins that Nomad's client calls, in namespaces of their
+//! own.
 
 use std::{
     io::Write as _,
@@ -17,18 +18,18 @@ use crate::support::{Env, eventually, services::run};
 
 const HOST_PORT: u16 = 28_080;
 
-/// A host in a namespace, with Nomad's bridge, and a group's namespace at it.
+/// A network namespace that stands for the host, with Nomad's bridge, and a group's namespace that is connected to it.
 struct Bridge {
     host: String,
     group: String,
-    /// The host's address at the bridge.
+    /// The host's address on the bridge.
     gateway: String,
-    /// The group's.
+    /// The group's address.
     address: String,
 }
 
 impl Bridge {
-    /// As Nomad's client makes it for a group in bridge mode with one mapped port.
+    /// Makes the namespaces as Nomad's client does for a group in bridge mode with one mapped port.
     fn new(env: &Env, alloc: &str) -> Self {
         let (host, group) = (format!("host-{}", env.namespace), format!("group-{}", env.namespace));
         for name in [&host, &group] {
@@ -62,7 +63,7 @@ impl Bridge {
         this
     }
 
-    /// One plugin's ADD: its result.
+    /// Runs the ADD command of one CNI plugin and returns its result.
     fn cni(&self, alloc: &str, mut config: Value) -> Value {
         config["cniVersion"] = json!("0.4.0");
         let directories = ["/opt/cni/bin", "/usr/lib/cni"];
@@ -80,7 +81,7 @@ impl Bridge {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    /// What Nomad tells the driver.
+    /// Adds to the task's configuration what Nomad passes to the driver for the group's network.
     fn told_to(&self, config: &mut TaskConfig) {
         let hosts = HostsConfig { hostname: "group-of-two".to_owned(), address: self.address.clone() };
         config.network_isolation_spec = Some(NetworkIsolationSpec {
@@ -95,7 +96,7 @@ impl Bridge {
         config.env.insert("NOMAD_PORT_http".to_owned(), "8080".to_owned());
     }
 
-    /// Asks the mapped port, as somebody on the host does.
+    /// Requests the page from the mapped port, as a client on the host does, until the answer is as expected.
     async fn answers(&self, expected: &str) {
         let address = format!("http://{}:{HOST_PORT}/page", self.gateway);
         eventually("the mapped port answers", async || {
@@ -140,12 +141,12 @@ async fn two_tasks_of_a_group_share_a_bridged_network_and_its_mapped_port() {
     let links = "readlink /proc/self/ns/net";
     assert_eq!(env.exec_text(server, links).await, env.exec_text(client, links).await);
     bridge.answers("from the task\n").await;
-    // On loopback, and by the group's name.
+    // The other task reaches the server on loopback and by the group's name.
     for address in ["127.0.0.1:8080", "group-of-two:8080"] {
         let seen = env.exec_text(client, &format!("timeout 5 wget -qO- http://{address}/page")).await;
         assert_eq!(seen, "from the task\n", "{address}");
     }
-    // Out of the group: the default route leads to the host.
+    // The route out of the group: the default route leads to the host.
     let routes = env.exec_text(client, "ip route").await;
     assert!(routes.contains(&format!("default via {}", bridge.gateway)), "{routes}");
     env.kill_plugin().await;
@@ -155,7 +156,7 @@ async fn two_tasks_of_a_group_share_a_bridged_network_and_its_mapped_port() {
         env.recover(task).await.unwrap();
     }
     bridge.answers("from the task\n").await;
-    // One task ends, the other keeps the network.
+    // When one task ends, the other task keeps the network.
     env.destroy(client).await.unwrap();
     bridge.answers("from the task\n").await;
     env.destroy(server).await.unwrap();

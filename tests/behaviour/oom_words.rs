@@ -1,4 +1,4 @@
-//! An OOM kill is told in words, where Nomad's Terminated event shows them: `err` of WaitTask.
+//! An OOM kill is reported as text where Nomad's Terminated event shows it: in `err` of WaitTask.
 
 use std::fs;
 
@@ -7,12 +7,12 @@ use serde_json::json;
 
 use crate::support::{Env, Image, Task, program, services, services::root};
 
-/// More memory than the task has, in one process.
+/// A command that uses more memory than the task has, in one process.
 const GREEDY: &str = "dd if=/dev/zero of=/dev/null bs=200M count=1";
-/// The command of a task that waits for a file of the test's before it goes on.
+/// The command of a task that waits until the test creates a file.
 const WAIT_FOR_TEST: &str = "echo ready; until [ -e /alloc/data/go ]; do sleep 0.05; done";
 
-/// A running task with 20 MiB of memory.
+/// Starts a task with 20 MiB of memory.
 async fn small_task(env: &mut Env, runtime: &str, script: &str) -> Task {
     let image = env.busybox().await;
     let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", script], "runtime": runtime});
@@ -23,7 +23,7 @@ async fn small_task(env: &mut Env, runtime: &str, script: &str) -> Task {
     task
 }
 
-/// Exit code, whether there was an OOM kill, and the words for it.
+/// Returns the exit code, whether there was an OOM kill, and the text for it.
 fn told(answer: &WaitTaskResponse) -> (i32, bool, &str) {
     let result = answer.result.as_ref().unwrap();
     (result.exit_code, result.oom_killed, &answer.err)
@@ -38,9 +38,9 @@ async fn an_oom_kill_of_the_first_process_or_another_is_in_the_exit_message() {
     let mut env = Env::new().await;
     for runtime in ["crun", "runc"] {
         for (script, code) in [
-            // The first process itself.
+            // The task's first process itself is killed.
             (format!("exec {GREEDY}"), 137),
-            // Another process, whose end the first one passes on in its own way.
+            // Another process is killed, and the first process then exits with its own code.
             (format!("{GREEDY}; exit 3"), 3),
         ] {
             let task = small_task(&mut env, runtime, &script).await;
@@ -59,7 +59,7 @@ async fn a_task_that_succeeds_in_spite_of_an_oom_kill_has_no_exit_message() {
     let task = small_task(&mut env, "crun", &format!("{GREEDY}; exit 0")).await;
     assert_eq!(told(&env.try_wait(&task.id).await.unwrap()), (0, true, ""));
     env.destroy(&task).await.unwrap();
-    // Nor has one that was killed otherwise.
+    // A task that was killed in another way has no exit message either.
     let task = small_task(&mut env, "crun", "kill -9 $$; sleep 600").await;
     env.signal(&task, "SIGKILL").await.unwrap();
     assert_eq!(told(&env.try_wait(&task.id).await.unwrap()), (137, false, ""));
@@ -78,7 +78,7 @@ async fn an_oom_kill_that_no_plugin_saw_is_told_by_the_next_one() {
         env.kill_plugin().await;
         let_go(&task).await;
         tokio::time::timeout(crate::support::patience(), process.wait_for_end()).await.expect("it ends").unwrap();
-        // Once by what the kernel still knows, and once by what the plugin has noted.
+        // The first plugin knows of the OOM kill from the kernel, the second from what the first has recorded.
         for _ in 0..2 {
             env.start_plugin().await;
             env.recover(&task).await.unwrap();

@@ -202,7 +202,7 @@ async fn names_are_resolved_as_the_group_or_the_host_says() {
     env.finish().await;
 }
 
-/// The bits of `CapEff`.
+/// Returns the bits of the task's `CapEff`.
 async fn capabilities(env: &mut Env, image: &str, options: Value) -> u64 {
     let mut config = sh(image, "grep CapEff /proc/self/status");
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
@@ -295,17 +295,17 @@ async fn the_runtime_is_the_jobs_choice_and_never_another() {
     env.finish().await;
 }
 
-/// What xattr(7) calls `security.selinux`; empty where there is none.
+/// Returns the extended attribute `security.selinux` (xattr(7)) of the path; empty where there is none.
 fn security_label(path: &std::path::Path) -> String {
     let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
     let mut value = [0_u8; 256];
-    // SAFETY: two C strings, and a buffer with its length.
+    // SAFETY: the call gets two C strings, and a buffer with its length.
     let length =
         unsafe { libc::getxattr(path.as_ptr(), c"security.selinux".as_ptr(), value.as_mut_ptr().cast(), value.len()) };
     String::from_utf8_lossy(&value[..usize::try_from(length).unwrap_or_default()]).into_owned()
 }
 
-/// Labels matter where the kernel looks at them; elsewhere, as on most test machines, volumes stay as they are.
+/// Labels are set where SELinux is enabled; elsewhere, as on most test machines, volumes stay as they are.
 #[tokio::test(flavor = "multi_thread")]
 async fn volumes_are_labelled_as_the_job_says() {
     use nomad_driver_shim::pb::driver::Mount;
@@ -335,7 +335,8 @@ async fn volumes_are_labelled_as_the_job_says() {
     env.finish().await;
 }
 
-/// Any shim by configuration only, as for kata: launched for the task alone, told nothing that it might not know.
+/// Any shim can be used by configuration only, as for kata. It is launched for one task alone, and gets no arguments
+/// that it might not know.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_of_another_kind_is_its_tasks_alone() {
     let shim = json!({"shim": "containerd-shim-runc-v2"});
@@ -351,7 +352,7 @@ async fn a_shim_of_another_kind_is_its_tasks_alone() {
         let task = env.start(others.clone()).await;
         task.says("ready").await;
         let shim = env.record(&task).await.1["shim"].as_str().unwrap().to_owned();
-        // It outlives its plugin as any other does.
+        // This shim outlives its plugin as any other shim does.
         env.kill_plugin().await;
         env.start_plugin().await;
         env.recover(&task).await.unwrap();
@@ -403,7 +404,8 @@ async fn limits_are_in_the_kernels_files() {
             assert_eq!(cgroup, format!("/nomad.slice/{}.web.scope", task.dirs.alloc_id));
             assert_eq!((read("", "memory.max"), read("", "memory.low")), (limit, reserved));
             assert_eq!(read("", "memory.swap.max"), "0");
-            // Runtimes differ in how they turn shares into a weight; a tenth of the default is less in all.
+            // Runtimes convert shares into a weight in different ways; a tenth of the default gives a lower weight in
+            // all of them.
             assert!(read("", "cpu.weight").parse::<u64>().unwrap() < 100);
         }
     }
@@ -411,7 +413,7 @@ async fn limits_are_in_the_kernels_files() {
     env.finish().await;
 }
 
-/// A lazy unmount reaches the peers of a shared mount: what is mounted below the host's own directory must stay.
+/// A lazy unmount also reaches the peers of a shared mount: the mounts below the host's own directory must stay.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_binds_end_leaves_the_hosts_mounts_alone() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -436,7 +438,7 @@ async fn a_binds_end_leaves_the_hosts_mounts_alone() {
     assert_eq!((out.as_str(), after.unwrap().as_str()), ("there", "there"));
 }
 
-/// A "tmpfs" with a bind's options would be a bind to the runtime, of any path of the host.
+/// A mount of type "tmpfs" with the options of a bind would be a bind for the runtime, of any path of the host.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bind_in_disguise_is_checked_as_one() {
     let mut env = Env::new().await;

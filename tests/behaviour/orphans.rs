@@ -1,4 +1,4 @@
-//! Tasks that no agent asks for any more: `state { orphans }`.
+//! Tasks that no agent asks for any longer: `state { orphans }`.
 
 use std::fs;
 
@@ -28,13 +28,13 @@ async fn process(env: &Env, task: &Task) -> PidFd {
     PidFd::open(env.attribute(task, "pid").await.parse().unwrap()).unwrap()
 }
 
-/// Another plugin that no agent asks for anything but what opens it.
+/// Kills the plugin and starts another one. The agent makes no calls to it except those that initialize the plugin.
 async fn next_plugin(env: &mut Env) {
     env.kill_plugin().await;
     env.start_plugin().await;
 }
 
-/// A sweep of the reaper's has gone by: it has removed what it finds in every sweep.
+/// Waits for a round of garbage collection to pass: each round removes an unrecorded bundle such as this one.
 async fn swept(env: &Env) {
     let stray = env.dir.join("run/bundles").join(format!("stray-{}", random_hex(10)));
     fs::create_dir_all(&stray).unwrap();
@@ -46,7 +46,7 @@ async fn an_orphan_that_is_to_end_is_stopped_politely_and_destroyed() {
     let mut env = environment("end").await;
     let stopped = env.sh("trap 'echo stopping; exit 0' TERM; echo ready; while :; do sleep 0.05; done").await;
     stopped.says("ready").await;
-    // This one is asked for within the grace, and stays for as long as its agent wants.
+    // The agent asks for this task within the grace period, so the task stays for as long as the agent wants.
     let kept = env.sh("echo ready; sleep 600").await;
     kept.says("ready").await;
     let (gone, stays) = (process(&env, &stopped).await, process(&env, &kept).await);
@@ -82,7 +82,7 @@ async fn an_agent_that_asks_while_the_end_is_at_work_is_told_so() {
         let clear = ["no agent had asked for it within state.grace", "is being removed"];
         assert!(clear.iter().all(|words| error.message().contains(words)), "{error:?}");
     }
-    // An agent that wants the very same task anew has another one; it is not told that it runs.
+    // An agent that starts this same task again gets a new one; the call does not answer that the task already runs.
     env.try_start(&mut anew).await.unwrap();
     assert!(first.has_ended());
     assert_ne!(env.inspect(&anew.id).await.unwrap().task.unwrap().state, 0);
@@ -99,7 +99,8 @@ async fn an_agent_that_asks_while_the_end_is_at_work_is_told_so() {
     env.finish().await;
 }
 
-/// An agent that is down does not ask, and loses nothing: the time counts while one is connected.
+/// While an agent is down, it does not ask for its tasks, and loses none of them: the grace period counts only while an
+/// agent is connected.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_orphan_without_an_agent_runs_on() {
     let mut env = environment("end").await;
@@ -119,7 +120,7 @@ async fn an_orphan_without_an_agent_runs_on() {
     let found = gc(&env, false).await;
     assert!(found.iter().all(|one| one.stays), "{found:?}");
     assert!(!runs.has_ended());
-    // The agent is back, and asks.
+    // The agent is back, and asks for the task.
     env.plugin = Some(Plugin::reattach(&socket).await.unwrap());
     env.recover(&task).await.unwrap();
     swept(&env).await;
@@ -152,7 +153,7 @@ async fn an_orphan_that_is_kept_is_warned_of_once() {
     }
     let garbage = gc(&env, true).await;
     assert!(garbage.iter().any(|found| found.stays && found.name == one.id && found.why.contains("\"keep\"")));
-    // Late is not too late.
+    // An agent can still recover the tasks after the grace period.
     for task in [one, two] {
         env.recover(&task).await.unwrap();
         env.destroy(&task).await.unwrap();

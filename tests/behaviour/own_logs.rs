@@ -1,4 +1,5 @@
-//! Logs without Nomad's collector: the log writer, whoever dies and whatever is put in its way.
+//! Logs without Nomad's log collector: the log writer keeps them whole, whichever process dies and whatever object is
+//! put in a log file's place.
 
 use std::{
     collections::HashMap,
@@ -34,7 +35,7 @@ fn logs(task: &Task) -> PathBuf {
     task.dirs.alloc_dir.join("alloc/logs")
 }
 
-/// A stream's files, by number.
+/// Returns the files of a stream, sorted by number.
 fn files(task: &Task, stream: &str) -> Vec<(u64, PathBuf)> {
     let prefix = format!("{}.{stream}.", task.dirs.name);
     let number = |name: &String| name.strip_prefix(&prefix)?.parse().ok();
@@ -65,17 +66,17 @@ async fn sh(env: &mut Env, script: &str, options: Value) -> Task {
     env.start(config).await
 }
 
-/// Waits for a task's end and destroys it: its code, and both of its streams.
+/// Waits for a task's end and destroys the task. Returns its exit code and both of its streams.
 async fn finish(env: &Env, task: &Task) -> (i32, String, String) {
     let code = env.wait(task).await.exit_code;
     let place = env.dir.join("run/logs").join(env.attribute(task, "container_id").await);
     env.destroy(task).await.unwrap();
-    // What it left is written out before its directory is gone.
+    // The log writer writes out the remaining output before it removes the task's directory in `run/logs`.
     eventually("its log is whole", async || if place.exists() { Err(leak::entries(&place)) } else { Ok(()) }).await;
     (code, log(task, "stdout"), log(task, "stderr"))
 }
 
-/// The processes that write this environment's logs.
+/// Returns the processes that write this environment's logs: the log writer, and as `keeper` the log writer supervisor.
 fn writers(env: &Env) -> HashMap<&'static str, i32> {
     let place = env.dir.join("run/logs");
     let pids = leak::entries(Path::new("/proc")).into_iter().filter_map(|pid| pid.parse::<i32>().ok());
@@ -102,12 +103,12 @@ async fn both_streams_are_in_nomads_files() {
     assert!(err.starts_with("err\n") && err.contains("Read-only file system"), "{err}");
     let mode = fs::metadata(logs(&task).join("web.stdout.0")).unwrap();
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode.permissions()) & 0o777, 0o644);
-    // A further attempt goes on in the same file.
+    // A further attempt appends to the same file.
     let config = json!({"image": env.busybox().await, "command": "/bin/echo", "args": ["again"]});
     let mut again = env.prepare_again(task, "2", config).await;
     env.try_start(&mut again).await.unwrap();
     assert_eq!(finish(&env, &again).await.1, "out\n/alloc/logs\nagain\n");
-    // A terminal is one stream; disabled logs are none.
+    // A task with a terminal has one stream; a task with disabled logs has none.
     let task = sh(&mut env, "echo out; echo err >&2", json!({"tty": true})).await;
     assert_eq!(finish(&env, &task).await.1, "out\r\nerr\r\n");
     let config = json!({"image": env.busybox().await, "command": "/bin/echo", "args": ["nothing"]});
@@ -116,7 +117,7 @@ async fn both_streams_are_in_nomads_files() {
     env.try_start(&mut quiet).await.unwrap();
     assert_eq!(finish(&env, &quiet).await, (0, String::new(), String::new()));
     assert!(files(&quiet, "stdout").is_empty());
-    // Who follows a log that says nothing yet finds it.
+    // The log files exist before the task prints anything, so that a client can follow them.
     let task = sh(&mut env, "sleep 600", json!({})).await;
     eventually("empty files", async || {
         if [files(&task, "stdout"), files(&task, "stderr")].iter().all(|files| files.len() == 1) {
@@ -130,7 +131,8 @@ async fn both_streams_are_in_nomads_files() {
     env.finish().await;
 }
 
-/// What is exec'd writes to its client, and what it writes to the task's first process's streams is the task's.
+/// An exec'd process writes to its client. What it writes to the streams of the task's first process is in the task's
+/// log.
 #[tokio::test(flavor = "multi_thread")]
 async fn execd_processes_and_failed_starts_leave_the_log_alone() {
     let mut env = environment().await;
@@ -169,7 +171,7 @@ async fn files_are_rotated_by_size_and_count() {
 const TALKERS: usize = 10;
 const LINES: usize = 100_000;
 
-/// Ten tasks talk while whoever has to do with their logs is killed, one after the other and at random.
+/// Ten tasks print while the processes that handle their logs are killed, one after the other and in random order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn nothing_is_lost_or_doubled_whoever_dies() {
     let mut env = environment().await;
@@ -199,10 +201,11 @@ async fn nothing_is_lost_or_doubled_whoever_dies() {
                 let plugin = env.plugin.take().unwrap();
                 let socket = plugin.socket().to_owned();
                 let child = plugin.detach();
-                // Kept: its end is the kernel's to tell, not ours.
+                // The handle is forgotten, since dropping it would kill the plugin.
                 std::mem::forget(child);
                 env.plugin = Some(Plugin::reattach(&socket).await.unwrap());
-                // A plugin that another started can't be killed by us any more; a new one takes over.
+                // The test can't kill a plugin that it has only reattached to, so it shuts that plugin down and starts
+                // a new one.
                 env.plugin.take().unwrap().shut_down().await;
                 env.start_plugin().await;
                 for task in &tasks {
@@ -237,7 +240,7 @@ async fn nothing_is_lost_or_doubled_whoever_dies() {
     env.finish().await;
 }
 
-/// What other tasks of the group can put where a log file would be.
+/// Other tasks of the group can put these objects where a log file would be.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_lies_in_the_way_is_not_touched() {
     let mut env = environment().await;
@@ -260,7 +263,7 @@ async fn what_lies_in_the_way_is_not_touched() {
         put(&logs(&task).join("web.stdout.0"), &outside);
         env.try_start(&mut task).await.unwrap();
         says(&task, "first\n").await;
-        // And in the middle, where the next file would be.
+        // Another such object is put, in the middle of the output, where a later file would be.
         put(&logs(&task).join("web.stdout.2"), &outside);
         fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
         let (code, out, _) = finish(&env, &task).await;
@@ -273,7 +276,7 @@ async fn what_lies_in_the_way_is_not_touched() {
     env.finish().await;
 }
 
-/// The directory itself, and the file that is being written to.
+/// Replaces the log directory itself, and removes the file that is being written to.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_directory_that_was_replaced_is_said_and_a_file_that_was_removed_is_made_anew() {
     let mut env = environment().await;
@@ -301,7 +304,7 @@ async fn a_directory_that_was_replaced_is_said_and_a_file_that_was_removed_is_ma
     let told = tokio::time::timeout(patience(), told).await.expect("nothing is said");
     assert!(told.contains("stdout"), "{told}");
     assert_eq!(leak::entries(&elsewhere), Vec::<String>::new());
-    // And back.
+    // The path is a directory again.
     fs::remove_file(logs(&task)).unwrap();
     fs::create_dir(logs(&task)).unwrap();
     says(&task, "third\n").await;
@@ -380,7 +383,7 @@ async fn a_full_disk_blocks_or_drops_as_the_job_says() {
     let numbers: String = (1..=60_000).map(|n| format!("{n}\n")).collect();
     says(&blocked, "\n60000\n").await;
     assert_eq!(log(&blocked, "stdout"), format!("first\n{numbers}"), "nothing is lost");
-    // The other one has the count, in its log and in what Nomad shows.
+    // The task that drops output has the number of dropped bytes in its log, and in an event that Nomad shows.
     env.exec_text(&dropping, "echo after > /proc/1/fd/1").await;
     says(&dropping, "after\n").await;
     let said = log(&dropping, "stdout");
@@ -421,7 +424,7 @@ async fn a_full_disk_blocks_or_drops_as_the_job_says() {
     env.finish().await;
 }
 
-/// Nobody is needed when there is nothing to write; everybody is there again when there is.
+/// No log writer process runs when there is nothing to write; all of them run again when there is.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_writer_is_in_a_group_of_its_own_and_goes_when_nobody_needs_it() {
     let mut env = environment().await;
@@ -442,7 +445,7 @@ async fn the_writer_is_in_a_group_of_its_own_and_goes_when_nobody_needs_it() {
         let session: i32 = stat.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().parse().unwrap();
         assert_eq!(session, found["keeper"], "a session of its own");
     }
-    // Of the plugin's leaving a task's log knows nothing.
+    // The processes of a task's log go on when the plugin ends.
     env.plugin.take().unwrap().shut_down().await;
     assert_eq!(writers(&env), found);
     env.start_plugin().await;
@@ -453,14 +456,15 @@ async fn the_writer_is_in_a_group_of_its_own_and_goes_when_nobody_needs_it() {
     env.finish().await;
 }
 
-/// The writer's share of a core, and its memory, with 500 tasks that write 10,000 lines a second. A release build.
+/// Measures the log writer's share of a core, and its memory, with 500 tasks that write 10,000 lines a second. This
+/// needs a release build.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 #[ignore = "minutes of the whole machine; make test-thousand"]
 async fn five_hundred_chatty_tasks_cost_little() {
     const TASKS: usize = 500;
     let mut env = environment().await;
     let options = json!({"log_max_size": "64k", "log_max_files": 2});
-    // Without a process a line: that would measure fork.
+    // The script starts no process for each line: that would measure fork.
     let script = "mkfifo /tmp/f; exec 3<>/tmp/f; until [ -e /alloc/data/go ]; do read -t 1 x <&3; done; \
                   while :; do echo a line of some length, as programs print them; read -t 0.048 x <&3; done";
     let mut tasks = Vec::new();

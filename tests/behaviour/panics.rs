@@ -1,4 +1,5 @@
-//! A part of the driver panics: that is logged, nothing stays taken, and what was at work is done again.
+//! A part of the driver panics: the panic is logged, no lock or name stays taken, and the interrupted work is done
+//! again.
 
 use std::time::Duration;
 
@@ -13,11 +14,13 @@ async fn env(point: &str) -> Env {
     Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await
 }
 
-/// What was taken is free: the reaper, or a retry, has done what the panic broke off.
+/// Asserts that everything of the attempt is removed: the garbage collection, or a retry, has completed the work that
+/// the panic interrupted.
 async fn nothing_is_left(mut env: Env, point: &str) {
     eventually(&format!("what a panic at {point} has left goes"), async || {
         let mut left = leak::while_alive(&env).await;
-        // A shim that a panic has left is known twice, as a child and as one that was taken over.
+        // The plugin has two descriptors for a shim that a panic has left: it knows the shim as a child and as an
+        // adopted shim.
         left.retain(|what| !what.starts_with("descriptors of the plugin"));
         if left.is_empty() { Ok(()) } else { Err(left) }
     })
@@ -30,18 +33,19 @@ async fn nothing_is_left(mut env: Env, point: &str) {
     env.finish().await;
 }
 
-/// In the background the counter of teardowns stayed high, so that each gc waited half a minute; in the call itself the
-/// task stayed half known.
+/// Without this, a panic of a background teardown left the counter of teardowns too high, so that each gc waited half a
+/// minute. A panic in the call itself left the task half known.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_teardown_that_panics_is_done_again() {
     for point in ["undo.container", "undo.shim", "undo.clearing", "undo.bundle", "undo.record"] {
         let mut env = env(point).await;
         let task = env.sh("sleep 600").await;
-        // Of a panic in the call itself it says so; one in the background comes after the answer.
+        // DestroyTask answers with an error if the call itself panics; a panic in the background comes after the
+        // answer.
         drop(env.destroy(&task).await);
         let second = env.sh("echo second").await;
         assert_eq!(env.finish_task(second).await.1, "second\n");
-        // Far less than it waits for teardowns that hang.
+        // This is far less than the time for which gc waits for teardowns that hang.
         let limit = Duration::from_secs(25);
         let swept = send_request(&env.dir.join("run/control.sock"), &Request::Gc { dry_run: false }, limit).await;
         assert!(
@@ -52,7 +56,7 @@ async fn a_teardown_that_panics_is_done_again() {
     }
 }
 
-/// The same task of the same allocation is not refused for ever, either.
+/// A further attempt of the same allocation's task is not refused forever, either.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_attempt_undoes_what_a_panic_has_left() {
     let mut env = env("undo.clearing").await;
@@ -82,7 +86,7 @@ async fn a_start_that_panics_is_undone() {
     }
 }
 
-/// Whoever waits for the task waited for ever.
+/// Without this, a WaitTask for the task never returned.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exit_is_told_in_spite_of_a_panic() {
     let mut env = env("exit.seen").await;

@@ -1,5 +1,5 @@
-//! Failures of the host that pass: Nomad is told that it may try again, nothing is left, and the same start works later.
-//! Faults of the job stay unrecoverable, also while the host is well.
+//! Failures of the host that pass: they are reported to Nomad as recoverable, nothing of the attempt is left, and the
+//! same start works later. Faults of the job stay unrecoverable, also while the host has no failure.
 
 use std::{
     fs,
@@ -15,7 +15,8 @@ use crate::support::{Env, EnvOptions, Task, leak, program, script, services::roo
 
 const RUNTIMES: [&str; 2] = ["crun", "runc"];
 
-/// Asserts that a start failed in a way that the restart policy may cure, and that the task is unknown now.
+/// Asserts that a start failed in a way that a retry by the restart policy may resolve, and that the task is unknown
+/// now.
 async fn passes(env: &Env, task: &Task, status: &Status, what: &str) {
     assert!(is_recoverable(status), "{what}: told as unrecoverable: {status:?}");
     assert_eq!(env.inspect(&task.id).await.unwrap_err().code(), tonic::Code::NotFound, "{what}");
@@ -26,7 +27,7 @@ async fn nothing_is_left(env: &Env, what: &str) {
     assert!(leaks.is_empty(), "{what}: {leaks:#?}\n{}", env.plugin().stderr());
 }
 
-/// The start that failed, once more, with the same id.
+/// Repeats the failed start, with the same id, and asserts that it works now.
 async fn works_now(env: &Env, task: &Task, config: Value, what: &str) {
     let mut again = env.prepare_in(task.dirs.clone(), "1", config).await;
     env.try_start(&mut again).await.unwrap_or_else(|status| panic!("{what}: {status:?}"));
@@ -55,7 +56,7 @@ impl SmallDisk {
         Self(path)
     }
 
-    /// Leaves so many pages free.
+    /// Fills the file system except for `pages` pages.
     fn fill(&self, pages: u64) {
         let path = self.0.join("filler");
         let mut filler = fs::File::create(&path).unwrap();
@@ -79,10 +80,10 @@ impl Drop for SmallDisk {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_run_directory_ends_no_task_for_good() {
     let disk = SmallDisk::new();
-    // Without a pool, so that each start also makes the directory of its shim there.
+    // There is no pool, so that each start also makes the directory of its shim in the run directory.
     let config = json!({"state": {"run_dir": disk.0}, "shim": {"pool": 0}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
-    // Where the leak checker looks.
+    // The leak checker looks for the run directory under this path.
     std::os::unix::fs::symlink(&disk.0, env.dir.join("run")).unwrap();
     let mut failed = 0;
     for runtime in RUNTIMES {
@@ -111,7 +112,7 @@ async fn a_full_run_directory_ends_no_task_for_good() {
     env.finish().await;
 }
 
-/// The plugin's limit on descriptors, soft only.
+/// Sets the plugin's limit on file descriptors; only the soft limit.
 fn limit_descriptors(pid: u32, soft: u64) {
     let pid = libc::pid_t::try_from(pid).unwrap();
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -157,7 +158,8 @@ async fn a_plugin_out_of_descriptors_ends_no_task_for_good() {
     }
 }
 
-/// A program of this name in place of a runtime, whose `create` does `fault` while the file `fault` is beside it.
+/// Writes a program `name` that replaces the runtime. Its `create` runs `fault` while a file called `fault` is in the
+/// same directory.
 fn faulty_runtime(dir: &Path, name: &str, fault: &str) {
     let real = nomad_driver_shim::process::which(Path::new(name)).unwrap();
     let (flag, real) = (dir.join("fault"), real.display().to_string());
@@ -199,13 +201,14 @@ async fn a_runtime_that_is_killed_ends_no_task_for_good() {
             nothing_is_left(&env, &what).await;
             works_now(&env, &task, config.clone(), &what).await;
         }
-        // A fault of the job, through the same program.
+        // Faults of the job, with the same program as the runtime.
         for command in ["/no/such", "no space left on device", "x: signal: killed\""] {
             let mut bad = config.clone();
             bad["command"] = json!(command);
             let mut task = env.prepare(bad).await;
             let status = env.try_start(&mut task).await.unwrap_err();
-            // The last one has a colon in its name, and costs its job some attempts.
+            // The last command has a colon in its name. Its failure is taken for a recoverable one, and costs the job
+            // some attempts.
             assert_eq!(is_recoverable(&status), command.contains(':'), "{runtime} {command}: {status:?}");
         }
     }
@@ -213,7 +216,7 @@ async fn a_runtime_that_is_killed_ends_no_task_for_good() {
     fs::remove_dir_all(dir).unwrap();
 }
 
-/// The switch of debug builds that chaos tests plant this very defect by.
+/// The failpoint of development builds with which the chaos tests introduce exactly this defect.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_fault_switch_tells_every_failure_as_unrecoverable() {
     let skip = |list: &str| EnvOptions {

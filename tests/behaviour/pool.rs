@@ -1,4 +1,4 @@
-//! Who has which shim, and where writable layers are.
+//! Which task has which shim, and where writable layers are stored.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -29,7 +29,7 @@ async fn a_shim_serves_one_task_after_the_other() {
             shims.push(shim_of(&env, &task).await);
             let (code, out, _) = env.finish_task(task).await;
             assert_eq!((code, out), (n, format!("{n}\n")));
-            // Given back once nothing of its task is left.
+            // The task gives its shim back once nothing of the task is left.
             let settled = async || match leak::entries(&env.dir.join("run/bundles")) {
                 left if left.is_empty() => Ok(()),
                 left => Err(left),
@@ -42,13 +42,13 @@ async fn a_shim_serves_one_task_after_the_other() {
     }
 }
 
-/// It would live for ever where no further plugin comes.
+/// Without this, such a shim would live forever if no further plugin were started.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_that_does_not_come_up_in_time_goes_with_the_plugin() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let program = dir.path().join("containerd-shim-runc-v2");
     let real = which(Path::new("containerd-shim-runc-v2")).unwrap();
-    // It stands still as a whole, so that nothing of it is left when it is killed.
+    // The script stops itself before it executes the shim, so that nothing of it is left when it is killed.
     let script = format!("[ \"$1\" = -v ] || kill -STOP $$\nexec {} \"$@\"", real.display());
     crate::support::script(&program, &script);
     let env = with(json!({"shim": {"pool": 1, "binary": program}})).await;
@@ -63,7 +63,8 @@ async fn a_shim_that_does_not_come_up_in_time_goes_with_the_plugin() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_nodes_tasks_share_a_shim_through_crashes() {
     let mut env = with(json!({"shim_scope": "node"})).await;
-    // This distribution's shim is older than 2.3.2; a newer one has nothing to warn of.
+    // The plugin only warns of a shim older than 2.3.2, such as this distribution's; for a newer one there is no
+    // warning.
     let version = std::process::Command::new("containerd-shim-runc-v2").arg("-v").output().unwrap();
     if String::from_utf8_lossy(&version.stdout).contains("Version:  1.") {
         env.busybox().await;
@@ -83,7 +84,7 @@ async fn a_nodes_tasks_share_a_shim_through_crashes() {
         env.recover(task).await.unwrap();
         assert_eq!(env.exec_text(task, "echo alive").await, "alive\n");
     }
-    // One that comes later joins them; the end of one is not the end of the others.
+    // A later task joins the others in the shim; the end of one task does not end the others.
     let third = env.sh("sleep 600").await;
     assert_eq!(shim_of(&env, &third).await, shim);
     let [first, second] = tasks;
@@ -93,7 +94,7 @@ async fn a_nodes_tasks_share_a_shim_through_crashes() {
     assert_eq!(env.finish_task(second).await.0, 3);
     assert_eq!(env.exec_text(&third, "echo alive").await, "alive\n");
     env.destroy(&third).await.unwrap();
-    // The shared one waits for the next.
+    // The shared shim waits for the next task.
     assert_eq!(leak::entries(&env.dir.join("run/shims")), std::slice::from_ref(&shim));
     let fourth = env.sh("exit 0").await;
     assert_eq!(shim_of(&env, &fourth).await, shim);
@@ -101,7 +102,7 @@ async fn a_nodes_tasks_share_a_shim_through_crashes() {
     env.finish().await;
 }
 
-/// Nothing is left of a shim that dies while no task has it, be it one that waits or one that is shared.
+/// Nothing is left of a shim that dies while no task uses it, be it an idle shim of the pool or a shared shim.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_that_dies_idle_is_replaced_and_leaves_nothing() {
     for (scope, wanted) in [("task", 2), ("alloc", 2), ("node", 1)] {
@@ -144,7 +145,7 @@ async fn the_death_of_a_shared_shim_is_told_to_all_its_tasks() {
     for task in &tasks {
         assert_eq!(env.wait(task).await.exit_code, 137);
     }
-    // The next task gets one that lives.
+    // The next task gets a live shim.
     assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
     for task in &tasks {
         env.destroy(task).await.unwrap();
@@ -188,7 +189,7 @@ async fn writable_layers_in_memory_have_a_size_and_go_with_the_task() {
     env.finish().await;
 }
 
-/// Two of them side by side, as plugins under two names on one node are: none takes the other's groups away.
+/// Two plugins prime the cgroup lock on one node, as plugins under two names do: neither removes the other's cgroups.
 #[tokio::test(flavor = "multi_thread")]
 async fn warmers_leave_nothing_and_each_other_alone() {
     let mut envs = [with(json!({"cgroup": {"keep_warm": "3ms"}})).await, with(json!({})).await];

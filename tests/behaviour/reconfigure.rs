@@ -1,4 +1,4 @@
-//! A plugin that lives is configured once more: it takes what it has already, and nothing else.
+//! A running plugin is configured again: it accepts the configuration that it already has, and refuses any other.
 
 use nomad_driver_shim::{
     host::{Plugin, PluginCommand, encode},
@@ -20,7 +20,7 @@ async fn binding(env: &Env, source: &std::path::Path) -> Value {
     })
 }
 
-/// Requests were checked by the new settings and executed by the old ones.
+/// Without this, requests were checked by the new settings and executed by the old ones.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_configuration_is_refused_as_a_whole_and_told() {
     let mut env = Env::new().await;
@@ -46,7 +46,7 @@ async fn another_configuration_is_refused_as_a_whole_and_told() {
     }
     assert!(said.contains(&format!("kill {pid}")), "no way out: {said}");
 
-    // Not a part of it holds: neither where a job is checked, nor where it is made.
+    // No part of the new configuration is in effect: neither where a job is checked, nor where its task is made.
     let mut privileged = env.prepare(json!({"image": env.busybox().await, "privileged": true})).await;
     let error = env.try_start(&mut privileged).await.unwrap_err();
     assert!(error.message().contains("allow_privileged"), "{error:?}");
@@ -55,7 +55,7 @@ async fn another_configuration_is_refused_as_a_whole_and_told() {
     assert!(error.message().contains("allow_paths"), "{error:?}");
     assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
 
-    // The way out: the next plugin has the new configuration, and the task.
+    // The way out: the next plugin has the new configuration, and recovers the task.
     env.kill_plugin().await;
     other["shim_scope"] = json!("task");
     env.config = other;
@@ -66,7 +66,7 @@ async fn another_configuration_is_refused_as_a_whole_and_told() {
     env.finish().await;
 }
 
-/// As a new agent would that reattaches and configures: nothing has changed, so nothing happens.
+/// A new agent that reattaches sends the same configuration: nothing has changed, so nothing happens.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_configuration_is_taken_again() {
     let config = json!({"security": {"ulimit_max": {"nofile": "4096"}}, "runtime": {"own": {"binary": "runc"}}});
@@ -83,7 +83,7 @@ async fn the_same_configuration_is_taken_again() {
     env.finish().await;
 }
 
-/// Nothing is checked or made by it yet.
+/// Until then, the plugin has not checked or made anything with its configuration.
 #[tokio::test(flavor = "multi_thread")]
 async fn until_the_first_work_the_last_configuration_wins() {
     let mut env = Env::new().await;
@@ -100,7 +100,10 @@ async fn until_the_first_work_the_last_configuration_wins() {
     env.kill_plugin().await;
     plugin.driver().init(InitRequest {}).await.unwrap();
     let status = configure(&other).await.unwrap_err();
-    assert!(status.code() == Code::FailedPrecondition && status.message().contains("differs: enabled)"), "{status:?}");
+    assert!(
+        status.code() == Code::FailedPrecondition && status.message().contains("options that differ: enabled)"),
+        "{status:?}"
+    );
     env.plugin = Some(plugin);
     assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
     env.finish().await;

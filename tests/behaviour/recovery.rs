@@ -1,4 +1,4 @@
-//! A new plugin takes over the tasks of the one before.
+//! A new plugin recovers the tasks of the previous plugin.
 
 use nomad_driver_shim::{
     cgroup::{CgroupPath, Cgroups},
@@ -51,17 +51,18 @@ async fn what_can_not_be_recovered_is_refused_with_a_reason() {
     task.handle.as_mut().unwrap().version = 2;
     task.handle.as_mut().unwrap().driver_state = b"nonsense".to_vec();
     let error = env.recover(&task).await.unwrap_err();
-    assert!(error.message().contains("torn"), "{error:?}");
+    assert!(error.message().contains("can't be decoded"), "{error:?}");
     task.handle = None;
     env.recover(&task).await.unwrap_err();
     env.finish().await;
 }
 
-/// The agent's file has changed from the old driver's binary to ours while its task ran: containerd has the container.
+/// The agent's plugin was changed from the old driver's binary to this driver's while its task ran: containerd has the
+/// container.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_of_the_old_driver_is_ended_and_never_doubled() {
     let mut env = Env::new().await;
-    // Its image is in containerd by that.
+    // This run puts the task's image into containerd.
     let mut task = env.sh("exit 0").await;
     env.wait(&task).await;
     env.destroy(&task).await.unwrap();
@@ -83,13 +84,13 @@ async fn a_task_of_the_old_driver_is_ended_and_never_doubled() {
     );
     let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("its container is gone"), "{error:?}");
-    // containerd gives its cgroups a parent called like the namespace.
+    // containerd gives its cgroups a parent with the name of the namespace.
     let parent = CgroupPath::recorded(&format!("/{}", env.namespace));
     Cgroups::detect().unwrap().remove(&parent).unwrap();
     env.finish().await;
 }
 
-/// containerd is away when the agent comes back: the old container may still run.
+/// containerd can't be reached when the agent comes back: the old container may still run.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_started_beside_a_container_of_the_old_driver() {
     let mut env = Env::new().await;

@@ -1,5 +1,5 @@
-//! Who lets a task's process go: we do, as soon as its runtime has made the container, and the shim's `Start` where the
-//! runtime has another way.
+//! Which component starts a task's process: the plugin, as soon as the runtime has made the container, or the shim's
+//! `Start` if the runtime uses another way.
 
 use std::{
     fs,
@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, Task};
 
-/// A runtime `odd` of the environment, which is `script` with REAL for crun, called so.
+/// Returns an environment with a runtime `odd`: the program `name` with the text `script`, in which REAL stands for
+/// crun.
 async fn with_odd(name: &str, script: &str) -> Env {
     let dir = tempfile::Builder::new().prefix("odd-").tempdir_in("/var/tmp").unwrap().keep();
     let path = dir.join(name);
@@ -28,7 +29,7 @@ async fn finish(env: Env) {
     fs::remove_dir_all(binary.parent().unwrap()).unwrap();
 }
 
-/// A task that leaves a file when it runs.
+/// Prepares a task that creates a file when it runs.
 async fn prepare(env: &mut Env, runtime: &str) -> Task {
     let image = env.busybox().await;
     let args = json!(["-c", "touch /local/up; exec sleep 600"]);
@@ -48,7 +49,7 @@ async fn phases(env: &Env, task: &Task) -> Vec<String> {
         .collect()
 }
 
-/// What a slow runtime or shim does after that is not waited for by the task, only by the answer.
+/// The task does not wait for what a slow runtime or shim does after that; only the answer of StartTask does.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_runs_as_soon_as_its_container_is_made() {
     let mut env =
@@ -59,12 +60,12 @@ async fn a_task_runs_as_soon_as_its_container_is_made() {
     let early = answered.duration_since(up(&task).expect("it runs")).unwrap();
     assert!(early > Duration::from_millis(500), "{early:?}");
     assert_eq!(phases(&env, &task).await, ["phase.released_ms"]);
-    // The shim knows it as any other.
+    // The shim knows this task as any other.
     assert_eq!(env.exec_text(&task, "echo in").await, "in\n");
     env.stop(&task, Duration::from_secs(5), "SIGKILL").await.unwrap();
     assert_eq!(env.wait(&task).await.exit_code, 137);
     env.destroy(&task).await.unwrap();
-    // One that ends before its shim knows it.
+    // A task that ends before its shim knows it.
     let image = env.busybox().await;
     let config: Value =
         json!({"image": image, "command": "/bin/sh", "args": ["-c", "echo out; exit 7"], "runtime": "odd"});
@@ -83,12 +84,12 @@ async fn a_runtime_that_fails_after_that_leaves_nothing() {
     finish(env).await;
 }
 
-/// A runtime that keeps its state elsewhere, or has another way of waiting.
+/// A runtime that has its state in another place, or that makes its process wait in another way.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runtime_with_another_way_is_started_by_its_shim() {
     let elsewhere = "for word; do shift; [ \"$last\" = --root ] && word=$word/deeper; set -- \"$@\" \"$word\"; \
                      last=$word; done\nexec REAL \"$@\"";
-    // Of one with another name nobody knows what it does at `start`.
+    // The plugin can't know what a runtime with another name does at `start`.
     for (name, script) in [("crun-odd", elsewhere), ("odd", "exec REAL \"$@\"")] {
         let mut env = with_odd(name, script).await;
         let mut task = prepare(&mut env, "odd").await;
@@ -101,7 +102,7 @@ async fn a_runtime_with_another_way_is_started_by_its_shim() {
     }
 }
 
-/// runc waits the other way round.
+/// runc's process waits in the opposite way: it writes to the exec FIFO, while crun's process reads from it.
 #[tokio::test(flavor = "multi_thread")]
 async fn runcs_tasks_are_let_go_too() {
     let mut env = Env::new().await;

@@ -1,4 +1,4 @@
-//! How long a plugin's restart keeps an agent waiting, with many tasks and with none.
+//! Measures how long an agent waits for a plugin's restart, with many tasks and with none.
 
 use std::time::{Duration, Instant};
 
@@ -9,16 +9,17 @@ use crate::support::{Env, Task};
 
 const TASKS: usize = 300;
 const ROUNDS: usize = 15;
-/// A plugin fills its pool after its first start.
+/// The delay after a start in which a plugin fills its pool.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// One restart: from exec to the answer of the handshake, and to that of the first StartTask.
+/// The times of one restart: from exec to the answer of the handshake, and from exec to that of the first StartTask.
 struct Restart {
     handshake: Duration,
     first_start: Duration,
 }
 
-/// Ends the plugin with SIGKILL and starts the next one, which is asked for all tasks and for a new one, as an agent does.
+/// Ends the plugin with SIGKILL and starts the next one. As an agent does, asks the new plugin to recover all tasks and
+/// to start a new one.
 async fn restart(env: &mut Env, tasks: &[TaskHandle], config: &Value) -> Restart {
     let mut task = env.prepare(config.clone()).await;
     env.kill_plugin().await;
@@ -36,7 +37,7 @@ async fn restart(env: &mut Env, tasks: &[TaskHandle], config: &Value) -> Restart
     env.try_start(&mut task).await.unwrap();
     let first_start = began.elapsed();
     assert_eq!(env.finish_task(task).await.0, 0);
-    // Whatever still goes on would be counted to the restart of the other plugin.
+    // Recoveries that are still in progress would slow down the restart of the other plugin.
     while let Some(recovered) = recoveries.join_next().await {
         recovered.unwrap().unwrap();
     }
@@ -49,7 +50,8 @@ fn median(mut times: Vec<Duration>) -> f64 {
     times[times.len() / 2].as_secs_f64() * 1000.0
 }
 
-/// Interleaved, so that both meet the same machine. `make test-thousand` prints the figures.
+/// The restarts of both plugins alternate, so that both meet the same load of the machine. `make test-thousand` prints
+/// the figures.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 #[ignore = "takes minutes of the whole machine: make test-thousand"]
 async fn a_plugin_with_many_tasks_is_soon_at_work_again() {

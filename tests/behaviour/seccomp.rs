@@ -1,4 +1,4 @@
-//! Which filter a task runs under, seen from inside: the kernel's word for it, and what calls answer.
+//! Which seccomp filter a task runs under, seen from inside: what the kernel reports, and what system calls return.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions};
 
-/// The filter's mode (2: a program), then what two calls answer that only the profile stands in the way of.
+/// Prints the filter's mode (2: a program), then tries two calls that nothing but the profile would deny.
 const LOOK: &str = "grep ^Seccomp: /proc/self/status; unshare -U true; mkdir /tmp/x && echo made";
 
 fn look(image: &str, more: &Value) -> Value {
@@ -53,7 +53,7 @@ async fn every_task_has_dockers_filter_unless_the_operator_says_otherwise() {
         let (_, out, err) = env.run(look(&image, &options)).await;
         assert_eq!(is_filtered(&out, &err), filtered, "{options}");
     }
-    // Privileged does not take away what a job asks for by name.
+    // `privileged` does not remove the filter that a job asks for explicitly.
     let (_, out, _) = env.run(look(&image, &json!({"privileged": true, "seccomp": true}))).await;
     assert!(out.contains("Seccomp:\t2"), "{out}");
     env.finish().await;
@@ -91,7 +91,7 @@ async fn profiles_from_files_hold_with_each_runtime() {
         rule.as_object_mut().expect("a map").extend(action.as_object().expect("a map").clone());
         json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}).to_string()
     };
-    // The second can't be compiled by us: libseccomp does it (runc 1.1 refuses flags).
+    // The driver can't compile the second profile: libseccomp does it (runc 1.1 refuses flags).
     let plain = deny_mkdir(json!({"action": "SCMP_ACT_ERRNO", "errnoRet": 30}));
     let flagged = plain.replacen('{', r#"{"flags": ["SECCOMP_FILTER_FLAG_LOG"], "#, 1);
     for (runtime, profile) in [("crun", &plain), ("runc", &plain), ("crun", &flagged)] {
@@ -121,7 +121,8 @@ async fn profiles_from_files_hold_with_each_runtime() {
     env.finish().await;
 }
 
-/// Older cruns pass annotations over that they don't know: a task would run with no filter at all, and nobody would say.
+/// Older versions of crun ignore annotations that they don't know: a task would run with no filter at all, and without
+/// any message.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runtime_that_ignores_compiled_filters_gets_the_profile() {
     let directory = tempfile::tempdir().expect("a directory");

@@ -1,4 +1,5 @@
-//! What is executed starts with default signal dispositions and an empty mask, whatever the plugin was started with.
+//! Every program that the plugin executes starts with default signal dispositions and an empty mask, whatever
+//! dispositions and mask the plugin was started with.
 
 use std::{
     fs,
@@ -11,13 +12,14 @@ use serde_json::json;
 
 use crate::support::{Env, EnvOptions, Image, program, script, services, services::root};
 
-/// The lines of proc_pid_status(5) that execve(2) hands down, and the one that it clears.
+/// The lines of proc_pid_status(5) for the masks that execve(2) preserves, and for the one that it clears.
 const LINES: &str = "^Sig(Blk|Ign|Cgt)";
 const DEFAULTS: &str = "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\nSigCgt:\t0000000000000000\n";
 /// SIGPIPE, which Rust's runtime ignores in every Rust program.
 const SIGPIPE: u64 = 1 << 12;
 
-/// A program that starts the one under test as `nohup` and some init scripts start an agent, and worse.
+/// Writes a program that starts the program under test with odd signal dispositions, as `nohup` and some init scripts
+/// start an agent, and with worse ones.
 fn odd_start() -> PathBuf {
     let dir = root().join(random_hex(4));
     fs::create_dir_all(&dir).unwrap();
@@ -27,7 +29,7 @@ fn odd_start() -> PathBuf {
     path
 }
 
-/// What a process ignores and blocks.
+/// Returns the masks of the signals that a process ignores and of those that it blocks.
 fn ignored_and_blocked(pid: u32) -> (u64, u64) {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let of = |name: &str| {
@@ -37,7 +39,7 @@ fn ignored_and_blocked(pid: u32) -> (u64, u64) {
     (of("SigIgn"), of("SigBlk"))
 }
 
-/// Processes of ours that have this directory, and this word where one is given, in their command line.
+/// Returns the processes with this directory in their command line, and with this word unless it is empty.
 fn processes(dir: &Path, word: &str) -> Vec<u32> {
     let dir = dir.to_str().unwrap();
     let of = |pid: &u32| {
@@ -107,8 +109,8 @@ async fn the_log_writer_and_its_keeper_have_defaults_too() {
     env.finish().await;
 }
 
-/// The plugin is started by the command line here, which a shell or a script may have started in any way, and by
-/// posix_spawn, which leaves signal 32 ignored.
+/// The driver's command line starts the plugin here. A shell or a script may have started the command line in any way,
+/// and posix_spawn leaves signal 32 ignored in the plugin.
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_of_run_have_defaults() {
     let id = random_hex(4);

@@ -1,4 +1,4 @@
-//! TaskStats: what a task uses, from the kernel, in Nomad's units.
+//! TaskStats: the resources that a task uses, as the kernel counts them, in Nomad's units.
 
 use std::time::Duration;
 
@@ -60,7 +60,8 @@ async fn a_busy_task_is_told_from_an_idle_one() {
     env.finish().await;
 }
 
-/// Version 1's counters of user and system time only see who runs at a tick: by them, such a task took a fifth of this.
+/// The counters of user and system time of cgroup version 1 only count the process that runs at a tick: by these
+/// counters, such a task used a fifth of this time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_wakes_for_moments_is_told_whole() {
     let mut env = Env::new().await;
@@ -83,7 +84,7 @@ async fn a_task_that_wakes_for_moments_is_told_whole() {
     }
     let spent = spent() - before;
     let told: f64 = samples.windows(2).map(|pair| (pair[1].0 - pair[0].0) * pair[1].1 / 100.0).sum();
-    // What was spent before the first sample and after the last is not in it.
+    // The samples don't contain the time that was spent before the first sample and after the last.
     assert!(told > spent * 0.6 && told < spent * 1.1, "{told} s told, {spent} s spent: {samples:?}");
     env.destroy(&task).await.unwrap();
     env.finish().await;
@@ -103,7 +104,7 @@ async fn the_stream_keeps_its_interval_and_ends_with_the_task() {
     std::fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
     env.wait(&task).await;
     while next(&mut stream).await.is_some() {}
-    // Nomad asks again until it has processed the exit; an error each time would fill its log.
+    // Nomad calls TaskStats again until it has processed the exit; an error each time would fill Nomad's log.
     assert_eq!(next(&mut stats(&env, &task, 200).await).await, None);
     env.destroy(&task).await.unwrap();
     assert_eq!(next(&mut stats(&env, &task, 200).await).await, None);
@@ -132,7 +133,7 @@ async fn the_operators_interval_wins_and_stats_outlive_the_plugin() {
     env.finish().await;
 }
 
-/// Memory as the task itself has it: a tmpfs file is cache, a shell variable is not.
+/// Memory as the task itself uses it: a file on a tmpfs counts as cache, a shell variable does not.
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_are_bytes() {
     let mut env = Env::new().await;

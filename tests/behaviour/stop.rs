@@ -1,4 +1,4 @@
-//! StopTask: which signal, how long, and to whom.
+//! StopTask: which signal is sent, to which processes, and how long the driver waits.
 
 use std::time::{Duration, Instant};
 

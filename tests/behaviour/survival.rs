@@ -1,4 +1,4 @@
-//! What a task lives through: plugins, agents, containerd and shims that come and go.
+//! What happens to a task when plugins, agents, containerd and shims end and come back.
 
 use std::{
     fs,
@@ -22,22 +22,22 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, eventually, program, services};
 
-/// A containerd that may be killed.
+/// Starts a containerd of the test's own, which the test may kill.
 fn own_containerd() -> (std::path::PathBuf, i32) {
     let dir = services().root.join(format!("containerd-{}", nomad_driver_shim::ids::random_hex(3)));
     let socket = services::start_containerd(&dir);
     (socket, fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap())
 }
 
-/// The process of the shim that a record names.
+/// Returns the pid of the shim that a record names.
 fn shim_pid(env: &Env, record: &Value) -> i32 {
     let path = env.dir.join("run/shims").join(record["shim"].as_str().unwrap()).join("pid");
     let process: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     i32::try_from(process["pid"].as_i64().unwrap()).unwrap()
 }
 
-/// All at once: the plugin is killed, the agent's side dropped and attached again, containerd killed and its socket
-/// taken by a listener that counts.
+/// Everything in one test: the agent's connection is dropped and attached again, the plugin is killed, and containerd
+/// is killed and its socket replaced by a listener that counts calls.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_lives_through_the_death_of_everything_around_it() {
     let (containerd, containerd_pid) = own_containerd();
@@ -50,7 +50,7 @@ async fn a_task_lives_through_the_death_of_everything_around_it() {
     task.says("\n100\n").await;
     let pid = env.attribute(&task, "pid").await;
 
-    // The agent dies, the plugin lives; a new agent attaches.
+    // The agent dies and the plugin lives on; a new agent attaches.
     let socket = env.plugin().socket().to_owned();
     let child = env.plugin.take().unwrap().detach();
     env.plugin = Some(Plugin::reattach(&socket).await.unwrap());
@@ -98,8 +98,8 @@ async fn a_task_lives_through_the_death_of_everything_around_it() {
     env.plugin.take().unwrap().shut_down().await;
 }
 
-/// containerd is killed, is away for a while, and comes back: tasks and cached images don't notice, pulls say so and
-/// then work again.
+/// containerd is killed, is away for a while, and comes back: tasks and starts of cached images are not affected; pulls
+/// fail with a clear error, and then work again.
 #[tokio::test(flavor = "multi_thread")]
 async fn containerd_may_go_and_come_back() {
     let (containerd, pid) = own_containerd();
@@ -130,7 +130,7 @@ async fn containerd_may_go_and_come_back() {
     env.plugin.take().unwrap().shut_down().await;
 }
 
-/// From the kernel's word that the shim is dead to WaitTask's answer.
+/// Measures the time from the kernel's report of the shim's death to the answer of WaitTask.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
     let mut env = Env::new().await;
@@ -163,7 +163,7 @@ async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
         took.push(answered.saturating_duration_since(dead.await.unwrap()));
         assert!(answer.err.contains("shim died"), "{answer:?}");
         assert_eq!(answer.result.unwrap().exit_code, 137);
-        // A new process may have one of the numbers by now; ours were in the task's cgroup.
+        // A new process may have one of these pids by now; the task's processes were in the task's cgroup.
         for pid in family {
             let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
             let alive = nomad_driver_shim::process::ProcessId::of(pid).is_ok();
@@ -176,7 +176,7 @@ async fn a_shims_death_is_told_at_once_and_leaves_nothing() {
     env.finish().await;
 }
 
-/// A shim that died while no plugin watched: nothing can be told of the task, and nothing of it is left.
+/// A shim died while no plugin watched it: nothing can be reported of the task, and nothing of the task is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_that_died_unwatched_is_not_recovered() {
     let mut env = Env::new().await;
@@ -192,7 +192,7 @@ async fn a_shim_that_died_unwatched_is_not_recovered() {
     env.finish().await;
 }
 
-/// A shim that hangs (stopped, here) does not hold up the others, and is ended when its task is destroyed.
+/// A shim that hangs (here: that is stopped) does not delay the others, and is ended when its task is destroyed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hung_shim_holds_nobody_up() {
     let mut env = Env::new().await;
@@ -211,7 +211,7 @@ async fn a_hung_shim_holds_nobody_up() {
     env.finish().await;
 }
 
-/// A shim that hangs under our hands: the task is stopped all the same, and nothing is left.
+/// A shim hangs while the plugin uses it: the task is stopped all the same, and nothing is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_whose_shim_hangs_is_stopped_all_the_same() {
     let mut env = Env::new().await;
@@ -225,7 +225,7 @@ async fn a_task_whose_shim_hangs_is_stopped_all_the_same() {
     env.finish().await;
 }
 
-/// A shared shim that hangs is not killed for one of its tasks: the others would end with it.
+/// A shared shim that hangs is not killed to stop one of its tasks: its other tasks would end with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shared_shim_that_hangs_is_not_killed_for_one_task() {
     let config = json!({"shim_scope": "node"});
@@ -252,7 +252,7 @@ async fn a_shared_shim_that_hangs_is_not_killed_for_one_task() {
     env.finish().await;
 }
 
-/// Records that lie or are torn: each is set aside or seen through, and the rest goes on.
+/// Records that are wrong or truncated: the plugin sets each one aside or detects the error, and the other tasks go on.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_lie_or_are_torn_harm_nobody() {
     let config = json!({"state": {"grace": "2s"}});
@@ -270,7 +270,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
         match *name {
             "truncated" | "forgotten" => fs::write(path, &text[..text.len() / 2]).unwrap(),
             "emptied" => fs::write(path, "").unwrap(),
-            // Of which no process is left.
+            // A record of an earlier boot: no process of its task is left.
             "other-boot" => {
                 kill(Pid::from_raw(shim_pid(&env, value)), Signal::SIGKILL).unwrap();
                 value["boot_id"] = json!("00000000-0000-0000-0000-000000000000");
@@ -280,7 +280,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
                 value["version"] = json!(99);
                 fs::write(path, value.to_string()).unwrap();
             }
-            // Its shim is gone, and its pid is another process's now.
+            // The task's shim is gone, and the pid in its record belongs to another process now.
             "reused-pid" => {
                 kill(Pid::from_raw(shim_pid(&env, value)), Signal::SIGKILL).unwrap();
                 value["state"]["pid"] = json!(bystander.id());
@@ -292,7 +292,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
     env.start_plugin().await;
     for (name, task, path, _) in &tasks {
         match *name {
-            // Found by their handles.
+            // These tasks are found by their handles.
             "truncated" | "emptied" | "future" | "fine" => {
                 env.recover(task).await.unwrap_or_else(|error| panic!("{name}: {error:?}"));
                 assert_eq!(env.exec_text(task, "echo alive").await, "alive\n", "{name}");
@@ -313,7 +313,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
     for (name, task, ..) in &tasks {
         match *name {
             "forgotten" => {}
-            // Undone by itself, or now.
+            // The plugin has removed this task by itself, or removes it now.
             "other-boot" => drop(env.destroy(task).await),
             _ => env.destroy(task).await.unwrap_or_else(|error| panic!("{name}: {error:?}")),
         }
@@ -321,7 +321,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
     assert!(bystander.try_wait().unwrap().is_none(), "a stranger was killed");
     bystander.kill().unwrap();
     bystander.wait().unwrap();
-    // Nobody asks for the last one: it goes after the grace period.
+    // No agent asks for the last task: it is removed after the grace period.
     eventually("the forgotten one is reaped", async || {
         let left = crate::support::leak::entries(&env.dir.join("run/bundles"));
         if left.is_empty() { Ok(()) } else { Err(left) }
@@ -332,7 +332,7 @@ async fn records_that_lie_or_are_torn_harm_nobody() {
 
 const MANY: usize = 300;
 
-/// A node full of tasks and a new plugin.
+/// A new plugin on a node that is full of tasks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn three_hundred_tasks_are_recovered_at_once() {
     let mut env = Env::new().await;
@@ -353,7 +353,7 @@ async fn three_hundred_tasks_are_recovered_at_once() {
     let began = Instant::now();
     env.start_plugin().await;
     let opened = began.elapsed();
-    // One after the other, as Nomad does.
+    // The tasks are handled one after the other, as Nomad does.
     for task in &tasks {
         env.recover(task).await.unwrap();
     }
@@ -376,8 +376,8 @@ async fn three_hundred_tasks_are_recovered_at_once() {
     env.finish().await;
 }
 
-/// An agent that is gone leaves its plugin behind; the next agent's plugin takes its place at once, tasks and idle
-/// shims included.
+/// An agent that has ended leaves its plugin running. The next agent's plugin takes that plugin's place at once, tasks
+/// and idle shims included.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_orphan_gives_way() {
     let mut env = Env::new().await;
@@ -405,7 +405,7 @@ async fn an_orphan_gives_way() {
     env.finish().await;
 }
 
-/// Nobody ever comes: the plugin lets go by itself, and its tasks go on.
+/// No further agent connects: the plugin ends by itself, and its tasks go on.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_orphan_lets_go_after_a_while() {
     let config = json!({"state": {"orphan_timeout": "500ms"}});
@@ -423,7 +423,7 @@ async fn an_orphan_lets_go_after_a_while() {
     env.finish().await;
 }
 
-/// While an agent stops, its task runner may start one more of us for 12 ms: SetConfig, Init, SIGKILL.
+/// While an agent stops, its task runner may start one more instance of the plugin for 12 ms: SetConfig, Init, SIGKILL.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_short_lived_instance_does_no_harm() {
     let mut env = Env::new().await;
@@ -442,7 +442,7 @@ async fn a_short_lived_instance_does_no_harm() {
         tokio::time::sleep(Duration::from_millis(delay)).await;
         kill(pid, Signal::SIGKILL).unwrap();
         dying.await.unwrap().unwrap();
-        // Other plugins have theirs in the same directory, and remove those of killed ones.
+        // Other plugins have their sockets in the same directory, and remove the sockets of killed plugins.
         let _ = fs::remove_file(socket);
     }
     env.start_plugin().await;
@@ -452,7 +452,7 @@ async fn a_short_lived_instance_does_no_harm() {
     env.finish().await;
 }
 
-/// Two names on one host are two drivers, each with its own lock, places and tasks.
+/// Plugins under two names on one host are two drivers, each with its own lock, places and tasks.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_drivers_live_side_by_side() {
     let mut ours = Env::new().await;
@@ -463,7 +463,7 @@ async fn two_drivers_live_side_by_side() {
     theirs.finish().await;
 }
 
-/// A stop in the middle of a slow pull: the start gives up, and nothing is left of either.
+/// A stop in the middle of a slow pull: the start gives up, and nothing of the start or the pull is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_during_a_slow_pull_ends_cleanly() {
     use crate::support::{

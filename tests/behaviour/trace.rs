@@ -1,4 +1,4 @@
-//! What a cached start makes the kernel do, by the kernel's own word: plugin, shim and runtime are traced.
+//! What a cached start makes the kernel do, as strace shows it: the plugin, the shim and the runtime are traced.
 
 use std::{
     fs,
@@ -15,16 +15,18 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, eventually, leak, services};
 
-/// Calls that a start must not make, and those that show which processes it makes.
+/// The system calls that a start must not make, and execve, which shows the programs that a start runs.
 const CALLS: &str = "connect,fsync,fdatasync,sync,syncfs,sync_file_range,msync,execve";
 
-/// What a start did that it should not, and the programs it ran. `intrusion` is put in by the fault switch.
+/// Returns the forbidden calls that a start made, the programs that it ran, and whether the task's program ran. The
+/// failpoint `intrusion` makes a forbidden call or starts a process.
 async fn traced(intrusion: Option<&str>) -> (Vec<String>, Vec<String>, bool) {
     let switch = intrusion.map(|name| ("NOMAD_DRIVER_SHIM_INTRUDE".to_owned(), name.to_owned()));
-    // As by default: while another shim waits, a refill begins long after the answer, even if we see that late.
+    // The pool has its default size. While another shim waits, a refill begins long after the answer, even if this test
+    // sees the answer late.
     let config = json!({"shim": {"pool": 2}});
     let mut env = Env::with(EnvOptions { config, env: switch.into_iter().collect(), ..EnvOptions::default() }).await;
-    // Warm: the image is here, and shims wait.
+    // This first start pulls the image and makes the shims, so that the traced start is a cached one.
     assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
     let shims = env.dir.join("run/shims");
     let bundles = env.dir.join("run/bundles");
@@ -33,7 +35,7 @@ async fn traced(intrusion: Option<&str>) -> (Vec<String>, Vec<String>, bool) {
         if shims.len() == 2 && bundles.is_empty() { Ok(()) } else { Err((shims, bundles)) }
     })
     .await;
-    // That first start's refill has seen by then that none is missing.
+    // After this delay, the refill that follows the first start has seen that no shim is missing.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let mut pids = vec![u64::from(env.plugin().pid().unwrap())];
     for shim in leak::entries(&shims) {
@@ -70,15 +72,15 @@ async fn traced(intrusion: Option<&str>) -> (Vec<String>, Vec<String>, bool) {
     task.says("up").await;
     kill(Pid::from_raw(i32::try_from(strace.id().unwrap()).unwrap()), Signal::SIGINT).unwrap();
     strace.wait().await.unwrap();
-    // A refill begins half a second after the start at the earliest. On a loaded machine, the traced plugin's answer may be
-    // seen later than that.
+    // A refill begins half a second after the start at the earliest. On a loaded machine, the traced plugin's answer
+    // may be seen later than that.
     let running = env.record(&task).await.1["state"]["started_at"].as_f64().unwrap() / 1e3;
     let answered = seen.min(running + 0.25);
 
     let text = fs::read_to_string(&file).unwrap();
     let (mut wrong, mut programs, mut ran) = (Vec::new(), Vec::new(), false);
     for line in text.lines() {
-        // Process, time, call.
+        // Each line has the process, the time and the call.
         let rest = line.split_once(' ').unwrap_or_default().1.trim_start();
         let (at, call) = rest.split_once(' ').unwrap_or_default();
         let at: f64 = at.trim().parse().unwrap_or_default();
@@ -103,7 +105,8 @@ async fn traced(intrusion: Option<&str>) -> (Vec<String>, Vec<String>, bool) {
 async fn a_cached_start_asks_nobody_syncs_nothing_and_runs_only_the_runtime() {
     let (wrong, programs, ran) = traced(None).await;
     assert_eq!(wrong, Vec::<String>::new());
-    // The runtime's `create`, perhaps its own second stage (runc), and the task: no `start`.
+    // Expected programs: the runtime's `create`, perhaps its own second stage (runc), and the task's program; no
+    // `start`.
     assert!(programs.iter().any(|program| program.contains("\"create\"")), "{programs:#?}");
     assert!(ran, "{programs:#?}");
     let others: Vec<_> = programs

@@ -47,7 +47,7 @@ async fn until_it_is(path: &Path, state: &str) -> Value {
     read_record(path)
 }
 
-/// The shim, which could tell as well, is dead by then: the record alone knows the exit code.
+/// The shim also knows the exit code, but it is dead by then: only the record still has it.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exit_code_outlasts_a_full_disk() {
     let mut env = Env::new().await;
@@ -68,7 +68,7 @@ async fn an_exit_code_outlasts_a_full_disk() {
     env.finish().await;
 }
 
-/// A stop that was asked for is completed by the next plugin, though it could not be noted at first.
+/// The next plugin completes a stop that was requested, though the stop could not be recorded at first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_outlasts_a_full_disk() {
     let mut env = Env::new().await;
@@ -98,7 +98,8 @@ async fn a_stop_outlasts_a_full_disk() {
     env.finish().await;
 }
 
-/// A task that runs is taken over by its handle, though its record can't be written: it used to be given up.
+/// A running task is recovered from its handle, though its record can't be written. Earlier, the plugin gave such a
+/// task up.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_without_a_record_is_recovered_on_a_full_disk() {
     let mut env = Env::new().await;
@@ -117,7 +118,7 @@ async fn a_task_without_a_record_is_recovered_on_a_full_disk() {
     env.finish().await;
 }
 
-/// A task is destroyed all the same, and its record does not come back.
+/// A task is destroyed although its record can't be written, and the record does not come back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_is_destroyed_on_a_full_disk() {
     let mut env = Env::new().await;
@@ -128,7 +129,7 @@ async fn a_task_is_destroyed_on_a_full_disk() {
     env.destroy(&task).await.unwrap();
     drop(full);
     eventually("the record is gone", async || if path.exists() { Err(()) } else { Ok(()) }).await;
-    // Longer than the first retries take.
+    // This is longer than the first retries take.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(!path.exists());
     env.finish().await;

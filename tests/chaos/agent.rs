@@ -1,6 +1,7 @@
-//! A stand-in for Nomad's agent: one runner a task, which starts it, waits for its end, recovers it whenever the plugin has
-//! died, and destroys it. What it does after each outcome is what Nomad's `client/allocrunner/taskrunner/task_runner.go` does
-//! (`runDriver`, `handleTaskExitResult`, `restoreHandle`, `clearDriverHandle`), but that it tries as often as it takes.
+//! A stand-in for Nomad's agent. It has one runner for each task. The runner starts the task, waits for its end,
+//! recovers it whenever the plugin has died, and destroys it. After each outcome the runner does what Nomad's
+//! `client/allocrunner/taskrunner/task_runner.go` does (`runDriver`, `handleTaskExitResult`, `restoreHandle`,
+//! `clearDriverHandle`), except that it tries a call as often as necessary.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,14 +21,14 @@ use crate::{
     task::TaskFiles,
 };
 
-/// Longer than any call takes that is not waiting for a task's end.
+/// Time limit of every call except WaitTask. No such call takes this long.
 fn call_limit() -> Duration {
     2 * patience()
 }
-/// Before a start that was refused is tried again. Nomad waits for 15 s by default.
+/// Delay before a refused start is tried again. Nomad's default is 15 s.
 const RESTART: Duration = Duration::from_millis(500);
 
-/// What is wanted of a task.
+/// What the test wants the agent to do with a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wish {
     Run,
@@ -35,17 +36,17 @@ pub(crate) enum Wish {
     Destroy,
 }
 
-/// A task that the agent cares for.
+/// A task that the agent manages.
 pub(crate) struct Runner {
     node: Arc<Node>,
     pub files: TaskFiles,
     work: Work,
     wish: watch::Sender<Wish>,
-    /// The attempt that runs, and its handle.
+    /// The running attempt and its handle.
     running: watch::Sender<Option<(AttemptId, TaskHandle)>>,
 }
 
-/// How an attempt to start ended.
+/// The outcome of one attempt to start a task.
 #[allow(clippy::large_enum_variant, reason = "one a start, and no more than a handle")]
 enum Started {
     Running(TaskHandle),
@@ -56,11 +57,11 @@ enum Started {
 /// How a running task ended.
 #[derive(PartialEq, Eq)]
 enum Ended {
-    /// With a code.
+    /// The task has ended with an exit code.
     Exited,
     /// RecoverTask was refused.
     Lost,
-    /// It was destroyed as it ran.
+    /// The task was destroyed while it ran.
     Destroyed,
 }
 
@@ -76,12 +77,12 @@ impl Runner {
         self.files.config(attempt.1).id
     }
 
-    /// The attempt that runs, as far as the agent knows.
+    /// The running attempt, as far as the agent knows.
     pub(crate) fn running(&self) -> Option<(AttemptId, TaskHandle)> {
         self.running.borrow().clone()
     }
 
-    /// From now on this is wanted. What is wanted of a task that shall end stays.
+    /// Changes what is wanted of the task. Once the task is to stop or to be destroyed, a further wish changes nothing.
     pub(crate) fn wish(&self, wish: Wish) {
         if wish != Wish::Run {
             self.node.model().unwanted(self.files.number);
@@ -95,7 +96,7 @@ impl Runner {
         });
     }
 
-    /// Cares for the task until nothing more is to be done.
+    /// Manages the task until nothing more is to be done for it.
     pub(crate) async fn run(self: Arc<Self>) {
         let number = self.files.number;
         let mut must_replace = false;
@@ -139,7 +140,7 @@ impl Runner {
             let changed = async {
                 let _ = wish.wait_for(|wish| *wish != Wish::Run).await;
                 self.node.model().told_to_stop(attempt);
-                // StopTask breaks off a start that takes long.
+                // StopTask aborts a start that takes long.
                 self.stop(attempt, Duration::ZERO).await;
                 std::future::pending::<()>().await;
             };
@@ -177,7 +178,7 @@ impl Runner {
         }
     }
 
-    /// Waits for the end of an attempt that was started at this connection or a later one.
+    /// Waits for the end of an attempt that was started on this connection or on a later one.
     async fn follow(&self, attempt: AttemptId, handle: &TaskHandle, mut connection: u64) -> Ended {
         let mut wish = self.wish.subscribe();
         let id = self.id(attempt);
@@ -207,7 +208,8 @@ impl Runner {
                     self.node.model().exited(attempt, code, &answer.err);
                     return Ended::Exited;
                 }
-                // The plugin went after the start was answered, so that WaitTask reached one that knows nothing of the task.
+                // The plugin died after it had answered StartTask, so that WaitTask reached a plugin that does not know
+                // the task.
                 Err(CallError::Refused(_)) if self.node.connections() != connection => {
                     connection = now;
                     if self.recover(attempt, handle).await.is_err() {
@@ -228,10 +230,10 @@ impl Runner {
         }
     }
 
-    /// RecoverTask, as often as it takes.
+    /// Calls RecoverTask until there is an answer.
     async fn recover(&self, attempt: AttemptId, handle: &TaskHandle) -> Result<(), ()> {
         loop {
-            // As Nomad asks: the id only inside of the handle.
+            // The id is only inside of the handle, as in Nomad's own request.
             let request = RecoverTaskRequest { task_id: String::new(), handle: Some(handle.clone()) };
             let answer =
                 self.node.call(Some(call_limit()), |mut driver| async move { driver.recover_task(request).await });
@@ -251,7 +253,7 @@ impl Runner {
         }
     }
 
-    /// StopTask, as often as it takes.
+    /// Calls StopTask until it succeeds or hangs.
     async fn stop(&self, attempt: AttemptId, timeout: Duration) {
         loop {
             let timeout = Some(prost_types::Duration::try_from(timeout).expect("a short time"));
@@ -273,8 +275,8 @@ impl Runner {
         }
     }
 
-    /// DestroyTask by force of a task that runs. Where the call was cut off, the task is asked for, and destroyed again if it
-    /// is still there.
+    /// Calls DestroyTask with force for a running task. If the call was cut off, recovers the task to see whether it is
+    /// still there, and if so destroys it again.
     async fn destroy_running(&self, attempt: AttemptId, handle: &TaskHandle) -> Ended {
         while self.destroy(attempt, true).await.is_err() {
             if self.recover(attempt, handle).await.is_err() {
@@ -285,13 +287,13 @@ impl Runner {
         Ended::Destroyed
     }
 
-    /// DestroyTask of a task that has ended: Nomad never asks twice, whatever becomes of the call.
+    /// Calls DestroyTask for a task that has ended. Nomad calls it only once, whatever the result.
     async fn destroy_once(&self, attempt: AttemptId) {
         self.node.model().destroyed(attempt);
         let _ = self.destroy(attempt, true).await;
     }
 
-    /// DestroyTask: an error when the call was cut off.
+    /// Calls DestroyTask. Returns an error if the call was cut off.
     pub(crate) async fn destroy(&self, attempt: AttemptId, force: bool) -> Result<(), ()> {
         let request = DestroyTaskRequest { task_id: self.id(attempt), force };
         let answer = self.node.call(Some(call_limit()), |mut driver| async move { driver.destroy_task(request).await });

@@ -1,37 +1,37 @@
-//! What a long run is asked to do: the words of `NOMAD_DRIVER_SHIM_CHAOS`, which `make chaos ARGS="..."` sets.
+//! The options of a long run: the arguments in `NOMAD_DRIVER_SHIM_CHAOS`, which `make chaos ARGS="..."` sets.
 
 use crate::plan::Mode;
 
-/// The words, understood.
+/// The parsed arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Arguments {
     pub seed: u64,
-    /// In all, spread over the modes. None: as many as are usual.
+    /// The number of faults in all, spread over the modes. `None` means the usual number.
     pub faults: Option<usize>,
     pub modes: Vec<Mode>,
-    /// A step of the driver that is left out, which must be noticed.
+    /// A step of the driver that is left out as a planted defect. The test must find this defect.
     pub plant: Option<String>,
-    /// Kills in the middle of the runtime's calls, and nothing else.
+    /// The number of kills in the middle of the runtime's calls, in a run that has no other faults.
     pub aimed: Option<usize>,
-    /// Short tasks, and samples of what the driver uses.
+    /// The number of short tasks to run, with samples of what resources the driver uses.
     pub soak: Option<usize>,
-    /// Of the steps of the seed only these, by their numbers.
+    /// The numbers of the seed's steps that are played. The other steps are left out.
     pub keep: Option<Vec<usize>>,
-    /// So many times parts of a history that failed are played again.
+    /// How many times parts of a failed history may be played again to find a shorter one.
     pub replays: usize,
-    /// Defects that are known: what contains one of these texts is not counted. `_` stands for a blank.
+    /// Known defects: a violation that contains one of these texts is not counted. `_` stands for a space.
     pub ignored: Vec<String>,
-    /// May the clock of the host be set?
+    /// May the test set the clock of the host?
     pub clock: bool,
-    /// Who plays the agent.
+    /// Which agent the run uses.
     pub agent: AgentKind,
 }
 
-/// Who plays the agent.
+/// The agent that a run uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AgentKind {
     StandIn,
-    /// A real one, of the program that `NOMAD_BIN` names or that is in PATH.
+    /// A real agent: the program that `NOMAD_BIN` names, or `nomad` in PATH.
     Nomad,
 }
 
@@ -40,7 +40,7 @@ impl Arguments {
     /// --agent NAME --clock`.
     ///
     /// # Errors
-    /// When a word is not understood.
+    /// When an argument is not understood.
     pub(crate) fn parse(text: &str, default_seed: u64) -> Result<Self, String> {
         let mut this = Self {
             seed: default_seed,

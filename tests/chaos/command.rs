@@ -1,4 +1,4 @@
-//! Commands of an agent to a task that runs, and what must come of them.
+//! Commands that the agent sends for a running task, and what must come of them.
 
 use std::time::Duration;
 
@@ -15,13 +15,13 @@ use crate::{
     support::patience,
 };
 
-/// Longer than any of these takes.
+/// Time limit of these calls. None of them takes this long.
 fn call_limit() -> Duration {
     patience()
 }
 
 impl Runner {
-    /// Does a command, if the task runs.
+    /// Runs a command, if the task is running.
     pub(crate) async fn command(&self, node: &Node, step: Step) {
         let Some((attempt, handle)) = self.running() else { return };
         let task_id = self.id(attempt);
@@ -29,7 +29,8 @@ impl Runner {
             Step::Exec { code, .. } => return self.execute(node, attempt, i32::from(code)).await,
             Step::Destroy { .. } => {
                 let _ = self.destroy(attempt, false).await;
-                // A task that runs is not destroyed without force: it goes on, which the next settling shows.
+                // Without force, a running task is not destroyed. It goes on running, which the next `Settle` step
+                // checks.
                 return;
             }
             Step::Signal { .. } => {

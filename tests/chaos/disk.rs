@@ -1,4 +1,4 @@
-//! A small disk of the test's own for a directory of the driver, which can be filled.
+//! A small disk that belongs to the test and holds a directory of the driver. The test can fill it.
 
 use std::{
     fs,
@@ -12,11 +12,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 const SIZE: &str = "size=48m";
 const FILLER: &str = ".filler";
 
-/// A file system in memory.
+/// A file system in memory, at this path.
 pub(crate) struct Disk(PathBuf);
 
 impl Disk {
-    /// Mounts one at `path`, which may hold something that is hidden by it.
+    /// Mounts a disk at `path`. If the directory has contents, the mount hides them.
     pub(crate) fn mount(path: &Path) -> Self {
         fs::create_dir_all(path).unwrap();
         mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), Some(SIZE)).unwrap();
@@ -27,7 +27,7 @@ impl Disk {
         &self.0
     }
 
-    /// Leaves no space.
+    /// Fills the disk until no space is left.
     pub(crate) fn fill(&self) {
         let Ok(mut file) = fs::File::create(self.0.join(FILLER)) else { return };
         for size in [1 << 20, 4096, 1] {
@@ -35,12 +35,12 @@ impl Disk {
         }
     }
 
-    /// Gives the space back.
+    /// Frees the space again.
     pub(crate) fn empty(&self) {
         let _ = fs::remove_file(self.0.join(FILLER));
     }
 
-    /// Forgets all that is on it, as memory does when the host is started anew.
+    /// Drops the disk's contents, as a reboot of the host does for a file system in memory.
     pub(crate) fn forget(&self) {
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
         mount(Some("tmpfs"), &self.0, Some("tmpfs"), MsFlags::empty(), Some(SIZE)).unwrap();

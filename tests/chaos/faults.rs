@@ -1,5 +1,5 @@
-//! Faults: each finds whom it strikes, tells the model whom it may have hit, and strikes. Only processes of the node are
-//! struck.
+//! Faults. Each fault finds its victim, reports to the model which attempts it may have hit, and strikes. Only
+//! processes of the node are struck.
 
 use std::{
     fs,
@@ -20,26 +20,28 @@ use crate::{
     support::{Env, leak, patience, program, services},
 };
 
-/// A call that was caused by the step before begins within this.
+/// Time limit within which a call begins that the previous step has caused.
 fn called() -> Duration {
     patience() / 40
 }
-/// It may have begun by the time it is looked for: so many processes back.
+/// How many process ids before the newest one are searched as well, since the call may have begun before the search.
 const RECENT: u32 = 64;
-/// Between two looks for it.
+/// Interval between two searches for the process of the call.
 const LOOK: Duration = Duration::from_micros(300);
-/// containerd needs so long to notice that it should be started again.
+/// Delay before a killed containerd is started again: the time in which its death would be noticed.
 const CONTAINERD_AWAY: Duration = Duration::from_millis(300);
-/// A former version of the program, for downgrades; without it the same one stands for it.
+/// Environment variable with the path of an earlier version of the program, for downgrades. If it is not set, a copy of
+/// the program under test is used.
 const FORMER: &str = "NOMAD_DRIVER_SHIM_CHAOS_FORMER";
 
 impl Ground {
-    /// Does what a fault is. Those that last are ended in the background.
+    /// Carries out a fault. A fault that lasts is ended in the background.
     pub(crate) async fn strike(self: &Arc<Self>, fault: Fault) {
         if let Fault::Kill { target, .. } | Fault::KillDuring { target, .. } = fault
             && matches!(target, Target::Shim | Target::Runtime)
         {
-            // Once before it is looked for and once after: a start may be answered meanwhile.
+            // This hit is reported before the victim is looked for and again after that: a start may be answered
+            // meanwhile.
             self.journal.hit(&Hit::Unsettled);
         }
         let found = match fault {
@@ -67,7 +69,7 @@ impl Ground {
             Fault::FewDescriptors { spare, ms } => self.few_descriptors(spare, ms),
             Fault::NoProcesses { ms } => self.no_processes(ms),
             Fault::Replace { former } => self.replace(former),
-            // Everything ends, the agent as well: the world's to do.
+            // A reboot ends everything, the agent as well, so `World` carries it out.
             Fault::Reboot { .. } => false,
             Fault::ClockJump { seconds } => {
                 let arguments = ["-s".to_owned(), format!("{seconds} seconds")];
@@ -85,9 +87,9 @@ impl Ground {
         (!found.is_empty()).then(|| found.swap_remove(index))
     }
 
-    /// Waits until a runtime is in the middle of this call and so much longer: the process to strike then.
+    /// Waits until a runtime is in the middle of this call, and then `after_ms` longer. Returns the process to strike.
     async fn during(&self, call: Call, after_ms: u64, target: Target) -> Option<Victim> {
-        // A runtime is not asked to start what the driver itself lets go.
+        // No runtime is called for a start: the driver itself starts the container through its exec FIFO.
         let mut runtime = None;
         if call != Call::Start {
             let (deadline, first) = (Instant::now() + called(), observe::last_pid().saturating_sub(RECENT));
@@ -117,7 +119,7 @@ impl Ground {
     async fn kill(self: &Arc<Self>, target: Target, victim: Option<Victim>) -> bool {
         let Some(victim) = victim else { return false };
         let Ok(process) = PidFd::open(victim.pid) else { return false };
-        // Before the kill: its consequences come at once.
+        // The hit is reported before the kill, because the kill has its consequences at once.
         if matches!(target, Target::Shim | Target::Init) {
             self.journal.hit(&Hit::Attempts(victim.holds.clone()));
         }
@@ -125,7 +127,8 @@ impl Ground {
             self.journal.hit(&Hit::Unsettled);
         }
         if target == Target::Shim {
-            // It makes no container while it is looked at which it holds by now.
+            // A shim under SIGSTOP makes no further container while the test looks up which containers the shim holds
+            // by now.
             process.signal(libc::SIGSTOP);
             let inits = observe::inits(&self.site.namespace);
             let holds = inits.iter().filter(|init| observe::parent(init.pid) == Some(victim.pid));
@@ -168,15 +171,15 @@ impl Ground {
         }
         self.journal.hit(&Hit::Unsettled);
         self.lasting(ms, move |ground| {
-            // Up to the hard limit, as the plugin does it at its start. Another fault of this kind may have come meanwhile, so
-            // that the limit before this fault may have been a low one.
+            // The limit is raised to the hard limit, as the plugin does at its start. The limit from before this fault
+            // may be a low one, because another fault of this kind may have come meanwhile.
             limit_descriptors(plugin, u64::MAX);
             ground.journal.hit(&Hit::Unsettled);
         });
         true
     }
 
-    /// No process or thread can be started by the plugin, nor by what it has started.
+    /// Keeps the plugin, and the processes that it has started, from starting any process or thread.
     fn no_processes(self: &Arc<Self>, ms: u64) -> bool {
         let (Some(group), Some(plugin)) = (self.site.pids.clone(), self.journal.plugin()) else { return false };
         if fs::write(group.join("cgroup.procs"), plugin.to_string()).is_err() {
@@ -194,7 +197,8 @@ impl Ground {
         true
     }
 
-    /// As a package manager does it: a new file, renamed over the old one; then the plugin is asked to end.
+    /// Replaces the program as a package manager does: renames a new file over the old one, then asks the plugin to
+    /// end.
     fn replace(&self, former: bool) -> bool {
         let named = std::env::var_os(FORMER).filter(|_| former);
         let source = named.map_or_else(program, std::path::PathBuf::from);
@@ -205,7 +209,7 @@ impl Ground {
         Self::terminate(self.pick(Target::Plugin, 0).as_ref())
     }
 
-    /// Runs `end` after a while. Settling waits for it.
+    /// Begins a fault that lasts, and runs `end` after `ms` milliseconds. The `Settle` step waits for this.
     fn lasting(self: &Arc<Self>, ms: u64, end: impl FnOnce(&Self) + Send + 'static) {
         self.journal.fault_begins();
         let ground = self.clone();
@@ -217,16 +221,16 @@ impl Ground {
     }
 }
 
-/// Sets the soft limit on descriptors of a process, to the hard limit at most. Returns whether that was possible.
+/// Sets the soft limit on a process's descriptors, to the hard limit at most. Returns whether that was possible.
 fn limit_descriptors(pid: u32, limit: u64) -> bool {
     let Ok(pid) = libc::pid_t::try_from(pid) else { return false };
     let mut former = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the kernel writes one rlimit to where `former` is, and reads none.
+    // SAFETY: the kernel writes one rlimit into `former`, and reads none.
     if unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut former) } != 0 {
         return false;
     }
     let new = libc::rlimit { rlim_cur: limit.min(former.rlim_max), ..former };
-    // SAFETY: the kernel reads one rlimit from where `new` is, and writes none.
+    // SAFETY: the kernel reads one rlimit from `new`, and writes none.
     unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const new, std::ptr::null_mut()) == 0 }
 }
 
@@ -245,13 +249,13 @@ pub(crate) fn end_everything(env: &Env) {
     }
 }
 
-/// Nothing of a node stays on the machine.
+/// Ends all processes of a node and removes its mounts and cgroups, so that nothing of it stays on the machine.
 pub(crate) fn end_node(env: &Env) {
     end_everything(env);
     unmount_all(env);
 }
 
-/// Unmounts all that the driver has mounted and removes its cgroups: no kernel remembers them after a restart.
+/// Unmounts all that the driver has mounted and removes its cgroups. A restarted kernel would have none of them either.
 pub(crate) fn unmount_all(env: &Env) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
@@ -264,7 +268,8 @@ pub(crate) fn unmount_all(env: &Env) {
     groups.iter().for_each(|path| drop(fs::remove_dir(path)));
 }
 
-/// A group of the pids controller of the test's own: in its hierarchy of cgroup version 1, else in the one of version 2.
+/// Makes a cgroup with the pids controller for the test: in this controller's own hierarchy of cgroup version 1, or
+/// else in the hierarchy of version 2.
 pub(crate) fn pids_group(name: &str) -> Option<std::path::PathBuf> {
     let cgroups = Cgroups::detect().ok()?;
     let of_version_1 = cgroups.hierarchies().iter().find(|path| path.ends_with("pids"));

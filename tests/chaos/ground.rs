@@ -1,5 +1,5 @@
-//! What is under a node, whoever plays the agent: the disks of its two directories, its containerd, its copy of the program,
-//! its runtimes. Faults (`faults.rs`) strike here.
+//! What a node consists of, apart from its agent: the disks of its two directories, its containerd, its copy of the
+//! program, and its runtimes. Both kinds of agent use it. Faults (`faults.rs`) strike here.
 
 use std::{
     fs,
@@ -22,29 +22,29 @@ use crate::{
     wrapper::Wrappers,
 };
 
-/// Remains that nobody claims go after the grace period.
+/// The grace period of the plugin under test. Remains that no agent has confirmed are removed after it.
 const GRACE: &str = "6s";
 
-/// Who is told of faults, and keeps what must be true in spite of them.
+/// Receives the reports about faults, and passes them to the model of what must be true in spite of them.
 pub(crate) trait Journal: Send + Sync {
     fn note(&self, what: &str);
-    /// These tasks may have been struck.
+    /// A fault may have struck these attempts.
     fn hit(&self, hit: &Hit);
     fn fault_begins(&self);
     fn fault_ends(&self);
-    /// A fault of this kind has struck. None: there was nothing to strike.
+    /// A fault of this kind has struck. `None` means that there was nothing to strike.
     fn struck(&self, kind: Option<String>);
-    /// The process of the plugin that serves the agent.
+    /// The process id of the plugin that serves the agent.
     fn plugin(&self) -> Option<u32>;
 }
 
-/// What is made before the agent starts.
+/// Everything that is made before the agent starts.
 pub(crate) struct Site {
     pub dir: PathBuf,
     pub namespace: String,
-    /// Of the run directory and of the state directory.
+    /// The disks of the run directory and of the state directory, in this order.
     pub disks: [Disk; 2],
-    /// A copy of the program under test that may be replaced.
+    /// A copy of the program under test, which a fault may replace.
     pub program: PathBuf,
     pub containerd_dir: PathBuf,
     pub pids: Option<PathBuf>,
@@ -53,16 +53,16 @@ pub(crate) struct Site {
     pub image: String,
 }
 
-/// A site, and what goes on there.
+/// A site, with the commands and faults that are in progress on it.
 pub(crate) struct Ground {
     pub site: Site,
     pub journal: Arc<dyn Journal>,
-    /// Commands that are at work, and ends of faults that last.
+    /// Commands that are in progress, and the tasks that end lasting faults.
     lasting: Mutex<JoinSet<()>>,
 }
 
 impl Site {
-    /// Makes one, with the configuration of its plugin in `Env::config`. No plugin runs there yet.
+    /// Makes a site, and puts the configuration of its plugin into `Env::config`. No plugin runs there yet.
     pub(crate) async fn prepare(Setting { mode, plant, .. }: Setting<'_>) -> (Self, Env) {
         let id = random_hex(4);
         let containerd_dir = services().root.join(format!("containerd-{id}"));
@@ -80,7 +80,7 @@ impl Site {
         let env = plant.map(|names| ("NOMAD_DRIVER_SHIM_SKIP".to_owned(), names.to_owned())).into_iter().collect();
         let mut env = Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await;
         let image = env.busybox().await;
-        // Before anything is started: the directories become disks of their own, and the runtimes wrappers.
+        // Before any process is started, each directory gets a disk of its own and each runtime a wrapper.
         env.plugin.take().unwrap().shut_down().await;
         let disks = ["run", "state"].map(|name| Disk::mount(&env.dir.join(name)));
         env.own_mounts = disks.iter().map(|disk| disk.path().to_owned()).collect();
@@ -95,12 +95,12 @@ impl Site {
         (Self { dir, namespace, disks, program: copy, containerd_dir, pids, wrappers, image }, env)
     }
 
-    /// containerd's process.
+    /// The process id of containerd.
     pub(crate) fn containerd(&self) -> u32 {
         fs::read_to_string(self.containerd_dir.join("pid")).unwrap_or_default().parse().unwrap_or(u32::MAX)
     }
 
-    /// After a failure much may be left; nothing of it stays on the machine.
+    /// Removes all that a failed run may have left on the machine.
     pub(crate) fn clean(&self, env: &mut Env) {
         crate::faults::end_node(env);
         if let Ok(containerd) = nomad_driver_shim::process::PidFd::open(self.containerd()) {
@@ -118,12 +118,12 @@ impl Ground {
         Arc::new(Self { site, journal, lasting: Mutex::default() })
     }
 
-    /// Does something beside the steps; settling waits for it.
+    /// Runs `task` concurrently with the steps. The `Settle` step waits for its end.
     pub(crate) fn lasting_task(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.lasting.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
     }
 
-    /// Waits until faults and commands are over.
+    /// Waits until all faults and commands in progress are over.
     pub(crate) async fn outlast(&self) {
         let mut lasting = std::mem::take(&mut *self.lasting.lock().unwrap_or_else(PoisonError::into_inner));
         while lasting.join_next().await.is_some() {}

@@ -1,14 +1,14 @@
-//! What has happened in a run, line by line, and what its plugins have warned of.
+//! The history of a run, line by line, and the warnings of its plugins.
 
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-/// So many lines of what plugins have said are shown after a failure.
+/// How many of the plugins' last log lines are shown after a failure.
 const WARNINGS: usize = 40;
 
-/// Lines with the time since the beginning of the run.
+/// The lines of the history, each with the time since the beginning of the run.
 pub(crate) struct History {
     began: Instant,
     lines: Mutex<Vec<String>>,
@@ -21,7 +21,7 @@ impl History {
         Self { began: Instant::now(), lines: Mutex::default(), warnings: Mutex::default() }
     }
 
-    /// Since the beginning of the run.
+    /// The time since the beginning of the run.
     pub(crate) fn now(&self) -> Duration {
         self.began.elapsed()
     }
@@ -35,7 +35,7 @@ impl History {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Keeps the warnings among the lines of a plugin's log.
+    /// Keeps those lines of a plugin's log that are warnings.
     pub(crate) fn listen_to(&self, log: &str) {
         let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
         for line in log.lines() {
@@ -45,14 +45,14 @@ impl History {
         }
     }
 
-    /// The last warnings and errors of the plugins.
+    /// The plugins' last warnings and errors.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
         warnings[warnings.len().saturating_sub(WARNINGS)..].to_vec()
     }
 }
 
-/// What a line of a plugin's log warns of.
+/// The text of a warning or error, if this line of a plugin's log is one.
 fn warning(line: &str) -> Option<String> {
     let Ok(entry) = serde_json::from_str::<serde_json::Value>(line) else {
         return line.contains("panicked").then(|| line.to_owned());

@@ -1,13 +1,13 @@
-//! A list of steps is played; a failure is told with its history, and the shortest one that was found to fail as well.
+//! Plays a list of steps. A failure is reported with its history and with the shortest history that was found to fail.
 
 use std::fmt::Display;
 
 use crate::{report::Figures, shrink, world::Outcome};
 
-/// Plays `steps`, or those that `keep` names by their numbers. `words` play them again.
+/// Plays `steps`, or only those whose numbers are in `keep`. `words` are the arguments that play them again.
 ///
 /// # Errors
-/// With the shortest history; what else is known of the failure is printed before.
+/// When the run has failed. The error holds the shortest history; the full report of the failure is printed before.
 pub(crate) async fn judged<S: Copy + Display>(
     words: &str,
     steps: &[S],
@@ -28,9 +28,9 @@ pub(crate) async fn judged<S: Copy + Display>(
         outcome.warnings.join("\n  "),
         outcome.history.join("\n  ")
     );
-    // At once: the search for a shorter history may take long.
+    // The report is printed at once, because the search for a shorter history may take long.
     eprintln!("{text}");
-    // What came after the failure was not played.
+    // Steps after the failure were not played, so they are left out.
     let played = outcome.history.iter().filter(|line| line.contains(" step ")).count();
     let shortest = shrink::shortest(chosen[..played].to_vec(), replays, async |indexes: &[usize]| {
         let outcome = play(&of(indexes)).await;

@@ -1,7 +1,8 @@
-//! Random commands and faults against the real plugin, and a model of what must be true whatever happens: no task lost, doubled
-//! or left over, no wrong exit code, no line of a log lost or doubled. docs/chaos.md says how to use it.
+//! Random commands and faults against the real plugin, checked by a model of what must be true whatever happens: no
+//! task is lost, doubled or left over, no exit code is wrong, no line of a log is lost or doubled. docs/chaos.md says
+//! how to use it.
 //!
-//! `cargo test` plays a bounded part; `make chaos` the long form (`the_long_form` below).
+//! `cargo test` plays a bounded part, `make chaos` the long form (`the_long_form` below).
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -49,13 +50,13 @@ use report::{Figures, table};
 use step::Step;
 use world::Setting;
 
-/// What the long form is asked to do.
+/// Environment variable with the arguments of the long form.
 const ARGUMENTS: &str = "NOMAD_DRIVER_SHIM_CHAOS";
 
-/// Faults where none were asked for.
+/// The default number of faults.
 const FAULTS: usize = 2000;
 
-/// A list of steps, and by what words it can be made again.
+/// What a list of steps is made from. `words` gives the arguments that make it again.
 struct Run {
     wanted: Wanted,
     is_aimed: bool,
@@ -85,13 +86,13 @@ impl Run {
     }
 }
 
-/// Modes that this machine can have.
+/// The modes that are possible on this machine.
 fn available() -> Vec<Mode> {
     let has_runsc = nomad_driver_shim::task::which(std::path::Path::new("runsc")).is_some();
     Mode::ALL.into_iter().filter(|mode| *mode != Mode::Gvisor || has_runsc).collect()
 }
 
-/// The bounded part of a mode. The seed is fixed, so that a failure is the change's and not the day's.
+/// The bounded part of a mode. The seed is fixed, so a new failure is caused by a change of the code and not by chance.
 async fn bounded(mode: Mode, faults: usize) {
     let wanted = Wanted { seed: 20, faults, mode, clock: false };
     let run = Run { wanted, is_aimed: false, plant: None, ignored: Vec::new() };
@@ -101,7 +102,7 @@ async fn bounded(mode: Mode, faults: usize) {
     }
 }
 
-/// A history is long: it stands by itself, before the few words of the panic.
+/// Prints the history, which is long, apart from the short message of the panic.
 fn failed(text: &str) -> ! {
     eprintln!("{text}");
     panic!("a run has failed; its history stands above");

@@ -1,5 +1,5 @@
-//! What must be true of a node's tasks, whatever has happened. Pure: it is told of calls, answers, faults and sights, and
-//! says what contradicts them.
+//! A model of what must be true of a node's tasks, whatever has happened. It does no I/O: it receives the calls,
+//! answers, faults and observed processes, and records what contradicts the rules.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -13,17 +13,17 @@ use crate::{
     violations::Violations,
 };
 
-/// A refusal is excused by a fault that is over for no longer than this: what it has left is still being cleared away.
+/// How long a fault still excuses a refusal after it has ended: its remains are still being removed.
 fn aftermath() -> Duration {
     patience() / 3
 }
-/// What a task answers to its stop signal.
+/// The exit code of a task that handles its stop signal.
 pub(crate) const STOPPED: i32 = 9;
 const KILLED: i32 = 137;
-/// What `runsc exec` ends with when the sandbox goes away under it (gVisor, `runsc/cmd/util`, `Fatalf`).
+/// The exit code of `runsc exec` if the sandbox ends during the command (gVisor, `runsc/cmd/util`, `Fatalf`).
 const RUNSC_FAILED: i32 = 128;
 
-/// An attempt of a task: its number, and that of the attempt.
+/// An attempt of a task: the number of the task, and the number of the attempt.
 pub(crate) type AttemptId = (TaskNumber, u32);
 
 /// A container's first process, as the kernel shows it.
@@ -33,16 +33,16 @@ pub(crate) struct Init {
     pub attempt: AttemptId,
 }
 
-/// Whom a fault may have struck.
+/// The attempts that a fault may have struck.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Hit {
-    /// These attempts.
+    /// The attempts with these ids.
     Attempts(Vec<AttemptId>),
-    /// All that were just being started or ended.
+    /// All attempts that are being started or stopped at this moment.
     Unsettled,
-    /// All that run for the agent, and are not among these, which are alive: they have just ended.
+    /// All attempts that run as far as the agent knows and are not in this list of live attempts: they have just ended.
     NotAmong(Vec<AttemptId>),
-    /// All that there are.
+    /// All attempts.
     All,
 }
 
@@ -52,16 +52,16 @@ enum State {
     Asked,
     /// StartTask was answered.
     Running,
-    /// WaitTask was answered, or RecoverTask or StartTask refused.
+    /// WaitTask was answered, or StartTask or RecoverTask was refused.
     Ended,
-    /// The agent that had asked for it is dead, and had not noted the answer.
+    /// The agent that called StartTask is dead, and it had not noted the answer.
     Forgotten,
 }
 
 #[derive(Debug)]
 struct Attempt {
     state: State,
-    /// Calls of StartTask with this id.
+    /// The number of StartTask calls with this id.
     calls: u32,
     was_answered: bool,
     is_hit: bool,
@@ -73,9 +73,9 @@ struct Attempt {
 struct Task {
     work: Work,
     attempts: Vec<Attempt>,
-    /// Should it run, as long as its work is not done?
+    /// Should the task run, as long as its work is not done?
     is_wanted: bool,
-    /// Does nothing more happen to it?
+    /// Is the agent done with the task?
     is_over: bool,
     last_refusal: Option<String>,
 }
@@ -84,7 +84,7 @@ struct Task {
 #[derive(Debug, Default)]
 pub(crate) struct Model {
     tasks: BTreeMap<TaskNumber, Task>,
-    /// Faults that are at work just now.
+    /// The number of faults that are in progress now.
     ongoing: u32,
     last_fault: Option<Duration>,
     violations: Violations,
@@ -92,17 +92,17 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// A model that does not mind what contains one of these texts.
+    /// A model that ignores each violation whose text contains one of these texts.
     pub(crate) fn ignoring(ignored: &[String]) -> Self {
         Self { violations: Violations::ignoring(ignored), ..Self::default() }
     }
 
-    /// What has been found wrong so far.
+    /// The violations that were found so far.
     pub(crate) fn violations(&self) -> &[String] {
         self.violations.found()
     }
 
-    /// Something is wrong.
+    /// Records a violation.
     pub(crate) fn violated(&mut self, what: String) {
         self.violations.add(what);
     }
@@ -120,7 +120,7 @@ impl Model {
         (self.ongoing, self.last_fault) = (self.ongoing.saturating_sub(1), Some(now));
     }
 
-    /// May something that fails now be a fault's doing?
+    /// Can a failure at this time be the consequence of a fault?
     fn is_excused(&self, now: Duration) -> bool {
         self.ongoing > 0 || self.last_fault.is_some_and(|last| now.saturating_sub(last) < aftermath())
     }
@@ -144,7 +144,7 @@ impl Model {
         &mut task.attempts[id.1 as usize - 1]
     }
 
-    /// A further attempt of a task: its number.
+    /// Adds an attempt to a task, and returns the attempt's number.
     pub(crate) fn next_attempt(&mut self, task: TaskNumber) -> u32 {
         let attempts = &mut self.tasks.get_mut(&task).expect("a task that was added").attempts;
         attempts.push(Attempt {
@@ -196,14 +196,14 @@ impl Model {
         self.attempt(id).was_told_to_stop = true;
     }
 
-    /// Nobody wants the task any more.
+    /// The agent no longer wants the task.
     pub(crate) fn unwanted(&mut self, task: TaskNumber) {
         if let Some(task) = self.tasks.get_mut(&task) {
             task.is_wanted = false;
         }
     }
 
-    /// The agent does nothing more for the task.
+    /// The agent is done with the task.
     pub(crate) fn over(&mut self, task: TaskNumber) {
         self.tasks.get_mut(&task).expect("a task that was added").is_over = true;
     }
@@ -244,7 +244,7 @@ impl Model {
         }
     }
 
-    /// DestroyTask is called: what is left of the attempt goes.
+    /// DestroyTask is called: all that is left of the attempt is removed.
     pub(crate) fn destroyed(&mut self, id: AttemptId) {
         let attempt = self.attempt(id);
         (attempt.state, attempt.was_told_to_stop) = (State::Ended, true);
@@ -257,12 +257,12 @@ impl Model {
         attempt.is_some_and(|attempt| attempt.state == State::Running && !attempt.was_told_to_stop)
     }
 
-    /// Does the attempt run, and is no fault near that would explain a failure?
+    /// Is the attempt running, and is there no current or recent fault that would explain a failure?
     pub(crate) fn is_quiet(&self, id: AttemptId, now: Duration) -> bool {
         self.is_running(id) && !self.is_excused(now)
     }
 
-    /// A command was run in a task: its code, or why the call failed.
+    /// A command was run in a task. `got` is its exit code, or the reason why the call failed.
     pub(crate) fn executed(&mut self, id: AttemptId, wanted: i32, got: Result<i32, String>, now: Duration) {
         let may_fail = self.is_excused(now) || !self.is_running(id);
         match got {
@@ -279,14 +279,14 @@ impl Model {
         }
     }
 
-    /// What is alive at one moment: never two of one task.
+    /// Checks the containers that are alive at one moment: never two of one task.
     pub(crate) fn seen(&mut self, inits: &[Init]) {
         self.figures.looks += 1;
         self.violations.add_doubles(inits);
     }
 
-    /// What is not yet as it must be when all faults are over: each task that is wanted runs once or has done its work,
-    /// and no other container is alive. Containers in sandboxes can't be seen (`inits` is None).
+    /// Returns what is not yet as it must be after all faults: each task that is wanted runs once or has done its work,
+    /// and no other container is alive. Containers in sandboxes can't be seen (`inits` is `None`).
     pub(crate) fn unrest(&self, inits: Option<&[Init]>) -> Vec<String> {
         let mut found = Vec::new();
         let (can_see, inits) = (inits.is_some(), inits.unwrap_or_default());
@@ -311,7 +311,7 @@ impl Model {
         found
     }
 
-    /// A batch task's file, in which each start has written a line with the attempt's number.
+    /// Checks the file in which each start of a batch task has written a line with the attempt's number.
     pub(crate) fn witness(&mut self, number: TaskNumber, text: &str) {
         let mut starts: HashMap<u32, u32> = HashMap::new();
         for attempt in text.lines().filter_map(|line| line.parse().ok()) {
@@ -321,7 +321,7 @@ impl Model {
         let mut wrong = Vec::new();
         for (attempt, index) in task.attempts.iter().zip(1..) {
             let count = starts.remove(&index).unwrap_or(0);
-            // A start whose answer was cut off is undone and made once more.
+            // A start whose answer was cut off is rolled back and repeated.
             let least = u32::from(attempt.was_answered && !attempt.is_hit && !attempt.was_told_to_stop);
             if count > attempt.calls || count < least {
                 wrong.push(format!(
@@ -337,15 +337,16 @@ impl Model {
         wrong.into_iter().for_each(|what| self.violated(what));
     }
 
-    /// A task's log, as far as it has come: lines 0 to n of each attempt, in order, none missing and none double.
+    /// Checks a task's log, as far as it was written: lines 0 to n of each attempt, in order, none missing and none
+    /// twice.
     pub(crate) fn log(&mut self, number: TaskNumber, prefix: &str, text: &str) {
         let task = &self.tasks[&number];
         let mut wrong = Vec::new();
         let mut next: HashMap<u32, u32> = HashMap::new();
-        // A start whose answer was cut off is undone and made once more: its log begins anew so many times.
+        // A start whose answer was cut off is rolled back and repeated. The attempt's log begins anew each time.
         let mut begins: HashMap<u32, u32> =
             (1..).zip(&task.attempts).map(|(index, attempt)| (index, attempt.calls)).collect();
-        // A line that was cut off stands before the first one of the next attempt.
+        // A line that was cut off may stand in front of the first line of the next attempt.
         for (_, line) in text.lines().filter_map(|line| line.rsplit_once(prefix)) {
             let mut words = line.split(' ').map(str::parse::<u32>);
             let (Some(Ok(attempt)), Some(Ok(tick)), None) = (words.next(), words.next(), words.next()) else {
@@ -364,7 +365,7 @@ impl Model {
             for (attempt, index) in task.attempts.iter().zip(1..) {
                 let is_whole = attempt.code == Some(i32::from(code)) && !attempt.was_told_to_stop && !attempt.is_hit;
                 let count = next.get(&index).copied().unwrap_or(0);
-                // A start that was undone and made once more has written some of its lines twice.
+                // A start that was rolled back and repeated has written some of its lines twice.
                 if is_whole && attempt.calls == 1 && count != lines {
                     wrong.push(format!("the log of task {number} has {count} of {lines} lines of attempt {index}"));
                 }
@@ -377,8 +378,9 @@ impl Model {
         wrong.into_iter().for_each(|what| self.violated(what));
     }
 
-    /// Must the log come to its end? A start that was refused for want of descriptors can't open the log either, and Nomad
-    /// waits for the end of an attempt that has run only.
+    /// Must the log's streams come to their end? They need not for an attempt that never ran: a start that was refused
+    /// for lack of descriptors can't open the log either. Nomad waits for the streams' end only after an attempt that
+    /// has run.
     pub(crate) fn must_end_its_log(&self, task: TaskNumber) -> bool {
         self.tasks[&task].attempts.last().is_some_and(|attempt| attempt.was_answered)
     }

@@ -7,7 +7,7 @@ use std::{
 
 use crate::support::services::run;
 
-/// A named namespace, which goes with this.
+/// A named network namespace. Dropping this value removes it.
 pub(crate) struct Network(PathBuf);
 
 impl Network {

@@ -1,4 +1,4 @@
-//! The agent's half of the connection: one plugin at a time, started again whenever it ends, and calls to it.
+//! The agent's side of the connection: it runs one plugin at a time, starts it again whenever it ends, and calls it.
 
 use std::{
     future::Future,
@@ -23,46 +23,46 @@ use crate::{
     support::{Env, patience},
 };
 
-/// Between two tries to start a plugin.
+/// Interval between two attempts to start a plugin.
 const AGAIN: Duration = Duration::from_millis(200);
-/// An answer that comes with the death of the plugin is the death's doing.
+/// How long after a refusal the plugin's death still counts as its cause.
 const DYING: Duration = Duration::from_millis(200);
 
-/// A plugin that can be called.
+/// A connection to a plugin that can be called.
 #[derive(Clone)]
 pub(crate) struct Link {
     pub driver: DriverClient<Channel>,
     pub pid: u32,
-    /// Over when the plugin has ended or its agent is dead.
+    /// Cancelled when the plugin has ended or its agent is dead.
     over: CancellationToken,
 }
 
 /// Why a call has no result.
 #[derive(Debug)]
 pub(crate) enum CallError {
-    /// The plugin is gone, and there will be another one.
+    /// The plugin is dead, and another one will be started.
     PluginDied,
-    /// The agent that called is gone, and so is all that it did not note.
+    /// The agent that made the call is dead. All that it had not noted is lost.
     AgentDied,
-    /// An answer.
+    /// The plugin answered with an error.
     Refused(Status),
-    /// No answer.
+    /// The plugin did not answer in time.
     Hung,
 }
 
-/// What the supervisor is asked to do.
+/// A request to the supervisor of the plugin.
 enum Request {
-    /// The agent dies.
+    /// The agent dies, and another one comes.
     Restart { away: Duration, plugin: Fate, done: oneshot::Sender<()> },
-    /// As a reboot: everything ends, `wipe` is run, and a new agent starts.
+    /// As in a reboot, everything ends, `wipe` is run, and a new agent starts.
     Reboot { wipe: Box<dyn FnOnce(&mut Env) + Send>, done: oneshot::Sender<()> },
-    /// A plugin that this process has started is wanted.
+    /// A plugin to which the agent has only reconnected is replaced by one that this process starts.
     Own { done: oneshot::Sender<()> },
     /// The run is over.
     End,
 }
 
-/// The node: its directories, its plugin, and what is known of its tasks.
+/// The node: its directories, its plugin, and the model of its tasks.
 pub(crate) struct Node {
     pub env: tokio::sync::Mutex<Env>,
     pub dir: PathBuf,
@@ -76,7 +76,7 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// A node whose plugin is started and watched over from now on, until `end`.
+    /// Starts a node's plugin, and supervises it until `end` is called.
     pub(crate) fn start(env: Env, model: Model) -> (Arc<Self>, tokio::task::JoinHandle<()>) {
         let (requests, receive) = mpsc::unbounded_channel();
         let node = Arc::new(Self {
@@ -98,27 +98,28 @@ impl Node {
         self.model.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How often an agent has connected to a plugin. A plugin that was connected to later has to be asked to recover a task.
+    /// How often an agent has connected to a plugin. If the connection is newer than a task, the agent has to ask the
+    /// plugin to recover the task.
     pub(crate) fn connections(&self) -> u64 {
         self.connections.load(Ordering::SeqCst)
     }
 
-    /// Since the beginning of the run.
+    /// The time since the beginning of the run.
     pub(crate) fn now(&self) -> Duration {
         self.history.now()
     }
 
-    /// A line of the history.
+    /// Adds a line to the history.
     pub(crate) fn note(&self, what: impl AsRef<str>) {
         self.history.note(what.as_ref());
     }
 
-    /// Keeps what a plugin has warned of that is about to be forgotten.
+    /// Keeps the warnings of a plugin that is about to be dropped.
     pub(crate) fn listen_to(&self, plugin: &Plugin) {
         self.history.listen_to(&plugin.stderr());
     }
 
-    /// The plugin, as soon as there is one.
+    /// The connection to the plugin, as soon as there is one.
     pub(crate) async fn link(&self) -> Option<Link> {
         let mut link = self.link.subscribe();
         let up = tokio::time::timeout(patience(), link.wait_for(Option::is_some)).await;
@@ -131,10 +132,11 @@ impl Node {
         }
     }
 
-    /// Calls the plugin. An agent waits as long as it lives for WaitTask, and not for ever for anything else.
+    /// Calls the plugin. An agent waits for WaitTask as long as the agent lives, and for any other call only until
+    /// `limit`.
     ///
     /// # Errors
-    /// When there is no answer, or a refusal.
+    /// When the plugin does not answer, or refuses.
     pub(crate) async fn call<T, F>(
         &self,
         limit: Option<Duration>,
@@ -153,13 +155,13 @@ impl Node {
         let over = async || tokio::time::timeout(DYING, link.over.cancelled()).await.is_ok();
         match outcome {
             Some(Ok(Ok(response))) => Ok(response.into_inner()),
-            // What tonic says of a connection has a source; what the plugin answers has none.
+            // An error of tonic's about the connection has a source. An error that the plugin answers with has none.
             Some(Ok(Err(status))) if std::error::Error::source(&status).is_none() && !over().await => {
                 Err(CallError::Refused(status))
             }
             Some(Err(_)) => Err(CallError::Hung),
             Some(Ok(Err(_))) | None => {
-                // A broken connection is followed by the news of the plugin's end.
+                // After a broken connection, the supervisor soon notices the plugin's end.
                 let _ = tokio::time::timeout(patience(), link.over.cancelled()).await;
                 let is_same = agent == self.agents.load(Ordering::SeqCst);
                 Err(if is_same { CallError::PluginDied } else { CallError::AgentDied })
@@ -173,22 +175,22 @@ impl Node {
         let _ = wait.await;
     }
 
-    /// The agent dies and another one comes.
+    /// Ends the agent and starts another one.
     pub(crate) async fn restart_agent(&self, away: Duration, plugin: Fate) {
         self.request(|done| Request::Restart { away, plugin, done }).await;
     }
 
-    /// Everything ends; `wipe` takes away what the host's memory held.
+    /// Ends everything, as a reboot does. `wipe` removes what the host's memory held.
     pub(crate) async fn reboot(&self, wipe: impl FnOnce(&mut Env) + Send + 'static) {
         self.request(|done| Request::Reboot { wipe: Box::new(wipe), done }).await;
     }
 
-    /// Sees to it that the plugin is a child of this process.
+    /// Makes sure that the plugin was started by the current agent as a child of this process.
     pub(crate) async fn own_plugin(&self) {
         self.request(|done| Request::Own { done }).await;
     }
 
-    /// Watches over the plugin no longer. It lives on in `env`.
+    /// Ends the supervision of the plugin. The plugin lives on in `env`.
     pub(crate) fn end(&self) {
         let _ = self.requests.send(Request::End);
     }
@@ -238,7 +240,7 @@ impl Journal for Node {
 }
 
 async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Request>) {
-    // Plugins that another agent of ours had started: they are our children all the same.
+    // Plugins that an earlier agent of this test has started. They are still children of this process.
     let mut orphans: Vec<tokio::process::Child> = Vec::new();
     let mut pid = launched(&node).await;
     loop {
@@ -323,18 +325,18 @@ impl Node {
     }
 }
 
-/// The plugin has ended: another one.
+/// Starts another plugin after the end of the previous one.
 async fn relaunched(node: &Arc<Node>) -> u32 {
     node.disconnect();
     launched(node).await
 }
 
-/// Starts a plugin, over and over until one comes up: its process.
+/// Starts a plugin, and tries again until one comes up. Returns its process id.
 async fn launched(node: &Arc<Node>) -> u32 {
     loop {
         let mut env = node.env.lock().await;
         if let Some(former) = env.plugin.take() {
-            // A plugin that is killed leaves its socket.
+            // A plugin that was killed has left its socket behind.
             let _ = std::fs::remove_file(former.socket());
             node.listen_to(&former);
         }

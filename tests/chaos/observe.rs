@@ -1,5 +1,5 @@
-//! What the kernel shows of a node: containers by the mark in their environment, and the driver's processes. The driver's own
-//! records are not asked.
+//! What the kernel shows of a node: containers, by the mark in their environment, and the driver's processes. The
+//! driver's own records are not read.
 
 use std::{fs, path::Path};
 
@@ -13,16 +13,16 @@ use crate::{
 /// The variable that marks all processes of a task: `<namespace>/<task>/<attempt>`.
 pub(crate) const MARK: &str = "CHAOS_TASK";
 
-/// A process that faults may strike.
+/// A process that a fault may strike.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Victim {
     pub pid: u32,
-    /// Tasks whose first process is its child.
+    /// The attempts whose first process is a child of this process.
     pub holds: Vec<AttemptId>,
 }
 
-/// The containers of a node that are alive: their first processes. Two of one task are looked at once more, since one may
-/// have ended while the list was read.
+/// The first processes of a node's live containers. Each process is checked a second time, since one of two containers
+/// of a task may have ended while the list was read.
 pub(crate) fn inits(namespace: &str) -> Vec<Init> {
     let found: Vec<(ProcessId, Init)> = pids().into_iter().filter_map(|pid| init(pid, namespace)).collect();
     let still = |(process, _): &&(ProcessId, Init)| process.is_alive() && !is_zombie(process.pid);
@@ -35,7 +35,7 @@ fn init(pid: u32, namespace: &str) -> Option<(ProcessId, Init)> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
     let mut numbers = numbers.split_whitespace();
-    // Its number in the namespace of its own; the first one is the host's.
+    // The last number is the process id in the innermost namespace, the first one is the host's.
     let is_first = numbers.clone().count() > 1 && numbers.next_back() == Some("1");
     (is_first && !is_zombie(pid)).then_some((process, Init { pid, attempt }))
 }
@@ -45,12 +45,12 @@ fn is_zombie(pid: u32) -> bool {
     status.lines().find_map(|line| line.strip_prefix("State:")).is_none_or(|state| state.trim().starts_with(['Z', 'X']))
 }
 
-/// All processes of a node's tasks.
+/// The ids of all processes of a node's tasks.
 pub(crate) fn marked_processes(namespace: &str) -> Vec<u32> {
     pids().into_iter().filter(|pid| marked(*pid, namespace).is_some()).collect()
 }
 
-/// The attempt that a process belongs to, by its environment.
+/// The attempt that a process belongs to, according to its environment.
 fn marked(pid: u32, namespace: &str) -> Option<AttemptId> {
     let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
     environment.split(|byte| *byte == 0).find_map(|entry| parse_mark(std::str::from_utf8(entry).ok()?, namespace))
@@ -62,7 +62,7 @@ fn parse_mark(entry: &str, namespace: &str) -> Option<AttemptId> {
     Some((task.parse().ok()?, attempt.parse().ok()?))
 }
 
-/// The processes of one kind, in the order of their numbers. `containerd` is the process of the node's own one.
+/// The processes of one kind, in the order of their ids. `containerd` is the process id of the node's own containerd.
 pub(crate) fn victims(target: Target, dir: &Path, namespace: &str, containerd: u32) -> Vec<Victim> {
     match target {
         Target::Containerd => vec![Victim { pid: containerd, holds: Vec::new() }],
@@ -80,32 +80,32 @@ pub(crate) fn victims(target: Target, dir: &Path, namespace: &str, containerd: u
     }
 }
 
-/// The number of the process that was started last (proc_pid_loadavg(5): the fifth field of /proc/loadavg).
+/// The id of the process that was started last (proc_pid_loadavg(5): the fifth field of /proc/loadavg).
 pub(crate) fn last_pid() -> u32 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().nth(4).and_then(|number| number.parse().ok()).unwrap_or_default()
 }
 
-/// An OCI runtime that is in the middle of a call for a container of this node, among the processes from `first` on. Only
-/// these are looked at: a call is over in milliseconds, and so must this be.
+/// Finds an OCI runtime that is in the middle of a call for a container of this node, among the processes whose ids are
+/// `first` or higher. Only these are searched: a call takes milliseconds, so the search must be as fast.
 pub(crate) fn runtime_in(call: Call, dir: &Path, first: u32) -> Option<u32> {
     let last = last_pid();
     let recent: Vec<u32> = if first <= last { (first..=last).collect() } else { pids() };
     recent.into_iter().find(|pid| kind(&words(*pid), dir) == Some(Target::Runtime) && calls(*pid, call))
 }
 
-/// Is a runtime in the middle of this call?
+/// Is this process a runtime in the middle of this call?
 pub(crate) fn calls(pid: u32, call: Call) -> bool {
     words(pid).iter().any(|word| word == call.word())
 }
 
-/// Everything of the driver, alive or not, below this directory.
+/// All processes whose command line contains this directory, whatever their state.
 pub(crate) fn all_of(dir: &Path) -> Vec<u32> {
     let dir = dir.to_string_lossy();
     pids().into_iter().filter(|pid| words(*pid).iter().any(|word| word.contains(&*dir))).collect()
 }
 
-/// What a command line is, among the processes of the node with this directory.
+/// The kind of a process, according to its command line, if it belongs to the node with this directory.
 fn kind(words: &[String], dir: &Path) -> Option<Target> {
     let dir = dir.to_str()?;
     let has = |word: &str| words.iter().any(|known| known == word);

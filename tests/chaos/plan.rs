@@ -1,34 +1,34 @@
-//! From a seed to a list of steps. Pure: the same seed, number of faults and mode always give the same list, so that a
-//! failure can be repeated, and parts of the list tried on their own.
+//! Makes a list of steps from a seed. It does no I/O: the same seed, number of faults and mode always give the same
+//! list, so that a failure can be repeated, and parts of the list can be tried on their own.
 
 use crate::{
     random::Random,
     step::{Call, Fate, Fault, OciRuntime, Place, Step, Target, TaskNumber, Work},
 };
 
-/// How the driver is configured.
+/// A configuration of the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Mode {
-    /// Nomad's FIFOs, a shim for each task.
+    /// The log is read from Nomad's FIFOs, and each task has its own shim.
     Base,
-    /// `disable_log_collection`: the log writer.
+    /// `disable_log_collection`: the driver's log writer writes the logs.
     OwnLogs,
     /// `shim_scope = "alloc"`.
     AllocScope,
     /// `shim_scope = "node"`.
     NodeScope,
-    /// Groups in network namespaces.
+    /// The tasks run in groups with network namespaces.
     Bridge,
-    /// The tasks run in sandboxes.
+    /// The tasks run in gVisor's sandboxes.
     Gvisor,
 }
 
 impl Mode {
-    /// All that a long run goes through.
+    /// All modes of a long run.
     pub(crate) const ALL: [Self; 6] =
         [Self::Base, Self::OwnLogs, Self::AllocScope, Self::NodeScope, Self::Bridge, Self::Gvisor];
 
-    /// Its name on the command line.
+    /// The mode's name on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Base => "base",
@@ -53,7 +53,7 @@ impl Mode {
     }
 }
 
-/// What a list of steps is made from.
+/// The parameters of a list of steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub seed: u64,
@@ -63,12 +63,12 @@ pub(crate) struct Wanted {
     pub clock: bool,
 }
 
-/// So many services live at a time.
+/// How many services run at a time, at most.
 const SERVICES: usize = 5;
-/// So many settlings are between two clearings.
+/// How many `Settle` steps there are between two `Clear` steps.
 const ROUNDS: usize = 3;
 
-/// The steps of a run.
+/// Makes the steps of a run.
 pub(crate) fn plan(wanted: &Wanted) -> Vec<Step> {
     let mut planner = Planner {
         random: Random::new(wanted.seed),
@@ -91,8 +91,8 @@ pub(crate) fn plan(wanted: &Wanted) -> Vec<Step> {
     planner.steps
 }
 
-/// Kills of the plugin in the middle of the runtime's calls and nothing else, `faults` of them. Every other settling the
-/// calls are as quick as the runtime itself.
+/// Makes steps with kills of the plugin in the middle of the runtime's calls and no other faults, `faults` of them. In
+/// every other round, the calls are as quick as the runtime itself.
 pub(crate) fn aimed(wanted: &Wanted) -> Vec<Step> {
     let mut planner = Planner {
         random: Random::new(wanted.seed),
@@ -251,7 +251,7 @@ impl Planner {
         });
     }
 
-    /// A command that makes the runtime do this call, and a kill in the middle of it.
+    /// Adds a command that makes the runtime do this call, and a kill in the middle of the call.
     fn aimed_at(&mut self, call: Call, within_ms: u64, only: Option<Target>) {
         let after_ms = self.random.between(0, within_ms);
         let drawn = self.random.weighted(&[(60, Target::Plugin), (25, Target::Runtime), (15, Target::Shim)]);
@@ -325,7 +325,7 @@ impl Planner {
             (if self.clock { 5 } else { 0 }, Fault::ClockJump { seconds }),
         ]);
         if matches!(fault, Fault::Full { .. } | Fault::FewDescriptors { .. } | Fault::NoProcesses { .. }) {
-            // A shortage is felt by what is started during it.
+            // A shortage only affects a task that is started during it.
             self.add(fault);
             return self.start_batch();
         }

@@ -17,7 +17,7 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number from `low` to `high`, both included.
+    /// A number from `low` to `high`, both inclusive.
     pub(crate) fn between(&mut self, low: u64, high: u64) -> u64 {
         low + self.next() % (high - low + 1)
     }
@@ -27,13 +27,13 @@ impl Random {
         self.next() % 100 < percent
     }
 
-    /// One of several things.
+    /// Picks one of several values.
     pub(crate) fn one_of<T: Copy>(&mut self, things: &[T]) -> T {
         let last = things.len() as u64 - 1;
         things[usize::try_from(self.between(0, last)).unwrap()]
     }
 
-    /// One of several things, each as often as its weight says.
+    /// Picks one of several values, each with a probability according to its weight.
     pub(crate) fn weighted<T: Copy>(&mut self, things: &[(u64, T)]) -> T {
         let total: u64 = things.iter().map(|(weight, _)| weight).sum();
         let mut rest = self.between(1, total);

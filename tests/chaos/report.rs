@@ -1,25 +1,25 @@
-//! The figures of a run, as a table. Pure.
+//! The figures of a run, as a table. This module does no I/O.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
-/// What was counted.
+/// The counts of a run.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Figures {
-    /// Faults that struck something, by kind.
+    /// Faults that struck a process or resource, by kind.
     pub faults: BTreeMap<String, u32>,
     /// Faults that found nothing to strike.
     pub missed: u32,
-    /// Looks at all containers that are alive.
+    /// How many times the live containers were listed and checked.
     pub looks: u32,
-    /// Moments at which all was in order.
+    /// How many times all was in order (`Settle`).
     pub settled: u32,
-    /// Moments at which nothing was left.
+    /// How many times nothing was left (`Clear`).
     pub cleared: u32,
     pub batch_right: u32,
     /// Batch tasks that a fault has killed.
     pub batch_hit: u32,
     pub batch_wrong: u32,
-    /// Starts that were refused so that Nomad may try again.
+    /// Starts that were refused with a recoverable error, so that Nomad may try again.
     pub refused: u32,
     pub witnesses: u32,
     pub logs: u32,
@@ -27,7 +27,7 @@ pub(crate) struct Figures {
     pub exec_ok: u32,
     pub exec_cut: u32,
     pub exec_wrong: u32,
-    /// What was left over, line by line.
+    /// What was left on the host, line by line.
     pub left: Vec<String>,
 }
 
@@ -66,7 +66,7 @@ impl Figures {
     }
 }
 
-/// One line for each run, one for their sum, and the faults by kind.
+/// Makes the table: one line for each run, one line for their sum, and the faults by kind.
 pub(crate) fn table(runs: &[(String, Figures)]) -> String {
     let mut text = String::from(
         "| run | faults | looks at what is alive | settled / cleared | batch: right / 137 after a hit / wrong | starts refused for now | starts witnessed once | logs whole | exec ok / cut / wrong | left over |\n\

@@ -1,9 +1,10 @@
-//! The shortest history that still fails: delta debugging over the list of steps. Pure; the caller plays the steps.
+//! Finds a shorter history that still fails, by delta debugging over the list of steps. It does no I/O; the caller
+//! plays the steps.
 
 /// Looks for a shorter list of `indexes` for which `fails` holds, in at most `replays` tries.
 ///
-/// This is ddmin (Zeller and Hildebrandt: Simplifying and isolating failure-inducing input, 2002), which first tries to keep
-/// a part of the list and then to leave one out, in ever smaller parts.
+/// The algorithm is ddmin (Zeller and Hildebrandt: Simplifying and isolating failure-inducing input, 2002). It first
+/// tries to keep only one part of the list and then to leave one part out, with ever smaller parts.
 pub(crate) async fn shortest(
     indexes: Vec<usize>,
     mut replays: usize,
@@ -14,13 +15,13 @@ pub(crate) async fn shortest(
     while known.len() > 1 && replays > 0 {
         let size = known.len().div_ceil(parts);
         let pieces: Vec<&[usize]> = known.chunks(size).collect();
-        // What failed failed at its end, so the last part comes first.
+        // A failed history has failed at its end, so its last part is tried first.
         let kept = pieces.iter().rev().map(|piece| piece.to_vec());
         let left_out = (0..pieces.len()).map(|out| {
             let rest = pieces.iter().enumerate().filter(|(index, _)| *index != out);
             rest.flat_map(|(_, piece)| piece.iter().copied()).collect()
         });
-        // With two parts, to keep one is to leave out the other.
+        // With two parts, keeping one is the same as leaving out the other.
         let candidates: Vec<Vec<usize>> = if parts == 2 { kept.collect() } else { left_out.collect() };
         let mut found = None;
         for candidate in candidates.into_iter().filter(|candidate| candidate.len() < known.len()) {

@@ -1,4 +1,4 @@
-//! Many short tasks, and what the driver uses meanwhile.
+//! Runs many short tasks, and samples what resources the driver uses meanwhile.
 
 use std::{fs, path::Path, sync::Arc, time::Instant};
 
@@ -8,12 +8,12 @@ use tokio::task::JoinSet;
 
 use crate::support::{Env, leak, resident};
 
-/// Tasks at a time.
+/// How many tasks run at a time.
 const WORKERS: usize = 4;
-/// Lines of the table.
+/// The number of lines of the table.
 const SAMPLES: usize = 10;
 
-/// Runs so many tasks to their ends and prints a table of samples.
+/// Runs this many tasks to their ends and prints a table of samples.
 pub(crate) async fn soak(tasks: usize) {
     let mut env = Env::new().await;
     let image = env.busybox().await;
@@ -33,7 +33,8 @@ pub(crate) async fn soak(tasks: usize) {
     env.finish().await;
 }
 
-/// Runs tasks number `first` and the `count - 1` after it, several at a time: how many had a wrong code.
+/// Runs `count` tasks with the numbers from `first` on, several at a time. Returns how many had a wrong exit code or
+/// output.
 async fn batch(env: &mut Env, image: &str, first: usize, count: usize) -> usize {
     let mut prepared = Vec::new();
     let mut wrong = 0;
@@ -62,7 +63,7 @@ async fn batch(env: &mut Env, image: &str, first: usize, count: usize) -> usize 
         while let Some(is_right) = at_work.join_next().await {
             wrong += usize::from(!is_right.unwrap());
         }
-        // With teardowns that are still under way a sample would say nothing.
+        // A sample is meaningful only when no teardown is still in progress.
         let left = leak::while_alive(env).await;
         assert!(left.is_empty(), "{left:#?}");
         env.allocs.drain(..).for_each(|alloc| alloc.remove().unwrap());

@@ -1,16 +1,16 @@
-//! What a run is made of: commands of an agent, faults, and moments at which all must be in order.
+//! The steps of a run: commands of an agent, faults, and moments at which all must be in order.
 
 use std::fmt;
 
-/// A task of the run, by its number. Two tasks in a row belong to the same allocation.
+/// The number of a task in the run. Each pair of tasks (0 and 1, 2 and 3, ...) belongs to the same allocation.
 pub(crate) type TaskNumber = usize;
 
 /// What a task does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Work {
-    /// Writes so many lines with a pause before each, and ends with a code.
+    /// Writes `lines` lines with a pause before each, and ends with `code`.
     Batch {
-        /// 0 to 5.
+        /// The exit code, from 0 to 5.
         code: u8,
         lines: u32,
         pause_ms: u32,
@@ -24,11 +24,11 @@ pub(crate) enum Work {
 pub(crate) enum OciRuntime {
     Crun,
     Runc,
-    /// gVisor's; only in the mode that has it.
+    /// gVisor's runtime, only in the mode for it.
     Runsc,
 }
 
-/// A kind of process that faults strike.
+/// A kind of process that a fault may strike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Target {
     Plugin,
@@ -50,48 +50,49 @@ pub(crate) enum Call {
     Exec,
 }
 
-/// What becomes of the plugin while its agent is away.
+/// What happens to the plugin while its agent is away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Fate {
-    /// It lives, and the next agent connects to it again.
+    /// The plugin lives, and the next agent connects to it again.
     Kept,
-    /// It dies, too, at the end of that time.
+    /// The plugin dies as well, at the end of that time.
     Killed,
-    /// It lives, and the next agent starts another one.
+    /// The plugin lives, and the next agent starts another one.
     Replaced,
 }
 
-/// A directory of the driver, on a small disk of its own.
+/// A directory of the driver that is on a small disk of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Place {
     Run,
     State,
 }
 
-/// What goes wrong.
+/// A fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// SIGKILL.
+    /// SIGKILL of a process.
     Kill { target: Target, pick: u64 },
-    /// SIGSTOP, and SIGCONT after a while.
+    /// SIGSTOP of a process, and SIGCONT after a while.
     Freeze { target: Target, pick: u64, ms: u64 },
-    /// SIGKILL while the runtime is in the middle of a call: so long after that is seen to have begun.
+    /// SIGKILL while the runtime is in the middle of a call, `after_ms` after the call was seen to have begun.
     KillDuring { target: Target, call: Call, after_ms: u64 },
-    /// SIGTERM of the plugin, whatever it does.
+    /// SIGTERM of the plugin at any moment.
     Terminate,
     /// SIGTERM of the plugin while the runtime is in the middle of a call.
     TerminateDuring { call: Call, after_ms: u64 },
-    /// No space is left on a device.
+    /// No space is left on the disk of a directory.
     Full { place: Place, ms: u64 },
-    /// The plugin can open only so many more descriptors.
+    /// The plugin can open only `spare` more descriptors.
     FewDescriptors { spare: u64, ms: u64 },
-    /// The plugin can't start a process or a thread.
+    /// The plugin can't start any process or thread.
     NoProcesses { ms: u64 },
-    /// The program is replaced, and the plugin asked to end. Downgrades are the same with a former program.
+    /// The program is replaced, and the plugin is asked to end. A downgrade does the same with an earlier version of
+    /// the program.
     Replace { former: bool },
-    /// The host is started anew: every process is gone. The run directory is empty where it was in memory.
+    /// The host is rebooted: every process is gone. The run directory is empty afterwards if it was in memory.
     Reboot { run_dir_stays: bool },
-    /// The host's clock is set. Only where that harms nobody.
+    /// The host's clock is set. This happens only where it can do no harm.
     ClockJump { seconds: i64 },
 }
 
@@ -124,16 +125,16 @@ pub(crate) enum Step {
     Inspect {
         task: TaskNumber,
     },
-    /// RecoverTask for a task that is known already.
+    /// RecoverTask for a task that the plugin knows already.
     Recover {
         task: TaskNumber,
     },
-    /// The agent dies, and the next one comes after a while.
+    /// The agent dies, and the next agent starts after a while.
     AgentRestart {
         away_ms: u64,
         plugin: Fate,
     },
-    /// From here on the runtime's calls of this kind take longer, before and after the runtime's own work.
+    /// From this step on, the runtime's calls of this kind take longer, before and after the runtime's own work.
     Stretch {
         call: Call,
         before_ms: u64,
@@ -143,14 +144,14 @@ pub(crate) enum Step {
     Pause {
         ms: u64,
     },
-    /// All faults are over; what must be true is waited for.
+    /// Waits until all faults are over and all that must be true is true.
     Settle,
-    /// All tasks are stopped or destroyed; nothing of them may be left.
+    /// Stops or destroys all tasks. Nothing of them may be left.
     Clear,
 }
 
 impl Fault {
-    /// What the table of figures calls it.
+    /// The name of this kind of fault in the table of figures.
     pub(crate) fn kind(&self) -> String {
         match self {
             Self::Kill { target, .. } => format!("SIGKILL of {target}"),
@@ -171,7 +172,7 @@ impl Fault {
 }
 
 impl Step {
-    /// Is it a fault? The death of an agent counts as one.
+    /// Is this step a fault? The death of an agent counts as one.
     pub(crate) fn is_fault(&self) -> bool {
         matches!(self, Self::Fault(_) | Self::AgentRestart { .. })
     }
@@ -192,7 +193,7 @@ impl fmt::Display for Target {
 }
 
 impl Call {
-    /// The runtime's own word for it.
+    /// The runtime's own name for the call.
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Create => "create",

@@ -1,4 +1,4 @@
-//! A task's files on the host: its allocation's directories, its log, and the file in which each start leaves a line.
+//! A task's files on the host: its allocation's directories, its log, and the file in which each start writes a line.
 
 use std::{
     fs,
@@ -21,20 +21,21 @@ use crate::{
     support::patience,
 };
 
-/// The end of a stream follows the end of its writers; remains of a start hold it open for the grace period.
+/// Time limit for the end of a log stream. A stream ends when its last writer has ended, and remains of a start hold
+/// the stream open for the grace period.
 const END: Duration = Duration::from_secs(25);
-/// The collector of an ended attempt has its end by then.
+/// Time limit within which the collector of an ended attempt has reached the end of its stream.
 const NEXT: Duration = Duration::from_secs(2);
 
-/// What a task has on the host.
+/// The files of a task on the host.
 pub(crate) struct TaskFiles {
     pub number: TaskNumber,
     dirs: TaskDirs,
     namespace: String,
     encoded: Vec<u8>,
-    /// A group's network namespace.
+    /// The network namespace of the task's group.
     network: Option<PathBuf>,
-    /// None where the driver writes the log itself.
+    /// The log collectors. `None` if the driver writes the log itself.
     collectors: Option<Mutex<[Vec<Collector>; 2]>>,
 }
 
@@ -50,17 +51,17 @@ impl TaskFiles {
         }
     }
 
-    /// The driver writes the log itself.
+    /// Makes the task one whose log the driver writes itself.
     pub(crate) fn without_collectors(self) -> Self {
         Self { collectors: None, ..self }
     }
 
-    /// It runs in a group's network namespace.
+    /// Makes the task run in a group's network namespace.
     pub(crate) fn in_network(self, path: &Path) -> Self {
         Self { network: Some(path.to_owned()), ..self }
     }
 
-    /// What Nomad sends for an attempt.
+    /// The task configuration that Nomad sends for an attempt.
     pub(crate) fn config(&self, attempt: u32) -> TaskConfig {
         let mut config = self.dirs.config(&attempt.to_string(), self.encoded.clone());
         config.env.insert(MARK.to_owned(), format!("{}/{}/{attempt}", self.namespace, self.number));
@@ -74,12 +75,12 @@ impl TaskFiles {
         config
     }
 
-    /// What stands before the numbers of a line of the log.
+    /// The text in front of the numbers in a line of the log.
     pub(crate) fn prefix(&self) -> String {
         format!("tick {} ", self.number)
     }
 
-    /// Makes sure that somebody reads the log, as Nomad does before each start.
+    /// Makes sure that a collector reads the log, as Nomad does before each start.
     pub(crate) async fn collect(&self) {
         let Some(collectors) = &self.collectors else { return };
         for (stream, fifo) in collectors.lock().await.iter_mut().zip([&self.dirs.stdout, &self.dirs.stderr]) {
@@ -93,7 +94,7 @@ impl TaskFiles {
         }
     }
 
-    /// The log so far.
+    /// The log that was written so far.
     pub(crate) async fn log(&self) -> String {
         match &self.collectors {
             Some(collectors) => collectors.lock().await[0].iter().map(Collector::text).collect(),
@@ -108,7 +109,7 @@ impl TaskFiles {
         self.dirs.alloc_dir.join("alloc/data").join(format!("started-{}", self.number))
     }
 
-    /// The task is over: its streams end, and what it has left tells how often it ran.
+    /// Waits for the end of the streams of a task that is over, and checks from its files how often the task ran.
     pub(crate) async fn finish(&self, node: &Node) {
         if let Some(collectors) = &self.collectors {
             let collectors = collectors.lock().await;
@@ -120,13 +121,14 @@ impl TaskFiles {
             }
         }
         for fifo in [&self.dirs.stdout, &self.dirs.stderr] {
-            // A reader that no writer has come to is let go.
+            // Opening the FIFO releases a reader that is still waiting for its first writer.
             let _ = fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(fifo);
         }
         self.check(node).await;
     }
 
-    /// Waits, for some time, until an attempt that runs has left a line of its start: it may not have had a processor yet.
+    /// Waits, for some time, until a running attempt has written the line of its start: it may not have had a processor
+    /// yet.
     pub(crate) async fn started(&self, attempt: u32) {
         let line = attempt.to_string();
         let deadline = tokio::time::Instant::now() + patience() / 12;
@@ -137,7 +139,7 @@ impl TaskFiles {
         }
     }
 
-    /// Holds the log and the starts against the model.
+    /// Checks the log and the starts with the model.
     pub(crate) async fn check(&self, node: &Node) {
         let log = self.log().await;
         node.model().log(self.number, &self.prefix(), &log);
@@ -146,7 +148,7 @@ impl TaskFiles {
     }
 }
 
-/// What a task runs: it notes its start, writes its lines, and ends as it was told to.
+/// The script that a task runs: it notes its start, writes its lines, and ends as its work says.
 pub(crate) fn script(work: Work) -> String {
     let begin = format!("echo $ATTEMPT >> /alloc/data/started-$TASK; trap 'exit {STOPPED}' TERM; trap '' USR1; i=0");
     let line = "echo \"tick $TASK $ATTEMPT $i\"; i=$((i+1))";

@@ -1,10 +1,10 @@
-//! What has been found wrong in a run, for the models of both agents.
+//! The violations that were found in a run, for the models of both agents.
 
 use std::collections::HashMap;
 
 use crate::{model::Init, step::TaskNumber};
 
-/// Each violation once, but for those that are ignored.
+/// Keeps each violation once, except for those that are ignored.
 #[derive(Debug, Default)]
 pub(crate) struct Violations {
     found: Vec<String>,
@@ -12,7 +12,7 @@ pub(crate) struct Violations {
 }
 
 impl Violations {
-    /// Does not mind what contains one of these texts.
+    /// Ignores each violation that contains one of these texts.
     pub(crate) fn ignoring(ignored: &[String]) -> Self {
         Self { found: Vec::new(), ignored: ignored.to_vec() }
     }
@@ -28,7 +28,7 @@ impl Violations {
         }
     }
 
-    /// What is alive at one moment: never two of one task.
+    /// Checks the containers that are alive at one moment: never two of one task.
     pub(crate) fn add_doubles(&mut self, inits: &[Init]) {
         let mut by_task: HashMap<TaskNumber, Vec<Init>> = HashMap::new();
         for init in inits {

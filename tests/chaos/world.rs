@@ -1,4 +1,4 @@
-//! A node and all that is around it, and the playing of steps on it.
+//! A node with all that it needs, and the playing of steps on it.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,15 +31,15 @@ use crate::{
     task::{TaskFiles, script},
 };
 
-/// After the last fault all is in order again within this, on a machine that does something else as well.
+/// Time limit for all to be in order again after the last fault, on a machine that does other work as well.
 fn settled() -> Duration {
     patience()
 }
-/// Remains that nobody claims are gone within this, which is longer than the grace period.
+/// Time limit for the removal of remains that no agent has confirmed. It is longer than the grace period.
 fn swept() -> Duration {
     patience() / 2
 }
-/// Between two looks at what is alive.
+/// Interval between two looks at the live containers.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// A node under test.
@@ -53,26 +53,26 @@ pub(crate) struct World {
     running: Mutex<JoinSet<()>>,
 }
 
-/// What came of a run.
+/// The result of a run.
 pub(crate) struct Outcome {
     pub violations: Vec<String>,
     pub figures: Figures,
     pub history: Vec<String>,
-    /// What the plugins have warned of.
+    /// The last warnings of the plugins.
     pub warnings: Vec<String>,
 }
 
-/// How a node is set up.
+/// The settings of a node.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Setting<'a> {
     pub mode: Mode,
-    /// A step of the driver that is left out.
+    /// A step of the driver that is left out as a planted defect.
     pub plant: Option<&'a str>,
-    /// What is known to be wrong.
+    /// Texts of known defects, which are ignored.
     pub ignored: &'a [String],
 }
 
-/// Plays steps on a node of their own, until all are done or something is wrong.
+/// Plays steps on a new node, until all steps are done or there is a violation.
 pub(crate) async fn play(setting: Setting<'_>, steps: &[Step]) -> Outcome {
     let (world, supervisor) = World::start(setting).await;
     let mode = setting.mode;
@@ -84,7 +84,7 @@ pub(crate) async fn play(setting: Setting<'_>, steps: &[Step]) -> Outcome {
             break;
         }
     }
-    // A part of a history may have no end of its own.
+    // A part of a history may lack the `Clear` step at its end.
     if steps.last() != Some(&Step::Clear) && world.node.model().violations().is_empty() {
         world.step(Step::Clear).await;
     }
@@ -93,9 +93,9 @@ pub(crate) async fn play(setting: Setting<'_>, steps: &[Step]) -> Outcome {
     world.finish(supervisor).await
 }
 
-/// Never may two containers of one task be alive.
+/// Checks all the time that no task has two live containers.
 async fn watch(node: Arc<Node>, mode: Mode) {
-    // What runs in a sandbox does not show outside of it.
+    // Processes in a sandbox can't be seen from outside of it.
     if mode == Mode::Gvisor {
         return;
     }
@@ -152,7 +152,8 @@ impl World {
             Step::Stretch { call, before_ms, after_ms } => self.ground.site.wrappers.stretch(call, before_ms, after_ms),
             Step::Fault(Fault::Reboot { run_dir_stays }) => self.reboot(run_dir_stays).await,
             Step::Fault(fault) => {
-                // A shortage is the serving plugin's; one that is just being started is waited for.
+                // A shortage strikes the plugin that serves the agent, so a plugin that is just being started is waited
+                // for.
                 let _ = self.node.link().await;
                 self.ground.strike(fault).await;
             }
@@ -177,7 +178,7 @@ impl World {
         }
     }
 
-    /// As a power cut does it: everything ends, and a new agent starts.
+    /// Reboots the node as a power cut does: everything ends, and a new agent starts.
     async fn reboot(&self, run_dir_stays: bool) {
         self.node.model().hit(&Hit::All);
         let ground = self.ground.clone();
@@ -231,7 +232,7 @@ impl World {
         (alloc.clone(), network.as_ref().map(|network| network.path().to_owned()))
     }
 
-    /// Faults are over: within some time all is as it must be.
+    /// Waits for the end of all faults, and then, up to a time limit, until all is as it must be.
     async fn settle(&self) {
         self.ground.outlast().await;
         let deadline = self.node.now() + settled();
@@ -259,7 +260,7 @@ impl World {
         self.node.note("settled");
     }
 
-    /// All tasks go: within some time nothing of them is left.
+    /// Ends all tasks, and waits, up to a time limit, until nothing of them is left.
     async fn clear(&self) {
         self.ground.outlast().await;
         for (runner, index) in self.all_runners().into_iter().zip(0..) {
@@ -277,7 +278,7 @@ impl World {
             let env = self.node.env.lock().await;
             leak::alive_within(&env, swept()).await
         };
-        // Files that the test itself keeps in these directories.
+        // Files that the test itself keeps in these directories are not counted.
         left.retain(|line| !line.contains(".filler"));
         self.forget_tasks().await;
         let mut model = self.node.model();
@@ -306,7 +307,8 @@ impl World {
             self.node.listen_to(&plugin);
             plugin.shut_down().await;
         }
-        // A plugin that was killed before it could be connected to has left its socket, as plugins do that are killed.
+        // A plugin that was killed before an agent could connect to it has left its socket behind, as any killed plugin
+        // does.
         for name in leak::entries(&self.node.dir).into_iter().filter(|name| name.starts_with("plugin-")) {
             let _ = fs::remove_file(self.node.dir.join(name));
         }

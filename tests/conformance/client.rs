@@ -1,4 +1,4 @@
-//! docs/protocol/nomad-plugin.md#6.3, rows 24 to 26 and 28: what an agent does to a driver.
+//! docs/protocol/nomad-plugin.md#6.3, rows 24 to 26 and 28: how an agent uses a driver.
 
 use std::{fs, process::Command, time::Duration};
 
@@ -148,7 +148,7 @@ async fn stop_during_a_pull(env: &mut Env) {
     let (mut driver, config) = (env.driver(), task.config.clone());
     let start = tokio::spawn(async move { driver.start_task(StartTaskRequest { task: Some(config) }).await });
     eventually("the pull has begun", async || if registry.requests().is_empty() { Err(()) } else { Ok(()) }).await;
-    // What Nomad does: it stops the task, and gives the call up when that does not help.
+    // Nomad does the same: it stops the task, and cancels the call if that does not help.
     let _ = prompt("StopTask", env.stop(&task, Duration::from_secs(1), "")).await;
     let answer = tokio::time::timeout(patience() / 2, start).await.expect("the start goes on").unwrap();
     assert!(answer.is_err(), "{answer:?}");

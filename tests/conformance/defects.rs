@@ -1,5 +1,5 @@
-//! docs/protocol/nomad-driver-containerd.md#9: the defects B1 to B28 of that driver, each as what its users wanted
-//! instead.
+//! docs/protocol/nomad-driver-containerd.md#9: the defects B1 to B28 of that driver. Each row requires the behaviour
+//! that its users wanted instead.
 
 use std::{fs, time::Duration};
 
@@ -98,7 +98,7 @@ async fn b3_nothing_blocks_inspect(env: &mut Env) {
     prints(env, "true", json!({})).await;
     let config = shell(env, "trap '' TERM; echo ready; while :; do sleep 0.05; done", json!({})).await;
     let mut task = env.prepare(config).await;
-    // From StartTask's call on: the old driver held its lock while it slept.
+    // StartTask and the first call after it must both be prompt: the old driver held its lock while it slept.
     prompt("StartTask", env.try_start(&mut task)).await.unwrap();
     prompt("InspectTask after the start", env.inspect(&task.id)).await.unwrap();
     task.says("ready").await;
@@ -382,7 +382,7 @@ async fn b28_orphans_are_reaped(env: &mut Env) {
     env.kill_plugin().await;
     fs::write(task.dirs.alloc_dir.join("alloc/data/go"), "").unwrap();
     env.start_plugin().await;
-    // Its agent never comes back for it.
+    // No agent asks for this task again.
     let left = leak::of_tasks(env).await;
     assert!(left.is_empty(), "{left:#?}");
 }

@@ -101,7 +101,7 @@ async fn tty_ends_with_its_lead(env: &mut Env) {
     let began = std::time::Instant::now();
     let seen = session(env, &task, "(sleep 30; echo late) & sleep 0.2; echo main", true).await;
     is(&seen, "main\r\n", "", 0);
-    // Nor for one that is never silent.
+    // The session does not wait for a background process that never stops writing either.
     let flood = session(env, &task, "(trap '' HUP; timeout 30 yes) & sleep 0.2; exit 5", true).await;
     assert_eq!(flood.code, Some(5));
     assert!(
@@ -119,7 +119,7 @@ async fn exec_is_inside(env: &mut Env) {
     assert_eq!(env.exec_text(&task, &format!("cat {path}")).await, "inside\n");
     let groups = env.exec_text(&task, "cat /proc/self/cgroup").await;
     if std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        // Upstream wants the scope's name there, and exempts docker, which has a namespace of cgroups.
+        // Nomad's harness expects the scope's name here, and exempts docker, which has a cgroup namespace.
         assert!(groups == "0::/\n" || groups.trim().ends_with(".scope"), "{groups}");
     } else if let Some(freezer) = groups.lines().find(|line| line.contains(":freezer:")) {
         assert!(freezer.split(':').next_back().unwrap().starts_with("/nomad"), "{freezer}");

@@ -1,5 +1,5 @@
-//! Our driver behind one that has a fault: this program again, as a plugin that forwards all calls but one or two.
-//! Rows that don't notice are no rows.
+//! This driver behind a plugin with a fault: this test program runs again as a plugin that forwards all calls but one
+//! or two. A row that does not notice its fault tests nothing.
 
 use std::{
     path::PathBuf,
@@ -40,13 +40,13 @@ use crate::{
 
 const SWITCH: &str = "CONFORMANCE_FAULT";
 
-/// A fault, and the rows that must notice it.
+/// A fault, and the rows that must turn red because of it.
 pub(crate) struct Fault {
     name: &'static str,
-    /// "A driver that …"
+    /// Completes the sentence "A driver that …".
     pub says: &'static str,
     red: &'static [&'static str],
-    /// Some that have nothing to do with it.
+    /// Some rows that the fault does not affect.
     green: &'static [&'static str],
 }
 
@@ -68,14 +68,14 @@ pub(crate) const FAULTS: &[Fault] = &[
     Fault { name: "exec", says: "hands resizes of a session to nobody", red: &["6.1.6", "B13"], green: &["6.1.5"] },
 ];
 
-/// The fault that this process is to have, as a plugin.
+/// Returns the fault that this process must show if it was started as a faulty plugin.
 pub(crate) fn wanted() -> Option<&'static Fault> {
     let name = std::env::var(SWITCH).ok()?;
     FAULTS.iter().find(|fault| fault.name == name)
 }
 
 impl Fault {
-    /// Runs its rows, and some that must not mind.
+    /// Runs the rows that must turn red, and some rows that must stay green.
     pub(crate) fn is_noticed(&self, report: &Report) -> Result<(), Failed> {
         let env = vec![(SWITCH.to_owned(), self.name.to_owned())];
         let driver = PluginCommand { env, ..PluginCommand::new(std::env::current_exe()?) };
@@ -99,7 +99,7 @@ impl Fault {
     }
 }
 
-/// This process as a plugin.
+/// Serves this process as a plugin with the fault.
 pub(crate) fn serve(fault: &'static Fault) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
@@ -155,12 +155,12 @@ impl Faulty {
     }
 }
 
-/// The old driver's five seconds.
+/// Returns the five seconds for which the old driver sleeps, scaled with `patience()`.
 fn long() -> Duration {
     patience() / 12
 }
 
-/// As `async_trait` would write it: it does not look into macros.
+/// Writes the forwarding methods as `async_trait` would write them, since `async_trait` does not expand macros.
 macro_rules! forward {
     ($client:ident: $($call:ident($request:ty) -> $answer:ty;)*) => {
         $(fn $call<'a, 'b>(

@@ -1,5 +1,5 @@
-//! Rows that gVisor can't keep as they are: each with the limit, and with what holds instead, which is looked at in the
-//! row's place. Were gVisor to learn what it can't, these would go red.
+//! Rows that gVisor can't satisfy unchanged. For each, this module names the limit and checks the behaviour that holds
+//! instead. If gVisor removes a limit, the check that replaces the row turns red.
 
 use std::{fs, net::TcpListener};
 
@@ -15,11 +15,11 @@ use crate::{
     support::{Env, Task, eventually},
 };
 
-/// A row's place is taken by this.
+/// A limit of gVisor, with the check that replaces a row.
 pub(crate) struct Limit {
-    /// The row.
+    /// The replaced row's function, by module and name.
     test: &'static str,
-    /// Why gVisor does otherwise.
+    /// Why gVisor behaves differently.
     pub reason: &'static str,
     config: Value,
     run: Run,
@@ -93,7 +93,7 @@ fn limits() -> Vec<Limit> {
     ]
 }
 
-/// The rows as gVisor keeps them, each with the limit where there is one.
+/// Replaces the rows that gVisor has a limit for. Returns each row with its limit, if it has one.
 pub(crate) fn adapt(runtime: &str, rows: Vec<Row>) -> Vec<(Row, Option<&'static str>)> {
     let mut limits = limits();
     if runtime.starts_with("io.containerd.") {
@@ -130,7 +130,7 @@ async fn shim_killed(env: &mut Env) {
 async fn privileged(env: &mut Env) {
     let own = fs::read_to_string("/proc/self/status").unwrap();
     let own = own.lines().find_map(|line| line.strip_prefix("CapBnd:\t")).unwrap();
-    // Raw sockets are for whoever sets runsc's net-raw flag.
+    // runsc withholds CAP_NET_RAW (bit 13) unless its net-raw flag is set.
     let all = u64::from_str_radix(own, 16).unwrap() & !(1 << 13);
     let script = "grep CapBnd /proc/self/status; ls /dev/kmsg /dev/loop-control /dev/loop0 2>/dev/null; mount -t tmpfs none /mnt 2>/dev/null || mkdir -p /m && mount -t tmpfs none /m && echo mounted; echo x 2>/dev/null > /proc/sys/kernel/domainname && echo wrote; true";
     assert_eq!(prints(env, script, json!({"privileged": true})).await, format!("CapBnd:\t{all:016x}\nmounted\n"));
@@ -197,7 +197,7 @@ async fn mounts(env: &mut Env) {
     refused(env, json!({"mounts": mounts})).await;
 }
 
-/// All processes of the sandbox are held to `cpus`, and the task can't tell.
+/// Checks that all processes of the sandbox are bound to `cpus`, and that the task itself does not see this.
 async fn held_to(env: &Env, task: &Task, cpus: &str) {
     eventually(&format!("{CPUSET}: {cpus}"), async || {
         let pids = processes(env, task);
@@ -272,7 +272,7 @@ async fn dns(env: &mut Env) {
     }
 }
 
-/// The row itself, and what is refused without the option.
+/// Runs the original row, and checks that the start is refused without the runtime option `network = "host"`.
 async fn group_network(env: &mut Env) {
     crate::client::group_network(env).await;
     env.plugin.take().unwrap().shut_down().await;

@@ -1,4 +1,4 @@
-//! docs/protocol/nomad-plugin.md#6.3, rows 14 and 15: registries, and the command that an image has.
+//! docs/protocol/nomad-plugin.md#6.3, rows 14 and 15: registries, and an image's own command.
 
 use std::time::Duration;
 

@@ -221,7 +221,7 @@ async fn many_at_once(env: &mut Env) {
         assert_eq!((code, out), (0, n.to_string()));
     }
 
-    // One image, which is slow to come: four want it, one gives up.
+    // Four starts need the same image, which downloads slowly, and one of the four is cancelled.
     let registry = FakeRegistry::start().await;
     let text = nomad_driver_shim::ids::random_hex(8);
     let image = registry.serve(&Image::busybox().with_file("etc/slow", &text), |kind, answer| {
@@ -251,7 +251,7 @@ async fn many_at_once(env: &mut Env) {
     blobs.sort();
     blobs.dedup();
     assert_eq!(all, blobs.len(), "a blob was asked for twice");
-    // A call that was given up may have been finished all the same; its task is destroyed with the row.
+    // The cancelled start may have been completed all the same. In that case its task is destroyed with the row.
     eventually("the one that was given up is decided", async || {
         let _ = env.destroy(&given_up).await;
         let left = processes(env, &given_up);

@@ -27,7 +27,7 @@ pub(crate) fn rows() -> Vec<Row> {
     ]
 }
 
-/// Lets a collector that nobody writes to go.
+/// Opens and closes the FIFO's write end, so that a collector without a writer ends.
 pub(crate) fn release(fifo: &Path) {
     drop(fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(fifo));
 }
@@ -57,7 +57,7 @@ async fn disabled(env: &mut Env) {
     release(&task.dirs.stderr);
 }
 
-/// A process of its own: a thread that blocks in open or read can't be killed.
+/// The first collector is a process, since a thread that blocks in open or read can't be killed.
 async fn a_collector_restarts(env: &mut Env) {
     let script = "n=0; while [ ! -e /alloc/data/go ]; do n=$((n+1)); echo line $n; sleep 0.02; done; echo the end";
     let config = shell(env, script, json!({})).await;
@@ -97,7 +97,7 @@ async fn fifos_stay_private(env: &mut Env) {
 }
 
 pub(crate) async fn without_a_plugin(env: &mut Env) {
-    // More than a pipe holds.
+    // The output is larger than a pipe's buffer.
     let script = "echo first; until [ -e /alloc/data/go ]; do sleep 0.02; done; seq 1 30000; echo done > /alloc/data/over; exit 6";
     let task = env.sh(script).await;
     task.says("first").await;

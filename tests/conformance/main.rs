@@ -1,10 +1,11 @@
-//! What any Nomad driver with images must do, row by row, seen on the wire and in the kernel only: the rows of
-//! docs/protocol/nomad-plugin.md#6, the shell tests of nomad-driver-containerd, and its defects B1 to B28
-//! (docs/protocol/nomad-driver-containerd.md#9).
+//! The conformance suite: what any Nomad driver with images must do, one row for each requirement. The rows look only
+//! at the wire protocol and at the kernel. They come from docs/protocol/nomad-plugin.md#6, from the shell tests of
+//! nomad-driver-containerd, and from its defects B1 to B28 (docs/protocol/nomad-driver-containerd.md#9).
 //!
-//! `make test DRIVER=/path/to/plugin` runs the rows on that driver (its plugin configuration: `DRIVER_CONFIG`, as
-//! JSON), else they run on ours, and then on ours with a fault put in, where the matching rows must go red. A whole
-//! run of ours writes `docs/conformance.md`; a run of another driver, `target/conformance.md`.
+//! `make test DRIVER=/path/to/plugin` runs the rows on that driver, with the plugin configuration `DRIVER_CONFIG`
+//! (JSON). Without `DRIVER`, the rows run on this driver, and then on this driver with faults added, where the matching
+//! rows must turn red. A complete run on this driver writes `docs/conformance.md`; a run on another driver writes
+//! `target/conformance.md`.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -57,7 +58,7 @@ fn rows() -> Vec<Row> {
     parts.into_iter().flatten().collect()
 }
 
-/// Most of a row is waiting.
+/// How many rows run at once. A row spends most of its time waiting.
 const AT_ONCE: usize = 6;
 
 fn main() -> ExitCode {

@@ -1,4 +1,4 @@
-//! docs/protocol/nomad-plugin.md#6.3, rows 16 to 18: the options of a job, seen from inside of the task.
+//! docs/protocol/nomad-plugin.md#6.3, rows 16 to 18: the options of a job, seen from inside the task.
 
 use std::{
     fs,
@@ -172,7 +172,7 @@ async fn limits(env: &mut Env) {
 async fn devices(env: &mut Env) {
     let script = "for i in 0 1; do [ -b /dev/loop$i ] && : < /dev/loop$i && echo loop$i; done; true";
     assert_eq!(prints(env, script, json!({"devices": ["/dev/loop0"]})).await, "loop0\n");
-    // A device plugin's, under another name.
+    // A device from a device plugin, under another name in the task.
     let config = shell(env, "[ -c /dev/given ] && head -c 1 /dev/given | wc -c", json!({})).await;
     let task = start_with(env, config, |config| {
         config.devices.push(Device {
@@ -238,14 +238,14 @@ async fn mounts(env: &mut Env) {
 async fn volumes(env: &mut Env) {
     let volume = SharedVolume::new(env.dir.join("volume"));
     let task = with_volume(env, &volume).await;
-    // What the host mounts later arrives where the job says so.
+    // A mount that the host makes later appears only where the job has asked for propagation.
     tmpfs(&volume.0.join("later"));
     let seen = env.exec_text(&task, "grep -o ' /r[wo]/later ' /proc/self/mountinfo || true").await;
     assert_eq!(seen, " /rw/later \n");
     env.destroy(&task).await.unwrap();
 }
 
-/// A task that has the volume twice, to write to and not, and has done both.
+/// Starts a task that has the volume twice, writable and read-only, and that has tried to write to both.
 pub(crate) async fn with_volume(env: &mut Env, volume: &SharedVolume) -> Task {
     let volume = &volume.0;
     fs::write(volume.join("f"), "from the host\n").unwrap();
@@ -269,7 +269,7 @@ pub(crate) async fn with_volume(env: &mut Env, volume: &SharedVolume) -> Task {
     task
 }
 
-/// A file system whose mounts are passed on.
+/// A file system with shared mount propagation.
 pub(crate) struct SharedVolume(pub PathBuf);
 
 impl SharedVolume {

@@ -1,4 +1,4 @@
-//! docs/protocol/nomad-driver-containerd.md#10: that driver's own eleven shell tests, as behaviours.
+//! docs/protocol/nomad-driver-containerd.md#10: the eleven shell tests of that driver, as behaviours.
 
 use std::fs;
 
@@ -37,7 +37,7 @@ pub(crate) fn rows() -> Vec<Row> {
 }
 
 pub(crate) async fn redis(env: &mut Env) {
-    // The image is here by then.
+    // The first task pulls the image, so that the measured start does not include the pull.
     prints(env, "true", json!({})).await;
     let options = json!({"hostname": "foobar", "seccomp": true, "cwd": "/home/redis"});
     let config = shell(env, "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done", options).await;
@@ -75,7 +75,7 @@ async fn capabilities(env: &mut Env) {
     assert!(said.contains("Read-only file system"), "{said}");
 }
 
-/// A task with some more and some less, on a root that is read-only.
+/// Starts a task with some capabilities added, some dropped, and a read-only root file system.
 pub(crate) async fn with_capabilities(env: &mut Env) -> Task {
     let options = json!({
         "readonly_rootfs": true, "cap_add": ["CAP_SYS_ADMIN", "CAP_IPC_OWNER", "CAP_IPC_LOCK"],

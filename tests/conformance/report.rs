@@ -1,4 +1,4 @@
-//! The table of rows, as the run saw them.
+//! The table of rows, with the results of this run.
 
 use std::{fmt::Write as _, fs, path::Path, sync::Mutex};
 
@@ -11,7 +11,7 @@ struct Line {
     verdict: Verdict,
 }
 
-/// What has been seen so far.
+/// The results so far.
 #[derive(Default)]
 pub(crate) struct Report {
     lines: Mutex<Vec<Line>>,
@@ -36,7 +36,8 @@ impl Report {
         self.faults.lock().unwrap().push((says, red.to_vec()));
     }
 
-    /// Writes the page and says how it went. A part of the rows, or a red one of ours, leaves the page as it is.
+    /// Writes the page and prints the totals. The page of this driver stays as it is if only some of the rows ran or if
+    /// a row is red.
     pub(crate) fn finish(&self, driver: Option<&Path>, sandboxed: Option<&str>, whole: bool) {
         let order: Vec<&str> = crate::rows().iter().map(|row| row.id).collect();
         let mut lines = self.lines.lock().unwrap();
@@ -94,12 +95,12 @@ impl Report {
     }
 }
 
-/// What follows is written by runs with a runtime of gVisor's.
+/// The head of the sections that runs with a gVisor runtime write.
 const SANDBOXES: &str = "\n## In a gVisor sandbox\n\n\
     `make test-gvisor` runs the same rows with gVisor as the default runtime. All rows are green except those listed \
     here. For a listed row, the suite checks what gVisor does instead (`tests/conformance/gvisor.rs`).\n";
 
-/// The runtime's own part; those of other runtimes stay.
+/// Replaces the section of `runtime` in `before`, and keeps the sections of other runtimes.
 fn section(runtime: &str, sum: &str, lines: &[Line], before: &str) -> String {
     let head = |runtime: &str| format!("\n### `{runtime}`\n\n");
     let own = head(runtime);

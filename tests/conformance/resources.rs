@@ -99,7 +99,7 @@ async fn weights(env: &mut Env) {
         let seen: u64 = limit(env, &task, ("cpu", "cpu.shares"), "cpu.weight").parse().unwrap();
         match Cgroups::detect().unwrap().mode() {
             CgroupMode::V1 => assert_eq!(seen, expected),
-            // Runtimes differ in how they turn shares into a weight.
+            // Runtimes convert shares into a weight in different ways.
             CgroupMode::V2 => weights.push(seen),
         }
         env.destroy(&task).await.unwrap();
@@ -111,11 +111,11 @@ async fn weights(env: &mut Env) {
     assert_eq!(env.finish_task(task).await.1, "Cpus_allowed_list:\t0\n");
 }
 
-/// A pool of processors as Nomad's client makes it, apart from Nomad's own.
+/// A pool of processors as Nomad's client makes it, outside Nomad's own cgroups.
 pub(crate) struct Pool {
-    /// Where its processors are said.
+    /// The cgroup that sets the pool's processors.
     dir: PathBuf,
-    /// What Nomad tells a driver.
+    /// The cgroup path that Nomad passes to a driver.
     pub told: String,
     parent: String,
 }
@@ -156,7 +156,7 @@ impl Pool {
         }
     }
 
-    /// A task that Nomad puts there.
+    /// Starts a task in the pool, as Nomad does.
     pub(crate) async fn task(&self, env: &mut Env) -> Task {
         let config = shell(env, "sleep 600", json!({})).await;
         start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&self.told)).await
@@ -223,7 +223,8 @@ async fn statistics(env: &mut Env) {
         assert!(!memory.measured_fields.is_empty() && memory.usage.max(memory.rss) > 0, "{memory:?}");
         percents.push(cpu.percent);
     }
-    // A busy loop may get less than a core on a shared machine, but never a thousand times less, or more than all.
+    // On a shared machine, a busy loop may get less than a core, but not a thousand times less, and not more than all
+    // cores.
     let cores = std::thread::available_parallelism().unwrap().get();
     #[allow(clippy::cast_precision_loss)]
     let all = cores as f64 * 110.0;
@@ -234,7 +235,7 @@ async fn statistics(env: &mut Env) {
     while sample(&mut stream).await.is_some() {}
 }
 
-/// For B12.
+/// Returns whether all `wanted` fields are reported. Row B12 uses it.
 pub(crate) fn has(fields: &[i32], wanted: &[MemoryField]) -> bool {
     wanted.iter().all(|field| fields.contains(&i32::from(*field)))
 }

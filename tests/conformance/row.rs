@@ -1,4 +1,4 @@
-//! A row: a promise, and the function that looks whether a driver keeps it.
+//! A row: a promise, and the function that checks whether a driver keeps it.
 
 use std::{any::Any, cell::RefCell, future::Future, panic::AssertUnwindSafe, pin::Pin, time::Duration};
 
@@ -11,33 +11,33 @@ use crate::support::{Env, EnvOptions, NotApplicable, leak, patience};
 pub(crate) type Run = for<'a> fn(&'a mut Env) -> Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 pub(crate) struct Row {
-    /// Its number in docs/protocol/nomad-plugin.md#6 (`6.3.4`) or docs/protocol/nomad-driver-containerd.md#9 (`B6`,
-    /// `001-test-redis`).
+    /// The row's number in docs/protocol/nomad-plugin.md#6 (`6.3.4`) or docs/protocol/nomad-driver-containerd.md#9
+    /// (`B6`, `001-test-redis`).
     pub id: &'static str,
     /// What a driver promises.
     pub says: &'static str,
-    /// The function, by module and name.
+    /// The row's function, by module and name.
     pub test: String,
-    /// Merged over the plugin's configuration; what a driver's schema does not know is left out.
+    /// Merged over the plugin's configuration. Options that a driver's schema does not know are left out.
     config: Value,
-    /// Is ours to run under the old driver's name?
+    /// Whether this driver runs the row under the name `containerd-driver`.
     drop_in: bool,
     run: Run,
 }
 
-/// What came of a row.
+/// The result of a row.
 #[derive(Clone)]
 pub(crate) enum Verdict {
     Green,
-    /// With the reason.
+    /// The row failed, for this reason.
     Red(String),
-    /// The driver has no such option, or this machine no such thing.
+    /// The driver lacks an option, or this machine lacks something, that the row needs.
     NotApplicable(String),
-    /// The runtime can't; what holds instead was seen.
+    /// The runtime has a limit, and the check that replaces the row passed.
     Limited(&'static str),
 }
 
-/// `row!(function, id, promise)`.
+/// Makes a row: `row!(function, id, promise)`.
 #[macro_export]
 macro_rules! row {
     ($test:ident, $id:literal, $says:literal) => {
@@ -59,7 +59,7 @@ impl Row {
         Self { drop_in: true, ..self }
     }
 
-    /// The same row, looked at in another way.
+    /// Returns the same row with another check.
     pub(crate) fn kept_as(self, config: Value, run: Run) -> Self {
         let config = if config == json!({}) { self.config.clone() } else { config };
         Self { config, run, ..self }
@@ -69,7 +69,8 @@ impl Row {
         format!("{} {}", self.id, self.test)
     }
 
-    /// Runs it on `driver`, or on ours, with a plugin and directories of its own, and clears away what it has left.
+    /// Runs the row on `driver`, or on this driver, with a plugin and directories of its own, and removes what the row
+    /// has left.
     pub(crate) fn run(&self, driver: Option<PluginCommand>) -> Verdict {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let verdict = runtime.block_on(async {
@@ -108,7 +109,7 @@ impl Verdict {
     }
 }
 
-/// Destroys what a row has started: a green one may have left nothing else.
+/// Destroys the tasks that a row has started. A green row must have left nothing else.
 async fn clear(mut env: Env, verdict: Verdict) -> Verdict {
     let Some(plugin) = env.plugin.take() else { return verdict };
     let asked = std::mem::take(&mut *env.asked.lock().unwrap());
@@ -124,7 +125,7 @@ async fn clear(mut env: Env, verdict: Verdict) -> Verdict {
     if let Some(plugin) = env.plugin.take() {
         plugin.shut_down().await;
     }
-    // What stays beside the tasks is every driver's own affair.
+    // Only this driver must also leave nothing other than tasks: another driver may keep such objects.
     if let (Verdict::Green, false) = (&verdict, env.foreign) {
         leaks.extend(leak::afterwards(&env).await);
     }
@@ -135,7 +136,7 @@ thread_local! {
     static SAID: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Panics are rows' verdicts, not output.
+/// Keeps panic messages as the rows' verdicts instead of printing them.
 pub(crate) fn keep_quiet() {
     std::panic::set_hook(Box::new(|info| {
         let payload = info.payload();

@@ -1,4 +1,4 @@
-//! What can be seen of a task without knowing its driver.
+//! Observations of a task that need no knowledge of its driver.
 
 use std::{
     fs,
@@ -16,12 +16,13 @@ use serde_json::{Value, json};
 
 use crate::support::{Env, Task, eventually, leak, not_applicable, patience, services};
 
-/// What no row's work takes, and what the defects it looks for do: five seconds, the kill timeout.
+/// Returns a duration (4 s by default) that no correct call takes. The defects take longer: five seconds, or the kill
+/// timeout.
 pub(crate) fn promptly() -> Duration {
     patience() / 15
 }
 
-/// `future`, which must not take as long as the defects do.
+/// Awaits `future`, which must not take as long as the defects do.
 pub(crate) async fn prompt<T>(what: &str, future: impl Future<Output = T>) -> T {
     let began = tokio::time::Instant::now();
     let answer = future.await;
@@ -29,14 +30,14 @@ pub(crate) async fn prompt<T>(what: &str, future: impl Future<Output = T>) -> T 
     answer
 }
 
-/// A shell in busybox that runs `script`, with further options.
+/// The configuration of a shell in busybox that runs `script`, with further options.
 pub(crate) async fn shell(env: &Env, script: &str, options: Value) -> Value {
     let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     config
 }
 
-/// What a shell with these options prints on its standard output.
+/// Runs a shell with these options and returns its standard output.
 pub(crate) async fn prints(env: &mut Env, script: &str, options: Value) -> String {
     let config = shell(env, script, options).await;
     let (code, out, err) = env.run(config).await;
@@ -44,7 +45,7 @@ pub(crate) async fn prints(env: &mut Env, script: &str, options: Value) -> Strin
     out
 }
 
-/// Why a shell with these options is not started.
+/// Returns the error text with which the start of a shell with these options is refused.
 pub(crate) async fn refused(env: &mut Env, options: Value) -> String {
     let config = shell(env, "true", options.clone()).await;
     let mut task = env.prepare(config).await;
@@ -54,7 +55,7 @@ pub(crate) async fn refused(env: &mut Env, options: Value) -> String {
     }
 }
 
-/// A task prepared, changed and started.
+/// Prepares a task, applies `change` to its configuration, and starts it.
 pub(crate) async fn start_with(env: &mut Env, config: Value, change: impl FnOnce(&mut TaskConfig)) -> Task {
     let mut task = env.prepare(config).await;
     change(&mut task.config);
@@ -70,18 +71,18 @@ pub(crate) fn memory(config: &mut TaskConfig) -> &mut AllocatedMemoryResources {
     config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap().memory.as_mut().unwrap()
 }
 
-/// Shell code: a process that shows in `/alloc/data/NAME` that it lives.
+/// Shell code of a process that writes to `/alloc/data/NAME` as long as it lives.
 pub(crate) fn beat(name: &str) -> String {
     format!("while :; do echo . >> /alloc/data/{name}; sleep 0.05; done")
 }
 
-/// Waits until the process of a [`beat`] lives.
+/// Waits until the process of a [`beat`] has started.
 pub(crate) async fn beats(task: &Task, name: &str) {
     let path = task.dirs.alloc_dir.join("alloc/data").join(name);
     eventually(&format!("{name} beats"), async || if path.exists() { Ok(()) } else { Err(()) }).await;
 }
 
-/// The process of a [`beat`] is gone.
+/// Waits until the process of a [`beat`] is gone.
 pub(crate) async fn is_still(task: &Task, name: &str) {
     let path = task.dirs.alloc_dir.join("alloc/data").join(name);
     let size = || fs::metadata(&path).unwrap().len();
@@ -93,7 +94,7 @@ pub(crate) async fn is_still(task: &Task, name: &str) {
     .await;
 }
 
-/// The value of a file of the task's cgroup: `v1` as controller and name, or `v2`.
+/// Returns the content of a file in the task's cgroup: `v1` is controller and file name, `v2` is the file name.
 pub(crate) fn limit(env: &Env, task: &Task, v1: (&str, &str), v2: &str) -> String {
     let unified = Cgroups::detect().unwrap().mode() == CgroupMode::V2;
     let (controller, file) = if unified { ("", v2) } else { v1 };
@@ -105,7 +106,7 @@ pub(crate) fn limit(env: &Env, task: &Task, v1: (&str, &str), v2: &str) -> Strin
     found.unwrap_or_else(|| panic!("no cgroup of {} has {file}", task.dirs.alloc_id)).trim().to_owned()
 }
 
-/// Processes of the task on the host, by its cgroups.
+/// Returns the task's processes on the host, found by its cgroups.
 pub(crate) fn processes(env: &Env, task: &Task) -> Vec<i32> {
     let groups = leak::cgroups(env)
         .into_iter()
@@ -125,7 +126,7 @@ pub(crate) fn processes(env: &Env, task: &Task) -> Vec<i32> {
     pids
 }
 
-/// The parent of the task's first process: the shim, or what another driver has in its place.
+/// Returns the parent of the task's first process: the shim, or the process that another driver uses instead.
 pub(crate) fn keeper(env: &Env, task: &Task) -> i32 {
     let pids = processes(env, task);
     let outside = pids.iter().filter_map(|pid| parent_of(*pid)).find(|parent| !pids.contains(parent) && *parent > 1);
@@ -145,7 +146,7 @@ pub(crate) fn kill(pid: i32) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
 }
 
-/// A containerd that may be killed, in the place of the plugin's: its directory.
+/// Starts a containerd that the test may kill, restarts the plugin with it, and returns containerd's directory.
 pub(crate) async fn own_containerd(env: &mut Env) -> PathBuf {
     if env.config["containerd"]["address"].is_null() {
         not_applicable("its containerd can't be chosen");

@@ -1,5 +1,5 @@
-//! What a sandbox has of its host: its processes are bounded as those of any task, and the keeper of its exit code has
-//! no rights to lose.
+//! The host resources of a sandbox: its processes are limited like those of any task, and its sandbox supervisor has no
+//! privileges to lose.
 
 use std::fs;
 
@@ -13,7 +13,8 @@ fn cgroup_file(env: &support::Env, alloc: &str, name: &str) -> String {
     groups.filter_map(|path| fs::read_to_string(path.join(name)).ok()).next().unwrap_or_default().trim().to_owned()
 }
 
-/// Of a sandbox, the operator's limit counts what it has on the host. One that wants more may end; the host does not care.
+/// For a sandbox, the operator's limit counts its processes and threads on the host. A sandbox that exceeds the limit
+/// may end, but the host is not affected.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn a_sandbox_stays_within_the_operators_limit_of_processes() {
@@ -61,7 +62,7 @@ async fn the_keeper_of_an_exit_code_has_no_rights() {
         if confined { Ok(()) } else { Err(status) }
     })
     .await;
-    // It still does what it is there for.
+    // The confined sandbox supervisor still reports the exit code.
     env.signal(&task, "SIGKILL").await.unwrap();
     assert_eq!(env.wait(&task).await.exit_code, 137);
     env.destroy(&task).await.unwrap();

@@ -1,4 +1,4 @@
-//! Parts of a sandbox that die, and a runsc that goes while tasks of it run.
+//! Parts of a sandbox that are killed, and a runsc that is removed while its tasks run.
 
 use std::{fs, path::PathBuf, time::Instant};
 
@@ -22,7 +22,8 @@ fn part(env: &Env, task: &Task, name: &str) -> i32 {
     found.unwrap_or_else(|| panic!("no {name} in {all:?}")).0
 }
 
-/// A task whose sandbox or file server is killed: told at once and truly, and nothing is left.
+/// Kills the sandbox or the file server of a task. The end must be reported at once and correctly, and nothing may be
+/// left.
 async fn killed(name: &str) {
     for runtime in SPELLINGS {
         let mut env = sandboxed(runtime, json!({})).await;
@@ -50,7 +51,7 @@ async fn a_killed_file_server_is_told() {
     killed("runsc-gofer").await;
 }
 
-/// A runsc of the test's own.
+/// Copies runsc, so that the test can remove its copy.
 fn own_runsc(env_dir: &str) -> PathBuf {
     let installed = nomad_driver_shim::process::which("runsc".as_ref()).expect("runsc is in PATH: make test-gvisor");
     let own = PathBuf::from(env_dir).join("runsc");
@@ -73,7 +74,7 @@ async fn a_removed_runsc_serves_its_tasks_to_their_ends() {
         }
         let aside = runsc.with_extension("aside");
         fs::rename(&runsc, &aside).unwrap();
-        // The next plugin does not find it either.
+        // After its restart, the plugin does not find runsc either.
         env.kill_plugin().await;
         env.start_plugin().await;
         env.recover(&stopped).await.unwrap();
@@ -83,7 +84,7 @@ async fn a_removed_runsc_serves_its_tasks_to_their_ends() {
         assert_eq!(env.wait(&stopped).await.exit_code, 9, "{runtime}");
         kill(part(&env, &killed, "runsc-sandbox"));
         assert!(env.wait(&killed).await.exit_code != 0, "{runtime}");
-        // Closed to new tasks: never a weaker runtime instead.
+        // New tasks are refused: the driver never uses a weaker runtime instead.
         let config = sh(&env, "true", json!({})).await;
         let mut third = env.prepare(config).await;
         let why = env.try_start(&mut third).await.unwrap_err().message().to_owned();
@@ -112,8 +113,8 @@ async fn a_killed_shim_and_a_killed_keeper_are_survived() {
     }
 }
 
-/// gVisor's own shim has a process of ours beside it, which knows how a sandbox ends. Without it, runsc is asked as the
-/// shim does by itself.
+/// Each sandbox of gVisor's own shim has a sandbox supervisor of this driver, which notes how the sandbox ends. Without
+/// the supervisor, runsc is asked for the exit code, as the shim does by default.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn a_killed_keeper_takes_nothing_along() {

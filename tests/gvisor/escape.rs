@@ -1,5 +1,5 @@
-//! Ways out of a container that a sandbox closes, each seen to be open where the confinement is taken away: so that the
-//! probe is one.
+//! Ways out of a container that a sandbox closes. Each probe must also succeed once the confinement is removed, which
+//! proves that the probe works.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{SPELLINGS, sandboxed, sh, support::Env};
 
-/// What a task says that tries something: `in`, or `out`.
+/// Runs a task that tries `script`. Returns `in` if the script succeeded, else `out`.
 async fn tries(env: &mut Env, script: &str, options: Value) -> String {
     let config = sh(env, &format!("({script}) > /dev/null 2>&1 && echo in || echo out"), options).await;
     let (code, out, err) = env.run(config).await;
@@ -15,7 +15,7 @@ async fn tries(env: &mut Env, script: &str, options: Value) -> String {
     out.trim().to_owned()
 }
 
-/// As open as a container can be: no sandbox, no confinement.
+/// Options of a container that is as open as possible: no sandbox, no confinement.
 fn open() -> Value {
     json!({"runtime": "crun", "privileged": true})
 }
@@ -46,23 +46,23 @@ fn allowed() -> Value {
 async fn ways_out_are_closed() {
     for runtime in SPELLINGS {
         let mut env = sandboxed(runtime, allowed()).await;
-        // Mounts.
+        // A mount in the task.
         probe(&mut env, "mkdir -p /m && mount -t tmpfs none /m", json!({"cap_add": ["SYS_ADMIN"]})).await;
-        // The kernel's parameters: gVisor's are not the host's, whoever writes.
+        // Kernel parameters: gVisor's are not the host's, even for a privileged task.
         let script = "echo probe > /proc/sys/kernel/domainname && grep probe /proc/sys/kernel/domainname";
         probe(&mut env, script, open()).await;
         assert_eq!(tries(&mut env, script, json!({"privileged": true})).await, "out", "privileged, in the sandbox");
-        // Raw sockets.
+        // A raw socket.
         let script = "ping -c 1 -W 2 127.0.0.1";
         probe(&mut env, script, json!({"runtime": "raw", "cap_add": ["NET_RAW"]})).await;
         assert_eq!(tries(&mut env, script, json!({"cap_add": ["NET_RAW"]})).await, "out", "without runsc's flag");
-        // What ptrace(2) would need of a process of the host: its memory and environment.
+        // The objects of a host process that ptrace(2) would reach: its memory and environment.
         let host = std::process::id();
         let script = format!("grep -q . /proc/{host}/environ && cat /proc/{host}/maps");
         probe(&mut env, &script, with(open(), "pid_mode", json!("host"))).await;
-        // Devices by their numbers.
+        // A device, by its numbers.
         probe(&mut env, "mknod /d b 7 0 && head -c 1 /d", open()).await;
-        // The host's files.
+        // A file of the host.
         let secret = env.dir.join("secret");
         fs::write(&secret, "of the host").unwrap();
         let path = secret.display();

@@ -1,4 +1,5 @@
-//! Exit codes, fifty times each: gVisor's own shim asks the sandbox for them, which may be gone by then.
+//! Exit codes, fifty times each. gVisor's own shim asks the sandbox for the exit code, and the sandbox may be gone by
+//! then.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ const TIMES: usize = 50;
 const AT_ONCE: usize = 3;
 const MIB: i64 = 1 << 20;
 
-/// What a task does, and what is to be told of it.
+/// How a task ends, and with which result.
 #[derive(Clone, Copy, Debug)]
 enum Case {
     Exits(i32),
@@ -58,7 +59,7 @@ async fn fifty(runtime: &str) {
                 let told = (result.exit_code, result.oom_killed);
                 let good = match case {
                     Case::Exits(code) => told == (code, false),
-                    // Nomad's clients write a death by signal either way.
+                    // Nomad's clients report a death by signal in either of these ways.
                     Case::Killed => (told.0 == 137 || result.signal == 9) && !told.1,
                     Case::OutOfMemory => (told.0 == 137 || result.signal == 9) && told.1,
                 };

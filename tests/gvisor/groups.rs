@@ -1,4 +1,5 @@
-//! Sandboxes in groups' network namespaces: alone with a network stack of their own, together with the kernel's.
+//! Sandboxes in groups' network namespaces: a sandbox alone has a network stack of its own; a sandbox that shares the
+//! namespace uses the kernel's.
 
 use std::{
     path::Path,
@@ -13,7 +14,7 @@ use crate::{
     support::{Env, Task, eventually, services::run},
 };
 
-/// A host with a bridge in a namespace, and groups' namespaces at it.
+/// A namespace with a bridge that acts as the host, and the groups' namespaces that are connected to the bridge.
 struct Bridge {
     host: String,
     groups: Vec<String>,
@@ -57,7 +58,7 @@ impl Bridge {
         Some(NetworkIsolationSpec { mode: 1, path, ..Default::default() })
     }
 
-    /// What `ip` says of a group's addresses and routes.
+    /// Returns the addresses and routes that `ip` shows for a group.
     fn seen(&self, n: usize) -> (String, String) {
         let ip = |words: &str| {
             let output = Command::new("ip").args(["-n", &self.groups[n]]).args(words.split(' ')).output().unwrap();
@@ -106,7 +107,7 @@ fn mixed() -> Value {
     json!({"runtime": {"mixed": {"binary": "runsc", "network": "host"}}})
 }
 
-/// One group is a sandbox with its own network stack, the other mixes a sandbox with a task without one.
+/// The first group is a sandbox with its own network stack. The second has a sandbox and a task without one.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn two_groups_one_mixed_reach_each_other() {
@@ -124,7 +125,8 @@ async fn two_groups_one_mixed_reach_each_other() {
         reaches(&env, task, "127.0.0.1:8080", "boxed").await;
         reaches(&env, task, "127.0.0.1:9090", "side").await;
     }
-    // The sandbox has the addresses, and gives them back: to its successor, whoever dies meanwhile.
+    // A running sandbox takes the addresses out of the namespace and gives them back when it is destroyed. The next
+    // sandbox gets them, and keeps them if the plugin dies.
     assert!(!bridge.seen(0).0.contains(&first), "{:?}", bridge.seen(0));
     env.destroy(&alone).await.unwrap();
     assert_eq!(bridge.seen(0), before);
@@ -156,7 +158,8 @@ impl Drop for Stranger {
     }
 }
 
-/// A sandbox with its own network stack shares its group's namespace with nobody, and says so to whoever comes second.
+/// A sandbox with its own network stack does not share its group's namespace. A second task is refused with that
+/// reason.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn what_can_not_work_is_refused() {
@@ -169,7 +172,7 @@ async fn what_can_not_work_is_refused() {
         let why = env.try_start(&mut other).await.unwrap_err().message().to_owned();
         assert!(why.contains("network = \"host\"") && why.contains("\"web\""), "{why}");
     }
-    // The refused have changed nothing: the sandbox still has the addresses.
+    // The refused starts have changed nothing: the sandbox still has the addresses.
     assert!(!bridge.seen(0).0.contains(&Bridge::address(0)));
     env.destroy(&alone).await.unwrap();
     assert_eq!(bridge.seen(0), before);
@@ -180,7 +183,7 @@ async fn what_can_not_work_is_refused() {
     assert!(why.contains("needs the group's namespace") && why.contains("task \"web\""), "{why}");
     env.destroy(&side).await.unwrap();
 
-    // Another driver's, such as a side-car.
+    // A process of another driver, such as a sidecar.
     let child = Command::new("ip").args(["netns", "exec", &bridge.groups[1], "sleep", "600"]).spawn().unwrap();
     let _stranger = Stranger(child);
     eventually("a stranger in the namespace", async || {

@@ -1,6 +1,6 @@
-//! What is different in a gVisor sandbox: exit codes by both of its spellings, the confinement, deaths of its parts,
-//! groups, settings. `make test-gvisor` builds runsc and gVisor's shim and runs these; they are left out of `make test`,
-//! since building them needs Go, and a missing runsc is a failure here.
+//! What is different in a gVisor sandbox: exit codes with both of gVisor's runtime names, the confinement, deaths of a
+//! sandbox's parts, groups, settings. `make test-gvisor` builds runsc and gVisor's shim and runs these tests. `make
+//! test` leaves them out, since the build needs Go. A missing runsc is a failure here.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -25,24 +25,24 @@ mod settings;
 use serde_json::{Value, json};
 use support::{Env, EnvOptions};
 
-/// Both of gVisor's spellings.
+/// Both names of gVisor's runtime.
 pub const SPELLINGS: [&str; 2] = ["runsc", "io.containerd.runsc.v1"];
 
-/// A plugin whose tasks are in sandboxes.
+/// Starts a plugin whose tasks run in sandboxes.
 pub(crate) async fn sandboxed(runtime: &str, config: Value) -> Env {
     let mut config = config;
     config["default_runtime"] = json!(runtime);
     Env::with(EnvOptions { config, ..EnvOptions::default() }).await
 }
 
-/// A shell in busybox.
+/// The configuration of a shell in busybox.
 pub(crate) async fn sh(env: &Env, script: &str, options: Value) -> Value {
     let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     config
 }
 
-/// Processes of the host in a task's cgroup, with their command lines.
+/// Returns the host's processes in a task's cgroup, with their command lines.
 pub(crate) fn processes(env: &Env, alloc: &str) -> Vec<(i32, String)> {
     let groups = support::leak::cgroups(env).into_iter().filter(|path| path.to_str().unwrap().contains(alloc));
     let lists = groups.filter_map(|path| std::fs::read_to_string(path.join("cgroup.procs")).ok());

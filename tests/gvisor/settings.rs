@@ -1,4 +1,5 @@
-//! `runtime "NAME" {}` of gVisor's: what is set is what happens, and what does not work here is never used.
+//! The block `runtime "NAME" {}` for gVisor: each setting takes effect, and a platform that does not work here is never
+//! used.
 
 use std::{collections::HashMap, fs};
 
@@ -10,7 +11,7 @@ use crate::{
     support::{Env, EnvOptions, patience, script},
 };
 
-/// Attributes of the node, once `done` with them.
+/// Returns the node's attributes, as soon as `done` accepts them.
 async fn attributes(env: &Env, done: impl Fn(&HashMap<String, String>) -> bool) -> HashMap<String, String> {
     let mut stream = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
     loop {
@@ -54,7 +55,7 @@ async fn the_node_says_which_sandboxes_it_has() {
     env.finish().await;
 }
 
-/// A platform that hangs is seen once, in the background, and never used.
+/// A platform that hangs is detected once, in the background, and is never used.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn a_platform_that_hangs_is_not_used() {
@@ -91,7 +92,7 @@ async fn with(config: Value, look: impl AsyncFnOnce(&mut Env)) {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn what_is_set_is_what_happens() {
-    // Where a task's writes go.
+    // The overlay setting decides where a task's writes are stored.
     for (overlay, on_the_host) in [(json!({}), false), (json!({"overlay": "none"}), true)] {
         with(overlay, async |env| {
             let config = sh(env, "echo x > /written; echo ready; sleep 600", json!({})).await;
@@ -104,7 +105,7 @@ async fn what_is_set_is_what_happens() {
         })
         .await;
     }
-    // Its debug logs, and what else runsc is told.
+    // The debug logs, and further flags and settings of runsc.
     let logs = tempfile::tempdir().unwrap();
     with(json!({"debug_log": logs.path(), "flags": ["net-raw"], "file_access": "shared"}), async |env| {
         let config = sh(env, "ping -c 1 -W 5 127.0.0.1 > /dev/null && echo raw", json!({"cap_add": ["NET_RAW"]})).await;
@@ -115,7 +116,7 @@ async fn what_is_set_is_what_happens() {
         }
     })
     .await;
-    // No limits.
+    // A sandbox without cgroup limits.
     with(json!({"cgroups": false}), async |env| {
         let config = sh(env, "sleep 600", json!({})).await;
         let task = env.start(config).await;

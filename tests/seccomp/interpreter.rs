@@ -1,8 +1,8 @@
-//! Runs a seccomp program as the kernel would.
+//! Runs a seccomp program as the kernel does.
 
 use seccompiler::sock_filter;
 
-/// What the kernel shows a filter (linux/seccomp.h).
+/// The data that the kernel passes to a filter (linux/seccomp.h).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Call {
     pub number: u32,
@@ -16,7 +16,7 @@ impl Call {
         match offset {
             0 => self.number,
             4 => self.arch,
-            // The instruction pointer: no rule looks at it.
+            // The instruction pointer, which no rule reads.
             8 | 12 => 0,
             16..64 if offset.is_multiple_of(8) => argument((offset - 16) / 8) as u32,
             16..64 if offset % 8 == 4 => (argument((offset - 16) / 8) >> 32) as u32,
@@ -25,8 +25,8 @@ impl Call {
     }
 }
 
-/// Classic BPF as the kernel's seccomp takes it (kernel/seccomp.c, `seccomp_check_filter`); what else a program could
-/// hold makes the test fail.
+/// Interprets classic BPF as the kernel's seccomp accepts it (kernel/seccomp.c, `seccomp_check_filter`). Any other
+/// instruction makes the test fail.
 pub(crate) fn verdict(program: &[sock_filter], call: &Call) -> u32 {
     let (mut at, mut a) = (0_usize, 0_u32);
     loop {

@@ -1,5 +1,5 @@
-//! Our seccomp programs against libseccomp's: both are run in an interpreter, for every number on every architecture,
-//! and for arguments at the edges of every rule, with and without bits that the kernel drops.
+//! Compares this driver's seccomp programs with libseccomp's. Both run in an interpreter, for every number on every
+//! architecture, and for arguments at the edges of every rule, with and without bits that the kernel drops.
 
 mod interpreter;
 mod kernel;
@@ -16,7 +16,7 @@ use nomad_driver_shim::rootfs::{
 };
 use oci_spec::runtime::{Arch, LinuxSeccomp};
 
-/// With `AUDIT_ARCH_*` of linux/audit.h.
+/// The architectures, each with its `AUDIT_ARCH_*` of linux/audit.h.
 const ARCHITECTURES: [(Arch, ScmpArch, Machine, u32); 5] = [
     (Arch::ScmpArchX86_64, ScmpArch::X8664, Machine::X86_64, 0xc000_003e),
     (Arch::ScmpArchX86, ScmpArch::X86, Machine::X86, 0x4000_0003),
@@ -29,7 +29,7 @@ fn scmp(arch: Arch) -> ScmpArch {
     ARCHITECTURES.iter().find(|(name, ..)| *name == arch).expect("an architecture").1
 }
 
-/// The host's architecture, and those that run on it.
+/// Returns the host's architecture, and those that its kernel also runs.
 fn family(host: Arch) -> &'static [Arch] {
     match host {
         Arch::ScmpArchX86_64 => &[Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32],
@@ -50,7 +50,7 @@ fn capabilities(names: &[&str]) -> Capabilities {
     Capabilities::parse(&names).expect("capabilities")
 }
 
-/// A profile's text, resolved for a task without capabilities on x86-64.
+/// Returns a profile's text, resolved for a task without capabilities on x86-64.
 fn resolved(text: &str) -> LinuxSeccomp {
     let profile = Profile::read(Path::new("p"), text.as_bytes()).expect("a profile");
     profile.resolve(host(Arch::ScmpArchX86_64), &capabilities(&[])).expect("resolves")

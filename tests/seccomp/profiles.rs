@@ -1,4 +1,4 @@
-//! Made-up profiles: both programs, held against each other and against the plain reading of the OCI spec.
+//! Generated profiles: both programs are compared with each other and with a literal reading of the OCI spec.
 
 use std::collections::BTreeSet;
 
@@ -43,7 +43,7 @@ fn argument(indices: std::ops::Range<usize>) -> impl Strategy<Value = serde_json
     })
 }
 
-/// A rule: its calls, what it does, and its conditions.
+/// A rule: its calls, its action, and its conditions.
 type Made = (Vec<&'static str>, &'static str, Vec<serde_json::Value>);
 
 fn made_up(rules: &[Made]) -> LinuxSeccomp {
@@ -64,8 +64,8 @@ fn made_up(rules: &[Made]) -> LinuxSeccomp {
     resolved(&text.to_string())
 }
 
-/// The plain reading of the OCI spec, for the bits that the kernel looks at: a rule holds for a call that it names if all
-/// its conditions hold, or, with several on one argument, any of them.
+/// Applies a literal reading of the OCI spec to the bits that the kernel reads. A rule that names the call holds if all
+/// its conditions hold, or any of them if several conditions are on one argument.
 fn holds(rule: &LinuxSyscall, name: &str, arguments: [u64; 6]) -> bool {
     if !rule.names().iter().any(|known| known == name) {
         return false;
@@ -80,7 +80,8 @@ fn holds(rule: &LinuxSyscall, name: &str, arguments: [u64; 6]) -> bool {
     of_rule.is_empty() || if distinct.len() < of_rule.len() { found.any(|h| h) } else { found.all(|h| h) }
 }
 
-/// Does what the kernel sees of an argument meet a condition? Negative numbers count as what the kernel sees of them.
+/// Returns whether the bits that the kernel reads of an argument meet a condition. A negative number is compared by the
+/// bits that the kernel reads of it.
 fn meets(is: u64, argument: &LinuxSeccompArg, kept: u64) -> bool {
     let low = |value: u64| {
         let signed = [value as i32 as i64 as u64, value as i16 as i64 as u64, u64::from(value as i16 as i32 as u32)];
@@ -102,7 +103,8 @@ fn meets(is: u64, argument: &LinuxSeccompArg, kept: u64) -> bool {
         Op::ScmpCmpMaskedEq => {
             let mask = argument.value();
             let wanted = argument.value_two().unwrap_or_default() & mask;
-            // Bits beyond the width are a negative number's sign if they are all wanted to be set, with the highest one below.
+            // Bits beyond the argument's width are a negative number's sign if the condition wants all of them set, and
+            // wants the width's highest bit set too.
             let is_sign = mask & wanted & (kept / 2 + 1) != 0 && wanted & !kept == mask & !kept && kept != u64::MAX;
             let looked_at = if is_sign { mask & kept } else { mask };
             is & looked_at == wanted & looked_at
@@ -110,7 +112,7 @@ fn meets(is: u64, argument: &LinuxSeccompArg, kept: u64) -> bool {
     }
 }
 
-/// The verdicts of all rules that hold.
+/// Returns the verdicts of all rules that hold.
 fn expected(profile: &LinuxSeccomp, name: &str, arguments: [u64; 6]) -> BTreeSet<u32> {
     let rules = profile.syscalls().iter().flatten().filter(|rule| holds(rule, name, arguments));
     let found: BTreeSet<u32> = rules.map(|rule| rule.action().as_u32(rule.errno_ret())).collect();
@@ -121,7 +123,7 @@ fn native(name: &str, arguments: [u64; 6]) -> Call {
     Call { number: Machine::X86_64.number(name).expect("a call"), arch: 0xc000_003e, arguments }
 }
 
-/// Arguments for a profile: made-up ones, and those at the edges of its rules.
+/// Returns arguments for a profile: generated ones, and those at the edges of its rules.
 fn tries(profile: &LinuxSeccomp, others: Vec<[u64; 6]>) -> Vec<[u64; 6]> {
     let edges = edges(profile);
     let pairs = edges.iter().zip(edges.iter().rev()).map(|(a, b)| [*a, *b, *a, *b, *a, *b]);
@@ -142,8 +144,8 @@ fn rules_for(
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
-    // One rule a call: of several on one 64-bit argument libseccomp 2.5 makes a tree that is wrong at times (`arg < 2` and
-    // `arg < 1 << 33` together let larger ones pass).
+    // One rule for each call: from several rules on one 64-bit argument, libseccomp 2.5 makes a tree that is sometimes
+    // wrong (`arg < 2` and `arg < 1 << 33` together let larger values pass).
     #[test]
     fn made_up_profiles_have_libseccomps_verdicts(
         arguments in prop::collection::vec(prop::option::of(argument(0..4)), 1..12),
@@ -156,14 +158,15 @@ proptest! {
         compare(&made_up(&rules), Arch::ScmpArchX86_64);
     }
 
-    // Several rules a call, on arguments that the kernel truncates. libseccomp compares masks only, and is right.
+    // Several rules for each call, on arguments that the kernel truncates. There libseccomp compares masks only, and is
+    // right.
     #[test]
     fn several_rules_on_an_int_have_libseccomps_verdicts(
         rules in rules_for(vec!["socket", "fchmod", "setns"], vec!["ALLOW"], 0..3, 1..7),
         others in prop::collection::vec(any::<[u64; 6]>(), 20),
     ) {
         let profile = made_up(&rules);
-        // Two comparisons by order in one rule are more than libseccomp can be told.
+        // libseccomp can't express two comparisons by order in one rule.
         let Ok(restated) = for_libseccomp(&profile, host(Arch::ScmpArchX86_64)) else { return Ok(()) };
         let (ours, theirs) = (compile(&profile, Machine::X86_64).expect("compiles"), theirs(&restated, Arch::ScmpArchX86_64));
         for arguments in tries(&profile, others) {
@@ -178,7 +181,7 @@ proptest! {
         }
     }
 
-    // Rules of different actions are left to libseccomp, and must not depend on its order.
+    // The driver leaves rules of different actions to libseccomp. Their meaning must not depend on libseccomp's order.
     #[test]
     fn restated_rules_of_different_actions_mean_what_they_meant(
         rules in rules_for(vec!["socket"], vec!["ALLOW", "LOG", "ERRNO 5"], 1..3, 1..4),
@@ -227,7 +230,7 @@ fn rules_of_different_actions_that_meet_are_refused() {
     for rules in [
         [rule("ALLOW", 0, "LT", 38), rule("LOG", 0, "EQ", 3)],
         [rule("ALLOW", 0, "LT", 38), rule("ERRNO 5", 1, "EQ", 3)],
-        // This one has no condition left.
+        // The first rule always holds on 32 bits, so it has no condition left.
         [rule("ALLOW", 0, "LE", 0xffff_ffff), (vec!["socket"], "LOG", vec![])],
     ] {
         let error = restated(&rules).expect_err("refused").to_string();
@@ -235,9 +238,9 @@ fn rules_of_different_actions_that_meet_are_refused() {
     }
     for rules in [
         [rule("ALLOW", 0, "NE", 16), rule("ERRNO 5", 0, "EQ", 16)],
-        // What says the same as the default is left out by runtimes.
+        // Runtimes leave out a rule that has the same effect as the default.
         [rule("ALLOW", 0, "LT", 38), rule("ERRNO 38", 0, "EQ", 3)],
-        // A rule without conditions wins in libseccomp, too.
+        // In libseccomp, too, a rule without conditions takes precedence.
         [rule("ALLOW", 0, "LT", 38), (vec!["socket"], "LOG", vec![])],
     ] {
         restated(&rules).expect("restated");
@@ -266,7 +269,7 @@ fn a_multiplexer_without_conditions_answers_for_its_calls() {
 fn podmans_rules_for_audit_sockets_keep_their_meaning() {
     let on =
         |index: usize, op: &str, value: u64| json!({"index": index, "op": format!("SCMP_CMP_{op}"), "value": value});
-    // Netlink sockets (16) of the audit family (9) fail with an error of their own (containers/common, pkg/seccomp).
+    // Netlink sockets (16) of the audit family (9) fail with their own error number (containers/common, pkg/seccomp).
     let profile = made_up(&[
         (vec!["socket"], "ERRNO 5", vec![on(0, "EQ", 16), on(2, "EQ", 9)]),
         (vec!["socket"], "ALLOW", vec![on(2, "NE", 9)]),

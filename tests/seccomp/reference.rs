@@ -1,4 +1,4 @@
-//! libseccomp's programs, made as runc and crun have them made.
+//! libseccomp's programs, made in the same way as by runc and crun.
 
 use std::{
     collections::BTreeSet,
@@ -24,7 +24,7 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> ScmpAction {
     }
 }
 
-/// libseccomp's program, asked for as runc and crun ask.
+/// Builds libseccomp's program with the same calls as runc and crun.
 pub(crate) fn theirs(profile: &LinuxSeccomp, host: Arch) -> Vec<sock_filter> {
     let default = action(profile.default_action(), profile.default_errno_ret());
     let mut filter = ScmpFilterContext::new(default).expect("a filter");
@@ -50,7 +50,7 @@ fn add(filter: &mut ScmpFilterContext, rule: &LinuxSyscall, then: ScmpAction) {
     let indices: BTreeSet<usize> = rule.args().iter().flatten().map(LinuxSeccompArg::index).collect();
     assert!(arguments.len() <= 6, "crun passes over all but the first six");
     for name in rule.names() {
-        // Names that this libseccomp does not know are passed over, as runtimes do.
+        // Names that this libseccomp does not know are skipped, as runtimes do.
         let Ok(call) = ScmpSyscall::from_name(name) else { continue };
         if arguments.is_empty() {
             filter.add_rule(then, call).unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -1,4 +1,5 @@
-//! Every verdict of a profile's program, ours against libseccomp's, and docker's profile held so.
+//! Compares every verdict of this driver's program for a profile with libseccomp's, and applies this to docker's
+//! profile.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -22,7 +23,7 @@ use super::{
     scmp,
 };
 
-/// Arguments at and around every value that a rule compares with.
+/// Returns argument values at and around every value that a rule compares with.
 pub(crate) fn edges(profile: &LinuxSeccomp) -> Vec<u64> {
     let mut values = BTreeSet::from([0, 1, u64::from(u32::MAX), 1 << 32, u64::MAX]);
     for argument in profile.syscalls().iter().flatten().flat_map(|rule| rule.args().iter().flatten()) {
@@ -35,7 +36,7 @@ pub(crate) fn edges(profile: &LinuxSeccomp) -> Vec<u64> {
     values.into_iter().collect()
 }
 
-/// The numbers that any rule or table is about, and those around the borders of the ranges.
+/// Returns the call numbers that any rule or table contains, and those around the borders of the ranges.
 fn numbers(arch: Arch) -> Vec<u32> {
     let base = if arch == Arch::ScmpArchX32 { 0x4000_0000 } else { 0 };
     let mut numbers: Vec<u32> = (0..1100).map(|number| base + number).collect();
@@ -44,26 +45,28 @@ fn numbers(arch: Arch) -> Vec<u32> {
     numbers
 }
 
-/// Is it a call that we have a number for and this libseccomp does not? Then only the profile's own words can tell.
+/// Returns whether this libseccomp does not know the call's number. If the driver knows it, only the profile's text can
+/// decide.
 fn is_news(arch: Arch, number: u32) -> bool {
     let name = ScmpSyscall::from_raw_syscall(number as i32).get_name_by_arch(scmp(arch));
     name.is_err()
 }
 
-/// The programs of a profile: ours, and libseccomp's from the form that runc gets.
+/// The programs of a profile: this driver's, and libseccomp's, which is made from the form that runc gets.
 struct Pair {
     ours: Vec<sock_filter>,
     theirs: Vec<sock_filter>,
 }
 
-/// How many verdicts were compared, and the numbers that only we know and were given a verdict other than the default's.
+/// How many verdicts were compared, and the numbers that only this driver knows and that have a verdict other than the
+/// default's.
 #[derive(Default)]
 pub(crate) struct Compared {
     pub verdicts: usize,
     news: HashSet<(Machine, u32)>,
 }
 
-/// Compares all verdicts.
+/// Compares all verdicts of both programs.
 pub(crate) fn compare(profile: &LinuxSeccomp, arch: Arch) -> Compared {
     let restated = for_libseccomp(profile, host(arch)).expect("restated");
     let pair = Pair { ours: compile(profile, machine(arch)).expect("compiles"), theirs: theirs(&restated, arch) };
@@ -92,7 +95,7 @@ pub(crate) fn compare(profile: &LinuxSeccomp, arch: Arch) -> Compared {
     compared
 }
 
-/// The calls that the profile has rules with conditions for, and their numbers.
+/// Returns the calls that have rules with conditions in the profile, and their numbers.
 fn conditional(profile: &LinuxSeccomp, arch: Arch) -> Vec<(&str, u32)> {
     let rules = profile.syscalls().iter().flatten().filter(|rule| rule.args().is_some());
     let names: BTreeSet<&String> = rules.flat_map(LinuxSyscall::names).collect();
@@ -101,7 +104,7 @@ fn conditional(profile: &LinuxSeccomp, arch: Arch) -> Vec<(&str, u32)> {
     names.into_iter().filter_map(|name| Some((name.as_str(), number(name)?))).collect()
 }
 
-/// A value as each argument, among zeros and among ones.
+/// Returns argument lists with the value in each position, among zeros and among ones.
 fn around(edge: u64) -> impl Iterator<Item = [u64; 6]> {
     let one = move |others: u64, n: usize| std::array::from_fn(|at| if at == n { edge } else { others });
     std::iter::once([edge; 6]).chain((0..6).flat_map(move |n| [one(0, n), one(u64::MAX, n)]))
@@ -135,7 +138,7 @@ fn compare_call(
     compared.verdicts += 1;
 }
 
-/// What the kernel can't tell apart has the same verdict, in either program.
+/// Calls that the kernel can't distinguish must have the same verdict, in either program.
 fn compare_twins(pair: &Pair, name: &str, at: (Arch, u32), arguments: [u64; 6]) {
     for twin in twins(name, arguments) {
         for (whose, program) in [("ours", &pair.ours), ("libseccomp's", &pair.theirs)] {
@@ -154,7 +157,8 @@ fn dockers_profile_has_libseccomps_verdicts_for_every_number_on_every_architectu
                 let resolved = profile.resolve(host(arch), &capabilities(set)).expect("resolves");
                 let Compared { verdicts, news } = compare(&resolved, arch);
                 assert!(verdicts > 5000, "{verdicts}");
-                // What libseccomp is too old for: the profile must name it, and we must have allowed it.
+                // These calls are newer than libseccomp, and only this driver applies a rule to them. The profile must
+                // name each of them.
                 let named: BTreeSet<&String> =
                     resolved.syscalls().iter().flatten().flat_map(LinuxSyscall::names).collect();
                 for (machine, number) in &news {
@@ -171,7 +175,7 @@ const ALLOW: u32 = 0x7fff_0000;
 const EPERM: u32 = 0x0005_0001;
 const ENOSYS: u32 = 0x0005_0026;
 
-/// The verdict of both programs that docker's profile becomes on x86-64.
+/// Returns the verdict of docker's profile on x86-64, which must be the same in both programs.
 fn dockers(multiplexer: SocketcallPolicy, arch: Arch, name: &str, argument: u64) -> u32 {
     let profile = seccomp::default_profile(multiplexer);
     let own = Arch::ScmpArchX86_64;
@@ -203,7 +207,7 @@ fn no_bit_beyond_an_int_gets_past_dockers_profile() {
 
 #[test]
 fn socketcall_is_missing_unless_it_is_allowed() {
-    // All 20 of its calls, and some that are none.
+    // All 20 sub-calls of socketcall, and some numbers that are none.
     for sub_call in 0..24 {
         let of = |multiplexer| dockers(multiplexer, Arch::ScmpArchX86, "socketcall", sub_call);
         assert_eq!((of(SocketcallPolicy::Enosys), of(SocketcallPolicy::Allowed)), (ENOSYS, ALLOW), "{sub_call}");

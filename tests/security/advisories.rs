@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use crate::support::{program, script, services::root};
 
-/// `doctor --json` where PATH has only these programs, each saying this of itself: whether it succeeded, and its findings.
+/// `doctor --json` with a PATH that has only these programs, each of which prints these words as its version. Returns
+/// whether `doctor` succeeded, and its findings.
 fn doctor(name: &str, programs: &[(&str, &str)]) -> (bool, Vec<Value>) {
     let dir = root().join(format!("doctor-{name}"));
     std::fs::create_dir_all(&dir).unwrap();
@@ -49,7 +50,7 @@ fn doctor_says_nothing_of_fixed_ones() {
         let (_, findings) = doctor("new", &[("runc", words)]);
         assert_eq!(advisories(&findings), [""; 0], "{words}");
     }
-    // A line of its own for the candidates, whose fix came before the release.
+    // Release candidates have an entry of their own: their fix came before the release.
     let (_, findings) = doctor("candidate", &[("runc", "runc version 1.4.0-rc.2")]);
     assert!(advisories(&findings)[0].contains("fixed in 1.4.0-rc.3"), "{findings:#?}");
 }

@@ -1,5 +1,6 @@
-//! AppArmor. The second boot of `make test-cgroup2` runs these on a kernel that has it. On any other host the same
-//! tests see that nothing is claimed: no task names a profile, and a job that asks for one is refused in words.
+//! AppArmor. The second boot of `make test-cgroup2` runs these tests on a kernel that has AppArmor. On any other host
+//! the same tests check that the driver claims nothing: no task names a profile, and a job that asks for one is refused
+//! with a reason.
 
 use std::{
     fs,
@@ -23,20 +24,20 @@ use crate::{
     support::{Env, EnvOptions, Image, Task, eventually, patience, program, script, services, services::run},
 };
 
-/// What a process says of its own profile; `none` where the kernel has no AppArmor.
+/// Prints a process's own profile; prints `none` where the kernel has no AppArmor.
 const LABEL: &str = "cat /proc/self/attr/apparmor/current 2>/dev/null || echo none";
 
-/// Is AppArmor at work here?
+/// Is AppArmor enabled on this host?
 fn is_enabled() -> bool {
     AppArmorHost::default().support() == AppArmorSupport::Enabled
 }
 
-/// A task's label when it has this profile.
+/// The label that a task has under this profile.
 fn confined(profile: &str) -> String {
     if is_enabled() { format!("{profile} (enforce)\n") } else { "none\n".to_owned() }
 }
 
-/// A task's label when it has none.
+/// The label that a task has without a profile.
 fn unconfined() -> &'static str {
     if is_enabled() { "unconfined\n" } else { "none\n" }
 }
@@ -46,15 +47,15 @@ async fn plugin(name: &'static str, config: Value) -> Env {
     Env::with(EnvOptions { name, config, ..EnvOptions::default() }).await
 }
 
-/// Starts the plugin anew with another `security` block. The image stays, which is what takes time in an emulated
-/// machine.
+/// Restarts the plugin with another `security` block. The image stays, because it is the part that takes time on an
+/// emulated machine.
 async fn restart(env: &mut Env, security: Value) {
     env.plugin.take().unwrap().shut_down().await;
     env.config["security"] = security;
     env.start_plugin().await;
 }
 
-/// The label of a task with these options, which runs to its end.
+/// Runs a task with these options to its end and returns its AppArmor label.
 async fn label(env: &mut Env, options: Value) -> String {
     let config = shell(env, LABEL, options.clone()).await;
     let (code, out, err) = env.run(config).await;
@@ -62,7 +63,7 @@ async fn label(env: &mut Env, options: Value) -> String {
     out
 }
 
-/// Why a task with these options is refused.
+/// Returns the reason for which a task with these options is refused.
 async fn refusal(env: &mut Env, options: Value) -> String {
     let config = shell(env, LABEL, options.clone()).await;
     let mut task = env.prepare(config).await;
@@ -85,7 +86,7 @@ async fn attribute(env: &Env, name: &str) -> String {
     }
 }
 
-/// Loads a profile by the real parser, under a name that no other test has.
+/// Loads a profile with the real parser, under a name that no other test uses.
 fn load(name: &str, rules: &str) {
     let path = crate::support::services::root().join(format!("profile-{}", random_hex(4)));
     fs::write(&path, format!("profile \"{name}\" flags=(attach_disconnected) {{ file, signal, network, {rules} }}\n"))
@@ -115,12 +116,12 @@ async fn tasks_and_what_is_execed_in_them_have_the_drivers_profile_and_take_sign
         let named = process(&env, &task).await["apparmorProfile"].take();
         assert_eq!(named, if is_enabled() { json!(own) } else { Value::Null }, "{runtime}");
 
-        // Neither capabilities nor the filter of system calls are in the way.
+        // Neither the capabilities nor the system call filter prevents this mount.
         let mounted = env.exec_text(&task, "mkdir -p /m; mount -t tmpfs none /m 2>&1; echo $?").await;
         let expected = if is_enabled() { mounted.contains("ermission denied") } else { mounted == "0\n" };
         assert!(expected, "{runtime}: {mounted}");
 
-        // The runtime and the shim send these: the profile lets them.
+        // The runtime and the shim send these signals, and the profile permits them.
         env.signal(&task, "SIGUSR1").await.unwrap();
         task.says("usr1").await;
         env.stop(&task, patience(), "").await.unwrap();
@@ -137,8 +138,9 @@ async fn tasks_and_what_is_execed_in_them_have_the_drivers_profile_and_take_sign
     env.finish().await;
 }
 
-/// Does what the profile denies, one line each with the errno, as root with all capabilities and no filter of system
-/// calls. Nothing is written: a file is opened and closed again. The first argument is a process outside of the task.
+/// Tries what the profile denies, as root with all capabilities and no system call filter, and prints one line with the
+/// errno for each attempt. It writes nothing: it only opens and closes files. The first argument is a process outside
+/// the task.
 const ATTACK: &str = r#"
 #include <errno.h>
 #include <fcntl.h>
@@ -209,7 +211,7 @@ int main(int count, char **words) {
 }
 "#;
 
-/// The attack's lines, by what was tried: errno, or 0.
+/// Runs the attack and returns each attempt's errno, or 0 for success.
 async fn attacked(env: &mut Env, image: &str, outside: u32, options: Value) -> std::collections::BTreeMap<String, i32> {
     let mut config = json!({
         "image": image, "command": "/attack", "args": [outside.to_string()], "privileged": true, "pid_mode": "host",
@@ -221,8 +223,9 @@ async fn attacked(env: &mut Env, image: &str, outside: u32, options: Value) -> s
     lines.map(|(what, errno)| (what.to_owned(), errno.parse().unwrap())).collect()
 }
 
-/// A privileged task has no other guard: no filter, no read-only paths, all capabilities, the host's processes in sight.
-/// Under the profile it is denied what a container's root must not do, and without it, it is not.
+/// A privileged task has no other protection: no system call filter, no read-only paths, all capabilities, and the
+/// host's processes are visible. The profile denies it what a container's root must not do; without the profile all of
+/// it is permitted.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_profile_denies_what_nothing_else_does() {
     let image = image_with_program("apparmor", ATTACK).await;
@@ -232,7 +235,7 @@ async fn the_profile_denies_what_nothing_else_does() {
     for runtime in runtimes() {
         let open = attacked(&mut env, &image, outside.id(), json!({"runtime": runtime})).await;
         for (what, errno) in &open {
-            // A kernel without these has nothing to guard.
+            // A kernel without these features has nothing to protect.
             let absent = [libc::ENOENT, libc::EAFNOSUPPORT, libc::ENOSYS].contains(errno);
             assert!(*errno == 0 || absent, "{runtime}: unconfined, {what}: {errno}");
         }
@@ -291,7 +294,7 @@ async fn another_profile_is_for_the_operator_to_allow() {
     for part in ["security_opt: ", &format!("{theirs:?}"), why] {
         assert!(refused.contains(part), "{part:?} in {refused}");
     }
-    // Names that the kernel would take for something else than one profile.
+    // Names that the kernel would not read as the name of one profile.
     let stacked = "nomad-driver-shim-shim//&unconfined";
     for odd in ["&unconfined", stacked, ":ns:unconfined", "a\nb", "a\0b", " unconfined", ""] {
         let refused = refusal(&mut env, opt(&format!("apparmor={odd}"))).await;
@@ -312,7 +315,7 @@ async fn the_operators_word_holds_for_tasks_that_say_nothing() {
     assert_eq!(label(&mut env, json!({})).await, unconfined());
     assert_eq!(attribute(&env, "shim").await, "unconfined");
 
-    // Not loaded: tasks fail, and the node says why.
+    // The profile is not loaded: tasks fail, and the node's health description says why.
     restart(&mut env, json!({"apparmor": theirs})).await;
     let refused = refusal(&mut env, json!({})).await;
     assert!(refused.contains("security.apparmor: ") && refused.contains(&format!("{theirs:?}")), "{refused}");
@@ -339,14 +342,14 @@ async fn under_the_old_name_tasks_are_unconfined_until_somebody_asks() {
     if is_enabled() {
         assert_eq!(label(&mut env, json!({})).await, own);
     } else {
-        // The operator has asked for it by name: no task goes without it.
+        // The operator has asked for the profile by name, so no task runs without it.
         let refused = refusal(&mut env, json!({})).await;
         assert!(refused.contains("security.apparmor: ") && refused.contains("AppArmor is not enabled"), "{refused}");
     }
     env.finish().await;
 }
 
-/// What becomes of a profile while tasks run: replaced by somebody, refreshed by the next plugin, unloaded.
+/// A profile changes while tasks run: another program replaces it, the next plugin loads it again, or it is unloaded.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_profile_is_refreshed_by_the_next_plugin_and_loaded_again_when_it_is_gone() {
     let own = "nomad-driver-shim-replaced";
@@ -360,7 +363,7 @@ async fn a_profile_is_refreshed_by_the_next_plugin_and_loaded_again_when_it_is_g
         let answer = env.exec(&task, &["/bin/cat", "/etc/hosts"], 0).await.unwrap();
         assert_ne!(answer.result.unwrap().exit_code, 0, "a replaced profile holds for running tasks");
     }
-    // The next plugin takes the task over, and its profile is the driver's again.
+    // The next plugin recovers the task, and loads the driver's own profile again.
     restart(&mut env, json!({})).await;
     env.recover(&task).await.unwrap();
     eventually("the profile is the driver's again", async || {
@@ -372,7 +375,8 @@ async fn a_profile_is_refreshed_by_the_next_plugin_and_loaded_again_when_it_is_g
     if is_enabled() {
         fs::write("/sys/kernel/security/apparmor/.remove", own).unwrap();
         assert!(!AppArmorHost::default().loaded().unwrap().iter().any(|loaded| loaded == own));
-        // Running tasks lose it, which nobody can prevent. What is to be exec'd in them is refused, not unconfined.
+        // Running tasks lose the profile, which the driver can't prevent. An exec in such a task is refused instead of
+        // running unconfined.
         let answer = env.exec(&task, &["/bin/true"], 0).await;
         assert!(answer.is_err() || answer.unwrap().result.unwrap().exit_code != 0);
     }
@@ -383,7 +387,7 @@ async fn a_profile_is_refreshed_by_the_next_plugin_and_loaded_again_when_it_is_g
     env.finish().await;
 }
 
-/// Programs that a plugin needs, without the directory that `apparmor_parser` is in.
+/// A directory with the programs that a plugin needs, without `apparmor_parser`.
 fn path_without_parser() -> PathBuf {
     let bin = crate::support::services::root().join(format!("bin-{}", random_hex(4)));
     fs::create_dir_all(&bin).unwrap();
@@ -400,11 +404,12 @@ async fn without_a_parser_or_with_one_that_fails_nobody_is_deceived() {
     let path = vec![("PATH".to_owned(), bin.to_str().unwrap().to_owned())];
     let config = json!({"allow_privileged": true});
     let mut env = Env::with(EnvOptions { name: "parserless", env: path, config, ..EnvOptions::default() }).await;
-    // docker's rule: a host without a parser is one without AppArmor. The operator is told.
+    // The driver follows docker's rule: a host without a parser counts as a host without AppArmor. A log line reports
+    // it to the operator.
     assert_eq!(label(&mut env, json!({})).await, unconfined());
     assert_eq!(attribute(&env, "parserless").await, "unconfined");
     assert_eq!(env.plugin().stderr().contains("apparmor_parser is not installed"), is_enabled());
-    // A job that asks for the profile by name does not go without it.
+    // A job that asks for the profile by name does not run without it.
     let refused = refusal(&mut env, json!({"security_opt": ["apparmor=default"]})).await;
     let why = if is_enabled() { "apparmor_parser is not in the plugin's PATH" } else { "AppArmor is not enabled" };
     assert!(refused.contains(why), "{refused}");
@@ -423,7 +428,7 @@ async fn without_a_parser_or_with_one_that_fails_nobody_is_deceived() {
         assert_eq!(looked.health, i32::from(HealthState::Unhealthy));
         assert!(looked.health_description.contains("no such rule"), "{}", looked.health_description);
         assert_eq!(label(&mut env, json!({"privileged": true})).await, unconfined());
-        // It is not asked anew for each start.
+        // The plugin does not run the parser again for each start.
         assert_eq!(fs::read_to_string(&calls).unwrap(), "-Kr\n");
     } else {
         assert_eq!(label(&mut env, json!({})).await, unconfined());
@@ -432,21 +437,22 @@ async fn without_a_parser_or_with_one_that_fails_nobody_is_deceived() {
     env.finish().await;
 }
 
-/// A start that waits for the profile can be stopped, and a plugin that leaves takes the parser with it.
+/// A start that waits for the profile can be stopped, and a plugin that exits ends its parser as well.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parser_that_hangs_holds_up_neither_a_stop_nor_the_plugins_end() {
     let bin = path_without_parser();
     let calls = bin.join("calls");
     script(&bin.join("apparmor_parser"), &format!("echo $$ >> {}; exec /bin/sleep 600", calls.display()));
     let path = vec![("PATH".to_owned(), bin.to_str().unwrap().to_owned())];
-    // First: the plugin gives its parser half a minute, of which an emulated machine takes a good part for this.
+    // The image is pushed first: the plugin gives its parser half a minute, and on an emulated machine the push takes a
+    // good part of that time.
     let image = Image::busybox().push(&services().registry, "test/busybox:1").await;
     let mut env = Env::with(EnvOptions { name: "hanging", env: path, ..EnvOptions::default() }).await;
     if is_enabled() {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/true"})).await;
         let stop = StopTaskRequest { task_id: task.id.clone(), timeout: None, signal: String::new() };
         let stopping = async {
-            // A stop that comes before the start is known succeeds, and changes nothing.
+            // A stop that arrives before the plugin knows the start succeeds and changes nothing.
             loop {
                 env.driver().stop_task(stop.clone()).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(20)).await;

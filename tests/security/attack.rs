@@ -1,10 +1,10 @@
-//! Programs that attack from inside of a task: static ones, so that they run in any image.
+//! Programs that attack from inside a task. They are linked statically, so that they run in any image.
 
 use std::{fs, process::Command};
 
 use crate::support::services::{root, run};
 
-/// Compiles a C program and links it statically: its bytes.
+/// Compiles a C program, links it statically and returns its bytes.
 pub(crate) fn compile(name: &str, source: &str) -> Vec<u8> {
     let directory = root().join("attacks");
     fs::create_dir_all(&directory).unwrap();

@@ -1,5 +1,6 @@
-//! What a task may use up of its host: processes, file systems in memory, limits of setrlimit(2). A job
-//! that asks for more than the operator allows is refused by name, and what a job gets is counted to its task.
+//! Limits on what a task may use of its host: processes, file systems in memory, limits of setrlimit(2). A job that
+//! asks for more than the operator allows is refused with the option's name, and what a job gets is charged to its
+//! task.
 
 use std::{fs, process::Command};
 
@@ -8,7 +9,7 @@ use serde_json::{Value, json};
 use crate::{image_with_program, plugin_with, runtimes, shell, support};
 use support::{Env, EnvOptions, Task, program};
 
-/// Why a job with these options is refused.
+/// Returns the reason for which a job with these options is refused.
 async fn refused(env: &mut Env, options: Value) -> String {
     let config = shell(env, "true", options.clone()).await;
     let mut task = env.prepare(config).await;
@@ -18,7 +19,7 @@ async fn refused(env: &mut Env, options: Value) -> String {
     }
 }
 
-/// A file of a task's cgroup, on either version.
+/// Reads a file of a task's cgroup, on cgroup v1 or v2.
 async fn cgroup_file(env: &Env, task: &Task, controller: &str, name: &str) -> String {
     let cgroup = env.record(task).await.1["cgroup"].as_str().unwrap().to_owned();
     let (v1, v2) = (format!("/sys/fs/cgroup/{controller}{cgroup}/{name}"), format!("/sys/fs/cgroup{cgroup}/{name}"));
@@ -26,10 +27,11 @@ async fn cgroup_file(env: &Env, task: &Task, controller: &str, name: &str) -> St
     text.trim().to_owned()
 }
 
-/// Lines of the task's own mountinfo for a mount point: its options.
+/// A shell function that prints a mount point's options from the task's own mountinfo.
 const MOUNT_OPTIONS: &str = r#"options() { awk -v at="$1" '$5 == at { print $6 }' /proc/self/mountinfo; };"#;
 
-/// A job that says nothing about processes is bounded all the same, and so is what is run in the task later.
+/// A job without an option for processes has a limit all the same. The limit also holds for processes that are run in
+/// the task later.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_says_nothing_has_a_limit_of_processes() {
     for runtime in runtimes() {
@@ -37,7 +39,7 @@ async fn a_task_that_says_nothing_has_a_limit_of_processes() {
         let config = shell(&env, "exec sleep 600", json!({})).await;
         let task = env.start(config).await;
         assert_eq!(cgroup_file(&env, &task, "pids", "pids.max").await, "2048", "{runtime}");
-        // The default is no obstacle to a service of many processes.
+        // The default leaves room for a service of many processes.
         let threads =
             env.exec_text(&task, "for i in $(seq 100); do sleep 5 & done; jobs | wc -l; kill $(jobs -p)").await;
         assert_eq!(threads.trim(), "100", "{runtime}");
@@ -46,7 +48,7 @@ async fn a_task_that_says_nothing_has_a_limit_of_processes() {
     }
 }
 
-/// The operator's number holds for forks, threads and exec'd processes alike.
+/// The operator's limit holds for forked processes, threads and exec'd processes alike.
 #[tokio::test(flavor = "multi_thread")]
 async fn neither_forks_nor_threads_nor_execs_pass_the_operators_limit() {
     let threads = r#"#include <pthread.h>
@@ -73,7 +75,7 @@ async fn neither_forks_nor_threads_nor_execs_pass_the_operators_limit() {
         task.says("threads ").await;
         let count: u32 = task.stdout.text().trim().trim_start_matches("threads ").parse().unwrap();
         assert!(count < 40, "{runtime}: {count} threads");
-        // The task has used its share up: there is no place for a process that is run in it, nor for its children.
+        // The task has used up its limit: neither a process that is run in the task nor its children fit in.
         let exec = env.exec(&task, &["/bin/sh", "-c", "sleep 1 & sleep 1 & wait; echo ran"], 0).await;
         let ran = exec.as_ref().is_ok_and(|answer| answer.stdout == b"ran\n" && answer.stderr.is_empty());
         assert!(!ran, "{runtime}: {exec:?}");
@@ -93,7 +95,7 @@ async fn neither_forks_nor_threads_nor_execs_pass_the_operators_limit() {
     }
 }
 
-/// The operator may say that there is no limit, and as containerd-driver there is none.
+/// The operator may switch the limit off. Under the name `containerd-driver` there is no limit by default.
 #[tokio::test(flavor = "multi_thread")]
 async fn there_is_no_limit_of_processes_where_the_operator_wants_none() {
     let open = EnvOptions { config: json!({"pids_limit": 0}), ..EnvOptions::default() };
@@ -110,7 +112,7 @@ async fn there_is_no_limit_of_processes_where_the_operator_wants_none() {
     }
 }
 
-/// Neither set-user-id programs nor devices in a job's tmpfs, unless the job asks for them.
+/// A job's tmpfs permits neither set-user-id programs nor devices, unless the job asks for them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
     for runtime in runtimes() {
@@ -122,7 +124,7 @@ async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
             tmpfs("/open", &["suid", "dev"]),
             {"type": "tmpfs", "target": "/bare"},
         ]);
-        // /dev/null's own numbers, which the device cgroup lets everybody open.
+        // The device numbers of /dev/null, which the device cgroup lets every task open.
         let script = format!(
             "{MOUNT_OPTIONS} for at in /closed /sized /open /bare; do
                 mknod $at/null c 1 3; (: > $at/null) 2>/dev/null && device=opened || device=refused;
@@ -143,7 +145,7 @@ async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
     }
 }
 
-/// No size that is more than the host could ever give.
+/// Sizes that are larger than the host could ever provide are refused.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jobs_file_systems_in_memory_are_bounded() {
     for runtime in runtimes() {
@@ -157,7 +159,7 @@ async fn a_jobs_file_systems_in_memory_are_bounded() {
             assert!(error.contains("mounts[0].options") && error.contains(named), "{runtime}: {error}");
             assert!(error.contains("tmpfs_max"), "{runtime}: {error}");
         }
-        // The kernel would read these as other numbers than a person does, or as options of their own.
+        // The kernel would read these sizes as other numbers than a person does, or parts of them as further options.
         for option in ["size=010m", "size=0x1000000", "size=1m,huge=always", "size=1m,context=x", "size=1m,mpol=local"]
         {
             let mounts = json!([{"type": "tmpfs", "target": "/t", "options": [option]}]);
@@ -173,7 +175,7 @@ async fn a_jobs_file_systems_in_memory_are_bounded() {
         let mut env = plugin_with(&runtime, json!({"security": {"tmpfs_max": "8m"}})).await;
         let error = refused(&mut env, json!({"shm_size": "9m"})).await;
         assert!(error.contains("\"9m\" is above 8 MiB"), "{runtime}: {error}");
-        // What says nothing of its size has the ceiling, too.
+        // A tmpfs without a size option has the ceiling as its size, too.
         let mounts = json!([{"type": "tmpfs", "target": "/t"}]);
         let script = "for at in /t /dev/shm; do df -k $at | tail -1 | awk '{print $2}'; done";
         let config = shell(&env, script, json!({"mounts": mounts})).await;
@@ -182,7 +184,7 @@ async fn a_jobs_file_systems_in_memory_are_bounded() {
     }
 }
 
-/// What a tmpfs holds is the task's memory: the pages, and the inodes of files without any.
+/// The contents of a tmpfs are charged to the task's memory: the pages, and the inodes of files without pages.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_tmpfs_holds_counts_to_its_task() {
     let fill = r#"#include <fcntl.h>
@@ -210,7 +212,8 @@ async fn what_a_tmpfs_holds_counts_to_its_task() {
     for runtime in runtimes() {
         let mut env = plugin_with(&runtime, json!({})).await;
         for what in ["pages", "inodes"] {
-            // The task has 64 MiB: a quarter of the pages, and of the kernel's memory for a million inodes.
+            // The task has 64 MiB: a quarter of what the pages need, and of the kernel memory that a million inodes
+            // need.
             let mounts = json!([{"type": "tmpfs", "target": "/t", "options": ["size=1g"]}]);
             let config = json!({"image": image, "command": "/attack", "args": [what], "mounts": mounts});
             let (code, out, _) = env.run(config).await;
@@ -220,7 +223,7 @@ async fn what_a_tmpfs_holds_counts_to_its_task() {
     }
 }
 
-/// No limit above what the operator allows, and by default no priority over the host's processes.
+/// A job gets no limit above the operator's maximum, and by default no priority over the host's processes.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_limit_of_a_job_is_above_the_operators() {
     let (_, own) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
@@ -248,7 +251,7 @@ async fn no_limit_of_a_job_is_above_the_operators() {
         let security = json!({"ulimit_max": {"nofile": "512", "core": "0"}});
         let mut env = plugin_with(&runtime, json!({"security": security})).await;
         assert!(refused(&mut env, json!({"ulimit": {"nofile": "513"}})).await.contains("nofile = 513 is above 512"));
-        // A job that says nothing does not get the agent's own, nor does what is run in its task.
+        // Neither a job without limits nor a process that is run in its task gets the agent's own limits.
         let script = "ulimit -Hn; ulimit -Sn; ulimit -Hc";
         let config = shell(&env, "exec sleep 600", json!({})).await;
         let task = env.start(config).await;
@@ -260,7 +263,7 @@ async fn no_limit_of_a_job_is_above_the_operators() {
     }
 }
 
-/// Without a runtime that might refuse it for its own reasons: what the driver's own check says of a job.
+/// Uses the driver's own check of a job, without a runtime, which might refuse the job for its own reasons.
 #[test]
 fn a_real_time_priority_is_refused_before_anything_is_made() {
     let directory = tempfile::tempdir().unwrap();
@@ -278,11 +281,11 @@ fn a_real_time_priority_is_refused_before_anything_is_made() {
         assert!(said.contains("ulimit_max"), "{said}");
         assert_eq!(check("containerd-driver", limit).0, Some(0), "the old driver has no ceilings");
     }
-    // What follows from a node's own limits can't be said here.
+    // This check can't know the limits that follow from a node's own limits.
     assert_eq!(check("shim", "nofile = 99999999").0, Some(0));
 }
 
-/// Ceilings that mean nothing are refused when the agent starts.
+/// Ceilings that make no sense are refused when the agent starts.
 #[tokio::test(flavor = "multi_thread")]
 async fn ceilings_that_mean_nothing_are_refused() {
     let agent = |config: &str| {

@@ -1,5 +1,5 @@
-//! Whom a password for a registry is sent to: the registry that it is for, and over TLS the token realm which that registry
-//! names. A job may name any registry, and any registry may name any realm and redirect to anywhere.
+//! The driver sends a password for a registry to that registry only, and over TLS to the token realm that the registry
+//! names. A job may name any registry, and any registry may name any realm and redirect to any address.
 
 use nomad_driver_shim::pb::driver::TaskEventsRequest;
 use serde_json::{Value, json};
@@ -25,7 +25,7 @@ fn auth(server: Option<&str>) -> Value {
     auth
 }
 
-/// As it is sent.
+/// The password as it is sent in the `Authorization` header.
 fn basic() -> String {
     use base64::Engine as _;
     format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD}")))
@@ -36,7 +36,7 @@ async fn plugin(auth: Value) -> Env {
     Env::with(EnvOptions { config: json!({"auth": auth}), ..EnvOptions::default() }).await
 }
 
-/// A registry that wants the password, and the name of an image there.
+/// Starts a registry that requires the password, and returns it with the name of an image in it.
 async fn private_registry() -> (FakeRegistry, String) {
     let registry = FakeRegistry::start().await;
     registry.challenge("Basic realm=\"private\"");
@@ -44,7 +44,7 @@ async fn private_registry() -> (FakeRegistry, String) {
     (registry, image)
 }
 
-/// A registry that wants a token of `realm`, and the name of an image there.
+/// Starts a registry that requires a token of `realm`, and returns it with the name of an image in it.
 async fn token_registry(realm: &str) -> (FakeRegistry, String) {
     let registry = FakeRegistry::start().await;
     registry.challenge(&format!("Bearer realm=\"{realm}\",service=\"registry\""));
@@ -52,7 +52,7 @@ async fn token_registry(realm: &str) -> (FakeRegistry, String) {
     (registry, image)
 }
 
-/// Gives a token to whoever asks.
+/// Lets the server give a token to every client.
 fn give_tokens(server: &FakeRegistry) {
     server.set("/token", Answer::ok("application/json", br#"{"token":"t0ken"}"#.to_vec()));
 }
@@ -63,7 +63,7 @@ fn task(image: &str, more: &Value) -> Value {
     config
 }
 
-/// Tries to run a task: the message where its start fails.
+/// Tries to run a task and returns the error message if its start fails.
 async fn attempt(env: &mut Env, config: Value) -> Option<String> {
     let mut task = env.prepare(config).await;
     let Err(status) = env.try_start(&mut task).await else {
@@ -75,7 +75,7 @@ async fn attempt(env: &mut Env, config: Value) -> Option<String> {
     Some(message)
 }
 
-/// The message of a start that must fail.
+/// Returns the error message of a start that must fail.
 async fn refusal(env: &mut Env, config: Value) -> String {
     attempt(env, config).await.expect("the start went well")
 }
@@ -85,7 +85,7 @@ async fn runs(env: &mut Env, config: Value) {
     assert_eq!(code, 0, "{stderr}");
 }
 
-/// Any job author names a registry of their own and reads the operator's password there.
+/// The attack: a job's author names a registry of their own and reads the operator's password there.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operators_password_is_not_for_a_registry_that_a_job_names() {
     for runtime in runtimes() {
@@ -101,7 +101,7 @@ async fn the_operators_password_is_not_for_a_registry_that_a_job_names() {
     }
 }
 
-/// By a token realm: the registry itself need not even listen for the password.
+/// The same attack by a token realm: the registry itself does not even have to receive the password.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operators_password_is_not_for_a_realm_of_a_registry_that_a_job_names() {
     let mut env = plugin(auth(None)).await;
@@ -115,7 +115,7 @@ async fn the_operators_password_is_not_for_a_realm_of_a_registry_that_a_job_name
     env.finish().await;
 }
 
-/// A job's own password is no secret from the registry that the same job names, as in docker's driver.
+/// A job's own password may be sent to the registry that the same job names, as in docker's driver.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jobs_own_password_is_for_its_images_registry() {
     let mut env = plugin(json!({"username": "other", "password": "of nobody"})).await;
@@ -142,7 +142,7 @@ async fn a_port_is_another_registry() {
     }
 }
 
-/// What docker takes for an address is taken, and means the same.
+/// Every form of address that docker accepts is accepted, and has the same meaning.
 #[tokio::test(flavor = "multi_thread")]
 async fn addresses_are_read_as_docker_reads_them() {
     let (registry, image) = private_registry().await;
@@ -160,7 +160,7 @@ async fn addresses_are_read_as_docker_reads_them() {
     }
 }
 
-/// Addresses that look like another one, or hide one, are refused, and a password in them is not repeated.
+/// Addresses that look like another one, or hide one, are refused. The error does not repeat a password in them.
 #[tokio::test(flavor = "multi_thread")]
 async fn addresses_that_are_none_are_refused() {
     let (registry, image) = private_registry().await;
@@ -186,7 +186,7 @@ async fn addresses_that_are_none_are_refused() {
     env.finish().await;
 }
 
-/// 0.0.0.0 is not this host's own address to us, and leads to the thief on this host all the same.
+/// The driver does not count 0.0.0.0 as an address of this host, although it leads to the thief on this host.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_realm_elsewhere_without_tls_gets_no_password() {
     let thief = FakeRegistry::start().await;
@@ -212,7 +212,7 @@ async fn a_realm_elsewhere_without_tls_gets_no_password() {
     }
 }
 
-/// On this host a realm may do without TLS, as its registry may; with TLS it may be anywhere.
+/// On this host a realm may be without TLS, as its registry may; with TLS it may be on any host.
 #[tokio::test(flavor = "multi_thread")]
 async fn realms_that_the_registry_of_the_password_names_get_it() {
     let authority = Authority::new();
@@ -234,7 +234,7 @@ async fn realms_that_the_registry_of_the_password_names_get_it() {
     }
 }
 
-/// A redirect leads away from the registry, and from the realm, without what was sent there.
+/// A request that a registry or a realm redirects is sent on without the credentials.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redirect_carries_no_credentials() {
     let thief = FakeRegistry::start().await;
@@ -244,7 +244,7 @@ async fn a_redirect_carries_no_credentials() {
         headers: vec![("location".to_owned(), format!("http://{}/stolen", thief.address))],
         ..answer
     };
-    // From the registry, which has got the password itself, or a token.
+    // The registry redirects; it has received either the password itself or a token.
     for (realm, sent) in [(None, basic()), (Some("token"), "Bearer t0ken".to_owned())] {
         let registry = FakeRegistry::start().await;
         give_tokens(&registry);
@@ -262,7 +262,7 @@ async fn a_redirect_carries_no_credentials() {
         assert!(registry.authorizations().contains(&sent), "{:?}", registry.authorizations());
         env.finish().await;
     }
-    // From the realm.
+    // The realm redirects.
     let realm = FakeRegistry::start().await;
     realm.set("/token", away(Answer::ok("", vec![])));
     let (registry, image) = token_registry(&format!("http://{}/token", realm.address)).await;
@@ -274,7 +274,7 @@ async fn a_redirect_carries_no_credentials() {
     assert_eq!(thief.authorizations(), Vec::<String>::new());
 }
 
-/// Takes every tunnel that a client asks for to `target`, whatever its name.
+/// A proxy that connects every tunnel that a client asks for to `target`, whatever host name the client gives.
 async fn proxy(target: String) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -296,7 +296,7 @@ async fn proxy(target: String) -> String {
     address
 }
 
-/// What is sent to a registry on this host without TLS is not for a proxy on another one.
+/// A request to a registry on this host without TLS is not sent through a proxy on another host.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_does_not_stand_before_this_host() {
     let (registry, image) = private_registry().await;
@@ -317,7 +317,7 @@ async fn a_proxy_does_not_stand_before_this_host() {
     env.finish().await;
 }
 
-/// Without an address the operator's password is for Docker Hub, and for the realm that Docker Hub names.
+/// Without a `server_address` the operator's password is for Docker Hub and for the realm that Docker Hub names.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_an_address_it_is_for_docker_hub() {
     let authority = Authority::new();
@@ -344,7 +344,8 @@ async fn without_an_address_it_is_for_docker_hub() {
     env.finish().await;
 }
 
-/// The old driver's name keeps the old driver's habit, and says so.
+/// Under the name `containerd-driver` the plugin sends the password as nomad-driver-containerd does, and logs a
+/// warning.
 #[tokio::test(flavor = "multi_thread")]
 async fn as_containerd_driver_it_is_for_the_images_registry_with_a_warning() {
     let drop_in =
@@ -365,7 +366,7 @@ async fn as_containerd_driver_it_is_for_the_images_registry_with_a_warning() {
     env.finish().await;
 }
 
-/// Neither the password nor what is sent of it is in a log of the finest level, in a record, or in an error.
+/// Neither the password nor its encoded form appears in a log of the finest level, in a record, or in an error.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_is_written_nowhere() {
     let realm = FakeRegistry::start().await;
@@ -414,7 +415,7 @@ async fn a_password_is_written_nowhere() {
     env.finish().await;
 }
 
-/// All plain files below a directory, but what a task has as its root.
+/// Collects all regular files below a directory, except those below a task's root file system.
 fn files_below(directory: &std::path::Path, found: &mut Vec<(String, String)>) {
     for entry in std::fs::read_dir(directory).unwrap().flatten() {
         let kind = entry.file_type().unwrap();

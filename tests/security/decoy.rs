@@ -1,4 +1,4 @@
-//! A directory of the host that attacks aim at. It has to come out of them as it went in.
+//! A directory of the host that attacks try to read or change. No attack may leave it changed.
 
 use std::{
     fs,
@@ -8,17 +8,17 @@ use std::{
 
 use crate::support::Env;
 
-/// What the decoy's files hold. No task may ever print it.
+/// The content of the decoy's files. No task may ever print it.
 pub(crate) const SECRET: &str = "known to the host only\n";
 
-/// The directory, and what was in it at the beginning.
+/// The directory, and a listing of its contents at the beginning.
 pub(crate) struct Decoy {
     pub dir: PathBuf,
     before: Vec<String>,
 }
 
 impl Decoy {
-    /// Makes one in the environment's directory, with the names that runtimes write to in a root file system.
+    /// Makes a decoy in the environment's directory, with the names that runtimes write to in a root file system.
     pub(crate) fn new(env: &Env) -> Self {
         let dir = env.dir.join("decoy");
         for below in ["", "logs", "data", "bin"] {
@@ -32,12 +32,12 @@ impl Decoy {
         Self { dir, before }
     }
 
-    /// Its path, as a job or an image would name it.
+    /// The decoy's path, as a job or an image would name it.
     pub(crate) fn path(&self) -> &str {
         self.dir.to_str().unwrap()
     }
 
-    /// What differs from the beginning: nothing, unless an attack got through.
+    /// The differences from the beginning. There are none unless an attack succeeded.
     pub(crate) fn changes(&self) -> Vec<String> {
         let now = contents(&self.dir);
         let gone = self.before.iter().filter(|line| !now.contains(line)).map(|line| format!("- {line}"));
@@ -45,7 +45,7 @@ impl Decoy {
         gone.chain(new).collect()
     }
 
-    /// Fails when an attack changed or mounted anything here.
+    /// Fails if an attack has changed or mounted anything in the decoy.
     pub(crate) fn assert_untouched(&self, attack: &str) {
         assert_eq!(self.changes(), Vec::<String>::new(), "{attack} changed a directory of the host");
     }

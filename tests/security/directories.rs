@@ -1,4 +1,4 @@
-//! What a driver keeps on disk, and users of the host that are not root; what a task can fill there.
+//! The driver's files on disk: users of the host other than root have no access to them, and a task can't fill them.
 
 use std::{
     fs,
@@ -17,16 +17,16 @@ use crate::{
     support::{Env, Image, leak::entries, modes, services},
 };
 
-/// A user that nobody is.
+/// The user id of `nobody`, which owns nothing here.
 const STRANGER: u32 = 65534;
 
-/// What a stranger's shell prints.
+/// Runs a shell script as an unprivileged user and returns its output.
 fn as_stranger(script: &str) -> String {
     let output = Command::new("/bin/sh").args(["-c", script]).uid(STRANGER).gid(STRANGER).output().unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A set-user-id program of a task, run by a user of the host.
+/// A user of the host runs a set-user-id program of a task.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_user_of_the_host_reaches_a_tasks_root() {
     for runtime in runtimes() {
@@ -42,10 +42,10 @@ async fn no_user_of_the_host_reaches_a_tasks_root() {
         let id = env.attribute(&task, "container_id").await;
         let rootfs = env.dir.join("run/bundles").join(&id).join("rootfs");
         assert_eq!(fs::read_to_string(rootfs.join("readable")).unwrap(), "secret\n", "root can look at it");
-        // "user 0" is what a stranger becomes who gets there.
+        // A user who reached the program would become root, and the program would print "user 0".
         let seen = as_stranger(&format!("{0}/attack; cat {0}/readable", rootfs.display()));
         assert_eq!(seen, "", "{runtime}");
-        // Neighbours: the writable layer, records, sockets, locks.
+        // The neighbouring files: the writable layer, records, sockets, locks.
         let uppers = env.dir.join("state/uppers");
         let part = uppers.join(&entries(&uppers)[0]).join(&id).join("upper/readable");
         assert!(part.exists(), "{part:?}");
@@ -64,7 +64,7 @@ async fn no_user_of_the_host_reaches_a_tasks_root() {
     }
 }
 
-/// Modes and owners of everything, with tasks in every state: running, with an exec, with logs of ours.
+/// Checks the modes and owners of all files while a task runs, has had an exec, and has its logs written by the driver.
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_on_disk_is_roots_alone() {
     for runtime in runtimes() {
@@ -74,7 +74,7 @@ async fn everything_on_disk_is_roots_alone() {
         let task = env.start(config).await;
         assert_eq!(env.exec_text(&task, "echo from exec").await, "from exec\n");
         assert_eq!(modes::open_to_others(&env), Vec::<String>::new(), "{runtime}");
-        // The check sees what is open.
+        // Control test: the check finds a file with an open mode.
         let record = env.dir.join("run/tasks").join(&entries(&env.dir.join("run/tasks"))[0]);
         fs::set_permissions(&record, fs::Permissions::from_mode(0o640)).unwrap();
         assert_eq!(modes::open_to_others(&env).len(), 1);
@@ -84,7 +84,7 @@ async fn everything_on_disk_is_roots_alone() {
     }
 }
 
-/// What an earlier version has left open is closed when the plugin starts, under running tasks, too.
+/// A plugin that starts closes directories that an earlier version has left open, also while tasks run.
 #[tokio::test(flavor = "multi_thread")]
 async fn open_directories_are_closed_at_start() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;
@@ -96,7 +96,7 @@ async fn open_directories_are_closed_at_start() {
         open_up(&env.dir.join(top), &mut opened);
     }
     assert!(opened > 10, "{opened}");
-    // A task may be not root's: its files are not touched.
+    // Files of a task may belong to another user than root, so the plugin leaves them as they are.
     let id = entries(&env.dir.join("run/bundles")).remove(0);
     let tmp = env.dir.join("run/bundles").join(&id).join("rootfs/tmp");
     let before = fs::metadata(&tmp).unwrap().mode();
@@ -108,7 +108,7 @@ async fn open_directories_are_closed_at_start() {
     env.finish().await;
 }
 
-/// As the version before made everything.
+/// Sets the modes that the previous version gave to everything.
 fn open_up(path: &Path, count: &mut usize) {
     for name in entries(path) {
         let path = path.join(name);
@@ -127,7 +127,7 @@ fn open_up(path: &Path, count: &mut usize) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o711)).unwrap();
 }
 
-/// A task can write its hosts file, and can't fill the host's run directory by it.
+/// A task can write its hosts file, but can't fill the host's run directory with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hosts_file_is_the_tasks_own_and_bounded() {
     for runtime in runtimes() {
@@ -145,7 +145,7 @@ async fn a_hosts_file_is_the_tasks_own_and_bounded() {
     }
 }
 
-/// Bytes of files below the run directory that are not in the task's own layers.
+/// The size in bytes of the files below the run directory that are not in the task's own layers.
 fn disk_usage(env: &Env) -> u64 {
     fn sum(path: &Path) -> u64 {
         let Ok(meta) = fs::symlink_metadata(path) else { return 0 };

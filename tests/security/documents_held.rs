@@ -1,4 +1,5 @@
-//! Manifests, configurations and layers that are too large, too deep or not what they say: refused by name, in bounded memory.
+//! Manifests, configurations and layers that are too large, too deep, or differ from their description are refused with
+//! a reason, in bounded memory.
 
 use std::io::Write as _;
 
@@ -16,9 +17,9 @@ use crate::{
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
-/// What one of these images may take of memory: its largest document has 8 MiB, of which there are some copies.
+/// The memory that one of these images may take: its largest document has 8 MiB, and there are several copies of it.
 const GROWTH: u64 = 80 << 20;
-/// What a layer may take that is small and unpacks to much.
+/// The memory that a layer may take that is small and unpacks to a large size.
 const BOMB_GROWTH: u64 = 16 << 20;
 
 /// An image as a registry offers it: its manifest, and blobs that are named by their digests.
@@ -28,7 +29,8 @@ struct Offer {
     blobs: Vec<Vec<u8>>,
 }
 
-/// The parts of a good image, to be changed. Its layer is no other image's: what containerd has is not downloaded.
+/// The parts of a valid image, to be changed. No other image has its layer, since layers that containerd already has
+/// are not downloaded.
 fn good() -> (Image, Value, Value) {
     let noise = nomad_driver_shim::ids::random_hex(500);
     let image = Image { layers: vec![Layer::new(&[Entry::file("noise", noise)], Packing::Gzip)], ..Image::busybox() };
@@ -37,19 +39,19 @@ fn good() -> (Image, Value, Value) {
     (image, manifest, config)
 }
 
-/// A good image with another manifest.
+/// A valid image with a changed manifest.
 fn manifest(change: impl FnOnce(&mut Value)) -> Offer {
     let (image, mut manifest, _) = good();
     change(&mut manifest);
     Offer { manifest: manifest.to_string().into_bytes(), media_type: MANIFEST, blobs: image.blobs() }
 }
 
-/// A good image with this text in the manifest's place.
+/// A valid image with this text in place of its manifest.
 fn document(media_type: &'static str, text: impl Into<Vec<u8>>) -> Offer {
     Offer { manifest: text.into(), media_type, blobs: Image::busybox().blobs() }
 }
 
-/// A good image with another configuration.
+/// A valid image with another configuration.
 fn config(text: impl Into<Vec<u8>>) -> Offer {
     let text = text.into();
     let descriptor = json!({"mediaType": CONFIG_TYPE, "digest": Digest::of(&text).to_string(), "size": text.len()});
@@ -58,13 +60,13 @@ fn config(text: impl Into<Vec<u8>>) -> Offer {
     offer
 }
 
-/// A good image with this layer over its own.
+/// A valid image with this layer on top of its own.
 fn layer(bytes: Vec<u8>, media_type: &'static str) -> Offer {
     let image = Image::busybox().with_layer(Layer { diff_id: Digest::of(b"another"), bytes, media_type });
     Offer { manifest: image.manifest_bytes(), media_type: MANIFEST, blobs: image.blobs() }
 }
 
-/// Arrays in each other.
+/// Deeply nested JSON arrays.
 fn deep() -> String {
     format!("{}{}", "[".repeat(100_000), "]".repeat(100_000))
 }
@@ -80,7 +82,7 @@ fn gzip(bytes: &[u8], times: usize) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// A header of a tar archive that announces so many bytes.
+/// A header of a tar archive that announces a file of this size.
 fn header(kind: tar::EntryType, size: u64) -> Vec<u8> {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(kind);
@@ -181,7 +183,7 @@ fn documents() -> Vec<(&'static str, Offer, &'static str)> {
             layer(gzip(&header(tar::EntryType::Regular, 1 << 50), 1), image.layers[0].media_type),
             "is refused",
         ),
-        // A window of 2 GiB (RFC 8878, section 3.1.1.1.2), which the decoder would have to hold.
+        // A window of 2 GiB (RFC 8878, section 3.1.1.1.2), which the decoder would have to hold in memory.
         (
             "layer of a wide window",
             layer([&b"\x28\xb5\x2f\xfd\x00\xa8"[..], &[0; 64]].concat(), "application/vnd.oci.image.layer.v1.tar+zstd"),
@@ -193,7 +195,7 @@ fn documents() -> Vec<(&'static str, Offer, &'static str)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_too_large_or_not_what_it_says_is_refused_by_name() {
     let mut env = Env::new().await;
-    // So that what a first pull takes is not counted.
+    // This start keeps the memory of a first pull out of the measurement.
     let task = env.sh("true").await;
     env.finish_task(task).await;
     let plugin = env.plugin().pid().unwrap();
@@ -209,8 +211,8 @@ async fn what_is_too_large_or_not_what_it_says_is_refused_by_name() {
     env.finish().await;
 }
 
-/// A layer that is a thousand times as large when it is unpacked. It is not what its configuration says, so containerd never
-/// sees it; the reader has to look through all of it first.
+/// A layer that is a thousand times as large when it is unpacked. Its digest is not the one in its configuration, so
+/// containerd never sees it; the reader has to read through all of it first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_layer_that_unpacks_to_much_takes_no_memory() {
     let mut env = Env::new().await;
@@ -229,7 +231,8 @@ async fn a_layer_that_unpacks_to_much_takes_no_memory() {
     env.finish().await;
 }
 
-/// The probe is one: the same images run when nothing is wrong with them, and what nobody reads of one is passed over.
+/// Control test: the same images run when nothing is wrong with them, and a field that the driver does not use is
+/// skipped.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_good_image_of_the_same_making_runs() {
     let mut env = Env::new().await;
@@ -245,7 +248,7 @@ async fn a_good_image_of_the_same_making_runs() {
     env.finish().await;
 }
 
-/// Serves an image: its name.
+/// Serves an image and returns its name.
 async fn offered(offer: Offer) -> String {
     let registry = FakeRegistry::start().await;
     registry.set("/v2/app/manifests/1", Answer::ok(offer.media_type, offer.manifest));

@@ -1,4 +1,4 @@
-//! A containerd that lies: the real one behind a proxy that changes some of its answers.
+//! A containerd that lies: a proxy before the real containerd that changes some of its answers.
 
 use std::{
     convert::Infallible,
@@ -27,10 +27,10 @@ use crate::support::services;
 /// The calls whose answers can be changed.
 const LIED_ABOUT: [&str; 3] = ["/View", "/Mounts", "/Version"];
 
-/// Makes of an answer's body another one. Calls are known by their HTTP/2 paths.
+/// Turns an answer's body into another one. The first argument is the call's HTTP/2 path.
 pub(crate) type Lie = Arc<dyn Fn(&str, Bytes) -> Bytes + Send + Sync>;
 
-/// Starts the proxy: its socket. It ends with the test.
+/// Starts the proxy and returns its socket. The proxy ends with the test.
 pub(crate) fn start(lie: Lie) -> PathBuf {
     let dir = services().root.join(format!("false-containerd-{}", random_hex(3)));
     fs::create_dir_all(&dir).unwrap();
@@ -42,7 +42,7 @@ pub(crate) fn start(lie: Lie) -> PathBuf {
     socket
 }
 
-/// A gRPC message as it stands in an answer's body: not compressed, and its length before it.
+/// A gRPC message as it is in an answer's body: not compressed, with its length before it.
 pub(crate) fn framed(message: &impl Message) -> Bytes {
     let bytes = message.encode_to_vec();
     let length = u32::try_from(bytes.len()).unwrap().to_be_bytes();
@@ -73,7 +73,7 @@ impl Service<http::Request<Body>> for Proxy {
             if answer.headers().contains_key("grpc-status") {
                 return Ok(answer);
             }
-            // What streams both ways would wait for its own request here.
+            // A call that streams in both directions would wait for its own request here, so its answer is passed on.
             if !LIED_ABOUT.iter().any(|call| path.ends_with(call)) {
                 return Ok(answer);
             }

@@ -1,7 +1,8 @@
-// A shim whose answers are garbled: the real one, behind a proxy that spoils the first answer to each call of CALLS on each
+// A shim with garbled answers: a proxy before the real shim that spoils the first answer to each call of CALLS on each
 // connection. Compiled by garbling_shim.rs.
 //
-// Frames are ttrpc's (containerd/ttrpc, PROTOCOL.md): a length and a stream in four bytes each, a type and a byte of flags.
+// The frames are those of ttrpc (containerd/ttrpc, PROTOCOL.md): length and stream in four bytes each, a type and a
+// byte of flags.
 #include <arpa/inet.h>
 #include <poll.h>
 #include <signal.h>
@@ -15,7 +16,7 @@
 
 #define REAL "/usr/bin/containerd-shim-runc-v2"
 
-// As they are encoded in a request.
+// The names of the calls, as a request encodes them.
 static const char *const CALLS[] = {"\x12\x04" "Wait", "\x12\x05" "State", "\x12\x06" "Delete"};
 enum { COUNT = sizeof CALLS / sizeof *CALLS, MOST = 5 << 20 };
 
@@ -30,7 +31,7 @@ static int whole(int fd, char *bytes, size_t count, int writes) {
     return 1;
 }
 
-// One connection of the plugin's, to its end.
+// Serves one connection of the plugin until it ends.
 static void proxy(int plugin, int shim) {
     static char frame[10 + MOST];
     unsigned spoiled[COUNT] = {0}, stream, length;
@@ -60,14 +61,15 @@ int main(int argc, char **argv) {
     int plugins = dup(3), own = socket(AF_UNIX, SOCK_STREAM, 0);
     if (bind(own, (void *)&address, sizeof address) < 0 || listen(own, 100) < 0) return 1;
     if (!fork()) {
-        // The real shim dies with the proxy, which the plugin takes for it.
+        // The real shim dies with the proxy. The plugin takes the proxy for the shim.
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         dup2(own, 3), close(own), close(plugins);
         return execv(REAL, argv);
     }
     close(own), close(3);
     signal(SIGPIPE, SIG_IGN);
-    // The plugin has one connection at a time: its successor's begins when its own has ended.
+    // A plugin has one connection at a time. The connection of the next plugin begins when this plugin's connection has
+    // ended.
     if (!fork()) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         for (int fd; (fd = accept(plugins, NULL, NULL)) >= 0; close(fd)) {

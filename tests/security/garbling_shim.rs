@@ -1,4 +1,4 @@
-//! A shim that lives, and whose answers can't always be understood: that is no reason to end a task.
+//! A shim that is alive, but sends some answers that can't be decoded. Such an answer must not end a task.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
@@ -18,13 +18,13 @@ async fn no_task_ends_because_an_answer_was_not_understood() {
     let config = json!({"shim": {"binary": program, "pool": 0}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     for runtime in runtimes() {
-        // The answer to Wait is the one that brings the exit code.
+        // The answer to the Wait call carries the exit code.
         let task = env.start(shell(&env, "exit 7", json!({"runtime": runtime})).await).await;
         let answer = env.try_wait(&task.id).await.unwrap();
         assert_eq!((answer.result.unwrap().exit_code, answer.err.as_str()), (7, ""), "{runtime}");
         env.destroy(&task).await.unwrap();
 
-        // The answer to State is what a plugin takes a task over by.
+        // A plugin needs the answer to the State call to recover a task.
         let script = "trap 'exit 8' TERM; echo up; while :; do sleep 0.05; done";
         let task = env.start(shell(&env, script, json!({"runtime": runtime})).await).await;
         task.says("up").await;

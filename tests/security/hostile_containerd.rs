@@ -1,5 +1,5 @@
-//! Whoever answers at containerd's socket: it makes the node unhealthy with a reason, costs the plugin little, and gives no
-//! directory of the host to a container.
+//! A hostile server at containerd's socket makes the node unhealthy with a reason, costs the plugin little memory, and
+//! gives no directory of the host to a container.
 
 use std::{
     fs,
@@ -32,7 +32,7 @@ use crate::{
     support::{Entry, Env, EnvOptions, Image, Layer, Packing, patience, resident, services},
 };
 
-/// What a plugin's memory may grow by over a hostile peer.
+/// The memory by which a plugin may grow because of a hostile peer.
 const GROWTH: u64 = 24 << 20;
 
 /// How a peer behaves on a connection.
@@ -42,12 +42,12 @@ enum Peer {
     Silent,
     Http1,
     Garbage,
-    /// HTTP/2 frames without an end that want an answer each (CVE-2019-9512, CVE-2019-9515).
+    /// Endless HTTP/2 frames, each of which requires an answer (CVE-2019-9512, CVE-2019-9515).
     Pings,
     Settings,
-    /// Headers without an end (CVE-2024-27316).
+    /// Endless headers (CVE-2024-27316).
     Continuations,
-    /// A frame of 16 MiB where 16 KiB are agreed upon.
+    /// A frame of 16 MiB on a connection that permits 16 KiB.
     LargeFrame,
 }
 
@@ -99,7 +99,7 @@ async fn serve(peer: Peer, mut stream: UnixStream) -> std::io::Result<()> {
     }
 }
 
-/// A socket at which a peer of this kind answers.
+/// Starts a peer of this kind and returns its socket.
 fn listen(peer: Peer) -> PathBuf {
     let socket = services().root.join(format!("peer-{}", random_hex(3)));
     let listener = UnixListener::bind(&socket).unwrap();
@@ -134,7 +134,7 @@ async fn a_peer_that_is_no_containerd_makes_the_node_unhealthy() {
         assert_eq!(seen.health, i32::from(HealthState::Unhealthy), "{peer:?}: {seen:?}");
         let reason = &seen.health_description;
         assert!(reason.contains("containerd") && reason.len() < 500, "{peer:?}: {reason}");
-        // A pull ends in time, with a reason as well.
+        // A pull also ends in time, and with a reason.
         let image = format!("{}/never/pulled:1", services().registry);
         let reason = refusal(&mut env, json!({"image": image, "image_pull_timeout": "2s"})).await;
         assert!(reason.contains("containerd") || reason.contains("image_pull_timeout"), "{peer:?}: {reason}");
@@ -145,7 +145,7 @@ async fn a_peer_that_is_no_containerd_makes_the_node_unhealthy() {
         env.finish().await;
     }))
     .await;
-    // The probe is one: with the real containerd the node is healthy.
+    // Control test: with the real containerd the node is healthy.
     let env = Env::new().await;
     let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
     let seen = fingerprints.message().await.unwrap().unwrap();
@@ -154,11 +154,12 @@ async fn a_peer_that_is_no_containerd_makes_the_node_unhealthy() {
     env.finish().await;
 }
 
-/// Mounts that would make files of the host a container's, each by its name and by what it makes of the real ones.
+/// Mounts that would give files of the host to a container. Each entry has a name and the mounts that replace the real
+/// ones.
 fn lies(env: &Env, decoy: &Decoy) -> Vec<(String, Vec<Mount>)> {
     let real = services().root.join("containerd/root/io.containerd.snapshotter.v1.overlayfs/snapshots/1");
     let out = format!("{}/../../../../..{}", real.display(), decoy.path());
-    // Of the right form, in a directory that is not root's alone, and through a link.
+    // Paths of the expected form, but in a directory that other users than root may write to, or through a link.
     let (open, linked) = (env.dir.join("open/snapshots"), env.dir.join("linked/snapshots"));
     fs::create_dir_all(open.join("1/fs")).unwrap();
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
@@ -209,7 +210,7 @@ async fn only_a_snapshotters_own_directories_become_layers() {
     let decoy = Decoy::new(&env);
     let layer = Layer::new(&[Entry::file("of-the-image", "x")], Packing::Gzip);
     let image = Image::busybox().with_layer(layer).push(&services().registry, "attack/layers:1").await;
-    // Asked for at each start, or the first answer that is taken would serve all others.
+    // The image is resolved at each start. Otherwise the first accepted answer would serve all later starts.
     let always = json!({"image": image, "image_pull_policy": "always"});
     let config = shell(&env, "cat /secret /data/file; echo written > /by-the-task; ls /", always).await;
     let mut taken = Vec::new();
@@ -224,13 +225,13 @@ async fn only_a_snapshotters_own_directories_become_layers() {
         taken.extend(seen.text().contains(SECRET.trim()).then(|| format!("{name}: the secret was read")));
     }
     assert_eq!(taken, Vec::<String>::new());
-    // The probe is one: through the same proxy, the real answer starts a task.
+    // Control test: through the same proxy, the real answer starts a task.
     *told.lock().unwrap() = None;
     assert!(outcome(&mut env, config).await.text().contains("of-the-image"));
     env.finish().await;
 }
 
-/// Answers that are valid gRPC, and too large or nonsense as a message.
+/// Answers that are valid gRPC, but are too large or not a valid message.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_version_of_any_size_makes_the_node_unhealthy() {
     for body in [Bytes::from_static(&[0, 0xff, 0xff, 0xff, 0xff, 1]), Bytes::from(vec![0xff; 64]), Bytes::new()] {

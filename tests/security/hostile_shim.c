@@ -1,7 +1,8 @@
-// A shim that lies. Its file's name says how: WHEN-HOW, where WHEN is the first call that it does not answer as a shim
-// would ("connect" or "create"), and HOW is what it does instead. Compiled by hostile_shim.rs.
+// A shim that lies. The name of its file selects the lie: WHEN-HOW, where WHEN is the first call that the shim does not
+// answer correctly ("connect" or "create"), and HOW is what the shim does instead. Compiled by hostile_shim.rs.
 //
-// Frames are ttrpc's (containerd/ttrpc, PROTOCOL.md): a length and a stream in four bytes each, a type and a byte of flags.
+// The frames are those of ttrpc (containerd/ttrpc, PROTOCOL.md): length and stream in four bytes each, a type and a
+// byte of flags.
 #include <arpa/inet.h>
 #include <signal.h>
 #include <stdio.h>
@@ -70,7 +71,7 @@ static void lie(const char *how, int fd, unsigned stream) {
 int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     const char *when = strrchr(argv[0], '/') + 1, *how = strchr(when, '-') + 1;
-    // What is called to tidy up after it when it is dead.
+    // The `delete` command, which the plugin calls to clean up after a dead shim.
     if (argc > 1 && !strcmp(argv[argc - 1], "delete")) {
         if (!strcmp(how, "killed")) flood(1, 128 << 20), flood(2, 128 << 20);
         return 0;
@@ -89,7 +90,7 @@ int main(int argc, char **argv) {
             unsigned length = ntohl(words[0]), stream = ntohl(words[1]);
             if (length > sizeof request || !read_whole(fd, request, length)) break;
             if (!creates || memmem(request, length, "\x12\x06" "Create", 8)) lie(how, fd, stream);
-            // An empty answer with nothing in it, which says yes to everything.
+            // An empty answer, which reports success for every call.
             else if (!send_frame(fd, 0, stream, "", 0)) break;
             if (memmem(request, length, "\x12\x08" "Shutdown", 10)) return 0;
         }

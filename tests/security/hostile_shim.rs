@@ -1,4 +1,5 @@
-//! Shims that lie: a start fails in time and in words, the plugin goes on with its other tasks, and nothing is left.
+//! Shims that lie: a start fails in time and with a reason, the plugin continues to serve its other tasks, and nothing
+//! remains.
 
 use std::{
     fs,
@@ -16,7 +17,7 @@ use crate::{
     support::{Env, EnvOptions, patience},
 };
 
-/// What the first call of a shim or its `Create` is answered with: see hostile_shim.c.
+/// The answers to a shim's first call or to its `Create` call: see hostile_shim.c.
 const LIES: [&str; 18] = [
     "connect-exits",
     "connect-closes",
@@ -37,14 +38,15 @@ const LIES: [&str; 18] = [
     "create-nonsense",
     "create-text",
 ];
-/// The time in which a shim that has just been started has to answer its first call is 60 s.
+/// A shim that has just been started has 60 s to answer its first call.
 const IN_TIME: Duration = Duration::from_secs(75);
-/// What all lies together may take of memory: a frame has at most 4 MiB, and of what a program prints little is kept.
+/// The memory that all lies together may take: a frame has at most 4 MiB, and only a little of a program's output is
+/// kept.
 const GROWTH: u64 = 48 << 20;
-/// What a shim says goes into a line of the log.
+/// The maximum length: a shim's text goes into one line of the log.
 const LOG_LINE: usize = 64 << 10;
 
-/// A program for each lie: the runtimes of a plugin's configuration.
+/// One program for each lie, as the runtimes of a plugin's configuration.
 fn runtimes(dir: &Path) -> Value {
     let program = dir.join("shim");
     fs::write(&program, attack::compile("hostile-shim", include_str!("hostile_shim.c"))).unwrap();
@@ -61,7 +63,7 @@ async fn a_shim_that_lies_costs_one_start() {
     let programs = tempfile::tempdir_in("/var/tmp").unwrap();
     let config = json!({"runtime": runtimes(programs.path()), "shim": {"pool": 1}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
-    // The image is here from now on.
+    // From here on the image is in containerd's store.
     let bystander = env.sh("sleep 600").await;
     let plugin = env.plugin().pid();
     let before = peak(plugin.unwrap());
@@ -85,7 +87,7 @@ async fn a_shim_that_lies_costs_one_start() {
     assert!(grown < GROWTH, "{} MiB more", grown >> 20);
     let longest = env.plugin().stderr().lines().map(str::len).max().unwrap_or_default();
     assert!(longest < LOG_LINE, "a line of {longest} bytes in the agent's log");
-    // The others are served as before, by the same plugin.
+    // The same plugin serves the other tasks as before.
     assert_eq!(env.plugin().pid(), plugin);
     assert_eq!(env.exec_text(&bystander, "echo alive").await, "alive\n");
     env.destroy(&bystander).await.unwrap();

@@ -1,4 +1,4 @@
-//! A volume on a file system that does not answer: its task is refused or stopped, and everybody else goes on.
+//! A volume on a file system that does not answer: its task is refused or stopped, and all other tasks continue.
 
 use std::{
     fs::{self, File},
@@ -16,7 +16,7 @@ use crate::{
     support::{Env, Task},
 };
 
-/// A file system in user space that nobody serves. It answers, with an error, when this is dropped.
+/// A FUSE file system without a server. Once this value is dropped, its operations fail with an error.
 struct Hung {
     path: PathBuf,
     server: Option<File>,
@@ -68,7 +68,7 @@ async fn a_dead_volume_holds_up_nobody_else() {
             starts.push(tokio::spawn(async move { driver.start_task(request).await }));
             tasks.push(task);
         }
-        // The starts hang by now, or soon.
+        // By now the starts hang, or will hang soon.
         tokio::time::sleep(Duration::from_millis(100)).await;
         goes_on(&mut env, &running).await;
         for (task, start) in tasks.iter().zip(starts) {

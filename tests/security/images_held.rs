@@ -1,5 +1,5 @@
-//! Images whose files stand for others: links at the places where runtimes mount and write, working directories and commands
-//! that lead to the host. They are refused, or end inside of the image's own root.
+//! Images with links at the places where runtimes mount and write, or with working directories and commands that lead
+//! to the host. Such images are refused, or their paths end inside the image's own root.
 
 use std::{fs, path::Path};
 
@@ -13,8 +13,8 @@ use crate::{
     support::{Entry, Env, EnvOptions, Image, Layer, Packing, script, services},
 };
 
-/// Where something is mounted or written while a container is made; each group is one image. `/dev` is left to the tests of
-/// its own finding.
+/// The paths at which a runtime mounts or writes while it creates a container; each group is one image. `/dev` has
+/// tests of its own.
 const PLACES: [&[&str]; 4] = [
     &["etc"],
     &["etc/hosts", "etc/resolv.conf", "etc/hostname", "etc/mtab", "alloc", "local", "secrets"],
@@ -22,7 +22,7 @@ const PLACES: [&[&str]; 4] = [
     &["sys"],
 ];
 
-/// Looks through every place for the decoy's files, and writes where it can.
+/// Reads the decoy's files at every such path.
 const LOOK: &str = "for at in /etc /etc/hosts /alloc /local /secrets /proc /sys /dev/shm /m .; do \
      cat $at $at/secret $at/data/file; done 2>/dev/null; echo looked";
 
@@ -35,7 +35,7 @@ fn look(image: &str, runtime: &str) -> Value {
     json!({"image": image, "runtime": runtime, "command": "/bin/busybox", "args": ["sh", "-c", LOOK]})
 }
 
-/// Runs a job, which must neither see nor change the decoy: what came of it.
+/// Runs a job that must neither see nor change the decoy, and returns the outcome.
 async fn harmless(env: &mut Env, decoy: &Decoy, attack: &str, config: Value) -> Outcome {
     let seen = outcome(env, config).await;
     assert!(!seen.text().contains(SECRET.trim()), "{attack}: {seen:?}");
@@ -53,7 +53,7 @@ async fn links_of_an_image_stay_in_it() {
             ("magic", format!("/proc/1/root{}", decoy.path())),
             ("parents", format!("{}{}", "../".repeat(12), &decoy.path()[1..])),
         ] {
-            // A file's place leads to a file.
+            // A path of a file gets a link to a file.
             let links = places.iter().map(|place| {
                 let file = if place.starts_with("etc/") { "/hosts" } else { "" };
                 Entry::symlink(place, &format!("{target}{file}"))
@@ -69,7 +69,7 @@ async fn links_of_an_image_stay_in_it() {
     env.finish().await;
 }
 
-/// The probe is one: a runtime that follows links on the host changes the decoy, where no mount lies.
+/// Control test: a runtime that follows links on the host changes the decoy at the places without a mount.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runtime_that_follows_links_is_noticed() {
     let programs = tempfile::tempdir().unwrap();
@@ -86,7 +86,7 @@ async fn a_runtime_that_follows_links_is_noticed() {
     env.finish().await;
 }
 
-/// The job's own mounts, at a target that the image makes a link.
+/// The job's own mounts, at a target that is a link in the image.
 #[tokio::test(flavor = "multi_thread")]
 async fn targets_of_mounts_stay_in_the_image() {
     let mut env = Env::new().await;
@@ -106,7 +106,7 @@ async fn targets_of_mounts_stay_in_the_image() {
     env.finish().await;
 }
 
-/// A working directory that is open in the runtime would lie outside of the root (CVE-2024-21626).
+/// A working directory that the runtime has open would lie outside the root (CVE-2024-21626).
 #[tokio::test(flavor = "multi_thread")]
 async fn working_directories_lie_in_the_image() {
     let mut env = Env::new().await;
@@ -126,7 +126,7 @@ async fn working_directories_lie_in_the_image() {
             let inside = matches!(&seen, Outcome::Ran(_, out, _) if out.contains("looked\n"));
             assert!(inside || matches!(seen, Outcome::Refused(_)), "{runtime}, {directory}: {seen:?}");
         }
-        // As the image has it.
+        // The same working directory in the image's configuration.
         let image = Image::busybox().with_config("WorkingDir", json!("/proc/self/fd/7"));
         let image = image.push(&services().registry, "images/workdir:1").await;
         harmless(&mut env, &decoy, &format!("{runtime}, WORKDIR"), look(&image, &runtime)).await;
@@ -134,14 +134,14 @@ async fn working_directories_lie_in_the_image() {
     env.finish().await;
 }
 
-/// Inode, length and time of a program of the host.
+/// The inode, length and modification time of a program of the host.
 fn identity(program: &Path) -> (u64, u64, i64) {
     use std::os::unix::fs::MetadataExt as _;
     let metadata = fs::metadata(program).unwrap();
     (metadata.ino(), metadata.len(), metadata.mtime())
 }
 
-/// A command that is the runtime itself, by the name that it has for itself (CVE-2019-5736).
+/// A command that is the runtime itself, by the path under which a process finds its own program (CVE-2019-5736).
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_lie_in_the_image() {
     let mut env = Env::new().await;
@@ -182,7 +182,7 @@ async fn commands_lie_in_the_image() {
         ] {
             let config = json!({"image": image, "runtime": runtime, "command": command, "args": ["-c", LOOK]});
             let seen = harmless(&mut env, &decoy, &format!("{runtime}, command {command}"), config).await;
-            // What runs is what the image has: busybox, which says so.
+            // The program that runs is the image's own: busybox, which prints this.
             if let Outcome::Ran(code, out, _) = &seen {
                 assert!(out.ends_with("looked\n") || *code != 0, "{runtime}, {command}: {seen:?}");
             }

@@ -1,5 +1,5 @@
-//! What jobs and images say, held against what the kernel, runtimes and files can take: refused by its name, at once, and
-//! nothing of the task is left. The neighbours of each finding are in the same tables.
+//! Values of jobs and images that the kernel, the runtimes or the files can't take are refused at once with the
+//! option's name, and nothing of the task remains. The tables also contain cases close to each finding.
 
 use std::time::{Duration, Instant};
 
@@ -11,10 +11,10 @@ use crate::{
     support::{Entry, Env, EnvOptions, Image, Layer, Packing, services},
 };
 
-/// Refusals take milliseconds, and a pull comes before some of them. What this is about took a minute.
+/// A refusal takes milliseconds, and some come after a pull. The faults that these tests look for took a minute.
 const PROMPT: Duration = Duration::from_secs(25);
 
-/// Starts a task that must be refused: the driver's words.
+/// Starts a task that must be refused, and returns the driver's error text.
 async fn refused(env: &mut Env, what: &str, config: Value, change: impl FnOnce(&mut TaskConfig)) -> String {
     let mut task = env.prepare(config).await;
     change(&mut task.config);
@@ -37,7 +37,7 @@ async fn must_say(env: &mut Env, what: &str, config: Value, parts: &[&str]) {
     assert!(parts.iter().all(|part| text.contains(part)), "{what}: {parts:?} in {text}");
 }
 
-/// Pushes an image of its own for each case, and names it.
+/// Pushes a separate image for each case, and returns its name.
 async fn push(name: &str, image: Image) -> String {
     image.push(&services().registry, &format!("inputs/{name}:1")).await
 }
@@ -46,7 +46,7 @@ fn special(path: &str, kind: tar::EntryType, link: &str) -> Layer {
     Layer::new(&[Entry { kind, link: link.to_owned(), ..Entry::file(path, "") }], Packing::None)
 }
 
-/// A layer with `/dev/zero` at a place of its own.
+/// A layer with the device node of `/dev/zero` at another path.
 fn device(path: &str) -> Layer {
     let mut builder = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
@@ -89,7 +89,7 @@ async fn accounts_files_are_plain_files() {
     }
 }
 
-/// What a job mounts over them is read by the runtime, too.
+/// The runtime also reads files that a job mounts over the account files.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_but_plain_files_is_mounted_over_accounts_files() {
     for runtime in runtimes() {
@@ -122,7 +122,7 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
         let many: Vec<String> = (0..24).map(|_| "y".repeat(100_000)).collect();
         for (what, options, words) in [
             ("command", json!({"command": path}), "the command has 1048577 bytes"),
-            // An argument may be as long, and runc hangs on it all the same: a path may not.
+            // An argument of this length is permitted, but runc hangs on a command path of this length.
             ("command", json!({"command": &path[..120_000]}), "the command has 120000 bytes"),
             ("argument", json!({"args": ["-c", "true", long]}), "argument 3 of the command has 1048576 bytes"),
             ("all arguments", json!({"args": many}), "a quarter of the stack's limit"),
@@ -140,7 +140,7 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
         let text =
             refused(&mut env, "variable", config, |task| drop(task.env.insert("BIG".into(), long.clone()))).await;
         assert!(text.contains("environment variable \"BIG\" has 1048580 bytes"), "{text}");
-        // An image's configuration may have 4 MiB.
+        // An image's configuration may have up to 4 MiB.
         for (name, key, value, words) in [
             (
                 "cmd",
@@ -154,7 +154,7 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
             let image = push(&format!("long-{name}"), Image::busybox().with_config(key, value)).await;
             must_say(&mut env, &format!("{runtime}, image's {name}"), json!({"image": image}), &[words]).await;
         }
-        // What the kernel takes, runs.
+        // Values within the kernel's limits run.
         let script = format!("echo $# ${{#1}} #{}", "x".repeat(131_000));
         let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script, "-", "z".repeat(131_071)]});
         assert_eq!(env.run(config).await.1, "1 131071\n", "{runtime}");
@@ -184,7 +184,7 @@ async fn what_is_run_in_a_task_is_within_the_kernels_limits() {
             assert!(began.elapsed() < PROMPT, "{runtime}: {:?}", began.elapsed());
             assert!(error.message().contains(words), "{runtime}: {}", error.message());
         }
-        // As somebody at a terminal sees it.
+        // The message in an interactive session.
         let outcome = env.talk(&task, &["/bin/echo", "a\0b"], false).await.unwrap().end().await;
         assert_eq!(outcome.code, Some(126), "{runtime}: {outcome:?}");
         assert!(outcome.stderr.contains("NUL byte"), "{runtime}: {outcome:?}");
@@ -253,7 +253,7 @@ async fn nul_bytes_are_refused_by_the_options_name() {
     }
 }
 
-/// An image whose users are not what they seem, with ids that the kernel takes for "leave as it is" among them.
+/// An image with odd users, some with ids that the kernel reads as "leave as it is".
 fn odd_users() -> Image {
     Image::busybox()
         .with_file(
@@ -286,7 +286,7 @@ async fn nobody_becomes_root_by_an_id_out_of_range() {
         ] {
             let text = refused(&mut env, user, id(&plain), |task| task.user = user.into()).await;
             assert!(text.contains(words) && text.contains(range), "{runtime}, user {user}: {text}");
-            // The same of the image's own USER.
+            // The same value in the image's own USER.
             let name = format!("users-{}", user.replace(':', ".").replace('-', "minus"));
             let image = push(&name, odd_users().with_config("User", json!(user))).await;
             must_say(&mut env, &format!("{runtime}, USER {user}"), id(&image), &[words, range]).await;
@@ -298,14 +298,14 @@ async fn nobody_becomes_root_by_an_id_out_of_range() {
         }
         let text = refused(&mut env, "text", id(&plain), |task| task.user = "text".into()).await;
         assert!(text.contains("user \"text\" is not in the image's /etc/passwd"), "{text}");
-        // docker reads numbers as Go does.
+        // docker parses numbers as Go does.
         for (user, ids) in
             [("+5", None), ("007", Some((7, 8))), ("seven", Some((7, 8))), ("2147483647", Some((2_147_483_647, 0)))]
         {
             let mut task = env.prepare(id(&plain)).await;
             task.config.user = user.to_owned();
             match ids {
-                // User 5 has an entry, whose group is out of range.
+                // User 5 has an entry, but its group is out of range.
                 None => assert!(env.try_start(&mut task).await.is_err(), "{runtime}, {user}"),
                 Some((uid, gid)) => {
                     env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{user}: {}", status.message()));
@@ -337,7 +337,8 @@ async fn hostnames_are_names() {
         }
         env.finish().await;
     }
-    // The old driver took any text; what is no text is refused under its name, too.
+    // nomad-driver-containerd accepted any value. Under the name `containerd-driver`, too, a value that is not plain
+    // text is refused.
     let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
     for name in ["a\nb", "\u{1b}[31mred", "\u{9b}2J"] {
         let config = shell(&env, "hostname", json!({"hostname": name})).await;

@@ -1,5 +1,5 @@
-// Calls that a confined task may not make, each with arguments that change nothing where it is allowed. Prints one line
-// for each: its name, and "done" or the error. Compiled by inside_held.rs.
+// Calls that a confined task may not make, each with arguments that change nothing where the call is permitted. Prints
+// one line for each call: its name, and "done" or the error. Compiled by inside_held.rs.
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -15,7 +15,7 @@
 #define TRY(name, call) do { errno = 0; printf("%s %s\n", name, (call) >= 0 ? "done" : strerrorname_np(errno)); } while (0)
 #define CALL(name, ...) TRY(#name, syscall(SYS_##name, __VA_ARGS__))
 
-// Makes a node and opens it.
+// Makes a device node and opens it.
 static int node(const char *path, mode_t kind, unsigned major, unsigned minor) {
     unlink(path);
     if (mknod(path, kind | 0666, makedev(major, minor)) < 0) return -1;

@@ -1,5 +1,5 @@
-//! What a task has and may do, seen from inside: calls, kernel files, capabilities, descriptors, and what others' secrets
-//! it could find. The same for what is run in it by `nomad alloc exec`.
+//! The rights and surroundings of a task, seen from inside: system calls, kernel files, capabilities, descriptors, and
+//! the secrets of others that it could find. The same holds for a process that `nomad alloc exec` runs in the task.
 
 use std::{
     collections::BTreeMap,
@@ -22,19 +22,19 @@ use crate::{
     support::{Env, EnvOptions, Task, eventually},
 };
 
-/// Answers to a call that a confined task may not make.
+/// The errors of a call that a confined task may not make.
 const REFUSED: [&str; 2] = ["EPERM", "ENOSYS"];
 
-/// Kernel files that are not a task's to write. They are only opened for it.
+/// Kernel files that a task may not write to. The test only opens them for writing.
 const READ_ONLY: &str = "/proc/sys/kernel/core_pattern /proc/sys/kernel/modprobe /proc/sys/kernel/domainname \
     /proc/sys/vm/drop_caches /proc/sys/vm/overcommit_memory /proc/sys/fs/suid_dumpable /proc/sysrq-trigger \
     /proc/irq/default_smp_affinity /sys/kernel/uevent_helper /sys/kernel/mm/transparent_hugepage/enabled \
     /sys/power/state /sys/module/overlay/parameters/index";
-/// Kernel files and directories that tell about the host.
+/// Kernel files and directories that reveal facts about the host.
 const MASKED: &str = "/proc/kcore /proc/keys /proc/timer_list /proc/acpi /proc/scsi /proc/asound /proc/sched_debug \
     /sys/firmware /sys/devices/virtual/powercap";
 
-/// What the program of inside_held.c says, by the names of the calls.
+/// Runs the program of inside_held.c and returns its answers by the names of the calls.
 async fn calls(env: &mut Env, image: &str, options: &Value) -> BTreeMap<String, String> {
     let mut config = json!({"image": image, "command": "/attack"});
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
@@ -52,7 +52,7 @@ async fn calls_that_reach_the_host_are_refused() {
         assert!(confined.len() > 30, "{confined:?}");
         let open: Vec<_> = confined.iter().filter(|(_, answer)| !REFUSED.contains(&answer.as_str())).collect();
         assert!(open.is_empty(), "{runtime}: {open:?}");
-        // The probe is one: without the confinement many of them are done, or fail for another reason.
+        // Control test: without the confinement many of these calls succeed, or fail for another reason.
         let privileged = calls(&mut env, &image, &json!({"privileged": true})).await;
         let open = privileged.values().filter(|answer| !REFUSED.contains(&answer.as_str())).count();
         assert!(open > 15, "{runtime}: {privileged:?}");
@@ -77,7 +77,7 @@ async fn kernel_files_are_read_only_or_masked() {
         let task = env.start(shell(&env, "sleep 600", json!({})).await).await;
         assert_eq!(env.exec_text(&task, &script).await, "looked\n", "{runtime}, exec");
         env.destroy(&task).await.unwrap();
-        // The probe is one: without the confinement all kinds of them are found.
+        // Control test: without the confinement all kinds of them are found.
         let config = shell(&env, &script, json!({"privileged": true})).await;
         let (_, out, _) = env.run(config).await;
         for kind in ["write ", "read ", "symbol ", "disk "] {
@@ -87,14 +87,14 @@ async fn kernel_files_are_read_only_or_masked() {
     }
 }
 
-/// Lines of `/proc/self/status` that say what a process may do.
+/// Prints the lines of `/proc/self/status` that show what a process may do.
 const CONFINED: &str =
     "grep -E '^(Cap(Inh|Prm|Eff|Bnd|Amb)|NoNewPrivs|Seccomp):' /proc/self/status | tr -s '\\t\\n' '  '";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn capabilities_and_descriptors_are_the_least_for_init_and_exec() {
-    // chown, dac_override, fowner, fsetid, kill, setgid, setuid, setpcap, net_bind_service, sys_chroot, mknod, audit_write,
-    // setfcap: docker's without net_raw.
+    // The capabilities chown, dac_override, fowner, fsetid, kill, setgid, setuid, setpcap, net_bind_service,
+    // sys_chroot, mknod, audit_write and setfcap: docker's set without net_raw.
     let docker = "00000000a80405fb";
     let docker = format!("{:016x}", u64::from_str_radix(docker, 16).unwrap());
     let root = format!(
@@ -102,7 +102,7 @@ async fn capabilities_and_descriptors_are_the_least_for_init_and_exec() {
     );
     let user =
         root.replace(&format!("Prm: {docker} CapEff: {docker}"), "Prm: 0000000000000000 CapEff: 0000000000000000");
-    // The shell's own descriptors, without a pipe of the script's among them.
+    // Lists the shell's own descriptors. A pipe in the script would add a descriptor.
     let look = format!("{CONFINED}; echo; ulimit -c; for fd in /proc/$$/fd/*; do readlink $fd; done; echo end");
     for runtime in runtimes() {
         let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
@@ -117,13 +117,13 @@ async fn capabilities_and_descriptors_are_the_least_for_init_and_exec() {
             assert_eq!(later.lines().count(), 3, "{runtime}, {name}: {later}");
             for said in [task.stdout.text(), env.exec_text(&task, &look).await] {
                 let lines: Vec<&str> = said.lines().collect();
-                // What it may do, no core files, and three descriptors.
+                // The process's rights, no core files, and three descriptors.
                 assert_eq!((lines[0], lines[1], lines.len()), (expected.as_str(), "0", 6), "{runtime}, {name}: {said}");
                 assert!(!said.contains(&dir), "{runtime}, {name}: {said}");
             }
             env.destroy(&task).await.unwrap();
         }
-        // The probe is one: a privileged task has more.
+        // Control test: a privileged task has more capabilities.
         let config = shell(&env, &look, json!({"privileged": true})).await;
         assert!(!env.run(config).await.1.contains(&docker), "{runtime}");
         env.finish().await;
@@ -138,15 +138,15 @@ async fn a_task_does_not_protect_itself_nor_end_by_its_own_exec() {
         let lower = "for score in -1000 -999 -1; do (echo $score > /proc/self/oom_score_adj) 2>/dev/null && echo lowered; done; \
              (echo -1000 > /proc/1/oom_score_adj) 2>/dev/null && echo lowered; cat /proc/1/oom_score_adj";
         assert_eq!(env.exec_text(&task, lower).await, "0\n", "{runtime}");
-        // The probe is one: the other way is open.
+        // Control test: a process may raise its own score.
         let raise = "echo 500 > /proc/self/oom_score_adj; cat /proc/self/oom_score_adj";
-        // The driver gives the process its score when it runs already, and may come after this.
+        // The driver sets the score when the process runs already, so it may overwrite this value.
         eventually("a process raises its own score", async || {
             let score = env.exec_text(&task, raise).await;
             if score == "500\n" { Ok(()) } else { Err(score) }
         })
         .await;
-        // pid_namespaces(7): from inside of its namespace, an init process gets no signal that it does not handle.
+        // pid_namespaces(7): an init process gets from inside its namespace only the signals that it handles.
         assert_eq!(env.exec_text(&task, "kill -9 1; kill -9 -1; echo alive").await, "alive\n", "{runtime}");
         assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n", "{runtime}");
         env.destroy(&task).await.unwrap();
@@ -154,7 +154,7 @@ async fn a_task_does_not_protect_itself_nor_end_by_its_own_exec() {
     }
 }
 
-/// The plugin and its shims, by pid.
+/// The pids of the plugin and its shims.
 fn processes(env: &Env) -> Vec<u32> {
     let shims = env.dir.join("run/shims");
     let is_shim = |pid: &u32| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&shims));
@@ -163,7 +163,7 @@ fn processes(env: &Env) -> Vec<u32> {
     pids
 }
 
-/// Abstract sockets that a process has. Every process of the same network namespace can connect to one (CVE-2020-15257).
+/// The abstract sockets of a process. Every process in the same network namespace can connect to one (CVE-2020-15257).
 fn abstract_sockets(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let links = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
@@ -175,7 +175,7 @@ fn abstract_sockets(pid: u32) -> Vec<String> {
     named.map(|row| row[7].to_owned()).collect()
 }
 
-/// Files below a directory that hold a text, with their modes.
+/// The files below a directory that contain a text, with their modes.
 fn files_with(dir: &Path, text: &str) -> Vec<(String, u32)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -189,7 +189,7 @@ fn files_with(dir: &Path, text: &str) -> Vec<(String, u32)> {
     found
 }
 
-/// A task with a secret of its job's in its environment.
+/// Starts a task with a secret of its job in its environment.
 async fn task_with_secret(env: &mut Env, secret: &str) -> Task {
     let config = shell(env, "env; sleep 600", json!({})).await;
     let mut task = env.prepare(config).await;
@@ -219,7 +219,7 @@ async fn secrets_stay_where_they_belong() {
             assert_eq!(seen.contains(&of_the_agent), pid == plugin, "{runtime}, {pid}: {seen}");
             assert_eq!(abstract_sockets(pid), Vec::<String>::new(), "{runtime}, {pid}");
         }
-        // On disk only where root alone reads it, and not in the log.
+        // The secret is on disk only where root alone can read it, and is not in the log.
         let mut files = files_with(&env.dir.join("run"), &of_the_job);
         files.extend(files_with(&env.dir.join("state"), &of_the_job));
         assert!(!files.is_empty(), "the probe is none: not even config.json has the secret");
@@ -229,7 +229,7 @@ async fn secrets_stay_where_they_belong() {
         env.destroy(&task).await.unwrap();
         env.finish().await;
     }
-    // The probe is one: an abstract socket of this process is found.
+    // Control test: an abstract socket of this process is found.
     let name = format!("held-{}", random_hex(4));
     let _listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
     assert!(abstract_sockets(std::process::id()).contains(&format!("@{name}")));

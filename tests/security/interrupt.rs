@@ -1,4 +1,5 @@
-//! A runtime that hangs while it makes a container: StopTask and DestroyTask break the start off, whoever shares the shim.
+//! A runtime that hangs while it creates a container: StopTask and DestroyTask abort the start, whichever tasks share
+//! the shim.
 
 use std::{
     path::{Path, PathBuf},
@@ -15,18 +16,20 @@ use crate::{
     support::{Env, Task, eventually, script},
 };
 
-/// A start that is broken off ends in about a second; the runtime would take ten minutes, the driver's own limit is one.
+/// An aborted start ends in about a second. The runtime would take ten minutes, and the driver's own limit is one
+/// minute.
 const PROMPT: Duration = Duration::from_secs(20);
 
-/// Where in its `create` the runtime hangs.
+/// The point in its `create` at which the runtime hangs.
 #[derive(Clone, Copy, Debug)]
 enum Hang {
     Before,
-    /// The container is there by then, its process waiting.
+    /// The container exists by then, and its process waits for the start.
     After,
 }
 
-/// A runtime that hangs in `create` as long as the file `hang` is beside it, and says in `called` that it does.
+/// A runtime that hangs in `create` as long as the file `hang` is in its directory, and creates the file `called` when
+/// it hangs.
 fn slow_runtime(dir: &Path, real: &str, hang: Hang) -> PathBuf {
     let (program, flag, called) = (dir.join("slow"), dir.join("hang"), dir.join("called"));
     let hangs = format!("if [ -e {} ]; then touch {}; sleep 600; fi", flag.display(), called.display());
@@ -48,7 +51,7 @@ async fn slow_plugin(real: &str, hang: Hang, config: Value) -> Env {
     let mut config = config;
     config["runtime"] = json!({"slow": {"binary": slow_runtime(&dir, real, hang)}});
     let env = plugin_with("slow", config).await;
-    // Beside the plugin's own files, so that the leak checker looks for what is left of the runtime.
+    // The directory moves to the plugin's own files, so that the leak checker looks for remains of the runtime.
     std::fs::rename(&dir, env.dir.join("runtime")).unwrap();
     let program = env.dir.join("runtime");
     std::os::unix::fs::symlink(&program, &dir).unwrap();
@@ -85,7 +88,7 @@ async fn broken_off(starting: JoinHandle<Result<(), Status>>, began: Instant, wh
     assert!(status.message().contains("was stopped while it was being started"), "{what}: {}", status.message());
 }
 
-/// Lets the next start through.
+/// Lets the next start proceed.
 fn release(env: &Env) {
     std::fs::remove_file(runtime_dir(env).join("hang")).unwrap();
 }
@@ -117,7 +120,7 @@ async fn stop_and_destroy_break_off_a_create_that_hangs() {
                 }
                 broken_off(starting, began, &what).await;
             }
-            // The next start is as any other.
+            // The next start is not affected.
             release(&env);
             let config = shell(&env, "echo fine", json!({})).await;
             assert_eq!(env.run(config).await.1, "fine\n");
@@ -126,8 +129,8 @@ async fn stop_and_destroy_break_off_a_create_that_hangs() {
     }
 }
 
-/// In a shim that all tasks of the node share, a task that runs goes on, and one whose create waits for its turn is not
-/// harmed by the end of the one before it.
+/// In a shim that all tasks of the node share, a running task continues. A task whose create call waits in the queue is
+/// not harmed when the start before it ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_that_share_the_shim_are_not_harmed() {
     for runtime in runtimes() {
@@ -153,7 +156,7 @@ async fn tasks_that_share_the_shim_are_not_harmed() {
     }
 }
 
-/// Whenever the question comes, in the middle of a start that does not hang: nothing is left of it.
+/// A stop at any moment in the middle of a start that does not hang: nothing of the start remains.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_can_be_stopped_at_any_time() {
     for runtime in runtimes() {
@@ -166,7 +169,7 @@ async fn a_start_can_be_stopped_at_any_time() {
             tokio::time::sleep(Duration::from_millis(delay)).await;
             stop(&env, &task).await.expect("stopped");
             match starting.await.unwrap() {
-                // The stop came before the start was known, or after the task ran.
+                // The stop arrived before the plugin knew the start, or after the task ran.
                 Ok(()) => env.destroy(&task).await.unwrap(),
                 Err(status) => {
                     assert!(status.message().contains("was stopped"), "{}", status.message());
@@ -179,7 +182,7 @@ async fn a_start_can_be_stopped_at_any_time() {
     }
 }
 
-/// A shim that hangs together with its runtime ends with it, if nobody else is in it.
+/// A shim that hangs together with its runtime is ended with it, if no other task uses the shim.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_that_hangs_is_ended_too() {
     for runtime in runtimes() {
@@ -190,7 +193,8 @@ async fn a_shim_that_hangs_is_ended_too() {
         let starting = start(&env, &task);
         hanging(&env).await;
         let shims = shims(&env);
-        // Neither of them does anything any more; the pool's other shim is stopped as well, and must be ended, too.
+        // From here on the shim and its runtime both hang. The pool's other shim is stopped as well, and must be ended,
+        // too.
         for pid in &shims {
             nix::sys::signal::kill(*pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
         }
@@ -198,7 +202,7 @@ async fn a_shim_that_hangs_is_ended_too() {
         stop(&env, &task).await.expect("stopped");
         broken_off(starting, began, &runtime).await;
         for pid in &shims {
-            // Gone, or idle in the pool.
+            // The shim has been ended, or is idle in the pool.
             let _ = nix::sys::signal::kill(*pid, nix::sys::signal::Signal::SIGCONT);
         }
         env.finish().await;

@@ -1,5 +1,5 @@
-//! Whom a layer in containerd's store is given to: images whose own registry or archive has it. Digests are no secret:
-//! they are in manifests, logs and reports, and whoever knows one can name it in an image of theirs.
+//! An image gets a layer of containerd's store only if its own registry or archive has that layer. Digests are no
+//! secret: they are in manifests, logs and reports, and a job's author who knows one can name it in their own image.
 
 use std::fs;
 
@@ -18,7 +18,7 @@ use crate::{
 
 const SECRET: &str = "contents of a private layer";
 
-/// A layer that only its owner's registry has.
+/// A layer that is only in its owner's registry.
 fn private_layer() -> Layer {
     let entries = [Entry::file("private", SECRET), Entry::file("unique", random_hex(16))];
     Layer::new(&entries, Packing::Gzip)
@@ -32,7 +32,7 @@ fn reads(image: &str) -> Value {
     json!({"image": image, "command": "/bin/sh", "args": ["-c", "cat /private"]})
 }
 
-/// Has an image with this layer pulled from a registry of its owner's.
+/// Pulls an image with this layer from its owner's registry.
 async fn pulled(env: &mut Env, layer: &Layer) -> FakeRegistry {
     let owner = FakeRegistry::start().await;
     let image = owner.serve_as("team/private:1", &image_of(layer), |_, answer| answer);
@@ -40,7 +40,7 @@ async fn pulled(env: &mut Env, layer: &Layer) -> FakeRegistry {
     owner
 }
 
-/// A registry that serves an image which names `layer`, all but that layer.
+/// A registry that serves an image which names `layer`. It serves everything but that layer.
 async fn thief(layer: &Layer) -> (FakeRegistry, String) {
     thief_as("app", layer).await
 }
@@ -52,7 +52,7 @@ async fn thief_as(repository: &str, layer: &Layer) -> (FakeRegistry, String) {
     (registry, image)
 }
 
-/// The message of a start that must fail.
+/// Returns the error message of a start that must fail.
 async fn refusal(env: &mut Env, image: &str) -> String {
     let mut task = env.prepare(reads(image)).await;
     match env.try_start(&mut task).await {
@@ -61,7 +61,7 @@ async fn refusal(env: &mut Env, image: &str) -> String {
     }
 }
 
-/// Both digests of a private layer are enough to read it.
+/// The attack: the two digests of a private layer would be enough to read it.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_layer_by_its_digests() {
     for runtime in runtimes() {
@@ -77,7 +77,7 @@ async fn nobody_gets_a_layer_by_its_digests() {
     }
 }
 
-/// A registry of the thief's says whatever the thief wants: only the bytes themselves prove something.
+/// The thief's registry claims whatever the thief wants; only the bytes themselves prove that it has a layer.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_word_of_a_registry_that_never_had_the_layer_is_worth_nothing() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;
@@ -102,7 +102,7 @@ async fn the_word_of_a_registry_that_never_had_the_layer_is_worth_nothing() {
     env.finish().await;
 }
 
-/// One of the two digests must not be enough to be told the other.
+/// A client that knows one of the two digests must not learn the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_layer_unpacks_to_is_not_told() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;
@@ -115,7 +115,7 @@ async fn what_a_layer_unpacks_to_is_not_told() {
     env.finish().await;
 }
 
-/// containerd shares what is in its store between its namespaces.
+/// containerd shares the contents of its store between its namespaces.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_layer_of_another_namespace() {
     let (mut owner, mut env) =
@@ -124,14 +124,14 @@ async fn nobody_gets_a_layer_of_another_namespace() {
     pulled(&mut owner, &layer).await;
     let (registry, image) = thief(&layer).await;
     assert!(refusal(&mut env, &image).await.contains("was not found"));
-    // Who has it is given it.
+    // An image of a registry that has the layer is given the layer.
     let image = registry.serve(&image_of(&layer), |_, answer| answer);
     assert_eq!(env.run(reads(&image)).await.1, SECRET);
     owner.finish().await;
     env.finish().await;
 }
 
-/// An archive in a job's own directory is the thief's word, too.
+/// An archive in a job's own directory proves nothing either, since the thief has written it.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_layer_by_an_archive() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;
@@ -166,7 +166,7 @@ async fn nobody_gets_a_layer_by_an_archive() {
     env.finish().await;
 }
 
-/// Neither a configuration nor a manifest is taken from the store: each is asked for where the image is.
+/// Neither a configuration nor a manifest is taken from the store: the driver asks the image's registry for each.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_configuration_or_a_manifest_by_its_digest() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;
@@ -178,13 +178,13 @@ async fn nobody_gets_a_configuration_or_a_manifest_by_its_digest() {
     let manifest = private.manifest_bytes();
     let digest = Digest::of(&manifest);
 
-    // Its manifest, and nothing else.
+    // The registry has the image's manifest, and nothing else.
     let registry = FakeRegistry::start().await;
     registry.set("/v2/app/manifests/1", Answer::ok(MANIFEST, manifest.clone()));
     assert!(refusal(&mut env, &format!("{}/app:1", registry.address)).await.contains("was not found"));
-    // The manifest's name alone.
+    // The image's name has the manifest's digest, and the registry has nothing.
     assert!(refusal(&mut env, &format!("{}/app@{digest}", registry.address)).await.contains("was not found"));
-    // An index that names it.
+    // The registry has an index that names the manifest.
     let arch = if std::env::consts::ARCH == "aarch64" { "arm64" } else { "amd64" };
     let index = json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [{
         "mediaType": MANIFEST, "digest": digest.to_string(), "size": manifest.len(),
@@ -196,8 +196,8 @@ async fn nobody_gets_a_configuration_or_a_manifest_by_its_digest() {
     env.finish().await;
 }
 
-/// What costs a download and what a question: a registry that has given a layer once is believed, however it is called
-/// there, and a repository that has given it is not even asked.
+/// When a layer costs a download and when only a request: a registry that has delivered a layer once is trusted under
+/// any repository name, and a repository that has delivered it is not even asked again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_has_given_a_layer_is_believed() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;
@@ -208,7 +208,8 @@ async fn a_registry_that_has_given_a_layer_is_believed() {
     for (name, asked) in [
         // Another image of the same repository.
         ("team/private:2", &["GET"][..]),
-        // Another repository, which has it too, and is known by its name from then on.
+        // Another repository, which has the layer as well. From then on the driver remembers the layer under this name,
+        // too.
         ("team/shared:1", &["GET", "HEAD"]),
         ("team/shared:2", &["GET", "HEAD"]),
     ] {
@@ -216,11 +217,11 @@ async fn a_registry_that_has_given_a_layer_is_believed() {
         assert_eq!(env.run(reads(&image)).await.1, SECRET);
         assert_eq!(owner.asked_for(&digest), asked, "{name}");
     }
-    // A repository that has it not.
+    // A repository that does not have the layer.
     let image = owner.serve_as("team/other:1", &image_of(&layer), |_, answer| answer);
     owner.forget_blob("team/other", &digest);
     assert!(refusal(&mut env, &image).await.contains("was not found"));
-    // A registry that does not answer HEAD is asked for the layer itself.
+    // The driver requests the layer itself from a registry that does not answer HEAD.
     let image = owner.serve_as("team/old:1", &image_of(&layer), |_, answer| answer);
     let path = format!("HEAD /v2/team/old/blobs/{digest}");
     owner.set(&path, Answer { status: 405, ..Answer::ok("", vec![]) });
@@ -229,7 +230,7 @@ async fn a_registry_that_has_given_a_layer_is_believed() {
     env.finish().await;
 }
 
-/// containerd's own label, which leaves the port out, says nothing about another port of this host.
+/// containerd's own label has no port, so it proves nothing about a registry at another port of this host.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_label_without_a_port_is_no_other_registrys() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;
@@ -245,7 +246,7 @@ async fn a_label_without_a_port_is_no_other_registrys() {
     env.finish().await;
 }
 
-/// Layers that are here already cost one question each, and these are asked side by side.
+/// Layers in the store already cost one request each, and these requests run concurrently.
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_are_here_are_asked_for_side_by_side() {
     let mut env = plugin_with(&runtimes()[0], json!({})).await;

@@ -1,5 +1,5 @@
-//! Layers of an image that try to leave it: names, links, pax records, whiteouts and attributes end inside of the image's
-//! own root, or the image is refused.
+//! Layers of an image that try to leave the image: names, links, pax records, whiteouts and attributes take effect
+//! inside the image's own root only, or the image is refused.
 
 use tar::EntryType;
 
@@ -11,15 +11,15 @@ use crate::{
     support::{Entry, Env, Image, Layer, Packing, services},
 };
 
-/// What a task of each image looks for: the decoy's secret, by every way that one of the layers may have made.
+/// A task of each image looks for the decoy's secret, by every path that one of the layers may have made.
 const LOOK: &str = "cat /secret /h /l/secret /l /r/secret /r/data/file /x 2>/dev/null; find / -xdev -name 'made*' 2>/dev/null; echo looked";
 
-/// An entry of a kind that `Entry`'s own functions do not make.
+/// An entry of a kind that `Entry`'s own constructors do not make.
 fn entry(kind: EntryType, path: &str, link: &str) -> Entry {
     Entry { kind, path: path.into(), link: link.into(), content: Vec::new(), mode: 0o777 }
 }
 
-/// An extended header whose records count for the next entry (POSIX.1-2001, pax).
+/// An extended header whose records apply to the next entry (POSIX.1-2001, pax).
 fn pax(records: &[(&str, &str)]) -> Entry {
     Entry { content: records_of(records), ..entry(EntryType::XHeader, "pax", "") }
 }
@@ -27,14 +27,14 @@ fn pax(records: &[(&str, &str)]) -> Entry {
 fn records_of(records: &[(&str, &str)]) -> Vec<u8> {
     let record = |(key, value): &(&str, &str)| {
         let rest = key.len() + value.len() + 3;
-        // Its length counts the length's own digits.
+        // The length of a record includes the digits of the length itself.
         let length = (1..6).map(|digits| rest + digits).find(|length| length.to_string().len() == length - rest);
         format!("{} {key}={value}\n", length.unwrap())
     };
     records.iter().map(record).collect::<String>().into_bytes()
 }
 
-/// Refused while the layer is downloaded: containerd never sees it.
+/// Images that are refused while the layer is downloaded: containerd never sees the layer.
 fn climbing(decoy: &str) -> Vec<(&'static str, Vec<Entry>)> {
     let out = format!("{}{}", "../".repeat(12), decoy.trim_start_matches('/'));
     let (made, secret) = (format!("{out}/made"), format!("{out}/secret"));
@@ -70,7 +70,7 @@ fn climbing(decoy: &str) -> Vec<(&'static str, Vec<Entry>)> {
     ]
 }
 
-/// Refused somewhere, or what they make lies inside of the image's root.
+/// Images that are refused at some point, or whose entries lie inside the image's root.
 fn contained(decoy: &str) -> Vec<(&'static str, Vec<Entry>)> {
     let out = format!("{}{}", "../".repeat(12), decoy.trim_start_matches('/'));
     let at = |name: &str| format!("{decoy}/{name}");
@@ -119,7 +119,7 @@ fn contained(decoy: &str) -> Vec<(&'static str, Vec<Entry>)> {
     ]
 }
 
-/// Starts a task of each image, busybox with one further layer: what came of it, by its name.
+/// Starts a task of each image, which is busybox with one further layer. Returns each outcome with the attack's name.
 async fn outcomes(env: &mut Env, attacks: Vec<(&'static str, Vec<Entry>)>) -> Vec<(&'static str, Outcome)> {
     let mut outcomes = Vec::new();
     for (name, entries) in attacks {
@@ -166,9 +166,9 @@ async fn what_a_layer_makes_lies_inside_of_the_image() {
         }
     }
     decoy.assert_untouched("a layer");
-    // The probe is one: what is written through a link is in the container, at the link's target.
+    // Control test: a file that is written through a link is in the container, at the link's target.
     assert!(ran.contains(&"through-link") && ran.contains(&"absolute"), "{ran:?}");
-    // What one image did harmed no other.
+    // No image has harmed another one.
     let task = env.sh("echo unharmed").await;
     assert_eq!(env.finish_task(task).await.1, "unharmed\n");
     env.finish().await;

@@ -1,4 +1,4 @@
-//! Links in an image at places where runtimes mount and write: none leads to the host.
+//! Links in an image at the paths where runtimes mount and write: none of them leads to the host.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use crate::{
     support::{Entry, Env, Image, Layer, Packing, services},
 };
 
-/// A directory of the host with a file that runc 1.1 replaced.
+/// A directory of the host with a file that runc 1.1 replaced in such an attack.
 fn bait(env: &Env) -> PathBuf {
     let dir = env.dir.join("bait");
     fs::create_dir_all(&dir).unwrap();
@@ -25,7 +25,7 @@ fn is_untouched(bait: &Path, what: &str) {
     assert_eq!(fs::read_to_string(bait.join("ptmx")).unwrap(), "of the host", "{what}");
 }
 
-/// busybox with these entries over it.
+/// Pushes busybox with these entries on top.
 async fn image(env: &Env, name: &str, entries: &[Entry]) -> String {
     let layer = Layer::new(entries, Packing::None);
     let name = format!("links/{}-{name}:1", env.namespace);
@@ -68,7 +68,7 @@ async fn a_link_where_runtimes_write_is_replaced() {
     }
 }
 
-/// An image may keep its /etc elsewhere: the link stays, and leads below the root only.
+/// An image may have its /etc elsewhere: the link stays, and leads only to paths below the root.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_etc_that_is_a_link_within_the_image_stays() {
     for runtime in runtimes() {
@@ -82,7 +82,7 @@ async fn an_etc_that_is_a_link_within_the_image_stays() {
         let mut config = task(&image, script);
         config["cwd"] = json!("/");
         let mut prepared = env.prepare(config).await;
-        // The image's own accounts hold.
+        // The image's own accounts apply.
         prepared.config.user = "app".to_owned();
         env.try_start(&mut prepared).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
         let (_, out, err) = env.finish_task(prepared).await;
@@ -115,7 +115,7 @@ async fn whatever_the_image_has_at_hosts_and_resolv_conf_is_replaced() {
             assert_eq!(out, "2\n1\n", "{runtime}: {name}: {err}");
             is_untouched(&bait, &format!("{runtime}: {name}"));
         }
-        // A directory can't be replaced by a file: docker can't mount there either.
+        // A file can't be mounted over a directory: docker can't do it either.
         let image = image(&env, "directory", &[Entry::dir("etc/hosts"), Entry::file("etc/hosts/x", "")]).await;
         let mut prepared = env.prepare(task(&image, "true")).await;
         let refused = env.try_start(&mut prepared).await.expect_err("a file over a directory");
@@ -150,11 +150,11 @@ async fn targets_of_mounts_are_found_below_the_images_root() {
             config["mounts"] = mounts;
             config
         };
-        // Nomad's own variables name targets that are links.
+        // Nomad's own environment variables name targets that are links.
         for (target, seen) in [("/var/run/app", "/run/app"), ("/out/new", host), ("/up/new", host), ("/m", "/m")] {
             let script = format!("echo x >{target}/made; grep -c ' {seen}' /proc/self/mountinfo");
             let mut prepared = env.prepare(run(target, &script)).await;
-            // A link to a place of /proc is refused below.
+            // A link into /proc is refused below.
             prepared.config.env.insert("NOMAD_SECRETS_DIR".to_owned(), "/s".to_owned());
             let alloc_dir = prepared.dirs.alloc_dir.clone();
             env.try_start(&mut prepared).await.unwrap_or_else(|status| panic!("{target}: {}", status.message()));

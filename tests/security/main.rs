@@ -1,7 +1,9 @@
-//! Attacks on the driver, and what must hold against them. `docs/security.md` lists the promises and names a test for each.
+//! Attacks on the driver, and the promises that must hold against them. `docs/security.md` lists the promises and names
+//! a test for each.
 //!
-//! Tests of what a runtime does run on crun and on runc, or on the runtime that `NOMAD_DRIVER_SHIM_TEST_RUNTIME` names. With
-//! `NOMAD_DRIVER_SHIM_TEST_PROGRAM` they run another build of the driver, to see that a test is red without its fix.
+//! Tests that depend on a runtime's behaviour run with crun and with runc, or with the runtime that
+//! `NOMAD_DRIVER_SHIM_TEST_RUNTIME` names. With `NOMAD_DRIVER_SHIM_TEST_PROGRAM` they run another build of the driver,
+//! to check that a test fails without its fix.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -52,7 +54,7 @@ mod text;
 use serde_json::{Value, json};
 use support::{Env, EnvOptions, Image, services};
 
-/// The runtimes that an attack is tried on.
+/// The runtimes with which an attack is tried.
 pub fn runtimes() -> Vec<String> {
     match std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME") {
         Ok(runtime) => vec![runtime],
@@ -60,14 +62,14 @@ pub fn runtimes() -> Vec<String> {
     }
 }
 
-/// A plugin whose tasks have this runtime, with this configuration over the tests' own.
+/// Starts a plugin whose tasks use this runtime. `config` takes precedence over the tests' own configuration.
 pub(crate) async fn plugin_with(runtime: &str, config: Value) -> Env {
     let mut config = config;
     config["default_runtime"] = json!(runtime);
     Env::with(EnvOptions { config, ..EnvOptions::default() }).await
 }
 
-/// Options of a task that runs a shell script in busybox, with these over them.
+/// The options of a task that runs a shell script in busybox. `options` take precedence.
 pub(crate) async fn shell(env: &Env, script: &str, options: Value) -> Value {
     let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
     options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());

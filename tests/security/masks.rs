@@ -1,11 +1,11 @@
-//! What of /proc and /sys is hidden from a task, seen from inside: of the first process and of one that is run in it, by
-//! every way that leads there.
+//! The parts of /proc and /sys that are hidden from a task, seen from inside: by its first process and by a process
+//! that is run in it later, by every path that leads there.
 
 use serde_json::json;
 
 use crate::{plugin_with, runtimes, shell};
 
-/// What must show nothing: each path, and other ways to the same files.
+/// Paths that must show nothing: each path, and other paths to the same files.
 const HIDDEN: &[&str] = &[
     "/proc/acpi",
     "/proc/asound",
@@ -25,7 +25,7 @@ const HIDDEN: &[&str] = &[
     "/proc/self/task/1/root/proc/interrupts",
 ];
 
-/// The processors' counters, by both ways to them.
+/// The processors' counters, by both paths to them.
 const PROCESSORS: &str =
     "/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle /sys/bus/cpu/devices/cpu*/thermal_throttle";
 
@@ -50,7 +50,7 @@ async fn masked_paths_show_nothing() {
         let shown = |text: &str| text.lines().filter(|line| *line != "end").map(str::to_owned).collect::<Vec<_>>();
         assert_eq!(shown(&task.stdout.text()), [""; 0], "{runtime}");
         assert_eq!(shown(&env.exec_text(&task, &script()).await), [""; 0], "{runtime}, exec");
-        // Nobody takes a mask off, and no other proc shows what is below it.
+        // A task can't remove a mask, and no other mount of proc shows the files below it.
         let tries = "umount /proc/interrupts; umount -l /proc/interrupts; mount -t proc proc /mnt; mkdir -p /p && mount -t proc p /p; \
                      unshare -Urmp mount -t proc proc /mnt; cat /proc/interrupts /mnt/interrupts /p/interrupts 2>/dev/null; true";
         assert_eq!(env.exec_text(&task, &format!("({tries}) 2>/dev/null")).await, "", "{runtime}");

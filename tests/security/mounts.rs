@@ -1,5 +1,5 @@
-//! Mounts: whatever a task, another task of its allocation or an image puts in the way, nothing of the host appears in a
-//! container and nothing of a container appears on the host.
+//! Mounts: whatever obstacles a task, another task of its allocation or an image puts in the way, nothing of the host
+//! appears in a container and nothing of a container appears on the host.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use crate::{
     support::{Env, Task, eventually, services::run},
 };
 
-/// A file of the host that no task may see, in a directory of its own.
+/// A file of the host that no task may see, in a separate directory.
 struct Secret(PathBuf);
 
 impl Secret {
@@ -26,7 +26,7 @@ impl Secret {
         Self(dir)
     }
 
-    /// Nothing was added to the directory, and what was there is as it was.
+    /// Fails if the directory has further files, or if the secret has changed.
     fn is_untouched(&self) {
         assert_eq!(fs::read_to_string(self.0.join("secret")).unwrap(), "HOST-SECRET");
         assert_eq!(fs::read_dir(&self.0).unwrap().count(), 1, "{:?}", crate::support::leak::entries(&self.0));
@@ -43,7 +43,7 @@ fn volume(host: &Path, target: &str, readonly: bool, propagation: &str) -> Mount
     }
 }
 
-/// Starts a task whose start may be refused: its output, or the refusal.
+/// Starts a task whose start may be refused. Returns its output, or the error text.
 async fn outcome(env: &Env, mut task: Task) -> Result<String, String> {
     match env.try_start(&mut task).await {
         Ok(()) => {
@@ -54,17 +54,18 @@ async fn outcome(env: &Env, mut task: Task) -> Result<String, String> {
     }
 }
 
-/// A task with disabled logs replaces the directory of the logs by a link to a directory of the host.
+/// A task with disabled logs replaces the log directory with a link to a directory of the host.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_in_place_of_the_logs_leads_nowhere() {
     for runtime in runtimes() {
         let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
         let secret = Secret::new(&env);
-        // With a link to the root, crun put the host's root over the container's, and the host's path leads there.
+        // With a link to the root, crun mounted the host's root over the container's, and the host's path led to the
+        // secret.
         let look = format!("grep -q HOST-SECRET /alloc/logs/secret {}/secret && exit 42; exit 0", secret.0.display());
         for leads_to in [Path::new("/"), Path::new("/etc"), &secret.0] {
             let options = shell(&env, &look, json!({})).await;
-            // The link is there before the task starts, as another task of the group has left it.
+            // The link exists before the task starts, as if another task of the group had made it.
             let mut task = env.prepare(options).await;
             let logs = task.dirs.alloc_dir.join("alloc/logs");
             fs::rename(&logs, task.dirs.alloc_dir.join("alloc/old")).unwrap();
@@ -82,7 +83,7 @@ async fn a_link_in_place_of_the_logs_leads_nowhere() {
     }
 }
 
-/// The same, where the first task makes the link itself, where its logs are disabled.
+/// The same attack, but the first task, whose logs are disabled, makes the link itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_task_moves_the_directory_of_the_logs() {
     for runtime in runtimes() {
@@ -92,7 +93,7 @@ async fn no_task_moves_the_directory_of_the_logs() {
             format!("mv /alloc/logs /alloc/old && ln -s {} /alloc/logs; ls -ld /alloc/logs", secret.0.display());
         let options = shell(&env, &script, json!({})).await;
         let mut task = env.prepare(options).await;
-        // As Nomad sends it for `logs { disabled = true }`.
+        // The value that Nomad sends for `logs { disabled = true }`.
         (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
         env.try_start(&mut task).await.unwrap();
         env.wait(&task).await;
@@ -103,7 +104,7 @@ async fn no_task_moves_the_directory_of_the_logs() {
     }
 }
 
-/// The directories that Nomad makes are replaced by links, with and without logs of ours.
+/// The directories that Nomad makes are replaced by links, with and without logs that the driver writes.
 #[tokio::test(flavor = "multi_thread")]
 async fn links_in_place_of_nomads_directories_are_refused() {
     for runtime in runtimes() {
@@ -128,7 +129,7 @@ async fn links_in_place_of_nomads_directories_are_refused() {
     }
 }
 
-/// Targets of a job's own mounts and of volumes that lie in a directory where another task makes links.
+/// Targets of a job's own mounts and of volumes, in a directory where another task makes links.
 #[tokio::test(flavor = "multi_thread")]
 async fn targets_below_a_bind_are_not_reached_through_links() {
     for runtime in runtimes() {
@@ -159,7 +160,8 @@ async fn targets_below_a_bind_are_not_reached_through_links() {
     }
 }
 
-/// What such mounts are for works: below Nomad's directories, below a volume, one in the other, files and directories.
+/// Legitimate uses of such mounts work: below Nomad's directories, below a volume, one mount in another, files and
+/// directories.
 #[tokio::test(flavor = "multi_thread")]
 async fn mounts_in_mounts_are_there_and_leave_nothing() {
     for runtime in runtimes() {
@@ -189,13 +191,13 @@ async fn mounts_in_mounts_are_there_and_leave_nothing() {
         assert_eq!(out, "of the volumeconfiguration\ndeep\n1\nconf\nfile\nthere\n", "{runtime}: {err}");
         assert!(err.contains("Read-only file system"), "{runtime}: {err}");
         assert_eq!(fs::read_to_string(alloc_dir.join("alloc/data/a")).unwrap(), "a\n");
-        // Mount points stay, as runtimes make them; what was written to the file system in memory does not.
+        // Mount points stay, as runtimes make them; files that were written to the file system in memory do not.
         assert!(!place.join("there/cache/b").exists() && place.join("there/cache").is_dir());
         env.finish().await;
     }
 }
 
-/// Soon after its start, none of a task's mounts is left on the host, where it would keep directories busy.
+/// Soon after a task's start, none of its mounts is left on the host, where a mount would keep directories busy.
 async fn no_mounts_stay(env: &Env, task: &Task) {
     eventually("the task's mounts are the container's alone", async || {
         let mounts = mounts_of_the_host(env, task);
@@ -204,7 +206,7 @@ async fn no_mounts_stay(env: &Env, task: &Task) {
     .await;
 }
 
-/// The same for a task whose plugin died right after its start.
+/// The same for a task whose plugin died directly after the task's start.
 #[tokio::test(flavor = "multi_thread")]
 async fn mounts_of_a_dead_plugins_task_go_with_its_recovery() {
     for runtime in runtimes() {
@@ -226,7 +228,7 @@ async fn mounts_of_a_dead_plugins_task_go_with_its_recovery() {
     }
 }
 
-/// An attempt that is made anew at once has its mounts: what an earlier one left for later unmounts none of them.
+/// An attempt that follows another one at once has its mounts: no deferred cleanup of an earlier attempt unmounts them.
 #[tokio::test(flavor = "multi_thread")]
 async fn attempts_in_quick_succession_have_their_mounts() {
     for runtime in runtimes() {
@@ -250,7 +252,7 @@ async fn attempts_in_quick_succession_have_their_mounts() {
     }
 }
 
-/// Mounts on the host besides the root file system that have to do with this task.
+/// The mounts on the host that belong to this task, without its root file system.
 fn mounts_of_the_host(env: &Env, task: &Task) -> Vec<String> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let dirs = [env.dir.join("run/bundles"), task.dirs.alloc_dir.clone(), env.dir.join("volume")];
@@ -258,7 +260,7 @@ fn mounts_of_the_host(env: &Env, task: &Task) -> Vec<String> {
     text.lines().filter(has).filter(|line| !line.contains("/rootfs ")).map(str::to_owned).collect()
 }
 
-/// The host's mounts below a volume are read-only as well where the volume is.
+/// The host's mounts below a read-only volume are read-only as well.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_only_holds_for_the_mounts_below() {
     for runtime in runtimes() {
@@ -282,7 +284,7 @@ async fn read_only_holds_for_the_mounts_below() {
 }
 
 /// A mount that a task makes in a shared volume reaches the host, also where the volume lies below another mount (as
-/// Nomad mounts the directories of CSI plugins), and what the host mounts reaches the task.
+/// Nomad mounts the directories of CSI plugins). A mount that the host makes there reaches the task.
 #[tokio::test(flavor = "multi_thread")]
 async fn volumes_spread_mounts_as_they_say() {
     for runtime in runtimes() {
@@ -291,7 +293,7 @@ async fn volumes_spread_mounts_as_they_say() {
         let place = env.dir.join("csi");
         fs::create_dir_all(place.join("theirs")).unwrap();
         fs::create_dir_all(place.join("ours")).unwrap();
-        // As systemd has it, and as a volume must be to spread anything.
+        // A shared mount, as systemd makes it. A volume must be shared to propagate mounts.
         run(std::process::Command::new("mount").arg("--bind").arg(&place).arg(&place));
         run(std::process::Command::new("mount").arg("--make-shared").arg(&place));
         let script = "mount -t tmpfs tmpfs /local/csi/ours && echo mounted
@@ -318,7 +320,8 @@ async fn volumes_spread_mounts_as_they_say() {
     }
 }
 
-/// No path that a task can change is given to a runtime: all binds of all shapes of tasks come from the bundle.
+/// The runtime never gets a path that a task can change: all binds of every kind of task have their source in the
+/// bundle.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_bind_comes_from_the_bundle() {
     for runtime in runtimes() {
@@ -369,7 +372,7 @@ async fn every_bind_comes_from_the_bundle() {
     }
 }
 
-/// No mount hides /proc or /sys, whoever names the target.
+/// No mount hides /proc or /sys, whether a job's mounts, a volume or one of Nomad's variables names the target.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_mounted_over_proc_and_sys() {
     for runtime in runtimes() {
@@ -419,7 +422,8 @@ async fn nothing_is_mounted_over_proc_and_sys() {
     }
 }
 
-/// CSI plugins get the host's /dev. No other directory may take its place, since runc masks by its /dev/null.
+/// CSI plugins get the host's /dev. No other directory may be mounted in its place, since runc uses its /dev/null for
+/// masks.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_hosts_own_dev_is_mounted_at_dev() {
     for runtime in runtimes() {
@@ -438,7 +442,7 @@ async fn only_the_hosts_own_dev_is_mounted_at_dev() {
     }
 }
 
-/// A job's own binds lead to the directory of the logs, too.
+/// A job's own binds could also lead to the log directory.
 #[tokio::test(flavor = "multi_thread")]
 async fn logs_are_out_of_reach_of_a_jobs_own_binds() {
     for runtime in runtimes() {
@@ -461,7 +465,7 @@ async fn logs_are_out_of_reach_of_a_jobs_own_binds() {
     }
 }
 
-/// What lies below a read-only mount that lacks the mount point is mounted all the same, and the rest stays read-only.
+/// A mount below a read-only mount that lacks the mount point is made all the same, and the rest stays read-only.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_only_mount_holds_other_mounts() {
     for runtime in runtimes() {
@@ -479,7 +483,7 @@ async fn a_read_only_mount_holds_other_mounts() {
         fs::create_dir_all(local.join("d")).unwrap();
         fs::create_dir_all(local.join("etc")).unwrap();
         fs::write(local.join("f"), "conf\n").unwrap();
-        // A destination as runtimes clean it.
+        // A destination that runtimes normalize.
         let place = env.dir.join("volume");
         fs::create_dir_all(&place).unwrap();
         task.config.mounts = vec![volume(&place, "a/../app/volume", true, "private")];

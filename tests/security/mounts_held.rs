@@ -16,7 +16,7 @@ fn bind(source: &str, options: &[&str]) -> Value {
     json!({"type": "bind", "source": source, "target": "/m", "options": options})
 }
 
-/// A task of an allocation in which another task has a secret, with links that a task of the allocation could make.
+/// Prepares a task whose allocation has another task with a secret, and links that a task of the allocation could make.
 async fn prepared(env: &mut Env, decoy: &Decoy, config: Value) -> Task {
     let task = env.prepare(config).await;
     let alloc = env.allocs.last().unwrap().clone();
@@ -73,7 +73,7 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
     for source in absolute.iter().chain(&ours).chain(&relative) {
         let config = shell(&env, "ls -R /m", json!({"mounts": [bind(source, &["rbind", "rw"])]})).await;
         let mut task = prepared(&mut env, &decoy, config).await;
-        // "alloc" is the one name of the list that a task has anyway.
+        // Of this list, "alloc" is the only name that every task can see anyway.
         if *source == "alloc" {
             env.try_start(&mut task).await.unwrap();
             env.finish_task(task).await;
@@ -83,7 +83,7 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
         assert!(reason.contains("mounts"), "{source}: {reason}");
         assert!(!reason.contains(SECRET.trim()), "{source}: {reason}");
     }
-    // The same by absolute paths into the allocation.
+    // The same sources as absolute paths into the allocation.
     for below in
         ["", "other", "other/secrets/token", "web", "web/private", "alloc/data/decoy", "alloc/../other/secrets"]
     {
@@ -97,7 +97,8 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
     decoy.assert_untouched("a mount's source");
     env.finish().await;
 
-    // The probe is one: the old driver's name follows any path, and the decoy's secret is read through it.
+    // Control test: under the name `containerd-driver` any path is followed, and the task reads the decoy's secret
+    // through it.
     let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
     let decoy = Decoy::new(&env);
     let config = shell(&env, "cat /m/secret", json!({"mounts": [bind(decoy.path(), &["rbind", "ro"])]})).await;
@@ -105,7 +106,7 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
     env.finish().await;
 }
 
-/// A type or an option that makes another mount of a tmpfs than an empty one.
+/// Types and options with which a tmpfs mount would be anything but an empty tmpfs.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_other_file_system_than_a_tmpfs_is_mounted() {
     let mut env = Env::new().await;
@@ -150,7 +151,8 @@ async fn no_other_file_system_than_a_tmpfs_is_mounted() {
         let reason = refusal(&mut env, config(mount, "crun")).await;
         assert!(reason.contains("mounts"), "{options:?}: {reason}");
     }
-    // What passes for a value has to be one for the kernel: it is either refused there, or a tmpfs without files.
+    // Text that the driver accepts as an option's value must be one for the kernel as well: the mount either fails, or
+    // is a tmpfs without files.
     for runtime in runtimes() {
         for option in [sized.as_str(), "size=1m,bind", "size=1m,rbind", "mode=755,remount", "uid=0,lowerdir=/etc"] {
             let mount = json!({"type": "tmpfs", "source": decoy.path(), "target": "/m", "options": [option]});
@@ -164,7 +166,7 @@ async fn no_other_file_system_than_a_tmpfs_is_mounted() {
         }
     }
     decoy.assert_untouched("a tmpfs's options");
-    // The probe is one: a tmpfs is there, and a bind shows a file.
+    // Control test: a tmpfs is mounted, and a bind shows a file.
     let mount = json!({"type": "tmpfs", "target": "/m", "options": ["size=1m"]});
     assert!(env.run(config(mount, "crun")).await.1.contains(" on /m type tmpfs "));
     let mut task = env.prepare(config(bind("local", &["rbind", "ro"]), "crun")).await;
@@ -191,7 +193,7 @@ async fn targets_lie_below_the_root_of_the_container() {
     env.finish().await;
 }
 
-/// The nodes of a disk and of the kernel's log, made by a task in a directory that other tasks bind.
+/// A task makes the device nodes of a disk and of the kernel's log in a directory that other tasks bind.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bound_device_node_does_not_open() {
     for runtime in runtimes() {
@@ -205,7 +207,7 @@ async fn a_bound_device_node_does_not_open() {
             ("directory", "alloc/data", both, false, 0, 4),
             ("disk", "alloc/data/loop", one, false, 0, 1),
             ("log", "alloc/data/kmsg", one, false, 0, 1),
-            // The probe is one: without the confinement they open.
+            // Control test: without the confinement the nodes open.
             ("privileged", "alloc/data", both, true, 4, 0),
         ] {
             let script = format!("open() {{ (: < $1) && echo opened; }}; {script}");

@@ -1,5 +1,5 @@
-//! Options of a job that ask for more than the operator allows, and text that means something to whom it is handed on: all
-//! refused before anything is made, with the option named.
+//! Options of a job that ask for more than the operator allows, and text that has a meaning for the program that
+//! receives it: all of them are refused with the option's name before anything is made.
 
 use std::{fs, os::unix::fs::symlink, time::Instant};
 
@@ -12,7 +12,7 @@ use crate::{
     support::{Env, EnvOptions, patience},
 };
 
-/// Each option that takes a confinement away, and what an operator would have to set for it.
+/// Each option that removes a confinement, and the setting by which an operator would permit it.
 fn openings() -> Vec<(Value, &'static str)> {
     let mut openings = vec![
         (json!({"privileged": true}), "allow_privileged"),
@@ -91,7 +91,7 @@ async fn what_the_operator_does_not_allow_is_refused() {
         assert!(reason.contains(named), "{options}: {reason}");
     }
     env.finish().await;
-    // The probe is one: an operator who opens all of it gets such a task started.
+    // Control test: the task starts when the operator permits all of these options.
     let security = json!({"allow_host_namespaces": true, "allow_caps": ["ALL"], "allow_seccomp_override": true});
     let config = json!({"allow_privileged": true, "security": security});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
@@ -103,7 +103,7 @@ async fn what_the_operator_does_not_allow_is_refused() {
     env.finish().await;
 }
 
-/// Text that would be a path, a line or an option to whom it is handed on.
+/// Text that the program which receives it would read as a path, a line or an option.
 #[tokio::test(flavor = "multi_thread")]
 async fn text_that_means_something_elsewhere_is_refused() {
     let mut env = Env::new().await;
@@ -204,7 +204,7 @@ async fn text_that_means_something_elsewhere_is_refused() {
         let reason = refusal(&mut env, config).await;
         assert!(reason.contains(named), "{options}: {reason}");
     }
-    // Users and groups, which Nomad sends beside the options.
+    // Users and groups, which Nomad sends outside the driver's options.
     for user in [
         "root\n",
         "user\0",
@@ -225,7 +225,7 @@ async fn text_that_means_something_elsewhere_is_refused() {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/id"})).await;
         task.config.user = user.to_owned();
         if user == "user:" {
-            // An empty group is none.
+            // An empty group means no group.
             env.try_start(&mut task).await.unwrap();
             assert_eq!(env.finish_task(task).await.1, "uid=1000(user) gid=1001(user) groups=1001(user),2000(extra)\n");
             continue;
@@ -236,7 +236,7 @@ async fn text_that_means_something_elsewhere_is_refused() {
     env.finish().await;
 }
 
-/// Keys that no list has are handed to the runtimes, which must not act on them.
+/// Annotation keys that are on none of the driver's lists are passed to the runtimes, which must not act on them.
 #[tokio::test(flavor = "multi_thread")]
 async fn annotations_of_other_spellings_change_nothing() {
     let mut env = Env::new().await;
@@ -264,7 +264,7 @@ async fn annotations_of_other_spellings_change_nothing() {
     env.finish().await;
 }
 
-/// Images in files whose parts lead elsewhere, in a directory that the job may use.
+/// Images in files with parts that refer to other files, in a directory that the job may use.
 #[tokio::test(flavor = "multi_thread")]
 async fn archives_read_no_file_of_the_host() {
     let mut env = Env::new().await;

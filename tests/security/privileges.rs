@@ -1,5 +1,6 @@
-//! What each process of the driver may do, as the kernel says it: the plugin and its helpers have the capabilities that
-//! they need and no others, what they start has what it needs, and their sockets are root's whatever a file's mode says.
+//! The rights of each process of the driver, as the kernel reports them. The plugin and its helpers have the
+//! capabilities that they need and no others, the processes that they start have what they need, and only root may use
+//! their sockets, whatever the mode of the socket's file.
 
 use std::{
     fs,
@@ -18,16 +19,16 @@ use serde_json::{Value, json};
 use crate::{attack, image_with_program, plugin_with, runtimes, shell, support};
 use support::{Entry, Env, EnvOptions, Image, Layer, Packing, eventually, leak, services};
 
-/// Numbers of capabilities that tests name (linux, `include/uapi/linux/capability.h`).
+/// The numbers of the capabilities that tests name (linux, `include/uapi/linux/capability.h`).
 const CAP_DAC_OVERRIDE: u64 = 1 << 1;
 const CAP_SYS_RESOURCE: u64 = 1 << 24;
 
-/// What a plugin may have: files of tasks by way of their overlays (chown, dac_override, fowner, fsetid, linux_immutable,
-/// mknod, setfcap), mounts and namespaces (sys_admin), processes (kill, sys_ptrace, sys_nice, sys_resource), networks
-/// (net_admin, net_bind_service).
+/// The capabilities that a plugin may have: for files of tasks through their overlays (chown, dac_override, fowner,
+/// fsetid, linux_immutable, mknod, setfcap), for mounts and namespaces (sys_admin), for processes (kill, sys_ptrace,
+/// sys_nice, sys_resource) and for networks (net_admin, net_bind_service).
 const PLUGIN: [u32; 14] = [0, 1, 3, 4, 5, 9, 10, 12, 19, 21, 23, 24, 27, 31];
 
-/// Fields of a process's or thread's `status` in proc(5).
+/// The fields of a process's or thread's `status` in proc(5).
 struct Status(String);
 
 impl Status {
@@ -35,7 +36,7 @@ impl Status {
         Self(fs::read_to_string(format!("/proc/{process}/status")).unwrap())
     }
 
-    /// None of a thread that has just ended.
+    /// Reads a thread's status; `None` if the thread has just ended.
     fn of_thread(pid: u32, thread: &str) -> Option<Self> {
         fs::read_to_string(format!("/proc/{pid}/task/{thread}/status")).ok().map(Self)
     }
@@ -57,7 +58,7 @@ fn threads(pid: u32) -> Vec<Status> {
     threads.iter().filter_map(|thread| Status::of_thread(pid, thread)).collect()
 }
 
-/// What every thread of a plugin may have.
+/// Fails if a thread of the plugin has more capabilities than a plugin may have.
 fn assert_reduced(env: &Env, when: &str) {
     let allowed = PLUGIN.iter().fold(0, |set, number| set | 1_u64 << number);
     let threads = threads(env.plugin().pid().unwrap());
@@ -75,7 +76,7 @@ fn bounding() -> u64 {
     Status::of("self").set("CapBnd")
 }
 
-/// The shims of an environment.
+/// The pids of the shims of an environment.
 fn shims(env: &Env) -> Vec<u32> {
     let directory = env.dir.join("run/shims");
     let identity = |name: &String| -> Option<u64> {
@@ -93,7 +94,7 @@ async fn the_plugin_has_only_what_it_needs_and_its_tasks_have_theirs() {
         assert_reduced(&env, "at the start");
         let script = "grep ^Cap /proc/self/status; exec sleep 600";
         for (options, expected) in [
-            // The thirteen of the defaults: chown, dac_override, fowner, fsetid, kill, setgid, setuid, setpcap,
+            // The thirteen default capabilities: chown, dac_override, fowner, fsetid, kill, setgid, setuid, setpcap,
             // net_bind_service, sys_chroot, mknod, audit_write, setfcap.
             (json!({}), 0xa804_05fb & bounding()),
             (json!({"privileged": true}), bounding()),
@@ -109,7 +110,7 @@ async fn the_plugin_has_only_what_it_needs_and_its_tasks_have_theirs() {
             for set in ["CapEff", "CapPrm", "CapBnd"] {
                 assert_eq!(seen.set(set), expected, "{runtime}: {options}: {set}");
             }
-            // What is run in it later has the same.
+            // A process that is run in the task later has the same capabilities.
             let seen = Status(env.exec_text(&task, "grep ^Cap /proc/self/status").await);
             assert_eq!(seen.set("CapEff"), expected, "{runtime}: {options}: exec");
             assert_reduced(&env, "while a task runs");
@@ -119,7 +120,7 @@ async fn the_plugin_has_only_what_it_needs_and_its_tasks_have_theirs() {
         assert!(!shims.is_empty(), "{runtime}: one waits");
         for shim in shims {
             let status = Status::of(shim);
-            // Whatever a task may have, its runtime must be able to give, and the runtime is the shim's child.
+            // The runtime is the shim's child, and must be able to give a task every capability that a task may have.
             assert_eq!((status.set("CapPrm"), status.set("CapBnd")), (bounding(), bounding()), "{runtime}");
         }
         env.finish().await;
@@ -135,8 +136,8 @@ fn has_user_attributes(dir: &Path) -> bool {
     set == 0
 }
 
-/// What a task with every capability does to its root file system is done by the kernel with the rights of the plugin,
-/// which has mounted it: what the plugin has given up must not be missing there.
+/// The kernel makes a task's changes to its root file system with the rights of the plugin that mounted it. A task with
+/// every capability must not lack there what the plugin has given up.
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_do_to_their_files_what_their_capabilities_let_them() {
     let source = r#"#include <errno.h>
@@ -185,7 +186,7 @@ async fn tasks_do_to_their_files_what_their_capabilities_let_them() {
             options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
             let (code, out, err) = env.run(config).await;
             assert_eq!(code, 0, "{runtime}: {err}");
-            // A tmpfs, where the writable layer may be, has these attributes since Linux 6.6.
+            // A tmpfs, where the writable layer may be, has these attributes only since Linux 6.6.
             let lacks = |line: &str| line == "user Operation not supported" && !has_user_attributes(&env.dir);
             let failed: Vec<_> = out.lines().filter(|line| !line.ends_with(" ok") && !lacks(line)).collect();
             assert!(failed.is_empty() && out.lines().count() == 15, "{runtime}: {options}: {out}");
@@ -194,14 +195,14 @@ async fn tasks_do_to_their_files_what_their_capabilities_let_them() {
     }
 }
 
-/// An agent may be started with less than everything: then what the plugin starts gets nothing back, or not all of it, and
-/// its tasks must have all that the plugin could give them.
+/// An agent may be started without full rights. Then the processes that the plugin starts regain no rights, or not all
+/// of them, and the plugin's tasks must have all that the plugin could give them.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_confined_itself_still_runs_tasks() {
     for (confinement, kept) in [
-        // The plugin must keep what its children would not get back.
+        // The plugin must keep the rights that its children would not regain.
         (&["--no-new-privs"][..], bounding()),
-        // As systemd's CapabilityBoundingSet: without sys_time and setpcap.
+        // As with systemd's CapabilityBoundingSet: without sys_time and setpcap.
         (&["--bounding-set", "-sys_time,-setpcap"][..], bounding() & !(1 << 25 | 1 << 8)),
     ] {
         let own = support::program().to_str().unwrap().to_owned();
@@ -234,7 +235,7 @@ async fn an_agent_that_is_confined_itself_still_runs_tasks() {
     }
 }
 
-/// The log writer and its keeper: pids by their roles.
+/// The pids of the log writer and the log writer supervisor, with their roles.
 fn log_processes(env: &Env) -> Vec<(&'static str, u32)> {
     let place = env.dir.join("run/logs");
     let pids = leak::entries(Path::new("/proc")).into_iter().filter_map(|pid| pid.parse::<u32>().ok());
@@ -272,7 +273,7 @@ async fn log_processes_have_only_what_they_need() {
                 assert_eq!(more, 0, "the {role} has {more:#x} more in {set}");
             }
             assert_eq!((status.set("CapInh"), status.set("CapAmb")), (0, 0), "{role}");
-            // A filter, and nothing to be gained by executing a program.
+            // The process has a system call filter, and can't gain rights by executing a program.
             assert_eq!((status.field("Seccomp"), status.field("NoNewPrivs")), ("2", "1"), "{role}");
         }
     }
@@ -280,7 +281,8 @@ async fn log_processes_have_only_what_they_need() {
     env.finish().await;
 }
 
-/// What the writer has kept is what it needs: a directory that somebody else has closed holds no log up.
+/// The log writer has kept the capabilities that it needs: a directory that another user has closed does not stop a
+/// log.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_goes_on_in_a_directory_that_is_somebody_elses() {
     let mut env = own_logs().await;
@@ -289,7 +291,7 @@ async fn a_log_goes_on_in_a_directory_that_is_somebody_elses() {
     let logs = task.dirs.alloc_dir.join("alloc/logs");
     std::os::unix::fs::chown(&logs, Some(1234), Some(1234)).unwrap();
     fs::set_permissions(&logs, fs::Permissions::from_mode(0o500)).unwrap();
-    // A file that an earlier collector of another user has left is gone on with.
+    // The log is continued in a file that an earlier collector has left and that belongs to another user.
     fs::write(logs.join("web.stdout.0"), "before\n").unwrap();
     std::os::unix::fs::chown(logs.join("web.stdout.0"), Some(1234), Some(1234)).unwrap();
     fs::set_permissions(logs.join("web.stdout.0"), fs::Permissions::from_mode(0o400)).unwrap();
@@ -306,7 +308,8 @@ async fn a_log_goes_on_in_a_directory_that_is_somebody_elses() {
     env.finish().await;
 }
 
-/// What reads strangers' layers has no capabilities and makes no system calls but those of computing.
+/// The thread that reads layers of untrusted images has no capabilities, and makes only the system calls that computing
+/// needs.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_reader_of_layers_has_nothing() {
     let mut env = Env::new().await;
@@ -332,8 +335,8 @@ async fn the_reader_of_layers_has_nothing() {
     env.finish().await;
 }
 
-/// Connects to a unix socket, says something, and counts the bytes that come back until the other side closes or says
-/// nothing for three seconds. With `silent` it only stays until the other side closes.
+/// Connects to a unix socket, sends a text, and counts the bytes that come back until the other side closes or sends
+/// nothing for three seconds. With `silent` it sends nothing and waits until the other side closes.
 const KNOCK: &str = r#"#include <errno.h>
     #include <stdio.h>
     #include <string.h>
@@ -368,7 +371,7 @@ const KNOCK: &str = r#"#include <errno.h>
         return 0;
     }"#;
 
-/// A program that other users may run, and a way to it.
+/// Installs a program that other users may run, in a directory that they can reach.
 fn knocker(env: &Env) -> PathBuf {
     let path = env.dir.join("knock");
     fs::write(&path, attack::compile("knock", KNOCK)).unwrap();
@@ -376,7 +379,7 @@ fn knocker(env: &Env) -> PathBuf {
     path
 }
 
-/// Lets everybody to a socket, as a mistake with modes would.
+/// Opens a socket to all users, as a mistake with modes would.
 fn opened(socket: &Path) {
     fs::set_permissions(socket, fs::Permissions::from_mode(0o777)).unwrap();
     let directories =
@@ -386,7 +389,7 @@ fn opened(socket: &Path) {
     }
 }
 
-/// What a user gets to hear at a socket.
+/// Connects to a socket as a user and returns what the program prints about the answer.
 async fn knocked(knock: &Path, socket: &Path, text: &str, user: u32) -> String {
     let mut command = Command::new(knock);
     command.arg(socket).arg(text).uid(user).gid(user).stdin(Stdio::null());
@@ -401,7 +404,7 @@ async fn sockets_are_roots_whatever_their_modes_say() {
     let config = json!({"metrics": {"address": format!("unix:{}", metrics.display())}});
     let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
     let knock = knocker(&env);
-    // The engine is opened by the first real work, and the sockets with it.
+    // The first actual work opens the engine, and the engine opens the sockets.
     assert_eq!(env.run(shell(&env, "true", json!({})).await).await.0, 0);
     let plugin = env.plugin().socket().to_owned();
     let control = env.dir.join("run/control.sock");
@@ -426,15 +429,16 @@ async fn sockets_are_roots_whatever_their_modes_say() {
         if logged && said.contains("of user 65534, which may not use it") { Ok(()) } else { Err(said) }
     })
     .await;
-    // Everybody else goes on.
+    // The plugin still serves all others.
     assert_eq!(env.run(shell(&env, "true", json!({})).await).await.0, 0);
-    // As they were, for the check of modes.
+    // Restores the modes for the check of modes.
     fs::set_permissions(&control, fs::Permissions::from_mode(0o600)).unwrap();
     fs::set_permissions(env.dir.join("run"), fs::Permissions::from_mode(0o700)).unwrap();
     env.finish().await;
 }
 
-/// A host may give the socket to a group (go-plugin's `PLUGIN_UNIX_SOCKET_GROUP`): its members may connect, and nobody else.
+/// A host may give the socket to a group (go-plugin's `PLUGIN_UNIX_SOCKET_GROUP`): only the group's members may
+/// connect.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_the_host_names_may_connect() {
     let env = vec![("PLUGIN_UNIX_SOCKET_GROUP".to_owned(), "4242".to_owned())];
@@ -461,7 +465,7 @@ async fn a_group_that_the_host_names_may_connect() {
     env.finish().await;
 }
 
-/// Whoever may not connect does not count as an agent: a plugin without one leaves all the same.
+/// A user who may not connect does not count as an agent: a plugin without an agent exits all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_do_not_keep_a_plugin() {
     let config = json!({"state": {"orphan_timeout": "2s"}});
@@ -469,7 +473,7 @@ async fn strangers_do_not_keep_a_plugin() {
     assert_eq!(env.run(shell(&env, "true", json!({})).await).await.0, 0);
     let socket = env.plugin().socket().to_owned();
     opened(&socket);
-    // A connection that says nothing, from another user, for as long as the other side lets it be.
+    // A connection of another user that sends nothing and stays for as long as the plugin permits.
     let mut stranger = Command::new(knocker(&env));
     stranger.arg(&socket).arg("silent").uid(65534).gid(65534).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut stranger = stranger.spawn().unwrap();

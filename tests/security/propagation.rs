@@ -1,5 +1,5 @@
-//! Mounts of a task do not appear on the host, where the file system that a task's directory lies on is shared. systemd
-//! makes all of them so (systemd/systemd, `mount_setup`); here a tmpfs of the test is one.
+//! Mounts of a task do not appear on the host, where a task's directory lies on a shared file system. systemd makes all
+//! file systems shared (systemd/systemd, `mount_setup`); here a tmpfs of the test is shared.
 
 use std::{fs, path::PathBuf};
 
@@ -13,7 +13,7 @@ use crate::{
     support::{Env, Task},
 };
 
-/// A plugin whose allocations lie on a file system that is shared, as on a usual host.
+/// A plugin whose allocations lie on a shared file system, as on a usual host.
 struct Shared {
     env: Env,
     allocs: PathBuf,
@@ -29,13 +29,13 @@ impl Shared {
         Self { env, allocs }
     }
 
-    /// A task that idles, with these options.
+    /// Prepares a task with these options that only waits.
     async fn prepare(&mut self, options: Value) -> Task {
         let config = shell(&self.env, "echo mounted; exec sleep 600", options).await;
         self.env.prepare(config).await
     }
 
-    /// What a task puts on the host: while it runs, and what it leaves there, which is taken away again.
+    /// The mounts that a task makes on the host while it runs and those that it leaves there, which are then removed.
     async fn seen(&mut self, mut task: Task) -> Vec<String> {
         let alloc = task.dirs.alloc_dir.clone();
         self.env.try_start(&mut task).await.unwrap();
@@ -56,7 +56,7 @@ impl Shared {
     }
 }
 
-/// A bind of a directory of the task's own, and something to be mounted below it.
+/// A bind of one of the task's own directories, and a mount below it.
 fn mounts(propagation: &str) -> Value {
     json!([
         {"type": "bind", "source": "alloc/data", "target": "/m", "options": ["rbind", "rw", propagation]},
@@ -72,11 +72,11 @@ async fn a_jobs_propagation_brings_no_mount_to_the_host() {
             let task = shared.prepare(json!({"mounts": mounts(propagation)})).await;
             assert_eq!(shared.seen(task).await, Vec::<String>::new(), "{runtime}, {propagation}");
         }
-        // A privileged task may share a mount, and would leave what is mounted below it: that is refused.
+        // A privileged task may share a mount, and would leave the mounts below it on the host: that is refused.
         let mut task = shared.prepare(json!({"mounts": mounts("rshared"), "privileged": true})).await;
         let refused = shared.env.try_start(&mut task).await.expect_err("a mount that the host would keep");
         assert!(refused.message().contains("/m/below"), "{runtime}: {}", refused.message());
-        // The probe is one: what such a task mounts itself is seen, and stays.
+        // Control test: a mount that such a task makes itself is seen on the host, and stays.
         let share =
             json!([{"type": "bind", "source": "alloc/data", "target": "/m", "options": ["rbind", "rw", "rshared"]}]);
         let script = "mkdir /m/below && mount -t tmpfs tmpfs /m/below && echo mounted; exec sleep 600";
@@ -89,8 +89,8 @@ async fn a_jobs_propagation_brings_no_mount_to_the_host() {
     }
 }
 
-/// `volume_mount { propagation_mode = "bidirectional" }`, with each kind of mount that can lie below it: the job's own, one
-/// of the directories that every task has, and the files of `/etc`.
+/// `volume_mount { propagation_mode = "bidirectional" }` with each kind of mount that can lie below such a volume: the
+/// job's own, one of the directories that every task has, and the files of `/etc`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bidirectional_volume_brings_no_mount_to_the_host() {
     for runtime in runtimes() {

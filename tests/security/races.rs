@@ -1,5 +1,6 @@
-//! Directories and links that are swapped all the time while tasks start and stop: no file and no mount reaches the host,
-//! and nothing of the host a task. Some seconds in `make test`; `NOMAD_DRIVER_SHIM_TEST_RACE_SECONDS` says otherwise.
+//! Directories and links that are swapped all the time while tasks start and stop: no file and no mount reaches the
+//! host, and no file of the host reaches a task. The races take some seconds in `make test`;
+//! `NOMAD_DRIVER_SHIM_TEST_RACE_SECONDS` sets another duration.
 
 use std::{
     fs,
@@ -29,7 +30,7 @@ fn seconds() -> u64 {
     std::env::var("NOMAD_DRIVER_SHIM_TEST_RACE_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(6)
 }
 
-/// Swaps pairs of names for ever, as fast as the kernel does it.
+/// Swaps pairs of names forever, as fast as the kernel permits.
 const SWAPPER: &str = r#"
     #include <fcntl.h>
     #include <stdio.h>
@@ -42,7 +43,8 @@ const SWAPPER: &str = r#"
         }
     }"#;
 
-/// Swaps names on the host, as a task of another driver can in the directories that it shares with ours.
+/// Swaps names on the host, as a task of another driver can in the directories that it shares with tasks of this
+/// driver.
 struct Swapper {
     stop: Arc<AtomicBool>,
     count: Arc<AtomicU64>,
@@ -57,7 +59,7 @@ impl Swapper {
             while !told.load(Ordering::Relaxed) {
                 for (one, other) in &pairs {
                     let here = nix::fcntl::AT_FDCWD;
-                    // A mount point of a container that starts is busy for a moment.
+                    // The mount point of a container that is starting is busy for a moment.
                     if renameat2(here, one, here, other, RenameFlags::RENAME_EXCHANGE).is_ok() {
                         counted.fetch_add(1, Ordering::Relaxed);
                     }
@@ -74,7 +76,7 @@ impl Swapper {
     }
 }
 
-/// What must stay as it is.
+/// Files of the host that must stay unchanged.
 struct Host {
     bait: PathBuf,
 }
@@ -100,7 +102,7 @@ impl Host {
     }
 }
 
-/// Two names in a directory, one a directory with what tasks look for and the other a link to the host.
+/// Makes two names in a directory: a directory with the files that tasks look for, and a link to the host.
 fn pair(dir: &Path, name: &str, bait: &Path) -> (PathBuf, PathBuf) {
     let (real, link) = (dir.join(name), dir.join(format!("{name}-link")));
     fs::create_dir_all(real.join("c")).unwrap();
@@ -115,7 +117,7 @@ fn tasks_config(image: &str, n: usize) -> Value {
         json!([{"type": "bind", "source": "alloc/data/x", "target": "/m", "options": ["rbind", "rw"]}]),
         json!([{"type": "bind", "source": "alloc/data/x/c", "target": "/m/new", "options": ["rbind", "ro"]}]),
     ];
-    // What a task reads of the host, and what it writes there.
+    // The task tries to read files of the host, and to write there.
     let script = "cat /m/c/secret /m/new/secret /m/secret /alloc/logs/c/secret /alloc/data/x/c/secret /local/c/secret \
         /secrets/c/secret /v/c/secret 2>/dev/null | grep -q HOST-SECRET && exit 42; echo x 2>/dev/null >/m/made; exit 0";
     json!({"image": image, "command": "/bin/sh", "args": ["-c", script], "mounts": mounts[n % mounts.len()]})
@@ -131,8 +133,8 @@ fn volume(task: &TaskDirs, host: &Path) -> Mount {
     }
 }
 
-/// Starts and stops tasks until the time is over, and a slow machine has seen both outcomes: how many have run and how many
-/// were refused.
+/// Starts and stops tasks until the time is over. On a slow machine it continues for a while, until both outcomes have
+/// occurred. Returns how many tasks ran and how many were refused.
 async fn race(env: &mut Env, host: &Host, swapped: TaskDirs, image: &str) -> (usize, usize) {
     let (mut ran, mut refused) = (0, 0);
     let own = env.dir.join("own-volume");
@@ -158,7 +160,7 @@ async fn race(env: &mut Env, host: &Host, swapped: TaskDirs, image: &str) -> (us
     (ran, refused)
 }
 
-/// From inside: a task of the allocation swaps what others mount from and over.
+/// From inside: a task of the allocation swaps the directories that other tasks use as sources and targets of mounts.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_swaps_directories_for_links_gains_nothing() {
     for runtime in runtimes() {
@@ -183,8 +185,8 @@ async fn a_task_that_swaps_directories_for_links_gains_nothing() {
     }
 }
 
-/// From beside: a task of another driver, which may write to the whole of the shared directory, swaps Nomad's own
-/// directories while the log writer of the node writes there.
+/// From outside: a task of another driver, which may write to the whole shared directory, swaps Nomad's own directories
+/// while the node's log writer writes there.
 #[tokio::test(flavor = "multi_thread")]
 async fn directories_of_nomad_that_are_swapped_lead_nowhere() {
     for runtime in runtimes() {

@@ -1,4 +1,4 @@
-//! Registries that attack: a pull ends in time, costs little memory, and tells nobody what another service answered.
+//! Hostile registries: a pull ends in time, costs little memory, and reveals to no one what another service answered.
 
 use std::time::{Duration, Instant};
 
@@ -18,25 +18,25 @@ use crate::{
     },
 };
 
-/// Until when the plugin has to refuse a pull: a few seconds, and more on a busy machine.
+/// The time in which the plugin must refuse a pull: a few seconds, and more on a busy machine.
 const IN_TIME: Duration = Duration::from_secs(30);
-/// What all pulls of a test together may take of memory.
+/// The memory that all pulls of a test together may take.
 const GROWTH: u64 = 48 << 20;
-/// The longest reason for a failure that is text for a person.
+/// The maximum length of a reason for a failure, as text for a person.
 const REASON_MAX: usize = 2000;
-/// What a service that is none of the job's has to say.
+/// The answer of a service that the job has nothing to do with.
 const PRIVATE: &str = "an answer that is nobody else's business";
 
-/// A registry with one repository for each attack, by whose name it behaves.
+/// A registry with one repository for each attack. The repository's name selects the behaviour.
 #[derive(Clone)]
 struct Attacker {
     address: String,
-    /// A service of the same host that answers everybody.
+    /// A service on the same host that answers every client.
     private: FakeRegistry,
     image: Image,
 }
 
-/// What an attacker sends: this, and then this for as long as it is read.
+/// An attacker's answer: `head`, and then `endless` again and again for as long as the client reads.
 struct Sent {
     head: String,
     endless: Vec<u8>,
@@ -49,7 +49,7 @@ impl Sent {
     }
 
     fn endless(head: &str, repeated: &str) -> Self {
-        // The pause leaves the machine to the other tests.
+        // The pause leaves processor time to the other tests.
         Self { head: head.to_owned(), endless: repeated.repeat(4096).into_bytes(), pause: Duration::from_millis(1) }
     }
 
@@ -71,7 +71,7 @@ impl Sent {
     }
 }
 
-/// Attacks that a limit of the plugin ends, by their repositories' names.
+/// Attacks that a limit of the plugin ends, by the names of their repositories.
 const LIMITED: [&str; 22] = [
     "endless-manifest",
     "endless-chunk-line",
@@ -99,7 +99,7 @@ const LIMITED: [&str; 22] = [
 /// Attacks that only the job's own timeout ends.
 const UNLIMITED: [&str; 7] =
     ["endless-chunks", "endless-interim", "silent", "slow-headers", "slow-manifest", "slow-layer", "retry-after"];
-/// Refusals with a text of the attacker's.
+/// Refusals with a text that the attacker chooses.
 const TEXTS: [&str; 2] = ["error-escapes", "error-private"];
 
 impl Attacker {
@@ -126,7 +126,7 @@ impl Attacker {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             head.push(stream.read_u8().await?);
-            // A TLS hello: the registry does without.
+            // A TLS client hello: this registry has no TLS.
             if head[0] == 0x16 {
                 return stream.write_all(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await;
             }
@@ -142,7 +142,7 @@ impl Attacker {
         stream.shutdown().await
     }
 
-    /// What is sent for a path of an attack's repository.
+    /// The answer for a path of an attack's repository.
     fn sent(&self, attack: &str, path: &str) -> Sent {
         let (own, private) =
             (format!("http://{}{path}", self.address), format!("http://{}/private", self.private.address));
@@ -151,7 +151,7 @@ impl Attacker {
         let is_config = path.ends_with(Digest::of(&self.image.config_bytes()).as_str());
         let escapes = "\\u001b[31mred\\u001b]0;title\\u0007\\r\\nINJECTED";
         match attack {
-            // These attack with a part of an image that is good.
+            // These attacks use the valid parts of an image as well.
             "endless-config" | "endless-layer" | "slow-layer" if path.contains("/manifests/") => {
                 let manifest = String::from_utf8(self.image.manifest_bytes()).unwrap();
                 Sent::answer("200 X", &format!("content-type: {MANIFEST}\r\n"), &manifest)
@@ -189,7 +189,7 @@ impl Attacker {
                 "",
                 &format!("{{\"errors\":[{{\"code\":\"{escapes}\",\"message\":\"{escapes}\"}}]}}"),
             ),
-            // Not in the form of a registry's error, as a service's own answer would be.
+            // This answer does not have the form of a registry's error, just as a service's own answer would not.
             "error-private" => Sent::answer("403 X", "", &format!("{{\"secret\":\"{PRIVATE}\"}}")),
             "retry-after" => Sent::answer("429 X", "retry-after: 99999999999999999\r\n", ""),
             other => panic!("no attack is called {other:?}"),
@@ -201,7 +201,7 @@ impl Attacker {
 async fn a_pull_ends_in_time_and_with_little_memory() {
     let mut env = Env::new().await;
     let attacker = Attacker::start().await;
-    // So that what a first pull takes is not counted.
+    // This start keeps the memory of a first pull out of the measurement.
     env.busybox().await;
     let warm = env.sh("true").await;
     env.finish_task(warm).await;
@@ -230,7 +230,7 @@ async fn a_pull_ends_in_time_and_with_little_memory() {
     assert!(grown < GROWTH, "{} MiB more", grown >> 20);
     let logged = env.plugin().stderr();
     assert!(!logged.contains(PRIVATE), "{logged}");
-    // The probe is one: the service was asked, and it answered.
+    // Control test: the service received a request and answered it.
     assert!(attacker.private.requests().iter().any(|path| path.starts_with("/private")));
     env.finish().await;
 }

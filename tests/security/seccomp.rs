@@ -1,6 +1,6 @@
-//! System calls that the filter forbids, made so that it might not see it: with bits that the kernel drops, in 32-bit
-//! x86's ways, and through the call that 32-bit x86 has for all of sockets. An attack is a table's row; a program that
-//! makes all calls of a table runs in a task.
+//! System calls that the filter forbids, in forms that the filter might miss: with bits that the kernel drops, in the
+//! ways of 32-bit x86, and through the single call that 32-bit x86 has for all socket operations. An attack is a row of
+//! a table; a program that makes all calls of a table runs in a task.
 
 use std::{collections::BTreeMap, fs, process::Command};
 
@@ -13,10 +13,10 @@ use crate::{
 
 const EPERM: i32 = 1;
 const ENOSYS: i32 = 38;
-/// What the made-up profile answers: nothing else does here.
+/// The errno of the test's own profile. No other cause in these tests returns it.
 const EROFS: i32 = 30;
 
-/// A call in C.
+/// A system call as a C expression.
 struct Attack {
     name: &'static str,
     call: &'static str,
@@ -26,7 +26,7 @@ const fn attack(name: &'static str, call: &'static str) -> Attack {
     Attack { name, call }
 }
 
-/// What the programs share: calls as the kernel takes them, with all 64 bits of each register.
+/// The common part of the programs: system calls in the kernel's form, with all 64 bits of each register.
 const PRELUDE: &str = r#"
 #include <stdio.h>
 #include <sys/wait.h>
@@ -75,7 +75,7 @@ static void show(const char *name, long result) {
 }
 "#;
 
-/// A program that makes the calls one after the other, and says how each ended.
+/// The source of a program that makes the calls one after the other, and prints how each ended.
 fn program(attacks: &[&[Attack]]) -> String {
     let mut text =
         format!("{PRELUDE}\nint main(void) {{\n    (void)native, (void)ia32, (void)socketcall, (void)process;\n");
@@ -85,7 +85,7 @@ fn program(attacks: &[&[Attack]]) -> String {
     text + "    return 0;\n}\n"
 }
 
-/// How the calls ended: 0 or an errno.
+/// Runs the program and returns how each call ended: 0 or an errno.
 async fn results(env: &mut Env, config: Value, profile: Option<&Value>) -> BTreeMap<String, i32> {
     let mut task = env.prepare(config).await;
     if let Some(profile) = profile {
@@ -98,7 +98,7 @@ async fn results(env: &mut Env, config: Value, profile: Option<&Value>) -> BTree
     parsed.map(|(name, errno)| (name.to_owned(), errno.parse().unwrap())).collect()
 }
 
-/// The rows that ended otherwise than they should.
+/// The rows with another result than the expected one.
 fn unexpected(
     attacks: &[Attack],
     found: &BTreeMap<String, i32>,
@@ -109,8 +109,8 @@ fn unexpected(
     ended.map(|(name, errno)| format!("{scene}: {name} = {errno}")).collect()
 }
 
-/// Sockets that know no namespaces (AF_VSOCK, 40) or reach into the kernel's cryptography (AF_ALG, 38), processes with
-/// namespaces of their own, and personalities that make other attacks easier.
+/// Sockets without network namespaces (AF_VSOCK, 40) or with access to the kernel's cryptography (AF_ALG, 38),
+/// processes with their own namespaces, and personalities that make other attacks easier.
 const FORBIDDEN: &[Attack] = &[
     attack("vsock", "native(41, 40, 1, 0, 0)"),
     attack("vsock, bit 32", "native(41, BIT32 | 40, 1, 0, 0)"),
@@ -139,13 +139,13 @@ const FORBIDDEN: &[Attack] = &[
     attack("ia32 no randomization, bit 32", "ia32(136, BIT32 | 0x40000, 0, 0)"),
 ];
 
-/// The kernel refuses these by itself, but not before it has looked at them.
+/// The kernel itself refuses these calls as well, but only after it has examined them.
 const FORBIDDEN_TWICE: &[Attack] = &[
     attack("clone mounts, bit 32", "process(native(56, BIT32 | NEWNS | 17, 0, 0, 0))"),
     attack("clone network, bit 63", "process(native(56, BIT63 | NEWNET | 17, 0, 0, 0))"),
 ];
 
-/// A filter can't see what these are for.
+/// A filter can't see the purpose of these calls.
 const HIDDEN: &[Attack] = &[
     attack("socketcall vsock", "socketcall(1, 40, 1, 0)"),
     attack("socketcall alg", "socketcall(1, 38, 5, 0)"),
@@ -157,14 +157,14 @@ const HIDDEN: &[Attack] = &[
     attack("clone3", "native(435, 0, 0, 0, 0)"),
 ];
 
-/// No filter is needed for these: no such pair exists.
+/// These calls need no filter: the kernel has no such socket pair.
 const NO_PAIR: &[Attack] = &[
     attack("vsock pair", "native(53, 40, 1, 0, (word)words)"),
     attack("vsock pair, bit 32", "native(53, BIT32 | 40, 1, 0, (word)words)"),
     attack("alg pair, bit 63", "native(53, BIT63 | 38, 5, 0, (word)words)"),
 ];
 
-/// What programs do, with the arguments that they do it with. `-1` comes as a long from `syscall(2)`.
+/// Calls that ordinary programs make, with their usual arguments. `syscall(2)` passes `-1` as a long.
 const ORDINARY: &[Attack] = &[
     attack("inet", "native(41, 2, 1, 0, 0)"),
     attack("inet6", "native(41, 10, 2, 0, 0)"),
@@ -193,7 +193,7 @@ async fn no_bit_and_no_other_way_of_calling_gets_past_dockers_filter() {
         surprises.extend(unexpected(NO_PAIR, &found, |errno| errno != 0, &runtime));
         env.finish().await;
 
-        // It is the filter that says so, and not the kernel.
+        // Control test: the answers come from the filter, and not from the kernel.
         let mut env = plugin_with(&runtime, json!({"security": {"allow_seccomp_override": true}})).await;
         let config = json!({"image": image, "command": "/attack", "seccomp": false});
         let found = results(&mut env, config, None).await;
@@ -245,7 +245,8 @@ async fn threads_and_32_bit_programs_run_under_dockers_filter() {
     }
 }
 
-/// A program for 32-bit x86, without a C library: it opens a socket by the direct call, says so, and exits with 7.
+/// A program for 32-bit x86 without a C library. It opens a socket by the direct call, prints the result, and exits
+/// with 7.
 fn ia32_program() -> Vec<u8> {
     let directory = services::root().join("attacks");
     fs::create_dir_all(&directory).unwrap();
@@ -299,7 +300,7 @@ async fn socketcall_works_where_the_operator_allows_it_and_under_the_old_name() 
     assert!(surprises.is_empty(), "{surprises:#?}");
 }
 
-/// A profile that forbids calls by their arguments, with every operator.
+/// A profile that forbids calls by their arguments, with every comparison operator.
 fn forbidding() -> Value {
     let on =
         |index: usize, op: &str, value: u64| json!({"index": index, "op": format!("SCMP_CMP_{op}"), "value": value});
@@ -349,7 +350,7 @@ const ALLOWED_BY_PROFILE: &[Attack] = &[
     attack("signal 0, bit 32", "native(62, 1, BIT32, 0, 0)"),
     attack("priority of a user", "native(140, 2, 0, 0, 0)"),
     attack("another mode", "native(91, -1UL, 0755, 0, 0)"),
-    // The kernel looks at all bits of these flags, and knows no such flag.
+    // The kernel checks all bits of these flags, and has no such flag.
     attack("unshare user, bit 32", "native(272, BIT32 | NEWUSER, 0, 0, 0)"),
 ];
 
@@ -362,7 +363,7 @@ async fn no_bit_gets_past_a_profile_from_a_file() {
         let image = image_with_program("profile", &program(&[FORBIDDEN_BY_PROFILE, ALLOWED_BY_PROFILE])).await;
         let mut profiles = vec![("as it is", forbidding())];
         if runtime == "crun" {
-            // We don't compile a profile with flags: crun's libseccomp does.
+            // The driver does not compile a profile with flags: crun's libseccomp does.
             let mut flagged = forbidding();
             flagged["flags"] = json!(["SECCOMP_FILTER_FLAG_LOG"]);
             profiles.push(("by libseccomp", flagged));

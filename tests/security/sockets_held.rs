@@ -1,4 +1,4 @@
-//! The plugin's sockets: who may connect, and what is said there by somebody who should not.
+//! The plugin's sockets: which users may connect, and how the plugin treats a client that should not be there.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
@@ -21,17 +21,18 @@ use crate::{
     support::{Env, leak::entries, patience, resident},
 };
 
-/// What a peer may cost, whatever it says.
+/// The memory that a client may cost, whatever it sends.
 const GROWTH: u64 = 48 << 20;
-/// How many connections an impolite peer has open at a time.
+/// The number of connections that a hostile client has open at a time.
 const CONNECTIONS: usize = 2000;
 
-/// Says something and reads the answer, to the end of the connection. No answer is none, and so is a closed connection.
+/// Sends a text and reads the answer, to the end of the connection. A missing answer and a closed connection give an
+/// empty text.
 fn say(socket: &Path, text: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(patience())).unwrap();
     stream.set_write_timeout(Some(patience())).unwrap();
-    // One who is not listened to any more may be told so in the middle of it.
+    // The plugin may close the connection in the middle of the text, so the result of the write is ignored.
     let _ = stream.write_all(text).and_then(|()| stream.shutdown(std::net::Shutdown::Write));
     let mut answer = Vec::new();
     match stream.read_to_end(&mut answer) {
@@ -92,7 +93,7 @@ async fn the_control_socket_does_nothing_that_is_not_a_request() {
     }
     let grown = resident(plugin).saturating_sub(before);
     assert!(grown < GROWTH, "{} MiB more", grown >> 20);
-    // The same plugin serves its agent and its command line, and nothing happened to the task.
+    // The same plugin still serves its agent and its command line, and the task is unharmed.
     assert_eq!(env.exec_text(&task, "echo alive").await, "alive\n");
     let answer = send_request(&control, &Request::Gc { dry_run: true }, patience()).await.unwrap();
     assert_eq!(answer, Answer::Removed(Vec::new()));
@@ -102,7 +103,7 @@ async fn the_control_socket_does_nothing_that_is_not_a_request() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_say_nothing_keep_nobody_out() {
-    // This process holds their other ends.
+    // This process holds the other ends of the connections.
     nomad_driver_shim::process::raise_descriptor_limit();
     let mut env = Env::new().await;
     let warm = env.sh("true").await;
@@ -163,7 +164,8 @@ async fn the_plugins_socket_closes_what_is_no_http2() {
 
 /// Connects as a user of the host that is not root.
 fn connect_as_nobody(path: PathBuf) -> std::io::Result<()> {
-    // Of this thread alone, which ends with it; the capabilities over files go with it (setfsuid(2), capabilities(7)).
+    // Only this thread changes its user, and it ends afterwards. It also loses its capabilities over files
+    // (setfsuid(2), capabilities(7)).
     let connecting = std::thread::spawn(move || {
         nix::unistd::setfsgid(nix::unistd::Gid::from_raw(65534));
         nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65534));
@@ -186,10 +188,10 @@ async fn no_other_user_connects() {
         assert_eq!(mode, 0o600, "{}", socket.display());
         let refused = connect_as_nobody(socket.clone()).expect_err(&socket.display().to_string());
         assert_eq!(refused.kind(), ErrorKind::PermissionDenied, "{}", socket.display());
-        // The probe is one: root connects.
+        // Control test: root connects.
         assert!(UnixStream::connect(&socket).is_ok(), "{}", socket.display());
     }
-    // And so does another user, where the mode lets it.
+    // Control test: another user connects where the mode permits it.
     let open = env.dir.join("open.sock");
     let _listener = UnixListener::bind(&open).unwrap();
     std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o666)).unwrap();

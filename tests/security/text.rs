@@ -1,5 +1,5 @@
-//! Words of images, registries, runtimes and jobs, where Nomad, its users and its logs see them: never longer than people
-//! read, and nothing in them that a terminal or a log file acts on.
+//! Text of images, registries, runtimes and jobs, where Nomad, its users and its logs show it: it is never longer than
+//! people read, and contains nothing that a terminal or a log file acts on.
 
 use serde_json::{Value, json};
 
@@ -12,7 +12,8 @@ use crate::{
     },
 };
 
-/// Colours, a title, a line of its own, the second set of control characters, and letters in another order.
+/// Colours, a window title, a forged log line, the second set of control characters, and characters that change the
+/// direction of text.
 const EVIL: &str = "\u{1b}[31m\u{1b}]0;title\u{7}\r\n2026-01-01 [ERROR] forged\u{9b}2J\u{202e}txt\u{2066}\u{2028}";
 
 fn is_acted_on(c: char) -> bool {
@@ -41,7 +42,7 @@ async fn assert_logs_are_plain(env: &Env) {
     }
 }
 
-/// The driver's words for a start that fails, and its cause at the end of them.
+/// Starts a task that must fail, and checks the driver's error text, which ends with the cause.
 async fn refused(env: &mut Env, what: &str, config: Value, cause: &str) {
     let mut task = env.prepare(config).await;
     let status = env.try_start(&mut task).await.expect_err(what);
@@ -61,7 +62,7 @@ async fn images_words_are_cut_and_escaped() {
             ("user-group", "User", json!(format!("0:{long}{EVIL}")), "is not in the image's /etc/group"),
             ("user-escapes", "User", json!(EVIL), "is not in the image's /etc/passwd"),
             ("workdir", "WorkingDir", json!(format!("{EVIL}{long}")), "is not an absolute path"),
-            // The runtime's own words, which repeat the image's.
+            // The runtime's own error text, which repeats the image's text.
             ("cmd", "Cmd", json!([format!("/bin/{EVIL}")]), "o such file or directory"),
             ("cmd-long", "Cmd", json!([program]), ""),
         ] {
@@ -69,7 +70,7 @@ async fn images_words_are_cut_and_escaped() {
             let image = image.push(&services().registry, &format!("text/{name}:1")).await;
             refused(&mut env, &format!("{runtime}, {name}"), json!({"image": image}), cause).await;
         }
-        // Only logged.
+        // This value only appears in the log.
         let image = Image::busybox().with_config("StopSignal", json!(format!("{EVIL}{long}")));
         let image = image.push(&services().registry, "text/stopsignal:1").await;
         assert_eq!(env.run(json!({"image": image, "command": "/bin/true"})).await.0, 0);
@@ -78,7 +79,8 @@ async fn images_words_are_cut_and_escaped() {
     }
 }
 
-/// A job's own words come back to its author, and to whoever looks at the task. Many faults are all told, each with its end.
+/// A job's own text comes back to its author, and to all users who inspect the task. Many faults are all reported, each
+/// with the end of its text.
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_words_are_cut_and_escaped_and_no_fault_hides_another() {
     let long = "J".repeat(1_000_000);
@@ -124,7 +126,7 @@ async fn registries_words_are_cut_and_escaped() {
     env.finish().await;
 }
 
-/// What a runtime says to somebody at a terminal, and in Nomad's events.
+/// A runtime's error text in an interactive session, and in Nomad's events.
 #[tokio::test(flavor = "multi_thread")]
 async fn words_of_runtimes_are_escaped_in_sessions_and_events() {
     for runtime in runtimes() {
@@ -150,7 +152,7 @@ async fn words_of_runtimes_are_escaped_in_sessions_and_events() {
     }
 }
 
-/// Statuses that may hold somebody else's words are made in one place.
+/// Statuses that may contain text from outside the driver are made in one source file.
 #[test]
 fn no_status_is_made_of_foreign_text_elsewhere() {
     let plugin = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/plugin");
@@ -161,7 +163,7 @@ fn no_status_is_made_of_foreign_text_elsewhere() {
         for (n, line) in text.lines().enumerate().filter(|(_, line)| line.contains("Status::")) {
             seen += 1;
             let made_here = file.ends_with("status.rs");
-            // `unsupported` has a name of ours.
+            // `unsupported` formats a name that this driver chooses.
             let foreign = line.contains("format!") && !line.contains("is not supported by this driver");
             assert!(made_here || !foreign, "{}:{}: {line}", file.display(), n + 1);
         }

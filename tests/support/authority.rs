@@ -9,9 +9,9 @@ use tokio_rustls::TlsAcceptor;
 
 use super::services::root;
 
-/// An authority that a plugin trusts if `SSL_CERT_FILE` names it.
+/// An authority that a plugin trusts if `SSL_CERT_FILE` names the authority's certificate.
 pub(crate) struct Authority {
-    /// Its certificate's file.
+    /// The file with the authority's certificate.
     pub file: PathBuf,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -26,7 +26,7 @@ impl Authority {
         Self { file, issuer: Issuer::new(parameters, key) }
     }
 
-    /// TLS for a server of these names and addresses.
+    /// Returns a TLS acceptor for a server with these names and addresses.
     pub(crate) fn server(&self, names: &[&str]) -> TlsAcceptor {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let key = KeyPair::generate().unwrap();

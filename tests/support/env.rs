@@ -1,4 +1,4 @@
-//! One plugin with its own directories and its own containerd namespace, and the tasks that a test runs in it.
+//! One plugin with its own directories and its own containerd namespace, and the tasks that a test runs with it.
 
 use std::{
     path::{Path, PathBuf},
@@ -22,7 +22,7 @@ use tonic::Status;
 
 use super::{Image, leak, patience, program, services, services::root};
 
-/// What a test wants different.
+/// The options in which a test's environment differs from the default.
 pub(crate) struct EnvOptions {
     /// Merged over the plugin's configuration.
     pub config: Value,
@@ -30,9 +30,10 @@ pub(crate) struct EnvOptions {
     pub env: Vec<(String, String)>,
     /// The driver's name.
     pub name: &'static str,
-    /// A program that starts the one under test, which it finds in the variable `PROGRAM`.
+    /// A program that is started in place of the program under test, and that starts it. It gets its path in the
+    /// variable `PROGRAM`.
     pub wrapper: Option<PathBuf>,
-    /// Another driver than the program under test. It is asked for what its schema knows.
+    /// Another driver than the program under test. Its configuration contains only the options that its schema knows.
     pub driver: Option<PluginCommand>,
 }
 
@@ -42,7 +43,7 @@ impl Default for EnvOptions {
     }
 }
 
-/// Ends a row of the conformance suite: the driver has no such thing.
+/// Ends a row of the conformance suite as not applicable: the driver lacks what the row needs.
 pub(crate) struct NotApplicable(pub String);
 
 pub(crate) fn not_applicable(why: &str) -> ! {
@@ -55,13 +56,13 @@ pub(crate) struct Env {
     pub namespace: String,
     pub config: Value,
     launch: PluginCommand,
-    /// Is it another driver than the program under test?
+    /// Whether the plugin is another driver than the program under test.
     pub foreign: bool,
-    /// Allocations made, for the leak checker.
+    /// The allocations that were made, for the leak checker.
     pub allocs: Vec<Alloc>,
-    /// Ids of tasks whose start was asked for.
+    /// The ids of all tasks for which StartTask was called.
     pub asked: Mutex<Vec<String>>,
-    /// Mount points below `dir` that the test itself has made, which are no leaks.
+    /// Mount points below `dir` that the test itself has made. They are no leaks.
     pub own_mounts: Vec<PathBuf>,
 }
 
@@ -90,7 +91,7 @@ impl Env {
             "state": {"run_dir": dir.join("run"), "state_dir": dir.join("state")},
             "shim": {"pool": 1},
         });
-        // `make test-matrix` says which.
+        // `make test-matrix` sets this variable.
         if let Ok(runtime) = std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME") {
             config["default_runtime"] = json!(runtime);
         }
@@ -111,7 +112,7 @@ impl Env {
         self.start_plugin_timed(std::time::Instant::now()).await;
     }
 
-    /// The same: how long after `began` the handshake was over.
+    /// Starts the plugin, and returns the time from `began` to the end of the handshake.
     pub(crate) async fn start_plugin_timed(&mut self, began: std::time::Instant) -> Duration {
         let plugin = Plugin::launch(&self.launch).await.unwrap();
         let handshake = began.elapsed();
@@ -124,23 +125,23 @@ impl Env {
         handshake
     }
 
-    /// How plugins are started from now on.
+    /// The command that starts plugins from now on.
     pub(crate) fn launch_mut(&mut self) -> &mut PluginCommand {
         &mut self.launch
     }
 
-    /// A variable for the plugins that are started from now on.
+    /// Sets or removes a variable for the plugins that are started from now on.
     pub(crate) fn set_var(&mut self, name: &str, value: Option<&str>) {
         self.launch.env.retain(|(known, _)| known != name);
         self.launch.env.extend(value.map(|value| (name.to_owned(), value.to_owned())));
     }
 
-    /// Waits for the end of a plugin that was told to die, and takes its socket away: what it said, and its signal.
+    /// Waits for the end of a plugin that a failpoint kills, and removes its socket. Returns its stderr and its signal.
     pub(crate) async fn plugin_died(&mut self) -> (String, Option<i32>) {
         let mut plugin = self.plugin.take().unwrap();
         let ended = tokio::time::timeout(patience(), plugin.wait()).await.expect("the plugin lives on").unwrap();
         let socket = plugin.socket().to_owned();
-        // What it has written is read by then.
+        // By the end of this delay, everything that the plugin has written is read.
         tokio::time::sleep(Duration::from_millis(50)).await;
         let said = plugin.stderr();
         drop(plugin);
@@ -148,7 +149,7 @@ impl Env {
         (said, std::os::unix::process::ExitStatusExt::signal(&ended))
     }
 
-    /// As `kill -9` does; its socket stays, as it would.
+    /// Kills the plugin as `kill -9` does, and removes the socket that a killed plugin leaves behind.
     pub(crate) async fn kill_plugin(&mut self) {
         let plugin = self.plugin.take().unwrap();
         let socket = plugin.socket().to_owned();
@@ -166,13 +167,13 @@ impl Env {
         self.plugin().driver()
     }
 
-    /// The busybox image in the real registry.
+    /// Returns the name of the busybox image in the real registry.
     pub(crate) async fn busybox(&self) -> String {
         static NAME: tokio::sync::OnceCell<String> = tokio::sync::OnceCell::const_new();
         NAME.get_or_init(async || Image::busybox().push(&services().registry, "test/busybox:1").await).await.clone()
     }
 
-    /// A task of a new allocation, ready to be started, with readers on its FIFOs.
+    /// Prepares a task of a new allocation, ready to be started, with readers on its FIFOs.
     pub(crate) async fn prepare(&mut self, config: Value) -> Task {
         let alloc = Alloc::create(&self.dir.join("allocs"), &format!("{}-{}", self.namespace, random_hex(4))).unwrap();
         self.allocs.push(alloc.clone());
@@ -180,7 +181,7 @@ impl Env {
         self.prepare_in(dirs, "1", config).await
     }
 
-    /// A further attempt of a task, with the log collector that it has already.
+    /// Prepares a further attempt of a task, with the task's existing log collector.
     pub(crate) async fn prepare_again(&self, task: Task, attempt: &str, config: Value) -> Task {
         let config = task.dirs.config(attempt, self.encoded(config).await);
         Task { id: config.id.clone(), config, handle: None, ..task }
@@ -202,7 +203,7 @@ impl Env {
         Task { id: config.id.clone(), dirs, config, stdout, stderr, handle: None }
     }
 
-    /// As Nomad asks: the id only inside of the handle.
+    /// Calls RecoverTask as Nomad does, with the task's id only inside the handle.
     pub(crate) async fn recover(&self, task: &Task) -> Result<(), Status> {
         let request = RecoverTaskRequest { task_id: String::new(), handle: task.handle.clone() };
         self.driver().recover_task(request).await.map(drop)
@@ -216,7 +217,7 @@ impl Env {
         Ok(())
     }
 
-    /// A running task of a new allocation.
+    /// Starts a task of a new allocation.
     pub(crate) async fn start(&mut self, config: Value) -> Task {
         let mut task = self.prepare(config).await;
         self.try_start(&mut task)
@@ -225,13 +226,13 @@ impl Env {
         task
     }
 
-    /// A running shell in busybox.
+    /// Starts a shell in busybox.
     pub(crate) async fn sh(&mut self, script: &str) -> Task {
         let config = json!({"image": self.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
         self.start(config).await
     }
 
-    /// Runs a task to its end and destroys it: exit code, stdout, stderr.
+    /// Runs a task to its end and destroys it. Returns the exit code, stdout and stderr.
     pub(crate) async fn run(&mut self, config: Value) -> (i32, String, String) {
         let task = self.start(config).await;
         self.finish_task(task).await
@@ -279,7 +280,7 @@ impl Env {
         self.inspect(&task.id).await.unwrap().driver.unwrap().attributes[name].clone()
     }
 
-    /// Where a task's record is, and what it says: its first line, and the last of the states that follow.
+    /// Returns the path of a task's record, and its content: the first line, with the last of the states that follow.
     pub(crate) async fn record(&self, task: &Task) -> (PathBuf, Value) {
         let path = self.dir.join("run/tasks").join(format!("{}.json", self.attribute(task, "container_id").await));
         let record = read_record(&path);
@@ -291,7 +292,7 @@ impl Env {
         self.driver().signal_task(request).await.map(drop)
     }
 
-    /// Checks that nothing is left, lets the plugin leave, and checks again.
+    /// Checks that nothing is left, shuts the plugin down, and checks again.
     pub(crate) async fn finish(mut self) {
         let leaks = leak::while_alive(&self).await;
         assert!(leaks.is_empty(), "left while the plugin lives: {leaks:#?}\n{}", self.plugin().stderr());
@@ -305,7 +306,7 @@ impl Env {
 }
 
 impl Task {
-    /// Both streams, to their ends.
+    /// Returns stdout and stderr after both have ended.
     pub(crate) async fn output(&self) -> (String, String) {
         for stream in [&self.stdout, &self.stderr] {
             assert!(stream.wait_for_end(patience()).await.is_some(), "no end of the task's output");

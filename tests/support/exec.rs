@@ -1,4 +1,4 @@
-//! A session of `nomad alloc exec`, as the agent has it.
+//! A session of `nomad alloc exec`, as the agent holds it.
 
 use nomad_driver_shim::pb::driver::{
     ExecTaskRequest, ExecTaskResponse, ExecTaskStreamingIoOperation, ExecTaskStreamingRequest,
@@ -10,7 +10,7 @@ use tonic::{Status, Streaming};
 
 use super::{Env, Task, patience};
 
-/// What came of a session.
+/// The output and the result of a session.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub stdout: String,
@@ -37,7 +37,7 @@ impl Env {
         answer.expect("ExecTask hangs").map(tonic::Response::into_inner)
     }
 
-    /// What a command prints in the task.
+    /// Runs a script in the task and returns its output.
     pub(crate) async fn exec_text(&self, task: &Task, script: &str) -> String {
         let answer = self.exec(task, &["/bin/sh", "-c", script], 0).await.unwrap();
         assert_eq!(answer.result.unwrap().exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
@@ -99,7 +99,7 @@ impl Talk {
         tokio::time::timeout(patience(), reading).await.expect("the session hangs");
     }
 
-    /// All of it.
+    /// Reads until the session ends.
     pub(crate) async fn end(mut self) -> Outcome {
         let mut outcome = Outcome::default();
         self.until(&mut outcome, |_| false).await;

@@ -1,5 +1,5 @@
-//! A registry that lies, for what a real one can't be made to do. HTTP/1.1 with or without TLS, one answer per request
-//! and closed.
+//! A fake registry, for behaviour that a real one can't be made to show. It speaks HTTP/1.1 with or without TLS, and
+//! closes each connection after one answer.
 
 use std::{
     collections::HashMap,
@@ -17,16 +17,16 @@ use tokio_rustls::TlsAcceptor;
 
 use super::Image;
 
-/// One answer.
+/// An answer of the registry.
 #[derive(Clone)]
 pub(crate) struct Answer {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// Announced in `Content-Length`; more than the body makes a truncated download.
+    /// The value of `Content-Length`. A value above the body's length makes a truncated download.
     pub announced: usize,
     pub delay: Duration,
-    /// Wanted in `Authorization`, else 401 with `challenge`.
+    /// The required value of `Authorization`. Without it the answer is 401 with `challenge`.
     pub wants: Option<String>,
 }
 
@@ -37,7 +37,7 @@ impl Answer {
     }
 }
 
-/// One request, as it came.
+/// A request as it arrived.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
     pub method: String,
@@ -67,7 +67,7 @@ struct State {
     barrier: Option<Arc<Barrier>>,
 }
 
-/// The registry. Paths without an answer get a 404.
+/// The fake registry. It answers 404 for a path without an answer.
 #[derive(Clone)]
 pub(crate) struct FakeRegistry {
     pub address: String,
@@ -81,7 +81,7 @@ impl FakeRegistry {
         Self::start_with(None).await
     }
 
-    /// One that speaks TLS only.
+    /// Starts a registry that speaks TLS only.
     pub(crate) async fn start_tls(acceptor: TlsAcceptor) -> Self {
         Self::start_with(Some(acceptor)).await
     }
@@ -109,12 +109,12 @@ impl FakeRegistry {
         this
     }
 
-    /// The answer to `path`, or to `METHOD path` of one method only.
+    /// Sets the answer to `path`, or, for one method only, to `METHOD path`.
     pub(crate) fn set(&self, path: &str, answer: Answer) {
         self.state.lock().unwrap().answers.insert(path.to_owned(), answer);
     }
 
-    /// Answers these (`METHOD path`) only when all of them have been asked for.
+    /// Holds back the answers to these requests (`METHOD path`) until all of them have arrived.
     pub(crate) fn answer_together(&self, requests: Vec<String>) {
         let mut state = self.state.lock().unwrap();
         state.barrier = Some(Arc::new(Barrier::new(requests.len())));
@@ -125,12 +125,12 @@ impl FakeRegistry {
         self.state.lock().unwrap().challenge = text.to_owned();
     }
 
-    /// Serves an image as `app:1`, each part changed by `change` first: its name.
+    /// Serves an image as `app:1`, with each part changed by `change` first. Returns the image's whole name.
     pub(crate) fn serve(&self, image: &Image, change: impl Fn(&str, Answer) -> Answer) -> String {
         self.serve_as("app:1", image, change)
     }
 
-    /// Serves an image as `REPOSITORY:TAG`.
+    /// Serves an image as `REPOSITORY:TAG`, like [`Self::serve`].
     pub(crate) fn serve_as(&self, name: &str, image: &Image, change: impl Fn(&str, Answer) -> Answer) -> String {
         let (repository, tag) = name.split_once(':').unwrap();
         let manifest = image.manifest_bytes();
@@ -144,27 +144,27 @@ impl FakeRegistry {
         format!("{}/{name}", self.address)
     }
 
-    /// Forgets a blob of a repository: a 404 from now on.
+    /// Removes a blob of a repository, so that its path gets a 404 from now on.
     pub(crate) fn forget_blob(&self, repository: &str, digest: &Digest) {
         self.state.lock().unwrap().answers.remove(&format!("/v2/{repository}/blobs/{digest}"));
     }
 
-    /// Paths asked for so far.
+    /// Returns the paths of all requests so far.
     pub(crate) fn requests(&self) -> Vec<String> {
         self.seen().into_iter().map(|request| request.path).collect()
     }
 
-    /// Requests so far.
+    /// Returns all requests so far.
     pub(crate) fn seen(&self) -> Vec<Request> {
         self.state.lock().unwrap().requests.clone()
     }
 
-    /// What came as `Authorization` so far.
+    /// Returns the `Authorization` values of all requests so far.
     pub(crate) fn authorizations(&self) -> Vec<String> {
         self.seen().into_iter().filter_map(|request| request.authorization).collect()
     }
 
-    /// Methods by which a blob was asked for so far.
+    /// Returns the methods of all requests for a blob so far.
     pub(crate) fn asked_for(&self, digest: &Digest) -> Vec<String> {
         let of_blob = |request: &Request| request.path.ends_with(digest.as_str());
         self.seen().into_iter().filter(of_blob).map(|request| request.method).collect()
@@ -175,7 +175,7 @@ async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &Mutex<S
     let mut head = Vec::new();
     let mut byte = [0; 1];
     while !head.ends_with(b"\r\n\r\n") {
-        // A TLS hello is no request line; like real servers, we answer 400 in plain text.
+        // A TLS hello is no request line. Like real servers, the fake registry answers it with 400 in plain text.
         if stream.read(&mut byte).await.unwrap_or(0) == 0 {
             return;
         }

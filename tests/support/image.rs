@@ -1,4 +1,4 @@
-//! Images made in memory and pushed to a real registry, well made or not.
+//! Images made in memory and pushed to a real registry, both valid and invalid ones.
 
 use std::{io::Write as _, path::Path, sync::OnceLock};
 
@@ -56,7 +56,7 @@ impl Layer {
             header.set_size(entry.content.len() as u64);
             header.set_mode(entry.mode);
             header.set_mtime(1_700_000_000);
-            // Raw, since the crate's setters refuse the names that we want to see refused.
+            // The raw bytes are set, since the crate's setters refuse the names that the driver must refuse.
             let old = header.as_old_mut();
             old.name[..entry.path.len()].copy_from_slice(entry.path.as_bytes());
             old.linkname[..entry.link.len()].copy_from_slice(entry.link.as_bytes());
@@ -77,7 +77,7 @@ impl Layer {
         Self { diff_id, bytes, media_type }
     }
 
-    /// A static busybox with all its applets, passwd and group.
+    /// Returns a layer with a static busybox, all its applets, passwd and group.
     pub(crate) fn busybox() -> &'static Self {
         static LAYER: OnceLock<Layer> = OnceLock::new();
         LAYER.get_or_init(|| {
@@ -105,7 +105,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// busybox with `sh` as its command.
+    /// Returns an image of busybox with `sh` as its command.
     pub(crate) fn busybox() -> Self {
         Self {
             layers: vec![Layer::busybox().clone()],
@@ -127,7 +127,7 @@ impl Image {
         self.with_layer(Layer::new(&[Entry { mode: 0o644, ..Entry::file(path, text) }], Packing::None))
     }
 
-    /// The configuration's bytes.
+    /// Returns the bytes of the image's configuration.
     pub(crate) fn config_bytes(&self) -> Vec<u8> {
         let diffs: Vec<_> = self.layers.iter().map(|layer| layer.diff_id.to_string()).collect();
         let arch = if std::env::consts::ARCH == "aarch64" { "arm64" } else { "amd64" };
@@ -138,7 +138,7 @@ impl Image {
         serde_json::to_vec(&config).unwrap()
     }
 
-    /// The manifest's bytes.
+    /// Returns the bytes of the image's manifest.
     pub(crate) fn manifest_bytes(&self) -> Vec<u8> {
         let config = self.config_bytes();
         let layers: Vec<_> = self.layers.iter().map(|layer| json!({
@@ -152,12 +152,12 @@ impl Image {
         serde_json::to_vec(&manifest).unwrap()
     }
 
-    /// All blobs: config and layers.
+    /// Returns all blobs: configuration and layers.
     pub(crate) fn blobs(&self) -> Vec<Vec<u8>> {
         std::iter::once(self.config_bytes()).chain(self.layers.iter().map(|layer| layer.bytes.clone())).collect()
     }
 
-    /// Pushes it to a real registry: its whole name.
+    /// Pushes the image to a real registry. Returns the image's whole name.
     pub(crate) async fn push(&self, registry: &str, name: &str) -> String {
         let (repository, tag) = name.split_once(':').unwrap();
         let client = reqwest::Client::new();
@@ -176,7 +176,8 @@ impl Image {
         format!("{registry}/{name}")
     }
 
-    /// Pushes it below an index, beside a manifest for another architecture: its whole name and the index's digest.
+    /// Pushes the image in an index that also has entries for other platforms. Returns the whole name and the index's
+    /// digest.
     pub(crate) async fn push_index(&self, registry: &str, name: &str) -> (String, Digest) {
         let (repository, tag) = name.split_once(':').unwrap();
         let whole = self.push(registry, name).await;

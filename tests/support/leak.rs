@@ -1,7 +1,7 @@
-//! The leak checker: what is left in the kernel, in containerd and on disk, of one environment.
+//! The leak checker: what one environment has left in the kernel, in containerd and on disk.
 //!
-//! Everything an environment makes carries its directory or its allocations' ids in its name, so tests can run side by
-//! side and each sees only its own.
+//! Every object that an environment makes has the environment's directory or an allocation's id in its name. Therefore
+//! tests can run concurrently, and each sees only its own objects.
 
 use std::{
     fs,
@@ -13,17 +13,18 @@ use nomad_driver_shim::{cgroup::Cgroups, containerd::Client};
 
 use super::{Env, services};
 
-/// The last teardown takes some milliseconds; ten seconds on a machine that does something else.
+/// Returns the default timeout of a leak check. The last teardown takes some milliseconds, or up to ten seconds on a
+/// busy machine.
 fn patience() -> Duration {
     super::patience() / 6
 }
 
-/// While the plugin lives and has no tasks. Polled: the last teardown may still be under way.
+/// Returns the leaks while the plugin runs and has no tasks. Polls, since the last teardown may still be in progress.
 pub(crate) async fn while_alive(env: &Env) -> Vec<String> {
     alive_within(env, patience()).await
 }
 
-/// The same, for who waits no longer than this for a leak to go: one that is meant to be there does not.
+/// Like [`while_alive`], with another timeout: a test that expects a leak need not wait long for the leak to go.
 pub(crate) async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
     match env.plugin().pid() {
         Some(plugin) => beside(env, plugin, patience).await,
@@ -31,7 +32,7 @@ pub(crate) async fn alive_within(env: &Env, patience: Duration) -> Vec<String> {
     }
 }
 
-/// The same beside a plugin that somebody else has started.
+/// Like [`alive_within`], for a plugin that the environment has not started itself.
 pub(crate) async fn beside(env: &Env, plugin: u32, patience: Duration) -> Vec<String> {
     polled(patience, async || {
         let mut leaks = kernel(env);
@@ -43,9 +44,9 @@ pub(crate) async fn beside(env: &Env, plugin: u32, patience: Duration) -> Vec<St
         if idle.len() as u64 > pool {
             leaks.push(format!("shims: {} for a pool of {pool}: {idle:?}", idle.len()));
         }
-        // Each idle shim is one process; nothing else of ours may live besides the plugin.
+        // Each idle shim is one process. No other process of the environment may exist, apart from the plugin.
         let others = processes(env).into_iter().filter(|(pid, _)| *pid != plugin.to_string());
-        // The log writer and its keeper wait for the next task.
+        // The log writer and its supervisor stay, for the next task.
         let others: Vec<_> = others.filter(|(_, line)| !line.contains(" log-writer ")).collect();
         if others.len() != idle.len() {
             leaks.push(format!("processes: {others:?} for {} idle shims", idle.len()));
@@ -55,7 +56,7 @@ pub(crate) async fn beside(env: &Env, plugin: u32, patience: Duration) -> Vec<St
     .await
 }
 
-/// What tasks leave in the kernel and on disk, whatever driver had them.
+/// Returns what tasks have left in the kernel and on disk, for any driver.
 pub(crate) async fn of_tasks(env: &Env) -> Vec<String> {
     polled(patience(), async || {
         let mut leaks = kernel(env);
@@ -65,12 +66,12 @@ pub(crate) async fn of_tasks(env: &Env) -> Vec<String> {
     .await
 }
 
-/// After the plugin has left.
+/// Returns the leaks after the plugin has ended.
 pub(crate) async fn afterwards(env: &Env) -> Vec<String> {
     afterwards_within(env, patience()).await
 }
 
-/// The same, for who waits no longer than this.
+/// Like [`afterwards`], with another timeout.
 pub(crate) async fn afterwards_within(env: &Env, patience: Duration) -> Vec<String> {
     polled(patience, async || {
         let mut leaks = kernel(env);
@@ -97,7 +98,7 @@ async fn polled(patience: Duration, look: impl AsyncFn() -> Vec<String>) -> Vec<
     }
 }
 
-/// Mounts, cgroups of every hierarchy, and processes in them.
+/// Returns mounts, cgroups of every hierarchy, and processes in the cgroups.
 fn kernel(env: &Env) -> Vec<String> {
     let dir = env.dir.to_str().unwrap();
     let mut leaks: Vec<String> = fs::read_to_string("/proc/self/mountinfo")
@@ -121,12 +122,12 @@ fn kernel(env: &Env) -> Vec<String> {
     leaks
 }
 
-/// Is this line of mountinfo the mount at exactly this point?
+/// Returns whether this line of mountinfo is the mount at exactly this point.
 fn is_mounted_at(line: &str, point: &Path) -> bool {
     line.split(' ').nth(4).is_some_and(|found| Path::new(found) == point)
 }
 
-/// Tasks' cgroups in every hierarchy.
+/// Returns the tasks' cgroups in every hierarchy.
 pub(crate) fn cgroups(env: &Env) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for hierarchy in Cgroups::detect().unwrap().hierarchies() {
@@ -140,7 +141,8 @@ pub(crate) fn cgroups(env: &Env) -> Vec<PathBuf> {
     found
 }
 
-/// Processes that carry the environment's directory: the plugin, its shims, their runtimes.
+/// Returns processes with the environment's directory in their command line or working directory: the plugin, its
+/// shims, their runtimes.
 fn processes(env: &Env) -> Vec<(String, String)> {
     let dir = env.dir.to_str().unwrap();
     pids()
@@ -151,16 +153,16 @@ fn processes(env: &Env) -> Vec<(String, String)> {
             let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
             let socket = env.plugin.as_ref().and_then(nomad_driver_shim::host::Plugin::pid).map(|pid| pid.to_string());
             let ours = line.contains(dir) || cwd.starts_with(dir) || socket == Some(pid.clone());
-            // A process that is being reaped has neither.
+            // A process that is being reaped has neither a command line nor a working directory.
             ours.then_some((pid, line))
         })
         .collect()
 }
 
-/// Records, bundles, writable layers, runtimes' states, allocations' generated files.
+/// Returns records, bundles, writable layers, runtimes' states, and generated files of allocations.
 fn on_disk(env: &Env) -> Vec<String> {
     let mut leaks = Vec::new();
-    // Each run directory has its own part of the writable layers.
+    // Each run directory has its own subdirectory of the writable layers.
     let parts = entries(&env.dir.join("state/uppers")).into_iter().map(|part| format!("state/uppers/{part}"));
     let logs = entries(&env.dir.join("run/logs")).into_iter().filter(|name| !name.starts_with('.'));
     leaks.extend(logs.map(|name| format!("log of {name}")));
@@ -174,7 +176,7 @@ fn on_disk(env: &Env) -> Vec<String> {
     leaks
 }
 
-/// Leases and snapshots that no image record claims.
+/// Returns leases and snapshots that no image record names.
 async fn in_containerd(env: &Env) -> Vec<String> {
     let records: Vec<serde_json::Value> = entries(&env.dir.join("state/images"))
         .into_iter()
@@ -182,7 +184,7 @@ async fn in_containerd(env: &Env) -> Vec<String> {
         .map(|name| serde_json::from_slice(&fs::read(env.dir.join("state/images").join(name)).unwrap()).unwrap())
         .collect();
     let claimed = |key: &str, field: &str| records.iter().any(|record| record[field] == key);
-    // Another driver's configuration may not name it.
+    // Another driver's configuration may not name containerd's address.
     let address = env.config["containerd"]["address"].as_str();
     let address = address.map_or(services().containerd.as_path(), Path::new);
     let client = Client::new(address, &env.namespace, "overlayfs");
@@ -193,7 +195,7 @@ async fn in_containerd(env: &Env) -> Vec<String> {
         }
     }
     for key in client.snapshot_keys().await.unwrap_or_default() {
-        // Unpacked layers stay with their image; everything else must be a record's view.
+        // Unpacked layers stay with their image. Every other snapshot must be the view of a record.
         if !key.starts_with("sha256:") && !claimed(&key, "view") {
             leaks.push(format!("snapshot {key}"));
         }
@@ -201,7 +203,8 @@ async fn in_containerd(env: &Env) -> Vec<String> {
     leaks
 }
 
-/// What the plugin has open: no FIFO, directory, file or namespace of a task; two descriptors for each idle shim.
+/// Returns wrong descriptors of the plugin: it may have no FIFO, directory, file or namespace of a task open, and two
+/// descriptors for each idle shim.
 fn descriptors(env: &Env, pid: u32) -> Vec<String> {
     let dir = env.dir.to_str().unwrap();
     let idle = entries(&env.dir.join("run/shims")).len();
@@ -216,8 +219,8 @@ fn descriptors(env: &Env, pid: u32) -> Vec<String> {
             leaks.push(format!("descriptor of the plugin: {target}"));
         }
     }
-    // tokio watches each child by a pidfd of its own, beside ours.
-    // And the log writer's keeper, if there is one, for which we wait by a third.
+    // Each shim has two pidfds: tokio watches each child by its own, and the driver by another. The log writer
+    // supervisor, if there is one, has a third, which the driver waits on.
     let keeper = if env.dir.join("run/logs").exists() { 3 } else { 0 };
     if pidfds > 2 * idle + keeper {
         leaks.push(format!("descriptors of the plugin: {pidfds} pidfds for {idle} idle shims"));

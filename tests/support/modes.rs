@@ -1,4 +1,5 @@
-//! Who can get at what a driver keeps on disk: everything below its run and state directory is root's alone.
+//! Permissions of a driver's files on disk: everything below its run and state directory must be accessible to root
+//! only.
 
 use std::{
     fs,
@@ -8,8 +9,8 @@ use std::{
 
 use super::Env;
 
-/// Directories with files that others (runtimes, the kernel) make or that containers see. Whoever gets there has passed a closed directory; what
-/// is in them is not looked at.
+/// Directories with files that runtimes or the kernel make, or that containers see. They are below a directory that is
+/// closed to other users, so their contents are not checked.
 const OTHERS: [&str; 8] = [
     "run/bundles/*/rootfs",
     "run/bundles/*/mounts",
@@ -20,12 +21,12 @@ const OTHERS: [&str; 8] = [
     "state/ahead/*/*/layer/work",
     "state/images/empty",
 ];
-/// Files that shims and runtimes make in a bundle, with modes of their own.
+/// Shims and runtimes make files in a bundle, with modes of their own.
 const BUNDLE: &str = "run/bundles/*";
-/// Programs that shims call, and what the plugin knows of them.
+/// The directory of programs that shims call, and of the plugin's notes about them.
 const WRAPPERS: &str = "state/wrappers";
 
-/// What is not root's, or is open to its group or to everybody: one line each.
+/// Returns each path that does not belong to root, or that is open to its group or to everyone, as one line.
 pub(crate) fn open_to_others(env: &Env) -> Vec<String> {
     if env.foreign {
         return Vec::new();
@@ -38,7 +39,7 @@ pub(crate) fn open_to_others(env: &Env) -> Vec<String> {
 }
 
 fn look(base: &Path, path: &Path, found: &mut Vec<String>) {
-    // What goes meanwhile is fine.
+    // A path may disappear during the check.
     let Ok(meta) = fs::symlink_metadata(base.join(path)) else { return };
     let is_others = OTHERS.iter().any(|pattern| matches(pattern, path));
     let made_by_others = |parent: &Path| matches(BUNDLE, parent) || parent.starts_with(WRAPPERS);
@@ -55,7 +56,7 @@ fn look(base: &Path, path: &Path, found: &mut Vec<String>) {
     }
 }
 
-/// Does a path have the pattern's form? A `*` is any one component.
+/// Returns whether a path has the pattern's form. A `*` stands for any one component.
 fn matches(pattern: &str, path: &Path) -> bool {
     let pattern = PathBuf::from(pattern);
     pattern.components().count() == path.components().count()

@@ -1,4 +1,5 @@
-//! Real containerd and real registries, started once for all tests, ended by the kernel when this process ends.
+//! A real containerd and real registries. They are started once for all tests, and the kernel ends them when this
+//! process ends.
 
 use std::{
     fs,
@@ -11,7 +12,7 @@ use std::{
 
 use nomad_driver_shim::ids::random_hex;
 
-/// What runs for all tests.
+/// The services that all tests share.
 pub(crate) struct Services {
     /// containerd's socket.
     pub containerd: PathBuf,
@@ -19,24 +20,24 @@ pub(crate) struct Services {
     pub registry: String,
     /// A registry with TLS, signed by `ca`.
     pub tls_registry: String,
-    /// That authority's certificate.
+    /// The certificate of the authority that signs for `tls_registry`.
     pub ca: PathBuf,
-    /// A registry that wants user `tester` with password `secret`.
+    /// A registry that requires user `tester` with password `secret`.
     pub basic_registry: String,
-    /// The same storage as the one before, open, so that images can be put there.
+    /// A registry without authentication on the storage of `basic_registry`, through which tests store images.
     pub basic_backdoor: String,
-    /// Where all of it is.
+    /// The directory of all these services.
     pub root: PathBuf,
 }
 
-/// Spawns from one thread that never ends: the parent-death signal is tied to the spawning thread.
+/// Spawns children from one thread that never ends, since the parent-death signal is tied to the spawning thread.
 fn spawner() -> &'static mpsc::Sender<(Command, mpsc::Sender<Child>)> {
     static SPAWNER: OnceLock<mpsc::Sender<(Command, mpsc::Sender<Child>)>> = OnceLock::new();
     SPAWNER.get_or_init(|| {
         let (send, receive) = mpsc::channel::<(Command, mpsc::Sender<Child>)>();
         std::thread::spawn(move || {
             for (mut command, answer) in receive {
-                // SAFETY: prctl is async-signal-safe and touches no memory of ours.
+                // SAFETY: prctl is async-signal-safe and touches no memory of this process.
                 unsafe {
                     command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) {
                         0 => Ok(()),
@@ -62,14 +63,14 @@ pub(crate) fn services() -> &'static Services {
     SERVICES.get_or_init(start)
 }
 
-/// Where this process keeps its files: short, since sockets live below, and on a real file system, since an overlay
-/// can't be an upper layer.
+/// Returns the directory of this process's files. Its path is short, since sockets are below it, and it is on a real
+/// file system, since an overlay can't be an upper layer.
 pub(crate) fn root() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     ROOT.get_or_init(|| {
         let parent = Path::new("/var/tmp/nds-test");
         fs::create_dir_all(parent).unwrap();
-        // What an earlier run that was cut off left behind.
+        // Removes the remains of an earlier run that was interrupted.
         for entry in fs::read_dir(parent).unwrap().flatten() {
             let pid = entry.file_name().to_string_lossy().to_string();
             if !Path::new("/proc").join(&pid).exists() {
@@ -109,7 +110,7 @@ fn start() -> Services {
     Services { containerd, registry, tls_registry, ca, basic_registry, basic_backdoor, root }
 }
 
-/// A containerd of its own below `dir`: its socket.
+/// Starts a separate containerd below `dir`. Returns its socket.
 pub(crate) fn start_containerd(dir: &Path) -> PathBuf {
     fs::create_dir_all(dir).unwrap();
     let socket = dir.join("containerd.sock");
@@ -128,7 +129,7 @@ pub(crate) fn start_containerd(dir: &Path) -> PathBuf {
     socket
 }
 
-/// A registry: its address. `tls` and `auth` are lines of its configuration.
+/// Starts a registry. Returns its address. `tls` and `auth` are lines of its configuration.
 fn start_registry(dir: &Path, tls: &str, auth: &str) -> String {
     fs::create_dir_all(dir).unwrap();
     let address = free_address();
@@ -146,12 +147,12 @@ fn start_registry(dir: &Path, tls: &str, auth: &str) -> String {
     address
 }
 
-/// A loopback address that nobody listens at.
+/// Returns a loopback address with a free port.
 pub(crate) fn free_address() -> String {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
 
-/// An authority, and a certificate for 127.0.0.1 signed by it.
+/// Makes an authority, and a certificate for 127.0.0.1 signed by it.
 fn certificates(dir: &Path) -> (PathBuf, String) {
     fs::create_dir_all(dir).unwrap();
     let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
@@ -185,7 +186,7 @@ fn certificates(dir: &Path) -> (PathBuf, String) {
     (ca.into(), format!("  tls: {{certificate: {cert}, key: {key}}}\n"))
 }
 
-/// Runs a program to its end: its stdout.
+/// Runs a program to its end. Returns its stdout.
 pub(crate) fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}; run scripts/setup.sh"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));

@@ -1,4 +1,4 @@
-//! The model notices each kind of damage, and does not mind what faults may do.
+//! The model notices each kind of damage, and accepts what faults may cause.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ fn death_by_a_signal_needs_a_fault_or_a_stop() {
     model.hit(&Hit::Attempts(vec![(0, 1)]));
     model.exited((0, 1), 137, "");
     assert_eq!((model.violations().len(), model.figures.batch_hit), (0, 1));
-    // A fault that struck another task is no excuse, nor is one that kills for another code.
+    // A fault that struck another task is no excuse. Neither is a fault that kills, if the exit code is another one.
     let mut model = running(BATCH);
     model.hit(&Hit::Attempts(vec![(1, 1)]));
     model.hit(&Hit::Unsettled);
@@ -80,7 +80,7 @@ fn a_refusal_must_be_recoverable_and_have_a_cause() {
         assert_eq!(model.violations().is_empty(), wrong.is_empty());
         assert!(wrong.is_empty() || is_wrong(&model, wrong), "{:?}", model.violations());
     }
-    // What was over long ago is no cause.
+    // A fault that was over long ago is no excuse.
     let mut model = running(Work::Service);
     model.fault_begins(Duration::ZERO);
     model.fault_ends(Duration::ZERO);
@@ -137,7 +137,7 @@ fn logs_have_each_line_once() {
         ("tick 0 1 1\n", true),
         ("tick 0 1 0\ntick 0 1 0\ntick 0 1 1\n", true),
         ("tick 0 1 1\ntick 0 1 0\n", true),
-        // Another task's, and a line that was cut off in the middle.
+        // The log has a line of another task, and a line that was cut off in the middle.
         ("tick 5 1 7\ntick 0 1 0\ntick 0 1 1\ntick 0 1", false),
     ] {
         let mut model = running(BATCH);

@@ -1,4 +1,5 @@
-//! A real Nomad agent: server and client in one process on loopback, with files of its own, so that its state outlives it.
+//! A real Nomad agent: server and client in one process on loopback. It has its own directory, so its state outlives
+//! the process.
 
 use std::{
     fs,
@@ -14,18 +15,18 @@ use serde_json::Value;
 use super::api::Api;
 use crate::support::{Env, eventually, services};
 
-/// Names the program.
+/// Environment variable with the path of Nomad's program.
 const BINARY: &str = "NOMAD_BIN";
-/// An agent that was asked to leave is gone by then.
+/// Time limit for an agent to leave after it was asked to.
 const LEAVES: Duration = Duration::from_secs(40);
 
-/// The program: what `NOMAD_BIN` names, or `nomad` in PATH.
+/// The path of Nomad's program: what `NOMAD_BIN` names, or `nomad` in PATH.
 pub(super) fn binary() -> Option<PathBuf> {
     let named = std::env::var_os(BINARY).filter(|value| !value.is_empty()).map(PathBuf::from);
     which(&named.unwrap_or_else(|| "nomad".into()))
 }
 
-/// An agent's files, and its process as long as there is one.
+/// An agent's files, and its process while there is one.
 pub(super) struct Agent {
     binary: PathBuf,
     dir: PathBuf,
@@ -35,8 +36,8 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    /// Writes the configuration of an agent that has the plugin of `env`. The agent is not started yet. Its directory is not
-    /// below the plugin's, so that neither's processes are taken for the other's.
+    /// Writes the configuration of an agent that uses the plugin of `env`. The agent is not started yet. Its directory
+    /// is not below the plugin's directory, so that the processes of the one are not taken for those of the other.
     pub(super) fn new(binary: PathBuf, env: &mut Env) -> Self {
         let dir = env.dir.with_file_name(format!("{}-nomad", env.namespace));
         fs::create_dir_all(&dir).unwrap();
@@ -47,12 +48,12 @@ impl Agent {
         Self { binary, dir, environment, child: None, api: Api::new(&http) }
     }
 
-    /// Where a task's files are that Nomad makes.
+    /// The directory in which Nomad makes the files of its tasks.
     pub(super) fn alloc_dir(&self) -> PathBuf {
         self.dir.join("allocs")
     }
 
-    /// Starts it, and waits until it serves and its driver can run tasks.
+    /// Starts the agent, and waits until it serves and its driver can run tasks.
     pub(super) async fn start(&mut self) {
         self.launch();
         eventually("an agent with a healthy driver", async || {
@@ -65,7 +66,7 @@ impl Agent {
         .await;
     }
 
-    /// Starts its process.
+    /// Starts the agent's process.
     pub(super) fn launch(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.join("agent.log")).unwrap();
         let mut command = Command::new(&self.binary);
@@ -75,12 +76,12 @@ impl Agent {
         self.child = Some(services::spawn(command));
     }
 
-    /// Its process.
+    /// The agent's process.
     pub(super) fn process(&self) -> Option<PidFd> {
         self.child.as_ref().and_then(|child| PidFd::open(child.id()).ok())
     }
 
-    /// Sends it a signal that ends it, and waits for the end: whether it came in time.
+    /// Sends the agent a signal that ends it, and waits for its end. Returns whether the end came in time.
     pub(super) async fn end(&mut self, signal: i32) -> bool {
         let Some(process) = self.process() else { return true };
         process.signal(signal);
@@ -95,14 +96,14 @@ impl Agent {
         came
     }
 
-    /// What it and its plugins have said.
+    /// The log of the agent and its plugins.
     pub(super) fn log(&self) -> String {
         fs::read(self.dir.join("agent.log"))
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
-    /// Keeps a copy of its log: what a failure can't be understood without.
+    /// Keeps a copy of the agent's log, which is needed to understand a failure.
     pub(super) fn keep_log(&self) -> PathBuf {
         let name = self.dir.file_name().unwrap_or_default().to_string_lossy();
         let path = std::env::temp_dir().join(format!("chaos-{name}.log"));
@@ -110,7 +111,8 @@ impl Agent {
         path
     }
 
-    /// Log collectors that an agent had started and did not live to note go: no other agent knows of them.
+    /// Ends the log collectors that an agent had started but could not note before it died: no other agent knows of
+    /// them.
     fn end_collectors(&self) {
         for pid in nomad_driver_shim::process::all_pids().unwrap_or_default() {
             let is_ours = fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|path| path == self.dir);
@@ -120,7 +122,7 @@ impl Agent {
         }
     }
 
-    /// Its files go; its log collectors and what Nomad had mounted there as well.
+    /// Removes the agent's files, after its log collectors and what Nomad had mounted there.
     pub(super) fn remove(&self) {
         self.end_collectors();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -133,8 +135,8 @@ impl Agent {
     }
 }
 
-/// The agent's file. What would ask others than this host is switched off: fingerprints of clouds, Consul and Vault, and the
-/// look for a newer version.
+/// The agent's configuration file. It switches off all that would contact other hosts: fingerprints of clouds, Consul
+/// and Vault, and the check for a newer version.
 fn configuration(dir: &Path, env: &Env, addresses: [&str; 3]) -> String {
     let port = |address: &str| address.rsplit(':').next().unwrap_or_default().to_owned();
     let [http, rpc, serf] = addresses.map(port);
@@ -193,7 +195,7 @@ plugin "nomad-driver-shim" {{
     )
 }
 
-/// The plugin's configuration as HCL: `runtime` is a block with a label, other objects are blocks.
+/// The plugin's configuration as HCL. `runtime` is a block with a label, other objects are plain blocks.
 fn body(config: &Value, text: &mut String) {
     for (key, value) in config.as_object().into_iter().flatten() {
         match value {

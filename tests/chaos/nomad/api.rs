@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// An answer that takes longer is none.
+/// Time limit of an answer.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// A client of one agent.
+/// A client of one agent's API.
 #[derive(Clone)]
 pub(super) struct Api {
     client: reqwest::Client,
@@ -20,7 +20,7 @@ impl Api {
         Self { client, base: format!("http://{address}/v1") }
     }
 
-    /// Reads something.
+    /// Reads a resource.
     ///
     /// # Errors
     /// When the agent does not answer, or refuses.
@@ -28,7 +28,7 @@ impl Api {
         Self::answer(self.client.get(format!("{}/{path}", self.base))).await
     }
 
-    /// Registers, or asks for something to be done.
+    /// Registers a job, or requests an action.
     ///
     /// # Errors
     /// As `get`.
@@ -36,7 +36,7 @@ impl Api {
         Self::answer(self.client.put(format!("{}/{path}", self.base)).body(body.to_string())).await
     }
 
-    /// Takes something away.
+    /// Deletes a resource.
     ///
     /// # Errors
     /// As `get`.

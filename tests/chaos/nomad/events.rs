@@ -1,4 +1,4 @@
-//! What Nomad shows of an allocation: its state, and the events of its task. Pure.
+//! What Nomad shows of an allocation: its state, and the events of its task. This module does no I/O.
 
 use std::{fmt, time::Duration};
 
@@ -6,46 +6,46 @@ use serde_json::Value;
 
 use super::job::TASK;
 
-/// What an event of a task tells.
+/// The kind of a task's event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Kind {
     Started,
     Terminated(i32),
-    /// Nomad has lost the connection to the plugin, and takes that for the task's end.
+    /// Nomad has lost the connection to the plugin, and takes the loss for the task's end.
     Disconnected(String),
     DriverFailure(String),
     Restarting,
     NotRestarting,
-    /// Something else, by Nomad's own words.
+    /// Another kind of event, with Nomad's own text.
     Other(String),
 }
 
 /// An event of a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Event {
-    /// When, as Nomad says it.
+    /// The time of the event as Nomad gives it, in nanoseconds since 1970.
     pub nanos: u64,
-    /// When, since the beginning of the run.
+    /// The time of the event since the beginning of the run.
     pub then: Duration,
     pub kind: Kind,
 }
 
-/// An allocation.
+/// An allocation, as Nomad shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AllocView {
     pub id: String,
     /// `pending`, `running`, `complete`, `failed`, `lost`.
     pub status: String,
-    /// What Nomad says of that.
+    /// Nomad's description of the status.
     pub why: String,
-    /// The task's: `pending`, `running`, `dead`.
+    /// The state of the task: `pending`, `running`, `dead`.
     pub state: String,
     pub is_failed: bool,
     pub events: Vec<Event>,
 }
 
 impl AllocView {
-    /// Reads an entry of `/v1/allocations`. `began` is the run's beginning in nanoseconds since 1970.
+    /// Reads an entry of `/v1/allocations`. `began` is the beginning of the run in nanoseconds since 1970.
     pub(super) fn read(entry: &Value, began: u64) -> Self {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let task = &entry["TaskStates"][TASK];
@@ -66,7 +66,7 @@ impl Event {
         let text = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
         let kind = match event["Type"].as_str().unwrap_or_default() {
             "Started" => Kind::Started,
-            // It has no code then, which reads as 0.
+            // Such an event has no exit code, which reads as 0.
             "Terminated" if text("Message").contains("code = Unavailable") => Kind::Disconnected(text("Message")),
             "Terminated" => {
                 let code = event["ExitCode"].as_i64().and_then(|code| i32::try_from(code).ok());
@@ -83,7 +83,7 @@ impl Event {
 }
 
 impl Kind {
-    /// Tells events of the same time apart.
+    /// The name of the kind, which distinguishes events of the same time.
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Started => "started",

@@ -1,4 +1,4 @@
-//! Jobs as Nomad's API takes them: one group of one task, and a policy by which its outcome is definite.
+//! Jobs in the format of Nomad's API: one group of one task, and policies that make the outcome definite.
 
 use serde_json::{Value, json};
 
@@ -8,10 +8,11 @@ use crate::{
     task::script,
 };
 
-/// The task of each job.
+/// The name of the task in each job.
 pub(super) const TASK: &str = "t";
 const SECOND: u64 = 1_000_000_000;
-/// A task's attempts are counted by the task itself, from the lines that its starts have left, since Nomad tells it of none.
+/// Makes the task count its attempts itself, from the lines that its starts have written, since Nomad does not give it
+/// a number.
 const COUNT: &str = "ATTEMPT=$(( $(cat /alloc/data/started-$TASK 2>/dev/null | wc -l) + 1 ))";
 
 /// The id of a task's job.
@@ -19,17 +20,18 @@ pub(super) fn id(namespace: &str, number: TaskNumber) -> String {
     format!("{namespace}-{number}")
 }
 
-/// The task whose job has this id.
+/// The number of the task whose job has this id.
 pub(super) fn number(namespace: &str, id: &str) -> Option<TaskNumber> {
     id.strip_prefix(namespace)?.strip_prefix('-')?.parse().ok()
 }
 
-/// May Nomad start the task again after a failure? A batch task that is to fail may not, or it would fail for ever.
+/// May Nomad start the task again after a failure? For a batch task that is meant to fail it may not, since this task
+/// would fail for ever.
 pub(super) fn may_restart(work: Work) -> bool {
     !matches!(work, Work::Batch { code: 1.., .. })
 }
 
-/// What is registered.
+/// The job to register.
 pub(super) fn job(namespace: &str, number: TaskNumber, work: Work, runtime: OciRuntime, image: &str) -> Value {
     let runtime = match runtime {
         OciRuntime::Crun => "crun",
@@ -41,7 +43,7 @@ pub(super) fn job(namespace: &str, number: TaskNumber, work: Work, runtime: OciR
     let (attempts, mode) = if may_restart(work) { (1000, "delay") } else { (0, "fail") };
     json!({"Job": {
         "ID": id, "Name": id, "Type": kind, "Datacenters": ["*"],
-        // A service without deployments, whose health checks are not what is tested.
+        // A service without deployments: their health checks are not what is tested.
         "Update": (work == Work::Service).then(|| json!({"MaxParallel": 0})),
         "TaskGroups": [{
             "Name": "g", "Count": 1,
@@ -52,7 +54,7 @@ pub(super) fn job(namespace: &str, number: TaskNumber, work: Work, runtime: OciR
                 "Name": TASK, "Driver": "shim", "KillTimeout": 5 * SECOND,
                 "Config": {
                     "image": image, "command": "/bin/sh", "runtime": runtime,
-                    // Nomad would replace `${...}`, of which there is none.
+                    // Nomad would replace `${...}`, but the script contains none.
                     "args": ["-c", format!("{COUNT}; {}", script(work))],
                 },
                 "Env": {"TASK": number.to_string(), MARK: format!("{namespace}/{number}/1")},

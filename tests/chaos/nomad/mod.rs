@@ -1,5 +1,5 @@
-//! The same faults with a real Nomad agent in the place of the stand-in: its state, its retries and its own idea of what has
-//! become of a task. Where there is no program `nomad`, nothing of this runs, and that is said.
+//! The same faults with a real Nomad agent in the place of the stand-in: with its state, its retries and its own view
+//! of what has happened to a task. Without a program `nomad`, these tests do nothing but print that they were not run.
 
 mod agent;
 mod api;
@@ -23,15 +23,15 @@ use crate::{
 };
 use scenarios::Failure;
 
-/// Faults where none were asked for: each takes Nomad some seconds.
+/// The default number of faults. With Nomad, each fault takes some seconds.
 const FAULTS: usize = 100;
-/// Of the bounded part.
+/// The number of faults in the bounded part.
 const FEW: usize = 8;
 
-/// The modes that a real agent goes through by itself. The others need more of the host.
+/// The modes that a run with a real agent goes through by default. The other modes need more of the host.
 const MODES: [Mode; 1] = [Mode::Base];
 
-/// A run, by the words that play it again.
+/// Plays one run. Returns the arguments that play it again, and its figures.
 async fn run(
     binary: &Path,
     arguments: &Arguments,
@@ -49,7 +49,7 @@ async fn run(
     Ok((words, figures))
 }
 
-/// What `make chaos ARGS="--agent nomad"` does: faults by chance, and then the scenarios.
+/// What `make chaos ARGS="--agent nomad"` does: a run with random faults, and then the scenarios.
 pub(crate) async fn long_form(arguments: &Arguments) {
     let binary = agent::binary().unwrap_or_else(|| {
         panic!("no Nomad agent was found: NOMAD_BIN names no program that can be run, and `nomad` is not in PATH")
@@ -75,7 +75,7 @@ pub(crate) async fn long_form(arguments: &Arguments) {
     }
 }
 
-/// Fails with the history, where something was wrong.
+/// Prints the outcome. If there was a violation, fails with the history.
 fn told(outcome: Outcome) {
     let Outcome { violations, figures, history, warnings } = outcome;
     let shown = [("wrong", &violations), ("the plugins' last warnings", &warnings), ("history", &history)];
@@ -87,7 +87,7 @@ fn told(outcome: Outcome) {
     eprintln!("{}", table(&[("passing failures, with a real agent".to_owned(), figures)]));
 }
 
-/// The agent's program, or word that it was not found.
+/// The path of Nomad's program. If it was not found, prints that `what` is not run.
 fn binary_or_say(what: &str) -> Option<PathBuf> {
     let binary = agent::binary();
     if binary.is_none() {

@@ -1,5 +1,5 @@
-//! What must be true of jobs of a real agent, whatever has happened. Pure: it is told of Nomad's task events, faults and
-//! sights, and says what contradicts them.
+//! A model of what must be true of the jobs of a real agent, whatever has happened. It does no I/O: it receives Nomad's
+//! task events, the faults and the observed processes, and records what contradicts the rules.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,17 +17,18 @@ use crate::{
     violations::Violations,
 };
 
-/// A failure is excused by a fault that is over for no longer than this: Nomad notices the death of a plugin late, and tries
+/// How long a fault still excuses a failure after it has ended: Nomad notices the death of a plugin late, and tries
 /// again after pauses.
 const AFTERMATH: Duration = Duration::from_secs(30);
-/// Nomad tells of the end of a task so long after a fault at most.
+/// The maximum time between a fault and Nomad's report of a task's end that it caused.
 const CONSEQUENCE: Duration = Duration::from_secs(60);
-/// A plugin that dies so soon after another one may not have been asked for its tasks yet.
+/// If a plugin dies within this time of another one, it may not have been asked for its tasks yet.
 const CLOSE: Duration = Duration::from_secs(5);
 const KILLED: i32 = 137;
-/// Nomad starts a task whose plugin dies meanwhile once more at once, and wraps a refusal of that start so that it counts as
-/// final, whatever the driver says of it (`client/allocrunner/taskrunner/task_runner.go`, `runDriver`). No driver can help it.
-/// An allocation fails for good as well when the plugin is gone as Nomad first asks for it (`client/client.go`, `makeFailedAlloc`).
+/// If a plugin dies while it starts a task, Nomad starts the task once more at once. It wraps a refusal of this second
+/// start so that the refusal counts as final, whatever the driver says of it
+/// (`client/allocrunner/taskrunner/task_runner.go`, `runDriver`). No driver can prevent this. An allocation also fails
+/// for good if the plugin is gone when Nomad first asks for it (`client/client.go`, `makeFailedAlloc`).
 const NOMAD_GIVES_UP: [&str; 2] = [
     "failed to start task after driver exited unexpectedly",
     "failed to initialize driver after it exited unexpectedly",
@@ -41,24 +42,27 @@ struct Task {
     is_wanted: bool,
     alloc: Option<AllocView>,
     seen: BTreeSet<(u64, &'static str)>,
-    /// Events of starts, failures to start, and ends.
+    /// The number of events of starts.
     started: u32,
     last_start: Option<Duration>,
+    /// The number of events of failed starts.
     refused: u32,
+    /// The exit codes in the events of ends.
     codes: Vec<i32>,
-    /// Ends of which Nomad has told no code.
+    /// Ends for which Nomad has reported no exit code.
     lost: u32,
     last_refusal: Option<String>,
-    /// Has an event told why the attempt is over?
+    /// Has an event explained why the attempt is over?
     is_explained: bool,
-    /// Has Nomad itself made a passing refusal final?
+    /// Has Nomad itself made a recoverable refusal final?
     is_given_up: bool,
-    /// Faults that may have killed it, and the last of them.
+    /// The number of faults that may have killed the task.
     hits: u32,
+    /// The time of the last of these faults.
     last_hit: Option<Duration>,
-    /// Was an agent killed while it prepared a start?
+    /// Was an agent killed while it prepared a start of this task?
     may_have_two_readers: bool,
-    /// Faults that may have cut off a start whose answer Nomad has not got.
+    /// The number of faults that may have cut off a start before Nomad got its answer.
     cut: u32,
 }
 
@@ -66,22 +70,22 @@ struct Task {
 #[derive(Debug, Default)]
 pub(super) struct Model {
     tasks: BTreeMap<TaskNumber, Task>,
-    /// The faults: begin and end, as far as they have ended.
+    /// The beginning of each fault, and its end if it has ended.
     faults: Vec<(Duration, Option<Duration>)>,
-    /// Deaths of plugins.
+    /// The times at which plugins died.
     deaths: Vec<Duration>,
-    /// Strikes at what a start needs besides the plugin.
+    /// The times of faults that struck something other than the plugin that a start needs.
     strikes: Vec<Duration>,
     violations: Violations,
     pub figures: Figures,
-    /// Tasks that Nomad has given up where no driver could have helped.
+    /// The number of tasks that Nomad has given up where no driver could have prevented it.
     pub given_up: u32,
-    /// Tasks that Nomad has started anew where no driver could have helped.
+    /// The number of tasks that Nomad has started anew where no driver could have prevented it.
     pub let_go: u32,
 }
 
 impl Model {
-    /// A model that does not mind what contains one of these texts.
+    /// A model that ignores each violation whose text contains one of these texts.
     pub(super) fn ignoring(ignored: &[String]) -> Self {
         Self { violations: Violations::ignoring(ignored), ..Self::default() }
     }
@@ -116,29 +120,29 @@ impl Model {
         self.tasks.insert(number, new);
     }
 
-    /// Nobody wants the task any more.
+    /// The job's task is no longer wanted.
     pub(super) fn unwanted(&mut self, number: TaskNumber) {
         if let Some(task) = self.tasks.get_mut(&number) {
             task.is_wanted = false;
         }
     }
 
-    /// All tasks, with their works.
+    /// All tasks, with the work of each.
     pub(super) fn tasks(&self) -> Vec<(TaskNumber, Work)> {
         self.tasks.iter().map(|(number, task)| (*number, task.work)).collect()
     }
 
-    /// The allocation of a task.
+    /// The id of a task's allocation.
     pub(super) fn alloc(&self, number: TaskNumber) -> Option<String> {
         Some(self.tasks.get(&number)?.alloc.as_ref()?.id.clone())
     }
 
-    /// Events that have told of failed starts and of starts, so far.
+    /// The numbers of failed starts and of starts that events have reported so far.
     pub(super) fn starts(&self, number: TaskNumber) -> (u32, u32) {
         self.tasks.get(&number).map_or((0, 0), |task| (task.refused, task.started))
     }
 
-    /// All tasks are gone.
+    /// Forgets all tasks, after their removal.
     pub(super) fn forget(&mut self) {
         self.tasks.clear();
     }
@@ -156,8 +160,9 @@ impl Model {
         }
     }
 
-    /// An agent is killed. Its log collectors live on; those of tasks that it was about to start are unknown to the next one,
-    /// which starts others beside them, and two that read one stream may write its lines in another order.
+    /// An agent is killed. Its log collectors live on. The next agent does not know the collectors of tasks that the
+    /// killed agent was about to start, and starts further collectors for them. Two collectors that read one stream may
+    /// write its lines in another order.
     pub(super) fn agent_died(&mut self) {
         for task in self.tasks.values_mut().filter(|task| !task.is_running()) {
             task.may_have_two_readers = true;
@@ -169,13 +174,15 @@ impl Model {
         self.deaths.push(now);
     }
 
-    /// Something besides the plugin is struck that a start needs.
+    /// A fault strikes something other than the plugin that a start needs.
     pub(super) fn struck_at_start(&mut self, now: Duration) {
         self.strikes.push(now);
     }
 
-    /// Nomad lets go of a task whose plugin has died when the next plugin can't be asked for it, and does not try again
-    /// (`handleTaskExitResult` in `client/allocrunner/taskrunner/task_runner.go`): another death, or a shortage, beside a death.
+    /// May Nomad have let go of a task? It does so when the task's plugin has died and the next plugin can't be asked
+    /// for the task, and then it does not try again (`handleTaskExitResult` in
+    /// `client/allocrunner/taskrunner/task_runner.go`). The cause is a second death, or a shortage, close to the first
+    /// death.
     fn may_have_let_go(&self, then: Duration) -> bool {
         let mut deaths = self.deaths.iter().filter(|death| **death <= then && then <= **death + AFTERMATH);
         deaths.any(|death| {
@@ -184,13 +191,15 @@ impl Model {
         })
     }
 
-    /// Has a start that followed the death of a plugin failed by something else, so that no driver could have made it?
+    /// May a start that followed the death of a plugin have failed for another reason, so that no driver could have
+    /// made it succeed?
     fn may_fail_again(&self, then: Duration) -> bool {
         let near = |times: &[Duration]| times.iter().filter(|time| then.abs_diff(**time) <= CLOSE).count();
         near(&self.strikes) > 0 || near(&self.deaths) > 1 || self.has_shortage(then)
     }
 
-    /// Did a fault last then, or had it just ended? What only strikes has ended as it began.
+    /// Was a lasting fault in progress at this time, or had it just ended? A fault without a duration has ended as it
+    /// began.
     fn has_shortage(&self, then: Duration) -> bool {
         self.faults.iter().any(|(begin, end)| {
             let lasts = end.is_none_or(|end| end > *begin + Duration::from_millis(100));
@@ -198,7 +207,7 @@ impl Model {
         })
     }
 
-    /// May something that failed then be a fault's doing?
+    /// Can a failure at this time be the consequence of a fault?
     fn is_excused(&self, then: Duration) -> bool {
         self.faults.iter().any(|(begin, end)| *begin <= then && end.is_none_or(|end| then <= end + AFTERMATH))
     }
@@ -217,7 +226,7 @@ impl Model {
         }
     }
 
-    /// Nomad has told of an allocation: the events that are news.
+    /// Takes over what Nomad reports of an allocation. Returns the events that are new.
     pub(super) fn told(&mut self, number: TaskNumber, view: &AllocView) -> Vec<Event> {
         let Some(task) = self.tasks.get_mut(&number) else { return Vec::new() };
         let former = task.alloc.replace(view.clone());
@@ -252,7 +261,8 @@ impl Model {
             }
             Kind::Disconnected(message) => {
                 task.lost += 1;
-                // Nomad waits for three seconds for the news of a plugin's death, and an agent that is stopped misses them.
+                // Nomad waits for three seconds to learn of a plugin's death, and an agent under SIGSTOP misses these
+                // seconds.
                 if self.deaths.iter().any(|death| *death <= event.then && event.then <= *death + AFTERMATH) {
                     self.let_go += 1;
                 } else {
@@ -278,7 +288,7 @@ impl Model {
                 }
             }
             Kind::Restarting | Kind::NotRestarting => {}
-            // What Nomad tells besides says nothing of the attempt.
+            // Other events of Nomad say nothing about the attempt.
             Kind::Other(_) => task.is_explained = was_explained,
         }
     }
@@ -305,13 +315,13 @@ impl Model {
         }
     }
 
-    /// A task that is wanted and may be started again is never over for good.
+    /// Checks that a task that is wanted and may be started again is never over for good.
     fn judge_state(&mut self, number: TaskNumber) {
         let task = &self.tasks[&number];
         let Some(view) = &task.alloc else { return };
         let is_over = view.status == "complete" && task.started + task.refused == 0;
         let is_dead = is_over || matches!(view.status.as_str(), "failed" | "lost") || view.is_failed;
-        // An agent that is killed as it tells of this tells only of an end afterwards.
+        // An agent that is killed while it reports such a failure reports afterwards only that the task has ended.
         let was_never_asked = task.started + task.refused == 0 && !self.deaths.is_empty();
         let is_not_added = view.why.starts_with(NOT_ADDED) || was_never_asked;
         let may_be_dead = !may_restart(task.work) && !is_not_added;
@@ -330,13 +340,13 @@ impl Model {
         }
     }
 
-    /// What is alive at one moment: never two of one task.
+    /// Checks the containers that are alive at one moment: never two of one task.
     pub(super) fn seen(&mut self, inits: &[Init]) {
         self.figures.looks += 1;
         self.violations.add_doubles(inits);
     }
 
-    /// What is not yet as it must be when all faults are over.
+    /// Returns what is not yet as it must be when all faults are over.
     pub(super) fn unrest(&self, inits: &[Init]) -> Vec<String> {
         let mut found = Vec::new();
         for (number, task) in &self.tasks {
@@ -348,7 +358,8 @@ impl Model {
                 found.push(format!(
                     "service {number} does not run exactly once (for Nomad: {state}, alive: {alive:?}, {refusal})"
                 ));
-            // A job that is stopped as its plugin dies may keep its state for ever, although Nomad does nothing more for it.
+            // A job that is stopped while its plugin dies may keep its state for ever, although Nomad does nothing more
+            // for it.
             } else if !must_run && task.is_wanted && !task.is_over() {
                 found.push(format!(
                     "task {number} does not come to its end (for Nomad: {state}, alive: {alive:?}, {refusal})"
@@ -362,12 +373,12 @@ impl Model {
 }
 
 impl Task {
-    /// Does it run, as far as Nomad knows?
+    /// Is the task running, as far as Nomad knows?
     fn is_running(&self) -> bool {
         self.alloc.as_ref().is_some_and(|view| view.state == "running" && view.status == "running")
     }
 
-    /// Does Nomad do nothing more for it? One that was stopped before it was placed has no allocation.
+    /// Is Nomad done with the task? A job that was stopped before it was placed has no allocation.
     fn is_over(&self) -> bool {
         match &self.alloc {
             Some(view) => view.state == "dead" || matches!(view.status.as_str(), "complete" | "failed"),
@@ -379,7 +390,7 @@ impl Task {
         self.seen.contains(&(0, "given up"))
     }
 
-    /// May a fault have ended it then?
+    /// Can a fault have ended the task at this time?
     fn is_hit(&self, then: Duration) -> bool {
         self.last_hit.is_some_and(|last| then <= last + CONSEQUENCE)
     }

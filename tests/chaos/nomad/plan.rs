@@ -1,4 +1,4 @@
-//! From a seed to a list of steps for a real agent. Pure, as the plan for the stand-in.
+//! Makes a list of steps for a real agent from a seed. It does no I/O, as the plan for the stand-in.
 
 use std::fmt;
 
@@ -8,16 +8,16 @@ use crate::{
     step::{Call, Fault, OciRuntime, Place, Target, TaskNumber, Work},
 };
 
-/// How an agent goes, or stands still.
+/// How an agent ends or is suspended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Agent {
-    /// SIGKILL; its plugin lives on.
+    /// SIGKILL of the agent; its plugin lives on.
     Killed,
-    /// SIGKILL, and its plugin's as well.
+    /// SIGKILL of the agent and of its plugin.
     KilledWithPlugin,
-    /// SIGTERM: it ends its plugin and leaves.
+    /// SIGTERM: the agent ends its plugin and leaves.
     Terminated,
-    /// SIGSTOP.
+    /// SIGSTOP, and SIGCONT after a while.
     Stopped,
 }
 
@@ -33,7 +33,7 @@ pub(super) enum Step {
     Stop {
         task: TaskNumber,
     },
-    /// The agent goes, and the next one comes after a while.
+    /// The agent ends or is suspended, and comes back after a while.
     Agent {
         how: Agent,
         away_ms: u64,
@@ -47,18 +47,18 @@ pub(super) enum Step {
     Pause {
         ms: u64,
     },
-    /// All faults are over; what must be true is waited for.
+    /// Waits until all faults are over and all that must be true is true.
     Settle,
-    /// All jobs are stopped and purged, and Nomad collects its garbage; nothing of them may be left.
+    /// Stops and purges all jobs, and makes Nomad collect its garbage. Nothing of the jobs may be left.
     Clear,
 }
 
-/// So many services live at a time.
+/// How many services run at a time, at most.
 const SERVICES: usize = 4;
-/// So many settlings are between two clearings.
+/// How many `Settle` steps there are between two `Clear` steps.
 const ROUNDS: usize = 3;
 
-/// The steps of a run.
+/// Makes the steps of a run.
 pub(super) fn plan(wanted: &Wanted) -> Vec<Step> {
     let random = Random::new(wanted.seed);
     let mut planner = Planner { random, steps: Vec::new(), services: Vec::new(), next: 0, faults: 0 };
@@ -96,7 +96,7 @@ impl Planner {
         let end = (self.faults + usize::try_from(self.random.between(5, 9)).unwrap()).min(limit);
         while self.faults < end {
             self.command();
-            // Nomad takes its time from the registration of a job to the start of its task.
+            // Nomad needs some time between the registration of a job and the start of its task.
             let ms = self.random.between(0, 1500);
             self.steps.push(Step::Pause { ms });
             self.fault();
@@ -145,7 +145,7 @@ impl Planner {
         }
     }
 
-    /// A command that makes the runtime do a call, and a strike in the middle of it.
+    /// Adds a command that makes the runtime do a call, and a fault in the middle of the call.
     fn aimed(&mut self) {
         let call = self.random.one_of(&[Call::Create, Call::Create, Call::Kill, Call::Delete]);
         let after_ms = self.random.between(0, 120);
@@ -204,14 +204,14 @@ impl Planner {
         ]);
         self.add(fault);
         if matches!(fault, Fault::Full { .. } | Fault::FewDescriptors { .. } | Fault::NoProcesses { .. }) {
-            // A shortage is felt by what is started during it.
+            // A shortage only affects a task that is started during it.
             self.start_service();
         }
     }
 }
 
 impl Step {
-    /// Is it a fault?
+    /// Is this step a fault?
     #[cfg(test)]
     fn is_fault(&self) -> bool {
         matches!(self, Self::Fault(_) | Self::Agent { .. })
@@ -238,7 +238,7 @@ impl fmt::Display for Step {
 }
 
 impl Agent {
-    /// What the table of figures calls it.
+    /// The name of this fault in the table of figures.
     pub(super) fn kind(self) -> &'static str {
         match self {
             Self::Killed => "SIGKILL of the agent",

@@ -1,4 +1,4 @@
-//! What is known of a run with a real agent: its history and the model. Faults tell it whom they may have struck.
+//! The history and the model of a run with a real agent. Faults report here which attempts they may have struck.
 
 use std::{
     path::PathBuf,
@@ -14,7 +14,7 @@ use crate::{
     step::Target,
 };
 
-/// The run, as all its parts share it.
+/// The state of a run that all its parts share.
 pub(super) struct Record {
     pub dir: PathBuf,
     pub namespace: String,
@@ -69,7 +69,8 @@ impl Journal for Record {
     }
 
     fn plugin(&self) -> Option<u32> {
-        // A plugin whose agent was killed may still be there beside its successor, which has the higher number.
+        // A plugin whose agent was killed may still run concurrently with its successor, which has the higher process
+        // id.
         observe::victims(Target::Plugin, &self.dir, &self.namespace, 0).last().map(|victim| victim.pid)
     }
 }

@@ -1,5 +1,5 @@
-//! One fixed scenario for each passing failure of the host: a service is registered while the failure lasts, Nomad is told
-//! to try again, and the service runs when the failure is over.
+//! One fixed scenario for each temporary failure of the host. Services are registered while the failure lasts, the
+//! driver's errors make Nomad try again, and the services run when the failure is over.
 
 use std::{future::Future, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
@@ -12,42 +12,42 @@ use crate::{
     world::{Outcome, Setting},
 };
 
-/// What lasts for some seconds.
+/// A failure that lasts for some seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Failure {
     /// Each runtime that creates a container is killed.
     RuntimeKilled,
-    /// No space is left on a device.
+    /// No space is left on the disk of a directory.
     Full(Place),
     /// The plugin can open no further descriptor (EMFILE).
     NoDescriptors,
     /// The plugin and its children can start no process (EAGAIN).
     NoProcesses,
-    /// The runtime takes longer than the shim is given to create a container: a minute.
+    /// The runtime takes longer to create a container than the shim is given for it, which is a minute.
     SlowRuntime,
 }
 
 impl Failure {
-    /// Those that are over soon.
+    /// The failures that are over soon.
     pub(super) const QUICK: [Self; 5] =
         [Self::RuntimeKilled, Self::Full(Place::Run), Self::Full(Place::State), Self::NoDescriptors, Self::NoProcesses];
-    /// All of them.
+    /// All failures.
     pub(super) const ALL: [Self; 6] = {
         let [first, second, third, fourth, fifth] = Self::QUICK;
         [first, second, third, fourth, fifth, Self::SlowRuntime]
     };
 }
 
-/// More than shims and root file systems wait for the next start (`shim.pool`).
+/// More services than there are idle shims and prepared root file systems (`shim.pool`).
 const SERVICES: usize = 4;
-/// Long enough for Nomad to try more than once, with a pause of a second.
+/// Long enough for Nomad to try more than once, with its delay of a second.
 const LASTS_MS: u64 = 5000;
-/// More than the driver waits for the creation of a container.
+/// Longer than the driver waits for the creation of a container.
 const SLOW_MS: u64 = 64_000;
-/// Between two looks for a runtime to kill.
+/// Interval between two searches for a runtime to kill.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Plays them on one node, one after the other.
+/// Plays the scenarios on one node, one after the other.
 pub(super) async fn play(binary: PathBuf, failures: &[Failure]) -> Outcome {
     let world = World::start(binary, Setting { mode: Mode::Base, plant: None, ignored: &[] }).await;
     let watches = world.watch();
@@ -77,7 +77,7 @@ async fn scenario(world: &Arc<World>, failure: Failure, index: TaskNumber) {
     let refused: u32 = starts.iter().map(|(refused, _)| refused).sum();
     world.record.note(&format!("{failure:?}: {refused} failed starts of {SERVICES} services, which then run"));
     let mut model = world.record.model();
-    // A start needs little of the state directory: beside that being full all may start.
+    // A start needs little space in the state directory, so all starts may succeed while it is full.
     if refused == 0 && failure != Failure::Full(Place::State) {
         model.violated(format!("no start has failed beside {failure:?}: the scenario has shown nothing"));
     }
@@ -86,7 +86,7 @@ async fn scenario(world: &Arc<World>, failure: Failure, index: TaskNumber) {
     }
 }
 
-/// The failure begins, and ends by itself.
+/// Begins the failure, which ends by itself.
 async fn begin(world: &Arc<World>, failure: Failure, services: Range<TaskNumber>) {
     let ms = LASTS_MS;
     match failure {
@@ -94,7 +94,7 @@ async fn begin(world: &Arc<World>, failure: Failure, services: Range<TaskNumber>
         Failure::NoDescriptors => world.ground.strike(Fault::FewDescriptors { spare: 0, ms }).await,
         Failure::NoProcesses => world.ground.strike(Fault::NoProcesses { ms }).await,
         Failure::RuntimeKilled => {
-            // Long enough to be found.
+            // The call takes long enough for the runtime to be found.
             world.ground.site.wrappers.stretch(Call::Create, 300, 0);
             let held = world.clone();
             lasting(world, async move {
@@ -122,7 +122,7 @@ async fn begin(world: &Arc<World>, failure: Failure, services: Range<TaskNumber>
     }
 }
 
-/// A failure that this test makes itself.
+/// Runs a failure that this test causes itself.
 fn lasting(world: &Arc<World>, failure: impl Future<Output = ()> + Send + 'static) {
     world.record.fault_begins();
     let record = world.record.clone();

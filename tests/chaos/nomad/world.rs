@@ -1,4 +1,4 @@
-//! A real agent and all that is around it, and the playing of steps on it.
+//! A node with a real agent and all that it needs, and the playing of steps on it.
 
 use std::{
     fs,
@@ -29,17 +29,19 @@ use crate::{
     world::{Outcome, Setting},
 };
 
-/// After the last fault all is in order again within this: Nomad asks a driver that was gone again after 5 to 40 s.
+/// Time limit for all to be in order again after the last fault: Nomad asks a driver that was gone again only after 5
+/// to 40 s.
 const SETTLED: Duration = Duration::from_secs(180);
-/// What Nomad has to collect is gone, and the driver's remains with it.
+/// Time limit for Nomad to collect its garbage and for the driver to remove its remains.
 const SWEPT: Duration = Duration::from_secs(60);
-/// Between two looks at what is alive, and at Nomad's events, of which it keeps ten a task.
+/// Interval between two looks at the live containers.
 const LOOK: Duration = Duration::from_millis(100);
+/// Interval between two readings of Nomad's events. Nomad keeps only ten events for each task.
 const POLL: Duration = Duration::from_millis(300);
-/// The last lines of a log are written by then.
+/// Time limit for the last lines of a log to be written.
 const LATE_LINES: Duration = Duration::from_secs(5);
 
-/// The parts of the agent whose warnings are shown: our plugin, and what runs its tasks.
+/// The parts of the agent whose warnings are shown: this driver's plugin, and Nomad's code that runs its tasks.
 const OURS: [&str; 2] = ["driver_mgr.nomad-driver-shim", "task_runner"];
 
 /// A node with a real agent.
@@ -54,7 +56,7 @@ pub(super) struct World {
     began: u64,
 }
 
-/// Plays steps on a node of their own, until all are done or something is wrong.
+/// Plays steps on a new node, until all steps are done or there is a violation.
 pub(super) async fn play(binary: PathBuf, setting: Setting<'_>, steps: &[Step]) -> Outcome {
     let world = World::start(binary, setting).await;
     let watches = world.watch();
@@ -65,7 +67,7 @@ pub(super) async fn play(binary: PathBuf, setting: Setting<'_>, steps: &[Step]) 
             break;
         }
     }
-    // A part of a history may have no end of its own.
+    // A part of a history may lack the `Clear` step at its end.
     if steps.last() != Some(&Step::Clear) && world.is_right() {
         world.step(Step::Clear).await;
     }
@@ -77,7 +79,7 @@ pub(super) async fn play(binary: PathBuf, setting: Setting<'_>, steps: &[Step]) 
 }
 
 impl World {
-    /// A node whose agent is ready.
+    /// Starts a node, and waits until its agent is ready.
     pub(super) async fn start(binary: PathBuf, setting: Setting<'_>) -> Arc<Self> {
         let (site, mut env) = Site::prepare(setting).await;
         let mut agent = Agent::new(binary, &mut env);
@@ -95,7 +97,7 @@ impl World {
         })
     }
 
-    /// Looks at what is alive and at what Nomad tells, until the tasks are aborted.
+    /// Watches the live containers and what Nomad reports, until the returned tokio tasks are aborted.
     pub(super) fn watch(self: &Arc<Self>) -> [tokio::task::JoinHandle<()>; 2] {
         let record = self.record.clone();
         let kernel = tokio::spawn(async move {
@@ -108,7 +110,7 @@ impl World {
         let world = self.clone();
         let nomad = tokio::spawn(async move {
             loop {
-                // Without an agent there is no answer.
+                // While there is no agent, there is no answer.
                 let _ = world.poll().await;
                 tokio::time::sleep(POLL).await;
             }
@@ -120,7 +122,7 @@ impl World {
         self.record.model().violations().is_empty()
     }
 
-    /// Reads what Nomad tells of all tasks.
+    /// Reads what Nomad reports of all tasks.
     ///
     /// # Errors
     /// When the agent does not answer.
@@ -181,14 +183,14 @@ impl World {
         self.record.model().unwanted(number);
         let path = format!("job/{}?purge={purge}", job::id(&self.record.namespace, number));
         self.ask(&format!("the end of job {number}"), async || match self.api.delete(&path).await {
-            // It was asked for before, and the answer got lost.
+            // The job was deleted by an earlier request whose answer was lost.
             Err(text) if text.starts_with("404") => Ok(Value::Null),
             answer => answer,
         })
         .await;
     }
 
-    /// Asks the agent for something as often as it takes: it may be electing itself.
+    /// Repeats a request to the agent until it succeeds: the agent may be electing itself as leader.
     async fn ask(&self, what: &str, request: impl AsyncFn() -> Result<Value, String>) {
         let deadline = Instant::now() + patience();
         loop {
@@ -239,7 +241,7 @@ impl World {
         self.record.struck(Some(how.kind().to_owned()));
     }
 
-    /// What is not yet as it must be.
+    /// Returns what is not yet as it must be.
     pub(super) async fn unrest(&self) -> Vec<String> {
         if let Err(error) = self.poll().await {
             return vec![format!("the agent does not answer: {error}")];
@@ -248,13 +250,13 @@ impl World {
         self.record.model().unrest(&inits)
     }
 
-    /// Faults are over: within some time all is as it must be.
+    /// Waits for the end of all faults, and then, up to a time limit, until all is as it must be.
     pub(super) async fn settle(&self) {
         self.ground.outlast().await;
         let deadline = Instant::now() + SETTLED;
         let unrest = loop {
             let unrest = self.unrest().await;
-            // What is wrong already says more than what is not yet at rest.
+            // A violation says more than a list of what is not yet in order.
             if unrest.is_empty() || !self.is_right() {
                 break Vec::new();
             }
@@ -272,7 +274,7 @@ impl World {
         self.record.note("settled");
     }
 
-    /// Holds a task's log, starts and outcome against the model.
+    /// Checks a task's log, starts and outcome with the model.
     async fn check(&self, number: TaskNumber, work: Work) {
         let Some(alloc) = self.record.model().alloc(number) else { return };
         let shared = self.alloc_dir.join(alloc).join("alloc");
@@ -294,7 +296,7 @@ impl World {
         wrong.into_iter().for_each(|what| model.violated(what));
     }
 
-    /// All jobs go: within some time nothing of them is left.
+    /// Ends all jobs, and waits, up to a time limit, until nothing of them is left.
     pub(super) async fn clear(&self) {
         self.ground.outlast().await;
         let tasks = self.record.model().tasks();
@@ -307,7 +309,7 @@ impl World {
         }
         let deadline = Instant::now() + SWEPT;
         let left = loop {
-            // Whoever asks before the purge is done asks once more.
+            // A request that comes before the purge is done collects too little, so it is repeated.
             let _ = self.api.put("system/gc", &json!({})).await;
             let mut left = leak::entries(&self.alloc_dir);
             left.iter_mut().for_each(|name| name.insert_str(0, "allocation of Nomad's: "));
@@ -316,7 +318,7 @@ impl World {
                 Some(plugin) => left.extend(leak::beside(&env, plugin, Duration::from_secs(2)).await),
                 None => left.push("there is no plugin".to_owned()),
             }
-            // Files that the test itself keeps in these directories.
+            // Files that the test itself keeps in these directories are not counted.
             left.retain(|line| !line.contains(".filler"));
             if left.is_empty() || Instant::now() > deadline {
                 break left;
@@ -331,20 +333,20 @@ impl World {
         self.record.note("cleared");
     }
 
-    /// The agent leaves, and everything ends.
+    /// Ends the agent and the node, and returns the outcome of the run.
     pub(super) async fn finish(self: Arc<Self>) -> Outcome {
         self.ground.outlast().await;
         let mut agent = self.agent.lock().await;
         let came = agent.end(libc::SIGTERM).await;
         let mut env = self.env.lock().await;
         let is_right = self.is_right();
-        // A plugin that was killed has left its socket, as plugins do that are killed.
+        // A plugin that was killed has left its socket behind, as any killed plugin does.
         for name in leak::entries(&env.dir).into_iter().filter(|name| name.starts_with("plugin")) {
             let _ = fs::remove_file(env.dir.join(name));
         }
         let left = if is_right { leak::afterwards_within(&env, SWEPT).await } else { Vec::new() };
         self.ground.site.clean(&mut env);
-        // What Nomad says of itself is of no help.
+        // Nomad's warnings about itself are of no help, so they are left out.
         for line in agent.log().lines().filter(|line| OURS.iter().any(|module| line.contains(module))) {
             self.record.history.listen_to(line);
         }

@@ -1,4 +1,5 @@
-//! What a task has left when all is at rest, held against what Nomad has told: its starts, its log, its code.
+//! Checks what a task has left when all is in order, against what Nomad has reported: its starts, its log, its exit
+//! code.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -6,11 +7,11 @@ use super::{CLOSE, Model, may_restart};
 use crate::step::{TaskNumber, Work};
 
 impl Model {
-    /// A task's file, in which each start has written a line.
+    /// Checks the task's file, in which each start has written a line.
     pub(crate) fn witness(&mut self, number: TaskNumber, text: &str) {
         let task = &self.tasks[&number];
         let count = u32::try_from(text.lines().count()).unwrap_or(u32::MAX);
-        // A start whose answer was cut off is undone and made once more.
+        // A start whose answer was cut off is rolled back and repeated.
         let most = task.started + task.refused + task.cut;
         let stops = u32::from(!task.is_wanted);
         let least = task.started.saturating_sub(task.hits + stops);
@@ -24,12 +25,12 @@ impl Model {
         }
     }
 
-    /// Why a log is not what it must be: each attempt's lines from 0 on, none missing and none double. With `is_whole` the
-    /// log of the last attempt has come to its end.
+    /// Returns why a log is not what it must be: each attempt's lines from 0 on, none missing and none twice. With
+    /// `is_whole`, the log of the last attempt must be complete.
     pub(crate) fn log_faults(&self, number: TaskNumber, text: &str, is_whole: bool) -> Vec<String> {
         let mut attempts: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         let prefix = format!("tick {number} ");
-        // A line that was cut off stands before the first one of the next attempt.
+        // A line that was cut off may stand in front of the first line of the next attempt.
         for (_, line) in text.lines().filter_map(|line| line.rsplit_once(&prefix)) {
             let mut words = line.split(' ').map(str::parse::<u32>);
             if let (Some(Ok(attempt)), Some(Ok(tick)), None) = (words.next(), words.next(), words.next()) {
@@ -57,23 +58,23 @@ impl Model {
         wrong
     }
 
-    /// Has the last start been made once more after one that failed, and whose answer was cut off by the plugin's death? A
-    /// failed start ends the log's streams. Nomad reads them to this end, and opens them again only when it restarts the task
-    /// after an answer.
+    /// Was the last start repeated after a failed start whose answer the plugin's death has cut off? A failed start
+    /// ends the log's streams. Nomad reads them to this end, and opens them again only when it restarts the task after
+    /// an answer.
     fn may_have_lost_its_reader(&self, number: TaskNumber) -> bool {
         let start = self.tasks[&number].last_start;
         let just_before = |start: Duration| self.deaths.iter().any(|death| *death <= start && start <= *death + CLOSE);
         start.is_some_and(|start| just_before(start) && self.may_fail_again(start))
     }
 
-    /// A batch task that has come to its end by itself has told how: by its code, or why there is none.
+    /// Checks that Nomad has reported how a batch task has ended by itself: with its exit code, or why there is none.
     pub(crate) fn outcome(&mut self, number: TaskNumber) {
         let task = &self.tasks[&number];
         let Work::Batch { code, .. } = task.work else { return };
         if !task.is_wanted || task.is_given_up() || task.codes.last() == Some(&i32::from(code)) {
             return;
         }
-        // A code that is another one, a failed start and a loss have been judged as Nomad told of them.
+        // A wrong exit code, a failed start and a loss were judged when Nomad reported them.
         let (codes, refused) = (&task.codes, task.refused);
         let is_final = !may_restart(task.work) && (!codes.is_empty() || refused > 0 || task.lost > 0);
         if !is_final {

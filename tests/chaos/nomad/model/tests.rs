@@ -1,4 +1,4 @@
-//! Each rule of the model, broken once.
+//! Breaks each rule of the model once.
 
 use super::*;
 
@@ -51,7 +51,7 @@ fn a_refusal_needs_a_fault_and_is_never_final() {
     assert!(model.violations().is_empty(), "{:?}", model.violations());
     model.told(0, &refused("dead", "no space"));
     assert!(model.violations()[0].contains("given up task 0 for good"), "{:?}", model.violations());
-    // The second start must have a cause of its own to fail.
+    // The second start must have its own cause to fail.
     for is_struck in [false, true] {
         let mut model = with(Work::Service);
         model.plugin_died(at(4));
@@ -94,7 +94,7 @@ fn a_loss_needs_a_hit() {
     model.hit(&Hit::All, at(1));
     model.told(0, &lost);
     assert!(model.violations().is_empty(), "{:?}", model.violations());
-    // One death of a plugin is no cause, two may be.
+    // One death of a plugin is no excuse for a lost task, two deaths may be.
     for (deaths, is_right) in [(&[1][..], false), (&[1, 2], true), (&[1, 20], false)] {
         let mut model = with(Work::Service);
         deaths.iter().for_each(|death| model.plugin_died(at(*death)));
