@@ -296,7 +296,7 @@ async fn ceilings_that_mean_nothing_are_refused() {
         String::from_utf8(output.stdout).unwrap()
     };
     for (config, part) in [
-        ("pids_limit = 9999999", "pids_limit = 9999999 is more than the kernel counts"),
+        ("pids_limit = 9999999", "pids_limit = 9999999 is above the kernel's maximum"),
         ("security {\ntmpfs_max = \"much\"\n}", "security.tmpfs_max: \"much\""),
         ("security {\ntmpfs_max = \"0\"\n}", "security.tmpfs_max: \"0\""),
         ("security {\nulimit_max {\nfiles = 1\n}\n}", "security.ulimit_max: \"files\" is not a limit"),

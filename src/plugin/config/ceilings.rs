@@ -39,10 +39,10 @@ pub(super) fn job_pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut
     let Some(limit) = values.number("pids_limit") else { return ceiling };
     match ceiling {
         Some(ceiling) if limit <= 0 => faults.push(format!(
-            "pids_limit = {limit} means no limit, but {ceiling} is the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
+            "pids_limit = {limit} means no limit, but {ceiling} is the maximum on this node (plugin option pids_limit); remove it, or ask for no more than that"
         )),
         Some(ceiling) if limit > ceiling => faults.push(format!(
-            "pids_limit = {limit} is above {ceiling}, the most on this node (plugin option pids_limit); remove it, or ask for no more than that"
+            "pids_limit = {limit} is above {ceiling}, the maximum on this node (plugin option pids_limit); remove it, or ask for no more than that"
         )),
         None if limit > PIDS_MAX => {
             faults.push(format!("pids_limit = {limit} is above the kernel's maximum ({PIDS_MAX})"));
