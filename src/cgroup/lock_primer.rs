@@ -19,8 +19,9 @@ use std::{
     time::Duration,
 };
 
-use super::{CGROUP_ROOT, CgroupMode, Cgroups, OWN_GROUP};
 use parking_lot::Mutex;
+
+use super::{CGROUP_ROOT, CgroupMode, Cgroups, OWN_GROUP};
 
 /// The hierarchy in which a move costs least.
 const PRIMED_HIERARCHY: &str = "freezer";

@@ -11,6 +11,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use parking_lot::{Mutex, MutexGuard};
+
 use super::{
     RootfsError, UpperStorage,
     bundle::{BundlePaths, Layers},
@@ -21,7 +23,6 @@ use crate::{
     ids::random_hex,
     places::{create_private_dir, list_names},
 };
-use parking_lot::{Mutex, MutexGuard};
 
 /// The pool of prepared root file systems.
 #[derive(Debug)]
@@ -72,7 +73,7 @@ fn device_and_inode(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl RootfsPool {
-    /// Returns a pool of up to `most` root file systems. No other process uses `dir`, which is on the file system of
+    /// Returns a pool of up to `capacity` root file systems. No other process uses `dir`, which is on the file system of
     /// the writable layers.
     pub fn new(dir: PathBuf, capacity: usize) -> Self {
         let this = Self {
@@ -191,9 +192,10 @@ impl RootfsPool {
 
     /// Discards all root file systems.
     pub fn discard_all(&self) {
+        // First, so that a removal that fails now is not tried a second time at once.
+        self.remove_pending();
         let all = std::mem::take(&mut *self.prepared());
         all.into_iter().for_each(|prepared| self.discard(prepared));
-        self.remove_pending();
     }
 
     /// Discards all root file systems, and prepares no more.

@@ -14,8 +14,9 @@ use std::{
     sync::Arc,
 };
 
-use crate::{file_id::FileId, process::command};
 use parking_lot::Mutex;
+
+use crate::{file_id::FileId, process::command};
 
 /// The descriptor number of the sealed copy in a shim, the one after the listening socket.
 pub(super) const SEALED_FD: i32 = 4;

@@ -28,9 +28,7 @@ impl MountSources {
     /// Unmounts the sources. Blocks for half a millisecond. A failure is logged, and the task's teardown unmounts the
     /// sources.
     pub(super) fn unmount(self, task: &TaskId) {
-        if let Err(error) = self.pins.unmount() {
-            tracing::warn!(%task, %error, "the sources of the task's mounts stay mounted until the task is destroyed");
-        }
+        self.pins.unmount().unwrap_or_else(|error| log_failure(task, &error));
     }
 }
 
@@ -46,8 +44,10 @@ pub(super) fn unmount_after_recovery(context: &EngineContext, record: &Record) {
         return;
     }
     let bundle = BundlePaths::of(&context.settings.places, &record.container_id);
-    if let Err(error) = tokio::task::block_in_place(|| bundle.unmount_pins()) {
-        let (task, error) = (&record.task_id, crate::error_chain(&error));
-        tracing::warn!(%task, error, "the sources of the task's mounts stay mounted until the task is destroyed");
-    }
+    tokio::task::block_in_place(|| bundle.unmount_pins()).unwrap_or_else(|error| log_failure(&record.task_id, &error));
+}
+
+fn log_failure(task: &TaskId, error: &dyn std::error::Error) {
+    let error = crate::error_chain(error);
+    tracing::warn!(%task, error, "the sources of the task's mounts stay mounted until the task is destroyed");
 }

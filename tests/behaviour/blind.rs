@@ -81,11 +81,12 @@ async fn no_task_is_lost_to_a_shortage_of_descriptors() {
 /// A runtime that waits before it creates a container, for as long as the file `armed` exists.
 fn waiting_runtime(dir: &Path, real: &str) -> Value {
     let text = format!(
-        "case \" $* \" in *' create '*) touch {dir}/called; while [ -e {dir}/armed ]; do sleep 0.02; done;; esac; exec {real} \"$@\"",
-        dir = dir.display()
+        "case \" $* \" in *' create '*) touch {dir}/called; while [ -e {dir}/armed ]; do sleep 0.02; done;; esac; exec {program} \"$@\"",
+        dir = dir.display(),
+        program = nomad_driver_shim::task::which(Path::new(real)).unwrap().display()
     );
     // For runtimes that the driver knows by name, the driver itself starts the container's process.
-    script(&dir.join(real), &text.replace(&format!("exec {real}"), &format!("exec /usr/bin/{real}")));
+    script(&dir.join(real), &text);
     json!({"default_runtime": real, "runtime": {real: {"binary": dir.join(real)}}, "shim": {"pool": 2}})
 }
 
