@@ -20,8 +20,20 @@ fn aftermath() -> Duration {
 /// The exit code of a task that handles its stop signal.
 pub(crate) const STOPPED: i32 = 9;
 const KILLED: i32 = 137;
+/// The exit code of a task whose program does not handle the stop signal.
+const TERMINATED: i32 = 143;
+/// The exit code of `runc init`, which runc starts as the container's first process, if the stop signal comes just
+/// before it executes the task's program. The Go runtime restores the signal's default action and sends the signal
+/// again, which the kernel ignores for the first process of a PID namespace; then it ends with this code
+/// (`dieFromSignal` in Go's `runtime/signal_unix.go`). It is the same with docker and containerd.
+const RUNC_INIT_TERMINATED: i32 = 2;
 /// The exit code of `runsc exec` if the sandbox ends during the command (gVisor, `runsc/cmd/util`, `Fatalf`).
 const RUNSC_FAILED: i32 = 128;
+
+/// Can this be the exit code of a task that was stopped?
+pub(crate) fn may_follow_a_stop(code: i32) -> bool {
+    matches!(code, STOPPED | KILLED | TERMINATED | RUNC_INIT_TERMINATED)
+}
 
 /// An attempt of a task: the number of the task, and the number of the attempt.
 pub(crate) type AttemptId = (TaskNumber, u32);
@@ -218,7 +230,7 @@ impl Model {
             Work::Batch { code, .. } => Some(i32::from(code)),
             Work::Service => None,
         };
-        let is_right = written == Some(code) || was_told && matches!(code, STOPPED | KILLED | 143);
+        let is_right = written == Some(code) || was_told && may_follow_a_stop(code);
         let is_batch = u32::from(written.is_some());
         if is_right {
             self.figures.batch_right += is_batch;

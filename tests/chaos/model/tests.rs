@@ -54,6 +54,15 @@ fn death_by_a_signal_needs_a_fault_or_a_stop() {
     model.told_to_stop((0, 1));
     model.exited((0, 1), STOPPED, "");
     assert!(model.violations().is_empty());
+    // `runc init` ends with 2 if it is stopped before it executes the program. Without a stop, no task ends so.
+    for (is_stopped, violations) in [(true, 0), (false, 1)] {
+        let mut model = running(Work::Service);
+        if is_stopped {
+            model.told_to_stop((0, 1));
+        }
+        model.exited((0, 1), 2, "");
+        assert_eq!(model.violations().len(), violations);
+    }
     let mut model = running(Work::Service);
     model.hit(&Hit::All);
     model.exited((0, 1), 0, "");

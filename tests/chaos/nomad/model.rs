@@ -11,7 +11,7 @@ use super::{
     job::may_restart,
 };
 use crate::{
-    model::{Hit, Init, STOPPED},
+    model::{Hit, Init, may_follow_a_stop},
     report::Figures,
     step::{TaskNumber, Work},
     violations::Violations,
@@ -301,7 +301,7 @@ impl Model {
             Work::Service => None,
         };
         let is_batch = u32::from(written.is_some());
-        if written == Some(code) || !task.is_wanted && matches!(code, STOPPED | KILLED | 143) {
+        if written == Some(code) || !task.is_wanted && may_follow_a_stop(code) {
             self.figures.batch_right += is_batch;
         } else if is_hit && code == KILLED {
             self.figures.batch_hit += is_batch;
