@@ -9,7 +9,7 @@
 
 use std::{
     fs::{self, OpenOptions},
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
     time::Duration,
@@ -47,7 +47,7 @@ pub async fn start_via_exec_fifo(state: &Path, process: &ProcessId) -> io::Resul
                 ended = init.readable() => drop(ended?),
             }
             // The byte is read even if the process has ended meanwhile, because the process may have written it before.
-            if fifo.try_read(&mut [0])? == 0 {
+            if !has_byte(fifo)? {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             // The process runs, even if the file can't be removed.
@@ -57,5 +57,33 @@ pub async fn start_via_exec_fifo(state: &Path, process: &ProcessId) -> io::Resul
             Ok(())
         }
         Err(error) => Err(error),
+    }
+}
+
+/// Reads the byte that a started process has written. Returns `false` if there is none.
+///
+/// The descriptor is asked itself. `Receiver::try_read` asks tokio's driver, which may not know yet that the FIFO is
+/// readable: a short process has written the byte and ended before the FIFO was registered with the driver.
+fn has_byte(fifo: pipe::Receiver) -> io::Result<bool> {
+    let mut fifo = fs::File::from(fifo.into_nonblocking_fd()?);
+    Ok(fifo.read(&mut [0])? == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Formerly, the start of such a process failed ("cannot start a stopped process"), although it had run.
+    #[tokio::test]
+    async fn a_byte_is_found_before_the_driver_knows_of_it() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("exec.fifo");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("made");
+        let open = || OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).expect("opened");
+        let written = open();
+        OpenOptions::new().write(true).open(&path).expect("opened").write_all(&[0]).expect("written");
+        let receiver = || pipe::Receiver::from_file(written.try_clone().expect("duplicated")).expect("registered");
+        assert!(has_byte(receiver()).expect("read"), "nothing has polled the driver since the registration");
+        assert!(!has_byte(receiver()).expect("read"), "there is only one byte");
     }
 }
