@@ -1,11 +1,11 @@
 //! The floor: a container that is made by raw system calls and nothing else, from the same spec as those of all other
 //! subjects. The time it needs is the time that the kernel needs.
 //!
-//! Everything is prepared before the clone, in [`ChildPlan`]: the child shares the parent's memory until it executes
-//! the task's program (`CLONE_VM`, `CLONE_VFORK`), so it allocates nothing, takes no lock and makes only system calls.
+//! Everything is prepared before the clone, in a [`ChildPlan`], because the child can only make system calls
+//! (`floor_child`).
 
 use std::{
-    ffi::{CString, c_char, c_int, c_void},
+    ffi::{CString, c_int},
     fs, io,
     os::{
         fd::AsRawFd as _,
@@ -20,6 +20,7 @@ use base64::Engine as _;
 use nix::sys::signal::{SigSet, SigmaskHow};
 use serde_json::Value;
 
+use super::floor_child::{self, ChildPlan, MountCall};
 use crate::{
     cgroup::{CgroupMode, CgroupPath, Cgroups},
     process::PidFd,
@@ -69,47 +70,6 @@ impl ContainerProcess {
     }
 }
 
-/// The arguments of one mount(2).
-struct MountCall {
-    source: CString,
-    target: CString,
-    kind: CString,
-    flags: libc::c_ulong,
-    data: CString,
-}
-
-/// All that the child needs, in the form that system calls require.
-struct ChildPlan {
-    /// The cgroups' files that move a process into them.
-    procs: Vec<CString>,
-    root: CString,
-    mounts: Vec<MountCall>,
-    /// Mounts that hide paths or make them read-only. They come after the device nodes, since files are hidden by
-    /// `/dev/null`.
-    masks: Vec<MountCall>,
-    /// Device nodes: path, mode and device number.
-    nodes: Vec<(CString, libc::mode_t, libc::dev_t)>,
-    /// Symlinks: target and path.
-    links: Vec<(CString, CString)>,
-    hostname: CString,
-    groups: Vec<libc::gid_t>,
-    uid: libc::uid_t,
-    gid: libc::gid_t,
-    capabilities: u64,
-    no_new_privileges: bool,
-    oom_score: CString,
-    seccomp_filter: libc::sock_fprog,
-    stdio: [c_int; 3],
-    cwd: CString,
-    path: CString,
-    args: Vec<*const c_char>,
-    env: Vec<*const c_char>,
-    /// The strings that `args` and `env` point to.
-    _words: Vec<CString>,
-    /// Written by the child if a step fails: the step and errno.
-    failed: Option<(ChildStep, c_int)>,
-}
-
 impl Floor {
     /// `program` is the compiled seccomp filter: its instructions in base64, as crun takes them.
     pub(super) fn new(program: Option<&str>) -> Result<Self, Failure> {
@@ -131,7 +91,7 @@ impl Floor {
         let procs = self.make_cgroup(spec)?;
         let write = |path: &Path| fs::OpenOptions::new().write(true).open(path);
         let (stdin, stdout, stderr) = (fs::File::open("/dev/null")?, write(stdout)?, write(stderr)?);
-        let mut order = self.plan_child(spec, procs, [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()])?;
+        let mut plan = self.plan_child(spec, procs, [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()])?;
         let mut flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD | libc::CLONE_NEWNS;
         for namespace in spec["linux"]["namespaces"].as_array().into_iter().flatten() {
             flags |= match namespace["type"].as_str() {
@@ -149,13 +109,13 @@ impl Floor {
         let top = unsafe { stack.as_mut_ptr().add(STACK_SIZE & !15) };
         // All signals are blocked: no signal handler of this process may run in the child, which inherits the handlers.
         let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-        // SAFETY: the child runs `child` on a stack of its own and gets `order`. Both outlive its use of them, because
+        // SAFETY: the child runs on a stack of its own and gets `plan`. Both outlive its use of them, because
         // with CLONE_VFORK this thread goes on only after the child has executed a program or ended.
-        let pid = unsafe { libc::clone(child, top.cast(), flags, (&raw mut order).cast()) };
+        let pid = unsafe { libc::clone(floor_child::run, top.cast(), flags, (&raw mut plan).cast()) };
         let cloned = if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
         before.thread_set_mask()?;
         cloned?;
-        if let Some((step, errno)) = order.failed {
+        if let Some((step, errno)) = plan.failed {
             // SAFETY: the process is a child of this one and has ended.
             unsafe { libc::waitpid(pid, ptr::null_mut(), 0) };
             let error = io::Error::from_raw_os_error(errno);
@@ -421,248 +381,4 @@ fn limit_v2(group: &Path, resources: &Value) -> io::Result<()> {
 /// Returns the cgroup's path from the spec.
 fn cgroup_path(spec: &Value) -> &str {
     spec["linux"]["cgroupsPath"].as_str().unwrap_or_default()
-}
-
-/// The child's entry point. It runs on memory that it shares with the parent, so it may only make system calls.
-extern "C" fn child(order: *mut c_void) -> c_int {
-    // SAFETY: `spawn` passes a `ChildPlan` that lives until this process has executed a program or ended, and does not
-    // access it until then.
-    let order = unsafe { &mut *order.cast::<ChildPlan>() };
-    let (Err(step) | Ok(step)) = enter_container(order);
-    // SAFETY: this is errno of the parent's thread, which waits.
-    order.failed = Some((step, unsafe { *libc::__errno_location() }));
-    // SAFETY: `_exit` ends this process only, and runs no exit handlers of the parent.
-    unsafe { libc::_exit(127) }
-}
-
-/// What the child does, in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ChildStep {
-    JoinCgroup,
-    Setsid,
-    MakeSlave,
-    Mount,
-    MakeDevice,
-    Mask,
-    Symlink,
-    PivotRoot,
-    SetHostname,
-    LoopbackUp,
-    SetOomScore,
-    SetStdio,
-    SetUser,
-    SetCapabilities,
-    NoNewPrivileges,
-    ChangeDirectory,
-    ResetSignals,
-    SetSeccompFilter,
-    Execute,
-}
-
-impl ChildStep {
-    const fn text(self) -> &'static str {
-        match self {
-            Self::JoinCgroup => "join its cgroup",
-            Self::Setsid => "make a session",
-            Self::MakeSlave => "make the mounts slaves",
-            Self::Mount => "mount",
-            Self::MakeDevice => "make a device",
-            Self::Mask => "mask a path",
-            Self::Symlink => "make a link",
-            Self::PivotRoot => "change its root",
-            Self::SetHostname => "set its host name",
-            Self::LoopbackUp => "set lo up",
-            Self::SetOomScore => "set oom_score_adj",
-            Self::SetStdio => "set its standard streams",
-            Self::SetUser => "change its user",
-            Self::SetCapabilities => "set its capabilities",
-            Self::NoNewPrivileges => "set no_new_privs",
-            Self::ChangeDirectory => "change its directory",
-            Self::ResetSignals => "reset its signal mask",
-            Self::SetSeccompFilter => "set its seccomp filter",
-            Self::Execute => "execute its program",
-        }
-    }
-}
-
-/// Tells whether a system call of the child succeeded.
-const fn check(succeeded: bool, step: ChildStep) -> Result<(), ChildStep> {
-    if succeeded { Ok(()) } else { Err(step) }
-}
-
-/// Makes the container around this process and executes its program. Returns only if a step fails, with that step.
-fn enter_container(order: &ChildPlan) -> Result<ChildStep, ChildStep> {
-    // SAFETY: the child calls these functions; see each of them.
-    unsafe {
-        join_cgroup(order)?;
-        enter_root(order)?;
-        set_up_process(order)?;
-        drop_privileges(order)?;
-        execute(order)
-    }
-}
-
-/// Joins the cgroups and leaves the session.
-///
-/// # Safety
-/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` of `order`.
-unsafe fn join_cgroup(order: &ChildPlan) -> Result<(), ChildStep> {
-    // SAFETY: each pointer is valid during its call, and each string is terminated.
-    unsafe {
-        for procs in &order.procs {
-            let fd = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-            check(fd >= 0 && libc::write(fd, c"0".as_ptr().cast(), 1) == 1, ChildStep::JoinCgroup)?;
-            libc::close(fd);
-        }
-        check(libc::setsid() >= 0, ChildStep::Setsid)
-    }
-}
-
-/// Mounts what the container has, and changes the root directory (mount(2), pivot_root(2)).
-///
-/// # Safety
-/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` of `order`.
-unsafe fn enter_root(order: &ChildPlan) -> Result<(), ChildStep> {
-    let null = ptr::null::<c_char>();
-    // SAFETY: each pointer is valid during its call, and each string is terminated.
-    unsafe {
-        let slave = libc::MS_REC | libc::MS_SLAVE;
-        check(libc::mount(null, c"/".as_ptr(), null, slave, ptr::null()) == 0, ChildStep::MakeSlave)?;
-        let old = libc::umask(0);
-        let mut dev_is_made = false;
-        for mount in &order.mounts {
-            if !dev_is_made {
-                // The first target that doesn't exist yet is below /dev, which is mounted by now.
-                dev_is_made = libc::access(mount.target.as_ptr(), libc::F_OK) != 0;
-            }
-            if dev_is_made {
-                libc::mkdir(mount.target.as_ptr(), 0o755);
-            }
-            check(call_mount(mount), ChildStep::Mount)?;
-        }
-        for (path, mode, device) in &order.nodes {
-            check(libc::mknod(path.as_ptr(), *mode, *device) == 0, ChildStep::MakeDevice)?;
-        }
-        for mask in &order.masks {
-            check(call_mount(mask), ChildStep::Mask)?;
-        }
-        for (target, path) in &order.links {
-            check(libc::symlink(target.as_ptr(), path.as_ptr()) == 0, ChildStep::Symlink)?;
-        }
-        libc::umask(old);
-        let is_entered = libc::chdir(order.root.as_ptr()) == 0
-            && libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) == 0
-            && libc::umount2(c".".as_ptr(), libc::MNT_DETACH) == 0
-            && libc::chdir(c"/".as_ptr()) == 0;
-        check(is_entered, ChildStep::PivotRoot)
-    }
-}
-
-/// Makes one call of mount(2). Returns whether it succeeded.
-///
-/// # Safety
-/// The child calls this, so it makes only a system call.
-unsafe fn call_mount(mount: &MountCall) -> bool {
-    let (source, target) = (mount.source.as_ptr(), mount.target.as_ptr());
-    // SAFETY: each pointer comes from a `CString` that lives during the call.
-    unsafe { libc::mount(source, target, mount.kind.as_ptr(), mount.flags, mount.data.as_ptr().cast()) == 0 }
-}
-
-/// Sets the host name, the loopback device, the OOM score and the standard streams.
-///
-/// # Safety
-/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` or array of `order`.
-unsafe fn set_up_process(order: &ChildPlan) -> Result<(), ChildStep> {
-    // SAFETY: each pointer is valid during its call, and each length is that of the memory it goes with.
-    unsafe {
-        let is_named = libc::sethostname(order.hostname.as_ptr(), order.hostname.as_bytes().len()) == 0;
-        check(is_named, ChildStep::SetHostname)?;
-        check(loopback_up(), ChildStep::LoopbackUp)?;
-        let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-        let score = order.oom_score.as_bytes();
-        check(fd >= 0 && libc::write(fd, score.as_ptr().cast(), score.len()) >= 0, ChildStep::SetOomScore)?;
-        libc::close(fd);
-        for (to, from) in order.stdio.iter().enumerate() {
-            check(libc::dup2(*from, c_int::try_from(to).unwrap_or_default()) >= 0, ChildStep::SetStdio)?;
-        }
-        libc::close_range(3, libc::c_uint::MAX, 0);
-    }
-    Ok(())
-}
-
-/// Changes the user and reduces the capabilities (capset(2)).
-///
-/// # Safety
-/// The child calls this, so it makes only system calls. Every pointer comes from an array of `order` or of this stack.
-unsafe fn drop_privileges(order: &ChildPlan) -> Result<(), ChildStep> {
-    // SAFETY: each pointer is valid during its call; the structs have the layout that the kernel wants.
-    unsafe {
-        for capability in 0..=63 {
-            // An error is EINVAL: the kernel knows no capabilities of this and higher numbers.
-            if order.capabilities & (1_u64 << capability) == 0
-                && libc::prctl(libc::PR_CAPBSET_DROP, capability as libc::c_ulong, 0, 0, 0) != 0
-            {
-                break;
-            }
-        }
-        let is_changed = libc::syscall(libc::SYS_setgroups, order.groups.len(), order.groups.as_ptr()) == 0
-            && libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) == 0
-            && libc::syscall(libc::SYS_setresgid, order.gid, order.gid, order.gid) == 0
-            && libc::syscall(libc::SYS_setresuid, order.uid, order.uid, order.uid) == 0;
-        check(is_changed, ChildStep::SetUser)?;
-        // A `struct __user_cap_header_struct` of version 3, and two of `struct __user_cap_data_struct`.
-        let header: [u32; 2] = [0x2008_0522, 0];
-        let (low, high) = (order.capabilities as u32, (order.capabilities >> 32) as u32);
-        let sets: [u32; 6] = [low, low, 0, high, high, 0];
-        check(libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) == 0, ChildStep::SetCapabilities)?;
-        let is_set = !order.no_new_privileges || libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
-        check(is_set, ChildStep::NoNewPrivileges)
-    }
-}
-
-/// Executes the program with default signals and under the seccomp filter (seccomp(2)). Returns only if that fails.
-///
-/// # Safety
-/// The child calls this, so it makes only system calls. Every pointer comes from a `CString` or array of `order`.
-unsafe fn execute(order: &ChildPlan) -> Result<ChildStep, ChildStep> {
-    // SAFETY: each pointer is valid during its call, and the arrays of pointers end with a null pointer.
-    unsafe {
-        check(libc::chdir(order.cwd.as_ptr()) == 0, ChildStep::ChangeDirectory)?;
-        // execve(2) keeps the signal mask and leaves ignored signals ignored, so both are reset here.
-        for signal in 1..=libc::SIGRTMAX() {
-            libc::signal(signal, libc::SIG_DFL);
-        }
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        let is_reset = libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) == 0;
-        check(is_reset, ChildStep::ResetSignals)?;
-        let filter = &raw const order.seccomp_filter;
-        let is_filtered = order.seccomp_filter.len == 0
-            || libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, filter) == 0;
-        check(is_filtered, ChildStep::SetSeccompFilter)?;
-        libc::execve(order.path.as_ptr(), order.args.as_ptr(), order.env.as_ptr());
-    }
-    Ok(ChildStep::Execute)
-}
-
-/// Sets the loopback device `lo` up, as runtimes do in a network namespace that they create.
-///
-/// # Safety
-/// The child calls this, so it makes only system calls.
-unsafe fn loopback_up() -> bool {
-    // SAFETY: a zeroed ifreq is valid; the name fits; the call reads the member of the union that was written
-    // (netdevice(7)).
-    unsafe {
-        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        if socket < 0 {
-            return false;
-        }
-        let mut request: libc::ifreq = std::mem::zeroed();
-        request.ifr_name[0] = b'l' as c_char;
-        request.ifr_name[1] = b'o' as c_char;
-        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-        let up = libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request) == 0;
-        libc::close(socket);
-        up
-    }
 }

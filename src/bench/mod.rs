@@ -7,7 +7,8 @@
 //! also reads the OCI spec that the driver writes, and runs that spec with the subjects that need one.
 //!
 //! - `plan`: what is measured. `measure`: the run. `lifecycle`: one task from start to removal. `job`: a task's files.
-//! - `subject`: how each subject starts, stops and removes a task. `floor`: a container by raw system calls.
+//! - `subject`: how each subject starts, stops and removes a task. `floor`, `floor_child`: a container by raw system
+//!   calls.
 //! - `template`: the OCI spec. `confinement`: checks that the floor confines its task as runc does.
 //! - `summary`: figures from samples. `report`, `pictures`: results for people. `machine`: the host, and how quiet it
 //!   was.
@@ -16,6 +17,7 @@
 
 mod confinement;
 mod floor;
+mod floor_child;
 mod job;
 mod lifecycle;
 mod machine;

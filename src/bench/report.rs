@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use super::{
     Mode, Results, Row,
     pictures::{Picture, escape, metric_position, pictures},
+    summary::{Memory, Throughput},
 };
 
 /// Formats all figures as text tables.
@@ -30,31 +31,8 @@ pub fn table(results: &Results) -> String {
     for (path, why) in &results.left_out {
         let _ = writeln!(text, "left out: {path}: {why}");
     }
-    for (title, rows) in [("", &results.rows), ("details\n", &results.details)] {
-        let _ = writeln!(
-            text,
-            "\n{title}{:28} {:>12} {:>3} {:30} {:>5} {:>9} {:>9} {:>9} {:>9} {:>9}  ms",
-            "path", "mode", "at", "metric", "n", "min", "p50", "p90", "p99", "max"
-        );
-        let mut rows: Vec<&Row> = rows.iter().collect();
-        rows.sort_by_key(|row| (row.mode, row.concurrency, metric_position(&row.metric), row.metric.clone()));
-        for row in rows {
-            let _ = writeln!(
-                text,
-                "{:28} {:>12} {:>3} {:30} {:>5} {:>9.3} {:>9.3} {:>9.3} {:>9.3} {:>9.3}",
-                row.path,
-                row.mode.name(),
-                row.concurrency,
-                row.metric,
-                row.n,
-                row.min_ms,
-                row.p50_ms,
-                row.p90_ms,
-                row.p99_ms,
-                row.max_ms
-            );
-        }
-    }
+    text_rows(&mut text, "", &results.rows);
+    text_rows(&mut text, "details\n", &results.details);
     if !results.throughput.is_empty() {
         let _ = writeln!(text, "\n{:28} {:>3} {:>7} {:>10} {:>14}", "path", "at", "tasks", "tasks/s", "cpu ms/task");
         for one in &results.throughput {
@@ -76,6 +54,33 @@ pub fn table(results: &Results) -> String {
         }
     }
     text
+}
+
+/// Adds a table of distributions.
+fn text_rows(text: &mut String, title: &str, rows: &[Row]) {
+    let _ = writeln!(
+        text,
+        "\n{title}{:28} {:>12} {:>3} {:30} {:>5} {:>9} {:>9} {:>9} {:>9} {:>9}  ms",
+        "path", "mode", "at", "metric", "n", "min", "p50", "p90", "p99", "max"
+    );
+    let mut rows: Vec<&Row> = rows.iter().collect();
+    rows.sort_by_key(|row| (row.mode, row.concurrency, metric_position(&row.metric), row.metric.clone()));
+    for row in rows {
+        let _ = writeln!(
+            text,
+            "{:28} {:>12} {:>3} {:30} {:>5} {:>9.3} {:>9.3} {:>9.3} {:>9.3} {:>9.3}",
+            row.path,
+            row.mode.name(),
+            row.concurrency,
+            row.metric,
+            row.n,
+            row.min_ms,
+            row.p50_ms,
+            row.p90_ms,
+            row.p99_ms,
+            row.max_ms
+        );
+    }
 }
 
 /// Formats the medians of two results side by side.
@@ -118,6 +123,17 @@ pub fn html(results: &Results) -> String {
          td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}\
          .noisy{background:#fbe3d6;padding:.6em 1em}</style><h1>What a task costs</h1>",
     );
+    html_machine(&mut page, results);
+    for picture in pictures(results) {
+        html_distribution(&mut page, results, &picture);
+    }
+    html_throughput(&mut page, &results.throughput);
+    html_memory(&mut page, &results.memory);
+    page
+}
+
+/// Adds the machine, whether it was quiet enough, and what was left out.
+fn html_machine(page: &mut String, results: &Results) {
     let machine = &results.machine;
     let _ = write!(
         page,
@@ -138,65 +154,72 @@ pub fn html(results: &Results) -> String {
     for (path, why) in &results.left_out {
         let _ = write!(page, "<p>Left out: {}: {}</p>", escape(path), escape(why));
     }
-    for Picture { metric, mode: in_mode, concurrency, svg } in pictures(results) {
-        let meaning = results.definitions.get(metric).map_or("", String::as_str);
+}
+
+/// Adds a picture of one metric, and the table of its figures.
+fn html_distribution(page: &mut String, results: &Results, picture: &Picture<'_>) {
+    let Picture { metric, mode, concurrency, svg } = picture;
+    let meaning = results.definitions.get(*metric).map_or("", String::as_str);
+    let _ = write!(
+        page,
+        "<h2>{} · {} · {concurrency} at once</h2><p>{}.</p>",
+        escape(metric),
+        if *mode == Mode::Gaps { "after a pause" } else { "back to back" },
+        escape(meaning)
+    );
+    page.push_str(svg);
+    page.push_str("<table><tr><th>path<th>n<th>min<th>p50<th>p90<th>p99<th>max</tr>");
+    let is_shown = |row: &&Row| (row.mode, row.concurrency, row.metric.as_str()) == (*mode, *concurrency, *metric);
+    for row in results.rows.iter().filter(is_shown) {
         let _ = write!(
             page,
-            "<h2>{} · {} · {concurrency} at once</h2><p>{}.</p>",
-            escape(metric),
-            if in_mode == Mode::Gaps { "after a pause" } else { "back to back" },
-            escape(meaning)
+            "<tr><td>{}<td>{}<td>{:.2}<td><b>{:.2}</b><td>{:.2}<td>{:.2}<td>{:.2}</tr>",
+            escape(&row.path),
+            row.n,
+            row.min_ms,
+            row.p50_ms,
+            row.p90_ms,
+            row.p99_ms,
+            row.max_ms
         );
-        page.push_str(&svg);
-        page.push_str("<table><tr><th>path<th>n<th>min<th>p50<th>p90<th>p99<th>max</tr>");
-        for row in results
-            .rows
-            .iter()
-            .filter(|row| (row.mode, row.concurrency, row.metric.as_str()) == (in_mode, concurrency, metric))
-        {
-            let _ = write!(
-                page,
-                "<tr><td>{}<td>{}<td>{:.2}<td><b>{:.2}</b><td>{:.2}<td>{:.2}<td>{:.2}</tr>",
-                escape(&row.path),
-                row.n,
-                row.min_ms,
-                row.p50_ms,
-                row.p90_ms,
-                row.p99_ms,
-                row.max_ms
-            );
-        }
-        page.push_str("</table>");
     }
-    if !results.throughput.is_empty() {
-        page.push_str("<h2>Throughput</h2><table><tr><th>path<th>at once<th>tasks/s<th>CPU ms per task</tr>");
-        for one in &results.throughput {
-            let _ = write!(
-                page,
-                "<tr><td>{}<td>{}<td><b>{:.1}</b><td>{:.1}</tr>",
-                escape(&one.path),
-                one.concurrency,
-                one.per_second,
-                one.cpu_ms_per_task
-            );
-        }
-        page.push_str("</table>");
+    page.push_str("</table>");
+}
+
+fn html_throughput(page: &mut String, throughput: &[Throughput]) {
+    if throughput.is_empty() {
+        return;
     }
-    if !results.memory.is_empty() {
-        page.push_str(
-            "<h2>Memory for idle tasks (PSS)</h2><table><tr><th>path<th>tasks<th>KiB per task<th>KiB in total</tr>",
+    page.push_str("<h2>Throughput</h2><table><tr><th>path<th>at once<th>tasks/s<th>CPU ms per task</tr>");
+    for one in throughput {
+        let _ = write!(
+            page,
+            "<tr><td>{}<td>{}<td><b>{:.1}</b><td>{:.1}</tr>",
+            escape(&one.path),
+            one.concurrency,
+            one.per_second,
+            one.cpu_ms_per_task
         );
-        for one in &results.memory {
-            let _ = write!(
-                page,
-                "<tr><td>{}<td>{}<td><b>{:.0}</b><td>{}</tr>",
-                escape(&one.path),
-                one.tasks,
-                one.per_task_kib,
-                one.total_kib
-            );
-        }
-        page.push_str("</table>");
     }
-    page
+    page.push_str("</table>");
+}
+
+fn html_memory(page: &mut String, memory: &[Memory]) {
+    if memory.is_empty() {
+        return;
+    }
+    page.push_str(
+        "<h2>Memory for idle tasks (PSS)</h2><table><tr><th>path<th>tasks<th>KiB per task<th>KiB in total</tr>",
+    );
+    for one in memory {
+        let _ = write!(
+            page,
+            "<tr><td>{}<td>{}<td><b>{:.0}</b><td>{}</tr>",
+            escape(&one.path),
+            one.tasks,
+            one.per_task_kib,
+            one.total_kib
+        );
+    }
+    page.push_str("</table>");
 }

@@ -77,139 +77,148 @@ impl Doctor {
     }
 }
 
-async fn examine(common: &CommonArgs) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    let mut find = |what, verdict, detail: String| findings.push(Finding { what, verdict, detail });
+/// All findings, in the order in which they are printed.
+#[derive(Default)]
+struct Findings(Vec<Finding>);
 
-    let root = nix::unistd::geteuid().is_root();
-    let verdict = if root { Verdict::Good } else { Verdict::Bad };
-    find(
-        "root",
-        verdict,
-        if root { "yes".into() } else { "no: containers, mounts and cgroups need it; use sudo".into() },
-    );
+impl Findings {
+    fn add(&mut self, what: &'static str, (verdict, detail): (Verdict, String)) {
+        self.0.push(Finding { what, verdict, detail });
+    }
 
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    find("kernel", Verdict::Good, kernel.trim().to_owned());
-
-    match Cgroups::detect() {
-        Ok(cgroups) if cgroups.mode() == CgroupMode::V2 => find("cgroups", Verdict::Good, "version 2".into()),
-        Ok(cgroups) if !cgroups.hierarchies().is_empty() => {
-            find(
-                "cgroups",
-                Verdict::Note,
-                "version 1 or hybrid: works; sporadic starts take 8 to 16 ms longer than on version 2".into(),
-            );
+    /// Adds a note about what is known against this version of a program.
+    fn advise(&mut self, program: Program, version: &str) {
+        if let Some(note) = advisories::note(program, version) {
+            self.add("advisories", (Verdict::Note, note));
         }
-        Ok(_) => find("cgroups", Verdict::Bad, "none mounted below /sys/fs/cgroup".into()),
-        Err(error) => find("cgroups", Verdict::Bad, crate::error_chain(&error)),
     }
-
-    let overlay = std::fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("\toverlay\n");
-    if overlay {
-        find("overlayfs", Verdict::Good, "yes".into());
-    } else {
-        find("overlayfs", Verdict::Bad, "not in /proc/filesystems; load it: modprobe overlay".into());
-    }
-
-    let (verdict, detail) = apparmor(&AppArmorHost::default());
-    find("AppArmor", verdict, detail);
-
-    match which(Path::new("containerd-shim-runc-v2")) {
-        Some(path) => find("shim", Verdict::Good, format!("{} {}", path.display(), version(&path, "-v").await)),
-        None => find("shim", Verdict::Bad, "containerd-shim-runc-v2 is not in PATH; install containerd".into()),
-    }
-
-    let runc = which(Path::new("runc"));
-    match &runc {
-        Some(path) => {
-            let version = version(path, "--version").await;
-            find("runc", Verdict::Good, format!("{} {version}", path.display()));
-            advise(&mut find, Program::Runc, &version);
-        }
-        None => find("runc", Verdict::Note, "not in PATH".into()),
-    }
-    match which(Path::new("crun")) {
-        Some(path) => {
-            let version = version(&path, "--version").await;
-            let works = match Cgroups::detect() {
-                Ok(cgroups) => probe_crun(&path, &std::env::temp_dir(), &cgroups).await,
-                Err(error) => Err(crate::error_chain(&error)),
-            };
-            match works {
-                Ok(form) => {
-                    let filters = match form {
-                        FilterForm::Program => "takes compiled seccomp filters",
-                        FilterForm::Profile => "does not take compiled seccomp filters: starts take some 10 ms longer",
-                    };
-                    find(
-                        "crun",
-                        Verdict::Good,
-                        format!("{} {version}; the default runtime; {filters}", path.display()),
-                    );
-                }
-                Err(problem) => {
-                    let verdict = if runc.is_some() { Verdict::Note } else { Verdict::Bad };
-                    find("crun", verdict, format!("installed, but does not work on this host: {problem}"));
-                }
-            }
-            advise(&mut find, Program::Crun, &version);
-        }
-        None if runc.is_some() => {
-            find("crun", Verdict::Note, "not in PATH; with it, starts take half the time of runc's".into());
-        }
-        None => find("crun", Verdict::Bad, "neither crun nor runc is in PATH; install crun".into()),
-    }
-    // youki is never the default runtime, but an operator may have configured it.
-    if let Some(path) = which(Path::new("youki")) {
-        advise(&mut find, Program::Youki, &version(&path, "--version").await);
-    }
-
-    match which(Path::new("runsc")) {
-        Some(path) => match probe_runsc(&path).await {
-            Ok(probed) => find(
-                "runsc",
-                Verdict::Good,
-                format!("{} {}; sandboxes run with platform {}", path.display(), probed.version, probed.platform),
-            ),
-            Err(problem) => {
-                find("runsc", Verdict::Note, format!("installed, but no sandbox runs on this host: {problem}"));
-            }
-        },
-        None => find("runsc", Verdict::Note, "not in PATH; with it, tasks can run in gVisor sandboxes".into()),
-    }
-
-    let address = common.address.clone().unwrap_or_else(|| PathBuf::from("/run/containerd/containerd.sock"));
-    match Client::new(&address, &common.namespace, "overlayfs").version().await {
-        Ok((version, _)) => {
-            find("containerd", Verdict::Good, format!("{version} at {}", address.display()));
-            advise(&mut find, Program::Containerd, &version);
-        }
-        Err(_) => match which(Path::new("containerd")) {
-            Some(path) => find(
-                "containerd",
-                Verdict::Note,
-                format!(
-                    "none answers at {}; run and pull start {} privately, the plugin needs one running",
-                    address.display(),
-                    path.display()
-                ),
-            ),
-            None => find(
-                "containerd",
-                Verdict::Bad,
-                format!("none answers at {}, and none is in PATH; install it", address.display()),
-            ),
-        },
-    }
-    findings
 }
 
-/// Adds a note about what is known against this version of a program.
-fn advise(find: &mut impl FnMut(&'static str, Verdict, String), program: Program, version: &str) {
-    if let Some(note) = advisories::note(program, version) {
-        find("advisories", Verdict::Note, note);
+async fn examine(common: &CommonArgs) -> Vec<Finding> {
+    let mut findings = Findings::default();
+    findings.add("root", root());
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    findings.add("kernel", (Verdict::Good, kernel.trim().to_owned()));
+    findings.add("cgroups", cgroups());
+    findings.add("overlayfs", overlayfs());
+    findings.add("AppArmor", apparmor(&AppArmorHost::default()));
+    findings.add("shim", shim().await);
+    let runc = which(Path::new("runc"));
+    examine_runc(runc.as_deref(), &mut findings).await;
+    examine_crun(runc.is_some(), &mut findings).await;
+    // youki is never the default runtime, but an operator may have configured it.
+    if let Some(path) = which(Path::new("youki")) {
+        findings.advise(Program::Youki, &version(&path, "--version").await);
     }
+    findings.add("runsc", runsc().await);
+    examine_containerd(common, &mut findings).await;
+    findings.0
+}
+
+fn root() -> (Verdict, String) {
+    match nix::unistd::geteuid().is_root() {
+        true => (Verdict::Good, "yes".into()),
+        false => (Verdict::Bad, "no: containers, mounts and cgroups need it; use sudo".into()),
+    }
+}
+
+fn cgroups() -> (Verdict, String) {
+    match Cgroups::detect() {
+        Ok(cgroups) if cgroups.mode() == CgroupMode::V2 => (Verdict::Good, "version 2".into()),
+        Ok(cgroups) if !cgroups.hierarchies().is_empty() => (
+            Verdict::Note,
+            "version 1 or hybrid: works; sporadic starts take 8 to 16 ms longer than on version 2".into(),
+        ),
+        Ok(_) => (Verdict::Bad, "none mounted below /sys/fs/cgroup".into()),
+        Err(error) => (Verdict::Bad, crate::error_chain(&error)),
+    }
+}
+
+fn overlayfs() -> (Verdict, String) {
+    match std::fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("\toverlay\n") {
+        true => (Verdict::Good, "yes".into()),
+        false => (Verdict::Bad, "not in /proc/filesystems; load it: modprobe overlay".into()),
+    }
+}
+
+async fn shim() -> (Verdict, String) {
+    match which(Path::new("containerd-shim-runc-v2")) {
+        Some(path) => (Verdict::Good, format!("{} {}", path.display(), version(&path, "-v").await)),
+        None => (Verdict::Bad, "containerd-shim-runc-v2 is not in PATH; install containerd".into()),
+    }
+}
+
+async fn examine_runc(path: Option<&Path>, findings: &mut Findings) {
+    let Some(path) = path else { return findings.add("runc", (Verdict::Note, "not in PATH".into())) };
+    let version = version(path, "--version").await;
+    findings.add("runc", (Verdict::Good, format!("{} {version}", path.display())));
+    findings.advise(Program::Runc, &version);
+}
+
+/// Adds what is found about crun. Without runc, no task starts unless crun works.
+async fn examine_crun(has_runc: bool, findings: &mut Findings) {
+    let Some(path) = which(Path::new("crun")) else {
+        let finding = match has_runc {
+            true => (Verdict::Note, "not in PATH; with it, starts take half the time of runc's".into()),
+            false => (Verdict::Bad, "neither crun nor runc is in PATH; install crun".into()),
+        };
+        return findings.add("crun", finding);
+    };
+    let version = version(&path, "--version").await;
+    let works = match Cgroups::detect() {
+        Ok(cgroups) => probe_crun(&path, &std::env::temp_dir(), &cgroups).await,
+        Err(error) => Err(crate::error_chain(&error)),
+    };
+    let finding = match works {
+        Ok(form) => {
+            let filters = match form {
+                FilterForm::Program => "takes compiled seccomp filters",
+                FilterForm::Profile => "does not take compiled seccomp filters: starts take some 10 ms longer",
+            };
+            (Verdict::Good, format!("{} {version}; the default runtime; {filters}", path.display()))
+        }
+        Err(problem) => {
+            let verdict = if has_runc { Verdict::Note } else { Verdict::Bad };
+            (verdict, format!("installed, but does not work on this host: {problem}"))
+        }
+    };
+    findings.add("crun", finding);
+    findings.advise(Program::Crun, &version);
+}
+
+async fn runsc() -> (Verdict, String) {
+    let Some(path) = which(Path::new("runsc")) else {
+        return (Verdict::Note, "not in PATH; with it, tasks can run in gVisor sandboxes".into());
+    };
+    match probe_runsc(&path).await {
+        Ok(probed) => {
+            let detail =
+                format!("{} {}; sandboxes run with platform {}", path.display(), probed.version, probed.platform);
+            (Verdict::Good, detail)
+        }
+        Err(problem) => (Verdict::Note, format!("installed, but no sandbox runs on this host: {problem}")),
+    }
+}
+
+async fn examine_containerd(common: &CommonArgs, findings: &mut Findings) {
+    let address = common.address.clone().unwrap_or_else(|| PathBuf::from("/run/containerd/containerd.sock"));
+    if let Ok((version, _)) = Client::new(&address, &common.namespace, "overlayfs").version().await {
+        findings.add("containerd", (Verdict::Good, format!("{version} at {}", address.display())));
+        findings.advise(Program::Containerd, &version);
+        return;
+    }
+    let finding = match which(Path::new("containerd")) {
+        Some(path) => (
+            Verdict::Note,
+            format!(
+                "none answers at {}; run and pull start {} privately, the plugin needs one running",
+                address.display(),
+                path.display()
+            ),
+        ),
+        None => (Verdict::Bad, format!("none answers at {}, and none is in PATH; install it", address.display())),
+    };
+    findings.add("containerd", finding);
 }
 
 /// Returns whether tasks get an AppArmor profile on this host, and what to do if they get none.

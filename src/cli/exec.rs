@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::{CliError, CommonArgs, print_message, tasks};
-use crate::task::{ExecRequest, ExecSession, WindowSize, exec_alone};
+use crate::task::{self, ExecIo, ExecRequest, ExecSession, Exit, WindowSize, exec_alone};
 
 /// After the exit, output that pauses for this long is taken to be complete.
 const OUTPUT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -80,65 +80,68 @@ impl Exec {
         {
             print_message(&format!("nomad-driver-shim: resize the terminal: {error}"));
         }
-        let mut window_changes = signal(SignalKind::window_change())?;
-        let mut termination_signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
-            .map(signal)
-            .into_iter()
-            .collect::<Result<Vec<_>, _>>()?;
-        let outcome = {
-            let flow = OutputFlow::default();
-            let out = copy(Some(io.stdout), tokio::io::stdout(), &flow);
-            let err = copy(io.stderr, tokio::io::stderr(), &flow);
-            let output = async { tokio::try_join!(out, err) };
-            let (input, waiting) = (relay_stdin(io.stdin), exec.wait());
-            let ended = async {
-                futures_util::future::select_all(termination_signals.iter_mut().map(|end| Box::pin(end.recv()))).await
-            };
-            tokio::pin!(output, input, waiting, ended);
-            let (mut typed, mut drained) = (false, false);
-            loop {
-                tokio::select! {
-                    exit = &mut waiting => {
-                        // The process's last output is printed, however slowly it is read. Children of the process that
-                        // keep the stream open and write nothing are not waited for.
-                        if !drained {
-                            tokio::select! {
-                                _ = &mut output => {}
-                                _ = &mut ended => break None,
-                                () = wait_for_silence(&flow) => {}
-                            }
-                        }
-                        break Some(exit);
-                    }
-                    read = &mut output, if !drained => match read {
-                        Ok(_) => drained = true,
-                        // The reader of this command's output has ended (`exec ... | head`).
-                        Err(_) => break None,
-                    },
-                    _ = &mut ended => break None,
-                    () = &mut input, if !typed => {
-                        typed = true;
-                        if let Err(error) = exec.close_input().await {
-                            tracing::debug!(%error, "could not close the standard input of the process");
-                        }
-                    }
-                    _ = window_changes.recv(), if self.tty => {
-                        if let Some(size) = window_size() {
-                            let _ = exec.resize(size).await;
-                        }
-                    }
-                }
-            }
-        };
-        match outcome {
+        match relay_until_exit(&exec, io, self.tty).await? {
             Some(exit) => {
-                let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
                 exec.finish().await;
                 Ok(u8::try_from(exit.code).unwrap_or(super::CLI_ERROR_CODE))
             }
             None => {
                 exec.kill().await;
                 Err(CliError::Interrupted)
+            }
+        }
+    }
+}
+
+/// Passes on the process's streams and the size of the terminal until the process ends. Returns `None` if this command
+/// is to end first: by a signal, or because the reader of its output has ended.
+async fn relay_until_exit(exec: &task::Exec, io: ExecIo, tty: bool) -> Result<Option<Exit>, CliError> {
+    let mut window_changes = signal(SignalKind::window_change())?;
+    let mut termination_signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
+        .map(signal)
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
+    let flow = OutputFlow::default();
+    let out = copy(Some(io.stdout), tokio::io::stdout(), &flow);
+    let err = copy(io.stderr, tokio::io::stderr(), &flow);
+    let output = async { tokio::try_join!(out, err) };
+    let (input, waiting) = (relay_stdin(io.stdin), exec.wait());
+    let ended = async {
+        futures_util::future::select_all(termination_signals.iter_mut().map(|end| Box::pin(end.recv()))).await
+    };
+    tokio::pin!(output, input, waiting, ended);
+    let (mut typed, mut drained) = (false, false);
+    loop {
+        tokio::select! {
+            exit = &mut waiting => {
+                // The process's last output is printed, however slowly it is read. Children of the process that keep
+                // the stream open and write nothing are not waited for.
+                if !drained {
+                    tokio::select! {
+                        _ = &mut output => {}
+                        _ = &mut ended => return Ok(None),
+                        () = wait_for_silence(&flow) => {}
+                    }
+                }
+                let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
+                return Ok(Some(exit));
+            }
+            read = &mut output, if !drained => match read {
+                Ok(_) => drained = true,
+                // The reader of this command's output has ended (`exec ... | head`).
+                Err(_) => return Ok(None),
+            },
+            _ = &mut ended => return Ok(None),
+            () = &mut input, if !typed => {
+                typed = true;
+                if let Err(error) = exec.close_input().await {
+                    tracing::debug!(%error, "could not close the standard input of the process");
+                }
+            }
+            _ = window_changes.recv(), if tty => {
+                if let Some(size) = window_size() {
+                    let _ = exec.resize(size).await;
+                }
             }
         }
     }

@@ -78,6 +78,12 @@ impl Values {
         }
     }
 
+    /// Returns the content of a block; an absent block is empty.
+    pub(crate) fn block_or_empty(&self, name: &str) -> &Self {
+        static EMPTY: Values = Values(BTreeMap::new());
+        self.block(name).unwrap_or(&EMPTY)
+    }
+
     /// Returns the contents of the blocks of this name, in order.
     pub(crate) fn blocks(&self, name: &str) -> &[Self] {
         match self.0.get(name) {
@@ -208,23 +214,7 @@ fn decode_value(kind: OptionKind, wire: &MsgpackValue, path: &mut String, faults
             }
             Some(Value::Blocks(blocks))
         }
-        OptionKind::Map => {
-            // Nomad sends one map for each block of this name; later maps win.
-            let maps = match wire {
-                MsgpackValue::Array(items) => items.as_slice(),
-                single => std::slice::from_ref(single),
-            };
-            let mut map = BTreeMap::new();
-            for entries in maps {
-                let MsgpackValue::Map(entries) = entries else { return wrong("a map of strings") };
-                for (key, value) in entries {
-                    let scalar = text(value).or_else(|| number(value).map(|number| number.to_string()));
-                    let (Some(key), Some(value)) = (text(key), scalar) else { return wrong("a map of strings") };
-                    map.insert(key, value);
-                }
-            }
-            Some(Value::Map(map))
-        }
+        OptionKind::Map => decode_map(wire).map(Value::Map).or_else(|| wrong("a map of strings")),
         OptionKind::Labelled(rows) => {
             let MsgpackValue::Map(entries) = wire else { return wrong("labelled blocks") };
             let mut blocks = BTreeMap::new();
@@ -240,6 +230,23 @@ fn decode_value(kind: OptionKind, wire: &MsgpackValue, path: &mut String, faults
             Some(Value::Labelled(blocks))
         }
     }
+}
+
+/// Decodes a map of strings. Nomad sends one map for each block of this name; later maps win.
+fn decode_map(wire: &MsgpackValue) -> Option<BTreeMap<String, String>> {
+    let maps = match wire {
+        MsgpackValue::Array(items) => items.as_slice(),
+        single => std::slice::from_ref(single),
+    };
+    let mut map = BTreeMap::new();
+    for entries in maps {
+        let MsgpackValue::Map(entries) = entries else { return None };
+        for (key, value) in entries {
+            let value = text(value).or_else(|| number(value).map(|number| number.to_string()))?;
+            map.insert(text(key)?, value);
+        }
+    }
+    Some(map)
 }
 
 /// Refuses NUL bytes: C programs (the kernel, crun) end a text there, and would see another text than the one that is

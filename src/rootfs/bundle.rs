@@ -10,10 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, MsFlags, mount};
 use oci_spec::runtime::Spec;
 
-use super::RootfsError;
+use super::{RootfsError, detached::unmount_tree};
 use crate::{
     failpoint,
     ids::ContainerId,
@@ -238,17 +238,9 @@ impl BundlePaths {
 /// Unmounts everything that is mounted at `point`, one mount after the other.
 fn unmount_all(point: &Path) -> io::Result<()> {
     loop {
-        // A bind mount of a host's directory is a peer of that directory's mount, and a lazy unmount propagates to
-        // peers: mounts below the host's own directory would be unmounted, too (mount_namespaces(7)). A slave mount
-        // receives such events and sends none.
-        match mount(None::<&str>, point, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>) {
+        match unmount_tree(point, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
             // EINVAL means that it is not a mount point.
-            Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        }
-        match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) => {}
             Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
             Err(errno) => return Err(errno.into()),
         }

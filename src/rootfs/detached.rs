@@ -1,5 +1,6 @@
 //! Detached mounts, which are attached nowhere (open_tree(2) and move_mount(2), Linux 5.2). A descriptor keeps such a
-//! mount alive. To attach it takes a tenth of the time that mounting takes.
+//! mount alive. To attach it takes a tenth of the time that mounting takes. Mounts that are not needed any more are
+//! detached as well.
 
 use std::{
     ffi::CString,
@@ -11,7 +12,7 @@ use std::{
     path::Path,
 };
 
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// The flag that makes move_mount(2) attach the mount that a descriptor refers to (`linux/mount.h`).
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x4;
@@ -24,6 +25,19 @@ const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x4;
 pub(crate) fn detach(path: &Path) -> io::Result<OwnedFd> {
     let tree = open_tree(path);
     umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(io::Error::from).and(tree)
+}
+
+/// Unmounts the topmost mount at `path` with all mounts below it, even if they are in use.
+///
+/// A bind mount of a host's directory is a peer of that directory's mount, and a lazy unmount propagates to peers:
+/// mounts below the host's own directory would be unmounted, too (mount_namespaces(7)). A slave mount receives such
+/// events and sends none, so the mounts are made slaves first.
+///
+/// # Errors
+/// Fails as mount(2) and umount2(2) do, with EINVAL if nothing is mounted there.
+pub(super) fn unmount_tree(path: &Path, flags: MntFlags) -> nix::Result<()> {
+    mount(None::<&str>, path, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
+    umount2(path, MntFlags::MNT_DETACH | flags)
 }
 
 /// Attaches a detached mount at `target`.

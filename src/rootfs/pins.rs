@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, MsFlags, mount};
 
 use super::{detached, mounts::open_path};
 
@@ -65,12 +65,7 @@ impl Pins {
     /// Fails as mount(2) and umount2(2) do.
     pub fn unmount(&self) -> io::Result<()> {
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
-        let path = path.as_str();
-        // A lazy unmount would propagate to the host's own mounts, which are peers of the pinned ones. See
-        // `unmount_all` in `bundle.rs`.
-        let unmounted = mount(None::<&str>, path, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
-            .and_then(|()| umount2(path, MntFlags::MNT_DETACH));
-        match unmounted {
+        match detached::unmount_tree(Path::new(&path), MntFlags::empty()) {
             // EINVAL means that it is not attached anywhere any more.
             Ok(()) | Err(nix::Error::EINVAL) => Ok(()),
             Err(errno) => Err(errno.into()),

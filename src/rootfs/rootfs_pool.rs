@@ -40,7 +40,7 @@ pub struct RootfsPool {
 /// A root file system that waits for a task, and the file system for the sources of the task's mounts.
 #[derive(Debug)]
 struct PreparedRootfs {
-    stack: LayerIds,
+    layer_ids: LayerIds,
     paths: BundlePaths,
     tree: OwnedFd,
     pins: PreparedPins,
@@ -134,11 +134,13 @@ impl RootfsPool {
         if self.prepared().is_empty() {
             return Ok(None);
         }
-        let stack = LayerIds::of(layers)?;
+        let layer_ids = LayerIds::of(layers)?;
         let PreparedRootfs { paths, tree, pins, .. } = {
-            let mut cells = self.prepared();
-            let Some(found) = cells.iter().position(|cell| cell.stack == stack) else { return Ok(None) };
-            cells.remove(found)
+            let mut prepared = self.prepared();
+            let Some(found) = prepared.iter().position(|rootfs| rootfs.layer_ids == layer_ids) else {
+                return Ok(None);
+            };
+            prepared.remove(found)
         };
         let attached = fs::rename(&paths.upper, &to.upper).and_then(|()| detached::attach(&tree, &to.rootfs()));
         self.to_remove.lock().push(paths);
@@ -159,19 +161,19 @@ impl RootfsPool {
     pub fn prepare(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
         let Some(mut closed) = self.closed.try_lock() else { return Ok(()) };
         self.remove_pending();
-        let stack = LayerIds::of(layers).map_err(|source| RootfsError::LayersGone { source })?;
-        if *closed || self.prepared().iter().any(|cell| cell.stack == stack) {
+        let layer_ids = LayerIds::of(layers).map_err(|source| RootfsError::LayersGone { source })?;
+        if *closed || self.prepared().iter().any(|rootfs| rootfs.layer_ids == layer_ids) {
             return Ok(());
         }
         let oldest = {
-            let mut cells = self.prepared();
-            (cells.len() >= self.capacity).then(|| cells.remove(0))
+            let mut prepared = self.prepared();
+            (prepared.len() >= self.capacity).then(|| prepared.remove(0))
         };
         oldest.into_iter().for_each(|oldest| self.discard(oldest));
         let paths = self.paths(&random_hex(6));
         match mount_detached(&paths, layers) {
             Ok((tree, pins)) => {
-                self.prepared().push(PreparedRootfs { stack, paths, tree, pins });
+                self.prepared().push(PreparedRootfs { layer_ids, paths, tree, pins });
                 Ok(())
             }
             Err(error) => {
@@ -186,7 +188,8 @@ impl RootfsPool {
 
     /// Discards root file systems whose layers are gone.
     pub fn prune(&self) {
-        let gone: Vec<PreparedRootfs> = self.prepared().extract_if(.., |cell| !cell.stack.is_current()).collect();
+        let gone: Vec<PreparedRootfs> =
+            self.prepared().extract_if(.., |rootfs| !rootfs.layer_ids.is_current()).collect();
         gone.into_iter().for_each(|gone| self.discard(gone));
     }
 

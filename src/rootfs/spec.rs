@@ -6,9 +6,9 @@ use std::{
 };
 
 use oci_spec::runtime::{
-    Hook, HookBuilder, HooksBuilder, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDevice, LinuxNamespace,
-    LinuxNamespaceBuilder, LinuxNamespaceType, PosixRlimit, PosixRlimitBuilder, ProcessBuilder, RootBuilder, Spec,
-    SpecBuilder, UserBuilder,
+    Hook, HookBuilder, HooksBuilder, Linux, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDevice, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, PosixRlimit, PosixRlimitBuilder, Process, ProcessBuilder, RootBuilder,
+    Spec, SpecBuilder, User, UserBuilder,
 };
 
 use super::{
@@ -178,8 +178,44 @@ pub struct SpecInput<'a> {
 /// # Errors
 /// Fails when there is no command, the user is unknown, a path is not absolute, or the kernel would not accept a
 /// string.
-pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
-    let privileged = matches!(input.privilege, Privilege::Privileged { .. });
+pub fn build(mut input: SpecInput<'_>) -> Result<Spec, RootfsError> {
+    let process = build_process(&input)?;
+    let mounts = defaults::base_mounts(BaseMounts {
+        flavor: input.flavor,
+        privileged: is_privileged(&input),
+        host_ipc: input.namespaces.ipc == Namespace::Host,
+        shm_size: input.shm_size,
+    })?;
+    let mut annotations: HashMap<String, String> = std::mem::take(&mut input.annotations).into_iter().collect();
+    if let Some(Filter::Program(program)) = &input.seccomp {
+        annotations.insert(CRUN_PROGRAM.to_owned(), program.to_string());
+    }
+    let mut spec = SpecBuilder::default()
+        .version(OCI_VERSION)
+        .hostname(input.hostname)
+        .root(RootBuilder::default().path("rootfs").readonly(input.root == RootMode::ReadOnly).build()?)
+        .process(process)
+        .mounts(mounts)
+        .annotations(annotations);
+    if *input.hooks != Hooks::default() {
+        spec = spec.hooks(hooks(input.hooks)?);
+    }
+    let (namespaces, kernel) = (input.namespaces, input.kernel);
+    let mut spec = spec.linux(build_linux(input)?).build()?;
+    if namespaces.uts == Namespace::Host {
+        // The host name would be set for the whole host.
+        spec.set_hostname(None);
+    }
+    kernel.check(&spec)?;
+    Ok(spec)
+}
+
+fn is_privileged(input: &SpecInput<'_>) -> bool {
+    matches!(input.privilege, Privilege::Privileged { .. })
+}
+
+/// Builds the process: its program, user, directory, environment, capabilities and limits.
+fn build_process(input: &SpecInput<'_>) -> Result<Process, RootfsError> {
     let cwd = match input.cwd {
         Some(cwd) => cwd,
         None if input.image.working_dir.is_empty() => "/",
@@ -188,6 +224,26 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if !cwd.starts_with('/') {
         return Err(RootfsError::Cwd(cwd.to_owned()));
     }
+    let mut process = ProcessBuilder::default()
+        .terminal(input.terminal == Terminal::Yes)
+        .user(build_user(input)?)
+        .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
+        .env(process::environment(input.image.env, input.env, input.flavor))
+        .cwd(PathBuf::from(cwd))
+        .no_new_privileges(input.no_new_privileges.unwrap_or(!is_privileged(input)))
+        // Without it the task would inherit the agent's score, which is often set so that the agent outlives its tasks.
+        .oom_score_adj(input.oom_score_adj)
+        // Without it the crate `oci_spec` would set default limits of its own.
+        .rlimits(rlimits(input.flavor, &input.ulimit_defaults, input.ulimits)?)
+        .capabilities(capability_sets(&input.capabilities)?);
+    if let Some(profile) = input.apparmor {
+        process = process.apparmor_profile(profile.as_str());
+    }
+    Ok(process.build()?)
+}
+
+/// Looks up the job's user, or else the image's, with its groups.
+fn build_user(input: &SpecInput<'_>) -> Result<User, RootfsError> {
     let user = if input.user.is_empty() { input.image.user } else { input.user };
     let ids = users::resolve_user(user, input.image.passwd, input.image.group)?;
     // The primary group is also listed as a supplementary group. Otherwise a program could drop the primary group and
@@ -199,35 +255,18 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if groups.len() > users::GROUPS_MAX {
         return Err(users::UserError::Groups { name: user.to_owned(), count: groups.len() }.into());
     }
-    let mut process = ProcessBuilder::default()
-        .terminal(input.terminal == Terminal::Yes)
-        .user(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(groups).build()?)
-        .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
-        .env(process::environment(input.image.env, input.env, input.flavor))
-        .cwd(PathBuf::from(cwd))
-        .no_new_privileges(input.no_new_privileges.unwrap_or(!privileged))
-        // Without it the task would inherit the agent's score, which is often set so that the agent outlives its tasks.
-        .oom_score_adj(input.oom_score_adj)
-        // Without it the crate `oci_spec` would set default limits of its own.
-        .rlimits(rlimits(input.flavor, input.ulimit_defaults, input.ulimits)?)
-        .capabilities(capability_sets(&input.capabilities)?);
-    if let Some(profile) = input.apparmor {
-        process = process.apparmor_profile(profile.as_str());
-    }
+    Ok(UserBuilder::default().uid(ids.uid).gid(ids.gid).additional_gids(groups).build()?)
+}
 
-    let mounts = defaults::base_mounts(BaseMounts {
-        flavor: input.flavor,
-        privileged,
-        host_ipc: input.namespaces.ipc == Namespace::Host,
-        shm_size: input.shm_size,
-    })?;
-
-    let (nodes, mut rules) = (input.devices, defaults::device_rules(privileged)?);
-    for (device, access) in &nodes {
+/// Builds the Linux part: namespaces, cgroup and its limits, devices, hidden paths, kernel parameters and the seccomp
+/// profile.
+fn build_linux(input: SpecInput<'_>) -> Result<Linux, RootfsError> {
+    let mut rules = defaults::device_rules(is_privileged(&input))?;
+    for (device, access) in &input.devices {
         rules.push(defaults::allow_device(device, access)?);
     }
     let resources = resources::build(input.resources, input.counts_swap, rules)?;
-    let mut devices: Vec<LinuxDevice> = nodes.into_iter().map(|(device, _)| device).collect();
+    let mut devices: Vec<LinuxDevice> = input.devices.into_iter().map(|(device, _)| device).collect();
     let mut linux = LinuxBuilder::default()
         .cgroups_path(PathBuf::from(input.cgroup))
         .namespaces(namespaces(&input.network, input.namespaces, input.is_cgroup_v2)?)
@@ -250,30 +289,10 @@ pub fn build(input: SpecInput<'_>) -> Result<Spec, RootfsError> {
     if !input.sysctl.is_empty() {
         linux = linux.sysctl(input.sysctl.clone().into_iter().collect::<HashMap<_, _>>());
     }
-    let mut annotations: HashMap<String, String> = input.annotations.into_iter().collect();
-    match input.seccomp {
-        None => {}
-        Some(Filter::Profile(profile)) => linux = linux.seccomp(profile.as_ref().clone()),
-        Some(Filter::Program(program)) => drop(annotations.insert(CRUN_PROGRAM.to_owned(), program.to_string())),
+    if let Some(Filter::Profile(profile)) = &input.seccomp {
+        linux = linux.seccomp(profile.as_ref().clone());
     }
-    let mut spec = SpecBuilder::default()
-        .version(OCI_VERSION)
-        .hostname(input.hostname)
-        .root(RootBuilder::default().path("rootfs").readonly(input.root == RootMode::ReadOnly).build()?)
-        .process(process.build()?)
-        .mounts(mounts)
-        .annotations(annotations)
-        .linux(linux.build()?);
-    if *input.hooks != Hooks::default() {
-        spec = spec.hooks(hooks(input.hooks)?);
-    }
-    let mut spec = spec.build()?;
-    if input.namespaces.uts == Namespace::Host {
-        // The host name would be set for the whole host.
-        spec.set_hostname(None);
-    }
-    input.kernel.check(&spec)?;
-    Ok(spec)
+    Ok(linux.build()?)
 }
 
 fn hooks(hooks: &Hooks) -> Result<oci_spec::runtime::Hooks, RootfsError> {
@@ -305,8 +324,8 @@ fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::Lin
         .build()?)
 }
 
-fn rlimits(flavor: Flavor, defaults: Vec<Ulimit>, wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
-    let mut limits = defaults;
+fn rlimits(flavor: Flavor, defaults: &[Ulimit], wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
+    let mut limits = defaults.to_vec();
     if flavor == Flavor::ContainerdDriver {
         let old = Ulimit::files(1024);
         match limits.iter_mut().find(|limit| limit.kind == old.kind) {

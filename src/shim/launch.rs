@@ -306,50 +306,27 @@ impl Launcher {
         // The numbers are well above 3, so that creating descriptors 3 and 4 in the child can't close these
         // descriptors.
         let listener = duplicate_above(&listener, 10).map_err(failed("duplicate", &socket))?;
-        let raw = listener.as_raw_fd();
         let sealed = self.sealed_runtime.get().filter(|_| program.is_none());
         let copy = match &sealed {
             None => None,
             Some(sealed) => Some(duplicate_above(&sealed.fd, 10).map_err(failed("duplicate", &sealed.path))?),
         };
-        let raw_copy = copy.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let runtime = sealed.as_ref().map(|sealed| sealed.path.clone());
-        // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open until then
-        // (`listener` and `copy` outlive the spawn). Descriptors 3 and 4 of this process are tokio's own (epoll and the
-        // like), so std's error pipe is neither of them.
-        unsafe {
-            command.pre_exec(move || {
-                if libc::dup2(raw, 3) < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                let mut first = 4;
-                if raw_copy >= 0 {
-                    if libc::dup2(raw_copy, SEALED_FD) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                    first = 5;
-                }
-                detach_session(first)
-            });
-        }
-        let mut child = command.spawn().map_err(|source| ShimError::Spawn { binary: binary.to_owned(), source })?;
-        drop((listener, copy));
+        let spawned = spawn_with_descriptors(&mut command, listener, copy);
+        let mut child = spawned.map_err(|source| ShimError::Spawn { binary: binary.to_owned(), source })?;
         let pid = Pid::of_child(&child).map_err(failed("record the process of", dir))?;
         // This happens before the shim's identity is recorded, because an adopted shim is not moved any more.
         detach_from_agent(pid, &self.cgroup);
         let pid = pid.get();
         let recorded = PidFd::open(pid).and_then(|pidfd| {
-            let (process, boot, namespace) = (ProcessId::of(pid)?, boot_id()?, self.namespace.clone());
-            write_private(
-                &dir.join(PID_FILE),
-                &serde_json::to_vec(&ShimIdentity {
-                    process,
-                    boot,
-                    namespace,
-                    runtime: runtime.clone(),
-                    program: program.map(Path::to_owned),
-                })?,
-            )?;
+            let identity = ShimIdentity {
+                process: ProcessId::of(pid)?,
+                boot: boot_id()?,
+                namespace: self.namespace.clone(),
+                runtime: runtime.clone(),
+                program: program.map(Path::to_owned),
+            };
+            write_private(&dir.join(PID_FILE), &serde_json::to_vec(&identity)?)?;
             Ok(pidfd)
         });
         let pidfd = recorded.inspect_err(|_| drop(child.start_kill())).map_err(failed("record the process of", dir))?;
@@ -548,6 +525,38 @@ fn log_tail(log: &Path) -> io::Result<String> {
     let mut bytes = Vec::new();
     log.take(LOG_TAIL_MAX).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Spawns a shim with the listening socket as descriptor 3 and the sealed copy of the runtime, if there is one, as
+/// [`SEALED_FD`].
+fn spawn_with_descriptors(
+    command: &mut tokio::process::Command,
+    listener: OwnedFd,
+    sealed_copy: Option<OwnedFd>,
+) -> io::Result<tokio::process::Child> {
+    let raw = listener.as_raw_fd();
+    let raw_copy = sealed_copy.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+    // SAFETY: between fork and exec only async-signal-safe calls are made, on descriptors that stay open until then
+    // (`listener` and `sealed_copy` outlive the spawn). Descriptors 3 and 4 of this process are tokio's own (epoll and
+    // the like), so std's error pipe is neither of them.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::dup2(raw, 3) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let mut first = 4;
+            if raw_copy >= 0 {
+                if libc::dup2(raw_copy, SEALED_FD) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                first = 5;
+            }
+            detach_session(first)
+        });
+    }
+    let child = command.spawn();
+    drop((listener, sealed_copy));
+    child
 }
 
 fn duplicate_above(fd: &impl AsRawFd, lowest: i32) -> io::Result<OwnedFd> {

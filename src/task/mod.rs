@@ -37,6 +37,7 @@ mod share_pool;
 mod signal;
 mod sources;
 mod start;
+mod stop;
 mod undo;
 
 use std::{
@@ -46,7 +47,7 @@ use std::{
 };
 
 pub use apparmor::{AppArmorDefault, AppArmorRequest, ProfileError};
-pub use engine::{Engine, Force, Inspection};
+pub use engine::{Engine, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{
     Exec, ExecError, ExecRequest, ExecSession, refusal_code, signal_without_engine, start_without_engine as exec_alone,
@@ -70,6 +71,7 @@ pub use settings::{
 };
 pub use signal::parse as parse_signal;
 pub use start::Phases;
+pub use stop::Force;
 
 use crate::{
     cgroup::CgroupError,

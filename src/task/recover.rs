@@ -195,27 +195,10 @@ impl Engine {
         }
         let no_run = RunRecord { process: ProcessId { pid: 0, start: 0 }, started_at: 0 };
         let mut run = record.state.run().unwrap_or(no_run);
-        let mut lost = None;
-        let exit = if let RecordState::Exited(known) = &record.state {
+        if let RecordState::Exited(known) = &record.state {
             run.started_at = known.started_at;
-            let code = if failpoint::skip("recovered-exit") { 0 } else { known.code };
-            Some(ExitRecord { code, ..known.clone() })
-        } else {
-            // Read before the container of a dead shim is deleted, since its cgroup is deleted with it.
-            let oom_killed = has_oom_kill(context, &record);
-            let ended = |code, error| {
-                let at = epoch_millis(SystemTime::now());
-                ExitRecord { code, oom_killed, error, started_at: run.started_at, at }
-            };
-            match probe_task(context, &record, &shim).await {
-                Ok(code) => code.map(|code| ended(code, None)),
-                Err(problem) => {
-                    lost = Some(problem.clone());
-                    // The task was killed, by this plugin or together with its shim. Its real exit code is lost.
-                    Some(ended(128 + libc::SIGKILL, Some(problem)))
-                }
-            }
-        };
+        }
+        let (exit, lost) = find_exit(context, &record, &shim, run.started_at).await;
         if exit.is_none()
             && let (Adoption::Alive(alive), Some(client)) = (&shim, shim.client())
         {
@@ -347,6 +330,31 @@ async fn find_shim_with_retries(context: &EngineContext, record: &Record) -> Ado
             }
             found => return found,
         }
+    }
+}
+
+/// Finds out how a task that was started at `started_at` has ended, `None` if it runs, and why its own exit code is not
+/// known, if it is not.
+async fn find_exit(
+    context: &EngineContext,
+    record: &Record,
+    shim: &Adoption,
+    started_at: u64,
+) -> (Option<ExitRecord>, Option<String>) {
+    if let RecordState::Exited(known) = &record.state {
+        let code = if failpoint::skip("recovered-exit") { 0 } else { known.code };
+        return (Some(ExitRecord { code, ..known.clone() }), None);
+    }
+    // Read before the container of a dead shim is deleted, since its cgroup is deleted with it.
+    let oom_killed = has_oom_kill(context, record);
+    let ended = |code, error| {
+        let at = epoch_millis(SystemTime::now());
+        ExitRecord { code, oom_killed, error, started_at, at }
+    };
+    match probe_task(context, record, shim).await {
+        Ok(code) => (code.map(|code| ended(code, None)), None),
+        // The task was killed, by this plugin or together with its shim. Its real exit code is lost.
+        Err(problem) => (Some(ended(128 + libc::SIGKILL, Some(problem.clone()))), Some(problem)),
     }
 }
 

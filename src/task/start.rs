@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     os::fd::OwnedFd,
+    path::Path,
     pin::pin,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -426,6 +427,21 @@ struct CreateInputs<'a> {
     stdio: &'a stdio::Stdio,
 }
 
+/// Starts the process of a container that was created, unless the shim is to start it. Returns whether the process is
+/// started. If it is not, the shim's Start is called.
+async fn start_without_shim(started_by: StartedBy, state: &Path, process: &ProcessId) -> bool {
+    match started_by {
+        StartedBy::Driver => {
+            let log_fallback = |error: &std::io::Error| {
+                tracing::debug!(%error, "the driver could not start the process; calling the shim's Start");
+            };
+            shim::start_via_exec_fifo(state, process).await.inspect_err(log_fallback).is_ok()
+        }
+        StartedBy::Wrapper => true,
+        StartedBy::Shim => false,
+    }
+}
+
 /// Creates the container, starts its process, and writes the running task's record.
 async fn create_and_start(
     context: &Arc<EngineContext>,
@@ -476,16 +492,7 @@ async fn create_and_start(
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
     let state = places.runtime_state(&plan.runtime.name, &record.namespace).join(id);
-    let started = match started_by {
-        StartedBy::Driver => {
-            let log_fallback = |error: &std::io::Error| {
-                tracing::debug!(%error, "the driver could not start the process; calling the shim's Start");
-            };
-            shim::start_via_exec_fifo(&state, &process).await.inspect_err(log_fallback).is_ok()
-        }
-        StartedBy::Wrapper => true,
-        StartedBy::Shim => false,
-    };
+    let started = start_without_shim(started_by, &state, &process).await;
     phases.released = (started && started_by == StartedBy::Driver).then(|| began.elapsed());
     failpoint::kill_at("start.released");
     if !created {

@@ -68,15 +68,19 @@ struct FirstError(Result<(), TaskError>);
 impl FirstError {
     fn note(&mut self, record: &Record, step: &'static str, outcome: Result<(), TaskError>) {
         if let Err(error) = outcome {
-            tracing::warn!(
-                task = %record.task_id, step, error = %crate::error_chain(&error),
-                "a step of the task's teardown failed"
-            );
+            warn_of_failed_step(record, step, &error);
             if self.0.is_ok() {
                 self.0 = Err(error);
             }
         }
     }
+}
+
+fn warn_of_failed_step(record: &Record, step: &'static str, error: &TaskError) {
+    tracing::warn!(
+        task = %record.task_id, step, error = %crate::error_chain(error),
+        "a step of the task's teardown failed"
+    );
 }
 
 /// The outcome of unmounting the sources of the task's mounts.
@@ -104,10 +108,7 @@ async fn end_task(
     let ended = match end_container(context, record, &shim).await {
         Ok(ended) => ended,
         Err(error) => {
-            tracing::warn!(
-                task = %record.task_id, step = "container", error = %crate::error_chain(&error),
-                "a step of the task's teardown failed"
-            );
+            warn_of_failed_step(record, "container", &error);
             let hold = match shim {
                 Adoption::Alive(shim) => Some(shim.into_hold()),
                 Adoption::Hung(_) => Some(context.pool.launcher().acquire(&record.shim)),
@@ -121,16 +122,7 @@ async fn end_task(
         tokio::task::block_in_place(|| group::leave(context, record));
     }
     if record.gvisor && !failpoint::skip("container") {
-        // Other runtimes do this in their `delete`, which is not called for an ended sandbox. A cgroup that can't be
-        // removed here is retried and reported in `finish`.
-        outcome.note(record, "processes", kill_cgroup_processes(context, record).await);
-        let cgroup = CgroupPath::recorded(&record.cgroup);
-        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.remove(&cgroup)) {
-            tracing::debug!(
-                task = %record.task_id, error = %crate::error_chain(&error),
-                "could not remove the task's cgroup; retrying later"
-            );
-        }
+        clear_sandbox_cgroup(context, record, &mut outcome).await;
     }
     failpoint::kill_at("undo.container");
     let shim = match (shim, ended) {
@@ -150,13 +142,23 @@ async fn end_task(
     failpoint::kill_at("undo.shim");
     let bundle = BundlePaths::of(&context.settings.places, &record.container_id);
     let unmounted = tokio::task::block_in_place(|| bundle.unmount_pins());
-    let unmounted = unmounted.map_err(TaskError::from).inspect_err(|error| {
-        tracing::warn!(
-            task = %record.task_id, step = "mounts", error = %crate::error_chain(error),
-            "a step of the task's teardown failed"
-        );
-    });
+    let unmounted =
+        unmounted.map_err(TaskError::from).inspect_err(|error| warn_of_failed_step(record, "mounts", error));
     Ok((EndedTask { shim, outcome }, unmounted))
+}
+
+/// Kills what is left in the cgroup of a sandbox, and removes the cgroup. Other runtimes do this in their `delete`,
+/// which is not called for an ended sandbox. A cgroup that can't be removed here is retried and reported in
+/// [`EndedTask::finish`].
+async fn clear_sandbox_cgroup(context: &EngineContext, record: &Record, outcome: &mut FirstError) {
+    outcome.note(record, "processes", kill_cgroup_processes(context, record).await);
+    let cgroup = CgroupPath::recorded(&record.cgroup);
+    if let Err(error) = tokio::task::block_in_place(|| context.cgroups.remove(&cgroup)) {
+        tracing::debug!(
+            task = %record.task_id, error = %crate::error_chain(&error),
+            "could not remove the task's cgroup; retrying later"
+        );
+    }
 }
 
 impl EndedTask {

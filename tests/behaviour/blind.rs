@@ -19,7 +19,10 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task, eventually, leak, script, services::root};
+use crate::support::{
+    Env, EnvOptions, Task, eventually, leak,
+    wrapped_runtime::{Detour, WrappedRuntime},
+};
 
 /// Sets the soft limit on the descriptors of a process.
 fn limit_descriptors(pid: u32, limit: &str) {
@@ -78,18 +81,6 @@ async fn no_task_is_lost_to_a_shortage_of_descriptors() {
     futures_util::future::join_all((1..=12).map(recovered_after_a_shortage)).await;
 }
 
-/// A runtime that waits before it creates a container, for as long as the file `armed` exists.
-fn waiting_runtime(dir: &Path, real: &str) -> Value {
-    let text = format!(
-        "case \" $* \" in *' create '*) touch {dir}/called; while [ -e {dir}/armed ]; do sleep 0.02; done;; esac; exec {program} \"$@\"",
-        dir = dir.display(),
-        program = nomad_driver_shim::task::which(Path::new(real)).unwrap().display()
-    );
-    // For runtimes that the driver knows by name, the driver itself starts the container's process.
-    script(&dir.join(real), &text);
-    json!({"default_runtime": real, "runtime": {real: {"binary": dir.join(real)}}, "shim": {"pool": 2}})
-}
-
 /// The limit below which `spare` descriptor numbers of a process are free. The process may have open descriptors above
 /// the limit.
 fn limit_with(pid: u32, spare: usize) -> usize {
@@ -101,37 +92,38 @@ fn limit_with(pid: u32, spare: usize) -> usize {
 /// A node whose runtime can be made to wait, and the means to start tasks on it.
 struct Created {
     env: Env,
-    dir: tempfile::TempDir,
+    runtime: WrappedRuntime,
     config: Value,
     plugin: u32,
 }
 
 impl Created {
     async fn new(runtime: &str) -> Self {
-        let dir = tempfile::tempdir_in(root()).unwrap();
-        let config = waiting_runtime(dir.path(), runtime);
+        let wait = "while [ -e $dir/armed ]; do sleep 0.02; done";
+        let detour = Detour { verb: "create", first: ":", then: wait };
+        let runtime = WrappedRuntime::under_its_own_name(runtime, &detour);
+        let config = runtime.configure(json!({"shim": {"pool": 2}}));
         let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
         let config = json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]});
         // After this task, the image is in the store and shims are idle in the pool.
         assert_eq!(env.run(json!({"image": config["image"], "command": "/bin/true"})).await.0, 0);
         let plugin = env.plugin().pid().unwrap();
-        Self { env, dir, config, plugin }
+        Self { env, runtime, config, plugin }
     }
 
     /// Starts a task. The shortage begins before the runtime creates the container, and the plugin learns of the
     /// container when the container's process waits at the FIFO already. Returns the error of a start that was refused.
     async fn start(&mut self, shortage: impl AsyncFnOnce(u32)) -> (Task, Option<String>) {
         let mut task = self.env.prepare(self.config.clone()).await;
-        let (armed, called) = (self.dir.path().join("armed"), self.dir.path().join("called"));
-        fs::remove_file(&called).unwrap();
-        fs::write(&armed, "").unwrap();
+        self.runtime.arm();
         let (mut driver, request) = (self.env.driver(), StartTaskRequest { task: Some(task.config.clone()) });
         let answer = tokio::spawn(async move { driver.start_task(request).await });
-        eventually("the runtime is called", async || if called.exists() { Ok(()) } else { Err("not called") }).await;
+        self.runtime.called().await;
+        self.runtime.forget_call();
         shortage(self.plugin).await;
         let stopped = PidFd::open(self.plugin).unwrap();
         stopped.signal(SIGSTOP);
-        fs::remove_file(&armed).unwrap();
+        self.runtime.disarm();
         let bundles = self.env.dir.join("run/bundles");
         eventually("the container is created", async || {
             let is_created = |name: &String| bundles.join(name).join("init.pid").exists();

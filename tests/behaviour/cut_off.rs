@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -14,7 +14,10 @@ use nix::{
 use nomad_driver_shim::pb::driver::{DestroyTaskRequest, StartTaskRequest};
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task, eventually, patience, script, services::root};
+use crate::support::{
+    Env, EnvOptions, Task, eventually, patience,
+    wrapped_runtime::{Detour, WrappedRuntime},
+};
 
 /// Both runtimes of the suite, or the one that `make test-matrix` names.
 fn runtimes() -> Vec<String> {
@@ -22,56 +25,11 @@ fn runtimes() -> Vec<String> {
         .map_or_else(|_| ["crun", "runc"].map(str::to_owned).to_vec(), |runtime| vec![runtime])
 }
 
-/// Sets the variables `root` and `id` from a runtime's arguments.
-const ARGUMENTS: &str = r#"root=; id=; for word; do [ "$id" = --root ] && root=$word; id=$word; done"#;
-
-/// A runtime whose call `verb` runs `instead`, creates the file `called`, and runs `finally`, if the file `armed` is in
-/// its directory.
-struct Stretched {
-    dir: PathBuf,
-}
-
-impl Stretched {
-    fn new(real: &str, verb: &str, instead: &str, finally: &str) -> Self {
-        let dir = tempfile::tempdir_in(root()).unwrap().keep();
-        let (armed, called) = (dir.join("armed"), dir.join("called"));
-        let text = format!(
-            "case \" $* \" in *' {verb} '*) if [ -e {armed} ]; then {ARGUMENTS}\n{instead}\ntouch {called}\n{finally}\nfi;; esac\n\
-             exec {real} \"$@\"",
-            armed = armed.display(),
-            called = called.display(),
-            instead = instead.replace("REAL", real),
-        );
-        script(&dir.join("runtime"), &text);
-        Self { dir }
-    }
-
-    async fn plugin(&self, config: Value) -> Env {
-        let mut config = config;
-        config["default_runtime"] = json!("stretched");
-        config["runtime"] = json!({"stretched": {"binary": self.dir.join("runtime")}});
-        config["state"] = json!({"grace": "1s"});
-        Env::with(EnvOptions { config, ..EnvOptions::default() }).await
-    }
-
-    fn arm(&self) {
-        fs::write(self.dir.join("armed"), "").unwrap();
-    }
-
-    fn disarm(&self) {
-        fs::remove_file(self.dir.join("armed")).unwrap();
-    }
-
-    async fn called(&self) {
-        let called = self.dir.join("called");
-        eventually("the runtime is called", async || if called.exists() { Ok(()) } else { Err("not called") }).await;
-    }
-}
-
-impl Drop for Stretched {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.dir);
-    }
+/// A node with this default runtime.
+async fn node(runtime: &WrappedRuntime, config: Value) -> Env {
+    let mut config = runtime.configure(config);
+    config["state"] = json!({"grace": "1s"});
+    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
 }
 
 /// How a plugin ends.
@@ -82,12 +40,12 @@ enum End {
 }
 
 /// Ends the plugin, and starts the next one.
-async fn succeed(env: &mut Env, end: End, stretched: &Stretched) {
+async fn succeed(env: &mut Env, end: End, wrapper: &WrappedRuntime) {
     match end {
         End::Killed => env.kill_plugin().await,
         End::Terminated => drop(terminate(env).await),
     }
-    stretched.disarm();
+    wrapper.disarm();
     env.start_plugin().await;
 }
 
@@ -147,8 +105,8 @@ const HALF_DELETED: &str = "rm -f \"$root/$id/status\" \"$root/$id/state.json\""
 
 async fn a_delete_that_is_cut_off(real: &str, scope: &str, instead: &str, end: End) {
     let what = format!("{real}, {scope}, {instead}, {end:?}");
-    let stretched = Stretched::new(real, "delete", instead, "exec sleep 600");
-    let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+    let wrapper = WrappedRuntime::new(real, &Detour { verb: "delete", first: instead, then: "exec sleep 600" });
+    let mut env = node(&wrapper, json!({"shim_scope": scope})).await;
     let config = sleeper(&env).await;
     let bystander = env.start(config.clone()).await;
     bystander.says("up").await;
@@ -157,10 +115,10 @@ async fn a_delete_that_is_cut_off(real: &str, scope: &str, instead: &str, end: E
     let mut task = env.prepare_in(dirs, "1", config).await;
     env.try_start(&mut task).await.unwrap();
     task.says("up").await;
-    stretched.arm();
+    wrapper.arm();
     destroy(&env, &task);
-    stretched.called().await;
-    succeed(&mut env, end, &stretched).await;
+    wrapper.called().await;
+    succeed(&mut env, end, &wrapper).await;
     Box::pin(nothing_else_is_harmed(env, task, &bystander, &what)).await;
 }
 
@@ -188,14 +146,14 @@ async fn in_a_shim_that_tasks_share_the_others_go_on() {
 async fn a_delete_whose_runtime_is_killed_is_completed() {
     for runtime in runtimes() {
         for scope in ["task", "node"] {
-            let stretched = Stretched::new(&runtime, "delete", DELETED, "kill -9 $$");
-            let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+            let wrapper = WrappedRuntime::new(&runtime, &Detour { verb: "delete", first: DELETED, then: "kill -9 $$" });
+            let mut env = node(&wrapper, json!({"shim_scope": scope})).await;
             let config = sleeper(&env).await;
             let bystander = env.start(config.clone()).await;
             let task = env.start(config).await;
-            stretched.arm();
+            wrapper.arm();
             env.destroy(&task).await.unwrap_or_else(|status| panic!("{runtime}, {scope}: {}", status.message()));
-            stretched.disarm();
+            wrapper.disarm();
             next_attempt_runs(&env, task, &format!("{runtime}, {scope}")).await;
             is_alive(&env, &bystander, &runtime).await;
             env.destroy(&bystander).await.unwrap();
@@ -210,21 +168,22 @@ async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
     for runtime in runtimes() {
         for scope in ["task", "node"] {
             let what = format!("{runtime}, {scope}");
-            let stretched = Stretched::new(&runtime, "kill", "echo no state >&2", "exit 1");
-            let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+            let wrapper =
+                WrappedRuntime::new(&runtime, &Detour { verb: "kill", first: "echo no state >&2", then: "exit 1" });
+            let mut env = node(&wrapper, json!({"shim_scope": scope})).await;
             let config = sleeper(&env).await;
             let bystander = env.start(config.clone()).await;
             let task = env.start(config).await;
-            stretched.arm();
+            wrapper.arm();
             // The next plugin considers the remains a task that was being destroyed, and has no watcher for it.
             destroy(&env, &task);
-            stretched.called().await;
+            wrapper.called().await;
             // The runtime refuses the kill of the next plugin, too.
             env.kill_plugin().await;
             env.start_plugin().await;
             env.recover(&bystander).await.unwrap_or_else(|status| panic!("{what}: {}", status.message()));
             next_attempt_runs(&env, task, &what).await;
-            stretched.disarm();
+            wrapper.disarm();
             is_alive(&env, &bystander, &what).await;
             env.destroy(&bystander).await.unwrap();
             env.finish().await;
@@ -237,8 +196,8 @@ async fn a_runtime_that_refuses_to_kill_keeps_nothing_alive() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_a_runtime_has_left_frozen_is_ended() {
     for (runtime, call) in runtimes().into_iter().flat_map(|runtime| [(runtime.clone(), "kill"), (runtime, "none")]) {
-        let stretched = Stretched::new(&runtime, call, "echo no state >&2", "exit 1");
-        let mut env = stretched.plugin(json!({})).await;
+        let wrapper = WrappedRuntime::new(&runtime, &Detour { verb: call, first: "echo no state >&2", then: "exit 1" });
+        let mut env = node(&wrapper, json!({})).await;
         let config = sleeper(&env).await;
         let task = env.start(config).await;
         let group = env.record(&task).await.1["cgroup"].as_str().unwrap().trim_start_matches('/').to_owned();
@@ -249,9 +208,9 @@ async fn a_container_that_a_runtime_has_left_frozen_is_ended() {
         } else {
             fs::write(version_2.join("cgroup.freeze"), "1").unwrap();
         }
-        stretched.arm();
+        wrapper.arm();
         env.destroy(&task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
-        stretched.disarm();
+        wrapper.disarm();
         next_attempt_runs(&env, task, &runtime).await;
         env.finish().await;
     }
@@ -263,15 +222,15 @@ async fn a_container_that_a_runtime_has_left_frozen_is_ended() {
 async fn a_root_file_system_that_goes_away_is_not_the_jobs_fault() {
     for runtime in runtimes() {
         let unmount = "for word; do [ \"$last\" = --bundle ] && umount -l \"$word/rootfs\"; last=$word; done";
-        let stretched = Stretched::new(&runtime, "create", unmount, ":");
-        let mut env = stretched.plugin(json!({})).await;
+        let wrapper = WrappedRuntime::new(&runtime, &Detour { verb: "create", first: unmount, then: ":" });
+        let mut env = node(&wrapper, json!({})).await;
         let config = sleeper(&env).await;
-        stretched.arm();
+        wrapper.arm();
         let mut task = env.prepare(config).await;
         let status = env.try_start(&mut task).await.expect_err("there is no /bin/sh");
         assert!(status.message().contains("was unmounted while the container was created"), "{runtime}: {status:?}");
         assert!(nomad_driver_shim::host::is_recoverable(&status), "{runtime}: {status:?}");
-        stretched.disarm();
+        wrapper.disarm();
         next_attempt_runs(&env, task, &runtime).await;
         env.finish().await;
     }
@@ -283,15 +242,15 @@ async fn a_root_file_system_that_goes_away_is_not_the_jobs_fault() {
 async fn a_runtime_that_hangs_while_it_kills_harms_no_other_task() {
     for runtime in runtimes() {
         // A child process of the shell is not killed with the shell, and keeps the shim waiting.
-        let stretched = Stretched::new(&runtime, "kill", ":", "sleep 600");
-        let mut env = stretched.plugin(json!({"shim_scope": "node"})).await;
+        let wrapper = WrappedRuntime::new(&runtime, &Detour { verb: "kill", first: ":", then: "sleep 600" });
+        let mut env = node(&wrapper, json!({"shim_scope": "node"})).await;
         let config = sleeper(&env).await;
         let bystander = env.start(config.clone()).await;
         let task = env.start(config).await;
-        stretched.arm();
+        wrapper.arm();
         env.stop(&task, Duration::ZERO, "").await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
         env.destroy(&task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
-        stretched.disarm();
+        wrapper.disarm();
         is_alive(&env, &bystander, &runtime).await;
         env.destroy(&bystander).await.unwrap();
         env.finish().await;
@@ -303,8 +262,8 @@ async fn a_runtime_that_hangs_while_it_kills_harms_no_other_task() {
 async fn a_shared_shim_that_can_not_delete_a_container_gets_no_further_task() {
     let runtime = &runtimes()[0];
     for scope in ["alloc", "node"] {
-        let stretched = Stretched::new(runtime, "delete", DELETED, "kill -9 $$");
-        let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+        let wrapper = WrappedRuntime::new(runtime, &Detour { verb: "delete", first: DELETED, then: "kill -9 $$" });
+        let mut env = node(&wrapper, json!({"shim_scope": scope})).await;
         let config = sleeper(&env).await;
         let bystander = env.start(config.clone()).await;
         let beside = async |env: &mut Env, name: &str| {
@@ -316,9 +275,9 @@ async fn a_shared_shim_that_can_not_delete_a_container_gets_no_further_task() {
         let task = beside(&mut env, "side").await;
         let shim = shim_of(&env, &bystander).await;
         assert_eq!(shim_of(&env, &task).await, shim, "{scope}");
-        stretched.arm();
+        wrapper.arm();
         env.destroy(&task).await.unwrap_or_else(|status| panic!("{scope}: {}", status.message()));
-        stretched.disarm();
+        wrapper.disarm();
         let next = beside(&mut env, "next").await;
         assert_ne!(shim_of(&env, &next).await, shim, "{scope}: it has got another task");
         // The next plugin knows that the shim is unusable, too.
@@ -346,15 +305,16 @@ async fn a_create_that_is_cut_off_leaves_nothing() {
     for runtime in runtimes() {
         for (instead, scope) in [(":", "task"), (DELETED, "task"), (DELETED, "node")] {
             let what = format!("{runtime}, {scope}, {instead}");
-            let stretched = Stretched::new(&runtime, "create", instead, "exec sleep 600");
-            let mut env = stretched.plugin(json!({"shim_scope": scope})).await;
+            let wrapper =
+                WrappedRuntime::new(&runtime, &Detour { verb: "create", first: instead, then: "exec sleep 600" });
+            let mut env = node(&wrapper, json!({"shim_scope": scope})).await;
             let config = sleeper(&env).await;
             let bystander = env.start(config.clone()).await;
-            stretched.arm();
+            wrapper.arm();
             let task = env.prepare(config).await;
             drop(start(&env, &task));
-            stretched.called().await;
-            succeed(&mut env, End::Terminated, &stretched).await;
+            wrapper.called().await;
+            succeed(&mut env, End::Terminated, &wrapper).await;
             Box::pin(nothing_else_is_harmed(env, task, &bystander, &what)).await;
         }
     }
@@ -365,14 +325,16 @@ async fn a_create_that_is_cut_off_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_start_ends_the_attempt_that_it_waits_for() {
     for runtime in runtimes() {
-        let stretched =
-            Stretched::new(&runtime, "create", ":", "while [ -e \"$(dirname $0)/armed\" ]; do sleep 0.05; done");
-        let mut env = stretched.plugin(json!({})).await;
+        let wrapper = WrappedRuntime::new(
+            &runtime,
+            &Detour { verb: "create", first: ":", then: "while [ -e $dir/armed ]; do sleep 0.05; done" },
+        );
+        let mut env = node(&wrapper, json!({})).await;
         let config = sleeper(&env).await;
-        stretched.arm();
+        wrapper.arm();
         let task = env.prepare(config.clone()).await;
         let of_dead_agent = start(&env, &task);
-        stretched.called().await;
+        wrapper.called().await;
         of_dead_agent.abort();
         let next = env.prepare_again(task, "2", config).await;
         let waits = start(&env, &next);
@@ -382,7 +344,7 @@ async fn a_stopped_start_ends_the_attempt_that_it_waits_for() {
         })
         .await;
         assert!(waits.await.unwrap().unwrap_err().message().contains("was stopped"));
-        stretched.disarm();
+        wrapper.disarm();
         // No call names this attempt any more, and nothing is left of it.
         env.finish().await;
     }
@@ -393,12 +355,12 @@ async fn a_stopped_start_ends_the_attempt_that_it_waits_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exec_that_is_cut_off_leaves_no_process() {
     for runtime in runtimes() {
-        let stretched = Stretched::new(&runtime, "exec", DELETED, "exec sleep 600");
-        let mut env = stretched.plugin(json!({})).await;
+        let wrapper = WrappedRuntime::new(&runtime, &Detour { verb: "exec", first: DELETED, then: "exec sleep 600" });
+        let mut env = node(&wrapper, json!({})).await;
         let config = sleeper(&env).await;
         let task = env.start(config).await;
         task.says("up").await;
-        stretched.arm();
+        wrapper.arm();
         let mut driver = env.driver();
         let request = nomad_driver_shim::pb::driver::ExecTaskRequest {
             task_id: task.id.clone(),
@@ -406,8 +368,8 @@ async fn an_exec_that_is_cut_off_leaves_no_process() {
             timeout: None,
         };
         tokio::spawn(async move { driver.exec_task(request).await.map(drop) });
-        stretched.called().await;
-        succeed(&mut env, End::Killed, &stretched).await;
+        wrapper.called().await;
+        succeed(&mut env, End::Killed, &wrapper).await;
         env.recover(&task).await.unwrap();
         eventually("the exec'd process ends", async || {
             let list = env.exec_text(&task, "ps").await;
@@ -428,20 +390,20 @@ async fn a_plugin_that_is_told_to_leave_lets_runtimes_finish() {
     for (pause, completed) in [("sleep 0.7", true), ("exec sleep 600", false), ("sleep 600", false)] {
         let runtime = &runtimes()[0];
         let done = |dir: &Path| dir.join("done").exists();
-        let finally = format!("{pause}\ntouch \"$(dirname $0)/done\"");
-        let stretched = Stretched::new(runtime, "delete", ":", &finally);
-        let mut env = stretched.plugin(json!({})).await;
+        let finally = format!("{pause}\ntouch $dir/done");
+        let wrapper = WrappedRuntime::new(runtime, &Detour { verb: "delete", first: ":", then: &finally });
+        let mut env = node(&wrapper, json!({})).await;
         let config = sleeper(&env).await;
         let task = env.start(config).await;
-        stretched.arm();
+        wrapper.arm();
         destroy(&env, &task);
-        stretched.called().await;
+        wrapper.called().await;
         let took = terminate(&mut env).await;
-        assert_eq!(done(&stretched.dir), completed, "a delete with `{pause}`, cut off after {took:?}");
+        assert_eq!(done(wrapper.dir()), completed, "a delete with `{pause}`, cut off after {took:?}");
         // Nomad kills a plugin after 2 s. A busy machine may need longer. A plugin that waited for its runtimes'
         // timeouts would need 10 s and more.
         assert!(took < Duration::from_secs(6), "the plugin waited for {took:?}");
-        stretched.disarm();
+        wrapper.disarm();
         env.start_plugin().await;
         next_attempt_runs(&env, task, pause).await;
         env.finish().await;

@@ -92,12 +92,16 @@ fn header(kind: tar::EntryType, size: u64) -> Vec<u8> {
     header.as_bytes().to_vec()
 }
 
-fn documents() -> Vec<(&'static str, Offer, &'static str)> {
-    let (image, plain, plain_config) = good();
-    let layer_of = |change: fn(&mut Value)| manifest(|manifest| change(&mut manifest["layers"][0]));
-    let layers = |count: usize| {
-        manifest(|manifest| manifest["layers"] = Value::Array(vec![manifest["layers"][0].clone(); count]))
-    };
+/// A name, what a registry offers, and the words with which it is refused.
+type Refused = (&'static str, Offer, &'static str);
+
+fn documents() -> Vec<Refused> {
+    [manifests(), layer_lists(), configs_and_layers()].into_iter().flatten().collect()
+}
+
+/// Manifests and indexes of a wrong form.
+fn manifests() -> Vec<Refused> {
+    let (_, plain, _) = good();
     let own = |manifest: &Value| {
         let digest = Digest::of(manifest.to_string().as_bytes()).to_string();
         json!({"schemaVersion": 2, "manifests": [{"mediaType": INDEX, "digest": digest, "size": 1}]})
@@ -125,6 +129,16 @@ fn documents() -> Vec<(&'static str, Offer, &'static str)> {
             document(INDEX, json!({"schemaVersion": 2, "manifests": vec![many; 20_000]}).to_string()),
             "no manifest for",
         ),
+    ]
+}
+
+/// Manifests whose lists of layers are wrong.
+fn layer_lists() -> Vec<Refused> {
+    let layer_of = |change: fn(&mut Value)| manifest(|manifest| change(&mut manifest["layers"][0]));
+    let layers = |count: usize| {
+        manifest(|manifest| manifest["layers"] = Value::Array(vec![manifest["layers"][0].clone(); count]))
+    };
+    vec![
         ("128 layers", layers(128), "127 is the most"),
         ("501 layers", layers(501), "127 is the most"),
         ("10 000 layers", layers(10_000), "127 is the most"),
@@ -155,6 +169,13 @@ fn documents() -> Vec<(&'static str, Offer, &'static str)> {
             "encrypted",
         ),
         ("layer of no type", layer_of(|layer| layer["mediaType"] = json!("")), "malformed"),
+    ]
+}
+
+/// Configurations and layers that are not what the manifest says, or not of their form.
+fn configs_and_layers() -> Vec<Refused> {
+    let (image, _, plain_config) = good();
+    vec![
         (
             "layer as config",
             manifest(|manifest| manifest["config"]["digest"] = manifest["layers"][0]["digest"].clone()),

@@ -103,128 +103,139 @@ async fn what_the_operator_does_not_allow_is_refused() {
     env.finish().await;
 }
 
+/// Names of runtimes.
+const RUNTIMES: &[&str] = &[
+    "../../tmp/evil",
+    "/bin/sh",
+    "./crun",
+    "crun ",
+    "CRUN",
+    "io.containerd.evil.v1",
+    "io.containerd..v1",
+    "crun\0",
+    "-x",
+];
+
+/// Keys of annotations and labels.
+const ANNOTATION_KEYS: &[&str] = &[
+    "run.oci.seccomp_bpf_data",
+    "run.oci.handler",
+    "run.oci.delegate-cgroup",
+    "run.oci.mount_context_type",
+    "org.systemd.property.CPUQuota",
+    "org.criu.config",
+    "io.katacontainers.config.hypervisor.path",
+    "io.kubernetes.cri.sandbox-id",
+    "module.wasm.image/variant",
+    "krun.vm",
+    "dev.gvisor.flag.debug",
+    "cdi.k8s.io/vendor",
+    "io.containerd.runc.v2",
+    "com.hashicorp.nomad.alloc_id",
+    "",
+];
+
+/// Kernel parameters.
+const SYSCTLS: &[&str] = &[
+    "kernel.core_pattern",
+    "kernel/core_pattern",
+    "kernel.hostname",
+    "kernel.modprobe",
+    "kernel.shm",
+    "vm.overcommit_memory",
+    "user.max_user_namespaces",
+    "fs.suid_dumpable",
+    "fs.mqueue",
+    "dev.raid.speed_limit_max",
+    "",
+    ".",
+    "/",
+    " net.core.somaxconn",
+];
+
+/// Lines for /etc/hosts.
+const EXTRA_HOSTS: &[&str] = &[
+    "a\nb:127.0.0.1",
+    "a:127.0.0.1\n1.2.3.4 b",
+    "a b:127.0.0.1",
+    "#:127.0.0.1",
+    ":127.0.0.1",
+    "a\0:127.0.0.1",
+    "a:",
+    "a:127.0.0.1 b",
+];
+
+/// Names of images.
+const IMAGES: &[&str] = &[
+    "file:/etc/passwd",
+    "file:///etc",
+    "docker://busybox",
+    "dir:/etc",
+    "http://169.254.169.254/x",
+    "user:pw@127.0.0.1:1/x",
+    "127.0.0.1:1/../x",
+    "127.0.0.1:1/x/../../y",
+    "127.0.0.1:1/x\ny",
+    "127.0.0.1:1/x y",
+    "-x",
+    "--help",
+    "127.0.0.1:1/x\0",
+    "127.0.0.1:1/x?y=z",
+    "127.0.0.1:1/x#y",
+    "127.0.0.1:99999999/x y",
+    "@",
+    ":",
+    "/",
+    "127.0.0.1:1/X",
+    "",
+    "127.0.0.1:1/x@sha256:../../../etc",
+];
+
+/// Users and groups, which Nomad sends outside the driver's options.
+const USERS: &[&str] = &[
+    "root\n",
+    "user\0",
+    "user:root:x",
+    "../root",
+    "4294967295",
+    "4294967296",
+    "-1",
+    "0x0",
+    "1e3",
+    " user",
+    "user:",
+    "user:ghost",
+    "nobody",
+    "%s",
+    "user\nroot",
+];
+
 /// Text that the program which receives it would read as a path, a line or an option.
 #[tokio::test(flavor = "multi_thread")]
 async fn text_that_means_something_elsewhere_is_refused() {
     let mut env = Env::new().await;
     let image = env.busybox().await;
-    let mut attacks = Vec::new();
-    for runtime in [
-        "../../tmp/evil",
-        "/bin/sh",
-        "./crun",
-        "crun ",
-        "CRUN",
-        "io.containerd.evil.v1",
-        "io.containerd..v1",
-        "crun\0",
-        "-x",
-    ] {
-        attacks.push((json!({"runtime": runtime}), "runtime"));
-    }
-    for key in [
-        "run.oci.seccomp_bpf_data",
-        "run.oci.handler",
-        "run.oci.delegate-cgroup",
-        "run.oci.mount_context_type",
-        "org.systemd.property.CPUQuota",
-        "org.criu.config",
-        "io.katacontainers.config.hypervisor.path",
-        "io.kubernetes.cri.sandbox-id",
-        "module.wasm.image/variant",
-        "krun.vm",
-        "dev.gvisor.flag.debug",
-        "cdi.k8s.io/vendor",
-        "io.containerd.runc.v2",
-        "com.hashicorp.nomad.alloc_id",
-        "",
-    ] {
-        attacks.push((json!({"annotations": {key: "x"}}), "annotations"));
-        attacks.push((json!({"labels": {key: "x"}}), "labels"));
-    }
-    for name in [
-        "kernel.core_pattern",
-        "kernel/core_pattern",
-        "kernel.hostname",
-        "kernel.modprobe",
-        "kernel.shm",
-        "vm.overcommit_memory",
-        "user.max_user_namespaces",
-        "fs.suid_dumpable",
-        "fs.mqueue",
-        "dev.raid.speed_limit_max",
-        "",
-        ".",
-        "/",
-        " net.core.somaxconn",
-    ] {
-        attacks.push((json!({"sysctl": {name: "1"}}), "sysctl"));
-    }
-    for host in [
-        "a\nb:127.0.0.1",
-        "a:127.0.0.1\n1.2.3.4 b",
-        "a b:127.0.0.1",
-        "#:127.0.0.1",
-        ":127.0.0.1",
-        "a\0:127.0.0.1",
-        "a:",
-        "a:127.0.0.1 b",
-    ] {
-        attacks.push((json!({"extra_hosts": [host]}), "extra_hosts"));
-    }
-    for name in [
-        "file:/etc/passwd",
-        "file:///etc",
-        "docker://busybox",
-        "dir:/etc",
-        "http://169.254.169.254/x",
-        "user:pw@127.0.0.1:1/x",
-        "127.0.0.1:1/../x",
-        "127.0.0.1:1/x/../../y",
-        "127.0.0.1:1/x\ny",
-        "127.0.0.1:1/x y",
-        "-x",
-        "--help",
-        "127.0.0.1:1/x\0",
-        "127.0.0.1:1/x?y=z",
-        "127.0.0.1:1/x#y",
-        "127.0.0.1:99999999/x y",
-        "@",
-        ":",
-        "/",
-        "127.0.0.1:1/X",
-        "",
-        "127.0.0.1:1/x@sha256:../../../etc",
-    ] {
-        attacks.push((json!({"image": name}), "image"));
-    }
-    for (options, named) in attacks {
+    let of = |option: &'static str, texts: &[&str], value: fn(&str) -> Value| -> Vec<(Value, &'static str)> {
+        texts.iter().map(|text| (json!({option: value(text)}), option)).collect()
+    };
+    let attacks = [
+        of("runtime", RUNTIMES, |name| json!(name)),
+        of("annotations", ANNOTATION_KEYS, |key| json!({key: "x"})),
+        of("labels", ANNOTATION_KEYS, |key| json!({key: "x"})),
+        of("sysctl", SYSCTLS, |name| json!({name: "1"})),
+        of("extra_hosts", EXTRA_HOSTS, |host| json!([host])),
+        of("image", IMAGES, |name| json!(name)),
+    ];
+    for (options, named) in attacks.into_iter().flatten() {
         let mut config = json!({"image": image, "command": "/bin/true"});
         options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
         let reason = refusal(&mut env, config).await;
         assert!(reason.contains(named), "{options}: {reason}");
     }
-    // Users and groups, which Nomad sends outside the driver's options.
-    for user in [
-        "root\n",
-        "user\0",
-        "user:root:x",
-        "../root",
-        "4294967295",
-        "4294967296",
-        "-1",
-        "0x0",
-        "1e3",
-        " user",
-        "user:",
-        "user:ghost",
-        "nobody",
-        "%s",
-        "user\nroot",
-    ] {
+    for user in USERS {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/id"})).await;
-        task.config.user = user.to_owned();
-        if user == "user:" {
+        task.config.user = (*user).to_owned();
+        if *user == "user:" {
             // An empty group means no group.
             env.try_start(&mut task).await.unwrap();
             assert_eq!(env.finish_task(task).await.1, "uid=1000(user) gid=1001(user) groups=1001(user),2000(extra)\n");

@@ -8,6 +8,7 @@ pub(crate) mod image;
 pub(crate) mod leak;
 pub(crate) mod modes;
 pub(crate) mod services;
+pub(crate) mod wrapped_runtime;
 
 pub(crate) use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};
 pub(crate) use image::{Entry, Image, Layer, Packing};

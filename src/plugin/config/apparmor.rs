@@ -1,6 +1,6 @@
 //! The options for AppArmor: an agent's `security { apparmor }`, and a job's `security_opt = ["apparmor=..."]`.
 
-use super::limits::Faults;
+use super::faults::Faults;
 use crate::{
     ids::Flavor,
     plugin::decode::Values,
@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Reads the agent's `security { apparmor }`.
-pub(super) fn agent_default(security: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> AppArmorDefault {
+pub(super) fn agent_default(security: &Values, flavor: Flavor, faults: &mut Faults) -> AppArmorDefault {
     match security.non_empty_text("apparmor") {
         None if flavor == Flavor::ContainerdDriver => AppArmorDefault::Unconfined,
         None => AppArmorDefault::WhereSupported,
@@ -27,7 +27,7 @@ pub(super) fn job_request(
     option: &str,
     value: &str,
     security: &SecuritySettings,
-    faults: &mut Faults<'_>,
+    faults: &mut Faults,
 ) -> Option<AppArmorRequest> {
     let request = match value {
         "default" => return Some(AppArmorRequest::Confined),
@@ -86,9 +86,9 @@ mod tests {
         let request = |option: &str, allowed: bool| {
             let security = agent("shim", &[("allow_apparmor_override", MsgpackValue::from(allowed))]).expect("valid");
             let (_, value) = option.split_once('=').expect("a value");
-            let mut faults = Vec::new();
-            let request = super::job_request(option, value, &security, &mut Faults(&mut faults));
-            if faults.is_empty() { Ok(request.expect("a request")) } else { Err(faults.join("; ")) }
+            let mut faults = Faults::default();
+            let request = super::job_request(option, value, &security, &mut faults);
+            if faults.0.is_empty() { Ok(request.expect("a request")) } else { Err(faults.0.join("; ")) }
         };
         let named = AppArmorRequest::Named("mine".parse().expect("a name"));
         assert_eq!(request("apparmor=default", false), Ok(AppArmorRequest::Confined));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::limits::Faults;
+use super::faults::Faults;
 use crate::{
     ids::Flavor,
     plugin::decode::Values,
@@ -16,7 +16,7 @@ const DEFAULT_PIDS_LIMIT: i64 = 2048;
 const PIDS_MAX: i64 = 4_194_304;
 
 /// Reads the plugin's `pids_limit`; `None` means no limit.
-pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> Option<i64> {
+pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Faults) -> Option<i64> {
     let default = match flavor {
         Flavor::Strict => Some(DEFAULT_PIDS_LIMIT),
         Flavor::ContainerdDriver => None,
@@ -35,7 +35,7 @@ pub(super) fn plugin_pids_limit(values: &Values, flavor: Flavor, faults: &mut Fa
 /// Reads a job's `pids_limit`. The plugin's limit is the default and the most that a job may have, as in Nomad's docker
 /// driver (hashicorp/nomad, `drivers/docker/driver.go`). The docker driver ignores a job's request for no limit; this
 /// driver refuses it.
-pub(super) fn job_pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut Faults<'_>) -> Option<i64> {
+pub(super) fn job_pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut Faults) -> Option<i64> {
     let Some(limit) = values.number("pids_limit") else { return ceiling };
     match ceiling {
         Some(ceiling) if limit <= 0 => faults.push(format!(
@@ -53,7 +53,7 @@ pub(super) fn job_pids_limit(values: &Values, ceiling: Option<i64>, faults: &mut
 }
 
 /// Reads `security { ulimit_max, tmpfs_max }`.
-pub(super) fn ceilings(security: &Values, flavor: Flavor, faults: &mut Faults<'_>) -> Ceilings {
+pub(super) fn ceilings(security: &Values, flavor: Flavor, faults: &mut Faults) -> Ceilings {
     let mut ulimits = BTreeMap::new();
     for (name, value) in security.map("ulimit_max") {
         let parsed = match Ulimit::parse(&name, &value) {

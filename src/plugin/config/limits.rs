@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{ceilings, job::GroupNetwork};
+use super::{ceilings, faults::Faults, job::GroupNetwork};
 use crate::{
     gvisor,
     logs::{LogOptions, LogPolicy},
@@ -27,22 +27,7 @@ const DEFAULT_CFS_PERIOD: i64 = 100_000;
 const LOG_SIZE_MIN: u64 = 4 << 10;
 const LOG_FILES_MAX: u32 = 10_000;
 
-/// Collects everything that is wrong with a configuration.
-pub(super) struct Faults<'a>(pub(super) &'a mut Vec<String>);
-
-impl Faults<'_> {
-    /// Returns the value of `outcome`; an error becomes a fault of `option`.
-    pub(super) fn record_err<T>(&mut self, option: &str, outcome: Result<T, impl std::fmt::Display>) -> Option<T> {
-        outcome.map_err(|problem| self.0.push(format!("{option}: {problem}"))).ok()
-    }
-
-    /// Adds a fault.
-    pub(super) fn push(&mut self, fault: String) {
-        self.0.push(fault);
-    }
-}
-
-pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> Namespaces {
+pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &mut Faults) -> Namespaces {
     let mut mode = |option: &str, others: &[&str]| {
         let text = values.non_empty_text(option)?;
         let host = text.eq_ignore_ascii_case("host");
@@ -77,7 +62,7 @@ pub(super) fn sysctls(
     values: &Values,
     (namespaces, group): (Namespaces, GroupNetwork),
     security: &SecuritySettings,
-    faults: &mut Faults<'_>,
+    faults: &mut Faults,
 ) -> BTreeMap<String, String> {
     let host = values.flag("host_network").unwrap_or(false) && group == GroupNetwork::None;
     let network = if host { Namespace::Host } else { Namespace::Private };
@@ -95,7 +80,7 @@ pub(super) fn sysctls(
     named
 }
 
-pub(super) fn ulimits(values: &Values, ceilings: &Ceilings, faults: &mut Faults<'_>) -> Vec<Ulimit> {
+pub(super) fn ulimits(values: &Values, ceilings: &Ceilings, faults: &mut Faults) -> Vec<Ulimit> {
     let map = values.map("ulimit");
     let mut limits: Vec<Ulimit> =
         map.iter().filter_map(|(name, value)| faults.record_err("ulimit", Ulimit::parse(name, value))).collect();
@@ -118,8 +103,8 @@ pub(super) fn ulimits(values: &Values, ceilings: &Ceilings, faults: &mut Faults<
     limits
 }
 
-pub(super) fn job_limits(values: &Values, pids_ceiling: Option<i64>, faults: &mut Faults<'_>) -> JobLimits {
-    let cpuset = |option: &str, faults: &mut Faults<'_>| {
+pub(super) fn job_limits(values: &Values, pids_ceiling: Option<i64>, faults: &mut Faults) -> JobLimits {
+    let cpuset = |option: &str, faults: &mut Faults| {
         let text = values.non_empty_text(option).unwrap_or_default().trim();
         if !is_cpu_list(text) {
             faults.push(format!("{option} = {text:?} is not a list such as 0-3,5"));
@@ -175,7 +160,7 @@ fn is_cpu_list(text: &str) -> bool {
         })
 }
 
-pub(super) fn shm_size(values: &Values, ceilings: &Ceilings, faults: &mut Faults<'_>) -> Option<u64> {
+pub(super) fn shm_size(values: &Values, ceilings: &Ceilings, faults: &mut Faults) -> Option<u64> {
     let Some(text) = values.non_empty_text("shm_size") else { return ceilings.shm_size() };
     let size = faults.record_err("shm_size", size::parse(text))?;
     faults.record_err("shm_size", ceilings.check_memory(text, TmpfsSize::Count(size)));
@@ -185,7 +170,7 @@ pub(super) fn shm_size(values: &Values, ceilings: &Ceilings, faults: &mut Faults
     Some(size)
 }
 
-pub(super) fn oom_score(values: &Values, faults: &mut Faults<'_>) -> i32 {
+pub(super) fn oom_score(values: &Values, faults: &mut Faults) -> i32 {
     match values.number("oom_score_adj") {
         None => 0,
         Some(score) => match i32::try_from(score) {
@@ -198,7 +183,7 @@ pub(super) fn oom_score(values: &Values, faults: &mut Faults<'_>) -> i32 {
     }
 }
 
-pub(super) fn annotations(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<String, String> {
+pub(super) fn annotations(values: &Values, faults: &mut Faults) -> BTreeMap<String, String> {
     let mut all = BTreeMap::new();
     for option in ["labels", "annotations"] {
         let map = values.map(option);
@@ -208,12 +193,12 @@ pub(super) fn annotations(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<
     all
 }
 
-pub(super) fn extra_hosts(values: &Values, faults: &mut Faults<'_>) -> Vec<ExtraHost> {
+pub(super) fn extra_hosts(values: &Values, faults: &mut Faults) -> Vec<ExtraHost> {
     let lines = values.list("extra_hosts").unwrap_or_default();
     lines.iter().filter_map(|line| faults.record_err("extra_hosts", ExtraHost::parse(line))).collect()
 }
 
-pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut Faults<'_>) -> Vec<String> {
+pub(super) fn devices(values: &Values, security: &SecuritySettings, faults: &mut Faults) -> Vec<String> {
     let devices = values.list("devices").unwrap_or_default();
     for device in devices {
         if !device.starts_with('/') || device.split('/').any(|part| part == "..") {
@@ -232,7 +217,7 @@ pub(super) fn check_gvisor_support(
     runtime: &str,
     namespaces: Namespaces,
     sysctls: &BTreeMap<String, String>,
-    faults: &mut Faults<'_>,
+    faults: &mut Faults,
 ) {
     let theirs = [("pid_mode", namespaces.pid), ("ipc_mode", namespaces.ipc), ("uts_mode", namespaces.uts)];
     for (option, _) in theirs.iter().filter(|(_, whose)| *whose == Namespace::Host) {
@@ -248,7 +233,7 @@ pub(super) fn check_gvisor_support(
 }
 
 /// Reads the job's log options. Nomad does not pass its `logs` block to drivers, so these options take its place.
-pub(super) fn log_options(values: &Values, faults: &mut Faults<'_>) -> LogOptions {
+pub(super) fn log_options(values: &Values, faults: &mut Faults) -> LogOptions {
     let mut log = LogOptions::default();
     if let Some(text) = values.non_empty_text("log_max_size") {
         match size::parse(text) {

@@ -2,21 +2,27 @@
 
 mod agent;
 mod apparmor;
+mod block;
 mod ceilings;
 #[cfg(test)]
 mod differences;
+mod faults;
 mod job;
 mod limits;
 mod mounts;
+mod privileges;
 #[cfg(test)]
 mod properties;
 mod runtime;
+mod security;
+mod state;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 
 pub use agent::settings;
+use faults::Faults;
 pub use job::{GroupNetwork, task_options};
 
 use super::decode::Values;
@@ -82,19 +88,11 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Returns the value if there are no faults.
-fn value_or_faults<T>(what: &'static str, value: Option<T>, faults: Vec<String>) -> Result<T, ConfigError> {
-    match value {
-        Some(value) if faults.is_empty() => Ok(value),
-        _ => Err(ConfigError { subject: what, faults }),
-    }
-}
-
 /// Reads an `auth` block. `unnamed` is the scope of credentials without a `server_address`.
 fn credentials(
     block: Option<&Values>,
     unnamed: impl FnOnce() -> CredentialScope,
-    faults: &mut Vec<String>,
+    faults: &mut Faults,
 ) -> Option<Credentials> {
     let block = block?;
     let (username, password) =

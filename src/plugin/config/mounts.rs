@@ -1,5 +1,6 @@
 //! Reads a job's `mounts` blocks.
 
+use super::faults::Faults;
 use crate::{
     ids::Flavor,
     plugin::decode::Values,
@@ -38,12 +39,20 @@ const BIND_OPTIONS: &[&str] = &[
     "rshared",
 ];
 
-pub(super) fn mount(
-    block: &Values,
-    flavor: Flavor,
-    sys: SysTargets,
-    ceilings: &Ceilings,
-) -> Result<MountRequest, String> {
+/// Reads all blocks. A fault names the block by its number.
+pub(super) fn mounts(values: &Values, flavor: Flavor, ceilings: &Ceilings, faults: &mut Faults) -> Vec<MountRequest> {
+    let sys = SysTargets::of(flavor, values.flag("privileged").unwrap_or(false));
+    let mut mounts = Vec::new();
+    for (n, block) in values.blocks("mounts").iter().enumerate() {
+        match mount(block, flavor, sys, ceilings) {
+            Ok(mount) => mounts.push(mount),
+            Err(fault) => faults.push(format!("mounts[{n}].{fault}")),
+        }
+    }
+    mounts
+}
+
+fn mount(block: &Values, flavor: Flavor, sys: SysTargets, ceilings: &Ceilings) -> Result<MountRequest, String> {
     // The decoder has reported a missing target; the placeholder keeps it from being reported twice.
     let target = block.text("target").unwrap_or("/-");
     let target = MountTarget::parse(target).map_err(|problem| format!("target = {problem}"))?;

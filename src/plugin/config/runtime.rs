@@ -1,4 +1,4 @@
-//! Reads the agent's `runtime "NAME" {}` blocks, and adds the built-in runtimes.
+//! Reads the agent's runtimes: the `runtime "NAME" {}` blocks, the built-in runtimes, and which of them tasks use.
 
 use std::{
     collections::BTreeMap,
@@ -6,18 +6,56 @@ use std::{
     str::FromStr,
 };
 
-use super::limits::Faults;
+use super::faults::Faults;
 use crate::{
     gvisor::{FileAccess, GvisorSettings, check_flag},
     plugin::decode::Values,
-    task::{OwnShim, RuntimeSettings},
+    task::{OwnShim, RUNC_SHIM_NAMES, RuntimeSettings},
 };
 
 /// The options that only a gVisor runtime has.
 const GVISOR_OPTIONS: [&str; 7] = ["platform", "network", "overlay", "file_access", "cgroups", "debug_log", "flags"];
 
-/// Returns all runtimes that jobs can name.
-pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<String, RuntimeSettings> {
+/// The settings of runtimes.
+pub(super) struct Runtimes {
+    pub(super) runtimes: BTreeMap<String, RuntimeSettings>,
+    pub(super) default_runtime: Option<String>,
+    pub(super) allow_runtimes: Option<Vec<String>>,
+}
+
+/// Reads the runtimes, the default runtime, and the runtimes that jobs are allowed to name.
+pub(super) fn runtimes(values: &Values, faults: &mut Faults) -> Runtimes {
+    let runtimes = all_runtimes(values, faults);
+    let known_runtimes = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
+    // nomad-driver-containerd's option for the runtime of all tasks. The name of runc's shim leaves the binary open.
+    let old_runtime =
+        values.non_empty_text("containerd_runtime").filter(|old| !RUNC_SHIM_NAMES.contains(old)).map(str::to_owned);
+    if let Some(old) = old_runtime.as_ref().filter(|old| !runtimes.contains_key(*old)) {
+        faults.push(format!(
+            "containerd_runtime = {old:?} is not configured; the runtimes are {}, {known_runtimes}, and those of runtime blocks",
+            RUNC_SHIM_NAMES.join(", ")
+        ));
+    }
+    let default_runtime = match (values.non_empty_text("default_runtime").map(str::to_owned), old_runtime) {
+        (Some(new), Some(old)) if new != old => {
+            faults.push(format!(
+                "default_runtime = {new:?} and containerd_runtime = {old:?} exclude each other; remove one of them"
+            ));
+            None
+        }
+        (new, old) => new.or(old),
+    };
+    let allow_runtimes = values.list("allow_runtimes").map(<[String]>::to_vec);
+    let default = default_runtime.iter().map(|name| ("default_runtime", name));
+    let allowed = allow_runtimes.iter().flatten().map(|name| ("allow_runtimes", name));
+    for (option, runtime) in default.chain(allowed).filter(|(_, name)| !runtimes.contains_key(*name)) {
+        faults.push(format!("{option}: runtime {runtime:?} is not configured; the runtimes are {known_runtimes}"));
+    }
+    Runtimes { runtimes, default_runtime, allow_runtimes }
+}
+
+/// Returns all runtimes that jobs can name: the built-in runtimes and those of the blocks.
+fn all_runtimes(values: &Values, faults: &mut Faults) -> BTreeMap<String, RuntimeSettings> {
     let empty = Values::default();
     let built_in = ["crun", "runc", "runsc", "io.containerd.runsc.v1"];
     let mut runtimes: BTreeMap<String, RuntimeSettings> =
@@ -37,7 +75,7 @@ pub(super) fn runtimes(values: &Values, faults: &mut Faults<'_>) -> BTreeMap<Str
     runtimes
 }
 
-fn runtime(name: &str, block: &Values, faults: &mut Faults<'_>) -> RuntimeSettings {
+fn runtime(name: &str, block: &Values, faults: &mut Faults) -> RuntimeSettings {
     let shim = block.non_empty_text("shim").map(PathBuf::from).or_else(|| shim_for_runtime(name));
     let config = block.non_empty_text("config").map(PathBuf::from);
     for (option, path) in
@@ -95,11 +133,11 @@ fn shim_for_runtime(name: &str) -> Option<PathBuf> {
     (kind != "runc").then(|| format!("containerd-shim-{kind}-{version}").into())
 }
 
-fn gvisor(name: &str, block: &Values, faults: &mut Faults<'_>) -> GvisorSettings {
+fn gvisor(name: &str, block: &Values, faults: &mut Faults) -> GvisorSettings {
     fn parse_option<T: FromStr<Err = &'static str>>(
         (name, block): (&str, &Values),
         option: &str,
-        faults: &mut Faults<'_>,
+        faults: &mut Faults,
     ) -> Option<T> {
         let text = block.non_empty_text(option)?;
         let parsed = text.parse();
