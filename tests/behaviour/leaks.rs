@@ -25,47 +25,9 @@ async fn leaks_without(step: &str) -> Vec<String> {
     drop(outcome);
     env.plugin.take().unwrap().shut_down().await;
     leaks.extend(leak::afterwards_within(&env, SOON).await);
-    clean(&env).await;
+    leak::remove(&env).await;
+    env.skip_leak_check();
     leaks
-}
-
-/// Removes what the plugin with the skipped step has left: mounts, cgroups with their processes, and shims.
-async fn clean(env: &Env) {
-    for line in std::fs::read_to_string("/proc/self/mountinfo")
-        .unwrap()
-        .lines()
-        .rev()
-        .filter(|line| line.contains(env.dir.to_str().unwrap()))
-    {
-        let point = line.split(' ').nth(4).unwrap();
-        nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH).unwrap();
-    }
-    for group in leak::cgroups(env) {
-        let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-        for pid in procs.lines().map(|pid| pid.parse().unwrap()) {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-        }
-        crate::support::eventually("the cgroup is gone", async || match std::fs::remove_dir(&group) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        })
-        .await;
-    }
-    for (pid, line) in shims(env) {
-        assert!(line.contains("containerd-shim"), "{line}");
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
-    }
-}
-
-fn shims(env: &Env) -> Vec<(i32, String)> {
-    leak::entries(std::path::Path::new("/proc"))
-        .into_iter()
-        .filter_map(|pid| {
-            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
-            (line.contains(env.dir.to_str().unwrap()) && line.contains("-namespace"))
-                .then(|| (pid.parse().unwrap(), line))
-        })
-        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

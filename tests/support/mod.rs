@@ -4,6 +4,7 @@ pub(crate) mod authority;
 pub(crate) mod env;
 pub(crate) mod exec;
 pub(crate) mod fake_registry;
+pub(crate) mod finish;
 pub(crate) mod image;
 pub(crate) mod leak;
 pub(crate) mod modes;
