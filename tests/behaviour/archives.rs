@@ -14,7 +14,9 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Entry, Env, EnvOptions, Image, Layer, Packing, eventually, leak, services, services::run};
+use crate::support::{
+    Entry, Env, EnvOptions, Image, Layer, Packing, each_case, eventually, leak, services, services::run,
+};
 
 /// Writes an image to a directory in OCI's layout.
 fn layout(image: &Image, directory: &Path) -> PathBuf {
@@ -171,7 +173,7 @@ async fn bad_archives_are_refused_with_a_reason() {
     header.set_cksum();
     let long_name = file("long-name.tar", header.as_bytes());
     fs::File::options().write(true).open(&long_name).unwrap().set_len(65 << 30).unwrap();
-    for (image, told) in [
+    let cases = [
         (format!("docker-archive:{long_name}"), "more than 1 MiB"),
         (format!("docker-archive:{}", files.join("fifo").display()), "not a regular file"),
         (format!("oci-archive:{}", files.display()), "not a regular file"),
@@ -192,11 +194,13 @@ async fn bad_archives_are_refused_with_a_reason() {
         (format!("oci:{}", bomb.display()), "larger than"),
         ("oci:/etc".to_owned(), "allow_paths"),
         ("docker-archive:local/../../../x.tar".to_owned(), "leads out"),
-    ] {
+    ];
+    each_case(cases, async |(image, told)| {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/true"})).await;
         let error = env.try_start(&mut task).await.expect_err(&image);
         assert!(error.message().contains(told), "{image}: {told:?} not in {:?}", error.message());
-    }
+    })
+    .await;
     assert!(!Path::new("/escaped").exists());
     env.finish().await;
 }

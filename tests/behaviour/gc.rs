@@ -14,8 +14,9 @@ use nix::{
 use nomad_driver_shim::{ids::random_hex, process::PidFd};
 use serde_json::{Value, json};
 
-use crate::support::{
-    Env, EnvOptions, Image, Task, eventually, leak, patience, program, script, services, services::root,
+use crate::{
+    support::{Env, EnvOptions, Image, Task, eventually, leak, patience, program, script, services, services::root},
+    trials,
 };
 
 async fn cli(env: &Env, arguments: &[&str]) -> Output {
@@ -218,13 +219,10 @@ fn leaf(path: &Path) -> std::path::PathBuf {
 }
 
 /// Tasks whose start or teardown was in progress when the plugin was killed.
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_half_done_is_undone_without_a_plugin() {
-    for (point, why) in [
-        ("start.created", "had begun to start it"),
-        ("undo.container", "had begun to destroy it"),
-        ("undo.upper", "had begun to destroy it"),
-    ] {
+mod what_is_half_done_is_undone_without_a_plugin {
+    use super::*;
+
+    async fn check(point: &str, why: &str) {
         let variable = ("NOMAD_DRIVER_SHIM_KILL_AT".to_owned(), point.to_owned());
         let mut env = Env::with(EnvOptions { env: vec![variable], ..EnvOptions::default() }).await;
         let mut task =
@@ -242,6 +240,12 @@ async fn what_is_half_done_is_undone_without_a_plugin() {
         env.set_var("NOMAD_DRIVER_SHIM_KILL_AT", None);
         env.start_plugin().await;
         env.finish().await;
+    }
+
+    trials! { check:
+        start => "start.created", "had begun to start it";
+        container => "undo.container", "had begun to destroy it";
+        upper => "undo.upper", "had begun to destroy it";
     }
 }
 

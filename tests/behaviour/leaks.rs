@@ -3,7 +3,10 @@
 
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, leak};
+use crate::{
+    support::{Env, EnvOptions, leak},
+    trials,
+};
 
 /// Objects that are meant to stay, such as the shims of the pool, are checked after this delay.
 const SOON: std::time::Duration = std::time::Duration::from_millis(300);
@@ -30,21 +33,25 @@ async fn leaks_without(step: &str) -> Vec<String> {
     leaks
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn each_undo_that_is_left_out_is_noticed() {
-    for (step, sign) in [
-        // A shim that deletes a container also unmounts its root file system. The mount is left only if both steps are
-        // skipped.
-        ("container,unmount", "mount: "),
-        ("container", " state of "),
-        ("bundle", "run/bundles/"),
-        ("upper", "state/uppers/"),
-        ("record", "run/tasks/"),
-        ("shim", "shims: "),
-        ("shim-dir", "shim"),
-    ] {
+mod each_undo_that_is_left_out_is_noticed {
+    use super::*;
+
+    /// Leaves `step` out, and looks for a leak that contains `sign`.
+    async fn check(step: &str, sign: &str) {
         let leaks = leaks_without(step).await;
         assert!(leaks.iter().any(|leak| leak.contains(sign)), "{step}: {sign:?} not in {leaks:#?}");
+    }
+
+    trials! { check:
+        // A shim that deletes a container also unmounts its root file system. The mount is left only if both steps are
+        // skipped.
+        container_and_unmount => "container,unmount", "mount: ";
+        container => "container", " state of ";
+        bundle => "bundle", "run/bundles/";
+        upper => "upper", "state/uppers/";
+        record => "record", "run/tasks/";
+        shim => "shim", "shims: ";
+        shim_directory => "shim-dir", "shim";
     }
 }
 

@@ -3,10 +3,13 @@
 use std::{fs, time::Duration};
 
 use nomad_driver_shim::pb::driver::TaskState;
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::support::{Env, eventually, leak, patience, services};
+use crate::{
+    support::{Env, EnvOptions, eventually, patience, services},
+    trials,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_runs_and_its_exit_code_and_output_come_back() {
@@ -174,27 +177,28 @@ async fn events_and_fingerprint_are_streams_that_stay() {
     env.finish().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_fingerprint_tells_what_is_wrong() {
-    use crate::support::EnvOptions;
+mod a_fingerprint_tells_what_is_wrong {
     use nomad_driver_shim::pb::driver::{FingerprintRequest, fingerprint_response::HealthState};
-    for (config, health, words) in [
-        (json!({"enabled": false}), HealthState::Undetected, "disabled"),
-        (json!({"containerd": {"address": "/no/such.sock"}}), HealthState::Unhealthy, "/no/such.sock"),
-        (json!({"shim": {"binary": "/no/such-shim"}}), HealthState::Undetected, "/no/such-shim"),
-        (
-            json!({"runtime": {"x": {"binary": "/no/such-runtime"}}, "default_runtime": "x"}),
-            HealthState::Undetected,
-            "/no/such-runtime",
-        ),
-    ] {
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+
+    use super::*;
+
+    async fn check(config: Value, health: HealthState, words: &str) {
+        let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
         let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
         let first = tokio::time::timeout(patience(), fingerprints.message()).await.unwrap().unwrap().unwrap();
         assert_eq!(first.health, health as i32, "{first:?}");
         assert!(first.health_description.contains(words), "{first:?}");
-        env.plugin.take().unwrap().shut_down().await;
-        assert_eq!(leak::afterwards(&env).await, Vec::<String>::new());
+        env.finish().await;
+    }
+
+    trials! { check:
+        disabled => json!({"enabled": false}), HealthState::Undetected, "disabled";
+        no_containerd => json!({"containerd": {"address": "/no/such.sock"}}), HealthState::Unhealthy, "/no/such.sock";
+        no_shim => json!({"shim": {"binary": "/no/such-shim"}}), HealthState::Undetected, "/no/such-shim";
+        no_runtime =>
+            json!({"runtime": {"x": {"binary": "/no/such-runtime"}}, "default_runtime": "x"}),
+            HealthState::Undetected,
+            "/no/such-runtime";
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     plugin_with, runtimes, shell,
-    support::{Entry, Env, EnvOptions, Image, Layer, Packing, services},
+    support::{Entry, Env, EnvOptions, Image, Layer, Packing, each_case, services},
 };
 
 /// A refusal takes milliseconds, and some come after a pull. The faults that these tests look for took a minute.
@@ -68,7 +68,7 @@ async fn accounts_files_are_plain_files() {
     use tar::EntryType::{Directory, Fifo, Symlink};
     for runtime in runtimes() {
         let mut env = plugin_with(&runtime, json!({})).await;
-        for (name, path, kind, link, words) in [
+        let cases = [
             ("passwd-fifo", "etc/passwd", Fifo, "", "/etc/passwd is a FIFO"),
             ("group-fifo", "etc/group", Fifo, "", "/etc/group is a FIFO"),
             ("passwd-directory", "etc/passwd", Directory, "", "/etc/passwd is a directory"),
@@ -76,12 +76,14 @@ async fn accounts_files_are_plain_files() {
             ("group-link-to-device", "etc/group", Symlink, "/dev/zero", "/etc/group is a link"),
             ("passwd-link-loop", "etc/passwd", Symlink, "passwd", "/etc/passwd is a link"),
             ("group-link-to-fifo", "etc/group", Symlink, "../fifo", "/etc/group is a FIFO"),
-        ] {
+        ];
+        each_case(cases, async |(name, path, kind, link, words)| {
             let image = Image::busybox().with_layer(special("fifo", Fifo, "")).with_layer(special(path, kind, link));
             let image = push(name, image).await;
             let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", "id"]});
             must_say(&mut env, &format!("{runtime}, {name}"), config, &[words]).await;
-        }
+        })
+        .await;
         let image = push("passwd-device", Image::busybox().with_layer(device("etc/passwd"))).await;
         let config = json!({"image": image, "command": "/bin/sh"});
         must_say(&mut env, &format!("{runtime}, device"), config, &["/etc/passwd is a device"]).await;
@@ -120,7 +122,7 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
     for runtime in runtimes() {
         let mut env = plugin_with(&runtime, json!({})).await;
         let many: Vec<String> = (0..24).map(|_| "y".repeat(100_000)).collect();
-        for (what, options, words) in [
+        let cases = [
             ("command", json!({"command": path}), "the command has 1048577 bytes"),
             // An argument of this length is permitted, but runc hangs on a command path of this length.
             ("command", json!({"command": &path[..120_000]}), "the command has 120000 bytes"),
@@ -132,10 +134,12 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
                 json!({"mounts": [{"type": "tmpfs", "target": path}]}),
                 "the target of a mount has 1048577 bytes",
             ),
-        ] {
+        ];
+        each_case(cases, async |(what, options, words)| {
             let config = shell(&env, "true", options).await;
             must_say(&mut env, &format!("{runtime}, {what}"), config, &[words]).await;
-        }
+        })
+        .await;
         let config = shell(&env, "true", json!({})).await;
         let text =
             refused(&mut env, "variable", config, |task| drop(task.env.insert("BIG".into(), long.clone()))).await;
@@ -174,16 +178,18 @@ async fn what_is_run_in_a_task_is_within_the_kernels_limits() {
         let config = shell(&env, "sleep 600", json!({})).await;
         let task = env.start(config).await;
         let long = "x".repeat(200_000);
-        for (command, words) in [
+        let cases = [
             (["/bin/echo", long.as_str()], "argument 1 of the command has 200000 bytes"),
             (["/bin/echo", "a\0b"], "argument 1 of the command contains a NUL byte"),
             (["/bin/echo\0x", ""], "the command contains a NUL byte"),
-        ] {
+        ];
+        each_case(cases, async |(command, words)| {
             let began = Instant::now();
             let error = env.exec(&task, &command, 0).await.expect_err(words);
             assert!(began.elapsed() < PROMPT, "{runtime}: {:?}", began.elapsed());
             assert!(error.message().contains(words), "{runtime}: {}", error.message());
-        }
+        })
+        .await;
         // The message in an interactive session.
         let outcome = env.talk(&task, &["/bin/echo", "a\0b"], false).await.unwrap().end().await;
         assert_eq!(outcome.code, Some(126), "{runtime}: {outcome:?}");
@@ -198,7 +204,7 @@ async fn what_is_run_in_a_task_is_within_the_kernels_limits() {
 async fn nul_bytes_are_refused_by_the_options_name() {
     for runtime in runtimes() {
         let mut env = plugin_with(&runtime, json!({"security": {"allow_devices": ["/dev/*"]}})).await;
-        for (option, options) in [
+        let cases = [
             ("command", json!({"command": "/bin/sh\0x"})),
             ("args", json!({"args": ["-c", "true\0x"]})),
             ("entrypoint", json!({"command": null, "entrypoint": ["/bin/sh", "-c", "true\0"]})),
@@ -216,11 +222,13 @@ async fn nul_bytes_are_refused_by_the_options_name() {
             ("ulimit", json!({"ulimit": {"nofile": "10\0"}})),
             ("extra_hosts", json!({"extra_hosts": ["a\0b:1.2.3.4"]})),
             ("runtime", json!({"runtime": "crun\0x"})),
-        ] {
+        ];
+        each_case(cases, async |(option, options)| {
             let config = shell(&env, "true", options).await;
             let words = format!("{option} contains a NUL byte");
             must_say(&mut env, &format!("{runtime}, {option}"), config, &[&words]).await;
-        }
+        })
+        .await;
         type Change = fn(&mut TaskConfig);
         let sent: [(&str, Change); 5] = [
             ("env: \"A\" contains", |task| drop(task.env.insert("A".into(), "1\0B=2".into()))),

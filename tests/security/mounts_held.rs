@@ -9,7 +9,7 @@ use crate::{
     plugin_with,
     probe::{Outcome, outcome, refusal, refusal_of},
     runtimes, shell,
-    support::{Env, EnvOptions, Task, services},
+    support::{Env, EnvOptions, Task, each_case, services},
 };
 
 fn bind(source: &str, options: &[&str]) -> Value {
@@ -70,30 +70,33 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
         "alloc/data\0/../../other/secrets",
         "local\0",
     ];
-    for source in absolute.iter().chain(&ours).chain(&relative) {
+    each_case(absolute.iter().chain(&ours).chain(&relative), async |source| {
         let config = shell(&env, "ls -R /m", json!({"mounts": [bind(source, &["rbind", "rw"])]})).await;
         let mut task = prepared(&mut env, &decoy, config).await;
         // Of this list, "alloc" is the only name that every task can see anyway.
         if *source == "alloc" {
             env.try_start(&mut task).await.unwrap();
             env.finish_task(task).await;
-            continue;
+            return;
         }
         let reason = refusal_of(&env, &mut task, source).await;
         assert!(reason.contains("mounts"), "{source}: {reason}");
         assert!(!reason.contains(SECRET.trim()), "{source}: {reason}");
-    }
+    })
+    .await;
     // The same sources as absolute paths into the allocation.
-    for below in
-        ["", "other", "other/secrets/token", "web", "web/private", "alloc/data/decoy", "alloc/../other/secrets"]
-    {
-        let mut task = prepared(&mut env, &decoy, Value::Null).await;
-        let source = task.dirs.alloc_dir.join(below).display().to_string();
-        let config = shell(&env, "ls -R /m", json!({"mounts": [bind(&source, &["rbind", "rw"])]})).await;
-        task = env.prepare_again(task, "2", config).await;
-        let reason = refusal_of(&env, &mut task, &source).await;
-        assert!(reason.contains("mounts"), "{source}: {reason}");
-    }
+    each_case(
+        ["", "other", "other/secrets/token", "web", "web/private", "alloc/data/decoy", "alloc/../other/secrets"],
+        async |below| {
+            let mut task = prepared(&mut env, &decoy, Value::Null).await;
+            let source = task.dirs.alloc_dir.join(below).display().to_string();
+            let config = shell(&env, "ls -R /m", json!({"mounts": [bind(&source, &["rbind", "rw"])]})).await;
+            task = env.prepare_again(task, "2", config).await;
+            let reason = refusal_of(&env, &mut task, &source).await;
+            assert!(reason.contains("mounts"), "{source}: {reason}");
+        },
+    )
+    .await;
     decoy.assert_untouched("a mount's source");
     env.finish().await;
 
@@ -118,17 +121,19 @@ async fn no_other_file_system_than_a_tmpfs_is_mounted() {
             "command": "/bin/sh", "args": ["-c", "mount | grep ' /m '; find /m -type f | head"],
         })
     };
-    for kind in [
+    let cases = [
         "overlay", "proc", "sysfs", "cgroup", "cgroup2", "devtmpfs", "devpts", "ext4", "nfs", "9p", "fuse", "mqueue",
         "none", "BIND", "Bind", "bind ", "tmpfs ", "tmpfs\0", "",
-    ] {
+    ];
+    each_case(cases, async |kind| {
         let mount = json!({"type": kind, "source": "/dev/vda", "target": "/m", "options": ["rw"]});
         let reason = refusal(&mut env, config(mount, "crun")).await;
         assert!(reason.contains("mounts"), "{kind:?}: {reason}");
-    }
+    })
+    .await;
     let lower = format!("lowerdir={}", decoy.path());
     let (joined, sized) = (format!("rw,{lower}"), format!("size=1m,{lower}"));
-    for options in [
+    let cases = [
         vec!["bind"],
         vec!["rbind"],
         vec!["rw", "rbind"],
@@ -146,11 +151,13 @@ async fn no_other_file_system_than_a_tmpfs_is_mounted() {
         vec!["dest-nofollow"],
         vec!["size=1m", "x-mount.mkdir"],
         vec![" size=1m"],
-    ] {
+    ];
+    each_case(cases, async |options| {
         let mount = json!({"type": "tmpfs", "source": decoy.path(), "target": "/m", "options": options});
         let reason = refusal(&mut env, config(mount, "crun")).await;
         assert!(reason.contains("mounts"), "{options:?}: {reason}");
-    }
+    })
+    .await;
     // Text that the driver accepts as an option's value must be one for the kernel as well: the mount either fails, or
     // is a tmpfs without files.
     for runtime in runtimes() {

@@ -9,7 +9,7 @@ use crate::{
     decoy::{Decoy, SECRET},
     probe::{Outcome, outcome, refusal, refusal_of},
     runtimes, shell,
-    support::{Env, EnvOptions, patience},
+    support::{Env, EnvOptions, each_case, patience},
 };
 
 /// Each option that removes a confinement, and the setting by which an operator would permit it.
@@ -86,10 +86,11 @@ async fn what_the_operator_does_not_allow_is_refused() {
         options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
         config
     };
-    for (options, named) in openings() {
+    each_case(openings(), async |(options, named)| {
         let reason = refusal(&mut env, with(&options)).await;
         assert!(reason.contains(named), "{options}: {reason}");
-    }
+    })
+    .await;
     env.finish().await;
     // Control test: the task starts when the operator permits all of these options.
     let security = json!({"allow_host_namespaces": true, "allow_caps": ["ALL"], "allow_seccomp_override": true});
@@ -198,14 +199,15 @@ async fn text_that_means_something_elsewhere_is_refused() {
     ] {
         attacks.push((json!({"image": name}), "image"));
     }
-    for (options, named) in attacks {
+    each_case(attacks, async |(options, named)| {
         let mut config = json!({"image": image, "command": "/bin/true"});
         options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
         let reason = refusal(&mut env, config).await;
         assert!(reason.contains(named), "{options}: {reason}");
-    }
+    })
+    .await;
     // Users and groups, which Nomad sends outside the driver's options.
-    for user in [
+    let users = [
         "root\n",
         "user\0",
         "user:root:x",
@@ -221,18 +223,20 @@ async fn text_that_means_something_elsewhere_is_refused() {
         "nobody",
         "%s",
         "user\nroot",
-    ] {
+    ];
+    each_case(users, async |user| {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/id"})).await;
         task.config.user = user.to_owned();
         if user == "user:" {
             // An empty group means no group.
             env.try_start(&mut task).await.unwrap();
             assert_eq!(env.finish_task(task).await.1, "uid=1000(user) gid=1001(user) groups=1001(user),2000(extra)\n");
-            continue;
+            return;
         }
         let reason = refusal_of(&env, &mut task, user).await;
         assert!(reason.contains("user") || reason.contains("group"), "{user:?}: {reason}");
-    }
+    })
+    .await;
     env.finish().await;
 }
 

@@ -9,10 +9,12 @@ pub(crate) mod image;
 pub(crate) mod leak;
 pub(crate) mod modes;
 pub(crate) mod services;
+pub(crate) mod trials;
 
 pub(crate) use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};
 pub(crate) use image::{Entry, Image, Layer, Packing};
 pub(crate) use services::services;
+pub(crate) use trials::each_case;
 
 use std::time::Duration;
 

@@ -10,6 +10,8 @@ mod limits;
 mod mounts;
 #[cfg(test)]
 mod properties;
+#[cfg(test)]
+mod refusals;
 mod runtime;
 #[cfg(test)]
 mod tests;
