@@ -47,12 +47,7 @@ macro_rules! trials_of_stops {
 
 /// A plugin that is killed at `point`. The grace period is short, so that the next plugin collects garbage soon.
 async fn doomed(point: &str) -> Env {
-    let options = EnvOptions {
-        config: json!({"state": {"grace": "1s"}}),
-        env: vec![(SWITCH.to_owned(), point.to_owned())],
-        ..EnvOptions::default()
-    };
-    Env::with(options).await
+    EnvOptions::default().config(json!({"state": {"grace": "1s"}})).var(SWITCH, point).start().await
 }
 
 /// The plugin was killed by its failpoint. The next plugin is started without a failpoint.
@@ -78,7 +73,7 @@ fn containers(env: &Env) -> [usize; 3] {
 /// The configuration of a task that prints `up`, and ends with exit code 5 as soon as the file `go` exists.
 async fn waiting(env: &Env) -> serde_json::Value {
     let script = "echo up; until [ -e /alloc/data/go ]; do sleep 0.02; done; exit 5";
-    json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]})
+    env.shell(script, json!({})).await
 }
 
 async fn waiting_task(env: &mut Env) -> Task {

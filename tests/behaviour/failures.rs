@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::{
     support::{
-        Entry, Env, EnvOptions, Image, Layer, Packing, each_case,
+        Entry, Env, Image, Layer, Packing, each_case,
         fake_registry::{Answer, FakeRegistry, MANIFEST},
         services,
     },
@@ -190,7 +190,7 @@ async fn bad_layers_are_refused_by_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_attempt_can_be_tried_again() {
     let mut env = Env::new().await;
-    let good = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "exit 0"]});
+    let good = env.shell("exit 0", json!({})).await;
     let mut bad = good.clone();
     bad["command"] = json!("/no/such");
     let mut task = env.prepare(bad).await;
@@ -206,7 +206,7 @@ mod a_missing_shim_or_runtime_is_named {
     use super::*;
 
     async fn check(config: Value, task: Value, words: &str) {
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let mut env = Env::configured(config).await;
         let mut options = task;
         options["image"] = json!(env.busybox().await);
         let mut task = env.prepare(options).await;

@@ -15,9 +15,7 @@ const SOON: std::time::Duration = std::time::Duration::from_millis(300);
 async fn leaks_without(step: &str) -> Vec<String> {
     // A shim's directory is removed only together with its shim, so the shim must not be reused for that step.
     let config = json!({"shim": {"reuse": step != "shim-dir"}});
-    let env = vec![("NOMAD_DRIVER_SHIM_SKIP".to_owned(), step.to_owned())];
-    let options = EnvOptions { config, env, ..EnvOptions::default() };
-    let mut env = Env::with(options).await;
+    let mut env = EnvOptions::default().config(config).var("NOMAD_DRIVER_SHIM_SKIP", step).start().await;
     let task = env.sh("sleep 600").await;
     let outcome = env.destroy(&task).await;
     // After this delay the pool is full again: one more shim than that is a leak.
@@ -72,8 +70,7 @@ async fn a_destroy_after_a_crash_undoes_by_the_record() {
 async fn a_half_made_start_is_undone_at_the_next_opening() {
     // The plugin holds the attempt's log FIFOs open until Nomad asks for the task again, or until the grace period is
     // over.
-    let config = json!({"state": {"grace": "1s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"state": {"grace": "1s"}})).await;
     let task = env.sh("sleep 600").await;
     let (path, mut record) = env.record(&task).await;
     env.kill_plugin().await;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::{
-    support::{Env, EnvOptions, eventually, patience, services},
+    support::{Env, eventually, patience, services, shell_in},
     trials,
 };
 
@@ -125,7 +125,7 @@ async fn signals_reach_the_first_process() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_oom_kill_is_told() {
     let mut env = Env::new().await;
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=60; echo survived"]});
+    let config = env.shell("dd if=/dev/zero of=/dev/shm/x bs=1M count=60; echo survived", json!({})).await;
     let mut task = env.prepare(config).await;
     let memory = task.config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap().memory.as_mut().unwrap();
     memory.memory_mb = 20;
@@ -183,7 +183,7 @@ mod a_fingerprint_tells_what_is_wrong {
     use super::*;
 
     async fn check(config: Value, health: HealthState, words: &str) {
-        let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let env = Env::configured(config).await;
         let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
         let first = tokio::time::timeout(patience(), fingerprints.message()).await.unwrap().unwrap().unwrap();
         assert_eq!(first.health, health as i32, "{first:?}");
@@ -211,7 +211,7 @@ async fn a_cached_image_starts_without_containerd() {
     env.config["containerd"]["address"] = json!("/no/such.sock");
     env.start_plugin().await;
     let image = env.busybox().await;
-    assert_eq!(env.run(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 4"]})).await.0, 4);
+    assert_eq!(env.run(shell_in(&image, "exit 4")).await.0, 4);
     assert!(services().containerd.exists());
     env.finish().await;
 }
@@ -227,7 +227,7 @@ async fn a_dropped_call_is_finished() {
     let mut env = Env::new().await;
     let registry = FakeRegistry::start().await;
     let slow = registry.serve(&Image::busybox(), |_, answer| Answer { delay: Duration::from_millis(400), ..answer });
-    let config = json!({"image": slow, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let config = shell_in(&slow, "sleep 600");
     let mut task = env.prepare(config).await;
     let pulling = async {
         while registry.requests().is_empty() {
@@ -256,7 +256,7 @@ async fn a_start_waits_for_the_one_that_a_dead_agent_left_behind() {
     let noise = nomad_driver_shim::ids::random_hex(8);
     let image = Image::busybox().with_layer(Layer::new(&[Entry::file("noise", noise)], Packing::Gzip));
     let slow = registry.serve(&image, |_, answer| Answer { delay: Duration::from_millis(400), ..answer });
-    let config = json!({"image": slow, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let config = shell_in(&slow, "sleep 600");
     let mut first = env.prepare(config.clone()).await;
     let dropped = tokio::time::timeout(Duration::from_millis(100), env.try_start(&mut first)).await;
     assert!(dropped.is_err());

@@ -6,13 +6,13 @@ use std::fs;
 use nomad_driver_shim::pb::driver::{DnsConfig, NetworkIsolationSpec};
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Image, Task, each_case, services};
+use crate::support::{Env, Image, Task, each_case, services};
 
 /// Returns an environment whose operator allows everything that these options need.
 async fn open_env() -> Env {
     let security = json!({"allow_host_namespaces": true, "allow_devices": ["/dev/*"], "allow_caps": ["ALL"]});
     let config = json!({"allow_privileged": true, "security": security});
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    Env::configured(config).await
 }
 
 async fn idle(env: &mut Env, mut options: Value) -> Task {
@@ -95,8 +95,8 @@ async fn the_operator_keeps_the_host_to_himself() {
     let error = refused(&mut env, json!({"devices": ["/dev/null"]})).await;
     assert!(error.contains("allow_devices"), "{error}");
     env.finish().await;
-    let config = json!({"security": {"allow_sysctls": ["net.ipv4.*"], "allow_devices": ["/dev/full"]}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env =
+        Env::configured(json!({"security": {"allow_sysctls": ["net.ipv4.*"], "allow_devices": ["/dev/full"]}})).await;
     let allowed = json!({"sysctl": {"net.ipv4.ip_forward": "1"}, "devices": ["/dev/full"]});
     assert_eq!(seen(&mut env, allowed, "cat /proc/sys/net/ipv4/ip_forward").await, "1\n");
     // A device is allowed by the target of a symlink, not by the symlink's name.
@@ -173,7 +173,7 @@ async fn cgroups_hold_what_the_job_says() {
     env.destroy(&task).await.unwrap();
     // The limit holds: a shell can't have forty children.
     let script = "for i in $(seq 60); do sleep 5 & done 2>/dev/null; jobs | wc -l";
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "pids_limit": 20});
+    let config = env.shell(script, json!({"pids_limit": 20})).await;
     let (_, out, err) = env.run(config).await;
     assert!(out.trim().parse::<u32>().unwrap_or(0) < 25, "{out} {err}");
     env.finish().await;
@@ -264,11 +264,11 @@ async fn the_hosts_gateway_is_found_in_the_groups_network() {
 async fn a_terminal_is_one_and_its_output_is_the_logs() {
     let mut env = Env::new().await;
     let script = "[ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo terminal; echo err >&2; exit 4";
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "tty": true});
+    let config = env.shell(script, json!({"tty": true})).await;
     let (code, out, err) = env.run(config).await;
     assert_eq!((code, out.as_str(), err.as_str()), (4, "terminal\r\nerr\r\n", ""));
     // Nomad passes these paths for `logs { disabled = true }`.
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script], "tty": true});
+    let config = env.shell(script, json!({"tty": true})).await;
     let mut task = env.prepare(config).await;
     (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
     env.try_start(&mut task).await.unwrap();
@@ -325,8 +325,8 @@ async fn the_operators_hooks_are_run() {
     let script = directory.path().join("hook");
     crate::support::script(&script, "cat > \"$1\"");
     let at = |name: &str| format!("{} {}", script.display(), directory.path().join(name).display());
-    let config = json!({"hooks": {"create_runtime": [at("created")], "poststop": [at("stopped")]}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env =
+        Env::configured(json!({"hooks": {"create_runtime": [at("created")], "poststop": [at("stopped")]}})).await;
     assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
     for name in ["created", "stopped"] {
         let state: Value = serde_json::from_slice(&fs::read(directory.path().join(name)).unwrap()).unwrap();

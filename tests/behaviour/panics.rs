@@ -13,8 +13,7 @@ use crate::{
 
 async fn env(point: &str) -> Env {
     let config = json!({"state": {"grace": "500ms"}});
-    let env = vec![("NOMAD_DRIVER_SHIM_PANIC_AT".to_owned(), point.to_owned())];
-    Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await
+    EnvOptions::default().config(config).var("NOMAD_DRIVER_SHIM_PANIC_AT", point).start().await
 }
 
 /// Asserts that everything of the attempt is removed: the garbage collection, or a retry, has completed the work that
@@ -72,7 +71,7 @@ mod a_teardown_that_panics_is_done_again {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_attempt_undoes_what_a_panic_has_left() {
     let mut env = env("undo.clearing").await;
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let config = env.shell("sleep 600", json!({})).await;
     let first = env.start(config.clone()).await;
     env.destroy(&first).await.unwrap();
     let mut again = env.prepare_again(first, "2", config).await;

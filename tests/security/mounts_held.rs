@@ -6,10 +6,9 @@ use serde_json::{Value, json};
 
 use crate::{
     decoy::{Decoy, SECRET},
-    plugin_with,
     probe::{Outcome, outcome, refusal, refusal_of},
-    runtimes, shell,
-    support::{Env, EnvOptions, Task, each_case, services},
+    runtimes,
+    support::{Env, Task, each_case, services},
 };
 
 fn bind(source: &str, options: &[&str]) -> Value {
@@ -71,7 +70,7 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
         "local\0",
     ];
     each_case(absolute.iter().chain(&ours).chain(&relative), async |source| {
-        let config = shell(&env, "ls -R /m", json!({"mounts": [bind(source, &["rbind", "rw"])]})).await;
+        let config = env.shell("ls -R /m", json!({"mounts": [bind(source, &["rbind", "rw"])]})).await;
         let mut task = prepared(&mut env, &decoy, config).await;
         // Of this list, "alloc" is the only name that every task can see anyway.
         if *source == "alloc" {
@@ -90,7 +89,7 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
         async |below| {
             let mut task = prepared(&mut env, &decoy, Value::Null).await;
             let source = task.dirs.alloc_dir.join(below).display().to_string();
-            let config = shell(&env, "ls -R /m", json!({"mounts": [bind(&source, &["rbind", "rw"])]})).await;
+            let config = env.shell("ls -R /m", json!({"mounts": [bind(&source, &["rbind", "rw"])]})).await;
             task = env.prepare_again(task, "2", config).await;
             let reason = refusal_of(&env, &mut task, &source).await;
             assert!(reason.contains("mounts"), "{source}: {reason}");
@@ -102,9 +101,9 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
 
     // Control test: under the name `containerd-driver` any path is followed, and the task reads the decoy's secret
     // through it.
-    let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let mut env = Env::drop_in(json!({})).await;
     let decoy = Decoy::new(&env);
-    let config = shell(&env, "cat /m/secret", json!({"mounts": [bind(decoy.path(), &["rbind", "ro"])]})).await;
+    let config = env.shell("cat /m/secret", json!({"mounts": [bind(decoy.path(), &["rbind", "ro"])]})).await;
     assert_eq!(env.run(config).await.1, SECRET);
     env.finish().await;
 }
@@ -204,9 +203,9 @@ async fn targets_lie_below_the_root_of_the_container() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bound_device_node_does_not_open() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"allow_privileged": true})).await;
         let make = "mknod /alloc/data/loop b 7 0 && mknod /alloc/data/kmsg c 1 11 && chmod 666 /alloc/data/*";
-        let config = shell(&env, make, json!({})).await;
+        let config = env.shell(make, json!({})).await;
         assert_eq!(env.run(config).await.0, 0, "{runtime}");
         let alloc = env.allocs.last().unwrap().clone();
         let (both, one) = ("open /m/loop; open /m/kmsg; open /alloc/data/loop; open /alloc/data/kmsg", "open /m");
@@ -219,7 +218,7 @@ async fn a_bound_device_node_does_not_open() {
         ] {
             let script = format!("open() {{ (: < $1) && echo opened; }}; {script}");
             let mounts = json!([bind(source, &["rbind", "rw", "dev"])]);
-            let config = shell(&env, &script, json!({"mounts": mounts, "privileged": privileged})).await;
+            let config = env.shell(&script, json!({"mounts": mounts, "privileged": privileged})).await;
             let mut task = env.prepare_in(alloc.create_task(name).unwrap(), "1", config).await;
             env.try_start(&mut task).await.unwrap();
             let (_, out, err) = env.finish_task(task).await;

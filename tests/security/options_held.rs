@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use crate::{
     decoy::{Decoy, SECRET},
     probe::{Outcome, outcome, refusal, refusal_of},
-    runtimes, shell,
-    support::{Env, EnvOptions, each_case, patience},
+    runtimes,
+    support::{Env, each_case, patience, with_options},
 };
 
 /// Each option that removes a confinement, and the setting by which an operator would permit it.
@@ -81,11 +81,7 @@ fn openings() -> Vec<(Value, &'static str)> {
 async fn what_the_operator_does_not_allow_is_refused() {
     let mut env = Env::new().await;
     let image = env.busybox().await;
-    let with = |options: &Value| {
-        let mut config = json!({"image": image, "command": "/bin/true"});
-        options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
-        config
-    };
+    let with = |options: &Value| with_options(json!({"image": image, "command": "/bin/true"}), options.clone());
     each_case(openings(), async |(options, named)| {
         let reason = refusal(&mut env, with(&options)).await;
         assert!(reason.contains(named), "{options}: {reason}");
@@ -94,8 +90,7 @@ async fn what_the_operator_does_not_allow_is_refused() {
     env.finish().await;
     // Control test: the task starts when the operator permits all of these options.
     let security = json!({"allow_host_namespaces": true, "allow_caps": ["ALL"], "allow_seccomp_override": true});
-    let config = json!({"allow_privileged": true, "security": security});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"allow_privileged": true, "security": security})).await;
     let options = json!({
         "pid_mode": "host", "ipc_mode": "host", "uts_mode": "host", "cgroupns": "host", "cap_add": ["SYS_ADMIN"],
         "security_opt": ["seccomp=unconfined", "no-new-privileges=false"],
@@ -200,8 +195,7 @@ async fn text_that_means_something_elsewhere_is_refused() {
         attacks.push((json!({"image": name}), "image"));
     }
     each_case(attacks, async |(options, named)| {
-        let mut config = json!({"image": image, "command": "/bin/true"});
-        options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        let config = with_options(json!({"image": image, "command": "/bin/true"}), options.clone());
         let reason = refusal(&mut env, config).await;
         assert!(reason.contains(named), "{options}: {reason}");
     })
@@ -246,7 +240,7 @@ async fn annotations_of_other_spellings_change_nothing() {
     let mut env = Env::new().await;
     let (look, long) = ("grep -E '^(Seccomp|CapEff|NoNewPrivs):' /proc/self/status", "k".repeat(100 << 10));
     for runtime in runtimes() {
-        let plain = shell(&env, look, json!({"runtime": runtime})).await;
+        let plain = env.shell(look, json!({"runtime": runtime})).await;
         let expected = env.run(plain).await.1;
         assert!(expected.contains("Seccomp:\t2"), "{expected}");
         let keys = [
@@ -258,7 +252,7 @@ async fn annotations_of_other_spellings_change_nothing() {
             &long,
         ];
         for key in keys {
-            let config = shell(&env, look, json!({"runtime": runtime, "annotations": {key: "AAAA"}})).await;
+            let config = env.shell(look, json!({"runtime": runtime, "annotations": {key: "AAAA"}})).await;
             match outcome(&mut env, config).await {
                 Outcome::Refused(_) => {}
                 Outcome::Ran(_, out, _) => assert_eq!(out, expected, "{runtime}, {:?}", &key[..key.len().min(40)]),

@@ -43,6 +43,24 @@ impl Default for EnvOptions {
     }
 }
 
+impl EnvOptions {
+    /// Sets the configuration that is merged over the tests' own.
+    pub(crate) fn config(self, config: Value) -> Self {
+        Self { config, ..self }
+    }
+
+    /// Adds a variable to the plugin's environment.
+    pub(crate) fn var(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Starts the plugin.
+    pub(crate) async fn start(self) -> Env {
+        Env::with(self).await
+    }
+}
+
 /// Ends a row of the conformance suite as not applicable: the driver lacks what the row needs.
 pub(crate) struct NotApplicable(pub String);
 
@@ -83,6 +101,22 @@ pub(crate) struct Task {
 impl Env {
     pub(crate) async fn new() -> Self {
         Self::with(EnvOptions::default()).await
+    }
+
+    /// Starts a plugin with this configuration, merged over the tests' own.
+    pub(crate) async fn configured(config: Value) -> Self {
+        Self::with(EnvOptions { config, ..EnvOptions::default() }).await
+    }
+
+    /// Starts a plugin whose tasks use this runtime.
+    pub(crate) async fn with_runtime(runtime: &str, mut config: Value) -> Self {
+        config["default_runtime"] = json!(runtime);
+        Self::configured(config).await
+    }
+
+    /// Starts a plugin under the name of nomad-driver-containerd.
+    pub(crate) async fn drop_in(config: Value) -> Self {
+        Self::with(EnvOptions { config, name: "containerd-driver", ..EnvOptions::default() }).await
     }
 
     pub(crate) async fn with(options: EnvOptions) -> Self {
@@ -242,9 +276,14 @@ impl Env {
         task
     }
 
+    /// Returns the options of a task that runs a shell script in busybox. `options` take precedence.
+    pub(crate) async fn shell(&self, script: &str, options: Value) -> Value {
+        with_options(shell_in(&self.busybox().await, script), options)
+    }
+
     /// Starts a shell in busybox.
     pub(crate) async fn sh(&mut self, script: &str) -> Task {
-        let config = json!({"image": self.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+        let config = self.shell(script, json!({})).await;
         self.start(config).await
     }
 
@@ -326,6 +365,18 @@ impl Task {
         })
         .await;
     }
+}
+
+/// Returns the options of a task that runs a shell script in this image.
+pub(crate) fn shell_in(image: &str, script: &str) -> Value {
+    json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})
+}
+
+/// Returns `config` with these options added or replaced.
+pub(crate) fn with_options(mut config: Value, options: Value) -> Value {
+    let Value::Object(options) = options else { panic!("{options} is no object") };
+    options.into_iter().for_each(|(name, value)| config[name] = value);
+    config
 }
 
 /// What of a configuration a schema knows.

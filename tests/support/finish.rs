@@ -48,14 +48,17 @@ impl Env {
     pub(crate) async fn destroy_all(&self) {
         let asked = std::mem::take(&mut *self.asked.lock().unwrap());
         let Some(plugin) = &self.plugin else { return };
-        for task_id in asked {
-            let request = DestroyTaskRequest { task_id, force: true };
-            let _ = tokio::time::timeout(patience(), plugin.driver().destroy_task(request)).await;
-        }
+        let destroyed = async {
+            for task_id in asked {
+                let _ = plugin.driver().destroy_task(DestroyTaskRequest { task_id, force: true }).await;
+            }
+        };
+        // A plugin that hangs would hang for each task.
+        let _ = tokio::time::timeout(patience(), destroyed).await;
     }
 
-    /// Removes what a failed test has left. Returns what a developer needs to see of it: the plugin's last log lines, and
-    /// what was still there after all tasks were destroyed and the plugin was shut down.
+    /// Removes what a failed test has left. Returns what a developer needs to see of it: the plugin's last log lines,
+    /// and what was still there after all tasks were destroyed and the plugin was shut down.
     async fn clean_up_after_failure(&mut self) -> String {
         // The lines of the clean-up itself are not shown.
         let log = self.log();

@@ -11,7 +11,7 @@ pub(crate) mod modes;
 pub(crate) mod services;
 pub(crate) mod trials;
 
-pub(crate) use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};
+pub(crate) use env::{Env, EnvOptions, NotApplicable, Task, not_applicable, shell_in, with_options};
 pub(crate) use image::{Entry, Image, Layer, Packing};
 pub(crate) use services::services;
 pub(crate) use trials::each_case;
