@@ -18,14 +18,8 @@ esac
 script=$(readlink -f "$0")
 cache=$(cd "$(dirname "$0")/.." && pwd)/target/cgroup2
 mkdir -p "$cache" && cd "$cache"
-say() { printf 'cgroup2: %s\n' "$*" >&2; }
 
-if [ ! -e boot ]; then
-  package=$(apt-cache depends linux-image-amd64 | awk '/Depends:/ {print $2; exit}')
-  say "unpacking the kernel $package"
-  apt-get download -qq "$package" 2>/dev/null
-  dpkg-deb -x "$package"_*.deb . && rm -f ./*.deb
-fi
+[ -e boot ] || { echo "cgroup2: there is no kernel in $cache; run scripts/setup.sh cgroup2" >&2; exit 1; }
 release=$(ls lib/modules)
 
 # The initramfs contains what is needed to mount this machine's files read-only below a file system in memory, and the

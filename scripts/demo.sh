@@ -26,10 +26,8 @@ case ${RUNTIME:-} in
   "") ;;
   *runsc*)
     options=(--runtime "$RUNTIME")
-    if ! command -v runsc >/dev/null; then
-      scripts/setup.sh gvisor
-      export PATH=$PWD/target/gvisor/bin:$PATH
-    fi ;;
+    # Without an installed runsc, `make demo` has built one here.
+    command -v runsc >/dev/null || export PATH=$PWD/target/gvisor/bin:$PATH ;;
   *) options=(--runtime "$RUNTIME") ;;
 esac
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs what the build, the demo and the tests need. The Makefile, CI, `make test-fresh` and the Vagrantfile all use
-# this script, so that its list of packages is known to work. It is quick when nothing is missing: it looks for commands
-# first and asks the package manager only for the missing ones.
+# Installs and mounts what the build, the demo and the tests need. No other script does that on this machine: the
+# Makefile, CI, `make test-fresh` and the Vagrantfile all use this one, so that its list of packages is known to work. It
+# prints a line for each change that it makes. It is quick when nothing is missing: it looks for commands first and asks
+# the package manager only for the missing ones.
 #
 #   scripts/setup.sh            everything for `make demo` and `make test`
 #   scripts/setup.sh fresh      also what `make test-fresh` needs on the host (debootstrap)
-#   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator and tools to make its initramfs
+#   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator, a kernel, and tools for an initramfs
 #   scripts/setup.sh arm64      also what `make build-arm64` needs on another architecture: a cross compiler
 #   scripts/setup.sh gvisor     also gVisor's runsc and its shim, built by Go, into target/gvisor
 #   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
@@ -19,6 +20,9 @@ gvisor=v0.0.0-20260905035102-160fafc42237
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
+changes=0
+# Reports a change that this script has made.
+did() { say "$*"; changes=$((changes + 1)); }
 
 [ "$(uname -s)" = Linux ] || die "this driver runs on Linux only"
 [ "$(id -u)" = 0 ] || die "needs root: containers, mounts and cgroups are made (try: sudo make ...)"
@@ -56,10 +60,11 @@ if ! busybox true 2>/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; th
 if [ ${#missing[@]} -gt 0 ]; then
   command -v apt-get >/dev/null || die "missing: ${missing[*]} (Debian package names); install them with this system's package manager"
   readarray -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
-  say "installing ${missing[*]}"
+  say "installing ${missing[*]} ..."
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq || say "the package lists could not all be refreshed; going on with those that could"
   apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  did "installed ${missing[*]}"
 fi
 
 # Rust: uses the installed version if it is new enough, else the distribution's rustup, else reports what is needed.
@@ -70,14 +75,21 @@ new_enough() {
   [ "$(printf '%s\n%s\n' "$want" "$have" | sort -V | head -n1)" = "$want" ]
 }
 if ! new_enough; then
-  if command -v rustup >/dev/null || { command -v apt-get >/dev/null && apt-get install -y -qq rustup >/dev/null 2>&1; }; then
-    say "asking rustup for the stable toolchain"
+  if ! command -v rustup >/dev/null && command -v apt-get >/dev/null && apt-get install -y -qq rustup >/dev/null 2>&1; then
+    did "installed rustup"
+  fi
+  if command -v rustup >/dev/null; then
     rustup default stable >/dev/null
+    did "installed Rust's stable toolchain with rustup, and made it the default"
   fi
   new_enough || die "Rust $want or newer is needed (found: $(cargo --version 2>/dev/null || echo none)); install it with rustup, or from your distribution, and run this again"
 fi
 
-if [ "${1:-}" = arm64 ] && command -v rustup >/dev/null; then rustup -q target add aarch64-unknown-linux-gnu; fi
+if [ "${1:-}" = arm64 ] && command -v rustup >/dev/null &&
+  ! rustup target list --installed | grep -q '^aarch64-unknown-linux-gnu$'; then
+  rustup -q target add aarch64-unknown-linux-gnu
+  did "installed Rust's target aarch64-unknown-linux-gnu with rustup"
+fi
 
 # Builds the newer programs of the matrix, and gVisor, from their projects' source at pinned versions. This needs a
 # current Go, which no Debian release has; nothing else here needs Go.
@@ -86,9 +98,10 @@ build() {
   local directory=$1; shift
   [ ! -e "$directory/.done" ] || return 0
   command -v go >/dev/null || die "building $* needs Go 1.25 or newer; install it from the Go project, and run this again"
-  say "building $*"
+  say "building $* ..."
   (cd /; GOBIN=$directory GOTOOLCHAIN=local GOFLAGS=-trimpath go install "$@") || die "go install $* failed; is $(go version) new enough?"
   touch "$directory/.done"
+  did "built $* in $directory"
 }
 if [ "${1:-}" = gvisor ]; then
   # Without cgo: runsc executes itself again inside of a sandbox, where there are no libraries.
@@ -107,6 +120,18 @@ if [ "${1:-}" = matrix ]; then
   build "$matrix/runc-$matrix_runc" "github.com/opencontainers/runc@v$matrix_runc"
 fi
 
+# The virtual machine of `make test-cgroup2` boots this distribution's own kernel. The package is unpacked, not installed.
+if [ "${1:-}" = cgroup2 ] && [ ! -e "$target/cgroup2/boot" ]; then
+  mkdir -p "$target/cgroup2"
+  (
+    cd "$target/cgroup2" &&
+      package=$(apt-cache depends linux-image-amd64 | awk '/Depends:/ {print $2; exit}') &&
+      apt-get download -qq "$package" 2>/dev/null &&
+      dpkg-deb -x "$package"_*.deb . && rm -f ./*.deb
+  ) || die "the kernel of linux-image-amd64 could not be downloaded or unpacked"
+  did "unpacked the kernel $(ls "$target/cgroup2/lib/modules") in $target/cgroup2"
+fi
+
 # crun refuses a hybrid host (cgroup v1 with a cgroup2 file system mounted as well) while any controller is not mounted
 # as v1. Mounting the missing controllers changes no existing hierarchy. This is skipped on a cgroup v2 host, which is
 # what users have.
@@ -116,7 +141,12 @@ if [ -d /sys/fs/cgroup/memory ] && [ ! -e /sys/fs/cgroup/cgroup.controllers ]; t
     mountpoint -q "/sys/fs/cgroup/$controller" && continue
     grep -qE " - cgroup .*\b$controller\b" /proc/self/mountinfo && continue
     mkdir -p "/sys/fs/cgroup/$controller"
-    mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller" 2>/dev/null ||
-      { rmdir "/sys/fs/cgroup/$controller" 2>/dev/null; say "note: cgroup v1 controller $controller could not be mounted; crun may refuse this host"; }
+    if mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller" 2>/dev/null; then
+      did "mounted the cgroup v1 controller $controller at /sys/fs/cgroup/$controller"
+    else
+      rmdir "/sys/fs/cgroup/$controller" 2>/dev/null || true
+      say "note: cgroup v1 controller $controller could not be mounted; crun may refuse this host"
+    fi
   done
 fi
+[ "$changes" != 0 ] || say "nothing to do"

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::PathB
 
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, Task, eventually, leak::entries};
+use crate::support::{Env, Task, eventually, leak::entries};
 
 fn dir(env: &Env) -> PathBuf {
     let parts = env.dir.join("state/ahead");
@@ -34,8 +34,7 @@ async fn layer(env: &Env, task: &Task) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_next_task_of_an_image_has_one_and_nobody_elses_files() {
-    let config = json!({"shim": {"pool": 2}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"shim": {"pool": 2}})).await;
     let first = env.sh("echo mine > /file; echo ready; exec sleep 600").await;
     first.says("ready").await;
     wait(&env, 1).await;
@@ -66,8 +65,7 @@ async fn the_next_task_of_an_image_has_one_and_nobody_elses_files() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn none_is_made_without_a_pool() {
-    let config = json!({"shim": {"pool": 0}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"shim": {"pool": 0}})).await;
     for _ in 0..2 {
         let task = env.sh("exec sleep 600").await;
         env.destroy(&task).await.unwrap();

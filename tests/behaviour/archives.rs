@@ -14,7 +14,9 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Entry, Env, EnvOptions, Image, Layer, Packing, eventually, leak, services, services::run};
+use crate::support::{
+    Entry, Env, Image, Layer, Packing, each_case, eventually, leak, services, services::run, shell_in,
+};
 
 /// Writes an image to a directory in OCI's layout.
 fn layout(image: &Image, directory: &Path) -> PathBuf {
@@ -49,7 +51,7 @@ async fn environment() -> Env {
     let files = services().root.join(nomad_driver_shim::ids::random_hex(4));
     fs::create_dir_all(&files).unwrap();
     let config = json!({"security": {"allow_paths": [files]}});
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    Env::configured(config).await
 }
 
 fn files(env: &Env) -> PathBuf {
@@ -107,7 +109,7 @@ async fn a_file_that_changed_is_another_image() {
         assert_eq!(says(&mut env, &image).await, text);
         assert_eq!(says(&mut env, &image).await, text, "the second time without reading it");
         let script = "until [ -e /alloc/data/go ]; do sleep 0.05; done; cat /mark";
-        running.push(env.start(json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})).await);
+        running.push(env.start(shell_in(&image, script)).await);
     }
     // The image of a running task stays until the task ends, even when the image's name stands for another image by
     // now.
@@ -171,7 +173,7 @@ async fn bad_archives_are_refused_with_a_reason() {
     header.set_cksum();
     let long_name = file("long-name.tar", header.as_bytes());
     fs::File::options().write(true).open(&long_name).unwrap().set_len(65 << 30).unwrap();
-    for (image, told) in [
+    let cases = [
         (format!("docker-archive:{long_name}"), "more than 1 MiB"),
         (format!("docker-archive:{}", files.join("fifo").display()), "not a regular file"),
         (format!("oci-archive:{}", files.display()), "not a regular file"),
@@ -192,11 +194,13 @@ async fn bad_archives_are_refused_with_a_reason() {
         (format!("oci:{}", bomb.display()), "larger than"),
         ("oci:/etc".to_owned(), "allow_paths"),
         ("docker-archive:local/../../../x.tar".to_owned(), "leads out"),
-    ] {
+    ];
+    each_case(cases, async |(image, told)| {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/true"})).await;
         let error = env.try_start(&mut task).await.expect_err(&image);
         assert!(error.message().contains(told), "{image}: {told:?} not in {:?}", error.message());
-    }
+    })
+    .await;
     assert!(!Path::new("/escaped").exists());
     env.finish().await;
 }
@@ -217,8 +221,7 @@ async fn traces(env: &Env) -> (Vec<String>, Vec<String>, usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_nobody_uses_goes() {
-    let config = json!({"image": {"keep": "0s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"image": {"keep": "0s"}})).await;
     let image = env.busybox().await;
     let task = env.sh("sleep 600").await;
     assert_eq!(gc(&env, false).await, [], "a task uses it");
@@ -248,8 +251,7 @@ async fn an_image_that_nobody_uses_goes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_others_made_in_containerd_stays_there() {
-    let config = json!({"image": {"keep": "0s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"image": {"keep": "0s"}})).await;
     let image = env.busybox().await;
     let address = services().containerd.to_str().unwrap();
     let ctr = ["-a", address, "-n", &env.namespace, "images", "pull", "--plain-http", &image];
@@ -288,8 +290,7 @@ async fn leases_of_a_dead_pull_go_at_the_next_opening() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_time_of_the_last_use_counts() {
-    let config = json!({"image": {"keep": "1h"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"image": {"keep": "1h"}})).await;
     let task = env.sh("sleep 600").await;
     let record = env.dir.join("state/images").join(&leak::entries(&env.dir.join("state/images"))[0]);
     let old = std::time::SystemTime::now() - Duration::from_secs(7200);

@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, eventually, script};
+use crate::support::{Env, eventually, script, shell_in};
 
 /// A shim's program that starts up when a line is written to the FIFO `hold`, and creates the file `called` when it is
 /// executed.
@@ -41,10 +41,10 @@ const SLOW: Duration = Duration::from_secs(12);
 async fn a_shim_that_boots_slowly_is_waited_for() {
     for scope in ["task", "alloc"] {
         let dir = tempfile::tempdir_in(crate::support::services::root()).unwrap();
-        let config = json!({"shim": {"binary": slow_shim(dir.path()), "pool": 0}, "shim_scope": scope});
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let mut env =
+            Env::configured(json!({"shim": {"binary": slow_shim(dir.path()), "pool": 0}, "shim_scope": scope})).await;
         let image = env.busybox().await;
-        let mut task = env.prepare(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 7"]})).await;
+        let mut task = env.prepare(shell_in(&image, "exit 7")).await;
         let boots = async {
             called(dir.path()).await;
             // The slow start that this test is about.
@@ -66,10 +66,10 @@ async fn a_shim_that_boots_slowly_is_waited_for() {
 async fn a_start_that_waits_for_a_booting_shim_can_be_stopped() {
     for scope in ["task", "alloc", "node"] {
         let dir = tempfile::tempdir_in(crate::support::services::root()).unwrap();
-        let config = json!({"shim": {"binary": slow_shim(dir.path()), "pool": 0}, "shim_scope": scope});
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let mut env =
+            Env::configured(json!({"shim": {"binary": slow_shim(dir.path()), "pool": 0}, "shim_scope": scope})).await;
         let image = env.busybox().await;
-        let mut task = env.prepare(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 7"]})).await;
+        let mut task = env.prepare(shell_in(&image, "exit 7")).await;
         let id = task.id.clone();
         let plugin = &env;
         let starting = async { plugin.try_start(&mut task).await };

@@ -40,7 +40,7 @@ fn hand_on(path: &Path) {
 }
 
 async fn in_scope(env: &mut Env, scope: &Path, script: &str) -> Task {
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+    let config = env.shell(script, json!({})).await;
     let mut task = env.prepare(config).await;
     let linux = task.config.resources.as_mut().unwrap().linux_resources.as_mut().unwrap();
     linux.cpuset_cgroup = scope.to_str().unwrap().to_owned();
@@ -87,7 +87,7 @@ async fn reserved_cores_are_all_that_a_task_sees() {
     }
     let scope = reserve.join(format!("{}.web.scope", env.namespace));
     fs::create_dir(&scope).unwrap();
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "grep Cpus_allowed_list /proc/self/status"]});
+    let config = env.shell("grep Cpus_allowed_list /proc/self/status", json!({})).await;
     let mut task = env.prepare(config).await;
     let linux = task.config.resources.as_mut().unwrap().linux_resources.as_mut().unwrap();
     (linux.cpuset_cgroup, linux.cpuset_cpus) = (scope.to_str().unwrap().to_owned(), "1".to_owned());
@@ -107,7 +107,7 @@ async fn nothing_outruns_the_kill() {
     }
     let mut env = Env::new().await;
     let fork = "f() { sleep 0.01; f & f & }; echo ready; f; sleep 600";
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", fork], "pids_limit": 60});
+    let config = env.shell(fork, json!({"pids_limit": 60})).await;
     let task = env.start(config).await;
     task.says("ready").await;
     env.stop(&task, std::time::Duration::ZERO, "").await.unwrap();

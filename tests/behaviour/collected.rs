@@ -24,7 +24,7 @@ use nomad_driver_shim::{
 };
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, eventually, leak, script};
+use crate::support::{Env, eventually, leak, script, shell_in};
 
 /// A pid and start time that no process has had.
 const NOBODY: &str = "1-99999999999";
@@ -57,7 +57,7 @@ async fn with_crun(text: &str) -> (Env, PathBuf) {
     let wrapper = dir.join("crun");
     script(&wrapper, &format!("CRUN={}\nDIR={}\n{text}", real.display(), dir.display()));
     let config = json!({"runtime": {"crun": {"binary": wrapper}}, "default_runtime": "runc"});
-    (Env::with(EnvOptions { config, ..EnvOptions::default() }).await, dir)
+    (Env::configured(config).await, dir)
 }
 
 /// The last argument of a call is the container's id, after which crun names the container's cgroup.
@@ -236,12 +236,11 @@ fn waits_for_writer(env: &Env, pid: i32) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_keepers_death_leaves_one_writer() {
     const LINES: usize = 400;
-    let config = json!({"disable_log_collection": true});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"disable_log_collection": true})).await;
     let image = env.busybox().await;
     let talk =
         format!("seq 1 {}; until [ -e /alloc/data/go ]; do sleep 0.05; done; seq {} {LINES}", LINES / 2, LINES / 2 + 1);
-    let task = env.start(json!({"image": image, "command": "/bin/sh", "args": ["-c", talk]})).await;
+    let task = env.start(shell_in(&image, &talk)).await;
     let log = task.dirs.alloc_dir.join("alloc/logs/web.stdout.0");
     eventually("the first half is written", async || {
         let text = fs::read_to_string(&log).unwrap_or_default();

@@ -9,7 +9,7 @@ use std::{
 use nomad_driver_shim::{ids::random_hex, places::Places};
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task, eventually, leak, program, services};
+use crate::support::{Env, Task, eventually, leak, program, services};
 
 /// A command on the environment's plugin; the plugin's driver name is the name of its run directory.
 fn command(env: &Env, arguments: &[&str]) -> Command {
@@ -244,8 +244,7 @@ async fn events_are_told_as_they_happen() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_is_shown_and_removed() {
-    let config = json!({"image": {"keep": "0s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"image": {"keep": "0s"}})).await;
     let image = env.busybox().await;
     assert!(told(&env, &["pull", &image]).await.contains(&image));
     let task = env.sh("exit 0").await;
@@ -261,8 +260,7 @@ async fn garbage_is_shown_and_removed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_no_record_names_is_reaped() {
-    let config = json!({"state": {"grace": "1s"}});
-    let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let env = Env::configured(json!({"state": {"grace": "1s"}})).await;
     let stray = format!("stray-{}", random_hex(10));
     let places = Places::new(env.dir.join("run"), env.dir.join("state"));
     for place in [places.bundles(), places.uppers()] {
@@ -282,8 +280,7 @@ async fn what_another_plugin_has_made_is_its_own() {
     let mut env = Env::new().await;
     let task = env.sh("echo old > /file; echo ready; sleep 600").await;
     task.says("ready").await;
-    let config = json!({"state": {"grace": "500ms", "state_dir": env.dir.join("state")}});
-    let mut other = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut other = Env::configured(json!({"state": {"grace": "500ms", "state_dir": env.dir.join("state")}})).await;
     // The other plugin runs three garbage collections in this time.
     tokio::time::sleep(Duration::from_millis(2000)).await;
     assert_eq!(env.exec_text(&task, "cat /file; echo new > /other; cat /other").await, "old\nnew\n");

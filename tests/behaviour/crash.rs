@@ -6,43 +6,48 @@ use std::time::Duration;
 use nomad_driver_shim::pb::driver::{StartTaskRequest, StopTaskRequest};
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, Task, eventually, leak};
+use crate::{
+    support::{Env, EnvOptions, Task, eventually, leak},
+    trials,
+};
 
 const SWITCH: &str = "NOMAD_DRIVER_SHIM_KILL_AT";
-const START: [&str; 11] = [
-    "start.image",
-    "start.shim",
-    "start.intent",
-    "start.mounted",
-    "start.bundle",
-    "start.creating",
-    "start.released",
-    "start.created",
-    "start.started",
-    "start.recorded",
-    "start.answer",
-];
-const STOP: [&str; 5] = ["stop.marked", "stop.signalled", "stop.killed", "exit.seen", "exit.recorded"];
-const DESTROY: [&str; 9] = [
-    "destroy.marked",
-    "destroy.killed",
-    "undo.container",
-    "undo.shim",
-    "undo.unmount",
-    "undo.bundle",
-    "undo.upper",
-    "undo.cgroup",
-    "undo.record",
-];
+
+/// Makes a trial of each point of a start.
+macro_rules! trials_of_starts {
+    ($check:ident) => {
+        trials! { $check:
+            image => "start.image";
+            shim => "start.shim";
+            intent => "start.intent";
+            mounted => "start.mounted";
+            bundle => "start.bundle";
+            creating => "start.creating";
+            released => "start.released";
+            created => "start.created";
+            started => "start.started";
+            recorded => "start.recorded";
+            answer => "start.answer";
+        }
+    };
+}
+
+/// Makes a trial of each point of a stop after the stop is on disk.
+macro_rules! trials_of_stops {
+    ($check:ident) => {
+        trials! { $check:
+            marked => "stop.marked";
+            signalled => "stop.signalled";
+            killed => "stop.killed";
+            exit_seen => "exit.seen";
+            exit_recorded => "exit.recorded";
+        }
+    };
+}
 
 /// A plugin that is killed at `point`. The grace period is short, so that the next plugin collects garbage soon.
 async fn doomed(point: &str) -> Env {
-    let options = EnvOptions {
-        config: json!({"state": {"grace": "1s"}}),
-        env: vec![(SWITCH.to_owned(), point.to_owned())],
-        ..EnvOptions::default()
-    };
-    Env::with(options).await
+    EnvOptions::default().config(json!({"state": {"grace": "1s"}})).var(SWITCH, point).start().await
 }
 
 /// The plugin was killed by its failpoint. The next plugin is started without a failpoint.
@@ -68,7 +73,7 @@ fn containers(env: &Env) -> [usize; 3] {
 /// The configuration of a task that prints `up`, and ends with exit code 5 as soon as the file `go` exists.
 async fn waiting(env: &Env) -> serde_json::Value {
     let script = "echo up; until [ -e /alloc/data/go ]; do sleep 0.02; done; exit 5";
-    json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]})
+    env.shell(script, json!({})).await
 }
 
 async fn waiting_task(env: &mut Env) -> Task {
@@ -78,7 +83,6 @@ async fn waiting_task(env: &mut Env) -> Task {
 
 /// A start whose plugin was killed at `point`. The next plugin runs.
 async fn cut_off(point: &str) -> (Env, Task) {
-    eprintln!("killed at {point}");
     let mut env = doomed(point).await;
     let mut task = waiting_task(&mut env).await;
     env.try_start(&mut task).await.expect_err(point);
@@ -99,37 +103,50 @@ async fn is_the_only_one(env: &Env, task: Task, point: &str) {
 }
 
 /// The agent lives, and repeats the same start: same id, same configuration.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_start_that_was_cut_off_is_asked_for_again() {
-    for point in START {
+mod a_start_that_was_cut_off_is_asked_for_again {
+    use super::*;
+
+    async fn check(point: &str) {
         let (env, mut task) = cut_off(point).await;
         env.try_start(&mut task).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
         is_the_only_one(&env, task, point).await;
         env.finish().await;
     }
+
+    trials_of_starts!(check);
 }
 
 /// The agent died, too. The next agent knows nothing of that start, and starts the same task under a new id.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_start_that_nobody_remembers_is_replaced() {
-    for point in START {
+mod a_start_that_nobody_remembers_is_replaced {
+    use super::*;
+
+    async fn check(point: &str) {
         let (env, task) = cut_off(point).await;
         let mut again = env.prepare_again(task, "2", waiting(&env).await).await;
         env.try_start(&mut again).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
         is_the_only_one(&env, again, point).await;
         env.finish().await;
     }
+
+    trials_of_starts!(check);
 }
 
 /// A start that failed, and whose rollback was cut off.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_failed_start_is_undone_to_its_end() {
-    for point in ["undo.container", "undo.unmount", "undo.upper"] {
+mod a_failed_start_is_undone_to_its_end {
+    use super::*;
+
+    async fn check(point: &str) {
         let mut env = doomed(point).await;
         let mut task = env.prepare(json!({"image": env.busybox().await, "command": "/no/such"})).await;
         env.try_start(&mut task).await.expect_err(point);
         next(&mut env, point).await;
         env.finish().await;
+    }
+
+    trials! { check:
+        container => "undo.container";
+        unmount => "undo.unmount";
+        upper => "undo.upper";
     }
 }
 
@@ -151,9 +168,10 @@ async fn stopped_at(point: &str) -> (Env, Task) {
 }
 
 /// Nomad reports the task as killed and never repeats the stop (the agent itself stopped in the middle of the stop).
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stop_that_was_cut_off_is_completed_though_nobody_asks() {
-    for point in STOP {
+mod a_stop_that_was_cut_off_is_completed_though_nobody_asks {
+    use super::*;
+
+    async fn check(point: &str) {
         let (env, _task) = stopped_at(point).await;
         eventually(&format!("{point}: none is left"), async || {
             let seen = containers(&env);
@@ -162,12 +180,15 @@ async fn a_stop_that_was_cut_off_is_completed_though_nobody_asks() {
         .await;
         env.finish().await;
     }
+
+    trials_of_stops!(check);
 }
 
 /// The agent lives: it recovers the task, and repeats the stop.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stop_that_was_cut_off_is_asked_for_again() {
-    for point in ["stop.begun"].into_iter().chain(STOP) {
+mod a_stop_that_was_cut_off_is_asked_for_again {
+    use super::*;
+
+    async fn check(point: &str) {
         let (env, task) = stopped_at(point).await;
         env.recover(&task).await.unwrap_or_else(|error| panic!("{point}: {error:?}"));
         env.stop(&task, Duration::from_secs(1), "").await.unwrap();
@@ -176,12 +197,16 @@ async fn a_stop_that_was_cut_off_is_asked_for_again() {
         env.destroy(&task).await.unwrap();
         env.finish().await;
     }
+
+    trials_of_stops!(check);
+    trials! { check: begun => "stop.begun"; }
 }
 
 /// Nomad never repeats a DestroyTask.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_destroy_that_was_cut_off_is_completed() {
-    for point in DESTROY {
+mod a_destroy_that_was_cut_off_is_completed {
+    use super::*;
+
+    async fn check(point: &str) {
         let mut env = doomed(point).await;
         let task = env.sh("sleep 600").await;
         // The steps after the removal of the container and its shim run in the background: the answer may have been
@@ -192,12 +217,25 @@ async fn a_destroy_that_was_cut_off_is_completed() {
         next(&mut env, point).await;
         env.finish().await;
     }
+
+    trials! { check:
+        marked => "destroy.marked";
+        killed => "destroy.killed";
+        container => "undo.container";
+        shim => "undo.shim";
+        unmount => "undo.unmount";
+        bundle => "undo.bundle";
+        upper => "undo.upper";
+        cgroup => "undo.cgroup";
+        record => "undo.record";
+    }
 }
 
 /// The files of a bundle are removed one by one.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_bundle_half_removed_is_removed() {
-    for file in ["runtime", "options.json", "config.json"] {
+mod a_bundle_half_removed_is_removed {
+    use super::*;
+
+    async fn check(file: &str) {
         let mut env = doomed("undo.unmount").await;
         let task = env.sh("sleep 600").await;
         env.destroy(&task).await.ok();
@@ -208,25 +246,42 @@ async fn a_bundle_half_removed_is_removed() {
         env.start_plugin().await;
         env.finish().await;
     }
+
+    trials! { check:
+        runtime => "runtime";
+        options => "options.json";
+        config => "config.json";
+    }
 }
 
 /// The agent dies in the middle of its StartTask call, and the plugin dies with it. The start is not even half done
 /// when the plugin of a new agent starts.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_call_of_a_dying_agent_leaves_nothing_half_made() {
-    for delay in [1, 4, 8, 12, 16, 20, 30] {
+mod a_call_of_a_dying_agent_leaves_nothing_half_made {
+    use super::*;
+
+    async fn check(delay: Duration) {
         let mut env = Env::new().await;
         // The image is in the store already, so that the start itself is cut off.
         assert_eq!(env.run(json!({"image": env.busybox().await, "command": "/bin/true"})).await.0, 0);
         let mut task = waiting_task(&mut env).await;
         let (mut driver, config) = (env.driver(), task.config.clone());
         let call = tokio::spawn(async move { driver.start_task(StartTaskRequest { task: Some(config) }).await });
-        tokio::time::sleep(Duration::from_millis(delay)).await;
+        tokio::time::sleep(delay).await;
         call.abort();
         env.kill_plugin().await;
         env.start_plugin().await;
         env.try_start(&mut task).await.unwrap();
         is_the_only_one(&env, task, "a dropped call").await;
         env.finish().await;
+    }
+
+    trials! { check:
+        after_1_ms => Duration::from_millis(1);
+        after_4_ms => Duration::from_millis(4);
+        after_8_ms => Duration::from_millis(8);
+        after_12_ms => Duration::from_millis(12);
+        after_16_ms => Duration::from_millis(16);
+        after_20_ms => Duration::from_millis(20);
+        after_30_ms => Duration::from_millis(30);
     }
 }

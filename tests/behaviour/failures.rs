@@ -1,12 +1,15 @@
 //! A failure is reported with its cause, nothing is left behind, and Nomad knows whether a retry makes sense.
 
 use nomad_driver_shim::host::is_recoverable;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{
-    Entry, Env, EnvOptions, Image, Layer, Packing,
-    fake_registry::{Answer, FakeRegistry, MANIFEST},
-    services,
+use crate::{
+    support::{
+        Entry, Env, Image, Layer, Packing, each_case,
+        fake_registry::{Answer, FakeRegistry, MANIFEST},
+        services,
+    },
+    trials,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -15,7 +18,7 @@ async fn failed_starts_are_named_and_leave_nothing() {
     let good = env.busybox().await;
     let registry = &services().registry;
     let no_command = Image::busybox().with_config("Cmd", json!([])).push(registry, "test/nothing:1").await;
-    for (config, user, words, again) in [
+    let cases = [
         (json!({"image": good, "command": "/no/such"}), "", &["/no/such"][..], false),
         (json!({"image": good, "command": "/no/such", "runtime": "runc"}), "", &["/no/such"], false),
         (json!({"image": good, "command": "/etc/not-executable"}), "", &["ermission denied"], false),
@@ -26,7 +29,8 @@ async fn failed_starts_are_named_and_leave_nothing() {
         (json!({"image": format!("{registry}/test/busybox:none")}), "", &["none", "not found"], false),
         (json!({"image": "127.0.0.1:1/x:1"}), "", &["127.0.0.1:1", "out of reach"], true),
         (json!({"image": "Not An Image"}), "", &["Not An Image"], false),
-    ] {
+    ];
+    each_case(cases, async |(config, user, words, again)| {
         let mut task = env.prepare(config.clone()).await;
         task.config.user = user.to_owned();
         let status = env.try_start(&mut task).await.expect_err(&config.to_string());
@@ -34,7 +38,8 @@ async fn failed_starts_are_named_and_leave_nothing() {
         assert_eq!(is_recoverable(&status), again, "{config}: {status:?}");
         assert!(!status.message().contains('\n'), "one line: {}", status.message());
         assert_eq!(env.inspect(&task.id).await.unwrap_err().code(), tonic::Code::NotFound);
-    }
+    })
+    .await;
     env.finish().await;
 }
 
@@ -71,6 +76,21 @@ async fn all_faults_of_a_job_come_at_once_and_first() {
     env.finish().await;
 }
 
+type Change<'a> = dyn Fn(&str, Answer) -> Answer + 'a;
+
+/// How a registry lies: it changes its answer about a manifest, a config or a layer.
+struct Lie<'a>(Box<Change<'a>>);
+
+fn lie<'a>(change: impl Fn(&str, Answer) -> Answer + 'a) -> Lie<'a> {
+    Lie(Box::new(change))
+}
+
+impl std::fmt::Debug for Lie<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("a lie")
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn lying_registries_are_caught_by_name() {
     let mut env = Env::new().await;
@@ -80,27 +100,26 @@ async fn lying_registries_are_caught_by_name() {
     let manifest = |text: &str| Answer::ok(MANIFEST, text.as_bytes().to_vec());
     let other = vec![b'x'; 100];
     let config_digest = nomad_driver_shim::ids::Digest::of(&image.config_bytes()).to_string();
-    type Change<'a> = Box<dyn Fn(&str, Answer) -> Answer + 'a>;
-    let cases: Vec<(&str, Change<'_>, bool)> = vec![
+    let cases = [
         (
             "manifest",
-            Box::new(|kind, answer| if kind == "manifest" { manifest("{\"schemaVersion\":2") } else { answer }),
+            lie(|kind, answer| if kind == "manifest" { manifest("{\"schemaVersion\":2") } else { answer }),
             false,
         ),
-        ("not JSON", Box::new(|kind, answer| if kind == "manifest" { manifest("<html>") } else { answer }), false),
+        ("not JSON", lie(|kind, answer| if kind == "manifest" { manifest("<html>") } else { answer }), false),
         (
             "schema version 1",
-            Box::new(|kind, answer| if kind == "manifest" { manifest("{\"schemaVersion\":1}") } else { answer }),
+            lie(|kind, answer| if kind == "manifest" { manifest("{\"schemaVersion\":1}") } else { answer }),
             false,
         ),
         (
-            &config_digest,
-            Box::new(|kind, answer| if kind == "config" { Answer::ok("", other.clone()) } else { answer }),
+            config_digest.as_str(),
+            lie(|kind, answer| if kind == "config" { Answer::ok("", other.clone()) } else { answer }),
             false,
         ),
         (
             "layer of image",
-            Box::new(|kind, mut answer| {
+            lie(|kind, mut answer| {
                 if kind == "layer" {
                     answer.body[2000] ^= 1;
                 }
@@ -110,7 +129,7 @@ async fn lying_registries_are_caught_by_name() {
         ),
         (
             "was interrupted",
-            Box::new(|kind, mut answer| {
+            lie(|kind, mut answer| {
                 if kind == "layer" {
                     answer.body.truncate(5000);
                 }
@@ -118,21 +137,22 @@ async fn lying_registries_are_caught_by_name() {
             }),
             true,
         ),
-        ("500", Box::new(|kind, answer| if kind == "layer" { Answer { status: 500, ..answer } } else { answer }), true),
+        ("500", lie(|kind, answer| if kind == "layer" { Answer { status: 500, ..answer } } else { answer }), true),
         (
             "pull access denied",
-            Box::new(|kind, answer| if kind == "manifest" { Answer { status: 403, ..answer } } else { answer }),
+            lie(|kind, answer| if kind == "manifest" { Answer { status: 403, ..answer } } else { answer }),
             false,
         ),
     ];
-    for (words, change, again) in cases {
+    each_case(cases, async |(words, change, again)| {
         let registry = FakeRegistry::start().await;
-        let name = registry.serve(&image, change);
+        let name = registry.serve(&image, change.0);
         let mut task = env.prepare(json!({"image": name})).await;
         let status = env.try_start(&mut task).await.expect_err(words);
         assert!(status.message().contains(words), "{words:?} in {}", status.message());
         assert_eq!(is_recoverable(&status), again, "{words}: {status:?}");
-    }
+    })
+    .await;
     env.finish().await;
 }
 
@@ -146,24 +166,23 @@ async fn bad_layers_are_refused_by_name() {
     let cut = Layer { bytes: honest.bytes[..honest.bytes.len() - 10].to_vec(), ..honest.clone() };
     let garbage = Layer { bytes: b"\x1f\x8bgarbage".repeat(50), ..honest.clone() };
     let lying = Layer { diff_id: nomad_driver_shim::ids::Digest::of(b"other"), ..honest };
-    for (n, (layer, words)) in [
-        (climbing, "\"../../escaped\" escapes"),
-        (linking, "\"../../etc/shadow\", which escapes"),
-        (cut, "cut off"),
-        (garbage, "can't be unpacked"),
-        (lying, "uncompressed digest"),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let name =
-            Image::busybox().with_layer(layer.clone()).push(&services().registry, &format!("test/bad:{n}")).await;
+    let cases = [
+        ("\"../../escaped\" escapes", climbing),
+        ("\"../../etc/shadow\", which escapes", linking),
+        ("cut off", cut),
+        ("can't be unpacked", garbage),
+        ("uncompressed digest", lying),
+    ];
+    each_case(cases, async |(words, layer)| {
+        let tag = format!("test/bad:{}", nomad_driver_shim::ids::random_hex(4));
+        let name = Image::busybox().with_layer(layer.clone()).push(&services().registry, &tag).await;
         let mut task = env.prepare(json!({"image": name})).await;
         let status = env.try_start(&mut task).await.expect_err(words);
         let digest = nomad_driver_shim::ids::Digest::of(&layer.bytes);
         assert!(status.message().contains(words) && status.message().contains(digest.as_str()), "{}", status.message());
         assert!(!is_recoverable(&status), "{status:?}");
-    }
+    })
+    .await;
     env.finish().await;
 }
 
@@ -171,7 +190,7 @@ async fn bad_layers_are_refused_by_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_attempt_can_be_tried_again() {
     let mut env = Env::new().await;
-    let good = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "exit 0"]});
+    let good = env.shell("exit 0", json!({})).await;
     let mut bad = good.clone();
     bad["command"] = json!("/no/such");
     let mut task = env.prepare(bad).await;
@@ -183,21 +202,26 @@ async fn the_same_attempt_can_be_tried_again() {
     env.finish().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_missing_shim_or_runtime_is_named() {
-    for (config, task, words) in [
-        (json!({"shim": {"binary": "/no/such-shim", "pool": 0}}), json!({}), "/no/such-shim"),
-        (json!({"shim": {"binary": "/bin/false", "pool": 0}}), json!({}), "get a shim"),
-        (json!({"runtime": {"odd": {"binary": "/no/such-runtime"}}}), json!({"runtime": "odd"}), "/no/such-runtime"),
-        (json!({"runtime": {"odd": {"binary": "/bin/false"}}}), json!({"runtime": "odd"}), "create the container"),
-    ] {
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+mod a_missing_shim_or_runtime_is_named {
+    use super::*;
+
+    async fn check(config: Value, task: Value, words: &str) {
+        let mut env = Env::configured(config).await;
         let mut options = task;
         options["image"] = json!(env.busybox().await);
         let mut task = env.prepare(options).await;
         let status = env.try_start(&mut task).await.expect_err(words);
         assert!(status.message().contains(words), "{words:?} in {}", status.message());
         env.finish().await;
+    }
+
+    trials! { check:
+        shim_is_missing => json!({"shim": {"binary": "/no/such-shim", "pool": 0}}), json!({}), "/no/such-shim";
+        shim_fails => json!({"shim": {"binary": "/bin/false", "pool": 0}}), json!({}), "get a shim";
+        runtime_is_missing =>
+            json!({"runtime": {"odd": {"binary": "/no/such-runtime"}}}), json!({"runtime": "odd"}), "/no/such-runtime";
+        runtime_fails =>
+            json!({"runtime": {"odd": {"binary": "/bin/false"}}}), json!({"runtime": "odd"}), "create the container";
     }
 }
 

@@ -14,8 +14,9 @@ use nix::{
 use nomad_driver_shim::{ids::random_hex, process::PidFd};
 use serde_json::{Value, json};
 
-use crate::support::{
-    Env, EnvOptions, Image, Task, eventually, leak, patience, program, script, services, services::root,
+use crate::{
+    support::{Env, EnvOptions, Image, Task, eventually, leak, patience, program, script, services, services::root},
+    trials,
 };
 
 async fn cli(env: &Env, arguments: &[&str]) -> Output {
@@ -218,15 +219,11 @@ fn leaf(path: &Path) -> std::path::PathBuf {
 }
 
 /// Tasks whose start or teardown was in progress when the plugin was killed.
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_half_done_is_undone_without_a_plugin() {
-    for (point, why) in [
-        ("start.created", "had begun to start it"),
-        ("undo.container", "had begun to destroy it"),
-        ("undo.upper", "had begun to destroy it"),
-    ] {
-        let variable = ("NOMAD_DRIVER_SHIM_KILL_AT".to_owned(), point.to_owned());
-        let mut env = Env::with(EnvOptions { env: vec![variable], ..EnvOptions::default() }).await;
+mod what_is_half_done_is_undone_without_a_plugin {
+    use super::*;
+
+    async fn check(point: &str, why: &str) {
+        let mut env = EnvOptions::default().var("NOMAD_DRIVER_SHIM_KILL_AT", point).start().await;
         let mut task =
             env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
         if env.try_start(&mut task).await.is_ok() {
@@ -242,6 +239,12 @@ async fn what_is_half_done_is_undone_without_a_plugin() {
         env.set_var("NOMAD_DRIVER_SHIM_KILL_AT", None);
         env.start_plugin().await;
         env.finish().await;
+    }
+
+    trials! { check:
+        start => "start.created", "had begun to start it";
+        container => "undo.container", "had begun to destroy it";
+        upper => "undo.upper", "had begun to destroy it";
     }
 }
 
@@ -283,8 +286,7 @@ async fn a_runtime_of_the_operators_is_found_without_a_plugin() {
     let (runtime, calls) = (dir.join("crun-of-ours"), dir.join("calls"));
     let crun = nomad_driver_shim::process::which(Path::new("crun")).unwrap();
     script(&runtime, &format!("echo \"$@\" >> {}; exec {} \"$@\"", calls.display(), crun.display()));
-    let config = json!({"runtime": {"special": {"binary": runtime}}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"runtime": {"special": {"binary": runtime}}})).await;
     let image = env.busybox().await;
     let task = env
         .start(json!({"image": image, "runtime": "special", "command": "/bin/sh", "args": ["-c", "echo ready; sleep 600"]}))
@@ -317,8 +319,7 @@ async fn a_runtime_of_the_operators_is_found_without_a_plugin() {
 /// The removal of a task must not end the shim that it shares with a task that lives.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shared_shim_outlives_a_task_that_goes() {
-    let config = json!({"shim_scope": "node"});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"shim_scope": "node"})).await;
     let lives = env.sh("echo ready; sleep 600").await;
     lives.says("ready").await;
     let over = env.sh("exit 3").await;
@@ -362,8 +363,7 @@ async fn a_plugin_that_can_not_be_asked_keeps_its_things() {
 /// A live plugin collects the garbage itself, and gives reasons, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_live_plugin_gives_reasons() {
-    let config = json!({"state": {"grace": "1s"}, "image": {"keep": "0s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"state": {"grace": "1s"}, "image": {"keep": "0s"}})).await;
     let task = env.sh("echo ready; sleep 600").await;
     task.says("ready").await;
     assert_eq!(gc(&env, &["--dry-run"]).await, [], "its agent has it, and it has its image");

@@ -8,11 +8,11 @@ use serde_json::json;
 use crate::support::{
     Entry, Env, EnvOptions, Image, Layer, Packing,
     fake_registry::{Answer, FakeRegistry},
-    services,
+    services, shell_in,
 };
 
 async fn prints(env: &mut Env, image: &str, script: &str) -> String {
-    let (code, out, err) = env.run(json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})).await;
+    let (code, out, err) = env.run(shell_in(image, script)).await;
     assert_eq!(code, 0, "{err}");
     out
 }
@@ -76,7 +76,7 @@ async fn concurrent_pulls_of_one_image_are_one() {
     let mut env = Env::new().await;
     let registry = FakeRegistry::start().await;
     let name = registry.serve(&Image::busybox(), |_, answer| Answer { delay: Duration::from_millis(100), ..answer });
-    let config = json!({"image": name, "command": "/bin/sh", "args": ["-c", "exit 0"]});
+    let config = shell_in(&name, "exit 0");
     let mut tasks = Vec::new();
     for _ in 0..6 {
         tasks.push(env.prepare(config.clone()).await);
@@ -101,7 +101,7 @@ async fn one_puller_can_leave() {
     let mut env = Env::new().await;
     let registry = FakeRegistry::start().await;
     let name = registry.serve(&Image::busybox(), |_, answer| Answer { delay: Duration::from_millis(400), ..answer });
-    let patient = json!({"image": name, "command": "/bin/sh", "args": ["-c", "exit 0"]});
+    let patient = shell_in(&name, "exit 0");
     let mut hasty = patient.clone();
     hasty["image_pull_timeout"] = json!("200ms");
     let (mut first, mut second) = (env.prepare(hasty).await, env.prepare(patient).await);
@@ -134,11 +134,7 @@ async fn an_image_that_ctr_pulled_is_used_as_it_is() {
 #[tokio::test(flavor = "multi_thread")]
 async fn https_with_the_trust_store_of_ssl_cert_file() {
     let services = services();
-    let trusted = EnvOptions {
-        env: vec![("SSL_CERT_FILE".to_owned(), services.ca.to_str().unwrap().to_owned())],
-        ..EnvOptions::default()
-    };
-    let mut env = Env::with(trusted).await;
+    let mut env = EnvOptions::default().var("SSL_CERT_FILE", services.ca.to_str().unwrap()).start().await;
     // The TLS registry does not share its storage with the open one. The image is pushed through a client that trusts
     // the same authority.
     let name = push_with_tls(&Image::busybox(), "test/tls:1").await;
@@ -203,12 +199,14 @@ async fn basic_authentication_by_job_and_by_plugin() {
 
     let of_plugin =
         json!({"auth": {"username": "tester", "password": "secret", "server_address": services.basic_registry}});
-    let mut env = Env::with(EnvOptions { config: of_plugin, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(of_plugin).await;
     assert_eq!(env.run(command(json!(null))).await.0, 0);
     env.finish().await;
 
-    let elsewhere = json!({"auth": {"username": "tester", "password": "secret", "server_address": "registry.example"}});
-    let mut env = Env::with(EnvOptions { config: elsewhere, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(
+        json!({"auth": {"username": "tester", "password": "secret", "server_address": "registry.example"}}),
+    )
+    .await;
     let mut task = env.prepare(command(json!(null))).await;
     env.try_start(&mut task).await.unwrap_err();
     env.finish().await;
@@ -270,8 +268,7 @@ async fn a_wiped_store_is_pulled_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_native_snapshotter_works_too() {
-    let config = json!({"containerd": {"snapshotter": "native"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"containerd": {"snapshotter": "native"}})).await;
     let name = env.busybox().await;
     assert_eq!(prints(&mut env, &name, "echo native").await, "native\n");
     env.finish().await;

@@ -3,7 +3,10 @@
 
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, leak};
+use crate::{
+    support::{Env, EnvOptions, leak},
+    trials,
+};
 
 /// Objects that are meant to stay, such as the shims of the pool, are checked after this delay.
 const SOON: std::time::Duration = std::time::Duration::from_millis(300);
@@ -12,9 +15,7 @@ const SOON: std::time::Duration = std::time::Duration::from_millis(300);
 async fn leaks_without(step: &str) -> Vec<String> {
     // A shim's directory is removed only together with its shim, so the shim must not be reused for that step.
     let config = json!({"shim": {"reuse": step != "shim-dir"}});
-    let env = vec![("NOMAD_DRIVER_SHIM_SKIP".to_owned(), step.to_owned())];
-    let options = EnvOptions { config, env, ..EnvOptions::default() };
-    let mut env = Env::with(options).await;
+    let mut env = EnvOptions::default().config(config).var("NOMAD_DRIVER_SHIM_SKIP", step).start().await;
     let task = env.sh("sleep 600").await;
     let outcome = env.destroy(&task).await;
     // After this delay the pool is full again: one more shim than that is a leak.
@@ -25,64 +26,30 @@ async fn leaks_without(step: &str) -> Vec<String> {
     drop(outcome);
     env.plugin.take().unwrap().shut_down().await;
     leaks.extend(leak::afterwards_within(&env, SOON).await);
-    clean(&env).await;
+    leak::remove(&env).await;
+    env.skip_leak_check();
     leaks
 }
 
-/// Removes what the plugin with the skipped step has left: mounts, cgroups with their processes, and shims.
-async fn clean(env: &Env) {
-    for line in std::fs::read_to_string("/proc/self/mountinfo")
-        .unwrap()
-        .lines()
-        .rev()
-        .filter(|line| line.contains(env.dir.to_str().unwrap()))
-    {
-        let point = line.split(' ').nth(4).unwrap();
-        nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH).unwrap();
-    }
-    for group in leak::cgroups(env) {
-        let procs = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-        for pid in procs.lines().map(|pid| pid.parse().unwrap()) {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-        }
-        crate::support::eventually("the cgroup is gone", async || match std::fs::remove_dir(&group) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        })
-        .await;
-    }
-    for (pid, line) in shims(env) {
-        assert!(line.contains("containerd-shim"), "{line}");
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
-    }
-}
+mod each_undo_that_is_left_out_is_noticed {
+    use super::*;
 
-fn shims(env: &Env) -> Vec<(i32, String)> {
-    leak::entries(std::path::Path::new("/proc"))
-        .into_iter()
-        .filter_map(|pid| {
-            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
-            (line.contains(env.dir.to_str().unwrap()) && line.contains("-namespace"))
-                .then(|| (pid.parse().unwrap(), line))
-        })
-        .collect()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn each_undo_that_is_left_out_is_noticed() {
-    for (step, sign) in [
-        // A shim that deletes a container also unmounts its root file system. The mount is left only if both steps are
-        // skipped.
-        ("container,unmount", "mount: "),
-        ("container", " state of "),
-        ("bundle", "run/bundles/"),
-        ("upper", "state/uppers/"),
-        ("record", "run/tasks/"),
-        ("shim", "shims: "),
-        ("shim-dir", "shim"),
-    ] {
+    /// Leaves `step` out, and looks for a leak that contains `sign`.
+    async fn check(step: &str, sign: &str) {
         let leaks = leaks_without(step).await;
         assert!(leaks.iter().any(|leak| leak.contains(sign)), "{step}: {sign:?} not in {leaks:#?}");
+    }
+
+    trials! { check:
+        // A shim that deletes a container also unmounts its root file system. The mount is left only if both steps are
+        // skipped.
+        container_and_unmount => "container,unmount", "mount: ";
+        container => "container", " state of ";
+        bundle => "bundle", "run/bundles/";
+        upper => "upper", "state/uppers/";
+        record => "record", "run/tasks/";
+        shim => "shim", "shims: ";
+        shim_directory => "shim-dir", "shim";
     }
 }
 
@@ -103,8 +70,7 @@ async fn a_destroy_after_a_crash_undoes_by_the_record() {
 async fn a_half_made_start_is_undone_at_the_next_opening() {
     // The plugin holds the attempt's log FIFOs open until Nomad asks for the task again, or until the grace period is
     // over.
-    let config = json!({"state": {"grace": "1s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"state": {"grace": "1s"}})).await;
     let task = env.sh("sleep 600").await;
     let (path, mut record) = env.record(&task).await;
     env.kill_plugin().await;

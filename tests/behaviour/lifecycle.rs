@@ -3,10 +3,13 @@
 use std::{fs, time::Duration};
 
 use nomad_driver_shim::pb::driver::TaskState;
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::support::{Env, eventually, leak, patience, services};
+use crate::{
+    support::{Env, eventually, patience, services, shell_in},
+    trials,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_runs_and_its_exit_code_and_output_come_back() {
@@ -122,7 +125,7 @@ async fn signals_reach_the_first_process() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_oom_kill_is_told() {
     let mut env = Env::new().await;
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=60; echo survived"]});
+    let config = env.shell("dd if=/dev/zero of=/dev/shm/x bs=1M count=60; echo survived", json!({})).await;
     let mut task = env.prepare(config).await;
     let memory = task.config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap().memory.as_mut().unwrap();
     memory.memory_mb = 20;
@@ -174,27 +177,28 @@ async fn events_and_fingerprint_are_streams_that_stay() {
     env.finish().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_fingerprint_tells_what_is_wrong() {
-    use crate::support::EnvOptions;
+mod a_fingerprint_tells_what_is_wrong {
     use nomad_driver_shim::pb::driver::{FingerprintRequest, fingerprint_response::HealthState};
-    for (config, health, words) in [
-        (json!({"enabled": false}), HealthState::Undetected, "disabled"),
-        (json!({"containerd": {"address": "/no/such.sock"}}), HealthState::Unhealthy, "/no/such.sock"),
-        (json!({"shim": {"binary": "/no/such-shim"}}), HealthState::Undetected, "/no/such-shim"),
-        (
-            json!({"runtime": {"x": {"binary": "/no/such-runtime"}}, "default_runtime": "x"}),
-            HealthState::Undetected,
-            "/no/such-runtime",
-        ),
-    ] {
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+
+    use super::*;
+
+    async fn check(config: Value, health: HealthState, words: &str) {
+        let env = Env::configured(config).await;
         let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
         let first = tokio::time::timeout(patience(), fingerprints.message()).await.unwrap().unwrap().unwrap();
         assert_eq!(first.health, health as i32, "{first:?}");
         assert!(first.health_description.contains(words), "{first:?}");
-        env.plugin.take().unwrap().shut_down().await;
-        assert_eq!(leak::afterwards(&env).await, Vec::<String>::new());
+        env.finish().await;
+    }
+
+    trials! { check:
+        disabled => json!({"enabled": false}), HealthState::Undetected, "disabled";
+        no_containerd => json!({"containerd": {"address": "/no/such.sock"}}), HealthState::Unhealthy, "/no/such.sock";
+        no_shim => json!({"shim": {"binary": "/no/such-shim"}}), HealthState::Undetected, "/no/such-shim";
+        no_runtime =>
+            json!({"runtime": {"x": {"binary": "/no/such-runtime"}}, "default_runtime": "x"}),
+            HealthState::Undetected,
+            "/no/such-runtime";
     }
 }
 
@@ -207,7 +211,7 @@ async fn a_cached_image_starts_without_containerd() {
     env.config["containerd"]["address"] = json!("/no/such.sock");
     env.start_plugin().await;
     let image = env.busybox().await;
-    assert_eq!(env.run(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 4"]})).await.0, 4);
+    assert_eq!(env.run(shell_in(&image, "exit 4")).await.0, 4);
     assert!(services().containerd.exists());
     env.finish().await;
 }
@@ -223,7 +227,7 @@ async fn a_dropped_call_is_finished() {
     let mut env = Env::new().await;
     let registry = FakeRegistry::start().await;
     let slow = registry.serve(&Image::busybox(), |_, answer| Answer { delay: Duration::from_millis(400), ..answer });
-    let config = json!({"image": slow, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let config = shell_in(&slow, "sleep 600");
     let mut task = env.prepare(config).await;
     let pulling = async {
         while registry.requests().is_empty() {
@@ -252,7 +256,7 @@ async fn a_start_waits_for_the_one_that_a_dead_agent_left_behind() {
     let noise = nomad_driver_shim::ids::random_hex(8);
     let image = Image::busybox().with_layer(Layer::new(&[Entry::file("noise", noise)], Packing::Gzip));
     let slow = registry.serve(&image, |_, answer| Answer { delay: Duration::from_millis(400), ..answer });
-    let config = json!({"image": slow, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let config = shell_in(&slow, "sleep 600");
     let mut first = env.prepare(config.clone()).await;
     let dropped = tokio::time::timeout(Duration::from_millis(100), env.try_start(&mut first)).await;
     assert!(dropped.is_err());

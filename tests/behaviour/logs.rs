@@ -11,7 +11,7 @@ use crate::support::{Env, patience};
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_comes_late_gets_everything() {
     let mut env = Env::new().await;
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo out; echo err >&2"]});
+    let config = env.shell("echo out; echo err >&2", json!({})).await;
     // A first run pulls the image and fills the caches, so that the task under test is quick.
     assert_eq!(env.run(config.clone()).await.0, 0);
     let mut task = env.prepare(config).await;
@@ -49,7 +49,7 @@ async fn a_symlink_in_place_of_a_fifo_leaves_its_target_untouched() {
     let mut env = Env::new().await;
     let target = env.dir.join("precious");
     fs::write(&target, "untouched").unwrap();
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo gotcha"]});
+    let config = env.shell("echo gotcha", json!({})).await;
     let mut task = env.prepare(config).await;
     let logs = task.dirs.alloc_dir.join("alloc/logs");
     for swap in ["file", "directory"] {

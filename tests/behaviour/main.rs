@@ -53,6 +53,7 @@ mod reconfigure;
 mod recovery;
 mod release;
 mod restart;
+mod runner;
 mod seccomp;
 mod signals;
 mod stats;

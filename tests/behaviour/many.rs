@@ -10,9 +10,9 @@ use nomad_driver_shim::{
         WaitTaskRequest,
     },
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::support::{Env, patience, program, resident};
+use crate::support::{Env, patience, program, resident, shell_in};
 
 const ROUNDS: usize = 200;
 const AT_ONCE: usize = 8;
@@ -28,7 +28,7 @@ async fn two_hundred_rounds_leave_nothing() {
         .map(|n| Alloc::create(&env.dir.join("allocs"), &format!("{}-{n}", env.namespace)).unwrap())
         .collect();
     // The first task pulls the image, fills caches and starts threads.
-    assert_eq!(env.run(json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 9"]})).await.0, 9);
+    assert_eq!(env.run(shell_in(&image, "exit 9")).await.0, 9);
     let before = resident(env.plugin().pid().unwrap()) >> 10;
 
     let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(AT_ONCE));
@@ -43,9 +43,7 @@ async fn two_hundred_rounds_leave_nothing() {
             } else {
                 format!("echo {n}; exit {}", n % 100)
             };
-            let config =
-                encode(schema.as_ref(), &json!({"image": image, "command": "/bin/sh", "args": ["-c", script]}))
-                    .unwrap();
+            let config = encode(schema.as_ref(), &shell_in(&image, &script)).unwrap();
             let dirs = alloc.create_task("web").unwrap();
             let (stdout, stderr) =
                 (Collector::start(&dirs.stdout, Output::Memory), Collector::start(&dirs.stderr, Output::Memory));
@@ -99,7 +97,7 @@ async fn a_thousand_tasks_alive_at_once() {
         .map(|n| Alloc::create(&env.dir.join("allocs"), &format!("{}-{n}", env.namespace)).unwrap())
         .collect();
     let [sleeping, waking] = ["exec sleep 100000", WAKES].map(|script| {
-        let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", script]});
+        let config = shell_in(&image, script);
         encode(schema.as_ref(), &config).unwrap()
     });
     let driver = env.driver();

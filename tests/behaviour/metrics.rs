@@ -3,7 +3,7 @@
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::support::{Env, EnvOptions, eventually, services::free_address};
+use crate::support::{Env, eventually, services::free_address};
 
 /// Returns the value of the metric `name` in the text of the endpoint.
 fn value(text: &str, name: &str) -> f64 {
@@ -14,8 +14,7 @@ fn value(text: &str, name: &str) -> f64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_happens_is_counted() {
     let address = free_address();
-    let config = json!({"metrics": {"address": address}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"metrics": {"address": address}})).await;
     let scrape = async || reqwest::get(format!("http://{address}/metrics")).await.unwrap().text().await.unwrap();
     let before = scrape().await;
     assert!(value(&before, "nomad_driver_shim_starts_total").abs() < f64::EPSILON);
@@ -62,8 +61,7 @@ async fn what_happens_is_counted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unix_socket_serves_too() {
     let path = crate::support::services().root.join(format!("{}.sock", nomad_driver_shim::ids::random_hex(4)));
-    let config = json!({"metrics": {"address": format!("unix:{}", path.display())}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"metrics": {"address": format!("unix:{}", path.display())}})).await;
     for _ in 0..2 {
         let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
         stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();

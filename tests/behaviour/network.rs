@@ -14,7 +14,7 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, eventually, services::run};
+use crate::support::{Env, eventually, services::run, shell_in};
 
 const HOST_PORT: u16 = 28_080;
 
@@ -126,7 +126,7 @@ async fn two_tasks_of_a_group_share_a_bridged_network_and_its_mapped_port() {
     let alloc = Alloc::create(&env.dir.join("allocs"), &format!("{}-{}", env.namespace, random_hex(4))).unwrap();
     env.allocs.push(alloc.clone());
     let bridge = Bridge::new(&env, &alloc.id);
-    let sh = |script: &str| json!({"image": image, "command": "/bin/sh", "args": ["-c", script]});
+    let sh = |script: &str| shell_in(&image, script);
     let mut tasks = Vec::new();
     for (name, script) in [
         ("server", "mkdir /www; echo from the task > /www/page; exec httpd -f -p $NOMAD_PORT_http -h /www"),

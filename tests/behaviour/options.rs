@@ -5,11 +5,7 @@ use std::fs;
 use nomad_driver_shim::pb::driver::NetworkIsolationSpec;
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Image, patience, services};
-
-fn sh(image: &str, script: &str) -> Value {
-    json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})
-}
+use crate::support::{Env, Image, patience, services, shell_in as sh, with_options};
 
 fn with(mut config: Value, key: &str, value: Value) -> Value {
     config[key] = value;
@@ -146,8 +142,7 @@ async fn mounts_do_not_leave_the_tasks_directories() {
         assert!(error.message().contains("mounts: source"), "{source}: {error:?}");
     }
     env.finish().await;
-    let config = json!({"security": {"allow_paths": [outside]}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"security": {"allow_paths": [outside]}})).await;
     let mounts = json!([{"type": "bind", "source": outside, "target": "/m", "options": ["rw"]}]);
     assert_eq!(env.run(with(sh(&image, "touch /m/made"), "mounts", mounts)).await.0, 0);
     assert!(outside.join("made").exists());
@@ -156,8 +151,7 @@ async fn mounts_do_not_leave_the_tasks_directories() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_network_is_private_the_groups_or_the_hosts() {
-    let config = json!({"security": {"allow_host_namespaces": true}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"security": {"allow_host_namespaces": true}})).await;
     let image = env.busybox().await;
     let script = "readlink /proc/self/ns/net; ip -o link | wc -l; ip -o addr show lo | grep -c 127.0.0.1";
     let host = fs::read_link("/proc/self/ns/net").unwrap().to_string_lossy().into_owned();
@@ -204,8 +198,7 @@ async fn names_are_resolved_as_the_group_or_the_host_says() {
 
 /// Returns the bits of the task's `CapEff`.
 async fn capabilities(env: &mut Env, image: &str, options: Value) -> u64 {
-    let mut config = sh(image, "grep CapEff /proc/self/status");
-    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    let config = with_options(sh(image, "grep CapEff /proc/self/status"), options);
     let (code, out, err) = env.run(config).await;
     assert_eq!(code, 0, "{err}");
     u64::from_str_radix(out.split_whitespace().nth(1).unwrap(), 16).unwrap()
@@ -217,8 +210,7 @@ const NET_ADMIN: u64 = 1 << 12;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn capabilities_are_the_defaults_changed_by_the_job() {
-    let config = json!({"security": {"allow_caps": ["ALL"]}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"security": {"allow_caps": ["ALL"]}})).await;
     let image = env.busybox().await;
     let default = capabilities(&mut env, &image, json!({})).await;
     assert_eq!((default.count_ones(), default & NET_RAW, default & CHOWN), (13, 0, CHOWN));
@@ -233,7 +225,7 @@ async fn capabilities_are_the_defaults_changed_by_the_job() {
     assert!(error.message().contains("NET_ADMIN is not allowed"), "{error:?}");
     env.finish().await;
 
-    let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let mut env = Env::drop_in(json!({})).await;
     let old = capabilities(&mut env, &image, json!({"cap_add": []})).await;
     assert_eq!((old.count_ones(), old & NET_RAW), (14, NET_RAW), "the old driver's fourteen");
     env.finish().await;
@@ -256,8 +248,7 @@ async fn privileged_is_for_those_whom_the_operator_lets() {
     assert!(error.message().to_lowercase().contains("privileged jobs are not allowed"), "{error:?}");
     env.finish().await;
     for runtime in ["crun", "runc"] {
-        let mut env =
-            Env::with(EnvOptions { config: json!({"allow_privileged": true}), ..EnvOptions::default() }).await;
+        let mut env = Env::configured(json!({"allow_privileged": true})).await;
         let (_, out, err) = env.run(with(privileged.clone(), "runtime", json!(runtime))).await;
         let own = fs::read_to_string("/proc/self/status").unwrap();
         let own = own.lines().find(|line| line.starts_with("CapBnd")).unwrap();
@@ -340,8 +331,8 @@ async fn volumes_are_labelled_as_the_job_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_of_another_kind_is_its_tasks_alone() {
     let shim = json!({"shim": "containerd-shim-runc-v2"});
-    let config = json!({"runtime": {"other": shim, "io.containerd.nosuch.v2": {}}, "shim": {"pool": 1}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env =
+        Env::configured(json!({"runtime": {"other": shim, "io.containerd.nosuch.v2": {}}, "shim": {"pool": 1}})).await;
     let image = env.busybox().await;
     let mut task = env.prepare(with(sh(&image, "true"), "runtime", json!("io.containerd.nosuch.v2"))).await;
     let error = env.try_start(&mut task).await.unwrap_err();
@@ -427,8 +418,7 @@ async fn a_binds_end_leaves_the_hosts_mounts_alone() {
     mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), none).unwrap();
     fs::write(below.join("f"), "there").unwrap();
 
-    let config = json!({"security": {"allow_paths": [source]}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"security": {"allow_paths": [source]}})).await;
     let mounts = json!([{"type": "bind", "source": source, "target": "/m", "options": ["rbind", "ro"]}]);
     let image = env.busybox().await;
     let (_, out, _) = env.run(with(sh(&image, "cat /m/below/f"), "mounts", mounts)).await;

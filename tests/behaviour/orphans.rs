@@ -10,11 +10,11 @@ use nomad_driver_shim::{
 };
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, Task, eventually};
+use crate::support::{Env, Task, eventually};
 
 async fn environment(orphans: &str) -> Env {
     let config = json!({"state": {"grace": "1s", "orphans": orphans, "orphan_timeout": "10m"}});
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    Env::configured(config).await
 }
 
 async fn gc(env: &Env, dry_run: bool) -> Vec<Garbage> {

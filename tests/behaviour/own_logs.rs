@@ -24,11 +24,11 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task, eventually, leak, patience};
+use crate::support::{Env, Task, eventually, leak, patience};
 
 async fn environment() -> Env {
     let config = json!({"disable_log_collection": true});
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    Env::configured(config).await
 }
 
 fn logs(task: &Task) -> PathBuf {
@@ -61,8 +61,7 @@ async fn says(task: &Task, text: &str) {
 }
 
 async fn sh(env: &mut Env, script: &str, options: Value) -> Task {
-    let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
-    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    let config = env.shell(script, options).await;
     env.start(config).await
 }
 
@@ -354,8 +353,7 @@ async fn on(disk: &SmallDisk, env: &mut Env, script: &str, policy: &str) -> Task
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_blocks_or_drops_as_the_job_says() {
-    let config = json!({"disable_log_collection": true, "metrics": {"address": "127.0.0.1:0"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"disable_log_collection": true, "metrics": {"address": "127.0.0.1:0"}})).await;
     let disk = SmallDisk::new(&env);
     let script = "echo first; until [ -e /secrets/go ]; do sleep 0.05; done; seq 1 60000; echo done > /proc/self/fd/3; sleep 600";
     let script = script.replace("/proc/self/fd/3", "/tmp/done");

@@ -6,12 +6,14 @@ use std::time::Duration;
 use nomad_driver_shim::control::{Answer, Request, send_request};
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, eventually, leak};
+use crate::{
+    support::{Env, EnvOptions, eventually, leak},
+    trials,
+};
 
 async fn env(point: &str) -> Env {
     let config = json!({"state": {"grace": "500ms"}});
-    let env = vec![("NOMAD_DRIVER_SHIM_PANIC_AT".to_owned(), point.to_owned())];
-    Env::with(EnvOptions { config, env, ..EnvOptions::default() }).await
+    EnvOptions::default().config(config).var("NOMAD_DRIVER_SHIM_PANIC_AT", point).start().await
 }
 
 /// Asserts that everything of the attempt is removed: the garbage collection, or a retry, has completed the work that
@@ -35,9 +37,10 @@ async fn nothing_is_left(mut env: Env, point: &str) {
 
 /// Without this, a panic of a background teardown left the counter of teardowns too high, so that each gc waited half a
 /// minute. A panic in the call itself left the task half known.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_teardown_that_panics_is_done_again() {
-    for point in ["undo.container", "undo.shim", "undo.clearing", "undo.bundle", "undo.record"] {
+mod a_teardown_that_panics_is_done_again {
+    use super::*;
+
+    async fn check(point: &str) {
         let mut env = env(point).await;
         let task = env.sh("sleep 600").await;
         // DestroyTask answers with an error if the call itself panics; a panic in the background comes after the
@@ -54,13 +57,21 @@ async fn a_teardown_that_panics_is_done_again() {
         );
         nothing_is_left(env, point).await;
     }
+
+    trials! { check:
+        container => "undo.container";
+        shim => "undo.shim";
+        clearing => "undo.clearing";
+        bundle => "undo.bundle";
+        record => "undo.record";
+    }
 }
 
 /// A further attempt of the same allocation's task is not refused forever, either.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_attempt_undoes_what_a_panic_has_left() {
     let mut env = env("undo.clearing").await;
-    let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "sleep 600"]});
+    let config = env.shell("sleep 600", json!({})).await;
     let first = env.start(config.clone()).await;
     env.destroy(&first).await.unwrap();
     let mut again = env.prepare_again(first, "2", config).await;
@@ -69,9 +80,10 @@ async fn a_new_attempt_undoes_what_a_panic_has_left() {
     nothing_is_left(env, "undo.clearing").await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_start_that_panics_is_undone() {
-    for point in ["start.shim", "start.mounted", "start.bundle", "start.created", "start.recorded"] {
+mod a_start_that_panics_is_undone {
+    use super::*;
+
+    async fn check(point: &str) {
         let mut env = env(point).await;
         let mut task =
             env.prepare(json!({"image": env.busybox().await, "command": "/bin/sleep", "args": ["600"]})).await;
@@ -83,6 +95,14 @@ async fn a_start_that_panics_is_undone() {
         assert_eq!(env.wait(&again).await.exit_code, 0);
         env.destroy(&again).await.unwrap();
         nothing_is_left(env, point).await;
+    }
+
+    trials! { check:
+        shim => "start.shim";
+        mounted => "start.mounted";
+        bundle => "start.bundle";
+        created => "start.created";
+        recorded => "start.recorded";
     }
 }
 

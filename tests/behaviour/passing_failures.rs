@@ -35,7 +35,7 @@ async fn works_now(env: &Env, task: &Task, config: Value, what: &str) {
 }
 
 async fn exits_with_7(env: &Env, runtime: &str) -> Value {
-    json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "exit 7"], "runtime": runtime})
+    env.shell("exit 7", json!({"runtime": runtime})).await
 }
 
 /// A file system in memory, of 2 MiB, as a run directory.
@@ -81,8 +81,7 @@ impl Drop for SmallDisk {
 async fn a_full_run_directory_ends_no_task_for_good() {
     let disk = SmallDisk::new();
     // There is no pool, so that each start also makes the directory of its shim in the run directory.
-    let config = json!({"state": {"run_dir": disk.0}, "shim": {"pool": 0}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"state": {"run_dir": disk.0}, "shim": {"pool": 0}})).await;
     // The leak checker looks for the run directory under this path.
     std::os::unix::fs::symlink(&disk.0, env.dir.join("run")).unwrap();
     let mut failed = 0;
@@ -127,8 +126,7 @@ fn limit_descriptors(pid: u32, soft: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_out_of_descriptors_ends_no_task_for_good() {
     for pool in [0, 1] {
-        let config = json!({"shim": {"pool": pool}});
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let mut env = Env::configured(json!({"shim": {"pool": pool}})).await;
         let plugin = env.plugin().pid().unwrap();
         let mut failed = 0;
         for runtime in RUNTIMES {
@@ -187,7 +185,7 @@ async fn a_runtime_that_is_killed_ends_no_task_for_good() {
     for runtime in RUNTIMES {
         faulty_runtime(&dir, runtime, ":");
     }
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(config).await;
     for runtime in RUNTIMES {
         let config = exits_with_7(&env, runtime).await;
         for (name, fault) in faults {
@@ -219,12 +217,8 @@ async fn a_runtime_that_is_killed_ends_no_task_for_good() {
 /// The failpoint of development builds with which the chaos tests introduce exactly this defect.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_fault_switch_tells_every_failure_as_unrecoverable() {
-    let skip = |list: &str| EnvOptions {
-        env: vec![("NOMAD_DRIVER_SHIM_SKIP".to_owned(), list.to_owned())],
-        ..EnvOptions::default()
-    };
     for (list, again) in [("", true), ("recoverable", false)] {
-        let mut env = Env::with(skip(list)).await;
+        let mut env = EnvOptions::default().var("NOMAD_DRIVER_SHIM_SKIP", list).start().await;
         let mut task = env.prepare(json!({"image": "127.0.0.1:1/x:1"})).await;
         let status = env.try_start(&mut task).await.unwrap_err();
         assert_eq!(is_recoverable(&status), again, "{:?}: {status:?}", program());

@@ -8,10 +8,10 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task, leak};
+use crate::support::{Env, Task, leak};
 
 async fn with(config: Value) -> Env {
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    Env::configured(config).await
 }
 
 /// The shim that a task's record names.

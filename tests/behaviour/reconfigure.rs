@@ -10,7 +10,7 @@ use nomad_driver_shim::{
 use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::support::{Env, EnvOptions, program};
+use crate::support::{Env, program};
 
 /// A job that binds a directory of the host.
 async fn binding(env: &Env, source: &std::path::Path) -> Value {
@@ -69,8 +69,10 @@ async fn another_configuration_is_refused_as_a_whole_and_told() {
 /// A new agent that reattaches sends the same configuration: nothing has changed, so nothing happens.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_configuration_is_taken_again() {
-    let config = json!({"security": {"ulimit_max": {"nofile": "4096"}}, "runtime": {"own": {"binary": "runc"}}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(
+        json!({"security": {"ulimit_max": {"nofile": "4096"}}, "runtime": {"own": {"binary": "runc"}}}),
+    )
+    .await;
     let task = env.sh("sleep 600").await;
     for _ in 0..3 {
         env.plugin().configure(&env.config).await.unwrap();

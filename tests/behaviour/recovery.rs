@@ -5,7 +5,7 @@ use nomad_driver_shim::{
     pb::driver::TaskState,
 };
 
-use crate::support::{Env, EnvOptions, services};
+use crate::support::{Env, services};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_lives_through_the_death_of_its_plugin() {
@@ -98,7 +98,7 @@ async fn nothing_is_started_beside_a_container_of_the_old_driver() {
     env.wait(&task).await;
     env.destroy(&task).await.unwrap();
     let config = serde_json::json!({"containerd": {"address": "/nonexistent/containerd.sock"}});
-    let mut away = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut away = Env::configured(config).await;
     (task.handle.as_mut().unwrap().version, task.handle.as_mut().unwrap().driver_state) = (1, Vec::new());
     let error = away.recover(&task).await.unwrap_err();
     assert!(error.message().contains("may still run"), "{error:?}");

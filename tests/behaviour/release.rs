@@ -10,7 +10,7 @@ use std::{
 use nomad_driver_shim::process::which;
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, Task};
+use crate::support::{Env, Task};
 
 /// Returns an environment with a runtime `odd`: the program `name` with the text `script`, in which REAL stands for
 /// crun.
@@ -20,7 +20,7 @@ async fn with_odd(name: &str, script: &str) -> Env {
     let crun = which(Path::new("crun")).unwrap();
     crate::support::script(&path, &script.replace("REAL", &crun.to_string_lossy()));
     let config = json!({"runtime": {"odd": {"binary": path}}});
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    Env::configured(config).await
 }
 
 async fn finish(env: Env) {

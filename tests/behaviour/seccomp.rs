@@ -4,15 +4,13 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions};
+use crate::support::{Env, shell_in, with_options};
 
 /// Prints the filter's mode (2: a program), then tries two calls that nothing but the profile would deny.
 const LOOK: &str = "grep ^Seccomp: /proc/self/status; unshare -U true; mkdir /tmp/x && echo made";
 
 fn look(image: &str, more: &Value) -> Value {
-    let mut config = json!({"image": image, "command": "/bin/sh", "args": ["-c", LOOK]});
-    config.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
-    config
+    with_options(shell_in(image, LOOK), more.clone())
 }
 
 fn is_filtered(out: &str, err: &str) -> bool {
@@ -42,8 +40,8 @@ async fn every_task_has_dockers_filter_unless_the_operator_says_otherwise() {
     }
     env.finish().await;
 
-    let open = json!({"security": {"allow_seccomp_override": true}, "allow_privileged": true});
-    let mut env = Env::with(EnvOptions { config: open, ..EnvOptions::default() }).await;
+    let mut env =
+        Env::configured(json!({"security": {"allow_seccomp_override": true}, "allow_privileged": true})).await;
     for (options, filtered) in [
         (json!({}), true),
         (json!({"seccomp": false}), false),
@@ -58,8 +56,7 @@ async fn every_task_has_dockers_filter_unless_the_operator_says_otherwise() {
     assert!(out.contains("Seccomp:\t2"), "{out}");
     env.finish().await;
 
-    let none = json!({"security": {"seccomp": "unconfined"}});
-    let mut env = Env::with(EnvOptions { config: none, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"security": {"seccomp": "unconfined"}})).await;
     let (_, out, err) = env.run(look(&image, &json!({}))).await;
     assert!(!is_filtered(&out, &err));
     let (_, out, err) = env.run(look(&image, &json!({"seccomp": true}))).await;
@@ -69,7 +66,7 @@ async fn every_task_has_dockers_filter_unless_the_operator_says_otherwise() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn under_the_old_name_the_filter_is_asked_for() {
-    let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let mut env = Env::drop_in(json!({})).await;
     let image = env.busybox().await;
     for (options, filtered) in [(json!({}), false), (json!({"seccomp": true}), true)] {
         let (_, out, err) = env.run(look(&image, &options)).await;
@@ -83,8 +80,7 @@ async fn under_the_old_name_the_filter_is_asked_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn profiles_from_files_hold_with_each_runtime() {
-    let open = json!({"security": {"allow_seccomp_override": true}});
-    let mut env = Env::with(EnvOptions { config: open, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"security": {"allow_seccomp_override": true}})).await;
     let image = env.busybox().await;
     let deny_mkdir = |action: Value| {
         let mut rule = json!({"names": ["mkdir", "mkdirat"]});
@@ -134,8 +130,7 @@ async fn a_runtime_that_ignores_compiled_filters_gets_the_profile() {
         fi\n\
         exec crun \"$@\"";
     crate::support::script(&deaf, script);
-    let config = json!({"runtime": {"deaf": {"binary": deaf}}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"runtime": {"deaf": {"binary": deaf}}})).await;
     let image = env.busybox().await;
     let (_, out, err) = env.run(look(&image, &json!({"runtime": "deaf"}))).await;
     assert!(is_filtered(&out, &err));

@@ -10,7 +10,7 @@ use std::{
 use nomad_driver_shim::ids::random_hex;
 use serde_json::json;
 
-use crate::support::{Env, EnvOptions, Image, program, script, services, services::root};
+use crate::support::{Env, EnvOptions, Image, program, script, services, services::root, shell_in};
 
 /// The lines of proc_pid_status(5) for the masks that execve(2) preserves, and for the one that it clears.
 const LINES: &str = "^Sig(Blk|Ign|Cgt)";
@@ -95,7 +95,7 @@ async fn the_log_writer_and_its_keeper_have_defaults_too() {
     let options = EnvOptions { config, wrapper: Some(odd_start()), ..EnvOptions::default() };
     let mut env = Env::with(options).await;
     let image = env.busybox().await;
-    let task = env.start(json!({"image": image, "command": "/bin/sh", "args": ["-c", "sleep 600"]})).await;
+    let task = env.start(shell_in(&image, "sleep 600")).await;
     crate::support::eventually("keeper and writer", async || {
         let found = processes(&env.dir, "log-writer");
         if found.len() == 2 { Ok(()) } else { Err(found) }

@@ -8,7 +8,7 @@ use nomad_driver_shim::pb::driver::{
 use serde_json::json;
 use tonic::Streaming;
 
-use crate::support::{Env, EnvOptions, Task, patience};
+use crate::support::{Env, Task, patience};
 
 async fn stats(
     env: &Env,
@@ -113,8 +113,7 @@ async fn the_stream_keeps_its_interval_and_ends_with_the_task() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operators_interval_wins_and_stats_outlive_the_plugin() {
-    let config = json!({"stats_interval": "100ms"});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"stats_interval": "100ms"})).await;
     let task = env.sh("sleep 600").await;
     for round in 0..2 {
         let mut stream = stats(&env, &task, 990).await;

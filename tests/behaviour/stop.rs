@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::{Env, Image, services};
+use crate::support::{Env, Image, services, shell_in};
 
 const TRAPS: &str =
     "for s in TERM INT QUIT USR1; do trap \"echo $s; exit 0\" $s; done; echo ready; while :; do sleep 0.02; done";
@@ -25,7 +25,7 @@ async fn the_signal_is_the_jobs_then_the_images_then_sigterm() {
         (&with_stopsignal, "SIGUSR1", "USR1"),
         (&plain, "SIGNONSENSE", "TERM"),
     ] {
-        let task = env.start(json!({"image": image, "command": "/bin/sh", "args": ["-c", TRAPS]})).await;
+        let task = env.start(shell_in(image, TRAPS)).await;
         task.says("ready").await;
         let began = Instant::now();
         env.stop(&task, LONG, signal).await.unwrap();

@@ -20,7 +20,7 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, EnvOptions, eventually, program, services};
+use crate::support::{Env, eventually, program, services, shell_in};
 
 /// Starts a containerd of the test's own, which the test may kill.
 fn own_containerd() -> (std::path::PathBuf, i32) {
@@ -41,8 +41,7 @@ fn shim_pid(env: &Env, record: &Value) -> i32 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_lives_through_the_death_of_everything_around_it() {
     let (containerd, containerd_pid) = own_containerd();
-    let config = json!({"containerd": {"address": containerd}, "image": {"keep": "forever"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"containerd": {"address": containerd}, "image": {"keep": "forever"}})).await;
     let script = "trap 'echo stopping; exit 3' TERM; n=0; while [ ! -e /alloc/data/go ]; do \
                   for i in 1 2 3 4 5 6 7 8 9 10; do n=$((n+1)); echo $n; done; usleep 500; done; echo last; \
                   while :; do usleep 10000; done";
@@ -103,8 +102,7 @@ async fn a_task_lives_through_the_death_of_everything_around_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn containerd_may_go_and_come_back() {
     let (containerd, pid) = own_containerd();
-    let config = json!({"containerd": {"address": containerd}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"containerd": {"address": containerd}})).await;
     let task = env.sh("trap 'exit 8' TERM; echo up; while :; do sleep 0.05; done").await;
     task.says("up").await;
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
@@ -114,14 +112,14 @@ async fn containerd_may_go_and_come_back() {
     .await;
     let other = crate::support::Image::busybox().with_config("Env", json!(["PATH=/bin", "OTHER=yes"]));
     let other = other.push(&services().registry, "test/other:1").await;
-    let mut pulling = env.prepare(json!({"image": other, "command": "/bin/sh", "args": ["-c", "echo $OTHER"]})).await;
+    let mut pulling = env.prepare(shell_in(&other, "echo $OTHER")).await;
     let error = env.try_start(&mut pulling).await.unwrap_err();
     assert!(error.message().contains("out of reach"), "{error:?}");
     assert!(nomad_driver_shim::host::is_recoverable(&error), "Nomad's restart policy may try again");
     let cached = env.sh("echo cached").await;
     assert_eq!(env.finish_task(cached).await.1, "cached\n");
     services::start_containerd(containerd.parent().unwrap());
-    let again = env.run(json!({"image": other, "command": "/bin/sh", "args": ["-c", "echo $OTHER"]})).await;
+    let again = env.run(shell_in(&other, "echo $OTHER")).await;
     assert_eq!(again.1, "yes\n");
     env.stop(&task, Duration::from_secs(30), "").await.unwrap();
     assert_eq!(env.finish_task(task).await.0, 8);
@@ -228,8 +226,7 @@ async fn a_task_whose_shim_hangs_is_stopped_all_the_same() {
 /// A shared shim that hangs is not killed to stop one of its tasks: its other tasks would end with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shared_shim_that_hangs_is_not_killed_for_one_task() {
-    let config = json!({"shim_scope": "node"});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"shim_scope": "node"})).await;
     let (stopped, bystander) = (env.sh("sleep 600").await, env.sh("sleep 600").await);
     let shim = Pid::from_raw(shim_pid(&env, &env.record(&stopped).await.1));
     kill(shim, Signal::SIGSTOP).unwrap();
@@ -255,8 +252,7 @@ async fn a_shared_shim_that_hangs_is_not_killed_for_one_task() {
 /// Records that are wrong or truncated: the plugin sets each one aside or detects the error, and the other tasks go on.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_that_lie_or_are_torn_harm_nobody() {
-    let config = json!({"state": {"grace": "2s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"state": {"grace": "2s"}})).await;
     let mut tasks = Vec::new();
     for name in ["truncated", "emptied", "other-boot", "future", "reused-pid", "forgotten", "fine"] {
         let task = env.sh("sleep 600").await;
@@ -340,7 +336,7 @@ async fn three_hundred_tasks_are_recovered_at_once() {
     let mut tasks = Vec::new();
     for n in 0..MANY {
         let script = format!("trap 'exit {}' TERM; sleep 600 & wait", n % 100);
-        let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", script]});
+        let config = shell_in(&image, &script);
         tasks.push(env.prepare(config).await);
     }
     for some in tasks.chunks_mut(8) {
@@ -408,8 +404,7 @@ async fn an_orphan_gives_way() {
 /// No further agent connects: the plugin ends by itself, and its tasks go on.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_orphan_lets_go_after_a_while() {
-    let config = json!({"state": {"orphan_timeout": "500ms"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"state": {"orphan_timeout": "500ms"}})).await;
     let task = env.sh("sleep 600").await;
     let pid = env.attribute(&task, "pid").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -456,7 +451,7 @@ async fn a_short_lived_instance_does_no_harm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_drivers_live_side_by_side() {
     let mut ours = Env::new().await;
-    let mut theirs = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let mut theirs = Env::drop_in(json!({})).await;
     let (a, b) = (ours.sh("exit 4").await, theirs.sh("exit 5").await);
     assert_eq!((ours.finish_task(a).await.0, theirs.finish_task(b).await.0), (4, 5));
     ours.finish().await;

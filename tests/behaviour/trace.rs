@@ -62,9 +62,7 @@ async fn traced(intrusion: Option<&str>) -> (Vec<String>, Vec<String>, bool) {
         if pids.iter().all(is_traced) { Ok(()) } else { Err("not yet") }
     })
     .await;
-    let mut task = env
-        .prepare(json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", "echo up; sleep 600"]}))
-        .await;
+    let mut task = env.prepare(env.shell("echo up; sleep 600", json!({})).await).await;
     let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
     env.try_start(&mut task).await.unwrap();
     let seen = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();

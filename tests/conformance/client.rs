@@ -15,7 +15,7 @@ use tonic::Streaming;
 use crate::{
     row,
     row::Row,
-    seen::{kill_containerd, own_containerd, prompt, promptly, shell, start_with},
+    seen::{kill_containerd, own_containerd, prompt, promptly, start_with},
     support::{
         Env, Image, eventually,
         fake_registry::{Answer, FakeRegistry, MANIFEST},
@@ -107,9 +107,9 @@ pub(crate) async fn group_network(env: &mut Env) {
     let path = format!("/run/netns/{name}");
     let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap());
     let group = NetworkIsolationSpec { mode: 1, path, ..Default::default() };
-    let server = shell(env, "mkdir /www; echo hello > /www/f; exec httpd -f -p 8080 -h /www", json!({})).await;
+    let server = env.shell("mkdir /www; echo hello > /www/f; exec httpd -f -p 8080 -h /www", json!({})).await;
     let server = start_with(env, server, |config| config.network_isolation_spec = Some(group.clone())).await;
-    let client = shell(env, "sleep 600", json!({})).await;
+    let client = env.shell("sleep 600", json!({})).await;
     let client = start_with(env, client, |config| config.network_isolation_spec = Some(group)).await;
     for restarted in [false, true] {
         if restarted {
@@ -153,7 +153,7 @@ async fn stop_during_a_pull(env: &mut Env) {
     let answer = tokio::time::timeout(patience() / 2, start).await.expect("the start goes on").unwrap();
     assert!(answer.is_err(), "{answer:?}");
     let _ = env.destroy(&task).await;
-    let config = shell(env, "exit 3", json!({})).await;
+    let config = env.shell("exit 3", json!({})).await;
     let mut again = env.prepare_again(task, "2", config).await;
     env.try_start(&mut again).await.unwrap();
     assert_eq!(env.wait(&again).await.exit_code, 3);

@@ -20,7 +20,7 @@ use crate::{
     row::Row,
     seen::{
         beat, beats, is_still, keeper, kill, kill_containerd, linux, own_containerd, prints, processes, prompt,
-        promptly, shell, start_with,
+        promptly, start_with,
     },
     support::{Env, Image, eventually, leak, not_applicable, patience, services},
 };
@@ -81,7 +81,7 @@ pub(crate) fn rows() -> Vec<Row> {
 
 async fn b1_the_start_is_in_start_task(env: &mut Env) {
     prints(env, "true", json!({})).await;
-    let config = shell(env, &beat("up"), json!({})).await;
+    let config = env.shell(&beat("up"), json!({})).await;
     let task = prompt("StartTask with a cached image", start_with(env, config, |_| {})).await;
     assert_eq!(env.inspect(&task.id).await.unwrap().task.unwrap().state, i32::from(TaskState::Running));
     prompt("the process's first act after StartTask", beats(&task, "up")).await;
@@ -96,7 +96,7 @@ async fn b2_a_failed_start_is_told(env: &mut Env) {
 
 async fn b3_nothing_blocks_inspect(env: &mut Env) {
     prints(env, "true", json!({})).await;
-    let config = shell(env, "trap '' TERM; echo ready; while :; do sleep 0.05; done", json!({})).await;
+    let config = env.shell("trap '' TERM; echo ready; while :; do sleep 0.05; done", json!({})).await;
     let mut task = env.prepare(config).await;
     // StartTask and the first call after it must both be prompt: the old driver held its lock while it slept.
     prompt("StartTask", env.try_start(&mut task)).await.unwrap();
@@ -135,7 +135,7 @@ async fn b6_the_signal_counts(env: &mut Env) {
     let own = Image::busybox().with_config("StopSignal", json!("SIGQUIT"));
     let own = own.push(&services().registry, "test/rows-stopsignal:1").await;
     for (image, signal, expected) in [(env.busybox().await, "SIGINT", 12), (own.clone(), "", 13), (own, "SIGINT", 12)] {
-        let config = shell(env, script, json!({"image": image})).await;
+        let config = env.shell(script, json!({"image": image})).await;
         let task = env.start(config).await;
         task.says("ready").await;
         env.stop(&task, 3 * promptly(), signal).await.unwrap();
@@ -169,14 +169,14 @@ async fn b9_cleaning_up_goes_on(env: &mut Env) {
     env.destroy(&task).await.unwrap();
     let left = leak::of_tasks(env).await;
     assert!(left.is_empty(), "{left:#?}");
-    let config = shell(env, "exit 4", json!({})).await;
+    let config = env.shell("exit 4", json!({})).await;
     let mut again = env.prepare_in(task.dirs.clone(), "1", config).await;
     env.try_start(&mut again).await.unwrap();
     assert_eq!(env.wait(&again).await.exit_code, 4);
 }
 
 async fn b10_failed_starts_are_rolled_back(env: &mut Env) {
-    let config = shell(env, "exit 4", json!({})).await;
+    let config = env.shell("exit 4", json!({})).await;
     let mut task = env.prepare(config.clone()).await;
     task.config.user = "nobody-has-this-name".to_owned();
     env.try_start(&mut task).await.expect_err("a user that does not exist");
@@ -252,13 +252,13 @@ async fn b16_containerd_may_restart(env: &mut Env) {
 async fn b17_a_plugin_dies_in_the_middle(env: &mut Env) {
     prints(env, "true", json!({})).await;
     for delay in [2, 8, 15, 25, 40] {
-        let config = shell(env, &beat("first"), json!({})).await;
+        let config = env.shell(&beat("first"), json!({})).await;
         let mut task = env.prepare(config).await;
         let start = tokio::time::timeout(Duration::from_millis(delay), env.try_start(&mut task));
         let _ = start.await;
         env.kill_plugin().await;
         env.start_plugin().await;
-        let config = shell(env, "exit 3", json!({})).await;
+        let config = env.shell("exit 3", json!({})).await;
         let mut again = env.prepare_in(task.dirs.clone(), "2", config).await;
         env.try_start(&mut again).await.unwrap_or_else(|status| panic!("after {delay} ms: {}", status.message()));
         assert_eq!(env.wait(&again).await.exit_code, 3, "after {delay} ms");
@@ -302,7 +302,7 @@ async fn b20_an_empty_entrypoint(env: &mut Env) {
 async fn start_named(env: &mut Env, name: &str, script: &str) -> String {
     let alloc = Alloc::create(&env.dir.join("allocs"), &format!("{}-{}", env.namespace, random_hex(4))).unwrap();
     env.allocs.push(alloc.clone());
-    let config = shell(env, script, json!({})).await;
+    let config = env.shell(script, json!({})).await;
     let mut task = env.prepare_in(alloc.create_task(name).unwrap(), "1", config).await;
     env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{name}: {}", status.message()));
     let (code, out, err) = env.finish_task(task).await;
@@ -323,13 +323,13 @@ async fn b22_the_hostname_fits(env: &mut Env) {
 
 async fn b23_the_cpuset_is_nomads(env: &mut Env) {
     let pool = Pool::new(env, "1");
-    let config = shell(env, "grep Cpus_allowed_list /proc/self/status", json!({})).await;
+    let config = env.shell("grep Cpus_allowed_list /proc/self/status", json!({})).await;
     let task = start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&pool.told)).await;
     assert_eq!(env.finish_task(task).await.1, "Cpus_allowed_list:\t1\n");
 }
 
 async fn b24_devices_of_plugins(env: &mut Env) {
-    let config = shell(env, "head -c 3 /dev/card | wc -c", json!({})).await;
+    let config = env.shell("head -c 3 /dev/card | wc -c", json!({})).await;
     let task = start_with(env, config, |config| {
         let (task_path, host_path) = ("/dev/card".to_owned(), "/dev/zero".to_owned());
         config.devices.push(Device { task_path, host_path, cgroup_permissions: "rwm".to_owned() });
@@ -361,7 +361,7 @@ async fn b26_containerd_is_not_up_yet(env: &mut Env) {
 }
 
 async fn b27_fifos(env: &mut Env) {
-    let config = shell(env, "true", json!({})).await;
+    let config = env.shell("true", json!({})).await;
     let mut task = env.prepare(config).await;
     task.config.stderr_path = format!("{}/no/such.fifo", task.dirs.alloc_dir.display());
     env.try_start(&mut task).await.expect_err("a FIFO that is not there");

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::{
     row,
     row::Row,
-    seen::{promptly, shell, start_with},
+    seen::{promptly, start_with},
     support::{Env, Task, exec::Outcome},
 };
 
@@ -138,7 +138,7 @@ async fn dns_is_the_groups_or_the_hosts(env: &mut Env) {
         lines.flat_map(|line| line.split_whitespace().map(str::to_owned)).collect()
     };
     for dns in [Some(own.clone()), None] {
-        let config = shell(env, "sleep 600", json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         let task = start_with(env, config, |config| config.dns.clone_from(&dns)).await;
         let inside = env.exec_text(&task, "cat /etc/resolv.conf").await;
         for (key, given) in [("nameserver", &own.servers), ("search", &own.searches), ("options", &own.options)] {

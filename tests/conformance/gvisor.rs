@@ -11,7 +11,7 @@ use crate::{
     peer,
     resources::Pool,
     row::{Row, Run},
-    seen::{keeper, kill, limit, linux, parent, prints, processes, refused, shell, start_with},
+    seen::{keeper, kill, limit, linux, parent, prints, processes, refused, start_with},
     support::{Env, Task, eventually},
 };
 
@@ -141,7 +141,7 @@ async fn limits_of_the_sandbox(env: &mut Env) {
     assert!(why.contains("\"net.core.somaxconn\" has no effect with runtime"), "{why}");
     let script = "df -k /dev/shm | tail -1 | awk '{print $2}'";
     assert_eq!(prints(env, script, json!({"shm_size": "3m"})).await, "3072\n");
-    let config = shell(env, "sleep 600", json!({"pids_limit": 400})).await;
+    let config = env.shell("sleep 600", json!({"pids_limit": 400})).await;
     let task = env.start(config).await;
     assert_eq!(limit(env, &task, ("pids", "pids.max"), "pids.max"), "400");
 }
@@ -149,7 +149,7 @@ async fn limits_of_the_sandbox(env: &mut Env) {
 async fn devices(env: &mut Env) {
     let why = refused(env, json!({"devices": ["/dev/loop0"]})).await;
     assert!(why.contains("\"/dev/loop0\" is not available with runtime"), "{why}");
-    let config = shell(env, "true", json!({})).await;
+    let config = env.shell("true", json!({})).await;
     let mut task = env.prepare(config).await;
     let (task_path, host_path) = ("/dev/card".to_owned(), "/dev/zero".to_owned());
     task.config.devices.push(Device { task_path, host_path, cgroup_permissions: "rwm".to_owned() });
@@ -233,7 +233,7 @@ async fn cpuset(env: &mut Env) {
 }
 
 async fn weights(env: &mut Env) {
-    let config = shell(env, "sleep 600", json!({})).await;
+    let config = env.shell("sleep 600", json!({})).await;
     let task = start_with(env, config, |config| {
         let resources = config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap();
         resources.cpu.as_mut().unwrap().cpu_shares = 1_000_000;
@@ -257,7 +257,7 @@ async fn capabilities(env: &mut Env) {
 async fn dns(env: &mut Env) {
     let why = refused(env, json!({"sysctl": {"net.ipv4.ip_forward": "1"}})).await;
     assert!(why.contains("\"net.ipv4.ip_forward\" has no effect with runtime"), "{why}");
-    let config = shell(env, "cat /etc/resolv.conf", json!({})).await;
+    let config = env.shell("cat /etc/resolv.conf", json!({})).await;
     let task = start_with(env, config, |config| {
         config.dns = Some(DnsConfig {
             servers: vec!["127.0.0.1".to_owned()],
@@ -281,7 +281,7 @@ async fn group_network(env: &mut Env) {
     env.start_plugin().await;
     let path = format!("/proc/{}/ns/net", std::process::id());
     let group = NetworkIsolationSpec { mode: 1, path, ..Default::default() };
-    let config = shell(env, "true", json!({})).await;
+    let config = env.shell("true", json!({})).await;
     let mut task = env.prepare(config).await;
     task.config.network_isolation_spec = Some(group);
     let why = env.try_start(&mut task).await.expect_err("a namespace with others in it").message().to_owned();

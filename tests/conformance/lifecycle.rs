@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::{
     row,
     row::Row,
-    seen::{beat, beats, is_still, keeper, kill, processes, prompt, promptly, shell},
+    seen::{beat, beats, is_still, keeper, kill, processes, prompt, promptly},
     support::{
         Env, Image, Task, eventually,
         fake_registry::{Answer, FakeRegistry},
@@ -144,7 +144,7 @@ async fn predecessors_are_replaced(env: &mut Env) {
         if stopped {
             env.stop(&first, Duration::ZERO, "").await.unwrap();
         }
-        let config = shell(env, "exit 3", json!({})).await;
+        let config = env.shell("exit 3", json!({})).await;
         let mut second = env.prepare_in(first.dirs.clone(), "2", config).await;
         env.try_start(&mut second).await.unwrap_or_else(|status| panic!("stopped {stopped}: {}", status.message()));
         assert_eq!(env.wait(&second).await.exit_code, 3);
@@ -161,7 +161,7 @@ async fn killed_from_outside(env: &mut Env) {
     kill(shim);
     assert_ne!(env.wait(&task).await.exit_code, 0);
     env.destroy(&task).await.unwrap();
-    let config = shell(env, "exit 4", json!({})).await;
+    let config = env.shell("exit 4", json!({})).await;
     let mut again = env.prepare_in(task.dirs.clone(), "2", config).await;
     env.try_start(&mut again).await.unwrap();
     assert_eq!(env.wait(&again).await.exit_code, 4);

@@ -8,7 +8,6 @@ use serde_json::json;
 use crate::{
     row,
     row::Row,
-    seen::shell,
     support::{Env, patience},
 };
 
@@ -34,7 +33,7 @@ pub(crate) fn release(fifo: &Path) {
 
 async fn everything_in_order(env: &mut Env) {
     let config =
-        shell(env, "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; echo err >&2", json!({})).await;
+        env.shell("i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; echo err >&2", json!({})).await;
     let (code, out, err) = env.run(config).await;
     let lines: Vec<&str> = out.lines().collect();
     assert_eq!((code, lines.len(), err.as_str()), (0, 20_000, "err\n"));
@@ -42,13 +41,13 @@ async fn everything_in_order(env: &mut Env) {
 }
 
 async fn a_terminal(env: &mut Env) {
-    let config = shell(env, "[ -t 1 ] && echo terminal; echo err >&2; exit 4", json!({"tty": true})).await;
+    let config = env.shell("[ -t 1 ] && echo terminal; echo err >&2; exit 4", json!({"tty": true})).await;
     let (code, out, _) = env.run(config).await;
     assert_eq!((code, out.as_str()), (4, "terminal\r\nerr\r\n"));
 }
 
 async fn disabled(env: &mut Env) {
-    let config = shell(env, "echo lost; exit 2", json!({})).await;
+    let config = env.shell("echo lost; exit 2", json!({})).await;
     let mut task = env.prepare(config).await;
     (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
     env.try_start(&mut task).await.unwrap();
@@ -60,7 +59,7 @@ async fn disabled(env: &mut Env) {
 /// The first collector is a process, since a thread that blocks in open or read can't be killed.
 async fn a_collector_restarts(env: &mut Env) {
     let script = "n=0; while [ ! -e /alloc/data/go ]; do n=$((n+1)); echo line $n; sleep 0.02; done; echo the end";
-    let config = shell(env, script, json!({})).await;
+    let config = env.shell(script, json!({})).await;
     let mut task = env.prepare(config).await;
     let fifo = task.dirs.alloc_dir.join("alloc/logs/second.fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -85,7 +84,7 @@ async fn a_collector_restarts(env: &mut Env) {
 }
 
 async fn fifos_stay_private(env: &mut Env) {
-    let config = shell(env, "echo out", json!({})).await;
+    let config = env.shell("echo out", json!({})).await;
     let mut task = env.prepare(config).await;
     task.config.user = "1234:5678".to_owned();
     let state = |path: &Path| fs::metadata(path).map(|meta| (meta.uid(), meta.gid(), meta.mode())).unwrap();

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::{
     row,
     row::Row,
-    seen::{limit, prints, refused, shell, start_with},
+    seen::{limit, prints, refused, start_with},
     support::{Env, Task},
 };
 
@@ -67,7 +67,7 @@ pub(crate) fn rows() -> Vec<Row> {
 
 async fn environment(env: &mut Env) {
     let script = "pwd; hostname; echo $FROM_IMAGE $FROM_JOB; echo $PATH";
-    let config = shell(env, script, json!({"cwd": "/made/by/runtime", "hostname": "thehost"})).await;
+    let config = env.shell(script, json!({"cwd": "/made/by/runtime", "hostname": "thehost"})).await;
     let task = start_with(env, config, |config| {
         config.env.insert("FROM_JOB".to_owned(), "a b\nc".to_owned());
     })
@@ -84,12 +84,12 @@ async fn users(env: &mut Env) {
         ("1234:5678", "uid=1234 gid=5678"),
         ("user:extra", "uid=1000(user) gid=2000(extra)"),
     ] {
-        let config = shell(env, "id", json!({})).await;
+        let config = env.shell("id", json!({})).await;
         let task = start_with(env, config, |config| config.user = user.to_owned()).await;
         let out = env.finish_task(task).await.1;
         assert!(out.starts_with(expected), "{user}: {out}");
     }
-    let config = shell(env, "id", json!({})).await;
+    let config = env.shell("id", json!({})).await;
     let mut task = env.prepare(config).await;
     task.config.user = "nobody-has-this-name".to_owned();
     env.try_start(&mut task).await.expect_err("a user that does not exist");
@@ -99,7 +99,7 @@ async fn root(env: &mut Env) {
     let script = "echo x > /bin/new && cat /bin/new";
     assert_eq!(prints(env, script, json!({})).await, "x\n");
     assert_eq!(prints(env, "ls /bin/new 2>/dev/null || echo none", json!({})).await, "none\n", "the image is changed");
-    let config = shell(env, script, json!({"readonly_rootfs": true})).await;
+    let config = env.shell(script, json!({"readonly_rootfs": true})).await;
     let (code, _, err) = env.run(config).await;
     assert!(code != 0 && err.contains("Read-only file system"), "{code} {err}");
 }
@@ -132,7 +132,7 @@ async fn capabilities(env: &mut Env) {
     let default = mask(&prints(env, script, json!({})).await);
     assert_eq!((default & CHOWN, default & NET_ADMIN), (CHOWN, 0), "{default:x}");
     for (add, drop) in [("NET_ADMIN", "CHOWN"), ("CAP_NET_ADMIN", "CAP_CHOWN"), ("net_admin", "chown")] {
-        let config = shell(env, "sleep 600", json!({"cap_add": [add], "cap_drop": [drop]})).await;
+        let config = env.shell("sleep 600", json!({"cap_add": [add], "cap_drop": [drop]})).await;
         let task = env.start(config).await;
         let changed = mask(&env.exec_text(&task, script).await);
         assert_eq!(changed, default & !CHOWN | NET_ADMIN, "{add} {drop}: {changed:x}");
@@ -144,7 +144,7 @@ async fn capabilities(env: &mut Env) {
 async fn seccomp(env: &mut Env) {
     let script = "grep ^Seccomp: /proc/self/status";
     let on = "Seccomp:\t2\n";
-    let config = shell(env, "sleep 600", json!({"seccomp": true})).await;
+    let config = env.shell("sleep 600", json!({"seccomp": true})).await;
     let task = env.start(config).await;
     assert_eq!(env.exec_text(&task, script).await, on);
     env.destroy(&task).await.unwrap();
@@ -164,7 +164,7 @@ async fn limits(env: &mut Env) {
     let options = json!({"sysctl": {"net.core.somaxconn": "16384"}, "shm_size": "3m"});
     let script = "cat /proc/sys/net/core/somaxconn; df -k /dev/shm | tail -1 | awk '{print $2}'";
     assert_eq!(prints(env, script, options).await, "16384\n3072\n");
-    let config = shell(env, "sleep 600", json!({"pids_limit": 40})).await;
+    let config = env.shell("sleep 600", json!({"pids_limit": 40})).await;
     let task = env.start(config).await;
     assert_eq!(limit(env, &task, ("pids", "pids.max"), "pids.max"), "40");
 }
@@ -173,7 +173,7 @@ async fn devices(env: &mut Env) {
     let script = "for i in 0 1; do [ -b /dev/loop$i ] && : < /dev/loop$i && echo loop$i; done; true";
     assert_eq!(prints(env, script, json!({"devices": ["/dev/loop0"]})).await, "loop0\n");
     // A device from a device plugin, under another name in the task.
-    let config = shell(env, "[ -c /dev/given ] && head -c 1 /dev/given | wc -c", json!({})).await;
+    let config = env.shell("[ -c /dev/given ] && head -c 1 /dev/given | wc -c", json!({})).await;
     let task = start_with(env, config, |config| {
         config.devices.push(Device {
             task_path: "/dev/given".to_owned(),
@@ -201,7 +201,7 @@ async fn host_namespaces(env: &mut Env) {
         assert_ne!(prints(env, &script, json!({})).await.trim_end(), link(namespace), "by itself");
     }
     refused(env, json!({"pid_mode": "weird"})).await;
-    let config = shell(env, "true", json!({"host_network": true})).await;
+    let config = env.shell("true", json!({"host_network": true})).await;
     let mut task = env.prepare(config).await;
     let group = NetworkIsolationSpec { mode: 1, path: "/proc/1/ns/net".to_owned(), ..Default::default() };
     task.config.network_isolation_spec = Some(group);
@@ -219,7 +219,7 @@ async fn mounts(env: &mut Env) {
         {"type": "bind", "source": "local/config", "target": "/etc/app.conf", "options": ["rbind", "ro"]},
     ]);
     let script = "cat /ro/f /etc/app.conf; echo no 2>/dev/null > /ro/g; echo yes > /rw/w; df -k /scratch | tail -1 | awk '{print $1, $2}'";
-    let config = shell(env, script, json!({"mounts": mounts})).await;
+    let config = env.shell(script, json!({"mounts": mounts})).await;
     let mut task = env.prepare(config).await;
     fs::write(task.dirs.alloc_dir.join("web/local/config"), "configured\n").unwrap();
     env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{}", status.message()));
@@ -228,7 +228,7 @@ async fn mounts(env: &mut Env) {
     assert!(!host.join("g").exists());
     for source in ["../../other", "local/../../../other", "local/link"] {
         let mounts = json!([{"type": "bind", "source": source, "target": "/m", "options": ["rbind", "rw"]}]);
-        let config = shell(env, "true", json!({"mounts": mounts})).await;
+        let config = env.shell("true", json!({"mounts": mounts})).await;
         let mut task = env.prepare(config).await;
         std::os::unix::fs::symlink("/etc", task.dirs.alloc_dir.join("web/local/link")).unwrap();
         env.try_start(&mut task).await.expect_err(source);
@@ -251,7 +251,7 @@ pub(crate) async fn with_volume(env: &mut Env, volume: &SharedVolume) -> Task {
     fs::write(volume.join("f"), "from the host\n").unwrap();
     fs::create_dir(volume.join("later")).unwrap();
     let script = "cat /rw/f /ro/f; echo w > /rw/w; echo w 2>/dev/null > /ro/w2; echo ready; sleep 600";
-    let config = shell(env, script, json!({})).await;
+    let config = env.shell(script, json!({})).await;
     let task = start_with(env, config, |config| {
         for (task_path, readonly, propagation) in [("/rw", false, "host-to-task"), ("/ro", true, "private")] {
             config.mounts.push(Mount {
@@ -293,7 +293,7 @@ pub(crate) fn tmpfs(path: &Path) {
 
 async fn directories(env: &mut Env) {
     let script = "cat /secrets/token; echo a > /alloc/data/a; echo l > /local/l; ls -d /private /web 2>/dev/null; true";
-    let config = shell(env, script, json!({})).await;
+    let config = env.shell(script, json!({})).await;
     let mut task = env.prepare(config).await;
     let own = task.dirs.alloc_dir.join("web");
     fs::write(own.join("secrets/token"), "t0ken\n").unwrap();
@@ -306,7 +306,7 @@ async fn directories(env: &mut Env) {
 
 async fn templates_and_signals(env: &mut Env) {
     let script = "cat /local/template; trap 'echo hup' HUP; echo ready; while :; do sleep 0.05; done";
-    let config: Value = shell(env, script, json!({})).await;
+    let config: Value = env.shell(script, json!({})).await;
     let mut task = env.prepare(config).await;
     fs::write(task.dirs.alloc_dir.join("web/local/template"), "rendered\n").unwrap();
     env.try_start(&mut task).await.unwrap();

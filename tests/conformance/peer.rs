@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::{
     row,
     row::Row,
-    seen::{limit, linux, memory, prints, prompt, promptly, refused, shell, start_with},
+    seen::{limit, linux, memory, prints, prompt, promptly, refused, start_with},
     support::{Env, Task, services},
 };
 
@@ -40,7 +40,7 @@ pub(crate) async fn redis(env: &mut Env) {
     // The first task pulls the image, so that the measured start does not include the pull.
     prints(env, "true", json!({})).await;
     let options = json!({"hostname": "foobar", "seccomp": true, "cwd": "/home/redis"});
-    let config = shell(env, "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done", options).await;
+    let config = env.shell("trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done", options).await;
     let task = prompt(
         "StartTask",
         start_with(env, config, |config| {
@@ -81,7 +81,7 @@ pub(crate) async fn with_capabilities(env: &mut Env) -> Task {
         "readonly_rootfs": true, "cap_add": ["CAP_SYS_ADMIN", "CAP_IPC_OWNER", "CAP_IPC_LOCK"],
         "cap_drop": ["CAP_CHOWN", "CAP_SYS_CHROOT", "CAP_DAC_OVERRIDE"],
     });
-    let config = shell(env, "sleep 600", options).await;
+    let config = env.shell("sleep 600", options).await;
     let task = env.start(config).await;
     let mask = env.exec_text(&task, "grep CapEff /proc/self/status").await;
     let mask = u64::from_str_radix(mask.split_whitespace().nth(1).unwrap(), 16).unwrap();
@@ -109,7 +109,7 @@ async fn volume_mount(env: &mut Env) {
     fs::create_dir_all(&host).unwrap();
     fs::write(host.join("host.txt"), "hello\n").unwrap();
     let script = "cat /tmp/t1/host.txt /tmp/ro/host.txt; echo x 2>/dev/null > /tmp/ro/bad; echo x > /tmp/t1/good";
-    let config = shell(env, script, json!({})).await;
+    let config = env.shell(script, json!({})).await;
     let task = start_with(env, config, |config| {
         for (target, readonly) in [("/tmp/t1", false), ("/tmp/ro", true)] {
             let (task_path, host_path) = (target.to_owned(), host.to_str().unwrap().to_owned());
@@ -124,7 +124,7 @@ async fn volume_mount(env: &mut Env) {
 async fn dns(env: &mut Env) {
     let sysctl = json!({"sysctl": {"net.core.somaxconn": "16384", "net.ipv4.ip_forward": "1"}});
     let script = "cat /etc/resolv.conf /proc/sys/net/core/somaxconn /proc/sys/net/ipv4/ip_forward";
-    let config = shell(env, script, sysctl).await;
+    let config = env.shell(script, sysctl).await;
     let task = start_with(env, config, |config| {
         config.dns = Some(DnsConfig {
             servers: vec!["127.0.0.1".to_owned(), "127.0.0.2".to_owned()],
@@ -172,7 +172,7 @@ async fn template(env: &mut Env) {
         "type": "bind", "source": "local/mosquitto.conf", "target": "/mosquitto/config/mosquitto.conf",
         "options": ["rbind", "rw"],
     }]);
-    let config = shell(env, "cat /mosquitto/config/mosquitto.conf", json!({"mounts": mounts})).await;
+    let config = env.shell("cat /mosquitto/config/mosquitto.conf", json!({"mounts": mounts})).await;
     let mut task = env.prepare(config).await;
     fs::write(task.dirs.alloc_dir.join("web/local/mosquitto.conf"), "bind_address 0.0.0.0\n").unwrap();
     env.try_start(&mut task).await.unwrap();

@@ -19,7 +19,7 @@ use tonic::Streaming;
 use crate::{
     row,
     row::Row,
-    seen::{limit, linux, memory, shell, start_with},
+    seen::{limit, linux, memory, start_with},
     support::{Env, Task, eventually, not_applicable, patience},
 };
 
@@ -43,7 +43,7 @@ async fn memory_limits(env: &mut Env) {
         (64, 96, Some(96), 64),
         (32, -1, None, 32),
     ] {
-        let config = shell(env, "sleep 600", json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         let task = start_with(env, config, |config| {
             (memory(config).memory_mb, memory(config).memory_max_mb) = (reserved, max);
             linux(config).memory_limit_bytes = reserved.max(max) * MIB;
@@ -72,7 +72,7 @@ async fn memory_limits(env: &mut Env) {
 }
 
 pub(crate) async fn out_of_memory(env: &mut Env) {
-    let config = shell(env, "exec tail /dev/zero", json!({})).await;
+    let config = env.shell("exec tail /dev/zero", json!({})).await;
     let task = start_with(env, config, |config| {
         memory(config).memory_mb = 20;
         linux(config).memory_limit_bytes = 20 * MIB;
@@ -80,7 +80,7 @@ pub(crate) async fn out_of_memory(env: &mut Env) {
     .await;
     let result = env.wait(&task).await;
     assert!(result.oom_killed && result.exit_code != 0, "{result:?}");
-    let config = shell(env, "kill -9 $$; sleep 5; exit 9", json!({})).await;
+    let config = env.shell("kill -9 $$; sleep 5; exit 9", json!({})).await;
     let task = env.start(config).await;
     env.stop(&task, Duration::ZERO, "").await.unwrap();
     assert!(!env.wait(&task).await.oom_killed, "a kill is no OOM");
@@ -89,7 +89,7 @@ pub(crate) async fn out_of_memory(env: &mut Env) {
 async fn weights(env: &mut Env) {
     let mut weights = Vec::new();
     for (shares, expected) in [(1, 2), (1000, 1000), (1_000_000, 262_144)] {
-        let config = shell(env, "sleep 600", json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         let task = start_with(env, config, |config| {
             let resources = config.resources.as_mut().unwrap().allocated_resources.as_mut().unwrap();
             resources.cpu.as_mut().unwrap().cpu_shares = shares;
@@ -106,7 +106,7 @@ async fn weights(env: &mut Env) {
     }
     assert!(weights.is_sorted() && weights.iter().all(|weight| (1..=10_000).contains(weight)), "{weights:?}");
 
-    let config = shell(env, "grep Cpus_allowed_list /proc/self/status", json!({})).await;
+    let config = env.shell("grep Cpus_allowed_list /proc/self/status", json!({})).await;
     let task = start_with(env, config, |config| linux(config).cpuset_cpus = "0".to_owned()).await;
     assert_eq!(env.finish_task(task).await.1, "Cpus_allowed_list:\t0\n");
 }
@@ -158,7 +158,7 @@ impl Pool {
 
     /// Starts a task in the pool, as Nomad does.
     pub(crate) async fn task(&self, env: &mut Env) -> Task {
-        let config = shell(env, "sleep 600", json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         start_with(env, config, |config| linux(config).cpuset_cgroup.clone_from(&self.told)).await
     }
 

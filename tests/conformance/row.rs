@@ -3,7 +3,7 @@
 use std::{any::Any, cell::RefCell, future::Future, panic::AssertUnwindSafe, pin::Pin, time::Duration};
 
 use futures_util::FutureExt as _;
-use nomad_driver_shim::{host::PluginCommand, pb::driver::DestroyTaskRequest};
+use nomad_driver_shim::host::PluginCommand;
 use serde_json::{Value, json};
 
 use crate::support::{Env, EnvOptions, NotApplicable, leak, patience};
@@ -111,13 +111,12 @@ impl Verdict {
 
 /// Destroys the tasks that a row has started. A green row must have left nothing else.
 async fn clear(mut env: Env, verdict: Verdict) -> Verdict {
-    let Some(plugin) = env.plugin.take() else { return verdict };
-    let asked = std::mem::take(&mut *env.asked.lock().unwrap());
-    for task_id in asked {
-        let request = DestroyTaskRequest { task_id, force: true };
-        let _ = tokio::time::timeout(patience(), plugin.driver().destroy_task(request)).await;
+    // The checks below are this suite's own.
+    env.skip_leak_check();
+    if env.plugin.is_none() {
+        return verdict;
     }
-    env.plugin = Some(plugin);
+    env.destroy_all().await;
     let mut leaks = match verdict {
         Verdict::Green => leak::of_tasks(&env).await,
         _ => Vec::new(),

@@ -30,16 +30,9 @@ pub(crate) async fn prompt<T>(what: &str, future: impl Future<Output = T>) -> T 
     answer
 }
 
-/// The configuration of a shell in busybox that runs `script`, with further options.
-pub(crate) async fn shell(env: &Env, script: &str, options: Value) -> Value {
-    let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
-    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
-    config
-}
-
 /// Runs a shell with these options and returns its standard output.
 pub(crate) async fn prints(env: &mut Env, script: &str, options: Value) -> String {
-    let config = shell(env, script, options).await;
+    let config = env.shell(script, options).await;
     let (code, out, err) = env.run(config).await;
     assert_eq!(code, 0, "{script}: {out}{err}");
     out
@@ -47,7 +40,7 @@ pub(crate) async fn prints(env: &mut Env, script: &str, options: Value) -> Strin
 
 /// Returns the error text with which the start of a shell with these options is refused.
 pub(crate) async fn refused(env: &mut Env, options: Value) -> String {
-    let config = shell(env, "true", options.clone()).await;
+    let config = env.shell("true", options.clone()).await;
     let mut task = env.prepare(config).await;
     match env.try_start(&mut task).await {
         Ok(()) => panic!("{options} was accepted"),

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::json;
 
-use crate::{SPELLINGS, processes, sandboxed, sh, support};
+use crate::{SPELLINGS, processes, support, support::Env};
 use support::eventually;
 
 fn cgroup_file(env: &support::Env, alloc: &str, name: &str) -> String {
@@ -19,15 +19,15 @@ fn cgroup_file(env: &support::Env, alloc: &str, name: &str) -> String {
 #[ignore = "make test-gvisor"]
 async fn a_sandbox_stays_within_the_operators_limit_of_processes() {
     for runtime in SPELLINGS {
-        let mut env = sandboxed(runtime, json!({})).await;
-        let task = env.start(sh(&env, "exec sleep 600", json!({})).await).await;
+        let mut env = Env::with_runtime(runtime, json!({})).await;
+        let task = env.start(env.shell("exec sleep 600", json!({})).await).await;
         assert_eq!(cgroup_file(&env, &task.dirs.alloc_id, "pids.max"), "2048", "{runtime}");
         env.destroy(&task).await.unwrap();
         env.finish().await;
 
-        let mut env = sandboxed(runtime, json!({"pids_limit": 100})).await;
+        let mut env = Env::with_runtime(runtime, json!({"pids_limit": 100})).await;
         let fork = "for i in $(seq 300); do sleep 600 & done 2>/dev/null; echo forked; sleep 600";
-        let task = env.start(sh(&env, fork, json!({"memory_hard_limit": 1024})).await).await;
+        let task = env.start(env.shell(fork, json!({"memory_hard_limit": 1024})).await).await;
         assert_eq!(cgroup_file(&env, &task.dirs.alloc_id, "pids.max"), "100", "{runtime}");
         eventually("the sandbox has met its limit, or ended", async || {
             let events = cgroup_file(&env, &task.dirs.alloc_id, "pids.events");
@@ -45,8 +45,8 @@ async fn a_sandbox_stays_within_the_operators_limit_of_processes() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn the_keeper_of_an_exit_code_has_no_rights() {
-    let mut env = sandboxed("io.containerd.runsc.v1", json!({})).await;
-    let task = env.start(sh(&env, "exec sleep 600", json!({})).await).await;
+    let mut env = Env::with_runtime("io.containerd.runsc.v1", json!({})).await;
+    let task = env.start(env.shell("exec sleep 600", json!({})).await).await;
     let name = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let sandbox = processes(&env, &task.dirs.alloc_id).into_iter().find(|(_, line)| line.starts_with("runsc-sandbox"));
     let (sandbox, _) = sandbox.expect("a sandbox");

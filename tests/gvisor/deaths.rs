@@ -5,12 +5,12 @@ use std::{fs, path::PathBuf, time::Instant};
 use serde_json::json;
 
 use crate::{
-    SPELLINGS, kill, processes, sandboxed, sh,
+    SPELLINGS, kill, processes,
     support::{Env, Task, patience},
 };
 
 async fn ready(env: &mut Env) -> Task {
-    let config = sh(env, "echo ready; sleep 600", json!({})).await;
+    let config = env.shell("echo ready; sleep 600", json!({})).await;
     let task = env.start(config).await;
     task.says("ready").await;
     task
@@ -26,7 +26,7 @@ fn part(env: &Env, task: &Task, name: &str) -> i32 {
 /// left.
 async fn killed(name: &str) {
     for runtime in SPELLINGS {
-        let mut env = sandboxed(runtime, json!({})).await;
+        let mut env = Env::with_runtime(runtime, json!({})).await;
         let task = ready(&mut env).await;
         kill(part(&env, &task, name));
         let began = Instant::now();
@@ -65,8 +65,8 @@ async fn a_removed_runsc_serves_its_tasks_to_their_ends() {
     let directory = tempfile::tempdir().unwrap();
     let runsc = own_runsc(directory.path().to_str().unwrap());
     for runtime in SPELLINGS {
-        let mut env = sandboxed(runtime, json!({"runtime": {runtime: {"binary": runsc}}})).await;
-        let config = sh(&env, "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done", json!({})).await;
+        let mut env = Env::with_runtime(runtime, json!({"runtime": {runtime: {"binary": runsc}}})).await;
+        let config = env.shell("trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done", json!({})).await;
         let stopped = env.start(config.clone()).await;
         let killed = env.start(config).await;
         for task in [&stopped, &killed] {
@@ -85,7 +85,7 @@ async fn a_removed_runsc_serves_its_tasks_to_their_ends() {
         kill(part(&env, &killed, "runsc-sandbox"));
         assert!(env.wait(&killed).await.exit_code != 0, "{runtime}");
         // New tasks are refused: the driver never uses a weaker runtime instead.
-        let config = sh(&env, "true", json!({})).await;
+        let config = env.shell("true", json!({})).await;
         let mut third = env.prepare(config).await;
         let why = env.try_start(&mut third).await.unwrap_err().message().to_owned();
         assert!(why.contains("is not installed") && why.contains(runsc.to_str().unwrap()), "{runtime}: {why}");
@@ -101,7 +101,7 @@ async fn a_removed_runsc_serves_its_tasks_to_their_ends() {
 #[ignore = "make test-gvisor"]
 async fn a_killed_shim_and_a_killed_keeper_are_survived() {
     for runtime in SPELLINGS {
-        let mut env = sandboxed(runtime, json!({})).await;
+        let mut env = Env::with_runtime(runtime, json!({})).await;
         let task = ready(&mut env).await;
         let shim = env.dir.join("run/shims").join(env.record(&task).await.1["shim"].as_str().unwrap());
         let identity: serde_json::Value = serde_json::from_slice(&fs::read(shim.join("pid")).unwrap()).unwrap();
@@ -118,8 +118,8 @@ async fn a_killed_shim_and_a_killed_keeper_are_survived() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn a_killed_keeper_takes_nothing_along() {
-    let mut env = sandboxed(SPELLINGS[1], json!({})).await;
-    let config = sh(&env, "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done", json!({})).await;
+    let mut env = Env::with_runtime(SPELLINGS[1], json!({})).await;
+    let config = env.shell("trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done", json!({})).await;
     let task = env.start(config).await;
     task.says("ready").await;
     let sandbox = part(&env, &task, "runsc-sandbox");

@@ -5,11 +5,11 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::{SPELLINGS, sandboxed, sh, support::Env};
+use crate::{SPELLINGS, support::Env};
 
 /// Runs a task that tries `script`. Returns `in` if the script succeeded, else `out`.
 async fn tries(env: &mut Env, script: &str, options: Value) -> String {
-    let config = sh(env, &format!("({script}) > /dev/null 2>&1 && echo in || echo out"), options).await;
+    let config = env.shell(&format!("({script}) > /dev/null 2>&1 && echo in || echo out"), options).await;
     let (code, out, err) = env.run(config).await;
     assert_eq!(code, 0, "{script}: {out}{err}");
     out.trim().to_owned()
@@ -45,7 +45,7 @@ fn allowed() -> Value {
 #[ignore = "make test-gvisor"]
 async fn ways_out_are_closed() {
     for runtime in SPELLINGS {
-        let mut env = sandboxed(runtime, allowed()).await;
+        let mut env = Env::with_runtime(runtime, allowed()).await;
         // A mount in the task.
         probe(&mut env, "mkdir -p /m && mount -t tmpfs none /m", json!({"cap_add": ["SYS_ADMIN"]})).await;
         // Kernel parameters: gVisor's are not the host's, even for a privileged task.
@@ -78,8 +78,8 @@ async fn ways_out_are_closed() {
 #[ignore = "make test-gvisor"]
 async fn its_kernel_is_gvisors() {
     for runtime in SPELLINGS {
-        let mut env = sandboxed(runtime, json!({})).await;
-        let config = sh(&env, "dmesg; uname -r; exec -a marked-by-the-test sleep 600", json!({})).await;
+        let mut env = Env::with_runtime(runtime, json!({})).await;
+        let config = env.shell("dmesg; uname -r; exec -a marked-by-the-test sleep 600", json!({})).await;
         let task = env.start(config).await;
         task.says("Starting gVisor").await;
         task.says("gvisor\n").await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nomad_driver_shim::pb::driver::ExitResult;
 use serde_json::json;
 
-use crate::{SPELLINGS, sandboxed, sh, support::Env};
+use crate::{SPELLINGS, support::Env};
 
 const TIMES: usize = 50;
 const AT_ONCE: usize = 3;
@@ -26,7 +26,7 @@ async fn one(env: &Env, case: Case, alloc: nomad_driver_shim::host::Alloc) -> Ex
         Case::Killed => "sleep 600".to_owned(),
         Case::OutOfMemory => "exec tail /dev/zero".to_owned(),
     };
-    let config = sh(env, &script, json!({})).await;
+    let config = env.shell(&script, json!({})).await;
     let mut task = env.prepare_in(alloc.create_task("web").unwrap(), "1", config).await;
     if let Case::OutOfMemory = case {
         let resources = task.config.resources.as_mut().unwrap();
@@ -43,7 +43,7 @@ async fn one(env: &Env, case: Case, alloc: nomad_driver_shim::host::Alloc) -> Ex
 }
 
 async fn fifty(runtime: &str) {
-    let mut env = sandboxed(runtime, json!({})).await;
+    let mut env = Env::with_runtime(runtime, json!({})).await;
     for case in [Case::Exits(0), Case::Exits(1), Case::Exits(4), Case::Killed, Case::OutOfMemory] {
         let mut right = 0;
         let mut wrong = Vec::new();

@@ -9,10 +9,7 @@ use std::{
 use nomad_driver_shim::pb::driver::NetworkIsolationSpec;
 use serde_json::{Value, json};
 
-use crate::{
-    sandboxed, sh,
-    support::{Env, Task, eventually, services::run},
-};
+use crate::support::{Env, Task, eventually, services::run};
 
 /// A namespace with a bridge that acts as the host, and the groups' namespaces that are connected to the bridge.
 struct Bridge {
@@ -77,7 +74,7 @@ impl Drop for Bridge {
 }
 
 async fn prepare(env: &mut Env, bridge: &Bridge, n: usize, script: &str, options: Value) -> Task {
-    let config = sh(env, script, options).await;
+    let config = env.shell(script, options).await;
     let mut task = env.prepare(config).await;
     task.config.network_isolation_spec = bridge.told(n);
     task
@@ -111,7 +108,7 @@ fn mixed() -> Value {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn two_groups_one_mixed_reach_each_other() {
-    let mut env = sandboxed("runsc", mixed()).await;
+    let mut env = Env::with_runtime("runsc", mixed()).await;
     let bridge = Bridge::new(&env, 2);
     let before = bridge.seen(0);
     let alone = start(&mut env, &bridge, 0, &server(8080, "alone"), json!({})).await;
@@ -163,7 +160,7 @@ impl Drop for Stranger {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make test-gvisor"]
 async fn what_can_not_work_is_refused() {
-    let mut env = sandboxed("runsc", mixed()).await;
+    let mut env = Env::with_runtime("runsc", mixed()).await;
     let bridge = Bridge::new(&env, 2);
     let before = bridge.seen(0);
     let alone = start(&mut env, &bridge, 0, "sleep 600", json!({})).await;

@@ -22,25 +22,10 @@ mod exit_codes;
 mod groups;
 mod settings;
 
-use serde_json::{Value, json};
-use support::{Env, EnvOptions};
+use support::Env;
 
 /// Both names of gVisor's runtime.
 pub const SPELLINGS: [&str; 2] = ["runsc", "io.containerd.runsc.v1"];
-
-/// Starts a plugin whose tasks run in sandboxes.
-pub(crate) async fn sandboxed(runtime: &str, config: Value) -> Env {
-    let mut config = config;
-    config["default_runtime"] = json!(runtime);
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
-}
-
-/// The configuration of a shell in busybox.
-pub(crate) async fn sh(env: &Env, script: &str, options: Value) -> Value {
-    let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
-    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
-    config
-}
 
 /// Returns the host's processes in a task's cgroup, with their command lines.
 pub(crate) fn processes(env: &Env, alloc: &str) -> Vec<(i32, String)> {

@@ -7,8 +7,8 @@ use nomad_driver_shim::pb::{driver::FingerprintRequest, structs::attribute::Valu
 use serde_json::{Value, json};
 
 use crate::{
-    SPELLINGS, sandboxed, sh,
-    support::{Env, EnvOptions, patience, script},
+    SPELLINGS,
+    support::{Env, patience, script},
 };
 
 /// Returns the node's attributes, as soon as `done` accepts them.
@@ -37,7 +37,7 @@ async fn attributes(env: &Env, done: impl Fn(&HashMap<String, String>) -> bool) 
 async fn the_node_says_which_sandboxes_it_has() {
     let config =
         json!({"runtime": {"broken": {"type": "gvisor", "binary": "/bin/false"}, "absent": {"binary": "/no/runsc"}}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(config).await;
     let all = attributes(&env, |all| SPELLINGS.iter().all(|name| all[&format!("runtime.{name}")] == "true")).await;
     for name in SPELLINGS {
         assert_eq!(all[&format!("runtime.{name}.platform")], "systrap");
@@ -47,7 +47,7 @@ async fn the_node_says_which_sandboxes_it_has() {
     for (name, why) in [("broken", "does not work on this host"), ("absent", "/no/runsc is not installed")] {
         assert_eq!(all[&format!("runtime.{name}")], "false");
         assert!(!all["runtimes"].contains(name), "{all:?}");
-        let config = sh(&env, "true", json!({"runtime": name})).await;
+        let config = env.shell("true", json!({"runtime": name})).await;
         let mut task = env.prepare(config).await;
         let said = env.try_start(&mut task).await.unwrap_err().message().to_owned();
         assert!(said.contains(why), "{said}");
@@ -67,8 +67,8 @@ async fn a_platform_that_hangs_is_not_used() {
         &hangs,
         &format!("case \"$*\" in *--platform=systrap*' run '*) exec sleep 1234567;; esac\nexec {real} \"$@\""),
     );
-    let mut env = sandboxed("runsc", json!({"runtime": {"runsc": {"binary": hangs}}})).await;
-    let config = sh(&env, "dmesg | head -1; exit 3", json!({})).await;
+    let mut env = Env::with_runtime("runsc", json!({"runtime": {"runsc": {"binary": hangs}}})).await;
+    let config = env.shell("dmesg | head -1; exit 3", json!({})).await;
     let (code, out, _) = env.run(config).await;
     assert!(code == 3 && out.contains("Starting gVisor"), "{code} {out}");
     let all = attributes(&env, |all| all["runtime.runsc"] == "true").await;
@@ -84,7 +84,8 @@ async fn a_platform_that_hangs_is_not_used() {
 }
 
 async fn with(config: Value, look: impl AsyncFnOnce(&mut Env)) {
-    let mut env = sandboxed("runsc", json!({"runtime": {"runsc": config}, "security": {"allow_caps": ["ALL"]}})).await;
+    let mut env =
+        Env::with_runtime("runsc", json!({"runtime": {"runsc": config}, "security": {"allow_caps": ["ALL"]}})).await;
     look(&mut env).await;
     env.finish().await;
 }
@@ -95,7 +96,7 @@ async fn what_is_set_is_what_happens() {
     // The overlay setting decides where a task's writes are stored.
     for (overlay, on_the_host) in [(json!({}), false), (json!({"overlay": "none"}), true)] {
         with(overlay, async |env| {
-            let config = sh(env, "echo x > /written; echo ready; sleep 600", json!({})).await;
+            let config = env.shell("echo x > /written; echo ready; sleep 600", json!({})).await;
             let task = env.start(config).await;
             task.says("ready").await;
             let id = env.attribute(&task, "container_id").await;
@@ -108,7 +109,8 @@ async fn what_is_set_is_what_happens() {
     // The debug logs, and further flags and settings of runsc.
     let logs = tempfile::tempdir().unwrap();
     with(json!({"debug_log": logs.path(), "flags": ["net-raw"], "file_access": "shared"}), async |env| {
-        let config = sh(env, "ping -c 1 -W 5 127.0.0.1 > /dev/null && echo raw", json!({"cap_add": ["NET_RAW"]})).await;
+        let config =
+            env.shell("ping -c 1 -W 5 127.0.0.1 > /dev/null && echo raw", json!({"cap_add": ["NET_RAW"]})).await;
         assert_eq!(env.run(config).await.1, "raw\n");
         let names: Vec<_> = fs::read_dir(logs.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
         for command in ["boot", "run", "gofer"] {
@@ -118,7 +120,7 @@ async fn what_is_set_is_what_happens() {
     .await;
     // A sandbox without cgroup limits.
     with(json!({"cgroups": false}), async |env| {
-        let config = sh(env, "sleep 600", json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         let task = env.start(config).await;
         assert!(crate::processes(env, &task.dirs.alloc_id).is_empty());
         env.destroy(&task).await.unwrap();

@@ -20,7 +20,7 @@ use nomad_driver_shim::{
 use serde_json::{Value, json};
 
 use crate::{
-    image_with_program, runtimes, shell,
+    image_with_program, runtimes,
     support::{Env, EnvOptions, Image, Task, eventually, patience, program, script, services, services::run},
 };
 
@@ -57,7 +57,7 @@ async fn restart(env: &mut Env, security: Value) {
 
 /// Runs a task with these options to its end and returns its AppArmor label.
 async fn label(env: &mut Env, options: Value) -> String {
-    let config = shell(env, LABEL, options.clone()).await;
+    let config = env.shell(LABEL, options.clone()).await;
     let (code, out, err) = env.run(config).await;
     assert_eq!(code, 0, "{options}: {err}");
     out
@@ -65,7 +65,7 @@ async fn label(env: &mut Env, options: Value) -> String {
 
 /// Returns the reason for which a task with these options is refused.
 async fn refusal(env: &mut Env, options: Value) -> String {
-    let config = shell(env, LABEL, options.clone()).await;
+    let config = env.shell(LABEL, options.clone()).await;
     let mut task = env.prepare(config).await;
     let refused = env.try_start(&mut task).await.expect_err(&format!("{options} is started"));
     refused.message().to_owned()
@@ -108,7 +108,7 @@ async fn tasks_and_what_is_execed_in_them_have_the_drivers_profile_and_take_sign
     for runtime in runtimes() {
         let waits = "trap 'echo usr1' USR1; trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done";
         let options = json!({"runtime": runtime, "cap_add": ["SYS_ADMIN"]});
-        let config = shell(&env, &format!("{LABEL}; {waits}"), options).await;
+        let config = env.shell(&format!("{LABEL}; {waits}"), options).await;
         let task = env.start(config).await;
         task.says("ready").await;
         assert_eq!(task.stdout.text(), format!("{}ready\n", confined(own)), "{runtime}");
@@ -127,7 +127,7 @@ async fn tasks_and_what_is_execed_in_them_have_the_drivers_profile_and_take_sign
         env.stop(&task, patience(), "").await.unwrap();
         assert_eq!(env.wait(&task).await.exit_code, 7, "{runtime}: SIGTERM");
         env.destroy(&task).await.unwrap();
-        let stays = shell(&env, "trap '' TERM; echo ready; sleep 600", json!({"runtime": runtime})).await;
+        let stays = env.shell("trap '' TERM; echo ready; sleep 600", json!({"runtime": runtime})).await;
         let task = env.start(stays).await;
         task.says("ready").await;
         env.stop(&task, Duration::ZERO, "").await.unwrap();
@@ -354,7 +354,7 @@ async fn under_the_old_name_tasks_are_unconfined_until_somebody_asks() {
 async fn a_profile_is_refreshed_by_the_next_plugin_and_loaded_again_when_it_is_gone() {
     let own = "nomad-driver-shim-replaced";
     let mut env = plugin("replaced", json!({})).await;
-    let config = shell(&env, "echo ready; sleep 600", json!({})).await;
+    let config = env.shell("echo ready; sleep 600", json!({})).await;
     let task = env.start(config).await;
     task.says("ready").await;
     assert_eq!(env.exec_text(&task, LABEL).await, confined(own));

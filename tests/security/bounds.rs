@@ -6,12 +6,12 @@ use std::{fs, process::Command};
 
 use serde_json::{Value, json};
 
-use crate::{image_with_program, plugin_with, runtimes, shell, support};
+use crate::{image_with_program, runtimes, support};
 use support::{Env, EnvOptions, Task, program};
 
 /// Returns the reason for which a job with these options is refused.
 async fn refused(env: &mut Env, options: Value) -> String {
-    let config = shell(env, "true", options.clone()).await;
+    let config = env.shell("true", options.clone()).await;
     let mut task = env.prepare(config).await;
     match env.try_start(&mut task).await {
         Err(status) => status.message().to_owned(),
@@ -35,8 +35,8 @@ const MOUNT_OPTIONS: &str = r#"options() { awk -v at="$1" '$5 == at { print $6 }
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_says_nothing_has_a_limit_of_processes() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
-        let config = shell(&env, "exec sleep 600", json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
+        let config = env.shell("exec sleep 600", json!({})).await;
         let task = env.start(config).await;
         assert_eq!(cgroup_file(&env, &task, "pids", "pids.max").await, "2048", "{runtime}");
         // The default leaves room for a service of many processes.
@@ -65,9 +65,9 @@ async fn neither_forks_nor_threads_nor_execs_pass_the_operators_limit() {
         }"#;
     let image = image_with_program("threads", threads).await;
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"pids_limit": 40})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"pids_limit": 40})).await;
         let script = "for i in $(seq 80); do sleep 600 & done 2>/dev/null; jobs | wc -l";
-        let config = shell(&env, script, json!({})).await;
+        let config = env.shell(script, json!({})).await;
         let (_, out, err) = env.run(config).await;
         assert!(out.trim().parse::<u32>().unwrap_or(0) < 40, "{runtime}: {out} {err}");
 
@@ -87,7 +87,7 @@ async fn neither_forks_nor_threads_nor_execs_pass_the_operators_limit() {
             assert!(error.contains(&format!("pids_limit = {limit} ")), "{runtime}: {error}");
             assert!(error.contains("40") && error.contains("plugin option pids_limit"), "{runtime}: {error}");
         }
-        let config = shell(&env, "exec sleep 600", json!({"pids_limit": 20})).await;
+        let config = env.shell("exec sleep 600", json!({"pids_limit": 20})).await;
         let task = env.start(config).await;
         assert_eq!(cgroup_file(&env, &task, "pids", "pids.max").await, "20", "{runtime}");
         env.destroy(&task).await.unwrap();
@@ -103,7 +103,7 @@ async fn there_is_no_limit_of_processes_where_the_operator_wants_none() {
     for options in [open, old] {
         let mut env = Env::with(options).await;
         for job in [json!({}), json!({"pids_limit": -1})] {
-            let config = shell(&env, "exec sleep 600", job).await;
+            let config = env.shell("exec sleep 600", job).await;
             let task = env.start(config).await;
             assert_eq!(cgroup_file(&env, &task, "pids", "pids.max").await, "max");
             env.destroy(&task).await.unwrap();
@@ -116,7 +116,7 @@ async fn there_is_no_limit_of_processes_where_the_operator_wants_none() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let tmpfs = |target: &str, options: &[&str]| json!({"type": "tmpfs", "target": target, "options": options});
         let mounts = json!([
             tmpfs("/closed", &[]),
@@ -130,7 +130,7 @@ async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
                 mknod $at/null c 1 3; (: > $at/null) 2>/dev/null && device=opened || device=refused;
                 echo $at $(options $at) $device; done"
         );
-        let config = shell(&env, &script, json!({"mounts": mounts})).await;
+        let config = env.shell(&script, json!({"mounts": mounts})).await;
         let (code, out, err) = env.run(config).await;
         assert_eq!(code, 0, "{runtime}: {err}");
         for line in out.lines() {
@@ -149,7 +149,7 @@ async fn a_jobs_tmpfs_has_neither_devices_nor_set_user_id_programs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_jobs_file_systems_in_memory_are_bounded() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         for option in
             ["size=100%", "size=900t", "size=0", "nr_blocks=0", "nr_inodes=0", "mode=700,size=100%", "nr_inodes=900t"]
         {
@@ -172,13 +172,13 @@ async fn a_jobs_file_systems_in_memory_are_bounded() {
         }
         env.finish().await;
 
-        let mut env = plugin_with(&runtime, json!({"security": {"tmpfs_max": "8m"}})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"security": {"tmpfs_max": "8m"}})).await;
         let error = refused(&mut env, json!({"shm_size": "9m"})).await;
         assert!(error.contains("\"9m\" is above 8 MiB"), "{runtime}: {error}");
         // A tmpfs without a size option has the ceiling as its size, too.
         let mounts = json!([{"type": "tmpfs", "target": "/t"}]);
         let script = "for at in /t /dev/shm; do df -k $at | tail -1 | awk '{print $2}'; done";
-        let config = shell(&env, script, json!({"mounts": mounts})).await;
+        let config = env.shell(script, json!({"mounts": mounts})).await;
         assert_eq!(env.run(config).await.1, "8192\n8192\n", "{runtime}");
         env.finish().await;
     }
@@ -210,7 +210,7 @@ async fn what_a_tmpfs_holds_counts_to_its_task() {
         }"#;
     let image = image_with_program("fill", fill).await;
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         for what in ["pages", "inodes"] {
             // The task has 64 MiB: a quarter of what the pages need, and of the kernel memory that a million inodes
             // need.
@@ -228,7 +228,7 @@ async fn what_a_tmpfs_holds_counts_to_its_task() {
 async fn no_limit_of_a_job_is_above_the_operators() {
     let (_, own) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         for (name, value) in [
             ("rtprio", "99".to_owned()),
             ("rtprio", "0:1".to_owned()),
@@ -244,20 +244,20 @@ async fn no_limit_of_a_job_is_above_the_operators() {
         let error = refused(&mut env, json!({"file_limit": own + 1})).await;
         assert!(error.contains("file_limit: nofile = ") && error.contains("ulimit_max"), "{runtime}: {error}");
         let script = "ulimit -Hn; ulimit -Hr; ulimit -He";
-        let config = shell(&env, script, json!({"ulimit": {"nofile": own.to_string(), "rtprio": "0"}})).await;
+        let config = env.shell(script, json!({"ulimit": {"nofile": own.to_string(), "rtprio": "0"}})).await;
         assert_eq!(env.run(config).await.1, format!("{own}\n0\n0\n"), "{runtime}");
         env.finish().await;
 
         let security = json!({"ulimit_max": {"nofile": "512", "core": "0"}});
-        let mut env = plugin_with(&runtime, json!({"security": security})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"security": security})).await;
         assert!(refused(&mut env, json!({"ulimit": {"nofile": "513"}})).await.contains("nofile = 513 is above 512"));
         // Neither a job without limits nor a process that is run in its task gets the agent's own limits.
         let script = "ulimit -Hn; ulimit -Sn; ulimit -Hc";
-        let config = shell(&env, "exec sleep 600", json!({})).await;
+        let config = env.shell("exec sleep 600", json!({})).await;
         let task = env.start(config).await;
         assert_eq!(env.exec_text(&task, script).await, "512\n512\n0\n", "{runtime}");
         env.destroy(&task).await.unwrap();
-        let config = shell(&env, script, json!({})).await;
+        let config = env.shell(script, json!({})).await;
         assert_eq!(env.run(config).await.1, "512\n512\n0\n", "{runtime}");
         env.finish().await;
     }

@@ -11,6 +11,7 @@ use crate::{
         Env, EnvOptions, Image,
         authority::Authority,
         fake_registry::{Answer, FakeRegistry},
+        shell_in, with_options,
     },
 };
 
@@ -33,7 +34,7 @@ fn basic() -> String {
 
 /// A plugin whose operator has set this `auth`.
 async fn plugin(auth: Value) -> Env {
-    Env::with(EnvOptions { config: json!({"auth": auth}), ..EnvOptions::default() }).await
+    Env::configured(json!({"auth": auth})).await
 }
 
 /// Starts a registry that requires the password, and returns it with the name of an image in it.
@@ -58,9 +59,7 @@ fn give_tokens(server: &FakeRegistry) {
 }
 
 fn task(image: &str, more: &Value) -> Value {
-    let mut config = json!({"image": image, "command": "/bin/sh", "args": ["-c", "exit 0"]});
-    more.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
-    config
+    with_options(shell_in(image, "exit 0"), more.clone())
 }
 
 /// Tries to run a task and returns the error message if its start fails.
@@ -89,8 +88,7 @@ async fn runs(env: &mut Env, config: Value) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operators_password_is_not_for_a_registry_that_a_job_names() {
     for runtime in runtimes() {
-        let config = json!({"auth": auth(None), "default_runtime": runtime});
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let mut env = Env::configured(json!({"auth": auth(None), "default_runtime": runtime})).await;
         let (thief, image) = private_registry().await;
         let message = attempt(&mut env, task(&image, &json!({}))).await;
         assert_eq!(thief.authorizations(), Vec::<String>::new(), "{runtime}: the registry got it");
@@ -221,12 +219,11 @@ async fn realms_that_the_registry_of_the_password_names_get_it() {
     for (scheme, server) in [("https", &with_tls), ("http", &without)] {
         give_tokens(server);
         let (registry, image) = token_registry(&format!("{scheme}://{}/token", server.address)).await;
-        let mut env = Env::with(EnvOptions {
-            config: json!({"auth": auth(Some(&registry.address))}),
-            env: vec![("SSL_CERT_FILE".to_owned(), authority.file.to_str().unwrap().to_owned())],
-            ..EnvOptions::default()
-        })
-        .await;
+        let mut env = EnvOptions::default()
+            .config(json!({"auth": auth(Some(&registry.address))}))
+            .var("SSL_CERT_FILE", authority.file.to_str().unwrap())
+            .start()
+            .await;
         runs(&mut env, task(&image, &json!({}))).await;
         assert_eq!(server.authorizations(), [basic()]);
         assert!(registry.authorizations().iter().all(|sent| sent == "Bearer t0ken"), "{:?}", registry.authorizations());
@@ -304,12 +301,11 @@ async fn a_proxy_does_not_stand_before_this_host() {
     proxy.challenge("Basic realm=\"proxy\"");
     let asked = format!("http://{}/v2/app/manifests/1", registry.address);
     proxy.set(&asked, Answer { wants: Some(basic()), ..Answer::ok("", vec![]) });
-    let mut env = Env::with(EnvOptions {
-        config: json!({"auth": auth(Some(&registry.address))}),
-        env: vec![("HTTP_PROXY".to_owned(), format!("http://{}", proxy.address))],
-        ..EnvOptions::default()
-    })
-    .await;
+    let mut env = EnvOptions::default()
+        .config(json!({"auth": auth(Some(&registry.address))}))
+        .var("HTTP_PROXY", &format!("http://{}", proxy.address))
+        .start()
+        .await;
     let refused = attempt(&mut env, task(&image, &json!({}))).await;
     assert_eq!(proxy.authorizations(), Vec::<String>::new(), "the proxy got it");
     assert_eq!((refused, proxy.requests()), (None, vec![]));
@@ -329,15 +325,12 @@ async fn without_an_address_it_is_for_docker_hub() {
         ..answer
     });
     let proxy = format!("http://{}", proxy(hub.address.clone()).await);
-    let mut env = Env::with(EnvOptions {
-        config: json!({"auth": auth(None)}),
-        env: vec![
-            ("SSL_CERT_FILE".to_owned(), authority.file.to_str().unwrap().to_owned()),
-            ("HTTPS_PROXY".to_owned(), proxy),
-        ],
-        ..EnvOptions::default()
-    })
-    .await;
+    let mut env = EnvOptions::default()
+        .config(json!({"auth": auth(None)}))
+        .var("SSL_CERT_FILE", authority.file.to_str().unwrap())
+        .var("HTTPS_PROXY", &proxy)
+        .start()
+        .await;
     runs(&mut env, task("app:1", &json!({}))).await;
     let with_password: Vec<_> = hub.seen().into_iter().filter(|seen| seen.authorization == Some(basic())).collect();
     assert!(matches!(&with_password[..], [one] if one.host == "auth.docker.io"), "{with_password:?}");
@@ -348,17 +341,15 @@ async fn without_an_address_it_is_for_docker_hub() {
 /// warning.
 #[tokio::test(flavor = "multi_thread")]
 async fn as_containerd_driver_it_is_for_the_images_registry_with_a_warning() {
-    let drop_in =
-        |auth: Value| EnvOptions { config: json!({"auth": auth}), name: "containerd-driver", ..EnvOptions::default() };
     let warning = "auth has no server_address";
-    let mut env = Env::with(drop_in(auth(None))).await;
+    let mut env = Env::drop_in(json!({"auth": auth(None)})).await;
     let (registry, image) = private_registry().await;
     runs(&mut env, task(&image, &json!({}))).await;
     assert!(registry.authorizations().contains(&basic()));
     assert!(env.plugin().stderr().contains(warning), "{}", env.plugin().stderr());
     env.finish().await;
 
-    let mut env = Env::with(drop_in(auth(Some("registry.example")))).await;
+    let mut env = Env::drop_in(json!({"auth": auth(Some("registry.example"))})).await;
     let (registry, image) = private_registry().await;
     refusal(&mut env, task(&image, &json!({}))).await;
     assert_eq!(registry.authorizations(), Vec::<String>::new());
@@ -373,12 +364,11 @@ async fn a_password_is_written_nowhere() {
     give_tokens(&realm);
     let (registry, token_image) = token_registry(&format!("http://{}/token", realm.address)).await;
     let (_, basic_image) = private_registry().await;
-    let mut env = Env::with(EnvOptions {
-        config: json!({"auth": auth(Some(&registry.address))}),
-        env: vec![("NOMAD_DRIVER_SHIM_LOG".to_owned(), "trace".to_owned())],
-        ..EnvOptions::default()
-    })
-    .await;
+    let mut env = EnvOptions::default()
+        .config(json!({"auth": auth(Some(&registry.address))}))
+        .var("NOMAD_DRIVER_SHIM_LOG", "trace")
+        .start()
+        .await;
     let mut events = env.driver().task_events(TaskEventsRequest {}).await.unwrap().into_inner();
     let mut held = Vec::new();
     for config in [task(&token_image, &json!({})), task(&basic_image, &json!({"auth": auth(None)}))] {

@@ -13,7 +13,7 @@ use std::{
 use serde_json::json;
 
 use crate::{
-    image_with_program, plugin_with, runtimes, shell,
+    image_with_program, runtimes,
     support::{Env, Image, leak::entries, modes, services},
 };
 
@@ -30,13 +30,13 @@ fn as_stranger(script: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_user_of_the_host_reaches_a_tasks_root() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let source = r#"#include <stdio.h>
             #include <unistd.h>
             int main(void) { printf("user %d\n", geteuid()); return 0; }"#;
         let image = image_with_program("euid", source).await;
         let script = "chmod 4755 /attack && echo secret >/readable && echo made && sleep 600";
-        let config = shell(&env, script, json!({"image": image})).await;
+        let config = env.shell(script, json!({"image": image})).await;
         let task = env.start(config).await;
         task.says("made").await;
         let id = env.attribute(&task, "container_id").await;
@@ -68,7 +68,7 @@ async fn no_user_of_the_host_reaches_a_tasks_root() {
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_on_disk_is_roots_alone() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"disable_log_collection": true})).await;
         let image = Image::busybox().with_file("readable", "x").push(&services().registry, "directories/own:1").await;
         let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", "sleep 600"], "cwd": "/tmp"});
         let task = env.start(config).await;
@@ -87,8 +87,8 @@ async fn everything_on_disk_is_roots_alone() {
 /// A plugin that starts closes directories that an earlier version has left open, also while tasks run.
 #[tokio::test(flavor = "multi_thread")]
 async fn open_directories_are_closed_at_start() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
-    let config = shell(&env, "sleep 600", json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
+    let config = env.shell("sleep 600", json!({})).await;
     let task = env.start(config).await;
     env.kill_plugin().await;
     let mut opened = 0;
@@ -131,10 +131,10 @@ fn open_up(path: &Path, count: &mut usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hosts_file_is_the_tasks_own_and_bounded() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let script = "echo 127.0.0.9 added >>/etc/hosts && grep -c added /etc/hosts
             head -c 24000000 /dev/zero >>/etc/hosts || echo full; echo x >>/etc/resolv.conf || echo read-only; sleep 600";
-        let config = shell(&env, script, json!({})).await;
+        let config = env.shell(script, json!({})).await;
         let task = env.start(config).await;
         task.says("read-only").await;
         assert_eq!(task.stdout.text(), "1\nfull\nread-only\n", "{runtime}");

@@ -4,10 +4,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use serde_json::json;
 
-use crate::{
-    attack, runtimes, shell,
-    support::{Env, EnvOptions},
-};
+use crate::{attack, runtimes, support::Env};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_task_ends_because_an_answer_was_not_understood() {
@@ -15,18 +12,17 @@ async fn no_task_ends_because_an_answer_was_not_understood() {
     let program = programs.path().join("garbling-shim");
     fs::write(&program, attack::compile("garbling-shim", include_str!("garbling_shim.c"))).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    let config = json!({"shim": {"binary": program, "pool": 0}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"shim": {"binary": program, "pool": 0}})).await;
     for runtime in runtimes() {
         // The answer to the Wait call carries the exit code.
-        let task = env.start(shell(&env, "exit 7", json!({"runtime": runtime})).await).await;
+        let task = env.start(env.shell("exit 7", json!({"runtime": runtime})).await).await;
         let answer = env.try_wait(&task.id).await.unwrap();
         assert_eq!((answer.result.unwrap().exit_code, answer.err.as_str()), (7, ""), "{runtime}");
         env.destroy(&task).await.unwrap();
 
         // A plugin needs the answer to the State call to recover a task.
         let script = "trap 'exit 8' TERM; echo up; while :; do sleep 0.05; done";
-        let task = env.start(shell(&env, script, json!({"runtime": runtime})).await).await;
+        let task = env.start(env.shell(script, json!({"runtime": runtime})).await).await;
         task.says("up").await;
         env.kill_plugin().await;
         env.start_plugin().await;

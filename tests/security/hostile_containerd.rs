@@ -28,8 +28,7 @@ use crate::{
     decoy::{Decoy, SECRET},
     false_containerd::{self, framed},
     probe::{Outcome, outcome, refusal},
-    shell,
-    support::{Entry, Env, EnvOptions, Image, Layer, Packing, patience, resident, services},
+    support::{Entry, Env, Image, Layer, Packing, patience, resident, services},
 };
 
 /// The memory by which a plugin may grow because of a hostile peer.
@@ -125,8 +124,7 @@ async fn a_peer_that_is_no_containerd_makes_the_node_unhealthy() {
         Peer::LargeFrame,
     ];
     futures_util::future::join_all(peers.map(|peer| async move {
-        let config = json!({"containerd": {"address": listen(peer)}, "shim": {"pool": 0}});
-        let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let mut env = Env::configured(json!({"containerd": {"address": listen(peer)}, "shim": {"pool": 0}})).await;
         let before = resident(env.plugin().pid().unwrap());
         let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
         let first = tokio::time::timeout(patience(), fingerprints.message()).await.expect("no fingerprint");
@@ -205,14 +203,13 @@ async fn only_a_snapshotters_own_directories_become_layers() {
         (_, Some(mounts)) if !path.ends_with("/Version") => framed(&ViewSnapshotResponse { mounts }),
         _ => real,
     }));
-    let config = json!({"containerd": {"address": socket}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"containerd": {"address": socket}})).await;
     let decoy = Decoy::new(&env);
     let layer = Layer::new(&[Entry::file("of-the-image", "x")], Packing::Gzip);
     let image = Image::busybox().with_layer(layer).push(&services().registry, "attack/layers:1").await;
     // The image is resolved at each start. Otherwise the first accepted answer would serve all later starts.
     let always = json!({"image": image, "image_pull_policy": "always"});
-    let config = shell(&env, "cat /secret /data/file; echo written > /by-the-task; ls /", always).await;
+    let config = env.shell("cat /secret /data/file; echo written > /by-the-task; ls /", always).await;
     let mut taken = Vec::new();
     for (name, mounts) in lies(&env, &decoy) {
         *told.lock().unwrap() = Some(mounts);
@@ -241,8 +238,7 @@ async fn a_version_of_any_size_makes_the_node_unhealthy() {
                 if path.ends_with("/Version") { body.clone() } else { real }
             },
         ));
-        let config = json!({"containerd": {"address": socket}, "shim": {"pool": 0}});
-        let env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+        let env = Env::configured(json!({"containerd": {"address": socket}, "shim": {"pool": 0}})).await;
         let mut fingerprints = env.driver().fingerprint(FingerprintRequest {}).await.unwrap().into_inner();
         let seen = fingerprints.message().await.unwrap().unwrap();
         assert_eq!(seen.health, i32::from(HealthState::Unhealthy), "{shown}: {seen:?}");

@@ -13,8 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     attack,
     probe::peak,
-    shell,
-    support::{Env, EnvOptions, patience},
+    support::{Env, patience},
 };
 
 /// The answers to a shim's first call or to its `Create` call: see hostile_shim.c.
@@ -61,15 +60,14 @@ fn runtimes(dir: &Path) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_that_lies_costs_one_start() {
     let programs = tempfile::tempdir_in("/var/tmp").unwrap();
-    let config = json!({"runtime": runtimes(programs.path()), "shim": {"pool": 1}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"runtime": runtimes(programs.path()), "shim": {"pool": 1}})).await;
     // From here on the image is in containerd's store.
     let bystander = env.sh("sleep 600").await;
     let plugin = env.plugin().pid();
     let before = peak(plugin.unwrap());
     let mut tasks = Vec::new();
     for lie in LIES {
-        let config = shell(&env, "true", json!({"runtime": lie})).await;
+        let config = env.shell("true", json!({"runtime": lie})).await;
         tasks.push((lie, env.prepare(config).await));
     }
     let plugin_env = &env;

@@ -12,7 +12,7 @@ use nomad_driver_shim::pb::driver::{Mount, StartTaskRequest};
 use serde_json::json;
 
 use crate::{
-    plugin_with, runtimes, shell,
+    runtimes,
     support::{Env, Task},
 };
 
@@ -48,21 +48,21 @@ async fn goes_on(env: &mut Env, running: &Task) {
     let began = Instant::now();
     env.inspect(&running.id).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(5), "InspectTask took {:?}", began.elapsed());
-    let config = shell(env, "echo alive", json!({})).await;
+    let config = env.shell("echo alive", json!({})).await;
     assert_eq!(env.run(config).await.1, "alive\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_volume_holds_up_nobody_else() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let hung = Hung::new(env.dir.join("hung"));
-        let config = shell(&env, "sleep 600", json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         let running = env.start(config).await;
         let mut starts = Vec::new();
         let mut tasks = Vec::new();
         for _ in 0..6 {
-            let mut task = env.prepare(shell(&env, "true", json!({})).await).await;
+            let mut task = env.prepare(env.shell("true", json!({})).await).await;
             with_volume(&mut task, &hung.path.join("sub"));
             let (mut driver, request) = (env.driver(), StartTaskRequest { task: Some(task.config.clone()) });
             starts.push(tokio::spawn(async move { driver.start_task(request).await }));

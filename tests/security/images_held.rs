@@ -10,7 +10,7 @@ use crate::{
     decoy::{Decoy, SECRET},
     probe::{Outcome, outcome},
     runtimes,
-    support::{Entry, Env, EnvOptions, Image, Layer, Packing, script, services},
+    support::{Entry, Env, Image, Layer, Packing, script, services},
 };
 
 /// The paths at which a runtime mounts or writes while it creates a container; each group is one image. `/dev` has
@@ -77,8 +77,7 @@ async fn a_runtime_that_follows_links_is_noticed() {
     let bundle =
         "previous=; for word in \"$@\"; do [ \"$previous\" != --bundle ] || bundle=$word; previous=$word; done";
     script(&naive, &format!("{bundle}\n[ -z \"$bundle\" ] || echo > \"$bundle/rootfs/opt/made\"\nexec crun \"$@\""));
-    let config = json!({"runtime": {"naive": {"binary": naive}}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"runtime": {"naive": {"binary": naive}}})).await;
     let decoy = Decoy::new(&env);
     let image = push("opt", &[Entry::symlink("opt", decoy.path())]).await;
     outcome(&mut env, look(&image, "naive")).await;

@@ -7,8 +7,8 @@ use nomad_driver_shim::pb::driver::{DnsConfig, Mount, TaskConfig};
 use serde_json::{Value, json};
 
 use crate::{
-    plugin_with, runtimes, shell,
-    support::{Entry, Env, EnvOptions, Image, Layer, Packing, services},
+    runtimes,
+    support::{Entry, Env, Image, Layer, Packing, each_case, services, shell_in},
 };
 
 /// A refusal takes milliseconds, and some come after a pull. The faults that these tests look for took a minute.
@@ -67,8 +67,8 @@ fn device(path: &str) -> Layer {
 async fn accounts_files_are_plain_files() {
     use tar::EntryType::{Directory, Fifo, Symlink};
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
-        for (name, path, kind, link, words) in [
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
+        let cases = [
             ("passwd-fifo", "etc/passwd", Fifo, "", "/etc/passwd is a FIFO"),
             ("group-fifo", "etc/group", Fifo, "", "/etc/group is a FIFO"),
             ("passwd-directory", "etc/passwd", Directory, "", "/etc/passwd is a directory"),
@@ -76,12 +76,14 @@ async fn accounts_files_are_plain_files() {
             ("group-link-to-device", "etc/group", Symlink, "/dev/zero", "/etc/group is a link"),
             ("passwd-link-loop", "etc/passwd", Symlink, "passwd", "/etc/passwd is a link"),
             ("group-link-to-fifo", "etc/group", Symlink, "../fifo", "/etc/group is a FIFO"),
-        ] {
+        ];
+        each_case(cases, async |(name, path, kind, link, words)| {
             let image = Image::busybox().with_layer(special("fifo", Fifo, "")).with_layer(special(path, kind, link));
             let image = push(name, image).await;
-            let config = json!({"image": image, "command": "/bin/sh", "args": ["-c", "id"]});
+            let config = shell_in(&image, "id");
             must_say(&mut env, &format!("{runtime}, {name}"), config, &[words]).await;
-        }
+        })
+        .await;
         let image = push("passwd-device", Image::busybox().with_layer(device("etc/passwd"))).await;
         let config = json!({"image": image, "command": "/bin/sh"});
         must_say(&mut env, &format!("{runtime}, device"), config, &["/etc/passwd is a device"]).await;
@@ -93,11 +95,11 @@ async fn accounts_files_are_plain_files() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_but_plain_files_is_mounted_over_accounts_files() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         for (source, target) in [("local/fifo", "/etc/passwd"), ("local/etc", "/etc"), ("local/fifo", "//etc/./group")]
         {
             let mounts = json!([{"type": "bind", "source": source, "target": target, "options": ["rbind", "rw"]}]);
-            let config = shell(&env, "id", json!({"mounts": mounts})).await;
+            let config = env.shell("id", json!({"mounts": mounts})).await;
             let mut task = env.prepare(config).await;
             let local = task.dirs.alloc_dir.join(&task.dirs.name).join("local");
             std::fs::create_dir_all(local.join("etc")).unwrap();
@@ -118,9 +120,9 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
     let long = "x".repeat(1 << 20);
     let path = format!("/{long}");
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let many: Vec<String> = (0..24).map(|_| "y".repeat(100_000)).collect();
-        for (what, options, words) in [
+        let cases = [
             ("command", json!({"command": path}), "the command has 1048577 bytes"),
             // An argument of this length is permitted, but runc hangs on a command path of this length.
             ("command", json!({"command": &path[..120_000]}), "the command has 120000 bytes"),
@@ -132,11 +134,13 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
                 json!({"mounts": [{"type": "tmpfs", "target": path}]}),
                 "the target of a mount has 1048577 bytes",
             ),
-        ] {
-            let config = shell(&env, "true", options).await;
+        ];
+        each_case(cases, async |(what, options, words)| {
+            let config = env.shell("true", options).await;
             must_say(&mut env, &format!("{runtime}, {what}"), config, &[words]).await;
-        }
-        let config = shell(&env, "true", json!({})).await;
+        })
+        .await;
+        let config = env.shell("true", json!({})).await;
         let text =
             refused(&mut env, "variable", config, |task| drop(task.env.insert("BIG".into(), long.clone()))).await;
         assert!(text.contains("environment variable \"BIG\" has 1048580 bytes"), "{text}");
@@ -158,7 +162,7 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
         let script = format!("echo $# ${{#1}} #{}", "x".repeat(131_000));
         let config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script, "-", "z".repeat(131_071)]});
         assert_eq!(env.run(config).await.1, "1 131071\n", "{runtime}");
-        let mut task = env.prepare(shell(&env, "env | wc -c", json!({})).await).await;
+        let mut task = env.prepare(env.shell("env | wc -c", json!({})).await).await;
         task.config.env.extend((0..19).map(|n| (format!("V{n}"), "e".repeat(100_000))));
         env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
         let (_, out, _) = env.finish_task(task).await;
@@ -170,20 +174,22 @@ async fn strings_and_paths_are_within_the_kernels_limits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_run_in_a_task_is_within_the_kernels_limits() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
-        let config = shell(&env, "sleep 600", json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         let task = env.start(config).await;
         let long = "x".repeat(200_000);
-        for (command, words) in [
+        let cases = [
             (["/bin/echo", long.as_str()], "argument 1 of the command has 200000 bytes"),
             (["/bin/echo", "a\0b"], "argument 1 of the command contains a NUL byte"),
             (["/bin/echo\0x", ""], "the command contains a NUL byte"),
-        ] {
+        ];
+        each_case(cases, async |(command, words)| {
             let began = Instant::now();
             let error = env.exec(&task, &command, 0).await.expect_err(words);
             assert!(began.elapsed() < PROMPT, "{runtime}: {:?}", began.elapsed());
             assert!(error.message().contains(words), "{runtime}: {}", error.message());
-        }
+        })
+        .await;
         // The message in an interactive session.
         let outcome = env.talk(&task, &["/bin/echo", "a\0b"], false).await.unwrap().end().await;
         assert_eq!(outcome.code, Some(126), "{runtime}: {outcome:?}");
@@ -197,8 +203,8 @@ async fn what_is_run_in_a_task_is_within_the_kernels_limits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nul_bytes_are_refused_by_the_options_name() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"security": {"allow_devices": ["/dev/*"]}})).await;
-        for (option, options) in [
+        let mut env = Env::with_runtime(&runtime, json!({"security": {"allow_devices": ["/dev/*"]}})).await;
+        let cases = [
             ("command", json!({"command": "/bin/sh\0x"})),
             ("args", json!({"args": ["-c", "true\0x"]})),
             ("entrypoint", json!({"command": null, "entrypoint": ["/bin/sh", "-c", "true\0"]})),
@@ -216,11 +222,13 @@ async fn nul_bytes_are_refused_by_the_options_name() {
             ("ulimit", json!({"ulimit": {"nofile": "10\0"}})),
             ("extra_hosts", json!({"extra_hosts": ["a\0b:1.2.3.4"]})),
             ("runtime", json!({"runtime": "crun\0x"})),
-        ] {
-            let config = shell(&env, "true", options).await;
+        ];
+        each_case(cases, async |(option, options)| {
+            let config = env.shell("true", options).await;
             let words = format!("{option} contains a NUL byte");
             must_say(&mut env, &format!("{runtime}, {option}"), config, &[&words]).await;
-        }
+        })
+        .await;
         type Change = fn(&mut TaskConfig);
         let sent: [(&str, Change); 5] = [
             ("env: \"A\" contains", |task| drop(task.env.insert("A".into(), "1\0B=2".into()))),
@@ -235,7 +243,7 @@ async fn nul_bytes_are_refused_by_the_options_name() {
             }),
         ];
         for (words, change) in sent {
-            let config = shell(&env, "true", json!({})).await;
+            let config = env.shell("true", json!({})).await;
             let text = refused(&mut env, words, config, change).await;
             assert!(text.contains(words), "{runtime}: {words:?} in {text}");
         }
@@ -269,7 +277,7 @@ fn odd_users() -> Image {
 async fn nobody_becomes_root_by_an_id_out_of_range() {
     let range = "in range 0-2147483647";
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let id = |image: &str| json!({"image": image, "command": "/bin/id"});
         let plain = push("users", odd_users()).await;
         for (user, words) in [
@@ -324,27 +332,27 @@ async fn nobody_becomes_root_by_an_id_out_of_range() {
 #[tokio::test(flavor = "multi_thread")]
 async fn hostnames_are_names() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         for name in
             ["a\nb", "-x;$(id)", "a b", "\u{1b}[31mred", "a\u{202e}b", ".hidden", "h\u{f6}st", "a/b", &"x".repeat(65)]
         {
-            let config = shell(&env, "hostname", json!({"hostname": name})).await;
+            let config = env.shell("hostname", json!({"hostname": name})).await;
             must_say(&mut env, &format!("{runtime}, {name:?}"), config, &["hostname = "]).await;
         }
         for name in ["web_1.example-2", "9", &"x".repeat(64)] {
-            let config = shell(&env, "hostname", json!({"hostname": name})).await;
+            let config = env.shell("hostname", json!({"hostname": name})).await;
             assert_eq!(env.run(config).await.1, format!("{name}\n"), "{runtime}");
         }
         env.finish().await;
     }
     // nomad-driver-containerd accepted any value. Under the name `containerd-driver`, too, a value that is not plain
     // text is refused.
-    let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let mut env = Env::drop_in(json!({})).await;
     for name in ["a\nb", "\u{1b}[31mred", "\u{9b}2J"] {
-        let config = shell(&env, "hostname", json!({"hostname": name})).await;
+        let config = env.shell("hostname", json!({"hostname": name})).await;
         must_say(&mut env, name, config, &["hostname = "]).await;
     }
-    let config = shell(&env, "hostname", json!({"hostname": "-x;$(id) b"})).await;
+    let config = env.shell("hostname", json!({"hostname": "-x;$(id) b"})).await;
     assert_eq!(env.run(config).await.1, "-x;$(id) b\n");
     env.finish().await;
 }

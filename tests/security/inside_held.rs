@@ -18,8 +18,8 @@ use nomad_driver_shim::ids::random_hex;
 use serde_json::{Value, json};
 
 use crate::{
-    image_with_program, plugin_with, runtimes, shell,
-    support::{Env, EnvOptions, Task, eventually},
+    image_with_program, runtimes,
+    support::{Env, EnvOptions, Task, eventually, with_options},
 };
 
 /// The errors of a call that a confined task may not make.
@@ -36,8 +36,7 @@ const MASKED: &str = "/proc/kcore /proc/keys /proc/timer_list /proc/acpi /proc/s
 
 /// Runs the program of inside_held.c and returns its answers by the names of the calls.
 async fn calls(env: &mut Env, image: &str, options: &Value) -> BTreeMap<String, String> {
-    let mut config = json!({"image": image, "command": "/attack"});
-    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    let config = with_options(json!({"image": image, "command": "/attack"}), options.clone());
     let (code, out, err) = env.run(config).await;
     assert_eq!(code, 0, "{err}");
     out.lines().filter_map(|line| line.rsplit_once(' ')).map(|(name, answer)| (name.into(), answer.into())).collect()
@@ -47,7 +46,7 @@ async fn calls(env: &mut Env, image: &str, options: &Value) -> BTreeMap<String, 
 async fn calls_that_reach_the_host_are_refused() {
     let image = image_with_program("inside", include_str!("inside_held.c")).await;
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"allow_privileged": true})).await;
         let confined = calls(&mut env, &image, &json!({})).await;
         assert!(confined.len() > 30, "{confined:?}");
         let open: Vec<_> = confined.iter().filter(|(_, answer)| !REFUSED.contains(&answer.as_str())).collect();
@@ -70,15 +69,15 @@ async fn kernel_files_are_read_only_or_masked() {
          for node in /dev/*; do [ -b $node ] && echo disk $node; done; echo looked"
     );
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
-        let config = shell(&env, &script, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"allow_privileged": true})).await;
+        let config = env.shell(&script, json!({})).await;
         let (_, out, err) = env.run(config.clone()).await;
         assert_eq!(out, "looked\n", "{runtime}: {err}");
-        let task = env.start(shell(&env, "sleep 600", json!({})).await).await;
+        let task = env.start(env.shell("sleep 600", json!({})).await).await;
         assert_eq!(env.exec_text(&task, &script).await, "looked\n", "{runtime}, exec");
         env.destroy(&task).await.unwrap();
         // Control test: without the confinement all kinds of them are found.
-        let config = shell(&env, &script, json!({"privileged": true})).await;
+        let config = env.shell(&script, json!({"privileged": true})).await;
         let (_, out, _) = env.run(config).await;
         for kind in ["write ", "read ", "symbol ", "disk "] {
             assert!(out.contains(kind), "{runtime}: no {kind:?} in {out}");
@@ -105,10 +104,10 @@ async fn capabilities_and_descriptors_are_the_least_for_init_and_exec() {
     // Lists the shell's own descriptors. A pipe in the script would add a descriptor.
     let look = format!("{CONFINED}; echo; ulimit -c; for fd in /proc/$$/fd/*; do readlink $fd; done; echo end");
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"allow_privileged": true})).await;
         let dir = env.dir.display().to_string();
         for (name, expected) in [("root", &root), ("user", &user)] {
-            let config = shell(&env, &format!("{look}; exec sleep 600"), json!({})).await;
+            let config = env.shell(&format!("{look}; exec sleep 600"), json!({})).await;
             let mut task = env.prepare(config).await;
             task.config.user = name.to_owned();
             env.try_start(&mut task).await.unwrap();
@@ -124,7 +123,7 @@ async fn capabilities_and_descriptors_are_the_least_for_init_and_exec() {
             env.destroy(&task).await.unwrap();
         }
         // Control test: a privileged task has more capabilities.
-        let config = shell(&env, &look, json!({"privileged": true})).await;
+        let config = env.shell(&look, json!({"privileged": true})).await;
         assert!(!env.run(config).await.1.contains(&docker), "{runtime}");
         env.finish().await;
     }
@@ -133,8 +132,8 @@ async fn capabilities_and_descriptors_are_the_least_for_init_and_exec() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_does_not_protect_itself_nor_end_by_its_own_exec() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
-        let task = env.start(shell(&env, "sleep 600", json!({})).await).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
+        let task = env.start(env.shell("sleep 600", json!({})).await).await;
         let lower = "for score in -1000 -999 -1; do (echo $score > /proc/self/oom_score_adj) 2>/dev/null && echo lowered; done; \
              (echo -1000 > /proc/1/oom_score_adj) 2>/dev/null && echo lowered; cat /proc/1/oom_score_adj";
         assert_eq!(env.exec_text(&task, lower).await, "0\n", "{runtime}");
@@ -191,7 +190,7 @@ fn files_with(dir: &Path, text: &str) -> Vec<(String, u32)> {
 
 /// Starts a task with a secret of its job in its environment.
 async fn task_with_secret(env: &mut Env, secret: &str) -> Task {
-    let config = shell(env, "env; sleep 600", json!({})).await;
+    let config = env.shell("env; sleep 600", json!({})).await;
     let mut task = env.prepare(config).await;
     task.config.env.insert("TOKEN".to_owned(), secret.to_owned());
     env.try_start(&mut task).await.unwrap();
@@ -204,8 +203,7 @@ async fn secrets_stay_where_they_belong() {
     let (of_the_agent, of_the_job) = (format!("agent-{}", random_hex(8)), format!("job-{}", random_hex(8)));
     for runtime in runtimes() {
         let config = json!({"default_runtime": runtime});
-        let variables = vec![("AGENT_TOKEN".to_owned(), of_the_agent.clone())];
-        let mut env = Env::with(EnvOptions { config, env: variables, ..EnvOptions::default() }).await;
+        let mut env = EnvOptions::default().config(config).var("AGENT_TOKEN", &of_the_agent).start().await;
         let task = task_with_secret(&mut env, &of_the_job).await;
         assert!(!task.stdout.text().contains(&of_the_agent), "{runtime}: the agent's environment is the task's");
         let plugin = env.plugin().pid().unwrap();

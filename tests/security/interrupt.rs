@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use tonic::Status;
 
 use crate::{
-    plugin_with, runtimes, shell,
+    runtimes,
     support::{Env, Task, eventually, script},
 };
 
@@ -50,7 +50,7 @@ async fn slow_plugin(real: &str, hang: Hang, config: Value) -> Env {
     let dir = tempfile::tempdir_in(crate::support::services::root()).unwrap().keep();
     let mut config = config;
     config["runtime"] = json!({"slow": {"binary": slow_runtime(&dir, real, hang)}});
-    let env = plugin_with("slow", config).await;
+    let env = Env::with_runtime("slow", config).await;
     // The directory moves to the plugin's own files, so that the leak checker looks for remains of the runtime.
     std::fs::rename(&dir, env.dir.join("runtime")).unwrap();
     let program = env.dir.join("runtime");
@@ -106,7 +106,7 @@ async fn stop_and_destroy_break_off_a_create_that_hangs() {
             let mut env = slow_plugin(&runtime, hang, json!({})).await;
             for how in ["stop", "destroy"] {
                 arm(&env);
-                let config = shell(&env, "sleep 600", json!({})).await;
+                let config = env.shell("sleep 600", json!({})).await;
                 let task = env.prepare(config).await;
                 let starting = start(&env, &task);
                 hanging(&env).await;
@@ -122,7 +122,7 @@ async fn stop_and_destroy_break_off_a_create_that_hangs() {
             }
             // The next start is not affected.
             release(&env);
-            let config = shell(&env, "echo fine", json!({})).await;
+            let config = env.shell("echo fine", json!({})).await;
             assert_eq!(env.run(config).await.1, "fine\n");
             env.finish().await;
         }
@@ -135,7 +135,7 @@ async fn stop_and_destroy_break_off_a_create_that_hangs() {
 async fn tasks_that_share_the_shim_are_not_harmed() {
     for runtime in runtimes() {
         let mut env = slow_plugin(&runtime, Hang::Before, json!({"shim_scope": "node"})).await;
-        let config = shell(&env, "echo up; sleep 600", json!({})).await;
+        let config = env.shell("echo up; sleep 600", json!({})).await;
         let bystander = env.start(config.clone()).await;
         bystander.says("up").await;
         arm(&env);
@@ -160,10 +160,10 @@ async fn tasks_that_share_the_shim_are_not_harmed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_can_be_stopped_at_any_time() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let mut stopped = 0;
         for delay in [0, 1, 2, 3, 5, 10, 20, 40] {
-            let config = shell(&env, "sleep 600", json!({})).await;
+            let config = env.shell("sleep 600", json!({})).await;
             let task = env.prepare(config).await;
             let starting = start(&env, &task);
             tokio::time::sleep(Duration::from_millis(delay)).await;
@@ -188,7 +188,7 @@ async fn a_shim_that_hangs_is_ended_too() {
     for runtime in runtimes() {
         let mut env = slow_plugin(&runtime, Hang::Before, json!({})).await;
         arm(&env);
-        let config = shell(&env, "sleep 600", json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
         let task = env.prepare(config).await;
         let starting = start(&env, &task);
         hanging(&env).await;

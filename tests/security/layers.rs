@@ -7,12 +7,13 @@ use nomad_driver_shim::ids::{Digest, random_hex};
 use serde_json::{Value, json};
 
 use crate::{
-    plugin_with, runtimes,
+    runtimes,
     support::{
         Entry, Env, Image, Layer, Packing,
         fake_registry::{Answer, FakeRegistry, MANIFEST},
         services,
         services::run,
+        shell_in,
     },
 };
 
@@ -29,7 +30,7 @@ fn image_of(layer: &Layer) -> Image {
 }
 
 fn reads(image: &str) -> Value {
-    json!({"image": image, "command": "/bin/sh", "args": ["-c", "cat /private"]})
+    shell_in(image, "cat /private")
 }
 
 /// Pulls an image with this layer from its owner's registry.
@@ -65,7 +66,7 @@ async fn refusal(env: &mut Env, image: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_layer_by_its_digests() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let layer = private_layer();
         pulled(&mut env, &layer).await;
         let (_registry, image) = thief(&layer).await;
@@ -80,7 +81,7 @@ async fn nobody_gets_a_layer_by_its_digests() {
 /// The thief's registry claims whatever the thief wants; only the bytes themselves prove that it has a layer.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_word_of_a_registry_that_never_had_the_layer_is_worth_nothing() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
     let layer = private_layer();
     pulled(&mut env, &layer).await;
     let path = format!("/v2/app/blobs/{}", Digest::of(&layer.bytes));
@@ -105,7 +106,7 @@ async fn the_word_of_a_registry_that_never_had_the_layer_is_worth_nothing() {
 /// A client that knows one of the two digests must not learn the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_layer_unpacks_to_is_not_told() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
     let layer = private_layer();
     pulled(&mut env, &layer).await;
     let guess = Layer { diff_id: Digest::of(b"a guess"), ..layer.clone() };
@@ -119,7 +120,7 @@ async fn what_a_layer_unpacks_to_is_not_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_layer_of_another_namespace() {
     let (mut owner, mut env) =
-        (plugin_with(&runtimes()[0], json!({})).await, plugin_with(&runtimes()[0], json!({})).await);
+        (Env::with_runtime(&runtimes()[0], json!({})).await, Env::with_runtime(&runtimes()[0], json!({})).await);
     let layer = private_layer();
     pulled(&mut owner, &layer).await;
     let (registry, image) = thief(&layer).await;
@@ -134,7 +135,7 @@ async fn nobody_gets_a_layer_of_another_namespace() {
 /// An archive in a job's own directory proves nothing either, since the thief has written it.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_layer_by_an_archive() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
     let layer = private_layer();
     pulled(&mut env, &layer).await;
     let whole = image_of(&layer);
@@ -169,7 +170,7 @@ async fn nobody_gets_a_layer_by_an_archive() {
 /// Neither a configuration nor a manifest is taken from the store: the driver asks the image's registry for each.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_a_configuration_or_a_manifest_by_its_digest() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
     let layer = private_layer();
     let private = image_of(&layer).with_config("Env", json!(["PATH=/bin", "SECRET=s3cret"]));
     let owner = FakeRegistry::start().await;
@@ -200,7 +201,7 @@ async fn nobody_gets_a_configuration_or_a_manifest_by_its_digest() {
 /// any repository name, and a repository that has delivered it is not even asked again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_has_given_a_layer_is_believed() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
     let layer = private_layer();
     let digest = Digest::of(&layer.bytes);
     let owner = pulled(&mut env, &layer).await;
@@ -233,7 +234,7 @@ async fn a_registry_that_has_given_a_layer_is_believed() {
 /// containerd's own label has no port, so it proves nothing about a registry at another port of this host.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_label_without_a_port_is_no_other_registrys() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
     let layer = private_layer();
     let image = image_of(&layer).push(&services().registry, "attack/label:1").await;
     let socket = services().containerd.to_str().unwrap();
@@ -249,7 +250,7 @@ async fn a_label_without_a_port_is_no_other_registrys() {
 /// Layers in the store already cost one request each, and these requests run concurrently.
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_are_here_are_asked_for_side_by_side() {
-    let mut env = plugin_with(&runtimes()[0], json!({})).await;
+    let mut env = Env::with_runtime(&runtimes()[0], json!({})).await;
     let layers: Vec<Layer> = (0..8).map(|_| private_layer()).collect();
     let image = layers.iter().fold(Image::busybox(), |image, layer| image.with_layer(layer.clone()));
     let owner = FakeRegistry::start().await;

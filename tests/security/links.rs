@@ -8,7 +8,7 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    plugin_with, runtimes,
+    runtimes,
     support::{Entry, Env, Image, Layer, Packing, services},
 };
 
@@ -39,7 +39,7 @@ fn task(image: &str, script: &str) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_where_runtimes_write_is_replaced() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let bait = bait(&env);
         let host = bait.to_str().unwrap();
         for (name, leads_to) in [
@@ -72,7 +72,7 @@ async fn a_link_where_runtimes_write_is_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_etc_that_is_a_link_within_the_image_stays() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let entries = [Entry::dir("usr"), Entry::dir("usr/etc"), Entry::file("usr/etc/app.conf", "configured\n")];
         let passwd = Entry::file("usr/etc/passwd", "app:x:1000:1000::/:/bin/sh\n");
         let link = Entry::symlink("etc", "usr/etc");
@@ -95,7 +95,7 @@ async fn an_etc_that_is_a_link_within_the_image_stays() {
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_the_image_has_at_hosts_and_resolv_conf_is_replaced() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let bait = bait(&env);
         let file = bait.join("ptmx");
         let fifo = |path: &str| Entry { kind: tar::EntryType::Fifo, ..Entry::file(path, "") };
@@ -127,7 +127,7 @@ async fn whatever_the_image_has_at_hosts_and_resolv_conf_is_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn targets_of_mounts_are_found_below_the_images_root() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let bait = bait(&env);
         let host = bait.to_str().unwrap();
         let entries = [

@@ -51,8 +51,8 @@ mod seccomp;
 mod sockets_held;
 mod text;
 
-use serde_json::{Value, json};
-use support::{Env, EnvOptions, Image, services};
+use serde_json::json;
+use support::{Env, Image, services};
 
 /// The runtimes with which an attack is tried.
 pub fn runtimes() -> Vec<String> {
@@ -60,20 +60,6 @@ pub fn runtimes() -> Vec<String> {
         Ok(runtime) => vec![runtime],
         Err(_) => ["crun", "runc"].map(str::to_owned).to_vec(),
     }
-}
-
-/// Starts a plugin whose tasks use this runtime. `config` takes precedence over the tests' own configuration.
-pub(crate) async fn plugin_with(runtime: &str, config: Value) -> Env {
-    let mut config = config;
-    config["default_runtime"] = json!(runtime);
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
-}
-
-/// The options of a task that runs a shell script in busybox. `options` take precedence.
-pub(crate) async fn shell(env: &Env, script: &str, options: Value) -> Value {
-    let mut config = json!({"image": env.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
-    options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
-    config
 }
 
 /// A busybox image with a static program at `/attack`, built from C.
@@ -86,7 +72,7 @@ pub async fn image_with_program(name: &str, source: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attack_program_runs_in_a_task() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let image = image_with_program(
             "hello",
             r#"#include <stdio.h>

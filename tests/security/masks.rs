@@ -3,7 +3,7 @@
 
 use serde_json::json;
 
-use crate::{plugin_with, runtimes, shell};
+use crate::{runtimes, support::Env};
 
 /// Paths that must show nothing: each path, and other paths to the same files.
 const HIDDEN: &[&str] = &[
@@ -43,8 +43,8 @@ fn script() -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn masked_paths_show_nothing() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
-        let config = shell(&env, &format!("{}; sleep 600", script()), json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
+        let config = env.shell(&format!("{}; sleep 600", script()), json!({})).await;
         let task = env.start(config).await;
         task.says("end\n").await;
         let shown = |text: &str| text.lines().filter(|line| *line != "end").map(str::to_owned).collect::<Vec<_>>();
@@ -63,9 +63,9 @@ async fn masked_paths_show_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn privileged_tasks_see_everything() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"allow_privileged": true})).await;
         let script = "head -c 4096 /proc/interrupts; ls /sys/firmware";
-        let config = shell(&env, script, json!({"privileged": true})).await;
+        let config = env.shell(script, json!({"privileged": true})).await;
         let (code, out, err) = env.run(config).await;
         assert!(code == 0 && out.contains("CPU0") && out.lines().count() > 3, "{runtime}: {out} {err}");
         env.finish().await;

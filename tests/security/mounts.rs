@@ -11,7 +11,7 @@ use nomad_driver_shim::pb::driver::Mount;
 use serde_json::{Value, json};
 
 use crate::{
-    plugin_with, runtimes, shell,
+    runtimes,
     support::{Env, Task, eventually, services::run},
 };
 
@@ -58,13 +58,13 @@ async fn outcome(env: &Env, mut task: Task) -> Result<String, String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_link_in_place_of_the_logs_leads_nowhere() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"disable_log_collection": true})).await;
         let secret = Secret::new(&env);
         // With a link to the root, crun mounted the host's root over the container's, and the host's path led to the
         // secret.
         let look = format!("grep -q HOST-SECRET /alloc/logs/secret {}/secret && exit 42; exit 0", secret.0.display());
         for leads_to in [Path::new("/"), Path::new("/etc"), &secret.0] {
-            let options = shell(&env, &look, json!({})).await;
+            let options = env.shell(&look, json!({})).await;
             // The link exists before the task starts, as if another task of the group had made it.
             let mut task = env.prepare(options).await;
             let logs = task.dirs.alloc_dir.join("alloc/logs");
@@ -87,11 +87,11 @@ async fn a_link_in_place_of_the_logs_leads_nowhere() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_task_moves_the_directory_of_the_logs() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"disable_log_collection": true})).await;
         let secret = Secret::new(&env);
         let script =
             format!("mv /alloc/logs /alloc/old && ln -s {} /alloc/logs; ls -ld /alloc/logs", secret.0.display());
-        let options = shell(&env, &script, json!({})).await;
+        let options = env.shell(&script, json!({})).await;
         let mut task = env.prepare(options).await;
         // The value that Nomad sends for `logs { disabled = true }`.
         (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
@@ -108,10 +108,10 @@ async fn no_task_moves_the_directory_of_the_logs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn links_in_place_of_nomads_directories_are_refused() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let secret = Secret::new(&env);
         for directory in ["web/local", "web/secrets", "alloc"] {
-            let options = shell(&env, "cat /local/secret /secrets/secret /alloc/secret", json!({})).await;
+            let options = env.shell("cat /local/secret /secrets/secret /alloc/secret", json!({})).await;
             let task = env.prepare(options).await;
             let path = task.dirs.alloc_dir.join(directory);
             let moved = task.dirs.alloc_dir.join("moved");
@@ -133,7 +133,7 @@ async fn links_in_place_of_nomads_directories_are_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn targets_below_a_bind_are_not_reached_through_links() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let secret = Secret::new(&env);
         let tmpfs = json!([{"type": "tmpfs", "target": "/alloc/data/cache", "options": ["size=1m"]}]);
         let bind =
@@ -141,7 +141,7 @@ async fn targets_below_a_bind_are_not_reached_through_links() {
         for mounts in [tmpfs, bind] {
             for leads_to in [secret.0.to_str().unwrap(), "/", "/etc", "../../web/secrets"] {
                 let script = "ls -ld /alloc/data/cache; cat /secret; grep -c ' / / ' /proc/self/mountinfo";
-                let options = shell(&env, script, json!({"mounts": mounts})).await;
+                let options = env.shell(script, json!({"mounts": mounts})).await;
                 let task = env.prepare(options).await;
                 symlink(leads_to, task.dirs.alloc_dir.join("alloc/data/cache")).unwrap();
                 let refused = outcome(&env, task).await.expect_err("the link was followed");
@@ -150,7 +150,7 @@ async fn targets_below_a_bind_are_not_reached_through_links() {
         }
         let place = env.dir.join("volume");
         fs::create_dir_all(&place).unwrap();
-        let mut task = env.prepare(shell(&env, "cat /alloc/data/v/*", json!({})).await).await;
+        let mut task = env.prepare(env.shell("cat /alloc/data/v/*", json!({})).await).await;
         symlink("/etc", task.dirs.alloc_dir.join("alloc/data/v")).unwrap();
         task.config.mounts = vec![volume(&place, "/alloc/data/v", false, "private")];
         let refused = outcome(&env, task).await.expect_err("the link was followed");
@@ -165,7 +165,7 @@ async fn targets_below_a_bind_are_not_reached_through_links() {
 #[tokio::test(flavor = "multi_thread")]
 async fn mounts_in_mounts_are_there_and_leave_nothing() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let place = env.dir.join("volume");
         fs::create_dir_all(place.join("there")).unwrap();
         fs::write(place.join("file"), "of the volume").unwrap();
@@ -177,7 +177,7 @@ async fn mounts_in_mounts_are_there_and_leave_nothing() {
         ]);
         let script = "cat /data/file /data/conf; echo x >/data/conf; echo a >/local/shared/a; echo b >/data/there/cache/b
             cat /data/there/cache/deep/er/of; grep ' /data/there/cache ' /proc/self/mountinfo | grep -c noexec; ls /data";
-        let options = shell(&env, script, json!({"mounts": mounts})).await;
+        let options = env.shell(script, json!({"mounts": mounts})).await;
         let mut task = env.prepare(options).await;
         let local = task.dirs.alloc_dir.join("web/local");
         fs::write(local.join("conf"), "configuration\n").unwrap();
@@ -210,11 +210,11 @@ async fn no_mounts_stay(env: &Env, task: &Task) {
 #[tokio::test(flavor = "multi_thread")]
 async fn mounts_of_a_dead_plugins_task_go_with_its_recovery() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         env.set_var("NOMAD_DRIVER_SHIM_KILL_AT", Some("start.recorded"));
         env.kill_plugin().await;
         env.start_plugin().await;
-        let options = shell(&env, "sleep 600", json!({})).await;
+        let options = env.shell("sleep 600", json!({})).await;
         let mut task = env.prepare(options).await;
         env.try_start(&mut task).await.expect_err("the plugin survives its end");
         env.plugin_died().await;
@@ -232,13 +232,10 @@ async fn mounts_of_a_dead_plugins_task_go_with_its_recovery() {
 #[tokio::test(flavor = "multi_thread")]
 async fn attempts_in_quick_succession_have_their_mounts() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
-        let options = shell(
-            &env,
-            "grep -c ' /local ' /proc/self/mountinfo; cat /etc/hosts | grep -c localhost; sleep 600",
-            json!({}),
-        )
-        .await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
+        let options = env
+            .shell("grep -c ' /local ' /proc/self/mountinfo; cat /etc/hosts | grep -c localhost; sleep 600", json!({}))
+            .await;
         let mut task = env.prepare(options).await;
         for _ in 0..20 {
             env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
@@ -265,7 +262,7 @@ fn mounts_of_the_host(env: &Env, task: &Task) -> Vec<String> {
 async fn read_only_holds_for_the_mounts_below() {
     for runtime in runtimes() {
         let config = json!({"security": {"allow_paths": ["/"]}});
-        let mut env = plugin_with(&runtime, config).await;
+        let mut env = Env::with_runtime(&runtime, config).await;
         let place = env.dir.join("volume");
         let below = place.join("below/deeper");
         fs::create_dir_all(&below).unwrap();
@@ -274,7 +271,7 @@ async fn read_only_holds_for_the_mounts_below() {
             do echo x 2>/dev/null >$d/f && echo written to $d; done; true";
         let mounts = json!([{"type": "bind", "source": place, "target": "/m", "options": ["rbind", "ro"]},
             {"type": "bind", "source": place, "target": "/w", "options": ["rbind", "rw"]}]);
-        let mut task = env.prepare(shell(&env, script, json!({"mounts": mounts})).await).await;
+        let mut task = env.prepare(env.shell(script, json!({"mounts": mounts})).await).await;
         task.config.mounts = vec![volume(&place, "/v", true, "private")];
         let seen = outcome(&env, task).await;
         run(std::process::Command::new("umount").arg(&below));
@@ -289,7 +286,7 @@ async fn read_only_holds_for_the_mounts_below() {
 async fn volumes_spread_mounts_as_they_say() {
     for runtime in runtimes() {
         let config = json!({"allow_privileged": true});
-        let mut env = plugin_with(&runtime, config).await;
+        let mut env = Env::with_runtime(&runtime, config).await;
         let place = env.dir.join("csi");
         fs::create_dir_all(place.join("theirs")).unwrap();
         fs::create_dir_all(place.join("ours")).unwrap();
@@ -298,7 +295,7 @@ async fn volumes_spread_mounts_as_they_say() {
         run(std::process::Command::new("mount").arg("--make-shared").arg(&place));
         let script = "mount -t tmpfs tmpfs /local/csi/ours && echo mounted
             while ! grep -q ' /local/csi/theirs ' /proc/self/mountinfo; do sleep 0.05; done; echo seen; sleep 600";
-        let mut task = env.prepare(shell(&env, script, json!({"privileged": true})).await).await;
+        let mut task = env.prepare(env.shell(script, json!({"privileged": true})).await).await;
         task.config.mounts = vec![volume(&place, "/local/csi", false, "bidirectional")];
         env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime}: {}", status.message()));
         task.says("mounted").await;
@@ -329,7 +326,7 @@ async fn every_bind_comes_from_the_bundle() {
             "disable_log_collection": true, "allow_privileged": true,
             "security": {"allow_host_namespaces": true, "allow_paths": ["/var"], "allow_devices": ["/dev/null"]},
         });
-        let mut env = plugin_with(&runtime, config).await;
+        let mut env = Env::with_runtime(&runtime, config).await;
         let place = env.dir.join("volume");
         fs::create_dir_all(&place).unwrap();
         let own = json!([
@@ -351,7 +348,7 @@ async fn every_bind_comes_from_the_bundle() {
         ];
         let mut binds = 0;
         for shape in shapes {
-            let mut task = env.prepare(shell(&env, "sleep 600", shape.clone()).await).await;
+            let mut task = env.prepare(env.shell("sleep 600", shape.clone()).await).await;
             task.config.mounts =
                 vec![volume(&place, "/v", true, "private"), volume(&place, "/alloc/v", false, "host-to-task")];
             env.try_start(&mut task).await.unwrap_or_else(|status| panic!("{runtime} {shape}: {}", status.message()));
@@ -376,7 +373,7 @@ async fn every_bind_comes_from_the_bundle() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_mounted_over_proc_and_sys() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         for target in [
             "/proc",
             "/proc/sys",
@@ -393,7 +390,7 @@ async fn nothing_is_mounted_over_proc_and_sys() {
                 json!({"type": "tmpfs", "target": target}),
                 json!({"type": "bind", "source": "alloc/data", "target": target, "options": ["rbind", "rw"]}),
             ] {
-                let options = shell(&env, "mount", json!({"mounts": [mount]})).await;
+                let options = env.shell("mount", json!({"mounts": [mount]})).await;
                 let refused = {
                     let task = env.prepare(options).await;
                     outcome(&env, task).await
@@ -409,12 +406,12 @@ async fn nothing_is_mounted_over_proc_and_sys() {
             ("NOMAD_SECRETS_DIR", "/../../x"),
             ("NOMAD_SECRETS_DIR", "relative"),
         ] {
-            let mut task = env.prepare(shell(&env, "mount", json!({})).await).await;
+            let mut task = env.prepare(env.shell("mount", json!({})).await).await;
             task.config.env.insert(variable.to_owned(), target.to_owned());
             let refused = outcome(&env, task).await.expect_err("it was mounted");
             assert!(refused.contains(variable) && refused.contains("target"), "{runtime} {target}: {refused}");
         }
-        let mut task = env.prepare(shell(&env, "mount", json!({})).await).await;
+        let mut task = env.prepare(env.shell("mount", json!({})).await).await;
         task.config.mounts = vec![volume(Path::new("/var"), "/proc/sys", true, "private")];
         let refused = outcome(&env, task).await.expect_err("it was mounted");
         assert!(refused.contains("volume_mount"), "{runtime}: {refused}");
@@ -427,14 +424,14 @@ async fn nothing_is_mounted_over_proc_and_sys() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_hosts_own_dev_is_mounted_at_dev() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
-        let mut task = env.prepare(shell(&env, "[ -c /dev/null ] && echo right", json!({})).await).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
+        let mut task = env.prepare(env.shell("[ -c /dev/null ] && echo right", json!({})).await).await;
         task.config.mounts = vec![volume(Path::new("/dev"), "/dev", false, "private")];
         assert_eq!(outcome(&env, task).await.unwrap(), "right\n", "{runtime}");
         let place = env.dir.join("volume");
         fs::create_dir_all(&place).unwrap();
         symlink("/proc/timer_list", place.join("null")).unwrap();
-        let mut task = env.prepare(shell(&env, "cat /proc/timer_list /proc/keys", json!({})).await).await;
+        let mut task = env.prepare(env.shell("cat /proc/timer_list /proc/keys", json!({})).await).await;
         task.config.mounts = vec![volume(&place, "/dev", false, "private")];
         let refused = outcome(&env, task).await.expect_err("it was mounted");
         assert!(refused.contains("may mount over /dev"), "{runtime}: {refused}");
@@ -446,13 +443,13 @@ async fn only_the_hosts_own_dev_is_mounted_at_dev() {
 #[tokio::test(flavor = "multi_thread")]
 async fn logs_are_out_of_reach_of_a_jobs_own_binds() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"disable_log_collection": true})).await;
         for (source, path, variable) in
             [("alloc/logs", "/x", "/alloc"), ("alloc", "/x/logs", "/alloc"), ("alloc", "/x/logs", "")]
         {
             let script = format!("echo forged >{path}/other.stdout.0; mv {path} /x/old; mv {path} /x/data/old; true");
             let mounts = json!([{"type": "bind", "source": source, "target": "/x", "options": ["rbind", "rw"]}]);
-            let mut task = env.prepare(shell(&env, &script, json!({"mounts": mounts})).await).await;
+            let mut task = env.prepare(env.shell(&script, json!({"mounts": mounts})).await).await;
             task.config.env.insert("NOMAD_ALLOC_DIR".to_owned(), variable.to_owned());
             (task.config.stdout_path, task.config.stderr_path) = ("/dev/null".to_owned(), "/dev/null".to_owned());
             let logs = task.dirs.alloc_dir.join("alloc/logs");
@@ -469,7 +466,7 @@ async fn logs_are_out_of_reach_of_a_jobs_own_binds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_only_mount_holds_other_mounts() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let mounts = json!([
             {"type": "bind", "source": "local/d", "target": "/app", "options": ["rbind", "ro"]},
             {"type": "tmpfs", "target": "/app/cache"},
@@ -478,7 +475,7 @@ async fn a_read_only_mount_holds_other_mounts() {
         ]);
         let script =
             "echo x >/app/cache/y && cat /app/conf.yml && grep -c localhost /etc/hosts; echo x >/app/z; echo x >/etc/z";
-        let mut task = env.prepare(shell(&env, script, json!({"mounts": mounts})).await).await;
+        let mut task = env.prepare(env.shell(script, json!({"mounts": mounts})).await).await;
         let local = task.dirs.alloc_dir.join("web/local");
         fs::create_dir_all(local.join("d")).unwrap();
         fs::create_dir_all(local.join("etc")).unwrap();

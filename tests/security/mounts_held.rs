@@ -6,10 +6,9 @@ use serde_json::{Value, json};
 
 use crate::{
     decoy::{Decoy, SECRET},
-    plugin_with,
     probe::{Outcome, outcome, refusal, refusal_of},
-    runtimes, shell,
-    support::{Env, EnvOptions, Task, services},
+    runtimes,
+    support::{Env, Task, each_case, services},
 };
 
 fn bind(source: &str, options: &[&str]) -> Value {
@@ -70,38 +69,41 @@ async fn sources_outside_of_the_tasks_directories_are_refused() {
         "alloc/data\0/../../other/secrets",
         "local\0",
     ];
-    for source in absolute.iter().chain(&ours).chain(&relative) {
-        let config = shell(&env, "ls -R /m", json!({"mounts": [bind(source, &["rbind", "rw"])]})).await;
+    each_case(absolute.iter().chain(&ours).chain(&relative), async |source| {
+        let config = env.shell("ls -R /m", json!({"mounts": [bind(source, &["rbind", "rw"])]})).await;
         let mut task = prepared(&mut env, &decoy, config).await;
         // Of this list, "alloc" is the only name that every task can see anyway.
         if *source == "alloc" {
             env.try_start(&mut task).await.unwrap();
             env.finish_task(task).await;
-            continue;
+            return;
         }
         let reason = refusal_of(&env, &mut task, source).await;
         assert!(reason.contains("mounts"), "{source}: {reason}");
         assert!(!reason.contains(SECRET.trim()), "{source}: {reason}");
-    }
+    })
+    .await;
     // The same sources as absolute paths into the allocation.
-    for below in
-        ["", "other", "other/secrets/token", "web", "web/private", "alloc/data/decoy", "alloc/../other/secrets"]
-    {
-        let mut task = prepared(&mut env, &decoy, Value::Null).await;
-        let source = task.dirs.alloc_dir.join(below).display().to_string();
-        let config = shell(&env, "ls -R /m", json!({"mounts": [bind(&source, &["rbind", "rw"])]})).await;
-        task = env.prepare_again(task, "2", config).await;
-        let reason = refusal_of(&env, &mut task, &source).await;
-        assert!(reason.contains("mounts"), "{source}: {reason}");
-    }
+    each_case(
+        ["", "other", "other/secrets/token", "web", "web/private", "alloc/data/decoy", "alloc/../other/secrets"],
+        async |below| {
+            let mut task = prepared(&mut env, &decoy, Value::Null).await;
+            let source = task.dirs.alloc_dir.join(below).display().to_string();
+            let config = env.shell("ls -R /m", json!({"mounts": [bind(&source, &["rbind", "rw"])]})).await;
+            task = env.prepare_again(task, "2", config).await;
+            let reason = refusal_of(&env, &mut task, &source).await;
+            assert!(reason.contains("mounts"), "{source}: {reason}");
+        },
+    )
+    .await;
     decoy.assert_untouched("a mount's source");
     env.finish().await;
 
     // Control test: under the name `containerd-driver` any path is followed, and the task reads the decoy's secret
     // through it.
-    let mut env = Env::with(EnvOptions { name: "containerd-driver", ..EnvOptions::default() }).await;
+    let mut env = Env::drop_in(json!({})).await;
     let decoy = Decoy::new(&env);
-    let config = shell(&env, "cat /m/secret", json!({"mounts": [bind(decoy.path(), &["rbind", "ro"])]})).await;
+    let config = env.shell("cat /m/secret", json!({"mounts": [bind(decoy.path(), &["rbind", "ro"])]})).await;
     assert_eq!(env.run(config).await.1, SECRET);
     env.finish().await;
 }
@@ -118,17 +120,19 @@ async fn no_other_file_system_than_a_tmpfs_is_mounted() {
             "command": "/bin/sh", "args": ["-c", "mount | grep ' /m '; find /m -type f | head"],
         })
     };
-    for kind in [
+    let cases = [
         "overlay", "proc", "sysfs", "cgroup", "cgroup2", "devtmpfs", "devpts", "ext4", "nfs", "9p", "fuse", "mqueue",
         "none", "BIND", "Bind", "bind ", "tmpfs ", "tmpfs\0", "",
-    ] {
+    ];
+    each_case(cases, async |kind| {
         let mount = json!({"type": kind, "source": "/dev/vda", "target": "/m", "options": ["rw"]});
         let reason = refusal(&mut env, config(mount, "crun")).await;
         assert!(reason.contains("mounts"), "{kind:?}: {reason}");
-    }
+    })
+    .await;
     let lower = format!("lowerdir={}", decoy.path());
     let (joined, sized) = (format!("rw,{lower}"), format!("size=1m,{lower}"));
-    for options in [
+    let cases = [
         vec!["bind"],
         vec!["rbind"],
         vec!["rw", "rbind"],
@@ -146,11 +150,13 @@ async fn no_other_file_system_than_a_tmpfs_is_mounted() {
         vec!["dest-nofollow"],
         vec!["size=1m", "x-mount.mkdir"],
         vec![" size=1m"],
-    ] {
+    ];
+    each_case(cases, async |options| {
         let mount = json!({"type": "tmpfs", "source": decoy.path(), "target": "/m", "options": options});
         let reason = refusal(&mut env, config(mount, "crun")).await;
         assert!(reason.contains("mounts"), "{options:?}: {reason}");
-    }
+    })
+    .await;
     // Text that the driver accepts as an option's value must be one for the kernel as well: the mount either fails, or
     // is a tmpfs without files.
     for runtime in runtimes() {
@@ -197,9 +203,9 @@ async fn targets_lie_below_the_root_of_the_container() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bound_device_node_does_not_open() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"allow_privileged": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"allow_privileged": true})).await;
         let make = "mknod /alloc/data/loop b 7 0 && mknod /alloc/data/kmsg c 1 11 && chmod 666 /alloc/data/*";
-        let config = shell(&env, make, json!({})).await;
+        let config = env.shell(make, json!({})).await;
         assert_eq!(env.run(config).await.0, 0, "{runtime}");
         let alloc = env.allocs.last().unwrap().clone();
         let (both, one) = ("open /m/loop; open /m/kmsg; open /alloc/data/loop; open /alloc/data/kmsg", "open /m");
@@ -212,7 +218,7 @@ async fn a_bound_device_node_does_not_open() {
         ] {
             let script = format!("open() {{ (: < $1) && echo opened; }}; {script}");
             let mounts = json!([bind(source, &["rbind", "rw", "dev"])]);
-            let config = shell(&env, &script, json!({"mounts": mounts, "privileged": privileged})).await;
+            let config = env.shell(&script, json!({"mounts": mounts, "privileged": privileged})).await;
             let mut task = env.prepare_in(alloc.create_task(name).unwrap(), "1", config).await;
             env.try_start(&mut task).await.unwrap();
             let (_, out, err) = env.finish_task(task).await;

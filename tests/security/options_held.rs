@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use crate::{
     decoy::{Decoy, SECRET},
     probe::{Outcome, outcome, refusal, refusal_of},
-    runtimes, shell,
-    support::{Env, EnvOptions, patience},
+    runtimes,
+    support::{Env, each_case, patience, with_options},
 };
 
 /// Each option that removes a confinement, and the setting by which an operator would permit it.
@@ -81,20 +81,16 @@ fn openings() -> Vec<(Value, &'static str)> {
 async fn what_the_operator_does_not_allow_is_refused() {
     let mut env = Env::new().await;
     let image = env.busybox().await;
-    let with = |options: &Value| {
-        let mut config = json!({"image": image, "command": "/bin/true"});
-        options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
-        config
-    };
-    for (options, named) in openings() {
+    let with = |options: &Value| with_options(json!({"image": image, "command": "/bin/true"}), options.clone());
+    each_case(openings(), async |(options, named)| {
         let reason = refusal(&mut env, with(&options)).await;
         assert!(reason.contains(named), "{options}: {reason}");
-    }
+    })
+    .await;
     env.finish().await;
     // Control test: the task starts when the operator permits all of these options.
     let security = json!({"allow_host_namespaces": true, "allow_caps": ["ALL"], "allow_seccomp_override": true});
-    let config = json!({"allow_privileged": true, "security": security});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"allow_privileged": true, "security": security})).await;
     let options = json!({
         "pid_mode": "host", "ipc_mode": "host", "uts_mode": "host", "cgroupns": "host", "cap_add": ["SYS_ADMIN"],
         "security_opt": ["seccomp=unconfined", "no-new-privileges=false"],
@@ -226,24 +222,26 @@ async fn text_that_means_something_elsewhere_is_refused() {
         of("extra_hosts", EXTRA_HOSTS, |host| json!([host])),
         of("image", IMAGES, |name| json!(name)),
     ];
-    for (options, named) in attacks.into_iter().flatten() {
-        let mut config = json!({"image": image, "command": "/bin/true"});
-        options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+    each_case(attacks.into_iter().flatten(), async |(options, named)| {
+        let config = with_options(json!({"image": image, "command": "/bin/true"}), options.clone());
         let reason = refusal(&mut env, config).await;
         assert!(reason.contains(named), "{options}: {reason}");
-    }
-    for user in USERS {
+    })
+    .await;
+    // Users and groups, which Nomad sends outside the driver's options.
+    each_case(USERS, async |user| {
         let mut task = env.prepare(json!({"image": image, "command": "/bin/id"})).await;
         task.config.user = (*user).to_owned();
         if *user == "user:" {
             // An empty group means no group.
             env.try_start(&mut task).await.unwrap();
             assert_eq!(env.finish_task(task).await.1, "uid=1000(user) gid=1001(user) groups=1001(user),2000(extra)\n");
-            continue;
+            return;
         }
         let reason = refusal_of(&env, &mut task, user).await;
         assert!(reason.contains("user") || reason.contains("group"), "{user:?}: {reason}");
-    }
+    })
+    .await;
     env.finish().await;
 }
 
@@ -253,7 +251,7 @@ async fn annotations_of_other_spellings_change_nothing() {
     let mut env = Env::new().await;
     let (look, long) = ("grep -E '^(Seccomp|CapEff|NoNewPrivs):' /proc/self/status", "k".repeat(100 << 10));
     for runtime in runtimes() {
-        let plain = shell(&env, look, json!({"runtime": runtime})).await;
+        let plain = env.shell(look, json!({"runtime": runtime})).await;
         let expected = env.run(plain).await.1;
         assert!(expected.contains("Seccomp:\t2"), "{expected}");
         let keys = [
@@ -265,7 +263,7 @@ async fn annotations_of_other_spellings_change_nothing() {
             &long,
         ];
         for key in keys {
-            let config = shell(&env, look, json!({"runtime": runtime, "annotations": {key: "AAAA"}})).await;
+            let config = env.shell(look, json!({"runtime": runtime, "annotations": {key: "AAAA"}})).await;
             match outcome(&mut env, config).await {
                 Outcome::Refused(_) => {}
                 Outcome::Ran(_, out, _) => assert_eq!(out, expected, "{runtime}, {:?}", &key[..key.len().min(40)]),

@@ -16,8 +16,8 @@ use std::{
 use nomad_driver_shim::host::PluginCommand;
 use serde_json::{Value, json};
 
-use crate::{attack, image_with_program, plugin_with, runtimes, shell, support};
-use support::{Entry, Env, EnvOptions, Image, Layer, Packing, eventually, leak, services};
+use crate::{attack, image_with_program, runtimes, support};
+use support::{Entry, Env, EnvOptions, Image, Layer, Packing, eventually, leak, services, with_options};
 
 /// The numbers of the capabilities that tests name (linux, `include/uapi/linux/capability.h`).
 const CAP_DAC_OVERRIDE: u64 = 1 << 1;
@@ -90,7 +90,7 @@ fn shims(env: &Env) -> Vec<u32> {
 async fn the_plugin_has_only_what_it_needs_and_its_tasks_have_theirs() {
     for runtime in runtimes() {
         let config = json!({"allow_privileged": true, "security": {"allow_caps": ["ALL"]}});
-        let mut env = plugin_with(&runtime, config).await;
+        let mut env = Env::with_runtime(&runtime, config).await;
         assert_reduced(&env, "at the start");
         let script = "grep ^Cap /proc/self/status; exec sleep 600";
         for (options, expected) in [
@@ -104,7 +104,7 @@ async fn the_plugin_has_only_what_it_needs_and_its_tasks_have_theirs() {
             ),
             (json!({"cap_add": ["SYS_MODULE"], "cap_drop": ["ALL"]}), (1 << 16) & bounding()),
         ] {
-            let task = env.start(shell(&env, script, options.clone()).await).await;
+            let task = env.start(env.shell(script, options.clone()).await).await;
             task.says("CapAmb").await;
             let seen = Status(task.stdout.text());
             for set in ["CapEff", "CapPrm", "CapBnd"] {
@@ -180,10 +180,9 @@ async fn tasks_do_to_their_files_what_their_capabilities_let_them() {
     let image = image_with_program("files", source).await;
     for runtime in runtimes() {
         let config = json!({"allow_privileged": true, "security": {"allow_caps": ["ALL"]}});
-        let mut env = plugin_with(&runtime, config).await;
+        let mut env = Env::with_runtime(&runtime, config).await;
         for options in [json!({"privileged": true}), json!({"cap_add": ["ALL"]})] {
-            let mut config = json!({"image": image, "command": "/attack"});
-            options.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+            let config = with_options(json!({"image": image, "command": "/attack"}), options.clone());
             let (code, out, err) = env.run(config).await;
             assert_eq!(code, 0, "{runtime}: {err}");
             // A tmpfs, where the writable layer may be, has these attributes only since Linux 6.6.
@@ -216,7 +215,7 @@ async fn an_agent_that_is_confined_itself_still_runs_tasks() {
         let is_reduced = plugin.set("CapEff") != kept;
         assert_eq!(is_reduced, confinement != ["--no-new-privs"], "{confinement:?}");
         let script = "grep ^Cap /proc/self/status; exec sleep 600";
-        let task = env.start(shell(&env, script, json!({"privileged": true})).await).await;
+        let task = env.start(env.shell(script, json!({"privileged": true})).await).await;
         let log = task.dirs.alloc_dir.join("alloc/logs/web.stdout.0");
         eventually("its log is written", async || match fs::read_to_string(&log) {
             Ok(text) if text.contains("CapAmb") => Ok(()),
@@ -250,13 +249,13 @@ fn log_processes(env: &Env) -> Vec<(&'static str, u32)> {
 
 async fn own_logs() -> Env {
     let config = json!({"disable_log_collection": true});
-    Env::with(EnvOptions { config, ..EnvOptions::default() }).await
+    Env::configured(config).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn log_processes_have_only_what_they_need() {
     let mut env = own_logs().await;
-    let task = env.start(shell(&env, "while :; do echo x; sleep 1; done", json!({})).await).await;
+    let task = env.start(env.shell("while :; do echo x; sleep 1; done", json!({})).await).await;
     let file = task.dirs.alloc_dir.join("alloc/logs/web.stdout.0");
     eventually("its log is written", async || match fs::read_to_string(&file) {
         Ok(text) if text.starts_with("x\n") => Ok(()),
@@ -286,7 +285,7 @@ async fn log_processes_have_only_what_they_need() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_goes_on_in_a_directory_that_is_somebody_elses() {
     let mut env = own_logs().await;
-    let config = shell(&env, "seq 3000; exec sleep 600", json!({"log_max_size": "4k"})).await;
+    let config = env.shell("seq 3000; exec sleep 600", json!({"log_max_size": "4k"})).await;
     let task = env.prepare(config).await;
     let logs = task.dirs.alloc_dir.join("alloc/logs");
     std::os::unix::fs::chown(&logs, Some(1234), Some(1234)).unwrap();
@@ -401,11 +400,10 @@ async fn knocked(knock: &Path, socket: &Path, text: &str, user: u32) -> String {
 async fn sockets_are_roots_whatever_their_modes_say() {
     let directory = tempfile::tempdir_in(support::services::root()).unwrap();
     let metrics = directory.path().join("metrics.sock");
-    let config = json!({"metrics": {"address": format!("unix:{}", metrics.display())}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
+    let mut env = Env::configured(json!({"metrics": {"address": format!("unix:{}", metrics.display())}})).await;
     let knock = knocker(&env);
     // The first actual work opens the engine, and the engine opens the sockets.
-    assert_eq!(env.run(shell(&env, "true", json!({})).await).await.0, 0);
+    assert_eq!(env.run(env.shell("true", json!({})).await).await.0, 0);
     let plugin = env.plugin().socket().to_owned();
     let control = env.dir.join("run/control.sock");
     for (socket, text) in [
@@ -430,7 +428,7 @@ async fn sockets_are_roots_whatever_their_modes_say() {
     })
     .await;
     // The plugin still serves all others.
-    assert_eq!(env.run(shell(&env, "true", json!({})).await).await.0, 0);
+    assert_eq!(env.run(env.shell("true", json!({})).await).await.0, 0);
     // Restores the modes for the check of modes.
     fs::set_permissions(&control, fs::Permissions::from_mode(0o600)).unwrap();
     fs::set_permissions(env.dir.join("run"), fs::Permissions::from_mode(0o700)).unwrap();
@@ -441,8 +439,7 @@ async fn sockets_are_roots_whatever_their_modes_say() {
 /// connect.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_the_host_names_may_connect() {
-    let env = vec![("PLUGIN_UNIX_SOCKET_GROUP".to_owned(), "4242".to_owned())];
-    let env = Env::with(EnvOptions { env, ..EnvOptions::default() }).await;
+    let env = EnvOptions::default().var("PLUGIN_UNIX_SOCKET_GROUP", "4242").start().await;
     let (knock, socket) = (knocker(&env), env.plugin().socket().to_owned());
     opened(&socket);
     let member = |groups: &'static [&'static str]| {
@@ -468,9 +465,8 @@ async fn a_group_that_the_host_names_may_connect() {
 /// A user who may not connect does not count as an agent: a plugin without an agent exits all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_do_not_keep_a_plugin() {
-    let config = json!({"state": {"orphan_timeout": "2s"}});
-    let mut env = Env::with(EnvOptions { config, ..EnvOptions::default() }).await;
-    assert_eq!(env.run(shell(&env, "true", json!({})).await).await.0, 0);
+    let mut env = Env::configured(json!({"state": {"orphan_timeout": "2s"}})).await;
+    assert_eq!(env.run(env.shell("true", json!({})).await).await.0, 0);
     let socket = env.plugin().socket().to_owned();
     opened(&socket);
     // A connection of another user that sends nothing and stays for as long as the plugin permits.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     decoy::mounts_below,
-    plugin_with, runtimes, shell,
+    runtimes,
     support::{Env, Task},
 };
 
@@ -21,7 +21,7 @@ struct Shared {
 
 impl Shared {
     async fn new(runtime: &str) -> Self {
-        let env = plugin_with(runtime, json!({"allow_privileged": true})).await;
+        let env = Env::with_runtime(runtime, json!({"allow_privileged": true})).await;
         let allocs = env.dir.join("allocs");
         fs::create_dir_all(&allocs).unwrap();
         mount(Some("tmpfs"), &allocs, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
@@ -31,7 +31,7 @@ impl Shared {
 
     /// Prepares a task with these options that only waits.
     async fn prepare(&mut self, options: Value) -> Task {
-        let config = shell(&self.env, "echo mounted; exec sleep 600", options).await;
+        let config = self.env.shell("echo mounted; exec sleep 600", options).await;
         self.env.prepare(config).await
     }
 
@@ -81,7 +81,7 @@ async fn a_jobs_propagation_brings_no_mount_to_the_host() {
             json!([{"type": "bind", "source": "alloc/data", "target": "/m", "options": ["rbind", "rw", "rshared"]}]);
         let script = "mkdir /m/below && mount -t tmpfs tmpfs /m/below && echo mounted; exec sleep 600";
         let options = json!({"mounts": share, "privileged": true});
-        let config = shell(&shared.env, script, options).await;
+        let config = shared.env.shell(script, options).await;
         let task = shared.env.prepare(config).await;
         let seen = shared.seen(task).await;
         assert!(seen.iter().any(|line| line.starts_with("left: ") && line.contains("/below ")), "{runtime}: {seen:?}");

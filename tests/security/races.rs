@@ -21,7 +21,7 @@ use nomad_driver_shim::{
 use serde_json::{Value, json};
 
 use crate::{
-    image_with_program, plugin_with, runtimes,
+    image_with_program, runtimes,
     support::{Env, leak::entries, patience},
 };
 
@@ -164,7 +164,7 @@ async fn race(env: &mut Env, host: &Host, swapped: TaskDirs, image: &str) -> (us
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_swaps_directories_for_links_gains_nothing() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let host = Host::new(&env);
         let image = image_with_program("swapper", SWAPPER).await;
         let names = ["/alloc/data/x", "/alloc/data/x-link"];
@@ -190,7 +190,7 @@ async fn a_task_that_swaps_directories_for_links_gains_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn directories_of_nomad_that_are_swapped_lead_nowhere() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({"disable_log_collection": true})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"disable_log_collection": true})).await;
         let host = Host::new(&env);
         let image = env.busybox().await;
         let first = env.prepare(json!({"image": image, "command": "/bin/true"})).await;

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, fs, process::Command};
 use serde_json::{Value, json};
 
 use crate::{
-    image_with_program, plugin_with, runtimes,
+    image_with_program, runtimes,
     support::{Entry, Env, EnvOptions, Image, Layer, Packing, services},
 };
 
@@ -184,7 +184,7 @@ async fn no_bit_and_no_other_way_of_calling_gets_past_dockers_filter() {
     let mut surprises = Vec::new();
     let text = program(&[FORBIDDEN, FORBIDDEN_TWICE, HIDDEN, NO_PAIR]);
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let image = image_with_program("bits", &text).await;
         let found = results(&mut env, json!({"image": image, "command": "/attack"}), None).await;
         surprises.extend(unexpected(FORBIDDEN, &found, |errno| errno == EPERM, &runtime));
@@ -194,7 +194,7 @@ async fn no_bit_and_no_other_way_of_calling_gets_past_dockers_filter() {
         env.finish().await;
 
         // Control test: the answers come from the filter, and not from the kernel.
-        let mut env = plugin_with(&runtime, json!({"security": {"allow_seccomp_override": true}})).await;
+        let mut env = Env::with_runtime(&runtime, json!({"security": {"allow_seccomp_override": true}})).await;
         let config = json!({"image": image, "command": "/attack", "seccomp": false});
         let found = results(&mut env, config, None).await;
         surprises.extend(unexpected(FORBIDDEN, &found, |errno| errno != EPERM, &format!("{runtime} without a filter")));
@@ -208,7 +208,7 @@ async fn no_bit_and_no_other_way_of_calling_gets_past_dockers_filter() {
 async fn ordinary_calls_pass_dockers_filter() {
     let mut surprises = Vec::new();
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let image = image_with_program("ordinary", &program(&[ORDINARY])).await;
         let found = results(&mut env, json!({"image": image, "command": "/attack"}), None).await;
         surprises.extend(unexpected(ORDINARY, &found, |errno| errno == 0, &runtime));
@@ -234,7 +234,7 @@ async fn threads_and_32_bit_programs_run_under_dockers_filter() {
     let entries = [Entry::file("ia32", ia32_program())];
     let ia32 = Image::busybox().with_layer(Layer::new(&entries, Packing::Gzip));
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let image = image_with_program("threads", threads).await;
         let (code, out, err) = env.run(json!({"image": image, "command": "/attack"})).await;
         assert_eq!((code, out.as_str()), (0, "8 threads\n"), "{runtime}: {err}");
@@ -290,7 +290,7 @@ async fn socketcall_works_where_the_operator_allows_it_and_under_the_old_name() 
             env.finish().await;
         }
         let config = json!({"default_runtime": runtime, "security": {"allow_socketcall": false}});
-        let mut env = Env::with(EnvOptions { config, name: "containerd-driver", ..EnvOptions::default() }).await;
+        let mut env = Env::drop_in(config).await;
         let image = image_with_program("socketcall", &program(&[sub_calls])).await;
         let config = json!({"image": image, "command": "/attack", "seccomp": true});
         let found = results(&mut env, config, None).await;
@@ -359,7 +359,7 @@ async fn no_bit_gets_past_a_profile_from_a_file() {
     let mut surprises = Vec::new();
     let config = json!({"security": {"allow_seccomp_override": true}});
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, config.clone()).await;
+        let mut env = Env::with_runtime(&runtime, config.clone()).await;
         let image = image_with_program("profile", &program(&[FORBIDDEN_BY_PROFILE, ALLOWED_BY_PROFILE])).await;
         let mut profiles = vec![("as it is", forbidding())];
         if runtime == "crun" {

@@ -16,10 +16,7 @@ use nomad_driver_shim::{
 };
 use serde_json::json;
 
-use crate::{
-    shell,
-    support::{Env, leak::entries, patience, resident},
-};
+use crate::support::{Env, leak::entries, patience, resident};
 
 /// The memory that a client may cost, whatever it sends.
 const GROWTH: u64 = 48 << 20;
@@ -177,7 +174,7 @@ fn connect_as_nobody(path: PathBuf) -> std::io::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_other_user_connects() {
     let mut env = Env::new().await;
-    let config = shell(&env, "sleep 600", json!({})).await;
+    let config = env.shell("sleep 600", json!({})).await;
     let task = env.start(config).await;
     let shims = env.dir.join("run/shims");
     let mut sockets = vec![env.plugin().socket().to_owned(), env.dir.join("run/control.sock")];

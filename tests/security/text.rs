@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    plugin_with, runtimes, shell,
+    runtimes,
     support::{
         Env, Image, eventually,
         fake_registry::{Answer, FakeRegistry},
@@ -56,7 +56,7 @@ async fn images_words_are_cut_and_escaped() {
     let long = "U".repeat(1_000_000);
     let program = format!("/bin/no-{EVIL}-{}", "p".repeat(3000));
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         for (name, key, value, cause) in [
             ("user", "User", json!(long), "is not in the image's /etc/passwd"),
             ("user-group", "User", json!(format!("0:{long}{EVIL}")), "is not in the image's /etc/group"),
@@ -84,19 +84,19 @@ async fn images_words_are_cut_and_escaped() {
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_words_are_cut_and_escaped_and_no_fault_hides_another() {
     let long = "J".repeat(1_000_000);
-    let mut env = plugin_with("crun", json!({})).await;
+    let mut env = Env::with_runtime("crun", json!({})).await;
     for (what, options, cause) in [
         ("image", json!({"image": format!("{EVIL}{long}")}), "is not an image reference"),
         ("runtime", json!({"runtime": format!("{long}{EVIL}")}), "is not configured"),
         ("cwd", json!({"cwd": format!("{EVIL}{long}")}), "is not an absolute path"),
         ("option", json!({long.clone(): "1"}), "unknown option"),
     ] {
-        let config = shell(&env, "true", options).await;
+        let config = env.shell("true", options).await;
         refused(&mut env, what, config, cause).await;
     }
     let caps: Vec<String> = (0..200).map(|n| format!("{n}{EVIL}{}", "C".repeat(5000))).collect();
     let options = json!({"cap_add": caps, "cwd": "relative", "hostname": EVIL, "privileged": true, "shm_size": long});
-    let mut task = env.prepare(shell(&env, "true", options).await).await;
+    let mut task = env.prepare(env.shell("true", options).await).await;
     let status = env.try_start(&mut task).await.expect_err("refused");
     let text = status.message();
     assert!(
@@ -113,7 +113,7 @@ async fn jobs_words_are_cut_and_escaped_and_no_fault_hides_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn registries_words_are_cut_and_escaped() {
-    let mut env = plugin_with("crun", json!({})).await;
+    let mut env = Env::with_runtime("crun", json!({})).await;
     let registry = FakeRegistry::start().await;
     for (name, status) in [("gone", 404), ("denied", 403), ("teapot", 418)] {
         let body = json!({"errors": [{"code": EVIL, "message": format!("{EVIL}{}", "R".repeat(20_000))}]});
@@ -130,7 +130,7 @@ async fn registries_words_are_cut_and_escaped() {
 #[tokio::test(flavor = "multi_thread")]
 async fn words_of_runtimes_are_escaped_in_sessions_and_events() {
     for runtime in runtimes() {
-        let mut env = plugin_with(&runtime, json!({})).await;
+        let mut env = Env::with_runtime(&runtime, json!({})).await;
         let mut events =
             env.driver().task_events(nomad_driver_shim::pb::driver::TaskEventsRequest {}).await.unwrap().into_inner();
         let image = Image::busybox().push(&services().registry, &format!("text/events-{runtime}:1")).await;

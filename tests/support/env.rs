@@ -20,7 +20,7 @@ use nomad_driver_shim::{
 use serde_json::{Value, json};
 use tonic::Status;
 
-use super::{Image, leak, patience, program, services, services::root};
+use super::{Image, patience, program, services, services::root};
 
 /// The options in which a test's environment differs from the default.
 pub(crate) struct EnvOptions {
@@ -40,6 +40,24 @@ pub(crate) struct EnvOptions {
 impl Default for EnvOptions {
     fn default() -> Self {
         Self { config: json!({}), env: Vec::new(), name: "shim", wrapper: None, driver: None }
+    }
+}
+
+impl EnvOptions {
+    /// Sets the configuration that is merged over the tests' own.
+    pub(crate) fn config(self, config: Value) -> Self {
+        Self { config, ..self }
+    }
+
+    /// Adds a variable to the plugin's environment.
+    pub(crate) fn var(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Starts the plugin.
+    pub(crate) async fn start(self) -> Env {
+        Env::with(self).await
     }
 }
 
@@ -64,6 +82,10 @@ pub(crate) struct Env {
     pub asked: Mutex<Vec<String>>,
     /// Mount points below `dir` that the test itself has made. They are no leaks.
     pub own_mounts: Vec<PathBuf>,
+    /// What earlier plugins of this environment have logged.
+    pub(super) earlier_log: String,
+    /// Whether the leak check has been done, or is left out.
+    pub(super) is_finished: bool,
 }
 
 /// A task and its collected output.
@@ -79,6 +101,22 @@ pub(crate) struct Task {
 impl Env {
     pub(crate) async fn new() -> Self {
         Self::with(EnvOptions::default()).await
+    }
+
+    /// Starts a plugin with this configuration, merged over the tests' own.
+    pub(crate) async fn configured(config: Value) -> Self {
+        Self::with(EnvOptions { config, ..EnvOptions::default() }).await
+    }
+
+    /// Starts a plugin whose tasks use this runtime.
+    pub(crate) async fn with_runtime(runtime: &str, mut config: Value) -> Self {
+        config["default_runtime"] = json!(runtime);
+        Self::configured(config).await
+    }
+
+    /// Starts a plugin under the name of nomad-driver-containerd.
+    pub(crate) async fn drop_in(config: Value) -> Self {
+        Self::with(EnvOptions { config, name: "containerd-driver", ..EnvOptions::default() }).await
     }
 
     pub(crate) async fn with(options: EnvOptions) -> Self {
@@ -102,8 +140,19 @@ impl Env {
         launch.env.push(("PROGRAM".to_owned(), program().to_str().unwrap().to_owned()));
         launch.env.extend(options.env);
         launch.env.push(("PLUGIN_UNIX_SOCKET_DIR".to_owned(), dir.to_str().unwrap().to_owned()));
-        let (allocs, asked, own_mounts) = (Vec::new(), Mutex::default(), Vec::new());
-        let mut this = Self { plugin: None, dir, namespace, config, launch, foreign, allocs, asked, own_mounts };
+        let mut this = Self {
+            plugin: None,
+            dir,
+            namespace,
+            config,
+            launch,
+            foreign,
+            allocs: Vec::new(),
+            asked: Mutex::default(),
+            own_mounts: Vec::new(),
+            earlier_log: String::new(),
+            is_finished: false,
+        };
         this.start_plugin().await;
         this
     }
@@ -114,14 +163,13 @@ impl Env {
 
     /// Starts the plugin, and returns the time from `began` to the end of the handshake.
     pub(crate) async fn start_plugin_timed(&mut self, began: std::time::Instant) -> Duration {
-        let plugin = Plugin::launch(&self.launch).await.unwrap();
+        let plugin = self.plugin.insert(Plugin::launch(&self.launch).await.unwrap());
         let handshake = began.elapsed();
         if self.foreign {
             let schema = plugin.base().config_schema(ConfigSchemaRequest {}).await.unwrap().into_inner();
             self.config = known(schema.spec.as_ref(), &self.config).unwrap_or_else(|| json!({}));
         }
         plugin.configure(&self.config).await.unwrap();
-        self.plugin = Some(plugin);
         handshake
     }
 
@@ -144,6 +192,7 @@ impl Env {
         // By the end of this delay, everything that the plugin has written is read.
         tokio::time::sleep(Duration::from_millis(50)).await;
         let said = plugin.stderr();
+        self.earlier_log.push_str(&said);
         drop(plugin);
         std::fs::remove_file(socket).unwrap();
         (said, std::os::unix::process::ExitStatusExt::signal(&ended))
@@ -153,6 +202,7 @@ impl Env {
     pub(crate) async fn kill_plugin(&mut self) {
         let plugin = self.plugin.take().unwrap();
         let socket = plugin.socket().to_owned();
+        self.earlier_log.push_str(&plugin.stderr());
         plugin.kill().await;
         std::fs::remove_file(socket).unwrap();
     }
@@ -226,9 +276,14 @@ impl Env {
         task
     }
 
+    /// Returns the options of a task that runs a shell script in busybox. `options` take precedence.
+    pub(crate) async fn shell(&self, script: &str, options: Value) -> Value {
+        with_options(shell_in(&self.busybox().await, script), options)
+    }
+
     /// Starts a shell in busybox.
     pub(crate) async fn sh(&mut self, script: &str) -> Task {
-        let config = json!({"image": self.busybox().await, "command": "/bin/sh", "args": ["-c", script]});
+        let config = self.shell(script, json!({})).await;
         self.start(config).await
     }
 
@@ -291,18 +346,6 @@ impl Env {
         let request = SignalTaskRequest { task_id: task.id.clone(), signal: signal.to_owned() };
         self.driver().signal_task(request).await.map(drop)
     }
-
-    /// Checks that nothing is left, shuts the plugin down, and checks again.
-    pub(crate) async fn finish(mut self) {
-        let leaks = leak::while_alive(&self).await;
-        assert!(leaks.is_empty(), "left while the plugin lives: {leaks:#?}\n{}", self.plugin().stderr());
-        let open = super::modes::open_to_others(&self);
-        assert!(open.is_empty(), "open to other users: {open:#?}");
-        let left = self.plugin.take().unwrap().shut_down().await;
-        assert!(left.status.is_some_and(|status| status.success()), "{left:?}");
-        let leaks = leak::afterwards(&self).await;
-        assert!(leaks.is_empty(), "left after the plugin: {leaks:#?}\n{}", left.stderr);
-    }
 }
 
 impl Task {
@@ -322,6 +365,18 @@ impl Task {
         })
         .await;
     }
+}
+
+/// Returns the options of a task that runs a shell script in this image.
+pub(crate) fn shell_in(image: &str, script: &str) -> Value {
+    json!({"image": image, "command": "/bin/sh", "args": ["-c", script]})
+}
+
+/// Returns `config` with these options added or replaced.
+pub(crate) fn with_options(mut config: Value, options: Value) -> Value {
+    let Value::Object(options) = options else { panic!("{options} is no object") };
+    options.into_iter().for_each(|(name, value)| config[name] = value);
+    config
 }
 
 /// What of a configuration a schema knows.

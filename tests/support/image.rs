@@ -40,7 +40,7 @@ pub(crate) enum Packing {
 }
 
 /// A packed layer.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(crate) struct Layer {
     pub diff_id: Digest,
     pub bytes: Vec<u8>,

@@ -87,6 +87,39 @@ pub(crate) async fn afterwards_within(env: &Env, patience: Duration) -> Vec<Stri
     .await
 }
 
+/// Removes mounts, cgroups with their processes, and shims, as far as possible. Files stay until the next test run.
+pub(crate) async fn remove(env: &Env) {
+    for group in cgroups(env) {
+        let members = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+        members.lines().for_each(kill);
+    }
+    // A program of the developer's own, such as a pager, may also have a path of the environment in its command line.
+    let is_of_driver = |pid: &str, line: &str| {
+        let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+        cwd.starts_with(&env.dir) || line.contains(&env.namespace) || line.contains(" log-writer ")
+    };
+    processes(env).iter().filter(|(pid, line)| is_of_driver(pid, line)).for_each(|(pid, _)| kill(pid));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
+        if point.starts_with(&env.dir) {
+            let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+    // A cgroup can't be removed before its processes are gone.
+    polled(patience(), async || {
+        let mut groups = cgroups(env);
+        groups.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
+        groups.into_iter().filter_map(|path| fs::remove_dir(path).err()).map(|error| error.to_string()).collect()
+    })
+    .await;
+}
+
+fn kill(pid: &str) {
+    let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap());
+    // The process may have ended in the meantime.
+    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+}
+
 async fn polled(patience: Duration, look: impl AsyncFn() -> Vec<String>) -> Vec<String> {
     let deadline = Instant::now() + patience;
     loop {

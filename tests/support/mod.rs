@@ -4,15 +4,18 @@ pub(crate) mod authority;
 pub(crate) mod env;
 pub(crate) mod exec;
 pub(crate) mod fake_registry;
+pub(crate) mod finish;
 pub(crate) mod image;
 pub(crate) mod leak;
 pub(crate) mod modes;
 pub(crate) mod services;
+pub(crate) mod trials;
 pub(crate) mod wrapped_runtime;
 
-pub(crate) use env::{Env, EnvOptions, NotApplicable, Task, not_applicable};
+pub(crate) use env::{Env, EnvOptions, NotApplicable, Task, not_applicable, shell_in, with_options};
 pub(crate) use image::{Entry, Image, Layer, Packing};
 pub(crate) use services::services;
+pub(crate) use trials::each_case;
 
 use std::time::Duration;
 

@@ -13,6 +13,8 @@ mod mounts;
 mod privileges;
 #[cfg(test)]
 mod properties;
+#[cfg(test)]
+mod refusals;
 mod runtime;
 mod security;
 mod state;
