@@ -9,8 +9,8 @@
 //! - `plan`: what is measured. `measure`: the run. `lifecycle`: one task from start to removal. `job`: a task's files.
 //! - `subject`: how each subject starts, stops and removes a task. `floor`: a container by raw system calls.
 //! - `template`: the OCI spec. `confinement`: checks that the floor confines its task as runc does.
-//! - `summary`: figures from samples. `report`, `pictures`: results for people. `machine`: the host, and how quiet it
-//!   was.
+//! - `summary`: figures from samples. `overview`, `report`, `pictures`: results for people. `machine`: the host, and how
+//!   quiet it was.
 
 #![allow(clippy::large_futures, reason = "a process makes one run, and the command line boxes its future")]
 
@@ -20,6 +20,7 @@ mod job;
 mod lifecycle;
 mod machine;
 mod measure;
+mod overview;
 mod pictures;
 mod plan;
 mod report;
@@ -32,6 +33,7 @@ use std::{io, path::PathBuf};
 
 pub use machine::Machine;
 pub use measure::{Workspace, run};
+pub use overview::overview;
 pub use pictures::{Picture, pictures};
 pub use plan::{Mode, Plan, Step, SubjectKind, SubjectPlan};
 pub use report::{compare, html, table};

@@ -43,7 +43,10 @@ pub(crate) struct Bench {
     /// Options of the `config` block of the tasks of each --plugin, as JSON, in the same order
     #[arg(long, value_name = "JSON", requires = "plugin")]
     task_config: Vec<String>,
-    /// Write all figures to this file, as JSON
+    /// Print all figures, not only the overview
+    #[arg(long)]
+    all: bool,
+    /// Write all figures and samples to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Write a page with pictures to this file
@@ -118,8 +121,19 @@ impl Bench {
                 std::fs::write(directory.join(picture.file_name()), picture.svg)?;
             }
         }
-        print_data(&bench::table(&results))?;
+        print_data(&bench::overview(&results))?;
+        print_data(&if self.all { bench::table(&results) } else { self.place_of_all_figures() })?;
         Ok(u8::from(results.is_broken()))
+    }
+
+    /// Says where the figures are that the overview leaves out.
+    fn place_of_all_figures(&self) -> String {
+        match &self.json {
+            Some(path) => {
+                format!("\nAll figures and samples are in {}. `bench --all` prints the figures.\n", path.display())
+            }
+            None => "\n`bench --all` prints all figures, and --json FILE writes them with their samples.\n".to_owned(),
+        }
     }
 
     fn build_plan(&self) -> Result<Plan, CliError> {

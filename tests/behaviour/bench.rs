@@ -110,11 +110,42 @@ async fn every_path_is_measured_in_one_run() {
     assert!(fs::read_to_string(&html).unwrap().contains("<svg"));
     let picture = fs::read_to_string(pictures.join("first_byte-gaps-1.svg")).unwrap();
     assert!(kinds.iter().all(|kind| picture.contains(&format!(">{kind}</text>"))), "{picture}");
+    the_overview_has_the_figures(&said, &results, &kinds);
     bench.has_left_nothing().await;
     let compared =
         Command::new(program()).args(["bench", "--compare"]).args([&bench.json, &bench.json]).output().await.unwrap();
     assert!(String::from_utf8_lossy(&compared.stdout).contains("1.00"), "{compared:?}");
     env.finish().await;
+}
+
+/// The overview has a line for each path, with the figures of the results and the ratio to the first path.
+fn the_overview_has_the_figures(said: &str, results: &Value, kinds: &[&str]) {
+    let (_, table) = said.split_once("\nfirst_byte: ").unwrap_or_else(|| panic!("{said}"));
+    let lines: Vec<Vec<&str>> =
+        table.lines().skip(3).take(kinds.len()).map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines.len(), kinds.len(), "{said}");
+    for (kind, line) in kinds.iter().zip(&lines) {
+        let find = |list: &str, subject: &str, mode: &str| {
+            let all = results[list].as_array().unwrap().iter();
+            let mut same = all.filter(|one| {
+                (&one[subject], &one["mode"], &one["metric"], &one["concurrency"])
+                    == (&(*kind).into(), &mode.into(), &"first_byte".into(), &1.into())
+            });
+            same.next().cloned()
+        };
+        let mut expected = vec![(*kind).to_owned()];
+        for mode in ["back_to_back", "gaps"] {
+            let row = find("rows", "path", mode).unwrap();
+            expected.push(row["n"].to_string());
+            expected.extend(["min_ms", "p50_ms", "p99_ms"].map(|name| format!("{:.2}", row[name].as_f64().unwrap())));
+            expected.extend(find("ratios", "to", mode).map(|ratio| format!("{:.3}", ratio["p50"].as_f64().unwrap())));
+        }
+        assert_eq!(*line, expected, "{said}");
+    }
+    for part in ["start_task: ", "destroyed: ", "stop: ", "driver: create", "tasks/s", "KiB/task"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(!said.contains("last_instruction_to_stopped"), "only --all prints all figures: {said}");
 }
 
 /// The test's runtime knows a task only a while after its start, as crun 1.8 does, and refuses the third `kill`.
