@@ -6,8 +6,10 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
-    CliError, CommonArgs, ContainerdSession, gc::StoreLock, is_interactive, parse_image, print_data, print_message,
-    runs::remove_unless_mounted,
+    CliError, CommonArgs, ContainerdSession,
+    gc::StoreLock,
+    is_interactive, parse_image, print_data, print_message,
+    runs::{plugin_config, remove_unless_mounted},
 };
 use crate::{
     bench::{self, Plan, Results, SubjectKind, SubjectPlan, Workspace},
@@ -19,7 +21,7 @@ static BAR: std::sync::OnceLock<ProgressBar> = std::sync::OnceLock::new();
 
 #[derive(Args, Debug)]
 pub(crate) struct Bench {
-    /// The image of all tasks; its program is not run
+    /// The image of all tasks, as `run` takes it; its program is not run
     #[arg(required_unless_present = "compare")]
     image: Option<String>,
     /// The plan of what is measured, as TOML
@@ -84,6 +86,7 @@ impl Bench {
             run: common.run_dir.join(&id),
             state: common.state_dir.join(&id),
             driver_state: common.places(&id).state().to_owned(),
+            driver_config: plugin_config(common, &store.address, &id),
             address: store.address.clone(),
             namespace: common.namespace.clone(),
             on_progress: |count| {
