@@ -19,6 +19,9 @@ pub(crate) struct Job {
     stderr: Collector,
 }
 
+/// The steps of a task that is not measured itself: it runs until it is stopped.
+pub(super) const UNTIL_STOPPED: [Step; 3] = [Step::Start, Step::Stop, Step::Destroy];
+
 /// How long the task's program runs.
 #[derive(Debug, Clone, Copy)]
 enum Lifetime {

@@ -1,63 +1,27 @@
 //! Runs a plan: measures the subjects in turn, in blocks of tasks, so that other work of the machine affects all of
 //! them alike.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path as FilePath, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::{
-    BenchError, Machine, Mode, Plan, Results, Step, SubjectKind, SubjectPlan, confinement, file,
-    floor::Floor,
-    job::Job,
+    BenchError, Machine, Mode, Plan, Results, Step, SubjectKind, SubjectPlan, Workspace, confinement, file,
+    job::{Job, UNTIL_STOPPED},
     lifecycle::{Lifecycle, STEP_TIMEOUT, abandon, run_lifecycle, wait_until_stoppable, with_timeout},
     machine,
+    setup::Setup,
     stamp::now,
-    subject::{Backend, PluginBackend, RunningTasks, Subject, merge},
+    subject::{Backend, Subject},
     summary::{self, Key, METRICS, Measured, Memory, Throughput},
-    template::Template,
 };
-use crate::{
-    containerd::{Client, LeaseId},
-    host::PluginCommand,
-    ids::random_hex,
-    places::Places,
-    process::descendants,
-};
+use crate::process::descendants;
 
-/// The name under which the benchmark starts this driver.
-const DRIVER: &str = "shim";
 /// The pause after a block of tasks, in which a subject can complete its work in the background.
 const BACKGROUND_DELAY: Duration = Duration::from_millis(150);
 /// The pause before the memory of idle tasks is counted, in which all work for their starts is completed.
 const IDLE_DELAY: Duration = Duration::from_secs(3);
-
-/// The programs, directories and services that the benchmark uses.
-#[derive(Debug, Clone)]
-pub struct Workspace {
-    /// The program of this driver.
-    pub program: PathBuf,
-    /// Directory for sockets, records and bundles. It belongs to this run, and its path is short because of the
-    /// sockets.
-    pub run: PathBuf,
-    /// Directory for the bundles of the subjects without a driver, on the disk that a node has its writable layers on.
-    pub state: PathBuf,
-    /// This driver's state directory with its image records and writable layers. It is kept after the run.
-    pub driver_state: PathBuf,
-    /// The path of containerd's socket.
-    pub address: PathBuf,
-    /// The namespace in containerd.
-    pub namespace: String,
-    /// Called after each task with the number of tasks, to show progress.
-    pub on_progress: fn(u64),
-}
 
 /// Carries out a plan.
 ///
@@ -66,20 +30,15 @@ pub struct Workspace {
 /// from then on and listed in the results.
 pub async fn run(plan: &Plan, ground: &Workspace) -> Result<Results, BenchError> {
     let mut machine = Machine::look();
-    let allocs = ground.run.join("allocs");
+    let allocs = ground.allocs();
     fs::create_dir_all(&allocs).map_err(file(&allocs))?;
-    let bench = Bench { plan, workspace: ground, allocs, templates: templates(plan, ground).await? };
-    let spec_hash = bench.templates.json.hash();
+    let setup = Setup::new(plan, ground).await?;
+    let spec_hash = setup.spec_hash();
+    let bench = Bench { plan, workspace: ground, allocs, setup };
     let mut taken = Samples::default();
-    if bench.templates.program.hash() != spec_hash {
-        return Err(BenchError::Precondition {
-            path: "driver".to_owned(),
-            problem: "the spec that it writes for crun differs from the one for runc".to_owned(),
-        });
-    }
     let mut paths = Vec::new();
     for path in &plan.paths {
-        match bench.open(path).await {
+        match bench.setup.open(path).await {
             Ok(path) => paths.push(Arc::new(path)),
             Err(error) => taken.leave_out(&path.name, &error),
         }
@@ -112,55 +71,6 @@ pub async fn run(plan: &Plan, ground: &Workspace) -> Result<Results, BenchError>
         throughput: taken.throughput,
         memory: taken.memory,
         samples,
-    })
-}
-
-/// The spec in both forms: with the seccomp profile as JSON (for runc), and with the compiled filter (for crun).
-struct Templates {
-    json: Template,
-    program: Template,
-}
-
-/// Starts a task by this driver with each of the two runtimes and reads the spec that the driver writes for it.
-async fn templates(plan: &Plan, ground: &Workspace) -> Result<Templates, BenchError> {
-    let of = async |runtime: &str| -> Result<Template, BenchError> {
-        let name = format!("probe-{runtime}");
-        let run = ground.run.join(&name);
-        let config = merged(&driver_config(ground, &name), &json!({"shim": {"pool": 0}}));
-        let own = plan.paths.iter().find(|path| path.kind == SubjectKind::Driver);
-        let task = merged(&own.map_or(json!({}), |path| path.task.clone()), &json!({"runtime": runtime}));
-        let way = PluginBackend::launch(&PluginCommand::with_name(&ground.program, DRIVER), &config, &plan.image, task)
-            .await?;
-        let path = Subject { name: "driver".to_owned(), backend: Backend::Plugin(Box::new(way)) };
-        let allocs = ground.run.join("allocs");
-        let job = Job::new(&allocs, &[Step::Start, Step::Stop, Step::Destroy])?;
-        let outcome = async {
-            with_timeout(&path.name, "start a task to read its spec", path.start(&job)).await?;
-            let template = Template::of_driver(&run, &ground.driver_state, &plan.image, &job);
-            with_timeout(&path.name, "remove the task whose spec was read", path.destroy(&job)).await?;
-            template
-        };
-        let outcome = outcome.await;
-        path.close().await;
-        job.clear(STEP_TIMEOUT).await?;
-        outcome
-    };
-    Ok(Templates { json: of("runc").await?, program: of("crun").await? })
-}
-
-/// Returns `base` with `over` merged into it.
-fn merged(base: &Value, over: &Value) -> Value {
-    let mut value = base.clone();
-    merge(&mut value, over);
-    value
-}
-
-/// The configuration of this driver's plugin, with a run directory called `name`.
-fn driver_config(ground: &Workspace, name: &str) -> Value {
-    json!({
-        "containerd": { "address": ground.address, "namespace": ground.namespace },
-        "state": { "run_dir": ground.run.join(name), "state_dir": ground.driver_state },
-        "image": { "keep": "forever" },
     })
 }
 
@@ -205,76 +115,10 @@ struct Bench<'a> {
     plan: &'a Plan,
     workspace: &'a Workspace,
     allocs: PathBuf,
-    templates: Templates,
+    setup: Setup<'a>,
 }
 
 impl Bench<'_> {
-    /// Makes a subject ready to run tasks.
-    async fn open(&self, plan: &SubjectPlan) -> Result<Subject, BenchError> {
-        let ground = self.workspace;
-        let installed = |name: &str| {
-            crate::process::which(FilePath::new(name)).ok_or_else(|| BenchError::Precondition {
-                path: plan.name.clone(),
-                problem: format!("{name} is not installed"),
-            })
-        };
-        let dir = ground.state.join(&plan.name);
-        fs::create_dir_all(&dir).map_err(file(&dir))?;
-        let failed = |source| BenchError::Step { path: plan.name.clone(), doing: "get ready", source };
-        let way = match plan.kind {
-            SubjectKind::Driver => {
-                let config = merged(&driver_config(ground, &plan.name), &plan.config);
-                let way = PluginBackend::launch(
-                    &PluginCommand::with_name(&ground.program, DRIVER),
-                    &config,
-                    &self.plan.image,
-                    plan.task.clone(),
-                )
-                .await?;
-                Backend::Plugin(Box::new(way))
-            }
-            SubjectKind::Plugin => {
-                let launch = PluginCommand::new(plan.program.clone().unwrap_or_default());
-                let way = PluginBackend::launch(&launch, &plan.config, &self.plan.image, plan.task.clone()).await?;
-                Backend::Plugin(Box::new(way))
-            }
-            SubjectKind::Containerd => {
-                let client = Client::new(&ground.address, &ground.namespace, "overlayfs");
-                let lease = LeaseId(format!("nomad-driver-shim-bench-{}", random_hex(6)));
-                client.create_lease(&lease, None).await.map_err(|error| failed(Box::new(error)))?;
-                Backend::Containerd { client, lease, template: self.templates.json.clone() }
-            }
-            SubjectKind::Runc | SubjectKind::Crun | SubjectKind::Runsc => {
-                let (name, flags) = match plan.kind {
-                    SubjectKind::Runc => ("runc", Vec::new()),
-                    SubjectKind::Runsc => {
-                        let shared = format!("--shared-root={}", Places::gvisor_shared_root().display());
-                        ("runsc", vec!["--network=none".to_owned(), shared])
-                    }
-                    _ => ("crun", Vec::new()),
-                };
-                let binary = installed(name)?;
-                Backend::Runtime {
-                    binary,
-                    flags,
-                    dir,
-                    template: self.templates.json.clone(),
-                    running: RunningTasks::default(),
-                }
-            }
-            SubjectKind::Docker | SubjectKind::Podman => {
-                let binary = installed(if plan.kind == SubjectKind::Docker { "docker" } else { "podman" })?;
-                Backend::Engine { binary, image: self.plan.image.clone(), running: RunningTasks::default() }
-            }
-            SubjectKind::Floor => {
-                let template = self.templates.program.clone();
-                let floor = Floor::new(template.seccomp_filter.as_deref()).map_err(failed)?;
-                Backend::Floor { dir, template, floor: Box::new(floor), running: RunningTasks::default() }
-            }
-        };
-        Ok(Subject { name: plan.name.clone(), backend: way })
-    }
-
     /// Measures everything, interleaved. A subject that fails once is left out from then on; its earlier samples stay.
     async fn measure_all(&self, paths: &mut Vec<Arc<Subject>>, taken: &mut Samples) -> Result<(), BenchError> {
         // A first round that is not measured pulls images, fills caches and pools, and finds the subjects that don't
@@ -340,14 +184,13 @@ impl Bench<'_> {
     /// Returns how the confinement of the floor's task differs from the confinement of runc's task, or why that is not
     /// known; `None` if it doesn't differ. A floor that confines its task less would be no fair lower bound.
     async fn confinement_difference(&self, floor: &Subject) -> Result<Option<String>, BenchError> {
-        let runc = match self.open(&SubjectPlan::new("confinement", SubjectKind::Runc)).await {
+        let runc = match self.setup.open(&SubjectPlan::new("confinement", SubjectKind::Runc)).await {
             Ok(runc) => runc,
             Err(error) => return Ok(Some(format!("it can't be compared with runc: {}", crate::error_chain(&error)))),
         };
-        let sequence = [Step::Start, Step::Stop, Step::Destroy];
         let mut portraits = Vec::new();
         for path in [&runc, floor] {
-            let job = Job::new(&self.allocs, &sequence)?;
+            let job = Job::new(&self.allocs, &UNTIL_STOPPED)?;
             let portrait = async {
                 with_timeout(&path.name, "start", path.start(&job)).await?;
                 wait_until_stoppable(path, &job).await?;
@@ -483,9 +326,8 @@ impl Bench<'_> {
 
     /// Starts idle tasks, and counts the memory of all processes that a subject runs for them.
     async fn measure_idle_memory(&self, path: &Subject, jobs: &mut Vec<Job>) -> Result<Memory, BenchError> {
-        let sequence = [Step::Start, Step::Stop, Step::Destroy];
         for _ in 0..self.plan.idle_tasks {
-            jobs.push(Job::new(&self.allocs, &sequence)?);
+            jobs.push(Job::new(&self.allocs, &UNTIL_STOPPED)?);
             with_timeout(&path.name, "start an idle task", path.start(&jobs[jobs.len() - 1])).await?;
         }
         tokio::time::sleep(IDLE_DELAY).await;

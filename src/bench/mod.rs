@@ -6,12 +6,13 @@
 //! from the same kind of FIFO by the same reader. The benchmark uses this driver only by Nomad's plugin protocol; it
 //! also reads the OCI spec that the driver writes, and runs that spec with the subjects that need one.
 //!
-//! - `plan`: what is measured. `measure`: the run. `lifecycle`: one task from start to removal. `job`: a task's files.
+//! - `plan`: what is measured. `setup`: what the subjects need. `measure`: the run. `lifecycle`: one task from start to
+//!   removal. `job`: a task's files.
 //! - `subject`: how each subject starts, stops and removes a task. `floor`, `floor_child`: a container by raw system
 //!   calls.
 //! - `template`: the OCI spec. `confinement`: checks that the floor confines its task as runc does.
-//! - `summary`: figures from samples. `report`, `pictures`: results for people. `machine`: the host, and how quiet it
-//!   was.
+//! - `summary`: figures from samples. `overview`, `report`, `pictures`: results for people. `machine`: the host, and how
+//!   quiet it was.
 
 #![allow(clippy::large_futures, reason = "a process makes one run, and the command line boxes its future")]
 
@@ -22,9 +23,11 @@ mod job;
 mod lifecycle;
 mod machine;
 mod measure;
+mod overview;
 mod pictures;
 mod plan;
 mod report;
+mod setup;
 mod stamp;
 mod subject;
 mod summary;
@@ -33,10 +36,12 @@ mod template;
 use std::{io, path::PathBuf};
 
 pub use machine::Machine;
-pub use measure::{Workspace, run};
+pub use measure::run;
+pub use overview::overview;
 pub use pictures::{Picture, pictures};
 pub use plan::{Mode, Plan, Step, SubjectKind, SubjectPlan};
 pub use report::{compare, html, table};
+pub use setup::Workspace;
 pub use summary::{Results, Row};
 
 /// Why the benchmark, or one of its subjects, failed.

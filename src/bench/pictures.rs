@@ -4,8 +4,8 @@
 use std::fmt::Write as _;
 
 use super::{
-    Mode, Results,
-    summary::{METRICS, SampleSeries},
+    Mode, Results, Row,
+    summary::{METRICS, MetricKey, SampleSeries},
 };
 
 /// The colours of the subjects.
@@ -48,15 +48,13 @@ pub(super) fn metric_position(metric: &str) -> usize {
 /// Draws all pictures of a run, in the order in which they are shown.
 pub fn pictures<'a>(results: &'a Results) -> Vec<Picture<'a>> {
     let paths = paths(results);
-    let mut kinds: Vec<(Mode, usize, &str)> =
-        results.rows.iter().map(|row| (row.mode, row.concurrency, row.metric.as_str())).collect();
-    kinds.sort_by_key(|(mode, concurrency, metric)| (*concurrency, *mode, metric_position(metric)));
-    kinds.dedup();
+    let mut keys: Vec<MetricKey<'_>> = results.rows.iter().map(Row::key).collect();
+    keys.sort_by_key(|key| (key.concurrency, key.mode, metric_position(key.metric)));
+    keys.dedup();
     let mut pictures = Vec::new();
-    for (mode, concurrency, metric) in kinds {
-        let same = |one: &&SampleSeries, path| {
-            one.path == path && one.mode == mode && one.concurrency == concurrency && one.metric == metric
-        };
+    for key in keys {
+        let MetricKey { mode, concurrency, metric } = key;
+        let same = |one: &&SampleSeries, path| one.path == path && one.key() == key;
         let line = |(path, colour): &(&'a str, &'static str)| {
             let samples = results.samples.iter().find(|one| same(one, *path))?;
             Some(Line { path, colour, values: &samples.ms })

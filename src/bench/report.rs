@@ -8,8 +8,8 @@ use super::{
     summary::{Memory, Throughput},
 };
 
-/// Formats all figures as text tables.
-pub fn table(results: &Results) -> String {
+/// Formats what a reader must know before the figures: the machine, and what could not be measured.
+pub(super) fn heading(results: &Results) -> String {
     let mut text = String::new();
     let machine = &results.machine;
     let _ = writeln!(
@@ -29,8 +29,16 @@ pub fn table(results: &Results) -> String {
         },
     );
     for (path, why) in &results.left_out {
-        let _ = writeln!(text, "left out: {path}: {why}");
+        // What a program wrote to stderr may have several lines.
+        let why: Vec<&str> = why.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let _ = writeln!(text, "left out: {path}: {}", why.join("; "));
     }
+    text
+}
+
+/// Formats all figures as text tables.
+pub fn table(results: &Results) -> String {
+    let mut text = String::new();
     text_rows(&mut text, "", &results.rows);
     text_rows(&mut text, "details\n", &results.details);
     if !results.throughput.is_empty() {
@@ -93,9 +101,7 @@ pub fn compare(before: &Results, after: &Results) -> String {
         text.insert_str(0, "The two results come from different machines.\n");
     }
     for new in after.rows.iter().chain(&after.details) {
-        let same = |row: &&Row| {
-            (&row.path, row.mode, row.concurrency, &row.metric) == (&new.path, new.mode, new.concurrency, &new.metric)
-        };
+        let same = |row: &&Row| row.path == new.path && row.key() == new.key();
         if let Some(old) = before.rows.iter().chain(&before.details).find(same) {
             let _ = writeln!(
                 text,

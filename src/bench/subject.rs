@@ -100,15 +100,17 @@ pub(crate) struct PluginBackend {
     pub(super) schema: Option<Spec>,
 }
 
-/// Merges one JSON object into another, recursively: values of `from` replace those of `into`.
-pub(super) fn merge(into: &mut Value, from: &Value) {
-    match (into, from) {
-        (Value::Object(into), Value::Object(from)) => {
-            for (key, value) in from {
-                merge(into.entry(key.clone()).or_insert(Value::Null), value);
+/// Returns `base` with `over` merged into it: values of `over` replace those of `base`, and objects are merged.
+pub(super) fn merged(base: Value, over: &Value) -> Value {
+    match (base, over) {
+        (Value::Object(mut base), Value::Object(over)) => {
+            for (key, value) in over {
+                let old = base.remove(key).unwrap_or_default();
+                base.insert(key.clone(), merged(old, value));
             }
+            base.into()
         }
-        (into, from) => *into = from.clone(),
+        (_, over) => over.clone(),
     }
 }
 
@@ -136,8 +138,8 @@ impl PluginBackend {
 
     async fn start(&self, job: &Job) -> Result<(), Failure> {
         let command = job.command();
-        let mut config = json!({ "image": self.image, "command": command[0], "args": command[1..] });
-        merge(&mut config, &self.task);
+        let config = json!({ "image": self.image, "command": command[0], "args": command[1..] });
+        let config = merged(config, &self.task);
         let task = job.dirs.config("1", encode(self.schema.as_ref(), &config)?);
         self.plugin
             .driver()
@@ -239,7 +241,7 @@ impl Subject {
             }
             Backend::Engine { binary, .. } => {
                 let mut command = tokio::process::Command::new(binary);
-                command.args(["stop", "--time", "30", &job.id]);
+                command.args(["stop", "-t", "30", &job.id]);
                 check(command).await?;
             }
             Backend::Floor { running, .. } => {

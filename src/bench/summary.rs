@@ -9,9 +9,12 @@ use super::{Machine, Mode, Plan, SubjectKind};
 /// The main metrics, each with its definition. All other metrics are details.
 pub(crate) const METRICS: [(&str, &str); 6] = [
     ("start_task", "from the call that starts the task to its answer"),
-    ("first_instruction", "from that call to the first instruction of the task's program"),
-    ("first_byte", "from that call to the first byte of the task's output at the reader"),
-    ("exit_seen", "from that call to the answer that reports the task's end; the task ends at once"),
+    ("first_instruction", "from the call that starts the task to the first instruction of the task's program"),
+    ("first_byte", "from the call that starts the task to the first byte of the task's output at the reader"),
+    (
+        "exit_seen",
+        "from the call that starts the task to the answer that reports the task's end; the task ends at once",
+    ),
     ("stop", "from the call that stops a task to its answer; the task ends at SIGTERM"),
     ("destroyed", "from the call that starts the task to the answer that the task is removed; the task ends at once"),
 ];
@@ -158,6 +161,38 @@ pub(crate) struct Key {
     pub metric: String,
 }
 
+/// What a figure is about, without its subject. Only figures with the same key can be compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct MetricKey<'a> {
+    /// How many tasks ran at once.
+    pub(super) concurrency: usize,
+    /// The mode in which the tasks were run.
+    pub(super) mode: Mode,
+    /// The metric's name.
+    pub(super) metric: &'a str,
+}
+
+impl Row {
+    /// What the row is about.
+    pub(super) fn key(&self) -> MetricKey<'_> {
+        MetricKey { concurrency: self.concurrency, mode: self.mode, metric: &self.metric }
+    }
+}
+
+impl Ratio {
+    /// What the ratio is about.
+    pub(super) fn key(&self) -> MetricKey<'_> {
+        MetricKey { concurrency: self.concurrency, mode: self.mode, metric: &self.metric }
+    }
+}
+
+impl SampleSeries {
+    /// What the samples are about.
+    pub(super) fn key(&self) -> MetricKey<'_> {
+        MetricKey { concurrency: self.concurrency, mode: self.mode, metric: &self.metric }
+    }
+}
+
 /// All samples in nanoseconds, by what they belong to.
 pub(crate) type Measured = BTreeMap<Key, Vec<u64>>;
 
@@ -215,11 +250,7 @@ pub(crate) fn samples(measured: &Measured, names: &[String]) -> Vec<SampleSeries
 pub(crate) fn ratios(rows: &[Row], path: &str) -> Vec<Ratio> {
     let own = rows.iter().filter(|row| row.path == path);
     own.flat_map(|own| {
-        let same = move |row: &&Row| {
-            row.path != own.path
-                && (row.mode, row.concurrency, &row.metric) == (own.mode, own.concurrency, &own.metric)
-                && row.p50_ms > 0.0
-        };
+        let same = move |row: &&Row| row.path != own.path && row.key() == own.key() && row.p50_ms > 0.0;
         rows.iter().filter(same).map(|other| Ratio {
             path: own.path.clone(),
             to: other.path.clone(),

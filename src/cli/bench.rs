@@ -6,8 +6,10 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
-    CliError, CommonArgs, ContainerdSession, gc::StoreLock, is_interactive, parse_image, print_data, print_message,
-    runs::remove_unless_mounted,
+    CliError, CommonArgs, ContainerdSession,
+    gc::StoreLock,
+    is_interactive, parse_image, print_data, print_message,
+    runs::{plugin_config, remove_unless_mounted},
 };
 use crate::{
     bench::{self, Plan, Results, SubjectKind, SubjectPlan, Workspace},
@@ -19,7 +21,7 @@ static BAR: std::sync::OnceLock<ProgressBar> = std::sync::OnceLock::new();
 
 #[derive(Args, Debug)]
 pub(crate) struct Bench {
-    /// The image of all tasks; its program is not run
+    /// The image of all tasks, as `run` takes it; its program is not run
     #[arg(required_unless_present = "compare")]
     image: Option<String>,
     /// The plan of what is measured, as TOML
@@ -43,7 +45,10 @@ pub(crate) struct Bench {
     /// Options of the `config` block of the tasks of each --plugin, as JSON, in the same order
     #[arg(long, value_name = "JSON", requires = "plugin")]
     task_config: Vec<String>,
-    /// Write all figures to this file, as JSON
+    /// Print all figures, not only the overview
+    #[arg(long)]
+    all: bool,
+    /// Write all figures and samples to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Write a page with pictures to this file
@@ -81,6 +86,7 @@ impl Bench {
             run: common.run_dir.join(&id),
             state: common.state_dir.join(&id),
             driver_state: common.places(&id).state().to_owned(),
+            driver_config: plugin_config(common, &store.address, &id),
             address: store.address.clone(),
             namespace: common.namespace.clone(),
             on_progress: |count| {
@@ -118,8 +124,19 @@ impl Bench {
                 std::fs::write(directory.join(picture.file_name()), picture.svg)?;
             }
         }
-        print_data(&bench::table(&results))?;
+        print_data(&bench::overview(&results))?;
+        print_data(&if self.all { bench::table(&results) } else { self.place_of_all_figures() })?;
         Ok(u8::from(results.is_broken()))
+    }
+
+    /// Says where the figures are that the overview leaves out.
+    fn place_of_all_figures(&self) -> String {
+        match &self.json {
+            Some(path) => {
+                format!("\nAll figures and samples are in {}. `bench --all` prints the figures.\n", path.display())
+            }
+            None => "\n`bench --all` prints all figures, and --json FILE writes them with their samples.\n".to_owned(),
+        }
     }
 
     fn build_plan(&self) -> Result<Plan, CliError> {

@@ -19,8 +19,15 @@ pub(crate) async fn own_plugin() -> Result<Plugin, CliError> {
     Ok(Plugin::launch(&PluginCommand::with_name(std::env::current_exe()?, "shim")).await?)
 }
 
-/// Returns the plugin's configuration for the run called `id`.
+/// Returns the plugin's configuration for the run called `id`. Such a plugin starts one task, so it keeps no idle shims.
 pub(crate) fn settings(common: &CommonArgs, address: &Path, id: &str) -> serde_json::Value {
+    let mut settings = plugin_config(common, address, id);
+    settings["shim"] = json!({ "pool": 0 });
+    settings
+}
+
+/// Returns the configuration of a plugin that belongs to this command line and has the run directory called `id`.
+pub(crate) fn plugin_config(common: &CommonArgs, address: &Path, id: &str) -> serde_json::Value {
     let places = common.places(id);
     // A user of this command is root already, so nothing is forbidden.
     json!({
@@ -28,7 +35,6 @@ pub(crate) fn settings(common: &CommonArgs, address: &Path, id: &str) -> serde_j
         "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
         "containerd": { "address": address, "namespace": common.namespace },
         "state": { "run_dir": places.run(), "state_dir": places.state() },
-        "shim": { "pool": 0 },
         // All commands share one image store, from which only `gc` and `rmi` remove images.
         "image": { "keep": "forever" },
     })

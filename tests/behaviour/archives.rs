@@ -19,7 +19,7 @@ use crate::support::{
 };
 
 /// Writes an image to a directory in OCI's layout.
-fn layout(image: &Image, directory: &Path) -> PathBuf {
+pub(crate) fn layout(image: &Image, directory: &Path) -> PathBuf {
     let blobs = directory.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
     let manifest = image.manifest_bytes();
@@ -37,7 +37,7 @@ fn layout(image: &Image, directory: &Path) -> PathBuf {
 }
 
 /// Converts a layout with skopeo.
-fn skopeo(directory: &Path, target: &str) {
+pub(crate) fn skopeo(directory: &Path, target: &str) {
     run(Command::new("skopeo").args([
         "copy",
         "--insecure-policy",

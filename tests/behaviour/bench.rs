@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsString,
     fs,
+    os::unix::net::UnixListener,
     path::{Path, PathBuf},
     process::Output,
 };
@@ -11,7 +13,10 @@ use nomad_driver_shim::process::which;
 use serde_json::Value;
 use tokio::process::Command;
 
-use crate::support::{Env, leak, program, script, services};
+use crate::{
+    archives::{layout, skopeo},
+    support::{Env, Image, leak, program, script, services},
+};
 
 /// One benchmark with directories of its own.
 struct Bench<'a> {
@@ -31,18 +36,34 @@ impl<'a> Bench<'a> {
     /// A command of the program with the benchmark's image and directories.
     fn command(&self, name: &str) -> Command {
         let mut command = Command::new(program());
-        command.args([name, &self.image, "--namespace", &self.env.namespace, "--address"]);
-        command.arg(&services().containerd).arg("--run-dir").arg(&self.run).arg("--state-dir").arg(&self.state);
+        command.arg(name).args(self.options()).arg(&self.image).current_dir(&self.env.dir);
         command
+    }
+
+    /// The options for the benchmark's directories and containerd.
+    fn options(&self) -> Vec<OsString> {
+        let path = |path: &Path| path.as_os_str().to_owned();
+        let values = [
+            ("--namespace", OsString::from(&self.env.namespace)),
+            ("--address", path(&services().containerd)),
+            ("--run-dir", path(&self.run)),
+            ("--state-dir", path(&self.state)),
+        ];
+        values.into_iter().flat_map(|(name, value)| [name.into(), value]).collect()
     }
 
     /// Runs the benchmark with a plan.
     async fn measure(&self, plan: &str, options: &[&Path], path: &str) -> Output {
+        let mut command = self.command("bench");
+        command.arg("--plan").arg(self.plan(plan)).arg("--json").arg(&self.json).args(options).env("PATH", path);
+        command.output().await.unwrap()
+    }
+
+    /// Writes a plan's file.
+    fn plan(&self, plan: &str) -> PathBuf {
         let file = self.env.dir.join("plan.toml");
         fs::write(&file, plan).unwrap();
-        let mut command = self.command("bench");
-        command.arg("--plan").arg(file).arg("--json").arg(&self.json).args(options).env("PATH", path);
-        command.output().await.unwrap()
+        file
     }
 
     fn results(&self) -> Value {
@@ -110,10 +131,140 @@ async fn every_path_is_measured_in_one_run() {
     assert!(fs::read_to_string(&html).unwrap().contains("<svg"));
     let picture = fs::read_to_string(pictures.join("first_byte-gaps-1.svg")).unwrap();
     assert!(kinds.iter().all(|kind| picture.contains(&format!(">{kind}</text>"))), "{picture}");
+    the_overview_has_the_figures(&said, &results, &kinds);
     bench.has_left_nothing().await;
     let compared =
         Command::new(program()).args(["bench", "--compare"]).args([&bench.json, &bench.json]).output().await.unwrap();
     assert!(String::from_utf8_lossy(&compared.stdout).contains("1.00"), "{compared:?}");
+    env.finish().await;
+}
+
+/// The overview has a line for each path, with the figures of the results and the ratio to the first path.
+fn the_overview_has_the_figures(said: &str, results: &Value, kinds: &[&str]) {
+    let (_, table) = said.split_once("\nfirst_byte: ").unwrap_or_else(|| panic!("{said}"));
+    let lines: Vec<Vec<&str>> =
+        table.lines().skip(3).take(kinds.len()).map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines.len(), kinds.len(), "{said}");
+    for (kind, line) in kinds.iter().zip(&lines) {
+        let find = |list: &str, subject: &str, mode: &str| {
+            let all = results[list].as_array().unwrap().iter();
+            let mut same = all.filter(|one| {
+                (&one[subject], &one["mode"], &one["metric"], &one["concurrency"])
+                    == (&(*kind).into(), &mode.into(), &"first_byte".into(), &1.into())
+            });
+            same.next().cloned()
+        };
+        let mut expected = vec![(*kind).to_owned()];
+        for mode in ["back_to_back", "gaps"] {
+            let row = find("rows", "path", mode).unwrap();
+            expected.push(row["n"].to_string());
+            expected.extend(["min_ms", "p50_ms", "p99_ms"].map(|name| format!("{:.2}", row[name].as_f64().unwrap())));
+            expected.extend(find("ratios", "to", mode).map(|ratio| format!("{:.3}", ratio["p50"].as_f64().unwrap())));
+        }
+        assert_eq!(*line, expected, "{said}");
+    }
+    for part in ["start_task: ", "destroyed: ", "stop: ", "driver: create", "tasks/s", "KiB/task"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(!said.contains("last_instruction_to_stopped"), "only --all prints all figures: {said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_in_files_are_measured_as_run_runs_them() {
+    let env = Env::new().await;
+    let mut bench = Bench::new(&env).await;
+    let directory = layout(&Image::busybox(), &env.dir.join("layout"));
+    skopeo(&directory, &format!("docker-archive:{}:app:1", env.dir.join("app.tar").display()));
+    let plan = format!(
+        "count = 1\nblock = 1\nmodes = ['back_to_back']\nconcurrency = []\nidle_tasks = 0\n\
+         sequences = [['start', 'wait', 'destroy']]\n{}",
+        paths(&["driver", "runc"])
+    );
+    let path = std::env::var("PATH").unwrap();
+    for image in ["oci:layout", "oci:layout:one", "docker-archive:app.tar"] {
+        bench.image = image.to_owned();
+        let output = bench.measure(&plan, &["--all".as_ref()], &path).await;
+        assert!(output.status.success(), "{image}: {output:?}");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains("destroyed: ") && said.contains("phase.own"), "{said}");
+        assert!(!said.contains("left out"), "{said}");
+        bench.has_left_nothing().await;
+    }
+    for image in ["oci:missing", "oci:layout:two", "docker-archive:missing.tar", "oci-archive:app.tar", "Not An Image"]
+    {
+        bench.image = image.to_owned();
+        let measured = bench.measure(&plan, &[], &path).await;
+        let run = bench.command("run").arg("true").output().await.unwrap();
+        let complaints = [&measured, &run].map(|output| String::from_utf8_lossy(&output.stderr).into_owned());
+        assert_eq!(complaints[0], complaints[1], "{image}");
+        assert_eq!([measured.status.code(), run.status.code()], [Some(125); 2], "{image}: {complaints:?}");
+        assert_eq!(complaints[0].lines().count(), 1, "{image}: {complaints:?}");
+    }
+    assert_eq!(leak::entries(&bench.run), Vec::<String>::new());
+    assert_eq!(leak::entries(&bench.state), ["cli"]);
+    env.finish().await;
+}
+
+/// The benchmark runs as `make bench` runs it where `/run` is on disk: with a `/run` of its own. containerd runs outside,
+/// and so do the tasks of the test's `docker`, as dockerd's do; dockerd itself is not among what the tests install.
+#[tokio::test(flavor = "multi_thread")]
+async fn daemons_outside_of_the_benchmarks_run_directory_are_measured() {
+    let env = Env::new().await;
+    let mut bench = Bench::new(&env).await;
+    // A directory on disk stands for the host's `/run`, which no test may touch.
+    let (host_run, programs, notes) = (env.dir.join("host-run"), env.dir.join("programs"), env.dir.join("notes"));
+    for directory in [&host_run, &programs, &notes] {
+        fs::create_dir(directory).unwrap();
+    }
+    let sockets =
+        ["docker.sock", "named.sock", "other.sock"].map(|name| UnixListener::bind(host_run.join(name)).unwrap());
+    let text = format!(
+        r#"case "$1" in
+        run)
+            echo $$ > "{notes}/$4"
+            local=${{6%:/local}}
+            while [ "$1" != "{image}" ]; do shift; done
+            shift 2
+            exec nsenter --mount=/proc/{outside}/ns/mnt "$local/stamp" "$@";;
+        stop) kill -TERM "$(cat "{notes}/$4")";;
+        esac"#,
+        notes = notes.display(),
+        image = bench.image,
+        outside = std::process::id(),
+    );
+    script(&programs.join("docker"), &text);
+    bench.run = "/run/bench".into();
+    let plan = format!(
+        "count = 2\nblock = 1\ngap_ms = 1\nconcurrency = []\nidle_tasks = 0\n\
+         sequences = [['start', 'wait', 'destroy'], ['start', 'stop', 'destroy']]\n{}",
+        paths(&["driver", "containerd", "docker"])
+    );
+    let inside = r#"mount --no-mtab --bind "$1" /run && shift && exec "$@""#;
+    let seen = r#"ls /run >&2; stat --file-system --format=%T /run >&2; exec "$@""#;
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-c", inside, "sh"]).arg(&host_run);
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/with-memory-run.sh"));
+    command.args(["sh", "-c", seen, "sh"]).arg(program()).arg("bench").args(bench.options()).arg(&bench.image);
+    command.arg("--plan").arg(bench.plan(&plan)).arg("--json").arg(&bench.json);
+    command.env("PATH", format!("{}:{}", programs.display(), std::env::var("PATH").unwrap()));
+    command.env("DOCKER_HOST", "unix:///var/run/named.sock").env_remove("CONTAINER_HOST");
+    let output = command.output().await.unwrap();
+    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}\n{complained}");
+    assert_eq!(complained, "docker.sock\nnamed.sock\ntmpfs\n");
+    let results = bench.results();
+    assert_eq!(results["left_out"], serde_json::json!({}), "{said}");
+    let measured: BTreeSet<&str> =
+        results["rows"].as_array().unwrap().iter().map(|row| row["path"].as_str().unwrap()).collect();
+    assert_eq!(measured, ["driver", "containerd", "docker"].into());
+    let left: BTreeSet<String> = leak::entries(&host_run).into_iter().collect();
+    assert_eq!(left, ["docker.sock", "named.sock", "other.sock"].map(str::to_owned).into());
+    assert_eq!(leak::entries(&bench.state), ["cli"]);
+    drop(sockets);
+    // Outside, this directory would be the host's.
+    bench.run = env.dir.join("b-run");
+    let removed = bench.command("rmi").output().await.unwrap();
+    assert!(removed.status.success(), "{removed:?}");
     env.finish().await;
 }
 
