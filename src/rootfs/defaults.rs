@@ -92,7 +92,7 @@ pub(crate) fn mount(target: &str, kind: &str, source: &str, options: &[&str]) ->
 pub(crate) struct BaseMounts {
     /// The flavor whose defaults apply.
     pub flavor: Flavor,
-    /// Whether the task is privileged; sysfs is then writable.
+    /// Whether the task is privileged; sysfs and the cgroup file systems are then writable.
     pub privileged: bool,
     /// Whether the task is in the host's IPC namespace. The host's /dev/shm is then one of the task's own mounts.
     pub host_ipc: bool,
@@ -118,6 +118,8 @@ pub(crate) fn base_mounts(base: BaseMounts) -> Result<Vec<Mount>, RootfsError> {
             &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         )?,
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys])?,
+        // JVMs, .NET, Go and node read their limits there.
+        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", sys])?,
     ];
     if !host_ipc {
         mounts.push(mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", &shm_size])?);

@@ -1,7 +1,7 @@
 //! Options of a job that go beyond the defaults, with a check of their form: limits of setrlimit(2), kernel parameters,
 //! namespaces and annotations.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use nix::sys::resource::Resource;
 use oci_spec::runtime::PosixRlimitType;
@@ -125,6 +125,30 @@ pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> R
     match owner {
         Namespace::Private => Ok(()),
         Namespace::Host => Err(format!("{name:?} would be set for the whole host with {option}")),
+    }
+}
+
+/// Kernel parameters that docker sets in the network namespaces of its containers (moby, `daemon/oci_linux.go`): programs
+/// that are not root may listen on every port, and may send ICMP echo requests.
+const NETWORK_SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+
+/// The kernel parameters that tasks with a network namespace have by default.
+#[derive(Debug, Clone, Default)]
+pub struct DefaultSysctls(Vec<(&'static str, &'static str)>);
+
+impl DefaultSysctls {
+    /// Returns those of docker's parameters that this host's kernel has.
+    pub fn for_this_host() -> Self {
+        let exists = |name: &str| Path::new("/proc/sys").join(name.replace('.', "/")).exists();
+        Self(NETWORK_SYSCTLS.into_iter().filter(|(name, _)| exists(name)).collect())
+    }
+
+    /// Adds the parameters that the job does not set itself.
+    pub fn add_missing(&self, job: &mut BTreeMap<String, String>) {
+        for (name, value) in &self.0 {
+            job.entry((*name).to_owned()).or_insert_with(|| (*value).to_owned());
+        }
     }
 }
 

@@ -9,7 +9,7 @@ pub mod ceilings;
 mod defaults;
 mod detached;
 pub mod devices;
-pub mod gateway;
+pub mod group_network;
 mod image_links;
 mod kernel_limits;
 pub mod limits;
@@ -36,6 +36,7 @@ pub use defaults::MaskedPaths;
 pub use kernel_limits::{KernelLimits, StringError, check_mount};
 pub use pins::{Pins, PreparedPins};
 pub use process::Command;
+pub(crate) use process::DEFAULT_TERM;
 pub use resources::{CpuQuota, MemoryMax, Resources};
 pub use rootfs_pool::RootfsPool;
 pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, Terminal, build};
@@ -121,6 +122,17 @@ pub enum RootfsError {
         /// The path, relative to the root.
         path: PathBuf,
         /// Why the entry can't be replaced.
+        source: io::Error,
+    },
+    /// The host's name, which a task with the host's network has, can't be read.
+    #[error("could not read the host's name")]
+    Hostname(#[source] io::Error),
+    /// The addresses of the group's network, which belong to the task's name in /etc/hosts, can't be read.
+    #[error("could not read the addresses of the group's network namespace {namespace:?}")]
+    Addresses {
+        /// The path of the namespace.
+        namespace: PathBuf,
+        /// Why the addresses can't be read.
         source: io::Error,
     },
     /// `host-gateway` in `extra_hosts` can't be resolved to an address.

@@ -2,6 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+/// The address of a task's own name where the task has no other address of its own. It is the loopback address that
+/// Debian gives a host's own name, so that the name is not the first one that belongs to 127.0.0.1.
+pub const OWN_NAME_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 1, 1);
+
 /// The settings of a resolv.conf. An empty list means that the host's list is used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dns {
@@ -80,7 +84,7 @@ impl ExtraHost {
     /// Returns a description of what is wrong.
     pub fn parse(text: &str) -> Result<Self, String> {
         let (name, address) = text.split_once(':').ok_or_else(|| format!("{text:?} is not name:address"))?;
-        if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control() || c == '#') {
+        if !is_hosts_name(name) {
             return Err(format!("{text:?} has no name that /etc/hosts could hold"));
         }
         let address = match address.trim() {
@@ -100,6 +104,16 @@ impl ExtraHost {
 /// The lines that each hosts file begins with.
 pub const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
      ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n";
+
+/// Can a hosts file hold this name?
+pub fn is_hosts_name(name: &str) -> bool {
+    !name.is_empty() && !name.contains(|c: char| c.is_whitespace() || c.is_control() || c == '#')
+}
+
+/// Returns all names in a hosts file.
+pub fn names(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().flat_map(|line| line.split('#').next().unwrap_or_default().split_whitespace().skip(1))
+}
 
 /// Returns the text of a hosts file: `base`, then a line for each of `names`, which are pairs of address and name.
 pub fn hosts<'a>(base: &str, names: impl Iterator<Item = (&'a str, &'a str)>) -> String {

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use super::RootfsError;
+use super::{RootfsError, spec::Terminal};
 use crate::ids::Flavor;
 
 /// The `PATH` of images that set none, as in containerd and docker.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The `TERM` of processes with a terminal, as in docker.
+pub(crate) const DEFAULT_TERM: &str = "TERM=xterm";
 
 /// The job's options for the command. `command` and `entrypoint` exclude each other, which has been checked before.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -44,14 +47,36 @@ pub(crate) fn arguments(job: &Command, entrypoint: &[String], cmd: &[String]) ->
     if arguments.first().is_none_or(String::is_empty) { Err(RootfsError::NoCommand) } else { Ok(arguments) }
 }
 
-/// Returns the environment: the image's variables, overridden by the task's. With `Flavor::ContainerdDriver` the
-/// image's `PATH` is kept.
-pub(crate) fn environment(image: &[String], task: &BTreeMap<String, String>, flavor: Flavor) -> Vec<String> {
-    let key = |entry: &str| entry.split('=').next().unwrap_or(entry).to_owned();
-    let mut merged: Vec<String> = Vec::with_capacity(image.len() + task.len() + 1);
-    if !image.iter().any(|entry| entry.starts_with("PATH=")) {
-        merged.push(DEFAULT_PATH.to_owned());
+/// Variables that a process has if neither the image nor the task sets them, as with docker.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct EnvironmentDefaults<'a> {
+    /// `HOSTNAME`.
+    pub hostname: &'a str,
+    /// `HOME`: the user's home directory.
+    pub home: &'a str,
+    /// Whether the process has a terminal, whose type is `TERM`.
+    pub terminal: Terminal,
+}
+
+impl EnvironmentDefaults<'_> {
+    fn entries(self) -> impl Iterator<Item = String> {
+        let own = [("HOSTNAME", self.hostname), ("HOME", self.home)].map(|(name, value)| format!("{name}={value}"));
+        let term = (self.terminal == Terminal::Yes).then(|| DEFAULT_TERM.to_owned());
+        [DEFAULT_PATH.to_owned()].into_iter().chain(own).chain(term)
     }
+}
+
+/// Returns the environment: the defaults, overridden by the image's variables, and these by the task's. With
+/// `Flavor::ContainerdDriver` the image's `PATH` is kept.
+pub(crate) fn environment(
+    defaults: EnvironmentDefaults<'_>,
+    image: &[String],
+    task: &BTreeMap<String, String>,
+    flavor: Flavor,
+) -> Vec<String> {
+    let key = |entry: &str| entry.split('=').next().unwrap_or(entry).to_owned();
+    let is_of_image = |default: &String| image.iter().any(|entry| key(entry) == key(default));
+    let mut merged: Vec<String> = defaults.entries().filter(|default| !is_of_image(default)).collect();
     merged.extend(image.iter().cloned());
     for (name, value) in task {
         if name == "PATH" && flavor == Flavor::ContainerdDriver {
@@ -95,8 +120,22 @@ mod tests {
     fn the_task_wins_but_the_old_name_keeps_the_images_path() {
         let task = BTreeMap::from([("PATH".to_owned(), "/job".to_owned()), ("A".to_owned(), "2".to_owned())]);
         let image = ["PATH=/image".to_owned(), "A=1".to_owned(), "B=1".to_owned()];
-        assert_eq!(environment(&image, &task, Flavor::Strict), ["PATH=/job", "A=2", "B=1"]);
-        assert_eq!(environment(&image, &task, Flavor::ContainerdDriver), ["PATH=/image", "A=2", "B=1"]);
-        assert_eq!(environment(&[], &BTreeMap::new(), Flavor::Strict), [DEFAULT_PATH]);
+        let defaults = EnvironmentDefaults { hostname: "name", home: "/", terminal: Terminal::No };
+        let merged = |flavor| environment(defaults, &image, &task, flavor).join(" ");
+        assert_eq!(merged(Flavor::Strict), "HOSTNAME=name HOME=/ PATH=/job A=2 B=1");
+        assert_eq!(merged(Flavor::ContainerdDriver), "HOSTNAME=name HOME=/ PATH=/image A=2 B=1");
+    }
+
+    #[test]
+    fn dockers_variables_are_set_unless_the_image_or_the_task_sets_them() {
+        let defaults = EnvironmentDefaults { hostname: "name", home: "/home/user", terminal: Terminal::Yes };
+        let merged = |image: &str, task: &[(&str, &str)]| {
+            let task = task.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            environment(defaults, &words(image), &task, Flavor::Strict).join(" ")
+        };
+        assert_eq!(merged("", &[]), format!("{DEFAULT_PATH} HOSTNAME=name HOME=/home/user TERM=xterm"));
+        assert_eq!(merged("HOSTNAME=a HOME=/b PATH=/c TERM=d", &[]), "HOSTNAME=a HOME=/b PATH=/c TERM=d");
+        let task = [("HOSTNAME", "x"), ("TERM", "vt100"), ("HOME", "/y")];
+        assert_eq!(merged("PATH=/c", &task), "HOSTNAME=x HOME=/y TERM=vt100 PATH=/c");
     }
 }

@@ -16,7 +16,8 @@ use super::{
     apparmor::ProfileName,
     defaults::{self, BaseMounts, MaskedPaths, READONLY_PATHS},
     limits::{Namespace, Namespaces, Ulimit},
-    process, resources,
+    process::{self, EnvironmentDefaults},
+    resources,
     seccomp::{CRUN_PROGRAM, Filter},
     users,
 };
@@ -224,11 +225,17 @@ fn build_process(input: &SpecInput<'_>) -> Result<Process, RootfsError> {
     if !cwd.starts_with('/') {
         return Err(RootfsError::Cwd(cwd.to_owned()));
     }
+    let user = build_user(input)?;
+    let defaults = EnvironmentDefaults {
+        hostname: input.hostname,
+        home: users::home(user.uid(), input.image.passwd),
+        terminal: input.terminal,
+    };
     let mut process = ProcessBuilder::default()
         .terminal(input.terminal == Terminal::Yes)
-        .user(build_user(input)?)
+        .user(user)
         .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
-        .env(process::environment(input.image.env, input.env, input.flavor))
+        .env(process::environment(defaults, input.image.env, input.env, input.flavor))
         .cwd(PathBuf::from(cwd))
         .no_new_privileges(input.no_new_privileges.unwrap_or(!is_privileged(input)))
         // Without it the task would inherit the agent's score, which is often set so that the agent outlives its tasks.

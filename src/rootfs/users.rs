@@ -194,6 +194,13 @@ pub(crate) fn resolve_user(user: &str, passwd: &str, group: &str) -> Result<Ids,
     Ok(Ids { uid, gid, groups: groups.collect::<Result<_, _>>()? })
 }
 
+/// Returns the home directory of a user by the image's passwd(5), as docker does: `/` for a user that has no entry or no
+/// home directory.
+pub(crate) fn home(uid: u32, passwd: &str) -> &str {
+    let entry = passwd_lines(passwd).find(|entry| entry.uid == ParsedId::Id(uid));
+    entry.and_then(|entry| entry.line.split(':').nth(5)).filter(|home| !home.is_empty()).unwrap_or("/")
+}
+
 /// Resolves a group's name or number.
 ///
 /// # Errors
@@ -247,6 +254,15 @@ mod tests {
         assert_eq!(resolve("77"), Ok(Ids { uid: 77, gid: 0, groups: vec![] }), "a number, though a user has that name");
         assert_eq!(resolve("nobody"), Err(UserError::User("nobody".to_owned())));
         assert_eq!(resolve("user:none"), Err(UserError::Group("none".to_owned())));
+    }
+
+    #[test]
+    fn everybody_has_a_home_directory() {
+        for (uid, expected) in [(0, "/root"), (1000, "/"), (5, "/"), (4242, "/")] {
+            assert_eq!(home(uid, PASSWD), expected, "{uid}");
+        }
+        assert_eq!(home(7, "seven:x:7:7::/home/seven:/bin/sh\n"), "/home/seven");
+        assert_eq!(home(7, "seven:x:7:7\n"), "/");
     }
 
     #[test]

@@ -24,7 +24,8 @@ use crate::{
     ids::{ContainerId, TaskId},
     image::{ImageRecord, ImageStore},
     rootfs::{
-        Capabilities, KernelLimits, MaskedPaths, RootfsPool, apparmor::Loader, bundle::Layers, seccomp::FilterCache,
+        Capabilities, KernelLimits, MaskedPaths, RootfsPool, apparmor::Loader, bundle::Layers, limits::DefaultSysctls,
+        seccomp::FilterCache,
     },
     shim::{self, CallKind, DeadContainer, Exit, PidFiles, Pool, ShimError, ShimHold},
 };
@@ -55,6 +56,8 @@ pub(crate) struct EngineContext {
     pub(super) own_capabilities: Capabilities,
     /// The paths that are hidden from tasks.
     pub(super) masked: Masked,
+    /// Kernel parameters that a task has unless its job sets them.
+    pub(super) default_sysctls: DefaultSysctls,
     /// This kernel's limits on a task's arguments and environment.
     pub(super) kernel_limits: KernelLimits,
     /// The number of teardowns that run in the background, or wait for that.

@@ -17,7 +17,7 @@ use crate::{
     ids::{ContainerId, random_hex},
     places::{Places, PlacesError, create_private_dir, list_names, write_private},
     process::{PidFd, ProcessId, descendants, is_transient, none_if_vanished, parent_of},
-    rootfs::{KernelLimits, StringError},
+    rootfs::{DEFAULT_TERM, KernelLimits, StringError},
     shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, ShimError, SignalTarget, WindowSize},
     text::quoted,
 };
@@ -246,7 +246,7 @@ fn describe_process(config: &[u8], request: &ExecRequest) -> serde_json::Result<
         && let Some(env) = process["env"].as_array_mut()
         && !env.iter().any(|entry| entry.as_str().is_some_and(|entry| entry.starts_with("TERM=")))
     {
-        env.push(json!("TERM=xterm"));
+        env.push(json!(DEFAULT_TERM));
     }
     Ok(ProcessDescription {
         spec: serde_json::to_vec(&process)?,

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     ids::Flavor,
     rootfs::{
-        self, RootfsError, check_mount,
+        self, RootMode, RootfsError, check_mount,
         limits::Namespace,
         mount_tree,
         mounts::{AllocDirs, MountContent, MountKind, MountRequest, TaskMount, open_alloc_dir, open_host_path},
@@ -96,7 +96,7 @@ fn open_all(
         let options = ["rbind", mode, volume.propagation].map(str::to_owned).to_vec();
         mounts.push(TaskMount { option: "volume_mount", target, content: source, options });
     }
-    mounts.extend(network_files(names)?);
+    mounts.extend(network_files(names, flavor, request.options.root)?);
     mounts.extend(alloc_dir_mounts(settings.disable_log_collection, flavor, request)?);
     let sys = sys_targets(context, request);
     for mount in &mounts {
@@ -137,15 +137,26 @@ fn make_logs_read_only(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> R
     Ok(())
 }
 
-fn network_files(names: NetworkFiles) -> Result<Vec<TaskMount>, RootfsError> {
-    let resolv_conf = names.resolv_conf.map(MountContent::File);
-    let (hosts, mode) = match names.hosts {
+/// Returns the mounts of the task's host name and network files. As with docker, the task may write to its own files
+/// unless its root file system is read-only: VPN clients rewrite resolv.conf, and entry points of images add lines to
+/// the hosts file.
+fn network_files(names: NetworkFiles, flavor: Flavor, root: RootMode) -> Result<Vec<TaskMount>, RootfsError> {
+    let mode = if root == RootMode::Writable { "rw" } else { "ro" };
+    let (hosts, hosts_mode) = match names.hosts {
         HostsFile::Host => (MountContent::Bind(open_host_path("host_network:", Path::new("/etc/hosts"))?), "ro"),
-        // nomad-driver-containerd let a task edit its hosts file, and the entry points of some images do.
-        HostsFile::Text(text) => (MountContent::File(text), "rw"),
+        // In nomad-driver-containerd, the hosts file of a task with a read-only root file system is writable.
+        HostsFile::Text(text) if flavor == Flavor::ContainerdDriver => (MountContent::File(text), "rw"),
+        HostsFile::Text(text) => (MountContent::File(text), mode),
     };
-    let resolv_conf = resolv_conf.map(|text| mount("host_dns", "/etc/resolv.conf", text, &["rbind", "ro"]));
-    resolv_conf.into_iter().chain([mount("extra_hosts", "/etc/hosts", hosts, &["rbind", mode])]).collect()
+    let file = MountContent::File;
+    let mut mounts = vec![
+        mount("hostname", "/etc/hostname", file(format!("{}\n", names.hostname)), &["rbind", mode])?,
+        mount("extra_hosts", "/etc/hosts", hosts, &["rbind", hosts_mode])?,
+    ];
+    if let Some(text) = names.resolv_conf {
+        mounts.push(mount("host_dns", "/etc/resolv.conf", file(text), &["rbind", mode])?);
+    }
+    Ok(mounts)
 }
 
 /// Returns the mounts of Nomad's own directories. If this driver writes the logs of tasks, the log directory is

@@ -1,21 +1,24 @@
-//! A task's network files: `/etc/hosts` and `/etc/resolv.conf`.
+//! A task's host name and its network files: `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf`.
 
 use std::{fs, io, path::Path};
 
 use super::StartRequest;
 use crate::{
-    ids::Flavor,
+    ids::{ContainerId, Flavor},
     rootfs::{
-        NetworkNamespace, RootfsError, gateway,
-        network::{self, Dns, ExtraHost, HOSTS, HostAddress},
+        NetworkNamespace, RootfsError, group_network,
+        limits::Namespace,
+        network::{self, Dns, ExtraHost, HOSTS, HostAddress, OWN_NAME_ADDRESS},
     },
 };
 
 const HOSTS_FILE: &str = "/etc/hosts";
 
-/// The content of a task's network files.
+/// The host name of a task, and the content of its network files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetworkFiles {
+    /// The host name that the task sees, which `/etc/hostname` contains.
+    pub(super) hostname: String,
     pub(super) hosts: HostsFile,
     /// The text of `/etc/resolv.conf`. `None` keeps the image's own file.
     pub(super) resolv_conf: Option<String>,
@@ -34,50 +37,104 @@ impl NetworkFiles {
     /// Builds the files from the options of the job and its group.
     ///
     /// # Errors
-    /// When `host-gateway` has no address, or a file of the host can't be read.
-    pub(super) fn of(request: &StartRequest, network: &NetworkNamespace, flavor: Flavor) -> Result<Self, RootfsError> {
-        let options = &request.options;
-        let mut extra = Vec::new();
-        for host in &options.extra_hosts {
-            match address(host, network) {
-                Ok(found) => extra.push(found),
-                // nomad-driver-containerd wrote a line without effect.
-                Err(error) if flavor == Flavor::ContainerdDriver => {
-                    tracing::warn!(
-                        task = %request.task_id,
-                        error = %crate::error_chain(&error),
-                        "left out an entry of extra_hosts that has no address"
-                    );
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let extra = || extra.iter().map(|(address, name)| (address.as_str(), *name));
-        let own = request.group_host.as_ref().map(|(address, name)| (address.as_str(), name.as_str()));
-        let hosts = match (options.host_network, options.extra_hosts.is_empty()) {
-            (true, true) => HostsFile::Host,
-            (true, false) => HostsFile::Text(network::hosts(&read(Path::new(HOSTS_FILE))?, extra())),
-            (false, _) => HostsFile::Text(network::hosts(HOSTS, own.into_iter().chain(extra()))),
-        };
+    /// When `host-gateway` has no address, a file of the host can't be read, or the group's network namespace can't be
+    /// entered.
+    pub(super) fn of(
+        request: &StartRequest,
+        network: &NetworkNamespace,
+        container: &ContainerId,
+        flavor: Flavor,
+    ) -> Result<Self, RootfsError> {
+        let hostname = hostname(request, container)?;
+        let hosts = hosts_file(request, network, &hostname, flavor)?;
         // nomad-driver-containerd gave tasks with the host's network the host's name servers, whatever `host_dns` said.
+        let options = &request.options;
         let host_dns = options.host_dns || (options.host_network && flavor == Flavor::ContainerdDriver);
         let writes_resolv_conf = host_dns || !request.dns.is_unset();
         let resolv_conf = match writes_resolv_conf {
             true => Some(request.dns.render(&system_dns(options.host_network)?)),
             false => None,
         };
-        Ok(Self { hosts, resolv_conf })
+        Ok(Self { hostname, hosts, resolv_conf })
     }
 }
 
-fn address<'a>(host: &'a ExtraHost, network: &NetworkNamespace) -> Result<(String, &'a str), RootfsError> {
+/// Returns the job's host name. Without one, a task in the host's network or UTS namespace has the host's name, which
+/// the host's own hosts file and name servers know; every other task has its container's id.
+fn hostname(request: &StartRequest, container: &ContainerId) -> Result<String, RootfsError> {
+    let options = &request.options;
+    match &options.hostname {
+        Some(name) => Ok(name.clone()),
+        None if options.host_network || options.namespaces.uts == Namespace::Host => {
+            let name = nix::unistd::gethostname().map_err(|errno| RootfsError::Hostname(errno.into()))?;
+            Ok(name.to_string_lossy().into_owned())
+        }
+        None => Ok(container.as_str().to_owned()),
+    }
+}
+
+/// Builds `/etc/hosts`: the lines of every host (or, in the host's network, the host's own file), the group's name, the
+/// task's own name at all of its addresses, and the job's `extra_hosts`.
+fn hosts_file(
+    request: &StartRequest,
+    network: &NetworkNamespace,
+    hostname: &str,
+    flavor: Flavor,
+) -> Result<HostsFile, RootfsError> {
+    let options = &request.options;
+    // nomad-driver-containerd mounted the host's own file, which follows the host's changes.
+    if options.host_network && options.extra_hosts.is_empty() && flavor == Flavor::ContainerdDriver {
+        return Ok(HostsFile::Host);
+    }
+    let base = if options.host_network { read(Path::new(HOSTS_FILE))? } else { HOSTS.to_owned() };
+    let mut lines: Vec<(String, String)> = request.group_host.iter().cloned().collect();
+    let is_known =
+        network::names(&base).chain(lines.iter().map(|(_, name)| name.as_str())).any(|name| name == hostname);
+    // nomad-driver-containerd accepts any text as a host name.
+    if !is_known && network::is_hosts_name(hostname) {
+        lines.extend(own_addresses(network)?.into_iter().map(|address| (address, hostname.to_owned())));
+    }
+    for host in &options.extra_hosts {
+        match address(host, network) {
+            Ok(found) => lines.push(found),
+            // nomad-driver-containerd wrote a line without effect.
+            Err(error) if flavor == Flavor::ContainerdDriver => {
+                tracing::warn!(
+                    task = %request.task_id,
+                    error = %crate::error_chain(&error),
+                    "left out an entry of extra_hosts that has no address"
+                );
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let lines = lines.iter().map(|(address, name)| (address.as_str(), name.as_str()));
+    Ok(HostsFile::Text(network::hosts(&base, lines)))
+}
+
+/// Returns the addresses at which a task's own name is found: those of its group's network. A task that has no address
+/// of its own, or the host's addresses, has a loopback address instead.
+fn own_addresses(network: &NetworkNamespace) -> Result<Vec<String>, RootfsError> {
+    let found = match network {
+        NetworkNamespace::Path(path) => group_network::addresses(path)
+            .map_err(|source| RootfsError::Addresses { namespace: path.clone(), source })?,
+        NetworkNamespace::Private | NetworkNamespace::Host => Vec::new(),
+    };
+    if found.is_empty() {
+        return Ok(vec![OWN_NAME_ADDRESS.to_string()]);
+    }
+    Ok(found.iter().map(ToString::to_string).collect())
+}
+
+fn address(host: &ExtraHost, network: &NetworkNamespace) -> Result<(String, String), RootfsError> {
     let address = match host.address {
         HostAddress::At(address) => address,
         HostAddress::Gateway => {
-            gateway::host_address(network).map_err(|source| RootfsError::Gateway { name: host.name.clone(), source })?
+            let found = group_network::host_address(network);
+            found.map_err(|source| RootfsError::Gateway { name: host.name.clone(), source })?
         }
     };
-    Ok((address.to_string(), &host.name))
+    Ok((address.to_string(), host.name.clone()))
 }
 
 fn read(path: &Path) -> Result<String, RootfsError> {

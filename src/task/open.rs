@@ -32,6 +32,7 @@ use crate::{
     rootfs::{
         Capabilities, KernelLimits, MaskedPaths, RootfsPool, UpperStorage,
         apparmor::{AppArmorHost, DriverProfile, Loader},
+        limits::DefaultSysctls,
         seccomp::{FilterCache, FilterForm},
     },
     shim::{Launcher, PidFiles, Pool, SealedCopy},
@@ -102,6 +103,7 @@ impl Engine {
             log_writer_supervisor: log_keeper,
             cgroup_primer: primer,
             own_capabilities: Capabilities::bounding_set(),
+            default_sysctls: DefaultSysctls::for_this_host(),
             masked: Masked { host: MaskedPaths::for_this_host(), sandbox: MaskedPaths::for_sandbox() },
             kernel_limits: KernelLimits::of_this_process(),
             background_teardowns: watch::Sender::new(0),

@@ -52,6 +52,8 @@ pub(super) struct Plan<'a> {
     /// The task's devices, each with the access that it gets (`r`, `w`, `m`).
     pub(super) devices: Vec<(LinuxDevice, String)>,
     pub(super) container_id: ContainerId,
+    /// The host name that the task sees.
+    pub(super) hostname: String,
     pub(super) cgroup: CgroupPath,
     /// The task's cpuset share pool and the pool's processors; `None` where it is in none.
     pub(super) share_pool: Option<(SharePool, String)>,
@@ -195,10 +197,6 @@ impl Plan<'_> {
         }
     }
 
-    fn hostname(&self) -> &str {
-        self.request.options.hostname.as_deref().unwrap_or(self.container_id.as_str())
-    }
-
     fn bundle(&self, context: &EngineContext) -> BundlePaths {
         BundlePaths::of(&context.settings.places, &self.container_id)
     }
@@ -297,6 +295,12 @@ impl Plan<'_> {
             let (key, value) = gvisor::SANDBOX_ANNOTATION;
             annotations.insert(key.to_owned(), value.to_owned());
         }
+        let network = network_namespace(request);
+        let mut sysctl = options.sysctl.clone();
+        // gVisor's kernel has no such parameters, and restricts neither ports nor ping.
+        if network != NetworkNamespace::Host && self.runtime.gvisor.is_none() {
+            context.default_sysctls.add_missing(&mut sysctl);
+        }
         let spec = rootfs::build(SpecInput {
             flavor,
             image: ImageDefaults {
@@ -312,18 +316,18 @@ impl Plan<'_> {
             cwd: options.cwd.as_deref(),
             user: &request.user,
             env: &request.env,
-            hostname: self.hostname(),
+            hostname: &self.hostname,
             root: options.root,
             capabilities,
             privilege,
             masked: if self.runtime.gvisor.is_some() { &context.masked.sandbox } else { &context.masked.host },
-            network: network_namespace(request),
+            network,
             root_propagation: mount_tree::root_propagation(&self.mounts),
             devices: self.devices.clone(),
             resources: &resources,
             ulimits: &options.ulimits,
             ulimit_defaults: settings.security.ceilings.default_ulimits(),
-            sysctl: &options.sysctl,
+            sysctl: &sysctl,
             namespaces: options.namespaces,
             is_cgroup_v2: context.cgroups.mode() == CgroupMode::V2,
             shm_size: options.shm_size,

@@ -122,21 +122,23 @@ pub(crate) async fn start(
         profile = apparmor::profile_of_task(&context.apparmor, default_profile, request, &runtime) => profile?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
-    let names = NetworkFiles::of(request, &plan::network_namespace(request), context.settings.name.flavor())?;
+    let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
+    let network = plan::network_namespace(request);
+    let names = NetworkFiles::of(request, &network, &container_id, context.settings.name.flavor())?;
+    let hostname = names.hostname.clone();
     let mounts = Arc::new(task_mounts::open(context, request, names, stop).await?);
     let devices = plan::devices(context, request)?;
     label_volumes(request).await?;
-    let network = plan::network_namespace(request);
     let runtime = tokio::select! {
         ready = runtime.prepare(&network, &context.settings.hooks) => ready?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
     let image = self::ensure_image(context, request, stop).await?;
     failpoint::kill_at("start.image");
-    let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
     let cgroup = context.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
     let share_pool = share_pool::pool_of_task(context, request);
-    let mut plan = Plan { request, runtime, apparmor, image, mounts, devices, container_id, cgroup, share_pool };
+    let mut plan =
+        Plan { request, runtime, apparmor, image, mounts, devices, container_id, hostname, cgroup, share_pool };
     match create_task(context, &plan, began, stop).await {
         // The image's layers were deleted from containerd's store, although the driver has a record of the image. The
         // record is dropped, the image is pulled again, and the start is tried a second time.

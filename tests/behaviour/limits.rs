@@ -203,17 +203,13 @@ async fn hosts_and_name_servers_are_as_the_job_says() {
     for line in ["127.0.0.1\tlocalhost\n", "127.0.1.1\tpostgres\n", "fd00::5\tv6\n"] {
         assert!(hosts.contains(line), "{line:?} in {hosts}");
     }
-    // With the host's network, the host's file is the base for `extra_hosts`; without `extra_hosts`, the task has the
-    // host's file itself.
+    // With the host's network, the host's file is the base of the task's own one.
     let of_the_host = fs::read_to_string("/etc/hosts").unwrap();
     let mut shared = extra;
     shared["host_network"] = json!(true);
     shared["extra_hosts"] = json!(["up:host-gateway", "redis:127.0.1.2"]);
     let hosts = seen(&mut env, shared, "cat /etc/hosts").await;
     assert!(hosts.starts_with(&of_the_host) && hosts.ends_with("127.0.0.1\tup\n127.0.1.2\tredis\n"), "{hosts}");
-    let alone = json!({"host_network": true});
-    let script = "cat /etc/hosts; echo x 2>/dev/null >> /etc/hosts || echo kept";
-    assert_eq!(seen(&mut env, alone, script).await, format!("{of_the_host}kept\n"));
     assert_eq!(fs::read_to_string("/etc/hosts").unwrap(), of_the_host);
 
     // host_dns = false: the image's own file, unless the group has a dns block.

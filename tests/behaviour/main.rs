@@ -35,6 +35,7 @@ mod gc;
 mod handshake;
 mod identity;
 mod images;
+mod inside;
 mod leaks;
 mod lifecycle;
 mod limits;

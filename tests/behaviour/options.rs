@@ -182,7 +182,7 @@ async fn the_network_is_private_the_groups_or_the_hosts() {
 async fn names_are_resolved_as_the_group_or_the_host_says() {
     let mut env = Env::new().await;
     let image = env.busybox().await;
-    let script = "cat /etc/resolv.conf; grep -c localhost /etc/hosts; echo x > /etc/resolv.conf";
+    let script = "cat /etc/resolv.conf; grep -c localhost /etc/hosts";
     let mut task = env.prepare(sh(&image, script)).await;
     task.config.dns = Some(nomad_driver_shim::pb::driver::DnsConfig {
         servers: vec!["127.0.0.1".to_owned()],
@@ -190,9 +190,8 @@ async fn names_are_resolved_as_the_group_or_the_host_says() {
         options: vec!["ndots:2".to_owned()],
     });
     env.try_start(&mut task).await.unwrap();
-    let (_, out, err) = env.finish_task(task).await;
+    let (_, out, _) = env.finish_task(task).await;
     assert_eq!(out, "nameserver 127.0.0.1\nsearch internal.corp\noptions ndots:2\n2\n");
-    assert!(err.contains("Read-only file system"), "{err}");
     env.finish().await;
 }
 

@@ -1,0 +1,92 @@
+//! What the network namespace of a task's group contains: its addresses, and the address of the host.
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+};
+
+use nix::{
+    ifaddrs::getifaddrs,
+    net::if_::InterfaceFlags,
+    sched::{CloneFlags, setns},
+    sys::socket::SockaddrStorage,
+};
+
+use super::{NetworkNamespace, network};
+
+/// Returns the host's address as a task in this network sees it. In a group's namespace this is the default gateway,
+/// whose address Nomad's bridge has on the host. In the host's namespace it is the loopback address.
+///
+/// # Errors
+/// Fails when the network has no such address, or its routes can't be read.
+pub fn host_address(network: &NetworkNamespace) -> io::Result<IpAddr> {
+    match network {
+        NetworkNamespace::Host => Ok(Ipv4Addr::LOCALHOST.into()),
+        NetworkNamespace::Private => Err(io::Error::other("a task without a network does not reach its host")),
+        NetworkNamespace::Path(path) => {
+            let (route, route6) = in_namespace(path, || {
+                let read = |table: &str| fs::read_to_string(format!("/proc/thread-self/net/{table}"));
+                // Kernels without IPv6 have no such table.
+                Ok((read("route")?, read("ipv6_route").unwrap_or_default()))
+            })?;
+            network::default_gateway(&route, &route6)
+                .ok_or_else(|| io::Error::other("the group's network has no default route"))
+        }
+    }
+}
+
+/// Returns the addresses of a network namespace by which its tasks know themselves: those of all interfaces that are
+/// up, without loopback and link-local ones. IPv4 comes first.
+///
+/// # Errors
+/// Fails when the namespace can't be entered, or as getifaddrs(3) does.
+pub fn addresses(namespace: &Path) -> io::Result<Vec<IpAddr>> {
+    let mut found = in_namespace(namespace, || {
+        let interfaces = getifaddrs()?.filter(|interface| {
+            interface.flags.contains(InterfaceFlags::IFF_UP) && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+        });
+        Ok(interfaces.filter_map(|interface| ip_address(&interface.address?)).collect::<Vec<_>>())
+    })?;
+    found.retain(|address| !is_link_local(address));
+    found.sort_by_key(IpAddr::is_ipv6);
+    found.dedup();
+    Ok(found)
+}
+
+fn ip_address(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+/// Calls a function in a network namespace, on a short-lived thread, and returns its result.
+fn in_namespace<T: Send + 'static>(
+    namespace: &Path,
+    function: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let namespace = fs::File::open(namespace)?;
+    let inside = std::thread::Builder::new().name("netns".to_owned()).spawn(move || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+        function()
+    })?;
+    inside.join().map_err(|_| io::Error::other("the thread that entered the group's network panicked"))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_task_does_not_know_itself_by_link_local_addresses() {
+        for (address, expected) in [("169.254.3.1", true), ("fe80::1", true), ("10.0.0.1", false), ("fd00::1", false)] {
+            assert_eq!(is_link_local(&address.parse().expect("an address")), expected, "{address}");
+        }
+    }
+}
