@@ -34,6 +34,9 @@ pub struct ImageConfig {
     pub working_dir: String,
     /// STOPSIGNAL, empty for SIGTERM.
     pub stop_signal: String,
+    /// VOLUME: paths at which each task has a directory of its own. Records of earlier versions do not have them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<String>,
 }
 
 impl From<&ImageConfiguration> for ImageConfig {
@@ -46,6 +49,7 @@ impl From<&ImageConfiguration> for ImageConfig {
             user: config.user().clone().unwrap_or_default(),
             working_dir: config.working_dir().clone().unwrap_or_default(),
             stop_signal: config.stop_signal().clone().unwrap_or_default(),
+            volumes: config.volumes().clone().unwrap_or_default(),
         }
     }
 }

@@ -6,6 +6,7 @@ mod arrangement;
 pub mod bundle;
 mod capabilities;
 pub mod ceilings;
+mod copy_tree;
 mod defaults;
 mod detached;
 pub mod devices;

@@ -23,6 +23,7 @@ use super::{
     RootfsError,
     arrangement::{PlacedMount, Placement, arrange},
     bundle::BundlePaths,
+    copy_tree::copy_tree,
     image_links::{self, EntryKind, kind_of},
     mount_attributes::{Attributes, Depth},
     mounts::{MountContent, MountSource, TaskMount, open_path, open_without_links},
@@ -210,15 +211,17 @@ impl MountTree<'_> {
                 fs::set_permissions(&pin, fs::Permissions::from_mode(0o644))?;
             }
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
+            MountContent::Volume => self.bind(placed, &self.make_volume(placed)?, &pin, is_inside)?,
         }
-        let is_bind = |number: usize| matches!(self.mounts[number].content, MountContent::Bind(_));
+        let is_bind =
+            |number: usize| matches!(self.mounts[number].content, MountContent::Bind(_) | MountContent::Volume);
         match &placed.place {
             Placement::InTree { outermost: top, path_in_outermost: path, .. } if is_inside => {
                 let point = open_mount_point(&self.paths.pin_path(*top), path, self.kind(placed))?;
                 let point = PathBuf::from(format!("/proc/self/fd/{}", point.as_raw_fd()));
                 let flags = match mount.content {
                     MountContent::File(_) => MsFlags::MS_BIND,
-                    MountContent::Bind(_) | MountContent::FileSystem { .. } => MsFlags::MS_MOVE,
+                    MountContent::Bind(_) | MountContent::Volume | MountContent::FileSystem { .. } => MsFlags::MS_MOVE,
                 };
                 Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
             }
@@ -233,6 +236,27 @@ impl MountTree<'_> {
     /// Returns the file type that a mount's mount point must have.
     fn kind(&self, placed: &PlacedMount) -> SFlag {
         if is_directory(self.mount(placed)) { SFlag::S_IFDIR } else { SFlag::S_IFREG }
+    }
+
+    /// Makes the directory of a volume, with the content that the image has at the volume's target.
+    fn make_volume(&self, placed: &PlacedMount) -> io::Result<MountSource> {
+        let path = self.paths.volume(placed.number);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap_or(&path))?;
+        // This is docker's mode of a volume for which the image has no directory.
+        fs::DirBuilder::new().mode(0o755).create(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        let root = image_links::open_root(&self.paths.rootfs())?;
+        // The target contains no links, except below another mount, where the image's content is not the task's.
+        match open_without_links(&root, placed.target.path().strip_prefix("/").unwrap_or(placed.target.path())) {
+            Ok(content) if kind_of(&content)? == SFlag::S_IFDIR => {
+                copy_tree(Path::new(&format!("/proc/self/fd/{}/.", content.as_raw_fd())), &path)?;
+            }
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::NotADirectory, "the image has a file there")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {}
+            Err(error) => return Err(error),
+        }
+        open_path(&path).and_then(MountSource::of)
     }
 
     fn bind(&self, placed: &PlacedMount, source: &MountSource, pin: &Path, is_inside: bool) -> io::Result<()> {
@@ -279,7 +303,9 @@ impl MountTree<'_> {
         let mut options = mount.options.clone();
         let (kind, source) = match &mount.content {
             MountContent::FileSystem { kind, source } => (kind.as_str(), PathBuf::from(source)),
-            MountContent::Bind(_) | MountContent::File(_) => ("bind", self.paths.pin_path(placed.number)),
+            MountContent::Bind(_) | MountContent::Volume | MountContent::File(_) => {
+                ("bind", self.paths.pin_path(placed.number))
+            }
         };
         if self.holds_others(placed) {
             // The runtime takes the tree as it is: the propagation of each of its mounts has been set already.
@@ -296,7 +322,7 @@ impl MountTree<'_> {
 fn is_directory(mount: &TaskMount) -> bool {
     match &mount.content {
         MountContent::File(_) => false,
-        MountContent::FileSystem { .. } => true,
+        MountContent::FileSystem { .. } | MountContent::Volume => true,
         MountContent::Bind(source) => source.is_directory(),
     }
 }

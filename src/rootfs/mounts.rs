@@ -145,6 +145,9 @@ pub enum MountContent {
     Bind(MountSource),
     /// A file that the driver makes for the task, with this text.
     File(String),
+    /// A directory that the driver makes for the task, with the content that the image has at the target. It is removed
+    /// together with the task's writable layer.
+    Volume,
     /// A new file system.
     FileSystem {
         /// The file system's type.

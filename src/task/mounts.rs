@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     ids::Flavor,
+    image::ImageRecord,
     rootfs::{
         self, RootMode, RootfsError, check_mount,
         limits::Namespace,
@@ -40,6 +41,33 @@ pub(super) fn may_hang(request: &StartRequest) -> bool {
     let is_absolute =
         |mount: &MountRequest| matches!(&mount.kind, MountKind::Bind { source } if source.starts_with('/'));
     !request.volumes.is_empty() || request.options.mounts.iter().any(is_absolute)
+}
+
+/// Puts the volumes of an image (VOLUME) before the other mounts of a task, so that of two mounts with one target the
+/// other one is visible. A volume is left out where the task may have no mount, and below a mount that can hold no
+/// other mounts: the job that put that mount there does not need the volume.
+pub(super) fn add_volumes(mounts: &mut Vec<TaskMount>, image: &ImageRecord, sys: SysTargets) {
+    let may_be_held = |target: &MountTarget| {
+        !mounts.iter().any(|mount| {
+            let is_shared = mount.options.iter().any(|option| option == "shared" || option == "rshared");
+            let holds_none = is_shared || matches!(mount.content, MountContent::File(_));
+            holds_none && target != &mount.target && target.path().starts_with(mount.target.path())
+        })
+    };
+    let mut volumes = Vec::new();
+    for path in &image.config.volumes {
+        let placed = MountTarget::parse_volume(path).and_then(|target| {
+            let options = ["rbind", "rw", "rprivate"].map(str::to_owned).to_vec();
+            let volume = TaskMount { option: "VOLUME", target, content: MountContent::Volume, options };
+            mount_tree::check_target(&volume, &volume.target, sys).map_err(|error| crate::error_chain(&error))?;
+            if may_be_held(&volume.target) { Ok(volume) } else { Err("a mount of the job can't hold it".to_owned()) }
+        });
+        match placed {
+            Ok(volume) => volumes.push(volume),
+            Err(reason) => tracing::info!(image = image.reference, path, reason, "left out a VOLUME of the image"),
+        }
+    }
+    mounts.splice(0..0, volumes);
 }
 
 /// Opens the sources of all mounts, on a thread where a dead file system does not block anything else.
@@ -103,7 +131,7 @@ fn open_all(
         mount_tree::check_target(mount, &mount.target, sys)?;
         let source = match &mount.content {
             MountContent::FileSystem { source, .. } => Some(Path::new(source)),
-            MountContent::Bind(_) | MountContent::File(_) => None,
+            MountContent::Bind(_) | MountContent::File(_) | MountContent::Volume => None,
         };
         check_mount(mount.target.path(), source, mount.options.iter())?;
     }

@@ -126,7 +126,7 @@ pub(crate) async fn start(
     let network = plan::network_namespace(request);
     let names = NetworkFiles::of(request, &network, &container_id, context.settings.name.flavor())?;
     let hostname = names.hostname.clone();
-    let mounts = Arc::new(task_mounts::open(context, request, names, stop).await?);
+    let mut mounts = task_mounts::open(context, request, names, stop).await?;
     let devices = plan::devices(context, request)?;
     label_volumes(request).await?;
     let runtime = tokio::select! {
@@ -135,6 +135,8 @@ pub(crate) async fn start(
     };
     let image = self::ensure_image(context, request, stop).await?;
     failpoint::kill_at("start.image");
+    task_mounts::add_volumes(&mut mounts, &image, task_mounts::sys_targets(context, request));
+    let mounts = Arc::new(mounts);
     let cgroup = context.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
     let share_pool = share_pool::pool_of_task(context, request);
     let mut plan =

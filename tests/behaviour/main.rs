@@ -63,3 +63,4 @@ mod structure;
 mod survival;
 mod trace;
 mod unsaved;
+mod volumes;

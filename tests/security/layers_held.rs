@@ -16,7 +16,7 @@ const LOOK: &str = "cat /secret /h /l/secret /l /r/secret /r/data/file /x 2>/dev
 
 /// An entry of a kind that `Entry`'s own constructors do not make.
 fn entry(kind: EntryType, path: &str, link: &str) -> Entry {
-    Entry { kind, path: path.into(), link: link.into(), content: Vec::new(), mode: 0o777 }
+    Entry { kind, path: path.into(), link: link.into(), content: Vec::new(), mode: 0o777, owner: 0 }
 }
 
 /// An extended header whose records apply to the next entry (POSIX.1-2001, pax).

@@ -12,6 +12,8 @@ pub(crate) struct Entry {
     pub link: String,
     pub content: Vec<u8>,
     pub mode: u32,
+    /// The owner, user and group alike.
+    pub owner: u32,
 }
 
 impl Entry {
@@ -22,13 +24,28 @@ impl Entry {
             link: String::new(),
             content: content.into(),
             mode: 0o755,
+            owner: 0,
         }
     }
     pub(crate) fn dir(path: &str) -> Self {
-        Self { path: path.into(), kind: tar::EntryType::Directory, link: String::new(), content: vec![], mode: 0o755 }
+        Self {
+            path: path.into(),
+            kind: tar::EntryType::Directory,
+            link: String::new(),
+            content: vec![],
+            mode: 0o755,
+            owner: 0,
+        }
     }
     pub(crate) fn symlink(path: &str, target: &str) -> Self {
-        Self { path: path.into(), kind: tar::EntryType::Symlink, link: target.into(), content: vec![], mode: 0o777 }
+        Self {
+            path: path.into(),
+            kind: tar::EntryType::Symlink,
+            link: target.into(),
+            content: vec![],
+            mode: 0o777,
+            owner: 0,
+        }
     }
 }
 
@@ -55,6 +72,8 @@ impl Layer {
             header.set_entry_type(entry.kind);
             header.set_size(entry.content.len() as u64);
             header.set_mode(entry.mode);
+            header.set_uid(entry.owner.into());
+            header.set_gid(entry.owner.into());
             header.set_mtime(1_700_000_000);
             // The raw bytes are set, since the crate's setters refuse the names that the driver must refuse.
             let old = header.as_old_mut();
