@@ -337,10 +337,10 @@ impl Driver for DriverService {
 fn attributes(inspection: &Inspection) -> HashMap<String, String> {
     let Inspection { record, phases, pid, .. } = inspection;
     let mut attributes = HashMap::from([
-        ("container_id".to_owned(), record.container_id.to_string()),
-        ("image".to_owned(), text::sanitize(&record.image, EXCERPT_MAX)),
-        ("runtime".to_owned(), record.runtime.clone()),
-        ("cgroup".to_owned(), record.cgroup.clone()),
+        ("container_id".to_owned(), record.intent.container_id.to_string()),
+        ("image".to_owned(), text::sanitize(&record.intent.image, EXCERPT_MAX)),
+        ("runtime".to_owned(), record.intent.runtime.clone()),
+        ("cgroup".to_owned(), record.intent.cgroup.clone()),
         ("pid".to_owned(), pid.to_string()),
         ("phase.shim_pooled".to_owned(), phases.pooled.to_string()),
     ]);

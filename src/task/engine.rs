@@ -228,14 +228,14 @@ impl Engine {
         self.0.context.spawn_deferred_work(&record, image.clone(), sources);
         self.0.context.metrics.started(&phases);
         tracing::info!(
-            task = %id, image = record.image, runtime = record.runtime, pid = run.process.pid,
+            task = %id, image = record.intent.image, runtime = record.intent.runtime, pid = run.process.pid,
             pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
             released_us = phases.released.map(micros), start_us = phases.start.map(micros), "task started"
         );
         self.0.context.events.send_to_host(&record, format!("Started, process {}", run.process.pid));
         let (shim, image) = (Adoption::Alive(shim), Some(image));
-        let log = FifoGuard::new(&self.settings().places.log(&record.container_id));
+        let log = FifoGuard::new(&self.settings().places.log(&record.intent.container_id));
         let task = Task::new(TaskParts {
             record,
             shim,
@@ -290,10 +290,10 @@ impl Engine {
         }
         let record = task.record();
         let number = match signal_name {
-            "" => record.stop_signal,
+            "" => record.intent.stop_signal,
             name => signal::parse(name).unwrap_or_else(|error| {
                 tracing::warn!(task = %id, %error, "the job's kill_signal is invalid; using the image's stop signal");
-                record.stop_signal
+                record.intent.stop_signal
             }),
         };
         failpoint::kill_at("stop.begun");
@@ -301,7 +301,7 @@ impl Engine {
         failpoint::kill_at("stop.marked");
         let mut exit = task.exit.subscribe();
         let Some(client) = &task.client else { return Err(TaskError::NotFound(id.clone())) };
-        let name = record.container_id.as_str();
+        let name = record.intent.container_id.as_str();
         if !timeout.is_zero() {
             let signal_and_wait = async {
                 if let Err(error) = client.kill(name, number, SignalTarget::Init).await {
@@ -455,7 +455,7 @@ impl Engine {
         let record = task.record();
         let exit = task.exit.borrow().clone();
         Ok(Inspection {
-            name: record.name.clone(),
+            name: record.intent.name.clone(),
             started_at: task.started_at(),
             exit,
             record,

@@ -66,9 +66,9 @@ impl EventHub {
     /// Sends an event about a task to this audience.
     pub fn send_about(&self, record: &Record, message: String, audience: Audience) {
         self.send(TaskEvent {
-            task_id: record.task_id.clone(),
-            alloc_id: record.alloc_id.clone(),
-            task_name: record.name.clone(),
+            task_id: record.intent.task_id.clone(),
+            alloc_id: record.intent.alloc_id.clone(),
+            task_name: record.intent.name.clone(),
             at: SystemTime::now(),
             message,
             annotations: HashMap::new(),

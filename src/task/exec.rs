@@ -124,7 +124,7 @@ pub(crate) async fn start(
     request: &ExecRequest,
 ) -> Result<ExecSession, ExecError> {
     let command = request.command.first().filter(|command| !command.is_empty()).ok_or(ExecError::Empty)?;
-    let config = places.bundle(&record.container_id).join("config.json");
+    let config = places.bundle(&record.intent.container_id).join("config.json");
     let unusable = |path: &Path| {
         let path = path.to_owned();
         move |source| ExecError::Bundle { path, source }
@@ -137,15 +137,20 @@ pub(crate) async fn start(
     let pipes = ExecPipes::new(request.stdin, request.terminal).map_err(ExecError::Pipes)?;
     let [stdin, stdout, stderr] = pipes.paths();
     // The marker is written first: if this plugin dies, the next one finds the process by it.
-    let (exec_id, execs) = (random_hex(8), places.execs(&record.container_id));
+    let (exec_id, execs) = (random_hex(8), places.execs(&record.intent.container_id));
     let marker = execs.join(&exec_id);
     let owner = ProcessId::of(std::process::id()).ok();
-    let sandbox = record.gvisor.then(|| SandboxExec::of(places, record, &exec_id));
+    let sandbox = record.intent.gvisor.then(|| SandboxExec::of(places, record, &exec_id));
     let note = |process| json!(Marker { owner, process, sandbox: sandbox.clone() }).to_string();
     create_private_dir(&execs).and_then(|()| write_marker(&marker, &note(None))).map_err(unusable(&marker))?;
-    let id = record.container_id.as_str();
-    let mut exec =
-        Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, is_finished: false };
+    let id = record.intent.container_id.as_str();
+    let mut exec = Exec {
+        client: client.clone(),
+        container: record.intent.container_id.clone(),
+        exec_id,
+        marker,
+        is_finished: false,
+    };
     let process = ExecProcess {
         id,
         exec_id: &exec.exec_id,
@@ -217,11 +222,11 @@ pub async fn signal_without_engine(places: &Places, record: &Record, signal: Opt
     let failed = |source| TaskError::Shim { doing: "send the signal", source };
     let client = connect_to_shim(places, record).await.map_err(failed)?;
     let whom = if signal.is_some() { SignalTarget::Init } else { SignalTarget::All };
-    client.kill(record.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), whom).await.map_err(failed)
+    client.kill(record.intent.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), whom).await.map_err(failed)
 }
 
 async fn connect_to_shim(places: &Places, record: &Record) -> Result<Client, ShimError> {
-    Client::connect(&places.shim(&record.shim).join("sock"), None).await
+    Client::connect(&places.shim(&record.intent.shim).join("sock"), None).await
 }
 
 /// The description of a process that is to be run in a task.

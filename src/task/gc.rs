@@ -173,13 +173,13 @@ impl Engine {
         let unread = records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json"));
         let mut recorded: HashSet<ContainerId> =
             unread.filter_map(|path| ContainerId::from_file_name(path.file_stem()?.to_str()?)).collect();
-        recorded.extend(records.readable.iter().map(|record| record.container_id.clone()));
+        recorded.extend(records.readable.iter().map(|record| record.intent.container_id.clone()));
         recorded.extend(self.tasks().values().filter_map(Slot::record).map(|record| record.intent.container_id));
-        recorded.extend(self.pending_teardowns().values().map(|pending| pending.record.container_id.clone()));
+        recorded.extend(self.pending_teardowns().values().map(|pending| pending.record.intent.container_id.clone()));
         let containers: Vec<_> = containers.into_iter().filter(|id| !recorded.contains(id)).collect();
         let records = records.readable;
         let own = self.context().pool.launcher().held_ids();
-        let named: HashSet<&str> = records.iter().map(|record| record.shim.as_str()).collect();
+        let named: HashSet<&str> = records.iter().map(|record| record.intent.shim.as_str()).collect();
         let shims: Vec<_> =
             shims.into_iter().filter(|shim| !named.contains(shim.as_str()) && !own.contains(shim)).collect();
         let mut found = Vec::new();
@@ -252,7 +252,7 @@ impl Engine {
         known.extend(self.left_alone().iter().map(|(record, _)| record.clone()));
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup =
-            if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
+            if starting || known.iter().any(|record| record.intent.cgroup == cgroup) { String::new() } else { cgroup };
         let cgroup_was_killed = !cgroup.is_empty();
         let known_to = |root: &Path| -> Result<bool, PlacesError> {
             Ok(list_names(root)?.iter().any(|name| gvisor::container_of_state_file(name) == id.as_str()))

@@ -87,10 +87,10 @@ impl NetnsRegistry {
     /// Registers a task that an earlier plugin has started. The task is in its namespace already, so nothing is
     /// checked.
     pub(super) fn register_recovered(&self, record: &Record) {
-        if let Some(group) = &record.group {
+        if let Some(group) = &record.intent.group {
             let mut all = self.lock();
             let members = all.entry(group.namespace.clone()).or_default();
-            members.insert(record.task_id.clone(), (record.name.clone(), group.stack));
+            members.insert(record.intent.task_id.clone(), (record.intent.name.clone(), group.stack));
         }
     }
 
@@ -184,7 +184,9 @@ fn prepare_namespace(places: &Places, group: &NetnsMembership) -> Result<(), Gro
 /// Removes a task whose container is gone from its namespace, and puts the namespace's addresses back.
 pub(super) fn leave(context: &EngineContext, record: &Record) {
     // A task that was refused has changed nothing, and must not restore what another task's sandbox has taken over.
-    let Some(group) = record.group.as_ref().filter(|group| context.groups.contains(&record.task_id, group)) else {
+    let Some(group) =
+        record.intent.group.as_ref().filter(|group| context.groups.contains(&record.intent.task_id, group))
+    else {
         return;
     };
     if group.stack == NetworkStack::Sandbox
@@ -196,7 +198,7 @@ pub(super) fn leave(context: &EngineContext, record: &Record) {
             "could not restore the addresses of a network namespace"
         );
     }
-    context.groups.remove(&record.task_id, &group.namespace);
+    context.groups.remove(&record.intent.task_id, &group.namespace);
 }
 
 /// Restores the addresses that a sandbox has taken over, if one did.

@@ -197,7 +197,7 @@ impl Engine {
                 let recovered = this.started_tasks().into_iter().filter(|(_, task)| task.phases == Phases::default());
                 known.extend(recovered.filter_map(|(id, task)| {
                     // If the losses can't be read, they are reported once more.
-                    Some((id, logs::read_losses(&places.log(&task.record().container_id)).ok()?))
+                    Some((id, logs::read_losses(&places.log(&task.record().intent.container_id)).ok()?))
                 }));
             }
             loop {
@@ -219,7 +219,7 @@ impl Engine {
         known.retain(|id, _| live.iter().any(|(other, _)| other == id));
         for (id, task) in live {
             let record = task.record();
-            let mut now = match logs::read_losses(&self.settings().places.log(&record.container_id)) {
+            let mut now = match logs::read_losses(&self.settings().places.log(&record.intent.container_id)) {
                 Ok(now) => now,
                 // The losses that were reported so far stay known; the next change brings the rest.
                 Err(error) => {
@@ -241,7 +241,7 @@ impl Engine {
                     },
                     _ => continue,
                 };
-                tracing::warn!(task = %record.task_id, message);
+                tracing::warn!(task = %record.intent.task_id, message);
                 self.context().events.send_about(&record, message, Audience::Everybody);
             }
             *before = now;

@@ -179,13 +179,13 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
     for record in &records.readable {
         let judged = judge_recorded(places, record, keep_ended).await;
         if let Verdict::Keep(_) = judged.1 {
-            left_alone.insert(record.container_id.clone());
+            left_alone.insert(record.intent.container_id.clone());
         }
         found.push(judged);
     }
     let goes = |why: &str| Verdict::Remove(why.to_owned());
     let mut recorded: HashSet<ContainerId> =
-        records.readable.iter().map(|record| record.container_id.clone()).collect();
+        records.readable.iter().map(|record| record.intent.container_id.clone()).collect();
     for path in records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json")) {
         let id = path.file_stem().and_then(|name| ContainerId::from_file_name(name.to_str()?));
         if let Some(id) = id.filter(|id| recorded.insert(id.clone())) {
@@ -193,7 +193,7 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
             found.push((Item::Container(id), Verdict::Keep(why.to_owned())));
         }
     }
-    let named: HashSet<&str> = records.readable.iter().map(|record| record.shim.as_str()).collect();
+    let named: HashSet<&str> = records.readable.iter().map(|record| record.intent.shim.as_str()).collect();
     let unrecorded: Vec<String> =
         list_names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())).collect();
     let containers = containers_on_disk(places, &settings.containerd.namespace)?;
@@ -263,8 +263,8 @@ async fn lives_in_shim(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> 
 
 /// Decides whether a recorded task is garbage.
 async fn judge_recorded(places: &Places, record: &Record, keep_ended: Duration) -> (Item, Verdict) {
-    let id = record.task_id.clone();
-    let unfinished = |why: &str| (Item::Unfinished(record.task_id.clone()), Verdict::Remove(why.to_owned()));
+    let id = record.intent.task_id.clone();
+    let unfinished = |why: &str| (Item::Unfinished(record.intent.task_id.clone()), Verdict::Remove(why.to_owned()));
     if !record.is_current() {
         return unfinished("the host was restarted since it was started");
     }
@@ -285,17 +285,17 @@ async fn probe_end(places: &Places, record: &Record, run: &RunRecord) -> TaskEnd
         return TaskEnd::Running(run.process.pid);
     }
     // Since containerd 2.4.2, a shim writes the end of its container to this file before it exits.
-    let noted = fs::metadata(places.bundle(&record.container_id).join(shim::EXIT_FILE));
+    let noted = fs::metadata(places.bundle(&record.intent.container_id).join(shim::EXIT_FILE));
     if let Some(at) = noted.ok().and_then(|note| note.modified().ok()) {
         return TaskEnd::EndedAgo(SystemTime::now().duration_since(at).unwrap_or_default());
     }
-    let dir = places.shim(&record.shim);
+    let dir = places.shim(&record.intent.shim);
     if !shim::is_alive(&dir) {
         return TaskEnd::Unknown;
     }
     let ask = async {
         let client = Client::connect(&dir.join("sock"), None).await.ok()?;
-        client.wait(record.container_id.as_str()).await.ok()
+        client.wait(record.intent.container_id.as_str()).await.ok()
     };
     match tokio::time::timeout(QUERY_TIMEOUT, ask).await {
         Ok(Some(exit)) => TaskEnd::EndedAgo(elapsed_since(ended_at(&exit))),

@@ -48,13 +48,6 @@ pub struct Record {
     pub state: RecordState,
 }
 
-impl std::ops::Deref for Record {
-    type Target = Intent;
-    fn deref(&self) -> &Intent {
-        &self.intent
-    }
-}
-
 /// The part of a record that does not change: what the task is and what belongs to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {

@@ -266,7 +266,7 @@ async fn join_group_and_logs(
     collector_stdio: Option<stdio::Stdio>,
 ) -> Result<stdio::Stdio, TaskError> {
     let request = plan.request;
-    if let Some(group) = &record.group {
+    if let Some(group) = &record.intent.group {
         group::enter(context, &request.task_id, &request.name, group)?;
     }
     match collector_stdio {
@@ -371,7 +371,7 @@ fn explain_if_unmounted(context: &EngineContext, plan: &Plan<'_>, error: TaskErr
 async fn undo_failed_start(context: &Arc<EngineContext>, record: &Record, shim: Adoption) {
     if let Err(left) = undo_or_retry(TeardownGuard::new(context, record), shim).await {
         tracing::error!(
-            task = %record.task_id, error = %crate::error_chain(&left),
+            task = %record.intent.task_id, error = %crate::error_chain(&left),
             "could not undo a failed start completely; the driver retries in the background"
         );
     }
@@ -475,7 +475,7 @@ async fn create_and_start(
     // the start time 0 matches no other process that gets the same pid.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
-    let state = places.runtime_state(&plan.runtime.name, &record.namespace).join(id);
+    let state = places.runtime_state(&plan.runtime.name, &record.intent.namespace).join(id);
     let started = match started_by {
         StartedBy::Driver => {
             let log_fallback = |error: &std::io::Error| {
