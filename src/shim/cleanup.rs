@@ -76,8 +76,7 @@ pub async fn delete_dead_container(launcher: &Launcher, task: DeadContainer<'_>)
     };
     if runtime_name.starts_with(b"/proc/") {
         let Some(runtime) = task.runtime else {
-            let message = "the container's runtime is unknown or no longer installed".to_owned();
-            return Err(ShimError::Refused { call: "delete", code: -1, message });
+            return Err(ShimError::RuntimeMissing);
         };
         let draft = task.bundle.join("runtime.tmp");
         let written = write_private(&draft, runtime.as_os_str().as_encoded_bytes());
@@ -104,5 +103,5 @@ pub async fn delete_dead_container(launcher: &Launcher, task: DeadContainer<'_>)
         return Ok(answer.map(|answer| Exit::new(answer.exit_status, answer.exited_at.as_ref())));
     }
     let message = text::sanitize(String::from_utf8_lossy(&output.stderr).trim(), EXCERPT_MAX);
-    Err(ShimError::Refused { call: "delete", code: output.status.code().unwrap_or(-1), message })
+    Err(ShimError::DeleteFailed { message })
 }

@@ -209,8 +209,7 @@ impl EngineContext {
         // gVisor's own shim reports success even if it could not run runsc.
         let root = self.settings.places.runtime_state(&record.intent.runtime, &record.intent.namespace);
         if record.intent.gvisor && root.join(gvisor::state_file(record.intent.container_id.as_str())).exists() {
-            let message = "runsc has not deleted the container; its state is still there".to_owned();
-            return Err(ShimError::Refused { call: "delete", code: -1, message });
+            return Err(ShimError::NotDeleted);
         }
         Ok(exit)
     }
