@@ -17,6 +17,7 @@ pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, cpu_percent};
 
 use crate::{
     failpoint,
+    files::{none_if_missing, remove_dir_if_exists},
     ids::ContainerId,
     process::{PidFd, none_if_vanished},
 };
@@ -318,10 +319,10 @@ fn read_groups(pid: u32) -> io::Result<Option<String>> {
 
 /// Thaws a cgroup and those below it, if this hierarchy has the freezer.
 fn thaw(path: &Path) {
-    match fs::write(path.join("freezer.state"), "THAWED") {
-        Ok(()) => {}
+    match none_if_missing(fs::write(path.join("freezer.state"), "THAWED")) {
+        Ok(Some(())) => {}
         // This hierarchy has no freezer, or the cgroup is gone.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        Ok(None) => return,
         // The caller notices that the processes do not end.
         Err(error) => tracing::warn!(path = %path.display(), %error, "could not thaw a frozen cgroup"),
     }
@@ -336,20 +337,17 @@ fn thaw(path: &Path) {
 fn collect_pids(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
     let file = path.join("cgroup.procs");
     let read = crate::failpoint::fail_lookup("cgroup.procs").and_then(|()| fs::read_to_string(&file));
-    match read {
+    match none_if_missing(read) {
         // Processes of other pid namespaces are listed as 0.
-        Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid: &u32| pid != 0)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Ok(Some(text)) => pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid: &u32| pid != 0)),
+        Ok(None) => return Ok(()),
         // ENODEV: the cgroup was removed while the file was open. EOPNOTSUPP: the cgroup's threads belong to processes
         // of a cgroup above it, which lists them (cgroup-v2.rst, "Threads").
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP)) => {}
         Err(source) => return Err(CgroupError { doing: "read", path: file, source }),
     }
     let failed = |source| CgroupError { doing: "list", path: path.to_owned(), source };
-    let entries = match fs::read_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries.map_err(failed)?,
-    };
+    let Some(entries) = none_if_missing(fs::read_dir(path)).map_err(failed)? else { return Ok(()) };
     for entry in entries {
         let entry = entry.map_err(failed)?;
         if entry.file_type().map_err(failed)?.is_dir() {
@@ -361,24 +359,15 @@ fn collect_pids(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
 
 /// Removes a cgroup and those below it, from the leaves up. A cgroup's files are removed with its directory.
 fn remove_tree(path: &Path) -> Result<(), CgroupError> {
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(CgroupError { doing: "read", path: path.to_owned(), source }),
-    };
-    let failed = |source| CgroupError { doing: "list", path: path.to_owned(), source };
+    let failed = |doing| move |source| CgroupError { doing, path: path.to_owned(), source };
+    let Some(entries) = none_if_missing(fs::read_dir(path)).map_err(failed("read"))? else { return Ok(()) };
     for entry in entries {
-        let entry = entry.map_err(failed)?;
-        if entry.file_type().map_err(failed)?.is_dir() {
+        let entry = entry.map_err(failed("list"))?;
+        if entry.file_type().map_err(failed("list"))?.is_dir() {
             remove_tree(&entry.path())?;
         }
     }
-    match fs::remove_dir(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(CgroupError { doing: "remove", path: path.to_owned(), source })
-        }
-        _ => Ok(()),
-    }
+    remove_dir_if_exists(path).map_err(failed("remove"))
 }
 
 #[cfg(test)]

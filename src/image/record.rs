@@ -2,7 +2,7 @@
 //! neither containerd nor a registry.
 
 use std::{
-    fs, io,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::{ImageError, Reference};
 use crate::{
     file_id::FileId,
+    files::{remove_file_if_exists, write_atomically},
     ids::{ChainId, Digest},
-    places::write_atomically,
 };
 
 /// The version of the record file's format.
@@ -137,10 +137,7 @@ impl ImageRecord {
     /// When the file can't be removed.
     pub fn delete(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ImageError::StoreFile { path, source }),
-            _ => Ok(()),
-        }
+        remove_file_if_exists(&path).map_err(|source| ImageError::StoreFile { path, source })
     }
 
     /// Stores the current time as the time of the image's last use, after a task has stopped using it. It is stored as

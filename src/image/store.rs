@@ -411,7 +411,7 @@ impl ImageStore {
     /// Creates and returns the empty directory that is the lower layer of an image without layers.
     fn empty_layer(&self) -> Result<std::path::PathBuf, ImageError> {
         let path = self.0.places.empty_layer();
-        crate::places::create_public_dir(&path)
+        crate::files::create_public_dir(&path)
             .map_err(|source| ImageError::StoreFile { path: path.clone(), source })?;
         Ok(path)
     }

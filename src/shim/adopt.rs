@@ -250,7 +250,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        places::{Places, create_private_dir},
+        files::create_private_dir,
+        places::Places,
         shim::{
             ShimScope,
             fake::{Answer, listen},

@@ -30,8 +30,12 @@ use super::{
     version,
 };
 use crate::{
+    files::{
+        create_private, create_private_dir, remove_dir_all_if_exists, remove_dir_if_exists, remove_file_if_exists,
+        write_private,
+    },
     ids::random_hex,
-    places::{Places, create_private, create_private_dir, write_private},
+    places::Places,
     process::{Pid, PidFd, ProcessId, async_command, boot_id, detach_from_agent, detach_session},
 };
 
@@ -522,20 +526,10 @@ pub(super) fn remove_dir(dir: &Path) {
     }
     let by_name = [SOCKET_FILE, LOG_FILE, PID_FILE, UNUSABLE_FILE]
         .iter()
-        .try_for_each(|file| ignore_not_found(fs::remove_file(dir.join(file))));
-    let removed = by_name
-        .and_then(|()| ignore_not_found(fs::remove_dir(dir)))
-        .or_else(|_| ignore_not_found(fs::remove_dir_all(dir)));
+        .try_for_each(|file| remove_file_if_exists(&dir.join(file)));
+    let removed = by_name.and_then(|()| remove_dir_if_exists(dir)).or_else(|_| remove_dir_all_if_exists(dir));
     if let Err(error) = removed {
         tracing::warn!(dir = %dir.display(), %error, "could not remove the directory of a shim");
-    }
-}
-
-/// Treats "not found" as success: the file was removed, or did not exist.
-fn ignore_not_found(removed: io::Result<()>) -> io::Result<()> {
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

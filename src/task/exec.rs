@@ -14,8 +14,9 @@ use serde_json::{Value, json};
 
 use super::{Record, TaskError, sandbox_exec::SandboxExec, undo::RETRY_DELAYS};
 use crate::{
+    files::{create_private_dir, remove_file_if_exists, replace_private},
     ids::{ContainerId, random_hex},
-    places::{Places, PlacesError, create_private_dir, list_names, write_private},
+    places::{Places, PlacesError, list_names},
     process::{PidFd, ProcessId, descendants, is_transient, none_if_vanished, parent_of},
     rootfs::{KernelLimits, StringError},
     shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, ShimError, SignalTarget, WindowSize},
@@ -423,8 +424,7 @@ fn write_marker(marker: &Path, text: &str) -> io::Result<()> {
     // The draft is not in the directory itself, which is listed for markers.
     let name = marker.file_name().unwrap_or_default().to_string_lossy();
     let draft = marker.with_file_name("..").join(format!("exec-{name}.tmp"));
-    write_private(&draft, text.as_bytes())?;
-    fs::rename(&draft, marker)
+    Ok(replace_private(marker, &draft, text.as_bytes())?)
 }
 
 fn read_marker(marker: &Path) -> io::Result<Marker> {
@@ -518,16 +518,12 @@ async fn remove_traces(client: &Client, container: &ContainerId, exec_id: &str, 
     }
     // Shims leave this file behind, one for each exec.
     if let Some(path) = pid_file(marker)
-        && let Err(error) = fs::remove_file(&path)
-        && error.kind() != io::ErrorKind::NotFound
+        && let Err(error) = remove_file_if_exists(&path)
     {
         tracing::warn!(path = %path.display(), %error, "could not remove the pid file of an exec'd process");
     }
-    match fs::remove_file(marker) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %marker.display(), %error, "could not remove the marker of an exec'd process");
-        }
-        _ => {}
+    if let Err(error) = remove_file_if_exists(marker) {
+        tracing::warn!(path = %marker.display(), %error, "could not remove the marker of an exec'd process");
     }
 }
 

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     control::Garbage,
+    files::none_if_missing,
     gvisor,
     ids::{ContainerId, TaskId},
     image::{ImagesInUse, Reference},
@@ -345,14 +346,10 @@ pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> Result<BTr
 /// When the bundle can't be read.
 pub(super) fn cgroup_in_bundle(places: &Places, id: &ContainerId) -> Result<String, RootfsError> {
     let path = places.bundle(id).join("config.json");
-    let config = match fs::read(&path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            return Err(RootfsError::File { doing: "read", path, source });
-        }
-        read => read.unwrap_or_default(),
-    };
+    let config = none_if_missing(fs::read(&path));
+    let config = config.map_err(|source| RootfsError::File { doing: "read", path, source })?;
     // A file that can't be parsed was cut off while it was written. Then no container was started with it.
-    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
+    let config: serde_json::Value = serde_json::from_slice(&config.unwrap_or_default()).unwrap_or_default();
     Ok(config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned())
 }
 

@@ -15,9 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{Record, context::EngineContext};
 use crate::{
+    files::{none_if_missing, remove_file_if_exists, write_atomically},
     ids::{Digest, TaskId},
     netns::{Addresses, find_process_in},
-    places::{Places, write_atomically},
+    places::Places,
 };
 
 /// The network stack that a task uses in its group's namespace.
@@ -204,20 +205,13 @@ pub(super) fn leave(context: &EngineContext, record: &Record) {
 /// Restores the addresses that a sandbox has taken over, if one did.
 fn restore_addresses(places: &Places, namespace: &Path) -> io::Result<()> {
     let path = saved_addresses_path(places, namespace);
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
+    let Some(text) = none_if_missing(fs::read(&path))? else { return Ok(()) };
     // If Nomad has removed the namespace already, there is nothing to restore.
     if namespace.exists() {
         serde_json::from_slice::<Addresses>(&text)?.restore(namespace)?;
     }
-    match fs::remove_file(&path) {
-        // A concurrent call may have restored the addresses and removed the file.
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    // A concurrent call may have restored the addresses and removed the file.
+    remove_file_if_exists(&path)
 }
 
 /// Returns the file with the addresses that a sandbox has taken over from this namespace.

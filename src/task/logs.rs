@@ -13,9 +13,10 @@ use tokio::sync::Mutex;
 
 use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, context::EngineContext, guards::catch_panic};
 use crate::{
+    files::{create_private, create_private_dir},
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
-    places::{Places, PlacesError, create_private, create_private_dir},
+    places::{Places, PlacesError},
     process::{Pid, PidFd, async_command, detach_from_agent, detach_session},
     shim::stdio::Stdio,
 };

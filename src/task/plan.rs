@@ -257,7 +257,7 @@ impl Plan<'_> {
     fn write_bundle(&self, context: &EngineContext, spec: &Spec) -> Result<(), TaskError> {
         let paths = self.bundle(context);
         let root = context.settings.places.runtime_root(&self.runtime.name);
-        crate::places::create_private_dir(&root)
+        crate::files::create_private_dir(&root)
             .map_err(|source| crate::places::PlacesError::Create { path: root.clone(), source })?;
         if let Some(path) = self.shim_config(context).filter(|path| path.starts_with(context.settings.places.bundles()))
         {

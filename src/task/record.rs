@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use super::group::NetnsMembership;
 use crate::{
     cgroup::SharePool,
+    files::{none_if_missing, remove_file_if_exists, replace_private},
     ids::{ContainerId, TaskId},
-    places::write_private,
     process::{self, ProcessId},
 };
 
@@ -195,20 +195,11 @@ impl Record {
     /// # Errors
     /// When the file can't be written or renamed.
     pub fn save(&self, path: &Path) -> Result<(), RecordError> {
-        let draft = path.with_extension("tmp");
-        let failed = |doing| {
-            let path = path.to_owned();
-            move |source: io::Error| RecordError { doing, path, source }
-        };
-        let bytes = serde_json::to_vec(self).map_err(|error| failed("encode")(error.into()))?;
-        let saved = write_private(&draft, &bytes)
-            .map_err(failed("write"))
-            .and_then(|()| fs::rename(&draft, path).map_err(failed("rename")));
-        if saved.is_err() {
-            // Nothing else removes a draft before the next plugin starts.
-            let _ = fs::remove_file(&draft);
-        }
-        saved
+        let failed = |doing, source| RecordError { doing, path: path.to_owned(), source };
+        let bytes = serde_json::to_vec(self).map_err(|error| failed("encode", error.into()))?;
+        // `load_all` knows drafts by this extension, and removes those that a killed plugin has left.
+        let replaced = replace_private(path, &path.with_extension("tmp"), &bytes);
+        replaced.map_err(|error| failed(error.doing, error.source))
     }
 
     /// Appends the state to the record's file, or writes the whole record again if the file is gone.
@@ -233,15 +224,11 @@ impl Record {
     fn append_state(&self, path: &Path) -> Result<bool, RecordError> {
         let failed = |doing| move |source: io::Error| RecordError { doing, path: path.to_owned(), source };
         let state = serde_json::to_string(&self.state).map_err(|error| failed("encode")(error.into()))?;
-        match fs::OpenOptions::new().append(true).open(path) {
-            // One write, which begins with the line break: a line that is cut off spoils only itself.
-            Ok(mut file) => {
-                file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to"))?;
-                Ok(true)
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(failed("open")(error)),
-        }
+        let opened = none_if_missing(fs::OpenOptions::new().append(true).open(path)).map_err(failed("open"))?;
+        let Some(mut file) = opened else { return Ok(false) };
+        // One write, which begins with the line break: a line that is cut off spoils only itself.
+        file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to"))?;
+        Ok(true)
     }
 
     fn read(path: &Path) -> Result<Self, ReadFailure> {
@@ -278,12 +265,8 @@ impl Record {
         }
         // A torn record of the same container may have been set aside. What it described is gone now.
         for path in [path, &path.with_extension("bad")] {
-            match fs::remove_file(path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(RecordError { doing: "remove", path: path.to_owned(), source });
-                }
-                _ => {}
-            }
+            let failed = |source| RecordError { doing: "remove", path: path.to_owned(), source };
+            remove_file_if_exists(path).map_err(failed)?;
         }
         Ok(())
     }
@@ -449,7 +432,6 @@ mod tests {
         let path = directory.path().join("x.json");
         fs::create_dir(&path).expect("made");
         record().save(&path).expect_err("a directory is in its place");
-        crate::places::write_atomically(&path, b"text", 0o600).expect_err("a directory is in its place");
         assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 1);
     }
 

@@ -11,7 +11,7 @@
 //! This module checks the kernel, the shim and the runtime's state directory for the container's actual state, and
 //! removes what is left of the container.
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{io, path::Path, time::Duration};
 
 use super::{
     Record, TaskError,
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     failpoint,
+    files::remove_dir_all_if_exists,
     process::PidFd,
     rootfs::RootfsError,
     shim::{Client, Shim, ShimError},
@@ -144,10 +145,7 @@ async fn remove_runtime_state(context: &EngineContext, record: &Record) -> Resul
             "the runtime does not delete a container without processes; the driver removes the container's state"
         );
     }
-    match fs::remove_dir_all(&state) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file("remove", &state)(source)),
-        _ => Ok(()),
-    }
+    remove_dir_all_if_exists(&state).map_err(file("remove", &state))
 }
 
 fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootfsError {

@@ -15,7 +15,9 @@ use super::{
 };
 use crate::{
     cgroup::CgroupPath,
-    failpoint, gvisor,
+    failpoint,
+    files::remove_file_if_exists,
+    gvisor,
     ids::ContainerId,
     places::list_names,
     process::{self, descendants},
@@ -226,12 +228,7 @@ impl EndedTask {
 pub(super) fn remove_runsc_state(root: &Path, id: &ContainerId) -> Result<(), TaskError> {
     for name in list_names(root)?.into_iter().filter(|name| gvisor::container_of_state_file(name) == id.as_str()) {
         let path = root.join(name);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(RootfsError::File { doing: "remove", path, source }.into());
-            }
-            _ => {}
-        }
+        remove_file_if_exists(&path).map_err(|source| RootfsError::File { doing: "remove", path, source })?;
     }
     Ok(())
 }

@@ -6,13 +6,14 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    io,
     path::Path,
     time::{Duration, SystemTime},
 };
 
 use crate::{
     cgroup::{CgroupPath, Cgroups},
+    files::remove_dir_all_if_exists,
     ids::random_hex,
     places::list_names,
     process::ProcessId,
@@ -88,14 +89,13 @@ pub async fn remove_probe(scratch: &Path, cgroups: &Cgroups, name: &str) -> io::
         tokio::time::sleep(POLL_INTERVAL).await;
     }
     cgroups.remove(&group).map_err(io::Error::other)?;
-    match fs::remove_dir_all(scratch.join(name)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    remove_dir_all_if_exists(&scratch.join(name))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
