@@ -17,7 +17,8 @@ use parking_lot::Mutex;
 use super::{
     Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedPullError,
     manifest::{self, Document, Manifest},
-    pull::{self, CONFIG_MAX, FetchedImage, PullContext, PullLease},
+    pull::{self, CONFIG_MAX, FetchedImage, PullLease},
+    pull_context::PullContext,
     record::RecordParts,
     registry::HttpClients,
     unpack::{self, Accounts},

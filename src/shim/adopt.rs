@@ -1,20 +1,15 @@
 //! Adopts shims that an earlier plugin has started. They are found by the identity files in their directories.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{
     Client, Launcher, Shim, ShimError,
+    identity::ShimIdentity,
     launch::{EXIT_TIMEOUT, PID_FILE, UNUSABLE_FILE, remove_dir},
 };
-use crate::process::{PidFd, ProcessId, boot_id, has_vanished};
+use crate::process::{PidFd, boot_id, has_vanished};
 
 /// The interval between two attempts to find a shim, or to connect to it.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -45,21 +40,6 @@ impl Adoption {
             _ => None,
         }
     }
-}
-
-/// The identity of a shim, as recorded in its directory.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct ShimIdentity {
-    #[serde(flatten)]
-    pub(super) process: ProcessId,
-    pub(super) boot: String,
-    pub(super) namespace: String,
-    /// The runtime's program of which the shim has a sealed copy.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) runtime: Option<PathBuf>,
-    /// The shim's program, if it is not the launcher's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) program: Option<PathBuf>,
 }
 
 impl Launcher {
@@ -252,6 +232,7 @@ mod tests {
     use crate::{
         files::create_private_dir,
         places::Places,
+        process::ProcessId,
         shim::{
             ShimScope,
             fake::{Answer, listen},

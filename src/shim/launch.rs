@@ -23,9 +23,9 @@ use tokio::sync::watch;
 
 use super::{
     Client, RuntimeCalls, ShimError, TaskApi,
-    adopt::ShimIdentity,
     hold::{HoldRegistry, ShimHold, lock_registry},
-    pool::ShimScope,
+    identity::ShimIdentity,
+    scope::ShimScope,
     sealed::{CurrentSealedCopy, SEALED_FD, SealedCopy},
     version,
 };

@@ -13,9 +13,11 @@ mod exec_fifo;
 #[cfg(test)]
 pub mod fake;
 mod hold;
+mod identity;
 mod launch;
 mod pid_files;
 mod pool;
+mod scope;
 mod sealed;
 pub mod stdio;
 mod version;
@@ -35,7 +37,8 @@ pub use exec_fifo::start_via_exec_fifo;
 pub use hold::ShimHold;
 pub use launch::{Launcher, Shim, ShimReservation};
 pub use pid_files::{PidFile, PidFiles};
-pub use pool::{Pool, PoolSettings, ReservedShim, ShimScope};
+pub use pool::{Pool, PoolSettings, ReservedShim};
+pub use scope::ShimScope;
 pub use sealed::SealedCopy;
 /// The status code with which a shim refuses a call.
 pub use ttrpc::Code as RefusalCode;

@@ -16,7 +16,7 @@ use std::{
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 
-use super::{Launcher, Shim, ShimError, launch::ShimReservation};
+use super::{Launcher, Shim, ShimError, ShimScope, launch::ShimReservation};
 
 /// The time for which closing the pool waits for a shim that is being launched, before it abandons the launch. A shim
 /// comes up in some 10 ms.
@@ -35,18 +35,6 @@ const SPARE_MAX: usize = 16;
 const SPARE_GRACE: Duration = Duration::from_secs(1);
 /// The number of containers after which a shim is replaced. Nothing guarantees that a shim's memory doesn't grow.
 const USES_MAX: u32 = 500;
-
-/// The tasks that share a shim.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum ShimScope {
-    /// Each task has a shim of its own.
-    #[default]
-    Task,
-    /// The tasks of an allocation share a shim.
-    Alloc,
-    /// All tasks of this node share a shim.
-    Node,
-}
 
 /// The settings of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
