@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     files::{create_private_dir, none_if_missing},
-    ids::{ContainerId, Digest, DriverName},
+    ids::{ContainerId, Digest, DriverName, ShimId},
 };
 
 /// The longest path that a unix socket can have (`sun_path` without its terminator, unix(7)).
@@ -91,7 +91,7 @@ impl Places {
     /// # Errors
     /// When a directory can't be created or its mode can't be corrected, or when the run directory's path is too long.
     pub fn create(&self) -> Result<(), PlacesError> {
-        if self.shim("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
+        if self.shims().join("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
             return Err(PlacesError::RunDirTooLong(self.run.clone()));
         }
         for path in [self.tasks(), self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.images()] {
@@ -203,8 +203,16 @@ impl Places {
     }
 
     /// The directory of one shim: its working directory, with its socket, its log and its pid file.
-    pub fn shim(&self, shim: &str) -> PathBuf {
-        self.shims().join(shim)
+    pub fn shim(&self, shim: &ShimId) -> PathBuf {
+        self.shims().join(shim.as_str())
+    }
+
+    /// Returns the ids of the shims that have directories.
+    ///
+    /// # Errors
+    /// When the directories can't be listed.
+    pub fn list_shims(&self) -> Result<Vec<ShimId>, PlacesError> {
+        Ok(list_names(&self.shims())?.iter().filter_map(|name| ShimId::from_dir_name(name)).collect())
     }
 
     /// The directory of the tasks whose logs the driver's log writer writes; one directory for each task.

@@ -11,6 +11,8 @@ use std::{
     time::SystemTime,
 };
 
+use serde::{Deserialize, Serialize};
+
 pub use lock_primer::{CgroupLockPrimer, Priming, PrimingMode};
 pub use share_pool::SharePool;
 pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, cpu_percent};
@@ -58,13 +60,20 @@ pub struct Cgroups {
 
 /// The path of a task's cgroup, relative to each hierarchy's root and with a leading slash (`cgroupsPath` in the OCI
 /// runtime specification).
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// The default is no cgroup, as of an unrecorded container whose cgroup is not known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CgroupPath(String);
 
 impl CgroupPath {
-    /// Creates the value from a path that was read from a record.
-    pub fn recorded(path: &str) -> Self {
-        Self(path.to_owned())
+    /// Checks a path. Returns `None` for an empty one and for the root cgroup, which no task has.
+    pub fn new(path: &str) -> Option<Self> {
+        (!path.trim_matches('/').is_empty()).then(|| Self(path.to_owned()))
+    }
+
+    /// Creates the path of the cgroup with this name at the root of every hierarchy.
+    pub fn at_root(name: &str) -> Self {
+        Self(format!("/{name}"))
     }
 
     /// Returns the path as text.
@@ -260,6 +269,7 @@ impl Cgroups {
     /// # Errors
     /// Fails when the processes can't be listed. Those that were found are killed nevertheless.
     pub fn kill(&self, task: &CgroupPath) -> Result<usize, CgroupError> {
+        // Without a cgroup there is nothing to kill; an empty path would be the root cgroup.
         if task.0.trim_matches('/').is_empty() {
             return Ok(0);
         }
@@ -386,6 +396,13 @@ mod tests {
         let hybrid = Cgroups::from_mountinfo(HYBRID);
         assert_eq!((hybrid.mode(), hybrid.hierarchies().len()), (CgroupMode::V1, 2));
         assert_eq!(Cgroups::from_mountinfo(UNIFIED).mode(), CgroupMode::V2);
+    }
+
+    #[test]
+    fn the_root_is_no_cgroup_of_a_task() {
+        assert_eq!(CgroupPath::new("").or(CgroupPath::new("/")).or(CgroupPath::new("//")), None);
+        let path = CgroupPath::new("/nomad/a.web").expect("a path");
+        assert_eq!(serde_json::to_string(&path).expect("JSON"), r#""/nomad/a.web""#);
     }
 
     #[test]

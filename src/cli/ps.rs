@@ -41,7 +41,7 @@ impl Ps {
             .iter()
             .map(|(driver, record)| {
                 let pid = pid(record).map_or_else(|| "-".to_owned(), |pid| pid.to_string());
-                let alloc = record.intent.alloc_id.chars().take(8).collect();
+                let alloc = record.intent.alloc_id.short();
                 vec![
                     driver.clone(),
                     alloc,

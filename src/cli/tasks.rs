@@ -86,7 +86,8 @@ pub(crate) fn find_task(common: &CommonArgs, wanted: &str) -> Result<FoundTask, 
     let begins = |found: &&FoundTask| {
         let record = &found.record;
         wanted.len() >= 4
-            && (record.intent.alloc_id.starts_with(wanted) || record.intent.container_id.as_str().starts_with(wanted))
+            && (record.intent.alloc_id.as_str().starts_with(wanted)
+                || record.intent.container_id.as_str().starts_with(wanted))
     };
     let mut fitting: Vec<&FoundTask> = tasks.iter().filter(exact).collect();
     if fitting.is_empty() {

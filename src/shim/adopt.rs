@@ -9,7 +9,10 @@ use super::{
     identity::ShimIdentity,
     launch::{EXIT_TIMEOUT, PID_FILE, UNUSABLE_FILE, remove_dir},
 };
-use crate::process::{PidFd, boot_id, has_vanished};
+use crate::{
+    ids::ShimId,
+    process::{PidFd, boot_id, has_vanished},
+};
 
 /// The interval between two attempts to find a shim, or to connect to it.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -44,7 +47,7 @@ impl Adoption {
 
 impl Launcher {
     /// Adopts the shim `id` of an earlier plugin.
-    pub async fn adopt(&self, id: &str) -> Adoption {
+    pub async fn adopt(&self, id: &ShimId) -> Adoption {
         let held = self.acquire(id);
         let dir = self.places.shim(id);
         let (pidfd, identity) = match find_alive(&dir).await {
@@ -60,7 +63,7 @@ impl Launcher {
                     let ended = spawn_exit_watcher(&pidfd);
                     let is_unusable = is_unusable(&dir);
                     let shim = Shim {
-                        id: id.to_owned(),
+                        id: id.clone(),
                         pid: identity.process.pid,
                         dir,
                         client: client.with_runtime_calls(self.calls()),
@@ -94,7 +97,7 @@ impl Launcher {
             // Without the means to make a connection, nothing is known about whether the shim answers.
             Ok(Some(_)) if !can_connect() => Adoption::Unknown(io::Error::other(crate::error_chain(&error))),
             Ok(Some((pidfd, ..))) => {
-                tracing::warn!(shim = id, %error, "a shim of an earlier plugin lives and does not answer");
+                tracing::warn!(shim = %id, %error, "a shim of an earlier plugin lives and does not answer");
                 Adoption::Hung(pidfd)
             }
             Ok(None) => Adoption::Gone,
@@ -245,7 +248,8 @@ mod tests {
     async fn a_shim_with_a_container_that_it_can_not_delete_is_ended_by_force() {
         let dir = tempfile::tempdir().expect("a directory");
         let places = Places::new(dir.path().join("run"), dir.path().join("state"));
-        let own = places.shim("a");
+        let id = ShimId::from_dir_name("a").expect("an id");
+        let own = places.shim(&id);
         create_private_dir(&own).expect("made");
         listen(&own, |_, _| Answer::Bytes(&[]));
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("started");
@@ -259,7 +263,7 @@ mod tests {
         fs::write(own.join(PID_FILE), serde_json::to_vec(&identity).expect("encoded")).expect("written");
         fs::write(own.join(UNUSABLE_FILE), "").expect("written");
         let launcher = Launcher::new("none".into(), "test".to_owned(), ShimScope::Node, places, Vec::new());
-        let Adoption::Alive(shim) = Arc::new(launcher).adopt("a").await else { panic!("the shim lives and answers") };
+        let Adoption::Alive(shim) = Arc::new(launcher).adopt(&id).await else { panic!("the shim lives and answers") };
         assert!(shim.shut_down().await);
         assert!(!own.exists());
         assert_eq!(child.wait().expect("waited for").signal(), Some(libc::SIGKILL));

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     failpoint,
-    ids::TaskId,
+    ids::{AllocId, TaskId},
     logs::FifoGuard,
     shim::{Adoption, ShimHold, SignalTarget, stdio::ParkedFifos},
 };
@@ -39,7 +39,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(1500);
 type AttemptLock = Arc<tokio::sync::Mutex<()>>;
 
 /// An allocation and the name of a task in it.
-pub(super) type AllocTask = (String, String);
+pub(super) type AllocTask = (AllocId, String);
 
 /// Returns for how long an agent has been connected without interruption; zero when no agent is connected.
 type AgentConnectedFor = Box<dyn Fn() -> Duration + Send + Sync>;
@@ -156,11 +156,11 @@ impl Engine {
     }
 
     /// Returns the lock of an allocation's task. A start or a teardown of one of the task's attempts holds the lock.
-    pub(super) fn attempt_lock(&self, alloc_id: &str, name: &str) -> AttemptLock {
+    pub(super) fn attempt_lock(&self, alloc_id: &AllocId, name: &str) -> AttemptLock {
         let mut attempt_locks = self.0.attempt_locks.lock();
         // Locks that are neither held nor waited for are dropped.
         attempt_locks.retain(|_, turn| Arc::strong_count(turn) > 1);
-        attempt_locks.entry((alloc_id.to_owned(), name.to_owned())).or_default().clone()
+        attempt_locks.entry((alloc_id.clone(), name.to_owned())).or_default().clone()
     }
 
     /// The settings that the engine was opened with.

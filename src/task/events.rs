@@ -6,7 +6,7 @@ use tokio::sync::broadcast;
 
 use super::Record;
 use crate::{
-    ids::TaskId,
+    ids::{AllocId, TaskId},
     text::{self, EXCERPT_MAX, MESSAGE_MAX},
 };
 
@@ -16,7 +16,7 @@ pub struct TaskEvent {
     /// The id of the attempt.
     pub task_id: TaskId,
     /// The id of its allocation.
-    pub alloc_id: String,
+    pub alloc_id: AllocId,
     /// The task's name.
     pub task_name: String,
     /// When it happened.

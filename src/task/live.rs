@@ -20,7 +20,6 @@ use super::{
     undo::KILL_GRACE,
 };
 use crate::{
-    cgroup::CgroupPath,
     failpoint,
     ids::TaskId,
     image::ImageRecord,
@@ -252,8 +251,7 @@ impl Task {
     /// on cgroup version 1, frozen processes die only when they are thawed.
     fn kill_cgroup(&self, context: &EngineContext) {
         let record = self.record();
-        let cgroup = CgroupPath::recorded(&record.intent.cgroup);
-        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.kill(&cgroup)) {
+        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.kill(&record.intent.cgroup)) {
             tracing::warn!(
                 task = %record.intent.task_id, error = %crate::error_chain(&error),
                 "could not kill the processes in the task's cgroup"
@@ -267,7 +265,7 @@ impl Task {
         let record = self.record();
         if context.pool.task_count(&record.intent.shim) > 1 {
             tracing::error!(
-                task = %record.intent.task_id, shim = record.intent.shim,
+                task = %record.intent.task_id, shim = %record.intent.shim,
                 "the shim does not report the task's end, and is not killed, since other tasks share it"
             );
             return;
@@ -330,7 +328,7 @@ async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
 /// Has the kernel's OOM killer ended a process of this task? The task's cgroup counts these, until the runtime's
 /// `delete` removes it.
 pub(super) fn has_oom_kill(context: &EngineContext, record: &Record) -> bool {
-    context.cgroups.oom_kills(&CgroupPath::recorded(&record.intent.cgroup)).is_some_and(|count| count > 0)
+    context.cgroups.oom_kills(&record.intent.cgroup).is_some_and(|count| count > 0)
 }
 
 /// Waits until the container's process or its shim has ended. Other errors do not end the wait.

@@ -22,9 +22,9 @@ use super::{
     lock, read_records, remove_probe, stale_probes,
 };
 use crate::{
-    cgroup::{CgroupPath, Cgroups, PrimingMode},
+    cgroup::{Cgroups, PrimingMode},
     control::Garbage,
-    ids::{ContainerId, TaskId},
+    ids::{ContainerId, ShimId, TaskId},
     places::{Places, list_names},
     process::{ProcessId, none_if_vanished},
     rootfs::RootfsError,
@@ -51,7 +51,7 @@ enum Item {
     /// An unrecorded container.
     Container(ContainerId),
     /// An unrecorded shim.
-    Shim(String),
+    Shim(ShimId),
     /// A prepared root file system.
     PreparedRootfs(String),
     /// The remains of a probe of a runtime.
@@ -63,7 +63,7 @@ impl Item {
         match self {
             Self::Unfinished(id) | Self::Ended(id) => ("task", &id.0),
             Self::Container(id) => ("container", id.as_str()),
-            Self::Shim(name) => ("shim", name),
+            Self::Shim(id) => ("shim", id.as_str()),
             Self::PreparedRootfs(name) => ("rootfs", name),
             Self::Probe(name) => ("probe", name),
         }
@@ -193,9 +193,8 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
             found.push((Item::Container(id), Verdict::Keep(why.to_owned())));
         }
     }
-    let named: HashSet<&str> = records.readable.iter().map(|record| record.intent.shim.as_str()).collect();
-    let unrecorded: Vec<String> =
-        list_names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())).collect();
+    let named: HashSet<&ShimId> = records.readable.iter().map(|record| &record.intent.shim).collect();
+    let unrecorded: Vec<ShimId> = places.list_shims()?.into_iter().filter(|id| !named.contains(id)).collect();
     let containers = containers_on_disk(places, &settings.containerd.namespace)?;
     for id in containers.into_iter().filter(|id| !recorded.contains(id)) {
         let verdict = judge_unrecorded(places, &cgroups, &id, &unrecorded).await;
@@ -223,7 +222,7 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
 }
 
 /// Decides whether an unrecorded container is garbage. `shims` are the shims that may hold it.
-async fn judge_unrecorded(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[String]) -> Verdict {
+async fn judge_unrecorded(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[ShimId]) -> Verdict {
     let unknown = |why: String| {
         Verdict::Keep(format!("no record names it, and it is not known whether a process of it lives ({why})"))
     };
@@ -313,8 +312,7 @@ fn elapsed_since(at: u64) -> Duration {
 /// # Errors
 /// When the container's files or cgroup can't be read.
 fn find_process(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Option<u32>, TaskError> {
-    let group = CgroupPath::recorded(&cgroup_in_bundle(places, id)?);
-    if !group.as_str().is_empty()
+    if let Some(group) = cgroup_in_bundle(places, id)?
         && let Some(pid) = cgroups.processes(&group)?.into_iter().next()
     {
         return Ok(Some(pid));
@@ -365,7 +363,7 @@ impl Engine {
                 // This call is refused if the task runs after all.
                 self.destroy(id, Force::No).await
             }
-            Item::Container(id) => self.destroy_unrecorded(id, &list_names(&places.shims())?).await,
+            Item::Container(id) => self.destroy_unrecorded(id, &places.list_shims()?).await,
             Item::Shim(name) => wait_until_removed(&places.shim(name)).await,
             Item::PreparedRootfs(name) => wait_until_removed(&places.prepared_rootfs().join(name)).await,
             Item::Probe(name) => remove_probe(places.run(), &self.context().cgroups, name)

@@ -60,15 +60,8 @@ impl Engine {
         let mut parked = None;
         let park = || ParkedFifos::new(&request.alloc_dir, &request.stdout, &request.stderr);
         let same = |record: &Record| record.intent.alloc_id == request.alloc_id && record.intent.name == request.name;
-        let anonymous = request.alloc_id.is_empty();
-        let previous: Vec<TaskId> = self
-            .tasks()
-            .values()
-            .filter_map(Slot::record)
-            .filter(|_| !anonymous)
-            .filter(same)
-            .map(|record| record.intent.task_id)
-            .collect();
+        let previous: Vec<TaskId> =
+            self.tasks().values().filter_map(Slot::record).filter(same).map(|record| record.intent.task_id).collect();
         for old in previous {
             tracing::warn!(task = %old, new = %request.task_id, "destroying an attempt that Nomad never destroyed");
             parked = Some(park());

@@ -16,9 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use super::group::NetnsMembership;
 use crate::{
-    cgroup::SharePool,
+    cgroup::{CgroupPath, SharePool},
+    containerd::LeaseId,
     files::{none_if_missing, remove_file_if_exists, replace_private},
-    ids::{ContainerId, TaskId},
+    ids::{AllocId, ContainerId, ShimId, TaskId},
     process::{self, ProcessId},
 };
 
@@ -56,7 +57,7 @@ pub struct Intent {
     /// The task's name.
     pub name: String,
     /// The id of the task's allocation.
-    pub alloc_id: String,
+    pub alloc_id: AllocId,
     /// The allocation's directory on the host.
     pub alloc_dir: PathBuf,
     /// The path that the task's standard output goes to.
@@ -68,21 +69,21 @@ pub struct Intent {
     /// The task's image.
     pub image: String,
     /// The lease that keeps the image's layers in containerd.
-    pub lease: String,
+    pub lease: LeaseId,
     /// The runtime's name.
     pub runtime: String,
     /// Whether the runtime is gVisor's runsc.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub gvisor: bool,
     /// The name of the shim's directory.
-    pub shim: String,
+    pub shim: ShimId,
     /// The shim's program, if the runtime has a shim of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shim_program: Option<PathBuf>,
     /// The shim's namespace. The runtime keeps its state in a directory of this name.
     pub namespace: String,
     /// The task's cgroup.
-    pub cgroup: String,
+    pub cgroup: CgroupPath,
     /// The pool of shared processors that the task uses, if this driver has to follow the pool's changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share_pool: Option<SharePool>,
@@ -381,16 +382,16 @@ mod tests {
             container_id: ContainerId::derive("a", "web", &task_id),
             task_id,
             name: "web".to_owned(),
-            alloc_id: "a".to_owned(),
+            alloc_id: AllocId::new("a").expect("an id"),
             alloc_dir: "/allocs/a".into(),
             stdout: "/allocs/a/alloc/logs/.web.stdout.fifo".into(),
             stderr: "/allocs/a/alloc/logs/.web.stderr.fifo".into(),
             image: "app".to_owned(),
-            lease: "l".to_owned(),
+            lease: LeaseId("l".to_owned()),
             runtime: "runc".to_owned(),
-            shim: "s".to_owned(),
+            shim: ShimId::from_dir_name("s").expect("an id"),
             namespace: "nomad".to_owned(),
-            cgroup: "/nomad/a.web".to_owned(),
+            cgroup: CgroupPath::new("/nomad/a.web").expect("a path"),
             share_pool: None,
             group: None,
             gvisor: false,

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     failpoint,
-    ids::{ContainerId, TaskId},
+    ids::{ContainerId, ShimId, TaskId},
     logs::FifoGuard,
     places::{PlacesError, list_names},
     process::ProcessId,
@@ -105,9 +105,9 @@ impl Engine {
     /// refuses. Returns true if every container has a readable record.
     fn adopt_idle_shims(&self, records: &Records) -> bool {
         let places = &self.context().settings.places;
-        let named: HashSet<&str> = records.readable.iter().map(|record| record.intent.shim.as_str()).collect();
+        let named: HashSet<&ShimId> = records.readable.iter().map(|record| &record.intent.shim).collect();
         let known: HashSet<&str> = records.readable.iter().map(|record| record.intent.container_id.as_str()).collect();
-        let listed = list_names(&places.bundles()).and_then(|bundles| Ok((bundles, list_names(&places.shims())?)));
+        let listed = list_names(&places.bundles()).and_then(|bundles| Ok((bundles, places.list_shims()?)));
         let (bundles, shims) = match listed {
             Ok(listed) => listed,
             Err(error) => {
@@ -119,7 +119,7 @@ impl Engine {
         };
         let may_hold_containers =
             !records.unreadable.is_empty() || bundles.iter().any(|id| !known.contains(id.as_str()));
-        for id in shims.into_iter().filter(|id| !named.contains(id.as_str())) {
+        for id in shims.into_iter().filter(|id| !named.contains(id)) {
             let context = self.context().clone();
             tokio::spawn(async move {
                 let dir = context.settings.places.shim(&id);
@@ -137,7 +137,7 @@ impl Engine {
                     Adoption::Gone => drop(shim::shut_down_unrecorded(&dir).await),
                     Adoption::Unknown(error) => {
                         tracing::warn!(
-                            shim = id, %error,
+                            shim = %id, %error,
                             "could not look for an idle shim of an earlier plugin; the next garbage collection ends it"
                         );
                     }

@@ -132,8 +132,9 @@ pub(crate) async fn start(
     };
     let image = self::ensure_image(context, request, stop).await?;
     failpoint::kill_at("start.image");
-    let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
-    let cgroup = context.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
+    let container_id = ContainerId::derive(request.alloc_id.as_str(), &request.name, &request.task_id);
+    let cgroup =
+        context.cgroups.task_path(&request.cpuset_cgroup, request.alloc_id.as_str(), &request.name, &container_id);
     let share_pool = share_pool::pool_of_task(context, request);
     let mut plan = Plan { request, runtime, apparmor, image, mounts, devices, container_id, cgroup, share_pool };
     match create_task(context, &plan, began, stop).await {

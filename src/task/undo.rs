@@ -14,7 +14,6 @@ use super::{
     interrupt, logs, refused,
 };
 use crate::{
-    cgroup::CgroupPath,
     failpoint,
     files::remove_file_if_exists,
     gvisor,
@@ -96,7 +95,7 @@ async fn end_task(
     let mut outcome = FirstError(Ok(()));
     if let Adoption::Unknown(source) = shim {
         // The shim may hold the container, which only that shim may end.
-        let (id, path) = (record.intent.shim.clone(), context.settings.places.shim(&record.intent.shim));
+        let (id, path) = (record.intent.shim.to_string(), context.settings.places.shim(&record.intent.shim));
         let source = ShimError::File { id, doing: "look for", path, source };
         return Err(TaskError::Shim { doing: "find the task's shim", source });
     }
@@ -126,8 +125,7 @@ async fn end_task(
         // Other runtimes do this in their `delete`, which is not called for an ended sandbox. A cgroup that can't be
         // removed here is retried and reported in `finish`.
         outcome.note(record, "processes", kill_cgroup_processes(context, record).await);
-        let cgroup = CgroupPath::recorded(&record.intent.cgroup);
-        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.remove(&cgroup)) {
+        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.remove(&record.intent.cgroup)) {
             tracing::debug!(
                 task = %record.intent.task_id, error = %crate::error_chain(&error),
                 "could not remove the task's cgroup; retrying later"
@@ -175,7 +173,7 @@ impl EndedTask {
         let bundle = BundlePaths::of(&context.settings.places, &record.intent.container_id);
         let log = context.settings.places.log(&record.intent.container_id);
         let cgroups = context.cgroups.clone();
-        let cgroup = CgroupPath::recorded(&record.intent.cgroup);
+        let cgroup = record.intent.cgroup.clone();
         let root = context.settings.places.runtime_state(&record.intent.runtime, &record.intent.namespace);
         let state = record.intent.gvisor.then(|| (root, record.intent.container_id.clone()));
         let files = tokio::task::spawn_blocking(move || {
@@ -314,7 +312,7 @@ pub(super) async fn delete_after_cleanup(context: &EngineContext, record: &Recor
 /// too long. A plugin that dies during a Create leaves such a runtime behind. It may still create the container, or was
 /// cut off while it created the container's process.
 async fn wait_for_runtime(context: &EngineContext, record: &Record, shim: &Shim) {
-    let cgroup = CgroupPath::recorded(&record.intent.cgroup);
+    let cgroup = &record.intent.cgroup;
     // Of a shared shim's processes, only those count that were called for this container and are still in the shim's
     // own cgroup.
     let alone = shim.has_single_hold();
@@ -324,7 +322,7 @@ async fn wait_for_runtime(context: &EngineContext, record: &Record, shim: &Shim)
         }
         any_process(descendants(shim.pid())?.into_iter().skip(1), |pid| {
             if alone {
-                return context.cgroups.contains(&cgroup, pid).map(|holds| !holds);
+                return context.cgroups.contains(cgroup, pid).map(|holds| !holds);
             }
             Ok(context.cgroups.are_in_same_groups(pid, shim.pid())?
                 && interrupt::has_container_arg(pid, &record.intent.container_id)?)
@@ -392,9 +390,8 @@ async fn delete_late_container(context: &EngineContext, record: &Record) -> Resu
 /// Kills all processes in the task's cgroup. No process may outlive the task's teardown, and those of a runtime that
 /// was cut off belong to no container.
 pub(super) async fn kill_cgroup_processes(context: &EngineContext, record: &Record) -> Result<(), TaskError> {
-    let cgroup = CgroupPath::recorded(&record.intent.cgroup);
     let deadline = tokio::time::Instant::now() + KILL_GRACE;
-    while context.cgroups.kill(&cgroup)? > 0 && tokio::time::Instant::now() < deadline {
+    while context.cgroups.kill(&record.intent.cgroup)? > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(POLL_INTERVAL).await;
     }
     Ok(())
