@@ -1,5 +1,5 @@
 //! Identifiers that many modules pass on. Most of these types check the text when a value is made; a [`TaskId`] is
-//! whatever Nomad sends.
+//! whatever Nomad sends. Ids in records are read back as they were written.
 
 use std::{fmt, path::Path};
 
@@ -16,6 +16,9 @@ pub enum IdError {
     /// configuration.
     #[error("plugin args {0:?}: only --name NAME is known")]
     PluginArgs(Vec<String>),
+    /// Invalid id of an allocation.
+    #[error("allocation id {0:?} can't be the name of a directory")]
+    AllocId(String),
     /// Invalid content digest.
     #[error("digest {0:?} is not `sha256:` with 64 lower-case hexadecimal digits")]
     Digest(String),
@@ -101,6 +104,69 @@ impl fmt::Display for TaskId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// The id of an allocation. It becomes a part of names, and of paths of cgroups. An unrecorded container has the empty
+/// id, which no allocation has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct AllocId(String);
+
+impl AllocId {
+    /// Checks an id.
+    ///
+    /// # Errors
+    /// When the id can't be the name of a directory.
+    pub fn new(text: &str) -> Result<Self, IdError> {
+        if is_file_name(text) { Ok(Self(text.to_owned())) } else { Err(IdError::AllocId(text.to_owned())) }
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The first eight characters, to be shown to people.
+    pub fn short(&self) -> String {
+        self.0.chars().take(8).collect()
+    }
+}
+
+impl fmt::Display for AllocId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The id of a shim, which is the name of its directory.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ShimId(String);
+
+impl ShimId {
+    /// Makes an id for a new shim.
+    pub fn random() -> Self {
+        Self(random_hex(6))
+    }
+
+    /// The id of the shim with a directory of this name; `None` for a text that no directory is named.
+    pub fn from_dir_name(name: &str) -> Option<Self> {
+        is_file_name(name).then(|| Self(name.to_owned()))
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ShimId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Returns whether a file or directory can have this name.
+fn is_file_name(text: &str) -> bool {
+    !matches!(text, "" | "." | "..") && !text.contains(['/', '\0'])
 }
 
 /// The id of a task's container, as shims and runtimes get it: at most 64 characters of `[A-Za-z0-9-]`, which
@@ -284,6 +350,19 @@ mod tests {
         let second = ChainId::next(Some(&first), &diff('b'));
         let expected = Digest::of(format!("{} {}", diff('a'), diff('b')).as_bytes());
         assert_eq!(second.as_str(), expected.as_str());
+    }
+
+    #[test]
+    fn ids_that_become_names_are_checked() {
+        for text in ["", ".", "..", "a/b", "/", "a\0b"] {
+            assert_eq!(AllocId::new(text), Err(IdError::AllocId(text.to_owned())));
+            assert_eq!(ShimId::from_dir_name(text), None, "{text:?}");
+        }
+        assert_eq!(AllocId::new("4f1e").expect("an id").as_str(), "4f1e");
+        assert_eq!(ShimId::from_dir_name("630d1a274e5a").expect("an id").as_str(), "630d1a274e5a");
+        assert_ne!(ShimId::random(), ShimId::random());
+        let text = serde_json::to_string(&(AllocId::default(), ShimId("a".to_owned()))).expect("JSON");
+        assert_eq!(text, r#"["","a"]"#, "a newtype has the bytes of its text");
     }
 
     proptest! {

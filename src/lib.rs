@@ -83,12 +83,13 @@
 //! - [`failure`]: whether another attempt of a failed operation can succeed.
 //! - [`fifo`]: the state of a FIFO.
 //! - [`file_id`]: tells a file from another one that has taken its name.
+//! - [`files`]: creates, writes, replaces and removes files.
 //! - [`ids`]: driver names, task and container ids, digests.
 //! - [`netns`]: addresses, routes and processes of a network namespace.
 //! - [`overlay`]: overlay mounts of many layers.
 //! - [`pb`]: the wire types that `build.rs` generates from `proto/`.
 //! - [`peer`]: which users may connect to a socket.
-//! - [`places`]: the paths of the driver's files, and helpers to write them.
+//! - [`places`]: the paths of the driver's files, and helpers to list them.
 //! - [`privileges`]: the capabilities and system calls that each of the program's processes keeps.
 //! - [`process`]: process ids that can't be mistaken, and the way in which the driver executes programs.
 //! - [`text`]: makes text from other programs safe to show.
@@ -106,6 +107,7 @@ pub mod failpoint;
 pub mod failure;
 pub mod fifo;
 pub mod file_id;
+pub mod files;
 pub mod gvisor;
 pub mod host;
 pub mod ids;

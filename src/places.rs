@@ -1,14 +1,16 @@
-//! The paths of the driver's files and directories, and helpers to create, write and list them. Modules get the paths
-//! from [`Places`]; they only append names of files inside of a bundle, a shim's directory or a task's log directory.
+//! The paths of the driver's files and directories, and helpers to list them. Modules get the paths from [`Places`];
+//! they only append names of files inside of a bundle, a shim's directory or a task's log directory.
 
 use std::{
-    fs,
-    io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
-use crate::ids::{ContainerId, Digest, DriverName, random_hex};
+use crate::{
+    files::{create_private_dir, none_if_missing},
+    ids::{ContainerId, Digest, DriverName, ShimId},
+};
 
 /// The longest path that a unix socket can have (`sun_path` without its terminator, unix(7)).
 pub const SOCKET_PATH_MAX: usize = 107;
@@ -89,7 +91,7 @@ impl Places {
     /// # Errors
     /// When a directory can't be created or its mode can't be corrected, or when the run directory's path is too long.
     pub fn create(&self) -> Result<(), PlacesError> {
-        if self.shim("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
+        if self.shims().join("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
             return Err(PlacesError::RunDirTooLong(self.run.clone()));
         }
         for path in [self.tasks(), self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.images()] {
@@ -201,8 +203,16 @@ impl Places {
     }
 
     /// The directory of one shim: its working directory, with its socket, its log and its pid file.
-    pub fn shim(&self, shim: &str) -> PathBuf {
-        self.shims().join(shim)
+    pub fn shim(&self, shim: &ShimId) -> PathBuf {
+        self.shims().join(shim.as_str())
+    }
+
+    /// Returns the ids of the shims that have directories.
+    ///
+    /// # Errors
+    /// When the directories can't be listed.
+    pub fn list_shims(&self) -> Result<Vec<ShimId>, PlacesError> {
+        Ok(list_names(&self.shims())?.iter().filter_map(|name| ShimId::from_dir_name(name)).collect())
     }
 
     /// The directory of the tasks whose logs the driver's log writer writes; one directory for each task.
@@ -297,66 +307,16 @@ impl Places {
     }
 }
 
-/// Creates `path` and its parents with access for root only (0700). The root file systems of tasks are below: a local
-/// user with access could run a task's set-user-id programs on the host (CVE-2021-41091).
-///
-/// # Errors
-/// As mkdir(2).
-pub fn create_private_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
-/// Creates a directory that every user may list and enter (0755), because containers see it.
-///
-/// # Errors
-/// As mkdir(2).
-pub fn create_public_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
-}
-
-/// Opens a lock file of the driver, and creates it if it is missing. Only root can open it, because read access is
-/// enough to take a lock.
-///
-/// # Errors
-/// As open(2).
-pub fn open_lock_file(path: &Path) -> io::Result<fs::File> {
-    fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)
-}
-
-/// Opens a new or truncated file that only root can read (0600).
-///
-/// # Errors
-/// As open(2).
-pub fn create_private(path: &Path) -> io::Result<fs::File> {
-    fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
-}
-
-/// Writes a file that only root can read (0600), and removes it if writing fails, as on a full file system.
-///
-/// # Errors
-/// When the file can't be created or written.
-pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
-    create_private(path)?.write_all(content).inspect_err(|_| remove_draft(path))
-}
-
-/// Removes a file that could not be written completely: half of it is of no use and takes space.
-fn remove_draft(path: &Path) {
-    if let Err(error) = fs::remove_file(path) {
-        tracing::warn!(path = %path.display(), %error, "could not remove an incompletely written file");
-    }
-}
-
 /// Removes other users' access to a directory or file, in case an earlier version or another program has granted it. A
 /// missing file is fine, and a symlink is left alone.
 ///
 /// # Errors
 /// As chmod(2).
 fn remove_access_of_others(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(found) if found.permissions().mode() & 0o077 != 0 && !found.is_symlink() => {
+    match none_if_missing(fs::symlink_metadata(path))? {
+        Some(found) if found.permissions().mode() & 0o077 != 0 && !found.is_symlink() => {
             fs::set_permissions(path, fs::Permissions::from_mode(found.permissions().mode() & 0o700))
         }
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
@@ -381,21 +341,6 @@ impl MountPoints {
     }
 }
 
-/// Writes a file completely or not at all: writes a draft in the same directory and renames it. Creates the directory
-/// if it is missing.
-///
-/// # Errors
-/// When a step fails; the draft is removed then.
-pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
-        create_private_dir(parent)?;
-    }
-    let draft = path.with_extension(format!("{}.tmp", random_hex(4)));
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
-    let written = file.write_all(content).and_then(|()| fs::rename(&draft, path));
-    written.inspect_err(|_| remove_draft(&draft))
-}
-
 /// Returns the names of the entries of a directory of the driver. A missing directory counts as empty.
 ///
 /// # Errors
@@ -408,13 +353,8 @@ pub fn list_names(path: &Path) -> Result<Vec<String>, PlacesError> {
 
 /// Returns the names of a directory's entries. A missing directory counts as empty.
 fn list_entries(path: &Path) -> io::Result<Vec<String>> {
-    match fs::read_dir(path) {
-        Ok(entries) => {
-            entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned())).collect()
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
+    let Some(entries) = none_if_missing(fs::read_dir(path))? else { return Ok(Vec::new()) };
+    entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned())).collect()
 }
 
 #[cfg(test)]

@@ -122,7 +122,8 @@ impl Floor {
             return Err(format!("the floor's container could not {}: {error}", step.text()).into());
         }
         let handle = Arc::new(PidFd::open(pid.cast_unsigned())?);
-        Ok(ContainerProcess { pid, handle, cgroup: CgroupPath::recorded(cgroup_path(spec)) })
+        let cgroup = CgroupPath::new(cgroup_path(spec)).ok_or("the template has no cgroup")?;
+        Ok(ContainerProcess { pid, handle, cgroup })
     }
 
     /// Removes the cgroup of a container that has ended.

@@ -11,12 +11,15 @@ use std::{
     time::SystemTime,
 };
 
+use serde::{Deserialize, Serialize};
+
 pub use lock_primer::{CgroupLockPrimer, Priming, PrimingMode};
 pub use share_pool::SharePool;
 pub use stats::{CpuUsage, MemoryUsage, Meter, Usage, cpu_percent};
 
 use crate::{
     failpoint,
+    files::{none_if_missing, remove_dir_if_exists},
     ids::ContainerId,
     process::{PidFd, none_if_vanished},
 };
@@ -57,13 +60,20 @@ pub struct Cgroups {
 
 /// The path of a task's cgroup, relative to each hierarchy's root and with a leading slash (`cgroupsPath` in the OCI
 /// runtime specification).
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// The default is no cgroup, as of an unrecorded container whose cgroup is not known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CgroupPath(String);
 
 impl CgroupPath {
-    /// Creates the value from a path that was read from a record.
-    pub fn recorded(path: &str) -> Self {
-        Self(path.to_owned())
+    /// Checks a path. Returns `None` for an empty one and for the root cgroup, which no task has.
+    pub fn new(path: &str) -> Option<Self> {
+        (!path.trim_matches('/').is_empty()).then(|| Self(path.to_owned()))
+    }
+
+    /// Creates the path of the cgroup with this name at the root of every hierarchy.
+    pub fn at_root(name: &str) -> Self {
+        Self(format!("/{name}"))
     }
 
     /// Returns the path as text.
@@ -259,6 +269,7 @@ impl Cgroups {
     /// # Errors
     /// Fails when the processes can't be listed. Those that were found are killed nevertheless.
     pub fn kill(&self, task: &CgroupPath) -> Result<usize, CgroupError> {
+        // Without a cgroup there is nothing to kill; an empty path would be the root cgroup.
         if task.0.trim_matches('/').is_empty() {
             return Ok(0);
         }
@@ -318,10 +329,10 @@ fn read_groups(pid: u32) -> io::Result<Option<String>> {
 
 /// Thaws a cgroup and those below it, if this hierarchy has the freezer.
 fn thaw(path: &Path) {
-    match fs::write(path.join("freezer.state"), "THAWED") {
-        Ok(()) => {}
+    match none_if_missing(fs::write(path.join("freezer.state"), "THAWED")) {
+        Ok(Some(())) => {}
         // This hierarchy has no freezer, or the cgroup is gone.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        Ok(None) => return,
         // The caller notices that the processes do not end.
         Err(error) => tracing::warn!(path = %path.display(), %error, "could not thaw a frozen cgroup"),
     }
@@ -336,20 +347,17 @@ fn thaw(path: &Path) {
 fn collect_pids(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
     let file = path.join("cgroup.procs");
     let read = crate::failpoint::fail_lookup("cgroup.procs").and_then(|()| fs::read_to_string(&file));
-    match read {
+    match none_if_missing(read) {
         // Processes of other pid namespaces are listed as 0.
-        Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid: &u32| pid != 0)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Ok(Some(text)) => pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|&pid: &u32| pid != 0)),
+        Ok(None) => return Ok(()),
         // ENODEV: the cgroup was removed while the file was open. EOPNOTSUPP: the cgroup's threads belong to processes
         // of a cgroup above it, which lists them (cgroup-v2.rst, "Threads").
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP)) => {}
         Err(source) => return Err(CgroupError { doing: "read", path: file, source }),
     }
     let failed = |source| CgroupError { doing: "list", path: path.to_owned(), source };
-    let entries = match fs::read_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries.map_err(failed)?,
-    };
+    let Some(entries) = none_if_missing(fs::read_dir(path)).map_err(failed)? else { return Ok(()) };
     for entry in entries {
         let entry = entry.map_err(failed)?;
         if entry.file_type().map_err(failed)?.is_dir() {
@@ -361,24 +369,15 @@ fn collect_pids(path: &Path, pids: &mut Vec<u32>) -> Result<(), CgroupError> {
 
 /// Removes a cgroup and those below it, from the leaves up. A cgroup's files are removed with its directory.
 fn remove_tree(path: &Path) -> Result<(), CgroupError> {
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(CgroupError { doing: "read", path: path.to_owned(), source }),
-    };
-    let failed = |source| CgroupError { doing: "list", path: path.to_owned(), source };
+    let failed = |doing| move |source| CgroupError { doing, path: path.to_owned(), source };
+    let Some(entries) = none_if_missing(fs::read_dir(path)).map_err(failed("read"))? else { return Ok(()) };
     for entry in entries {
-        let entry = entry.map_err(failed)?;
-        if entry.file_type().map_err(failed)?.is_dir() {
+        let entry = entry.map_err(failed("list"))?;
+        if entry.file_type().map_err(failed("list"))?.is_dir() {
             remove_tree(&entry.path())?;
         }
     }
-    match fs::remove_dir(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(CgroupError { doing: "remove", path: path.to_owned(), source })
-        }
-        _ => Ok(()),
-    }
+    remove_dir_if_exists(path).map_err(failed("remove"))
 }
 
 #[cfg(test)]
@@ -397,6 +396,13 @@ mod tests {
         let hybrid = Cgroups::from_mountinfo(HYBRID);
         assert_eq!((hybrid.mode(), hybrid.hierarchies().len()), (CgroupMode::V1, 2));
         assert_eq!(Cgroups::from_mountinfo(UNIFIED).mode(), CgroupMode::V2);
+    }
+
+    #[test]
+    fn the_root_is_no_cgroup_of_a_task() {
+        assert_eq!(CgroupPath::new("").or(CgroupPath::new("/")).or(CgroupPath::new("//")), None);
+        let path = CgroupPath::new("/nomad/a.web").expect("a path");
+        assert_eq!(serde_json::to_string(&path).expect("JSON"), r#""/nomad/a.web""#);
     }
 
     #[test]

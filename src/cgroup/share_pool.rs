@@ -11,6 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{CGROUP_ROOT, CgroupError, CgroupMode, CgroupPath, Cgroups};
+use crate::files::none_if_missing;
 
 const CPUSET_CPUS: &str = "cpuset.cpus";
 
@@ -50,11 +51,7 @@ impl Cgroups {
     /// Fails when the kernel refuses the list, because a cgroup below has other CPUs.
     pub fn set_cpus(&self, task: &CgroupPath, cpus: &str) -> Result<(), CgroupError> {
         let path = task.in_hierarchy(&Path::new(CGROUP_ROOT).join("cpuset")).join(CPUSET_CPUS);
-        match fs::write(&path, cpus) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                Err(CgroupError { doing: "set", path, source })
-            }
-            _ => Ok(()),
-        }
+        let set = none_if_missing(fs::write(&path, cpus)).map(drop);
+        set.map_err(|source| CgroupError { doing: "set", path, source })
     }
 }

@@ -9,9 +9,10 @@ use nix::fcntl::{Flock, FlockArg};
 use super::{CliError, CommonArgs, ContainerdSession, parse_image, print_data, runs, table, tasks};
 use crate::{
     control::{ANSWER_TIMEOUT, Answer, Garbage, Request, send_request},
+    files::create_private_dir,
     ids::DriverName,
     image::ImageError,
-    places::{Places, create_private_dir},
+    places::Places,
     plugin,
     task::{AppArmorDefault, Settings, gc_offline},
 };

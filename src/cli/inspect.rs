@@ -22,7 +22,7 @@ impl Inspect {
     /// When the task does not exist, or output fails.
     pub(crate) fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks::FoundTask { driver, places, record } = tasks::find_task(common, &self.task)?;
-        let bundle = places.bundle(&record.container_id);
+        let bundle = places.bundle(&record.intent.container_id);
         let spec = std::fs::read(bundle.join("config.json")).unwrap_or_default();
         let mut spec: Value = serde_json::from_slice(&spec).unwrap_or_default();
         if let (false, Some(env)) = (self.env, spec.pointer_mut("/process/env").and_then(Value::as_array_mut)) {
@@ -35,9 +35,9 @@ impl Inspect {
             "driver": driver,
             "state": ps::state(&record),
             "record": record,
-            "shim": places.shim(&record.shim),
+            "shim": places.shim(&record.intent.shim),
             "bundle": bundle,
-            "rootfs": places.rootfs(&record.container_id),
+            "rootfs": places.rootfs(&record.intent.container_id),
             "spec": spec,
         });
         print_data(&format!("{}\n", serde_json::to_string_pretty(&text).unwrap_or_default()))?;

@@ -27,7 +27,7 @@ impl Kill {
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks::FoundTask { places, record, .. } = tasks::find_task(common, &self.task)?;
         let number = self.signal.as_deref().map(parse_signal).transpose()?;
-        let request = Request::Kill { task: record.task_id.0.clone(), signal: self.signal };
+        let request = Request::Kill { task: record.intent.task_id.0.clone(), signal: self.signal };
         match send_request(&places.control(), &request, ANSWER_TIMEOUT).await {
             Err(error) if error.no_plugin_listens() => signal_without_engine(&places, &record, number).await?,
             other => drop(other?),

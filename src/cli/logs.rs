@@ -38,13 +38,13 @@ impl Logs {
     /// When the task has no log files (a task of `run` has no log collector), or they can't be read.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let found = tasks::find_task(common, &self.task)?;
-        let named = found.record.alloc_dir.join("alloc/logs");
+        let named = found.record.intent.alloc_dir.join("alloc/logs");
         let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
         let opened = File::options().read(true).custom_flags(flags).open(&named);
         let opened = opened.map_err(|error| CliError::Usage(format!("{}: {error}", named.display())))?;
         let directory = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
         let stream = if self.stderr { "stderr" } else { "stdout" };
-        let prefix = format!("{}.{stream}.", found.record.name);
+        let prefix = format!("{}.{stream}.", found.record.intent.name);
         let parts = file_numbers(&directory, &prefix);
         let Some(&newest) = parts.last() else {
             let problem =

@@ -35,8 +35,9 @@ use crate::{
         private::{self, DaemonHold, PrivateError},
     },
     error_chain,
+    files::create_private_dir,
     image::{ImageError, ImageStore, SharedPullError},
-    places::{Places, PlacesError, create_private_dir},
+    places::{Places, PlacesError},
     text::{self, MESSAGE_MAX},
 };
 

@@ -27,9 +27,10 @@ impl Ps {
                 .iter()
                 .map(|(driver, record)| {
                     json!({
-                        "driver": driver, "task_id": record.task_id, "name": record.name, "alloc_id": record.alloc_id,
-                        "container_id": record.container_id, "image": record.image, "runtime": record.runtime,
-                        "cgroup": record.cgroup, "state": state(record), "pid": pid(record),
+                        "driver": driver, "task_id": record.intent.task_id, "name": record.intent.name,
+                        "alloc_id": record.intent.alloc_id, "container_id": record.intent.container_id,
+                        "image": record.intent.image, "runtime": record.intent.runtime,
+                        "cgroup": record.intent.cgroup, "state": state(record), "pid": pid(record),
                     })
                 })
                 .collect();
@@ -40,15 +41,15 @@ impl Ps {
             .iter()
             .map(|(driver, record)| {
                 let pid = pid(record).map_or_else(|| "-".to_owned(), |pid| pid.to_string());
-                let alloc = record.alloc_id.chars().take(8).collect();
+                let alloc = record.intent.alloc_id.short();
                 vec![
                     driver.clone(),
                     alloc,
-                    record.name.clone(),
+                    record.intent.name.clone(),
                     state(record),
                     pid,
-                    record.runtime.clone(),
-                    record.image.clone(),
+                    record.intent.runtime.clone(),
+                    record.intent.image.clone(),
                 ]
             })
             .collect();

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::{CliError, CommonArgs, print_message};
 use crate::{
     control::{ANSWER_TIMEOUT, Request, send_request},
+    files::remove_dir_all_if_exists,
     host::{Plugin, PluginCommand},
     pb::driver::DestroyTaskRequest,
     places::MountPoints,
@@ -83,11 +84,8 @@ pub(crate) fn remove_unless_mounted(path: &Path) -> bool {
     if MountPoints::read().may_be_below(path) {
         return false;
     }
-    match std::fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            print_message(&format!("nomad-driver-shim: {}: {error}", path.display()));
-        }
-        _ => {}
+    if let Err(error) = remove_dir_all_if_exists(path) {
+        print_message(&format!("nomad-driver-shim: {}: {error}", path.display()));
     }
     true
 }

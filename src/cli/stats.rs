@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{CliError, CommonArgs, print_data, ps, table, tasks};
-use crate::cgroup::{CgroupError, CgroupPath, Cgroups, Usage, cpu_percent};
+use crate::cgroup::{CgroupError, Cgroups, Usage, cpu_percent};
 
 /// The time between the two samples from which processor usage is computed.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ impl Stats {
             None => tasks::all_tasks(common),
         };
         let cgroups = Cgroups::detect()?;
-        let sample = |found: &tasks::FoundTask| cgroups.usage(&CgroupPath::recorded(&found.record.cgroup));
+        let sample = |found: &tasks::FoundTask| cgroups.usage(&found.record.intent.cgroup);
         let running: Vec<_> = tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
         let (first, began): (Vec<Option<Usage>>, Instant) = (running.iter().map(sample).collect(), Instant::now());
         if !running.is_empty() {
@@ -53,7 +53,7 @@ impl Stats {
             let percent = cpu_percent(before.cpu.total_ns, after.cpu.total_ns, time);
             let record = &found.record;
             list.push(json!({
-                "driver": found.driver, "task_id": record.task_id, "container_id": record.container_id,
+                "driver": found.driver, "task_id": record.intent.task_id, "container_id": record.intent.container_id,
                 "cpu_percent": percent, "cpu_ns": after.cpu.total_ns, "throttled_ns": after.cpu.throttled_ns,
                 "memory": after.memory.usage, "rss": after.memory.rss, "cache": after.memory.cache,
                 "swap": after.memory.swap, "max_memory": after.memory.max_usage,
@@ -62,8 +62,8 @@ impl Stats {
                 |bytes: Option<u64>| bytes.map_or("-".to_owned(), |bytes| indicatif::HumanBytes(bytes).to_string());
             rows.push(vec![
                 found.driver.clone(),
-                record.alloc_id.chars().take(8).collect(),
-                record.name.clone(),
+                record.intent.alloc_id.short(),
+                record.intent.name.clone(),
                 format!("{percent:.1}"),
                 bytes(after.memory.usage),
                 bytes(after.memory.rss),

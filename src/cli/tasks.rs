@@ -44,7 +44,7 @@ pub(crate) fn is_run(driver: &str) -> bool {
 /// as its layers are mounted.
 pub(crate) fn in_use_by_runs(common: &CommonArgs) -> ImagesInUse {
     let mounts = MountPoints::read();
-    let mounted = |found: &FoundTask| mounts.may_be_below(&found.places.rootfs(&found.record.container_id));
+    let mounted = |found: &FoundTask| mounts.may_be_below(&found.places.rootfs(&found.record.intent.container_id));
     let runs = all_tasks(common).into_iter().filter(|found| is_run(&found.driver));
     runs.filter(mounted).map(|found| (found.record.intent.image, found.record.intent.lease)).collect()
 }
@@ -62,7 +62,7 @@ pub(crate) fn all_tasks(common: &CommonArgs) -> Vec<FoundTask> {
             Err(error) => print_message(&format!("nomad-driver-shim: {}", crate::error_chain(&error))),
         }
     }
-    found.sort_by(|a, b| (&a.driver, &a.record.task_id).cmp(&(&b.driver, &b.record.task_id)));
+    found.sort_by(|a, b| (&a.driver, &a.record.intent.task_id).cmp(&(&b.driver, &b.record.intent.task_id)));
     found
 }
 
@@ -75,12 +75,19 @@ pub(crate) fn find_task(common: &CommonArgs, wanted: &str) -> Result<FoundTask, 
     let tasks = all_tasks(common);
     let exact = |found: &&FoundTask| {
         let record = &found.record;
-        [record.task_id.0.as_str(), record.container_id.as_str(), record.name.as_str(), record.alloc_id.as_str()]
-            .contains(&wanted)
+        [
+            record.intent.task_id.0.as_str(),
+            record.intent.container_id.as_str(),
+            record.intent.name.as_str(),
+            record.intent.alloc_id.as_str(),
+        ]
+        .contains(&wanted)
     };
     let begins = |found: &&FoundTask| {
         let record = &found.record;
-        wanted.len() >= 4 && (record.alloc_id.starts_with(wanted) || record.container_id.as_str().starts_with(wanted))
+        wanted.len() >= 4
+            && (record.intent.alloc_id.as_str().starts_with(wanted)
+                || record.intent.container_id.as_str().starts_with(wanted))
     };
     let mut fitting: Vec<&FoundTask> = tasks.iter().filter(exact).collect();
     if fitting.is_empty() {
@@ -90,7 +97,7 @@ pub(crate) fn find_task(common: &CommonArgs, wanted: &str) -> Result<FoundTask, 
         [found] => Ok(found.clone()),
         [] => Err(CliError::Usage(format!("no task {wanted:?} on this host; `ps` lists them"))),
         _ => {
-            let names: Vec<String> = fitting.iter().map(|found| found.record.container_id.to_string()).collect();
+            let names: Vec<String> = fitting.iter().map(|found| found.record.intent.container_id.to_string()).collect();
             Err(CliError::Usage(format!("{wanted:?} means {} tasks: {}; choose one", names.len(), names.join(", "))))
         }
     }

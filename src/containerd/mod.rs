@@ -11,11 +11,13 @@ pub use content::BlobWriter;
 
 use std::{
     collections::HashMap,
+    fmt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
 use tonic::{
     Code, Request, Status,
     metadata::MetadataValue,
@@ -150,8 +152,14 @@ pub struct Client {
 }
 
 /// The id of a lease. Objects that are created by a call with a lease belong to that lease.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LeaseId(pub String);
+
+impl fmt::Display for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 /// containerd's label for the expiry of a lease (an RFC 3339 time), after which containerd's garbage collector deletes
 /// the lease.
@@ -233,11 +241,11 @@ impl Client {
     ///
     /// # Errors
     /// Fails when the call to containerd fails.
-    pub async fn leases(&self) -> Result<Vec<String>, ContainerdError> {
+    pub async fn leases(&self) -> Result<Vec<LeaseId>, ContainerdError> {
         let mut client = LeasesClient::new(self.channel.clone());
         let request = self.request(None, leases::ListRequest::default());
         let answer = self.call("Leases.List", "", client.list(request)).await?;
-        Ok(answer.leases.into_iter().map(|lease| lease.id).collect())
+        Ok(answer.leases.into_iter().map(|lease| LeaseId(lease.id)).collect())
     }
 
     /// Adds an existing object to a lease. The kind is `content` or `snapshots/<snapshotter>`.

@@ -21,7 +21,7 @@ use nix::{
 
 use super::{Client, ContainerdError};
 use crate::{
-    places::{create_private, create_private_dir, open_lock_file, write_private},
+    files::{create_private, create_private_dir, open_lock_file, write_private},
     process::command,
 };
 

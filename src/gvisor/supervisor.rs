@@ -155,7 +155,7 @@ fn wait_for_exit_code(note: &Path) -> Option<u8> {
 fn create_supervised(mut runsc: Command, note: &Path, pid_file: Option<&str>) -> io::Result<Option<u8>> {
     let Some(pid_file) = pid_file else { return Ok(None) };
     if let Some(root) = note.parent() {
-        crate::places::create_private_dir(root)?;
+        crate::files::create_private_dir(root)?;
     }
     let file = File::options().create(true).truncate(true).write(true).read(true).mode(0o600).open(note)?;
     // The lock belongs to the open file, so that the child has it, too. It is held before the shim gets an answer, so a

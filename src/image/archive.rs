@@ -9,7 +9,7 @@ use std::{
         fd::{AsRawFd as _, OwnedFd},
         unix::fs::OpenOptionsExt as _,
     },
-    path::{Path, PathBuf},
+    path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -19,8 +19,8 @@ use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::{ImageError, Reference, manifest::LAYERS_MAX};
-use crate::{file_id::FileId, ids::Digest};
+use super::{Archive, ArchiveFormat, ImageError, Reference, manifest::LAYERS_MAX};
+use crate::ids::Digest;
 
 /// The largest index or manifest that is read. It is the limit of distribution, the reference registry.
 const DOCUMENT_MAX: u64 = 4 << 20;
@@ -32,45 +32,6 @@ const EXTENSION_MAX: u64 = 1 << 20;
 const NAMES_MAX: usize = 16 << 20;
 /// The annotation with the name of an image in an index (image-spec, annotations.md).
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
-
-/// The format of an image in files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ArchiveFormat {
-    /// A directory in OCI's image layout.
-    OciDir,
-    /// A tar file of a directory in OCI's image layout.
-    OciArchive,
-    /// A tar file as `docker save` writes it.
-    DockerArchive,
-}
-
-/// The location of an image in files.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Archive {
-    /// The format of the files.
-    pub format: ArchiveFormat,
-    /// The directory or tar file.
-    pub path: PathBuf,
-    /// The name of the image, needed where the files hold several.
-    pub tag: Option<String>,
-}
-
-impl Archive {
-    /// Returns the identity of the tar file or of the layout's `index.json`. A caller that has already checked and
-    /// opened the path passes the descriptor as `opened`, which is then used instead of the path.
-    ///
-    /// # Errors
-    /// When the file does not exist or can't be examined.
-    pub fn file_id(&self, opened: Option<&OwnedFd>) -> io::Result<FileId> {
-        let path = self.path_to_open(opened);
-        let path = if self.format == ArchiveFormat::OciDir { path.join("index.json") } else { path };
-        Ok(FileId::of(&std::fs::metadata(path)?))
-    }
-
-    fn path_to_open(&self, opened: Option<&OwnedFd>) -> PathBuf {
-        opened.map_or_else(|| self.path.clone(), |fd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())))
-    }
-}
 
 /// An image in files whose index or manifest has been read.
 #[derive(Debug)]

@@ -6,9 +6,9 @@ use tokio::sync::Semaphore;
 use super::{
     ImageError, LayerProblem, Reference,
     layer::LayerScan,
-    manifest::Layer,
+    manifest::{Layer, check_digest},
     origin::Origin,
-    pull::{PullContext, PullEvent, check_digest},
+    pull_context::{PullContext, PullEvent},
 };
 use crate::{
     containerd::{BlobWriter, Labels, LeaseId},

@@ -18,12 +18,12 @@ use crate::{
 pub struct ImagesInUse {
     names: HashSet<String>,
     /// The leases of the images, because a name may stand for another image by now.
-    leases: HashSet<String>,
+    leases: HashSet<LeaseId>,
 }
 
 /// Collects pairs of an image's name and its lease.
-impl FromIterator<(String, String)> for ImagesInUse {
-    fn from_iter<T: IntoIterator<Item = (String, String)>>(pairs: T) -> Self {
+impl FromIterator<(String, LeaseId)> for ImagesInUse {
+    fn from_iter<T: IntoIterator<Item = (String, LeaseId)>>(pairs: T) -> Self {
         let (names, leases) = pairs.into_iter().unzip();
         Self { names, leases }
     }
@@ -115,11 +115,11 @@ impl ImageStore {
     }
 
     /// Deletes a lease, and the view of the same name if there is one.
-    async fn delete_lease_and_view(&self, lease: &str) -> Result<(), ContainerdError> {
+    async fn delete_lease_and_view(&self, lease: &LeaseId) -> Result<(), ContainerdError> {
         let client = &self.inner().client;
-        client.delete_lease(&LeaseId(lease.to_owned())).await?;
+        client.delete_lease(lease).await?;
         // containerd's garbage collector would remove the view as well, but on a busy host only after a minute.
-        if let Err(error) = client.remove_snapshot(lease).await {
+        if let Err(error) = client.remove_snapshot(&lease.0).await {
             tracing::debug!(
                 error = %crate::error_chain(&error),
                 "could not remove the view of an image; containerd's garbage collector will remove it"
@@ -130,7 +130,7 @@ impl ImageStore {
 
     /// Returns the leases of images that are stored or are being pulled, and of images that tasks still use although
     /// their name stands for another image by now.
-    fn leases_in_use(&self, in_use: &ImagesInUse) -> HashSet<String> {
+    fn leases_in_use(&self, in_use: &ImagesInUse) -> HashSet<LeaseId> {
         let inner = self.inner();
         let mut leases = in_use.leases.clone();
         leases.extend(lock(&inner.pull_leases).iter().cloned());
@@ -156,9 +156,9 @@ impl ImageStore {
         };
         let in_use_leases = self.leases_in_use(in_use);
         let mut found = Vec::new();
-        for lease in leases.into_iter().filter(|lease| lease.starts_with(&ours) && !in_use_leases.contains(lease)) {
+        for lease in leases.into_iter().filter(|lease| lease.0.starts_with(&ours) && !in_use_leases.contains(lease)) {
             let outcome = if dry_run { Ok(()) } else { self.delete_lease_and_view(&lease).await };
-            found.push(Garbage::removed("lease", &lease, &outcome).with_reason("no image of this driver needs it"));
+            found.push(Garbage::removed("lease", &lease.0, &outcome).with_reason("no image of this driver needs it"));
         }
         found
     }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     confine,
-    tar_extensions::{ExtensionProblem, ExtensionScanner},
+    tar_extensions::{ExtensionProblem, ExtensionScanner, escapes_root},
 };
 use crate::ids::Digest;
 
@@ -212,22 +212,6 @@ fn classify_error(source: io::Error) -> LayerProblem {
         _ if source.to_string().contains("failed to read entire block") => LayerProblem::Truncated,
         _ => LayerProblem::Unreadable { source },
     }
-}
-
-/// Returns whether any prefix of a path leads above the root: `a/../../b` does, `a/../b` does not.
-pub(super) fn escapes_root(path: &[u8]) -> bool {
-    let mut depth = 0_i64;
-    for part in path.split(|&byte| byte == b'/') {
-        match part {
-            b"" | b"." => {}
-            b".." => depth -= 1,
-            _ => depth += 1,
-        }
-        if depth < 0 {
-            return true;
-        }
-    }
-    false
 }
 
 #[cfg(test)]

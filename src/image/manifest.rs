@@ -221,6 +221,24 @@ pub(crate) fn host_arch() -> Arch {
     }
 }
 
+/// Checks that a blob has the digest by which it was requested.
+pub(super) fn check_digest(
+    reference: &Reference,
+    what: &'static str,
+    expected: &Digest,
+    actual: &Digest,
+) -> Result<(), ImageError> {
+    if expected == actual {
+        return Ok(());
+    }
+    Err(ImageError::WrongDigest {
+        image: reference.to_string(),
+        what,
+        expected: expected.clone(),
+        actual: actual.clone(),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,6 +12,7 @@ mod manifest;
 mod origin;
 mod provenance;
 mod pull;
+mod pull_context;
 mod record;
 mod reference;
 mod registry;
@@ -22,14 +23,13 @@ mod view;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-pub use archive::{Archive, ArchiveFormat};
 pub use auth::RealmError;
 pub use credentials::{AddressError, CredentialScope, Credentials, RegistryAddress};
 pub use gc::ImagesInUse;
 pub use layer::LayerProblem;
-pub use pull::{Progress, PullEvent};
+pub use pull_context::{Progress, PullEvent};
 pub use record::{ImageConfig, ImageRecord};
-pub use reference::{Reference, ReferenceError, RegistryImage};
+pub use reference::{Archive, ArchiveFormat, Reference, ReferenceError, RegistryImage};
 pub use store::{ImageStore, PullPolicy, PullRequest};
 pub use view::ViewProblem;
 

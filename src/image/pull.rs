@@ -1,22 +1,17 @@
 //! One pull: brings an image from a registry or from files into containerd's content store, and checks every document
 //! and layer on the way.
 
-use std::{
-    fmt,
-    os::fd::OwnedFd,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, future::BoxFuture};
 use tokio::sync::Semaphore;
 
 use super::{
-    Credentials, ImageError, Reference,
+    ImageError, Reference,
     download::LayerDownload,
-    manifest::{self, Document, Manifest},
+    manifest::{self, Document, Manifest, check_digest},
     origin::Origin,
-    registry::HttpClients,
+    pull_context::{PullContext, PullEvent},
 };
 use crate::{
     containerd::{Client, ContainerdError, Labels, LeaseId},
@@ -33,47 +28,6 @@ pub(super) const CONFIG_MAX: usize = 8 << 20;
 
 /// The number of layers that are checked concurrently. A layer that is stored already mostly costs one short request.
 const CHECKS_MAX: usize = 8;
-
-/// The progress of a running pull.
-#[derive(Debug, Clone)]
-pub enum PullEvent {
-    /// The index or manifest that the image's name stands for was received, and has this digest.
-    Resolved(Digest),
-    /// A part of a layer was received.
-    Layer {
-        /// The layer's digest.
-        digest: Digest,
-        /// The bytes that were received so far.
-        done: u64,
-        /// The layer's compressed size.
-        size: u64,
-    },
-    /// A layer was unpacked: the number of unpacked layers, and the number of all layers.
-    Unpacked(usize, usize),
-}
-
-/// The listener to a pull's events, if there is one.
-#[derive(Clone, Default)]
-pub struct Progress(Option<Arc<dyn Fn(PullEvent) + Send + Sync>>);
-
-impl Progress {
-    /// Makes a value that passes events to `listener`, which must not block.
-    pub fn with_listener(listener: impl Fn(PullEvent) + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(listener)))
-    }
-
-    pub(super) fn report(&self, event: PullEvent) {
-        if let Some(listener) = &self.0 {
-            listener(event);
-        }
-    }
-}
-
-impl fmt::Debug for Progress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Progress(listener)" } else { "Progress(none)" })
-    }
-}
 
 /// An image whose blobs are all in the content store.
 #[derive(Debug)]
@@ -140,21 +94,6 @@ impl Drop for PullLease {
 /// Formats a time for containerd's labels: RFC 3339 in UTC with whole seconds.
 fn rfc3339(time: SystemTime) -> String {
     prost_types::Timestamp { nanos: 0, ..prost_types::Timestamp::from(time) }.to_string()
-}
-
-/// The clients and parameters that a pull needs besides the image's name.
-#[derive(Debug)]
-pub(crate) struct PullContext<'a> {
-    /// The client of containerd, which stores the blobs.
-    pub client: &'a Client,
-    /// The HTTP clients for registries.
-    pub http: &'a HttpClients,
-    /// The credentials for the registry.
-    pub credentials: Option<&'a Credentials>,
-    /// The descriptor of an image in files, if the caller has already checked and opened it.
-    pub opened: Option<Arc<OwnedFd>>,
-    /// The listener to the pull's progress.
-    pub progress: &'a Progress,
 }
 
 /// Downloads the blobs of `reference` that the content store does not have, and adds all its blobs to `lease`.
@@ -241,24 +180,6 @@ fn descriptor(media_type: &str, digest: &Digest, size: usize) -> Descriptor {
         size: i64::try_from(size).unwrap_or(i64::MAX),
         ..Default::default()
     }
-}
-
-/// Checks that a blob has the digest by which it was requested.
-pub(super) fn check_digest(
-    reference: &Reference,
-    what: &'static str,
-    expected: &Digest,
-    actual: &Digest,
-) -> Result<(), ImageError> {
-    if expected == actual {
-        return Ok(());
-    }
-    Err(ImageError::WrongDigest {
-        image: reference.to_string(),
-        what,
-        expected: expected.clone(),
-        actual: actual.clone(),
-    })
 }
 
 async fn fetch_config(origin: &Origin<'_>, reference: &Reference, digest: &Digest) -> Result<Vec<u8>, ImageError> {

@@ -2,7 +2,7 @@
 //! neither containerd nor a registry.
 
 use std::{
-    fs, io,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{ImageError, Reference};
 use crate::{
+    containerd::LeaseId,
     file_id::FileId,
+    files::{remove_file_if_exists, write_atomically},
     ids::{ChainId, Digest},
-    places::write_atomically,
 };
 
 /// The version of the record file's format.
@@ -65,7 +66,7 @@ pub struct ImageRecord {
     /// The chain id of all layers together; `None` for an image without layers.
     pub chain_id: Option<ChainId>,
     /// The lease that protects layers and view from containerd's garbage collector.
-    pub lease: String,
+    pub lease: LeaseId,
     /// The key of the read-only snapshot that the directories in `lowers` belong to.
     pub view: Option<String>,
     /// Read-only directories, topmost first, as overlayfs wants them.
@@ -93,7 +94,7 @@ pub struct RecordParts {
     /// The chain id of all layers together; `None` for an image without layers.
     pub chain_id: Option<ChainId>,
     /// The lease that protects layers and view.
-    pub lease: String,
+    pub lease: LeaseId,
     /// The key of the view.
     pub view: Option<String>,
     /// Compressed size of all layers in bytes.
@@ -141,10 +142,7 @@ impl ImageRecord {
     /// When the file can't be removed.
     pub fn delete(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ImageError::StoreFile { path, source }),
-            _ => Ok(()),
-        }
+        remove_file_if_exists(&path).map_err(|source| ImageError::StoreFile { path, source })
     }
 
     /// Stores the current time as the time of the image's last use, after a task has stopped using it. It is stored as
@@ -212,8 +210,13 @@ mod tests {
     fn torn_records_are_set_aside_and_the_rest_is_read() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let reference = Reference::parse("app:1").expect("a reference");
-        let parts =
-            RecordParts { digest: Digest::of(b"x"), chain_id: None, lease: "l".to_owned(), view: None, size: 0 };
+        let parts = RecordParts {
+            digest: Digest::of(b"x"),
+            chain_id: None,
+            lease: LeaseId("l".to_owned()),
+            view: None,
+            size: 0,
+        };
         let record = ImageRecord::new(&reference, parts, ImageConfig::default());
         record.save(directory.path()).expect("saved");
         fs::write(directory.path().join("torn.json"), b"{\"version\":1,").expect("written");

@@ -1,11 +1,55 @@
 //! Parses and completes image names in the same way as docker and containerd.
 
-use std::{fmt, net::IpAddr};
+use std::{
+    fmt, io,
+    net::IpAddr,
+    os::fd::{AsRawFd as _, OwnedFd},
+    path::PathBuf,
+};
 
 use oci_spec::distribution::{ParseError, Reference as Parsed};
 
-use super::archive::{Archive, ArchiveFormat};
-use crate::ids::Digest;
+use crate::{file_id::FileId, ids::Digest};
+
+/// The format of an image in files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ArchiveFormat {
+    /// A directory in OCI's image layout.
+    OciDir,
+    /// A tar file of a directory in OCI's image layout.
+    OciArchive,
+    /// A tar file as `docker save` writes it.
+    DockerArchive,
+}
+
+/// The location of an image in files.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Archive {
+    /// The format of the files.
+    pub format: ArchiveFormat,
+    /// The directory or tar file.
+    pub path: PathBuf,
+    /// The name of the image, needed where the files hold several.
+    pub tag: Option<String>,
+}
+
+impl Archive {
+    /// Returns the identity of the tar file or of the layout's `index.json`. A caller that has already checked and
+    /// opened the path passes the descriptor as `opened`, which is then used instead of the path.
+    ///
+    /// # Errors
+    /// When the file does not exist or can't be examined.
+    pub fn file_id(&self, opened: Option<&OwnedFd>) -> io::Result<FileId> {
+        let path = self.path_to_open(opened);
+        let path = if self.format == ArchiveFormat::OciDir { path.join("index.json") } else { path };
+        Ok(FileId::of(&std::fs::metadata(path)?))
+    }
+
+    /// Returns the path by which the files are opened: that of the descriptor, if there is one.
+    pub(super) fn path_to_open(&self, opened: Option<&OwnedFd>) -> PathBuf {
+        opened.map_or_else(|| self.path.clone(), |fd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())))
+    }
+}
 
 /// Why an image name was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

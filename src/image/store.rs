@@ -17,7 +17,8 @@ use parking_lot::Mutex;
 use super::{
     Credentials, ImageConfig, ImageError, ImageRecord, Progress, Reference, SharedPullError,
     manifest::{self, Document, Manifest},
-    pull::{self, CONFIG_MAX, FetchedImage, PullContext, PullLease},
+    pull::{self, CONFIG_MAX, FetchedImage, PullLease},
+    pull_context::PullContext,
     record::RecordParts,
     registry::HttpClients,
     unpack::{self, Accounts},
@@ -83,7 +84,7 @@ pub(super) struct Inner {
     /// Records whose name stands for another image by now, but which a start or a task still uses.
     pub(super) superseded: Mutex<Vec<Arc<ImageRecord>>>,
     /// The leases of running pulls.
-    pub(super) pull_leases: Mutex<HashSet<String>>,
+    pub(super) pull_leases: Mutex<HashSet<LeaseId>>,
     /// Locked while a lease and its record are created or removed, because several names may share a lease.
     pub(super) lease_lock: tokio::sync::Mutex<()>,
 }
@@ -205,7 +206,7 @@ impl ImageStore {
         let client = &self.0.client;
         let work = async {
             let protected = self.protect_new_lease();
-            let lease = PullLease::create(client, LeaseId(protected.0.clone())).await?;
+            let lease = PullLease::create(client, protected.0.clone()).await?;
             let local = match (reference, policy) {
                 // The image that containerd has under this name may be an older one.
                 (Reference::Archive(_), _) | (_, PullPolicy::Always) => None,
@@ -239,9 +240,9 @@ impl ImageStore {
     /// Makes a name for the lease of a pull, and protects that lease from garbage collection until the guard is
     /// dropped.
     fn protect_new_lease(&self) -> ProtectedLease<'_> {
-        let name = format!("{}pull-{}", self.lease_prefix(), random_hex(8));
-        lock(&self.0.pull_leases).insert(name.clone());
-        ProtectedLease(name, &self.0.pull_leases)
+        let lease = LeaseId(format!("{}pull-{}", self.lease_prefix(), random_hex(8)));
+        lock(&self.0.pull_leases).insert(lease.clone());
+        ProtectedLease(lease, &self.0.pull_leases)
     }
 
     /// Returns the prefix of the names of this driver's leases.
@@ -374,7 +375,7 @@ impl ImageStore {
         let parts = RecordParts {
             digest,
             chain_id: chain,
-            lease: lease.0,
+            lease,
             view,
             size: fetched.manifest.layers.iter().map(|layer| layer.size).sum(),
         };
@@ -411,14 +412,14 @@ impl ImageStore {
     /// Creates and returns the empty directory that is the lower layer of an image without layers.
     fn empty_layer(&self) -> Result<std::path::PathBuf, ImageError> {
         let path = self.0.places.empty_layer();
-        crate::places::create_public_dir(&path)
+        crate::files::create_public_dir(&path)
             .map_err(|source| ImageError::StoreFile { path: path.clone(), source })?;
         Ok(path)
     }
 }
 
 /// A guard that protects the lease of a running pull from garbage collection until it is dropped.
-struct ProtectedLease<'a>(String, &'a Mutex<HashSet<String>>);
+struct ProtectedLease<'a>(LeaseId, &'a Mutex<HashSet<LeaseId>>);
 
 impl Drop for ProtectedLease<'_> {
     fn drop(&mut self) {

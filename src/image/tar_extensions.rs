@@ -7,8 +7,6 @@
 //! This module reads the records of a pax header by their lengths, as containerd does (Go's archive/tar,
 //! `parsePAXRecord`). The tar crate reads them by lines and uses the first record of a key, where Go uses the last.
 
-use super::layer::escapes_root;
-
 /// The largest extension entry that is accepted. Go's archive/tar has the same limit, so that every archive that
 /// containerd can unpack is accepted.
 const EXTENSION_MAX: u64 = 1 << 20;
@@ -148,6 +146,22 @@ fn records(mut body: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
         body = &body[length..];
         Some((&record[..equals], &record[equals + 1..]))
     })
+}
+
+/// Returns whether any prefix of a path leads above the root: `a/../../b` does, `a/../b` does not.
+pub(super) fn escapes_root(path: &[u8]) -> bool {
+    let mut depth = 0_i64;
+    for part in path.split(|&byte| byte == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => depth -= 1,
+            _ => depth += 1,
+        }
+        if depth < 0 {
+            return true;
+        }
+    }
+    false
 }
 
 #[cfg(test)]

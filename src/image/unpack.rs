@@ -7,7 +7,7 @@ use nix::mount::{MntFlags, umount2};
 use super::{
     ImageError, Reference,
     manifest::Layer,
-    pull::{Progress, PullEvent},
+    pull_context::{Progress, PullEvent},
     view::LayerStack,
 };
 use crate::{

@@ -33,7 +33,7 @@ pub use status::{Losses, StreamLosses, changed_file, read_losses};
 pub use supervisor::{SUPERVISOR_COMMAND, WRITER_FLAG, run_supervisor, running_supervisor, stop, supervisor_args};
 pub use writer::run_writer;
 
-use crate::places::{create_private, write_private};
+use crate::files::{create_private, none_if_missing, remove_dir_all_if_exists, write_private};
 
 /// The file in a task's directory with its [`LogSpec`].
 const SPEC: &str = "spec.json";
@@ -148,10 +148,8 @@ pub fn create_task_dir(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(),
 /// When the file can't be created.
 pub fn mark_started(dir: &Path) -> Result<(), LogError> {
     let path = dir.join(STARTED);
-    match create_private(&path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LogError { doing: "create", path, source }),
-        _ => Ok(()),
-    }
+    let created = none_if_missing(create_private(&path)).map(drop);
+    created.map_err(|source| LogError { doing: "create", path, source })
 }
 
 /// Waits until the log writer has written all output that a task that has ended left in its FIFOs. Returns false when
@@ -173,20 +171,12 @@ pub async fn wait_until_drained(dir: &Path, limit: Duration) -> bool {
 /// # Errors
 /// When the directory can't be removed.
 pub fn remove_task_dir(dir: &Path) -> Result<(), LogError> {
-    match fs::remove_dir_all(dir) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(LogError { doing: "remove", path: dir.to_owned(), source })
-        }
-        _ => Ok(()),
-    }
+    remove_dir_all_if_exists(dir).map_err(|source| LogError { doing: "remove", path: dir.to_owned(), source })
 }
 
 /// Returns whether there is a task with a log. Also returns true when the directory of logs can't be read.
 pub fn has_tasks(logs: &Path) -> bool {
-    match task_names(logs) {
-        Ok(tasks) => !tasks.is_empty(),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    }
+    none_if_missing(task_names(logs)).map_or(true, |tasks| tasks.is_some_and(|tasks| !tasks.is_empty()))
 }
 
 /// Returns the names of the tasks' directories.

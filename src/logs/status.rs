@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::places::write_private;
+use crate::files::{none_if_missing, replace_private, write_private};
 
 /// The file of losses in a task's directory.
 const FILE: &str = "losses.json";
@@ -48,17 +48,13 @@ impl Losses {
 /// # Errors
 /// When the file can't be read.
 pub fn read_losses(dir: &Path) -> io::Result<Losses> {
-    match fs::read(dir.join(FILE)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Losses::default()),
-        read => serde_json::from_slice(&read?).map_err(Into::into),
-    }
+    let Some(text) = none_if_missing(fs::read(dir.join(FILE)))? else { return Ok(Losses::default()) };
+    serde_json::from_slice(&text).map_err(Into::into)
 }
 
 /// Writes the losses of the task in `dir`. The file is replaced by rename, so that a reader never sees a part of it.
 pub(super) fn write_losses(dir: &Path, losses: &Losses) -> io::Result<()> {
-    let (path, new) = (dir.join(FILE), dir.join(".losses.new"));
-    write_private(&new, &serde_json::to_vec(losses)?)?;
-    fs::rename(&new, path)?;
+    replace_private(&dir.join(FILE), &dir.join(".losses.new"), &serde_json::to_vec(losses)?)?;
     dir.parent().map_or(Ok(()), |logs| write_private(&changed_file(logs), b""))
 }
 

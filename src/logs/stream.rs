@@ -14,7 +14,10 @@ use nix::{
 };
 
 use super::{LogPolicy, LogSpec, STARTED, fifo_path, rotated_files::RotatedFiles, status::StreamLosses};
-use crate::fifo::{has_hung_up, unread};
+use crate::{
+    fifo::{has_hung_up, unread},
+    files::remove_file_if_exists,
+};
 
 /// The number of bytes after which a transfer of a stream ends, because other streams wait.
 const TRANSFER_MAX: u64 = 1 << 20;
@@ -111,10 +114,7 @@ impl Stream {
 
     /// Removes the FIFO, which shows other processes that all its output is written.
     pub(crate) fn remove_fifo(&self) -> io::Result<()> {
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        remove_file_if_exists(&self.path)
     }
 
     /// Moves the output in the FIFO to the files, up to `TRANSFER_MAX` bytes. Output that can't be written is treated

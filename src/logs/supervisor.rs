@@ -4,7 +4,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs::File,
     io::{self, Read as _, Write as _},
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
@@ -24,7 +24,10 @@ use super::{
     watch::{DirChange, DirWatch},
     writer::wait_for_writer_exit,
 };
-use crate::process::{self, PidFd, ProcessId, none_if_vanished};
+use crate::{
+    files::remove_dir_all_if_exists,
+    process::{self, PidFd, ProcessId, none_if_vanished},
+};
 
 /// The file that the running supervisor has locked. It contains the supervisor's pid and start time.
 const LOCK: &str = ".keeper.lock";
@@ -128,15 +131,12 @@ pub fn running_supervisor(logs: &Path) -> io::Result<Option<PidFd>> {
 /// Ends the supervisor and the log writer, if they run. The caller must have checked that no task has a log any more.
 pub fn stop(logs: &Path) {
     // Both processes end when their directory is removed.
-    match fs::remove_dir_all(logs) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(
-                path = %logs.display(),
-                %error,
-                "could not remove the directory of logs; the log writer keeps running"
-            );
-        }
-        _ => {}
+    if let Err(error) = remove_dir_all_if_exists(logs) {
+        tracing::warn!(
+            path = %logs.display(),
+            %error,
+            "could not remove the directory of logs; the log writer keeps running"
+        );
     }
 }
 

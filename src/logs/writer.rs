@@ -25,7 +25,7 @@ use super::{
     task_names,
     watch::{DirChange, DirWatch},
 };
-use crate::places::create_private;
+use crate::files::{create_private, none_if_missing};
 
 /// The file that the running log writer has locked. A second log writer waits for the lock.
 const LOCK: &str = ".writer.lock";
@@ -84,10 +84,7 @@ fn acquire_lock(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
 /// # Errors
 /// When the lock file can't be opened or locked.
 pub(super) fn wait_for_writer_exit(logs: &Path) -> io::Result<bool> {
-    let mut lock = match create_private(&logs.join(LOCK)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        other => other?,
-    };
+    let Some(mut lock) = none_if_missing(create_private(&logs.join(LOCK)))? else { return Ok(false) };
     loop {
         match Flock::lock(lock, FlockArg::LockExclusive) {
             Ok(locked) => return Ok(locked.metadata()?.nlink() > 0),
@@ -166,14 +163,10 @@ impl Writer {
     fn open_task(&mut self, task: &str) {
         let dir = self.logs.join(task);
         let spec = fs::read(dir.join(SPEC)).and_then(|text| Ok(serde_json::from_slice::<LogSpec>(&text)?));
-        let spec = match spec {
-            Ok(spec) => spec,
-            Err(error) => {
-                if error.kind() != io::ErrorKind::NotFound {
-                    tracing::error!(task, %error, "could not read the description of a task's log");
-                }
-                return;
-            }
+        let spec = match none_if_missing(spec) {
+            Ok(Some(spec)) => spec,
+            Ok(None) => return,
+            Err(error) => return tracing::error!(task, %error, "could not read the description of a task's log"),
         };
         let mut losses = read_losses(&dir).unwrap_or_else(|error| {
             tracing::error!(
@@ -195,14 +188,11 @@ impl Writer {
                 self.next += 1;
                 Ok(())
             });
-            match added {
-                // An earlier log writer has written all of the stream, or the task has a terminal and thus one stream.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    tracing::error!(task, stream = name, %error, "could not open a stream of a log; trying again");
-                    self.unopened.insert(task.to_owned());
-                }
-                Ok(()) => {}
+            // No FIFO: an earlier log writer has written all of the stream, or the task has a terminal and thus one
+            // stream.
+            if let Err(error) = none_if_missing(added) {
+                tracing::error!(task, stream = name, %error, "could not open a stream of a log; trying again");
+                self.unopened.insert(task.to_owned());
             }
         }
     }

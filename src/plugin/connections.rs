@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::files::remove_file_if_exists;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::net::UnixListener;
 
@@ -18,10 +19,7 @@ use tokio::net::UnixListener;
 /// # Errors
 /// When the socket can't be created.
 pub(crate) fn listen_root_only(path: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove_file_if_exists(path)?;
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     Ok(listener)

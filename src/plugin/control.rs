@@ -117,7 +117,7 @@ impl ControlServer {
             let event = Event {
                 at: epoch_millis(event.at),
                 task_id: event.task_id.0,
-                alloc_id: event.alloc_id,
+                alloc_id: event.alloc_id.to_string(),
                 task_name: event.task_name,
                 message: event.message,
             };

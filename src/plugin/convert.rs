@@ -11,7 +11,7 @@ use super::{
     propagation, request_texts,
 };
 use crate::{
-    ids::{Flavor, TaskId},
+    ids::{AllocId, Flavor, TaskId},
     pb::{base as pb, driver as wire},
     rootfs::{CpuQuota, MemoryMax, NetworkNamespace, Resources, network::Dns},
     task::{Compute, ExitRecord, JobLimits, Settings, StartRequest, TaskDevice, TaskEvent, Volume},
@@ -63,7 +63,7 @@ pub(crate) fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Res
     let mut request = StartRequest {
         task_id: TaskId(task.id.clone()),
         name: task.name.clone(),
-        alloc_id: task.alloc_id.clone(),
+        alloc_id: AllocId::new(&task.alloc_id).map_err(|error| ConfigError::request_faults(vec![error.to_string()]))?,
         alloc_dir: PathBuf::from(&task.alloc_dir),
         stdout: PathBuf::from(&task.stdout_path),
         stderr: PathBuf::from(&task.stderr_path),
@@ -227,7 +227,7 @@ pub(crate) fn duration(duration: Option<prost_types::Duration>) -> Duration {
 pub(crate) fn event(event: TaskEvent) -> wire::DriverTaskEvent {
     wire::DriverTaskEvent {
         task_id: event.task_id.0,
-        alloc_id: event.alloc_id,
+        alloc_id: event.alloc_id.to_string(),
         task_name: event.task_name,
         timestamp: Some(event.at.into()),
         message: event.message,

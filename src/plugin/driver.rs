@@ -12,7 +12,7 @@ use super::{
     stats, status,
 };
 use crate::{
-    ids::TaskId,
+    ids::{AllocId, TaskId},
     pb::driver::{self as wire, driver_server::Driver},
     task::{
         Audience, Engine, Force, Inspection, LEGACY_HANDLE_VERSION, LegacyTask, TaskError, TaskHandle, signal_log_end,
@@ -131,7 +131,9 @@ impl Driver for DriverService {
                     return Err(status::new(Code::InvalidArgument, &format!("request: {field} is empty")));
                 }
             }
-            let legacy = LegacyTask::of(&handle.driver_state, &config.alloc_id, &config.name);
+            let alloc_id = AllocId::new(&config.alloc_id)
+                .map_err(|error| status::new(Code::InvalidArgument, &format!("request: handle.config: {error}")))?;
+            let legacy = LegacyTask::of(&handle.driver_state, &alloc_id, &config.name);
             let engine = self.engine().await?;
             let ended = run_detached(async move { Ok(engine.end_legacy(legacy).await) }).await?;
             return Err(unrecoverable(match ended {
@@ -337,10 +339,10 @@ impl Driver for DriverService {
 fn attributes(inspection: &Inspection) -> HashMap<String, String> {
     let Inspection { record, phases, pid, .. } = inspection;
     let mut attributes = HashMap::from([
-        ("container_id".to_owned(), record.container_id.to_string()),
-        ("image".to_owned(), text::sanitize(&record.image, EXCERPT_MAX)),
-        ("runtime".to_owned(), record.runtime.clone()),
-        ("cgroup".to_owned(), record.cgroup.clone()),
+        ("container_id".to_owned(), record.intent.container_id.to_string()),
+        ("image".to_owned(), text::sanitize(&record.intent.image, EXCERPT_MAX)),
+        ("runtime".to_owned(), record.intent.runtime.clone()),
+        ("cgroup".to_owned(), record.intent.cgroup.as_str().to_owned()),
         ("pid".to_owned(), pid.to_string()),
         ("phase.shim_pooled".to_owned(), phases.pooled.to_string()),
     ]);

@@ -21,7 +21,10 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
 };
 
-use crate::{ids::random_hex, places::SOCKET_PATH_MAX, process::ProcessId};
+use crate::{
+    files::remove_file_if_exists,
+    {ids::random_hex, places::SOCKET_PATH_MAX, process::ProcessId},
+};
 
 /// The prefix of every socket's name, as in go-plugin itself.
 const SOCKET_PREFIX: &str = "plugin-";
@@ -111,10 +114,7 @@ fn has_no_listener(path: &Path) -> bool {
 /// # Errors
 /// Those of unlink(2).
 pub fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    remove_file_if_exists(path)
 }
 
 /// Removes all sockets that killed plugins have left in the directory of this plugin's own socket.

@@ -62,16 +62,23 @@ pub(crate) fn recoverable(text: &str) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{host::is_recoverable, ids::TaskId, shim::ShimError};
+    use crate::{
+        host::is_recoverable,
+        ids::TaskId,
+        shim::{RefusalCode, ShimError},
+    };
 
     #[test]
     fn each_kind_of_error_has_its_code() {
         let id = || TaskId("a/b/1".to_owned());
         let gone = ShimError::ConnectionLost { call: "Create", detail: "x".to_owned() };
-        let refused =
-            ShimError::Refused { call: "Create", code: 2, message: "executable file `/x` not found".to_owned() };
+        let refused = ShimError::Refused {
+            call: "Create",
+            code: RefusalCode::UNKNOWN,
+            message: "executable file `/x` not found".to_owned(),
+        };
         let message = "runc did not terminate successfully: exit status 137".to_owned();
-        let killed = ShimError::Refused { call: "Create", code: 2, message };
+        let killed = ShimError::Refused { call: "Create", code: RefusalCode::UNKNOWN, message };
         for (error, code, again) in [
             (TaskError::NotFound(id()), Code::NotFound, false),
             (TaskError::AlreadyStarted("x".to_owned()), Code::AlreadyExists, false),
@@ -91,7 +98,7 @@ mod tests {
     #[test]
     fn strangers_words_are_cut_and_escaped() {
         let words = format!("exec \u{1b}]0;x\u{7}{}\r\nno such file", "A".repeat(1 << 20));
-        let refused = ShimError::Refused { call: "Create", code: 2, message: words.clone() };
+        let refused = ShimError::Refused { call: "Create", code: RefusalCode::UNKNOWN, message: words.clone() };
         let gone = ShimError::ConnectionLost { call: "Create", detail: words.clone() };
         for status in [
             from_task_error(&TaskError::Shim { doing: "create the container", source: refused }),

@@ -16,9 +16,10 @@ use oci_spec::runtime::Spec;
 use super::{RootfsError, detached::unmount_tree};
 use crate::{
     failpoint,
+    files::{create_private_dir, none_if_missing, remove_dir_all_if_exists, write_private},
     ids::ContainerId,
     overlay,
-    places::{MountPoints, Places, create_private_dir, write_private},
+    places::{MountPoints, Places},
 };
 
 /// The paths of one task's files.
@@ -179,11 +180,10 @@ impl BundlePaths {
     /// removal would descend into the sources.
     fn legacy_pins(&self) -> Result<Vec<PathBuf>, RootfsError> {
         let pins = self.pins();
-        let listed = match fs::read_dir(&pins) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(error),
-            Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>(),
-        };
+        let listed = none_if_missing(fs::read_dir(&pins)).and_then(|entries| {
+            let entries = entries.into_iter().flatten();
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
+        });
         listed.map_err(|source| file("list", &pins, source))
     }
 
@@ -218,10 +218,7 @@ impl BundlePaths {
                 Ok(_) => fs::remove_file(&point),
                 Err(error) => Err(error),
             };
-            match removed {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(file("remove", &point, source)),
-                _ => {}
-            }
+            none_if_missing(removed).map_err(|source| file("remove", &point, source))?;
         }
         if failpoint::skip("bundle") {
             return Ok(());
@@ -264,10 +261,7 @@ fn remove_unmounted(path: &Path) -> io::Result<()> {
 }
 
 fn remove_all(path: &Path) -> Result<(), RootfsError> {
-    match fs::remove_dir_all(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file("remove", path, source)),
-        _ => Ok(()),
-    }
+    remove_dir_all_if_exists(path).map_err(|source| file("remove", path, source))
 }
 
 fn file(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {

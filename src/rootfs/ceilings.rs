@@ -10,7 +10,7 @@ use nix::{
 
 use super::{
     limits::{ULIMITS, Ulimit},
-    tmpfs::{SHM_SIZE, TmpfsSize},
+    tmpfs_size::{SHM_SIZE, TmpfsSize},
 };
 use crate::{ids::Flavor, process};
 

@@ -11,7 +11,7 @@ use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, Mount, MountBuilder,
 };
 
-use super::{RootfsError, tmpfs::SHM_SIZE};
+use super::{RootfsError, tmpfs_size::SHM_SIZE};
 use crate::ids::Flavor;
 
 /// Entries of /proc and /sys that reveal or change something of the host, and are the same on every host. The list is

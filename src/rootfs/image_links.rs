@@ -14,6 +14,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use crate::files::none_if_missing;
 use nix::{
     fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat},
     sys::stat::{Mode, SFlag, fstat, mkdirat},
@@ -56,11 +57,7 @@ pub(super) fn ensure_plain(root: BorrowedFd<'_>, path: &Path, wanted: EntryKind)
 
 /// Opens an entry, and replaces it first if it is not of the wanted kind. Returns `None` when there is no such entry.
 fn open_or_replace(at: BorrowedFd<'_>, name: &OsStr, wanted: EntryKind) -> io::Result<Option<OwnedFd>> {
-    let opened = match open_entry(at, name) {
-        Ok(opened) => opened,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
+    let Some(opened) = none_if_missing(open_entry(at, name))? else { return Ok(None) };
     let kind = kind_of(&opened)?;
     match wanted {
         EntryKind::Directory if kind == SFlag::S_IFDIR => return Ok(Some(opened)),
@@ -137,13 +134,10 @@ fn walk(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -
             continue;
         }
         let at = opened.last().map_or(root, OwnedFd::as_fd);
-        let entry = match open_entry(at, &name) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                literal = 1;
-                found = next;
-                continue;
-            }
-            other => other?,
+        let Some(entry) = none_if_missing(open_entry(at, &name))? else {
+            literal = 1;
+            found = next;
+            continue;
         };
         if kind_of(&entry)? == SFlag::S_IFLNK {
             links += 1;

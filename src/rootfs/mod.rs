@@ -27,6 +27,7 @@ pub mod selinux;
 mod spec;
 pub mod target;
 pub mod tmpfs;
+pub mod tmpfs_size;
 mod users;
 
 use std::{io, path::PathBuf};

@@ -19,10 +19,7 @@ use super::{
     detached,
     pins::PreparedPins,
 };
-use crate::{
-    ids::random_hex,
-    places::{create_private_dir, list_names},
-};
+use crate::{files::create_private_dir, ids::random_hex, places::list_names};
 
 /// The pool of prepared root file systems.
 #[derive(Debug)]

@@ -1,20 +1,18 @@
 //! Adopts shims that an earlier plugin has started. They are found by the identity files in their directories.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::{
     Client, Launcher, Shim, ShimError,
+    identity::ShimIdentity,
     launch::{EXIT_TIMEOUT, PID_FILE, UNUSABLE_FILE, remove_dir},
 };
-use crate::process::{PidFd, ProcessId, boot_id, has_vanished};
+use crate::{
+    ids::ShimId,
+    process::{PidFd, boot_id, has_vanished},
+};
 
 /// The interval between two attempts to find a shim, or to connect to it.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -47,24 +45,9 @@ impl Adoption {
     }
 }
 
-/// The identity of a shim, as recorded in its directory.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct ShimIdentity {
-    #[serde(flatten)]
-    pub(super) process: ProcessId,
-    pub(super) boot: String,
-    pub(super) namespace: String,
-    /// The runtime's program of which the shim has a sealed copy.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) runtime: Option<PathBuf>,
-    /// The shim's program, if it is not the launcher's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) program: Option<PathBuf>,
-}
-
 impl Launcher {
     /// Adopts the shim `id` of an earlier plugin.
-    pub async fn adopt(&self, id: &str) -> Adoption {
+    pub async fn adopt(&self, id: &ShimId) -> Adoption {
         let held = self.acquire(id);
         let dir = self.places.shim(id);
         let (pidfd, identity) = match find_alive(&dir).await {
@@ -80,7 +63,7 @@ impl Launcher {
                     let ended = spawn_exit_watcher(&pidfd);
                     let is_unusable = is_unusable(&dir);
                     let shim = Shim {
-                        id: id.to_owned(),
+                        id: id.clone(),
                         pid: identity.process.pid,
                         dir,
                         client: client.with_runtime_calls(self.calls()),
@@ -114,7 +97,7 @@ impl Launcher {
             // Without the means to make a connection, nothing is known about whether the shim answers.
             Ok(Some(_)) if !can_connect() => Adoption::Unknown(io::Error::other(crate::error_chain(&error))),
             Ok(Some((pidfd, ..))) => {
-                tracing::warn!(shim = id, %error, "a shim of an earlier plugin lives and does not answer");
+                tracing::warn!(shim = %id, %error, "a shim of an earlier plugin lives and does not answer");
                 Adoption::Hung(pidfd)
             }
             Ok(None) => Adoption::Gone,
@@ -250,7 +233,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        places::{Places, create_private_dir},
+        files::create_private_dir,
+        places::Places,
+        process::ProcessId,
         shim::{
             ShimScope,
             fake::{Answer, listen},
@@ -263,7 +248,8 @@ mod tests {
     async fn a_shim_with_a_container_that_it_can_not_delete_is_ended_by_force() {
         let dir = tempfile::tempdir().expect("a directory");
         let places = Places::new(dir.path().join("run"), dir.path().join("state"));
-        let own = places.shim("a");
+        let id = ShimId::from_dir_name("a").expect("an id");
+        let own = places.shim(&id);
         create_private_dir(&own).expect("made");
         listen(&own, |_, _| Answer::Bytes(&[]));
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("started");
@@ -277,7 +263,7 @@ mod tests {
         fs::write(own.join(PID_FILE), serde_json::to_vec(&identity).expect("encoded")).expect("written");
         fs::write(own.join(UNUSABLE_FILE), "").expect("written");
         let launcher = Launcher::new("none".into(), "test".to_owned(), ShimScope::Node, places, Vec::new());
-        let Adoption::Alive(shim) = Arc::new(launcher).adopt("a").await else { panic!("the shim lives and answers") };
+        let Adoption::Alive(shim) = Arc::new(launcher).adopt(&id).await else { panic!("the shim lives and answers") };
         assert!(shim.shut_down().await);
         assert!(!own.exists());
         assert_eq!(child.wait().expect("waited for").signal(), Some(libc::SIGKILL));

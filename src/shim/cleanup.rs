@@ -1,13 +1,13 @@
 //! Removes the remains of a container whose shim has died, with the `delete` command of the shim's program.
 
-use std::{io, path::Path, process::Stdio, time::Duration};
+use std::{path::Path, process::Stdio, time::Duration};
 
 use protobuf::Message as _;
 
 use super::{Exit, Launcher, ShimError};
 use crate::{
+    files::{none_if_missing, replace_private},
     pb::shim as wire,
-    places::write_private,
     process::{async_command, bounded_output},
     text::{self, EXCERPT_MAX},
 };
@@ -69,19 +69,15 @@ pub async fn delete_dead_container(launcher: &Launcher, task: DeadContainer<'_>)
         let (id, path) = (task.id.to_owned(), runtime_file.clone());
         move |source| ShimError::File { id, doing, path, source }
     };
-    let runtime_name = match std::fs::read(&runtime_file) {
-        // gVisor's shim writes no such file.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        read => read.map_err(failed("read"))?,
-    };
-    if runtime_name.starts_with(b"/proc/") {
+    // gVisor's shim writes no such file.
+    let runtime_name = none_if_missing(std::fs::read(&runtime_file)).map_err(failed("read"))?;
+    if runtime_name.is_some_and(|name| name.starts_with(b"/proc/")) {
         let Some(runtime) = task.runtime else {
-            let message = "the container's runtime is unknown or no longer installed".to_owned();
-            return Err(ShimError::Refused { call: "delete", code: -1, message });
+            return Err(ShimError::RuntimeMissing);
         };
         let draft = task.bundle.join("runtime.tmp");
-        let written = write_private(&draft, runtime.as_os_str().as_encoded_bytes());
-        written.and_then(|()| std::fs::rename(&draft, &runtime_file)).map_err(failed("write"))?;
+        let replaced = replace_private(&runtime_file, &draft, runtime.as_os_str().as_encoded_bytes());
+        replaced.map_err(|error| failed("write")(error.into()))?;
     }
     let has_exit = has_exit_file(task.bundle);
     let failed = |source| ShimError::Spawn { binary: program.to_owned(), source };
@@ -104,5 +100,5 @@ pub async fn delete_dead_container(launcher: &Launcher, task: DeadContainer<'_>)
         return Ok(answer.map(|answer| Exit::new(answer.exit_status, answer.exited_at.as_ref())));
     }
     let message = text::sanitize(String::from_utf8_lossy(&output.stderr).trim(), EXCERPT_MAX);
-    Err(ShimError::Refused { call: "delete", code: output.status.code().unwrap_or(-1), message })
+    Err(ShimError::DeleteFailed { message })
 }

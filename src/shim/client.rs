@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 use ttrpc::{Error as TtrpcError, proto::Request};
 
 use super::{
-    CallKind, RuntimeCalls, ShimError, UNIMPLEMENTED,
+    CallKind, RefusalCode, RuntimeCalls, ShimError,
     connection::{ConnectionState, WatchedStream},
 };
 use crate::{
@@ -247,7 +247,7 @@ impl Client {
             let request = wire::ConnectRequest::new();
             match client.call::<_, wire::ConnectResponse>("Connect", &request, Some(limit)).await {
                 Ok(_) => return Ok(client),
-                Err(ShimError::Refused { code: UNIMPLEMENTED, .. }) => {}
+                Err(ShimError::Refused { code: RefusalCode::UNIMPLEMENTED, .. }) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -495,12 +495,13 @@ impl Client {
         // A shim passes on the runtime's message, and the runtime passes on text of the image. That may be megabytes
         // and may contain escape sequences, so the message is cut and cleaned.
         let answer = answer.map_err(|error| match error {
-            TtrpcError::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {
+            TtrpcError::RpcStatus(status) if status.code() == RefusalCode::DEADLINE_EXCEEDED => {
                 ShimError::TimedOut { call, after: limit.unwrap_or_default() }
             }
             TtrpcError::RpcStatus(status) => {
                 let message = text::sanitize(&status.message, EXCERPT_MAX);
-                ShimError::Refused { call, code: status.code.value(), message }
+                let code = status.code.enum_value().unwrap_or(RefusalCode::UNKNOWN);
+                ShimError::Refused { call, code, message }
             }
             other => self.transport_error(call, &other),
         })?;
@@ -534,7 +535,7 @@ fn ignore_not_found<T>(outcome: Result<T, ShimError>) -> Result<(), ShimError> {
 }
 
 fn deadline_status() -> ttrpc::Status {
-    ttrpc::get_status(ttrpc::Code::DEADLINE_EXCEEDED, "no answer")
+    ttrpc::get_status(RefusalCode::DEADLINE_EXCEEDED, "no answer")
 }
 
 #[cfg(test)]

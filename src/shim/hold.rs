@@ -3,8 +3,11 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::{Mutex, MutexGuard};
+
+use crate::ids::ShimId;
+
 /// The shims that have holds in this process, by id.
-pub(super) type HoldRegistry = Arc<Mutex<HashMap<String, HeldShim>>>;
+pub(super) type HoldRegistry = Arc<Mutex<HashMap<ShimId, HeldShim>>>;
 
 /// The state of a shim that has at least one hold.
 #[derive(Debug, Default)]
@@ -18,15 +21,15 @@ pub(super) struct HeldShim {
 /// A hold on a shim: the shim is in use by this process until the last hold on it is dropped.
 #[derive(Debug)]
 pub struct ShimHold {
-    id: String,
+    id: ShimId,
     pub(super) registry: HoldRegistry,
     released: bool,
 }
 
 impl ShimHold {
-    pub(super) fn new(id: &str, own: &HoldRegistry) -> Self {
-        lock_registry(own).entry(id.to_owned()).or_default().holds += 1;
-        Self { id: id.to_owned(), registry: own.clone(), released: false }
+    pub(super) fn new(id: &ShimId, own: &HoldRegistry) -> Self {
+        lock_registry(own).entry(id.clone()).or_default().holds += 1;
+        Self { id: id.clone(), registry: own.clone(), released: false }
     }
 
     /// Releases this hold if there is a further hold on the shim. Returns whether this hold was released.
@@ -56,6 +59,6 @@ impl Drop for ShimHold {
     }
 }
 
-pub(super) fn lock_registry(own: &HoldRegistry) -> MutexGuard<'_, HashMap<String, HeldShim>> {
+pub(super) fn lock_registry(own: &HoldRegistry) -> MutexGuard<'_, HashMap<ShimId, HeldShim>> {
     own.lock()
 }

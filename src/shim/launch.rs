@@ -23,15 +23,19 @@ use tokio::sync::watch;
 
 use super::{
     Client, RuntimeCalls, ShimError, TaskApi,
-    adopt::ShimIdentity,
     hold::{HoldRegistry, ShimHold, lock_registry},
-    pool::ShimScope,
+    identity::ShimIdentity,
+    scope::ShimScope,
     sealed::{CurrentSealedCopy, SEALED_FD, SealedCopy},
     version,
 };
 use crate::{
-    ids::random_hex,
-    places::{Places, create_private, create_private_dir, write_private},
+    files::{
+        create_private, create_private_dir, remove_dir_all_if_exists, remove_dir_if_exists, remove_file_if_exists,
+        write_private,
+    },
+    ids::ShimId,
+    places::Places,
     process::{Pid, PidFd, ProcessId, async_command, boot_id, detach_from_agent, detach_session},
 };
 
@@ -67,7 +71,7 @@ pub struct Launcher {
 /// The id of a shim that is not started yet, and a hold on it.
 #[derive(Debug)]
 pub struct ShimReservation {
-    id: String,
+    id: ShimId,
     held: ShimHold,
     /// The shim's program, if it is not the launcher's.
     program: Option<PathBuf>,
@@ -75,7 +79,7 @@ pub struct ShimReservation {
 
 impl ShimReservation {
     /// Returns the id that the shim will have.
-    pub fn id(&self) -> &str {
+    pub fn id(&self) -> &ShimId {
         &self.id
     }
 }
@@ -84,7 +88,7 @@ impl ShimReservation {
 /// directory.
 #[derive(Debug)]
 pub struct Shim {
-    pub(super) id: String,
+    pub(super) id: ShimId,
     pub(super) pid: u32,
     pub(super) dir: PathBuf,
     pub(super) client: Client,
@@ -182,23 +186,23 @@ impl Launcher {
     }
 
     /// Returns the ids of the shims that have holds in this process.
-    pub fn held_ids(&self) -> HashSet<String> {
+    pub fn held_ids(&self) -> HashSet<ShimId> {
         lock_registry(&self.hold_registry).keys().cloned().collect()
     }
 
     /// Returns the number of holds on a shim in this process.
-    pub(super) fn hold_count(&self, id: &str) -> usize {
+    pub(super) fn hold_count(&self, id: &ShimId) -> usize {
         lock_registry(&self.hold_registry).get(id).map_or(0, |holding| holding.holds)
     }
 
     /// Takes a hold on a shim that is about to be adopted.
-    pub fn acquire(&self, id: &str) -> ShimHold {
+    pub fn acquire(&self, id: &ShimId) -> ShimHold {
         ShimHold::new(id, &self.hold_registry)
     }
 
     /// Reserves an id for a shim that will be launched, so that the id can be recorded before the shim exists.
     pub fn reserve(&self) -> ShimReservation {
-        let id = random_hex(6);
+        let id = ShimId::random();
         let held = self.acquire(&id);
         ShimReservation { id, held, program: None }
     }
@@ -271,16 +275,16 @@ impl Launcher {
             }
             Err(error) => {
                 let log = log_tail(&dir.join(LOG_FILE)).unwrap_or_default();
-                tracing::warn!(shim = id, log = log.trim(), "a shim did not come up");
+                tracing::warn!(shim = %id, log = log.trim(), "a shim did not come up");
                 Err(error)
             }
         }
     }
 
-    fn spawn(&self, id: &str, dir: &Path, program: Option<&Path>) -> Result<Spawned, ShimError> {
+    fn spawn(&self, id: &ShimId, dir: &Path, program: Option<&Path>) -> Result<Spawned, ShimError> {
         let binary = program.unwrap_or(&self.binary);
         let failed = |doing, path: &Path| {
-            let (id, path) = (id.to_owned(), path.to_owned());
+            let (id, path) = (id.to_string(), path.to_owned());
             move |source| ShimError::File { id, doing, path, source }
         };
         create_private_dir(dir).map_err(failed("create", dir))?;
@@ -292,7 +296,7 @@ impl Launcher {
         let log_file = create_private(&log).map_err(failed("create", &log))?;
         let mut command = async_command(binary);
         command
-            .args(["-namespace", &self.namespace, "-id", id, "-address"])
+            .args(["-namespace", &self.namespace, "-id", id.as_str(), "-address"])
             .arg(self.places.run())
             .current_dir(dir)
             .env_clear()
@@ -337,7 +341,7 @@ impl Launcher {
 
 impl Shim {
     /// Returns the shim's id, which is the name of its directory.
-    pub fn id(&self) -> &str {
+    pub fn id(&self) -> &ShimId {
         &self.id
     }
 
@@ -449,7 +453,7 @@ impl Shim {
             // An unusable shim would accept the request and not exit.
             return self.kill_and_wait().await;
         }
-        let refused = !self.has_ended() && self.client.shutdown(&self.id).await.is_err();
+        let refused = !self.has_ended() && self.client.shutdown(self.id.as_str()).await.is_err();
         if refused {
             self.pidfd.signal(libc::SIGKILL);
         }
@@ -457,7 +461,7 @@ impl Shim {
             if self.adopted && !refused {
                 // The shim has accepted the request and does not exit, so it has a container that this plugin does not
                 // know.
-                tracing::warn!(shim = self.id, "a shim of an earlier plugin does not exit; it may hold a container");
+                tracing::warn!(shim = %self.id, "a shim of an earlier plugin does not exit; it may hold a container");
                 return false;
             }
             return self.kill_and_wait().await;
@@ -471,7 +475,7 @@ impl Shim {
     pub(super) async fn kill_and_wait(mut self) -> bool {
         self.pidfd.signal(libc::SIGKILL);
         if tokio::time::timeout(EXIT_TIMEOUT, self.ended.wait_for(|ended| *ended)).await.is_err() {
-            tracing::error!(shim = self.id, "a shim survives SIGKILL");
+            tracing::error!(shim = %self.id, "a shim survives SIGKILL");
             return false;
         }
         remove_dir(&self.dir);
@@ -499,20 +503,10 @@ pub(super) fn remove_dir(dir: &Path) {
     }
     let by_name = [SOCKET_FILE, LOG_FILE, PID_FILE, UNUSABLE_FILE]
         .iter()
-        .try_for_each(|file| ignore_not_found(fs::remove_file(dir.join(file))));
-    let removed = by_name
-        .and_then(|()| ignore_not_found(fs::remove_dir(dir)))
-        .or_else(|_| ignore_not_found(fs::remove_dir_all(dir)));
+        .try_for_each(|file| remove_file_if_exists(&dir.join(file)));
+    let removed = by_name.and_then(|()| remove_dir_if_exists(dir)).or_else(|_| remove_dir_all_if_exists(dir));
     if let Err(error) = removed {
         tracing::warn!(dir = %dir.display(), %error, "could not remove the directory of a shim");
-    }
-}
-
-/// Treats "not found" as success: the file was removed, or did not exist.
-fn ignore_not_found(removed: io::Result<()>) -> io::Result<()> {
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

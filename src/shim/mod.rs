@@ -13,9 +13,11 @@ mod exec_fifo;
 #[cfg(test)]
 pub mod fake;
 mod hold;
+mod identity;
 mod launch;
 mod pid_files;
 mod pool;
+mod scope;
 mod sealed;
 pub mod stdio;
 mod version;
@@ -35,8 +37,11 @@ pub use exec_fifo::start_via_exec_fifo;
 pub use hold::ShimHold;
 pub use launch::{Launcher, Shim, ShimReservation};
 pub use pid_files::{PidFile, PidFiles};
-pub use pool::{Pool, PoolSettings, ReservedShim, ShimScope};
+pub use pool::{Pool, PoolSettings, ReservedShim};
+pub use scope::ShimScope;
 pub use sealed::SealedCopy;
+/// The status code with which a shim refuses a call.
+pub use ttrpc::Code as RefusalCode;
 
 /// The reason why an operation on a shim failed.
 #[derive(Debug, thiserror::Error)]
@@ -93,27 +98,32 @@ pub enum ShimError {
     Refused {
         /// The method that was called.
         call: &'static str,
-        /// The gRPC status code.
-        code: i32,
+        /// The status code of the refusal.
+        code: RefusalCode,
         /// The message of the shim or of the runtime.
         message: String,
     },
+    /// The `delete` command of the shim's program failed. The message is mostly the OCI runtime's.
+    #[error("{message}")]
+    DeleteFailed {
+        /// The command's error output.
+        message: String,
+    },
+    /// The OCI runtime that is to delete a container is not known, or not installed any more.
+    #[error("the container's runtime is unknown or no longer installed")]
+    RuntimeMissing,
+    /// gVisor's shim reported success, and runsc's state of the container is still there.
+    #[error("runsc has not deleted the container; its state is still there")]
+    NotDeleted,
     /// The shim serves neither version of the Task service.
     #[error("shim serves neither {0} nor {1}")]
     NoTaskService(&'static str, &'static str),
 }
 
-/// The status code INVALID_ARGUMENT of gRPC.
-const INVALID_ARGUMENT: i32 = 3;
-/// The status code NOT_FOUND of gRPC.
-const NOT_FOUND: i32 = 5;
-/// The status code UNIMPLEMENTED of gRPC.
-const UNIMPLEMENTED: i32 = 12;
-
 impl ShimError {
     /// Returns whether the shim does not know the container or process (any more).
     pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::Refused { code: NOT_FOUND, .. })
+        matches!(self, Self::Refused { code: RefusalCode::NOT_FOUND, .. })
     }
 
     /// Returns what has to change before another attempt can succeed: the host's state or the job.
@@ -123,15 +133,18 @@ impl ShimError {
             // host is the cause. A failure that is not known to be the job's is reported as the host's: many failures
             // of the host have messages that occur nowhere else, and no table lists them all.
             Self::Refused { code, message, .. } => failure::of_message(message).unwrap_or(match *code {
-                INVALID_ARGUMENT | UNIMPLEMENTED => Cause::Job,
+                RefusalCode::INVALID_ARGUMENT | RefusalCode::UNIMPLEMENTED => Cause::Job,
                 _ => Cause::Host,
             }),
+            Self::DeleteFailed { message } => failure::of_message(message).unwrap_or(Cause::Host),
             Self::File { .. }
             | Self::Spawn { .. }
             | Self::ConnectionLost { .. }
             | Self::Malformed { .. }
             | Self::TimedOut { .. }
             | Self::DoesNotExit
+            | Self::RuntimeMissing
+            | Self::NotDeleted
             | Self::NoTaskService(..) => Cause::Host,
         }
     }

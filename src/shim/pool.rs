@@ -16,7 +16,8 @@ use std::{
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 
-use super::{Launcher, Shim, ShimError, launch::ShimReservation};
+use super::{Launcher, Shim, ShimError, ShimScope, launch::ShimReservation};
+use crate::ids::{AllocId, ShimId};
 
 /// The time for which closing the pool waits for a shim that is being launched, before it abandons the launch. A shim
 /// comes up in some 10 ms.
@@ -35,18 +36,6 @@ const SPARE_MAX: usize = 16;
 const SPARE_GRACE: Duration = Duration::from_secs(1);
 /// The number of containers after which a shim is replaced. Nothing guarantees that a shim's memory doesn't grow.
 const USES_MAX: u32 = 500;
-
-/// The tasks that share a shim.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum ShimScope {
-    /// Each task has a shim of its own.
-    #[default]
-    Task,
-    /// The tasks of an allocation share a shim.
-    Alloc,
-    /// All tasks of this node share a shim.
-    Node,
-}
 
 /// The settings of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +95,7 @@ pub enum ReservedShim {
 
 impl ReservedShim {
     /// Returns the id of the shim.
-    pub fn id(&self) -> &str {
+    pub fn id(&self) -> &ShimId {
         match self {
             Self::Running(shim) => shim.id(),
             Self::ToLaunch(reservation) => reservation.id(),
@@ -148,7 +137,7 @@ impl Pool {
     ///
     /// # Errors
     /// Fails when a shim that tasks are to share can't be started.
-    pub async fn reserve(&self, alloc_id: &str, program: Option<&Path>) -> Result<ReservedShim, ShimError> {
+    pub async fn reserve(&self, alloc_id: &AllocId, program: Option<&Path>) -> Result<ReservedShim, ShimError> {
         if let Some(program) = program {
             return Ok(ReservedShim::ToLaunch(self.0.launcher.reserve_with_program(program)));
         }
@@ -170,7 +159,7 @@ impl Pool {
     }
 
     /// Lets further tasks of this allocation join an adopted shim that has one of the allocation's tasks.
-    pub fn share_adopted(&self, alloc_id: &str, shim: &Shim) {
+    pub fn share_adopted(&self, alloc_id: &AllocId, shim: &Shim) {
         let Some(key) = self.sharing_key(alloc_id).filter(|_| !shim.is_dedicated()) else { return };
         let mut shared = self.shared();
         if !self.is_closed() && !shim.is_unusable() && !shared.contains_key(key) {
@@ -179,11 +168,11 @@ impl Pool {
     }
 
     /// Returns the key of the shim that a task of this allocation shares with others, if it shares one.
-    fn sharing_key<'a>(&self, alloc_id: &'a str) -> Option<&'a str> {
+    fn sharing_key<'a>(&self, alloc_id: &'a AllocId) -> Option<&'a str> {
         match self.0.settings.scope {
             ShimScope::Task => None,
             // Tasks without an allocation don't share a shim.
-            ShimScope::Alloc => Some(alloc_id).filter(|id| !id.is_empty()),
+            ShimScope::Alloc => Some(alloc_id.as_str()).filter(|id| !id.is_empty()),
             ShimScope::Node => Some(""),
         }
     }
@@ -328,7 +317,7 @@ impl Pool {
 
     /// Shuts down a shim whose container is gone, unless there are further holds on it. Returns whether the shim is
     /// gone or has further holds.
-    pub async fn shut_down(&self, alloc_id: &str, shim: Shim) -> bool {
+    pub async fn shut_down(&self, alloc_id: &AllocId, shim: Shim) -> bool {
         match self.release_unless_last(alloc_id, shim) {
             Some(shim) => shim.shut_down().await,
             None => true,
@@ -337,7 +326,7 @@ impl Pool {
 
     /// Takes back a shim whose container is gone, to keep it for the next task or to shut it down. Returns `false` only
     /// if the shim had to be shut down and is not gone.
-    pub async fn recycle(&self, alloc_id: &str, shim: Shim) -> bool {
+    pub async fn recycle(&self, alloc_id: &AllocId, shim: Shim) -> bool {
         let Some(mut shim) = self.release_unless_last(alloc_id, shim) else { return true };
         if shim.is_unusable() {
             return shim.kill_and_wait().await;
@@ -366,7 +355,7 @@ impl Pool {
 
     /// Returns the number of tasks that have a hold on this shim. The pool's own hold, which is there for further tasks
     /// of an allocation or node, is not counted.
-    pub fn task_count(&self, id: &str) -> usize {
+    pub fn task_count(&self, id: &ShimId) -> usize {
         let shared = self.shared();
         let own = shared.values().filter(|kept| kept.id() == id).count();
         self.0.launcher.hold_count(id).saturating_sub(own)
@@ -374,15 +363,15 @@ impl Pool {
 
     /// Releases a task's hold on a shim. Returns the shim if that was the last hold of a task on it, and the caller has
     /// to end the shim.
-    fn release_unless_last(&self, alloc_id: &str, mut shim: Shim) -> Option<Shim> {
+    fn release_unless_last(&self, alloc_id: &AllocId, mut shim: Shim) -> Option<Shim> {
         let mut shared = self.shared();
         if !shim.release_if_shared() {
             return Some(shim);
         }
         // The last task of an allocation is gone when only the pool has a hold on its shim.
         let last = self.0.settings.scope == ShimScope::Alloc
-            && shared.get(alloc_id).is_some_and(|kept| kept.id() == shim.id() && kept.has_single_hold());
-        last.then(|| shared.remove(alloc_id)).flatten()
+            && shared.get(alloc_id.as_str()).is_some_and(|kept| kept.id() == shim.id() && kept.has_single_hold());
+        last.then(|| shared.remove(alloc_id.as_str())).flatten()
     }
 
     /// Adds a used shim to the idle ones, for the next task. Returns the shim if there are enough.
@@ -444,8 +433,8 @@ impl Pool {
     }
 
     /// Returns the ids of the idle shims.
-    pub fn idle_ids(&self) -> Vec<String> {
-        self.idle().iter().map(|shim| shim.id().to_owned()).collect()
+    pub fn idle_ids(&self) -> Vec<ShimId> {
+        self.idle().iter().map(|shim| shim.id().clone()).collect()
     }
 
     fn is_closed(&self) -> bool {

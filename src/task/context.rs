@@ -116,7 +116,7 @@ pub(super) fn layers(image: &ImageRecord) -> Layers<'_> {
 impl EngineContext {
     /// Queues the teardown of a task, for the first time or again.
     pub(super) fn queue_teardown(&self, record: Record) {
-        match self.pending_teardowns().entry(record.task_id.clone()) {
+        match self.pending_teardowns().entry(record.intent.task_id.clone()) {
             Entry::Occupied(mut known) => {
                 let known = known.get_mut();
                 (known.record, known.state) = (record, TeardownState::Queued);
@@ -161,7 +161,7 @@ impl EngineContext {
         sources: MountSources,
     ) {
         let context = self.clone();
-        let task = record.task_id.clone();
+        let task = record.intent.task_id.clone();
         let sources = if needs_sources(record) { None } else { Some(sources) };
         tokio::spawn(async move {
             context.pool.wait_until_idle(DEFERRED_WORK_DELAY, DEFERRED_WORK_MAX_DELAY).await;
@@ -197,23 +197,22 @@ impl EngineContext {
     /// Kills and deletes what is left of a container whose shim is dead. Returns how the container had ended, if the
     /// shim has written that down.
     pub(super) async fn delete_dead(&self, record: &Record) -> Result<Option<Exit>, ShimError> {
-        let bundle = self.settings.places.bundle(&record.container_id);
-        let runtime = self.runtimes.binary(&record.runtime);
+        let bundle = self.settings.places.bundle(&record.intent.container_id);
+        let runtime = self.runtimes.binary(&record.intent.runtime);
         let dead = DeadContainer {
-            id: record.container_id.as_str(),
-            namespace: &record.namespace,
-            program: record.shim_program.as_deref(),
-            is_gvisor: record.gvisor,
+            id: record.intent.container_id.as_str(),
+            namespace: &record.intent.namespace,
+            program: record.intent.shim_program.as_deref(),
+            is_gvisor: record.intent.gvisor,
             runtime: runtime.as_deref(),
             bundle: &bundle,
         };
         let _at_work = self.pool.launcher().calls().begin(CallKind::FollowUp).await;
         let exit = shim::delete_dead_container(self.pool.launcher(), dead).await?;
         // gVisor's own shim reports success even if it could not run runsc.
-        let root = self.settings.places.runtime_state(&record.runtime, &record.namespace);
-        if record.gvisor && root.join(gvisor::state_file(record.container_id.as_str())).exists() {
-            let message = "runsc has not deleted the container; its state is still there".to_owned();
-            return Err(ShimError::Refused { call: "delete", code: -1, message });
+        let root = self.settings.places.runtime_state(&record.intent.runtime, &record.intent.namespace);
+        if record.intent.gvisor && root.join(gvisor::state_file(record.intent.container_id.as_str())).exists() {
+            return Err(ShimError::NotDeleted);
         }
         Ok(exit)
     }

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     failpoint,
-    ids::TaskId,
+    ids::{AllocId, TaskId},
     logs::FifoGuard,
     shim::{Adoption, ShimHold, SignalTarget, stdio::ParkedFifos},
 };
@@ -39,7 +39,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(1500);
 type AttemptLock = Arc<tokio::sync::Mutex<()>>;
 
 /// An allocation and the name of a task in it.
-pub(super) type AllocTask = (String, String);
+pub(super) type AllocTask = (AllocId, String);
 
 /// Returns for how long an agent has been connected without interruption; zero when no agent is connected.
 type AgentConnectedFor = Box<dyn Fn() -> Duration + Send + Sync>;
@@ -155,11 +155,11 @@ impl Engine {
     }
 
     /// Returns the lock of an allocation's task. A start or a teardown of one of the task's attempts holds the lock.
-    pub(super) fn attempt_lock(&self, alloc_id: &str, name: &str) -> AttemptLock {
+    pub(super) fn attempt_lock(&self, alloc_id: &AllocId, name: &str) -> AttemptLock {
         let mut attempt_locks = self.0.attempt_locks.lock();
         // Locks that are neither held nor waited for are dropped.
         attempt_locks.retain(|_, turn| Arc::strong_count(turn) > 1);
-        attempt_locks.entry((alloc_id.to_owned(), name.to_owned())).or_default().clone()
+        attempt_locks.entry((alloc_id.clone(), name.to_owned())).or_default().clone()
     }
 
     /// The settings that the engine was opened with.
@@ -227,7 +227,7 @@ impl Engine {
         self.0.context.spawn_deferred_work(&record, image.clone(), sources);
         self.announce_start(&record, &run, &phases);
         let (shim, image) = (Adoption::Alive(shim), Some(image));
-        let log = FifoGuard::new(&self.settings().places.log(&record.container_id));
+        let log = FifoGuard::new(&self.settings().places.log(&record.intent.container_id));
         let task = Task::new(TaskParts {
             record,
             shim,
@@ -256,7 +256,7 @@ impl Engine {
     fn announce_start(&self, record: &Record, run: &RunRecord, phases: &Phases) {
         self.0.context.metrics.started(phases);
         tracing::info!(
-            task = %record.task_id, image = record.image, runtime = record.runtime, pid = run.process.pid,
+            task = %record.intent.task_id, image = record.intent.image, runtime = record.intent.runtime, pid = run.process.pid,
             pooled = phases.pooled, total_us = micros(phases.total), image_us = micros(phases.image),
             shim_us = micros(phases.shim), bundle_us = micros(phases.bundle), create_us = micros(phases.create),
             released_us = phases.released.map(micros), start_us = phases.start.map(micros), "task started"
@@ -321,7 +321,7 @@ impl Engine {
         let record = task.record();
         let exit = task.exit.borrow().clone();
         Ok(Inspection {
-            name: record.name.clone(),
+            name: record.intent.name.clone(),
             started_at: task.started_at(),
             exit,
             record,

@@ -6,7 +6,7 @@ use tokio::sync::broadcast;
 
 use super::Record;
 use crate::{
-    ids::TaskId,
+    ids::{AllocId, TaskId},
     text::{self, EXCERPT_MAX, MESSAGE_MAX},
 };
 
@@ -16,7 +16,7 @@ pub struct TaskEvent {
     /// The id of the attempt.
     pub task_id: TaskId,
     /// The id of its allocation.
-    pub alloc_id: String,
+    pub alloc_id: AllocId,
     /// The task's name.
     pub task_name: String,
     /// When it happened.
@@ -66,9 +66,9 @@ impl EventHub {
     /// Sends an event about a task to this audience.
     pub fn send_about(&self, record: &Record, message: String, audience: Audience) {
         self.send(TaskEvent {
-            task_id: record.task_id.clone(),
-            alloc_id: record.alloc_id.clone(),
-            task_name: record.name.clone(),
+            task_id: record.intent.task_id.clone(),
+            alloc_id: record.intent.alloc_id.clone(),
+            task_name: record.intent.name.clone(),
             at: SystemTime::now(),
             message,
             annotations: HashMap::new(),

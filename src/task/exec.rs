@@ -14,8 +14,9 @@ use serde_json::{Value, json};
 
 use super::{Record, TaskError, sandbox_exec::SandboxExec, undo::RETRY_DELAYS};
 use crate::{
+    files::{create_private_dir, remove_file_if_exists, replace_private},
     ids::{ContainerId, random_hex},
-    places::{Places, PlacesError, create_private_dir, list_names, write_private},
+    places::{Places, PlacesError, list_names},
     process::{PidFd, ProcessId, descendants, is_transient, none_if_vanished, parent_of},
     rootfs::{DEFAULT_TERM, KernelLimits, StringError},
     shim::{Client, ExecIo, ExecPipes, ExecProcess, Exit, ShimError, SignalTarget, WindowSize},
@@ -124,7 +125,7 @@ pub(crate) async fn start(
     request: &ExecRequest,
 ) -> Result<ExecSession, ExecError> {
     let command = request.command.first().filter(|command| !command.is_empty()).ok_or(ExecError::Empty)?;
-    let config = places.bundle(&record.container_id).join("config.json");
+    let config = places.bundle(&record.intent.container_id).join("config.json");
     let unusable = |path: &Path| {
         let path = path.to_owned();
         move |source| ExecError::Bundle { path, source }
@@ -137,15 +138,20 @@ pub(crate) async fn start(
     let pipes = ExecPipes::new(request.stdin, request.terminal).map_err(ExecError::Pipes)?;
     let [stdin, stdout, stderr] = pipes.paths();
     // The marker is written first: if this plugin dies, the next one finds the process by it.
-    let (exec_id, execs) = (random_hex(8), places.execs(&record.container_id));
+    let (exec_id, execs) = (random_hex(8), places.execs(&record.intent.container_id));
     let marker = execs.join(&exec_id);
     let owner = ProcessId::of(std::process::id()).ok();
-    let sandbox = record.gvisor.then(|| SandboxExec::of(places, record, &exec_id));
+    let sandbox = record.intent.gvisor.then(|| SandboxExec::of(places, record, &exec_id));
     let note = |process| json!(Marker { owner, process, sandbox: sandbox.clone() }).to_string();
     create_private_dir(&execs).and_then(|()| write_marker(&marker, &note(None))).map_err(unusable(&marker))?;
-    let id = record.container_id.as_str();
-    let mut exec =
-        Exec { client: client.clone(), container: record.container_id.clone(), exec_id, marker, is_finished: false };
+    let id = record.intent.container_id.as_str();
+    let mut exec = Exec {
+        client: client.clone(),
+        container: record.intent.container_id.clone(),
+        exec_id,
+        marker,
+        is_finished: false,
+    };
     let process = ExecProcess {
         id,
         exec_id: &exec.exec_id,
@@ -217,11 +223,11 @@ pub async fn signal_without_engine(places: &Places, record: &Record, signal: Opt
     let failed = |source| TaskError::Shim { doing: "send the signal", source };
     let client = connect_to_shim(places, record).await.map_err(failed)?;
     let whom = if signal.is_some() { SignalTarget::Init } else { SignalTarget::All };
-    client.kill(record.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), whom).await.map_err(failed)
+    client.kill(record.intent.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), whom).await.map_err(failed)
 }
 
 async fn connect_to_shim(places: &Places, record: &Record) -> Result<Client, ShimError> {
-    Client::connect(&places.shim(&record.shim).join("sock"), None).await
+    Client::connect(&places.shim(&record.intent.shim).join("sock"), None).await
 }
 
 /// The description of a process that is to be run in a task.
@@ -418,8 +424,7 @@ fn write_marker(marker: &Path, text: &str) -> io::Result<()> {
     // The draft is not in the directory itself, which is listed for markers.
     let name = marker.file_name().unwrap_or_default().to_string_lossy();
     let draft = marker.with_file_name("..").join(format!("exec-{name}.tmp"));
-    write_private(&draft, text.as_bytes())?;
-    fs::rename(&draft, marker)
+    Ok(replace_private(marker, &draft, text.as_bytes())?)
 }
 
 fn read_marker(marker: &Path) -> io::Result<Marker> {
@@ -513,16 +518,12 @@ async fn remove_traces(client: &Client, container: &ContainerId, exec_id: &str, 
     }
     // Shims leave this file behind, one for each exec.
     if let Some(path) = pid_file(marker)
-        && let Err(error) = fs::remove_file(&path)
-        && error.kind() != io::ErrorKind::NotFound
+        && let Err(error) = remove_file_if_exists(&path)
     {
         tracing::warn!(path = %path.display(), %error, "could not remove the pid file of an exec'd process");
     }
-    match fs::remove_file(marker) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!(path = %marker.display(), %error, "could not remove the marker of an exec'd process");
-        }
-        _ => {}
+    if let Err(error) = remove_file_if_exists(marker) {
+        tracing::warn!(path = %marker.display(), %error, "could not remove the marker of an exec'd process");
     }
 }
 

@@ -109,7 +109,7 @@ mod tests {
     use crate::{
         ids::Digest,
         image::{ImageError, LayerProblem},
-        shim::ShimError,
+        shim::{RefusalCode, ShimError},
         task::{GroupError, SharedImageError},
     };
     use std::{io, sync::Arc};
@@ -157,8 +157,11 @@ mod tests {
             RootfsError::NoCommand.into(),
             StdioError::NotFifo { path: "/x".into(), kind: "a symbolic link" }.into(),
             RuntimeError::None.into(),
-            shim(refused(2, "OCI runtime create failed: executable file `/x` not found: No such file or directory")),
-            shim(refused(3, "invalid")),
+            shim(refused(
+                RefusalCode::UNKNOWN,
+                "OCI runtime create failed: executable file `/x` not found: No such file or directory",
+            )),
+            shim(refused(RefusalCode::INVALID_ARGUMENT, "invalid")),
         ] {
             let error: TaskError = error;
             assert!(!error.is_recoverable(), "{}", crate::error_chain(&error));
@@ -173,13 +176,13 @@ mod tests {
             "OCI runtime create failed: runc create failed: unable to store init state: %!w(<nil>): unknown",
             "failed to delete task: cannot open directory '/run/x': No such file or directory",
         ] {
-            assert!(shim(refused(2, text)).is_recoverable(), "{text}");
+            assert!(shim(refused(RefusalCode::UNKNOWN, text)).is_recoverable(), "{text}");
         }
         // A failure of the host keeps its class, whatever the gRPC code.
-        assert!(shim(refused(3, "mkdir /x: no space left on device")).is_recoverable());
+        assert!(shim(refused(RefusalCode::INVALID_ARGUMENT, "mkdir /x: no space left on device")).is_recoverable());
     }
 
-    fn refused(code: i32, message: &str) -> ShimError {
+    fn refused(code: RefusalCode, message: &str) -> ShimError {
         ShimError::Refused { call: "Create", code, message: message.to_owned() }
     }
 

@@ -22,17 +22,17 @@ use super::{
     undo::{remove_runsc_state, undo},
 };
 use crate::{
+    cgroup::CgroupPath,
+    containerd::LeaseId,
     control::Garbage,
+    files::none_if_missing,
     gvisor,
-    ids::{ContainerId, TaskId},
+    ids::{AllocId, ContainerId, ShimId, TaskId},
     image::{ImagesInUse, Reference},
     places::{Places, PlacesError, list_names},
     rootfs::RootfsError,
     shim::{self, Adoption, Client, ShimError},
 };
-
-/// The shim id in the record that is made up for an unrecorded container. No shim has this id.
-const NO_SHIM: &str = "none";
 
 impl Engine {
     /// Runs the garbage collection in the background after each grace period, for as long as the engine lives.
@@ -160,8 +160,7 @@ impl Engine {
         // The containers and shims are listed before the records, since a record is written before anything of its task
         // is made.
         let containers = containers_on_disk(places, self.context().pool.launcher().namespace());
-        let (containers, shims) = match containers.and_then(|containers| Ok((containers, list_names(&places.shims())?)))
-        {
+        let (containers, shims) = match containers.and_then(|containers| Ok((containers, places.list_shims()?))) {
             Ok(listed) => listed,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
         };
@@ -173,15 +172,14 @@ impl Engine {
         let unread = records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json"));
         let mut recorded: HashSet<ContainerId> =
             unread.filter_map(|path| ContainerId::from_file_name(path.file_stem()?.to_str()?)).collect();
-        recorded.extend(records.readable.iter().map(|record| record.container_id.clone()));
+        recorded.extend(records.readable.iter().map(|record| record.intent.container_id.clone()));
         recorded.extend(self.tasks().values().filter_map(Slot::record).map(|record| record.intent.container_id));
-        recorded.extend(self.pending_teardowns().values().map(|pending| pending.record.container_id.clone()));
+        recorded.extend(self.pending_teardowns().values().map(|pending| pending.record.intent.container_id.clone()));
         let containers: Vec<_> = containers.into_iter().filter(|id| !recorded.contains(id)).collect();
         let records = records.readable;
         let own = self.context().pool.launcher().held_ids();
-        let named: HashSet<&str> = records.iter().map(|record| record.shim.as_str()).collect();
-        let shims: Vec<_> =
-            shims.into_iter().filter(|shim| !named.contains(shim.as_str()) && !own.contains(shim)).collect();
+        let named: HashSet<&ShimId> = records.iter().map(|record| &record.intent.shim).collect();
+        let shims: Vec<_> = shims.into_iter().filter(|shim| !named.contains(shim) && !own.contains(shim)).collect();
         let mut found = Vec::new();
         for id in containers {
             let outcome = if dry_run { Ok(()) } else { self.destroy_unrecorded(&id, &shims).await };
@@ -200,7 +198,8 @@ impl Engine {
                 let gone = dry_run || shim::shut_down_unrecorded(&dir).await;
                 let problem = (!gone).then(|| "it does not exit; it may still hold a container".to_owned());
                 found.push(
-                    Garbage::new("shim", &name, problem).with_reason("no record names it, and it holds no container"),
+                    Garbage::new("shim", name.as_str(), problem)
+                        .with_reason("no record names it, and it holds no container"),
                 );
             }
         }
@@ -211,7 +210,7 @@ impl Engine {
     ///
     /// # Errors
     /// When one of the shims can't be queried, since that shim may have the container.
-    async fn find_shim_holding(&self, id: &ContainerId, shims: &[String]) -> Result<Adoption, TaskError> {
+    async fn find_shim_holding(&self, id: &ContainerId, shims: &[ShimId]) -> Result<Adoption, TaskError> {
         let context = self.context();
         for name in shims {
             let dir = context.settings.places.shim(name);
@@ -223,7 +222,7 @@ impl Engine {
                     continue;
                 }
                 Err(source) => {
-                    return Err(failed(ShimError::File { id: name.clone(), doing: "connect to", path, source }));
+                    return Err(failed(ShimError::File { id: name.to_string(), doing: "connect to", path, source }));
                 }
             }
             let client = Client::connect(&path, None).await.map_err(failed)?;
@@ -241,7 +240,7 @@ impl Engine {
     ///
     /// # Errors
     /// When it is not known which shim has the container, or something of the container can't be removed.
-    pub(super) async fn destroy_unrecorded(&self, id: &ContainerId, shims: &[String]) -> Result<(), TaskError> {
+    pub(super) async fn destroy_unrecorded(&self, id: &ContainerId, shims: &[ShimId]) -> Result<(), TaskError> {
         let context = self.context();
         let places = &context.settings.places;
         let shim = self.find_shim_holding(id, shims).await?;
@@ -251,9 +250,8 @@ impl Engine {
         known.extend(self.pending_teardowns().values().map(|pending| pending.record.clone()));
         known.extend(self.left_alone().iter().map(|(record, _)| record.clone()));
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
-        let cgroup =
-            if starting || known.iter().any(|record| record.cgroup == cgroup) { String::new() } else { cgroup };
-        let cgroup_was_killed = !cgroup.is_empty();
+        let cgroup = cgroup.filter(|cgroup| !starting && known.iter().all(|record| record.intent.cgroup != *cgroup));
+        let cgroup_was_killed = cgroup.is_some();
         let known_to = |root: &Path| -> Result<bool, PlacesError> {
             Ok(list_names(root)?.iter().any(|name| gvisor::container_of_state_file(name) == id.as_str()))
         };
@@ -267,20 +265,21 @@ impl Engine {
         let record = Record::new(Intent {
             task_id: TaskId(String::new()),
             name: String::new(),
-            alloc_id: String::new(),
+            alloc_id: AllocId::default(),
             alloc_dir: Path::new("/").to_owned(),
             stdout: "/dev/null".into(),
             stderr: "/dev/null".into(),
             container_id: id.clone(),
             image: String::new(),
-            lease: String::new(),
+            lease: LeaseId(String::new()),
             runtime: runtime.unwrap_or_default(),
             // `runsc` needs the container's files to delete it below, so that `undo` must not remove them.
             gvisor: false,
-            shim: NO_SHIM.to_owned(),
+            // A new id, which no shim has.
+            shim: ShimId::random(),
             shim_program: None,
             namespace: context.pool.launcher().namespace().to_owned(),
-            cgroup,
+            cgroup: cgroup.unwrap_or_default(),
             share_pool: None,
             group: None,
             stop_signal: libc::SIGKILL,
@@ -339,21 +338,17 @@ pub(super) fn containers_on_disk(places: &Places, namespace: &str) -> Result<BTr
     Ok(found.iter().filter_map(|name| ContainerId::from_file_name(name)).collect())
 }
 
-/// Returns the cgroup that a container's bundle names; empty if there is no bundle, or it names none.
+/// Returns the cgroup that a container's bundle names; `None` if there is no bundle, or it names none.
 ///
 /// # Errors
 /// When the bundle can't be read.
-pub(super) fn cgroup_in_bundle(places: &Places, id: &ContainerId) -> Result<String, RootfsError> {
+pub(super) fn cgroup_in_bundle(places: &Places, id: &ContainerId) -> Result<Option<CgroupPath>, RootfsError> {
     let path = places.bundle(id).join("config.json");
-    let config = match fs::read(&path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            return Err(RootfsError::File { doing: "read", path, source });
-        }
-        read => read.unwrap_or_default(),
-    };
+    let config = none_if_missing(fs::read(&path));
+    let config = config.map_err(|source| RootfsError::File { doing: "read", path, source })?;
     // A file that can't be parsed was cut off while it was written. Then no container was started with it.
-    let config: serde_json::Value = serde_json::from_slice(&config).unwrap_or_default();
-    Ok(config["linux"]["cgroupsPath"].as_str().unwrap_or_default().to_owned())
+    let config: serde_json::Value = serde_json::from_slice(&config.unwrap_or_default()).unwrap_or_default();
+    Ok(config["linux"]["cgroupsPath"].as_str().and_then(CgroupPath::new))
 }
 
 /// Logs what was removed, and what could not be removed.

@@ -15,9 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{Record, context::EngineContext};
 use crate::{
+    files::{none_if_missing, remove_file_if_exists, write_atomically},
     ids::{Digest, TaskId},
     netns::{Addresses, find_process_in},
-    places::{Places, write_atomically},
+    places::Places,
 };
 
 /// The network stack that a task uses in its group's namespace.
@@ -87,10 +88,10 @@ impl NetnsRegistry {
     /// Registers a task that an earlier plugin has started. The task is in its namespace already, so nothing is
     /// checked.
     pub(super) fn register_recovered(&self, record: &Record) {
-        if let Some(group) = &record.group {
+        if let Some(group) = &record.intent.group {
             let mut all = self.lock();
             let members = all.entry(group.namespace.clone()).or_default();
-            members.insert(record.task_id.clone(), (record.name.clone(), group.stack));
+            members.insert(record.intent.task_id.clone(), (record.intent.name.clone(), group.stack));
         }
     }
 
@@ -184,7 +185,9 @@ fn prepare_namespace(places: &Places, group: &NetnsMembership) -> Result<(), Gro
 /// Removes a task whose container is gone from its namespace, and puts the namespace's addresses back.
 pub(super) fn leave(context: &EngineContext, record: &Record) {
     // A task that was refused has changed nothing, and must not restore what another task's sandbox has taken over.
-    let Some(group) = record.group.as_ref().filter(|group| context.groups.contains(&record.task_id, group)) else {
+    let Some(group) =
+        record.intent.group.as_ref().filter(|group| context.groups.contains(&record.intent.task_id, group))
+    else {
         return;
     };
     if group.stack == NetworkStack::Sandbox
@@ -196,26 +199,19 @@ pub(super) fn leave(context: &EngineContext, record: &Record) {
             "could not restore the addresses of a network namespace"
         );
     }
-    context.groups.remove(&record.task_id, &group.namespace);
+    context.groups.remove(&record.intent.task_id, &group.namespace);
 }
 
 /// Restores the addresses that a sandbox has taken over, if one did.
 fn restore_addresses(places: &Places, namespace: &Path) -> io::Result<()> {
     let path = saved_addresses_path(places, namespace);
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
+    let Some(text) = none_if_missing(fs::read(&path))? else { return Ok(()) };
     // If Nomad has removed the namespace already, there is nothing to restore.
     if namespace.exists() {
         serde_json::from_slice::<Addresses>(&text)?.restore(namespace)?;
     }
-    match fs::remove_file(&path) {
-        // A concurrent call may have restored the addresses and removed the file.
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    // A concurrent call may have restored the addresses and removed the file.
+    remove_file_if_exists(&path)
 }
 
 /// Returns the file with the addresses that a sandbox has taken over from this namespace.

@@ -24,7 +24,7 @@ impl TeardownGuard {
     /// Begins a new teardown, and adds it to the pending teardowns as in progress.
     pub(super) fn new(context: &Arc<EngineContext>, record: &Record) -> Self {
         let pending = PendingTeardown { record: record.clone(), state: TeardownState::InProgress, shim_hold: None };
-        context.pending_teardowns().insert(record.task_id.clone(), pending);
+        context.pending_teardowns().insert(record.intent.task_id.clone(), pending);
         Self::for_claimed(context, record.clone())
     }
 
@@ -48,14 +48,14 @@ impl TeardownGuard {
         }
         let pending =
             PendingTeardown { record: self.record.clone(), state: TeardownState::Background, shim_hold: None };
-        self.context.pending_teardowns().insert(self.record.task_id.clone(), pending);
+        self.context.pending_teardowns().insert(self.record.intent.task_id.clone(), pending);
     }
 
     /// Reports the outcome: the task is gone, or its teardown is queued again.
     pub(super) fn finish(mut self, is_gone: bool) {
         self.is_finished = true;
         if is_gone {
-            self.context.remove_teardown(&self.record.task_id);
+            self.context.remove_teardown(&self.record.intent.task_id);
         } else {
             self.context.queue_teardown(self.record.clone());
         }
@@ -65,7 +65,10 @@ impl TeardownGuard {
 impl Drop for TeardownGuard {
     fn drop(&mut self) {
         if !self.is_finished {
-            tracing::error!(task = %self.record.task_id, "the teardown of a task was interrupted; it is queued again");
+            tracing::error!(
+                task = %self.record.intent.task_id,
+                "the teardown of a task was interrupted; it is queued again"
+            );
             self.context.queue_teardown(self.record.clone());
         }
         if self.is_counted {
@@ -97,7 +100,7 @@ impl StartGuard {
 impl Drop for StartGuard {
     fn drop(&mut self) {
         if !self.is_disarmed {
-            tracing::error!(task = %self.record.task_id, "a start was interrupted; its teardown is queued");
+            tracing::error!(task = %self.record.intent.task_id, "a start was interrupted; its teardown is queued");
             self.context.queue_teardown(self.record.clone());
         }
     }

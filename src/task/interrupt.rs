@@ -61,7 +61,7 @@ pub(super) async fn run_until_stopped<T>(
     }
     // The shim itself hangs. It is killed, unless it has other tasks.
     if shim.has_single_hold() {
-        tracing::warn!(%task, shim = shim.id(), "the shim does not answer; killing it");
+        tracing::warn!(%task, shim = %shim.id(), "the shim does not answer; killing it");
         shim.kill_process();
     }
     Err(TaskError::Stopped(task.clone()))

@@ -5,7 +5,10 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use super::{Engine, TaskError};
-use crate::containerd::{Client, ContainerdError};
+use crate::{
+    containerd::{Client, ContainerdError},
+    ids::AllocId,
+};
 
 /// The version of nomad-driver-containerd's handles.
 pub const LEGACY_HANDLE_VERSION: i32 = 1;
@@ -15,7 +18,7 @@ const KILL_GRACE: Duration = Duration::from_secs(30);
 /// A task of nomad-driver-containerd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LegacyTask {
-    alloc_id: String,
+    alloc_id: AllocId,
     task: String,
     /// The possible names of its container in containerd.
     container_names: BTreeSet<String>,
@@ -24,13 +27,13 @@ pub struct LegacyTask {
 impl LegacyTask {
     /// Derives the possible container names from the handle (a msgpack map with `ContainerName`), and from the two
     /// schemes that nomad-driver-containerd used, one for each version of cgroups.
-    pub fn of(driver_state: &[u8], alloc_id: &str, task: &str) -> Self {
+    pub fn of(driver_state: &[u8], alloc_id: &AllocId, task: &str) -> Self {
         let mut names = BTreeSet::from([format!("{task}-{alloc_id}"), format!("{alloc_id}.{task}.scope")]);
         if let Ok(rmpv::Value::Map(fields)) = rmpv::decode::read_value(&mut &driver_state[..]) {
             let name = fields.iter().find(|(key, _)| key.as_str() == Some("ContainerName"));
             names.extend(name.and_then(|(_, value)| value.as_str()).map(str::to_owned));
         }
-        Self { alloc_id: alloc_id.to_owned(), task: task.to_owned(), container_names: names }
+        Self { alloc_id: alloc_id.clone(), task: task.to_owned(), container_names: names }
     }
 }
 
@@ -54,8 +57,8 @@ impl Engine {
     ///
     /// # Errors
     /// When they can't be ended now either.
-    pub(super) async fn end_remaining_legacy(&self, alloc_id: &str, name: &str) -> Result<(), TaskError> {
-        let found = self.legacy().get(&(alloc_id.to_owned(), name.to_owned())).cloned();
+    pub(super) async fn end_remaining_legacy(&self, alloc_id: &AllocId, name: &str) -> Result<(), TaskError> {
+        let found = self.legacy().get(&(alloc_id.clone(), name.to_owned())).cloned();
         let Some(task) = found else { return Ok(()) };
         self.end_legacy(task).await.map(drop).map_err(TaskError::Legacy)
     }
@@ -101,7 +104,8 @@ mod tests {
         let state = rmpv::Value::Map(vec![("ContainerName".into(), "other".into()), ("StartedAt".into(), 5.into())]);
         let mut bytes = Vec::new();
         rmpv::encode::write_value(&mut bytes, &state).expect("in memory");
-        let names = |state: &[u8]| LegacyTask::of(state, "a1", "web").container_names.into_iter().collect::<Vec<_>>();
+        let alloc = AllocId::new("a1").expect("an id");
+        let names = |state: &[u8]| LegacyTask::of(state, &alloc, "web").container_names.into_iter().collect::<Vec<_>>();
         assert_eq!(names(&bytes), ["a1.web.scope", "other", "web-a1"]);
         assert_eq!(names(b"torn"), ["a1.web.scope", "web-a1"]);
     }

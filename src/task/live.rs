@@ -20,7 +20,6 @@ use super::{
     undo::KILL_GRACE,
 };
 use crate::{
-    cgroup::CgroupPath,
     failpoint,
     ids::TaskId,
     image::ImageRecord,
@@ -252,10 +251,9 @@ impl Task {
     /// on cgroup version 1, frozen processes die only when they are thawed.
     fn kill_cgroup(&self, context: &EngineContext) {
         let record = self.record();
-        let cgroup = CgroupPath::recorded(&record.cgroup);
-        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.kill(&cgroup)) {
+        if let Err(error) = tokio::task::block_in_place(|| context.cgroups.kill(&record.intent.cgroup)) {
             tracing::warn!(
-                task = %record.task_id, error = %crate::error_chain(&error),
+                task = %record.intent.task_id, error = %crate::error_chain(&error),
                 "could not kill the processes in the task's cgroup"
             );
         }
@@ -265,14 +263,14 @@ impl Task {
     /// tasks share is not killed.
     fn kill_shim(&self, context: &EngineContext) {
         let record = self.record();
-        if context.pool.task_count(&record.shim) > 1 {
+        if context.pool.task_count(&record.intent.shim) > 1 {
             tracing::error!(
-                task = %record.task_id, shim = record.shim,
+                task = %record.intent.task_id, shim = %record.intent.shim,
                 "the shim does not report the task's end, and is not killed, since other tasks share it"
             );
             return;
         }
-        shim::kill_shim(&context.settings.places.shim(&record.shim));
+        shim::kill_shim(&context.settings.places.shim(&record.intent.shim));
     }
 }
 
@@ -288,7 +286,7 @@ pub(crate) async fn watch_exit(context: Arc<EngineContext>, task: Arc<Task>) {
 async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
     let Some(client) = &task.client else { return };
     let record = task.record();
-    let id = record.container_id.as_str();
+    let id = record.intent.container_id.as_str();
     let outcome = wait_for_exit(client, id).await;
     failpoint::kill_at("exit.seen");
     // Read before the cgroup is removed, since only the cgroup counts the OOM kills.
@@ -306,7 +304,7 @@ async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
     };
     let exit = ExitRecord { code, oom_killed, error, started_at: task.run.started_at, at };
     context.metrics.exited(oom_killed, exit.error.is_some());
-    tracing::info!(task = %record.task_id, code, oom_killed, error = exit.error, "task exited");
+    tracing::info!(task = %record.intent.task_id, code, oom_killed, error = exit.error, "task exited");
     let oom = if oom_killed { ", out of memory" } else { "" };
     context.events.send_to_host(&record, format!("Exited with code {code}{oom}"));
     task.set_state(context, RecordState::Exited(exit.clone()));
@@ -320,7 +318,7 @@ async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
             && let Err(left) = context.delete_dead(&record).await
         {
             tracing::error!(
-                task = %record.task_id, error = %crate::error_chain(&left),
+                task = %record.intent.task_id, error = %crate::error_chain(&left),
                 "could not delete the container of a dead shim"
             );
         }
@@ -330,7 +328,7 @@ async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
 /// Has the kernel's OOM killer ended a process of this task? The task's cgroup counts these, until the runtime's
 /// `delete` removes it.
 pub(super) fn has_oom_kill(context: &EngineContext, record: &Record) -> bool {
-    context.cgroups.oom_kills(&CgroupPath::recorded(&record.cgroup)).is_some_and(|count| count > 0)
+    context.cgroups.oom_kills(&record.intent.cgroup).is_some_and(|count| count > 0)
 }
 
 /// Waits until the container's process or its shim has ended. Other errors do not end the wait.
@@ -362,7 +360,7 @@ async fn end_after_shim_death(
     record: &Record,
     error: ShimError,
 ) -> (Result<Exit, ShimError>, bool) {
-    if shim::has_exit_file(&context.settings.places.bundle(&record.container_id)) {
+    if shim::has_exit_file(&context.settings.places.bundle(&record.intent.container_id)) {
         return match context.delete_dead(record).await {
             Ok(Some(exit)) => (Ok(exit), false),
             _ => (Err(error), true),
@@ -371,7 +369,10 @@ async fn end_after_shim_death(
     if let Ok(init) = PidFd::of(&task.run.process) {
         init.signal(libc::SIGKILL);
         if tokio::time::timeout(KILL_GRACE, init.wait_for_end()).await.is_err() {
-            tracing::error!(task = %record.task_id, "the task's shim died, and the task's process survives SIGKILL");
+            tracing::error!(
+                task = %record.intent.task_id,
+                "the task's shim died, and the task's process survives SIGKILL"
+            );
         }
     }
     (Err(error), true)

@@ -6,10 +6,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tokio::time::Instant;
 
 use super::TaskError;
-use crate::{
-    control,
-    places::{Places, open_lock_file},
-};
+use crate::{control, files::open_lock_file, places::Places};
 
 /// How long to wait for a lock whose holder listens on the control socket. A plugin that was asked to exit, by this
 /// plugin or by its agent, has exited well within this time.

@@ -13,9 +13,10 @@ use tokio::sync::Mutex;
 
 use super::{Audience, Engine, Phases, Settings, StartRequest, TaskError, context::EngineContext, guards::catch_panic};
 use crate::{
+    files::{create_private, create_private_dir},
     ids::{ContainerId, TaskId},
     logs::{self, LogSpec, Losses},
-    places::{Places, PlacesError, create_private, create_private_dir},
+    places::{Places, PlacesError},
     process::{Pid, PidFd, async_command, detach_from_agent, detach_session},
     shim::stdio::Stdio,
 };
@@ -197,7 +198,7 @@ impl Engine {
                 let recovered = this.started_tasks().into_iter().filter(|(_, task)| task.phases == Phases::default());
                 known.extend(recovered.filter_map(|(id, task)| {
                     // If the losses can't be read, they are reported once more.
-                    Some((id, logs::read_losses(&places.log(&task.record().container_id)).ok()?))
+                    Some((id, logs::read_losses(&places.log(&task.record().intent.container_id)).ok()?))
                 }));
             }
             loop {
@@ -219,7 +220,7 @@ impl Engine {
         known.retain(|id, _| live.iter().any(|(other, _)| other == id));
         for (id, task) in live {
             let record = task.record();
-            let mut now = match logs::read_losses(&self.settings().places.log(&record.container_id)) {
+            let mut now = match logs::read_losses(&self.settings().places.log(&record.intent.container_id)) {
                 Ok(now) => now,
                 // The losses that were reported so far stay known; the next change brings the rest.
                 Err(error) => {
@@ -241,7 +242,7 @@ impl Engine {
                     },
                     _ => continue,
                 };
-                tracing::warn!(task = %record.task_id, message);
+                tracing::warn!(task = %record.intent.task_id, message);
                 self.context().events.send_about(&record, message, Audience::Everybody);
             }
             *before = now;

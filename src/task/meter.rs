@@ -4,7 +4,7 @@ use tokio::sync::watch;
 
 use super::{Engine, ExitRecord, TaskError};
 use crate::{
-    cgroup::{CgroupPath, Meter, Usage},
+    cgroup::{Meter, Usage},
     ids::TaskId,
 };
 
@@ -38,7 +38,7 @@ impl Engine {
     /// When the task is unknown.
     pub async fn meter(&self, id: &TaskId) -> Result<Option<TaskMeter>, TaskError> {
         let task = self.find(id).await?;
-        let meter = self.context().cgroups.meter(&CgroupPath::recorded(&task.record().cgroup));
+        let meter = self.context().cgroups.meter(&task.record().intent.cgroup);
         Ok(meter.map(|meter| TaskMeter { meter, exit: task.exit.subscribe() }))
     }
 }

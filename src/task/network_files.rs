@@ -1,9 +1,10 @@
 //! A task's host name and its network files: `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf`.
 
-use std::{fs, io, path::Path};
+use std::{fs, path::Path};
 
 use super::StartRequest;
 use crate::{
+    files::none_if_missing,
     ids::{ContainerId, Flavor},
     rootfs::{
         NetworkNamespace, RootfsError, group_network,
@@ -145,11 +146,9 @@ fn read(path: &Path) -> Result<String, RootfsError> {
 /// a task with a network of its own gets the servers that the stub forwards to.
 fn system_dns(host_network: bool) -> Result<Dns, RootfsError> {
     // A host without the file has no name servers. If the file can't be read, there may be some, so that is an error.
-    let read = |path: &str| match fs::read_to_string(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(RootfsError::File { doing: "read", path: path.into(), source })
-        }
-        read => Ok(read.map(|text| Dns::parse(&text)).unwrap_or_default()),
+    let read = |path: &str| match none_if_missing(fs::read_to_string(path)) {
+        Ok(text) => Ok(text.map(|text| Dns::parse(&text)).unwrap_or_default()),
+        Err(source) => Err(RootfsError::File { doing: "read", path: path.into(), source }),
     };
     let dns = read("/etc/resolv.conf")?;
     let stub = dns.servers.iter().any(|server| server == "127.0.0.53");

@@ -22,9 +22,9 @@ use super::{
     lock, read_records, remove_probe, stale_probes,
 };
 use crate::{
-    cgroup::{CgroupPath, Cgroups, PrimingMode},
+    cgroup::{Cgroups, PrimingMode},
     control::Garbage,
-    ids::{ContainerId, TaskId},
+    ids::{ContainerId, ShimId, TaskId},
     places::{Places, list_names},
     process::{ProcessId, none_if_vanished},
     rootfs::RootfsError,
@@ -51,7 +51,7 @@ enum Item {
     /// An unrecorded container.
     Container(ContainerId),
     /// An unrecorded shim.
-    Shim(String),
+    Shim(ShimId),
     /// A prepared root file system.
     PreparedRootfs(String),
     /// The remains of a probe of a runtime.
@@ -63,7 +63,7 @@ impl Item {
         match self {
             Self::Unfinished(id) | Self::Ended(id) => ("task", &id.0),
             Self::Container(id) => ("container", id.as_str()),
-            Self::Shim(name) => ("shim", name),
+            Self::Shim(id) => ("shim", id.as_str()),
             Self::PreparedRootfs(name) => ("rootfs", name),
             Self::Probe(name) => ("probe", name),
         }
@@ -179,13 +179,13 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
     for record in &records.readable {
         let judged = judge_recorded(places, record, keep_ended).await;
         if let Verdict::Keep(_) = judged.1 {
-            left_alone.insert(record.container_id.clone());
+            left_alone.insert(record.intent.container_id.clone());
         }
         found.push(judged);
     }
     let goes = |why: &str| Verdict::Remove(why.to_owned());
     let mut recorded: HashSet<ContainerId> =
-        records.readable.iter().map(|record| record.container_id.clone()).collect();
+        records.readable.iter().map(|record| record.intent.container_id.clone()).collect();
     for path in records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json")) {
         let id = path.file_stem().and_then(|name| ContainerId::from_file_name(name.to_str()?));
         if let Some(id) = id.filter(|id| recorded.insert(id.clone())) {
@@ -193,9 +193,8 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
             found.push((Item::Container(id), Verdict::Keep(why.to_owned())));
         }
     }
-    let named: HashSet<&str> = records.readable.iter().map(|record| record.shim.as_str()).collect();
-    let unrecorded: Vec<String> =
-        list_names(&places.shims())?.into_iter().filter(|name| !named.contains(name.as_str())).collect();
+    let named: HashSet<&ShimId> = records.readable.iter().map(|record| &record.intent.shim).collect();
+    let unrecorded: Vec<ShimId> = places.list_shims()?.into_iter().filter(|id| !named.contains(id)).collect();
     let containers = containers_on_disk(places, &settings.containerd.namespace)?;
     for id in containers.into_iter().filter(|id| !recorded.contains(id)) {
         let verdict = judge_unrecorded(places, &cgroups, &id, &unrecorded).await;
@@ -223,7 +222,7 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
 }
 
 /// Decides whether an unrecorded container is garbage. `shims` are the shims that may hold it.
-async fn judge_unrecorded(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[String]) -> Verdict {
+async fn judge_unrecorded(places: &Places, cgroups: &Cgroups, id: &ContainerId, shims: &[ShimId]) -> Verdict {
     let unknown = |why: String| {
         Verdict::Keep(format!("no record names it, and it is not known whether a process of it lives ({why})"))
     };
@@ -263,8 +262,8 @@ async fn lives_in_shim(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> 
 
 /// Decides whether a recorded task is garbage.
 async fn judge_recorded(places: &Places, record: &Record, keep_ended: Duration) -> (Item, Verdict) {
-    let id = record.task_id.clone();
-    let unfinished = |why: &str| (Item::Unfinished(record.task_id.clone()), Verdict::Remove(why.to_owned()));
+    let id = record.intent.task_id.clone();
+    let unfinished = |why: &str| (Item::Unfinished(record.intent.task_id.clone()), Verdict::Remove(why.to_owned()));
     if !record.is_current() {
         return unfinished("the host was restarted since it was started");
     }
@@ -285,17 +284,17 @@ async fn probe_end(places: &Places, record: &Record, run: &RunRecord) -> TaskEnd
         return TaskEnd::Running(run.process.pid);
     }
     // Since containerd 2.4.2, a shim writes the end of its container to this file before it exits.
-    let noted = fs::metadata(places.bundle(&record.container_id).join(shim::EXIT_FILE));
+    let noted = fs::metadata(places.bundle(&record.intent.container_id).join(shim::EXIT_FILE));
     if let Some(at) = noted.ok().and_then(|note| note.modified().ok()) {
         return TaskEnd::EndedAgo(SystemTime::now().duration_since(at).unwrap_or_default());
     }
-    let dir = places.shim(&record.shim);
+    let dir = places.shim(&record.intent.shim);
     if !shim::is_alive(&dir) {
         return TaskEnd::Unknown;
     }
     let ask = async {
         let client = Client::connect(&dir.join("sock"), None).await.ok()?;
-        client.wait(record.container_id.as_str()).await.ok()
+        client.wait(record.intent.container_id.as_str()).await.ok()
     };
     match tokio::time::timeout(QUERY_TIMEOUT, ask).await {
         Ok(Some(exit)) => TaskEnd::EndedAgo(elapsed_since(ended_at(&exit))),
@@ -313,8 +312,7 @@ fn elapsed_since(at: u64) -> Duration {
 /// # Errors
 /// When the container's files or cgroup can't be read.
 fn find_process(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<Option<u32>, TaskError> {
-    let group = CgroupPath::recorded(&cgroup_in_bundle(places, id)?);
-    if !group.as_str().is_empty()
+    if let Some(group) = cgroup_in_bundle(places, id)?
         && let Some(pid) = cgroups.processes(&group)?.into_iter().next()
     {
         return Ok(Some(pid));
@@ -365,7 +363,7 @@ impl Engine {
                 // This call is refused if the task runs after all.
                 self.destroy(id, Force::No).await
             }
-            Item::Container(id) => self.destroy_unrecorded(id, &list_names(&places.shims())?).await,
+            Item::Container(id) => self.destroy_unrecorded(id, &places.list_shims()?).await,
             Item::Shim(name) => wait_until_removed(&places.shim(name)).await,
             Item::PreparedRootfs(name) => wait_until_removed(&places.prepared_rootfs().join(name)).await,
             Item::Probe(name) => remove_probe(places.run(), &self.context().cgroups, name)

@@ -166,7 +166,7 @@ async fn launcher(settings: &Settings, runtimes: &Runtimes, group: Vec<PathBuf>)
 
 /// Removes copies of runsc that no task of this host can need any more.
 fn prune_pinned_runtimes(places: &Places, runtimes: &Runtimes, records: &Records) {
-    if records.unreadable.is_empty() && !records.readable.iter().any(|record| record.gvisor) {
+    if records.unreadable.is_empty() && !records.readable.iter().any(|record| record.intent.gvisor) {
         match places.is_only_user_of_state_dir() {
             Ok(true) => runtimes.prune_pinned(places),
             Ok(false) => {}

@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{ContainerdSettings, OwnShim, RuntimeSettings, Settings};
 use crate::{
+    files::{none_if_missing, write_atomically},
     gvisor::GvisorSettings,
-    places::{Places, write_atomically},
+    places::Places,
 };
 
 /// The settings of the last plugin of a run directory.
@@ -65,11 +66,8 @@ impl PersistedSettings {
     /// # Errors
     /// When the file can't be read.
     pub fn read(places: &Places) -> io::Result<Option<Self>> {
-        match fs::read(places.kept_settings()) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        let text = none_if_missing(fs::read(places.kept_settings()))?;
+        text.map(|text| serde_json::from_slice(&text).map_err(Into::into)).transpose()
     }
 
     /// Returns these settings, with the saved ones in place of their own.

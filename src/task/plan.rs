@@ -23,7 +23,7 @@ use crate::{
     accounts,
     cgroup::{CgroupMode, CgroupPath, SharePool},
     failpoint, gvisor,
-    ids::ContainerId,
+    ids::{ContainerId, ShimId},
     image::ImageRecord,
     rootfs::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Pins, PreparedPins, Privilege, RootfsError, SpecInput,
@@ -137,7 +137,7 @@ impl Plan<'_> {
     }
 
     /// Writes the task's record to disk, in the state "intended", and returns it.
-    pub(super) fn record(&self, context: &EngineContext, shim: &str) -> Result<Record, TaskError> {
+    pub(super) fn record(&self, context: &EngineContext, shim: &ShimId) -> Result<Record, TaskError> {
         let stop_signal = match self.image.config.stop_signal.as_str() {
             "" => libc::SIGTERM,
             name => signal::parse(name).unwrap_or_else(|error| {
@@ -157,10 +157,10 @@ impl Plan<'_> {
             lease: self.image.lease.clone(),
             runtime: self.runtime.name.clone(),
             gvisor: self.runtime.gvisor.is_some(),
-            shim: shim.to_owned(),
+            shim: shim.clone(),
             shim_program: self.runtime.shim.as_ref().map(|shim| shim.program.clone()),
             namespace: context.pool.launcher().namespace().to_owned(),
-            cgroup: self.cgroup.as_str().to_owned(),
+            cgroup: self.cgroup.clone(),
             share_pool: self.share_pool.as_ref().map(|(pool, _)| pool.clone()),
             group: self.membership(),
             stop_signal,
@@ -255,7 +255,7 @@ impl Plan<'_> {
     fn write_bundle(&self, context: &EngineContext, spec: &Spec) -> Result<(), TaskError> {
         let paths = self.bundle(context);
         let root = context.settings.places.runtime_root(&self.runtime.name);
-        crate::places::create_private_dir(&root)
+        crate::files::create_private_dir(&root)
             .map_err(|source| crate::places::PlacesError::Create { path: root.clone(), source })?;
         if let Some(path) = self.shim_config(context).filter(|path| path.starts_with(context.settings.places.bundles()))
         {

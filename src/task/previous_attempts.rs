@@ -59,16 +59,9 @@ impl Engine {
     ) -> Result<Option<ParkedFifos>, TaskError> {
         let mut parked = None;
         let park = || ParkedFifos::new(&request.alloc_dir, &request.stdout, &request.stderr);
-        let same = |record: &Record| record.alloc_id == request.alloc_id && record.name == request.name;
-        let anonymous = request.alloc_id.is_empty();
-        let previous: Vec<TaskId> = self
-            .tasks()
-            .values()
-            .filter_map(Slot::record)
-            .filter(|_| !anonymous)
-            .filter(same)
-            .map(|record| record.intent.task_id)
-            .collect();
+        let same = |record: &Record| record.intent.alloc_id == request.alloc_id && record.intent.name == request.name;
+        let previous: Vec<TaskId> =
+            self.tasks().values().filter_map(Slot::record).filter(same).map(|record| record.intent.task_id).collect();
         for old in previous {
             tracing::warn!(task = %old, new = %request.task_id, "destroying an attempt that Nomad never destroyed");
             parked = Some(park());
@@ -81,7 +74,7 @@ impl Engine {
         let pending: Vec<TaskId> = {
             let pending_teardowns = self.pending_teardowns();
             let records = pending_teardowns.values().map(|pending| &pending.record);
-            records.filter(|record| same(record)).map(|record| record.task_id.clone()).collect()
+            records.filter(|record| same(record)).map(|record| record.intent.task_id.clone()).collect()
         };
         for old in pending {
             tracing::warn!(task = %old, new = %request.task_id, "removing the remains of an earlier attempt");

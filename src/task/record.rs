@@ -16,9 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use super::group::NetnsMembership;
 use crate::{
-    cgroup::SharePool,
-    ids::{ContainerId, TaskId},
-    places::write_private,
+    cgroup::{CgroupPath, SharePool},
+    containerd::LeaseId,
+    files::{none_if_missing, remove_file_if_exists, replace_private},
+    ids::{AllocId, ContainerId, ShimId, TaskId},
     process::{self, ProcessId},
 };
 
@@ -48,13 +49,6 @@ pub struct Record {
     pub state: RecordState,
 }
 
-impl std::ops::Deref for Record {
-    type Target = Intent;
-    fn deref(&self) -> &Intent {
-        &self.intent
-    }
-}
-
 /// The part of a record that does not change: what the task is and what belongs to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {
@@ -63,7 +57,7 @@ pub struct Intent {
     /// The task's name.
     pub name: String,
     /// The id of the task's allocation.
-    pub alloc_id: String,
+    pub alloc_id: AllocId,
     /// The allocation's directory on the host.
     pub alloc_dir: PathBuf,
     /// The path that the task's standard output goes to.
@@ -75,21 +69,21 @@ pub struct Intent {
     /// The task's image.
     pub image: String,
     /// The lease that keeps the image's layers in containerd.
-    pub lease: String,
+    pub lease: LeaseId,
     /// The runtime's name.
     pub runtime: String,
     /// Whether the runtime is gVisor's runsc.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub gvisor: bool,
     /// The name of the shim's directory.
-    pub shim: String,
+    pub shim: ShimId,
     /// The shim's program, if the runtime has a shim of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shim_program: Option<PathBuf>,
     /// The shim's namespace. The runtime keeps its state in a directory of this name.
     pub namespace: String,
     /// The task's cgroup.
-    pub cgroup: String,
+    pub cgroup: CgroupPath,
     /// The pool of shared processors that the task uses, if this driver has to follow the pool's changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share_pool: Option<SharePool>,
@@ -202,20 +196,11 @@ impl Record {
     /// # Errors
     /// When the file can't be written or renamed.
     pub fn save(&self, path: &Path) -> Result<(), RecordError> {
-        let draft = path.with_extension("tmp");
-        let failed = |doing| {
-            let path = path.to_owned();
-            move |source: io::Error| RecordError { doing, path, source }
-        };
-        let bytes = serde_json::to_vec(self).map_err(|error| failed("encode")(error.into()))?;
-        let saved = write_private(&draft, &bytes)
-            .map_err(failed("write"))
-            .and_then(|()| fs::rename(&draft, path).map_err(failed("rename")));
-        if saved.is_err() {
-            // Nothing else removes a draft before the next plugin starts.
-            let _ = fs::remove_file(&draft);
-        }
-        saved
+        let failed = |doing, source| RecordError { doing, path: path.to_owned(), source };
+        let bytes = serde_json::to_vec(self).map_err(|error| failed("encode", error.into()))?;
+        // `load_all` knows drafts by this extension, and removes those that a killed plugin has left.
+        let replaced = replace_private(path, &path.with_extension("tmp"), &bytes);
+        replaced.map_err(|error| failed(error.doing, error.source))
     }
 
     /// Appends the state to the record's file, or writes the whole record again if the file is gone.
@@ -240,15 +225,11 @@ impl Record {
     fn append_state(&self, path: &Path) -> Result<bool, RecordError> {
         let failed = |doing| move |source: io::Error| RecordError { doing, path: path.to_owned(), source };
         let state = serde_json::to_string(&self.state).map_err(|error| failed("encode")(error.into()))?;
-        match fs::OpenOptions::new().append(true).open(path) {
-            // One write, which begins with the line break: a line that is cut off spoils only itself.
-            Ok(mut file) => {
-                file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to"))?;
-                Ok(true)
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(failed("open")(error)),
-        }
+        let opened = none_if_missing(fs::OpenOptions::new().append(true).open(path)).map_err(failed("open"))?;
+        let Some(mut file) = opened else { return Ok(false) };
+        // One write, which begins with the line break: a line that is cut off spoils only itself.
+        file.write_all(format!("\n{state}").as_bytes()).map_err(failed("append to"))?;
+        Ok(true)
     }
 
     fn read(path: &Path) -> Result<Self, ReadFailure> {
@@ -285,12 +266,8 @@ impl Record {
         }
         // A torn record of the same container may have been set aside. What it described is gone now.
         for path in [path, &path.with_extension("bad")] {
-            match fs::remove_file(path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(RecordError { doing: "remove", path: path.to_owned(), source });
-                }
-                _ => {}
-            }
+            let failed = |source| RecordError { doing: "remove", path: path.to_owned(), source };
+            remove_file_if_exists(path).map_err(failed)?;
         }
         Ok(())
     }
@@ -405,16 +382,16 @@ mod tests {
             container_id: ContainerId::derive("a", "web", &task_id),
             task_id,
             name: "web".to_owned(),
-            alloc_id: "a".to_owned(),
+            alloc_id: AllocId::new("a").expect("an id"),
             alloc_dir: "/allocs/a".into(),
             stdout: "/allocs/a/alloc/logs/.web.stdout.fifo".into(),
             stderr: "/allocs/a/alloc/logs/.web.stderr.fifo".into(),
             image: "app".to_owned(),
-            lease: "l".to_owned(),
+            lease: LeaseId("l".to_owned()),
             runtime: "runc".to_owned(),
-            shim: "s".to_owned(),
+            shim: ShimId::from_dir_name("s").expect("an id"),
             namespace: "nomad".to_owned(),
-            cgroup: "/nomad/a.web".to_owned(),
+            cgroup: CgroupPath::new("/nomad/a.web").expect("a path"),
             share_pool: None,
             group: None,
             gvisor: false,
@@ -456,7 +433,6 @@ mod tests {
         let path = directory.path().join("x.json");
         fs::create_dir(&path).expect("made");
         record().save(&path).expect_err("a directory is in its place");
-        crate::places::write_atomically(&path, b"text", 0o600).expect_err("a directory is in its place");
         assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 1);
     }
 

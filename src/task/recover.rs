@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     failpoint,
-    ids::{ContainerId, TaskId},
+    ids::{ContainerId, ShimId, TaskId},
     logs::FifoGuard,
     places::{PlacesError, list_names},
     process::ProcessId,
@@ -51,10 +51,11 @@ impl Engine {
     pub(super) fn recover_all(&self, records: Records, left_alone: &HashSet<ContainerId>) -> bool {
         let all_recorded = self.adopt_idle_shims(&records);
         let (alone, ours): (Vec<Record>, Vec<Record>) =
-            records.readable.into_iter().partition(|record| left_alone.contains(&record.container_id));
+            records.readable.into_iter().partition(|record| left_alone.contains(&record.intent.container_id));
         // These holds come first: a teardown below must not end a shim that such a task shares.
-        let held =
-            alone.into_iter().map(|record| (record.clone(), self.context().pool.launcher().acquire(&record.shim)));
+        let held = alone
+            .into_iter()
+            .map(|record| (record.clone(), self.context().pool.launcher().acquire(&record.intent.shim)));
         self.left_alone().extend(held);
         for record in ours {
             let why = match &record.state {
@@ -66,10 +67,14 @@ impl Engine {
             match why {
                 None => self.begin_recovery(record),
                 Some(why) => {
-                    tracing::warn!(task = %record.task_id, why, "removing the remains of a task of an earlier plugin");
+                    tracing::warn!(
+                        task = %record.intent.task_id, why,
+                        "removing the remains of a task of an earlier plugin"
+                    );
                     if record.state == RecordState::Intended {
-                        let held = ParkedFifos::new(&record.alloc_dir, &record.stdout, &record.stderr);
-                        self.parked_fifos().insert((record.alloc_id.clone(), record.name.clone()), held);
+                        let held =
+                            ParkedFifos::new(&record.intent.alloc_dir, &record.intent.stdout, &record.intent.stderr);
+                        self.parked_fifos().insert((record.intent.alloc_id.clone(), record.intent.name.clone()), held);
                     }
                     self.teardown_in_background(record);
                 }
@@ -80,8 +85,8 @@ impl Engine {
 
     /// Queues the teardown of a task and runs it in the background, under the task's attempt lock.
     fn teardown_in_background(&self, record: Record) {
-        let (id, engine) = (record.task_id.clone(), self.clone());
-        let attempt_lock = self.attempt_lock(&record.alloc_id, &record.name);
+        let (id, engine) = (record.intent.task_id.clone(), self.clone());
+        let attempt_lock = self.attempt_lock(&record.intent.alloc_id, &record.intent.name);
         self.context().groups.register_recovered(&record);
         self.context().queue_teardown(record);
         tokio::spawn(async move {
@@ -100,9 +105,9 @@ impl Engine {
     /// refuses. Returns true if every container has a readable record.
     fn adopt_idle_shims(&self, records: &Records) -> bool {
         let places = &self.context().settings.places;
-        let named: HashSet<&str> = records.readable.iter().map(|record| record.shim.as_str()).collect();
-        let known: HashSet<&str> = records.readable.iter().map(|record| record.container_id.as_str()).collect();
-        let listed = list_names(&places.bundles()).and_then(|bundles| Ok((bundles, list_names(&places.shims())?)));
+        let named: HashSet<&ShimId> = records.readable.iter().map(|record| &record.intent.shim).collect();
+        let known: HashSet<&str> = records.readable.iter().map(|record| record.intent.container_id.as_str()).collect();
+        let listed = list_names(&places.bundles()).and_then(|bundles| Ok((bundles, places.list_shims()?)));
         let (bundles, shims) = match listed {
             Ok(listed) => listed,
             Err(error) => {
@@ -114,7 +119,7 @@ impl Engine {
         };
         let may_hold_containers =
             !records.unreadable.is_empty() || bundles.iter().any(|id| !known.contains(id.as_str()));
-        for id in shims.into_iter().filter(|id| !named.contains(id.as_str())) {
+        for id in shims.into_iter().filter(|id| !named.contains(id)) {
             let context = self.context().clone();
             tokio::spawn(async move {
                 let dir = context.settings.places.shim(&id);
@@ -132,7 +137,7 @@ impl Engine {
                     Adoption::Gone => drop(shim::shut_down_unrecorded(&dir).await),
                     Adoption::Unknown(error) => {
                         tracing::warn!(
-                            shim = id, %error,
+                            shim = %id, %error,
                             "could not look for an idle shim of an earlier plugin; the next garbage collection ends it"
                         );
                     }
@@ -146,12 +151,12 @@ impl Engine {
     fn begin_recovery(&self, record: Record) {
         self.context().groups.register_recovered(&record);
         let (tell, done) = watch::channel(());
-        let id = record.task_id.clone();
+        let id = record.intent.task_id.clone();
         self.tasks().insert(id.clone(), Slot::Recovering { record: Box::new(record.clone()), done });
         let engine = self.clone();
         // The shim is held from here on, so that it does not look unshared to another of its tasks before the
         // connection is made.
-        let held = self.context().pool.launcher().acquire(&record.shim);
+        let held = self.context().pool.launcher().acquire(&record.intent.shim);
         tokio::spawn(async move {
             let recovered =
                 with_recovery_permit(&engine.0.recovery_permits, Box::pin(engine.recover_catching_panics(&record)))
@@ -180,7 +185,7 @@ impl Engine {
             }
             tokio::time::sleep(pause).await;
         }
-        tracing::error!(task = %record.task_id, "could not recover the task; removing it");
+        tracing::error!(task = %record.intent.task_id, "could not recover the task; removing it");
         self.context().queue_teardown(record.clone());
         None
     }
@@ -191,7 +196,7 @@ impl Engine {
         let shim = find_shim_with_retries(context, &record).await;
         crate::failpoint::kill_at("recover.found");
         if let Adoption::Alive(alive) = &shim {
-            context.pool.share_adopted(&record.alloc_id, alive);
+            context.pool.share_adopted(&record.intent.alloc_id, alive);
         }
         let no_run = RunRecord { process: ProcessId { pid: 0, start: 0 }, started_at: 0 };
         let mut run = record.state.run().unwrap_or(no_run);
@@ -204,9 +209,9 @@ impl Engine {
         {
             // The abandoned exec processes are listed now, since later ones belong to this plugin, and are ended in the
             // background, since RecoverTask waits for this function.
-            let execs = context.settings.places.execs(&record.container_id);
+            let execs = context.settings.places.execs(&record.intent.container_id);
             let listed = exec::list_markers(&execs);
-            let container = record.container_id.clone();
+            let container = record.intent.container_id.clone();
             tokio::spawn(exec::kill_abandoned(client.clone(), alive.pid(), container, execs, listed));
             sources::unmount_after_recovery(context, &record);
         }
@@ -217,9 +222,12 @@ impl Engine {
         let state_changed = record.state != before;
         // The earlier plugin may have died before it could write this down.
         saving::mark_log_started(context, &record);
-        tracing::info!(task = %record.task_id, pid = run.process.pid, lost, "took over a task of an earlier plugin");
-        let image = context.images.by_name(&record.image);
-        let log = FifoGuard::new(&context.settings.places.log(&record.container_id));
+        tracing::info!(
+            task = %record.intent.task_id, pid = run.process.pid, lost,
+            "took over a task of an earlier plugin"
+        );
+        let image = context.images.by_name(&record.intent.image);
+        let log = FifoGuard::new(&context.settings.places.log(&record.intent.container_id));
         let task = Task::new(TaskParts {
             record,
             shim,
@@ -264,7 +272,7 @@ impl Engine {
         let mut saved = Ok(());
         if !self.knows(id) {
             let record = &handle.record;
-            if record.task_id != *id {
+            if record.intent.task_id != *id {
                 return Err(unrecoverable("its handle belongs to another task"));
             }
             if !record.is_current() {
@@ -279,12 +287,12 @@ impl Engine {
                     "its start was not completed, or it was being destroyed, and it is being removed",
                 ));
             }
-            let path = self.context().settings.places.bundle(&record.container_id);
+            let path = self.context().settings.places.bundle(&record.intent.container_id);
             if !path.try_exists().map_err(|source| PlacesError::List { path, source })? {
                 return Err(unrecoverable("no record of it on this host"));
             }
             tracing::warn!(task = %id, "the task's record is lost or torn; recovering the task from its handle");
-            saved = record.save(&self.context().settings.places.record(&record.container_id));
+            saved = record.save(&self.context().settings.places.record(&record.intent.container_id));
             self.begin_recovery(record.clone());
         }
         let task = self.wait_for_recovery(id).await.ok_or_else(|| unrecoverable("it is being started"))?;
@@ -325,7 +333,7 @@ async fn find_shim_with_retries(context: &EngineContext, record: &Record) -> Ado
     loop {
         match find_shim(context, record).await {
             Adoption::Unknown(error) if tokio::time::Instant::now() < deadline => {
-                tracing::warn!(task = %record.task_id, %error, "could not look for the task's shim; retrying");
+                tracing::warn!(task = %record.intent.task_id, %error, "could not look for the task's shim; retrying");
                 tokio::time::sleep(SHIM_SEARCH_INTERVAL).await;
             }
             found => return found,
@@ -364,7 +372,7 @@ async fn find_exit(
 /// # Errors
 /// Why the exit code is not known.
 async fn probe_task(context: &EngineContext, record: &Record, shim: &Adoption) -> Result<Option<i32>, String> {
-    let id = record.container_id.as_str();
+    let id = record.intent.container_id.as_str();
     match shim {
         Adoption::Alive(shim) => match shim.client().is_alive(id).await {
             Ok(_) => Ok(None),
@@ -372,7 +380,7 @@ async fn probe_task(context: &EngineContext, record: &Record, shim: &Adoption) -
             // The shim lives and has the container. `watch_exit` finds out whether the container still runs.
             Err(error @ (ShimError::Malformed { .. } | ShimError::Refused { .. })) => {
                 tracing::warn!(
-                    task = %record.task_id, %error,
+                    task = %record.intent.task_id, %error,
                     "the shim does not report the task's state; assuming that the task runs"
                 );
                 Ok(None)

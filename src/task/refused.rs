@@ -11,7 +11,7 @@
 //! This module checks the kernel, the shim and the runtime's state directory for the container's actual state, and
 //! removes what is left of the container.
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{io, path::Path, time::Duration};
 
 use super::{
     Record, TaskError,
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     failpoint,
+    files::remove_dir_all_if_exists,
     process::PidFd,
     rootfs::RootfsError,
     shim::{Client, Shim, ShimError},
@@ -47,15 +48,15 @@ pub(super) async fn end_despite_refusal(
     }
     match refusal {
         ShimError::Refused { .. } | ShimError::Malformed { .. } => tracing::warn!(
-            task = %record.task_id, error = %crate::error_chain(&refusal),
+            task = %record.intent.task_id, error = %crate::error_chain(&refusal),
             "the runtime refuses to end the container; the driver ends it and removes what is left of it"
         ),
         ShimError::TimedOut { .. } => {
             tracing::warn!(
-                task = %record.task_id, error = %crate::error_chain(&refusal),
+                task = %record.intent.task_id, error = %crate::error_chain(&refusal),
                 "the shim does not end the container in time; the driver kills the runtime that the shim has called"
             );
-            interrupt::kill_runtime(shim.pid(), &record.container_id);
+            interrupt::kill_runtime(shim.pid(), &record.intent.container_id);
             if context.pool.task_count(shim.id()) <= 1 {
                 return end_with_shim(context, record, shim).await;
             }
@@ -64,7 +65,7 @@ pub(super) async fn end_despite_refusal(
         }
         _ => return Err(failed(refusal)),
     }
-    let (client, id) = (shim.client(), record.container_id.as_str());
+    let (client, id) = (shim.client(), record.intent.container_id.as_str());
     if is_alive(client, id).await.map_err(failed)? != Some(false) {
         kill_processes(context, record).await?;
         match tokio::time::timeout(KILL_GRACE, client.wait(id)).await {
@@ -77,11 +78,11 @@ pub(super) async fn end_despite_refusal(
     match client.delete(id).await {
         Ok(()) => return Ok(ContainerEnd::ByShim),
         Err(ShimError::Refused { .. } | ShimError::Malformed { .. }) => {}
-        Err(ShimError::TimedOut { .. }) => interrupt::kill_runtime(shim.pid(), &record.container_id),
+        Err(ShimError::TimedOut { .. }) => interrupt::kill_runtime(shim.pid(), &record.intent.container_id),
         Err(error) => return Err(failed(error)),
     }
     // Only a runtime's own shim knows how to remove its containers. Such a shim has no other container.
-    if record.shim_program.is_some() {
+    if record.intent.shim_program.is_some() {
         return end_with_shim(context, record, shim).await;
     }
     kill_processes(context, record).await?;
@@ -94,7 +95,10 @@ pub(super) async fn end_despite_refusal(
 async fn end_with_shim(context: &EngineContext, record: &Record, shim: &Shim) -> Result<ContainerEnd, TaskError> {
     let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
     let called = interrupt::open_descendants(shim.pid()).unwrap_or_else(|error| {
-        tracing::warn!(task = %record.task_id, %error, "could not list the processes of a shim; they may outlive it");
+        tracing::warn!(
+            task = %record.intent.task_id, %error,
+            "could not list the processes of a shim; they may outlive it"
+        );
         Vec::new()
     });
     shim.kill_process();
@@ -130,21 +134,18 @@ async fn kill_processes(context: &EngineContext, record: &Record) -> Result<(), 
 /// Removes the runtime's state of a container without processes. The runtime's own `delete` is tried first, since it
 /// also calls the hooks for a container's end; if it fails, the driver removes the state directory.
 async fn remove_runtime_state(context: &EngineContext, record: &Record) -> Result<(), RootfsError> {
-    let root = context.settings.places.runtime_state(&record.runtime, &record.namespace);
-    let state = root.join(record.container_id.as_str());
+    let root = context.settings.places.runtime_state(&record.intent.runtime, &record.intent.namespace);
+    let state = root.join(record.intent.container_id.as_str());
     if !state.try_exists().map_err(file("look at", &state))? {
         return Ok(());
     }
-    if let Err(error) = context.delete_by_runtime(&record.runtime, &root, &record.container_id).await {
+    if let Err(error) = context.delete_by_runtime(&record.intent.runtime, &root, &record.intent.container_id).await {
         tracing::warn!(
-            task = %record.task_id, error = %crate::error_chain(&error),
+            task = %record.intent.task_id, error = %crate::error_chain(&error),
             "the runtime does not delete a container without processes; the driver removes the container's state"
         );
     }
-    match fs::remove_dir_all(&state) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(file("remove", &state)(source)),
-        _ => Ok(()),
-    }
+    remove_dir_all_if_exists(&state).map_err(file("remove", &state))
 }
 
 fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootfsError {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use super::AppArmorRequest;
 use crate::{
-    ids::TaskId,
+    ids::{AllocId, TaskId},
     image::{Credentials, PullPolicy, Reference},
     logs::LogOptions,
     rootfs::{
@@ -143,7 +143,7 @@ pub struct StartRequest {
     /// The task's name.
     pub name: String,
     /// The id of the allocation.
-    pub alloc_id: String,
+    pub alloc_id: AllocId,
     /// The allocation's directory on the host.
     pub alloc_dir: PathBuf,
     /// The FIFO for standard output.

@@ -36,10 +36,10 @@ struct ListedProcess {
 
 impl SandboxExec {
     pub(super) fn of(places: &Places, record: &Record, exec_id: &str) -> Self {
-        let bundle = places.bundle(&record.container_id);
+        let bundle = places.bundle(&record.intent.container_id);
         Self {
             program: bundle.join("runtime"),
-            root: places.runtime_state(&record.runtime, &record.namespace),
+            root: places.runtime_state(&record.intent.runtime, &record.intent.namespace),
             pid_file: bundle.join(format!("{exec_id}.pid{}", gvisor::SANDBOX_PID_SUFFIX)),
         }
     }

@@ -24,9 +24,9 @@ impl Task {
 
     /// Does the same as [`Self::save`] for a caller that has locked the record already.
     pub(super) fn save_locked(self: &Arc<Self>, context: &Arc<EngineContext>, record: &Record) {
-        let path = context.settings.places.record(&record.container_id);
+        let path = context.settings.places.record(&record.intent.container_id);
         let Err(error) = record.save_state(&path) else { return };
-        let (id, error) = (record.task_id.clone(), crate::error_chain(&error));
+        let (id, error) = (record.intent.task_id.clone(), crate::error_chain(&error));
         tracing::error!(task = %id, error, "could not write the record of a task; retrying until that succeeds");
         // One retry loop per task suffices, since it writes the latest state.
         let Ok(save_guard) = self.save_lock.clone().try_lock_owned() else { return };
@@ -34,7 +34,7 @@ impl Task {
         let save = move |context: &EngineContext| {
             let Some(task) = task.upgrade() else { return Ok::<_, RecordError>(()) };
             let record = task.lock_record();
-            record.save_late(&context.settings.places.record(&record.container_id))?;
+            record.save_late(&context.settings.places.record(&record.intent.container_id))?;
             // Released before the record's lock: a caller that then fails to write the next state must find this lock
             // free, so that it starts a new retry loop.
             drop(save_guard.take());
@@ -47,13 +47,13 @@ impl Task {
 /// Writes down for the log writer that a task's shim has opened the log FIFOs, and retries that until it succeeds.
 /// Without it, the log writer would never see the end of the log.
 pub(super) fn mark_log_started(context: &Arc<EngineContext>, record: &Record) {
-    let log = context.settings.places.log(&record.container_id);
+    let log = context.settings.places.log(&record.intent.container_id);
     if let Err(error) = crate::logs::mark_started(&log) {
         tracing::error!(
-            task = %record.task_id, error = crate::error_chain(&error),
+            task = %record.intent.task_id, error = crate::error_chain(&error),
             "could not mark the log of a task as started; retrying until that succeeds"
         );
-        retry_in_background(context, record.task_id.clone(), "the start of a log", move |_: &EngineContext| {
+        retry_in_background(context, record.intent.task_id.clone(), "the start of a log", move |_: &EngineContext| {
             crate::logs::mark_started(&log)
         });
     }

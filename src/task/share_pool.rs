@@ -59,7 +59,7 @@ impl Engine {
         let in_pools: Vec<(TaskId, SharePool, CgroupPath)> = running
             .filter_map(|(id, task)| {
                 let record = task.record();
-                Some((id, record.intent.share_pool?, CgroupPath::recorded(&record.intent.cgroup)))
+                Some((id, record.intent.share_pool?, record.intent.cgroup))
             })
             .collect();
         let ids: HashSet<&TaskId> = in_pools.iter().map(|(id, ..)| id).collect();

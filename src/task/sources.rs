@@ -35,7 +35,7 @@ impl MountSources {
 /// Does the shim of a task need the sources for as long as the task lives? The shims of runc and gVisor do not; other
 /// shims might.
 pub(super) fn needs_sources(record: &Record) -> bool {
-    record.shim_program.is_some() && !record.gvisor
+    record.intent.shim_program.is_some() && !record.intent.gvisor
 }
 
 /// Unmounts the sources of a running task, in case the earlier plugin ended before it did so.
@@ -43,8 +43,9 @@ pub(super) fn unmount_after_recovery(context: &EngineContext, record: &Record) {
     if needs_sources(record) {
         return;
     }
-    let bundle = BundlePaths::of(&context.settings.places, &record.container_id);
-    tokio::task::block_in_place(|| bundle.unmount_pins()).unwrap_or_else(|error| log_failure(&record.task_id, &error));
+    let bundle = BundlePaths::of(&context.settings.places, &record.intent.container_id);
+    tokio::task::block_in_place(|| bundle.unmount_pins())
+        .unwrap_or_else(|error| log_failure(&record.intent.task_id, &error));
 }
 
 fn log_failure(task: &TaskId, error: &dyn std::error::Error) {

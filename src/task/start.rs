@@ -122,7 +122,7 @@ pub(crate) async fn start(
         profile = apparmor::profile_of_task(&context.apparmor, default_profile, request, &runtime) => profile?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
-    let container_id = ContainerId::derive(&request.alloc_id, &request.name, &request.task_id);
+    let container_id = ContainerId::derive(request.alloc_id.as_str(), &request.name, &request.task_id);
     let network = plan::network_namespace(request);
     let names = NetworkFiles::of(request, &network, &container_id, context.settings.name.flavor())?;
     let hostname = names.hostname.clone();
@@ -137,7 +137,8 @@ pub(crate) async fn start(
     failpoint::kill_at("start.image");
     task_mounts::add_volumes(&mut mounts, &image, task_mounts::sys_targets(context, request));
     let mounts = Arc::new(mounts);
-    let cgroup = context.cgroups.task_path(&request.cpuset_cgroup, &request.alloc_id, &request.name, &container_id);
+    let cgroup =
+        context.cgroups.task_path(&request.cpuset_cgroup, request.alloc_id.as_str(), &request.name, &container_id);
     let share_pool = share_pool::pool_of_task(context, request);
     let mut plan =
         Plan { request, runtime, apparmor, image, mounts, devices, container_id, hostname, cgroup, share_pool };
@@ -271,7 +272,7 @@ async fn join_group_and_logs(
     collector_stdio: Option<stdio::Stdio>,
 ) -> Result<stdio::Stdio, TaskError> {
     let request = plan.request;
-    if let Some(group) = &record.group {
+    if let Some(group) = &record.intent.group {
         group::enter(context, &request.task_id, &request.name, group)?;
     }
     match collector_stdio {
@@ -376,7 +377,7 @@ fn explain_if_unmounted(context: &EngineContext, plan: &Plan<'_>, error: TaskErr
 async fn undo_failed_start(context: &Arc<EngineContext>, record: &Record, shim: Adoption) {
     if let Err(left) = undo_or_retry(TeardownGuard::new(context, record), shim).await {
         tracing::error!(
-            task = %record.task_id, error = %crate::error_chain(&left),
+            task = %record.intent.task_id, error = %crate::error_chain(&left),
             "could not undo a failed start completely; the driver retries in the background"
         );
     }
@@ -495,7 +496,7 @@ async fn create_and_start(
     // the start time 0 matches no other process that gets the same pid.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
-    let state = places.runtime_state(&plan.runtime.name, &record.namespace).join(id);
+    let state = places.runtime_state(&plan.runtime.name, &record.intent.namespace).join(id);
     let started = start_without_shim(started_by, &state, &process).await;
     phases.released = (started && started_by == StartedBy::Driver).then(|| began.elapsed());
     failpoint::kill_at("start.released");

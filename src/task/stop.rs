@@ -41,10 +41,10 @@ impl Engine {
         }
         let record = task.record();
         let number = match signal_name {
-            "" => record.stop_signal,
+            "" => record.intent.stop_signal,
             name => signal::parse(name).unwrap_or_else(|error| {
                 tracing::warn!(task = %id, %error, "the job's kill_signal is invalid; using the image's stop signal");
-                record.stop_signal
+                record.intent.stop_signal
             }),
         };
         failpoint::kill_at("stop.begun");
@@ -52,7 +52,7 @@ impl Engine {
         failpoint::kill_at("stop.marked");
         let mut exit = task.exit.subscribe();
         let Some(client) = &task.client else { return Err(TaskError::NotFound(id.clone())) };
-        let name = record.container_id.as_str();
+        let name = record.intent.container_id.as_str();
         if !timeout.is_zero() {
             let signal_and_wait = async {
                 if let Err(error) = client.kill(name, number, SignalTarget::Init).await {

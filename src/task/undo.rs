@@ -14,8 +14,9 @@ use super::{
     interrupt, logs, refused,
 };
 use crate::{
-    cgroup::CgroupPath,
-    failpoint, gvisor,
+    failpoint,
+    files::remove_file_if_exists,
+    gvisor,
     ids::ContainerId,
     places::list_names,
     process::{self, descendants},
@@ -49,7 +50,7 @@ pub(crate) const RETRY_DELAYS: [Duration; 3] =
 pub(crate) async fn undo(context: &EngineContext, record: &Record, shim: Adoption) -> Result<(), TaskError> {
     // Mounts that could not be unmounted are retried in `finish`.
     let (released, _mounts) = end_task(context, record, shim).await?;
-    logs::wait_until_written(&context.settings.places, &record.container_id).await;
+    logs::wait_until_written(&context.settings.places, &record.intent.container_id).await;
     released.finish(context, record).await
 }
 
@@ -78,7 +79,7 @@ impl FirstError {
 
 fn warn_of_failed_step(record: &Record, step: &'static str, error: &TaskError) {
     tracing::warn!(
-        task = %record.task_id, step, error = %crate::error_chain(error),
+        task = %record.intent.task_id, step, error = %crate::error_chain(error),
         "a step of the task's teardown failed"
     );
 }
@@ -98,12 +99,12 @@ async fn end_task(
     let mut outcome = FirstError(Ok(()));
     if let Adoption::Unknown(source) = shim {
         // The shim may hold the container, which only that shim may end.
-        let (id, path) = (record.shim.clone(), context.settings.places.shim(&record.shim));
+        let (id, path) = (record.intent.shim.to_string(), context.settings.places.shim(&record.intent.shim));
         let source = ShimError::File { id, doing: "look for", path, source };
         return Err(TaskError::Shim { doing: "find the task's shim", source });
     }
     // The hold of an earlier attempt of this teardown would look like that of another task which shares the shim.
-    context.set_shim_hold(&record.task_id, None);
+    context.set_shim_hold(&record.intent.task_id, None);
     // Without its shim and bundle, a living container could never be ended. So everything else stays for a retry.
     let ended = match end_container(context, record, &shim).await {
         Ok(ended) => ended,
@@ -111,17 +112,17 @@ async fn end_task(
             warn_of_failed_step(record, "container", &error);
             let hold = match shim {
                 Adoption::Alive(shim) => Some(shim.into_hold()),
-                Adoption::Hung(_) => Some(context.pool.launcher().acquire(&record.shim)),
+                Adoption::Hung(_) => Some(context.pool.launcher().acquire(&record.intent.shim)),
                 Adoption::Gone | Adoption::Unknown(_) => None,
             };
-            context.set_shim_hold(&record.task_id, hold);
+            context.set_shim_hold(&record.intent.task_id, hold);
             return Err(error);
         }
     };
-    if record.group.is_some() {
+    if record.intent.group.is_some() {
         tokio::task::block_in_place(|| group::leave(context, record));
     }
-    if record.gvisor && !failpoint::skip("container") {
+    if record.intent.gvisor && !failpoint::skip("container") {
         clear_sandbox_cgroup(context, record, &mut outcome).await;
     }
     failpoint::kill_at("undo.container");
@@ -133,14 +134,14 @@ async fn end_task(
         }
         (other, _) => {
             outcome.note(record, "shim", end_shim(context, record, other).await);
-            if record.gvisor {
+            if record.intent.gvisor {
                 outcome.note(record, "container", delete_late_container(context, record).await);
             }
             None
         }
     };
     failpoint::kill_at("undo.shim");
-    let bundle = BundlePaths::of(&context.settings.places, &record.container_id);
+    let bundle = BundlePaths::of(&context.settings.places, &record.intent.container_id);
     let unmounted = tokio::task::block_in_place(|| bundle.unmount_pins());
     let unmounted =
         unmounted.map_err(TaskError::from).inspect_err(|error| warn_of_failed_step(record, "mounts", error));
@@ -152,10 +153,9 @@ async fn end_task(
 /// [`EndedTask::finish`].
 async fn clear_sandbox_cgroup(context: &EngineContext, record: &Record, outcome: &mut FirstError) {
     outcome.note(record, "processes", kill_cgroup_processes(context, record).await);
-    let cgroup = CgroupPath::recorded(&record.cgroup);
-    if let Err(error) = tokio::task::block_in_place(|| context.cgroups.remove(&cgroup)) {
+    if let Err(error) = tokio::task::block_in_place(|| context.cgroups.remove(&record.intent.cgroup)) {
         tracing::debug!(
-            task = %record.task_id, error = %crate::error_chain(&error),
+            task = %record.intent.task_id, error = %crate::error_chain(&error),
             "could not remove the task's cgroup; retrying later"
         );
     }
@@ -172,12 +172,12 @@ impl EndedTask {
         if !failpoint::skip("container") {
             outcome.note(record, "processes", kill_cgroup_processes(context, record).await);
         }
-        let bundle = BundlePaths::of(&context.settings.places, &record.container_id);
-        let log = context.settings.places.log(&record.container_id);
+        let bundle = BundlePaths::of(&context.settings.places, &record.intent.container_id);
+        let log = context.settings.places.log(&record.intent.container_id);
         let cgroups = context.cgroups.clone();
-        let cgroup = CgroupPath::recorded(&record.cgroup);
-        let root = context.settings.places.runtime_state(&record.runtime, &record.namespace);
-        let state = record.gvisor.then(|| (root, record.container_id.clone()));
+        let cgroup = record.intent.cgroup.clone();
+        let root = context.settings.places.runtime_state(&record.intent.runtime, &record.intent.namespace);
+        let state = record.intent.gvisor.then(|| (root, record.intent.container_id.clone()));
         let files = tokio::task::spawn_blocking(move || {
             let after = |name, outcome: Result<(), TaskError>| {
                 failpoint::kill_at(name);
@@ -197,11 +197,11 @@ impl EndedTask {
             Err(error) => outcome.note(record, "files", Err(error.into())),
         }
         if outcome.0.is_ok() {
-            context.images.touch(&record.image);
+            context.images.touch(&record.intent.image);
             outcome.note(
                 record,
                 "record",
-                Record::remove(&context.settings.places.record(&record.container_id)).map_err(TaskError::from),
+                Record::remove(&context.settings.places.record(&record.intent.container_id)).map_err(TaskError::from),
             );
         }
         if let Some(shim) = shim {
@@ -209,8 +209,8 @@ impl EndedTask {
             // then.
             let returned = match outcome.0 {
                 _ if failpoint::skip("shim") => true,
-                Ok(()) => context.pool.recycle(&record.alloc_id, shim).await,
-                Err(_) => context.pool.shut_down(&record.alloc_id, shim).await,
+                Ok(()) => context.pool.recycle(&record.intent.alloc_id, shim).await,
+                Err(_) => context.pool.shut_down(&record.intent.alloc_id, shim).await,
             };
             if !returned {
                 outcome.note(record, "shim", Err(shim_stays_error()));
@@ -228,12 +228,7 @@ impl EndedTask {
 pub(super) fn remove_runsc_state(root: &Path, id: &ContainerId) -> Result<(), TaskError> {
     for name in list_names(root)?.into_iter().filter(|name| gvisor::container_of_state_file(name) == id.as_str()) {
         let path = root.join(name);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(RootfsError::File { doing: "remove", path, source }.into());
-            }
-            _ => {}
-        }
+        remove_file_if_exists(&path).map_err(|source| RootfsError::File { doing: "remove", path, source })?;
     }
     Ok(())
 }
@@ -258,7 +253,7 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
     if failpoint::skip("container") {
         return Ok(ContainerEnd::Otherwise);
     }
-    let id = record.container_id.as_str();
+    let id = record.intent.container_id.as_str();
     let failed = |doing| move |source| TaskError::Shim { doing, source };
     if let (Adoption::Alive(alive), Some(client)) = (shim, shim.client()) {
         let complete = async |refusal| refused::end_despite_refusal(context, record, alive, refusal).await;
@@ -279,7 +274,7 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
         }
     }
     if let Adoption::Hung(pidfd) = shim {
-        if context.pool.task_count(&record.shim) > 0 {
+        if context.pool.task_count(&record.intent.shim) > 0 {
             // The containers of the shim's other tasks would end with the shim.
             let source = ShimError::TimedOut { call: "Connect", after: shim::CONNECT_TIMEOUT };
             return Err(failed("end the container of a shim that has other tasks")(source));
@@ -300,13 +295,15 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
 /// When the container can't be deleted.
 pub(super) async fn delete_after_cleanup(context: &EngineContext, record: &Record) -> Result<Option<Exit>, ShimError> {
     // For gVisor this check does not work: a living sandbox has the container's name among its arguments, too.
-    if !record.gvisor {
+    if !record.intent.gvisor {
         let is_running = || {
-            any_process(process::all_pids()?.into_iter(), |pid| interrupt::has_container_arg(pid, &record.container_id))
+            any_process(process::all_pids()?.into_iter(), |pid| {
+                interrupt::has_container_arg(pid, &record.intent.container_id)
+            })
         };
         wait_while_running(record, RUNTIME_GRACE, is_running).await;
         if is_running().unwrap_or(true) {
-            interrupt::kill_processes_of(&record.container_id);
+            interrupt::kill_processes_of(&record.intent.container_id);
             wait_while_running(record, KILL_GRACE, is_running).await;
         }
     }
@@ -317,25 +314,25 @@ pub(super) async fn delete_after_cleanup(context: &EngineContext, record: &Recor
 /// too long. A plugin that dies during a Create leaves such a runtime behind. It may still create the container, or was
 /// cut off while it created the container's process.
 async fn wait_for_runtime(context: &EngineContext, record: &Record, shim: &Shim) {
-    let cgroup = CgroupPath::recorded(&record.cgroup);
+    let cgroup = &record.intent.cgroup;
     // Of a shared shim's processes, only those count that were called for this container and are still in the shim's
     // own cgroup.
     let alone = shim.has_single_hold();
     let is_running = || {
-        if record.gvisor {
+        if record.intent.gvisor {
             return is_runsc_running(record);
         }
         any_process(descendants(shim.pid())?.into_iter().skip(1), |pid| {
             if alone {
-                return context.cgroups.contains(&cgroup, pid).map(|holds| !holds);
+                return context.cgroups.contains(cgroup, pid).map(|holds| !holds);
             }
             Ok(context.cgroups.are_in_same_groups(pid, shim.pid())?
-                && interrupt::has_container_arg(pid, &record.container_id)?)
+                && interrupt::has_container_arg(pid, &record.intent.container_id)?)
         })
     };
     wait_while_running(record, RUNTIME_GRACE, is_running).await;
     if is_running().unwrap_or(true) {
-        interrupt::kill_runtime(shim.pid(), &record.container_id);
+        interrupt::kill_runtime(shim.pid(), &record.intent.container_id);
         wait_while_running(record, KILL_GRACE, is_running).await;
     }
 }
@@ -358,7 +355,10 @@ async fn wait_while_running(record: &Record, limit: Duration, is_running: impl F
         };
         was = true;
         if tokio::time::Instant::now() > deadline {
-            tracing::warn!(task = %record.task_id, problem, "a runtime may still be running; no longer waiting for it");
+            tracing::warn!(
+                task = %record.intent.task_id, problem,
+                "a runtime may still be running; no longer waiting for it"
+            );
             break;
         }
         tokio::time::sleep(POLL_INTERVAL).await;
@@ -372,7 +372,7 @@ fn is_runsc_running(record: &Record) -> io::Result<bool> {
     any_process(process::all_pids()?.into_iter(), |pid| {
         let read = |file: &str| process::none_if_vanished(fs::read(format!("/proc/{pid}/{file}")));
         let Some(line) = read("cmdline")? else { return Ok(false) };
-        if !line.split(|byte| *byte == 0).any(|word| word == record.container_id.as_str().as_bytes()) {
+        if !line.split(|byte| *byte == 0).any(|word| word == record.intent.container_id.as_str().as_bytes()) {
             return Ok(false);
         }
         Ok(read("comm")?.is_some_and(|name| gvisor::is_creating_container(&String::from_utf8_lossy(&name), &line)))
@@ -392,9 +392,8 @@ async fn delete_late_container(context: &EngineContext, record: &Record) -> Resu
 /// Kills all processes in the task's cgroup. No process may outlive the task's teardown, and those of a runtime that
 /// was cut off belong to no container.
 pub(super) async fn kill_cgroup_processes(context: &EngineContext, record: &Record) -> Result<(), TaskError> {
-    let cgroup = CgroupPath::recorded(&record.cgroup);
     let deadline = tokio::time::Instant::now() + KILL_GRACE;
-    while context.cgroups.kill(&cgroup)? > 0 && tokio::time::Instant::now() < deadline {
+    while context.cgroups.kill(&record.intent.cgroup)? > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(POLL_INTERVAL).await;
     }
     Ok(())
@@ -435,9 +434,9 @@ async fn end_shim(context: &EngineContext, record: &Record, shim: Adoption) -> R
     if failpoint::skip("shim") {
         return Ok(());
     }
-    let dir = context.settings.places.shim(&record.shim);
+    let dir = context.settings.places.shim(&record.intent.shim);
     let gone = match shim {
-        Adoption::Alive(shim) => context.pool.shut_down(&record.alloc_id, shim).await,
+        Adoption::Alive(shim) => context.pool.shut_down(&record.intent.alloc_id, shim).await,
         Adoption::Hung(pidfd) => shim::kill_hung(&dir, &pidfd).await,
         Adoption::Gone | Adoption::Unknown(_) => shim::shut_down_unrecorded(&dir).await,
     };
@@ -495,7 +494,7 @@ pub(crate) async fn end_and_defer_teardown(
             () = context.pool.wait_until_idle(TEARDOWN_DELAY, TEARDOWN_MAX_DELAY) => {}
             () = context.teardown_requested.notified() => {}
         }
-        logs::wait_until_written(&context.settings.places, &record.container_id).await;
+        logs::wait_until_written(&context.settings.places, &record.intent.container_id).await;
         let permit = context.teardown_permits.acquire().await;
         failpoint::kill_at("undo.clearing");
         let outcome = released.finish(context, record).await;
@@ -507,7 +506,7 @@ pub(crate) async fn end_and_defer_teardown(
 
 /// Reports the outcome of a teardown to its guard. If the teardown failed, it is retried in the background.
 fn finish_or_retry(guard: TeardownGuard, is_gone: bool) {
-    let (context, id) = (guard.context().clone(), guard.record().task_id.clone());
+    let (context, id) = (guard.context().clone(), guard.record().intent.task_id.clone());
     guard.finish(is_gone);
     if is_gone {
         return;
@@ -529,5 +528,5 @@ fn finish_or_retry(guard: TeardownGuard, is_gone: bool) {
 
 /// Finds the shim of a record and connects to it.
 pub(crate) async fn find_shim(context: &EngineContext, record: &Record) -> Adoption {
-    if record.is_current() { context.pool.launcher().adopt(&record.shim).await } else { Adoption::Gone }
+    if record.is_current() { context.pool.launcher().adopt(&record.intent.shim).await } else { Adoption::Gone }
 }

@@ -216,7 +216,11 @@ pub(crate) async fn gc(env: &Env, dry_run: bool) -> Vec<(String, String)> {
 async fn traces(env: &Env) -> (Vec<String>, Vec<String>, usize) {
     let client = Client::new(&services().containerd, &env.namespace, "overlayfs");
     let images = client.images().await.unwrap().into_iter().map(|(name, _)| name).collect();
-    (images, client.leases().await.unwrap(), leak::entries(&env.dir.join("state/images")).len())
+    (
+        images,
+        client.leases().await.unwrap().into_iter().map(|lease| lease.0).collect(),
+        leak::entries(&env.dir.join("state/images")).len(),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -270,21 +274,22 @@ async fn leases_of_a_dead_pull_go_at_the_next_opening() {
     let client = Client::new(&services().containerd, &env.namespace, "overlayfs");
     let task = env.sh("echo x").await;
     let own = client.leases().await.unwrap();
-    let prefix = own[0].rsplit_once('-').unwrap().0;
+    let prefix = own[0].0.rsplit_once('-').unwrap().0;
     let stale = nomad_driver_shim::containerd::LeaseId(format!("{prefix}-pull-0123456789abcdef"));
     client.create_lease(&stale, None).await.unwrap();
-    client.create_lease(&nomad_driver_shim::containerd::LeaseId("somebody-elses".to_owned()), None).await.unwrap();
+    let somebody_elses = nomad_driver_shim::containerd::LeaseId("somebody-elses".to_owned());
+    client.create_lease(&somebody_elses, None).await.unwrap();
     env.finish_task(task).await;
     env.kill_plugin().await;
     env.start_plugin().await;
     eventually("the stale lease is gone", async || {
         let leases = client.leases().await.unwrap();
-        if leases.contains(&stale.0) { Err(leases) } else { Ok(()) }
+        if leases.contains(&stale) { Err(leases) } else { Ok(()) }
     })
     .await;
     assert!(client.leases().await.unwrap().contains(&own[0]), "the image's own stays");
-    assert!(client.leases().await.unwrap().contains(&"somebody-elses".to_owned()));
-    client.delete_lease(&nomad_driver_shim::containerd::LeaseId("somebody-elses".to_owned())).await.unwrap();
+    assert!(client.leases().await.unwrap().contains(&somebody_elses));
+    client.delete_lease(&somebody_elses).await.unwrap();
     env.finish().await;
 }
 

@@ -258,7 +258,7 @@ async fn a_wiped_store_is_pulled_again() {
             "leases",
             "rm",
             "--sync",
-            &lease,
+            &lease.0,
         ]));
     }
     assert_eq!(client.snapshot_keys().await.unwrap(), Vec::<String>::new());

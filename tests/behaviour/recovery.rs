@@ -85,7 +85,7 @@ async fn a_task_of_the_old_driver_is_ended_and_never_doubled() {
     let error = env.recover(&task).await.unwrap_err();
     assert!(error.message().contains("its container is gone"), "{error:?}");
     // containerd gives its cgroups a parent with the name of the namespace.
-    let parent = CgroupPath::recorded(&format!("/{}", env.namespace));
+    let parent = CgroupPath::new(&format!("/{}", env.namespace)).unwrap();
     Cgroups::detect().unwrap().remove(&parent).unwrap();
     env.finish().await;
 }

@@ -82,32 +82,135 @@ fn the_table_of_uses_is_read_right() {
 }
 
 /// First path segments after `crate::`, in plain and in braced use.
-fn uses(text: &str) -> Vec<String> {
-    let ident = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
-    let mut found = Vec::new();
-    for (at, _) in text.match_indices("crate::") {
-        let rest = &text[at + "crate::".len()..];
-        let Some(inside) = rest.strip_prefix('{') else {
-            found.push(ident(rest));
-            continue;
-        };
-        let (mut depth, mut item) = (0, String::new());
-        for c in inside.chars() {
+fn uses(text: &str) -> BTreeSet<String> {
+    paths_after("crate::", text).into_iter().map(|mut path| path.swap_remove(0)).collect()
+}
+
+/// The paths that follow `prefix`, in plain and in braced use.
+fn paths_after(prefix: &str, text: &str) -> Vec<Vec<String>> {
+    let starts = text.match_indices(prefix).filter(|(at, _)| {
+        let before = text[..*at].chars().next_back();
+        before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != ':')
+    });
+    starts.flat_map(|(at, _)| leaves(tree_at(&text[at + prefix.len()..]))).collect()
+}
+
+/// The tree of imports at the beginning of the text: a path, the last part of which may be a list in braces.
+fn tree_at(text: &str) -> &str {
+    let mut depth = 0;
+    let end = text.find(|c: char| {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        depth < 0 || (depth == 0 && !c.is_alphanumeric() && !matches!(c, '_' | ':' | '}'))
+    });
+    &text[..end.unwrap_or(text.len())]
+}
+
+/// The paths of a tree of imports: `a::{b, c::d}` is `a::b` and `a::c::d`.
+fn leaves(tree: &str) -> Vec<Vec<String>> {
+    let tree = tree.trim();
+    if let Some(inside) = tree.strip_prefix('{').and_then(|tree| tree.strip_suffix('}')) {
+        let mut depth = 0;
+        let items = inside.split(|c: char| {
             match c {
                 '{' => depth += 1,
-                '}' if depth == 0 => break,
                 '}' => depth -= 1,
-                ',' if depth == 0 => found.push(ident(std::mem::take(&mut item).trim())),
                 _ => {}
             }
-            if depth == 0 && c != ',' {
-                item.push(c);
-            }
-        }
-        found.push(ident(item.trim()));
+            c == ',' && depth == 0
+        });
+        return items.flat_map(leaves).collect();
     }
-    found.retain(|name| !name.is_empty());
+    let head: String = tree.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+    match tree[head.len()..].strip_prefix("::") {
+        _ if head.is_empty() => Vec::new(),
+        Some(rest) if !rest.is_empty() => {
+            leaves(rest).into_iter().map(|path| [vec![head.clone()], path].concat()).collect()
+        }
+        _ => vec![vec![head]],
+    }
+}
+
+/// Folders whose modules use each other in circles, and why.
+const CIRCLES: &[(&str, &str)] = &[
+    ("plugin/config", "job and limits collect their faults in one list"),
+    ("task", "the parts of one engine, which share its context"),
+];
+
+/// What the modules of a folder use of each other, without what only unit tests use. Names that `mod.rs` exports count
+/// as their module's.
+fn uses_inside(folder: &Path) -> Uses {
+    let read = |file: &Path| {
+        let text = fs::read_to_string(file).unwrap();
+        text.split("#[cfg(test)]\nmod tests").next().unwrap().to_owned()
+    };
+    let module_of = |file: &Path| {
+        let first = file.strip_prefix(folder).unwrap().components().next().unwrap();
+        Path::new(first.as_os_str()).file_stem().unwrap().to_str().unwrap().to_owned()
+    };
+    let sources: Vec<(String, PathBuf)> = files(folder).into_iter().map(|file| (module_of(&file), file)).collect();
+    let modules: BTreeSet<&String> = sources.iter().map(|(module, _)| module).filter(|name| *name != "mod").collect();
+    let exports = paths_after("use ", &read(&folder.join("mod.rs"))).into_iter();
+    let exported: BTreeMap<String, String> = exports
+        .filter(|path| path.len() > 1 && modules.contains(&path[0]))
+        .map(|path| (path[path.len() - 1].clone(), path[0].clone()))
+        .collect();
+    let own_path: Vec<_> = folder.strip_prefix(source()).unwrap().iter().map(|part| part.to_str().unwrap()).collect();
+    let own_path = format!("crate::{}::", own_path.join("::"));
+    let mut found = Uses::new();
+    for (module, file) in sources.iter().filter(|(module, _)| module != "mod" && module != "tests") {
+        let depth = file.strip_prefix(folder).unwrap().iter().count() - usize::from(file.ends_with("mod.rs"));
+        let text = read(file);
+        let paths = [paths_after(&"super::".repeat(depth), &text), paths_after(&own_path, &text)].concat();
+        let used = paths.into_iter().filter_map(|mut path| {
+            let first = path.swap_remove(0);
+            if modules.contains(&first) { Some(first) } else { exported.get(&first).cloned() }
+        });
+        found.entry(module.clone()).or_default().extend(used.filter(|name| name != module));
+    }
     found
+}
+
+/// The modules that use themselves by way of others.
+fn circles(uses: &Uses) -> BTreeSet<&String> {
+    let reaches_itself = |start: &&String| {
+        let (mut seen, mut next) = (BTreeSet::new(), vec![*start]);
+        while let Some(module) = next.pop() {
+            next.extend(uses.get(module).into_iter().flatten().filter(|used| seen.insert(*used)));
+        }
+        seen.contains(start)
+    };
+    uses.keys().filter(reaches_itself).collect()
+}
+
+/// Inside of a folder, no two modules use each other, also not by way of others.
+#[test]
+fn no_modules_of_a_folder_use_each_other_in_circles() {
+    let folders: BTreeSet<PathBuf> = files(&source())
+        .into_iter()
+        .filter(|file| file.ends_with("mod.rs"))
+        .map(|file| file.with_file_name(""))
+        .collect();
+    assert!(folders.len() > 10, "{folders:?}");
+    for folder in folders {
+        let name = folder.strip_prefix(source()).unwrap().to_str().unwrap().trim_end_matches('/').to_owned();
+        let uses = uses_inside(&folder);
+        let found = circles(&uses);
+        let known = CIRCLES.iter().any(|(folder, _)| *folder == name);
+        assert_eq!(!found.is_empty(), known, "circles in {name}: {found:?}");
+    }
+}
+
+#[test]
+fn circles_are_found() {
+    let uses: Uses = [("a", vec!["b"]), ("b", vec!["c"]), ("c", vec!["b"]), ("d", vec!["a"])]
+        .into_iter()
+        .map(|(module, used)| (module.to_owned(), used.into_iter().map(str::to_owned).collect()))
+        .collect();
+    assert_eq!(circles(&uses).into_iter().collect::<Vec<_>>(), ["b", "c"]);
 }
 
 pub(crate) fn files(directory: &Path) -> Vec<PathBuf> {
@@ -118,7 +221,10 @@ pub(crate) fn files(directory: &Path) -> Vec<PathBuf> {
 #[test]
 fn the_list_of_uses_is_read_right() {
     let text = "use crate::{\n    a::{b, c},\n    d,\n};\nuse crate::e::f;\nlet x = crate::g(1);";
-    assert_eq!(uses(text), ["a", "d", "e", "g"]);
+    assert_eq!(uses(text).into_iter().collect::<Vec<_>>(), ["a", "d", "e", "g"]);
+    let text = "use super::{A, b::{C as D, self}};\nuse super::super::e::F;";
+    assert_eq!(paths_after("super::", text)[..3], [vec!["A"], vec!["b", "C"], vec!["b", "self"]]);
+    assert_eq!(paths_after("super::super::", text), [["e", "F"]]);
 }
 
 /// What may be executed in another way than by `process::command`, and why the limit on descriptors is right there.

@@ -223,7 +223,7 @@ async fn in_containerd(env: &Env) -> Vec<String> {
     let client = Client::new(address, &env.namespace, "overlayfs");
     let mut leaks = Vec::new();
     for lease in client.leases().await.unwrap_or_default() {
-        if !claimed(&lease, "lease") {
+        if !claimed(&lease.0, "lease") {
             leaks.push(format!("lease {lease}"));
         }
     }

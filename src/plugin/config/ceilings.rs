@@ -6,7 +6,7 @@ use super::faults::Faults;
 use crate::{
     ids::Flavor,
     plugin::decode::Values,
-    rootfs::{ceilings::Ceilings, limits::Ulimit, tmpfs::TmpfsSize},
+    rootfs::{ceilings::Ceilings, limits::Ulimit, tmpfs_size::TmpfsSize},
 };
 
 /// The default of the plugin's `pids_limit`; it is podman's (containers/common, `pkg/config/default.go`,

@@ -13,7 +13,7 @@ use crate::{
         ceilings::Ceilings,
         limits::{Namespace, Namespaces, Ulimit, check_annotations, check_sysctl},
         network::ExtraHost,
-        tmpfs::TmpfsSize,
+        tmpfs_size::TmpfsSize,
     },
     size,
     task::{JobLimits, SecuritySettings, matches_any},

@@ -20,9 +20,10 @@ use crate::{
     cgroup::Cgroups,
     elf,
     failure::{self, Cause},
+    files::{create_private_dir, write_atomically},
     gvisor::{Caller, GvisorSettings, Network, Platform, RunscProbe, known_flags, wrapper},
     ids::{Digest, random_hex},
-    places::{Places, create_private_dir, write_atomically},
+    places::Places,
     process::{PidFd, async_command, boot_id, descendants},
     rootfs::NetworkNamespace,
 };

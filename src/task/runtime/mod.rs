@@ -390,7 +390,7 @@ fn probe_spec(id: &str, program: &str, namespaces: &[&str]) -> serde_json::Value
         "root": { "path": "rootfs" },
         "process": { "user": { "uid": 0, "gid": 0 }, "args": [program], "cwd": "/", "env": [] },
         "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
-        "linux": { "namespaces": namespaces, "cgroupsPath": probes::cgroup(id) },
+        "linux": { "namespaces": namespaces, "cgroupsPath": probes::cgroup(id).as_str() },
     })
 }
 

@@ -9,8 +9,9 @@ use std::{
 };
 
 use crate::{
+    files::create_private_dir,
     ids::{Digest, random_hex},
-    places::{Places, create_private_dir},
+    places::Places,
 };
 
 /// The directory next to runsc in which runsc looks for its helper programs (gVisor's `gvisorbinaries`).

@@ -6,13 +6,14 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    io,
     path::Path,
     time::{Duration, SystemTime},
 };
 
 use crate::{
     cgroup::{CgroupPath, Cgroups},
+    files::remove_dir_all_if_exists,
     ids::random_hex,
     places::list_names,
     process::ProcessId,
@@ -47,8 +48,8 @@ fn creator(name: &str) -> Option<ProcessId> {
 }
 
 /// Returns the cgroup of a probe.
-pub(super) fn cgroup(name: &str) -> String {
-    format!("/{CGROUP_PREFIX}{name}")
+pub(super) fn cgroup(name: &str) -> CgroupPath {
+    CgroupPath::at_root(&format!("{CGROUP_PREFIX}{name}"))
 }
 
 /// Returns the names of probes that were interrupted, by their directories below `scratch`, where only this driver's
@@ -69,7 +70,7 @@ pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> io::Result<BTreeSet<St
 /// Says whether the cgroup of a probe whose creator is not known is empty and old. If that can't be found out, it is
 /// not.
 fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
-    let group = CgroupPath::recorded(&cgroup(name));
+    let group = cgroup(name);
     // The time of a cgroup's directory is never before the creation of the cgroup, because the kernel sets it when the
     // directory is first looked up.
     let age = cgroups.last_modified(&group).and_then(|at| SystemTime::now().duration_since(at).ok());
@@ -82,20 +83,19 @@ fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
 /// # Errors
 /// When a process survives SIGKILL, or a directory can't be removed.
 pub async fn remove_probe(scratch: &Path, cgroups: &Cgroups, name: &str) -> io::Result<()> {
-    let group = CgroupPath::recorded(&cgroup(name));
+    let group = cgroup(name);
     let deadline = tokio::time::Instant::now() + KILL_TIMEOUT;
     while cgroups.kill(&group).map_err(io::Error::other)? > 0 && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(POLL_INTERVAL).await;
     }
     cgroups.remove(&group).map_err(io::Error::other)?;
-    match fs::remove_dir_all(scratch.join(name)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    remove_dir_all_if_exists(&scratch.join(name))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
