@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use super::floor_child::{self, ChildPlan, MountCall};
 use crate::{
-    cgroup::{CgroupMode, CgroupPath, Cgroups},
+    cgroup::{CGROUP_ROOT, CgroupMode, CgroupPath, Cgroups},
     process::PidFd,
 };
 
@@ -276,6 +276,7 @@ fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
             "nodev" => flags |= libc::MS_NODEV,
             "ro" => flags |= libc::MS_RDONLY,
             "strictatime" => flags |= libc::MS_STRICTATIME,
+            "relatime" => flags |= libc::MS_RELATIME,
             "rw" => {}
             "bind" | "rbind" => bind = true,
             "rprivate" => propagation = libc::MS_PRIVATE | libc::MS_REC,
@@ -304,6 +305,15 @@ fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
             data: if data.is_empty() { empty.clone() } else { CString::new(data)? },
         })
     };
+    if kind == "cgroup" {
+        let is_v2 = Path::new(CGROUP_ROOT).join("cgroup.controllers").exists();
+        // A container's view of version 1 takes one mount for each controller. A recursive bind mount of the host's
+        // file systems gives the kernel the same work in one call.
+        return Ok(vec![match is_v2 {
+            true => call(&source, "cgroup2", flags, "")?,
+            false => call(CGROUP_ROOT, "", libc::MS_BIND | libc::MS_REC, "")?,
+        }]);
+    }
     if !bind {
         return Ok(vec![call(&source, &kind, flags, &data.join(","))?]);
     }

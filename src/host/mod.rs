@@ -302,7 +302,12 @@ impl Plugin {
     }
 
     /// Asks the plugin to shut down as an agent does, and kills it if it has not ended within 2 s.
-    pub async fn shut_down(mut self) -> PluginExit {
+    pub async fn shut_down(self) -> PluginExit {
+        self.shut_down_within(SHUTDOWN_TIMEOUT).await
+    }
+
+    /// Asks the plugin to shut down, and kills it if it has not ended within `timeout`.
+    pub async fn shut_down_within(mut self, timeout: Duration) -> PluginExit {
         let began = Instant::now();
         let leave = async {
             let _ = GrpcControllerClient::new(self.channel.clone()).shutdown(Empty {}).await;
@@ -311,7 +316,7 @@ impl Plugin {
                 None => None,
             }
         };
-        let status = tokio::time::timeout(SHUTDOWN_TIMEOUT, leave).await.ok().flatten();
+        let status = tokio::time::timeout(timeout, leave).await.ok().flatten();
         let took = began.elapsed();
         if let (None, Some(child)) = (status, &mut self.child) {
             let _ = child.kill().await;
@@ -319,7 +324,7 @@ impl Plugin {
         // The agent waits for the end of both pipes. If a child of the plugin has inherited them, that takes longer
         // here.
         for reader in std::mem::take(&mut self.readers) {
-            let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, reader).await;
+            let _ = tokio::time::timeout(timeout, reader).await;
         }
         PluginExit { status, took, stderr: self.stderr() }
     }

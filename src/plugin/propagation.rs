@@ -51,6 +51,7 @@ mod tests {
             ..wire::Mount::default()
         };
         let task = wire::TaskConfig {
+            alloc_id: "4f1e".to_owned(),
             msgpack_driver_config: encode_raw(&job),
             mounts: vec![volume],
             ..wire::TaskConfig::default()

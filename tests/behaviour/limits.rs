@@ -198,7 +198,7 @@ async fn devices_are_there_and_others_are_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn hosts_and_name_servers_are_as_the_job_says() {
     let mut env = open_env().await;
-    let extra = json!({"extra_hosts": ["postgres:127.0.1.1", "v6:fd00::5"]});
+    let extra = json!({"hostname": "own", "extra_hosts": ["postgres:127.0.1.1", "v6:fd00::5"]});
     let hosts = seen(&mut env, extra.clone(), "cat /etc/hosts").await;
     for line in ["127.0.0.1\tlocalhost\n", "127.0.1.1\tpostgres\n", "fd00::5\tv6\n"] {
         assert!(hosts.contains(line), "{line:?} in {hosts}");

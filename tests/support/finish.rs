@@ -35,7 +35,7 @@ impl Env {
             assert!(open.is_empty(), "open to other users: {open:#?}");
         }
         if let Some(plugin) = self.plugin.take() {
-            let left = plugin.shut_down().await;
+            let left = plugin.shut_down_within(patience() / 30).await;
             self.earlier_log.push_str(&left.stderr);
             let succeeded = left.status.is_some_and(|status| status.success());
             assert!(succeeded, "the plugin's end: {:?} after {:?}", left.status, left.took);

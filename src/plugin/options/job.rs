@@ -49,7 +49,7 @@ pub const TASK_OPTIONS: &[OptionRow] = &[
     row(
         "hostname",
         OptionKind::Text,
-        "Host name in the container: at most 64 letters, digits, dots, dashes and underscores, without a dot or dash at the beginning (as containerd-driver: any text without control characters). Default: the container's id.",
+        "Host name in the container: at most 64 letters, digits, dots, dashes and underscores, without a dot or dash at the beginning (as containerd-driver: any text without control characters). Default: the container's id; with the host's network or UTS namespace, the host's name.",
     ),
     row("tty", OptionKind::Flag, "Gives the task a terminal; its standard error then goes to its standard output."),
     row("readonly_rootfs", OptionKind::Flag, "Makes the root file system read-only."),
