@@ -155,15 +155,28 @@ impl Pool {
         };
         let own = shim.share();
         self.shared().insert(key.to_owned(), shim);
+        self.trim_surplus();
         Ok(ReservedShim::Running(own))
     }
 
     /// Lets further tasks of this allocation join an adopted shim that has one of the allocation's tasks.
     pub fn share_adopted(&self, alloc_id: &AllocId, shim: &Shim) {
         let Some(key) = self.sharing_key(alloc_id).filter(|_| !shim.is_dedicated()) else { return };
-        let mut shared = self.shared();
-        if !self.is_closed() && !shim.is_unusable() && !shared.contains_key(key) {
-            shared.insert(key.to_owned(), shim.share());
+        {
+            let mut shared = self.shared();
+            if !self.is_closed() && !shim.is_unusable() && !shared.contains_key(key) {
+                shared.insert(key.to_owned(), shim.share());
+            }
+        }
+        self.trim_surplus();
+    }
+
+    /// Lets surplus idle shims be shut down after the pool needs fewer: next to the shim that all tasks share, it needs
+    /// none. Such a shim may have been launched concurrently with the shared one.
+    fn trim_surplus(&self) {
+        let size = self.target_size();
+        if self.idle().len() > size {
+            self.schedule_trim();
         }
     }
 
@@ -384,9 +397,8 @@ impl Pool {
         }
         // The shim that was used last has the warmest caches, so it is used first.
         idle.push_front(shim);
-        if idle.len() > size {
-            self.schedule_trim();
-        }
+        drop(idle);
+        self.trim_surplus();
         None
     }
 
