@@ -37,11 +37,11 @@ pub use capabilities::{Capabilities, CapabilityError, CapabilityRequest, default
 pub use defaults::MaskedPaths;
 pub use kernel_limits::{KernelLimits, StringError, check_mount};
 pub use pins::{Pins, PreparedPins};
-pub use process::Command;
 pub(crate) use process::DEFAULT_TERM;
+pub use process::{Command, Terminal};
 pub use resources::{CpuQuota, MemoryMax, Resources};
 pub use rootfs_pool::RootfsPool;
-pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, Terminal, build};
+pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, build};
 pub use users::UserError;
 
 use crate::{accounts::AccountsError, text::quoted};

@@ -2,11 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use super::{RootfsError, spec::Terminal};
+use super::RootfsError;
 use crate::ids::Flavor;
 
 /// The `PATH` of images that set none, as in containerd and docker.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Whether a task has a terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Terminal {
+    /// The task has a terminal, which the shim holds open.
+    Yes,
+    /// The task has no terminal.
+    No,
+}
 
 /// The `TERM` of processes with a terminal, as in docker.
 pub(crate) const DEFAULT_TERM: &str = "TERM=xterm";

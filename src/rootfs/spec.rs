@@ -16,7 +16,7 @@ use super::{
     apparmor::ProfileName,
     defaults::{self, BaseMounts, MaskedPaths, READONLY_PATHS},
     limits::{Namespace, Namespaces, Ulimit},
-    process::{self, EnvironmentDefaults},
+    process::{self, EnvironmentDefaults, Terminal},
     resources,
     seccomp::{CRUN_PROGRAM, Filter},
     users,
@@ -93,15 +93,6 @@ pub struct Hooks {
     pub poststart: Vec<Vec<String>>,
     /// The hooks `poststop`.
     pub poststop: Vec<Vec<String>>,
-}
-
-/// Whether a task has a terminal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Terminal {
-    /// The task has a terminal, which the shim holds open.
-    Yes,
-    /// The task has no terminal.
-    No,
 }
 
 /// The inputs of a spec.
