@@ -18,11 +18,11 @@ use std::{
 
 use base64::Engine as _;
 use nix::sys::signal::{SigSet, SigmaskHow};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::floor_child::{self, ChildPlan, MountCall};
 use crate::{
-    cgroup::{CGROUP_ROOT, CgroupMode, CgroupPath, Cgroups},
+    cgroup::{CgroupMode, CgroupPath, Cgroups},
     process::PidFd,
 };
 
@@ -149,12 +149,44 @@ impl Floor {
         Ok(procs)
     }
 
+    /// Returns the calls that mount the container's cgroup: on version 1, a file system in memory, and in it a mount
+    /// for each hierarchy, as runtimes do it.
+    fn cgroup_calls(&self, mount: &Value, root: &Path, path: &str) -> Result<Vec<MountCall>, Failure> {
+        let mut mount = mount.clone();
+        if self.cgroups.mode() == CgroupMode::V2 {
+            mount["type"] = "cgroup2".into();
+            return calls(&mount, root);
+        }
+        let destination = mount["destination"].as_str().unwrap_or_default().to_owned();
+        let memory = json!({
+            "type": "tmpfs", "source": "tmpfs", "destination": destination,
+            "options": ["nosuid", "noexec", "nodev", "relatime", "mode=755"],
+        });
+        let mut all = calls(&memory, root)?;
+        let options = mount["options"].as_array().cloned().unwrap_or_default();
+        // Runtimes leave out the hierarchy of version 2 that systemd has on such hosts.
+        let is_v1 = |hierarchy: &&PathBuf| !hierarchy.join("cgroup.controllers").exists();
+        for hierarchy in self.cgroups.hierarchies().iter().filter(is_v1) {
+            let name = hierarchy.file_name().unwrap_or_default().to_string_lossy();
+            let bind = json!({
+                "type": "bind", "source": hierarchy.join(path.trim_start_matches('/')),
+                "destination": format!("{destination}/{name}"),
+                "options": options.iter().cloned().chain(["bind".into()]).collect::<Vec<Value>>(),
+            });
+            all.extend(calls(&bind, root)?);
+        }
+        Ok(all)
+    }
+
     /// Prepares everything that the child needs.
     fn plan_child(&self, spec: &Value, procs: Vec<CString>, stdio: [c_int; 3]) -> Result<ChildPlan, Failure> {
         let root = PathBuf::from(spec["root"]["path"].as_str().unwrap_or_default());
         let mut mounts = Vec::new();
         for mount in spec["mounts"].as_array().into_iter().flatten() {
-            mounts.extend(calls(mount, &root)?);
+            match mount["type"].as_str() {
+                Some("cgroup") => mounts.extend(self.cgroup_calls(mount, &root, cgroup_path(spec))?),
+                _ => mounts.extend(calls(mount, &root)?),
+            }
         }
         let masks = masks(spec, &root)?;
         let process = &spec["process"];
@@ -305,15 +337,6 @@ fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
             data: if data.is_empty() { empty.clone() } else { CString::new(data)? },
         })
     };
-    if kind == "cgroup" {
-        let is_v2 = Path::new(CGROUP_ROOT).join("cgroup.controllers").exists();
-        // A container's view of version 1 takes one mount for each controller. A recursive bind mount of the host's
-        // file systems gives the kernel the same work in one call.
-        return Ok(vec![match is_v2 {
-            true => call(&source, "cgroup2", flags, "")?,
-            false => call(CGROUP_ROOT, "", libc::MS_BIND | libc::MS_REC, "")?,
-        }]);
-    }
     if !bind {
         return Ok(vec![call(&source, &kind, flags, &data.join(","))?]);
     }

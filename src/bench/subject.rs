@@ -415,9 +415,10 @@ async fn check(mut command: tokio::process::Command) -> Result<(), Failure> {
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).trim().to_owned().into()) }
 }
 
-/// Writes `hosts` and `resolv.conf`, which the spec mounts from the bundle.
+/// Writes `hostname`, `hosts` and `resolv.conf`, which the spec mounts from the bundle.
 fn write_network_files(bundle: &FilePath) -> std::io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(bundle)?;
+    fs::write(bundle.join("hostname"), "bench\n")?;
     fs::write(bundle.join("hosts"), "127.0.0.1 localhost\n")?;
     fs::write(bundle.join("resolv.conf"), "")
 }

@@ -48,6 +48,7 @@ const PLACEHOLDERS: [&str; 4] = ["{BUNDLE}", "{ALLOC_DIR}", "{ALLOC}", "{CONTAIN
 fn replace_source(mount: &mut Value, task: &str) {
     let is_pinned = mount["source"].as_str().is_some_and(|source| source.starts_with("{BUNDLE}/mounts/"));
     let source = match mount["destination"].as_str().filter(|_| is_pinned) {
+        Some("/etc/hostname") => "{BUNDLE}/hostname".to_owned(),
         Some("/etc/hosts") => "{BUNDLE}/hosts".to_owned(),
         Some("/etc/resolv.conf") => "{BUNDLE}/resolv.conf".to_owned(),
         Some("/alloc") => "{ALLOC_DIR}/alloc".to_owned(),

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// The directory below which every Linux that Nomad supports mounts the cgroup hierarchies.
-pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// The cgroup of this driver's shims and helpers, next to Nomad's own.
 const OWN_GROUP: &str = "nomad-driver-shim";
 /// The longest file name in Linux.

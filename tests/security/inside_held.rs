@@ -65,7 +65,8 @@ async fn kernel_files_are_read_only_or_masked() {
         "for file in {READ_ONLY}; do [ -e $file ] && (: >> $file) 2>/dev/null && echo write $file; done; \
          for file in {MASKED}; do [ -d $file ] && [ -n \"$(ls $file)\" ] && echo read $file; \
              [ -f $file ] && [ -n \"$(head -c 8 $file | od -c)\" ] && echo read $file; done; \
-         grep -v '^0*0 ' /proc/kallsyms | head -n 1 | sed 's/^/symbol /'; sed -n 's/^cgroup/mounted/p' /proc/mounts; \
+         grep -v '^0*0 ' /proc/kallsyms | head -n 1 | sed 's/^/symbol /'; awk '$3 ~ /^cgroup/ && $4 ~ /^rw/ {{ print \"writable\", $2 }}' /proc/mounts; \
+         find /sys/fs/cgroup -name release_agent | sed 's/^/root cgroup /'; \
          for node in /dev/*; do [ -b $node ] && echo disk $node; done; echo looked"
     );
     for runtime in runtimes() {
