@@ -385,7 +385,12 @@ async fn an_orphan_gives_way() {
         let shims = crate::support::leak::entries(&env.dir.join("run/shims"));
         shims.into_iter().filter(|shim| *shim != record["shim"].as_str().unwrap()).collect::<Vec<_>>()
     };
-    eventually("an idle shim", async || if idle(&env).len() == 1 { Ok(()) } else { Err(()) }).await;
+    // A shim that does not listen yet is not taken over.
+    let listens = |shim: &String| {
+        std::os::unix::net::UnixStream::connect(env.dir.join("run/shims").join(shim).join("sock")).is_ok()
+    };
+    let is_ready = |idle: &[String]| idle.len() == 1 && idle.iter().all(listens);
+    eventually("an idle shim", async || if is_ready(&idle(&env)) { Ok(()) } else { Err(idle(&env)) }).await;
     let prepared = idle(&env);
     let mut orphan = env.plugin.take().unwrap().detach().unwrap();
     let began = Instant::now();
