@@ -251,6 +251,8 @@ pub struct SecuritySettings {
     pub ceilings: Ceilings,
     /// `security { seccomp }`.
     pub seccomp: SeccompDefault,
+    /// Whether jobs may let their processes gain privileges, as set-user-id programs do.
+    pub allow_new_privileges: bool,
     /// Whether jobs may choose another seccomp filter, or none.
     pub allow_seccomp_override: bool,
     /// `security { allow_socketcall }`: how docker's seccomp profile treats `socketcall`.
@@ -262,7 +264,7 @@ pub struct SecuritySettings {
 }
 
 impl SecuritySettings {
-    fn differences(&self, other: &Self) -> [(&'static str, bool); 12] {
+    fn differences(&self, other: &Self) -> [(&'static str, bool); 13] {
         let Self {
             allow_privileged,
             allow_caps,
@@ -272,6 +274,7 @@ impl SecuritySettings {
             allow_sysctls,
             ceilings,
             seccomp,
+            allow_new_privileges,
             allow_seccomp_override,
             multiplexer,
             apparmor,
@@ -286,6 +289,7 @@ impl SecuritySettings {
             ("security.allow_sysctls", *allow_sysctls != other.allow_sysctls),
             ("security.ulimit_max or security.tmpfs_max", *ceilings != other.ceilings),
             ("security.seccomp", *seccomp != other.seccomp),
+            ("security.allow_new_privileges", *allow_new_privileges != other.allow_new_privileges),
             ("security.allow_seccomp_override", *allow_seccomp_override != other.allow_seccomp_override),
             ("security.allow_socketcall", *multiplexer != other.multiplexer),
             ("security.apparmor", *apparmor != other.apparmor),

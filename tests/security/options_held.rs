@@ -6,10 +6,11 @@ use std::{fs, os::unix::fs::symlink, time::Instant};
 use serde_json::{Value, json};
 
 use crate::{
+    attack,
     decoy::{Decoy, SECRET},
     probe::{Outcome, outcome, refusal, refusal_of},
     runtimes,
-    support::{Env, each_case, patience, with_options},
+    support::{Entry, Env, Image, Layer, Packing, each_case, patience, services, with_options},
 };
 
 /// Each option that removes a confinement, and the setting by which an operator would permit it.
@@ -33,8 +34,8 @@ fn openings() -> Vec<(Value, &'static str)> {
         ("seccomp=unconfined", "allow_seccomp_override"),
         ("seccomp:unconfined", "allow_seccomp_override"),
         ("seccomp=/etc/p.json", "allow_seccomp_override"),
-        ("no-new-privileges=false", "allow_privileged"),
-        ("no-new-privileges:false", "allow_privileged"),
+        ("no-new-privileges=false", "allow_new_privileges"),
+        ("no-new-privileges:false", "allow_new_privileges"),
         ("apparmor=unconfined", "security_opt"),
         ("apparmor:unconfined", "security_opt"),
         ("label=disable", "security_opt"),
@@ -323,4 +324,34 @@ async fn archives_read_no_file_of_the_host() {
     }
     decoy.assert_untouched("an archive");
     env.finish().await;
+}
+
+/// sudo and su gain privileges only where the operator and the job let them.
+#[tokio::test(flavor = "multi_thread")]
+async fn set_user_id_programs_work_where_the_operator_lets_them() {
+    let source = r#"#include <stdio.h>
+        #include <unistd.h>
+        int main(void) { printf("%d\n", geteuid()); return 0; }"#;
+    let program = Entry { mode: 0o4755, ..Entry::file("program", attack::compile("set-user-id", source)) };
+    let image = Image::busybox().with_layer(Layer::new(&[program], Packing::Gzip));
+    let image = image.push(&services().registry, "test/set-user-id:1").await;
+    let gains = json!({"security_opt": ["no-new-privileges=false"]});
+    for runtime in runtimes() {
+        for allowed in [false, true] {
+            let mut env = Env::with_runtime(&runtime, json!({"security": {"allow_new_privileges": allowed}})).await;
+            for (options, uid) in [(json!({}), "1000"), (gains.clone(), "0")] {
+                let config = with_options(json!({"image": image, "command": "/program"}), options.clone());
+                let mut task = env.prepare(config).await;
+                "1000".clone_into(&mut task.config.user);
+                match env.try_start(&mut task).await {
+                    Ok(()) => assert_eq!(env.finish_task(task).await.1.trim_end(), uid, "{runtime}, {options}"),
+                    Err(error) => {
+                        assert!(!allowed && uid == "0", "{runtime}, {options}: {error:?}");
+                        assert!(error.message().contains("allow_new_privileges"), "{error:?}");
+                    }
+                }
+            }
+            env.finish().await;
+        }
+    }
 }

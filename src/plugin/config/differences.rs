@@ -54,6 +54,7 @@ const CHANGES: &[(&str, [&str; 2], &str, &str)] = &[
     ("security.allow_caps", [r#"["SYS_TIME"]"#, "[]"], "security.allow_caps", ""),
     ("security.allow_paths", [r#"["/a"]"#, r#"["/b"]"#], "security.allow_paths", ""),
     ("security.seccomp", [r#""default""#, r#""unconfined""#], "security.seccomp", ""),
+    ("security.allow_new_privileges", ["true", "false"], "security.allow_new_privileges", ""),
     ("security.allow_seccomp_override", ["true", "false"], "security.allow_seccomp_override", ""),
     ("security.allow_socketcall", ["true", "false"], "security.allow_socketcall", ""),
     ("security.apparmor", [r#""default""#, r#""unconfined""#], "security.apparmor", ""),

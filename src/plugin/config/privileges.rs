@@ -75,9 +75,11 @@ pub(super) fn security_opt(values: &Values, security: &SecuritySettings, faults:
         let (key, value) = option.split_once(['=', ':']).unwrap_or((option, ""));
         match (key, value) {
             ("no-new-privileges", "" | "true") => found.no_new_privileges = Some(true),
-            ("no-new-privileges", "false") if security.allow_privileged => found.no_new_privileges = Some(false),
+            ("no-new-privileges", "false") if security.allow_new_privileges || security.allow_privileged => {
+                found.no_new_privileges = Some(false);
+            }
             ("no-new-privileges", "false") => faults.push(format!(
-                "security_opt: {option:?} is not allowed on this node (plugin option allow_privileged)"
+                "security_opt: {option:?} is not allowed on this node (plugin option security {{ allow_new_privileges }}, or allow_privileged)"
             )),
             ("seccomp", "unconfined") => found.seccomp = Some(SeccompRequest::Off),
             ("seccomp", path) if !path.is_empty() => found.seccomp = Some(SeccompRequest::File(path.to_owned())),

@@ -40,7 +40,7 @@ mod not_allowed {
         host_uts_mode {"uts_mode": "host"} => "allow_host_namespaces";
         host_cgroupns {"cgroupns": "host"} => "allow_host_namespaces";
         host_network {"host_network": true} => "allow_host_namespaces";
-        new_privileges {"security_opt": ["no-new-privileges=false"]} => "allow_privileged";
+        new_privileges {"security_opt": ["no-new-privileges=false"]} => "allow_new_privileges";
         privileged {"privileged": true} => "allow_privileged";
         no_seccomp {"security_opt": ["seccomp=unconfined"]} => "allow_seccomp_override";
         capability {"cap_add": ["SYS_ADMIN"]} => "SYS_ADMIN is not allowed";

@@ -27,6 +27,7 @@ pub(super) fn security(config: &Values, flavor: Flavor, faults: &mut Faults) -> 
         },
         allow_sysctls: block.values.list("allow_sysctls").map(<[String]>::to_vec),
         seccomp: seccomp(block, flavor, faults),
+        allow_new_privileges: flag("allow_new_privileges"),
         allow_seccomp_override: flag("allow_seccomp_override"),
         multiplexer: match flag("allow_socketcall") {
             true => SocketcallPolicy::Allowed,

@@ -152,6 +152,11 @@ const SECURITY: &[OptionRow] = &[
         "The seccomp profile of tasks that choose none: `default` (docker's), `unconfined`, or a file. Default: `default`; as containerd-driver: `unconfined`.",
     ),
     row(
+        "allow_new_privileges",
+        OptionKind::Flag,
+        "Lets jobs set `security_opt = [\"no-new-privileges=false\"]`, which sudo, su and other set-user-id programs need. Jobs may set it on nodes with `allow_privileged` anyway. Default: false; as containerd-driver: true.",
+    ),
+    row(
         "allow_seccomp_override",
         OptionKind::Flag,
         "Lets jobs set `seccomp = false` or a profile of their own. Default: false; as containerd-driver: true.",
