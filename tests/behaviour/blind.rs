@@ -154,7 +154,7 @@ impl Created {
 }
 
 /// However few descriptors are left when a container has been created, its start succeeds or is refused. A process that
-/// runs already must not be started again: `runc start` would wait for it for ever.
+/// runs already must not be started again: `runc start` would wait for it forever.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_created_container_starts_with_few_descriptors_or_is_refused() {
     for runtime in ["crun", "runc"] {

@@ -237,7 +237,7 @@ async fn log_lines_are_what_the_agent_parses() {
     env.finish().await;
 }
 
-/// If a shim inherited the plugin's stdout or stderr, the agent would wait for ever for the end of these streams.
+/// If a shim inherited the plugin's stdout or stderr, the agent would wait forever for the end of these streams.
 #[tokio::test(flavor = "multi_thread")]
 async fn shims_inherit_neither_streams_nor_cgroup_nor_session() {
     let mut env = Env::new().await;

@@ -81,7 +81,7 @@ pub(crate) async fn afterwards_within(env: &Env, patience: Duration) -> Vec<Stri
         let sockets = entries(&env.dir).into_iter().filter(|name| name.starts_with("plugin-"));
         leaks.extend(sockets.map(|name| format!("plugin socket {name}")));
         let ahead = entries(&env.dir.join("state/ahead")).into_iter();
-        leaks.extend(ahead.map(|part| format!("root file systems made ahead: {part}")));
+        leaks.extend(ahead.map(|part| format!("prepared root file systems: {part}")));
         leaks
     })
     .await

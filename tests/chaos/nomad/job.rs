@@ -26,7 +26,7 @@ pub(super) fn number(namespace: &str, id: &str) -> Option<TaskNumber> {
 }
 
 /// May Nomad start the task again after a failure? For a batch task that is meant to fail it may not, since this task
-/// would fail for ever.
+/// would fail forever.
 pub(super) fn may_restart(work: Work) -> bool {
     !matches!(work, Work::Batch { code: 1.., .. })
 }

@@ -358,7 +358,7 @@ impl Model {
                 found.push(format!(
                     "service {number} does not run exactly once (for Nomad: {state}, alive: {alive:?}, {refusal})"
                 ));
-            // A job that is stopped while its plugin dies may keep its state for ever, although Nomad does nothing more
+            // A job that is stopped while its plugin dies may keep its state forever, although Nomad does nothing more
             // for it.
             } else if !must_run && task.is_wanted && !task.is_over() {
                 found.push(format!(
