@@ -40,6 +40,9 @@ pub(crate) struct FetchedImage {
     pub config: Vec<u8>,
 }
 
+/// The delays before the deletions of a cancelled pull's lease.
+const LEASE_DELETIONS: [Duration; 2] = [Duration::ZERO, Duration::from_secs(1)];
+
 /// The lease that protects a pull's blobs while the pull runs. If it is dropped without a call to `release`, because
 /// the pull was cancelled, it is deleted in the background.
 #[derive(Debug)]
@@ -83,8 +86,13 @@ impl Drop for PullLease {
         // Without an async runtime the lease can't be deleted here. Then containerd removes it when it expires.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
-                if let Err(error) = client.delete_lease(&id).await {
-                    tracing::debug!(%error, "could not delete the lease of a cancelled pull; it will expire");
+                // If the pull was cancelled while the lease was being created, containerd may create the lease after
+                // the first deletion.
+                for delay in LEASE_DELETIONS {
+                    tokio::time::sleep(delay).await;
+                    if let Err(error) = client.delete_lease(&id).await {
+                        tracing::debug!(%error, "could not delete the lease of a cancelled pull; it will expire");
+                    }
                 }
             });
         }
