@@ -3,8 +3,19 @@
 use std::{
     fs,
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::{
+            fs::{DirBuilderExt as _, OpenOptionsExt as _},
+            net::UnixListener,
+        },
+    },
     path::Path,
+};
+
+use nix::sys::{
+    socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
+    stat::{Mode, fchmod},
 };
 
 use crate::ids::random_hex;
@@ -57,6 +68,19 @@ pub fn open_lock_file(path: &Path) -> io::Result<fs::File> {
 /// As open(2).
 pub fn create_private(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+/// Listens at a socket to which only root can connect (0600). The socket's file has this mode from its beginning: the
+/// kernel creates it with the mode of the descriptor (linux, `unix_bind_bsd`).
+///
+/// # Errors
+/// As bind(2) and listen(2).
+pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::MAXCONN)?;
+    Ok(fd.into())
 }
 
 /// Writes a file that only root can read (0600), and removes it if writing fails, as on a full file system.
@@ -157,6 +181,18 @@ mod tests {
         let failed = replace_private(&path, &draft, b"text").expect_err("a directory is in its place");
         assert_eq!(failed.doing, "rename");
         assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 1);
+    }
+
+    #[test]
+    fn a_private_socket_is_never_open_to_others() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("sock");
+        let _listener = listen_privately(&path).expect("bound");
+        // Nothing has changed the mode of the file since bind(2).
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&path).expect("there"));
+        assert_eq!(mode & 0o777, 0o600);
+        std::os::unix::net::UnixStream::connect(&path).expect("it listens");
+        listen_privately(&path).expect_err("the path is taken");
     }
 
     #[test]

@@ -2,14 +2,13 @@
 //! to shut down.
 
 use std::{
-    fs, io,
-    os::unix::fs::PermissionsExt as _,
+    io,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use crate::files::remove_file_if_exists;
+use crate::files::{listen_privately, remove_file_if_exists};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::net::UnixListener;
 
@@ -20,9 +19,9 @@ use tokio::net::UnixListener;
 /// When the socket can't be created.
 pub(crate) fn listen_root_only(path: &Path) -> io::Result<UnixListener> {
     remove_file_if_exists(path)?;
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    let listener = listen_privately(path)?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
 }
 
 /// Whether the plugin is to shut down, and how.

@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     cookie::{MAGIC_COOKIE, MAGIC_COOKIE_KEY},
+    files::listen_privately,
     ids::DriverName,
     pb::{
         base::base_plugin_server::BasePluginServer,
@@ -195,15 +196,17 @@ fn listen() -> Result<(UnixListener, PathBuf, AllowedPeers), HandshakeError> {
         return Err(HandshakeError::TooLong(path));
     }
     let failed = |source| HandshakeError::Socket { path: path.clone(), source };
-    let listener = UnixListener::bind(&path).map_err(failed)?;
-    let (mut mode, mut peers) = (0o600, AllowedPeers::root());
+    let listener = listen_privately(&path).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    let listener = UnixListener::from_std(listener).map_err(failed)?;
+    let mut peers = AllowedPeers::root();
     if let Some(group) = env::var("PLUGIN_UNIX_SOCKET_GROUP").ok().filter(|group| !group.is_empty()) {
         let known = nix::unistd::Group::from_name(&group).ok().flatten().map(|group| group.gid.as_raw());
         let gid = known.or_else(|| group.parse().ok()).ok_or(HandshakeError::Group(group))?;
         std::os::unix::fs::chown(&path, None, Some(gid)).map_err(failed)?;
-        (mode, peers) = (0o660, AllowedPeers::with_group(Some(gid)));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).map_err(failed)?;
+        peers = AllowedPeers::with_group(Some(gid));
     }
-    fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(failed)?;
     Ok((listener, path, peers))
 }
 

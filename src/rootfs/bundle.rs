@@ -153,7 +153,7 @@ impl BundlePaths {
         self.bundle.join("mounts")
     }
 
-    /// Returns the directory of the volume that is the task's n-th mount. It lies beside the writable layer and not in
+    /// Returns the directory of the volume that is the task's n-th mount. It is next to the writable layer and not in
     /// it, because a volume must not be on an overlay.
     pub(super) fn volume(&self, n: usize) -> PathBuf {
         self.upper.join("volumes").join(n.to_string())

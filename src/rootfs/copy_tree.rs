@@ -1,7 +1,7 @@
 //! Copies the content of a directory of the image, with everything that belongs to it: owners, modes, times, extended
 //! attributes, hard links, symbolic links and special files.
 //!
-//! No other process may change the source or the copy meanwhile: both are looked up by path.
+//! No other process may change the source or the copy while this module copies, since it looks both up by path.
 
 use std::{
     collections::HashMap,

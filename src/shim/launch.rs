@@ -4,12 +4,9 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, File},
+    fs::File,
     io::{self, Read as _, Seek as _, SeekFrom},
-    os::{
-        fd::{AsRawFd, FromRawFd as _, OwnedFd},
-        unix::{fs::PermissionsExt as _, net::UnixListener},
-    },
+    os::fd::{AsRawFd, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::Stdio,
     sync::{
@@ -31,8 +28,8 @@ use super::{
 };
 use crate::{
     files::{
-        create_private, create_private_dir, remove_dir_all_if_exists, remove_dir_if_exists, remove_file_if_exists,
-        write_private,
+        create_private, create_private_dir, listen_privately, remove_dir_all_if_exists, remove_dir_if_exists,
+        remove_file_if_exists, write_private,
     },
     ids::ShimId,
     places::Places,
@@ -289,8 +286,7 @@ impl Launcher {
         };
         create_private_dir(dir).map_err(failed("create", dir))?;
         let (socket, log) = (dir.join(SOCKET_FILE), dir.join(LOG_FILE));
-        let listener = UnixListener::bind(&socket).map_err(failed("listen at", &socket))?;
-        fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed("protect", &socket))?;
+        let listener = listen_privately(&socket).map_err(failed("listen at", &socket))?;
         // The log is a plain file, because a FIFO would need a reader for the shim's whole life. The shim opens it by
         // this name itself.
         let log_file = create_private(&log).map_err(failed("create", &log))?;

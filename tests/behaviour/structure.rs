@@ -95,15 +95,20 @@ fn paths_after(prefix: &str, text: &str) -> Vec<Vec<String>> {
     starts.flat_map(|(at, _)| leaves(tree_at(&text[at + prefix.len()..]))).collect()
 }
 
+/// By how much a character changes the depth of nested braces.
+fn nesting(c: char) -> i32 {
+    match c {
+        '{' => 1,
+        '}' => -1,
+        _ => 0,
+    }
+}
+
 /// The tree of imports at the beginning of the text: a path, the last part of which may be a list in braces.
 fn tree_at(text: &str) -> &str {
     let mut depth = 0;
     let end = text.find(|c: char| {
-        match c {
-            '{' => depth += 1,
-            '}' => depth -= 1,
-            _ => {}
-        }
+        depth += nesting(c);
         depth < 0 || (depth == 0 && !c.is_alphanumeric() && !matches!(c, '_' | ':' | '}'))
     });
     &text[..end.unwrap_or(text.len())]
@@ -115,11 +120,7 @@ fn leaves(tree: &str) -> Vec<Vec<String>> {
     if let Some(inside) = tree.strip_prefix('{').and_then(|tree| tree.strip_suffix('}')) {
         let mut depth = 0;
         let items = inside.split(|c: char| {
-            match c {
-                '{' => depth += 1,
-                '}' => depth -= 1,
-                _ => {}
-            }
+            depth += nesting(c);
             c == ',' && depth == 0
         });
         return items.flat_map(leaves).collect();

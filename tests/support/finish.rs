@@ -31,12 +31,7 @@ impl Env {
         if self.plugin.is_some() {
             let leaks = leak::while_alive(self).await;
             assert!(leaks.is_empty(), "left while the plugin lives: {leaks:#?}");
-            // A shim that is being launched for the pool creates its socket, and then closes it to others.
-            let mut open = modes::open_to_others(self);
-            if !open.is_empty() {
-                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-                open = modes::open_to_others(self);
-            }
+            let open = modes::open_to_others(self);
             assert!(open.is_empty(), "open to other users: {open:#?}");
         }
         if let Some(plugin) = self.plugin.take() {
