@@ -48,7 +48,7 @@ impl Adoption {
 impl Launcher {
     /// Adopts the shim `id` of an earlier plugin.
     pub async fn adopt(&self, id: &ShimId) -> Adoption {
-        let held = self.acquire(id);
+        let hold = self.acquire(id);
         let dir = self.places.shim(id);
         let (pidfd, identity) = match find_alive(&dir).await {
             Ok(Some(found)) => found,
@@ -72,7 +72,7 @@ impl Launcher {
                         namespace: identity.namespace,
                         runtime: identity.runtime,
                         program: identity.program,
-                        held,
+                        hold,
                         uses: 0,
                         adopted: true,
                     };
@@ -81,8 +81,7 @@ impl Launcher {
                     }
                     return Adoption::Alive(shim);
                 }
-                // That no connection can be made at this moment (no file descriptors) does not mean that the shim
-                // hangs.
+                // If no connection can be made at the moment, for lack of file descriptors, the shim need not hang.
                 Err(error) if matches!(error, ShimError::TimedOut { .. }) => break error,
                 Err(error) if tokio::time::Instant::now() > deadline => break error,
                 Err(_) => match find_alive(&dir).await {
@@ -94,7 +93,7 @@ impl Launcher {
         };
         // The shim may have ended in the meantime.
         match find_alive(&dir).await {
-            // Without the means to make a connection, nothing is known about whether the shim answers.
+            // If this process can't make connections, it does not know whether the shim answers.
             Ok(Some(_)) if !can_connect() => Adoption::Unknown(io::Error::other(crate::error_chain(&error))),
             Ok(Some((pidfd, ..))) => {
                 tracing::warn!(shim = %id, %error, "a shim of an earlier plugin lives and does not answer");
@@ -106,7 +105,7 @@ impl Launcher {
     }
 }
 
-/// Returns whether this process can still open the file descriptors that a connection takes.
+/// Returns whether this process can still open as many file descriptors as a connection needs.
 fn can_connect() -> bool {
     std::os::unix::net::UnixStream::pair().is_ok()
 }
@@ -159,7 +158,7 @@ fn open_recorded(dir: &Path) -> io::Result<(PidFd, ShimIdentity)> {
     Ok((PidFd::of(&identity.process)?, identity))
 }
 
-/// Returns whether the shim that belongs to this directory lives, and `true` if that is not known.
+/// Returns whether the shim that belongs to this directory lives. Returns `true` if that is not known.
 pub fn is_alive(dir: &Path) -> bool {
     open_recorded(dir).map_or_else(|error| !has_vanished(&error), |_| true)
 }
@@ -170,8 +169,8 @@ pub fn is_unusable(dir: &Path) -> bool {
     dir.join(UNUSABLE_FILE).exists()
 }
 
-/// Kills the shim that belongs to this directory, even if it has containers, which are then cleaned up as those of a
-/// dead shim. Does nothing if the shim is gone.
+/// Kills the shim that belongs to this directory, even if it has containers. The engine then cleans up the containers,
+/// as for any dead shim. Does nothing if the shim is gone.
 pub fn kill_shim(dir: &Path) {
     match open_recorded(dir) {
         Ok((pidfd, ..)) => pidfd.signal(libc::SIGKILL),

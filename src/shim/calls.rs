@@ -51,11 +51,11 @@ impl Drop for RuntimeCallGuard {
 impl RuntimeCalls {
     /// Counts a call as in progress while the returned guard exists. Once the plugin shuts down and admits no calls of
     /// this kind, this never returns: the next plugin does the remaining work.
-    pub async fn begin(&self, purpose: CallKind) -> RuntimeCallGuard {
+    pub async fn begin(&self, kind: CallKind) -> RuntimeCallGuard {
         let may_begin = self.0.send_if_modified(|calls| {
             let admitted = match calls.phase {
                 Phase::Open => true,
-                Phase::ShuttingDown => purpose == CallKind::FollowUp,
+                Phase::ShuttingDown => kind == CallKind::FollowUp,
                 Phase::Closed => false,
             };
             calls.in_progress += usize::from(admitted);
@@ -100,29 +100,29 @@ mod tests {
 
     const SHORT_TIMEOUT: Duration = Duration::from_millis(20);
 
-    async fn is_admitted(calls: &RuntimeCalls, purpose: CallKind) -> bool {
-        tokio::time::timeout(SHORT_TIMEOUT, calls.begin(purpose)).await.is_ok()
+    async fn is_admitted(calls: &RuntimeCalls, kind: CallKind) -> bool {
+        tokio::time::timeout(SHORT_TIMEOUT, calls.begin(kind)).await.is_ok()
     }
 
     #[tokio::test]
     async fn calls_in_progress_end_and_only_follow_up_calls_are_admitted() {
         let calls = RuntimeCalls::default();
         let create = calls.begin(CallKind::Create).await;
-        let leaving = tokio::spawn({
+        let draining = tokio::spawn({
             let calls = calls.clone();
             async move { calls.drain(Duration::from_secs(60)).await }
         });
         tokio::time::sleep(SHORT_TIMEOUT).await;
         assert!(!is_admitted(&calls, CallKind::Create).await, "no new container is created");
         assert!(is_admitted(&calls, CallKind::FollowUp).await, "an existing container can be ended");
-        assert!(!leaving.is_finished());
+        assert!(!draining.is_finished());
         drop(create);
-        assert!(leaving.await.expect("no panic"));
+        assert!(draining.await.expect("no panic"));
         assert!(!is_admitted(&calls, CallKind::FollowUp).await, "no call is admitted afterwards");
     }
 
     #[tokio::test]
-    async fn a_call_that_hangs_is_not_waited_for_for_ever() {
+    async fn a_call_that_hangs_is_waited_for_until_the_limit() {
         let calls = RuntimeCalls::default();
         let _hangs = calls.begin(CallKind::FollowUp).await;
         assert!(!calls.drain(SHORT_TIMEOUT).await);

@@ -15,7 +15,7 @@ use crate::{
 /// The longest time for the shim's `delete` command; its `runtime delete --force` takes 20 to 220 ms.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The file in a bundle in which shims since 2.4.2 record how the container ended.
+/// The file in a bundle in which shims of containerd 2.4.2 and newer record how the container ended.
 pub const EXIT_FILE: &str = "exit.json";
 
 /// A container whose shim has died.
@@ -35,7 +35,7 @@ pub struct DeadContainer<'a> {
     pub bundle: &'a Path,
 }
 
-/// Returns whether the shim has seen the container's end and recorded it in the bundle, as shims since 2.4.2 do.
+/// Returns whether the shim has seen the container's end and recorded it in the bundle (see [`EXIT_FILE`]).
 pub fn has_exit_file(bundle: &Path) -> bool {
     bundle.join(EXIT_FILE).exists()
 }
@@ -46,47 +46,60 @@ pub fn has_exit_file(bundle: &Path) -> bool {
 ///
 /// # Errors
 /// Fails when the command can't be run or fails.
-pub async fn delete_dead_container(launcher: &Launcher, task: DeadContainer<'_>) -> Result<Option<Exit>, ShimError> {
+pub async fn delete_dead_container(
+    launcher: &Launcher,
+    container: DeadContainer<'_>,
+) -> Result<Option<Exit>, ShimError> {
     // At Create the shim writes these files, one after the other, before it calls the runtime. The driver removes them
     // once the container is gone. If one of them is missing, there is no container.
-    let create_markers: &[&str] = match task.program {
+    let create_markers: &[&str] = match container.program {
         None => &["options.json", "runtime"],
-        Some(_) if task.is_gvisor => &["state.json"],
-        // The last file that is written of a bundle.
+        Some(_) if container.is_gvisor => &["state.json"],
+        // The driver writes this file last when it makes a bundle.
         Some(_) => &["config.json"],
     };
-    for path in create_markers.iter().map(|file| task.bundle.join(file)) {
-        let looked = path.try_exists();
-        let failed = |source| ShimError::File { id: task.id.to_owned(), doing: "look for", path, source };
-        if !looked.map_err(failed)? {
+    for path in create_markers.iter().map(|file| container.bundle.join(file)) {
+        let exists = path.try_exists();
+        let failed = |source| ShimError::File { id: container.id.to_owned(), doing: "look for", path, source };
+        if !exists.map_err(failed)? {
             return Ok(None);
         }
     }
-    let program = task.program.unwrap_or(launcher.binary());
-    // The file names the runtime by a descriptor of the shim, which is gone with the shim.
-    let runtime_file = task.bundle.join("runtime");
+    let program = container.program.unwrap_or(launcher.binary());
+    // The file may name the runtime by a descriptor of the shim. A dead shim has no descriptors.
+    let runtime_file = container.bundle.join("runtime");
     let failed = |doing| {
-        let (id, path) = (task.id.to_owned(), runtime_file.clone());
+        let (id, path) = (container.id.to_owned(), runtime_file.clone());
         move |source| ShimError::File { id, doing, path, source }
     };
     // gVisor's shim writes no such file.
     let runtime_name = none_if_missing(std::fs::read(&runtime_file)).map_err(failed("read"))?;
     if runtime_name.is_some_and(|name| name.starts_with(b"/proc/")) {
-        let Some(runtime) = task.runtime else {
+        let Some(runtime) = container.runtime else {
             return Err(ShimError::RuntimeMissing);
         };
-        let draft = task.bundle.join("runtime.tmp");
+        let draft = container.bundle.join("runtime.tmp");
         let replaced = replace_private(&runtime_file, &draft, runtime.as_os_str().as_encoded_bytes());
         replaced.map_err(|error| failed("write")(error.into()))?;
     }
-    let has_exit = has_exit_file(task.bundle);
+    let has_exit = has_exit_file(container.bundle);
     let failed = |source| ShimError::Spawn { binary: program.to_owned(), source };
     let mut command = async_command(program);
     command
-        .args(["-namespace", task.namespace, "-address", "", "-publish-binary", "", "-id", task.id, "-bundle"])
-        .arg(task.bundle)
+        .args([
+            "-namespace",
+            container.namespace,
+            "-address",
+            "",
+            "-publish-binary",
+            "",
+            "-id",
+            container.id,
+            "-bundle",
+        ])
+        .arg(container.bundle)
         .arg("delete")
-        .current_dir(task.bundle)
+        .current_dir(container.bundle)
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .stdin(Stdio::null())

@@ -1,7 +1,7 @@
 //! Typed calls of the Task service over one ttrpc connection. Every call but `wait` has a timeout.
 //!
 //! Shims before 2.0 serve `containerd.task.v2.Task`, later shims serve `containerd.task.v3.Task`. The messages are the
-//! same, and only the name of the service differs. The client finds it out once per connection.
+//! same, and only the name of the service differs. The client finds out the version once for each connection.
 
 use std::{io, path::Path, sync::Arc, time::Duration};
 
@@ -28,13 +28,13 @@ use crate::{
 const CREATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The timeout of Start. `runc start` takes 3 to 6 ms.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// The timeout of Kill, which starts the runtime, too.
+/// The timeout of Kill, for which the shim runs the runtime as well.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The timeout of Delete. The shim drains the container's output for up to 10 s before it answers.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(45);
 /// The timeout of calls that the shim answers from memory.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
-/// The timeout of the first answer of a shim that is not just starting.
+/// The timeout of the first answer of a shim that has been running for a while.
 pub const CONNECT_TIMEOUT: Duration = QUERY_TIMEOUT;
 
 /// The exec id that stands for a container's first process.
@@ -75,7 +75,7 @@ pub struct CreateTask<'a> {
     pub terminal: bool,
 }
 
-/// The options that tell a shim which runtime to call, and how.
+/// The options by which a shim knows the runtime to call, and the runtime's settings.
 #[derive(Debug, Clone, Copy)]
 pub enum RuntimeOptions<'a> {
     /// The options of runc's shim.
@@ -199,8 +199,8 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// Connects to a shim that has been running for a while, and finds out which service the shim serves. `hint` is
-    /// tried first.
+    /// Connects to a shim that has been running for a while, and finds out which service the shim serves. The service
+    /// `hint` is tried first.
     ///
     /// # Errors
     /// Fails when the shim does not answer within 10 s, or serves neither service.
@@ -331,8 +331,8 @@ impl Client {
     /// Fails with the runtime's message.
     pub async fn start_exec(&self, id: &str, exec_id: &str) -> Result<u32, ShimError> {
         let request = wire::StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
-        let purpose = if exec_id == INIT_EXEC_ID { CallKind::FollowUp } else { CallKind::Create };
-        let _call_guard = self.runtime_calls.begin(purpose).await;
+        let kind = if exec_id == INIT_EXEC_ID { CallKind::FollowUp } else { CallKind::Create };
+        let _call_guard = self.runtime_calls.begin(kind).await;
         self.call::<_, wire::StartResponse>("Start", &request, Some(START_TIMEOUT)).await.map(|answer| answer.pid)
     }
 
@@ -395,16 +395,16 @@ impl Client {
     ///
     /// # Errors
     /// Fails with the runtime's message.
-    pub async fn kill(&self, id: &str, signal: i32, whom: SignalTarget) -> Result<(), ShimError> {
-        self.signal(id, INIT_EXEC_ID, signal, whom).await
+    pub async fn kill(&self, id: &str, signal: i32, target: SignalTarget) -> Result<(), ShimError> {
+        self.signal(id, INIT_EXEC_ID, signal, target).await
     }
 
-    async fn signal(&self, id: &str, exec_id: &str, signal: i32, whom: SignalTarget) -> Result<(), ShimError> {
+    async fn signal(&self, id: &str, exec_id: &str, signal: i32, target: SignalTarget) -> Result<(), ShimError> {
         let request = wire::KillRequest {
             id: id.to_owned(),
             exec_id: exec_id.to_owned(),
             signal: signal.cast_unsigned(),
-            all: whom == SignalTarget::All,
+            all: target == SignalTarget::All,
             ..Default::default()
         };
         let _call_guard = self.runtime_calls.begin(CallKind::FollowUp).await;
@@ -420,7 +420,7 @@ impl Client {
         self.delete_exec(id, INIT_EXEC_ID).await
     }
 
-    /// Returns whether the container's process is alive, be it running or waiting to be started.
+    /// Returns whether the container's process is alive: it runs, or it waits to be started.
     ///
     /// # Errors
     /// Fails when the call fails, and with "not found" when the shim does not have the container.
@@ -476,7 +476,8 @@ impl Client {
                 .map_or(0, |limit| i64::try_from((limit + Duration::from_secs(1)).as_nanos()).unwrap_or(i64::MAX)),
             ..Default::default()
         };
-        // Unconstrained: tokio's cooperative budget must not separate the two steps either (see `send_order`).
+        // The request is unconstrained, because tokio's cooperative budget must not separate the two steps either (see
+        // `send_order`).
         let mut exchange = std::pin::pin!(tokio::task::unconstrained(self.inner.request(request)));
         let ordered = async {
             self.connection.wait_for_room().await;
@@ -508,9 +509,9 @@ impl Client {
         A::parse_from_bytes(&answer.payload).map_err(|error| malformed(call, &error))
     }
 
-    /// Converts the error of a call that the library gave up. The library reports `Others` both for an answer that it
-    /// can't decode and for a connection that had broken before the call (ttrpc-rust, src/asynchronous/client.rs), so
-    /// the state of the connection decides.
+    /// Converts the error of a call that the library has given up. The library reports `Others` both for an answer that
+    /// it can't decode and for a connection that had broken before the call (ttrpc-rust, src/asynchronous/client.rs),
+    /// so the state of the connection decides.
     fn transport_error(&self, call: &'static str, error: &TtrpcError) -> ShimError {
         let detail = text::sanitize(&error.to_string(), EXCERPT_MAX);
         match error {

@@ -44,10 +44,11 @@ impl ConnectionState {
         self.0.is_broken.load(Ordering::SeqCst)
     }
 
-    /// Waits until little enough is unanswered that a further request fits into the socket's buffer. The peer may hang.
+    /// Waits until a further request fits into the socket's buffer. Unanswered requests may still be in the buffer,
+    /// because the peer may hang.
     pub(super) async fn wait_for_room(&self) {
         let mut unanswered = self.0.unanswered.subscribe();
-        // This fails when nothing can be written any more, and then the call itself fails.
+        // The wait fails when nothing can be written any more, and then the call itself fails.
         let _ = unanswered.wait_for(|count| *count < UNANSWERED_MAX || self.is_broken()).await;
     }
 
@@ -149,17 +150,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_is_broken_when_either_side_has_closed_it() {
-        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
-        let (mut stream, state) = WatchedStream::new(ours);
-        theirs.write_all(b"x").await.expect("written");
+        let (own, mut peer) = UnixStream::pair().expect("a pair");
+        let (mut stream, state) = WatchedStream::new(own);
+        peer.write_all(b"x").await.expect("written");
         assert_eq!(stream.read_u8().await.expect("read"), b'x');
         assert!(!state.is_broken());
-        drop(theirs);
+        drop(peer);
         assert!(stream.read_u8().await.is_err());
         assert!(state.is_broken());
 
-        let (ours, _theirs) = UnixStream::pair().expect("a pair");
-        let (stream, state) = WatchedStream::new(ours);
+        let (own, _peer) = UnixStream::pair().expect("a pair");
+        let (stream, state) = WatchedStream::new(own);
         assert!(!state.is_broken());
         drop(stream);
         assert!(state.is_broken());

@@ -19,7 +19,7 @@ use tokio::net::unix::pipe;
 
 use crate::process::{PidFd, ProcessId};
 
-/// The longest time for the process to reach the FIFO, to which it has little left to do.
+/// The longest time until the process opens the FIFO. After `create`, the process has little left to do before that.
 const FIFO_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Starts the process of a created container. `state` is the runtime's directory for this container.
@@ -32,15 +32,16 @@ pub async fn start_via_exec_fifo(state: &Path, process: &ProcessId) -> io::Resul
     let open = |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(&path);
     match open(OpenOptions::new().write(true)) {
         Ok(mut fifo) => {
-            // crun uses this order, too: a missing FIFO means that the container runs.
+            // The FIFO is removed first, as crun does: a missing FIFO means that the container runs.
             fs::remove_file(&path)?;
             fifo.write_all(&[0])
         }
         // No process has the FIFO open for reading (fifo(7)): runc's process waits, or will wait, until it can write.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
             let init = PidFd::of(process)?.watch()?;
-            // The last descriptor that is needed, because the process runs from here on. If a later lack of descriptors were
-            // reported as "not started", `runc start` would wait forever for a process that runs already.
+            // No descriptor is opened after this one, because the process runs from here on. If a later lack of
+            // descriptors were reported as "not started", `runc start` would wait forever for a process that runs
+            // already.
             let fifo = pipe::Receiver::from_file(open(OpenOptions::new().read(true))?)?;
             tokio::select! {
                 written = tokio::time::timeout(FIFO_TIMEOUT, fifo.readable()) => written??,
@@ -62,8 +63,8 @@ pub async fn start_via_exec_fifo(state: &Path, process: &ProcessId) -> io::Resul
 
 /// Reads the byte that a started process has written. Returns `false` if there is none.
 ///
-/// The descriptor is asked itself. `Receiver::try_read` asks tokio's driver, which may not know yet that the FIFO is
-/// readable: a short process has written the byte and ended before the FIFO was registered with the driver.
+/// This function reads from the descriptor directly. `Receiver::try_read` asks tokio's I/O driver, which may not know
+/// yet that the FIFO is readable: a short process may have written the byte and ended before the FIFO was registered.
 fn has_byte(fifo: pipe::Receiver) -> io::Result<bool> {
     let mut fifo = fs::File::from(fifo.into_nonblocking_fd()?);
     Ok(fifo.read(&mut [0])? == 1)
@@ -73,9 +74,9 @@ fn has_byte(fifo: pipe::Receiver) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    /// Formerly, the start of such a process failed ("cannot start a stopped process"), although it had run.
+    /// If the byte is missed, the start of a process that has run fails ("cannot start a stopped process").
     #[tokio::test]
-    async fn a_byte_is_found_before_the_driver_knows_of_it() {
+    async fn a_byte_is_found_before_tokio_reports_the_fifo_as_readable() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("exec.fifo");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("made");
@@ -83,7 +84,7 @@ mod tests {
         let written = open();
         OpenOptions::new().write(true).open(&path).expect("opened").write_all(&[0]).expect("written");
         let receiver = || pipe::Receiver::from_file(written.try_clone().expect("duplicated")).expect("registered");
-        assert!(has_byte(receiver()).expect("read"), "nothing has polled the driver since the registration");
+        assert!(has_byte(receiver()).expect("read"), "tokio has not polled the FIFO since the registration");
         assert!(!has_byte(receiver()).expect("read"), "there is only one byte");
     }
 }

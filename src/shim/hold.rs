@@ -27,17 +27,17 @@ pub struct ShimHold {
 }
 
 impl ShimHold {
-    pub(super) fn new(id: &ShimId, own: &HoldRegistry) -> Self {
-        lock_registry(own).entry(id.clone()).or_default().holds += 1;
-        Self { id: id.clone(), registry: own.clone(), released: false }
+    pub(super) fn new(id: &ShimId, registry: &HoldRegistry) -> Self {
+        lock_registry(registry).entry(id.clone()).or_default().holds += 1;
+        Self { id: id.clone(), registry: registry.clone(), released: false }
     }
 
     /// Releases this hold if there is a further hold on the shim. Returns whether this hold was released.
     pub(super) fn release_if_shared(&mut self) -> bool {
-        let mut own = lock_registry(&self.registry);
-        match own.get_mut(&self.id) {
-            Some(holding) if holding.holds > 1 => {
-                holding.holds -= 1;
+        let mut registry = lock_registry(&self.registry);
+        match registry.get_mut(&self.id) {
+            Some(shim) if shim.holds > 1 => {
+                shim.holds -= 1;
                 self.released = true;
                 true
             }
@@ -51,14 +51,14 @@ impl Drop for ShimHold {
         if self.released {
             return;
         }
-        let mut own = lock_registry(&self.registry);
-        match own.get_mut(&self.id) {
-            Some(holding) if holding.holds > 1 => holding.holds -= 1,
-            _ => drop(own.remove(&self.id)),
+        let mut registry = lock_registry(&self.registry);
+        match registry.get_mut(&self.id) {
+            Some(shim) if shim.holds > 1 => shim.holds -= 1,
+            _ => drop(registry.remove(&self.id)),
         }
     }
 }
 
-pub(super) fn lock_registry(own: &HoldRegistry) -> MutexGuard<'_, HashMap<ShimId, HeldShim>> {
-    own.lock()
+pub(super) fn lock_registry(registry: &HoldRegistry) -> MutexGuard<'_, HashMap<ShimId, HeldShim>> {
+    registry.lock()
 }

@@ -1,4 +1,4 @@
-//! The identity of a shim, as recorded in its directory.
+//! The identity of a shim: the content of the file `pid` in its directory.
 
 use std::path::PathBuf;
 
@@ -9,9 +9,12 @@ use crate::process::ProcessId;
 /// The identity of a shim, as recorded in its directory.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ShimIdentity {
+    /// The shim's process.
     #[serde(flatten)]
     pub(super) process: ProcessId,
+    /// The kernel's boot id. After a reboot no shim is alive.
     pub(super) boot: String,
+    /// The shim's namespace, which is a directory below the runtimes' state roots.
     pub(super) namespace: String,
     /// The runtime's program of which the shim has a sealed copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]

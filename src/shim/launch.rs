@@ -1,6 +1,6 @@
 //! Starts shims. The driver executes the daemon stage of a shim directly, with a listening socket of its own as
-//! descriptor 3. This interface is the same in every containerd from 1.6 to 2.4, so the three dialects of the shim's
-//! `start` helper are not needed.
+//! descriptor 3. This interface is the same in every containerd from 1.6 to 2.4, so the driver does not need the
+//! shim's `start` command, of which there are three variants.
 
 use std::{
     collections::HashSet,
@@ -36,9 +36,9 @@ use crate::{
     process::{Pid, PidFd, ProcessId, async_command, boot_id, detach_from_agent, detach_session},
 };
 
-/// The longest time for a shim to exit. A shim that was asked to shut down does so in about 2 ms.
+/// The longest time for a shim to exit. After a request to shut down, a shim exits in about 2 ms.
 pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The most bytes of its log that are shown of a shim that did not come up.
+/// The most bytes of a shim's log that this plugin logs when the shim does not come up.
 const LOG_TAIL_MAX: u64 = 4 << 10;
 /// The file in a shim's directory that records its identity, by which the next plugin finds the shim.
 pub(super) const PID_FILE: &str = "pid";
@@ -69,7 +69,7 @@ pub struct Launcher {
 #[derive(Debug)]
 pub struct ShimReservation {
     id: ShimId,
-    held: ShimHold,
+    hold: ShimHold,
     /// The shim's program, if it is not the launcher's.
     program: Option<PathBuf>,
 }
@@ -92,7 +92,7 @@ pub struct Shim {
     pub(super) pidfd: Arc<PidFd>,
     pub(super) ended: watch::Receiver<bool>,
     pub(super) namespace: String,
-    pub(super) held: ShimHold,
+    pub(super) hold: ShimHold,
     /// The runtime's program of which the shim has a sealed copy.
     pub(super) runtime: Option<PathBuf>,
     /// The shim's program, if it is not the launcher's.
@@ -189,7 +189,7 @@ impl Launcher {
 
     /// Returns the number of holds on a shim in this process.
     pub(super) fn hold_count(&self, id: &ShimId) -> usize {
-        lock_registry(&self.hold_registry).get(id).map_or(0, |holding| holding.holds)
+        lock_registry(&self.hold_registry).get(id).map_or(0, |shim| shim.holds)
     }
 
     /// Takes a hold on a shim that is about to be adopted.
@@ -200,8 +200,8 @@ impl Launcher {
     /// Reserves an id for a shim that will be launched, so that the id can be recorded before the shim exists.
     pub fn reserve(&self) -> ShimReservation {
         let id = ShimId::random();
-        let held = self.acquire(&id);
-        ShimReservation { id, held, program: None }
+        let hold = self.acquire(&id);
+        ShimReservation { id, hold, program: None }
     }
 
     /// Reserves an id for a dedicated shim, which runs `program` and serves one task only.
@@ -224,7 +224,7 @@ impl Launcher {
     /// # Errors
     /// Fails when the shim can't be started or does not answer. Nothing is left behind then.
     pub async fn launch(self: &Arc<Self>, reservation: ShimReservation) -> Result<Shim, ShimError> {
-        let ShimReservation { id, held, program } = reservation;
+        let ShimReservation { id, hold, program } = reservation;
         let dir = self.places.shim(&id);
         let this = self.clone();
         let (spawn_id, spawn_dir, spawn_program) = (id.clone(), dir.clone(), program.clone());
@@ -242,8 +242,7 @@ impl Launcher {
         };
         let (ended_tx, ended) = watch::channel(false);
         tokio::spawn(async move {
-            // The shim is a child of this process: it is reaped as soon as it dies, and its end is reported to all
-            // receivers.
+            // The shim is a child of this process. It is reaped when it dies, and its end is reported to all receivers.
             if let Err(error) = child.wait().await {
                 tracing::warn!(%error, "could not wait for the exit of a shim");
             }
@@ -263,7 +262,7 @@ impl Launcher {
                     pidfd: starting.pidfd.clone(),
                     ended,
                     namespace: self.namespace.clone(),
-                    held,
+                    hold,
                     runtime,
                     program,
                     uses: 0,
@@ -371,7 +370,7 @@ impl Shim {
         self.program.is_some()
     }
 
-    /// Returns whether the shim has died. This asks the kernel, too, because the end may not have been reported yet.
+    /// Returns whether the shim has died. The kernel is asked as well, because the end may not have been reported yet.
     pub fn has_ended(&self) -> bool {
         *self.ended.borrow() || self.pidfd.has_ended()
     }
@@ -393,16 +392,16 @@ impl Shim {
             namespace: self.namespace.clone(),
             runtime: self.runtime.clone(),
             program: self.program.clone(),
-            held: ShimHold::new(&self.id, &self.held.registry),
+            hold: ShimHold::new(&self.id, &self.hold.registry),
             uses: self.uses,
             adopted: self.adopted,
         }
     }
 
-    /// Keeps only the hold on the shim, for as long as the shim has a container that could not be ended. The hold keeps
-    /// the shim from being regarded as idle.
+    /// Returns only the hold on the shim. The caller keeps the hold for as long as the shim has a container that could
+    /// not be ended, so that the shim is not regarded as idle.
     pub fn into_hold(self) -> ShimHold {
-        self.held
+        self.hold
     }
 
     /// Marks the shim as unusable because it has a container that it can't delete, both for all holders and on disk for
@@ -417,24 +416,24 @@ impl Shim {
 
     /// Marks the shim as unusable in this process only, for all holders.
     pub(super) fn set_unusable(&self) {
-        if let Some(holding) = lock_registry(&self.held.registry).get_mut(&self.id) {
-            holding.is_unusable = true;
+        if let Some(shim) = lock_registry(&self.hold.registry).get_mut(&self.id) {
+            shim.is_unusable = true;
         }
     }
 
     /// Returns whether the shim has a container that it can't delete. Such a shim gets no further tasks.
     pub(super) fn is_unusable(&self) -> bool {
-        lock_registry(&self.held.registry).get(&self.id).is_some_and(|holding| holding.is_unusable)
+        lock_registry(&self.hold.registry).get(&self.id).is_some_and(|shim| shim.is_unusable)
     }
 
     /// Returns whether there is exactly one hold on the shim in this process.
     pub fn has_single_hold(&self) -> bool {
-        lock_registry(&self.held.registry).get(&self.id).is_some_and(|holding| holding.holds == 1)
+        lock_registry(&self.hold.registry).get(&self.id).is_some_and(|shim| shim.holds == 1)
     }
 
     /// Releases the hold on the shim if there is a further one in this process. Returns whether the hold was released.
     pub(super) fn release_if_shared(&mut self) -> bool {
-        self.held.release_if_shared()
+        self.hold.release_if_shared()
     }
 
     /// Shuts down a shim that has no containers but those that it can't delete, and removes its directory. A shim that
@@ -478,8 +477,8 @@ impl Shim {
         true
     }
 
-    /// Kills the shim's process, even if it has containers. Its connection breaks, and the containers are cleaned up as
-    /// those of a dead shim.
+    /// Kills the shim's process, even if it has containers. Its connection breaks, and the engine cleans up the
+    /// containers, as for any dead shim.
     pub fn kill_process(&self) {
         self.pidfd.signal(libc::SIGKILL);
     }
@@ -506,8 +505,8 @@ pub(super) fn remove_dir(dir: &Path) {
     }
 }
 
-/// Returns the end of a shim's log, which says why the shim gave up. The whole log may be too large for this process's
-/// memory.
+/// Returns the end of a shim's log, which has the reason why the shim did not come up. The whole log may be too large
+/// for this process's memory.
 fn log_tail(log: &Path) -> io::Result<String> {
     let mut log = File::open(log)?;
     let length = log.metadata()?.len();

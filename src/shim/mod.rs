@@ -47,7 +47,7 @@ pub use ttrpc::Code as RefusalCode;
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
     /// An operation on the shim's directory, socket or log failed.
-    #[error("shim {id}: {doing} {path}")]
+    #[error("shim {id}: could not {doing} {path}")]
     File {
         /// The id of the shim.
         id: String,
@@ -67,15 +67,15 @@ pub enum ShimError {
         source: io::Error,
     },
     /// The connection to the shim broke, or could not be made: the shim has died, or never came up.
-    #[error("shim: {call}: connection lost ({detail})")]
+    #[error("the connection to the shim was lost during {call} ({detail})")]
     ConnectionLost {
         /// The method that was called.
         call: &'static str,
         /// The message of the transport.
         detail: String,
     },
-    /// An answer could not be decoded, or a request not encoded. The shim and its containers go on running.
-    #[error("shim: {call}: malformed message ({detail})")]
+    /// An answer could not be decoded, or a request not encoded. The shim and its containers keep running.
+    #[error("a message of the shim's call {call} is malformed ({detail})")]
     Malformed {
         /// The method that was called.
         call: &'static str,
@@ -83,7 +83,7 @@ pub enum ShimError {
         detail: String,
     },
     /// The shim did not answer in time.
-    #[error("shim: {call}: no answer in {} s", after.as_secs())]
+    #[error("the shim did not complete {call} within {} s", after.as_secs())]
     TimedOut {
         /// The method that was called.
         call: &'static str,
@@ -116,7 +116,7 @@ pub enum ShimError {
     #[error("runsc has not deleted the container; its state is still there")]
     NotDeleted,
     /// The shim serves neither version of the Task service.
-    #[error("shim serves neither {0} nor {1}")]
+    #[error("the shim serves neither {0} nor {1}")]
     NoTaskService(&'static str, &'static str),
 }
 

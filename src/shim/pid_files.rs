@@ -1,4 +1,4 @@
-//! Reports that a runtime has created a container before the shim answers.
+//! Reports that a runtime has created a container, some milliseconds before the shim reports it.
 //!
 //! The last step of runc and crun in `create` is to write the container's pid to the file that the shim names
 //! (`--pid-file`, `init.pid` in the bundle). The shim then waits for the runtime's exit and reads the container's
@@ -80,7 +80,10 @@ impl PidFiles {
             let watches = watches.clone();
             async move {
                 if let Err(error) = watches.listen().await {
-                    tracing::warn!(%error, "pid files can't be watched any more; each start waits for its shim");
+                    tracing::warn!(
+                        %error,
+                        "could not read the events of pid files; from now on, each start waits for its shim's answer"
+                    );
                 }
             }
         });
@@ -121,7 +124,7 @@ impl Watches {
         let Some(AwaitedPid { path, pid_sender }) = self.awaited().remove(&watch) else { return };
         let pid = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
         match pid {
-            // The receiver may have given up, which is fine.
+            // The receiver may be gone, because the shim has answered first.
             Some(pid) => drop(pid_sender.send(pid)),
             None => tracing::debug!(path = %path.display(), "a pid file contains no pid"),
         }

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, watch};
 use super::{Launcher, Shim, ShimError, ShimScope, launch::ShimReservation};
 use crate::ids::{AllocId, ShimId};
 
-/// The time for which closing the pool waits for a shim that is being launched, before it abandons the launch. A shim
+/// How long the closing of the pool waits for a shim that is being launched, before it abandons the launch. A shim
 /// comes up in some 10 ms.
 const LAUNCH_GRACE: Duration = Duration::from_millis(500);
 /// The delay between a start and a refill of the pool. The started task has the processors meanwhile.
@@ -58,13 +58,15 @@ struct Inner {
     settings: PoolSettings,
     idle: Mutex<VecDeque<Shim>>,
     /// The pool's own holds on shared shims, which further tasks of the same allocation or node join. The key is the
-    /// allocation's id, or empty for the node's shim, which is kept even when no task uses it.
+    /// allocation's id. It is empty for the shim of the node, which is kept even when no task uses it.
     shared: Mutex<HashMap<String, Shim>>,
-    /// The lock of a task that starts a shared shim.
+    /// The lock of a reservation that launches a shared shim.
     launch_lock: tokio::sync::Mutex<()>,
     /// The lock of a refill; only one runs at a time.
     refill_lock: tokio::sync::Mutex<()>,
+    /// Whether a trim of surplus shims is scheduled.
     trimming: AtomicBool,
+    /// Whether the pool is closed and keeps no shims any more.
     closed: AtomicBool,
     /// The number of starts in progress.
     starts_in_progress: watch::Sender<usize>,
@@ -153,10 +155,10 @@ impl Pool {
             ReservedShim::Running(shim) => shim,
             ReservedShim::ToLaunch(reservation) => self.0.launcher.launch(reservation).await?,
         };
-        let own = shim.share();
+        let task_shim = shim.share();
         self.shared().insert(key.to_owned(), shim);
         self.trim_surplus();
-        Ok(ReservedShim::Running(own))
+        Ok(ReservedShim::Running(task_shim))
     }
 
     /// Lets further tasks of this allocation join an adopted shim that has one of the allocation's tasks.
@@ -171,8 +173,8 @@ impl Pool {
         self.trim_surplus();
     }
 
-    /// Lets surplus idle shims be shut down after the pool needs fewer: next to the shim that all tasks share, it needs
-    /// none. Such a shim may have been launched concurrently with the shared one.
+    /// Schedules the shutdown of surplus idle shims. There are some when the pool needs fewer than before. In the scope
+    /// of the node, the pool needs none once there is a shared shim, but a refill may have launched one concurrently.
     fn trim_surplus(&self) {
         let size = self.target_size();
         if self.idle().len() > size {
@@ -244,7 +246,7 @@ impl Pool {
                     }
                     pool.wait_until_idle(REFILL_DELAY, REFILL_MAX_DELAY).await;
                 };
-                // When no idle shim is left, the refill stops waiting.
+                // When the last idle shim is taken, the refill launches one without further delay.
                 tokio::select! {
                     () = idle => {}
                     () = pool.0.became_empty.notified() => {}
@@ -259,7 +261,10 @@ impl Pool {
                 match launched {
                     Ok(shim) => pool.add_idle(shim),
                     Err(error) => {
-                        tracing::warn!(%error, "could not refill the shim pool; the next start launches its own shim");
+                        tracing::warn!(
+                            error = %crate::error_chain(&error),
+                            "could not refill the shim pool; the next start launches its own shim"
+                        );
                         return;
                     }
                 }
@@ -462,8 +467,8 @@ impl Pool {
     }
 }
 
-/// Releases the pool's hold on a shim, and kills the shim if no task has a hold on it. A shim with holds of tasks
-/// remains theirs; if it has died, the engine cleans up its containers when it handles those tasks.
+/// Releases the pool's hold on a shim, and kills the shim if no task has a hold on it. A shim on which
+/// tasks have holds stays; if it has died, the engine cleans up its containers when it handles those tasks.
 fn release_hold(mut shim: Shim) {
     if !shim.release_if_shared() {
         shim.kill_and_remove();

@@ -1,4 +1,4 @@
-//! Which tasks share a shim.
+//! The scope of shims.
 
 /// The tasks that share a shim.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! A sealed copy of the OCI runtime's program, which can't be written to. It is meant for crun.
 //!
-//! If a container could overwrite the runtime through `/proc/self/exe`, the container's code would run with the host's
-//! rights at the next call (CVE-2019-5736). crun therefore clones itself at every call, which takes 1.4 ms, unless it
-//! already runs from a sealed memfd (memfd_create(2)). This plugin makes one such copy and passes its descriptor to
-//! every shim. A shim keeps the descriptor for as long as it lives, even if the plugin dies.
+//! If a container could overwrite the runtime through `/proc/self/exe`, the container's code would run as root on the
+//! host at the runtime's next call (CVE-2019-5736). crun therefore clones itself at every call, which takes 1.4 ms,
+//! unless it already runs from a sealed memfd (memfd_create(2)). This plugin makes one such copy and passes its
+//! descriptor to every shim. A shim keeps the descriptor for as long as it lives, even if the plugin dies.
 
 use std::{
     fs::{self, File},
@@ -29,7 +29,7 @@ const SIZE_MAX: u64 = 32 << 20;
 pub struct SealedCopy {
     pub(super) fd: OwnedFd,
     pub(super) path: PathBuf,
-    stamp: FileId,
+    file_id: FileId,
 }
 
 /// The sealed copy of the runtime that new shims get, if one was set.
@@ -41,11 +41,11 @@ impl CurrentSealedCopy {
         *self.0.lock() = Some(Arc::new(sealed));
     }
 
-    /// Returns the sealed copy, and a new one if the program was replaced on disk. Returns `None` if the new copy can't
+    /// Returns the sealed copy, or a new copy if the program was replaced on disk. Returns `None` if the new copy can't
     /// be made; the next call tries again.
     pub(super) fn get(&self) -> Option<Arc<SealedCopy>> {
         let known = self.0.lock().clone()?;
-        if fs::metadata(&known.path).is_ok_and(|file| FileId::of(&file) == known.stamp) {
+        if fs::metadata(&known.path).is_ok_and(|file| FileId::of(&file) == known.file_id) {
             return Some(known);
         }
         match SealedCopy::of(&known.path) {
@@ -55,7 +55,10 @@ impl CurrentSealedCopy {
                 Some(renewed)
             }
             Err(error) => {
-                tracing::warn!(runtime = %known.path.display(), %error, "could not copy the changed OCI runtime");
+                tracing::warn!(
+                    runtime = %known.path.display(), %error,
+                    "could not make a sealed copy of the changed OCI runtime; new shims call the runtime itself"
+                );
                 None
             }
         }
@@ -91,7 +94,7 @@ impl SealedCopy {
         if unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let sealed = Self { fd: copy.into(), path: path.to_owned(), stamp: FileId::of(&metadata) };
+        let sealed = Self { fd: copy.into(), path: path.to_owned(), file_id: FileId::of(&metadata) };
         let name = format!("/proc/{}/fd/{}", std::process::id(), sealed.fd.as_raw_fd());
         let mut probe = command(name);
         let status =
@@ -138,6 +141,6 @@ mod tests {
         assert_eq!(SealedCopy::of(&path).expect_err("an empty program is refused").kind(), io::ErrorKind::InvalidData);
         assert!(current.get().is_none());
         program(&path, "#!/bin/sh\nexit 0\n");
-        assert_ne!(current.get().expect("a new copy").stamp, first.stamp);
+        assert_ne!(current.get().expect("a new copy").file_id, first.file_id);
     }
 }

@@ -1,4 +1,4 @@
-//! A task's output streams: passes Nomad's FIFOs to the shim without trusting the directory in which they lie.
+//! A task's output streams. Nomad's FIFOs are passed to the shim without trust in the directory in which they lie.
 //!
 //! The log directory is writable from inside the task (`/alloc/logs`), so the task can replace a FIFO by a symlink.
 //! Each FIFO is therefore opened with `O_PATH | O_NOFOLLOW` beneath the allocation's directory, checked, and passed on
@@ -20,7 +20,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use crate::fifo;
 
-/// The reason why a stream was refused.
+/// The reason why an output stream was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
     /// The FIFO does not exist, can't be opened, or its path leads out of the allocation's directory.
@@ -31,7 +31,7 @@ pub enum StdioError {
         /// The cause.
         source: io::Error,
     },
-    /// The path is no FIFO.
+    /// The file at the path is not a FIFO.
     #[error("log FIFO {path} is {kind}; it was replaced, possibly from inside the task")]
     NotFifo {
         /// The path that Nomad has passed.
@@ -55,8 +55,8 @@ enum OutputStream {
 pub struct Stdio {
     stdout: OutputStream,
     stderr: OutputStream,
-    /// Read ends of the FIFOs, which are never read from. Because of them the shim need not wait for a reader, and the
-    /// output of a very short task is not lost when Nomad's log collector opens the FIFOs only after the task's end.
+    /// Read ends of the FIFOs, from which nothing is read. Because of them the shim need not wait for a reader, and the
+    /// output of a very short task is not lost if Nomad's log collector opens the FIFOs only after the task's end.
     readers: Vec<(String, File)>,
 }
 
@@ -92,7 +92,8 @@ impl Stdio {
 
     /// Closes the streams once they are no longer needed. By now the shim has both streams open (and keeps read ends,
     /// too), so this process's ends are needed only if the task ends before its log collector has opened the FIFOs, as
-    /// may happen on a busy node. In that case this keeps the task's output for the log collector for a moment.
+    /// may happen on a busy node. In that case, the streams stay open for a moment after the task's end, so that the
+    /// log collector gets the task's output.
     pub async fn hold_until_read(self, ended: impl Future<Output = ()>) {
         if tokio::time::timeout(COLLECTOR_GRACE, ended).await.is_err() {
             return;
@@ -160,8 +161,8 @@ impl ParkedFifos {
     }
 }
 
-/// The longest time that a log collector needs to open a task's FIFOs. A task that runs longer has not ended before
-/// that.
+/// The longest time that a log collector needs to open a task's FIFOs. If a task runs longer, the log collector has
+/// opened them.
 const COLLECTOR_GRACE: Duration = Duration::from_secs(2);
 /// The longest time that a reader needs to open its end of a FIFO.
 const READER_GRACE: Duration = Duration::from_millis(500);
@@ -174,10 +175,10 @@ pub fn show_end(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
         let Some(path) = stream.path() else { continue };
         // There is no reader yet: the start has failed before the log collector has opened the FIFO. Both ends are kept
         // open for a moment, so that the log collector can open the FIFO, and then sees the end of the stream.
-        if let Some(held) = show_end_or_open_both(&path) {
+        if let Some(both) = show_end_or_open_both(&path) {
             tokio::spawn(async move {
                 tokio::time::sleep(READER_GRACE).await;
-                drop(held);
+                drop(both);
             });
         }
     }

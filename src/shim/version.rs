@@ -21,7 +21,7 @@ pub(super) async fn warn_if_serial(binary: &Path) {
         tracing::warn!(
             shim = %binary.display(),
             "shim_scope: this shim has version {major}.{minor}.{patch} and starts one task at a time; tasks that \
-             share it queue. Use containerd-shim-runc-v2 2.3.2 or newer, or shim_scope = \"task\""
+             share it wait for each other. Use containerd-shim-runc-v2 2.3.2 or newer, or shim_scope = \"task\""
         );
     }
 }
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_read_as_makers_and_distributions_write_them() {
+    fn versions_of_releases_and_of_distributions_are_parsed() {
         let debian = "containerd-shim-runc-v2:\n  Version:  1.6.20~ds1\n  Revision: 1.6.20~ds1-1+deb12u4\n";
         assert_eq!(parse_version(debian), Some([1, 6, 20]));
         assert_eq!(parse_version("  Version:  v2.4.0-rc.1\n"), Some([2, 4, 0]));
