@@ -26,9 +26,10 @@ const KEPT_CAPABILITIES: [Capability; 2] = [
     Capability::CAP_SYS_RESOURCE,
 ];
 
-/// System calls that are never needed to move bytes from FIFOs to files: those for the network, other processes'
-/// memory, mounts and namespaces, keys, and the kernel's own settings. The filter lists the refused calls and not the
-/// allowed ones, so that a task does not lose its log when a C library uses another call for a read or a wait.
+/// The system calls that are refused, because they are never needed to move bytes from FIFOs to files: those for the
+/// network, other processes' memory, mounts and namespaces, keys, and the kernel's own settings. The filter lists the
+/// refused calls and not the allowed ones, so that a task does not lose its log when a C library uses another call for
+/// a read or a wait.
 const REFUSED: &[libc::c_long] = &[
     libc::SYS_accept,
     libc::SYS_accept4,
@@ -84,7 +85,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// System calls that are refused to a log writer in addition, because it starts no program.
+/// The system calls that are refused to a log writer in addition, because it executes no programs.
 const REFUSED_TO_WRITERS: &[libc::c_long] = &[libc::SYS_execve, libc::SYS_execveat];
 
 impl Role {

@@ -42,10 +42,10 @@ const SPEC: &str = "spec.json";
 const STARTED: &str = "started";
 /// The names of the two streams and of their FIFOs.
 pub const STREAMS: [&str; 2] = ["stdout", "stderr"];
-/// The interval of the checks whether the log writer has removed the FIFOs of a task that has ended.
+/// How often to check whether the log writer has removed the FIFOs of a task that has ended.
 const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Why a log could not be set up.
+/// Why a task's log could not be set up or removed.
 #[derive(Debug, thiserror::Error)]
 #[error("could not {doing} {path} for a task's log")]
 pub struct LogError {
@@ -100,12 +100,13 @@ pub fn fifo_path(dir: &Path, stream: &str) -> PathBuf {
     dir.join(stream)
 }
 
-/// Descriptors of a task's FIFOs, which are never read: the content of the FIFOs exists as long as this guard.
+/// Descriptors of a task's FIFOs, from which nothing is read. The kernel keeps the content of the FIFOs for as long as
+/// this guard exists.
 #[derive(Debug, Default)]
 pub struct FifoGuard(#[allow(dead_code, reason = "the descriptors are kept open, never used")] Vec<fs::File>);
 
 impl FifoGuard {
-    /// Opens the FIFOs in a task's directory. A FIFO that does not exist is left out.
+    /// Opens the FIFOs in a task's directory. A FIFO that does not exist, or can't be opened, is left out.
     pub fn new(dir: &Path) -> Self {
         let open = |stream: &&str| {
             let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
@@ -125,20 +126,20 @@ pub fn create_task_dir(dir: &Path, spec: &LogSpec, terminal: bool) -> Result<(),
         move |source| LogError { doing, path, source }
     };
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let making = dir.with_file_name(format!(".{name}"));
-    remove_task_dir(&making)?;
-    let make = || {
-        fs::DirBuilder::new().mode(0o700).create(&making).map_err(failed("create", &making))?;
+    let draft = dir.with_file_name(format!(".{name}"));
+    remove_task_dir(&draft)?;
+    let create = || {
+        fs::DirBuilder::new().mode(0o700).create(&draft).map_err(failed("create", &draft))?;
         for stream in &STREAMS[..if terminal { 1 } else { 2 }] {
-            let path = fifo_path(&making, stream);
+            let path = fifo_path(&draft, stream);
             mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| failed("create", &path)(errno.into()))?;
         }
-        let path = making.join(SPEC);
+        let path = draft.join(SPEC);
         let text = serde_json::to_vec(spec).map_err(|error| failed("encode", &path)(error.into()))?;
         write_private(&path, &text).map_err(failed("write", &path))?;
-        fs::rename(&making, dir).map_err(failed("create", dir))
+        fs::rename(&draft, dir).map_err(failed("create", dir))
     };
-    make().inspect_err(|_| drop(remove_task_dir(&making)))
+    create().inspect_err(|_| drop(remove_task_dir(&draft)))
 }
 
 /// Records for the log writer that the shim has the FIFOs open. Does nothing for a task whose log this driver does not

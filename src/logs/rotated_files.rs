@@ -1,10 +1,10 @@
 //! The rotated files of one stream: `<task>.stdout.0`, `.1`, …, with the names of Nomad's own rotator, so that
 //! `nomad alloc logs` finds them.
 //!
-//! Other tasks of the group can write to the directory, so that nothing in it is trusted. Names are opened beneath the
+//! Other tasks of the group can write to the directory, so nothing in it is trusted. Files are opened beneath the
 //! allocation's directory without following a symlink, and are checked before they are opened for writing. A name is
-//! skipped if it is not a regular file with one name. A new log writer continues the last file; after that, it writes
-//! only to files that it has created itself.
+//! skipped if it does not belong to a regular file with a single hard link. A new log writer continues the last file;
+//! after that, it writes only to files that it has created itself.
 
 use std::{
     collections::VecDeque,
@@ -47,7 +47,7 @@ pub(crate) struct RotatedFiles {
 }
 
 impl RotatedFiles {
-    /// Makes a value for the files `<base>.N` of an allocation. At most `max_files` of them are kept.
+    /// Describes the files `<base>.N` of an allocation, of which at most `max_files` are kept. Opens no file yet.
     pub(crate) fn new(alloc_dir: PathBuf, base: String, max_files: u32) -> Self {
         Self { alloc_dir, base, max_files: max_files.max(1) as usize, open: None, known_indices: None }
     }
@@ -61,12 +61,12 @@ impl RotatedFiles {
         if known.is_none() {
             self.open = None;
             let directory = self.open_directory()?;
-            let first = self.known_indices.is_none();
-            if first {
+            let is_first_open = self.known_indices.is_none();
+            if is_first_open {
                 self.known_indices = Some(self.list_indices(&directory)?);
             }
             let last = self.known_indices.iter().flatten().next_back().copied();
-            let reopened = last.filter(|_| first).map(|last| open_regular(&directory, &self.name(last)));
+            let reopened = last.filter(|_| is_first_open).map(|last| open_regular(&directory, &self.name(last)));
             self.open = match reopened {
                 Some(Ok(file)) => Some(file),
                 Some(Err(error)) if !is_name_unusable(&error) => return Err(error),
@@ -114,12 +114,12 @@ impl RotatedFiles {
 
     /// Adds a new file to the known ones, and removes the oldest files if there are too many.
     fn add_and_prune(&mut self, directory: &OwnedFd, index: u64) -> io::Result<()> {
-        let kept = self.known_indices.get_or_insert_default();
-        if kept.back() != Some(&index) {
-            kept.push_back(index);
+        let indices = self.known_indices.get_or_insert_default();
+        if indices.back() != Some(&index) {
+            indices.push_back(index);
         }
-        let too_many = kept.len().saturating_sub(self.max_files);
-        let old: Vec<u64> = kept.drain(..too_many.min(REMOVALS_MAX)).collect();
+        let too_many = indices.len().saturating_sub(self.max_files);
+        let old: Vec<u64> = indices.drain(..too_many.min(REMOVALS_MAX)).collect();
         for index in old {
             match unlinkat(directory, self.name(index).as_str(), UnlinkatFlags::NoRemoveDir) {
                 // The file was removed already, or its name belongs to something that this driver did not create.
@@ -178,9 +178,9 @@ fn create_file(directory: &OwnedFd, name: &str) -> io::Result<File> {
     }
 }
 
-/// Opens a regular file with one name for writing. For anything else, which is not touched, the error is one for which
-/// `is_name_unusable` is true; also for a file whose owner prevents opening it by a lease (fcntl(2)) or by executing
-/// it.
+/// Opens a regular file with a single hard link for writing. Anything else is not touched; the error is then one for
+/// which `is_name_unusable` is true. The same holds for a file whose owner prevents it from being opened, by a lease
+/// (fcntl(2)) or by executing it.
 fn open_regular(directory: &OwnedFd, name: &str) -> io::Result<File> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
@@ -204,7 +204,7 @@ fn open_regular(directory: &OwnedFd, name: &str) -> io::Result<File> {
     }
 }
 
-/// Returns whether a name can't be used because of what it belongs to, so that the next name must be tried.
+/// Returns whether the error means that the name belongs to another file, so that the next name must be tried.
 fn is_name_unusable(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AlreadyExists
 }
@@ -218,8 +218,8 @@ mod tests {
     use super::*;
     use std::{fs, os::unix::fs::FileExt as _, path::Path};
 
-    fn write(series: &mut RotatedFiles, text: &str) {
-        let (file, size) = series.current().expect("a file");
+    fn write(files: &mut RotatedFiles, text: &str) {
+        let (file, size) = files.current().expect("a file");
         file.write_all_at(text.as_bytes(), size).expect("written");
     }
 
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_writer_goes_on_and_nobody_elses_file_is_written_to() {
+    fn a_later_writer_continues_and_files_of_others_are_not_written_to() {
         let alloc = tempfile::tempdir().expect("a temporary directory");
         let logs = alloc.path().join("alloc/logs");
         fs::create_dir_all(&logs).expect("created");
@@ -241,20 +241,20 @@ mod tests {
         for name in ["web.stdout.4294967295", "web.stdout.99999999999999999999", "web.stdout.07", "web.stdout.x"] {
             fs::write(logs.join(name), "").expect("written");
         }
-        let mut series = new();
-        write(&mut series, "two");
+        let mut files = new();
+        write(&mut files, "two");
         assert_eq!(fs::read_to_string(logs.join("web.stdout.0")).expect("read"), "one two");
         // Another process has created a regular file with the name of the next log file.
         fs::write(logs.join("web.stdout.1"), "theirs").expect("written");
-        series.rotate().expect("rotated");
-        write(&mut series, "three");
+        files.rotate().expect("rotated");
+        write(&mut files, "three");
         assert_eq!(fs::read_to_string(logs.join("web.stdout.1")).expect("read"), "theirs");
         assert_eq!(fs::read_to_string(logs.join("web.stdout.2")).expect("read"), "three");
-        series.rotate().expect("rotated");
+        files.rotate().expect("rotated");
         assert!(!names(&logs).contains(&"web.stdout.0".to_owned()), "two are kept: {:?}", names(&logs));
         // When the current file is removed, another one is created.
         fs::remove_file(logs.join("web.stdout.3")).expect("removed");
-        write(&mut series, "four");
+        write(&mut files, "four");
         assert_eq!(fs::read_to_string(logs.join("web.stdout.3")).expect("read"), "four");
     }
 }

@@ -20,7 +20,7 @@ const CHANGED: &str = ".losses";
 pub struct StreamLosses {
     /// The number of bytes that were dropped.
     pub dropped: u64,
-    /// The error for which nothing can be written at present.
+    /// The error because of which nothing can be written at present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stuck: Option<String>,
 }

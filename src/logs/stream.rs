@@ -29,11 +29,11 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// The outcome of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TransferOutcome {
-    /// The FIFO is empty. The number is that of the bytes that were moved or dropped.
+    /// The FIFO is empty. Has the number of bytes that were moved or dropped.
     Drained(u64),
-    /// The FIFO has more output. The number is that of the bytes that were moved or dropped.
+    /// The FIFO has more output. Has the number of bytes that were moved or dropped.
     Pending(u64),
-    /// The file can't be written. The transfer must be tried again at this time.
+    /// The file can't be written. Has the time at which the transfer must be tried again.
     Stuck(Instant),
     /// The last writer has closed the FIFO, and all output is written.
     Finished,
@@ -70,41 +70,41 @@ pub(crate) struct Stream {
     files: RotatedFiles,
     max_size: u64,
     policy: LogPolicy,
-    /// The number of bytes that were dropped and that no notice in the log file reports yet.
+    /// The number of dropped bytes that no notice in the log file reports yet.
     unreported: u64,
     /// The number of all bytes that were dropped.
     pub dropped: u64,
-    /// The error for which nothing can be written now.
+    /// The error because of which nothing can be written now.
     pub stuck: Option<String>,
     /// The time at which writing is tried again after an error.
     retry_at: Option<Instant>,
 }
 
 impl Stream {
-    /// Opens the stream `name` of the task in `dir`. `lost` are the losses that an earlier log writer has reported.
+    /// Opens the stream `name` of the task in `dir`. `losses` are those that an earlier log writer has reported.
     ///
     /// # Errors
     /// When the FIFO can't be opened. It does not exist if all its output has been written.
-    pub(crate) fn open(dir: &Path, name: &str, spec: &LogSpec, lost: &StreamLosses) -> io::Result<Self> {
+    pub(crate) fn open(dir: &Path, name: &str, spec: &LogSpec, losses: &StreamLosses) -> io::Result<Self> {
         let path = fifo_path(dir, name);
         let open = |read: bool| {
             File::options().read(read).write(!read).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(&path)
         };
         let fifo = open(true)?;
         // The kernel reports the end of a FIFO only to a reader that had the FIFO open while a writer had it open
-        // (fifo(7)). If the shim has had the FIFO open, it may have closed it already. This process then opens and
-        // closes the FIFO as a writer. A writer that opens the FIFO later needs no such help.
+        // (fifo(7)). The shim may have opened and closed the FIFO already. So this process opens and closes the FIFO as
+        // a writer itself, unless the shim has not opened the FIFO yet.
         if dir.join(STARTED).exists() {
             drop(open(false)?);
         }
-        let mut series =
+        let mut files =
             RotatedFiles::new(spec.alloc_dir.clone(), format!("{}.{name}", spec.task), spec.options.max_files);
-        // As Nomad's log collector does, the first file is created at once, so that a client can follow a log without
-        // output. An error is ignored here, because the first output will meet it again.
-        let _ = series.current();
+        // The first file is created at once, as by Nomad's log collector, so that a client can follow a log without
+        // output. An error is ignored here, because the first output meets it again.
+        let _ = files.current();
         let (max_size, policy) = (spec.options.max_size.max(1), spec.options.policy);
-        let (dropped, stuck) = (lost.dropped, lost.stuck.clone());
-        Ok(Self { path, fifo, files: series, max_size, policy, unreported: 0, dropped, stuck, retry_at: None })
+        let (dropped, stuck) = (losses.dropped, losses.stuck.clone());
+        Ok(Self { path, fifo, files, max_size, policy, unreported: 0, dropped, stuck, retry_at: None })
     }
 
     /// Returns the FIFO for epoll.
@@ -122,7 +122,7 @@ impl Stream {
     ///
     /// # Errors
     /// When the FIFO can't be read.
-    pub(crate) fn transfer(&mut self, scratch: &mut PeekPipe) -> io::Result<TransferOutcome> {
+    pub(crate) fn transfer(&mut self, peek_pipe: &mut PeekPipe) -> io::Result<TransferOutcome> {
         let mut moved = 0;
         loop {
             let waiting = unread(&self.fifo)?;
@@ -132,14 +132,14 @@ impl Stream {
             if moved >= TRANSFER_MAX {
                 return Ok(TransferOutcome::Pending(moved));
             }
-            if let Some(again) = self.retry_at.filter(|again| *again > Instant::now()) {
+            if let Some(retry_at) = self.retry_at.filter(|at| *at > Instant::now()) {
                 match self.policy {
-                    LogPolicy::Block => return Ok(TransferOutcome::Stuck(again)),
-                    LogPolicy::Drop => moved += self.drop_bytes(scratch, waiting)?,
+                    LogPolicy::Block => return Ok(TransferOutcome::Stuck(retry_at)),
+                    LogPolicy::Drop => moved += self.drop_bytes(peek_pipe, waiting)?,
                 }
                 continue;
             }
-            match self.write_bytes(scratch, waiting) {
+            match self.write_bytes(peek_pipe, waiting) {
                 Ok(count) => {
                     (self.stuck, self.retry_at) = (None, None);
                     moved += count;
@@ -162,7 +162,7 @@ impl Stream {
 
     /// Moves some of the `waiting` bytes to the current file, which never exceeds the size limit. Returns 0 after a
     /// rotation.
-    fn write_bytes(&mut self, scratch: &mut PeekPipe, waiting: u64) -> io::Result<u64> {
+    fn write_bytes(&mut self, peek_pipe: &mut PeekPipe, waiting: u64) -> io::Result<u64> {
         if self.unreported > 0 {
             self.write_drop_notice()?;
         }
@@ -175,8 +175,11 @@ impl Stream {
         let count = if waiting <= room {
             waiting
         } else {
-            match whole_lines(&scratch.peek(&self.fifo, usize::try_from(room).unwrap_or(usize::MAX))?, room, size == 0)
-            {
+            match whole_lines(
+                &peek_pipe.peek(&self.fifo, usize::try_from(room).unwrap_or(usize::MAX))?,
+                room,
+                size == 0,
+            ) {
                 Some(count) => count as u64,
                 None => {
                     self.files.rotate()?;
@@ -191,9 +194,9 @@ impl Stream {
     }
 
     /// Drops up to `waiting` bytes of the FIFO.
-    fn drop_bytes(&mut self, scratch: &PeekPipe, waiting: u64) -> io::Result<u64> {
+    fn drop_bytes(&mut self, peek_pipe: &PeekPipe, waiting: u64) -> io::Result<u64> {
         let count = usize::try_from(waiting).unwrap_or(usize::MAX);
-        let moved = match splice(&self.fifo, None, &scratch.null, None, count, SpliceFFlags::SPLICE_F_NONBLOCK) {
+        let moved = match splice(&self.fifo, None, &peek_pipe.null, None, count, SpliceFFlags::SPLICE_F_NONBLOCK) {
             Ok(moved) => moved as u64,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
             Err(errno) => return Err(errno.into()),

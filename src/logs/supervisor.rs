@@ -35,7 +35,7 @@ const LOCK: &str = ".keeper.lock";
 pub const WRITER_FLAG: &str = "--writer";
 /// The command of this program that runs the supervisor.
 pub const SUPERVISOR_COMMAND: &str = "log-writer";
-/// If a log writer ran for a shorter time than this, the next one is started after a delay.
+/// If a log writer has run for a shorter time than this, the next one is started after a delay.
 const SHORT_RUN_MAX: Duration = Duration::from_secs(1);
 
 /// Runs the supervisor for the directory `logs` until the directory is removed. Returns at once if another supervisor
@@ -51,26 +51,26 @@ pub fn run_supervisor(logs: &Path) -> io::Result<()> {
     let own = serde_json::to_vec(&ProcessId::of(std::process::id())?)?;
     lock.set_len(0)?;
     lock.write_all(&own)?;
-    // Children do not inherit the lock, so that it is free as soon as this process has ended.
+    // Children do not inherit the lock, so it is free as soon as this process has ended.
     let watch = DirWatch::new(logs, LOCK, InitFlags::empty())?;
-    let mut held: HashMap<String, FifoGuard> = HashMap::new();
-    let hold_all = |held: &mut HashMap<String, FifoGuard>| -> io::Result<()> {
+    let mut guards: HashMap<String, FifoGuard> = HashMap::new();
+    let guard_all = |guards: &mut HashMap<String, FifoGuard>| -> io::Result<()> {
         let all = task_names(logs)?.into_iter();
-        held.extend(all.map(|task| (task.clone(), FifoGuard::new(&logs.join(task)))));
+        guards.extend(all.map(|task| (task.clone(), FifoGuard::new(&logs.join(task)))));
         Ok(())
     };
-    hold_all(&mut held)?;
+    guard_all(&mut guards)?;
     let dir = logs.to_owned();
     thread::spawn(move || run_writers(&dir));
     loop {
         for change in watch.changes()? {
             match change {
                 DirChange::Added(task) => {
-                    let files = FifoGuard::new(&logs.join(&task));
-                    held.insert(task, files);
+                    let guard = FifoGuard::new(&logs.join(&task));
+                    guards.insert(task, guard);
                 }
-                DirChange::Removed(task) => drop(held.remove(&task)),
-                DirChange::Overflow => hold_all(&mut held)?,
+                DirChange::Removed(task) => drop(guards.remove(&task)),
+                DirChange::Overflow => guard_all(&mut guards)?,
                 DirChange::DirRemoved => return Ok(()),
             }
         }
@@ -79,8 +79,8 @@ pub fn run_supervisor(logs: &Path) -> io::Result<()> {
 
 /// Runs one log writer after the other. Returns when a log writer ends successfully, because the directory was removed.
 ///
-/// A log writer whose supervisor has died goes on. This function waits for its end, because a second log writer would
-/// only wait for its lock.
+/// A log writer whose supervisor has died continues. This function first waits for its end, because a second log writer
+/// would only wait for the first one's lock.
 fn run_writers(logs: &Path) {
     loop {
         match wait_for_writer_exit(logs) {
@@ -90,7 +90,7 @@ fn run_writers(logs: &Path) {
             Err(error) => tracing::warn!(%error, "could not wait for the lock of the log writer"),
         }
         let began = Instant::now();
-        // This path starts the program of this process, although the file may have been replaced.
+        // This path is the program of this process, even if its file was replaced.
         let mut command = process::command("/proc/self/exe");
         command.arg0("nomad-driver-shim").args([SUPERVISOR_COMMAND, WRITER_FLAG]).arg(logs).stdin(Stdio::null());
         match command.spawn().and_then(|mut child| child.wait()) {
@@ -119,9 +119,9 @@ pub fn running_supervisor(logs: &Path) -> io::Result<Option<PidFd>> {
         // No supervisor has the lock.
         Ok(_) => Ok(None),
         Err((_, Errno::EWOULDBLOCK)) => match serde_json::from_str(&text) {
-            Ok(keeper) => none_if_vanished(PidFd::of(&keeper)),
-            // A supervisor has just locked the file and not yet written its pid. If the caller starts another
-            // supervisor, that one ends at once.
+            Ok(supervisor) => none_if_vanished(PidFd::of(&supervisor)),
+            // A supervisor has just locked the file and has not written its pid yet. If the caller starts another
+            // supervisor, the other one ends at once.
             Err(_) => Ok(None),
         },
         Err((_, error)) => Err(error.into()),

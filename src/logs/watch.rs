@@ -18,7 +18,7 @@ pub(super) enum DirChange {
     Added(String),
     /// A task's directory was removed.
     Removed(String),
-    /// The kernel has dropped events, so that the caller must list the directory again.
+    /// The kernel has dropped events, so the caller must list the directory again.
     Overflow,
     /// The directory of all logs is being removed.
     DirRemoved,

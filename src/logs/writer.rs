@@ -31,13 +31,13 @@ use crate::files::{create_private, none_if_missing};
 const LOCK: &str = ".writer.lock";
 /// The id of the inotify descriptor in epoll. Streams have other ids.
 const DIRECTORY: u64 = 0;
-/// The delay after a round in which no stream brought much, for each stream that was served. The next round then finds
-/// more output in each stream: a wakeup for each line would cost more than writing the line.
+/// The delay after a round in which no stream had much output, for each stream that was served. The next round then
+/// finds more output in each stream: a wakeup for each line would cost more than writing the line.
 const BATCH_DELAY: Duration = Duration::from_micros(500);
 /// The largest delay after a round. Nomad's log collector flushes at this interval.
 const BATCH_MAX_DELAY: Duration = Duration::from_millis(100);
-/// If a stream brought this many bytes in a round, the next round begins without delay, because the stream's pipe would
-/// fill.
+/// If a stream had at least this many bytes of output in a round, the next round begins without delay, because the
+/// stream's pipe would fill.
 const BUSY_STREAM_BYTES: u64 = 16 << 10;
 /// The shortest interval between two reports of a stream's losses, and the delay before a failed step is tried again.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -61,7 +61,7 @@ pub fn run_writer(logs: &Path) -> io::Result<()> {
 /// Waits until no other log writer runs, and returns the lock. Returns `None` when this log writer is no longer needed,
 /// because its supervisor has died or the directory was removed.
 fn acquire_lock(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
-    let keeper = nix::unistd::getppid();
+    let supervisor = nix::unistd::getppid();
     let mut lock = create_private(&logs.join(LOCK))?;
     loop {
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
@@ -70,7 +70,7 @@ fn acquire_lock(logs: &Path) -> io::Result<Option<Flock<fs::File>>> {
             Err((_, errno)) if errno != Errno::EWOULDBLOCK => return Err(errno.into()),
             Err((file, _)) => lock = file,
         }
-        if nix::unistd::getppid() != keeper {
+        if nix::unistd::getppid() != supervisor {
             return Ok(None);
         }
         #[allow(clippy::disallowed_methods, reason = "a process with one thread and no async runtime")]
@@ -107,18 +107,19 @@ impl OpenStream {
     /// Reports the stream's losses in the task's file of losses.
     fn report_losses(&mut self, logs: &Path) {
         let dir = logs.join(&self.task);
-        let said = read_losses(&dir).and_then(|mut losses| {
-            let mine = losses.stream_mut(self.name);
-            (mine.dropped, mine.stuck) = (self.stream.dropped, self.stream.stuck.clone());
+        let reported = read_losses(&dir).and_then(|mut losses| {
+            let stream = losses.stream_mut(self.name);
+            (stream.dropped, stream.stuck) = (self.stream.dropped, self.stream.stuck.clone());
             write_losses(&dir, &losses)
         });
-        if let Err(error) = said {
+        if let Err(error) = reported {
             tracing::error!(task = self.task, %error, "could not report the losses of a task's log");
         }
         self.reported_at = Some(Instant::now());
     }
 }
 
+/// The state of the log writer.
 struct Writer {
     logs: PathBuf,
     epoll: Epoll,
@@ -130,7 +131,7 @@ struct Writer {
     paused: HashMap<u64, Instant>,
     /// The epoll id of the next stream.
     next: u64,
-    scratch: PeekPipe,
+    peek_pipe: PeekPipe,
 }
 
 impl Writer {
@@ -146,7 +147,7 @@ impl Writer {
             unopened: HashSet::new(),
             paused: HashMap::new(),
             next: DIRECTORY + 1,
-            scratch: PeekPipe::new()?,
+            peek_pipe: PeekPipe::new()?,
         })
     }
 
@@ -172,7 +173,7 @@ impl Writer {
             tracing::error!(
                 task,
                 %error,
-                "could not read the earlier losses of a task's log; losses are counted from zero again"
+                "could not read the earlier losses of a task's log; its losses are counted from zero again"
             );
             Losses::default()
         });
@@ -188,8 +189,8 @@ impl Writer {
                 self.next += 1;
                 Ok(())
             });
-            // No FIFO: an earlier log writer has written all of the stream, or the task has a terminal and thus one
-            // stream.
+            // If the FIFO does not exist, an earlier log writer has written all of the stream, or the task has a
+            // terminal and thus only one stream.
             if let Err(error) = none_if_missing(added) {
                 tracing::error!(task, stream = name, %error, "could not open a stream of a log; trying again");
                 self.unopened.insert(task.to_owned());
@@ -225,22 +226,22 @@ impl Writer {
         }
         ready.retain(|id| *id != DIRECTORY);
         let now = Instant::now();
-        let rested: Vec<u64> = self.paused.iter().filter(|(_, again)| **again <= now).map(|(id, _)| *id).collect();
-        for id in &rested {
+        let resumed: Vec<u64> = self.paused.iter().filter(|(_, again)| **again <= now).map(|(id, _)| *id).collect();
+        for id in &resumed {
             self.paused.remove(id);
             if let Some(entry) = self.streams.get(id) {
                 self.epoll.add(entry.stream.fifo(), EpollEvent::new(EpollFlags::EPOLLIN, *id))?;
             }
         }
-        ready.extend(rested);
+        ready.extend(resumed);
         let mut busy = ready.is_empty();
         for id in &ready {
             busy |= self.serve_stream(*id)?;
         }
         if !busy {
-            let lull = BATCH_DELAY * u32::try_from(ready.len()).unwrap_or(u32::MAX);
+            let delay = BATCH_DELAY * u32::try_from(ready.len()).unwrap_or(u32::MAX);
             #[allow(clippy::disallowed_methods, reason = "a process with one thread and no async runtime")]
-            thread::sleep(lull.min(BATCH_MAX_DELAY));
+            thread::sleep(delay.min(BATCH_MAX_DELAY));
         }
         Ok(true)
     }
@@ -249,12 +250,12 @@ impl Writer {
     fn serve_stream(&mut self, id: u64) -> io::Result<bool> {
         let Some(entry) = self.streams.get_mut(&id) else { return Ok(false) };
         let (dropped, was_stuck) = (entry.stream.dropped, entry.stream.stuck.is_some());
-        let outcome = entry.stream.transfer(&mut self.scratch);
+        let outcome = entry.stream.transfer(&mut self.peek_pipe);
         // Losses are reported at once when the stream becomes stuck or is no longer stuck, and at intervals in between.
-        let turned = entry.stream.stuck.is_some() != was_stuck;
-        let more =
+        let stuck_changed = entry.stream.stuck.is_some() != was_stuck;
+        let is_report_due =
             entry.stream.dropped != dropped && entry.reported_at.is_none_or(|at| at.elapsed() >= REPORT_INTERVAL);
-        if turned || more {
+        if stuck_changed || is_report_due {
             entry.report_losses(&self.logs);
         }
         match outcome {
