@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::{CliError, CommonArgs, print_message, tasks};
-use crate::task::{self, ExecIo, ExecRequest, ExecSession, Exit, WindowSize, exec_alone};
+use crate::task::{self, ExecIo, ExecRequest, ExecSession, Exit, WindowSize, exec_without_engine};
 
 /// After the exit, output that pauses for this long is taken to be complete.
 const OUTPUT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -71,7 +71,7 @@ impl Exec {
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let found = tasks::find_task(common, &self.task)?;
         let request = ExecRequest { command: self.command, terminal: self.tty, stdin: self.interactive };
-        let session = exec_alone(&found.places, &found.record, &request).await?;
+        let session = exec_without_engine(&found.places, &found.record, &request).await?;
         let _raw = if self.tty && self.interactive && std::io::stdin().is_terminal() { enter_raw_mode() } else { None };
         let ExecSession { exec, io } = session;
         if self.tty

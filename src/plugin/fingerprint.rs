@@ -20,7 +20,8 @@ use crate::{
 
 /// The interval of fingerprints; Nomad's own drivers send one every 30 s.
 const HEALTHY_INTERVAL: Duration = Duration::from_secs(30);
-/// The interval while the driver is not healthy: shorter, so that a recovery shows soon.
+/// The interval while the driver is not healthy. It is shorter, so that Nomad soon sees when the driver is healthy
+/// again.
 const UNHEALTHY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Sends fingerprints until the agent disconnects.
@@ -72,7 +73,7 @@ async fn take_fingerprint(driver: &DriverService) -> FingerprintResponse {
         let problem = format!("shim {} is not installed; it comes with containerd", settings.shim.binary.display());
         return response(HealthState::Undetected, &problem, HashMap::new());
     }
-    let apparmor = match engine.apparmor().await {
+    let apparmor = match engine.default_apparmor_profile().await {
         Ok(profile) => profile,
         Err(problem) => return response(HealthState::Unhealthy, &problem, HashMap::new()),
     };
@@ -123,8 +124,8 @@ fn containerd_keys(name: &DriverName) -> Vec<String> {
 
 /// Returns containerd's version and revision.
 async fn containerd_version(settings: &Settings) -> Result<(String, String), String> {
-    let at = &settings.containerd;
-    let client = Client::new(&at.address, &at.namespace, &at.snapshotter);
+    let containerd = &settings.containerd;
+    let client = Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
     client.version().await.map_err(|error| crate::error_chain(&error))
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Engine, StartRequest, runtime::Runtime};
 use crate::rootfs::apparmor::{AppArmorError, Loader, ProfileName, Support};
 
-/// How long a fingerprint waits for a profile that is being loaded. The agent waits for the fingerprint.
+/// How long a fingerprint waits for a profile that is being loaded. The agent waits for the fingerprint meanwhile.
 const FINGERPRINT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The operator's option, as error messages name it.
@@ -14,7 +14,7 @@ const OPERATOR_OPTION: &str = "security.apparmor";
 /// The job's option, as error messages name it.
 const JOB_OPTION: &str = "security_opt";
 
-/// An option asks for a profile that can't be had.
+/// An option asks for a profile that is not available.
 #[derive(Debug, thiserror::Error)]
 #[error("{option}")]
 pub struct ProfileError {
@@ -90,7 +90,7 @@ fn choose_profile<'a>(
 /// which usually is `unconfined`.
 ///
 /// # Errors
-/// When the profile can't be had.
+/// When the profile is not available.
 pub(super) async fn profile_of_task(
     loader: &Loader,
     default: &AppArmorDefault,
@@ -174,12 +174,12 @@ pub(super) fn load_own_profile(loader: Loader, default: AppArmorDefault) {
 }
 
 impl Engine {
-    /// Returns the profile of tasks whose job names none, or `unconfined`. If the driver's own profile was unloaded,
-    /// this loads it again.
+    /// Returns the profile of tasks whose job names none, or `unconfined`. Loads the driver's own profile again if it
+    /// was unloaded.
     ///
     /// # Errors
-    /// Says why such tasks can't be started.
-    pub async fn apparmor(&self) -> Result<String, String> {
+    /// The reason why such tasks can't be started.
+    pub async fn default_apparmor_profile(&self) -> Result<String, String> {
         let loader = &self.context().apparmor;
         let wanted = choose_profile(&AppArmorRequest::Unset, false, &self.settings().security.apparmor);
         match tokio::time::timeout(FINGERPRINT_TIMEOUT, ensure_loaded(loader, wanted)).await {
@@ -206,21 +206,21 @@ mod tests {
     fn the_job_comes_first_and_privileged_tasks_are_unconfined() {
         use AppArmorDefault as Default;
         use AppArmorRequest as Request;
-        let (theirs, its) = (Default::Named(name("node")), Request::Named(name("job")));
+        let (operators, jobs) = (Default::Named(name("node")), Request::Named(name("job")));
         for (request, privileged, default, expected) in [
             (Request::Unset, false, &Default::WhereSupported, ProfileChoice::OwnWhereSupported),
             (Request::Unset, false, &Default::Own, ProfileChoice::Own),
             (Request::Unset, false, &Default::Unconfined, ProfileChoice::None),
-            (Request::Unset, false, &theirs, ProfileChoice::Named(&name("node"))),
+            (Request::Unset, false, &operators, ProfileChoice::Named(&name("node"))),
             (Request::Unset, true, &Default::WhereSupported, ProfileChoice::None),
             (Request::Unset, true, &Default::Own, ProfileChoice::None),
-            (Request::Unset, true, &theirs, ProfileChoice::None),
+            (Request::Unset, true, &operators, ProfileChoice::None),
             // A task that asks for a profile never runs without one.
             (Request::Confined, false, &Default::WhereSupported, ProfileChoice::Own),
             (Request::Confined, true, &Default::Unconfined, ProfileChoice::Own),
-            (Request::Confined, true, &theirs, ProfileChoice::Named(&name("node"))),
-            (Request::Unconfined, false, &theirs, ProfileChoice::None),
-            (its.clone(), true, &theirs, ProfileChoice::Named(&name("job"))),
+            (Request::Confined, true, &operators, ProfileChoice::Named(&name("node"))),
+            (Request::Unconfined, false, &operators, ProfileChoice::None),
+            (jobs.clone(), true, &operators, ProfileChoice::Named(&name("job"))),
         ] {
             assert_eq!(choose_profile(&request, privileged, default), expected, "{request:?} {privileged} {default:?}");
         }

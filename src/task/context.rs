@@ -52,7 +52,7 @@ pub(crate) struct EngineContext {
     pub(super) log_writer_supervisor: Arc<LogWriterSupervisor>,
     /// Primes the kernel's cgroup lock for starts; `None` where this is disabled, not needed or not possible.
     pub(super) cgroup_primer: Option<CgroupLockPrimer>,
-    /// The capabilities of this process, which are the most that a privileged task can get.
+    /// The bounding set of this process, which has all capabilities that a privileged task can get.
     pub(super) own_capabilities: Capabilities,
     /// The paths that are hidden from tasks.
     pub(super) masked: Masked,
@@ -73,7 +73,8 @@ pub(crate) struct EngineContext {
     pub(super) pending_teardowns: Mutex<HashMap<TaskId, PendingTeardown>>,
 }
 
-/// The paths that are hidden from tasks: of those on the host's kernel, and of those in a gVisor sandbox.
+/// The paths that are hidden from tasks. There is one list for tasks on the host's kernel, and one for tasks in gVisor
+/// sandboxes.
 pub(super) struct Masked {
     pub(super) host: MaskedPaths,
     pub(super) sandbox: MaskedPaths,
@@ -81,7 +82,7 @@ pub(super) struct Masked {
 
 /// How many teardowns run in the background at a time. Teardowns wait for disks and kernel locks, not for processors.
 pub(crate) const CONCURRENT_TEARDOWNS_MAX: usize = 4;
-/// How long a caller waits for the teardowns in the background. A slower disk is not waited for.
+/// How long a caller waits for the teardowns in the background, which take longer than this only on a very slow disk.
 const TEARDOWNS_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long after a start the work begins that the start has deferred.
@@ -152,8 +153,8 @@ impl EngineContext {
         self.pending_teardowns().get(id).map(|pending| pending.state)
     }
 
-    /// Does in the background what a start has deferred: unmounts the sources of its mounts, and prepares a root file
-    /// system for the next task of its image.
+    /// Does in the background what a start has deferred: unmounts the sources of the task's mounts, unless its shim
+    /// needs them, and prepares a root file system for the next task of the image.
     pub(super) fn spawn_deferred_work(
         self: &Arc<Self>,
         record: &Record,
@@ -182,9 +183,13 @@ impl EngineContext {
     pub(super) async fn wait_for_teardowns(&self) {
         self.teardown_requested.notify_waiters();
         let mut background_teardowns = self.background_teardowns.subscribe();
-        let cleared = tokio::time::timeout(TEARDOWNS_TIMEOUT, background_teardowns.wait_for(|count| *count == 0)).await;
-        if cleared.is_err() {
-            tracing::warn!("teardowns of destroyed tasks are still in progress");
+        let finished =
+            tokio::time::timeout(TEARDOWNS_TIMEOUT, background_teardowns.wait_for(|count| *count == 0)).await;
+        if finished.is_err() {
+            tracing::warn!(
+                limit_s = TEARDOWNS_TIMEOUT.as_secs(),
+                "teardowns of destroyed tasks are still in progress; no longer waiting for them"
+            );
         }
     }
 
@@ -194,8 +199,8 @@ impl EngineContext {
         self.teardown_finished.notify_waiters();
     }
 
-    /// Kills and deletes what is left of a container whose shim is dead. Returns how the container had ended, if the
-    /// shim has written that down.
+    /// Kills and deletes what is left of a container whose shim is dead. Returns how the container ended, if the shim
+    /// has recorded that.
     pub(super) async fn delete_dead(&self, record: &Record) -> Result<Option<Exit>, ShimError> {
         let bundle = self.settings.places.bundle(&record.intent.container_id);
         let runtime = self.runtimes.binary(&record.intent.runtime);
@@ -207,7 +212,7 @@ impl EngineContext {
             runtime: runtime.as_deref(),
             bundle: &bundle,
         };
-        let _at_work = self.pool.launcher().calls().begin(CallKind::FollowUp).await;
+        let _call_guard = self.pool.launcher().calls().begin(CallKind::FollowUp).await;
         let exit = shim::delete_dead_container(self.pool.launcher(), dead).await?;
         // gVisor's own shim reports success even if it could not run runsc.
         let root = self.settings.places.runtime_state(&record.intent.runtime, &record.intent.namespace);
@@ -224,7 +229,7 @@ impl EngineContext {
         root: &Path,
         id: &ContainerId,
     ) -> Result<(), RuntimeError> {
-        let _at_work = self.pool.launcher().calls().begin(CallKind::FollowUp).await;
+        let _call_guard = self.pool.launcher().calls().begin(CallKind::FollowUp).await;
         self.runtimes.delete(runtime, root, id).await
     }
 

@@ -1,5 +1,5 @@
-//! Runs file operations that a dead file system (NFS, FUSE, a CSI volume) may block forever. Each runs on a thread of
-//! its own, so that neither tokio's worker threads nor the threads that tear tasks down wait for it.
+//! Runs file operations that a dead file system (NFS, FUSE, a CSI volume) may block forever. Each operation runs on a
+//! thread of its own, so that neither tokio's worker threads nor the threads that tear tasks down wait for it.
 
 use std::{
     sync::{Arc, LazyLock},
@@ -20,17 +20,17 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 static THREAD_PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(THREADS_MAX)));
 
 /// Runs `work` on a thread of its own, and waits until it is done, the task is stopped, or the timeout has passed.
-/// After that the work goes on, and its result is dropped.
+/// In the last two cases the work continues on its thread, and its result is dropped.
 ///
 /// # Errors
-/// `Stopped` when the task is stopped. `Hanging` when the file system does not answer, when too many others do not, or
-/// when there is no thread.
+/// `Stopped` when the task is stopped. `MountSourcesUnreachable` when the file system does not answer, when too many
+/// earlier calls hang, or when no thread can be started.
 pub(super) async fn run<T: Send + 'static>(
     task: &TaskId,
     stop: &CancellationToken,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, TaskError> {
-    let Ok(place) = THREAD_PERMITS.clone().try_acquire_owned() else {
+    let Ok(permit) = THREAD_PERMITS.clone().try_acquire_owned() else {
         return Err(TaskError::MountSourcesUnreachable {
             id: task.clone(),
             problem: format!("{THREADS_MAX} file operations hang already"),
@@ -38,9 +38,9 @@ pub(super) async fn run<T: Send + 'static>(
     };
     let (answer, done) = oneshot::channel();
     let thread = std::thread::Builder::new().name("volumes".to_owned()).spawn(move || {
-        // The receiver is gone if the start has been given up.
+        // The receiver is gone if the caller no longer waits.
         let _ = answer.send(work());
-        drop(place);
+        drop(permit);
     });
     if let Err(error) = thread {
         return Err(TaskError::MountSourcesUnreachable {
@@ -51,7 +51,10 @@ pub(super) async fn run<T: Send + 'static>(
     tokio::select! {
         outcome = tokio::time::timeout(ANSWER_TIMEOUT, done) => match outcome {
             Ok(Ok(result)) => Ok(result),
-            Ok(Err(_)) => Err(TaskError::MountSourcesUnreachable { id: task.clone(), problem: "the thread ended early".to_owned() }),
+            Ok(Err(_)) => {
+                let problem = "the thread that opens them panicked".to_owned();
+                Err(TaskError::MountSourcesUnreachable { id: task.clone(), problem })
+            }
             Err(_) => {
                 let problem = format!("a file system did not answer in {} s", ANSWER_TIMEOUT.as_secs());
                 Err(TaskError::MountSourcesUnreachable { id: task.clone(), problem })

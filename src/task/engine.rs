@@ -48,7 +48,7 @@ type AgentConnectedFor = Box<dyn Fn() -> Duration + Send + Sync>;
 pub(super) struct Inner {
     pub(super) context: Arc<EngineContext>,
     pub(super) tasks: Mutex<HashMap<TaskId, Slot>>,
-    /// For each task of an allocation, the lock that lets only one attempt at a time be started or torn down.
+    /// The attempt locks. Each lets only one attempt of a task at a time be started or torn down.
     pub(super) attempt_locks: Mutex<HashMap<AllocTask, AttemptLock>>,
     /// The log FIFOs of starts that an earlier plugin did not complete. They are kept open until Nomad starts the tasks
     /// again.
@@ -60,7 +60,7 @@ pub(super) struct Inner {
     pub(super) opened_at: Instant,
     pub(super) agent_connected_for: OnceLock<AgentConnectedFor>,
     /// Tasks that this engine must not touch, although their records are in its directory. The engine holds their
-    /// shims, so that no shim is ended together with another task that shares it.
+    /// shims, so that the teardown of another task that shares such a shim does not end the shim.
     pub(super) left_alone: Mutex<Vec<(Record, ShimHold)>>,
     pub(super) _lock: Flock<File>,
 }
@@ -125,13 +125,13 @@ impl Engine {
 
     /// Sets the function that returns for how long an agent has been connected. Before this call, the engine assumes
     /// that no agent is connected.
-    pub fn set_agent_connected_for(&self, attended: impl Fn() -> Duration + Send + Sync + 'static) {
-        let _ = self.0.agent_connected_for.set(Box::new(attended));
+    pub fn set_agent_connected_for(&self, connected_for: impl Fn() -> Duration + Send + Sync + 'static) {
+        let _ = self.0.agent_connected_for.set(Box::new(connected_for));
     }
 
     /// Returns for how long an agent has been connected without interruption; zero when no agent is connected.
     pub(super) fn agent_connected_for(&self) -> Duration {
-        self.0.agent_connected_for.get().map_or(Duration::ZERO, |attended| attended())
+        self.0.agent_connected_for.get().map_or(Duration::ZERO, |connected_for| connected_for())
     }
 
     /// Returns how long ago the engine was opened.
@@ -142,11 +142,11 @@ impl Engine {
     /// Returns all tasks that run or have ended, but none that is being started or recovered.
     pub(super) fn started_tasks(&self) -> Vec<(TaskId, Arc<Task>)> {
         let tasks = self.tasks();
-        let live = tasks.iter().filter_map(|(id, slot)| match slot {
+        let started = tasks.iter().filter_map(|(id, slot)| match slot {
             Slot::Task(task) => Some((id.clone(), task.clone())),
             Slot::Starting { .. } | Slot::Recovering { .. } => None,
         });
-        live.collect()
+        started.collect()
     }
 
     /// Subscribes to the task events that happen from now on.
@@ -158,7 +158,7 @@ impl Engine {
     pub(super) fn attempt_lock(&self, alloc_id: &AllocId, name: &str) -> AttemptLock {
         let mut attempt_locks = self.0.attempt_locks.lock();
         // Locks that are neither held nor waited for are dropped.
-        attempt_locks.retain(|_, turn| Arc::strong_count(turn) > 1);
+        attempt_locks.retain(|_, lock| Arc::strong_count(lock) > 1);
         attempt_locks.entry((alloc_id.clone(), name.to_owned())).or_default().clone()
     }
 
@@ -172,7 +172,7 @@ impl Engine {
         &self.0.context.runtimes
     }
 
-    /// Is the shim's binary installed?
+    /// Says whether the shim's binary is installed.
     pub fn shim_is_installed(&self) -> bool {
         crate::process::which(self.0.context.pool.launcher().binary()).is_some()
     }
@@ -212,18 +212,18 @@ impl Engine {
         // A StartTask call of an agent that died may still be running. That attempt completes first, and is then
         // replaced.
         let mut attempt_lock = Box::pin(self.attempt_lock(&request.alloc_id, &request.name).lock_owned());
-        let _turn = tokio::select! {
-            turn = &mut attempt_lock => turn,
+        let _attempt_lock = tokio::select! {
+            lock = &mut attempt_lock => lock,
             () = stop.cancelled() => {
                 self.destroy_previous_attempts_later(attempt_lock, request);
                 return Err(TaskError::Stopped(id.clone()));
             }
         };
         self.end_remaining_legacy(&request.alloc_id, &request.name).await?;
-        let _held = (parked, self.destroy_previous_attempts(&request, &stop).await?);
-        let began = start::start(&self.0.context, &request, &stop).await;
+        let _open_fifos = (parked, self.destroy_previous_attempts(&request, &stop).await?);
+        let started = start::start(&self.0.context, &request, &stop).await;
         self.0.context.pool.refill();
-        let start::StartedTask { record, shim, run, phases, image, stdio, sources } = began?;
+        let start::StartedTask { record, shim, run, phases, image, stdio, sources } = started?;
         self.0.context.spawn_deferred_work(&record, image.clone(), sources);
         self.announce_start(&record, &run, &phases);
         let (shim, image) = (Adoption::Alive(shim), Some(image));
@@ -360,7 +360,7 @@ impl Engine {
     }
 
     /// Closes the engine: waits for the teardowns in the background, and ends what only this plugin uses, such as the
-    /// idle shims. Running tasks go on.
+    /// idle shims. Running tasks keep running.
     pub async fn close(&self) {
         let teardowns = async {
             if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.0.context.wait_for_teardowns()).await.is_err() {
@@ -368,8 +368,8 @@ impl Engine {
             }
         };
         tokio::join!(self.finish_runtime_calls(), teardowns, self.0.context.pool.close());
-        if let Some(warmer) = &self.0.context.cgroup_primer {
-            warmer.stop();
+        if let Some(primer) = &self.0.context.cgroup_primer {
+            primer.stop();
         }
         tokio::task::block_in_place(|| self.0.context.rootfs_pool.close());
         self.0.context.log_writer_supervisor.end_if_idle();
@@ -394,7 +394,7 @@ impl Engine {
                 Slot::Starting { .. } => return None,
             };
             while done.changed().await.is_ok() {}
-            // The recovery changes the map before it closes the channel.
+            // The recovery has changed the map before it closed the channel, so the next pass sees its outcome.
             tokio::task::yield_now().await;
         }
     }
@@ -424,8 +424,8 @@ impl Engine {
     }
 }
 
-/// A guard of the map's entry of a start. Dropped without [`Self::fill`], it removes the entry, since the start has
-/// failed.
+/// A guard of the map's entry for a start. If the guard is dropped without [`Self::fill`], it removes the entry, since
+/// the start has failed.
 struct StartingSlot<'a> {
     engine: &'a Engine,
     id: &'a TaskId,
@@ -433,7 +433,7 @@ struct StartingSlot<'a> {
 }
 
 impl StartingSlot<'_> {
-    /// Replaces the entry by the task that was started.
+    /// Puts the started task in the entry's place.
     fn fill(self, task: Arc<Task>) {
         self.engine.tasks().insert(self.id.clone(), Slot::Task(task));
     }

@@ -25,11 +25,11 @@ pub struct TaskEvent {
     pub message: String,
     /// Further details.
     pub annotations: HashMap<String, String>,
-    /// Who receives the event.
+    /// The receivers of the event.
     pub audience: Audience,
 }
 
-/// Who receives an event.
+/// The receivers of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Audience {
     /// Nomad's users and the listeners on this host.

@@ -23,8 +23,8 @@ use crate::{
     text::quoted,
 };
 
-/// How long the end of a process is waited for after SIGKILL. SIGKILL works at once, or the process hangs in the
-/// kernel.
+/// How long the driver waits for the end of a process after SIGKILL. Only a process that hangs in the kernel takes
+/// longer.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often the owner of an exec'd process is checked while it may be about to exit, ten times at most. Ten times this
@@ -41,7 +41,7 @@ pub enum ExecError {
     #[error("exec")]
     String(#[from] StringError),
     /// A file of the task's bundle can't be used: its description, or the marker of the process.
-    #[error("exec: {path}")]
+    #[error("exec: could not use {path}")]
     Bundle {
         /// The file.
         path: PathBuf,
@@ -142,8 +142,8 @@ pub(crate) async fn start(
     let marker = execs.join(&exec_id);
     let owner = ProcessId::of(std::process::id()).ok();
     let sandbox = record.intent.gvisor.then(|| SandboxExec::of(places, record, &exec_id));
-    let note = |process| json!(Marker { owner, process, sandbox: sandbox.clone() }).to_string();
-    create_private_dir(&execs).and_then(|()| write_marker(&marker, &note(None))).map_err(unusable(&marker))?;
+    let marker_text = |process| json!(Marker { owner, process, sandbox: sandbox.clone() }).to_string();
+    create_private_dir(&execs).and_then(|()| write_marker(&marker, &marker_text(None))).map_err(unusable(&marker))?;
     let id = record.intent.container_id.as_str();
     let mut exec = Exec {
         client: client.clone(),
@@ -182,7 +182,7 @@ pub(crate) async fn start(
         }
     };
     if let Ok(process) = ProcessId::of(pid)
-        && let Err(error) = write_marker(&exec.marker, &note(Some(process)))
+        && let Err(error) = write_marker(&exec.marker, &marker_text(Some(process)))
     {
         tracing::warn!(path = %exec.marker.display(), %error, "could not write an exec'd process's pid to its marker");
     }
@@ -192,8 +192,8 @@ pub(crate) async fn start(
 }
 
 /// Sets the `oom_score_adj` of a task's process, because runtimes leave some processes with the shim's value, which is
-/// the agent's plus one: crun before 1.9 does so with a task's first process if the task's value is 0, and both crun
-/// and runc with exec'd processes. An agent is often protected from the OOM killer; its tasks must not be.
+/// the agent's plus one. crun before 1.9 does so with a task's first process if the task's value is 0, and both crun
+/// and runc do so with exec'd processes. An agent is often protected from the OOM killer; its tasks must not be.
 pub(super) fn set_oom_score(pid: u32, score: i64) {
     if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
         tracing::debug!(pid, %error, "could not set oom_score_adj of a process, which most likely has ended");
@@ -222,8 +222,8 @@ pub async fn start_without_engine(
 pub async fn signal_without_engine(places: &Places, record: &Record, signal: Option<i32>) -> Result<(), TaskError> {
     let failed = |source| TaskError::Shim { doing: "send the signal", source };
     let client = connect_to_shim(places, record).await.map_err(failed)?;
-    let whom = if signal.is_some() { SignalTarget::Init } else { SignalTarget::All };
-    client.kill(record.intent.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), whom).await.map_err(failed)
+    let target = if signal.is_some() { SignalTarget::Init } else { SignalTarget::All };
+    client.kill(record.intent.container_id.as_str(), signal.unwrap_or(libc::SIGKILL), target).await.map_err(failed)
 }
 
 async fn connect_to_shim(places: &Places, record: &Record) -> Result<Client, ShimError> {
@@ -291,7 +291,8 @@ impl Exec {
         kill_and_remove(&self.client, &self.container, &self.exec_id, &self.marker).await;
     }
 
-    /// Removes all traces of a process that has ended and whose output was read. Its children may run on in the task.
+    /// Removes all traces of a process that has ended and whose output was read. Its children may continue to run in
+    /// the task.
     pub async fn finish(mut self) {
         self.remove_traces().await;
     }
@@ -316,8 +317,8 @@ impl Drop for Exec {
     }
 }
 
-/// Lists the markers of the processes that were exec'd in a task: `execs` is their directory. Called before this plugin
-/// runs any, it returns those of other owners.
+/// Lists the markers of the processes that were exec'd in a task: `execs` is their directory. As long as this plugin
+/// has not exec'd a process in the task, all of them belong to other owners.
 ///
 /// # Errors
 /// When the directory can't be listed.
@@ -325,9 +326,9 @@ pub(crate) fn list_markers(execs: &Path) -> Result<Vec<PathBuf>, PlacesError> {
     Ok(list_names(execs)?.into_iter().map(|marker| execs.join(marker)).collect())
 }
 
-/// Kills the processes of these markers whose owners are gone, most likely earlier plugins. Markers that could not be
-/// listed are listed again later. By then there may be markers of this process, but their owner is alive. `shim` is the
-/// pid of the task's shim.
+/// Kills those processes of the listed markers whose owners are gone. Such owners are usually earlier plugins. Markers
+/// that could not be listed are listed again later. By then there may be markers of this process, but their owner is
+/// alive. `shim` is the pid of the task's shim.
 pub(crate) async fn kill_abandoned(
     client: Client,
     shim: u32,
@@ -413,8 +414,8 @@ struct Marker {
     owner: Option<ProcessId>,
     /// The exec'd process, once it runs.
     process: Option<ProcessId>,
-    /// How the process is found in its sandbox if the task runs in gVisor. On the host there is only a runsc that waits
-    /// for it.
+    /// The files by which the process is found in its sandbox, if the task runs in gVisor. On the host, there is only a
+    /// runsc that waits for the process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sandbox: Option<SandboxExec>,
 }
@@ -442,8 +443,8 @@ fn read_marker_or_default(marker: &Path) -> io::Result<Marker> {
     }
 }
 
-/// Says whether the owner of a marker is surely gone. It waits a moment for the owner to exit, because a plugin that
-/// has just handed over to this one is about to.
+/// Says whether the owner of a marker is known to be gone. Waits a moment for the owner's exit, because a plugin that
+/// has just handed over to this one exits soon.
 async fn is_abandoned(marker: &Path) -> bool {
     for _ in 0..10 {
         match read_marker(marker) {
@@ -459,11 +460,11 @@ async fn is_abandoned(marker: &Path) -> bool {
 
 /// Kills an exec'd process and its descendants, and removes its traces.
 async fn kill_and_remove(client: &Client, container: &ContainerId, exec_id: &str, marker: &Path) {
-    let looked = read_marker_or_default(marker);
-    if let Ok(Marker { sandbox: Some(sandbox), .. }) = &looked {
+    let content = read_marker_or_default(marker);
+    if let Ok(Marker { sandbox: Some(sandbox), .. }) = &content {
         sandbox.kill(container).await;
     }
-    let family = looked.and_then(|noted| match noted.process {
+    let descendants = content.and_then(|content| match content.process {
         Some(process) if is_alive(&process)? => open_descendants(process.pid),
         _ => Ok(Vec::new()),
     });
@@ -474,12 +475,12 @@ async fn kill_and_remove(client: &Client, container: &ContainerId, exec_id: &str
             tracing::warn!(%container, exec_id, "an exec'd process survives SIGKILL");
         }
     }
-    let family = family.map(|family| family.iter().for_each(|member| member.signal(libc::SIGKILL)));
-    match (killed, family) {
+    let descendants = descendants.map(|opened| opened.iter().for_each(|process| process.signal(libc::SIGKILL)));
+    match (killed, descendants) {
         (Ok(()) | Err(ShimError::ConnectionLost { .. }), Ok(())) => {
             remove_traces(client, container, exec_id, marker).await;
         }
-        // The marker stays, so that the next plugin can kill them.
+        // The marker stays, so that the next plugin can kill the processes.
         (Err(error), _) => tracing::warn!(%container, exec_id, %error, "could not kill an exec'd process"),
         (_, Err(error)) => {
             tracing::warn!(%container, exec_id, %error, "could not find the descendants of an exec'd process");
@@ -487,7 +488,7 @@ async fn kill_and_remove(client: &Client, container: &ContainerId, exec_id: &str
     }
 }
 
-/// Says whether this very process still lives: its pid and its start time are the same.
+/// Says whether the process still lives. Another process may have its pid, but not also its start time.
 fn is_alive(process: &ProcessId) -> io::Result<bool> {
     Ok(none_if_vanished(ProcessId::of(process.pid))?.is_some_and(|now| now == *process))
 }
@@ -511,7 +512,7 @@ async fn remove_traces(client: &Client, container: &ContainerId, exec_id: &str, 
         }
     }
     match read_marker_or_default(marker) {
-        Ok(noted) => noted.sandbox.iter().for_each(SandboxExec::remove_pid_file),
+        Ok(content) => content.sandbox.iter().for_each(SandboxExec::remove_pid_file),
         Err(error) => {
             tracing::debug!(path = %marker.display(), %error, "could not read a marker; its sandbox's pid file stays");
         }

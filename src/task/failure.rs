@@ -39,7 +39,7 @@ impl TaskError {
             | Self::Places(_)
             | Self::LockHeld { .. }
             | Self::Lock { .. }
-            | Self::KeptSettings { .. }
+            | Self::PersistedSettings { .. }
             | Self::Worker(_)
             | Self::MountSourcesUnreachable { .. }
             | Self::RootfsUnmounted { .. } => Cause::Host,

@@ -41,9 +41,9 @@ impl Engine {
         let (grace, engine) = (self.settings().grace, self.downgrade());
         let (keep, images, in_use) = (self.settings().keep_images, self.context().images.clone(), self.images_in_use());
         tokio::spawn(async move {
-            // No pull of an earlier plugin can be in progress, so that its unused leases are collected now. If a record
-            // is missing, the lease of its task is unknown before RecoverTask brings the handle. Then the first regular
-            // garbage collection does this.
+            // No pull of an earlier plugin can be in progress, so its unused leases are collected now. If a record is
+            // missing, the lease of its task is not known before RecoverTask brings the handle. Then the first regular
+            // garbage collection collects the leases.
             if keep.is_some() && all_recorded {
                 images.collect_unrecorded_leases(&in_use, false).await;
             }
@@ -54,7 +54,7 @@ impl Engine {
                 tokio::time::sleep(grace.max(std::time::Duration::from_millis(100))).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
-                // Without this, a panic would end the garbage collection of this plugin forever.
+                // Without `catch_panic`, a panic would end the garbage collection for the rest of the plugin's life.
                 let mut removed = catch_panic("the garbage collection", this.gc(false)).await.unwrap_or_default();
                 removed.retain(|garbage| !garbage.stays);
                 this.context().metrics.gc_removed(removed.iter().filter(|one| one.problem.is_none()).count());
@@ -66,7 +66,7 @@ impl Engine {
     /// Runs the garbage collection once. Returns what was removed (in a dry run: what would be removed) and what could
     /// not be removed.
     pub async fn gc(&self, dry_run: bool) -> Vec<Garbage> {
-        // Otherwise teardowns that are just in progress would be reported as garbage.
+        // Without this wait, teardowns in progress would be reported as garbage.
         self.context().wait_for_teardowns().await;
         if !dry_run && self.age() >= self.settings().grace {
             self.parked_fifos().clear();
@@ -90,16 +90,16 @@ impl Engine {
         if self.age() < self.settings().grace {
             return Vec::new();
         }
-        let given_up = |task: &Task| task.record().state == RecordState::Destroying && task.has_ended();
+        let destroy_failed = |task: &Task| task.record().state == RecordState::Destroying && task.has_ended();
         let (mut found, mut orphans) = (Vec::new(), Vec::new());
         for (id, task) in self.started_tasks() {
             // DestroyTask failed, because the task's process did not die. Nomad does not repeat the call.
-            if given_up(&task) {
+            if destroy_failed(&task) {
                 let outcome = if dry_run { Ok(()) } else { self.destroy(&id, Force::Yes).await };
                 found.push(garbage("task", &id.0, outcome).with_reason("it was destroyed, but not completely removed"));
                 continue;
             }
-            if task.is_confirmed() {
+            if task.has_holder() {
                 continue;
             }
             if !task.has_ended() {
@@ -168,7 +168,7 @@ impl Engine {
             Ok(records) => records,
             Err(error) => return vec![garbage("container", "all", Err(error.into()))],
         };
-        // A record that can't be read just now counts, too. Torn records were renamed when the engine was opened.
+        // A record that can't be read at the moment counts, too. Torn records were renamed when the engine was opened.
         let unread = records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json"));
         let mut recorded: HashSet<ContainerId> =
             unread.filter_map(|path| ContainerId::from_file_name(path.file_stem()?.to_str()?)).collect();
@@ -177,9 +177,9 @@ impl Engine {
         recorded.extend(self.pending_teardowns().values().map(|pending| pending.record.intent.container_id.clone()));
         let containers: Vec<_> = containers.into_iter().filter(|id| !recorded.contains(id)).collect();
         let records = records.readable;
-        let own = self.context().pool.launcher().held_ids();
+        let held = self.context().pool.launcher().held_ids();
         let named: HashSet<&ShimId> = records.iter().map(|record| &record.intent.shim).collect();
-        let shims: Vec<_> = shims.into_iter().filter(|shim| !named.contains(shim) && !own.contains(shim)).collect();
+        let shims: Vec<_> = shims.into_iter().filter(|shim| !named.contains(shim) && !held.contains(shim)).collect();
         let mut found = Vec::new();
         for id in containers {
             let outcome = if dry_run { Ok(()) } else { self.destroy_unrecorded(&id, &shims).await };
@@ -187,8 +187,8 @@ impl Engine {
         }
         let all_ended = found.iter().all(|container| container.problem.is_none());
         // A shim whose container was just removed may be in the pool now.
-        let own = self.context().pool.launcher().held_ids();
-        for name in shims.into_iter().filter(|name| !own.contains(name)) {
+        let held = self.context().pool.launcher().held_ids();
+        for name in shims.into_iter().filter(|name| !held.contains(name)) {
             let dir = places.shim(&name);
             // If the check fails, the shim is asked to exit all the same.
             if dir.try_exists().unwrap_or(true) {
@@ -214,7 +214,7 @@ impl Engine {
         let context = self.context();
         for name in shims {
             let dir = context.settings.places.shim(name);
-            let (path, failed) = (dir.join("sock"), |source| TaskError::Shim { doing: "ask a shim", source });
+            let (path, failed) = (dir.join("sock"), |source| TaskError::Shim { doing: "query a shim", source });
             match UnixStream::connect(&path).await {
                 Ok(_) => {}
                 // The shim no longer listens.
@@ -245,19 +245,19 @@ impl Engine {
         let places = &context.settings.places;
         let shim = self.find_shim_holding(id, shims).await?;
         let cgroup = cgroup_in_bundle(places, id)?;
-        // A later attempt of the same task uses the same cgroup. Then the processes in it are not this container's.
+        // A later attempt of the same task uses the same cgroup. Then the cgroup's processes are not this container's.
         let mut known: Vec<Record> = self.tasks().values().filter_map(Slot::record).collect();
         known.extend(self.pending_teardowns().values().map(|pending| pending.record.clone()));
         known.extend(self.left_alone().iter().map(|(record, _)| record.clone()));
         let starting = self.tasks().values().any(|slot| matches!(slot, Slot::Starting { .. }));
         let cgroup = cgroup.filter(|cgroup| !starting && known.iter().all(|record| record.intent.cgroup != *cgroup));
         let cgroup_was_killed = cgroup.is_some();
-        let known_to = |root: &Path| -> Result<bool, PlacesError> {
+        let runtime_has_container = |root: &Path| -> Result<bool, PlacesError> {
             Ok(list_names(root)?.iter().any(|name| gvisor::container_of_state_file(name) == id.as_str()))
         };
         let mut runtime = None;
         for name in list_names(&places.runtimes())? {
-            if known_to(&places.runtime_state(&name, context.pool.launcher().namespace()))? {
+            if runtime_has_container(&places.runtime_state(&name, context.pool.launcher().namespace()))? {
                 runtime = Some(name);
                 break;
             }
@@ -288,7 +288,7 @@ impl Engine {
         // If the bundle is gone, only the runtime itself still knows the container.
         for runtime in list_names(&places.runtimes())? {
             let root = places.runtime_state(&runtime, context.pool.launcher().namespace());
-            if known_to(&root)? {
+            if runtime_has_container(&root)? {
                 match context.delete_by_runtime(&runtime, &root, id).await {
                     // The runtime is no longer installed. The container's processes were killed by their cgroup.
                     Err(_) if cgroup_was_killed && context.runtimes.binary(&runtime).is_none() => {}
@@ -352,8 +352,8 @@ pub(super) fn cgroup_in_bundle(places: &Places, id: &ContainerId) -> Result<Opti
 }
 
 /// Logs what was removed, and what could not be removed.
-fn log_garbage(swept: Vec<Garbage>) {
-    for Garbage { kind, name, problem, why, .. } in swept {
+fn log_garbage(items: Vec<Garbage>) {
+    for Garbage { kind, name, problem, why, .. } in items {
         match problem {
             None => tracing::info!(kind, name, why, "garbage collection removed an unused item"),
             Some(problem) => tracing::warn!(kind, name, problem, "garbage collection could not remove an unused item"),

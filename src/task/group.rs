@@ -64,7 +64,7 @@ pub enum GroupError {
         who: String,
     },
     /// The namespace's addresses can't be read, saved or put back.
-    #[error("network: can't read or restore the addresses of the group's namespace {namespace}")]
+    #[error("network: could not read, save or restore the addresses of the group's namespace {namespace}")]
     Addresses {
         /// The group's namespace.
         namespace: PathBuf,
@@ -100,13 +100,13 @@ impl NetnsRegistry {
         let mut all = self.lock();
         let members = all.entry(group.namespace.clone()).or_default();
         let mut others = members.iter().filter(|(other, _)| *other != id).map(|(_, other)| other);
-        let (namespace, in_the_way) = match group.stack {
+        let (namespace, conflicting) = match group.stack {
             NetworkStack::Sandbox => (group.namespace.clone(), others.next()),
             NetworkStack::Kernel => {
                 (group.namespace.clone(), others.find(|(_, stack)| *stack == NetworkStack::Sandbox))
             }
         };
-        match (in_the_way, group.stack) {
+        match (conflicting, group.stack) {
             (None, stack) => {
                 members.insert(id.clone(), (name.to_owned(), stack));
                 Ok(())
@@ -184,7 +184,8 @@ fn prepare_namespace(places: &Places, group: &NetnsMembership) -> Result<(), Gro
 
 /// Removes a task whose container is gone from its namespace, and puts the namespace's addresses back.
 pub(super) fn leave(context: &EngineContext, record: &Record) {
-    // A task that was refused has changed nothing, and must not restore what another task's sandbox has taken over.
+    // A task that was refused has changed nothing. It must not restore addresses that another task's sandbox has taken
+    // over.
     let Some(group) =
         record.intent.group.as_ref().filter(|group| context.groups.contains(&record.intent.task_id, group))
     else {
@@ -224,7 +225,7 @@ fn saved_addresses_path(places: &Places, namespace: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    fn claim(groups: &NetnsRegistry, id: &str, stack: NetworkStack) -> Result<(), GroupError> {
+    fn register(groups: &NetnsRegistry, id: &str, stack: NetworkStack) -> Result<(), GroupError> {
         let group = NetnsMembership { namespace: "/run/netns/a".into(), stack };
         groups.register(&TaskId(id.to_owned()), id, &group)
     }
@@ -232,16 +233,16 @@ mod tests {
     #[test]
     fn a_sandbox_has_its_namespace_to_itself() {
         let groups = NetnsRegistry::default();
-        claim(&groups, "one", NetworkStack::Kernel).expect("the namespace is empty");
-        claim(&groups, "two", NetworkStack::Kernel).expect("tasks with the kernel's stack share the namespace");
-        let error = claim(&groups, "three", NetworkStack::Sandbox).expect_err("refused").to_string();
+        register(&groups, "one", NetworkStack::Kernel).expect("the namespace is empty");
+        register(&groups, "two", NetworkStack::Kernel).expect("tasks with the kernel's stack share the namespace");
+        let error = register(&groups, "three", NetworkStack::Sandbox).expect_err("refused").to_string();
         assert!(error.contains("task \"one\"") && error.contains("network = \"host\""), "{error}");
         for id in ["one", "two"] {
             groups.remove(&TaskId(id.to_owned()), Path::new("/run/netns/a"));
         }
-        claim(&groups, "three", NetworkStack::Sandbox).expect("the namespace is empty again");
-        claim(&groups, "three", NetworkStack::Sandbox).expect("a task does not conflict with itself");
-        let error = claim(&groups, "one", NetworkStack::Kernel).expect_err("refused").to_string();
+        register(&groups, "three", NetworkStack::Sandbox).expect("the namespace is empty again");
+        register(&groups, "three", NetworkStack::Sandbox).expect("a task does not conflict with itself");
+        let error = register(&groups, "one", NetworkStack::Kernel).expect_err("refused").to_string();
         assert!(error.contains("task \"three\" alone"), "{error}");
     }
 }

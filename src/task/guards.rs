@@ -15,8 +15,9 @@ use super::{
 pub(super) struct TeardownGuard {
     context: Arc<EngineContext>,
     record: Record,
-    /// Is this teardown counted in `background_teardowns`?
+    /// Whether this teardown is counted in `background_teardowns`.
     is_counted: bool,
+    /// Whether the outcome was reported.
     is_finished: bool,
 }
 
@@ -111,9 +112,9 @@ pub(super) async fn catch_panic<T>(what: &'static str, work: impl Future<Output 
     match AssertUnwindSafe(work).catch_unwind().await {
         Ok(done) => Some(done),
         Err(panic) => {
-            let said = panic.downcast_ref::<String>().map(String::as_str);
-            let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");
-            tracing::error!(what, panic = said, "internal: a part of the driver has panicked");
+            let message = panic.downcast_ref::<String>().map(String::as_str);
+            let message = message.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");
+            tracing::error!(what, panic = message, "internal error: a part of the driver has panicked");
             None
         }
     }

@@ -15,7 +15,7 @@ use crate::{
     shim::{Shim, ShimError},
 };
 
-/// How long a Create may go on after the start was cancelled. A Create takes 10 to 30 ms, and some hundred on a busy
+/// How long a Create may continue after the start was cancelled. A Create takes 10 to 30 ms, and some hundred on a busy
 /// machine; one that is nearly done should not be killed.
 const CREATE_GRACE: Duration = Duration::from_secs(1);
 /// How long the driver waits for the answer of a shim whose runtime was killed. The answer takes milliseconds.
@@ -89,15 +89,18 @@ fn try_to_kill_runtime(shim: u32, container: &ContainerId) -> io::Result<()> {
 
 /// Kills all processes of this host that have a container's id among their arguments.
 pub(super) fn kill_processes_of(container: &ContainerId) {
-    let is_called = |pid: u32| has_container_arg(pid, container).unwrap_or(false);
-    // Checked again once the pidfd is open, since the pid may have been reused for another process.
-    let opened = |pid: u32| PidFd::open(pid).ok().filter(|_| is_called(pid));
+    let has_arg = |pid: u32| has_container_arg(pid, container).unwrap_or(false);
+    // The arguments are checked again once the pidfd is open, since the pid may have been reused for another process.
+    let opened = |pid: u32| PidFd::open(pid).ok().filter(|_| has_arg(pid));
     match process::all_pids() {
-        Ok(pids) => pids.into_iter().filter(|pid| is_called(*pid)).filter_map(opened).for_each(|process| {
+        Ok(pids) => pids.into_iter().filter(|pid| has_arg(*pid)).filter_map(opened).for_each(|process| {
             process.signal(libc::SIGKILL);
         }),
         Err(error) => {
-            tracing::warn!(%container, %error, "could not find the processes that were called for a container");
+            tracing::warn!(
+                %container, %error,
+                "could not list the processes of this host; runtimes of the container may still run"
+            );
         }
     }
 }
@@ -121,14 +124,14 @@ fn open_if_descendants(shim: u32, pids: Vec<u32>) -> io::Result<Vec<PidFd>> {
     Ok(opened.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process).collect())
 }
 
-/// Does a process have a container's id among its arguments? Runtimes have it as their last argument, and wrappers pass
-/// it on. The answer is no for a process that has ended.
+/// Says whether a process has a container's id among its arguments. Runtimes have it as their last argument, and
+/// wrappers pass it on. A process that has ended has no arguments.
 ///
 /// # Errors
 /// When the process's arguments can't be read.
 pub(super) fn has_container_arg(pid: u32, container: &ContainerId) -> io::Result<bool> {
     let line = none_if_vanished(fs::read(format!("/proc/{pid}/cmdline")))?.unwrap_or_default();
-    Ok(line.split(|byte| *byte == 0).any(|word| word == container.as_str().as_bytes()))
+    Ok(line.split(|byte| *byte == 0).any(|arg| arg == container.as_str().as_bytes()))
 }
 
 #[cfg(test)]

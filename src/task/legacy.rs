@@ -39,16 +39,17 @@ impl LegacyTask {
 
 impl Engine {
     /// Ends and deletes the containers of a legacy task, and returns their names. After an error, a container may still
-    /// run. The engine remembers that, and does not start the same task of the same allocation concurrently with it.
+    /// run. The engine then remembers the task, and does not start the same task of the allocation before the
+    /// containers have ended.
     ///
     /// # Errors
     /// When containerd does not answer, or does not end a container.
     pub async fn end_legacy(&self, task: LegacyTask) -> Result<Vec<String>, ContainerdError> {
-        let owner = (task.alloc_id.clone(), task.task.clone());
+        let key = (task.alloc_id.clone(), task.task.clone());
         let outcome = self.end_legacy_containers(&task).await;
         match &outcome {
-            Ok(_) => drop(self.legacy().remove(&owner)),
-            Err(_) => drop(self.legacy().insert(owner, task)),
+            Ok(_) => drop(self.legacy().remove(&key)),
+            Err(_) => drop(self.legacy().insert(key, task)),
         }
         outcome
     }
@@ -64,12 +65,12 @@ impl Engine {
     }
 
     async fn end_legacy_containers(&self, task: &LegacyTask) -> Result<Vec<String>, ContainerdError> {
-        let at = &self.settings().containerd;
-        // nomad-driver-containerd used the two fixed names, one for each version of cgroups.
-        let namespaces = BTreeSet::from([at.namespace.as_str(), "nomad", "nomad.slice"]);
+        let containerd = &self.settings().containerd;
+        // The two fixed names are the namespaces of nomad-driver-containerd, one for each version of cgroups.
+        let namespaces = BTreeSet::from([containerd.namespace.as_str(), "nomad", "nomad.slice"]);
         let mut ended = Vec::new();
         for namespace in namespaces {
-            let client = Client::new(&at.address, namespace, &at.snapshotter);
+            let client = Client::new(&containerd.address, namespace, &containerd.snapshotter);
             for name in &task.container_names {
                 if client.has_container(name).await? {
                     end_container(&client, name).await?;

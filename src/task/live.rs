@@ -50,9 +50,9 @@ pub(crate) struct Task {
     pub(super) run: RunRecord,
     pub(super) phases: Phases,
     pub(super) exit: watch::Sender<Option<ExitRecord>>,
-    /// Whether an agent has confirmed the task to this plugin, or the garbage collection removes it.
+    /// Whether an agent has confirmed the task, or the garbage collection is removing it.
     holder: Mutex<Holder>,
-    /// Was it logged that no agent has asked for the task?
+    /// Whether the warning that no agent has asked for the task was logged.
     warned: AtomicBool,
     /// Why the task can't be recovered: it has ended, and it is not known how. `None` for all other tasks.
     pub(super) unrecoverable_reason: Option<String>,
@@ -99,8 +99,7 @@ pub(crate) struct TaskParts {
 
 impl Task {
     pub(super) fn new(parts: TaskParts) -> Arc<Self> {
-        let TaskParts { record, shim, run, phases, exit, unrecoverable_reason: lost, confirmed: claimed, image, log } =
-            parts;
+        let TaskParts { record, shim, run, phases, exit, unrecoverable_reason, confirmed, image, log } = parts;
         let alive = match &shim {
             Adoption::Alive(shim) if exit.is_none() => Some(shim),
             _ => None,
@@ -115,9 +114,9 @@ impl Task {
             run,
             phases,
             exit: watch::Sender::new(exit),
-            holder: Mutex::new(if claimed { Holder::Agent } else { Holder::Unconfirmed }),
+            holder: Mutex::new(if confirmed { Holder::Agent } else { Holder::Unconfirmed }),
             warned: AtomicBool::new(false),
-            unrecoverable_reason: lost,
+            unrecoverable_reason,
             _image: image,
             _log: log,
         })
@@ -163,12 +162,13 @@ impl Task {
         is_free
     }
 
-    /// Gives up that reservation: the garbage collection could not remove the task.
+    /// Gives up the reservation for the garbage collection, which could not remove the task.
     pub(super) fn release_from_gc(&self) {
         *self.holder() = Holder::Unconfirmed;
     }
 
-    pub(super) fn is_confirmed(&self) -> bool {
+    /// Says whether an agent has confirmed the task, or the garbage collection is removing it.
+    pub(super) fn has_holder(&self) -> bool {
         *self.holder() != Holder::Unconfirmed
     }
 
@@ -259,8 +259,8 @@ impl Task {
         }
     }
 
-    /// Kills a shim that does not report the task's end, since the end of its connection reports it. A shim that other
-    /// tasks share is not killed.
+    /// Kills a shim that does not report the task's end. Its connection then breaks, by which `watch_exit` sees the
+    /// task's end. A shim that other tasks share is not killed.
     fn kill_shim(&self, context: &EngineContext) {
         let record = self.record();
         if context.pool.task_count(&record.intent.shim) > 1 {
@@ -289,16 +289,17 @@ async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
     let id = record.intent.container_id.as_str();
     let outcome = wait_for_exit(client, id).await;
     failpoint::kill_at("exit.seen");
-    // Read before the cgroup is removed, since only the cgroup counts the OOM kills.
+    // The OOM kills are read before the cgroup is removed, since only the cgroup counts them.
     let oom_killed = has_oom_kill(context, &record);
-    let (exit, orphaned) = match outcome {
+    let (exit, needs_cleanup) = match outcome {
         Ok(exit) => (Ok(exit), false),
-        Err(error) => end_after_shim_death(context, task, &record, error).await,
+        Err(error) => end_after_shim_loss(context, task, &record, error).await,
     };
     let (code, error, at) = match exit {
         Ok(exit) => (i32::try_from(exit.code).unwrap_or(255), None, ended_at(&exit)),
         Err(error) => {
-            let text = format!("the task's shim died, and the task was killed ({error})");
+            let loss = if error.is_not_found() { "no longer has the task's container" } else { "died" };
+            let text = format!("the task's shim {loss}, and the task was killed ({error})");
             (128 + libc::SIGKILL, Some(text), epoch_millis(SystemTime::now()))
         }
     };
@@ -310,23 +311,23 @@ async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
     task.set_state(context, RecordState::Exited(exit.clone()));
     failpoint::kill_at("exit.recorded");
     task.exit.send_replace(Some(exit));
-    if orphaned {
-        // The dead shim would have deleted the container. A concurrent DestroyTask deletes it, too, and waits for this
-        // lock.
+    if needs_cleanup {
+        // DestroyTask would have the shim delete the container, which a dead shim can't. A concurrent DestroyTask waits
+        // for this lock.
         let shim = task.shim.lock().await;
         if shim.is_some()
-            && let Err(left) = context.delete_dead(&record).await
+            && let Err(error) = context.delete_dead(&record).await
         {
             tracing::error!(
-                task = %record.intent.task_id, error = %crate::error_chain(&left),
+                task = %record.intent.task_id, error = %crate::error_chain(&error),
                 "could not delete the container of a dead shim"
             );
         }
     }
 }
 
-/// Has the kernel's OOM killer ended a process of this task? The task's cgroup counts these, until the runtime's
-/// `delete` removes it.
+/// Says whether the kernel's OOM killer has ended a process of this task. The task's cgroup counts OOM kills until the
+/// runtime's `delete` removes the cgroup.
 pub(super) fn has_oom_kill(context: &EngineContext, record: &Record) -> bool {
     context.cgroups.oom_kills(&record.intent.cgroup).is_some_and(|count| count > 0)
 }
@@ -341,7 +342,7 @@ async fn wait_for_exit(client: &Client, id: &str) -> Result<Exit, ShimError> {
             // A shim that does not have the container can't report its end.
             Err(error) if error.is_not_found() => return Err(error),
             Err(error) => {
-                // The task runs on: a refusal, or an answer that was not understood, does not mean that it has ended.
+                // A refusal, or an answer that was not understood, does not mean that the task has ended.
                 tracing::warn!(container = id, %error, "the shim did not wait for the container's end; asking again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY_MAX_DELAY);
@@ -350,11 +351,12 @@ async fn wait_for_exit(client: &Client, id: &str) -> Result<Exit, ShimError> {
     }
 }
 
-/// Kills a container whose shim has died, unless the shim has written down the container's end before. The end of such
-/// a container is no longer watched and its output is cut off, so that it must not run on. With its first process, all
-/// others die. The answer to Nomad does not wait for the runtime's cleanup, which takes runc 100 ms. Returns how the
-/// container ended, and true if that cleanup is still to be done.
-async fn end_after_shim_death(
+/// Kills a container whose shim has died or does not have the container any more, unless the shim has recorded the
+/// container's end before. No process watches the end of such a container, and its output is cut off, so it must not
+/// continue to run. When its first process is killed, all others die. The answer to Nomad does not wait for the
+/// runtime's cleanup, which takes runc 100 ms. Returns how the container ended, and whether the caller has to do that
+/// cleanup.
+async fn end_after_shim_loss(
     context: &EngineContext,
     task: &Task,
     record: &Record,
@@ -381,11 +383,11 @@ async fn end_after_shim_death(
 /// Returns when the container ended, in milliseconds since the epoch: the shim's time, or now if the shim does not know
 /// it (Go's zero time).
 pub(super) fn ended_at(exit: &Exit) -> u64 {
-    let told = exit.exited_at.and_then(|(seconds, nanos)| {
+    let reported = exit.exited_at.and_then(|(seconds, nanos)| {
         let (seconds, nanos) = (u64::try_from(seconds).ok()?, u64::try_from(nanos).ok()?);
         Some(seconds * 1000 + nanos / 1_000_000)
     });
-    told.filter(|&at| at > 0).unwrap_or_else(|| epoch_millis(SystemTime::now()))
+    reported.filter(|&at| at > 0).unwrap_or_else(|| epoch_millis(SystemTime::now()))
 }
 
 #[cfg(test)]

@@ -11,9 +11,9 @@ use crate::{control, files::open_lock_file, places::Places};
 /// How long to wait for a lock whose holder listens on the control socket. A plugin that was asked to exit, by this
 /// plugin or by its agent, has exited well within this time.
 const LISTENING_HOLDER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for a lock whose holder does not listen. Such a holder is not a serving plugin, but `gc` where no
-/// plugin runs, or a plugin that is starting or exiting. The wait is this long because Nomad starts those tasks anew
-/// whose RecoverTask fails (hashicorp/nomad, client/allocrunner/taskrunner/task_runner.go, `restoreHandle`).
+/// How long to wait for a lock whose holder does not listen. Such a holder is not a plugin that serves requests, but
+/// the command `gc`, or a plugin that is starting or exiting. The wait is this long because Nomad starts a task again
+/// when its RecoverTask fails (hashicorp/nomad, client/allocrunner/taskrunner/task_runner.go, `restoreHandle`).
 const SILENT_HOLDER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often the lock is tried.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);

@@ -29,12 +29,11 @@ const POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// The delay before a log writer supervisor that has died is restarted.
 const RESTART_DELAY: Duration = Duration::from_millis(50);
 
-/// Starts the log writer supervisor when it is first needed, and again when it dies. The log writer supervisor is a
-/// process that keeps the log writer running.
+/// Starts the log writer supervisor when it is first needed, and again when it dies.
 #[derive(Debug)]
 pub(super) struct LogWriterSupervisor {
     places: Places,
-    /// The `cgroup.procs` files of the cgroup that the supervisor belongs in.
+    /// The `cgroup.procs` files of the cgroup that the supervisor is moved to.
     cgroup: Vec<PathBuf>,
     running: Mutex<Option<Arc<PidFd>>>,
 }
@@ -49,13 +48,13 @@ impl LogWriterSupervisor {
     /// # Errors
     /// When it can't be started.
     pub(super) async fn ensure_running(self: &Arc<Self>) -> Result<(), TaskError> {
-        let mut living = self.running.lock().await;
+        let mut running = self.running.lock().await;
         // The kernel is asked, because the task that watches the supervisor may not have seen its end yet.
-        if living.as_ref().is_some_and(|keeper| !keeper.has_ended()) {
+        if running.as_ref().is_some_and(|supervisor| !supervisor.has_ended()) {
             return Ok(());
         }
         let pidfd = self.find_or_spawn()?;
-        *living = Some(pidfd.clone());
+        *running = Some(pidfd.clone());
         tokio::spawn(self.clone().restart_when_dead(pidfd));
         Ok(())
     }
@@ -66,18 +65,18 @@ impl LogWriterSupervisor {
             if let Err(error) = pidfd.wait_for_end().await {
                 tracing::warn!(%error, "could not watch the log writer supervisor");
             }
-            // Cleared at once, so that a start of a task during the delay starts another supervisor.
-            self.running.lock().await.take_if(|keeper| Arc::ptr_eq(keeper, &pidfd));
+            // The entry is cleared at once, so that a task's start during the delay starts another supervisor.
+            self.running.lock().await.take_if(|supervisor| Arc::ptr_eq(supervisor, &pidfd));
             let mut pause = RESTART_DELAY;
             pidfd = loop {
                 tokio::time::sleep(pause).await;
-                let mut living = self.running.lock().await;
-                if living.is_some() || !self.has_work() {
+                let mut running = self.running.lock().await;
+                if running.is_some() || !self.has_work() {
                     return;
                 }
                 match self.find_or_spawn() {
                     Ok(next) => {
-                        *living = Some(next.clone());
+                        *running = Some(next.clone());
                         break next;
                     }
                     Err(error) => {
@@ -120,12 +119,12 @@ impl LogWriterSupervisor {
 
     fn spawn(&self) -> std::io::Result<Arc<PidFd>> {
         let logs = self.places.logs();
-        // The messages of the previous supervisor.
+        // This file has the messages of the previous supervisor.
         let _ = std::fs::remove_file(logs.join(".said"));
-        let said = create_private(&logs.join(".said"))?;
+        let messages = create_private(&logs.join(".said"))?;
         let mut command = async_command("/proc/self/exe");
         command.arg0("nomad-driver-shim").args(logs::supervisor_args(&logs)).env_clear().stdin(ChildStdio::piped());
-        command.stdout(ChildStdio::null()).stderr(said).kill_on_drop(false);
+        command.stdout(ChildStdio::null()).stderr(messages).kill_on_drop(false);
         // SAFETY: only async-signal-safe calls between fork and exec, and no memory of this process is touched.
         unsafe {
             command.pre_exec(|| detach_session(3));
@@ -136,7 +135,7 @@ impl LogWriterSupervisor {
         // The supervisor waits for the end of its input, so that the log writer is started in the same cgroup.
         drop(child.stdin.take());
         let pidfd = Arc::new(PidFd::open(pid.get())?);
-        // This reaps it when it dies.
+        // The child is reaped when it dies.
         tokio::spawn(async move { child.wait().await });
         Ok(pidfd)
     }
@@ -188,9 +187,9 @@ impl Engine {
     pub(super) fn watch_logs(&self) {
         let engine = self.downgrade();
         tokio::spawn(async move {
-            let mut seen = None;
+            let mut last_change = None;
             let mut known: HashMap<TaskId, Losses> = HashMap::new();
-            // Losses of recovered tasks were reported by the plugin that started them.
+            // The earlier plugin has reported the losses of recovered tasks.
             tokio::time::sleep(POLL_INTERVAL).await;
             if let Some(inner) = engine.upgrade() {
                 let this = Self(inner);
@@ -206,9 +205,9 @@ impl Engine {
                 let Some(inner) = engine.upgrade() else { return };
                 let this = Self(inner);
                 let changed = std::fs::metadata(logs::changed_file(&this.settings().places.logs()));
-                let now = changed.and_then(|meta| meta.modified()).ok();
-                if now != seen {
-                    seen = now;
+                let changed_at = changed.and_then(|meta| meta.modified()).ok();
+                if changed_at != last_change {
+                    last_change = changed_at;
                     catch_panic("reporting lost output of logs", async { this.report_losses(&mut known) }).await;
                 }
             }

@@ -25,7 +25,7 @@ impl TaskMeter {
     pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut exit = self.exit.clone();
         async move {
-            // The sender is dropped with a task that was destroyed, which has ended, too.
+            // The wait fails when the task is destroyed and its sender dropped. A destroyed task has ended, too.
             let _ = exit.wait_for(Option::is_some).await;
         }
     }

@@ -50,7 +50,7 @@ impl Histogram {
     }
 }
 
-/// Counters since the plugin was started.
+/// Counters of events since the plugin was started.
 #[derive(Debug, Default)]
 pub(crate) struct Metrics {
     starts: AtomicU64,
@@ -78,7 +78,7 @@ pub(crate) struct Gauges {
     pub exited: usize,
     /// Tasks whose teardown is pending.
     pub pending_teardowns: usize,
-    /// Shims that wait for a task.
+    /// Idle shims in the pool.
     pub idle_shims: usize,
     /// Images that tasks can be started from without contacting containerd or a registry.
     pub images: usize,
@@ -104,9 +104,9 @@ impl Metrics {
         }
     }
 
-    /// Counts a pull of an image; `came` says whether it succeeded.
-    pub(crate) fn pulled(&self, came: bool) {
-        let counter = if came { &self.pulls } else { &self.pulls_failed };
+    /// Counts a pull of an image.
+    pub(crate) fn pulled(&self, succeeded: bool) {
+        let counter = if succeeded { &self.pulls } else { &self.pulls_failed };
         counter.fetch_add(1, Ordering::Relaxed);
     }
 

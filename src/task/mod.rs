@@ -50,7 +50,8 @@ pub use apparmor::{AppArmorDefault, AppArmorRequest, ProfileError};
 pub use engine::{Engine, Inspection};
 pub use events::{Audience, EventHub, TaskEvent};
 pub use exec::{
-    Exec, ExecError, ExecRequest, ExecSession, refusal_code, signal_without_engine, start_without_engine as exec_alone,
+    Exec, ExecError, ExecRequest, ExecSession, refusal_code, signal_without_engine,
+    start_without_engine as exec_without_engine,
 };
 pub use group::{GroupError, NetnsMembership, NetworkStack};
 pub use legacy::{LEGACY_HANDLE_VERSION, LegacyTask};
@@ -109,11 +110,11 @@ pub enum TaskError {
     /// Linux has no such signal.
     #[error("invalid signal: {0:?} is neither a name such as SIGHUP nor a number from 1 to 64")]
     Signal(String),
-    /// The settings that the last plugin has saved can't be read.
+    /// The file with the last plugin's settings can't be read.
     #[error(
         "could not read the settings of the last plugin in {path}; remove the file to use those of the command line"
     )]
-    KeptSettings {
+    PersistedSettings {
         /// The file with the settings.
         path: PathBuf,
         /// Why the file can't be read.
@@ -156,9 +157,9 @@ pub enum TaskError {
     #[error(transparent)]
     AppArmor(#[from] ProfileError),
     /// A call of the shim, or of the runtime through the shim, failed.
-    #[error("{doing}")]
+    #[error("could not {doing}")]
     Shim {
-        /// What the call was to do.
+        /// The purpose of the call.
         doing: &'static str,
         /// The error of the call.
         source: ShimError,
@@ -223,7 +224,7 @@ pub enum TaskError {
         /// Why the task can't be recovered.
         problem: String,
     },
-    /// A further process in a task failed.
+    /// A further process could not be run in a task.
     #[error(transparent)]
     Exec(#[from] ExecError),
     /// A container that nomad-driver-containerd started for this task could not be stopped, and may still run.
@@ -264,7 +265,7 @@ pub enum TaskError {
 pub struct SharedImageError(pub SharedPullError);
 
 impl SharedImageError {
-    /// Is the error that the image is not available locally?
+    /// Says whether the image is not available locally.
     pub fn is_missing(&self) -> bool {
         matches!(*self.0, crate::image::ImageError::NotStored { .. })
     }
@@ -282,7 +283,8 @@ impl std::error::Error for SharedImageError {
     }
 }
 
-/// Shows the end of the task's log FIFOs to their reader. Called when a start has failed, wherever it failed.
+/// Opens and closes the task's log FIFOs, so that their reader sees the end of the stream. The plugin calls this when a
+/// start has failed at any step.
 pub fn signal_log_end(alloc_dir: &Path, stdout: &Path, stderr: &Path) {
     stdio::show_end(alloc_dir, stdout, stderr);
 }

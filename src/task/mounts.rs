@@ -43,9 +43,9 @@ pub(super) fn may_hang(request: &StartRequest) -> bool {
     !request.volumes.is_empty() || request.options.mounts.iter().any(is_absolute)
 }
 
-/// Puts the volumes of an image (VOLUME) before the other mounts of a task, so that of two mounts with one target the
-/// other one is visible. A volume is left out where the task may have no mount, and below a mount that can hold no
-/// other mounts: the job that put that mount there does not need the volume.
+/// Puts the volumes of an image (VOLUME) before the other mounts of a task. A mount with the same target as a volume
+/// then hides the volume. A volume is left out if the task may have no mount at its target, or if the target is below a
+/// mount of the job that can't contain other mounts.
 pub(super) fn add_volumes(mounts: &mut Vec<TaskMount>, image: &ImageRecord, sys: SysTargets) {
     let may_be_held = |target: &MountTarget| {
         !mounts.iter().any(|mount| {
@@ -60,7 +60,11 @@ pub(super) fn add_volumes(mounts: &mut Vec<TaskMount>, image: &ImageRecord, sys:
             let options = ["rbind", "rw", "rprivate"].map(str::to_owned).to_vec();
             let volume = TaskMount { option: "VOLUME", target, content: MountContent::Volume, options };
             mount_tree::check_target(&volume, &volume.target, sys).map_err(|error| crate::error_chain(&error))?;
-            if may_be_held(&volume.target) { Ok(volume) } else { Err("a mount of the job can't hold it".to_owned()) }
+            if may_be_held(&volume.target) {
+                Ok(volume)
+            } else {
+                Err("it is below a mount that can't contain other mounts".to_owned())
+            }
         });
         match placed {
             Ok(volume) => volumes.push(volume),
@@ -70,7 +74,8 @@ pub(super) fn add_volumes(mounts: &mut Vec<TaskMount>, image: &ImageRecord, sys:
     mounts.splice(0..0, volumes);
 }
 
-/// Opens the sources of all mounts, on a thread where a dead file system does not block anything else.
+/// Opens the sources of all mounts. If one of them may be on a dead file system, a thread of its own opens them, so
+/// that nothing else is blocked.
 ///
 /// # Errors
 /// Those of [`open_all`], and when a file system does not answer.

@@ -74,8 +74,8 @@ fn hostname(request: &StartRequest, container: &ContainerId) -> Result<String, R
     }
 }
 
-/// Builds `/etc/hosts`: the lines of every host (or, in the host's network, the host's own file), the group's name, the
-/// task's own name at all of its addresses, and the job's `extra_hosts`.
+/// Builds `/etc/hosts`: the lines for `localhost` (or, in the host's network, the host's own file), the group's name,
+/// the task's own name at all of its addresses, and the job's `extra_hosts`.
 fn hosts_file(
     request: &StartRequest,
     network: &NetworkNamespace,
@@ -127,6 +127,7 @@ fn own_addresses(network: &NetworkNamespace) -> Result<Vec<String>, RootfsError>
     Ok(found.iter().map(ToString::to_string).collect())
 }
 
+/// Returns the line of `extra_hosts` as an address and a name. Looks up the address of `host-gateway`.
 fn address(host: &ExtraHost, network: &NetworkNamespace) -> Result<(String, String), RootfsError> {
     let address = match host.address {
         HostAddress::At(address) => address,
@@ -151,11 +152,11 @@ fn system_dns(host_network: bool) -> Result<Dns, RootfsError> {
         Err(source) => Err(RootfsError::File { doing: "read", path: path.into(), source }),
     };
     let dns = read("/etc/resolv.conf")?;
-    let stub = dns.servers.iter().any(|server| server == "127.0.0.53");
-    if stub && !host_network {
-        let behind = read("/run/systemd/resolve/resolv.conf")?;
-        if !behind.is_unset() {
-            return Ok(behind);
+    let has_stub = dns.servers.iter().any(|server| server == "127.0.0.53");
+    if has_stub && !host_network {
+        let upstream = read("/run/systemd/resolve/resolv.conf")?;
+        if !upstream.is_unset() {
+            return Ok(upstream);
         }
     }
     Ok(dns)

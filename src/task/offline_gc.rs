@@ -46,8 +46,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 enum Item {
     /// A task whose start or teardown was not completed. The engine removes it when it is opened.
     Unfinished(TaskId),
-    /// A task that has ended.
-    Ended(TaskId),
+    /// A task that was started. It is garbage only if it has ended.
+    Started(TaskId),
     /// An unrecorded container.
     Container(ContainerId),
     /// An unrecorded shim.
@@ -61,7 +61,7 @@ enum Item {
 impl Item {
     fn kind_and_name(&self) -> (&'static str, &str) {
         match self {
-            Self::Unfinished(id) | Self::Ended(id) => ("task", &id.0),
+            Self::Unfinished(id) | Self::Started(id) => ("task", &id.0),
             Self::Container(id) => ("container", id.as_str()),
             Self::Shim(id) => ("shim", id.as_str()),
             Self::PreparedRootfs(name) => ("rootfs", name),
@@ -70,7 +70,7 @@ impl Item {
     }
 }
 
-/// Whether an item is removed or stays, and why.
+/// Whether an item is removed or stays, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
     Remove(String),
@@ -80,10 +80,10 @@ enum Verdict {
 /// All items with their verdicts, and the recorded containers that stay.
 type Survey = (Vec<(Item, Verdict)>, HashSet<ContainerId>);
 
-/// How long ago a task ended, as far as that is known.
+/// Whether a task still runs, and if not, how long ago it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TaskEnd {
-    /// The task still runs, with this pid.
+    /// The task still runs. Its first process has this pid.
     Running(u32),
     /// The task ended this long ago.
     EndedAgo(Duration),
@@ -93,7 +93,7 @@ enum TaskEnd {
     ShimSilent,
 }
 
-/// Decides whether a task that was started is garbage. A pure function of the task's end.
+/// Decides whether a task that was started is garbage.
 fn judge_started(end: TaskEnd, keep_ended: Duration) -> Verdict {
     match end {
         TaskEnd::Running(pid) => Verdict::Keep(format!("its container lives, process {pid}")),
@@ -119,28 +119,28 @@ pub async fn gc_offline(
     keep_ended: Duration,
     dry_run: bool,
 ) -> Result<Option<Vec<Garbage>>, TaskError> {
-    let kept = PersistedSettings::read(&settings.places)
-        .map_err(|source| TaskError::KeptSettings { path: settings.places.kept_settings(), source })?;
-    let settings = restrict(match kept {
-        Some(kept) => kept.apply(settings),
+    let saved = PersistedSettings::read(&settings.places)
+        .map_err(|source| TaskError::PersistedSettings { path: settings.places.kept_settings(), source })?;
+    let settings = restrict(match saved {
+        Some(saved) => saved.apply(settings),
         None => settings,
     });
     // The lock is held until the end, so that no plugin can start meanwhile.
     let Some(lock) = lock::try_take(&settings.places)? else { return Ok(None) };
-    let (found, left_alone) = survey(&settings, keep_ended).await?;
-    let goes = found.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Remove(_))).count();
-    if dry_run || goes == 0 {
-        return Ok(Some(found.iter().map(|(thing, verdict)| report_line(thing, verdict, &Ok(()))).collect()));
+    let (found, excluded) = survey(&settings, keep_ended).await?;
+    let to_remove = found.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Remove(_))).count();
+    if dry_run || to_remove == 0 {
+        return Ok(Some(found.iter().map(|(item, verdict)| report_line(item, verdict, &Ok(()))).collect()));
     }
     settings.places.create()?;
-    let engine = Engine::open_locked(settings, EventHub::default(), lock, &left_alone).await?;
+    let engine = Engine::open_locked(settings, EventHub::default(), lock, &excluded).await?;
     let mut outcomes = Vec::new();
-    for (thing, verdict) in &found {
+    for (item, verdict) in &found {
         let outcome = match verdict {
-            Verdict::Remove(_) => engine.remove_item(thing).await,
+            Verdict::Remove(_) => engine.remove_item(item).await,
             Verdict::Keep(_) => Ok(()),
         };
-        outcomes.push(report_line(thing, verdict, &outcome));
+        outcomes.push(report_line(item, verdict, &outcome));
     }
     engine.close().await;
     Ok(Some(outcomes))
@@ -162,8 +162,8 @@ fn restrict(mut settings: Settings) -> Settings {
 }
 
 /// Converts an item with its verdict and the outcome of its removal into a line of the report.
-fn report_line(thing: &Item, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Garbage {
-    let (kind, name) = thing.kind_and_name();
+fn report_line(item: &Item, verdict: &Verdict, outcome: &Result<(), TaskError>) -> Garbage {
+    let (kind, name) = item.kind_and_name();
     match verdict {
         Verdict::Remove(why) => Garbage::removed(kind, name, outcome).with_reason(why),
         Verdict::Keep(why) => Garbage::kept(kind, name, why),
@@ -175,15 +175,15 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
     let places = &settings.places;
     let cgroups = Cgroups::detect()?;
     let records = read_records(&places.tasks())?;
-    let (mut found, mut left_alone) = (Vec::new(), HashSet::new());
+    let (mut found, mut excluded) = (Vec::new(), HashSet::new());
     for record in &records.readable {
         let judged = judge_recorded(places, record, keep_ended).await;
         if let Verdict::Keep(_) = judged.1 {
-            left_alone.insert(record.intent.container_id.clone());
+            excluded.insert(record.intent.container_id.clone());
         }
         found.push(judged);
     }
-    let goes = |why: &str| Verdict::Remove(why.to_owned());
+    let remove = |why: &str| Verdict::Remove(why.to_owned());
     let mut recorded: HashSet<ContainerId> =
         records.readable.iter().map(|record| record.intent.container_id.clone()).collect();
     for path in records.unreadable.iter().filter(|path| path.extension().is_some_and(|kind| kind == "json")) {
@@ -202,23 +202,23 @@ async fn survey(settings: &Settings, keep_ended: Duration) -> Result<Survey, Tas
     }
     // An unrecorded shim may hold a container whose record is lost, and is then the only way to reach that container.
     let may_hide_container =
-        found.iter().any(|(thing, verdict)| matches!((thing, verdict), (Item::Container(_), Verdict::Keep(_))));
+        found.iter().any(|(item, verdict)| matches!((item, verdict), (Item::Container(_), Verdict::Keep(_))));
     for name in unrecorded {
         let verdict = if may_hide_container {
             Verdict::Keep("no record names it, and it may hold a container whose record is lost".to_owned())
         } else {
-            goes("no record names it: it was an idle shim of a plugin that has ended")
+            remove("no record names it: it was an idle shim of a plugin that has ended")
         };
         found.push((Item::Shim(name), verdict));
     }
-    let ahead = list_names(&places.prepared_rootfs())?.into_iter();
-    found.extend(ahead.map(|name| {
-        (Item::PreparedRootfs(name), goes("it was prepared for the next task of a plugin that has ended"))
+    let prepared = list_names(&places.prepared_rootfs())?.into_iter();
+    found.extend(prepared.map(|name| {
+        (Item::PreparedRootfs(name), remove("it was prepared for the next task of a plugin that has ended"))
     }));
     let probes = stale_probes(places.run(), &cgroups);
-    let probes = probes.map_err(|source| TaskError::NotRemoved { path: places.run().to_owned(), source })?.into_iter();
-    found.extend(probes.map(|name| (Item::Probe(name), goes("the process that probed a runtime with it has ended"))));
-    Ok((found, left_alone))
+    let probes = probes.map_err(file("list the probes in", places.run()))?.into_iter();
+    found.extend(probes.map(|name| (Item::Probe(name), remove("the process that probed a runtime with it has ended"))));
+    Ok((found, excluded))
 }
 
 /// Decides whether an unrecorded container is garbage. `shims` are the shims that may hold it.
@@ -247,7 +247,7 @@ async fn judge_unrecorded(places: &Places, cgroups: &Cgroups, id: &ContainerId, 
     Verdict::Remove("no record names it, and no process of it lives".to_owned())
 }
 
-/// Does the container's process live in the shim of this directory? A shim that has ended has no container.
+/// Says whether the container's process lives in the shim of this directory. A shim that has ended has no container.
 async fn lives_in_shim(dir: &Path, id: &ContainerId) -> Result<bool, ShimError> {
     if !shim::is_alive(dir) {
         return Ok(false);
@@ -275,7 +275,7 @@ async fn judge_recorded(places: &Places, record: &Record, keep_ended: Duration) 
         RecordState::Exited(exit) => TaskEnd::EndedAgo(elapsed_since(exit.at)),
         RecordState::Running(run) | RecordState::Stopping { run, .. } => probe_end(places, record, run).await,
     };
-    (Item::Ended(id), judge_started(end, keep_ended))
+    (Item::Started(id), judge_started(end, keep_ended))
 }
 
 /// Finds out whether a task still runs, or how long ago it ended, if its record says that it runs.
@@ -283,9 +283,9 @@ async fn probe_end(places: &Places, record: &Record, run: &RunRecord) -> TaskEnd
     if !run.process.is_gone() {
         return TaskEnd::Running(run.process.pid);
     }
-    // Since containerd 2.4.2, a shim writes the end of its container to this file before it exits.
-    let noted = fs::metadata(places.bundle(&record.intent.container_id).join(shim::EXIT_FILE));
-    if let Some(at) = noted.ok().and_then(|note| note.modified().ok()) {
+    // Shims of containerd 2.4.2 and newer write this file when the container's first process ends.
+    let exit_file = fs::metadata(places.bundle(&record.intent.container_id).join(shim::EXIT_FILE));
+    if let Some(at) = exit_file.ok().and_then(|file| file.modified().ok()) {
         return TaskEnd::EndedAgo(SystemTime::now().duration_since(at).unwrap_or_default());
     }
     let dir = places.shim(&record.intent.shim);
@@ -322,7 +322,7 @@ fn find_process(places: &Places, cgroups: &Cgroups, id: &ContainerId) -> Result<
         let root = places.runtime_root(&runtime);
         for namespace in list_names(&root)? {
             if let Some(pid) = pid_in(&root.join(namespace).join(id.as_str()))?
-                && none_if_vanished(ProcessId::of(pid)).map_err(file(&root))?.is_some()
+                && none_if_vanished(ProcessId::of(pid)).map_err(file("read", &root))?.is_some()
             {
                 return Ok(Some(pid));
             }
@@ -337,7 +337,7 @@ fn pid_in(state: &Path) -> Result<Option<u32>, TaskError> {
         let path = state.join(name);
         match fs::read(&path) {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
-            Err(error) => return Err(file(&path)(error)),
+            Err(error) => return Err(file("read", &path)(error)),
             Ok(text) => {
                 let state: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
                 return Ok(state[field].as_u64().and_then(|pid| pid.try_into().ok()));
@@ -347,20 +347,20 @@ fn pid_in(state: &Path) -> Result<Option<u32>, TaskError> {
     Ok(None)
 }
 
-fn file(path: &Path) -> impl FnOnce(io::Error) -> TaskError {
+fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TaskError {
     let path = path.to_owned();
-    move |source| RootfsError::File { doing: "read", path, source }.into()
+    move |source| RootfsError::File { doing, path, source }.into()
 }
 
 impl Engine {
-    async fn remove_item(&self, thing: &Item) -> Result<(), TaskError> {
+    async fn remove_item(&self, item: &Item) -> Result<(), TaskError> {
         let places = &self.settings().places;
-        match thing {
+        match item {
             Item::Unfinished(id) => self.complete_teardown(id, &CancellationToken::new()).await,
-            Item::Ended(id) => {
-                // The engine's recovery asks the shim in the background how the task ended.
+            Item::Started(id) => {
+                // The engine's recovery is finding out in the background how the task ended.
                 let _ = tokio::time::timeout(QUERY_TIMEOUT, self.wait(id)).await;
-                // This call is refused if the task runs after all.
+                // If the task runs after all, this call is refused.
                 self.destroy(id, Force::No).await
             }
             Item::Container(id) => self.destroy_unrecorded(id, &places.list_shims()?).await,

@@ -45,13 +45,13 @@ impl Engine {
     /// # Errors
     /// When another plugin holds the lock, or the host can't be used at all.
     pub async fn open(settings: Settings, events: EventHub) -> Result<Self, TaskError> {
-        // This runs concurrently with the rest. Only a start that comes at this very moment has to wait for it.
+        // The pattern is compiled concurrently with the rest. Only a start that comes during that time waits for it.
         drop(tokio::task::spawn_blocking(Reference::precompile_pattern));
         let places = settings.places.clone();
         places.create()?;
         let lock = lock::take(&places).await?;
         if let Err(error) = PersistedSettings::of(&settings).save(&places) {
-            tracing::warn!(%error, "could not save the settings; gc will not know them while no plugin is running");
+            tracing::warn!(%error, "could not save the settings; the command gc needs them when no plugin is running");
         }
         Self::open_locked(settings, events, lock, &HashSet::new()).await
     }
@@ -72,7 +72,7 @@ impl Engine {
         apparmor::load_own_profile(loader.clone(), settings.security.apparmor.clone());
         let cgroups = Cgroups::detect()?;
         let group = cgroups.create_own_group()?;
-        let log_keeper = LogWriterSupervisor::new(places.clone(), group.clone());
+        let log_writer_supervisor = LogWriterSupervisor::new(places.clone(), group.clone());
         let runtimes = Runtimes::find(&settings, &cgroups).await;
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
@@ -84,9 +84,9 @@ impl Engine {
         let primer = cgroup_primer(settings.keep_warm, &cgroups);
         let max_prepared = if settings.upper == UpperStorage::Disk { settings.shim.pool.size } else { 0 };
         let rootfs_pool = RootfsPool::new(places.prepared_rootfs(), max_prepared);
-        let unwatched =
+        let log_failure =
             |error: &std::io::Error| tracing::warn!(%error, "could not watch pid files; starts take longer");
-        let pid_files = PidFiles::new().inspect_err(unwatched).ok();
+        let pid_files = PidFiles::new().inspect_err(log_failure).ok();
         let context = Arc::new(EngineContext {
             settings,
             cgroups,
@@ -100,7 +100,7 @@ impl Engine {
             events,
             metrics: Metrics::default(),
             groups: NetnsRegistry::default(),
-            log_writer_supervisor: log_keeper,
+            log_writer_supervisor,
             cgroup_primer: primer,
             own_capabilities: Capabilities::bounding_set(),
             default_sysctls: DefaultSysctls::for_this_host(),
@@ -127,7 +127,7 @@ impl Engine {
         let records_complete = engine.recover_all(records, excluded);
         engine.spawn_gc_loop(records_complete);
         engine.follow_share_pools();
-        // This driver may write the logs of tasks of an earlier plugin, whatever the settings say now.
+        // The log writer may have logs of an earlier plugin's tasks, even if the settings have changed since.
         let has_logs = engine.context().log_writer_supervisor.has_work();
         if has_logs {
             engine.context().log_writer_supervisor.ensure_in_background();
@@ -139,8 +139,8 @@ impl Engine {
     }
 }
 
-/// The launcher of shims. With crun as the default runtime, shims get a sealed copy of it: other runtimes gain nothing by
-/// that.
+/// Creates the launcher of shims. If crun is the default runtime, shims get a sealed copy of it. Other runtimes gain
+/// nothing by a sealed copy.
 async fn launcher(settings: &Settings, runtimes: &Runtimes, group: Vec<PathBuf>) -> Arc<Launcher> {
     let binary = crate::process::which(&settings.shim.binary).unwrap_or_else(|| settings.shim.binary.clone());
     let launcher = Launcher::new(
@@ -151,16 +151,19 @@ async fn launcher(settings: &Settings, runtimes: &Runtimes, group: Vec<PathBuf>)
         group,
     );
     if let Some(crun) = runtimes.default_runtime().ok().filter(|runtime| runtime.filters == FilterForm::Program) {
-        let (binary, refused) =
-            (crun.binary.clone(), |error: &std::io::Error| tracing::info!(%error, "could not seal a copy of crun"));
-        if let Ok(Ok(sealed)) = tokio::task::spawn_blocking(move || SealedCopy::of(&binary).inspect_err(refused)).await
+        let binary = crun.binary.clone();
+        let log_failure = |error: &std::io::Error| {
+            tracing::info!(%error, "could not make a sealed copy of crun; shims call crun itself");
+        };
+        if let Ok(Ok(sealed)) =
+            tokio::task::spawn_blocking(move || SealedCopy::of(&binary).inspect_err(log_failure)).await
         {
             launcher.set_sealed_runtime(sealed);
         }
     }
     let launcher = Arc::new(launcher);
-    let warning = launcher.clone();
-    tokio::spawn(async move { warning.warn_about_version().await });
+    let to_check = launcher.clone();
+    tokio::spawn(async move { to_check.warn_about_version().await });
     launcher
 }
 
@@ -180,16 +183,17 @@ fn prune_pinned_runtimes(places: &Places, runtimes: &Runtimes, records: &Records
     }
 }
 
-/// The primer of the kernel's cgroup lock, where the operator wants it and it is of use.
+/// Starts the primer of the kernel's cgroup lock. `None` if the operator has disabled the primer, if starts don't need
+/// it (cgroup version 2), or if it can't be started.
 fn cgroup_primer(mode: PrimingMode, cgroups: &Cgroups) -> Option<CgroupLockPrimer> {
     match mode {
         PrimingMode::Starts if cgroups.mode() == CgroupMode::V2 => None,
         PrimingMode::Never => None,
-        keep => {
-            let refused = |error: &std::io::Error| {
+        mode => {
+            let log_failure = |error: &std::io::Error| {
                 tracing::warn!(%error, "could not start the cgroup lock primer (cgroup.keep_warm)");
             };
-            CgroupLockPrimer::start(cgroups, keep).inspect_err(refused).ok()
+            CgroupLockPrimer::start(cgroups, mode).inspect_err(log_failure).ok()
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Orphans: tasks of an earlier plugin that run, and that no agent has asked this plugin for within the grace period.
 //!
-//! The operator's setting `state { orphans }` decides what happens to them: they run on, since their agent may still
-//! come back, or they are stopped and destroyed. The grace period counts only while an agent is connected, since an
-//! agent that is down can't ask for its tasks.
+//! The operator's setting `state { orphans }` decides what happens to them: they keep running, since their agent may
+//! still come back, or they are stopped and destroyed. The grace period counts only while an agent is connected, since
+//! an agent that is down can't ask for its tasks.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,10 +18,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// What happens to orphans.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum OrphanPolicy {
-    /// They run on, which is logged.
+    /// Orphans keep running, and a warning is logged.
     #[default]
     Keep,
-    /// They are stopped and destroyed.
+    /// Orphans are stopped and destroyed.
     End,
 }
 
@@ -41,7 +41,7 @@ impl Engine {
         match why {
             Some(why) => {
                 for (id, _) in orphans.iter().filter(|(_, task)| !dry_run && task.is_first_warning()) {
-                    tracing::warn!(task = %id, why, "no agent has asked for a running task; it runs on");
+                    tracing::warn!(task = %id, why, "no agent has asked for a running task; it keeps running");
                 }
                 orphans.iter().map(|(id, _)| Garbage::kept("task", &id.0, why)).collect()
             }
@@ -66,7 +66,7 @@ impl Engine {
             Err(error) => Err(error),
         };
         match outcome {
-            // A task that is no longer found was destroyed meanwhile, by an agent that starts it anew.
+            // A task that is no longer found was destroyed meanwhile, by a StartTask for a new attempt.
             Ok(()) | Err(TaskError::NotFound(_)) => Ok(()),
             Err(error) => {
                 task.release_from_gc();

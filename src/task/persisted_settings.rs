@@ -36,7 +36,7 @@ struct PersistedRuntime {
 impl PersistedSettings {
     /// Extracts the part of the settings that is saved.
     pub fn of(settings: &Settings) -> Self {
-        let kept = |runtime: &RuntimeSettings| PersistedRuntime {
+        let persisted = |runtime: &RuntimeSettings| PersistedRuntime {
             binary: runtime.binary.clone(),
             shim: runtime.shim.as_ref().map(|shim| shim.program.clone()),
             config: runtime.shim.as_ref().and_then(|shim| shim.config.clone()),
@@ -48,7 +48,7 @@ impl PersistedSettings {
             namespace: settings.containerd.namespace.clone(),
             snapshotter: settings.containerd.snapshotter.clone(),
             shim: settings.shim.binary.clone(),
-            runtimes: settings.runtimes.iter().map(|(name, runtime)| (name.clone(), kept(runtime))).collect(),
+            runtimes: settings.runtimes.iter().map(|(name, runtime)| (name.clone(), persisted(runtime))).collect(),
         }
     }
 
@@ -60,8 +60,8 @@ impl PersistedSettings {
         write_atomically(&places.kept_settings(), &serde_json::to_vec(self)?, 0o600)
     }
 
-    /// Reads the settings that the last plugin of this run directory has saved. `None` if no plugin did, since earlier
-    /// versions do not.
+    /// Reads the settings that the last plugin of this run directory has saved. `None` if there are none, as after a
+    /// plugin of an earlier version.
     ///
     /// # Errors
     /// When the file can't be read.
@@ -70,12 +70,12 @@ impl PersistedSettings {
         text.map(|text| serde_json::from_slice(&text).map_err(Into::into)).transpose()
     }
 
-    /// Returns these settings, with the saved ones in place of their own.
+    /// Returns `settings` with the saved values in place of its own.
     pub fn apply(self, settings: Settings) -> Settings {
-        let runtime = |kept: PersistedRuntime| RuntimeSettings {
-            binary: kept.binary,
-            shim: kept.shim.map(|program| OwnShim { program, config: kept.config }),
-            gvisor: kept.gvisor.then(GvisorSettings::default),
+        let runtime = |saved: PersistedRuntime| RuntimeSettings {
+            binary: saved.binary,
+            shim: saved.shim.map(|program| OwnShim { program, config: saved.config }),
+            gvisor: saved.gvisor.then(GvisorSettings::default),
         };
         let mut shim = settings.shim;
         shim.binary = self.shim;
@@ -87,7 +87,7 @@ impl PersistedSettings {
                 snapshotter: self.snapshotter,
             },
             shim,
-            runtimes: self.runtimes.into_iter().map(|(name, kept)| (name, runtime(kept))).collect(),
+            runtimes: self.runtimes.into_iter().map(|(name, saved)| (name, runtime(saved))).collect(),
             ..settings
         }
     }

@@ -136,8 +136,8 @@ impl Plan<'_> {
         }
     }
 
-    /// Writes the task's record to disk, in the state "intended", and returns it.
-    pub(super) fn record(&self, context: &EngineContext, shim: &ShimId) -> Result<Record, TaskError> {
+    /// Writes the task's record to disk, in the state `intended`, and returns it.
+    pub(super) fn write_record(&self, context: &EngineContext, shim: &ShimId) -> Result<Record, TaskError> {
         let stop_signal = match self.image.config.stop_signal.as_str() {
             "" => libc::SIGTERM,
             name => signal::parse(name).unwrap_or_else(|error| {
@@ -186,7 +186,7 @@ impl Plan<'_> {
         }
     }
 
-    /// Returns the component that starts the process of the created container.
+    /// Returns which component starts the process of the created container.
     pub(super) fn started_by(&self, context: &EngineContext) -> StartedBy {
         match (&self.runtime.gvisor, &self.runtime.shim) {
             (Some(_), None) => StartedBy::Wrapper,
@@ -202,9 +202,9 @@ impl Plan<'_> {
     }
 
     /// Makes the bundle: the root file system, the task's mounts and the files. This takes a few dozen system calls on
-    /// local file systems, and half a millisecond with a prepared root file system. A handover to another thread and
-    /// back would cost more on a busy machine. If sources of mounts may be on a dead file system, the mounts are made
-    /// on a separate thread.
+    /// local file systems, and half a millisecond with a prepared root file system. So the calling thread does it: on a
+    /// busy machine, a handover to another thread and back would cost more. Only if sources of mounts may be on a dead
+    /// file system, the mounts are made on a separate thread.
     ///
     /// # Errors
     /// When something can't be made or mounted, a file system does not answer, or the task is stopped meanwhile.
@@ -241,7 +241,10 @@ impl Plan<'_> {
         let attached = context.rootfs_pool.attach(layers, &paths);
         let is_attached = matches!(attached, Ok(Some(_)));
         let pins = attached.unwrap_or_else(|error| {
-            tracing::debug!(%error, "could not attach a prepared root file system");
+            tracing::debug!(
+                error = %crate::error_chain(&error),
+                "could not attach a prepared root file system; mounting one"
+            );
             None
         });
         if !is_attached {
@@ -277,7 +280,7 @@ impl Plan<'_> {
         let flavor = settings.name.flavor();
         let own = &context.own_capabilities;
         let (privilege, base) = if options.privileged {
-            // gVisor passes none of the host's devices on, not even to a privileged task.
+            // A privileged task in a sandbox gets only the devices that it names, since gVisor emulates `/dev`.
             let devices = if self.runtime.gvisor.is_some() { Vec::new() } else { devices::host_devices()? };
             (Privilege::Privileged { devices }, own.clone())
         } else {
@@ -355,7 +358,7 @@ impl Plan<'_> {
     ) -> Result<Option<Filter>, TaskError> {
         let settings = &context.settings;
         let options = &self.request.options;
-        let made = |source| {
+        let compile = |source| {
             Ok(Some(
                 context.seccomp_filters.get(source, capabilities, self.runtime.filters).map_err(RootfsError::from)?,
             ))
@@ -364,9 +367,9 @@ impl Plan<'_> {
             (SeccompRequest::Off, _) => return Ok(None),
             (SeccompRequest::Unset, _) if options.privileged => return Ok(None),
             (SeccompRequest::Unset, SeccompDefault::Unconfined) => return Ok(None),
-            // docker's filter protects the host's kernel, which a task in a sandbox does not reach; gVisor's own kernel
-            // would merely run the filter for each system call. A filter that the job or the operator names applies in
-            // the sandbox, too.
+            // docker's filter protects the host's kernel, which a task in a sandbox does not reach. gVisor's own kernel
+            // would only spend time on the filter at each system call. A filter that the job or the operator names
+            // applies in the sandbox, too.
             (SeccompRequest::Unset, SeccompDefault::Default) if self.runtime.gvisor.is_some() => return Ok(None),
             (SeccompRequest::File(path), _) => {
                 let dirs = AllocDirs { alloc: &self.request.alloc_dir, task: &self.request.name };
@@ -378,20 +381,22 @@ impl Plan<'_> {
                     &settings.security.allow_paths,
                 )?;
                 let text = read_seccomp_profile(&format!("/proc/self/fd/{}", opened.as_raw_fd()), path)?;
-                return made(seccomp::ProfileSource::File { path: Path::new(path), text: &text });
+                return compile(seccomp::ProfileSource::File { path: Path::new(path), text: &text });
             }
             (SeccompRequest::On | SeccompRequest::Unset, operators) => operators,
         };
         // The driver's AppArmor profile denies sockets of the forbidden address families, whichever system call opens
         // them.
         let has_own_profile = self.apparmor.as_ref() == Some(context.apparmor.name());
-        let multiplexer = if has_own_profile { SocketcallPolicy::Allowed } else { settings.security.multiplexer };
+        let socketcall = if has_own_profile { SocketcallPolicy::Allowed } else { settings.security.socketcall };
         match operators {
             SeccompDefault::File(path) => {
                 let shown = path.to_string_lossy();
-                made(seccomp::ProfileSource::File { path, text: &read_seccomp_profile(&shown, &shown)? })
+                compile(seccomp::ProfileSource::File { path, text: &read_seccomp_profile(&shown, &shown)? })
             }
-            SeccompDefault::Default | SeccompDefault::Unconfined => made(seccomp::ProfileSource::Default(multiplexer)),
+            SeccompDefault::Default | SeccompDefault::Unconfined => {
+                compile(seccomp::ProfileSource::Default(socketcall))
+            }
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What a start has to clear away first: the same start made by an earlier plugin, earlier attempts of the task, and
-//! their remains.
+//! What happens before a start: a task that an earlier plugin has started for the same request is reused, and earlier
+//! attempts of the task and their remains are destroyed.
 
 use std::time::Duration;
 
@@ -28,16 +28,17 @@ impl Engine {
     /// Returns the handle of a task that an earlier plugin has started for this same request. If a plugin dies before
     /// its answer to StartTask reaches Nomad, Nomad repeats the call with the same task id, and the task runs already.
     /// If that task was being stopped, or it is not known how it ended, it is destroyed instead, and the caller starts
-    /// it anew.
+    /// it again.
     pub(super) async fn reuse_earlier_start(&self, request: &StartRequest) -> Option<TaskHandle> {
         let id = &request.task_id;
         let task = self.wait_for_recovery(id).await?;
-        let sound = task.unrecoverable_reason.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
+        let is_reusable =
+            task.unrecoverable_reason.is_none() && !matches!(task.record().state, RecordState::Stopping { .. });
         let confirmation = task.confirm();
         if confirmation == Confirmation::Again {
             return None;
         }
-        if sound && confirmation == Confirmation::First {
+        if is_reusable && confirmation == Confirmation::First {
             tracing::warn!(task = %id, "an earlier plugin has already started this task; keeping it");
             return Some(task.handle());
         }
@@ -49,8 +50,8 @@ impl Engine {
         None
     }
 
-    /// Destroys all earlier attempts of the task. A new attempt means that Nomad no longer needs the old ones: it gave
-    /// up on them, or died before it got the answer to their start. The logs of the attempts are one stream; the
+    /// Destroys all earlier attempts of the task. A new attempt means that Nomad no longer needs the old ones: it has
+    /// given them up, or it died before it got the answer to their start. The logs of the attempts are one stream; the
     /// returned FIFOs keep that stream open.
     pub(super) async fn destroy_previous_attempts(
         &self,
@@ -63,7 +64,10 @@ impl Engine {
         let previous: Vec<TaskId> =
             self.tasks().values().filter_map(Slot::record).filter(same).map(|record| record.intent.task_id).collect();
         for old in previous {
-            tracing::warn!(task = %old, new = %request.task_id, "destroying an attempt that Nomad never destroyed");
+            tracing::warn!(
+                task = %old, new = %request.task_id,
+                "destroying an earlier attempt that Nomad did not destroy"
+            );
             parked = Some(park());
             match self.destroy(&old, Force::Yes).await {
                 // Another call, most likely DestroyTask of the old agent, has destroyed the task meanwhile.
@@ -97,7 +101,7 @@ impl Engine {
     ) {
         let engine = self.clone();
         tokio::spawn(catch_panic("destroying the earlier attempts of a stopped start", async move {
-            let _turn = attempt_lock.await;
+            let _attempt_lock = attempt_lock.await;
             if let Err(error) = engine.destroy_previous_attempts(&request, &CancellationToken::new()).await {
                 tracing::warn!(
                     task = %request.task_id, error = %crate::error_chain(&error),
@@ -117,7 +121,7 @@ impl Engine {
         self.context().teardown_requested.notify_waiters();
         loop {
             let mut finished = std::pin::pin!(self.context().teardown_finished.notified());
-            // Registered before the check, so that a teardown that finishes during the check is not missed.
+            // The wait is registered before the check, so that a teardown that finishes during the check is not missed.
             finished.as_mut().enable();
             if let Some(outcome) = self.destroy_pending(id).await {
                 return outcome;

@@ -28,7 +28,7 @@ const FORMAT_VERSION: u32 = 2;
 
 /// A task record could not be read, written or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("task record: {doing} {path}")]
+#[error("could not {doing} the task record {path}")]
 pub struct RecordError {
     doing: &'static str,
     path: PathBuf,
@@ -154,7 +154,7 @@ pub struct ExitRecord {
 /// The handle of a task, which Nomad stores and gives back to `RecoverTask` (its `driver_state`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskHandle {
-    /// The task as it was when it had been started. By this the task is found if its record was lost or torn.
+    /// The task's record when the task had been started. It stands in for a record on disk that was lost or torn.
     pub record: Record,
 }
 
@@ -277,7 +277,7 @@ impl Record {
 enum ReadFailure {
     /// The record was removed meanwhile.
     Gone,
-    /// There is no descriptor or memory to read the record with. That says nothing about the record.
+    /// The process lacks descriptors or memory to read the record. That says nothing about the record.
     Transient(io::Error),
     /// The record is torn or of another version, or the file system can't read it.
     Invalid(String),
@@ -292,12 +292,11 @@ pub struct Records {
     pub unreadable: Vec<PathBuf>,
 }
 
-/// Reads all records of a directory. A record that is torn is renamed to `.bad` and logged; the others are read all the
-/// same.
+/// Reads all records of a directory. A record that is torn is logged and renamed to `.bad`. Drafts are removed.
 ///
 /// # Errors
-/// When the directory or one of the records can't be read at the moment, or the kernel's boot id can't be read. Without
-/// them the caller must not draw any conclusion from the records.
+/// When the directory or one of the records can't be read at the moment, or the kernel's boot id can't be read. The
+/// caller must then not conclude anything from the records that are missing.
 pub(crate) fn load_all(directory: &Path) -> Result<Records, RecordError> {
     boot_id()?;
     let mut records = read_all(directory)?;
@@ -413,8 +412,8 @@ mod tests {
             fs::write(directory.path().join(name), text).expect("written");
         }
         fs::write(directory.path().join("cut.tmp"), "{").expect("written");
-        let looked = read_all(directory.path()).expect("read");
-        assert_eq!((looked.readable, looked.unreadable.len()), (vec![record.clone()], 3));
+        let listed = read_all(directory.path()).expect("read");
+        assert_eq!((listed.readable, listed.unreadable.len()), (vec![record.clone()], 3));
         assert!(directory.path().join("torn.json").exists(), "read_all changes nothing");
         let records = load_all(directory.path()).expect("read");
         assert_eq!((records.readable, records.unreadable.len()), (vec![record.clone()], 3));
@@ -478,7 +477,8 @@ mod tests {
         }
     }
 
-    /// A record as an earlier version has written it, with each state that it may end with. Its bytes stay what they are.
+    /// A record as an earlier version has written it, with each state that it may end with. Its bytes stay what they
+    /// are.
     #[test]
     fn records_of_earlier_versions_are_read_and_written_alike() {
         let text = include_str!("../../tests/samples/record-v2.json");

@@ -34,7 +34,7 @@ use crate::{
 /// How many tasks are recovered at a time. A StartTask that comes meanwhile runs concurrently with these, and does not
 /// wait for the recovery of all tasks of the node.
 pub(super) const CONCURRENT_RECOVERIES_MAX: usize = 4;
-/// How long a recovery keeps its permit. A recovery that takes longer, for example because a shim hangs, goes on
+/// How long a recovery keeps its permit. A recovery that takes longer, for example because a shim hangs, continues
 /// without one.
 const RECOVERY_PERMIT_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the search for a task's shim is retried when the search itself fails.
@@ -43,21 +43,20 @@ const SHIM_SEARCH_TIMEOUT: Duration = Duration::from_secs(60);
 const SHIM_SEARCH_INTERVAL: Duration = Duration::from_millis(500);
 
 impl Engine {
-    /// Begins the recovery of all recorded tasks, and the teardown of those whose start or teardown an earlier plugin
-    /// did not complete: Nomad never got an answer to such a start, and no longer needs such a task. The recovered
-    /// tasks wait for `RecoverTask`. The containers in `left_alone` are not touched. All of this runs in the
-    /// background, because Nomad waits for `Init` without a deadline. Returns true if every container has a readable
-    /// record.
-    pub(super) fn recover_all(&self, records: Records, left_alone: &HashSet<ContainerId>) -> bool {
+    /// Begins the recovery of all recorded tasks. Tasks whose start or teardown an earlier plugin did not complete are
+    /// torn down: Nomad has no answer to the start, or no longer needs the task. The recovered tasks wait for
+    /// `RecoverTask`. The containers in `excluded` are not touched. All of this runs in the background, because Nomad
+    /// waits for `Init` without a deadline. Returns true if every container has a readable record.
+    pub(super) fn recover_all(&self, records: Records, excluded: &HashSet<ContainerId>) -> bool {
         let all_recorded = self.adopt_idle_shims(&records);
-        let (alone, ours): (Vec<Record>, Vec<Record>) =
-            records.readable.into_iter().partition(|record| left_alone.contains(&record.intent.container_id));
-        // These holds come first: a teardown below must not end a shim that such a task shares.
-        let held = alone
+        let (left_alone, to_recover): (Vec<Record>, Vec<Record>) =
+            records.readable.into_iter().partition(|record| excluded.contains(&record.intent.container_id));
+        // The holds are taken first: a teardown below must not end a shim that an excluded task shares.
+        let held = left_alone
             .into_iter()
             .map(|record| (record.clone(), self.context().pool.launcher().acquire(&record.intent.shim)));
         self.left_alone().extend(held);
-        for record in ours {
+        for record in to_recover {
             let why = match &record.state {
                 _ if !record.is_current() => Some("the host was restarted since the task was started"),
                 RecordState::Intended => Some("an earlier plugin had only begun to start it"),
@@ -72,9 +71,10 @@ impl Engine {
                         "removing the remains of a task of an earlier plugin"
                     );
                     if record.state == RecordState::Intended {
-                        let held =
+                        let parked =
                             ParkedFifos::new(&record.intent.alloc_dir, &record.intent.stdout, &record.intent.stderr);
-                        self.parked_fifos().insert((record.intent.alloc_id.clone(), record.intent.name.clone()), held);
+                        self.parked_fifos()
+                            .insert((record.intent.alloc_id.clone(), record.intent.name.clone()), parked);
                     }
                     self.teardown_in_background(record);
                 }
@@ -90,7 +90,7 @@ impl Engine {
         self.context().groups.register_recovered(&record);
         self.context().queue_teardown(record);
         tokio::spawn(async move {
-            let _turn = attempt_lock.lock().await;
+            let _attempt_lock = attempt_lock.lock().await;
             if let Some(Err(error)) = engine.destroy_pending(&id).await {
                 tracing::error!(
                     task = %id, error = %crate::error_chain(&error),
@@ -101,8 +101,8 @@ impl Engine {
     }
 
     /// Adopts the unrecorded shims of an earlier plugin into the pool, since they were idle. If a record was lost, one
-    /// of them may hold the container of that task. Then they are asked to exit instead, which a shim with a container
-    /// refuses. Returns true if every container has a readable record.
+    /// of these shims may hold the container of the lost record's task. Then the shims are asked to exit instead, which
+    /// a shim with a container does not do. Returns true if every container has a readable record.
     fn adopt_idle_shims(&self, records: &Records) -> bool {
         let places = &self.context().settings.places;
         let named: HashSet<&ShimId> = records.readable.iter().map(|record| &record.intent.shim).collect();
@@ -113,7 +113,10 @@ impl Engine {
             Err(error) => {
                 // The garbage collection looks for these shims again, and ends those that are idle.
                 let error = crate::error_chain(&error);
-                tracing::error!(error, "no idle shim of an earlier plugin is adopted: each may hold a container");
+                tracing::error!(
+                    error,
+                    "could not list the containers and shims of an earlier plugin; none of its idle shims is adopted"
+                );
                 return false;
             }
         };
@@ -150,29 +153,29 @@ impl Engine {
     /// Recovers a task in the background. Calls for the task wait until its recovery has ended.
     fn begin_recovery(&self, record: Record) {
         self.context().groups.register_recovered(&record);
-        let (tell, done) = watch::channel(());
+        let (done_sender, done) = watch::channel(());
         let id = record.intent.task_id.clone();
         self.tasks().insert(id.clone(), Slot::Recovering { record: Box::new(record.clone()), done });
         let engine = self.clone();
-        // The shim is held from here on, so that it does not look unshared to another of its tasks before the
-        // connection is made.
-        let held = self.context().pool.launcher().acquire(&record.intent.shim);
+        // The hold is taken before the connection is made. Otherwise the shim would look unshared to another of its
+        // tasks.
+        let hold = self.context().pool.launcher().acquire(&record.intent.shim);
         tokio::spawn(async move {
             let recovered =
                 with_recovery_permit(&engine.0.recovery_permits, Box::pin(engine.recover_catching_panics(&record)))
                     .await;
             let Some(task) = recovered else {
                 engine.tasks().remove(&id);
-                drop((held, tell));
+                drop((hold, done_sender));
                 return;
             };
-            drop(held);
+            drop(hold);
             engine.tasks().insert(id.clone(), Slot::Task(task.clone()));
             tokio::spawn(watch_exit(engine.context().clone(), task.clone()));
             if let RecordState::Stopping { deadline, .. } = task.record().state {
                 tokio::spawn(engine.complete_stop(id, task, deadline));
             }
-            drop(tell);
+            drop(done_sender);
         });
     }
 
@@ -203,7 +206,7 @@ impl Engine {
         if let RecordState::Exited(known) = &record.state {
             run.started_at = known.started_at;
         }
-        let (exit, lost) = find_exit(context, &record, &shim, run.started_at).await;
+        let (exit, unrecoverable_reason) = find_exit(context, &record, &shim, run.started_at).await;
         if exit.is_none()
             && let (Adoption::Alive(alive), Some(client)) = (&shim, shim.client())
         {
@@ -216,14 +219,14 @@ impl Engine {
             sources::unmount_after_recovery(context, &record);
         }
         let before = record.state.clone();
-        if let (Some(exit), None) = (&exit, &lost) {
+        if let (Some(exit), None) = (&exit, &unrecoverable_reason) {
             record.state = RecordState::Exited(exit.clone());
         }
         let state_changed = record.state != before;
-        // The earlier plugin may have died before it could write this down.
+        // The earlier plugin may have died before it marked the log as started.
         saving::mark_log_started(context, &record);
         tracing::info!(
-            task = %record.intent.task_id, pid = run.process.pid, lost,
+            task = %record.intent.task_id, pid = run.process.pid, problem = unrecoverable_reason,
             "took over a task of an earlier plugin"
         );
         let image = context.images.by_name(&record.intent.image);
@@ -234,7 +237,7 @@ impl Engine {
             run,
             phases: Phases::default(),
             exit,
-            unrecoverable_reason: lost,
+            unrecoverable_reason,
             confirmed: false,
             image,
             log,
@@ -341,8 +344,8 @@ async fn find_shim_with_retries(context: &EngineContext, record: &Record) -> Ado
     }
 }
 
-/// Finds out how a task that was started at `started_at` has ended, `None` if it runs, and why its own exit code is not
-/// known, if it is not.
+/// Finds out how a task that was started at `started_at` has ended; `None` if it runs. The second value is the reason
+/// why the task's own exit code is not known, if it is not.
 async fn find_exit(
     context: &EngineContext,
     record: &Record,
@@ -353,7 +356,7 @@ async fn find_exit(
         let code = if failpoint::skip("recovered-exit") { 0 } else { known.code };
         return (Some(ExitRecord { code, ..known.clone() }), None);
     }
-    // Read before the container of a dead shim is deleted, since its cgroup is deleted with it.
+    // The OOM kills are read before the container of a dead shim is deleted, since its cgroup is deleted with it.
     let oom_killed = has_oom_kill(context, record);
     let ended = |code, error| {
         let at = epoch_millis(SystemTime::now());
@@ -366,11 +369,11 @@ async fn find_exit(
     }
 }
 
-/// Finds out what became of a task that was last known to run. Returns `None` if its shim still has it, and its exit
-/// code if that is still known.
+/// Finds out whether a task that was last known to run still runs. Returns `None` if its shim still has it, and
+/// otherwise its exit code.
 ///
 /// # Errors
-/// Why the exit code is not known.
+/// The reason why the exit code is not known.
 async fn probe_task(context: &EngineContext, record: &Record, shim: &Adoption) -> Result<Option<i32>, String> {
     let id = record.intent.container_id.as_str();
     match shim {
@@ -407,11 +410,11 @@ mod tests {
 
     #[tokio::test]
     async fn concurrent_recoveries_are_limited_and_a_hung_one_blocks_no_other() {
-        let (recoveries, at_work, most) = (Semaphore::new(2), AtomicUsize::new(0), AtomicUsize::new(0));
+        let (recoveries, running, most) = (Semaphore::new(2), AtomicUsize::new(0), AtomicUsize::new(0));
         let quick = async || {
-            most.fetch_max(at_work.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(10)).await;
-            at_work.fetch_sub(1, Ordering::SeqCst);
+            running.fetch_sub(1, Ordering::SeqCst);
         };
         let hung = join_all((0..2).map(|_| with_recovery_permit(&recoveries, std::future::pending::<()>())));
         let others = join_all((0..20).map(|_| with_recovery_permit(&recoveries, quick())));

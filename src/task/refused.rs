@@ -93,7 +93,7 @@ pub(super) async fn end_despite_refusal(
 /// Kills a shim that has no other task, with all processes that it has called, and deletes the container that it
 /// leaves.
 async fn end_with_shim(context: &EngineContext, record: &Record, shim: &Shim) -> Result<ContainerEnd, TaskError> {
-    let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
+    let failed = |source| TaskError::Shim { doing: "delete the container without its shim", source };
     let called = interrupt::open_descendants(shim.pid()).unwrap_or_else(|error| {
         tracing::warn!(
             task = %record.intent.task_id, %error,
@@ -110,7 +110,7 @@ async fn end_with_shim(context: &EngineContext, record: &Record, shim: &Shim) ->
     Ok(ContainerEnd::Otherwise)
 }
 
-/// Does the container's process live? `None` when the shim does not hold the container.
+/// Says whether the container's process lives. `None` if the shim does not have the container.
 async fn is_alive(client: &Client, id: &str) -> Result<Option<bool>, ShimError> {
     match client.is_alive(id).await {
         Ok(alive) => Ok(Some(alive)),

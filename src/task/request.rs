@@ -99,7 +99,8 @@ pub struct JobLimits {
 /// The seccomp filter that a job asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SeccompRequest {
-    /// The option is not set: the operator's filter, and no filter for a privileged task.
+    /// The option is not set. The operator's filter applies, but none to privileged tasks, and docker's profile not to
+    /// tasks in a gVisor sandbox.
     Unset,
     /// No filter.
     Off,

@@ -16,7 +16,7 @@ use crate::{gvisor, ids::ContainerId, places::Places, process::async_command};
 /// How long a call of runsc may take. A query to a sandbox takes 20 ms.
 const RUNSC_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is needed to find a process again that was exec'd in a sandbox.
+/// The files by which a process that was exec'd in a sandbox is found again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SandboxExec {
     /// The file in which the shim has written the path of the program that it calls as runsc.
@@ -44,16 +44,16 @@ impl SandboxExec {
         }
     }
 
-    /// Kills the process and its descendants in the sandbox. Failures are left to the shim, which kills the process as
-    /// well.
+    /// Kills the process and its descendants in the sandbox. A failure is not reported, because the caller has the shim
+    /// kill the process as well.
     pub(super) async fn kill(&self, container: &ContainerId) {
         let Some(pid) = fs::read_to_string(&self.pid_file).ok().and_then(|text| text.trim().parse().ok()) else {
             return;
         };
         let listed = self.run_runsc(&["ps", "--format=json", container.as_str()]).await;
         let all: Vec<ListedProcess> = listed.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
-        for member in with_descendants(pid, &all) {
-            let pid = format!("--pid={member}");
+        for pid in with_descendants(pid, &all) {
+            let pid = format!("--pid={pid}");
             self.run_runsc(&["kill", &pid, container.as_str(), "KILL"]).await;
         }
     }
@@ -65,16 +65,16 @@ impl SandboxExec {
     }
 
     /// Runs runsc and returns its output. `None` if runsc fails, which it does for a sandbox that has ended.
-    async fn run_runsc(&self, words: &[&str]) -> Option<String> {
+    async fn run_runsc(&self, args: &[&str]) -> Option<String> {
         let program = fs::read_to_string(&self.program).ok()?;
         let mut command = async_command(Path::new(program.trim()));
-        command.arg("--root").arg(&self.root).args(words).stdin(Stdio::null()).kill_on_drop(true);
+        command.arg("--root").arg(&self.root).args(args).stdin(Stdio::null()).kill_on_drop(true);
         let output = tokio::time::timeout(RUNSC_TIMEOUT, command.output()).await.ok()?;
         let output = output.inspect_err(|error| tracing::warn!(%error, program, "could not run runsc")).ok()?;
         if output.status.success() {
             return Some(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        tracing::debug!(said = %String::from_utf8_lossy(&output.stderr).trim(), "runsc {words:?} failed");
+        tracing::debug!(?args, stderr = %String::from_utf8_lossy(&output.stderr).trim(), "a call of runsc failed");
         None
     }
 }
@@ -82,12 +82,12 @@ impl SandboxExec {
 /// Returns the pids of a process and its descendants. The process itself is the first, so that it is killed first and
 /// can't start others meanwhile.
 fn with_descendants(pid: i32, all: &[ListedProcess]) -> Vec<i32> {
-    let (mut members, mut known, mut next) = (vec![pid], BTreeSet::from([pid]), 0);
-    while let Some(&parent) = members.get(next) {
+    let (mut found, mut known, mut next) = (vec![pid], BTreeSet::from([pid]), 0);
+    while let Some(&parent) = found.get(next) {
         next += 1;
-        members.extend(all.iter().filter(|one| one.ppid == parent && known.insert(one.pid)).map(|one| one.pid));
+        found.extend(all.iter().filter(|one| one.ppid == parent && known.insert(one.pid)).map(|one| one.pid));
     }
-    members
+    found
 }
 
 #[cfg(test)]
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_family_is_a_process_and_its_descendants() {
+    fn a_process_is_listed_with_its_descendants() {
         let text = r#"[{"uid":0,"pid":1,"ppid":0},{"pid":7,"ppid":0},{"pid":8,"ppid":7},{"pid":9,"ppid":8},{"pid":10,"ppid":1}]"#;
         let all: Vec<ListedProcess> = serde_json::from_str(text).expect("a list");
         assert_eq!(with_descendants(7, &all), [7, 8, 9]);

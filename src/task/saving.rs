@@ -35,8 +35,8 @@ impl Task {
             let Some(task) = task.upgrade() else { return Ok::<_, RecordError>(()) };
             let record = task.lock_record();
             record.save_late(&context.settings.places.record(&record.intent.container_id))?;
-            // Released before the record's lock: a caller that then fails to write the next state must find this lock
-            // free, so that it starts a new retry loop.
+            // This lock is released before the record's lock: a caller that fails to write the next state must find
+            // this lock free, so that it starts a new retry loop.
             drop(save_guard.take());
             Ok(())
         };
@@ -44,8 +44,8 @@ impl Task {
     }
 }
 
-/// Writes down for the log writer that a task's shim has opened the log FIFOs, and retries that until it succeeds.
-/// Without it, the log writer would never see the end of the log.
+/// Records for the log writer that a task's shim has opened the log FIFOs, and retries that until it succeeds. Without
+/// this mark, the log writer would never see the end of the log.
 pub(super) fn mark_log_started(context: &Arc<EngineContext>, record: &Record) {
     let log = context.settings.places.log(&record.intent.container_id);
     if let Err(error) = crate::logs::mark_started(&log) {

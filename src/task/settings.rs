@@ -40,7 +40,7 @@ pub struct Settings {
     pub upper: UpperStorage,
     /// `cgroup { keep_warm }`.
     pub keep_warm: PrimingMode,
-    /// `state { grace }`: how long remains that no agent has asked for are kept.
+    /// `state { grace }`: how long the remains of tasks are kept that no agent has asked for.
     pub grace: Duration,
     /// `state { orphans }`: what happens to running tasks that no agent asks for.
     pub orphans: OrphanPolicy,
@@ -147,7 +147,7 @@ impl Settings {
             orphans,
             stats_interval,
             compute: _,
-            disable_log_collection: own_logs,
+            disable_log_collection,
             keep_images,
             pids_limit,
             hooks,
@@ -168,7 +168,7 @@ impl Settings {
             ("allow_runtimes", *allow_runtimes != other.allow_runtimes),
             ("cgroup.keep_warm", *keep_warm != other.keep_warm),
             ("stats_interval", *stats_interval != other.stats_interval),
-            ("disable_log_collection", *own_logs != other.disable_log_collection),
+            ("disable_log_collection", *disable_log_collection != other.disable_log_collection),
             ("image.keep", *keep_images != other.keep_images),
             ("pids_limit", *pids_limit != other.pids_limit),
             ("hooks", *hooks != other.hooks),
@@ -181,8 +181,8 @@ impl Settings {
         differ.into_iter().filter(|(_, differs)| *differs).map(|(option, _)| option).collect()
     }
 
-    /// Returns the settings of the runtime that a job names, or else of the default runtime. `None` if no default
-    /// runtime is configured, since it is chosen at the start then.
+    /// Returns the settings of the runtime that a job names, or else of the default runtime. `None` if the job names
+    /// none and no default runtime is configured. The default is then chosen when a task starts.
     pub fn runtime(&self, wanted: Option<&str>) -> Option<&RuntimeSettings> {
         let named = wanted.filter(|name| !RUNC_SHIM_NAMES.contains(name));
         self.runtimes.get(named.or(self.default_runtime.as_deref())?)
@@ -256,7 +256,7 @@ pub struct SecuritySettings {
     /// Whether jobs may choose another seccomp filter, or none.
     pub allow_seccomp_override: bool,
     /// `security { allow_socketcall }`: how docker's seccomp profile treats `socketcall`.
-    pub multiplexer: SocketcallPolicy,
+    pub socketcall: SocketcallPolicy,
     /// `security { apparmor }`.
     pub apparmor: AppArmorDefault,
     /// Whether jobs may choose another AppArmor profile, or none.
@@ -276,7 +276,7 @@ impl SecuritySettings {
             seccomp,
             allow_new_privileges,
             allow_seccomp_override,
-            multiplexer,
+            socketcall,
             apparmor,
             allow_apparmor_override,
         } = self;
@@ -291,7 +291,7 @@ impl SecuritySettings {
             ("security.seccomp", *seccomp != other.seccomp),
             ("security.allow_new_privileges", *allow_new_privileges != other.allow_new_privileges),
             ("security.allow_seccomp_override", *allow_seccomp_override != other.allow_seccomp_override),
-            ("security.allow_socketcall", *multiplexer != other.multiplexer),
+            ("security.allow_socketcall", *socketcall != other.socketcall),
             ("security.apparmor", *apparmor != other.apparmor),
             ("security.allow_apparmor_override", *allow_apparmor_override != other.allow_apparmor_override),
         ]

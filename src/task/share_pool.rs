@@ -11,8 +11,8 @@ use crate::{
     ids::TaskId,
 };
 
-/// How often the processors of a pool are read, which is one small file, while there are such tasks. (inotify would
-/// miss a pool that is created again.)
+/// How often the processors of the pools of running tasks are read. That is one small file for each pool. (inotify
+/// would miss a pool that is removed and created again.)
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Returns the share pool of a task that has no reserved cores, and the pool's processors at the moment.
@@ -42,19 +42,20 @@ impl Engine {
         }
         let engine = self.downgrade();
         tokio::spawn(async move {
-            let mut given: HashMap<TaskId, String> = HashMap::new();
+            let mut applied: HashMap<TaskId, String> = HashMap::new();
             loop {
                 tokio::time::sleep(POLL_INTERVAL).await;
                 let Some(inner) = engine.upgrade() else { return };
                 let engine = Self(inner);
-                catch_panic("updating the processors of share pools", async { engine.update_processors(&mut given) })
+                catch_panic("updating the processors of share pools", async { engine.update_processors(&mut applied) })
                     .await;
             }
         });
     }
 
-    /// Sets the processors of all tasks whose share pool has changed.
-    fn update_processors(&self, given: &mut HashMap<TaskId, String>) {
+    /// Sets the processors of all tasks whose share pool has changed. `applied` has the processors that were last set
+    /// for each task.
+    fn update_processors(&self, applied: &mut HashMap<TaskId, String>) {
         let running = self.started_tasks().into_iter().filter(|(_, task)| !task.has_ended());
         let in_pools: Vec<(TaskId, SharePool, CgroupPath)> = running
             .filter_map(|(id, task)| {
@@ -63,19 +64,19 @@ impl Engine {
             })
             .collect();
         let ids: HashSet<&TaskId> = in_pools.iter().map(|(id, ..)| id).collect();
-        given.retain(|id, _| ids.contains(id));
+        applied.retain(|id, _| ids.contains(id));
         let pools: HashSet<&SharePool> = in_pools.iter().map(|(_, pool, _)| pool).collect();
         // Nomad's client may be creating a pool at the moment. Until it can be read, its tasks keep their processors.
-        let now: HashMap<&SharePool, String> =
+        let current: HashMap<&SharePool, String> =
             pools.into_iter().filter_map(|pool| Some((pool, pool.cpus().ok()?))).collect();
         for (id, pool, cgroup) in &in_pools {
-            let Some(cpus) = now.get(pool).filter(|cpus| given.get(id) != Some(cpus)) else { continue };
+            let Some(cpus) = current.get(pool).filter(|cpus| applied.get(id) != Some(cpus)) else { continue };
             match self.context().cgroups.set_cpus(cgroup, cpus) {
-                Ok(()) => drop(given.insert(id.clone(), cpus.clone())),
-                // This is tried again with the next poll, but logged only once.
+                Ok(()) => drop(applied.insert(id.clone(), cpus.clone())),
+                // The next poll tries again. The entry in `applied` marks the failure, so that it is logged only once.
                 Err(error) => {
                     let refused = format!("not {cpus}");
-                    if given.insert(id.clone(), refused.clone()) != Some(refused) {
+                    if applied.insert(id.clone(), refused.clone()) != Some(refused) {
                         tracing::warn!(
                             task = %id,
                             cpus,

@@ -32,8 +32,8 @@ impl MountSources {
     }
 }
 
-/// Does the shim of a task need the sources for as long as the task lives? The shims of runc and gVisor do not; other
-/// shims might.
+/// Says whether the shim of a task may need the sources for as long as the task lives. The shims of runc and gVisor do
+/// not need them.
 pub(super) fn needs_sources(record: &Record) -> bool {
     record.intent.shim_program.is_some() && !record.intent.gvisor
 }
@@ -50,5 +50,8 @@ pub(super) fn unmount_after_recovery(context: &EngineContext, record: &Record) {
 
 fn log_failure(task: &TaskId, error: &dyn std::error::Error) {
     let error = crate::error_chain(error);
-    tracing::warn!(%task, error, "the sources of the task's mounts stay mounted until the task is destroyed");
+    tracing::warn!(
+        %task, error,
+        "could not unmount the sources of the task's mounts; they stay mounted until the task is destroyed"
+    );
 }

@@ -45,12 +45,13 @@ use crate::{
 pub struct Phases {
     /// From the beginning of the start until the image was available.
     pub image: Duration,
-    /// The intent record, the root file system and the bundle.
+    /// From the reservation of a shim until the bundle was complete, with the record and the root file system. A shim
+    /// that several tasks share is launched at its reservation.
     pub bundle: Duration,
     /// From the completed bundle until a shim was ready. A shim that does not come from the pool is launched while the
     /// bundle is made.
     pub shim: Duration,
-    /// Did the shim come from the pool?
+    /// Whether the shim came from the pool.
     pub pooled: bool,
     /// The shim's `Create`.
     pub create: Duration,
@@ -124,16 +125,16 @@ pub(crate) async fn start(
     };
     let container_id = ContainerId::derive(request.alloc_id.as_str(), &request.name, &request.task_id);
     let network = plan::network_namespace(request);
-    let names = NetworkFiles::of(request, &network, &container_id, context.settings.name.flavor())?;
-    let hostname = names.hostname.clone();
-    let mut mounts = task_mounts::open(context, request, names, stop).await?;
+    let network_files = NetworkFiles::of(request, &network, &container_id, context.settings.name.flavor())?;
+    let hostname = network_files.hostname.clone();
+    let mut mounts = task_mounts::open(context, request, network_files, stop).await?;
     let devices = plan::devices(context, request)?;
     label_volumes(request).await?;
     let runtime = tokio::select! {
         ready = runtime.prepare(&network, &context.settings.hooks) => ready?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
-    let image = self::ensure_image(context, request, stop).await?;
+    let image = ensure_image(context, request, stop).await?;
     failpoint::kill_at("start.image");
     task_mounts::add_volumes(&mut mounts, &image, task_mounts::sys_targets(context, request));
     let mounts = Arc::new(mounts);
@@ -153,7 +154,7 @@ pub(crate) async fn start(
                 "the image's layers are gone from containerd's store; pulling the image again"
             );
             context.images.discard_stale(&plan.image);
-            plan.image = self::ensure_image(context, request, stop).await?;
+            plan.image = ensure_image(context, request, stop).await?;
             create_task(context, &plan, began, stop).await
         }
         other => other,
@@ -168,10 +169,11 @@ async fn label_volumes(request: &StartRequest) -> Result<(), TaskError> {
     if labelled.is_empty() || request.options.privileged || !selinux::is_enabled() {
         return Ok(());
     }
-    let task = request.task_id.0.bytes().fold(0_u64, |number, byte| number.wrapping_mul(31).wrapping_add(byte.into()));
+    // Private labels differ from task to task, so they are derived from a hash of the task's id.
+    let task_hash = request.task_id.0.bytes().fold(0_u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
     let label = move || {
         for (path, kind) in labelled {
-            selinux::relabel(&path, kind, task).map_err(|source| RootfsError::Label { path, source })?;
+            selinux::relabel(&path, kind, task_hash).map_err(|source| RootfsError::Label { path, source })?;
         }
         Ok(())
     };
@@ -252,7 +254,7 @@ async fn reserve_shim(
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
     };
     failpoint::kill_at("start.shim");
-    match plan.record(context, reserved.id()) {
+    match plan.write_record(context, reserved.id()) {
         Ok(record) => Ok((reserved, record)),
         Err(error) => {
             if let ReservedShim::Running(shim) = reserved {
@@ -263,8 +265,8 @@ async fn reserve_shim(
     }
 }
 
-/// Registers the task with its group's network namespace, and returns the task's output: what the log collector reads, or
-/// else FIFOs of the log writer, which are created here.
+/// Registers the task with its group's network namespace, and returns the task's output streams: those that the log
+/// collector reads, or else FIFOs of the log writer, which are created here.
 async fn join_group_and_logs(
     context: &Arc<EngineContext>,
     plan: &Plan<'_>,
@@ -337,8 +339,8 @@ async fn create_task(
         }
         (Ok(sources), Ok(shim)) => {
             failpoint::kill_at("start.bundle");
-            let parts = CreateInputs { began, priming, shim: &shim, stdio: &stdio };
-            let running = Box::pin(create_and_start(context, plan, parts, &mut record, &mut phases));
+            let inputs = CreateInputs { began, priming, shim: &shim, stdio: &stdio };
+            let running = Box::pin(create_and_start(context, plan, inputs, &mut record, &mut phases));
             match interrupt::run_until_stopped(running, stop, plan, &shim).await {
                 Ok(run) => {
                     phases.total = began.elapsed();
@@ -353,7 +355,7 @@ async fn create_task(
     };
     undo_failed_start(context, &record, shim).await;
     start_guard.disarm();
-    // Dropped only now, because a late shim may still open the FIFOs by the numbers of these descriptors.
+    // The descriptors are closed only now, because a shim that is late may still open the FIFOs by their numbers.
     drop(stdio);
     Err(error)
 }
@@ -375,9 +377,9 @@ fn explain_if_unmounted(context: &EngineContext, plan: &Plan<'_>, error: TaskErr
 
 /// Undoes a failed start. What can't be undone is retried in the background.
 async fn undo_failed_start(context: &Arc<EngineContext>, record: &Record, shim: Adoption) {
-    if let Err(left) = undo_or_retry(TeardownGuard::new(context, record), shim).await {
+    if let Err(error) = undo_or_retry(TeardownGuard::new(context, record), shim).await {
         tracing::error!(
-            task = %record.intent.task_id, error = %crate::error_chain(&left),
+            task = %record.intent.task_id, error = %crate::error_chain(&error),
             "could not undo a failed start completely; the driver retries in the background"
         );
     }
@@ -424,7 +426,7 @@ fn shim_error(source: ShimError) -> TaskError {
     TaskError::Shim { doing: "get a shim", source }
 }
 
-/// What [`create_and_start`] needs besides the plan.
+/// The arguments of [`create_and_start`] in addition to the plan.
 struct CreateInputs<'a> {
     began: Instant,
     priming: Option<Priming>,
@@ -432,8 +434,8 @@ struct CreateInputs<'a> {
     stdio: &'a stdio::Stdio,
 }
 
-/// Starts the process of a container that was created, unless the shim is to start it. Returns whether the process is
-/// started. If it is not, the shim's Start is called.
+/// Starts the process of a container that was created, unless the shim is to start it. Returns whether the process was
+/// started. If it was not, the caller calls the shim's Start.
 async fn start_without_shim(started_by: StartedBy, state: &Path, process: &ProcessId) -> bool {
     match started_by {
         StartedBy::Driver => {
@@ -451,11 +453,11 @@ async fn start_without_shim(started_by: StartedBy, state: &Path, process: &Proce
 async fn create_and_start(
     context: &Arc<EngineContext>,
     plan: &Plan<'_>,
-    parts: CreateInputs<'_>,
+    inputs: CreateInputs<'_>,
     record: &mut Record,
     phases: &mut Phases,
 ) -> Result<RunRecord, TaskError> {
-    let CreateInputs { began, priming: warm, shim, stdio } = parts;
+    let CreateInputs { began, priming, shim, stdio } = inputs;
     let places = &context.settings.places;
     let bundle = places.bundle(&plan.container_id);
 
@@ -491,9 +493,9 @@ async fn create_and_start(
         pid = PidFile::wait(pid_file) => (pid, false),
     };
     // The container's process is in its cgroup by now.
-    drop(warm);
-    // The process waits for its start now, so that its start time can be read. For a process that has ended already,
-    // the start time 0 matches no other process that gets the same pid.
+    drop(priming);
+    // The process exists and waits to be started, so its start time can be read. If the process has ended already, the
+    // start time 0 is recorded, which no later process with the same pid has.
     let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
     let state = places.runtime_state(&plan.runtime.name, &record.intent.namespace).join(id);

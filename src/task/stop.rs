@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{failpoint, ids::TaskId, shim::SignalTarget};
 
-/// `DestroyTask`'s flag.
+/// The flag `force` of `DestroyTask`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Force {
     /// A running task is killed first.
@@ -149,12 +149,13 @@ impl Engine {
             failpoint::kill_at("destroy.killed");
         }
         let Some(shim) = shim.take() else { return Err(TaskError::NotFound(id.clone())) };
-        // From here on the task is a pending teardown, so that it leaves the map however the teardown ends.
-        let _forgotten = RemoveOnDrop { engine: self, id };
+        // From here on the task is a pending teardown, so it is removed from the map, however the teardown ends.
+        let _remove_from_map = RemoveOnDrop { engine: self, id };
         end_and_defer_teardown(&self.0.context, &task.record(), shim).await
     }
 
-    /// Runs the pending teardown of a task. Returns `None` when there is none, or when another caller runs it already.
+    /// Runs the queued teardown of a task. Returns `None` if the task has no pending teardown, or if another caller
+    /// runs it.
     pub(super) async fn destroy_pending(&self, id: &TaskId) -> Option<Result<(), TaskError>> {
         let guard = self.0.context.claim_teardown(id)?;
         let shim = find_shim(&self.0.context, guard.record()).await;

@@ -1,7 +1,7 @@
 //! The teardown of a task. The steps run in the reverse order of the start; each is independent of the others, and does
 //! nothing if there is nothing to remove.
 //!
-//! A failed start, DestroyTask and the remains of a crashed plugin all use this code. So there is only one list of
+//! Failed starts, DestroyTask and the cleanup after a crashed plugin all use this code. So there is only one list of
 //! steps, and the tests of each use cover it.
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
@@ -27,14 +27,14 @@ use crate::{
 /// How long a process may survive SIGKILL. Only a process that hangs in the kernel (NFS, a dying disk) survives it
 /// longer.
 pub(crate) const KILL_GRACE: Duration = Duration::from_secs(30);
-/// How long a runtime may go on that is creating a container which is to be torn down. Then it is killed, since the
+/// How long a runtime may continue to create a container that is to be torn down. Then the runtime is killed, since the
 /// container is of no use.
 const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 /// How often the driver checks whether processes have ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How long after DestroyTask the teardown in the background begins. A caller often starts the next task at once.
 const TEARDOWN_DELAY: Duration = Duration::from_millis(3);
-/// How long the teardown in the background waits, in addition, for such a start to end.
+/// How long the teardown in the background waits, in addition, for starts in progress.
 const TEARDOWN_MAX_DELAY: Duration = Duration::from_millis(40);
 /// How many teardowns may run or wait in the background before DestroyTask waits for them.
 const BACKGROUND_TEARDOWNS_MAX: usize = 64;
@@ -49,9 +49,9 @@ pub(crate) const RETRY_DELAYS: [Duration; 3] =
 /// The error of the first step that failed.
 pub(crate) async fn undo(context: &EngineContext, record: &Record, shim: Adoption) -> Result<(), TaskError> {
     // Mounts that could not be unmounted are retried in `finish`.
-    let (released, _mounts) = end_task(context, record, shim).await?;
+    let (ended, _mounts) = end_task(context, record, shim).await?;
     logs::wait_until_written(&context.settings.places, &record.intent.container_id).await;
-    released.finish(context, record).await
+    ended.finish(context, record).await
 }
 
 /// A task whose container, processes and mount sources are gone. Only the driver's own files, mounts and cgroup are
@@ -98,14 +98,14 @@ async fn end_task(
 ) -> Result<(EndedTask, UnmountResult), TaskError> {
     let mut outcome = FirstError(Ok(()));
     if let Adoption::Unknown(source) = shim {
-        // The shim may hold the container, which only that shim may end.
+        // The shim may hold the container. Then the container must be ended through the shim.
         let (id, path) = (record.intent.shim.to_string(), context.settings.places.shim(&record.intent.shim));
         let source = ShimError::File { id, doing: "look for", path, source };
         return Err(TaskError::Shim { doing: "find the task's shim", source });
     }
-    // The hold of an earlier attempt of this teardown would look like that of another task which shares the shim.
+    // An earlier attempt of this teardown may have left a hold, which would look like that of another task of the shim.
     context.set_shim_hold(&record.intent.task_id, None);
-    // Without its shim and bundle, a living container could never be ended. So everything else stays for a retry.
+    // Without its shim and bundle, a running container could never be ended. So everything stays for a retry.
     let ended = match end_container(context, record, &shim).await {
         Ok(ended) => ended,
         Err(error) => {
@@ -256,11 +256,11 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
     let id = record.intent.container_id.as_str();
     let failed = |doing| move |source| TaskError::Shim { doing, source };
     if let (Adoption::Alive(alive), Some(client)) = (shim, shim.client()) {
-        let complete = async |refusal| refused::end_despite_refusal(context, record, alive, refusal).await;
+        let end_despite_refusal = async |refusal| refused::end_despite_refusal(context, record, alive, refusal).await;
         match end_through_shim(client, id).await {
-            // The shim died during the call. What it left is handled as for any dead shim, below.
+            // The shim died during the call. The code below deletes the container, as for any dead shim.
             Err(ShimError::ConnectionLost { .. }) => {}
-            Err(error) => return complete(error).await,
+            Err(error) => return end_despite_refusal(error).await,
             Ok(KnownToShim::Yes) => return Ok(ContainerEnd::ByShim),
             // A Create of this container may have been cut off, and its runtime may still be running.
             Ok(KnownToShim::No) => {
@@ -268,7 +268,7 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
                 match end_through_shim(client, id).await {
                     Ok(KnownToShim::Yes) => return Ok(ContainerEnd::Otherwise),
                     Ok(KnownToShim::No) | Err(ShimError::ConnectionLost { .. }) => {}
-                    Err(error) => return complete(error).await,
+                    Err(error) => return end_despite_refusal(error).await,
                 }
             }
         }
@@ -283,7 +283,7 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
         pidfd.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_GRACE, pidfd.wait_for_end()).await;
     }
-    delete_after_cleanup(context, record).await.map_err(failed("clean up after a dead shim"))?;
+    delete_after_cleanup(context, record).await.map_err(failed("delete the container without its shim"))?;
     Ok(ContainerEnd::Otherwise)
 }
 
@@ -294,7 +294,8 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
 /// # Errors
 /// When the container can't be deleted.
 pub(super) async fn delete_after_cleanup(context: &EngineContext, record: &Record) -> Result<Option<Exit>, ShimError> {
-    // For gVisor this check does not work: a living sandbox has the container's name among its arguments, too.
+    // With gVisor this check is not possible, because a running sandbox has the container's id among its arguments,
+    // too.
     if !record.intent.gvisor {
         let is_running = || {
             any_process(process::all_pids()?.into_iter(), |pid| {
@@ -315,15 +316,15 @@ pub(super) async fn delete_after_cleanup(context: &EngineContext, record: &Recor
 /// cut off while it created the container's process.
 async fn wait_for_runtime(context: &EngineContext, record: &Record, shim: &Shim) {
     let cgroup = &record.intent.cgroup;
-    // Of a shared shim's processes, only those count that were called for this container and are still in the shim's
-    // own cgroup.
-    let alone = shim.has_single_hold();
+    // The descendants of an unshared shim that are outside of the task's cgroup are runtimes. Of a shared shim's
+    // descendants, those are runtimes that have this container's id as an argument and are still in the shim's cgroup.
+    let is_unshared = shim.has_single_hold();
     let is_running = || {
         if record.intent.gvisor {
             return is_runsc_running(record);
         }
         any_process(descendants(shim.pid())?.into_iter().skip(1), |pid| {
-            if alone {
+            if is_unshared {
                 return context.cgroups.contains(cgroup, pid).map(|holds| !holds);
             }
             Ok(context.cgroups.are_in_same_groups(pid, shim.pid())?
@@ -337,7 +338,7 @@ async fn wait_for_runtime(context: &EngineContext, record: &Record, shim: &Shim)
     }
 }
 
-/// Does the condition hold for any of these processes?
+/// Says whether the condition holds for any of these processes.
 fn any_process(mut pids: impl Iterator<Item = u32>, holds: impl Fn(u32) -> io::Result<bool>) -> io::Result<bool> {
     pids.find_map(|pid| holds(pid).map(|holds| holds.then_some(())).transpose()).transpose().map(|one| one.is_some())
 }
@@ -346,14 +347,14 @@ fn any_process(mut pids: impl Iterator<Item = u32>, holds: impl Fn(u32) -> io::R
 /// runtime is assumed to be running.
 async fn wait_while_running(record: &Record, limit: Duration, is_running: impl Fn() -> io::Result<bool>) -> bool {
     let deadline = tokio::time::Instant::now() + limit;
-    let mut was = false;
+    let mut was_running = false;
     loop {
         let problem = match is_running() {
             Ok(false) => break,
             Ok(true) => "it is still running".to_owned(),
             Err(error) => format!("its processes can't be inspected: {error}"),
         };
-        was = true;
+        was_running = true;
         if tokio::time::Instant::now() > deadline {
             tracing::warn!(
                 task = %record.intent.task_id, problem,
@@ -363,16 +364,16 @@ async fn wait_while_running(record: &Record, limit: Duration, is_running: impl F
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
-    was
+    was_running
 }
 
-/// Is a runsc creating this container? All processes of the host are searched, because a shim that gives up kills the
-/// process that it has called, but not that process's children.
+/// Says whether a runsc is creating this container. All processes of the host are searched, because a shim that gives
+/// up kills the process that it has called, but not that process's children.
 fn is_runsc_running(record: &Record) -> io::Result<bool> {
     any_process(process::all_pids()?.into_iter(), |pid| {
         let read = |file: &str| process::none_if_vanished(fs::read(format!("/proc/{pid}/{file}")));
         let Some(line) = read("cmdline")? else { return Ok(false) };
-        if !line.split(|byte| *byte == 0).any(|word| word == record.intent.container_id.as_str().as_bytes()) {
+        if !line.split(|byte| *byte == 0).any(|arg| arg == record.intent.container_id.as_str().as_bytes()) {
             return Ok(false);
         }
         Ok(read("comm")?.is_some_and(|name| gvisor::is_creating_container(&String::from_utf8_lossy(&name), &line)))
@@ -383,7 +384,7 @@ fn is_runsc_running(record: &Record) -> io::Result<bool> {
 /// has created.
 async fn delete_late_container(context: &EngineContext, record: &Record) -> Result<(), TaskError> {
     if wait_while_running(record, KILL_GRACE, || is_runsc_running(record)).await {
-        let failed = |source| TaskError::Shim { doing: "clean up after a dead shim", source };
+        let failed = |source| TaskError::Shim { doing: "delete the container without its shim", source };
         context.delete_dead(record).await.map_err(failed)?;
     }
     Ok(())
@@ -399,7 +400,7 @@ pub(super) async fn kill_cgroup_processes(context: &EngineContext, record: &Reco
     Ok(())
 }
 
-/// Does the shim have the container?
+/// Whether the shim has the container.
 enum KnownToShim {
     Yes,
     No,
@@ -476,8 +477,8 @@ pub(crate) async fn end_and_defer_teardown(
     shim: Adoption,
 ) -> Result<(), TaskError> {
     let mut guard = TeardownGuard::new(context, record);
-    let (released, answer) = match end_task(context, record, shim).await {
-        Ok(released) => released,
+    let (ended, unmounted) = match end_task(context, record, shim).await {
+        Ok(ended) => ended,
         Err(error) => {
             finish_or_retry(guard, false);
             return Err(error);
@@ -497,11 +498,11 @@ pub(crate) async fn end_and_defer_teardown(
         logs::wait_until_written(&context.settings.places, &record.intent.container_id).await;
         let permit = context.teardown_permits.acquire().await;
         failpoint::kill_at("undo.clearing");
-        let outcome = released.finish(context, record).await;
+        let outcome = ended.finish(context, record).await;
         drop(permit);
         finish_or_retry(guard, outcome.is_ok());
     }));
-    answer
+    unmounted
 }
 
 /// Reports the outcome of a teardown to its guard. If the teardown failed, it is retried in the background.
@@ -514,7 +515,8 @@ fn finish_or_retry(guard: TeardownGuard, is_gone: bool) {
     tokio::spawn(catch_panic("the retry of a task's teardown", async move {
         for pause in RETRY_DELAYS {
             tokio::time::sleep(pause).await;
-            // Otherwise another caller runs the teardown, such as a new attempt of the task, or it has succeeded.
+            // If there is nothing to claim, another caller runs the teardown, such as a new attempt of the task, or the
+            // teardown has succeeded.
             let Some(guard) = context.claim_teardown(&id) else { return };
             let shim = find_shim(&context, guard.record()).await;
             let is_gone = undo(&context, guard.record(), shim).await.is_ok();

@@ -84,7 +84,7 @@ async fn a_stop_outlasts_a_full_disk() {
     });
     eventually("the stop can't be noted", async || {
         let said = env.plugin().stderr();
-        if said.contains("task record: append to") { Ok(()) } else { Err(said) }
+        if said.contains("could not append to the task record") { Ok(()) } else { Err(said) }
     })
     .await;
     drop(full);

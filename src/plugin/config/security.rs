@@ -29,7 +29,7 @@ pub(super) fn security(config: &Values, flavor: Flavor, faults: &mut Faults) -> 
         seccomp: seccomp(block, flavor, faults),
         allow_new_privileges: flag("allow_new_privileges"),
         allow_seccomp_override: flag("allow_seccomp_override"),
-        multiplexer: match flag("allow_socketcall") {
+        socketcall: match flag("allow_socketcall") {
             true => SocketcallPolicy::Allowed,
             false => SocketcallPolicy::Enosys,
         },

@@ -76,16 +76,16 @@ async fn enforces_filter(binary: &Path, bundle: &Path, id: &str, form: FilterFor
         tokio::time::timeout(PROBE_TIMEOUT, command.env("LC_ALL", "C").output())
     };
     let output = run(&["run", "--bundle", ".", id]).await.map_err(|_| "it hangs".to_owned())?.map_err(text)?;
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    // A failed `run` removes the container by itself. This is for versions that leave something.
+    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    // A failed `run` removes the container by itself, except in versions that leave something behind.
     let _ = run(&["delete", "--force", id]).await;
     // These are the texts of glibc and musl for EXDEV and ENOEXEC.
-    let lower = said.to_lowercase();
+    let lower = message.to_lowercase();
     if lower.contains("cross-device link") {
         Ok(true)
     } else if lower.contains("exec format error") {
         Ok(false)
     } else {
-        Err(said)
+        Err(message)
     }
 }

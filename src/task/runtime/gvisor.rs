@@ -24,7 +24,7 @@ use crate::{
     gvisor::{Caller, GvisorSettings, Network, Platform, RunscProbe, known_flags, wrapper},
     ids::{Digest, random_hex},
     places::Places,
-    process::{PidFd, async_command, boot_id, descendants},
+    process::{self, PidFd, async_command, boot_id},
     rootfs::NetworkNamespace,
 };
 
@@ -45,7 +45,7 @@ pub struct Gvisor {
     places: Places,
     cgroups: Cgroups,
     last_probe: Mutex<Option<CachedProbe>>,
-    /// A running probe holds this, so that there is one at a time.
+    /// The lock of a running probe, so that there is one at a time.
     probe_lock: tokio::sync::Mutex<()>,
 }
 
@@ -110,7 +110,7 @@ impl Gvisor {
     }
 
     async fn probe_once(&self, binary: &Path) -> Result<RunscProbe, String> {
-        let _turn = self.probe_lock.lock().await;
+        let _probe_lock = self.probe_lock.lock().await;
         if let Some(outcome) = self.fresh_outcome(binary) {
             return outcome;
         }
@@ -142,16 +142,16 @@ impl Gvisor {
     /// Returns the path of the pinned program, which stays when the program is upgraded or removed.
     pub(super) async fn pinned_binary(&self, binary: &Path) -> PathBuf {
         let (places, owned) = (self.places.clone(), binary.to_owned());
-        let keep = move || match BinaryId::of(&owned) {
+        let pin = move || match BinaryId::of(&owned) {
             Some(program) => pinned_binary::pin(&owned, &program, &places),
             None => Err(std::io::ErrorKind::NotFound.into()),
         };
-        let kept = tokio::task::spawn_blocking(keep).await.map_err(std::io::Error::other).and_then(|kept| kept);
-        kept.unwrap_or_else(|error| {
+        let pinned = tokio::task::spawn_blocking(pin).await.map_err(std::io::Error::other).and_then(|pinned| pinned);
+        pinned.unwrap_or_else(|error| {
             tracing::warn!(
                 binary = %binary.display(),
                 %error,
-                "could not pin the program of runsc; upgrade it only while no task uses it"
+                "could not pin the program of runsc; it must be upgraded only while no task uses it"
             );
             binary.to_owned()
         })
@@ -162,16 +162,16 @@ impl Gvisor {
     }
 
     fn load_saved_probe(&self, of: &BinaryId) -> Option<RunscProbe> {
-        let noted: SavedProbe = serde_json::from_slice(&fs::read(self.saved_probe_path()).ok()?).ok()?;
-        let same = noted.of == *of && noted.settings == format!("{:?}", self.settings);
-        (same && boot_id().is_ok_and(|boot| boot == noted.boot)).then_some(noted.probed)
+        let saved: SavedProbe = serde_json::from_slice(&fs::read(self.saved_probe_path()).ok()?).ok()?;
+        let same = saved.of == *of && saved.settings == format!("{:?}", self.settings);
+        (same && boot_id().is_ok_and(|boot| boot == saved.boot)).then_some(saved.probed)
     }
 
     fn save_probe(&self, of: &BinaryId, probed: &RunscProbe) {
         let Ok(boot) = boot_id() else { return };
-        let noted =
+        let saved =
             SavedProbe { boot, of: of.clone(), settings: format!("{:?}", self.settings), probed: probed.clone() };
-        let text = serde_json::json!(noted).to_string();
+        let text = serde_json::json!(saved).to_string();
         if let Err(error) = write_atomically(&self.saved_probe_path(), text.as_bytes(), 0o600) {
             tracing::debug!(%error, "could not save the result of runsc's probe");
         }
@@ -235,20 +235,20 @@ impl Gvisor {
         let pid = child.id();
         let Ok(output) = tokio::time::timeout(PROBE_TIMEOUT, child.wait_with_output()).await else {
             // The sandbox and its file server may not be in the cgroup yet, so they are killed as descendants of runsc.
-            let family = pid.map_or(Ok(Vec::new()), descendants).unwrap_or_else(|error| {
+            let descendants = pid.map_or(Ok(Vec::new()), process::descendants).unwrap_or_else(|error| {
                 tracing::warn!(%error, "could not list the processes of a hung sandbox; its cgroup is emptied later");
                 Vec::new()
             });
-            let family: Vec<PidFd> = family.into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
-            family.iter().for_each(|process| process.signal(libc::SIGKILL));
+            let opened: Vec<PidFd> = descendants.into_iter().filter_map(|pid| PidFd::open(pid).ok()).collect();
+            opened.iter().for_each(|process| process.signal(libc::SIGKILL));
             return Err(format!("a sandbox was not done after {} s", PROBE_TIMEOUT.as_secs()));
         };
         let output = output.map_err(text)?;
         if output.status.code() == Some(PROBE_EXIT_CODE.into()) {
             return Ok(());
         }
-        let said = String::from_utf8_lossy(&output.stderr);
-        Err(format!("{}: {}", output.status, said.trim().lines().last().unwrap_or_default()))
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        Err(format!("{}: {}", output.status, stderr.trim().lines().last().unwrap_or_default()))
     }
 
     fn shared_root(&self, probed: &RunscProbe) -> Option<PathBuf> {
@@ -259,8 +259,8 @@ impl Gvisor {
     /// Returns the kind of network that a task in this namespace has.
     pub fn network(&self, namespace: &NetworkNamespace) -> Network {
         match namespace {
-            // runsc copies the interfaces of a namespace that are up, and in a new namespace none is. `None` means
-            // loopback.
+            // runsc copies the interfaces of a namespace that are up, and in a new namespace none is up. With
+            // `Network::None`, the sandbox has a loopback interface.
             NetworkNamespace::Private => Network::None,
             NetworkNamespace::Path(_) => self.settings.network,
             // A sandbox must not take over the addresses of the host's own namespace.
@@ -310,11 +310,12 @@ pub async fn probe_runsc(binary: &Path) -> Result<RunscProbe, String> {
 }
 
 /// Calls runsc with one argument and returns what it prints.
-async fn query(binary: &Path, word: &str) -> Result<String, String> {
+async fn query(binary: &Path, argument: &str) -> Result<String, String> {
     let mut command = async_command(binary);
-    command.arg(word).stdin(Stdio::null()).kill_on_drop(true);
+    command.arg(argument).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(QUERY_TIMEOUT, command.output()).await;
-    let output = output.map_err(|_| format!("{word}: it hangs"))?.map_err(|error| format!("{word}: {error}"))?;
+    let output =
+        output.map_err(|_| format!("{argument}: it hangs"))?.map_err(|error| format!("{argument}: {error}"))?;
     // Go programs print help to standard output or to standard error.
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
 }

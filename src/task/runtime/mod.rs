@@ -66,7 +66,7 @@ pub enum RuntimeError {
     Delete {
         /// The runtime's name.
         name: String,
-        /// What the runtime says, or what became of its call.
+        /// The runtime's message, or why it could not be called.
         problem: String,
     },
     /// The runtime is installed, but does not work on this host.
@@ -74,7 +74,7 @@ pub enum RuntimeError {
     Broken {
         /// The runtime's name.
         name: String,
-        /// What the runtime's probe found.
+        /// The problem that the runtime's probe has found.
         problem: String,
     },
     /// The script that shims call instead of runsc can't be written.
@@ -85,7 +85,7 @@ pub enum RuntimeError {
         /// The error of the file system.
         source: std::io::Error,
     },
-    /// The runtime does not confine tasks.
+    /// The runtime has no support for seccomp, so it would ignore a task's filter.
     #[error("runtime {0:?} was built without seccomp and would silently ignore any filter; install one with seccomp")]
     Unfiltered(String),
     /// There is no runtime at all.
@@ -123,8 +123,8 @@ impl Runtime {
         self.gvisor.as_ref().map(|gvisor| gvisor.network(namespace))
     }
 
-    /// Says whether this runtime's containers wait at a FIFO, and `start` does nothing but release them. This is
-    /// decided by the program's name, because a wrapper with another name may do anything at `start`.
+    /// Says whether this runtime's containers wait at a FIFO after `create`, and its `start` only opens that FIFO. The
+    /// program's name decides, because a wrapper with another name may do anything at `start`.
     pub fn waits_at_fifo(&self) -> bool {
         ["crun", "runc"].iter().any(|name| name_starts_with(&self.binary, name))
     }
@@ -148,9 +148,9 @@ impl Runtime {
         let (Some(gvisor), Some(probed)) = (&self.gvisor, probed) else { return Ok(self) };
         let binary = gvisor.pinned_binary(&self.binary).await;
         let failed = |source| RuntimeError::Wrapper { name: self.name.clone(), source };
-        let keeper = self.shim.as_ref().map(|_| own_program()).transpose().map_err(failed)?;
-        let caller = match &keeper {
-            Some(keeper) => Caller::Own { supervisor: keeper },
+        let supervisor = self.shim.as_ref().map(|_| own_program()).transpose().map_err(failed)?;
+        let caller = match &supervisor {
+            Some(supervisor) => Caller::Own { supervisor },
             None => Caller::Runc { needs_delete: !hooks.poststop.is_empty() || gvisor.settings.writes_into_volumes() },
         };
         let wrapper = gvisor.write_wrapper(&binary, &probed, gvisor.network(namespace), caller);
@@ -190,8 +190,8 @@ fn probed_binary(binary: &Path) -> Option<ProbedBinary> {
     Some((binary.to_owned(), FileId::of(&fs::metadata(binary).ok()?)))
 }
 
-/// Names that nomad-driver-containerd and containerd use for runc's shim, whatever the runtime's program is. Here they
-/// mean the default runtime.
+/// Names that nomad-driver-containerd and containerd use for runc's shim, whatever the runtime's program is. In this
+/// driver's options, they mean the default runtime.
 pub const RUNC_SHIM_NAMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.runc.v1"];
 
 impl Runtimes {
@@ -212,19 +212,19 @@ impl Runtimes {
         });
         let cruns: BTreeMap<String, Result<FilterForm, String>> =
             futures_util::future::join_all(cruns).await.into_iter().collect();
-        let take_programs = cruns
+        let accept_compiled_filters = cruns
             .iter()
             .filter(|(_, form)| **form == Ok(FilterForm::Program))
             .filter_map(|(name, _)| Some((name.clone(), probed_binary(&which(&configured.get(name)?.binary)?)?)))
             .collect();
-        let without =
+        let lacks_seccomp =
             |form: &Result<FilterForm, String>| form.as_ref().is_err_and(|problem| problem == crun::NO_SECCOMP);
-        let unfiltered = cruns.iter().filter(|(_, form)| without(form)).map(|(name, _)| name.clone()).collect();
+        let unfiltered = cruns.iter().filter(|(_, form)| lacks_seccomp(form)).map(|(name, _)| name.clone()).collect();
         let allowed = settings.allow_runtimes.clone();
         let mut runtimes = Self {
             configured,
             gvisor,
-            accept_compiled_filters: take_programs,
+            accept_compiled_filters,
             unfiltered,
             allowed,
             default: Err(String::new()),
@@ -313,8 +313,8 @@ impl Runtimes {
         }
     }
 
-    /// Returns all runtimes that are installed and not known to fail on this host. Runtimes of gVisor come with the
-    /// result of their probe, and are left out while they have not been probed.
+    /// Returns all runtimes that are installed and not known to fail on this host. A gVisor runtime comes with the
+    /// result of its probe, and is left out if it was not probed yet.
     pub fn usable(&self) -> Vec<(Runtime, Option<RunscProbe>)> {
         let installed = self.configured.keys().filter_map(|name| self.find_installed(name));
         let usable = installed.filter_map(|runtime| match runtime.gvisor.as_ref().map(|gvisor| gvisor.last_probe()) {
@@ -337,14 +337,14 @@ impl Runtimes {
 
     /// Probes the runtimes of gVisor that have to be probed. Returns true if a result differs from the last one.
     pub async fn refresh_probes(&self) -> bool {
-        let mut news = false;
+        let mut changed = false;
         for (name, gvisor) in &self.gvisor {
             if let Some(runtime) = self.find_installed(name) {
                 let before = gvisor.last_probe();
-                news |= Some(gvisor.probe(&runtime.binary).await) != before;
+                changed |= Some(gvisor.probe(&runtime.binary).await) != before;
             }
         }
-        news
+        changed
     }
 
     /// Returns the names of all runtimes that are configured.
@@ -376,9 +376,9 @@ impl Runtimes {
 /// Returns the path of this program's file, or of the file that has replaced it since this process was started.
 fn own_program() -> std::io::Result<PathBuf> {
     let path = std::env::current_exe()?;
-    let bare = path.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map_or(path.clone(), PathBuf::from);
+    let path = path.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map_or(path.clone(), PathBuf::from);
     // A missing program is an error, because the exit codes of sandboxes would be lost silently without it.
-    which(&bare).ok_or_else(|| std::io::Error::new(std::io::ErrorKind::NotFound, format!("{} is gone", bare.display())))
+    which(&path).ok_or_else(|| std::io::Error::new(std::io::ErrorKind::NotFound, format!("{} is gone", path.display())))
 }
 
 /// Returns the smallest description of a container by which a runtime runs `program` in the bundle's directory

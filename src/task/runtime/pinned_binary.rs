@@ -110,16 +110,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kept_program_outlives_its_name() {
+    fn a_pinned_program_outlives_its_name() {
         let directory = tempfile::tempdir().expect("a directory");
         let (places, binary) = (Places::new(directory.path(), directory.path()), directory.path().join("runsc"));
         fs::write(&binary, "one").expect("written");
         fs::create_dir(directory.path().join(SIDECARS)).expect("made");
         fs::write(directory.path().join(SIDECARS).join("sentry"), "s").expect("written");
         let program = BinaryId::of(&binary).expect("it is there");
-        let kept = pin(&binary, &program, &places).expect("kept");
+        let kept = pin(&binary, &program, &places).expect("pinned");
         assert_eq!(BinaryId::of(&binary), Some(program.clone()), "another name does not change the identity");
-        assert_eq!(pin(&binary, &program, &places).expect("kept"), kept);
+        assert_eq!(pin(&binary, &program, &places).expect("pinned"), kept);
         fs::remove_file(&binary).expect("removed");
         fs::write(&binary, "two").expect("written");
         assert_ne!(BinaryId::of(&binary), Some(program.clone()));

@@ -58,7 +58,7 @@ pub(super) fn cgroup(name: &str) -> CgroupPath {
 /// # Errors
 /// When the directory or the cgroups can't be listed.
 pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> io::Result<BTreeSet<String>> {
-    let is_over = |name: &String| creator(name).is_none_or(|maker| maker.is_gone());
+    let is_over = |name: &String| creator(name).is_none_or(|process| process.is_gone());
     let mut found: BTreeSet<String> = list_names(scratch).map_err(io::Error::other)?.into_iter().collect();
     found.retain(|name| name.starts_with(NAME_PREFIX) && is_over(name));
     let groups = cgroups.root_groups(&format!("{CGROUP_PREFIX}{NAME_PREFIX}")).map_err(io::Error::other)?;
@@ -67,8 +67,8 @@ pub fn stale_probes(scratch: &Path, cgroups: &Cgroups) -> io::Result<BTreeSet<St
     Ok(found)
 }
 
-/// Says whether the cgroup of a probe whose creator is not known is empty and old. If that can't be found out, it is
-/// not.
+/// Says whether the cgroup of a probe whose creator is not known is empty and old. Returns false if that can't be found
+/// out.
 fn is_long_unused(name: &str, cgroups: &Cgroups) -> bool {
     let group = cgroup(name);
     // The time of a cgroup's directory is never before the creation of the cgroup, because the kernel sets it when the
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_says_who_has_made_it() {
+    fn a_probe_name_contains_its_creator() {
         let me = ProcessId::of(std::process::id()).expect("this process");
         assert_eq!(creator(&new_probe_name().expect("a name")), Some(me));
         assert_eq!(creator("probe-12-345-ab12"), Some(ProcessId { pid: 12, start: 345 }));
@@ -110,17 +110,17 @@ mod tests {
     }
 
     #[test]
-    fn directories_of_the_living_stay() {
+    fn directories_of_running_probes_stay() {
         let directory = tempfile::tempdir().expect("made");
         let scratch = directory.path();
-        let mine = new_probe_name().expect("a name");
+        let running = new_probe_name().expect("a name");
         let dead = "probe-1-99999999999-ab12".to_owned();
-        for name in [mine.as_str(), &dead, "probe-d016bdcf8d83", "tasks"] {
+        for name in [running.as_str(), &dead, "probe-d016bdcf8d83", "tasks"] {
             fs::create_dir(scratch.join(name)).expect("made");
         }
         let cgroups = Cgroups::detect().expect("cgroups");
         let stale = stale_probes(scratch, &cgroups).expect("listed");
         assert!(stale.contains(&dead) && stale.contains("probe-d016bdcf8d83"), "{stale:?}");
-        assert!(!stale.contains(&mine) && !stale.contains("tasks"), "{stale:?}");
+        assert!(!stale.contains(&running) && !stale.contains("tasks"), "{stale:?}");
     }
 }
