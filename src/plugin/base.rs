@@ -1,6 +1,6 @@
-//! The base service: the plugin's name, its options and its configuration. Nothing here touches shared state: Nomad
-//! starts three processes of the plugin at each agent start, two of them only for this service, while tasks of a live
-//! one run.
+//! The base service: the plugin's name, its options and its configuration. This service opens no engine and touches
+//! nothing of tasks: at each start of an agent, Nomad starts three processes of the plugin, two of them only for this
+//! service.
 
 use tonic::{Code, Request, Response, Status};
 
@@ -48,7 +48,7 @@ impl BasePlugin for Base {
         let topology = request.nomad_config.and_then(|config| config.driver).and_then(|driver| driver.topology);
         settings.compute = convert::compute(topology.as_ref());
         let configured = self.driver.configure(settings).await;
-        configured.map_err(|kept| status::new(Code::FailedPrecondition, &kept.to_string()))?;
+        configured.map_err(|refusal| status::new(Code::FailedPrecondition, &refusal.to_string()))?;
         Ok(Response::new(SetConfigResponse {}))
     }
 }

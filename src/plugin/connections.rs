@@ -1,5 +1,5 @@
-//! The plugin's connections: how many hosts are connected, private sockets besides Nomad's, and whether the plugin is
-//! to shut down.
+//! The plugin's connections: how many agents are connected, sockets for root only, and whether the plugin is to shut
+//! down.
 
 use std::{
     io,
@@ -35,24 +35,24 @@ pub(crate) enum ShutdownMode {
     HandOver,
 }
 
-/// How many connections hosts have to the plugin, and since when there has been at least one.
+/// The number of connections of agents to the plugin, and the time since which there has been at least one.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Connections(Arc<Mutex<ConnectionState>>);
 
 #[derive(Debug, Default)]
 struct ConnectionState {
     count: usize,
-    /// Since when there has been at least one connection without a break.
+    /// The time since which there has been at least one connection without interruption; `None` if there is none.
     since: Option<Instant>,
 }
 
 impl Connections {
-    /// Whether any agent is connected.
+    /// Says whether any agent is connected.
     pub(crate) fn any_connected(&self) -> bool {
         self.state().count > 0
     }
 
-    /// Returns for how long an agent has been connected without a break; zero when none is.
+    /// Returns for how long an agent has been connected without interruption; zero when none is connected.
     pub(crate) fn connected_for(&self) -> Duration {
         self.state().since.map_or(Duration::ZERO, |since| since.elapsed())
     }
@@ -90,14 +90,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attendance_begins_anew_after_a_break() {
+    fn connected_for_starts_again_after_a_disconnection() {
         let clients = Connections::default();
         assert_eq!((clients.any_connected(), clients.connected_for()), (false, Duration::ZERO));
         let first = clients.register();
         let second = clients.register();
         drop(first);
-        let attended = clients.connected_for();
-        assert!(clients.any_connected() && attended > Duration::ZERO);
+        let connected_for = clients.connected_for();
+        assert!(clients.any_connected() && connected_for > Duration::ZERO);
         drop(second);
         assert_eq!((clients.any_connected(), clients.connected_for()), (false, Duration::ZERO));
         let _third = clients.register();

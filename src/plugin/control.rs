@@ -1,4 +1,4 @@
-//! The control socket, at which a live plugin answers the command line and a successor.
+//! The control socket, at which a running plugin answers the command line and its successor.
 
 use std::{io, time::Duration};
 
@@ -19,7 +19,7 @@ use crate::{
     text::{self, MESSAGE_MAX},
 };
 
-/// How long a client may take to send its request, which it has ready when it connects.
+/// How long a client may take to send its request. Clients send it as soon as they are connected.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves the control socket.
@@ -27,7 +27,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct ControlServer {
     /// The engine that requests are about.
     pub engine: Engine,
-    /// Set to `ShutdownMode::HandOver` when another plugin takes over.
+    /// The control server sets this to `ShutdownMode::HandOver` when another plugin takes over.
     pub shutdown_mode: watch::Sender<ShutdownMode>,
     /// The agents' connections: while there is one, another plugin can't take over.
     pub clients: Connections,
@@ -79,7 +79,9 @@ impl ControlServer {
                 Answer::Refused(format!("plugin {} has an agent connected", std::process::id()))
             }
             Request::Leave => {
-                tracing::info!("this plugin gives way to another plugin");
+                tracing::info!(
+                    "another plugin asked this plugin to exit, and no agent is connected; this plugin exits"
+                );
                 self.shutdown_mode.send_replace(ShutdownMode::HandOver);
                 Answer::Done
             }

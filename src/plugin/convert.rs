@@ -25,7 +25,7 @@ const ZERO_TIME: prost_types::Timestamp = prost_types::Timestamp { seconds: -62_
 /// Reads Nomad's request to start a task.
 ///
 /// # Errors
-/// When anything is wrong with the request or its `config`; the error has all faults.
+/// When anything is wrong with the request or its `config`. The error lists all faults.
 pub(crate) fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Result<StartRequest, ConfigError> {
     request_texts::check(task)?;
     let network = match &task.network_isolation_spec {
@@ -107,20 +107,20 @@ fn volume(mount: &wire::Mount) -> Result<Volume, ConfigError> {
     })
 }
 
-/// Converts a task's resources; the second value is the cgroup of its reserved cores.
+/// Converts a task's resources. The second value is the cgroup that Nomad names for the task.
 fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
     let allocated = resources.and_then(|resources| resources.allocated_resources.as_ref());
     let linux = resources.and_then(|resources| resources.linux_resources.as_ref());
     let memory = allocated.and_then(|allocated| allocated.memory.as_ref());
-    let megabytes = |count: i64| u64::try_from(count).unwrap_or(0) << 20;
+    let mebibytes = |count: i64| u64::try_from(count).unwrap_or(0) << 20;
     let shares = linux.map(|linux| linux.cpu_shares).filter(|&shares| shares > 0);
     let shares = shares.or_else(|| allocated.and_then(|allocated| allocated.cpu.as_ref()).map(|cpu| cpu.cpu_shares));
     let resources = Resources {
         cpu_shares: shares.and_then(|shares| u64::try_from(shares).ok()).unwrap_or(0),
-        memory: memory.map_or(0, |memory| megabytes(memory.memory_mb)),
+        memory: memory.map_or(0, |memory| mebibytes(memory.memory_mb)),
         memory_max: match memory.map_or(0, |memory| memory.memory_max_mb) {
             -1 => MemoryMax::Unlimited,
-            max if max > 0 => MemoryMax::Bytes(megabytes(max)),
+            max if max > 0 => MemoryMax::Bytes(mebibytes(max)),
             _ => MemoryMax::Unset,
         },
         cpuset_cpus: linux.map(|linux| linux.cpuset_cpus.clone()).unwrap_or_default(),
@@ -131,39 +131,41 @@ fn resources(resources: Option<&wire::Resources>) -> (Resources, String) {
 
 /// Applies the limits in the job's `config`.
 fn apply_job_limits(
-    to: &mut Resources,
+    resources: &mut Resources,
     limits: &JobLimits,
-    sent: Option<&wire::Resources>,
+    nomad_resources: Option<&wire::Resources>,
     (compute, flavor): (Compute, Flavor),
 ) -> Result<(), ConfigError> {
     let fault = |fault: String| Err(ConfigError::job_fault(fault));
     if !limits.cpuset_cpus.is_empty() {
         // In the forks of nomad-driver-containerd the option wins.
-        if !to.cpuset_cpus.is_empty() && flavor == Flavor::Strict {
+        if !resources.cpuset_cpus.is_empty() && flavor == Flavor::Strict {
             return fault("cpuset_cpus and resources.cores exclude each other; remove one of them".to_owned());
         }
-        to.cpuset_cpus.clone_from(&limits.cpuset_cpus);
+        resources.cpuset_cpus.clone_from(&limits.cpuset_cpus);
     }
-    to.cpuset_mems.clone_from(&limits.cpuset_mems);
-    to.pids = limits.pids;
+    resources.cpuset_mems.clone_from(&limits.cpuset_mems);
+    resources.pids = limits.pids;
     if let MemoryMax::Bytes(limit) = limits.memory_max {
-        if limit < to.memory {
-            let (limit, memory) = (limit >> 20, to.memory >> 20);
+        if limit < resources.memory {
+            let (limit, memory) = (limit >> 20, resources.memory >> 20);
             return fault(format!("memory_hard_limit = {limit} is less than resources.memory = {memory}"));
         }
-        to.memory_max = limits.memory_max;
+        resources.memory_max = limits.memory_max;
     }
     if let Some(period) = limits.cfs_period {
-        let ticks = sent.and_then(|sent| sent.linux_resources.as_ref()).map_or(0.0, |linux| linux.percent_ticks);
+        let ticks =
+            nomad_resources.and_then(|nomad| nomad.linux_resources.as_ref()).map_or(0.0, |linux| linux.percent_ticks);
         #[allow(clippy::cast_precision_loss, reason = "megahertz are small numbers")]
-        let share = if ticks > 0.0 { ticks } else { to.cpu_shares as f64 / compute.total_mhz.max(1) as f64 };
-        to.cpu_quota = Some(CpuQuota::of(share, compute.cores.max(1), period));
+        let share = if ticks > 0.0 { ticks } else { resources.cpu_shares as f64 / compute.total_mhz.max(1) as f64 };
+        resources.cpu_quota = Some(CpuQuota::of(share, compute.cores.max(1), period));
     }
     Ok(())
 }
 
-/// Returns the compute capacity of this node: the operator's value, else the sum over all cores, else (agents before
-/// 1.7, and the validation pass, send nothing) what this host's own files say.
+/// Returns the compute capacity of this node: the operator's value, or else the sum of the cores that the agent
+/// reports. Agents before 1.7 report none, nor does the agent's validation of the configuration. Then the capacity is
+/// read from this host's own files.
 pub(crate) fn compute(topology: Option<&pb::ClientTopology>) -> Compute {
     let Some(topology) = topology.filter(|topology| !topology.cores.is_empty()) else { return host_compute() };
     let speed = |core: &pb::ClientTopologyCore| {
@@ -171,7 +173,7 @@ pub(crate) fn compute(topology: Option<&pb::ClientTopology>) -> Compute {
     };
     let total_mhz = match topology.override_total_compute {
         0 => topology.cores.iter().map(speed).sum(),
-        told => told,
+        total => total,
     };
     Compute { total_mhz, cores: u32::try_from(topology.cores.len()).unwrap_or(u32::MAX) }
 }
@@ -253,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_jobs_limits_are_held_against_nomads() {
+    fn the_jobs_limits_are_checked_against_nomads() {
         let compute = Compute { total_mhz: 4000, cores: 4 };
         let with = |limits: &JobLimits, ticks| {
             let sent = wire::Resources {
@@ -283,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn the_operators_word_beats_the_sum_of_the_cores() {
+    fn the_operators_total_compute_takes_precedence() {
         let core = |base, max| pb::ClientTopologyCore { base_speed: base, max_speed: max, ..Default::default() };
         let mut topology = pb::ClientTopology { cores: vec![core(1000, 3000), core(0, 2000)], ..Default::default() };
         assert_eq!(compute(Some(&topology)), Compute { total_mhz: 3000, cores: 2 });
@@ -293,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn sloppy_harnesses_leave_things_out() {
+    fn absent_fields_have_defaults() {
         let (none, cgroup) = resources(None);
         assert_eq!((none, cgroup.as_str()), (Resources::default(), ""));
         assert_eq!(duration(None), Duration::ZERO);

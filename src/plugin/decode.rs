@@ -57,7 +57,7 @@ impl Values {
         }
     }
 
-    /// Whether the option has a value.
+    /// Says whether the option has a value.
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
@@ -249,8 +249,8 @@ fn decode_map(wire: &MsgpackValue) -> Option<BTreeMap<String, String>> {
     Some(map)
 }
 
-/// Refuses NUL bytes: C programs (the kernel, crun) end a text there, and would see another text than the one that is
-/// checked here.
+/// Refuses NUL bytes. C programs (the kernel, crun) end a text at a NUL byte, so they would see another text than the
+/// one that is checked here.
 fn refuse_nul(value: &Value, path: &str, faults: &mut Vec<String>) {
     let mut check = |text: &str| {
         if text.contains('\0') {
@@ -322,7 +322,7 @@ fn suggestion(rows: &[OptionRow], name: &str) -> String {
     near.map(|(_, name)| format!(" (did you mean {name}?)")).unwrap_or_default()
 }
 
-/// The Levenshtein distance of two texts.
+/// Returns the Levenshtein distance of two texts.
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

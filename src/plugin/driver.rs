@@ -41,7 +41,7 @@ impl DriverService {
     }
 }
 
-/// Runs `body` to its end, even if the caller goes away.
+/// Runs `body` to its end, even if the caller is dropped.
 async fn run_detached<T: Send + 'static>(
     body: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<T, Status> {
@@ -51,7 +51,7 @@ async fn run_detached<T: Send + 'static>(
     }
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "the shape map_err wants")]
+#[allow(clippy::needless_pass_by_value, reason = "map_err passes the error by value")]
 fn to_status(error: TaskError) -> Status {
     status::from_task_error(&error)
 }
@@ -125,7 +125,7 @@ impl Driver for DriverService {
         let id = task_id("handle.config.id", &config.id)?;
         let unrecoverable = |problem: String| to_status(TaskError::Unrecoverable { id: id.clone(), problem });
         if handle.version == LEGACY_HANDLE_VERSION {
-            // The container's name is made of these two.
+            // The container's name contains the allocation's id and the task's name.
             for (field, text) in [("handle.config.alloc_id", &config.alloc_id), ("handle.config.name", &config.name)] {
                 if text.is_empty() {
                     return Err(status::new(Code::InvalidArgument, &format!("request: {field} is empty")));
@@ -279,7 +279,9 @@ impl Driver for DriverService {
                             return;
                         }
                     }
-                    Err(RecvError::Lagged(missed)) => tracing::warn!(missed, "a slow reader missed task events"),
+                    Err(RecvError::Lagged(missed)) => {
+                        tracing::warn!(missed, "the agent reads task events too slowly and has missed some");
+                    }
                     Err(RecvError::Closed) => return,
                 }
             }

@@ -30,15 +30,15 @@ struct DrainLimits {
     max_duration: Duration,
 }
 
-/// Without a terminal, output is read to its end. A daemon that the command has started must not block the caller,
-/// though, so a silence ends the reading as well.
+/// Without a terminal, output is read to its end. Reading also ends when no output arrives for a while, because a
+/// daemon that the command has started must not block the caller.
 const PIPE_DRAIN: DrainLimits = DrainLimits { idle_timeout: Duration::from_secs(2), max_duration: NO_LIMIT };
 /// With a terminal, the session ends when the process ends (Nomad's contract); only the process's last output is still
 /// read.
 const TERMINAL_DRAIN: DrainLimits =
     DrainLimits { idle_timeout: Duration::from_millis(200), max_duration: Duration::from_secs(1) };
 
-/// A year stands for "no limit": `Instant` arithmetic needs a finite duration.
+/// No limit. It is a year, because `Instant` arithmetic needs a finite duration.
 const NO_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 type Answer = Result<wire::ExecTaskStreamingResponse, Status>;
@@ -57,9 +57,9 @@ pub(crate) async fn run(
     let wanted = ExecRequest { command: request.command, terminal: false, stdin: false };
     let work = async {
         let session = engine.exec(&id, &wanted).await.map_err(|error| status::from_task_error(&error))?;
-        let (_nobody, typed) = mpsc::channel(1);
+        let (_no_requests, requests) = mpsc::channel(1);
         let (send, output) = mpsc::channel(4);
-        let input = Input { stdin: None, requests: typed };
+        let input = Input { stdin: None, requests };
         let (exit, (stdout, stderr)) = tokio::join!(pump(session, PIPE_DRAIN, input, send), collect(output));
         Ok(wire::ExecTaskResponse { stdout, stderr, result: Some(result(&exit?)) })
     };
@@ -149,13 +149,13 @@ async fn run_session(
     send: mpsc::Sender<Answer>,
     terminal: bool,
 ) {
-    let (typist, typed) = mpsc::channel(1);
-    let input = Input { stdin: session.io.stdin.take(), requests: typed };
+    let (input_sender, input_requests) = mpsc::channel(1);
+    let input = Input { stdin: session.io.stdin.take(), requests: input_requests };
     let drain = if terminal { TERMINAL_DRAIN } else { PIPE_DRAIN };
     let outcome = tokio::select! {
         outcome = pump(session, drain, input, send.clone()) => outcome,
-        // Only a broken call ends this future; a client that has closed its side of the stream does not.
-        error = forward_requests(requests, typist) => Err(error),
+        // This future ends only when the call breaks, not when the client closes its side of the stream.
+        error = forward_requests(requests, input_sender) => Err(error),
     };
     let last = outcome.map(|exit| wire::ExecTaskStreamingResponse {
         exited: true,
@@ -208,16 +208,16 @@ async fn pump(
     send: mpsc::Sender<Answer>,
 ) -> Result<Exit, Status> {
     let ExecSession { exec, io } = session;
-    let feeding = async {
+    let relaying_input = async {
         relay_input(&exec, input).await;
         std::future::pending::<Infallible>().await
     };
     // Input and output run concurrently: a client that does not read for a while must not delay its own input.
     let exit = tokio::select! {
         exit = relay_output(&exec, io, drain, &send) => exit?,
-        never = feeding => match never {},
+        never = relaying_input => match never {},
     };
-    // The shim answers this call only after the output has ended; the client need not wait for that.
+    // The shim deletes the process only after its output has ended. The client need not wait for that.
     tokio::spawn(exec.finish());
     Ok(exit)
 }
@@ -232,7 +232,7 @@ async fn relay_output(
     let (mut stdout, mut stderr) = (Some(io.stdout), io.stderr);
     let (mut out, mut err) = (vec![0; OUTPUT_CHUNK_MAX], vec![0; OUTPUT_CHUNK_MAX]);
     let mut exit: Option<Exit> = None;
-    let (mut quiet, mut limit) = (tokio::time::Instant::now(), tokio::time::Instant::now());
+    let (mut last_output, mut deadline) = (tokio::time::Instant::now(), tokio::time::Instant::now());
     let waiting = exec.wait();
     tokio::pin!(waiting);
     let exit = loop {
@@ -245,14 +245,16 @@ async fn relay_output(
             ended = &mut waiting, if exit.is_none() => {
                 let broken = |error| status::new(Code::Unknown, &format!("exec: the task's shim died ({error})"));
                 exit = Some(ended.map_err(broken)?);
-                quiet = tokio::time::Instant::now();
-                limit = quiet + drain.max_duration;
+                last_output = tokio::time::Instant::now();
+                deadline = last_output + drain.max_duration;
                 continue;
             }
-            () = tokio::time::sleep_until(limit.min(quiet + drain.idle_timeout)), if exit.is_some() => match exit {
-                Some(exit) => break exit,
-                None => continue,
-            },
+            () = tokio::time::sleep_until(deadline.min(last_output + drain.idle_timeout)), if exit.is_some() => {
+                match exit {
+                    Some(exit) => break exit,
+                    None => continue,
+                }
+            }
         };
         let bytes = if stream == StreamName::Stdout { &out[..count] } else { &err[..count] };
         let began = tokio::time::Instant::now();
@@ -260,16 +262,16 @@ async fn relay_output(
             // The caller drops the session, which kills the process.
             return Err(Status::aborted("exec: the client has disconnected"));
         }
-        // The time that a slow client takes to read does not count as silence of the process.
-        quiet = tokio::time::Instant::now();
-        limit += began.elapsed();
+        // The time that a slow client takes to read does not count as time without output.
+        last_output = tokio::time::Instant::now();
+        deadline += began.elapsed();
         match (stream, count) {
             (StreamName::Stdout, 0) => stdout = None,
             (StreamName::Stderr, 0) => stderr = None,
             _ => {}
         }
     };
-    // Close the streams that other processes still keep open.
+    // The client gets a closing message for the streams that other processes still have open.
     for (stream, open) in [(StreamName::Stdout, stdout.is_some()), (StreamName::Stderr, stderr.is_some())] {
         if open {
             let _ = send.send(Ok(answer(stream, &[]))).await;
@@ -287,7 +289,7 @@ fn answer(stream: StreamName, bytes: &[u8]) -> wire::ExecTaskStreamingResponse {
     }
 }
 
-/// Reads from a stream; 0 at its end and on an error. Never returns for a stream that is closed.
+/// Reads from a stream, and returns 0 at its end and on an error. Never returns if there is no stream.
 async fn read(stream: &mut Option<pipe::Receiver>, buffer: &mut [u8]) -> usize {
     match stream {
         Some(stream) => stream.read(buffer).await.unwrap_or(0),
@@ -297,8 +299,8 @@ async fn read(stream: &mut Option<pipe::Receiver>, buffer: &mut [u8]) -> usize {
 
 /// Passes on the client's input, window sizes and end of input.
 async fn relay_input(exec: &Exec, input: Input) {
-    let Input { mut stdin, requests: mut typed } = input;
-    while let Some(request) = typed.recv().await {
+    let Input { mut stdin, mut requests } = input;
+    while let Some(request) = requests.recv().await {
         if let Some(size) = request.tty_size {
             let length = |length: i32| u32::try_from(length).unwrap_or(0);
             let size = WindowSize { width: length(size.width), height: length(size.height) };

@@ -45,7 +45,7 @@ impl GrpcStdio for Stdio {
 /// The controller service: shuts the plugin down when the agent asks for it.
 #[derive(Debug)]
 pub(crate) struct Controller {
-    /// Set to `ShutdownMode::Exit` when the agent asks the plugin to shut down.
+    /// The controller sets this to `ShutdownMode::Exit` when the agent asks the plugin to shut down.
     pub shutdown_mode: watch::Sender<ShutdownMode>,
 }
 

@@ -47,9 +47,9 @@ use crate::{
 const PROTOCOL_VERSION: &str = "2";
 /// The timeout of a TLS handshake, which takes a millisecond on a local socket.
 const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a plugin without settings stays without an agent; it runs no tasks.
+/// How long a plugin whose settings can't be read keeps running without an agent.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(600);
-/// A delay in which the answer to `Shutdown` is sent before the connection is closed.
+/// The delay before the plugin exits, in which the answer to `Shutdown` is sent.
 const SHUTDOWN_ANSWER_DELAY: Duration = Duration::from_millis(10);
 
 /// Why the plugin can't serve.
@@ -57,11 +57,11 @@ const SHUTDOWN_ANSWER_DELAY: Duration = Duration::from_millis(10);
 pub enum HandshakeError {
     /// The host does not offer this plugin's protocol version.
     #[error(
-        "the host offers plugin protocol versions {0:?}; this plugin speaks {PROTOCOL_VERSION} (Nomad 0.9 and newer)"
+        "the host offers plugin protocol versions {0:?}; this plugin has only version {PROTOCOL_VERSION} (Nomad 0.9 and newer)"
     )]
     Version(String),
     /// The socket can't be created.
-    #[error("create the plugin's socket {path}")]
+    #[error("could not create the plugin's socket {path}")]
     Socket {
         /// The socket, or its directory.
         path: PathBuf,
@@ -80,14 +80,14 @@ pub enum HandshakeError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The handshake line can't be written.
-    #[error("write the handshake line")]
+    #[error("could not write the handshake line")]
     Line(#[source] io::Error),
     /// The gRPC server failed.
-    #[error("serve the plugin's socket")]
+    #[error("could not serve the plugin's socket")]
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Whether this process was started by Nomad, or by another host that knows the cookie.
+/// Says whether this process was started by Nomad, or by another host of plugins that knows the cookie.
 pub fn is_plugin() -> bool {
     env::var(MAGIC_COOKIE_KEY).is_ok_and(|cookie| cookie == MAGIC_COOKIE)
 }
@@ -129,7 +129,8 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     tracing::debug!(%name, version = env!("CARGO_PKG_VERSION"), "the plugin serves requests");
 
     let terminated = async {
-        // systemd stops the agent's whole cgroup with SIGTERM: exit without touching tasks, as Go plugins do.
+        // systemd sends SIGTERM to the agent's whole cgroup. The plugin then exits without touching tasks, as Go
+        // plugins do.
         match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
             Ok(mut signal) => drop(signal.recv().await),
             Err(_) => std::future::pending().await,
@@ -137,10 +138,12 @@ pub async fn serve(name: DriverName) -> Result<(), HandshakeError> {
     };
     tokio::select! {
         outcome = serving => outcome?,
-        _ = shutdown_receiver.wait_for(|leave| *leave != ShutdownMode::NotRequested) => {}
+        _ = shutdown_receiver.wait_for(|mode| *mode != ShutdownMode::NotRequested) => {}
         () = terminated => {}
         () = wait_until_orphaned(&clients, &driver) => {
-            tracing::warn!("no agent has connected for a long time; the plugin exits, and its tasks keep running");
+            tracing::warn!(
+                "no agent has been connected for state.orphan_timeout; the plugin exits, and its tasks keep running"
+            );
         }
     }
     let mode = *shutdown_receiver.borrow();
@@ -224,7 +227,7 @@ fn accept(
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Most likely the process is out of file descriptors, which passes.
+                    // Most likely this process has no file descriptors left, so accepting is tried again.
                     tracing::warn!(%error, "could not accept a connection to the plugin's socket");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
@@ -234,12 +237,12 @@ fn accept(
                 tracing::warn!(error = crate::error_chain(&error), "a connection to the plugin's socket was refused");
                 continue;
             }
-            let (send, tls, entered) = (send.clone(), tls.clone(), clients.register());
+            let (send, tls, guard) = (send.clone(), tls.clone(), clients.register());
             tokio::spawn(async move {
                 let stream = match tls {
-                    None => HostConnection::Plain(stream, entered),
+                    None => HostConnection::Plain(stream, guard),
                     Some(tls) => match tokio::time::timeout(TLS_HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
-                        Ok(Ok(stream)) => HostConnection::Tls(Box::new(stream), entered),
+                        Ok(Ok(stream)) => HostConnection::Tls(Box::new(stream), guard),
                         Ok(Err(error)) => return tracing::warn!(%error, "the TLS handshake of a client failed"),
                         Err(_) => return tracing::warn!("the TLS handshake of a client timed out"),
                     },
@@ -251,7 +254,7 @@ fn accept(
     ReceiverStream::new(receive)
 }
 
-/// A connection from the host.
+/// A connection from the agent, or from another host of plugins.
 enum HostConnection {
     Plain(UnixStream, #[allow(dead_code, reason = "counts as a connection until it is dropped")] ConnectionGuard),
     Tls(

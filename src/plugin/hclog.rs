@@ -32,7 +32,7 @@ pub struct Hclog;
 impl<S: Subscriber> Layer<S> for Hclog {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let line = line(event, SystemTime::now());
-        // Not `eprintln!`: it panics when the agent is gone.
+        // `eprintln!` would panic when the agent is gone.
         let _ = std::io::stderr().lock().write_all(line.as_bytes());
     }
 }
@@ -113,10 +113,10 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn no_text_breaks_a_line_or_is_acted_on() {
-        let words = format!("{}\u{1b}[31m\r\n\u{9b}2J\u{202e}\\\"", "\"".repeat(1 << 20));
+    fn no_text_breaks_a_line_or_controls_a_terminal() {
+        let long = format!("{}\u{1b}[31m\r\n\u{9b}2J\u{202e}\\\"", "\"".repeat(1 << 20));
         let fields: Map<_, _> = ["@message", "@level", "a", "b", "c", "d", "e", "f"]
-            .map(|name| (name.to_owned(), Value::from(text::sanitize(&words, FIELD_MAX))))
+            .map(|name| (name.to_owned(), Value::from(text::sanitize(&long, FIELD_MAX))))
             .into_iter()
             .collect();
         let line = encode(fields);

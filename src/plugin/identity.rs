@@ -61,10 +61,10 @@ mod tests {
         assert_eq!(task_id("task_id", "a/web/1").expect("an id"), TaskId("a/web/1".to_owned()));
         // Everything else that Nomad allows in names is accepted.
         assert!(task_id("task_id", "a/ \u{e9}\n/1").is_ok());
-        for (text, said) in [("", "task_id is empty"), ("a\0b", "task_id contains a NUL byte")] {
+        for (text, part) in [("", "task_id is empty"), ("a\0b", "task_id contains a NUL byte")] {
             let status = task_id("task_id", text).expect_err("refused");
             assert_eq!(status.code(), tonic::Code::InvalidArgument);
-            assert!(status.message().contains(said), "{status:?}");
+            assert!(status.message().contains(part), "{status:?}");
         }
     }
 

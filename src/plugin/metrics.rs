@@ -21,7 +21,7 @@ use crate::{
     task::{Engine, MetricsAddress},
 };
 
-/// How long a scraper may take to send its request, which it has ready when it connects.
+/// How long a scraper may take to send its request. Scrapers send it as soon as they are connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A listener at an address or at a unix socket.

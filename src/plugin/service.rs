@@ -23,7 +23,7 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct DriverService(Arc<Inner>);
 
-/// The refusal of a configuration: the plugin keeps the one that it has.
+/// The refusal of a configuration that differs from the one in use. The plugin keeps the one in use.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "plugin config: process {pid} of this driver runs with another configuration and keeps it; nothing of the new one is applied (options that differ: {}); to apply it, stop that process with kill {pid}: the agent starts it again, and its tasks keep running",
@@ -44,19 +44,19 @@ struct Configured {
 }
 
 impl Configured {
-    fn new(given: Settings) -> Self {
-        let mut bounded = given.clone();
-        bounded.security.ceilings = bounded.security.ceilings.clone().on_host(HostLimits::read());
-        Self { received: given, effective: bounded }
+    fn new(received: Settings) -> Self {
+        let mut effective = received.clone();
+        effective.security.ceilings = effective.security.ceilings.clone().on_host(HostLimits::read());
+        Self { received, effective }
     }
 }
 
 struct Inner {
     name: DriverName,
-    /// Never changed once the engine is open: requests are checked against these settings, and executed with the
-    /// engine's copy.
+    /// The settings; `None` before the first use. They are not changed once the engine is open, because requests are
+    /// checked against these settings and executed with the engine's copy.
     settings: Mutex<Option<Configured>>,
-    /// Opened by the first call that needs it; if that fails, the next call tries again.
+    /// The engine. The first call that needs it opens it; if that fails, the next call tries again.
     engine: tokio::sync::Mutex<Option<Engine>>,
     events: EventHub,
     shutdown_mode: watch::Sender<ShutdownMode>,
@@ -71,13 +71,13 @@ impl fmt::Debug for DriverService {
 
 impl DriverService {
     /// Creates the service, without settings or an engine.
-    pub(crate) fn new(name: DriverName, leave: watch::Sender<ShutdownMode>, clients: Connections) -> Self {
+    pub(crate) fn new(name: DriverName, shutdown_mode: watch::Sender<ShutdownMode>, clients: Connections) -> Self {
         Self(Arc::new(Inner {
             name,
             settings: Mutex::default(),
             engine: tokio::sync::Mutex::default(),
             events: EventHub::default(),
-            shutdown_mode: leave,
+            shutdown_mode,
             clients,
         }))
     }
@@ -87,41 +87,41 @@ impl DriverService {
         &self.0.name
     }
 
-    /// Stores the settings with which the engine will be opened; the last ones win. Once the engine is open, only equal
-    /// settings are accepted: tasks are checked, started and torn down with one set of settings. Nomad itself
-    /// configures only processes that it has just started, and none that it reattaches to (hashicorp/nomad,
-    /// helper/pluginutils/loader/loader.go, Dispense and Reattach).
+    /// Stores the settings with which the engine will be opened. Later settings replace earlier ones. Once the engine
+    /// is open, only equal settings are accepted: tasks are checked, started and torn down with one set of settings.
+    /// Nomad itself configures only processes that it has just started, and none that it reattaches to
+    /// (hashicorp/nomad, helper/pluginutils/loader/loader.go, Dispense and Reattach).
     ///
     /// # Errors
     /// When other settings are in use already; they stay in use.
     pub(crate) async fn configure(&self, settings: Settings) -> Result<(), ConfigurationRefused> {
         // A call that opens the engine holds this lock, and has read the settings that the engine will use.
         let engine = self.0.engine.lock().await;
-        let mut known = self.configured();
-        if let (Some(_), Some(in_use)) = (&*engine, &*known) {
+        let mut configured = self.configured();
+        if let (Some(_), Some(in_use)) = (&*engine, &*configured) {
             let options = in_use.received.differences(&settings);
             if options.is_empty() {
                 return Ok(());
             }
-            let kept = ConfigurationRefused { pid: std::process::id(), options };
-            tracing::error!(error = %kept, "refused a configuration that differs from the one in use");
-            return Err(kept);
+            let refusal = ConfigurationRefused { pid: std::process::id(), options };
+            tracing::error!(error = %refusal, "refused a configuration that differs from the one in use");
+            return Err(refusal);
         }
-        *known = Some(Configured::new(settings));
+        *configured = Some(Configured::new(settings));
         Ok(())
     }
 
     /// Returns the settings; the defaults if Nomad has sent none.
     ///
     /// # Errors
-    /// Never for a host that calls `SetConfig`.
+    /// When the defaults are needed and are not valid.
     pub(crate) fn settings(&self) -> Result<Settings, Status> {
-        let mut known = self.configured();
-        if let Some(configured) = &*known {
+        let mut settings = self.configured();
+        if let Some(configured) = &*settings {
             return Ok(configured.effective.clone());
         }
         let defaults = config::settings(&self.0.name, &[]).map_err(|error| status::from_config_error(&error))?;
-        Ok(known.insert(Configured::new(defaults)).effective.clone())
+        Ok(settings.insert(Configured::new(defaults)).effective.clone())
     }
 
     fn configured(&self) -> MutexGuard<'_, Option<Configured>> {
@@ -147,7 +147,7 @@ impl DriverService {
         })?;
         let clients = self.0.clients.clone();
         opened.set_agent_connected_for(move || clients.connected_for());
-        // No call waits for this task, and it ends by itself.
+        // No call has to wait for the removal.
         drop(tokio::task::spawn_blocking(sockets::remove_abandoned));
         let control_server = ControlServer {
             engine: opened.clone(),
@@ -166,13 +166,13 @@ impl DriverService {
         Ok(engine.insert(opened).clone())
     }
 
-    /// Lets running calls of runtimes finish, and removes what only this plugin uses, unless a successor takes it over.
-    /// Tasks keep running.
-    pub(crate) async fn shut_down(&self, how: ShutdownMode) {
+    /// Waits for calls of runtimes in progress. Then removes what only this plugin uses, such as idle shims, unless
+    /// another plugin takes it over. Tasks keep running.
+    pub(crate) async fn shut_down(&self, mode: ShutdownMode) {
         // An engine that is being opened right now has no shims yet.
         let engine = self.0.engine.try_lock().ok().and_then(|engine| engine.clone());
         match engine {
-            Some(engine) if how == ShutdownMode::HandOver => engine.finish_runtime_calls().await,
+            Some(engine) if mode == ShutdownMode::HandOver => engine.finish_runtime_calls().await,
             Some(engine) => engine.close().await,
             None => {}
         }

@@ -2,7 +2,7 @@
 //! behind.
 //!
 //! A plugin that is killed can't remove its socket, and Nomad does not remove it. The sockets lie where go-plugin wants
-//! them, as a rule in a directory to which everybody can write. A socket is therefore removed only if its name says
+//! them, usually in a directory that is writable for all users. A socket is therefore removed only if its name says
 //! that a process of this driver has made it, that process has ended, the socket belongs to this process's user, and no
 //! process listens at it.
 
@@ -58,9 +58,9 @@ pub(crate) fn new_path(directory: &Path) -> io::Result<PathBuf> {
 /// The process that has made a socket, by the socket's name.
 #[derive(Debug, PartialEq, Eq)]
 enum Creator {
-    /// This process of the driver.
+    /// This process of the driver has made the socket.
     Known(ProcessId),
-    /// A process that the name does not identify; most likely of an earlier version of the driver.
+    /// The name does not identify the process. Most likely an earlier version of the driver has made the socket.
     Unknown,
 }
 
@@ -68,8 +68,8 @@ enum Creator {
 fn creator(name: &str) -> Option<Creator> {
     let rest = name.strip_prefix(SOCKET_PREFIX)?;
     let is_random = |text: &str| text.len() == RANDOM_DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let Some(ours) = rest.strip_prefix(DRIVER_INFIX) else { return is_random(rest).then_some(Creator::Unknown) };
-    let mut parts = ours.split('-');
+    let Some(identity) = rest.strip_prefix(DRIVER_INFIX) else { return is_random(rest).then_some(Creator::Unknown) };
+    let mut parts = identity.split('-');
     let process = ProcessId { pid: parts.next()?.parse().ok()?, start: parts.next()?.parse().ok()? };
     (is_random(parts.next()?) && parts.next().is_none()).then_some(Creator::Known(process))
 }
@@ -78,16 +78,16 @@ fn creator(name: &str) -> Option<Creator> {
 pub fn abandoned(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let candidates = entries.filter_map(|entry| Some((entry.path(), creator(entry.file_name().to_str()?)?)));
-    candidates.filter(|(path, maker)| is_abandoned(path, maker)).map(|(path, _)| path).collect()
+    candidates.filter(|(path, creator)| is_abandoned(path, creator)).map(|(path, _)| path).collect()
 }
 
-fn is_abandoned(path: &Path, maker: &Creator) -> bool {
+fn is_abandoned(path: &Path, creator: &Creator) -> bool {
     // A link, which may be another user's, is not followed.
     let Ok(found) = fs::symlink_metadata(path) else { return false };
     if !found.file_type().is_socket() || found.uid() != nix::unistd::geteuid().as_raw() {
         return false;
     }
-    let is_over = match maker {
+    let is_over = match creator {
         Creator::Known(process) => process.is_gone(),
         Creator::Unknown => {
             let age = found.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
@@ -98,15 +98,15 @@ fn is_abandoned(path: &Path, maker: &Creator) -> bool {
     is_over && has_no_listener(path)
 }
 
-/// Whether a connection to the socket is refused. Never waits: a listener that is busy counts as a listener.
+/// Says whether a connection to the socket is refused. Does not wait: a listener that is busy counts as a listener.
 fn has_no_listener(path: &Path) -> bool {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let refused = || {
+    let try_connect = || {
         let address = UnixAddr::new(path)?;
         let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         connect(socket.as_raw_fd(), &address)
     };
-    refused() == Err(Errno::ECONNREFUSED)
+    try_connect() == Err(Errno::ECONNREFUSED)
 }
 
 /// Removes a socket. A socket that another process has already removed is no error.
@@ -137,7 +137,7 @@ mod tests {
     const GONE: &str = "plugin-shim-1-99999999999-0123456789ab";
 
     #[test]
-    fn names_say_who_has_made_a_socket() {
+    fn a_sockets_name_contains_its_creator() {
         let own = new_path(Path::new("/x")).expect("a path");
         let me = ProcessId::of(std::process::id()).expect("this process");
         assert_eq!(creator(own.file_name().and_then(|name| name.to_str()).expect("a name")), Some(Creator::Known(me)));
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn only_sockets_that_nobody_listens_at_are_abandoned() {
+    fn only_sockets_without_a_listener_are_abandoned() {
         let directory = tempfile::tempdir().expect("made");
         let path = |name: &str| directory.path().join(name);
         // A listener that is dropped leaves its socket behind.

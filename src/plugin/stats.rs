@@ -17,9 +17,9 @@ use crate::{
     task::{Compute, Engine, TaskMeter},
 };
 
-/// The interval for a host that asks for none; it is Nomad's own default.
+/// The interval if the agent asks for none. It is Nomad's own default.
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(1);
-/// The shortest interval: short enough for every user, while an interval of zero would never pause.
+/// The shortest interval. Samples with an interval of zero would be taken without a pause.
 const MIN_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The longest alignment step. Samples are taken at multiples of a quarter of their interval, but of no more than this,
@@ -31,7 +31,7 @@ const ALIGNMENT_STEP_MAX: Duration = Duration::from_millis(250);
 pub(crate) async fn samples(
     engine: Engine,
     id: TaskId,
-    asked: Duration,
+    requested: Duration,
 ) -> impl Stream<Item = Result<wire::TaskStatsResponse, Status>> {
     let meter = engine.meter(&id).await.ok().flatten();
     let sampler = meter.map(|meter| {
@@ -42,7 +42,7 @@ pub(crate) async fn samples(
             meter,
             interval: settings
                 .stats_interval
-                .unwrap_or(if asked.is_zero() { DEFAULT_INTERVAL } else { asked })
+                .unwrap_or(if requested.is_zero() { DEFAULT_INTERVAL } else { requested })
                 .max(MIN_INTERVAL),
             compute: settings.compute,
             due: Instant::now(),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_does_not_say_is_not_listed() {
+    fn values_that_the_kernel_does_not_report_are_not_listed() {
         let usage = MemoryUsage { rss: Some(0), usage: Some(7), ..Default::default() };
         let wire = memory(&usage);
         assert_eq!(wire.measured_fields, [i32::from(MemoryField::Rss), i32::from(MemoryField::Usage)]);

@@ -1,5 +1,5 @@
-//! Converts errors to the statuses that Nomad reads. Only this module decides on the code, the text, and whether the
-//! restart policy may try again.
+//! Converts the errors of tasks and of configurations to the statuses that Nomad reads: the code, the text, and whether
+//! the restart policy may try again.
 //!
 //! Every text passes through [`crate::text::sanitize`]: it may contain text of images, registries, runtimes and jobs.
 
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_words_are_cut_and_escaped() {
+    fn foreign_texts_are_truncated_and_escaped() {
         let words = format!("exec \u{1b}]0;x\u{7}{}\r\nno such file", "A".repeat(1 << 20));
         let refused = ShimError::Refused { call: "Create", code: RefusalCode::UNKNOWN, message: words.clone() };
         let gone = ShimError::ConnectionLost { call: "Create", detail: words.clone() };
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn the_detail_has_the_bytes_that_the_reference_gives() {
+    fn the_detail_has_the_bytes_of_the_reference() {
         let status = recoverable("x");
         let decoded = rpc::Status::decode(status.details()).expect("our own bytes");
         assert_eq!((decoded.code, decoded.message.as_str()), (9, "x"));

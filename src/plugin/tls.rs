@@ -23,10 +23,10 @@ pub enum TlsError {
     #[error("PLUGIN_CLIENT_CERT is not a PEM certificate")]
     ClientCertificate(#[source] rustls::pki_types::pem::Error),
     /// The plugin's own certificate can't be made.
-    #[error("make the plugin's TLS certificate")]
+    #[error("could not make the plugin's TLS certificate")]
     Certificate(#[from] rcgen::Error),
     /// rustls refuses the configuration.
-    #[error("set up TLS for the plugin's socket")]
+    #[error("could not set up TLS for the plugin's socket")]
     Setup(#[from] Error),
 }
 

@@ -30,7 +30,7 @@ const POOL_MAX: i64 = 64;
 /// Reads the agent's plugin configuration.
 ///
 /// # Errors
-/// When anything is wrong with the configuration; the error has all faults.
+/// When anything is wrong with the configuration. The error lists all faults.
 pub fn settings(name: &DriverName, bytes: &[u8]) -> Result<Settings, ConfigError> {
     let mut faults = Faults::default();
     let values = decode(PLUGIN_OPTIONS, bytes, &mut faults.0);
@@ -141,8 +141,9 @@ fn metrics(block: Block<'_>, faults: &mut Faults) -> Option<MetricsAddress> {
     parsed.map_err(|problem| faults.push(format!("metrics.address = {address:?} {problem}"))).ok()
 }
 
-/// Returns the scope of the operator's credentials if they name no registry. Under the driver's own name it is not the
-/// image's registry: any job author could name a registry of their own and read the password there.
+/// Returns the scope of the operator's credentials if they name no registry. Under the driver's own name, that is
+/// Docker Hub and not the image's registry: a job's author could name a registry of their own and read the password
+/// there.
 fn default_credential_scope(flavor: Flavor) -> CredentialScope {
     match flavor {
         Flavor::Strict => CredentialScope::Registry(RegistryAddress::docker_hub()),
@@ -163,7 +164,7 @@ fn hooks(block: &Values, faults: &mut Faults) -> Hooks {
         for line in lines.iter().filter(|line| !line.trim_start().starts_with('/')) {
             faults.push(format!("hooks.{kind}: {line:?} does not begin with the absolute path of a program"));
         }
-        lines.iter().map(argv).filter(|words| !words.is_empty()).collect()
+        lines.iter().map(argv).filter(|argv| !argv.is_empty()).collect()
     };
     Hooks {
         prestart: commands("prestart"),

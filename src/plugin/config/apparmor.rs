@@ -63,19 +63,20 @@ mod tests {
     }
 
     #[test]
-    fn the_node_confines_unless_it_is_the_old_drivers() {
-        let (ours, old) = (agent("shim", &[]).expect("valid"), agent("containerd-driver", &[]).expect("valid"));
-        assert_eq!((ours.apparmor, ours.allow_apparmor_override), (AppArmorDefault::WhereSupported, false));
-        assert_eq!((old.apparmor, old.allow_apparmor_override), (AppArmorDefault::Unconfined, true));
+    fn tasks_are_confined_by_default_unless_the_driver_is_called_containerd_driver() {
+        let (strict, compatible) =
+            (agent("shim", &[]).expect("valid"), agent("containerd-driver", &[]).expect("valid"));
+        assert_eq!((strict.apparmor, strict.allow_apparmor_override), (AppArmorDefault::WhereSupported, false));
+        assert_eq!((compatible.apparmor, compatible.allow_apparmor_override), (AppArmorDefault::Unconfined, true));
         for driver in ["shim", "containerd-driver"] {
-            let said = |value: &str| {
+            let parsed = |value: &str| {
                 agent(driver, &[("apparmor", MsgpackValue::from(value))]).map(|security| security.apparmor)
             };
-            assert_eq!(said("default"), Ok(AppArmorDefault::Own));
-            assert_eq!(said("unconfined"), Ok(AppArmorDefault::Unconfined));
-            assert_eq!(said("docker-default"), Ok(AppArmorDefault::Named("docker-default".parse().expect("a name"))));
+            assert_eq!(parsed("default"), Ok(AppArmorDefault::Own));
+            assert_eq!(parsed("unconfined"), Ok(AppArmorDefault::Unconfined));
+            assert_eq!(parsed("docker-default"), Ok(AppArmorDefault::Named("docker-default".parse().expect("a name"))));
             for odd in ["&x", " x", "x\ny", "a//&b"] {
-                let problem = said(odd).expect_err("refused");
+                let problem = parsed(odd).expect_err("refused");
                 assert!(problem.contains("security.apparmor: ") && !problem.contains('\n'), "{problem}");
             }
         }

@@ -1,4 +1,4 @@
-//! Tests for each option of the agent's configuration that a running plugin notices a different value, and names the
+//! Tests that a running plugin notices a different value of each option of the agent's configuration, and names the
 //! option.
 
 use rmpv::Value as MsgpackValue;
@@ -126,7 +126,7 @@ fn configured(option: &str, value: &str, also: &str) -> Settings {
 }
 
 #[test]
-fn every_option_is_told_when_it_differs() {
+fn every_option_that_differs_is_reported() {
     for (option, [one, other], name, also) in CHANGES {
         let (before, after) = (configured(option, one, also), configured(option, other, also));
         assert_eq!(before.differences(&configured(option, one, also)), Vec::<&str>::new(), "{option}: nothing differs");

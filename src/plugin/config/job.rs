@@ -31,7 +31,7 @@ pub enum GroupNetwork {
 /// Reads a job's `config` block and checks it against what the operator allows.
 ///
 /// # Errors
-/// When anything is wrong with the block; the error has all faults.
+/// When anything is wrong with the block. The error lists all faults.
 pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> Result<TaskOptions, ConfigError> {
     let mut faults = Faults::default();
     let values = decode(TASK_OPTIONS, bytes, &mut faults.0);
@@ -147,21 +147,22 @@ fn hostname(values: &Values, flavor: Flavor, faults: &mut Faults) -> Option<Stri
 
 /// Returns what is wrong with a host name, if anything is.
 ///
-/// docker accepts any text since it gave up its rule (moby/moby#28990: people use underscores), and so does the kernel.
-/// Prompts, logs and scripts in the image do not expect that. Under this driver's own name a host name has the
-/// characters of RFC 1123 and underscores; under the name containerd-driver only text that is not printable is refused.
+/// docker accepts any text since it has given up its rule (moby/moby#28990: names with underscores are in use), and
+/// so does the kernel. Prompts, logs and scripts in the image do not expect that. Under this driver's own name a host
+/// name has the characters of RFC 1123 and underscores; under the name containerd-driver only text that is not
+/// printable is refused.
 fn hostname_problem(name: &str, flavor: Flavor) -> Option<String> {
     if name.len() > HOSTNAME_MAX {
         return Some(format!("hostname = {} is longer than {HOSTNAME_MAX} bytes", quoted(name)));
     }
-    let fine = match flavor {
+    let is_valid = match flavor {
         Flavor::Strict => {
-            let letters = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
-            letters && !name.starts_with(['.', '-'])
+            let has_valid_characters = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+            has_valid_characters && !name.starts_with(['.', '-'])
         }
         Flavor::ContainerdDriver => is_printable(name),
     };
-    (!fine).then(|| {
+    (!is_valid).then(|| {
         format!(
             "hostname = {} is not a valid host name: use letters, digits, dots, dashes and underscores, and begin with neither a dot nor a dash; without the option it is the container's id",
             quoted(name)
@@ -170,7 +171,7 @@ fn hostname_problem(name: &str, flavor: Flavor) -> Option<String> {
 }
 
 fn pull_policy(values: &Values, faults: &mut Faults) -> PullPolicy {
-    let said = match values.non_empty_text("image_pull_policy") {
+    let policy = match values.non_empty_text("image_pull_policy") {
         None => None,
         Some("missing") => Some(PullPolicy::Missing),
         Some("always") => Some(PullPolicy::Always),
@@ -180,12 +181,12 @@ fn pull_policy(values: &Values, faults: &mut Faults) -> PullPolicy {
             None
         }
     };
-    match (said, values.flag("force_pull").unwrap_or(false)) {
+    match (policy, values.flag("force_pull").unwrap_or(false)) {
         (None | Some(PullPolicy::Always), true) => PullPolicy::Always,
         (Some(_), true) => {
             faults.push("force_pull = true and image_pull_policy exclude each other; remove one of them".to_owned());
             PullPolicy::Always
         }
-        (said, false) => said.unwrap_or_default(),
+        (policy, false) => policy.unwrap_or_default(),
     }
 }

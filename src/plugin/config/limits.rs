@@ -21,10 +21,12 @@ use crate::{
 
 /// The kernel's bounds on cpu.cfs_period_us, in microseconds (Documentation/scheduler/sched-bwc.rst).
 const CFS_PERIOD_RANGE: std::ops::RangeInclusive<i64> = 1_000..=1_000_000;
+/// The kernel's default of cpu.cfs_period_us, in microseconds.
 const DEFAULT_CFS_PERIOD: i64 = 100_000;
 
 /// The smallest size of a log file, in bytes: a smaller file would not hold an ordinary line.
 const LOG_SIZE_MIN: u64 = 4 << 10;
+/// The largest number of log files of one stream.
 const LOG_FILES_MAX: u32 = 10_000;
 
 pub(super) fn namespaces(values: &Values, security: &SecuritySettings, faults: &mut Faults) -> Namespaces {
@@ -140,7 +142,7 @@ pub(super) fn job_limits(values: &Values, pids_ceiling: Option<i64>, faults: &mu
     }
 }
 
-/// Whether `text` is a list as cpuset(7) writes it; an empty text is an empty list.
+/// Says whether `text` is a list in the format of cpuset(7). An empty text is an empty list.
 fn is_cpu_list(text: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.len() < 6 && text.bytes().all(|byte| byte.is_ascii_digit());
     text.is_empty()
@@ -219,8 +221,8 @@ pub(super) fn check_gvisor_support(
     sysctls: &BTreeMap<String, String>,
     faults: &mut Faults,
 ) {
-    let theirs = [("pid_mode", namespaces.pid), ("ipc_mode", namespaces.ipc), ("uts_mode", namespaces.uts)];
-    for (option, _) in theirs.iter().filter(|(_, whose)| *whose == Namespace::Host) {
+    let refused_modes = [("pid_mode", namespaces.pid), ("ipc_mode", namespaces.ipc), ("uts_mode", namespaces.uts)];
+    for (option, _) in refused_modes.iter().filter(|(_, mode)| *mode == Namespace::Host) {
         faults.push(format!(
             "{option} = \"host\" is not possible with runtime {runtime:?}: a gVisor sandbox has its own namespaces; remove it, or use a runtime without a sandbox"
         ));
@@ -261,7 +263,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_of_processors_are_the_kernels() {
+    fn cpu_lists_have_the_kernels_format() {
         for good in ["", "0", "0-3", "0-3,5", "1, 2,7-9", "0-6:2/4"] {
             assert!(is_cpu_list(good), "{good}");
         }

@@ -39,7 +39,7 @@ const BIND_OPTIONS: &[&str] = &[
     "rshared",
 ];
 
-/// Reads all blocks. A fault names the block by its number.
+/// Reads all blocks. A fault names the block by its index.
 pub(super) fn mounts(values: &Values, flavor: Flavor, ceilings: &Ceilings, faults: &mut Faults) -> Vec<MountRequest> {
     let sys = SysTargets::of(flavor, values.flag("privileged").unwrap_or(false));
     let mut mounts = Vec::new();
@@ -74,9 +74,9 @@ fn mount(block: &Values, flavor: Flavor, sys: SysTargets, ceilings: &Ceilings) -
     };
     if flavor == Flavor::Strict
         && kind.is_none()
-        && let Some(strange) = options.iter().find(|option| !BIND_OPTIONS.contains(&option.as_str()))
+        && let Some(unknown) = options.iter().find(|option| !BIND_OPTIONS.contains(&option.as_str()))
     {
-        return Err(format!("options: {strange:?} is not one of {}", BIND_OPTIONS.join(", ")));
+        return Err(format!("options: {unknown:?} is not one of {}", BIND_OPTIONS.join(", ")));
     }
     let kind = match kind {
         None => {

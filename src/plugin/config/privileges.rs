@@ -68,6 +68,7 @@ pub(super) struct SecurityOpt {
     pub(super) apparmor: AppArmorRequest,
 }
 
+/// Reads `security_opt`. Of two entries with the same key, the later one counts.
 pub(super) fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Faults) -> SecurityOpt {
     let mut found = SecurityOpt { no_new_privileges: None, seccomp: None, apparmor: AppArmorRequest::Unset };
     for option in values.list("security_opt").unwrap_or_default() {
@@ -94,7 +95,7 @@ pub(super) fn security_opt(values: &Values, security: &SecuritySettings, faults:
     found
 }
 
-/// Reads `seccomp` and `seccomp_profile`. `opt` is what `security_opt` says about seccomp.
+/// Reads `seccomp` and `seccomp_profile`. `opt` is the seccomp entry of `security_opt`.
 pub(super) fn seccomp(
     values: &Values,
     opt: Option<SeccompRequest>,
@@ -102,7 +103,7 @@ pub(super) fn seccomp(
     security: &SecuritySettings,
     faults: &mut Faults,
 ) -> SeccompRequest {
-    let said = match (values.flag("seccomp"), values.non_empty_text("seccomp_profile")) {
+    let own = match (values.flag("seccomp"), values.non_empty_text("seccomp_profile")) {
         (None, None) => SeccompRequest::Unset,
         (Some(true), None) => SeccompRequest::On,
         (Some(false), None) => SeccompRequest::Off,
@@ -113,23 +114,25 @@ pub(super) fn seccomp(
             SeccompRequest::Off
         }
     };
-    let (said, option) = match (said, opt) {
-        (SeccompRequest::Unset, Some(opt)) => (opt, "security_opt: seccomp"),
-        (said, Some(opt)) if said != opt => {
+    let (request, is_in_security_opt) = match (own, opt) {
+        (SeccompRequest::Unset, Some(opt)) => (opt, true),
+        (own, Some(opt)) if own != opt => {
             faults.push("seccomp and security_opt seccomp=... exclude each other; remove one of them".to_owned());
-            (said, "seccomp")
+            (own, false)
         }
-        (said, _) => (said, "seccomp"),
+        (own, _) => (own, false),
     };
-    let overrides = match &said {
-        SeccompRequest::Off => Some(format!("{option} = false")),
-        SeccompRequest::File(path) => Some(format!("{option}_profile = {path:?}")),
-        SeccompRequest::Unset | SeccompRequest::On => None,
+    let overrides = match (&request, is_in_security_opt) {
+        (SeccompRequest::Off, true) => Some("security_opt: \"seccomp=unconfined\"".to_owned()),
+        (SeccompRequest::Off, false) => Some("seccomp = false".to_owned()),
+        (SeccompRequest::File(path), true) => Some(format!("security_opt: {:?}", format!("seccomp={path}"))),
+        (SeccompRequest::File(path), false) => Some(format!("seccomp_profile = {path:?}")),
+        (SeccompRequest::Unset | SeccompRequest::On, _) => None,
     };
     if let Some(overrides) = overrides.filter(|_| !security.allow_seccomp_override) {
         faults.push(format!(
             "{overrides} is not allowed on this node (plugin option security {{ allow_seccomp_override }})"
         ));
     }
-    said
+    request
 }

@@ -12,7 +12,7 @@ use crate::{
 
 /// Generates texts that are valid for some option, and arbitrary ones.
 fn text() -> BoxedStrategy<MsgpackValue> {
-    let telling = prop::sample::select(vec![
+    let meaningful = prop::sample::select(vec![
         "",
         "host",
         "private",
@@ -55,7 +55,7 @@ fn text() -> BoxedStrategy<MsgpackValue> {
         "\u{0}",
         "é",
     ]);
-    let text = prop_oneof![3 => telling.prop_map(str::to_owned), 1 => ".{0,12}"];
+    let text = prop_oneof![3 => meaningful.prop_map(str::to_owned), 1 => ".{0,12}"];
     (text, any::<bool>())
         .prop_map(
             |(text, binary)| if binary { MsgpackValue::Binary(text.into_bytes()) } else { MsgpackValue::from(text) },

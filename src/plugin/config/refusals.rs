@@ -1,10 +1,11 @@
-//! Each task option that is refused, with the words that the error has for it. Nothing of this needs the host.
+//! Tests of the task options that are refused, each with a part of the error's text. The tests do not depend on the
+//! host.
 
 use super::*;
 use crate::{ids::DriverName, task::Settings};
 use serde_json::{Value, json};
 
-/// The error for a task with these options, on an agent with this configuration.
+/// Returns the error for a task with these options, on an agent with this configuration.
 fn error(agent: &Value, mut options: Value) -> String {
     options["image"] = json!("a");
     let settings: Settings =
@@ -19,7 +20,7 @@ fn encoded(value: &Value) -> Vec<u8> {
     bytes
 }
 
-/// Makes a test of each refusal: its name, the options, and the words.
+/// Makes a test of each refusal. It has the test's name, the options, and a part of the error's text.
 macro_rules! refusals {
     ($agent:tt: $($name:ident $options:tt => $words:literal;)+) => {$(
         #[test]

@@ -27,7 +27,8 @@ pub(super) struct Runtimes {
 pub(super) fn runtimes(values: &Values, faults: &mut Faults) -> Runtimes {
     let runtimes = all_runtimes(values, faults);
     let known_runtimes = runtimes.keys().cloned().collect::<Vec<_>>().join(", ");
-    // nomad-driver-containerd's option for the runtime of all tasks. The name of runc's shim leaves the binary open.
+    // This is nomad-driver-containerd's option for the runtime of all tasks. The names of runc's shim choose no
+    // runtime.
     let old_runtime =
         values.non_empty_text("containerd_runtime").filter(|old| !RUNC_SHIM_NAMES.contains(old)).map(str::to_owned);
     if let Some(old) = old_runtime.as_ref().filter(|old| !runtimes.contains_key(*old)) {
@@ -108,8 +109,8 @@ fn runtime(name: &str, block: &Values, faults: &mut Faults) -> RuntimeSettings {
     if shim.is_some() && !is_gvisor && block.non_empty_text("binary").is_some() {
         faults.push(format!("runtime {name:?}: binary and shim exclude each other; such a shim has its own binary"));
     }
-    let given = GVISOR_OPTIONS.iter().find(|option| block.is_set(option));
-    let gvisor = match (is_gvisor, given) {
+    let gvisor_option = GVISOR_OPTIONS.iter().find(|option| block.is_set(option));
+    let gvisor = match (is_gvisor, gvisor_option) {
         (true, _) => Some(gvisor(name, block, faults)),
         (false, None) => None,
         (false, Some(option)) => {
@@ -143,15 +144,15 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults) -> GvisorSettings {
         let parsed = text.parse();
         parsed.map_err(|problem| faults.push(format!("runtime {name:?}: {option} = {text:?} {problem}"))).ok()
     }
-    let of = (name, block);
+    let runtime = (name, block);
     let overlay = block.non_empty_text("overlay").map(str::to_owned);
     if let Some(overlay) = overlay.as_ref().filter(|text| *text != "none" && !is_overlay(text)) {
         faults.push(format!(
             "runtime {name:?}: overlay = {overlay:?} is not none, or root: or all: with memory, self or dir=/PATH"
         ));
     }
-    let file_access = parse_option(of, "file_access", faults);
-    // runsc requires this: through an overlay, changes of the files below are not seen.
+    let file_access = parse_option(runtime, "file_access", faults);
+    // With shared file access, runsc requires that there is no overlay, which would hide changes of the files below it.
     let overlay = match (file_access, overlay) {
         (Some(FileAccess::Shared), None) => Some("none".to_owned()),
         (Some(FileAccess::Shared), Some(overlay)) if overlay != "none" => {
@@ -167,8 +168,8 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults) -> GvisorSettings {
         faults.push(format!("runtime {name:?}: flags: {problem}"));
     }
     GvisorSettings {
-        platform: parse_option(of, "platform", faults),
-        network: parse_option(of, "network", faults).unwrap_or_default(),
+        platform: parse_option(runtime, "platform", faults),
+        network: parse_option(runtime, "network", faults).unwrap_or_default(),
         overlay,
         file_access,
         cgroups: block.flag("cgroups").unwrap_or(true),
@@ -177,11 +178,11 @@ fn gvisor(name: &str, block: &Values, faults: &mut Faults) -> GvisorSettings {
     }
 }
 
-/// Whether runsc's `--overlay2` accepts this text, with an optional `,size=`.
+/// Says whether runsc's `--overlay2` accepts this text, which may end with `,size=`.
 fn is_overlay(text: &str) -> bool {
-    let Some((whose, medium)) = text.split_once(':') else { return false };
+    let Some((mounts, medium)) = text.split_once(':') else { return false };
     let medium = medium.split(",size=").next().unwrap_or_default();
-    matches!(whose, "root" | "all") && (matches!(medium, "memory" | "self") || medium.starts_with("dir=/"))
+    matches!(mounts, "root" | "all") && (matches!(medium, "memory" | "self") || medium.starts_with("dir=/"))
 }
 
 #[cfg(test)]
@@ -189,14 +190,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shims_are_called_as_containerd_calls_them() {
+    fn shims_are_found_by_containerds_rule() {
         assert_eq!(shim_for_runtime("io.containerd.runsc.v1"), Some("containerd-shim-runsc-v1".into()));
         assert_eq!(shim_for_runtime("io.containerd.kata.v2"), Some("containerd-shim-kata-v2".into()));
         assert_eq!((shim_for_runtime("io.containerd.runc.v2"), shim_for_runtime("runsc")), (None, None));
     }
 
     #[test]
-    fn overlays_are_runscs() {
+    fn overlays_have_runscs_format() {
         for good in ["root:self", "all:memory", "root:dir=/var/tmp", "root:self,size=2g"] {
             assert!(is_overlay(good), "{good}");
         }

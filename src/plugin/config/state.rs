@@ -57,7 +57,7 @@ fn upper(block: Block<'_>, faults: &mut Faults) -> UpperStorage {
     }
 }
 
-/// Whether `text` is a size as tmpfs(5) writes it.
+/// Says whether `text` is a size in the format of tmpfs(5).
 fn is_tmpfs_size(text: &str) -> bool {
     let digits = text.trim_end_matches(['k', 'K', 'm', 'M', 'g', 'G', '%']);
     text.len() - digits.len() <= 1 && !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())

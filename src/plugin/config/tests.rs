@@ -18,13 +18,19 @@ fn list(items: &[&str]) -> MsgpackValue {
 }
 
 #[test]
-fn our_own_name_is_closed_and_the_old_one_open() {
-    let (ours, old) = (named("shim"), named("containerd-driver"));
+fn defaults_are_strict_unless_the_driver_is_called_containerd_driver() {
+    let (strict, compatible) = (named("shim"), named("containerd-driver"));
     assert!(
-        !ours.security.allow_privileged && !ours.security.allow_host_namespaces && ours.security.allow_caps.is_some()
+        !strict.security.allow_privileged
+            && !strict.security.allow_host_namespaces
+            && strict.security.allow_caps.is_some()
     );
-    assert!(old.security.allow_privileged && old.security.allow_host_namespaces && old.security.allow_caps.is_none());
-    assert_eq!(ours.places.run(), std::path::Path::new("/run/nomad-driver-shim/shim"));
+    assert!(
+        compatible.security.allow_privileged
+            && compatible.security.allow_host_namespaces
+            && compatible.security.allow_caps.is_none()
+    );
+    assert_eq!(strict.places.run(), std::path::Path::new("/run/nomad-driver-shim/shim"));
 }
 
 #[test]
@@ -52,7 +58,7 @@ fn hostnames_are_names() {
 }
 
 #[test]
-fn conflicts_and_gates_are_told_together() {
+fn all_faults_are_reported_together() {
     let bytes = encode(&[
         ("image", MsgpackValue::from("Not An Image")),
         ("image_pull_timeout", MsgpackValue::from("soon")),
@@ -176,7 +182,7 @@ fn runtimes_are_what_their_blocks_say() {
     assert_eq!((of("youki").binary.to_str(), &of("youki").shim, &of("youki").gvisor), (Some("youki"), &None, &None));
     let boxed = of("boxed").gvisor.as_ref().expect("by its binary's name");
     assert_eq!(boxed.network, crate::gvisor::Network::Host);
-    assert_eq!(of("shared").gvisor.as_ref().expect("said").overlay.as_deref(), Some("none"));
+    assert_eq!(of("shared").gvisor.as_ref().expect("by its type").overlay.as_deref(), Some("none"));
     let kata = of("io.containerd.kata.v2").shim.as_ref().expect("by its name");
     assert_eq!(kata.program.to_str(), Some("containerd-shim-kata-v2"));
     assert_eq!(kata.config.as_deref(), Some(std::path::Path::new("/etc/kata.toml")));
@@ -185,7 +191,7 @@ fn runtimes_are_what_their_blocks_say() {
 }
 
 #[test]
-fn what_a_runtime_can_not_be_is_said() {
+fn wrong_runtime_blocks_are_refused() {
     let wrong = block(&[
         ("x/y", block(&[])),
         ("a", block(&[("platform", MsgpackValue::from("kvm"))])),
@@ -227,7 +233,7 @@ fn what_a_runtime_can_not_be_is_said() {
 }
 
 #[test]
-fn what_a_sandbox_can_not_have_is_refused() {
+fn options_that_gvisor_does_not_support_are_refused() {
     let bytes = encode(&[
         ("image", MsgpackValue::from("busybox")),
         ("runtime", MsgpackValue::from("runsc")),
