@@ -492,9 +492,8 @@ async fn create_and_start(
     };
     // The container's process is in its cgroup by now.
     drop(warm);
-    // The process waits for its start now, so that its start time can be read. For a process that has ended already,
-    // the start time 0 matches no other process that gets the same pid.
-    let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
+    // The process waits for its start now, so that its start time can be read, unless the process has ended already.
+    let process = ProcessId::of(pid).unwrap_or_else(|_| ProcessId::ended(pid));
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
     let state = places.runtime_state(&plan.runtime.name, &record.intent.namespace).join(id);
     let started = start_without_shim(started_by, &state, &process).await;
