@@ -217,6 +217,12 @@ impl ProcessId {
         Ok(Self { pid, start })
     }
 
+    /// Returns the identity of a process that ended before its start time could be read. The identity matches no later
+    /// process that gets the same pid, since only the kernel's first threads start at tick 0.
+    pub fn ended(pid: u32) -> Self {
+        Self { pid, start: 0 }
+    }
+
     /// Returns whether the process has certainly ended. A failure to read its status is no proof of that.
     pub fn is_gone(&self) -> bool {
         match Self::of(self.pid) {

@@ -345,9 +345,9 @@ fn attributes(inspection: &Inspection) -> HashMap<String, String> {
         ("image".to_owned(), text::sanitize(&record.intent.image, EXCERPT_MAX)),
         ("runtime".to_owned(), record.intent.runtime.clone()),
         ("cgroup".to_owned(), record.intent.cgroup.as_str().to_owned()),
-        ("pid".to_owned(), pid.to_string()),
         ("phase.shim_pooled".to_owned(), phases.pooled.to_string()),
     ]);
+    attributes.extend(pid.map(|pid| ("pid".to_owned(), pid.to_string())));
     attributes.extend(phases.by_name().into_iter().filter_map(|(name, duration)| {
         Some((format!("phase.{name}_ms"), format!("{:.3}", duration?.as_secs_f64() * 1000.0)))
     }));

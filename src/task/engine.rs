@@ -98,8 +98,8 @@ pub struct Inspection {
     pub exit: Option<ExitRecord>,
     /// The task's record, with its container, shim and cgroup.
     pub record: Record,
-    /// The pid of the task's first process on the host.
-    pub pid: u32,
+    /// The pid of the task's first process on the host. `None` for a task that had ended when it was recovered.
+    pub pid: Option<u32>,
     /// How long each phase of the start took.
     pub phases: Phases,
 }
@@ -231,7 +231,8 @@ impl Engine {
         let task = Task::new(TaskParts {
             record,
             shim,
-            run,
+            process: Some(run.process),
+            started_at: run.started_at,
             phases,
             exit: None,
             unrecoverable_reason: None,
@@ -325,7 +326,7 @@ impl Engine {
             started_at: task.started_at(),
             exit,
             record,
-            pid: task.run.process.pid,
+            pid: task.process.map(|process| process.pid),
             phases: task.phases,
         })
     }

@@ -24,7 +24,7 @@ use crate::{
     ids::TaskId,
     image::ImageRecord,
     logs::FifoGuard,
-    process::PidFd,
+    process::{PidFd, ProcessId},
     shim::{self, Adoption, Client, Exit, Shim, ShimError, SignalTarget},
 };
 
@@ -47,7 +47,10 @@ pub(crate) struct Task {
     pub(super) client: Option<Client>,
     /// The pid of that shim.
     shim_pid: Option<u32>,
-    pub(super) run: RunRecord,
+    /// The container's first process. `None` for a task that had ended when it was recovered.
+    pub(super) process: Option<ProcessId>,
+    /// When the task was started, in milliseconds since the epoch.
+    started_at: u64,
     pub(super) phases: Phases,
     pub(super) exit: watch::Sender<Option<ExitRecord>>,
     /// Whether an agent has confirmed the task, or the garbage collection is removing it.
@@ -88,7 +91,8 @@ pub(super) enum Confirmation {
 pub(crate) struct TaskParts {
     pub(super) record: Record,
     pub(super) shim: Adoption,
-    pub(super) run: RunRecord,
+    pub(super) process: Option<ProcessId>,
+    pub(super) started_at: u64,
     pub(super) phases: Phases,
     pub(super) exit: Option<ExitRecord>,
     pub(super) unrecoverable_reason: Option<String>,
@@ -99,7 +103,8 @@ pub(crate) struct TaskParts {
 
 impl Task {
     pub(super) fn new(parts: TaskParts) -> Arc<Self> {
-        let TaskParts { record, shim, run, phases, exit, unrecoverable_reason, confirmed, image, log } = parts;
+        let TaskParts { record, shim, process, started_at, phases, exit, unrecoverable_reason, confirmed, image, log } =
+            parts;
         let alive = match &shim {
             Adoption::Alive(shim) if exit.is_none() => Some(shim),
             _ => None,
@@ -111,7 +116,8 @@ impl Task {
             shim: tokio::sync::Mutex::new(Some(shim)),
             client,
             shim_pid,
-            run,
+            process,
+            started_at,
             phases,
             exit: watch::Sender::new(exit),
             holder: Mutex::new(if confirmed { Holder::Agent } else { Holder::Unconfirmed }),
@@ -182,7 +188,7 @@ impl Task {
     }
 
     pub(super) fn started_at(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_millis(self.run.started_at)
+        UNIX_EPOCH + Duration::from_millis(self.started_at)
     }
 
     /// Changes the task's state and writes its record.
@@ -199,8 +205,11 @@ impl Task {
 
     /// Notes in the record that the task is being stopped, so that the next plugin can complete the stop.
     pub(super) fn mark_stopping(self: &Arc<Self>, context: &Arc<EngineContext>, timeout: Duration) {
+        // A task that had ended when it was recovered is not stopped.
+        let Some(process) = self.process else { return };
+        let run = RunRecord { process, started_at: self.started_at };
         let deadline = epoch_millis(SystemTime::now() + timeout);
-        self.set_state(context, RecordState::Stopping { run: self.run, deadline });
+        self.set_state(context, RecordState::Stopping { run, deadline });
     }
 
     /// Kills the task and waits for its end: through its shim, or without the shim if it hangs.
@@ -223,7 +232,7 @@ impl Task {
                 let problem =
                     outcome.map_or_else(|_| "it does not answer".to_owned(), |refused| format!("{refused:?}"));
                 tracing::error!(task = %id, problem, "the shim does not kill the task; the driver kills it");
-                if let Ok(init) = PidFd::of(&self.run.process) {
+                if let Some(init) = self.process_fd() {
                     init.signal(libc::SIGKILL);
                 }
                 self.kill_cgroup(context);
@@ -245,6 +254,11 @@ impl Task {
             Ok(_) => Ok(()),
             Err(_) => Err(TaskError::Unkillable { id: id.clone(), after: KILL_GRACE }),
         }
+    }
+
+    /// Opens the container's first process, if it still runs.
+    fn process_fd(&self) -> Option<PidFd> {
+        self.process.and_then(|process| PidFd::of(&process).ok())
     }
 
     /// Kills all processes in the task's cgroup. A runtime that was killed itself may have left the cgroup frozen, and
@@ -303,7 +317,7 @@ async fn watch_exit_once(context: &Arc<EngineContext>, task: &Arc<Task>) {
             (128 + libc::SIGKILL, Some(text), epoch_millis(SystemTime::now()))
         }
     };
-    let exit = ExitRecord { code, oom_killed, error, started_at: task.run.started_at, at };
+    let exit = ExitRecord { code, oom_killed, error, started_at: task.started_at, at };
     context.metrics.exited(oom_killed, exit.error.is_some());
     tracing::info!(task = %record.intent.task_id, code, oom_killed, error = exit.error, "task exited");
     let oom = if oom_killed { ", out of memory" } else { "" };
@@ -368,7 +382,7 @@ async fn end_after_shim_loss(
             _ => (Err(error), true),
         };
     }
-    if let Ok(init) = PidFd::of(&task.run.process) {
+    if let Some(init) = task.process_fd() {
         init.signal(libc::SIGKILL);
         if tokio::time::timeout(KILL_GRACE, init.wait_for_end()).await.is_err() {
             tracing::error!(

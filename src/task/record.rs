@@ -124,6 +124,15 @@ impl RecordState {
             Self::Intended | Self::Exited(_) | Self::Destroying => None,
         }
     }
+
+    /// Returns when the task was started, in milliseconds since the epoch, if this state says so.
+    pub fn started_at(&self) -> Option<u64> {
+        match self {
+            Self::Running(run) | Self::Stopping { run, .. } => Some(run.started_at),
+            Self::Exited(exit) => Some(exit.started_at),
+            Self::Intended | Self::Destroying => None,
+        }
+    }
 }
 
 /// A process that was started.

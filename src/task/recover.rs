@@ -18,7 +18,7 @@ use super::{
     exec,
     guards::catch_panic,
     live::{Confirmation, Task, TaskParts, has_oom_kill, watch_exit},
-    record::{Records, RunRecord, epoch_millis},
+    record::{Records, epoch_millis},
     saving, sources,
     undo::{RETRY_DELAYS, delete_after_cleanup, find_shim},
 };
@@ -27,7 +27,6 @@ use crate::{
     ids::{ContainerId, ShimId, TaskId},
     logs::FifoGuard,
     places::{PlacesError, list_names},
-    process::ProcessId,
     shim::{self, Adoption, ShimError, stdio::ParkedFifos},
 };
 
@@ -201,12 +200,9 @@ impl Engine {
         if let Adoption::Alive(alive) = &shim {
             context.pool.share_adopted(&record.intent.alloc_id, alive);
         }
-        let no_run = RunRecord { process: ProcessId { pid: 0, start: 0 }, started_at: 0 };
-        let mut run = record.state.run().unwrap_or(no_run);
-        if let RecordState::Exited(known) = &record.state {
-            run.started_at = known.started_at;
-        }
-        let (exit, unrecoverable_reason) = find_exit(context, &record, &shim, run.started_at).await;
+        let process = record.state.run().map(|run| run.process);
+        let started_at = record.state.started_at().unwrap_or_default();
+        let (exit, unrecoverable_reason) = find_exit(context, &record, &shim, started_at).await;
         if exit.is_none()
             && let (Adoption::Alive(alive), Some(client)) = (&shim, shim.client())
         {
@@ -226,7 +222,7 @@ impl Engine {
         // The earlier plugin may have died before it marked the log as started.
         saving::mark_log_started(context, &record);
         tracing::info!(
-            task = %record.intent.task_id, pid = run.process.pid, problem = unrecoverable_reason,
+            task = %record.intent.task_id, pid = process.map(|process| process.pid), problem = unrecoverable_reason,
             "took over a task of an earlier plugin"
         );
         let image = context.images.by_name(&record.intent.image);
@@ -234,7 +230,8 @@ impl Engine {
         let task = Task::new(TaskParts {
             record,
             shim,
-            run,
+            process,
+            started_at,
             phases: Phases::default(),
             exit,
             unrecoverable_reason,

@@ -494,9 +494,8 @@ async fn create_and_start(
     };
     // The container's process is in its cgroup by now.
     drop(priming);
-    // The process exists and waits to be started, so its start time can be read. If the process has ended already, the
-    // start time 0 is recorded, which no later process with the same pid has.
-    let process = ProcessId::of(pid).unwrap_or(ProcessId { pid, start: 0 });
+    // The process exists and waits to be started, so its start time can be read, unless the process has ended already.
+    let process = ProcessId::of(pid).unwrap_or_else(|_| ProcessId::ended(pid));
     exec::set_oom_score(pid, plan.request.options.oom_score_adj.into());
     let state = places.runtime_state(&plan.runtime.name, &record.intent.namespace).join(id);
     let started = start_without_shim(started_by, &state, &process).await;

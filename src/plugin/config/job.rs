@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::{ConfigError, JOB_SUBJECT, credentials, faults::Faults, limits, mounts::mounts, privileges};
+use super::{
+    ConfigError, JOB_SUBJECT, credentials, faults::Faults, group_network::GroupNetwork, limits, mounts::mounts,
+    privileges,
+};
 use crate::{
     duration,
     ids::Flavor,
@@ -18,15 +21,6 @@ use crate::{
 
 /// Linux's limit on a host name (`HOST_NAME_MAX`, sethostname(2)).
 const HOSTNAME_MAX: usize = 64;
-
-/// Whether the task's group has a network namespace. The option `host_network` conflicts with one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GroupNetwork {
-    /// Nomad has made a network namespace for the group.
-    Namespace,
-    /// The group has no network namespace.
-    None,
-}
 
 /// Reads a job's `config` block and checks it against what the operator allows.
 ///

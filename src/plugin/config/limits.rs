@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{ceilings, faults::Faults, job::GroupNetwork};
+use super::{ceilings, faults::Faults, group_network::GroupNetwork};
 use crate::{
     gvisor,
     logs::{LogOptions, LogPolicy},

@@ -7,6 +7,7 @@ mod ceilings;
 #[cfg(test)]
 mod differences;
 mod faults;
+mod group_network;
 mod job;
 mod limits;
 mod mounts;
@@ -25,7 +26,8 @@ use std::fmt;
 
 pub use agent::settings;
 use faults::Faults;
-pub use job::{GroupNetwork, task_options};
+pub use group_network::GroupNetwork;
+pub use job::task_options;
 
 use super::decode::Values;
 use crate::{

@@ -1,7 +1,7 @@
 //! Reads a job's options for privileges, capabilities, seccomp and AppArmor, and checks them against what the operator
 //! allows.
 
-use super::{apparmor, faults::Faults, job::GroupNetwork};
+use super::{apparmor, faults::Faults, group_network::GroupNetwork};
 use crate::{
     ids::Flavor,
     plugin::decode::Values,
