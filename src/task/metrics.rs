@@ -136,7 +136,7 @@ impl Metrics {
             let _ = writeln!(text, "nomad_driver_shim_{name} {}", value.load(Ordering::Relaxed));
         };
         counter("starts_total", "Tasks that were started.", &self.starts);
-        counter("pool_hits_total", "Starts that found a shim waiting.", &self.pool_hits);
+        counter("pool_hits_total", "Starts that got an idle shim from the pool.", &self.pool_hits);
         counter("pool_misses_total", "Starts that had to launch a shim.", &self.pool_misses);
         counter("pulls_total", "Images that were pulled.", &self.pulls);
         counter("pulls_failed_total", "Pulls that failed.", &self.pulls_failed);
@@ -170,7 +170,7 @@ impl Metrics {
             let _ = writeln!(text, "{name}{{state=\"{state}\"}} {count}");
         }
         for (name, help, count) in [
-            ("idle_shims", "Shims that wait for a task.", gauges.idle_shims),
+            ("idle_shims", "Idle shims in the pool.", gauges.idle_shims),
             (
                 "images",
                 "Images that tasks can be started from without contacting containerd or a registry.",

@@ -38,7 +38,7 @@ const DELETE_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// No runtime of this name is configured.
-    #[error("runtime {name:?} is not configured; there is {known}")]
+    #[error("runtime {name:?} is not configured; the runtimes are {known}")]
     Unknown {
         /// The name that the job uses.
         name: String,
