@@ -44,16 +44,16 @@ const DIRECTORIES: [&str; 4] = ["dev", "proc", "sys", "etc"];
 pub enum Nesting {
     /// The driver mounts it, into the tree that the runtime takes as a whole.
     ByDriver,
-    /// The runtime mounts each one by itself. A gVisor sandbox needs this: only the mounts of its own kernel are mount
-    /// points for its tasks, and it looks up targets only inside of the sandbox. The driver still makes sure that no
-    /// link is on the way.
+    /// The runtime mounts it, as it mounts all others. A gVisor sandbox needs this: only the mounts of its own kernel
+    /// are mount points for its tasks, and it looks up targets only inside of the sandbox. The driver still makes sure
+    /// that no link is on the way.
     ByRuntime,
 }
 
 /// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
 /// system, and pins the sources of all mounts below the bundle's `mounts/`. It puts each mount that lies below a bind
-/// mount into that one's tree. Returns the mounts that are left to the runtime, to follow those of `base`, and the file
-/// system in which the sources are pinned.
+/// mount into that bind mount's tree. Returns the mounts that the runtime must make, to follow those of `base`, and the
+/// file system in which the sources are pinned.
 ///
 /// # Errors
 /// Fails when a mount can't be put at its target; the error names its option and target. What has been mounted by then
@@ -68,7 +68,7 @@ pub fn place_mounts(
     let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
     let pins = attach_pins(paths, mounts, prepared)?;
     let root = paths.rootfs();
-    let root = image_links::open_root(&root).map_err(|source| file("open", &root, source))?;
+    let root = image_links::open_root(&root).map_err(|source| file_error("open", &root, source))?;
     let is_base = |path: &Path| base.iter().any(|base| base == path);
     for directory in DIRECTORIES {
         let path = Path::new(directory);
@@ -80,19 +80,19 @@ pub fn place_mounts(
     }
     let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
     let placed =
-        arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
+        arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.index].target_error(misplaced.problem))?;
     let tree = MountTree { paths, placed: &placed, mounts, nesting };
-    let mut left = Vec::with_capacity(placed.len());
+    let mut for_runtime = Vec::with_capacity(placed.len());
     for one in &placed {
         tree.pin_and_place(one).map_err(|source| {
             let mount = tree.mount(one);
             RootfsError::MountAtTarget { option: mount.option, target: mount.target.to_string(), source }
         })?;
         if one.place == Placement::ByRuntime || nesting == Nesting::ByRuntime {
-            left.push(tree.for_runtime(one)?);
+            for_runtime.push(tree.for_runtime(one)?);
         }
     }
-    Ok((left, pins))
+    Ok((for_runtime, pins))
 }
 
 /// Refuses targets at which a mount would remove a part of the task's confinement.
@@ -132,7 +132,7 @@ fn attach_pins(paths: &BundlePaths, mounts: &[TaskMount], prepared: Option<Prepa
     let length = |mount: &TaskMount| if let MountContent::File(text) = &mount.content { text.len() } else { 0 };
     let pins = paths.pins();
     Pins::attach(&pins, mounts.iter().map(length).sum(), prepared)
-        .map_err(|source| file("mount a file system at", &pins, source))
+        .map_err(|source| file_error("mount a file system at", &pins, source))
 }
 
 fn ensure_plain(root: BorrowedFd<'_>, path: &Path, wanted: EntryKind) -> Result<(), RootfsError> {
@@ -149,15 +149,15 @@ fn resolve_targets(
 ) -> Result<Vec<MountTarget>, RootfsError> {
     let mut targets: Vec<MountTarget> = mounts.iter().map(|mount| mount.target.clone()).collect();
     let mut order: Vec<usize> = (0..mounts.len()).collect();
-    order.sort_by_key(|number| targets[*number].depth());
-    for (at, number) in order.iter().copied().enumerate() {
-        let mount = &mounts[number];
+    order.sort_by_key(|index| targets[*index].depth());
+    for (at, index) in order.iter().copied().enumerate() {
+        let mount = &mounts[index];
         let known: Vec<&Path> = order[..at].iter().map(|other| targets[*other].path()).collect();
         let is_mount = |path: &Path| base.iter().any(|base| base == path) || known.contains(&path);
         let resolve = |path: &Path| image_links::resolve(root, path, is_mount).map_err(|error| mount.unresolved(error));
         let target = mount.target.path();
         let found = match (&mount.content, target.parent(), target.file_name()) {
-            // The driver's own file (such as /etc/hosts) replaces whatever the image has there, as in docker.
+            // The driver's own file (such as /etc/hosts) replaces any entry that the image has there, as in docker.
             (MountContent::File(_), Some(parent), Some(name)) if !target.ancestors().any(is_mount) => {
                 let found = resolve(parent)?.join(name);
                 ensure_plain(root, found.strip_prefix("/").unwrap_or(&found), EntryKind::File)?;
@@ -167,7 +167,7 @@ fn resolve_targets(
         };
         let found = MountTarget::found(found);
         check_target(mount, &found, sys)?;
-        targets[number] = found;
+        targets[index] = found;
     }
     Ok(targets)
 }
@@ -182,22 +182,22 @@ struct MountTree<'a> {
 
 impl MountTree<'_> {
     fn mount(&self, placed: &PlacedMount) -> &TaskMount {
-        &self.mounts[placed.number]
+        &self.mounts[placed.index]
     }
 
-    /// Tells whether other mounts are put into this one's tree.
+    /// Returns whether other mounts are put into this one's tree.
     fn holds_others(&self, placed: &PlacedMount) -> bool {
         self.nesting == Nesting::ByDriver
             && self
                 .placed
                 .iter()
-                .any(|other| matches!(&other.place, Placement::InTree { outermost, .. } if *outermost == placed.number))
+                .any(|other| matches!(&other.place, Placement::InTree { outermost, .. } if *outermost == placed.index))
     }
 
-    /// Pins a mount's source, and moves it to its target if that lies in another mount's tree.
+    /// Pins a mount's source, and mounts it at its target if the target lies in another mount's tree.
     fn pin_and_place(&self, placed: &PlacedMount) -> io::Result<()> {
         let mount = self.mount(placed);
-        let pin = self.paths.pin_path(placed.number);
+        let pin = self.paths.pin_path(placed.index);
         let is_inside = placed.place != Placement::ByRuntime && self.nesting == Nesting::ByDriver;
         match &mount.content {
             MountContent::FileSystem { .. } if !is_inside => {}
@@ -213,8 +213,7 @@ impl MountTree<'_> {
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
             MountContent::Volume => self.bind(placed, &self.make_volume(placed)?, &pin, is_inside)?,
         }
-        let is_bind =
-            |number: usize| matches!(self.mounts[number].content, MountContent::Bind(_) | MountContent::Volume);
+        let is_bind = |index: usize| matches!(self.mounts[index].content, MountContent::Bind(_) | MountContent::Volume);
         match &placed.place {
             Placement::InTree { outermost: top, path_in_outermost: path, .. } if is_inside => {
                 let point = open_mount_point(&self.paths.pin_path(*top), path, self.kind(placed))?;
@@ -225,9 +224,9 @@ impl MountTree<'_> {
                 };
                 Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
             }
-            // The runtime mounts it later, but the mount point is opened now, to make sure that no link is on the way.
-            Placement::InTree { parent: holder, path_in_parent: below, .. } if is_bind(*holder) => {
-                open_mount_point(&self.paths.pin_path(*holder), below, self.kind(placed)).map(drop)
+            // The runtime mounts it later. The mount point is opened now, to make sure that no link is on the way.
+            Placement::InTree { parent, path_in_parent: below, .. } if is_bind(*parent) => {
+                open_mount_point(&self.paths.pin_path(*parent), below, self.kind(placed)).map(drop)
             }
             Placement::InTree { .. } | Placement::ByRuntime => Ok(()),
         }
@@ -240,7 +239,7 @@ impl MountTree<'_> {
 
     /// Makes the directory of a volume, with the content that the image has at the volume's target.
     fn make_volume(&self, placed: &PlacedMount) -> io::Result<MountSource> {
-        let path = self.paths.volume(placed.number);
+        let path = self.paths.volume(placed.index);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap_or(&path))?;
         // This is docker's mode of a volume for which the image has no directory.
         fs::DirBuilder::new().mode(0o755).create(&path)?;
@@ -272,17 +271,17 @@ impl MountTree<'_> {
         mount(Some(&source.fd_path()), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
         // Missing mount points of other mounts are created in the source, as crun does, before it may become read-only.
         for other in self.placed {
-            if let Placement::InTree { parent: holder, path_in_parent: below, .. } = &other.place
-                && *holder == placed.number
+            if let Placement::InTree { parent, path_in_parent: below, .. } = &other.place
+                && *parent == placed.index
             {
-                // A mount point that can't be created becomes an error of its own mount, when that one is placed.
+                // If a mount point can't be created, the placement of its own mount fails later and reports it.
                 if let Err(error) = open_mount_point(pin, below, self.kind(other)) {
-                    tracing::debug!(target = %other.target, %error, "could not create a mount point in a source");
+                    tracing::debug!(target = %other.target, %error, "could not create the mount point of a mount in the source of another mount");
                 }
             }
         }
         if has("ro") {
-            // Runtimes would make only the topmost mount read-only, and leave the mounts below it writable.
+            // Runtimes would make only the topmost mount read-only and leave the mounts below it writable.
             Attributes::read_only().set(pin, depth)?;
         }
         if is_inside || self.holds_others(placed) {
@@ -304,7 +303,7 @@ impl MountTree<'_> {
         let (kind, source) = match &mount.content {
             MountContent::FileSystem { kind, source } => (kind.as_str(), PathBuf::from(source)),
             MountContent::Bind(_) | MountContent::Volume | MountContent::File(_) => {
-                ("bind", self.paths.pin_path(placed.number))
+                ("bind", self.paths.pin_path(placed.index))
             }
         };
         if self.holds_others(placed) {
@@ -389,6 +388,6 @@ fn make_mount_point(top: OwnedFd, path: &Path, wanted: SFlag) -> io::Result<Owne
     Ok(at)
 }
 
-fn file(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
+fn file_error(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
     RootfsError::File { doing, path: path.to_owned(), source }
 }
