@@ -324,7 +324,10 @@ impl BlobWriter {
         drop((send, answers));
         let request = client.request(None, AbortRequest { r#ref: reference.clone() });
         if let Err(error) = client.call("Content.Abort", &reference, client.content().abort(request)).await {
-            tracing::debug!(%error, "could not abort a download; containerd's garbage collector removes its data");
+            tracing::debug!(
+                error = %crate::error_chain(&error),
+                "could not abort a download; containerd's garbage collector removes its data"
+            );
         }
     }
 

@@ -150,7 +150,10 @@ impl ImageStore {
         let leases = match inner.client.leases().await {
             Ok(leases) => leases,
             Err(error) => {
-                tracing::debug!(%error, "could not list containerd's leases; the next garbage collection tries again");
+                tracing::debug!(
+                    error = %crate::error_chain(&error),
+                    "could not list containerd's leases; the next garbage collection tries again"
+                );
                 return Vec::new();
             }
         };

@@ -85,7 +85,10 @@ impl LayerScan {
         let (result_sender, verdict) = oneshot::channel();
         let spawned = thread::Builder::new().name("layer".to_owned()).spawn(move || {
             if let Err(error) = confine::this_thread() {
-                tracing::warn!(%error, "could not confine the thread that scans a layer; it runs without confinement");
+                tracing::warn!(
+                    error = %crate::error_chain(&error),
+                    "could not confine the thread that scans a layer; the thread runs without confinement"
+                );
             }
             let _ = result_sender.send(scan_layer(ChunkReader { receive, chunk: Vec::new(), at: 0 }));
         });

@@ -92,7 +92,10 @@ impl Drop for PullLease {
                 for delay in LEASE_DELETION_DELAYS {
                     tokio::time::sleep(delay).await;
                     if let Err(error) = client.delete_lease(&id).await {
-                        tracing::debug!(%error, "could not delete the lease of a cancelled pull; it will expire");
+                        tracing::debug!(
+                            error = %crate::error_chain(&error),
+                            "could not delete the lease of a cancelled pull; the lease will expire"
+                        );
                     }
                 }
             });

@@ -157,7 +157,7 @@ impl ImageStore {
     pub fn discard_stale(&self, record: &ImageRecord) {
         lock(&self.0.records).remove(&record.reference);
         if let Err(error) = record.delete(&self.0.places.images()) {
-            tracing::warn!(%error, "could not remove the record of an image whose layers are gone");
+            tracing::warn!(error = %crate::error_chain(&error), "could not remove the record of an image whose layers are gone");
         }
     }
 

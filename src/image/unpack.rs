@@ -98,7 +98,7 @@ async fn apply_layer(
         Err(error) => {
             if let Err(error) = client.remove_snapshot(&key).await {
                 tracing::debug!(
-                    %error,
+                    error = %crate::error_chain(&error),
                     "could not remove a partly unpacked layer; containerd's garbage collector will remove it"
                 );
             }
