@@ -34,7 +34,7 @@ pub(super) enum Placement {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PlacedMount {
     /// The mount's index in the list of mounts.
-    pub(super) index: usize,
+    pub(super) number: usize,
     /// The mount's target, without links on the way.
     pub(super) target: MountTarget,
     /// How the mount gets to its target.
@@ -44,7 +44,7 @@ pub(super) struct PlacedMount {
 /// A mount that can't be placed, with its index and the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Misplaced {
-    pub(super) index: usize,
+    pub(super) number: usize,
     pub(super) problem: String,
 }
 
@@ -54,21 +54,21 @@ pub(super) struct Misplaced {
 /// # Errors
 /// Fails when a mount lies below another one in which nothing can be mounted.
 pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<Vec<PlacedMount>, Misplaced> {
-    let is_hidden = |index: &usize| targets[index + 1..].contains(&targets[*index]);
-    let mut order: Vec<usize> = (0..mounts.len()).filter(|index| !is_hidden(index)).collect();
-    order.sort_by_key(|index| targets[*index].depth());
+    let is_hidden = |number: &usize| targets[number + 1..].contains(&targets[*number]);
+    let mut order: Vec<usize> = (0..mounts.len()).filter(|number| !is_hidden(number)).collect();
+    order.sort_by_key(|number| targets[*number].depth());
     let mut placed: Vec<PlacedMount> = Vec::with_capacity(order.len());
-    for index in order {
-        let target = targets[index].clone();
+    for number in order {
+        let target = targets[number].clone();
         // The mounts are sorted by depth, so the last match is the deepest.
         let parent = placed.iter().rfind(|other| target.path().starts_with(other.target.path()));
         let place = match parent {
             // The target lies in the image, or in a fresh file system that every container has.
             None => Placement::ByRuntime,
-            Some(parent) => place_below(parent, &mounts[parent.index], &mounts[index], target.path())
-                .map_err(|problem| Misplaced { index, problem })?,
+            Some(parent) => place_below(parent, &mounts[parent.number], &mounts[number], target.path())
+                .map_err(|problem| Misplaced { number, problem })?,
         };
-        placed.push(PlacedMount { index, target, place });
+        placed.push(PlacedMount { number, target, place });
     }
     Ok(placed)
 }
@@ -99,14 +99,14 @@ fn place_below(
         return Err(format!("a file system of type {kind:?} can't be mounted below the bind mount at {parent_target}"));
     }
     let (top, above) = match &parent.place {
-        Placement::ByRuntime => (parent.index, Path::new("")),
+        Placement::ByRuntime => (parent.number, Path::new("")),
         Placement::InTree { outermost: top, path_in_outermost: path, .. } => (*top, path.as_path()),
     };
     let below = target.strip_prefix(parent_target.path()).unwrap_or(target).to_owned();
     Ok(Placement::InTree {
         outermost: top,
         path_in_outermost: above.join(&below),
-        parent: parent.index,
+        parent: parent.number,
         path_in_parent: below,
     })
 }
@@ -225,11 +225,11 @@ mod tests {
             let placed = arrange(&mounts, &targets).expect("all can be placed");
             let left: Vec<_> = placed.iter().filter(|placed| placed.place == Placement::ByRuntime).collect();
             for mount in &left {
-                let is_bind = |other: &&&PlacedMount| matches!(mounts[other.index].content, MountContent::Bind(_));
+                let is_bind = |other: &&&PlacedMount| matches!(mounts[other.number].content, MountContent::Bind(_));
                 let above = left.iter().filter(is_bind).any(|other| {
                     other.target != mount.target && mount.target.path().starts_with(other.target.path())
                         // With a fresh file system in between, the mount may be left to the runtime.
-                        && !left.iter().any(|fresh| matches!(mounts[fresh.index].content, MountContent::FileSystem { .. })
+                        && !left.iter().any(|fresh| matches!(mounts[fresh.number].content, MountContent::FileSystem { .. })
                             && fresh.target != mount.target
                             && mount.target.path().starts_with(fresh.target.path())
                             && fresh.target.path().starts_with(other.target.path()))

@@ -69,7 +69,7 @@ impl BundlePaths {
     /// Fails when a file system operation fails.
     pub fn create(&self) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
-        create_private_dir(&rootfs).map_err(|source| file_error("create", &rootfs, source))
+        create_private_dir(&rootfs).map_err(|source| file("create", &rootfs, source))
     }
 
     /// Creates the writable layer, and mounts the root file system in an existing bundle.
@@ -79,7 +79,7 @@ impl BundlePaths {
     /// vanished.
     pub fn mount(&self, layers: Layers<'_>, on: &UpperStorage) -> Result<(), RootfsError> {
         let rootfs = self.rootfs();
-        create_private_dir(&self.upper).map_err(|source| file_error("create", &self.upper, source))?;
+        create_private_dir(&self.upper).map_err(|source| file("create", &self.upper, source))?;
         if let UpperStorage::Tmpfs { size } = on {
             let path = &self.upper;
             let options = size.iter().fold("mode=700".to_owned(), |options, size| format!("{options},size={size}"));
@@ -87,7 +87,7 @@ impl BundlePaths {
                 .map_err(|errno| RootfsError::MountRootfs { path: path.clone(), source: errno.into() })?;
         }
         let work = self.upper.join("work");
-        fs::DirBuilder::new().mode(0o700).create(&work).map_err(|source| file_error("create", &work, source))?;
+        fs::DirBuilder::new().mode(0o700).create(&work).map_err(|source| file("create", &work, source))?;
         // The upper directory's mode becomes the mode of the container's "/", so it is copied from the topmost layer.
         // All images have 0755 there.
         let upper = self.upper.join("upper");
@@ -105,7 +105,7 @@ impl BundlePaths {
                 let made = fs::metadata(&upper)?.permissions().mode() & 0o7777;
                 if made == mode { Ok(()) } else { fs::set_permissions(&upper, fs::Permissions::from_mode(mode)) }
             })
-            .map_err(|source| file_error("make", &upper, source))?;
+            .map_err(|source| file("make", &upper, source))?;
         overlay::mount_writable(layers.lowers, layers.options, &self.upper, &rootfs).map_err(|source| {
             let gone = source.kind() == io::ErrorKind::NotFound && layers.lowers.iter().any(|lower| !lower.exists());
             if gone {
@@ -130,7 +130,7 @@ impl BundlePaths {
     /// Fails when a file system operation fails.
     pub fn write_spec(&self, spec: &Spec) -> Result<(), RootfsError> {
         let path = self.bundle.join("config.json");
-        let bytes = serde_json::to_vec(spec).map_err(|error| file_error("encode", &path, error.into()))?;
+        let bytes = serde_json::to_vec(spec).map_err(|error| file("encode", &path, error.into()))?;
         self.write(&path, &bytes)
     }
 
@@ -140,7 +140,7 @@ impl BundlePaths {
     /// # Errors
     /// Fails when a file system operation fails.
     pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), RootfsError> {
-        write_private(path, bytes).map_err(|source| file_error("write", path, source))
+        write_private(path, bytes).map_err(|source| file("write", path, source))
     }
 
     /// Returns the path at which the source of the task's n-th mount is pinned, and from which the runtime mounts it.
@@ -168,9 +168,9 @@ impl BundlePaths {
             return Ok(());
         }
         let pins = self.pins();
-        unmount_all(&pins).map_err(|source| file_error("unmount", &pins, source))?;
+        unmount_all(&pins).map_err(|source| file("unmount", &pins, source))?;
         for point in self.legacy_pins()? {
-            unmount_all(&point).map_err(|source| file_error("unmount", &point, source))?;
+            unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())
     }
@@ -184,7 +184,7 @@ impl BundlePaths {
             let entries = entries.into_iter().flatten();
             entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
         });
-        listed.map_err(|source| file_error("list", &pins, source))
+        listed.map_err(|source| file("list", &pins, source))
     }
 
     /// Unmounts the root file system and the sources of the task's mounts, however often they are mounted.
@@ -198,7 +198,7 @@ impl BundlePaths {
         self.unmount_pins()?;
         // The writable layer comes after the root file system, which uses it.
         for point in [self.rootfs(), self.upper.clone()] {
-            unmount_all(&point).map_err(|source| file_error("unmount", &point, source))?;
+            unmount_all(&point).map_err(|source| file("unmount", &point, source))?;
         }
         Ok(())
     }
@@ -218,7 +218,7 @@ impl BundlePaths {
                 Ok(_) => fs::remove_file(&point),
                 Err(error) => Err(error),
             };
-            none_if_missing(removed).map_err(|source| file_error("remove", &point, source))?;
+            none_if_missing(removed).map_err(|source| file("remove", &point, source))?;
         }
         if failpoint::skip("bundle") {
             return Ok(());
@@ -261,9 +261,9 @@ fn remove_unmounted(path: &Path) -> io::Result<()> {
 }
 
 fn remove_all(path: &Path) -> Result<(), RootfsError> {
-    remove_dir_all_if_exists(path).map_err(|source| file_error("remove", path, source))
+    remove_dir_all_if_exists(path).map_err(|source| file("remove", path, source))
 }
 
-fn file_error(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
+fn file(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
     RootfsError::File { doing, path: path.to_owned(), source }
 }

@@ -68,7 +68,7 @@ pub fn place_mounts(
     let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
     let pins = attach_pins(paths, mounts, prepared)?;
     let root = paths.rootfs();
-    let root = image_links::open_root(&root).map_err(|source| file_error("open", &root, source))?;
+    let root = image_links::open_root(&root).map_err(|source| file("open", &root, source))?;
     let is_base = |path: &Path| base.iter().any(|base| base == path);
     for directory in DIRECTORIES {
         let path = Path::new(directory);
@@ -80,19 +80,19 @@ pub fn place_mounts(
     }
     let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
     let placed =
-        arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.index].target_error(misplaced.problem))?;
+        arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
     let tree = MountTree { paths, placed: &placed, mounts, nesting };
-    let mut for_runtime = Vec::with_capacity(placed.len());
+    let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
         tree.pin_and_place(one).map_err(|source| {
             let mount = tree.mount(one);
             RootfsError::MountAtTarget { option: mount.option, target: mount.target.to_string(), source }
         })?;
         if one.place == Placement::ByRuntime || nesting == Nesting::ByRuntime {
-            for_runtime.push(tree.for_runtime(one)?);
+            left.push(tree.for_runtime(one)?);
         }
     }
-    Ok((for_runtime, pins))
+    Ok((left, pins))
 }
 
 /// Refuses targets at which a mount would remove a part of the task's confinement.
@@ -132,7 +132,7 @@ fn attach_pins(paths: &BundlePaths, mounts: &[TaskMount], prepared: Option<Prepa
     let length = |mount: &TaskMount| if let MountContent::File(text) = &mount.content { text.len() } else { 0 };
     let pins = paths.pins();
     Pins::attach(&pins, mounts.iter().map(length).sum(), prepared)
-        .map_err(|source| file_error("mount a file system at", &pins, source))
+        .map_err(|source| file("mount a file system at", &pins, source))
 }
 
 fn ensure_plain(root: BorrowedFd<'_>, path: &Path, wanted: EntryKind) -> Result<(), RootfsError> {
@@ -149,9 +149,9 @@ fn resolve_targets(
 ) -> Result<Vec<MountTarget>, RootfsError> {
     let mut targets: Vec<MountTarget> = mounts.iter().map(|mount| mount.target.clone()).collect();
     let mut order: Vec<usize> = (0..mounts.len()).collect();
-    order.sort_by_key(|index| targets[*index].depth());
-    for (at, index) in order.iter().copied().enumerate() {
-        let mount = &mounts[index];
+    order.sort_by_key(|number| targets[*number].depth());
+    for (at, number) in order.iter().copied().enumerate() {
+        let mount = &mounts[number];
         let known: Vec<&Path> = order[..at].iter().map(|other| targets[*other].path()).collect();
         let is_mount = |path: &Path| base.iter().any(|base| base == path) || known.contains(&path);
         let resolve = |path: &Path| image_links::resolve(root, path, is_mount).map_err(|error| mount.unresolved(error));
@@ -167,7 +167,7 @@ fn resolve_targets(
         };
         let found = MountTarget::found(found);
         check_target(mount, &found, sys)?;
-        targets[index] = found;
+        targets[number] = found;
     }
     Ok(targets)
 }
@@ -182,7 +182,7 @@ struct MountTree<'a> {
 
 impl MountTree<'_> {
     fn mount(&self, placed: &PlacedMount) -> &TaskMount {
-        &self.mounts[placed.index]
+        &self.mounts[placed.number]
     }
 
     /// Returns whether other mounts are put into this one's tree.
@@ -191,13 +191,13 @@ impl MountTree<'_> {
             && self
                 .placed
                 .iter()
-                .any(|other| matches!(&other.place, Placement::InTree { outermost, .. } if *outermost == placed.index))
+                .any(|other| matches!(&other.place, Placement::InTree { outermost, .. } if *outermost == placed.number))
     }
 
     /// Pins a mount's source, and mounts it at its target if the target lies in another mount's tree.
     fn pin_and_place(&self, placed: &PlacedMount) -> io::Result<()> {
         let mount = self.mount(placed);
-        let pin = self.paths.pin_path(placed.index);
+        let pin = self.paths.pin_path(placed.number);
         let is_inside = placed.place != Placement::ByRuntime && self.nesting == Nesting::ByDriver;
         match &mount.content {
             MountContent::FileSystem { .. } if !is_inside => {}
@@ -213,7 +213,8 @@ impl MountTree<'_> {
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
             MountContent::Volume => self.bind(placed, &self.make_volume(placed)?, &pin, is_inside)?,
         }
-        let is_bind = |index: usize| matches!(self.mounts[index].content, MountContent::Bind(_) | MountContent::Volume);
+        let is_bind =
+            |number: usize| matches!(self.mounts[number].content, MountContent::Bind(_) | MountContent::Volume);
         match &placed.place {
             Placement::InTree { outermost: top, path_in_outermost: path, .. } if is_inside => {
                 let point = open_mount_point(&self.paths.pin_path(*top), path, self.kind(placed))?;
@@ -239,7 +240,7 @@ impl MountTree<'_> {
 
     /// Makes the directory of a volume, with the content that the image has at the volume's target.
     fn make_volume(&self, placed: &PlacedMount) -> io::Result<MountSource> {
-        let path = self.paths.volume(placed.index);
+        let path = self.paths.volume(placed.number);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path.parent().unwrap_or(&path))?;
         // This is docker's mode of a volume for which the image has no directory.
         fs::DirBuilder::new().mode(0o755).create(&path)?;
@@ -272,11 +273,15 @@ impl MountTree<'_> {
         // Missing mount points of other mounts are created in the source, as crun does, before it may become read-only.
         for other in self.placed {
             if let Placement::InTree { parent, path_in_parent: below, .. } = &other.place
-                && *parent == placed.index
+                && *parent == placed.number
             {
                 // If a mount point can't be created, the placement of its own mount fails later and reports it.
                 if let Err(error) = open_mount_point(pin, below, self.kind(other)) {
-                    tracing::debug!(target = %other.target, %error, "could not create the mount point of a mount in the source of another mount");
+                    tracing::debug!(
+                        target = %other.target,
+                        %error,
+                        "could not create the mount point of a mount in the source of another mount"
+                    );
                 }
             }
         }
@@ -303,7 +308,7 @@ impl MountTree<'_> {
         let (kind, source) = match &mount.content {
             MountContent::FileSystem { kind, source } => (kind.as_str(), PathBuf::from(source)),
             MountContent::Bind(_) | MountContent::Volume | MountContent::File(_) => {
-                ("bind", self.paths.pin_path(placed.index))
+                ("bind", self.paths.pin_path(placed.number))
             }
         };
         if self.holds_others(placed) {
@@ -388,6 +393,6 @@ fn make_mount_point(top: OwnedFd, path: &Path, wanted: SFlag) -> io::Result<Owne
     Ok(at)
 }
 
-fn file_error(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
+fn file(doing: &'static str, path: &Path, source: io::Error) -> RootfsError {
     RootfsError::File { doing, path: path.to_owned(), source }
 }

@@ -492,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_in_too_many_groups_is_refused() {
+    fn nobody_is_in_more_groups_than_the_kernel_takes() {
         let group: &str =
             Box::leak((1..=65537).map(|n| format!("g:x:{n}:user\n")).collect::<String>().into_boxed_str());
         let with = |user: &'static str| build_with(|input| (input.user, input.image.group) = (user, group));

@@ -40,7 +40,7 @@ fn known() -> String {
 ///
 /// With `Flavor::Strict`, the file system allows neither set-user-id programs nor devices unless the job asks for them,
 /// and unknown options are refused. Runtimes join the options with commas, so an item of the list that contains commas
-/// stands for several options.
+/// is several options.
 ///
 /// # Errors
 /// Fails with the first option that is refused.
@@ -59,10 +59,10 @@ pub fn complete_options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -
         // The options are passed on as the job has them, without a check.
         Flavor::ContainerdDriver => given.to_vec(),
         Flavor::Strict => {
-            let is_set = |names: [&str; 2]| single.iter().any(|option| names.contains(option));
-            let defaults = [("nosuid", is_set(["suid", "nosuid"])), ("nodev", is_set(["dev", "nodev"]))];
-            let missing = defaults.iter().filter(|(_, is_set)| !is_set).map(|(option, _)| *option);
-            missing.chain(single.iter().copied()).map(str::to_owned).collect()
+            let said = |names: [&str; 2]| single.iter().any(|option| names.contains(option));
+            let closed = [("nosuid", said(["suid", "nosuid"])), ("nodev", said(["dev", "nodev"]))];
+            let closed = closed.iter().filter(|(_, said)| !said).map(|(option, _)| *option);
+            closed.chain(single.iter().copied()).map(str::to_owned).collect()
         }
     };
     // A tmpfs without a size may grow to half of the host's memory, which may be above the ceiling.
