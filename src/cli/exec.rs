@@ -79,7 +79,7 @@ impl Exec {
             && let Some(size) = window_size()
             && let Err(error) = exec.resize(size).await
         {
-            print_message(&format!("nomad-driver-shim: could not resize the terminal: {error}"));
+            print_message(&format!("nomad-driver-shim: could not resize the terminal: {}", crate::error_chain(&error)));
         }
         match relay_until_exit(&exec, io, self.tty).await? {
             Some(exit) => {
@@ -124,7 +124,7 @@ async fn relay_until_exit(exec: &task::Exec, io: ExecIo, tty: bool) -> Result<Op
                         () = wait_for_silence(&flow) => {}
                     }
                 }
-                let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
+                let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {}", crate::error_chain(&error))))?;
                 return Ok(Some(exit));
             }
             read = &mut output, if !drained => match read {
@@ -136,7 +136,10 @@ async fn relay_until_exit(exec: &task::Exec, io: ExecIo, tty: bool) -> Result<Op
             () = &mut input, if !input_ended => {
                 input_ended = true;
                 if let Err(error) = exec.close_input().await {
-                    tracing::debug!(%error, "could not close the standard input of the process");
+                    tracing::debug!(
+                        error = %crate::error_chain(&error),
+                        "could not close the standard input of the process"
+                    );
                 }
             }
             _ = window_changes.recv(), if tty => {

@@ -20,8 +20,7 @@ pub(crate) async fn own_plugin() -> Result<Plugin, CliError> {
     Ok(Plugin::launch(&PluginCommand::with_name(std::env::current_exe()?, "shim")).await?)
 }
 
-/// Returns the plugin's configuration for the run called `id`. Such a plugin starts one task, so it keeps no idle
-/// shims.
+/// Returns the plugin's configuration for the run called `id`. Such a plugin starts one task, so it keeps no idle shims.
 pub(crate) fn settings(common: &CommonArgs, address: &Path, id: &str) -> serde_json::Value {
     let mut settings = plugin_config(common, address, id);
     settings["shim"] = json!({ "pool": 0 });
