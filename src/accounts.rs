@@ -49,7 +49,7 @@ pub enum AccountsError {
         name: String,
     },
     /// The file can't be opened or read.
-    #[error("read /{name}")]
+    #[error("could not read /{name}")]
     Read {
         /// The file, relative to the root.
         name: String,
@@ -61,7 +61,7 @@ pub enum AccountsError {
 /// Reads a file with every symlink resolved inside `root`. A missing file counts as empty.
 ///
 /// # Errors
-/// When the file is no plain file, is too large, or can't be read.
+/// Fails when the file is no plain file, is too large, or can't be read.
 pub fn read(root: &Path, name: &str) -> Result<String, AccountsError> {
     let failed = |source| AccountsError::Read { name: name.to_owned(), source };
     let root = File::open(root).map_err(failed)?;
@@ -81,7 +81,7 @@ pub fn read(root: &Path, name: &str) -> Result<String, AccountsError> {
 /// calls and waits for nothing.
 ///
 /// # Errors
-/// For the first file that is not a plain file.
+/// Fails with the first file that is not a plain file.
 pub fn check<'a>(root: &Path, binds: impl Iterator<Item = (&'a Path, &'a Path)>) -> Result<(), AccountsError> {
     let opened = open(root, "")?;
     for name in [PASSWD, GROUP] {
@@ -106,16 +106,17 @@ fn normal(target: &Path) -> PathBuf {
     target.components().filter(|part| matches!(part, Component::Normal(_))).collect()
 }
 
-/// Opens a descriptor that only names a file (`O_PATH`), which does not open a FIFO or a device.
+/// Opens a descriptor that only refers to a file (`O_PATH`): the call opens no FIFO and no device.
 fn open(path: &Path, name: &str) -> Result<File, AccountsError> {
     let opened = File::options().read(true).custom_flags(libc::O_PATH).open(path);
     opened.map_err(|source| AccountsError::Read { name: name.to_owned(), source })
 }
 
-/// Opens a descriptor that only names the file (`O_PATH`), with every symlink resolved inside `root`; `None` when there
-/// is no such file.
+/// Opens a descriptor that only refers to the file (`O_PATH`), with every symlink resolved inside `root`; `None` when
+/// there is no such file.
 ///
-/// The file is named and checked before it is opened for reading, because opening some devices has effects on the host.
+/// The file is checked by this descriptor before it is opened for reading, because opening some devices has effects on
+/// the host.
 fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, AccountsError> {
     let how = |flags| {
         OpenHow::new()
@@ -132,8 +133,8 @@ fn plain_file(root: BorrowedFd<'_>, name: &str) -> Result<Option<File>, Accounts
             check_is_plain(&named, name)?;
             Ok(Some(named))
         }
-        // Tells a missing file from a link to a missing file. In the container, the link may still lead to a FIFO or
-        // device.
+        // This distinguishes a missing file from a link to a missing file. In the container, the link may still lead to
+        // a FIFO or device.
         Err(nix::Error::ENOENT) if openat2(root, name, how(OFlag::O_NOFOLLOW)).is_ok() => Err(leads_nowhere()),
         Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => Ok(None),
         Err(nix::Error::ELOOP) => Err(leads_nowhere()),

@@ -1,5 +1,5 @@
 //! The protocol of a plugin's control socket. Its clients are the command line and the plugin's successor, which asks
-//! it to give up the lock of the run directory.
+//! the plugin to give up the lock of the run directory.
 //!
 //! Each line is one JSON object. A connection carries one request, then one answer; a request for events is answered by
 //! one line for each event until the client closes the connection.
@@ -20,9 +20,9 @@ use crate::peer::AllowedPeers;
 
 /// The longest request, in bytes.
 pub const REQUEST_MAX: u64 = 64 << 10;
-/// Limit for connecting to the socket and writing the request. Both succeed without any work of the other side.
+/// The limit for connecting to the socket and writing the request. Both need no work of the process that listens.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Limit for an answer. Garbage collection takes the longest of all requests.
+/// The limit for an answer. Garbage collection takes the longest of all requests.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A request to a plugin.
@@ -87,12 +87,12 @@ pub struct Garbage {
 }
 
 impl Garbage {
-    /// An item that was removed, would be removed, or could not be removed because of `problem`.
+    /// Returns an item that was removed, would be removed, or could not be removed because of `problem`.
     pub fn new(kind: &str, name: &str, problem: Option<String>) -> Self {
         Self { kind: kind.to_owned(), name: name.to_owned(), problem, why: String::new(), stays: false }
     }
 
-    /// An item that is kept, with the reason.
+    /// Returns an item that is kept, with the reason.
     pub fn kept(kind: &str, name: &str, why: &str) -> Self {
         Self { stays: true, ..Self::new(kind, name, None).with_reason(why) }
     }
@@ -102,7 +102,7 @@ impl Garbage {
         Self { why: why.to_owned(), ..self }
     }
 
-    /// An item whose removal had this outcome.
+    /// Returns an item whose removal had this outcome.
     pub fn removed<E: std::error::Error>(kind: &str, name: &str, outcome: &Result<(), E>) -> Self {
         Self::new(kind, name, outcome.as_ref().err().map(|error| crate::error_chain(error)))
     }
@@ -111,7 +111,7 @@ impl Garbage {
 /// A task event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// When it happened, in milliseconds since the epoch.
+    /// When the event happened, in milliseconds since the epoch.
     pub at: u64,
     /// The task's id.
     pub task_id: String,
@@ -127,7 +127,7 @@ pub struct Event {
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// The socket can't be connected to, or the request can't be written. In most cases no plugin is listening.
-    #[error("control socket {path}")]
+    #[error("could not send a request to control socket {path}")]
     Socket {
         /// The socket's path.
         path: PathBuf,
@@ -138,7 +138,7 @@ pub enum ControlError {
     #[error("{0}")]
     Refused(String),
     /// The plugin sent no answer, or an invalid one.
-    #[error("control socket {path}: {problem}")]
+    #[error("no valid answer from control socket {path}: {problem}")]
     NoValidAnswer {
         /// The socket's path.
         path: PathBuf,
@@ -166,7 +166,7 @@ impl Connection {
     /// Connects and sends the request.
     ///
     /// # Errors
-    /// When no plugin listens, or the process that listens belongs to another user.
+    /// Fails when no plugin listens, or the process that listens belongs to another user.
     pub async fn open(path: &Path, request: &Request) -> Result<Self, ControlError> {
         let failed = |source| ControlError::Socket { path: path.to_owned(), source };
         let mut line = serde_json::to_vec(request).map_err(|error| failed(error.into()))?;
@@ -187,16 +187,16 @@ impl Connection {
     /// Waits for the next answer, without a time limit; `None` when the plugin has closed the connection.
     ///
     /// # Errors
-    /// When the connection breaks, the answer is invalid, or the plugin refuses the request.
+    /// Fails when the connection breaks, the answer is invalid, or the plugin refuses the request.
     pub async fn next_answer(&mut self) -> Result<Option<Answer>, ControlError> {
-        let silent = |problem: String| ControlError::NoValidAnswer { path: self.path.clone(), problem };
-        let Some(line) = self.lines.next_line().await.map_err(|error| silent(error.to_string()))? else {
+        let no_valid_answer = |problem: String| ControlError::NoValidAnswer { path: self.path.clone(), problem };
+        let Some(line) = self.lines.next_line().await.map_err(|error| no_valid_answer(error.to_string()))? else {
             return Ok(None);
         };
         match serde_json::from_str(&line) {
             Ok(Answer::Refused(why)) => Err(ControlError::Refused(why)),
             Ok(answer) => Ok(Some(answer)),
-            Err(error) => Err(silent(error.to_string())),
+            Err(error) => Err(no_valid_answer(error.to_string())),
         }
     }
 }
@@ -204,12 +204,13 @@ impl Connection {
 /// Sends a request that has one answer, and waits for the answer.
 ///
 /// # Errors
-/// When no answer comes within `limit`, or the plugin refuses the request.
+/// Fails when no answer comes within `limit`, or the plugin refuses the request.
 pub async fn send_request(path: &Path, request: &Request, limit: Duration) -> Result<Answer, ControlError> {
     let mut connection = Connection::open(path, request).await?;
-    let silent = |problem: &str| ControlError::NoValidAnswer { path: path.to_owned(), problem: problem.to_owned() };
+    let no_valid_answer =
+        |problem: &str| ControlError::NoValidAnswer { path: path.to_owned(), problem: problem.to_owned() };
     tokio::time::timeout(limit, connection.next_answer())
         .await
-        .unwrap_or_else(|_| Err(silent("no answer in time")))?
-        .ok_or_else(|| silent("the connection was closed without an answer"))
+        .unwrap_or_else(|_| Err(no_valid_answer("no answer in time")))?
+        .ok_or_else(|| no_valid_answer("the connection was closed without an answer"))
 }

@@ -11,7 +11,7 @@ pub struct DurationError(String);
 /// one.
 ///
 /// # Errors
-/// When the text does not have that syntax, or the duration is longer than 290 years, which is Go's own limit.
+/// Fails when the text does not have that syntax, or the duration is longer than 290 years, which is Go's own limit.
 pub fn parse(text: &str) -> Result<Duration, DurationError> {
     let refused = || DurationError(text.to_owned());
     let mut rest = text.strip_prefix('+').unwrap_or(text);

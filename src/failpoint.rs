@@ -1,5 +1,5 @@
 //! Failpoints: environment variables by which tests skip a step of the driver, let a step fail, or end the plugin in
-//! the middle of one. Tests check by them that the leak checker notices a missing step, and that the next plugin
+//! the middle of one. Tests check by these that the leak checker notices a missing step, and that the next plugin
 //! recovers from a crash. Release builds contain none of this.
 
 /// Returns whether the step `name` is to be skipped: whether it is in `NOMAD_DRIVER_SHIM_SKIP`, a comma-separated list.
@@ -12,20 +12,20 @@ pub fn skip(name: &str) -> bool {
     skipped
 }
 
-/// Always false in a release build.
+/// Always returns false in a release build.
 #[cfg(not(debug_assertions))]
 pub const fn skip(_name: &str) -> bool {
     false
 }
 
-/// The boot id that this process uses instead of the kernel's: `NOMAD_DRIVER_SHIM_BOOT_ID`, by which tests simulate a
-/// restart of the host.
+/// Returns the boot id in `NOMAD_DRIVER_SHIM_BOOT_ID`, which this process uses instead of the kernel's. Tests simulate
+/// a restart of the host by it.
 #[cfg(debug_assertions)]
 pub fn boot_id() -> Option<String> {
     std::env::var("NOMAD_DRIVER_SHIM_BOOT_ID").ok()
 }
 
-/// Always `None` in a release build: the kernel's boot id is used.
+/// Always returns `None` in a release build: the kernel's boot id is used.
 #[cfg(not(debug_assertions))]
 pub const fn boot_id() -> Option<String> {
     None
@@ -87,7 +87,7 @@ pub const fn wait_for_kill(_name: &str) {}
 /// if `NOMAD_DRIVER_SHIM_BLIND`, a comma-separated list, contains `name`.
 ///
 /// # Errors
-/// EMFILE when the list contains `name`.
+/// Fails with EMFILE when the list contains `name`.
 #[cfg(debug_assertions)]
 pub fn fail_lookup(name: &str) -> std::io::Result<()> {
     if std::env::var("NOMAD_DRIVER_SHIM_BLIND").is_ok_and(|list| list.split(',').any(|entry| entry == name)) {
@@ -100,7 +100,7 @@ pub fn fail_lookup(name: &str) -> std::io::Result<()> {
 /// Does nothing in a release build.
 ///
 /// # Errors
-/// Never.
+/// Never fails.
 #[cfg(not(debug_assertions))]
 pub const fn fail_lookup(_name: &str) -> std::io::Result<()> {
     Ok(())

@@ -20,7 +20,7 @@ pub enum Cause {
 /// One kind of failure.
 #[derive(Debug, Clone, Copy)]
 pub struct Rule {
-    /// What happened.
+    /// The failure, as a clause.
     pub failure: &'static str,
     /// The errors of the kernel for this failure.
     pub errnos: &'static [Errno],
@@ -267,20 +267,21 @@ pub const RULES: &[Rule] = &[
     },
 ];
 
-/// Classifies an error by the errnos in its chain of sources, the outermost first. `None` if it has none that is known.
+/// Classifies an error by the errnos in its chain of sources, the outermost first. Returns `None` if the chain has no
+/// errno of the table.
 pub fn of_error(error: &(dyn Error + 'static)) -> Option<Cause> {
     errnos(error).into_iter().find_map(of_errno)
 }
 
-/// Classifies an errno.
+/// Classifies an errno. Returns `None` for one that is not in the table.
 pub fn of_errno(errno: Errno) -> Option<Cause> {
     RULES.iter().find(|rule| rule.errnos.contains(&errno)).map(|rule| rule.cause)
 }
 
-/// Classifies a message of another program.
+/// Classifies a message of another program. Returns `None` if it contains no words of the table.
 ///
-/// A message may quote the job's strings, such as a command's name, and words in these strings say nothing about what
-/// happened. So words count only at the beginning or the end of a part of the message, where the parts are separated by
+/// A message may quote the job's strings, such as a command's name, and words in these strings say nothing about the
+/// failure. So words count only at the beginning or the end of a part of the message, where the parts are separated by
 /// colons. Programs put an error's text there, while names are in the middle of a part or in quotes. A job can still
 /// choose a name that contains a colon. Then its own failure may be repeated as often as its restart policy permits.
 pub fn of_message(message: &str) -> Option<Cause> {

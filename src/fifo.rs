@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// Returns how many bytes are in the FIFO and have not been read.
 ///
 /// # Errors
-/// As ioctl(2).
+/// Fails as ioctl(2) does.
 pub fn unread(reader: &File) -> io::Result<u64> {
     let mut count: libc::c_int = 0;
     // SAFETY: the descriptor is open, and FIONREAD writes one int (pipe(7)).
@@ -25,7 +25,7 @@ pub fn unread(reader: &File) -> io::Result<u64> {
 /// the reader did.
 ///
 /// # Errors
-/// As poll(2).
+/// Fails as poll(2) does.
 pub fn has_hung_up(reader: &File) -> io::Result<bool> {
     let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO)?;

@@ -1,4 +1,5 @@
-//! Identifies a file's content without reading it, to notice when another file has taken its name or it was changed.
+//! Identifies a file's content without reading it, to notice that the file was changed or that another file has its
+//! name now.
 
 use std::{fs::Metadata, os::unix::fs::MetadataExt as _};
 
@@ -14,7 +15,7 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// The identity of the file that has this metadata.
+    /// Returns the identity of the file that has this metadata.
     pub fn of(file: &Metadata) -> Self {
         Self {
             device: file.dev(),

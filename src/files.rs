@@ -22,7 +22,7 @@ use crate::ids::random_hex;
 
 /// A step of replacing a file has failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{doing} the file")]
+#[error("could not {doing} the file")]
 pub struct ReplaceError {
     /// The step that failed: `write` or `rename`.
     pub doing: &'static str,
@@ -40,7 +40,7 @@ impl From<ReplaceError> for io::Error {
 /// user with access could run a task's set-user-id programs on the host (CVE-2021-41091).
 ///
 /// # Errors
-/// As mkdir(2).
+/// Fails as mkdir(2) does.
 pub fn create_private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
@@ -48,7 +48,7 @@ pub fn create_private_dir(path: &Path) -> io::Result<()> {
 /// Creates a directory that every user may list and enter (0755), because containers see it.
 ///
 /// # Errors
-/// As mkdir(2).
+/// Fails as mkdir(2) does.
 pub fn create_public_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
 }
@@ -57,7 +57,7 @@ pub fn create_public_dir(path: &Path) -> io::Result<()> {
 /// enough to take a lock.
 ///
 /// # Errors
-/// As open(2).
+/// Fails as open(2) does.
 pub fn open_lock_file(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)
 }
@@ -65,7 +65,7 @@ pub fn open_lock_file(path: &Path) -> io::Result<fs::File> {
 /// Opens a new or truncated file that only root can read (0600).
 ///
 /// # Errors
-/// As open(2).
+/// Fails as open(2) does.
 pub fn create_private(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
@@ -74,7 +74,7 @@ pub fn create_private(path: &Path) -> io::Result<fs::File> {
 /// kernel creates it with the mode of the descriptor (linux, `unix_bind_bsd`).
 ///
 /// # Errors
-/// As bind(2) and listen(2).
+/// Fails as bind(2) and listen(2) do.
 pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -86,16 +86,16 @@ pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
 /// Writes a file that only root can read (0600), and removes it if writing fails, as on a full file system.
 ///
 /// # Errors
-/// When the file can't be created or written.
+/// Fails when the file can't be created or written.
 pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     create_private(path)?.write_all(content).inspect_err(|_| remove_incomplete(path))
 }
 
-/// Writes a file completely or not at all: writes a draft in the same directory and renames it. Creates the directory
-/// if it is missing.
+/// Writes a file completely or not at all: the function writes a draft in the same directory and renames it. It creates
+/// the directory if it is missing.
 ///
 /// # Errors
-/// When a step fails; the draft is removed then.
+/// Fails when a step fails; the draft is removed then.
 pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         create_private_dir(parent)?;
@@ -105,11 +105,12 @@ pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()
     Ok(replace_by_draft(path, (&draft, file), content)?)
 }
 
-/// Writes a file that only root can read (0600), completely or not at all, like [`write_atomically`]: but by a draft
-/// with this path, for a directory that exists and in which a draft of any name could be taken for something else.
+/// Writes a file that only root can read (0600), completely or not at all. Unlike [`write_atomically`], the caller
+/// names the draft, because other code lists the directory and would take a draft of any other name for something else.
+/// The directory must exist.
 ///
 /// # Errors
-/// When a step fails; the draft is removed then.
+/// Fails when a step fails; the draft is removed then.
 pub fn replace_private(path: &Path, draft: &Path, content: &[u8]) -> Result<(), ReplaceError> {
     let file = create_private(draft).map_err(|source| ReplaceError { doing: "write", source })?;
     replace_by_draft(path, (draft, file), content)
@@ -134,7 +135,7 @@ fn remove_incomplete(path: &Path) {
 /// Turns the error that a file does not exist into `None`.
 ///
 /// # Errors
-/// Every other error.
+/// Returns every other error.
 pub fn none_if_missing<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
     match outcome {
         Ok(found) => Ok(Some(found)),
@@ -146,7 +147,7 @@ pub fn none_if_missing<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
 /// Removes a file, if there is one.
 ///
 /// # Errors
-/// As unlink(2), but for a missing file.
+/// Fails as unlink(2) does, but for a missing file.
 pub fn remove_file_if_exists(path: &Path) -> io::Result<()> {
     none_if_missing(fs::remove_file(path)).map(drop)
 }
@@ -154,7 +155,7 @@ pub fn remove_file_if_exists(path: &Path) -> io::Result<()> {
 /// Removes an empty directory, if there is one.
 ///
 /// # Errors
-/// As rmdir(2), but for a missing directory.
+/// Fails as rmdir(2) does, but for a missing directory.
 pub fn remove_dir_if_exists(path: &Path) -> io::Result<()> {
     none_if_missing(fs::remove_dir(path)).map(drop)
 }
@@ -162,7 +163,7 @@ pub fn remove_dir_if_exists(path: &Path) -> io::Result<()> {
 /// Removes a directory with everything in it, if there is one.
 ///
 /// # Errors
-/// When the directory can't be listed, or an entry can't be removed.
+/// Fails when the directory can't be listed, or an entry can't be removed.
 pub fn remove_dir_all_if_exists(path: &Path) -> io::Result<()> {
     none_if_missing(fs::remove_dir_all(path)).map(drop)
 }

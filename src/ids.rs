@@ -1,5 +1,5 @@
-//! Identifiers that many modules pass on. Most of these types check the text when a value is made; a [`TaskId`] is
-//! whatever Nomad sends. Ids in records are read back as they were written.
+//! Identifiers that many modules pass on. Most of these types check the text when a value is made. A [`TaskId`] is the
+//! text that Nomad sends, without a check. Ids in records are read back as they were written.
 
 use std::{fmt, path::Path};
 
@@ -9,17 +9,17 @@ use sha2::{Digest as _, Sha256};
 /// Why an identifier was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum IdError {
-    /// Invalid driver name.
+    /// A driver's name is not valid.
     #[error("driver name {0:?} is not made of 1 to 63 letters, digits, dots, dashes and underscores")]
     DriverName(String),
-    /// Unknown arguments of the plugin's command line, which come from `args` of the plugin's block in Nomad's
+    /// The plugin's command line has unknown arguments. They come from `args` of the plugin's block in the agent's
     /// configuration.
     #[error("plugin args {0:?}: only --name NAME is known")]
     PluginArgs(Vec<String>),
-    /// Invalid id of an allocation.
+    /// An allocation's id is not valid.
     #[error("allocation id {0:?} can't be the name of a directory")]
     AllocId(String),
-    /// Invalid content digest.
+    /// A content digest is not valid.
     #[error("digest {0:?} is not `sha256:` with 64 lower-case hexadecimal digits")]
     Digest(String),
 }
@@ -35,31 +35,32 @@ impl DriverName {
     /// Checks a name.
     ///
     /// # Errors
-    /// When the name can't be part of a path, a cgroup's name and a node attribute alike.
+    /// Fails when the name can't be part of a path, a cgroup's name and a node attribute alike.
     pub fn new(name: &str) -> Result<Self, IdError> {
-        let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
         let starts = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
-        if starts && name.len() <= 63 && name.chars().all(fine) {
+        if starts && name.len() <= 63 && name.chars().all(is_allowed) {
             Ok(Self(name.to_owned()))
         } else {
             Err(IdError::DriverName(name.to_owned()))
         }
     }
 
-    /// The name that the plugin reports if it was started as `argv0`: the last path component without a leading
+    /// Returns the name that the plugin reports if it was started as `argv0`: the last path component without a leading
     /// `nomad-driver-`. A symlink to the program gives it the link's name, since no link is resolved.
     ///
     /// # Errors
-    /// When the result is not a valid name.
+    /// Fails when the result is not a valid name.
     pub fn from_argv0(argv0: &str) -> Result<Self, IdError> {
         let file = Path::new(argv0).file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         Self::new(file.strip_prefix("nomad-driver-").unwrap_or(&file))
     }
 
-    /// The name of a plugin that was started as `argv0` with `args`: the one of `--name NAME`, else the one of `argv0`.
+    /// Returns the name of a plugin that was started as `argv0` with `args`: the one of `--name NAME`, else the one of
+    /// `argv0`.
     ///
     /// # Errors
-    /// When `args` contains anything else, or the name is not valid.
+    /// Fails when `args` contains anything else, or the name is not valid.
     pub fn from_command_line(argv0: &str, args: &[String]) -> Result<Self, IdError> {
         match args {
             [] => Self::from_argv0(argv0),
@@ -69,12 +70,12 @@ impl DriverName {
         }
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Which set of defaults this name selects.
+    /// Returns the set of defaults that this name selects.
     pub fn flavor(&self) -> Flavor {
         if self.0 == CONTAINERD_DRIVER_NAME { Flavor::ContainerdDriver } else { Flavor::Strict }
     }
@@ -115,17 +116,17 @@ impl AllocId {
     /// Checks an id.
     ///
     /// # Errors
-    /// When the id can't be the name of a directory.
+    /// Fails when the id can't be the name of a directory.
     pub fn new(text: &str) -> Result<Self, IdError> {
         if is_file_name(text) { Ok(Self(text.to_owned())) } else { Err(IdError::AllocId(text.to_owned())) }
     }
 
-    /// The id as text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The first eight characters, to be shown to people.
+    /// Returns the first eight characters, to be shown to people.
     pub fn short(&self) -> String {
         self.0.chars().take(8).collect()
     }
@@ -147,12 +148,12 @@ impl ShimId {
         Self(random_hex(6))
     }
 
-    /// The id of the shim with a directory of this name; `None` for a text that no directory is named.
+    /// Returns the id of the shim with a directory of this name; `None` for a text that can't be a directory's name.
     pub fn from_dir_name(name: &str) -> Option<Self> {
         is_file_name(name).then(|| Self(name.to_owned()))
     }
 
-    /// The id as text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -176,7 +177,7 @@ pub struct ContainerId(String);
 
 impl ContainerId {
     /// Makes an id from a readable prefix of the task's name and a hash of the allocation, the task and the attempt.
-    /// Every task name that Nomad allows works, with spaces, 200 characters or double dashes, too.
+    /// Every task name that Nomad allows can be used, also one with spaces, 200 characters or double dashes.
     pub fn derive(alloc_id: &str, task_name: &str, task_id: &TaskId) -> Self {
         let mut hash = Sha256::new();
         for part in [alloc_id, task_name, task_id.0.as_str()] {
@@ -199,15 +200,15 @@ impl ContainerId {
         Self(if prefix.is_empty() { format!("task-{hash}") } else { format!("{prefix}-{hash}") })
     }
 
-    /// The container that a file or directory of this driver is named after; `None` for a name that the driver never
-    /// gives.
+    /// Returns the id of the container that a file or directory of this driver is named after; `None` for a name that
+    /// the driver never gives.
     pub fn from_file_name(name: &str) -> Option<Self> {
-        let ours =
+        let is_well_formed =
             name.len() <= 64 && name.contains('-') && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
-        ours.then(|| Self(name.to_owned()))
+        is_well_formed.then(|| Self(name.to_owned()))
     }
 
-    /// The name as text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -228,7 +229,7 @@ impl Digest {
     /// Checks a digest's form. Algorithms other than SHA-256 are refused: containerd itself stores no others.
     ///
     /// # Errors
-    /// When the form is wrong.
+    /// Fails when the form is wrong.
     pub fn new(text: &str) -> Result<Self, IdError> {
         let valid = text.strip_prefix("sha256:").is_some_and(|hex| {
             hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
@@ -236,22 +237,22 @@ impl Digest {
         if valid { Ok(Self(text.to_owned())) } else { Err(IdError::Digest(text.to_owned())) }
     }
 
-    /// The digest of `bytes`.
+    /// Returns the digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Self::from_hash(&Sha256::digest(bytes))
     }
 
-    /// The digest that has these 32 bytes, the result of a SHA-256 computation.
+    /// Returns the digest that has these 32 bytes, the result of a SHA-256 computation.
     pub fn from_hash(hash: &[u8]) -> Self {
         Self(format!("sha256:{}", hex(hash)))
     }
 
-    /// The digest as text, with the algorithm.
+    /// Returns the digest as text, with the algorithm.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The first 12 hexadecimal digits, to be shown to people.
+    /// Returns the first 12 hexadecimal digits, to be shown to people.
     pub fn short(&self) -> &str {
         &self.0[7..19]
     }
@@ -282,7 +283,7 @@ impl fmt::Display for Digest {
 pub struct ChainId(Digest);
 
 impl ChainId {
-    /// The id of the stack that `diff` on top of `parent` makes.
+    /// Returns the id of the stack that `diff` on top of `parent` makes.
     pub fn next(parent: Option<&Self>, diff: &Digest) -> Self {
         match parent {
             None => Self(diff.clone()),
@@ -290,7 +291,7 @@ impl ChainId {
         }
     }
 
-    /// The id as text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
@@ -314,7 +315,8 @@ pub fn hex(bytes: &[u8]) -> String {
 /// Returns `bytes` random bytes as hexadecimal digits, for names that must not collide.
 ///
 /// # Panics
-/// When the kernel returns fewer bytes, which `getrandom(2)` rules out for up to 256 bytes once the system has booted.
+/// Panics when the kernel returns fewer bytes, which `getrandom(2)` rules out for up to 256 bytes once the system has
+/// booted.
 pub fn random_hex(bytes: usize) -> String {
     let mut buffer = vec![0u8; bytes];
     // SAFETY: the pointer and the length describe the buffer that was just made.

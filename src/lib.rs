@@ -25,14 +25,14 @@
 //!    plugin can find it after a crash.
 //! 5. [`rootfs`] makes the bundle: `config.json`, the root file system (one that was prepared earlier, or an overlay
 //!    mount) and the task's mounts.
-//! 6. [`task`] (`create_and_start`) has the shim create the container in the task's cgroup ([`cgroup`]) and starts its
-//!    process. The record's state becomes `running`, and Nomad gets the answer.
+//! 6. [`task`] (`create_and_start`) calls the shim, which creates the container in the task's cgroup ([`cgroup`]), and
+//!    starts its process. The record's state becomes `running`, and Nomad gets the answer.
 //! 7. In the background, [`task`] waits for the task's end at the shim, the pools of shims and root file systems are
 //!    refilled, and [`logs`] writes the task's output if Nomad's log collector is switched off.
 //!
 //! If a step fails, the attempt is undone in reverse order, by the same code that destroys a task and that removes what
 //! a crashed plugin has left (`task/undo.rs`). A restarted plugin reads the records, connects to the shims that still
-//! run, and goes on with their tasks (`task/recover.rs`).
+//! run, and takes over their tasks (`task/recover.rs`).
 //!
 //! # Where to look
 //!
@@ -80,9 +80,9 @@
 //! - [`duration`], [`size`]: durations and sizes as users write them.
 //! - [`elf`]: minimal executables from machine code.
 //! - [`failpoint`]: switches by which tests skip steps or kill the plugin; not in release builds.
-//! - [`failure`]: whether another attempt of a failed operation can succeed.
+//! - [`failure`]: classifies failures by what has to change before another attempt can succeed.
 //! - [`fifo`]: the state of a FIFO.
-//! - [`file_id`]: tells a file from another one that has taken its name.
+//! - [`file_id`]: identifies a file, to notice that it was changed or replaced.
 //! - [`files`]: creates, writes, replaces and removes files.
 //! - [`ids`]: driver names, task and container ids, digests.
 //! - [`netns`]: addresses, routes and processes of a network namespace.
@@ -91,7 +91,7 @@
 //! - [`peer`]: which users may connect to a socket.
 //! - [`places`]: the paths of the driver's files, and helpers to list them.
 //! - [`privileges`]: the capabilities and system calls that each of the program's processes keeps.
-//! - [`process`]: process ids that can't be mistaken, and the way in which the driver executes programs.
+//! - [`process`]: identifies, starts and watches processes.
 //! - [`text`]: makes text from other programs safe to show.
 
 pub mod accounts;

@@ -12,7 +12,7 @@ use nomad_driver_shim::{
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 fn main() -> ExitCode {
-    // Before there is a second thread: threads inherit the signal mask of the thread that starts them.
+    // This comes before a second thread exists: threads inherit the signal mask of the thread that starts them.
     process::unblock_signals();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [command, rest @ ..] = &arguments[..]
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     {
         return gvisor::supervisor_main(rest);
     }
-    // Before there is a second thread: each thread has capabilities of its own.
+    // This comes before a second thread exists: each thread has capabilities of its own.
     let reduced = plugin::is_plugin().then(privileges::reduce_plugin);
     // The registry client and AutoMTLS use the same crypto library. Only a second call could fail, and there is none.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
@@ -33,13 +33,13 @@ fn main() -> ExitCode {
         tokio::runtime::Builder::new_multi_thread().worker_threads(4).max_blocking_threads(64).enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&format!("start the async runtime: {error}")),
+        Err(error) => return fail(&format!("could not start the async runtime: {error}")),
     };
     let code = match reduced {
         Some(reduced) => runtime.block_on(run_plugin(reduced)),
         None => runtime.block_on(cli::main()),
     };
-    // Tasks that still run must not delay the exit: the agent waits 2 s for the plugin to end, then kills it.
+    // Async tasks that still run must not delay the exit: the agent waits 2 s for the plugin to end, then kills it.
     runtime.shutdown_background();
     code
 }
@@ -54,7 +54,7 @@ fn run_log_writer(arguments: &[String]) -> ExitCode {
         _ => return fail("`log-writer DIRECTORY` is an internal command, which only the driver itself calls"),
     };
     if let Err(error) = role.confine() {
-        // The process goes on: tasks block until the log writer has read what they write.
+        // The process continues: tasks block until the log writer has read what they write.
         tracing::warn!(error = error_chain(&error), "could not drop the unneeded privileges of a log process");
     }
     let outcome = match role {

@@ -23,11 +23,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::process;
 
-/// How long the kernel's answer is waited for, in seconds. The kernel answers at once.
+/// The timeout for an answer of the kernel, in seconds. The kernel answers at once.
 const ANSWER_TIMEOUT_SECONDS: i64 = 5;
-/// Size of the receive buffer in bytes: larger than any message of a dump.
+/// The size of the receive buffer in bytes: larger than any message of a dump.
 const BUFFER_SIZE: usize = 64 << 10;
-/// Size of `nlmsghdr` in bytes (netlink(7)).
+/// The size of `nlmsghdr` in bytes (netlink(7)).
 const HEADER_SIZE: usize = 16;
 
 /// The addresses and routes of a network namespace, without those of the loopback device and those that the kernel
@@ -49,7 +49,7 @@ impl Addresses {
     /// Reads the addresses and routes that a namespace has now. Blocks for a moment.
     ///
     /// # Errors
-    /// When the namespace can't be entered, or the kernel refuses the request.
+    /// Fails when the namespace can't be entered, or the kernel refuses the request.
     pub fn of(namespace: &Path) -> io::Result<Self> {
         let socket = route_socket(namespace)?;
         // ifaddrmsg: family, prefix length, flags, scope, then the device's index; 1 is the loopback device.
@@ -70,31 +70,31 @@ impl Addresses {
     /// Adds the addresses and routes to a namespace, which may still have some of them. Blocks for a moment.
     ///
     /// # Errors
-    /// The kernel's first refusal of an address or route; the others are added all the same.
+    /// Fails with the kernel's first refusal of an address or route. The others are added nevertheless.
     pub fn restore(&self, namespace: &Path) -> io::Result<()> {
         let socket = route_socket(namespace)?;
         let all = [(libc::RTM_NEWADDR, &self.addresses), (libc::RTM_NEWROUTE, &self.routes)];
-        let mut left: Vec<_> =
+        let mut pending: Vec<_> =
             all.iter().flat_map(|(kind, list)| list.iter().map(move |message| (*kind, message))).collect();
         loop {
-            let (before, mut refused, mut why) = (left.len(), Vec::new(), None);
-            for (kind, message) in left {
+            let (before, mut refused, mut first_error) = (pending.len(), Vec::new(), None);
+            for (kind, message) in pending {
                 let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
                 send_request(&socket, kind, flags, message)?;
                 match receive(&socket, |_, _| {}) {
                     Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                         refused.push((kind, message));
-                        why = why.or(Some(error));
+                        first_error = first_error.or(Some(error));
                     }
                     _ => {}
                 }
             }
             // A route may need another route to reach its gateway, and a dump lists the widest routes first, so refused
             // messages are tried again as long as others succeed.
-            match why {
+            match first_error {
                 None => return Ok(()),
                 Some(error) if refused.len() == before => return Err(error),
-                Some(_) => left = refused,
+                Some(_) => pending = refused,
             }
         }
     }
@@ -103,12 +103,13 @@ impl Addresses {
 /// Finds a process that is in a network namespace. Looks at every process of the host, which takes 3 µs for each.
 ///
 /// # Errors
-/// When the namespace, the list of processes or the namespace of a process can't be read.
+/// Fails when the namespace, the list of processes or the namespace of a process can't be read.
 pub fn find_process_in(namespace: &Path) -> io::Result<Option<u32>> {
     let Some(wanted) = process::none_if_vanished(fs::metadata(namespace))? else { return Ok(None) };
     for pid in process::all_pids()? {
         // A process that is about to end and has no namespaces any more looks as if it had ended. A process that a
-        // security module hides even from root counts as one outside of the namespace: nothing better can be known.
+        // security module hides even from root counts as one outside of the namespace, because its namespace can't be
+        // known.
         let own = match fs::metadata(format!("/proc/{pid}/ns/net")) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
             looked => process::none_if_vanished(looked)?,
@@ -120,8 +121,8 @@ pub fn find_process_in(namespace: &Path) -> io::Result<Option<u32>> {
     Ok(None)
 }
 
-/// Opens a socket in that namespace, where the socket stays. A thread enters the namespace to do so; it is a thread of
-/// its own, because it stays there, too.
+/// Opens a socket in the namespace, where the socket stays. A new thread enters the namespace for this and ends then: a
+/// thread that has entered a namespace stays there.
 fn route_socket(namespace: &Path) -> io::Result<OwnedFd> {
     let namespace = File::open(namespace)?;
     let enter = || -> io::Result<OwnedFd> {
@@ -175,10 +176,10 @@ fn receive(socket: &OwnedFd, mut take: impl FnMut(u16, &[u8])) -> io::Result<()>
     }
 }
 
-/// Has the kernel dump all objects of a kind: `ask` is the type of the request, whose body has `length` zeros, and
-/// `answer` is the type of the messages to return.
-fn dump(socket: &OwnedFd, ask: u16, answer: u16, length: usize) -> io::Result<Vec<Vec<u8>>> {
-    send_request(socket, ask, libc::NLM_F_REQUEST | libc::NLM_F_DUMP, &vec![0; length])?;
+/// Requests a dump of all objects of a kind from the kernel: `request` is the type of the request, whose body has
+/// `length` zeros, and `answer` is the type of the messages to return.
+fn dump(socket: &OwnedFd, request: u16, answer: u16, length: usize) -> io::Result<Vec<Vec<u8>>> {
+    send_request(socket, request, libc::NLM_F_REQUEST | libc::NLM_F_DUMP, &vec![0; length])?;
     let mut found = Vec::new();
     receive(socket, |kind, body| {
         if kind == answer {
@@ -230,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_away_is_put_back() {
+    fn removed_addresses_and_routes_are_restored() {
         let namespace = Namespace::new();
         let name = &namespace.0;
         let path = Path::new("/run/netns").join(name);
@@ -254,17 +255,17 @@ mod tests {
     }
 
     #[test]
-    fn who_is_in_a_namespace_is_found() {
+    fn a_process_in_a_namespace_is_found() {
         let namespace = Namespace::new();
         let path = Path::new("/run/netns").join(&namespace.0);
-        let who_is_in = |path: &Path| find_process_in(path).expect("processes can be read");
-        assert_eq!(who_is_in(&path), None);
+        let process_in = |path: &Path| find_process_in(path).expect("processes can be read");
+        assert_eq!(process_in(&path), None);
         let mut child = Command::new("ip").args(["netns", "exec", &namespace.0, "sleep", "600"]).spawn().expect("runs");
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while who_is_in(&path).is_none() && std::time::Instant::now() < deadline {}
-        assert_eq!(who_is_in(&path), Some(child.id()));
+        while process_in(&path).is_none() && std::time::Instant::now() < deadline {}
+        assert_eq!(process_in(&path), Some(child.id()));
         child.kill().expect("killed");
         child.wait().expect("reaped");
-        assert!(who_is_in(Path::new("/proc/self/ns/net")).is_some());
+        assert!(process_in(Path::new("/proc/self/ns/net")).is_some());
     }
 }

@@ -20,7 +20,7 @@ use nix::{
 /// (mount(2)).
 const OPTIONS_MAX: usize = 4095;
 
-/// Whether this kernel lacks the overlay option `volatile` (Linux before 5.10). Found out by the first mount.
+/// Whether this kernel lacks the overlay option `volatile` (Linux before 5.10). The first mount finds this out.
 static VOLATILE_UNSUPPORTED: AtomicBool = AtomicBool::new(false);
 
 /// Mounts the read-only layers `lowers` (topmost first) with a writable layer on top at `target`. `upper` is the
@@ -29,7 +29,7 @@ static VOLATILE_UNSUPPORTED: AtomicBool = AtomicBool::new(false);
 /// the disk.
 ///
 /// # Errors
-/// As mount(2); `InvalidInput` when a path contains a character that overlayfs reads as a separator.
+/// Fails as mount(2) does; `InvalidInput` when a path contains a character that overlayfs reads as a separator.
 pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, target: &Path) -> io::Result<()> {
     let layers = [
         format!("upperdir={}", checked_path(&upper.join("upper"))?),
@@ -52,7 +52,7 @@ pub fn mount_writable(lowers: &[PathBuf], options: &[String], upper: &Path, targ
 /// Mounts two or more layers `lowers` (topmost first) read-only at `target`.
 ///
 /// # Errors
-/// As [`mount_writable`].
+/// Fails as [`mount_writable`] does.
 pub fn mount_read_only(lowers: &[PathBuf], options: &[String], target: &Path) -> io::Result<()> {
     // The mount is for reading files, not for running programs: device nodes of the image must not work there.
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
@@ -64,7 +64,7 @@ fn overlay(lowers: &[PathBuf], options: &[String], flags: MsFlags, target: &Path
     let absolute = lowers.iter().map(|lower| checked_path(lower)).collect::<io::Result<Vec<_>>>()?;
     let data = join(&absolute, options);
     if data.len() <= OPTIONS_MAX {
-        return call(target, flags, &data);
+        return mount_overlay(target, flags, &data);
     }
     let parent = common_parent(lowers);
     let relative: Vec<&str> = absolute
@@ -81,13 +81,13 @@ fn overlay(lowers: &[PathBuf], options: &[String], flags: MsFlags, target: &Path
         let mounted = scope.spawn(|| {
             unshare(CloneFlags::CLONE_FS)?;
             nix::unistd::chdir(&parent)?;
-            call(target, flags, &data)
+            mount_overlay(target, flags, &data)
         });
         mounted.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
     })
 }
 
-fn call(target: &Path, flags: MsFlags, data: &str) -> io::Result<()> {
+fn mount_overlay(target: &Path, flags: MsFlags, data: &str) -> io::Result<()> {
     Ok(mount(Some("overlay"), target, Some("overlay"), flags, Some(data))?)
 }
 

@@ -26,7 +26,7 @@ pub enum PeerError {
     },
 }
 
-/// Which users may be at the other end of a socket: root, the user that this process runs as and, if wanted, the
+/// The users that may be at the other end of a socket: root, the user that this process runs as and, if wanted, the
 /// members of one group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AllowedPeers {
@@ -47,7 +47,7 @@ impl AllowedPeers {
     /// Checks the other end of a connection.
     ///
     /// # Errors
-    /// When the other end belongs to another user, or the kernel does not report it.
+    /// Fails when the other end belongs to another user, or the kernel does not report it.
     pub fn check(self, stream: &UnixStream) -> Result<(), PeerError> {
         let peer = stream.peer_cred().map_err(PeerError::Unknown)?;
         let (uid, gid, pid) = (peer.uid(), peer.gid(), peer.pid().unwrap_or_default());

@@ -24,7 +24,7 @@ const EMPTY_LAYER: &str = "empty";
 #[derive(Debug, thiserror::Error)]
 pub enum PlacesError {
     /// A directory can't be created.
-    #[error("create directory {path}")]
+    #[error("could not create directory {path}")]
     Create {
         /// The directory.
         path: PathBuf,
@@ -32,7 +32,7 @@ pub enum PlacesError {
         source: io::Error,
     },
     /// Other users have access to a directory or file, and its mode can't be changed.
-    #[error("remove other users' access to {path}")]
+    #[error("could not remove other users' access to {path}")]
     RemoveAccess {
         /// The directory or file.
         path: PathBuf,
@@ -40,7 +40,7 @@ pub enum PlacesError {
         source: io::Error,
     },
     /// A directory can't be listed, so its content is not known. It must not be treated as an empty directory.
-    #[error("list {path}")]
+    #[error("could not list {path}")]
     List {
         /// The directory.
         path: PathBuf,
@@ -62,7 +62,7 @@ pub struct Places {
 }
 
 impl Places {
-    /// The paths below the run directory `run` and the state directory `state`.
+    /// Returns the paths below the run directory `run` and the state directory `state`.
     pub fn new(run: impl Into<PathBuf>, state: impl Into<PathBuf>) -> Self {
         let (run, state): (PathBuf, PathBuf) = (run.into(), state.into());
         let owner = Digest::of(run.as_os_str().as_encoded_bytes()).to_string();
@@ -71,17 +71,17 @@ impl Places {
         Self { run, state, uppers, prepared_rootfs: ahead }
     }
 
-    /// The default paths of a driver with this name.
+    /// Returns the default paths of a driver with this name.
     pub fn of(name: &DriverName) -> Self {
         Self::new(Self::run_parent().join(name.as_str()), Self::state_parent().join(name.as_str()))
     }
 
-    /// The parent directory of all drivers' default run directories.
+    /// Returns the path of the parent directory of all drivers' default run directories.
     pub fn run_parent() -> PathBuf {
         PathBuf::from("/run/nomad-driver-shim")
     }
 
-    /// The parent directory of all drivers' default state directories.
+    /// Returns the path of the parent directory of all drivers' default state directories.
     pub fn state_parent() -> PathBuf {
         PathBuf::from("/var/lib/nomad-driver-shim")
     }
@@ -89,7 +89,8 @@ impl Places {
     /// Creates the directories that must exist before anything starts, and corrects the modes of existing ones.
     ///
     /// # Errors
-    /// When a directory can't be created or its mode can't be corrected, or when the run directory's path is too long.
+    /// Fails when a directory can't be created or its mode can't be corrected, or when the run directory's path is too
+    /// long.
     pub fn create(&self) -> Result<(), PlacesError> {
         if self.shims().join("0123456789ab").join("sock").as_os_str().len() > SOCKET_PATH_MAX {
             return Err(PlacesError::RunDirTooLong(self.run.clone()));
@@ -106,103 +107,104 @@ impl Places {
             let path = path.to_owned();
             move |source| PlacesError::RemoveAccess { path, source }
         };
-        let close = |path: &Path| remove_access_of_others(path).map_err(failed(path));
+        let restrict = |path: &Path| remove_access_of_others(path).map_err(failed(path));
         let list = |path: &Path| list_entries(path).map_err(failed(path));
         // A directory with any other mode belongs to the operator, who may keep other things in it. The directories
         // below it are this driver's own.
         for path in [&self.run, &Self::run_parent(), &self.state, &Self::state_parent()] {
             if fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == LEGACY_DIR_MODE) {
-                close(path)?;
+                restrict(path)?;
             }
         }
         let shared = [self.uppers(), self.prepared_rootfs()].map(|own| own.parent().map(Path::to_owned));
         for path in shared.into_iter().flatten() {
-            close(&path)?;
+            restrict(&path)?;
         }
         for directory in [self.bundles(), self.shims(), self.runtimes(), self.uppers(), self.prepared_rootfs()] {
-            close(&directory)?;
+            restrict(&directory)?;
             for name in list(&directory)? {
-                close(&directory.join(name))?;
+                restrict(&directory.join(name))?;
             }
         }
         for directory in [self.tasks(), self.images(), self.logs(), self.wrappers(), self.saved_addresses()] {
-            close(&directory)?;
+            restrict(&directory)?;
         }
         for directory in [self.tasks(), self.images()] {
             for name in list(&directory)?.iter().filter(|name| *name != EMPTY_LAYER) {
-                close(&directory.join(name))?;
+                restrict(&directory.join(name))?;
             }
         }
-        close(&self.lock())
+        restrict(&self.lock())
     }
 
-    /// The empty directory that serves as the only layer of an image without layers. The container's root directory
-    /// gets its mode.
+    /// Returns the path of the empty directory that serves as the only layer of an image without layers. The
+    /// container's root directory gets its mode.
     pub fn empty_layer(&self) -> PathBuf {
         self.images().join(EMPTY_LAYER)
     }
 
-    /// The run directory.
+    /// Returns the path of the run directory.
     pub fn run(&self) -> &Path {
         &self.run
     }
 
-    /// The state directory.
+    /// Returns the path of the state directory.
     pub fn state(&self) -> &Path {
         &self.state
     }
 
-    /// The lock file that the one live plugin of this run directory holds.
+    /// Returns the path of the lock file that the one live plugin of this run directory holds.
     pub fn lock(&self) -> PathBuf {
         self.run.join("lock")
     }
 
-    /// The part of the last plugin's settings that `gc` needs to clean up its directories.
+    /// Returns the path of the file with those settings of the last plugin that `gc` needs to clean up its directories.
     pub fn kept_settings(&self) -> PathBuf {
         self.run.join("settings.json")
     }
 
-    /// The socket at which the live plugin accepts requests of the command line and of its successor.
+    /// Returns the path of the socket at which the live plugin accepts requests of the command line and of its
+    /// successor.
     pub fn control(&self) -> PathBuf {
         self.run.join("control.sock")
     }
 
-    /// The directory of the task records.
+    /// Returns the path of the directory of the task records.
     pub fn tasks(&self) -> PathBuf {
         self.run.join("tasks")
     }
 
-    /// The record of one task.
+    /// Returns the path of the record of one task.
     pub fn record(&self, id: &ContainerId) -> PathBuf {
         self.tasks().join(format!("{id}.json"))
     }
 
-    /// The directory of the OCI bundles.
+    /// Returns the path of the directory of the OCI bundles.
     pub fn bundles(&self) -> PathBuf {
         self.run.join("bundles")
     }
 
-    /// The bundle of one task.
+    /// Returns the path of the bundle of one task.
     pub fn bundle(&self, id: &ContainerId) -> PathBuf {
         self.bundles().join(id.as_str())
     }
 
-    /// The mount point of a task's root file system.
+    /// Returns the path of the mount point of a task's root file system.
     pub fn rootfs(&self, id: &ContainerId) -> PathBuf {
         self.bundle(id).join("rootfs")
     }
 
-    /// The directory of markers for processes that were exec'd in a task and may still run.
+    /// Returns the path of the directory of markers for processes that were exec'd in a task and may still run.
     pub fn execs(&self, id: &ContainerId) -> PathBuf {
         self.bundle(id).join("execs")
     }
 
-    /// The directory that contains one directory for each shim.
+    /// Returns the path of the directory that contains one directory for each shim.
     pub fn shims(&self) -> PathBuf {
         self.run.join("shims")
     }
 
-    /// The directory of one shim: its working directory, with its socket, its log and its pid file.
+    /// Returns the path of the directory of one shim: its working directory, with its socket, its log and its pid file.
     pub fn shim(&self, shim: &ShimId) -> PathBuf {
         self.shims().join(shim.as_str())
     }
@@ -210,61 +212,64 @@ impl Places {
     /// Returns the ids of the shims that have directories.
     ///
     /// # Errors
-    /// When the directories can't be listed.
+    /// Fails when the directories can't be listed.
     pub fn list_shims(&self) -> Result<Vec<ShimId>, PlacesError> {
         Ok(list_names(&self.shims())?.iter().filter_map(|name| ShimId::from_dir_name(name)).collect())
     }
 
-    /// The directory of the tasks whose logs the driver's log writer writes; one directory for each task.
+    /// Returns the path of the directory of the tasks whose logs the driver's log writer writes; one directory for each
+    /// task.
     pub fn logs(&self) -> PathBuf {
         self.run.join("logs")
     }
 
-    /// The log directory of one task: its FIFOs and the description of what to do with them.
+    /// Returns the path of the log directory of one task: its FIFOs and the description of what to do with them.
     pub fn log(&self, id: &ContainerId) -> PathBuf {
         self.logs().join(id.as_str())
     }
 
-    /// The directory of the OCI runtimes' state roots; one for each runtime.
+    /// Returns the path of the directory of the OCI runtimes' state roots; one for each runtime.
     pub fn runtimes(&self) -> PathBuf {
         self.run.join("runtimes")
     }
 
-    /// The state root of one OCI runtime. Shims append their containerd namespace to it.
+    /// Returns the path of the state root of one OCI runtime. Shims append their containerd namespace to it.
     pub fn runtime_root(&self, runtime: &str) -> PathBuf {
         self.runtimes().join(runtime)
     }
 
-    /// The directory in which an OCI runtime keeps the state of containers whose shims have this namespace.
+    /// Returns the path of the directory in which an OCI runtime keeps the state of containers whose shims have this
+    /// namespace.
     pub fn runtime_state(&self, runtime: &str, namespace: &str) -> PathBuf {
         self.runtime_root(runtime).join(namespace)
     }
 
-    /// The directory of the scripts that shims call instead of a runtime that needs flags. It is below the state
-    /// directory, because /run is often mounted `noexec`.
+    /// Returns the path of the directory of the scripts that shims call instead of a runtime that needs flags. It is
+    /// below the state directory, because /run is often mounted `noexec`.
     pub fn wrappers(&self) -> PathBuf {
         self.state.join("wrappers")
     }
 
-    /// The directory that all gVisor sandboxes of this host share. It contains an empty network namespace for their
-    /// file servers (gofers), which sentries have no access to.
+    /// Returns the path of the directory that all gVisor sandboxes of this host share. It contains an empty network
+    /// namespace for their file servers (gofers), which sentries have no access to.
     pub fn gvisor_shared_root() -> PathBuf {
         Self::run_parent().join("gvisor")
     }
 
-    /// The directory of the addresses that gVisor sandboxes have removed from groups' network namespaces, and that the
-    /// driver restores there.
+    /// Returns the path of the directory of the addresses that gVisor sandboxes have removed from groups' network
+    /// namespaces, and that the driver restores there.
     pub fn saved_addresses(&self) -> PathBuf {
         self.run.join("netns")
     }
 
-    /// The directory of the tasks' writable layers. Runs of the command line share a state directory, so each run
-    /// directory has a part of its own there: no run may mistake another run's layers for remains.
+    /// Returns the path of the directory of the tasks' writable layers. Runs of the command line share a state
+    /// directory, so each run directory has a part of its own there: no run may mistake another run's layers for
+    /// remains.
     pub fn uppers(&self) -> PathBuf {
         self.uppers.clone()
     }
 
-    /// The directory of the root file systems that are prepared before a task needs them.
+    /// Returns the path of the directory of the root file systems that are prepared before a task needs them.
     pub fn prepared_rootfs(&self) -> PathBuf {
         self.prepared_rootfs.clone()
     }
@@ -278,7 +283,7 @@ impl Places {
     /// Returns whether no other run directory has tasks below this state directory.
     ///
     /// # Errors
-    /// When a directory can't be listed.
+    /// Fails when a directory can't be listed.
     pub fn is_only_user_of_state_dir(&self) -> Result<bool, PlacesError> {
         let parts = self.state.join("uppers");
         for part in list_names(&parts)? {
@@ -290,12 +295,12 @@ impl Places {
         Ok(true)
     }
 
-    /// The directory of one task's writable layer, with `upper` and `work` below it.
+    /// Returns the path of the directory of one task's writable layer, with `upper` and `work` below it.
     pub fn upper(&self, id: &ContainerId) -> PathBuf {
         self.uppers.join(id.as_str())
     }
 
-    /// The directory of the image records.
+    /// Returns the path of the directory of the image records.
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
     }
@@ -311,7 +316,7 @@ impl Places {
 /// missing file is fine, and a symlink is left alone.
 ///
 /// # Errors
-/// As chmod(2).
+/// Fails as chmod(2) does.
 fn remove_access_of_others(path: &Path) -> io::Result<()> {
     match none_if_missing(fs::symlink_metadata(path))? {
         Some(found) if found.permissions().mode() & 0o077 != 0 && !found.is_symlink() => {
@@ -344,7 +349,7 @@ impl MountPoints {
 /// Returns the names of the entries of a directory of the driver. A missing directory counts as empty.
 ///
 /// # Errors
-/// When the directory can't be listed, and so its content is not known.
+/// Fails when the directory can't be listed, and so its content is not known.
 pub fn list_names(path: &Path) -> Result<Vec<String>, PlacesError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let listed = crate::failpoint::fail_lookup(&name).and_then(|()| list_entries(path));

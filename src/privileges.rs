@@ -19,16 +19,16 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, apply_f
 #[derive(Debug, thiserror::Error)]
 pub enum PrivilegeError {
     /// The capabilities can't be dropped.
-    #[error("drop capabilities")]
+    #[error("could not drop capabilities")]
     Capabilities(#[from] caps::errors::CapsError),
     /// The attribute no_new_privs can't be set, so the process could gain privileges by executing a program.
-    #[error("set no_new_privs")]
+    #[error("could not set no_new_privs")]
     NoNewPrivileges(#[source] io::Error),
     /// The system call filter can't be built.
-    #[error("build the seccomp filter")]
+    #[error("could not build the seccomp filter")]
     Build(#[from] seccompiler::BackendError),
     /// The kernel refused the system call filter.
-    #[error("load the seccomp filter")]
+    #[error("could not load the seccomp filter")]
     Load(#[from] seccompiler::Error),
 }
 
@@ -73,9 +73,10 @@ const SECBIT_NOROOT: libc::c_int = 1;
 /// The outcome of reducing the plugin's capabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reduction {
-    /// The plugin has only those that it needs.
+    /// The plugin has only the capabilities that it needs.
     Dropped,
-    /// The plugin kept all that it was started with, because programs that it executes would not regain the others.
+    /// The plugin has kept all capabilities that it was started with: programs that it executes would not regain
+    /// dropped ones.
     Kept(KeptReason),
 }
 
@@ -101,10 +102,11 @@ impl std::fmt::Display for KeptReason {
 }
 
 /// Drops all capabilities that the plugin never needs, in the calling thread and in the threads that it starts later.
-/// Must be called before there is a second thread. Programs that are executed later regain them from the bounding set.
+/// This function must be called before the process has a second thread. Programs that are executed later regain them
+/// from the bounding set.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// Fails when the kernel refuses.
 pub fn reduce_plugin() -> Result<Reduction, PrivilegeError> {
     if let Some(reason) = reason_to_keep() {
         return Ok(Reduction::Kept(reason));
@@ -129,21 +131,21 @@ fn reason_to_keep() -> Option<KeptReason> {
     }
 }
 
-/// Which system calls a process or thread may still make. All others fail with EPERM.
+/// The system calls that a process or thread may still make. All others fail with EPERM.
 #[derive(Debug, Clone, Copy)]
 pub enum SyscallFilter<'a> {
-    /// Allows these only.
+    /// Only these calls are allowed.
     Only(&'a [libc::c_long]),
-    /// Allows all but these.
+    /// All calls but these are allowed.
     AllBut(&'a [libc::c_long]),
 }
 
 /// Confines the calling thread, and the threads and programs that it starts, for the rest of their lives. They keep the
-/// capabilities in `keep` only, and gain none by executing a program. To confine a whole process, it must be called
-/// while there is one thread.
+/// capabilities in `keep` only, and gain none by executing a program. To confine a whole process, this function must be
+/// called while the process has one thread.
 ///
 /// # Errors
-/// When the kernel has no seccomp, there is no filter for the architecture, or capabilities can't be dropped.
+/// Fails when the kernel has no seccomp, there is no filter for the architecture, or capabilities can't be dropped.
 pub fn confine(keep: &[Capability], calls: SyscallFilter<'_>) -> Result<(), PrivilegeError> {
     let program = filter(calls)?;
     nix::sys::prctl::set_no_new_privs().map_err(|errno| PrivilegeError::NoNewPrivileges(errno.into()))?;
@@ -152,8 +154,8 @@ pub fn confine(keep: &[Capability], calls: SyscallFilter<'_>) -> Result<(), Priv
     Ok(apply_filter(&program)?)
 }
 
-/// Reduces the capability sets of the calling thread to those in `keep`. Its effective and permitted sets can contain
-/// only what it is permitted now.
+/// Reduces the capability sets of the calling thread to those in `keep`. The thread's effective and permitted sets can
+/// contain only capabilities that are in its permitted set now.
 fn reduce_capabilities(keep: &[Capability]) -> Result<(), PrivilegeError> {
     let permitted: HashSet<Capability> =
         caps::read(None, CapSet::Permitted)?.into_iter().filter(|one| keep.contains(one)).collect();
@@ -205,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_keeps_what_it_is_left_and_no_more() {
+    fn a_confined_thread_keeps_only_the_named_capabilities() {
         let seen = thread::spawn(|| {
             let refused = [libc::SYS_socket];
             confine(&[Capability::CAP_DAC_OVERRIDE], SyscallFilter::AllBut(&refused)).expect("this kernel has seccomp");

@@ -21,13 +21,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _, Interest, unix::AsyncFd};
 
-/// How many bytes of each output stream of a program are kept. Versions, answers and errors have a few kilobytes.
+/// The number of bytes of each output stream of a program that are kept. Versions, answers and errors have a few
+/// kilobytes.
 const OUTPUT_MAX: u64 = 256 << 10;
 
 /// Returns the kernel's id of this boot (random(4)). Pids and start times of another boot mean nothing.
 ///
 /// # Errors
-/// When the id can't be read.
+/// Fails when the id can't be read.
 pub fn boot_id() -> io::Result<String> {
     if let Some(boot) = crate::failpoint::boot_id() {
         return Ok(boot);
@@ -74,7 +75,7 @@ fn restore_descriptor_limit() {
 /// those that this process has inherited from the agent. Safe between fork and exec.
 ///
 /// # Errors
-/// As setsid(2).
+/// Fails as setsid(2) does.
 pub fn detach_session(first: libc::c_uint) -> io::Result<()> {
     // SAFETY: neither call accesses memory.
     unsafe {
@@ -109,7 +110,7 @@ pub fn command(program: impl AsRef<OsStr>) -> std::process::Command {
     command
 }
 
-/// Returns the same as [`command`], for a program that is waited for without blocking the thread.
+/// Returns the same as [`command`], for a caller that waits for the program without blocking its thread.
 pub fn async_command(program: impl AsRef<OsStr>) -> tokio::process::Command {
     command(program).into()
 }
@@ -134,8 +135,8 @@ fn reset_signals() {
     unblock_signals();
 }
 
-/// Unblocks all signals in this thread and in those that it starts. A signal that the parent process had blocked would
-/// never arrive, such as the SIGTERM by which an agent's service is stopped.
+/// Unblocks all signals in this thread and in the threads that it starts later. A signal that the parent process had
+/// blocked would never arrive, such as the SIGTERM by which an agent's service is stopped.
 pub fn unblock_signals() {
     let none: u64 = 0;
     // SAFETY: the kernel reads 8 bytes that live until the call returns, and writes nothing.
@@ -158,7 +159,7 @@ impl Pid {
     /// Returns the pid of a child that has not been waited for.
     ///
     /// # Errors
-    /// When the child was waited for already: its pid may belong to another process by now.
+    /// Fails when the child was waited for already: its pid may belong to another process by now.
     pub fn of_child(child: &tokio::process::Child) -> io::Result<Self> {
         let reaped = || io::Error::other("the process that was just started has been waited for already");
         child.id().and_then(NonZeroU32::new).map(Self).ok_or_else(reaped)
@@ -207,7 +208,7 @@ impl ProcessId {
     /// Returns the identity of the process that has this pid now.
     ///
     /// # Errors
-    /// When there is no such process, or it is a zombie; when its status can't be read.
+    /// Fails when there is no such process, or it is a zombie; when its status can't be read.
     pub fn of(pid: u32) -> io::Result<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let (state, start) = parse_stat(&text).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
@@ -231,7 +232,7 @@ impl ProcessId {
         }
     }
 
-    /// Returns whether this very process still runs.
+    /// Returns whether the process that has this identity still runs.
     pub fn is_alive(&self) -> bool {
         Self::of(self.pid).is_ok_and(|now| now == *self)
     }
@@ -250,7 +251,7 @@ fn parse_stat(text: &str) -> Option<(&str, u64)> {
 /// Returns the pid of a process's parent.
 ///
 /// # Errors
-/// When there is no such process, or its status can't be read.
+/// Fails when there is no such process, or its status can't be read.
 pub fn parent_of(pid: u32) -> io::Result<u32> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let parent = text.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
@@ -266,7 +267,7 @@ impl PidFd {
     /// reused until it is waited for.
     ///
     /// # Errors
-    /// As pidfd_open(2).
+    /// Fails as pidfd_open(2) does.
     pub fn open(pid: u32) -> io::Result<Self> {
         // SAFETY: pidfd_open takes a number and flags, and returns a new close-on-exec descriptor.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -278,10 +279,10 @@ impl PidFd {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Opens this very process.
+    /// Opens the process that has this identity.
     ///
     /// # Errors
-    /// As pidfd_open(2); `NotFound` when the process has ended.
+    /// Fails as pidfd_open(2) does; `NotFound` when the process has ended.
     pub fn of(process: &ProcessId) -> io::Result<Self> {
         let fd = Self::open(process.pid)?;
         // The identity is read after the descriptor was opened: if the process still runs now, the descriptor names it.
@@ -313,7 +314,7 @@ impl PidFd {
     /// Waits until the process has ended.
     ///
     /// # Errors
-    /// When the process can't be watched.
+    /// Fails when the process can't be watched.
     pub async fn wait_for_end(&self) -> io::Result<()> {
         self.watch()?.readable().await.map(drop)
     }
@@ -321,7 +322,7 @@ impl PidFd {
     /// Registers the process, so that the caller can wait for its end: the descriptor becomes readable then.
     ///
     /// # Errors
-    /// When no further descriptor can be had.
+    /// Fails when no further descriptor can be had.
     pub fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
         let own = self.0.try_clone()?;
         // SAFETY: the AsyncFd owns the OwnedFd, which stays open and unchanged for as long.
@@ -329,7 +330,7 @@ impl PidFd {
     }
 }
 
-/// Finds a program by its path, or by its name in the directories of PATH.
+/// Finds an executable program by its path, or by its name in the directories of PATH.
 pub fn which(program: &Path) -> Option<PathBuf> {
     let executable = |path: &Path| {
         use std::os::unix::fs::PermissionsExt as _;
@@ -346,7 +347,7 @@ pub fn which(program: &Path) -> Option<PathBuf> {
 /// closed, so that endless output takes no memory.
 ///
 /// # Errors
-/// When the program can't be started, or its pipes can't be read.
+/// Fails when the program can't be started, or its pipes can't be read.
 pub async fn bounded_output(command: &mut tokio::process::Command) -> io::Result<Output> {
     async fn beginning(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
@@ -379,7 +380,7 @@ pub fn is_transient(error: &io::Error) -> bool {
 /// Turns the error of reading a file below `/proc/<pid>` into `None` if the process has ended.
 ///
 /// # Errors
-/// Every other error: whether the process has ended is not known then.
+/// Returns every other error: whether the process has ended is not known then.
 pub fn none_if_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
     match looked {
         Ok(seen) => Ok(Some(seen)),
@@ -392,7 +393,7 @@ pub fn none_if_vanished<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
 /// reparented, because their parent has ended, are not found.
 ///
 /// # Errors
-/// When `/proc` can't be read: there may be more descendants then.
+/// Fails when `/proc` can't be read: there may be more descendants then.
 pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
     crate::failpoint::fail_lookup("descendants")?;
     let mut all = vec![pid];
@@ -417,7 +418,7 @@ pub fn descendants(pid: u32) -> io::Result<Vec<u32>> {
 /// Returns the pids of all processes.
 ///
 /// # Errors
-/// When `/proc` can't be listed.
+/// Fails when `/proc` can't be listed.
 pub fn all_pids() -> io::Result<Vec<u32>> {
     crate::failpoint::fail_lookup("processes")?;
     let mut all = Vec::new();

@@ -9,7 +9,7 @@ pub struct SizeError(String);
 /// them (docker/go-units, `RAMInBytes`).
 ///
 /// # Errors
-/// When the text is not a size, or the size is larger than the kernel's counters.
+/// Fails when the text is not a size, or the size is larger than the kernel's counters.
 pub fn parse(text: &str) -> Result<u64, SizeError> {
     let wrong = || SizeError(text.to_owned());
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

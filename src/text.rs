@@ -13,10 +13,10 @@ pub const EXCERPT_MAX: usize = 500;
 /// The longest message, in characters.
 pub const MESSAGE_MAX: usize = 2000;
 
-/// Escapes the characters that terminals and log readers interpret, and cuts text longer than `most` characters in the
+/// Escapes the characters that terminals and log readers interpret, and cuts text longer than `max` characters in the
 /// middle. The note that says how much was cut is not counted.
-pub fn sanitize(text: &str, most: usize) -> String {
-    escape_and_cut(text.chars().map(ShownChar::plain), text.len(), most)
+pub fn sanitize(text: &str, max: usize) -> String {
+    escape_and_cut(text.chars().map(ShownChar::plain), text.len(), max)
 }
 
 /// Puts an untrusted text in quotes, escaped and cut to [`EXCERPT_MAX`].
@@ -56,7 +56,7 @@ impl ShownChar {
         if matches!(c, '"' | '\\') { Self::Escaped(c) } else { Self::plain(c) }
     }
 
-    /// How many characters it takes when it is shown.
+    /// Returns how many characters the shown form has.
     fn width(self) -> usize {
         match self {
             Self::Plain(_) => 1,
@@ -64,7 +64,7 @@ impl ShownChar {
         }
     }
 
-    /// How many bytes the character has in the original text.
+    /// Returns how many bytes the character has in the original text.
     fn bytes(self) -> usize {
         match self {
             Self::Plain(c) | Self::Escaped(c) => c.len_utf8(),
@@ -81,9 +81,9 @@ impl fmt::Display for ShownChar {
     }
 }
 
-/// Joins the characters of a text of `length` bytes, and cuts the middle out of a text longer than `most` characters.
-/// It reads no more characters than can be shown, since the text may have megabytes.
-fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = ShownChar> + Clone, length: usize, most: usize) -> String {
+/// Joins the characters of a text of `length` bytes, and cuts the middle out of a text longer than `max` characters.
+/// The function reads no more characters than can be shown, since the text may have megabytes.
+fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = ShownChar> + Clone, length: usize, max: usize) -> String {
     fn fitting(pieces: impl Iterator<Item = ShownChar>, room: usize) -> Vec<ShownChar> {
         let mut used = 0;
         pieces
@@ -95,12 +95,12 @@ fn escape_and_cut(pieces: impl DoubleEndedIterator<Item = ShownChar> + Clone, le
     }
     let join = |pieces: &[ShownChar]| pieces.iter().map(ShownChar::to_string).collect::<String>();
     let bytes = |pieces: &[ShownChar]| pieces.iter().map(|piece| piece.bytes()).sum::<usize>();
-    let whole = fitting(pieces.clone(), most);
+    let whole = fitting(pieces.clone(), max);
     if bytes(&whole) == length {
         return join(&whole);
     }
-    let head = fitting(pieces.clone(), most - most / 3);
-    let mut tail = fitting(pieces.rev(), most / 3);
+    let head = fitting(pieces.clone(), max - max / 3);
+    let mut tail = fitting(pieces.rev(), max / 3);
     tail.reverse();
     let left_out = length.saturating_sub(bytes(&head) + bytes(&tail));
     format!("{} [{left_out} bytes left out] {}", join(&head), join(&tail))

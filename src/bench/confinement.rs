@@ -3,8 +3,8 @@
 
 use std::{collections::BTreeMap, fs};
 
-/// Collects what the kernel reports about a process's confinement, by name. Two processes with equal results are
-/// confined alike.
+/// Returns the properties of a process's confinement that the kernel reports, by name. Two processes with equal results
+/// are confined alike.
 pub(super) fn read_confinement(pid: u32) -> BTreeMap<String, String> {
     let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let mut found = BTreeMap::new();
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_confined_as_itself_and_differences_are_named() {
+    fn differences_of_two_processes_are_named() {
         let own = read_confinement(std::process::id());
         assert!(own.contains_key("CapBnd") && own.contains_key("namespace pid"), "{own:?}");
         assert!(differences(&own, &own).is_empty());

@@ -1,5 +1,5 @@
 //! The floor: a container that is made by raw system calls and nothing else, from the same spec as those of all other
-//! subjects. The time it needs is the time that the kernel needs.
+//! subjects. Its start takes the time that the kernel needs, which is the lower bound for all other subjects.
 //!
 //! Everything is prepared before the clone, in a [`ChildPlan`], because the child can only make system calls
 //! (`floor_child`).
@@ -28,7 +28,7 @@ use crate::{
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Size of the child's stack in bytes. Its frames are small, and nothing in it recurses.
+/// The size of the child's stack in bytes. The child's frames are small, and none of its functions is recursive.
 const STACK_SIZE: usize = 256 << 10;
 
 /// Makes containers by raw system calls.
@@ -71,7 +71,8 @@ impl ContainerProcess {
 }
 
 impl Floor {
-    /// `program` is the compiled seccomp filter: its instructions in base64, as crun takes them.
+    /// Makes a floor whose containers have the compiled seccomp filter `program`: its instructions in base64, as crun
+    /// takes them.
     pub(super) fn new(program: Option<&str>) -> Result<Self, Failure> {
         let bytes = base64::engine::general_purpose::STANDARD.decode(program.unwrap_or_default())?;
         let program = bytes
@@ -127,24 +128,24 @@ impl Floor {
     }
 
     /// Removes the cgroup of a container that has ended.
-    pub(super) fn clear(&self, process: &ContainerProcess) -> Result<(), Failure> {
+    pub(super) fn remove_cgroup(&self, process: &ContainerProcess) -> Result<(), Failure> {
         Ok(self.cgroups.remove(&process.cgroup)?)
     }
 
     /// Creates the cgroup with its limits in every hierarchy, and returns the files that move a process into it.
     fn make_cgroup(&self, spec: &Value) -> Result<Vec<CString>, Failure> {
         let path = cgroup_path(spec).trim_start_matches('/');
-        let v2 = self.cgroups.mode() == CgroupMode::V2;
+        let is_v2 = self.cgroups.mode() == CgroupMode::V2;
         let mut procs = Vec::new();
         for hierarchy in self.cgroups.hierarchies() {
             let group = hierarchy.join(path);
             fs::DirBuilder::new().recursive(true).mode(0o755).create(&group)?;
-            if !v2 {
+            if !is_v2 {
                 limit_v1(&group, hierarchy, &spec["linux"]["resources"])?;
             } else {
                 limit_v2(&group, &spec["linux"]["resources"])?;
             }
-            procs.push(text(&group.join("cgroup.procs"))?);
+            procs.push(c_path(&group.join("cgroup.procs"))?);
         }
         Ok(procs)
     }
@@ -155,14 +156,14 @@ impl Floor {
         let mut mount = mount.clone();
         if self.cgroups.mode() == CgroupMode::V2 {
             mount["type"] = "cgroup2".into();
-            return calls(&mount, root);
+            return mount_calls(&mount, root);
         }
         let destination = mount["destination"].as_str().unwrap_or_default().to_owned();
         let memory = json!({
             "type": "tmpfs", "source": "tmpfs", "destination": destination,
             "options": ["nosuid", "noexec", "nodev", "relatime", "mode=755"],
         });
-        let mut all = calls(&memory, root)?;
+        let mut all = mount_calls(&memory, root)?;
         let options = mount["options"].as_array().cloned().unwrap_or_default();
         // Runtimes leave out the hierarchy of version 2 that systemd has on such hosts.
         let is_v1 = |hierarchy: &&PathBuf| !hierarchy.join("cgroup.controllers").exists();
@@ -173,7 +174,7 @@ impl Floor {
                 "destination": format!("{destination}/{name}"),
                 "options": options.iter().cloned().chain(["bind".into()]).collect::<Vec<Value>>(),
             });
-            all.extend(calls(&bind, root)?);
+            all.extend(mount_calls(&bind, root)?);
         }
         Ok(all)
     }
@@ -185,7 +186,7 @@ impl Floor {
         for mount in spec["mounts"].as_array().into_iter().flatten() {
             match mount["type"].as_str() {
                 Some("cgroup") => mounts.extend(self.cgroup_calls(mount, &root, cgroup_path(spec))?),
-                _ => mounts.extend(calls(mount, &root)?),
+                _ => mounts.extend(mount_calls(mount, &root)?),
             }
         }
         let masks = masks(spec, &root)?;
@@ -199,8 +200,8 @@ impl Floor {
         let c = |items: Vec<String>| items.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>();
         let (args, env) = (c(strings(&process["args"]))?, c(strings(&process["env"]))?);
         let pointers =
-            |words: &[CString]| words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect::<Vec<_>>();
-        let dev = |name: &str| text(&root.join("dev").join(name));
+            |strings: &[CString]| strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect::<Vec<_>>();
+        let dev = |name: &str| c_path(&root.join("dev").join(name));
         let node = |name: &str, major, minor| -> Result<_, Failure> {
             Ok((dev(name)?, libc::S_IFCHR | 0o666, libc::makedev(major, minor)))
         };
@@ -224,7 +225,7 @@ impl Floor {
                 link("/proc/self/fd/2", "stderr")?,
                 link("pts/ptmx", "ptmx")?,
             ],
-            root: text(&root)?,
+            root: c_path(&root)?,
             hostname: CString::new(spec["hostname"].as_str().unwrap_or_default())?,
             groups: process["user"]["additionalGids"].as_array().into_iter().flatten().map(number).collect(),
             uid: number(&process["user"]["uid"]),
@@ -241,13 +242,13 @@ impl Floor {
             path: args.first().cloned().unwrap_or_default(),
             args: pointers(&args),
             env: pointers(&env),
-            _words: args.into_iter().chain(env).collect(),
+            _strings: args.into_iter().chain(env).collect(),
             failed: None,
         })
     }
 }
 
-/// The strings of an array in the spec.
+/// Returns the strings of an array in the spec.
 fn strings(value: &Value) -> Vec<String> {
     value.as_array().into_iter().flatten().filter_map(|item| item.as_str().map(str::to_owned)).collect()
 }
@@ -257,15 +258,15 @@ fn masks(spec: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
     let inside = |path: &str| root.join(path.trim_start_matches('/'));
     let mut masks = Vec::new();
     for path in strings(&spec["linux"]["maskedPaths"]) {
-        // Whether the path is a directory, and exists, is looked up in the host's own /proc and /sys.
+        // The host's own /proc and /sys show whether the path exists and is a directory.
         let Ok(metadata) = fs::metadata(&path) else { continue };
-        let target = text(&inside(&path))?;
+        let target = c_path(&inside(&path))?;
         let empty = CString::default();
         masks.push(if metadata.is_dir() {
             let kind = CString::new("tmpfs")?;
             MountCall { source: kind.clone(), target, kind, flags: libc::MS_RDONLY, data: empty }
         } else {
-            let source = text(&inside("/dev/null"))?;
+            let source = c_path(&inside("/dev/null"))?;
             MountCall { source, target, kind: empty.clone(), flags: libc::MS_BIND, data: empty }
         });
     }
@@ -273,7 +274,7 @@ fn masks(spec: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
         if fs::metadata(&path).is_err() {
             continue;
         }
-        let target = text(&inside(&path))?;
+        let target = c_path(&inside(&path))?;
         for flags in [
             libc::MS_BIND | libc::MS_REC,
             libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
@@ -291,15 +292,16 @@ fn masks(spec: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
     Ok(masks)
 }
 
-fn text(path: &Path) -> Result<CString, Failure> {
+/// Returns a path in the form that system calls take.
+fn c_path(path: &Path) -> Result<CString, Failure> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
 /// Returns the calls that make one mount of the spec, and creates the mount's target from outside of the container.
-fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
-    let word = |key: &str| mount[key].as_str().unwrap_or_default().to_owned();
-    let (source, kind) = (word("source"), word("type"));
-    let target = root.join(word("destination").trim_start_matches('/'));
+fn mount_calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
+    let text = |key: &str| mount[key].as_str().unwrap_or_default().to_owned();
+    let (source, kind) = (text("source"), text("type"));
+    let target = root.join(text("destination").trim_start_matches('/'));
     let (mut flags, mut propagation, mut bind, mut data) = (0, 0, false, Vec::new());
     for option in mount["options"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         match option {
@@ -327,7 +329,7 @@ fn calls(mount: &Value, root: &Path) -> Result<Vec<MountCall>, Failure> {
         fs::create_dir_all(&target)?;
     }
     let empty = CString::default();
-    let target = text(&target)?;
+    let target = c_path(&target)?;
     let call = |source: &str, kind: &str, flags, data: &str| -> Result<MountCall, Failure> {
         Ok(MountCall {
             source: CString::new(source)?,

@@ -1,4 +1,4 @@
-//! The child of the floor: the process that makes a container around itself and executes the task's program.
+//! The child process of the floor, which makes a container around itself and executes the task's program.
 //!
 //! The child shares the parent's memory until then (`CLONE_VM`, `CLONE_VFORK`), so it allocates nothing, takes no lock
 //! and makes only system calls. All that it needs is prepared in [`ChildPlan`].
@@ -44,15 +44,15 @@ pub(super) struct ChildPlan {
     pub(super) args: Vec<*const c_char>,
     pub(super) env: Vec<*const c_char>,
     /// The strings that `args` and `env` point to.
-    pub(super) _words: Vec<CString>,
-    /// Written by the child if a step fails: the step and errno.
+    pub(super) _strings: Vec<CString>,
+    /// The step that has failed and its errno. The child writes it.
     pub(super) failed: Option<(ChildStep, c_int)>,
 }
 
 /// The child's entry point. It runs on memory that it shares with the parent, so it may only make system calls.
 pub(super) extern "C" fn run(plan: *mut c_void) -> c_int {
-    // SAFETY: `Floor::spawn` passes a `ChildPlan` that lives until this process has executed a program or ended, and does not
-    // access it until then.
+    // SAFETY: `Floor::spawn` passes a `ChildPlan` that lives until this process has executed a program or ended, and
+    // does not access it until then.
     let plan = unsafe { &mut *plan.cast::<ChildPlan>() };
     let (Err(step) | Ok(step)) = enter_container(plan);
     // SAFETY: this is errno of the parent's thread, which waits.
@@ -61,7 +61,7 @@ pub(super) extern "C" fn run(plan: *mut c_void) -> c_int {
     unsafe { libc::_exit(127) }
 }
 
-/// What the child does, in this order.
+/// The steps of the child, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ChildStep {
     JoinCgroup,
@@ -86,6 +86,7 @@ pub(super) enum ChildStep {
 }
 
 impl ChildStep {
+    /// Returns the step as a verb phrase for errors.
     pub(super) const fn text(self) -> &'static str {
         match self {
             Self::JoinCgroup => "join its cgroup",
@@ -111,7 +112,7 @@ impl ChildStep {
     }
 }
 
-/// Tells whether a system call of the child succeeded.
+/// Returns the step as the error if a system call of the child has failed.
 const fn check(succeeded: bool, step: ChildStep) -> Result<(), ChildStep> {
     if succeeded { Ok(()) } else { Err(step) }
 }
@@ -155,13 +156,13 @@ unsafe fn enter_root(plan: &ChildPlan) -> Result<(), ChildStep> {
         let slave = libc::MS_REC | libc::MS_SLAVE;
         check(libc::mount(null, c"/".as_ptr(), null, slave, ptr::null()) == 0, ChildStep::MakeSlave)?;
         let old = libc::umask(0);
-        let mut dev_is_made = false;
+        let mut is_dev_mounted = false;
         for mount in &plan.mounts {
-            if !dev_is_made {
+            if !is_dev_mounted {
                 // The first target that doesn't exist yet is below /dev, which is mounted by now.
-                dev_is_made = libc::access(mount.target.as_ptr(), libc::F_OK) != 0;
+                is_dev_mounted = libc::access(mount.target.as_ptr(), libc::F_OK) != 0;
             }
-            if dev_is_made {
+            if is_dev_mounted {
                 libc::mkdir(mount.target.as_ptr(), 0o755);
             }
             check(call_mount(mount), ChildStep::Mount)?;

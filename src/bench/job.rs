@@ -1,4 +1,4 @@
-//! One measured task: its directories, its FIFOs and their readers, which exist before the time is taken.
+//! One measured task: its directories, its FIFOs and their readers, which are made before the measurement begins.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ pub(crate) struct Job {
     pub(super) id: String,
     pub(super) alloc: Alloc,
     pub(super) dirs: TaskDirs,
-    lives: Lifetime,
+    lifetime: Lifetime,
     pub(super) stdout: Collector,
     stderr: Collector,
 }
@@ -22,7 +22,7 @@ pub(crate) struct Job {
 /// The steps of a task that is not measured itself: it runs until it is stopped.
 pub(super) const UNTIL_STOPPED: [Step; 3] = [Step::Start, Step::Stop, Step::Destroy];
 
-/// How long the task's program runs.
+/// The time for which the task's program runs.
 #[derive(Debug, Clone, Copy)]
 enum Lifetime {
     /// The program ends at once.
@@ -43,17 +43,17 @@ impl Job {
         stamp::install(&local).map_err(file(&local))?;
         let read = |fifo: &Path| Collector::start(fifo, Output::Memory);
         let (stdout, stderr) = (read(&dirs.stdout), read(&dirs.stderr));
-        let lives = match (sequence.contains(&Step::Wait), sequence.contains(&Step::Linger)) {
+        let lifetime = match (sequence.contains(&Step::Wait), sequence.contains(&Step::Linger)) {
             (false, _) => Lifetime::UntilStopped,
             (true, true) => Lifetime::WaitsBriefly,
             (true, false) => Lifetime::EndsAtOnce,
         };
-        Ok(Self { id, alloc, dirs, lives, stdout, stderr })
+        Ok(Self { id, alloc, dirs, lifetime, stdout, stderr })
     }
 
     /// Returns the program and its arguments.
     pub(super) fn command(&self) -> Vec<String> {
-        let arguments: &[&str] = match self.lives {
+        let arguments: &[&str] = match self.lifetime {
             Lifetime::EndsAtOnce => &[],
             Lifetime::WaitsBriefly => &[stamp::WAIT_ARG, stamp::BRIEF_WAIT_ARG],
             Lifetime::UntilStopped => &[stamp::WAIT_ARG],

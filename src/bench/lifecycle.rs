@@ -16,18 +16,18 @@ const ABANDON_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Waits for a step of a subject, for at most `STEP_TIMEOUT`. `doing` names the step in errors.
 pub(super) async fn with_timeout<T>(
-    path: &str,
+    subject: &str,
     doing: &'static str,
     future: impl Future<Output = Result<T, Box<dyn std::error::Error + Send + Sync>>>,
 ) -> Result<T, BenchError> {
     match tokio::time::timeout(STEP_TIMEOUT, future).await {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(source)) => Err(BenchError::Step { path: path.to_owned(), doing, source }),
-        Err(_) => Err(BenchError::Timeout { path: path.to_owned(), doing }),
+        Ok(Err(source)) => Err(BenchError::Step { subject: subject.to_owned(), doing, source }),
+        Err(_) => Err(BenchError::Timeout { subject: subject.to_owned(), doing }),
     }
 }
 
-/// What was measured of one task.
+/// The measured times of one task.
 pub(super) struct Lifecycle {
     /// Nanoseconds of the metrics in `summary::METRICS`.
     pub(super) main: Vec<(&'static str, u64)>,
@@ -35,26 +35,26 @@ pub(super) struct Lifecycle {
     pub(super) details: Vec<(String, u64)>,
 }
 
-/// Takes a task through a sequence of steps. Nothing of the task is left afterwards, even if a step fails.
-pub(super) async fn run_lifecycle(path: &Subject, job: Job, sequence: &[Step]) -> Result<Lifecycle, BenchError> {
-    match carry_out(path, &job, sequence).await {
-        Ok(life) => job.clear(STEP_TIMEOUT).await.map(|()| life),
+/// Takes a task through a sequence of steps. The task is removed afterwards, even if a step fails.
+pub(super) async fn run_lifecycle(subject: &Subject, job: Job, sequence: &[Step]) -> Result<Lifecycle, BenchError> {
+    match carry_out(subject, &job, sequence).await {
+        Ok(lifecycle) => job.clear(STEP_TIMEOUT).await.map(|()| lifecycle),
         Err(error) => {
-            abandon(path, job).await;
+            abandon(subject, job).await;
             Err(error)
         }
     }
 }
 
 /// Ends and removes a task, whose steps may have failed or may not be complete.
-pub(super) async fn abandon(path: &Subject, job: Job) {
-    drop(tokio::time::timeout(ABANDON_TIMEOUT, path.abandon(&job)).await);
+pub(super) async fn abandon(subject: &Subject, job: Job) {
+    drop(tokio::time::timeout(ABANDON_TIMEOUT, subject.abandon(&job)).await);
     drop(job.clear(Duration::ZERO).await);
 }
 
 /// Carries out the steps of a sequence.
-async fn carry_out(path: &Subject, job: &Job, sequence: &[Step]) -> Result<Lifecycle, BenchError> {
-    let mut run = SequenceRun::new(path, job, sequence);
+async fn carry_out(subject: &Subject, job: &Job, sequence: &[Step]) -> Result<Lifecycle, BenchError> {
+    let mut run = SequenceRun::new(subject, job, sequence);
     for step in sequence {
         run.step(*step).await?;
     }
@@ -65,9 +65,10 @@ async fn carry_out(path: &Subject, job: &Job, sequence: &[Step]) -> Result<Lifec
 /// A task whose steps are being carried out, with the times that were taken so far. All times are nanoseconds of one
 /// clock.
 struct SequenceRun<'a> {
-    path: &'a Subject,
+    subject: &'a Subject,
     job: &'a Job,
-    /// The same moment on two clocks. The reader of the output uses `Instant`, whose times are converted by this pair.
+    /// The same moment on two clocks. The reader of the output uses `Instant`, whose times are converted with this
+    /// pair.
     clocks: (Instant, u64),
     ends_itself: bool,
     lingers: bool,
@@ -80,9 +81,9 @@ struct SequenceRun<'a> {
 }
 
 impl<'a> SequenceRun<'a> {
-    fn new(path: &'a Subject, job: &'a Job, sequence: &[Step]) -> Self {
+    fn new(subject: &'a Subject, job: &'a Job, sequence: &[Step]) -> Self {
         Self {
-            path,
+            subject,
             job,
             clocks: (Instant::now(), now()),
             ends_itself: sequence.contains(&Step::Wait),
@@ -96,54 +97,54 @@ impl<'a> SequenceRun<'a> {
     }
 
     async fn step(&mut self, step: Step) -> Result<(), BenchError> {
-        let (path, job, before) = (self.path, self.job, now());
+        let (subject, job, before) = (self.subject, self.job, now());
         match step {
             Step::Start => return self.start().await,
             Step::Wait => return self.wait().await,
             Step::Linger => return Ok(()),
             Step::Stop => {
-                with_timeout(&path.name, "stop", path.stop(job)).await?;
+                with_timeout(&subject.name, "stop the task", subject.stop(job)).await?;
                 self.stopped = Some(now());
                 self.measured.main.push(("stop", now() - before));
                 return Ok(());
             }
             Step::Destroy => {
-                with_timeout(&path.name, "destroy", path.destroy(job)).await?;
+                with_timeout(&subject.name, "remove the task", subject.destroy(job)).await?;
                 self.destroyed = Some((before, now()));
                 return Ok(());
             }
-            Step::Exec => with_timeout(&path.name, "exec", path.exec(job)).await?,
-            Step::Stats => with_timeout(&path.name, "stats", path.stats(job)).await?,
-            Step::Signal => with_timeout(&path.name, "signal", path.signal(job)).await?,
+            Step::Exec => with_timeout(&subject.name, "run a process in the task", subject.exec(job)).await?,
+            Step::Stats => with_timeout(&subject.name, "read the usage of the task", subject.stats(job)).await?,
+            Step::Signal => with_timeout(&subject.name, "send the task a signal", subject.signal(job)).await?,
         }
         self.measured.details.push((format!("{step:?}").to_lowercase(), now() - before));
         Ok(())
     }
 
     async fn start(&mut self) -> Result<(), BenchError> {
-        let (path, job) = (self.path, self.job);
+        let (subject, job) = (self.subject, self.job);
         self.began = now();
-        with_timeout(&path.name, "start", path.start(job)).await?;
-        let command = matches!(path.backend, Backend::Runtime { .. } | Backend::Engine { .. });
-        // A foreground command answers only when the task has ended.
-        if !command && self.ends_itself {
+        with_timeout(&subject.name, "start the task", subject.start(job)).await?;
+        let is_foreground_command = matches!(subject.backend, Backend::Runtime { .. } | Backend::Engine { .. });
+        // A foreground command answers only when its task has ended, so it has no such time.
+        if !is_foreground_command && self.ends_itself {
             self.measured.main.push(("start_task", now() - self.began));
         }
         if !self.ends_itself {
-            wait_until_stoppable(path, job).await?;
+            wait_until_stoppable(subject, job).await?;
         }
         Ok(())
     }
 
     async fn wait(&mut self) -> Result<(), BenchError> {
-        let (path, job) = (self.path, self.job);
-        let well = with_timeout(&path.name, "wait", path.wait(job)).await?;
+        let (subject, job) = (self.subject, self.job);
+        let has_succeeded = with_timeout(&subject.name, "wait for the end of the task", subject.wait(job)).await?;
         self.exit_seen = Some(now());
-        if !well {
+        if !has_succeeded {
             let problem = format!("the task did not exit with code 0: {}", job.stderr_text());
-            return Err(BenchError::Precondition { path: path.name.clone(), problem });
+            return Err(BenchError::Precondition { subject: subject.name.clone(), problem });
         }
-        self.measured.details.extend(path.phases(job).await.into_iter().map(|(name, ms)| {
+        self.measured.details.extend(subject.phases(job).await.into_iter().map(|(name, ms)| {
             #[allow(
                 clippy::cast_possible_truncation,
                 clippy::cast_sign_loss,
@@ -159,7 +160,7 @@ impl<'a> SequenceRun<'a> {
     fn finish(mut self) -> Result<Lifecycle, BenchError> {
         let (Some(first), Some(last)) = self.job.stamps() else {
             let problem = format!("the task did not write when it ran: {}", self.job.stderr_text());
-            return Err(BenchError::Precondition { path: self.path.name.clone(), problem });
+            return Err(BenchError::Precondition { subject: self.subject.name.clone(), problem });
         };
         // A gVisor sandbox has a clock of its own, which begins with the sandbox: its times show only that the task
         // ran.
@@ -194,11 +195,11 @@ impl<'a> SequenceRun<'a> {
 }
 
 /// Waits until the task can be stopped. Stopping it earlier would measure something else.
-pub(super) async fn wait_until_stoppable(path: &Subject, job: &Job) -> Result<(), BenchError> {
+pub(super) async fn wait_until_stoppable(subject: &Subject, job: &Job) -> Result<(), BenchError> {
     let deadline = tokio::time::Instant::now() + STEP_TIMEOUT;
-    while job.stamps().0.is_none() || !path.can_be_stopped(job).await {
+    while job.stamps().0.is_none() || !subject.can_be_stopped(job).await {
         if tokio::time::Instant::now() > deadline {
-            return Err(BenchError::Timeout { path: path.name.clone(), doing: "report that the task runs" });
+            return Err(BenchError::Timeout { subject: subject.name.clone(), doing: "report that the task runs" });
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

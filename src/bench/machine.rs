@@ -41,7 +41,7 @@ const UNEVENNESS_MAX: f64 = 1.6;
 
 impl Machine {
     /// Describes this host, before the run.
-    pub(super) fn look() -> Self {
+    pub(super) fn describe() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let field = |text: &str, name: &str| {
             let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
@@ -63,7 +63,7 @@ impl Machine {
         }
     }
 
-    /// Decides by the times of the fixed work and by the load whether the host was noisy.
+    /// Decides whether the host was noisy, by the times of the fixed work and by the load.
     pub(super) fn rate_noise(&mut self, mut work: Vec<u64>) {
         self.load_after = load();
         work.sort_unstable();
@@ -142,7 +142,7 @@ pub(super) fn pss_kib(pid: u32) -> u64 {
 /// Returns the pids and names of processes whose command line contains `text`.
 ///
 /// # Errors
-/// When `/proc` can't be listed.
+/// Fails when `/proc` can't be listed.
 pub(super) fn processes(text: &str) -> io::Result<Vec<(u32, String)>> {
     let found = process::all_pids()?
         .into_iter()

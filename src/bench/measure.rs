@@ -26,55 +26,55 @@ const IDLE_DELAY: Duration = Duration::from_secs(3);
 /// Carries out a plan.
 ///
 /// # Errors
-/// When this driver's spec can't be read, or the benchmark's own files can't be used. A subject that fails is left out
-/// from then on and listed in the results.
-pub async fn run(plan: &Plan, ground: &Workspace) -> Result<Results, BenchError> {
-    let mut machine = Machine::look();
-    let allocs = ground.allocs();
+/// Fails when this driver's spec can't be read, or the benchmark's own files can't be used. A subject that fails is
+/// left out from then on and listed in the results.
+pub async fn run(plan: &Plan, workspace: &Workspace) -> Result<Results, BenchError> {
+    let mut machine = Machine::describe();
+    let allocs = workspace.allocs();
     fs::create_dir_all(&allocs).map_err(file(&allocs))?;
-    let setup = Setup::new(plan, ground).await?;
+    let setup = Setup::new(plan, workspace).await?;
     let spec_hash = setup.spec_hash();
-    let bench = Bench { plan, workspace: ground, allocs, setup };
-    let mut taken = Samples::default();
-    let mut paths = Vec::new();
-    for path in &plan.paths {
-        match bench.setup.open(path).await {
-            Ok(path) => paths.push(Arc::new(path)),
-            Err(error) => taken.leave_out(&path.name, &error),
+    let bench = Bench { plan, workspace, allocs, setup };
+    let mut samples = Samples::default();
+    let mut subjects = Vec::new();
+    for subject in &plan.paths {
+        match bench.setup.open(subject).await {
+            Ok(subject) => subjects.push(Arc::new(subject)),
+            Err(error) => samples.leave_out(&subject.name, &error),
         }
     }
-    let outcome = bench.measure_all(&mut paths, &mut taken).await;
-    for path in paths {
-        if let Ok(path) = Arc::try_unwrap(path) {
-            path.close().await;
+    let outcome = bench.measure_all(&mut subjects, &mut samples).await;
+    for subject in subjects {
+        if let Ok(subject) = Arc::try_unwrap(subject) {
+            subject.close().await;
         }
     }
     outcome?;
-    machine.rate_noise(taken.work);
+    machine.rate_noise(samples.work);
     machine.programs = machine::programs().await;
-    let names = taken.names;
-    let rows = summary::rows(&taken.main, &names);
+    let names = samples.names;
+    let rows = summary::rows(&samples.main, &names);
     let first = names.first().cloned().unwrap_or_default();
-    let mut samples = summary::samples(&taken.main, &names);
-    samples.extend(summary::samples(&taken.details, &names));
+    let mut series = summary::samples(&samples.main, &names);
+    series.extend(summary::samples(&samples.details, &names));
     Ok(Results {
         version: 1,
         at: std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
         machine,
         plan: plan.clone(),
         spec_hash,
-        left_out: taken.left_out,
+        left_out: samples.left_out,
         definitions: METRICS.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect(),
         ratios: summary::ratios(&rows, &first),
         rows,
-        details: summary::rows(&taken.details, &names),
-        throughput: taken.throughput,
-        memory: taken.memory,
-        samples,
+        details: summary::rows(&samples.details, &names),
+        throughput: samples.throughput,
+        memory: samples.memory,
+        samples: series,
     })
 }
 
-/// What has been measured so far.
+/// The samples and figures that were measured so far.
 #[derive(Default)]
 struct Samples {
     /// The names of the subjects, by the index that keys of samples use.
@@ -90,21 +90,21 @@ struct Samples {
 
 impl Samples {
     /// Leaves a subject out from now on, because of an error.
-    fn leave_out(&mut self, path: &str, error: &BenchError) {
-        self.left_out.insert(path.to_owned(), crate::error_chain(error));
+    fn leave_out(&mut self, subject: &str, error: &BenchError) {
+        self.left_out.insert(subject.to_owned(), crate::error_chain(error));
     }
 
-    fn is_left_out(&self, path: &Subject) -> bool {
-        self.left_out.contains_key(&path.name)
+    fn is_left_out(&self, subject: &Subject) -> bool {
+        self.left_out.contains_key(&subject.name)
     }
 
     /// Adds the samples of one task.
-    fn note(&mut self, life: Lifecycle, path: usize, mode: Mode, concurrency: usize) {
-        let key = |metric: String| Key { path, mode, concurrency, metric };
-        for (metric, value) in life.main {
+    fn add(&mut self, lifecycle: Lifecycle, subject: usize, mode: Mode, concurrency: usize) {
+        let key = |metric: String| Key { subject, mode, concurrency, metric };
+        for (metric, value) in lifecycle.main {
             self.main.entry(key(metric.to_owned())).or_default().push(value);
         }
-        for (metric, value) in life.details {
+        for (metric, value) in lifecycle.details {
             self.details.entry(key(metric)).or_default().push(value);
         }
     }
@@ -120,15 +120,15 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     /// Measures everything, interleaved. A subject that fails once is left out from then on; its earlier samples stay.
-    async fn measure_all(&self, paths: &mut Vec<Arc<Subject>>, taken: &mut Samples) -> Result<(), BenchError> {
+    async fn measure_all(&self, subjects: &mut Vec<Arc<Subject>>, samples: &mut Samples) -> Result<(), BenchError> {
         // A first round that is not measured pulls images, fills caches and pools, and finds the subjects that don't
         // work.
-        let mut warm = Vec::new();
-        for path in paths.drain(..) {
+        let mut working = Vec::new();
+        for subject in subjects.drain(..) {
             let mut outcome: Result<(), BenchError> = Ok(());
             for sequence in &self.plan.sequences {
                 outcome = match Job::new(&self.allocs, sequence) {
-                    Ok(job) => run_lifecycle(&path, job, sequence).await.map(drop),
+                    Ok(job) => run_lifecycle(&subject, job, sequence).await.map(drop),
                     Err(error) => Err(error),
                 };
                 if outcome.is_err() {
@@ -136,43 +136,43 @@ impl Bench<'_> {
                 }
             }
             match outcome {
-                Ok(()) => warm.push(path),
+                Ok(()) => working.push(subject),
                 Err(error) => {
-                    taken.leave_out(&path.name, &error);
-                    if let Ok(path) = Arc::try_unwrap(path) {
-                        path.close().await;
+                    samples.leave_out(&subject.name, &error);
+                    if let Ok(subject) = Arc::try_unwrap(subject) {
+                        subject.close().await;
                     }
                 }
             }
         }
-        if let Some(index) = warm.iter().position(|path| matches!(path.backend, Backend::Floor { .. }))
-            && let Some(problem) = self.confinement_difference(&warm[index]).await?
+        if let Some(index) = working.iter().position(|subject| matches!(subject.backend, Backend::Floor { .. }))
+            && let Some(problem) = self.confinement_difference(&working[index]).await?
         {
-            taken.left_out.insert(warm.remove(index).name.clone(), problem);
+            samples.left_out.insert(working.remove(index).name.clone(), problem);
         }
-        *paths = warm;
-        taken.names = paths.iter().map(|path| path.name.clone()).collect();
+        *subjects = working;
+        samples.names = subjects.iter().map(|subject| subject.name.clone()).collect();
         tokio::time::sleep(BACKGROUND_DELAY * 4).await;
         for mode in &self.plan.modes {
             for sequence in &self.plan.sequences {
-                self.measure_one_at_a_time(paths, *mode, sequence, taken).await?;
+                self.measure_one_at_a_time(subjects, *mode, sequence, samples).await?;
             }
         }
         for concurrency in &self.plan.concurrency {
-            self.measure_concurrently(paths, *concurrency, taken).await?;
+            self.measure_concurrently(subjects, *concurrency, samples).await?;
         }
         if self.plan.idle_tasks > 0 {
-            for path in paths.iter().filter(|path| path.has_daemons()) {
-                if taken.is_left_out(path) {
+            for subject in subjects.iter().filter(|subject| subject.has_daemons()) {
+                if samples.is_left_out(subject) {
                     continue;
                 }
                 let mut jobs = Vec::new();
-                match self.measure_idle_memory(path, &mut jobs).await {
-                    Ok(memory) => taken.memory.push(memory),
+                match self.measure_idle_memory(subject, &mut jobs).await {
+                    Ok(memory) => samples.memory.push(memory),
                     Err(error) => {
-                        taken.leave_out(&path.name, &error);
+                        samples.leave_out(&subject.name, &error);
                         for job in jobs {
-                            abandon(path, job).await;
+                            abandon(subject, job).await;
                         }
                     }
                 }
@@ -188,58 +188,58 @@ impl Bench<'_> {
             Ok(runc) => runc,
             Err(error) => return Ok(Some(format!("it can't be compared with runc: {}", crate::error_chain(&error)))),
         };
-        let mut portraits = Vec::new();
-        for path in [&runc, floor] {
+        let mut confinements = Vec::new();
+        for subject in [&runc, floor] {
             let job = Job::new(&self.allocs, &UNTIL_STOPPED)?;
-            let portrait = async {
-                with_timeout(&path.name, "start", path.start(&job)).await?;
-                wait_until_stoppable(path, &job).await?;
-                let pid = with_timeout(&path.name, "report the pid of its task", path.pid(&job)).await?;
+            let confinement_of_task = async {
+                with_timeout(&subject.name, "start the task", subject.start(&job)).await?;
+                wait_until_stoppable(subject, &job).await?;
+                let pid = with_timeout(&subject.name, "report the pid of its task", subject.pid(&job)).await?;
                 Ok::<_, BenchError>(confinement::read_confinement(pid))
             };
-            let portrait = portrait.await;
-            abandon(path, job).await;
-            match portrait {
-                Ok(portrait) => portraits.push(portrait),
+            let confinement_of_task = confinement_of_task.await;
+            abandon(subject, job).await;
+            match confinement_of_task {
+                Ok(confinement_of_task) => confinements.push(confinement_of_task),
                 Err(error) => return Ok(Some(crate::error_chain(&error))),
             }
         }
-        let differences = confinement::differences(&portraits[0], &portraits[1]);
+        let differences = confinement::differences(&confinements[0], &confinements[1]);
         Ok((!differences.is_empty()).then(|| format!("not confined as runc's task: {}", differences.join("; "))))
     }
 
     /// Runs the tasks of a sequence one at a time, in blocks of one subject after another.
     async fn measure_one_at_a_time(
         &self,
-        paths: &[Arc<Subject>],
+        subjects: &[Arc<Subject>],
         mode: Mode,
         sequence: &[Step],
-        taken: &mut Samples,
+        samples: &mut Samples,
     ) -> Result<(), BenchError> {
         let mut done = 0;
         let mut round = 0;
         while done < self.plan.count {
             let block = self.plan.block.min(self.plan.count - done);
-            for n in 0..paths.len() {
+            for n in 0..subjects.len() {
                 // Each round begins with another subject.
-                let index = (n + round) % paths.len();
-                let path = &paths[index];
+                let index = (n + round) % subjects.len();
+                let subject = &subjects[index];
                 for _ in 0..block {
-                    if taken.is_left_out(path) {
+                    if samples.is_left_out(subject) {
                         break;
                     }
                     let job = Job::new(&self.allocs, sequence)?;
                     if mode == Mode::Gaps {
                         tokio::time::sleep(Duration::from_millis(self.plan.gap_ms)).await;
                     }
-                    match run_lifecycle(path, job, sequence).await {
-                        Ok(life) => taken.note(life, index, mode, 1),
-                        Err(error) => taken.leave_out(&path.name, &error),
+                    match run_lifecycle(subject, job, sequence).await {
+                        Ok(lifecycle) => samples.add(lifecycle, index, mode, 1),
+                        Err(error) => samples.leave_out(&subject.name, &error),
                     }
                     (self.workspace.on_progress)(1);
                 }
                 tokio::time::sleep(BACKGROUND_DELAY).await;
-                taken.work.push(machine::fixed_work());
+                samples.work.push(machine::fixed_work());
             }
             done += block;
             round += 1;
@@ -250,19 +250,19 @@ impl Bench<'_> {
     /// Runs `concurrency` tasks at once, and measures the throughput.
     async fn measure_concurrently(
         &self,
-        paths: &[Arc<Subject>],
+        subjects: &[Arc<Subject>],
         concurrency: usize,
-        taken: &mut Samples,
+        samples: &mut Samples,
     ) -> Result<(), BenchError> {
         let Some(sequence) = self.plan.sequences.iter().find(|sequence| sequence.contains(&Step::Wait)) else {
             return Ok(());
         };
         // Each subject gets two turns, so that a slow phase of the machine affects more than one subject.
         let turn = self.plan.concurrent_count.div_ceil(2);
-        let mut sums: Vec<(usize, u64, u64)> = vec![(0, 0, 0); paths.len()];
+        let mut sums: Vec<(usize, u64, u64)> = vec![(0, 0, 0); subjects.len()];
         for _ in 0..2 {
-            for (index, path) in paths.iter().enumerate() {
-                if taken.is_left_out(path) {
+            for (index, subject) in subjects.iter().enumerate() {
+                if samples.is_left_out(subject) {
                     continue;
                 }
                 let mut jobs = Vec::new();
@@ -273,29 +273,31 @@ impl Bench<'_> {
                 let (began, ticks) = (now(), machine::cpu_ticks());
                 let mut workers = JoinSet::new();
                 for _ in 0..concurrency {
-                    let (path, jobs, sequence) = (path.clone(), jobs.clone(), sequence.clone());
+                    let (subject, jobs, sequence) = (subject.clone(), jobs.clone(), sequence.clone());
                     let tick = self.workspace.on_progress;
                     workers.spawn(async move {
-                        let mut lives = Vec::new();
+                        let mut lifecycles = Vec::new();
                         loop {
                             let job = jobs.lock().pop();
-                            let Some(job) = job else { return Ok::<_, BenchError>(lives) };
-                            lives.push(run_lifecycle(&path, job, &sequence).await?);
+                            let Some(job) = job else { return Ok::<_, BenchError>(lifecycles) };
+                            lifecycles.push(run_lifecycle(&subject, job, &sequence).await?);
                             tick(1);
                         }
                     });
                 }
                 while let Some(worker) = workers.join_next().await {
-                    let lives = worker.unwrap_or_else(|error| {
-                        Err(BenchError::Precondition { path: path.name.clone(), problem: error.to_string() })
+                    let lifecycles = worker.unwrap_or_else(|error| {
+                        Err(BenchError::Precondition { subject: subject.name.clone(), problem: error.to_string() })
                     });
-                    match lives {
-                        Ok(lives) => {
-                            lives.into_iter().for_each(|life| taken.note(life, index, Mode::BackToBack, concurrency));
+                    match lifecycles {
+                        Ok(lifecycles) => {
+                            lifecycles
+                                .into_iter()
+                                .for_each(|lifecycle| samples.add(lifecycle, index, Mode::BackToBack, concurrency));
                         }
                         // The other workers complete their current task and begin no further one.
                         Err(error) => {
-                            taken.leave_out(&path.name, &error);
+                            samples.leave_out(&subject.name, &error);
                             jobs.lock().clear();
                         }
                     }
@@ -308,12 +310,12 @@ impl Bench<'_> {
             }
         }
         #[allow(clippy::cast_precision_loss, reason = "counts of tasks, ticks and nanoseconds of a run")]
-        for (path, (tasks, nanoseconds, ticks)) in paths.iter().zip(sums) {
-            if taken.is_left_out(path) {
+        for (subject, (tasks, nanoseconds, ticks)) in subjects.iter().zip(sums) {
+            if samples.is_left_out(subject) {
                 continue;
             }
-            taken.throughput.push(Throughput {
-                path: path.name.clone(),
+            samples.throughput.push(Throughput {
+                path: subject.name.clone(),
                 concurrency,
                 tasks,
                 per_second: (tasks as f64 / (nanoseconds as f64 / 1e9) * 10.0).round() / 10.0,
@@ -325,19 +327,19 @@ impl Bench<'_> {
     }
 
     /// Starts idle tasks, and counts the memory of all processes that a subject runs for them.
-    async fn measure_idle_memory(&self, path: &Subject, jobs: &mut Vec<Job>) -> Result<Memory, BenchError> {
+    async fn measure_idle_memory(&self, subject: &Subject, jobs: &mut Vec<Job>) -> Result<Memory, BenchError> {
         for _ in 0..self.plan.idle_tasks {
             jobs.push(Job::new(&self.allocs, &UNTIL_STOPPED)?);
-            with_timeout(&path.name, "start an idle task", path.start(&jobs[jobs.len() - 1])).await?;
+            with_timeout(&subject.name, "start an idle task", subject.start(&jobs[jobs.len() - 1])).await?;
         }
         tokio::time::sleep(IDLE_DELAY).await;
         let mut all: BTreeMap<u32, String> = BTreeMap::new();
         let name = |pid: u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned();
         let unlisted = |source| BenchError::File { path: "/proc".into(), source };
-        for daemon in path.daemons() {
+        for daemon in subject.daemons() {
             all.extend(descendants(daemon).map_err(unlisted)?.into_iter().chain([daemon]).map(|pid| (pid, name(pid))));
         }
-        if let Backend::Containerd { .. } = path.backend {
+        if let Backend::Containerd { .. } = subject.backend {
             // The daemon itself, which another process may have started, and the shims that it has started for these
             // tasks.
             let daemon = tokio::net::UnixStream::connect(&self.workspace.address).await;
@@ -357,14 +359,14 @@ impl Bench<'_> {
         let total_kib = parts.values().map(|(_, kib)| kib).sum();
         let tasks = jobs.len();
         while let Some(job) = jobs.last() {
-            with_timeout(&path.name, "stop an idle task", path.stop(job)).await?;
-            with_timeout(&path.name, "remove an idle task", path.destroy(job)).await?;
+            with_timeout(&subject.name, "stop an idle task", subject.stop(job)).await?;
+            with_timeout(&subject.name, "remove an idle task", subject.destroy(job)).await?;
             if let Some(job) = jobs.pop() {
                 job.clear(STEP_TIMEOUT).await?;
             }
         }
         #[allow(clippy::cast_precision_loss, reason = "kibibytes")]
         let per_task_kib = (total_kib as f64 / tasks as f64 * 10.0).round() / 10.0;
-        Ok(Memory { path: path.name.clone(), tasks, total_kib, per_task_kib, parts })
+        Ok(Memory { path: subject.name.clone(), tasks, total_kib, per_task_kib, parts })
     }
 }

@@ -48,33 +48,33 @@ pub use summary::{Results, Row};
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// A subject failed to carry out a step.
-    #[error("{path}: {doing}")]
+    #[error("{subject}: could not {doing}")]
     Step {
         /// The subject's name.
-        path: String,
+        subject: String,
         /// The step, as a verb phrase.
         doing: &'static str,
         /// The error of the step.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A subject did not complete a step in time.
-    #[error("{path}: {doing}: no answer in {} s", lifecycle::STEP_TIMEOUT.as_secs())]
+    #[error("{subject}: could not {doing} within {} s", lifecycle::STEP_TIMEOUT.as_secs())]
     Timeout {
         /// The subject's name.
-        path: String,
+        subject: String,
         /// The step, as a verb phrase.
         doing: &'static str,
     },
     /// A precondition is not met, without which the figures would mean nothing.
-    #[error("{path}: {problem}")]
+    #[error("{subject}: {problem}")]
     Precondition {
         /// The subject's name.
-        path: String,
+        subject: String,
         /// What is wrong.
         problem: String,
     },
     /// A file or directory of the benchmark can't be used.
-    #[error("{path}")]
+    #[error("could not use {path}")]
     File {
         /// The file or directory.
         path: PathBuf,

@@ -1,20 +1,21 @@
-//! Formats the figures that answer what a user wants to know first: how long a start, its large phases and a stop take,
-//! with all subjects side by side. Everything else is in the tables of `report`.
+//! Formats the figures that users look at first: how long a start, its large phases and a stop take, with all subjects
+//! side by side. Everything else is in the tables of `report`.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
-use super::{Mode, Results, Row, pictures::paths, report::heading, summary::MetricKey};
+use super::{Mode, Results, Row, pictures::subjects_with_colours, report::heading, summary::MetricKey};
 
-/// The metrics of the overview, in this order: the start until the task is seen to run and until Nomad is told so, the
-/// whole life of a task that does nothing, and the stop.
+/// The metrics of the overview, in this order: the start until the task's first output and until the answer to Nomad,
+/// the time from start to removal of a task that does nothing, and the stop.
 const SHOWN: [&str; 4] = ["first_byte", "start_task", "destroyed", "stop"];
 /// The beginning of the names of the driver's phases in the details.
 const PHASE: &str = "phase.";
 /// The phase that is the whole start.
 const WHOLE: &str = "phase.total";
-/// The phases that are no parts of a sum: one overlaps with others, the other is what is left without the shim.
+/// The phases that are not parts of the sum of all phases: `released` overlaps with others, and `own` is the whole
+/// start without the shim's part.
 const OVERLAPPING: [&str; 2] = ["phase.released", "phase.own"];
-/// A phase is large if it takes this share of its start.
+/// The share of its start from which on a phase counts as large.
 const LARGE_SHARE: f64 = 0.1;
 
 /// The width of a cell. A wider one moves the rest of its line.
@@ -31,7 +32,7 @@ struct Group {
 /// Formats the overview of a run.
 pub fn overview(results: &Results) -> String {
     let mut text = heading(results);
-    let subjects: Vec<String> = paths(results).into_iter().map(|(name, _)| name.to_owned()).collect();
+    let subjects: Vec<String> = subjects_with_colours(results).into_iter().map(|(name, _)| name.to_owned()).collect();
     let Some(first) = subjects.first() else { return text };
     let _ = writeln!(
         text,
@@ -51,7 +52,7 @@ pub fn overview(results: &Results) -> String {
     text
 }
 
-/// Returns what the subjects' tasks took by one metric, one task at a time.
+/// Returns the figures of one metric for all subjects, measured with one task at a time.
 fn times(results: &Results, metric: &str, mode: Mode) -> Group {
     let key = MetricKey { mode, concurrency: 1, metric };
     let ratio = |row: &Row| {
@@ -94,7 +95,8 @@ fn phases(results: &Results, subjects: &[String]) -> (Vec<String>, Vec<Group>) {
     (labels, groups)
 }
 
-/// Returns how the subjects cope with many tasks: the throughput at each number of tasks, and the memory of idle ones.
+/// Returns the figures of the subjects with many tasks: the throughput at each number of tasks, and the memory of idle
+/// tasks.
 fn loads(results: &Results, first: &str) -> Vec<Group> {
     let ratio = |own: Option<f64>, other: f64| {
         own.filter(|_| other > 0.0).map(|own| format!("{:.2}", own / other)).unwrap_or_default()
@@ -174,7 +176,7 @@ mod tests {
 
     /// Samples of milliseconds, one task at a time, by subject and metric.
     fn measured(samples: &[(usize, Mode, &str, &[u64])]) -> Measured {
-        let key = |path, mode, metric: &str| Key { path, mode, concurrency: 1, metric: metric.to_owned() };
+        let key = |subject, mode, metric: &str| Key { subject, mode, concurrency: 1, metric: metric.to_owned() };
         let nanoseconds = |all: &[u64]| all.iter().map(|ms| ms * 1_000_000).collect();
         samples.iter().map(|(path, mode, metric, all)| (key(*path, *mode, metric), nanoseconds(all))).collect()
     }
@@ -209,7 +211,7 @@ mod tests {
         Results {
             version: 1,
             at: 0,
-            machine: Machine::look(),
+            machine: Machine::describe(),
             plan: Plan {
                 concurrency: vec![4],
                 paths: vec![
@@ -230,7 +232,7 @@ mod tests {
         }
     }
 
-    /// The lines below a title, up to the next empty line.
+    /// Returns the lines below a title, up to the next empty line.
     fn table<'a>(text: &'a str, title: &str) -> Vec<&'a str> {
         let (_, rest) = text.split_once(&format!("\n{title}")).unwrap_or_else(|| panic!("{title}: {text}"));
         rest.lines().skip(1).take_while(|line| !line.is_empty()).collect()

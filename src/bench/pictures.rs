@@ -26,18 +26,18 @@ pub struct Picture<'a> {
 }
 
 impl Picture<'_> {
-    /// The name of the picture's file.
+    /// Returns the name of the picture's file.
     pub fn file_name(&self) -> String {
         format!("{}-{}-{}.svg", self.metric, self.mode.name(), self.concurrency)
     }
 }
 
 /// Returns the names of the measured subjects in the order of the plan, each with its colour.
-pub(super) fn paths(results: &Results) -> Vec<(&str, &'static str)> {
-    let mut paths: Vec<&str> = results.rows.iter().map(|row| row.path.as_str()).collect();
-    paths.sort_by_key(|path| results.plan.paths.iter().position(|plan| plan.name == *path));
-    paths.dedup();
-    paths.into_iter().enumerate().map(|(n, path)| (path, COLOURS[n % COLOURS.len()])).collect()
+pub(super) fn subjects_with_colours(results: &Results) -> Vec<(&str, &'static str)> {
+    let mut subjects: Vec<&str> = results.rows.iter().map(|row| row.path.as_str()).collect();
+    subjects.sort_by_key(|subject| results.plan.paths.iter().position(|plan| plan.name == *subject));
+    subjects.dedup();
+    subjects.into_iter().enumerate().map(|(n, subject)| (subject, COLOURS[n % COLOURS.len()])).collect()
 }
 
 /// Returns the position of a metric among all metrics, to sort by.
@@ -47,19 +47,19 @@ pub(super) fn metric_position(metric: &str) -> usize {
 
 /// Draws all pictures of a run, in the order in which they are shown.
 pub fn pictures<'a>(results: &'a Results) -> Vec<Picture<'a>> {
-    let paths = paths(results);
+    let subjects = subjects_with_colours(results);
     let mut keys: Vec<MetricKey<'_>> = results.rows.iter().map(Row::key).collect();
     keys.sort_by_key(|key| (key.concurrency, key.mode, metric_position(key.metric)));
     keys.dedup();
     let mut pictures = Vec::new();
     for key in keys {
         let MetricKey { mode, concurrency, metric } = key;
-        let same = |one: &&SampleSeries, path| one.path == path && one.key() == key;
-        let line = |(path, colour): &(&'a str, &'static str)| {
-            let samples = results.samples.iter().find(|one| same(one, *path))?;
-            Some(Line { path, colour, values: &samples.ms })
+        let same = |one: &&SampleSeries, subject| one.path == subject && one.key() == key;
+        let line = |(subject, colour): &(&'a str, &'static str)| {
+            let samples = results.samples.iter().find(|one| same(one, *subject))?;
+            Some(Line { subject, colour, values: &samples.ms })
         };
-        let lines: Vec<Line<'_>> = paths.iter().filter_map(line).collect();
+        let lines: Vec<Line<'_>> = subjects.iter().filter_map(line).collect();
         pictures.push(Picture { metric, mode, concurrency, svg: draw(&lines) });
     }
     pictures
@@ -67,7 +67,7 @@ pub fn pictures<'a>(results: &'a Results) -> Vec<Picture<'a>> {
 
 /// The curve of one subject.
 struct Line<'a> {
-    path: &'a str,
+    subject: &'a str,
     colour: &'static str,
     values: &'a [f64],
 }
@@ -119,8 +119,8 @@ fn draw(lines: &[Line<'_>]) -> String {
             }
         }
     }
-    let mut key = LEFT;
-    for Line { path, colour, values } in lines {
+    let mut legend_x = LEFT;
+    for Line { subject, colour, values } in lines {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
         let mut points = String::new();
@@ -129,18 +129,18 @@ fn draw(lines: &[Line<'_>]) -> String {
             let (from, to) = (n as f64 / sorted.len() as f64, (n + 1) as f64 / sorted.len() as f64);
             let _ = write!(points, "{0:.1},{1:.1} {0:.1},{2:.1} ", x(*value), y(from), y(to));
         }
-        let (path, bottom) = (escape(path), HEIGHT - 8.0);
+        let (subject, bottom) = (escape(subject), HEIGHT - 8.0);
         let _ = write!(
             svg,
-            "<polyline points=\"{points}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"><title>{path}</title></polyline>\
-             <rect x=\"{key}\" y=\"{0}\" width=\"10\" height=\"10\" fill=\"{colour}\" />\
-             <text x=\"{1}\" y=\"{bottom}\">{path}</text>",
+            "<polyline points=\"{points}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"><title>{subject}</title></polyline>\
+             <rect x=\"{legend_x}\" y=\"{0}\" width=\"10\" height=\"10\" fill=\"{colour}\" />\
+             <text x=\"{1}\" y=\"{bottom}\">{subject}</text>",
             bottom - 9.0,
-            key + 14.0
+            legend_x + 14.0
         );
         #[allow(clippy::cast_precision_loss, reason = "a name is short")]
-        let width = path.len() as f64 * 7.0;
-        key += 34.0 + width;
+        let width = subject.len() as f64 * 7.0;
+        legend_x += 34.0 + width;
     }
     svg.push_str("</svg>");
     svg

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// What is measured.
+/// The plan of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Plan {
@@ -12,9 +12,9 @@ pub struct Plan {
     pub image: String,
     /// How many tasks of each subject are run in each mode, one at a time.
     pub count: usize,
-    /// How many of these are run in a row before it is another subject's turn.
+    /// How many of these are run in a row before the next subject's turn.
     pub block: usize,
-    /// The modes in which they are run.
+    /// The modes in which the tasks are run.
     pub modes: Vec<Mode>,
     /// The pause before each task in the mode `gaps`, in milliseconds.
     pub gap_ms: u64,
@@ -41,7 +41,7 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// The mode's name in plans and results.
+    /// Returns the mode's name in plans and results.
     pub fn name(self) -> &'static str {
         match self {
             Self::BackToBack => "back_to_back",
@@ -64,8 +64,8 @@ pub enum Step {
     Signal,
     /// The task is stopped by SIGTERM.
     Stop,
-    /// Nothing is done. The task runs for so long that the subject already waits for its end when it comes. A sequence
-    /// with this step measures only the time from the task's end until the end is reported.
+    /// The benchmark does nothing. The task runs long enough for the subject to wait for its end before the end comes.
+    /// A sequence with this step measures only the time from the task's end until the end is reported.
     Linger,
     /// The task ends by itself.
     Wait,
@@ -79,7 +79,7 @@ pub enum Step {
 pub struct SubjectPlan {
     /// The subject's name in the results.
     pub name: String,
-    /// What the subject is.
+    /// The kind of the subject.
     pub kind: SubjectKind,
     /// The program of a plugin. The kind `plugin` requires it; other kinds ignore it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -93,7 +93,7 @@ pub struct SubjectPlan {
     pub task: serde_json::Value,
 }
 
-/// An empty JSON object.
+/// Returns an empty JSON object.
 fn nothing() -> serde_json::Value {
     serde_json::json!({})
 }
@@ -128,7 +128,7 @@ pub enum SubjectKind {
 }
 
 impl SubjectPlan {
-    /// A subject of this kind with default options.
+    /// Returns a subject of this kind with default options.
     pub fn new(name: &str, kind: SubjectKind) -> Self {
         Self { name: name.to_owned(), kind, program: None, config: nothing(), task: nothing() }
     }
@@ -189,7 +189,7 @@ impl Plan {
     /// Parses a plan file.
     ///
     /// # Errors
-    /// A text for the file's author, when the plan is not valid.
+    /// Returns a description of what is wrong with the plan.
     pub fn parse(text: &str) -> Result<Self, String> {
         let plan: Self = toml::from_str(text).map_err(|error| error.to_string())?;
         plan.check()?;
@@ -199,7 +199,7 @@ impl Plan {
     /// Checks whether the plan can be carried out.
     ///
     /// # Errors
-    /// A text that names the part that can't be carried out.
+    /// Returns a description of the part that can't be carried out.
     pub fn check(&self) -> Result<(), String> {
         for sequence in &self.sequences {
             let good = sequence.first() == Some(&Step::Start)

@@ -29,7 +29,7 @@ pub(super) fn heading(results: &Results) -> String {
         },
     );
     for (path, why) in &results.left_out {
-        // What a program wrote to stderr may have several lines.
+        // The reason may contain a program's text on stderr, which may have several lines.
         let why: Vec<&str> = why.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let _ = writeln!(text, "left out: {path}: {}", why.join("; "));
     }

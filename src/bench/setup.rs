@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::{Path as FilePath, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use serde_json::{Value, json};
@@ -68,7 +68,7 @@ impl Workspace {
     }
 }
 
-/// What all subjects of a run share.
+/// The specs and settings that all subjects of a run share.
 pub(super) struct Setup<'a> {
     plan: &'a Plan,
     workspace: &'a Workspace,
@@ -82,13 +82,13 @@ impl<'a> Setup<'a> {
     /// Reads the spec that this driver writes for a task.
     ///
     /// # Errors
-    /// When this driver can't start the task, or its specs for runc and crun differ.
+    /// Fails when this driver can't start the task, or its specs for runc and crun differ.
     pub(super) async fn new(plan: &'a Plan, workspace: &'a Workspace) -> Result<Self, BenchError> {
         let json = template(plan, workspace, "runc").await?;
         let compiled = template(plan, workspace, "crun").await?;
         if json.hash() != compiled.hash() {
             return Err(BenchError::Precondition {
-                path: "driver".to_owned(),
+                subject: "driver".to_owned(),
                 problem: "the spec that it writes for crun differs from the one for runc".to_owned(),
             });
         }
@@ -105,7 +105,7 @@ impl<'a> Setup<'a> {
         let Self { workspace, plan: Plan { image, .. }, .. } = self;
         let dir = workspace.state.join(&plan.name);
         fs::create_dir_all(&dir).map_err(file(&dir))?;
-        let failed = |source| BenchError::Step { path: plan.name.clone(), doing: "get ready", source };
+        let failed = |source| BenchError::Step { subject: plan.name.clone(), doing: "get ready", source };
         let backend = match plan.kind {
             SubjectKind::Driver => {
                 let plugin = workspace.launch_driver(&plan.name, &plan.config, image, plan.task.clone()).await?;
@@ -158,8 +158,8 @@ impl<'a> Setup<'a> {
 
 /// Returns the path of a program that a subject needs.
 fn installed(plan: &SubjectPlan, program: &str) -> Result<PathBuf, BenchError> {
-    crate::process::which(FilePath::new(program)).ok_or_else(|| BenchError::Precondition {
-        path: plan.name.clone(),
+    crate::process::which(Path::new(program)).ok_or_else(|| BenchError::Precondition {
+        subject: plan.name.clone(),
         problem: format!("{program} is not installed"),
     })
 }
@@ -170,17 +170,19 @@ async fn template(plan: &Plan, workspace: &Workspace, runtime: &str) -> Result<T
     let own = plan.paths.iter().find(|path| path.kind == SubjectKind::Driver);
     let task = merged(own.map_or(json!({}), |path| path.task.clone()), &json!({"runtime": runtime}));
     let plugin = workspace.launch_driver(&name, &json!({"shim": {"pool": 0}}), &plan.image, task).await?;
-    let path = Subject { name: "driver".to_owned(), backend: Backend::Plugin(Box::new(plugin)) };
+    let subject = Subject { name: "driver".to_owned(), backend: Backend::Plugin(Box::new(plugin)) };
     let job = Job::new(&workspace.allocs(), &UNTIL_STOPPED)?;
     let outcome = async {
-        with_timeout(&path.name, "start a task to read its spec", path.start(&job)).await.map_err(plain_call_error)?;
+        with_timeout(&subject.name, "start a task to read its spec", subject.start(&job))
+            .await
+            .map_err(plain_call_error)?;
         let run = workspace.run.join(&name);
         let template = Template::of_driver(&run, &workspace.driver_state, &plan.image, &job);
-        with_timeout(&path.name, "remove the task whose spec was read", path.destroy(&job)).await?;
+        with_timeout(&subject.name, "remove the task whose spec was read", subject.destroy(&job)).await?;
         template
     };
     let outcome = outcome.await;
-    path.close().await;
+    subject.close().await;
     job.clear(STEP_TIMEOUT).await?;
     outcome
 }
@@ -189,9 +191,9 @@ async fn template(plan: &Plan, workspace: &Workspace, runtime: &str) -> Result<T
 /// image that the user named, which the command `run` reports in the same words.
 fn plain_call_error(error: BenchError) -> BenchError {
     match error {
-        BenchError::Step { path, doing, source } => match source.downcast::<HostError>() {
+        BenchError::Step { subject, doing, source } => match source.downcast::<HostError>() {
             Ok(call) => BenchError::Host(*call),
-            Err(source) => BenchError::Step { path, doing, source },
+            Err(source) => BenchError::Step { subject, doing, source },
         },
         other => other,
     }

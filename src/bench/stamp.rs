@@ -1,9 +1,10 @@
-//! The program of the measured tasks: an executable of 300 bytes in each task's own directory, which writes when its
-//! first and its last instruction ran. So every driver and runtime is measured in the same way, and by the kernel's
-//! clock only.
+//! The program of the measured tasks: an executable of 300 bytes in each task's own directory, which writes the times
+//! of its first and of its last instruction. So every driver and runtime is measured in the same way, and only by the
+//! kernel's clock.
 //!
-//! The program first reads `CLOCK_MONOTONIC` and writes it as a `struct timespec` of 16 bytes; before it ends, it does
-//! so again. With one argument it waits for SIGTERM in between, with two arguments for at most 50 ms.
+//! The program first reads `CLOCK_MONOTONIC` and writes it as a `struct timespec` of 16 bytes, and does the same before
+//! it ends. With one argument it waits for SIGTERM in between. With two arguments it waits for SIGTERM for at most 50
+//! ms.
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path};
 
@@ -158,7 +159,7 @@ pub(crate) fn program() -> Vec<u8> {
 /// Writes the program into a task's own directory.
 ///
 /// # Errors
-/// When the file can't be written or made executable.
+/// Fails when the file can't be written or made executable.
 pub(crate) fn install(local: &Path) -> io::Result<()> {
     let path = local.join("stamp");
     fs::write(&path, program())?;
@@ -188,7 +189,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn the_program_says_when_it_began_and_ended() {
+    fn the_program_writes_the_times_of_its_start_and_end() {
         let directory = tempfile::tempdir().expect("a directory");
         install(directory.path()).expect("written");
         let before = now();

@@ -1,11 +1,11 @@
-//! The subjects of the benchmark: the things that are compared. Each has its own way to start, wait for, stop and
-//! remove a task, behind the same methods.
+//! The subjects of the benchmark: the ways to run a task that are compared. Each starts, waits for, stops and removes a
+//! task in its own way, behind the same methods.
 
 use std::{
     collections::HashMap,
     fs,
     os::unix::fs::DirBuilderExt as _,
-    path::{Path as FilePath, PathBuf},
+    path::{Path, PathBuf},
     process::Stdio,
 };
 
@@ -33,12 +33,12 @@ use crate::{
     },
 };
 
-/// How long a task may take to stop before it is killed. This is also the limit of an exec.
+/// The time within which a task must stop before it is killed. This is also the limit of an exec.
 const STOP_TIMEOUT: prost_types::Duration = prost_types::Duration { seconds: 30, nanos: 0 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// One of the things that are compared, ready to run tasks.
+/// One of the ways to run a task that are compared, ready to run tasks.
 #[derive(Debug)]
 pub(crate) struct Subject {
     pub(super) name: String,
@@ -100,7 +100,7 @@ pub(crate) struct PluginBackend {
     pub(super) schema: Option<Spec>,
 }
 
-/// Returns `base` with `over` merged into it: values of `over` replace those of `base`, and objects are merged.
+/// Returns `base` with `over` merged into it: values of `over` replace values of `base`, and objects are merged.
 pub(super) fn merged(base: Value, over: &Value) -> Value {
     match (base, over) {
         (Value::Object(mut base), Value::Object(over)) => {
@@ -117,12 +117,12 @@ pub(super) fn merged(base: Value, over: &Value) -> Value {
 impl PluginBackend {
     /// Starts a plugin as an agent does, configures it, and asks for its schema of task options.
     pub(super) async fn launch(
-        launch: &PluginCommand,
+        command: &PluginCommand,
         config: &Value,
         image: &str,
         task: Value,
     ) -> Result<Self, BenchError> {
-        let plugin = Plugin::launch(launch).await?;
+        let plugin = Plugin::launch(command).await?;
         if let Err(error) = plugin.configure(config).await {
             plugin.shut_down().await;
             return Err(error.into());
@@ -151,11 +151,11 @@ impl PluginBackend {
 }
 
 impl Subject {
-    /// Starts the task. Returns when the subject reports to its caller that the task runs; a foreground command never
-    /// does, so for one this returns when the command was started.
+    /// Starts the task. Returns when the subject reports to its caller that the task runs. A foreground command never
+    /// reports this, so for such a subject the function returns when the command was started.
     pub(super) async fn start(&self, job: &Job) -> Result<(), Failure> {
         match &self.backend {
-            Backend::Plugin(way) => way.start(job).await,
+            Backend::Plugin(backend) => backend.start(job).await,
             Backend::Containerd { client, lease, template } => {
                 let parent: Option<ChainId> = serde_json::from_value(json!(template.chain_id)).ok();
                 let mounts = client.prepare_snapshot(lease, &job.id, parent.as_ref(), HashMap::new()).await?;
@@ -163,7 +163,7 @@ impl Subject {
                 write_network_files(&bundle)?;
                 let spec = template.fill(job, &bundle, &job.id, "rootfs");
                 client.create_container(&job.id, serde_json::to_vec(&spec)?).await?;
-                let path = |path: &FilePath| path.to_string_lossy().into_owned();
+                let path = |path: &Path| path.to_string_lossy().into_owned();
                 client.create_task(&job.id, mounts, &path(&job.dirs.stdout), &path(&job.dirs.stderr)).await?;
                 client.start_task(&job.id).await?;
                 Ok(())
@@ -208,9 +208,10 @@ impl Subject {
     /// Waits for the task's end and returns whether its exit code was 0.
     pub(super) async fn wait(&self, job: &Job) -> Result<bool, Failure> {
         match &self.backend {
-            Backend::Plugin(way) => {
+            Backend::Plugin(backend) => {
                 let request = WaitTaskRequest { task_id: PluginBackend::task_id(job) };
-                let answer = way.plugin.driver().wait_task(request).await.map_err(call_error("WaitTask"))?.into_inner();
+                let answer =
+                    backend.plugin.driver().wait_task(request).await.map_err(call_error("WaitTask"))?.into_inner();
                 Ok(answer.result.is_some_and(|result| result.exit_code == 0))
             }
             Backend::Containerd { client, .. } => Ok(client.wait_task(&job.id).await? == 0),
@@ -224,13 +225,13 @@ impl Subject {
     /// Stops the task and waits for its end.
     pub(super) async fn stop(&self, job: &Job) -> Result<(), Failure> {
         match &self.backend {
-            Backend::Plugin(way) => {
+            Backend::Plugin(backend) => {
                 let request = StopTaskRequest {
                     task_id: PluginBackend::task_id(job),
                     timeout: Some(STOP_TIMEOUT),
                     signal: "SIGTERM".to_owned(),
                 };
-                way.plugin.driver().stop_task(request).await.map_err(call_error("StopTask"))?;
+                backend.plugin.driver().stop_task(request).await.map_err(call_error("StopTask"))?;
                 return Ok(());
             }
             Backend::Containerd { client, .. } => client.kill_task(&job.id, libc::SIGTERM.cast_unsigned()).await?,
@@ -257,7 +258,7 @@ impl Subject {
         !matches!(self.backend, Backend::Runtime { .. }) || self.pid(job).await.is_ok()
     }
 
-    /// Ends and removes whatever is left of a task that has failed. Further errors are ignored: the failure was
+    /// Ends and removes a task that has failed, as far as it exists. Further errors are ignored: the failure was
     /// reported already.
     pub(super) async fn abandon(&self, job: &Job) {
         let will_end = match &self.backend {
@@ -285,9 +286,9 @@ impl Subject {
     /// Removes the task.
     pub(super) async fn destroy(&self, job: &Job) -> Result<(), Failure> {
         match &self.backend {
-            Backend::Plugin(way) => {
+            Backend::Plugin(backend) => {
                 let request = DestroyTaskRequest { task_id: PluginBackend::task_id(job), force: true };
-                way.plugin.driver().destroy_task(request).await.map_err(call_error("DestroyTask"))?;
+                backend.plugin.driver().destroy_task(request).await.map_err(call_error("DestroyTask"))?;
             }
             Backend::Containerd { client, .. } => {
                 client.delete_task(&job.id).await?;
@@ -298,7 +299,7 @@ impl Subject {
             Backend::Engine { .. } => {}
             Backend::Floor { dir, floor, running, .. } => {
                 if let Ok(process) = running.take(job) {
-                    floor.clear(&process)?;
+                    floor.remove_cgroup(&process)?;
                 }
                 unmount(&dir.join(&job.id))?;
             }
@@ -308,42 +309,43 @@ impl Subject {
 
     /// Runs a process in the task.
     pub(super) async fn exec(&self, job: &Job) -> Result<(), Failure> {
-        let Backend::Plugin(way) = &self.backend else { return Err("only plugins can run the step exec".into()) };
+        let Backend::Plugin(backend) = &self.backend else { return Err("only plugins can run the step exec".into()) };
         let request = ExecTaskRequest {
             task_id: PluginBackend::task_id(job),
             command: vec![super::stamp::PATH.to_owned()],
             timeout: Some(STOP_TIMEOUT),
         };
-        way.plugin.driver().exec_task(request).await.map_err(call_error("ExecTask"))?;
+        backend.plugin.driver().exec_task(request).await.map_err(call_error("ExecTask"))?;
         Ok(())
     }
 
     /// Reads the task's resource usage once.
     pub(super) async fn stats(&self, job: &Job) -> Result<(), Failure> {
-        let Backend::Plugin(way) = &self.backend else { return Err("only plugins can run the step stats".into()) };
+        let Backend::Plugin(backend) = &self.backend else { return Err("only plugins can run the step stats".into()) };
         let request = TaskStatsRequest {
             task_id: PluginBackend::task_id(job),
             collection_interval: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
         };
-        let mut stream = way.plugin.driver().task_stats(request).await.map_err(call_error("TaskStats"))?.into_inner();
+        let mut stream =
+            backend.plugin.driver().task_stats(request).await.map_err(call_error("TaskStats"))?.into_inner();
         stream.message().await?.ok_or("the plugin sent no statistics")?;
         Ok(())
     }
 
     /// Sends the task a signal that its program ignores.
     pub(super) async fn signal(&self, job: &Job) -> Result<(), Failure> {
-        let Backend::Plugin(way) = &self.backend else { return Err("only plugins can run the step signal".into()) };
+        let Backend::Plugin(backend) = &self.backend else { return Err("only plugins can run the step signal".into()) };
         let request = SignalTaskRequest { task_id: PluginBackend::task_id(job), signal: "SIGWINCH".to_owned() };
-        way.plugin.driver().signal_task(request).await.map_err(call_error("SignalTask"))?;
+        backend.plugin.driver().signal_task(request).await.map_err(call_error("SignalTask"))?;
         Ok(())
     }
 
     /// Returns how long the phases of the task's start took, as this driver reports it: milliseconds by name. Empty for
     /// other subjects.
     pub(super) async fn phases(&self, job: &Job) -> Vec<(String, f64)> {
-        let Backend::Plugin(way) = &self.backend else { return Vec::new() };
+        let Backend::Plugin(backend) = &self.backend else { return Vec::new() };
         let request = InspectTaskRequest { task_id: PluginBackend::task_id(job) };
-        let Ok(answer) = way.plugin.driver().inspect_task(request).await else { return Vec::new() };
+        let Ok(answer) = backend.plugin.driver().inspect_task(request).await else { return Vec::new() };
         let attributes = answer.into_inner().driver.map(|driver| driver.attributes).unwrap_or_default();
         attributes
             .into_iter()
@@ -372,7 +374,7 @@ impl Subject {
     /// Returns the pids of the daemons that the subject runs besides the tasks.
     pub(super) fn daemons(&self) -> Vec<u32> {
         match &self.backend {
-            Backend::Plugin(way) => way.plugin.pid().into_iter().collect(),
+            Backend::Plugin(backend) => backend.plugin.pid().into_iter().collect(),
             _ => Vec::new(),
         }
     }
@@ -385,8 +387,8 @@ impl Subject {
     /// Ends and removes what only this subject uses.
     pub(super) async fn close(self) {
         match self.backend {
-            Backend::Plugin(way) => {
-                way.plugin.shut_down().await;
+            Backend::Plugin(backend) => {
+                backend.plugin.shut_down().await;
             }
             Backend::Containerd { client, lease, .. } => drop(client.delete_lease(&lease).await),
             _ => {}
@@ -395,7 +397,7 @@ impl Subject {
 }
 
 /// Returns a command of an OCI runtime whose state is below `dir`.
-fn runtime(binary: &FilePath, dir: &FilePath) -> tokio::process::Command {
+fn runtime(binary: &Path, dir: &Path) -> tokio::process::Command {
     let mut command = tokio::process::Command::new(binary);
     command.arg("--root").arg(dir.join("state"));
     command
@@ -403,20 +405,20 @@ fn runtime(binary: &FilePath, dir: &FilePath) -> tokio::process::Command {
 
 /// Starts a command in the foreground, with the task's FIFOs as its stdout and stderr.
 fn spawn(mut command: tokio::process::Command, job: &Job) -> Result<tokio::process::Child, Failure> {
-    let write = |path: &FilePath| fs::OpenOptions::new().write(true).open(path);
+    let write = |path: &Path| fs::OpenOptions::new().write(true).open(path);
     let (stdout, stderr) =
         tokio::task::block_in_place(|| Ok::<_, std::io::Error>((write(&job.dirs.stdout)?, write(&job.dirs.stderr)?)))?;
     Ok(command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).kill_on_drop(true).spawn()?)
 }
 
-/// Runs a command to its end. What it wrote to stderr is the error if it fails.
+/// Runs a command to its end. If the command fails, its text on stderr is the error.
 async fn check(mut command: tokio::process::Command) -> Result<(), Failure> {
     let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await?;
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).trim().to_owned().into()) }
 }
 
 /// Writes `hostname`, `hosts` and `resolv.conf`, which the spec mounts from the bundle.
-fn write_network_files(bundle: &FilePath) -> std::io::Result<()> {
+fn write_network_files(bundle: &Path) -> std::io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o711).create(bundle)?;
     fs::write(bundle.join("hostname"), "bench\n")?;
     fs::write(bundle.join("hosts"), "127.0.0.1 localhost\n")?;
@@ -424,7 +426,7 @@ fn write_network_files(bundle: &FilePath) -> std::io::Result<()> {
 }
 
 /// Makes a bundle and mounts its root file system, as this driver does.
-fn make_bundle(bundle: &FilePath, template: &Template) -> std::io::Result<()> {
+fn make_bundle(bundle: &Path, template: &Template) -> std::io::Result<()> {
     write_network_files(bundle)?;
     for directory in ["rootfs", "upper", "work"] {
         fs::DirBuilder::new().mode(0o755).create(bundle.join(directory))?;
@@ -433,7 +435,7 @@ fn make_bundle(bundle: &FilePath, template: &Template) -> std::io::Result<()> {
 }
 
 /// Unmounts a bundle's root file system and removes the bundle.
-fn unmount(bundle: &FilePath) -> std::io::Result<()> {
+fn unmount(bundle: &Path) -> std::io::Result<()> {
     nix::mount::umount2(&bundle.join("rootfs"), nix::mount::MntFlags::MNT_DETACH)?;
     fs::remove_dir_all(bundle)
 }

@@ -148,11 +148,11 @@ impl Results {
     }
 }
 
-/// What a series of samples belongs to.
+/// The subject, mode, concurrency and metric of a series of samples.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Key {
     /// The subject, by its index among the measured ones.
-    pub path: usize,
+    pub subject: usize,
     /// The mode in which the tasks were run.
     pub mode: Mode,
     /// How many tasks ran at once.
@@ -161,7 +161,7 @@ pub(crate) struct Key {
     pub metric: String,
 }
 
-/// What a figure is about, without its subject. Only figures with the same key can be compared.
+/// The mode, concurrency and metric of a figure. Only figures with the same key can be compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct MetricKey<'a> {
     /// How many tasks ran at once.
@@ -173,27 +173,27 @@ pub(super) struct MetricKey<'a> {
 }
 
 impl Row {
-    /// What the row is about.
+    /// Returns the key of the row's figures.
     pub(super) fn key(&self) -> MetricKey<'_> {
         MetricKey { concurrency: self.concurrency, mode: self.mode, metric: &self.metric }
     }
 }
 
 impl Ratio {
-    /// What the ratio is about.
+    /// Returns the key of the ratio.
     pub(super) fn key(&self) -> MetricKey<'_> {
         MetricKey { concurrency: self.concurrency, mode: self.mode, metric: &self.metric }
     }
 }
 
 impl SampleSeries {
-    /// What the samples are about.
+    /// Returns the key of the samples.
     pub(super) fn key(&self) -> MetricKey<'_> {
         MetricKey { concurrency: self.concurrency, mode: self.mode, metric: &self.metric }
     }
 }
 
-/// All samples in nanoseconds, by what they belong to.
+/// All samples in nanoseconds, by their keys.
 pub(crate) type Measured = BTreeMap<Key, Vec<u64>>;
 
 /// Converts nanoseconds to milliseconds, rounded to microseconds.
@@ -217,7 +217,7 @@ pub(crate) fn rows(measured: &Measured, names: &[String]) -> Vec<Row> {
             let mut sorted = values.clone();
             sorted.sort_unstable();
             Row {
-                path: names[key.path].clone(),
+                path: names[key.subject].clone(),
                 mode: key.mode,
                 concurrency: key.concurrency,
                 metric: key.metric.clone(),
@@ -237,7 +237,7 @@ pub(crate) fn samples(measured: &Measured, names: &[String]) -> Vec<SampleSeries
     measured
         .iter()
         .map(|(key, values)| SampleSeries {
-            path: names[key.path].clone(),
+            path: names[key.subject].clone(),
             mode: key.mode,
             concurrency: key.concurrency,
             metric: key.metric.clone(),
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn ratios_compare_like_with_like() {
-        let key = |path, metric: &str| Key { path, mode: Mode::Gaps, concurrency: 1, metric: metric.to_owned() };
+        let key = |subject, metric: &str| Key { subject, mode: Mode::Gaps, concurrency: 1, metric: metric.to_owned() };
         let measured: Measured = [
             (key(0, "a"), vec![1_000_000, 3_000_000, 2_000_000]),
             (key(1, "a"), vec![8_000_000]),

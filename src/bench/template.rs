@@ -61,21 +61,21 @@ fn replace_source(mount: &mut Value, task: &str) {
 impl Template {
     /// Makes a template from what the driver has written for `job`, which must be its only running task.
     pub(super) fn of_driver(run: &Path, state: &Path, image: &str, job: &Job) -> Result<Self, BenchError> {
-        let unsound = |problem: String| BenchError::Precondition { path: "driver".to_owned(), problem };
+        let invalid = |problem: String| BenchError::Precondition { subject: "driver".to_owned(), problem };
         let list = |path: &Path| -> Result<Vec<PathBuf>, BenchError> {
             let entries = fs::read_dir(path).map_err(super::file(path))?;
             Ok(entries.flatten().map(|entry| entry.path()).collect())
         };
         let bundles = list(&run.join("bundles"))?;
-        let [bundle] = &bundles[..] else { return Err(unsound(format!("{} bundles for one task", bundles.len()))) };
+        let [bundle] = &bundles[..] else { return Err(invalid(format!("{} bundles for one task", bundles.len()))) };
         let config = bundle.join("config.json");
         let mut text = fs::read_to_string(&config).map_err(super::file(&config))?;
         let id = bundle.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let names = names(job, bundle, &id);
-        for blank in PLACEHOLDERS {
-            text = text.replace(&names[blank], blank);
+        for placeholder in PLACEHOLDERS {
+            text = text.replace(&names[placeholder], placeholder);
         }
-        let mut value: Value = serde_json::from_str(&text).map_err(|error| unsound(error.to_string()))?;
+        let mut value: Value = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
         for mount in value["mounts"].as_array_mut().into_iter().flatten() {
             replace_source(mount, &job.dirs.name);
         }
@@ -84,7 +84,7 @@ impl Template {
         let records = list(&state.join("images"))?.into_iter().filter_map(|path| fs::read(path).ok());
         let mut records = records.filter_map(|text| serde_json::from_slice::<Value>(&text).ok());
         let image = records.find(|record| record["reference"] == image);
-        let image = image.ok_or_else(|| unsound("it has no record of the image".to_owned()))?;
+        let image = image.ok_or_else(|| invalid("it has no record of the image".to_owned()))?;
         let strings = |key: &str| -> Vec<String> {
             let list = image[key].as_array().into_iter().flatten();
             list.filter_map(|item| item.as_str().map(str::to_owned)).collect()
@@ -119,8 +119,8 @@ impl Template {
     pub(super) fn fill(&self, job: &Job, bundle: &Path, id: &str, root: &str) -> Value {
         let mut text = self.text.clone();
         let names = names(job, bundle, id);
-        for blank in PLACEHOLDERS {
-            text = text.replace(blank, &names[blank]);
+        for placeholder in PLACEHOLDERS {
+            text = text.replace(placeholder, &names[placeholder]);
         }
         let mut spec: Value = serde_json::from_str(&text).unwrap_or_default();
         spec["root"]["path"] = root.into();

@@ -3,10 +3,10 @@
 //! Moving a process between cgroups takes a lock (`cgroup_threadgroup_rwsem`). It is cheap for readers, which are all
 //! forks and exits. It is expensive for the first writer after a pause, which waits for an RCU grace period of 8 to 16
 //! ms. On version 1 every runtime moves its container's process. Therefore, a thread of this plugin moves the plugin's
-//! own process to and fro from the beginning of a start. The grace period passes while the bundle is created and the
-//! runtime is loaded, and the runtime gets the lock without a delay. With the option `cgroup { keep_warm }` an operator
-//! can have the lock primed all the time (docs/decisions/022 has the cost), or never. cgroup version 2 needs no
-//! priming, because runtimes clone processes directly into their cgroup.
+//! own process back and forth between two cgroups from the beginning of a start. The grace period passes while the
+//! bundle is created and the runtime is loaded, and the runtime gets the lock without a delay. With the option `cgroup
+//! { keep_warm }` an operator can have the lock primed all the time (docs/decisions/022 has the cost), or never. cgroup
+//! version 2 needs no priming, because runtimes clone processes directly into their cgroup.
 
 use std::{
     fs, io,
@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 
 use super::{CGROUP_ROOT, CgroupMode, Cgroups, OWN_GROUP};
 
-/// The hierarchy in which a move costs least.
+/// The hierarchy whose cgroups the process is moved between, because a move costs least there.
 const PRIMED_HIERARCHY: &str = "freezer";
 
 /// The interval between two moves during a start, well below an RCU grace period.
@@ -40,7 +40,7 @@ pub enum PrimingMode {
     Always(Duration),
 }
 
-/// Owns the thread that primes the lock. Dropping this stops the thread.
+/// The owner of the thread that primes the lock. The thread is stopped when the owner is dropped.
 #[derive(Debug)]
 pub struct CgroupLockPrimer {
     state: Arc<PrimerState>,
@@ -51,6 +51,7 @@ pub struct CgroupLockPrimer {
 #[derive(Debug, Default)]
 struct PrimerState {
     stop: AtomicBool,
+    /// The number of starts in progress.
     starts: AtomicUsize,
 }
 
@@ -69,7 +70,7 @@ impl CgroupLockPrimer {
     ///
     /// # Errors
     /// Fails on cgroup version 2, which needs no priming, and when the thread's cgroups can't be created.
-    pub fn start(cgroups: &Cgroups, keep: PrimingMode) -> io::Result<Self> {
+    pub fn start(cgroups: &Cgroups, mode: PrimingMode) -> io::Result<Self> {
         if cgroups.mode() == CgroupMode::V2 {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
@@ -97,14 +98,14 @@ impl CgroupLockPrimer {
         }
         let state = Arc::new(PrimerState::default());
         let thread_state = state.clone();
-        let thread = thread::Builder::new().name("cgroup-warmer".to_owned()).spawn(move || {
-            run_primer(&groups, keep, &thread_state);
-            for (what, outcome) in [("move back", fs::write(&original_procs, "0"))]
+        let thread = thread::Builder::new().name("cgroup-primer".to_owned()).spawn(move || {
+            run_primer(&groups, mode, &thread_state);
+            for (step, outcome) in [("move the plugin back to its cgroup", fs::write(&original_procs, "0"))]
                 .into_iter()
-                .chain(groups.iter().map(|group| ("remove a cgroup", fs::remove_dir(group))))
+                .chain(groups.iter().map(|group| ("remove a cgroup of the primer", fs::remove_dir(group))))
             {
                 if let Err(error) = outcome {
-                    tracing::warn!(what, %error, "could not clean up after priming the cgroup lock");
+                    tracing::warn!(step, %error, "could not clean up after priming the cgroup lock");
                 }
             }
         })?;
@@ -136,15 +137,16 @@ impl Drop for CgroupLockPrimer {
     }
 }
 
-fn run_primer(groups: &[PathBuf; 2], keep: PrimingMode, wanted: &PrimerState) {
+/// Moves this process back and forth between two cgroups, when the mode demands it, until the primer is stopped.
+fn run_primer(groups: &[PathBuf; 2], mode: PrimingMode, state: &PrimerState) {
     let procs = groups.each_ref().map(|group| group.join("cgroup.procs"));
     let mut targets = procs.iter().cycle();
-    while !wanted.stop.load(Ordering::Relaxed) {
-        let every = match keep {
-            PrimingMode::Always(every) => every,
-            _ if wanted.starts.load(Ordering::Relaxed) > 0 => PRIMING_INTERVAL,
+    while !state.stop.load(Ordering::Relaxed) {
+        let interval = match mode {
+            PrimingMode::Always(interval) => interval,
+            _ if state.starts.load(Ordering::Relaxed) > 0 => PRIMING_INTERVAL,
             _ => {
-                // The next start wakes the thread, and so does stopping it.
+                // The next start wakes the thread, and so does `stop`.
                 thread::park();
                 continue;
             }
@@ -154,7 +156,7 @@ fn run_primer(groups: &[PathBuf; 2], keep: PrimingMode, wanted: &PrimerState) {
             tracing::error!(%error, "could not prime the cgroup lock; starts after a pause take longer from now on");
             return;
         }
-        thread::park_timeout(every);
+        thread::park_timeout(interval);
     }
 }
 

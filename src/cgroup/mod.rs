@@ -42,7 +42,7 @@ pub enum CgroupMode {
 
 /// The reason why a cgroup could not be used.
 #[derive(Debug, thiserror::Error)]
-#[error("cgroup: {doing} {path}")]
+#[error("could not {doing} {path} of a cgroup")]
 pub struct CgroupError {
     doing: &'static str,
     path: PathBuf,
@@ -61,7 +61,7 @@ pub struct Cgroups {
 /// The path of a task's cgroup, relative to each hierarchy's root and with a leading slash (`cgroupsPath` in the OCI
 /// runtime specification).
 ///
-/// The default is no cgroup, as of an unrecorded container whose cgroup is not known.
+/// The default stands for no cgroup: the cgroup of an unrecorded container is not known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CgroupPath(String);
 
@@ -189,7 +189,8 @@ impl Cgroups {
         Ok(procs)
     }
 
-    /// Returns whether the kernel accounts swap. On version 1 that is a boot option, on version 2 it always does.
+    /// Returns whether the kernel accounts swap. On version 1 this depends on a boot option. On version 2 the kernel
+    /// always does.
     pub fn accounts_swap(&self) -> bool {
         self.accounts_swap
     }
@@ -269,16 +270,16 @@ impl Cgroups {
     /// # Errors
     /// Fails when the processes can't be listed. Those that were found are killed nevertheless.
     pub fn kill(&self, task: &CgroupPath) -> Result<usize, CgroupError> {
-        // Without a cgroup there is nothing to kill; an empty path would be the root cgroup.
+        // Without a cgroup there is nothing to kill. An empty path would mean the root cgroup.
         if task.0.trim_matches('/').is_empty() {
             return Ok(0);
         }
         let mut pids = Vec::new();
-        let looked: Vec<_> =
+        let listed: Vec<_> =
             self.hierarchies.iter().map(|hierarchy| collect_pids(&task.in_hierarchy(hierarchy), &mut pids)).collect();
         pids.sort_unstable();
         pids.dedup();
-        let found = looked.into_iter().collect::<Result<(), _>>().map(|()| pids.len());
+        let found = listed.into_iter().collect::<Result<(), _>>().map(|()| pids.len());
         // `cgroup.kill` kills all processes at once, also those that are just being forked (cgroup-v2.rst, since Linux
         // 5.14).
         if self.mode == CgroupMode::V2
@@ -288,8 +289,9 @@ impl Cgroups {
             return found;
         }
         for &pid in &pids {
-            // The cgroup is checked again once the process's descriptor is open, so that the descriptor surely names a
-            // process of this cgroup. A process that can't be checked is counted, so that the caller tries again.
+            // The cgroup is checked again once the process's descriptor is open, so that the descriptor certainly
+            // refers to a process of this cgroup. A process that can't be checked is counted, so that the caller tries
+            // again.
             if let Ok(process) = PidFd::open(pid)
                 && self.contains(task, pid).unwrap_or(false)
             {
@@ -302,7 +304,7 @@ impl Cgroups {
         found
     }
 
-    /// Removes what the runtime has left of a task's cgroup. Succeeds if nothing is there.
+    /// Removes a task's cgroup in all hierarchies. Succeeds if there is none.
     ///
     /// # Errors
     /// Fails when a cgroup still has processes.
@@ -310,7 +312,7 @@ impl Cgroups {
         if failpoint::skip("cgroup") {
             return Ok(());
         }
-        // An empty path is the root cgroup, which must never be removed.
+        // An empty path would mean the root cgroup, which must never be removed.
         if task.0.trim_matches('/').is_empty() {
             return Ok(());
         }
@@ -333,7 +335,7 @@ fn thaw(path: &Path) {
         Ok(Some(())) => {}
         // This hierarchy has no freezer, or the cgroup is gone.
         Ok(None) => return,
-        // The caller notices that the processes do not end.
+        // The failure is only logged here: the caller notices that the processes do not end.
         Err(error) => tracing::warn!(path = %path.display(), %error, "could not thaw a frozen cgroup"),
     }
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
@@ -406,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn tasks_go_where_nomad_says() {
+    fn paths_follow_nomads_cgroup() {
         let id = ContainerId::derive("a1", "web", &TaskId("a1/web/0".to_owned()));
         let path = |cgroups: &Cgroups, given: &str, task: &str| cgroups.task_path(given, "a1", task, &id).0;
         let (v1, v2) = (Cgroups::from_mountinfo(HYBRID), Cgroups::from_mountinfo(UNIFIED));

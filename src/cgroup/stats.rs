@@ -25,7 +25,8 @@ use nix::{
 
 use super::{CGROUP_ROOT, CgroupMode, CgroupPath, Cgroups};
 
-/// USER_HZ is 100 wherever Linux runs containers (sysconf(3), `_SC_CLK_TCK`).
+/// The length of a clock tick. USER_HZ is 100 on all architectures on which Linux runs containers (sysconf(3),
+/// `_SC_CLK_TCK`).
 const NANOS_PER_TICK: u64 = 10_000_000;
 /// The size of the buffer for memory.stat. This is the longest file that is read here, with some 2 KB.
 const MEMORY_STAT_MAX: usize = 16 << 10;
@@ -82,11 +83,12 @@ pub struct MemoryUsage {
     pub kernel_max: Option<u64>,
 }
 
-/// The number of measurements with unchanged memory usage after which memory.stat is not read at every measurement any
-/// more (memory.stat is up to two seconds late). It is then read only when the task's memory usage or its maximum has
-/// changed. Reading memory.stat is most of a measurement's cost, and the memory of few tasks changes within a second.
+/// The number of measurements with unchanged memory usage after which memory.stat is read only when the task's memory
+/// usage or its maximum has changed. Reading memory.stat is most of a measurement's cost, and the memory of few tasks
+/// changes within a second. The first unchanged measurements still read it, because the kernel updates memory.stat up
+/// to two seconds late.
 const SETTLED_AFTER: u32 = 3;
-/// One in this many measurements with unchanged memory usage reads memory.stat nevertheless.
+/// Of this many successive measurements with unchanged memory usage, one reads memory.stat nevertheless.
 const FULL_READ_EVERY: u32 = 10;
 
 /// A task's cgroup, kept open for many measurements.
@@ -140,14 +142,14 @@ impl Meter {
 
     /// Measures the task's present usage. Returns `None` if its cgroup is gone.
     pub fn usage(&mut self) -> Option<Usage> {
-        let settled = self.unchanged >= SETTLED_AFTER && !self.unchanged.is_multiple_of(FULL_READ_EVERY);
-        let known = self.last.as_ref().filter(|_| settled);
+        let may_reuse = self.unchanged >= SETTLED_AFTER && !self.unchanged.is_multiple_of(FULL_READ_EVERY);
+        let known = self.last.as_ref().filter(|_| may_reuse);
         let usage = match &mut self.groups {
             Groups::V1 { cpuacct, cpu, memory } => read_version1(cpuacct, cpu, memory, known),
             Groups::V2(group) => read_version2(group, known),
         };
-        let still = usage.zip(self.last).is_some_and(|(now, last)| now.memory.usage == last.memory.usage);
-        self.unchanged = if still { self.unchanged.wrapping_add(1) } else { 0 };
+        let is_unchanged = usage.zip(self.last).is_some_and(|(now, last)| now.memory.usage == last.memory.usage);
+        self.unchanged = if is_unchanged { self.unchanged.wrapping_add(1) } else { 0 };
         self.last = usage;
         usage
     }
@@ -165,7 +167,7 @@ fn read_version1(
     let total_ns = cpuacct.read_number("cpuacct.usage")?;
     let memory_usage = memory.read_number("memory.usage_in_bytes");
     let known = known.filter(|known| known.memory.usage == memory_usage);
-    // The task has not run since the last measurement, so two files were enough instead of eight.
+    // If the task has not run since the last measurement, these two files are enough, and six others are not read.
     if let Some(known) = known.filter(|known| known.cpu.total_ns == total_ns) {
         return Some(*known);
     }
@@ -220,7 +222,7 @@ fn read_version2(group: &mut GroupDir, known: Option<&Usage>) -> Option<Usage> {
     }
     let mut memory_text = [0; MEMORY_STAT_MAX];
     let stat = FlatKeyed(group.read("memory.stat", &mut memory_text));
-    // The total `kernel` exists since Linux 5.18 only. Its largest parts are older and are added up if it is missing.
+    // The total `kernel` exists only since Linux 5.18. On older kernels, its largest parts are added up.
     let parts = stat.get("kernel_stack").zip(stat.get("slab")).map(|(stack, slab)| stack + slab);
     Some(Usage {
         cpu,
@@ -253,13 +255,13 @@ struct KeepOpenPermit;
 
 impl KeepOpenPermit {
     fn new() -> Option<Self> {
-        // The permit is counted first; dropping it undoes that if there are too many.
-        let (kept, before) = (Self, KEPT_OPEN.fetch_add(1, Ordering::Relaxed));
-        (before < Self::max_kept_open()).then_some(kept)
+        // The permit is counted first. If there are too many, it is dropped, which reduces the count again.
+        let (permit, before) = (Self, KEPT_OPEN.fetch_add(1, Ordering::Relaxed));
+        (before < Self::max_kept_open()).then_some(permit)
     }
 
-    /// Returns the most directories whose files are kept open. With some three files each, they use at most half of the
-    /// file descriptors. A task needs five descriptors for other purposes.
+    /// Returns the maximum number of directories whose files are kept open. With some three files each, they use at
+    /// most half of the file descriptors. A task needs five descriptors for other purposes.
     fn max_kept_open() -> usize {
         static MAX: OnceLock<usize> = OnceLock::new();
         *MAX.get_or_init(|| {
@@ -289,7 +291,7 @@ impl GroupDir {
             let mut length = 0;
             while let Ok(more @ 1..) = file.read_at(&mut buffer[length..], length as u64) {
                 length += more;
-                // The kernel returns up to a page at a time, so less than a page was the whole text.
+                // The kernel returns up to a page at a time. If it returned less, the text is complete.
                 if length < 4096 {
                     break;
                 }
@@ -314,7 +316,7 @@ impl GroupDir {
     }
 }
 
-/// A text of lines of the form `name value`.
+/// A text with lines of the form `name value` (cgroup-v2.rst, "flat keyed").
 struct FlatKeyed<'a>(&'a str);
 
 impl FlatKeyed<'_> {
@@ -396,28 +398,28 @@ mod tests {
         let (cpuacct, cpu, memory) = (dir(&group), dir(&group), dir(&group));
         let mut meter = Meter::new(Groups::V1 { cpuacct, cpu, memory });
         let set = |file: &str, text: &str| fs::write(group.path().join(file), text).expect("written");
-        let mut look = || meter.usage().map(|usage| (usage.cpu.total_ns, usage.memory.rss)).expect("a group");
+        let mut measure = || meter.usage().map(|usage| (usage.cpu.total_ns, usage.memory.rss)).expect("a group");
         // The first measurement, and as many as it takes until memory.stat is not read every time any more.
         for n in 0..=SETTLED_AFTER {
             set("memory.stat", &format!("total_rss {n}\n"));
-            assert_eq!(look(), (5, Some(u64::from(n))), "a late change in memory.stat is read");
+            assert_eq!(measure(), (5, Some(u64::from(n))), "a late change in memory.stat is read");
         }
         set("memory.stat", "total_rss 70\n");
         for n in SETTLED_AFTER..FULL_READ_EVERY {
             // The task may run, and its CPU time is measured.
             set("cpuacct.usage", &n.to_string());
-            assert_eq!(look(), (u64::from(n), Some(u64::from(SETTLED_AFTER))));
+            assert_eq!(measure(), (u64::from(n), Some(u64::from(SETTLED_AFTER))));
         }
-        assert_eq!(look(), (9, Some(70)), "memory.stat is read again after that many measurements");
+        assert_eq!(measure(), (9, Some(70)), "memory.stat is read again after that many measurements");
         set("memory.stat", "total_rss 80\n");
-        assert_eq!(look(), (9, Some(70)));
+        assert_eq!(measure(), (9, Some(70)));
         set("memory.max_usage_in_bytes", "41\n");
-        assert_eq!(look(), (9, Some(70)), "the maximum is not read for a task that has not run");
+        assert_eq!(measure(), (9, Some(70)), "the maximum is not read for a task that has not run");
         set("cpuacct.usage", "10\n");
-        assert_eq!(look(), (10, Some(80)), "the maximum has changed");
+        assert_eq!(measure(), (10, Some(80)), "the maximum has changed");
         set("memory.stat", "total_rss 90\n");
         set("memory.usage_in_bytes", "34\n");
-        assert_eq!(look(), (10, Some(90)), "the usage has changed");
+        assert_eq!(measure(), (10, Some(90)), "the usage has changed");
     }
 
     #[test]

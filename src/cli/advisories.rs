@@ -71,9 +71,9 @@ const fn row(
     id: &'static str,
     introduced: &'static str,
     fixed: &'static [&'static str],
-    what: &'static str,
+    summary: &'static str,
 ) -> Advisory {
-    Advisory { program, id, summary: what, introduced, fixed }
+    Advisory { program, id, summary, introduced, fixed }
 }
 
 use Program::{Containerd, Crun, Runc, Youki};
@@ -161,8 +161,8 @@ pub(crate) struct Version {
 }
 
 impl Version {
-    /// Parses `1.1.5+ds1`, `v2.4.2`, `1.4.0-rc.3`, `1.30`. What a distribution appends is ignored: it is not part of
-    /// the project's version. `None` for a text that does not begin with a version.
+    /// Parses `1.1.5+ds1`, `v2.4.2`, `1.4.0-rc.3`, `1.30`. A distribution's suffix is ignored, because it is not part
+    /// of the project's version. Returns `None` for a text that does not begin with a version.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let text = text.trim().trim_start_matches('v');
         let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
@@ -222,7 +222,7 @@ pub(crate) fn unsupported_since(program: Program, version: &Version) -> Option<&
     found.or_else(|| lines.next().filter(|(oldest, _)| version.release_line() < *oldest)).map(|(_, since)| since)
 }
 
-/// Describes in one line what is known against a version of a program; `None` if nothing is.
+/// Describes the known vulnerabilities of a version of a program in one line. Returns `None` if there are none.
 pub(crate) fn note(program: Program, version: &str) -> Option<String> {
     let parsed = Version::parse(version)?;
     let known: Vec<String> = affecting(program, &parsed)
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_are_read_without_what_distributions_append() {
+    fn versions_are_read_without_a_distributions_suffix() {
         for (text, shown) in [
             ("1.1.5+ds1", "1.1.5"),
             ("1.1.5+ds1-1+deb12u1", "1.1.5"),

@@ -16,7 +16,8 @@ use crate::{
     ids::random_hex,
 };
 
-/// The progress bar of the one benchmark that a process runs. It is here because the harness does not use the terminal.
+/// The progress bar of the one benchmark that a process runs. It is a static because `Workspace::on_progress` is a
+/// plain function.
 static BAR: std::sync::OnceLock<ProgressBar> = std::sync::OnceLock::new();
 
 #[derive(Args, Debug)]
@@ -63,10 +64,11 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    /// Measures or compares; returns 1 if this driver failed, or a path while it was being measured.
+    /// Measures or compares. Returns 1 if this driver failed, or if another subject failed after it was measured in
+    /// part.
     ///
     /// # Errors
-    /// When this driver can't be measured, or the plan is not valid.
+    /// Fails when this driver can't be measured, or the plan is not valid.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         if let Some(files) = &self.compare {
             let [before, after] = [&files[0], &files[1]].map(|path| -> Result<Results, CliError> {
@@ -81,7 +83,7 @@ impl Bench {
         let store = ContainerdSession::open(common).await?;
         // The name is short because sockets are below the directory, and their paths are limited.
         let id = format!("bench-{}", random_hex(4));
-        let ground = Workspace {
+        let workspace = Workspace {
             program: std::env::current_exe()?,
             run: common.run_dir.join(&id),
             state: common.state_dir.join(&id),
@@ -100,12 +102,12 @@ impl Bench {
             let bar = ProgressBar::new(plan.tasks());
             let _ = BAR.set(bar.with_style(style.map_err(std::io::Error::other)?));
         }
-        let outcome = Box::pin(bench::run(&plan, &ground)).await;
+        let outcome = Box::pin(bench::run(&plan, &workspace)).await;
         if let Some(bar) = BAR.get() {
             bar.finish_and_clear();
         }
         store.close().await;
-        for directory in [&ground.run, &ground.state] {
+        for directory in [&workspace.run, &workspace.state] {
             if !remove_unless_mounted(directory) {
                 print_message(&format!("nomad-driver-shim: something is still mounted in {}", directory.display()));
             }
@@ -125,12 +127,12 @@ impl Bench {
             }
         }
         print_data(&bench::overview(&results))?;
-        print_data(&if self.all { bench::table(&results) } else { self.place_of_all_figures() })?;
+        print_data(&if self.all { bench::table(&results) } else { self.hint_for_all_figures() })?;
         Ok(u8::from(results.is_broken()))
     }
 
-    /// Says where the figures are that the overview leaves out.
-    fn place_of_all_figures(&self) -> String {
+    /// Returns a sentence for the user about where to find the figures that the overview leaves out.
+    fn hint_for_all_figures(&self) -> String {
         match &self.json {
             Some(path) => {
                 format!("\nAll figures and samples are in {}. `bench --all` prints the figures.\n", path.display())
@@ -170,8 +172,8 @@ impl Bench {
         }
         if !self.paths.is_empty() {
             let known: Vec<&str> = plan.paths.iter().map(|path| path.name.as_str()).collect();
-            if let Some(strange) = self.paths.iter().find(|name| !known.contains(&name.as_str())) {
-                return Err(usage(format!("--paths {strange:?} is not in the plan, which has {}", known.join(", "))));
+            if let Some(unknown) = self.paths.iter().find(|name| !known.contains(&name.as_str())) {
+                return Err(usage(format!("--paths {unknown:?} is not in the plan, which has {}", known.join(", "))));
             }
             plan.paths.retain(|path| self.paths.contains(&path.name));
         }

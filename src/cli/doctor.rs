@@ -27,7 +27,7 @@ pub(crate) struct Doctor {
     json: bool,
 }
 
-/// One finding about this host.
+/// One finding about this host: a subject, such as a program, with a verdict.
 struct Finding {
     what: &'static str,
     verdict: Verdict,
@@ -36,11 +36,11 @@ struct Finding {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    /// The host has what the driver needs.
+    /// The host has it.
     Good,
-    /// The driver works without it, but less well.
+    /// The host lacks it, or there is something to know about it. The driver works nevertheless.
     Note,
-    /// The driver does not work without it.
+    /// The host lacks it, and the driver does not work without it.
     Bad,
 }
 
@@ -58,7 +58,7 @@ impl Doctor {
     /// Prints the findings; returns 1 if something is missing that every start needs.
     ///
     /// # Errors
-    /// When output fails.
+    /// Fails when output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let findings = examine(common).await;
         let bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
@@ -86,7 +86,7 @@ impl Findings {
         self.0.push(Finding { what, verdict, detail });
     }
 
-    /// Adds a note about what is known against this version of a program.
+    /// Adds a note about the known vulnerabilities of this version of a program, if it has any.
     fn advise(&mut self, program: Program, version: &str) {
         if let Some(note) = advisories::note(program, version) {
             self.add("advisories", (Verdict::Note, note));
@@ -118,7 +118,7 @@ async fn examine(common: &CommonArgs) -> Vec<Finding> {
 fn root() -> (Verdict, String) {
     match nix::unistd::geteuid().is_root() {
         true => (Verdict::Good, "yes".into()),
-        false => (Verdict::Bad, "no: containers, mounts and cgroups need it; use sudo".into()),
+        false => (Verdict::Bad, "no: containers, mounts and cgroups need root; use sudo".into()),
     }
 }
 
@@ -127,7 +127,8 @@ fn cgroups() -> (Verdict, String) {
         Ok(cgroups) if cgroups.mode() == CgroupMode::V2 => (Verdict::Good, "version 2".into()),
         Ok(cgroups) if !cgroups.hierarchies().is_empty() => (
             Verdict::Note,
-            "version 1 or hybrid: works; sporadic starts take 8 to 16 ms longer than on version 2".into(),
+            "version 1 or hybrid: works; the first start after a pause may take 8 to 16 ms longer than on version 2"
+                .into(),
         ),
         Ok(_) => (Verdict::Bad, "none mounted below /sys/fs/cgroup".into()),
         Err(error) => (Verdict::Bad, crate::error_chain(&error)),
@@ -137,7 +138,7 @@ fn cgroups() -> (Verdict, String) {
 fn overlayfs() -> (Verdict, String) {
     match std::fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("\toverlay\n") {
         true => (Verdict::Good, "yes".into()),
-        false => (Verdict::Bad, "not in /proc/filesystems; load it: modprobe overlay".into()),
+        false => (Verdict::Bad, "not in /proc/filesystems; load the module: modprobe overlay".into()),
     }
 }
 
@@ -159,7 +160,7 @@ async fn examine_runc(path: Option<&Path>, findings: &mut Findings) {
 async fn examine_crun(has_runc: bool, findings: &mut Findings) {
     let Some(path) = which(Path::new("crun")) else {
         let finding = match has_runc {
-            true => (Verdict::Note, "not in PATH; with it, starts take half the time of runc's".into()),
+            true => (Verdict::Note, "not in PATH; with crun, starts take half the time of starts with runc".into()),
             false => (Verdict::Bad, "neither crun nor runc is in PATH; install crun".into()),
         };
         return findings.add("crun", finding);
@@ -188,7 +189,7 @@ async fn examine_crun(has_runc: bool, findings: &mut Findings) {
 
 async fn runsc() -> (Verdict, String) {
     let Some(path) = which(Path::new("runsc")) else {
-        return (Verdict::Note, "not in PATH; with it, tasks can run in gVisor sandboxes".into());
+        return (Verdict::Note, "not in PATH; with runsc, tasks can run in gVisor sandboxes".into());
     };
     match probe_runsc(&path).await {
         Ok(probed) => {
@@ -211,12 +212,15 @@ async fn examine_containerd(common: &CommonArgs, findings: &mut Findings) {
         Some(path) => (
             Verdict::Note,
             format!(
-                "none answers at {}; run and pull start {} privately, the plugin needs one running",
+                "no containerd answers at {}; run and pull start a private one ({}), but the plugin needs one that runs",
                 address.display(),
                 path.display()
             ),
         ),
-        None => (Verdict::Bad, format!("none answers at {}, and none is in PATH; install it", address.display())),
+        None => (
+            Verdict::Bad,
+            format!("no containerd answers at {}, and none is in PATH; install containerd", address.display()),
+        ),
     };
     findings.add("containerd", finding);
 }
@@ -245,7 +249,7 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
         None => (
             Verdict::Note,
             format!(
-                "enabled, but apparmor_parser is not in PATH: {without} unless it is loaded already (loaded: {own}); install {PARSER_PACKAGE}"
+                "enabled, but apparmor_parser is not in PATH: {without} unless their profile is loaded already (loaded: {own}); install {PARSER_PACKAGE}"
             ),
         ),
     }
@@ -255,6 +259,6 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
 async fn version(program: &Path, flag: &str) -> String {
     let output = async_command(program).arg(flag).output().await;
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let looks = |word: &&str| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.');
-    text.split_whitespace().map(|word| word.trim_start_matches('v')).find(looks).unwrap_or_default().to_owned()
+    let is_version = |word: &&str| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.');
+    text.split_whitespace().map(|word| word.trim_start_matches('v')).find(is_version).unwrap_or_default().to_owned()
 }

@@ -1,4 +1,4 @@
-//! `events`: prints the events of the tasks of live plugins, as they happen.
+//! `events`: prints the task events of live plugins as they happen.
 
 use clap::Args;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
@@ -25,7 +25,7 @@ impl Events {
     /// Prints events until interrupted.
     ///
     /// # Errors
-    /// When no plugin runs on this host, or output fails.
+    /// Fails when no plugin runs on this host, or output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let mut open = Vec::new();
         for (driver, places) in tasks::drivers(common) {

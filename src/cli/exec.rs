@@ -18,7 +18,7 @@ use tokio::{
 use super::{CliError, CommonArgs, print_message, tasks};
 use crate::task::{self, ExecIo, ExecRequest, ExecSession, Exit, WindowSize, exec_without_engine};
 
-/// After the exit, output that pauses for this long is taken to be complete.
+/// If no output arrives for this long after the process's exit, the output counts as complete.
 const OUTPUT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Run a command in a task
@@ -46,7 +46,7 @@ impl Drop for RawModeGuard {
     }
 }
 
-/// Puts the terminal into raw mode.
+/// Puts the terminal at standard input into raw mode. Returns `None` if that fails.
 fn enter_raw_mode() -> Option<RawModeGuard> {
     let stdin = std::io::stdin();
     let before = termios::tcgetattr(stdin.as_fd()).ok()?;
@@ -56,6 +56,7 @@ fn enter_raw_mode() -> Option<RawModeGuard> {
     Some(RawModeGuard(before))
 }
 
+/// Returns the size of the terminal at standard output, if there is a terminal.
 fn window_size() -> Option<WindowSize> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: the kernel fills a structure that this function owns.
@@ -67,7 +68,7 @@ impl Exec {
     /// Runs the command, and returns its exit code.
     ///
     /// # Errors
-    /// When the command can't be run.
+    /// Fails when the command can't be run.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let found = tasks::find_task(common, &self.task)?;
         let request = ExecRequest { command: self.command, terminal: self.tty, stdin: self.interactive };
@@ -78,7 +79,7 @@ impl Exec {
             && let Some(size) = window_size()
             && let Err(error) = exec.resize(size).await
         {
-            print_message(&format!("nomad-driver-shim: resize the terminal: {error}"));
+            print_message(&format!("nomad-driver-shim: could not resize the terminal: {}", crate::error_chain(&error)));
         }
         match relay_until_exit(&exec, io, self.tty).await? {
             Some(exit) => {
@@ -94,7 +95,7 @@ impl Exec {
 }
 
 /// Passes on the process's streams and the size of the terminal until the process ends. Returns `None` if this command
-/// is to end first: by a signal, or because the reader of its output has ended.
+/// must end first: because of a signal, or because the reader of its output has ended.
 async fn relay_until_exit(exec: &task::Exec, io: ExecIo, tty: bool) -> Result<Option<Exit>, CliError> {
     let mut window_changes = signal(SignalKind::window_change())?;
     let mut termination_signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
@@ -106,24 +107,24 @@ async fn relay_until_exit(exec: &task::Exec, io: ExecIo, tty: bool) -> Result<Op
     let err = copy(io.stderr, tokio::io::stderr(), &flow);
     let output = async { tokio::try_join!(out, err) };
     let (input, waiting) = (relay_stdin(io.stdin), exec.wait());
-    let ended = async {
+    let terminated = async {
         futures_util::future::select_all(termination_signals.iter_mut().map(|end| Box::pin(end.recv()))).await
     };
-    tokio::pin!(output, input, waiting, ended);
-    let (mut typed, mut drained) = (false, false);
+    tokio::pin!(output, input, waiting, terminated);
+    let (mut input_ended, mut drained) = (false, false);
     loop {
         tokio::select! {
             exit = &mut waiting => {
-                // The process's last output is printed, however slowly it is read. Children of the process that keep
-                // the stream open and write nothing are not waited for.
+                // All output of the process is printed, even if this command's reader is slow. The wait ends when no
+                // further output comes: children of the process may keep the stream open without writing.
                 if !drained {
                     tokio::select! {
                         _ = &mut output => {}
-                        _ = &mut ended => return Ok(None),
+                        _ = &mut terminated => return Ok(None),
                         () = wait_for_silence(&flow) => {}
                     }
                 }
-                let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {error}")))?;
+                let exit = exit.map_err(|error| CliError::Usage(format!("the task's shim died: {}", crate::error_chain(&error))))?;
                 return Ok(Some(exit));
             }
             read = &mut output, if !drained => match read {
@@ -131,11 +132,14 @@ async fn relay_until_exit(exec: &task::Exec, io: ExecIo, tty: bool) -> Result<Op
                 // The reader of this command's output has ended (`exec ... | head`).
                 Err(_) => return Ok(None),
             },
-            _ = &mut ended => return Ok(None),
-            () = &mut input, if !typed => {
-                typed = true;
+            _ = &mut terminated => return Ok(None),
+            () = &mut input, if !input_ended => {
+                input_ended = true;
                 if let Err(error) = exec.close_input().await {
-                    tracing::debug!(%error, "could not close the standard input of the process");
+                    tracing::debug!(
+                        error = %crate::error_chain(&error),
+                        "could not close the standard input of the process"
+                    );
                 }
             }
             _ = window_changes.recv(), if tty => {
@@ -147,7 +151,7 @@ async fn relay_until_exit(exec: &task::Exec, io: ExecIo, tty: bool) -> Result<Op
     }
 }
 
-/// The output that this command passes on: how many pieces so far, and how many are being written right now.
+/// The output that this command passes on: the number of pieces so far, and the number of those that are being written.
 #[derive(Default)]
 struct OutputFlow {
     pieces: AtomicU64,
@@ -165,6 +169,7 @@ async fn wait_for_silence(flow: &OutputFlow) {
     }
 }
 
+/// Writes everything that can be read from `from` to `to`, until the end of `from`.
 async fn copy(from: Option<pipe::Receiver>, mut to: impl AsyncWrite + Unpin, flow: &OutputFlow) -> std::io::Result<()> {
     let Some(mut from) = from else { return Ok(()) };
     let mut buffer = vec![0; 32 << 10];

@@ -51,7 +51,7 @@ impl StoreLock {
     /// Takes the lock together with other commands that use images.
     ///
     /// # Errors
-    /// When another command is removing images, or the file can't be created.
+    /// Fails when another command is removing images, or the file can't be created.
     pub(crate) fn shared(common: &CommonArgs) -> Result<Self, CliError> {
         Self::acquire(common, FlockArg::LockSharedNonblock)
     }
@@ -70,12 +70,12 @@ impl StoreLock {
                 "another command uses the images of this command line ({}); try again when it has ended",
                 path.display()
             )),
-            other => CliError::Output(other.into()),
+            other => CliError::Io(other.into()),
         })
     }
 }
 
-/// Makes an entry of a failure that concerns no single thing.
+/// Makes an entry for a failure that concerns no single item.
 fn failure_entry(error: &dyn std::error::Error) -> Garbage {
     Garbage::new("-", "-", Some(crate::error_chain(error)))
 }
@@ -90,7 +90,7 @@ async fn gc_without_plugin(
     dry_run: bool,
 ) -> Vec<Garbage> {
     match settings(common, driver, places).map(|settings| gc_offline(settings, keep_ended, dry_run)) {
-        Ok(clearing) => match clearing.await {
+        Ok(removal) => match removal.await {
             Ok(Some(garbage)) => garbage,
             Ok(None) => {
                 let why = "it holds the driver's lock and does not listen: it is just starting, or ending";
@@ -103,7 +103,7 @@ async fn gc_without_plugin(
 }
 
 fn settings(common: &CommonArgs, driver: &str, places: Places) -> Result<Settings, CliError> {
-    // The name only decides on defaults that matter to starts.
+    // The name only selects defaults that have an effect on starts.
     let name = DriverName::new(driver).or_else(|_| DriverName::new("shim"));
     let name = name.map_err(|error| CliError::Usage(error.to_string()))?;
     let mut settings = plugin::settings(&name, &[]).map_err(|error| CliError::Usage(error.to_string()))?;
@@ -130,17 +130,17 @@ fn gc_sockets(dry_run: bool) -> Vec<Garbage> {
 }
 
 impl Gc {
-    /// Removes what is no longer needed, and prints what it was.
+    /// Removes what is no longer needed, and prints what was removed.
     ///
     /// # Errors
-    /// When a plugin refuses, or output fails.
+    /// Fails when a plugin refuses, or output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
-        let span = |name: &str, text: &str| {
+        let duration = |name: &str, text: &str| {
             crate::duration::parse(text).map_err(|error| CliError::Usage(format!("--{name}: {error}")))
         };
-        let (keep, keep_ended) = (span("keep", &self.keep)?, span("keep-ended", &self.keep_ended)?);
+        let (keep, keep_ended) = (duration("keep", &self.keep)?, duration("keep-ended", &self.keep_ended)?);
         let mut found: Vec<(String, Garbage)> = Vec::new();
-        let mut unattended = false;
+        let mut has_driver_without_plugin = false;
         for (driver, places) in tasks::drivers(common) {
             let garbage =
                 match send_request(&places.control(), &Request::Gc { dry_run: self.dry_run }, ANSWER_TIMEOUT).await {
@@ -152,16 +152,17 @@ impl Gc {
                         if tasks::is_run(&driver) {
                             continue;
                         }
-                        unattended = true;
+                        has_driver_without_plugin = true;
                         Box::pin(gc_without_plugin(common, &driver, places, keep_ended, self.dry_run)).await
                     }
-                    // What the other plugins have removed is printed nevertheless.
+                    // The items that the other plugins have removed are printed nevertheless.
                     Err(error) => vec![failure_entry(&error)],
                 };
             found.extend(garbage.into_iter().map(|one| (driver.clone(), one)));
         }
-        if unattended {
-            // A live plugin has removed these sockets when it started.
+        if has_driver_without_plugin {
+            // Plugins remove these sockets when they start. So this is necessary only where a driver has no live
+            // plugin.
             found.extend(gc_sockets(self.dry_run).into_iter().map(|one| ("-".to_owned(), one)));
         }
         found.extend(self.gc_runs(common).await?);
@@ -196,9 +197,10 @@ impl Gc {
         let mut abandoned = Vec::new();
         let runs = tasks::drivers(common).into_iter().filter(|(driver, _)| tasks::is_run(driver)).map(|(id, _)| id);
         if self.dry_run {
-            // A run whose plugin lives is left out: only a request to shut down would show whether the run has ended.
-            let over = runs.filter(|id| runs::has_ended(common, id));
-            return Ok(over.map(|id| (id.clone(), Garbage::new("run", &id, None).with_reason(WHY))).collect());
+            // A run whose plugin still lives is left out: only a request to shut down would show whether the run has
+            // ended.
+            let ended = runs.filter(|id| runs::has_ended(common, id));
+            return Ok(ended.map(|id| (id.clone(), Garbage::new("run", &id, None).with_reason(WHY))).collect());
         }
         for id in runs {
             if runs::is_abandoned(common, &id).await {
@@ -212,7 +214,8 @@ impl Gc {
         let mut found = Vec::new();
         for id in abandoned {
             runs::clean_up(common, &store.address, &id).await;
-            let problem = common.places(&id).run().exists().then(|| "some of it could not be removed".to_owned());
+            let problem =
+                common.places(&id).run().exists().then(|| "a part of its files could not be removed".to_owned());
             found.push((id.clone(), Garbage::new("run", &id, problem).with_reason(WHY)));
         }
         store.close().await;
@@ -246,7 +249,7 @@ impl Rmi {
     /// Removes the images: from live plugins that have them, and from the command line's own store.
     ///
     /// # Errors
-    /// When an image is in use, or neither a plugin nor the command line has it.
+    /// Fails when an image is in use, or neither a plugin nor the command line has it.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         for image in &self.images {
             let name = parse_image(image)?.to_string();

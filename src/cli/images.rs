@@ -20,7 +20,7 @@ impl Images {
     /// Prints the list.
     ///
     /// # Errors
-    /// When containerd does not answer, or output fails.
+    /// Fails when containerd does not answer, or output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let store = ContainerdSession::open(common).await?;
         let outcome = self.list(&store, common).await;
@@ -52,8 +52,8 @@ impl Images {
                 let digest = target.digest.trim_start_matches("sha256:");
                 let size =
                     ready.get(name).map_or_else(|| "-".to_owned(), |size| indicatif::HumanBytes(*size).to_string());
-                let state = if ready.contains_key(name) { "yes" } else { "no" };
-                vec![name.clone(), digest.chars().take(12).collect(), size, state.to_owned()]
+                let is_ready = if ready.contains_key(name) { "yes" } else { "no" };
+                vec![name.clone(), digest.chars().take(12).collect(), size, is_ready.to_owned()]
             })
             .collect();
         print_data(&table::render(&["IMAGE", "DIGEST", "SIZE", "READY"], &rows))?;

@@ -19,7 +19,7 @@ impl Inspect {
     /// Prints the task.
     ///
     /// # Errors
-    /// When the task does not exist, or output fails.
+    /// Fails when the task does not exist, or output fails.
     pub(crate) fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks::FoundTask { driver, places, record } = tasks::find_task(common, &self.task)?;
         let bundle = places.bundle(&record.intent.container_id);

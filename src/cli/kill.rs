@@ -1,5 +1,5 @@
-//! `kill`: sends a signal to a task. A live plugin is asked to send it, so that the plugin knows; without one the
-//! task's shim is asked.
+//! `kill`: sends a signal to a task. If the driver has a live plugin, the plugin sends the signal, and so knows that
+//! the task was stopped. Otherwise this command sends the signal through the task's shim.
 
 use clap::Args;
 
@@ -23,7 +23,7 @@ impl Kill {
     /// Sends the signal.
     ///
     /// # Errors
-    /// When the task does not exist or can't be reached, or the signal does not exist.
+    /// Fails when the task does not exist or can't be reached, or the signal does not exist.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks::FoundTask { places, record, .. } = tasks::find_task(common, &self.task)?;
         let number = self.signal.as_deref().map(parse_signal).transpose()?;

@@ -12,7 +12,7 @@ use clap::Args;
 
 use super::{CliError, CommonArgs, tasks};
 
-/// The interval at which `--follow` looks for new output.
+/// The interval at which `--follow` reads new output.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Print a task's output from Nomad's log files
@@ -35,28 +35,28 @@ impl Logs {
     /// Prints the task's output.
     ///
     /// # Errors
-    /// When the task has no log files (a task of `run` has no log collector), or they can't be read.
+    /// Fails when the task has no log files (a task of `run` has no log collector), or they can't be read.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let found = tasks::find_task(common, &self.task)?;
-        let named = found.record.intent.alloc_dir.join("alloc/logs");
+        let path = found.record.intent.alloc_dir.join("alloc/logs");
         let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
-        let opened = File::options().read(true).custom_flags(flags).open(&named);
-        let opened = opened.map_err(|error| CliError::Usage(format!("{}: {error}", named.display())))?;
+        let opened = File::options().read(true).custom_flags(flags).open(&path);
+        let opened = opened.map_err(|error| CliError::Usage(format!("could not open {}: {error}", path.display())))?;
         let directory = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
         let stream = if self.stderr { "stderr" } else { "stdout" };
         let prefix = format!("{}.{stream}.", found.record.intent.name);
-        let parts = file_numbers(&directory, &prefix);
-        let Some(&newest) = parts.last() else {
+        let numbers = file_numbers(&directory, &prefix);
+        let Some(&newest) = numbers.last() else {
             let problem =
-                format!("no logs of the task in {}; a task of `run` prints to its own terminal", named.display());
+                format!("no logs of the task in {}; a task of `run` prints to its own terminal", path.display());
             return Err(CliError::Usage(problem));
         };
-        let path = |n: u64| directory.join(format!("{prefix}{n}"));
+        let log_file = |n: u64| directory.join(format!("{prefix}{n}"));
         let mut text = Vec::new();
         let mut last = None;
-        for n in parts {
-            // The rotation has removed the file since it was listed.
-            let Ok(mut file) = open(&path(n)) else { continue };
+        for n in numbers {
+            // A file that can't be opened was removed by the rotation since it was listed.
+            let Ok(mut file) = open(&log_file(n)) else { continue };
             file.read_to_end(&mut text)?;
             last = Some(file);
         }
@@ -71,7 +71,7 @@ impl Logs {
 }
 
 /// Opens a log file. A task that can write to the directory of its logs may have put a link or a FIFO in the file's
-/// place: a link is not followed, and a FIFO is not waited for.
+/// place: a link is not followed, and the call does not wait for a FIFO's writer.
 fn open(path: &Path) -> std::io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = File::options().read(true).custom_flags(flags).open(path)?;
@@ -81,10 +81,10 @@ fn open(path: &Path) -> std::io::Result<File> {
 /// Returns the numbers of the log files, in order.
 fn file_numbers(directory: &Path, prefix: &str) -> Vec<u64> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut parts: Vec<u64> =
+    let mut numbers: Vec<u64> =
         entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()).collect();
-    parts.sort_unstable();
-    parts
+    numbers.sort_unstable();
+    numbers
 }
 
 /// Returns the last `count` lines, or all of them.
@@ -98,8 +98,8 @@ fn last_lines(text: &[u8], count: Option<usize>) -> &[u8] {
     starts.nth(count - 1).map_or(text, |start| &text[start..])
 }
 
-/// Prints further output until the reader has enough, and goes from one file to the next as they are rotated. An open
-/// file is read to its end even if Nomad has removed it meanwhile.
+/// Prints further output until the reader of standard output has ended. When the files are rotated, the next file is
+/// opened. An open file is read to its end even if Nomad has removed it meanwhile.
 async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> Result<(), CliError> {
     let mut stdout = std::io::stdout();
     loop {

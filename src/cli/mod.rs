@@ -60,7 +60,7 @@ struct Cli {
 /// Options of every command.
 #[derive(Args, Debug, Clone)]
 pub struct CommonArgs {
-    /// containerd's socket; a private containerd is started if none answers at the default one
+    /// containerd's socket; a private containerd is started if no containerd answers at the default socket
     #[arg(long, global = true, value_name = "SOCKET", env = "NOMAD_DRIVER_SHIM_ADDRESS")]
     address: Option<PathBuf>,
     /// containerd's namespace
@@ -150,9 +150,9 @@ pub enum CliError {
     /// An option or argument can't be used.
     #[error("{0}")]
     Usage(String),
-    /// Output can't be written, or a file can't be used.
-    #[error("write output")]
-    Output(#[from] std::io::Error),
+    /// Output can't be written, or a file can't be read or written.
+    #[error("could not read or write a file or stream")]
+    Io(#[from] std::io::Error),
 }
 
 impl CliError {
@@ -222,7 +222,8 @@ fn print_introduction() {
     );
 }
 
-/// Logs errors only: log lines must not drown what the user asked for. `NOMAD_DRIVER_SHIM_LOG` sets another filter.
+/// Writes log lines to stderr, and only errors, because further lines would distract from the command's own output.
+/// `NOMAD_DRIVER_SHIM_LOG` sets another filter.
 fn log_to_stderr() {
     use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
     let filter = EnvFilter::try_from_env("NOMAD_DRIVER_SHIM_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
@@ -241,7 +242,7 @@ fn print_data(text: &str) -> std::io::Result<()> {
     stdout.flush()
 }
 
-/// Whether progress bars may be drawn.
+/// Returns whether progress bars may be drawn.
 fn is_interactive() -> bool {
     std::io::stderr().is_terminal()
 }
@@ -258,7 +259,7 @@ fn parse_image(text: &str) -> Result<crate::image::Reference, CliError> {
     })
 }
 
-/// The containerd that a command uses: the one given by `--address`, the system's if it answers, else a private one.
+/// The containerd that a command uses: the one at `--address`, else the system's if it answers, else a private one.
 struct ContainerdSession {
     client: Client,
     hold: Option<DaemonHold>,

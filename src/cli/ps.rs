@@ -18,7 +18,7 @@ impl Ps {
     /// Prints the list.
     ///
     /// # Errors
-    /// When output fails. A run directory that can't be read is reported and skipped.
+    /// Fails when output fails. A run directory that can't be read is reported and skipped.
     pub(crate) fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let records: Vec<(String, Record)> =
             tasks::all_tasks(common).into_iter().map(|found| (found.driver, found.record)).collect();
@@ -62,7 +62,7 @@ fn pid(record: &Record) -> Option<u32> {
     record.state.run().map(|run| run.process.pid)
 }
 
-/// Returns a task's state by its record, corrected by whether the task's process is alive.
+/// Returns a task's state by its record, or `gone` if the record says that the task runs and its process is not alive.
 pub(crate) fn state(record: &Record) -> String {
     let alive = record.is_current() && record.state.run().is_some_and(|run| run.process.is_alive());
     match &record.state {

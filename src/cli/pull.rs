@@ -29,7 +29,7 @@ impl Pull {
     /// Pulls the image, and prints its name and digest.
     ///
     /// # Errors
-    /// When the image can't be pulled.
+    /// Fails when the image can't be pulled.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let reference = parse_image(&self.image)?;
         let _lock = StoreLock::shared(common)?;
@@ -85,9 +85,9 @@ fn bars() -> Progress {
                 bar.finish();
             }
         }
-        PullEvent::Unpacked(done, of) => {
-            unpacking.set_message(format!("unpacked {done} of {of}"));
-            if done == of {
+        PullEvent::Unpacked(done, all) => {
+            unpacking.set_message(format!("unpacked {done} of {all}"));
+            if done == all {
                 unpacking.finish();
             }
         }

@@ -1,5 +1,5 @@
-//! `run`: runs one task the way Nomad would. This same binary is started as a plugin, and gets the calls that an agent
-//! makes.
+//! `run`: runs one task the way Nomad would. The command starts its own program as a plugin and makes the calls that an
+//! agent makes.
 
 use std::{
     io::Write,
@@ -29,9 +29,10 @@ use crate::{
 
 /// The time between the first Ctrl-C and SIGKILL, as docker's.
 const STOP_TIMEOUT: prost_types::Duration = prost_types::Duration { seconds: 10, nanos: 0 };
-/// How long an interrupt waits for a start in progress. Create and Start take a tenth of this even on a busy machine.
+/// The time for which an interrupt waits for a start in progress. Create and Start take a tenth of this even on a busy
+/// machine.
 const START_GRACE: Duration = Duration::from_secs(2);
-/// How long to wait after the exit for output that is still in the pipes.
+/// The time for which the command waits after the task's exit for output that is still in the pipes.
 const OUTPUT_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Run a command in a new container
@@ -103,10 +104,10 @@ impl Run {
     /// Runs the task, and returns its exit code.
     ///
     /// # Errors
-    /// When the task can't be started.
+    /// Fails when the task can't be started.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let config = self.task_config()?;
-        // A bad name is refused before a containerd is started for it.
+        // An invalid name is refused before a containerd is started.
         parse_image(&self.image)?;
         let _lock = StoreLock::shared(common)?;
         let began = Instant::now();
@@ -135,7 +136,7 @@ impl Run {
         };
         let mut mounts = Vec::new();
         for spec in &self.mount {
-            mounts.push(mount(spec).map_err(CliError::Usage)?);
+            mounts.push(parse_mount(spec).map_err(CliError::Usage)?);
         }
         let auth = match self.auth.as_deref().map(|pair| pair.split_once(':')) {
             None => None,
@@ -171,7 +172,7 @@ impl Run {
 }
 
 /// Converts `type=bind,source=/a,target=/b,ro` to a `mounts` block.
-fn mount(spec: &str) -> Result<serde_json::Value, String> {
+fn parse_mount(spec: &str) -> Result<serde_json::Value, String> {
     let mut block = serde_json::Map::new();
     let mut options = Vec::new();
     for part in spec.split(',') {
@@ -233,7 +234,7 @@ impl Session<'_> {
         let alloc = Alloc::create(allocs, self.id)?;
         let dirs = alloc.create_task(&run.name)?;
         let mut task = dirs.config("1", config);
-        // A command that a user typed gets no limits.
+        // A task of this command gets no limits on memory and CPU.
         task.resources = None;
         task.user.clone_from(&run.user);
         for pair in &run.env {
@@ -253,7 +254,8 @@ impl Session<'_> {
         let answer = tokio::select! {
             answer = &mut start => Some(answer),
             () = interrupts.next() => {
-                // The container may be about to run: then it is stopped properly. A pull is not waited for.
+                // If the container is about to run, StartTask answers soon, and the task is stopped properly then. The
+                // command does not wait for a pull.
                 interrupts.pending = true;
                 tokio::time::timeout(START_GRACE, &mut start).await.ok()
             }
@@ -261,7 +263,7 @@ impl Session<'_> {
         answer.ok_or(CliError::Interrupted)?.map_err(call_error("StartTask"))?;
         let started = began.elapsed();
         let exit = self.wait(&mut driver.clone(), &task_id, &mut interrupts).await;
-        let lasted = began.elapsed();
+        let exit_seen = began.elapsed();
         stdout.wait_for_end(OUTPUT_DRAIN_TIMEOUT).await;
         stderr.wait_for_end(OUTPUT_DRAIN_TIMEOUT).await;
         if run.time {
@@ -276,7 +278,7 @@ impl Session<'_> {
                     ("plugin handshake and Init", Some(handshake)),
                     ("StartTask", Some(started)),
                     ("first byte of output", first),
-                    ("exit seen", Some(lasted)),
+                    ("exit seen", Some(exit_seen)),
                 ],
             ));
         }
@@ -323,7 +325,7 @@ impl Session<'_> {
         let request =
             StopTaskRequest { task_id: task_id.to_owned(), timeout: Some(STOP_TIMEOUT), signal: String::new() };
         if let Err(status) = driver.stop_task(request).await {
-            print_message(&format!("nomad-driver-shim: stop the task: {}", status.message()));
+            print_message(&format!("nomad-driver-shim: could not stop the task: {}", status.message()));
         }
         wait.await
     }
@@ -333,7 +335,7 @@ impl Session<'_> {
 struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
-    /// An interrupt that has already come and must be seen once more.
+    /// Whether the next call of `next` returns at once, because of an interrupt that has already come.
     pending: bool,
 }
 
@@ -358,7 +360,7 @@ fn forward_to(writer: impl Write + Send + 'static) -> Output {
     Output::Writer(Box::new(writer))
 }
 
-/// Renders the phases of a run; those inside of the plugin are below StartTask.
+/// Formats the phases of a run as a table. The phases inside of the plugin are below StartTask.
 fn timing(phases: &std::collections::HashMap<String, String>, steps: &[(&str, Option<Duration>)]) -> String {
     let mut text = String::from("phase                                  ms\n");
     for (name, took) in steps {
@@ -409,8 +411,8 @@ mod tests {
 
     #[test]
     fn mounts_are_read_as_dockers() {
-        let block = mount("type=bind,src=/a,dst=/b,ro").expect("a mount");
+        let block = parse_mount("type=bind,src=/a,dst=/b,ro").expect("a mount");
         assert_eq!(block, json!({"type": "bind", "source": "/a", "target": "/b", "options": ["ro"]}));
-        assert!(mount("source=/a").is_err());
+        assert!(parse_mount("source=/a").is_err());
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     task::read_records,
 };
 
-/// Starts this same binary as a plugin.
+/// Starts this program as a plugin.
 pub(crate) async fn own_plugin() -> Result<Plugin, CliError> {
     Ok(Plugin::launch(&PluginCommand::with_name(std::env::current_exe()?, "shim")).await?)
 }
@@ -30,7 +30,7 @@ pub(crate) fn settings(common: &CommonArgs, address: &Path, id: &str) -> serde_j
 /// Returns the configuration of a plugin that belongs to this command line and has the run directory called `id`.
 pub(crate) fn plugin_config(common: &CommonArgs, address: &Path, id: &str) -> serde_json::Value {
     let places = common.places(id);
-    // A user of this command is root already, so nothing is forbidden.
+    // The user of this command is root already, so these options forbid the user nothing.
     json!({
         "allow_privileged": true,
         "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
@@ -41,8 +41,8 @@ pub(crate) fn plugin_config(common: &CommonArgs, address: &Path, id: &str) -> se
     })
 }
 
-/// Removes a run's directory. A plugin that died, or was stopped in the middle of a start, has left a task's record
-/// there; then another plugin destroys the task first.
+/// Removes a run's directory. If a plugin died or was stopped in the middle of a start, it has left a task's record
+/// there. Then another plugin destroys the task first.
 pub(crate) async fn clean_up(common: &CommonArgs, address: &Path, id: &str) {
     let places = common.places(id);
     let read_remaining = || match read_records(&places.tasks()) {
@@ -63,7 +63,10 @@ pub(crate) async fn clean_up(common: &CommonArgs, address: &Path, id: &str) {
             for record in read_remaining().unwrap_or_default() {
                 let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
                 if let Err(status) = plugin.driver().destroy_task(request).await {
-                    print_message(&format!("nomad-driver-shim: destroy the task of the run: {}", status.message()));
+                    print_message(&format!(
+                        "nomad-driver-shim: could not destroy the task of the run: {}",
+                        status.message()
+                    ));
                 }
             }
         }
@@ -72,32 +75,32 @@ pub(crate) async fn clean_up(common: &CommonArgs, address: &Path, id: &str) {
     places.remove_uppers_if_empty();
     if read_remaining().is_none_or(|records| !records.is_empty()) || !remove_unless_mounted(places.run()) {
         print_message(&format!(
-            "nomad-driver-shim: something could not be removed; it is in {}",
+            "nomad-driver-shim: some files could not be removed; they are in {}",
             places.run().display()
         ));
     }
 }
 
-/// Removes a directory of the command line, unless something may be mounted in it: that may be the host's own. Returns
-/// false if something may be mounted.
+/// Removes a directory of the command line, unless something may be mounted in it, which may be a directory of the
+/// host. Returns false if something may be mounted.
 pub(crate) fn remove_unless_mounted(path: &Path) -> bool {
     if MountPoints::read().may_be_below(path) {
         return false;
     }
     if let Err(error) = remove_dir_all_if_exists(path) {
-        print_message(&format!("nomad-driver-shim: {}: {error}", path.display()));
+        print_message(&format!("nomad-driver-shim: could not remove {}: {error}", path.display()));
     }
     true
 }
 
-/// Whether the run's plugin has ended. A plugin that lives gets no request.
+/// Returns whether the run's plugin has ended. A plugin that lives gets no request.
 pub(crate) fn has_ended(common: &CommonArgs, id: &str) -> bool {
     let lock = File::options().append(true).open(common.places(id).lock());
     lock.is_ok_and(|lock| Flock::lock(lock, FlockArg::LockExclusiveNonblock).is_ok())
 }
 
-/// Whether the run's own process is gone. Its plugin, if it still runs, is then shut down: a run is useless without its
-/// terminal.
+/// Returns whether the run's own process is gone. Its plugin, if it still runs, is then shut down: a run is useless
+/// without its terminal.
 pub(crate) async fn is_abandoned(common: &CommonArgs, id: &str) -> bool {
     let places = common.places(id);
     match send_request(&places.control(), &Request::Leave, ANSWER_TIMEOUT).await {

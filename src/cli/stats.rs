@@ -31,7 +31,7 @@ impl Stats {
     /// Prints the list.
     ///
     /// # Errors
-    /// When the task does not exist, or output fails.
+    /// Fails when the task does not exist, or output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks = match &self.task {
             Some(task) => vec![tasks::find_task(common, task)?],

@@ -1,4 +1,4 @@
-//! The tasks of all drivers on this host, read from their records: neither an agent nor a plugin is needed.
+//! The tasks of all drivers on this host. They are read from their records, without an agent or a plugin.
 
 use std::fs;
 
@@ -35,7 +35,7 @@ pub(crate) fn drivers(common: &CommonArgs) -> Vec<(String, Places)> {
     found
 }
 
-/// Whether this is the directory of a `run`, whose images belong to the command line.
+/// Returns whether this is the directory of a `run`, whose images belong to the command line.
 pub(crate) fn is_run(driver: &str) -> bool {
     driver.starts_with("run-")
 }
@@ -70,7 +70,7 @@ pub(crate) fn all_tasks(common: &CommonArgs) -> Vec<FoundTask> {
 /// beginning of one of these two.
 ///
 /// # Errors
-/// When there is no such task, or more than one.
+/// Fails when there is no such task, or more than one.
 pub(crate) fn find_task(common: &CommonArgs, wanted: &str) -> Result<FoundTask, CliError> {
     let tasks = all_tasks(common);
     let exact = |found: &&FoundTask| {

@@ -13,8 +13,8 @@ use crate::{
     },
 };
 
-/// The most data in one write message. containerd accepts messages of up to 16 MiB; 1 MiB keeps the buffers of both
-/// ends small.
+/// The largest amount of data in one write message. containerd accepts messages of up to 16 MiB; with 1 MiB the buffers
+/// of both ends stay small.
 const CHUNK_SIZE: usize = 1 << 20;
 /// The timeout of a commit, which may have to write gigabytes to a slow disk.
 const COMMIT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10 * 60);
@@ -60,7 +60,8 @@ impl Client {
         Ok(bytes)
     }
 
-    /// Stores a small blob at once. A blob that exists already is added to the lease and gets the labels.
+    /// Stores a blob whose bytes are all in memory, such as a manifest. A blob that exists already is added to the
+    /// lease and gets the labels.
     ///
     /// # Errors
     /// Fails when a call to containerd fails.
@@ -79,7 +80,7 @@ impl Client {
     }
 
     /// Adds an existing blob to the lease and adds labels to the blob. Returns `false` if the blob does not exist, or
-    /// not any more, because containerd's garbage collector may be removing what an earlier pull has left.
+    /// exists no longer: containerd's garbage collector may be removing the blobs of an earlier pull.
     ///
     /// # Errors
     /// Fails when a call to containerd fails.
@@ -89,7 +90,7 @@ impl Client {
         digest: &Digest,
         labels: Labels,
     ) -> Result<bool, ContainerdError> {
-        // The lease comes first: a blob that the garbage collector has not removed by then is kept.
+        // The blob is added to the lease first: a blob that the garbage collector has not removed by then is kept.
         self.add_to_lease(lease, "content", digest.as_str()).await?;
         if labels.is_empty() {
             return Ok(self.blob(digest).await?.is_some());
@@ -104,8 +105,8 @@ impl Client {
         }
     }
 
-    /// Opens a blob for writing from its start. Returns `None` if the blob exists already. While another writer writes
-    /// the same blob, this waits.
+    /// Opens a blob for writing from its start. Returns `None` if the blob exists already. The function waits while
+    /// another writer writes the same blob.
     ///
     /// # Errors
     /// Fails when the call to containerd fails.
@@ -121,7 +122,7 @@ impl Client {
         loop {
             match self.try_open_blob(lease, digest, size, (&reference, stale)).await {
                 // Another writer has the reference: another image's pull of the same layer, which will fail or commit.
-                // The time for which this waits is limited by the pull's own timeout.
+                // The pull's own timeout limits this wait.
                 Err(ContainerdError::Refused { source, .. }) if source.code == Code::Unavailable => {
                     retry_interval.tick().await;
                 }
@@ -133,7 +134,8 @@ impl Client {
         }
     }
 
-    /// Opens a blob for writing. Returns `None` if there was a stale ingest, which was thrown away.
+    /// Opens a blob for writing. Returns `None` if there was a stale ingest, which was thrown away. The caller tries
+    /// again.
     async fn try_open_blob(
         &self,
         lease: &LeaseId,
@@ -150,9 +152,9 @@ impl Client {
             expected: digest.to_string(),
             ..Default::default()
         };
-        // The first message must be sent before containerd answers the call at all.
+        // containerd answers the call only after it has received the first message.
         if send.send(stat).await.is_err() {
-            unreachable!("the receiver is held right here");
+            unreachable!("this function owns the receiver");
         }
         let request = self.request(Some(lease), ReceiverStream::new(receive));
         let answers = self.call(CALL_NAME, digest.as_str(), self.content().write(request)).await?;
@@ -170,8 +172,8 @@ impl Client {
             return Ok(Some(writer));
         }
         if answer.offset == size && stale == StaleIngest::Accept {
-            // The blob is still complete after it was thrown away: containerd has it for another namespace and shares
-            // it.
+            // The blob is complete although its ingest was thrown away: containerd has the blob for another namespace
+            // and shares its bytes.
             writer.offset = size;
             return Ok(Some(writer));
         }
@@ -180,7 +182,7 @@ impl Client {
         drop(writer);
         let abort = self.request(None, AbortRequest { r#ref: reference.to_owned() });
         match self.call("Content.Abort", reference, self.content().abort(abort)).await {
-            // "Not found" is fine: another image's pull of the same layer was faster.
+            // "Not found" is no failure: another image's pull of the same layer has aborted or completed the ingest.
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(None),
         }
@@ -196,6 +198,7 @@ impl Client {
         Ok(BlobReader { client: self.clone(), digest: digest.clone(), stream })
     }
 
+    /// Returns the next message of a stream, or `None` at its end.
     pub(super) async fn next_message<T>(
         &self,
         call: &'static str,
@@ -239,17 +242,17 @@ impl BlobReader {
     }
 }
 
-/// The treatment of an ingest that has data already.
+/// What happens to an ingest that has data already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StaleIngest {
-    /// Throws the ingest away.
+    /// The ingest is thrown away.
     Discard,
-    /// Uses the data, if it is the whole blob.
+    /// The data is used if it is the whole blob.
     Accept,
 }
 
-/// A blob that is being written. If this is dropped before `commit`, the blob never becomes visible. `abandon` also
-/// frees its space at once.
+/// A blob that is being written. If the writer is dropped before `commit`, the blob never becomes visible. `abandon`
+/// also frees the space of the written data at once.
 #[derive(Debug)]
 pub struct BlobWriter {
     client: Client,
@@ -306,6 +309,7 @@ impl BlobWriter {
             labels,
             ..Default::default()
         };
+        // If the stream is closed, the answer below fails with the reason.
         let _ = self.send.send(message).await;
         // containerd syncs the whole blob to disk before it answers.
         match self.answer_within(COMMIT_TIMEOUT).await {
@@ -320,7 +324,10 @@ impl BlobWriter {
         drop((send, answers));
         let request = client.request(None, AbortRequest { r#ref: reference.clone() });
         if let Err(error) = client.call("Content.Abort", &reference, client.content().abort(request)).await {
-            tracing::debug!(%error, "could not abort a download; containerd's garbage collector removes its data");
+            tracing::debug!(
+                error = %crate::error_chain(&error),
+                "could not abort a download; containerd's garbage collector removes its data"
+            );
         }
     }
 

@@ -64,7 +64,7 @@ impl From<Status> for Refusal {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ContainerdError {
     /// No daemon listens at the socket, or the daemon has stopped during the call.
-    #[error("containerd at {address} is out of reach")]
+    #[error("could not reach containerd at {address}")]
     Unreachable {
         /// containerd's socket.
         address: PathBuf,
@@ -72,7 +72,7 @@ pub enum ContainerdError {
         source: Refusal,
     },
     /// containerd refused the call.
-    #[error("containerd: {call} {subject}")]
+    #[error("containerd refused {call} {subject}")]
     Refused {
         /// The method that was called.
         call: &'static str,
@@ -82,7 +82,7 @@ pub enum ContainerdError {
         source: Refusal,
     },
     /// containerd did not answer in time.
-    #[error("containerd: {call} {subject}: no answer in {} s", after.as_secs())]
+    #[error("containerd did not answer {call} {subject} within {} s", after.as_secs())]
     TimedOut {
         /// The method that was called.
         call: &'static str,
@@ -92,7 +92,7 @@ pub enum ContainerdError {
         after: Duration,
     },
     /// containerd answered in a way that no version of it should.
-    #[error("containerd: {call} {subject}: {problem}")]
+    #[error("containerd gave a faulty answer to {call} {subject}: {problem}")]
     MalformedAnswer {
         /// The method that was called.
         call: &'static str,
@@ -118,7 +118,7 @@ impl ContainerdError {
     pub fn failure_cause(&self) -> Cause {
         match self {
             Self::Unreachable { .. } | Self::TimedOut { .. } | Self::MalformedAnswer { .. } => Cause::Host,
-            // Errors of Go code come with the code Unknown, whatever their kind, so the message is looked at before the
+            // containerd returns most errors of Go code with the code Unknown, so the message is classified before the
             // code.
             Self::Refused { source, .. } => failure::of_message(&source.message).unwrap_or(match source.code {
                 Code::InvalidArgument
@@ -141,8 +141,8 @@ impl ContainerdError {
     }
 }
 
-/// A client of one containerd, for one of its namespaces and one of its snapshotters. It is cheap to clone. It connects
-/// when it is first used, and again after the daemon was restarted.
+/// A client of one containerd, for one of its namespaces and one of its snapshotters. A clone is cheap and uses the
+/// same connection. The client connects at its first call, and again after a restart of the daemon.
 #[derive(Debug, Clone)]
 pub struct Client {
     address: PathBuf,
@@ -188,7 +188,7 @@ impl Client {
         }
     }
 
-    /// Returns the snapshotter in use.
+    /// Returns the name of the snapshotter that this client uses.
     pub fn snapshotter(&self) -> &str {
         &self.snapshotter
     }
@@ -284,7 +284,8 @@ impl Client {
         Ok(answer.images.into_iter().filter_map(|image| Some((image.name, image.target?))).collect())
     }
 
-    /// Returns the owner of the image record `name`, if this driver, with any state directory, has created the record.
+    /// Returns the owner in the label of the image record `name`. Returns `None` if there is no such record, or if this
+    /// driver has not created it.
     ///
     /// # Errors
     /// Fails when the call to containerd fails.
@@ -347,6 +348,7 @@ impl Client {
         request
     }
 
+    /// Makes a call with the usual timeout. `subject` names the object of the call in errors.
     async fn call<T>(
         &self,
         call: &'static str,
@@ -371,12 +373,12 @@ impl Client {
     }
 
     fn refused(&self, call: &'static str, subject: &str, status: Status) -> ContainerdError {
-        // containerd answers Unavailable for a locked ingest, too. Without a transport error as the cause, containerd
-        // has answered.
-        let transport = std::error::Error::source(&status)
+        // containerd answers Unavailable for a locked ingest, too. So only a status whose cause is an error of the
+        // transport means that containerd has not answered.
+        let is_transport_error = std::error::Error::source(&status)
             .and_then(|source| source.downcast_ref::<tonic::transport::Error>())
             .is_some();
-        if transport {
+        if is_transport_error {
             let mut message = status.message().to_owned();
             let mut cause = std::error::Error::source(&status).and_then(std::error::Error::source);
             while let Some(error) = cause {

@@ -25,17 +25,17 @@ use crate::{
     process::command,
 };
 
-/// The timeout for the daemon to come up. bolt and containerd's plugins are up in well under a second, but it takes
-/// longer on a cold disk.
+/// The time within which the daemon must answer its first call. Usually it takes well under a second, and longer when
+/// its program and database are not in the page cache.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// The time for the daemon to exit after SIGTERM.
+/// The time within which the daemon must exit after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The reason why a private containerd could not be started or joined.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateError {
     /// An operation on a file or directory of the daemon failed.
-    #[error("private containerd: {path}")]
+    #[error("could not use {path} for a private containerd")]
     File {
         /// The path of the file or directory.
         path: PathBuf,
@@ -44,7 +44,7 @@ pub enum PrivateError {
     },
     /// The daemon's program could not be started.
     #[error(
-        "private containerd: could not start {program:?}; install containerd, or name a running one with --address"
+        "could not start {program:?} as a private containerd; install containerd, or name a running one with --address"
     )]
     Spawn {
         /// The program.
@@ -52,12 +52,12 @@ pub enum PrivateError {
         /// The cause.
         source: io::Error,
     },
-    /// The daemon exited, or never answered.
-    #[error("private containerd did not come up; its log is {log}")]
-    DidNotComeUp {
+    /// The daemon exited, or did not answer in time.
+    #[error("the private containerd did not start; its log is {log}")]
+    DidNotStart {
         /// The daemon's log.
         log: PathBuf,
-        /// The error of the last attempt to reach it.
+        /// The error of the last call to the daemon.
         source: ContainerdError,
     },
 }
@@ -121,14 +121,15 @@ pub async fn acquire(root: &Path, run: &Path) -> Result<DaemonHold, PrivateError
         if client(run).version().await.is_ok() {
             return Ok(DaemonHold { lock: Some(shared), run: run.to_owned() });
         }
-        // The daemon does not run, or another program is stopping it. Only one program may start it, while no other one
-        // uses it.
+        // The daemon does not run, or another program is stopping it. Only one program may start the daemon, and only
+        // while no other program uses it.
         drop(shared);
         let exclusive = lock(&path, FlockArg::LockExclusive).await?;
         if client(run).version().await.is_err() {
             start(root, run).await?;
         }
-        // Before the shared lock is taken again, a last user may stop the daemon. The loop then starts it once more.
+        // Before this function takes the shared lock again, another program may release its hold as the last one and
+        // stop the daemon. The loop then starts the daemon once more.
         drop(exclusive);
     }
 }
@@ -166,16 +167,17 @@ async fn start(root: &Path, run: &Path) -> Result<(), PrivateError> {
         .process_group(0)
         .spawn()
         .map_err(|source| PrivateError::Spawn { program: program.to_owned(), source })?;
-    let up = wait_until_up(run, &mut child, &log_path).await;
-    if up.is_err() {
+    let started = wait_until_started(run, &mut child, &log_path).await;
+    if started.is_err() {
         let _ = child.kill();
     }
     // The thread reaps the daemon if it exits before this program; the daemon may also outlive it.
     std::thread::spawn(move || child.wait());
-    up
+    started
 }
 
-async fn wait_until_up(run: &Path, child: &mut std::process::Child, log: &Path) -> Result<(), PrivateError> {
+/// Writes the daemon's pid file and waits until the daemon answers.
+async fn wait_until_started(run: &Path, child: &mut std::process::Child, log: &Path) -> Result<(), PrivateError> {
     let pid = run.join("pid");
     write_private(&pid, child.id().to_string().as_bytes())
         .map_err(|source| PrivateError::File { path: pid, source })?;
@@ -185,7 +187,7 @@ async fn wait_until_up(run: &Path, child: &mut std::process::Child, log: &Path) 
         let Err(source) = client.version().await else { return Ok(()) };
         let ended = matches!(child.try_wait(), Ok(Some(_)));
         if ended || tokio::time::Instant::now() > deadline {
-            return Err(PrivateError::DidNotComeUp { log: log.to_owned(), source });
+            return Err(PrivateError::DidNotStart { log: log.to_owned(), source });
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -204,7 +206,7 @@ async fn stop(run: &Path) {
     let deadline = tokio::time::Instant::now() + STOP_TIMEOUT;
     while fs::metadata(format!("/proc/{pid}/cmdline")).is_ok() && kill(pid, None).is_ok() {
         if tokio::time::Instant::now() > deadline {
-            tracing::warn!(%pid, "the private containerd ignores SIGTERM");
+            tracing::warn!(%pid, "the private containerd still runs some seconds after SIGTERM");
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;

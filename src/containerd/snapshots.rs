@@ -26,7 +26,7 @@ impl Client {
         SnapshotsClient::new(self.channel.clone())
     }
 
-    /// Returns the kind of this client's snapshots as objects of a lease.
+    /// Returns the kind that this client's snapshots have as objects of a lease.
     pub fn snapshot_kind(&self) -> String {
         format!("snapshots/{}", self.snapshotter)
     }
@@ -116,7 +116,8 @@ impl Client {
     /// Commits the writable snapshot `key` as the permanent snapshot `name`.
     ///
     /// # Errors
-    /// Fails when the call to containerd fails, and with `AlreadyExists` when another pull was faster.
+    /// Fails when the call to containerd fails, and with `AlreadyExists` when another pull has already committed
+    /// `name`.
     pub async fn commit_snapshot(
         &self,
         lease: &LeaseId,

@@ -40,16 +40,17 @@ pub enum Network {
     None,
 }
 
-/// Whether others may change the root file system under a running task (runsc's `--file-access`).
+/// Whether processes outside of the sandbox may change the root file system of a running task (runsc's
+/// `--file-access`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileAccess {
     /// Only the sandbox changes the root file system, so runsc can cache much of it in memory.
     Exclusive,
-    /// Others may change the root file system.
+    /// Other processes may change the root file system.
     Shared,
 }
 
-/// Implements `Display` and `FromStr` for an enum whose variants have the given words.
+/// Implements `Display` and `FromStr` for an enum whose variants have these texts.
 macro_rules! string_enum {
     ($kind:ty, $one_of:literal, $($variant:path => $word:literal),+) => {
         impl fmt::Display for $kind {
@@ -77,7 +78,7 @@ pub struct GvisorSettings {
     /// The platform; `None` uses the first one that is found to work on this host.
     pub platform: Option<Platform>,
     /// The network stack in the network namespace of a group. In a task's own namespace there is only a loopback
-    /// interface, whatever this is.
+    /// interface, whatever the value is.
     pub network: Network,
     /// `--overlay2`; `None` uses runsc's default.
     pub overlay: Option<String>,
@@ -124,7 +125,7 @@ const OWN_FLAGS: [&str; 12] = [
 /// Checks one of the operator's further flags.
 ///
 /// # Errors
-/// A message that says what is wrong with the flag.
+/// Returns a description of what is wrong with the flag.
 pub fn check_flag(flag: &str) -> Result<(), String> {
     let name = flag.split('=').next().unwrap_or_default();
     if name.is_empty() || name.starts_with('-') || flag.contains(['\n', '\0']) {
@@ -138,16 +139,16 @@ pub fn check_flag(flag: &str) -> Result<(), String> {
     }
 }
 
-/// Says by a process's name and command line whether it is a runsc that is creating a container. A sandbox, its file
-/// server and its supervisor are not.
+/// Returns whether a process is a runsc that is creating a container, by the process's name and command line. A
+/// sandbox, its file server and its supervisor are not.
 pub fn is_creating_container(name: &str, line: &[u8]) -> bool {
     let has = |wanted: &[u8]| line.split(|byte| *byte == 0).any(|word| word == wanted);
     let creates = has(b"create") || (has(b"run") && has(b"--detach"));
     creates && name.trim_end().as_bytes() != SUPERVISOR_COMM.to_bytes()
 }
 
-/// Says whether gVisor passes a device on to a task (by its nvproxy or tpuproxy). Everything else in a sandbox's `/dev`
-/// is emulated by gVisor.
+/// Returns whether gVisor passes a device on to a task (by its nvproxy or tpuproxy). gVisor emulates all other devices
+/// in a sandbox's `/dev`.
 pub fn passes_device_through(device: &Path) -> bool {
     const KNOWN: [&str; 3] = ["/dev/nvidia", "/dev/accel", "/dev/vfio/"];
     let device = device.to_string_lossy();
@@ -175,7 +176,7 @@ pub fn known_flags(text: &str) -> BTreeSet<&str> {
 }
 
 impl GvisorSettings {
-    /// Says whether a sandbox has files in its volumes that `runsc delete` removes (`--overlay2=all:self`).
+    /// Returns whether a sandbox has files in its volumes that `runsc delete` removes (`--overlay2=all:self`).
     pub fn writes_into_volumes(&self) -> bool {
         self.overlay.as_ref().is_some_and(|overlay| overlay.starts_with("all:"))
     }
@@ -225,7 +226,7 @@ pub fn container_of_state_file(file: &str) -> &str {
 /// file.
 pub const SANDBOX_PID_SUFFIX: &str = ".inside";
 
-/// The annotation that tells gVisor's own shim that a container is a sandbox. Without it, the shim's Create never
+/// The annotation that marks a container as a sandbox for gVisor's own shim. Without it, the shim's Create never
 /// returns (reference: gVisor's shim, `SpecContainerType`).
 pub const SANDBOX_ANNOTATION: (&str, &str) = ("io.kubernetes.cri.container-type", "sandbox");
 /// The type URL of the options that carry the configuration of gVisor's own shim.
@@ -236,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flags_are_what_was_set() {
+    fn settings_become_flags() {
         let plain = GvisorSettings::default();
         assert_eq!(
             plain.flags("systrap", Network::Sandbox, None),
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_of_ours_are_not_for_the_list() {
+    fn flags_that_the_driver_sets_are_refused() {
         assert_eq!(check_flag("host-uds=open"), Ok(()));
         for bad in ["platform=kvm", "root=/x", "--net-raw", "", "=x", "a\nb"] {
             assert!(check_flag(bad).is_err(), "{bad:?}");
@@ -284,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn known_flags_are_read_from_its_list() {
+    fn known_flags_are_read_from_runscs_list() {
         let text = "  -allow-suid\n    \tallows ID\n  -shared-root string\n    \tdirectory\n";
         assert_eq!(known_flags(text), BTreeSet::from(["allow-suid", "shared-root"]));
     }

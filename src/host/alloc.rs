@@ -43,7 +43,8 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> HostError {
     move |source| HostError::File { path: path.clone(), source }
 }
 
-fn directory(path: &Path, mode: u32) -> Result<(), HostError> {
+/// Creates a directory and its parents, and sets the directory's mode.
+fn create_dir(path: &Path, mode: u32) -> Result<(), HostError> {
     fs::create_dir_all(path).map_err(failed(path))?;
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed(path))
 }
@@ -52,11 +53,11 @@ impl Alloc {
     /// Creates an allocation's directory below `parent`.
     ///
     /// # Errors
-    /// When a directory can't be created.
+    /// Fails when a directory can't be created.
     pub fn create(parent: &Path, id: &str) -> Result<Self, HostError> {
         let dir = parent.join(id);
         for shared in ["alloc", "alloc/data", "alloc/logs", "alloc/tmp"] {
-            directory(&dir.join(shared), 0o777)?;
+            create_dir(&dir.join(shared), 0o777)?;
         }
         Ok(Self { id: id.to_owned(), dir })
     }
@@ -64,10 +65,10 @@ impl Alloc {
     /// Creates a task's directories and its two FIFOs.
     ///
     /// # Errors
-    /// When a directory or FIFO can't be created.
+    /// Fails when a directory or FIFO can't be created.
     pub fn create_task(&self, name: &str) -> Result<TaskDirs, HostError> {
         for (own, mode) in [("local", 0o777), ("secrets", 0o777), ("private", 0o700), ("tmp", 0o777)] {
-            directory(&self.dir.join(name).join(own), mode)?;
+            create_dir(&self.dir.join(name).join(own), mode)?;
         }
         let logs = self.dir.join("alloc/logs");
         let fifo = |stream: &str| {
@@ -89,7 +90,7 @@ impl Alloc {
     /// Removes the allocation's directory.
     ///
     /// # Errors
-    /// When the directory can't be removed.
+    /// Fails when the directory can't be removed.
     pub fn remove(&self) -> Result<(), HostError> {
         fs::remove_dir_all(&self.dir).map_err(failed(&self.dir))
     }

@@ -1,5 +1,5 @@
-//! Encodes configurations as Nomad does: decodes them by the plugin's schema, and encodes them as msgpack with every
-//! key of the schema.
+//! Encodes configurations as Nomad does: a configuration is decoded by the plugin's schema and encoded as msgpack with
+//! every key of the schema.
 
 use rmpv::Value as MsgpackValue;
 use serde_json::Value as Json;
@@ -14,7 +14,7 @@ pub struct ConfigMismatch(String);
 /// Decodes `json` by `spec` and encodes the result. Without a schema, the result is an empty configuration.
 ///
 /// # Errors
-/// When an argument is unknown, missing or of the wrong type, as in Nomad.
+/// Fails when an argument is unknown, missing or of the wrong type, as in Nomad.
 pub fn encode(spec: Option<&Spec>, json: &Json) -> Result<Vec<u8>, ConfigMismatch> {
     let value = match spec {
         Some(spec) => decode(spec, "", Some(json).filter(|json| !json.is_null()))?,
@@ -31,11 +31,12 @@ pub fn encode_raw(json: &Json) -> Vec<u8> {
 fn pack(value: &MsgpackValue) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Err(error) = rmpv::encode::write_value(&mut bytes, value) {
-        tracing::error!(%error, "could not encode a configuration in memory, which should never fail");
+        tracing::error!(%error, "could not encode a configuration; the plugin gets only a part of it");
     }
     bytes
 }
 
+/// Decodes `json` by a part of a schema. `name` names the option in errors.
 fn decode(spec: &Spec, name: &str, json: Option<&Json>) -> Result<MsgpackValue, ConfigMismatch> {
     let mismatch = |problem: String| ConfigMismatch(problem);
     match &spec.block {
@@ -134,6 +135,7 @@ fn coerce(kind: &str, name: &str, value: &Json) -> Result<MsgpackValue, ConfigMi
     }
 }
 
+/// Converts a value without a schema.
 fn convert(json: &Json) -> MsgpackValue {
     match json {
         Json::Null => MsgpackValue::Nil,

@@ -1,5 +1,5 @@
-//! Collects a task's output as Nomad's logmon does: each FIFO is opened for reading as soon as it exists, with a
-//! blocking open in a thread of its own, and is read until the last writer has closed it.
+//! Collects a task's output as Nomad's logmon does: each FIFO has a thread, which opens the FIFO for reading with a
+//! blocking open and reads it until the last writer has closed it.
 
 use std::{
     fmt,
@@ -43,13 +43,13 @@ impl Collector {
     /// Starts a thread that reads the FIFO.
     pub fn start(fifo: &Path, output: Output) -> Self {
         let (text, first) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(None)));
-        let (tell, ended) = watch::channel(false);
-        let (fifo, kept, began) = (fifo.to_owned(), text.clone(), first.clone());
+        let (end_sender, ended) = watch::channel(false);
+        let (fifo, kept, first_byte_at) = (fifo.to_owned(), text.clone(), first.clone());
         thread::spawn(move || {
-            if let Err(error) = read_fifo(&fifo, output, &kept, &began) {
+            if let Err(error) = read_fifo(&fifo, output, &kept, &first_byte_at) {
                 tracing::warn!(fifo = %fifo.display(), %error, "could not collect the output of a FIFO");
             }
-            tell.send_replace(true);
+            end_sender.send_replace(true);
         });
         Self { text, first_byte_at: first, ended }
     }
@@ -69,8 +69,8 @@ impl Collector {
         *self.first_byte_at.lock()
     }
 
-    /// Waits for the end of the stream, and returns how long that took; `None` when the stream did not end within
-    /// `limit`.
+    /// Waits for the end of the stream, and returns how long that took. Returns `None` when the stream did not end
+    /// within `limit`.
     pub async fn wait_for_end(&self, limit: Duration) -> Option<Duration> {
         let began = Instant::now();
         let mut ended = self.ended.clone();

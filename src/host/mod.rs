@@ -104,7 +104,7 @@ pub enum HostError {
 pub struct PluginCommand {
     /// The program.
     pub program: PathBuf,
-    /// The first word of the command line, if it is not the program's path.
+    /// The argument 0 of the process, if it is not the program's path.
     pub arg0: Option<OsString>,
     /// The arguments.
     pub args: Vec<String>,
@@ -153,23 +153,23 @@ impl Plugin {
     /// Starts a plugin, performs the handshake and connects to the plugin.
     ///
     /// # Errors
-    /// When the plugin does not start, writes a wrong handshake line, or can't be reached.
-    pub async fn launch(launch: &PluginCommand) -> Result<Self, HostError> {
-        let program = launch.program.clone();
-        let identity = if launch.tls { Some(tls::Identity::new()?) } else { None };
+    /// Fails when the plugin does not start, writes a wrong handshake line, or can't be reached.
+    pub async fn launch(parameters: &PluginCommand) -> Result<Self, HostError> {
+        let program = parameters.program.clone();
+        let identity = if parameters.tls { Some(tls::Identity::new()?) } else { None };
         let mut command = async_command(&program);
         command
-            .args(&launch.args)
+            .args(&parameters.args)
             .env(MAGIC_COOKIE_KEY, MAGIC_COOKIE)
             .env("PLUGIN_PROTOCOL_VERSIONS", "2")
             .env("PLUGIN_MIN_PORT", "10000")
             .env("PLUGIN_MAX_PORT", "25000")
-            .envs(launch.env.iter().map(|(key, value)| (key, value)))
+            .envs(parameters.env.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        if let Some(arg0) = &launch.arg0 {
+        if let Some(arg0) = &parameters.arg0 {
             command.arg0(arg0);
         }
         if let Some(identity) = &identity {
@@ -193,7 +193,7 @@ impl Plugin {
             let stderr = stderr.lock().trim().to_owned();
             HostError::Handshake { program: program.clone(), problem, stderr }
         };
-        let pipe = child.stdout.take().ok_or_else(|| refused("no stdout".to_owned()))?;
+        let pipe = child.stdout.take().ok_or_else(|| refused("it has no standard output".to_owned()))?;
         let mut lines = BufReader::new(pipe).lines();
         let line = match tokio::time::timeout(HANDSHAKE_TIMEOUT, lines.next_line()).await {
             Ok(Ok(Some(line))) => line,
@@ -202,10 +202,10 @@ impl Plugin {
                 for reader in readers {
                     let _ = reader.await;
                 }
-                return Err(refused("it ended without a handshake".to_owned()));
+                return Err(refused("it ended without a handshake line".to_owned()));
             }
             Ok(Err(error)) => return Err(refused(error.to_string())),
-            Err(_) => return Err(refused(format!("no handshake in {} s", HANDSHAKE_TIMEOUT.as_secs()))),
+            Err(_) => return Err(refused(format!("no handshake line within {} s", HANDSHAKE_TIMEOUT.as_secs()))),
         };
         // The plugin's standard output is read as long as the plugin runs, because a full pipe would block it.
         readers.push(tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} }));
@@ -217,7 +217,7 @@ impl Plugin {
     /// Connects to a plugin that another host has started and left running, as a new agent does.
     ///
     /// # Errors
-    /// When the plugin can't be reached.
+    /// Fails when the plugin can't be reached.
     pub async fn reattach(socket: &Path) -> Result<Self, HostError> {
         let channel = connect(socket, None, String::new()).await?;
         let readers = Vec::new();
@@ -241,7 +241,7 @@ impl Plugin {
     /// Waits for the plugin's end, and returns its exit status.
     ///
     /// # Errors
-    /// When another host has started the plugin, or waiting fails.
+    /// Fails when another host has started the plugin, or waiting fails.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         match &mut self.child {
             Some(child) => child.wait().await,
@@ -277,7 +277,7 @@ impl Plugin {
     /// Returns the plugin's name, type and versions.
     ///
     /// # Errors
-    /// When the call fails.
+    /// Fails when the call fails.
     pub async fn info(&self) -> Result<PluginInfoResponse, HostError> {
         let answer = self.base().plugin_info(PluginInfoRequest {}).await;
         answer.map(tonic::Response::into_inner).map_err(call_error("PluginInfo"))
@@ -287,7 +287,7 @@ impl Plugin {
     /// `Init`.
     ///
     /// # Errors
-    /// When the schema or the plugin refuses the configuration.
+    /// Fails when the schema or the plugin refuses the configuration.
     pub async fn configure(&self, config: &serde_json::Value) -> Result<(), HostError> {
         let schema =
             self.base().config_schema(ConfigSchemaRequest {}).await.map_err(call_error("ConfigSchema"))?.into_inner();
@@ -309,20 +309,20 @@ impl Plugin {
     /// Asks the plugin to shut down, and kills it if it has not ended within `timeout`.
     pub async fn shut_down_within(mut self, timeout: Duration) -> PluginExit {
         let began = Instant::now();
-        let leave = async {
+        let shutdown = async {
             let _ = GrpcControllerClient::new(self.channel.clone()).shutdown(Empty {}).await;
             match &mut self.child {
                 Some(child) => child.wait().await.ok(),
                 None => None,
             }
         };
-        let status = tokio::time::timeout(timeout, leave).await.ok().flatten();
+        let status = tokio::time::timeout(timeout, shutdown).await.ok().flatten();
         let took = began.elapsed();
         if let (None, Some(child)) = (status, &mut self.child) {
             let _ = child.kill().await;
         }
-        // The agent waits for the end of both pipes. If a child of the plugin has inherited them, that takes longer
-        // here.
+        // An agent waits for the end of both pipes. If a child of the plugin has inherited them, they end later, so the
+        // wait is limited here.
         for reader in std::mem::take(&mut self.readers) {
             let _ = tokio::time::timeout(timeout, reader).await;
         }

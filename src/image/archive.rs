@@ -26,7 +26,7 @@ use crate::ids::Digest;
 const DOCUMENT_MAX: u64 = 4 << 20;
 /// The largest number of entries in an archive. An image of 127 layers has some 260 entries.
 const ENTRIES_MAX: usize = 100_000;
-/// The largest name or attribute of an archive's entry; longer ones are an attack.
+/// The largest name or attribute of an archive's entry. No real archive has larger ones.
 const EXTENSION_MAX: u64 = 1 << 20;
 /// The limit on the length of all long names of an archive together.
 const NAMES_MAX: usize = 16 << 20;
@@ -52,11 +52,11 @@ enum Store {
 }
 
 impl OpenedArchive {
-    /// Opens an image and reads its index or manifest. Blocks; hashing a docker archive ends early when `keep_going`
-    /// becomes false.
+    /// Opens an image and reads its index or manifest. This blocks. The hashing of a docker archive ends early when
+    /// `keep_going` becomes false.
     ///
     /// # Errors
-    /// When the files can't be read, or are not in the format that the image's name says.
+    /// Fails when the files can't be read, or are not in the format that the image's name says.
     pub(crate) fn open(
         reference: &Reference,
         archive: &Archive,
@@ -97,7 +97,7 @@ impl OpenedArchive {
     /// Returns a reader of a blob. The caller must check the digest of the bytes.
     ///
     /// # Errors
-    /// When the blob does not exist, can't be opened, or does not have `size` bytes.
+    /// Fails when the blob does not exist, can't be opened, or does not have `size` bytes.
     pub(crate) fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<io::Take<File>, ImageError> {
         let default = || format!("blobs/{}", digest.as_str().replace(':', "/"));
         let name = self.blobs.get(digest).cloned().unwrap_or_else(default);
@@ -117,7 +117,7 @@ impl OpenedArchive {
     /// Returns all bytes of a small blob.
     ///
     /// # Errors
-    /// The errors of `blob`, and when the blob is larger than `limit`.
+    /// Fails as `blob` does, and when the blob is larger than `limit`.
     pub(crate) fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, ImageError> {
         let blob = self.blob(digest, None)?;
         read_all(blob, limit).map_err(|error| self.unreadable(digest, error))
@@ -139,16 +139,16 @@ impl OpenedArchive {
                 Ok(file.take(length))
             }
             Store::Tar(file, entries) => {
-                let &(place, length) = entries.get(name).ok_or_else(|| {
+                let &(offset, length) = entries.get(name).ok_or_else(|| {
                     let problem = format!("there is no {name} in the archive; it may be cut off");
                     io::Error::new(io::ErrorKind::NotFound, problem)
                 })?;
-                // Opened once more, because concurrent readers each need a file offset of their own.
+                // The file is opened once more, because each concurrent reader needs a file offset of its own.
                 let mut own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-                if place + length > own.metadata()?.len() {
+                if offset + length > own.metadata()?.len() {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the archive is cut off"));
                 }
-                own.seek(SeekFrom::Start(place))?;
+                own.seek(SeekFrom::Start(offset))?;
                 Ok(own.take(length))
             }
         }
@@ -171,11 +171,11 @@ impl OpenedArchive {
         let chosen = match (tag, index.manifests().as_slice()) {
             (Some(tag), _) => named(tag).ok_or_else(|| format!("it has no image called {tag:?}"))?,
             (None, [only]) => only,
-            (None, []) => return Err("it holds no image".to_owned()),
+            (None, []) => return Err("it contains no image".to_owned()),
             // Several entries are one image for several platforms if each names its platform. Otherwise they are
             // several images, and the caller must name one.
             (None, many) if many.iter().any(|manifest| manifest.platform().is_none()) => {
-                return Err(format!("it holds {} images; say which (oci:PATH:NAME)", many.len()));
+                return Err(format!("it contains {} images; name one of them (oci:PATH:NAME)", many.len()));
             }
             (None, _) => return Ok((String::new(), bytes)),
         };
@@ -209,13 +209,14 @@ impl OpenedArchive {
             saved.retain(|one| one.repo_tags.iter().flatten().any(|name| name == tag));
         }
         let [one] = &saved[..] else {
-            return Err(format!("it holds {} images of that name; say which (docker-archive:FILE:NAME)", saved.len()));
+            let count = saved.len();
+            return Err(format!("{count} of its images match; name exactly one (docker-archive:FILE:NAME)"));
         };
         let config = self.json(&one.config)?;
         let config_digest = Digest::of(&config);
         self.blobs.insert(config_digest.clone(), one.config.clone());
         if one.layers.len() > LAYERS_MAX {
-            return Err(format!("{} layers; {LAYERS_MAX} is the most", one.layers.len()));
+            return Err(format!("it has {} layers; an image has at most {LAYERS_MAX}", one.layers.len()));
         }
         let mut layers = Vec::new();
         for name in &one.layers {
@@ -234,6 +235,7 @@ impl OpenedArchive {
         Ok((media_type.to_owned(), manifest.to_string().into_bytes()))
     }
 
+    /// Returns the digest, size and media type of a layer's file.
     fn hash(&self, name: &str, keep_going: &AtomicBool) -> io::Result<(Digest, u64, &'static str)> {
         let mut file = self.read(name)?;
         let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 256 << 10]);
@@ -264,8 +266,8 @@ fn read_all(mut file: io::Take<File>, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Returns the offset and length of each file in a tar archive by name. A link, with which older versions of docker
-/// save a layer that an image has twice, gets those of its target.
+/// Returns the offset and length of each file in a tar archive by name. A link gets the offset and length of its
+/// target: older versions of docker save a layer that an image has twice as a link.
 fn list_entries(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     let mut magic = [0; 4];
     let read = (&*file).read(&mut magic).map_err(|error| error.to_string())?;
@@ -280,8 +282,8 @@ fn list_entries(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
     let (mut found, mut links) = (HashMap::new(), Vec::new());
     let unreadable = |error: io::Error| format!("it is not a tar archive, or it is cut off: {error}");
     let (mut extended, mut names) = (LongNames::default(), 0);
-    // Raw entries are read, because otherwise the library reads the whole extension entry before an entry (its long
-    // name, its attributes) into memory, without a limit.
+    // Raw entries are read. Otherwise the library would read the extension entry before an entry (its long name, its
+    // attributes) into memory as a whole, without a limit.
     for (count, entry) in archive.entries_with_seek().map_err(unreadable)?.raw(true).enumerate() {
         let mut entry = entry.map_err(unreadable)?;
         if count >= ENTRIES_MAX {
@@ -319,8 +321,8 @@ fn list_entries(file: &File) -> Result<HashMap<String, (u64, u64)>, String> {
         }
     }
     for (name, target) in links {
-        if let Some(&place) = found.get(&target) {
-            found.insert(name, place);
+        if let Some(&location) = found.get(&target) {
+            found.insert(name, location);
         }
     }
     Ok(found)
@@ -334,6 +336,7 @@ struct LongNames {
 }
 
 impl LongNames {
+    /// Stores the names in the body of an extension entry.
     fn take(&mut self, kind: tar::EntryType, bytes: &[u8]) -> Result<(), String> {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
         if kind.is_gnu_longname() {
@@ -368,6 +371,7 @@ fn open_path(path: &Path, wanted: FileKind) -> io::Result<File> {
     reopen(&File::options().read(true).custom_flags(libc::O_PATH).open(path)?, wanted)
 }
 
+/// Opens a file for reading to which an `O_PATH` descriptor refers, if it is of the wanted kind.
 fn reopen(named: &File, wanted: FileKind) -> io::Result<File> {
     let kind = named.metadata()?.file_type();
     match wanted {
@@ -395,14 +399,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_made_plain() {
+    fn names_are_normalized() {
         for (name, plain_name) in [("./a/b", "a/b"), ("x/../y", "y"), ("../../etc/passwd", "etc/passwd"), ("/a", "a")] {
             assert_eq!(normalize_name(Path::new(name)), plain_name);
         }
     }
 
     #[test]
-    fn what_is_no_archive_is_told_from_one() {
+    fn other_files_are_refused() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let read = |bytes: &[u8]| {
             let path = directory.path().join("x");

@@ -83,11 +83,11 @@ pub enum RealmError {
 }
 
 /// Returns the URL from which a token for the registry of `image_name` must be requested. The realm may be on any host,
-/// as Docker Hub's is (`auth.docker.io`): the registry sees the same credentials and could pass them on anyway. But it
-/// must use TLS.
+/// as Docker Hub's is (`auth.docker.io`): the registry sees the same credentials and could pass them on anyway. But the
+/// realm must use TLS.
 ///
 /// # Errors
-/// When no token may be requested from the realm.
+/// Fails when no token may be requested from the realm.
 pub(crate) fn token_url(
     realm: &str,
     query: &[(String, String)],
@@ -145,8 +145,8 @@ mod tests {
     }
 
     #[test]
-    fn realms_without_tls_are_on_this_host_or_not_asked() {
-        let asked = |realm: &str, image: &str| {
+    fn realms_without_tls_are_used_only_on_this_host() {
+        let checked = |realm: &str, image: &str| {
             let Ok(Reference::Registry(place)) = Reference::parse(image) else { panic!("{image}") };
             token_url(realm, &[], &place)
         };
@@ -158,7 +158,7 @@ mod tests {
             ("http://localhost:5001/token", "127.0.0.1:5000/a"),
             ("http://[::1]:5001/token", "localhost:5000/a"),
         ] {
-            assert!(asked(realm, image).is_ok(), "{realm} {image}");
+            assert!(checked(realm, image).is_ok(), "{realm} {image}");
         }
         for (realm, image) in [
             ("http://auth.example/token", "registry.example/a"),
@@ -170,13 +170,13 @@ mod tests {
             ("http://[::ffff:127.0.0.1]:5001/token", "localhost:5000/a"),
             ("ftp://localhost/token", "localhost:5000/a"),
         ] {
-            assert!(matches!(asked(realm, image), Err(RealmError::NoTls)), "{realm} {image}");
+            assert!(matches!(checked(realm, image), Err(RealmError::NoTls)), "{realm} {image}");
         }
         for realm in ["https://u:p@auth.example/token", "https://registry.example@evil.example/", "http://u@localhost/"]
         {
-            assert!(matches!(asked(realm, "localhost:5000/a"), Err(RealmError::UserInfo)), "{realm}");
+            assert!(matches!(checked(realm, "localhost:5000/a"), Err(RealmError::UserInfo)), "{realm}");
         }
-        assert!(matches!(asked("/token", "localhost:5000/a"), Err(RealmError::NotUrl)));
+        assert!(matches!(checked("/token", "localhost:5000/a"), Err(RealmError::NotUrl)));
     }
 
     proptest! {

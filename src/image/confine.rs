@@ -1,6 +1,6 @@
 //! Confines a thread that reads untrusted layers: decompressors and tar parsers are common attack surfaces.
 //!
-//! The thread loses all capabilities and every system call but those of computing on memory. It reads no file and
+//! The thread loses all capabilities, and all system calls except those for computing in memory. It reads no file and
 //! opens none; its input comes through a channel. Capabilities and seccomp filters are per thread (capabilities(7),
 //! seccomp(2)), so the thread must be made for the purpose: a thread of the async runtime must never be confined.
 
@@ -40,7 +40,7 @@ const ALLOWED: &[libc::c_long] = &[
 /// Confines the calling thread for the rest of its life. Every other system call fails with EPERM.
 ///
 /// # Errors
-/// When the kernel has no seccomp, or the filter does not know the architecture.
+/// Fails when the kernel has no seccomp, or the filter does not know the architecture.
 pub(crate) fn this_thread() -> Result<(), PrivilegeError> {
     confine(&[], SyscallFilter::Only(ALLOWED))
 }

@@ -26,8 +26,8 @@ pub struct Credentials {
 pub enum CredentialScope {
     /// Only the registry with this address.
     Registry(RegistryAddress),
-    /// The registry of the image that is pulled, whichever that is. This is the scope of a job's own credentials,
-    /// because the job's author names the image as well.
+    /// The registry of the image that is pulled. This is the scope of a job's own credentials, because the job's author
+    /// chooses the image as well.
     ImageRegistry,
 }
 
@@ -88,7 +88,8 @@ pub struct RegistryAddress {
 /// Why a text is not the address of a registry.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum AddressError {
-    /// The text has a user name before the host, and perhaps a password, so that the message does not repeat the text.
+    /// The text has a user name before the host, and perhaps a password. Therefore the message does not contain the
+    /// text.
     #[error("a registry's address must not contain a user name; write the host alone, such as registry.example:5000")]
     UserInfo,
     /// The text is malformed in another way.
@@ -118,7 +119,7 @@ impl FromStr for RegistryAddress {
 
     /// Parses an address. As in docker's `server_address`, a scheme before the host and a path after it are ignored
     /// (moby, daemon/pkg/registry/auth.go, `ConvertToHostname`). Unlike docker, this function refuses a text that can't
-    /// be a host: such credentials would silently be sent nowhere, or to another host than the reader thinks.
+    /// be a host: such credentials would silently not be sent, or be sent to another host than their author means.
     fn from_str(text: &str) -> Result<Self, AddressError> {
         if text.contains('@') {
             return Err(AddressError::UserInfo);
@@ -216,14 +217,14 @@ mod tests {
 
     /// An address with port 443 and one without a port are the same over TLS, and different over plain HTTP.
     #[test]
-    fn the_port_that_is_not_written_is_the_transports() {
+    fn an_address_without_a_port_has_the_transports_port() {
         assert!(for_server("127.0.0.1:443").may_be_sent_to(&place("127.0.0.1/a"), Transport::Tls));
         assert!(!for_server("127.0.0.1:443").may_be_sent_to(&place("127.0.0.1/a"), Transport::Plain));
         assert!(for_server("127.0.0.1:80").may_be_sent_to(&place("127.0.0.1/a"), Transport::Plain));
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn other_texts_are_refused() {
         for text in ["", "https://", ":5000", "a:b", "a:0", "a:65536", "a:", "a.", ".a", "-a", "a b", "a\\b", "a?b"] {
             assert!(matches!(text.parse::<RegistryAddress>(), Err(AddressError::Malformed { .. })), "{text}");
         }

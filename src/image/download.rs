@@ -1,5 +1,5 @@
-//! Brings one layer from a registry or an archive into containerd's store, and checks a layer that is stored already
-//! before another image uses it.
+//! Downloads one layer from a registry, or reads it from an archive, into containerd's store. A layer that is stored
+//! already is checked before another image uses it.
 
 use tokio::sync::Semaphore;
 
@@ -20,8 +20,8 @@ const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 
 /// The transfer of one layer of an image that is pulled.
 pub(crate) struct LayerDownload<'a> {
-    /// containerd's store, and the listener to the pull's progress.
-    pub source: &'a PullContext<'a>,
+    /// The clients and parameters of the pull.
+    pub context: &'a PullContext<'a>,
     /// The registry or archive that the image comes from.
     pub origin: &'a Origin<'a>,
     /// The image.
@@ -29,19 +29,19 @@ pub(crate) struct LayerDownload<'a> {
     /// The layer.
     pub layer: &'a Layer,
     /// The digest of its uncompressed bytes, as the image's configuration states it.
-    pub diff: &'a Digest,
+    pub diff_id: &'a Digest,
     /// Limits how many layers are transferred or read at the same time.
     pub transfers: &'a Semaphore,
 }
 
 impl LayerDownload<'_> {
-    /// Brings the layer into the store, under `lease`.
+    /// Makes sure that the layer is in the store, and adds it to `lease`.
     ///
     /// # Errors
-    /// When the layer can't be downloaded, or has another digest than its name or the image's configuration says.
+    /// Fails when the layer can't be downloaded, or has another digest than its name or the image's configuration says.
     pub(crate) async fn run(self, lease: &LeaseId) -> Result<(), ImageError> {
         let Layer { digest, size, .. } = self.layer;
-        let client = self.source.client;
+        let client = self.context.client;
         let (transfer, mut writer) = loop {
             if let Some(stored) = self.lease_stored(lease).await? {
                 return self.use_stored(lease, &stored).await;
@@ -71,7 +71,7 @@ impl LayerDownload<'_> {
 
     /// Returns the labels of the layer if it is in the store, and adds it to the lease.
     async fn lease_stored(&self, lease: &LeaseId) -> Result<Option<Labels>, ImageError> {
-        let client = self.source.client;
+        let client = self.context.client;
         if !client.add_blob_to_lease(lease, &self.layer.digest, Labels::new()).await? {
             return Ok(None);
         }
@@ -79,8 +79,8 @@ impl LayerDownload<'_> {
     }
 
     /// Uses the stored layer for this image after two checks. First, the image's own registry or archive must have the
-    /// layer: otherwise anybody who knows the digest of a private layer could read it by naming it in an image of their
-    /// own. Second, the layer's uncompressed digest must be the one in this image's configuration: otherwise the
+    /// layer: otherwise a user who knows the digest of a private layer could read the layer by naming it in an image of
+    /// their own. Second, the layer's uncompressed digest must be the one in this image's configuration: otherwise the
     /// configuration could claim the unpacked layers of another image. The order matters, because the second error
     /// contains the real digest.
     async fn use_stored(&self, lease: &LeaseId, stored: &Labels) -> Result<(), ImageError> {
@@ -92,13 +92,13 @@ impl LayerDownload<'_> {
         };
         let actual = match (label, scanned) {
             (Some(label), _) => Digest::new(label).unwrap_or_else(|_| Digest::of(label.as_bytes())),
-            (None, Some(diff)) => diff,
+            (None, Some(scanned)) => scanned,
             (None, None) => self.scan_stored().await?,
         };
-        self.check_diff(actual)?;
+        self.check_diff_id(actual)?;
         let mut labels = self.labels(stored);
         labels.retain(|key, value| stored.get(key) != Some(value));
-        if !labels.is_empty() && !self.source.client.add_blob_to_lease(lease, &self.layer.digest, labels).await? {
+        if !labels.is_empty() && !self.context.client.add_blob_to_lease(lease, &self.layer.digest, labels).await? {
             return Err(self.interrupted(0, None));
         }
         self.report(self.layer.size);
@@ -107,7 +107,7 @@ impl LayerDownload<'_> {
 
     /// Returns the labels that the layer should get in addition to those in `stored`.
     fn labels(&self, stored: &Labels) -> Labels {
-        let mut labels = Labels::from([(UNCOMPRESSED.to_owned(), self.diff.to_string())]);
+        let mut labels = Labels::from([(UNCOMPRESSED.to_owned(), self.diff_id.to_string())]);
         self.origin.add_label(&mut labels, stored);
         labels
     }
@@ -116,11 +116,12 @@ impl LayerDownload<'_> {
     async fn download_into(&self, writer: &mut BlobWriter) -> Result<(), ImageError> {
         let scan = LayerScan::start();
         self.transfer(Some(writer), Some(&scan)).await?;
-        self.check_diff(self.scanned(scan).await?)
+        self.check_diff_id(self.scanned(scan).await?)
     }
 
     /// Downloads a layer that is stored already without storing it again, as proof that the image's registry or archive
-    /// has it: bytes with the right digest can't be invented. With `scan`, returns the layer's uncompressed digest.
+    /// has it: only a party that has the layer can send bytes with its digest. With `scan`, returns the layer's
+    /// uncompressed digest.
     async fn download_as_proof(&self, scan: bool) -> Result<Option<Digest>, ImageError> {
         let _transfer = self.transfers.acquire().await;
         let scan = scan.then(LayerScan::start);
@@ -163,7 +164,7 @@ impl LayerDownload<'_> {
     async fn scan_stored(&self) -> Result<Digest, ImageError> {
         let _transfer = self.transfers.acquire().await;
         let scan = LayerScan::start();
-        let mut reader = self.source.client.blob_reader(&self.layer.digest).await?;
+        let mut reader = self.context.client.blob_reader(&self.layer.digest).await?;
         while let Some(bytes) = reader.next().await? {
             scan.feed(bytes).await;
         }
@@ -174,16 +175,16 @@ impl LayerDownload<'_> {
         scan.finish().await.map_err(|source| self.refused(source))
     }
 
-    fn check_diff(&self, actual: Digest) -> Result<(), ImageError> {
-        if actual == *self.diff {
+    fn check_diff_id(&self, actual: Digest) -> Result<(), ImageError> {
+        if actual == *self.diff_id {
             return Ok(());
         }
-        Err(self.refused(LayerProblem::DiffId { expected: self.diff.clone(), actual }))
+        Err(self.refused(LayerProblem::DiffId { expected: self.diff_id.clone(), actual }))
     }
 
     fn report(&self, done: u64) {
         let Layer { digest, size, .. } = self.layer;
-        self.source.progress.report(PullEvent::Layer { digest: digest.clone(), done, size: *size });
+        self.context.progress.report(PullEvent::Layer { digest: digest.clone(), done, size: *size });
     }
 
     fn interrupted(&self, received: u64, source: Option<reqwest::Error>) -> ImageError {

@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug, Clone, Default)]
 pub struct ImagesInUse {
     names: HashSet<String>,
-    /// The leases of the images, because a name may stand for another image by now.
+    /// The leases of the images. A name alone does not identify an image, because it may stand for another one by now.
     leases: HashSet<LeaseId>,
 }
 
@@ -58,8 +58,8 @@ impl ImageStore {
             .values()
             .filter(|record| {
                 let idle = record.last_used(&directory).and_then(|at| SystemTime::now().duration_since(at).ok());
-                let free = Arc::strong_count(record) == 1 && !in_use.names.contains(&record.reference);
-                free && idle.is_some_and(|idle| idle >= keep)
+                let is_unused = Arc::strong_count(record) == 1 && !in_use.names.contains(&record.reference);
+                is_unused && idle.is_some_and(|idle| idle >= keep)
             })
             .map(|record| record.reference.clone())
             .collect();
@@ -70,7 +70,7 @@ impl ImageStore {
     /// Removes one image.
     ///
     /// # Errors
-    /// When a task uses the image, the image is not stored, or containerd refuses.
+    /// Fails when a task uses the image, the image is not stored, or containerd refuses.
     pub async fn remove(&self, name: &str, in_use: &ImagesInUse) -> Result<(), ImageError> {
         let record = {
             let mut records = lock(&self.inner().records);
@@ -95,15 +95,15 @@ impl ImageStore {
         Ok(self.inner().client.delete_image(name).await?)
     }
 
-    /// Removes an image's record. Its lease is removed if no other image needs it, and containerd's image if this
-    /// driver created that.
+    /// Removes an image's record. The image's lease is removed if no other image needs it, and containerd's image
+    /// record if this driver created that.
     async fn remove_record(&self, record: &ImageRecord, in_use: &ImagesInUse) -> Result<(), ImageError> {
         let inner = self.inner();
         let _changing = inner.lease_lock.lock().await;
         if !self.leases_in_use(in_use).contains(&record.lease) {
             self.delete_lease_and_view(&record.lease).await?;
         }
-        // A pull has stored an image under this name meanwhile. It must stay.
+        // If a pull has stored an image under this name meanwhile, that image must stay.
         if lock(&inner.records).contains_key(&record.reference) {
             return Ok(());
         }
@@ -135,28 +135,31 @@ impl ImageStore {
         let mut leases = in_use.leases.clone();
         leases.extend(lock(&inner.pull_leases).iter().cloned());
         leases.extend(lock(&inner.records).values().map(|record| record.lease.clone()));
-        let mut retired = lock(&inner.superseded);
-        retired.retain(|record| Arc::strong_count(record) > 1);
-        leases.extend(retired.iter().map(|record| record.lease.clone()));
+        let mut superseded = lock(&inner.superseded);
+        superseded.retain(|record| Arc::strong_count(record) > 1);
+        leases.extend(superseded.iter().map(|record| record.lease.clone()));
         leases
     }
 
-    /// Removes this driver's leases without a record or a running pull, which an earlier plugin left when it was
-    /// killed.
+    /// Removes this driver's leases that belong to no record and to no running pull. An earlier plugin left them when
+    /// it was killed.
     pub async fn collect_unrecorded_leases(&self, in_use: &ImagesInUse, dry_run: bool) -> Vec<Garbage> {
         let inner = self.inner();
         let _changing = inner.lease_lock.lock().await;
-        let ours = self.lease_prefix();
+        let prefix = self.lease_prefix();
         let leases = match inner.client.leases().await {
             Ok(leases) => leases,
             Err(error) => {
-                tracing::debug!(%error, "could not list containerd's leases; the next garbage collection tries again");
+                tracing::debug!(
+                    error = %crate::error_chain(&error),
+                    "could not list containerd's leases; the next garbage collection tries again"
+                );
                 return Vec::new();
             }
         };
         let in_use_leases = self.leases_in_use(in_use);
         let mut found = Vec::new();
-        for lease in leases.into_iter().filter(|lease| lease.0.starts_with(&ours) && !in_use_leases.contains(lease)) {
+        for lease in leases.into_iter().filter(|lease| lease.0.starts_with(&prefix) && !in_use_leases.contains(lease)) {
             let outcome = if dry_run { Ok(()) } else { self.delete_lease_and_view(&lease).await };
             found.push(Garbage::removed("lease", &lease.0, &outcome).with_reason("no image of this driver needs it"));
         }

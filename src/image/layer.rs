@@ -49,19 +49,19 @@ pub enum LayerProblem {
         /// The digest of the layer's uncompressed bytes.
         actual: Digest,
     },
-    /// The layer unpacks to more bytes than a real layer has.
+    /// The layer unpacks to more bytes than the limit.
     #[error("it unpacks to more than {} GiB", UNPACKED_MAX >> 30)]
     TooLarge,
     /// An entry has a name or attributes of more than a megabyte.
     #[error("an entry's name or attributes take more than 1 MiB")]
     LongName,
     /// The thread that scans the layer could not be started, or ended without a result.
-    #[error("the thread that scans it ended without a result")]
+    #[error("the thread that scans it could not be started, or ended without a result")]
     ScanFailed,
 }
 
-/// The largest number of bytes that a layer may unpack to. Zeroes compress by a factor of some thousand and more, so
-/// that a layer of megabytes could fill a disk.
+/// The largest number of bytes that a layer may unpack to. Zeroes compress by a factor of more than a thousand, so a
+/// layer of megabytes could fill a disk.
 const UNPACKED_MAX: u64 = 256 << 30;
 /// The number of downloaded chunks that wait for the scanning thread.
 const QUEUED_CHUNKS_MAX: usize = 16;
@@ -74,7 +74,7 @@ pub(crate) struct LayerScan {
 
 impl fmt::Debug for LayerScan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Scan").finish_non_exhaustive()
+        f.debug_struct("LayerScan").finish_non_exhaustive()
     }
 }
 
@@ -82,12 +82,15 @@ impl LayerScan {
     /// Starts a confined thread that scans the layer.
     pub(crate) fn start() -> Self {
         let (feed, receive) = mpsc::channel(QUEUED_CHUNKS_MAX);
-        let (tell, verdict) = oneshot::channel();
+        let (result_sender, verdict) = oneshot::channel();
         let spawned = thread::Builder::new().name("layer".to_owned()).spawn(move || {
             if let Err(error) = confine::this_thread() {
-                tracing::warn!(%error, "could not confine the thread that scans a layer; it runs without confinement");
+                tracing::warn!(
+                    error = %crate::error_chain(&error),
+                    "could not confine the thread that scans a layer; the thread runs without confinement"
+                );
             }
-            let _ = tell.send(scan_layer(ChunkReader { receive, chunk: Vec::new(), at: 0 }));
+            let _ = result_sender.send(scan_layer(ChunkReader { receive, chunk: Vec::new(), at: 0 }));
         });
         if let Err(error) = spawned {
             // The sender of the result was dropped with the closure, so that `finish` returns an error.
@@ -96,8 +99,8 @@ impl LayerScan {
         Self { feed, verdict }
     }
 
-    /// Passes the next compressed bytes to the thread. It is not an error if the thread has already ended, because it
-    /// has refused the layer.
+    /// Passes the next compressed bytes to the thread. If the thread has already ended, because it has refused the
+    /// layer, the bytes are dropped; `finish` returns the reason.
     pub(crate) async fn feed(&self, bytes: Vec<u8>) {
         let _ = self.feed.send(bytes).await;
     }
@@ -105,7 +108,7 @@ impl LayerScan {
     /// Ends the input, waits for the thread, and returns the digest of the uncompressed stream.
     ///
     /// # Errors
-    /// When the layer is refused, or the thread ended without a result.
+    /// Fails when the layer is refused, or the thread ended without a result.
     pub(crate) async fn finish(self) -> Result<Digest, LayerProblem> {
         drop(self.feed);
         self.verdict.await.unwrap_or(Err(LayerProblem::ScanFailed))
@@ -162,12 +165,12 @@ impl<R: Read> Read for HashingReader<R> {
 
 /// Scans a layer and returns the digest of its uncompressed bytes.
 fn scan_layer(mut input: impl Read + 'static) -> Result<Digest, LayerProblem> {
-    // The first chunk of a download can be of any size, so that two chunks may share the magic number.
+    // The first chunk of a download can have any size, so the magic number may be divided between two chunks.
     let mut magic = Vec::new();
     input.by_ref().take(4).read_to_end(&mut magic).map_err(classify_error)?;
-    let packing = magic.clone();
+    let first_bytes = magic.clone();
     let input = BufReader::with_capacity(256 << 10, io::Cursor::new(magic).chain(input));
-    let plain: Box<dyn Read> = match packing[..] {
+    let plain: Box<dyn Read> = match first_bytes[..] {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(input).map_err(classify_error)?),
         _ => Box::new(input),
@@ -256,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn climbing_entries_are_named() {
+    fn entries_that_escape_the_root_are_refused() {
         for name in ["../x", "a/../../x", "/../x"] {
             let layer = archive(&[(name, tar::EntryType::Regular, "")]);
             let problem = scan_layer(io::Cursor::new(layer)).expect_err("refused");
@@ -269,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_off_layers_are_named() {
+    fn layers_that_are_cut_off_are_recognized() {
         let plain = archive(&[("a", tar::EntryType::Regular, ""), ("b", tar::EntryType::Regular, "")]);
         let packed = gzip(&plain);
         let cut = packed[..packed.len() - 12].to_vec();

@@ -46,8 +46,8 @@ pub(crate) enum Document {
     Manifest(Manifest),
 }
 
-/// The media types of layers that can be unpacked. For others (foreign layers, encrypted layers, artifacts) the error
-/// names the media type.
+/// The media types of layers that can be unpacked. All others (foreign layers, encrypted layers, artifacts) are
+/// refused.
 const LAYER_TYPES: [&str; 6] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -79,8 +79,8 @@ fn parse_json(image: &Reference, bytes: &[u8]) -> Result<serde_json::Value, Imag
 /// one that follows from the document's fields.
 ///
 /// # Errors
-/// When the document is not JSON, or could be read both as an index and as a manifest (CVE-2021-41190: one digest must
-/// not mean two images).
+/// Fails when the document is not JSON, or could be read both as an index and as a manifest (CVE-2021-41190: one digest
+/// must not mean two images).
 pub(crate) fn media_type_of(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<String, ImageError> {
     let value = parse_json(image, bytes)?;
     let (manifests, layers) = (value.get("manifests").is_some(), value.get("layers").is_some());
@@ -94,14 +94,14 @@ pub(crate) fn media_type_of(image: &Reference, media_type: &str, bytes: &[u8]) -
     }
     let declared = value.get("mediaType").and_then(serde_json::Value::as_str).unwrap_or_default();
     let known = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
-    let said = [declared, media_type].into_iter().find(|kind| known.contains(kind));
-    Ok(said.unwrap_or(if manifests { OCI_INDEX } else { OCI_MANIFEST }).to_owned())
+    let stated = [declared, media_type].into_iter().find(|kind| known.contains(kind));
+    Ok(stated.unwrap_or(if manifests { OCI_INDEX } else { OCI_MANIFEST }).to_owned())
 }
 
 /// Parses an index or manifest. `media_type` is the type that the registry stated, empty if it stated none.
 ///
 /// # Errors
-/// When the document is malformed, or an index has no manifest for this host.
+/// Fails when the document is malformed, or an index has no manifest for this host.
 pub(crate) fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result<Document, ImageError> {
     let digest = Digest::of(bytes);
     let malformed = |what: &'static str, problem: String| ImageError::Malformed {
@@ -139,13 +139,19 @@ pub(crate) fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result
         .map(|layer| {
             let media_type = layer.media_type().to_string();
             if !LAYER_TYPES.contains(&media_type.as_str()) {
-                return Err(malformed("manifest", format!("layer {} is of type {media_type}", layer.digest())));
+                return Err(malformed(
+                    "manifest",
+                    format!("layer {} has the unsupported type {media_type}", layer.digest()),
+                ));
             }
             Ok(Layer { digest: digest_of(layer)?, size: layer.size(), media_type })
         })
         .collect::<Result<Vec<_>, _>>()?;
     if layers.len() > LAYERS_MAX {
-        return Err(malformed("manifest", format!("{} layers; {LAYERS_MAX} is the most", layers.len())));
+        return Err(malformed(
+            "manifest",
+            format!("it has {} layers; an image has at most {LAYERS_MAX}", layers.len()),
+        ));
     }
     Ok(Document::Manifest(Manifest { config: digest_of(config)?, layers }))
 }
@@ -153,7 +159,7 @@ pub(crate) fn parse(image: &Reference, media_type: &str, bytes: &[u8]) -> Result
 /// Parses a configuration, and returns it with the uncompressed digests of its layers.
 ///
 /// # Errors
-/// When the configuration is malformed, or has another number of layers than the manifest.
+/// Fails when the configuration is malformed, or has another number of layers than the manifest.
 pub(crate) fn parse_config(
     image: &Reference,
     manifest: &Manifest,
@@ -166,16 +172,16 @@ pub(crate) fn parse_config(
         problem,
     };
     let config: ImageConfiguration = serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
-    let diffs = config
+    let diff_ids = config
         .rootfs()
         .diff_ids()
         .iter()
         .map(|diff| Digest::new(diff).map_err(|error| malformed(error.to_string())))
         .collect::<Result<Vec<_>, _>>()?;
-    if diffs.len() != manifest.layers.len() {
-        return Err(malformed(format!("it has {} diff_ids for {} layers", diffs.len(), manifest.layers.len())));
+    if diff_ids.len() != manifest.layers.len() {
+        return Err(malformed(format!("it has {} diff_ids for {} layers", diff_ids.len(), manifest.layers.len())));
     }
-    Ok((config, diffs))
+    Ok((config, diff_ids))
 }
 
 /// Returns the manifest of an index that fits this host best.
@@ -257,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_manifest_is_read_and_strange_layers_are_named() {
+    fn a_manifest_is_read_and_unsupported_layers_are_named() {
         let good = manifest("application/vnd.oci.image.layer.v1.tar+zstd");
         assert!(matches!(parse(&reference(), "", good.as_bytes()), Ok(Document::Manifest(m)) if m.layers[0].size == 7));
         let foreign = manifest("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip");
@@ -266,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_without_our_platform_says_what_it_has() {
+    fn the_error_names_the_platforms_of_an_index() {
         let digest = format!("sha256:{}", "a".repeat(64));
         let index = format!(
             r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{digest}","size":1,

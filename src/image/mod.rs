@@ -1,4 +1,4 @@
-//! Turns an image's name into directories that can be mounted: references, registries, the pull into containerd's
+//! Provides the directories that are mounted for an image's name: references, registries, the pull into containerd's
 //! store, and the image records with which a task starts without a request to a registry or to containerd.
 
 mod archive;
@@ -53,7 +53,7 @@ pub enum ImageError {
         /// The error text of the registry.
         detail: String,
     },
-    /// The registry wants credentials, or does not accept those that it got.
+    /// The registry requires credentials, or does not accept those that it got.
     #[error("pull access denied for {image}: {registry} says {detail}; check the name, and `auth` for a private image")]
     AccessDenied {
         /// The image as the caller named it.
@@ -89,7 +89,7 @@ pub enum ImageError {
         source: RealmError,
     },
     /// The registry did not answer.
-    #[error("registry {registry} is out of reach")]
+    #[error("could not reach registry {registry}")]
     Unreachable {
         /// The registry.
         registry: String,
@@ -201,7 +201,7 @@ pub enum ImageError {
         problem: String,
     },
     /// An archive can't be opened.
-    #[error("image {image} can't be read")]
+    #[error("could not read image {image}")]
     ArchiveFile {
         /// The image as the caller named it.
         image: String,
@@ -209,7 +209,7 @@ pub enum ImageError {
         source: io::Error,
     },
     /// A blob of an archive can't be read.
-    #[error("image {image} can't be read: blob {digest}")]
+    #[error("could not read blob {digest} of image {image}")]
     ArchiveBlob {
         /// The image as the caller named it.
         image: String,
@@ -242,7 +242,7 @@ pub enum ImageError {
         source: io::Error,
     },
     /// The HTTP client could not be made.
-    #[error("set up HTTPS (trust store: SSL_CERT_FILE, or the system's)")]
+    #[error("could not set up HTTPS (trust store: SSL_CERT_FILE, or the system's)")]
     Client {
         /// The error of the HTTP library.
         source: reqwest::Error,
@@ -250,7 +250,7 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    /// What has to change before another attempt can succeed.
+    /// Returns what has to change before another attempt can succeed.
     pub fn failure_cause(&self) -> Cause {
         match self {
             Self::Unreachable { .. }

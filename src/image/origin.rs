@@ -21,7 +21,7 @@ use crate::{containerd::Labels, ids::Digest};
 
 /// The number of bytes that are read from a file at a time.
 const CHUNK: usize = 256 << 10;
-/// The number of chunks of a file that wait to be stored.
+/// The maximum number of chunks of a file that wait to be stored.
 const QUEUED_CHUNKS_MAX: usize = 4;
 /// The largest index or manifest that is read. It is the limit of distribution, the reference registry.
 const DOCUMENT_MAX: u64 = 4 << 20;
@@ -44,8 +44,8 @@ pub(crate) enum Chunks {
     File(mpsc::Receiver<std::io::Result<Vec<u8>>>),
 }
 
-/// A flag that becomes false when this guard is dropped. A blocking thread can't be cancelled, so that it reads the
-/// flag and ends by itself.
+/// A guard that sets its flag to false when it is dropped. A blocking thread can't be cancelled. It reads the flag and
+/// ends by itself.
 struct CancelOnDrop(Arc<AtomicBool>);
 
 impl Default for CancelOnDrop {
@@ -64,7 +64,7 @@ impl<'a> Origin<'a> {
     /// Returns the origin of an image. For files, `opened` is a descriptor of them that the caller has already checked.
     ///
     /// # Errors
-    /// When files can't be read, or are not in the format that the image's name says.
+    /// Fails when files can't be read, or are not in the format that the image's name says.
     pub(crate) async fn of(
         http: &'a HttpClients,
         reference: &'a Reference,
@@ -72,13 +72,15 @@ impl<'a> Origin<'a> {
         opened: Option<Arc<OwnedFd>>,
     ) -> Result<Self, ImageError> {
         match reference {
-            Reference::Registry(place) => Ok(Self::Registry(Registry::new(http, reference, place, credentials), place)),
+            Reference::Registry(image_name) => {
+                Ok(Self::Registry(Registry::new(http, reference, image_name, credentials), image_name))
+            }
             Reference::Archive(archive) => {
                 let (reference, archive): (Reference, Archive) = (reference.clone(), archive.clone());
                 let image = reference.to_string();
                 let cancel_guard = CancelOnDrop::default();
-                let asked = cancel_guard.0.clone();
-                let open = move || OpenedArchive::open(&reference, &archive, opened.as_deref(), &asked);
+                let keep_going = cancel_guard.0.clone();
+                let open = move || OpenedArchive::open(&reference, &archive, opened.as_deref(), &keep_going);
                 let layout = tokio::task::spawn_blocking(open)
                     .await
                     .map_err(|join| ImageError::Archive { image, problem: join.to_string() })??;
@@ -90,10 +92,10 @@ impl<'a> Origin<'a> {
     /// Returns media type and bytes of the index or manifest that the image's name stands for.
     ///
     /// # Errors
-    /// When the registry does not send it.
+    /// Fails when the registry does not send it.
     pub(crate) async fn root_document(&self) -> Result<(String, Vec<u8>), ImageError> {
         match self {
-            Self::Registry(registry, place) => registry.manifest(place.tag_or_digest()).await,
+            Self::Registry(registry, image_name) => registry.manifest(image_name.tag_or_digest()).await,
             Self::Files(layout) => Ok(layout.root_document()),
         }
     }
@@ -101,7 +103,7 @@ impl<'a> Origin<'a> {
     /// Returns media type and bytes of a manifest that an index names. The caller must check the digest.
     ///
     /// # Errors
-    /// When the registry does not send the manifest, or the files do not contain it.
+    /// Fails when the registry does not send the manifest, or the files do not contain it.
     pub(crate) async fn manifest(&self, digest: &Digest) -> Result<(String, Vec<u8>), ImageError> {
         match self {
             Self::Registry(registry, _) => registry.manifest(digest.as_str()).await,
@@ -112,7 +114,7 @@ impl<'a> Origin<'a> {
     /// Returns the bytes of a blob, of which there should be `size`. The caller must check size and digest.
     ///
     /// # Errors
-    /// When the registry does not send the blob, or the files do not contain it.
+    /// Fails when the registry does not send the blob, or the files do not contain it.
     pub(crate) async fn blob(&self, digest: &Digest, size: Option<u64>) -> Result<Chunks, ImageError> {
         match self {
             Self::Registry(registry, _) => registry.blob(digest).await.map(Chunks::Body),
@@ -126,9 +128,9 @@ impl<'a> Origin<'a> {
                             bytes.truncate(count);
                             bytes
                         });
-                        let last = !matches!(&read, Ok(bytes) if !bytes.is_empty());
                         let at_end = matches!(&read, Ok(bytes) if bytes.is_empty());
-                        if at_end || send.blocking_send(read).is_err() || last {
+                        let has_failed = read.is_err();
+                        if at_end || send.blocking_send(read).is_err() || has_failed {
                             return;
                         }
                     }
@@ -138,11 +140,11 @@ impl<'a> Origin<'a> {
         }
     }
 
-    /// Returns whether this origin is known to have a blob that is stored with these labels. If it is not known, only
-    /// reading the blob from the origin can prove it.
+    /// Returns whether this origin is known to have a blob that is stored with these labels. If not, only reading the
+    /// blob from the origin can prove that the origin has it.
     pub(crate) async fn is_known_to_have(&self, digest: &Digest, labels: &Labels) -> bool {
         match self {
-            Self::Registry(registry, place) => match BlobSource::of(place).provenance_by(labels) {
+            Self::Registry(registry, image_name) => match BlobSource::of(image_name).provenance_by(labels) {
                 Provenance::Repository => true,
                 Provenance::Registry => registry.has_blob(digest).await,
                 Provenance::Elsewhere => false,
@@ -154,8 +156,8 @@ impl<'a> Origin<'a> {
     /// Adds to `labels` the label that records this origin, for a blob with the labels `stored`. An origin in files is
     /// not recorded.
     pub(crate) fn add_label(&self, labels: &mut Labels, stored: &Labels) {
-        if let Self::Registry(_, place) = self {
-            BlobSource::of(place).add_to(labels, stored);
+        if let Self::Registry(_, image_name) = self {
+            BlobSource::of(image_name).add_to(labels, stored);
         }
     }
 
@@ -172,8 +174,8 @@ impl Chunks {
     /// Returns the next chunk; `None` at the end.
     ///
     /// # Errors
-    /// When the transfer is interrupted. The error is `None` where a file can't be read, because its error is logged
-    /// here.
+    /// Fails when the transfer is interrupted. The error is `None` where a file can't be read, because its error is
+    /// logged here.
     pub(crate) async fn next(&mut self) -> Result<Option<Vec<u8>>, Option<reqwest::Error>> {
         match self {
             Self::Body(response) => response.chunk().await.map(|chunk| chunk.map(|bytes| bytes.to_vec())).map_err(Some),
@@ -181,7 +183,7 @@ impl Chunks {
                 None => Ok(None),
                 Some(Ok(bytes)) => Ok(Some(bytes)),
                 Some(Err(error)) => {
-                    tracing::warn!(%error, "could not read a blob from the file of an image");
+                    tracing::warn!(%error, "could not read a blob of an image from its file");
                     Err(None)
                 }
             },

@@ -33,10 +33,10 @@ impl BlobSource {
     /// Returns the repository of an image.
     pub(crate) fn of(image_name: &RegistryImage) -> Self {
         let registry = image_name.registry().to_ascii_lowercase();
-        // containerd leaves the port out. This driver writes it, as moby does
+        // containerd leaves the port out. This driver writes the port, as moby does
         // (daemon/internal/distribution/manifest.go, `makeDistributionSourceLabel`), because another port is another
-        // registry, and on this host any task may open one. For this host the default port is written, too: a label
-        // without a port may be from any port.
+        // registry, and on this host any task may open one. For a registry on this host, the default port is written,
+        // too: a label without a port may be from any port.
         let host = match registry.rsplit_once(':') {
             Some((host, "443")) if !is_loopback(host) => host.to_owned(),
             None if is_loopback(&registry) => format!("{registry}:443"),

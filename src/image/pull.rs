@@ -1,5 +1,5 @@
-//! One pull: brings an image from a registry or from files into containerd's content store, and checks every document
-//! and layer on the way.
+//! One pull: stores an image from a registry or from files in containerd's content store, and checks every document and
+//! layer first.
 
 use std::time::{Duration, SystemTime};
 
@@ -19,14 +19,15 @@ use crate::{
     pb::types::Descriptor,
 };
 
-/// The number of layers that are downloaded concurrently. docker and containerd have the same default.
+/// The maximum number of layers that are downloaded concurrently. docker and containerd have the same default.
 const TRANSFERS_MAX: usize = 3;
 /// The time after which containerd removes the lease of a pull that was killed.
 const LEASE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// The largest configuration that is read. A real configuration has some kilobytes.
 pub(super) const CONFIG_MAX: usize = 8 << 20;
 
-/// The number of layers that are checked concurrently. A layer that is stored already mostly costs one short request.
+/// The maximum number of layers that are checked concurrently. A layer that is stored already mostly costs one short
+/// request.
 const CHECKS_MAX: usize = 8;
 
 /// An image whose blobs are all in the content store.
@@ -40,8 +41,8 @@ pub(crate) struct FetchedImage {
     pub config: Vec<u8>,
 }
 
-/// The delays before the deletions of a cancelled pull's lease.
-const LEASE_DELETIONS: [Duration; 2] = [Duration::ZERO, Duration::from_secs(1)];
+/// The delays before the two deletions of a cancelled pull's lease.
+const LEASE_DELETION_DELAYS: [Duration; 2] = [Duration::ZERO, Duration::from_secs(1)];
 
 /// The lease that protects a pull's blobs while the pull runs. If it is dropped without a call to `release`, because
 /// the pull was cancelled, it is deleted in the background.
@@ -55,7 +56,7 @@ impl PullLease {
     /// Creates a lease with the name `lease`.
     ///
     /// # Errors
-    /// When containerd does not create it.
+    /// Fails when containerd does not create it.
     pub(crate) async fn create(client: &Client, lease: LeaseId) -> Result<Self, ContainerdError> {
         let this = Self { client: client.clone(), id: Some(lease.clone()) };
         client.create_lease(&lease, Some(rfc3339(SystemTime::now() + LEASE_LIFETIME))).await?;
@@ -70,7 +71,7 @@ impl PullLease {
     /// Deletes the lease. Blobs that an image refers to by now stay.
     ///
     /// # Errors
-    /// When containerd does not delete it.
+    /// Fails when containerd does not delete it.
     pub(crate) async fn release(mut self) -> Result<(), ContainerdError> {
         match self.id.take() {
             Some(id) => self.client.delete_lease(&id).await,
@@ -88,10 +89,13 @@ impl Drop for PullLease {
             runtime.spawn(async move {
                 // If the pull was cancelled while the lease was being created, containerd may create the lease after
                 // the first deletion.
-                for delay in LEASE_DELETIONS {
+                for delay in LEASE_DELETION_DELAYS {
                     tokio::time::sleep(delay).await;
                     if let Err(error) = client.delete_lease(&id).await {
-                        tracing::debug!(%error, "could not delete the lease of a cancelled pull; it will expire");
+                        tracing::debug!(
+                            error = %crate::error_chain(&error),
+                            "could not delete the lease of a cancelled pull; the lease will expire"
+                        );
                     }
                 }
             });
@@ -104,16 +108,16 @@ fn rfc3339(time: SystemTime) -> String {
     prost_types::Timestamp { nanos: 0, ..prost_types::Timestamp::from(time) }.to_string()
 }
 
-/// Downloads the blobs of `reference` that the content store does not have, and adds all its blobs to `lease`.
+/// Downloads the blobs of an image that the content store does not have, and adds all blobs of the image to `lease`.
 ///
 /// # Errors
-/// When a blob can't be downloaded, or has another digest than the one it was requested by.
+/// Fails when a blob can't be downloaded, or has another digest than the one it was requested by.
 pub(crate) async fn fetch(
-    source: &PullContext<'_>,
+    context: &PullContext<'_>,
     reference: &Reference,
     lease: &LeaseId,
 ) -> Result<FetchedImage, ImageError> {
-    let origin = Origin::of(source.http, reference, source.credentials, source.opened.clone()).await?;
+    let origin = Origin::of(context.http, reference, context.credentials, context.opened.clone()).await?;
     let (media_type, bytes) = origin.root_document().await?;
     let digest = Digest::of(&bytes);
     if let Reference::Registry(name) = reference
@@ -121,7 +125,7 @@ pub(crate) async fn fetch(
     {
         check_digest(reference, "manifest", &expected, &digest)?;
     }
-    source.progress.report(PullEvent::Resolved(digest.clone()));
+    context.progress.report(PullEvent::Resolved(digest.clone()));
 
     let media_type = manifest::media_type_of(reference, &media_type, &bytes)?;
     let (index, manifest_bytes, manifest_type, manifest) = match manifest::parse(reference, &media_type, &bytes)? {
@@ -145,25 +149,25 @@ pub(crate) async fn fetch(
     };
 
     let config = fetch_config(&origin, reference, &manifest.config).await?;
-    let (_, diffs) = manifest::parse_config(reference, &manifest, &config)?;
-    source.client.write_blob(lease, &config, Labels::new()).await?;
+    let (_, diff_ids) = manifest::parse_config(reference, &manifest, &config)?;
+    context.client.write_blob(lease, &config, Labels::new()).await?;
 
     let transfers = Semaphore::new(TRANSFERS_MAX);
     let mut downloads: Vec<BoxFuture<'_, Result<(), ImageError>>> = Vec::new();
-    for (layer, diff) in manifest.layers.iter().zip(&diffs) {
-        let download = LayerDownload { source, origin: &origin, reference, layer, diff, transfers: &transfers };
+    for (layer, diff_id) in manifest.layers.iter().zip(&diff_ids) {
+        let download = LayerDownload { context, origin: &origin, reference, layer, diff_id, transfers: &transfers };
         downloads.push(Box::pin(download.run(lease)));
     }
     futures_util::stream::iter(downloads).buffer_unordered(CHECKS_MAX).try_collect::<Vec<()>>().await?;
 
-    // Manifest and index are stored last: their labels refer to the other blobs, which must exist, or the garbage
-    // collector may find a reference to a missing blob.
-    let manifest_digest = source.client.write_blob(lease, &manifest_bytes, gc_labels(&manifest)).await?;
+    // Manifest and index are stored last: their labels refer to the other blobs. If these did not exist yet,
+    // containerd's garbage collector might find a reference to a missing blob.
+    let manifest_digest = context.client.write_blob(lease, &manifest_bytes, gc_labels(&manifest)).await?;
     let target = match index {
         None => descriptor(&manifest_type, &manifest_digest, manifest_bytes.len()),
         Some((bytes, media_type, chosen)) => {
             let labels = Labels::from([("containerd.io/gc.ref.content.m.0".to_owned(), chosen.to_string())]);
-            let digest = source.client.write_blob(lease, &bytes, labels).await?;
+            let digest = context.client.write_blob(lease, &bytes, labels).await?;
             descriptor(&media_type, &digest, bytes.len())
         }
     };

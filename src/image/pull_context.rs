@@ -1,4 +1,5 @@
-//! What all steps of a pull need: the clients, the credentials, and the listener to the pull's progress.
+//! The parameters that all steps of a pull share: the clients, the credentials, and the listener to the pull's
+//! progress.
 
 use std::{fmt, os::fd::OwnedFd, sync::Arc};
 
@@ -28,7 +29,7 @@ pub enum PullEvent {
 pub struct Progress(Option<Arc<dyn Fn(PullEvent) + Send + Sync>>);
 
 impl Progress {
-    /// Makes a value that passes events to `listener`, which must not block.
+    /// Returns a value that passes all events to `listener`, which must not block.
     pub fn with_listener(listener: impl Fn(PullEvent) + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(listener)))
     }

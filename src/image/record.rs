@@ -1,5 +1,5 @@
-//! Image records: all that a start needs to know about an image, kept in memory and on disk, so that a start asks
-//! neither containerd nor a registry.
+//! Image records: all that a start needs to know about an image. They are kept in memory and on disk, so that a start
+//! needs no call to containerd or to a registry.
 
 use std::{
     fs,
@@ -23,19 +23,20 @@ const VERSION: u32 = 1;
 /// The part of an image's configuration that describes the container's process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageConfig {
-    /// ENTRYPOINT.
+    /// The image's ENTRYPOINT.
     pub entrypoint: Vec<String>,
-    /// CMD.
+    /// The image's CMD.
     pub cmd: Vec<String>,
-    /// ENV, as `KEY=value`.
+    /// The image's ENV, as `KEY=value`.
     pub env: Vec<String>,
-    /// USER, empty for root.
+    /// The image's USER; empty for root.
     pub user: String,
-    /// WORKDIR, empty for `/`.
+    /// The image's WORKDIR; empty for `/`.
     pub working_dir: String,
-    /// STOPSIGNAL, empty for SIGTERM.
+    /// The image's STOPSIGNAL; empty for SIGTERM.
     pub stop_signal: String,
-    /// VOLUME: paths at which each task has a directory of its own. Records of earlier versions do not have them.
+    /// The image's VOLUME: paths at which each task has a directory of its own. Records of earlier versions do not have
+    /// them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<String>,
 }
@@ -65,7 +66,7 @@ pub struct ImageRecord {
     pub digest: Digest,
     /// The chain id of all layers together; `None` for an image without layers.
     pub chain_id: Option<ChainId>,
-    /// The lease that protects layers and view from containerd's garbage collector.
+    /// The lease that protects the image's layers and view from containerd's garbage collector.
     pub lease: LeaseId,
     /// The key of the read-only snapshot that the directories in `lowers` belong to.
     pub view: Option<String>,
@@ -86,7 +87,7 @@ pub struct ImageRecord {
     pub group: String,
 }
 
-/// The fields of an [`ImageRecord`] that the pull determines, for `ImageRecord::new`.
+/// The fields of an [`ImageRecord`] that a pull determines, for `ImageRecord::new`.
 #[derive(Debug)]
 pub struct RecordParts {
     /// The digest of the index or manifest that the name stands for.
@@ -129,7 +130,7 @@ impl ImageRecord {
     /// Writes the record's file in `directory`, completely or not at all.
     ///
     /// # Errors
-    /// When the file can't be written.
+    /// Fails when the file can't be written.
     pub fn save(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
         let write = || write_atomically(&path, &serde_json::to_vec(self)?, 0o600);
@@ -139,14 +140,14 @@ impl ImageRecord {
     /// Removes the record's file. It is not an error if the file does not exist.
     ///
     /// # Errors
-    /// When the file can't be removed.
+    /// Fails when the file can't be removed.
     pub fn delete(&self, directory: &Path) -> Result<(), ImageError> {
         let path = Self::path(directory, &self.reference);
         remove_file_if_exists(&path).map_err(|source| ImageError::StoreFile { path, source })
     }
 
-    /// Stores the current time as the time of the image's last use, after a task has stopped using it. It is stored as
-    /// the modification time of the record's file, and the period of the option `image { keep }` begins with it.
+    /// Stores the current time as the time of the image's last use, after a task has stopped using it. The time of
+    /// modification of the record's file has this meaning, and the period of the option `image { keep }` begins then.
     pub fn touch(&self, directory: &Path) {
         let now = fs::File::options().append(true).open(Self::path(directory, &self.reference));
         if let Err(error) = now.and_then(|file| file.set_modified(std::time::SystemTime::now())) {
@@ -164,7 +165,7 @@ impl ImageRecord {
     /// logged; the others are read.
     ///
     /// # Errors
-    /// When the directory can't be read, or a record can't be read for a temporary reason: if such a record were
+    /// Fails when the directory can't be read, or a record can't be read for a temporary reason: if such a record were
     /// skipped, garbage collection would remove the layers of its image.
     pub fn load_all(directory: &Path) -> Result<Vec<Self>, ImageError> {
         let unreadable = |source| ImageError::StoreFile { path: directory.to_owned(), source };
@@ -207,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn torn_records_are_set_aside_and_the_rest_is_read() {
+    fn incomplete_records_are_renamed_and_the_others_are_read() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let reference = Reference::parse("app:1").expect("a reference");
         let parts = RecordParts {
@@ -223,7 +224,7 @@ mod tests {
         fs::write(directory.path().join("future.json"), b"{\"version\":99}").expect("written");
         assert_eq!(ImageRecord::load_all(directory.path()).expect("read"), vec![record.clone()]);
         assert!(directory.path().join("torn.bad").exists() && directory.path().join("future.bad").exists());
-        record.delete(directory.path()).expect("forgotten");
+        record.delete(directory.path()).expect("deleted");
         assert_eq!(ImageRecord::load_all(directory.path()).expect("read"), vec![]);
     }
 }

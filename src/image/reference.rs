@@ -29,7 +29,7 @@ pub struct Archive {
     pub format: ArchiveFormat,
     /// The directory or tar file.
     pub path: PathBuf,
-    /// The name of the image, needed where the files hold several.
+    /// The name of the image, which is required where the files contain several images.
     pub tag: Option<String>,
 }
 
@@ -38,7 +38,7 @@ impl Archive {
     /// opened the path passes the descriptor as `opened`, which is then used instead of the path.
     ///
     /// # Errors
-    /// When the file does not exist or can't be examined.
+    /// Fails when the file does not exist or can't be examined.
     pub fn file_id(&self, opened: Option<&OwnedFd>) -> io::Result<FileId> {
         let path = self.path_to_open(opened);
         let path = if self.format == ArchiveFormat::OciDir { path.join("index.json") } else { path };
@@ -82,8 +82,8 @@ const ARCHIVE_PREFIXES: [(&str, ArchiveFormat); 3] = [
 ];
 
 impl Reference {
-    /// Compiles the regular expression that `parse` uses. Otherwise its first use compiles it, which takes 40 ms in a
-    /// debug build and would delay the first task's start.
+    /// Compiles the regular expression that `parse` uses. Otherwise the first call of `parse` would compile it, which
+    /// takes 40 ms in a debug build and delays the first task's start.
     pub fn precompile_pattern() {
         let _ = Parsed::try_from("prepare");
     }
@@ -93,7 +93,7 @@ impl Reference {
     /// files; `:NAME` after the path selects one of several images.
     ///
     /// # Errors
-    /// When the text is not an image reference.
+    /// Fails when the text is not an image reference.
     pub fn parse(image: &str) -> Result<Self, ReferenceError> {
         if let Some(archive) = parse_archive(image) {
             return Ok(Self::Archive(archive));
@@ -158,7 +158,7 @@ impl RegistryImage {
         self.0.repository()
     }
 
-    /// Returns the digest if the name has one, else the tag. The registry is asked for a manifest by this.
+    /// Returns the digest if the name has one, else the tag. The registry's API uses it to name a manifest.
     pub fn tag_or_digest(&self) -> &str {
         self.0.digest().or(self.0.tag()).unwrap_or("latest")
     }
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn only_this_host_may_go_without_tls() {
+    fn only_registries_on_this_host_may_be_used_without_tls() {
         for (image, loopback) in [
             ("localhost:5000/a", true),
             ("127.0.0.9/a", true),
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_told_from_registries() {
+    fn images_in_files_are_recognized() {
         for (image, path, tag) in [
             ("oci:/images/app", "/images/app", None),
             ("oci:/images/app:1.2", "/images/app", Some("1.2")),

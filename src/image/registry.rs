@@ -18,17 +18,17 @@ const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, application/vnd.d
     application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json";
 /// The time limit for establishing a connection to a registry.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-/// A download that brings no byte for this time has failed.
+/// The time after which a download that receives no byte has failed.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// The largest manifest that is read. It is the limit of distribution, the reference registry.
 const MANIFEST_MAX: usize = 4 << 20;
-/// The largest part of an error's body that is read; usually it is a line of JSON.
+/// The largest part of an error's body that is read. Usually the body is a line of JSON.
 const ERROR_MAX: usize = 64 << 10;
-/// The largest answer of a token server that is read; usually a token has a few kilobytes.
+/// The largest answer of a token server that is read. Usually a token has a few kilobytes.
 const TOKEN_MAX: usize = 1 << 20;
 /// The largest part of a registry's error text that an error message of this driver quotes.
 const DETAIL_MAX: usize = 300;
-/// The number of retries when a registry is busy (429) or fails (5xx).
+/// The maximum number of retries when a registry is busy (429) or fails (5xx).
 const RETRIES_MAX: u32 = 2;
 
 /// The HTTP clients for all registries, with the system's trust store or `SSL_CERT_FILE`, and proxies from the
@@ -43,9 +43,9 @@ impl HttpClients {
     /// Returns the client for a server on this host or elsewhere.
     ///
     /// # Errors
-    /// When the trust store can't be loaded.
-    fn client(&self, reach: ServerLocation) -> Result<&reqwest::Client, ImageError> {
-        let (slot, builder) = match reach {
+    /// Fails when the trust store can't be loaded.
+    fn client(&self, location: ServerLocation) -> Result<&reqwest::Client, ImageError> {
+        let (slot, builder) = match location {
             ServerLocation::Elsewhere => (&self.proxied, reqwest::Client::builder()),
             // A proxy would read passwords that are sent without TLS, and a loopback address means another host there.
             // Go's clients, docker among them, use no proxy for loopback either (golang/net, http/httpproxy/proxy.go,
@@ -68,7 +68,7 @@ impl HttpClients {
     }
 }
 
-/// Whether a server is on this host, which decides about the use of a proxy.
+/// Whether a server is on this host. Such a server is not reached through a proxy.
 #[derive(Debug, Clone, Copy)]
 enum ServerLocation {
     ThisHost,
@@ -81,7 +81,7 @@ impl ServerLocation {
     }
 }
 
-/// A client of one repository of a registry. It remembers the transport and the authorization that the registry wants.
+/// A client of one repository of a registry. It stores the transport and the authorization that the registry requires.
 #[derive(Debug)]
 pub(crate) struct Registry<'a> {
     http: &'a HttpClients,
@@ -91,7 +91,7 @@ pub(crate) struct Registry<'a> {
     session: Mutex<SessionState>,
 }
 
-/// The transport and the `Authorization` header that earlier requests to the registry have found out.
+/// The transport and the `Authorization` header that the answers to earlier requests have determined.
 #[derive(Debug, Default, Clone)]
 struct SessionState {
     transport: Transport,
@@ -103,17 +103,17 @@ impl<'a> Registry<'a> {
     pub(crate) fn new(
         http: &'a HttpClients,
         reference: &'a Reference,
-        place: &'a RegistryImage,
+        image_name: &'a RegistryImage,
         credentials: Option<&'a Credentials>,
     ) -> Self {
-        Self { http, reference, image_name: place, credentials, session: Mutex::default() }
+        Self { http, reference, image_name, credentials, session: Mutex::default() }
     }
 
     /// Downloads a manifest or index by tag or digest, and returns its media type and bytes. The caller must check the
     /// digest.
     ///
     /// # Errors
-    /// When the registry can't be reached or refuses the request, or the document is too large.
+    /// Fails when the registry can't be reached or refuses the request, or the document is too large.
     pub(crate) async fn manifest(&self, target: &str) -> Result<(String, Vec<u8>), ImageError> {
         let mut response = self.send(Method::GET, &format!("manifests/{target}"), Some(ACCEPT)).await?;
         let media_type = response
@@ -140,7 +140,7 @@ impl<'a> Registry<'a> {
     /// Requests a blob, and returns the response with the blob's bytes as a stream.
     ///
     /// # Errors
-    /// When the registry can't be reached or refuses the request.
+    /// Fails when the registry can't be reached or refuses the request.
     pub(crate) async fn blob(&self, digest: &Digest) -> Result<Response, ImageError> {
         self.send(Method::GET, &format!("blobs/{digest}"), None).await
     }
@@ -191,7 +191,7 @@ impl<'a> Registry<'a> {
                         && self.image_name.is_loopback()
                         && is_plaintext_answer(&error) =>
                 {
-                    self.update_session(|learnt| learnt.transport = Transport::Plain);
+                    self.update_session(|session| session.transport = Transport::Plain);
                     continue;
                 }
                 Err(source) => return Err(self.unreachable(source)),
@@ -202,7 +202,7 @@ impl<'a> Registry<'a> {
                 StatusCode::UNAUTHORIZED if !authorized && self.is_from_registry(&response, scheme) => {
                     authorized = true;
                     let authorization = self.authorize(&response).await?;
-                    self.update_session(|learnt| learnt.authorization = authorization);
+                    self.update_session(|session| session.authorization = authorization);
                 }
                 status
                     if (status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error()) && tries < RETRIES_MAX =>
@@ -217,8 +217,8 @@ impl<'a> Registry<'a> {
 
     /// Returns whether the registry itself has answered, and not the target of a redirect to another origin.
     fn is_from_registry(&self, response: &Response, scheme: &str) -> bool {
-        let asked = reqwest::Url::parse(&format!("{scheme}://{}/", self.image_name.api_host()));
-        asked.is_ok_and(|asked| asked.origin() == response.url().origin())
+        let expected = reqwest::Url::parse(&format!("{scheme}://{}/", self.image_name.api_host()));
+        expected.is_ok_and(|expected| expected.origin() == response.url().origin())
     }
 
     fn session(&self) -> SessionState {
@@ -259,8 +259,8 @@ impl<'a> Registry<'a> {
             realm: realm.to_owned(),
             source,
         })?;
-        let reach = ServerLocation::of(address.host_str().is_some_and(is_loopback));
-        let mut request = self.http.client(reach)?.get(address);
+        let location = ServerLocation::of(address.host_str().is_some_and(is_loopback));
+        let mut request = self.http.client(location)?.get(address);
         if let Some(credentials) = self.permitted_credentials() {
             request = request.header(header::AUTHORIZATION, basic_authorization(credentials));
         }

@@ -1,4 +1,4 @@
-//! The images of one driver: image records in memory, and pulls, of which callers with the same request share one.
+//! The images of one driver: image records in memory, and pulls. Callers with the same request share one pull.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -42,15 +42,15 @@ type PullResult = Result<Arc<ImageRecord>, SharedPullError>;
 type PullKey = (Reference, Option<Credentials>, Option<FileId>, PullPolicy);
 type PullFuture = Pin<Box<dyn Future<Output = PullResult> + Send>>;
 
-/// When an image is requested from its registry.
+/// The condition under which an image is requested from its registry.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum PullPolicy {
-    /// When a part of the image is missing in containerd's store.
+    /// The registry is asked when a part of the image is missing in containerd's store.
     #[default]
     Missing,
-    /// At every pull, because the stored image may be an older one of the same name.
+    /// The registry is asked at every pull, because the stored image may be an older one of the same name.
     Always,
-    /// Never.
+    /// The registry is never asked.
     Never,
 }
 
@@ -63,15 +63,15 @@ pub struct PullRequest {
     pub credentials: Option<Credentials>,
     /// The descriptor of an image in files, if the caller has already checked and opened it.
     pub opened: Option<Arc<OwnedFd>>,
-    /// How long the caller waits.
+    /// The time for which the caller waits.
     pub timeout: Duration,
     /// The listener to the pull's progress. Where several callers share a pull, only the first caller's is used.
     pub progress: Progress,
-    /// When the registry is asked.
+    /// The condition under which the registry is asked.
     pub policy: PullPolicy,
 }
 
-/// The images of one driver. Cheap to clone.
+/// The images of one driver. A clone is cheap and refers to the same images.
 #[derive(Clone)]
 pub struct ImageStore(Arc<Inner>);
 
@@ -99,7 +99,7 @@ impl ImageStore {
     /// Reads the records. containerd is not called.
     ///
     /// # Errors
-    /// When the directory of the records can't be read.
+    /// Fails when the directory of the records can't be read.
     pub fn open(places: &Places, client: Client) -> Result<Self, ImageError> {
         let records = ImageRecord::load_all(&places.images())?
             .into_iter()
@@ -152,41 +152,41 @@ impl ImageStore {
         records
     }
 
-    /// Removes a record whose directories no longer exist (containerd's store was wiped), so that the next caller pulls
-    /// the image.
+    /// Removes a record whose directories no longer exist, because containerd's store was emptied. The next caller
+    /// pulls the image again.
     pub fn discard_stale(&self, record: &ImageRecord) {
         lock(&self.0.records).remove(&record.reference);
         if let Err(error) = record.delete(&self.0.places.images()) {
-            tracing::warn!(%error, "could not remove the record of an image whose layers are gone");
+            tracing::warn!(error = %crate::error_chain(&error), "could not remove the record of an image whose layers are gone");
         }
     }
 
     /// Pulls the image if that is necessary, and returns its record. Callers that want the same image with the same
-    /// credentials share one pull. It runs as long as at least one of them waits.
+    /// credentials share one pull. The pull runs as long as at least one of them waits.
     ///
     /// # Errors
-    /// When the pull fails, or is not complete within the request's `timeout`.
+    /// Fails when the pull fails, or is not complete within the request's `timeout`.
     pub async fn pull(&self, request: PullRequest) -> PullResult {
         let PullRequest { reference, credentials, opened, timeout, progress, policy } = request;
-        // The file's identity is taken before the file is read: if the file changes meanwhile, the next caller reads it
-        // again.
+        // The file's identity is taken before the file is read. If the file changes meanwhile, the next caller finds
+        // another identity and reads the file again.
         let stamp = reference.archive().and_then(|archive| archive.file_id(opened.as_deref()).ok());
         let pull = {
             let mut pulls = lock(&self.0.shared_pulls);
-            pulls.retain(|_, flight| flight.upgrade().is_some_and(|flight| flight.peek().is_none()));
+            pulls.retain(|_, pull| pull.upgrade().is_some_and(|pull| pull.peek().is_none()));
             let key = (reference.clone(), credentials.clone(), stamp, policy);
             match pulls.get(&key).and_then(WeakShared::upgrade) {
-                Some(flight) => flight,
+                Some(running) => running,
                 None => {
                     let (store, reference) = (self.clone(), reference.clone());
                     let work = async move {
                         store.run_pull(&reference, credentials.as_ref(), (opened, stamp), (policy, &progress)).await
                     };
-                    let flight: Shared<PullFuture> = (Box::pin(work) as PullFuture).shared();
-                    if let Some(weak) = flight.downgrade() {
+                    let new: Shared<PullFuture> = (Box::pin(work) as PullFuture).shared();
+                    if let Some(weak) = new.downgrade() {
                         pulls.insert(key, weak);
                     }
-                    flight
+                    new
                 }
             }
         };
@@ -208,26 +208,26 @@ impl ImageStore {
             let protected = self.protect_new_lease();
             let lease = PullLease::create(client, protected.0.clone()).await?;
             let local = match (reference, policy) {
-                // The image that containerd has under this name may be an older one.
+                // containerd may have an older image under this name.
                 (Reference::Archive(_), _) | (_, PullPolicy::Always) => None,
                 (Reference::Registry(_), _) => self.find_in_containerd(reference, progress, lease.id()).await?,
             };
-            let is_here = local.is_some();
+            let is_in_containerd = local.is_some();
             let (fetched, chain) = match local {
                 Some(found) => found,
                 None if policy == PullPolicy::Never && reference.archive().is_none() => {
                     return Err(ImageError::NotStored { image: name.clone() });
                 }
                 None => {
-                    let source = PullContext { client, http: &self.0.http, credentials, opened, progress };
-                    let fetched = pull::fetch(&source, reference, lease.id()).await?;
+                    let context = PullContext { client, http: &self.0.http, credentials, opened, progress };
+                    let fetched = pull::fetch(&context, reference, lease.id()).await?;
                     let chain = self.unpack(reference, &fetched, progress, lease.id()).await?;
                     (fetched, chain)
                 }
             };
             // The account files are checked first, because everything that is created from here on outlives the pull.
             let accounts = self.read_accounts(reference, chain.as_ref(), lease.id()).await?;
-            if !is_here {
+            if !is_in_containerd {
                 client.set_image(&name, fetched.target.clone(), &self.0.places.state_dir_hash()).await?;
             }
             let record = self.save_record(reference, &fetched, chain, (stamp, accounts)).await?;
@@ -251,7 +251,7 @@ impl ImageStore {
     }
 
     /// Looks for the image in containerd's store, where any client of containerd may have pulled it. Returns `None`
-    /// when the image is not there, or a part of it for this host's platform is missing.
+    /// when the store does not have the image, or lacks a part of it for this host's platform.
     async fn find_in_containerd(
         &self,
         reference: &Reference,
@@ -308,8 +308,8 @@ impl ImageStore {
         lease: &LeaseId,
     ) -> Result<Option<ChainId>, ImageError> {
         let Manifest { layers, config } = &fetched.manifest;
-        let (_, diffs) = manifest::parse_config(reference, &fetched.manifest, &fetched.config)?;
-        let layers: Vec<_> = layers.iter().cloned().zip(diffs).collect();
+        let (_, diff_ids) = manifest::parse_config(reference, &fetched.manifest, &fetched.config)?;
+        let layers: Vec<_> = layers.iter().cloned().zip(diff_ids).collect();
         let client = &self.0.client;
         let chain = unpack::unpack(client, reference, lease, &layers, progress).await?;
         if let Some(chain) = &chain {
@@ -360,8 +360,8 @@ impl ImageStore {
             problem: error.to_string(),
         })?;
         // Images with the same layers share one lease and one view in each driver, however many names they have.
-        let stack = chain.as_ref().map_or("empty", ChainId::as_str).trim_start_matches("sha256:");
-        let name = format!("{}{}", self.lease_prefix(), &stack[..stack.len().min(20)]);
+        let layers = chain.as_ref().map_or("empty", ChainId::as_str).trim_start_matches("sha256:");
+        let name = format!("{}{}", self.lease_prefix(), &layers[..layers.len().min(20)]);
         let lease = LeaseId(name.clone());
         let _changing = self.0.lease_lock.lock().await;
         let (view, stack) = match &chain {
@@ -400,10 +400,10 @@ impl ImageStore {
             source,
         };
         let stack = LayerStack::from_mounts(mounts).map_err(refused)?;
-        let looked_at = stack.clone();
-        let looking = tokio::task::spawn_blocking(move || looked_at.check_ownership()).await;
+        let checked = stack.clone();
+        let outcome = tokio::task::spawn_blocking(move || checked.check_ownership()).await;
         let path = self.0.places.images();
-        looking
+        outcome
             .map_err(|join| ImageError::StoreFile { path, source: std::io::Error::other(join) })?
             .map_err(refused)?;
         Ok(stack)
@@ -427,7 +427,7 @@ impl Drop for ProtectedLease<'_> {
     }
 }
 
-/// Locks a mutex, also after a panic of a thread that had it locked.
+/// Locks a mutex.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     mutex.lock()
 }

@@ -21,7 +21,7 @@ pub(crate) enum ExtensionProblem {
     /// An extension entry is too large.
     TooLarge,
     /// Readers of pax records disagree about the length of the next entry: bytes that are a file's content to one
-    /// reader are a further entry to another reader, and that entry would not have been checked.
+    /// reader are a further entry to another reader, and this further entry would not have been checked.
     Ambiguous,
 }
 
@@ -50,7 +50,7 @@ impl ExtensionScanner {
     /// Parses the next bytes of the plain archive.
     ///
     /// # Errors
-    /// When an extension entry is too large or ambiguous.
+    /// Fails when an extension entry is too large or ambiguous.
     pub(crate) fn feed(&mut self, mut bytes: &[u8]) -> Result<(), ExtensionProblem> {
         while !bytes.is_empty() {
             if self.remaining > 0 {
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pax_size_counts_for_the_next_entry() {
+    fn a_pax_size_applies_to_the_next_entry() {
         let record = b"13 size=1024\n";
         let mut archive = header(b'x', record.len() as u64);
         archive.extend_from_slice(record);

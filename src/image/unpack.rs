@@ -20,7 +20,8 @@ use crate::{
 /// without layers.
 ///
 /// # Errors
-/// When containerd can't unpack a layer, or a layer's uncompressed digest is not the one in the image's configuration.
+/// Fails when containerd can't unpack a layer, or a layer's uncompressed digest is not the one in the image's
+/// configuration.
 pub(crate) async fn unpack(
     client: &Client,
     reference: &Reference,
@@ -30,17 +31,17 @@ pub(crate) async fn unpack(
 ) -> Result<Option<ChainId>, ImageError> {
     let chains: Vec<ChainId> = layers
         .iter()
-        .scan(None, |parent: &mut Option<ChainId>, (_, diff)| {
-            *parent = Some(ChainId::next(parent.as_ref(), diff));
+        .scan(None, |parent: &mut Option<ChainId>, (_, diff_id)| {
+            *parent = Some(ChainId::next(parent.as_ref(), diff_id));
             parent.clone()
         })
         .collect();
     let Some(top) = chains.last() else { return Ok(None) };
     if !lease_if_unpacked(client, lease, top).await? {
-        for (n, ((layer, diff), chain)) in layers.iter().zip(&chains).enumerate() {
+        for (n, ((layer, diff_id), chain)) in layers.iter().zip(&chains).enumerate() {
             if !lease_if_unpacked(client, lease, chain).await? {
                 let parent = n.checked_sub(1).map(|below| &chains[below]);
-                apply_layer(client, reference, lease, LayerStep { layer, diff, parent, chain }).await?;
+                apply_layer(client, reference, lease, LayerStep { layer, diff_id, parent, chain }).await?;
             }
             progress.report(PullEvent::Unpacked(n + 1, layers.len()));
         }
@@ -48,8 +49,8 @@ pub(crate) async fn unpack(
     Ok(Some(top.clone()))
 }
 
-/// Adds the snapshot `chain` to the lease and returns whether it exists. It is added before containerd is asked,
-/// because containerd's garbage collector may be about to remove a snapshot that an earlier pull left.
+/// Adds the snapshot `chain` to the lease and returns whether the snapshot exists. It is added before its existence is
+/// checked, because containerd's garbage collector may be about to remove a snapshot that an earlier pull left.
 async fn lease_if_unpacked(client: &Client, lease: &LeaseId, chain: &ChainId) -> Result<bool, ImageError> {
     client.add_to_lease(lease, &client.snapshot_kind(), chain.as_str()).await?;
     Ok(client.has_snapshot(chain.as_str()).await?)
@@ -58,7 +59,7 @@ async fn lease_if_unpacked(client: &Client, lease: &LeaseId, chain: &ChainId) ->
 /// A layer that is unpacked on top of the layers below it.
 struct LayerStep<'a> {
     layer: &'a Layer,
-    diff: &'a Digest,
+    diff_id: &'a Digest,
     parent: Option<&'a ChainId>,
     chain: &'a ChainId,
 }
@@ -69,24 +70,24 @@ async fn apply_layer(
     lease: &LeaseId,
     step: LayerStep<'_>,
 ) -> Result<(), ImageError> {
-    let LayerStep { layer, diff, parent, chain } = step;
+    let LayerStep { layer, diff_id, parent, chain } = step;
     let labels = Labels::from([("containerd.io/snapshot.ref".to_owned(), chain.to_string())]);
     // The key is unique, because two pulls may unpack the same layer at the same time: the commit of the slower one
     // then fails with "already exists".
     let key = format!("extract-{} {chain}", random_hex(8));
     let mounts = match client.prepare_snapshot(lease, &key, parent, labels.clone()).await {
-        // Another pull has committed the snapshot since `lease_if_unpacked` looked. Its name is under the lease
-        // already.
+        // Another pull has committed the snapshot since the call of `lease_if_unpacked`, which has added the snapshot's
+        // name to the lease.
         Err(error) if error.is_already_exists() => return Ok(()),
         prepared => prepared?,
     };
     let outcome = async {
         let actual = client.apply_layer(layer.descriptor(), mounts).await?;
-        if actual != *diff {
+        if actual != *diff_id {
             return Err(ImageError::Layer {
                 image: reference.to_string(),
                 digest: layer.digest.clone(),
-                source: super::LayerProblem::DiffId { expected: diff.clone(), actual },
+                source: super::LayerProblem::DiffId { expected: diff_id.clone(), actual },
             });
         }
         client.commit_snapshot(lease, &key, chain, labels).await.map_err(ImageError::from)
@@ -95,9 +96,9 @@ async fn apply_layer(
     match outcome {
         Ok(()) => Ok(()),
         Err(error) => {
-            if let Err(left) = client.remove_snapshot(&key).await {
+            if let Err(error) = client.remove_snapshot(&key).await {
                 tracing::debug!(
-                    error = %left,
+                    error = %crate::error_chain(&error),
                     "could not remove a partly unpacked layer; containerd's garbage collector will remove it"
                 );
             }
@@ -122,21 +123,22 @@ pub(crate) struct Accounts {
 /// removed before the function returns.
 ///
 /// # Errors
-/// When the layers can't be mounted, or a file can't be read or is not a regular file. A missing file is not an error.
+/// Fails when the layers can't be mounted, or a file can't be read or is not a regular file. A missing file is not an
+/// error.
 pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: &Path) -> Result<Accounts, ImageError> {
     let path = scratch.join(format!("view-{}", random_hex(8)));
     let failed = |source: io::Error| ImageError::StoreFile { path: path.clone(), source };
-    let both = |root: &Path| {
+    let read_both = |root: &Path| {
         let (passwd, group) = (accounts::read(root, accounts::PASSWD)?, accounts::read(root, accounts::GROUP)?);
         Ok(Accounts { passwd, group })
     };
     let read = match &stack.lowers[..] {
-        [only] => both(only),
+        [only] => read_both(only),
         lowers => {
             fs::create_dir(&path).map_err(failed)?;
             let mounted = crate::overlay::mount_read_only(lowers, &stack.options, &path);
             let read = mounted.map(|()| {
-                let read = both(&path);
+                let read = read_both(&path);
                 umount2(&path, MntFlags::MNT_DETACH).map(|()| read)
             });
             fs::remove_dir(&path).map_err(failed)?;

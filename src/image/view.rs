@@ -21,7 +21,7 @@ use crate::pb::types::Mount;
 /// The name of the directory in which a snapshotter has its snapshots.
 const SNAPSHOTS: &str = "snapshots";
 /// The name of the directory in a snapshot that the overlayfs snapshotter mounts.
-const LAYER: &str = "fs";
+const SNAPSHOT_CONTENT: &str = "fs";
 /// Options of overlayfs that name no path (Documentation/filesystems/overlayfs.rst). The overlayfs snapshotter sets the
 /// first two by itself, and its configuration can add others.
 const OPTIONS: [&str; 8] = ["index", "userxattr", "metacopy", "nfs_export", "redirect_dir", "uuid", "volatile", "xino"];
@@ -32,12 +32,14 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 #[derive(Debug, thiserror::Error)]
 pub enum ViewProblem {
     /// There is not exactly one mount, or it is of another type.
-    #[error("mounts of type {0:?} can't be stacked; use overlayfs or native (containerd.snapshotter)")]
+    #[error(
+        "mounts of type {0:?} can't become overlay layers; use the snapshotter overlayfs or native (containerd.snapshotter)"
+    )]
     Type(String),
     /// A directory does not have the form of those of containerd's snapshotters.
     #[error("directory {0:?} is not of the form /.../snapshots/NUMBER or /.../snapshots/NUMBER/fs")]
     Directory(PathBuf),
-    /// A directory could have been made by a user other than root.
+    /// A user other than root could have made a directory.
     #[error("directory {0:?} does not belong to root, or others can write to it")]
     Owner(PathBuf),
     /// A directory does not exist, or is reached through a symlink.
@@ -66,7 +68,8 @@ impl LayerStack {
     /// Reads a view's mounts: one read-only bind mount, or an overlay without an upper directory.
     ///
     /// # Errors
-    /// When the mounts are anything else, or have directories or options that containerd's snapshotters do not use.
+    /// Fails when the mounts are anything else, or have directories or options that containerd's snapshotters do not
+    /// use.
     pub(crate) fn from_mounts(mounts: &[Mount]) -> Result<Self, ViewProblem> {
         let [mount] = mounts else { return Err(ViewProblem::Type(format!("{} mounts", mounts.len()))) };
         let mut stack = Self { lowers: Vec::new(), options: Vec::new() };
@@ -87,7 +90,7 @@ impl LayerStack {
             other => return Err(ViewProblem::Type(other.to_owned())),
         }
         match stack.lowers.iter().find(|lower| split_snapshot_path(lower).is_none()) {
-            Some(strange) => Err(ViewProblem::Directory(strange.clone())),
+            Some(lower) => Err(ViewProblem::Directory(lower.clone())),
             None => Ok(stack),
         }
     }
@@ -95,7 +98,7 @@ impl LayerStack {
     /// Checks that only root can have made the directories.
     ///
     /// # Errors
-    /// When a directory is missing, is reached through a symlink, or is in a directory that others can write to.
+    /// Fails when a directory is missing, is reached through a symlink, or is in a directory that others can write to.
     pub(crate) fn check_ownership(&self) -> Result<(), ViewProblem> {
         self.lowers.iter().try_for_each(|lower| {
             let (root, below) = split_snapshot_path(lower).ok_or_else(|| ViewProblem::Directory(lower.clone()))?;
@@ -128,7 +131,7 @@ fn split_snapshot_path(lower: &Path) -> Option<(&Path, &Path)> {
     if !lower.is_absolute() || lower.components().any(|part| part == Component::ParentDir) {
         return None;
     }
-    let snapshot = if lower.file_name()? == LAYER { lower.parent()? } else { lower };
+    let snapshot = if lower.file_name()? == SNAPSHOT_CONTENT { lower.parent()? } else { lower };
     let number = snapshot.file_name()?.to_str()?;
     let root = snapshot.parent()?;
     let is_numbered = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());

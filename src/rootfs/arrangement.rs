@@ -3,7 +3,7 @@
 //! A runtime looks up a target by name in the file systems that it has mounted so far. Below a bind mount, those
 //! contain files of the task or of another task of the allocation, and either task may put a link there at any moment.
 //! So the runtime gets only those mounts whose target lies in the image or in a fresh file system. The driver itself
-//! puts all other mounts into the tree that is bound.
+//! puts all other mounts into the tree of the bind mount that they lie below.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use super::{
     target::MountTarget,
 };
 
-/// Who puts a mount at its target, and how.
+/// The component that puts a mount at its target: the runtime or the driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Placement {
     /// The runtime mounts it.
@@ -65,7 +65,7 @@ pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<V
         let place = match parent {
             // The target lies in the image, or in a fresh file system that every container has.
             None => Placement::ByRuntime,
-            Some(parent) => within(parent, &mounts[parent.number], &mounts[number], target.path())
+            Some(parent) => place_below(parent, &mounts[parent.number], &mounts[number], target.path())
                 .map_err(|problem| Misplaced { number, problem })?,
         };
         placed.push(PlacedMount { number, target, place });
@@ -73,29 +73,36 @@ pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<V
     Ok(placed)
 }
 
-fn within(parent: &PlacedMount, holder: &TaskMount, mount: &TaskMount, target: &Path) -> Result<Placement, String> {
-    if let (Placement::ByRuntime, MountContent::FileSystem { .. }) = (&parent.place, &holder.content) {
+/// Returns the placement of a mount whose target lies directly below the target of `parent`. `parent_mount` is the
+/// mount that has the placement `parent`.
+fn place_below(
+    parent: &PlacedMount,
+    parent_mount: &TaskMount,
+    mount: &TaskMount,
+    target: &Path,
+) -> Result<Placement, String> {
+    if let (Placement::ByRuntime, MountContent::FileSystem { .. }) = (&parent.place, &parent_mount.content) {
         return Ok(Placement::ByRuntime);
     }
-    let holder_path = &parent.target;
-    if matches!(holder.content, MountContent::File(_)) {
-        return Err(format!("it lies below {holder_path}, which is a file"));
+    let parent_target = &parent.target;
+    if matches!(parent_mount.content, MountContent::File(_)) {
+        return Err(format!("it lies below {parent_target}, which is a file"));
     }
-    if holder.options.iter().any(|option| option == "shared" || option == "rshared") {
+    if parent_mount.options.iter().any(|option| option == "shared" || option == "rshared") {
         return Err(format!(
-            "it lies below {holder_path}, whose mounts reach the host (rshared, \"bidirectional\"); use a target outside of it"
+            "it lies below {parent_target}, whose mounts reach the host (rshared, \"bidirectional\"); use a target outside of it"
         ));
     }
     if let MountContent::FileSystem { kind, .. } = &mount.content
         && kind != "tmpfs"
     {
-        return Err(format!("a file system of type {kind:?} can't be mounted below the bind at {holder_path}"));
+        return Err(format!("a file system of type {kind:?} can't be mounted below the bind mount at {parent_target}"));
     }
     let (top, above) = match &parent.place {
         Placement::ByRuntime => (parent.number, Path::new("")),
         Placement::InTree { outermost: top, path_in_outermost: path, .. } => (*top, path.as_path()),
     };
-    let below = target.strip_prefix(holder_path.path()).unwrap_or(target).to_owned();
+    let below = target.strip_prefix(parent_target.path()).unwrap_or(target).to_owned();
     Ok(Placement::InTree {
         outermost: top,
         path_in_outermost: above.join(&below),
@@ -153,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_below_a_bind_is_put_into_its_tree() {
+    fn mounts_below_a_bind_mount_are_put_into_its_tree() {
         let mounts = [
             bind("/alloc/logs", &["ro"]),
             bind("/alloc", &["rslave"]),
@@ -174,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn fresh_file_systems_hold_what_lies_below_them() {
+    fn mounts_below_a_fresh_file_system_are_left_to_the_runtime() {
         let mounts = [tmpfs("/scratch"), bind("/scratch/in", &[]), bind("/dev/fuse", &[]), bind("/dev/shm/x", &[])];
         assert_eq!(
             arranged(&mounts),
@@ -186,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_several_with_one_target_is_seen() {
+    fn of_several_mounts_with_one_target_only_the_last_is_mounted() {
         let mounts = [bind("/secrets", &[]), tmpfs("/secrets"), bind("/secrets/a", &[]), bind("/secrets", &["ro"])];
         assert_eq!(arranged(&mounts), Ok(vec![own("/secrets"), below("/secrets/a", 3, "a")]));
     }

@@ -1,7 +1,7 @@
 //! The bundle: a directory with `config.json`, the files that the driver mounts into the container, and the root file
 //! system.
 //!
-//! This module also removes what it creates. Each step of the removal works by itself, and does no harm when there is
+//! This module also removes what it creates. Each step of the removal can be called alone, and succeeds when there is
 //! nothing to remove.
 
 use std::{
@@ -116,7 +116,7 @@ impl BundlePaths {
         })
     }
 
-    /// Tells whether the root file system is mounted: an overlay has a device number of its own.
+    /// Returns whether the root file system is mounted: an overlay has a device number of its own.
     ///
     /// # Errors
     /// Fails as stat(2) does.

@@ -8,7 +8,7 @@ use oci_spec::runtime::Capability as OciCapability;
 
 use crate::ids::Flavor;
 
-/// A name that is not a capability's.
+/// A text is not the name of a capability.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0:?} is not a capability such as NET_ADMIN, nor ALL")]
 pub struct CapabilityError(String);
@@ -99,7 +99,7 @@ impl Capabilities {
         caps::read(None, caps::CapSet::Bounding).map_or_else(|_| Self::default(), Self::of)
     }
 
-    /// Tells whether the set contains a capability, given by the kernel's name, such as `CAP_SYS_ADMIN`.
+    /// Returns whether the set contains a capability, given by the kernel's name, such as `CAP_SYS_ADMIN`.
     pub fn has(&self, name: &str) -> bool {
         Capability::from_str(name).is_ok_and(|capability| self.0.contains(&capability.index()))
     }
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn names_come_in_any_spelling() {
+    fn names_are_read_with_and_without_prefix_in_any_case() {
         assert_eq!(parse(&["NET_ADMIN", "CAP_NET_ADMIN", "net_admin"]), vec![parse(&["NET_ADMIN"])[0]; 3]);
         assert_eq!(parse_capability("CAP_FLY"), Err(CapabilityError("CAP_FLY".to_owned())));
     }
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_driver_had_fourteen_and_ours_has_no_raw_sockets() {
+    fn the_flavors_differ_in_raw_sockets() {
         assert_eq!(Capabilities::defaults(Flavor::ContainerdDriver).0.len(), 14);
         assert!(!Capabilities::defaults(Flavor::Strict).0.contains(&Capability::CAP_NET_RAW.index()));
     }

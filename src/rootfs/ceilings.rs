@@ -18,18 +18,18 @@ use crate::{ids::Flavor, process};
 /// nice(2). With `Flavor::Strict` they are 0 by default, whatever limits the agent itself has.
 const PRIORITIES: [&str; 2] = ["rtprio", "nice"];
 /// The size that the kernel gives a tmpfs without a size option, in percent of the host's memory (tmpfs(5)).
-const KERNEL_DEFAULT: u64 = 50;
+const KERNEL_DEFAULT_PERCENT: u64 = 50;
 /// The page size that is assumed where the kernel does not report one.
 const FALLBACK_PAGE_SIZE: u64 = 4096;
 
-/// A job asks for more than the operator allows.
+/// Why a job's limit or file system is refused: it is larger than the operator allows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CeilingError {
     /// A limit of setrlimit(2) is above its ceiling.
     #[error(
         "{name} = {} is above {}, the maximum on this node; lower it, or have the operator raise the plugin option security {{ ulimit_max }}",
-        shown(*.wanted),
-        shown(*.ceiling)
+        limit_text(*.wanted),
+        limit_text(*.ceiling)
     )]
     Ulimit {
         /// docker's name of the limit.
@@ -59,7 +59,7 @@ pub enum CeilingError {
     },
 }
 
-fn shown(limit: u64) -> String {
+fn limit_text(limit: u64) -> String {
     if limit == libc::RLIM_INFINITY { "unlimited".to_owned() } else { limit.to_string() }
 }
 
@@ -119,14 +119,14 @@ impl Ceilings {
             Flavor::ContainerdDriver => (false, TmpfsSize::Unlimited),
             Flavor::Strict => {
                 all.extend(PRIORITIES.map(|name| (name, 0)));
-                (true, TmpfsSize::Percent(KERNEL_DEFAULT))
+                (true, TmpfsSize::Percent(KERNEL_DEFAULT_PERCENT))
             }
         };
         all.extend(ulimits);
         Self { ulimits: all, is_bounded_by_own_limits: own_limits, tmpfs: tmpfs.unwrap_or(default), host: None }
     }
 
-    /// Adds the limits of the host. Without them only those ceilings apply that are the same on every host.
+    /// Adds the limits of the host. Without the host's limits, only the ceilings apply that are the same on every host.
     #[must_use]
     pub fn on_host(self, host: HostLimits) -> Self {
         Self { host: Some(host), ..self }
@@ -149,11 +149,11 @@ impl Ceilings {
         }
     }
 
-    /// Returns the limits of a task whose job does not set them. Without these, the task would inherit this process's
+    /// Returns the limits that a task gets where its job sets none. Otherwise the task would inherit this process's
     /// limits, which may be above the ceiling.
     ///
-    /// With `Flavor::Strict` the limit on open files is always among them: a shim that was built with Go before 1.19.9
-    /// or 1.20.4 raises its own soft limit (src/os/rlimit.go), and the runtime and the task inherit it.
+    /// With `Flavor::Strict` the limit on open files is always one of these: a shim that was built with Go before
+    /// 1.19.9 or 1.20.4 raises its own soft limit (src/os/rlimit.go), and the runtime and the task inherit it.
     pub fn default_ulimits(&self) -> Vec<Ulimit> {
         let own = self.host.as_ref().map(|host| &host.rlimits);
         let inherited = |name| own.and_then(|own| own.get(name)).copied().unwrap_or((0, 0));
@@ -177,7 +177,7 @@ impl Ceilings {
         self.host.as_ref().and_then(|host| host.page).unwrap_or(FALLBACK_PAGE_SIZE)
     }
 
-    /// Tells whether there is a ceiling on file systems in memory.
+    /// Returns whether there is a ceiling on file systems in memory.
     pub fn bounds_memory(&self) -> bool {
         self.tmpfs != TmpfsSize::Unlimited
     }
@@ -206,7 +206,7 @@ impl Ceilings {
     /// Returns the ceiling on file systems in memory, in bytes, if it is below the kernel's default size.
     pub fn below_kernel_default(&self) -> Option<u64> {
         let memory = self.host.as_ref()?.memory;
-        let default = TmpfsSize::Percent(KERNEL_DEFAULT).bytes(memory)?;
+        let default = TmpfsSize::Percent(KERNEL_DEFAULT_PERCENT).bytes(memory)?;
         self.tmpfs.bytes(memory).filter(|ceiling| *ceiling < default)
     }
 
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn another_hosts_limits_are_not_this_ones() {
+    fn without_a_host_only_fixed_ceilings_apply() {
         let ceilings = Ceilings::new(Flavor::Strict, [].into(), None);
         assert_eq!(check(&ceilings, "nofile", "unlimited"), Ok(()));
         assert!(check(&ceilings, "rtprio", "1").is_err(), "this ceiling is the same on every host");

@@ -1,5 +1,5 @@
-//! Copies the content of a directory of the image, with everything that belongs to it: owners, modes, times, extended
-//! attributes, hard links, symbolic links and special files.
+//! Copies a directory of the image with its content: owners, modes, times of modification, extended attributes, hard
+//! links, symbolic links and special files are kept.
 //!
 //! No other process may change the source or the copy while this module copies, since it looks both up by path.
 
@@ -39,7 +39,7 @@ fn copy_directory(from: &Path, to: &Path, properties: &Metadata, links: &mut Har
         let name = entry?.file_name();
         copy_entry(&from.join(&name), &to.join(&name), links)?;
     }
-    // These come last, since new entries change the time, and the mode may forbid them.
+    // The properties come last: new entries change the time of modification, and the mode may forbid new entries.
     copy_properties(from, to, properties)
 }
 
@@ -86,8 +86,8 @@ fn copy_properties(from: &Path, to: &Path, properties: &Metadata) -> io::Result<
     Ok(utimensat(AT_FDCWD, to, &TimeSpec::UTIME_OMIT, &modified, UtimensatFlags::NoFollowSymlink)?)
 }
 
-/// Copies extended attributes, such as the capabilities of programs. SELinux labels are left out: a label belongs to the
-/// place of a file. A file system that can't hold an attribute goes without it, as with docker.
+/// Copies extended attributes, such as the capabilities of programs. SELinux labels are left out: a file's label
+/// depends on its path. An attribute that the target's file system does not support is left out, as with docker.
 fn copy_attributes(from: &Path, to: &Path) -> io::Result<()> {
     let mut names = vec![0; 1 << 16];
     let length = match llistxattr(from, &mut names[..]) {

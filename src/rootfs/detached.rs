@@ -1,6 +1,6 @@
 //! Detached mounts, which are attached nowhere (open_tree(2) and move_mount(2), Linux 5.2). A descriptor keeps such a
-//! mount alive. To attach it takes a tenth of the time that mounting takes. Mounts that are not needed any more are
-//! detached as well.
+//! mount alive. Attaching it takes a tenth of the time that mounting takes. This module also unmounts mounts that are
+//! still in use.
 
 use std::{
     ffi::CString,
@@ -17,7 +17,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 /// The flag that makes move_mount(2) attach the mount that a descriptor refers to (`linux/mount.h`).
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x4;
 
-/// Detaches the mount at `path`. From then on it lives as long as the descriptor.
+/// Detaches the mount at `path`. From then on the mount exists as long as the returned descriptor.
 ///
 /// # Errors
 /// Fails as open_tree(2) and umount2(2) do, with ENOSYS or EPERM where the kernel has no detached mounts or the process

@@ -1,4 +1,4 @@
-//! Device nodes: all of the host's for a privileged container, and those that a task is given.
+//! Device nodes: all of the host's devices for a privileged container, and the devices that a job asks for.
 
 use std::{
     fs, io,
@@ -10,8 +10,8 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 
 use super::RootfsError;
 
-/// Entries of /dev that each container has of its own, and that are not copied from the host.
-const OWN: [&str; 6] = ["pts", "shm", "fd", "mqueue", "console", ".lxc"];
+/// Entries of the host's /dev that a container does not get, because it has entries of its own with these names.
+const NOT_COPIED: [&str; 6] = ["pts", "shm", "fd", "mqueue", "console", ".lxc"];
 
 /// Returns all character and block devices below `/dev`, as containerd's `HostDevices` does.
 ///
@@ -27,7 +27,7 @@ pub fn host_devices() -> Result<Vec<LinuxDevice>, RootfsError> {
     Ok(devices)
 }
 
-/// A device that a task is given.
+/// A device that a job asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceRequest<'a> {
     /// The device's path on the host.
@@ -38,7 +38,7 @@ pub struct DeviceRequest<'a> {
     pub access: &'a str,
 }
 
-/// Returns the nodes of the devices that a task is given, each with the allowed access.
+/// Returns the nodes of the devices that a job asks for, each with the allowed access.
 ///
 /// # Errors
 /// Fails when a path does not exist, or is not a device.
@@ -80,7 +80,7 @@ fn walk(directory: &Path, devices: &mut Vec<LinuxDevice>) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let path = entry.path();
-        if OWN.iter().any(|own| entry.file_name() == *own) {
+        if NOT_COPIED.iter().any(|name| entry.file_name() == *name) {
             continue;
         }
         // Symlinks such as /dev/stdin and /dev/cdrom are not followed: the runtime creates them, or the image has them.

@@ -1,4 +1,4 @@
-//! What the network namespace of a task's group contains: its addresses, and the address of the host.
+//! Reads the addresses of a group's network namespace, and the host's address as the group's tasks see it.
 
 use std::{
     fs, io,
@@ -27,7 +27,7 @@ pub fn host_address(network: &NetworkNamespace) -> io::Result<IpAddr> {
         NetworkNamespace::Path(path) => {
             let (route, route6) = in_namespace(path, || {
                 let read = |table: &str| fs::read_to_string(format!("/proc/thread-self/net/{table}"));
-                // Kernels without IPv6 have no such table.
+                // A kernel without IPv6 does not have this table.
                 Ok((read("route")?, read("ipv6_route").unwrap_or_default()))
             })?;
             network::default_gateway(&route, &route6)
@@ -36,8 +36,8 @@ pub fn host_address(network: &NetworkNamespace) -> io::Result<IpAddr> {
     }
 }
 
-/// Returns the addresses of a network namespace by which its tasks know themselves: those of all interfaces that are
-/// up, without loopback and link-local ones. IPv4 comes first.
+/// Returns the addresses of a network namespace that the names of its tasks get in /etc/hosts: the addresses of all
+/// interfaces that are up, without loopback and link-local ones. IPv4 addresses come first.
 ///
 /// # Errors
 /// Fails when the namespace can't be entered, or as getifaddrs(3) does.
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_task_does_not_know_itself_by_link_local_addresses() {
+    fn link_local_addresses_are_recognized() {
         for (address, expected) in [("169.254.3.1", true), ("fe80::1", true), ("10.0.0.1", false), ("fd00::1", false)] {
             assert_eq!(is_link_local(&address.parse().expect("an address")), expected, "{address}");
         }

@@ -1,8 +1,8 @@
 //! Symbolic links in an image at paths where something is written or mounted before the task's process runs.
 //!
 //! A runtime that follows such a link may leave the container (runc 1.1 creates its device nodes behind a link at
-//! `/dev`). So no runtime may find one. This module replaces links at the paths that every container has, and resolves
-//! the targets of mounts below the root. Docker does both, too (moby, `daemon/initlayer/setup_unix.go` and
+//! `/dev`). So no runtime may find such a link. This module replaces links at the paths that every container has, and
+//! resolves the targets of mounts below the root. Docker does both, too (moby, `daemon/initlayer/setup_unix.go` and
 //! `moby/sys/symlink`, `FollowSymlinkInScope`).
 
 use std::{
@@ -34,8 +34,9 @@ pub(super) enum EntryKind {
 }
 
 /// Makes sure that `path` (relative to the root file system) is of the wanted kind or does not exist, and that no
-/// component on the way to it is a link. Any other entry is replaced in the container's own layer: by an empty
-/// directory where a directory is wanted; a file is only removed, since runtimes create it.
+/// component on the way to it is a link. An entry of another kind is changed in the container's own layer: where a
+/// directory is wanted, an empty directory replaces the entry; where a file is wanted, the entry is only removed, since
+/// runtimes create the file.
 ///
 /// # Errors
 /// Fails when a directory is where a file must be, or when a file system operation fails.
@@ -65,10 +66,10 @@ fn open_or_replace(at: BorrowedFd<'_>, name: &OsStr, wanted: EntryKind) -> io::R
         EntryKind::File if kind == SFlag::S_IFDIR => return Err(io::ErrorKind::IsADirectory.into()),
         EntryKind::Directory | EntryKind::File => {}
     }
-    let wanted_words = if wanted == EntryKind::File { "a regular file" } else { "a directory" };
+    let wanted_kind = if wanted == EntryKind::File { "a regular file" } else { "a directory" };
     tracing::debug!(
         name = %name.display(),
-        "an entry of the image is replaced in the container, because it is not {wanted_words}"
+        "an entry of the image is replaced in the container, because it is not {wanted_kind}"
     );
     unlinkat(at, name, UnlinkatFlags::NoRemoveDir)?;
     if wanted == EntryKind::File {
@@ -79,8 +80,8 @@ fn open_or_replace(at: BorrowedFd<'_>, name: &OsStr, wanted: EntryKind) -> io::R
 }
 
 /// Resolves `target` in the root file system. It follows the image's links, but never leaves the root. The resulting
-/// path contains no link. Components that do not exist are taken literally. `is_mount` tells at which paths a mount
-/// will be: what lies below a mount is not the image's, so components there are taken literally, too.
+/// path contains no link. Components that do not exist are taken literally. `is_mount` returns whether a mount will be
+/// at a path. Entries below a mount do not belong to the image, so components there are taken literally, too.
 ///
 /// # Errors
 /// Fails when there are too many links, when a component on the way is a file, or when a file system operation fails.
@@ -93,12 +94,12 @@ pub(super) fn resolve(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Pa
     match openat2(root, &relative(outermost.unwrap_or(target)), how) {
         // There is no link on the way, as in nearly all images.
         Ok(_) | Err(nix::Error::ENOENT) => Ok(target.to_owned()),
-        Err(nix::Error::ELOOP) => walk(root, target, is_mount),
+        Err(nix::Error::ELOOP) => resolve_stepwise(root, target, is_mount),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Tells whether the image has a directory at `path` when its links are followed below the root.
+/// Returns whether the image has a directory at `path`, if the links on the way are followed and never leave the root.
 pub(super) fn leads_to_directory(root: BorrowedFd<'_>, path: &Path, is_mount: impl Fn(&Path) -> bool) -> bool {
     let Ok(found) = resolve(root, path, &is_mount) else { return false };
     let how = OpenHow::new()
@@ -108,13 +109,14 @@ pub(super) fn leads_to_directory(root: BorrowedFd<'_>, path: &Path, is_mount: im
     in_image && openat2(root, found.strip_prefix("/").unwrap_or(&found), how).is_ok()
 }
 
-fn walk(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -> io::Result<PathBuf> {
+/// Resolves `target` component by component. It is the slow path of `resolve`, for a target that has links on the way.
+fn resolve_stepwise(root: BorrowedFd<'_>, target: &Path, is_mount: impl Fn(&Path) -> bool) -> io::Result<PathBuf> {
     let mut waiting: VecDeque<OsString> = names(target).collect();
     // The image's entries from the root to the current one.
     let mut opened: Vec<OwnedFd> = Vec::new();
     let mut found = PathBuf::from("/");
-    // How many of the last components are taken literally: in another mount, and below a component that does not exist,
-    // the image has no links.
+    // The number of the last components that are taken literally: the image has no links in another mount, and none
+    // below a component that does not exist.
     let mut literal = 0_usize;
     let mut links = 0;
     while let Some(name) = waiting.pop_front() {
@@ -170,7 +172,7 @@ fn names(path: &Path) -> impl DoubleEndedIterator<Item = OsString> + '_ {
     })
 }
 
-/// Opens an entry itself, also if it is a link.
+/// Opens an entry. A link is opened itself and not followed.
 fn open_entry(at: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(nix::fcntl::openat(at, Path::new(name), flags, Mode::empty())?)

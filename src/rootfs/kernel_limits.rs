@@ -21,9 +21,9 @@ const TOTAL_MAX: u64 = 6 << 20;
 /// `linux/limits.h`).
 const TOTAL_MIN: u64 = 128 << 10;
 /// The size of the pointer that the kernel counts for each string, in bytes.
-const POINTER: u64 = 8;
+const POINTER_SIZE: u64 = 8;
 
-/// The kernel does not accept a string or path, or not as it is.
+/// Why the kernel would not accept a string or path as it is.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StringError {
     /// The string contains a NUL byte, at which C ends a string.
@@ -99,7 +99,7 @@ impl KernelLimits {
     fn check_strings(&self, args: &[String], env: &[String], stack: Option<u64>) -> Result<(), StringError> {
         // The command is a path itself, or becomes one when it is looked up in PATH.
         if let Some(command) = args.first() {
-            path("the command", Path::new(command))?;
+            check_path("the command", Path::new(command))?;
         }
         let arguments = args.iter().enumerate().map(|(n, text)| (text, Named::Argument(n)));
         let variables = env.iter().map(|text| (text, Named::Variable(text)));
@@ -111,7 +111,7 @@ impl KernelLimits {
             if text.len() > self.string {
                 return Err(StringError::Long { what: named.to_string(), bytes: text.len(), most: self.string });
             }
-            total += text.len() as u64 + 1 + POINTER;
+            total += text.len() as u64 + 1 + POINTER_SIZE;
         }
         let most = Self::total(stack.unwrap_or(self.stack));
         if total > most { Err(StringError::Total { bytes: total, most }) } else { Ok(()) }
@@ -126,7 +126,7 @@ impl KernelLimits {
         let stack = limits.find(|limit| limit.typ() == PosixRlimitType::RlimitStack).map(PosixRlimit::soft);
         let (args, env) = (process.args().as_deref(), process.env().as_deref());
         self.check_strings(args.unwrap_or_default(), env.unwrap_or_default(), stack)?;
-        path("cwd", process.cwd())
+        check_path("cwd", process.cwd())
     }
 
     /// Checks all strings and paths of a spec that jobs and images can influence.
@@ -141,8 +141,8 @@ impl KernelLimits {
             no_nul(|| "hostname".to_owned(), hostname)?;
         }
         for mount in spec.mounts().iter().flatten() {
-            let words = mount.options().iter().flatten().chain(mount.typ());
-            check_mount(mount.destination(), mount.source().as_deref(), words)?;
+            let options = mount.options().iter().flatten().chain(mount.typ());
+            check_mount(mount.destination(), mount.source().as_deref(), options)?;
         }
         for (key, value) in spec.annotations().iter().flatten() {
             no_nul(|| "the key of an annotation".to_owned(), key)?;
@@ -150,16 +150,16 @@ impl KernelLimits {
         }
         let Some(linux) = spec.linux() else { return Ok(()) };
         for (name, value) in linux.sysctl().iter().flatten() {
-            path("the name of a sysctl", Path::new(name))?;
+            check_path("the name of a sysctl", Path::new(name))?;
             no_nul(|| format!("sysctl {}", quoted(name)), value)?;
         }
         for device in linux.devices().iter().flatten() {
-            path("the path of a device", device.path())?;
+            check_path("the path of a device", device.path())?;
         }
         for namespace in linux.namespaces().iter().flatten() {
-            namespace.path().iter().try_for_each(|place| path("the path of a namespace", place))?;
+            namespace.path().iter().try_for_each(|place| check_path("the path of a namespace", place))?;
         }
-        linux.cgroups_path().iter().try_for_each(|place| path("the path of the cgroup", place))
+        linux.cgroups_path().iter().try_for_each(|place| check_path("the path of the cgroup", place))
     }
 }
 
@@ -183,21 +183,21 @@ impl std::fmt::Display for Named<'_> {
     }
 }
 
-/// Checks the strings and paths of a mount: its target, its source, its type and its options.
+/// Checks the strings and paths of a mount: its target, its source, and its options, of which the type may be one.
 ///
 /// # Errors
 /// Fails with the first string or path that the kernel would not accept as it is.
 pub fn check_mount<'a>(
     target: &Path,
     source: Option<&Path>,
-    mut words: impl Iterator<Item = &'a String>,
+    mut options: impl Iterator<Item = &'a String>,
 ) -> Result<(), StringError> {
-    path("the target of a mount", target)?;
+    check_path("the target of a mount", target)?;
     let named = |what: &str| format!("{what} of the mount at {}", quoted(&target.to_string_lossy()));
     if let Some(source) = source {
-        path(&named("the source"), source)?;
+        check_path(&named("the source"), source)?;
     }
-    words.try_for_each(|word| no_nul(|| named("an option"), word))
+    options.try_for_each(|option| no_nul(|| named("an option"), option))
 }
 
 /// Checks that a text contains no NUL byte, at which C would end the string.
@@ -209,7 +209,7 @@ pub(crate) fn no_nul(what: impl FnOnce() -> String, text: &str) -> Result<(), St
 }
 
 /// Checks a path's length, and that it contains no NUL byte.
-fn path(what: &str, path: &Path) -> Result<(), StringError> {
+fn check_path(what: &str, path: &Path) -> Result<(), StringError> {
     let bytes = path.as_os_str().as_bytes();
     if bytes.contains(&0) {
         return Err(StringError::Nul { what: what.to_owned(), value: path.to_string_lossy().into_owned() });
@@ -288,14 +288,14 @@ mod tests {
         let mut places = Vec::new();
         each_text(&mut spec(), "", &mut |at, _| places.push(at.to_owned()));
         // These are set by the driver, or are keywords of the OCI spec.
-        let ours = [
+        let set_by_driver = [
             "/ociVersion",
             "/root/path",
             "/process/rlimits/0/type",
             "/linux/devices/0/type",
             "/linux/namespaces/0/type",
         ];
-        for place in places.iter().filter(|place| !ours.contains(&place.as_str())) {
+        for place in places.iter().filter(|place| !set_by_driver.contains(&place.as_str())) {
             let mut changed = spec();
             each_text(&mut changed, "", &mut |at, text| {
                 if at == place {

@@ -1,5 +1,5 @@
-//! Options of a job that go beyond the defaults, with a check of their form: limits of setrlimit(2), kernel parameters,
-//! namespaces and annotations.
+//! Options of a job that change a container's defaults, and the checks of their form: limits of setrlimit(2), kernel
+//! parameters, namespaces and annotations.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -128,8 +128,8 @@ pub fn check_sysctl(name: &str, namespaces: Namespaces, network: Namespace) -> R
     }
 }
 
-/// Kernel parameters that docker sets in the network namespaces of its containers (moby, `daemon/oci_linux.go`): programs
-/// that are not root may listen on every port, and may send ICMP echo requests.
+/// Kernel parameters that docker sets in the network namespaces of its containers (moby, `daemon/oci_linux.go`):
+/// programs that are not root may listen on every port, and may send ICMP echo requests.
 const NETWORK_SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
@@ -138,7 +138,7 @@ const NETWORK_SYSCTLS: [(&str, &str); 2] =
 pub struct DefaultSysctls(Vec<(&'static str, &'static str)>);
 
 impl DefaultSysctls {
-    /// Returns those of docker's parameters that this host's kernel has.
+    /// Returns docker's parameters, without those that this host's kernel does not have.
     pub fn for_this_host() -> Self {
         let exists = |name: &str| Path::new("/proc/sys").join(name.replace('.', "/")).exists();
         Self(NETWORK_SYSCTLS.into_iter().filter(|(name, _)| exists(name)).collect())
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_namespaced_can_be_set() {
+    fn only_parameters_of_own_namespaces_can_be_set() {
         let own = Namespaces::default();
         for name in ["net.core.somaxconn", "kernel.shmmax", "fs.mqueue.msg_max", "kernel.domainname"] {
             assert_eq!(check_sysctl(name, own, Namespace::Private), Ok(()), "{name}");
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn jobs_do_not_steer_runtimes() {
+    fn keys_that_runtimes_act_on_are_refused() {
         let with = |key: &str| check_annotations(&BTreeMap::from([(key.to_owned(), String::new())]));
         assert!(with("team").is_ok() && with("example.com/run.oci.x").is_ok());
         for key in ["run.oci.seccomp_bpf_data", "dev.gvisor.flag.network", ""] {

@@ -1,5 +1,5 @@
-//! What a task's process sees of its container: the OCI spec, which pure functions build from plain inputs, and the
-//! bundle that holds the spec and the root file system, which this driver mounts itself.
+//! A task's container as its process sees it: the OCI spec, which pure functions build from plain inputs, and the
+//! bundle, which contains the spec and the root file system. This driver mounts the root file system itself.
 
 pub mod apparmor;
 mod arrangement;
@@ -50,7 +50,9 @@ use crate::{accounts::AccountsError, text::quoted};
 #[derive(Debug, thiserror::Error)]
 pub enum RootfsError {
     /// Neither the job nor the image names a command.
-    #[error("nothing to run: the image has neither ENTRYPOINT nor CMD; set `command`, `args` or `entrypoint`")]
+    #[error(
+        "there is no command to run: the image has neither ENTRYPOINT nor CMD; set `command`, `args` or `entrypoint`"
+    )]
     NoCommand,
     /// A user or group can't be resolved in the image.
     #[error(transparent)]
@@ -119,7 +121,7 @@ pub enum RootfsError {
         source: io::Error,
     },
     /// The image has an entry at a path that every container needs, and the entry can't be replaced.
-    #[error("the image's /{path} is in the way of a file or directory that every container has there")]
+    #[error("could not replace /{path} of the image, where every container has a file or directory of its own")]
     Image {
         /// The path, relative to the root.
         path: PathBuf,

@@ -19,7 +19,7 @@ const ATTRIBUTES: [(&str, u64, MsFlags); 6] = [
     ("noatime", 0x10, MsFlags::MS_NOATIME),
     ("nodiratime", 0x80, MsFlags::MS_NODIRATIME),
 ];
-/// The bits that must be cleared before the access time attribute is changed (`MOUNT_ATTR__ATIME`).
+/// The bits that must be cleared when the access time attribute is changed (`MOUNT_ATTR__ATIME`).
 const ATIME_MASK: u64 = 0x70;
 const NOATIME: u64 = 0x10;
 
@@ -60,7 +60,7 @@ impl Attributes {
         ATTRIBUTES.iter().filter(|(_, bit, _)| self.bits & bit != 0).map(|(_, _, flag)| *flag).collect()
     }
 
-    /// Tells whether there are no attributes to set.
+    /// Returns whether there are no attributes to set.
     pub(crate) fn is_empty(self) -> bool {
         self.bits == 0
     }
@@ -173,10 +173,10 @@ mod tests {
 
     /// Both methods have the same result: each mount of the tree is read-only, and keeps its other attributes.
     #[test]
-    fn a_tree_becomes_read_only_in_both_ways() {
+    fn both_methods_make_a_tree_read_only() {
         let base = tempfile::tempdir().expect("a temporary directory");
-        type Way = fn(Attributes, &Path, Depth) -> io::Result<()>;
-        for way in [Attributes::set_at_once as Way, Attributes::set_one_by_one as Way] {
+        type SetMethod = fn(Attributes, &Path, Depth) -> io::Result<()>;
+        for set in [Attributes::set_at_once as SetMethod, Attributes::set_one_by_one as SetMethod] {
             let (top, below) = (base.path().join("top"), base.path().join("top/below"));
             fs::create_dir_all(&top).expect("made");
             let tmpfs = |path: &Path, flags| {
@@ -185,7 +185,7 @@ mod tests {
             tmpfs(&top, MsFlags::empty());
             fs::create_dir(&below).expect("made");
             tmpfs(&below, MsFlags::MS_NOSUID);
-            let outcome = way(Attributes::read_only(), &top, Depth::Tree);
+            let outcome = set(Attributes::read_only(), &top, Depth::Tree);
             let written = [&top, &below].map(|path| fs::write(path.join("file"), "x").is_ok());
             let seen = mounts_in(&fs::read("/proc/self/mountinfo").expect("read"), &top);
             nix::mount::umount2(&top, nix::mount::MntFlags::MNT_DETACH).expect("unmounted");

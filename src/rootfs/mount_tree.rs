@@ -44,16 +44,16 @@ const DIRECTORIES: [&str; 4] = ["dev", "proc", "sys", "etc"];
 pub enum Nesting {
     /// The driver mounts it, into the tree that the runtime takes as a whole.
     ByDriver,
-    /// The runtime mounts each one by itself. A gVisor sandbox needs this: only the mounts of its own kernel are mount
-    /// points for its tasks, and it looks up targets only inside of the sandbox. The driver still makes sure that no
-    /// link is on the way.
+    /// The runtime mounts it, as it mounts all others. A gVisor sandbox needs this: only the mounts of its own kernel
+    /// are mount points for its tasks, and it looks up targets only inside of the sandbox. The driver still makes sure
+    /// that no link is on the way.
     ByRuntime,
 }
 
 /// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
 /// system, and pins the sources of all mounts below the bundle's `mounts/`. It puts each mount that lies below a bind
-/// mount into that one's tree. Returns the mounts that are left to the runtime, to follow those of `base`, and the file
-/// system in which the sources are pinned.
+/// mount into that bind mount's tree. Returns the mounts that the runtime must make, to follow those of `base`, and the
+/// file system in which the sources are pinned.
 ///
 /// # Errors
 /// Fails when a mount can't be put at its target; the error names its option and target. What has been mounted by then
@@ -157,7 +157,7 @@ fn resolve_targets(
         let resolve = |path: &Path| image_links::resolve(root, path, is_mount).map_err(|error| mount.unresolved(error));
         let target = mount.target.path();
         let found = match (&mount.content, target.parent(), target.file_name()) {
-            // The driver's own file (such as /etc/hosts) replaces whatever the image has there, as in docker.
+            // The driver's own file (such as /etc/hosts) replaces any entry that the image has there, as in docker.
             (MountContent::File(_), Some(parent), Some(name)) if !target.ancestors().any(is_mount) => {
                 let found = resolve(parent)?.join(name);
                 ensure_plain(root, found.strip_prefix("/").unwrap_or(&found), EntryKind::File)?;
@@ -185,7 +185,7 @@ impl MountTree<'_> {
         &self.mounts[placed.number]
     }
 
-    /// Tells whether other mounts are put into this one's tree.
+    /// Returns whether other mounts are put into this one's tree.
     fn holds_others(&self, placed: &PlacedMount) -> bool {
         self.nesting == Nesting::ByDriver
             && self
@@ -194,7 +194,7 @@ impl MountTree<'_> {
                 .any(|other| matches!(&other.place, Placement::InTree { outermost, .. } if *outermost == placed.number))
     }
 
-    /// Pins a mount's source, and moves it to its target if that lies in another mount's tree.
+    /// Pins a mount's source, and mounts it at its target if the target lies in another mount's tree.
     fn pin_and_place(&self, placed: &PlacedMount) -> io::Result<()> {
         let mount = self.mount(placed);
         let pin = self.paths.pin_path(placed.number);
@@ -225,9 +225,9 @@ impl MountTree<'_> {
                 };
                 Ok(nix::mount::mount(Some(&pin), &point, None::<&str>, flags, None::<&str>)?)
             }
-            // The runtime mounts it later, but the mount point is opened now, to make sure that no link is on the way.
-            Placement::InTree { parent: holder, path_in_parent: below, .. } if is_bind(*holder) => {
-                open_mount_point(&self.paths.pin_path(*holder), below, self.kind(placed)).map(drop)
+            // The runtime mounts it later. The mount point is opened now, to make sure that no link is on the way.
+            Placement::InTree { parent, path_in_parent: below, .. } if is_bind(*parent) => {
+                open_mount_point(&self.paths.pin_path(*parent), below, self.kind(placed)).map(drop)
             }
             Placement::InTree { .. } | Placement::ByRuntime => Ok(()),
         }
@@ -272,17 +272,21 @@ impl MountTree<'_> {
         mount(Some(&source.fd_path()), pin, None::<&str>, MsFlags::MS_BIND | recursion, None::<&str>)?;
         // Missing mount points of other mounts are created in the source, as crun does, before it may become read-only.
         for other in self.placed {
-            if let Placement::InTree { parent: holder, path_in_parent: below, .. } = &other.place
-                && *holder == placed.number
+            if let Placement::InTree { parent, path_in_parent: below, .. } = &other.place
+                && *parent == placed.number
             {
-                // A mount point that can't be created becomes an error of its own mount, when that one is placed.
+                // If a mount point can't be created, the placement of its own mount fails later and reports it.
                 if let Err(error) = open_mount_point(pin, below, self.kind(other)) {
-                    tracing::debug!(target = %other.target, %error, "could not create a mount point in a source");
+                    tracing::debug!(
+                        target = %other.target,
+                        %error,
+                        "could not create the mount point of a mount in the source of another mount"
+                    );
                 }
             }
         }
         if has("ro") {
-            // Runtimes would make only the topmost mount read-only, and leave the mounts below it writable.
+            // Runtimes would make only the topmost mount read-only and leave the mounts below it writable.
             Attributes::read_only().set(pin, depth)?;
         }
         if is_inside || self.holds_others(placed) {

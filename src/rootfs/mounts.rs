@@ -1,4 +1,4 @@
-//! Sources of mounts. They are looked up without leaving the directories that they may come from. Each is held open, so
+//! Sources of mounts. A look-up never leaves the directories that a source may come from. Each source is held open, so
 //! that no task can put something else in its place.
 
 use std::{
@@ -22,8 +22,8 @@ use crate::{
     ids::Flavor,
 };
 
-/// The name of a `mounts` block's source in errors.
-const OPTION: &str = "mounts: source";
+/// The name that errors give to the source of a `mounts` block.
+const SOURCE_OPTION: &str = "mounts: source";
 
 /// One `mounts` block whose form has been checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,7 +76,7 @@ pub struct TaskMount {
 }
 
 impl TaskMount {
-    /// Returns the error for a mount that may not be, or can't be, at its target.
+    /// Returns the error for a mount that can't be, or may not be, at its target.
     pub(super) fn target_error(&self, problem: String) -> RootfsError {
         RootfsError::Target { option: self.option, target: self.target.to_string(), problem }
     }
@@ -114,12 +114,12 @@ impl MountSource {
         Ok(Self { opened, is_directory, identity: (found.st_dev, found.st_ino) })
     }
 
-    /// Tells whether the source is a directory.
+    /// Returns whether the source is a directory.
     pub fn is_directory(&self) -> bool {
         self.is_directory
     }
 
-    /// Tells whether the source is the file or directory that the host has at `path`.
+    /// Returns whether the source is the file or directory that the host has at `path`.
     pub fn is_host_path(&self, path: &str) -> bool {
         std::fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == self.identity)
     }
@@ -179,8 +179,9 @@ pub fn resolve_sources(
                 if !options.iter().any(|option| option == "bind" || option == "rbind") {
                     options.push("rbind".to_owned());
                 }
-                let opened = open_source(OPTION, source, dirs, flavor, allow_paths)?;
-                let failed = |error| RootfsError::Source { option: OPTION, source_path: source.clone(), source: error };
+                let opened = open_source(SOURCE_OPTION, source, dirs, flavor, allow_paths)?;
+                let failed =
+                    |error| RootfsError::Source { option: SOURCE_OPTION, source_path: source.clone(), source: error };
                 MountContent::Bind(MountSource::of(opened).map_err(failed)?)
             }
         };
@@ -259,7 +260,7 @@ pub fn open_source(
     if is_visible_to_task(&fd, dirs).map_err(failed)? { Ok(fd) } else { Err(outside()) }
 }
 
-/// Tells whether an opened file is in one of the directories that the task sees anyway. The check uses the opened
+/// Returns whether an opened file is in one of the directories that the task sees anyway. The check uses the opened
 /// file's real path, not the path in the job: `private` belongs to Nomad, and other tasks' secrets must stay secret.
 fn is_visible_to_task(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
     let opened = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
@@ -269,13 +270,13 @@ fn is_visible_to_task(fd: &OwnedFd, dirs: AllocDirs<'_>) -> io::Result<bool> {
     Ok(seen.iter().any(|directory| opened.starts_with(directory)))
 }
 
-/// Opens a descriptor that only refers to a file (`O_PATH`): it can't read, and opening a FIFO or device does not
-/// block.
+/// Opens a descriptor that only refers to a file (`O_PATH`). The descriptor can't be used to read, and the call does
+/// not block on a FIFO or device.
 pub(super) fn open_path(path: &Path) -> io::Result<OwnedFd> {
     File::options().read(true).custom_flags(libc::O_PATH).open(path).map(OwnedFd::from)
 }
 
-/// Opens `below` without ever leaving `root`, whatever symlinks are on the way (openat2(2), Linux 5.6).
+/// Opens `below` without ever leaving `root`, even if symlinks are on the way (openat2(2), Linux 5.6).
 fn open_beneath(root: &Path, below: &Path) -> io::Result<OwnedFd> {
     let root = open_path(root)?;
     if below.as_os_str().is_empty() {
@@ -322,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_stay_where_they_belong() {
+    fn sources_outside_of_the_tasks_directories_are_refused() {
         let alloc = tempfile::tempdir().expect("a temporary directory");
         let outside = tempfile::tempdir().expect("a temporary directory");
         for directory in ["alloc/data", "web/local", "web/private"] {
@@ -364,7 +365,10 @@ mod tests {
         let fifo = outside.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("made");
         let fifo_text = fifo.to_str().expect("utf-8");
-        assert!(resolve(fifo_text, Flavor::Strict, std::slice::from_ref(&fifo)).is_ok(), "not waited for");
+        assert!(
+            resolve(fifo_text, Flavor::Strict, std::slice::from_ref(&fifo)).is_ok(),
+            "the call does not wait for a writer of the FIFO"
+        );
     }
 
     #[test]

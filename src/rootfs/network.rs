@@ -13,12 +13,12 @@ pub struct Dns {
     pub servers: Vec<String>,
     /// The domains of the `search` line.
     pub searches: Vec<String>,
-    /// The words of the `options` line.
+    /// The entries of the `options` line.
     pub options: Vec<String>,
 }
 
 impl Dns {
-    /// Tells whether all three lists are empty: the job has no `dns` block then.
+    /// Returns whether all three lists are empty: the job has no `dns` block then.
     pub fn is_unset(&self) -> bool {
         self.servers.is_empty() && self.searches.is_empty() && self.options.is_empty()
     }
@@ -85,7 +85,7 @@ impl ExtraHost {
     pub fn parse(text: &str) -> Result<Self, String> {
         let (name, address) = text.split_once(':').ok_or_else(|| format!("{text:?} is not name:address"))?;
         if !is_hosts_name(name) {
-            return Err(format!("{text:?} has no name that /etc/hosts could hold"));
+            return Err(format!("{text:?} has no name that /etc/hosts can contain"));
         }
         let address = match address.trim() {
             "host-gateway" => HostAddress::Gateway,
@@ -105,7 +105,7 @@ impl ExtraHost {
 pub const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
      ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n";
 
-/// Can a hosts file hold this name?
+/// Returns whether a hosts file can contain this name.
 pub fn is_hosts_name(name: &str) -> bool {
     !name.is_empty() && !name.contains(|c: char| c.is_whitespace() || c.is_control() || c == '#')
 }

@@ -15,8 +15,8 @@ use super::{detached, mounts::open_path};
 
 /// The number of bytes by which a task may let its own files, such as its hosts file, grow.
 const GROWTH_MAX: usize = 1 << 20;
-/// The total length of the task's own files for which each such file system has room. For longer files it is made
-/// larger.
+/// The total length in bytes of the task's own files for which each such file system has room. The file system is made
+/// larger for longer files.
 const TEXT_MAX: usize = 32 << 10;
 
 /// A prepared file system for the sources of a task's mounts. It is not attached anywhere yet, and vanishes when it is
@@ -35,8 +35,8 @@ impl PreparedPins {
     }
 }
 
-/// The file system for the sources of one start's mounts. A descriptor identifies its mount, and not its path: a later
-/// start with the same bundle mounts another one at that path.
+/// The file system for the sources of one start's mounts. The descriptor identifies the mount. The path does not,
+/// because a later start with the same bundle mounts another file system there.
 #[derive(Debug)]
 pub struct Pins(OwnedFd);
 
@@ -66,7 +66,7 @@ impl Pins {
     pub fn unmount(&self) -> io::Result<()> {
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         match detached::unmount_tree(Path::new(&path), MntFlags::empty()) {
-            // EINVAL means that it is not attached anywhere any more.
+            // EINVAL means that the file system is not attached anywhere any more.
             Ok(()) | Err(nix::Error::EINVAL) => Ok(()),
             Err(errno) => Err(errno.into()),
         }

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn the_task_wins_but_the_old_name_keeps_the_images_path() {
+    fn the_task_overrides_the_image_except_for_path_under_the_name_containerd_driver() {
         let task = BTreeMap::from([("PATH".to_owned(), "/job".to_owned()), ("A".to_owned(), "2".to_owned())]);
         let image = ["PATH=/image".to_owned(), "A=1".to_owned(), "B=1".to_owned()];
         let defaults = EnvironmentDefaults { hostname: "name", home: "/", terminal: Terminal::No };

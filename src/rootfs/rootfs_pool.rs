@@ -70,8 +70,8 @@ fn device_and_inode(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl RootfsPool {
-    /// Returns a pool of up to `capacity` root file systems. No other process uses `dir`, which is on the file system of
-    /// the writable layers.
+    /// Returns a pool of up to `capacity` root file systems. No other process uses `dir`, which is on the file system
+    /// of the writable layers.
     pub fn new(dir: PathBuf, capacity: usize) -> Self {
         let this = Self {
             dir,
@@ -80,7 +80,8 @@ impl RootfsPool {
             to_remove: Mutex::default(),
             closed: Mutex::new(capacity == 0),
         };
-        // These are from a plugin that was killed. If they can't be listed now, the next plugin removes them.
+        // An entry here belongs to a plugin that was killed. If the entries can't be listed now, the next plugin
+        // removes them.
         let stale = list_names(&this.dir).unwrap_or_else(|error| {
             tracing::warn!(
                 error = %crate::error_chain(&error),
@@ -104,8 +105,8 @@ impl RootfsPool {
         pending.into_iter().for_each(|paths| self.remove(paths));
     }
 
-    /// Removes the directories of a root file system. What can't be removed, for example for lack of descriptors, is tried
-    /// again later.
+    /// Removes the directories of a root file system. A removal that fails, for example for lack of descriptors, is
+    /// tried again later.
     fn remove(&self, paths: BundlePaths) {
         if !remove(&paths) {
             self.to_remove.lock().push(paths);
@@ -121,9 +122,9 @@ impl RootfsPool {
         self.prepared.lock()
     }
 
-    /// Attaches a root file system that was prepared from these layers, as they are now, in an existing bundle. Returns
-    /// the file system for the sources of mounts that was prepared with it, or `None` when the pool has no root file
-    /// system with these layers.
+    /// Attaches a root file system that was prepared from the present directories of these layers in an existing
+    /// bundle. Returns the file system for the sources of mounts that was prepared with it, or `None` when the pool has
+    /// no root file system with these layers.
     ///
     /// # Errors
     /// Fails as rename(2) and move_mount(2) do; nothing is mounted then.
@@ -143,7 +144,8 @@ impl RootfsPool {
         self.to_remove.lock().push(paths);
         if attached.is_err() {
             drop(tree);
-            // If the directory can't be removed, the caller's next step, which makes a new one there, reports it.
+            // If the directory can't be removed, the caller's next step fails and reports it: that step makes a new
+            // directory there.
             let _ = fs::remove_dir_all(&to.upper);
         }
         attached.map(|()| Some(pins))
@@ -192,7 +194,7 @@ impl RootfsPool {
 
     /// Discards all root file systems.
     pub fn discard_all(&self) {
-        // First, so that a removal that fails now is not tried a second time at once.
+        // This comes first: a removal that fails below is added to the list, and must not be tried again at once.
         self.remove_pending();
         let all = std::mem::take(&mut *self.prepared());
         all.into_iter().for_each(|prepared| self.discard(prepared));
@@ -202,12 +204,12 @@ impl RootfsPool {
     pub fn close(&self) {
         *self.closed.lock() = true;
         self.discard_all();
-        // The directory is not empty when a root file system could not be removed, which has been logged then.
+        // This fails when a root file system could not be removed, which has been logged already.
         let _ = fs::remove_dir(&self.dir);
     }
 }
 
-/// Removes what is left of a root file system. Returns whether that succeeded.
+/// Unmounts and removes a prepared root file system. Returns whether that succeeded.
 fn remove(paths: &BundlePaths) -> bool {
     let removed = paths.unmount().and_then(|()| paths.remove()).inspect_err(|error| {
         tracing::warn!(

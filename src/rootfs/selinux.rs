@@ -15,7 +15,7 @@ use nix::{
     sys::stat::{Mode, SFlag, fstat},
 };
 
-/// The containers that may use a volume.
+/// The containers that may use a volume, by docker's letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VolumeLabel {
     /// `z`: all containers may use it.
@@ -40,8 +40,9 @@ const ATTRIBUTE: &str = "security.selinux";
 /// The number of categories of the targeted policy, which are c0 to c1023.
 const CATEGORIES: u64 = 1024;
 
-/// Files and directories of the host that would break if they were relabelled. The list is docker's.
-const SYSTEM: [&str; 24] = [
+/// Files and directories of the host that must not be relabelled, because the host's own programs would lose access.
+/// The list is docker's.
+const NOT_RELABELLED: [&str; 24] = [
     "/",
     "/bin",
     "/boot",
@@ -68,7 +69,7 @@ const SYSTEM: [&str; 24] = [
     "/var/log",
 ];
 
-/// Tells whether SELinux is enabled in the kernel.
+/// Returns whether SELinux is enabled in the kernel.
 pub fn is_enabled() -> bool {
     Path::new("/sys/fs/selinux/enforce").exists()
 }
@@ -95,7 +96,7 @@ fn label(kind: VolumeLabel, task: u64) -> String {
 /// error.
 pub fn relabel(path: &Path, kind: VolumeLabel, task: u64) -> io::Result<()> {
     let real = path.canonicalize()?;
-    if SYSTEM.iter().any(|system| real == Path::new(system)) {
+    if NOT_RELABELLED.iter().any(|system| real == Path::new(system)) {
         let problem = format!("{} belongs to the host's system, and is not relabelled", real.display());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
     }
@@ -103,7 +104,7 @@ pub fn relabel(path: &Path, kind: VolumeLabel, task: u64) -> io::Result<()> {
     let root = openat(AT_FDCWD, &real, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
     let mut waiting = vec![root];
     while let Some(node) = waiting.pop() {
-        if set(&node, &label)? == LabelSupport::Unsupported {
+        if set_label(&node, &label)? == LabelSupport::Unsupported {
             return Ok(());
         }
         if fstat(&node)?.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFDIR.bits() {
@@ -135,14 +136,14 @@ fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Whether a file system supports labels.
+/// Whether a file's file system supports labels.
 #[derive(PartialEq, Eq)]
 enum LabelSupport {
     Supported,
     Unsupported,
 }
 
-fn set(node: &OwnedFd, label: &CString) -> io::Result<LabelSupport> {
+fn set_label(node: &OwnedFd, label: &CString) -> io::Result<LabelSupport> {
     let path = CString::new(format!("/proc/self/fd/{}", node.as_raw_fd())).map_err(io::Error::other)?;
     let name = CString::new(ATTRIBUTE).map_err(io::Error::other)?;
     let value = label.as_bytes_with_nul();

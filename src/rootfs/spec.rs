@@ -130,7 +130,7 @@ pub struct SpecInput<'a> {
     pub resources: &'a Resources,
     /// The job's limits of setrlimit(2), which override the defaults.
     pub ulimits: &'a [Ulimit],
-    /// The limits that the job does not set, where the driver's own limits are above the operator's ceiling.
+    /// The limits of setrlimit(2) that the task gets where the job sets none (`Ceilings::default_ulimits`).
     pub ulimit_defaults: Vec<Ulimit>,
     /// The kernel parameters of the task's namespaces.
     pub sysctl: &'a BTreeMap<String, String>,
@@ -229,9 +229,10 @@ fn build_process(input: &SpecInput<'_>) -> Result<Process, RootfsError> {
         .env(process::environment(defaults, input.image.env, input.env, input.flavor))
         .cwd(PathBuf::from(cwd))
         .no_new_privileges(input.no_new_privileges.unwrap_or(!is_privileged(input)))
-        // Without it the task would inherit the agent's score, which is often set so that the agent outlives its tasks.
+        // Without this value, the task would inherit the agent's score, which is often set so that the agent outlives
+        // its tasks.
         .oom_score_adj(input.oom_score_adj)
-        // Without it the crate `oci_spec` would set default limits of its own.
+        // Without this call, the crate `oci_spec` would set default limits of its own.
         .rlimits(rlimits(input.flavor, &input.ulimit_defaults, input.ulimits)?)
         .capabilities(capability_sets(&input.capabilities)?);
     if let Some(profile) = input.apparmor {
@@ -294,18 +295,18 @@ fn build_linux(input: SpecInput<'_>) -> Result<Linux, RootfsError> {
 }
 
 fn hooks(hooks: &Hooks) -> Result<oci_spec::runtime::Hooks, RootfsError> {
-    let of = |commands: &[Vec<String>]| -> Result<Vec<Hook>, RootfsError> {
+    let built = |commands: &[Vec<String>]| -> Result<Vec<Hook>, RootfsError> {
         let programs = commands.iter().filter_map(|command| Some((command.first()?, command)));
         programs.map(|(path, command)| Ok(HookBuilder::default().path(path).args(command.clone()).build()?)).collect()
     };
     #[allow(deprecated, reason = "NVIDIA's and other older tools are installed as prestart hooks")]
-    let prestart = HooksBuilder::default().prestart(of(&hooks.prestart)?);
+    let prestart = HooksBuilder::default().prestart(built(&hooks.prestart)?);
     Ok(prestart
-        .create_runtime(of(&hooks.create_runtime)?)
-        .create_container(of(&hooks.create_container)?)
-        .start_container(of(&hooks.start_container)?)
-        .poststart(of(&hooks.poststart)?)
-        .poststop(of(&hooks.poststop)?)
+        .create_runtime(built(&hooks.create_runtime)?)
+        .create_container(built(&hooks.create_container)?)
+        .start_container(built(&hooks.start_container)?)
+        .poststart(built(&hooks.poststart)?)
+        .poststop(built(&hooks.poststop)?)
         .build()?)
 }
 
@@ -325,10 +326,11 @@ fn capability_sets(capabilities: &Capabilities) -> Result<oci_spec::runtime::Lin
 fn rlimits(flavor: Flavor, defaults: &[Ulimit], wanted: &[Ulimit]) -> Result<Vec<PosixRlimit>, RootfsError> {
     let mut limits = defaults.to_vec();
     if flavor == Flavor::ContainerdDriver {
-        let old = Ulimit::files(1024);
-        match limits.iter_mut().find(|limit| limit.kind == old.kind) {
-            Some(limit) => (limit.soft, limit.hard) = (limit.soft.min(old.soft), limit.hard.min(old.hard)),
-            None => limits.push(old),
+        // nomad-driver-containerd has this limit from containerd's default spec.
+        let files = Ulimit::files(1024);
+        match limits.iter_mut().find(|limit| limit.kind == files.kind) {
+            Some(limit) => (limit.soft, limit.hard) = (limit.soft.min(files.soft), limit.hard.min(files.hard)),
+            None => limits.push(files),
         }
     }
     for limit in wanted {
@@ -342,10 +344,10 @@ fn rlimits(flavor: Flavor, defaults: &[Ulimit], wanted: &[Ulimit]) -> Result<Vec
 fn namespaces(
     network: &NetworkNamespace,
     others: Namespaces,
-    unified: bool,
+    is_cgroup_v2: bool,
 ) -> Result<Vec<LinuxNamespace>, RootfsError> {
-    let cgroup = others.cgroup.unwrap_or(if unified { Namespace::Private } else { Namespace::Host });
-    let own = [
+    let cgroup = others.cgroup.unwrap_or(if is_cgroup_v2 { Namespace::Private } else { Namespace::Host });
+    let wanted = [
         (LinuxNamespaceType::Pid, others.pid),
         (LinuxNamespaceType::Ipc, others.ipc),
         (LinuxNamespaceType::Uts, others.uts),
@@ -353,8 +355,8 @@ fn namespaces(
         (LinuxNamespaceType::Cgroup, cgroup),
     ];
     let mut namespaces = Vec::new();
-    for (kind, whose) in own {
-        if whose == Namespace::Private {
+    for (kind, namespace) in wanted {
+        if namespace == Namespace::Private {
             namespaces.push(LinuxNamespaceBuilder::default().typ(kind).build()?);
         }
     }
@@ -423,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_the_crates_own_defaults_slips_in() {
+    fn the_crates_own_defaults_are_not_used() {
         let spec = build_with(|_| {}).expect("builds");
         assert_eq!(spec["hostname"], "host");
         assert_eq!(spec["process"]["args"], json!(["sh"]));
@@ -482,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn privileged_takes_the_masks_off() {
+    fn privileged_tasks_have_no_masked_paths() {
         let spec = build_with(|input| input.privilege = Privilege::Privileged { devices: Vec::new() }).expect("builds");
         assert_eq!(spec["linux"]["maskedPaths"], json!([]));
         assert_eq!(spec["process"]["noNewPrivileges"], false);
@@ -509,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_name_keeps_the_old_defaults() {
+    fn the_flavor_containerd_driver_keeps_that_drivers_defaults() {
         let spec = build_with(|input| input.flavor = Flavor::ContainerdDriver).expect("builds");
         assert_eq!(spec["process"]["rlimits"], json!([{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}]));
         assert!(spec["mounts"].as_array().expect("a list").iter().any(|mount| mount["destination"] == "/run"));

@@ -38,16 +38,16 @@ impl MountTarget {
     /// Returns a description of what is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {
         let path = Path::new(text);
-        let climbs = path.components().any(|component| component == Component::ParentDir);
+        let has_parent_components = path.components().any(|component| component == Component::ParentDir);
         let target: PathBuf = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
-        if !path.is_absolute() || climbs || target.as_os_str().is_empty() || text.contains('\0') {
+        if !path.is_absolute() || has_parent_components || target.as_os_str().is_empty() || text.contains('\0') {
             return Err(format!("{text:?} is not an absolute path below the root"));
         }
         Ok(Self(Path::new("/").join(target)))
     }
 
-    /// Parses a volume's destination, which Nomad passes on as the job has it. A relative path is taken as relative to
-    /// the root, and `..` is resolved without looking at the file system. Runtimes do both in the same way.
+    /// Parses a volume's destination, which Nomad passes on as the job has it. A relative path is relative to the root,
+    /// and `..` is resolved without looking at the file system. Runtimes do both in the same way.
     ///
     /// # Errors
     /// Fails when the result is the root itself.
@@ -90,7 +90,7 @@ impl MountTarget {
                 return Ok(());
             }
             return Err(format!(
-                "{:?} is in /proc, where no mount may go except over {}; use another target",
+                "{:?} is in /proc, where no mount may be except over {}; use another target",
                 self.0,
                 PROC_FILES.join(", ")
             ));

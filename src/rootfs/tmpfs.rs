@@ -20,7 +20,7 @@ pub enum TmpfsError {
         /// The option, as the job has it.
         option: String,
     },
-    /// The option has no value, or one that the kernel might read differently from a person.
+    /// The option has no value, or a value that the kernel may read as another number than its author means.
     #[error("options: {option:?} has no value such as size=64m, size=10%, nr_inodes=10k, mode=1777 or uid=1000")]
     Value {
         /// The option, as the job has it.
@@ -46,10 +46,10 @@ fn known() -> String {
 /// Fails with the first option that is refused.
 pub fn complete_options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -> Result<Vec<String>, TmpfsError> {
     let single: Vec<&str> = given.iter().flat_map(|option| option.split(',')).filter(|one| !one.is_empty()).collect();
-    let mut sized = false;
+    let mut has_size = false;
     for option in &single {
         let (key, value) = option.split_once('=').map_or((*option, None), |(key, value)| (key, Some(value)));
-        sized |= matches!(key, "size" | "nr_blocks");
+        has_size |= matches!(key, "size" | "nr_blocks");
         if flavor == Flavor::Strict {
             check_form(option, key, value)?;
         }
@@ -66,7 +66,7 @@ pub fn complete_options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -
         }
     };
     // A tmpfs without a size may grow to half of the host's memory, which may be above the ceiling.
-    if let Some(bytes) = ceilings.below_kernel_default().filter(|_| !sized) {
+    if let Some(bytes) = ceilings.below_kernel_default().filter(|_| !has_size) {
         options.push(format!("size={bytes}"));
     }
     Ok(options)
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tmpfs_is_closed_unless_the_job_opens_it() {
+    fn set_user_id_programs_and_devices_are_off_by_default() {
         let with = |given: &[&str]| checked(given, Flavor::Strict, None).expect("allowed");
         assert_eq!(with(&[]), ["nosuid", "nodev"]);
         assert_eq!(with(&["size=64m"]), ["nosuid", "nodev", "size=64m"]);
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_strange_is_passed_on() {
+    fn other_options_are_refused() {
         for option in ["lowerdir=/", "size=1m,context=x", "mpol=bind:0", "huge=always", "remount", "mode=9", "uid=-1"] {
             assert!(checked(&[option], Flavor::Strict, Some(TmpfsSize::Unlimited)).is_err(), "{option}");
         }

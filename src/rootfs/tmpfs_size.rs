@@ -10,7 +10,7 @@ pub enum TmpfsSize {
     Count(u64),
     /// This share of the host's memory.
     Percent(u64),
-    /// There is no limit. The kernel reads the size 0 so.
+    /// There is no limit. The kernel reads a size of 0 as no limit.
     Unlimited,
 }
 

@@ -67,7 +67,7 @@ pub(crate) struct Ids {
     pub groups: Vec<u32>,
 }
 
-/// The result of reading a text as an id.
+/// A text that was read as an id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ParsedId {
     Id(u32),
@@ -194,8 +194,8 @@ pub(crate) fn resolve_user(user: &str, passwd: &str, group: &str) -> Result<Ids,
     Ok(Ids { uid, gid, groups: groups.collect::<Result<_, _>>()? })
 }
 
-/// Returns the home directory of a user by the image's passwd(5), as docker does: `/` for a user that has no entry or no
-/// home directory.
+/// Returns the home directory of a user by the image's passwd(5), as docker does: `/` for a user that has no entry or
+/// no home directory.
 pub(crate) fn home(uid: u32, passwd: &str) -> &str {
     let entry = passwd_lines(passwd).find(|entry| entry.uid == ParsedId::Id(uid));
     entry.and_then(|entry| entry.line.split(':').nth(5)).filter(|home| !home.is_empty()).unwrap_or("/")
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_has_a_home_directory() {
+    fn every_user_has_a_home_directory() {
         for (uid, expected) in [(0, "/root"), (1000, "/"), (5, "/"), (4242, "/")] {
             assert_eq!(home(uid, PASSWD), expected, "{uid}");
         }

@@ -205,8 +205,9 @@ async fn images_in_files_are_measured_as_run_runs_them() {
     env.finish().await;
 }
 
-/// The benchmark runs as `make bench` runs it where `/run` is on disk: with a `/run` of its own. containerd runs outside,
-/// and so do the tasks of the test's `docker`, as dockerd's do; dockerd itself is not among what the tests install.
+/// The benchmark runs as `make bench` runs it where `/run` is on disk: with a `/run` of its own. containerd runs
+/// outside, and so do the tasks of the test's `docker`, as dockerd's do; dockerd itself is not among what the tests
+/// install.
 #[tokio::test(flavor = "multi_thread")]
 async fn daemons_outside_of_the_benchmarks_run_directory_are_measured() {
     let env = Env::new().await;
@@ -308,7 +309,7 @@ async fn a_path_that_fails_is_left_out_from_then_on_and_leaves_nothing() {
     let output = bench.measure(&plan, &[], &path).await;
     let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!((output.status.code(), complained.as_ref()), (Some(1), ""), "{said}");
-    assert!(said.contains("left out: runc: runc: stop: no third kill"), "{said}");
+    assert!(said.contains("left out: runc: runc: could not stop the task: no third kill"), "{said}");
     let results = bench.results();
     let counts = |path: &str| -> Vec<u64> {
         let rows = results["rows"].as_array().unwrap().iter();

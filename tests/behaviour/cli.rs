@@ -88,7 +88,7 @@ async fn failures_have_dockers_codes_and_one_clear_line() {
         (&["run", "--runtime", "runc", &image, "/etc/not-executable"], 126, "ermission denied"),
         (&["run", &none], 125, "not found"),
         (&["run", "--user", "ghost", &image], 125, "ghost"),
-        (&["run", "127.0.0.1:1/x"], 125, "out of reach"),
+        (&["run", "127.0.0.1:1/x"], 125, "could not reach"),
         (&["run", &private], 125, "pull access denied"),
         (&["run", "Not An Image"], 125, "Not An Image"),
         (&["run", "--env", "nonsense", &image], 125, "nonsense"),

@@ -24,10 +24,10 @@ async fn failed_starts_are_named_and_leave_nothing() {
         (json!({"image": good, "command": "/etc/not-executable"}), "", &["ermission denied"], false),
         (json!({"image": good}), "ghost", &["ghost", "/etc/passwd"], false),
         (json!({"image": good}), "user:ghosts", &["ghosts", "/etc/group"], false),
-        (json!({"image": no_command}), "", &["nothing to run", "ENTRYPOINT"], false),
+        (json!({"image": no_command}), "", &["no command to run", "ENTRYPOINT"], false),
         (json!({"image": format!("{registry}/no/such:1")}), "", &["no/such:1", "not found"], false),
         (json!({"image": format!("{registry}/test/busybox:none")}), "", &["none", "not found"], false),
-        (json!({"image": "127.0.0.1:1/x:1"}), "", &["127.0.0.1:1", "out of reach"], true),
+        (json!({"image": "127.0.0.1:1/x:1"}), "", &["127.0.0.1:1", "could not reach"], true),
         (json!({"image": "Not An Image"}), "", &["Not An Image"], false),
     ];
     each_case(cases, async |(config, user, words, again)| {

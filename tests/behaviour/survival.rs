@@ -114,7 +114,7 @@ async fn containerd_may_go_and_come_back() {
     let other = other.push(&services().registry, "test/other:1").await;
     let mut pulling = env.prepare(shell_in(&other, "echo $OTHER")).await;
     let error = env.try_start(&mut pulling).await.unwrap_err();
-    assert!(error.message().contains("out of reach"), "{error:?}");
+    assert!(error.message().contains("could not reach"), "{error:?}");
     assert!(nomad_driver_shim::host::is_recoverable(&error), "Nomad's restart policy may try again");
     let cached = env.sh("echo cached").await;
     assert_eq!(env.finish_task(cached).await.1, "cached\n");

@@ -139,9 +139,9 @@ fn layer_lists() -> Vec<Refused> {
         manifest(|manifest| manifest["layers"] = Value::Array(vec![manifest["layers"][0].clone(); count]))
     };
     vec![
-        ("128 layers", layers(128), "127 is the most"),
-        ("501 layers", layers(501), "127 is the most"),
-        ("10 000 layers", layers(10_000), "127 is the most"),
+        ("128 layers", layers(128), "at most 127"),
+        ("501 layers", layers(501), "at most 127"),
+        ("10 000 layers", layers(10_000), "at most 127"),
         ("no layer of one", layers(0), "diff_ids for 0 layers"),
         ("two layers of one", layers(2), "1 diff_ids for 2 layers"),
         ("size of -1", layer_of(|layer| layer["size"] = json!(-1)), "malformed"),

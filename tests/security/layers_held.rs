@@ -155,7 +155,7 @@ async fn what_a_layer_makes_lies_inside_of_the_image() {
         match outcome {
             Outcome::Refused(reason) => {
                 assert!(
-                    ["containerd: Diff.Apply", "is refused"].iter().any(|part| reason.contains(part)),
+                    ["containerd refused Diff.Apply", "is refused"].iter().any(|part| reason.contains(part)),
                     "{name}: {text}"
                 );
             }

@@ -1,4 +1,5 @@
-//! Reads the parts of an HCL file that are known without a server: blocks, and values that depend on nothing else.
+//! Reads the parts of an HCL file that are known without a server: blocks, and values that depend only on the file and
+//! on the command line.
 
 use hcl::{
     Block, Body, Expression, Map, Structure, Value,
@@ -15,7 +16,7 @@ pub(crate) fn scope(body: &Body, given: &[(String, String)]) -> Context<'static>
         let Some(name) = label(variable) else { continue };
         let from_command_line = given.iter().rev().find(|(given, _)| given == name);
         let value = match from_command_line {
-            Some((_, text)) => Some(typed(variable.body(), text)),
+            Some((_, text)) => Some(variable_value(variable.body(), text)),
             None => attribute(variable.body(), "default").and_then(|default| default.evaluate(&scope).ok()),
         };
         variables.extend(value.map(|value| (name.to_owned(), value)));
@@ -36,7 +37,7 @@ pub(crate) fn scope(body: &Body, given: &[(String, String)]) -> Context<'static>
 }
 
 /// Reads a variable's value from the command line: as text if the variable is a string, else as an expression.
-fn typed(variable: &Body, text: &str) -> Value {
+fn variable_value(variable: &Body, text: &str) -> Value {
     let is_text = attribute(variable, "type").is_some_and(|kind| kind.to_string() == "string");
     let value = text.parse::<Expression>().ok().filter(|_| !is_text);
     value.and_then(|value| value.evaluate(&Context::new()).ok()).unwrap_or_else(|| Value::from(text))
@@ -47,8 +48,8 @@ fn typed(variable: &Body, text: &str) -> Value {
 pub(crate) struct Content {
     /// The attributes and blocks whose values are known.
     pub known: serde_json::Map<String, Json>,
-    /// The names of those whose values are not known. A nested block with an unknown value is left out whole: half of
-    /// it would be reported as faulty.
+    /// The names of the attributes and blocks whose values are not known. A nested block with an unknown value is left
+    /// out as a whole, because a part of it would be reported as faulty.
     pub unknown: Vec<String>,
 }
 

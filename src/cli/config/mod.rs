@@ -25,7 +25,7 @@ use crate::{
 const DEFAULT_DRIVER_NAMES: [&str; 2] = ["shim", CONTAINERD_DRIVER_NAME];
 /// The attribute with a task's driver. Where its value is not known, the task may be another driver's.
 const DRIVER_ATTRIBUTE: &str = "driver";
-/// Takes the place of an image's name that is not known, since an image is required.
+/// The value that is checked instead of a required option's value, such as the image's name, that is not known.
 const PLACEHOLDER: &str = "unknown";
 
 /// Check configuration files
@@ -73,26 +73,27 @@ struct Finding {
 }
 
 impl Config {
-    /// Prints what is right and what is wrong; returns 1 if something is wrong.
+    /// Prints a verdict for each plugin and task. Returns 1 if a configuration has a fault.
     ///
     /// # Errors
-    /// When a file can't be read, or no file has anything for this driver.
+    /// Fails when a file can't be read, or no file has anything for this driver.
     pub(crate) fn execute(self) -> Result<u8, CliError> {
         let ConfigCommand::Check(check) = self.command;
         let mut names: Vec<String> = DEFAULT_DRIVER_NAMES.map(str::to_owned).to_vec();
         names.extend(check.driver.clone());
-        let mut look = Checker { names, agents: BTreeMap::new(), findings: Vec::new() };
+        let mut checker = Checker { names, agents: BTreeMap::new(), findings: Vec::new() };
         let mut bodies = Vec::new();
         for file in &check.files {
             let text = std::fs::read_to_string(file)
-                .map_err(|error| CliError::Usage(format!("read {}: {error}", file.display())))?;
+                .map_err(|error| CliError::Usage(format!("could not read {}: {error}", file.display())))?;
             match ::hcl::parse(&text) {
                 Ok(body) => bodies.push((file, body)),
                 Err(error) => {
                     // Agents read HCL 1, in which line breaks have no meaning.
-                    let hint = "nested blocks and arguments must be on lines of their own here, also in agent files";
+                    let hint =
+                        "this command needs nested blocks and arguments on lines of their own, also in agent files";
                     let fault = format!("{}\n({hint})", error.to_string().trim());
-                    look.add(file, "HCL".to_owned(), Some(fault), Vec::new());
+                    checker.add(file, "HCL".to_owned(), Some(fault), Vec::new());
                 }
             }
         }
@@ -101,19 +102,19 @@ impl Config {
         };
         let unknown = check.var.iter().find(|(name, _)| !declared(name));
         // A file that can't be parsed may declare the variable.
-        if let Some((name, _)) = unknown.filter(|_| look.findings.is_empty()) {
+        if let Some((name, _)) = unknown.filter(|_| checker.findings.is_empty()) {
             return Err(CliError::Usage(format!("--var {name}: none of these files declares this variable")));
         }
-        bodies.iter().for_each(|(file, body)| look.check_agent_file(file, body));
-        bodies.iter().for_each(|(file, body)| look.check_jobs(file, body, &check.var));
-        if look.findings.is_empty() {
-            let names = look.names.join(", ");
+        bodies.iter().for_each(|(file, body)| checker.check_agent_file(file, body));
+        bodies.iter().for_each(|(file, body)| checker.check_jobs(file, body, &check.var));
+        if checker.findings.is_empty() {
+            let names = checker.names.join(", ");
             let problem =
                 format!("nothing in these files is for this driver ({names}); give another name with --driver NAME");
             return Err(CliError::Usage(problem));
         }
-        report(&look.findings, check.json)?;
-        Ok(u8::from(look.findings.iter().any(|finding| finding.fault.is_some())))
+        report(&checker.findings, check.json)?;
+        Ok(u8::from(checker.findings.iter().any(|finding| finding.fault.is_some())))
     }
 }
 
@@ -196,7 +197,8 @@ impl Checker {
         }
     }
 
-    /// Returns what is wrong with a task and what is not known of it; `None` for another driver's task.
+    /// Returns the fault of a task, if it has one, and the options whose values are not known. Returns `None` for
+    /// another driver's task.
     fn check_task(
         &self,
         task: &Body,
@@ -254,7 +256,7 @@ fn encoded(rows: &[OptionRow], known: serde_json::Map<String, Json>) -> Result<V
     host::encode(Some(&hclspec(rows)), &Json::Object(known)).map_err(|error| error.to_string())
 }
 
-/// Nomad makes a network namespace for every group whose network has a mode other than `host`.
+/// Returns whether Nomad makes a network namespace for a group: it does for every network mode other than `host`.
 fn group_network(group: &Body, scope: &Context<'_>) -> GroupNetwork {
     let network = hcl::blocks(group, "network").next();
     let mode = network.and_then(|network| hcl::json(hcl::attribute(network.body(), "mode")?, scope));

@@ -54,7 +54,7 @@ impl Default for AppArmorHost {
 }
 
 impl AppArmorHost {
-    /// Tells whether profiles can be applied.
+    /// Returns whether the kernel applies profiles, else why it does not.
     pub fn support(&self) -> Support {
         if !fs::read_to_string(&self.enabled).is_ok_and(|text| text.starts_with('Y')) {
             Support::Disabled
@@ -65,6 +65,7 @@ impl AppArmorHost {
         }
     }
 
+    /// Returns the path of the kernel's list of loaded profiles.
     fn list(&self) -> PathBuf {
         self.policy.join("profiles")
     }
@@ -80,7 +81,7 @@ impl AppArmorHost {
         Ok(text.lines().map(|line| label_of(line).to_owned()).collect())
     }
 
-    /// Tells whether this profile is loaded. This reads one file of the kernel, which has a line for each profile.
+    /// Returns whether this profile is loaded. This reads one file of the kernel, which has a line for each profile.
     ///
     /// # Errors
     /// Fails when the kernel's list can't be read.
@@ -148,7 +149,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn support_is_what_the_kernel_says() {
+    fn support_follows_the_kernels_files() {
         let directory = tempfile::tempdir().expect("made");
         let host = host(directory.path(), &[]).expect("made");
         assert_eq!(host.support(), Support::Enabled);

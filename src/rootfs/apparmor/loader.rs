@@ -31,7 +31,7 @@ const PARSER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time from the beginning of a failed load to the next one. It is longer than the parser's timeout, so that a
 /// parser that hangs does not delay every start.
 const RETRY_INTERVAL: Duration = Duration::from_secs(60);
-/// The number of characters of the parser's error message that are passed on.
+/// The largest part of the parser's error message that an error of this driver quotes, in characters.
 const PARSER_ERROR_MAX: usize = 300;
 
 /// Loads the driver's own profile on this host.
@@ -56,7 +56,7 @@ struct ParserRun {
 
 impl std::fmt::Debug for ParserRun {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Attempt").field("began", &self.began).finish_non_exhaustive()
+        f.debug_struct("ParserRun").field("began", &self.began).finish_non_exhaustive()
     }
 }
 
@@ -66,8 +66,8 @@ impl Loader {
         Self::with_parser_timeout(host, profile, PARSER_TIMEOUT)
     }
 
-    fn with_parser_timeout(host: AppArmorHost, profile: DriverProfile, deadline: Duration) -> Self {
-        Self(Arc::new(Inner { host, profile, parser_timeout: deadline, last: Mutex::default() }))
+    fn with_parser_timeout(host: AppArmorHost, profile: DriverProfile, timeout: Duration) -> Self {
+        Self(Arc::new(Inner { host, profile, parser_timeout: timeout, last: Mutex::default() }))
     }
 
     /// Returns the host that the profile is for.
@@ -97,7 +97,7 @@ impl Loader {
         if support != Support::Enabled {
             return Err(AppArmorError::Unsupported { profile: self.name().to_string(), support });
         }
-        // There are two rounds, because the first may return the result of a load that ended before the profile was
+        // The loop has two rounds, because the first may return the result of a load that ended before the profile was
         // unloaded.
         for _ in 0..2 {
             if self.host().is_loaded(self.name())? {
@@ -112,11 +112,11 @@ impl Loader {
     /// are cancelled.
     fn current_or_new_run(&self) -> impl Future<Output = Result<(), AppArmorError>> + use<> {
         let mut last = self.0.last.lock();
-        let current = last.clone().filter(|attempt| match attempt.outcome.peek() {
+        let current = last.clone().filter(|run| match run.outcome.peek() {
             None => true,
-            Some(outcome) => outcome.is_err() && attempt.began.elapsed() < RETRY_INTERVAL,
+            Some(outcome) => outcome.is_err() && run.began.elapsed() < RETRY_INTERVAL,
         });
-        let attempt = current.unwrap_or_else(|| {
+        let run = current.unwrap_or_else(|| {
             let inner = self.0.clone();
             let profile = self.name().to_string();
             let load = tokio::spawn(async move { inner.load().await });
@@ -130,8 +130,8 @@ impl Loader {
             });
             ParserRun { began: Instant::now(), outcome: outcome.boxed().shared() }
         });
-        *last = Some(attempt.clone());
-        attempt.outcome
+        *last = Some(run.clone());
+        run.outcome
     }
 }
 
@@ -180,11 +180,11 @@ async fn run_parser(parser: &Path, text: &str) -> Result<(), String> {
     if output.status.success() {
         return Ok(());
     }
-    Err(format!("{}: {}", output.status, complaint(&output.stderr)))
+    Err(format!("{}: {}", output.status, parser_error_text(&output.stderr)))
 }
 
 /// Returns the beginning of the parser's error message, as one line without control characters.
-fn complaint(stderr: &[u8]) -> String {
+fn parser_error_text(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ").chars().take(PARSER_ERROR_MAX).collect()
@@ -206,7 +206,7 @@ mod tests {
     }
 
     impl Fake {
-        /// A host whose parser is this shell script. Each call appends its pid to `calls`.
+        /// Makes a host whose parser is this shell script. Each call appends its pid to `calls`.
         fn new(parser: Option<&str>, loaded: &[&str], deadline: Duration) -> Self {
             let directory = tempfile::tempdir().expect("made");
             let path = directory.path();
@@ -286,22 +286,22 @@ mod tests {
     async fn a_failing_parser_is_quoted_and_not_called_again_at_once() {
         let script = r"printf 'syntax\terror \033[31m\nat line 7' >&2; exit 3";
         let fake = Fake::new(Some(script), &[], PARSER_TIMEOUT);
-        let told = refused(&fake).await;
+        let message = refused(&fake).await;
         for part in [OWN, "exit status: 3", "syntax error [31m at line 7", "security { apparmor = \"unconfined\" }"] {
-            assert!(told.contains(part), "{part:?} in {told:?}");
+            assert!(message.contains(part), "{part:?} in {message:?}");
         }
-        assert!(!told.contains(char::is_control), "{told:?}");
-        assert_eq!(refused(&fake).await, told);
+        assert!(!message.contains(char::is_control), "{message:?}");
+        assert_eq!(refused(&fake).await, message);
         assert_eq!(fake.calls().len(), 1);
-        let long = complaint("x".repeat(100_000).as_bytes());
+        let long = parser_error_text("x".repeat(100_000).as_bytes());
         assert_eq!(long.len(), PARSER_ERROR_MAX);
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_parser_that_hangs_is_killed() {
         let fake = Fake::new(Some("exec sleep 600"), &[], Duration::from_millis(300));
-        let told = refused(&fake).await;
-        assert!(told.contains("killed because it had not ended after 0 s"), "{told}");
+        let message = refused(&fake).await;
+        assert!(message.contains("killed because it had not ended after 0 s"), "{message}");
         let calls = fake.calls();
         let [pid] = &calls[..] else { panic!("{calls:?}") };
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -313,13 +313,13 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn success_is_what_the_kernel_lists() {
-        let told = refused(&Fake::new(Some("exit 0"), &["other"], PARSER_TIMEOUT)).await;
-        assert!(told.contains("the kernel does not list the profile"), "{told}");
-        let told = refused(&Fake::new(None, &[], PARSER_TIMEOUT)).await;
-        assert!(told.contains("apparmor_parser is not in the plugin's PATH"), "{told}");
+        let message = refused(&Fake::new(Some("exit 0"), &["other"], PARSER_TIMEOUT)).await;
+        assert!(message.contains("the kernel does not list the profile"), "{message}");
+        let message = refused(&Fake::new(None, &[], PARSER_TIMEOUT)).await;
+        assert!(message.contains("apparmor_parser is not in the plugin's PATH"), "{message}");
         let fake = Fake::new(Some(WORKS), &[], PARSER_TIMEOUT);
         fs::write(fake.directory.path().join("enabled"), "N").expect("written");
-        let told = refused(&fake).await;
-        assert!(told.contains("AppArmor is not enabled") && fake.calls().is_empty(), "{told}");
+        let message = refused(&fake).await;
+        assert!(message.contains("AppArmor is not enabled") && fake.calls().is_empty(), "{message}");
     }
 }

@@ -16,8 +16,8 @@ pub use profile::{DriverProfile, PROFILE_PREFIX, Peer};
 /// The package that contains `apparmor_parser`, by its name on Debian and Ubuntu.
 pub const PARSER_PACKAGE: &str = "apparmor";
 
-/// The length of the longest name that is accepted. Longer names are surely a mistake; the kernel's own limit is a
-/// page.
+/// The longest name that is accepted, in bytes. A longer name is a mistake in a configuration; the kernel's own limit
+/// is a page.
 const NAME_MAX: usize = 256;
 
 /// The name of exactly one profile, without any syntax that has another meaning to the kernel.

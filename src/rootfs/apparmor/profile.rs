@@ -101,18 +101,18 @@ const DENY_RULES: [&str; 8] = [
     "/sys/kernel/security/** rwklx",
 ];
 
-/// Returns patterns that match every path below `base`, except those that continue with `spared` and those whose first
+/// Returns patterns that match every path below `base`, except those that continue with `exempt` and those whose first
 /// character is in `class`.
 ///
 /// AppArmor has no exceptions from a rule that denies. So there is one pattern for each character at which a path can
-/// differ from `spared`. A path that ends before it differs is a parent directory of `spared`, and no pattern matches
+/// differ from `exempt`. A path that ends before it differs is a parent directory of `exempt`, and no pattern matches
 /// it.
-fn deny_patterns(base: &str, class: &str, spared: &str) -> Vec<String> {
+fn deny_patterns(base: &str, class: &str, exempt: &str) -> Vec<String> {
     let pattern = |(at, c): (usize, char)| {
         let class = if at == 0 { class } else { "" };
-        format!("{base}{}[^{class}{c}]**", &spared[..at])
+        format!("{base}{}[^{class}{c}]**", &exempt[..at])
     };
-    spared.char_indices().map(pattern).collect()
+    exempt.char_indices().map(pattern).collect()
 }
 
 #[cfg(test)]
@@ -226,13 +226,13 @@ mod tests {
             prop_assert_eq!(parsed.as_ref(), Some(own.name()));
         }
 
-        /// A path is denied exactly when it is not spared.
+        /// A path is denied exactly when it is not exempt.
         #[test]
-        fn what_is_not_spared_is_denied(path in "(sys/|sys/kernel/|sys/kernel/sh|fs/|[a-z0-9]{0,3}/?)[a-z0-9/_]{1,12}") {
-            let denied = |base: &str, class: &str, spared: &str| {
-                deny_patterns(base, class, spared).iter().any(|pattern| matches(pattern, &format!("{base}{path}")))
+        fn what_is_not_exempt_is_denied(path in "(sys/|sys/kernel/|sys/kernel/sh|fs/|[a-z0-9]{0,3}/?)[a-z0-9/_]{1,12}") {
+            let denied = |base: &str, class: &str, exempt: &str| {
+                deny_patterns(base, class, exempt).iter().any(|pattern| matches(pattern, &format!("{base}{path}")))
             };
-            let below = |spared: &str| path.starts_with(spared) || spared.starts_with(&path);
+            let below = |exempt: &str| path.starts_with(exempt) || exempt.starts_with(&path);
             let is_process = path.starts_with(|c: char| c.is_ascii_digit());
             prop_assert_eq!(denied("/proc/", "0-9", "sys/kernel/shm"), !is_process && !below("sys/kernel/shm"));
             prop_assert_eq!(denied("/sys/", "", "fs/cgroup/"), !below("fs/cgroup/"));

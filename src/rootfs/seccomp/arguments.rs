@@ -47,7 +47,7 @@ impl CloneArguments {
 pub(super) fn width(call: &str, argument: usize, clone: CloneArguments) -> Width {
     static TABLE: OnceLock<HashMap<&'static str, &'static str>> = OnceLock::new();
     let table = TABLE.get_or_init(|| {
-        let rows = PROTOTYPES.iter().chain(BODIES);
+        let rows = PROTOTYPES.iter().chain(TRUNCATED_IN_BODY);
         rows.flat_map(|(widths, names)| names.split_whitespace().map(|name| (name, *widths))).collect()
     });
     let widths = match (call, clone) {
@@ -140,8 +140,8 @@ const PROTOTYPES: &[(&str, &str)] = &[
     ("i.i..i", "copy_file_range splice"),
 ];
 
-/// Arguments that are declared as `unsigned long` but truncated in the call's implementation.
-const BODIES: &[(&str, &str)] = &[
+/// Arguments that are declared as `unsigned long` but that the call's implementation truncates.
+const TRUNCATED_IN_BODY: &[(&str, &str)] = &[
     // kernel/fork.c takes `lower_32_bits(clone_flags)`.
     ("i", "clone"),
     // mm/mmap.c passes the file descriptor to `fget(unsigned int)`.
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn each_call_is_in_the_tables_once_and_exists() {
         let names: Vec<&str> =
-            PROTOTYPES.iter().chain(BODIES).flat_map(|(_, names)| names.split_whitespace()).collect();
+            PROTOTYPES.iter().chain(TRUNCATED_IN_BODY).flat_map(|(_, names)| names.split_whitespace()).collect();
         let mut distinct = names.clone();
         distinct.sort_unstable();
         distinct.dedup();
@@ -202,6 +202,6 @@ mod tests {
         // These calls are newer than the tables of numbers, or belong to machines that have no table.
         let others = ["file_setattr", "listns", "riscv_hwprobe", "s390_guarded_storage", "s390_runtime_instr"];
         assert!(unknown.iter().all(|name| others.contains(name)), "{unknown:?}");
-        assert!(PROTOTYPES.iter().chain(BODIES).all(|(widths, _)| widths.len() <= 6));
+        assert!(PROTOTYPES.iter().chain(TRUNCATED_IN_BODY).all(|(widths, _)| widths.len() <= 6));
     }
 }

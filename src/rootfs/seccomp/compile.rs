@@ -85,7 +85,7 @@ pub enum NotCompiled {
     /// process and not only a program.
     #[error("it uses {0}")]
     Feature(String),
-    /// A call has rules of different actions. Their order matters, and only libseccomp knows it.
+    /// A call has rules of different actions. The order of such rules matters, and only libseccomp knows that order.
     #[error("it has rules of different actions for {0}")]
     Mixed(String),
     /// The multiplexers `socketcall` and `ipc` of 32-bit x86 hide which call is made.
@@ -207,7 +207,7 @@ fn refuse_hidden_calls(verdicts: &BTreeMap<u32, Verdict>, names: &HashMap<&str, 
     Ok(())
 }
 
-/// Tells whether a verdict allows a call (`SECCOMP_RET_LOG`, `SECCOMP_RET_ALLOW`).
+/// Returns whether a verdict allows a call (`SECCOMP_RET_LOG`, `SECCOMP_RET_ALLOW`).
 fn is_permissive(verdict: u32) -> bool {
     verdict >= LinuxSeccompAction::ScmpActLog.as_u32(None)
         && verdict < LinuxSeccompAction::ScmpActKillProcess.as_u32(None)

@@ -118,7 +118,7 @@ fn reduce_masked(whole: ArgumentCondition, kept: u64) -> ReducedCondition {
 }
 
 impl ArgumentCondition {
-    /// Tells whether it is certain that no argument meets both conditions.
+    /// Returns whether it is certain that no argument meets both conditions.
     pub(super) fn excludes(&self, other: &Self) -> bool {
         if self.argument != other.argument {
             return false;

@@ -107,12 +107,12 @@ const ARCHITECTURES: [(Arch, &[Arch]); 5] = [
 ];
 
 /// Returns docker's default profile.
-pub fn profile(multiplexer: SocketcallPolicy) -> Profile {
-    let mut rules = vec![allow(ALLOWED), Rule { includes: kernel("4.8"), ..allow(SINCE_4_8) }];
+pub fn profile(socketcall: SocketcallPolicy) -> Profile {
+    let mut rules = vec![allow(ALLOWED), Rule { includes: since_kernel("4.8"), ..allow(SINCE_4_8) }];
     // libseccomp derives rules for `socketcall` from the rules for `socket` and similar calls. A rule without
     // conditions takes precedence over those. It can't have the default's EPERM, because runtimes leave out rules that
     // have the same effect as the default.
-    rules.push(match multiplexer {
+    rules.push(match socketcall {
         SocketcallPolicy::Allowed => allow("socketcall"),
         SocketcallPolicy::Enosys => fail_with_enosys("socketcall"),
     });
@@ -123,27 +123,27 @@ pub fn profile(multiplexer: SocketcallPolicy) -> Profile {
         rules.push(Rule { args: Some(vec![argument(0, personality, Op::ScmpCmpEq)]), ..allow("personality") });
     }
     for (arches, names) in BY_ARCHITECTURE {
-        rules.push(Rule { includes: on(arches), ..allow(names) });
+        rules.push(Rule { includes: on_architectures(arches), ..allow(names) });
     }
     for (capability, names) in BY_CAPABILITY {
-        rules.push(Rule { includes: with(capability), ..allow(names) });
+        rules.push(Rule { includes: with_capability(capability), ..allow(names) });
     }
     // Without CAP_SYS_ADMIN a task can't create namespaces. On s390, clone's first two arguments are in reverse order.
     let s390: &[&str] = &["s390", "s390x"];
-    let admin = with("CAP_SYS_ADMIN");
+    let admin = with_capability("CAP_SYS_ADMIN");
     let flags = |index| Some(vec![argument(index, NAMESPACE_FLAGS, Op::ScmpCmpMaskedEq)]);
-    let elsewhere = RuleCondition { arches: on(s390).arches, ..admin.clone() };
-    rules.push(Rule { args: flags(0), excludes: elsewhere, ..allow("clone") });
-    rules.push(Rule { args: flags(1), includes: on(s390), excludes: admin.clone(), ..allow("clone") });
+    let admin_or_s390 = RuleCondition { arches: on_architectures(s390).arches, ..admin.clone() };
+    rules.push(Rule { args: flags(0), excludes: admin_or_s390, ..allow("clone") });
+    rules.push(Rule { args: flags(1), includes: on_architectures(s390), excludes: admin.clone(), ..allow("clone") });
     rules.push(Rule { excludes: admin, ..fail_with_enosys("clone3") });
     Profile {
         default_action: LinuxSeccompAction::ScmpActErrno,
         default_errno_ret: Some(EPERM),
         arch_map: ARCHITECTURES
             .iter()
-            .map(|(architecture, beside)| ArchMap {
+            .map(|(architecture, compatible)| ArchMap {
                 architecture: *architecture,
-                sub_architectures: Some(beside.to_vec()),
+                sub_architectures: Some(compatible.to_vec()),
             })
             .collect(),
         syscalls: rules,
@@ -170,14 +170,17 @@ fn argument(index: usize, value: u64, operator: Op) -> LinuxSeccompArg {
     argument.build().expect("every field has a default")
 }
 
-fn with(capability: &str) -> RuleCondition {
+/// Returns a condition that holds for tasks with this capability.
+fn with_capability(capability: &str) -> RuleCondition {
     RuleCondition { caps: vec![capability.to_owned()], ..RuleCondition::default() }
 }
 
-fn on(arches: &[&str]) -> RuleCondition {
+/// Returns a condition that holds on these architectures.
+fn on_architectures(arches: &[&str]) -> RuleCondition {
     RuleCondition { arches: arches.iter().map(|arch| (*arch).to_owned()).collect(), ..RuleCondition::default() }
 }
 
-fn kernel(version: &str) -> RuleCondition {
+/// Returns a condition that holds for this version of the kernel and later ones.
+fn since_kernel(version: &str) -> RuleCondition {
     RuleCondition { min_kernel: Some(version.to_owned()), ..RuleCondition::default() }
 }

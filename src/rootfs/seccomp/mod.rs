@@ -51,7 +51,7 @@ pub enum SeccompError {
         source: std::io::Error,
     },
     /// The file is not a profile.
-    #[error("seccomp profile {path} is neither docker's nor the OCI spec's form of one")]
+    #[error("seccomp profile {path} has neither docker's form nor the OCI spec's")]
     Parse {
         /// The file's path.
         path: PathBuf,
@@ -136,8 +136,8 @@ type Key = (Origin, Capabilities, FilterForm);
 #[derive(Debug, Default)]
 pub struct FilterCache(Mutex<HashMap<Key, Filter>>);
 
-/// The number of filters that are cached. All jobs together usually have a handful of capability sets. A job that uses
-/// ever new profiles must not fill the memory.
+/// The maximum number of filters that are cached. All jobs together usually have a handful of capability sets. A job
+/// that uses another profile at each start must not fill the memory.
 const FILTERS_MAX: usize = 64;
 
 impl FilterCache {
@@ -153,7 +153,7 @@ impl FilterCache {
         form: FilterForm,
     ) -> Result<Filter, SeccompError> {
         let origin = match source {
-            ProfileSource::Default(multiplexer) => Origin::Default(multiplexer),
+            ProfileSource::Default(socketcall) => Origin::Default(socketcall),
             ProfileSource::File { text, .. } => Origin::File(sha2::Sha256::digest(text).to_vec()),
         };
         let key = (origin, capabilities.clone(), form);
@@ -161,7 +161,7 @@ impl FilterCache {
             return Ok(known.clone());
         }
         let profile = match source {
-            ProfileSource::Default(multiplexer) => default_profile(multiplexer),
+            ProfileSource::Default(socketcall) => default_profile(socketcall),
             ProfileSource::File { path, text } => Profile::read(path, text)?,
         };
         let host = SeccompHost::this();
@@ -226,19 +226,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_default_profile_is_kept_for_itself() {
+    fn each_default_profile_is_cached_separately() {
         let filters = FilterCache::default();
         let capabilities = Capabilities::parse(&["CHOWN".to_owned()]).expect("capabilities");
-        let made = |multiplexer| {
+        let action_for_socketcall = |socketcall| {
             let filter =
-                filters.get(ProfileSource::Default(multiplexer), &capabilities, FilterForm::Profile).expect("a filter");
+                filters.get(ProfileSource::Default(socketcall), &capabilities, FilterForm::Profile).expect("a filter");
             let Filter::Profile(profile) = filter else { panic!("asked for a profile") };
             let mut rules = profile.syscalls().iter().flatten().filter(|rule| rule.names() == &["socketcall"]);
             rules.next().map(oci_spec::runtime::LinuxSyscall::action)
         };
         for _ in 0..2 {
-            assert_eq!(made(SocketcallPolicy::Allowed), Some(LinuxSeccompAction::ScmpActAllow));
-            assert_eq!(made(SocketcallPolicy::Enosys), Some(LinuxSeccompAction::ScmpActErrno));
+            assert_eq!(action_for_socketcall(SocketcallPolicy::Allowed), Some(LinuxSeccompAction::ScmpActAllow));
+            assert_eq!(action_for_socketcall(SocketcallPolicy::Enosys), Some(LinuxSeccompAction::ScmpActErrno));
         }
         assert_eq!(filters.filters().len(), 2);
     }

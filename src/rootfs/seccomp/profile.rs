@@ -178,14 +178,14 @@ impl Profile {
 }
 
 impl RuleCondition {
-    /// Tells whether all parts of the condition hold. A part that is missing holds.
+    /// Returns whether all parts of the condition hold. A part that is missing holds.
     fn all(&self, host: SeccompHost, capabilities: &Capabilities) -> Result<bool, SeccompError> {
         Ok((self.arches.is_empty() || self.arches.iter().any(|arch| arch == host.arch))
             && self.caps.iter().all(|name| capabilities.has(name))
             && self.kernel(host)?.unwrap_or(true))
     }
 
-    /// Tells whether any part of the condition holds. A part that is missing does not hold.
+    /// Returns whether any part of the condition holds. A part that is missing does not hold.
     fn any(&self, host: SeccompHost, capabilities: &Capabilities) -> Result<bool, SeccompError> {
         Ok(self.arches.iter().any(|arch| arch == host.arch)
             || self.caps.iter().any(|name| capabilities.has(name))
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_contradicts_itself_is_refused_by_name() {
+    fn faulty_profiles_are_refused_with_the_fault() {
         for (profile, part) in [
             ("{}", "defaultAction"),
             (r#"{"defaultAction": "SCMP_ACT_MAYBE"}"#, "SCMP_ACT_MAYBE"),

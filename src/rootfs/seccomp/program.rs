@@ -90,20 +90,22 @@ impl Program {
         self.put(code, 0, 0, k)
     }
 
+    /// Appends an instruction.
     fn put(&mut self, code: u16, jt: u8, jf: u8, k: u32) -> Position {
         self.backwards.push(sock_filter { code, jt, jf, k });
         self.backwards.len()
     }
 
+    /// Appends an unconditional jump.
     fn jump(&mut self, to: Position) -> Position {
         let distance = u32::try_from(self.backwards.len() - to).unwrap_or(u32::MAX);
         self.put(JUMP, 0, 0, distance)
     }
 
-    /// Returns the position of an instruction that returns `verdict`. A nearby one is used again.
+    /// Returns the position of an instruction that returns `verdict`. An instruction that is near is used again.
     pub(super) fn return_verdict(&mut self, verdict: u32) -> Position {
         match self.returns.get(&verdict) {
-            // It is so near that it stays in reach of a jump when a few more instructions are added.
+            // A jump can still reach this instruction after a few more instructions were added.
             Some(place) if self.backwards.len() - place < 200 => *place,
             _ => {
                 let place = self.put(RETURN, 0, 0, verdict);
@@ -119,7 +121,7 @@ impl Program {
         let far = |program: &Self, place: Position| program.backwards.len() + 1 - place > usize::from(u8::MAX);
         let yes = if far(self, yes) { self.jump(yes) } else { yes };
         let no = if far(self, no) { self.jump(no) } else { no };
-        // The second jump may have put the first target out of reach by one instruction.
+        // The second jump may have moved the first target too far away by one instruction.
         let yes = if far(self, yes) { self.jump(yes) } else { yes };
         let offset = |place: Position| u8::try_from(self.backwards.len() - place).unwrap_or(u8::MAX);
         let (jt, jf) = (offset(yes), offset(no));
@@ -134,17 +136,18 @@ impl Program {
             _ => {
                 let (low, high) = ranges.split_at(ranges.len() / 2);
                 // Numbers above X32_BIT have x32's arguments, though the architecture is x86-64's.
-                let of = |range: &[(u32, Verdict)]| {
+                let machine_of = |range: &[(u32, Verdict)]| {
                     let x32 = machine == Machine::X86_64 && range.first().is_some_and(|(first, _)| *first >= X32_BIT);
                     if x32 { Machine::X32 } else { machine }
                 };
-                let high_place = self.tree(high, of(high), default);
-                let low_place = self.tree(low, of(low), default);
+                let high_place = self.tree(high, machine_of(high), default);
+                let low_place = self.tree(low, machine_of(low), default);
                 self.branch(JUMP_AT_LEAST, high[0].0, high_place, low_place)
             }
         }
     }
 
+    /// Appends the instructions that return a verdict.
     fn verdict(&mut self, verdict: &Verdict, machine: Machine, default: u32) -> Position {
         let (any, then) = match verdict {
             Verdict::Always(verdict) => return self.return_verdict(*verdict),
@@ -161,6 +164,7 @@ impl Program {
         next
     }
 
+    /// Appends the comparison of an argument, which continues at `yes` or `no`.
     fn condition(&mut self, condition: &ArgumentCondition, machine: Machine, yes: Position, no: Position) -> Position {
         use LinuxSeccompOperator as Op;
         let (yes, no) = match condition.operator {
@@ -192,6 +196,7 @@ impl Program {
         self.load(offset + 4, high_mask, here)
     }
 
+    /// Appends the load of one half of an argument, and the mask if the comparison has one.
     fn load(&mut self, offset: u32, mask: u32, next: Position) -> Position {
         let next = if mask == u32::MAX { next } else { self.push(AND, mask, next) };
         self.push(LOAD, offset, next)

@@ -30,7 +30,7 @@ const CONDITIONS_MAX: usize = 6;
 /// for all arguments within the width that the kernel uses.
 ///
 /// # Errors
-/// Fails when that is impossible without changing the profile's meaning.
+/// Fails when the profile can't be restated without a change of its meaning.
 pub fn for_libseccomp(profile: &LinuxSeccomp, host: SeccompHost) -> Result<LinuxSeccomp, SeccompError> {
     let clone = CloneArguments::on(host.arch);
     let mut rules = Vec::new();
@@ -57,19 +57,19 @@ fn restate_rule(rule: &LinuxSyscall, clone: CloneArguments) -> Result<Vec<LinuxS
     let mut rules = Vec::new();
     for (widths, names) in groups {
         if arguments.len() <= CONDITIONS_MAX && widths.iter().all(|width| *width == Width::Register) {
-            rules.push(with(rule, names, arguments.to_vec())?);
+            rules.push(rule_for(rule, names, arguments.to_vec())?);
             continue;
         }
         let holds = conditions(&names[0], arguments, clone)?;
         for arguments in masked_rules(&names[0], &holds)? {
-            rules.push(with(rule, names.clone(), arguments)?);
+            rules.push(rule_for(rule, names.clone(), arguments)?);
         }
     }
     Ok(rules)
 }
 
-/// Returns the same rule for these calls and with these arguments.
-fn with(
+/// Returns a rule with the action of `rule`, for these calls and with these arguments.
+fn rule_for(
     rule: &LinuxSyscall,
     names: Vec<String>,
     arguments: Vec<LinuxSeccompArg>,
@@ -231,7 +231,7 @@ impl CallRule {
     }
 }
 
-/// Tells whether one call can meet both.
+/// Returns whether the arguments of one call can meet an alternative of each.
 fn can_meet(one: &Alternatives, other: &Alternatives) -> bool {
     let excluded = |all: &[ArgumentCondition], others: &[ArgumentCondition]| {
         all.iter().any(|one| others.iter().any(|other| one.excludes(other)))
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_said_is_refused() {
+    fn rules_that_can_not_be_restated_are_refused() {
         let not = |index| serde_json::json!({"index": index, "op": "SCMP_CMP_NE", "value": 5});
         let rule = |args: &[serde_json::Value]| {
             after(&serde_json::json!([{"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": args}]))

@@ -11,7 +11,7 @@ pub enum Machine {
     X86_64,
     /// 32-bit x86.
     X86,
-    /// x86-64's own 32-bit mode.
+    /// x32: 64-bit x86 with 32-bit pointers.
     X32,
     /// 64-bit ARM.
     Aarch64,
@@ -122,7 +122,7 @@ impl Machine {
         }
     }
 
-    /// Tells whether libseccomp compares 64 bits of an argument; it treats x32 as a 32-bit architecture.
+    /// Returns whether libseccomp compares 64 bits of an argument; it treats x32 as a 32-bit architecture.
     pub(super) fn has_wide_arguments(self) -> bool {
         matches!(self, Self::X86_64 | Self::Aarch64)
     }
