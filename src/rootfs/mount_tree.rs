@@ -28,6 +28,7 @@ use super::{
     mount_attributes::{Attributes, Depth},
     mounts::{MountContent, MountSource, TaskMount, open_path, open_without_links},
     pins::{Pins, PreparedPins},
+    same_target::SameTarget,
     target::{MountTarget, SysTargets},
 };
 
@@ -50,6 +51,17 @@ pub enum Nesting {
     ByRuntime,
 }
 
+/// The rules by which a task's mounts are placed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacementRules {
+    /// Whether mounts may cover parts of /sys.
+    pub sys: SysTargets,
+    /// Who mounts what lies below another bind mount.
+    pub nesting: Nesting,
+    /// What happens to several mounts with one target.
+    pub same_target: SameTarget,
+}
+
 /// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
 /// system, and pins the sources of all mounts below the bundle's `mounts/`. It puts each mount that lies below a bind
 /// mount into that one's tree. Returns the mounts that are left to the runtime, to follow those of `base`, and the file
@@ -62,9 +74,10 @@ pub fn place_mounts(
     paths: &BundlePaths,
     base: &[Mount],
     mounts: &[TaskMount],
-    (sys, nesting): (SysTargets, Nesting),
+    rules: &PlacementRules,
     prepared: Option<PreparedPins>,
 ) -> Result<(Vec<Mount>, Pins), RootfsError> {
+    let PlacementRules { sys, nesting, same_target } = *rules;
     let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
     let pins = attach_pins(paths, mounts, prepared)?;
     let root = paths.rootfs();
@@ -79,14 +92,14 @@ pub fn place_mounts(
         }
     }
     let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
-    let placed =
-        arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
+    let placed = arrange(mounts, &targets, same_target)
+        .map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
     let tree = MountTree { paths, placed: &placed, mounts, nesting };
     let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
         tree.pin_and_place(one).map_err(|source| {
             let mount = tree.mount(one);
-            RootfsError::MountAtTarget { option: mount.option, target: mount.target.to_string(), source }
+            RootfsError::MountAtTarget { origin: mount.origin.clone(), target: mount.target.to_string(), source }
         })?;
         if one.place == Placement::ByRuntime || nesting == Nesting::ByRuntime {
             left.push(tree.for_runtime(one)?);

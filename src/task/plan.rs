@@ -31,10 +31,10 @@ use crate::{
         apparmor::ProfileName,
         bundle::BundlePaths,
         devices::{self, DeviceRequest},
-        mount_tree::{self, Nesting},
+        mount_tree::{self, Nesting, PlacementRules},
         mounts::{self, AllocDirs, TaskMount},
+        same_target::SameTarget,
         seccomp::{self, Filter, SocketcallPolicy},
-        target::SysTargets,
     },
 };
 
@@ -215,9 +215,12 @@ impl Plan<'_> {
         stop: &CancellationToken,
     ) -> Result<MountSources, TaskError> {
         let (paths, mounts) = (self.bundle(context), self.mounts.clone());
-        let sys = task_mounts::sys_targets(context, self.request);
-        let nesting = if self.runtime.gvisor.is_some() { Nesting::ByRuntime } else { Nesting::ByDriver };
-        let place = move |prepared| place_mounts(&paths, &mounts, spec, (sys, nesting), prepared);
+        let rules = PlacementRules {
+            sys: task_mounts::sys_targets(context, self.request),
+            nesting: if self.runtime.gvisor.is_some() { Nesting::ByRuntime } else { Nesting::ByDriver },
+            same_target: SameTarget::of(context.settings.name.flavor()),
+        };
+        let place = move |prepared| place_mounts(&paths, &mounts, spec, &rules, prepared);
         let pins = if task_mounts::may_hang(self.request) {
             let prepared = tokio::task::block_in_place(|| self.mount_rootfs(context))?;
             let (spec, pins) = dedicated_thread::run(&self.request.task_id, stop, move || place(prepared)).await??;
@@ -421,11 +424,11 @@ fn place_mounts(
     paths: &BundlePaths,
     mounts: &[TaskMount],
     mut spec: Spec,
-    how: (SysTargets, Nesting),
+    rules: &PlacementRules,
     prepared: Option<PreparedPins>,
 ) -> Result<(Spec, Pins), RootfsError> {
     let base = spec.mounts().clone().unwrap_or_default();
-    let (placed, pins) = mount_tree::place_mounts(paths, &base, mounts, how, prepared)?;
+    let (placed, pins) = mount_tree::place_mounts(paths, &base, mounts, rules, prepared)?;
     spec.set_mounts(Some([base, placed].concat()));
     // The root file system is complete now, and the runtime will read the accounts from it.
     accounts::check(&paths.rootfs(), bind_mounts(&spec))?;

@@ -42,6 +42,7 @@ mod limits;
 mod logs;
 mod many;
 mod metrics;
+mod mount_order;
 mod network;
 mod oom_words;
 mod options;

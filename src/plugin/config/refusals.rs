@@ -89,6 +89,8 @@ mod wrong {
         host_with_half_an_address {"extra_hosts": ["db:1.2.3"]} => "not an IP address";
         pull_policy {"image_pull_policy": "sometimes"} => "image_pull_policy = \"sometimes\"";
         pull_policy_and_force_pull {"image_pull_policy": "never", "force_pull": true} => "exclude each other";
+        same_target {"mounts": [{"type": "tmpfs", "target": "/a"}, {"type": "tmpfs", "target": "/a/"}]} =>
+            "mounts[1].target = \"/a\" is the target of mounts[0] as well";
         pid_mode {"pid_mode": "weird"} => "pid_mode = \"weird\" is invalid";
         ipc_mode {"ipc_mode": "weird"} => "ipc_mode = \"weird\" is invalid";
         uts_mode {"uts_mode": "weird"} => "uts_mode = \"weird\" is invalid";

@@ -131,6 +131,20 @@ fn mounts_are_checked_by_kind() {
     assert!(check("shim", &strange).expect_err("an option").contains("lowerdir"));
 }
 
+/// nomad-driver-containerd mounts both, and the last one is visible.
+#[test]
+fn the_old_name_takes_two_mounts_with_one_target() {
+    let options = MsgpackValue::Array(vec![MsgpackValue::from("rbind")]);
+    let fields = [("source", MsgpackValue::from("/a")), ("target", MsgpackValue::from("/t")), ("options", options)];
+    let mount =
+        MsgpackValue::Map(fields.iter().map(|(key, value)| (MsgpackValue::from(*key), value.clone())).collect());
+    let mounts = MsgpackValue::Array(vec![mount.clone(), mount]);
+    let bytes = encode(&[("image", MsgpackValue::from("a")), ("mounts", mounts)]);
+    let options = task_options(&named("containerd-driver"), GroupNetwork::None, &bytes).expect("accepted");
+    assert_eq!(options.mounts.len(), 2);
+    assert!(task_options(&named("shim"), GroupNetwork::None, &bytes).is_err());
+}
+
 #[test]
 fn a_bad_plugin_configuration_names_its_options() {
     let bytes = encode(&[

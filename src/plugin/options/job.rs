@@ -53,7 +53,11 @@ pub const TASK_OPTIONS: &[OptionRow] = &[
     ),
     row("tty", OptionKind::Flag, "Gives the task a terminal; its standard error then goes to its standard output."),
     row("readonly_rootfs", OptionKind::Flag, "Makes the root file system read-only."),
-    row("mounts", OptionKind::Blocks(MOUNT), "Additional mounts, in order."),
+    row(
+        "mounts",
+        OptionKind::Blocks(MOUNT),
+        "Additional mounts. Parents are mounted before what lies in them, in whatever order the blocks are. Two mounts with one target are refused; as containerd-driver the last one is visible.",
+    ),
     row(
         "devices",
         OptionKind::List,
