@@ -66,6 +66,9 @@ pub(crate) struct Run {
     /// Host name
     #[arg(long)]
     hostname: Option<String>,
+    /// Make a small init the first process, which reaps orphans and passes signals on
+    #[arg(long)]
+    init: bool,
     /// Make the root file system read-only
     #[arg(long)]
     read_only: bool,
@@ -124,6 +127,7 @@ impl Run {
         let mut config = json!({
             "image": parse_image(&self.image)?.to_string(),
             "image_pull_timeout": "30m",
+            "init": self.init,
             "readonly_rootfs": self.read_only,
             "host_network": self.host_network,
             "privileged": self.privileged,

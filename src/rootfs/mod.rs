@@ -12,6 +12,7 @@ mod detached;
 pub mod devices;
 pub mod group_network;
 mod image_links;
+pub mod init;
 mod kernel_limits;
 pub mod limits;
 mod mount_attributes;

@@ -15,6 +15,7 @@ use super::{
     Capabilities, Command, KernelLimits, Resources, RootfsError,
     apparmor::ProfileName,
     defaults::{self, BaseMounts, MaskedPaths, READONLY_PATHS},
+    init::FirstProcess,
     limits::{Namespace, Namespaces, Ulimit},
     process::{self, EnvironmentDefaults, Terminal},
     resources,
@@ -104,6 +105,8 @@ pub struct SpecInput<'a> {
     pub image: ImageDefaults<'a>,
     /// The job's command.
     pub command: &'a Command,
+    /// Whether the command is the container's first process.
+    pub first_process: FirstProcess,
     /// The job's working directory; `None` for the image's.
     pub cwd: Option<&'a str>,
     /// The job's user; empty for the image's.
@@ -225,7 +228,11 @@ fn build_process(input: &SpecInput<'_>) -> Result<Process, RootfsError> {
     let mut process = ProcessBuilder::default()
         .terminal(input.terminal == Terminal::Yes)
         .user(user)
-        .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
+        .args(input.first_process.arguments(process::arguments(
+            input.command,
+            input.image.entrypoint,
+            input.image.cmd,
+        )?))
         .env(process::environment(defaults, input.image.env, input.env, input.flavor))
         .cwd(PathBuf::from(cwd))
         .no_new_privileges(input.no_new_privileges.unwrap_or(!is_privileged(input)))
@@ -388,6 +395,7 @@ mod tests {
                 group: "",
             },
             command: &command,
+            first_process: FirstProcess::Command,
             cwd: None,
             user: "",
             env: &task_env,

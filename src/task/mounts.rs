@@ -19,6 +19,7 @@ use crate::{
     image::ImageRecord,
     rootfs::{
         self, RootMode, RootfsError, check_mount,
+        init::{self, FirstProcess, INIT_PATH},
         limits::Namespace,
         mount_origin::MountOrigin,
         mount_tree,
@@ -131,6 +132,10 @@ fn open_all(
         let target = MountTarget::parse_volume(&written).map_err(refused)?;
         let options = ["rbind", mode, volume.propagation].map(str::to_owned).to_vec();
         mounts.push(TaskMount { origin, target, content: source, options });
+    }
+    if request.options.first_process == FirstProcess::Init {
+        let source = MountContent::Bind(init::open_program(&settings.places.wrappers())?);
+        mounts.push(mount(MountOrigin::Required("init"), INIT_PATH, source, &["bind", "ro", "nosuid", "nodev"])?);
     }
     mounts.extend(network_files(names, flavor, request.options.root)?);
     mounts.extend(alloc_dir_mounts(settings.disable_log_collection, flavor, request)?);

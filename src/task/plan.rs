@@ -316,6 +316,7 @@ impl Plan<'_> {
                 group: &image.group,
             },
             command: &options.command,
+            first_process: options.first_process,
             cwd: options.cwd.as_deref(),
             user: &request.user,
             env: &request.env,

@@ -9,6 +9,7 @@ use crate::{
     logs::LogOptions,
     rootfs::{
         CapabilityRequest, Command, MemoryMax, NetworkNamespace, Resources, RootMode,
+        init::FirstProcess,
         limits::{Namespaces, Ulimit},
         mounts::MountRequest,
         network::{Dns, ExtraHost},
@@ -27,6 +28,8 @@ pub struct TaskOptions {
     pub auth: Option<Credentials>,
     /// `command`, `args`, `entrypoint`.
     pub command: Command,
+    /// `init`.
+    pub first_process: FirstProcess,
     /// `cwd`.
     pub cwd: Option<String>,
     /// `hostname`.

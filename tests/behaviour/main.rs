@@ -31,6 +31,7 @@ mod descriptors;
 mod documents;
 mod exec;
 mod failures;
+mod first_process;
 mod gc;
 mod handshake;
 mod identity;

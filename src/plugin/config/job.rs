@@ -11,7 +11,7 @@ use crate::{
         decode::{Values, decode},
         options::TASK_OPTIONS,
     },
-    rootfs::{Command, RootMode},
+    rootfs::{Command, RootMode, init::FirstProcess},
     task::{Settings, TaskOptions},
     text::{is_printable, quoted},
 };
@@ -72,6 +72,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         image_pull_timeout,
         auth,
         command,
+        first_process: if flag("init") { FirstProcess::Init } else { FirstProcess::Command },
         cwd,
         hostname,
         root: if flag("readonly_rootfs") { RootMode::ReadOnly } else { RootMode::Writable },

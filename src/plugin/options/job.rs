@@ -44,6 +44,11 @@ pub const TASK_OPTIONS: &[OptionRow] = &[
         "Arguments after `command` or `entrypoint`; without either they replace the image's CMD.",
     ),
     row("entrypoint", OptionKind::List, "Replaces the image's ENTRYPOINT and CMD. Excludes `command`."),
+    row(
+        "init",
+        OptionKind::Flag,
+        "true: the task's first process is a small init, which passes signals on to the command, reaps orphans and ends with the command's exit code, as docker's `--init`. Its path in the task is `/.nomad-init`.",
+    ),
     row("cwd", OptionKind::Text, "Working directory. Default: the image's."),
     row("work_dir", OptionKind::Text, "docker's name for `cwd`."),
     row(
