@@ -14,6 +14,7 @@ pub mod group_network;
 mod image_links;
 pub mod init;
 mod kernel_limits;
+pub mod labels;
 pub mod limits;
 mod mount_attributes;
 pub mod mount_origin;
@@ -159,8 +160,8 @@ pub enum RootfsError {
         /// The path without symbolic links.
         resolved: PathBuf,
     },
-    /// A volume can't be given its SELinux label.
-    #[error("volume_mount {path}: could not set selinux_label")]
+    /// A volume or a directory of the task can't be given its SELinux label.
+    #[error("could not set the SELinux label of {path} (volume_mount: selinux_label, or security {{ selinux }})")]
     Label {
         /// The volume's path on the host.
         path: PathBuf,

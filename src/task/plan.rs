@@ -29,12 +29,14 @@ use crate::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Pins, PreparedPins, Privilege, RootfsError, SpecInput,
         Terminal,
         apparmor::ProfileName,
-        bundle::BundlePaths,
+        bundle::{BundlePaths, Layers},
         devices::{self, DeviceRequest},
+        labels::Labels,
         mount_tree::{self, Nesting, PlacementRules},
         mounts::{self, AllocDirs, TaskMount},
         same_target::SameTarget,
         seccomp::{self, Filter, SocketcallPolicy},
+        selinux,
     },
 };
 
@@ -47,6 +49,8 @@ pub(super) struct Plan<'a> {
     pub(super) runtime: Runtime,
     /// The task's AppArmor profile, which is loaded into the kernel; `None` without AppArmor.
     pub(super) apparmor: Option<ProfileName>,
+    /// The task's SELinux labels; `None` where tasks have none.
+    pub(super) labels: Option<Labels>,
     pub(super) image: Arc<ImageRecord>,
     pub(super) mounts: Arc<Vec<TaskMount>>,
     /// The task's devices, each with the access that it gets (`r`, `w`, `m`).
@@ -219,6 +223,7 @@ impl Plan<'_> {
             sys: task_mounts::sys_targets(context, self.request),
             nesting: if self.runtime.gvisor.is_some() { Nesting::ByRuntime } else { Nesting::ByDriver },
             same_target: SameTarget::of(context.settings.name.flavor()),
+            label: self.labels.as_ref().map(|labels| labels.files.clone()),
         };
         let place = move |prepared| place_mounts(&paths, &mounts, spec, &rules, prepared);
         let pins = if task_mounts::may_hang(self.request) {
@@ -241,6 +246,14 @@ impl Plan<'_> {
         let paths = self.bundle(context);
         paths.create()?;
         let layers = layers(&self.image);
+        if let Some(labels) = &self.labels {
+            // A prepared root file system has no label, and the label of a mounted one can't be changed.
+            let label = selinux::mount_option(&labels.files);
+            let options = [layers.options, &[label]].concat();
+            paths.mount(Layers { options: &options, ..layers }, &context.settings.upper)?;
+            failpoint::kill_at("start.mounted");
+            return Ok(None);
+        }
         let attached = context.rootfs_pool.attach(layers, &paths);
         let is_attached = matches!(attached, Ok(Some(_)));
         let pins = attached.unwrap_or_else(|error| {
@@ -345,6 +358,7 @@ impl Plan<'_> {
             kernel: context.kernel_limits,
             seccomp,
             apparmor: self.apparmor.as_ref(),
+            labels: self.labels.as_ref(),
             annotations,
         })?;
         Ok(spec)

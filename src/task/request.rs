@@ -10,6 +10,7 @@ use crate::{
     rootfs::{
         CapabilityRequest, Command, MemoryMax, NetworkNamespace, Resources, RootMode,
         init::FirstProcess,
+        labels::LabelRequest,
         limits::{Namespaces, Ulimit},
         mounts::MountRequest,
         network::{Dns, ExtraHost},
@@ -50,6 +51,8 @@ pub struct TaskOptions {
     pub seccomp: SeccompRequest,
     /// `security_opt` apparmor.
     pub apparmor: AppArmorRequest,
+    /// `security_opt` label.
+    pub labels: LabelRequest,
     /// `runtime`.
     pub runtime: Option<String>,
     /// `image_pull_policy`, `force_pull`.

@@ -83,6 +83,7 @@ pub fn task_options(settings: &Settings, group: GroupNetwork, bytes: &[u8]) -> R
         cap_drop,
         seccomp,
         apparmor: security_opt.apparmor,
+        labels: security_opt.labels,
         runtime: runtime.map(str::to_owned),
         image_pull_policy,
         namespaces,

@@ -131,6 +131,17 @@ fn mounts_are_checked_by_kind() {
     assert!(check("shim", &strange).expect_err("an option").contains("lowerdir"));
 }
 
+/// As with docker, the options are accepted where they have no effect.
+#[test]
+fn selinux_options_are_accepted_where_tasks_have_no_labels() {
+    let options = list(&["label=type:spc_t", "label:level:s0:c1,c2", "label=disable"]);
+    let bytes = encode(&[("image", MsgpackValue::from("a")), ("security_opt", options)]);
+    for driver in ["shim", "containerd-driver"] {
+        let options = task_options(&named(driver), GroupNetwork::None, &bytes).expect("accepted");
+        assert!(options.labels.is_set() && options.labels.is_disabled, "{driver}");
+    }
+}
+
 /// nomad-driver-containerd mounts both, and the last one is visible.
 #[test]
 fn the_old_name_takes_two_mounts_with_one_target() {

@@ -135,7 +135,7 @@ pub const TASK_OPTIONS: &[OptionRow] = &[
     row(
         "security_opt",
         OptionKind::List,
-        "docker's options: `no-new-privileges[=false]` (false only on nodes with `security { allow_new_privileges }` or `allow_privileged`), `seccomp=unconfined`, `seccomp=FILE`; `apparmor=default` (the node's profile, also for a privileged task), and, if the operator allows it, `apparmor=PROFILE` (a loaded profile) or `apparmor=unconfined`.",
+        "docker's options: `no-new-privileges[=false]` (false only on nodes with `security { allow_new_privileges }` or `allow_privileged`), `seccomp=unconfined`, `seccomp=FILE`; `apparmor=default` (the node's profile, also for a privileged task), and, if the operator allows it, `apparmor=PROFILE` (a loaded profile) or `apparmor=unconfined`; `label=disable` and `label=user:`, `role:`, `type:`, `level:` or `filetype:` with a value, for SELinux (no effect where the plugin has no `security { selinux = true }`).",
     ),
     row(
         "seccomp",
