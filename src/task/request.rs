@@ -168,6 +168,9 @@ pub struct StartRequest {
     pub cpuset_cgroup: String,
     /// The network namespace of the task's group.
     pub network: NetworkNamespace,
+    /// The variable by which Nomad tells the task of a port or an upstream of its group, although the task has neither a
+    /// network namespace of its group nor the host's network.
+    pub lacks_network_for: Option<String>,
     /// The group's `dns`.
     pub dns: Dns,
     /// The group's address and host name, if Nomad knows them.
