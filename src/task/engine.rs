@@ -182,6 +182,11 @@ impl Engine {
         self.0.context.pool.refill();
     }
 
+    /// Fills the pool of idle shims, and returns whether it is full within `limit`.
+    pub async fn wait_for_full_shim_pool(&self, limit: Duration) -> bool {
+        self.0.context.pool.fill(limit).await
+    }
+
     /// Starts a task; it runs when this returns. An earlier attempt of the same task of the allocation is destroyed
     /// first.
     ///
