@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sys::statvfs::{FsFlags, statvfs};
+
 use super::{
     RootfsError,
     mounts::{MountSource, open_path},
@@ -57,7 +59,17 @@ pub fn open_program(directory: &Path) -> Result<MountSource, RootfsError> {
         // The process's umask may have cleared some bits of the mode.
         fs::set_permissions(&path, fs::Permissions::from_mode(MODE)).map_err(failed("open to all", path.clone()))?;
     }
+    check_executable(&path).map_err(failed("execute", path.clone()))?;
     open_path(&path).and_then(MountSource::of).map_err(failed("open", path))
+}
+
+/// Refuses a file system on which no program can be executed: a mount of the file would not be executable either.
+fn check_executable(path: &Path) -> io::Result<()> {
+    if statvfs(path)?.flags().contains(FsFlags::ST_NOEXEC) {
+        let problem = "init = true needs a state_dir on a file system that is not mounted noexec";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, problem));
+    }
+    Ok(())
 }
 
 /// Tells whether the file is this version's program. A file that can't be read is written again.

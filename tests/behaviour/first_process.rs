@@ -153,6 +153,25 @@ async fn an_oom_kill_of_the_command_is_told() {
     env.finish().await;
 }
 
+/// The program is mounted from the state directory, where it can't be executed if that is mounted noexec.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_directory_without_programs_is_named() {
+    let mut env = Env::new().await;
+    let place = env.dir.join("state/wrappers");
+    fs::create_dir_all(&place).unwrap();
+    fs::set_permissions(&place, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    services::run(
+        std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "noexec,mode=700", "tmpfs"]).arg(&place),
+    );
+    let mut task = env.prepare(shell(&env, "crun", "true", json!({})).await).await;
+    let refused = env.try_start(&mut task).await;
+    services::run(std::process::Command::new("umount").arg(&place));
+    let message = refused.expect_err("refused").message().to_owned();
+    assert!(message.contains("init = true") && message.contains("noexec"), "{message}");
+    assert_eq!(env.run(shell(&env, "crun", "exit 4", json!({})).await).await.0, 4);
+    env.finish().await;
+}
+
 /// The program's file is the driver's own: it is made again where it was changed, and nothing else may be at its path.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_program_is_always_the_drivers_own() {
