@@ -79,7 +79,9 @@ test-fresh:
 ## Formatting, clippy, and licences and sources of dependencies.
 lint:
 	@$(CARGO) fmt --check
+	@rustfmt --check init/main.rs
 	@$(CARGO) clippy --locked --all-targets -- -D warnings
+	@clippy-driver --edition 2024 --crate-name init -C panic=abort --emit=metadata -o target/init.rmeta init/main.rs -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	@scripts/msrv.sh
 	@if command -v cargo-deny >/dev/null; then cargo deny check licenses bans sources; \

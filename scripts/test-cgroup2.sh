@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 # some twenty times slower than the machine itself, so each entry takes minutes.
 #
 # Resources, OOM, statistics, exec, stop, recovery, leaks, and the other basics of a task.
-behaviour=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
+behaviour=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2:: first_process::an_oom)
 # Attacks whose outcome may differ on cgroup version 2 or with this kernel.
 security=(bounds::a_task bounds::neither mounts::a_link directories::no_user)
 # Tests of the suite `security` that need AppArmor in the kernel.

@@ -28,6 +28,8 @@ use super::{
     mount_attributes::{Attributes, Depth},
     mounts::{MountContent, MountSource, TaskMount, open_path, open_without_links},
     pins::{Pins, PreparedPins},
+    same_target::SameTarget,
+    selinux,
     target::{MountTarget, SysTargets},
 };
 
@@ -50,6 +52,19 @@ pub enum Nesting {
     ByRuntime,
 }
 
+/// The rules by which a task's mounts are placed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacementRules {
+    /// Whether mounts may cover parts of /sys.
+    pub sys: SysTargets,
+    /// Who mounts what lies below another bind mount.
+    pub nesting: Nesting,
+    /// What happens to several mounts with one target.
+    pub same_target: SameTarget,
+    /// The SELinux label of the files and file systems that the driver makes for the task.
+    pub label: Option<String>,
+}
+
 /// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
 /// system, and pins the sources of all mounts below the bundle's `mounts/`. It puts each mount that lies below a bind
 /// mount into that bind mount's tree. Returns the mounts that the runtime must make, to follow those of `base`, and the
@@ -62,9 +77,10 @@ pub fn place_mounts(
     paths: &BundlePaths,
     base: &[Mount],
     mounts: &[TaskMount],
-    (sys, nesting): (SysTargets, Nesting),
+    rules: &PlacementRules,
     prepared: Option<PreparedPins>,
 ) -> Result<(Vec<Mount>, Pins), RootfsError> {
+    let PlacementRules { sys, nesting, same_target, ref label } = *rules;
     let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
     let pins = attach_pins(paths, mounts, prepared)?;
     let root = paths.rootfs();
@@ -79,14 +95,14 @@ pub fn place_mounts(
         }
     }
     let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
-    let placed =
-        arrange(mounts, &targets).map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
-    let tree = MountTree { paths, placed: &placed, mounts, nesting };
+    let placed = arrange(mounts, &targets, same_target)
+        .map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
+    let tree = MountTree { paths, placed: &placed, mounts, nesting, label: label.as_deref() };
     let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
         tree.pin_and_place(one).map_err(|source| {
             let mount = tree.mount(one);
-            RootfsError::MountAtTarget { option: mount.option, target: mount.target.to_string(), source }
+            RootfsError::MountAtTarget { origin: mount.origin.clone(), target: mount.target.to_string(), source }
         })?;
         if one.place == Placement::ByRuntime || nesting == Nesting::ByRuntime {
             left.push(tree.for_runtime(one)?);
@@ -178,6 +194,7 @@ struct MountTree<'a> {
     placed: &'a [PlacedMount],
     mounts: &'a [TaskMount],
     nesting: Nesting,
+    label: Option<&'a str>,
 }
 
 impl MountTree<'_> {
@@ -203,12 +220,13 @@ impl MountTree<'_> {
             MountContent::FileSystem { .. } if !is_inside => {}
             MountContent::FileSystem { .. } => {
                 fs::DirBuilder::new().mode(0o700).create(&pin)?;
-                mount_in_memory(&pin, &mount.options)?;
+                mount_in_memory(&pin, &mount.options, self.label)?;
             }
             MountContent::File(text) => {
                 fs::write(&pin, text)?;
                 // The process's umask may have cleared some bits of the mode.
                 fs::set_permissions(&pin, fs::Permissions::from_mode(0o644))?;
+                self.label_tree(&pin)?;
             }
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
             MountContent::Volume => self.bind(placed, &self.make_volume(placed)?, &pin, is_inside)?,
@@ -256,7 +274,13 @@ impl MountTree<'_> {
             Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {}
             Err(error) => return Err(error),
         }
+        self.label_tree(&path)?;
         open_path(&path).and_then(MountSource::of)
+    }
+
+    /// Gives the task's label to a file or directory that the driver has made for the task.
+    fn label_tree(&self, path: &Path) -> io::Result<()> {
+        self.label.map_or(Ok(()), |label| selinux::relabel_tree(path, label))
     }
 
     fn bind(&self, placed: &PlacedMount, source: &MountSource, pin: &Path, is_inside: bool) -> io::Result<()> {
@@ -342,13 +366,14 @@ fn propagation(options: &[String]) -> MsFlags {
 }
 
 /// Mounts a file system in memory with a job's options.
-fn mount_in_memory(at: &Path, options: &[String]) -> io::Result<()> {
+fn mount_in_memory(at: &Path, options: &[String], label: Option<&str>) -> io::Result<()> {
     let attributes = |option: &&String| !Attributes::of_options(std::slice::from_ref(*option)).is_empty();
     let is_data = |option: &&String| {
         let name = option.as_str();
         !attributes(option) && !NO_OP_TMPFS_OPTIONS.contains(&name) && !PROPAGATION_OPTIONS.contains(&name)
     };
-    let data: Vec<&str> = options.iter().filter(is_data).map(String::as_str).collect();
+    let label = label.map(selinux::mount_option);
+    let data: Vec<&str> = options.iter().filter(is_data).chain(&label).map(String::as_str).collect();
     mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(data.join(",").as_str()))?;
     mount(None::<&str>, at, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?;
     let attributes = Attributes::of_options(options);
