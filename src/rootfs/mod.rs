@@ -17,6 +17,7 @@ pub mod limits;
 mod mount_attributes;
 pub mod mount_tree;
 pub mod mounts;
+mod mtab;
 pub mod network;
 mod pins;
 mod process;

@@ -103,7 +103,8 @@ fn open_all(
     let mut mounts = Vec::new();
     if request.options.namespaces.ipc == Namespace::Host {
         let source = MountContent::Bind(open_host_path("ipc_mode:", Path::new("/dev/shm"))?);
-        mounts.push(mount("ipc_mode", "/dev/shm", source, &["rbind", "nosuid", "noexec", "nodev"])?);
+        // It has the attributes that it has on the host, as with docker.
+        mounts.push(mount("ipc_mode", "/dev/shm", source, &["rbind", "rprivate"])?);
     }
     mounts.extend(rootfs::mounts::resolve_sources(
         &request.options.mounts,
@@ -178,11 +179,11 @@ fn network_files(names: NetworkFiles, flavor: Flavor, root: RootMode) -> Result<
     };
     let file = MountContent::File;
     let mut mounts = vec![
-        mount("hostname", "/etc/hostname", file(format!("{}\n", names.hostname)), &["rbind", mode])?,
-        mount("extra_hosts", "/etc/hosts", hosts, &["rbind", hosts_mode])?,
+        mount("hostname", "/etc/hostname", file(format!("{}\n", names.hostname)), &["rbind", "rprivate", mode])?,
+        mount("extra_hosts", "/etc/hosts", hosts, &["rbind", "rprivate", hosts_mode])?,
     ];
     if let Some(text) = names.resolv_conf {
-        mounts.push(mount("host_dns", "/etc/resolv.conf", file(text), &["rbind", mode])?);
+        mounts.push(mount("host_dns", "/etc/resolv.conf", file(text), &["rbind", "rprivate", mode])?);
     }
     Ok(mounts)
 }
