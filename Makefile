@@ -4,7 +4,7 @@ IMAGE ?=
 DRIVER ?=
 RUNTIME ?=
 
-.PHONY: help demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos chaos-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
+.PHONY: help demo bench test test-compat test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos chaos-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
 
 ## Prints this list.
 help:
@@ -36,6 +36,10 @@ test: setup
 test-gvisor:
 	@scripts/setup.sh gvisor
 	@scripts/test-gvisor.sh $(ARGS)
+
+## A program in a task sees what it sees under `docker run`: compares with a real dockerd. ARGS="tmpfs" runs some cases.
+test-compat: setup
+	@$(CARGO) test --locked --test compat -- $(ARGS)
 
 ## The core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime.
 test-matrix:

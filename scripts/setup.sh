@@ -120,6 +120,24 @@ if [ "${1:-}" = matrix ]; then
   build "$matrix/runc-$matrix_runc" "github.com/opencontainers/runc@v$matrix_runc"
 fi
 
+# tests/compat compares with docker. Its packages are unpacked, not installed: they would start dockerd on this machine.
+# In some releases, docker's command line is in a package of its own.
+if ! command -v dockerd >/dev/null && [ ! -e "$target/docker/.done" ]; then
+  mkdir -p "$target/docker"
+  (
+    cd "$target/docker"
+    for package in docker.io docker-cli tini libdevmapper1.02.1; do
+      apt-cache show "$package" >/dev/null 2>&1 || continue
+      apt-get download -qq "$package" 2>/dev/null || { apt-get update -qq && apt-get download -qq "$package"; }
+    done >&2
+    for package in ./*.deb; do dpkg-deb -x "$package" .; done
+    rm -f ./*.deb
+    [ -x usr/sbin/dockerd ] || [ -x usr/bin/dockerd ]
+  ) || die "docker's packages could not be downloaded or unpacked"
+  touch "$target/docker/.done"
+  did "unpacked docker's packages in $target/docker"
+fi
+
 # The virtual machine of `make test-cgroup2` boots this distribution's own kernel. The package is unpacked, not installed.
 if [ "${1:-}" = cgroup2 ] && [ ! -e "$target/cgroup2/boot" ]; then
   mkdir -p "$target/cgroup2"

@@ -7,6 +7,8 @@
 #
 # SUITE=security takes the filters as names of that suite's tests, and MODULE=apparmor the second boot:
 #   SUITE=security MODULE=apparmor scripts/test-cgroup2.sh apparmor::
+# SUITE=compat compares with docker, which needs no arguments to run all cases:
+#   SUITE=compat scripts/test-cgroup2.sh tmpfs
 # SUITE=chaos takes the arguments of NOMAD_DRIVER_SHIM_CHAOS (docs/chaos.md):
 #   SUITE=chaos scripts/test-cgroup2.sh --faults 200
 # NOMAD_DRIVER_SHIM_TEST_PROGRAM and NOMAD_DRIVER_SHIM_TEST_RUNTIME are passed to the tests in the virtual machine.
@@ -32,7 +34,7 @@ directory=$PWD/target/cgroup2
 mkdir -p "$directory"
 log=$directory/log
 : > "$log"
-built=$(cargo test --locked --no-run --test behaviour --test chaos --test conformance --test security --message-format=json 2>/dev/null |
+built=$(cargo test --locked --no-run --test behaviour --test chaos --test compat --test conformance --test security --message-format=json 2>/dev/null |
   jq -r 'select(.profile.test == true and .target.kind == ["test"]) | "\(.target.name) \(.executable)"')
 program() { sed -n "s/^$1 //p" <<< "$built" | tail -n1; }
 
@@ -85,7 +87,7 @@ if [ "${SUITE:-}" = chaos ]; then
   exit
 fi
 # Only the named tests, two at a time.
-if [ $# -gt 0 ]; then
+if [ $# -gt 0 ] || [ "${SUITE:-}" = compat ]; then
   suite "${SUITE:-behaviour}" --test-threads 2 "$@" | boot "${MODULE:-selinux}"
   exit
 fi

@@ -20,6 +20,7 @@ mod mount_attributes;
 pub mod mount_origin;
 pub mod mount_tree;
 pub mod mounts;
+mod mtab;
 pub mod network;
 mod pins;
 mod process;

@@ -137,7 +137,8 @@ pub fn root_propagation(mounts: &[TaskMount]) -> Option<&'static str> {
         mounts.iter().flat_map(|mount| &mount.options).any(|option| wanted.contains(&option.as_str()))
     };
     match (has(["rshared", "shared"]), has(["rslave", "slave"])) {
-        (true, _) => Some("rshared"),
+        // Not "rshared": only the root itself is shared, and not the container's /proc, /sys and /dev.
+        (true, _) => Some("shared"),
         (false, true) => Some("rslave"),
         (false, false) => None,
     }

@@ -115,7 +115,8 @@ fn open_all(
     let mut mounts = Vec::new();
     if request.options.namespaces.ipc == Namespace::Host {
         let source = MountContent::Bind(open_host_path("ipc_mode:", Path::new("/dev/shm"))?);
-        let options = ["rbind", "nosuid", "noexec", "nodev"];
+        // It has the attributes that it has on the host, as with docker.
+        let options = ["rbind", "rprivate"];
         mounts.push(mount(MountOrigin::Default("ipc_mode"), "/dev/shm", source, &options)?);
     }
     mounts.extend(rootfs::mounts::resolve_sources(
@@ -201,12 +202,17 @@ fn network_files(names: NetworkFiles, flavor: Flavor, root: RootMode) -> Result<
             MountOrigin::Default("hostname"),
             "/etc/hostname",
             file(format!("{}\n", names.hostname)),
-            &["rbind", mode],
+            &["rbind", "rprivate", mode],
         )?,
-        mount(MountOrigin::Default("extra_hosts"), "/etc/hosts", hosts, &["rbind", hosts_mode])?,
+        mount(MountOrigin::Default("extra_hosts"), "/etc/hosts", hosts, &["rbind", "rprivate", hosts_mode])?,
     ];
     if let Some(text) = names.resolv_conf {
-        mounts.push(mount(MountOrigin::Default("host_dns"), "/etc/resolv.conf", file(text), &["rbind", mode])?);
+        mounts.push(mount(
+            MountOrigin::Default("host_dns"),
+            "/etc/resolv.conf",
+            file(text),
+            &["rbind", "rprivate", mode],
+        )?);
     }
     Ok(mounts)
 }

@@ -13,7 +13,7 @@ const MOUNT: &[OptionRow] = &[
     row(
         "options",
         OptionKind::List,
-        "Options as in fstab(5): `ro`, `rbind`, `size=64m`. A tmpfs is `nosuid` and `nodev` unless `suid` or `dev` is given, except as containerd-driver.",
+        "Options as in fstab(5): `ro`, `rbind`, `size=64m`. A tmpfs is `nosuid`, `nodev` and `noexec` unless `suid`, `dev` or `exec` is given, except as containerd-driver.",
     ),
 ];
 
