@@ -16,6 +16,7 @@ mod support;
 #[allow(dead_code, reason = "for the comparisons that follow")]
 mod docker;
 mod harness;
+mod programs;
 
 use std::process::ExitCode;
 
@@ -27,7 +28,8 @@ const AT_ONCE: usize = 2;
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = arguments.test_threads.or(Some(AT_ONCE));
-    let trials = vec![Trial::test("dockerd runs containers", || block_on(harness::runs_containers()))];
+    let mut trials = vec![Trial::test("dockerd runs containers", || block_on(harness::runs_containers()))];
+    trials.extend(programs::trials(&["crun", "runc"]));
     let conclusion = libtest_mimic::run(&arguments, trials);
     docker::end();
     conclusion.exit_code()
