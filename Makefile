@@ -38,8 +38,10 @@ test-gvisor:
 	@scripts/test-gvisor.sh $(ARGS)
 
 ## A program in a task sees what it sees under `docker run`: compares with a real dockerd. ARGS="tmpfs" runs some cases.
-test-compat: setup
-	@$(CARGO) test --locked --test compat -- $(ARGS)
+## Then real programs (postgres, redis, nginx, a JVM, node, python, sshd, systemd, dockerd) do the same work on both sides.
+test-compat:
+	@scripts/setup.sh programs
+	@$(CARGO) test --locked --test compat -- --include-ignored $(ARGS)
 
 ## The core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime.
 test-matrix:

@@ -130,9 +130,14 @@ impl Docker {
         let name = format!("compat/{name}:1");
         let path = self.dir.join(format!("{}.tar", random_hex(4)));
         fs::write(&path, archive(image, &name)).unwrap();
-        self.called(&["load", "--input", path.to_str().unwrap()]).await;
+        self.load_archive(&path).await;
         fs::remove_file(&path).unwrap();
         name
+    }
+
+    /// Gives dockerd the images of an archive that was made as `docker save` does.
+    pub(crate) async fn load_archive(&self, path: &Path) {
+        self.called(&["load", "--input", path.to_str().unwrap()]).await;
     }
 
     /// Runs a container to its end and removes it. `options` are those of `docker run`.

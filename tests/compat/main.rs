@@ -22,6 +22,7 @@ mod docker;
 mod harness;
 mod page;
 mod probe;
+mod programs;
 mod sides;
 
 use std::{
@@ -50,7 +51,8 @@ fn main() -> ExitCode {
         Trial::test("dockerd runs containers", || block_on(harness::runs_containers())),
         Trial::test("the page has the same differences", page::has_the_same_differences),
     ];
-    let trials = cases.chain(others).collect();
+    let programs = programs::trials(&RUNTIMES);
+    let trials = cases.chain(others).chain(programs).collect();
     let _shared = (!arguments.list).then(|| SharedMount::of_host(support::services::root()));
     let whole = arguments.filter.is_none() && arguments.skip.is_empty() && !arguments.list;
     let conclusion = libtest_mimic::run(&arguments, trials);
