@@ -41,7 +41,7 @@ async fn a_task_that_says_nothing_has_a_limit_of_processes() {
         assert_eq!(cgroup_file(&env, &task, "pids", "pids.max").await, "2048", "{runtime}");
         // The default leaves room for a service of many processes.
         let threads =
-            env.exec_text(&task, "for i in $(seq 100); do sleep 5 & done; jobs | wc -l; kill $(jobs -p)").await;
+            env.exec_text(&task, "for i in $(seq 100); do sleep 600 & done; jobs | wc -l; kill $(jobs -p)").await;
         assert_eq!(threads.trim(), "100", "{runtime}");
         env.destroy(&task).await.unwrap();
         env.finish().await;
