@@ -41,7 +41,7 @@ impl TaskError {
             | Self::Lock { .. }
             | Self::PersistedSettings { .. }
             | Self::Worker(_)
-            | Self::MountSourcesUnreachable { .. }
+            | Self::HostFilesUnreachable { .. }
             | Self::RootfsUnmounted { .. } => Cause::Host,
             // The other task or process in the namespace may be about to end, such as a prestart task.
             Self::Group(GroupError::TakenBySandbox { .. } | GroupError::InUse { .. }) => Cause::Host,
