@@ -184,10 +184,15 @@ async fn a_task_is_reported_as_killed_only_when_it_is_dead() {
     let mut waiting = tokio::spawn(async move { driver.wait_task(WaitTaskRequest { task_id }).await });
     limit_descriptors(plugin, &limit_with(plugin, 0).to_string());
     shim.signal(SIGKILL);
+    // The plugin may get a descriptor when the connection to the shim is closed, and can kill the task then.
     let early = tokio::time::timeout(Duration::from_secs(2), &mut waiting).await;
-    assert!(early.is_err() && !process.has_ended(), "{early:?}");
+    assert!(early.is_err() || process.has_ended(), "{early:?}");
     limit_descriptors(plugin, "1024");
-    let answer = tokio::time::timeout(patience(), waiting).await.unwrap().unwrap().unwrap().into_inner();
+    let answer = match early {
+        Ok(answer) => answer,
+        Err(_) => tokio::time::timeout(patience(), waiting).await.unwrap(),
+    };
+    let answer = answer.unwrap().unwrap().into_inner();
     assert!(process.has_ended());
     assert_eq!(answer.result.unwrap().exit_code, 137);
     env.destroy(&task).await.unwrap();

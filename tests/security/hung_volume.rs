@@ -87,7 +87,7 @@ async fn a_dead_volume_holds_up_nobody_else() {
 /// A device, a seccomp profile or an image on a dead file system holds up no other task, and its start can be stopped.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_file_holds_up_nobody_else() {
-    let security = json!({"allow_paths": ["/"], "allow_seccomp_override": true});
+    let security = json!({"allow_paths": ["/"], "allow_devices": ["*"], "allow_seccomp_override": true});
     let mut env = Env::configured(json!({"security": security})).await;
     let hung = Hung::new(env.dir.join("hung"));
     let config = env.shell("sleep 600", json!({})).await;
