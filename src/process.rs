@@ -15,15 +15,22 @@ use std::{
     process::{Output, Stdio},
     ptr,
     sync::OnceLock,
+    time::{Duration, Instant},
 };
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::{
+    errno::Errno,
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt as _, Interest, unix::AsyncFd};
 
 /// The number of bytes of each output stream of a program that are kept. Versions, answers and errors have a few
 /// kilobytes.
 const OUTPUT_MAX: u64 = 256 << 10;
+
+/// The interval at which a process that can't be watched or opened is looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Returns the kernel's id of this boot (random(4)). Pids and start times of another boot mean nothing.
 ///
@@ -284,7 +291,9 @@ impl PidFd {
     /// # Errors
     /// Fails as pidfd_open(2) does; `NotFound` when the process has ended.
     pub fn of(process: &ProcessId) -> io::Result<Self> {
-        let fd = Self::open(process.pid)?;
+        // If the pid belongs to another process's thread by now, pidfd_open fails with EINVAL (ENOENT on newer kernels).
+        let gone_or = |error| if process.is_gone() { io::ErrorKind::NotFound.into() } else { error };
+        let fd = Self::open(process.pid).map_err(gone_or)?;
         // The identity is read after the descriptor was opened: if the process still runs now, the descriptor names it.
         // A failure to read it does not mean that the process has ended.
         match ProcessId::of(process.pid) {
@@ -292,6 +301,12 @@ impl PidFd {
             Ok(_) => Err(io::ErrorKind::NotFound.into()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Opens the process that has this identity, or returns `None` if it has ended. While neither is known, for lack of
+    /// descriptors or memory, the call does not return.
+    pub async fn of_when_known(process: &ProcessId) -> Option<Self> {
+        when_known(process, || Self::of(process)).await
     }
 
     /// Sends a signal. Does nothing if the process has ended.
@@ -305,18 +320,38 @@ impl PidFd {
 
     /// Returns whether the process has ended (pidfd_open(2): the descriptor is readable then).
     pub fn has_ended(&self) -> bool {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        use std::os::fd::AsFd as _;
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        self.ends_within(Duration::ZERO)
     }
 
-    /// Waits until the process has ended.
-    ///
-    /// # Errors
-    /// Fails when the process can't be watched.
-    pub async fn wait_for_end(&self) -> io::Result<()> {
-        self.watch()?.readable().await.map(drop)
+    /// Blocks until the process has ended, but no longer than `limit`, and returns whether it has ended.
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd as _;
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+                // The signal may be the SIGCHLD of this very process.
+                Err(Errno::EINTR) if !left.is_zero() => {}
+                polled => return polled.is_ok_and(|ready| ready > 0),
+            }
+        }
+    }
+
+    /// Waits until the process has ended. A process that can't be watched, for lack of descriptors, is polled.
+    pub async fn wait_for_end(&self) {
+        let watched = async { self.watch()?.readable().await.map(drop) };
+        if watched.await.is_err() {
+            self.poll_for_end().await;
+        }
+    }
+
+    /// Polls the process until it has ended. This needs no further descriptor.
+    async fn poll_for_end(&self) {
+        while !self.has_ended() {
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
     }
 
     /// Registers the process, so that the caller can wait for its end: the descriptor becomes readable then.
@@ -327,6 +362,22 @@ impl PidFd {
         let own = self.0.try_clone()?;
         // SAFETY: the AsyncFd owns the OwnedFd, which stays open and unchanged for as long.
         Ok(unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) }?)
+    }
+}
+
+/// Calls `open` until it opens the process, or finds out that the process has ended.
+async fn when_known<T>(process: &ProcessId, open: impl Fn() -> io::Result<T>) -> Option<T> {
+    let mut is_logged = false;
+    loop {
+        match none_if_vanished(open()) {
+            Ok(found) => return found,
+            Err(error) if !is_logged => {
+                tracing::warn!(pid = process.pid, %error, "could not open a process; trying again");
+                is_logged = true;
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -462,6 +513,45 @@ mod tests {
         }
     }
 
+    /// A pid may be used again for a thread, whose pidfd can't be opened.
+    #[test]
+    fn a_thread_with_the_same_pid_is_not_taken_for_the_process() {
+        let (_hold, held) = std::sync::mpsc::channel::<()>();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            sender.send(nix::unistd::gettid()).expect("sent");
+            held.recv().ok();
+        });
+        let thread = receiver.recv().expect("the thread runs").as_raw().unsigned_abs();
+        let earlier = ProcessId { pid: thread, start: 1 };
+        assert!(has_vanished(&PidFd::of(&earlier).expect_err("gone")));
+    }
+
+    /// Without descriptors, it is not known whether a process has ended.
+    #[tokio::test]
+    async fn a_process_that_can_not_be_opened_is_not_taken_for_gone() {
+        let process = ProcessId::of(std::process::id()).expect("this process");
+        let tries = std::cell::Cell::new(0);
+        let opened = when_known(&process, || {
+            tries.set(tries.get() + 1);
+            if tries.get() < 5 { Err(io::Error::from_raw_os_error(libc::EMFILE)) } else { PidFd::of(&process) }
+        });
+        assert!(opened.await.is_some());
+        assert_eq!(tries.get(), 5);
+        assert!(PidFd::of_when_known(&ProcessId::ended(process.pid)).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_process_is_noticed_without_a_watch() {
+        let mut child = async_command("sleep").arg("600").kill_on_drop(true).spawn().expect("started");
+        let pidfd = PidFd::open(child.id().expect("it runs")).expect("opened");
+        let early = tokio::time::timeout(4 * POLL_INTERVAL, pidfd.poll_for_end()).await;
+        early.expect_err("it has not ended");
+        child.start_kill().expect("killed");
+        tokio::join!(pidfd.poll_for_end(), pidfd.wait_for_end());
+        assert!(!child.wait().await.expect("waited for").success());
+    }
+
     #[tokio::test]
     async fn only_the_beginning_of_an_output_is_kept() {
         let shell = |script: &str| {
@@ -494,13 +584,10 @@ mod tests {
     async fn the_end_of_a_process_is_seen() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("spawned");
         let fd = PidFd::open(child.id()).expect("opened");
-        assert!(tokio::time::timeout(std::time::Duration::from_millis(50), fd.wait_for_end()).await.is_err());
+        assert!(tokio::time::timeout(Duration::from_millis(50), fd.wait_for_end()).await.is_err());
         assert!(!fd.has_ended());
         fd.signal(libc::SIGKILL);
-        tokio::time::timeout(std::time::Duration::from_secs(10), fd.wait_for_end())
-            .await
-            .expect("in time")
-            .expect("watched");
+        tokio::time::timeout(Duration::from_secs(10), fd.wait_for_end()).await.expect("in time");
         assert!(fd.has_ended());
         child.wait().expect("reaped");
         assert!(ProcessId::of(child.id()).is_err());

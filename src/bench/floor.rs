@@ -50,7 +50,7 @@ pub(crate) struct ContainerProcess {
 impl ContainerProcess {
     /// Waits for the end of the process and returns whether its exit code was 0.
     pub(super) async fn wait(&self) -> io::Result<bool> {
-        self.handle.wait_for_end().await?;
+        self.handle.wait_for_end().await;
         let mut status = 0;
         // SAFETY: the process is a child of this one, has ended, and is waited for nowhere else.
         if unsafe { libc::waitpid(self.pid, &raw mut status, 0) } < 0 {

@@ -103,16 +103,35 @@ pub fn fifo_path(dir: &Path, stream: &str) -> PathBuf {
 /// Descriptors of a task's FIFOs, from which nothing is read. The kernel keeps the content of the FIFOs for as long as
 /// this guard exists.
 #[derive(Debug, Default)]
-pub struct FifoGuard(#[allow(dead_code, reason = "the descriptors are kept open, never used")] Vec<fs::File>);
+pub struct FifoGuard([Option<fs::File>; STREAMS.len()]);
 
 impl FifoGuard {
-    /// Opens the FIFOs in a task's directory. A FIFO that does not exist, or can't be opened, is left out.
+    /// Opens the FIFOs in a task's directory. A FIFO that can't be opened is left out and logged: the log writer
+    /// supervisor has the FIFO open, too.
     pub fn new(dir: &Path) -> Self {
-        let open = |stream: &&str| {
+        let mut guard = Self::default();
+        if let Err(error) = guard.open_missing(dir) {
+            tracing::warn!(path = %dir.display(), %error, "could not open a FIFO of a task's log");
+        }
+        guard
+    }
+
+    /// Opens those FIFOs in a task's directory that this guard does not have open yet. A FIFO that does not exist is
+    /// left out: it is written completely, or the task has a terminal and thus only one stream.
+    ///
+    /// # Errors
+    /// The first error of opening a FIFO. The other FIFO is opened nevertheless.
+    fn open_missing(&mut self, dir: &Path) -> io::Result<()> {
+        let mut outcome = Ok(());
+        for (stream, fifo) in STREAMS.iter().zip(&mut self.0).filter(|(_, fifo)| fifo.is_none()) {
             let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
-            fs::File::options().read(true).custom_flags(flags).open(fifo_path(dir, stream)).ok()
-        };
-        Self(STREAMS.iter().filter_map(open).collect())
+            let opened = fs::File::options().read(true).custom_flags(flags).open(fifo_path(dir, stream));
+            match none_if_missing(opened) {
+                Ok(opened) => *fifo = opened,
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
+        }
+        outcome
     }
 }
 

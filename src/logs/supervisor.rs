@@ -3,10 +3,11 @@
 //! has few reasons to die.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::{self, Read as _, Write as _},
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
+    panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
     process::Stdio,
     thread,
@@ -16,6 +17,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
+    poll::PollTimeout,
     sys::inotify::InitFlags,
 };
 
@@ -37,6 +39,8 @@ pub const WRITER_FLAG: &str = "--writer";
 pub const SUPERVISOR_COMMAND: &str = "log-writer";
 /// If a log writer has run for a shorter time than this, the next one is started after a delay.
 const SHORT_RUN_MAX: Duration = Duration::from_secs(1);
+/// The interval, in milliseconds, between two attempts to open a FIFO that could not be opened.
+const GUARD_RETRY_INTERVAL: u8 = 100;
 
 /// Runs the supervisor for the directory `logs` until the directory is removed. Returns at once if another supervisor
 /// runs.
@@ -47,33 +51,92 @@ pub fn run_supervisor(logs: &Path) -> io::Result<()> {
     // The plugin closes its end of the pipe after it has moved this process out of the agent's cgroup.
     io::stdin().read_to_end(&mut Vec::new())?;
     let lock = File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(logs.join(LOCK))?;
-    let Ok(mut lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
+    let mut lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => lock,
+        Err((_, Errno::EWOULDBLOCK)) => return Ok(()),
+        Err((_, errno)) => return Err(errno.into()),
+    };
     let own = serde_json::to_vec(&ProcessId::of(std::process::id())?)?;
     lock.set_len(0)?;
     lock.write_all(&own)?;
     // Children do not inherit the lock, so it is free as soon as this process has ended.
     let watch = DirWatch::new(logs, LOCK, InitFlags::empty())?;
-    let mut guards: HashMap<String, FifoGuard> = HashMap::new();
-    let guard_all = |guards: &mut HashMap<String, FifoGuard>| -> io::Result<()> {
-        let all = task_names(logs)?.into_iter();
-        guards.extend(all.map(|task| (task.clone(), FifoGuard::new(&logs.join(task)))));
-        Ok(())
-    };
-    guard_all(&mut guards)?;
+    let mut guards = Guards::new(logs);
+    guards.add_all()?;
     let dir = logs.to_owned();
-    thread::spawn(move || run_writers(&dir));
+    thread::spawn(move || run_until_done(|| run_writers(&dir)));
     loop {
+        if !watch.wait(guards.retry_interval())? {
+            guards.open_missing();
+            continue;
+        }
         for change in watch.changes()? {
             match change {
-                DirChange::Added(task) => {
-                    let guard = FifoGuard::new(&logs.join(&task));
-                    guards.insert(task, guard);
-                }
-                DirChange::Removed(task) => drop(guards.remove(&task)),
-                DirChange::Overflow => guard_all(&mut guards)?,
+                DirChange::Added(task) => guards.add(task),
+                DirChange::Removed(task) => guards.remove(&task),
+                DirChange::Overflow => guards.add_all()?,
                 DirChange::DirRemoved => return Ok(()),
             }
         }
+        guards.open_missing();
+    }
+}
+
+/// The guards of all tasks' FIFOs.
+struct Guards {
+    logs: PathBuf,
+    guards: HashMap<String, FifoGuard>,
+    /// Tasks with a FIFO that could not be opened, for example for lack of descriptors. Without it, output in the FIFO
+    /// is lost when its task ends while no log writer runs.
+    incomplete: HashSet<String>,
+}
+
+impl Guards {
+    fn new(logs: &Path) -> Self {
+        Self { logs: logs.to_owned(), guards: HashMap::new(), incomplete: HashSet::new() }
+    }
+
+    /// Opens the FIFOs of all tasks, again if they are open: another task may have the name of a removed one.
+    fn add_all(&mut self) -> io::Result<()> {
+        task_names(&self.logs)?.into_iter().for_each(|task| self.add(task));
+        Ok(())
+    }
+
+    /// Opens the FIFOs of a task. If a FIFO can't be opened, that is logged once and tried again later.
+    fn add(&mut self, task: String) {
+        let mut guard = FifoGuard::default();
+        if let Err(error) = guard.open_missing(&self.logs.join(&task)) {
+            tracing::error!(task, %error, "could not open a FIFO of a task's log; trying again");
+            self.incomplete.insert(task.clone());
+        }
+        self.guards.insert(task, guard);
+    }
+
+    fn remove(&mut self, task: &str) {
+        self.guards.remove(task);
+        self.incomplete.remove(task);
+    }
+
+    /// Tries again to open the FIFOs that could not be opened.
+    fn open_missing(&mut self) {
+        let Self { logs, guards, incomplete } = self;
+        incomplete
+            .retain(|task| guards.get_mut(task).is_some_and(|guard| guard.open_missing(&logs.join(task)).is_err()));
+    }
+
+    /// Returns how long to wait before `open_missing` is called again.
+    fn retry_interval(&self) -> PollTimeout {
+        if self.incomplete.is_empty() { PollTimeout::NONE } else { GUARD_RETRY_INTERVAL.into() }
+    }
+}
+
+/// Repeats the work until it returns without a panic. A panic would otherwise end only its thread, and nothing would
+/// start a log writer any more.
+fn run_until_done(work: impl Fn()) {
+    while panic::catch_unwind(AssertUnwindSafe(&work)).is_err() {
+        tracing::error!("the thread that starts the log writer panicked; it continues");
+        #[allow(clippy::disallowed_methods, reason = "a thread that does nothing else, without an async runtime")]
+        thread::sleep(SHORT_RUN_MAX / 4);
     }
 }
 
@@ -143,4 +206,45 @@ pub fn stop(logs: &Path) {
 /// Returns the arguments of this program that run the supervisor for the directory `logs`.
 pub fn supervisor_args(logs: &Path) -> [PathBuf; 2] {
     [PathBuf::from(SUPERVISOR_COMMAND), logs.to_owned()]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, fs, os::unix::fs::symlink};
+
+    use super::*;
+    use crate::logs::{LogOptions, LogSpec, create_task_dir, fifo_path};
+
+    #[test]
+    fn a_fifo_that_could_not_be_opened_is_opened_later() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = root.path().join("task");
+        let spec = LogSpec { alloc_dir: "/x".into(), task: "task".to_owned(), options: LogOptions::default() };
+        create_task_dir(&dir, &spec, false).expect("created");
+        let (fifo, hidden) = (fifo_path(&dir, "stderr"), dir.join("hidden"));
+        fs::rename(&fifo, &hidden).expect("renamed");
+        symlink("hidden", &fifo).expect("linked");
+        let mut guards = Guards::new(root.path());
+        guards.add_all().expect("listed");
+        let count = |guards: &Guards| guards.guards["task"].0.iter().flatten().count();
+        guards.open_missing();
+        assert_eq!((count(&guards), guards.retry_interval()), (1, GUARD_RETRY_INTERVAL.into()));
+        fs::rename(&hidden, &fifo).expect("renamed");
+        guards.open_missing();
+        assert_eq!((count(&guards), guards.retry_interval()), (2, PollTimeout::NONE));
+        // A FIFO that does not exist is not missing.
+        fs::remove_file(&fifo).expect("removed");
+        guards.add("task".to_owned());
+        assert_eq!((count(&guards), guards.retry_interval()), (1, PollTimeout::NONE));
+    }
+
+    #[test]
+    fn work_is_repeated_after_a_panic() {
+        let calls = Cell::new(0);
+        run_until_done(|| {
+            calls.set(calls.get() + 1);
+            assert_ne!(calls.get(), 1, "on purpose");
+        });
+        assert_eq!(calls.get(), 2);
+    }
 }

@@ -8,6 +8,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::inotify::{AddWatchFlags, InitFlags, Inotify},
 };
 
@@ -39,6 +40,15 @@ impl DirWatch {
         let inotify = Inotify::init(flags | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(logs, AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE)?;
         Ok(Self { inotify, lock_name })
+    }
+
+    /// Waits until there is a change, but no longer than `limit`. Returns false if there is none.
+    pub(super) fn wait(&self, limit: PollTimeout) -> io::Result<bool> {
+        match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], limit) {
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Returns the changes since the last call. Waits for one if there is none, unless the watch was created with

@@ -1,7 +1,7 @@
 //! The log writer: one process with one thread, which writes all streams of the node.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -125,8 +125,9 @@ struct Writer {
     epoll: Epoll,
     watch: DirWatch,
     streams: HashMap<u64, OpenStream>,
-    /// Tasks whose streams could not be opened, for example for lack of descriptors or memory. They are tried again.
-    unopened: HashSet<String>,
+    /// Tasks whose streams could not be opened, for example for lack of descriptors or memory, each with the time at
+    /// which they are tried again.
+    unopened: HashMap<String, Instant>,
     /// Streams that are not served until the given time, because a file can't be written or a FIFO can't be read.
     paused: HashMap<u64, Instant>,
     /// The epoll id of the next stream.
@@ -144,7 +145,7 @@ impl Writer {
             epoll,
             watch,
             streams: HashMap::new(),
-            unopened: HashSet::new(),
+            unopened: HashMap::new(),
             paused: HashMap::new(),
             next: DIRECTORY + 1,
             peek_pipe: PeekPipe::new()?,
@@ -159,15 +160,21 @@ impl Writer {
         Ok(())
     }
 
-    /// Opens the streams of a task that are not open yet. If the task's description can't be read, its output stays in
-    /// the pipes, and an operator must fix the cause.
+    /// Opens the streams of a task that are not open yet. If the task's description is damaged, its output stays in the
+    /// pipes, and an operator must fix the cause.
     fn open_task(&mut self, task: &str) {
         let dir = self.logs.join(task);
-        let spec = fs::read(dir.join(SPEC)).and_then(|text| Ok(serde_json::from_slice::<LogSpec>(&text)?));
-        let spec = match none_if_missing(spec) {
-            Ok(Some(spec)) => spec,
+        let text = match none_if_missing(fs::read(dir.join(SPEC))) {
+            Ok(Some(text)) => text,
             Ok(None) => return,
-            Err(error) => return tracing::error!(task, %error, "could not read the description of a task's log"),
+            Err(error) => {
+                tracing::error!(task, %error, "could not read the description of a task's log; trying again");
+                return self.open_later(task);
+            }
+        };
+        let spec: LogSpec = match serde_json::from_slice(&text) {
+            Ok(spec) => spec,
+            Err(error) => return tracing::error!(task, %error, "the description of a task's log is damaged"),
         };
         let mut losses = read_losses(&dir).unwrap_or_else(|error| {
             tracing::error!(
@@ -193,8 +200,22 @@ impl Writer {
             // terminal and thus only one stream.
             if let Err(error) = none_if_missing(added) {
                 tracing::error!(task, stream = name, %error, "could not open a stream of a log; trying again");
-                self.unopened.insert(task.to_owned());
+                self.open_later(task);
             }
+        }
+    }
+
+    /// Has the streams of a task opened again after an interval. The time is fixed here, since other streams may have
+    /// output, and thus begin a new round, more often than that.
+    fn open_later(&mut self, task: &str) {
+        self.unopened.insert(task.to_owned(), Instant::now() + REPORT_INTERVAL);
+    }
+
+    /// Opens the streams that could not be opened before and that are due now.
+    fn open_due(&mut self) {
+        let now = Instant::now();
+        for (task, _) in self.unopened.extract_if(|_, at| *at <= now).collect::<Vec<_>>() {
+            self.open_task(&task);
         }
     }
 
@@ -202,8 +223,7 @@ impl Writer {
     /// false when the directory was removed.
     fn run_round(&mut self) -> io::Result<bool> {
         let mut events = [EpollEvent::empty(); 256];
-        let retry_at = (!self.unopened.is_empty()).then(|| Instant::now() + REPORT_INTERVAL);
-        let timeout = match self.paused.values().copied().chain(retry_at).min() {
+        let timeout = match self.paused.values().chain(self.unopened.values()).min() {
             None => EpollTimeout::NONE,
             Some(again) => {
                 let left = again.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -219,11 +239,7 @@ impl Writer {
         if ready.contains(&DIRECTORY) && !self.directory_changed()? {
             return Ok(false);
         }
-        if retry_at.is_some_and(|again| again <= Instant::now()) {
-            for task in std::mem::take(&mut self.unopened) {
-                self.open_task(&task);
-            }
-        }
+        self.open_due();
         ready.retain(|id| *id != DIRECTORY);
         let now = Instant::now();
         let resumed: Vec<u64> = self.paused.iter().filter(|(_, again)| **again <= now).map(|(id, _)| *id).collect();
@@ -321,5 +337,45 @@ impl Writer {
             }
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write as _, os::unix::fs::symlink};
+
+    use super::*;
+    use crate::logs::{LogOptions, create_task_dir, fifo_path};
+
+    /// The streams of a task can't be opened at first, while another task has output in every round.
+    #[test]
+    fn streams_are_opened_again_although_other_streams_have_output() {
+        let root = tempfile::tempdir().expect("a directory");
+        let logs = root.path().join("logs");
+        fs::create_dir(&logs).expect("created");
+        fs::create_dir_all(root.path().join("alloc/logs")).expect("created");
+        let add = |task: &str| {
+            let spec =
+                LogSpec { alloc_dir: root.path().to_owned(), task: task.to_owned(), options: LogOptions::default() };
+            create_task_dir(&logs.join(task), &spec, false).expect("created");
+            fifo_path(&logs.join(task), "stdout")
+        };
+        let (busy, other) = (add("busy"), add("other"));
+        let hidden = other.with_file_name("hidden");
+        fs::rename(&other, &hidden).expect("renamed");
+        symlink("hidden", &other).expect("linked");
+        let mut writer = Writer::new(&logs).expect("a log writer");
+        writer.open_all().expect("listed");
+        fs::remove_file(&other).expect("removed");
+        fs::rename(&hidden, &other).expect("renamed");
+        let mut busy = fs::File::options().write(true).open(busy).expect("the writer has it open");
+        let is_open = |writer: &Writer| writer.streams.values().any(|it| it.task == "other" && it.name == "stdout");
+        assert!(!is_open(&writer), "a link is not opened");
+        let deadline = Instant::now() + 10 * REPORT_INTERVAL;
+        while !is_open(&writer) && Instant::now() < deadline {
+            busy.write_all(b"a line\n").expect("written");
+            assert!(writer.run_round().expect("a round"));
+        }
+        assert!(is_open(&writer) && writer.unopened.is_empty());
     }
 }

@@ -3,9 +3,12 @@
 use std::{io, time::Duration};
 
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{UnixStream, unix::OwnedWriteHalf},
-    sync::{broadcast::error::RecvError, watch},
+    sync::{
+        broadcast::{self, error::RecvError},
+        watch,
+    },
 };
 
 use super::connections::{Connections, ShutdownMode, listen_root_only};
@@ -15,7 +18,7 @@ use crate::{
     ids::TaskId,
     image::Reference,
     peer::AllowedPeers,
-    task::{Engine, TaskError, epoch_millis},
+    task::{Engine, TaskError, TaskEvent, epoch_millis},
     text::{self, MESSAGE_MAX},
 };
 
@@ -69,7 +72,7 @@ impl ControlServer {
             return;
         }
         let answer = match serde_json::from_str(&line) {
-            Ok(Request::Events) => return self.events(write).await,
+            Ok(Request::Events) => return forward_events(self.engine.subscribe(), reader, write).await,
             Ok(request) => self.answer(request).await,
             Err(error) => Answer::Refused(format!("the request can't be parsed: {error}")),
         };
@@ -113,28 +116,41 @@ impl ControlServer {
             Request::Events => Answer::Done,
         }
     }
+}
 
-    /// Sends task events until the client disconnects.
-    async fn events(&self, mut write: OwnedWriteHalf) {
-        let mut events = self.engine.subscribe();
-        loop {
-            let event = match events.recv().await {
-                Ok(event) => event,
-                Err(RecvError::Lagged(_)) => continue,
-                Err(RecvError::Closed) => return,
-            };
-            let event = Event {
-                at: epoch_millis(event.at),
-                task_id: event.task_id.0,
-                alloc_id: event.alloc_id.to_string(),
-                task_name: event.task_name,
-                message: event.message,
-            };
-            if send(&mut write, &Answer::Event(event)).await.is_err() {
-                return;
-            }
+/// Sends task events until the client disconnects.
+async fn forward_events(events: broadcast::Receiver<TaskEvent>, read: impl AsyncRead + Unpin, write: OwnedWriteHalf) {
+    tokio::select! {
+        () = send_events(events, write) => {}
+        // A client that has gone would be noticed only at the next event otherwise.
+        () = wait_for_disconnect(read) => {}
+    }
+}
+
+async fn send_events(mut events: broadcast::Receiver<TaskEvent>, mut write: OwnedWriteHalf) {
+    loop {
+        let event = match events.recv().await {
+            Ok(event) => event,
+            Err(RecvError::Lagged(_)) => continue,
+            Err(RecvError::Closed) => return,
+        };
+        let event = Event {
+            at: epoch_millis(event.at),
+            task_id: event.task_id.0,
+            alloc_id: event.alloc_id.to_string(),
+            task_name: event.task_name,
+            message: event.message,
+        };
+        if send(&mut write, &Answer::Event(event)).await.is_err() {
+            return;
         }
     }
+}
+
+/// Waits until the client has closed its end of the connection. What it sends until then is ignored.
+async fn wait_for_disconnect(mut read: impl AsyncRead + Unpin) {
+    let mut ignored = [0; 64];
+    while matches!(read.read(&mut ignored).await, Ok(1..)) {}
 }
 
 fn to_answer(outcome: Result<(), TaskError>) -> Answer {
@@ -148,4 +164,21 @@ async fn send(write: &mut OwnedWriteHalf, answer: &Answer) -> io::Result<()> {
     let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
     write.write_all(&line).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_has_gone_is_noticed_before_the_next_event() {
+        let (_no_event, events) = broadcast::channel(1);
+        let (client, server) = UnixStream::pair().expect("connected");
+        let (read, write) = server.into_split();
+        let mut serving = tokio::spawn(forward_events(events, read, write));
+        let early = tokio::time::timeout(Duration::from_millis(50), &mut serving).await;
+        early.expect_err("the client is connected");
+        drop(client);
+        tokio::time::timeout(REQUEST_TIMEOUT, serving).await.expect("noticed").expect("no panic");
+    }
 }

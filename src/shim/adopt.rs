@@ -17,9 +17,6 @@ use crate::{
 /// The interval between two attempts to find a shim, or to connect to it.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The interval between two attempts to watch a shim's process while no file descriptors are left.
-const WATCH_RETRY_INTERVAL: Duration = Duration::from_secs(1);
-
 /// The outcome of adopting a shim that an earlier plugin has started.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "one a task, nearly always the large one")]
@@ -110,20 +107,13 @@ fn can_connect() -> bool {
     std::os::unix::net::UnixStream::pair().is_ok()
 }
 
-/// Spawns a task that reports when the process has ended. While the process can't be watched, it is not reported as
-/// ended; a broken connection to the shim is noticed independently of that.
+/// Spawns a task that reports when the process has ended.
 fn spawn_exit_watcher(pidfd: &Arc<PidFd>) -> watch::Receiver<bool> {
     let (ended_tx, ended) = watch::channel(false);
     let pidfd = pidfd.clone();
     tokio::spawn(async move {
-        let ended = async {
-            while let Err(error) = pidfd.wait_for_end().await {
-                tracing::warn!(%error, "the process of a shim can't be watched; trying again");
-                tokio::time::sleep(WATCH_RETRY_INTERVAL).await;
-            }
-        };
         tokio::select! {
-            () = ended => drop(ended_tx.send_replace(true)),
+            () = pidfd.wait_for_end() => drop(ended_tx.send_replace(true)),
             // All receivers are gone, so the descriptor can be closed.
             () = ended_tx.closed() => {}
         }
@@ -182,7 +172,7 @@ pub fn kill_shim(dir: &Path) {
 /// Kills a shim that does not answer, and removes its directory. Returns whether the shim is gone.
 pub async fn kill_hung(dir: &Path, pidfd: &PidFd) -> bool {
     pidfd.signal(libc::SIGKILL);
-    let gone = tokio::time::timeout(EXIT_TIMEOUT, pidfd.wait_for_end()).await.is_ok_and(|ended| ended.is_ok());
+    let gone = tokio::time::timeout(EXIT_TIMEOUT, pidfd.wait_for_end()).await.is_ok();
     if gone {
         remove_dir(dir);
     }
@@ -200,12 +190,18 @@ pub async fn shut_down_unrecorded(dir: &Path) -> bool {
         match tokio::time::timeout(EXIT_TIMEOUT, tokio::net::UnixStream::connect(&socket)).await {
             Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
                 // A shim that no longer listens is about to exit, and accepts no calls.
-                let Ok((pidfd, _)) = open_recorded(dir) else {
-                    remove_dir(dir);
-                    return true;
-                };
-                if tokio::time::timeout(EXIT_TIMEOUT, pidfd.wait_for_end()).await.is_err() {
-                    return kill_hung(dir, &pidfd).await;
+                match open_recorded(dir) {
+                    Ok((pidfd, _)) => {
+                        if tokio::time::timeout(EXIT_TIMEOUT, pidfd.wait_for_end()).await.is_err() {
+                            return kill_hung(dir, &pidfd).await;
+                        }
+                    }
+                    Err(error) if has_vanished(&error) => {
+                        remove_dir(dir);
+                        return true;
+                    }
+                    // Whether it still runs is not known, for lack of descriptors.
+                    Err(_) => {}
                 }
             }
             Ok(Ok(_)) if !shutdown_requested => {

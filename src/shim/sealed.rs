@@ -10,13 +10,18 @@ use std::{
     io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Command, ExitStatus, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
 
-use crate::{file_id::FileId, process::command};
+use super::version::VERSION_TIMEOUT;
+use crate::{
+    file_id::FileId,
+    process::{PidFd, command},
+};
 
 /// The descriptor number of the sealed copy in a shim, the one after the listening socket.
 pub(super) const SEALED_FD: i32 = 4;
@@ -67,11 +72,16 @@ impl CurrentSealedCopy {
 
 impl SealedCopy {
     /// Copies the program at `path`, seals the copy, and checks that it can be executed, because a kernel may be
-    /// configured to forbid that (`vm.memfd_noexec`). This blocks for some milliseconds.
+    /// configured to forbid that (`vm.memfd_noexec`). This blocks for some milliseconds, and at most for the time that a
+    /// program may take to print its version.
     ///
     /// # Errors
     /// Fails when any of these steps fails. The program itself is used then.
     pub fn of(path: &Path) -> io::Result<Self> {
+        Self::checked_within(path, VERSION_TIMEOUT)
+    }
+
+    fn checked_within(path: &Path, limit: Duration) -> io::Result<Self> {
         let mut program = File::open(path)?;
         let metadata = program.metadata()?;
         if metadata.len() > SIZE_MAX {
@@ -97,9 +107,23 @@ impl SealedCopy {
         let sealed = Self { fd: copy.into(), path: path.to_owned(), file_id: FileId::of(&metadata) };
         let name = format!("/proc/{}/fd/{}", std::process::id(), sealed.fd.as_raw_fd());
         let mut probe = command(name);
-        let status =
-            probe.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        probe.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let status = status_within(&mut probe, limit)?;
         if status.success() { Ok(sealed) } else { Err(io::Error::other(format!("the copy fails with {status}"))) }
+    }
+}
+
+/// Runs a program to its end. A program that takes longer than `limit` is killed.
+fn status_within(command: &mut Command, limit: Duration) -> io::Result<ExitStatus> {
+    let mut child = command.spawn()?;
+    let has_ended = PidFd::open(child.id()).map(|pidfd| pidfd.ends_within(limit));
+    if !matches!(has_ended, Ok(true)) {
+        child.kill()?;
+        child.wait()?;
+    }
+    match has_ended? {
+        true => child.wait(),
+        false => Err(io::Error::new(io::ErrorKind::TimedOut, "the copy does not print its version")),
     }
 }
 
@@ -118,7 +142,7 @@ fn memfd() -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::{os::unix::fs::PermissionsExt as _, time::Instant};
 
     use super::*;
 
@@ -142,5 +166,17 @@ mod tests {
         assert!(current.get().is_none());
         program(&path, "#!/bin/sh\nexit 0\n");
         assert_ne!(current.get().expect("a new copy").file_id, first.file_id);
+    }
+
+    /// A runtime that hangs must not keep the plugin from starting.
+    #[test]
+    fn a_runtime_that_hangs_is_not_waited_for() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("runtime");
+        program(&path, "#!/bin/sh\nexec sleep 600\n");
+        let began = Instant::now();
+        let error = SealedCopy::checked_within(&path, Duration::from_millis(200)).expect_err("it hangs");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(began.elapsed() < Duration::from_secs(300), "the program was not killed");
     }
 }

@@ -7,8 +7,8 @@ use crate::process::{async_command, bounded_output};
 /// The first version that serves several Creates at a time. Earlier shims hold one lock over Create, so tasks that
 /// share a shim start one at a time (containerd's release notes).
 const FIRST_PARALLEL_VERSION: [u32; 3] = [2, 3, 2];
-/// The timeout of the command that prints the version.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a program may take to print its version.
+pub(super) const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Logs a warning if the shim starts one task at a time, so that tasks which share it would queue.
 pub(super) async fn warn_if_serial(binary: &Path) {

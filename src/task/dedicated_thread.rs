@@ -23,7 +23,7 @@ static THREAD_PERMITS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Sema
 /// In the last two cases the work continues on its thread, and its result is dropped.
 ///
 /// # Errors
-/// `Stopped` when the task is stopped. `MountSourcesUnreachable` when the file system does not answer, when too many
+/// `Stopped` when the task is stopped. `HostFilesUnreachable` when the file system does not answer, when too many
 /// earlier calls hang, or when no thread can be started.
 pub(super) async fn run<T: Send + 'static>(
     task: &TaskId,
@@ -31,7 +31,7 @@ pub(super) async fn run<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, TaskError> {
     let Ok(permit) = THREAD_PERMITS.clone().try_acquire_owned() else {
-        return Err(TaskError::MountSourcesUnreachable {
+        return Err(TaskError::HostFilesUnreachable {
             id: task.clone(),
             problem: format!("{THREADS_MAX} file operations hang already"),
         });
@@ -43,7 +43,7 @@ pub(super) async fn run<T: Send + 'static>(
         drop(permit);
     });
     if let Err(error) = thread {
-        return Err(TaskError::MountSourcesUnreachable {
+        return Err(TaskError::HostFilesUnreachable {
             id: task.clone(),
             problem: format!("no thread could be started: {error}"),
         });
@@ -53,11 +53,11 @@ pub(super) async fn run<T: Send + 'static>(
             Ok(Ok(result)) => Ok(result),
             Ok(Err(_)) => {
                 let problem = "the thread that opens them panicked".to_owned();
-                Err(TaskError::MountSourcesUnreachable { id: task.clone(), problem })
+                Err(TaskError::HostFilesUnreachable { id: task.clone(), problem })
             }
             Err(_) => {
                 let problem = format!("a file system did not answer in {} s", ANSWER_TIMEOUT.as_secs());
-                Err(TaskError::MountSourcesUnreachable { id: task.clone(), problem })
+                Err(TaskError::HostFilesUnreachable { id: task.clone(), problem })
             }
         },
         () = stop.cancelled() => Err(TaskError::Stopped(task.clone())),

@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use super::{RuntimeError, TaskError};
+use super::{GroupError, RuntimeError, TaskError};
 use crate::{
     failpoint,
     failure::{self, Cause},
@@ -30,19 +30,21 @@ impl TaskError {
             Self::AppArmor(error) => cause_by_errno_or(error, Cause::Job),
             Self::Runtime(error) => runtime_cause(error),
             Self::Stdio(error) => stdio_cause(error),
-            Self::Group(error) => cause_by_errno_or(error, Cause::Job),
             // Files, processes and connections of the driver itself: a job has no part in them.
             Self::Log(_)
             | Self::LogWriter(_)
             | Self::Cgroup(_)
             | Self::Record(_)
             | Self::Places(_)
+            | Self::Group(GroupError::Addresses { .. })
             | Self::LockHeld { .. }
             | Self::Lock { .. }
             | Self::PersistedSettings { .. }
             | Self::Worker(_)
-            | Self::MountSourcesUnreachable { .. }
+            | Self::HostFilesUnreachable { .. }
             | Self::RootfsUnmounted { .. } => Cause::Host,
+            // The other task or process in the namespace may be about to end, such as a prestart task.
+            Self::Group(GroupError::TakenBySandbox { .. } | GroupError::InUse { .. }) => Cause::Host,
             // Remains of an earlier attempt.
             Self::TeardownInProgress(_)
             | Self::EarlierAttemptRemains { .. }
@@ -111,7 +113,7 @@ mod tests {
         image::{ImageError, LayerProblem},
         rootfs::mount_origin::MountOrigin,
         shim::{RefusalCode, ShimError},
-        task::{GroupError, SharedImageError},
+        task::SharedImageError,
     };
     use std::{io, sync::Arc};
 
@@ -150,6 +152,21 @@ mod tests {
             ] {
                 assert!(error.is_recoverable(), "{}", crate::error_chain(&error));
             }
+        }
+    }
+
+    /// A damaged file with saved addresses has no errno, and the job has no part in it. Others leave a namespace.
+    #[test]
+    fn a_groups_namespace_is_not_the_jobs_fault() {
+        let damaged = serde_json::from_str::<u8>("torn").expect_err("not JSON");
+        for error in [
+            GroupError::Addresses { namespace: "/x".into(), source: damaged.into() },
+            GroupError::Addresses { namespace: "/x".into(), source: kernel(libc::EINVAL) },
+            GroupError::InUse { namespace: "/x".into(), who: "process 7 (sleep)".to_owned() },
+            GroupError::TakenBySandbox { namespace: "/x".into(), other: "web".to_owned() },
+        ] {
+            let error = TaskError::from(error);
+            assert!(error.is_recoverable(), "{}", crate::error_chain(&error));
         }
     }
 

@@ -232,7 +232,8 @@ impl Task {
                 let problem =
                     outcome.map_or_else(|_| "it does not answer".to_owned(), |refused| format!("{refused:?}"));
                 tracing::error!(task = %id, problem, "the shim does not kill the task; the driver kills it");
-                if let Some(init) = self.process_fd() {
+                // If the process can't be opened in this time, it is killed with its cgroup.
+                if let Ok(Some(init)) = tokio::time::timeout(SHIM_KILL_TIMEOUT, self.open_process()).await {
                     init.signal(libc::SIGKILL);
                 }
                 self.kill_cgroup(context);
@@ -256,9 +257,9 @@ impl Task {
         }
     }
 
-    /// Opens the container's first process, if it still runs.
-    fn process_fd(&self) -> Option<PidFd> {
-        self.process.and_then(|process| PidFd::of(&process).ok())
+    /// Opens the container's first process, if it still runs. Does not return before that is known.
+    async fn open_process(&self) -> Option<PidFd> {
+        PidFd::of_when_known(&self.process?).await
     }
 
     /// Kills all processes in the task's cgroup. A runtime that was killed itself may have left the cgroup frozen, and
@@ -382,7 +383,7 @@ async fn end_after_shim_loss(
             _ => (Err(error), true),
         };
     }
-    if let Some(init) = task.process_fd() {
+    if let Some(init) = task.open_process().await {
         init.signal(libc::SIGKILL);
         if tokio::time::timeout(KILL_GRACE, init.wait_for_end()).await.is_err() {
             tracing::error!(

@@ -62,9 +62,7 @@ impl LogWriterSupervisor {
     /// Starts another log writer supervisor whenever one dies, as long as there are logs to write.
     async fn restart_when_dead(self: Arc<Self>, mut pidfd: Arc<PidFd>) {
         loop {
-            if let Err(error) = pidfd.wait_for_end().await {
-                tracing::warn!(%error, "could not watch the log writer supervisor");
-            }
+            pidfd.wait_for_end().await;
             // The entry is cleared at once, so that a task's start during the delay starts another supervisor.
             self.running.lock().await.take_if(|supervisor| Arc::ptr_eq(supervisor, &pidfd));
             let mut pause = RESTART_DELAY;

@@ -248,9 +248,9 @@ pub enum TaskError {
     /// The task has ended, so that no process can be started in it.
     #[error("task {0} has ended; no process can be started in it")]
     Ended(TaskId),
-    /// A file system with sources of the task's mounts does not answer.
-    #[error("task {id}: the sources of its mounts can't be reached: {problem}")]
-    MountSourcesUnreachable {
+    /// A file system with sources of the task's mounts, or with other files that the job names, does not answer.
+    #[error("task {id}: files of the host that it uses can't be reached: {problem}")]
+    HostFilesUnreachable {
         /// The task.
         id: TaskId,
         /// What happened.

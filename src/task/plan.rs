@@ -11,7 +11,7 @@ use oci_spec::runtime::{LinuxDevice, Spec};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    NetnsMembership, NetworkStack, Record, SeccompDefault, SeccompRequest, StartRequest, TaskError,
+    NetnsMembership, NetworkStack, Record, SeccompDefault, SeccompRequest, SecuritySettings, StartRequest, TaskError,
     context::{EngineContext, layers},
     dedicated_thread, mounts as task_mounts,
     record::Intent,
@@ -55,6 +55,8 @@ pub(super) struct Plan<'a> {
     pub(super) mounts: Arc<Vec<TaskMount>>,
     /// The task's devices, each with the access that it gets (`r`, `w`, `m`).
     pub(super) devices: Vec<(LinuxDevice, String)>,
+    /// The text of the seccomp profile that the job names.
+    pub(super) seccomp_profile: Option<Vec<u8>>,
     pub(super) container_id: ContainerId,
     /// The host name that the task sees.
     pub(super) hostname: String,
@@ -79,47 +81,74 @@ pub(super) fn network_namespace(request: &StartRequest) -> NetworkNamespace {
     if request.options.host_network { NetworkNamespace::Host } else { request.network.clone() }
 }
 
-/// Returns the devices of Nomad's device plugins and those that the job names. The operator must allow the file that
-/// each device of the job resolves to.
-pub(super) fn devices(
-    context: &EngineContext,
-    request: &StartRequest,
-) -> Result<Vec<(LinuxDevice, String)>, RootfsError> {
-    let security = &context.settings.security;
-    let mut own = Vec::new();
-    for path in request.options.devices.iter().map(PathBuf::from) {
-        let failed = |source| RootfsError::File { doing: "use device", path: path.clone(), source };
-        let resolved = path.canonicalize().map_err(failed)?;
-        if !security.allows_device(&resolved.to_string_lossy()) {
-            return Err(RootfsError::Device { path, resolved });
-        }
-        own.push((resolved, path));
-    }
-    // The resolved path is used from here on: it has no symlinks that could be changed after this check.
-    let own = own.iter().map(|(host_path, task_path)| DeviceRequest { host_path, task_path, access: "rwm" });
-    let given = request.devices.iter().map(|device| DeviceRequest {
-        host_path: &device.host_path,
-        task_path: &device.task_path,
-        access: &device.access,
-    });
-    devices::task_devices(given.chain(own))
+/// What a job names by a path of the host, besides its mounts and its image.
+#[derive(Default)]
+pub(super) struct HostFiles {
+    /// The task's devices, each with the access that it gets (`r`, `w`, `m`).
+    pub(super) devices: Vec<(LinuxDevice, String)>,
+    /// The text of the seccomp profile that the job names.
+    pub(super) seccomp_profile: Option<Vec<u8>>,
 }
 
-/// Checks that the runtime supports what the job asks for, since the driver never silently ignores what a job relies
-/// on.
+impl HostFiles {
+    /// Looks up the devices and reads the seccomp profile of a task. Their paths may lead to a dead file system, so a
+    /// thread of its own does this.
+    ///
+    /// # Errors
+    /// When a file is missing or not allowed, a file system does not answer, or the task is stopped meanwhile.
+    pub(super) async fn open(
+        context: &Arc<EngineContext>,
+        request: &StartRequest,
+        runtime: &Runtime,
+        stop: &CancellationToken,
+    ) -> Result<Self, TaskError> {
+        let has_devices = !request.devices.is_empty() || !request.options.devices.is_empty();
+        if !has_devices && !matches!(request.options.seccomp, SeccompRequest::File(_)) {
+            return Ok(Self::default());
+        }
+        let (context, owned, runtime) = (context.clone(), request.clone(), runtime.clone());
+        let open = move || -> Result<Self, TaskError> {
+            let devices = devices(&context.settings.security, &owned, &runtime)?;
+            Ok(Self { devices, seccomp_profile: job_seccomp_profile(&context, &owned)? })
+        };
+        dedicated_thread::run(&request.task_id, stop, open).await?
+    }
+}
+
+/// Returns the devices of Nomad's device plugins and those that the job names. The operator must allow the file that
+/// each device of the job resolves to.
 ///
 /// # Errors
-/// When the runtime does not pass on one of the task's devices.
-pub(super) fn check_supported(runtime: &Runtime, request: &StartRequest) -> Result<(), TaskError> {
-    if runtime.gvisor.is_none() {
-        return Ok(());
+/// When a path is no device or is not allowed, or when the runtime does not pass on one of the devices: the driver
+/// never silently ignores what a job relies on.
+fn devices(
+    security: &SecuritySettings,
+    request: &StartRequest,
+    runtime: &Runtime,
+) -> Result<Vec<(LinuxDevice, String)>, TaskError> {
+    let resolve = |path: &Path| {
+        let failed = |source| RootfsError::File { doing: "use device", path: path.to_owned(), source };
+        let resolved = path.canonicalize();
+        let device = resolved.as_deref().unwrap_or(path);
+        if runtime.gvisor.is_some() && !gvisor::passes_device_through(device) {
+            return Err(TaskError::NotInSandbox { runtime: runtime.name.clone(), device: path.to_owned() });
+        }
+        Ok(resolved.map_err(failed)?)
+    };
+    // The resolved path is used from here on: it has no symlinks that could be changed after this check.
+    let mut wanted = Vec::new();
+    for device in &request.devices {
+        wanted.push((resolve(&device.host_path)?, device.task_path.clone(), device.access.as_str()));
     }
-    let given = request.devices.iter().map(|device| device.host_path.as_path());
-    let own = request.options.devices.iter().map(Path::new);
-    match given.chain(own).find(|path| !gvisor::passes_device_through(path)) {
-        None => Ok(()),
-        Some(device) => Err(TaskError::NotInSandbox { runtime: runtime.name.clone(), device: device.to_owned() }),
+    for path in request.options.devices.iter().map(PathBuf::from) {
+        let resolved = resolve(&path)?;
+        if !security.allows_device(&resolved.to_string_lossy()) {
+            return Err(RootfsError::Device { path, resolved }.into());
+        }
+        wanted.push((resolved, path, "rwm"));
     }
+    let wanted = wanted.iter().map(|(host_path, task_path, access)| DeviceRequest { host_path, task_path, access });
+    Ok(devices::task_devices(wanted)?)
 }
 
 impl Plan<'_> {
@@ -390,16 +419,8 @@ impl Plan<'_> {
             // applies in the sandbox, too.
             (SeccompRequest::Unset, SeccompDefault::Default) if self.runtime.gvisor.is_some() => return Ok(None),
             (SeccompRequest::File(path), _) => {
-                let dirs = AllocDirs { alloc: &self.request.alloc_dir, task: &self.request.name };
-                let opened = mounts::open_source(
-                    "seccomp profile",
-                    path,
-                    dirs,
-                    settings.name.flavor(),
-                    &settings.security.allow_paths,
-                )?;
-                let text = read_seccomp_profile(&format!("/proc/self/fd/{}", opened.as_raw_fd()), path)?;
-                return compile(seccomp::ProfileSource::File { path: Path::new(path), text: &text });
+                let text = self.seccomp_profile.as_deref().unwrap_or_default();
+                return compile(seccomp::ProfileSource::File { path: Path::new(path), text });
             }
             (SeccompRequest::On | SeccompRequest::Unset, operators) => operators,
         };
@@ -417,6 +438,16 @@ impl Plan<'_> {
             }
         }
     }
+}
+
+/// Reads the seccomp profile that a job names, if it names one.
+fn job_seccomp_profile(context: &EngineContext, request: &StartRequest) -> Result<Option<Vec<u8>>, RootfsError> {
+    let SeccompRequest::File(path) = &request.options.seccomp else { return Ok(None) };
+    let settings = &context.settings;
+    let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
+    let opened =
+        mounts::open_source("seccomp profile", path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
+    read_seccomp_profile(&format!("/proc/self/fd/{}", opened.as_raw_fd()), path).map(Some)
 }
 
 /// Reads a seccomp profile. A file that is larger than any real profile is refused.

@@ -124,9 +124,12 @@ async fn is_alive(client: &Client, id: &str) -> Result<Option<bool>, ShimError> 
 /// # Errors
 /// When the processes of the container's cgroup can't be listed or killed.
 async fn kill_processes(context: &EngineContext, record: &Record) -> Result<(), TaskError> {
-    let init = record.state.run().and_then(|run| PidFd::of(&run.process).ok());
-    if let Some(init) = init {
-        init.signal(libc::SIGKILL);
+    if let Some(run) = record.state.run() {
+        // If the process can't be opened in this time, it is killed with its cgroup.
+        let opened = tokio::time::timeout(SHIM_DEATH_TIMEOUT, PidFd::of_when_known(&run.process)).await;
+        if let Ok(Some(init)) = opened {
+            init.signal(libc::SIGKILL);
+        }
     }
     kill_cgroup_processes(context, record).await
 }

@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Audience, Record, RecordState, StartRequest, TaskError, TaskEvent, apparmor,
     context::EngineContext,
-    exec, group,
+    dedicated_thread, exec, group,
     guards::{StartGuard, TeardownGuard},
     interrupt, labels, logs, mounts as task_mounts,
     network_files::NetworkFiles,
-    plan::{self, Plan, StartedBy},
+    plan::{self, HostFiles, Plan, StartedBy},
     record::{RunRecord, epoch_millis},
     share_pool,
     sources::MountSources,
@@ -116,7 +116,6 @@ pub(crate) async fn start(
     }
     // All checks that change nothing on the host come first.
     let runtime = context.runtimes.choose(request.options.runtime.as_deref())?;
-    plan::check_supported(&runtime, request)?;
     let default_profile = &context.settings.security.apparmor;
     let apparmor = tokio::select! {
         profile = apparmor::profile_of_task(&context.apparmor, default_profile, request, &runtime) => profile?,
@@ -127,7 +126,7 @@ pub(crate) async fn start(
     let network_files = NetworkFiles::of(request, &network, &container_id, context.settings.name.flavor())?;
     let hostname = network_files.hostname.clone();
     let mut mounts = task_mounts::open(context, request, network_files, stop).await?;
-    let devices = plan::devices(context, request)?;
+    let HostFiles { devices, seccomp_profile } = HostFiles::open(context, request, &runtime, stop).await?;
     let labels = labels::of_task(context, request, &runtime);
     labels::label_directories(context, request, labels.is_some()).await?;
     let runtime = tokio::select! {
@@ -141,8 +140,20 @@ pub(crate) async fn start(
     let cgroup =
         context.cgroups.task_path(&request.cpuset_cgroup, request.alloc_id.as_str(), &request.name, &container_id);
     let share_pool = share_pool::pool_of_task(context, request);
-    let mut plan =
-        Plan { request, runtime, apparmor, labels, image, mounts, devices, container_id, hostname, cgroup, share_pool };
+    let mut plan = Plan {
+        request,
+        runtime,
+        apparmor,
+        labels,
+        image,
+        mounts,
+        devices,
+        seccomp_profile,
+        container_id,
+        hostname,
+        cgroup,
+        share_pool,
+    };
     match create_task(context, &plan, began, stop).await {
         // The image's layers were deleted from containerd's store, although the driver has a record of the image. The
         // record is dropped, the image is pulled again, and the start is tried a second time.
@@ -168,7 +179,7 @@ async fn ensure_image(
     stop: &CancellationToken,
 ) -> Result<Arc<ImageRecord>, TaskError> {
     let options = &request.options;
-    let (reference, opened) = resolve_image(context, request)?;
+    let (reference, opened) = resolve_image(context, request, stop).await?;
     let policy = options.image_pull_policy;
     let cached = context.images.cached(&reference, opened.as_deref()).filter(|_| policy != PullPolicy::Always);
     if let Some(image) = cached {
@@ -202,16 +213,21 @@ async fn ensure_image(
 }
 
 /// Returns the image's reference and, for an image in a file, the opened file. As with mounts, a job may use its own
-/// files and those that the operator allows.
-fn resolve_image(
+/// files and those that the operator allows. The file may be on a dead file system, so a thread of its own opens it.
+async fn resolve_image(
     context: &EngineContext,
     request: &StartRequest,
+    stop: &CancellationToken,
 ) -> Result<(Reference, Option<Arc<OwnedFd>>), TaskError> {
     let Reference::Archive(archive) = &request.options.image else { return Ok((request.options.image.clone(), None)) };
-    let dirs = AllocDirs { alloc: &request.alloc_dir, task: &request.name };
     let settings = &context.settings;
-    let path = archive.path.to_string_lossy();
-    let opened = open_source("image: file", &path, dirs, settings.name.flavor(), &settings.security.allow_paths)?;
+    let (flavor, allow_paths) = (settings.name.flavor(), settings.security.allow_paths.clone());
+    let (path, alloc, task) = (archive.path.clone(), request.alloc_dir.clone(), request.name.clone());
+    let open = move || {
+        let dirs = AllocDirs { alloc: &alloc, task: &task };
+        open_source("image: file", &path.to_string_lossy(), dirs, flavor, &allow_paths)
+    };
+    let opened = dedicated_thread::run(&request.task_id, stop, open).await??;
     // The reference needs the absolute path, since the same relative path is a different file in another allocation.
     let path = if archive.path.is_absolute() {
         archive.path.clone()

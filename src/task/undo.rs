@@ -6,6 +6,8 @@
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
+use tokio::sync::watch;
+
 use super::{
     Record, TaskError,
     context::EngineContext,
@@ -17,7 +19,7 @@ use crate::{
     failpoint,
     files::remove_file_if_exists,
     gvisor,
-    ids::ContainerId,
+    ids::{ContainerId, TaskId},
     places::list_names,
     process::{self, descendants},
     rootfs::{RootfsError, bundle::BundlePaths},
@@ -38,6 +40,8 @@ const TEARDOWN_DELAY: Duration = Duration::from_millis(3);
 const TEARDOWN_MAX_DELAY: Duration = Duration::from_millis(40);
 /// How many teardowns may run or wait in the background before DestroyTask waits for them.
 const BACKGROUND_TEARDOWNS_MAX: usize = 64;
+/// How long DestroyTask waits for them at most.
+const BACKGROUND_WAIT_MAX: Duration = Duration::from_secs(30);
 /// The delays before the retries of a failed teardown.
 pub(crate) const RETRY_DELAYS: [Duration; 3] =
     [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(60)];
@@ -281,7 +285,10 @@ async fn end_container(context: &EngineContext, record: &Record, shim: &Adoption
         }
         // A hung shim holds the container until the shim is killed.
         pidfd.signal(libc::SIGKILL);
-        let _ = tokio::time::timeout(KILL_GRACE, pidfd.wait_for_end()).await;
+        if tokio::time::timeout(KILL_GRACE, pidfd.wait_for_end()).await.is_err() {
+            let source = ShimError::TimedOut { call: "SIGKILL", after: KILL_GRACE };
+            return Err(failed("end a shim that does not answer")(source));
+        }
     }
     delete_after_cleanup(context, record).await.map_err(failed("delete the container without its shim"))?;
     Ok(ContainerEnd::Otherwise)
@@ -392,9 +399,25 @@ async fn delete_late_container(context: &EngineContext, record: &Record) -> Resu
 
 /// Kills all processes in the task's cgroup. No process may outlive the task's teardown, and those of a runtime that
 /// was cut off belong to no container.
+///
+/// # Errors
+/// When the processes can't be listed or killed, or when one of them survives SIGKILL.
 pub(super) async fn kill_cgroup_processes(context: &EngineContext, record: &Record) -> Result<(), TaskError> {
-    let deadline = tokio::time::Instant::now() + KILL_GRACE;
-    while context.cgroups.kill(&record.intent.cgroup)? > 0 && tokio::time::Instant::now() < deadline {
+    let kill = || Ok(context.cgroups.kill(&record.intent.cgroup)?);
+    kill_until_gone(&record.intent.task_id, KILL_GRACE, kill).await
+}
+
+/// Calls `kill`, which returns how many processes there still were, until there is none.
+async fn kill_until_gone(
+    id: &TaskId,
+    limit: Duration,
+    kill: impl Fn() -> Result<usize, TaskError>,
+) -> Result<(), TaskError> {
+    let deadline = tokio::time::Instant::now() + limit;
+    while kill()? > 0 {
+        if tokio::time::Instant::now() > deadline {
+            return Err(TaskError::Unkillable { id: id.clone(), after: limit });
+        }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
     Ok(())
@@ -485,8 +508,7 @@ pub(crate) async fn end_and_defer_teardown(
         }
     };
     guard.move_to_background();
-    // A caller that destroys tasks faster than they can be torn down waits here.
-    let _ = context.background_teardowns.subscribe().wait_for(|count| *count <= BACKGROUND_TEARDOWNS_MAX).await;
+    wait_for_teardowns(&context.background_teardowns, BACKGROUND_WAIT_MAX).await;
     // A panic in the background drops the guard, which queues the teardown again.
     tokio::spawn(catch_panic("the teardown of a task", async move {
         let (context, record) = (guard.context(), guard.record());
@@ -505,6 +527,20 @@ pub(crate) async fn end_and_defer_teardown(
     unmounted
 }
 
+/// Waits while too many teardowns run in the background, so that a caller that destroys tasks faster than they can be
+/// torn down is slowed down. Teardowns that hang must not make DestroyTask hang, so the wait is limited.
+async fn wait_for_teardowns(count: &watch::Sender<usize>, limit: Duration) {
+    let mut count = count.subscribe();
+    let waiting = count.wait_for(|count| *count <= BACKGROUND_TEARDOWNS_MAX);
+    if tokio::time::timeout(limit, waiting).await.is_err() {
+        tracing::warn!(
+            teardowns = *count.borrow(),
+            seconds = limit.as_secs(),
+            "teardowns in the background make no progress; another one is added"
+        );
+    }
+}
+
 /// Reports the outcome of a teardown to its guard. If the teardown failed, it is retried in the background.
 fn finish_or_retry(guard: TeardownGuard, is_gone: bool) {
     let (context, id) = (guard.context().clone(), guard.record().intent.task_id.clone());
@@ -513,17 +549,19 @@ fn finish_or_retry(guard: TeardownGuard, is_gone: bool) {
         return;
     }
     tokio::spawn(catch_panic("the retry of a task's teardown", async move {
-        for pause in RETRY_DELAYS {
+        for (retry, pause) in (1..).zip(RETRY_DELAYS) {
             tokio::time::sleep(pause).await;
             // If there is nothing to claim, another caller runs the teardown, such as a new attempt of the task, or the
             // teardown has succeeded.
             let Some(guard) = context.claim_teardown(&id) else { return };
             let shim = find_shim(&context, guard.record()).await;
-            let is_gone = undo(&context, guard.record(), shim).await.is_ok();
-            guard.finish(is_gone);
-            if is_gone {
-                return;
-            }
+            let outcome = undo(&context, guard.record(), shim).await;
+            guard.finish(outcome.is_ok());
+            let Err(error) = outcome else { return };
+            tracing::warn!(
+                task = %id, retry, of = RETRY_DELAYS.len(), error = %crate::error_chain(&error),
+                "a retry of a task's teardown failed"
+            );
         }
     }));
 }
@@ -531,4 +569,35 @@ fn finish_or_retry(guard: TeardownGuard, is_gone: bool) {
 /// Finds the shim of a record and connects to it.
 pub(crate) async fn find_shim(context: &EngineContext, record: &Record) -> Adoption {
     if record.is_current() { context.pool.launcher().adopt(&record.intent.shim).await } else { Adoption::Gone }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_process_that_survives_is_reported() {
+        let id = TaskId("a/b/1".to_owned());
+        let limit = Duration::from_millis(30);
+        let outcome = kill_until_gone(&id, limit, || Ok(1)).await;
+        assert!(matches!(outcome, Err(TaskError::Unkillable { after, .. }) if after == limit), "{outcome:?}");
+        let left = std::cell::Cell::new(3_usize);
+        let kill = || {
+            left.set(left.get() - 1);
+            Ok(left.get())
+        };
+        kill_until_gone(&id, KILL_GRACE, kill).await.expect("no process is left");
+        assert_eq!(left.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn teardowns_that_hang_do_not_block_a_further_one_forever() {
+        let hung = watch::Sender::new(BACKGROUND_TEARDOWNS_MAX + 1);
+        let limit = Duration::from_millis(30);
+        let began = tokio::time::Instant::now();
+        wait_for_teardowns(&hung, limit).await;
+        assert!(began.elapsed() >= limit, "a caller that is too fast is slowed down");
+        hung.send_replace(BACKGROUND_TEARDOWNS_MAX);
+        tokio::time::timeout(KILL_GRACE, wait_for_teardowns(&hung, 2 * KILL_GRACE)).await.expect("there is room");
+    }
 }

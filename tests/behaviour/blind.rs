@@ -8,19 +8,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libc::{SIGCONT, SIGSTOP};
+use libc::{SIGCONT, SIGKILL, SIGSTOP};
 use nomad_driver_shim::{
     host::{Plugin, encode},
     pb::{
         base::{ConfigSchemaRequest, SetConfigRequest},
-        driver::{InitRequest, StartTaskRequest},
+        driver::{InitRequest, StartTaskRequest, WaitTaskRequest},
     },
-    process::PidFd,
+    process::{self, PidFd},
 };
 use serde_json::{Value, json};
 
 use crate::support::{
-    Env, EnvOptions, Task, eventually, leak,
+    Env, EnvOptions, Task, eventually, leak, patience,
     wrapped_runtime::{Detour, WrappedRuntime},
 };
 
@@ -168,6 +168,35 @@ async fn a_created_container_starts_with_few_descriptors_or_is_refused() {
         }
         node.env.finish().await;
     }
+}
+
+/// A shim dies while the plugin can't open the process of the shim's task. The task is not reported as killed as long as
+/// it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_is_reported_as_killed_only_when_it_is_dead() {
+    let mut env = Env::new().await;
+    let task = env.sh("sleep 600").await;
+    let pid: u32 = env.attribute(&task, "pid").await.parse().unwrap();
+    let process = PidFd::open(pid).unwrap();
+    let shim = PidFd::open(process::parent_of(pid).unwrap()).unwrap();
+    let plugin = env.plugin().pid().unwrap();
+    let (mut driver, task_id) = (env.driver(), task.id.clone());
+    let mut waiting = tokio::spawn(async move { driver.wait_task(WaitTaskRequest { task_id }).await });
+    limit_descriptors(plugin, &limit_with(plugin, 0).to_string());
+    shim.signal(SIGKILL);
+    // The plugin may get a descriptor when the connection to the shim is closed, and can kill the task then.
+    let early = tokio::time::timeout(Duration::from_secs(2), &mut waiting).await;
+    assert!(early.is_err() || process.has_ended(), "{early:?}");
+    limit_descriptors(plugin, "1024");
+    let answer = match early {
+        Ok(answer) => answer,
+        Err(_) => tokio::time::timeout(patience(), waiting).await.unwrap(),
+    };
+    let answer = answer.unwrap().unwrap().into_inner();
+    assert!(process.has_ended());
+    assert_eq!(answer.result.unwrap().exit_code, 137);
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
 }
 
 /// When bundles can't be listed, an unrecorded shim may hold a container. The plugin must neither give this shim to the

@@ -100,7 +100,7 @@ fn shoot(pid: i32) {
 }
 
 async fn ended(process: &PidFd) {
-    tokio::time::timeout(patience(), process.wait_for_end()).await.expect("it lives on").unwrap();
+    tokio::time::timeout(patience(), process.wait_for_end()).await.expect("it lives on");
 }
 
 #[tokio::test(flavor = "multi_thread")]

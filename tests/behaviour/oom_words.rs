@@ -77,7 +77,7 @@ async fn an_oom_kill_that_no_plugin_saw_is_told_by_the_next_one() {
         let process = PidFd::open(pid).unwrap();
         env.kill_plugin().await;
         let_go(&task).await;
-        tokio::time::timeout(crate::support::patience(), process.wait_for_end()).await.expect("it ends").unwrap();
+        tokio::time::timeout(crate::support::patience(), process.wait_for_end()).await.expect("it ends");
         // The first plugin knows of the OOM kill from the kernel, the second from what the first has recorded.
         for _ in 0..2 {
             env.start_plugin().await;

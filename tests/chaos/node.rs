@@ -249,7 +249,7 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
             continue;
         };
         let request = tokio::select! {
-            _ = plugin.wait_for_end() => None,
+            () = plugin.wait_for_end() => None,
             request = requests.recv() => request.or(Some(Request::End)),
         };
         for orphan in &mut orphans {
@@ -284,7 +284,7 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
                 tokio::time::sleep(away).await;
                 if fate == Fate::Killed {
                     plugin.signal(libc::SIGKILL);
-                    let _ = plugin.wait_for_end().await;
+                    plugin.wait_for_end().await;
                 }
                 let again = match (&socket, fate) {
                     (Some(socket), Fate::Kept) => Plugin::reattach(socket).await.ok(),
@@ -306,7 +306,7 @@ async fn supervise(node: Arc<Node>, mut requests: mpsc::UnboundedReceiver<Reques
                     let mut env = node.env.lock().await;
                     env.plugin = None;
                     plugin.signal(libc::SIGKILL);
-                    let _ = plugin.wait_for_end().await;
+                    plugin.wait_for_end().await;
                     tokio::task::block_in_place(|| wipe(&mut env));
                 }
                 pid = launched(&node).await;

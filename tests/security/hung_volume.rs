@@ -1,4 +1,4 @@
-//! A volume on a file system that does not answer: its task is refused or stopped, and all other tasks continue.
+//! Files on a file system that does not answer: its task is refused or stopped, and all other tasks continue.
 
 use std::{
     fs::{self, File},
@@ -82,4 +82,37 @@ async fn a_dead_volume_holds_up_nobody_else() {
         drop(hung);
         env.finish().await;
     }
+}
+
+/// A device, a seccomp profile or an image on a dead file system holds up no other task, and its start can be stopped.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_file_holds_up_nobody_else() {
+    let security = json!({"allow_paths": ["/"], "allow_devices": ["*"], "allow_seccomp_override": true});
+    let mut env = Env::configured(json!({"security": security})).await;
+    let hung = Hung::new(env.dir.join("hung"));
+    let config = env.shell("sleep 600", json!({})).await;
+    let running = env.start(config).await;
+    let file = hung.path.join("sub").to_str().unwrap().to_owned();
+    for options in
+        [json!({"devices": [file]}), json!({"seccomp_profile": file}), json!({"image": format!("oci-archive:{file}")})]
+    {
+        let mut starts = Vec::new();
+        for _ in 0..6 {
+            let task = env.prepare(env.shell("true", options.clone()).await).await;
+            let (mut driver, request) = (env.driver(), StartTaskRequest { task: Some(task.config.clone()) });
+            starts.push((task, tokio::spawn(async move { driver.start_task(request).await })));
+        }
+        // By now the starts hang, or will hang soon.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        goes_on(&mut env, &running).await;
+        for (task, start) in starts {
+            env.stop(&task, Duration::from_secs(1), "").await.unwrap();
+            let refused = tokio::time::timeout(Duration::from_secs(20), start).await.expect("the start hangs on");
+            let refused = refused.unwrap().expect_err("the file can't be opened");
+            assert!(refused.message().contains("was stopped"), "{options}: {}", refused.message());
+        }
+    }
+    env.destroy(&running).await.unwrap();
+    drop(hung);
+    env.finish().await;
 }

@@ -81,11 +81,15 @@ fn keep_warm(block: Block<'_>, faults: &mut Faults) -> PrimingMode {
         None | Some("starts") => PrimingMode::Starts,
         Some("never") => PrimingMode::Never,
         Some(text) => {
-            let every = block.duration("keep_warm", "", faults);
-            if !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&every) {
-                faults.push(format!("cgroup.keep_warm = {text:?} is not starts, never, or a duration from 1ms to 1s"));
-            }
-            PrimingMode::Always(every)
+            let is_allowed = |every: &Duration| (Duration::from_millis(1)..=Duration::from_secs(1)).contains(every);
+            duration::parse(text).ok().filter(is_allowed).map_or_else(
+                || {
+                    let problem = "is not starts, never, or a duration from 1ms to 1s";
+                    faults.push(format!("cgroup.keep_warm = {text:?} {problem}"));
+                    PrimingMode::Starts
+                },
+                PrimingMode::Always,
+            )
         }
     }
 }

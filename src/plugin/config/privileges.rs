@@ -1,6 +1,8 @@
 //! Reads a job's options for privileges, capabilities, seccomp and AppArmor, and checks them against what the operator
 //! allows.
 
+use std::collections::HashMap;
+
 use super::{apparmor, faults::Faults, group_network::GroupNetwork};
 use crate::{
     ids::Flavor,
@@ -69,7 +71,7 @@ pub(super) struct SecurityOpt {
     pub(super) labels: LabelRequest,
 }
 
-/// Reads `security_opt`. Of two entries with the same key, the later one counts.
+/// Reads `security_opt`. Two entries with the same key must have the same value: which of them a job means is not known.
 pub(super) fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Faults) -> SecurityOpt {
     let mut found = SecurityOpt {
         no_new_privileges: None,
@@ -77,9 +79,18 @@ pub(super) fn security_opt(values: &Values, security: &SecuritySettings, faults:
         apparmor: AppArmorRequest::Unset,
         labels: LabelRequest::default(),
     };
+    let mut seen = HashMap::new();
     for option in values.list("security_opt").unwrap_or_default() {
         // docker used a colon before it introduced the equals sign.
         let (key, value) = option.split_once(['=', ':']).unwrap_or((option, ""));
+        let meaning = if (key, value) == ("no-new-privileges", "") { "true" } else { value };
+        // The parts of a label (`label=type:T`, `label=level:L`) are set apart from each other.
+        let part = if key == "label" { value.split(':').next() } else { None };
+        if let Some((earlier, _)) =
+            seen.insert((key, part), (option, meaning)).filter(|(_, earlier)| *earlier != meaning)
+        {
+            faults.push(format!("security_opt: {earlier:?} and {option:?} contradict each other; remove one of them"));
+        }
         match (key, value) {
             ("no-new-privileges", "" | "true") => found.no_new_privileges = Some(true),
             ("no-new-privileges", "false") if security.allow_new_privileges || security.allow_privileged => {

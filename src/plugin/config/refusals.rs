@@ -86,6 +86,12 @@ mod wrong {
         sysctl_of_the_whole_host {"sysctl": [{"kernel.panic": "1"}]} => "whole host";
         sysctl_of_the_hosts_network {"sysctl": [{"net.core.somaxconn": "1"}], "host_network": true} => "host_network";
         security_option {"security_opt": ["apparmor=x"]} => "security_opt: \"apparmor=x\"";
+        contradicting_privileges {"security_opt": ["no-new-privileges", "no-new-privileges:false"]} =>
+            "\"no-new-privileges\" and \"no-new-privileges:false\" contradict each other";
+        contradicting_profiles {"security_opt": ["apparmor=default", "apparmor=unconfined"]} =>
+            "\"apparmor=default\" and \"apparmor=unconfined\" contradict each other";
+        contradicting_seccomp {"security_opt": ["seccomp=unconfined", "seccomp=a.json"]} =>
+            "\"seccomp=unconfined\" and \"seccomp=a.json\" contradict each other";
         two_names_of_one_option {"work_dir": "/a", "cwd": "/b"} => "same option";
         cpuset_cpus {"cpuset_cpus": "3-1"} => "cpuset_cpus = \"3-1\"";
         cpuset_mems {"cpuset_mems": "x"} => "cpuset_mems = \"x\"";

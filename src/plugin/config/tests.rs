@@ -309,3 +309,13 @@ fn credentials_without_an_address_are_for_docker_hub_or_for_what_the_job_names()
         assert!(error.contains("auth.server_address") && !error.contains("hidden"), "{error}");
     }
 }
+
+#[test]
+fn an_invalid_keep_warm_is_reported_once() {
+    for text in ["often", "2s", "0"] {
+        let block = MsgpackValue::Map(vec![("keep_warm".into(), text.into())]);
+        let bytes = encode(&[("cgroup", block)]);
+        let error = settings(&DriverName::new("shim").expect("a name"), &bytes).expect_err("refused").to_string();
+        assert_eq!(error.matches("keep_warm").count(), 1, "{error}");
+    }
+}

@@ -88,7 +88,7 @@ impl Agent {
         let came = tokio::time::timeout(LEAVES, process.wait_for_end()).await.is_ok();
         if !came {
             process.signal(libc::SIGKILL);
-            let _ = process.wait_for_end().await;
+            process.wait_for_end().await;
         }
         if let Some(mut child) = self.child.take() {
             let _ = child.wait();
