@@ -31,7 +31,7 @@ impl Stats {
     /// Prints the list.
     ///
     /// # Errors
-    /// Fails when the task does not exist, or output fails.
+    /// Fails when the task does not exist, a cgroup can't be read, or output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks = match &self.task {
             Some(task) => vec![tasks::find_task(common, task)?],
@@ -40,11 +40,12 @@ impl Stats {
         let cgroups = Cgroups::detect()?;
         let sample = |found: &tasks::FoundTask| cgroups.usage(&found.record.intent.cgroup);
         let running: Vec<_> = tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
-        let (first, began): (Vec<Option<Usage>>, Instant) = (running.iter().map(sample).collect(), Instant::now());
+        let measure = || running.iter().map(sample).collect::<Result<Vec<Option<Usage>>, _>>();
+        let (first, began) = (measure()?, Instant::now());
         if !running.is_empty() {
             tokio::time::sleep(SAMPLE_INTERVAL).await;
         }
-        let second: Vec<Option<Usage>> = running.iter().map(sample).collect();
+        let second = measure()?;
         let time = began.elapsed();
         let mut list = Vec::new();
         let mut rows = Vec::new();
