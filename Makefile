@@ -4,7 +4,7 @@ IMAGE ?=
 DRIVER ?=
 RUNTIME ?=
 
-.PHONY: help demo bench test test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos chaos-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
+.PHONY: help demo bench test test-compat test-gvisor test-thousand test-cgroup2 test-security-cgroup2 test-races chaos chaos-cgroup2 test-matrix test-fresh lint build build-arm64 setup clean
 
 ## Prints this list.
 help:
@@ -36,6 +36,12 @@ test: setup
 test-gvisor:
 	@scripts/setup.sh gvisor
 	@scripts/test-gvisor.sh $(ARGS)
+
+## A program in a task sees what it sees under `docker run`: compares with a real dockerd. ARGS="tmpfs" runs some cases.
+## Then real programs (postgres, redis, nginx, a JVM, node, python, sshd, systemd, dockerd) do the same work on both sides.
+test-compat:
+	@scripts/setup.sh programs
+	@$(CARGO) test --locked --test compat -- --include-ignored $(ARGS)
 
 ## The core of the behaviour tests on each pair of containerd (with its shim) and OCI runtime.
 test-matrix:
@@ -79,7 +85,9 @@ test-fresh:
 ## Formatting, clippy, and licences and sources of dependencies.
 lint:
 	@$(CARGO) fmt --check
+	@rustfmt --check init/main.rs
 	@$(CARGO) clippy --locked --all-targets -- -D warnings
+	@clippy-driver --edition 2024 --crate-name init -C panic=abort --emit=metadata -o target/init.rmeta init/main.rs -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	@scripts/msrv.sh
 	@if command -v cargo-deny >/dev/null; then cargo deny check licenses bans sources; \

@@ -1,7 +1,13 @@
 //! Generates the wire types from `proto/`, without `protoc`: protox parses the files for tonic's generator, and
-//! ttrpc-codegen has a parser of its own.
+//! ttrpc-codegen has a parser of its own. Compiles the init program of tasks from `init/`.
 
-use std::{error::Error, fs, path::PathBuf};
+use std::{
+    env,
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// gRPC, client and server: the plugin serves these services, and the module `host` calls them.
 const NOMAD: &[&str] = &[
@@ -40,7 +46,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .include_file("containerd_side.rs")
         .compile_fds(protox::compile(CONTAINERD, ["proto"])?)?;
 
-    let out = PathBuf::from(std::env::var("OUT_DIR")?).join("shim");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    compile_init(&out.join("init"))?;
+    let out = out.join("shim");
     fs::create_dir_all(&out)?;
     ttrpc_codegen::Codegen::new()
         .out_dir(&out)
@@ -58,4 +66,25 @@ fn main() -> Result<(), Box<dyn Error>> {
         .collect();
     fs::write(&front, kept.join("\n"))?;
     Ok(())
+}
+
+/// Compiles the program that is the first process of tasks with `init = true`. It runs in every image, so it is static
+/// and uses neither the standard library nor libc. It has the same target as the driver.
+fn compile_init(out: &Path) -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=init");
+    let mut rustc = Command::new(env::var("RUSTC")?);
+    rustc.args(["--crate-name", "init", "--edition", "2024", "--target", &env::var("TARGET")?, "init/main.rs", "-o"]);
+    rustc.arg(out);
+    for option in ["opt-level=s", "panic=abort", "relocation-model=static", "strip=symbols"] {
+        rustc.args(["-C", option]);
+    }
+    for argument in ["-nostartfiles", "-nostdlib", "-static", "-Wl,--build-id=none", "-Wl,-z,noseparate-code"] {
+        rustc.arg("-C").arg(format!("link-arg={argument}"));
+    }
+    // Cargo sets this variable where a linker is configured for the target, as for the build for arm64.
+    if let Ok(linker) = env::var("RUSTC_LINKER") {
+        rustc.arg("-C").arg(format!("linker={linker}"));
+    }
+    let status = rustc.status()?;
+    if status.success() { Ok(()) } else { Err(format!("the compiler of init/main.rs has failed: {status}").into()) }
 }

@@ -28,7 +28,7 @@ if [ ! initramfs.gz -nt "$script" ]; then
   rm -rf initramfs && mkdir -p initramfs/{bin,modules}
   cp "$(command -v busybox)" initramfs/bin/
   depmod -b . "$release"
-  for module in virtio_pci 9pnet_virtio 9p overlay veth loop fuse vsock; do
+  for module in virtio_pci 9pnet_virtio 9p overlay veth bridge loop fuse vsock; do
     modprobe -d . -S "$release" --show-depends "$module" 2>/dev/null | awk '/^insmod/ {print $2}'
   done | awk '!seen[$0]++' | while read -r file; do
     cp "$file" initramfs/modules/

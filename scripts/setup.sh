@@ -9,6 +9,7 @@
 #   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator, a kernel, and tools for an initramfs
 #   scripts/setup.sh arm64      also what `make build-arm64` needs on another architecture: a cross compiler
 #   scripts/setup.sh gvisor     also gVisor's runsc and its shim, built by Go, into target/gvisor
+#   scripts/setup.sh programs   also Debian's packages of postgres, nginx, Java and others for `make test-compat`, unpacked by debootstrap
 #   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
 set -euo pipefail
 
@@ -36,7 +37,7 @@ declare -A package_of=(
   [docker-registry]=docker-registry [umoci]=umoci [skopeo]=skopeo [htpasswd]=apache2-utils
   [ip]=iproute2 [iptables]=iptables [openssl]=openssl [jq]=jq [strace]=strace
 )
-[ "${1:-}" != fresh ] || package_of[debootstrap]=debootstrap
+case "${1:-}" in fresh | programs) package_of[debootstrap]=debootstrap ;; esac
 [ "${1:-}" != arm64 ] || package_of[aarch64-linux-gnu-gcc]=gcc-aarch64-linux-gnu
 [ "${1:-}" != cgroup2 ] || package_of+=(
   [qemu-system-x86_64]=qemu-system-x86 [cpio]=cpio [modprobe]=kmod [apparmor_parser]=apparmor
@@ -118,6 +119,44 @@ if [ "${1:-}" = matrix ]; then
     "github.com/containerd/containerd/v2/cmd/containerd@v$matrix_containerd" \
     "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v$matrix_containerd"
   build "$matrix/runc-$matrix_runc" "github.com/opencontainers/runc@v$matrix_runc"
+fi
+
+# tests/compat compares with docker. Its packages are unpacked, not installed: they would start dockerd on this machine.
+# In some releases, docker's command line is in a package of its own.
+if ! command -v dockerd >/dev/null && [ ! -e "$target/docker/.done" ]; then
+  mkdir -p "$target/docker"
+  (
+    cd "$target/docker"
+    for package in docker.io docker-cli tini libdevmapper1.02.1; do
+      apt-cache show "$package" >/dev/null 2>&1 || continue
+      apt-get download -qq "$package" 2>/dev/null || { apt-get update -qq && apt-get download -qq "$package"; }
+    done >&2
+    for package in ./*.deb; do dpkg-deb -x "$package" .; done
+    rm -f ./*.deb
+    [ -x usr/sbin/dockerd ] || [ -x usr/bin/dockerd ]
+  ) || die "docker's packages could not be downloaded or unpacked"
+  touch "$target/docker/.done"
+  did "unpacked docker's packages in $target/docker"
+fi
+
+# The layer of real programs that tests/compat runs in containers. Nothing of it is installed on this machine.
+if [ "${1:-}" = programs ] && [ ! -e "$target/programs/layer.tar.gz" ]; then
+  packages=postgresql,redis-server,nginx-light,default-jre-headless,nodejs,python3,openssh-server,openssh-client,sudo
+  packages+=,systemd,systemd-sysv,docker.io,procps,iproute2
+  root=$target/programs/root
+  . /etc/os-release
+  components=main
+  [ "$ID" != ubuntu ] || components=main,universe
+  say "unpacking real programs of $VERSION_CODENAME in $root ..."
+  rm -rf --one-file-system "$root"
+  mkdir -p "$root"
+  debootstrap --variant=minbase --components="$components" --include="$packages" "$VERSION_CODENAME" "$root" \
+    > "$target/programs/log" 2>&1 || { tail -n 20 "$target/programs/log" >&2; die "debootstrap failed"; }
+  rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/usr/share/{doc,man,locale,info}/* "$root"/dev/*
+  tar -C "$root" --numeric-owner --xattrs --xattrs-include='*' -czf "$target/programs/layer.tar.gz.part" .
+  mv "$target/programs/layer.tar.gz.part" "$target/programs/layer.tar.gz"
+  rm -rf --one-file-system "$root"
+  did "unpacked real programs in $target/programs"
 fi
 
 # The virtual machine of `make test-cgroup2` boots this distribution's own kernel. The package is unpacked, not installed.

@@ -7,6 +7,8 @@
 #
 # SUITE=security takes the filters as names of that suite's tests, and MODULE=apparmor the second boot:
 #   SUITE=security MODULE=apparmor scripts/test-cgroup2.sh apparmor::
+# SUITE=compat compares with docker, which needs no arguments to run all cases:
+#   SUITE=compat scripts/test-cgroup2.sh tmpfs
 # SUITE=chaos takes the arguments of NOMAD_DRIVER_SHIM_CHAOS (docs/chaos.md):
 #   SUITE=chaos scripts/test-cgroup2.sh --faults 200
 # NOMAD_DRIVER_SHIM_TEST_PROGRAM and NOMAD_DRIVER_SHIM_TEST_RUNTIME are passed to the tests in the virtual machine.
@@ -17,7 +19,7 @@ cd "$(dirname "$0")/.."
 # some twenty times slower than the machine itself, so each entry takes minutes.
 #
 # Resources, OOM, statistics, exec, stop, recovery, leaks, and the other basics of a task.
-behaviour=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2::)
+behaviour=(lifecycle:: release:: ahead:: limits:: options:: stats:: exec:: stop:: recovery:: leaks:: cgroup2:: first_process::an_oom)
 # Attacks whose outcome may differ on cgroup version 2 or with this kernel.
 security=(bounds::a_task bounds::neither mounts::a_link directories::no_user)
 # Tests of the suite `security` that need AppArmor in the kernel.
@@ -32,7 +34,7 @@ directory=$PWD/target/cgroup2
 mkdir -p "$directory"
 log=$directory/log
 : > "$log"
-built=$(cargo test --locked --no-run --test behaviour --test chaos --test conformance --test security --message-format=json 2>/dev/null |
+built=$(cargo test --locked --no-run --test behaviour --test chaos --test compat --test conformance --test security --message-format=json 2>/dev/null |
   jq -r 'select(.profile.test == true and .target.kind == ["test"]) | "\(.target.name) \(.executable)"')
 program() { sed -n "s/^$1 //p" <<< "$built" | tail -n1; }
 
@@ -85,7 +87,7 @@ if [ "${SUITE:-}" = chaos ]; then
   exit
 fi
 # Only the named tests, two at a time.
-if [ $# -gt 0 ]; then
+if [ $# -gt 0 ] || [ "${SUITE:-}" = compat ]; then
   suite "${SUITE:-behaviour}" --test-threads 2 "$@" | boot "${MODULE:-selinux}"
   exit
 fi

@@ -48,6 +48,8 @@ pub enum Request {
         /// The signal's name or number.
         signal: Option<String>,
     },
+    /// Start the missing idle shims, and answer when all of them wait for a task.
+    FillPool,
     /// Stream all task events from now on.
     Events,
 }

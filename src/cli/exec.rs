@@ -21,6 +21,9 @@ use crate::task::{self, ExecIo, ExecRequest, ExecSession, Exit, WindowSize, exec
 /// If no output arrives for this long after the process's exit, the output counts as complete.
 const OUTPUT_SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long the shim may take to say that a process has ended.
+const ENDED_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Run a command in a task
 #[derive(Args, Debug)]
 pub(crate) struct Exec {
@@ -78,6 +81,7 @@ impl Exec {
         if self.tty
             && let Some(size) = window_size()
             && let Err(error) = exec.resize(size).await
+            && !has_ended(&exec).await
         {
             print_message(&format!("nomad-driver-shim: could not resize the terminal: {}", crate::error_chain(&error)));
         }
@@ -92,6 +96,11 @@ impl Exec {
             }
         }
     }
+}
+
+/// Tells whether the process has ended: a terminal whose process is gone can't be resized, and need not be.
+async fn has_ended(exec: &task::Exec) -> bool {
+    tokio::time::timeout(ENDED_TIMEOUT, exec.wait()).await.is_ok()
 }
 
 /// Passes on the process's streams and the size of the terminal until the process ends. Returns `None` if this command

@@ -3,7 +3,7 @@
 
 use std::{
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -15,9 +15,10 @@ use super::{
     CliError, CommonArgs, ContainerdSession,
     gc::StoreLock,
     parse_image, print_message,
-    runs::{clean_up, own_plugin, settings},
+    runs::{IdleShim, clean_up, own_plugin, settings},
 };
 use crate::{
+    control::{ANSWER_TIMEOUT, Request, send_request},
     host::{Alloc, Collector, Output, Plugin, call_error, encode},
     ids::random_hex,
     pb::driver::{
@@ -67,6 +68,9 @@ pub(crate) struct Run {
     /// Host name
     #[arg(long)]
     hostname: Option<String>,
+    /// Make a small init the first process, which reaps orphans and passes signals on
+    #[arg(long)]
+    init: bool,
     /// Make the root file system read-only
     #[arg(long)]
     read_only: bool,
@@ -88,7 +92,7 @@ pub(crate) struct Run {
     /// Additional options of the task's config block, as JSON
     #[arg(long, value_name = "JSON")]
     config: Option<String>,
-    /// Print how long each phase took
+    /// Print how long each phase took. The plugin then has an idle shim before the task starts, as an agent's has
     #[arg(long)]
     time: bool,
 }
@@ -125,6 +129,7 @@ impl Run {
         let mut config = json!({
             "image": parse_image(&self.image)?.to_string(),
             "image_pull_timeout": "30m",
+            "init": self.init,
             "readonly_rootfs": self.read_only,
             "host_network": self.host_network,
             "privileged": self.privileged,
@@ -205,9 +210,13 @@ impl Session<'_> {
         let places = self.common.places(self.id);
         let began = Instant::now();
         let plugin = own_plugin().await?;
-        let outcome = match plugin.configure(&settings(self.common, &self.address, self.id)).await {
+        let idle = if self.run.time { IdleShim::Ready } else { IdleShim::None };
+        let outcome = match plugin.configure(&settings(self.common, &self.address, self.id, idle)).await {
             Ok(()) => {
                 let handshake = began.elapsed();
+                if idle == IdleShim::Ready {
+                    wait_for_idle_shim(&places.control()).await;
+                }
                 self.task(&plugin, containerd, handshake, &places.run().join("alloc")).await
             }
             Err(error) => Err(error.into()),
@@ -224,7 +233,7 @@ impl Session<'_> {
         plugin: &Plugin,
         containerd: Duration,
         handshake: Duration,
-        allocs: &std::path::Path,
+        allocs: &Path,
     ) -> Result<u8, CliError> {
         let run = self.run;
         let mut driver = plugin.driver();
@@ -328,6 +337,13 @@ impl Session<'_> {
             print_message(&format!("nomad-driver-shim: could not stop the task: {}", status.message()));
         }
         wait.await
+    }
+}
+
+/// Waits until the plugin has an idle shim. Without one, the start launches a shim, and the phases say so.
+async fn wait_for_idle_shim(control: &Path) {
+    if let Err(error) = send_request(control, &Request::FillPool, ANSWER_TIMEOUT).await {
+        print_message(&format!("nomad-driver-shim: no idle shim: {}", crate::error_chain(&error)));
     }
 }
 

@@ -20,10 +20,42 @@ pub(crate) async fn own_plugin() -> Result<Plugin, CliError> {
     Ok(Plugin::launch(&PluginCommand::with_name(std::env::current_exe()?, "shim")).await?)
 }
 
-/// Returns the plugin's configuration for the run called `id`. Such a plugin starts one task, so it keeps no idle shims.
-pub(crate) fn settings(common: &CommonArgs, address: &Path, id: &str) -> serde_json::Value {
+/// docker's names of the limits that a job can set.
+const ULIMITS: [&str; 15] = [
+    "core",
+    "cpu",
+    "data",
+    "fsize",
+    "locks",
+    "memlock",
+    "msgqueue",
+    "nice",
+    "nofile",
+    "nproc",
+    "rss",
+    "rtprio",
+    "rttime",
+    "sigpending",
+    "stack",
+];
+
+/// Whether the plugin of a run has an idle shim when the task starts, as an agent's plugin has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum IdleShim {
+    /// It has one, so that the start takes as long as an agent's.
+    Ready,
+    /// It has none: a plugin that starts one task is done sooner without it.
+    None,
+}
+
+/// Returns the plugin's configuration for the run called `id`.
+pub(crate) fn settings(common: &CommonArgs, address: &Path, id: &str, idle: IdleShim) -> serde_json::Value {
     let mut settings = plugin_config(common, address, id);
-    settings["shim"] = json!({ "pool": 0 });
+    settings["shim"] = json!({ "pool": u8::from(idle == IdleShim::Ready) });
+    settings["pids_limit"] = json!(0);
+    let unlimited = ULIMITS.map(|name| (name.to_owned(), json!("unlimited")));
+    settings["security"]["ulimit_max"] = json!([serde_json::Map::from_iter(unlimited)]);
+    settings["security"]["tmpfs_max"] = json!("unlimited");
     settings
 }
 
@@ -33,7 +65,15 @@ pub(crate) fn plugin_config(common: &CommonArgs, address: &Path, id: &str) -> se
     // The user of this command is root already, so these options forbid the user nothing.
     json!({
         "allow_privileged": true,
-        "security": { "allow_caps": ["ALL"], "allow_paths": ["/"], "allow_host_namespaces": true },
+        "security": {
+            "allow_caps": ["ALL"],
+            "allow_paths": ["/"],
+            "allow_devices": ["*"],
+            "allow_host_namespaces": true,
+            "allow_new_privileges": true,
+            "allow_seccomp_override": true,
+            "allow_apparmor_override": true,
+        },
         "containerd": { "address": address, "namespace": common.namespace },
         "state": { "run_dir": places.run(), "state_dir": places.state() },
         // All commands share one image store, from which only `gc` and `rmi` remove images.
@@ -59,7 +99,7 @@ pub(crate) async fn clean_up(common: &CommonArgs, address: &Path, id: &str) {
     if !records.is_empty()
         && let Ok(plugin) = own_plugin().await
     {
-        if plugin.configure(&settings(common, address, id)).await.is_ok() {
+        if plugin.configure(&settings(common, address, id, IdleShim::None)).await.is_ok() {
             for record in read_remaining().unwrap_or_default() {
                 let request = DestroyTaskRequest { task_id: record.intent.task_id.0, force: true };
                 if let Err(status) = plugin.driver().destroy_task(request).await {

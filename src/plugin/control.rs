@@ -22,6 +22,9 @@ use crate::{
 /// How long a client may take to send its request. Clients send it as soon as they are connected.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a client waits for a full pool of shims. A shim comes up in some 10 ms.
+const FILL_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Serves the control socket.
 #[derive(Clone)]
 pub(crate) struct ControlServer {
@@ -103,6 +106,10 @@ impl ControlServer {
                     },
                 })
             }
+            Request::FillPool => match self.engine.wait_for_full_shim_pool(FILL_TIMEOUT).await {
+                true => Answer::Done,
+                false => Answer::Refused(format!("the pool of shims was not filled in {} s", FILL_TIMEOUT.as_secs())),
+            },
             Request::Events => Answer::Done,
         }
     }

@@ -1,7 +1,7 @@
 //! Converts between Nomad's messages and the driver's own types.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
     time::{Duration, SystemTime},
 };
@@ -60,6 +60,8 @@ pub(crate) fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Res
     let named = named.iter().filter(|(_, value)| !value.is_empty());
     let named = named.map(|(key, value)| ((*key).to_owned(), (*value).clone()));
     let annotations: BTreeMap<String, String> = options.annotations.clone().into_iter().chain(named).collect();
+    let has_network = task.network_isolation_spec.is_some() || options.host_network;
+    let lacks_network_for = if has_network { None } else { network_variable(&task.env) };
     let mut request = StartRequest {
         task_id: TaskId(task.id.clone()),
         name: task.name.clone(),
@@ -72,6 +74,7 @@ pub(crate) fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Res
         options,
         resources,
         cpuset_cgroup,
+        lacks_network_for,
         network,
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
         group_host: group_host.map(|hosts| (hosts.address.clone(), hosts.hostname.clone())),
@@ -89,6 +92,14 @@ pub(crate) fn start_request(settings: &Settings, task: &wire::TaskConfig) -> Res
     };
     propagation::restrict_propagation(&mut request, settings.name.flavor());
     Ok(request)
+}
+
+/// Returns the first variable that tells a task of a port or an upstream of its group (hashicorp/nomad,
+/// client/taskenv/env.go).
+fn network_variable(env: &HashMap<String, String>) -> Option<String> {
+    const PREFIXES: [&str; 2] = ["NOMAD_PORT_", "NOMAD_UPSTREAM_ADDR_"];
+    let matching = env.keys().filter(|name| PREFIXES.iter().any(|prefix| name.starts_with(prefix)));
+    matching.min().cloned()
 }
 
 fn volume(mount: &wire::Mount) -> Result<Volume, ConfigError> {
@@ -252,6 +263,15 @@ mod tests {
         assert_eq!(message(137, false, None), "");
         assert_eq!(message(137, true, Some("the shim died")), "OOM Killed; the shim died");
         assert_eq!(message(137, false, Some("the shim died")), "the shim died");
+    }
+
+    #[test]
+    fn ports_and_upstreams_need_a_network() {
+        let variable =
+            |names: &[&str]| network_variable(&names.iter().map(|name| ((*name).to_owned(), "1".to_owned())).collect());
+        assert_eq!(variable(&["NOMAD_TASK_NAME", "NOMAD_META_PORT_x", "PORT"]), None);
+        assert_eq!(variable(&["NOMAD_PORT_b", "NOMAD_PORT_a"]).as_deref(), Some("NOMAD_PORT_a"));
+        assert_eq!(variable(&["NOMAD_UPSTREAM_ADDR_db"]).as_deref(), Some("NOMAD_UPSTREAM_ADDR_db"));
     }
 
     #[test]

@@ -54,12 +54,18 @@ pub(crate) async fn run(
 ) -> Result<wire::ExecTaskResponse, Status> {
     let timeout = convert::duration(request.timeout);
     let shown = request.command.join(" ");
-    let wanted = ExecRequest { command: request.command, terminal: false, stdin: false };
+    // Without a pipe, the shim would give the process the host's /dev/null. crun makes the task's user the owner of its
+    // standard streams, and an owner may change the mode.
+    let wanted = ExecRequest { command: request.command, terminal: false, stdin: true };
     let work = async {
-        let session = engine.exec(&id, &wanted).await.map_err(|error| status::from_task_error(&error))?;
+        let mut session = engine.exec(&id, &wanted).await.map_err(|error| status::from_task_error(&error))?;
+        drop(session.io.stdin.take());
+        if let Err(error) = session.exec.close_input().await {
+            tracing::debug!(%error, "could not close the standard input of an exec'd process");
+        }
         let (_no_requests, requests) = mpsc::channel(1);
-        let (send, output) = mpsc::channel(4);
         let input = Input { stdin: None, requests };
+        let (send, output) = mpsc::channel(4);
         let (exit, (stdout, stderr)) = tokio::join!(pump(session, PIPE_DRAIN, input, send), collect(output));
         Ok(wire::ExecTaskResponse { stdout, stderr, result: Some(result(&exit?)) })
     };

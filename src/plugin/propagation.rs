@@ -42,7 +42,7 @@ mod tests {
     fn propagation(driver: &str, more: &Value) -> (Vec<String>, &'static str) {
         let config = encode_raw(&json!({"allow_privileged": true, "security": {"allow_caps": ["ALL"]}}));
         let settings = settings(&DriverName::new(driver).expect("a name"), &config).expect("valid");
-        let mount = |option: &str| json!({"source": "alloc/data", "target": "/m", "options": ["rbind", option]});
+        let mount = |option: &str| json!({"source": "alloc/data", "target": format!("/m/{option}"), "options": ["rbind", option]});
         let mut job = json!({"image": "a", "mounts": [mount("rshared"), mount("shared"), mount("private")]});
         job.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
         let volume = wire::Mount {

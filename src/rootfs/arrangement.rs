@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     mounts::{MountContent, TaskMount},
+    same_target::SameTarget,
     target::MountTarget,
 };
 
@@ -49,13 +50,17 @@ pub(super) struct Misplaced {
 }
 
 /// Orders mounts so that each one comes after the mounts that it lies below, and decides how each gets to its target.
-/// Of several mounts with the same target only the last would be visible, so only that one is mounted.
+/// Of several mounts with the same target one is mounted, by the rule `same_target`.
 ///
 /// # Errors
-/// Fails when a mount lies below another one in which nothing can be mounted.
-pub(super) fn arrange(mounts: &[TaskMount], targets: &[MountTarget]) -> Result<Vec<PlacedMount>, Misplaced> {
-    let is_hidden = |number: &usize| targets[number + 1..].contains(&targets[*number]);
-    let mut order: Vec<usize> = (0..mounts.len()).filter(|number| !is_hidden(number)).collect();
+/// Fails when a mount lies below another one in which nothing can be mounted, or when two mounts have the same target.
+pub(super) fn arrange(
+    mounts: &[TaskMount],
+    targets: &[MountTarget],
+    same_target: SameTarget,
+) -> Result<Vec<PlacedMount>, Misplaced> {
+    let visible = same_target.visible(mounts, targets);
+    let mut order = visible.map_err(|(number, problem)| Misplaced { number, problem })?;
     order.sort_by_key(|number| targets[*number].depth());
     let mut placed: Vec<PlacedMount> = Vec::with_capacity(order.len());
     for number in order {
@@ -114,7 +119,7 @@ fn place_below(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rootfs::mounts::MountSource;
+    use crate::rootfs::{mount_origin::MountOrigin, mounts::MountSource};
     use proptest::prelude::*;
 
     fn bind(target: &str, options: &[&str]) -> TaskMount {
@@ -128,7 +133,7 @@ mod tests {
 
     fn mount(target: &str, content: MountContent, options: &[&str]) -> TaskMount {
         TaskMount {
-            option: "mounts",
+            origin: MountOrigin::Job(0),
             target: MountTarget::parse(target).expect("a target"),
             content,
             options: options.iter().map(|option| (*option).to_owned()).collect(),
@@ -141,7 +146,7 @@ mod tests {
     /// Returns all targets in the order in which they are mounted.
     fn arranged(mounts: &[TaskMount]) -> Result<Vec<Arranged>, String> {
         let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
-        let placed = arrange(mounts, &targets).map_err(|misplaced| misplaced.problem)?;
+        let placed = arrange(mounts, &targets, SameTarget::LastWins).map_err(|misplaced| misplaced.problem)?;
         let text = |placed: &PlacedMount| match &placed.place {
             Placement::ByRuntime => (placed.target.to_string(), None),
             Placement::InTree { outermost: top, path_in_outermost: path, .. } => {
@@ -222,7 +227,7 @@ mod tests {
             let mounts: Vec<_> =
                 list.iter().map(|(parts, is_bind)| if *is_bind { bind(&path(parts), &[]) } else { tmpfs(&path(parts)) }).collect();
             let targets: Vec<_> = mounts.iter().map(|mount| mount.target.clone()).collect();
-            let placed = arrange(&mounts, &targets).expect("all can be placed");
+            let placed = arrange(&mounts, &targets, SameTarget::LastWins).expect("all can be placed");
             let left: Vec<_> = placed.iter().filter(|placed| placed.place == Placement::ByRuntime).collect();
             for mount in &left {
                 let is_bind = |other: &&&PlacedMount| matches!(mounts[other.number].content, MountContent::Bind(_));

@@ -13,7 +13,7 @@ use std::{
 use nix::mount::{MntFlags, MsFlags, mount};
 use oci_spec::runtime::Spec;
 
-use super::{RootfsError, detached::unmount_tree};
+use super::{RootfsError, detached::unmount_tree, mtab};
 use crate::{
     failpoint,
     files::{create_private_dir, none_if_missing, remove_dir_all_if_exists, write_private},
@@ -113,7 +113,9 @@ impl BundlePaths {
             } else {
                 RootfsError::MountRootfs { path: rootfs.clone(), source }
             }
-        })
+        })?;
+        // In a root file system that is prepared ahead, this takes no time of the start.
+        mtab::add(&rootfs).map_err(|source| file("make /etc/mtab in", &rootfs, source))
     }
 
     /// Returns whether the root file system is mounted: an overlay has a device number of its own.

@@ -153,8 +153,10 @@ pub(crate) fn device_rules(all: bool) -> Result<Vec<LinuxDeviceCgroup>, RootfsEr
     }
     let mut rules = vec![every];
     // The first two rules allow to create device nodes (mknod), but not to open them. The others are for null, zero,
-    // full, random, urandom, tty, console, ptmx and the pseudo-terminals (containerd's WithDefaultUnixDevices).
-    let devices: [(LinuxDeviceType, Option<i64>, Option<i64>, &str); 11] = [
+    // full, random, urandom, tty, console, ptmx, the pseudo-terminals (containerd's WithDefaultUnixDevices) and
+    // /dev/net/tun, which a task with CAP_NET_ADMIN makes itself. runc adds that one to the rules of every container
+    // (libcontainer/specconv, `AllowedDevices`), so it is there under docker; crun does not.
+    let devices: [(LinuxDeviceType, Option<i64>, Option<i64>, &str); 12] = [
         (LinuxDeviceType::C, None, None, "m"),
         (LinuxDeviceType::B, None, None, "m"),
         (LinuxDeviceType::C, Some(1), Some(3), "rwm"),
@@ -166,6 +168,7 @@ pub(crate) fn device_rules(all: bool) -> Result<Vec<LinuxDeviceCgroup>, RootfsEr
         (LinuxDeviceType::C, Some(5), Some(1), "rwm"),
         (LinuxDeviceType::C, Some(5), Some(2), "rwm"),
         (LinuxDeviceType::C, Some(136), None, "rwm"),
+        (LinuxDeviceType::C, Some(10), Some(200), "rwm"),
     ];
     for (kind, major, minor, access) in devices {
         let mut rule = LinuxDeviceCgroupBuilder::default().allow(true).typ(kind).access(access);

@@ -12,16 +12,21 @@ mod detached;
 pub mod devices;
 pub mod group_network;
 mod image_links;
+pub mod init;
 mod kernel_limits;
+pub mod labels;
 pub mod limits;
 mod mount_attributes;
+pub mod mount_origin;
 pub mod mount_tree;
 pub mod mounts;
+mod mtab;
 pub mod network;
 mod pins;
 mod process;
 mod resources;
 mod rootfs_pool;
+pub mod same_target;
 pub mod seccomp;
 pub mod selinux;
 mod spec;
@@ -44,6 +49,7 @@ pub use rootfs_pool::RootfsPool;
 pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, build};
 pub use users::UserError;
 
+use self::mount_origin::MountOrigin;
 use crate::{accounts::AccountsError, text::quoted};
 
 /// Why the OCI spec or the bundle of a task could not be made.
@@ -101,20 +107,20 @@ pub enum RootfsError {
         source: io::Error,
     },
     /// Nothing may be mounted at a target, or the target can't be found.
-    #[error("{option}: target {target:?}: {problem}")]
+    #[error("{origin}: target {target:?}: {problem}")]
     Target {
-        /// The option that names the target.
-        option: &'static str,
+        /// What asks for the mount.
+        origin: MountOrigin,
         /// The target, as the option has it.
         target: String,
         /// Why nothing can be mounted there.
         problem: String,
     },
     /// The kernel refuses a mount.
-    #[error("{option}: could not mount at target {target:?}")]
+    #[error("{origin}: could not mount at target {target:?}")]
     MountAtTarget {
-        /// The option that asks for the mount.
-        option: &'static str,
+        /// What asks for the mount.
+        origin: MountOrigin,
         /// The mount's target.
         target: String,
         /// Why it can't be mounted.
@@ -157,8 +163,8 @@ pub enum RootfsError {
         /// The path without symbolic links.
         resolved: PathBuf,
     },
-    /// A volume can't be given its SELinux label.
-    #[error("volume_mount {path}: could not set selinux_label")]
+    /// A volume or a directory of the task can't be given its SELinux label.
+    #[error("could not set the SELinux label of {path} (volume_mount: selinux_label, or security {{ selinux }})")]
     Label {
         /// The volume's path on the host.
         path: PathBuf,

@@ -28,6 +28,8 @@ use super::{
     mount_attributes::{Attributes, Depth},
     mounts::{MountContent, MountSource, TaskMount, open_path, open_without_links, try_open_without_links},
     pins::{Pins, PreparedPins},
+    same_target::SameTarget,
+    selinux,
     target::{MountTarget, SysTargets},
 };
 
@@ -50,6 +52,19 @@ pub enum Nesting {
     ByRuntime,
 }
 
+/// The rules by which a task's mounts are placed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacementRules {
+    /// Whether mounts may cover parts of /sys.
+    pub sys: SysTargets,
+    /// Who mounts what lies below another bind mount.
+    pub nesting: Nesting,
+    /// What happens to several mounts with one target.
+    pub same_target: SameTarget,
+    /// The SELinux label of the files and file systems that the driver makes for the task.
+    pub label: Option<String>,
+}
+
 /// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
 /// system, and pins the sources of all mounts below the bundle's `mounts/`. It puts each mount that lies below a bind
 /// mount into that bind mount's tree. It leaves out a volume of the image (VOLUME) that a link of the image leads to
@@ -63,9 +78,10 @@ pub fn place_mounts(
     paths: &BundlePaths,
     base: &[Mount],
     mounts: &[TaskMount],
-    (sys, nesting): (SysTargets, Nesting),
+    rules: &PlacementRules,
     prepared: Option<PreparedPins>,
 ) -> Result<(Vec<Mount>, Pins), RootfsError> {
+    let PlacementRules { sys, nesting, same_target, ref label } = *rules;
     let base: Vec<PathBuf> = base.iter().map(|mount| mount.destination().clone()).collect();
     let pins = attach_pins(paths, mounts, prepared)?;
     let root = paths.rootfs();
@@ -82,7 +98,7 @@ pub fn place_mounts(
     let mut mounts = mounts.to_vec();
     let mut targets = resolve_targets(root.as_fd(), &base, &mounts)?;
     let placed = loop {
-        match check_targets(&mounts, &targets, sys).and_then(|()| arrange(&mounts, &targets)) {
+        match check_targets(&mounts, &targets, sys).and_then(|()| arrange(&mounts, &targets, same_target)) {
             Err(Misplaced { number, problem }) if matches!(mounts[number].content, MountContent::Volume) => {
                 let volume = mounts.remove(number);
                 let (target, leads_to) = (&volume.target, targets.remove(number));
@@ -92,12 +108,12 @@ pub fn place_mounts(
             Ok(placed) => break placed,
         }
     };
-    let tree = MountTree { paths, placed: &placed, mounts: &mounts, nesting };
+    let tree = MountTree { paths, placed: &placed, mounts: &mounts, nesting, label: label.as_deref() };
     let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
         tree.pin_and_place(one).map_err(|source| {
             let mount = tree.mount(one);
-            RootfsError::MountAtTarget { option: mount.option, target: mount.target.to_string(), source }
+            RootfsError::MountAtTarget { origin: mount.origin.clone(), target: mount.target.to_string(), source }
         })?;
         if one.place == Placement::ByRuntime || nesting == Nesting::ByRuntime {
             left.push(tree.for_runtime(one)?);
@@ -147,7 +163,8 @@ pub fn root_propagation(mounts: &[TaskMount]) -> Option<&'static str> {
         mounts.iter().flat_map(|mount| &mount.options).any(|option| wanted.contains(&option.as_str()))
     };
     match (has(["rshared", "shared"]), has(["rslave", "slave"])) {
-        (true, _) => Some("rshared"),
+        // Not "rshared": only the root itself is shared, and not the container's /proc, /sys and /dev.
+        (true, _) => Some("shared"),
         (false, true) => Some("rslave"),
         (false, false) => None,
     }
@@ -201,6 +218,7 @@ struct MountTree<'a> {
     placed: &'a [PlacedMount],
     mounts: &'a [TaskMount],
     nesting: Nesting,
+    label: Option<&'a str>,
 }
 
 impl MountTree<'_> {
@@ -226,12 +244,13 @@ impl MountTree<'_> {
             MountContent::FileSystem { .. } if !is_inside => {}
             MountContent::FileSystem { .. } => {
                 fs::DirBuilder::new().mode(0o700).create(&pin)?;
-                mount_in_memory(&pin, &mount.options)?;
+                mount_in_memory(&pin, &mount.options, self.label)?;
             }
             MountContent::File(text) => {
                 fs::write(&pin, text)?;
                 // The process's umask may have cleared some bits of the mode.
                 fs::set_permissions(&pin, fs::Permissions::from_mode(0o644))?;
+                self.label_tree(&pin)?;
             }
             MountContent::Bind(source) => self.bind(placed, source, &pin, is_inside)?,
             MountContent::Volume => self.bind(placed, &self.make_volume(placed)?, &pin, is_inside)?,
@@ -279,7 +298,13 @@ impl MountTree<'_> {
             Err(nix::Error::ENOENT | nix::Error::ELOOP) => {}
             Err(error) => return Err(error.into()),
         }
+        self.label_tree(&path)?;
         open_path(&path).and_then(MountSource::of)
+    }
+
+    /// Gives the task's label to a file or directory that the driver has made for the task.
+    fn label_tree(&self, path: &Path) -> io::Result<()> {
+        self.label.map_or(Ok(()), |label| selinux::relabel_tree(path, label))
     }
 
     fn bind(&self, placed: &PlacedMount, source: &MountSource, pin: &Path, is_inside: bool) -> io::Result<()> {
@@ -365,13 +390,14 @@ fn propagation(options: &[String]) -> MsFlags {
 }
 
 /// Mounts a file system in memory with a job's options.
-fn mount_in_memory(at: &Path, options: &[String]) -> io::Result<()> {
+fn mount_in_memory(at: &Path, options: &[String], label: Option<&str>) -> io::Result<()> {
     let attributes = |option: &&String| !Attributes::of_options(std::slice::from_ref(*option)).is_empty();
     let is_data = |option: &&String| {
         let name = option.as_str();
         !attributes(option) && !NO_OP_TMPFS_OPTIONS.contains(&name) && !PROPAGATION_OPTIONS.contains(&name)
     };
-    let data: Vec<&str> = options.iter().filter(is_data).map(String::as_str).collect();
+    let label = label.map(selinux::mount_option);
+    let data: Vec<&str> = options.iter().filter(is_data).chain(&label).map(String::as_str).collect();
     mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(data.join(",").as_str()))?;
     mount(None::<&str>, at, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?;
     let attributes = Attributes::of_options(options);

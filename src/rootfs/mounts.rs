@@ -17,7 +17,7 @@ use nix::{
     sys::stat::{SFlag, fstat},
 };
 
-use super::{RootfsError, target::MountTarget};
+use super::{RootfsError, mount_origin::MountOrigin, target::MountTarget};
 use crate::{
     failure::{self, Cause},
     ids::Flavor,
@@ -66,8 +66,8 @@ pub struct AllocDirs<'a> {
 /// A mount of a task, whose source on the host has been opened.
 #[derive(Debug, Clone)]
 pub struct TaskMount {
-    /// The option that asks for the mount, for errors: `mounts`, `volume_mount`, `NOMAD_ALLOC_DIR`.
-    pub option: &'static str,
+    /// What asks for the mount.
+    pub origin: MountOrigin,
     /// The mount's target in the container.
     pub target: MountTarget,
     /// The file, directory or file system that is mounted.
@@ -79,7 +79,7 @@ pub struct TaskMount {
 impl TaskMount {
     /// Returns the error for a mount that can't be, or may not be, at its target.
     pub(super) fn target_error(&self, problem: String) -> RootfsError {
-        RootfsError::Target { option: self.option, target: self.target.to_string(), problem }
+        RootfsError::Target { origin: self.origin.clone(), target: self.target.to_string(), problem }
     }
 
     /// Returns the error for a mount whose target could not be looked up in the image. A failure of the host keeps its
@@ -87,7 +87,7 @@ impl TaskMount {
     pub(super) fn unresolved(&self, source: io::Error) -> RootfsError {
         match failure::of_error(&source) {
             Some(Cause::Host) => {
-                RootfsError::MountAtTarget { option: self.option, target: self.target.to_string(), source }
+                RootfsError::MountAtTarget { origin: self.origin.clone(), target: self.target.to_string(), source }
             }
             _ => self.target_error(source.to_string()),
         }
@@ -170,7 +170,7 @@ pub fn resolve_sources(
     flavor: Flavor,
     allow_paths: &[PathBuf],
 ) -> Result<Vec<TaskMount>, RootfsError> {
-    let resolved = requests.iter().map(|request| {
+    let resolved = requests.iter().enumerate().map(|(number, request)| {
         let mut options = request.options.clone();
         let content = match &request.kind {
             MountKind::FileSystem { kind, source } => {
@@ -186,7 +186,7 @@ pub fn resolve_sources(
                 MountContent::Bind(MountSource::of(opened).map_err(failed)?)
             }
         };
-        Ok(TaskMount { option: "mounts", target: request.target.clone(), content, options })
+        Ok(TaskMount { origin: MountOrigin::Job(number), target: request.target.clone(), content, options })
     });
     resolved.collect()
 }

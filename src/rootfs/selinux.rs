@@ -1,5 +1,5 @@
-//! SELinux labels of volumes, with the meaning of docker's `z` and `Z`: a volume that all containers may use, or only
-//! this one.
+//! SELinux labels of files. Those of volumes have the meaning of docker's `z` and `Z`: a volume that all containers may
+//! use, or only this one.
 
 use std::{
     ffi::{CString, OsStr, OsString},
@@ -79,18 +79,31 @@ pub fn is_enabled() -> bool {
     Path::new("/sys/fs/selinux/enforce").exists()
 }
 
+/// Returns the number of a task, from which the categories of its labels follow.
+pub fn task_number(task: &str) -> u64 {
+    task.bytes().fold(0_u64, |number, byte| number.wrapping_mul(31).wrapping_add(byte.into()))
+}
+
+/// Returns the level of a task: its sensitivity, and two categories that follow from its number.
+pub(super) fn level_of_task(task: u64) -> String {
+    let (one, other) = (task % CATEGORIES, task / CATEGORIES % (CATEGORIES - 1));
+    // The categories must differ, and the smaller one comes first.
+    let other = if other >= one { other + 1 } else { other };
+    format!("s0:c{},c{}", one.min(other), one.max(other))
+}
+
 /// Returns the label of a volume. The two categories of a private one are derived from the task's number.
 fn label(kind: VolumeLabel, task: u64) -> String {
-    let shared = "system_u:object_r:container_file_t:s0";
-    match kind {
-        VolumeLabel::Shared => shared.to_owned(),
-        VolumeLabel::Private => {
-            let (one, other) = (task % CATEGORIES, task / CATEGORIES % (CATEGORIES - 1));
-            // The categories must differ, and the smaller one comes first.
-            let other = if other >= one { other + 1 } else { other };
-            format!("{shared}:c{},c{}", one.min(other), one.max(other))
-        }
-    }
+    let level = match kind {
+        VolumeLabel::Shared => "s0".to_owned(),
+        VolumeLabel::Private => level_of_task(task),
+    };
+    format!("system_u:object_r:container_file_t:{level}")
+}
+
+/// Returns the option of mount(2) by which all files of a new file system have this label. Labels have commas.
+pub fn mount_option(label: &str) -> String {
+    format!("context=\"{label}\"")
 }
 
 /// Labels a volume and everything below it. Symlinks below it are labelled and never followed, since a task may be able
@@ -105,8 +118,16 @@ pub fn relabel(path: &Path, kind: VolumeLabel, task: u64) -> io::Result<()> {
         let problem = format!("{} belongs to the host's system, and is not relabelled", real.display());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
     }
-    let label = CString::new(label(kind, task)).map_err(io::Error::other)?;
-    let root = openat(AT_FDCWD, &real, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    relabel_tree(&real, &label(kind, task))
+}
+
+/// Gives this label to a directory of the driver or of Nomad, and to everything below it, like [`relabel`].
+///
+/// # Errors
+/// As [`relabel`].
+pub fn relabel_tree(path: &Path, label: &str) -> io::Result<()> {
+    let label = CString::new(label).map_err(io::Error::other)?;
+    let root = openat(AT_FDCWD, path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
     if set_label(&root, &label)? == LabelSupport::Supported && is_directory(&root)? {
         label_below(&root, &label)?;
     }

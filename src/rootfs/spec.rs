@@ -15,6 +15,8 @@ use super::{
     Capabilities, Command, KernelLimits, Resources, RootfsError,
     apparmor::ProfileName,
     defaults::{self, BaseMounts, MaskedPaths, READONLY_PATHS},
+    init::FirstProcess,
+    labels::Labels,
     limits::{Namespace, Namespaces, Ulimit},
     process::{self, EnvironmentDefaults, Terminal},
     resources,
@@ -104,6 +106,8 @@ pub struct SpecInput<'a> {
     pub image: ImageDefaults<'a>,
     /// The job's command.
     pub command: &'a Command,
+    /// Whether the command is the container's first process.
+    pub first_process: FirstProcess,
     /// The job's working directory; `None` for the image's.
     pub cwd: Option<&'a str>,
     /// The job's user; empty for the image's.
@@ -160,6 +164,8 @@ pub struct SpecInput<'a> {
     pub seccomp: Option<Filter>,
     /// The task's AppArmor profile.
     pub apparmor: Option<&'a ProfileName>,
+    /// The task's SELinux labels; `None` where tasks have none.
+    pub labels: Option<&'a Labels>,
     /// The container's annotations, for people and tools that inspect it.
     pub annotations: BTreeMap<String, String>,
 }
@@ -225,7 +231,11 @@ fn build_process(input: &SpecInput<'_>) -> Result<Process, RootfsError> {
     let mut process = ProcessBuilder::default()
         .terminal(input.terminal == Terminal::Yes)
         .user(user)
-        .args(process::arguments(input.command, input.image.entrypoint, input.image.cmd)?)
+        .args(input.first_process.arguments(process::arguments(
+            input.command,
+            input.image.entrypoint,
+            input.image.cmd,
+        )?))
         .env(process::environment(defaults, input.image.env, input.env, input.flavor))
         .cwd(PathBuf::from(cwd))
         .no_new_privileges(input.no_new_privileges.unwrap_or(!is_privileged(input)))
@@ -237,6 +247,10 @@ fn build_process(input: &SpecInput<'_>) -> Result<Process, RootfsError> {
         .capabilities(capability_sets(&input.capabilities)?);
     if let Some(profile) = input.apparmor {
         process = process.apparmor_profile(profile.as_str());
+    }
+    // As with docker, a privileged task's processes have no label of their own.
+    if let Some(label) = input.labels.and_then(|labels| labels.process.as_ref()).filter(|_| !is_privileged(input)) {
+        process = process.selinux_label(label.as_str());
     }
     Ok(process.build()?)
 }
@@ -281,6 +295,9 @@ fn build_linux(input: SpecInput<'_>) -> Result<Linux, RootfsError> {
     }
     if !devices.is_empty() {
         linux = linux.devices(devices);
+    }
+    if let Some(labels) = input.labels {
+        linux = linux.mount_label(labels.files.as_str());
     }
     if let Some(propagation) = input.root_propagation {
         linux = linux.rootfs_propagation(propagation);
@@ -390,6 +407,7 @@ mod tests {
                 group: "",
             },
             command: &command,
+            first_process: FirstProcess::Command,
             cwd: None,
             user: "",
             env: &task_env,
@@ -418,6 +436,7 @@ mod tests {
             kernel: KernelLimits::of_this_process(),
             seccomp: None,
             apparmor: None,
+            labels: None,
             annotations: BTreeMap::new(),
         };
         change(&mut input);
@@ -489,6 +508,24 @@ mod tests {
         assert_eq!(spec["linux"]["maskedPaths"], json!([]));
         assert_eq!(spec["process"]["noNewPrivileges"], false);
         assert_eq!(spec["linux"]["resources"]["devices"][0]["allow"], true);
+    }
+
+    #[test]
+    fn selinux_labels_are_the_processes_and_the_mounts() {
+        let labels = Labels { process: Some("u:r:t:s0:c1,c2".to_owned()), files: "u:object_r:f:s0:c1,c2".to_owned() };
+        let labels: &Labels = Box::leak(Box::new(labels));
+        let spec = build_with(|input| input.labels = Some(labels)).expect("builds");
+        assert_eq!(spec["process"]["selinuxLabel"], "u:r:t:s0:c1,c2");
+        assert_eq!(spec["linux"]["mountLabel"], "u:object_r:f:s0:c1,c2");
+        let privileged = build_with(|input| {
+            input.labels = Some(labels);
+            input.privilege = Privilege::Privileged { devices: Vec::new() };
+        })
+        .expect("builds");
+        assert_eq!(privileged["process"]["selinuxLabel"], Value::Null);
+        assert_eq!(privileged["linux"]["mountLabel"], "u:object_r:f:s0:c1,c2");
+        let none = build_with(|_| {}).expect("builds");
+        assert_eq!((&none["process"]["selinuxLabel"], &none["linux"]["mountLabel"]), (&Value::Null, &Value::Null));
     }
 
     #[test]

@@ -38,8 +38,8 @@ fn known() -> String {
 
 /// Checks the options of a job's tmpfs, and returns the complete options for the runtime.
 ///
-/// With `Flavor::Strict`, the file system allows neither set-user-id programs nor devices unless the job asks for them,
-/// and unknown options are refused. Runtimes join the options with commas, so an item of the list that contains commas
+/// With `Flavor::Strict`, the file system allows no set-user-id programs, no devices and no programs at all unless the
+/// job asks for them, as with docker, and unknown options are refused. Runtimes join the options with commas, so an item of the list that contains commas
 /// is several options.
 ///
 /// # Errors
@@ -60,7 +60,11 @@ pub fn complete_options(given: &[String], flavor: Flavor, ceilings: &Ceilings) -
         Flavor::ContainerdDriver => given.to_vec(),
         Flavor::Strict => {
             let said = |names: [&str; 2]| single.iter().any(|option| names.contains(option));
-            let closed = [("nosuid", said(["suid", "nosuid"])), ("nodev", said(["dev", "nodev"]))];
+            let closed = [
+                ("nosuid", said(["suid", "nosuid"])),
+                ("nodev", said(["dev", "nodev"])),
+                ("noexec", said(["exec", "noexec"])),
+            ];
             let closed = closed.iter().filter(|(_, said)| !said).map(|(option, _)| *option);
             closed.chain(single.iter().copied()).map(str::to_owned).collect()
         }
@@ -123,12 +127,12 @@ mod tests {
     #[test]
     fn set_user_id_programs_and_devices_are_off_by_default() {
         let with = |given: &[&str]| checked(given, Flavor::Strict, None).expect("allowed");
-        assert_eq!(with(&[]), ["nosuid", "nodev"]);
-        assert_eq!(with(&["size=64m"]), ["nosuid", "nodev", "size=64m"]);
-        assert_eq!(with(&["suid"]), ["nodev", "suid"]);
+        assert_eq!(with(&[]), ["nosuid", "nodev", "noexec"]);
+        assert_eq!(with(&["size=64m"]), ["nosuid", "nodev", "noexec", "size=64m"]);
+        assert_eq!(with(&["suid", "exec"]), ["nodev", "suid", "exec"]);
         assert_eq!(
             with(&["dev,mode=700", "ro"]),
-            ["nosuid", "dev", "mode=700", "ro"],
+            ["nosuid", "noexec", "dev", "mode=700", "ro"],
             "an item may contain several options"
         );
         assert_eq!(checked(&["size=1m,rw"], Flavor::ContainerdDriver, None).expect("allowed"), ["size=1m,rw"]);

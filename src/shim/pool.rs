@@ -30,6 +30,8 @@ const REFILL_LONG_DELAY: Duration = Duration::from_millis(500);
 /// The longest time for which a refill then waits for starts in progress. The time is limited because an empty pool
 /// makes these starts even slower.
 const REFILL_MAX_DELAY: Duration = Duration::from_millis(200);
+/// How often a caller that waits for a full pool looks.
+const FILL_POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// The most idle shims above the pool's size that are kept after a burst of tasks, for the next burst.
 const SPARE_MAX: usize = 16;
 /// The time for which idle shims above the pool's size are kept.
@@ -270,6 +272,17 @@ impl Pool {
                 }
             }
         });
+    }
+
+    /// Fills the pool, and returns whether all idle shims are there within `limit`.
+    pub async fn fill(&self, limit: Duration) -> bool {
+        let full = async {
+            while self.needs_refill() {
+                self.refill();
+                tokio::time::sleep(FILL_POLL_INTERVAL).await;
+            }
+        };
+        tokio::time::timeout(limit, full).await.is_ok()
     }
 
     fn needs_refill(&self) -> bool {

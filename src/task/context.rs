@@ -24,8 +24,8 @@ use crate::{
     ids::{ContainerId, TaskId},
     image::{ImageRecord, ImageStore},
     rootfs::{
-        Capabilities, KernelLimits, MaskedPaths, RootfsPool, apparmor::Loader, bundle::Layers, limits::DefaultSysctls,
-        seccomp::FilterCache,
+        Capabilities, KernelLimits, MaskedPaths, RootfsPool, apparmor::Loader, bundle::Layers, labels::PolicyLabels,
+        limits::DefaultSysctls, seccomp::FilterCache,
     },
     shim::{self, CallKind, DeadContainer, Exit, PidFiles, Pool, ShimError, ShimHold},
 };
@@ -58,6 +58,8 @@ pub(crate) struct EngineContext {
     pub(super) masked: Masked,
     /// Kernel parameters that a task has unless its job sets them.
     pub(super) default_sysctls: DefaultSysctls,
+    /// The SELinux labels that the node's policy has for containers; `None` where tasks have no labels.
+    pub(super) policy_labels: Option<PolicyLabels>,
     /// This kernel's limits on a task's arguments and environment.
     pub(super) kernel_limits: KernelLimits,
     /// The number of teardowns that run in the background, or wait for that.

@@ -15,8 +15,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ExecRequest, ExecSession, ExitRecord, LegacyTask, Phases, Record, RunRecord, Runtimes, Settings, StartRequest,
-    TaskError, TaskEvent, TaskHandle,
+    Audience, ExecRequest, ExecSession, ExitRecord, LegacyTask, Phases, Record, RunRecord, Runtimes, Settings,
+    StartRequest, TaskError, TaskEvent, TaskHandle,
     context::{EngineContext, PendingTeardown},
     exec,
     live::{Task, TaskParts, watch_exit},
@@ -182,6 +182,11 @@ impl Engine {
         self.0.context.pool.refill();
     }
 
+    /// Fills the pool of idle shims, and returns whether it is full within `limit`.
+    pub async fn wait_for_full_shim_pool(&self, limit: Duration) -> bool {
+        self.0.context.pool.fill(limit).await
+    }
+
     /// Starts a task; it runs when this returns. An earlier attempt of the same task of the allocation is destroyed
     /// first.
     ///
@@ -226,6 +231,7 @@ impl Engine {
         let start::StartedTask { record, shim, run, phases, image, stdio, sources } = started?;
         self.0.context.spawn_deferred_work(&record, image.clone(), sources);
         self.announce_start(&record, &run, &phases);
+        self.announce_missing_network(&request, &record);
         let (shim, image) = (Adoption::Alive(shim), Some(image));
         let log = FifoGuard::new(&self.settings().places.log(&record.intent.container_id));
         let task = Task::new(TaskParts {
@@ -263,6 +269,16 @@ impl Engine {
             released_us = phases.released.map(micros), start_us = phases.start.map(micros), "task started"
         );
         self.0.context.events.send_to_host(record, format!("Started, process {}", run.process.pid));
+    }
+
+    /// Tells Nomad's users of a task that has loopback only, although its group asks for ports or upstreams.
+    fn announce_missing_network(&self, request: &StartRequest, record: &Record) {
+        let Some(variable) = &request.lacks_network_for else { return };
+        let message = format!(
+            "The task has loopback only: {variable} is set, but the group has no network namespace. Set network {{ mode = \"bridge\" }} in the group, or host_network = true in the task's config."
+        );
+        tracing::warn!(task = %request.task_id, variable, "a task has loopback only, although its group asks for a network");
+        self.0.context.events.send_about(record, message, Audience::Everybody);
     }
 
     /// Waits until the task has ended, and returns how it ended. Any number of callers may wait, before and after the

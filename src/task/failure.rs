@@ -109,6 +109,7 @@ mod tests {
     use crate::{
         ids::Digest,
         image::{ImageError, LayerProblem},
+        rootfs::mount_origin::MountOrigin,
         shim::{RefusalCode, ShimError},
         task::{GroupError, SharedImageError},
     };
@@ -131,7 +132,12 @@ mod tests {
                 TaskError::Image(SharedImageError(Arc::new(layer(errno)))),
                 RootfsError::Source { option: "mounts: source", source_path: "x".to_owned(), source: kernel(errno) }
                     .into(),
-                RootfsError::MountAtTarget { option: "mounts", target: "/x".to_owned(), source: kernel(errno) }.into(),
+                RootfsError::MountAtTarget {
+                    origin: MountOrigin::Job(0),
+                    target: "/x".to_owned(),
+                    source: kernel(errno),
+                }
+                .into(),
                 RootfsError::AllocDir { path: "/x".into(), source: kernel(errno) }.into(),
                 RootfsError::File { doing: "write", path: "/x".into(), source: kernel(errno) }.into(),
                 RootfsError::Gateway { name: "x".to_owned(), source: kernel(errno) }.into(),
@@ -152,8 +158,12 @@ mod tests {
         for error in [
             RootfsError::Source { option: "mounts: source", source_path: "x".to_owned(), source: kernel(libc::ENOENT) }
                 .into(),
-            RootfsError::MountAtTarget { option: "mounts", target: "/x".to_owned(), source: kernel(libc::EINVAL) }
-                .into(),
+            RootfsError::MountAtTarget {
+                origin: MountOrigin::Job(0),
+                target: "/x".to_owned(),
+                source: kernel(libc::EINVAL),
+            }
+            .into(),
             RootfsError::NoCommand.into(),
             StdioError::NotFifo { path: "/x".into(), kind: "a symbolic link" }.into(),
             RuntimeError::None.into(),

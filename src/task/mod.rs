@@ -11,6 +11,7 @@ mod gc;
 mod group;
 mod guards;
 mod interrupt;
+mod labels;
 mod legacy;
 mod live;
 mod lock;

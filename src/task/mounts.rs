@@ -19,12 +19,19 @@ use crate::{
     image::ImageRecord,
     rootfs::{
         self, RootMode, RootfsError, check_mount,
+        init::{self, FirstProcess, INIT_PATH},
         limits::Namespace,
+        mount_origin::MountOrigin,
         mount_tree,
         mounts::{AllocDirs, MountContent, MountKind, MountRequest, TaskMount, open_alloc_dir, open_host_path},
+        same_target::SameTarget,
         target::{MountTarget, SysTargets},
     },
 };
+
+/// The origin of the read-only mounts of log directories. A job's own mount at the same target takes such a mount's
+/// place: it is either of something else, or read-only itself ([`make_logs_read_only`]).
+const LOGS: MountOrigin = MountOrigin::Default("disable_log_collection");
 
 /// The directories that Nomad makes for a task, each with the environment variable that has its path in the task.
 const NOMAD_DIRECTORIES: [(&str, &str); 3] =
@@ -43,9 +50,9 @@ pub(super) fn may_hang(request: &StartRequest) -> bool {
     !request.volumes.is_empty() || request.options.mounts.iter().any(is_absolute)
 }
 
-/// Puts the volumes of an image (VOLUME) before the other mounts of a task. A mount with the same target as a volume
-/// then hides the volume. A volume is left out if the task may have no mount at its target, or if the target is below a
-/// mount of the job that can't contain other mounts.
+/// Puts the volumes of an image (VOLUME) before the other mounts of a task, which take a volume's place at the same
+/// target. A volume is left out if the task may have no mount at its target, or if the target is below a mount of the
+/// job that can't contain other mounts.
 pub(super) fn add_volumes(mounts: &mut Vec<TaskMount>, image: &ImageRecord, sys: SysTargets) {
     let may_be_held = |target: &MountTarget| {
         !mounts.iter().any(|mount| {
@@ -58,7 +65,7 @@ pub(super) fn add_volumes(mounts: &mut Vec<TaskMount>, image: &ImageRecord, sys:
     for path in &image.config.volumes {
         let placed = MountTarget::parse_volume(path).and_then(|target| {
             let options = ["rbind", "rw", "rprivate"].map(str::to_owned).to_vec();
-            let volume = TaskMount { option: "VOLUME", target, content: MountContent::Volume, options };
+            let volume = TaskMount { origin: MountOrigin::Image, target, content: MountContent::Volume, options };
             mount_tree::check_target(&volume, &volume.target, sys).map_err(|error| crate::error_chain(&error))?;
             if may_be_held(&volume.target) {
                 Ok(volume)
@@ -92,11 +99,11 @@ pub(super) async fn open(
     Ok(dedicated_thread::run(&request.task_id, stop, move || open_all(&context, &owned, names)).await??)
 }
 
-/// Opens the sources of all mounts. Those that every task has come last, so that no job hides `/secrets` by accident:
-/// of two mounts with the same target, the later one is visible.
+/// Opens the sources of all mounts. They are in the order of nomad-driver-containerd, by whose name the last of several
+/// mounts with one target is visible.
 ///
 /// # Errors
-/// When a source is missing or may not be mounted, or a target may not be mounted over.
+/// When a source is missing or may not be mounted, a target may not be mounted over, or two mounts have the same target.
 fn open_all(
     context: &EngineContext,
     request: &StartRequest,
@@ -108,7 +115,9 @@ fn open_all(
     let mut mounts = Vec::new();
     if request.options.namespaces.ipc == Namespace::Host {
         let source = MountContent::Bind(open_host_path("ipc_mode:", Path::new("/dev/shm"))?);
-        mounts.push(mount("ipc_mode", "/dev/shm", source, &["rbind", "nosuid", "noexec", "nodev"])?);
+        // It has the attributes that it has on the host, as with docker.
+        let options = ["rbind", "rprivate"];
+        mounts.push(mount(MountOrigin::Default("ipc_mode"), "/dev/shm", source, &options)?);
     }
     mounts.extend(rootfs::mounts::resolve_sources(
         &request.options.mounts,
@@ -123,11 +132,16 @@ fn open_all(
         let mode = if volume.readonly { "ro" } else { "rw" };
         let source = MountContent::Bind(open_host_path("volume_mount: source", &volume.host_path)?);
         let written = volume.task_path.to_string_lossy();
+        let origin = MountOrigin::Volume(volume.host_path.clone());
         let refused =
-            |problem| RootfsError::Target { option: "volume_mount", target: written.clone().into_owned(), problem };
+            |problem| RootfsError::Target { origin: origin.clone(), target: written.clone().into_owned(), problem };
         let target = MountTarget::parse_volume(&written).map_err(refused)?;
         let options = ["rbind", mode, volume.propagation].map(str::to_owned).to_vec();
-        mounts.push(TaskMount { option: "volume_mount", target, content: source, options });
+        mounts.push(TaskMount { origin, target, content: source, options });
+    }
+    if request.options.first_process == FirstProcess::Init {
+        let source = MountContent::Bind(init::open_program(&settings.places.wrappers())?);
+        mounts.push(mount(MountOrigin::Required("init"), INIT_PATH, source, &["bind", "ro", "nosuid", "nodev"])?);
     }
     mounts.extend(network_files(names, flavor, request.options.root)?);
     mounts.extend(alloc_dir_mounts(settings.disable_log_collection, flavor, request)?);
@@ -140,6 +154,7 @@ fn open_all(
         };
         check_mount(mount.target.path(), source, mount.options.iter())?;
     }
+    SameTarget::of(flavor).retain_visible(&mut mounts)?;
     Ok(mounts)
 }
 
@@ -163,7 +178,7 @@ fn make_logs_read_only(mounts: &mut Vec<TaskMount>, request: &StartRequest) -> R
         } else if let Ok(inside) = logs.strip_prefix(&path) {
             let target = job.target.path().join(inside);
             let source = MountContent::Bind(open_alloc_dir(&request.alloc_dir, below)?);
-            guards.push(mount("disable_log_collection", &target.to_string_lossy(), source, &["bind", "ro"])?);
+            guards.push(mount(LOGS, &target.to_string_lossy(), source, &["bind", "ro"])?);
         }
     }
     mounts.extend(guards);
@@ -183,11 +198,21 @@ fn network_files(names: NetworkFiles, flavor: Flavor, root: RootMode) -> Result<
     };
     let file = MountContent::File;
     let mut mounts = vec![
-        mount("hostname", "/etc/hostname", file(format!("{}\n", names.hostname)), &["rbind", mode])?,
-        mount("extra_hosts", "/etc/hosts", hosts, &["rbind", hosts_mode])?,
+        mount(
+            MountOrigin::Default("hostname"),
+            "/etc/hostname",
+            file(format!("{}\n", names.hostname)),
+            &["rbind", "rprivate", mode],
+        )?,
+        mount(MountOrigin::Default("extra_hosts"), "/etc/hosts", hosts, &["rbind", "rprivate", hosts_mode])?,
     ];
     if let Some(text) = names.resolv_conf {
-        mounts.push(mount("host_dns", "/etc/resolv.conf", file(text), &["rbind", mode])?);
+        mounts.push(mount(
+            MountOrigin::Default("host_dns"),
+            "/etc/resolv.conf",
+            file(text),
+            &["rbind", "rprivate", mode],
+        )?);
     }
     Ok(mounts)
 }
@@ -208,23 +233,22 @@ fn alloc_dir_mounts(
         let Some(target) = request.env.get(variable).filter(|target| !target.is_empty()) else { continue };
         let is_alloc_dir = variable == "NOMAD_ALLOC_DIR";
         let below = if is_alloc_dir { PathBuf::from(directory) } else { Path::new(&request.name).join(directory) };
-        mounts.push(mount(variable, target, open(&below)?, &["rbind", "rw", propagation])?);
+        mounts.push(mount(MountOrigin::Required(variable), target, open(&below)?, &["rbind", "rw", propagation])?);
         if is_alloc_dir && disable_log_collection {
             let logs = Path::new(target).join("logs");
             let source = open(&below.join("logs"))?;
-            mounts.push(mount("disable_log_collection", &logs.to_string_lossy(), source, &["bind", "ro"])?);
+            mounts.push(mount(LOGS, &logs.to_string_lossy(), source, &["bind", "ro"])?);
         }
     }
     Ok(mounts)
 }
 
-fn mount(
-    option: &'static str,
-    target: &str,
-    content: MountContent,
-    options: &[&str],
-) -> Result<TaskMount, RootfsError> {
-    let refused = |problem| RootfsError::Target { option, target: target.to_owned(), problem };
+fn mount(origin: MountOrigin, target: &str, content: MountContent, options: &[&str]) -> Result<TaskMount, RootfsError> {
+    let parsed = MountTarget::parse(target).map_err(|problem| RootfsError::Target {
+        origin: origin.clone(),
+        target: target.to_owned(),
+        problem,
+    })?;
     let options = options.iter().map(|option| (*option).to_owned()).collect();
-    Ok(TaskMount { option, target: MountTarget::parse(target).map_err(refused)?, content, options })
+    Ok(TaskMount { origin, target: parsed, content, options })
 }

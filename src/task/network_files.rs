@@ -74,8 +74,8 @@ fn hostname(request: &StartRequest, container: &ContainerId) -> Result<String, R
     }
 }
 
-/// Builds `/etc/hosts`: the lines for `localhost` (or, in the host's network, the host's own file), the group's name,
-/// the task's own name at all of its addresses, and the job's `extra_hosts`.
+/// Builds `/etc/hosts`: the lines for `localhost` (or, in the host's network, the host's own file), the group's name, the
+/// job's `extra_hosts`, and the task's own name at all of its addresses.
 fn hosts_file(
     request: &StartRequest,
     network: &NetworkNamespace,
@@ -91,10 +91,6 @@ fn hosts_file(
     let mut lines: Vec<(String, String)> = request.group_host.iter().cloned().collect();
     let is_known =
         network::names(&base).chain(lines.iter().map(|(_, name)| name.as_str())).any(|name| name == hostname);
-    // nomad-driver-containerd accepts any text as a host name.
-    if !is_known && network::is_hosts_name(hostname) {
-        lines.extend(own_addresses(network)?.into_iter().map(|address| (address, hostname.to_owned())));
-    }
     for host in &options.extra_hosts {
         match address(host, network) {
             Ok(found) => lines.push(found),
@@ -108,6 +104,11 @@ fn hosts_file(
             }
             Err(error) => return Err(error),
         }
+    }
+    // The own name follows the job's lines, as in docker: a job may give it another address, and the first line wins.
+    // nomad-driver-containerd accepts any text as a host name.
+    if !is_known && network::is_hosts_name(hostname) {
+        lines.extend(own_addresses(network)?.into_iter().map(|address| (address, hostname.to_owned())));
     }
     let lines = lines.iter().map(|(address, name)| (address.as_str(), name.as_str()));
     Ok(HostsFile::Text(network::hosts(&base, lines)))

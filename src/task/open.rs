@@ -32,6 +32,7 @@ use crate::{
     rootfs::{
         Capabilities, KernelLimits, MaskedPaths, RootfsPool, UpperStorage,
         apparmor::{AppArmorHost, DriverProfile, Loader},
+        labels::PolicyLabels,
         limits::DefaultSysctls,
         seccomp::{FilterCache, FilterForm},
     },
@@ -87,7 +88,9 @@ impl Engine {
         let log_failure =
             |error: &std::io::Error| tracing::warn!(%error, "could not watch pid files; starts take longer");
         let pid_files = PidFiles::new().inspect_err(log_failure).ok();
+        let policy_labels = if settings.security.selinux { PolicyLabels::of_this_host() } else { None };
         let context = Arc::new(EngineContext {
+            policy_labels,
             settings,
             cgroups,
             runtimes,

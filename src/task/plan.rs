@@ -29,12 +29,14 @@ use crate::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Pins, PreparedPins, Privilege, RootfsError, SpecInput,
         Terminal,
         apparmor::ProfileName,
-        bundle::BundlePaths,
+        bundle::{BundlePaths, Layers},
         devices::{self, DeviceRequest},
-        mount_tree::{self, Nesting},
+        labels::Labels,
+        mount_tree::{self, Nesting, PlacementRules},
         mounts::{self, AllocDirs, TaskMount},
+        same_target::SameTarget,
         seccomp::{self, Filter, SocketcallPolicy},
-        target::SysTargets,
+        selinux,
     },
 };
 
@@ -47,6 +49,8 @@ pub(super) struct Plan<'a> {
     pub(super) runtime: Runtime,
     /// The task's AppArmor profile, which is loaded into the kernel; `None` without AppArmor.
     pub(super) apparmor: Option<ProfileName>,
+    /// The task's SELinux labels; `None` where tasks have none.
+    pub(super) labels: Option<Labels>,
     pub(super) image: Arc<ImageRecord>,
     pub(super) mounts: Arc<Vec<TaskMount>>,
     /// The task's devices, each with the access that it gets (`r`, `w`, `m`).
@@ -215,9 +219,13 @@ impl Plan<'_> {
         stop: &CancellationToken,
     ) -> Result<MountSources, TaskError> {
         let (paths, mounts) = (self.bundle(context), self.mounts.clone());
-        let sys = task_mounts::sys_targets(context, self.request);
-        let nesting = if self.runtime.gvisor.is_some() { Nesting::ByRuntime } else { Nesting::ByDriver };
-        let place = move |prepared| place_mounts(&paths, &mounts, spec, (sys, nesting), prepared);
+        let rules = PlacementRules {
+            sys: task_mounts::sys_targets(context, self.request),
+            nesting: if self.runtime.gvisor.is_some() { Nesting::ByRuntime } else { Nesting::ByDriver },
+            same_target: SameTarget::of(context.settings.name.flavor()),
+            label: self.labels.as_ref().map(|labels| labels.files.clone()),
+        };
+        let place = move |prepared| place_mounts(&paths, &mounts, spec, &rules, prepared);
         let pins = if task_mounts::may_hang(self.request) {
             let prepared = tokio::task::block_in_place(|| self.mount_rootfs(context))?;
             let (spec, pins) = dedicated_thread::run(&self.request.task_id, stop, move || place(prepared)).await??;
@@ -238,6 +246,14 @@ impl Plan<'_> {
         let paths = self.bundle(context);
         paths.create()?;
         let layers = layers(&self.image);
+        if let Some(labels) = &self.labels {
+            // A prepared root file system has no label, and the label of a mounted one can't be changed.
+            let label = selinux::mount_option(&labels.files);
+            let options = [layers.options, &[label]].concat();
+            paths.mount(Layers { options: &options, ..layers }, &context.settings.upper)?;
+            failpoint::kill_at("start.mounted");
+            return Ok(None);
+        }
         let attached = context.rootfs_pool.attach(layers, &paths);
         let is_attached = matches!(attached, Ok(Some(_)));
         let pins = attached.unwrap_or_else(|error| {
@@ -316,6 +332,7 @@ impl Plan<'_> {
                 group: &image.group,
             },
             command: &options.command,
+            first_process: options.first_process,
             cwd: options.cwd.as_deref(),
             user: &request.user,
             env: &request.env,
@@ -344,6 +361,7 @@ impl Plan<'_> {
             kernel: context.kernel_limits,
             seccomp,
             apparmor: self.apparmor.as_ref(),
+            labels: self.labels.as_ref(),
             annotations,
         })?;
         Ok(spec)
@@ -426,11 +444,11 @@ fn place_mounts(
     paths: &BundlePaths,
     mounts: &[TaskMount],
     mut spec: Spec,
-    how: (SysTargets, Nesting),
+    rules: &PlacementRules,
     prepared: Option<PreparedPins>,
 ) -> Result<(Spec, Pins), RootfsError> {
     let base = spec.mounts().clone().unwrap_or_default();
-    let (placed, pins) = mount_tree::place_mounts(paths, &base, mounts, how, prepared)?;
+    let (placed, pins) = mount_tree::place_mounts(paths, &base, mounts, rules, prepared)?;
     spec.set_mounts(Some([base, placed].concat()));
     // The root file system is complete now, and the runtime will read the accounts from it.
     accounts::check(&paths.rootfs(), bind_mounts(&spec))?;

@@ -9,6 +9,8 @@ use crate::{
     logs::LogOptions,
     rootfs::{
         CapabilityRequest, Command, MemoryMax, NetworkNamespace, Resources, RootMode,
+        init::FirstProcess,
+        labels::LabelRequest,
         limits::{Namespaces, Ulimit},
         mounts::MountRequest,
         network::{Dns, ExtraHost},
@@ -27,6 +29,8 @@ pub struct TaskOptions {
     pub auth: Option<Credentials>,
     /// `command`, `args`, `entrypoint`.
     pub command: Command,
+    /// `init`.
+    pub first_process: FirstProcess,
     /// `cwd`.
     pub cwd: Option<String>,
     /// `hostname`.
@@ -47,6 +51,8 @@ pub struct TaskOptions {
     pub seccomp: SeccompRequest,
     /// `security_opt` apparmor.
     pub apparmor: AppArmorRequest,
+    /// `security_opt` label.
+    pub labels: LabelRequest,
     /// `runtime`.
     pub runtime: Option<String>,
     /// `image_pull_policy`, `force_pull`.
@@ -163,6 +169,9 @@ pub struct StartRequest {
     pub cpuset_cgroup: String,
     /// The network namespace of the task's group.
     pub network: NetworkNamespace,
+    /// The variable by which Nomad tells the task of a port or an upstream of its group, although the task has neither a
+    /// network namespace of its group nor the host's network.
+    pub lacks_network_for: Option<String>,
     /// The group's `dns`.
     pub dns: Dns,
     /// The group's address and host name, if Nomad knows them.

@@ -261,10 +261,14 @@ pub struct SecuritySettings {
     pub apparmor: AppArmorDefault,
     /// Whether jobs may choose another AppArmor profile, or none.
     pub allow_apparmor_override: bool,
+    /// Whether tasks and their files have SELinux labels, where the node has SELinux.
+    pub selinux: bool,
+    /// Whether jobs may choose other SELinux labels, or none.
+    pub allow_label_override: bool,
 }
 
 impl SecuritySettings {
-    fn differences(&self, other: &Self) -> [(&'static str, bool); 13] {
+    fn differences(&self, other: &Self) -> [(&'static str, bool); 15] {
         let Self {
             allow_privileged,
             allow_caps,
@@ -279,6 +283,8 @@ impl SecuritySettings {
             socketcall,
             apparmor,
             allow_apparmor_override,
+            selinux,
+            allow_label_override,
         } = self;
         [
             ("allow_privileged", *allow_privileged != other.allow_privileged),
@@ -294,6 +300,8 @@ impl SecuritySettings {
             ("security.allow_socketcall", *socketcall != other.socketcall),
             ("security.apparmor", *apparmor != other.apparmor),
             ("security.allow_apparmor_override", *allow_apparmor_override != other.allow_apparmor_override),
+            ("security.selinux", *selinux != other.selinux),
+            ("security.allow_label_override", *allow_label_override != other.allow_label_override),
         ]
     }
 

@@ -17,7 +17,7 @@ use super::{
     context::EngineContext,
     exec, group,
     guards::{StartGuard, TeardownGuard},
-    interrupt, logs, mounts as task_mounts,
+    interrupt, labels, logs, mounts as task_mounts,
     network_files::NetworkFiles,
     plan::{self, Plan, StartedBy},
     record::{RunRecord, epoch_millis},
@@ -35,7 +35,6 @@ use crate::{
         RootfsError,
         bundle::BundlePaths,
         mounts::{AllocDirs, open_source},
-        selinux,
     },
     shim::{self, Adoption, CreateTask, PidFile, ReservedShim, RuntimeOptions, Shim, ShimError, stdio},
 };
@@ -129,7 +128,8 @@ pub(crate) async fn start(
     let hostname = network_files.hostname.clone();
     let mut mounts = task_mounts::open(context, request, network_files, stop).await?;
     let devices = plan::devices(context, request)?;
-    label_volumes(request).await?;
+    let labels = labels::of_task(context, request, &runtime);
+    labels::label_directories(context, request, labels.is_some()).await?;
     let runtime = tokio::select! {
         ready = runtime.prepare(&network, &context.settings.hooks) => ready?,
         () = stop.cancelled() => return Err(TaskError::Stopped(request.task_id.clone())),
@@ -142,7 +142,7 @@ pub(crate) async fn start(
         context.cgroups.task_path(&request.cpuset_cgroup, request.alloc_id.as_str(), &request.name, &container_id);
     let share_pool = share_pool::pool_of_task(context, request);
     let mut plan =
-        Plan { request, runtime, apparmor, image, mounts, devices, container_id, hostname, cgroup, share_pool };
+        Plan { request, runtime, apparmor, labels, image, mounts, devices, container_id, hostname, cgroup, share_pool };
     match create_task(context, &plan, began, stop).await {
         // The image's layers were deleted from containerd's store, although the driver has a record of the image. The
         // record is dropped, the image is pulled again, and the start is tried a second time.
@@ -159,25 +159,6 @@ pub(crate) async fn start(
         }
         other => other,
     }
-}
-
-/// Gives volumes the SELinux labels that the job asks for, if SELinux is enabled. As with docker, the volumes of a
-/// privileged task get no labels, since no label restricts such a task.
-async fn label_volumes(request: &StartRequest) -> Result<(), TaskError> {
-    let labelled: Vec<_> =
-        request.volumes.iter().filter_map(|volume| Some((volume.host_path.clone(), volume.label?))).collect();
-    if labelled.is_empty() || request.options.privileged || !selinux::is_enabled() {
-        return Ok(());
-    }
-    // Private labels differ from task to task, so they are derived from a hash of the task's id.
-    let task_hash = request.task_id.0.bytes().fold(0_u64, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
-    let label = move || {
-        for (path, kind) in labelled {
-            selinux::relabel(&path, kind, task_hash).map_err(|source| RootfsError::Label { path, source })?;
-        }
-        Ok(())
-    };
-    tokio::task::spawn_blocking(label).await?.map_err(|error: RootfsError| error.into())
 }
 
 /// Returns the task's image, which is pulled if it is not available locally or the job asks for that.

@@ -70,6 +70,33 @@ async fn run_exits_with_the_tasks_code_and_gives_its_output() {
     for phase in ["StartTask", "image", "shim: Create", "until the process runs", "but the shim's part", "first byte"] {
         assert!(text(&output.stderr).contains(phase), "{}", text(&output.stderr));
     }
+    // A start with an idle shim is what an agent's plugin makes.
+    assert!(text(&output.stderr).contains("shim (from the pool)"), "{}", text(&output.stderr));
+    cli.assert_clean();
+}
+
+/// Whoever calls `run` is root, so nothing that a job can ask for is closed.
+#[tokio::test(flavor = "multi_thread")]
+async fn run_allows_everything() {
+    let (cli, image) = (Cli::new(), busybox().await);
+    let options = r#"{
+        "devices": ["/dev/fuse"], "security_opt": ["seccomp=unconfined", "no-new-privileges=false"], "pids_limit": 0,
+        "shm_size": "100g", "sysctl": [{"net.core.somaxconn": "99"}]
+    }"#;
+    let script = "ls /dev/fuse; grep -c '^Seccomp:.0' /proc/self/status; grep -c '^NoNewPrivs:.0' /proc/self/status; \
+        cat /proc/sys/net/core/somaxconn";
+    let output = cli.run(&["run", "--init", "--config", options, &image, "sh", "-c", script]).await;
+    assert_eq!(
+        (text(&output.stdout).as_str(), text(&output.stderr).as_str()),
+        ("/dev/fuse\n1\n1\n99\n", ""),
+        "{:?}",
+        output.status
+    );
+    // Whether a limit can be raised depends on the capabilities of whoever runs this test, and on nothing else.
+    let options = r#"{"ulimit": [{"rtprio": "7", "nice": "40", "memlock": "unlimited"}]}"#;
+    let output = cli.run(&["run", "--config", options, &image, "sh", "-c", "ulimit -l"]).await;
+    let refusal = text(&output.stderr);
+    assert!(text(&output.stdout) == "unlimited\n" || refusal.contains("RLIMIT"), "{refusal}");
     cli.assert_clean();
 }
 

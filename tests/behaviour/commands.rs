@@ -91,6 +91,26 @@ async fn tasks_are_shown_and_acted_on_with_and_without_a_plugin() {
     env.finish().await;
 }
 
+/// The process may have ended before its terminal gets a size. `script` gives the command a terminal.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_ends_at_once_needs_no_terminal_size() {
+    let mut env = Env::new().await;
+    let (task, id) = tasks(&mut env).await;
+    for _ in 0..10 {
+        let exec = command(&env, &["exec", "-t", &id, "true"]);
+        let line = std::iter::once(exec.get_program()).chain(exec.get_args()).map(|word| word.to_str().unwrap());
+        let line = line.collect::<Vec<_>>().join(" ");
+        let mut script = Command::new("script");
+        script.args(["-qec", &format!("stty rows 20 cols 70; {line}"), "/dev/null"]).stdin(Stdio::null());
+        script.envs(exec.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let output = tokio::task::spawn_blocking(move || script.output().unwrap()).await.unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        assert_eq!((output.status.code(), String::from_utf8_lossy(&said).as_ref()), (Some(0), ""));
+    }
+    env.destroy(&task).await.unwrap();
+    env.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn input_goes_to_what_is_execd() {
     use std::io::Write as _;

@@ -109,6 +109,44 @@ fn jobs_are_held_against_what_the_agent_allows() {
     assert_eq!(check(&[], &[("a.nomad", &job), ("agent.hcl", agent)]).0, Some(1));
 }
 
+/// The tasks of such a group have loopback only, which is rarely meant.
+#[test]
+fn ports_without_a_network_are_warned_of() {
+    let job = |network: &str, group: &str, config: &str| {
+        format!(
+            "job \"j\" {{\n group \"g\" {{\n {network}\n {group}\n task \"t\" {{\n driver = \"shim\"\n \
+             config {{\n image = \"a\"\n {config}\n }}\n }}\n }}\n}}"
+        )
+    };
+    let ports = "network {\n port \"http\" {}\n }";
+    let connect = "service {\n connect {\n native = true\n }\n }";
+    for (network, group, config, warned) in [
+        (ports, "", "", Some("ports")),
+        ("network {\n mode = \"host\"\n port \"http\" {}\n }", "", "", Some("ports")),
+        ("", connect, "host_network = false", Some("Consul Connect")),
+        ("network {\n mode = \"bridge\"\n port \"http\" {}\n }", connect, "", None),
+        ("network {\n mode = var.unknown\n port \"http\" {}\n }", "", "", None),
+        (ports, "", "host_network = var.unknown", None),
+        ("network {}", "service {\n name = \"a\"\n }", "", None),
+    ] {
+        let (code, stdout, stderr) = check(&[], &[("a.nomad", &job(network, group, config))]);
+        let lines: Vec<&str> = stderr.lines().filter(|line| line.contains("warning")).collect();
+        let described = format!("{network} {group} {config}: {stdout}{stderr}");
+        assert!(code == Some(0) && stdout.ends_with("fine\n"), "{described}");
+        match warned {
+            None => assert!(lines.is_empty(), "{described}"),
+            Some(words) => {
+                let all = [words, "task j/g/t", "loopback only", "mode = \"bridge\"", "host_network = true"];
+                assert!(lines.len() == 1 && all.iter().all(|part| lines[0].contains(part)), "{described}");
+            }
+        }
+    }
+    // Programs find the warning in the JSON.
+    let (_, stdout, _) = check(&["--json"], &[("a.nomad", &job(ports, "", ""))]);
+    let list: Value = serde_json::from_str(&stdout).unwrap();
+    assert!(list[0]["warning"].as_str().is_some_and(|text| text.contains("ports")), "{stdout}");
+}
+
 #[test]
 fn an_agents_faults_are_told() {
     let agent = r#"

@@ -51,6 +51,25 @@ async fn what_is_execd_is_as_confined_as_the_task() {
     env.finish().await;
 }
 
+/// crun gives a process's standard streams to its user. If one of them were the host's /dev/null, the user could then
+/// change its mode.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_script_check_does_not_become_the_owner_of_the_hosts_null_device() {
+    for runtime in ["crun", "runc"] {
+        let mut env = Env::with_runtime(runtime, json!({})).await;
+        let config = env.shell("sleep 600", json!({})).await;
+        let mut task = env.prepare(config).await;
+        "1000:1001".clone_into(&mut task.config.user);
+        env.try_start(&mut task).await.unwrap();
+        let look = "stat -L -c '%F %u' /proc/self/fd/0; cat";
+        assert_eq!(env.exec_text(&task, look).await, "fifo 1000\n", "{runtime}: an input without content");
+        let null = std::fs::metadata("/dev/null").unwrap();
+        assert_eq!(std::os::unix::fs::MetadataExt::uid(&null), 0, "{runtime}");
+        env.destroy(&task).await.unwrap();
+        env.finish().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn script_checks_get_output_and_code_and_are_killed_in_time() {
     let mut env = Env::new().await;

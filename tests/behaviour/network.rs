@@ -14,7 +14,7 @@ use nomad_driver_shim::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{Env, eventually, services::run, shell_in};
+use crate::support::{Env, eventually, patience, services::run, shell_in};
 
 const HOST_PORT: u16 = 28_080;
 
@@ -117,6 +117,41 @@ impl Drop for Bridge {
             let _ = Command::new("ip").args(["netns", "del", name]).status();
         }
     }
+}
+
+/// A group asks for ports without a network of its own: its task runs, and an event says what it lacks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_with_ports_and_without_a_network_is_told() {
+    use nomad_driver_shim::pb::driver::TaskEventsRequest;
+    let config = serde_json::json!({"security": {"allow_host_namespaces": true}});
+    let mut env = Env::configured(config).await;
+    let mut events = env.driver().task_events(TaskEventsRequest {}).await.unwrap().into_inner();
+    let image = env.busybox().await;
+    // Only the last of these tasks gets an event; those of the others would come first.
+    for (host_network, variable) in
+        [(false, "NOMAD_TASK_NAME"), (true, "NOMAD_PORT_http"), (false, "NOMAD_UPSTREAM_ADDR_db")]
+    {
+        let mut config = shell_in(&image, "true");
+        config["host_network"] = host_network.into();
+        let mut task = env.prepare(config).await;
+        task.config.env.insert(variable.to_owned(), "8080".to_owned());
+        env.try_start(&mut task).await.unwrap();
+        let id = task.id.clone();
+        env.finish_task(task).await;
+        if variable.starts_with("NOMAD_UPSTREAM") {
+            let told = loop {
+                let event = tokio::time::timeout(patience(), events.message()).await.unwrap().unwrap().unwrap();
+                if event.message.contains("loopback only") {
+                    break event;
+                }
+            };
+            assert_eq!(told.task_id, id);
+            for part in [variable, "network { mode = \"bridge\" }", "host_network = true"] {
+                assert!(told.message.contains(part), "{part:?} in {}", told.message);
+            }
+        }
+    }
+    env.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::fs;
 use nomad_driver_shim::pb::driver::NetworkIsolationSpec;
 use serde_json::{Value, json};
 
-use crate::support::{Env, Image, patience, services, shell_in as sh, with_options};
+use crate::support::{Env, EnvOptions, Image, patience, services, shell_in as sh, with_options};
 
 fn with(mut config: Value, key: &str, value: Value) -> Value {
     config[key] = value;
@@ -321,6 +321,33 @@ async fn volumes_are_labelled_as_the_job_says() {
         assert_eq!(env.finish_task(task).await.1, "below\n");
         let seen = security_label(&volume.join("below"));
         assert_eq!(seen.contains(ending), selinux, "{label}: {seen}");
+    }
+    env.finish().await;
+}
+
+/// Tasks have labels of their own where the plugin has `security { selinux = true }` and the node has SELinux with a
+/// policy. Elsewhere, as on most test machines, the options have no effect, as with docker.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_have_selinux_labels_where_the_policy_has_some() {
+    let security = json!({"selinux": true, "allow_label_override": true});
+    let mut env = Env::with(EnvOptions { config: json!({"security": security}), ..EnvOptions::default() }).await;
+    let image = env.busybox().await;
+    let current = fs::read_to_string("/proc/self/attr/current").unwrap_or_default();
+    let policy = fs::read_to_string("/etc/selinux/config").unwrap_or_default();
+    let has_policy = fs::exists("/sys/fs/selinux/enforce").unwrap()
+        && current.trim_end_matches(['\0', '\n']) != "kernel"
+        && policy.lines().any(|line| line.starts_with("SELINUXTYPE="));
+    for runtime in ["crun", "runc"] {
+        for (options, label) in [(json!([]), ":s0:c"), (json!(["label=type:spc_t"]), ":spc_t:")] {
+            let config = with(sh(&image, "cat /local/x; sleep 600"), "security_opt", options);
+            let task = env.start(with(config, "runtime", json!(runtime))).await;
+            let bundle = env.dir.join("run/bundles").join(env.attribute(&task, "container_id").await);
+            let spec: Value = serde_json::from_slice(&fs::read(bundle.join("config.json")).unwrap()).unwrap();
+            let seen = spec["process"]["selinuxLabel"].as_str().unwrap_or_default();
+            assert_eq!(seen.contains(label), has_policy, "{runtime}: {seen}");
+            assert_eq!(spec["linux"]["mountLabel"].is_string(), has_policy, "{runtime}");
+            env.destroy(&task).await.unwrap();
+        }
     }
     env.finish().await;
 }

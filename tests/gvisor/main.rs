@@ -19,6 +19,7 @@ mod bounds;
 mod deaths;
 mod escape;
 mod exit_codes;
+mod first_process;
 mod groups;
 mod settings;
 

@@ -12,7 +12,7 @@ use std::path::Path;
 use libseccomp::ScmpArch;
 use nomad_driver_shim::rootfs::{
     Capabilities,
-    seccomp::{Machine, NotCompiled, Profile, SeccompHost, compile},
+    seccomp::{Machine, NewerCalls, NotCompiled, Profile, SeccompHost, compile},
 };
 use oci_spec::runtime::{Arch, LinuxSeccomp};
 
@@ -58,7 +58,7 @@ fn resolved(text: &str) -> LinuxSeccomp {
 
 #[test]
 fn what_libseccomp_might_read_otherwise_is_left_to_it() {
-    let read = |text: &str| compile(&resolved(text), Machine::X86_64).map(|program| program.len());
+    let read = |text: &str| compile(&resolved(text), Machine::X86_64, NewerCalls::Default).map(|program| program.len());
     let rules = |rules: &str, more: &str| {
         read(&format!(r#"{{"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{rules}] {more}}}"#))
     };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use nomad_driver_shim::rootfs::seccomp::{Machine, SeccompError, compile, for_libseccomp};
+use nomad_driver_shim::rootfs::seccomp::{Machine, NewerCalls, SeccompError, compile, for_libseccomp};
 use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSeccompArg, LinuxSeccompOperator as Op, LinuxSyscall};
 use proptest::prelude::*;
 use serde_json::json;
@@ -168,7 +168,7 @@ proptest! {
         let profile = made_up(&rules);
         // libseccomp can't express two comparisons by order in one rule.
         let Ok(restated) = for_libseccomp(&profile, host(Arch::ScmpArchX86_64)) else { return Ok(()) };
-        let (ours, theirs) = (compile(&profile, Machine::X86_64).expect("compiles"), theirs(&restated, Arch::ScmpArchX86_64));
+        let (ours, theirs) = (compile(&profile, Machine::X86_64, NewerCalls::Default).expect("compiles"), theirs(&restated, Arch::ScmpArchX86_64));
         for arguments in tries(&profile, others) {
             for name in ["socket", "fchmod", "setns"] {
                 let wanted = expected(&profile, name, arguments);
@@ -211,7 +211,7 @@ proptest! {
         others in prop::collection::vec(any::<[u64; 6]>(), 20),
     ) {
         let profile = made_up(&rules);
-        let program = compile(&profile, Machine::X86_64).expect("compiles");
+        let program = compile(&profile, Machine::X86_64, NewerCalls::Default).expect("compiles");
         for name in plain() {
             for arguments in tries(&profile, others.clone()) {
                 let found = verdict(&program, &native(name, arguments));

@@ -8,7 +8,7 @@ use nomad_driver_shim::{
     ids::Flavor,
     rootfs::{
         Capabilities,
-        seccomp::{self, Machine, SocketcallPolicy, compile, for_libseccomp},
+        seccomp::{self, Machine, NewerCalls, SocketcallPolicy, compile, for_libseccomp},
     },
 };
 use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSyscall};
@@ -20,7 +20,7 @@ use super::{
     kernel::twins,
     machine,
     reference::theirs,
-    scmp,
+    resolved, scmp,
 };
 
 /// Returns argument values at and around every value that a rule compares with.
@@ -69,7 +69,10 @@ pub(crate) struct Compared {
 /// Compares all verdicts of both programs.
 pub(crate) fn compare(profile: &LinuxSeccomp, arch: Arch) -> Compared {
     let restated = for_libseccomp(profile, host(arch)).expect("restated");
-    let pair = Pair { ours: compile(profile, machine(arch)).expect("compiles"), theirs: theirs(&restated, arch) };
+    let pair = Pair {
+        ours: compile(profile, machine(arch), NewerCalls::Default).expect("compiles"),
+        theirs: theirs(&restated, arch),
+    };
     let edges = edges(profile);
     let mut compared = Compared::default();
     for arch in family(arch) {
@@ -180,11 +183,44 @@ fn dockers(multiplexer: SocketcallPolicy, arch: Arch, name: &str, argument: u64)
     let profile = seccomp::default_profile(multiplexer);
     let own = Arch::ScmpArchX86_64;
     let resolved = profile.resolve(host(own), &Capabilities::defaults(Flavor::Strict)).expect("resolves");
-    let ours = compile(&resolved, Machine::X86_64).expect("compiles");
+    let ours = compile(&resolved, Machine::X86_64, NewerCalls::Default).expect("compiles");
     let theirs = theirs(&for_libseccomp(&resolved, host(own)).expect("restated"), own);
     let call = call((arch, machine(arch).number(name).expect("a call")), [argument, 0, 0, 0, 0, 0]);
     assert_eq!(verdict(&ours, &call), verdict(&theirs, &call), "{name} {argument:#x}");
     verdict(&ours, &call)
+}
+
+/// runc's rule: a call above all calls that the profile names does not exist, instead of being forbidden.
+#[test]
+fn calls_that_are_newer_than_the_profile_are_missing() {
+    for own in [Arch::ScmpArchX86_64, Arch::ScmpArchAarch64] {
+        let profile = seccomp::default_profile(SocketcallPolicy::Enosys);
+        let profile = profile.resolve(host(own), &capabilities(&["CHOWN"])).expect("resolves");
+        let made = |newer| compile(&profile, machine(own), newer).expect("compiles");
+        let (plain, tasks) = (made(NewerCalls::Default), made(NewerCalls::Missing));
+        let last = |arch| {
+            let names = profile.syscalls().iter().flatten().flat_map(LinuxSyscall::names);
+            names.filter_map(|name| machine(arch).number(name)).max().expect("calls")
+        };
+        for arch in family(own) {
+            for number in numbers(*arch) {
+                // x32 has x86-64's value, and only the number tells them apart.
+                let counted = match *arch {
+                    Arch::ScmpArchX86_64 | Arch::ScmpArchX32 if number < 0x4000_0000 => Arch::ScmpArchX86_64,
+                    Arch::ScmpArchX86_64 => Arch::ScmpArchX32,
+                    other => other,
+                };
+                let newer = number > last(counted);
+                let call = call((*arch, number), [0; 6]);
+                let expected = if newer { ENOSYS } else { verdict(&plain, &call) };
+                assert_eq!(verdict(&tasks, &call), expected, "{arch:?} {number:#x}");
+            }
+        }
+    }
+    // A profile that allows what it does not name allows newer calls as well.
+    let text = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["kill"], "action": "SCMP_ACT_ERRNO"}]}"#;
+    let program = compile(&resolved(text), Machine::X86_64, NewerCalls::Missing).expect("compiles");
+    assert_eq!(verdict(&program, &call((Arch::ScmpArchX86_64, 1000), [0; 6])), ALLOW);
 }
 
 #[test]
@@ -221,7 +257,7 @@ fn the_program_is_a_fraction_of_libseccomps() {
     let resolved = seccomp::default_profile(SocketcallPolicy::Enosys)
         .resolve(host(Arch::ScmpArchX86_64), &Capabilities::defaults(Flavor::Strict))
         .expect("resolves");
-    let ours = compile(&resolved, Machine::X86_64).expect("compiles").len();
+    let ours = compile(&resolved, Machine::X86_64, NewerCalls::Default).expect("compiles").len();
     let theirs = theirs(&resolved, Arch::ScmpArchX86_64).len();
     assert!(ours * 2 < theirs, "{ours} against {theirs}");
 }

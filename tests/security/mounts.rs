@@ -160,6 +160,31 @@ async fn targets_below_a_bind_are_not_reached_through_links() {
     }
 }
 
+/// A job's own mount at the place of the logs hides them from the task, and gives no way to write to them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_jobs_mount_over_the_logs_does_not_open_them() {
+    for runtime in runtimes() {
+        let mut env = Env::with_runtime(&runtime, json!({"disable_log_collection": true})).await;
+        let bind =
+            |source: &str, target: &str| json!({"type": "bind", "source": source, "target": target, "options": ["rw"]});
+        for (mounts, place, is_written) in [
+            (json!([bind("alloc/logs", "/alloc/logs")]), "/alloc/logs", false),
+            (json!([bind("local", "/alloc/logs")]), "/alloc/logs", true),
+            (json!([bind("alloc", "/x"), bind("local", "/x/logs")]), "/x/logs", true),
+            (json!([bind("alloc", "/x"), bind("alloc/logs", "/x/logs")]), "/x/logs", false),
+        ] {
+            let script = format!("echo x 2>/dev/null >{place}/planted; exit 0");
+            let task = env.start(env.shell(&script, json!({"mounts": mounts})).await).await;
+            let alloc_dir = task.dirs.alloc_dir.clone();
+            env.wait(&task).await;
+            env.destroy(&task).await.unwrap();
+            assert!(!alloc_dir.join("alloc/logs/planted").exists(), "{runtime}: {mounts}");
+            assert_eq!(alloc_dir.join("web/local/planted").exists(), is_written, "{runtime}: {mounts}");
+        }
+        env.finish().await;
+    }
+}
+
 /// Legitimate uses of such mounts work: below Nomad's directories, below a volume, one mount in another, files and
 /// directories.
 #[tokio::test(flavor = "multi_thread")]

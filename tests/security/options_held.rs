@@ -38,8 +38,7 @@ fn openings() -> Vec<(Value, &'static str)> {
         ("no-new-privileges:false", "allow_new_privileges"),
         ("apparmor=unconfined", "security_opt"),
         ("apparmor:unconfined", "security_opt"),
-        ("label=disable", "security_opt"),
-        ("label=type:spc_t", "security_opt"),
+        ("label=types:spc_t", "security_opt"),
         ("systempaths=unconfined", "security_opt"),
         ("SECCOMP=unconfined", "security_opt"),
         ("no-new-privileges=0", "security_opt"),
@@ -97,6 +96,20 @@ async fn what_the_operator_does_not_allow_is_refused() {
         "security_opt": ["seccomp=unconfined", "no-new-privileges=false"],
     });
     assert_eq!(env.run(with(&options)).await.0, 0);
+    env.finish().await;
+}
+
+/// Where tasks have SELinux labels, no job takes its own off or chooses another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_changes_its_labels() {
+    let mut env = Env::configured(json!({"security": {"selinux": true}})).await;
+    let image = env.busybox().await;
+    for option in
+        ["label=disable", "label:disable", "label=type:spc_t", "label=level:s0", "label=user:x", "label=role:x"]
+    {
+        let reason = refusal(&mut env, json!({"image": image, "command": "/bin/true", "security_opt": [option]})).await;
+        assert!(reason.contains(&format!("{option:?}")) && reason.contains("allow_label_override"), "{reason}");
+    }
     env.finish().await;
 }
 

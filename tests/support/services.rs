@@ -193,7 +193,8 @@ pub(crate) fn run(command: &mut Command) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn wait_for(what: &str, mut check: impl FnMut() -> bool) {
+/// Polls until `check` holds, outside of tokio's runtime.
+pub(crate) fn wait_for(what: &str, mut check: impl FnMut() -> bool) {
     let deadline = Instant::now() + super::patience();
     while !check() {
         assert!(Instant::now() < deadline, "{what} did not come up");

@@ -68,6 +68,9 @@ struct Finding {
     file: PathBuf,
     place: String,
     fault: Option<String>,
+    /// What the plugin accepts, but is probably not meant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warning: Option<String>,
     /// The options that were not checked, since their values are not known here.
     unknown: Vec<String>,
 }
@@ -122,10 +125,13 @@ fn report(findings: &[Finding], as_json: bool) -> Result<(), CliError> {
     if as_json {
         return Ok(print_data(&format!("{}\n", json!(findings)))?);
     }
-    for Finding { file, place, fault, unknown } in findings {
+    for Finding { file, place, fault, warning, unknown } in findings {
         let skipped = if unknown.iter().any(|name| name == DRIVER_ATTRIBUTE) { "not checked" } else { "fine" };
         let verdict = fault.as_deref().unwrap_or(skipped);
         print_data(&format!("{}: {place}: {verdict}\n", file.display()))?;
+        if let Some(warning) = warning {
+            print_message(&format!("{}: {place}: warning: {warning}", file.display()));
+        }
         for name in unknown {
             print_message(&format!("{}: {place}: {name} was not checked: its value is not known here", file.display()));
         }
@@ -144,7 +150,7 @@ struct Checker {
 
 impl Checker {
     fn add(&mut self, file: &Path, place: String, fault: Option<String>, unknown: Vec<String>) {
-        self.findings.push(Finding { file: file.to_owned(), place, fault, unknown });
+        self.findings.push(Finding { file: file.to_owned(), place, fault, warning: None, unknown });
     }
 
     /// Checks the plugin blocks of a file.
@@ -188,9 +194,14 @@ impl Checker {
             }
             for (group, body) in hcl::labelled_blocks(body, "group") {
                 let network = group_network(body, &scope);
+                let unserved = unserved_request(body, network, &scope);
                 for (task, body) in hcl::labelled_blocks(body, "task") {
                     if let Some((fault, unknown)) = self.check_task(body, network, &scope) {
-                        self.add(file, format!("task {job}/{group}/{task}"), fault, unknown);
+                        let warning = unserved.filter(|_| !may_have_host_network(body, &scope)).map(|asked_for| {
+                            format!("the task will have loopback only, although its group asks for {asked_for}; set network {{ mode = \"bridge\" }} in the group, or host_network = true in the task's config")
+                        });
+                        let place = format!("task {job}/{group}/{task}");
+                        self.findings.push(Finding { file: file.to_owned(), place, fault, warning, unknown });
                     }
                 }
             }
@@ -264,4 +275,25 @@ fn group_network(group: &Body, scope: &Context<'_>) -> GroupNetwork {
         None | Some("" | "host") => GroupNetwork::None,
         Some(_) => GroupNetwork::Namespace,
     }
+}
+
+/// Returns what a group asks for that needs a network, if its tasks have none of the group's own. Nothing is said where
+/// the mode of the network is not known.
+fn unserved_request(group: &Body, network: GroupNetwork, scope: &Context<'_>) -> Option<&'static str> {
+    let networks = || hcl::blocks(group, "network").map(::hcl::Block::body);
+    let is_known = |body: &Body| hcl::attribute(body, "mode").is_none_or(|mode| hcl::json(mode, scope).is_some());
+    if network == GroupNetwork::Namespace || !networks().all(is_known) {
+        return None;
+    }
+    if networks().any(|body| hcl::labelled_blocks(body, "port").next().is_some()) {
+        return Some("ports");
+    }
+    let has_connect = |service: &::hcl::Block| hcl::blocks(service.body(), "connect").next().is_some();
+    hcl::blocks(group, "service").any(has_connect).then_some("Consul Connect")
+}
+
+/// Whether a task has, or may have, the host's network: the option may have a value that is not known here.
+fn may_have_host_network(task: &Body, scope: &Context<'_>) -> bool {
+    let options = hcl::blocks(task, "config").filter_map(|config| hcl::attribute(config.body(), "host_network"));
+    options.into_iter().any(|value| hcl::json(value, scope).is_none_or(|value| value != Json::Bool(false)))
 }

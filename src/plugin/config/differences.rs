@@ -59,6 +59,8 @@ const CHANGES: &[(&str, [&str; 2], &str, &str)] = &[
     ("security.allow_socketcall", ["true", "false"], "security.allow_socketcall", ""),
     ("security.apparmor", [r#""default""#, r#""unconfined""#], "security.apparmor", ""),
     ("security.allow_apparmor_override", ["true", "false"], "security.allow_apparmor_override", ""),
+    ("security.selinux", ["true", "false"], "security.selinux", ""),
+    ("security.allow_label_override", ["true", "false"], "security.allow_label_override", ""),
     ("security.allow_host_namespaces", ["true", "false"], "security.allow_host_namespaces", ""),
     ("security.allow_devices", [r#"["/dev/a"]"#, "[]"], "security.allow_devices", ""),
     ("security.allow_sysctls", [r#"["net.*"]"#, "[]"], "security.allow_sysctls", ""),

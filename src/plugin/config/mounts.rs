@@ -7,6 +7,7 @@ use crate::{
     rootfs::{
         ceilings::Ceilings,
         mounts::{MountKind, MountRequest},
+        same_target::SameTarget,
         target::{MountTarget, SysTargets},
         tmpfs,
     },
@@ -43,9 +44,22 @@ const BIND_OPTIONS: &[&str] = &[
 pub(super) fn mounts(values: &Values, flavor: Flavor, ceilings: &Ceilings, faults: &mut Faults) -> Vec<MountRequest> {
     let sys = SysTargets::of(flavor, values.flag("privileged").unwrap_or(false));
     let mut mounts = Vec::new();
+    // The targets so far, each with the number of its block.
+    let mut targets: Vec<(usize, MountTarget)> = Vec::new();
     for (n, block) in values.blocks("mounts").iter().enumerate() {
         match mount(block, flavor, sys, ceilings) {
-            Ok(mount) => mounts.push(mount),
+            Ok(mount) => {
+                if SameTarget::of(flavor) == SameTarget::Refused
+                    && let Some((other, target)) = targets.iter().find(|(_, target)| *target == mount.target)
+                {
+                    faults.push(format!(
+                        "mounts[{n}].target = {:?} is the target of mounts[{other}] as well; remove one of the two, or give it another target",
+                        target.path()
+                    ));
+                }
+                targets.push((n, mount.target.clone()));
+                mounts.push(mount);
+            }
             Err(fault) => faults.push(format!("mounts[{n}].{fault}")),
         }
     }

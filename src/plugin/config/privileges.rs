@@ -5,7 +5,7 @@ use super::{apparmor, faults::Faults, group_network::GroupNetwork};
 use crate::{
     ids::Flavor,
     plugin::decode::Values,
-    rootfs::{CapabilityRequest, parse_capability},
+    rootfs::{CapabilityRequest, labels::LabelRequest, parse_capability},
     task::{AppArmorRequest, SeccompRequest, SecuritySettings},
 };
 
@@ -66,11 +66,17 @@ pub(super) struct SecurityOpt {
     pub(super) no_new_privileges: Option<bool>,
     pub(super) seccomp: Option<SeccompRequest>,
     pub(super) apparmor: AppArmorRequest,
+    pub(super) labels: LabelRequest,
 }
 
 /// Reads `security_opt`. Of two entries with the same key, the later one counts.
 pub(super) fn security_opt(values: &Values, security: &SecuritySettings, faults: &mut Faults) -> SecurityOpt {
-    let mut found = SecurityOpt { no_new_privileges: None, seccomp: None, apparmor: AppArmorRequest::Unset };
+    let mut found = SecurityOpt {
+        no_new_privileges: None,
+        seccomp: None,
+        apparmor: AppArmorRequest::Unset,
+        labels: LabelRequest::default(),
+    };
     for option in values.list("security_opt").unwrap_or_default() {
         // docker used a colon before it introduced the equals sign.
         let (key, value) = option.split_once(['=', ':']).unwrap_or((option, ""));
@@ -87,12 +93,25 @@ pub(super) fn security_opt(values: &Values, security: &SecuritySettings, faults:
             ("apparmor", value) => {
                 found.apparmor = apparmor::job_request(option, value, security, faults).unwrap_or_default();
             }
+            ("label", value) => label(&mut found.labels, option, value, security, faults),
             _ => faults.push(format!(
-                "security_opt: {option:?} is not known; the options are no-new-privileges[=false], seccomp=unconfined, seccomp=FILE, apparmor=default, apparmor=unconfined and apparmor=PROFILE"
+                "security_opt: {option:?} is not known; the options are no-new-privileges[=false], seccomp=unconfined, seccomp=FILE, apparmor=default, apparmor=unconfined, apparmor=PROFILE and label=..."
             )),
         }
     }
     found
+}
+
+/// Reads `value`, which follows `label=` in the job's `option`. As with docker, such an option is accepted where tasks
+/// have no labels, and has no effect there.
+fn label(labels: &mut LabelRequest, option: &str, value: &str, security: &SecuritySettings, faults: &mut Faults) {
+    if let Err(problem) = labels.add(value) {
+        faults.push(format!("security_opt: {option:?}: {problem}"));
+    } else if security.selinux && !security.allow_label_override {
+        faults.push(format!(
+            "security_opt: {option:?} is not allowed on this node (plugin option security {{ allow_label_override }})"
+        ));
+    }
 }
 
 /// Reads `seccomp` and `seccomp_profile`. `opt` is the seccomp entry of `security_opt`.

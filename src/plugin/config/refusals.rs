@@ -48,6 +48,16 @@ mod not_allowed {
     }
 }
 
+/// Tasks have SELinux labels, and the operator lets no job change its own.
+mod labels_not_allowed {
+    use super::*;
+
+    refusals! { {"security": {"selinux": true}}:
+        another_type {"security_opt": ["label=type:spc_t"]} => "allow_label_override";
+        no_label {"security_opt": ["label:disable"]} => "\"label:disable\" is not allowed on this node";
+    }
+}
+
 /// The operator has allowed these sysctls only.
 mod sysctls_not_allowed {
     use super::*;
@@ -90,6 +100,10 @@ mod wrong {
         host_with_half_an_address {"extra_hosts": ["db:1.2.3"]} => "not an IP address";
         pull_policy {"image_pull_policy": "sometimes"} => "image_pull_policy = \"sometimes\"";
         pull_policy_and_force_pull {"image_pull_policy": "never", "force_pull": true} => "exclude each other";
+        selinux_option {"security_opt": ["label=types:x"]} => "security_opt: \"label=types:x\": the SELinux options are";
+        selinux_value {"security_opt": ["label=type:"]} => "is not a type of a SELinux label";
+        same_target {"mounts": [{"type": "tmpfs", "target": "/a"}, {"type": "tmpfs", "target": "/a/"}]} =>
+            "mounts[1].target = \"/a\" is the target of mounts[0] as well";
         pid_mode {"pid_mode": "weird"} => "pid_mode = \"weird\" is invalid";
         ipc_mode {"ipc_mode": "weird"} => "ipc_mode = \"weird\" is invalid";
         uts_mode {"uts_mode": "weird"} => "uts_mode = \"weird\" is invalid";

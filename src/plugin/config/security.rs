@@ -35,6 +35,8 @@ pub(super) fn security(config: &Values, flavor: Flavor, faults: &mut Faults) -> 
         },
         apparmor: apparmor::agent_default(block.values, flavor, faults),
         allow_apparmor_override: flag("allow_apparmor_override"),
+        selinux: block.values.flag("selinux").unwrap_or(false),
+        allow_label_override: flag("allow_label_override"),
         ceilings: ceilings::ceilings(block.values, flavor, faults),
     }
 }

@@ -137,6 +137,31 @@ fn mounts_are_checked_by_kind() {
     assert!(check("shim", &strange).expect_err("an option").contains("lowerdir"));
 }
 
+/// As with docker, the options are accepted where they have no effect.
+#[test]
+fn selinux_options_are_accepted_where_tasks_have_no_labels() {
+    let options = list(&["label=type:spc_t", "label:level:s0:c1,c2", "label=disable"]);
+    let bytes = encode(&[("image", MsgpackValue::from("a")), ("security_opt", options)]);
+    for driver in ["shim", "containerd-driver"] {
+        let options = task_options(&named(driver), GroupNetwork::None, &bytes).expect("accepted");
+        assert!(options.labels.is_set() && options.labels.is_disabled, "{driver}");
+    }
+}
+
+/// nomad-driver-containerd mounts both, and the last one is visible.
+#[test]
+fn the_old_name_takes_two_mounts_with_one_target() {
+    let options = MsgpackValue::Array(vec![MsgpackValue::from("rbind")]);
+    let fields = [("source", MsgpackValue::from("/a")), ("target", MsgpackValue::from("/t")), ("options", options)];
+    let mount =
+        MsgpackValue::Map(fields.iter().map(|(key, value)| (MsgpackValue::from(*key), value.clone())).collect());
+    let mounts = MsgpackValue::Array(vec![mount.clone(), mount]);
+    let bytes = encode(&[("image", MsgpackValue::from("a")), ("mounts", mounts)]);
+    let options = task_options(&named("containerd-driver"), GroupNetwork::None, &bytes).expect("accepted");
+    assert_eq!(options.mounts.len(), 2);
+    assert!(task_options(&named("shim"), GroupNetwork::None, &bytes).is_err());
+}
+
 #[test]
 fn a_bad_plugin_configuration_names_its_options() {
     let bytes = encode(&[

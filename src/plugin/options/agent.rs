@@ -177,6 +177,16 @@ const SECURITY: &[OptionRow] = &[
         "Lets jobs choose another AppArmor profile, or none, with `security_opt`. Default: false; as containerd-driver: true.",
     ),
     row(
+        "selinux",
+        OptionKind::Flag,
+        "true: tasks and their files have SELinux labels, as with dockerd's `--selinux-enabled`, and the directories `alloc`, `local` and `secrets` of tasks are labelled for containers. It has no effect on nodes without SELinux or without a policy that has labels for containers (`lxc_contexts`), nor on tasks in gVisor sandboxes. Default: false.",
+    ),
+    row(
+        "allow_label_override",
+        OptionKind::Flag,
+        "With `selinux = true`: lets jobs choose other SELinux labels, or none, with `security_opt`. Default: false; as containerd-driver: true.",
+    ),
+    row(
         "allow_host_namespaces",
         OptionKind::Flag,
         "Lets jobs use `host_network`, `pid_mode`, `ipc_mode`, `uts_mode` and `cgroupns` of the host. Default: false; as containerd-driver: true.",

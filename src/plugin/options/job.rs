@@ -13,7 +13,7 @@ const MOUNT: &[OptionRow] = &[
     row(
         "options",
         OptionKind::List,
-        "Options as in fstab(5): `ro`, `rbind`, `size=64m`. A tmpfs is `nosuid` and `nodev` unless `suid` or `dev` is given, except as containerd-driver.",
+        "Options as in fstab(5): `ro`, `rbind`, `size=64m`. A tmpfs is `nosuid`, `nodev` and `noexec` unless `suid`, `dev` or `exec` is given, except as containerd-driver.",
     ),
 ];
 
@@ -44,6 +44,11 @@ pub const TASK_OPTIONS: &[OptionRow] = &[
         "Arguments after `command` or `entrypoint`; without either they replace the image's CMD.",
     ),
     row("entrypoint", OptionKind::List, "Replaces the image's ENTRYPOINT and CMD. Excludes `command`."),
+    row(
+        "init",
+        OptionKind::Flag,
+        "true: the task's first process is a small init, which passes signals on to the command, reaps orphans and ends with the command's exit code, as docker's `--init`. Its path in the task is `/.nomad-init`.",
+    ),
     row("cwd", OptionKind::Text, "Working directory. Default: the image's."),
     row("work_dir", OptionKind::Text, "docker's name for `cwd`."),
     row(
@@ -53,7 +58,11 @@ pub const TASK_OPTIONS: &[OptionRow] = &[
     ),
     row("tty", OptionKind::Flag, "Gives the task a terminal; its standard error then goes to its standard output."),
     row("readonly_rootfs", OptionKind::Flag, "Makes the root file system read-only."),
-    row("mounts", OptionKind::Blocks(MOUNT), "Additional mounts, in order."),
+    row(
+        "mounts",
+        OptionKind::Blocks(MOUNT),
+        "Additional mounts. Parents are mounted before what lies in them, in whatever order the blocks are. Two mounts with one target are refused; as containerd-driver the last one is visible.",
+    ),
     row(
         "devices",
         OptionKind::List,
@@ -126,7 +135,7 @@ pub const TASK_OPTIONS: &[OptionRow] = &[
     row(
         "security_opt",
         OptionKind::List,
-        "docker's options: `no-new-privileges[=false]` (false only on nodes with `security { allow_new_privileges }` or `allow_privileged`), `seccomp=unconfined`, `seccomp=FILE`; `apparmor=default` (the node's profile, also for a privileged task), and, if the operator allows it, `apparmor=PROFILE` (a loaded profile) or `apparmor=unconfined`.",
+        "docker's options: `no-new-privileges[=false]` (false only on nodes with `security { allow_new_privileges }` or `allow_privileged`), `seccomp=unconfined`, `seccomp=FILE`; `apparmor=default` (the node's profile, also for a privileged task), and, if the operator allows it, `apparmor=PROFILE` (a loaded profile) or `apparmor=unconfined`; `label=disable` and `label=user:`, `role:`, `type:`, `level:` or `filetype:` with a value, for SELinux (no effect where the plugin has no `security { selinux = true }`).",
     ),
     row(
         "seccomp",

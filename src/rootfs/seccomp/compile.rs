@@ -96,15 +96,37 @@ pub enum NotCompiled {
     Long(usize),
 }
 
+/// The verdict on calls with higher numbers than every call that a profile names: calls of kernels that are newer than
+/// the profile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewerCalls {
+    /// The profile's default, as in libseccomp.
+    Default,
+    /// The calls fail with ENOSYS if the default is to refuse calls. C libraries then use an older call, while EPERM
+    /// would be an error for them. runc does the same (`libcontainer/seccomp/patchbpf`), so programs rely on it under
+    /// docker.
+    Missing,
+}
+
 /// Compiles a profile for a host.
 ///
 /// # Errors
 /// Returns the reason why the profile should be left to libseccomp.
-pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>, NotCompiled> {
+pub fn compile(
+    profile: &LinuxSeccomp,
+    host: Machine,
+    newer_calls: NewerCalls,
+) -> Result<Vec<sock_filter>, NotCompiled> {
     if profile.flags().as_ref().is_some_and(|flags| !flags.is_empty()) {
         return Err(NotCompiled::Feature("filter flags".to_owned()));
     }
     let default = action(profile.default_action(), profile.default_errno_ret())?;
+    let newer = match newer_calls {
+        NewerCalls::Missing if !is_permissive(default) => {
+            LinuxSeccompAction::ScmpActErrno.as_u32(Some(libc::ENOSYS.cast_unsigned()))
+        }
+        NewerCalls::Missing | NewerCalls::Default => default,
+    };
     let mut machines = vec![host];
     for arch in profile.architectures().iter().flatten() {
         match Machine::from_oci(*arch) {
@@ -120,12 +142,12 @@ pub fn compile(profile: &LinuxSeccomp, host: Machine) -> Result<Vec<sock_filter>
     let x32 = if machines.contains(&Machine::X32) { Some(verdicts(profile, Machine::X32, default)?) } else { None };
     let mut bodies = Vec::new();
     for machine in machines.iter().copied().filter(|machine| *machine != Machine::X32) {
-        let mut ranges = ranges(&verdicts(profile, machine, default)?, default);
+        let mut ranges = ranges(&verdicts(profile, machine, default)?, default, newer);
         if machine == Machine::X86_64 {
             // The verdicts on numbers above X32_BIT come only from x32's own rules.
             ranges.retain(|(first, _)| *first < X32_BIT);
             let above = match &x32 {
-                Some(x32) => self::ranges(x32, default),
+                Some(x32) => self::ranges(x32, default, newer),
                 // A tracer writes -1 to have a call skipped: libseccomp excludes this number from its test for x32.
                 None => vec![(X32_BIT, Verdict::Always(BAD_ARCHITECTURE)), (u32::MAX, Verdict::Always(default))],
             };
@@ -231,8 +253,8 @@ fn conditions(call: &str, arguments: &[LinuxSeccompArg], machine: Machine) -> Re
 }
 
 /// Divides the call numbers from 0 upwards into ranges with the same verdict. Returns the first number of each range
-/// with its verdict.
-fn ranges(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Vec<(u32, Verdict)> {
+/// with its verdict. Numbers above all others have the verdict `newer`.
+fn ranges(verdicts: &BTreeMap<u32, Verdict>, default: u32, newer: u32) -> Vec<(u32, Verdict)> {
     let mut ranges = vec![(0, Verdict::Always(default))];
     let mut next = 0;
     for (number, verdict) in verdicts {
@@ -242,7 +264,7 @@ fn ranges(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Vec<(u32, Verdict)
         ranges.push((*number, verdict.clone()));
         next = number + 1;
     }
-    ranges.push((next, Verdict::Always(default)));
+    ranges.push((next, Verdict::Always(newer)));
     merge_ranges(ranges)
 }
 

@@ -3,7 +3,8 @@
 //! Each profile can be passed as the OCI spec's `linux.seccomp`. All runtimes accept this form, and compile it with
 //! libseccomp at each start (10 to 15 ms for the default profile). A runtime that accepts a compiled program gets one
 //! of this module's compiler instead. Such a program is compiled only once, has a tenth of the size, and the same
-//! verdict for each call (tests/seccomp/). In both forms, arguments that the kernel truncates are compared only by the
+//! verdict for each call (tests/seccomp/), except for calls that are newer than the profile, which are missing under
+//! runc, too. In both forms, arguments that the kernel truncates are compared only by the
 //! bits that the kernel keeps.
 
 mod arguments;
@@ -29,7 +30,7 @@ use sha2::Digest as _;
 
 use super::Capabilities;
 
-pub use compile::{NotCompiled, compile};
+pub use compile::{NewerCalls, NotCompiled, compile};
 pub use docker::profile as default_profile;
 pub use profile::{Profile, SeccompHost};
 pub use restate::for_libseccomp;
@@ -181,7 +182,7 @@ impl FilterCache {
 
 fn build_filter(profile: &LinuxSeccomp, host: SeccompHost, form: FilterForm) -> Result<Filter, SeccompError> {
     if let (FilterForm::Program, Some(machine)) = (form, Machine::of_this_host()) {
-        match compile(profile, machine) {
+        match compile(profile, machine, NewerCalls::Missing) {
             Ok(program) => {
                 return Ok(Filter::Program(encoded(&program).into()));
             }
@@ -202,7 +203,7 @@ pub fn program_failing_one_call(call: &str, errno: u32) -> Option<String> {
     let failing = LinuxSyscallBuilder::default().names([call.to_owned()]).action(LinuxSeccompAction::ScmpActErrno);
     let failing = failing.errno_ret(errno).build().ok()?;
     let profile = LinuxSeccompBuilder::default().default_action(LinuxSeccompAction::ScmpActAllow).syscalls([failing]);
-    compile(&profile.build().ok()?, Machine::of_this_host()?).ok().map(|program| encoded(&program))
+    compile(&profile.build().ok()?, Machine::of_this_host()?, NewerCalls::Default).ok().map(|program| encoded(&program))
 }
 
 fn encoded(program: &[sock_filter]) -> String {
